@@ -4,11 +4,42 @@
 //! which has one owner at a time (the virtqueue it was opened for) and therefore needs no lock.
 //! Channels are opened and dropped on the control side and used on a reactor, so the methods of
 //! `Bdev` may block and allocate, and the methods of `Channel` may not.
+//!
+//! An [`Io`] names a range of the device and [`Segment`]s of a guest's memory. Devices in memory
+//! ([`Malloc`], [`Null`]) finish it inside [`Channel::submit`], by a copy ([`memory`] is the
+//! one place that touches a guest's bytes) or by nothing at all; only a very long one they do in
+//! steps. Devices in files ([`FileDisk`]) queue it for the kernel, hand over a batch in
+//! [`Channel::kick`], and report it from [`Channel::poll`].
+//! Wrappers ([`Delay`], [`ErrorDisk`]) are bdevs round another bdev: the I/O passes through them
+//! in both directions, and they hold it, fail it or spoil it on the way.
+//!
+//! `tests/conformance` is one suite that every device and wrapper passes.
 
 pub mod io;
+pub mod memory;
 pub mod stats;
 
+mod geometry;
+
+mod available;
+mod pages;
+
+mod malloc;
+mod null;
+
+mod file;
+
+mod delay;
+mod error;
+
+pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
+pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
+pub use file::{Alignment, FileDisk, FileOptions, Flavour};
+pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
     Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Submit, Tag,
 };
+pub use malloc::{Malloc, MallocOptions};
+pub use null::{Null, NullOptions};
+pub use pages::Backing;
 pub use stats::{Counters, OpCounts, Stats};

@@ -1,1 +1,45 @@
-//! Placeholder.
+//! A vhost-user-blk front end as a library, the load it makes, and the unit its figures are in.
+//!
+//! It works with any back end that listens on a Unix socket and shares no code with ours. In the
+//! order the data flows:
+//!
+//! 1. [`guest`]: a guest's memory, made from memfds so that a back end can map it too.
+//! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields.
+//! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out.
+//! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
+//! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
+//! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
+//! 7. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//!
+//! ```no_run
+//! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
+//!
+//! # fn main() -> bench::Result<()> {
+//! let ram = GuestRam::new(&[64 << 20])?;
+//! let mut front_end = FrontEnd::connect("/tmp/vhost.0".as_ref(), ram.clone(), Options::default())?;
+//! let mut queues = front_end.start_new(1, QueueOptions::default())?;
+//! let buffer = ram.alloc(4096, 4096)?;
+//! let done = queues[0].run(&Request::read(0, &[buffer]))?;
+//! assert_eq!(done.status, bench::STATUS_OK);
+//! front_end.stop()?;
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod driver;
+pub mod error;
+pub mod front_end;
+pub mod guest;
+pub mod load;
+pub mod pin;
+pub mod raw;
+pub mod ring;
+pub mod round_trip;
+mod watchdog;
+
+pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
+pub use error::{Error, LIMIT, Result};
+pub use front_end::{BlkConfig, FrontEnd, Options};
+pub use guest::{Backing, GuestRam, Segment};
+pub use load::{Load, LoadOptions, Summary};
+pub use raw::RawConnection;

@@ -1,0 +1,214 @@
+//! Disks in a file or on a block device, through io_uring: SPDK's `aio` and `uring`.
+
+mod backing;
+mod channel;
+mod steps;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use uuid::Uuid;
+
+use crate::geometry::checked_size;
+use crate::io::{Bdev, Channel, Error, Features};
+use crate::stats::Stats;
+
+pub use backing::Alignment;
+
+/// Which of SPDK's modules a file disk stands for. The I/O is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// `bdev_aio`. Offers unmap only with `fallocate`.
+    Aio,
+    /// `bdev_uring`. Offers flush, and unmap where it works; SPDK's offers neither.
+    Uring,
+}
+
+/// A disk in a regular file or on a block device.
+///
+/// The file is opened once, with `O_DIRECT` if it can serve every block of this disk that way,
+/// else through the page cache; never both, since the kernel promises nothing to a file that is
+/// written both ways ("possible data corruption due to collision with buffered I/O"). A request
+/// whose segments do not have the alignment that direct I/O wants goes piece by piece through a
+/// small aligned buffer of its channel. All others go straight to and from the guest's memory.
+#[derive(Debug)]
+pub struct FileDisk {
+    name: String,
+    filename: PathBuf,
+    flavour: Flavour,
+    uuid: Uuid,
+    block_size: u32,
+    block_size_override: bool,
+    readonly: bool,
+    fallocate: bool,
+    features: Features,
+    num_blocks: AtomicU64,
+    file: File,
+    /// What direct I/O asks for; `None` if the file is buffered.
+    direct: Option<Alignment>,
+    stats: Stats,
+}
+
+/// What [`FileDisk::create`] makes.
+#[derive(Clone, Debug)]
+pub struct FileOptions {
+    /// Name of the device; not empty.
+    pub name: String,
+    /// The file or block device. Must exist.
+    pub filename: PathBuf,
+    /// Bytes in a block: a power of two, 512 or more, not less than the device's own. Needed for
+    /// a file; a block device knows its own.
+    pub block_size: Option<u32>,
+    /// Open it for reading only, and refuse writes.
+    pub readonly: bool,
+    /// For [`Flavour::Aio`]: offer unmap.
+    pub fallocate: bool,
+    /// Identity; random if absent.
+    pub uuid: Option<Uuid>,
+    /// Which of SPDK's modules it stands for.
+    pub flavour: Flavour,
+}
+
+impl FileDisk {
+    /// Opens a file or block device as a disk.
+    ///
+    /// # Errors
+    /// [`Error::System`] with the file's name if it cannot be opened; [`Error::Invalid`] if it is
+    /// neither a file nor a block device, or the block size does not go with it.
+    pub fn create(options: FileOptions) -> Result<Arc<Self>, Error> {
+        let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour } =
+            options;
+        let opened = backing::open(&filename, block_size, readonly)?;
+        let num_blocks = opened.size / u64::from(opened.block_size);
+        checked_size(&name, num_blocks, opened.block_size)?;
+        let unmap = match flavour {
+            Flavour::Aio => fallocate,
+            Flavour::Uring => opened.punches_holes(),
+        };
+        let features = Features {
+            read_only: readonly,
+            flush: true,
+            unmap: unmap && !readonly,
+            write_zeroes: !readonly,
+            reset: flavour == Flavour::Aio,
+            any_alignment: opened.direct.is_none(),
+        };
+        Ok(Arc::new(Self {
+            name,
+            filename,
+            flavour,
+            uuid: uuid.unwrap_or_else(Uuid::new_v4),
+            block_size: opened.block_size,
+            block_size_override: block_size.is_some(),
+            readonly,
+            fallocate,
+            features,
+            num_blocks: AtomicU64::new(num_blocks),
+            file: opened.file,
+            direct: opened.direct,
+            stats: Stats::default(),
+        }))
+    }
+
+    /// Looks at the size of the file again and takes over a larger one. Returns the number of
+    /// blocks; what is over a whole block is left out.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if the file has become smaller: the disk keeps its size, and what is past
+    /// the end of the file fails.
+    pub fn rescan(&self) -> Result<u64, Error> {
+        let size = backing::size(&self.file).map_err(|source| self.system(source))?;
+        let now = size / u64::from(self.block_size);
+        // Relaxed: the number stands for itself.
+        let before = self.num_blocks.fetch_max(now, Ordering::Relaxed);
+        if now < before {
+            return Err(Error::Busy(format!(
+                "{}: shrank from {before} to {now} blocks",
+                self.filename.display()
+            )));
+        }
+        Ok(now)
+    }
+
+    /// The file or block device.
+    #[must_use]
+    pub fn filename(&self) -> &Path {
+        &self.filename
+    }
+
+    /// Which of SPDK's modules it stands for.
+    #[must_use]
+    pub fn flavour(&self) -> Flavour {
+        self.flavour
+    }
+
+    /// Whether the block size was given and not the device's own.
+    #[must_use]
+    pub fn block_size_override(&self) -> bool {
+        self.block_size_override
+    }
+
+    /// Whether it was opened for reading only.
+    #[must_use]
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Whether unmap was asked for ([`Flavour::Aio`]).
+    #[must_use]
+    pub fn fallocate(&self) -> bool {
+        self.fallocate
+    }
+
+    /// What direct I/O asks of memory; `None` if the file goes through the page cache.
+    #[must_use]
+    pub fn direct(&self) -> Option<Alignment> {
+        self.direct
+    }
+
+    fn system(&self, source: std::io::Error) -> Error {
+        Error::System { what: self.filename.display().to_string(), source }
+    }
+}
+
+impl Bdev for FileDisk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn product_name(&self) -> &'static str {
+        match self.flavour {
+            Flavour::Aio => "AIO disk",
+            Flavour::Uring => "URING bdev",
+        }
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.num_blocks.load(Ordering::Relaxed)
+    }
+
+    fn features(&self) -> Features {
+        self.features
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let channel = channel::FileChannel::open(Arc::clone(&self), depth).map_err(|source| {
+            Error::System { what: format!("io_uring for {}", self.filename.display()), source }
+        })?;
+        Ok(Box::new(channel))
+    }
+}

@@ -1,0 +1,189 @@
+//! Opening a file or block device: its kind, its size, and what direct I/O asks for.
+#![expect(unsafe_code, reason = "ioctls, statx, and a read for a probe")]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::geometry::check_block_size;
+use crate::io::Error;
+
+/// What direct I/O asks of each segment. Powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// Of its address, in bytes.
+    pub memory: usize,
+    /// Of its length, in bytes.
+    pub length: usize,
+}
+
+/// A file that can serve as a disk.
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) size: u64,
+    pub(super) block_size: u32,
+    /// `None` if the file is not open for direct I/O.
+    pub(super) direct: Option<Alignment>,
+}
+
+/// Opens `filename` and checks that it goes with the block size.
+pub(super) fn open(
+    filename: &Path,
+    block_size: Option<u32>,
+    readonly: bool,
+) -> Result<Opened, Error> {
+    let what = filename.display();
+    let system = |source| Error::System { what: what.to_string(), source };
+    let path = open_kind_checked(filename)?;
+    let mut file = reopen(&path, readonly, libc::O_DIRECT)
+        .or_else(|_| reopen(&path, readonly, 0))
+        .map_err(system)?;
+    let device_block = logical_block_size(&file).map_err(system)?;
+    let Some(block_size) = block_size.or(device_block) else {
+        return Err(Error::Invalid(format!("{what}: a file needs a block size")));
+    };
+    check_block_size(&what.to_string(), block_size)?;
+    if let Some(device_block) = device_block
+        && block_size < device_block
+    {
+        return Err(Error::Invalid(format!(
+            "{what}: block size {block_size} is smaller than the device's, {device_block}"
+        )));
+    }
+    let size = size(&file).map_err(system)?;
+    if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+        return Err(Error::Invalid(format!(
+            "{what}: size {size} is not a positive multiple of the block size {block_size}"
+        )));
+    }
+    let direct = alignment(&file, block_size);
+    if direct.is_none() {
+        file = reopen(&path, readonly, 0).map_err(system)?;
+    }
+    Ok(Opened { file, size, block_size, direct })
+}
+
+/// Finds the file without opening it for I/O, since opening a fifo waits and opening some
+/// character devices does things, and refuses everything but files and block devices.
+fn open_kind_checked(filename: &Path) -> Result<File, Error> {
+    let what = filename.display();
+    let system = |source| Error::System { what: what.to_string(), source };
+    let path = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .open(filename)
+        .map_err(system)?;
+    let kind = path.metadata().map_err(system)?.file_type();
+    if kind.is_dir() {
+        return Err(system(io::Error::from_raw_os_error(libc::EISDIR)));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::Invalid(format!("{what}: neither a file nor a block device")));
+    }
+    Ok(path)
+}
+
+/// Opens what `path` found, and nothing that has taken its name since.
+fn reopen(path: &File, readonly: bool, flags: i32) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(flags | libc::O_CLOEXEC)
+        .open(format!("/proc/self/fd/{}", path.as_raw_fd()))
+}
+
+/// Size in bytes of a file or block device.
+pub(super) fn size(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(metadata.len());
+    }
+    /// `_IOR(0x12, 114, size_t)`, missing from libc.
+    const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+    let mut size: u64 = 0;
+    // SAFETY: this ioctl stores one u64.
+    let rc = unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(size) }
+}
+
+/// A block device's own block size; `None` for a file.
+fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
+    if !file.metadata()?.file_type().is_block_device() {
+        return Ok(None);
+    }
+    let mut size: libc::c_int = 0;
+    // SAFETY: this ioctl stores one int.
+    let rc = unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut size) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(u32::try_from(size).ok()) }
+}
+
+/// What direct I/O asks for on this file; `None` if it does not work, or not for every block.
+fn alignment(file: &File, block_size: u32) -> Option<Alignment> {
+    let fd = file.as_raw_fd();
+    // SAFETY: asks for the flags of an open file.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags & libc::O_DIRECT == 0 {
+        return None;
+    }
+    let block = block_size as usize;
+    let alignment = match told(fd) {
+        Some((memory, offset)) => Alignment { memory: memory as usize, length: offset as usize },
+        // Kernels before 6.1 and some file systems do not tell: see whether a block works.
+        None => Alignment { memory: block, length: block },
+    };
+    let fits = alignment.memory.is_power_of_two()
+        && alignment.memory <= super::steps::BOUNCE_ALIGN
+        && alignment.length.is_power_of_two()
+        && alignment.length <= block;
+    (fits && reads_one_block(fd, block)).then_some(alignment)
+}
+
+/// Alignment of memory and of offsets, as the kernel tells; zeroes if direct I/O does not work.
+fn told(fd: RawFd) -> Option<(u32, u32)> {
+    // SAFETY: all zeroes is a value of this plain C structure.
+    let mut statx: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_EMPTY_PATH;
+    // SAFETY: an empty, terminated name and a structure of the right type.
+    let rc = unsafe { libc::statx(fd, c"".as_ptr(), flags, libc::STATX_DIOALIGN, &raw mut statx) };
+    (rc == 0 && statx.stx_mask & libc::STATX_DIOALIGN != 0)
+        .then_some((statx.stx_dio_mem_align, statx.stx_dio_offset_align))
+}
+
+/// Reads the first block directly, to see whether it works.
+fn reads_one_block(fd: RawFd, block: usize) -> bool {
+    let mut memory = vec![0u8; block * 2];
+    let start = memory.as_ptr().align_offset(block);
+    let at = memory.as_mut_ptr().wrapping_add(start);
+    // SAFETY: `start < block`, so that a block fits behind it.
+    let n = unsafe { libc::pread(fd, at.cast(), block, 0) };
+    usize::try_from(n) == Ok(block)
+}
+
+impl Opened {
+    /// Whether a hole can be punched, found out without changing a byte of the disk.
+    pub(super) fn punches_holes(&self) -> bool {
+        let Ok(metadata) = self.file.metadata() else { return false };
+        if metadata.file_type().is_block_device() {
+            return zeroes_by_command(metadata.rdev());
+        }
+        let Ok(past) = i64::try_from(self.size) else { return false };
+        let len = i64::from(self.block_size);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: punches behind the end of the file, where there is nothing.
+        unsafe { libc::fallocate(self.file.as_raw_fd(), mode, past, len) == 0 }
+    }
+}
+
+/// Whether the block device can zero a range without being sent the zeroes, which is how the
+/// kernel punches a hole in it.
+fn zeroes_by_command(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    // A partition has its queue one level up.
+    ["queue", "../queue"].into_iter().any(|queue| {
+        let name = format!("/sys/dev/block/{major}:{minor}/{queue}/write_zeroes_max_bytes");
+        std::fs::read_to_string(name)
+            .is_ok_and(|text| text.trim().parse::<u64>().is_ok_and(|max| max > 0))
+    })
+}

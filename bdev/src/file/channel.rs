@@ -1,0 +1,173 @@
+//! One io_uring per channel.
+#![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode};
+
+use super::FileDisk;
+use super::steps::{Next, Steps};
+use crate::geometry::within;
+use crate::io::{Bdev, Channel, Completion, Io, Op, Status, Submit, Tag};
+
+/// The kernel makes no larger ring (`IORING_MAX_ENTRIES`).
+const DEPTH_MAX: u16 = 32768;
+
+/// Kernel threads that may wait for one reactor's slow operations (flush, unmap, write-zeroes,
+/// buffered I/O), over all its disks. The kernel's default, 4 per CPU, is so few that one disk that
+/// hangs could hold them all.
+const WORKERS_MAX: u32 = 256;
+
+/// The I/O path to a file.
+///
+/// An I/O has one entry in the ring at a time, so that a ring of `depth` entries has room for all.
+/// The kernel ties an I/O to the thread that submitted it: the channel may change threads, best
+/// while nothing is outstanding, and the I/Os of a thread that ends fail.
+pub(super) struct FileChannel {
+    ring: IoUring,
+    steps: Steps,
+    disk: Arc<FileDisk>,
+    /// I/Os accepted and not yet reported.
+    outstanding: usize,
+    /// Entries in the ring that the kernel has not taken.
+    unsubmitted: usize,
+}
+
+impl FileChannel {
+    pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Self> {
+        if depth == 0 || depth > DEPTH_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let ring = make_ring(depth.into())?;
+        ring.submitter().register_files(&[disk.file.as_raw_fd()])?;
+        // Kernels before 5.15 cannot, and keep their default. 0 leaves the other kind as it is.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
+        let steps = Steps::new(depth, disk.direct);
+        let mut channel = Self { ring, steps, disk, outstanding: 0, unsubmitted: 0 };
+        channel.self_test()?;
+        Ok(channel)
+    }
+
+    /// Sends an entry round, while failing is still possible.
+    fn self_test(&mut self) -> io::Result<()> {
+        // SAFETY: it refers to no memory.
+        let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
+        pushed.map_err(io::Error::other)?;
+        self.ring.submit_and_wait(1)?;
+        let nop = self.ring.completion().next();
+        nop.map(|_| ()).ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))
+    }
+}
+
+impl Channel for FileChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        let writes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
+        if !within(&io, self.disk.size_bytes()) || writes && self.disk.readonly {
+            return Submit::Done(Status::IoError);
+        }
+        if io.op == Op::Unmap && !self.disk.features.unmap {
+            return Submit::Done(Status::Unsupported);
+        }
+        if io.len == 0 && io.op != Op::Flush {
+            return Submit::Done(Status::Ok);
+        }
+        // SAFETY: the caller vouches for the memory.
+        match unsafe { self.steps.begin(io) } {
+            Err(status) => return Submit::Done(status),
+            Ok(None) => {}
+            Ok(Some(entry)) => {
+                // SAFETY: what the entry refers to stays valid until the I/O is reported: the
+                // caller's memory by the contract, the aligned buffer as `self` owns it.
+                if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                    self.steps.take_back(io.tag);
+                    return Submit::Full(io);
+                }
+                self.unsubmitted += 1;
+            }
+        }
+        self.outstanding += 1;
+        Submit::Queued
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        if self.unsubmitted == 0 {
+            return;
+        }
+        // Never waits. An error (no memory for a request, say) leaves the entries in the
+        // ring, and the next poll tries again.
+        if let Ok(n) = self.ring.submit() {
+            self.unsubmitted = self.unsubmitted.saturating_sub(n);
+        }
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        if self.outstanding == 0 {
+            return 0;
+        }
+        self.kick();
+        self.reap(done)
+    }
+}
+
+impl FileChannel {
+    fn reap(&mut self, done: &mut [Completion]) -> usize {
+        let (submitter, mut sq, mut cq) = self.ring.split();
+        if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
+            // The kernel has completions that it writes to the ring when we enter it. A failure
+            // leaves them there for the next poll.
+            let _ = submitter.submit();
+            cq.sync();
+        }
+        let mut n = 0;
+        while n < done.len() {
+            let Some(cqe) = cq.next() else { break };
+            let tag = Tag(cqe.user_data() as u16);
+            // SAFETY: the I/O is reported below at the earliest.
+            let mut more = match unsafe { self.steps.advance(tag, cqe.result()) } {
+                Next::Entry(entry) => Some(entry),
+                Next::Ended(status) => {
+                    done[n] = Completion { tag, status };
+                    n += 1;
+                    // SAFETY: it concerns an I/O that waits.
+                    unsafe { self.steps.unblocked(tag) }
+                }
+            };
+            if let Some(entry) = more.take() {
+                // SAFETY: as in `submit`. There is room: an I/O has one entry at a time, and the
+                // ring has as many as there are tags.
+                let pushed = unsafe { sq.push(&entry) };
+                debug_assert!(pushed.is_ok(), "the ring is smaller than the depth");
+                self.unsubmitted += 1;
+            }
+        }
+        drop((sq, cq));
+        self.outstanding -= n;
+        self.kick();
+        n
+    }
+}
+
+impl Drop for FileChannel {
+    fn drop(&mut self) {
+        // Closing the ring would let go of the file some time later; a block device would stay
+        // busy until then. Nothing can be done about a failure.
+        let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+/// A ring that does not interrupt the thread for completions, if the kernel can (5.19), else a
+/// plain one.
+fn make_ring(entries: u32) -> io::Result<IoUring> {
+    IoUring::builder()
+        .dontfork()
+        .setup_submit_all()
+        .setup_coop_taskrun()
+        .setup_taskrun_flag()
+        .build(entries)
+        .or_else(|_| IoUring::builder().dontfork().build(entries))
+}

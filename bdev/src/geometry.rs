@@ -1,0 +1,48 @@
+//! What a device's name, size, block size and ranges have to satisfy.
+
+use crate::io::{Error, Io};
+
+/// Smallest block: the unit of virtio-blk and of Linux.
+pub const BLOCK_SIZE_MIN: u32 = 512;
+
+/// Bytes in `num_blocks` blocks of `block_size`, all checked.
+///
+/// # Errors
+/// `Invalid`: an empty name, no blocks, a block size that is not a power of two of 512 or
+/// more, or more bytes than an `i64` offset can reach.
+pub(crate) fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64, Error> {
+    if name.is_empty() {
+        return Err(Error::Invalid("the name is empty".into()));
+    }
+    check_block_size(name, block_size)?;
+    if num_blocks == 0 {
+        return Err(Error::Invalid(format!("{name}: the number of blocks is 0")));
+    }
+    num_blocks
+        .checked_mul(u64::from(block_size))
+        .filter(|&size| i64::try_from(size).is_ok())
+        .ok_or_else(|| {
+            let text = format!("{name}: {num_blocks} blocks of {block_size} bytes are too many");
+            Error::Invalid(text)
+        })
+}
+
+/// Checks that a block size is a power of two and at least [`BLOCK_SIZE_MIN`]. `what` begins the
+/// error's text.
+///
+/// # Errors
+/// `Invalid`.
+pub(crate) fn check_block_size(what: &str, block_size: u32) -> Result<(), Error> {
+    if block_size < BLOCK_SIZE_MIN || !block_size.is_power_of_two() {
+        return Err(Error::Invalid(format!(
+            "{what}: block size {block_size} is not a power of two of {BLOCK_SIZE_MIN} or more"
+        )));
+    }
+    Ok(())
+}
+
+/// Whether the I/O's range lies within a device of `size` bytes.
+#[inline]
+pub(crate) fn within(io: &Io, size: u64) -> bool {
+    io.offset.checked_add(io.len).is_some_and(|end| end <= size)
+}

@@ -1,0 +1,228 @@
+//! A disk in this process's memory.
+#![expect(unsafe_code, reason = "copies between the disk's memory and the guest's")]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::geometry::{checked_size, within};
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
+use crate::memory;
+use crate::pages::{Backing, Pages};
+use crate::stats::Stats;
+
+/// How much a channel copies or zeroes at once, so that one request of gigabytes does not hold
+/// the reactor: the rest follows, this much per poll. About 0.1 ms of work.
+const AT_ONCE: usize = 1 << 20;
+
+/// A disk in memory. All of it is allocated when it is made, and reads as zeroes.
+///
+/// Channels copy without a lock. Requests that are outstanding together and overlap have no
+/// order, as on any disk, and may leave a mixture of both in the blocks that they share;
+/// everybody else sees whole writes. [`crate::memory`] says why the copying itself is sound.
+#[derive(Debug)]
+pub struct Malloc {
+    name: String,
+    uuid: Uuid,
+    block_size: u32,
+    num_blocks: u64,
+    pages: Pages,
+    stats: Stats,
+}
+
+/// What [`Malloc::create`] makes.
+#[derive(Clone, Debug)]
+pub struct MallocOptions {
+    /// Name of the device; not empty.
+    pub name: String,
+    /// Number of blocks; not 0.
+    pub num_blocks: u64,
+    /// Bytes in a block: a power of two, 512 or more.
+    pub block_size: u32,
+    /// Identity; random if absent.
+    pub uuid: Option<Uuid>,
+}
+
+impl Malloc {
+    /// Makes a disk and allocates its memory, which takes a second or so per few gigabytes.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if an option is out of range, [`Error::NoMemory`] if the system
+    /// cannot spare so much.
+    pub fn create(options: MallocOptions) -> Result<Arc<Self>, Error> {
+        let MallocOptions { name, num_blocks, block_size, uuid } = options;
+        let size = checked_size(&name, num_blocks, block_size)?;
+        let pages = Pages::allocate(size).map_err(|e| match e {
+            Error::NoMemory(why) => Error::NoMemory(format!("{name}: {why}")),
+            other => other,
+        })?;
+        let uuid = uuid.unwrap_or_else(Uuid::new_v4);
+        Ok(Arc::new(Self { name, uuid, block_size, num_blocks, pages, stats: Stats::default() }))
+    }
+
+    /// What kind of memory it got.
+    #[must_use]
+    pub fn backing(&self) -> Backing {
+        self.pages.backing()
+    }
+}
+
+impl Bdev for Malloc {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn product_name(&self) -> &'static str {
+        "Malloc disk"
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.num_blocks
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            read_only: false,
+            flush: true,
+            unmap: true,
+            write_zeroes: true,
+            reset: true,
+            any_alignment: true,
+        }
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let size = self.size_bytes();
+        let long = VecDeque::with_capacity(depth.into());
+        Ok(Box::new(MallocChannel { disk: self, size, long }))
+    }
+}
+
+struct MallocChannel {
+    disk: Arc<Malloc>,
+    size: u64,
+    /// I/Os longer than [`AT_ONCE`], with how much of each is done; the front one is worked on.
+    long: VecDeque<(Io, u64)>,
+}
+
+impl Channel for MallocChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        if !within(&io, self.size) {
+            return Submit::Done(Status::IoError);
+        }
+        if io.len > AT_ONCE as u64 {
+            self.long.push_back((io, 0));
+            return Submit::Queued;
+        }
+        // SAFETY: the range was checked; the caller vouches for the segments.
+        Submit::Done(unsafe { transfer(&self.disk.pages, &io, 0, io.len as usize) })
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        let (Some((io, at)), Some(slot)) = (self.long.front_mut(), done.first_mut()) else {
+            return 0;
+        };
+        let n = (io.len - *at).min(AT_ONCE as u64);
+        // SAFETY: as in `submit`; the memory is valid until the completion has been reported.
+        let status = unsafe { transfer(&self.disk.pages, io, *at, n as usize) };
+        *at += n;
+        if status == Status::Ok && *at < io.len {
+            return 0;
+        }
+        *slot = Completion { tag: io.tag, status };
+        self.long.pop_front();
+        1
+    }
+}
+
+/// Does `len` bytes of `io`, beginning `at` bytes into it.
+///
+/// # Safety
+/// The range of `io` lies within `pages` and `at + len` within its length, and its segments are
+/// valid.
+#[inline]
+unsafe fn transfer(pages: &Pages, io: &Io, at: u64, len: usize) -> Status {
+    // Within the mapping, so within a usize.
+    let device = pages.base().wrapping_add((io.offset + at) as usize);
+    let whole = match io.op {
+        Op::Read => {
+            // SAFETY: the caller vouches for it.
+            let segments = unsafe { io.segments() };
+            // SAFETY: `device..device + len` lies within the mapping, which no segment does.
+            unsafe { memory::scatter(segments, at, device, len) }
+        }
+        Op::Write => {
+            // SAFETY: the caller vouches for it.
+            let segments = unsafe { io.segments() };
+            // SAFETY: as for the read.
+            unsafe { memory::gather(segments, at, device, len) }
+        }
+        // Giving the pages back would be an address-space call.
+        Op::Unmap | Op::WriteZeroes => {
+            // SAFETY: the range lies within the mapping.
+            unsafe { memory::zero(device, len) };
+            true
+        }
+        Op::Flush => true,
+    };
+    if whole { Status::Ok } else { Status::IoError }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Tag;
+
+    fn options(num_blocks: u64, block_size: u32) -> MallocOptions {
+        MallocOptions { name: "m".into(), num_blocks, block_size, uuid: None }
+    }
+
+    #[test]
+    fn options_out_of_range_are_refused_with_the_errno_of_spdk() {
+        for (blocks, block_size, errno) in [
+            (0, 512, libc::EINVAL),
+            (8, 0, libc::EINVAL),
+            (8, 513, libc::EINVAL),
+            (8, 1536, libc::EINVAL),
+            (u64::MAX, 4096, libc::EINVAL),
+            (1 << 50, 4096, libc::ENOMEM),
+            (1 << 38, 4096, libc::ENOMEM),
+        ] {
+            let e = Malloc::create(options(blocks, block_size)).map(|_| ()).unwrap_err();
+            assert_eq!(e.errno(), errno, "{blocks} x {block_size}: {e}");
+        }
+    }
+
+    #[test]
+    fn a_long_request_is_done_in_steps() {
+        let disk = Malloc::create(options(3 * 2048 + 1, 512)).unwrap();
+        let size = disk.size_bytes();
+        let mut channel = disk.open(4).unwrap();
+        let mut done = [Completion { tag: Tag(9), status: Status::IoError }];
+        let zeroes = Io::plain(Op::WriteZeroes, Tag(3), 0, size);
+        // SAFETY: without segments.
+        let submit = unsafe { channel.submit(zeroes) };
+        assert!(matches!(submit, Submit::Queued));
+        assert_eq!(
+            std::iter::repeat_with(|| channel.poll(&mut done)).position(|n| n == 1),
+            Some(3)
+        );
+        assert_eq!(done[0], Completion { tag: Tag(3), status: Status::Ok });
+        assert_eq!(channel.poll(&mut done), 0);
+    }
+}

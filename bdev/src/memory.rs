@@ -1,0 +1,143 @@
+//! Copies between a device's memory and the segments of an I/O, the only place that touches either.
+//!
+//! A guest changes its memory while it is being copied, and two channels may write the same
+//! blocks of a memory disk at the same time. Neither is ever a slice here, so no `&` or `&mut`
+//! promises that the bytes stand still: they move through raw pointers, by `memcpy`. The
+//! worst that a race can do is mix old and new bytes in the range that is being raced for, which is
+//! what a disk owes to overlapping requests that are outstanding together: no order, and no promise
+//! about the range that they share. No value read here decides anything.
+#![expect(unsafe_code, reason = "copies through addresses in a guest's memory")]
+
+use std::ptr;
+
+use crate::io::Segment;
+
+/// Copies `len` bytes at `from` into the segments, `skip` bytes in. Returns whether the
+/// segments were long enough; if not, what fitted was copied.
+///
+/// # Safety
+/// `from..from + len` is readable, the segments are writable, and they do not overlap.
+#[inline]
+pub unsafe fn scatter(segments: &[Segment], skip: u64, from: *const u8, len: usize) -> bool {
+    for_each_piece(segments, skip, len, |at, done, n| {
+        // SAFETY: the caller vouches for both ranges; `done + n <= len`, and `at..at + n` lies
+        // within one segment.
+        unsafe { ptr::copy_nonoverlapping(from.wrapping_add(done), at, n) }
+    })
+}
+
+/// Copies `len` bytes from the segments, `skip` bytes in, to `to`. Returns whether the segments
+/// were long enough; if not, what there was has been copied.
+///
+/// # Safety
+/// `to..to + len` is writable, the segments are readable, and they do not overlap.
+#[inline]
+pub unsafe fn gather(segments: &[Segment], skip: u64, to: *mut u8, len: usize) -> bool {
+    for_each_piece(segments, skip, len, |at, done, n| {
+        // SAFETY: as in `scatter`, the other way round.
+        unsafe { ptr::copy_nonoverlapping(at.cast_const(), to.wrapping_add(done), n) }
+    })
+}
+
+/// Fills `to..to + len` with zeroes.
+///
+/// # Safety
+/// The range is writable.
+#[inline]
+pub unsafe fn zero(to: *mut u8, len: usize) {
+    // SAFETY: the caller vouches for the range.
+    unsafe { ptr::write_bytes(to, 0, len) }
+}
+
+/// Flips the bits of `mask` in the byte at `at` bytes into the segments, if they reach that far.
+///
+/// # Safety
+/// The segments are readable and writable.
+pub unsafe fn flip(segments: &[Segment], at: u64, mask: u8) {
+    for_each_piece(segments, at, 1, |byte, _, _| {
+        // SAFETY: the byte lies within a segment, for which the caller vouches.
+        let value = unsafe { byte.read_volatile() };
+        // SAFETY: as above.
+        unsafe { byte.write_volatile(value ^ mask) }
+    });
+}
+
+/// Calls `piece(address, bytes done before, length)` for each contiguous part of the `len` bytes
+/// that lie `skip` bytes into the segments. Returns whether there were that many.
+#[inline]
+fn for_each_piece(
+    segments: &[Segment],
+    mut skip: u64,
+    len: usize,
+    mut piece: impl FnMut(*mut u8, usize, usize),
+) -> bool {
+    let mut done = 0;
+    for segment in segments {
+        if done == len {
+            break;
+        }
+        let size = segment.len();
+        if skip >= size as u64 {
+            skip -= size as u64;
+            continue;
+        }
+        // Below the segment's length, which is a usize.
+        let start = skip as usize;
+        let n = (size - start).min(len - done);
+        piece(segment.base().wrapping_add(start), done, n);
+        done += n;
+        skip = 0;
+    }
+    done == len
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segments(memory: &mut [u8], lens: &[usize]) -> Vec<Segment> {
+        let mut base = memory.as_mut_ptr();
+        lens.iter()
+            .map(|&len| {
+                let segment = Segment::new(base, len);
+                base = base.wrapping_add(len);
+                segment
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_window_of_odd_segments_is_copied_both_ways() {
+        let source: Vec<u8> = (1..=40).collect();
+        for skip in 0..=40 {
+            for len in 0..=40 - skip {
+                let mut memory = [0; 40];
+                let list = segments(&mut memory, &[1, 0, 7, 3, 29]);
+                // SAFETY: both are 40 bytes of their own.
+                assert!(unsafe { scatter(&list, skip as u64, source.as_ptr(), len) });
+                let mut back = vec![0; len];
+                // SAFETY: as above.
+                assert!(unsafe { gather(&list, skip as u64, back.as_mut_ptr(), len) });
+                assert_eq!(back, source[..len]);
+                assert_eq!(memory[skip..skip + len], source[..len]);
+                assert!(memory[..skip].iter().chain(&memory[skip + len..]).all(|&b| b == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn segments_that_are_too_short_are_noticed() {
+        let mut memory = [0; 8];
+        let list = segments(&mut memory, &[3, 5]);
+        let source = [9; 16];
+        // SAFETY: 8 bytes of 16 are read; the copy stops where the segments end.
+        assert!(!unsafe { scatter(&list, 0, source.as_ptr(), 9) });
+        // SAFETY: as above.
+        assert!(!unsafe { scatter(&list, 8, source.as_ptr(), 1) });
+        // SAFETY: 8 bytes of `memory`.
+        unsafe { flip(&list, 4, 1) };
+        // SAFETY: past the end; touches nothing.
+        unsafe { flip(&list, 8, 1) };
+        assert_eq!(memory, [9, 9, 9, 9, 8, 9, 9, 9]);
+    }
+}

@@ -1,0 +1,159 @@
+//! A disk that is nowhere: it takes writes and forgets them, for measuring everything else.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use uuid::Uuid;
+
+use crate::geometry::{checked_size, within};
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
+use crate::stats::Stats;
+
+/// A disk without bytes.
+///
+/// As with SPDK's null bdev a read succeeds and leaves the memory it was given as it is: what
+/// the guest finds there is what it had there before, never anything of this process. There is no
+/// flush and no unmap; write-zeroes succeeds.
+#[derive(Debug)]
+pub struct Null {
+    name: String,
+    uuid: Uuid,
+    block_size: u32,
+    num_blocks: AtomicU64,
+    stats: Stats,
+}
+
+/// What [`Null::create`] makes.
+#[derive(Clone, Debug)]
+pub struct NullOptions {
+    /// Name of the device; not empty.
+    pub name: String,
+    /// Number of blocks; not 0.
+    pub num_blocks: u64,
+    /// Bytes in a block: a power of two, 512 or more.
+    pub block_size: u32,
+    /// Identity; random if absent.
+    pub uuid: Option<Uuid>,
+}
+
+impl Null {
+    /// Makes a null disk.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if an option is out of range.
+    pub fn create(options: NullOptions) -> Result<Arc<Self>, Error> {
+        let NullOptions { name, num_blocks, block_size, uuid } = options;
+        checked_size(&name, num_blocks, block_size)?;
+        Ok(Arc::new(Self {
+            name,
+            uuid: uuid.unwrap_or_else(Uuid::new_v4),
+            block_size,
+            num_blocks: AtomicU64::new(num_blocks),
+            stats: Stats::default(),
+        }))
+    }
+
+    /// Makes the disk larger, while in use. Its own size is accepted and changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it would get smaller or larger than offsets can reach.
+    pub fn resize(&self, num_blocks: u64) -> Result<(), Error> {
+        checked_size(&self.name, num_blocks, self.block_size)?;
+        // Relaxed: the number stands for itself, nothing else is published with it.
+        let before = self.num_blocks.fetch_max(num_blocks, Ordering::Relaxed);
+        if num_blocks < before {
+            return Err(Error::Invalid(format!(
+                "{}: {num_blocks} blocks are fewer than the {before} it has",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Bdev for Null {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn product_name(&self) -> &'static str {
+        "Null disk"
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.num_blocks.load(Ordering::Relaxed)
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            read_only: false,
+            flush: false,
+            unmap: false,
+            write_zeroes: true,
+            reset: true,
+            any_alignment: true,
+        }
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, Error> {
+        Ok(Box::new(NullChannel { disk: self }))
+    }
+}
+
+struct NullChannel {
+    disk: Arc<Null>,
+}
+
+#[expect(unsafe_code, reason = "the contract's method is unsafe; nothing here is")]
+impl Channel for NullChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        Submit::Done(match io.op {
+            Op::Flush | Op::Unmap => Status::Unsupported,
+            _ if !within(&io, self.disk.size_bytes()) => Status::IoError,
+            Op::Read | Op::Write | Op::WriteZeroes => Status::Ok,
+        })
+    }
+
+    #[inline]
+    fn poll(&mut self, _done: &mut [Completion]) -> usize {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grows_and_never_shrinks() {
+        let options = NullOptions { name: "n".into(), num_blocks: 10, block_size: 512, uuid: None };
+        let disk = Null::create(options.clone()).unwrap();
+        disk.resize(20).unwrap();
+        disk.resize(20).unwrap();
+        assert!(matches!(disk.resize(19), Err(Error::Invalid(_))));
+        assert!(matches!(disk.resize(u64::MAX), Err(Error::Invalid(_))));
+        assert_eq!(disk.num_blocks(), 20);
+        for wrong in [
+            NullOptions { num_blocks: 0, ..options.clone() },
+            NullOptions { block_size: 0, ..options.clone() },
+            NullOptions { block_size: 520, ..options.clone() },
+            NullOptions { block_size: 256, ..options.clone() },
+            NullOptions { name: String::new(), ..options },
+        ] {
+            assert_eq!(Null::create(wrong).map(|_| ()).unwrap_err().errno(), libc::EINVAL);
+        }
+    }
+}

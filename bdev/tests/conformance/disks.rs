@@ -1,0 +1,121 @@
+//! The disks under test, each of [`SIZE`] bytes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub(crate) use bdev::Flavour;
+use bdev::{
+    Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
+    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions,
+};
+use tempfile::TempDir;
+
+/// Bytes in each disk: several times what a memory disk copies at once.
+pub(crate) const SIZE: u64 = 4 << 20;
+
+/// A disk and what it needs.
+pub(crate) struct Fixture {
+    pub(crate) disk: Arc<dyn Bdev>,
+    /// Reads give what was written.
+    pub(crate) keeps: bool,
+    _dir: Option<TempDir>,
+}
+
+impl Fixture {
+    /// A disk that keeps what is written to it.
+    pub(crate) fn of(disk: Arc<dyn Bdev>) -> Self {
+        Self { disk, keeps: true, _dir: None }
+    }
+}
+
+pub(crate) fn malloc(block_size: u32) -> Fixture {
+    let num_blocks = SIZE / u64::from(block_size);
+    let options = MallocOptions { name: "Malloc0".into(), num_blocks, block_size, uuid: None };
+    Fixture::of(Malloc::create(options).unwrap())
+}
+
+pub(crate) fn null_disk(size: u64, block_size: u32) -> Arc<Null> {
+    let num_blocks = size / u64::from(block_size);
+    let options = NullOptions { name: "Null0".into(), num_blocks, block_size, uuid: None };
+    Null::create(options).unwrap()
+}
+
+pub(crate) fn null(block_size: u32) -> Fixture {
+    Fixture { disk: null_disk(SIZE, block_size), keeps: false, _dir: None }
+}
+
+/// Half the size at first.
+pub(crate) fn resized(_whole: Fixture) -> Fixture {
+    let disk = null_disk(SIZE / 2, 512);
+    disk.resize(SIZE / 512).unwrap();
+    Fixture { disk, keeps: false, _dir: None }
+}
+
+pub(crate) fn file_options(filename: PathBuf, flavour: Flavour, block_size: u32) -> FileOptions {
+    FileOptions {
+        name: "File0".into(),
+        filename,
+        block_size: Some(block_size),
+        readonly: false,
+        fallocate: true,
+        uuid: None,
+        flavour,
+    }
+}
+
+/// A file of `size` bytes in a directory of its own.
+pub(crate) fn make_file(dir: &TempDir, size: u64) -> PathBuf {
+    let name = dir.path().join("disk");
+    std::fs::File::create(&name).unwrap().set_len(size).unwrap();
+    name
+}
+
+pub(crate) fn file(flavour: Flavour, block_size: u32) -> Fixture {
+    in_dir(TempDir::new().unwrap(), flavour, block_size)
+}
+
+/// On tmpfs, which cannot zero a range, so that zeroes have to be written.
+pub(crate) fn tmpfs(block_size: u32) -> Fixture {
+    in_dir(TempDir::new_in("/dev/shm").unwrap(), Flavour::Uring, block_size)
+}
+
+fn in_dir(dir: TempDir, flavour: Flavour, block_size: u32) -> Fixture {
+    let name = make_file(&dir, SIZE);
+    let disk = FileDisk::create(file_options(name, flavour, block_size)).unwrap();
+    Fixture { disk, keeps: true, _dir: Some(dir) }
+}
+
+/// A file that was a quarter as large when the disk was made.
+pub(crate) fn grown_file(block_size: u32) -> Fixture {
+    let dir = TempDir::new().unwrap();
+    let name = make_file(&dir, SIZE / 4);
+    let disk = FileDisk::create(file_options(name.clone(), Flavour::Aio, block_size)).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&name).unwrap().set_len(SIZE).unwrap();
+    assert_eq!(disk.rescan().unwrap(), SIZE / u64::from(block_size));
+    Fixture { disk, keeps: true, _dir: Some(dir) }
+}
+
+/// Some I/Os held back, a few of them longer.
+pub(crate) fn delay(base: Fixture) -> Fixture {
+    let latency = Latency { avg_read_us: 0, p99_read_us: 300, avg_write_us: 50, p99_write_us: 100 };
+    let options = DelayOptions { name: "Delay0".into(), base: base.disk, latency, uuid: None };
+    Fixture { disk: Delay::create(options).unwrap(), ..base }
+}
+
+pub(crate) fn error_disk(base: Arc<dyn Bdev>) -> Arc<ErrorDisk> {
+    let name = format!("EE_{}", base.name());
+    ErrorDisk::create(ErrorOptions { name, base, uuid: None }).unwrap()
+}
+
+/// With nothing injected.
+pub(crate) fn error(base: Fixture) -> Fixture {
+    Fixture { disk: error_disk(base.disk), ..base }
+}
+
+/// Every I/O is begun in the next poll, for a while.
+pub(crate) fn retrying(base: Fixture) -> Fixture {
+    let disk = error_disk(base.disk);
+    let error = InjectedError::NoMemory;
+    disk.inject(Injection { op: InjectedOp::All, error, count: 100, queue_depth: 0 }).unwrap();
+    Fixture { disk, ..base }
+}

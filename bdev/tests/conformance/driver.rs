@@ -1,0 +1,201 @@
+//! Drives a channel and checks its side of the contract: each I/O ends once, with its own tag.
+#![expect(unsafe_code, reason = "submits I/Os")]
+
+use std::sync::Arc;
+
+use bdev::{Bdev, Channel, Completion, Io, Op, Segment, Status, Submit, Tag};
+
+/// Fills memory around and between segments, which nobody may touch.
+const GUARD: u8 = 0xe7;
+
+/// Memory for one I/O: segments with a gap before and behind each.
+pub(crate) struct Memory {
+    bytes: Vec<u8>,
+    segments: Vec<Segment>,
+    /// Where each segment begins in `bytes`.
+    starts: Vec<usize>,
+}
+
+impl Memory {
+    /// Segments of `lens` bytes, each at an address that is `shift` more than a multiple of 4096.
+    pub(crate) fn new(lens: &[usize], shift: usize) -> Self {
+        const PAGE: usize = 4096;
+        let room = |len: &usize| (shift + len + 2).next_multiple_of(PAGE);
+        let total: usize = lens.iter().map(room).sum();
+        let mut bytes = vec![GUARD; total + 2 * PAGE];
+        let mut at = PAGE + bytes.as_ptr().align_offset(PAGE);
+        let mut starts = Vec::new();
+        let mut segments = Vec::new();
+        let base = bytes.as_mut_ptr();
+        for len in lens {
+            starts.push(at + shift);
+            segments.push(Segment::new(base.wrapping_add(at + shift), *len));
+            at += room(len);
+        }
+        Self { bytes, segments, starts }
+    }
+
+    /// One aligned segment of `len` bytes, or none.
+    pub(crate) fn plain(len: usize) -> Self {
+        if len == 0 { Self::new(&[], 0) } else { Self::new(&[len], 0) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.segments.iter().map(Segment::len).sum()
+    }
+
+    /// Writes into the segments.
+    pub(crate) fn fill(&mut self, data: &[u8]) {
+        let mut rest = data;
+        for (start, segment) in self.starts.iter().zip(&self.segments) {
+            let (now, later) = rest.split_at(segment.len());
+            self.bytes[*start..start + now.len()].copy_from_slice(now);
+            rest = later;
+        }
+        assert!(rest.is_empty());
+    }
+
+    /// What the segments hold. Checks that nothing round them was touched.
+    pub(crate) fn data(&self) -> Vec<u8> {
+        let mut data = Vec::new();
+        let mut end = 0;
+        for (start, segment) in self.starts.iter().zip(&self.segments) {
+            assert!(self.bytes[end..*start].iter().all(|&b| b == GUARD), "wrote before a segment");
+            end = start + segment.len();
+            data.extend_from_slice(&self.bytes[*start..end]);
+        }
+        assert!(self.bytes[end..].iter().all(|&b| b == GUARD), "wrote behind a segment");
+        data
+    }
+}
+
+/// An I/O that is outstanding or has ended, with its memory.
+pub(crate) struct Request {
+    pub(crate) op: Op,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) memory: Memory,
+}
+
+impl Request {
+    pub(crate) fn rw(op: Op, offset: u64, memory: Memory) -> Self {
+        Self { op, offset, len: memory.len() as u64, memory }
+    }
+
+    pub(crate) fn plain(op: Op, offset: u64, len: u64) -> Self {
+        Self { op, offset, len, memory: Memory::plain(0) }
+    }
+
+    fn io(&self, tag: Tag) -> Io {
+        match self.op {
+            Op::Read | Op::Write => {
+                Io::rw(self.op, tag, self.offset, self.len, &self.memory.segments)
+            }
+            _ => Io::plain(self.op, tag, self.offset, self.len),
+        }
+    }
+}
+
+/// A channel with what is outstanding on it.
+pub(crate) struct Driver {
+    channel: Box<dyn Channel>,
+    outstanding: Vec<Option<Request>>,
+    batch: usize,
+}
+
+impl Driver {
+    pub(crate) fn new(disk: &Arc<dyn Bdev>, depth: u16) -> Self {
+        let channel = Arc::clone(disk).open(depth).unwrap();
+        let outstanding = (0..depth).map(|_| None).collect();
+        Self { channel, outstanding, batch: usize::from(depth) }
+    }
+
+    /// From now on asks for so many completions at a time.
+    pub(crate) fn set_batch(&mut self, batch: usize) {
+        self.batch = batch;
+    }
+
+    pub(crate) fn outstanding(&self) -> impl Iterator<Item = &Request> {
+        self.outstanding.iter().flatten()
+    }
+
+    pub(crate) fn free_tag(&self) -> Option<Tag> {
+        let i = self.outstanding.iter().position(Option::is_none)?;
+        Some(Tag(i as u16))
+    }
+
+    /// Submits under a tag that is free. `Ok(None)`: it is queued.
+    pub(crate) fn submit(
+        &mut self,
+        tag: Tag,
+        request: Request,
+    ) -> Result<Option<(Request, Status)>, Request> {
+        let slot = &mut self.outstanding[usize::from(tag.0)];
+        assert!(slot.is_none());
+        // SAFETY: the request is kept, unmoved on the heap, until it has been reported.
+        match unsafe { self.channel.submit(request.io(tag)) } {
+            Submit::Done(status) => Ok(Some((request, status))),
+            Submit::Queued => {
+                *slot = Some(request);
+                Ok(None)
+            }
+            Submit::Full(io) => {
+                let same = (io.op, io.tag, io.offset, io.len);
+                assert_eq!(same, (request.op, tag, request.offset, request.len));
+                Err(request)
+            }
+        }
+    }
+
+    /// One visit: what has ended.
+    pub(crate) fn visit(&mut self) -> Vec<(Request, Status)> {
+        self.channel.kick();
+        let nobody = Completion { tag: Tag(u16::MAX), status: Status::Unsupported };
+        let mut done = vec![nobody; self.batch];
+        let n = self.channel.poll(&mut done);
+        let finish = |c: &Completion| {
+            let request = self.outstanding[usize::from(c.tag.0)].take();
+            (request.expect("reported once, while outstanding"), c.status)
+        };
+        let ended: Vec<_> = done[..n].iter().map(finish).collect();
+        if n == 0 {
+            std::thread::yield_now();
+        }
+        ended
+    }
+
+    /// Does one I/O from start to end.
+    pub(crate) fn run(&mut self, request: Request) -> (Request, Status) {
+        let tag = self.free_tag().expect("a free tag");
+        let ended = self.submit(tag, request).unwrap_or_else(|_| panic!("full with one I/O"));
+        if let Some(ended) = ended {
+            return ended;
+        }
+        loop {
+            if let Some(ended) = self.visit().pop() {
+                return ended;
+            }
+        }
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Status {
+        let mut memory = Memory::plain(data.len());
+        memory.fill(data);
+        self.run(Request::rw(Op::Write, offset, memory)).1
+    }
+
+    pub(crate) fn read(&mut self, offset: u64, len: usize) -> (Vec<u8>, Status) {
+        let (request, status) = self.run(Request::rw(Op::Read, offset, Memory::plain(len)));
+        (request.memory.data(), status)
+    }
+
+    pub(crate) fn plain(&mut self, op: Op, offset: u64, len: u64) -> Status {
+        self.run(Request::plain(op, offset, len)).1
+    }
+}
+
+/// `len` bytes that differ from block to block and from one `salt` to another.
+pub(crate) fn pattern(salt: u64, len: usize) -> Vec<u8> {
+    let mut random = crate::random::Random::new(salt);
+    (0..len.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).take(len).collect()
+}

@@ -1,0 +1,67 @@
+//! One suite for every disk and every wrapper, and what is particular to some.
+#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
+
+mod block_device;
+mod checks;
+mod disks;
+mod driver;
+mod files;
+mod injection;
+mod random;
+
+/// Makes a module of tests for each named disk: every check, on a fresh disk.
+macro_rules! conformance {
+    ($($name:ident => $make:expr;)*) => {$(
+        mod $name {
+            use crate::disks::*;
+
+            conformance!(@checks $make;
+                reads_back_what_was_written,
+                segments_may_be_split_and_aligned_in_any_way,
+                a_range_past_the_end_is_an_error,
+                an_empty_range_is_fine,
+                flush_completes,
+                unmap_leaves_a_readable_range_and_its_neighbours,
+                write_zeroes_reads_as_zeroes_and_spares_the_neighbours,
+                a_long_request_is_done_to_its_end,
+                as_many_as_the_depth_are_taken_and_each_ends_once,
+                completions_come_out_one_at_a_time_if_asked_so,
+                a_channel_works_on_another_thread,
+                two_channels_see_each_other_s_writes,
+                a_dropped_channel_lets_go_of_the_disk,
+            );
+
+            #[test]
+            fn random_mix_matches_a_model() {
+                crate::random::matches_a_model(|| $make);
+            }
+        }
+    )*};
+    (@checks $make:expr; $($check:ident,)*) => {$(
+        #[test]
+        fn $check() {
+            crate::checks::$check(&$make);
+        }
+    )*};
+}
+
+conformance! {
+    malloc_512 => malloc(512);
+    malloc_4096 => malloc(4096);
+    null_512 => null(512);
+    null_4096 => null(4096);
+    aio_512 => file(Flavour::Aio, 512);
+    aio_4096 => file(Flavour::Aio, 4096);
+    uring_512 => file(Flavour::Uring, 512);
+    uring_4096 => file(Flavour::Uring, 4096);
+    tmpfs_512 => tmpfs(512);
+    tmpfs_4096 => tmpfs(4096);
+    delay_malloc => delay(malloc(512));
+    delay_file => delay(file(Flavour::Uring, 512));
+    error_malloc => error(malloc(512));
+    error_file => error(file(Flavour::Aio, 4096));
+    error_that_retries => retrying(file(Flavour::Uring, 512));
+    delay_error_delay => delay(error(delay(malloc(4096))));
+    resized_null => resized(null(512));
+    resized_file => grown_file(512);
+}

@@ -1,0 +1,424 @@
+//! The driver's side of a virtqueue: requests in, completions out (virtio 1.2, 2.7.13 and 5.2.6).
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::error::{Error, LIMIT, Result};
+use crate::guest::{GuestRam, Segment, Window};
+use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring, WRITE};
+
+/// Status byte: done.
+pub const STATUS_OK: u8 = 0;
+/// Status byte: the disk failed.
+pub const STATUS_IOERR: u8 = 1;
+/// Status byte: there is no such request, or not in this form.
+pub const STATUS_UNSUPP: u8 = 2;
+/// What the status byte holds until the device writes it: no status of the specification.
+pub const STATUS_UNWRITTEN: u8 = 0xee;
+
+/// The header, then the status byte, in a cache line of their own.
+const HEAD_BYTES: u32 = 64;
+const STATUS_AT: usize = 16;
+
+/// How a queue is made and driven.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueOptions {
+    /// Descriptors: a power of two up to 32768.
+    pub size: u16,
+    /// Put each request in an indirect table. The back end must have been asked for it.
+    pub indirect: bool,
+    /// Data segments that a request may have.
+    pub segments_max: usize,
+}
+
+impl Default for QueueOptions {
+    fn default() -> Self {
+        Self { size: 128, indirect: false, segments_max: 32 }
+    }
+}
+
+/// Names a request in flight: the index of the first descriptor of its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tag(pub u16);
+
+/// A request that the device has given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// Which one.
+    pub tag: Tag,
+    /// The status byte; [`STATUS_UNWRITTEN`] if the device left it alone.
+    pub status: u8,
+    /// Bytes that the device says it has written.
+    pub used_len: u32,
+}
+
+/// A virtio-blk request.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The header's type.
+    pub kind: u32,
+    /// The header's sector, in units of 512 bytes.
+    pub sector: u64,
+    /// The data.
+    pub data: &'a [Segment],
+    /// Whether the device writes the data, or reads it.
+    pub device_writes: bool,
+}
+
+impl<'a> Request<'a> {
+    /// Reads into `data`.
+    #[must_use]
+    pub fn read(sector: u64, data: &'a [Segment]) -> Self {
+        Self { kind: 0, sector, data, device_writes: true }
+    }
+
+    /// Writes `data`.
+    #[must_use]
+    pub fn write(sector: u64, data: &'a [Segment]) -> Self {
+        Self { kind: 1, sector, data, device_writes: false }
+    }
+
+    /// Makes what was written stay.
+    #[must_use]
+    pub fn flush() -> Self {
+        Self { kind: 4, sector: 0, data: &[], device_writes: false }
+    }
+
+    /// Asks for the device's name, up to 20 bytes of it.
+    #[must_use]
+    pub fn id(data: &'a [Segment]) -> Self {
+        Self { kind: 8, sector: 0, data, device_writes: true }
+    }
+
+    /// Discards the ranges that `data` lists (see [`range`]).
+    #[must_use]
+    pub fn discard(data: &'a [Segment]) -> Self {
+        Self { kind: 11, sector: 0, data, device_writes: false }
+    }
+
+    /// Zeroes the ranges that `data` lists (see [`range`]).
+    #[must_use]
+    pub fn write_zeroes(data: &'a [Segment]) -> Self {
+        Self { kind: 13, sector: 0, data, device_writes: false }
+    }
+}
+
+/// One range of a DISCARD or WRITE_ZEROES request, as it lies in memory: first sector and number
+/// of sectors, of 512 bytes each, and flags (1: unmap).
+#[must_use]
+pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+    (u128::from(sector) | u128::from(sectors) << 64 | u128::from(flags) << 96).to_le_bytes()
+}
+
+/// Drives one [`Ring`]: keeps its free descriptors, its indices and what is in flight.
+#[derive(Debug)]
+pub struct Queue {
+    ring: Arc<Ring>,
+    options: QueueOptions,
+    event_idx: bool,
+    heads: Window,
+    tables: Vec<Window>,
+    /// Descriptors that no request uses; the last one is taken first.
+    free: Vec<u16>,
+    /// Of each descriptor that heads a chain in flight: the whole chain.
+    chains: Vec<Vec<u16>>,
+    available: u16,
+    kicked: u16,
+    used: u16,
+    in_flight: usize,
+}
+
+impl Queue {
+    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
+    /// been agreed on. [`crate::FrontEnd::start_new`] makes queues that fit the negotiation.
+    ///
+    /// # Errors
+    /// No memory, no eventfd, or a bad size.
+    pub fn new(
+        ram: &Arc<GuestRam>,
+        index: usize,
+        options: QueueOptions,
+        event_idx: bool,
+    ) -> Result<Self> {
+        let ring = Arc::new(Ring::new(ram, index, options.size)?);
+        let heads = ram.window(HEAD_BYTES * u32::from(options.size), 64)?;
+        let table_bytes = 16 * (options.segments_max as u32 + 2);
+        let table = |_| ram.window(table_bytes, 16);
+        let tables = if options.indirect { options.size } else { 0 };
+        let mut queue = Self {
+            ring,
+            options,
+            event_idx,
+            heads,
+            tables: (0..tables).map(table).collect::<Result<_>>()?,
+            free: Vec::new(),
+            chains: vec![Vec::new(); usize::from(options.size)],
+            available: 0,
+            kicked: 0,
+            used: 0,
+            in_flight: 0,
+        };
+        queue.boot();
+        Ok(queue)
+    }
+
+    /// The ring, for a front end to start, and for raw access.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    /// Requests that the device holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Hands `request` to the device, without a kick: see [`Queue::kick`].
+    ///
+    /// # Errors
+    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
+    pub fn submit(&mut self, request: &Request) -> Result<Tag> {
+        let head = self.fill(request)?;
+        self.make_available(head);
+        Ok(Tag(head))
+    }
+
+    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
+    /// Returns whether it did.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick(&mut self) -> Result<bool> {
+        // If our index comes first, a device that then asks for kicks sees the requests; if its
+        // asking comes first, we see that. Without the fence, both may miss the other.
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            need_event(self.ring.available_event(), self.available, self.kicked)
+        } else {
+            self.ring.used_flags() & 1 == 0
+        };
+        let wanted = wanted && self.kicked != self.available;
+        self.kicked = self.available;
+        if wanted {
+            self.kick_anyway()?;
+        }
+        Ok(wanted)
+    }
+
+    /// Kicks the device, wanted or not.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick_anyway(&self) -> Result<()> {
+        self.ring.kick_fd().write(1).map_err(Error::system("cannot kick"))
+    }
+
+    /// Takes the next request that the device has given back, in its order.
+    ///
+    /// # Errors
+    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
+    pub fn poll(&mut self) -> Result<Option<Completion>> {
+        let Some(used) = self.poll_raw() else { return Ok(None) };
+        let not_held = Error::NotHeld { id: used.id };
+        let Ok(head) = u16::try_from(used.id) else { return Err(not_held) };
+        let Some(chain) = self.chains.get_mut(usize::from(head)) else { return Err(not_held) };
+        if chain.is_empty() {
+            return Err(not_held);
+        }
+        self.free.extend(chain.drain(..).rev());
+        self.in_flight -= 1;
+        let status = self.heads.load(status_at(head), Ordering::Relaxed);
+        Ok(Some(Completion { tag: Tag(head), status, used_len: used.len }))
+    }
+
+    /// Takes the next element of the used ring as it is, and frees nothing.
+    pub fn poll_raw(&mut self) -> Option<ring::Used> {
+        if self.ring.used_index() == self.used {
+            return None;
+        }
+        let used = self.ring.used_element(self.used);
+        self.used = self.used.wrapping_add(1);
+        Some(used)
+    }
+
+    /// Waits on the call eventfd for the next completion.
+    ///
+    /// # Errors
+    /// [`Error::Stalled`] after [`LIMIT`], and as [`Queue::poll`].
+    pub fn wait(&mut self) -> Result<Completion> {
+        let end = Instant::now() + LIMIT;
+        loop {
+            if let Some(done) = self.poll()? {
+                return Ok(done);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Stalled(self.in_flight));
+            }
+            wait_any(std::slice::from_mut(self), Duration::from_secs(1))?;
+        }
+    }
+
+    /// Submits `request`, kicks, and waits for the next completion, which is its own if nothing
+    /// else is in flight.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`], [`Queue::kick`] and [`Queue::wait`].
+    pub fn run(&mut self, request: &Request) -> Result<Completion> {
+        self.submit(request)?;
+        self.kick()?;
+        self.wait()
+    }
+
+    /// Lays `request` out in descriptors, as [`Queue::submit`] does, but does not make it
+    /// available: a test may spoil it first. Returns the head.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`].
+    pub fn fill(&mut self, request: &Request) -> Result<u16> {
+        let segments = request.data.len();
+        let most = self.options.segments_max;
+        let parts = segments + 2;
+        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
+            return Err(Error::Segments { have: segments, most });
+        }
+        let needed = if self.options.indirect { 1 } else { parts };
+        let Some(rest) = self.free.len().checked_sub(needed) else { return Err(Error::Full) };
+        let Some(&head) = self.free.last() else { return Err(Error::Full) };
+        let chain = &mut self.chains[usize::from(head)];
+        chain.extend(self.free.drain(rest..).rev());
+        self.in_flight += 1;
+
+        let at = usize::from(head) * HEAD_BYTES as usize;
+        self.heads.store(at, u64::from(request.kind), Ordering::Relaxed);
+        self.heads.store(at + 8, request.sector, Ordering::Relaxed);
+        self.heads.store(status_at(head), STATUS_UNWRITTEN, Ordering::Relaxed);
+
+        let header = Segment { gpa: self.heads.gpa() + at as u64, len: 16 };
+        let status = Segment { gpa: self.heads.gpa() + status_at(head) as u64, len: 1 };
+        let data_flags = if request.device_writes { WRITE } else { 0 };
+        let buffers = std::iter::once((header, NEXT))
+            .chain(request.data.iter().map(|&segment| (segment, data_flags | NEXT)))
+            .chain(std::iter::once((status, WRITE)));
+        let chain = &self.chains[usize::from(head)];
+        if let Some(table) = self.tables.get(usize::from(head)) {
+            for (i, (Segment { gpa: addr, len }, flags)) in (0..).zip(buffers) {
+                ring::put(table, i, Descriptor { addr, len, flags, next: i + 1 });
+            }
+            let (addr, len) = (table.gpa(), 16 * parts as u32);
+            self.ring.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
+        } else {
+            for (i, (Segment { gpa: addr, len }, flags)) in buffers.enumerate() {
+                let next = chain.get(i + 1).copied().unwrap_or(0);
+                self.ring.set_descriptor(chain[i], Descriptor { addr, len, flags, next });
+            }
+        }
+        Ok(head)
+    }
+
+    /// Makes the chain that begins at `head` available, whatever it is.
+    pub fn make_available(&mut self, head: u16) {
+        self.ring.set_available_element(self.available, head);
+        self.available = self.available.wrapping_add(1);
+        self.ring.set_available_index(self.available);
+    }
+
+    /// Takes `n` free descriptors for a test to write as it likes (through [`Queue::ring`]), so
+    /// that requests do not use them.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub fn take_descriptors(&mut self, n: usize) -> Result<Vec<u16>> {
+        let rest = self.free.len().checked_sub(n).ok_or(Error::Full)?;
+        Ok(self.free.split_off(rest))
+    }
+
+    /// Where the header of the request at `head` lies, and where its status byte does.
+    #[must_use]
+    pub fn head_addrs(&self, head: u16) -> (u64, u64) {
+        let gpa = self.heads.gpa();
+        (gpa + u64::from(head) * u64::from(HEAD_BYTES), gpa + status_at(head) as u64)
+    }
+
+    /// Where the indirect table of the request at `head` lies, if the queue uses them.
+    #[must_use]
+    pub fn table_addr(&self, head: u16) -> Option<u64> {
+        self.tables.get(usize::from(head)).map(Window::gpa)
+    }
+
+    /// Begins anew, as a guest that boots again does: zero rings, nothing in flight. Only while
+    /// no back end uses the ring.
+    pub fn reset(&mut self) {
+        self.ring.clear();
+        self.boot();
+    }
+
+    fn boot(&mut self) {
+        self.free = (0..self.options.size).rev().collect();
+        self.chains.iter_mut().for_each(Vec::clear);
+        (self.available, self.kicked, self.used, self.in_flight) = (0, 0, 0, 0);
+        self.refuse_calls();
+    }
+
+    /// Asks the device for a call at the next completion. One that has come meanwhile is not
+    /// announced, so look once more.
+    fn ask_for_call(&self) {
+        self.ring.set_available_flags(0);
+        self.ring.set_used_event(self.used);
+        // If our asking comes first, the device sees it and calls; if its index comes first, the
+        // caller's look at it sees the completion.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Tells the device that nobody waits for its calls.
+    fn refuse_calls(&self) {
+        self.ring.set_available_flags(u16::from(!self.event_idx));
+        // An index that is passed again only after 65,535 completions.
+        self.ring.set_used_event(self.used.wrapping_sub(1));
+    }
+
+    fn has_completion(&self) -> bool {
+        self.ring.used_index() != self.used
+    }
+}
+
+/// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
+/// completions already. Returns whether one has.
+///
+/// # Errors
+/// The system refuses to wait.
+pub fn wait_any(queues: &mut [Queue], limit: Duration) -> Result<bool> {
+    queues.iter().for_each(Queue::ask_for_call);
+    let ready = |queues: &[Queue]| queues.iter().any(Queue::has_completion);
+    if !ready(queues) {
+        let fds: Vec<_> = queues.iter().map(|queue| queue.ring.call_fd()).collect();
+        let mut waits: Vec<_> =
+            fds.iter().map(|fd| PollFd::from_borrowed_fd(borrow(fd), PollFlags::IN)).collect();
+        let limit = Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: i64::from(limit.subsec_nanos()),
+        };
+        match poll(&mut waits, Some(&limit)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::system("cannot wait for a call")(e)),
+        }
+        // Empty eventfds are fine: most have not been called.
+        fds.iter().for_each(|fd| drop(fd.read()));
+    }
+    queues.iter().for_each(Queue::refuse_calls);
+    Ok(ready(queues))
+}
+
+fn status_at(head: u16) -> usize {
+    usize::from(head) * HEAD_BYTES as usize + STATUS_AT
+}
+
+/// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
+/// (virtio 1.2, 2.7.10).
+fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}

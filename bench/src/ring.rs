@@ -1,0 +1,274 @@
+//! One split virtqueue in guest memory (virtio 1.2, section 2.7), field by field.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::error::{Error, Result};
+use crate::guest::{GuestRam, Window};
+
+/// Descriptor flag: another one follows.
+pub const NEXT: u16 = 1;
+/// Descriptor flag: the device writes.
+pub const WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
+
+/// A descriptor, as it lies in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest-physical address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    pub flags: u16,
+    /// Index of the next one, if [`NEXT`] is set.
+    pub next: u16,
+}
+
+/// An element of the used ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    /// Head of the chain that was used.
+    pub id: u32,
+    /// Bytes that the device says it has written.
+    pub len: u32,
+}
+
+/// A virtqueue's rings and eventfds. [`crate::Queue`] drives it, the front end tells the back end
+/// about it, and a test may write anything anywhere in it.
+#[derive(Debug)]
+pub struct Ring {
+    index: usize,
+    size: u16,
+    descriptors: Window,
+    available: Window,
+    used: Window,
+    kick: EventFd,
+    call: Mutex<Arc<EventFd>>,
+}
+
+impl Ring {
+    /// Takes memory for queue `index` with `size` descriptors, all zero.
+    ///
+    /// # Errors
+    /// A size that is not a power of two, no memory, or no eventfd.
+    pub fn new(ram: &Arc<GuestRam>, index: usize, size: u16) -> Result<Self> {
+        if !size.is_power_of_two() {
+            return Err(Error::Size(size));
+        }
+        let n = u32::from(size);
+        Ok(Self {
+            index,
+            size,
+            descriptors: ram.window(16 * n, 16)?,
+            // Lines of their own, as the two sides write one ring each.
+            available: ram.window(6 + 2 * n, 64)?,
+            used: ram.window(6 + 8 * n, 64)?,
+            kick: event_fd()?,
+            call: Mutex::new(Arc::new(event_fd()?)),
+        })
+    }
+
+    /// Which queue of the device it is.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// How many descriptors it has.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Addresses in this process of the descriptors, the available ring and the used ring.
+    #[must_use]
+    pub fn user_addrs(&self) -> [u64; 3] {
+        [&self.descriptors, &self.available, &self.used].map(Window::user_addr)
+    }
+
+    /// Guest-physical addresses of the descriptors, the available ring and the used ring.
+    #[must_use]
+    pub fn addrs(&self) -> [u64; 3] {
+        [&self.descriptors, &self.available, &self.used].map(Window::gpa)
+    }
+
+    /// The memory it lies in.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.descriptors.ram()
+    }
+
+    /// The eventfd that the driver writes.
+    #[must_use]
+    pub fn kick_fd(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The eventfd that the device writes.
+    #[must_use]
+    pub fn call_fd(&self) -> Arc<EventFd> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts a new eventfd in the place of the call fd and returns the old one.
+    ///
+    /// # Errors
+    /// No eventfd.
+    pub(crate) fn renew_call_fd(&self) -> Result<Arc<EventFd>> {
+        let new = Arc::new(event_fd()?);
+        Ok(std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), new))
+    }
+
+    /// Reads descriptor `index`.
+    #[must_use]
+    pub fn descriptor(&self, index: u16) -> Descriptor {
+        let at = 16 * usize::from(index);
+        Descriptor {
+            addr: self.descriptors.load(at, Relaxed),
+            len: self.descriptors.load(at + 8, Relaxed),
+            flags: self.descriptors.load(at + 12, Relaxed),
+            next: self.descriptors.load(at + 14, Relaxed),
+        }
+    }
+
+    /// Writes descriptor `index`.
+    #[inline]
+    pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
+        put(&self.descriptors, index, descriptor);
+    }
+
+    /// The available ring's flags: 1 asks the device for no calls.
+    #[inline]
+    pub fn set_available_flags(&self, flags: u16) {
+        self.available.store(0, flags, Relaxed);
+    }
+
+    /// The available ring's index, which only the driver writes.
+    #[must_use]
+    pub fn available_index(&self) -> u16 {
+        self.available.load(2, Relaxed)
+    }
+
+    /// Publishes the available ring up to `index`, with all that was written before.
+    #[inline]
+    pub fn set_available_index(&self, index: u16) {
+        // Release: the device that loads this index sees descriptors and elements.
+        self.available.store(2, index, Release);
+    }
+
+    /// Writes the element of the available ring for position `index` (taken modulo the size).
+    #[inline]
+    pub fn set_available_element(&self, index: u16, head: u16) {
+        self.available.store(4 + 2 * usize::from(index % self.size), head, Relaxed);
+    }
+
+    /// With EVENT_IDX: the used index after which the driver wants a call.
+    #[inline]
+    pub fn set_used_event(&self, index: u16) {
+        self.available.store(4 + 2 * usize::from(self.size), index, Relaxed);
+    }
+
+    /// The used ring's flags: 1 says that the device wants no kicks.
+    #[must_use]
+    #[inline]
+    pub fn used_flags(&self) -> u16 {
+        self.used.load(0, Relaxed)
+    }
+
+    /// The used ring's index, and with it all that the device wrote before.
+    #[must_use]
+    #[inline]
+    pub fn used_index(&self) -> u16 {
+        // Acquire: pairs with the device's store after it has written data, status and element.
+        self.used.load(2, Acquire)
+    }
+
+    /// The element of the used ring for position `index` (taken modulo the size).
+    #[must_use]
+    #[inline]
+    pub fn used_element(&self, index: u16) -> Used {
+        let at = 4 + 8 * usize::from(index % self.size);
+        Used { id: self.used.load(at, Relaxed), len: self.used.load(at + 4, Relaxed) }
+    }
+
+    /// With EVENT_IDX: the available index after which the device wants a kick.
+    #[must_use]
+    #[inline]
+    pub fn available_event(&self) -> u16 {
+        self.used.load(4 + 8 * usize::from(self.size), Relaxed)
+    }
+
+    /// Makes all three zero, as a guest that boots again does.
+    pub(crate) fn clear(&self) {
+        self.descriptors.clear();
+        self.available.clear();
+        self.used.clear();
+    }
+}
+
+/// Writes descriptor `index` of a table.
+#[inline]
+pub(crate) fn put(table: &Window, index: u16, descriptor: Descriptor) {
+    let at = 16 * usize::from(index);
+    table.store(at, descriptor.addr, Relaxed);
+    let rest = u64::from(descriptor.len)
+        | u64::from(descriptor.flags) << 32
+        | u64::from(descriptor.next) << 48;
+    table.store(at + 8, rest, Relaxed);
+}
+
+fn event_fd() -> Result<EventFd> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("cannot make an eventfd"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_layout_is_the_specification_s() {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let ring = Ring::new(&ram, 0, 8).unwrap();
+        let [descriptors, available, used] = ring.addrs();
+        let bytes = |gpa: u64, len: usize| {
+            let mut to = vec![0; len];
+            ram.read(gpa, &mut to).unwrap();
+            to
+        };
+        let descriptor = Descriptor { addr: 0x1122_3344, len: 0x55, flags: NEXT | WRITE, next: 7 };
+        ring.set_descriptor(2, descriptor);
+        assert_eq!(ring.descriptor(2), descriptor);
+        assert_eq!(
+            bytes(descriptors + 32, 16),
+            [0x44, 0x33, 0x22, 0x11, 0, 0, 0, 0, 0x55, 0, 0, 0, 3, 0, 7, 0]
+        );
+        ring.set_available_flags(1);
+        ring.set_available_index(9);
+        ring.set_available_element(9, 0x0203);
+        ring.set_used_event(0x0405);
+        let mut expected = vec![1, 0, 9, 0, 0, 0, 3, 2];
+        expected.resize(20, 0);
+        expected.extend([5, 4]);
+        assert_eq!(bytes(available, 22), expected);
+        let mut theirs = vec![1, 0, 9, 0];
+        theirs.resize(4 + 8, 0);
+        theirs.extend([2, 0, 0, 0, 0, 2, 0, 0]);
+        theirs.resize(4 + 64, 0);
+        theirs.extend([6, 7]);
+        ram.write(used, &theirs).unwrap();
+        assert_eq!((ring.used_flags(), ring.used_index()), (1, 9));
+        assert_eq!(ring.used_element(9), Used { id: 2, len: 512 });
+        assert_eq!(ring.available_event(), 0x0706);
+    }
+
+    #[test]
+    fn an_odd_size_is_refused() {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        assert!(matches!(Ring::new(&ram, 0, 100), Err(Error::Size(100))));
+        assert!(matches!(Ring::new(&ram, 0, 0), Err(Error::Size(0))));
+    }
+}

@@ -1,0 +1,96 @@
+//! Ends a connection that keeps its front end waiting for too long.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crate::error::{Error, LIMIT, Result};
+
+/// Shuts a socket down when a guarded wait has taken [`LIMIT`].
+///
+/// A limit on the socket's own reads does not do: the `vhost` crate tries again when it passes.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    deadline: Option<Instant>,
+    expired: bool,
+    ended: bool,
+}
+
+impl Watchdog {
+    /// Watches over `socket`.
+    pub(crate) fn new(socket: UnixStream) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let theirs = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("watchdog".into())
+            .spawn(move || theirs.watch(&socket))
+            .map_err(Error::system("cannot start a thread"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Runs `wait` under the limit. The second value says whether the limit has ever passed.
+    pub(crate) fn guard<T>(&self, wait: impl FnOnce() -> T) -> (T, bool) {
+        self.shared.set(|state| state.deadline = Some(Instant::now() + LIMIT));
+        let result = wait();
+        let mut expired = false;
+        self.shared.set(|state| {
+            state.deadline = None;
+            expired = state.expired;
+        });
+        (result, expired)
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.shared.set(|state| state.ended = true);
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked, and a drop could do nothing about it.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_one();
+    }
+
+    fn watch(&self, socket: &UnixStream) {
+        let mut state = self.lock();
+        while !state.ended {
+            let Some(deadline) = state.deadline else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                (state.deadline, state.expired) = (None, true);
+                // A socket that is down already will not keep anybody waiting either.
+                drop(socket.shutdown(Shutdown::Both));
+                continue;
+            }
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

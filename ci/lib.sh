@@ -1,0 +1,33 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts of ci/ share: where things are, how they speak, and the guest's machine.
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$repo/target}
+venv=${VHOST_VENV:-$repo/target/venv}
+# What is costly to make and may be thrown away: guest images, decisions about this machine.
+cache=$repo/target/ci
+export PATH=$PATH:/usr/sbin:/sbin
+
+say() { echo "${0##*/}: $*" >&2; }
+
+die() {
+    say "$*"
+    exit 1
+}
+
+# Whether this process may use core 1; core 0 is for everything that is not a reactor.
+reactor_mask() {
+    if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
+}
+
+# The machine that every guest of these scripts has, without its disk.
+# $1: kvm or tcg; $2: kernel; $3: initramfs; $4: job; sets the array `machine`.
+guest_machine() {
+    machine=(
+        qemu-system-x86_64 -nodefaults -display none -serial stdio -monitor none -no-reboot
+        -accel "$1" -machine q35 -m 256M
+        -object "memory-backend-memfd,id=m,size=256M,share=on" -numa "node,memdev=m"
+        -kernel "$2" -initrd "$3"
+        -append "console=ttyS0 panic=-1 quiet rdinit=/init job=$4"
+    )
+}

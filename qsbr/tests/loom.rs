@@ -1,0 +1,186 @@
+//! Model checks of every ordering: with `--cfg loom` these run all interleavings that matter.
+//!
+//! The published value is a loom cell: reading it as a reader and writing it as the one who frees
+//! it must never overlap, and loom says so if they do. `qsbr/mutants` runs these tests once for
+//! each weakened ordering and expects a failure.
+#![cfg(loom)]
+#![expect(unsafe_code, reason = "calls `Published::load`")]
+
+use loom::cell::UnsafeCell;
+use loom::thread;
+use qsbr::{Domain, Published, Reader, Retired};
+use std::sync::Arc;
+
+/// A value whose every use loom watches.
+struct Watched(UnsafeCell<u64>);
+
+// SAFETY: loom checks the very thing that this asserts.
+unsafe impl Sync for Watched {}
+
+impl Watched {
+    fn boxed(n: u64) -> Box<Self> {
+        Box::new(Self(UnsafeCell::new(n)))
+    }
+}
+
+fn use_it(published: &Published<Watched>, reader: &Reader) -> u64 {
+    // SAFETY: callers are online, in the one domain that there is.
+    let watched = unsafe { published.load(reader) };
+    // SAFETY: loom checks that nobody writes meanwhile.
+    watched.0.with(|n| unsafe { *n })
+}
+
+/// Waits for the grace period and then writes the value, as freeing it would.
+fn free(mut retired: Retired<Watched>) {
+    loop {
+        match retired.try_into_inner() {
+            Ok(watched) => {
+                // SAFETY: loom checks that nobody reads meanwhile.
+                watched.0.with_mut(|n| unsafe { *n = u64::MAX });
+                return;
+            }
+            Err(again) => retired = again,
+        }
+        thread::yield_now();
+    }
+}
+
+fn setup(readers: usize) -> (Arc<Domain>, Arc<Published<Watched>>) {
+    let domain = Domain::new(readers);
+    let published = Arc::new(Published::new(&domain, Watched::boxed(1)));
+    (domain, published)
+}
+
+#[test]
+fn a_busy_reader() {
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let turns = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    assert_ne!(use_it(&published, &reader), u64::MAX);
+                    reader.quiesce();
+                }
+            })
+        };
+        free(published.replace(Watched::boxed(2)));
+        turns.join().expect("reader");
+    });
+}
+
+#[test]
+fn a_reader_that_sleeps() {
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let turns = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || {
+                assert_ne!(use_it(&published, &reader), u64::MAX);
+                reader.offline();
+                reader.online();
+                assert_ne!(use_it(&published, &reader), u64::MAX);
+                reader.offline();
+            })
+        };
+        free(published.replace(Watched::boxed(2)));
+        turns.join().expect("reader");
+    });
+}
+
+#[test]
+fn a_reader_that_wakes() {
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let mut reader = domain.reader().expect("free");
+        let turns = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || {
+                reader.online();
+                assert_ne!(use_it(&published, &reader), u64::MAX);
+                reader.offline();
+            })
+        };
+        free(published.replace(Watched::boxed(2)));
+        turns.join().expect("reader");
+    });
+}
+
+#[test]
+fn two_readers() {
+    loom::model(|| {
+        let (domain, published) = setup(2);
+        let turns: Vec<_> = (0..2)
+            .map(|_| {
+                let mut reader = domain.reader().expect("free");
+                reader.online();
+                let published = Arc::clone(&published);
+                thread::spawn(move || {
+                    assert_ne!(use_it(&published, &reader), u64::MAX);
+                    reader.quiesce();
+                    assert_ne!(use_it(&published, &reader), u64::MAX);
+                })
+            })
+            .collect();
+        free(published.replace(Watched::boxed(2)));
+        turns.into_iter().for_each(|t| t.join().expect("reader"));
+    });
+}
+
+#[test]
+fn two_writers() {
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let writer = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || published.replace(Watched::boxed(2)))
+        };
+        let turns = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || {
+                assert_ne!(use_it(&published, &reader), u64::MAX);
+                reader.quiesce();
+                assert_ne!(use_it(&published, &reader), u64::MAX);
+            })
+        };
+        let ours = published.replace(Watched::boxed(3));
+        let theirs = writer.join().expect("writer");
+        free(ours);
+        free(theirs);
+        turns.join().expect("reader");
+    });
+}
+
+/// Two pointers, one writer after the other: a reader that sees the epoch of the second
+/// retirement must see the swap of the first.
+#[test]
+fn epochs_chain_writers() {
+    loom::model(|| {
+        let (domain, first) = setup(1);
+        let second = Arc::new(Published::new(&domain, Watched::boxed(1)));
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let writer = {
+            let second = Arc::clone(&second);
+            thread::spawn(move || {
+                let _ = second.replace(Watched::boxed(2));
+            })
+        };
+        let turns = {
+            let first = Arc::clone(&first);
+            thread::spawn(move || {
+                reader.quiesce();
+                assert_ne!(use_it(&first, &reader), u64::MAX);
+            })
+        };
+        free(first.replace(Watched::boxed(2)));
+        turns.join().expect("reader");
+        writer.join().expect("writer");
+    });
+}

@@ -1,0 +1,245 @@
+//! The methods by name, and who may call them when.
+
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::pin::Pin;
+use std::rc::Rc;
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use crate::error::RpcError;
+use crate::params::{Client, DecodeFailure, Params};
+
+/// How far the application's start has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Before the subsystems are initialised.
+    Startup,
+    /// From the initialisation of the subsystems on.
+    Runtime,
+}
+
+/// The phases in which a method may be called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phases {
+    /// Only before initialisation.
+    Startup,
+    /// Only after it.
+    Runtime,
+    /// Always.
+    Both,
+}
+
+impl Phases {
+    /// Whether a method with these phases may be called in `phase`.
+    pub fn contains(self, phase: Phase) -> bool {
+        match self {
+            Self::Startup => phase == Phase::Startup,
+            Self::Runtime => phase == Phase::Runtime,
+            Self::Both => true,
+        }
+    }
+}
+
+type Answer = Pin<Box<dyn Future<Output = Result<Value, RpcError>>>>;
+
+type Handler = dyn Fn(Params) -> Answer;
+
+struct Entry {
+    name: &'static str,
+    kind: Kind,
+}
+
+enum Kind {
+    Method {
+        phases: Phases,
+        handler: Box<Handler>,
+    },
+    /// An older name of the method at this index.
+    Alias {
+        of: usize,
+        warned: Cell<bool>,
+    },
+}
+
+/// All methods of one server.
+pub struct Registry {
+    /// In the order of their registration.
+    entries: Vec<Entry>,
+    index: HashMap<&'static str, usize>,
+    /// Names that may be called; all if none.
+    allowed: Option<HashSet<String>>,
+    phase: Cell<Phase>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Registry {
+    /// A registry in [`Phase::Startup`] that holds `rpc_get_methods` alone.
+    pub fn new() -> Self {
+        let mut registry = Self {
+            entries: Vec::new(),
+            index: HashMap::new(),
+            allowed: None,
+            phase: Cell::new(Phase::Startup),
+        };
+        registry.register("rpc_get_methods", Phases::Both, rpc_get_methods);
+        registry
+    }
+
+    /// Adds a method. Its future runs on the server's thread; it must not block it.
+    ///
+    /// # Panics
+    /// If the name is taken.
+    pub fn register<F, R>(&mut self, name: &'static str, phases: Phases, handler: F)
+    where
+        F: Fn(Params) -> R + 'static,
+        R: Future<Output = Result<Value, RpcError>> + 'static,
+    {
+        let handler = Box::new(move |params| Box::pin(handler(params)) as Answer);
+        self.add(name, Kind::Method { phases, handler });
+    }
+
+    /// Adds an older name for a method. Its first use is logged as deprecated.
+    ///
+    /// # Panics
+    /// If the name is taken, or `of` is not a registered method.
+    pub fn alias(&mut self, name: &'static str, of: &str) {
+        let of = *self.index.get(of).expect("an alias names a registered method");
+        assert!(matches!(self.entries[of].kind, Kind::Method { .. }), "an alias of an alias");
+        self.add(name, Kind::Alias { of, warned: Cell::new(false) });
+    }
+
+    fn add(&mut self, name: &'static str, kind: Kind) {
+        let before = self.index.insert(name, self.entries.len());
+        assert!(before.is_none(), "method {name} is registered twice");
+        self.entries.push(Entry { name, kind });
+    }
+
+    /// Lets only these names be called (`--rpcs-allowed`), here and in process.
+    pub fn allow_only(&mut self, names: impl IntoIterator<Item = String>) {
+        self.allowed = Some(names.into_iter().collect());
+    }
+
+    /// The phase in which calls from the socket are made.
+    pub fn phase(&self) -> Phase {
+        self.phase.get()
+    }
+
+    /// Changes the phase in which calls from the socket are made from now on.
+    pub fn set_phase(&self, phase: Phase) {
+        self.phase.set(phase);
+    }
+
+    /// The phases in which `name` may be called; none if there is no such method.
+    pub fn phases(&self, name: &str) -> Option<Phases> {
+        let (_, phases, _) = self.resolve(name)?;
+        Some(phases)
+    }
+
+    /// Names of allowed methods, the last registered first. `current`: only those of this
+    /// phase. `aliases`: older names too.
+    pub fn names(&self, current: Option<Phase>, aliases: bool) -> Vec<&'static str> {
+        let wanted = |entry: &&Entry| {
+            let is_alias = matches!(entry.kind, Kind::Alias { .. });
+            let phases = self.phases(entry.name);
+            (aliases || !is_alias)
+                && phases.is_some_and(|phases| current.is_none_or(|phase| phases.contains(phase)))
+        };
+        self.entries.iter().rev().filter(wanted).map(|entry| entry.name).collect()
+    }
+
+    /// Calls a method in process, as if the application were in `phase`.
+    ///
+    /// `params` are an object or an array; null and none mean no parameters. The result and
+    /// the errors are those a client on the socket would see.
+    pub async fn call(
+        self: &Rc<Self>,
+        name: &str,
+        params: Option<Value>,
+        phase: Phase,
+    ) -> Result<Value, RpcError> {
+        let raw = match params {
+            None | Some(Value::Null) => None,
+            Some(params @ (Value::Object(_) | Value::Array(_))) => Some(
+                serde_json::value::to_raw_value(&params)
+                    .map_err(|error| RpcError::internal(error.to_string()))?,
+            ),
+            Some(_) => return Err(RpcError::invalid_request()),
+        };
+        self.dispatch(name, raw, Client::local(), phase).await
+    }
+
+    pub(crate) async fn dispatch(
+        self: &Rc<Self>,
+        name: &str,
+        raw: Option<Box<RawValue>>,
+        client: Client,
+        phase: Phase,
+    ) -> Result<Value, RpcError> {
+        let Some((method, phases, handler)) = self.resolve(name) else {
+            return Err(RpcError::method_not_found());
+        };
+        if !phases.contains(phase) {
+            return Err(RpcError::new(RpcError::INVALID_STATE, wrong_phase(phase)));
+        }
+        self.warn_if_alias(name, method);
+        let registry = Rc::clone(self);
+        handler(Params { method, raw, client, phase, registry }).await
+    }
+
+    fn resolve(&self, name: &str) -> Option<(&'static str, Phases, &Handler)> {
+        if self.allowed.as_ref().is_some_and(|allowed| !allowed.contains(name)) {
+            return None;
+        }
+        let mut entry = &self.entries[*self.index.get(name)?];
+        if let Kind::Alias { of, .. } = entry.kind {
+            entry = &self.entries[of];
+        }
+        match &entry.kind {
+            Kind::Method { phases, handler } => Some((entry.name, *phases, handler)),
+            Kind::Alias { .. } => None,
+        }
+    }
+
+    fn warn_if_alias(&self, name: &str, method: &str) {
+        let entry = self.index.get(name).map(|&index| &self.entries[index].kind);
+        if let Some(Kind::Alias { warned, .. }) = entry
+            && !warned.replace(true)
+        {
+            tracing::warn!("RPC method {name} is deprecated. Use {method} instead.");
+        }
+    }
+}
+
+fn wrong_phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Startup => {
+            "Method may only be called after framework is initialized using \
+             framework_start_init RPC."
+        }
+        Phase::Runtime => {
+            "Method may only be called before framework is initialized. Use --wait-for-rpc \
+             command line parameter and then issue this RPC before the framework_start_init RPC."
+        }
+    }
+}
+
+async fn rpc_get_methods(params: Params) -> Result<Value, RpcError> {
+    #[derive(Deserialize)]
+    struct Wanted {
+        #[serde(default)]
+        current: bool,
+        #[serde(default)]
+        include_aliases: bool,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let current = wanted.current.then_some(params.phase());
+    Ok(params.registry().names(current, wanted.include_aliases).into())
+}

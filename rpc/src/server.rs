@@ -1,0 +1,131 @@
+//! The listening socket and its clients.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet, spawn_local};
+
+use crate::connection;
+use crate::registry::Registry;
+use crate::socket::{BindError, SocketFile};
+
+/// Clients served at once; further ones wait in the kernel's backlog. SPDK's number.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// How long to wait after a failed accept, which mostly means that the process is out of
+/// file descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// What the server asks of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Requests are served.
+    Serving,
+    /// Connections are accepted, requests wait.
+    Paused,
+    /// Finished answers are sent, then connections close.
+    Stopping,
+}
+
+/// A server on a Unix socket. Dropping it closes all connections at once and removes the socket.
+pub struct Server {
+    mode: watch::Sender<Mode>,
+    accept: JoinHandle<()>,
+    socket: SocketFile,
+}
+
+impl Server {
+    /// Listens on `path` and serves `registry` from the next turn of the runtime on.
+    ///
+    /// Must be called inside a `tokio::task::LocalSet`.
+    ///
+    /// # Errors
+    /// See [`BindError`]; in particular if another process serves this path.
+    pub fn bind(path: impl AsRef<Path>, registry: Rc<Registry>) -> Result<Self, BindError> {
+        let (socket, listener) = SocketFile::listen(path.as_ref())?;
+        let (mode, modes) = watch::channel(Mode::Serving);
+        let accept = spawn_local(accept(listener, registry, modes));
+        Ok(Self { mode, accept, socket })
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        self.socket.path()
+    }
+
+    /// Lets further requests wait; connections are still accepted, and what runs goes on.
+    pub fn pause(&self) {
+        self.mode.send_replace(Mode::Paused);
+    }
+
+    /// Serves requests again.
+    pub fn resume(&self) {
+        self.mode.send_replace(Mode::Serving);
+    }
+
+    /// Stops accepting, sends what is answered (as far as the sockets take it at once), closes
+    /// the connections, and removes the socket and its lock. Calls that still run are told that
+    /// their client is gone.
+    pub async fn shutdown(mut self) {
+        self.mode.send_replace(Mode::Stopping);
+        if let Err(error) = (&mut self.accept).await {
+            tracing::error!("RPC server: {error}");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.accept.abort();
+    }
+}
+
+async fn accept(listener: UnixListener, registry: Rc<Registry>, modes: watch::Receiver<Mode>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut clients = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stopping(modes.clone()) => break,
+            Some(ended) = clients.join_next() => {
+                if let Err(error) = ended {
+                    tracing::error!("RPC connection: {error}");
+                }
+            }
+            (slot, stream) = next_client(&listener, &slots) => {
+                let (registry, modes) = (Rc::clone(&registry), modes.clone());
+                clients.spawn_local(async move {
+                    connection::serve(stream, registry, modes).await;
+                    drop(slot);
+                });
+            }
+        }
+    }
+    drop(listener);
+    while clients.join_next().await.is_some() {}
+}
+
+/// Waits until the server stops, or is dropped.
+pub(crate) async fn stopping(mut modes: watch::Receiver<Mode>) {
+    let _ = modes.wait_for(|mode| *mode == Mode::Stopping).await;
+}
+
+/// Takes a slot before it accepts, so that a client without a slot stays in the backlog.
+async fn next_client(
+    listener: &UnixListener,
+    slots: &Arc<Semaphore>,
+) -> (OwnedSemaphorePermit, UnixStream) {
+    let slot = Arc::clone(slots).acquire_owned().await.expect("the semaphore is never closed");
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (slot, stream),
+            Err(error) => {
+                tracing::warn!("cannot accept an RPC connection: {error}");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! A server in a directory of its own with methods that tests control, and a raw client.
+#![expect(clippy::unwrap_used, reason = "a fixture fails its test by panicking")]
+
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use rpc::{Params, Phase, Phases, Registry, RpcError, Server};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, Semaphore};
+
+/// What the methods did, and what the test lets them do.
+#[derive(Default)]
+pub(crate) struct Probe {
+    /// Calls of `note`, `wait` and `big`, in the order in which they started.
+    pub(crate) started: RefCell<Vec<String>>,
+    /// How many `wait` calls learnt that their client is gone.
+    pub(crate) gone: Cell<usize>,
+    /// Told whenever `started` or `gone` changes.
+    pub(crate) changed: Notify,
+    /// One permit ends one `wait`.
+    pub(crate) permits: Permits,
+}
+
+pub(crate) struct Permits(Semaphore);
+
+impl Default for Permits {
+    fn default() -> Self {
+        Self(Semaphore::new(0))
+    }
+}
+
+impl Probe {
+    /// Waits until `done` holds; progress of the methods wakes it.
+    pub(crate) async fn until(&self, done: impl Fn(&Self) -> bool) {
+        while !done(self) {
+            self.changed.notified().await;
+        }
+    }
+}
+
+pub(crate) struct Fixture {
+    pub(crate) dir: TempDir,
+    pub(crate) probe: Rc<Probe>,
+    pub(crate) registry: Rc<Registry>,
+    pub(crate) server: Server,
+}
+
+impl Fixture {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let probe = Rc::new(Probe::default());
+        let registry = Rc::new(registry(&probe));
+        registry.set_phase(Phase::Runtime);
+        let server = Server::bind(dir.path().join("rpc.sock"), Rc::clone(&registry)).unwrap();
+        Self { dir, probe, registry, server }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.server.path().to_owned()
+    }
+
+    pub(crate) async fn client(&self) -> RawClient {
+        RawClient { stream: UnixStream::connect(self.path()).await.unwrap(), bytes: Vec::new() }
+    }
+
+    /// Lets `count` calls of `wait` end.
+    pub(crate) fn release(&self, count: usize) {
+        self.probe.permits.0.add_permits(count);
+    }
+}
+
+fn registry(probe: &Rc<Probe>) -> Registry {
+    let mut registry = Registry::new();
+    registry.register("echo", Phases::Both, |params: Params| async move {
+        Ok(params.json().map_or(Value::Null, |text| Value::String(text.into())))
+    });
+    registry.register("fail", Phases::Both, |_| async { Err(RpcError::errno(17)) });
+    registry.register("early", Phases::Startup, |_| async { Ok(json!(true)) });
+    registry.register("late", Phases::Runtime, |_| async { Ok(json!(true)) });
+    let shared = Rc::clone(probe);
+    // Notes its parameters.
+    registry.register("note", Phases::Both, move |params| {
+        let probe = Rc::clone(&shared);
+        async move {
+            probe.started.borrow_mut().push(params.json().unwrap_or_default().into());
+            probe.changed.notify_one();
+            Ok(json!(true))
+        }
+    });
+    let shared = Rc::clone(probe);
+    // Notes its parameters, then waits for the test, or for its client to go.
+    registry.register("wait", Phases::Both, move |params| {
+        let probe = Rc::clone(&shared);
+        async move {
+            probe.started.borrow_mut().push(params.json().unwrap_or_default().into());
+            probe.changed.notify_one();
+            let gone = async {
+                params.client().gone().await;
+                probe.gone.update(|count| count + 1);
+                probe.changed.notify_one();
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                permit = probe.permits.0.acquire() => permit.unwrap().forget(),
+                () = gone => {}
+            }
+            probe.started.borrow_mut().push("done".into());
+            probe.changed.notify_one();
+            Ok(json!("waited"))
+        }
+    });
+    let shared = Rc::clone(probe);
+    // Answers with a string of params[0] bytes.
+    registry.register("big", Phases::Both, move |params: Params| {
+        let probe = Rc::clone(&shared);
+        async move {
+            probe.started.borrow_mut().push("big".into());
+            let (size,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
+            Ok(Value::String("x".repeat(size)))
+        }
+    });
+    registry
+}
+
+/// A client that writes and reads bytes as it is told.
+pub(crate) struct RawClient {
+    pub(crate) stream: UnixStream,
+    bytes: Vec<u8>,
+}
+
+impl RawClient {
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).await.unwrap();
+    }
+
+    /// The next line without its newline; none at end of file or after a reset.
+    pub(crate) async fn line(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.bytes.drain(..=end).collect();
+                return Some(String::from_utf8(line[..end].to_vec()).unwrap());
+            }
+            let mut chunk = [0; 65536];
+            match self.stream.read(&mut chunk).await {
+                Ok(0) | Err(_) => {
+                    assert!(self.bytes.is_empty(), "half a line");
+                    return None;
+                }
+                Ok(count) => self.bytes.extend_from_slice(&chunk[..count]),
+            }
+        }
+    }
+
+    /// Sends a request and takes the next line as JSON.
+    pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Value {
+        self.send(request).await;
+        serde_json::from_str(&self.line().await.expect("an answer")).unwrap()
+    }
+
+    /// A round trip, after which the server has seen all that was sent to it before.
+    pub(crate) async fn sync(&mut self) {
+        let answer = self.ask(r#"{"method":"echo","id":"sync"}"#).await;
+        assert_eq!(answer["id"], "sync");
+    }
+
+    /// Closes the sending direction.
+    pub(crate) async fn half_close(&mut self) {
+        self.stream.shutdown().await.unwrap();
+    }
+}
+
+/// Runs a test on the runtime the server needs.
+pub(crate) fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test);
+}

@@ -1,0 +1,6 @@
+//! The server over real sockets: framing, clients, files.
+
+mod clients;
+mod fixture;
+mod framing;
+mod socket;

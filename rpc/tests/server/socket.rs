@@ -1,0 +1,77 @@
+//! The socket's file and its lock.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+
+use crate::fixture::{Fixture, run};
+use rpc::{BindError, Registry, Server};
+
+fn bind(path: impl AsRef<std::path::Path>) -> Result<Server, BindError> {
+    Server::bind(path, Rc::new(Registry::new()))
+}
+
+#[test]
+fn the_lock_is_exclusive_and_private_and_both_files_go() {
+    run(async {
+        let fixture = Fixture::new();
+        let path = fixture.path();
+        let lock = fixture.dir.path().join("rpc.sock.lock");
+        assert_eq!(std::fs::metadata(&lock).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(matches!(bind(&path), Err(BindError::InUse(_))));
+        // The refused server left the first one's socket alone.
+        let mut client = fixture.client().await;
+        client.sync().await;
+        fixture.server.shutdown().await;
+        assert_eq!(client.line().await, None);
+        assert!(!path.exists() && !lock.exists());
+        let again = bind(&path).unwrap();
+        drop(again);
+        assert!(!path.exists() && !lock.exists());
+    });
+}
+
+#[test]
+fn what_a_dead_process_left_is_replaced() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        std::fs::write(dir.path().join("s.lock"), "").unwrap();
+        let server = bind(&path).unwrap();
+        assert!(std::fs::metadata(server.path()).unwrap().file_type().is_socket());
+        server.shutdown().await;
+    });
+}
+
+#[test]
+fn paths_that_cannot_be_served_are_refused_and_leave_nothing() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let space = 107 - dir.path().as_os_str().len() - 1;
+        let fits = dir.path().join("a".repeat(space));
+        bind(&fits).unwrap().shutdown().await;
+        let error = bind(dir.path().join("a".repeat(space + 1))).err().unwrap();
+        assert!(matches!(error, BindError::PathTooLong { length: 108, .. }), "{error}");
+        assert!(error.to_string().contains("108 bytes long; at most 107 fit"));
+        assert!(matches!(bind(dir.path().join("no/such")), Err(BindError::Lock(..))));
+        std::fs::create_dir(dir.path().join("directory")).unwrap();
+        assert!(matches!(bind(dir.path().join("directory")), Err(BindError::Listen(..))));
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    });
+}
+
+#[test]
+fn shutdown_delivers_what_is_answered_and_tells_what_runs() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        client.send(r#"{"method":"wait","id":1}{"method":"note","id":2}"#).await;
+        fixture.probe.until(|probe| probe.started.borrow().len() == 2).await;
+        fixture.server.shutdown().await;
+        assert!(client.line().await.unwrap().contains(r#""id":2"#));
+        assert_eq!(client.line().await, None);
+        fixture.probe.until(|probe| probe.gone.get() == 1).await;
+    });
+}

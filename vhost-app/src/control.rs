@@ -1,0 +1,227 @@
+//! What RPC methods and signals ask for, with everything that can block on a thread of its own.
+//!
+//! Lives on the control thread. Whoever has to wait for something to become true waits for
+//! [`Control::changed`] and looks again.
+
+use std::future::Future;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bdev::Bdev;
+use tokio::net::unix::pipe;
+use tokio::sync::{oneshot, watch};
+use tracing::{error, warn};
+use vhost_blk::{ControllerSpec, Core, Error, Target};
+
+use crate::dpdk::transport::DpdkTransport;
+
+/// How long the end of the process waits for I/O in flight, in all.
+const SHUTDOWN_DRAIN: Duration = Duration::from_secs(2);
+
+/// The control side of the target.
+#[derive(Debug)]
+pub(crate) struct Control {
+    target: Arc<Target>,
+    dpdk: DpdkThread,
+    changed: watch::Sender<()>,
+    socket_dir: PathBuf,
+}
+
+/// How a deletion is meant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeleteOptions {
+    /// How long to wait for front ends to leave and I/O to complete.
+    pub timeout: Duration,
+    /// End the connections first; leave I/O that does not complete behind.
+    pub force: bool,
+}
+
+/// Why a deletion ended.
+enum Wait {
+    Done,
+    TimedOut,
+    Cancelled,
+}
+
+impl Control {
+    /// Starts the reactors and, once `eal` has brought DPDK up, the transport. Blocks.
+    pub(crate) fn start(
+        cores: &[usize],
+        socket_dir: PathBuf,
+        eal: impl FnOnce() -> Result<(), String>,
+    ) -> Result<Self, String> {
+        let changed = watch::Sender::new(());
+        let hook = changed.clone();
+        let cores: Vec<Core> = cores.iter().copied().map(Core).collect();
+        let target = Target::start(&cores, Arc::new(move || hook.send_replace(())))
+            .map_err(|e| format!("cannot start the reactors: {e}"))?;
+        eal()?;
+        let transport = DpdkTransport::start(&target)
+            .map_err(|e| format!("cannot start the vhost-user transport: {e}"))?;
+        let dpdk = DpdkThread::start(transport).map_err(|e| e.to_string())?;
+        Ok(Self { target, dpdk, changed, socket_dir })
+    }
+
+    /// The target, for what does not block.
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// Where a controller's socket is: SPDK puts the directory of `-S` before the name.
+    pub(crate) fn socket_path(&self, controller: &str) -> PathBuf {
+        self.socket_dir.join(controller)
+    }
+
+    /// Something to look at again has happened, from the moment of this call on.
+    pub(crate) fn changed(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Serves the reactors' events and the clock. Ends only if the system fails.
+    pub(crate) async fn run(&self) -> io::Result<()> {
+        // An eventfd is read as a pipe is.
+        let wake = self.target.events().wake().as_fd().try_clone_to_owned()?;
+        let wake = pipe::Receiver::from_owned_fd_unchecked(wake)?;
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                ready = wake.readable() => {
+                    ready?;
+                    // Emptied first: what comes after this wakes us again.
+                    let _ = wake.try_read(&mut [0; 8]);
+                    self.target.process_events();
+                }
+                _ = tick.tick() => self.target.tick(Instant::now()),
+            }
+        }
+    }
+
+    /// Makes a controller and opens its socket.
+    pub(crate) async fn create_controller(&self, spec: ControllerSpec) -> Result<(), Error> {
+        let target = Arc::clone(&self.target);
+        self.dpdk.run(move |transport| target.create_controller(spec, transport)).await
+    }
+
+    /// Deletes a controller; `cancelled` gives it up. While another deletion of it is under way,
+    /// waits for that.
+    pub(crate) async fn delete_controller(
+        &self,
+        name: &str,
+        options: DeleteOptions,
+        cancelled: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
+        let deadline = tokio::time::Instant::now() + options.timeout;
+        let mut changed = self.changed();
+        tokio::pin!(cancelled);
+        while self.target.is_deleting(name) {
+            let _ = changed.changed().await;
+        }
+        self.target.begin_delete(name, options.force)?;
+        let wait = loop {
+            let progress = self.target.delete_progress(name)?;
+            if progress.connected + progress.draining == 0 {
+                break Wait::Done;
+            }
+            tokio::select! {
+                biased;
+                () = &mut cancelled => break Wait::Cancelled,
+                _ = changed.changed() => {}
+                () = tokio::time::sleep_until(deadline) => break Wait::TimedOut,
+            }
+        };
+        match wait {
+            Wait::Done => {}
+            Wait::TimedOut if options.force => warn!(
+                "controller {name}: deleted with I/O in flight; its guest's memory stays mapped \
+                 until that completes"
+            ),
+            Wait::TimedOut | Wait::Cancelled => {
+                self.target.cancel_delete(name);
+                return Err(Error::Busy(name.into()));
+            }
+        }
+        let (target, name) = (Arc::clone(&self.target), name.to_owned());
+        self.dpdk.run(move |transport| target.finish_delete(&name, transport)).await;
+        Ok(())
+    }
+
+    /// Takes a disk out of the target and waits until nobody uses it any more. I/O that never
+    /// completes makes this wait for ever, and nobody else.
+    pub(crate) async fn remove_bdev(&self, bdev: Arc<dyn Bdev>) {
+        let mut changed = self.changed();
+        self.target.remove_bdev(&bdev);
+        let weak = Arc::downgrade(&bdev);
+        drop(bdev);
+        while weak.strong_count() > 0 {
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Ends all connections, waits a bounded time for their I/O, removes all sockets and stops the
+    /// reactors.
+    pub(crate) async fn shut_down(&self) {
+        let deadline = tokio::time::Instant::now() + SHUTDOWN_DRAIN;
+        let mut changed = self.changed();
+        self.target.begin_shutdown();
+        while self.target.connections() > 0 {
+            tokio::select! {
+                _ = changed.changed() => {}
+                () = tokio::time::sleep_until(deadline) => {
+                    let (sessions, ios, _) = self.target.quarantine();
+                    warn!("ending with {ios} I/Os of {sessions} connections in flight");
+                    break;
+                }
+            }
+        }
+        let target = Arc::clone(&self.target);
+        self.dpdk
+            .run(move |transport| {
+                for controller in target.controllers() {
+                    target.finish_delete(&controller.name, transport);
+                }
+                transport.clean_up();
+                target.stop_reactors();
+            })
+            .await;
+    }
+}
+
+type Job = Box<dyn FnOnce(&DpdkTransport) + Send>;
+
+/// The one thread that calls `rte_vhost_driver_*`, one job at a time, in order.
+#[derive(Debug)]
+struct DpdkThread(mpsc::Sender<Job>);
+
+impl DpdkThread {
+    fn start(transport: DpdkTransport) -> io::Result<Self> {
+        let (sender, jobs) = mpsc::channel::<Job>();
+        thread::Builder::new().name("vhost-dpdk".into()).spawn(move || {
+            jobs.into_iter().for_each(|job| job(&transport));
+        })?;
+        Ok(Self(sender))
+    }
+
+    async fn run<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&DpdkTransport) -> R + Send + 'static,
+    ) -> R {
+        let (result_in, result) = oneshot::channel();
+        let job = Box::new(move |transport: &DpdkTransport| {
+            let _ = result_in.send(job(transport));
+        });
+        if self.0.send(job).is_err() {
+            error!("the DPDK thread is gone");
+        }
+        result.await.expect("the DPDK thread ends only with the process")
+    }
+}
+
+/// The directory of `-S` as SPDK takes it: a prefix, relative to where the process was started.
+pub(crate) fn socket_dir(option: Option<&Path>) -> PathBuf {
+    option.unwrap_or(Path::new("")).to_path_buf()
+}

@@ -1,0 +1,468 @@
+//! Starts DPDK's EAL on a thread of its own, with hugepages or without, away from the reactors'
+//! cores.
+#![expect(unsafe_code, reason = "CPU affinity, a trial mapping and DPDK's start are C calls")]
+
+use std::ffi::{CStr, CString, NulError, c_char, c_int};
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use super::log;
+
+/// EAL's ordinary memory when the operator names no amount, in MiB. Pages that rte_vhost never uses
+/// cost 11 KiB of administration per MiB and nothing else.
+const MEM_MB_DEFAULT: u64 = 256;
+
+/// The least: 16 MiB carried 64 controllers with 4 queues each, and rte_vhost has room for 1,024.
+const MEM_MB_MIN: u64 = 64;
+
+/// The most: SPDK takes every disk's memory from here, so operators name gigabytes; here only
+/// rte_vhost's queues live in it, and its administration would be resident.
+const MEM_MB_MAX: u64 = 1024;
+
+/// Free memory in hugepages of one size, in kB, from which EAL may use them: as much as carried 64
+/// controllers.
+const HUGE_KB_MIN: u64 = 16 << 10;
+
+/// The largest hugepage that EAL may take, in kB. rte_vhost needs a few MiB; a page of 1 GiB would
+/// be a VM's.
+const HUGE_PAGE_KB_MAX: u64 = 32 << 10;
+
+/// Where the kernel tells about its hugepages.
+const HUGEPAGES: &str = "/sys/kernel/mm/hugepages";
+
+/// What the operator decides about EAL.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct EalOptions {
+    /// CPUs that EAL's threads keep away from.
+    pub(crate) reactor_cores: Vec<usize>,
+    /// `--no-huge`: ordinary memory even where hugepages are free.
+    pub(crate) no_huge: bool,
+    /// `-s`, in MiB: the size of EAL's ordinary memory, taken as at least 64 and at most 1,024;
+    /// hugepages are taken as they are needed, whatever this says.
+    pub(crate) mem_mb: Option<u64>,
+    /// `--env-context`: further arguments for EAL, at the end of its command line.
+    pub(crate) extra_args: Vec<String>,
+}
+
+/// What EAL's memory is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum EalMemory {
+    /// Hugepages, taken when they are needed.
+    Huge {
+        /// Size of a page, in kB.
+        page_kb: u64,
+        /// How many were free at the start.
+        free: u64,
+    },
+    /// Ordinary pages, which become resident when they are used.
+    Ordinary {
+        /// How much there is, in MiB.
+        size_mb: u64,
+        /// Why hugepages are not used.
+        reason: String,
+    },
+}
+
+/// EAL as it was started.
+#[derive(Clone, Debug)]
+pub(crate) struct EalInfo {
+    /// DPDK's name for itself, such as `DPDK 22.11.11`.
+    pub(crate) version: String,
+    /// What its memory is made of.
+    pub(crate) memory: EalMemory,
+    /// The CPUs that its threads run on.
+    pub(crate) housekeeping: Vec<usize>,
+}
+
+/// Why EAL did not start. None of them can be tried again in the same process.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EalError {
+    /// Another release of the library than of the headers: its structures may differ.
+    #[error("built for DPDK {built}, but the library loaded is {loaded}")]
+    Version {
+        /// Release of the headers.
+        built: String,
+        /// Release of the library.
+        loaded: String,
+    },
+    /// It was started before, with or without success.
+    #[error("EAL can be started only once in a process")]
+    Again,
+    /// The thread that starts it.
+    #[error("cannot run EAL's start on CPUs {cpus}: {source}")]
+    Thread {
+        /// The CPUs it was to run on.
+        cpus: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An argument that C cannot take.
+    #[error("an argument for EAL contains a zero byte: {0}")]
+    Argument(#[from] NulError),
+    /// `rte_eal_init` failed.
+    #[error("EAL cannot start: {0}")]
+    Init(String),
+}
+
+/// EAL while it starts.
+#[derive(Debug)]
+pub(crate) struct EalStart {
+    thread: io::Result<JoinHandle<Result<EalInfo, EalError>>>,
+}
+
+impl EalStart {
+    /// Begins to start EAL on a thread that ends when that is done, so that the caller can do
+    /// something else for the tenth of a second it takes (DPDK measures the clock).
+    pub(crate) fn spawn(options: EalOptions) -> EalStart {
+        // Taken here: a caller that pins itself later does not narrow it.
+        let cpus = housekeeping_cpus(&options.reactor_cores);
+        EalStart {
+            thread: thread::Builder::new()
+                .name("eal-start".into())
+                .spawn(move || init(&options, cpus?)),
+        }
+    }
+
+    /// Waits until EAL has started or failed.
+    pub(crate) fn wait(self) -> Result<EalInfo, EalError> {
+        match self.thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(source) => Err(EalError::Thread { cpus: "of this process".into(), source }),
+        }
+    }
+}
+
+/// The CPUs that the calling thread may use and no reactor does; all that it may use where none is
+/// left.
+pub(crate) fn housekeeping_cpus(reactor_cores: &[usize]) -> Result<Vec<usize>, EalError> {
+    let mut set = no_cpus();
+    // SAFETY: the kernel fills a set of the size it is told.
+    let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0;
+    if failed {
+        let source = io::Error::last_os_error();
+        return Err(EalError::Thread { cpus: "of this process".into(), source });
+    }
+    let allowed: Vec<usize> = (0..libc::CPU_SETSIZE as usize)
+        .filter(|cpu| {
+            // SAFETY: `cpu` is less than CPU_SETSIZE.
+            unsafe { libc::CPU_ISSET(*cpu, &set) }
+        })
+        .collect();
+    let rest: Vec<usize> =
+        allowed.iter().copied().filter(|cpu| !reactor_cores.contains(cpu)).collect();
+    Ok(if rest.is_empty() { allowed } else { rest })
+}
+
+/// The whole start, on the thread that it may pin.
+fn init(options: &EalOptions, cpus: Vec<usize>) -> Result<EalInfo, EalError> {
+    static STARTED: AtomicBool = AtomicBool::new(false);
+    let version = version()?;
+    pin(&cpus)?;
+    if STARTED.swap(true, Ordering::Relaxed) {
+        return Err(EalError::Again);
+    }
+    log::install();
+
+    let memory = choose_memory(options, Path::new(HUGEPAGES), hugepages_work);
+    match &memory {
+        EalMemory::Huge { page_kb, free } => {
+            tracing::info!("EAL: {free} free hugepages of {page_kb} kB, using them");
+        }
+        EalMemory::Ordinary { reason, .. } => {
+            tracing::info!("EAL: {reason}, using ordinary memory");
+        }
+    }
+    let args = arguments(options, &memory, &cpus);
+    tracing::debug!("EAL: {version}, arguments {}", args.join(" "));
+    let began = Instant::now();
+    call_init(args)?;
+    tracing::debug!("EAL: started in {} ms", began.elapsed().as_millis());
+    Ok(EalInfo { version, memory, housekeeping: cpus })
+}
+
+/// The library's name for itself, if it is of the release that the headers are of. The minor number
+/// may differ: distributions update a stable release in place, and DPDK keeps its structures.
+fn version() -> Result<String, EalError> {
+    // SAFETY: a constant string of DPDK's, callable at any time.
+    let loaded = unsafe { spdk_sys::rte_version() };
+    // SAFETY: it is a C string that lives as long as the process.
+    let loaded = unsafe { CStr::from_ptr(loaded) }.to_string_lossy().into_owned();
+    // SAFETY: returns a constant.
+    let year = unsafe { spdk_sys::rte_version_year() };
+    // SAFETY: returns a constant.
+    let month = unsafe { spdk_sys::rte_version_month() };
+    if (year, month) == (spdk_sys::RTE_VER_YEAR, spdk_sys::RTE_VER_MONTH) {
+        return Ok(loaded);
+    }
+    let built = format!("{}.{:02}", spdk_sys::RTE_VER_YEAR, spdk_sys::RTE_VER_MONTH);
+    Err(EalError::Version { built, loaded })
+}
+
+/// Keeps the calling thread, and with it every thread that DPDK makes from it, on `cpus`.
+fn pin(cpus: &[usize]) -> Result<(), EalError> {
+    let mut set = no_cpus();
+    for cpu in cpus {
+        // SAFETY: the CPUs come from a set of the same size.
+        unsafe { libc::CPU_SET(*cpu, &mut set) };
+    }
+    // SAFETY: the kernel reads a set of the size it is told.
+    let failed = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } != 0;
+    if failed {
+        return Err(EalError::Thread { cpus: list(cpus), source: io::Error::last_os_error() });
+    }
+    Ok(())
+}
+
+/// An empty CPU set.
+fn no_cpus() -> libc::cpu_set_t {
+    // SAFETY: it is an array of integers.
+    unsafe { std::mem::zeroed() }
+}
+
+/// `cpus` as EAL and taskset write them: `0,2,3`.
+fn list(cpus: &[usize]) -> String {
+    cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// Decides before EAL is asked, because it cannot be asked twice. `works` tries a mapping of so
+/// many kB.
+fn choose_memory(
+    options: &EalOptions,
+    hugepages: &Path,
+    works: impl Fn(u64) -> io::Result<()>,
+) -> EalMemory {
+    let ordinary = |reason: String| EalMemory::Ordinary {
+        size_mb: options.mem_mb.unwrap_or(MEM_MB_DEFAULT).clamp(MEM_MB_MIN, MEM_MB_MAX),
+        reason,
+    };
+    if options.no_huge {
+        return ordinary("--no-huge".into());
+    }
+    let pools = free_hugepages(hugepages);
+    if pools.is_empty() {
+        return ordinary("no free hugepages".into());
+    }
+    // EAL tries the smallest pages first, so those decide.
+    let Some(&(page_kb, free)) = pools
+        .iter()
+        .find(|(page_kb, free)| *page_kb <= HUGE_PAGE_KB_MAX && page_kb * free >= HUGE_KB_MIN)
+    else {
+        return ordinary("too few free hugepages of a suitable size".into());
+    };
+    match works(page_kb) {
+        Ok(()) => EalMemory::Huge { page_kb, free },
+        Err(error) => ordinary(format!("free hugepages cannot be used ({error})")),
+    }
+}
+
+/// Size in kB and number of the hugepages that are free and not reserved, smallest size first.
+fn free_hugepages(dir: &Path) -> Vec<(u64, u64)> {
+    let number =
+        |file: &Path| -> Option<u64> { std::fs::read_to_string(file).ok()?.trim().parse().ok() };
+    let mut pools: Vec<(u64, u64)> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let page_kb =
+                name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+            let free = number(&entry.path().join("free_hugepages"))?;
+            // Promised to mappings that have not touched them yet, but still counted as free.
+            let reserved = number(&entry.path().join("resv_hugepages")).unwrap_or(0);
+            Some((page_kb, free.saturating_sub(reserved)))
+        })
+        .filter(|(_, free)| *free > 0)
+        .collect();
+    pools.sort_unstable();
+    pools
+}
+
+/// Takes one hugepage and gives it back: a control group may forbid what the kernel has free, and
+/// EAL's reservation of address space (134 GB) may be more than the process is allowed.
+fn hugepages_work(page_kb: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills the structure.
+    let failed = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } != 0;
+    if failed {
+        return Err(io::Error::last_os_error());
+    }
+    if limit.rlim_cur != libc::RLIM_INFINITY {
+        return Err(io::Error::other("the address space is limited"));
+    }
+
+    let len = (page_kb << 10) as usize;
+    let size_flag = (len.trailing_zeros() as c_int) << libc::MAP_HUGE_SHIFT;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size_flag;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping, where the kernel likes.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0) };
+    if page == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // Unlike a write, this does not end in SIGBUS where no page may be had.
+    // SAFETY: the mapping is this function's, `len` bytes long.
+    let failed = unsafe { libc::madvise(page, len, libc::MADV_POPULATE_WRITE) } != 0;
+    let error = io::Error::last_os_error();
+    // SAFETY: the mapping is this function's and nothing points into it.
+    unsafe { libc::munmap(page, len) };
+    // EINVAL: a kernel older than 5.14; the mapping alone has shown that the pages are there.
+    if failed && error.raw_os_error() != Some(libc::EINVAL) { Err(error) } else { Ok(()) }
+}
+
+/// EAL's command line.
+fn arguments(options: &EalOptions, memory: &EalMemory, cpus: &[usize]) -> Vec<String> {
+    let mut args: Vec<String> =
+        ["vhost", "--no-pci", "--no-telemetry", "--lcores"].map(Into::into).into();
+    args.push(format!("0@({})", list(cpus)));
+    // 22.11 refuses the two together.
+    match memory {
+        EalMemory::Huge { .. } => args.extend(["--in-memory", "--iova-mode=va"].map(Into::into)),
+        EalMemory::Ordinary { size_mb, .. } => {
+            args.extend(["--no-huge", "--no-shconf", "-m"].map(Into::into));
+            args.push(size_mb.to_string());
+        }
+    }
+    args.extend_from_slice(&options.extra_args);
+    args
+}
+
+/// Calls `rte_eal_init`.
+fn call_init(args: Vec<String>) -> Result<(), EalError> {
+    let args: Vec<CString> = args.into_iter().map(CString::new).collect::<Result<_, _>>()?;
+    let count = args.len() as c_int;
+    let mut argv: Vec<*mut c_char> = args.into_iter().map(CString::into_raw).collect();
+    argv.push(std::ptr::null_mut());
+    // EAL reorders the array and keeps pointers to the strings, so neither is ever freed.
+    let argv = argv.leak();
+    let (result, errors) = log::errors_of(|| {
+        // SAFETY: `argv` holds `count` C strings and a null pointer, all of which live as long as
+        // the process.
+        unsafe { spdk_sys::rte_eal_init(count, argv.as_mut_ptr()) }
+    });
+    if result >= 0 {
+        return Ok(());
+    }
+    let reason = if errors.is_empty() { "DPDK gives no reason".into() } else { errors.join("; ") };
+    Err(EalError::Init(reason))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::fs;
+    use std::sync::LazyLock;
+
+    /// EAL on ordinary memory, started once for all tests of the program that need it.
+    pub(crate) fn eal() -> &'static EalInfo {
+        static EAL: LazyLock<EalInfo> = LazyLock::new(|| {
+            let options = EalOptions { no_huge: true, ..EalOptions::default() };
+            EalStart::spawn(options).wait().expect("EAL starts without root and hugepages")
+        });
+        &EAL
+    }
+
+    #[test]
+    fn eal_starts_with_ordinary_memory_off_the_callers_thread_and_only_once() {
+        let before = housekeeping_cpus(&[]).unwrap();
+        let info = eal();
+        assert!(info.version.starts_with("DPDK "), "{}", info.version);
+        assert!(is_ordinary(&info.memory), "{:?}", info.memory);
+        assert_eq!(housekeeping_cpus(&[]).unwrap(), before, "the caller is not pinned");
+        let again = EalStart::spawn(EalOptions::default()).wait();
+        assert!(matches!(again, Err(EalError::Again)), "{again:?}");
+    }
+
+    /// A directory such as the kernel's, with `(page_kb, free, reserved)`.
+    fn hugepages(pools: &[(u64, u64, u64)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (page_kb, free, reserved) in pools {
+            let pool = dir.path().join(format!("hugepages-{page_kb}kB"));
+            fs::create_dir(&pool).unwrap();
+            fs::write(pool.join("free_hugepages"), format!("{free}\n")).unwrap();
+            fs::write(pool.join("resv_hugepages"), format!("{reserved}\n")).unwrap();
+        }
+        dir
+    }
+
+    fn chosen(options: &EalOptions, pools: &[(u64, u64, u64)]) -> EalMemory {
+        choose_memory(options, hugepages(pools).path(), |_| Ok(()))
+    }
+
+    fn is_ordinary(memory: &EalMemory) -> bool {
+        matches!(memory, EalMemory::Ordinary { .. })
+    }
+
+    #[test]
+    fn free_hugepages_are_used_smallest_size_first() {
+        let memory = chosen(&EalOptions::default(), &[(1 << 20, 4, 0), (2048, 512, 12)]);
+        assert_eq!(memory, EalMemory::Huge { page_kb: 2048, free: 500 });
+        for pools in [[(64, 999, 0), (2048, 512, 0)], [(2048, 512, 0), (64, 999, 0)]] {
+            let memory = chosen(&EalOptions::default(), &pools);
+            assert_eq!(memory, EalMemory::Huge { page_kb: 64, free: 999 });
+        }
+    }
+
+    #[test]
+    fn no_free_hugepage_means_ordinary_memory() {
+        let options = EalOptions::default();
+        assert!(is_ordinary(&chosen(&options, &[])));
+        assert!(is_ordinary(&chosen(&options, &[(2048, 0, 0)])));
+        assert!(is_ordinary(&chosen(&options, &[(2048, 64, 64)])), "all reserved");
+        assert!(is_ordinary(&chosen(&options, &[(2048, 7, 0)])), "less than 16 MiB");
+        assert!(is_ordinary(&chosen(&options, &[(1 << 20, 2, 0)])), "only 1 GiB pages");
+        assert!(is_ordinary(&choose_memory(&options, Path::new("/nowhere"), |_| Ok(()))));
+    }
+
+    #[test]
+    fn the_operator_can_refuse_hugepages_and_so_can_the_kernel() {
+        let pools = [(2048, 512, 0)];
+        let no_huge = EalOptions { no_huge: true, ..EalOptions::default() };
+        assert!(is_ordinary(&chosen(&no_huge, &pools)));
+        let dir = hugepages(&pools);
+        let memory = choose_memory(&EalOptions::default(), dir.path(), |page_kb| {
+            assert_eq!(page_kb, 2048);
+            Err(io::Error::from_raw_os_error(libc::ENOMEM))
+        });
+        let EalMemory::Ordinary { reason, .. } = memory else { panic!("{memory:?}") };
+        assert!(reason.contains("cannot be used"), "{reason}");
+    }
+
+    #[test]
+    fn the_two_memory_modes_are_never_asked_for_together() {
+        let options =
+            EalOptions { extra_args: vec!["-n".into(), "4".into()], ..EalOptions::default() };
+        let huge = arguments(&options, &EalMemory::Huge { page_kb: 2048, free: 9 }, &[0, 3]);
+        assert_eq!(
+            huge.join(" "),
+            "vhost --no-pci --no-telemetry --lcores 0@(0,3) --in-memory --iova-mode=va -n 4"
+        );
+        let plain = EalMemory::Ordinary { size_mb: 256, reason: String::new() };
+        assert_eq!(
+            arguments(&options, &plain, &[1]).join(" "),
+            "vhost --no-pci --no-telemetry --lcores 0@(1) --no-huge --no-shconf -m 256 -n 4"
+        );
+    }
+
+    #[test]
+    fn the_size_of_ordinary_memory_is_kept_in_bounds() {
+        for (asked, got) in [(None, 256), (Some(0), 64), (Some(512), 512), (Some(1 << 20), 1024)] {
+            let options = EalOptions { mem_mb: asked, ..EalOptions::default() };
+            let memory = chosen(&options, &[]);
+            assert!(
+                matches!(memory, EalMemory::Ordinary { size_mb, .. } if size_mb == got),
+                "{memory:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn housekeeping_is_what_the_reactors_leave_and_never_empty() {
+        let all = housekeeping_cpus(&[]).unwrap();
+        assert_eq!(housekeeping_cpus(&all).unwrap(), all);
+        assert_eq!(housekeeping_cpus(&all[1..]).unwrap(), all[..1]);
+    }
+}

@@ -1,0 +1,112 @@
+//! What a controller tells a guest about its disk: feature bits and the config space.
+
+use std::sync::Arc;
+
+use bdev::Bdev;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+};
+use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::request::{Limits, SECTOR_BYTES};
+
+/// Virtqueues of a controller: what rte_vhost answers to GET_QUEUE_NUM, and what the config space
+/// says too.
+pub const QUEUES_MAX: u16 = 128;
+
+/// Bytes of `struct virtio_blk_config` up to and including write-zeroes; SPDK's size.
+pub const CONFIG_BYTES: usize = 60;
+
+/// Sectors in one discard or write-zeroes request; SPDK's number.
+const RANGE_SECTORS_MAX: u32 = 32768;
+
+/// vhost-user: protocol features can be negotiated.
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// A block device as one controller shows it.
+pub struct Disk {
+    /// The device.
+    pub bdev: Arc<dyn Bdev>,
+    /// Whether the operator made the controller read-only.
+    pub read_only: bool,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Disk({})", self.bdev.name())
+    }
+}
+
+impl Disk {
+    /// The virtio and vhost features offered: SPDK's for the same device and options, plus
+    /// EVENT_IDX, less LOG_ALL (see the README's table of differences).
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        let bdev = self.bdev.features();
+        let bit = |bit: u32| 1_u64 << bit;
+        let when = |on: bool, n: u32| if on { bit(n) } else { 0 };
+        bit(VIRTIO_BLK_F_SIZE_MAX)
+            | bit(VIRTIO_BLK_F_SEG_MAX)
+            | bit(VIRTIO_BLK_F_BLK_SIZE)
+            | bit(VIRTIO_BLK_F_TOPOLOGY)
+            | bit(VIRTIO_BLK_F_MQ)
+            | bit(VIRTIO_F_ANY_LAYOUT)
+            | bit(VIRTIO_RING_F_INDIRECT_DESC)
+            | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(VHOST_USER_F_PROTOCOL_FEATURES)
+            | bit(VIRTIO_F_VERSION_1)
+            | when(self.read_only, VIRTIO_BLK_F_RO)
+            | when(bdev.flush, VIRTIO_BLK_F_FLUSH)
+            | when(bdev.unmap, VIRTIO_BLK_F_DISCARD)
+            | when(bdev.write_zeroes, VIRTIO_BLK_F_WRITE_ZEROES)
+    }
+
+    /// What a request is checked against; read anew in each visit, as disks grow.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        let mut features = self.bdev.features();
+        features.read_only |= self.read_only;
+        let mut id = [b' '; VIRTIO_BLK_ID_BYTES as usize];
+        let name = self.bdev.name().as_bytes();
+        let n = name.len().min(id.len());
+        id[..n].copy_from_slice(&name[..n]);
+        Limits {
+            sectors: self.bdev.size_bytes() / SECTOR_BYTES,
+            block_sectors: u64::from(self.bdev.block_size()) / SECTOR_BYTES,
+            features,
+            id,
+        }
+    }
+}
+
+/// The config space (virtio 1.2, section 5.2.4) of `disk`, or of a disk that was removed: then
+/// everything is zero but what keeps a rebooting QEMU alive, as with SPDK.
+#[must_use]
+pub fn config_space(disk: Option<&Disk>) -> [u8; CONFIG_BYTES] {
+    let mut config = [0; CONFIG_BYTES];
+    let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+    put(26, &1_u16.to_le_bytes()); // min_io_size
+    put(34, &QUEUES_MAX.to_le_bytes()); // num_queues
+    let Some(disk) = disk else { return config };
+    let features = disk.bdev.features();
+    let block_bytes = disk.bdev.block_size();
+    let (size_max, seg_max) =
+        if features.any_alignment { (131_072_u32, 126_u32) } else { (65_536, 29) };
+    put(0, &(disk.bdev.size_bytes() / SECTOR_BYTES).to_le_bytes()); // capacity
+    put(8, &size_max.to_le_bytes());
+    put(12, &seg_max.to_le_bytes());
+    put(20, &block_bytes.to_le_bytes()); // blk_size
+    if features.unmap {
+        put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
+        put(40, &1_u32.to_le_bytes()); // max_discard_seg
+        put(44, &(block_bytes / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
+    }
+    if features.write_zeroes {
+        put(48, &RANGE_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
+        put(52, &1_u32.to_le_bytes()); // max_write_zeroes_seg
+    }
+    config
+}

@@ -1,0 +1,160 @@
+//! A controller: a disk under a name, served on a socket, and what the operator sees of it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::config::{self, Disk};
+use crate::queue::Coalescing;
+use crate::reactor::{Core, ticks_per_second};
+use crate::session::Phase;
+
+/// SPDK's default for `iops_threshold`.
+pub const IOPS_THRESHOLD_DEFAULT: u32 = 60_000;
+/// SPDK's lower bound for `iops_threshold`: one request per coalescing window of 10 ms.
+pub const IOPS_THRESHOLD_MIN: u32 = 100;
+
+/// What a controller is made of.
+#[derive(Clone, Debug)]
+pub struct ControllerSpec {
+    /// Its name, and the socket's below the socket directory.
+    pub name: String,
+    /// Where its socket is.
+    pub socket: PathBuf,
+    /// Its disk.
+    pub disk: Arc<Disk>,
+    /// Cores whose reactors may serve it, sorted; all of them when `None`.
+    pub cores: Option<Vec<Core>>,
+    /// The operator's wish for packed rings: kept for `save_config`, not offered yet.
+    pub packed_ring: bool,
+}
+
+/// Identity of a controller, never reused, unlike its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ControllerId(pub u64);
+
+#[derive(Debug)]
+pub(crate) struct Controller {
+    pub id: ControllerId,
+    pub name: String,
+    pub socket: PathBuf,
+    pub packed_ring: bool,
+    pub read_only: bool,
+    /// The name of the disk that it was made with.
+    pub bdev_configured: String,
+    /// Sorted; never empty.
+    pub cores: Vec<Core>,
+    /// `None` once the disk was removed.
+    pub disk: Option<Arc<Disk>>,
+    /// Offered features; do not change, as a front end compares them when it reconnects.
+    pub features: u64,
+    pub coalescing: Arc<Coalescing>,
+    pub delay_base_us: u32,
+    pub iops_threshold: u32,
+    pub sessions_made: u32,
+    /// New connections are refused.
+    pub deleting: bool,
+}
+
+impl Controller {
+    pub(crate) fn new(id: ControllerId, spec: ControllerSpec, cores: Vec<Core>) -> Self {
+        let features = spec.disk.features();
+        Self {
+            id,
+            name: spec.name,
+            socket: spec.socket,
+            packed_ring: spec.packed_ring,
+            read_only: spec.disk.read_only,
+            bdev_configured: spec.disk.bdev.name().to_owned(),
+            cores,
+            features,
+            disk: Some(spec.disk),
+            coalescing: Arc::default(),
+            delay_base_us: 0,
+            iops_threshold: IOPS_THRESHOLD_DEFAULT,
+            sessions_made: 0,
+            deleting: false,
+        }
+    }
+
+    pub(crate) fn config_space(&self) -> [u8; config::CONFIG_BYTES] {
+        config::config_space(self.disk.as_deref())
+    }
+
+    /// Sets coalescing; `false` if a value is out of SPDK's range.
+    pub(crate) fn set_coalescing(&mut self, delay_base_us: u32, iops_threshold: u32) -> bool {
+        use std::sync::atomic::Ordering::Relaxed;
+        let ticks = u64::from(delay_base_us) * ticks_per_second() / 1_000_000;
+        if iops_threshold < IOPS_THRESHOLD_MIN || ticks > u32::MAX.into() {
+            return false;
+        }
+        self.delay_base_us = delay_base_us;
+        self.iops_threshold = iops_threshold;
+        self.coalescing.threshold.store(iops_threshold / 100, Relaxed);
+        self.coalescing.delay_base_ticks.store(ticks, Relaxed);
+        true
+    }
+}
+
+/// A controller as the operator sees it.
+#[derive(Clone, Debug)]
+pub struct ControllerInfo {
+    /// Its name.
+    pub name: String,
+    /// Cores whose reactors may serve it.
+    pub cores: Vec<Core>,
+    /// Coalescing: base delay in microseconds.
+    pub delay_base_us: u32,
+    /// Coalescing: requests per second above which it sets in.
+    pub iops_threshold: u32,
+    /// Where its socket is.
+    pub socket: PathBuf,
+    /// Whether guests may not write.
+    pub read_only: bool,
+    /// The operator's wish for packed rings.
+    pub packed_ring: bool,
+    /// Its disk's name; `None` once the disk was removed.
+    pub bdev: Option<String>,
+    /// The name of the disk that it was made with.
+    pub bdev_configured: String,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Its connections, those that are gone but still have I/O in flight included.
+    pub sessions: Vec<SessionInfo>,
+}
+
+/// A connection as the operator sees it.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    /// The transport's number.
+    pub vid: i32,
+    /// Counts up per controller.
+    pub id: u32,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Rings that the front end has named.
+    pub rings: usize,
+    /// I/Os that have not completed.
+    pub inflight: u64,
+    /// Bytes of guest memory that are kept only for I/O in flight.
+    pub quarantined_bytes: u64,
+    /// Requests completed.
+    pub requests: u64,
+    /// Of those, malformed or refused.
+    pub errors: u64,
+}
+
+/// Whether a controller may have this name and socket.
+pub(crate) fn check_name(name: &str, socket: &Path) -> Result<(), crate::target::Error> {
+    use std::path::Component;
+    /// `sun_path` less its final zero.
+    const SOCKET_PATH_MAX: usize = 107;
+    let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
+    if name.is_empty() || name.contains('\0') || !Path::new(name).components().all(plain) {
+        return Err(crate::target::Error::Name(name.into()));
+    }
+    let len = socket.as_os_str().len();
+    if len > SOCKET_PATH_MAX {
+        return Err(crate::target::Error::SocketPath(socket.into(), len));
+    }
+    Ok(())
+}

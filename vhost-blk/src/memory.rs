@@ -1,0 +1,374 @@
+//! A guest's memory as this program has mapped it, from its own duplicates of the front end's fds.
+#![expect(unsafe_code, reason = "maps what a front end hands over")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arrayvec::ArrayVec;
+use vm_memory::VolatileSlice;
+
+use crate::reclaim::Unmapper;
+use crate::sigbus;
+
+/// Memory regions in a table: what `VHOST_USER_SET_MEM_TABLE` can carry.
+pub const REGIONS_MAX: usize = 8;
+
+/// One line of a memory table, as the front end sent it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionSpec {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Address of the first byte in the front end's own address space; ring addresses use it.
+    pub user_addr: u64,
+    /// Where the region begins in its file.
+    pub offset: u64,
+}
+
+/// Why a memory table was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// no region, more than [`REGIONS_MAX`], or not one fd for each
+    #[error("{0} memory regions with {1} fds")]
+    Count(usize, usize),
+    /// a region is empty or wraps round the address space
+    #[error("memory region {0:x?} is empty or wraps")]
+    Range(RegionSpec),
+    /// two regions overlap
+    #[error("memory regions overlap at {0:#x}")]
+    Overlap(u64),
+    /// the fd is not a file of memory
+    #[error("memory fd is not a regular file on tmpfs, hugetlbfs or a local disk")]
+    Kind,
+    /// the file is shorter than the region
+    #[error("memory file has {have} bytes, the region ends at {want}")]
+    Short {
+        /// Size of the file.
+        have: u64,
+        /// End of the region in it.
+        want: u64,
+    },
+    /// the system refused
+    #[error("cannot map guest memory: {0}")]
+    System(#[from] io::Error),
+    /// too many mappings in the process
+    #[error("too many guest memory mappings")]
+    TooMany,
+}
+
+/// A mapping that is handed to the unmapper when dropped, as unmapping can take seconds.
+#[derive(Debug)]
+struct Mapping {
+    base: *mut u8,
+    len: usize,
+    slot: sigbus::Slot,
+    unmapper: Unmapper,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        self.unmapper.unmap(self.base, self.len, self.slot);
+    }
+}
+
+/// One mapped region. Shared by the tables that contain it.
+#[derive(Debug)]
+pub struct Region {
+    spec: RegionSpec,
+    /// Device and inode of the file: with the spec, the region's identity.
+    file: (u64, u64),
+    /// Set when part of the file was found missing after it had been mapped.
+    truncated: Arc<AtomicBool>,
+    host: *mut u8,
+    _mapping: Mapping,
+}
+
+// SAFETY: the pointer is an address in a shared mapping, which any thread may use as long as the
+// region lives; what it points to is only accessed as volatile memory.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn map(spec: RegionSpec, fd: OwnedFd, unmapper: &Unmapper) -> Result<Self, Error> {
+        let file = File::from(fd);
+        let page = memory_page_size(&file)?;
+        let meta = file.metadata()?;
+        let end = spec.offset.checked_add(spec.size).ok_or(Error::Range(spec))?;
+        if meta.len() < end {
+            return Err(Error::Short { have: meta.len(), want: end });
+        }
+        let lead = spec.offset % page;
+        let len = (lead + spec.size).next_multiple_of(page) as usize;
+        let offset = i64::try_from(spec.offset - lead).map_err(|_| Error::Range(spec))?;
+        // SAFETY: a new shared mapping of a file; nothing else is at the address the kernel picks.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().into());
+        }
+        // SAFETY: advice on the mapping just made: a guest's memory is not for core dumps.
+        unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
+        let truncated = Arc::new(AtomicBool::new(false));
+        let base = base.cast::<u8>();
+        let Some(slot) = sigbus::register(base as usize, len, page as usize, &truncated) else {
+            // SAFETY: the mapping made above, which nobody knows of.
+            unsafe { libc::munmap(base.cast(), len) };
+            return Err(Error::TooMany);
+        };
+        let mapping = Mapping { base, len, slot, unmapper: unmapper.clone() };
+        let host = base.wrapping_add(lead as usize);
+        Ok(Self { spec, file: (meta.dev(), meta.ino()), truncated, host, _mapping: mapping })
+    }
+}
+
+/// The page size of a file that may be a guest's memory; refuses what could make a page fault
+/// block for as long as somebody else likes (FUSE, network file systems, devices, pipes).
+fn memory_page_size(file: &File) -> Result<u64, Error> {
+    /// From linux/magic.h; libc has only some of them.
+    const LOCAL: [i64; 6] = [
+        libc::TMPFS_MAGIC,
+        0x8584_58f6, // ramfs
+        libc::EXT4_SUPER_MAGIC,
+        0x5846_5342, // xfs
+        libc::BTRFS_SUPER_MAGIC,
+        libc::OVERLAYFS_SUPER_MAGIC,
+    ];
+    if !file.metadata()?.is_file() {
+        return Err(Error::Kind);
+    }
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the fd is open and the struct is ours.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut fs) } != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    // SAFETY: a query without side effects.
+    let base_page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    match fs.f_type {
+        libc::HUGETLBFS_MAGIC => Ok((fs.f_bsize as u64).max(base_page)),
+        kind if LOCAL.contains(&kind) => Ok(base_page),
+        _ => Err(Error::Kind),
+    }
+}
+
+/// A line of the translation table: what the data path needs of a region.
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    gpa: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+/// One memory table, mapped. Immutable; a change makes a new one, which shares the regions that
+/// stayed.
+#[derive(Debug)]
+pub struct GuestMemory {
+    lines: ArrayVec<Line, REGIONS_MAX>,
+    regions: ArrayVec<Arc<Region>, REGIONS_MAX>,
+}
+
+// SAFETY: the lines' pointers are those of the regions, which are kept alive beside them.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Maps a table. Regions that `before` has too (same file, same place) are shared with it.
+    ///
+    /// # Errors
+    /// A table that is malformed, hostile, or does not fit; nothing stays mapped then.
+    pub fn map(
+        table: Vec<(RegionSpec, OwnedFd)>,
+        before: Option<&Self>,
+        unmapper: &Unmapper,
+    ) -> Result<Self, Error> {
+        if table.is_empty() || table.len() > REGIONS_MAX {
+            return Err(Error::Count(table.len(), table.len()));
+        }
+        check_ranges(table.iter().map(|(spec, _)| *spec))?;
+        let mut regions = ArrayVec::<Arc<Region>, REGIONS_MAX>::new();
+        for (spec, fd) in table {
+            let file = File::from(fd);
+            let meta = file.metadata()?;
+            let same = |r: &&Arc<Region>| r.spec == spec && r.file == (meta.dev(), meta.ino());
+            let region = match before.and_then(|table| table.regions.iter().find(same)) {
+                Some(region) => Arc::clone(region),
+                None => Arc::new(Region::map(spec, file.into(), unmapper)?),
+            };
+            regions.push(region);
+        }
+        let line = |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.host };
+        let mut lines: ArrayVec<Line, REGIONS_MAX> = regions.iter().map(line).collect();
+        // The largest region first: that is where nearly all requests point.
+        lines.sort_by_key(|line| std::cmp::Reverse(line.size));
+        Ok(Self { lines, regions })
+    }
+
+    /// The host address of `gpa` and how many bytes follow it in its region.
+    #[inline]
+    #[must_use]
+    pub fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
+        self.lines.iter().find_map(|line| {
+            let offset = gpa.wrapping_sub(line.gpa);
+            (offset < line.size)
+                .then(|| (line.host.wrapping_add(offset as usize), line.size - offset))
+        })
+    }
+
+    /// The host address of `len` bytes at `gpa`, if they lie in one region.
+    #[inline]
+    #[must_use]
+    pub fn range(&self, gpa: u64, len: usize) -> Option<*mut u8> {
+        let (host, room) = self.translate(gpa)?;
+        (len as u64 <= room).then_some(host)
+    }
+
+    /// `len` bytes at `gpa`, if they lie in one region.
+    #[must_use]
+    pub fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let host = self.range(gpa, len)?;
+        // SAFETY: `len` bytes at `host` lie in a region that `self` keeps mapped.
+        Some(unsafe { VolatileSlice::new(host, len) })
+    }
+
+    /// The guest-physical address of a byte in the front end's address space.
+    #[must_use]
+    pub fn gpa_of_user(&self, user: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = user.wrapping_sub(region.spec.user_addr);
+            (offset < region.spec.size).then(|| region.spec.gpa + offset)
+        })
+    }
+
+    /// Whether a region's file was found to be shorter than it was when it was mapped.
+    #[must_use]
+    pub fn truncated(&self) -> bool {
+        self.regions.iter().any(|region| region.truncated.load(Ordering::Relaxed))
+    }
+
+    /// Sum of the regions' sizes in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.spec.size).sum()
+    }
+}
+
+fn check_ranges(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
+    let mut guest = ArrayVec::<(u64, u64), REGIONS_MAX>::new();
+    let mut user = ArrayVec::<(u64, u64), REGIONS_MAX>::new();
+    for spec in specs {
+        let end = |start: u64| start.checked_add(spec.size).ok_or(Error::Range(spec));
+        if spec.size == 0 {
+            return Err(Error::Range(spec));
+        }
+        guest.push((spec.gpa, end(spec.gpa)?));
+        user.push((spec.user_addr, end(spec.user_addr)?));
+    }
+    for mut ranges in [guest, user] {
+        ranges.sort_unstable();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            return Err(Error::Overlap(pair[1].0));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::os::fd::FromRawFd;
+
+    /// A memfd of `len` bytes, as a front end would hand it over.
+    pub(crate) fn memfd(len: u64) -> OwnedFd {
+        // SAFETY: a plain system call with a constant name.
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0);
+        // SAFETY: the fd was just made and nobody else owns it.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(len).unwrap();
+        file.into()
+    }
+
+    /// One region of `len` bytes at guest-physical 0, user address 0x7000_0000.
+    pub(crate) fn flat(len: u64) -> Arc<GuestMemory> {
+        let spec = RegionSpec { gpa: 0, size: len, user_addr: 0x7000_0000, offset: 0 };
+        let unmapper = Unmapper::start().unwrap();
+        Arc::new(GuestMemory::map(vec![(spec, memfd(len))], None, &unmapper).unwrap())
+    }
+
+    fn spec(gpa: u64, size: u64) -> RegionSpec {
+        RegionSpec { gpa, size, user_addr: 0x7000_0000 + gpa, offset: 0 }
+    }
+
+    #[test]
+    fn translation_stays_inside_regions() {
+        let unmapper = Unmapper::start().unwrap();
+        let table = vec![(spec(0, 0x1000), memfd(0x1000)), (spec(0x2000, 0x3000), memfd(0x3000))];
+        let memory = GuestMemory::map(table, None, &unmapper).unwrap();
+        assert_eq!(memory.translate(0xfff).map(|t| t.1), Some(1));
+        assert!(memory.translate(0x1000).is_none());
+        assert_eq!(memory.translate(0x2000).map(|t| t.1), Some(0x3000));
+        assert!(memory.translate(u64::MAX).is_none());
+        assert!(memory.slice(0x800, 0x801).is_none());
+        assert!(memory.slice(0x800, 0x800).is_some());
+        assert_eq!(memory.gpa_of_user(0x7000_2001), Some(0x2001));
+        assert!(memory.gpa_of_user(0x7000_1000).is_none());
+    }
+
+    #[test]
+    fn hostile_tables_are_refused() {
+        let unmapper = Unmapper::start().unwrap();
+        let map = |table| GuestMemory::map(table, None, &unmapper).map(|_| ()).unwrap_err();
+        assert!(matches!(map(vec![]), Error::Count(0, _)));
+        assert!(matches!(map(vec![(spec(0, 0), memfd(1))]), Error::Range(_)));
+        assert!(matches!(map(vec![(spec(u64::MAX, 2), memfd(4096))]), Error::Range(_)));
+        assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::Short { .. }));
+        let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
+        assert!(matches!(map(overlap), Error::Overlap(_)));
+        let (pipe, _other) = std::io::pipe().unwrap();
+        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::Kind));
+    }
+
+    #[test]
+    fn unchanged_regions_are_shared() {
+        let unmapper = Unmapper::start().unwrap();
+        let (low, high) = (memfd(0x1000), memfd(0x1000));
+        let dup = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let table = vec![(spec(0, 0x1000), dup(&low))];
+        let before = GuestMemory::map(table, None, &unmapper).unwrap();
+        let table = vec![(spec(0, 0x1000), dup(&low)), (spec(0x1000, 0x1000), high)];
+        let after = GuestMemory::map(table, Some(&before), &unmapper).unwrap();
+        assert_eq!(before.translate(0), after.translate(0));
+        let other = vec![(spec(0, 0x1000), memfd(0x1000))];
+        let other = GuestMemory::map(other, Some(&before), &unmapper).unwrap();
+        assert_ne!(before.translate(0), other.translate(0), "another file");
+    }
+
+    #[test]
+    fn memory_cut_short_reads_as_zero_and_says_so() {
+        let unmapper = Unmapper::start().unwrap();
+        let fd = memfd(0x2000);
+        let file = File::from(fd.try_clone().unwrap());
+        let memory = GuestMemory::map(vec![(spec(0, 0x2000), fd)], None, &unmapper).unwrap();
+        let byte = memory.slice(0x1800, 1).unwrap().get_ref::<u8>(0).unwrap();
+        byte.store(7);
+        assert!(!memory.truncated());
+        file.set_len(0x1000).unwrap();
+        assert_eq!(byte.load(), 0);
+        assert!(memory.truncated());
+    }
+}

@@ -1,0 +1,333 @@
+//! The polling threads: one per core, each with a list of queues that it owns.
+#![expect(unsafe_code, reason = "visits queues as their owner; pins threads; reads the TSC")]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_queue::ArrayQueue;
+use qsbr::{Domain, Published, Reader};
+
+use crate::notify::EventFd;
+use crate::queue::{ChannelBox, Queue, QueueId};
+use crate::reclaim::Reclaim;
+
+/// A processor, by the system's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Core(pub usize);
+
+/// Events that reactors can have on the way to the control side; more wait in their queues.
+const EVENTS_MAX: usize = 1024;
+
+/// Idle turns between two readings of the clock: at a few nanoseconds a turn, about a microsecond.
+const IDLE_TURNS_PER_CLOCK: u32 = 256;
+
+/// What a reactor tells the control side.
+#[derive(Debug)]
+pub enum Event {
+    /// A queue was told to stop and has nothing in flight any more.
+    Drained(QueueId),
+    /// A guest broke its ring.
+    Broken(QueueId),
+    /// A removed disk's channel has nothing in flight any more; dropping it is for the receiver.
+    Released(QueueId, ChannelBox),
+}
+
+/// The way from the reactors to the control side: bounded, and never waited for.
+#[derive(Debug)]
+pub struct Events {
+    queue: ArrayQueue<Event>,
+    wake: EventFd,
+}
+
+impl Events {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// Out of fds.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { queue: ArrayQueue::new(EVENTS_MAX), wake: EventFd::new()? })
+    }
+
+    /// Sends an event.
+    ///
+    /// # Errors
+    /// Gives it back when there is no room.
+    pub fn push(&self, event: Event) -> Result<(), Event> {
+        self.queue.push(event)?;
+        self.wake.signal();
+        Ok(())
+    }
+
+    /// The next event.
+    pub fn pop(&self) -> Option<Event> {
+        self.queue.pop()
+    }
+
+    /// Becomes readable when there are events; to be emptied before they are taken.
+    #[must_use]
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+}
+
+/// The queues of one reactor. Immutable; a change publishes a new one.
+#[derive(Debug, Default)]
+pub struct PollSet {
+    queues: Vec<Arc<Queue>>,
+}
+
+/// What others see of a reactor.
+#[derive(Debug)]
+pub struct Reactor {
+    core: Core,
+    poll_set: Published<PollSet>,
+    /// Wakes it when it sleeps because it has no queue.
+    wake: EventFd,
+    shutdown: AtomicBool,
+    tid: AtomicU64,
+    turns: AtomicU64,
+    busy_ticks: AtomicU64,
+    idle_ticks: AtomicU64,
+}
+
+/// A reactor as the operator sees it. Times are in ticks of the time-stamp counter.
+#[derive(Clone, Debug)]
+pub struct ReactorInfo {
+    /// Where it runs.
+    pub core: Core,
+    /// Its thread's id.
+    pub tid: u64,
+    /// Time in turns that found something to do.
+    pub busy_ticks: u64,
+    /// Time in the others, asleep included.
+    pub idle_ticks: u64,
+    /// Turns made.
+    pub turns: u64,
+    /// Queues attached.
+    pub queues: usize,
+}
+
+impl Reactor {
+    /// Starts a reactor on `core`.
+    ///
+    /// # Errors
+    /// The core does not exist, or may not be used, or the system has no thread to give.
+    pub fn start(
+        core: Core,
+        domain: &Arc<Domain>,
+        events: &Arc<Events>,
+    ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
+        let reactor = Arc::new(Self {
+            core,
+            poll_set: Published::new(domain, Box::default()),
+            wake: EventFd::new()?,
+            shutdown: AtomicBool::new(false),
+            tid: AtomicU64::new(0),
+            turns: AtomicU64::new(0),
+            busy_ticks: AtomicU64::new(0),
+            idle_ticks: AtomicU64::new(0),
+        });
+        let reader =
+            domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
+        let ticks_per_second = ticks_per_second();
+        let (running, events) = (Arc::clone(&reactor), Arc::clone(events));
+        let (result_in, result) = std::sync::mpsc::channel();
+        let thread =
+            thread::Builder::new().name(format!("reactor_{}", core.0)).spawn(move || {
+                let pinned = pin_to(core);
+                let ok = pinned.is_ok();
+                let _ = result_in.send(pinned);
+                if ok {
+                    running.run(reader, &events, ticks_per_second);
+                }
+            })?;
+        result.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
+        Ok((reactor, thread))
+    }
+
+    fn run(&self, mut reader: Reader, events: &Events, ticks_per_second: u64) {
+        // SAFETY: a query without side effects.
+        self.tid.store(unsafe { libc::gettid() } as u64, Ordering::Relaxed);
+        let now = read_tsc();
+        let mut turn = Turn { now, ticks_per_second, since: now, idle_turns: 0, turns: 0 };
+        reader.online();
+        while !self.shutdown.load(Ordering::Relaxed) {
+            if !self.poll_once(&mut reader, &mut turn, events) {
+                self.sleep(&mut reader, &mut turn);
+            }
+        }
+    }
+
+    /// One turn; `false` if there is no queue to poll.
+    #[inline]
+    pub fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> bool {
+        reader.quiesce();
+        // SAFETY: the reader is online and of the one domain that there is.
+        let set = unsafe { self.poll_set.load(reader) };
+        let mut worked = false;
+        for queue in &set.queues {
+            // SAFETY: it is in this reactor's poll set.
+            worked |= unsafe { queue.visit(reader, turn, events) };
+        }
+        self.account(turn, worked);
+        !set.queues.is_empty()
+    }
+
+    /// Books the time since the last booking as busy or idle.
+    #[inline]
+    fn account(&self, turn: &mut Turn, worked: bool) {
+        turn.turns += 1;
+        turn.idle_turns = if worked { 0 } else { turn.idle_turns + 1 };
+        if worked || turn.idle_turns == IDLE_TURNS_PER_CLOCK {
+            let now = turn.read_clock();
+            let book = if worked { &self.busy_ticks } else { &self.idle_ticks };
+            let spent = now.saturating_sub(turn.since);
+            // Relaxed: this thread is the only writer, and readers want no order.
+            book.store(book.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
+            self.turns.store(turn.turns, Ordering::Relaxed);
+            turn.since = now;
+            turn.idle_turns = 0;
+        }
+    }
+
+    /// Sleeps until somebody publishes a queue: with nothing to poll there is nothing to miss.
+    #[cold]
+    fn sleep(&self, reader: &mut Reader, turn: &mut Turn) {
+        reader.offline();
+        // A set published before the wake-up was taken is found at the next turn; one published
+        // after it has signalled again.
+        if self.wake.take() == 0 {
+            self.wake.wait();
+        }
+        reader.online();
+        let now = turn.read_clock();
+        let spent = now.saturating_sub(turn.since);
+        self.idle_ticks.store(self.idle_ticks.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
+        turn.since = now;
+    }
+
+    /// Where it runs.
+    #[must_use]
+    pub fn core(&self) -> Core {
+        self.core
+    }
+
+    /// Publishes `queues` as what the reactor polls, and wakes it.
+    pub(crate) fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
+        reclaim.free(self.poll_set.replace(Box::new(PollSet { queues })));
+        self.wake.signal();
+    }
+
+    /// Asks it to end after its turn.
+    pub fn shut_down(&self) {
+        self.shutdown.store(true, Ordering::Relaxed);
+        self.wake.signal();
+    }
+
+    /// What it has done so far; `queues` is for the caller to fill in.
+    #[must_use]
+    pub fn info(&self) -> ReactorInfo {
+        ReactorInfo {
+            core: self.core,
+            tid: self.tid.load(Ordering::Relaxed),
+            busy_ticks: self.busy_ticks.load(Ordering::Relaxed),
+            idle_ticks: self.idle_ticks.load(Ordering::Relaxed),
+            turns: self.turns.load(Ordering::Relaxed),
+            queues: 0,
+        }
+    }
+}
+
+/// A turn's clock, read no more often than needed.
+#[derive(Debug)]
+pub struct Turn {
+    now: u64,
+    ticks_per_second: u64,
+    /// When the last booking ended.
+    since: u64,
+    idle_turns: u32,
+    turns: u64,
+}
+
+impl Turn {
+    /// A clock for a turn outside a reactor's thread, as benches and tests make.
+    #[must_use]
+    pub fn new() -> Self {
+        let now = read_tsc();
+        Self { now, ticks_per_second: ticks_per_second(), since: now, idle_turns: 0, turns: 0 }
+    }
+
+    /// The time of the last reading, in ticks.
+    #[inline]
+    #[must_use]
+    pub fn now_ticks(&self) -> u64 {
+        self.now
+    }
+
+    /// Reads the clock.
+    #[inline]
+    pub fn read_clock(&mut self) -> u64 {
+        self.now = read_tsc();
+        self.now
+    }
+
+    /// Ticks in a second.
+    #[must_use]
+    pub fn ticks_per_second(&self) -> u64 {
+        self.ticks_per_second
+    }
+}
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The time-stamp counter.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
+#[cfg(not(target_arch = "x86_64"))]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    use std::sync::OnceLock;
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// How fast [`read_tsc`] counts, measured once over 10 ms.
+#[must_use]
+pub fn ticks_per_second() -> u64 {
+    use std::sync::OnceLock;
+    static TICKS: OnceLock<u64> = OnceLock::new();
+    *TICKS.get_or_init(|| {
+        let (start, ticks) = (Instant::now(), read_tsc());
+        thread::sleep(Duration::from_millis(10));
+        let ticks = read_tsc() - ticks;
+        (ticks as f64 / start.elapsed().as_secs_f64()) as u64
+    })
+}
+
+/// Pins the calling thread to one core.
+fn pin_to(core: Core) -> io::Result<()> {
+    // SAFETY: all zeroes is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    if core.0 >= libc::CPU_SETSIZE as usize {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: the index was checked.
+    unsafe { libc::CPU_SET(core.0, &mut set) };
+    // SAFETY: the set is ours; 0 is the calling thread.
+    let result = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,134 @@
+//! The two threads that free what reactors may still be using, and unmap what guests leave.
+//!
+//! *Reclaim* holds values until their grace period has passed and their I/O has ended, and drops
+//! them. The *unmapper* unmaps guest memory in pieces. They are two because an unmap can take
+//! seconds, and a block device's deletion waits for reclaim to drop its last channel.
+#![expect(unsafe_code, reason = "munmap")]
+
+use std::io;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use crate::sigbus;
+
+/// Bytes unmapped in one system call: another thread's mmap waits for one such call, not for the
+/// whole (design.md: 0.2 s for 4 GiB at once, nothing that shows in pieces of this size).
+const UNMAP_PIECE_BYTES: usize = 2 << 20;
+
+/// How long reclaim waits before it looks again, first and at the most.
+const BACKOFF: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(10));
+
+/// Something that will be dropped once it says that nobody uses it.
+pub trait Garbage: Send {
+    /// Frees it if nobody uses it any more; otherwise gives it back. Never blocks.
+    fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>>;
+}
+
+impl<T: Send + Sync + 'static> Garbage for qsbr::Retired<T> {
+    fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>> {
+        self.try_into_inner().err().map(|early| Box::new(early) as Box<dyn Garbage>)
+    }
+}
+
+/// A handle on the reclaim thread, which ends when the last handle is dropped.
+#[derive(Clone, Debug)]
+pub struct Reclaim(Sender<Box<dyn Garbage>>);
+
+impl Reclaim {
+    /// Starts the thread. `freed` is called on it after something was freed.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start(freed: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let (sender, receiver) = channel();
+        thread::Builder::new()
+            .name("vhost-reclaim".into())
+            .spawn(move || reclaim(&receiver, &freed))?;
+        Ok(Self(sender))
+    }
+
+    /// Frees `garbage` when its time has come.
+    pub fn free(&self, garbage: impl Garbage + 'static) {
+        // The thread outlives every sender, so it always takes it.
+        let _ = self.0.send(Box::new(garbage));
+    }
+}
+
+fn reclaim(receiver: &Receiver<Box<dyn Garbage>>, freed: &dyn Fn()) {
+    let mut waiting: Vec<Box<dyn Garbage>> = Vec::new();
+    let mut backoff = BACKOFF.0;
+    loop {
+        let next = if waiting.is_empty() {
+            receiver.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            receiver.recv_timeout(backoff)
+        };
+        match next {
+            Ok(garbage) => {
+                waiting.push(garbage);
+                waiting.extend(receiver.try_iter());
+                backoff = BACKOFF.0;
+            }
+            Err(RecvTimeoutError::Timeout) => backoff = (backoff * 2).min(BACKOFF.1),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        let before = waiting.len();
+        waiting = waiting.into_iter().filter_map(Garbage::try_free).collect();
+        if waiting.len() < before {
+            freed();
+        }
+    }
+}
+
+/// A mapping to take down.
+#[derive(Debug)]
+struct Range {
+    base: *mut u8,
+    len: usize,
+    slot: sigbus::Slot,
+}
+
+// SAFETY: an address and a length, owned by whoever unmaps it.
+unsafe impl Send for Range {}
+
+/// A handle on the thread that unmaps guest memory.
+#[derive(Clone, Debug)]
+pub struct Unmapper(Sender<Range>);
+
+impl Unmapper {
+    /// Starts the thread, which ends when the last handle is dropped.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn start() -> io::Result<Self> {
+        let (sender, receiver) = channel();
+        thread::Builder::new().name("vhost-unmap".into()).spawn(move || unmap(&receiver))?;
+        Ok(Self(sender))
+    }
+
+    /// Unmaps `len` bytes at `base`, which nobody uses any more, in the background.
+    pub(crate) fn unmap(&self, base: *mut u8, len: usize, slot: sigbus::Slot) {
+        let _ = self.0.send(Range { base, len, slot });
+    }
+}
+
+fn unmap(receiver: &Receiver<Range>) {
+    for Range { base, len, slot } in receiver {
+        // First, so that the address cannot be somebody else's while the guard still stands.
+        sigbus::unregister(slot);
+        let mut done = 0;
+        while done < len {
+            let piece = UNMAP_PIECE_BYTES.min(len - done);
+            let at = base.wrapping_add(done).cast();
+            // SAFETY: part of a mapping whose owner is gone.
+            if unsafe { libc::munmap(at, piece) } != 0 {
+                // Huge pages of 1 GiB come off only as a whole.
+                // SAFETY: as above.
+                unsafe { libc::munmap(at, len - done) };
+                break;
+            }
+            done += piece;
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! virtio-blk requests (virtio 1.2, section 5.2.6): from a descriptor chain to an I/O or an answer.
+//!
+//! Any layout is taken: the first 16 readable bytes are the header, the last writable byte is the
+//! status, the rest is data. A request that cannot be served gets a status as long as it has a
+//! place for one.
+#![expect(unsafe_code, reason = "copies headers out of guest memory")]
+
+use arrayvec::ArrayVec;
+use bdev::{Op, Segment};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use vm_memory::{Bytes, VolatileSlice};
+
+use crate::memory::GuestMemory;
+use crate::ring::{Buffer, SplitRing};
+
+/// Memory pieces in a request: 126 of data (`seg_max`), header and status, and some more for
+/// buffers that cross from one memory region into the next.
+pub const SEGMENTS_MAX: usize = 136;
+
+/// The unit of `sector` and of every length in a request, in bytes, whatever the block size is.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// It went well.
+pub const STATUS_OK: u8 = VIRTIO_BLK_S_OK as u8;
+/// The device failed, or the request makes no sense.
+pub const STATUS_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+/// The device has no such request.
+pub const STATUS_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+const HEADER_BYTES: usize = 16;
+/// Bytes of a discard or write-zeroes segment.
+const RANGE_BYTES: usize = 16;
+/// Obsolete barrier bit, which SPDK masks off too.
+const TYPE_BARRIER: u32 = 1 << 31;
+
+/// What a request may do on its disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Size of the disk in sectors.
+    pub sectors: u64,
+    /// Block size in sectors: ranges are multiples of it.
+    pub block_sectors: u64,
+    /// What the device can do; `read_only` if the controller or the device is.
+    pub features: bdev::Features,
+    /// The disk's name, padded with spaces, for GET_ID.
+    pub id: [u8; VIRTIO_BLK_ID_BYTES as usize],
+}
+
+/// What came out of a chain. The I/O's memory is `segments[first..first + count]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// To be submitted. Ranges are in bytes.
+    Io {
+        /// What to do.
+        op: Op,
+        /// Where on the disk.
+        offset: u64,
+        /// How much.
+        len: u64,
+        /// The first data segment.
+        first: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// Answered already: the status byte, and the bytes written before it.
+    Answer(u8, u32),
+    /// It has no place for a status: returned with nothing written.
+    NoStatus,
+}
+
+/// A chain's memory, readable pieces first.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// Readable pieces, then writable ones.
+    pub segments: ArrayVec<Segment, SEGMENTS_MAX>,
+    /// How many of them are readable.
+    readable: usize,
+    readable_bytes: u64,
+    writable_bytes: u64,
+    /// Where the status goes: the last writable byte.
+    status: Option<*mut u8>,
+    malformed: bool,
+}
+
+// SAFETY: the pointer is an address in guest memory, as the segments are.
+unsafe impl Send for Chain {}
+
+impl Chain {
+    /// Collects the chain at `head`, in place of what was here before.
+    pub fn collect(&mut self, ring: &SplitRing, memory: &GuestMemory, head: u16) {
+        *self = Self { segments: std::mem::take(&mut self.segments), ..Self::default() };
+        self.segments.clear();
+        let walked = ring.walk(memory, head, |buffer| self.push(memory, buffer));
+        self.malformed |= walked.is_err();
+    }
+
+    fn push(&mut self, memory: &GuestMemory, buffer: Buffer) {
+        let mut gpa = buffer.gpa;
+        let mut left = u64::from(buffer.len);
+        if buffer.write {
+            self.writable_bytes += left;
+        } else {
+            // Section 2.7.4.2: readable buffers come before writable ones.
+            self.malformed |= self.writable_bytes > 0;
+            self.readable_bytes += left;
+        }
+        while left > 0 {
+            let Some((host, room)) = memory.translate(gpa) else {
+                self.malformed = true;
+                // Whatever byte we know of is not the chain's last.
+                self.status = None;
+                return;
+            };
+            let len = left.min(room);
+            if self.segments.try_push(Segment::new(host, len as usize)).is_err() {
+                self.malformed = true;
+            }
+            if buffer.write {
+                self.status = Some(host.wrapping_add(len as usize - 1));
+            } else {
+                self.readable = self.segments.len();
+            }
+            left -= len;
+            gpa = gpa.wrapping_add(len);
+        }
+    }
+
+    /// Writes the status byte.
+    pub fn write_status(&self, status: u8) {
+        if let Some(at) = self.status {
+            // SAFETY: a byte of guest memory, translated by `push`, which the request's owner
+            // keeps mapped until it is done.
+            unsafe { at.write_volatile(status) };
+        }
+    }
+
+    /// Bytes that the guest is told were written by a read, whether it went well or not.
+    #[must_use]
+    pub fn written_by_read(&self) -> u32 {
+        u32::try_from(self.writable_bytes).unwrap_or(u32::MAX)
+    }
+
+    /// The answer where there is no disk any more.
+    #[must_use]
+    pub fn refuse(&self) -> Request {
+        if self.status.is_none() { Request::NoStatus } else { Request::Answer(STATUS_IOERR, 0) }
+    }
+
+    /// Makes a request of what was collected.
+    #[must_use]
+    pub fn parse(&mut self, limits: &Limits) -> Request {
+        if self.status.is_none() {
+            return Request::NoStatus;
+        }
+        if self.malformed || self.readable_bytes < HEADER_BYTES as u64 {
+            return Request::Answer(STATUS_IOERR, 0);
+        }
+        let (header, first) = self.take_front::<HEADER_BYTES>();
+        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+        let (kind, sector) = (u32_at(0) & !TYPE_BARRIER, u64_at(8));
+        match kind {
+            VIRTIO_BLK_T_IN => self.read(sector, limits),
+            VIRTIO_BLK_T_OUT => self.write(sector, first, limits),
+            VIRTIO_BLK_T_FLUSH => flush(sector, limits),
+            VIRTIO_BLK_T_DISCARD if limits.features.unmap => self.range(Op::Unmap, first, limits),
+            VIRTIO_BLK_T_WRITE_ZEROES if limits.features.write_zeroes => {
+                self.range(Op::WriteZeroes, first, limits)
+            }
+            VIRTIO_BLK_T_GET_ID => self.get_id(limits),
+            _ => Request::Answer(STATUS_UNSUPP, 0),
+        }
+    }
+
+    /// Copies the first `N` readable bytes, which are there, and removes them. Answers with the
+    /// first segment of the rest as well.
+    fn take_front<const N: usize>(&mut self) -> ([u8; N], usize) {
+        let mut bytes = [0; N];
+        let mut got = 0;
+        let mut first = 0;
+        while got < N {
+            let segment = &mut self.segments[first];
+            let n = segment.len().min(N - got);
+            // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
+            let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };
+            piece.read_slice(&mut bytes[got..got + n], 0).expect("both are `n` bytes long");
+            got += n;
+            if n == segment.len() {
+                first += 1;
+            } else {
+                *segment = Segment::new(segment.base().wrapping_add(n), segment.len() - n);
+            }
+        }
+        (bytes, first)
+    }
+
+    /// Removes the status byte from the writable segments and answers with their range.
+    fn data_in(&mut self) -> (usize, usize) {
+        if let Some(last) = self.segments.last_mut() {
+            *last = Segment::new(last.base(), last.len() - 1);
+            if last.is_empty() {
+                self.segments.pop();
+            }
+        }
+        (self.readable, self.segments.len() - self.readable)
+    }
+
+    fn read(&mut self, sector: u64, limits: &Limits) -> Request {
+        let len = self.writable_bytes - 1;
+        if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
+            return Request::Answer(STATUS_UNSUPP, 0);
+        }
+        let (first, count) = self.data_in();
+        match byte_range(sector, len / SECTOR_BYTES, limits) {
+            Some((offset, len)) => Request::Io { op: Op::Read, offset, len, first, count },
+            None => Request::Answer(STATUS_IOERR, len.try_into().unwrap_or(u32::MAX - 1)),
+        }
+    }
+
+    fn write(&mut self, sector: u64, first: usize, limits: &Limits) -> Request {
+        if limits.features.read_only {
+            return Request::Answer(STATUS_IOERR, 0);
+        }
+        let len = self.readable_bytes - HEADER_BYTES as u64;
+        if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
+            return Request::Answer(STATUS_UNSUPP, 0);
+        }
+        let count = self.readable - first;
+        match byte_range(sector, len / SECTOR_BYTES, limits) {
+            Some((offset, len)) => Request::Io { op: Op::Write, offset, len, first, count },
+            None => Request::Answer(STATUS_IOERR, 0),
+        }
+    }
+
+    /// Discard and write-zeroes: exactly one range, as the config space says.
+    fn range(&mut self, op: Op, first: usize, limits: &Limits) -> Request {
+        let len = self.readable_bytes - HEADER_BYTES as u64;
+        if limits.features.read_only || len != RANGE_BYTES as u64 {
+            return Request::Answer(STATUS_IOERR, 0);
+        }
+        self.segments.drain(..first);
+        let (range, _) = self.take_front::<RANGE_BYTES>();
+        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
+        let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
+        let (sectors, flags) = (u32_at(8), u32_at(12));
+        // Section 5.2.6.2: a discard with the unmap flag, or any flag that we do not know, is
+        // unsupported.
+        let known = if op == Op::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+        if flags & !known != 0 {
+            return Request::Answer(STATUS_UNSUPP, 0);
+        }
+        match byte_range(sector, sectors.into(), limits) {
+            Some((_, 0)) => Request::Answer(STATUS_OK, 0),
+            Some((offset, len)) => Request::Io { op, offset, len, first: 0, count: 0 },
+            None => Request::Answer(STATUS_IOERR, 0),
+        }
+    }
+
+    fn get_id(&mut self, limits: &Limits) -> Request {
+        let (first, _) = self.data_in();
+        if first == self.segments.len() {
+            return Request::Answer(STATUS_UNSUPP, 0);
+        }
+        let mut put = 0;
+        for segment in &self.segments[first..] {
+            let n = segment.len().min(limits.id.len() - put);
+            // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
+            let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };
+            piece.write_slice(&limits.id[put..put + n], 0).expect("both are `n` bytes long");
+            put += n;
+        }
+        Request::Answer(STATUS_OK, put as u32)
+    }
+}
+
+fn flush(sector: u64, limits: &Limits) -> Request {
+    if !limits.features.flush {
+        return Request::Answer(STATUS_UNSUPP, 0);
+    }
+    // Section 5.2.6.1: the driver sets the sector to 0.
+    if sector != 0 {
+        return Request::Answer(STATUS_IOERR, 0);
+    }
+    Request::Io { op: Op::Flush, offset: 0, len: 0, first: 0, count: 0 }
+}
+
+/// Sectors to bytes, if they lie on the disk and are whole blocks of it.
+fn byte_range(sector: u64, sectors: u64, limits: &Limits) -> Option<(u64, u64)> {
+    let end = sector.checked_add(sectors)?;
+    let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;
+    // No overflow: the disk's size in bytes fits, and the range lies on it.
+    (end <= limits.sectors && whole).then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
+}

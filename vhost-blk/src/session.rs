@@ -1,0 +1,492 @@
+//! The state machine of one connection, and nothing else: events in, effects out.
+//!
+//! It knows no thread, no reactor and no transport, so tests, fuzzers and simulations drive it
+//! directly. vhost-user starts and stops each ring on its own ("Ring states" in the
+//! specification), so the state is kept per ring; what the operator sees of a session
+//! ([`Phase`]) follows from its rings.
+//!
+//! ```text
+//!           SET_VRING_KICK             gate open
+//! Stopped ────────────────▶ Gated ────────────────▶ Live ⟲ memory, call fd: publish
+//!    ▲                        │ GET_VRING_BASE       │ GET_VRING_BASE, RESET_OWNER, close
+//!    └────────────────────────┴──────◀── drained ── Draining
+//! ```
+//!
+//! A ring is gated while an earlier connection of the same controller still has I/O in flight:
+//! that I/O must not be overtaken, nor its memory's ring be read, before it has completed.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use crate::config::QUEUES_MAX;
+use crate::memory::GuestMemory;
+use crate::notify::{BackendChannel, EventFd};
+use crate::ring::{self, RING_SIZE_MAX, RingAddrs, RingError};
+
+/// Seconds that a front end waits for its GET_VRING_BASE before its connection is ended, which it
+/// survives without losing data; a wrong answer it would not.
+pub const DRAIN_LIMIT_S: u64 = 30;
+
+/// What a session as a whole is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No ring was started yet.
+    Negotiating,
+    /// Rings were started and wait for an earlier connection's I/O.
+    Starting,
+    /// At least one ring is served.
+    Running,
+    /// The front end waits for its I/O to complete.
+    Quiescing,
+    /// All rings were stopped by the front end.
+    Suspended,
+    /// The connection is gone.
+    Closed,
+}
+
+impl Phase {
+    /// In lower case, for the operator.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Negotiating => "negotiating",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Quiescing => "quiescing",
+            Self::Suspended => "suspended",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// Where a ring is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingState {
+    /// Not served.
+    #[default]
+    Stopped,
+    /// Started by the front end, and waiting.
+    Gated,
+    /// Served by a reactor.
+    Live,
+    /// Told to stop, with I/O in flight.
+    Draining {
+        /// What is due when it has drained.
+        then: Then,
+    },
+}
+
+/// What follows a drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Nothing: the connection is gone or reset.
+    Stop,
+    /// The answer to GET_VRING_BASE, for which the front end waits.
+    Reply,
+    /// A start: the front end has reset the ring and kicked it again meanwhile.
+    Restart,
+}
+
+/// What a session wants done. Rings are given by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Attach the ring to a reactor. If that fails: [`Session::start_failed`].
+    Start(usize),
+    /// Give the ring's reactor a view made anew from [`Session::ring`].
+    Publish(usize),
+    /// Let the ring's reactor stop. Answered by [`Session::drained`].
+    Stop(usize),
+    /// Answer GET_VRING_BASE for the ring with this index.
+    Reply(usize, u16),
+}
+
+/// Why a message is refused; the connection ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Violation {
+    /// a ring number beyond [`QUEUES_MAX`]
+    #[error("ring {0} does not exist")]
+    NoSuchRing(usize),
+    /// a message while the answer to GET_VRING_BASE is owed: the protocol is synchronous
+    #[error("a message before the answer to GET_VRING_BASE")]
+    OutOfTurn,
+    /// a running ring's parameters cannot change
+    #[error("ring {0} is running")]
+    RingRunning(usize),
+    /// features cannot change while a ring is running
+    #[error("features {0:#x} changed to {1:#x} while running")]
+    FeaturesRunning(u64, u64),
+    /// features that were not offered
+    #[error("features {0:#x} were not offered")]
+    FeaturesNotOffered(u64),
+    /// a ring was started without memory or addresses
+    #[error("ring {0} was started before it was set up")]
+    NotSetUp(usize),
+    /// the ring does not do
+    #[error(transparent)]
+    Ring(#[from] RingError),
+}
+
+/// A ring as the front end has set it up.
+#[derive(Debug, Default)]
+pub struct Ring {
+    /// Where it is in its life.
+    pub state: RingState,
+    /// Number of descriptors.
+    pub num: u16,
+    /// The available index to begin with, or where it stopped.
+    pub base: u16,
+    /// Where its parts are, in the front end's address space.
+    user: Option<RingAddrs>,
+    /// The same, guest-physical; set when it is started.
+    pub addrs: Option<RingAddrs>,
+    /// Where the guest wants to be told of completions.
+    pub call: Option<Arc<EventFd>>,
+    /// What the guest would kick if it were not asked not to. Kept open for it.
+    kick: Option<EventFd>,
+    /// It was served at some time.
+    was_live: bool,
+}
+
+impl Ring {
+    /// Whether its parameters are in use. (Those of a ring that drains after a reset are not: its
+    /// reactor has a view of its own.)
+    fn running(&self) -> bool {
+        !matches!(self.state, RingState::Stopped | RingState::Draining { then: Then::Stop })
+    }
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Session {
+    offered: u64,
+    features: u64,
+    memory: Option<Arc<GuestMemory>>,
+    rings: Vec<Ring>,
+    backend_channel: Option<BackendChannel>,
+    gate_open: bool,
+    closed: bool,
+}
+
+impl Session {
+    /// A new connection, to which `offered` features are offered. With `gate_open` false its rings
+    /// wait for [`Session::open_gate`].
+    #[must_use]
+    pub fn new(offered: u64, gate_open: bool) -> Self {
+        Self {
+            offered,
+            features: 0,
+            memory: None,
+            rings: Vec::new(),
+            backend_channel: None,
+            gate_open,
+            closed: false,
+        }
+    }
+
+    /// What the session is doing.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        let any = |state: fn(&RingState) -> bool| self.rings.iter().any(|r| state(&r.state));
+        if self.closed {
+            Phase::Closed
+        } else if any(|s| matches!(s, RingState::Draining { then: Then::Reply })) {
+            Phase::Quiescing
+        } else if any(|s| *s == RingState::Live) {
+            Phase::Running
+        } else if any(|s| *s == RingState::Gated) {
+            Phase::Starting
+        } else if self.rings.iter().any(|ring| ring.was_live) {
+            Phase::Suspended
+        } else {
+            Phase::Negotiating
+        }
+    }
+
+    /// Rings that the front end has named.
+    #[must_use]
+    pub fn rings(&self) -> &[Ring] {
+        &self.rings
+    }
+
+    /// One ring. It must be one that an effect has named.
+    #[must_use]
+    pub fn ring(&self, ring: usize) -> &Ring {
+        &self.rings[ring]
+    }
+
+    /// The guest's memory, if the front end has given it.
+    #[must_use]
+    pub fn memory(&self) -> Option<&Arc<GuestMemory>> {
+        self.memory.as_ref()
+    }
+
+    /// Whether the guest uses EVENT_IDX.
+    #[must_use]
+    pub fn event_idx(&self) -> bool {
+        self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0
+    }
+
+    /// The features that the front end has accepted.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The channel for messages that we begin.
+    #[must_use]
+    pub fn backend_channel(&self) -> Option<&BackendChannel> {
+        self.backend_channel.as_ref()
+    }
+
+    /// Takes the channel for messages that we begin.
+    pub fn set_backend_channel(&mut self, channel: BackendChannel) {
+        self.backend_channel = Some(channel);
+    }
+
+    /// Whether some ring is with a reactor.
+    #[must_use]
+    pub fn undrained(&self) -> bool {
+        self.rings.iter().any(|r| matches!(r.state, RingState::Live | RingState::Draining { .. }))
+    }
+
+    /// To be called before any other method that a message leads to.
+    ///
+    /// # Errors
+    /// The front end speaks out of turn.
+    pub fn check_turn(&self) -> Result<(), Violation> {
+        if self.phase() == Phase::Quiescing { Err(Violation::OutOfTurn) } else { Ok(()) }
+    }
+
+    fn ring_mut(&mut self, ring: usize) -> Result<&mut Ring, Violation> {
+        if ring >= usize::from(QUEUES_MAX) {
+            return Err(Violation::NoSuchRing(ring));
+        }
+        if ring >= self.rings.len() {
+            self.rings.resize_with(ring + 1, Ring::default);
+        }
+        Ok(&mut self.rings[ring])
+    }
+
+    fn stopped_ring_mut(&mut self, ring: usize) -> Result<&mut Ring, Violation> {
+        let state = self.ring_mut(ring)?;
+        if state.running() { Err(Violation::RingRunning(ring)) } else { Ok(state) }
+    }
+
+    /// SET_FEATURES.
+    ///
+    /// # Errors
+    /// Features that were not offered, or a change while running.
+    pub fn set_features(&mut self, features: u64) -> Result<(), Violation> {
+        if features & !self.offered != 0 {
+            return Err(Violation::FeaturesNotOffered(features & !self.offered));
+        }
+        if features != self.features && self.rings.iter().any(Ring::running) {
+            return Err(Violation::FeaturesRunning(self.features, features));
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    /// SET_MEM_TABLE. Stops nothing: live rings get a view of the new memory. Answers with the
+    /// memory before, which may be the last reference to it.
+    ///
+    /// # Errors
+    /// A ring that runs is not in the new memory.
+    pub fn set_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+    ) -> Result<(Option<Arc<GuestMemory>>, Vec<Effect>), Violation> {
+        for ring in self.rings.iter().filter(|ring| ring.running()) {
+            if let Some(addrs) = ring.addrs {
+                ring::check(&memory, ring.num, addrs)?;
+            }
+        }
+        let before = self.memory.replace(memory);
+        Ok((before, self.publish_where(|_| true)))
+    }
+
+    /// SET_VRING_NUM.
+    ///
+    /// # Errors
+    /// The ring runs, or the size does not do.
+    pub fn set_num(&mut self, ring: usize, num: u32) -> Result<(), Violation> {
+        let state = self.stopped_ring_mut(ring)?;
+        let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= RING_SIZE_MAX);
+        state.num = size.ok_or(RingError::Size(num))?;
+        Ok(())
+    }
+
+    /// SET_VRING_BASE.
+    ///
+    /// # Errors
+    /// The ring runs.
+    pub fn set_base(&mut self, ring: usize, base: u32) -> Result<(), Violation> {
+        self.stopped_ring_mut(ring)?.base = base as u16;
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR, in the front end's address space. On a running ring only the same
+    /// addresses are taken (QEMU sends them again to switch logging).
+    ///
+    /// # Errors
+    /// Other addresses for a ring that runs.
+    pub fn set_addrs(&mut self, ring: usize, addrs: RingAddrs) -> Result<(), Violation> {
+        let state = self.ring_mut(ring)?;
+        if state.running() && state.user != Some(addrs) {
+            return Err(Violation::RingRunning(ring));
+        }
+        state.user = Some(addrs);
+        Ok(())
+    }
+
+    /// SET_VRING_CALL.
+    ///
+    /// # Errors
+    /// No such ring.
+    pub fn set_call(
+        &mut self,
+        ring: usize,
+        call: Option<EventFd>,
+    ) -> Result<Vec<Effect>, Violation> {
+        self.ring_mut(ring)?.call = call.map(Arc::new);
+        Ok(self.publish_where(|n| n == ring))
+    }
+
+    /// SET_VRING_KICK: starts the ring.
+    ///
+    /// # Errors
+    /// The ring is not set up or does not do.
+    pub fn set_kick(
+        &mut self,
+        ring: usize,
+        kick: Option<EventFd>,
+    ) -> Result<Vec<Effect>, Violation> {
+        let memory = self.memory.clone();
+        let gate_open = self.gate_open;
+        let effects;
+        let state = self.ring_mut(ring)?;
+        state.kick = kick;
+        if state.running() {
+            return Ok(self.publish_where(|n| n == ring));
+        }
+        let (Some(memory), Some(user)) = (memory, state.user) else {
+            return Err(Violation::NotSetUp(ring));
+        };
+        let gpa = |user| memory.gpa_of_user(user).ok_or(RingError::Address(user));
+        let addrs =
+            RingAddrs { desc: gpa(user.desc)?, avail: gpa(user.avail)?, used: gpa(user.used)? };
+        ring::check(&memory, state.num, addrs)?;
+        state.addrs = Some(addrs);
+        state.was_live = true;
+        (state.state, effects) = match state.state {
+            RingState::Draining { .. } => (RingState::Draining { then: Then::Restart }, vec![]),
+            _ if !gate_open => (RingState::Gated, vec![]),
+            _ => (RingState::Live, vec![Effect::Start(ring)]),
+        };
+        Ok(effects)
+    }
+
+    /// GET_VRING_BASE: stops the ring. The answer comes as [`Effect::Reply`], now or once the
+    /// ring has drained.
+    ///
+    /// # Errors
+    /// No such ring.
+    pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
+        let state = self.ring_mut(ring)?;
+        Ok(match state.state {
+            RingState::Stopped | RingState::Gated => {
+                state.state = RingState::Stopped;
+                vec![Effect::Reply(ring, state.base)]
+            }
+            RingState::Live => {
+                state.state = RingState::Draining { then: Then::Reply };
+                vec![Effect::Stop(ring)]
+            }
+            RingState::Draining { .. } => {
+                state.state = RingState::Draining { then: Then::Reply };
+                vec![]
+            }
+        })
+    }
+
+    /// RESET_OWNER: stops all rings without an answer to wait for.
+    pub fn reset_owner(&mut self) -> Vec<Effect> {
+        self.features = 0;
+        self.stop_all()
+    }
+
+    /// The connection is gone.
+    pub fn close(&mut self) -> Vec<Effect> {
+        self.closed = true;
+        self.backend_channel = None;
+        self.stop_all()
+    }
+
+    /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
+    pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
+        let state = &mut self.rings[ring];
+        let RingState::Draining { then } = state.state else { return vec![] };
+        state.state = RingState::Stopped;
+        match then {
+            // What the front end has set since the reset stays.
+            Then::Stop => vec![],
+            Then::Reply => {
+                state.base = base;
+                vec![Effect::Reply(ring, base)]
+            }
+            Then::Restart => {
+                state.state = RingState::Live;
+                vec![Effect::Start(ring)]
+            }
+        }
+    }
+
+    /// A ring could not be attached.
+    pub fn start_failed(&mut self, ring: usize) {
+        self.rings[ring].state = RingState::Stopped;
+    }
+
+    /// The connections before this one have drained.
+    pub fn open_gate(&mut self) -> Vec<Effect> {
+        self.gate_open = true;
+        let mut effects = vec![];
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            if ring.state == RingState::Gated {
+                ring.state = RingState::Live;
+                ring.was_live = true;
+                effects.push(Effect::Start(n));
+            }
+        }
+        effects
+    }
+
+    fn stop_all(&mut self) -> Vec<Effect> {
+        let mut effects = vec![];
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            match ring.state {
+                RingState::Stopped => {}
+                RingState::Gated => ring.state = RingState::Stopped,
+                RingState::Draining { .. } => {
+                    ring.state = RingState::Draining { then: Then::Stop };
+                }
+                RingState::Live => {
+                    ring.state = RingState::Draining { then: Then::Stop };
+                    effects.push(Effect::Stop(n));
+                }
+            }
+        }
+        effects
+    }
+
+    /// [`Effect::Publish`] for the rings that reactors have, among those that `which` names.
+    pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
+        let with_reactor =
+            |ring: &Ring| matches!(ring.state, RingState::Live | RingState::Draining { .. });
+        let rings = self.rings.iter().enumerate();
+        rings
+            .filter(|(n, r)| with_reactor(r) && which(*n))
+            .map(|(n, _)| Effect::Publish(n))
+            .collect()
+    }
+}

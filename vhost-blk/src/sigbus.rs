@@ -1,0 +1,121 @@
+//! Survives a front end that cuts its memory file short after we have mapped it.
+//!
+//! Touching a page beyond the end of the file raises SIGBUS. The handler finds the mapping in a
+//! table that needs no lock, puts a page of zeroes there, marks the region, and lets the access
+//! run again. The marked region's queues stop at their next visit.
+#![expect(unsafe_code, reason = "a signal handler")]
+
+use std::sync::Arc;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+
+/// How many guest memory regions can be mapped at a time: 1,024 connections with four each, or
+/// 512 with all eight.
+const SLOTS: usize = 4096;
+
+/// A place in the table. `end` is 0 where it is free, 1 while it is being filled.
+struct Entry {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    page: AtomicUsize,
+    truncated: AtomicPtr<AtomicBool>,
+}
+
+/// An entry's number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot(usize);
+
+static TABLE: [Entry; SLOTS] = [const {
+    Entry {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
+        truncated: AtomicPtr::new(std::ptr::null_mut()),
+    }
+}; SLOTS];
+
+/// Guards `len` bytes at `start`; `truncated` is set if a page of them turns out to be missing.
+/// `None` when the table is full.
+pub(crate) fn register(
+    start: usize,
+    len: usize,
+    page: usize,
+    truncated: &Arc<AtomicBool>,
+) -> Option<Slot> {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(install);
+    // AcqRel: the slot's earlier contents were cleared before it became free.
+    let claim =
+        |e: &Entry| e.end.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    let slot = TABLE.iter().position(claim)?;
+    let entry = &TABLE[slot];
+    entry.start.store(start, Ordering::Relaxed);
+    entry.page.store(page, Ordering::Relaxed);
+    entry.truncated.store(Arc::into_raw(Arc::clone(truncated)).cast_mut(), Ordering::Relaxed);
+    // Release: whoever finds the end finds the rest.
+    entry.end.store(start + len, Ordering::Release);
+    Some(Slot(slot))
+}
+
+/// Ends the guard. The mapping has no user any more, so no access can be looking at the entry.
+pub(crate) fn unregister(slot: Slot) {
+    let entry = &TABLE[slot.0];
+    let truncated = entry.truncated.swap(std::ptr::null_mut(), Ordering::AcqRel);
+    entry.start.store(usize::MAX, Ordering::Relaxed);
+    // Release: the entry is empty before it is free.
+    entry.end.store(0, Ordering::Release);
+    // SAFETY: `register` made it from an `Arc` and this is the one place that takes it back.
+    drop(unsafe { Arc::from_raw(truncated) });
+}
+
+fn install() {
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+    // SAFETY: the handler is async-signal-safe: atomics, and one mmap system call.
+    unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
+}
+
+extern "C" fn handler(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo.
+    let info = unsafe { &*info };
+    // SAFETY: SIGBUS comes with an address.
+    let address = unsafe { info.si_addr() } as usize;
+    if !replace_page(address) {
+        // Not guest memory: let the access fault again and end the process as usual.
+        // SAFETY: async-signal-safe.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
+}
+
+/// Puts a page of zeroes at `address` if it lies in a guarded mapping.
+fn replace_page(address: usize) -> bool {
+    // Acquire: pairs with the Release in `register`.
+    let covers = |e: &&Entry| {
+        let end = e.end.load(Ordering::Acquire);
+        address < end && address >= e.start.load(Ordering::Relaxed)
+    };
+    let Some(entry) = TABLE.iter().find(covers) else { return false };
+    let page = entry.page.load(Ordering::Relaxed);
+    // SAFETY: replaces a page of a mapping that is ours; the file's bytes there are gone anyway.
+    let mapped = unsafe {
+        libc::mmap(
+            (address & !(page - 1)) as *mut libc::c_void,
+            page,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    let truncated = entry.truncated.load(Ordering::Relaxed);
+    // SAFETY: valid until `unregister`, which comes after the mapping's last use; the access that
+    // faulted is a use.
+    unsafe { &*truncated }.store(true, Ordering::Relaxed);
+    mapped != libc::MAP_FAILED
+}
