@@ -292,6 +292,8 @@ pub(crate) mod tests {
     use super::*;
     use std::os::fd::FromRawFd;
 
+    use vm_memory::VolatileMemory;
+
     /// A memfd of `len` bytes, as a front end would hand it over.
     pub(crate) fn memfd(len: u64) -> OwnedFd {
         // SAFETY: a plain system call with a constant name.
@@ -335,7 +337,10 @@ pub(crate) mod tests {
         let map = |table| GuestMemory::map(table, None, &unmapper).map(|_| ()).unwrap_err();
         assert!(matches!(map(vec![]), Error::Count(0, _)));
         assert!(matches!(map(vec![(spec(0, 0), memfd(1))]), Error::Range(_)));
-        assert!(matches!(map(vec![(spec(u64::MAX, 2), memfd(4096))]), Error::Range(_)));
+        assert!(matches!(
+            map(vec![(RegionSpec { gpa: u64::MAX, ..spec(0, 2) }, memfd(4096))]),
+            Error::Range(_)
+        ));
         assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::Short { .. }));
         let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
         assert!(matches!(map(overlap), Error::Overlap(_)));
@@ -364,7 +369,8 @@ pub(crate) mod tests {
         let fd = memfd(0x2000);
         let file = File::from(fd.try_clone().unwrap());
         let memory = GuestMemory::map(vec![(spec(0, 0x2000), fd)], None, &unmapper).unwrap();
-        let byte = memory.slice(0x1800, 1).unwrap().get_ref::<u8>(0).unwrap();
+        let slice = memory.slice(0x1800, 1).unwrap();
+        let byte = slice.get_ref::<u8>(0).unwrap();
         byte.store(7);
         assert!(!memory.truncated());
         file.set_len(0x1000).unwrap();

@@ -479,14 +479,13 @@ impl Session {
         effects
     }
 
-    /// [`Effect::Publish`] for the rings that reactors have, among those that `which` names.
+    /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names. A
+    /// ring that drains after a reset keeps the view that it has, as its parameters may be new.
     pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
-        let with_reactor =
-            |ring: &Ring| matches!(ring.state, RingState::Live | RingState::Draining { .. });
+        let served = |ring: &Ring| {
+            matches!(ring.state, RingState::Live | RingState::Draining { then: Then::Reply })
+        };
         let rings = self.rings.iter().enumerate();
-        rings
-            .filter(|(n, r)| with_reactor(r) && which(*n))
-            .map(|(n, _)| Effect::Publish(n))
-            .collect()
+        rings.filter(|(n, r)| served(r) && which(*n)).map(|(n, _)| Effect::Publish(n)).collect()
     }
 }

@@ -1,0 +1,594 @@
+//! A queue's visits in one thread: a guest's requests in, statuses and used elements out.
+//!
+//! The guest here is a page of helpers over [`GuestMemory`]; the disk is a real malloc disk, or
+//! [`Manual`], which completes what it is told to complete and is full when it is told to be.
+#![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use bdev::{Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Stats, Status, Submit};
+use qsbr::{Domain, Reader};
+use vhost_blk::config::Disk;
+use vhost_blk::memory::{GuestMemory, RegionSpec};
+use vhost_blk::notify::EventFd;
+use vhost_blk::queue::{Queue, QueueId, QueueState, View};
+use vhost_blk::reactor::{Event, Events, Turn};
+use vhost_blk::reclaim::{Garbage, Unmapper};
+use vhost_blk::ring::RingAddrs;
+use vm_memory::{Bytes, VolatileMemory};
+
+const SIZE: u16 = 16;
+const MEMORY: u64 = 0x4_0000;
+const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1000, used: 0x2000 };
+/// Where requests' headers, data and statuses are, by descriptor.
+const HEADERS: u64 = 0x3000;
+const STATUSES: u64 = 0x3800;
+const DATA: u64 = 0x1_0000;
+const DISK_SECTORS: u64 = 64;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+/// What a status byte holds until somebody writes it.
+const UNTOUCHED: u8 = 0xee;
+
+fn map() -> Arc<GuestMemory> {
+    // SAFETY: a plain system call with a constant name.
+    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), 0) };
+    // SAFETY: the fd was just made.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    std::fs::File::from(fd.try_clone().unwrap()).set_len(MEMORY).unwrap();
+    let spec = RegionSpec { gpa: 0, size: MEMORY, user_addr: 0, offset: 0 };
+    let unmapper = Unmapper::start().unwrap();
+    Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap())
+}
+
+/// A queue, its guest and its reactor.
+struct Bench {
+    memory: Arc<GuestMemory>,
+    call: Arc<EventFd>,
+    queue: Arc<Queue>,
+    disk: Arc<Disk>,
+    reader: Reader,
+    turn: Turn,
+    events: Events,
+    avail: u16,
+    used: u16,
+    generation: u64,
+}
+
+impl Bench {
+    fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Self {
+        let domain = Domain::new(1);
+        let mut reader = domain.reader().unwrap();
+        reader.online();
+        let disk = Arc::new(Disk { bdev, read_only });
+        let (memory, call) = (map(), Arc::new(EventFd::new().unwrap()));
+        let (c, d) = (Some(Arc::clone(&call)), Some(Arc::clone(&disk)));
+        let view = View::new(1, &memory, SIZE, ADDRS, false, c, d).unwrap();
+        let queue = Queue::new(QueueId(1), &domain, view, 0, Arc::default()).unwrap();
+        let (turn, events) = (Turn::new(), Events::new().unwrap());
+        let (avail, used, generation) = (0, 0, 1);
+        Self { memory, call, queue, disk, reader, turn, events, avail, used, generation }
+    }
+
+    fn malloc() -> Self {
+        Self::new(malloc(512), false)
+    }
+
+    fn visit(&mut self) -> bool {
+        self.reader.quiesce();
+        // SAFETY: this is the queue's one visitor.
+        unsafe { self.queue.visit(&self.reader, &mut self.turn, &self.events) }
+    }
+
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        self.memory.slice(gpa, bytes.len()).unwrap().write_slice(bytes, 0).unwrap();
+    }
+
+    fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.slice(gpa, len).unwrap().read_slice(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    fn desc(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let at = u64::from(index) * 16;
+        self.put(at, &addr.to_le_bytes());
+        self.put(at + 8, &len.to_le_bytes());
+        self.put(at + 12, &flags.to_le_bytes());
+        self.put(at + 14, &next.to_le_bytes());
+    }
+
+    /// Makes `head` available.
+    fn offer(&mut self, head: u16) {
+        let at = 0x1004 + 2 * u64::from(self.avail % SIZE);
+        self.put(at, &head.to_le_bytes());
+        self.avail = self.avail.wrapping_add(1);
+        self.put(0x1002, &self.avail.to_le_bytes());
+    }
+
+    fn header(&self, slot: u16, kind: u32, sector: u64) -> u64 {
+        let at = HEADERS + 16 * u64::from(slot);
+        self.put(at, &kind.to_le_bytes());
+        self.put(at + 4, &[0; 4]);
+        self.put(at + 8, &sector.to_le_bytes());
+        self.put(STATUSES + u64::from(slot), &[UNTOUCHED]);
+        at
+    }
+
+    /// Offers an ordinary request: header, `data`, status. It takes three descriptors.
+    fn request(&mut self, kind: u32, sector: u64, data: Option<(u64, u32)>) -> u16 {
+        let head = (self.avail * 3) % (SIZE - 3);
+        let header = self.header(head, kind, sector);
+        self.desc(head, header, 16, NEXT, head + 1);
+        let write = if matches!(kind, IN | GET_ID) { WRITE } else { 0 };
+        if let Some((gpa, len)) = data {
+            self.desc(head + 1, gpa, len, NEXT | write, head + 2);
+        } else {
+            self.desc(head, header, 16, NEXT, head + 2);
+        }
+        self.desc(head + 2, STATUSES + u64::from(head), 1, WRITE, 0);
+        self.offer(head);
+        head
+    }
+
+    /// The next used element, if there is one: head and length.
+    fn take_used(&mut self) -> Option<(u16, u32)> {
+        let idx = u16::from_le_bytes(self.get(0x2002, 2).try_into().unwrap());
+        if idx == self.used {
+            return None;
+        }
+        let at = 0x2004 + 8 * u64::from(self.used % SIZE);
+        self.used = self.used.wrapping_add(1);
+        let word = |at| u32::from_le_bytes(self.get(at, 4).try_into().unwrap());
+        Some((word(at) as u16, word(at + 4)))
+    }
+
+    fn status(&self, head: u16) -> u8 {
+        self.get(STATUSES + u64::from(head), 1)[0]
+    }
+
+    /// Offers a request, visits, and returns status and used length.
+    fn answer(&mut self, kind: u32, sector: u64, data: Option<(u64, u32)>) -> (u8, u32) {
+        let head = self.request(kind, sector, data);
+        self.visit();
+        let (used, len) = self.take_used().expect("every request comes back");
+        assert_eq!(used, head);
+        (self.status(head), len)
+    }
+
+    /// Puts a discard or write-zeroes range into the data area.
+    fn range(&self, sector: u64, sectors: u32, flags: u32) -> Option<(u64, u32)> {
+        self.put(DATA, &sector.to_le_bytes());
+        self.put(DATA + 8, &sectors.to_le_bytes());
+        self.put(DATA + 12, &flags.to_le_bytes());
+        Some((DATA, 16))
+    }
+
+    fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
+        self.generation += 1;
+        let call = Some(Arc::clone(&self.call));
+        let view = View::new(self.generation, memory, SIZE, ADDRS, false, call, disk).unwrap();
+        Box::new(self.queue.publish(view))
+    }
+}
+
+fn malloc(block_size: u32) -> Arc<dyn Bdev> {
+    let num_blocks = DISK_SECTORS * 512 / u64::from(block_size);
+    let options = MallocOptions { name: "Malloc0".into(), num_blocks, block_size, uuid: None };
+    Malloc::create(options).unwrap()
+}
+
+/// A disk whose I/O completes when the test says so.
+///
+/// Faults it shows: I/O that does not complete, and a channel that is full.
+#[derive(Default)]
+struct Manual {
+    shared: Arc<Mutex<ManualState>>,
+    stats: Stats,
+}
+
+#[derive(Default)]
+struct ManualState {
+    submitted: Vec<Io>,
+    done: Vec<Completion>,
+    full: bool,
+}
+
+impl Bdev for Manual {
+    fn name(&self) -> &str {
+        "Manual"
+    }
+    fn product_name(&self) -> &'static str {
+        "Manual disk"
+    }
+    fn uuid(&self) -> uuid::Uuid {
+        uuid::Uuid::nil()
+    }
+    fn block_size(&self) -> u32 {
+        512
+    }
+    fn num_blocks(&self) -> u64 {
+        DISK_SECTORS
+    }
+    fn features(&self) -> Features {
+        Features { flush: true, ..Features::default() }
+    }
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+    fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
+        Ok(Box::new(ManualChannel(Arc::clone(&self.shared))))
+    }
+}
+
+struct ManualChannel(Arc<Mutex<ManualState>>);
+
+impl Channel for ManualChannel {
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        let mut state = self.0.lock().unwrap();
+        if state.full {
+            return Submit::Full(io);
+        }
+        state.submitted.push(io);
+        Submit::Queued
+    }
+
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        let mut state = self.0.lock().unwrap();
+        let n = state.done.len().min(done.len());
+        for (to, from) in done.iter_mut().zip(state.done.drain(..n)) {
+            *to = from;
+        }
+        n
+    }
+}
+
+fn manual() -> (Bench, Arc<Mutex<ManualState>>) {
+    let bdev = Arc::new(Manual::default());
+    let shared = Arc::clone(&bdev.shared);
+    (Bench::new(bdev, false), shared)
+}
+
+fn complete_all(shared: &Mutex<ManualState>, status: Status) {
+    let mut state = shared.lock().unwrap();
+    let done: Vec<_> =
+        state.submitted.drain(..).map(|io| Completion { tag: io.tag, status }).collect();
+    state.done.extend(done);
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let mut bench = Bench::malloc();
+    bench.put(DATA, &[7; 1024]);
+    assert_eq!(bench.answer(OUT, 3, Some((DATA, 1024))), (OK, 1));
+    assert_eq!(bench.answer(IN, 3, Some((DATA + 0x1000, 1024))), (OK, 1025));
+    assert_eq!(bench.get(DATA + 0x1000, 1024), [7; 1024]);
+    assert!(!bench.visit(), "nothing is left to do");
+}
+
+#[test]
+fn ranges_are_checked_without_overflow() {
+    let mut bench = Bench::malloc();
+    let data = Some((DATA, 512));
+    assert_eq!(bench.answer(IN, DISK_SECTORS - 1, data), (OK, 513));
+    for sector in [DISK_SECTORS, 1 << 55, 1 << 60, u64::MAX] {
+        assert_eq!(bench.answer(IN, sector, data).0, IOERR, "{sector:#x}");
+        assert_eq!(bench.answer(OUT, sector, data).0, IOERR, "{sector:#x}");
+    }
+    assert_eq!(bench.answer(IN, 0, Some((DATA, 100))).0, UNSUPP);
+    assert_eq!(bench.answer(OUT, 0, None).0, UNSUPP);
+    let mut bench = Bench::new(malloc(4096), false);
+    assert_eq!(bench.answer(IN, 0, data).0, IOERR, "half a block");
+    assert_eq!(bench.answer(IN, 1, Some((DATA, 4096))).0, IOERR, "across blocks");
+    assert_eq!(bench.answer(IN, 8, Some((DATA, 4096))).0, OK);
+}
+
+#[test]
+fn the_other_requests() {
+    let mut bench = Bench::malloc();
+    assert_eq!(bench.answer(FLUSH, 0, None), (OK, 1));
+    assert_eq!(bench.answer(FLUSH, 1, None).0, IOERR);
+    assert_eq!(bench.answer(GET_ID, 0, Some((DATA, 20))), (OK, 21));
+    assert_eq!(bench.get(DATA, 20), b"Malloc0             ");
+    assert_eq!(bench.answer(GET_ID, 0, None).0, UNSUPP);
+    assert_eq!(bench.answer(GET_ID, 0, Some((DATA, 4))), (OK, 5));
+    for kind in [2, 3, 10, 14, 99, u32::MAX >> 1] {
+        assert_eq!(bench.answer(kind, 0, None).0, UNSUPP, "{kind}");
+    }
+    assert_eq!(bench.answer(IN | 1 << 31, 0, Some((DATA, 512))).0, UNSUPP, "data is not writable");
+}
+
+#[test]
+fn discard_and_write_zeroes() {
+    let mut bench = Bench::malloc();
+    bench.put(DATA, &[9; 512]);
+    assert_eq!(bench.answer(OUT, 5, Some((DATA, 512))).0, OK);
+    let range = bench.range(5, 1, 0);
+    assert_eq!(bench.answer(WRITE_ZEROES, 0, range).0, OK);
+    assert_eq!(bench.answer(IN, 5, Some((DATA, 512))).0, OK);
+    assert_eq!(bench.get(DATA, 512), [0; 512]);
+    let cases = [
+        (DISCARD, 5, 1, 0, OK),
+        (DISCARD, 5, 0, 0, OK),
+        (DISCARD, 5, 1, 1, UNSUPP),
+        (WRITE_ZEROES, 5, 1, 1, OK),
+        (WRITE_ZEROES, 5, 1, 2, UNSUPP),
+        (DISCARD, DISK_SECTORS, 1, 0, IOERR),
+        (DISCARD, u64::MAX, 1, 0, IOERR),
+        (WRITE_ZEROES, 0, u32::MAX, 0, IOERR),
+    ];
+    for (kind, sector, sectors, flags, want) in cases {
+        let range = bench.range(sector, sectors, flags);
+        assert_eq!(bench.answer(kind, 0, range).0, want, "{kind} {sector} {sectors} {flags}");
+    }
+    assert_eq!(bench.answer(DISCARD, 0, Some((DATA, 32))).0, IOERR, "two ranges");
+    assert_eq!(bench.answer(DISCARD, 0, Some((DATA, 15))).0, IOERR, "part of one");
+    assert_eq!(bench.answer(DISCARD, 0, None).0, IOERR, "none");
+}
+
+#[test]
+fn a_read_only_disk_refuses_whatever_changes_it() {
+    let mut bench = Bench::new(malloc(512), true);
+    assert_eq!(bench.answer(OUT, 0, Some((DATA, 512))).0, IOERR);
+    let range = bench.range(0, 1, 0);
+    assert_eq!(bench.answer(DISCARD, 0, range).0, IOERR);
+    assert_eq!(bench.answer(WRITE_ZEROES, 0, range).0, IOERR);
+    assert_eq!(bench.answer(IN, 0, Some((DATA, 512))).0, OK);
+    assert_eq!(bench.answer(FLUSH, 0, None).0, OK);
+}
+
+#[test]
+fn any_layout_is_taken() {
+    let mut bench = Bench::malloc();
+    bench.put(DATA, &[3; 512]);
+    assert_eq!(bench.answer(OUT, 2, Some((DATA, 512))).0, OK);
+    // The header in three pieces, the last of them with data behind it... of a write.
+    let header = bench.header(0, OUT, 4);
+    bench.desc(0, header, 5, NEXT, 1);
+    bench.desc(1, header + 5, 10, NEXT, 2);
+    bench.put(DATA + 0x2000, &bench.get(header + 15, 1));
+    bench.put(DATA + 0x2001, &[4; 512]);
+    bench.desc(2, DATA + 0x2000, 513, NEXT, 3);
+    bench.desc(3, STATUSES, 1, WRITE, 0);
+    bench.offer(0);
+    bench.visit();
+    assert_eq!((bench.take_used(), bench.status(0)), (Some((0, 1)), OK));
+    // A read whose status follows the data in the same buffer.
+    let header = bench.header(0, IN, 4);
+    bench.desc(0, header, 16, NEXT, 1);
+    bench.desc(1, DATA + 0x4000, 513, WRITE, 0);
+    bench.put(DATA + 0x4000 + 512, &[UNTOUCHED]);
+    bench.offer(0);
+    bench.visit();
+    assert_eq!(bench.take_used(), Some((0, 513)));
+    assert_eq!(bench.get(DATA + 0x4000, 512), [4; 512]);
+    assert_eq!(bench.get(DATA + 0x4000 + 512, 1), [OK]);
+}
+
+#[test]
+fn malformed_chains_come_back() {
+    let mut bench = Bench::malloc();
+    let header = bench.header(0, IN, 0);
+    let mut answer = |descs: &[(u64, u32, u16, u16)]| {
+        for (n, (addr, len, flags, next)) in descs.iter().enumerate() {
+            bench.desc(n as u16, *addr, *len, *flags, *next);
+        }
+        bench.put(STATUSES, &[UNTOUCHED]);
+        bench.offer(0);
+        bench.visit();
+        (bench.take_used().expect("it comes back").1, bench.status(0))
+    };
+    let status = (STATUSES, 1, WRITE, 0);
+    // With a place for the status: an error.
+    assert_eq!(answer(&[(header, 15, NEXT, 1), status]), (1, IOERR));
+    assert_eq!(answer(&[(DATA, 512, NEXT | WRITE, 1), (header, 16, NEXT, 2), status]), (1, IOERR));
+    assert_eq!(answer(&[(MEMORY, 16, NEXT, 1), status]), (1, IOERR));
+    // Without: returned as it is.
+    assert_eq!(answer(&[(header, 16, 0, 0)]), (0, UNTOUCHED));
+    assert_eq!(answer(&[(header, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)]), (0, UNTOUCHED));
+    assert_eq!(answer(&[(header, 16, NEXT, 0)]).1, UNTOUCHED, "a loop");
+    assert_eq!(bench.queue.requests(), (6, 6));
+    bench.offer(SIZE + 5);
+    bench.visit();
+    assert_eq!(bench.take_used(), Some((SIZE + 5, 0)), "a head out of range");
+    assert_eq!(bench.answer(IN, 0, Some((DATA, 512))), (OK, 513), "and the queue goes on");
+}
+
+#[test]
+fn a_broken_ring_stops_alone_and_can_be_stopped() {
+    let mut bench = Bench::malloc();
+    bench.put(0x1002, &(SIZE + 1).to_le_bytes());
+    assert!(!bench.visit());
+    assert_eq!(bench.queue.state(), QueueState::Broken);
+    assert!(matches!(bench.events.pop(), Some(Event::Broken(QueueId(1)))));
+    bench.put(0x1002, &1_u16.to_le_bytes());
+    bench.visit();
+    assert_eq!(bench.take_used(), None, "nothing is fetched any more");
+    bench.queue.stop();
+    bench.visit();
+    assert_eq!(bench.queue.state(), QueueState::Stopped);
+}
+
+#[test]
+fn a_visit_is_bounded() {
+    let (mut bench, shared) = manual();
+    for _ in 0..SIZE {
+        bench.offer(0);
+    }
+    let header = bench.header(0, IN, 0);
+    bench.desc(0, header, 16, NEXT, 1);
+    bench.desc(1, DATA, 512, NEXT | WRITE, 2);
+    bench.desc(2, STATUSES, 1, WRITE, 0);
+    bench.visit();
+    assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
+    // The ring says that as many again are available: there is no slot for them.
+    for _ in 0..SIZE {
+        bench.offer(0);
+    }
+    assert!(!bench.visit());
+    assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
+    complete_all(&shared, Status::Ok);
+    bench.visit();
+    assert_eq!(bench.queue.inflight(), u32::from(SIZE), "slots were free again");
+}
+
+#[test]
+fn stopping_waits_for_io_and_reports_the_index() {
+    let (mut bench, shared) = manual();
+    bench.request(IN, 0, Some((DATA, 512)));
+    bench.request(OUT, 1, Some((DATA, 512)));
+    bench.visit();
+    bench.queue.stop();
+    bench.request(IN, 2, Some((DATA, 512)));
+    bench.visit();
+    assert_eq!(bench.queue.state(), QueueState::Attached);
+    assert!(bench.events.pop().is_none());
+    complete_all(&shared, Status::Ok);
+    bench.visit();
+    assert_eq!(bench.queue.state(), QueueState::Stopped);
+    assert_eq!(bench.queue.last_avail(), 2, "the third was never fetched");
+    assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
+    bench.visit();
+    assert!(bench.events.pop().is_none(), "said once");
+    assert!(bench.take_used().is_some() && bench.take_used().is_some());
+    assert!(bench.take_used().is_none());
+}
+
+#[test]
+fn a_drain_finds_the_event_queue_full_and_says_it_later() {
+    let mut bench = Bench::malloc();
+    while bench.events.push(Event::Broken(QueueId(9))).is_ok() {}
+    bench.queue.stop();
+    bench.visit();
+    assert_eq!(bench.queue.state(), QueueState::Stopped);
+    bench.visit();
+    while let Some(event) = bench.events.pop() {
+        assert!(matches!(event, Event::Broken(QueueId(9))));
+    }
+    bench.visit();
+    assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
+}
+
+#[test]
+fn a_full_channel_delays_and_loses_nothing() {
+    let (mut bench, shared) = manual();
+    shared.lock().unwrap().full = true;
+    let first = bench.request(IN, 0, Some((DATA, 512)));
+    let second = bench.request(IN, 1, Some((DATA, 512)));
+    bench.visit();
+    assert_eq!(bench.queue.inflight(), 1, "the first is parked, the second not fetched");
+    bench.queue.stop();
+    bench.visit();
+    assert_eq!(bench.queue.state(), QueueState::Attached, "a parked request is in flight");
+    shared.lock().unwrap().full = false;
+    bench.visit();
+    assert_eq!(shared.lock().unwrap().submitted.len(), 1);
+    complete_all(&shared, Status::IoError);
+    bench.visit();
+    assert_eq!(bench.take_used(), Some((first, 513)));
+    assert_eq!((bench.status(first), bench.status(second)), (IOERR, UNTOUCHED));
+    assert_eq!(bench.queue.state(), QueueState::Stopped);
+}
+
+#[test]
+fn memory_outlives_the_io_that_uses_it() {
+    let (mut bench, shared) = manual();
+    let head = bench.request(IN, 0, Some((DATA, 512)));
+    bench.visit();
+    let old = Arc::downgrade(&bench.memory);
+    let new = map();
+    let disk = Some(Arc::clone(&bench.disk));
+    let retired = bench.publish(&new, disk);
+    let before = std::mem::replace(&mut bench.memory, new);
+    let retired = retired.try_free().expect("the reactor may be using it");
+    bench.visit();
+    bench.visit();
+    let retired = retired.try_free().expect("an I/O uses its memory");
+    assert_eq!(bench.queue.quarantined_bytes(), MEMORY);
+    complete_all(&shared, Status::Ok);
+    bench.visit();
+    // Status into the memory that the request came from, used element into the new ring.
+    let mut status = [0];
+    before.slice(STATUSES + u64::from(head), 1).unwrap().read_slice(&mut status, 0).unwrap();
+    assert_eq!(status, [OK]);
+    assert_eq!(bench.take_used(), Some((head, 513)));
+    drop(before);
+    assert!(old.upgrade().is_some());
+    assert!(retired.try_free().is_none());
+    assert!(old.upgrade().is_none(), "and then it goes");
+    assert_eq!(bench.queue.quarantined_bytes(), 0);
+}
+
+#[test]
+fn a_new_view_calls_once_unasked() {
+    let mut bench = Bench::malloc();
+    bench.visit();
+    assert_eq!(bench.call.take(), 1, "at the start");
+    bench.visit();
+    assert_eq!(bench.call.take(), 0);
+    let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
+    let retired = bench.publish(&memory, disk);
+    bench.visit();
+    assert_eq!(bench.call.take(), 1, "the fd before it may have been told last");
+    bench.visit();
+    assert!(retired.try_free().is_none());
+}
+
+#[test]
+fn a_batch_is_one_call() {
+    let mut bench = Bench::malloc();
+    bench.visit();
+    bench.call.take();
+    for sector in 0..4 {
+        bench.request(IN, sector, Some((DATA, 512)));
+    }
+    bench.visit();
+    assert_eq!(bench.call.take(), 1);
+    bench.put(0x1000, &1_u16.to_le_bytes()); // NO_INTERRUPT
+    bench.request(IN, 0, Some((DATA, 512)));
+    bench.visit();
+    assert_eq!(bench.call.take(), 0);
+}
+
+#[test]
+fn a_removed_disk_fails_requests_and_gives_its_channel_back() {
+    let (mut bench, shared) = manual();
+    let first = bench.request(IN, 0, Some((DATA, 512)));
+    bench.visit();
+    let memory = Arc::clone(&bench.memory);
+    let _retired = bench.publish(&memory, None);
+    let second = bench.request(IN, 1, Some((DATA, 512)));
+    bench.visit();
+    assert_eq!(bench.take_used(), Some((second, 1)));
+    assert_eq!(bench.status(second), IOERR);
+    assert!(bench.events.pop().is_none(), "I/O is in flight on the channel");
+    complete_all(&shared, Status::Ok);
+    bench.visit();
+    assert_eq!((bench.take_used(), bench.status(first)), (Some((first, 513)), OK));
+    assert!(matches!(bench.events.pop(), Some(Event::Released(QueueId(1), _))));
+    assert_eq!(bench.answer(FLUSH, 0, None), (IOERR, 1));
+}
+
+#[test]
+fn requests_are_counted_for_the_disk() {
+    let mut bench = Bench::malloc();
+    bench.answer(OUT, 0, Some((DATA, 1024)));
+    bench.answer(IN, 0, Some((DATA, 512)));
+    let totals = bench.disk.bdev.stats().totals();
+    let read = totals[bdev::Op::Read as usize];
+    let write = totals[bdev::Op::Write as usize];
+    assert_eq!((read.count, read.bytes, write.count, write.bytes), (1, 512, 1, 1024));
+}
