@@ -1,6 +1,5 @@
 //! The driver's side of a virtqueue: requests in, completions out (virtio 1.2, 2.7.13 and 5.2.6).
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -8,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{Error, LIMIT, Result};
+use crate::event;
 use crate::guest::{GuestRam, Segment, Window};
 use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
@@ -396,12 +396,12 @@ pub fn wait_any(queues: &mut [Queue], limit: Duration) -> Result<bool> {
     let ready = |queues: &[Queue]| queues.iter().any(Queue::has_completion);
     if !ready(queues) {
         let fds: Vec<_> = queues.iter().map(|queue| queue.ring.call_fd()).collect();
-        let mut waits: Vec<_> =
-            fds.iter().map(|fd| PollFd::from_borrowed_fd(borrow(fd), PollFlags::IN)).collect();
-        let limit = Timespec {
-            tv_sec: limit.as_secs() as i64,
-            tv_nsec: i64::from(limit.subsec_nanos()),
-        };
+        let mut waits: Vec<_> = fds
+            .iter()
+            .map(|fd| PollFd::from_borrowed_fd(event::as_fd(fd), PollFlags::IN))
+            .collect();
+        let limit =
+            Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
         match poll(&mut waits, Some(&limit)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(Error::system("cannot wait for a call")(e)),

@@ -28,6 +28,7 @@
 
 pub mod driver;
 pub mod error;
+pub mod event;
 pub mod front_end;
 pub mod guest;
 pub mod load;
@@ -41,5 +42,6 @@ pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};
 pub use guest::{Backing, GuestRam, Segment};
-pub use load::{Load, LoadOptions, Summary};
+pub use load::{Idle, Load, LoadOptions, Summary};
 pub use raw::RawConnection;
+pub use round_trip::round_trip_ns;

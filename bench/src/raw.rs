@@ -123,9 +123,9 @@ impl RawConnection {
     pub fn receive(&mut self) -> Result<Message> {
         let mut header = [0; 12];
         let fds = self.receive_first(&mut header)?;
-        let mut words = header.chunks_exact(4).map(|word| {
-            u32::from_le_bytes(word.try_into().expect("chunks of four bytes"))
-        });
+        let mut words = header
+            .chunks_exact(4)
+            .map(|word| u32::from_le_bytes(word.try_into().expect("chunks of four bytes")));
         let mut next = || words.next().expect("three of them");
         let (request, flags, size) = (next(), next(), next());
         if size > 1 << 16 {

@@ -3,9 +3,8 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
 use crate::error::{Error, Result};
+use crate::event::{EventFd, event_fd};
 use crate::guest::{GuestRam, Window};
 
 /// Descriptor flag: another one follows.
@@ -219,10 +218,6 @@ pub(crate) fn put(table: &Window, index: u16, descriptor: Descriptor) {
         | u64::from(descriptor.flags) << 32
         | u64::from(descriptor.next) << 48;
     table.store(at + 8, rest, Relaxed);
-}
-
-fn event_fd() -> Result<EventFd> {
-    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("cannot make an eventfd"))
 }
 
 #[cfg(test)]

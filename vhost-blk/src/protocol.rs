@@ -116,6 +116,29 @@ pub enum Message {
     Negotiation,
 }
 
+/// What precedes the contents in GET_CONFIG: offset, size and flags.
+///
+/// The offset is ignored, as SPDK ignores it: old versions of cloud-hypervisor send the one that
+/// the config space has on PCI.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigHead([u8; 12]);
+
+impl ConfigHead {
+    /// As it was sent.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; 12] {
+        &self.0
+    }
+
+    /// Bytes of the config space that are asked for.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a length in a message, not a container's")]
+    pub fn len(&self) -> usize {
+        let [_, _, _, _, a, b, c, d, ..] = self.0;
+        u32::from_le_bytes([a, b, c, d]) as usize
+    }
+}
+
 /// A message that says something impossible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
@@ -195,14 +218,11 @@ impl Message {
                 Self::SetBackendReqFd(fd)
             }
             request::GET_CONFIG => {
-                let (_offset, size) = (p.u32().ok_or(size)?, p.u32().ok_or(size)?);
-                // Old versions of cloud-hypervisor send the offset that the config space has on
-                // PCI; SPDK ignores it, and so do we.
-                let size = size as usize;
-                if size > CONFIG_BYTES_MAX || payload.len() < 12 + size {
+                let head = ConfigHead(*payload.first_chunk().ok_or(size)?);
+                if head.len() > CONFIG_BYTES_MAX || payload.len() < head.0.len() + head.len() {
                     return Err(ParseError::Value(request));
                 }
-                Self::GetConfig { size }
+                Self::GetConfig(head)
             }
             request::SET_CONFIG => Self::SetConfig,
             request::RESET_OWNER => Self::ResetOwner,

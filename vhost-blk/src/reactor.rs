@@ -111,6 +111,23 @@ pub struct ReactorInfo {
 }
 
 impl Reactor {
+    /// A reactor without a thread: turns are made by calling [`Reactor::poll_once`].
+    ///
+    /// # Errors
+    /// Out of fds.
+    pub fn new(core: Core, domain: &Arc<Domain>) -> io::Result<Self> {
+        Ok(Self {
+            core,
+            poll_set: Published::new(domain, Box::default()),
+            wake: EventFd::new()?,
+            shutdown: AtomicBool::new(false),
+            tid: AtomicU64::new(0),
+            turns: AtomicU64::new(0),
+            busy_ticks: AtomicU64::new(0),
+            idle_ticks: AtomicU64::new(0),
+        })
+    }
+
     /// Starts a reactor on `core`.
     ///
     /// # Errors
@@ -120,16 +137,7 @@ impl Reactor {
         domain: &Arc<Domain>,
         events: &Arc<Events>,
     ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
-        let reactor = Arc::new(Self {
-            core,
-            poll_set: Published::new(domain, Box::default()),
-            wake: EventFd::new()?,
-            shutdown: AtomicBool::new(false),
-            tid: AtomicU64::new(0),
-            turns: AtomicU64::new(0),
-            busy_ticks: AtomicU64::new(0),
-            idle_ticks: AtomicU64::new(0),
-        });
+        let reactor = Arc::new(Self::new(core, domain)?);
         let reader =
             domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
         let ticks_per_second = ticks_per_second();
@@ -216,7 +224,7 @@ impl Reactor {
     }
 
     /// Publishes `queues` as what the reactor polls, and wakes it.
-    pub(crate) fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
+    pub fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
         reclaim.free(self.poll_set.replace(Box::new(PollSet { queues })));
         self.wake.signal();
     }

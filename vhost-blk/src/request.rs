@@ -92,8 +92,12 @@ unsafe impl Send for Chain {}
 impl Chain {
     /// Collects the chain at `head`, in place of what was here before.
     pub fn collect(&mut self, ring: &SplitRing, memory: &GuestMemory, head: u16) {
-        *self = Self { segments: std::mem::take(&mut self.segments), ..Self::default() };
         self.segments.clear();
+        self.readable = 0;
+        self.readable_bytes = 0;
+        self.writable_bytes = 0;
+        self.status = None;
+        self.malformed = false;
         let walked = ring.walk(memory, head, |buffer| self.push(memory, buffer));
         self.malformed |= walked.is_err();
     }

@@ -22,7 +22,7 @@ use crate::controller::{
 };
 use crate::memory::GuestMemory;
 use crate::notify::{BackendChannel, EventFd};
-use crate::protocol::{self, Message};
+use crate::protocol::{self, ConfigHead, Message};
 use crate::queue::{Queue, QueueId, View};
 use crate::reactor::{Core, Event, Events, Reactor, ReactorInfo};
 use crate::reclaim::{Garbage, Reclaim, Unmapper};
@@ -468,10 +468,10 @@ impl Target {
                     verdict = Verdict::Deferred;
                     session.get_base(ring)
                 }
-                Message::GetConfig { size } => {
+                Message::GetConfig(head) => {
                     let config =
                         controller_config.unwrap_or_else(|| crate::config::config_space(None));
-                    verdict = Verdict::Reply(config_reply(&config, size));
+                    verdict = Verdict::Reply(config_reply(&config, head));
                     Ok(vec![])
                 }
                 Message::ResetOwner => Ok(session.reset_owner()),
@@ -750,13 +750,18 @@ impl Target {
             }
             None => {}
         }
-        // It was stopped meanwhile, or cannot be served: it never had anything in flight.
+        // It cannot be served, or was stopped meanwhile: it never had anything in flight.
         let base = connected.session.ring(ring).base;
-        connected.session.start_failed(ring);
-        let effects = connected.session.drained(ring, base);
-        self.apply(&mut inner, conn, effects, None);
+        let effects = if live {
+            connected.session.start_failed(ring);
+            vec![]
+        } else {
+            connected.session.drained(ring, base)
+        };
+        let starts = self.apply(&mut inner, conn, effects, None);
         let opened = self.reap(&mut inner, conn);
         drop(inner);
+        self.start_rings(conn, &starts);
         self.start_all(opened);
     }
 
@@ -864,13 +869,13 @@ fn session_info(connected: &Connected) -> SessionInfo {
     }
 }
 
-/// GET_CONFIG's payload: offset, size and flags as the front end sent them, then the contents.
-/// QEMU refuses an answer of another size than it asked for.
-fn config_reply(config: &[u8], size: usize) -> Vec<u8> {
-    let mut payload = vec![0; 12 + size];
-    payload[4..8].copy_from_slice(&(size as u32).to_le_bytes());
-    let n = size.min(config.len());
-    payload[12..12 + n].copy_from_slice(&config[..n]);
+/// GET_CONFIG's payload: its head as the front end sent it, then the contents. QEMU refuses an
+/// answer of another size than it asked for.
+fn config_reply(config: &[u8], head: ConfigHead) -> Vec<u8> {
+    let mut payload = head.bytes().to_vec();
+    let n = head.len().min(config.len());
+    payload.extend_from_slice(&config[..n]);
+    payload.resize(head.bytes().len() + head.len(), 0);
     payload
 }
 
