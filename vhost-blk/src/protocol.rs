@@ -107,9 +107,7 @@ pub enum Message {
     SetVringErr,
     SetVringEnable,
     SetBackendReqFd(OwnedFd),
-    GetConfig {
-        size: usize,
-    },
+    GetConfig(ConfigHead),
     SetConfig,
     ResetOwner,
     /// See [`is_negotiation`].
