@@ -3,18 +3,20 @@
 //! The guest here is a page of helpers over [`GuestMemory`]; the disk is a real malloc disk, or
 //! [`Manual`], which completes what it is told to complete and is full when it is told to be.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::os::fd::{FromRawFd, OwnedFd};
+mod guest;
+
 use std::sync::{Arc, Mutex};
 
 use bdev::{Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Stats, Status, Submit};
 use qsbr::{Domain, Reader};
 use vhost_blk::config::Disk;
-use vhost_blk::memory::{GuestMemory, RegionSpec};
+use vhost_blk::memory::GuestMemory;
 use vhost_blk::notify::EventFd;
 use vhost_blk::queue::{Queue, QueueId, QueueState, View};
 use vhost_blk::reactor::{Event, Events, Turn};
-use vhost_blk::reclaim::{Garbage, Unmapper};
+use vhost_blk::reclaim::Garbage;
 use vhost_blk::ring::RingAddrs;
 use vm_memory::{Bytes, VolatileMemory};
 
@@ -44,14 +46,7 @@ const UNSUPP: u8 = 2;
 const UNTOUCHED: u8 = 0xee;
 
 fn map() -> Arc<GuestMemory> {
-    // SAFETY: a plain system call with a constant name.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), 0) };
-    // SAFETY: the fd was just made.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    std::fs::File::from(fd.try_clone().unwrap()).set_len(MEMORY).unwrap();
-    let spec = RegionSpec { gpa: 0, size: MEMORY, user_addr: 0, offset: 0 };
-    let unmapper = Unmapper::start().unwrap();
-    Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap())
+    guest::memory(MEMORY, 0)
 }
 
 /// A queue, its guest and its reactor.

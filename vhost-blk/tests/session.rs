@@ -1,11 +1,12 @@
 //! The session's state machine, driven directly: every message in every state.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::os::fd::{FromRawFd, OwnedFd};
+mod guest;
+
 use std::sync::Arc;
 
-use vhost_blk::memory::{GuestMemory, RegionSpec};
+use vhost_blk::memory::GuestMemory;
 use vhost_blk::notify::EventFd;
-use vhost_blk::reclaim::Unmapper;
 use vhost_blk::ring::RingAddrs;
 use vhost_blk::session::{Effect, Phase, RingState, Session, Then, Violation};
 
@@ -13,13 +14,7 @@ const OFFERED: u64 = 0x1_7000_0000;
 const USER: u64 = 0x7000_0000;
 
 fn memory(len: u64) -> Arc<GuestMemory> {
-    // SAFETY: a plain system call with a constant name.
-    #[expect(unsafe_code, reason = "a memfd is what front ends hand over")]
-    let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), 0)) };
-    std::fs::File::from(fd.try_clone().unwrap()).set_len(len).unwrap();
-    let spec = RegionSpec { gpa: 0, size: len, user_addr: USER, offset: 0 };
-    let unmapper = Unmapper::start().unwrap();
-    Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap())
+    guest::memory(len, USER)
 }
 
 fn addrs(ring: u64) -> RingAddrs {
