@@ -18,7 +18,7 @@ use vhost_blk::queue::{Queue, QueueId, QueueState, View};
 use vhost_blk::reactor::{Event, Events, Turn};
 use vhost_blk::reclaim::Garbage;
 use vhost_blk::ring::RingAddrs;
-use vm_memory::{Bytes, VolatileMemory};
+use vm_memory::Bytes;
 
 const SIZE: u16 = 16;
 const MEMORY: u64 = 0x4_0000;

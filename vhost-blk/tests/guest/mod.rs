@@ -9,7 +9,7 @@ use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 
 /// One region of `len` bytes at guest-physical 0, and at `user_addr` in the front end.
-pub fn memory(len: u64, user_addr: u64) -> Arc<GuestMemory> {
+pub(crate) fn memory(len: u64, user_addr: u64) -> Arc<GuestMemory> {
     // SAFETY: a plain system call with a constant name.
     let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
     // SAFETY: the fd was just made.
