@@ -11,7 +11,7 @@ use qsbr::{Domain, Published, Reader, Retired};
 
 use crate::config::Disk;
 use crate::memory::GuestMemory;
-use crate::notify::EventFd;
+use crate::notify::CallFd;
 use crate::reactor::{Event, Events, Turn};
 use crate::reclaim::Garbage;
 use crate::request::{Chain, Limits, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
@@ -40,7 +40,7 @@ pub struct View {
     /// The guest's memory; a view and its I/Os keep it mapped.
     pub memory: Arc<GuestMemory>,
     /// Where the guest wants to be told of completions.
-    pub call: Option<Arc<EventFd>>,
+    pub call: Option<Arc<CallFd>>,
     /// The disk; `None` once it was removed, after which every request fails.
     pub disk: Option<Arc<Disk>>,
     /// I/Os submitted under this view and not completed.
@@ -58,7 +58,7 @@ impl View {
         size: u16,
         addrs: RingAddrs,
         event_idx: bool,
-        call: Option<Arc<EventFd>>,
+        call: Option<Arc<CallFd>>,
         disk: Option<Arc<Disk>>,
     ) -> Result<Self, RingError> {
         // SAFETY: the view keeps the memory for as long as it keeps the ring.
@@ -275,6 +275,8 @@ pub struct Core {
     /// The used index at the last decision whether to call.
     called: u16,
     call_due: CallDue,
+    /// The next call goes out whether the guest wants it or not.
+    call_unasked: bool,
     inflight: u32,
     stopped: bool,
     broken: bool,
@@ -334,6 +336,7 @@ impl Core {
             published: base,
             called: base,
             call_due: CallDue::default(),
+            call_unasked: false,
             inflight: 0,
             stopped: false,
             broken: false,
@@ -390,10 +393,9 @@ impl Core {
         }
         self.generation = view.generation;
         view.ring.suppress_kicks(self.last_avail);
-        // The fd before this one may have been told last, and nobody may be listening to it.
-        if let Some(call) = &view.call {
-            call.signal();
-        }
+        // The fd before this view's may have been told last, and nobody may be listening to it.
+        self.call_unasked = true;
+        self.call_due.pending = true;
     }
 
     /// Takes what the device has finished.
@@ -587,12 +589,16 @@ impl Core {
         if self.call_due.wait(&queue.coalescing, turn) {
             return;
         }
-        self.call_due.pending = false;
-        if view.ring.wants_call(self.called, self.used)
+        let wanted = view.ring.wants_call(self.called, self.used) || self.call_unasked;
+        if wanted
             && let Some(call) = &view.call
+            // SAFETY: this queue's owner is the one user of its call fd, and this is it.
+            && !unsafe { call.signal() }
         {
-            call.signal();
+            return; // tried again at the next visit
         }
+        self.call_due.pending = false;
+        self.call_unasked = false;
         self.called = self.used;
     }
 

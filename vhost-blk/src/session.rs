@@ -21,7 +21,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::config::QUEUES_MAX;
 use crate::memory::GuestMemory;
-use crate::notify::{BackendChannel, EventFd};
+use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::ring::{self, RING_SIZE_MAX, RingAddrs, RingError};
 
 /// Seconds that a front end waits for its GET_VRING_BASE before its connection is ended, which it
@@ -141,9 +141,9 @@ pub struct Ring {
     /// The same, guest-physical; set when it is started.
     pub addrs: Option<RingAddrs>,
     /// Where the guest wants to be told of completions.
-    pub call: Option<Arc<EventFd>>,
+    pub call: Option<Arc<CallFd>>,
     /// What the guest would kick if it were not asked not to. Kept open for it.
-    kick: Option<EventFd>,
+    kick: Option<KickFd>,
     /// It was served at some time.
     was_live: bool,
 }
@@ -347,7 +347,7 @@ impl Session {
     pub fn set_call(
         &mut self,
         ring: usize,
-        call: Option<EventFd>,
+        call: Option<CallFd>,
     ) -> Result<Vec<Effect>, Violation> {
         self.ring_mut(ring)?.call = call.map(Arc::new);
         Ok(self.publish_where(|n| n == ring))
@@ -360,7 +360,7 @@ impl Session {
     pub fn set_kick(
         &mut self,
         ring: usize,
-        kick: Option<EventFd>,
+        kick: Option<KickFd>,
     ) -> Result<Vec<Effect>, Violation> {
         let memory = self.memory.clone();
         let gate_open = self.gate_open;

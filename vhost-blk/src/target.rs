@@ -21,7 +21,7 @@ use crate::controller::{
     Controller, ControllerId, ControllerInfo, ControllerSpec, SessionInfo, check_name,
 };
 use crate::memory::GuestMemory;
-use crate::notify::{BackendChannel, EventFd};
+use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::protocol::{self, ConfigHead, Message};
 use crate::queue::{Queue, QueueId, View};
 use crate::reactor::{Core, Event, Events, Reactor, ReactorInfo};
@@ -499,9 +499,6 @@ impl Target {
 
     /// Turns what a front end hands over into what it has to be.
     fn prepare(&self, conn: ConnId, message: Message) -> Result<Prepared, String> {
-        let event = |fd: Option<OwnedFd>| {
-            fd.map(EventFd::from_front_end).transpose().map_err(|e| e.to_string())
-        };
         Ok(match message {
             Message::SetMemTable(table) => {
                 let before = {
@@ -511,8 +508,14 @@ impl Target {
                 let memory = GuestMemory::map(table, before.as_deref(), &self.unmapper);
                 Prepared::Memory(Arc::new(memory.map_err(|e| e.to_string())?))
             }
-            Message::SetVringCall { ring, fd } => Prepared::Call(ring, event(fd)?),
-            Message::SetVringKick { ring, fd } => Prepared::Kick(ring, event(fd)?),
+            Message::SetVringCall { ring, fd } => {
+                let call = fd.map(CallFd::from_front_end).transpose();
+                Prepared::Call(ring, call.map_err(|e| e.to_string())?)
+            }
+            Message::SetVringKick { ring, fd } => {
+                let kick = fd.map(KickFd::from_front_end).transpose();
+                Prepared::Kick(ring, kick.map_err(|e| e.to_string())?)
+            }
             Message::SetBackendReqFd(fd) => {
                 let channel = BackendChannel::from_front_end(fd);
                 Prepared::BackendChannel(channel.map_err(|e| e.to_string())?)
@@ -802,8 +805,8 @@ impl Target {
 /// A message with what it carries checked, mapped, and made ours.
 enum Prepared {
     Memory(Arc<GuestMemory>),
-    Call(usize, Option<EventFd>),
-    Kick(usize, Option<EventFd>),
+    Call(usize, Option<CallFd>),
+    Kick(usize, Option<KickFd>),
     BackendChannel(BackendChannel),
     Plain(Message),
 }

@@ -7,13 +7,14 @@
 
 mod guest;
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use bdev::{Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Stats, Status, Submit};
 use qsbr::{Domain, Reader};
 use vhost_blk::config::Disk;
 use vhost_blk::memory::GuestMemory;
-use vhost_blk::notify::EventFd;
+use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::queue::{Queue, QueueId, QueueState, View};
 use vhost_blk::reactor::{Event, Events, Turn};
 use vhost_blk::reclaim::Garbage;
@@ -52,7 +53,9 @@ fn map() -> Arc<GuestMemory> {
 /// A queue, its guest and its reactor.
 struct Bench {
     memory: Arc<GuestMemory>,
-    call: Arc<EventFd>,
+    /// The guest's side of the call fd, and ours.
+    call: EventFd,
+    call_fd: Arc<CallFd>,
     queue: Arc<Queue>,
     disk: Arc<Disk>,
     reader: Reader,
@@ -69,13 +72,15 @@ impl Bench {
         let mut reader = domain.reader().unwrap();
         reader.online();
         let disk = Arc::new(Disk { bdev, read_only });
-        let (memory, call) = (map(), Arc::new(EventFd::new().unwrap()));
-        let (c, d) = (Some(Arc::clone(&call)), Some(Arc::clone(&disk)));
+        let (memory, call) = (map(), EventFd::new().unwrap());
+        let call_fd = CallFd::from_front_end(call.as_fd().try_clone_to_owned().unwrap());
+        let call_fd = Arc::new(call_fd.unwrap());
+        let (c, d) = (Some(Arc::clone(&call_fd)), Some(Arc::clone(&disk)));
         let view = View::new(1, &memory, SIZE, ADDRS, false, c, d).unwrap();
         let queue = Queue::new(QueueId(1), &domain, view, 0, Arc::default()).unwrap();
         let (turn, events) = (Turn::new(), Events::new().unwrap());
         let (avail, used, generation) = (0, 0, 1);
-        Self { memory, call, queue, disk, reader, turn, events, avail, used, generation }
+        Self { memory, call, call_fd, queue, disk, reader, turn, events, avail, used, generation }
     }
 
     fn malloc() -> Self {
@@ -174,7 +179,7 @@ impl Bench {
 
     fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
         self.generation += 1;
-        let call = Some(Arc::clone(&self.call));
+        let call = Some(Arc::clone(&self.call_fd));
         let view = View::new(self.generation, memory, SIZE, ADDRS, false, call, disk).unwrap();
         Box::new(self.queue.publish(view))
     }

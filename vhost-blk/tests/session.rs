@@ -3,10 +3,11 @@
 
 mod guest;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost_blk::memory::GuestMemory;
-use vhost_blk::notify::EventFd;
+use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::ring::RingAddrs;
 use vhost_blk::session::{Effect, Phase, RingState, Session, Then, Violation};
 
@@ -173,7 +174,8 @@ fn memory_and_call_changes_reach_running_rings_only() {
     let (before, effects) = session.set_memory(memory(0x20000)).unwrap();
     assert!(before.is_some());
     assert_eq!(effects, [Effect::Publish(0)]);
-    let call = EventFd::new().unwrap();
+    let fd = EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap();
+    let call = CallFd::from_front_end(fd).unwrap();
     assert_eq!(session.set_call(0, Some(call)).unwrap(), [Effect::Publish(0)]);
     assert_eq!(session.set_call(1, None).unwrap(), []);
     assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Publish(0)], "kicked again");
