@@ -422,3 +422,89 @@ fn status_at(head: u16) -> usize {
 fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A queue whose device is the test.
+    fn queue(event_idx: bool) -> Queue {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let options = QueueOptions { size: 8, ..QueueOptions::default() };
+        Queue::new(&ram, 0, options, event_idx).unwrap()
+    }
+
+    /// Does what a device does to give back `id` as the element before used index `index`.
+    fn give_back(queue: &Queue, index: u16, id: u16) {
+        let ring = queue.ring();
+        let used = ring.addrs()[2];
+        let element = [u32::from(id).to_le_bytes(), 1_u32.to_le_bytes()].concat();
+        ring.ram().write(used + 4 + u64::from((index - 1) % 8) * 8, &element).unwrap();
+        ring.ram().write(used + 2, &index.to_le_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_buffer_given_back_twice_or_out_of_range_is_an_error_once() {
+        let mut queue = queue(false);
+        let tag = queue.submit(&Request::flush()).unwrap();
+        give_back(&queue, 1, tag.0);
+        let done = queue.poll().unwrap().unwrap();
+        assert_eq!((done.tag, done.status), (tag, STATUS_UNWRITTEN));
+        give_back(&queue, 2, tag.0);
+        assert!(matches!(queue.poll(), Err(Error::NotHeld { .. })));
+        give_back(&queue, 3, 8);
+        assert!(matches!(queue.poll(), Err(Error::NotHeld { id: 8 })));
+        assert!(queue.poll().unwrap().is_none());
+        assert_eq!(queue.in_flight(), 0);
+    }
+
+    #[test]
+    fn kicks_are_sent_as_the_device_wants_them() {
+        let mut queue = queue(false);
+        queue.submit(&Request::flush()).unwrap();
+        assert!(queue.kick().unwrap());
+        assert!(!queue.kick().unwrap(), "nothing new");
+        queue.ring().ram().write(queue.ring().addrs()[2], &[1, 0]).unwrap();
+        queue.submit(&Request::flush()).unwrap();
+        assert!(!queue.kick().unwrap(), "not wanted");
+    }
+
+    #[test]
+    fn kicks_are_sent_at_the_index_that_the_device_names() {
+        let mut queue = queue(true);
+        let want_at = |queue: &Queue, index: u16| {
+            let at = queue.ring().addrs()[2] + 4 + 8 * 8;
+            queue.ring().ram().write(at, &index.to_le_bytes()).unwrap();
+        };
+        want_at(&queue, 1);
+        queue.submit(&Request::flush()).unwrap();
+        assert!(!queue.kick().unwrap(), "index 0 is not what it waits for");
+        queue.submit(&Request::flush()).unwrap();
+        queue.submit(&Request::flush()).unwrap();
+        assert!(queue.kick().unwrap(), "index 1 is among these two");
+    }
+
+    #[test]
+    fn events_are_counted_modulo_65536() {
+        assert!(need_event(0xffff, 0, 0xffff));
+        assert!(need_event(0, 1, 0xfffe));
+        assert!(!need_event(1, 1, 0xfffe));
+        assert!(!need_event(0xfffd, 1, 0xfffe));
+    }
+
+    #[test]
+    fn requests_that_do_not_fit_are_refused_and_take_nothing() {
+        let mut queue = queue(false);
+        let data = [Segment::new(0, 512); 33];
+        assert!(matches!(queue.submit(&Request::read(0, &data)), Err(Error::Segments { .. })));
+        assert!(matches!(queue.submit(&Request::read(0, &data[..7])), Err(Error::Segments { .. })));
+        queue.submit(&Request::read(0, &data[..6])).unwrap();
+        assert!(matches!(queue.submit(&Request::flush()), Err(Error::Full)));
+        assert_eq!(queue.in_flight(), 1);
+    }
+
+    #[test]
+    fn a_range_lies_in_memory_as_the_specification_says() {
+        assert_eq!(range(0x0102, 3, 1), [2, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0]);
+    }
+}

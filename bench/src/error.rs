@@ -52,9 +52,14 @@ pub enum Error {
         /// The reason, as the `vhost` crate tells it.
         source: vhost::Error,
     },
-    /// the back end did not answer within [`LIMIT`]
-    #[error("{0}: no answer within {LIMIT:?}")]
-    NoAnswer(&'static str),
+    /// the back end did not answer in time
+    #[error("{message}: no answer within {limit:?}")]
+    NoAnswer {
+        /// Name of the message.
+        message: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
     /// the back end closed the connection
     #[error("the back end closed the connection")]
     Closed,

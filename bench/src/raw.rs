@@ -197,7 +197,7 @@ pub(crate) fn connect_stream(path: &Path) -> Result<UnixStream> {
 fn broken(e: std::io::Error) -> Error {
     use std::io::ErrorKind::{ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
     match e.kind() {
-        WouldBlock | TimedOut => Error::NoAnswer("a message"),
+        WouldBlock | TimedOut => Error::NoAnswer { message: "a message", limit: LIMIT },
         UnexpectedEof | ConnectionReset => Error::Closed,
         _ => Error::system("cannot receive")(e),
     }

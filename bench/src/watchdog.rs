@@ -4,15 +4,16 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::error::{Error, LIMIT, Result};
+use crate::error::{Error, Result};
 
-/// Shuts a socket down when a guarded wait has taken [`LIMIT`].
+/// Shuts a socket down when a guarded wait has taken too long.
 ///
 /// A limit on the socket's own reads does not do: the `vhost` crate tries again when it passes.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
+    limit: Duration,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -31,20 +32,20 @@ struct State {
 }
 
 impl Watchdog {
-    /// Watches over `socket`.
-    pub(crate) fn new(socket: UnixStream) -> Result<Self> {
+    /// Watches over `socket`: each wait may take `limit`.
+    pub(crate) fn new(socket: UnixStream, limit: Duration) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = shared.clone();
         let thread = std::thread::Builder::new()
             .name("watchdog".into())
             .spawn(move || theirs.watch(&socket))
             .map_err(Error::system("cannot start a thread"))?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { limit, shared, thread: Some(thread) })
     }
 
     /// Runs `wait` under the limit. The second value says whether the limit has ever passed.
     pub(crate) fn guard<T>(&self, wait: impl FnOnce() -> T) -> (T, bool) {
-        self.shared.set(|state| state.deadline = Some(Instant::now() + LIMIT));
+        self.shared.set(|state| state.deadline = Some(Instant::now() + self.limit));
         let result = wait();
         let mut expired = false;
         self.shared.set(|state| {

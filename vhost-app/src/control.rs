@@ -81,6 +81,11 @@ impl Control {
         self.changed.subscribe()
     }
 
+    /// Makes whoever waits for something look again.
+    pub(crate) fn notify(&self) {
+        self.changed.send_replace(());
+    }
+
     /// Serves the reactors' events and the clock. Ends only if the system fails.
     pub(crate) async fn run(&self) -> io::Result<()> {
         // An eventfd is read as a pipe is.
@@ -96,7 +101,11 @@ impl Control {
                     let _ = wake.try_read(&mut [0; 8]);
                     self.target.process_events();
                 }
-                _ = tick.tick() => self.target.tick(Instant::now()),
+                _ = tick.tick() => {
+                    self.target.tick(Instant::now());
+                    // A bdev's last user may have gone without a word.
+                    self.notify();
+                }
             }
         }
     }
@@ -156,7 +165,8 @@ impl Control {
         let mut changed = self.changed();
         self.target.remove_bdev(&bdev);
         let weak = Arc::downgrade(&bdev);
-        drop(bdev);
+        // Ours may be the last, and a disk's memory takes a while to give back.
+        let _ = tokio::task::spawn_blocking(move || drop(bdev)).await;
         while weak.strong_count() > 0 {
             let _ = changed.changed().await;
         }

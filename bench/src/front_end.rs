@@ -1,0 +1,579 @@
+//! The front end's side of the vhost-user protocol for a block device.
+//!
+//! It says what QEMU says, in QEMU's order, and changes things under a running device when asked.
+
+use std::fmt;
+use std::fs::File;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+
+use crate::driver::{Queue, QueueOptions};
+use crate::error::{Error, LIMIT, Result};
+use crate::guest::{GuestRam, RegionInfo};
+use crate::raw::{RawConnection, VERSION, connect_stream};
+use crate::ring::Ring;
+use crate::watchdog::Watchdog;
+
+/// Feature bit: requests may be in indirect tables.
+pub const INDIRECT_DESC: u64 = 1 << 28;
+/// Feature bit: kicks and calls at named indices.
+pub const EVENT_IDX: u64 = 1 << 29;
+/// Feature bit: the vhost-user protocol has features of its own, and rings are enabled by message.
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Feature bit: virtio 1.
+pub const VERSION_1: u64 = 1 << 32;
+/// Feature bit: the back end logs what it writes while migrating.
+pub const LOG_ALL: u64 = 1 << 26;
+/// Feature bit: the ring is packed; nothing here drives one.
+pub const RING_PACKED: u64 = 1 << 34;
+
+/// The one message that is sent without the `vhost` crate.
+const SET_LOG_BASE: u32 = 6;
+/// Size of virtio-blk's configuration space up to the end of the write-zeroes fields.
+const CONFIG_BYTES: u32 = 60;
+/// Rings that can be named before the back end has said how many it has.
+const QUEUES_MAX: u64 = 256;
+
+/// What to agree on.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Virtio features to accept of those that are offered.
+    pub features: u64,
+    /// Protocol features to accept of those that are offered.
+    pub protocol: VhostUserProtocolFeatures,
+    /// Ask for an answer to every message, if REPLY_ACK is agreed on: refusals become errors.
+    pub acks: bool,
+    /// Use an in-flight area, if INFLIGHT_SHMFD is agreed on.
+    pub inflight: bool,
+    /// How long the back end may take to answer a message. Then the connection is shut down.
+    pub limit: Duration,
+}
+
+impl Default for Options {
+    /// Everything but packed rings, logging, and protocol features that only oblige us.
+    fn default() -> Self {
+        use VhostUserProtocolFeatures as P;
+        Self {
+            features: !(RING_PACKED | LOG_ALL),
+            protocol: P::MQ
+                | P::REPLY_ACK
+                | P::CONFIG
+                | P::BACKEND_REQ
+                | P::LOG_SHMFD
+                | P::INFLIGHT_SHMFD,
+            acks: true,
+            inflight: false,
+            limit: LIMIT,
+        }
+    }
+}
+
+/// The fields of virtio-blk's configuration space that drivers look at (virtio 1.2, 5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlkConfig {
+    /// Size in units of 512 bytes.
+    pub capacity: u64,
+    /// Most bytes in one segment.
+    pub size_max: u32,
+    /// Most segments in one request.
+    pub seg_max: u32,
+    /// Bytes in a logical block.
+    pub blk_size: u32,
+    /// Queues that the device has.
+    pub num_queues: u16,
+    /// Most sectors in one discard range.
+    pub max_discard_sectors: u32,
+    /// Most ranges in one discard request.
+    pub max_discard_seg: u32,
+    /// Sectors that a discard range should be a multiple of.
+    pub discard_sector_alignment: u32,
+    /// Most sectors in one write-zeroes range.
+    pub max_write_zeroes_sectors: u32,
+    /// Most ranges in one write-zeroes request.
+    pub max_write_zeroes_seg: u32,
+    /// Whether write-zeroes may unmap.
+    pub write_zeroes_may_unmap: bool,
+}
+
+impl BlkConfig {
+    fn parse(bytes: &[u8; CONFIG_BYTES as usize]) -> Self {
+        let number = |at: usize, len: usize| {
+            bytes[at..at + len].iter().rev().fold(0, |n: u64, &b| n << 8 | u64::from(b))
+        };
+        let word = |at| number(at, 4) as u32;
+        Self {
+            capacity: number(0, 8),
+            size_max: word(8),
+            seg_max: word(12),
+            blk_size: word(20),
+            num_queues: number(34, 2) as u16,
+            max_discard_sectors: word(36),
+            max_discard_seg: word(40),
+            discard_sector_alignment: word(44),
+            max_write_zeroes_sectors: word(48),
+            max_write_zeroes_seg: word(52),
+            write_zeroes_may_unmap: bytes[56] != 0,
+        }
+    }
+}
+
+/// An area that a back end records its requests in flight in, and finds them again after a crash.
+struct Inflight {
+    info: VhostUserInflight,
+    file: File,
+}
+
+impl fmt::Debug for Inflight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inflight").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// A connection to a back end that has been negotiated.
+///
+/// Each answer is waited for at most [`Options::limit`]; then the connection is shut down and the
+/// call fails. The guest's memory and queues are not owned by it: queues go on (and other
+/// threads may drive them) while memory tables and call fds change, and survive reconnection.
+#[derive(Debug)]
+pub struct FrontEnd {
+    path: PathBuf,
+    options: Options,
+    ram: Arc<GuestRam>,
+    link: Link,
+    offered: u64,
+    queues_offered: u64,
+    inflight: Option<Inflight>,
+    rings: Vec<Arc<Ring>>,
+}
+
+/// One connection, and what has been agreed on it.
+#[derive(Debug)]
+struct Link {
+    node: Node,
+    socket: UnixStream,
+    watchdog: Watchdog,
+    limit: Duration,
+    protocol: VhostUserProtocolFeatures,
+    acks: bool,
+}
+
+impl FrontEnd {
+    /// Connects to the socket at `path`, and agrees on the features of `options` with the back end.
+    ///
+    /// # Errors
+    /// [`Error::Connect`], or what the back end's answers lead to.
+    pub fn connect(path: &Path, ram: Arc<GuestRam>, options: Options) -> Result<Self> {
+        let link = Link::connect(path, options.limit)?;
+        let path = path.to_owned();
+        let mut front_end = Self {
+            path,
+            options,
+            ram,
+            link,
+            offered: 0,
+            queues_offered: 0,
+            inflight: None,
+            rings: Vec::new(),
+        };
+        front_end.negotiate()?;
+        Ok(front_end)
+    }
+
+    /// The virtio features that the back end offers.
+    #[must_use]
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// The virtio features that both sides accept.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.offered & self.options.features
+    }
+
+    /// The protocol features that both sides accept.
+    #[must_use]
+    pub fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        self.link.protocol
+    }
+
+    /// How many queues the back end says it has: 1 without the protocol feature MQ.
+    #[must_use]
+    pub fn queues_offered(&self) -> u64 {
+        self.queues_offered
+    }
+
+    /// Reads `len` bytes of configuration space.
+    ///
+    /// # Errors
+    /// The protocol feature CONFIG is not agreed on, or the back end refuses.
+    pub fn config_bytes(&mut self, offset: u32, len: u32) -> Result<Vec<u8>> {
+        let space = vec![0; len as usize];
+        let flags = VhostUserConfigFlags::empty();
+        let got = self.link.ask("GET_CONFIG", |n| n.get_config(offset, len, flags, &space))?;
+        Ok(got.1)
+    }
+
+    /// Reads the configuration space.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::config_bytes`].
+    pub fn config(&mut self) -> Result<BlkConfig> {
+        let bytes = self.config_bytes(0, CONFIG_BYTES)?;
+        let bytes = bytes.first_chunk().ok_or(Error::Nonsense("a short configuration space"))?;
+        Ok(BlkConfig::parse(bytes))
+    }
+
+    /// Writes configuration space.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::config_bytes`].
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.link.tell("SET_CONFIG", |n| n.set_config(offset, flags, bytes))
+    }
+
+    /// Makes `n` queues that fit what is agreed on, and starts them from index 0.
+    ///
+    /// # Errors
+    /// No memory for them, [`Error::NotOffered`] for indirect tables, or as [`FrontEnd::start`].
+    pub fn start_new(&mut self, n: usize, options: QueueOptions) -> Result<Vec<Queue>> {
+        if options.indirect && self.features() & INDIRECT_DESC == 0 {
+            return Err(Error::NotOffered("indirect descriptors"));
+        }
+        let event_idx = self.features() & EVENT_IDX != 0;
+        let queues = (0..n)
+            .map(|index| Queue::new(&self.ram, index, options, event_idx))
+            .collect::<Result<Vec<_>>>()?;
+        self.start(queues.iter().map(|queue| (queue.ring().clone(), 0)).collect())?;
+        Ok(queues)
+    }
+
+    /// Tells the back end about memory and rings and starts it: each ring from the available index
+    /// beside it. After a stop or on a new connection that is what [`FrontEnd::stop`] returned.
+    ///
+    /// # Errors
+    /// The back end refuses a message (which shows here only if [`Options::acks`]).
+    pub fn start(&mut self, rings: Vec<(Arc<Ring>, u16)>) -> Result<()> {
+        let features = self.features();
+        self.link.tell("SET_FEATURES", |n| n.set_features(features))?;
+        self.set_up_inflight(&rings)?;
+        self.set_memory_table(&self.ram.table())?;
+        self.rings.clear();
+        for (ring, base) in &rings {
+            self.start_ring(ring, *base)?;
+        }
+        // QEMU enables rings after it has set up all of them.
+        if features & PROTOCOL_FEATURES != 0 {
+            for (ring, _) in &rings {
+                self.enable(ring.index(), true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the back end about one ring, up to its kick fd, and does not enable it.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::start`].
+    pub fn start_ring(&mut self, ring: &Arc<Ring>, base: u16) -> Result<()> {
+        let i = ring.index();
+        let link = &mut self.link;
+        link.tell("SET_VRING_NUM", |n| n.set_vring_num(i, ring.size()))?;
+        link.tell("SET_VRING_BASE", |n| n.set_vring_base(i, base))?;
+        link.tell("SET_VRING_ADDR", |n| n.set_vring_addr(i, &addrs(ring, false)))?;
+        link.tell("SET_VRING_KICK", |n| n.set_vring_kick(i, ring.kick_fd()))?;
+        link.tell("SET_VRING_CALL", |n| n.set_vring_call(i, &ring.call_fd()))?;
+        self.rings.push(ring.clone());
+        Ok(())
+    }
+
+    /// Lets the back end use ring `index`, or forbids it.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::start`].
+    pub fn enable(&mut self, index: usize, on: bool) -> Result<()> {
+        self.link.tell("SET_VRING_ENABLE", |n| n.set_vring_enable(index, on))
+    }
+
+    /// Stops every ring that was started, and returns each ring's available index: where the back
+    /// end has got to. The back end answers once nothing of the ring is in flight.
+    ///
+    /// # Errors
+    /// The back end does not answer; some rings may have been stopped.
+    pub fn stop(&mut self) -> Result<Vec<u16>> {
+        if self.features() & PROTOCOL_FEATURES != 0 {
+            for i in 0..self.rings.len() {
+                self.enable(self.rings[i].index(), false)?;
+            }
+        }
+        let rings = std::mem::take(&mut self.rings);
+        rings.iter().map(|ring| self.stop_ring(ring.index())).collect()
+    }
+
+    /// Stops ring `index` and returns its available index.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::stop`].
+    pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
+        self.rings.retain(|ring| ring.index() != index);
+        Ok(self.link.ask("GET_VRING_BASE", |n| n.get_vring_base(index))? as u16)
+    }
+
+    /// Gives the back end a memory table, which takes the place of the one before. Rings may run.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::start`].
+    pub fn set_memory_table(&mut self, table: &[RegionInfo]) -> Result<()> {
+        self.link.tell("SET_MEM_TABLE", |n| n.set_mem_table(table).map(drop))
+    }
+
+    /// Gives the back end a new call fd for ring `index`. Whoever waits for the old one is woken.
+    ///
+    /// # Errors
+    /// No such ring has been started, no eventfd, or as [`FrontEnd::start`].
+    pub fn change_call_fd(&mut self, index: usize) -> Result<()> {
+        let ring = self.rings.iter().find(|ring| ring.index() == index).cloned();
+        let ring = ring.ok_or(Error::NotOffered("a ring of this index"))?;
+        let old = ring.renew_call_fd()?;
+        let told = self.link.tell("SET_VRING_CALL", |n| n.set_vring_call(index, &ring.call_fd()));
+        old.write(1).map_err(Error::system("cannot wake a waiter"))?;
+        told
+    }
+
+    /// Has the back end log the pages that it writes to in the first `len` bytes of `log`, a bit
+    /// for each 4 KiB page of guest memory, from now on. [`FrontEnd::stop_log`] ends it.
+    ///
+    /// # Errors
+    /// The protocol feature LOG_SHMFD is not agreed on, or as [`FrontEnd::start`].
+    pub fn start_log(&mut self, log: &File, len: u64) -> Result<()> {
+        if !self.link.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
+            return Err(Error::NotOffered("a shared log"));
+        }
+        // The vhost crate takes no answer but one of the request's own size, which neither
+        // rte_vhost nor libvhost-user sends.
+        let mut raw = self.raw()?;
+        let payload = [len, 0].map(u64::to_le_bytes).concat();
+        raw.send_message(SET_LOG_BASE, VERSION, &payload, &[log.as_fd()])?;
+        if raw.receive()?.request != SET_LOG_BASE {
+            return Err(Error::Nonsense("it does not answer SET_LOG_BASE"));
+        }
+        self.set_logging(true)
+    }
+
+    /// Ends logging.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::start`].
+    pub fn stop_log(&mut self) -> Result<()> {
+        self.set_logging(false)
+    }
+
+    fn set_logging(&mut self, on: bool) -> Result<()> {
+        let features = self.features() & !LOG_ALL | if on { LOG_ALL } else { 0 };
+        let link = &mut self.link;
+        link.tell("SET_FEATURES", |n| n.set_features(features))?;
+        for ring in &self.rings {
+            let addrs = addrs(ring, on);
+            link.tell("SET_VRING_ADDR", |n| n.set_vring_addr(ring.index(), &addrs))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the back end a channel for messages of its own, and returns our end: what arrives is
+    /// request 2 when the configuration space has changed.
+    ///
+    /// # Errors
+    /// The protocol feature BACKEND_REQ is not agreed on, or as [`FrontEnd::start`].
+    pub fn open_backend_channel(&mut self) -> Result<RawConnection> {
+        let (ours, theirs) = UnixStream::pair().map_err(Error::system("cannot make a channel"))?;
+        self.link.tell("SET_BACKEND_REQ_FD", |n| n.set_backend_request_fd(&theirs))?;
+        RawConnection::over(ours)
+    }
+
+    /// The same socket, to say anything on it between messages.
+    ///
+    /// # Errors
+    /// The system has no fd left.
+    pub fn raw(&self) -> Result<RawConnection> {
+        RawConnection::over(clone(&self.link.socket)?)
+    }
+
+    /// Something that ends this connection from another thread, even in the middle of a call.
+    ///
+    /// # Errors
+    /// The system has no fd left.
+    pub fn killer(&self) -> Result<Killer> {
+        Ok(Killer { socket: clone(&self.link.socket)? })
+    }
+
+    /// Closes the socket at once and stops nothing before, as a VMM that is killed does.
+    pub fn kill(self) {
+        drop(self);
+    }
+
+    /// Stops the rings, then closes the socket, as a VMM that ends does.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::stop`].
+    pub fn disconnect(mut self) -> Result<Vec<u16>> {
+        self.stop()
+    }
+
+    /// Connects again, wherever the last connection was and whether or not it lives, and goes on
+    /// with the rings that were started: each from its used index, as QEMU does it. With an in-flight
+    /// area ([`Options::inflight`]) the back end finds there what it had begun; without one, it sees
+    /// again what was available after that index, which is right only if it works in order.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::connect`] and [`FrontEnd::start`].
+    pub fn reconnect(&mut self) -> Result<()> {
+        // What one shuts down, another connection's clone shares.
+        drop(self.link.socket.shutdown(Shutdown::Both));
+        self.link = Link::connect(&self.path, self.options.limit)?;
+        self.negotiate()?;
+        let rings = self.rings.iter().map(|ring| (ring.clone(), ring.used_index())).collect();
+        self.start(rings)
+    }
+
+    fn negotiate(&mut self) -> Result<()> {
+        let link = &mut self.link;
+        self.offered = link.ask("GET_FEATURES", |n| n.get_features())?;
+        self.queues_offered = 1;
+        if self.offered & self.options.features & PROTOCOL_FEATURES != 0 {
+            let offered =
+                link.ask("GET_PROTOCOL_FEATURES", VhostUserFrontend::get_protocol_features)?;
+            let accepted = offered & self.options.protocol;
+            link.tell("SET_PROTOCOL_FEATURES", |n| n.set_protocol_features(accepted))?;
+            link.protocol = accepted;
+            link.acks =
+                self.options.acks && accepted.contains(VhostUserProtocolFeatures::REPLY_ACK);
+            if accepted.contains(VhostUserProtocolFeatures::MQ) {
+                self.queues_offered = link.ask("GET_QUEUE_NUM", |n| n.get_queue_num())?;
+            }
+        }
+        link.tell("SET_OWNER", |n| n.set_owner())
+    }
+
+    /// Gets an area for `rings` from the back end if there is none yet, and hands it over.
+    fn set_up_inflight(&mut self, rings: &[(Arc<Ring>, u16)]) -> Result<()> {
+        let agreed = self.link.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        let size = rings.iter().map(|(ring, _)| ring.size()).max();
+        let (true, true, Some(size)) = (self.options.inflight, agreed, size) else {
+            return Ok(());
+        };
+        let inflight = match self.inflight.take() {
+            Some(inflight) => inflight,
+            None => {
+                let wanted = VhostUserInflight::new(0, 0, rings.len() as u16, size);
+                let (info, file) =
+                    self.link.ask("GET_INFLIGHT_FD", |n| n.get_inflight_fd(&wanted))?;
+                Inflight { info, file }
+            }
+        };
+        let Inflight { info, file } = self.inflight.insert(inflight);
+        self.link.tell("SET_INFLIGHT_FD", |n| n.set_inflight_fd(info, file.as_raw_fd()))
+    }
+}
+
+/// Ends a connection from any thread.
+#[derive(Debug)]
+pub struct Killer {
+    socket: UnixStream,
+}
+
+impl Killer {
+    /// Shuts the socket down: the back end sees its end, and a call that waits fails.
+    pub fn kill(&self) {
+        // A socket that is down already is what was wanted.
+        drop(self.socket.shutdown(Shutdown::Both));
+    }
+}
+
+impl Link {
+    fn connect(path: &Path, limit: Duration) -> Result<Self> {
+        let socket = connect_stream(path)?;
+        Ok(Self {
+            node: Node(Frontend::from_stream(clone(&socket)?, QUEUES_MAX)),
+            watchdog: Watchdog::new(clone(&socket)?, limit)?,
+            limit,
+            socket,
+            protocol: VhostUserProtocolFeatures::empty(),
+            acks: false,
+        })
+    }
+
+    /// Sends a message that has an answer of its own.
+    fn ask<T>(
+        &mut self,
+        message: &'static str,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T> {
+        let (result, expired) = self.watchdog.guard(|| call(&mut self.node.0));
+        result.map_err(|source| {
+            if expired {
+                Error::NoAnswer { message, limit: self.limit }
+            } else {
+                Error::Protocol { message, source }
+            }
+        })
+    }
+
+    /// Sends a message that is only answered if we ask for it.
+    fn tell(
+        &mut self,
+        message: &'static str,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<()>,
+    ) -> Result<()> {
+        if self.acks {
+            self.node.0.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        let result = self.ask(message, call);
+        self.node.0.set_hdr_flags(VhostUserHeaderFlag::empty());
+        result
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Clones of the socket may live on in a Killer or a RawConnection.
+        drop(self.socket.shutdown(Shutdown::Both));
+    }
+}
+
+/// The `vhost` crate's front end, with a `Debug`.
+struct Node(Frontend);
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Node").field(&self.0.as_raw_fd()).finish()
+    }
+}
+
+/// Where `ring` lies, as SET_VRING_ADDR tells it; with `log`, writes to its used ring are logged.
+fn addrs(ring: &Ring, log: bool) -> VringConfigData {
+    let [desc_table_addr, avail_ring_addr, used_ring_addr] = ring.user_addrs();
+    VringConfigData {
+        queue_max_size: ring.size(),
+        queue_size: ring.size(),
+        flags: u32::from(log),
+        desc_table_addr,
+        used_ring_addr,
+        avail_ring_addr,
+        log_addr: log.then(|| ring.addrs()[2]),
+    }
+}
+
+fn clone(socket: &UnixStream) -> Result<UnixStream> {
+    socket.try_clone().map_err(Error::system("cannot duplicate a socket"))
+}

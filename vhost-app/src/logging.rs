@@ -1,0 +1,457 @@
+//! Log lines as SPDK prints them, with levels and flags that change at run time.
+//!
+//! SPDK has one level more than its names suggest: INFO and DEBUG lines appear only if their
+//! component's *flag* is set as well. tracing's five levels map to SPDK's five one to one:
+//!
+//! | tracing | SPDK | appears if |
+//! |---|---|---|
+//! | `error!` | ERROR | the level allows it |
+//! | `warn!` | WARNING | the level allows it |
+//! | `info!` | NOTICE | the level allows it (the default for what an operator should see) |
+//! | `debug!` | INFO | the level allows it and a flag covers the event's target |
+//! | `trace!` | DEBUG | the level allows it and a flag covers the event's target |
+//!
+//! So the default print level, INFO, shows what SPDK shows by default: notices and worse, and
+//! more for the flags given with `-L`. A line goes to stderr if the *print level* allows it
+//! and to syslog if the *log level* does. Both may block for a moment: reactors never log.
+#![expect(unsafe_code, reason = "local time and syslog exist in libc only")]
+
+use std::ffi::CString;
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tracing::field::{Field, Visit};
+use tracing::subscriber::Interest;
+use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+
+/// SPDK's log levels, the most important first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// Something failed.
+    Error,
+    /// Something is odd.
+    Warning,
+    /// Something an operator should see.
+    Notice,
+    /// Something for who looks closer; needs a flag.
+    Info,
+    /// Something for who debugs; needs a flag.
+    Debug,
+}
+
+impl Level {
+    const ALL: [Self; 5] = [Self::Error, Self::Warning, Self::Notice, Self::Info, Self::Debug];
+
+    /// The name in log lines and in RPCs.
+    pub(crate) fn name(self) -> &'static str {
+        ["ERROR", "WARNING", "NOTICE", "INFO", "DEBUG"][self as usize]
+    }
+
+    /// The level of this name; case counts.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|level| level.name() == name)
+    }
+
+    fn from_u8(number: u8) -> Self {
+        Self::ALL[usize::from(number).min(Self::ALL.len() - 1)]
+    }
+
+    fn of(level: &tracing::Level) -> Self {
+        match *level {
+            tracing::Level::ERROR => Self::Error,
+            tracing::Level::WARN => Self::Warning,
+            tracing::Level::INFO => Self::Notice,
+            tracing::Level::DEBUG => Self::Info,
+            tracing::Level::TRACE => Self::Debug,
+        }
+    }
+
+    fn syslog_priority(self) -> libc::c_int {
+        match self {
+            Self::Error => libc::LOG_ERR,
+            Self::Warning => libc::LOG_WARNING,
+            Self::Notice => libc::LOG_NOTICE,
+            Self::Info => libc::LOG_INFO,
+            Self::Debug => libc::LOG_DEBUG,
+        }
+    }
+}
+
+/// Flags by name, sorted, with the modules whose INFO and DEBUG lines they let through. An
+/// event whose target is the flag's own name belongs to it as well. The names of components
+/// that do not exist here are accepted, since SPDK's `vhost` accepts them.
+const FLAGS: &[(&str, &[&str])] = &[
+    ("aio", &["bdev::file"]),
+    ("app_rpc", &["vhost"]),
+    ("bdev", &["bdev"]),
+    ("bdev_malloc", &["bdev::malloc"]),
+    ("bdev_null", &["bdev::null"]),
+    ("json_util", &["rpc::decode"]),
+    ("log_rpc", &[]),
+    ("reactor", &["vhost_blk::reactor"]),
+    ("rpc", &["rpc"]),
+    ("thread", &[]),
+    ("uring", &["bdev::file"]),
+    ("vbdev_delay", &["bdev::delay"]),
+    ("vhost", &["dpdk", "vhost", "vhost_blk"]),
+    ("vhost_blk", &["vhost_blk"]),
+    ("vhost_blk_data", &["vhost_blk::request"]),
+    ("vhost_ring", &["vhost_blk::queue", "vhost_blk::ring"]),
+    ("vhost_rpc", &["rpc"]),
+    ("vhost_scsi", &[]),
+    ("vhost_scsi_data", &[]),
+    ("vhost_scsi_queue", &[]),
+];
+
+// One bit each in `State::flags`.
+const _: () = assert!(FLAGS.len() <= 64);
+
+/// Whether `-L` and `log_set_flag` know this name; `all` is one.
+pub(crate) fn is_flag(name: &str) -> bool {
+    name == "all" || FLAGS.iter().any(|(flag, _)| *flag == name)
+}
+
+/// The settings of the log, shared by all clones.
+#[derive(Clone)]
+pub(crate) struct Log(Arc<State>);
+
+struct State {
+    print_level: AtomicU8,
+    syslog_level: AtomicU8,
+    timestamps: AtomicBool,
+    flags: AtomicU64,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Log {
+    /// SPDK's defaults: INFO to stderr, NOTICE to syslog, time stamps, no flags.
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(State {
+            print_level: AtomicU8::new(Level::Info as u8),
+            syslog_level: AtomicU8::new(Level::Notice as u8),
+            timestamps: AtomicBool::new(true),
+            flags: AtomicU64::new(0),
+        }))
+    }
+
+    /// Makes this the log of the process, on stderr and in syslog.
+    ///
+    /// # Errors
+    /// If the process has one already.
+    pub(crate) fn install(&self) -> Result<(), tracing::subscriber::SetGlobalDefaultError> {
+        open_syslog();
+        let print = Box::new(|line: &str| {
+            // There is nobody to tell.
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        });
+        let layer = Lines { log: self.clone(), print, syslog: Box::new(syslog) };
+        tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))
+    }
+
+    /// The least important level that goes to stderr.
+    pub(crate) fn print_level(&self) -> Level {
+        Level::from_u8(self.0.print_level.load(Relaxed))
+    }
+
+    /// Changes the least important level that goes to stderr.
+    pub(crate) fn set_print_level(&self, level: Level) {
+        self.0.print_level.store(level as u8, Relaxed);
+    }
+
+    /// The least important level that goes to syslog.
+    pub(crate) fn log_level(&self) -> Level {
+        Level::from_u8(self.0.syslog_level.load(Relaxed))
+    }
+
+    /// Changes the least important level that goes to syslog.
+    pub(crate) fn set_log_level(&self, level: Level) {
+        self.0.syslog_level.store(level as u8, Relaxed);
+    }
+
+    /// Whether lines on stderr start with the time.
+    pub(crate) fn set_timestamps(&self, enabled: bool) {
+        self.0.timestamps.store(enabled, Relaxed);
+    }
+
+    /// Sets or clears a flag, or `all`. False if the name is unknown.
+    pub(crate) fn set_flag(&self, name: &str, enabled: bool) -> bool {
+        let bits = match FLAGS.iter().position(|(flag, _)| *flag == name) {
+            Some(index) => 1 << index,
+            None if name == "all" => u64::MAX,
+            None => return false,
+        };
+        if enabled {
+            self.0.flags.fetch_or(bits, Relaxed);
+        } else {
+            self.0.flags.fetch_and(!bits, Relaxed);
+        }
+        true
+    }
+
+    /// All flags by name and whether they are set.
+    pub(crate) fn flags(&self) -> impl Iterator<Item = (&'static str, bool)> {
+        let bits = self.0.flags.load(Relaxed);
+        FLAGS.iter().enumerate().map(move |(index, (flag, _))| (*flag, bits & (1 << index) != 0))
+    }
+
+    fn flag_covers(&self, target: &str) -> bool {
+        let bits = self.0.flags.load(Relaxed);
+        let covers = |module: &&str| {
+            target
+                .strip_prefix(*module)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+        };
+        bits != 0
+            && FLAGS.iter().enumerate().any(|(index, (flag, modules))| {
+                bits & (1 << index) != 0 && (*flag == target || modules.iter().any(covers))
+            })
+    }
+
+    fn wants(&self, metadata: &Metadata<'_>) -> bool {
+        let level = Level::of(metadata.level());
+        level <= self.print_level().max(self.log_level())
+            && (level <= Level::Notice || self.flag_covers(metadata.target()))
+    }
+}
+
+type Sink<T> = Box<dyn Fn(T) + Send + Sync>;
+
+/// Turns events into lines.
+struct Lines {
+    log: Log,
+    print: Box<dyn Fn(&str) + Send + Sync>,
+    syslog: Sink<(Level, String)>,
+}
+
+impl<S: Subscriber> Layer<S> for Lines {
+    fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
+        // Ask each time: the levels change.
+        Interest::sometimes()
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        self.log.wants(metadata)
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let metadata = event.metadata();
+        let level = Level::of(metadata.level());
+        let mut line = String::with_capacity(160);
+        let time_len = if self.log.0.timestamps.load(Relaxed) {
+            push_time(&mut line, SystemTime::now());
+            line.len()
+        } else {
+            0
+        };
+        push_place(&mut line, metadata);
+        line.push_str(": *");
+        line.push_str(level.name());
+        line.push_str("*: ");
+        event.record(&mut Text(&mut line));
+        line.push('\n');
+        if level <= self.log.print_level() {
+            (self.print)(&line);
+        }
+        if level <= self.log.log_level() {
+            (self.syslog)((level, line[time_len..].trim_end().to_owned()));
+        }
+    }
+}
+
+/// `file.rs:  42:module`: the file without its directories, and the module's path as a word,
+/// where SPDK has a function.
+fn push_place(line: &mut String, metadata: &Metadata<'_>) {
+    let file = metadata.file().unwrap_or("?");
+    let file = Path::new(file).file_name().map_or("?".into(), |name| name.to_string_lossy());
+    let module = metadata.module_path().unwrap_or(metadata.target()).replace("::", "_");
+    let _ = write!(line, "{file}:{:4}:{module}", metadata.line().unwrap_or(0));
+}
+
+/// `[YYYY-MM-DD HH:MM:SS.uuuuuu] ` in local time.
+fn push_time(line: &mut String, now: SystemTime) {
+    let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = since.as_secs() as libc::time_t;
+    // SAFETY: all of `tm` are integers and a pointer that may be null, so zeroes are valid.
+    let mut tm: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to live locals, and localtime_r keeps neither.
+    unsafe { libc::localtime_r(&seconds, &mut tm) };
+    let _ = write!(
+        line,
+        "[{:04}-{:02}-{:02} {:02}:{:02}:{:02}.{:06}] ",
+        tm.tm_year + 1900,
+        tm.tm_mon + 1,
+        tm.tm_mday,
+        tm.tm_hour,
+        tm.tm_min,
+        tm.tm_sec,
+        since.subsec_micros()
+    );
+}
+
+/// Appends an event's message and its other fields as ` name=value`. Control characters become
+/// spaces, so a text that came from outside cannot make a line of its own.
+struct Text<'a>(&'a mut String);
+
+impl Visit for Text<'_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.record_debug(field, &format_args!("{value}"));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() != "message" {
+            let _ = write!(self.0, " {}=", field.name());
+        }
+        let _ = write!(OneLine(self.0), "{value:?}");
+    }
+}
+
+struct OneLine<'a>(&'a mut String);
+
+impl fmt::Write for OneLine<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.extend(text.chars().map(|c| if c.is_control() { ' ' } else { c }));
+        Ok(())
+    }
+}
+
+fn open_syslog() {
+    // SAFETY: the name is a literal, which lives as long as the process; syslog keeps it.
+    unsafe { libc::openlog(c"spdk".as_ptr(), libc::LOG_PID, libc::LOG_LOCAL7) };
+}
+
+fn syslog((level, line): (Level, String)) {
+    let Ok(line) = CString::new(line) else { return };
+    // SAFETY: the format takes one string, and both are terminated and live.
+    unsafe { libc::syslog(level.syslog_priority(), c"%s".as_ptr(), line.as_ptr()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Runs `body` with a log that collects its lines; gives stderr's and syslog's.
+    fn collect(log: &Log, body: impl FnOnce()) -> (Vec<String>, Vec<String>) {
+        let printed = Arc::new(Mutex::new(Vec::new()));
+        let logged = Arc::new(Mutex::new(Vec::new()));
+        let (print, syslog) = (Arc::clone(&printed), Arc::clone(&logged));
+        let layer = Lines {
+            log: log.clone(),
+            print: Box::new(move |line| print.lock().unwrap().push(line.to_owned())),
+            syslog: Box::new(move |(_, line)| syslog.lock().unwrap().push(line)),
+        };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), body);
+        (std::mem::take(&mut printed.lock().unwrap()), std::mem::take(&mut logged.lock().unwrap()))
+    }
+
+    fn one_of_each() {
+        tracing::error!(target: "vhost_ring", "e");
+        tracing::warn!(target: "vhost_ring", "w");
+        tracing::info!(target: "vhost_ring", "n");
+        tracing::debug!(target: "vhost_ring", "i");
+        tracing::trace!(target: "vhost_ring", "d");
+    }
+
+    fn levels(lines: &[String]) -> String {
+        lines.iter().filter_map(|line| line.trim_end().chars().last()).collect()
+    }
+
+    #[test]
+    fn a_line_has_spdks_form() {
+        let (printed, logged) = collect(&Log::new(), || {
+            tracing::error!(vid = 3, name = "a\nb", "it {}", "broke\x1b[31m\r\n");
+        });
+        let line = &printed[0];
+        let (time, rest) = line.split_at("[2026-01-01 00:00:00.000000] ".len());
+        let shape: String =
+            time.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+        assert_eq!(shape, "[0000-00-00 00:00:00.000000] ");
+        let (place, text) = rest.split_once(": *ERROR*: ").unwrap();
+        assert_eq!(text, "it broke [31m   vid=3 name=a b\n");
+        let parts: Vec<&str> = place.split(':').collect();
+        assert_eq!(parts[0], "logging.rs");
+        assert_eq!(parts[1].len(), 4, "the line number is padded to four: {place}");
+        assert!(parts[1].trim_start().parse::<u32>().is_ok());
+        assert!(parts.len() == 3 && parts[2].ends_with("logging_tests"), "{place}");
+        assert_eq!(logged, [rest.trim_end()]);
+    }
+
+    #[test]
+    fn the_time_is_local_time() {
+        let mut line = String::new();
+        push_time(&mut line, UNIX_EPOCH + std::time::Duration::from_micros(1_500_000));
+        // Whatever the zone, seconds of zone offsets are zero since 1970.
+        assert!(line.ends_with(":01.500000] "), "{line}");
+    }
+
+    #[test]
+    fn levels_and_flags_decide_and_change_at_run_time() {
+        let log = Log::new();
+        assert_eq!((log.print_level(), log.log_level()), (Level::Info, Level::Notice));
+        let (printed, logged) = collect(&log, one_of_each);
+        assert_eq!((levels(&printed), levels(&logged)), ("ewn".into(), "ewn".into()));
+
+        log.set_print_level(Level::Warning);
+        log.set_log_level(Level::Error);
+        let (printed, logged) = collect(&log, one_of_each);
+        assert_eq!((levels(&printed), levels(&logged)), ("ew".into(), "e".into()));
+
+        // The same call sites, inside one subscriber.
+        let (printed, _) = collect(&log, || {
+            log.set_print_level(Level::Error);
+            one_of_each();
+            log.set_print_level(Level::Debug);
+            one_of_each();
+            assert!(log.set_flag("vhost_ring", true));
+            one_of_each();
+            assert!(log.set_flag("vhost_ring", false));
+            log.set_print_level(Level::Info);
+            assert!(log.set_flag("all", true));
+            one_of_each();
+        });
+        assert_eq!(levels(&printed), "eewnewnidewni");
+    }
+
+    #[test]
+    fn flags_cover_modules() {
+        let log = Log::new();
+        assert!(!log.flag_covers("vhost_blk::ring"));
+        log.set_flag("vhost_ring", true);
+        for (target, covered) in [
+            ("vhost_ring", true),
+            ("vhost_blk::ring", true),
+            ("vhost_blk::ring::packed", true),
+            ("vhost_blk::ringer", false),
+            ("vhost_blk", false),
+            ("rpc", false),
+        ] {
+            assert_eq!(log.flag_covers(target), covered, "{target}");
+        }
+        log.set_flag("all", true);
+        assert!(log.flag_covers("vhost_blk::session") && !log.flag_covers("mio::poll"));
+        assert!(log.flags().all(|(_, set)| set));
+        log.set_flag("all", false);
+        assert!(log.flags().all(|(_, set)| !set));
+    }
+
+    #[test]
+    fn names() {
+        assert!(FLAGS.is_sorted_by_key(|(flag, _)| *flag));
+        assert!(is_flag("all") && is_flag("vhost_blk_data") && !is_flag("nope") && !is_flag(""));
+        assert!(!Log::new().set_flag("nope", true));
+        assert_eq!(Level::from_name("WARNING"), Some(Level::Warning));
+        assert_eq!(Level::from_name("warning"), None);
+        assert_eq!(Level::from_name("WARN"), None);
+    }
+}

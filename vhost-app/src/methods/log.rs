@@ -1,0 +1,88 @@
+//! `log_*`: what is printed, and what goes to syslog.
+
+use rpc::{DecodeFailure, Params, Phases, RpcError};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use tracing::error;
+
+use super::{Answer, App, Methods};
+use crate::logging;
+
+pub(super) fn register(methods: &mut Methods<'_>) {
+    methods.add_plain("log_get_level", Phases::Both, |app, params| {
+        no_parameters(params)?;
+        Ok(app.log.log_level().name().into())
+    });
+    methods.add_plain("log_set_level", Phases::Both, |app, params| {
+        app.log.set_log_level(level(params)?);
+        Ok(true.into())
+    });
+    methods.add_plain("log_get_print_level", Phases::Both, |app, params| {
+        no_parameters(params)?;
+        Ok(app.log.print_level().name().into())
+    });
+    methods.add_plain("log_set_print_level", Phases::Both, |app, params| {
+        app.log.set_print_level(level(params)?);
+        Ok(true.into())
+    });
+    methods.add_plain("log_get_flags", Phases::Both, |app, params| {
+        no_parameters(params)?;
+        let flags: Map<String, Value> =
+            app.log.flags().map(|(flag, set)| (flag.to_owned(), set.into())).collect();
+        Ok(flags.into())
+    });
+    methods.add_plain("log_set_flag", Phases::Both, |app, params| set_flag(app, params, true));
+    methods.add_plain("log_clear_flag", Phases::Both, |app, params| set_flag(app, params, false));
+    methods.add_plain("log_enable_timestamps", Phases::Runtime, enable_timestamps);
+}
+
+fn no_parameters(params: &Params) -> Result<(), RpcError> {
+    params.none(&format!("{} requires no parameters", params.method()))
+}
+
+fn level(params: &Params) -> Result<logging::Level, RpcError> {
+    #[derive(Deserialize)]
+    struct Wanted {
+        level: Level,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "UPPERCASE")]
+    enum Level {
+        Error,
+        Warning,
+        Notice,
+        Info,
+        Debug,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
+    Ok(match wanted.level {
+        Level::Error => logging::Level::Error,
+        Level::Warning => logging::Level::Warning,
+        Level::Notice => logging::Level::Notice,
+        Level::Info => logging::Level::Info,
+        Level::Debug => logging::Level::Debug,
+    })
+}
+
+fn set_flag(app: &App, params: &Params, enabled: bool) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        flag: String,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
+    if app.log.set_flag(&wanted.flag, enabled) {
+        return Ok(true.into());
+    }
+    error!("{}: no flag {:?}", params.method(), wanted.flag);
+    Err(RpcError::invalid_params("invalid log flag"))
+}
+
+fn enable_timestamps(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        enabled: bool,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
+    app.log.set_timestamps(wanted.enabled);
+    Ok(true.into())
+}

@@ -1,0 +1,173 @@
+//! The RPC methods, one file per family, and what they work on.
+//!
+//! A method decodes its parameters, asks [`Control`] or [`Bdevs`], and answers in SPDK's shape, with
+//! SPDK's code and text where it fails; the reason goes to the log. Methods run on the control
+//! thread: what can block goes to the blocking pool ([`blocking`]).
+
+mod bdev;
+mod bdev_error;
+mod bdev_file;
+mod bdev_memory;
+mod bdev_show;
+mod bdev_stats;
+mod framework;
+mod log;
+mod options;
+mod vhost;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Instant;
+
+use rpc::{Params, Phases, Registry, RpcError};
+use serde::{Deserialize, Deserializer, de};
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+use tracing::error;
+use uuid::Uuid;
+
+use crate::bdevs::Bdevs;
+use crate::control::Control;
+use crate::logging::Log;
+
+pub(crate) use framework::{SUBSYSTEMS, Start, Startup};
+pub(crate) use options::SubsystemOptions;
+
+/// What the methods work on.
+pub(crate) struct App {
+    pub(crate) control: Rc<Control>,
+    pub(crate) bdevs: Bdevs,
+    pub(crate) log: Log,
+    /// Options that subsystems were given.
+    pub(crate) options: RefCell<SubsystemOptions>,
+    /// How far the start has come.
+    pub(crate) startup: watch::Sender<Startup>,
+    /// When the program was started.
+    pub(crate) began: Instant,
+    /// The processor's times at the start.
+    pub(crate) cpu_times: framework::CpuTimes,
+}
+
+/// A method's answer.
+type Answer = Result<Value, RpcError>;
+
+impl App {
+    pub(crate) fn new(control: Rc<Control>, log: Log) -> Self {
+        Self {
+            control,
+            bdevs: Bdevs::default(),
+            log,
+            options: RefCell::default(),
+            startup: watch::Sender::new(Startup::Waiting),
+            began: Instant::now(),
+            cpu_times: framework::CpuTimes::read(),
+        }
+    }
+}
+
+/// Registers all methods.
+pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
+    let mut methods = Methods { registry, app };
+    framework::register(&mut methods);
+    log::register(&mut methods);
+    options::register(&mut methods);
+    bdev::register(&mut methods);
+    bdev_memory::register(&mut methods);
+    bdev_file::register(&mut methods);
+    bdev_error::register(&mut methods);
+    bdev_stats::register(&mut methods);
+    vhost::register(&mut methods);
+}
+
+/// A registry whose methods get the [`App`].
+struct Methods<'a> {
+    registry: &'a mut Registry,
+    app: &'a Rc<App>,
+}
+
+impl Methods<'_> {
+    fn add<F, R>(&mut self, name: &'static str, phases: Phases, method: F)
+    where
+        F: Fn(Rc<App>, Params) -> R + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        let app = Rc::clone(self.app);
+        self.registry.register(name, phases, move |params| method(Rc::clone(&app), params));
+    }
+
+    /// A method that never waits.
+    fn add_plain<F>(&mut self, name: &'static str, phases: Phases, method: F)
+    where
+        F: Fn(&App, &Params) -> Answer + 'static,
+    {
+        let app = Rc::clone(self.app);
+        self.registry.register(name, phases, move |params| {
+            std::future::ready(method(&app, &params))
+        });
+    }
+}
+
+/// Runs what may block on a thread of the blocking pool.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => std::panic::resume_unwind(e.into_panic()),
+    }
+}
+
+/// Logs why a device operation failed and answers with its errno.
+fn bdev_error(method: &str, e: &::bdev::Error) -> RpcError {
+    error!("{method}: {e}");
+    RpcError::errno(e.errno())
+}
+
+/// A UUID in the form with hyphens. The null UUID counts as none.
+#[derive(Clone, Copy, Debug)]
+struct GivenUuid(Option<Uuid>);
+
+impl<'de> Deserialize<'de> for GivenUuid {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        const HYPHENATED: usize = 36;
+        let text = String::deserialize(deserializer)?;
+        let uuid = Uuid::try_parse(&text).ok().filter(|_| text.len() == HYPHENATED);
+        let uuid = uuid.ok_or_else(|| de::Error::custom("not a UUID"))?;
+        Ok(Self((!uuid.is_nil()).then_some(uuid)))
+    }
+}
+
+/// The UUID of an optional parameter.
+fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
+    uuid.and_then(|uuid| uuid.0)
+}
+
+/// The parameters as they were given, for `save_config`.
+fn as_given(params: &Params) -> Map<String, Value> {
+    params.json().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+}
+
+/// Cores as SPDK writes a mask: lower-case hexadecimal without leading zeroes and without 0x.
+fn mask(cores: impl IntoIterator<Item = usize>) -> String {
+    let mut digits: Vec<u32> = vec![];
+    for core in cores {
+        if digits.len() <= core / 4 {
+            digits.resize(core / 4 + 1, 0);
+        }
+        digits[core / 4] |= 1 << (core % 4);
+    }
+    let digit = |d: &u32| char::from_digit(*d, 16).unwrap_or('0');
+    if digits.is_empty() { "0".into() } else { digits.iter().rev().map(digit).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_have_no_leading_zeroes_and_any_length() {
+        assert_eq!(mask([]), "0");
+        assert_eq!(mask([0]), "1");
+        assert_eq!(mask([1, 0]), "3");
+        assert_eq!(mask([3, 4, 5, 6, 7]), "f8");
+        assert_eq!(mask([0, 79]), format!("8{}1", "0".repeat(18)));
+    }
+}

@@ -1,0 +1,242 @@
+//! `vhost_*` and `virtio_blk_*`: controllers and their sessions.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rpc::{DecodeFailure, Params, Phases, RpcError};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::{error, warn};
+use vhost_blk::config::Disk;
+use vhost_blk::controller::IOPS_THRESHOLD_DEFAULT;
+use vhost_blk::session::Phase;
+use vhost_blk::{ControllerInfo, ControllerSpec, Core, SessionInfo};
+
+use super::{Answer, App, Methods, mask};
+use crate::cli::parse_cores;
+use crate::control::DeleteOptions;
+
+/// The one transport.
+const TRANSPORT: &str = "vhost_user_blk";
+
+/// How long `vhost_delete_controller` waits for front ends to leave, unless told otherwise.
+const DELETE_TIMEOUT_MS: u64 = 5000;
+
+pub(super) fn register(methods: &mut Methods<'_>) {
+    methods.add("vhost_create_blk_controller", Phases::Runtime, create);
+    methods.add("vhost_delete_controller", Phases::Runtime, delete);
+    methods.add_plain("vhost_get_controllers", Phases::Runtime, get);
+    methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
+    methods.add_plain("virtio_blk_create_transport", Phases::Runtime, create_transport);
+    methods.add_plain("virtio_blk_get_transports", Phases::Runtime, get_transports);
+}
+
+/// SPDK answers -32602 with the errno's text.
+fn refused(method: &str, errno: i32, reason: impl std::fmt::Display) -> RpcError {
+    error!("{method}: {reason}");
+    RpcError::with_strerror(RpcError::INVALID_PARAMS, errno)
+}
+
+#[derive(Deserialize)]
+struct Create {
+    ctrlr: String,
+    dev_name: String,
+    cpumask: Option<String>,
+    #[serde(default)]
+    readonly: bool,
+    #[serde(default)]
+    packed_ring: bool,
+    transport: Option<String>,
+}
+
+async fn create(app: Rc<App>, params: Params) -> Answer {
+    let method = params.method();
+    let p: Create = params.decode_relaxed(DecodeFailure::INVALID_ARGUMENT)?;
+    let transport = p.transport.as_deref().unwrap_or(TRANSPORT);
+    if !transport.eq_ignore_ascii_case(TRANSPORT) {
+        return Err(refused(method, libc::EINVAL, format_args!("no transport {transport:?}")));
+    }
+    let Some(bdev) = app.bdevs.disk(&p.dev_name).map(|disk| disk.bdev()) else {
+        return Err(refused(method, libc::ENODEV, format_args!("no bdev {:?}", p.dev_name)));
+    };
+    if app.bdevs.is_claimed(&bdev) {
+        let reason = format_args!("bdev {} has another bdev on it", bdev.name());
+        return Err(refused(method, libc::EPERM, reason));
+    }
+    let cores = match p.cpumask.as_deref().map(|text| (text, parse_cores(text))) {
+        None => None,
+        Some((_, Some(cores))) => Some(cores.into_iter().map(Core).collect()),
+        Some((text, None)) => {
+            return Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}")));
+        }
+    };
+    if p.packed_ring {
+        warn!("controller {}: packed_ring is kept, but packed rings are not offered yet", p.ctrlr);
+    }
+    let spec = ControllerSpec {
+        socket: app.control.socket_path(&p.ctrlr),
+        disk: Arc::new(Disk { bdev: Arc::clone(&bdev), read_only: p.readonly }),
+        name: p.ctrlr,
+        cores,
+        packed_ring: p.packed_ring,
+    };
+    let created = app.control.create_controller(spec).await;
+    if !app.bdevs.holds(&bdev) {
+        // It was deleted meanwhile, when the controller was not there to lose it.
+        app.control.target().remove_bdev(&bdev);
+    }
+    drop(bdev);
+    app.control.notify();
+    created.map_err(|e| refused(method, e.errno(), e))?;
+    Ok(true.into())
+}
+
+#[derive(Deserialize)]
+struct Delete {
+    ctrlr: String,
+    /// Not in SPDK: how long to wait for front ends to leave; 0 for not at all.
+    timeout_ms: Option<u64>,
+    /// Not in SPDK: end the connections instead of waiting for their ends.
+    #[serde(default)]
+    force: bool,
+}
+
+async fn delete(app: Rc<App>, params: Params) -> Answer {
+    let p: Delete = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
+    let timeout = Duration::from_millis(p.timeout_ms.unwrap_or(DELETE_TIMEOUT_MS).min(MAX_MS));
+    let options = DeleteOptions { timeout, force: p.force };
+    app.control
+        .delete_controller(&p.ctrlr, options, params.client().gone())
+        .await
+        .map_err(|e| refused(params.method(), e.errno(), e))?;
+    Ok(true.into())
+}
+
+/// A hundred years: longer is added to no time without overflow.
+const MAX_MS: u64 = 100 * 365 * 24 * 3600 * 1000;
+
+fn get(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        name: Option<String>,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL_ARGUMENT)?;
+    let all = app.control.target().controllers();
+    let Some(name) = wanted.name else {
+        return Ok(all.iter().map(describe).collect());
+    };
+    match all.iter().find(|controller| controller.name == name) {
+        Some(controller) => Ok(json!([describe(controller)])),
+        None => Err(RpcError::with_strerror(RpcError::INTERNAL, libc::ENODEV)),
+    }
+}
+
+fn describe(controller: &ControllerInfo) -> Value {
+    let session = |s| describe_session(&controller.name, s);
+    json!({
+        "ctrlr": controller.name,
+        "cpumask": format!("0x{}", controller_mask(controller)),
+        "delay_base_us": controller.delay_base_us,
+        "iops_threshold": controller.iops_threshold,
+        "socket": controller.socket.display().to_string(),
+        "sessions": controller.sessions.iter().map(session).collect::<Vec<_>>(),
+        "backend_specific": {
+            "block": {
+                "readonly": controller.read_only,
+                "bdev": controller.bdev,
+                "transport": TRANSPORT,
+            }
+        },
+    })
+}
+
+fn controller_mask(controller: &ControllerInfo) -> String {
+    mask(controller.cores.iter().map(|core| core.0))
+}
+
+fn describe_session(controller: &str, session: &SessionInfo) -> Value {
+    json!({
+        "vid": session.vid,
+        "id": session.id,
+        "name": format!("{controller}s{}", session.vid),
+        "started": matches!(session.phase, Phase::Running | Phase::Quiescing),
+        "max_queues": session.rings,
+        "inflight_task_cnt": session.inflight,
+        // Not in SPDK.
+        "state": session.phase.as_str(),
+        "quarantined_bytes": session.quarantined_bytes,
+        "requests": session.requests,
+        "errors": session.errors,
+    })
+}
+
+fn set_coalescing(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Coalescing {
+        ctrlr: String,
+        delay_base_us: u32,
+        iops_threshold: u32,
+    }
+    let p: Coalescing = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
+    app.control
+        .target()
+        .set_coalescing(&p.ctrlr, p.delay_base_us, p.iops_threshold)
+        .map_err(|e| refused(params.method(), e.errno(), e))?;
+    Ok(true.into())
+}
+
+fn create_transport(_: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Named {
+        name: String,
+    }
+    let p: Named = params.decode_relaxed(DecodeFailure::EINVAL)?;
+    let is_ours = p.name.eq_ignore_ascii_case(TRANSPORT);
+    Err(RpcError::errno(if is_ours { libc::EEXIST } else { libc::ENOENT }))
+}
+
+fn get_transports(_: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        name: Option<String>,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    if wanted.name.is_some_and(|name| !name.eq_ignore_ascii_case(TRANSPORT)) {
+        return Err(RpcError::errno(libc::ENODEV));
+    }
+    Ok(json!([{ "name": TRANSPORT }]))
+}
+
+/// The entries of `save_config` that make the controllers again. One whose disk is gone cannot be
+/// made again and is left out, as in SPDK.
+pub(super) fn config(app: &App) -> Vec<Value> {
+    let mut entries = vec![];
+    for controller in app.control.target().controllers() {
+        let Some(bdev) = controller.bdev.as_ref().filter(|_| !controller.deleting) else { continue };
+        entries.push(json!({
+            "method": "vhost_create_blk_controller",
+            "params": {
+                "ctrlr": controller.name,
+                "dev_name": bdev,
+                "cpumask": controller_mask(&controller),
+                "readonly": controller.read_only,
+                // Not saved by SPDK, which loses it.
+                "packed_ring": controller.packed_ring,
+                "transport": TRANSPORT,
+            }
+        }));
+        let (delay, threshold) = (controller.delay_base_us, controller.iops_threshold);
+        if (delay, threshold) != (0, IOPS_THRESHOLD_DEFAULT) {
+            entries.push(json!({
+                "method": "vhost_controller_set_coalescing",
+                "params": {
+                    "ctrlr": controller.name,
+                    "delay_base_us": delay,
+                    "iops_threshold": threshold,
+                }
+            }));
+        }
+    }
+    entries
+}

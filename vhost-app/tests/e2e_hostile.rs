@@ -1,0 +1,317 @@
+//! Hostile front ends and guests: each is refused or contained, its fds come back, and a neighbour
+//! on the same reactor goes on.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod harness;
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use bench::driver::{NEXT, WRITE};
+use bench::ring::Descriptor;
+use bench::{
+    FrontEnd, GuestRam, Load, LoadOptions, Options, Queue, QueueOptions, RawConnection, Request,
+    STATUS_OK,
+};
+use harness::{Vhost, wait_until};
+use serde_json::json;
+
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_ADDR: u32 = 9;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_CONFIG: u32 = 24;
+const VERSION: u32 = 1;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// A target with a controller "b" to attack, and a neighbour "a" under load.
+struct Scene {
+    vhost: Vhost,
+    neighbour: Load,
+    _front_end: FrontEnd,
+    socket: PathBuf,
+    fds: usize,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let vhost = Vhost::start(&[]);
+        for name in ["a", "b"] {
+            let bdev = format!("M{name}");
+            let disk = json!({"name": bdev, "num_blocks": 16384, "block_size": 512});
+            vhost.ok("bdev_malloc_create", disk);
+            vhost.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": bdev}));
+        }
+        let ram = GuestRam::new(&[16 << 20]).unwrap();
+        let mut front_end =
+            FrontEnd::connect(&vhost.socket("a"), ram, Options::default()).unwrap();
+        let queues = front_end.start_new(1, QueueOptions::default()).unwrap();
+        let neighbour = Load::start(queues, LoadOptions::default()).unwrap();
+        neighbour.wait_for(100).unwrap();
+        let (socket, fds) = (vhost.socket("b"), vhost.fds());
+        Self { vhost, neighbour, _front_end: front_end, socket, fds }
+    }
+
+    fn raw(&self) -> RawConnection {
+        RawConnection::connect(&self.socket).unwrap()
+    }
+
+    fn victim(&self) -> (FrontEnd, Queue) {
+        let ram = GuestRam::new(&[16 << 20, 2 << 20]).unwrap();
+        let mut front_end = FrontEnd::connect(&self.socket, ram, Options::default()).unwrap();
+        let queue = front_end.start_new(1, QueueOptions::default()).unwrap().remove(0);
+        (front_end, queue)
+    }
+
+    /// The target is whole: all fds are back, the neighbour goes on, the controller serves.
+    #[track_caller]
+    fn is_whole(&self, after: &str) {
+        wait_until(&format!("fds back after {after}"), || self.vhost.fds() == self.fds);
+        self.neighbour.wait_for(50).unwrap();
+    }
+
+    fn serves(&self) {
+        let (front_end, mut queue) = self.victim();
+        let buffer = queue.ring().ram().alloc(4096, 4096).unwrap();
+        assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
+        front_end.disconnect().unwrap();
+    }
+
+    fn end(self) {
+        self.serves();
+        let (summary, _) = self.neighbour.stop().unwrap();
+        assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
+        assert_eq!(self.vhost.stop(), 0);
+    }
+}
+
+fn memfd(len: u64) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(len).unwrap();
+    file
+}
+
+/// The payload of a memory table: (guest address, size, user address, offset) of each region.
+fn table(regions: &[[u64; 4]]) -> Vec<u8> {
+    let mut bytes = (regions.len() as u64).to_le_bytes().to_vec();
+    regions.iter().flatten().for_each(|word| bytes.extend(word.to_le_bytes()));
+    bytes
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+#[test]
+fn messages_that_say_something_impossible_end_the_connection() {
+    let scene = Scene::new();
+    let (memory, (pipe, _pipe)) = (memfd(1 << 20), std::io::pipe().unwrap());
+    let null = File::open("/dev/null").unwrap();
+    let (m, p, n) = (memory.as_fd(), pipe.as_fd(), null.as_fd());
+    let region = |gpa, size, offset| [gpa, size, 0x1000_0000 + gpa, offset];
+    let mib = 1 << 20;
+    let cases: Vec<(&str, u32, Vec<u8>, Vec<BorrowedFd<'_>>)> = vec![
+        ("a region beyond its file", SET_MEM_TABLE, table(&[region(0, 2 * mib, 0)]), vec![m]),
+        ("a region that begins beyond it", SET_MEM_TABLE, table(&[region(0, mib, mib)]), vec![m]),
+        ("a region that wraps", SET_MEM_TABLE, table(&[region(u64::MAX - 5, mib, 0)]), vec![m]),
+        ("an offset that wraps", SET_MEM_TABLE, table(&[region(0, mib, u64::MAX)]), vec![m]),
+        ("an empty region", SET_MEM_TABLE, table(&[region(0, 0, 0)]), vec![m]),
+        ("overlap", SET_MEM_TABLE, table(&[region(0, mib, 0), region(4096, 4096, 0)]), vec![m, m]),
+        ("no fd", SET_MEM_TABLE, table(&[region(0, mib, 0)]), vec![]),
+        ("too many fds", SET_MEM_TABLE, table(&[region(0, mib, 0)]), vec![m; 8]),
+        ("no region", SET_MEM_TABLE, table(&[]), vec![]),
+        ("nine regions", SET_MEM_TABLE, words(&[9, 0]), vec![m; 8]),
+        ("a pipe as memory", SET_MEM_TABLE, table(&[region(0, 4096, 0)]), vec![p]),
+        ("a device as memory", SET_MEM_TABLE, table(&[region(0, 4096, 0)]), vec![n]),
+        ("features that were not offered", SET_FEATURES, u64::MAX.to_le_bytes().into(), vec![]),
+        ("a ring of no size", SET_VRING_NUM, words(&[0, 0]), vec![]),
+        ("a ring that is too large", SET_VRING_NUM, words(&[0, 1 << 16]), vec![]),
+        ("a ring of an odd size", SET_VRING_NUM, words(&[0, 100]), vec![]),
+        ("ring 200", SET_VRING_NUM, words(&[200, 128]), vec![]),
+        ("ring 4 billion", GET_VRING_BASE, words(&[u32::MAX, 0]), vec![]),
+        ("a kick before the ring is set up", SET_VRING_KICK, words(&[0x100, 0]), vec![]),
+        ("a pipe as call fd", SET_VRING_CALL, words(&[0, 0]), vec![p]),
+        ("a pipe as kick fd", SET_VRING_KICK, words(&[0, 0]), vec![p]),
+        ("a pipe as backend channel", SET_BACKEND_REQ_FD, vec![], vec![p]),
+        ("a short message", SET_VRING_ADDR, words(&[0]), vec![]),
+        ("a config space of 4 GiB", GET_CONFIG, words(&[0, u32::MAX, 0]), vec![]),
+        ("a log that was not offered", 6, words(&[4096, 0, 0, 0]), vec![m]),
+        ("an in-flight area that was not offered", 32, words(&[0, 0, 0, 0, 1, 128]), vec![m]),
+        ("postcopy", 28, vec![], vec![]),
+        ("an IOTLB message", 22, vec![0; 40], vec![]),
+        ("a slot of memory", 37, vec![0; 40], vec![m]),
+        ("an unknown request", 4242, vec![7; 64], vec![m; 8]),
+    ];
+    for (what, request, payload, fds) in &cases {
+        for flags in [VERSION, VERSION | NEED_REPLY] {
+            let mut raw = scene.raw();
+            raw.send_message(*request, flags, payload, fds).unwrap();
+            raw.wait_for_close().unwrap_or_else(|e| panic!("{what}: {e}"));
+            scene.is_whole(what);
+        }
+    }
+    scene.end();
+}
+
+#[test]
+fn half_a_message_holds_up_nobody_for_long() {
+    let scene = Scene::new();
+    let mut halves: Vec<_> = (0..2).map(|_| scene.raw()).collect();
+    for half in &mut halves {
+        half.send(&words(&[SET_FEATURES, VERSION, 8]), &[]).unwrap();
+    }
+    scene.vhost.ok("vhost_get_controllers", json!({}));
+    scene.neighbour.wait_for(500).unwrap();
+    for half in &mut halves {
+        half.wait_for_close().unwrap();
+    }
+    drop(halves);
+    scene.is_whole("half messages");
+    scene.end();
+}
+
+#[test]
+fn memory_that_is_cut_short_under_a_running_queue() {
+    let scene = Scene::new();
+    let (front_end, mut queue) = scene.victim();
+    let ram = std::sync::Arc::clone(queue.ring().ram());
+    let buffer = bench::Segment::new(ram.boundary(0) + (1 << 20), 4096);
+    ram.file(1).set_len(4096).unwrap();
+    // The kernel, or the reactor itself, meets memory that is no longer there.
+    queue.submit(&Request::read(0, &[buffer])).unwrap();
+    scene.neighbour.wait_for(500).unwrap();
+    let mut raw = front_end.raw().unwrap();
+    drop(front_end);
+    drop(raw.wait_for_close());
+    drop((raw, queue));
+    scene.is_whole("cut memory");
+    scene.end();
+}
+
+#[test]
+fn rings_that_lie() {
+    let scene = Scene::new();
+    // Chains that do not do come back, and the queue goes on.
+    let (front_end, mut queue) = scene.victim();
+    let ring = std::sync::Arc::clone(queue.ring());
+    let buffer = ring.ram().alloc(4096, 4096).unwrap();
+    let outside = 1 << 40;
+    let bad: [&dyn Fn(u16); 6] = [
+        &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: NEXT, next: d }),
+        &|d| ring.set_descriptor(d, Descriptor { addr: outside, len: 16, flags: WRITE, next: 0 }),
+        &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 0, flags: 0, next: 0 }),
+        &|d| ring.set_descriptor(d, Descriptor { addr: u64::MAX, len: u32::MAX, flags: WRITE, next: 0 }),
+        &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: NEXT, next: 9999 }),
+        &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: 4, next: 0 }),
+    ];
+    for spoil in bad {
+        let descriptor = queue.take_descriptors(1).unwrap()[0];
+        spoil(descriptor);
+        queue.make_available(descriptor);
+        wait_until("it comes back", || queue.poll_raw().is_some_and(|u| u.id == u32::from(descriptor)));
+        assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
+    }
+    // A head that does not exist.
+    queue.make_available(60000);
+    wait_until("it comes back", || queue.poll_raw().is_some_and(|used| used.id == 60000));
+    // An index that jumps: the queue stops alone, and can be stopped and started again.
+    ring.set_available_index(ring.available_index().wrapping_add(10_000));
+    scene.vhost.wait_for_log("broke ring 0");
+    scene.neighbour.wait_for(500).unwrap();
+    front_end.disconnect().unwrap();
+    drop((queue, ring));
+    scene.is_whole("a broken ring");
+    scene.end();
+}
+
+/// The call fd is filled up and made blocking: whoever writes it the ordinary way waits for ever.
+#[test]
+fn a_call_fd_that_would_block() {
+    let scene = Scene::new();
+    let (front_end, mut queue) = scene.victim();
+    let buffer = queue.ring().ram().alloc(4096, 4096).unwrap();
+    let call = queue.ring().call_fd();
+    // What the guest asks for: a call for each completion.
+    queue.ring().set_available_flags(0);
+    make_blocking(bench::event::as_fd(&call));
+    let _ = call.read();
+    call.write(u64::MAX - 1).unwrap();
+    for _ in 0..10 {
+        queue.ring().set_used_event(queue.ring().used_index());
+        queue.submit(&Request::read(0, &[buffer])).unwrap();
+        wait_until("it completes", || queue.poll().unwrap().is_some());
+    }
+    scene.neighbour.wait_for(500).unwrap();
+    drop((queue, front_end));
+    scene.is_whole("a full call fd");
+    scene.end();
+}
+
+fn make_blocking(fd: BorrowedFd<'_>) {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    #[expect(unsafe_code, reason = "a system call")]
+    // SAFETY: an fd of ours and flags that it has.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, 0) };
+    assert_eq!(result, 0, "{path}");
+}
+
+/// A seeded storm of messages: every connection ends or answers, nothing leaks.
+#[test]
+fn random_messages() {
+    let scene = Scene::new();
+    let seed = 0x5eed_u64;
+    let mut state = seed;
+    let mut random = move || {
+        // SplitMix64.
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let memory = memfd(1 << 20);
+    for _ in 0..300 {
+        let mut raw = scene.raw();
+        for _ in 0..random() % 12 {
+            let request = (random() % 45) as u32;
+            let len = [0, 4, 8, 12, 16, 40, 72, 264][(random() % 8) as usize];
+            let small = random() % 2 == 0;
+            let byte = |r: u64| if small { (r % 3) as u8 } else { r as u8 };
+            let payload: Vec<u8> = (0..len).map(|_| byte(random())).collect();
+            let fds = vec![memory.as_fd(); (random() % 4) as usize];
+            let flags = VERSION | if random() % 2 == 0 { NEED_REPLY } else { 0 };
+            if raw.send_message(request, flags, &payload, &fds).is_err() {
+                break;
+            }
+        }
+    }
+    scene.is_whole(&format!("random messages, seed {seed:#x}"));
+    scene.end();
+}
+
+#[test]
+fn a_socket_is_not_taken_from_another_process() {
+    let vhost = Vhost::start(&[]);
+    vhost.ok("bdev_null_create", json!({"name": "N", "num_blocks": 2048, "block_size": 512}));
+    let create = |name: &str| {
+        vhost.rpc("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": "N"}))
+    };
+    let live = std::os::unix::net::UnixListener::bind(vhost.socket("live")).unwrap();
+    assert_eq!(create("live").unwrap_err().message, "Input/output error");
+    assert!(vhost.socket("live").exists());
+    drop(live);
+    create("live").expect("a socket that nobody listens on is replaced");
+    std::fs::write(vhost.socket("file"), "mine").unwrap();
+    assert_eq!(create("file").unwrap_err().message, "Input/output error");
+    assert_eq!(std::fs::read_to_string(vhost.socket("file")).unwrap(), "mine");
+    for name in ["", ".", "..", "../x", "a/../../x", &"n".repeat(120)] {
+        assert_eq!(create(name).unwrap_err().message, "Input/output error", "{name:?}");
+    }
+    assert!(!Path::new(vhost.dir()).parent().unwrap().join("x").exists());
+    assert_eq!(vhost.ok("vhost_get_controllers", json!({})).as_array().unwrap().len(), 1);
+}

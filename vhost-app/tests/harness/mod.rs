@@ -1,0 +1,410 @@
+//! Starts the real `vhost` for a test, talks to it, and ends it.
+//!
+//! ```ignore
+//! mod harness;
+//! use harness::Vhost;
+//! use serde_json::json;
+//!
+//! let vhost = Vhost::start(&[]);                  // waits until it answers
+//! vhost.ok("bdev_malloc_create", json!({"name": "M0", "num_blocks": 2048, "block_size": 512}));
+//! let refusal = vhost.err("bdev_malloc_delete", json!({"name": "nope"}));
+//! assert_eq!(refusal.code, -19);
+//! vhost.spdk_rpc(&["bdev_get_bdevs"]).unwrap();   // the real client
+//! let front_end = bench::FrontEnd::connect(&vhost.socket("vhost.0"), …);
+//! assert_eq!(vhost.stop(), 0);                    // SIGTERM, and its exit code
+//! ```
+//!
+//! Each `Vhost` has a directory of its own with its RPC socket, its vhost sockets and its log, one
+//! reactor on core 1 (core 0 if this process may not use core 1), and, if `VHOST_HUGEPAGES` is 0
+//! in the environment, `--no-huge -s 256`. Dropping it kills the process by its id; if the test is
+//! failing, the end of the log is printed first. [`Vhost::rpc`] and its like take a connection of
+//! their own for each call; [`Vhost::connect`] gives one that stays, on which a request may be
+//! sent without waiting for its answer. [`Vhost::spdk_rpc`] needs `VHOST_VENV` (`ci/setup` makes
+//! `target/venv`, which is the default). For a process that is to end by itself there is
+//! [`Launch::run_to_end`].
+//!
+//! Nothing here asserts on time. [`LIMIT`] ends waits for what never comes.
+#![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
+#![allow(dead_code, reason = "each test uses the part that it needs")]
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// After which a wait is given up, as what is waited for will not come.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// Between two looks at something that tells nobody when it changes.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// How a `vhost` is to be started.
+pub(crate) struct Launch {
+    dir: TempDir,
+    mask: Option<String>,
+    args: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+/// A `vhost` that runs.
+pub(crate) struct Vhost {
+    child: Child,
+    dir: TempDir,
+    status: Option<ExitStatus>,
+}
+
+/// What a `vhost` that ended by itself left.
+pub(crate) struct Ended {
+    /// `None` if a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// All that it printed.
+    pub(crate) log: String,
+}
+
+/// An RPC's error answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) code: i64,
+    pub(crate) message: String,
+}
+
+impl Launch {
+    /// With the harness's defaults.
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("vh").tempdir().unwrap();
+        Self { dir, mask: None, args: vec![], environment: vec![] }
+    }
+
+    /// Adds arguments.
+    pub(crate) fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// Takes other cores than the default: `-m`'s argument.
+    pub(crate) fn mask(mut self, mask: &str) -> Self {
+        self.mask = Some(mask.to_owned());
+        self
+    }
+
+    /// Sets an environment variable of the process.
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Writes `text` to a file and starts with `-c` of it.
+    pub(crate) fn config(self, text: &str) -> Self {
+        let path = self.dir.path().join("config.json");
+        fs::write(&path, text).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        self.args(&["-c", &path])
+    }
+
+    /// The directory that it runs in.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The command line, with its output in the log.
+    fn command(&self) -> Command {
+        let dir = self.dir.path();
+        let log = File::create(dir.join("vhost.log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost"));
+        command.current_dir(dir).stdin(Stdio::null());
+        command.stdout(log.try_clone().unwrap()).stderr(log);
+        command.arg("-r").arg(dir.join("rpc.sock")).arg("-S").arg(dir);
+        let mask = self.mask.clone().unwrap_or_else(|| core_mask().to_owned());
+        if !mask.is_empty() {
+            command.args(["-m", &mask]);
+        }
+        command.args(["-u", "--disable-cpumask-locks"]);
+        if std::env::var("VHOST_HUGEPAGES").is_ok_and(|v| v == "0") {
+            command.args(["--no-huge", "-s", "256"]);
+        }
+        command.args(&self.args);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// Starts it and waits until it takes RPC connections. Panics if it ends before.
+    pub(crate) fn start(self) -> Vhost {
+        let child = self.command().spawn().unwrap();
+        let mut vhost = Vhost { child, dir: self.dir, status: None };
+        let deadline = Instant::now() + LIMIT;
+        while UnixStream::connect(vhost.rpc_socket()).is_err() {
+            if let Some(status) = vhost.child.try_wait().unwrap() {
+                vhost.status = Some(status);
+                panic!("vhost ended before it answered: {status}");
+            }
+            assert!(Instant::now() < deadline, "vhost does not answer");
+            thread::sleep(PAUSE);
+        }
+        vhost
+    }
+
+    /// Starts it and waits for its end.
+    pub(crate) fn run_to_end(self) -> Ended {
+        let child = self.command().spawn().unwrap();
+        let mut vhost = Vhost { child, dir: self.dir, status: None };
+        let code = vhost.wait();
+        Ended { code, log: vhost.log() }
+    }
+}
+
+impl Vhost {
+    /// Starts one with `args` after the harness's own, and waits until it takes connections.
+    pub(crate) fn start(args: &[&str]) -> Self {
+        Launch::new().args(args).start()
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its RPC socket.
+    pub(crate) fn rpc_socket(&self) -> PathBuf {
+        self.dir.path().join("rpc.sock")
+    }
+
+    /// Where a controller of this name has its socket.
+    pub(crate) fn socket(&self, controller: &str) -> PathBuf {
+        self.dir.path().join(controller)
+    }
+
+    /// All that it has printed so far.
+    pub(crate) fn log(&self) -> String {
+        let bytes = fs::read(self.dir.path().join("vhost.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until its log has `text`.
+    pub(crate) fn wait_for_log(&self, text: &str) {
+        wait_until(&format!("{text:?} in the log"), || self.log().contains(text));
+    }
+
+    /// A connection to its RPC socket.
+    pub(crate) fn connect(&self) -> Rpc {
+        Rpc::connect(&self.rpc_socket())
+    }
+
+    /// Calls a method on a connection of its own. `Value::Null` means no parameters.
+    pub(crate) fn rpc(&self, method: &str, params: Value) -> Result<Value, Refusal> {
+        self.connect().call(method, params)
+    }
+
+    /// Calls a method that is to succeed.
+    #[track_caller]
+    pub(crate) fn ok(&self, method: &str, params: Value) -> Value {
+        let shown = params.to_string();
+        self.rpc(method, params).unwrap_or_else(|e| panic!("{method} {shown}: {e:?}"))
+    }
+
+    /// Calls a method that is to fail.
+    #[track_caller]
+    pub(crate) fn err(&self, method: &str, params: Value) -> Refusal {
+        let shown = params.to_string();
+        match self.rpc(method, params) {
+            Ok(result) => panic!("{method} {shown}: succeeded with {result}"),
+            Err(refusal) => refusal,
+        }
+    }
+
+    /// Runs SPDK's own client. Its output, or its error output if it fails.
+    pub(crate) fn spdk_rpc(&self, args: &[&str]) -> Result<String, String> {
+        self.spdk_rpc_with_input(args, "")
+    }
+
+    /// Like [`Vhost::spdk_rpc`], with something to read (`load_config`).
+    pub(crate) fn spdk_rpc_with_input(&self, args: &[&str], input: &str) -> Result<String, String> {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let venv = std::env::var_os("VHOST_VENV").map(PathBuf::from);
+        let client = venv.unwrap_or_else(|| repository.join("target/venv")).join("bin/spdk-rpc");
+        let mut child = Command::new(&client)
+            .arg("-s")
+            .arg(self.rpc_socket())
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{}: {e}; ci/setup installs it", client.display()));
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, name: &str) {
+        assert!(self.status.is_none(), "it has ended");
+        let pid = self.pid().to_string();
+        let status = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_running(&mut self) -> bool {
+        if self.status.is_none() {
+            self.status = self.child.try_wait().unwrap();
+        }
+        self.status.is_none()
+    }
+
+    /// Waits for its end: its exit code, `None` if a signal ended it.
+    pub(crate) fn wait(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + LIMIT;
+        while self.is_running() {
+            assert!(Instant::now() < deadline, "vhost does not end");
+            thread::sleep(PAUSE);
+        }
+        self.status.unwrap().code()
+    }
+
+    /// Sends SIGTERM and waits for its end: its exit code.
+    pub(crate) fn stop(mut self) -> i32 {
+        self.signal("TERM");
+        self.wait().expect("it ends by itself")
+    }
+
+    /// Resident memory in kB.
+    pub(crate) fn rss_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Open file descriptors.
+    pub(crate) fn fds(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+}
+
+impl Drop for Vhost {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = &lines[lines.len().saturating_sub(60)..];
+            eprintln!("---- the end of vhost's log ----\n{}\n----", tail.join("\n"));
+        }
+    }
+}
+
+/// A connection to an RPC socket.
+pub(crate) struct Rpc {
+    stream: BufReader<UnixStream>,
+    id: u64,
+}
+
+impl Rpc {
+    /// Connects. The limit is on each read, so that a lost answer fails the test.
+    pub(crate) fn connect(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        Self { stream: BufReader::new(stream), id: 0 }
+    }
+
+    /// Sends a request and returns its id. `Value::Null` means no parameters.
+    pub(crate) fn send(&mut self, method: &str, params: Value) -> u64 {
+        self.id += 1;
+        let mut request = json!({"jsonrpc": "2.0", "id": self.id, "method": method});
+        if !params.is_null() {
+            request["params"] = params;
+        }
+        self.send_raw(&request.to_string());
+        self.id
+    }
+
+    /// Sends any bytes.
+    pub(crate) fn send_raw(&mut self, text: &str) {
+        self.stream.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The next answer: its id, and its result or error.
+    pub(crate) fn receive(&mut self) -> (Value, Result<Value, Refusal>) {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "the connection was closed");
+        let mut answer: Value = serde_json::from_str(&line).unwrap();
+        let error = &answer["error"];
+        let result = if error.is_null() {
+            Ok(answer["result"].take())
+        } else {
+            let code = error["code"].as_i64().unwrap();
+            Err(Refusal { code, message: error["message"].as_str().unwrap().to_owned() })
+        };
+        (answer["id"].take(), result)
+    }
+
+    /// Calls a method and waits for its answer; no other may be outstanding.
+    pub(crate) fn call(&mut self, method: &str, params: Value) -> Result<Value, Refusal> {
+        let id = self.send(method, params);
+        let (answered, result) = self.receive();
+        assert_eq!(answered, id);
+        result
+    }
+
+    /// Whether an answer can be read at once.
+    pub(crate) fn has_answer(&mut self) -> bool {
+        if !self.stream.buffer().is_empty() {
+            return true;
+        }
+        self.stream.get_ref().set_nonblocking(true).unwrap();
+        let ready = self.stream.fill_buf().is_ok_and(|bytes| !bytes.is_empty());
+        self.stream.get_ref().set_nonblocking(false).unwrap();
+        ready
+    }
+
+    /// All bytes up to the end of the stream.
+    pub(crate) fn read_to_end(&mut self) -> String {
+        let mut text = String::new();
+        self.stream.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+/// Waits until `done`, looking now and then; panics with `what` after [`LIMIT`].
+#[track_caller]
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !done() {
+        assert!(Instant::now() < deadline, "never came: {what}");
+        thread::sleep(PAUSE);
+    }
+}
+
+/// The mask of the reactor's core: 1, or 0 where this process may not use 1.
+pub(crate) fn core_mask() -> &'static str {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("Cpus_allowed_list:")).unwrap();
+    let list = line.split_ascii_whitespace().nth(1).unwrap();
+    let has_core_1 = list.split(',').any(|item| {
+        let (first, last) = item.split_once('-').unwrap_or((item, item));
+        first.parse().is_ok_and(|n: usize| n <= 1) && last.parse().is_ok_and(|n: usize| n >= 1)
+    });
+    if has_core_1 { "0x2" } else { "0x1" }
+}
+
+impl Refusal {
+    /// For comparison.
+    pub(crate) fn new(code: i64, message: &str) -> Self {
+        Self { code, message: message.into() }
+    }
+}
