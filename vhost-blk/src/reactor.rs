@@ -111,7 +111,7 @@ pub struct ReactorInfo {
 }
 
 impl Reactor {
-    /// A reactor without a thread: turns are made by calling [`Reactor::poll_once`].
+    /// A reactor without a thread: see [`SteppedReactor`].
     ///
     /// # Errors
     /// Out of fds.
@@ -171,7 +171,7 @@ impl Reactor {
 
     /// One turn; `false` if there is no queue to poll.
     #[inline]
-    pub fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> bool {
+    fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> bool {
         reader.quiesce();
         // SAFETY: the reader is online and of the one domain that there is.
         let set = unsafe { self.poll_set.load(reader) };
@@ -246,6 +246,38 @@ impl Reactor {
             turns: self.turns.load(Ordering::Relaxed),
             queues: 0,
         }
+    }
+}
+
+/// A reactor without a thread, which makes a turn when it is told to.
+#[derive(Debug)]
+pub struct SteppedReactor {
+    reactor: Arc<Reactor>,
+    reader: Reader,
+    turn: Turn,
+    events: Arc<Events>,
+}
+
+impl SteppedReactor {
+    /// Takes over `reactor`, which nobody else may step.
+    ///
+    /// # Errors
+    /// The domain has no room for another reader.
+    pub fn new(
+        reactor: &Arc<Reactor>,
+        domain: &Arc<Domain>,
+        events: &Arc<Events>,
+    ) -> io::Result<Self> {
+        let mut reader =
+            domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
+        reader.online();
+        let (reactor, events) = (Arc::clone(reactor), Arc::clone(events));
+        Ok(Self { reactor, reader, turn: Turn::new(), events })
+    }
+
+    /// Makes one turn; `false` if there was no queue to poll.
+    pub fn step(&mut self) -> bool {
+        self.reactor.poll_once(&mut self.reader, &mut self.turn, &self.events)
     }
 }
 

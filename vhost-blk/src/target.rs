@@ -24,7 +24,7 @@ use crate::memory::GuestMemory;
 use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::protocol::{self, ConfigHead, Message};
 use crate::queue::{Queue, QueueId, View};
-use crate::reactor::{Core, Event, Events, Reactor, ReactorInfo};
+use crate::reactor::{Core, Event, Events, Reactor, ReactorInfo, SteppedReactor};
 use crate::reclaim::{Garbage, Reclaim, Unmapper};
 use crate::ring::RingAddrs;
 use crate::session::{DRAIN_LIMIT_S, Effect, Phase, RingState, Session};
@@ -167,9 +167,40 @@ impl Target {
             reactors.push(reactor);
             threads.push(thread);
         }
+        Self::with(domain, events, reactors, threads, changed)
+    }
+
+    /// A target whose `count` reactors make a turn only when they are told to: for simulations,
+    /// which want the same order of events for the same seed.
+    ///
+    /// # Errors
+    /// No threads or fds.
+    pub fn in_steps(
+        count: usize,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<(Arc<Self>, Vec<SteppedReactor>)> {
+        let domain = Domain::new(count);
+        let events = Arc::new(Events::new()?);
+        let mut reactors = Vec::new();
+        let mut steps = Vec::new();
+        for n in 0..count {
+            let reactor = Arc::new(Reactor::new(Core(n), &domain)?);
+            steps.push(SteppedReactor::new(&reactor, &domain, &events)?);
+            reactors.push(reactor);
+        }
+        Ok((Self::with(domain, events, reactors, Vec::new(), changed)?, steps))
+    }
+
+    fn with(
+        domain: Arc<Domain>,
+        events: Arc<Events>,
+        reactors: Vec<Arc<Reactor>>,
+        threads: Vec<JoinHandle<()>>,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<Arc<Self>> {
+        let attached = reactors.iter().map(|_| Vec::new()).collect();
+        let inner = Inner { attached, ..Inner::default() };
         let freed = Arc::clone(&changed);
-        let inner =
-            Inner { attached: reactors.iter().map(|_| Vec::new()).collect(), ..Inner::default() };
         Ok(Arc::new(Self {
             inner: Mutex::new(inner),
             domain,

@@ -17,7 +17,6 @@ mod vhost;
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Instant;
 
 use rpc::{Params, Phases, Registry, RpcError};
 use serde::{Deserialize, Deserializer, de};
@@ -30,7 +29,7 @@ use crate::bdevs::Bdevs;
 use crate::control::Control;
 use crate::logging::Log;
 
-pub(crate) use framework::{SUBSYSTEMS, Start, Startup};
+pub(crate) use framework::{SUBSYSTEMS, Startup};
 pub(crate) use options::SubsystemOptions;
 
 /// What the methods work on.
@@ -42,8 +41,8 @@ pub(crate) struct App {
     pub(crate) options: RefCell<SubsystemOptions>,
     /// How far the start has come.
     pub(crate) startup: watch::Sender<Startup>,
-    /// When the program was started.
-    pub(crate) began: Instant,
+    /// When the program was started, in ticks.
+    pub(crate) began: u64,
     /// The processor's times at the start.
     pub(crate) cpu_times: framework::CpuTimes,
 }
@@ -59,7 +58,7 @@ impl App {
             log,
             options: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
-            began: Instant::now(),
+            began: vhost_blk::reactor::read_tsc(),
             cpu_times: framework::CpuTimes::read(),
         }
     }
