@@ -53,7 +53,7 @@ pub struct Options {
     pub protocol: VhostUserProtocolFeatures,
     /// Ask for an answer to every message, if REPLY_ACK is agreed on: refusals become errors.
     pub acks: bool,
-    /// Use an in-flight area, if INFLIGHT_SHMFD is agreed on.
+    /// Use an in-flight area: starting is an error if INFLIGHT_SHMFD is not agreed on.
     pub inflight: bool,
     /// How long the back end may take to answer a message. Then the connection is shut down.
     pub limit: Duration,
@@ -467,11 +467,11 @@ impl FrontEnd {
 
     /// Gets an area for `rings` from the back end if there is none yet, and hands it over.
     fn set_up_inflight(&mut self, rings: &[(Arc<Ring>, u16)]) -> Result<()> {
-        let agreed = self.link.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
         let size = rings.iter().map(|(ring, _)| ring.size()).max();
-        let (true, true, Some(size)) = (self.options.inflight, agreed, size) else {
-            return Ok(());
-        };
+        let (true, Some(size)) = (self.options.inflight, size) else { return Ok(()) };
+        if !self.link.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            return Err(Error::NotOffered("an in-flight area"));
+        }
         let inflight = match self.inflight.take() {
             Some(inflight) => inflight,
             None => {

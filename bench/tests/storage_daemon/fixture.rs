@@ -21,26 +21,7 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-        Self { child: spawn(dir.path(), queues, None), dir }
-    }
-
-    /// As [`Daemon::start`], with one queue, and with one read a second after the first.
-    pub(crate) fn start_with_slow_reads() -> Self {
-        let mut daemon = Self::start(1);
-        daemon.replace(Some("throttle-group,id=slow,x-iops-read=1"));
-        daemon
-    }
-
-    /// Kills the daemon and starts another one, with one queue, on the same disk and socket path.
-    pub(crate) fn replace(&mut self, throttle: Option<&str>) {
-        self.kill();
-        std::fs::remove_file(self.socket()).unwrap();
-        self.child = spawn(self.dir.path(), 1, throttle);
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        Self { child: spawn(dir.path(), queues), dir }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -63,29 +44,22 @@ pub(crate) fn connect(socket: &Path, ram: &Arc<GuestRam>, options: Options) -> F
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        self.kill();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 }
 
 /// Its socket listens before it runs, so nobody has to wait for it.
-fn spawn(dir: &Path, queues: u16, throttle: Option<&str>) -> Child {
+fn spawn(dir: &Path, queues: u16) -> Child {
     let listener = UnixListener::bind(dir.join("sock")).unwrap();
-    let mut command = Command::new("qemu-storage-daemon");
-    let file = dir.join("disk");
-    let disk = format!("driver=file,node-name=file,discard=unmap,filename={}", file.display());
-    command.args(["--blockdev", &disk]);
-    if let Some(throttle) = throttle {
-        command.args(["--object", throttle]);
-        command
-            .args(["--blockdev", "driver=throttle,node-name=slow,throttle-group=slow,file=file"]);
-    }
-    let node = if throttle.is_some() { "slow" } else { "file" };
+    let disk = dir.join("disk");
+    let disk = format!("driver=file,node-name=disk,discard=unmap,filename={}", disk.display());
     let export = format!(
-        "type=vhost-user-blk,id=export,node-name={node},writable=on,num-queues={queues},\
+        "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},\
          addr.type=fd,addr.str=0"
     );
-    command
-        .args(["--export", &export])
+    Command::new("qemu-storage-daemon")
+        .args(["--blockdev", &disk, "--export", &export])
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .spawn()
         .expect("qemu-storage-daemon is on the PATH: ci/setup installs it (qemu-utils)")
