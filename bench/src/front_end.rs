@@ -265,11 +265,12 @@ impl FrontEnd {
     /// # Errors
     /// The back end refuses a message (which shows here only if [`Options::acks`]).
     pub fn start(&mut self, rings: Vec<(Arc<Ring>, u16)>) -> Result<()> {
+        // Known from the beginning, so that a reconnection after a failure finds them all.
+        self.rings = rings.iter().map(|(ring, _)| ring.clone()).collect();
         let features = self.features();
         self.link.tell("SET_FEATURES", |n| n.set_features(features))?;
         self.set_up_inflight(&rings)?;
         self.set_memory_table(&self.ram.table())?;
-        self.rings.clear();
         for (ring, base) in &rings {
             self.start_ring(ring, *base)?;
         }
@@ -294,6 +295,7 @@ impl FrontEnd {
         link.tell("SET_VRING_ADDR", |n| n.set_vring_addr(i, &addrs(ring, false)))?;
         link.tell("SET_VRING_KICK", |n| n.set_vring_kick(i, ring.kick_fd()))?;
         link.tell("SET_VRING_CALL", |n| n.set_vring_call(i, &ring.call_fd()))?;
+        self.rings.retain(|known| known.index() != i);
         self.rings.push(ring.clone());
         Ok(())
     }

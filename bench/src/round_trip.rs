@@ -33,23 +33,21 @@ pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
     }
     let line = Line(AtomicU64::new(0));
     let (ready, is_ready) = mpsc::channel();
+    let (go, may_go) = mpsc::channel();
+    let line = &line.0;
     // A pinned thread stays pinned, so neither is the caller's.
     thread::scope(|scope| {
-        scope.spawn(|| {
-            let pinned = pin(b);
-            let ok = pinned.is_ok();
-            // The other end waits for exactly this.
-            drop(ready.send(pinned));
-            if ok {
-                pong(&line.0);
+        scope.spawn(move || {
+            // If the other end gives up, it drops its ends of the channels.
+            if ready.send(pin(b)).is_ok() && may_go.recv().is_ok() {
+                pong(line);
             }
         });
-        let line = &line;
         let ping = scope.spawn(move || {
-            let other = is_ready.recv().expect("it sends before it ends");
-            let mine = pin(a);
-            let runs = other.is_ok().then(|| ping(&line.0));
-            mine.and(other).map(|()| median(runs.unwrap_or_default()))
+            is_ready.recv().expect("it sends before it ends")?;
+            pin(a)?;
+            go.send(()).expect("it waits for this");
+            Ok(median(ping(line)))
         });
         ping.join().expect("it does not panic")
     })

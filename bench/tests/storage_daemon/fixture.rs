@@ -34,12 +34,8 @@ impl Daemon {
     }
 
     pub(crate) fn connect(&self, ram: &Arc<GuestRam>, options: Options) -> FrontEnd {
-        connect(&self.socket(), ram, options)
+        FrontEnd::connect(&self.socket(), ram.clone(), options).unwrap()
     }
-}
-
-pub(crate) fn connect(socket: &Path, ram: &Arc<GuestRam>, options: Options) -> FrontEnd {
-    FrontEnd::connect(socket, ram.clone(), options).unwrap()
 }
 
 impl Drop for Daemon {
