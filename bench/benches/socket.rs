@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bench::round_trip::median;
 use bench::{
@@ -148,10 +148,14 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
+        let start = Instant::now();
         let stream = loop {
             match UnixStream::connect(&socket) {
                 Ok(stream) => break stream,
-                Err(e) => assert!(child.try_wait().unwrap().is_none(), "vhost has ended: {e}"),
+                Err(e) => {
+                    assert!(child.try_wait().unwrap().is_none(), "vhost has ended: {e}");
+                    assert!(start.elapsed() < bench::LIMIT, "vhost does not answer: {e}");
+                }
             }
             std::thread::sleep(Duration::from_millis(1));
         };

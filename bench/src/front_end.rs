@@ -24,6 +24,8 @@ use crate::raw::{RawConnection, VERSION, connect_stream};
 use crate::ring::Ring;
 use crate::watchdog::Watchdog;
 
+/// Feature bit: the back end logs what it writes while migrating.
+pub const LOG_ALL: u64 = 1 << 26;
 /// Feature bit: requests may be in indirect tables.
 pub const INDIRECT_DESC: u64 = 1 << 28;
 /// Feature bit: kicks and calls at named indices.
@@ -32,10 +34,28 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Feature bit: virtio 1.
 pub const VERSION_1: u64 = 1 << 32;
-/// Feature bit: the back end logs what it writes while migrating.
-pub const LOG_ALL: u64 = 1 << 26;
 /// Feature bit: the ring is packed; nothing here drives one.
 pub const RING_PACKED: u64 = 1 << 34;
+/// The features that Linux's virtio-blk driver accepts, and what the protocol adds: SIZE_MAX, SEG_MAX,
+/// GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, ANY_LAYOUT and the
+/// ones above but [`LOG_ALL`] and [`RING_PACKED`]. Not NOTIFY_ON_EMPTY, which asks for calls that
+/// nobody wants.
+pub const DRIVER_FEATURES: u64 = 1 << 1
+    | 1 << 2
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 9
+    | 1 << 10
+    | 1 << 11
+    | 1 << 12
+    | 1 << 13
+    | 1 << 14
+    | 1 << 27
+    | INDIRECT_DESC
+    | EVENT_IDX
+    | PROTOCOL_FEATURES
+    | VERSION_1;
 
 /// The one message that is sent without the `vhost` crate.
 const SET_LOG_BASE: u32 = 6;
@@ -60,11 +80,11 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// Everything but packed rings, logging, and protocol features that only oblige us.
+    /// [`DRIVER_FEATURES`], and the protocol features that are used here.
     fn default() -> Self {
         use VhostUserProtocolFeatures as P;
         Self {
-            features: !(RING_PACKED | LOG_ALL),
+            features: DRIVER_FEATURES,
             protocol: P::MQ
                 | P::REPLY_ACK
                 | P::CONFIG

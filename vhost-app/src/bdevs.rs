@@ -264,7 +264,11 @@ impl Bdevs {
     /// The live device with this name or UUID, to be shown.
     pub(crate) fn shown(&self, name: &str) -> Option<Shown> {
         let inner = self.inner.borrow();
-        inner.devices.iter().find(|d| d.disk().is_some() && d.has_name(name)).and_then(|d| inner.show(d))
+        inner
+            .devices
+            .iter()
+            .find(|d| d.disk().is_some() && d.has_name(name))
+            .and_then(|d| inner.show(d))
     }
 
     /// All live devices, to be shown, in the order of their creation.

@@ -43,7 +43,8 @@ impl Drop for CoreLocks {
 }
 
 fn lock(path: &Path, core: usize) -> Result<File, String> {
-    let failed = |e: io::Error| format!("cannot create lock {} on core {core}: {e}", path.display());
+    let failed =
+        |e: io::Error| format!("cannot create lock {} on core {core}: {e}", path.display());
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)

@@ -13,15 +13,15 @@
 //!
 //! So the default print level, INFO, shows what SPDK shows by default: notices and worse, and
 //! more for the flags given with `-L`. A line goes to stderr if the *print level* allows it
-//! and to syslog if the *log level* does. Both may block for a moment: reactors never log.
+//! and to syslog if the *log level* does. Both are written by a thread of their own.
 #![expect(unsafe_code, reason = "local time and syslog exist in libc only")]
 
 use std::ffi::CString;
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
+use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tracing::field::{Field, Visit};
@@ -29,6 +29,10 @@ use tracing::subscriber::Interest;
 use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
+
+mod writer;
+
+use writer::{Entry, Writer};
 
 /// SPDK's log levels, the most important first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -126,6 +130,7 @@ struct State {
     syslog_level: AtomicU8,
     timestamps: AtomicBool,
     flags: AtomicU64,
+    writer: OnceLock<Writer>,
 }
 
 impl Default for Log {
@@ -142,21 +147,44 @@ impl Log {
             syslog_level: AtomicU8::new(Level::Notice as u8),
             timestamps: AtomicBool::new(true),
             flags: AtomicU64::new(0),
+            writer: OnceLock::new(),
         }))
     }
 
     /// Makes this the log of the process, on stderr and in syslog.
     ///
     /// # Errors
-    /// If the process has one already.
-    pub(crate) fn install(&self) -> Result<(), tracing::subscriber::SetGlobalDefaultError> {
+    /// If the process has one already, or no thread can be had.
+    pub(crate) fn install(&self) -> io::Result<()> {
         open_syslog();
-        let print = Box::new(|line: &str| {
-            // There is nobody to tell.
-            let _ = std::io::stderr().write_all(line.as_bytes());
-        });
-        let layer = Lines { log: self.clone(), print, syslog: Box::new(syslog) };
+        let writer = Writer::start(syslog)?;
+        if self.0.writer.set(writer).is_err() {
+            return Err(io::Error::other("the log is installed already"));
+        }
+        let (print, log) = (self.clone(), self.clone());
+        let layer = Lines {
+            log: self.clone(),
+            print: Box::new(move |line| print.write(Entry::Print(line.to_owned()))),
+            syslog: Box::new(move |(level, line)| {
+                log.write(Entry::Syslog(level.syslog_priority(), line));
+            }),
+        };
         tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))
+            .map_err(io::Error::other)
+    }
+
+    fn write(&self, entry: Entry) {
+        if let Some(writer) = self.0.writer.get() {
+            writer.send(entry);
+        }
+    }
+
+    /// Waits, for a bounded time, until what was logged so far is written. For the end of the
+    /// process.
+    pub(crate) fn flush(&self) {
+        if let Some(writer) = self.0.writer.get() {
+            writer.flush();
+        }
     }
 
     /// The least important level that goes to stderr.
@@ -330,10 +358,10 @@ fn open_syslog() {
     unsafe { libc::openlog(c"spdk".as_ptr(), libc::LOG_PID, libc::LOG_LOCAL7) };
 }
 
-fn syslog((level, line): (Level, String)) {
+fn syslog(priority: libc::c_int, line: &str) {
     let Ok(line) = CString::new(line) else { return };
     // SAFETY: the format takes one string, and both are terminated and live.
-    unsafe { libc::syslog(level.syslog_priority(), c"%s".as_ptr(), line.as_ptr()) };
+    unsafe { libc::syslog(priority, c"%s".as_ptr(), line.as_ptr()) };
 }
 
 #[cfg(test)]

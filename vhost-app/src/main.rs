@@ -1,45 +1,300 @@
-//! Provisional.
+//! `vhost`: serves block devices to virtual machines over vhost-user sockets, in place of SPDK's.
+//!
+//! The start, in order: options, log, process id file, signals, core locks, EAL on a thread of its
+//! own while the reactors start, the configuration's first pass, the RPC socket, initialisation,
+//! the second pass. From then on the control thread serves RPCs until a signal comes.
+
+mod bdevs;
+mod cli;
+mod config_file;
 mod control;
+mod core_locks;
 mod dpdk;
-use std::sync::Arc;
+mod logging;
+mod methods;
+mod process;
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rpc::{Phase, Registry, Server};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::{LocalSet, spawn_local, yield_now};
+use tracing::{debug, error, info, warn};
+
+use cli::Options;
+use config_file::ConfigFile;
+use control::Control;
+use core_locks::CoreLocks;
+use dpdk::eal::{EalInfo, EalOptions, EalStart, housekeeping_cpus};
+use methods::{App, Startup};
+
+/// How long the end may take, should a part of it hang: [`Control::shut_down`] waits 2 s for I/O.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long finished answers may take on their way to clients at the end.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// An exit code; the reason is in the log.
+type Failure = u8;
+
 fn main() {
-    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).init();
-    let cores = vec![1];
-    let eal = dpdk::eal::EalStart::spawn(dpdk::eal::EalOptions {
-        reactor_cores: cores.clone(),
-        no_huge: true,
-        ..Default::default()
+    let options = match Options::parse(std::env::args_os()) {
+        Ok(options) => options,
+        Err(exit) => {
+            exit.print();
+            std::process::exit(exit.code.into());
+        }
+    };
+    let log = logging::Log::new();
+    let code = match start_log(&log, &options) {
+        Ok(()) => run(&options, log.clone()).err().unwrap_or(0),
+        Err(e) => {
+            eprintln!("{e}");
+            1
+        }
+    };
+    log.flush();
+    // Files are removed by then: there is nothing left to do that could be worth waiting for a
+    // thread that does not come back.
+    process::exit_now(code);
+}
+
+fn start_log(log: &logging::Log, options: &Options) -> Result<(), String> {
+    if options.silence_noticelog {
+        log.set_print_level(logging::Level::Warning);
+    }
+    for flag in &options.log_flags {
+        log.set_flag(flag, true);
+    }
+    log.install().map_err(|e| e.to_string())
+}
+
+/// Everything between the log and the exit code.
+fn run(options: &Options, log: logging::Log) -> Result<(), Failure> {
+    let failed = |e: &dyn std::fmt::Display| {
+        error!("{e}");
+        1
+    };
+    info!("Starting {} / {} initialization...", cli::VERSION, process::dpdk_version());
+    if let Some(path) = &options.pid_file {
+        fs::write(path, std::process::id().to_string())
+            .map_err(|e| failed(&format_args!("cannot write {}: {e}", path.display())))?;
+    }
+    if options.core_dump {
+        process::allow_core_dumps();
+    }
+    name_unused(options);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| failed(&format_args!("cannot start the runtime: {e}")))?;
+    let signals = {
+        let _inside = runtime.enter();
+        Signals::new().map_err(|e| failed(&format_args!("cannot take signals: {e}")))?
+    };
+    let cores = reactor_cores(options);
+    let locked = if options.cpumask_locks { &options.cores[..] } else { &[] };
+    let locks = CoreLocks::take(locked).map_err(|e| failed(&e))?;
+    let control = start_control(options, &cores).map_err(|e| failed(&e))?;
+    info!("Total cores available: {}", cores.len());
+    for core in &cores {
+        info!("Reactor started on core {core}");
+    }
+    let result = LocalSet::new().block_on(&runtime, serve(options, log, control, signals));
+    drop(locks);
+    result
+}
+
+/// Options that were given and change nothing here, in one line.
+fn name_unused(options: &Options) {
+    let mut unused = options.unused.clone();
+    if options.interrupt_mode {
+        unused.push("--interrupt-mode (reactors poll while they have queues, and sleep otherwise)");
+    }
+    if options.huge_dir.is_some() {
+        unused.push("--huge-dir (hugepages are taken without a mount)");
+    }
+    if !unused.is_empty() {
+        info!("options without a meaning here: {}", unused.join(", "));
+    }
+}
+
+/// The CPU of each reactor. With `--lcores` a reactor is known by the CPU that it runs on.
+fn reactor_cores(options: &Options) -> Vec<usize> {
+    let Some(lcores) = &options.lcores else { return options.cores.clone() };
+    let mut cpus: Vec<usize> =
+        lcores.iter().filter_map(|core| core.cpus.first().copied()).collect();
+    cpus.sort_unstable();
+    cpus.dedup();
+    if cpus != options.cores {
+        warn!("--lcores: reactors run on CPUs {cpus:?} and go by these numbers in RPCs");
+    }
+    cpus
+}
+
+fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, String> {
+    let eal = EalStart::spawn(EalOptions {
+        reactor_cores: cores.to_vec(),
+        no_huge: options.no_huge,
+        mem_mb: options.mem_size_mib.map(u64::from),
+        extra_args: vec![],
     });
-    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let control = std::rc::Rc::new(
-        control::Control::start(&cores, "/tmp/vh".into(), || {
-            eal.wait().map(|i| eprintln!("{i:?}")).map_err(|e| e.to_string())
-        })
-        .unwrap(),
-    );
-    dpdk::transport::describe();
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&rt, async move {
-        let c = control.clone();
-        tokio::task::spawn_local(async move { c.run().await });
-        let m = bdev::Malloc::create(bdev::MallocOptions {
-            name: "Malloc0".into(),
-            num_blocks: 131072,
-            block_size: 512,
-            uuid: None
-        })
-        .unwrap();
-        control
-            .create_controller(vhost_blk::ControllerSpec {
-                name: "vhost.0".into(),
-                socket: control.socket_path("vhost.0"),
-                disk: Arc::new(vhost_blk::config::Disk { bdev: m, read_only: false }),
-                cores: None,
-                packed_ring: false,
-            })
-            .await
-            .unwrap();
-        tokio::signal::ctrl_c().await.unwrap();
-        control.shut_down().await;
+    // From here on, so that all other threads begin away from the reactors too.
+    if let Ok(cpus) = housekeeping_cpus(cores)
+        && let Err(e) = process::pin_to(&cpus)
+    {
+        warn!("cannot keep to CPUs {cpus:?}: {e}");
+    }
+    let socket_dir = control::socket_dir(options.socket_dir.as_deref());
+    let wait = || {
+        let EalInfo { version, memory, housekeeping } = eal.wait().map_err(|e| e.to_string())?;
+        debug!("{version} is up on CPUs {housekeeping:?} with {memory:?}");
+        Ok(())
+    };
+    Control::start(cores, socket_dir, wait).map(Rc::new)
+}
+
+/// Serves RPCs until a signal comes, and ends in order.
+async fn serve(
+    options: &Options,
+    log: logging::Log,
+    control: Rc<Control>,
+    mut signals: Signals,
+) -> Result<(), Failure> {
+    let events = Rc::clone(&control);
+    spawn_local(async move {
+        if let Err(e) = events.run().await {
+            error!("the reactors' events cannot be read: {e}");
+        }
     });
+    let app = Rc::new(App::new(Rc::clone(&control), log));
+    let mut registry = Registry::new();
+    methods::register(&mut registry, &app);
+    if let Some(names) = &options.rpcs_allowed {
+        registry.allow_only(names.iter().cloned());
+    }
+    let registry = Rc::new(registry);
+    let mut server = None;
+    let result = tokio::select! {
+        // First, so that a signal that came during the start is seen.
+        biased;
+        name = signals.next() => {
+            info!("{name}: ending");
+            Ok(())
+        }
+        result = initialise(options, &app, &registry, &mut server) => match result {
+            Ok(()) => {
+                let name = signals.next().await;
+                info!("{name}: ending");
+                Ok(())
+            }
+            Err(code) => {
+                app.startup.send_replace(Startup::Failed);
+                // framework_start_init answers.
+                for _ in 0..16 {
+                    yield_now().await;
+                }
+                Err(code)
+            }
+        },
+    };
+    stop(&app, server).await;
+    result
+}
+
+/// The configuration and the RPC socket.
+async fn initialise(
+    options: &Options,
+    app: &App,
+    registry: &Rc<Registry>,
+    server: &mut Option<Server>,
+) -> Result<(), Failure> {
+    let config = match &options.config {
+        Some(path) => Some(
+            ConfigFile::read(path, options.ignore_config_errors)
+                .map_err(|e| config_file::report(&e))?,
+        ),
+        None => None,
+    };
+    replay(config.as_ref(), registry, Phase::Startup).await?;
+    if let Some(path) = &options.rpc_socket {
+        *server = Some(bind(path, registry)?);
+    }
+    if options.wait_for_rpc {
+        let mut startup = app.startup.subscribe();
+        let _ = startup.wait_for(|startup| *startup == Startup::Requested).await;
+    }
+    if let Some(server) = server {
+        server.pause();
+    }
+    registry.set_phase(Phase::Runtime);
+    replay(config.as_ref(), registry, Phase::Runtime).await?;
+    app.startup.send_replace(Startup::Running);
+    if let Some(server) = server {
+        server.resume();
+    }
+    Ok(())
+}
+
+async fn replay(
+    config: Option<&ConfigFile>,
+    registry: &Rc<Registry>,
+    phase: Phase,
+) -> Result<(), Failure> {
+    match config {
+        Some(config) => config.replay(registry, phase).await.map_err(|e| config_file::report(&e)),
+        None => Ok(()),
+    }
+}
+
+fn bind(path: &Path, registry: &Rc<Registry>) -> Result<Server, Failure> {
+    Server::bind(path, Rc::clone(registry)).map_err(|e| {
+        error!("{e}");
+        // SPDK's EINVAL.
+        libc::EINVAL.wrapping_neg() as u8
+    })
+}
+
+/// Ends controllers, reactors and the RPC server, in bounded time.
+async fn stop(app: &App, server: Option<Server>) {
+    if let Some(server) = &server {
+        // What would be made from here on would be left behind.
+        server.pause();
+    }
+    let control = &app.control;
+    if tokio::time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_err() {
+        warn!("the transport does not stop; leaving it");
+        for controller in control.target().controllers() {
+            let _ = fs::remove_file(&controller.socket);
+        }
+    }
+    if let Some(server) = server {
+        let _ = tokio::time::timeout(FLUSH_LIMIT, server.shutdown()).await;
+    }
+}
+
+/// The signals that end the process in order. SIGPIPE is ignored, as in every Rust program.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
+    }
 }

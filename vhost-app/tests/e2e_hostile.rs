@@ -48,8 +48,7 @@ impl Scene {
             vhost.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": bdev}));
         }
         let ram = GuestRam::new(&[16 << 20]).unwrap();
-        let mut front_end =
-            FrontEnd::connect(&vhost.socket("a"), ram, Options::default()).unwrap();
+        let mut front_end = FrontEnd::connect(&vhost.socket("a"), ram, Options::default()).unwrap();
         let queues = front_end.start_new(1, QueueOptions::default()).unwrap();
         let neighbour = Load::start(queues, LoadOptions::default()).unwrap();
         neighbour.wait_for(100).unwrap();
@@ -205,15 +204,27 @@ fn rings_that_lie() {
         &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: NEXT, next: d }),
         &|d| ring.set_descriptor(d, Descriptor { addr: outside, len: 16, flags: WRITE, next: 0 }),
         &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 0, flags: 0, next: 0 }),
-        &|d| ring.set_descriptor(d, Descriptor { addr: u64::MAX, len: u32::MAX, flags: WRITE, next: 0 }),
-        &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: NEXT, next: 9999 }),
+        &|d| {
+            ring.set_descriptor(
+                d,
+                Descriptor { addr: u64::MAX, len: u32::MAX, flags: WRITE, next: 0 },
+            )
+        },
+        &|d| {
+            ring.set_descriptor(
+                d,
+                Descriptor { addr: buffer.gpa, len: 16, flags: NEXT, next: 9999 },
+            )
+        },
         &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: 4, next: 0 }),
     ];
     for spoil in bad {
         let descriptor = queue.take_descriptors(1).unwrap()[0];
         spoil(descriptor);
         queue.make_available(descriptor);
-        wait_until("it comes back", || queue.poll_raw().is_some_and(|u| u.id == u32::from(descriptor)));
+        wait_until("it comes back", || {
+            queue.poll_raw().is_some_and(|u| u.id == u32::from(descriptor))
+        });
         assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
     }
     // A head that does not exist.

@@ -78,6 +78,14 @@ fn controller_on(vhost: &Vhost, controller: &str, bdev: &str) -> PathBuf {
     vhost.socket(controller)
 }
 
+/// Waits until a front end is turned away.
+fn refuses_connections(socket: &Path) {
+    let ram = GuestRam::new(&[1 << 20]).unwrap();
+    wait_until("new connections are refused", || {
+        FrontEnd::connect(socket, ram.clone(), Options::default()).is_err()
+    });
+}
+
 fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
     let answer = vhost.ok("vhost_get_controllers", json!({"name": controller}));
     answer[0]["sessions"].as_array().unwrap().clone()
@@ -87,7 +95,8 @@ fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
 fn slow_munmap(dir: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/slow_munmap.c");
     let library = dir.join("slow_munmap.so");
-    let cc = Command::new("cc").args(["-shared", "-fPIC", "-O2", "-o"]).arg(&library).arg(&source);
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O2", "-o"]).arg(&library).arg(&source);
     assert!(cc.status().unwrap().success());
     library
 }
@@ -172,7 +181,9 @@ fn a_disk_that_never_answers_holds_up_nobody() {
     assert_eq!((refusal.code, refusal.message.as_str()), (-32602, "Device or resource busy"));
     let forced = json!({"ctrlr": "b", "force": true, "timeout_ms": 10});
     assert_eq!(vhost.ok("vhost_delete_controller", forced), json!(true));
-    controller_on(&vhost, "b", "MB");
+    let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
+    vhost.ok("bdev_error_inject_error", clear);
+    controller_on(&vhost, "b", "EE_MB");
     let b = Vm::start(&socket);
     b.goes_on();
     b.end();
@@ -181,7 +192,6 @@ fn a_disk_that_never_answers_holds_up_nobody() {
     a.goes_on();
 
     // The I/O completes after all: the memory is given back.
-    vhost.ok("bdev_error_inject_error", json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"}));
     vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
     wait_until("the quarantine ends", || sessions(&vhost, "b").is_empty());
     a.end();
@@ -214,7 +224,10 @@ fn a_stop_that_takes_long_holds_up_nobody() {
         c.end();
         a.goes_on();
         assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
-        vhost.ok("bdev_error_inject_error", json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"}));
+        vhost.ok(
+            "bdev_error_inject_error",
+            json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"}),
+        );
         vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
         let bases = stop.join().unwrap();
         let (summary, queues) = b.load.take().unwrap().abandon().unwrap();
@@ -241,9 +254,7 @@ fn delete_answers_whatever_the_front_end_does() {
     // The VM leaves while two deletes wait: the first wins, the second finds nothing.
     let mut first = vhost.connect();
     first.send("vhost_delete_controller", json!({"ctrlr": "b", "timeout_ms": 60_000}));
-    wait_until("new connections are refused", || {
-        RawConnection::connect(&socket).is_ok_and(|mut c| c.wait_for_close().is_ok())
-    });
+    refuses_connections(&socket);
     let mut second = vhost.connect();
     second.send("vhost_delete_controller", json!({"ctrlr": "b", "timeout_ms": 60_000}));
     a.goes_on();
@@ -267,9 +278,7 @@ fn delete_answers_whatever_the_front_end_does() {
     let b = Vm::start(&socket);
     let mut impatient = vhost.connect();
     impatient.send("vhost_delete_controller", json!({"ctrlr": "b", "timeout_ms": 600_000}));
-    wait_until("new connections are refused", || {
-        RawConnection::connect(&socket).is_ok_and(|mut c| c.wait_for_close().is_ok())
-    });
+    refuses_connections(&socket);
     drop(impatient);
     let ram = GuestRam::new(&[16 << 20]).unwrap();
     wait_until("connections are taken again", || {

@@ -68,6 +68,33 @@ fn indirect_tables_with_event_idx() {
     writes_and_reads(!0, true);
 }
 
+/// Spins for a hundred completions and returns how many calls came meanwhile.
+fn calls_while_spinning(features: u64) -> u64 {
+    let daemon = Daemon::start(1);
+    let ram = GuestRam::new(&[16 << 20]).unwrap();
+    let options = Options { features, ..Options::default() };
+    let mut front_end = daemon.connect(&ram, options);
+    let queue = &mut front_end.start_new(1, QueueOptions::default()).unwrap()[0];
+    for _ in 0..100 {
+        queue.submit(&Request::flush()).unwrap();
+        queue.kick().unwrap();
+        while queue.poll().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+    }
+    // Stopped, the device calls no more.
+    front_end.stop().unwrap();
+    queue.ring().call_fd().read().unwrap_or(0)
+}
+
+#[test]
+fn nobody_calls_a_driver_that_does_not_wait() {
+    use bench::front_end::DRIVER_FEATURES;
+    // The daemon calls once when it gets the fd, and once before it looks at what is wanted.
+    assert!(calls_while_spinning(DRIVER_FEATURES) <= 2);
+    assert!(calls_while_spinning(DRIVER_FEATURES & !EVENT_IDX) <= 2);
+}
+
 #[test]
 fn a_full_queue_takes_no_more_until_something_completes() {
     let daemon = Daemon::start(1);

@@ -25,10 +25,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use spdk_sys as sys;
-use tracing::{info, warn};
+use tracing::warn;
 use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::session::DRAIN_LIMIT_S;
 use vhost_blk::transport::SharedConnection;
@@ -42,6 +42,10 @@ const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Set in a message's flags: the front end wants an acknowledgement.
 const FLAG_NEED_REPLY: u32 = 1 << 3;
+
+/// Whether the event thread uses poll() on a list that it reads anew only when it wakes, rather
+/// than epoll.
+const POLLS: bool = sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
 
 /// What the self-test answers with: no ring ever stands at this index by itself.
 const SELF_TEST_BASE: u16 = 0x5a5a;
@@ -121,22 +125,18 @@ impl DpdkTransport {
     /// Sends GET_VRING_BASE to the anchor and expects our deferred answer, once, and the
     /// connection alive after it.
     fn self_test(&self) -> io::Result<()> {
-        let timeout = Some(SOCKET_TIMEOUT);
         let mut client = UnixStream::connect(&self.anchor)?;
-        client.set_read_timeout(timeout)?;
         let message = |request: u32, payload: &[u8]| {
             let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
             [header.as_slice(), payload].concat()
         };
         client.write_all(&message(protocol::request::GET_VRING_BASE, &[0; 8]))?;
-        let mut answer = [0; HEADER_BYTES + 8];
-        client.read_exact(&mut answer)?;
-        if answer != *deferred_self_test_answer() {
+        if read_answer(&mut client)? != *deferred_self_test_answer() {
             return Err(io::Error::other("not our answer"));
         }
         client.write_all(&message(protocol::request::GET_FEATURES, &[]))?;
-        client.read_exact(&mut answer)?;
-        let request = u32::from_le_bytes(std::array::from_fn(|i| answer[i]));
+        let request = read_answer(&mut client)?;
+        let request = u32::from_le_bytes(std::array::from_fn(|i| request[i]));
         if request != protocol::request::GET_FEATURES {
             return Err(io::Error::other("a second answer"));
         }
@@ -153,8 +153,51 @@ impl DpdkTransport {
 
     /// Makes the event thread of releases that use poll() look at its list of sockets again.
     fn wake_event_thread(&self) {
-        if (sys::RTE_VER_YEAR, sys::RTE_VER_MONTH) < (24, 7) {
+        if POLLS {
             drop(UnixStream::connect(&self.anchor));
+        }
+    }
+}
+
+/// Reads an answer of the self-test: a header and eight bytes.
+///
+/// The event thread of releases that use poll() does not notice its first listener before a second
+/// has passed, unless its poll is interrupted. There is no VM yet that this could disturb.
+fn read_answer(client: &mut UnixStream) -> io::Result<[u8; HEADER_BYTES + 8]> {
+    const NUDGE_EVERY: Duration = Duration::from_millis(1);
+    client.set_read_timeout(Some(NUDGE_EVERY))?;
+    let mut answer = [0; HEADER_BYTES + 8];
+    let mut got = 0;
+    let deadline = Instant::now() + SOCKET_TIMEOUT;
+    while got < answer.len() {
+        match client.read(&mut answer[got..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => got += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                if POLLS {
+                    interrupt_event_thread();
+                }
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(answer)
+}
+
+/// Interrupts the event thread's system call by a signal that does nothing.
+fn interrupt_event_thread() {
+    extern "C" fn nothing(_signal: c_int) {}
+    // SAFETY: the handler does nothing, and nobody else uses this signal.
+    unsafe { libc::signal(libc::SIGURG, nothing as *const () as libc::sighandler_t) };
+    let Ok(tasks) = fs::read_dir("/proc/self/task") else { return };
+    for task in tasks.flatten() {
+        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        let tid = task.file_name().to_str().and_then(|name| name.parse::<c_int>().ok());
+        if let (true, Some(tid)) =
+            (name.starts_with("vhost-events") || name.starts_with("dpdk-vhost-evt"), tid)
+        {
+            // SAFETY: a thread of this process, which never ends.
+            unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, libc::SIGURG) };
         }
     }
 }
@@ -569,10 +612,4 @@ impl Context {
         conn.shut_down();
         sys::RTE_VHOST_MSG_RESULT_ERR
     }
-}
-
-/// Says at start what the transport is made of.
-pub(crate) fn describe() {
-    let deferral = shared_state().deferral.load(Ordering::Relaxed);
-    info!("transport: rte_vhost, deferred answers {}", if deferral { "on" } else { "off" });
 }

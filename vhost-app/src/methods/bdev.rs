@@ -97,9 +97,11 @@ pub(super) fn tell_of_size(app: &App, bdev: &Arc<dyn Bdev>) {
 /// The entries of `save_config` that make the devices again.
 pub(super) fn config(app: &App) -> Vec<Value> {
     let options = app.options.borrow().bdev.config();
-    let devices = app.bdevs.config().into_iter().map(|(kind, params)| {
-        json!({ "method": kind.create_method(), "params": params })
-    });
+    let devices = app
+        .bdevs
+        .config()
+        .into_iter()
+        .map(|(kind, params)| json!({ "method": kind.create_method(), "params": params }));
     std::iter::once(options)
         .chain(devices)
         .chain([json!({ "method": "bdev_wait_for_examine" })])

@@ -31,10 +31,8 @@ struct Layout {
 
 impl Layout {
     fn check(&self, method: &str) -> Result<(), RpcError> {
-        let unsupported = [
-            ("md_size", self.md_size.map(i64::from)),
-            ("dif_type", self.dif_type.map(i64::from)),
-        ];
+        let unsupported =
+            [("md_size", self.md_size.map(i64::from)), ("dif_type", self.dif_type.map(i64::from))];
         for (name, value) in unsupported {
             if let Some(value) = value.filter(|value| *value != 0) {
                 error!("{method}: {name} {value} is not supported, only 0 is");
@@ -110,8 +108,10 @@ fn null_create(app: &App, params: &Params) -> Answer {
     let p: NullCreate = params.decode(DecodeFailure::INTERNAL)?;
     let (md_size, dif_type, physical_block_size) = (p.md_size, p.dif_type, p.physical_block_size);
     Layout { md_size, dif_type, physical_block_size }.check(method)?;
-    let reserved =
-        app.bdevs.reserve(Some(p.name), given(p.uuid), as_given(params)).map_err(RpcError::errno)?;
+    let reserved = app
+        .bdevs
+        .reserve(Some(p.name), given(p.uuid), as_given(params))
+        .map_err(RpcError::errno)?;
     let options = NullOptions {
         name: reserved.name.clone(),
         num_blocks: p.num_blocks,

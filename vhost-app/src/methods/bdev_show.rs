@@ -26,8 +26,7 @@ const NEVER_SUPPORTED: [&str; 13] = [
 pub(super) fn describe(shown: &Shown) -> Value {
     let bdev = &*shown.bdev;
     let uuid = bdev.uuid().to_string();
-    let aliases: Vec<&str> =
-        if uuid == bdev.name() { vec![] } else { vec![uuid.as_str()] };
+    let aliases: Vec<&str> = if uuid == bdev.name() { vec![] } else { vec![uuid.as_str()] };
     let hint = |name: &str| shown.params.get(name).cloned().unwrap_or(0.into());
     let mut object = Map::new();
     let mut put = |name: &str, value: Value| drop(object.insert(name.to_owned(), value));

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use tracing::error;
 
 use super::{Answer, App, Methods};
-use crate::logging;
+use crate::logging::Level;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("log_get_level", Phases::Both, |app, params| {
@@ -40,27 +40,15 @@ fn no_parameters(params: &Params) -> Result<(), RpcError> {
     params.none(&format!("{} requires no parameters", params.method()))
 }
 
-fn level(params: &Params) -> Result<logging::Level, RpcError> {
+fn level(params: &Params) -> Result<Level, RpcError> {
     #[derive(Deserialize)]
     struct Wanted {
-        level: Level,
-    }
-    #[derive(Deserialize)]
-    #[serde(rename_all = "UPPERCASE")]
-    enum Level {
-        Error,
-        Warning,
-        Notice,
-        Info,
-        Debug,
+        level: String,
     }
     let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
-    Ok(match wanted.level {
-        Level::Error => logging::Level::Error,
-        Level::Warning => logging::Level::Warning,
-        Level::Notice => logging::Level::Notice,
-        Level::Info => logging::Level::Info,
-        Level::Debug => logging::Level::Debug,
+    Level::from_name(&wanted.level).ok_or_else(|| {
+        error!("{}: no level {:?}", params.method(), wanted.level);
+        DecodeFailure::INTERNAL.error()
     })
 }
 

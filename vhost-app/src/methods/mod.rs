@@ -100,9 +100,8 @@ impl Methods<'_> {
         F: Fn(&App, &Params) -> Answer + 'static,
     {
         let app = Rc::clone(self.app);
-        self.registry.register(name, phases, move |params| {
-            std::future::ready(method(&app, &params))
-        });
+        self.registry
+            .register(name, phases, move |params| std::future::ready(method(&app, &params)));
     }
 }
 

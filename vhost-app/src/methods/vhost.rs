@@ -213,7 +213,9 @@ fn get_transports(_: &App, params: &Params) -> Answer {
 pub(super) fn config(app: &App) -> Vec<Value> {
     let mut entries = vec![];
     for controller in app.control.target().controllers() {
-        let Some(bdev) = controller.bdev.as_ref().filter(|_| !controller.deleting) else { continue };
+        let Some(bdev) = controller.bdev.as_ref().filter(|_| !controller.deleting) else {
+            continue;
+        };
         entries.push(json!({
             "method": "vhost_create_blk_controller",
             "params": {

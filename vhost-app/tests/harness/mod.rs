@@ -48,6 +48,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 pub(crate) struct Launch {
     dir: TempDir,
     mask: Option<String>,
+    core_locks: bool,
     args: Vec<String>,
     environment: Vec<(String, String)>,
 }
@@ -78,7 +79,7 @@ impl Launch {
     /// With the harness's defaults.
     pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("vh").tempdir().unwrap();
-        Self { dir, mask: None, args: vec![], environment: vec![] }
+        Self { dir, mask: None, core_locks: false, args: vec![], environment: vec![] }
     }
 
     /// Adds arguments.
@@ -90,6 +91,12 @@ impl Launch {
     /// Takes other cores than the default: `-m`'s argument.
     pub(crate) fn mask(mut self, mask: &str) -> Self {
         self.mask = Some(mask.to_owned());
+        self
+    }
+
+    /// Lets it lock its cores for other processes to see.
+    pub(crate) fn core_locks(mut self) -> Self {
+        self.core_locks = true;
         self
     }
 
@@ -124,7 +131,10 @@ impl Launch {
         if !mask.is_empty() {
             command.args(["-m", &mask]);
         }
-        command.args(["-u", "--disable-cpumask-locks"]);
+        command.arg("-u");
+        if !self.core_locks {
+            command.arg("--disable-cpumask-locks");
+        }
         if std::env::var("VHOST_HUGEPAGES").is_ok_and(|v| v == "0") {
             command.args(["--no-huge", "-s", "256"]);
         }

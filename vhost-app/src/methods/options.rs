@@ -1,0 +1,170 @@
+//! Options of SPDK's subsystems that are taken, checked and saved, and what they mean here.
+//!
+//! `bdev_auto_examine` has an effect. The pools and caches are SPDK's: here memory for requests is
+//! taken when a queue starts, so their sizes change nothing, but a configuration that is saved
+//! holds them as they were given.
+
+use rpc::{DecodeFailure, Params, Phases, RpcError};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tracing::{error, info};
+
+use super::{Answer, App, Methods};
+
+pub(super) fn register(methods: &mut Methods<'_>) {
+    methods.add_plain("bdev_set_options", Phases::Startup, set_bdev);
+    methods.add_plain("iobuf_set_options", Phases::Startup, set_iobuf);
+    methods.add_plain("accel_set_options", Phases::Startup, set_accel);
+}
+
+/// What the subsystems were given. `bdev_set_options` is always saved, the others if given.
+#[derive(Debug, Default)]
+pub(crate) struct SubsystemOptions {
+    pub(super) bdev: BdevOptions,
+    pub(super) iobuf: Option<IobufOptions>,
+    pub(super) accel: Option<AccelOptions>,
+}
+
+/// `bdev_set_options`, with SPDK's defaults.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct BdevOptions {
+    bdev_io_pool_size: u32,
+    bdev_io_cache_size: u32,
+    bdev_auto_examine: bool,
+    iobuf_small_cache_size: u32,
+    iobuf_large_cache_size: u32,
+}
+
+impl Default for BdevOptions {
+    fn default() -> Self {
+        Self {
+            bdev_io_pool_size: 65535,
+            bdev_io_cache_size: 256,
+            bdev_auto_examine: true,
+            iobuf_small_cache_size: 128,
+            iobuf_large_cache_size: 16,
+        }
+    }
+}
+
+impl BdevOptions {
+    pub(super) fn config(&self) -> Value {
+        json!({ "method": "bdev_set_options", "params": self })
+    }
+}
+
+fn set_bdev(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Given {
+        bdev_io_pool_size: Option<u32>,
+        bdev_io_cache_size: Option<u32>,
+        bdev_auto_examine: Option<bool>,
+        iobuf_small_cache_size: Option<u32>,
+        iobuf_large_cache_size: Option<u32>,
+    }
+    let given: Given = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let mut all = app.options.borrow_mut();
+    let now = &all.bdev;
+    let options = BdevOptions {
+        bdev_io_pool_size: given.bdev_io_pool_size.unwrap_or(now.bdev_io_pool_size),
+        bdev_io_cache_size: given.bdev_io_cache_size.unwrap_or(now.bdev_io_cache_size),
+        bdev_auto_examine: given.bdev_auto_examine.unwrap_or(now.bdev_auto_examine),
+        iobuf_small_cache_size: given.iobuf_small_cache_size.unwrap_or(now.iobuf_small_cache_size),
+        iobuf_large_cache_size: given.iobuf_large_cache_size.unwrap_or(now.iobuf_large_cache_size),
+    };
+    let (pool, cache) = (options.bdev_io_pool_size, options.bdev_io_cache_size);
+    // SPDK wants a cache for each of its threads, of which there is one then, and one to spare.
+    if u64::from(pool) < 2 * u64::from(cache) {
+        let text = format!("Pool size {pool} too small for cache size {cache}");
+        error!("bdev_set_options: {text}");
+        return Err(RpcError::invalid_params(text));
+    }
+    app.bdevs.auto_examine.set(options.bdev_auto_examine);
+    all.bdev = options;
+    Ok(true.into())
+}
+
+/// `iobuf_set_options`, with SPDK's defaults.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct IobufOptions {
+    small_pool_count: u64,
+    large_pool_count: u64,
+    small_bufsize: u32,
+    large_bufsize: u32,
+    enable_numa: bool,
+}
+
+impl IobufOptions {
+    pub(super) fn config(&self) -> Value {
+        json!({ "method": "iobuf_set_options", "params": self })
+    }
+}
+
+fn set_iobuf(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Given {
+        small_pool_count: Option<u64>,
+        large_pool_count: Option<u64>,
+        small_bufsize: Option<u32>,
+        large_bufsize: Option<u32>,
+        enable_numa: Option<bool>,
+    }
+    let given: Given = params.decode(DecodeFailure::PARSE)?;
+    let options = IobufOptions {
+        small_pool_count: given.small_pool_count.unwrap_or(8192),
+        large_pool_count: given.large_pool_count.unwrap_or(1024),
+        small_bufsize: given.small_bufsize.unwrap_or(8192),
+        large_bufsize: given.large_bufsize.unwrap_or(135_168),
+        enable_numa: given.enable_numa.unwrap_or(false),
+    };
+    let minima = [
+        ("small_pool_count", options.small_pool_count, 64),
+        ("large_pool_count", options.large_pool_count, 8),
+        ("small_bufsize", options.small_bufsize.into(), 4096),
+        ("large_bufsize", options.large_bufsize.into(), 8192),
+    ];
+    if let Some((name, value, least)) = minima.into_iter().find(|(_, value, least)| value < least) {
+        error!("iobuf_set_options: {name} {value} is less than {least}");
+        return Err(RpcError::errno(libc::EINVAL));
+    }
+    info!("iobuf_set_options: kept; there are no such pools here");
+    app.options.borrow_mut().iobuf = Some(options);
+    Ok(true.into())
+}
+
+/// `accel_set_options`, with SPDK's defaults.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct AccelOptions {
+    small_cache_size: u32,
+    large_cache_size: u32,
+    task_count: u32,
+    sequence_count: u32,
+    buf_count: u32,
+}
+
+impl AccelOptions {
+    pub(super) fn config(&self) -> Value {
+        json!({ "method": "accel_set_options", "params": self })
+    }
+}
+
+fn set_accel(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Given {
+        small_cache_size: Option<u32>,
+        large_cache_size: Option<u32>,
+        task_count: Option<u32>,
+        sequence_count: Option<u32>,
+        buf_count: Option<u32>,
+    }
+    let given: Given = params.decode(DecodeFailure::PARSE)?;
+    info!("accel_set_options: kept; there is no acceleration framework here");
+    app.options.borrow_mut().accel = Some(AccelOptions {
+        small_cache_size: given.small_cache_size.unwrap_or(128),
+        large_cache_size: given.large_cache_size.unwrap_or(16),
+        task_count: given.task_count.unwrap_or(2048),
+        sequence_count: given.sequence_count.unwrap_or(2048),
+        buf_count: given.buf_count.unwrap_or(2048),
+    });
+    Ok(true.into())
+}

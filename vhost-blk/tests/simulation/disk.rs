@@ -1,0 +1,180 @@
+//! A disk that does what the simulation tells it to, and notes what it is asked.
+//!
+//! Faults it shows: I/O that completes late, in any order, in error or not before the end;
+//! channels that are full for a while; a device that cannot be opened; and an `open` that takes
+//! so long that something else happens meanwhile.
+#![expect(unsafe_code, reason = "a channel gets addresses")]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit};
+
+use super::probe;
+
+/// Sectors between requests: an I/O's place on the disk says which request it is.
+pub(crate) const REQUEST_SECTORS: u64 = 16;
+
+/// What happens while a device is being opened.
+pub(crate) type Meanwhile = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// An I/O in flight.
+pub(crate) struct Flying {
+    pub(crate) request: u64,
+    /// Completes only at the end.
+    pub(crate) stuck: bool,
+    channel: u64,
+    io: Io,
+}
+
+/// What simulation and channels share.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) flying: Vec<Flying>,
+    /// Requests submitted since the simulation last looked, and their status if they were
+    /// finished at once.
+    pub(crate) fetched: Vec<(u64, Option<Status>)>,
+    pub(crate) full: bool,
+    pub(crate) at_once: bool,
+    pub(crate) open_fails: bool,
+    pub(crate) channels: usize,
+    /// What the target has done wrong.
+    pub(crate) wrong: Option<String>,
+    channels_made: u64,
+    done: BTreeMap<u64, VecDeque<Completion>>,
+}
+
+impl State {
+    /// Ends the `n`th I/O in flight.
+    pub(crate) fn complete(&mut self, n: usize, status: Status) -> u64 {
+        let Flying { request, channel, io, .. } = self.flying.swap_remove(n);
+        if status == Status::Ok {
+            self.transfer(&io, request);
+        }
+        self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
+        request
+    }
+
+    fn transfer(&mut self, io: &Io, request: u64) {
+        // SAFETY: not completed yet.
+        for segment in unsafe { io.segments() } {
+            let (base, len) = (segment.base(), segment.len());
+            let pattern = vec![pattern(request); len];
+            let ok = match io.op {
+                Op::Read => probe::write(base, &pattern).is_some(),
+                Op::Write => probe::read(base, len) == Some(pattern),
+                _ => true,
+            };
+            if !ok {
+                self.wrong = Some(format!("request {request}: its memory is not what it was"));
+            }
+        }
+    }
+}
+
+/// The byte that a request's data is made of.
+pub(crate) fn pattern(request: u64) -> u8 {
+    (request % 251) as u8 + 1
+}
+
+pub(crate) struct SimDisk {
+    name: String,
+    state: Arc<Mutex<State>>,
+    meanwhile: Meanwhile,
+    stats: Stats,
+}
+
+impl SimDisk {
+    pub(crate) fn new(name: String, meanwhile: &Meanwhile) -> (Arc<Self>, Arc<Mutex<State>>) {
+        let state = Arc::default();
+        let (meanwhile, stats) = (Arc::clone(meanwhile), Stats::default());
+        (Arc::new(Self { name, state: Arc::clone(&state), meanwhile, stats }), state)
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Bdev for SimDisk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn product_name(&self) -> &'static str {
+        "Simulated disk"
+    }
+    fn uuid(&self) -> uuid::Uuid {
+        uuid::Uuid::nil()
+    }
+    fn block_size(&self) -> u32 {
+        512
+    }
+    fn num_blocks(&self) -> u64 {
+        1 << 40
+    }
+    fn features(&self) -> Features {
+        Features { flush: true, write_zeroes: true, ..Features::default() }
+    }
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+    fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
+        let meanwhile = lock(&self.meanwhile).take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+        let mut state = lock(&self.state);
+        if state.open_fails {
+            return Err(bdev::Error::NoMemory("simulated".into()));
+        }
+        state.channels += 1;
+        state.channels_made += 1;
+        let number = state.channels_made;
+        drop(state);
+        Ok(Box::new(SimChannel { number, disk: self }))
+    }
+}
+
+struct SimChannel {
+    number: u64,
+    disk: Arc<SimDisk>,
+}
+
+impl Channel for SimChannel {
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        let mut state = lock(&self.disk.state);
+        if state.full {
+            return Submit::Full(io);
+        }
+        let request = io.offset / 512 / REQUEST_SECTORS;
+        if state.at_once {
+            state.transfer(&io, request);
+            state.fetched.push((request, Some(Status::Ok)));
+            return Submit::Done(Status::Ok);
+        }
+        state.fetched.push((request, None));
+        state.flying.push(Flying { request, stuck: false, channel: self.number, io });
+        Submit::Queued
+    }
+
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        let mut state = lock(&self.disk.state);
+        let Some(mine) = state.done.get_mut(&self.number) else { return 0 };
+        let n = mine.len().min(done.len());
+        for (to, from) in done.iter_mut().zip(mine.drain(..n)) {
+            *to = from;
+        }
+        n
+    }
+}
+
+impl Drop for SimChannel {
+    fn drop(&mut self) {
+        let mut state = lock(&self.disk.state);
+        state.channels -= 1;
+        let waiting = state.done.get(&self.number).is_some_and(|done| !done.is_empty());
+        if waiting || state.flying.iter().any(|f| f.channel == self.number) {
+            state.wrong = Some("a channel was dropped with I/O in flight".into());
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What front ends say, and how it looks on the wire.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use vhost_blk::memory::RegionSpec;
+use vhost_blk::notify::EventFd;
+use vhost_blk::protocol::request;
+
+use super::vm::user_addrs;
+
+/// A message, ready to be sent.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Features(u64),
+    /// The table's number, its contents, and whether they are acceptable.
+    Table(usize, Vec<(RegionSpec, OwnedFd)>, bool),
+    Num(usize, u16),
+    Base(usize, u16),
+    Addr(usize),
+    /// With or without an fd.
+    Call(usize, Option<EventFd>),
+    Enable(usize),
+    Kick(usize),
+    GetBase(usize),
+    GetConfig,
+    ResetOwner,
+    /// Something that is refused.
+    Nonsense,
+}
+
+impl Message {
+    pub(crate) fn encode(&self) -> (u32, Vec<u8>, Vec<OwnedFd>) {
+        let words = |a: usize, b: u32| [(a as u32).to_le_bytes(), b.to_le_bytes()].concat();
+        let plain = |request: u32, payload: Vec<u8>| (request, payload, vec![]);
+        match self {
+            Self::Features(features) => {
+                plain(request::SET_FEATURES, features.to_le_bytes().to_vec())
+            }
+            Self::Table(_, table, _) => {
+                let mut payload = words(table.len(), 0);
+                for (spec, _) in table {
+                    for number in [spec.gpa, spec.size, spec.user_addr, spec.offset] {
+                        payload.extend(number.to_le_bytes());
+                    }
+                }
+                let fds = table.iter().map(|(_, fd)| fd.try_clone().expect("an fd")).collect();
+                (request::SET_MEM_TABLE, payload, fds)
+            }
+            Self::Num(ring, num) => plain(request::SET_VRING_NUM, words(*ring, (*num).into())),
+            Self::Base(ring, base) => plain(request::SET_VRING_BASE, words(*ring, (*base).into())),
+            Self::Addr(ring) => {
+                let (desc, avail, used) = user_addrs(*ring);
+                let mut payload = words(*ring, 0);
+                for address in [desc, used, avail, 0] {
+                    payload.extend(address.to_le_bytes());
+                }
+                plain(request::SET_VRING_ADDR, payload)
+            }
+            Self::Call(ring, Some(call)) => {
+                let fd = call.as_fd().try_clone_to_owned().expect("an fd");
+                (request::SET_VRING_CALL, (*ring as u64).to_le_bytes().to_vec(), vec![fd])
+            }
+            Self::Call(ring, None) => {
+                plain(request::SET_VRING_CALL, (*ring as u64 | 1 << 8).to_le_bytes().to_vec())
+            }
+            Self::Enable(ring) => plain(request::SET_VRING_ENABLE, words(*ring, 1)),
+            Self::Kick(ring) => {
+                plain(request::SET_VRING_KICK, (*ring as u64 | 1 << 8).to_le_bytes().to_vec())
+            }
+            Self::GetBase(ring) => plain(request::GET_VRING_BASE, words(*ring, 0)),
+            Self::GetConfig => {
+                let mut payload = [0_u32, 60, 0].map(u32::to_le_bytes).concat();
+                payload.resize(12 + 60, 0);
+                plain(request::GET_CONFIG, payload)
+            }
+            Self::ResetOwner => plain(request::RESET_OWNER, vec![]),
+            Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 3)),
+        }
+    }
+}

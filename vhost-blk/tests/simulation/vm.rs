@@ -1,0 +1,371 @@
+//! A virtual machine: its memory, and the driver's side of its rings.
+//!
+//! It checks what it sees as a driver would like to: each chain comes back once, with the status
+//! that the disk gave, and the data that the disk has read.
+
+use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
+
+use bdev::Status;
+use vhost_blk::memory::{GuestMemory, RegionSpec};
+use vhost_blk::reclaim::Unmapper;
+use vm_memory::Bytes;
+
+use super::disk::{REQUEST_SECTORS, pattern};
+use super::probe;
+use crate::memfd::memfd;
+
+/// Rings of a machine.
+pub(crate) const RINGS: usize = 4;
+/// Where the front end has the machine's memory.
+const USER: u64 = 0x7000_0000;
+const MAIN_LEN: u64 = 0x1_0000;
+/// The part that no table leaves out: all rings, and the data of the first two.
+const SMALL_LEN: u64 = 0x8000;
+const EXTRA: u64 = 0x10_0000;
+/// A page that only one table has, and that tells whether that table is still mapped.
+const MARK: u64 = 0x20_0000;
+const PAGE: u64 = 0x1000;
+/// What a status byte holds until somebody writes it.
+const UNTOUCHED: u8 = 0xee;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Zeroes,
+    GetId,
+    Unknown,
+    ShortHeader,
+}
+
+/// How far a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    Offered,
+    /// With the disk, fetched for this connection.
+    Flying(usize),
+    Done(Status),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) id: u64,
+    pub(crate) progress: Progress,
+    /// The table that it was fetched under.
+    pub(crate) table: Option<usize>,
+    kind: Kind,
+    /// Its position in the available ring.
+    position: u16,
+    data: u64,
+    len: u32,
+}
+
+impl Request {
+    /// Not every table has its data, so it may fail without having been submitted.
+    fn optional(&self) -> bool {
+        self.data >= SMALL_LEN
+    }
+}
+
+/// One ring, as its driver keeps it.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    pub(crate) size: u16,
+    pub(crate) slots: Vec<Option<Request>>,
+    avail: u16,
+    seen: u16,
+    /// What the used ring and the statuses held when the back end said that it had stopped.
+    pub(crate) quiet: Option<Vec<u8>>,
+    /// Some connection has started it since it was made.
+    pub(crate) started: bool,
+}
+
+/// How a memory table is made up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Whole,
+    Split,
+    WholeAndExtra,
+    SplitAndExtra,
+    Small,
+    /// Without the rings.
+    NoRings,
+}
+
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) controller: usize,
+    pub(crate) event_idx: bool,
+    pub(crate) rings: Vec<Ring>,
+    /// The pages that mark the tables.
+    marks: Vec<OwnedFd>,
+    main: OwnedFd,
+    extra: OwnedFd,
+    memory: GuestMemory,
+}
+
+fn ring_gpa(ring: usize) -> u64 {
+    PAGE * ring as u64
+}
+
+fn avail_gpa(ring: usize) -> u64 {
+    ring_gpa(ring) + 0x400
+}
+
+fn used_gpa(ring: usize) -> u64 {
+    ring_gpa(ring) + 0x800
+}
+
+fn status_gpa(ring: usize, slot: usize) -> u64 {
+    ring_gpa(ring) + 0xa00 + slot as u64
+}
+
+fn header_gpa(ring: usize, slot: usize) -> u64 {
+    ring_gpa(ring) + 0xb00 + 16 * slot as u64
+}
+
+/// A ring's parts in the front end's addresses: descriptors, available, used.
+pub(crate) fn user_addrs(ring: usize) -> (u64, u64, u64) {
+    (USER + ring_gpa(ring), USER + avail_gpa(ring), USER + used_gpa(ring))
+}
+
+fn dup(fd: &OwnedFd) -> OwnedFd {
+    fd.try_clone().expect("an fd")
+}
+
+fn spec(gpa: u64, size: u64, offset: u64) -> RegionSpec {
+    RegionSpec { gpa, size, user_addr: USER + gpa, offset }
+}
+
+impl Vm {
+    pub(crate) fn new(controller: usize, event_idx: bool) -> Self {
+        static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
+        let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
+        let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
+        let table = vec![
+            (spec(0, MAIN_LEN, 0), dup(&main)),
+            (spec(EXTRA, MAIN_LEN, 0), dup(&extra)),
+        ];
+        let memory = GuestMemory::map(table, None, unmapper).expect("memory");
+        let ring = || Ring {
+            size: 0,
+            slots: vec![],
+            avail: 0,
+            seen: 0,
+            quiet: None,
+            started: false,
+        };
+        let rings = (0..RINGS).map(|_| ring()).collect();
+        Self { controller, event_idx, rings, marks: vec![], main, extra, memory }
+    }
+
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        let slice = self.memory.slice(gpa, bytes.len()).expect("in memory");
+        slice.write_slice(bytes, 0).expect("as long");
+    }
+
+    fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let slice = self.memory.slice(gpa, len).expect("in memory");
+        slice.read_slice(&mut bytes, 0).expect("as long");
+        bytes
+    }
+
+    fn get_u16(&self, gpa: u64) -> u16 {
+        let bytes = self.get(gpa, 2);
+        u16::from_le_bytes([bytes[0], bytes[1]])
+    }
+
+    /// A new memory table: its number, and what goes into the message.
+    pub(crate) fn table(&mut self, layout: Layout) -> (usize, Vec<(RegionSpec, OwnedFd)>) {
+        let mark = memfd(PAGE);
+        let main = |gpa: u64, size: u64| (spec(gpa, size, gpa), dup(&self.main));
+        let mut table = match layout {
+            Layout::Whole | Layout::WholeAndExtra => vec![main(0, MAIN_LEN)],
+            Layout::Split | Layout::SplitAndExtra => {
+                vec![main(SMALL_LEN, MAIN_LEN - SMALL_LEN), main(0, SMALL_LEN)]
+            }
+            Layout::Small => vec![main(0, SMALL_LEN)],
+            Layout::NoRings => vec![main(SMALL_LEN, MAIN_LEN - SMALL_LEN)],
+        };
+        if matches!(layout, Layout::WholeAndExtra | Layout::SplitAndExtra) {
+            table.push((spec(EXTRA, MAIN_LEN, 0), dup(&self.extra)));
+        }
+        table.push((spec(MARK, PAGE, 0), dup(&mark)));
+        self.marks.push(mark);
+        (self.marks.len() - 1, table)
+    }
+
+    /// How many tables there ever were.
+    pub(crate) fn tables(&self) -> usize {
+        self.marks.len()
+    }
+
+    /// Whether the back end has a table mapped.
+    pub(crate) fn is_mapped(&self, table: usize) -> bool {
+        probe::is_mapped(&self.marks[table])
+    }
+
+    /// Makes a ring anew, which the back end does not use, and begins at `base`. Answers with the
+    /// requests that are dropped with it.
+    pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
+        let slots = vec![None; usize::from(size) / 3];
+        let new =
+            Ring { size, slots, avail: base, seen: base, quiet: None, started: false };
+        let old = std::mem::replace(&mut self.rings[ring], new);
+        self.put(ring_gpa(ring), &[0; PAGE as usize]);
+        self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
+        self.put(used_gpa(ring) + 2, &base.to_le_bytes());
+        self.want_calls(ring);
+        old.slots.into_iter().flatten().map(|request| request.id).collect()
+    }
+
+    fn want_calls(&self, ring: usize) {
+        let Ring { size, seen, .. } = self.rings[ring];
+        self.put(avail_gpa(ring) + 4 + 2 * u64::from(size), &seen.to_le_bytes());
+    }
+
+    pub(crate) fn free_slot(&self, ring: usize) -> Option<usize> {
+        self.rings[ring].slots.iter().position(Option::is_none)
+    }
+
+    /// Makes a request available.
+    pub(crate) fn offer(&mut self, id: u64, kind: Kind, ring: usize, slot: usize, far: bool) {
+        let len = if kind == Kind::GetId { 20 } else { 512 * (1 + (id % 2) as u32) };
+        let near = 0x4000 + 0x2000 * ring as u64 + 0x400 * slot as u64;
+        let data = if far { EXTRA + near } else { near };
+        let header = header_gpa(ring, slot);
+        let number: u32 = match kind {
+            Kind::Read | Kind::ShortHeader => 0,
+            Kind::Write => 1,
+            Kind::Zeroes => 13,
+            Kind::GetId => 8,
+            Kind::Unknown => 99,
+        };
+        let sector = id * REQUEST_SECTORS;
+        self.put(header, &number.to_le_bytes());
+        self.put(header + 8, &sector.to_le_bytes());
+        let mut data_len = len;
+        match kind {
+            Kind::Write => self.put(data, &vec![pattern(id); len as usize]),
+            Kind::Zeroes => {
+                data_len = 16;
+                self.put(data, &sector.to_le_bytes());
+                self.put(data + 8, &1_u32.to_le_bytes());
+                self.put(data + 12, &0_u32.to_le_bytes());
+            }
+            _ => self.put(data, &vec![0; len as usize]),
+        }
+        self.put(status_gpa(ring, slot), &[UNTOUCHED]);
+        let head = 3 * slot as u16;
+        let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
+        let write = if matches!(kind, Kind::Read | Kind::GetId) { WRITE } else { 0 };
+        self.desc(ring, head, header, header_len, NEXT);
+        self.desc(ring, head + 1, data, data_len, NEXT | write);
+        self.desc(ring, head + 2, status_gpa(ring, slot), 1, WRITE);
+        let state = &mut self.rings[ring];
+        let position = state.avail;
+        state.avail = position.wrapping_add(1);
+        let progress = Progress::Offered;
+        state.slots[slot] =
+            Some(Request { id, progress, table: None, kind, position, data, len });
+        let at = u64::from(position % state.size);
+        self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
+        self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
+    }
+
+    fn desc(&self, ring: usize, index: u16, addr: u64, len: u32, flags: u16) {
+        let at = ring_gpa(ring) + 16 * u64::from(index);
+        self.put(at, &addr.to_le_bytes());
+        self.put(at + 8, &len.to_le_bytes());
+        self.put(at + 12, &flags.to_le_bytes());
+        self.put(at + 14, &(index + 1).to_le_bytes());
+    }
+
+    pub(crate) fn used_idx(&self, ring: usize) -> u16 {
+        self.get_u16(used_gpa(ring) + 2)
+    }
+
+    /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone.
+    pub(crate) fn consume(&mut self, ring: usize, bereft: bool) -> Vec<u64> {
+        let mut ids = vec![];
+        let idx = self.used_idx(ring);
+        while self.rings[ring].seen != idx {
+            let Ring { size, seen, .. } = self.rings[ring];
+            let element = self.get(used_gpa(ring) + 4 + 8 * u64::from(seen % size), 8);
+            let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| element[at + i]));
+            let (head, written) = (word(0), word(4));
+            let slot = head as usize / 3;
+            assert!(head.is_multiple_of(3), "ring {ring}: chain {head} was never offered");
+            let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
+            let request = request.unwrap_or_else(|| {
+                panic!("ring {ring}: chain {head} came back at {seen} but is not outstanding")
+            });
+            self.check_answer(ring, slot, &request, written, bereft);
+            self.rings[ring].seen = seen.wrapping_add(1);
+            ids.push(request.id);
+        }
+        if !ids.is_empty() {
+            self.want_calls(ring);
+        }
+        ids
+    }
+
+    fn check_answer(&self, ring: usize, slot: usize, request: &Request, written: u32, bereft: bool) {
+        let status = self.get(status_gpa(ring, slot), 1)[0];
+        let may_fail = bereft || request.optional();
+        let expected = match (request.kind, request.progress) {
+            (_, Progress::Flying(_)) => panic!("{request:?} came back before the disk was done"),
+            (_, Progress::Done(Status::Ok)) => 0,
+            (_, Progress::Done(Status::IoError)) | (Kind::ShortHeader, _) => 1,
+            (_, Progress::Done(Status::Unsupported)) => 2,
+            (Kind::GetId | Kind::Unknown, _) if status == 1 && may_fail => 1,
+            (Kind::GetId, _) => 0,
+            (Kind::Unknown, _) => 2,
+            (_, Progress::Offered) => {
+                assert!(may_fail, "{request:?} came back but never was with the disk");
+                1
+            }
+        };
+        assert_eq!(status, expected, "the status of {request:?}");
+        let with_data = match request.kind {
+            Kind::Read => matches!(request.progress, Progress::Done(_)),
+            Kind::GetId => expected == 0,
+            _ => false,
+        };
+        let expected = if with_data { request.len + 1 } else { 1 };
+        assert_eq!(written, expected, "the length written for {request:?}");
+        if request.kind == Kind::Read && request.progress == Progress::Done(Status::Ok) {
+            let data = self.get(request.data, request.len as usize);
+            assert!(data.iter().all(|b| *b == pattern(request.id)), "the data of {request:?}");
+        }
+    }
+
+    /// All that a back end that has stopped may not change: used index, elements, statuses.
+    pub(crate) fn used_part(&self, ring: usize) -> Vec<u8> {
+        let Ring { size, ref slots, .. } = self.rings[ring];
+        let mut bytes = self.get(used_gpa(ring) + 2, 2 + 8 * usize::from(size));
+        bytes.extend(self.get(status_gpa(ring, 0), slots.len()));
+        bytes
+    }
+
+    /// Checks that the answer to GET_VRING_BASE is right: all before `base` came back.
+    pub(crate) fn check_base(&self, ring: usize, base: u16) {
+        assert_eq!(base, self.used_idx(ring), "ring {ring}: the base and the used index");
+        for request in self.rings[ring].slots.iter().flatten() {
+            let ahead = request.position.wrapping_sub(base) < 1 << 15;
+            let untouched = request.progress == Progress::Offered;
+            assert!(ahead && untouched, "ring {ring}: base {base} answered before {request:?}");
+        }
+    }
+
+    /// Requests that have not come back.
+    pub(crate) fn outstanding(&self, ring: usize) -> impl Iterator<Item = &Request> {
+        self.rings[ring].slots.iter().flatten()
+    }
+}
