@@ -61,6 +61,9 @@ fn main() {
         }
     }
     let trip = median(trips);
+    // On a machine that does something else besides, the figures say little.
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    println!("load average {}", load.trim());
     println!("medians of {RUNS} runs; random reads of 4 KiB; one round trip is {trip:.0} ns");
     for disk in &disks {
         let [p50, p999] = [&disk.p50, &disk.p999].map(|values| median(values.clone()));

@@ -2,4 +2,5 @@
 
 pub(crate) mod eal;
 pub(crate) mod log;
+mod received;
 pub(crate) mod transport;

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
@@ -34,7 +34,7 @@ use vhost_blk::session::DRAIN_LIMIT_S;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{ConnId, Connection, Target, Transport, Verdict};
 
-use super::log;
+use super::{log, received};
 
 /// How long a front end may take over the rest of a message, or over reading ours. QEMU sends
 /// header and payload in one call, and an idle front end is waited for in poll, not in recvmsg.
@@ -60,6 +60,8 @@ struct Shared {
     connections: Mutex<HashMap<c_int, Entry>>,
     /// Whether answers to GET_VRING_BASE can be deferred.
     deferral: AtomicBool,
+    /// Whether front ends' fds come to us and not to rte_vhost.
+    fds_arrive: AtomicBool,
 }
 
 struct Entry {
@@ -102,6 +104,7 @@ impl DpdkTransport {
             anchor: anchor.clone(),
             connections: Mutex::default(),
             deferral: AtomicBool::new(true),
+            fds_arrive: AtomicBool::new(false),
         };
         if SHARED.set(shared).is_err() {
             return Err(io::Error::other("there is a transport already"));
@@ -119,18 +122,24 @@ impl DpdkTransport {
             }
         };
         shared_state().deferral.store(deferral, Ordering::Relaxed);
+        if !shared_state().fds_arrive.load(Ordering::Relaxed) {
+            return Err(io::Error::other(
+                "front ends' fds do not arrive: rte_vhost does not call this program's recvmsg",
+            ));
+        }
         Ok(transport)
     }
 
-    /// Sends GET_VRING_BASE to the anchor and expects our deferred answer, once, and the
-    /// connection alive after it.
+    /// Sends GET_VRING_BASE, with an fd, to the anchor and expects our deferred answer, once, and
+    /// the connection alive after it.
     fn self_test(&self) -> io::Result<()> {
         let mut client = UnixStream::connect(&self.anchor)?;
         let message = |request: u32, payload: &[u8]| {
             let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
             [header.as_slice(), payload].concat()
         };
-        client.write_all(&message(protocol::request::GET_VRING_BASE, &[0; 8]))?;
+        let with_fd = message(protocol::request::GET_VRING_BASE, &[0; 8]);
+        send_with_fd(&client, &with_fd)?;
         if read_answer(&mut client)? != *deferred_self_test_answer() {
             return Err(io::Error::other("not our answer"));
         }
@@ -156,6 +165,36 @@ impl DpdkTransport {
         if POLLS {
             drop(UnixStream::connect(&self.anchor));
         }
+    }
+}
+
+/// Sends `bytes` with the client's own fd as something to send.
+fn send_with_fd(client: &UnixStream, bytes: &[u8]) -> io::Result<()> {
+    /// A control message with one fd, aligned as its header.
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        fd: c_int,
+    }
+    let header = libc::cmsghdr {
+        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
+        cmsg_level: libc::SOL_SOCKET,
+        cmsg_type: libc::SCM_RIGHTS,
+    };
+    let mut control = Control { header, fd: client.as_raw_fd() };
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeroes is an empty message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>();
+    // SAFETY: the message names memory of ours, which it only reads.
+    let sent = unsafe { libc::sendmsg(client.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+    match usize::try_from(sent) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(_) => Err(io::Error::last_os_error()),
     }
 }
 
@@ -452,6 +491,7 @@ extern "C" fn new_device(_vid: c_int) -> c_int {
 extern "C" fn destroy_device(_vid: c_int) {}
 
 extern "C" fn new_connection(vid: c_int) -> c_int {
+    received::begin();
     match accept(vid) {
         Some(entry) => {
             shared_state().connections().insert(vid, entry);
@@ -500,6 +540,7 @@ fn socket_of(vid: c_int) -> Option<PathBuf> {
 }
 
 extern "C" fn destroy_connection(vid: c_int) {
+    received::begin();
     let entry = shared_state().connections().remove(&vid);
     if let Some(Entry { id: Some(id), .. }) = entry {
         shared_state().target.closed(id);
@@ -516,20 +557,20 @@ extern "C" fn pre_msg_handle(vid: c_int, message: *mut c_void) -> sys::rte_vhost
     }
     let verdict = match id {
         Some(id) => {
-            let fds =
-                if protocol::is_negotiation(request) { Vec::new() } else { message.take_fds() };
+            let fds = received::take();
             shared_state().target.message(id, request, message.payload(), fds)
         }
-        None => answer_anchor(request, &conn),
+        None => answer_anchor(request, &received::take(), &conn),
     };
     message.answer(verdict, &conn)
 }
 
 /// The self-test's side of the event thread.
-fn answer_anchor(request: u32, conn: &Arc<DpdkConnection>) -> Verdict {
+fn answer_anchor(request: u32, fds: &[OwnedFd], conn: &Arc<DpdkConnection>) -> Verdict {
     if request != protocol::request::GET_VRING_BASE {
         return Verdict::Reject;
     }
+    shared_state().fds_arrive.store(fds.len() == 1, Ordering::Relaxed);
     let conn = Arc::clone(conn);
     let answer = move || conn.send(deferred_self_test_answer());
     match std::thread::Builder::new().name("vhost-selftest".into()).spawn(answer) {
@@ -556,23 +597,6 @@ impl Context {
         let len = (self.word(8) as usize).min(sys::FDS_OFFSET - HEADER_BYTES);
         // SAFETY: the payload lies between the header and the fds.
         unsafe { std::slice::from_raw_parts(self.0.add(HEADER_BYTES), len) }
-    }
-
-    /// Takes the fds that came with the message. rte_vhost does not close those of a message that
-    /// a handler has answered.
-    fn take_fds(&mut self) -> Vec<OwnedFd> {
-        let count = self.word(sys::FD_NUM_OFFSET).cast_signed().clamp(0, sys::FDS_MAX as i32);
-        self.set_word(sys::FD_NUM_OFFSET, 0);
-        let mut fds = Vec::new();
-        for n in 0..count as usize {
-            let fd = self.word(sys::FDS_OFFSET + 4 * n).cast_signed();
-            self.set_word(sys::FDS_OFFSET + 4 * n, u32::MAX);
-            if fd >= 0 {
-                // SAFETY: rte_vhost has received it with this message, and will not touch it again.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-        fds
     }
 
     fn answer(&mut self, verdict: Verdict, conn: &DpdkConnection) -> sys::rte_vhost_msg_result {

@@ -247,10 +247,10 @@ impl Guest {
         line.rsplit(' ').next().unwrap().to_owned()
     }
 
-    /// Has the guest write and verify 4 MiB of a disk, from `at_mib` on, over and over.
+    /// Has the guest write and verify a MiB of a disk, at `at_mib`, over and over.
     #[track_caller]
     pub(crate) fn start_io(&mut self, disk: &str, at_mib: u32) {
-        self.ok(&format!("io {disk} {at_mib} &"));
+        self.ok(&format!("io {disk} {at_mib} 1 &"));
         self.io_goes_on(disk, at_mib);
     }
 

@@ -1,4 +1,6 @@
 //! A file of memory, as a front end hands it over.
+#![expect(unsafe_code, reason = "a system call")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot make its memory fails")]
 
 use std::os::fd::{FromRawFd, OwnedFd};
 

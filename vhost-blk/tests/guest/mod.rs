@@ -1,5 +1,4 @@
 //! A guest's memory for tests: a memfd, as a front end hands it over.
-#![expect(unsafe_code, reason = "a system call")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot make its memory fails")]
 
 mod memfd;

@@ -262,6 +262,9 @@ impl Vm {
             _ => self.put(data, &vec![0; len as usize]),
         }
         self.put(status_gpa(ring, slot), &[UNTOUCHED]);
+        if self.rings[ring].quiet.is_some() {
+            self.rings[ring].quiet = Some(self.used_part(ring));
+        }
         let head = 3 * slot as u16;
         let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
         let write = if matches!(kind, Kind::Read | Kind::GetId) { WRITE } else { 0 };

@@ -1,0 +1,419 @@
+//! What front ends do: connect, set up, submit, change their mind, stop, die.
+
+use std::sync::{Arc, Mutex};
+
+use vhost_blk::config::Disk;
+use vhost_blk::notify::EventFd;
+use vhost_blk::transport::SharedConnection;
+use vhost_blk::{Connection, Verdict};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::disk::lock;
+use super::message::Message;
+use super::transport::FakeConnection;
+use super::vm::{Kind, Layout, Progress, RINGS, Vm};
+use super::world::{Front, Served, World};
+
+/// Something that another thread does while a device is being opened.
+pub(crate) struct Planned {
+    what: What,
+    verdict: Arc<Mutex<Option<Verdict>>>,
+}
+
+enum What {
+    Message(usize, Message),
+    Close(usize),
+    RemoveDisk(usize),
+}
+
+impl World {
+    pub(crate) fn front_end_acts(&mut self) {
+        let live: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| !self.fronts[*n].gone).collect();
+        let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(12)) else {
+            return self.connect();
+        };
+        if self.rng.one_in(3) {
+            return self.guest_submits(n);
+        }
+        if self.fronts[n].fake.is_shut() && self.rng.one_in(2) {
+            // It notices that the target has ended the connection.
+            self.fronts[n].gone = true;
+            return;
+        }
+        if self.fronts[n].owed.is_some() {
+            match self.rng.below(24) {
+                0 => self.send(n, Message::GetConfig),
+                1 => self.die(n),
+                2 => self.fronts[n].fake.go_deaf(),
+                _ => {}
+            }
+            return;
+        }
+        if self.fronts[n].script.is_empty() {
+            self.write_script(n);
+        }
+        for _ in 0..1 + self.rng.below(8) {
+            if self.fronts[n].owed.is_none()
+                && let Some(message) = self.fronts[n].script.pop_front()
+            {
+                self.send(n, message);
+            }
+        }
+    }
+
+    /// A front end connects: of a new machine, or again of one that has lost its connection.
+    fn connect(&mut self) {
+        let existing: Vec<usize> =
+            (0..self.controllers.len()).filter(|c| self.controllers[*c].exists).collect();
+        let Some(controller) = self.rng.pick(&existing) else { return };
+        let orphan = |vm: &usize| {
+            let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
+            self.vms[*vm].controller == controller
+                && mine().all(|f| f.gone && (f.closed || super::OVERLAPPING_CONNECTIONS))
+        };
+        let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
+        let again = self.rng.pick(&orphans).filter(|_| !self.rng.one_in(4));
+        let number = self.fronts.len();
+        let fake = FakeConnection::new(number);
+        let path = self.controllers[controller].path.clone();
+        let id = self.target.connected(&path, Arc::clone(&fake) as SharedConnection);
+        assert_eq!(id.is_none(), self.controllers[controller].deleting, "whether it may connect");
+        let Some(id) = id else { return };
+        let vm = again.unwrap_or_else(|| {
+            self.vms.push(Vm::new(controller, self.rng.one_in(2)));
+            self.vms.len() - 1
+        });
+        self.trace.add(format!("front {number}: machine {vm} connects to controller {controller}"));
+        let before = |n: &usize| {
+            let front = &self.fronts[*n];
+            front.controller == controller && front.closed
+        };
+        let before: Vec<usize> = (0..number).filter(before).collect();
+        let gated = before.iter().any(|before| self.flying_of(*before).is_some());
+        if gated {
+            self.count("connected while an earlier connection's I/O was in flight");
+        }
+        if again.is_some() {
+            self.count("a machine connected again");
+        }
+        self.fronts.push(Front {
+            id,
+            fake,
+            controller,
+            vm,
+            gone: false,
+            closed: false,
+            featured: false,
+            table: None,
+            rings: Default::default(),
+            owed: None,
+            script: [].into(),
+            before,
+        });
+        self.write_script(number);
+    }
+
+    fn guest_submits(&mut self, n: usize) {
+        let (front, vm) = (&self.fronts[n], self.fronts[n].vm);
+        let served = |ring: &usize| front.rings[*ring].served == Served::Yes;
+        let served: Vec<usize> = (0..RINGS).filter(served).collect();
+        let any = self.rng.below(RINGS);
+        let ring = self.rng.pick(&served).filter(|_| !self.rng.one_in(8)).unwrap_or(any);
+        if self.vms[vm].rings[ring].size == 0 {
+            return;
+        }
+        for _ in 0..1 + self.rng.below(5) {
+            let Some(slot) = self.vms[vm].free_slot(ring) else { return };
+            let kind = match self.rng.below(12) {
+                0 => Kind::GetId,
+                1 => Kind::Unknown,
+                2 => Kind::ShortHeader,
+                3 => Kind::Zeroes,
+                4..8 => Kind::Write,
+                _ => Kind::Read,
+            };
+            self.request_ids += 1;
+            let id = self.request_ids;
+            let far = self.rng.one_in(3);
+            self.vms[vm].offer(id, kind, ring, slot, far);
+            self.requests.insert(id, (vm, ring));
+            self.trace.add(format!("machine {vm}: request {id} on ring {ring}: {kind:?}"));
+        }
+    }
+
+    pub(crate) fn die(&mut self, n: usize) {
+        self.trace.add(format!("front {n}: dies"));
+        let front = &mut self.fronts[n];
+        front.gone = true;
+        front.script.clear();
+        front.fake.shut_down();
+    }
+
+    /// Decides what a front end says next.
+    fn write_script(&mut self, n: usize) {
+        let ring = self.rng.below(RINGS);
+        let served = self.fronts[n].rings[ring].served;
+        let none_served = self.fronts[n].rings.iter().all(|r| r.served != Served::Yes);
+        let script = match self.rng.below(32) {
+            0..14 if served != Served::Yes => self.start(n, ring),
+            14..24 if none_served => self.start(n, ring),
+            14..17 => vec![self.new_table(n)],
+            17..20 => vec![Message::Call(ring, self.call())],
+            20 if served == Served::Yes => vec![Message::Kick(ring)],
+            21..25 if self.may_stop(n, ring) => vec![Message::GetBase(ring)],
+            25 | 26 => {
+                let rings = (0..RINGS).filter(|ring| self.may_stop(n, *ring));
+                rings.map(Message::GetBase).collect()
+            }
+            27 => vec![Message::ResetOwner],
+            28 => vec![Message::GetConfig],
+            29 if self.rng.one_in(8) => vec![Message::Nonsense],
+            30 if self.rng.one_in(2) => return self.die(n),
+            _ => vec![],
+        };
+        self.fronts[n].script = script.into();
+    }
+
+    fn may_stop(&self, n: usize, ring: usize) -> bool {
+        let front = &self.fronts[n];
+        let gated = front.before.iter().any(|before| !self.has_drained(*before));
+        front.rings[ring].served != Served::Not && (!gated || super::STOPPED_AT_THE_GATE)
+    }
+
+    /// Whether a connection that is closed has nothing more to write, as far as can be seen from
+    /// outside.
+    fn has_drained(&self, n: usize) -> bool {
+        let vm = &self.vms[self.fronts[n].vm];
+        let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
+        all.all(|r| r.progress == Progress::Offered)
+    }
+
+    fn call(&mut self) -> Option<EventFd> {
+        (!self.rng.one_in(4)).then(|| EventFd::new().expect("an fd"))
+    }
+
+    fn new_table(&mut self, n: usize) -> Message {
+        let layouts = [
+            Layout::Whole,
+            Layout::Split,
+            Layout::WholeAndExtra,
+            Layout::SplitAndExtra,
+            Layout::Small,
+            Layout::NoRings,
+        ];
+        let some_served = self.fronts[n].rings.iter().any(|r| r.served == Served::Yes);
+        let most = if some_served && self.rng.one_in(4) { 6 } else { 5 };
+        let layout = layouts[self.rng.below(most)];
+        let (number, table) = self.vms[self.fronts[n].vm].table(layout);
+        Message::Table(number, table, layout != Layout::NoRings)
+    }
+
+    /// The messages that start a ring.
+    fn start(&mut self, n: usize, ring: usize) -> Vec<Message> {
+        let (vm, event_idx) = (self.fronts[n].vm, self.vms[self.fronts[n].vm].event_idx);
+        let state = &self.vms[vm].rings[ring];
+        let fresh = state.size == 0;
+        if fresh || ((state.quiet.is_some() || !state.started) && self.rng.one_in(3)) {
+            let size = [4, 8, 16][self.rng.below(3)];
+            let base = if self.rng.one_in(2) { 0 } else { 65530 + self.rng.below(6) as u16 };
+            for id in self.vms[vm].reset_ring(ring, size, base) {
+                self.requests.remove(&id);
+            }
+        }
+        let mut script = vec![];
+        if !self.fronts[n].featured {
+            let controller = &self.controllers[self.fronts[n].controller];
+            let state = &self.disks[controller.disk];
+            let no_event_idx = if event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
+            // What was offered does not change when the disk goes.
+            let features = state.bdev.as_ref().map(|bdev| {
+                let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
+                Disk { bdev, read_only: false }.features()
+            });
+            script.push(Message::Features(features.unwrap_or(1 << 32) & !no_event_idx));
+        }
+        if self.fronts[n].table.is_none() || self.rng.one_in(8) {
+            script.push(self.new_table(n));
+        }
+        let base = self.vms[vm].used_idx(ring);
+        script.push(Message::Num(ring, self.vms[vm].rings[ring].size));
+        script.push(Message::Base(ring, base));
+        script.push(Message::Addr(ring));
+        if self.rng.one_in(2) {
+            script.push(Message::Call(ring, self.call()));
+        }
+        script.push(Message::Kick(ring));
+        script.push(Message::Enable(ring));
+        script
+    }
+
+    /// Sends a message, which the target handles on the event thread.
+    pub(crate) fn send(&mut self, n: usize, message: Message) {
+        let (request, payload, fds) = message.encode();
+        self.before_message(n, &message);
+        let planned = self.plan_for_event_thread();
+        let verdict = self.target.message(self.fronts[n].id, request, &payload, fds);
+        self.after_message(n, message, verdict);
+        self.finish_plan(planned);
+    }
+
+    /// What the driver has done by the time that a message is sent.
+    fn before_message(&mut self, n: usize, message: &Message) {
+        if let Message::Kick(ring) = message {
+            let ring = &mut self.vms[self.fronts[n].vm].rings[*ring];
+            ring.quiet = None;
+            ring.started = true;
+        }
+    }
+
+    fn after_message(&mut self, n: usize, message: Message, verdict: Verdict) {
+        self.trace.add(format!("front {n}: {message:?}: {verdict:?}"));
+        let front = &mut self.fronts[n];
+        let refused = front.owed.is_some()
+            || matches!(message, Message::Nonsense | Message::Table(_, _, false));
+        if refused || matches!(verdict, Verdict::Reject) {
+            let rejected = matches!(verdict, Verdict::Reject);
+            assert_eq!(refused, rejected, "front {n}: {message:?} was answered {verdict:?}");
+            // The transport ends the connection.
+            front.fake.shut_down();
+            front.gone = true;
+            front.owed = None;
+            front.script.clear();
+            return;
+        }
+        match message {
+            Message::Features(_) => front.featured = true,
+            Message::Table(number, ..) => {
+                front.table = Some(number);
+                self.count("memory tables");
+                return;
+            }
+            Message::Call(ring, call) => {
+                front.rings[ring].uncalled &= call.is_some();
+                front.rings[ring].call = call;
+            }
+            Message::Kick(ring) => front.rings[ring].served = Served::Yes,
+            Message::ResetOwner => {
+                self.counts.entry("RESET_OWNER").and_modify(|n| *n += 1).or_insert(1);
+                front.featured = false;
+                for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
+                    ring.served = Served::Reset;
+                }
+            }
+            Message::GetBase(ring) => {
+                if let Verdict::Reply(payload) = &verdict {
+                    let base = u16::from_le_bytes([payload[4], payload[5]]);
+                    self.take_immediate_answer(n, ring, base);
+                } else {
+                    assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
+                    front.owed = Some(ring);
+                }
+                return;
+            }
+            Message::GetConfig => {
+                let Verdict::Reply(payload) = &verdict else { panic!("front {n}: {verdict:?}") };
+                assert_eq!(payload.len(), 12 + 60);
+                return;
+            }
+            _ => {}
+        }
+        assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "front {n}: {verdict:?}");
+    }
+
+    fn take_immediate_answer(&mut self, n: usize, ring: usize, base: u16) {
+        if self.fronts[n].fake.is_shut() {
+            return; // It does not arrive.
+        }
+        // What came back before it is to be counted.
+        self.check();
+        self.count("GET_VRING_BASE answered at once");
+        self.answered(n, ring, base);
+    }
+
+    /// Lets the event thread do something in the middle of what the control thread does next.
+    pub(crate) fn plan_for_control_thread(&mut self) -> Option<Planned> {
+        if !self.rng.one_in(2) {
+            return None;
+        }
+        let open: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| !self.fronts[*n].closed).collect();
+        let n = self.rng.pick(&open)?;
+        let front = &self.fronts[n];
+        if front.fake.is_shut() {
+            return Some(self.plan(What::Close(n)));
+        }
+        if front.owed.is_some() || front.gone {
+            return None;
+        }
+        let ring = self.rng.below(RINGS);
+        let message = match self.rng.below(4) {
+            0 => Message::Call(ring, self.call()),
+            1 => self.new_table(n),
+            2 => Message::ResetOwner,
+            _ if self.may_stop(n, ring) => Message::GetBase(ring),
+            _ => return None,
+        };
+        if matches!(message, Message::Table(_, _, false)) {
+            return None;
+        }
+        Some(self.plan(What::Message(n, message)))
+    }
+
+    /// Lets the control thread do something in the middle of what the event thread does next.
+    pub(crate) fn plan_for_event_thread(&mut self) -> Option<Planned> {
+        if !self.rng.one_in(16) {
+            return None;
+        }
+        let there = |n: &usize| self.disks[*n].bdev.is_some();
+        let disks: Vec<usize> = (0..self.disks.len()).filter(there).collect();
+        let disk = self.rng.pick(&disks)?;
+        Some(self.plan(What::RemoveDisk(disk)))
+    }
+
+    fn plan(&mut self, what: What) -> Planned {
+        let verdict = Arc::new(Mutex::new(None));
+        let target = Arc::clone(&self.target);
+        let act: Box<dyn FnOnce() + Send> = match &what {
+            What::Message(n, message) => {
+                let (id, (request, payload, fds)) = (self.fronts[*n].id, message.encode());
+                let verdict = Arc::clone(&verdict);
+                Box::new(move || {
+                    *lock(&verdict) = Some(target.message(id, request, &payload, fds));
+                })
+            }
+            What::Close(n) => {
+                let id = self.fronts[*n].id;
+                Box::new(move || target.closed(id))
+            }
+            What::RemoveDisk(disk) => {
+                let bdev = self.disks[*disk].bdev.clone().expect("it was there");
+                let bdev = bdev as Arc<dyn bdev::Bdev>;
+                Box::new(move || target.remove_bdev(&bdev))
+            }
+        };
+        *lock(&self.meanwhile) = Some(act);
+        Planned { what, verdict }
+    }
+
+    /// Takes note of what was planned, if it came to that.
+    pub(crate) fn finish_plan(&mut self, planned: Option<Planned>) {
+        let Some(Planned { what, verdict }) = planned else { return };
+        if lock(&self.meanwhile).take().is_some() {
+            return;
+        }
+        self.trace.add("  meanwhile:".into());
+        self.count("something happened while a device was opened");
+        match what {
+            What::Message(n, message) => {
+                let verdict = lock(&verdict).take().expect("it was sent");
+                self.after_message(n, message, verdict);
+            }
+            What::Close(n) => {
+                self.trace.add(format!("front {n}: closed"));
+                self.is_closed(n);
+            }
+            What::RemoveDisk(disk) => self.disk_is_removed(disk),
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! What the operator does: create, delete (as `vhost-app` does it), remove disks, set, list.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bdev::Bdev;
+use vhost_blk::config::Disk as ShownDisk;
+use vhost_blk::{Connection, ControllerSpec, Core, Error};
+
+use super::disk::SimDisk;
+use super::world::{Controller, Disk, World};
+
+/// A deletion under way.
+pub(crate) struct Deletion {
+    pub(crate) controller: usize,
+    force: bool,
+    /// How often it still looks before its time is up.
+    patience: usize,
+}
+
+impl World {
+    pub(crate) fn operator_acts(&mut self) {
+        match self.rng.below(20) {
+            _ if !self.controllers.iter().any(|c| c.exists) => self.create(),
+            0..2 => self.create(),
+            2..4 => self.begin_delete(),
+            4 => self.remove_disk(),
+            5 | 6 => self.set_coalescing(),
+            7 | 8 => self.list(),
+            _ => self.look_at_a_deletion(),
+        }
+    }
+
+    fn existing(&mut self) -> Option<usize> {
+        let all: Vec<usize> =
+            (0..self.controllers.len()).filter(|c| self.controllers[*c].exists).collect();
+        self.rng.pick(&all)
+    }
+
+    pub(crate) fn create(&mut self) {
+        let name = format!("c{}", self.rng.below(3));
+        let path = PathBuf::from(format!("/run/{name}"));
+        if self.disks.is_empty() || (self.disks.len() < 4 && self.rng.one_in(2)) {
+            let (bdev, state) = SimDisk::new(format!("disk{}", self.disks.len()), &self.meanwhile);
+            self.disks.push(Disk { weak: Arc::downgrade(&bdev), bdev: Some(bdev), state });
+        }
+        let disk = self.rng.below(self.disks.len());
+        let Some(bdev) = self.disks[disk].bdev.clone() else { return };
+        let cores = (0..self.reactors.len()).map(Core).collect::<Vec<_>>();
+        let cores = self.rng.one_in(2).then(|| vec![cores[self.rng.below(cores.len())]]);
+        let shown = Arc::new(ShownDisk { bdev: bdev as Arc<dyn Bdev>, read_only: false });
+        let spec = ControllerSpec {
+            name: name.clone(),
+            socket: path.clone(),
+            disk: shown,
+            cores,
+            packed_ring: false,
+        };
+        let taken = self.controllers.iter().any(|c| c.exists && c.name == name);
+        let fails = self.rng.one_in(8);
+        self.transport.fail(fails);
+        let result = self.target.create_controller(spec, &*self.transport);
+        self.trace.add(format!("create {name} on disk {disk}: {result:?}"));
+        match result {
+            Err(Error::Exists(_)) => assert!(taken),
+            Err(Error::Listen(..)) => assert!(fails && !taken),
+            Err(e) => panic!("create {name}: {e}"),
+            Ok(()) => {
+                assert!(!fails && !taken);
+                let (exists, deleting) = (true, false);
+                self.controllers.push(Controller { name, path, disk, exists, deleting });
+            }
+        }
+    }
+
+    fn begin_delete(&mut self) {
+        let force = self.rng.one_in(2);
+        let Some(controller) = self.existing() else {
+            let result = self.target.begin_delete("c0", force);
+            assert!(matches!(result, Err(Error::NoController(_))));
+            return;
+        };
+        let name = self.controllers[controller].name.clone();
+        let deleting = self.controllers[controller].deleting;
+        assert_eq!(self.target.is_deleting(&name), deleting);
+        if deleting {
+            return; // It waits for the first.
+        }
+        let patience = self.rng.below(8);
+        self.start_deletion(controller, force, patience);
+    }
+
+    pub(crate) fn start_deletion(&mut self, controller: usize, force: bool, patience: usize) {
+        let name = self.controllers[controller].name.clone();
+        self.trace.add(format!("delete controller {controller} ({name}), force: {force}"));
+        self.target.begin_delete(&name, force).expect("it exists");
+        self.controllers[controller].deleting = true;
+        self.deletions.push(Deletion { controller, force, patience });
+        if force {
+            for front in self.fronts.iter().filter(|f| f.controller == controller && !f.closed) {
+                assert!(front.fake.is_shut(), "force ends the connections");
+            }
+        }
+    }
+
+    pub(crate) fn look_at_a_deletion(&mut self) {
+        if self.deletions.is_empty() {
+            return;
+        }
+        let n = self.rng.below(self.deletions.len());
+        let controller = self.deletions[n].controller;
+        let name = self.controllers[controller].name.clone();
+        let progress = self.target.delete_progress(&name).expect("it exists");
+        let open = self.fronts.iter().filter(|f| f.controller == controller && !f.closed).count();
+        assert_eq!(progress.connected, open, "who is connected to {name}");
+        self.trace.add(format!("deletion of controller {controller}: {progress:?}"));
+        let done = progress.connected + progress.draining == 0;
+        if !done && self.deletions[n].patience > 0 {
+            self.deletions[n].patience -= 1;
+            return;
+        }
+        self.count(match (done, self.deletions[n].force) {
+            (true, _) => "deleted",
+            (false, true) => "deleted with I/O in flight",
+            (false, false) => "deletions given up",
+        });
+        let deletion = self.deletions.swap_remove(n);
+        if done || deletion.force {
+            self.finish_delete(controller);
+        } else {
+            self.trace.add(format!("controller {controller}: not deleted"));
+            self.target.cancel_delete(&name);
+            self.controllers[controller].deleting = false;
+        }
+    }
+
+    fn finish_delete(&mut self, controller: usize) {
+        let mine: Vec<usize> = (0..self.fronts.len())
+            .filter(|n| self.fronts[*n].controller == controller && !self.fronts[*n].closed)
+            .collect();
+        self.trace.add(format!("controller {controller}: deleted, ends fronts {mine:?}"));
+        // Some of the ends are noticed before the socket is closed; of the others nobody is told.
+        let noticed: Vec<_> = mine.iter().filter(|_| self.rng.one_in(2)).copied().collect();
+        let noticed: Vec<_> = noticed.into_iter().map(|n| self.fronts[n].id).collect();
+        let fakes: Vec<_> = mine.iter().map(|n| Arc::clone(&self.fronts[*n].fake)).collect();
+        let target = Arc::clone(&self.target);
+        self.transport.at_unlisten(move || {
+            noticed.into_iter().for_each(|id| target.closed(id));
+            fakes.iter().for_each(|fake| fake.shut_down());
+        });
+        let name = self.controllers[controller].name.clone();
+        self.target.finish_delete(&name, &*self.transport);
+        mine.into_iter().for_each(|n| self.is_closed(n));
+        self.controllers[controller].exists = false;
+        self.controllers[controller].deleting = false;
+    }
+
+    fn remove_disk(&mut self) {
+        let disk = self.rng.below(self.disks.len().max(1));
+        let Some(bdev) = self.disks.get(disk).and_then(|disk| disk.bdev.clone()) else { return };
+        self.target.remove_bdev(&(bdev as Arc<dyn Bdev>));
+        self.disk_is_removed(disk);
+    }
+
+    /// Notes that a disk was removed: its requests fail from here on.
+    pub(crate) fn disk_is_removed(&mut self, disk: usize) {
+        self.trace.add(format!("disk {disk}: removed"));
+        self.count("disks removed");
+        self.disks[disk].bdev = None;
+    }
+
+    fn set_coalescing(&mut self) {
+        let Some(controller) = self.existing() else { return };
+        let name = self.controllers[controller].name.clone();
+        // Delays would depend on the clock: with this threshold there are none.
+        let (delay, threshold) = [(1000, u32::MAX), (0, 60_000), (1, 99)][self.rng.below(3)];
+        let result = self.target.set_coalescing(&name, delay, threshold);
+        assert_eq!(result.is_err(), threshold < 100);
+    }
+
+    fn list(&mut self) {
+        let mut expected: Vec<_> = self.controllers.iter().filter(|c| c.exists).collect();
+        expected.sort_by(|a, b| a.name.cmp(&b.name));
+        let listed = self.target.controllers();
+        assert_eq!(listed.len(), expected.len());
+        for (is, should) in listed.iter().zip(expected) {
+            assert_eq!((&is.name, is.deleting), (&should.name, should.deleting));
+            assert_eq!(is.bdev.is_some(), self.disks[should.disk].bdev.is_some());
+        }
+        let (gone, _, _) = self.target.quarantine();
+        let open = self.fronts.iter().filter(|f| !f.closed).count();
+        assert_eq!(self.target.connections(), open + gone);
+        assert_eq!(self.transport.listening(), listed.len());
+        let queues: usize = self.target.reactors().iter().map(|r| r.queues).sum();
+        assert!(queues > 0 || gone == 0, "what drains is attached");
+    }
+}

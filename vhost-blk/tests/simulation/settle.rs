@@ -1,0 +1,188 @@
+//! The end of a simulation: the disks complete everything, and everything comes to its end.
+
+use std::thread;
+use std::time::Duration;
+
+use super::disk::lock;
+use super::message::Message;
+use super::vm::RINGS;
+use super::world::{Served, World};
+
+/// Rounds (all I/O completes, every reactor makes a turn, events are processed) in which whatever
+/// waits for I/O has to come to its end.
+const ROUNDS: usize = 24;
+
+/// Looks at a condition that other threads make true, about 0.1 ms apart, before the test gives
+/// up: those threads have nothing else to do.
+const LOOKS: usize = 300_000;
+
+impl World {
+    /// Brings everything to its end.
+    pub(crate) fn settle(&mut self) {
+        self.trace.add("the end begins".into());
+        if self.rng.one_in(16) {
+            // Reclaim gets the chance to free what it should not.
+            for _ in 0..8 {
+                self.turn_all();
+                thread::sleep(Duration::from_micros(200));
+            }
+        }
+        for disk in &self.disks {
+            let mut state = lock(&disk.state);
+            (state.full, state.open_fails) = (false, false);
+        }
+        self.rounds("I/O completes", |world| {
+            world.requests_of_served_rings() == 0 && world.fronts.iter().all(|f| !f.waits())
+        });
+        self.check_calls();
+        self.wait("removed disks are free", |world| {
+            world.disks.iter().all(|d| d.bdev.is_some() || d.weak.strong_count() == 0)
+        });
+        self.wait("replaced memory is unmapped", |world| {
+            (0..world.vms.len()).all(|vm| world.mapped(vm).iter().all(|t| world.is_current(vm, *t)))
+        });
+        self.stop_some();
+        self.end_all();
+        self.rounds("all connections drain", |world| world.target.connections() == 0);
+        assert_eq!(self.target.quarantine(), (0, 0, 0));
+        self.delete_all();
+        self.wait("all memory is unmapped", |world| {
+            (0..world.vms.len()).all(|vm| world.mapped(vm).is_empty())
+        });
+        self.wait("all channels are closed, all disks are free", |world| {
+            world.disks.iter().all(|disk| {
+                let ours = usize::from(disk.bdev.is_some());
+                lock(&disk.state).channels == 0 && disk.weak.strong_count() == ours
+            })
+        });
+        assert!(self.fronts.iter().all(|f| f.fake.take_sent().is_empty()));
+        let attached: usize = self.target.reactors().iter().map(|r| r.queues).sum();
+        assert_eq!(attached, 0, "queues are still polled");
+    }
+
+    fn turn_all(&mut self) {
+        self.reactors.iter_mut().for_each(|reactor| {
+            reactor.step();
+        });
+        self.check();
+        self.target.process_events();
+        self.check();
+    }
+
+    /// Makes rounds until `done`.
+    fn rounds(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        for _ in 0..ROUNDS {
+            for disk in 0..self.disks.len() {
+                while !lock(&self.disks[disk].state).flying.is_empty() {
+                    let n = self.rng.below(lock(&self.disks[disk].state).flying.len());
+                    self.complete(disk, n);
+                }
+            }
+            self.turn_all();
+            if done(self) && self.disks.iter().all(|d| lock(&d.state).flying.is_empty()) {
+                return;
+            }
+        }
+        panic!("does not come to its end: {what}: {:#?}", self.target.controllers());
+    }
+
+    /// Waits for what the threads of reclaim do.
+    fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        self.trace.add(format!("wait until {what}"));
+        for look in 0..LOOKS {
+            self.turn_all();
+            if done(self) {
+                return;
+            }
+            if look > 4 {
+                thread::sleep(Duration::from_micros(100));
+            } else {
+                thread::yield_now();
+            }
+        }
+        panic!("does not come to its end: {what}");
+    }
+
+    /// Requests on rings that are served and have not come back.
+    fn requests_of_served_rings(&self) -> usize {
+        let fronts = self.fronts.iter().filter(|f| f.is_well());
+        let on = |f: &super::world::Front| {
+            let served = (0..RINGS).filter(|ring| f.rings[*ring].served == Served::Yes);
+            served.map(|ring| self.vms[f.vm].outstanding(ring).count()).sum::<usize>()
+        };
+        fronts.map(on).sum()
+    }
+
+    /// Guests that asked for it have been called after the last request came back.
+    fn check_calls(&self) {
+        for (n, front) in self.fronts.iter().enumerate().filter(|(_, f)| f.is_well()) {
+            for (ring, state) in front.rings.iter().enumerate() {
+                let missed = state.served == Served::Yes && state.uncalled;
+                assert!(!missed, "front {n}: ring {ring} was not called");
+            }
+        }
+    }
+
+    fn mapped(&self, vm: usize) -> Vec<usize> {
+        let vm = &self.vms[vm];
+        (0..vm.tables()).filter(|table| vm.is_mapped(*table)).collect()
+    }
+
+    /// Whether a connection that is not closed has this table.
+    fn is_current(&self, vm: usize, table: usize) -> bool {
+        self.fronts.iter().any(|f| f.vm == vm && !f.closed && f.table == Some(table))
+    }
+
+    /// Half of the front ends stop their rings in good order before they leave.
+    fn stop_some(&mut self) {
+        for n in 0..self.fronts.len() {
+            for ring in 0..RINGS {
+                let front = &self.fronts[n];
+                if n % 2 == 0 && front.is_well() && front.rings[ring].served == Served::Yes {
+                    self.send(n, Message::GetBase(ring));
+                    self.check();
+                    self.rounds("a ring stops", |world| world.fronts[n].owed.is_none());
+                    assert_eq!(self.fronts[n].rings[ring].served, Served::Stopped);
+                }
+            }
+        }
+    }
+
+    fn end_all(&mut self) {
+        if self.rng.one_in(4) {
+            self.trace.add("shutdown".into());
+            self.target.begin_shutdown();
+            let open = self.fronts.iter().filter(|f| !f.closed);
+            assert!(open.into_iter().all(|f| f.fake.is_shut()), "shutdown ends connections");
+            self.controllers.iter_mut().for_each(|c| c.deleting = true);
+        }
+        for n in 0..self.fronts.len() {
+            if !self.fronts[n].closed {
+                self.die(n);
+                self.close(n);
+                self.check();
+            }
+        }
+    }
+
+    fn delete_all(&mut self) {
+        for controller in 0..self.controllers.len() {
+            let under_way = self.deletions.iter().any(|d| d.controller == controller);
+            if self.controllers[controller].exists && !under_way {
+                self.start_deletion(controller, false, 0);
+            }
+        }
+        while !self.deletions.is_empty() {
+            self.look_at_a_deletion();
+            self.check();
+        }
+        assert!(self.controllers.iter().all(|c| !c.exists), "a deletion was given up");
+        assert!(self.target.controllers().is_empty());
+    }
+}
+
+impl super::world::Front {
+    fn waits(&self) -> bool {
+        self.owed.is_some() && self.is_well()
+    }
+}

@@ -1,0 +1,422 @@
+//! All that there is in a simulation, and what must be true of it after every step.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+
+use bdev::Status;
+use vhost_blk::notify::EventFd;
+use vhost_blk::protocol::{self, request};
+use vhost_blk::reactor::SteppedReactor;
+use vhost_blk::session::DRAIN_LIMIT_S;
+use vhost_blk::{ConnId, Connection, Target};
+
+use super::disk::{Meanwhile, SimDisk, State, lock};
+use super::message::Message;
+use super::operator::Deletion;
+use super::rng::Rng;
+use super::transport::{FakeConnection, FakeTransport};
+use super::vm::{Progress, RINGS, Vm};
+
+/// Actions that a failure shows.
+const TRACE: usize = 60;
+
+/// What happened last; says so when the test fails.
+pub(crate) struct Trace {
+    seed: u64,
+    step: usize,
+    loud: bool,
+    lines: VecDeque<String>,
+}
+
+impl Trace {
+    pub(crate) fn add(&mut self, line: String) {
+        if self.lines.len() == TRACE {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(format!("{:4} {line}", self.step));
+        if self.loud {
+            eprintln!("{:4} {line}", self.step);
+        }
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let lines: Vec<&str> = self.lines.iter().map(String::as_str).collect();
+            eprintln!("{}\nreplay with SIM_SEED={}", lines.join("\n"), self.seed);
+        }
+    }
+}
+
+pub(crate) struct Disk {
+    /// `None` once it was removed.
+    pub(crate) bdev: Option<Arc<SimDisk>>,
+    pub(crate) weak: Weak<SimDisk>,
+    pub(crate) state: Arc<Mutex<State>>,
+}
+
+/// A controller, from its making to its deletion; the next one of the same name is another.
+pub(crate) struct Controller {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: usize,
+    pub(crate) exists: bool,
+    pub(crate) deleting: bool,
+}
+
+/// A ring as its front end sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// Not started on this connection.
+    #[default]
+    Not,
+    Yes,
+    /// Before the last RESET_OWNER.
+    Reset,
+    /// Stopped, and GET_VRING_BASE answered.
+    Stopped,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct FrontRing {
+    pub(crate) served: Served,
+    pub(crate) call: Option<EventFd>,
+    /// Requests came back and nobody has called since.
+    pub(crate) uncalled: bool,
+}
+
+/// A connection and its front end.
+#[derive(Debug)]
+pub(crate) struct Front {
+    pub(crate) id: ConnId,
+    pub(crate) fake: Arc<FakeConnection>,
+    pub(crate) controller: usize,
+    pub(crate) vm: usize,
+    /// The front end says no more.
+    pub(crate) gone: bool,
+    /// The target knows that it is closed.
+    pub(crate) closed: bool,
+    pub(crate) featured: bool,
+    pub(crate) table: Option<usize>,
+    pub(crate) rings: [FrontRing; RINGS],
+    /// The ring whose GET_VRING_BASE is not answered.
+    pub(crate) owed: Option<usize>,
+    pub(crate) script: VecDeque<Message>,
+    /// Connections of the same controller that were closed when this one was made.
+    pub(crate) before: Vec<usize>,
+}
+
+impl Front {
+    /// Whether it is served and nobody wants to end it.
+    pub(crate) fn is_well(&self) -> bool {
+        !self.gone && !self.closed && !self.fake.is_shut()
+    }
+}
+
+/// How often what was reached, over all simulations: a test that reaches nothing finds nothing.
+pub(crate) type Counts = BTreeMap<&'static str, u64>;
+
+pub(crate) struct World {
+    pub(crate) trace: Trace,
+    pub(crate) counts: Counts,
+    pub(crate) rng: Rng,
+    pub(crate) reactors: Vec<SteppedReactor>,
+    pub(crate) target: Arc<Target>,
+    pub(crate) transport: Arc<FakeTransport>,
+    pub(crate) meanwhile: Meanwhile,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) controllers: Vec<Controller>,
+    pub(crate) vms: Vec<Vm>,
+    pub(crate) fronts: Vec<Front>,
+    pub(crate) deletions: Vec<Deletion>,
+    /// Where each request is: machine and ring.
+    pub(crate) requests: BTreeMap<u64, (usize, usize)>,
+    pub(crate) request_ids: u64,
+}
+
+impl World {
+    /// With `loud` every action is told at once.
+    pub(crate) fn new(seed: u64, loud: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let count = 1 + rng.below(3);
+        let (target, reactors) = Target::in_steps(count, Arc::new(|| {})).expect("a target");
+        let trace = Trace { seed, step: 0, loud, lines: VecDeque::new() };
+        Self {
+            trace,
+            counts: Counts::new(),
+            rng,
+            reactors,
+            target,
+            transport: Arc::default(),
+            meanwhile: Meanwhile::default(),
+            disks: vec![],
+            controllers: vec![],
+            vms: vec![],
+            fronts: vec![],
+            deletions: vec![],
+            requests: BTreeMap::new(),
+            request_ids: 0,
+        }
+    }
+
+    /// Lives through `steps` steps and then an orderly end.
+    pub(crate) fn run(mut self, steps: usize) -> Counts {
+        self.create();
+        for step in 0..steps {
+            self.trace.step = step;
+            self.act();
+            self.check();
+        }
+        self.trace.step = steps;
+        self.settle();
+        self.counts
+    }
+
+    pub(crate) fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    fn act(&mut self) {
+        match self.rng.below(100) {
+            0..24 => self.step_a_reactor(),
+            24..34 => self.process_events(),
+            34..48 => self.complete_some(),
+            48..88 => self.front_end_acts(),
+            88..93 => self.event_thread_notices(),
+            93..97 => self.operator_acts(),
+            97..99 => self.disk_changes(),
+            _ => self.tick(),
+        }
+    }
+
+    fn step_a_reactor(&mut self) {
+        let n = self.rng.below(self.reactors.len());
+        self.trace.add(format!("reactor {n}"));
+        self.reactors[n].step();
+    }
+
+    pub(crate) fn process_events(&mut self) {
+        self.trace.add("process events".into());
+        let planned = self.plan_for_control_thread();
+        self.target.process_events();
+        self.finish_plan(planned);
+    }
+
+    fn complete_some(&mut self) {
+        let Some(disk) = self.pick_disk() else { return };
+        let flying: Vec<usize> = {
+            let mut state = lock(&self.disks[disk].state);
+            if let Some(last) = state.flying.last_mut() {
+                last.stuck |= self.rng.one_in(16);
+            }
+            let all = state.flying.iter().enumerate();
+            all.filter(|(_, f)| !f.stuck).map(|(n, _)| n).collect()
+        };
+        for _ in 0..1 + self.rng.below(4) {
+            if let Some(n) = self.rng.pick(&flying)
+                && n < lock(&self.disks[disk].state).flying.len()
+            {
+                self.complete(disk, n);
+            }
+        }
+    }
+
+    fn pick_disk(&mut self) -> Option<usize> {
+        (!self.disks.is_empty()).then(|| self.rng.below(self.disks.len()))
+    }
+
+    /// Ends an I/O, whose memory must still be there.
+    pub(crate) fn complete(&mut self, disk: usize, n: usize) {
+        let status = match self.rng.below(8) {
+            0 => Status::IoError,
+            1 => Status::Unsupported,
+            _ => Status::Ok,
+        };
+        let id = lock(&self.disks[disk].state).flying[n].request;
+        self.trace.add(format!("disk {disk} completes request {id}: {status:?}"));
+        let (vm, ring) = self.requests[&id];
+        let request = self.vms[vm].outstanding(ring).find(|r| r.id == id);
+        let table = request.and_then(|r| r.table).expect("a request in flight has a table");
+        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        lock(&self.disks[disk].state).complete(n, status);
+        self.progress(id, Progress::Done(status));
+        self.count("I/O completed");
+    }
+
+    fn progress(&mut self, id: u64, progress: Progress) {
+        let (vm, ring) = self.requests[&id];
+        let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
+        let request = slots.into_iter().find(|r| r.id == id).expect("outstanding");
+        request.progress = progress;
+    }
+
+    fn disk_changes(&mut self) {
+        let Some(disk) = self.pick_disk() else { return };
+        let what = self.rng.below(6);
+        let mut state = lock(&self.disks[disk].state);
+        match what {
+            0 | 1 => state.full = !state.full,
+            2 => state.at_once = !state.at_once,
+            3 => state.open_fails = !state.open_fails,
+            _ => {
+                state.full = false;
+                state.open_fails = false;
+            }
+        }
+        let now = (state.full, state.at_once, state.open_fails);
+        drop(state);
+        self.trace.add(format!("disk {disk}: full, at once, open fails: {now:?}"));
+    }
+
+    fn tick(&mut self) {
+        let late = self.rng.one_in(6);
+        let ahead = if late { DRAIN_LIMIT_S + 1 } else { self.rng.below(6) as u64 };
+        self.trace.add(format!("tick, {ahead} s ahead"));
+        let well: Vec<bool> = self.fronts.iter().map(Front::is_well).collect();
+        self.target.tick(std::time::Instant::now() + std::time::Duration::from_secs(ahead));
+        for (front, well) in self.fronts.iter().zip(well) {
+            if well {
+                let ended = late && front.owed.is_some();
+                assert_eq!(front.fake.is_shut(), ended, "the limit of a drain");
+            }
+        }
+    }
+
+    /// The event thread hears of a connection's end.
+    fn event_thread_notices(&mut self) {
+        let ended = |f: &Front| !f.closed && f.fake.is_shut();
+        let ended: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| ended(&self.fronts[*n])).collect();
+        if let Some(n) = self.rng.pick(&ended) {
+            self.close(n);
+        }
+    }
+
+    pub(crate) fn close(&mut self, n: usize) {
+        self.trace.add(format!("front {n}: closed"));
+        if self.flying_of(n).is_some() {
+            self.count("closed with I/O in flight");
+        }
+        let planned = self.plan_for_event_thread();
+        self.target.closed(self.fronts[n].id);
+        self.is_closed(n);
+        self.finish_plan(planned);
+    }
+
+    /// Notes that the target was told of a connection's end.
+    pub(crate) fn is_closed(&mut self, n: usize) {
+        let front = &mut self.fronts[n];
+        front.fake.shut_down();
+        front.closed = true;
+        front.gone = true;
+        front.owed = None;
+        front.script.clear();
+    }
+
+    /// What must be true after every step.
+    pub(crate) fn check(&mut self) {
+        for disk in 0..self.disks.len() {
+            let fetched = std::mem::take(&mut lock(&self.disks[disk].state).fetched);
+            for (id, done) in fetched {
+                self.check_fetched(id, done);
+            }
+            let wrong = lock(&self.disks[disk].state).wrong.take();
+            assert_eq!(wrong, None, "disk {disk}");
+        }
+        for vm in 0..self.vms.len() {
+            for ring in 0..RINGS {
+                self.check_ring(vm, ring);
+            }
+        }
+        for n in 0..self.fronts.len() {
+            for message in self.fronts[n].fake.take_sent() {
+                self.check_sent(n, &message);
+            }
+        }
+    }
+
+    /// A request has reached a disk.
+    fn check_fetched(&mut self, id: u64, done: Option<Status>) {
+        let (vm, ring) = *self.requests.get(&id).expect("a request that was made");
+        let serves = |f: &Front| f.vm == vm && !f.closed && f.rings[ring].served == Served::Yes;
+        let front = self.fronts.iter().rposition(serves);
+        let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
+        assert_ne!(self.fronts[front].owed, Some(ring), "request {id} was fetched after the stop");
+        for before in &self.fronts[front].before {
+            let flying = self.flying_of(*before);
+            assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
+        }
+        let table = self.fronts[front].table;
+        self.count(if done.is_some() { "I/O done at once" } else { "I/O in flight" });
+        let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
+        let request = slots.into_iter().find(|r| r.id == id);
+        let request = request.unwrap_or_else(|| panic!("request {id} had come back already"));
+        assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
+        request.table = table;
+        request.progress = done.map_or(Progress::Flying(front), Progress::Done);
+    }
+
+    /// A request that a connection has in flight.
+    pub(crate) fn flying_of(&self, front: usize) -> Option<u64> {
+        let vm = &self.vms[self.fronts[front].vm];
+        let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
+        all.find(|r| r.progress == Progress::Flying(front)).map(|r| r.id)
+    }
+
+    /// Takes what has come back, and sees that nothing did where nothing may.
+    fn check_ring(&mut self, vm: usize, ring: usize) {
+        if self.vms[vm].rings[ring].size == 0 {
+            return;
+        }
+        if let Some(quiet) = &self.vms[vm].rings[ring].quiet {
+            let now = self.vms[vm].used_part(ring);
+            assert!(*quiet == now, "machine {vm}: ring {ring} was written to after its stop");
+        }
+        let controller = self.vms[vm].controller;
+        let disk = &self.disks[self.controllers[controller].disk];
+        let bereft = disk.bdev.is_none() || !self.controllers[controller].exists;
+        let back = self.vms[vm].consume(ring, bereft);
+        for id in &back {
+            self.requests.remove(id);
+            self.count("requests came back");
+        }
+        for front in self.fronts.iter_mut().filter(|f| f.vm == vm) {
+            let FrontRing { call, uncalled, .. } = &mut front.rings[ring];
+            *uncalled = call.as_ref().is_some_and(|call| {
+                let called = call.take() > 0;
+                (*uncalled || !back.is_empty()) && !called
+            });
+        }
+    }
+
+    /// The target has sent something of its own accord.
+    fn check_sent(&mut self, n: usize, message: &[u8]) {
+        let front = &self.fronts[n];
+        assert!(!front.closed, "front {n}: a message after its end");
+        let ring = front.owed.unwrap_or_else(|| panic!("front {n}: an answer to no question"));
+        let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
+        let payload = protocol::vring_base(ring, base);
+        let expected = protocol::reply(request::GET_VRING_BASE, &payload);
+        assert_eq!(message, expected, "front {n}: the answer");
+        self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
+        self.count("GET_VRING_BASE answered later");
+        self.answered(n, ring, base);
+    }
+
+    /// GET_VRING_BASE was answered.
+    pub(crate) fn answered(&mut self, n: usize, ring: usize, base: u16) {
+        let front = &mut self.fronts[n];
+        front.owed = None;
+        let vm = &mut self.vms[front.vm];
+        let served = std::mem::replace(&mut front.rings[ring].served, Served::Stopped);
+        if served == Served::Yes {
+            vm.check_base(ring, base);
+            assert!(!front.rings[ring].uncalled, "ring {ring} stopped without a call");
+            vm.rings[ring].quiet = Some(vm.used_part(ring));
+        } else if served != Served::Stopped {
+            front.rings[ring].served = served;
+        }
+    }
+}
