@@ -71,7 +71,7 @@ unsafe fn keep_fds(message: *mut libc::msghdr, kept: &mut Vec<OwnedFd>) {
             let count = (control.cmsg_len as usize).saturating_sub(head) / size_of::<c_int>();
             for n in 0..count {
                 // SAFETY: the system says that there are `count` of them.
-                let fd = unsafe { data.add(n).read_unaligned() };
+                let fd = unsafe { data.wrapping_add(n).read_unaligned() };
                 // SAFETY: the system has just made it for this process, and nobody else knows it.
                 kept.push(unsafe { OwnedFd::from_raw_fd(fd) });
             }

@@ -5,7 +5,7 @@
 //! so long that something else happens meanwhile.
 #![expect(unsafe_code, reason = "a channel gets addresses")]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit};
@@ -31,9 +31,10 @@ pub(crate) struct Flying {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) flying: Vec<Flying>,
-    /// Requests submitted since the simulation last looked, and their status if they were
-    /// finished at once.
-    pub(crate) fetched: Vec<(u64, Option<Status>)>,
+    /// Requests that arrived since the simulation last looked, whether or not there was room.
+    pub(crate) fetched: Vec<u64>,
+    /// Those that were finished at once.
+    pub(crate) at_once_done: Vec<u64>,
     pub(crate) full: bool,
     pub(crate) at_once: bool,
     pub(crate) open_fails: bool,
@@ -41,6 +42,8 @@ pub(crate) struct State {
     /// What the target has done wrong.
     pub(crate) wrong: Option<String>,
     channels_made: u64,
+    /// Requests for which there was no room.
+    parked: BTreeSet<u64>,
     done: BTreeMap<u64, VecDeque<Completion>>,
 }
 
@@ -143,16 +146,19 @@ struct SimChannel {
 impl Channel for SimChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.disk.state);
+        let request = io.offset / 512 / REQUEST_SECTORS;
+        if !state.parked.remove(&request) {
+            state.fetched.push(request);
+        }
         if state.full {
+            state.parked.insert(request);
             return Submit::Full(io);
         }
-        let request = io.offset / 512 / REQUEST_SECTORS;
         if state.at_once {
             state.transfer(&io, request);
-            state.fetched.push((request, Some(Status::Ok)));
+            state.at_once_done.push(request);
             return Submit::Done(Status::Ok);
         }
-        state.fetched.push((request, None));
         state.flying.push(Flying { request, stuck: false, channel: self.number, io });
         Submit::Queued
     }

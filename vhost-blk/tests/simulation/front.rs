@@ -43,7 +43,7 @@ impl World {
         }
         if self.fronts[n].owed.is_some() {
             match self.rng.below(24) {
-                0 => self.send(n, Message::GetConfig),
+                0 if self.fronts[n].is_well() => self.send(n, Message::GetConfig),
                 1 => self.die(n),
                 2 => self.fronts[n].fake.go_deaf(),
                 _ => {}

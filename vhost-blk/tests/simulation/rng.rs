@@ -6,7 +6,8 @@ pub(crate) struct Rng(u64);
 
 impl Rng {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+        // Mixed once, or else the numbers of one seed would be those of the next, one on.
+        Self(Self(seed).next())
     }
 
     pub(crate) fn next(&mut self) -> u64 {

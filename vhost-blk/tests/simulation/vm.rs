@@ -267,7 +267,8 @@ impl Vm {
         }
         let head = 3 * slot as u16;
         let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
-        let write = if matches!(kind, Kind::Read | Kind::GetId) { WRITE } else { 0 };
+        let to_guest = matches!(kind, Kind::Read | Kind::GetId | Kind::ShortHeader);
+        let write = if to_guest { WRITE } else { 0 };
         self.desc(ring, head, header, header_len, NEXT);
         self.desc(ring, head + 1, data, data_len, NEXT | write);
         self.desc(ring, head + 2, status_gpa(ring, slot), 1, WRITE);

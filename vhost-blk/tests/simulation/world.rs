@@ -319,9 +319,9 @@ impl World {
     pub(crate) fn check(&mut self) {
         for disk in 0..self.disks.len() {
             let fetched = std::mem::take(&mut lock(&self.disks[disk].state).fetched);
-            for (id, done) in fetched {
-                self.check_fetched(id, done);
-            }
+            fetched.into_iter().for_each(|id| self.check_fetched(id));
+            let done = std::mem::take(&mut lock(&self.disks[disk].state).at_once_done);
+            done.into_iter().for_each(|id| self.progress(id, Progress::Done(Status::Ok)));
             let wrong = lock(&self.disks[disk].state).wrong.take();
             assert_eq!(wrong, None, "disk {disk}");
         }
@@ -338,8 +338,8 @@ impl World {
     }
 
     /// A request has reached a disk.
-    fn check_fetched(&mut self, id: u64, done: Option<Status>) {
-        let (vm, ring) = *self.requests.get(&id).expect("a request that was made");
+    fn check_fetched(&mut self, id: u64) {
+        let (vm, ring) = *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
         let serves = |f: &Front| f.vm == vm && !f.closed && f.rings[ring].served == Served::Yes;
         let front = self.fronts.iter().rposition(serves);
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
@@ -349,13 +349,13 @@ impl World {
             assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
         }
         let table = self.fronts[front].table;
-        self.count(if done.is_some() { "I/O done at once" } else { "I/O in flight" });
+        self.count("I/O fetched");
         let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
         let request = slots.into_iter().find(|r| r.id == id);
         let request = request.unwrap_or_else(|| panic!("request {id} had come back already"));
         assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
         request.table = table;
-        request.progress = done.map_or(Progress::Flying(front), Progress::Done);
+        request.progress = Progress::Flying(front);
     }
 
     /// A request that a connection has in flight.

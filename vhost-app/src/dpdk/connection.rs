@@ -1,0 +1,153 @@
+//! A front end's connection as the control side uses it: our duplicate of rte_vhost's fd.
+#![expect(unsafe_code, reason = "system calls on sockets")]
+
+use std::ffi::c_int;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use vhost_blk::Connection;
+use vhost_blk::protocol::HEADER_BYTES;
+use vhost_blk::session::DRAIN_LIMIT_S;
+
+use super::callbacks;
+
+/// How long a front end may take over the rest of a message, or over reading ours. QEMU sends
+/// header and payload in one call, and an idle front end is waited for in poll, not in recvmsg.
+pub(super) const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A connection's other half: our duplicate of rte_vhost's fd.
+#[derive(Debug)]
+pub(super) struct DpdkConnection {
+    vid: c_int,
+    fd: OwnedFd,
+    /// Socket inode: tells this connection's fds from others'.
+    pub(super) inode: u64,
+    /// Where deferral does not work: the answer for the handler that waits for it.
+    answer: Mutex<Option<Vec<u8>>>,
+    answered: Condvar,
+}
+
+impl DpdkConnection {
+    /// Waits for the answer that the control side would otherwise send itself.
+    pub(super) fn wait_for_answer(&self) -> Option<Vec<u8>> {
+        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = Duration::from_secs(DRAIN_LIMIT_S + 1);
+        let waited = self.answered.wait_timeout_while(answer, limit, |answer| answer.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.take().filter(|a| !a.is_empty())
+    }
+
+    fn give_answer(&self, answer: Vec<u8>) {
+        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        self.answered.notify_all();
+    }
+}
+
+impl Connection for DpdkConnection {
+    fn vid(&self) -> i32 {
+        self.vid
+    }
+
+    fn send(&self, message: &[u8]) -> io::Result<()> {
+        if !callbacks::shared().deferral() {
+            self.give_answer(message[HEADER_BYTES..].to_vec());
+            return Ok(());
+        }
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let (buffer, len) = (message.as_ptr().cast(), message.len());
+        // SAFETY: bytes of ours to a socket that we own.
+        let sent = unsafe { libc::send(self.fd.as_raw_fd(), buffer, len, flags) };
+        match usize::try_from(sent) {
+            Ok(n) if n == len => Ok(()),
+            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+            Err(_) => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn shut_down(&self) {
+        // SAFETY: a socket that we own. rte_vhost sees the end of the stream.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+        self.give_answer(Vec::new());
+    }
+}
+
+impl Drop for DpdkConnection {
+    fn drop(&mut self) {
+        // rte_vhost has closed its fd or is about to; the peer shall see the end either way.
+        // SAFETY: a socket that we own.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+/// Finds the fd of the connection that is being accepted on `path`: the one socket bound to the
+/// path that has a peer and whose inode is not among the `known`. Duplicates it.
+pub(super) fn find(path: &Path, vid: c_int, known: &[u64]) -> io::Result<DpdkConnection> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let Some(fd) = entry?.file_name().to_str().and_then(|n| n.parse::<RawFd>().ok()) else {
+            continue;
+        };
+        if bound_path(fd).as_deref() != Some(path) || !has_peer(fd) {
+            continue;
+        }
+        // SAFETY: the fd is open: rte_vhost closes connections on this very thread only, and the
+        // control side drops its duplicates, whose inodes are known, as it likes.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
+        let file = fs::File::from(fd);
+        let inode = file.metadata()?.ino();
+        if !known.contains(&inode) {
+            let conn = DpdkConnection {
+                vid,
+                fd: file.into(),
+                inode,
+                answer: Mutex::default(),
+                answered: Condvar::new(),
+            };
+            set_timeouts(&conn.fd)?;
+            return Ok(conn);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, "the connection's fd was not found"))
+}
+
+/// The path that a Unix socket is bound to.
+fn bound_path(fd: RawFd) -> Option<PathBuf> {
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&addr) as libc::socklen_t;
+    // SAFETY: the buffer is ours and as long as it says. The fd may be anything.
+    let result = unsafe { libc::getsockname(fd, (&raw mut addr).cast(), &raw mut len) };
+    if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {
+        return None;
+    }
+    let bytes: Vec<u8> =
+        addr.sun_path.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
+    (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
+}
+
+fn has_peer(fd: RawFd) -> bool {
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&addr) as libc::socklen_t;
+    // SAFETY: the buffer is ours and as long as it says.
+    unsafe { libc::getpeername(fd, (&raw mut addr).cast(), &raw mut len) == 0 }
+}
+
+/// Bounds how long the event thread can be held in the middle of a message.
+fn set_timeouts(fd: &OwnedFd) -> io::Result<()> {
+    let time = libc::timeval { tv_sec: SOCKET_TIMEOUT.as_secs() as libc::time_t, tv_usec: 0 };
+    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+        let (value, len) = ((&raw const time).cast(), size_of_val(&time) as libc::socklen_t);
+        // SAFETY: the value is ours and as long as it says.
+        let result =
+            unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, value, len) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

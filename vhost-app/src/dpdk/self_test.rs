@@ -1,0 +1,140 @@
+//! Tries at start what rte_vhost lets us do that is not documented: deferred answers, and fds that
+//! come to us.
+#![expect(unsafe_code, reason = "sends an fd, interrupts a thread")]
+
+use std::ffi::c_int;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use vhost_blk::protocol::{self, HEADER_BYTES};
+use vhost_blk::{Connection, Verdict};
+
+use super::callbacks;
+use super::connection::{DpdkConnection, SOCKET_TIMEOUT};
+use super::transport::POLLS;
+
+/// What the self-test answers with: no ring ever stands at this index by itself.
+const SELF_TEST_BASE: u16 = 0x5a5a;
+
+/// Sends GET_VRING_BASE, with an fd, to the anchor and expects our deferred answer, once, and
+/// the connection alive after it.
+pub(super) fn run(anchor: &Path) -> io::Result<()> {
+    let mut client = UnixStream::connect(anchor)?;
+    let message = |request: u32, payload: &[u8]| {
+        let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
+        [header.as_slice(), payload].concat()
+    };
+    let with_fd = message(protocol::request::GET_VRING_BASE, &[0; 8]);
+    send_with_fd(&client, &with_fd)?;
+    if read_answer(&mut client)? != *deferred_answer() {
+        return Err(io::Error::other("not our answer"));
+    }
+    client.write_all(&message(protocol::request::GET_FEATURES, &[]))?;
+    let request = read_answer(&mut client)?;
+    let request = u32::from_le_bytes(std::array::from_fn(|i| request[i]));
+    if request != protocol::request::GET_FEATURES {
+        return Err(io::Error::other("a second answer"));
+    }
+    Ok(())
+}
+
+/// Sends `bytes` with the client's own fd as something to send.
+fn send_with_fd(client: &UnixStream, bytes: &[u8]) -> io::Result<()> {
+    /// A control message with one fd, aligned as its header.
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        fd: c_int,
+    }
+    let header = libc::cmsghdr {
+        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
+        cmsg_level: libc::SOL_SOCKET,
+        cmsg_type: libc::SCM_RIGHTS,
+    };
+    let mut control = Control { header, fd: client.as_raw_fd() };
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeroes is an empty message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>();
+    // SAFETY: the message names memory of ours, which it only reads.
+    let sent = unsafe { libc::sendmsg(client.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+    match usize::try_from(sent) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Reads an answer of the self-test: a header and eight bytes.
+///
+/// The event thread of releases that use poll() does not notice its first listener before a second
+/// has passed, unless its poll is interrupted. There is no VM yet that this could disturb.
+fn read_answer(client: &mut UnixStream) -> io::Result<[u8; HEADER_BYTES + 8]> {
+    const NUDGE_EVERY: Duration = Duration::from_millis(1);
+    client.set_read_timeout(Some(NUDGE_EVERY))?;
+    let mut answer = [0; HEADER_BYTES + 8];
+    let mut got = 0;
+    let deadline = Instant::now() + SOCKET_TIMEOUT;
+    while got < answer.len() {
+        match client.read(&mut answer[got..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => got += n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                if POLLS {
+                    interrupt_event_thread();
+                }
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(answer)
+}
+
+/// Interrupts the event thread's system call by a signal that does nothing.
+fn interrupt_event_thread() {
+    extern "C" fn nothing(_signal: c_int) {}
+    // SAFETY: the handler does nothing, and nobody else uses this signal.
+    unsafe { libc::signal(libc::SIGURG, nothing as *const () as libc::sighandler_t) };
+    let Ok(tasks) = fs::read_dir("/proc/self/task") else { return };
+    for task in tasks.flatten() {
+        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        let tid = task.file_name().to_str().and_then(|name| name.parse::<c_int>().ok());
+        if let (true, Some(tid)) =
+            (name.starts_with("vhost-events") || name.starts_with("dpdk-vhost-evt"), tid)
+        {
+            // SAFETY: a thread of this process, which never ends.
+            unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, libc::SIGURG) };
+        }
+    }
+}
+
+fn deferred_answer() -> &'static [u8; HEADER_BYTES + 8] {
+    static ANSWER: OnceLock<[u8; HEADER_BYTES + 8]> = OnceLock::new();
+    ANSWER.get_or_init(|| {
+        let payload = protocol::vring_base(0, SELF_TEST_BASE);
+        let answer = protocol::reply(protocol::request::GET_VRING_BASE, &payload);
+        answer.try_into().expect("a header and eight bytes")
+    })
+}
+
+/// The self-test's side of the event thread.
+pub(super) fn answer(request: u32, fds: &[OwnedFd], conn: &Arc<DpdkConnection>) -> Verdict {
+    if request != protocol::request::GET_VRING_BASE {
+        return Verdict::Reject;
+    }
+    callbacks::shared().set_fds_arrive(fds.len() == 1);
+    let conn = Arc::clone(conn);
+    let answer = move || conn.send(deferred_answer());
+    match std::thread::Builder::new().name("vhost-selftest".into()).spawn(answer) {
+        Ok(_) => Verdict::Deferred,
+        Err(_) => Verdict::Reject,
+    }
+}
