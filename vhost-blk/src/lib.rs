@@ -12,7 +12,7 @@
 //! * [`controller`]: a disk with a name and a socket; [`target`]: all of them.
 //!
 //! A *view* is all that a reactor needs to know of one queue, immutable, replaced as a whole
-//! ([`queue::View`]); a *core* is what it keeps about it ([`queue::Core`]), with one owner at a
+//! ([`queue::View`]); a *core* is what it keeps about it ([`queue::core::Core`]), with one owner at a
 //! time. Views are published through [`qsbr`]; nothing here is ever waited for by a reactor.
 
 pub mod config;

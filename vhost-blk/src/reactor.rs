@@ -11,7 +11,8 @@ use crossbeam_queue::ArrayQueue;
 use qsbr::{Domain, Published, Reader};
 
 use crate::notify::EventFd;
-use crate::queue::{ChannelBox, Queue, QueueId};
+use crate::queue::core::ChannelBox;
+use crate::queue::{Queue, QueueId};
 use crate::reclaim::Reclaim;
 
 /// A processor, by the system's number.

@@ -26,7 +26,7 @@ mod simulation {
     /// A machine may come back before the target has heard that its connection is gone.
     pub(crate) const OVERLAPPING_CONNECTIONS: bool = false;
     /// Rings that wait for an earlier connection's I/O may be stopped.
-    pub(crate) const STOPPED_AT_THE_GATE: bool = true;
+    pub(crate) const STOPPED_AT_THE_GATE: bool = false;
 }
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -8,8 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 /// which the kernel refuses as long as there is one; so once the answer is no, it stays no.
 pub(crate) fn is_mapped(memfd: &OwnedFd) -> bool {
     // SAFETY: a plain system call on an fd that we own.
-    let result =
-        unsafe { libc::fcntl(memfd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+    let result = unsafe { libc::fcntl(memfd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
     result != 0
 }
 

@@ -147,19 +147,11 @@ impl Vm {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
         let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
-        let table = vec![
-            (spec(0, MAIN_LEN, 0), dup(&main)),
-            (spec(EXTRA, MAIN_LEN, 0), dup(&extra)),
-        ];
+        let table =
+            vec![(spec(0, MAIN_LEN, 0), dup(&main)), (spec(EXTRA, MAIN_LEN, 0), dup(&extra))];
         let memory = GuestMemory::map(table, None, unmapper).expect("memory");
-        let ring = || Ring {
-            size: 0,
-            slots: vec![],
-            avail: 0,
-            seen: 0,
-            quiet: None,
-            started: false,
-        };
+        let ring =
+            || Ring { size: 0, slots: vec![], avail: 0, seen: 0, quiet: None, started: false };
         let rings = (0..RINGS).map(|_| ring()).collect();
         Self { controller, event_idx, rings, marks: vec![], main, extra, memory }
     }
@@ -215,8 +207,7 @@ impl Vm {
     /// requests that are dropped with it.
     pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
         let slots = vec![None; usize::from(size) / 3];
-        let new =
-            Ring { size, slots, avail: base, seen: base, quiet: None, started: false };
+        let new = Ring { size, slots, avail: base, seen: base, quiet: None, started: false };
         let old = std::mem::replace(&mut self.rings[ring], new);
         self.put(ring_gpa(ring), &[0; PAGE as usize]);
         self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
@@ -276,8 +267,7 @@ impl Vm {
         let position = state.avail;
         state.avail = position.wrapping_add(1);
         let progress = Progress::Offered;
-        state.slots[slot] =
-            Some(Request { id, progress, table: None, kind, position, data, len });
+        state.slots[slot] = Some(Request { id, progress, table: None, kind, position, data, len });
         let at = u64::from(position % state.size);
         self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
         self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
@@ -320,7 +310,14 @@ impl Vm {
         ids
     }
 
-    fn check_answer(&self, ring: usize, slot: usize, request: &Request, written: u32, bereft: bool) {
+    fn check_answer(
+        &self,
+        ring: usize,
+        slot: usize,
+        request: &Request,
+        written: u32,
+        bereft: bool,
+    ) {
         let status = self.get(status_gpa(ring, slot), 1)[0];
         let may_fail = bereft || request.optional();
         let expected = match (request.kind, request.progress) {

@@ -339,7 +339,8 @@ impl World {
 
     /// A request has reached a disk.
     fn check_fetched(&mut self, id: u64) {
-        let (vm, ring) = *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
+        let (vm, ring) =
+            *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
         let serves = |f: &Front| f.vm == vm && !f.closed && f.rings[ring].served == Served::Yes;
         let front = self.fronts.iter().rposition(serves);
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));

@@ -1,0 +1,248 @@
+//! The operator's side of the target: controllers come, go, and are looked at.
+
+use std::sync::Arc;
+
+use bdev::Bdev;
+use tracing::{info, warn};
+
+use super::{Connected, Error, Inner, Target};
+use crate::controller::{
+    Controller, ControllerId, ControllerInfo, ControllerSpec, SessionInfo, check_name,
+};
+use crate::protocol;
+use crate::reactor::{Core, Reactor, ReactorInfo};
+use crate::session::Phase;
+use crate::transport::{ConnId, Transport};
+
+/// How far a deletion has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeleteProgress {
+    /// Front ends that are connected.
+    pub connected: usize,
+    /// Connections that are gone but have I/O in flight.
+    pub draining: usize,
+}
+
+impl Target {
+    /// Makes a controller and opens its socket. Blocks in `transport`; not for the control thread.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is left behind.
+    pub fn create_controller(
+        &self,
+        spec: ControllerSpec,
+        transport: &dyn Transport,
+    ) -> Result<(), Error> {
+        check_name(&spec.name, &spec.socket)?;
+        let cores = self.choose_cores(spec.cores.as_deref())?;
+        let (name, socket) = (spec.name.clone(), spec.socket.clone());
+        let features = {
+            let mut inner = self.lock();
+            if inner.controllers.contains_key(&name) {
+                return Err(Error::Exists(name));
+            }
+            let controller = Controller::new(ControllerId(inner.id()), spec, cores);
+            let features = controller.features;
+            inner.controllers.insert(name.clone(), controller);
+            features
+        };
+        if let Err(e) = transport.listen(&socket, features) {
+            self.lock().controllers.remove(&name);
+            return Err(Error::Listen(socket, e));
+        }
+        info!("controller {name}: listening on {}", socket.display());
+        Ok(())
+    }
+
+    fn choose_cores(&self, wanted: Option<&[Core]>) -> Result<Vec<Core>, Error> {
+        let mut all = self.cores();
+        all.sort_unstable();
+        let Some(wanted) = wanted else { return Ok(all) };
+        if wanted.is_empty() || wanted.iter().any(|core| !all.contains(core)) {
+            return Err(Error::Cpumask);
+        }
+        Ok(wanted.to_vec())
+    }
+
+    /// Begins to delete a controller: it takes no new connection from here on. With `force` its
+    /// connections are ended.
+    ///
+    /// # Errors
+    /// There is no such controller.
+    pub fn begin_delete(&self, name: &str, force: bool) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let controller = inner.controller(name)?;
+        controller.deleting = true;
+        let id = controller.id;
+        if force {
+            let mine = inner.connections.values().filter(|c| c.controller == id);
+            mine.filter_map(|c| c.conn.as_ref()).for_each(|conn| conn.shut_down());
+        }
+        Ok(())
+    }
+
+    /// Whether a deletion of this controller is under way.
+    #[must_use]
+    pub fn is_deleting(&self, name: &str) -> bool {
+        self.lock().controllers.get(name).is_some_and(|c| c.deleting)
+    }
+
+    /// Gives a deletion up: the controller takes connections again.
+    pub fn cancel_delete(&self, name: &str) {
+        if let Ok(controller) = self.lock().controller(name) {
+            controller.deleting = false;
+        }
+    }
+
+    /// How many connections stand in a deletion's way.
+    ///
+    /// # Errors
+    /// There is no such controller (any more).
+    pub fn delete_progress(&self, name: &str) -> Result<DeleteProgress, Error> {
+        let mut inner = self.lock();
+        let id = inner.controller(name)?.id;
+        let mine = || inner.connections.values().filter(|c| c.controller == id);
+        let connected = mine().filter(|c| c.conn.is_some()).count();
+        Ok(DeleteProgress { connected, draining: mine().count() - connected })
+    }
+
+    /// Ends a deletion: closes the socket and forgets the controller. Connections that are left
+    /// drain in the background. Blocks in `transport`; not for the control thread.
+    pub fn finish_delete(&self, name: &str, transport: &dyn Transport) {
+        let (id, socket) = match self.lock().controller(name) {
+            Ok(controller) => (controller.id, controller.socket.clone()),
+            Err(_) => return,
+        };
+        transport.unlisten(&socket);
+        // rte_vhost tells nobody about the connections that it closes then.
+        let left: Vec<ConnId> = {
+            let inner = self.lock();
+            let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
+            mine.map(|(conn, _)| *conn).collect()
+        };
+        left.into_iter().for_each(|conn| self.closed(conn));
+        self.lock().controllers.remove(name);
+        info!("controller {name}: deleted");
+        (self.changed)();
+    }
+
+    /// Sets interrupt coalescing.
+    ///
+    /// # Errors
+    /// No such controller, or a value out of range.
+    pub fn set_coalescing(&self, name: &str, delay_us: u32, iops: u32) -> Result<(), Error> {
+        if self.lock().controller(name)?.set_coalescing(delay_us, iops) {
+            Ok(())
+        } else {
+            Err(Error::Coalescing)
+        }
+    }
+
+    /// All controllers, by name.
+    #[must_use]
+    pub fn controllers(&self) -> Vec<ControllerInfo> {
+        let inner = self.lock();
+        inner.controllers.values().map(|c| controller_info(&inner, c)).collect()
+    }
+
+    /// Connections that are gone but have I/O in flight: their number, I/Os, and bytes of memory.
+    #[must_use]
+    pub fn quarantine(&self) -> (usize, u64, u64) {
+        let inner = self.lock();
+        let gone = inner.connections.values().filter(|c| c.conn.is_none()).map(session_info);
+        gone.fold((0, 0, 0), |(n, ios, bytes), s| {
+            (n + 1, ios + s.inflight, bytes + s.quarantined_bytes)
+        })
+    }
+
+    /// What the reactors have done.
+    #[must_use]
+    pub fn reactors(&self) -> Vec<ReactorInfo> {
+        let inner = self.lock();
+        let with_queues = |(reactor, queues): (&Arc<Reactor>, &Vec<_>)| ReactorInfo {
+            queues: queues.len(),
+            ..reactor.info()
+        };
+        self.reactors.iter().zip(&inner.attached).map(with_queues).collect()
+    }
+
+    /// Takes a disk out of all controllers that show it: their requests fail from here on, and
+    /// the channels are closed once their I/O has completed.
+    pub fn remove_bdev(&self, bdev: &Arc<dyn Bdev>) {
+        let mut inner = self.lock();
+        let mut bereft = Vec::new();
+        for controller in inner.controllers.values_mut() {
+            if controller.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev)) {
+                warn!("controller {}: its disk was removed", controller.name);
+                controller.disk = None;
+                bereft.push(controller.id);
+            }
+        }
+        self.republish(&mut inner, |connected| bereft.contains(&connected.controller));
+    }
+
+    /// Tells the guests of a disk that its size has changed.
+    pub fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
+        let inner = self.lock();
+        let shows =
+            |c: &&Controller| c.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev));
+        let ids: Vec<_> = inner.controllers.values().filter(shows).map(|c| c.id).collect();
+        for connected in inner.connections.values() {
+            if ids.contains(&connected.controller)
+                && connected.session.phase() == Phase::Running
+                && let Some(channel) = connected.session.backend_channel()
+            {
+                channel.send_nowait(&protocol::config_change());
+            }
+        }
+    }
+
+    fn republish(&self, inner: &mut Inner, which: impl Fn(&Connected) -> bool) {
+        let conns = inner.connections.iter().filter(|(_, c)| which(c));
+        let effects: Vec<_> =
+            conns.map(|(id, c)| (*id, c.session.publish_where(|_| true))).collect();
+        for (conn, effects) in effects {
+            self.apply(inner, conn, effects, None);
+        }
+    }
+}
+
+fn controller_info(inner: &Inner, controller: &Controller) -> ControllerInfo {
+    // What is left of a deleted controller of the same name shows here too: it is what the
+    // operator has to wait for.
+    let mine = |c: &&Connected| c.controller_name == controller.name;
+    ControllerInfo {
+        name: controller.name.clone(),
+        cores: controller.cores.clone(),
+        delay_base_us: controller.delay_base_us,
+        iops_threshold: controller.iops_threshold,
+        socket: controller.socket.clone(),
+        read_only: controller.read_only,
+        packed_ring: controller.packed_ring,
+        bdev: controller.disk.as_ref().map(|disk| disk.bdev.name().to_owned()),
+        bdev_configured: controller.bdev_configured.clone(),
+        deleting: controller.deleting,
+        sessions: inner.connections.values().filter(mine).map(session_info).collect(),
+    }
+}
+
+fn session_info(connected: &Connected) -> SessionInfo {
+    let queues = || connected.queues.iter().flatten().map(|attached| &attached.queue);
+    let inflight = queues().map(|queue| u64::from(queue.inflight())).sum();
+    let mut quarantined_bytes = queues().map(|queue| queue.quarantined_bytes()).sum();
+    if connected.conn.is_none() && inflight > 0 {
+        quarantined_bytes += connected.session.memory().map_or(0, |memory| memory.size_bytes());
+    }
+    let (requests, errors) =
+        queues().map(|queue| queue.requests()).fold((0, 0), |(r, e), q| (r + q.0, e + q.1));
+    SessionInfo {
+        vid: connected.vid,
+        id: connected.number,
+        phase: connected.session.phase(),
+        rings: connected.session.rings().len(),
+        inflight,
+        quarantined_bytes,
+        requests,
+        errors,
+    }
+}

@@ -1,0 +1,159 @@
+//! What sessions want done with their rings, carried out: attach, publish, stop, answer.
+
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::{Attached, Inner, Target};
+use crate::config::Disk;
+use crate::protocol;
+use crate::queue::{Queue, QueueId, View};
+use crate::reactor::Core;
+use crate::session::{Effect, RingState, Session};
+use crate::transport::ConnId;
+
+impl Target {
+    /// Carries out what a session wants, but for the starts, which it returns: they open devices,
+    /// and that is done without the lock. A reply goes to `reply` if the front end's message is
+    /// being handled right now, otherwise to the connection.
+    pub(super) fn apply(
+        &self,
+        inner: &mut Inner,
+        conn: ConnId,
+        effects: Vec<Effect>,
+        mut reply: Option<&mut Option<Vec<u8>>>,
+    ) -> Vec<usize> {
+        let mut starts = vec![];
+        for effect in effects {
+            match effect {
+                Effect::Start(ring) => starts.push(ring),
+                Effect::Publish(ring) => self.publish(inner, conn, ring),
+                Effect::Stop(ring) => {
+                    let connected = inner.connections.get(&conn);
+                    let attached = connected.and_then(|c| c.queues.get(ring)?.as_ref());
+                    if let Some(attached) = attached {
+                        attached.queue.stop();
+                    }
+                }
+                Effect::Reply(ring, base) => {
+                    let payload = protocol::vring_base(ring, base);
+                    if let Some(reply) = &mut reply {
+                        **reply = Some(payload.to_vec());
+                        continue;
+                    }
+                    let Some(connected) = inner.connections.get_mut(&conn) else { continue };
+                    connected.owed = None;
+                    let message = protocol::reply(protocol::request::GET_VRING_BASE, &payload);
+                    if let Some(c) = &connected.conn
+                        && c.send(&message).is_err()
+                    {
+                        c.shut_down();
+                    }
+                }
+            }
+        }
+        starts
+    }
+
+    pub(super) fn publish(&self, inner: &mut Inner, conn: ConnId, ring: usize) {
+        let generation = inner.id();
+        let disk = inner.controller_of(conn).and_then(|c| c.disk.clone());
+        let Some(connected) = inner.connections.get(&conn) else { return };
+        let Some(Some(attached)) = connected.queues.get(ring) else { return };
+        if let Some(view) = view_of(&connected.session, ring, generation, disk) {
+            self.reclaim.free(attached.queue.publish(view));
+        }
+    }
+
+    /// Opens the disk for rings and attaches them to reactors.
+    pub(super) fn start_rings(&self, conn: ConnId, rings: &[usize]) {
+        for &ring in rings {
+            self.start_ring(conn, ring);
+        }
+    }
+
+    pub(super) fn start_all(&self, opened: Vec<(ConnId, Vec<usize>)>) {
+        opened.into_iter().for_each(|(conn, rings)| self.start_rings(conn, &rings));
+    }
+
+    fn start_ring(&self, conn: ConnId, ring: usize) {
+        let mut inner = self.lock();
+        let (id, generation) = (QueueId(inner.id()), inner.id());
+        let plan = inner.controller_of(conn).and_then(|controller| {
+            let connected = inner.connections.get(&conn)?;
+            let view = view_of(&connected.session, ring, generation, controller.disk.clone())?;
+            let base = connected.session.ring(ring).base;
+            Some((view, base, Arc::clone(&controller.coalescing)))
+        });
+        drop(inner);
+        let queue = plan
+            .map(|(view, base, coalescing)| Queue::new(id, &self.domain, view, base, coalescing));
+        let mut inner = self.lock();
+        let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
+        let reactor = self.least_loaded(&inner, &cores);
+        let Some(connected) = inner.connections.get_mut(&conn) else { return };
+        let live = connected.session.ring(ring).state == RingState::Live;
+        match queue {
+            Some(Ok(queue)) if live => {
+                if connected.queues.len() <= ring {
+                    connected.queues.resize_with(ring + 1, || None);
+                }
+                connected.queues[ring] = Some(Attached { queue: Arc::clone(&queue), reactor });
+                inner.queues.insert(id, (conn, ring));
+                inner.attached[reactor].push(queue);
+                self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
+                // What changed while the lock was not held reaches the reactor with this view.
+                self.publish(&mut inner, conn, ring);
+                return;
+            }
+            Some(Ok(queue)) => self.reclaim.free(queue),
+            Some(Err(e)) => {
+                warn!("controller {}: cannot open its disk: {e}", connected.controller_name);
+                if let Some(conn) = &connected.conn {
+                    conn.shut_down();
+                }
+            }
+            None => {}
+        }
+        // It cannot be served, or was stopped meanwhile: it never had anything in flight.
+        let base = connected.session.ring(ring).base;
+        let effects = if live {
+            connected.session.start_failed(ring);
+            vec![]
+        } else {
+            connected.session.drained(ring, base)
+        };
+        let starts = self.apply(&mut inner, conn, effects, None);
+        let opened = self.reap(&mut inner, conn);
+        drop(inner);
+        self.start_rings(conn, &starts);
+        self.start_all(opened);
+    }
+
+    pub(super) fn least_loaded(&self, inner: &Inner, cores: &[Core]) -> usize {
+        let allowed =
+            (0..self.reactors.len()).filter(|n| cores.contains(&self.reactors[*n].core()));
+        allowed.min_by_key(|n| inner.attached[*n].len()).unwrap_or(0)
+    }
+}
+
+/// A view of a ring as the session has it now.
+fn view_of(
+    session: &Session,
+    ring: usize,
+    generation: u64,
+    disk: Option<Arc<Disk>>,
+) -> Option<View> {
+    let memory = session.memory()?;
+    let state = session.ring(ring);
+    View::new(
+        generation,
+        memory,
+        state.num,
+        state.addrs?,
+        session.event_idx(),
+        state.call.clone(),
+        disk,
+    )
+    .ok()
+}
