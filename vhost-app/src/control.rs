@@ -127,22 +127,16 @@ impl Control {
         let deadline = tokio::time::Instant::now() + options.timeout;
         let mut changed = self.changed();
         tokio::pin!(cancelled);
-        while self.target.is_deleting(name) {
-            let _ = changed.changed().await;
+        // Another deletion goes first; what is left to do afterwards shows then.
+        let wait =
+            self.wait(&mut changed, deadline, &mut cancelled, || !self.target.is_deleting(name));
+        if !matches!(wait.await, Wait::Done) {
+            return Err(Error::Busy(name.into()));
         }
         self.target.begin_delete(name, options.force)?;
-        let wait = loop {
-            let progress = self.target.delete_progress(name)?;
-            if progress.connected + progress.draining == 0 {
-                break Wait::Done;
-            }
-            tokio::select! {
-                biased;
-                () = &mut cancelled => break Wait::Cancelled,
-                _ = changed.changed() => {}
-                () = tokio::time::sleep_until(deadline) => break Wait::TimedOut,
-            }
-        };
+        let gone =
+            || self.target.delete_progress(name).is_ok_and(|p| p.connected + p.draining == 0);
+        let wait = self.wait(&mut changed, deadline, &mut cancelled, gone).await;
         match wait {
             Wait::Done => {}
             Wait::TimedOut if options.force => warn!(
@@ -157,6 +151,27 @@ impl Control {
         let (target, name) = (Arc::clone(&self.target), name.to_owned());
         self.dpdk.run(move |transport| target.finish_delete(&name, transport)).await;
         Ok(())
+    }
+
+    /// Waits until `done`, looking again at each change.
+    async fn wait(
+        &self,
+        changed: &mut watch::Receiver<()>,
+        deadline: tokio::time::Instant,
+        cancelled: &mut (impl Future<Output = ()> + Unpin),
+        done: impl Fn() -> bool,
+    ) -> Wait {
+        loop {
+            if done() {
+                return Wait::Done;
+            }
+            tokio::select! {
+                biased;
+                () = &mut *cancelled => return Wait::Cancelled,
+                _ = changed.changed() => {}
+                () = tokio::time::sleep_until(deadline) => return Wait::TimedOut,
+            }
+        }
     }
 
     /// Takes a disk out of the target and waits until nobody uses it any more. I/O that never
@@ -178,15 +193,11 @@ impl Control {
         let deadline = tokio::time::Instant::now() + SHUTDOWN_DRAIN;
         let mut changed = self.changed();
         self.target.begin_shutdown();
-        while self.target.connections() > 0 {
-            tokio::select! {
-                _ = changed.changed() => {}
-                () = tokio::time::sleep_until(deadline) => {
-                    let (sessions, ios, _) = self.target.quarantine();
-                    warn!("ending with {ios} I/Os of {sessions} connections in flight");
-                    break;
-                }
-            }
+        let never = &mut std::future::pending();
+        let gone = || self.target.connections() == 0;
+        if matches!(self.wait(&mut changed, deadline, never, gone).await, Wait::TimedOut) {
+            let (sessions, ios, _) = self.target.quarantine();
+            warn!("ending with {ios} I/Os of {sessions} connections in flight");
         }
         let target = Arc::clone(&self.target);
         self.dpdk

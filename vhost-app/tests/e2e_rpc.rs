@@ -6,6 +6,7 @@ mod harness;
 use std::fs;
 use std::path::Path;
 
+use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
 use harness::{Launch, Refusal, Vhost, core_mask};
 use serde_json::{Value, json};
 
@@ -592,6 +593,71 @@ fn a_file_that_grows_is_seen_and_one_that_shrinks_is_refused() {
         assert_eq!(refusal, Refusal::new(-16, "Device or resource busy"));
         assert_eq!(blocks(), 4096);
     }
+}
+
+/// A front end with one queue, and a buffer of 4 KiB in its memory.
+fn front_end(vhost: &Vhost, controller: &str) -> (FrontEnd, Queue, Segment) {
+    let ram = GuestRam::new(&[16 << 20]).unwrap();
+    let socket = vhost.socket(controller);
+    let mut front_end = FrontEnd::connect(&socket, ram.clone(), Options::default()).unwrap();
+    let queue = front_end.start_new(1, QueueOptions::default()).unwrap().remove(0);
+    (front_end, queue, ram.alloc(4096, 4096).unwrap())
+}
+
+#[test]
+fn counters_of_bdevs_and_sessions_count_what_guests_do() {
+    let vhost = Vhost::start(&[]);
+    malloc(&vhost, "M");
+    vhost.ok("bdev_error_create", json!({"base_name": "M"}));
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "EE_M"}));
+    let (front_end, mut queue, buffer) = front_end(&vhost, "c");
+    let read = Request::read(0, std::slice::from_ref(&buffer));
+    let write = Request::write(8, std::slice::from_ref(&buffer));
+    for request in [&read, &read, &write] {
+        assert_eq!(queue.run(request).unwrap().status, STATUS_OK);
+    }
+    let failure = json!({"name": "EE_M", "io_type": "read", "error_type": "failure"});
+    vhost.ok("bdev_error_inject_error", failure);
+    assert_ne!(queue.run(&read).unwrap().status, STATUS_OK);
+
+    let iostat = |params: Value| vhost.ok("bdev_get_iostat", params)["bdevs"][0].clone();
+    let counted = iostat(json!({"names": ["EE_M"], "reset_mode": "error"}));
+    let numbers = ["num_read_ops", "bytes_read", "num_write_ops", "bytes_written"];
+    assert_eq!(numbers.map(|n| counted[n].as_u64().unwrap()), [2, 8192, 1, 4096]);
+    assert_eq!(counted["io_error"], json!({"failed": 1}));
+    let counted = iostat(json!({"names": ["EE_M"], "reset_mode": "none"}));
+    assert_eq!((&counted["num_read_ops"], &counted["io_error"]), (&json!(2), &json!({})));
+    vhost.ok("bdev_reset_iostat", json!({"name": "EE_M"}));
+    assert_eq!(iostat(json!({"names": ["EE_M"]}))["num_read_ops"], 0);
+
+    let shown = vhost.ok("vhost_get_controllers", json!({"name": "c"}));
+    let session = &shown[0]["sessions"][0];
+    assert_eq!((&session["state"], &session["started"]), (&json!("running"), &json!(true)));
+    assert_eq!((&session["requests"], &session["max_queues"]), (&json!(4), &json!(1)));
+    assert_eq!(session["inflight_task_cnt"], 0);
+    front_end.disconnect().unwrap();
+}
+
+#[test]
+fn deleting_an_error_bdev_fails_what_it_kept_pending() {
+    let vhost = Vhost::start(&[]);
+    malloc(&vhost, "M");
+    vhost.ok("bdev_error_create", json!({"base_name": "M"}));
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "EE_M"}));
+    let (front_end, mut queue, buffer) = front_end(&vhost, "c");
+    let pending = json!({"name": "EE_M", "io_type": "all", "error_type": "pending", "num": 9});
+    vhost.ok("bdev_error_inject_error", pending);
+    queue.submit(&Request::read(0, std::slice::from_ref(&buffer))).unwrap();
+    queue.kick().unwrap();
+    harness::wait_until("the request in flight", || {
+        let shown = vhost.ok("vhost_get_controllers", json!({"name": "c"}));
+        shown[0]["sessions"][0]["inflight_task_cnt"] == 1
+    });
+    vhost.ok("bdev_error_delete", json!({"name": "EE_M"}));
+    assert_ne!(queue.wait().unwrap().status, STATUS_OK);
+    // What it was on is as before.
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "d", "dev_name": "M"}));
+    front_end.disconnect().unwrap();
 }
 
 /// One of everything, in another order than that of the dependencies.

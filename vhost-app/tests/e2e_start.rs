@@ -61,6 +61,14 @@ fn the_first_lines_are_spdks() {
 }
 
 #[test]
+fn memory_without_hugepages_and_with_one_null_controller() {
+    let vhost = Vhost::start(&["--no-huge", "-s", "256"]);
+    vhost.ok("bdev_null_create", json!({"name": "N", "num_blocks": 8, "block_size": 512}));
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "N"}));
+    assert!(vhost.rss_kib() < 16 << 10, "{} kB", vhost.rss_kib());
+}
+
+#[test]
 fn rpc_socket_taken_too_long_or_stale() {
     let vhost = Vhost::start(&[]);
     let taken = vhost.rpc_socket();

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::bdevs::{Disk, Shown, latency_params};
 
-/// What SPDK's devices can be asked for, beyond what `bdev::Features` knows.
+/// SPDK's operations that no device has here: nothing in a guest or in this program asks for them.
 const NEVER_SUPPORTED: [&str; 13] = [
     "zcopy",
     "get_zone_info",
@@ -63,7 +63,7 @@ pub(super) fn describe(shown: &Shown) -> Value {
     }
     put("zoned", false.into());
     put("supported_io_types", supported_io_types(bdev));
-    put("driver_specific", driver_specific(&shown.disk));
+    put("driver_specific", driver_specific(shown));
     object.into()
 }
 
@@ -85,8 +85,8 @@ fn supported_io_types(bdev: &dyn Bdev) -> Value {
     Value::Object(all.collect())
 }
 
-fn driver_specific(disk: &Disk) -> Value {
-    match disk {
+fn driver_specific(shown: &Shown) -> Value {
+    match &shown.disk {
         Disk::Malloc(_) | Disk::Null(_) => json!({}),
         Disk::File(file) => {
             let filename = file.filename().display().to_string();
@@ -96,7 +96,7 @@ fn driver_specific(disk: &Disk) -> Value {
                     "block_size_override": file.block_size_override(),
                     "readonly": file.readonly(),
                     "fallocate": file.fallocate(),
-                    "nowait": false,
+                    "nowait": shown.params.get("nowait").is_some_and(|nowait| nowait == true),
                 }}),
                 bdev::Flavour::Uring => json!({ "uring": { "filename": filename } }),
             }

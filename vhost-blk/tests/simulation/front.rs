@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::disk::lock;
 use super::message::Message;
 use super::transport::FakeConnection;
-use super::vm::{Kind, Layout, Progress, RINGS, Vm};
+use super::vm::{Kind, Layout, RINGS, Vm};
 use super::world::{Front, Served, World};
 
 /// Something that another thread does while a device is being opened.
@@ -105,6 +105,7 @@ impl World {
             gone: false,
             closed: false,
             featured: false,
+            was_reset: false,
             table: None,
             rings: Default::default(),
             owed: None,
@@ -177,16 +178,9 @@ impl World {
 
     fn may_stop(&self, n: usize, ring: usize) -> bool {
         let front = &self.fronts[n];
-        let gated = front.before.iter().any(|before| !self.has_drained(*before));
-        front.rings[ring].served != Served::Not && (!gated || super::STOPPED_AT_THE_GATE)
-    }
-
-    /// Whether a connection that is closed has nothing more to write, as far as can be seen from
-    /// outside.
-    fn has_drained(&self, n: usize) -> bool {
-        let vm = &self.vms[self.fronts[n].vm];
-        let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
-        all.all(|r| r.progress == Progress::Offered)
+        let name = &self.controllers[front.controller].name;
+        let gated = || self.target.delete_progress(name).is_ok_and(|p| p.draining > 0);
+        front.rings[ring].served != Served::Not && (super::STOPPED_AT_THE_GATE || !gated())
     }
 
     fn call(&mut self) -> Option<EventFd> {
@@ -297,8 +291,9 @@ impl World {
             }
             Message::Kick(ring) => front.rings[ring].served = Served::Yes,
             Message::ResetOwner => {
-                self.counts.entry("RESET_OWNER").and_modify(|n| *n += 1).or_insert(1);
+                *self.counts.entry("RESET_OWNER").or_default() += 1;
                 front.featured = false;
+                front.was_reset = true;
                 for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
                     ring.served = Served::Reset;
                 }
@@ -344,7 +339,7 @@ impl World {
         if front.fake.is_shut() {
             return Some(self.plan(What::Close(n)));
         }
-        if front.owed.is_some() || front.gone {
+        if front.owed.is_some() || front.gone || !front.script.is_empty() {
             return None;
         }
         let ring = self.rng.below(RINGS);
