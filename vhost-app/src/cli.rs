@@ -9,9 +9,11 @@
 //! stands in for, since that is what tools look for.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{ArgAction, Parser};
+use vhost_blk::session::DRAIN_LIMIT_S;
 
 use crate::logging;
 
@@ -69,6 +71,8 @@ pub(crate) struct Options {
     pub(crate) log_flags: Vec<String>,
     /// Print warnings and errors only.
     pub(crate) silence_noticelog: bool,
+    /// How long a front end that stops a ring waits for its I/O before its connection is ended.
+    pub(crate) drain_limit: Duration,
     /// Options that were given and change nothing here, as SPDK spells them, for one log line.
     pub(crate) unused: Vec<&'static str>,
 }
@@ -203,6 +207,10 @@ struct Args {
     /// Print warnings and errors only.
     #[arg(long)]
     silence_noticelog: bool,
+    /// End a connection whose ring does not drain within this time after it was stopped (not in
+    /// SPDK).
+    #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
+    drain_limit: u64,
     /// Accepted: memory channels.
     #[arg(short = 'n', long, value_name = "N", value_parser = number, allow_hyphen_values = true)]
     mem_channels: Option<u64>,
@@ -315,6 +323,7 @@ impl Args {
             core_dump: !self.limit_coredump,
             log_flags: self.logflag,
             silence_noticelog: self.silence_noticelog,
+            drain_limit: Duration::from_secs(self.drain_limit),
             unused,
         })
     }
@@ -475,6 +484,7 @@ mod tests {
             core_dump: true,
             log_flags: vec![],
             silence_noticelog: false,
+            drain_limit: Duration::from_secs(30),
             unused: vec![],
         };
         assert_eq!(options, expected);

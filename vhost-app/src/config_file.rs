@@ -110,13 +110,15 @@ pub(crate) struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// Reads a file.
+    /// Reads a file. Blocks, for as long as the other end likes if it is a pipe.
     ///
     /// # Errors
     /// [`Error::Read`] or [`Error::Form`].
     pub(crate) fn read(path: &Path, ignore_errors: bool) -> Result<Self, Error> {
-        let text = fs::read_to_string(path).map_err(|e| Error::Read(path.into(), e))?;
-        let calls = parse(&text).map_err(|reason| Error::Form(path.into(), reason))?;
+        let form = |reason| Error::Form(path.into(), reason);
+        let bytes = fs::read(path).map_err(|e| Error::Read(path.into(), e))?;
+        let text = String::from_utf8(bytes).map_err(|e| form(e.to_string()))?;
+        let calls = parse(&text).map_err(form)?;
         Ok(Self { calls, ignore_errors })
     }
 

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use rpc::{Phase, Registry, Server};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::{LocalSet, spawn_local, yield_now};
+use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{debug, error, info, warn};
 
 use cli::Options;
@@ -155,7 +155,9 @@ fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, Stri
         debug!("{version} is up on CPUs {housekeeping:?} with {memory:?}");
         Ok(())
     };
-    Control::start(cores, socket_dir, wait).map(Rc::new)
+    let control = Control::start(cores, socket_dir, wait)?;
+    control.target().set_drain_limit(options.drain_limit);
+    Ok(Rc::new(control))
 }
 
 /// Serves RPCs until a signal comes, and ends in order.
@@ -193,11 +195,8 @@ async fn serve(
                 Ok(())
             }
             Err(code) => {
+                // framework_start_init answers while `stop` waits, and its answer is flushed there.
                 app.startup.send_replace(Startup::Failed);
-                // framework_start_init answers.
-                for _ in 0..16 {
-                    yield_now().await;
-                }
                 Err(code)
             }
         },
@@ -213,11 +212,14 @@ async fn initialise(
     registry: &Rc<Registry>,
     server: &mut Option<Server>,
 ) -> Result<(), Failure> {
-    let config = match &options.config {
-        Some(path) => Some(
-            ConfigFile::read(path, options.ignore_config_errors)
-                .map_err(|e| config_file::report(&e))?,
-        ),
+    let config = match options.config.clone() {
+        Some(path) => {
+            let ignore_errors = options.ignore_config_errors;
+            // It may be a pipe, and a signal has to get through meanwhile.
+            let read = spawn_blocking(move || ConfigFile::read(&path, ignore_errors)).await;
+            let read = read.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+            Some(read.map_err(|e| config_file::report(&e))?)
+        }
         None => None,
     };
     replay(config.as_ref(), registry, Phase::Startup).await?;

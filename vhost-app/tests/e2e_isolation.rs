@@ -238,6 +238,27 @@ fn a_stop_that_takes_long_holds_up_nobody() {
     a.end();
 }
 
+/// A front end that waits too long for its I/O loses its connection, which costs no data; a wrong
+/// answer would.
+#[test]
+fn a_drain_is_waited_for_no_longer_than_the_limit() {
+    let vhost = Vhost::start(&["--drain-limit", "1"]);
+    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
+    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
+    let mut b = Vm::start(&controller_on(&vhost, "b", "EE_MB"));
+    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
+    vhost.ok("bdev_error_inject_error", pending);
+    wait_until("all of B's I/O is held", || {
+        sessions(&vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
+    });
+    b.front_end.stop().expect_err("the connection ends without an answer");
+    wait_until("B is gone", || sessions(&vhost, "b")[0]["state"] == "closed");
+    assert!(vhost.log().contains("I/O still in flight after 1 s, ending the connection"));
+    b.load.take().unwrap().abandon().unwrap();
+    vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+    wait_until("its I/O has completed", || sessions(&vhost, "b").is_empty());
+}
+
 #[test]
 fn delete_answers_whatever_the_front_end_does() {
     let vhost = Vhost::start(&[]);

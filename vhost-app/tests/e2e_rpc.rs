@@ -3,9 +3,6 @@
 
 mod harness;
 
-use std::fs;
-use std::path::Path;
-
 use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
 use harness::{Launch, Refusal, Vhost, core_mask};
 use serde_json::{Value, json};
@@ -16,40 +13,11 @@ fn keys(object: &Value) -> Vec<&str> {
     object.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
-fn malloc(vhost: &Vhost, name: &str) {
-    let params = json!({"name": name, "num_blocks": 2048, "block_size": 512});
-    assert_eq!(vhost.ok("bdev_malloc_create", params), name);
-}
-
-fn null(vhost: &Vhost, name: &str) {
-    let params = json!({"name": name, "num_blocks": 2048, "block_size": 512});
-    assert_eq!(vhost.ok("bdev_null_create", params), name);
-}
-
-fn names(vhost: &Vhost) -> Vec<String> {
-    let bdevs = vhost.ok("bdev_get_bdevs", Value::Null);
-    bdevs.as_array().unwrap().iter().map(|b| b["name"].as_str().unwrap().to_owned()).collect()
-}
-
-fn file(dir: &Path, name: &str, bytes: u64) -> String {
-    let path = dir.join(name);
-    fs::File::create(&path).unwrap().set_len(bytes).unwrap();
-    path.to_str().unwrap().to_owned()
-}
-
-/// Each call must fail with this answer.
-fn all_refused(vhost: &Vhost, cases: &[(&str, Value, i64, &str)]) {
-    for (method, params, code, message) in cases {
-        let refusal = vhost.err(method, params.clone());
-        assert_eq!(refusal, Refusal::new(*code, message), "{method} {params}");
-    }
-}
-
 #[test]
 fn the_real_client_drives_every_method() {
     let vhost = Vhost::start(&[]);
-    let aio = file(vhost.dir(), "aio", 2 * MIB);
-    let uring = file(vhost.dir(), "uring", 4 * MIB);
+    let aio = vhost.file("aio", 2 * MIB);
+    let uring = vhost.file("uring", 4 * MIB);
     let run = |line: &str| {
         let args: Vec<&str> = line.split(' ').collect();
         let output = vhost.spdk_rpc(&args).unwrap_or_else(|e| panic!("{line}: {e}"));
@@ -87,7 +55,7 @@ fn the_real_client_drives_every_method() {
     run("bdev_error_inject_error EE_M1 read failure -n 3");
     run("bdev_error_resume_pending EE_M1");
     let all = ["Malloc0", "M1", "N0", "A0", "U0", "D0", "EE_M1"];
-    assert_eq!(names(&vhost), all);
+    assert_eq!(vhost.bdev_names(), all);
     assert!(run("bdev_get_bdevs -b D0").contains("\"p99_write_latency\": 99"));
     assert!(run("bdev_get_bdevs -b N0").contains("\"num_blocks\": 4096"));
     assert!(run("bdev_get_iostat --names A0").contains("bytes_read"));
@@ -109,7 +77,7 @@ fn the_real_client_drives_every_method() {
     run("bdev_null_delete N0");
     run("bdev_malloc_delete M1");
     run("bdev_malloc_delete Malloc0");
-    assert!(names(&vhost).is_empty());
+    assert!(vhost.bdev_names().is_empty());
     let mut vhost = vhost;
     vhost.spdk_rpc(&["spdk_kill_instance", "SIGTERM"]).unwrap();
     assert_eq!(vhost.wait(), Some(0));
@@ -118,7 +86,7 @@ fn the_real_client_drives_every_method() {
 #[test]
 fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
     let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M0");
+    vhost.malloc("M0");
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "z", "dev_name": "M0"}));
     // Unknown names are ignored in this one method, and a disk goes by its UUID too.
     let uuid = vhost.ok("bdev_get_bdevs", json!({"name": "M0"}))[0]["uuid"].clone();
@@ -263,241 +231,18 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
 }
 
 #[test]
-fn controllers_are_refused_with_spdks_codes_and_nothing_half_made() {
-    let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M0");
-    malloc(&vhost, "Claimed");
-    vhost.ok("bdev_error_create", json!({"base_name": "Claimed"}));
-    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "taken", "dev_name": "M0"}));
-    fs::write(vhost.socket("file"), "mine").unwrap();
-    let create = "vhost_create_blk_controller";
-    let with = |name: &str, value: Value| {
-        let mut params = json!({"ctrlr": "c", "dev_name": "M0"});
-        params[name] = value;
-        params
-    };
-    // The directory alone may make the path too long; this does.
-    let long = "n".repeat(108);
-    all_refused(
-        &vhost,
-        &[
-            (create, json!({}), -32602, "Invalid argument"),
-            (create, json!({"ctrlr": "c"}), -32602, "Invalid argument"),
-            (create, with("readonly", json!("yes")), -32602, "Invalid argument"),
-            (create, with("transport", json!("x")), -32602, "Invalid argument"),
-            (create, with("dev_name", json!("nope")), -32602, "No such device"),
-            (create, with("dev_name", json!("Claimed")), -32602, "Operation not permitted"),
-            (create, with("cpumask", json!("")), -32602, "Invalid argument"),
-            (create, with("cpumask", json!("0x0")), -32602, "Invalid argument"),
-            (create, with("cpumask", json!("zz")), -32602, "Invalid argument"),
-            (create, with("cpumask", json!("0xffff")), -32602, "Invalid argument"),
-            (create, with("cpumask", json!("[0-1]")), -32602, "Invalid argument"),
-            (create, with("ctrlr", json!("taken")), -32602, "File exists"),
-            (create, with("ctrlr", json!("")), -32602, "Input/output error"),
-            (create, with("ctrlr", json!(".")), -32602, "Input/output error"),
-            (create, with("ctrlr", json!("../x")), -32602, "Input/output error"),
-            (create, with("ctrlr", json!("no/such/dir")), -32602, "Input/output error"),
-            (create, with("ctrlr", json!("file")), -32602, "Input/output error"),
-            (create, with("ctrlr", json!(long)), -32602, "Input/output error"),
-            ("vhost_delete_controller", json!({"ctrlr": "c"}), -32602, "No such device"),
-            ("vhost_delete_controller", json!({}), -32602, "Invalid argument"),
-            (
-                "vhost_delete_controller",
-                json!({"ctrlr": "taken", "x": 1}),
-                -32602,
-                "Invalid argument",
-            ),
-            ("vhost_get_controllers", json!({"name": "c"}), -32603, "No such device"),
-            ("vhost_get_controllers", json!({"nam": "c"}), -32603, "Invalid argument"),
-            (
-                "vhost_controller_set_coalescing",
-                json!({"ctrlr": "c", "delay_base_us": 1, "iops_threshold": 1000}),
-                -32602,
-                "No such device",
-            ),
-            (
-                "vhost_controller_set_coalescing",
-                json!({"ctrlr": "taken", "delay_base_us": 1, "iops_threshold": 99}),
-                -32602,
-                "Invalid argument",
-            ),
-            (
-                "vhost_controller_set_coalescing",
-                json!({"ctrlr": "taken", "delay_base_us": 4_000_000_000u32, "iops_threshold": 1000}),
-                -32602,
-                "Invalid argument",
-            ),
-            ("virtio_blk_create_transport", json!({"name": "Vhost_User_Blk"}), -17, "File exists"),
-            (
-                "virtio_blk_create_transport",
-                json!({"name": "vfio_user_blk"}),
-                -2,
-                "No such file or directory",
-            ),
-            ("virtio_blk_create_transport", json!({}), -22, "Invalid argument"),
-            ("virtio_blk_get_transports", json!({"name": "x"}), -19, "No such device"),
-            ("virtio_blk_get_transports", json!({"x": 1}), -32602, "Invalid parameters"),
-        ],
-    );
-    let shown = vhost.ok("vhost_get_controllers", Value::Null);
-    assert_eq!(shown.as_array().unwrap().len(), 1);
-    assert_eq!(fs::read_to_string(vhost.socket("file")).unwrap(), "mine");
-    assert!(vhost.log().contains("cpumask") && vhost.log().contains(&long));
-    // Names are free again after what was refused.
-    vhost.ok(create, json!({"ctrlr": "c", "dev_name": "M0", "packed_ring": true}));
-    vhost.ok("vhost_delete_controller", json!({"ctrlr": "c"}));
-    assert!(!vhost.socket("c").exists());
-}
-
-#[test]
-fn bdevs_are_refused_with_spdks_codes_and_nothing_half_made() {
-    let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M0");
-    null(&vhost, "N0");
-    let uuid = vhost.ok("bdev_get_bdevs", json!({"name": "M0"}))[0]["uuid"].clone();
-    let odd = file(vhost.dir(), "odd", MIB + 1);
-    let good = file(vhost.dir(), "good", MIB);
-    let missing = vhost.dir().join("missing");
-    let decode = "spdk_json_decode_object failed";
-    let malloc_with = |name: &str, value: Value| {
-        let mut params = json!({"name": "x", "num_blocks": 8, "block_size": 512});
-        params[name] = value;
-        params
-    };
-    let aio = |filename: &str, block_size: u32| json!({"name": "x", "filename": filename, "block_size": block_size});
-    let delay = |name: &str, base: &str, p99: u32| {
-        json!({"name": name, "base_bdev_name": base, "avg_read_latency": 5, "p99_read_latency": p99,
-            "avg_write_latency": 5, "p99_write_latency": 5})
-    };
-    let (c, n, a, u) =
-        ("bdev_malloc_create", "bdev_null_create", "bdev_aio_create", "bdev_uring_create");
-    let uring = "Unable to create URING bdev.";
-    let inject = "bdev_error_inject_error";
-    let broken = json!({"name": "EE_x", "io_type": "read", "error_type": "failure"});
-    all_refused(
-        &vhost,
-        &[
-            (c, json!({}), -32603, decode),
-            (c, malloc_with("what", json!(1)), -32603, decode),
-            (c, malloc_with("uuid", json!("1234")), -32603, decode),
-            (c, malloc_with("num_blocks", json!(-1)), -32603, decode),
-            (c, malloc_with("num_blocks", json!(0)), -22, "Invalid argument"),
-            (c, malloc_with("block_size", json!(513)), -22, "Invalid argument"),
-            (c, malloc_with("name", json!("")), -22, "Invalid argument"),
-            (c, malloc_with("md_size", json!(8)), -22, "Invalid argument"),
-            (c, malloc_with("dif_type", json!(1)), -22, "Invalid argument"),
-            (c, malloc_with("physical_block_size", json!(100)), -22, "Invalid argument"),
-            (c, malloc_with("name", json!("M0")), -17, "File exists"),
-            (c, malloc_with("uuid", uuid.clone()), -17, "File exists"),
-            (c, malloc_with("name", uuid.clone()), -17, "File exists"),
-            (c, malloc_with("num_blocks", json!(1u64 << 40)), -12, "Cannot allocate memory"),
-            (n, json!({"name": "x", "num_blocks": 0, "block_size": 512}), -22, "Invalid argument"),
-            (n, json!({"name": "N0", "num_blocks": 8, "block_size": 512}), -17, "File exists"),
-            (a, json!({"name": "x"}), -32603, decode),
-            (a, aio(missing.to_str().unwrap(), 512), -2, "No such file or directory"),
-            (a, aio(vhost.dir().to_str().unwrap(), 512), -21, "Is a directory"),
-            (a, aio(&odd, 512), -22, "Invalid argument"),
-            (a, aio(&good, 100), -22, "Invalid argument"),
-            (a, json!({"name": "x", "filename": good}), -22, "Invalid argument"),
-            (
-                a,
-                json!({"name": "x", "filename": good, "block_size": 512, "nowait": true}),
-                -95,
-                "Operation not supported",
-            ),
-            (a, json!({"name": "M0", "filename": good, "block_size": 512}), -17, "File exists"),
-            (u, aio(missing.to_str().unwrap(), 512), -32603, uring),
-            (u, json!({"name": "M0", "filename": good, "block_size": 512}), -32603, uring),
-            ("bdev_delay_create", delay("d", "M0", 4), -22, "Invalid argument"),
-            ("bdev_delay_create", delay("N0", "M0", 5), -17, "File exists"),
-            ("bdev_error_create", json!({}), -32602, decode),
-            ("bdev_malloc_delete", json!({"name": "x"}), -19, "No such device"),
-            ("bdev_malloc_delete", json!({"name": "N0"}), -19, "No such device"),
-            ("bdev_null_delete", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_aio_delete", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_uring_delete", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_delay_delete", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_error_delete", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_aio_rescan", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_uring_rescan", json!({"name": "x"}), -19, "No such device"),
-            ("bdev_null_resize", json!({"name": "x", "new_size": 1}), -19, "No such device"),
-            ("bdev_null_resize", json!({"name": "M0", "new_size": 1}), -22, "Invalid argument"),
-            ("bdev_null_resize", json!({"name": "N0", "new_size": 0}), -22, "Invalid argument"),
-            (
-                "bdev_delay_update_latency",
-                json!({"delay_bdev_name": "M0", "latency_type": "avg_read", "latency_us": 1}),
-                -32602,
-                "The requested bdev does not exist.",
-            ),
-            (inject, broken.clone(), -19, "No such device"),
-            (
-                inject,
-                json!({"name": "EE_x", "io_type": "x", "error_type": "failure"}),
-                -32602,
-                decode,
-            ),
-            ("bdev_error_resume_pending", json!({"name": "M0"}), -19, "No such device"),
-            ("bdev_get_bdevs", json!({"name": "x"}), -19, "No such device"),
-            ("bdev_get_bdevs", json!({"name": "x", "timeout": 1}), -110, "Connection timed out"),
-            ("bdev_get_bdevs", json!({"what": 1}), -32603, decode),
-            ("bdev_get_iostat", json!({"names": ["M0", "x"]}), -19, "No such device"),
-            ("bdev_get_iostat", json!({"name": "M0"}), -32603, decode),
-            ("bdev_get_iostat", json!({"per_channel": true}), -22, "Invalid argument"),
-            ("bdev_reset_iostat", json!({"name": "x"}), -19, "No such device"),
-            (
-                "bdev_wait_for_examine",
-                json!({"x": 1}),
-                -32602,
-                "bdev_wait_for_examine requires no parameters",
-            ),
-        ],
-    );
-    assert_eq!(names(&vhost), ["M0", "N0"]);
-    for text in ["md_size 8", "dif_type 1", "missing", "odd", "562949953421312"] {
-        assert!(vhost.log().contains(text), "{text} is named in the log");
-    }
-}
-
-#[test]
-fn other_methods_are_refused_with_spdks_codes() {
-    let vhost = Vhost::start(&[]);
-    all_refused(
-        &vhost,
-        &[
-            ("vhost_create_scsi_controller", json!({"ctrlr": "s"}), -32601, "Method not found"),
-            ("bdev_nvme_attach_controller", json!({}), -32601, "Method not found"),
-            ("framework_get_config", json!({"name": "x"}), -32602, "Subsystem 'x' not found"),
-            ("framework_get_config", json!({}), -32602, "Invalid arguments"),
-            (
-                "framework_get_reactors",
-                json!({"x": 1}),
-                -32602,
-                "`framework_get_reactors` requires no arguments",
-            ),
-            ("spdk_kill_instance", json!({"sig_name": "SIGSEGV"}), -32602, "Invalid parameters"),
-            ("log_set_level", json!({"level": "notice"}), -32603, "spdk_json_decode_object failed"),
-            ("log_set_print_level", json!({}), -32603, "spdk_json_decode_object failed"),
-            ("log_set_flag", json!({"flag": "x"}), -32602, "invalid log flag"),
-        ],
-    );
-    let refusal = vhost.err("framework_start_init", Value::Null);
-    assert_eq!(refusal.code, -1);
-    assert!(refusal.message.starts_with("Method may only be called before framework"));
-}
-
-#[test]
 fn wrappers_wait_for_their_base_and_go_with_it() {
     let vhost = Vhost::start(&[]);
     let delay = json!({"name": "D", "base_bdev_name": "EE_M", "avg_read_latency": 1,
         "p99_read_latency": 2, "avg_write_latency": 3, "p99_write_latency": 4});
     assert_eq!(vhost.ok("bdev_delay_create", delay.clone()), "D");
     assert_eq!(vhost.ok("bdev_error_create", json!({"base_name": "M"})), true);
-    assert!(names(&vhost).is_empty());
+    assert!(vhost.bdev_names().is_empty());
     assert_eq!(vhost.err("bdev_delay_create", delay.clone()).code, -17);
     assert_eq!(vhost.err("bdev_error_create", json!({"base_name": "M"})).code, -17);
 
-    malloc(&vhost, "M");
-    let mut all = names(&vhost);
+    vhost.malloc("M");
+    let mut all = vhost.bdev_names();
     all.sort();
     assert_eq!(all, ["D", "EE_M", "M"]);
     let shown = vhost.ok("bdev_get_bdevs", json!({"name": "D"}));
@@ -517,9 +262,9 @@ fn wrappers_wait_for_their_base_and_go_with_it() {
     // All go with the base; the delay comes back with it, as in SPDK.
     let uuid = shown[0]["uuid"].clone();
     vhost.ok("bdev_malloc_delete", json!({"name": "M"}));
-    assert!(names(&vhost).is_empty());
-    malloc(&vhost, "M");
-    assert_eq!(names(&vhost), ["M"]);
+    assert!(vhost.bdev_names().is_empty());
+    vhost.malloc("M");
+    assert_eq!(vhost.bdev_names(), ["M"]);
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
     assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "D"}))[0]["uuid"], uuid);
     vhost.ok("bdev_delay_delete", json!({"name": "D"}));
@@ -535,9 +280,9 @@ fn a_request_waits_for_a_bdev_and_holds_nobody_up() {
     // The same connection goes on too.
     waiting.send("spdk_get_version", Value::Null);
     assert_ne!(waiting.receive().0, id);
-    null(&vhost, "other");
+    vhost.null("other");
     assert!(!waiting.has_answer());
-    null(&vhost, "later");
+    vhost.null("later");
     let (answered, result) = waiting.receive();
     assert_eq!(answered, id);
     assert_eq!(result.unwrap()[0]["name"], "later");
@@ -546,7 +291,7 @@ fn a_request_waits_for_a_bdev_and_holds_nobody_up() {
 #[test]
 fn names_are_made_up_and_reserved_while_a_disk_is_made() {
     let vhost = Vhost::start(&[]);
-    malloc(&vhost, "Malloc1");
+    vhost.malloc("Malloc1");
     let anonymous = json!({"num_blocks": 8, "block_size": 512});
     assert_eq!(vhost.ok("bdev_malloc_create", anonymous.clone()), "Malloc0");
     assert_eq!(vhost.ok("bdev_malloc_create", anonymous.clone()), "Malloc2");
@@ -566,7 +311,7 @@ fn names_are_made_up_and_reserved_while_a_disk_is_made() {
 #[test]
 fn a_removed_disk_leaves_its_controller() {
     let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M0");
+    vhost.malloc("M0");
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "M0"}));
     vhost.ok("bdev_malloc_delete", json!({"name": "M0"}));
     let shown = vhost.ok("vhost_get_controllers", json!({"name": "c"}));
@@ -580,15 +325,15 @@ fn a_removed_disk_leaves_its_controller() {
 fn a_file_that_grows_is_seen_and_one_that_shrinks_is_refused() {
     let vhost = Vhost::start(&[]);
     for (kind, name) in [("aio", "A"), ("uring", "U")] {
-        let path = file(vhost.dir(), name, MIB);
+        let path = vhost.file(name, MIB);
         let create = json!({"name": name, "filename": path, "block_size": 512});
         vhost.ok(&format!("bdev_{kind}_create"), create);
         let rescan = format!("bdev_{kind}_rescan");
         let blocks = || vhost.ok("bdev_get_bdevs", json!({"name": name}))[0]["num_blocks"].clone();
-        file(vhost.dir(), name, 2 * MIB);
+        vhost.file(name, 2 * MIB);
         assert_eq!(vhost.ok(&rescan, json!({"name": name})), true);
         assert_eq!(blocks(), 4096);
-        file(vhost.dir(), name, MIB);
+        vhost.file(name, MIB);
         let refusal = vhost.err(&rescan, json!({"name": name}));
         assert_eq!(refusal, Refusal::new(-16, "Device or resource busy"));
         assert_eq!(blocks(), 4096);
@@ -607,7 +352,7 @@ fn front_end(vhost: &Vhost, controller: &str) -> (FrontEnd, Queue, Segment) {
 #[test]
 fn counters_of_bdevs_and_sessions_count_what_guests_do() {
     let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M");
+    vhost.malloc("M");
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "EE_M"}));
     let (front_end, mut queue, buffer) = front_end(&vhost, "c");
@@ -641,7 +386,7 @@ fn counters_of_bdevs_and_sessions_count_what_guests_do() {
 #[test]
 fn deleting_an_error_bdev_fails_what_it_kept_pending() {
     let vhost = Vhost::start(&[]);
-    malloc(&vhost, "M");
+    vhost.malloc("M");
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "EE_M"}));
     let (front_end, mut queue, buffer) = front_end(&vhost, "c");
@@ -662,15 +407,15 @@ fn deleting_an_error_bdev_fails_what_it_kept_pending() {
 
 /// One of everything, in another order than that of the dependencies.
 fn populate(vhost: &Vhost) {
-    let aio = file(vhost.dir(), "aio", 2 * MIB);
-    let uring = file(vhost.dir(), "uring", 4 * MIB);
+    let aio = vhost.file("aio", 2 * MIB);
+    let uring = vhost.file("uring", 4 * MIB);
     let delay = json!({"name": "D0", "base_bdev_name": "M0", "avg_read_latency": 1,
         "p99_read_latency": 2, "avg_write_latency": 3, "p99_write_latency": 4});
     vhost.ok("bdev_delay_create", delay);
     let plain = json!({"num_blocks": 2048, "block_size": 4096, "physical_block_size": 4096,
         "optimal_io_boundary": 8, "numa_id": -1, "md_size": 0, "dif_type": 0});
     assert_eq!(vhost.ok("bdev_malloc_create", plain), "Malloc0");
-    malloc(vhost, "M0");
+    vhost.malloc("M0");
     let hints = json!({"name": "N0", "num_blocks": 2048, "block_size": 512,
         "preferred_write_alignment": 8, "optimal_write_size": 16});
     vhost.ok("bdev_null_create", hints);
@@ -758,16 +503,16 @@ fn a_saved_configuration_gives_the_same_target_back() {
 #[test]
 fn a_thousand_rounds_leave_nothing_behind() {
     let vhost = Vhost::start(&[]);
-    null(&vhost, "N");
+    vhost.null("N");
     let mut client = vhost.connect();
     let mut round = |n: u32| {
         let mut call = |method: &str, params: Value| client.call(method, params).unwrap();
         let disk = json!({"name": "M", "num_blocks": 4096, "block_size": 512});
         call("bdev_malloc_create", disk);
-        let dev = if n % 2 == 0 { "M" } else { "N" };
+        let dev = if n.is_multiple_of(2) { "M" } else { "N" };
         call("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": dev}));
         call("bdev_error_create", json!({"base_name": "N"}));
-        if n % 3 == 0 {
+        if n.is_multiple_of(3) {
             call("bdev_malloc_delete", json!({"name": "M"}));
             call("vhost_delete_controller", json!({"ctrlr": "c"}));
         } else {
@@ -783,5 +528,5 @@ fn a_thousand_rounds_leave_nothing_behind() {
     // Pages come and go with allocations of the moment; a leak of 300 bytes a round would show.
     let now = vhost.rss_kib();
     assert!(now <= rss + 256, "{rss} kB after 100 rounds, {now} kB after 1000");
-    assert_eq!(names(&vhost), ["N"]);
+    assert_eq!(vhost.bdev_names(), ["N"]);
 }

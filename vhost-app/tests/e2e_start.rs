@@ -1,9 +1,9 @@
 //! The start and the end of the real binary: options, files, phases, exit codes.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
 
 use std::fs;
+use std::process::Command;
 
 use harness::{Launch, Refusal, Vhost, core_mask};
 use serde_json::{Value, json};
@@ -214,6 +214,11 @@ fn bad_configurations_end_the_start_with_spdks_codes() {
         assert_eq!(ended.code, Some(code), "{text}: {}", ended.log);
         assert!(ended.log.contains(named), "{text}: {}", ended.log);
     }
+    let launch = Launch::new().config("");
+    fs::write(launch.dir().join("config.json"), b"{\"a\": \"\xff\"}").unwrap();
+    let ended = launch.run_to_end();
+    assert_eq!(ended.code, Some(234));
+    assert!(ended.log.contains("utf-8"), "{}", ended.log);
     // Without "subsystems" there is nothing to do, which is worth a warning.
     let vhost = Launch::new().config("{}").start();
     assert!(vhost.log().contains("*WARNING*: the configuration has no"));
@@ -280,6 +285,27 @@ fn a_start_that_fails_is_answered_before_the_process_ends() {
 fn a_waiting_target_ends_by_signal() {
     let vhost = Launch::new().args(&["--wait-for-rpc"]).start();
     assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_configuration_may_come_through_a_pipe_and_a_signal_gets_past_it() {
+    let launch = Launch::new().config("");
+    let path = launch.dir().join("config.json");
+    fs::remove_file(&path).unwrap();
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let mut vhost = launch.spawn();
+    vhost.wait_for_log("Reactor started");
+    vhost.signal("TERM");
+    assert_eq!(vhost.wait(), Some(0));
+
+    let launch = Launch::new().config("");
+    let path = launch.dir().join("config.json");
+    fs::remove_file(&path).unwrap();
+    assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let vhost = launch.spawn();
+    fs::write(&path, entry("bdev", &[disk("N")])).unwrap();
+    let vhost = vhost.until_it_listens();
+    assert_eq!(vhost.bdev_names(), ["N"]);
 }
 
 #[test]

@@ -11,9 +11,10 @@ mod rings;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use qsbr::Domain;
 
@@ -21,7 +22,7 @@ use crate::controller::{Controller, ControllerId};
 use crate::queue::{Queue, QueueId};
 use crate::reactor::{Core, Events, Reactor, SteppedReactor};
 use crate::reclaim::{Reclaim, Unmapper};
-use crate::session::Session;
+use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
 
 pub use operator::DeleteProgress;
@@ -79,6 +80,7 @@ pub struct Target {
     reclaim: Reclaim,
     unmapper: Unmapper,
     changed: Arc<dyn Fn() + Send + Sync>,
+    drain_limit_s: AtomicU64,
 }
 
 impl std::fmt::Debug for Target {
@@ -194,11 +196,18 @@ impl Target {
             reclaim: Reclaim::start(move || freed())?,
             unmapper: Unmapper::start()?,
             changed,
+            drain_limit_s: AtomicU64::new(DRAIN_LIMIT_S),
         }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets how long a front end that stops a ring waits for its I/O, in whole seconds, instead of
+    /// [`DRAIN_LIMIT_S`].
+    pub fn set_drain_limit(&self, limit: Duration) {
+        self.drain_limit_s.store(limit.as_secs(), Ordering::Relaxed);
     }
 
     /// Cores that have a reactor, in the order of `-m`.

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use vhost_blk::Connection;
 use vhost_blk::protocol::HEADER_BYTES;
-use vhost_blk::session::DRAIN_LIMIT_S;
 
 use super::callbacks;
 
@@ -34,12 +33,12 @@ pub(super) struct DpdkConnection {
 }
 
 impl DpdkConnection {
-    /// Waits for the answer that the control side would otherwise send itself.
+    /// Waits for the answer that the control side would otherwise send itself, or for the end of
+    /// the connection, which the control side sees to when it takes too long.
     pub(super) fn wait_for_answer(&self) -> Option<Vec<u8>> {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        let limit = Duration::from_secs(DRAIN_LIMIT_S + 1);
-        let waited = self.answered.wait_timeout_while(answer, limit, |answer| answer.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.take().filter(|a| !a.is_empty())
+        let waited = self.answered.wait_while(answer, |answer| answer.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).take().filter(|a| !a.is_empty())
     }
 
     fn give_answer(&self, answer: Vec<u8>) {

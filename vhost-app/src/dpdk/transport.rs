@@ -25,7 +25,6 @@ use std::sync::Arc;
 
 use spdk_sys as sys;
 use tracing::warn;
-use vhost_blk::session::DRAIN_LIMIT_S;
 use vhost_blk::{Target, Transport, protocol};
 
 use super::callbacks::{self, DEVICE_OPS};
@@ -66,7 +65,7 @@ impl DpdkTransport {
             Err(e) => {
                 warn!(
                     "rte_vhost sends answers of its own ({e}): stopping a ring with I/O in \
-                       flight holds up other VMs' control messages for up to {DRAIN_LIMIT_S} s"
+                       flight holds up other VMs' control messages, up to the drain limit"
                 );
                 false
             }

@@ -89,7 +89,6 @@ fn kill_instance(_: &App, params: &Params) -> Answer {
     }
     #[derive(Deserialize)]
     #[serde(rename_all = "UPPERCASE")]
-    #[expect(clippy::enum_variant_names, reason = "the signals' names")]
     enum Signal {
         SigInt,
         SigTerm,

@@ -257,16 +257,17 @@ impl Guest {
     /// Waits for two more passes of [`Guest::start_io`]: the second began after this call.
     #[track_caller]
     pub(crate) fn io_goes_on(&mut self, disk: &str, at_mib: u32) {
-        self.skip_lines();
         let (pass, failed) = (format!(" {disk} {at_mib}"), format!("GUEST: io {disk} "));
+        let before = self.console.lines(0, self.console.len());
+        if let Some(line) = before.iter().find(|line| line.starts_with(&failed)) {
+            panic!("{line}");
+        }
+        self.seen = before.len();
         for _ in 0..2 {
             let verdict = self.wait_for(&format!("GUEST: pass N{pass}"), |line| {
                 let passed = line.starts_with("GUEST: pass ") && line.ends_with(&pass);
-                if passed {
-                    Some(Ok(()))
-                } else {
-                    line.starts_with(&failed).then(|| Err(line.to_owned()))
-                }
+                let fails = || line.starts_with(&failed).then(|| Err(line.to_owned()));
+                if passed { Some(Ok(())) } else { fails() }
             });
             verdict.unwrap_or_else(|e| panic!("{e}"));
         }

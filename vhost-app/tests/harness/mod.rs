@@ -145,24 +145,18 @@ impl Launch {
 
     /// Starts it and waits until it takes RPC connections. Panics if it ends before.
     pub(crate) fn start(self) -> Vhost {
+        self.spawn().until_it_listens()
+    }
+
+    /// Starts it and waits for nothing.
+    pub(crate) fn spawn(self) -> Vhost {
         let child = self.command().spawn().unwrap();
-        let mut vhost = Vhost { child, dir: self.dir, status: None };
-        let deadline = Instant::now() + LIMIT;
-        while UnixStream::connect(vhost.rpc_socket()).is_err() {
-            if let Some(status) = vhost.child.try_wait().unwrap() {
-                vhost.status = Some(status);
-                panic!("vhost ended before it answered: {status}");
-            }
-            assert!(Instant::now() < deadline, "vhost does not answer");
-            thread::sleep(PAUSE);
-        }
-        vhost
+        Vhost { child, dir: self.dir, status: None }
     }
 
     /// Starts it and waits for its end.
     pub(crate) fn run_to_end(self) -> Ended {
-        let child = self.command().spawn().unwrap();
-        let mut vhost = Vhost { child, dir: self.dir, status: None };
+        let mut vhost = self.spawn();
         let code = vhost.wait();
         Ended { code, log: vhost.log() }
     }
@@ -172,6 +166,20 @@ impl Vhost {
     /// Starts one with `args` after the harness's own, and waits until it takes connections.
     pub(crate) fn start(args: &[&str]) -> Self {
         Launch::new().args(args).start()
+    }
+
+    /// Waits until it takes RPC connections. Panics if it ends before.
+    pub(crate) fn until_it_listens(mut self) -> Self {
+        let deadline = Instant::now() + LIMIT;
+        while UnixStream::connect(self.rpc_socket()).is_err() {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                self.status = Some(status);
+                panic!("vhost ended before it answered: {status}");
+            }
+            assert!(Instant::now() < deadline, "vhost does not answer");
+            thread::sleep(PAUSE);
+        }
+        self
     }
 
     /// Its process id.
@@ -230,6 +238,34 @@ impl Vhost {
             Ok(result) => panic!("{method} {shown}: succeeded with {result}"),
             Err(refusal) => refusal,
         }
+    }
+
+    /// Makes a malloc disk of 1 MiB.
+    #[track_caller]
+    pub(crate) fn malloc(&self, name: &str) {
+        let params = json!({"name": name, "num_blocks": 2048, "block_size": 512});
+        assert_eq!(self.ok("bdev_malloc_create", params), name);
+    }
+
+    /// Makes a null disk of 1 MiB.
+    #[track_caller]
+    pub(crate) fn null(&self, name: &str) {
+        let params = json!({"name": name, "num_blocks": 2048, "block_size": 512});
+        assert_eq!(self.ok("bdev_null_create", params), name);
+    }
+
+    /// The names of all its bdevs, in its order.
+    pub(crate) fn bdev_names(&self) -> Vec<String> {
+        let bdevs = self.ok("bdev_get_bdevs", Value::Null);
+        let name = |bdev: &Value| bdev["name"].as_str().unwrap().to_owned();
+        bdevs.as_array().unwrap().iter().map(name).collect()
+    }
+
+    /// Makes an empty file of this size in its directory; its path.
+    pub(crate) fn file(&self, name: &str, bytes: u64) -> String {
+        let path = self.dir().join(name);
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        path.to_str().unwrap().to_owned()
     }
 
     /// Runs SPDK's own client. Its output, or its error output if it fails.

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
@@ -18,7 +19,7 @@ use crate::queue::core::ChannelBox;
 use crate::reactor::Event;
 use crate::reclaim::Garbage;
 use crate::ring::RingAddrs;
-use crate::session::{DRAIN_LIMIT_S, Session};
+use crate::session::Session;
 use crate::transport::{ConnId, SharedConnection, Verdict};
 
 /// When a drain that a front end waits for is worth a line in the log.
@@ -209,14 +210,16 @@ impl Target {
     /// Warns of drains that take long and ends connections whose drain takes too long. To be
     /// called about once a second, on the control thread.
     pub fn tick(&self, now: Instant) {
+        let limit = Duration::from_secs(self.drain_limit_s.load(Ordering::Relaxed));
         let mut inner = self.lock();
         for connected in inner.connections.values_mut() {
             let Some((since, warned)) = &mut connected.owed else { continue };
             let waited = now.saturating_duration_since(*since);
-            if waited >= Duration::from_secs(DRAIN_LIMIT_S) {
+            if waited >= limit {
                 warn!(
-                    "controller {}: I/O still in flight after {DRAIN_LIMIT_S} s, ending the connection",
-                    connected.controller_name
+                    "controller {}: I/O still in flight after {} s, ending the connection",
+                    connected.controller_name,
+                    limit.as_secs()
                 );
                 if let Some(conn) = &connected.conn {
                     conn.shut_down();

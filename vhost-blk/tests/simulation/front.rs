@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::disk::lock;
 use super::message::Message;
 use super::transport::FakeConnection;
-use super::vm::{Kind, Layout, RINGS, Vm};
+use super::vm::{Kind, Layout, Progress, RINGS, Vm};
 use super::world::{Front, Served, World};
 
 /// Something that another thread does while a device is being opened.
@@ -71,6 +71,7 @@ impl World {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
             self.vms[*vm].controller == controller
                 && mine().all(|f| f.gone && (f.closed || super::OVERLAPPING_CONNECTIONS))
+                && (super::STALE_BASES || (0..RINGS).all(|ring| !self.is_flying(*vm, ring)))
         };
         let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
         let again = self.rng.pick(&orphans).filter(|_| !self.rng.one_in(4));
@@ -155,6 +156,10 @@ impl World {
     fn write_script(&mut self, n: usize) {
         let ring = self.rng.below(RINGS);
         let served = self.fronts[n].rings[ring].served;
+        if served == Served::Reset && !super::STALE_BASES && self.is_flying(self.fronts[n].vm, ring)
+        {
+            return; // It would give the ring a base that is not its last.
+        }
         let none_served = self.fronts[n].rings.iter().all(|r| r.served != Served::Yes);
         let script = match self.rng.below(32) {
             0..14 if served != Served::Yes => self.start(n, ring),
@@ -181,6 +186,11 @@ impl World {
         let name = &self.controllers[front.controller].name;
         let gated = || self.target.delete_progress(name).is_ok_and(|p| p.draining > 0);
         front.rings[ring].served != Served::Not && (super::STOPPED_AT_THE_GATE || !gated())
+    }
+
+    /// Whether a ring has requests with a disk.
+    fn is_flying(&self, vm: usize, ring: usize) -> bool {
+        self.vms[vm].outstanding(ring).any(|r| r.progress != Progress::Offered)
     }
 
     fn call(&mut self) -> Option<EventFd> {

@@ -14,7 +14,7 @@ const ROUNDS: usize = 24;
 
 /// Looks at a condition that other threads make true, about 0.1 ms apart, before the test gives
 /// up: those threads have nothing else to do.
-const LOOKS: usize = 300_000;
+const LOOKS: usize = 100_000;
 
 impl World {
     /// Brings everything to its end.
@@ -103,7 +103,12 @@ impl World {
                 thread::yield_now();
             }
         }
-        panic!("does not come to its end: {what}");
+        let mapped: Vec<_> = (0..self.vms.len()).map(|vm| self.mapped(vm)).collect();
+        let left = (self.target.connections(), self.target.quarantine());
+        panic!(
+            "does not come to its end: {what}: tables mapped: {mapped:?}, connections and \
+             quarantine: {left:?}"
+        );
     }
 
     /// Requests on rings that are served and have not come back.
