@@ -14,6 +14,7 @@ mod logging;
 mod methods;
 mod process;
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -51,15 +52,19 @@ fn main() {
     };
     let log = logging::Log::new();
     let code = match start_log(&log, &options) {
-        Ok(()) => run(&options, log.clone()).err().unwrap_or(0),
+        Ok(()) => run(&options, &log),
         Err(e) => {
             eprintln!("{e}");
             1
         }
     };
+    end(&log, code);
+}
+
+/// Ends the process. Sockets and locks are removed by then, and memory goes with the process: there
+/// is nothing left that could be worth waiting for a thread that does not come back.
+fn end(log: &logging::Log, code: u8) -> ! {
     log.flush();
-    // Files are removed by then: there is nothing left to do that could be worth waiting for a
-    // thread that does not come back.
     process::exit_now(code);
 }
 
@@ -73,8 +78,15 @@ fn start_log(log: &logging::Log, options: &Options) -> Result<(), String> {
     log.install().map_err(|e| e.to_string())
 }
 
-/// Everything between the log and the exit code.
-fn run(options: &Options, log: logging::Log) -> Result<(), Failure> {
+/// Everything between the log and the exit code. Returns only if the start fails early.
+fn run(options: &Options, log: &logging::Log) -> Failure {
+    match start(options, log) {
+        Ok(never) => match never {},
+        Err(code) => code,
+    }
+}
+
+fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
     let failed = |e: &dyn std::fmt::Display| {
         error!("{e}");
         1
@@ -104,9 +116,20 @@ fn run(options: &Options, log: logging::Log) -> Result<(), Failure> {
     for core in &cores {
         info!("Reactor started on core {core}");
     }
-    let result = LocalSet::new().block_on(&runtime, serve(options, log, control, signals));
-    drop(locks);
-    result
+    let app = Rc::new(App::new(Rc::clone(&control), log.clone()));
+    let mut registry = Registry::new();
+    methods::register(&mut registry, &app);
+    if let Some(names) = &options.rpcs_allowed {
+        registry.allow_only(names.iter().cloned());
+    }
+    let registry = Rc::new(registry);
+    LocalSet::new().block_on(&runtime, async move {
+        let code = serve(options, &app, &registry, signals).await.err().unwrap_or(0);
+        drop(locks);
+        // In here: the end of the runtime would wait for calls that block, and that of the bdevs
+        // for their memory.
+        end(log, code)
+    })
 }
 
 /// Options that were given and change nothing here, in one line.
@@ -163,23 +186,16 @@ fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, Stri
 /// Serves RPCs until a signal comes, and ends in order.
 async fn serve(
     options: &Options,
-    log: logging::Log,
-    control: Rc<Control>,
+    app: &App,
+    registry: &Rc<Registry>,
     mut signals: Signals,
 ) -> Result<(), Failure> {
-    let events = Rc::clone(&control);
+    let control = Rc::clone(&app.control);
     spawn_local(async move {
-        if let Err(e) = events.run().await {
+        if let Err(e) = control.run().await {
             error!("the reactors' events cannot be read: {e}");
         }
     });
-    let app = Rc::new(App::new(Rc::clone(&control), log));
-    let mut registry = Registry::new();
-    methods::register(&mut registry, &app);
-    if let Some(names) = &options.rpcs_allowed {
-        registry.allow_only(names.iter().cloned());
-    }
-    let registry = Rc::new(registry);
     let mut server = None;
     let result = tokio::select! {
         // First, so that a signal that came during the start is seen.
@@ -188,7 +204,7 @@ async fn serve(
             info!("{name}: ending");
             Ok(())
         }
-        result = initialise(options, &app, &registry, &mut server) => match result {
+        result = initialise(options, app, registry, &mut server) => match result {
             Ok(()) => {
                 let name = signals.next().await;
                 info!("{name}: ending");
@@ -201,7 +217,7 @@ async fn serve(
             }
         },
     };
-    stop(&app, server).await;
+    stop(app, server).await;
     result
 }
 

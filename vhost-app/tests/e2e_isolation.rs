@@ -255,6 +255,8 @@ fn a_drain_is_waited_for_no_longer_than_the_limit() {
     wait_until("B is gone", || sessions(&vhost, "b")[0]["state"] == "closed");
     assert!(vhost.log().contains("I/O still in flight after 1 s, ending the connection"));
     b.load.take().unwrap().abandon().unwrap();
+    let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
+    vhost.ok("bdev_error_inject_error", clear);
     vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
     wait_until("its I/O has completed", || sessions(&vhost, "b").is_empty());
 }

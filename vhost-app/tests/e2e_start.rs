@@ -45,6 +45,7 @@ fn exit_codes_of_the_command_line() {
 #[test]
 fn the_first_lines_are_spdks() {
     let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--interrupt-mode"]);
+    vhost.wait_for_log("Reactor started on core");
     let log = vhost.log();
     let mut lines = log.lines();
     let first = lines.next().unwrap();
@@ -190,6 +191,7 @@ fn a_configuration_that_spdk_saved_is_taken() {
         1
     );
     for method in ["framework_set_scheduler", "bdev_nvme_set_hotplug", "fsdev_set_opts"] {
+        vhost.wait_for_log(method);
         assert_eq!(vhost.log().matches(method).count(), 1, "{method}");
     }
 }
@@ -221,7 +223,7 @@ fn bad_configurations_end_the_start_with_spdks_codes() {
     assert!(ended.log.contains("utf-8"), "{}", ended.log);
     // Without "subsystems" there is nothing to do, which is worth a warning.
     let vhost = Launch::new().config("{}").start();
-    assert!(vhost.log().contains("*WARNING*: the configuration has no"));
+    vhost.wait_for_log("*WARNING*: the configuration has no");
 }
 
 #[test]
@@ -231,8 +233,8 @@ fn errors_of_a_configuration_can_be_ignored() {
     let vhost = Launch::new().config(&text).args(&["--json-ignore-init-errors"]).start();
     let names = vhost.ok("bdev_get_bdevs", Value::Null);
     assert_eq!((&names[0]["name"], &names[1]["name"]), (&json!("A"), &json!("B")));
-    let log = vhost.log();
-    assert!(log.contains("no_such (subsystem bdev, entry 3)") && log.contains("entry 2) failed"));
+    vhost.wait_for_log("entry 2) failed");
+    vhost.wait_for_log("no_such (subsystem bdev, entry 3)");
     let ended = Launch::new().config("{").args(&["--json-ignore-init-errors"]).run_to_end();
     assert_eq!(ended.code, Some(234));
 }

@@ -202,7 +202,8 @@ impl Vhost {
         self.dir.path().join(controller)
     }
 
-    /// All that it has printed so far.
+    /// All that it has printed so far. Lines are written a moment after what they tell about: see
+    /// [`Vhost::wait_for_log`].
     pub(crate) fn log(&self) -> String {
         let bytes = fs::read(self.dir.path().join("vhost.log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()

@@ -281,6 +281,9 @@ impl World {
             // Where the target has given the connection up, its rings may be stopped already.
             let given_up = front.fake.is_shut();
             assert!(given_up || refused == rejected, "front {n}: {message:?}: {verdict:?}");
+            if let (Message::Table(number, ..), false) = (&message, rejected) {
+                front.table = Some(*number);
+            }
             // The transport ends the connection.
             front.fake.shut_down();
             front.gone = true;

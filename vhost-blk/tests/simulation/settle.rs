@@ -122,9 +122,10 @@ impl World {
     }
 
     /// Guests that asked for it have been called after the last request came back.
-    fn check_calls(&self) {
-        for (n, front) in self.fronts.iter().enumerate().filter(|(_, f)| f.is_well()) {
-            for (ring, state) in front.rings.iter().enumerate() {
+    fn check_calls(&mut self) {
+        for (n, front) in self.fronts.iter_mut().enumerate().filter(|(_, f)| f.is_well()) {
+            for (ring, state) in front.rings.iter_mut().enumerate() {
+                state.look();
                 let missed = state.served == Served::Yes && state.uncalled;
                 assert!(!missed, "front {n}: ring {ring} was not called");
             }

@@ -83,8 +83,15 @@ pub(crate) enum Served {
 pub(crate) struct FrontRing {
     pub(crate) served: Served,
     pub(crate) call: Option<EventFd>,
-    /// Requests came back and nobody has called since.
+    /// Requests came back and no call since was noticed.
     pub(crate) uncalled: bool,
+}
+
+impl FrontRing {
+    /// Takes note of calls.
+    pub(crate) fn look(&mut self) {
+        self.uncalled &= self.call.as_ref().is_some_and(|call| call.take() == 0);
+    }
 }
 
 /// A connection and its front end.
@@ -386,11 +393,12 @@ impl World {
             self.count("requests came back");
         }
         for front in self.fronts.iter_mut().filter(|f| f.vm == vm) {
-            let FrontRing { call, uncalled, .. } = &mut front.rings[ring];
-            *uncalled = call.as_ref().is_some_and(|call| {
-                let called = call.take() > 0;
-                (*uncalled || !back.is_empty()) && !called
-            });
+            let ring = &mut front.rings[ring];
+            ring.uncalled |= !back.is_empty() && ring.call.is_some();
+            // An fd that is replaced before anybody looked has called in vain.
+            if self.rng.one_in(4) {
+                ring.look();
+            }
         }
     }
 
@@ -416,6 +424,7 @@ impl World {
         let served = std::mem::replace(&mut front.rings[ring].served, Served::Stopped);
         if served == Served::Yes {
             vm.check_base(ring, base);
+            front.rings[ring].look();
             let uncalled = front.rings[ring].uncalled && !front.was_reset;
             assert!(!uncalled, "ring {ring} stopped without a call");
             vm.rings[ring].quiet = Some(vm.used_part(ring));
