@@ -12,6 +12,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use qsbr::Domain;
 use vhost_blk::Core;
 use vhost_blk::config::Disk;
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::queue::{Queue, QueueId, View};
 use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
@@ -53,7 +54,7 @@ impl Scene {
             user_addr: line.userspace_addr,
             offset: 0,
         };
-        let fd = ram.file(0).try_clone().unwrap().into();
+        let fd = ForeignFd::new(ram.file(0).try_clone().unwrap().into());
         let unmapper = Unmapper::start().unwrap();
         let memory = Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap());
         let disk = Arc::new(Disk { bdev: Arc::clone(bdev), read_only: false });

@@ -127,11 +127,15 @@ impl Control {
         let deadline = tokio::time::Instant::now() + options.timeout;
         let mut changed = self.changed();
         tokio::pin!(cancelled);
-        // Another deletion goes first; what is left to do afterwards shows then.
+        // Another deletion goes first. A controller made anew since then is not the one meant.
+        let meant = self.target.controller_id(name);
         let wait =
             self.wait(&mut changed, deadline, &mut cancelled, || !self.target.is_deleting(name));
         if !matches!(wait.await, Wait::Done) {
             return Err(Error::Busy(name.into()));
+        }
+        if self.target.controller_id(name) != meant {
+            return Err(Error::NoController(name.into()));
         }
         self.target.begin_delete(name, options.force)?;
         let gone =

@@ -1,16 +1,15 @@
 //! A guest's memory as this program has mapped it, from its own duplicates of the front end's fds.
 #![expect(unsafe_code, reason = "maps what a front end hands over")]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrayvec::ArrayVec;
 use vm_memory::VolatileSlice;
 
+use crate::foreign::{self, ForeignFd};
 use crate::reclaim::Unmapper;
 use crate::sigbus;
 
@@ -42,9 +41,17 @@ pub enum Error {
     /// two regions overlap
     #[error("memory regions overlap at {0:#x}")]
     Overlap(u64),
+    /// the regions add up to more than a machine of this size can back
+    #[error("{have} bytes of memory, at most {most} are taken")]
+    TooLarge {
+        /// The sum of the regions.
+        have: u64,
+        /// The limit.
+        most: u64,
+    },
     /// the fd is not a file of memory
-    #[error("memory fd is not a regular file on tmpfs, hugetlbfs or a local disk")]
-    Kind,
+    #[error(transparent)]
+    Kind(#[from] foreign::Error),
     /// the file is shorter than the region
     #[error("memory file has {have} bytes, the region ends at {want}")]
     Short {
@@ -95,13 +102,12 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    fn map(spec: RegionSpec, fd: OwnedFd, unmapper: &Unmapper) -> Result<Self, Error> {
-        let file = File::from(fd);
-        let page = memory_page_size(&file)?;
-        let meta = file.metadata()?;
+    fn map(spec: RegionSpec, fd: &ForeignFd, unmapper: &Unmapper) -> Result<Self, Error> {
+        let meta = stat(fd)?;
+        let page = memory_page_size(fd)?;
         let end = spec.offset.checked_add(spec.size).ok_or(Error::Range(spec))?;
-        if meta.len() < end {
-            return Err(Error::Short { have: meta.len(), want: end });
+        if meta.size < end {
+            return Err(Error::Short { have: meta.size, want: end });
         }
         let lead = spec.offset % page;
         let len = (lead + spec.size).next_multiple_of(page) as usize;
@@ -113,7 +119,7 @@ impl Region {
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
+                fd.as_fd().as_raw_fd(),
                 offset,
             )
         };
@@ -131,38 +137,54 @@ impl Region {
         };
         let mapping = Mapping { base, len, slot, unmapper: unmapper.clone() };
         let host = base.wrapping_add(lead as usize);
-        Ok(Self { spec, file: (meta.dev(), meta.ino()), truncated, host, _mapping: mapping })
+        Ok(Self { spec, file: meta.file, truncated, host, _mapping: mapping })
     }
 }
 
-/// The page size of a file that may be a guest's memory; refuses what could make a page fault
-/// block for as long as somebody else likes (FUSE, network file systems, devices, pipes).
-fn memory_page_size(file: &File) -> Result<u64, Error> {
-    /// From linux/magic.h; libc has only some of them.
-    const LOCAL: [i64; 6] = [
-        libc::TMPFS_MAGIC,
-        0x8584_58f6, // ramfs
-        libc::EXT4_SUPER_MAGIC,
-        0x5846_5342, // xfs
-        libc::BTRFS_SUPER_MAGIC,
-        libc::OVERLAYFS_SUPER_MAGIC,
-    ];
-    if !file.metadata()?.is_file() {
-        return Err(Error::Kind);
+/// What a memory file is and how long.
+struct Stat {
+    /// Device and inode.
+    file: (u64, u64),
+    size: u64,
+}
+
+/// Asks the kernel about an fd that is known to be memory, so that nobody else is asked.
+fn stat(fd: &ForeignFd) -> Result<Stat, Error> {
+    fd.check_memory()?;
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the fd is open and the struct is ours.
+    if unsafe { libc::fstat(fd.as_fd().as_raw_fd(), &raw mut stat) } != 0 {
+        return Err(io::Error::last_os_error().into());
     }
+    Ok(Stat { file: (stat.st_dev, stat.st_ino), size: u64::try_from(stat.st_size).unwrap_or(0) })
+}
+
+/// The size of a memory file's pages.
+fn memory_page_size(fd: &ForeignFd) -> Result<u64, Error> {
     // SAFETY: all zeroes is a value of this plain C struct.
     let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the fd is open and the struct is ours.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut fs) } != 0 {
+    if unsafe { libc::fstatfs(fd.as_fd().as_raw_fd(), &raw mut fs) } != 0 {
         return Err(io::Error::last_os_error().into());
     }
     // SAFETY: a query without side effects.
     let base_page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
-    match fs.f_type {
-        libc::HUGETLBFS_MAGIC => Ok((fs.f_bsize as u64).max(base_page)),
-        kind if LOCAL.contains(&kind) => Ok(base_page),
-        _ => Err(Error::Kind),
-    }
+    let huge = fs.f_type == libc::HUGETLBFS_MAGIC;
+    Ok(if huge { (fs.f_bsize as u64).max(base_page) } else { base_page })
+}
+
+/// The most that one table may map: guests may be overcommitted, but not without bound, as the
+/// process has one address space for all of them.
+fn table_bytes_max() -> u64 {
+    /// Enough for what a small host may be asked to overcommit.
+    const FLOOR: u64 = 64 << 30;
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the struct is ours.
+    unsafe { libc::sysinfo(&raw mut info) };
+    let total = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    total.saturating_mul(2).max(FLOOR)
 }
 
 /// A line of the translation table: what the data path needs of a region.
@@ -192,7 +214,7 @@ impl GuestMemory {
     /// # Errors
     /// A table that is malformed, hostile, or does not fit; nothing stays mapped then.
     pub fn map(
-        table: Vec<(RegionSpec, OwnedFd)>,
+        table: Vec<(RegionSpec, ForeignFd)>,
         before: Option<&Self>,
         unmapper: &Unmapper,
     ) -> Result<Self, Error> {
@@ -200,14 +222,18 @@ impl GuestMemory {
             return Err(Error::Count(table.len(), table.len()));
         }
         check_ranges(table.iter().map(|(spec, _)| *spec))?;
+        let have = table.iter().fold(0, |sum: u64, (spec, _)| sum.saturating_add(spec.size));
+        let most = table_bytes_max();
+        if have > most {
+            return Err(Error::TooLarge { have, most });
+        }
         let mut regions = ArrayVec::<Arc<Region>, REGIONS_MAX>::new();
         for (spec, fd) in table {
-            let file = File::from(fd);
-            let meta = file.metadata()?;
-            let same = |r: &&Arc<Region>| r.spec == spec && r.file == (meta.dev(), meta.ino());
+            let file = stat(&fd)?.file;
+            let same = |r: &&Arc<Region>| r.spec == spec && r.file == file;
             let region = match before.and_then(|table| table.regions.iter().find(same)) {
                 Some(region) => Arc::clone(region),
-                None => Arc::new(Region::map(spec, file.into(), unmapper)?),
+                None => Arc::new(Region::map(spec, &fd, unmapper)?),
             };
             regions.push(region);
         }
@@ -290,7 +316,8 @@ fn check_ranges(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::os::fd::FromRawFd;
+    use std::fs::File;
+    use std::os::fd::{FromRawFd, OwnedFd};
 
     use vm_memory::VolatileMemory;
 
@@ -309,7 +336,18 @@ pub(crate) mod tests {
     pub(crate) fn flat(len: u64) -> Arc<GuestMemory> {
         let spec = RegionSpec { gpa: 0, size: len, user_addr: 0x7000_0000, offset: 0 };
         let unmapper = Unmapper::start().unwrap();
-        Arc::new(GuestMemory::map(vec![(spec, memfd(len))], None, &unmapper).unwrap())
+        Arc::new(
+            GuestMemory::map(vec![(spec, ForeignFd::new(memfd(len)))], None, &unmapper).unwrap(),
+        )
+    }
+
+    fn map(
+        table: Vec<(RegionSpec, OwnedFd)>,
+        before: Option<&GuestMemory>,
+        unmapper: &Unmapper,
+    ) -> Result<GuestMemory, Error> {
+        let table = table.into_iter().map(|(spec, fd)| (spec, ForeignFd::new(fd)));
+        GuestMemory::map(table.collect(), before, unmapper)
     }
 
     fn spec(gpa: u64, size: u64) -> RegionSpec {
@@ -320,7 +358,7 @@ pub(crate) mod tests {
     fn translation_stays_inside_regions() {
         let unmapper = Unmapper::start().unwrap();
         let table = vec![(spec(0, 0x1000), memfd(0x1000)), (spec(0x2000, 0x3000), memfd(0x3000))];
-        let memory = GuestMemory::map(table, None, &unmapper).unwrap();
+        let memory = map(table, None, &unmapper).unwrap();
         assert_eq!(memory.translate(0xfff).map(|t| t.1), Some(1));
         assert!(memory.translate(0x1000).is_none());
         assert_eq!(memory.translate(0x2000).map(|t| t.1), Some(0x3000));
@@ -334,7 +372,7 @@ pub(crate) mod tests {
     #[test]
     fn hostile_tables_are_refused() {
         let unmapper = Unmapper::start().unwrap();
-        let map = |table| GuestMemory::map(table, None, &unmapper).map(|_| ()).unwrap_err();
+        let map = |table| map(table, None, &unmapper).map(|_| ()).unwrap_err();
         assert!(matches!(map(vec![]), Error::Count(0, _)));
         assert!(matches!(map(vec![(spec(0, 0), memfd(1))]), Error::Range(_)));
         assert!(matches!(
@@ -344,8 +382,9 @@ pub(crate) mod tests {
         assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::Short { .. }));
         let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
         assert!(matches!(map(overlap), Error::Overlap(_)));
+        assert!(matches!(map(vec![(spec(0, 1 << 50), memfd(1 << 50))]), Error::TooLarge { .. }));
         let (pipe, _other) = std::io::pipe().unwrap();
-        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::Kind));
+        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::Kind(_)));
     }
 
     #[test]
@@ -354,12 +393,12 @@ pub(crate) mod tests {
         let (low, high) = (memfd(0x1000), memfd(0x1000));
         let dup = |fd: &OwnedFd| fd.try_clone().unwrap();
         let table = vec![(spec(0, 0x1000), dup(&low))];
-        let before = GuestMemory::map(table, None, &unmapper).unwrap();
+        let before = map(table, None, &unmapper).unwrap();
         let table = vec![(spec(0, 0x1000), dup(&low)), (spec(0x1000, 0x1000), high)];
-        let after = GuestMemory::map(table, Some(&before), &unmapper).unwrap();
+        let after = map(table, Some(&before), &unmapper).unwrap();
         assert_eq!(before.translate(0), after.translate(0));
         let other = vec![(spec(0, 0x1000), memfd(0x1000))];
-        let other = GuestMemory::map(other, Some(&before), &unmapper).unwrap();
+        let other = map(other, Some(&before), &unmapper).unwrap();
         assert_ne!(before.translate(0), other.translate(0), "another file");
     }
 
@@ -368,7 +407,7 @@ pub(crate) mod tests {
         let unmapper = Unmapper::start().unwrap();
         let fd = memfd(0x2000);
         let file = File::from(fd.try_clone().unwrap());
-        let memory = GuestMemory::map(vec![(spec(0, 0x2000), fd)], None, &unmapper).unwrap();
+        let memory = map(vec![(spec(0, 0x2000), fd)], None, &unmapper).unwrap();
         let slice = memory.slice(0x1800, 1).unwrap();
         let byte = slice.get_ref::<u8>(0).unwrap();
         byte.store(7);

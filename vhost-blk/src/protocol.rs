@@ -1,7 +1,6 @@
 //! vhost-user messages (QEMU's `docs/interop/vhost-user.rst`): bytes and fds to values.
 
-use std::os::fd::OwnedFd;
-
+use crate::foreign::ForeignFd;
 use crate::memory::{REGIONS_MAX, RegionSpec};
 
 /// Bytes of the header: request, flags, size of the payload.
@@ -77,7 +76,7 @@ pub mod request {
 #[expect(missing_docs, reason = "the names are the protocol's")]
 pub enum Message {
     SetFeatures(u64),
-    SetMemTable(Vec<(RegionSpec, OwnedFd)>),
+    SetMemTable(Vec<(RegionSpec, ForeignFd)>),
     SetVringNum {
         ring: usize,
         num: u32,
@@ -98,15 +97,15 @@ pub enum Message {
     },
     SetVringKick {
         ring: usize,
-        fd: Option<OwnedFd>,
+        fd: Option<ForeignFd>,
     },
     SetVringCall {
         ring: usize,
-        fd: Option<OwnedFd>,
+        fd: Option<ForeignFd>,
     },
     SetVringErr,
     SetVringEnable,
-    SetBackendReqFd(OwnedFd),
+    SetBackendReqFd(ForeignFd),
     GetConfig(ConfigHead),
     SetConfig,
     ResetOwner,
@@ -177,7 +176,7 @@ impl Message {
     ///
     /// # Errors
     /// The message is malformed.
-    pub fn parse(request: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Result<Self, ParseError> {
+    pub fn parse(request: u32, payload: &[u8], fds: Vec<ForeignFd>) -> Result<Self, ParseError> {
         let size = ParseError::Size(request, payload.len());
         let mut p = Payload(payload);
         let message = match request {
@@ -212,7 +211,7 @@ impl Message {
             request::SET_BACKEND_REQ_FD => {
                 let n = fds.len();
                 let [fd] =
-                    <[OwnedFd; 1]>::try_from(fds).map_err(|_| ParseError::Fds(request, n))?;
+                    <[ForeignFd; 1]>::try_from(fds).map_err(|_| ParseError::Fds(request, n))?;
                 Self::SetBackendReqFd(fd)
             }
             request::GET_CONFIG => {
@@ -233,7 +232,7 @@ impl Message {
 
 fn mem_table(
     mut p: Payload<'_>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<ForeignFd>,
     size: ParseError,
 ) -> Result<Message, ParseError> {
     let (count, _padding) = (p.u32().ok_or(size)? as usize, p.u32().ok_or(size)?);
@@ -263,8 +262,8 @@ fn vring_addr(p: &mut Payload<'_>) -> Option<Message> {
 fn vring_fd(
     request: u32,
     value: u64,
-    fds: Vec<OwnedFd>,
-) -> Result<(usize, Option<OwnedFd>), ParseError> {
+    fds: Vec<ForeignFd>,
+) -> Result<(usize, Option<ForeignFd>), ParseError> {
     let ring = (value & 0xff) as usize;
     let n = fds.len();
     let fd = fds.into_iter().next();

@@ -5,6 +5,7 @@
 //! seconds, and a block device's deletion waits for reclaim to drop its last channel.
 #![expect(unsafe_code, reason = "munmap")]
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -15,6 +16,9 @@ use crate::sigbus;
 /// Bytes unmapped in one system call: another thread's mmap waits for one such call, not for the
 /// whole (design.md: 0.2 s for 4 GiB at once, nothing that shows in pieces of this size).
 const UNMAP_PIECE_BYTES: usize = 2 << 20;
+
+/// Pieces of one mapping before it is another mapping's turn.
+const UNMAP_TURN_PIECES: usize = 64;
 
 /// How long reclaim waits before it looks again, first and at the most.
 const BACKOFF: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(10));
@@ -113,22 +117,46 @@ impl Unmapper {
     }
 }
 
+/// Takes turns, so that a small guest's memory does not wait for a huge one's.
 fn unmap(receiver: &Receiver<Range>) {
-    for Range { base, len, slot } in receiver {
-        // First, so that the address cannot be somebody else's while the guard still stands.
-        sigbus::unregister(slot);
-        let mut done = 0;
-        while done < len {
-            let piece = UNMAP_PIECE_BYTES.min(len - done);
-            let at = base.wrapping_add(done).cast();
+    let mut waiting = VecDeque::new();
+    loop {
+        let next = match waiting.pop_front() {
+            Some(range) => range,
+            None => match receiver.recv() {
+                Ok(range) => begin(range),
+                Err(_) => return,
+            },
+        };
+        waiting.extend(receiver.try_iter().map(begin));
+        waiting.extend(next.unmap_some());
+    }
+}
+
+/// Ends the guard first, so that the address cannot be somebody else's while it still stands.
+fn begin(range: Range) -> Range {
+    sigbus::unregister(range.slot);
+    range
+}
+
+impl Range {
+    /// Unmaps up to [`UNMAP_TURN_PIECES`] pieces; answers with what is left.
+    fn unmap_some(mut self) -> Option<Self> {
+        for _ in 0..UNMAP_TURN_PIECES {
+            let piece = UNMAP_PIECE_BYTES.min(self.len);
             // SAFETY: part of a mapping whose owner is gone.
-            if unsafe { libc::munmap(at, piece) } != 0 {
+            if unsafe { libc::munmap(self.base.cast(), piece) } != 0 {
                 // Huge pages of 1 GiB come off only as a whole.
                 // SAFETY: as above.
-                unsafe { libc::munmap(at, len - done) };
-                break;
+                unsafe { libc::munmap(self.base.cast(), self.len) };
+                return None;
             }
-            done += piece;
+            self.base = self.base.wrapping_add(piece);
+            self.len -= piece;
+            if self.len == 0 {
+                return None;
+            }
         }
+        Some(self)
     }
 }

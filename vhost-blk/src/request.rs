@@ -84,6 +84,7 @@ pub struct Chain {
     /// Where the status goes: the last writable byte.
     status: Option<*mut u8>,
     malformed: bool,
+    descriptors: u32,
 }
 
 // SAFETY: the pointer is an address in guest memory, as the segments are.
@@ -98,11 +99,19 @@ impl Chain {
         self.writable_bytes = 0;
         self.status = None;
         self.malformed = false;
+        self.descriptors = 0;
         let walked = ring.walk(memory, head, |buffer| self.push(memory, buffer));
         self.malformed |= walked.is_err();
     }
 
+    /// How many descriptors the walk met.
+    #[must_use]
+    pub fn descriptors(&self) -> u32 {
+        self.descriptors
+    }
+
     fn push(&mut self, memory: &GuestMemory, buffer: Buffer) {
+        self.descriptors += 1;
         let mut gpa = buffer.gpa;
         let mut left = u64::from(buffer.len);
         if buffer.write {

@@ -1,8 +1,8 @@
 //! Survives a front end that cuts its memory file short after we have mapped it.
 //!
 //! Touching a page beyond the end of the file raises SIGBUS. The handler finds the mapping in a
-//! table that needs no lock, puts a page of zeroes there, marks the region, and lets the access
-//! run again. The marked region's queues stop at their next visit.
+//! table that needs no lock, puts zeroes from there to its end, marks the region, and lets the
+//! access run again. The marked region's queues stop at their next visit.
 #![expect(unsafe_code, reason = "a signal handler")]
 
 use std::sync::Arc;
@@ -86,27 +86,38 @@ extern "C" fn handler(
     let info = unsafe { &*info };
     // SAFETY: SIGBUS comes with an address.
     let address = unsafe { info.si_addr() } as usize;
-    if !replace_page(address) {
-        // Not guest memory: let the access fault again and end the process as usual.
+    // Beyond the end of the file, and not a broken memory cell or somebody's kill.
+    if info.si_code != libc::BUS_ADRERR || !replace_rest(address) {
+        // Not ours: let the access fault again and end the process as usual.
         // SAFETY: async-signal-safe.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     }
 }
 
-/// Puts a page of zeroes at `address` if it lies in a guarded mapping.
-fn replace_page(address: usize) -> bool {
-    // Acquire: pairs with the Release in `register`.
-    let covers = |e: &&Entry| {
-        let end = e.end.load(Ordering::Acquire);
-        address < end && address >= e.start.load(Ordering::Relaxed)
+/// Puts zeroes from the page at `address` to the end of the guarded mapping that it lies in, if it
+/// lies in one: what follows the end of the file is missing too, and one mapping for all of it
+/// cannot use up the process's mappings.
+fn replace_rest(address: usize) -> bool {
+    let range = |entry: &Entry| {
+        // Acquire: pairs with the Release in `register`.
+        let end = entry.end.load(Ordering::Acquire);
+        let start = entry.start.load(Ordering::Relaxed);
+        (address < end && address >= start).then_some(end)
+    };
+    // Looked at twice: between the two loads the slot may have become another mapping's. The
+    // mapping that faulted is in use, so its own entry does not change.
+    let covers = |entry: &&Entry| {
+        let end = range(entry);
+        end.is_some() && range(entry) == end
     };
     let Some(entry) = TABLE.iter().find(covers) else { return false };
-    let page = entry.page.load(Ordering::Relaxed);
-    // SAFETY: replaces a page of a mapping that is ours; the file's bytes there are gone anyway.
+    let end = entry.end.load(Ordering::Relaxed);
+    let start = address & !(entry.page.load(Ordering::Relaxed) - 1);
+    // SAFETY: replaces pages of a mapping that is ours; the file's bytes there are gone anyway.
     let mapped = unsafe {
         libc::mmap(
-            (address & !(page - 1)) as *mut libc::c_void,
-            page,
+            start as *mut libc::c_void,
+            end - start,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
             -1,

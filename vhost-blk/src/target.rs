@@ -97,6 +97,8 @@ struct Inner {
     queues: HashMap<QueueId, (ConnId, usize)>,
     /// What each reactor polls.
     attached: Vec<Vec<Arc<Queue>>>,
+    /// No connection is taken any more, whatever becomes of deletions.
+    ending: bool,
     ids: u64,
 }
 
@@ -225,9 +227,7 @@ impl Target {
     /// Refuses new connections and ends those that are there.
     pub fn begin_shutdown(&self) {
         let mut inner = self.lock();
-        for controller in inner.controllers.values_mut() {
-            controller.deleting = true;
-        }
+        inner.ending = true;
         inner.connections.values().filter_map(|c| c.conn.as_ref()).for_each(|c| c.shut_down());
     }
 

@@ -6,6 +6,7 @@ mod guest;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::GuestMemory;
 use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::ring::RingAddrs;
@@ -175,7 +176,7 @@ fn memory_and_call_changes_reach_running_rings_only() {
     assert!(before.is_some());
     assert_eq!(effects, [Effect::Publish(0)]);
     let fd = EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap();
-    let call = CallFd::from_front_end(fd).unwrap();
+    let call = CallFd::from_front_end(ForeignFd::new(fd)).unwrap();
     assert_eq!(session.set_call(0, Some(call)).unwrap(), [Effect::Publish(0)]);
     assert_eq!(session.set_call(1, None).unwrap(), []);
     assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Publish(0)], "kicked again");

@@ -47,11 +47,6 @@ impl Shared {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The socket inodes of all connections.
-    fn inodes(&self) -> Vec<u64> {
-        self.connections().values().map(|entry| entry.conn.inode).collect()
-    }
-
     /// Forgets the connections of a socket that was unregistered.
     pub(super) fn forget(&self, path: &Path) {
         self.connections().retain(|_, entry| entry.path != path);
@@ -136,7 +131,7 @@ fn accept(vid: c_int) -> Option<Entry> {
     unsafe {
         sys::rte_vhost_extern_callback_register(vid, &raw const EXTERN_OPS.0, std::ptr::null_mut())
     };
-    let conn = match connection::find(&path, vid, &shared.inodes()) {
+    let conn = match connection::take_accepted(&path, vid) {
         Ok(conn) => Arc::new(conn),
         Err(e) => {
             // Whoever only wakes us is gone already.
@@ -184,10 +179,7 @@ extern "C" fn pre_msg_handle(vid: c_int, message: *mut c_void) -> sys::rte_vhost
         return sys::RTE_VHOST_MSG_RESULT_NOT_HANDLED;
     }
     let verdict = match id {
-        Some(id) => {
-            let fds = received::take();
-            shared().target.message(id, request, message.payload(), fds)
-        }
+        Some(id) => shared().target.message(id, request, message.payload(), received::take()),
         None => self_test::answer(request, &received::take(), &conn),
     };
     message.answer(verdict, &conn)

@@ -2,11 +2,9 @@
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
-use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,19 +12,17 @@ use std::time::Duration;
 use vhost_blk::Connection;
 use vhost_blk::protocol::HEADER_BYTES;
 
-use super::callbacks;
+use super::{callbacks, received};
 
 /// How long a front end may take over the rest of a message, or over reading ours. QEMU sends
 /// header and payload in one call, and an idle front end is waited for in poll, not in recvmsg.
-pub(super) const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const SOCKET_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A connection's other half: our duplicate of rte_vhost's fd.
 #[derive(Debug)]
 pub(super) struct DpdkConnection {
     vid: c_int,
     fd: OwnedFd,
-    /// Socket inode: tells this connection's fds from others'.
-    pub(super) inode: u64,
     /// Where deferral does not work: the answer for the handler that waits for it.
     answer: Mutex<Option<Vec<u8>>>,
     answered: Condvar,
@@ -83,34 +79,14 @@ impl Drop for DpdkConnection {
     }
 }
 
-/// Finds the fd of the connection that is being accepted on `path`: the one socket bound to the
-/// path that has a peer and whose inode is not among the `known`. Duplicates it.
-pub(super) fn find(path: &Path, vid: c_int, known: &[u64]) -> io::Result<DpdkConnection> {
-    for entry in fs::read_dir("/proc/self/fd")? {
-        let Some(fd) = entry?.file_name().to_str().and_then(|n| n.parse::<RawFd>().ok()) else {
-            continue;
-        };
-        if bound_path(fd).as_deref() != Some(path) || !has_peer(fd) {
-            continue;
-        }
-        // SAFETY: the fd is open: rte_vhost closes connections on this very thread only, and the
-        // control side drops its duplicates, whose inodes are known, as it likes.
-        let fd = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
-        let file = fs::File::from(fd);
-        let inode = file.metadata()?.ino();
-        if !known.contains(&inode) {
-            let conn = DpdkConnection {
-                vid,
-                fd: file.into(),
-                inode,
-                answer: Mutex::default(),
-                answered: Condvar::new(),
-            };
-            set_timeouts(&conn.fd)?;
-            return Ok(conn);
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::NotFound, "the connection's fd was not found"))
+/// Duplicates the fd of the connection that is being accepted on `path`.
+pub(super) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
+    let fd = received::accepted().filter(|fd| bound_path(*fd).as_deref() == Some(path));
+    let fd = fd.ok_or_else(|| io::Error::other("rte_vhost does not call this program's accept"))?;
+    // SAFETY: rte_vhost has just accepted it on this thread, and closes it on this thread.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
+    set_timeouts(&fd)?;
+    Ok(DpdkConnection { vid, fd, answer: Mutex::default(), answered: Condvar::new() })
 }
 
 /// The path that a Unix socket is bound to.
@@ -128,17 +104,12 @@ fn bound_path(fd: RawFd) -> Option<PathBuf> {
     (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
 }
 
-fn has_peer(fd: RawFd) -> bool {
-    // SAFETY: all zeroes is a value of this plain C struct.
-    let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    let mut len = size_of_val(&addr) as libc::socklen_t;
-    // SAFETY: the buffer is ours and as long as it says.
-    unsafe { libc::getpeername(fd, (&raw mut addr).cast(), &raw mut len) == 0 }
-}
-
 /// Bounds how long the event thread can be held in the middle of a message.
 fn set_timeouts(fd: &OwnedFd) -> io::Result<()> {
-    let time = libc::timeval { tv_sec: SOCKET_TIMEOUT.as_secs() as libc::time_t, tv_usec: 0 };
+    let time = libc::timeval {
+        tv_sec: SOCKET_TIMEOUT.as_secs() as libc::time_t,
+        tv_usec: SOCKET_TIMEOUT.subsec_micros().into(),
+    };
     for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
         let (value, len) = ((&raw const time).cast(), size_of_val(&time) as libc::socklen_t);
         // SAFETY: the value is ours and as long as it says.

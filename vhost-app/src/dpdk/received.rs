@@ -1,4 +1,5 @@
-//! Takes the fds that front ends send before rte_vhost sees them.
+//! Takes the fds that front ends send before rte_vhost sees them, and remembers the one on which a
+//! front end has just connected, which rte_vhost does not tell.
 //!
 //! rte_vhost leaks the fds of messages that it refuses before any handler of ours is called (a ring
 //! number out of range, more fds than it expects, a payload that does not follow), so a hostile
@@ -9,13 +10,39 @@
 //! of where a DPDK release keeps the fds in its private structures.
 #![expect(unsafe_code, reason = "stands in for a function of libc")]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_int;
 use std::os::fd::{FromRawFd, OwnedFd};
 
+use vhost_blk::foreign::ForeignFd;
+
 thread_local! {
     /// The fds of the message that is being handled; `None` on threads that are not rte_vhost's.
-    static RECEIVED: RefCell<Option<Vec<OwnedFd>>> = const { RefCell::new(None) };
+    static RECEIVED: RefCell<Option<Vec<ForeignFd>>> = const { RefCell::new(None) };
+    /// What this thread has accepted last, -1 if nothing.
+    static ACCEPTED: Cell<c_int> = const { Cell::new(-1) };
+}
+
+/// The fd of the connection that the calling thread has just accepted, if it has.
+pub(super) fn accepted() -> Option<c_int> {
+    let fd = ACCEPTED.replace(-1);
+    (fd >= 0).then_some(fd)
+}
+
+/// `accept`, for everybody in the process who calls it by this name: rte_vhost.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn accept(
+    socket: c_int,
+    address: *mut libc::sockaddr,
+    len: *mut libc::socklen_t,
+) -> c_int {
+    // SAFETY: the arguments are as the caller has given them, who answers for them.
+    let fd = unsafe { libc::accept4(socket, address, len, libc::SOCK_CLOEXEC) };
+    ACCEPTED.set(fd);
+    fd
 }
 
 /// Makes the calling thread one whose received fds are kept, and closes those of earlier messages.
@@ -24,7 +51,7 @@ pub(super) fn begin() {
 }
 
 /// The fds that came with the message that the calling thread is handling.
-pub(super) fn take() -> Vec<OwnedFd> {
+pub(super) fn take() -> Vec<ForeignFd> {
     RECEIVED.with_borrow_mut(|fds| fds.as_mut().map(std::mem::take)).unwrap_or_default()
 }
 
@@ -57,7 +84,7 @@ pub(super) unsafe extern "C" fn recvmsg(
 ///
 /// # Safety
 /// `message` was filled in by the system, and nobody has looked at it since.
-unsafe fn keep_fds(message: *mut libc::msghdr, kept: &mut Vec<OwnedFd>) {
+unsafe fn keep_fds(message: *mut libc::msghdr, kept: &mut Vec<ForeignFd>) {
     // SAFETY: valid, as the caller says.
     let mut header = unsafe { libc::CMSG_FIRSTHDR(message) };
     while !header.is_null() {
@@ -73,7 +100,7 @@ unsafe fn keep_fds(message: *mut libc::msghdr, kept: &mut Vec<OwnedFd>) {
                 // SAFETY: the system says that there are `count` of them.
                 let fd = unsafe { data.wrapping_add(n).read_unaligned() };
                 // SAFETY: the system has just made it for this process, and nobody else knows it.
-                kept.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                kept.push(ForeignFd::new(unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
         // SAFETY: as for the first.

@@ -5,18 +5,22 @@
 use std::ffi::c_int;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::{Connection, Verdict};
 
 use super::callbacks;
-use super::connection::{DpdkConnection, SOCKET_TIMEOUT};
+use super::connection::DpdkConnection;
 use super::transport::POLLS;
+
+/// How long an answer may take, on a machine that is busy with something else.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the self-test answers with: no ring ever stands at this index by itself.
 const SELF_TEST_BASE: u16 = 0x5a5a;
@@ -82,7 +86,7 @@ fn read_answer(client: &mut UnixStream) -> io::Result<[u8; HEADER_BYTES + 8]> {
     client.set_read_timeout(Some(NUDGE_EVERY))?;
     let mut answer = [0; HEADER_BYTES + 8];
     let mut got = 0;
-    let deadline = Instant::now() + SOCKET_TIMEOUT;
+    let deadline = Instant::now() + ANSWER_LIMIT;
     while got < answer.len() {
         match client.read(&mut answer[got..]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -126,7 +130,7 @@ fn deferred_answer() -> &'static [u8; HEADER_BYTES + 8] {
 }
 
 /// The self-test's side of the event thread.
-pub(super) fn answer(request: u32, fds: &[OwnedFd], conn: &Arc<DpdkConnection>) -> Verdict {
+pub(super) fn answer(request: u32, fds: &[ForeignFd], conn: &Arc<DpdkConnection>) -> Verdict {
     if request != protocol::request::GET_VRING_BASE {
         return Verdict::Reject;
     }

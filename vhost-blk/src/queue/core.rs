@@ -17,6 +17,11 @@ const VISIT_REQUESTS_MAX: u16 = 32;
 /// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
 /// largest size that Linux makes would be 40 MiB of copying for a memory disk.
 const VISIT_BYTES_MAX: u64 = 512 << 10;
+/// Descriptors after which a visit takes no further request: chains that lead nowhere cost time too.
+const VISIT_DESCRIPTORS_MAX: u32 = 1024;
+/// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
+/// 2 KiB, and a front end may start 128 rings.
+const SLOTS_MAX: u16 = 256;
 /// Completions taken from a channel at a time.
 const COMPLETIONS: usize = 32;
 
@@ -87,9 +92,10 @@ struct CallDue {
 
 impl Core {
     pub(super) fn new(disk: Option<&Disk>, size: u16, base: u16) -> Result<Self, bdev::Error> {
+        let depth = size.min(SLOTS_MAX);
         let (channel, counters) = match disk {
             Some(disk) => {
-                let channel = Arc::clone(&disk.bdev).open(size)?;
+                let channel = Arc::clone(&disk.bdev).open(depth)?;
                 (Some(ChannelBox(channel)), Some(disk.bdev.stats().attach()))
             }
             None => (None, None),
@@ -116,8 +122,8 @@ impl Core {
             owed: None,
             channel,
             counters,
-            slots: (0..size).map(|_| slot()).collect(),
-            free: (0..size).rev().collect(),
+            slots: (0..depth).map(|_| slot()).collect(),
+            free: (0..depth).rev().collect(),
             parked: None,
             done: [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS],
         })
@@ -138,7 +144,7 @@ impl Core {
             return self.owed.is_some() && self.settle(events);
         }
         if view.generation != self.generation {
-            self.adopt(view);
+            self.adopt(queue, view);
         }
         let stop = queue.stop.load(Ordering::Acquire);
         let completed = self.inflight > 0 && self.complete(queue, view, turn);
@@ -163,12 +169,16 @@ impl Core {
     }
 
     #[cold]
-    fn adopt(&mut self, view: &View) {
+    fn adopt(&mut self, queue: &Queue, view: &View) {
         if self.generation == 0 {
-            // The guest knows this index; what it does not know it was not told.
+            // What the guest was told counts. A front end that reconnects gives the used index that
+            // it saw when the connection ended; requests that completed after that would be fetched
+            // and completed again.
             self.used = view.ring.used_idx();
             self.published = self.used;
             self.called = self.used;
+            self.last_avail = self.used;
+            queue.last_avail.store(self.last_avail, Ordering::Relaxed);
         }
         self.generation = view.generation;
         view.ring.suppress_kicks(self.last_avail);
@@ -253,13 +263,17 @@ impl Core {
         }
         let limits = view.disk.as_deref().map(Disk::limits);
         let before = self.last_avail;
-        let mut bytes = 0;
+        let (mut bytes, mut descriptors) = (0, 0);
         for _ in 0..pending.min(VISIT_REQUESTS_MAX) {
             let Some(index) = self.free.pop() else { break };
             let head = view.ring.head(self.last_avail);
             self.last_avail = self.last_avail.wrapping_add(1);
             bytes += self.start(queue, view, limits.as_ref(), index, head, turn);
-            if bytes > VISIT_BYTES_MAX || self.parked.is_some() {
+            descriptors += self.slots[usize::from(index)].chain.descriptors();
+            if bytes > VISIT_BYTES_MAX
+                || descriptors > VISIT_DESCRIPTORS_MAX
+                || self.parked.is_some()
+            {
                 break;
             }
         }
@@ -385,7 +399,10 @@ impl Core {
     fn break_queue(&mut self, queue: &Queue, events: &Events) {
         self.broken = true;
         queue.state.store(QueueState::Broken as u8, Ordering::Release);
-        self.send(Event::Broken(queue.id), events);
+        // It only makes a line in the log; an event that is owed carries more.
+        if self.owed.is_none() {
+            self.send(Event::Broken(queue.id), events);
+        }
     }
 
     #[cold]

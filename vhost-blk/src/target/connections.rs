@@ -1,6 +1,5 @@
 //! The front ends' side of the target: connections, their messages, and what reactors say of them.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +10,7 @@ use tracing::{debug, warn};
 use super::{Attached, Connected, Inner, Target};
 use crate::config;
 use crate::controller::Controller;
+use crate::foreign::ForeignFd;
 use crate::memory::GuestMemory;
 use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::protocol::{ConfigHead, Message};
@@ -22,6 +22,10 @@ use crate::ring::RingAddrs;
 use crate::session::Session;
 use crate::transport::{ConnId, SharedConnection, Verdict};
 
+/// Connections of one controller, those that still drain included: a VM, its successor in a
+/// migration, and a few that died with I/O in flight. rte_vhost has 1,024 for all controllers.
+const CONNECTIONS_MAX: usize = 16;
+
 /// When a drain that a front end waits for is worth a line in the log.
 const DRAIN_WARN: Duration = Duration::from_secs(3);
 
@@ -30,14 +34,20 @@ impl Target {
     pub fn connected(&self, socket: &Path, conn: SharedConnection) -> Option<ConnId> {
         let mut inner = self.lock();
         let id = ConnId(inner.id());
-        let controllers = &mut inner.controllers;
-        let controller = controllers.values_mut().find(|c| c.socket == socket)?;
-        if controller.deleting {
+        let ending = inner.ending;
+        let of = inner.controllers.values().find(|c| c.socket == socket)?.id;
+        let connected = inner.connections.values().filter(|c| c.controller == of).count();
+        let controller = inner.controllers.values_mut().find(|c| c.id == of)?;
+        if controller.deleting || ending {
+            return None;
+        }
+        if connected >= CONNECTIONS_MAX {
+            warn!("controller {}: refused front end {connected}: too many", controller.name);
             return None;
         }
         let number = controller.sessions_made;
         controller.sessions_made += 1;
-        let (name, of, offered) = (controller.name.clone(), controller.id, controller.features);
+        let (name, offered) = (controller.name.clone(), controller.features);
         let gate_open = !inner.connections.values().any(|c| c.controller == of && c.conn.is_none());
         debug!("controller {name}: front end {number} connected");
         let connected = Connected {
@@ -60,7 +70,7 @@ impl Target {
         conn: ConnId,
         request: u32,
         payload: &[u8],
-        fds: Vec<OwnedFd>,
+        fds: Vec<ForeignFd>,
     ) -> Verdict {
         let result = Message::parse(request, payload, fds)
             .map_err(|e| e.to_string())

@@ -81,6 +81,12 @@ impl Target {
         Ok(())
     }
 
+    /// Which controller has this name now, as a number that is never used again.
+    #[must_use]
+    pub fn controller_id(&self, name: &str) -> Option<u64> {
+        self.lock().controllers.get(name).map(|controller| controller.id.0)
+    }
+
     /// Whether a deletion of this controller is under way.
     #[must_use]
     pub fn is_deleting(&self, name: &str) -> bool {

@@ -5,6 +5,7 @@ mod memfd;
 
 use std::sync::Arc;
 
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 
@@ -12,5 +13,7 @@ use vhost_blk::reclaim::Unmapper;
 pub(crate) fn memory(len: u64, user_addr: u64) -> Arc<GuestMemory> {
     let spec = RegionSpec { gpa: 0, size: len, user_addr, offset: 0 };
     let unmapper = Unmapper::start().unwrap();
-    Arc::new(GuestMemory::map(vec![(spec, memfd::memfd(len))], None, &unmapper).unwrap())
+    Arc::new(
+        GuestMemory::map(vec![(spec, ForeignFd::new(memfd::memfd(len)))], None, &unmapper).unwrap(),
+    )
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::RegionSpec;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::request;
@@ -29,7 +30,12 @@ pub(crate) enum Message {
 }
 
 impl Message {
-    pub(crate) fn encode(&self) -> (u32, Vec<u8>, Vec<OwnedFd>) {
+    pub(crate) fn encode(&self) -> (u32, Vec<u8>, Vec<ForeignFd>) {
+        let (request, payload, fds) = self.plainly();
+        (request, payload, fds.into_iter().map(ForeignFd::new).collect())
+    }
+
+    fn plainly(&self) -> (u32, Vec<u8>, Vec<OwnedFd>) {
         let words = |a: usize, b: u32| [(a as u32).to_le_bytes(), b.to_le_bytes()].concat();
         let plain = |request: u32, payload: Vec<u8>| (request, payload, vec![]);
         match self {

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
 use bdev::Status;
+use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 use vm_memory::Bytes;
@@ -147,8 +148,8 @@ impl Vm {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
         let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
-        let table =
-            vec![(spec(0, MAIN_LEN, 0), dup(&main)), (spec(EXTRA, MAIN_LEN, 0), dup(&extra))];
+        let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::new(dup(fd)));
+        let table = vec![part(0, &main), part(EXTRA, &extra)];
         let memory = GuestMemory::map(table, None, unmapper).expect("memory");
         let ring =
             || Ring { size: 0, slots: vec![], avail: 0, seen: 0, quiet: None, started: false };
