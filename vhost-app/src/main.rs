@@ -99,6 +99,7 @@ fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
     if options.core_dump {
         process::allow_core_dumps();
     }
+    process::raise_file_limit();
     name_unused(options);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -53,3 +53,15 @@ pub(crate) fn dpdk_version() -> String {
     // SAFETY: it is a C string that lives as long as the process.
     unsafe { CStr::from_ptr(version) }.to_string_lossy().into_owned()
 }
+
+/// Raises the limit on open files as far as it goes: a connection takes a handful, and so does each
+/// of its rings.
+pub(crate) fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct is ours.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: as above. If it is refused, the limit stays as it is.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    }
+}

@@ -173,6 +173,77 @@ fn half_a_message_holds_up_nobody_for_long() {
     scene.end();
 }
 
+/// Each half message costs the event thread a moment; an RPC and a neighbour's I/O none of it.
+#[test]
+fn many_half_messages_end_one_after_the_other() {
+    let scene = Scene::new();
+    let mut halves: Vec<_> = (0..12).map(|_| scene.raw()).collect();
+    for half in &mut halves {
+        half.send(&words(&[SET_FEATURES, VERSION, 8]), &[]).unwrap();
+    }
+    for half in &mut halves {
+        half.wait_for_close().unwrap();
+    }
+    drop(halves);
+    scene.is_whole("half messages");
+    scene.end();
+}
+
+/// A socket that lingers holds up whoever closes it.
+#[test]
+fn a_socket_whose_close_blocks() {
+    let scene = Scene::new();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (_peer, _) = listener.accept().unwrap();
+    lingers(stream.as_fd());
+    stream.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut &stream, &[0; 65536]).is_ok() {}
+    stream.set_nonblocking(false).unwrap();
+    for (request, payload) in [(SET_BACKEND_REQ_FD, vec![]), (14, words(&[0, 0]))] {
+        let mut raw = scene.raw();
+        raw.send_message(request, VERSION, &payload, &[stream.as_fd()]).unwrap();
+        // The last reference is the target's.
+        let _ = raw.stream().shutdown(std::net::Shutdown::Write);
+    }
+    drop(stream);
+    scene.vhost.ok("vhost_get_controllers", json!({}));
+    scene.serves();
+    scene.neighbour.wait_for(500).unwrap();
+    assert!(scene.vhost.fds() > scene.fds, "it is still being closed");
+    drop(_peer);
+    scene.is_whole("a lingering socket");
+    scene.end();
+}
+
+/// Makes the last close of a socket wait for its data to be sent, for a minute.
+fn lingers(fd: BorrowedFd<'_>) {
+    use std::os::fd::AsRawFd;
+    let linger = libc::linger { l_onoff: 1, l_linger: 60 };
+    let (value, len) = ((&raw const linger).cast(), size_of_val(&linger) as libc::socklen_t);
+    #[expect(unsafe_code, reason = "a system call")]
+    // SAFETY: the value is ours and as long as it says.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, value, len) };
+    assert_eq!(result, 0);
+}
+
+/// One controller's front ends cannot take all of the target's connections.
+#[test]
+fn connections_of_one_controller_are_bounded() {
+    let scene = Scene::new();
+    let mut many: Vec<_> = (0..40).map(|_| scene.raw()).collect();
+    let mut refused = 0;
+    for raw in &mut many {
+        let _ = raw.send_message(1, VERSION, &[], &[]);
+        refused += usize::from(raw.receive().is_err());
+    }
+    assert_eq!(refused, 40 - 16);
+    drop(many);
+    scene.is_whole("many connections");
+    scene.end();
+}
+
 #[test]
 fn memory_that_is_cut_short_under_a_running_queue() {
     let scene = Scene::new();
@@ -180,9 +251,19 @@ fn memory_that_is_cut_short_under_a_running_queue() {
     let ram = std::sync::Arc::clone(queue.ring().ram());
     let buffer = bench::Segment::new(ram.boundary(0) + (1 << 20), 4096);
     ram.file(1).set_len(4096).unwrap();
-    // The kernel, or the reactor itself, meets memory that is no longer there.
+    // The reactor meets memory that is no longer there, in many places.
+    let mappings = || {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", scene.vhost.pid())).unwrap();
+        maps.lines().count()
+    };
+    let before = mappings();
     queue.submit(&Request::read(0, &[buffer])).unwrap();
+    for page in (1..500).rev().step_by(16) {
+        let buffer = bench::Segment::new(ram.boundary(0) + page * 4096, 512);
+        queue.submit(&Request::read(0, &[buffer])).unwrap();
+    }
     scene.neighbour.wait_for(500).unwrap();
+    assert!(mappings() < before + 10, "each hole would be a mapping, of which there are 65,530");
     let mut raw = front_end.raw().unwrap();
     drop(front_end);
     drop(raw.wait_for_close());
