@@ -68,6 +68,9 @@ pub enum RingState {
     Stopped,
     /// Started by the front end, and waiting.
     Gated,
+    /// Stopped by the front end while it was waiting: the answer to GET_VRING_BASE has to wait too,
+    /// as the earlier connection's I/O still completes in this ring.
+    GatedReply,
     /// Served by a reactor.
     Live,
     /// Told to stop, with I/O in flight.
@@ -91,7 +94,8 @@ pub enum Then {
 /// What a session wants done. Rings are given by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Attach the ring to a reactor. If that fails: [`Session::start_failed`].
+    /// Attach the ring to a reactor, and let that stop at once if the ring is not live. If it
+    /// fails: [`Session::start_failed`].
     Start(usize),
     /// Give the ring's reactor a view made anew from [`Session::ring`].
     Publish(usize),
@@ -190,7 +194,9 @@ impl Session {
         let any = |state: fn(&RingState) -> bool| self.rings.iter().any(|r| state(&r.state));
         if self.closed {
             Phase::Closed
-        } else if any(|s| matches!(s, RingState::Draining { then: Then::Reply })) {
+        } else if any(|s| {
+            matches!(s, RingState::Draining { then: Then::Reply } | RingState::GatedReply)
+        }) {
             Phase::Quiescing
         } else if any(|s| *s == RingState::Live) {
             Phase::Running
@@ -395,9 +401,10 @@ impl Session {
     pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
         let state = self.ring_mut(ring)?;
         Ok(match state.state {
-            RingState::Stopped | RingState::Gated => {
-                state.state = RingState::Stopped;
-                vec![Effect::Reply(ring, state.base)]
+            RingState::Stopped => vec![Effect::Reply(ring, state.base)],
+            RingState::Gated | RingState::GatedReply => {
+                state.state = RingState::GatedReply;
+                vec![]
             }
             RingState::Live => {
                 state.state = RingState::Draining { then: Then::Reply };
@@ -452,10 +459,17 @@ impl Session {
         self.gate_open = true;
         let mut effects = vec![];
         for (n, ring) in self.rings.iter_mut().enumerate() {
-            if ring.state == RingState::Gated {
-                ring.state = RingState::Live;
-                ring.was_live = true;
-                effects.push(Effect::Start(n));
+            match ring.state {
+                RingState::Gated => {
+                    ring.state = RingState::Live;
+                    effects.push(Effect::Start(n));
+                }
+                RingState::GatedReply => {
+                    // Where the earlier I/O has left the ring, only a reactor can tell.
+                    ring.state = RingState::Draining { then: Then::Reply };
+                    effects.push(Effect::Start(n));
+                }
+                _ => {}
             }
         }
         effects
@@ -466,7 +480,7 @@ impl Session {
         for (n, ring) in self.rings.iter_mut().enumerate() {
             match ring.state {
                 RingState::Stopped => {}
-                RingState::Gated => ring.state = RingState::Stopped,
+                RingState::Gated | RingState::GatedReply => ring.state = RingState::Stopped,
                 RingState::Draining { .. } => {
                     ring.state = RingState::Draining { then: Then::Stop };
                 }

@@ -42,6 +42,11 @@ pub trait Connection: Send + Sync + fmt::Debug {
     /// The front end does not read, or is gone.
     fn send(&self, message: &[u8]) -> io::Result<()>;
 
+    /// Whether the front end has gone, although the transport has not reported it yet.
+    fn hung_up(&self) -> bool {
+        false
+    }
+
     /// Ends the connection. The transport then reports it closed.
     fn shut_down(&self);
 }

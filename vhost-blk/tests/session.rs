@@ -95,9 +95,13 @@ fn rings_wait_at_the_gate() {
     assert_eq!(session.set_kick(0, None).unwrap(), []);
     assert_eq!(session.set_kick(1, None).unwrap(), []);
     assert_eq!(session.phase(), Phase::Starting);
-    // A front end that gives up while it waits gets its own index back, at once.
-    assert_eq!(session.get_base(1).unwrap(), [Effect::Reply(1, 7)]);
-    assert_eq!(session.open_gate(), [Effect::Start(0)]);
+    // A front end that gives up while it waits has to wait too: the ring is still written to.
+    assert_eq!(session.get_base(1).unwrap(), []);
+    assert_eq!(session.phase(), Phase::Quiescing);
+    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert_eq!(session.open_gate(), [Effect::Start(0), Effect::Start(1)]);
+    assert_eq!(session.ring(1).state, RingState::Draining { then: Then::Reply });
+    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "what the reactor has found");
     assert_eq!(session.open_gate(), [], "a gate opens once");
     assert_eq!(session.phase(), Phase::Running);
     set_up(&mut session, 1);

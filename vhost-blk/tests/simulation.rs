@@ -21,17 +21,6 @@ mod simulation {
     pub(crate) mod transport;
     pub(crate) mod vm;
     pub(crate) mod world;
-
-    // What the target does not get right yet; see each. To be set and then removed.
-
-    /// A machine may come back before the target has heard that its connection is gone.
-    pub(crate) const OVERLAPPING_CONNECTIONS: bool = false;
-    /// A ring may be given its base while requests of its earlier life are in flight, so that its
-    /// used index ends beyond that base: after a lost connection, or after RESET_OWNER.
-    pub(crate) const STALE_BASES: bool = false;
-    /// Rings that wait for an earlier connection's I/O may be stopped. Goes wrong only together
-    /// with stale bases.
-    pub(crate) const STOPPED_AT_THE_GATE: bool = true;
 }
 
 use std::sync::atomic::{AtomicU64, Ordering};

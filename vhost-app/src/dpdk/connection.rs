@@ -64,6 +64,14 @@ impl Connection for DpdkConnection {
         }
     }
 
+    fn hung_up(&self) -> bool {
+        let (fd, events) = (self.fd.as_raw_fd(), libc::POLLRDHUP);
+        let mut poll = libc::pollfd { fd, events, revents: 0 };
+        // SAFETY: one pollfd of ours, and no wait.
+        let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        n > 0 && poll.revents & (libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR) != 0
+    }
+
     fn shut_down(&self) {
         // SAFETY: a socket that we own. rte_vhost sees the end of the stream.
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };

@@ -154,7 +154,7 @@ impl Core {
         let fetched =
             !stop && !self.broken && self.parked.is_none() && self.fetch(queue, view, turn, events);
         if self.used != self.published || self.call_due.pending {
-            self.tell_guest(queue, view, turn);
+            self.tell_guest(queue, view, turn, stop);
         }
         if self.owed.is_some() {
             self.settle(events);
@@ -373,13 +373,14 @@ impl Core {
     }
 
     /// Shows the guest what was put, and calls it if it wants that and the time has come.
-    fn tell_guest(&mut self, queue: &Queue, view: &View, turn: &mut Turn) {
+    /// A queue that stops does not make the guest wait for coalescing.
+    fn tell_guest(&mut self, queue: &Queue, view: &View, turn: &mut Turn, stop: bool) {
         if self.used != self.published {
             view.ring.publish_used(self.used);
             self.published = self.used;
             self.call_due.pending = true;
         }
-        if self.call_due.wait(&queue.coalescing, turn) {
+        if !stop && self.call_due.wait(&queue.coalescing, turn) {
             return;
         }
         let wanted = view.ring.wants_call(self.called, self.used) || self.call_unasked;
@@ -419,7 +420,7 @@ impl Core {
     #[cold]
     fn acknowledge_stop(&mut self, queue: &Queue, events: &Events) {
         if self.call_due.pending {
-            return; // a coalesced call goes out first
+            return; // a call that the system refused goes out first
         }
         self.stopped = true;
         queue.last_avail.store(self.last_avail, Ordering::Relaxed);

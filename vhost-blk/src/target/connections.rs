@@ -32,6 +32,8 @@ const DRAIN_WARN: Duration = Duration::from_secs(3);
 impl Target {
     /// A front end has connected to `socket`. `None` refuses it.
     pub fn connected(&self, socket: &Path, conn: SharedConnection) -> Option<ConnId> {
+        // A VM that comes back may be seen before its end was: its I/O comes first all the same.
+        self.gone_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
         let mut inner = self.lock();
         let id = ConnId(inner.id());
         let ending = inner.ending;
@@ -62,6 +64,17 @@ impl Target {
         };
         inner.connections.insert(id, connected);
         Some(id)
+    }
+
+    /// Connections to `socket` whose front ends have gone, which nobody has said yet.
+    fn gone_unreported(&self, socket: &Path) -> Vec<ConnId> {
+        let inner = self.lock();
+        let gone = |(id, c): (&ConnId, &Connected)| {
+            let controller = inner.controllers.get(&c.controller_name)?;
+            let here = controller.id == c.controller && controller.socket == socket;
+            (here && c.conn.as_ref().is_some_and(|conn| conn.hung_up())).then_some(*id)
+        };
+        inner.connections.iter().filter_map(gone).collect()
     }
 
     /// A message has arrived. Called on the transport's thread, in the connection's order.

@@ -9,7 +9,7 @@ use crate::config::Disk;
 use crate::protocol;
 use crate::queue::{Queue, QueueId, View};
 use crate::reactor::Core;
-use crate::session::{Effect, RingState, Session};
+use crate::session::{Effect, RingState, Session, Then};
 use crate::transport::ConnId;
 
 impl Target {
@@ -92,9 +92,15 @@ impl Target {
         let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
         let reactor = self.least_loaded(&inner, &cores);
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
-        let live = connected.session.ring(ring).state == RingState::Live;
+        let state = connected.session.ring(ring).state;
+        let live = state == RingState::Live;
+        // Stopped before it was served: only its reactor may look into the ring for the answer.
+        let owed = state == RingState::Draining { then: Then::Reply };
         match queue {
-            Some(Ok(queue)) if live => {
+            Some(Ok(queue)) if live || owed => {
+                if owed {
+                    queue.stop();
+                }
                 if connected.queues.len() <= ring {
                     connected.queues.resize_with(ring + 1, || None);
                 }

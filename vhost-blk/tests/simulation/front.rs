@@ -69,9 +69,7 @@ impl World {
         let Some(controller) = self.rng.pick(&existing) else { return };
         let orphan = |vm: &usize| {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
-            self.vms[*vm].controller == controller
-                && mine().all(|f| f.gone && (f.closed || super::OVERLAPPING_CONNECTIONS))
-                && (super::STALE_BASES || (0..RINGS).all(|ring| !self.is_flying(*vm, ring)))
+            self.vms[*vm].controller == controller && mine().all(|f| f.gone)
         };
         let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
         let again = self.rng.pick(&orphans).filter(|_| !self.rng.one_in(4));
@@ -79,6 +77,11 @@ impl World {
         let fake = FakeConnection::new(number);
         let path = self.controllers[controller].path.clone();
         let id = self.target.connected(&path, Arc::clone(&fake) as SharedConnection);
+        // The target looks for itself who has gone.
+        let unheard = |f: &Front| f.controller == controller && !f.closed && f.fake.is_shut();
+        let unheard: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| unheard(&self.fronts[*n])).collect();
+        unheard.into_iter().for_each(|n| self.is_closed(n));
         assert_eq!(id.is_none(), self.controllers[controller].deleting, "whether it may connect");
         let Some(id) = id else { return };
         let vm = again.unwrap_or_else(|| {
@@ -156,10 +159,6 @@ impl World {
     fn write_script(&mut self, n: usize) {
         let ring = self.rng.below(RINGS);
         let served = self.fronts[n].rings[ring].served;
-        if served == Served::Reset && !super::STALE_BASES && self.is_flying(self.fronts[n].vm, ring)
-        {
-            return; // It would give the ring a base that is not its last.
-        }
         let none_served = self.fronts[n].rings.iter().all(|r| r.served != Served::Yes);
         let script = match self.rng.below(32) {
             0..14 if served != Served::Yes => self.start(n, ring),
@@ -183,14 +182,7 @@ impl World {
 
     fn may_stop(&self, n: usize, ring: usize) -> bool {
         let front = &self.fronts[n];
-        let name = &self.controllers[front.controller].name;
-        let gated = || self.target.delete_progress(name).is_ok_and(|p| p.draining > 0);
-        front.rings[ring].served != Served::Not && (super::STOPPED_AT_THE_GATE || !gated())
-    }
-
-    /// Whether a ring has requests with a disk.
-    fn is_flying(&self, vm: usize, ring: usize) -> bool {
-        self.vms[vm].outstanding(ring).any(|r| r.progress != Progress::Offered)
+        front.rings[ring].served != Served::Not
     }
 
     fn call(&mut self) -> Option<EventFd> {

@@ -64,6 +64,10 @@ impl Connection for FakeConnection {
         Ok(())
     }
 
+    fn hung_up(&self) -> bool {
+        self.is_shut()
+    }
+
     fn shut_down(&self) {
         lock(&self.state).shut = true;
     }
