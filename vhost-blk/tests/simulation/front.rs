@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::disk::lock;
 use super::message::Message;
 use super::transport::FakeConnection;
-use super::vm::{Kind, Layout, Progress, RINGS, Vm};
+use super::vm::{Kind, Layout, RINGS, Vm};
 use super::world::{Front, Served, World};
 
 /// Something that another thread does while a device is being opened.
