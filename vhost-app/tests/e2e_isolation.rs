@@ -91,6 +91,31 @@ fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
     answer[0]["sessions"].as_array().unwrap().clone()
 }
 
+/// A VM on controller "b" whose disk never answers, with all its I/O in flight.
+fn hung_vm(vhost: &Vhost) -> Vm {
+    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
+    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
+    let vm = Vm::start(&controller_on(vhost, "b", "EE_MB"));
+    vm.goes_on();
+    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
+    vhost.ok("bdev_error_inject_error", pending);
+    wait_until("all of B's I/O is held", || {
+        sessions(vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
+    });
+    vm
+}
+
+/// The disk of [`hung_vm`] holds no further I/O.
+fn heal(vhost: &Vhost) {
+    let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
+    vhost.ok("bdev_error_inject_error", clear);
+}
+
+/// And answers what it has held.
+fn answer(vhost: &Vhost) {
+    vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+}
+
 /// Builds the library that makes an unmapping slow; see its source.
 fn slow_munmap(dir: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/slow_munmap.c");
@@ -149,16 +174,8 @@ fn a_slow_unmap_holds_up_nobody() {
 fn a_disk_that_never_answers_holds_up_nobody() {
     let vhost = Vhost::start(&[]);
     let a = Vm::start(&malloc_controller(&vhost, "a", "MA"));
-    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
-    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
-    let socket = controller_on(&vhost, "b", "EE_MB");
-    let b = Vm::start(&socket);
-    b.goes_on();
-    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
-    vhost.ok("bdev_error_inject_error", pending);
-    wait_until("all of B's I/O is held", || {
-        sessions(&vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
-    });
+    let socket = vhost.socket("b");
+    let b = hung_vm(&vhost);
 
     b.kill();
     wait_until("B is gone", || sessions(&vhost, "b")[0]["state"] == "closed");
@@ -181,8 +198,7 @@ fn a_disk_that_never_answers_holds_up_nobody() {
     assert_eq!((refusal.code, refusal.message.as_str()), (-32602, "Device or resource busy"));
     let forced = json!({"ctrlr": "b", "force": true, "timeout_ms": 10});
     assert_eq!(vhost.ok("vhost_delete_controller", forced), json!(true));
-    let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
-    vhost.ok("bdev_error_inject_error", clear);
+    heal(&vhost);
     controller_on(&vhost, "b", "EE_MB");
     let b = Vm::start(&socket);
     b.goes_on();
@@ -192,7 +208,7 @@ fn a_disk_that_never_answers_holds_up_nobody() {
     a.goes_on();
 
     // The I/O completes after all: the memory is given back.
-    vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+    answer(&vhost);
     wait_until("the quarantine ends", || sessions(&vhost, "b").is_empty());
     a.end();
     assert_eq!(vhost.stop(), 0);
@@ -203,14 +219,7 @@ fn a_disk_that_never_answers_holds_up_nobody() {
 fn a_stop_that_takes_long_holds_up_nobody() {
     let vhost = Vhost::start(&[]);
     let a = Vm::start(&malloc_controller(&vhost, "a", "MA"));
-    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
-    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
-    let mut b = Vm::start(&controller_on(&vhost, "b", "EE_MB"));
-    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
-    vhost.ok("bdev_error_inject_error", pending);
-    wait_until("all of B's I/O is held", || {
-        sessions(&vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
-    });
+    let mut b = hung_vm(&vhost);
     let answered = AtomicBool::new(false);
     thread::scope(|scope| {
         let stop = scope.spawn(|| {
@@ -224,11 +233,8 @@ fn a_stop_that_takes_long_holds_up_nobody() {
         c.end();
         a.goes_on();
         assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
-        vhost.ok(
-            "bdev_error_inject_error",
-            json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"}),
-        );
-        vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+        heal(&vhost);
+        answer(&vhost);
         let bases = stop.join().unwrap();
         let (summary, queues) = b.load.take().unwrap().abandon().unwrap();
         assert_eq!(summary.errors, 0);
@@ -243,21 +249,13 @@ fn a_stop_that_takes_long_holds_up_nobody() {
 #[test]
 fn a_drain_is_waited_for_no_longer_than_the_limit() {
     let vhost = Vhost::start(&["--drain-limit", "1"]);
-    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
-    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
-    let mut b = Vm::start(&controller_on(&vhost, "b", "EE_MB"));
-    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
-    vhost.ok("bdev_error_inject_error", pending);
-    wait_until("all of B's I/O is held", || {
-        sessions(&vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
-    });
+    let mut b = hung_vm(&vhost);
     b.front_end.stop().expect_err("the connection ends without an answer");
     wait_until("B is gone", || sessions(&vhost, "b")[0]["state"] == "closed");
     vhost.wait_for_log("I/O still in flight after 1 s, ending the connection");
     b.load.take().unwrap().abandon().unwrap();
-    let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
-    vhost.ok("bdev_error_inject_error", clear);
-    vhost.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+    heal(&vhost);
+    answer(&vhost);
     wait_until("its I/O has completed", || sessions(&vhost, "b").is_empty());
 }
 
@@ -393,15 +391,8 @@ fn removing_and_resizing_a_disk_disturbs_nobody_else() {
 #[test]
 fn sigterm_ends_with_io_that_never_completes() {
     let mut vhost = Vhost::start(&[]);
-    vhost.ok("bdev_malloc_create", json!({"name": "MB", "num_blocks": 16384, "block_size": 512}));
-    vhost.ok("bdev_error_create", json!({"base_name": "MB"}));
-    let socket = controller_on(&vhost, "b", "EE_MB");
-    let b = Vm::start(&socket);
-    let pending = json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
-    vhost.ok("bdev_error_inject_error", pending);
-    wait_until("all of B's I/O is held", || {
-        sessions(&vhost, "b")[0]["inflight_task_cnt"] == LoadOptions::default().depth
-    });
+    let socket = vhost.socket("b");
+    let b = hung_vm(&vhost);
     vhost.signal("TERM");
     assert_eq!(vhost.wait(), Some(0));
     assert!(!socket.exists() && !vhost.rpc_socket().exists());
