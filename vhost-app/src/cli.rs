@@ -57,7 +57,7 @@ pub(crate) struct Options {
     pub(crate) main_core: usize,
     /// Take locks on the cores in /var/tmp.
     pub(crate) cpumask_locks: bool,
-    /// Let idle reactors sleep instead of polling.
+    /// `--interrupt-mode` was given.
     pub(crate) interrupt_mode: bool,
     /// DPDK's memory in MiB (`-s`); as much as it takes if none.
     pub(crate) mem_size_mib: Option<u32>,
@@ -186,13 +186,13 @@ struct Args {
     /// Do not lock the cores in /var/tmp.
     #[arg(long)]
     disable_cpumask_locks: bool,
-    /// Let idle reactors sleep instead of polling.
+    /// Accepted: reactors poll while they have queues, and sleep otherwise.
     #[arg(long)]
     interrupt_mode: bool,
     /// Memory for DPDK in MiB, or with K, M or G [default: as needed].
     #[arg(short = 's', long, value_name = "SIZE", value_parser = mem_size, allow_hyphen_values = true)]
     mem_size: Option<u32>,
-    /// Use this hugetlbfs mount.
+    /// Accepted: hugepages are taken without a mount.
     #[arg(long, value_name = "DIR", allow_hyphen_values = true)]
     huge_dir: Option<String>,
     /// Use ordinary pages; needs -s.

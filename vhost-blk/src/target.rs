@@ -150,8 +150,10 @@ impl Target {
         let mut reactors = Vec::new();
         let mut threads = Vec::new();
         for core in cores {
-            let (reactor, thread) = Reactor::start(*core, &domain, &events)
-                .map_err(|e| io::Error::new(e.kind(), format!("core {}: {e}", core.0)))?;
+            let (reactor, thread) = Reactor::start(*core, &domain, &events).map_err(|e| {
+                let what = "does not exist or may not be used by this process";
+                io::Error::new(e.kind(), format!("core {} {what}: {e}", core.0))
+            })?;
             reactors.push(reactor);
             threads.push(thread);
         }

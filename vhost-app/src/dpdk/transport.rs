@@ -97,6 +97,11 @@ impl DpdkTransport {
 
 impl Transport for DpdkTransport {
     fn listen(&self, path: &Path, features: u64) -> io::Result<()> {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
+            let what = format!("{} is not a directory", dir.display());
+            return Err(io::Error::new(io::ErrorKind::NotADirectory, what));
+        }
         remove_stale_socket(path)?;
         register(path, features)?;
         self.wake_event_thread();
