@@ -18,11 +18,10 @@
 //! | offset, bytes | what |
 //! |---|---|
 //! | 0 | the message: `u32` request, `u32` flags, `u32` payload size, payload (packed) |
-//! | [`FDS_OFFSET`] | `int fds[8]` ([`FDS_MAX`]) |
-//! | [`FD_NUM_OFFSET`] | `int fd_num`, how many of `fds` came with the message |
+//! | [`FDS_OFFSET`] | where the message ends at the latest: the fds that came with it |
 //!
-//! The offsets belong to the headers this was built with; compare [`rte_version_year`] and
-//! [`rte_version_month`] with [`RTE_VER_YEAR`] and [`RTE_VER_MONTH`] before relying on them.
+//! The offset belongs to the headers this was built with; compare [`rte_version_year`] and
+//! [`rte_version_month`] with [`RTE_VER_YEAR`] and [`RTE_VER_MONTH`] before relying on it.
 
 #[expect(
     unsafe_code,
@@ -49,12 +48,6 @@ pub use bindings::{
 /// Offset of `fds` in `struct vhu_msg_context`, in bytes; measured with the private header of each
 /// release.
 pub const FDS_OFFSET: usize = if cfg!(dpdk_ge_25_03) { 1084 } else { 644 };
-
-/// Offset of `fd_num` in `struct vhu_msg_context`, in bytes.
-pub const FD_NUM_OFFSET: usize = FDS_OFFSET + FDS_MAX * size_of::<core::ffi::c_int>();
-
-/// Length of `fds` in `struct vhu_msg_context` (`VHOST_MEMORY_MAX_NREGIONS`).
-pub const FDS_MAX: usize = 8;
 
 /// Whether DPDK's archives are part of the program, rather than its shared libraries loaded with
 /// it.
