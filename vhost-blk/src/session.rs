@@ -13,7 +13,9 @@
 //! ```
 //!
 //! A ring is gated while an earlier connection of the same controller still has I/O in flight:
-//! that I/O must not be overtaken, nor its memory's ring be read, before it has completed.
+//! that I/O must not be overtaken, nor its memory's ring be read, before it has completed. A ring
+//! that is stopped at the gate owes its answer until the gate opens; its reactor then looks where
+//! the ring stands, and stops at once.
 
 use std::sync::Arc;
 

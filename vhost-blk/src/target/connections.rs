@@ -36,13 +36,14 @@ impl Target {
         self.gone_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
         let mut inner = self.lock();
         let id = ConnId(inner.id());
-        let ending = inner.ending;
-        let of = inner.controllers.values().find(|c| c.socket == socket)?.id;
-        let connected = inner.connections.values().filter(|c| c.controller == of).count();
-        let controller = inner.controllers.values_mut().find(|c| c.id == of)?;
-        if controller.deleting || ending {
+        let Inner { controllers, connections, ending, .. } = &mut *inner;
+        let controller = controllers.values_mut().find(|c| c.socket == socket)?;
+        if controller.deleting || *ending {
             return None;
         }
+        let of = controller.id;
+        let mine = || connections.values().filter(|c| c.controller == of);
+        let connected = mine().count();
         if connected >= CONNECTIONS_MAX {
             warn!("controller {}: refused front end {connected}: too many", controller.name);
             return None;
@@ -50,7 +51,7 @@ impl Target {
         let number = controller.sessions_made;
         controller.sessions_made += 1;
         let (name, offered) = (controller.name.clone(), controller.features);
-        let gate_open = !inner.connections.values().any(|c| c.controller == of && c.conn.is_none());
+        let gate_open = mine().all(|c| c.conn.is_some());
         debug!("controller {name}: front end {number} connected");
         let connected = Connected {
             controller: of,
