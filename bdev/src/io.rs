@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 
 /// Names one I/O among those outstanding on a channel. The caller picks it, below the `depth`
@@ -184,6 +185,11 @@ pub trait Channel: Send {
     /// If the answer is [`Submit::Queued`], the segment array and the memory that it names stay
     /// valid until `poll` has reported the I/O; otherwise, until this returns.
     unsafe fn submit(&mut self, io: Io) -> Submit;
+
+    /// What the owner may do itself instead of calling `submit`, which stays the complete way.
+    fn shortcut(&self) -> Shortcut {
+        Shortcut::None
+    }
 
     /// Tells the device about what was queued since the last call. Called once per visit, after
     /// the submits and before the poll, so that a batch costs one system call.

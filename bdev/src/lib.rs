@@ -23,6 +23,7 @@ mod geometry;
 
 mod available;
 mod pages;
+mod shortcut;
 
 mod malloc;
 mod null;
@@ -41,5 +42,7 @@ pub use io::{
 };
 pub use malloc::{Malloc, MallocOptions};
 pub use null::{Null, NullOptions};
+pub use memory::Stores;
 pub use pages::Backing;
+pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};

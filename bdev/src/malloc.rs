@@ -8,13 +8,10 @@ use uuid::Uuid;
 
 use crate::geometry::{checked_size, within};
 use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
-use crate::memory;
+use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
+use crate::shortcut::{AT_ONCE, Shortcut};
 use crate::stats::Stats;
-
-/// How much a channel copies or zeroes at once, so that one request of gigabytes does not hold
-/// the reactor: the rest follows, this much per poll. About 0.1 ms of work.
-const AT_ONCE: usize = 1 << 20;
 
 /// A disk in memory. All of it is allocated when it is made, and reads as zeroes.
 ///
@@ -106,15 +103,18 @@ impl Bdev for Malloc {
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
         let size = self.size_bytes();
+        let stores = Stores::for_target_of(size);
         let long = VecDeque::with_capacity(depth.into());
-        Ok(Box::new(MallocChannel { disk: self, size, long }))
+        Ok(Box::new(MallocChannel { disk: self, size, stores, long }))
     }
 }
 
 struct MallocChannel {
     disk: Arc<Malloc>,
     size: u64,
-    /// I/Os longer than [`AT_ONCE`], with how much of each is done; the front one is worked on.
+    stores: Stores,
+    /// I/Os longer than [`AT_ONCE`], with how much of each is done; the front one is worked on,
+    /// this much per poll.
     long: VecDeque<(Io, u64)>,
 }
 
@@ -124,63 +124,62 @@ impl Channel for MallocChannel {
         if !within(&io, self.size) {
             return Submit::Done(Status::IoError);
         }
-        if io.len > AT_ONCE as u64 {
+        if io.len > AT_ONCE {
             self.long.push_back((io, 0));
             return Submit::Queued;
         }
         // SAFETY: the range was checked; the caller vouches for the segments.
-        Submit::Done(unsafe { transfer(&self.disk.pages, &io, 0, io.len as usize) })
+        Submit::Done(unsafe { self.transfer(&io, 0, io.len as usize) })
+    }
+
+    fn shortcut(&self) -> Shortcut {
+        let base = self.disk.pages.base();
+        Shortcut::Memory { base, size: self.size, stores: self.stores }
     }
 
     #[inline]
     fn poll(&mut self, done: &mut [Completion]) -> usize {
-        let (Some((io, at)), Some(slot)) = (self.long.front_mut(), done.first_mut()) else {
-            return 0;
-        };
-        let n = (io.len - *at).min(AT_ONCE as u64);
+        let Some(slot) = done.first_mut() else { return 0 };
+        let Some((io, at)) = self.long.pop_front() else { return 0 };
+        let n = (io.len - at).min(AT_ONCE);
         // SAFETY: as in `submit`; the memory is valid until the completion has been reported.
-        let status = unsafe { transfer(&self.disk.pages, io, *at, n as usize) };
-        *at += n;
-        if status == Status::Ok && *at < io.len {
+        let status = unsafe { self.transfer(&io, at, n as usize) };
+        if status == Status::Ok && at + n < io.len {
+            self.long.push_front((io, at + n));
             return 0;
         }
         *slot = Completion { tag: io.tag, status };
-        self.long.pop_front();
         1
     }
 }
 
-/// Does `len` bytes of `io`, beginning `at` bytes into it.
-///
-/// # Safety
-/// The range of `io` lies within `pages` and `at + len` within its length, and its segments are
-/// valid.
-#[inline]
-unsafe fn transfer(pages: &Pages, io: &Io, at: u64, len: usize) -> Status {
-    // Within the mapping, so within a usize.
-    let device = pages.base().wrapping_add((io.offset + at) as usize);
-    let whole = match io.op {
-        Op::Read => {
-            // SAFETY: the caller vouches for it.
-            let segments = unsafe { io.segments() };
+impl MallocChannel {
+    /// Does `len` bytes of `io`, beginning `at` bytes into it.
+    ///
+    /// # Safety
+    /// The range of `io` lies within the disk and `at + len` within its length, and its segments
+    /// are valid.
+    #[inline]
+    unsafe fn transfer(&self, io: &Io, at: u64, len: usize) -> Status {
+        // Within the mapping, so within a usize.
+        let device = self.disk.pages.base().wrapping_add((io.offset + at) as usize);
+        // SAFETY: the caller vouches for it.
+        let segments = unsafe { io.segments() };
+        let whole = match io.op {
             // SAFETY: `device..device + len` lies within the mapping, which no segment does.
-            unsafe { memory::scatter(segments, at, device, len) }
-        }
-        Op::Write => {
-            // SAFETY: the caller vouches for it.
-            let segments = unsafe { io.segments() };
+            Op::Read => unsafe { memory::scatter(segments, at, device, len) },
             // SAFETY: as for the read.
-            unsafe { memory::gather(segments, at, device, len) }
-        }
-        // Giving the pages back would be an address-space call.
-        Op::Unmap | Op::WriteZeroes => {
-            // SAFETY: the range lies within the mapping.
-            unsafe { memory::zero(device, len) };
-            true
-        }
-        Op::Flush => true,
-    };
-    if whole { Status::Ok } else { Status::IoError }
+            Op::Write => unsafe { memory::gather(segments, at, device, len, self.stores) },
+            // Giving the pages back would be an address-space call.
+            Op::Unmap | Op::WriteZeroes => {
+                // SAFETY: the range lies within the mapping.
+                unsafe { memory::zero(device, len) };
+                true
+            }
+            Op::Flush => true,
+        };
+        if whole { Status::Ok } else { Status::IoError }
+    }
 }
 
 #[cfg(test)]

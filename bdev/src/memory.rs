@@ -26,17 +26,96 @@ pub unsafe fn scatter(segments: &[Segment], skip: u64, from: *const u8, len: usi
     })
 }
 
+/// How bytes are stored where they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stores {
+    /// As the processor does by itself: the lines are fetched, changed, and stay in the cache.
+    Cached,
+    /// Past the cache, whole lines at a time, which spares fetching what is about to be
+    /// overwritten. For targets that the cache could not hold anyway.
+    Streamed,
+}
+
+/// A target of this size is not expected to be found in the cache: the third level's share of one
+/// core in the processors of the day is smaller, as is all of it in most.
+const STREAMED_FROM: u64 = 32 << 20;
+
+impl Stores {
+    /// What is best for copies to random places in `size` bytes.
+    #[must_use]
+    pub fn for_target_of(size: u64) -> Self {
+        if size >= STREAMED_FROM { Self::Streamed } else { Self::Cached }
+    }
+}
+
 /// Copies `len` bytes from the segments, `skip` bytes in, to `to`. Returns whether the segments
 /// were long enough; if not, what there was has been copied.
 ///
 /// # Safety
 /// `to..to + len` is writable, the segments are readable, and they do not overlap.
 #[inline]
-pub unsafe fn gather(segments: &[Segment], skip: u64, to: *mut u8, len: usize) -> bool {
-    for_each_piece(segments, skip, len, |at, done, n| {
-        // SAFETY: as in `scatter`, the other way round.
-        unsafe { ptr::copy_nonoverlapping(at.cast_const(), to.wrapping_add(done), n) }
-    })
+pub unsafe fn gather(
+    segments: &[Segment],
+    skip: u64,
+    to: *mut u8,
+    len: usize,
+    stores: Stores,
+) -> bool {
+    let whole = for_each_piece(segments, skip, len, |at, done, n| {
+        let to = to.wrapping_add(done);
+        if stores == Stores::Streamed && n.is_multiple_of(LINE) && to.align_offset(LINE) == 0 {
+            // SAFETY: as in `scatter`, the other way round; whole, aligned lines.
+            unsafe { stream(at.cast_const(), to, n) }
+        } else {
+            // SAFETY: as in `scatter`, the other way round.
+            unsafe { ptr::copy_nonoverlapping(at.cast_const(), to, n) }
+        }
+    });
+    if stores == Stores::Streamed {
+        streamed();
+    }
+    whole
+}
+
+/// Bytes in a cache line.
+const LINE: usize = 64;
+
+/// Copies whole lines past the cache. They are in order with other stores after [`streamed`].
+///
+/// # Safety
+/// As [`ptr::copy_nonoverlapping`]; `to` is aligned to a line and `len` a multiple of one.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+    use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+    for line in (0..len).step_by(LINE) {
+        let (from, to) = (from.wrapping_add(line), to.wrapping_add(line));
+        // All of a line is loaded before any of it is stored, as it leaves in one piece then.
+        let words: [__m128i; 4] = std::array::from_fn(|i| {
+            // SAFETY: 16 bytes of the caller's `len`.
+            unsafe { _mm_loadu_si128(from.cast::<__m128i>().wrapping_add(i)) }
+        });
+        for (i, word) in words.into_iter().enumerate() {
+            // SAFETY: as above; `to` is aligned.
+            unsafe { _mm_stream_si128(to.cast::<__m128i>().wrapping_add(i), word) };
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller vouches for it.
+    unsafe { ptr::copy_nonoverlapping(from, to, len) }
+}
+
+/// Puts what was streamed in order before all later stores: a reader who sees one of those sees it.
+#[inline]
+fn streamed() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence.
+    unsafe {
+        core::arch::x86_64::_mm_sfence();
+    }
 }
 
 /// Fills `to..to + len` with zeroes.
@@ -117,11 +196,29 @@ mod tests {
                 assert!(unsafe { scatter(&list, skip as u64, source.as_ptr(), len) });
                 let mut back = vec![0; len];
                 // SAFETY: as above.
-                assert!(unsafe { gather(&list, skip as u64, back.as_mut_ptr(), len) });
+                assert!(unsafe { gather(&list, skip as u64, back.as_mut_ptr(), len, Stores::Cached) });
                 assert_eq!(back, source[..len]);
                 assert_eq!(memory[skip..skip + len], source[..len]);
                 assert!(memory[..skip].iter().chain(&memory[skip + len..]).all(|&b| b == 0));
             }
+        }
+    }
+
+    #[test]
+    fn streamed_copies_are_copies() {
+        #[repr(align(64))]
+        struct Aligned([u8; 512]);
+        let mut memory: [u8; 600] = std::array::from_fn(|i| i as u8);
+        let list = segments(&mut memory, &[64, 1, 200, 335]);
+        for (skip, to, len) in [(0, 0, 512), (0, 64, 128), (1, 0, 256), (65, 3, 64), (0, 0, 63)] {
+            let mut target = Aligned([0xee; 512]);
+            let at = target.0.as_mut_ptr().wrapping_add(to);
+            // SAFETY: within both arrays.
+            assert!(unsafe { gather(&list, skip, at, len, Stores::Streamed) });
+            let expected: Vec<u8> = (0..512)
+                .map(|i| if (to..to + len).contains(&i) { memory[skip as usize + i - to] } else { 0xee })
+                .collect();
+            assert_eq!(target.0[..], expected[..], "{skip} {to} {len}");
         }
     }
 

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::geometry::{checked_size, within};
 use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
+use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 
 /// A disk without bytes.
@@ -125,6 +126,10 @@ impl Channel for NullChannel {
             _ if !within(&io, self.disk.size_bytes()) => Status::IoError,
             Op::Read | Op::Write | Op::WriteZeroes => Status::Ok,
         })
+    }
+
+    fn shortcut(&self) -> Shortcut {
+        Shortcut::Nothing
     }
 
     #[inline]

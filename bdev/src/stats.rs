@@ -107,18 +107,23 @@ impl Counters {
     /// Counts one operation that has ended after `ticks`.
     #[inline]
     pub fn record(&self, op: Op, bytes: u64, ticks: u64, status: Status) {
-        // Relaxed: each counter has this one writer, and readers want no order among them.
-        let add = |counter: &AtomicU64, n: u64| {
-            counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
-        };
-        let counters = &self.ops[op as usize];
-        add(&counters.count, 1);
-        add(&counters.ticks, ticks);
         if status == Status::Ok {
-            add(&counters.bytes, bytes);
+            self.record_batch(op, 1, bytes, ticks);
         } else {
+            let counters = &self.ops[op as usize];
+            add(&counters.count, 1);
+            add(&counters.ticks, ticks);
             add(&counters.errors, 1);
         }
+    }
+
+    /// Counts `count` operations that have succeeded, of `bytes` and `ticks` in all.
+    #[inline]
+    pub fn record_batch(&self, op: Op, count: u64, bytes: u64, ticks: u64) {
+        let counters = &self.ops[op as usize];
+        add(&counters.count, count);
+        add(&counters.ticks, ticks);
+        add(&counters.bytes, bytes);
     }
 
     fn add_to(&self, sum: &mut [OpCounts; OPS]) {
@@ -129,6 +134,12 @@ impl Counters {
             sum.ticks += counters.ticks.load(Ordering::Relaxed);
         }
     }
+}
+
+/// Relaxed: each counter has this one writer, and readers want no order among them.
+#[inline]
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
 #[cfg(test)]

@@ -91,17 +91,25 @@ pub struct Reader {
 
 impl Reader {
     /// Announces that no published value is held, and that the next turn begins. One load, and
-    /// one store when something was retired since the last time.
+    /// one store when an epoch has ended since the last time.
+    ///
+    /// Answers with whether one has. If not, nothing that was published at any time in the turn
+    /// before has been freed nor will be in this one, and a reader may go on with what it loaded
+    /// then: the announcement that would allow it has not been made. If so, everything has to be
+    /// loaded anew. A writer who wants to be noticed without retiring anything calls
+    /// [`Domain::advance`] after it has written.
     ///
     /// Takes `&mut self`, so that the compiler sees to the first half.
     #[inline]
-    pub fn quiesce(&mut self) {
+    pub fn quiesce(&mut self) -> bool {
         debug_assert!(self.is_online(), "a sleeping reader has no turns");
         let epoch = self.domain.epoch.load(epoch_read());
-        if epoch != self.seen {
-            self.seen = epoch;
-            self.slot().store(epoch, slot_quiesce());
+        if epoch == self.seen {
+            return false;
         }
+        self.seen = epoch;
+        self.slot().store(epoch, slot_quiesce());
+        true
     }
 
     /// Begins the first turn, at the start or after a sleep.

@@ -71,6 +71,58 @@ fn a_busy_reader() {
     });
 }
 
+/// A reader that keeps what it loaded for as long as `quiesce` says that no epoch has ended.
+#[test]
+fn a_reader_that_keeps_what_it_has() {
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let turns = {
+            let published = Arc::clone(&published);
+            thread::spawn(move || {
+                // SAFETY: online, in the one domain that there is.
+                let load = |reader: &Reader| std::ptr::from_ref(unsafe { published.load(reader) });
+                let mut kept = load(&reader);
+                for _ in 0..3 {
+                    if reader.quiesce() {
+                        kept = load(&reader);
+                    }
+                    // SAFETY: what `quiesce` promises, which loom checks.
+                    let watched = unsafe { &*kept };
+                    // SAFETY: loom checks that nobody writes meanwhile.
+                    assert_ne!(watched.0.with(|n| unsafe { *n }), u64::MAX);
+                }
+            })
+        };
+        free(published.replace(Watched::boxed(2)));
+        turns.join().expect("reader");
+    });
+}
+
+/// What is written before an epoch is ended is seen by the reader that notices it.
+#[test]
+fn an_epoch_as_a_signal() {
+    loom::model(|| {
+        let domain = Domain::new(1);
+        let stop = Arc::new(loom::sync::atomic::AtomicBool::new(false));
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let turns = {
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || {
+                while !reader.quiesce() {
+                    thread::yield_now();
+                }
+                assert!(stop.load(std::sync::atomic::Ordering::Relaxed));
+            })
+        };
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        let _ = domain.advance();
+        turns.join().expect("reader");
+    });
+}
+
 #[test]
 fn a_reader_that_sleeps() {
     loom::model(|| {

@@ -16,6 +16,7 @@
 //! ([`queue::View`]); a *core* is what it keeps about it ([`queue::core::Core`]), with one owner at a
 //! time. Views are published through [`qsbr`]; nothing here is ever waited for by a reactor.
 
+mod cache;
 pub mod config;
 pub mod controller;
 pub mod foreign;

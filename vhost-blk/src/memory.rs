@@ -195,6 +195,60 @@ struct Line {
     host: *mut u8,
 }
 
+impl Line {
+    #[inline]
+    fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
+        let offset = gpa.wrapping_sub(self.gpa);
+        (offset < self.size).then(|| (self.host.wrapping_add(offset as usize), self.size - offset))
+    }
+}
+
+/// Translates addresses, first in the region where the last one was.
+#[derive(Debug)]
+pub struct Near<'m> {
+    memory: &'m GuestMemory,
+    line: Line,
+}
+
+/// Where the last address was, between two uses of a [`Near`]. Belongs to one memory table.
+#[derive(Clone, Copy, Debug)]
+pub struct Nearest(Line);
+
+// SAFETY: an address, followed by nobody but a `Near` of the table that it belongs to.
+unsafe impl Send for Nearest {}
+
+impl Default for Nearest {
+    fn default() -> Self {
+        // Contains no address.
+        Self(Line { gpa: 0, size: 0, host: std::ptr::null_mut() })
+    }
+}
+
+impl Near<'_> {
+    /// As [`GuestMemory::translate`].
+    #[inline]
+    #[must_use]
+    pub fn translate(&mut self, gpa: u64) -> Option<(*mut u8, u64)> {
+        if let Some(found) = self.line.translate(gpa) {
+            return Some(found);
+        }
+        self.search(gpa)
+    }
+
+    #[cold]
+    fn search(&mut self, gpa: u64) -> Option<(*mut u8, u64)> {
+        self.line = *self.memory.lines.iter().find(|line| line.translate(gpa).is_some())?;
+        self.line.translate(gpa)
+    }
+
+    /// Where the last address was.
+    #[inline]
+    #[must_use]
+    pub fn nearest(&self) -> Nearest {
+        Nearest(self.line)
+    }
+}
+
 /// One memory table, mapped. Immutable; a change makes a new one, which shares the regions that
 /// stayed.
 #[derive(Debug)]
@@ -248,11 +302,14 @@ impl GuestMemory {
     #[inline]
     #[must_use]
     pub fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
-        self.lines.iter().find_map(|line| {
-            let offset = gpa.wrapping_sub(line.gpa);
-            (offset < line.size)
-                .then(|| (line.host.wrapping_add(offset as usize), line.size - offset))
-        })
+        self.lines.iter().find_map(|line| line.translate(gpa))
+    }
+
+    /// A translator that begins with the region of `line`, if that is one of this table.
+    #[inline]
+    #[must_use]
+    pub fn near(&self, line: Nearest) -> Near<'_> {
+        Near { memory: self, line: line.0 }
     }
 
     /// The host address of `len` bytes at `gpa`, if they lie in one region.
@@ -282,7 +339,13 @@ impl GuestMemory {
 
     /// Whether a region's file was found to be shorter than it was when it was mapped.
     #[must_use]
+    #[inline]
     pub fn truncated(&self) -> bool {
+        sigbus::ever_truncated() && self.any_truncated()
+    }
+
+    #[cold]
+    fn any_truncated(&self) -> bool {
         self.regions.iter().any(|region| region.truncated.load(Ordering::Relaxed))
     }
 

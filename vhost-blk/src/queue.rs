@@ -17,6 +17,7 @@ use crate::memory::GuestMemory;
 use crate::notify::CallFd;
 use crate::reactor::{Events, Turn};
 use crate::reclaim::Garbage;
+use crate::request::Limits;
 use crate::ring::{RingAddrs, RingError, SplitRing};
 
 /// Identity of a queue, never reused.
@@ -37,6 +38,8 @@ pub struct View {
     pub call: Option<Arc<CallFd>>,
     /// The disk; `None` once it was removed, after which every request fails.
     pub disk: Option<Arc<Disk>>,
+    /// What the disk allows, as it was when the view was made: a disk that grows makes a new view.
+    pub(crate) limits: Option<Limits>,
     /// I/Os submitted under this view and not completed.
     inflight: AtomicU32,
 }
@@ -58,7 +61,8 @@ impl View {
         // SAFETY: the view keeps the memory for as long as it keeps the ring.
         let ring = unsafe { SplitRing::new(memory, size, addrs, event_idx) }?;
         let (memory, inflight) = (Arc::clone(memory), AtomicU32::new(0));
-        Ok(Self { generation, ring, memory, call, disk, inflight })
+        let limits = disk.as_deref().map(Disk::limits);
+        Ok(Self { generation, ring, memory, call, disk, limits, inflight })
     }
 
     fn pin(&self) {
@@ -129,8 +133,9 @@ pub struct Queue {
     /// Its identity.
     pub id: QueueId,
     view: Published<View>,
-    core: UnsafeCell<Core>,
     stop: AtomicBool,
+    domain: Arc<Domain>,
+    core: UnsafeCell<Core>,
     state: AtomicU8,
     last_avail: AtomicU16,
     inflight: AtomicU32,
@@ -160,8 +165,9 @@ impl Queue {
         Ok(Arc::new(Self {
             id,
             view: Published::new(domain, Box::new(view)),
-            core: UnsafeCell::new(core),
             stop: AtomicBool::new(false),
+            domain: Arc::clone(domain),
+            core: UnsafeCell::new(core),
             state: AtomicU8::new(QueueState::Attached as u8),
             last_avail: AtomicU16::new(base),
             inflight: AtomicU32::new(0),
@@ -183,6 +189,8 @@ impl Queue {
     pub fn stop(&self) {
         // Release: whatever the front end did before is seen by the visit that sees this.
         self.stop.store(true, Ordering::Release);
+        // Reactors look at what is not in a ring only when an epoch has ended.
+        let _ = self.domain.advance();
     }
 
     /// Where it is in its life.
@@ -227,10 +235,78 @@ impl Queue {
     #[inline]
     pub unsafe fn visit(&self, reader: &Reader, turn: &mut Turn, events: &Events) -> bool {
         // SAFETY: the caller says so.
+        unsafe { self.visit_watched(reader, turn, events) }.0
+    }
+
+    /// As [`Queue::visit`]; says also what to look for before the next visit.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline]
+    pub(crate) unsafe fn visit_watched(
+        &self,
+        reader: &Reader,
+        turn: &mut Turn,
+        events: &Events,
+    ) -> (bool, Watch) {
+        // SAFETY: the caller says so.
         let view = unsafe { self.view.load(reader) };
         // SAFETY: the core has this one owner, and this is its one borrow in the visit.
         let core = unsafe { &mut *self.core.get() };
-        core.visit(self, view, turn, events)
+        let worked = core.visit(self, view, turn, events);
+        (worked, core.watch(view))
+    }
+
+    /// Whether the control side has changed something since the visit that `watch` is of.
+    ///
+    /// # Safety
+    /// `reader` is of the queue's domain, online.
+    #[inline]
+    pub(crate) unsafe fn changed_since(&self, watch: &Watch, reader: &Reader) -> bool {
+        // SAFETY: the caller says so.
+        let generation = unsafe { self.view.load(reader) }.generation;
+        generation != watch.generation || self.stop.load(Ordering::Acquire) != watch.stop
+    }
+}
+
+/// What a reactor looks at to see whether a queue wants a visit, without touching the queue.
+///
+/// It is made of the view of one visit. [`Reader::quiesce`] says when it has to be compared with the
+/// queue again ([`Queue::changed_since`]) before it is used: until then the view that the address
+/// points into is not freed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Watch {
+    /// The driver's available index, or [`NOTHING`].
+    avail: *const AtomicU16,
+    generation: u64,
+    /// The index that had been taken, as it is in memory.
+    seen: u16,
+    /// Something other than the ring wants a visit every turn.
+    pub(crate) due: bool,
+    stop: bool,
+}
+
+// SAFETY: an address that only its queue's reactor follows.
+unsafe impl Send for Watch {}
+
+/// An index that never moves.
+static NOTHING: AtomicU16 = AtomicU16::new(0);
+
+impl Watch {
+    /// For a queue that was not visited yet.
+    pub(crate) fn new() -> Self {
+        Self { avail: &raw const NOTHING, generation: 0, seen: 0, due: true, stop: false }
+    }
+
+    /// Whether the queue wants a visit.
+    ///
+    /// # Safety
+    /// See [`Watch`].
+    #[inline]
+    pub(crate) unsafe fn wants_visit(&self) -> bool {
+        // SAFETY: the caller says so. Relaxed: the visit loads it again.
+        let index = unsafe { &*self.avail }.load(Ordering::Relaxed);
+        index != self.seen || self.due
     }
 }
 

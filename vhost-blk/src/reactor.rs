@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 use qsbr::{Domain, Published, Reader};
@@ -14,6 +13,13 @@ use crate::notify::EventFd;
 use crate::queue::core::ChannelBox;
 use crate::queue::{Queue, QueueId};
 use crate::reclaim::Reclaim;
+
+mod poll_set;
+mod turn;
+
+pub use turn::{Cause, LongestTurn, Turn, read_tsc, ticks_per_second};
+
+use poll_set::PollSet;
 
 /// A processor, by the system's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,12 +80,6 @@ impl Events {
     }
 }
 
-/// The queues of one reactor. Immutable; a change publishes a new one.
-#[derive(Debug, Default)]
-pub struct PollSet {
-    queues: Vec<Arc<Queue>>,
-}
-
 /// What others see of a reactor.
 #[derive(Debug)]
 pub struct Reactor {
@@ -92,6 +92,7 @@ pub struct Reactor {
     turns: AtomicU64,
     busy_ticks: AtomicU64,
     idle_ticks: AtomicU64,
+    longest: LongestTurn,
 }
 
 /// A reactor as the operator sees it. Times are in ticks of the time-stamp counter.
@@ -126,6 +127,7 @@ impl Reactor {
             turns: AtomicU64::new(0),
             busy_ticks: AtomicU64::new(0),
             idle_ticks: AtomicU64::new(0),
+            longest: LongestTurn::default(),
         })
     }
 
@@ -141,7 +143,8 @@ impl Reactor {
         let reactor = Arc::new(Self::new(core, domain)?);
         let reader =
             domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
-        let ticks_per_second = ticks_per_second();
+        // Measured before the reactor runs.
+        let _ = ticks_per_second();
         let (running, events) = (Arc::clone(&reactor), Arc::clone(events));
         let (result_in, result) = std::sync::mpsc::channel();
         let thread =
@@ -150,18 +153,17 @@ impl Reactor {
                 let ok = pinned.is_ok();
                 let _ = result_in.send(pinned);
                 if ok {
-                    running.run(reader, &events, ticks_per_second);
+                    running.run(reader, &events);
                 }
             })?;
         result.recv().map_err(|_| io::Error::other("the reactor's thread ended"))??;
         Ok((reactor, thread))
     }
 
-    fn run(&self, mut reader: Reader, events: &Events, ticks_per_second: u64) {
+    fn run(&self, mut reader: Reader, events: &Events) {
         // SAFETY: a query without side effects.
         self.tid.store(unsafe { libc::gettid() } as u64, Ordering::Relaxed);
-        let now = read_tsc();
-        let mut turn = Turn { now, ticks_per_second, since: now, idle_turns: 0, turns: 0 };
+        let mut turn = Turn::new();
         reader.online();
         while !self.shutdown.load(Ordering::Relaxed) {
             if !self.poll_once(&mut reader, &mut turn, events) {
@@ -173,16 +175,13 @@ impl Reactor {
     /// One turn; `false` if there is no queue to poll.
     #[inline]
     fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> bool {
-        reader.quiesce();
+        let changed = reader.quiesce() | turn.take_woken();
         // SAFETY: the reader is online and of the one domain that there is.
         let set = unsafe { self.poll_set.load(reader) };
-        let mut worked = false;
-        for queue in &set.queues {
-            // SAFETY: it is in this reactor's poll set.
-            worked |= unsafe { queue.visit(reader, turn, events) };
-        }
+        // SAFETY: the set was published to this reactor, and `changed` is about this turn.
+        let worked = unsafe { set.turn(changed, reader, turn, events) };
         self.account(turn, worked);
-        !set.queues.is_empty()
+        !set.queues().is_empty()
     }
 
     /// Books the time since the last booking as busy or idle.
@@ -191,12 +190,15 @@ impl Reactor {
         turn.turns += 1;
         turn.idle_turns = if worked { 0 } else { turn.idle_turns + 1 };
         if worked || turn.idle_turns == IDLE_TURNS_PER_CLOCK {
-            let now = turn.read_clock();
+            // Work ends with a reading of the clock.
+            let now = if worked { turn.now_ticks() } else { turn.read_clock() };
             let book = if worked { &self.busy_ticks } else { &self.idle_ticks };
             let spent = now.saturating_sub(turn.since);
             // Relaxed: this thread is the only writer, and readers want no order.
             book.store(book.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
             self.turns.store(turn.turns, Ordering::Relaxed);
+            let causes = turn.take_causes();
+            self.longest.note(spent, causes);
             turn.since = now;
             turn.idle_turns = 0;
         }
@@ -216,6 +218,7 @@ impl Reactor {
         let spent = now.saturating_sub(turn.since);
         self.idle_ticks.store(self.idle_ticks.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
         turn.since = now;
+        turn.woken();
     }
 
     /// Where it runs.
@@ -226,7 +229,7 @@ impl Reactor {
 
     /// Publishes `queues` as what the reactor polls, and wakes it.
     pub fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
-        reclaim.free(self.poll_set.replace(Box::new(PollSet { queues })));
+        reclaim.free(self.poll_set.replace(Box::new(PollSet::new(queues))));
         self.wake.signal();
     }
 
@@ -234,6 +237,12 @@ impl Reactor {
     pub fn shut_down(&self) {
         self.shutdown.store(true, Ordering::Relaxed);
         self.wake.signal();
+    }
+
+    /// Its longest turn so far; with `reset`, the next answer is about what comes after.
+    #[must_use]
+    pub fn longest_turn(&self, reset: bool) -> (u64, Vec<Cause>) {
+        self.longest.read(reset)
     }
 
     /// What it has done so far; `queues` is for the caller to fill in.
@@ -280,83 +289,6 @@ impl SteppedReactor {
     pub fn step(&mut self) -> bool {
         self.reactor.poll_once(&mut self.reader, &mut self.turn, &self.events)
     }
-}
-
-/// A turn's clock, read no more often than needed.
-#[derive(Debug)]
-pub struct Turn {
-    now: u64,
-    ticks_per_second: u64,
-    /// When the last booking ended.
-    since: u64,
-    idle_turns: u32,
-    turns: u64,
-}
-
-impl Turn {
-    /// A clock for a turn outside a reactor's thread, as benches and tests make.
-    #[must_use]
-    pub fn new() -> Self {
-        let now = read_tsc();
-        Self { now, ticks_per_second: ticks_per_second(), since: now, idle_turns: 0, turns: 0 }
-    }
-
-    /// The time of the last reading, in ticks.
-    #[inline]
-    #[must_use]
-    pub fn now_ticks(&self) -> u64 {
-        self.now
-    }
-
-    /// Reads the clock.
-    #[inline]
-    pub fn read_clock(&mut self) -> u64 {
-        self.now = read_tsc();
-        self.now
-    }
-
-    /// Ticks in a second.
-    #[must_use]
-    pub fn ticks_per_second(&self) -> u64 {
-        self.ticks_per_second
-    }
-}
-
-impl Default for Turn {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// The time-stamp counter.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[must_use]
-pub fn read_tsc() -> u64 {
-    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
-/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
-#[cfg(not(target_arch = "x86_64"))]
-#[must_use]
-pub fn read_tsc() -> u64 {
-    use std::sync::OnceLock;
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
-}
-
-/// How fast [`read_tsc`] counts, measured once over 10 ms.
-#[must_use]
-pub fn ticks_per_second() -> u64 {
-    use std::sync::OnceLock;
-    static TICKS: OnceLock<u64> = OnceLock::new();
-    *TICKS.get_or_init(|| {
-        let (start, ticks) = (Instant::now(), read_tsc());
-        thread::sleep(Duration::from_millis(10));
-        let ticks = read_tsc() - ticks;
-        (ticks as f64 / start.elapsed().as_secs_f64()) as u64
-    })
 }
 
 /// Pins the calling thread to one core.

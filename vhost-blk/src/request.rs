@@ -5,6 +5,8 @@
 //! place for one.
 #![expect(unsafe_code, reason = "copies headers out of guest memory")]
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use arrayvec::ArrayVec;
 use bdev::{Op, Segment};
 use virtio_bindings::virtio_blk::{
@@ -14,7 +16,8 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, VolatileSlice};
 
-use crate::memory::GuestMemory;
+use crate::cache;
+use crate::memory::Near;
 use crate::ring::{Buffer, SplitRing};
 
 /// Memory pieces in a request: 126 of data (`seg_max`), header and status, and some more for
@@ -75,16 +78,16 @@ pub enum Request {
 /// A chain's memory, readable pieces first.
 #[derive(Debug, Default)]
 pub struct Chain {
-    /// Readable pieces, then writable ones.
-    pub segments: ArrayVec<Segment, SEGMENTS_MAX>,
-    /// How many of them are readable.
-    readable: usize,
-    readable_bytes: u64,
-    writable_bytes: u64,
     /// Where the status goes: the last writable byte.
     status: Option<*mut u8>,
-    malformed: bool,
+    readable_bytes: u64,
+    writable_bytes: u64,
+    /// How many of the segments are readable.
+    readable: usize,
     descriptors: u32,
+    malformed: bool,
+    /// Readable pieces, then writable ones.
+    pub segments: ArrayVec<Segment, SEGMENTS_MAX>,
 }
 
 // SAFETY: the pointer is an address in guest memory, as the segments are.
@@ -92,7 +95,8 @@ unsafe impl Send for Chain {}
 
 impl Chain {
     /// Collects the chain at `head`, in place of what was here before.
-    pub fn collect(&mut self, ring: &SplitRing, memory: &GuestMemory, head: u16) {
+    #[inline]
+    pub fn collect(&mut self, ring: &SplitRing, near: &mut Near<'_>, head: u16) {
         self.segments.clear();
         self.readable = 0;
         self.readable_bytes = 0;
@@ -100,17 +104,40 @@ impl Chain {
         self.status = None;
         self.malformed = false;
         self.descriptors = 0;
-        let walked = ring.walk(memory, head, |buffer| self.push(memory, buffer));
+        let walked = ring.walk(near, head, |near, buffer| self.push(near, buffer));
         self.malformed |= walked.is_err();
     }
 
     /// How many descriptors the walk met.
+    #[inline]
     #[must_use]
     pub fn descriptors(&self) -> u32 {
         self.descriptors
     }
 
-    fn push(&mut self, memory: &GuestMemory, buffer: Buffer) {
+    /// Where the header begins, if the chain has one.
+    #[inline]
+    #[must_use]
+    pub fn header(&self) -> Option<*mut u8> {
+        if self.readable > 0 { self.segments.first().map(Segment::base) } else { None }
+    }
+
+    /// Has the processor fetch the header, and the status byte's line for writing. In Linux, and
+    /// most other drivers, they are one line.
+    #[inline]
+    pub fn prefetch(&self) {
+        if let Some(status) = self.status {
+            cache::prefetch_write(status);
+            if let Some(header) = self.header()
+                && (header as usize ^ status as usize) >= cache::LINE
+            {
+                cache::prefetch_read(header);
+            }
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, near: &mut Near<'_>, buffer: Buffer) {
         self.descriptors += 1;
         let mut gpa = buffer.gpa;
         let mut left = u64::from(buffer.len);
@@ -121,8 +148,8 @@ impl Chain {
             self.malformed |= self.writable_bytes > 0;
             self.readable_bytes += left;
         }
-        while left > 0 {
-            let Some((host, room)) = memory.translate(gpa) else {
+        loop {
+            let Some((host, room)) = near.translate(gpa) else {
                 self.malformed = true;
                 // Whatever byte we know of is not the chain's last.
                 self.status = None;
@@ -138,11 +165,15 @@ impl Chain {
                 self.readable = self.segments.len();
             }
             left -= len;
+            if left == 0 {
+                return;
+            }
             gpa = gpa.wrapping_add(len);
         }
     }
 
     /// Writes the status byte.
+    #[inline]
     pub fn write_status(&self, status: u8) {
         if let Some(at) = self.status {
             // SAFETY: a byte of guest memory, translated by `push`, which the request's owner
@@ -152,6 +183,7 @@ impl Chain {
     }
 
     /// Bytes that the guest is told were written by a read, whether it went well or not.
+    #[inline]
     #[must_use]
     pub fn written_by_read(&self) -> u32 {
         u32::try_from(self.writable_bytes).unwrap_or(u32::MAX)
@@ -164,6 +196,7 @@ impl Chain {
     }
 
     /// Makes a request of what was collected.
+    #[inline]
     #[must_use]
     pub fn parse(&mut self, limits: &Limits) -> Request {
         if self.status.is_none() {
@@ -172,10 +205,7 @@ impl Chain {
         if self.malformed || self.readable_bytes < HEADER_BYTES as u64 {
             return Request::Answer(STATUS_IOERR, 0);
         }
-        let (header, first) = self.take_front::<HEADER_BYTES>();
-        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
-        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
-        let (kind, sector) = (u32_at(0) & !TYPE_BARRIER, u64_at(8));
+        let (kind, sector, first) = self.take_header();
         match kind {
             VIRTIO_BLK_T_IN => self.read(sector, limits),
             VIRTIO_BLK_T_OUT => self.write(sector, first, limits),
@@ -187,6 +217,30 @@ impl Chain {
             VIRTIO_BLK_T_GET_ID => self.get_id(limits),
             _ => Request::Answer(STATUS_UNSUPP, 0),
         }
+    }
+
+    /// Reads the header and removes it: type, sector, and the first segment of the rest.
+    #[inline]
+    fn take_header(&mut self) -> (u32, u64, usize) {
+        let segment = self.segments[0];
+        let at: *mut AtomicU64 = segment.base().cast();
+        if segment.len() != HEADER_BYTES || !at.is_aligned() {
+            return self.take_odd_header();
+        }
+        // SAFETY: 16 bytes of guest memory that is mapped now, aligned to their words.
+        let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
+        // SAFETY: as above.
+        let sector = u64::from_le(unsafe { &*at.wrapping_add(1) }.load(Ordering::Relaxed));
+        (kind & !TYPE_BARRIER, sector, 1)
+    }
+
+    /// The header as no driver lays it out: in parts, with data behind it, or at an odd address.
+    #[cold]
+    fn take_odd_header(&mut self) -> (u32, u64, usize) {
+        let (header, first) = self.take_front::<HEADER_BYTES>();
+        let kind = u32::from_le_bytes(std::array::from_fn(|i| header[i]));
+        let sector = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
+        (kind & !TYPE_BARRIER, sector, first)
     }
 
     /// Copies the first `N` readable bytes, which are there, and removes them. Answers with the
@@ -212,6 +266,7 @@ impl Chain {
     }
 
     /// Removes the status byte from the writable segments and answers with their range.
+    #[inline]
     fn data_in(&mut self) -> (usize, usize) {
         if let Some(last) = self.segments.last_mut() {
             *last = Segment::new(last.base(), last.len() - 1);
@@ -222,6 +277,7 @@ impl Chain {
         (self.readable, self.segments.len() - self.readable)
     }
 
+    #[inline]
     fn read(&mut self, sector: u64, limits: &Limits) -> Request {
         let len = self.writable_bytes - 1;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
@@ -234,6 +290,7 @@ impl Chain {
         }
     }
 
+    #[inline]
     fn write(&mut self, sector: u64, first: usize, limits: &Limits) -> Request {
         if limits.features.read_only {
             return Request::Answer(STATUS_IOERR, 0);
@@ -302,6 +359,7 @@ fn flush(sector: u64, limits: &Limits) -> Request {
 }
 
 /// Sectors to bytes, if they lie on the disk and are whole blocks of it.
+#[inline]
 fn byte_range(sector: u64, sectors: u64, limits: &Limits) -> Option<(u64, u64)> {
     let end = sector.checked_add(sectors)?;
     let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;

@@ -2,11 +2,12 @@
 //! or wanting notifications.
 #![expect(unsafe_code, reason = "ring memory is shared with the guest")]
 
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use vm_memory::{ByteValued, VolatileMemory, VolatileSlice};
+use vm_memory::VolatileSlice;
 
-use crate::memory::GuestMemory;
+use crate::cache;
+use crate::memory::{GuestMemory, Near};
 
 /// Largest ring that is accepted; SPDK's limit.
 pub const RING_SIZE_MAX: u16 = 1024;
@@ -24,8 +25,7 @@ const DESC_BYTES: usize = 16;
 const AVAIL_EVENT_AHEAD: u16 = 1 << 15;
 
 /// A descriptor as the guest wrote it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Desc {
     addr: u64,
     len: u32,
@@ -33,18 +33,19 @@ struct Desc {
     next: u16,
 }
 
-// SAFETY: four integers without padding: any bytes are a value, and any value is bytes.
-unsafe impl ByteValued for Desc {}
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-struct UsedElem {
-    id: u32,
-    len: u32,
+impl Desc {
+    /// From its two words, little-endian.
+    #[inline]
+    fn new(addr: u64, rest: u64) -> Self {
+        let rest = u64::from_le(rest);
+        Self {
+            addr: u64::from_le(addr),
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
+        }
+    }
 }
-
-// SAFETY: two integers without padding.
-unsafe impl ByteValued for UsedElem {}
 
 /// Where a ring's parts are, guest-physical.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,17 +81,23 @@ pub enum RingError {
 }
 
 /// A split ring in our mapping of the guest's memory.
+///
+/// The guest writes there whenever it likes, so each field is an atomic, loaded once where it is
+/// used. Positions are masked and indices checked before they become addresses.
 #[derive(Debug)]
 pub struct SplitRing {
     size: u16,
     event_idx: bool,
-    desc: VolatileSlice<'static>,
-    avail: VolatileSlice<'static>,
-    used: VolatileSlice<'static>,
+    /// `size` descriptors of two words each.
+    desc: *const AtomicU64,
+    /// Flags, index, `size` heads, and the event index.
+    avail: *const AtomicU16,
+    /// The same as halves: flags, index, `size` elements of two words each, and the event index.
+    used: *const AtomicU16,
 }
 
-// SAFETY: volatile slices are addresses; the memory they name is only accessed as volatile or
-// atomic, and who may do so is settled by the queue's single owner.
+// SAFETY: addresses in guest memory, which is only accessed as atomics; who may do so is settled by
+// the queue's single owner.
 unsafe impl Send for SplitRing {}
 // SAFETY: as above.
 unsafe impl Sync for SplitRing {}
@@ -121,16 +128,15 @@ impl SplitRing {
             if !(host as u64).is_multiple_of(align) {
                 return Err(RingError::Alignment(gpa));
             }
-            // SAFETY: `len` bytes of guest memory, which the caller promises stay mapped.
-            Ok(unsafe { VolatileSlice::new(host, len) })
+            Ok(host)
         };
         Ok(Self {
             size,
             event_idx,
-            desc: part(addrs.desc, 16, DESC_BYTES * n)?,
+            desc: part(addrs.desc, 16, DESC_BYTES * n)?.cast(),
             // Flags and index before the entries, an event word after them.
-            avail: part(addrs.avail, 2, 4 + 2 * n + 2)?,
-            used: part(addrs.used, 4, 4 + 8 * n + 2)?,
+            avail: part(addrs.avail, 2, 4 + 2 * n + 2)?.cast(),
+            used: part(addrs.used, 4, 4 + 8 * n + 2)?.cast(),
         })
     }
 
@@ -140,10 +146,34 @@ impl SplitRing {
         self.size
     }
 
+    /// A position in the ring's arrays.
     #[inline]
-    fn word<'a>(part: &'a VolatileSlice<'static>, offset: usize) -> &'a AtomicU16 {
-        // `new` checked the part's alignment, and offsets are even.
-        part.get_atomic_ref::<AtomicU16>(offset).expect("offsets lie inside what `new` measured")
+    fn at(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
+    }
+
+    /// A half-word of the available ring: 0 flags, 1 index, 2.. heads, `2 + size` the event index.
+    #[inline]
+    fn avail_word(&self, word: usize) -> &AtomicU16 {
+        debug_assert!(word < 3 + usize::from(self.size));
+        // SAFETY: `new` found so many half-words at this aligned address, in memory that outlives
+        // the ring.
+        unsafe { &*self.avail.wrapping_add(word) }
+    }
+
+    /// A half-word of the used ring: 0 flags, 1 index, `2 + 4 * size` the event index.
+    #[inline]
+    fn used_word(&self, word: usize) -> &AtomicU16 {
+        debug_assert!(word < 3 + 4 * usize::from(self.size));
+        // SAFETY: as for `avail_word`.
+        unsafe { &*self.used.wrapping_add(word) }
+    }
+
+    /// Where the driver's index is: for a reactor that looks at many rings in turn.
+    #[inline]
+    #[must_use]
+    pub fn avail_idx_cell(&self) -> &AtomicU16 {
+        self.avail_word(1)
     }
 
     /// The driver's index: how many chains it has made available, modulo 2^16.
@@ -151,7 +181,7 @@ impl SplitRing {
     #[must_use]
     pub fn avail_idx(&self) -> u16 {
         // Acquire: the entries and descriptors that it counts are read after it.
-        u16::from_le(Self::word(&self.avail, 2).load(Ordering::Acquire))
+        u16::from_le(self.avail_idx_cell().load(Ordering::Acquire))
     }
 
     /// How many chains wait beyond `seen`.
@@ -172,46 +202,64 @@ impl SplitRing {
     #[inline]
     #[must_use]
     pub fn head(&self, index: u16) -> u16 {
-        let at = usize::from(index & (self.size - 1));
-        u16::from_le(Self::word(&self.avail, 4 + 2 * at).load(Ordering::Relaxed))
+        u16::from_le(self.avail_word(2 + self.at(index)).load(Ordering::Relaxed))
+    }
+
+    /// Has the processor fetch the descriptor of `head`, which may be out of range.
+    #[inline]
+    pub fn prefetch_desc(&self, head: u16) {
+        cache::prefetch_read(self.desc.wrapping_add(2 * self.at(head)).cast());
+    }
+
+    /// Has the processor fetch the used element at `index` for writing, unless it lies where the
+    /// driver looks at the used index, and taking it away would only send it to and fro.
+    #[inline]
+    pub fn prefetch_used(&self, index: u16) {
+        let at = self.used.wrapping_add(2 + 4 * self.at(index));
+        if (at as usize ^ self.used as usize) >= cache::LINE {
+            cache::prefetch_write(at.cast());
+        }
     }
 
     /// What we last told the driver.
     #[must_use]
     pub fn used_idx(&self) -> u16 {
-        u16::from_le(Self::word(&self.used, 2).load(Ordering::Relaxed))
+        u16::from_le(self.used_word(1).load(Ordering::Relaxed))
     }
 
     /// Puts a chain into position `index` of the used ring; seen by the driver once published.
     #[inline]
     pub fn put_used(&self, index: u16, head: u16, len: u32) {
-        let at = usize::from(index & (self.size - 1));
-        let elem = UsedElem { id: u32::from(head).to_le(), len: len.to_le() };
-        let slot = self.used.get_ref::<UsedElem>(4 + 8 * at);
-        slot.expect("positions lie inside what `new` measured").store(elem);
+        let elem = self.used.wrapping_add(2 + 4 * self.at(index)).cast::<AtomicU32>();
+        // SAFETY: the position is masked; `new` found all elements there, aligned to four bytes.
+        let id_cell = unsafe { &*elem };
+        // SAFETY: as above: an element has two words.
+        let len_cell = unsafe { &*elem.wrapping_add(1) };
+        id_cell.store(u32::from(head).to_le(), Ordering::Relaxed);
+        len_cell.store(len.to_le(), Ordering::Relaxed);
     }
 
     /// Tells the driver about all chains put before `index`.
     #[inline]
     pub fn publish_used(&self, index: u16) {
         // Release: the elements and the data are seen before the index.
-        Self::word(&self.used, 2).store(index.to_le(), Ordering::Release);
+        self.used_word(1).store(index.to_le(), Ordering::Release);
     }
 
     /// Whether the driver wants a notification for chains `old..new` (section 2.7.7.2).
     #[inline]
     #[must_use]
     pub fn wants_call(&self, old: u16, new: u16) -> bool {
-        // SeqCst: the index was published before the driver's wish is read. If the driver's store
-        // of its wish comes first, we see it; if ours comes first, the driver, which looks at the
-        // index after storing its wish, sees that.
-        fence(Ordering::SeqCst);
+        // The index was published before the driver's wish is read. If the driver's store of its
+        // wish comes first, we see it; if ours comes first, the driver, which looks at the index
+        // after storing its wish, sees that.
+        cache::full_fence();
         if self.event_idx {
-            let event = Self::word(&self.avail, 4 + 2 * usize::from(self.size));
+            let event = self.avail_word(2 + usize::from(self.size));
             let event = u16::from_le(event.load(Ordering::Relaxed));
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            let flags = u16::from_le(Self::word(&self.avail, 0).load(Ordering::Relaxed));
+            let flags = u16::from_le(self.avail_word(0).load(Ordering::Relaxed));
             flags & AVAIL_F_NO_INTERRUPT == 0
         }
     }
@@ -220,10 +268,24 @@ impl SplitRing {
     /// whenever [`SplitRing::kick_suppression_is_due`].
     pub fn suppress_kicks(&self, seen: u16) {
         if self.event_idx {
-            let event = Self::word(&self.used, 4 + 8 * usize::from(self.size));
-            event.store(seen.wrapping_add(AVAIL_EVENT_AHEAD).to_le(), Ordering::Relaxed);
+            let event = seen.wrapping_add(AVAIL_EVENT_AHEAD).to_le();
+            self.used_word(2 + 4 * usize::from(self.size)).store(event, Ordering::Relaxed);
         }
-        Self::word(&self.used, 0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+        self.used_word(0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+    }
+
+    /// Asks the driver to kick for the next chain after `seen`, and says whether one has been made
+    /// available meanwhile, for which no kick may come: then it has to be taken first.
+    #[must_use]
+    pub fn want_kicks(&self, seen: u16) -> bool {
+        if self.event_idx {
+            self.used_word(2 + 4 * usize::from(self.size)).store(seen.to_le(), Ordering::Relaxed);
+        }
+        self.used_word(0).store(0, Ordering::Relaxed);
+        // If the driver's index comes first, we see it here; if our wish comes first, the driver,
+        // which reads it after publishing its index, kicks.
+        cache::full_fence();
+        self.avail_idx() != seen
     }
 
     /// Whether moving from `old` to `new` needs [`SplitRing::suppress_kicks`] again.
@@ -244,11 +306,11 @@ impl SplitRing {
     #[inline]
     pub fn walk(
         &self,
-        memory: &GuestMemory,
+        near: &mut Near<'_>,
         head: u16,
-        mut visit: impl FnMut(Buffer),
+        mut visit: impl FnMut(&mut Near<'_>, Buffer),
     ) -> Result<(), ChainError> {
-        let mut table = Table { slice: self.desc, len: self.size.into(), indirect: false };
+        let mut table = Table { desc: self.desc, len: self.size.into(), indirect: false };
         let mut index = u32::from(head);
         let mut left = table.len;
         loop {
@@ -256,9 +318,10 @@ impl SplitRing {
                 return Err(ChainError::Index);
             }
             left = left.checked_sub(1).ok_or(ChainError::Loop)?;
-            let desc = table.read(index);
+            // SAFETY: the index was just checked.
+            let desc = unsafe { table.read(index) };
             if desc.flags & DESC_F_INDIRECT != 0 {
-                table = self.indirect(memory, &table, desc)?;
+                table = self.indirect(near, &table, desc)?;
                 (index, left) = (0, table.len);
                 continue;
             }
@@ -266,7 +329,7 @@ impl SplitRing {
                 return Err(ChainError::Empty);
             }
             let write = desc.flags & DESC_F_WRITE != 0;
-            visit(Buffer { gpa: desc.addr, len: desc.len, write });
+            visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -275,9 +338,10 @@ impl SplitRing {
     }
 
     /// Opens an indirect table (section 2.7.5.3), which ends the chain that it is in.
+    #[inline]
     fn indirect(
         &self,
-        memory: &GuestMemory,
+        near: &mut Near<'_>,
         from: &Table,
         desc: Desc,
     ) -> Result<Table, ChainError> {
@@ -290,10 +354,11 @@ impl SplitRing {
         if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || len > u32::from(self.size) {
             return Err(ChainError::IndirectLength);
         }
-        let host = memory.range(desc.addr, bytes).ok_or(ChainError::Address)?;
-        // SAFETY: `bytes` of guest memory; used in this walk only, within `memory`'s borrow.
-        let slice = unsafe { VolatileSlice::new(host, bytes) };
-        Ok(Table { slice, len, indirect: true })
+        let (host, room) = near.translate(desc.addr).ok_or(ChainError::Address)?;
+        if (bytes as u64) > room {
+            return Err(ChainError::Address);
+        }
+        Ok(Table { desc: host.cast(), len, indirect: true })
     }
 }
 
@@ -306,24 +371,41 @@ pub fn check(memory: &GuestMemory, size: u16, addrs: RingAddrs) -> Result<(), Ri
     unsafe { SplitRing::new(memory, size, addrs, false) }.map(drop)
 }
 
-/// The descriptor table that a walk is in.
+/// The descriptor table that a walk is in, in guest memory that is mapped for as long as the walk.
 struct Table {
-    slice: VolatileSlice<'static>,
+    desc: *const AtomicU64,
     len: u32,
     indirect: bool,
 }
 
 impl Table {
+    /// # Safety
+    /// The index is below the table's length.
     #[inline]
-    fn read(&self, index: u32) -> Desc {
-        let desc = self.slice.get_ref::<Desc>(index as usize * DESC_BYTES);
-        let desc = desc.expect("the index is below the table's length").load();
-        Desc {
-            addr: u64::from_le(desc.addr),
-            len: u32::from_le(desc.len),
-            flags: u16::from_le(desc.flags),
-            next: u16::from_le(desc.next),
+    unsafe fn read(&self, index: u32) -> Desc {
+        let at = self.desc.wrapping_add(2 * index as usize);
+        if !at.is_aligned() {
+            // SAFETY: the caller says so.
+            return unsafe { Self::read_odd(at.cast_mut().cast()) };
         }
+        // SAFETY: the table has `len` descriptors; this one is aligned to its words.
+        let first = unsafe { &*at };
+        // SAFETY: as above: a descriptor has two words.
+        let second = unsafe { &*at.wrapping_add(1) };
+        Desc::new(first.load(Ordering::Relaxed), second.load(Ordering::Relaxed))
+    }
+
+    /// No driver does so, but an indirect table may lie anywhere (section 2.7.5.3).
+    ///
+    /// # Safety
+    /// `at` is a descriptor in guest memory.
+    #[cold]
+    unsafe fn read_odd(at: *mut u8) -> Desc {
+        let mut words = [0; 2];
+        // SAFETY: the caller says so.
+        let slice: VolatileSlice<'_> = unsafe { VolatileSlice::new(at, DESC_BYTES) };
+        slice.copy_to(&mut words[..]);
+        Desc::new(words[0], words[1])
     }
 }
 

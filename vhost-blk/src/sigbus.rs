@@ -34,6 +34,16 @@ static TABLE: [Entry; SLOTS] = [const {
     }
 }; SLOTS];
 
+/// Whether the handler has ever marked a region: spares the look at each one.
+static TRUNCATED: AtomicBool = AtomicBool::new(false);
+
+/// Whether any region of any guest has been marked since the program began.
+#[inline]
+pub(crate) fn ever_truncated() -> bool {
+    // Relaxed: the access that faulted is the looking thread's own or comes before it otherwise.
+    TRUNCATED.load(Ordering::Relaxed)
+}
+
 /// Guards `len` bytes at `start`; `truncated` is set if a page of them turns out to be missing.
 /// `None` when the table is full.
 pub(crate) fn register(
@@ -128,5 +138,6 @@ fn replace_rest(address: usize) -> bool {
     // SAFETY: valid until `unregister`, which comes after the mapping's last use; the access that
     // faulted is a use.
     unsafe { &*truncated }.store(true, Ordering::Relaxed);
+    TRUNCATED.store(true, Ordering::Relaxed);
     mapped != libc::MAP_FAILED
 }

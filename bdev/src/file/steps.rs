@@ -8,7 +8,7 @@ use io_uring::{opcode, types};
 
 use super::backing::Alignment;
 use crate::io::{Io, Op, Segment, Status, Tag};
-use crate::memory;
+use crate::memory::{self, Stores};
 
 /// Size of the aligned buffer, and so of a piece that goes through it.
 const BOUNCE: usize = 64 << 10;
@@ -262,7 +262,7 @@ impl Steps {
                     // SAFETY: the caller vouches for the segments.
                     let segments = unsafe { io.segments() };
                     // SAFETY: the buffer is larger than a piece, and nobody else's now.
-                    unsafe { memory::gather(segments, *done, buffer, len) };
+                    unsafe { memory::gather(segments, *done, buffer, len, Stores::Cached) };
                     opcode::Write::new(FILE, buffer, len as u32).offset(at).build()
                 }
             }

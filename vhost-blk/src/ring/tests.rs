@@ -1,7 +1,9 @@
 //! Tests of split rings: what a guest may write there, and what becomes of it.
 
 use super::*;
+use crate::memory::Nearest;
 use crate::memory::tests::flat;
+use vm_memory::{ByteValued, VolatileMemory};
 
 const SIZE: u16 = 8;
 const DESC: u64 = 0;
@@ -30,12 +32,17 @@ impl Guest {
     }
 
     fn desc(&self, table: u64, index: u64, addr: u64, len: u32, flags: u16, next: u16) {
-        self.put(table + 16 * index, Desc { addr, len, flags, next });
+        let at = table + 16 * index;
+        self.put(at, addr);
+        self.put(at + 8, len);
+        self.put(at + 12, flags);
+        self.put(at + 14, next);
     }
 
     fn walk(&self, head: u16) -> (Vec<Buffer>, Result<(), ChainError>) {
         let mut buffers = vec![];
-        let result = self.ring.walk(&self.memory, head, |buffer| buffers.push(buffer));
+        let mut near = self.memory.near(Nearest::default());
+        let result = self.ring.walk(&mut near, head, |_, buffer| buffers.push(buffer));
         (buffers, result)
     }
 }
@@ -50,6 +57,18 @@ fn a_chain_is_walked_in_order() {
     assert_eq!(result, Ok(()));
     let seen: Vec<_> = buffers.iter().map(|b| (b.gpa, b.len, b.write)).collect();
     assert_eq!(seen, [(0x4000, 16, false), (0x5000, 512, true), (0x6000, 1, true)]);
+}
+
+#[test]
+fn an_indirect_table_may_lie_at_an_odd_address() {
+    let guest = Guest::new(false);
+    guest.desc(DESC, 0, TABLE + 3, 32, DESC_F_INDIRECT, 0);
+    guest.desc(TABLE + 3, 0, 0x4000, 16, DESC_F_NEXT, 1);
+    guest.desc(TABLE + 3, 1, 0x5000, 1, DESC_F_WRITE, 0);
+    let (buffers, result) = guest.walk(0);
+    assert_eq!(result, Ok(()));
+    let seen: Vec<_> = buffers.iter().map(|b| (b.gpa, b.len, b.write)).collect();
+    assert_eq!(seen, [(0x4000, 16, false), (0x5000, 1, true)]);
 }
 
 #[test]

@@ -1,0 +1,189 @@
+//! The queues of one reactor, and which of them it looks at in a turn.
+#![expect(unsafe_code, reason = "visits queues as their owner; a cell with one user")]
+
+use std::cell::UnsafeCell;
+use std::sync::Arc;
+
+use qsbr::Reader;
+
+use super::{Events, Turn, ticks_per_second};
+use crate::queue::{Queue, Watch};
+
+/// Queues without work that a turn looks at. Together with the limit below this bounds how long the
+/// first request of an idle guest waits, and what idle guests cost a busy one: some 25 ns per turn.
+const COLD_PER_TURN: usize = 16;
+
+/// Time after which all queues have been looked at, however busy some are, in microseconds.
+const PASS_MAX_US: u64 = 20;
+
+/// Turns after which a queue that had no work counts as cold. (In the turns that look at it.)
+const COLD_AFTER: u32 = 1 << 14;
+
+/// The queues of one reactor. A change publishes a new one.
+///
+/// What a reactor looks at for each queue lies side by side here, so that a turn over hundreds of
+/// idle queues touches little memory: a [`Watch`] and one line of the guest's for each.
+#[derive(Debug, Default)]
+pub(super) struct PollSet {
+    queues: Vec<Arc<Queue>>,
+    scan: UnsafeCell<Scan>,
+}
+
+// SAFETY: the scan has one user, the reactor that the set was published to; see `PollSet::turn`.
+unsafe impl Sync for PollSet {}
+
+/// Where a reactor is in its list.
+#[derive(Debug, Default)]
+struct Scan {
+    /// Queues that have had work lately, then the others: the cold ones.
+    entries: Box<[Entry]>,
+    hot: usize,
+    /// The next of the cold ones to look at.
+    cursor: usize,
+    /// When the last pass over the cold ones ended.
+    passed_ticks: u64,
+    /// [`PASS_MAX_US`].
+    pass_max_ticks: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    watch: Watch,
+    /// Looks in a row that found nothing.
+    idle: u32,
+    /// Its place in the list of queues.
+    queue: u32,
+}
+
+impl PollSet {
+    pub(super) fn new(queues: Vec<Arc<Queue>>) -> Self {
+        let entry = |queue| Entry { watch: Watch::new(), idle: 0, queue };
+        let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
+        let scan = Scan {
+            hot: entries.len(),
+            entries,
+            pass_max_ticks: ticks_per_second() * PASS_MAX_US / 1_000_000,
+            ..Scan::default()
+        };
+        Self { queues, scan: UnsafeCell::new(scan) }
+    }
+
+    pub(super) fn queues(&self) -> &[Arc<Queue>] {
+        &self.queues
+    }
+
+    /// One turn: visits the queues that want it; says whether any had work. `changed`: what the
+    /// queues were made of may have been replaced since the turn before.
+    ///
+    /// # Safety
+    /// The caller is the reactor that this set was published to, `reader` is its reader, online,
+    /// and `changed` is what [`Reader::quiesce`] has answered since the last turn, or `true`.
+    #[inline]
+    pub(super) unsafe fn turn(
+        &self,
+        changed: bool,
+        reader: &Reader,
+        turn: &mut Turn,
+        events: &Events,
+    ) -> bool {
+        // SAFETY: one reactor, and this is its one borrow in the turn.
+        let scan = unsafe { &mut *self.scan.get() };
+        if changed {
+            self.compare(scan, reader);
+        }
+        let mut worked = false;
+        let mut n = 0;
+        while n < scan.hot {
+            let entry = &mut scan.entries[n];
+            // SAFETY: compared above, if there was anything to compare.
+            worked |= unsafe { self.look(entry, reader, turn, events) };
+            if entry.idle < COLD_AFTER {
+                n += 1;
+            } else {
+                scan.hot -= 1;
+                scan.entries.swap(n, scan.hot);
+            }
+        }
+        if scan.hot < scan.entries.len() {
+            // SAFETY: as above.
+            worked |= unsafe { self.look_at_cold(scan, reader, turn, events) };
+        }
+        worked
+    }
+
+    /// Looks at some of the cold queues; at all of them when the last pass was too long ago.
+    ///
+    /// # Safety
+    /// As for [`PollSet::look`].
+    #[inline]
+    unsafe fn look_at_cold(
+        &self,
+        scan: &mut Scan,
+        reader: &Reader,
+        turn: &mut Turn,
+        events: &Events,
+    ) -> bool {
+        let mut left = scan.entries.len() - scan.hot;
+        let overdue = turn.now_ticks().saturating_sub(scan.passed_ticks) > scan.pass_max_ticks;
+        if !overdue {
+            left = left.min(COLD_PER_TURN);
+        }
+        let mut worked = false;
+        while left > 0 {
+            left -= 1;
+            if scan.cursor >= scan.entries.len() {
+                scan.passed_ticks = turn.now_ticks();
+                scan.cursor = 0;
+            }
+            scan.cursor = scan.cursor.max(scan.hot);
+            let Some(entry) = scan.entries.get_mut(scan.cursor) else { break };
+            // SAFETY: the caller says so.
+            worked |= unsafe { self.look(entry, reader, turn, events) };
+            if entry.idle == 0 {
+                scan.entries.swap(scan.cursor, scan.hot);
+                scan.hot += 1;
+            }
+            scan.cursor += 1;
+        }
+        worked
+    }
+
+    /// Visits a queue if it wants it; says whether it had work.
+    ///
+    /// # Safety
+    /// Those of [`Watch::wants_visit`] and [`Queue::visit`].
+    #[inline]
+    unsafe fn look(
+        &self,
+        entry: &mut Entry,
+        reader: &Reader,
+        turn: &mut Turn,
+        events: &Events,
+    ) -> bool {
+        // SAFETY: the caller says so.
+        if !unsafe { entry.watch.wants_visit() } {
+            entry.idle += 1;
+            return false;
+        }
+        let queue = &self.queues[entry.queue as usize];
+        // SAFETY: the queue is in this reactor's set.
+        let (worked, watch) = unsafe { queue.visit_watched(reader, turn, events) };
+        entry.watch = watch;
+        entry.idle = 0;
+        worked
+    }
+
+    /// Makes the queues that the control side has changed something about wait for a visit.
+    #[cold]
+    fn compare(&self, scan: &mut Scan, reader: &Reader) {
+        for entry in &mut scan.entries {
+            let queue = &self.queues[entry.queue as usize];
+            // SAFETY: queues of a set are of its reactor's domain; `turn`'s caller has said the
+            // rest.
+            if unsafe { queue.changed_since(&entry.watch, reader) } {
+                // The address that it looked at may not be mapped any more.
+                entry.watch = Watch::new();
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! A reactor's clock, and what made its longest turn.
+#![expect(unsafe_code, reason = "reads the time-stamp counter")]
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Something in a turn that can make it long. A turn of none of these, and long all the same, was
+/// made so by somebody else: the system took the processor away, or a page of the guest's away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Cause {
+    /// A queue took over a new view: it is new, or its memory, its call fd or its disk is.
+    Adopt = 0,
+    /// Requests were taken from a ring.
+    Fetch = 1,
+    /// I/O of a disk had completed.
+    Complete = 2,
+    /// A guest was called: a system call.
+    Call = 3,
+    /// A queue stopped.
+    Stop = 4,
+    /// The list of queues was a new one.
+    PollSet = 5,
+    /// The reactor slept.
+    Sleep = 6,
+}
+
+impl Cause {
+    const ALL: [Self; 7] = [
+        Self::Adopt,
+        Self::Fetch,
+        Self::Complete,
+        Self::Call,
+        Self::Stop,
+        Self::PollSet,
+        Self::Sleep,
+    ];
+
+    /// In lower case, for the operator.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Adopt => "adopt",
+            Self::Fetch => "fetch",
+            Self::Complete => "complete",
+            Self::Call => "call",
+            Self::Stop => "stop",
+            Self::PollSet => "poll_set",
+            Self::Sleep => "sleep",
+        }
+    }
+
+    fn bit(self) -> u64 {
+        1 << self as u8
+    }
+}
+
+/// The time between two readings of the clock that was the longest so far: one turn that did
+/// something, with the idle ones before it, of which there are a microsecond's worth at the most.
+#[derive(Debug, Default)]
+pub struct LongestTurn(AtomicU64);
+
+/// Bits that causes have in a [`LongestTurn`]; the ticks are above.
+const CAUSE_BITS: u32 = 8;
+
+impl LongestTurn {
+    /// Its ticks and what happened in it. With `reset`, the next answer is about what comes after.
+    pub fn read(&self, reset: bool) -> (u64, Vec<Cause>) {
+        // Relaxed: the word says all that there is to say.
+        let word = if reset { self.0.swap(0, Ordering::Relaxed) } else { self.0.load(Ordering::Relaxed) };
+        let causes = Cause::ALL.into_iter().filter(|cause| word & cause.bit() != 0).collect();
+        (word >> CAUSE_BITS, causes)
+    }
+
+    #[inline]
+    pub(super) fn note(&self, ticks: u64, causes: u64) {
+        if ticks > self.0.load(Ordering::Relaxed) >> CAUSE_BITS {
+            self.keep(ticks, causes);
+        }
+    }
+
+    #[cold]
+    fn keep(&self, ticks: u64, causes: u64) {
+        // The maximum of the words is that of the ticks. A reset may come at any time.
+        self.0.fetch_max(ticks << CAUSE_BITS | causes, Ordering::Relaxed);
+    }
+}
+
+/// A turn's clock, read no more often than needed, and what has happened since the last booking.
+#[derive(Debug)]
+pub struct Turn {
+    now: u64,
+    ticks_per_second: u64,
+    /// When the last booking ended.
+    pub(super) since: u64,
+    /// Bits of [`Cause`] since then.
+    causes: u64,
+    /// The reactor has been offline since the last turn.
+    woken: bool,
+    pub(super) idle_turns: u32,
+    pub(super) turns: u64,
+}
+
+impl Turn {
+    /// A clock that has just been read.
+    #[must_use]
+    pub fn new() -> Self {
+        let now = read_tsc();
+        Self {
+            now,
+            ticks_per_second: ticks_per_second(),
+            since: now,
+            causes: 0,
+            woken: false,
+            idle_turns: 0,
+            turns: 0,
+        }
+    }
+
+    /// The time of the last reading, in ticks.
+    #[inline]
+    #[must_use]
+    pub fn now_ticks(&self) -> u64 {
+        self.now
+    }
+
+    /// Reads the clock.
+    #[inline]
+    pub fn read_clock(&mut self) -> u64 {
+        self.now = read_tsc();
+        self.now
+    }
+
+    /// Ticks in a second.
+    #[must_use]
+    pub fn ticks_per_second(&self) -> u64 {
+        self.ticks_per_second
+    }
+
+    /// Remembers that this happened in this turn.
+    #[inline]
+    pub fn note(&mut self, cause: Cause) {
+        self.causes |= cause.bit();
+    }
+
+    /// The reactor was offline: what it had loaded before may have been freed.
+    pub(super) fn woken(&mut self) {
+        self.woken = true;
+        self.note(Cause::Sleep);
+    }
+
+    /// Whether the reactor was offline since the last call.
+    #[inline]
+    pub(super) fn take_woken(&mut self) -> bool {
+        std::mem::take(&mut self.woken)
+    }
+
+    /// Forgets what happened and answers with it.
+    #[inline]
+    pub(super) fn take_causes(&mut self) -> u64 {
+        std::mem::take(&mut self.causes)
+    }
+}
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The time-stamp counter.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
+#[cfg(not(target_arch = "x86_64"))]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// How fast [`read_tsc`] counts, measured once over 10 ms.
+#[must_use]
+pub fn ticks_per_second() -> u64 {
+    static TICKS: OnceLock<u64> = OnceLock::new();
+    *TICKS.get_or_init(|| {
+        let (start, ticks) = (Instant::now(), read_tsc());
+        thread::sleep(Duration::from_millis(10));
+        let ticks = read_tsc() - ticks;
+        (ticks as f64 / start.elapsed().as_secs_f64()) as u64
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_turn_keeps_its_own_causes() {
+        let longest = LongestTurn::default();
+        longest.note(10, Cause::Adopt.bit() | Cause::Sleep.bit());
+        longest.note(9, Cause::Stop.bit());
+        assert_eq!(longest.read(false), (10, vec![Cause::Adopt, Cause::Sleep]));
+        longest.note(11, Cause::Call.bit());
+        assert_eq!(longest.read(true), (11, vec![Cause::Call]));
+        assert_eq!(longest.read(false), (0, vec![]));
+    }
+}
