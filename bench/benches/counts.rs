@@ -7,6 +7,7 @@
 //! second is the figure, and the third has to repeat it.
 //!
 //! On stdout: the path's name, and the units (requests, turns, …) in a part, a line for each path.
+//! Arguments name the paths to run; all, if there are none.
 #![expect(clippy::unwrap_used, reason = "a path that cannot be set up ends the run")]
 
 mod scene;
@@ -14,8 +15,13 @@ mod scene;
 use std::hint::black_box;
 use std::sync::Arc;
 
-use bdev::Bdev;
-use scene::{Kind, Scene, malloc, null};
+use bdev::{Bdev, Op};
+use scene::channel::Line;
+use scene::disks::{self, DISK_BYTES};
+use scene::guest::Kind;
+use scene::reader::Qsbr;
+use scene::rings::{ROUND, Rings, Step};
+use scene::stage::Stage;
 
 /// Requests in a part: rings and sectors wrap round many times.
 const REQUESTS: u64 = 4096;
@@ -25,9 +31,13 @@ const TURNS: u64 = 1024;
 /// A part of a path: runs it, and answers how many units that was.
 type Part = Box<dyn FnMut() -> u64>;
 
+/// Paths by name, with what sets each of them up.
+#[derive(Default)]
+struct Paths(Vec<(String, Box<dyn Fn() -> Part>)>);
+
 fn main() {
     let only: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    for (name, set_up) in paths() {
+    for (name, set_up) in all().0 {
         if !only.is_empty() && !only.contains(&name) {
             continue;
         }
@@ -53,48 +63,135 @@ fn part_ends() {
     black_box(());
 }
 
-fn paths() -> Vec<(String, Box<dyn Fn() -> Part>)> {
-    let mut paths: Vec<(String, Box<dyn Fn() -> Part>)> = Vec::new();
-    for queues in [0, 1, 16, 256] {
-        paths.push((format!("turn-idle-{queues}"), Box::new(move || idle(queues))));
+impl Paths {
+    fn add(&mut self, name: impl Into<String>, set_up: impl Fn() -> Part + 'static) {
+        self.0.push((name.into(), Box::new(set_up)));
     }
-    for (disk, bdev) in [("null", null as fn() -> Arc<dyn Bdev>), ("malloc", malloc)] {
+}
+
+fn all() -> Paths {
+    let mut paths = Paths::default();
+    paths.add("qsbr-turn", qsbr);
+    for queues in [0, 1, 16, 256] {
+        paths.add(format!("turn-idle-{queues}"), move || idle(queues));
+    }
+    paths.add("turn-adopting", adopting);
+    for (name, kind, indirect) in [
+        ("direct", Kind::Read, false),
+        ("indirect", Kind::Read, true),
+        ("two", Kind::ReadInTwo, false),
+    ] {
+        for (step, name) in
+            [(Step::Pop, format!("ring-pop-{name}")), (Step::Parse, format!("parse-{name}"))]
+        {
+            paths.add(name, move || ring(kind, indirect, step));
+        }
+    }
+    paths.add("ring-push", || ring(Kind::Read, false, Step::Push));
+    for (disk, bdev) in [("null", disks::null as fn() -> _), ("malloc", disks::malloc)] {
         for (op, kind) in [("read", Kind::Read), ("write", Kind::Write)] {
             for depth in [1, 32] {
-                let name = format!("{disk}-{op}-{depth}");
-                paths.push((name, Box::new(move || requests(&bdev(), false, kind, depth))));
+                paths.add(format!("{disk}-{op}-{depth}"), move || {
+                    requests(&bdev(), false, kind, depth)
+                });
             }
         }
     }
-    let two = || requests(&null(), false, Kind::ReadInTwo, 32);
-    paths.push(("null-read-two-segments-32".into(), Box::new(two)));
-    let indirect = || requests(&null(), true, Kind::Read, 32);
-    paths.push(("null-read-indirect-32".into(), Box::new(indirect)));
+    paths.add("null-read-two-32", || requests(&disks::null(), false, Kind::ReadInTwo, 32));
+    paths.add("null-read-indirect-32", || requests(&disks::null(), true, Kind::Read, 32));
+    for (disk, bdev) in [("delay", disks::delay as fn() -> _), ("error", disks::error)] {
+        paths.add(format!("{disk}-read-32"), move || requests(&bdev(), false, Kind::Read, 32));
+    }
+    for depth in [1, 16] {
+        paths.add(format!("file-read-{depth}"), move || {
+            requests(&holes(), false, Kind::Read, depth)
+        });
+    }
+    paths.add("file-channel-read-16", file_channel);
     paths
 }
 
-/// Turns of a reactor whose queues have nothing to do.
-fn idle(queues: usize) -> Part {
-    let mut scene = Scene::new(queues, false, &null());
+/// Turns of a reader of a published value.
+fn qsbr() -> Part {
+    let mut qsbr = Qsbr::new();
     Box::new(move || {
         counted(|| {
             for _ in 0..TURNS {
-                scene.reactor.step();
+                black_box(qsbr.turn());
             }
         });
         TURNS
     })
 }
 
+/// Turns of a reactor whose queues have nothing to do.
+fn idle(queues: usize) -> Part {
+    let mut stage = Stage::new(queues, false, &disks::null());
+    Box::new(move || {
+        counted(|| {
+            for _ in 0..TURNS {
+                stage.reactor.step();
+            }
+        });
+        TURNS
+    })
+}
+
+/// Turns in which an idle queue adopts a new view.
+fn adopting() -> Part {
+    let mut stage = Stage::new(1, false, &disks::null());
+    Box::new(move || {
+        for _ in 0..TURNS {
+            let view = stage.guest.next_view();
+            let before = stage.guest.hand_over(view);
+            counted(|| stage.reactor.step());
+            assert!(before.try_free().is_none(), "it was adopted");
+        }
+        TURNS
+    })
+}
+
+/// One step of requests on their way through a ring.
+fn ring(kind: Kind, indirect: bool, step: Step) -> Part {
+    let mut rings = Rings::new(kind, indirect);
+    Box::new(move || {
+        for _ in 0..REQUESTS / ROUND {
+            rings.round(step, |act| counted(act));
+        }
+        REQUESTS
+    })
+}
+
 /// Requests in batches of `depth`, the device's side of them.
 fn requests(bdev: &Arc<dyn Bdev>, indirect: bool, kind: Kind, depth: u64) -> Part {
-    let mut scene = Scene::new(1, indirect, bdev);
+    let mut stage = Stage::new(1, indirect, bdev);
     Box::new(move || {
         for _ in 0..REQUESTS / depth {
-            scene.batch(kind, depth, |reactor| {
+            stage.batch(kind, depth, |reactor| {
                 counted(|| reactor.step());
             });
         }
         REQUESTS
     })
+}
+
+/// Reads of 64 KiB on a file's channel, 16 at a time, without a queue before it.
+fn file_channel() -> Part {
+    const DEPTH: u16 = 16;
+    let mut line = Line::new(&holes(), DEPTH, 64 << 10);
+    Box::new(move || {
+        for _ in 0..TURNS {
+            counted(|| line.run(Op::Read));
+        }
+        TURNS * u64::from(DEPTH)
+    })
+}
+
+/// A disk in a file of holes. The kernel answers a direct read of a hole within the system call that
+/// submits it, so that the number of turns does not depend on a device; its own instructions are not
+/// counted, and ours are those for any file.
+fn holes() -> Arc<dyn Bdev> {
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.as_file().set_len(DISK_BYTES).unwrap();
+    disks::file(file.path())
 }
