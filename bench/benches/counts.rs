@@ -1,6 +1,6 @@
 //! The hot paths, each run a known number of times, for `ci/perf` to count their instructions.
 //!
-//! Under `valgrind --tool=callgrind --toggle-collect=*counted* --dump-after=*part_ends*` only what
+//! Under callgrind, with `--toggle-collect` on [`counted`] and `--dump-after` on [`part_ends`], only what
 //! runs inside [`counted`] is counted: neither setting up, nor the driver that makes the requests
 //! and takes the answers. Each path runs in three parts, after each of which callgrind writes what
 //! it counted to a file of its own: the first warms up (queues are adopted, functions bound), the
@@ -51,7 +51,7 @@ fn main() {
     }
 }
 
-/// What is counted, and nothing else is. Costs two or three instructions of its own.
+/// What is counted, and nothing else is. Costs a few instructions of its own.
 #[inline(never)]
 fn counted<T>(path: impl FnOnce() -> T) -> T {
     path()
