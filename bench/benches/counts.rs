@@ -1,10 +1,11 @@
 //! The hot paths, each run a known number of times, for `ci/perf` to count their instructions.
 //!
-//! Under callgrind, with `--toggle-collect` on [`counted`] and `--dump-after` on [`part_ends`], only what
-//! runs inside [`counted`] is counted: neither setting up, nor the driver that makes the requests
-//! and takes the answers. Each path runs in three parts, after each of which callgrind writes what
-//! it counted to a file of its own: the first warms up (queues are adopted, functions bound), the
-//! second is the figure, and the third has to repeat it.
+//! Under callgrind, with `--toggle-collect` on [`counted`] and `--dump-after` on [`part_ends`],
+//! only what runs inside [`counted`] is counted: neither setting up, nor the driver that makes the
+//! requests and takes the answers. Each path runs in three parts, after each of which callgrind
+//! writes what it counted to a file of its own: the first warms up (queues are adopted, functions
+//! bound), the second is the figure, and the third has to repeat it. An instruction that repeats
+//! itself (`rep movsb`, glibc's way to copy much) counts once for each time.
 //!
 //! On stdout: the path's name, and the units (requests, turns, …) in a part, a line for each path.
 //! Arguments name the paths to run; all, if there are none.
@@ -193,10 +194,10 @@ fn file_channel() -> Part {
     })
 }
 
-/// A disk in a file of holes. The kernel answers a direct read of a hole within the system call that
-/// submits it, so that the number of turns does not depend on a device; its own instructions are not
-/// counted, and ours are those for any file. (Where the target directory is on a file system that
-/// answers later, as tmpfs does, ci/perf says that the path does not repeat.)
+/// A disk in a file of holes. The kernel answers a direct read of a hole within the system call
+/// that submits it, so that the number of turns does not depend on a device; its own instructions
+/// are not counted, and ours are those for any file. (Where the target directory is on a file
+/// system that answers later, as tmpfs does, ci/perf says that the path does not repeat.)
 fn holes() -> Arc<dyn Bdev> {
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(DISK_BYTES).unwrap();

@@ -1,7 +1,7 @@
 //! What each part of the data path costs in time, in one thread but for the hand-over.
 //!
-//! `cargo bench -p bench --bench micro`, with part of a name at the end (`-- ring`) for some of them.
-//! criterion compares with the run before and draws a report in
+//! `cargo bench -p bench --bench micro`, with part of a name at the end (`-- ring`) for some of
+//! them. criterion compares with the run before and draws a report in
 //! `target/criterion/report/index.html`. Times drift with the machine; instructions, which do not,
 //! are counted by `ci/perf`.
 #![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
