@@ -1,0 +1,133 @@
+//! A guest's memory, its queues on one disk as a reactor takes them, and the driver of the first.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use bdev::Bdev;
+use bench::{GuestRam, QueueOptions, Request, STATUS_OK, Segment};
+use qsbr::Domain;
+use vhost_blk::config::Disk;
+use vhost_blk::foreign::ForeignFd;
+use vhost_blk::memory::{GuestMemory, RegionSpec};
+use vhost_blk::queue::{Queue, QueueId, View};
+use vhost_blk::reclaim::{Garbage, Unmapper};
+use vhost_blk::ring::RingAddrs;
+
+const RAM_BYTES: u64 = 64 << 20;
+const RING_SIZE: u16 = 128;
+
+/// What the driver asks for, 4 KiB at a time.
+#[derive(Clone, Copy)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    /// A read into two buffers of half the size.
+    ReadInTwo,
+}
+
+/// The driver's side of a queue, and buffers for its requests.
+pub(crate) struct Driver {
+    queue: bench::Queue,
+    whole: [Segment; 1],
+    halves: [Segment; 2],
+}
+
+impl Driver {
+    pub(crate) fn new(ram: &Arc<GuestRam>, index: usize, indirect: bool) -> Self {
+        let options = QueueOptions { size: RING_SIZE, indirect, ..QueueOptions::default() };
+        let queue = bench::Queue::new(ram, index, options, false).unwrap();
+        let buffer = |bytes| ram.alloc(bytes, 4096).unwrap();
+        Self { queue, whole: [buffer(4096)], halves: [buffer(2048), buffer(2048)] }
+    }
+
+    /// Where its ring is.
+    pub(crate) fn addrs(&self) -> (u16, RingAddrs) {
+        let [desc, avail, used] = self.queue.ring().addrs();
+        (RING_SIZE, RingAddrs { desc, avail, used })
+    }
+
+    /// Makes `n` requests available.
+    pub(crate) fn submit(&mut self, kind: Kind, n: u64) {
+        for sector in (0..n).map(|n| n * 8) {
+            let request = match kind {
+                Kind::Read => Request::read(sector, &self.whole),
+                Kind::Write => Request::write(sector, &self.whole),
+                Kind::ReadInTwo => Request::read(sector, &self.halves),
+            };
+            self.queue.submit(&request).unwrap();
+        }
+    }
+
+    /// Takes back what is done, which has to be well done; answers with how many.
+    pub(crate) fn take_back(&mut self) -> u64 {
+        let mut n = 0;
+        while let Some(done) = self.queue.poll().unwrap() {
+            assert_eq!(black_box(done).status, STATUS_OK);
+            n += 1;
+        }
+        n
+    }
+}
+
+/// A guest with queues over a disk.
+pub(crate) struct Guest {
+    pub(crate) domain: Arc<Domain>,
+    /// All of them, to be published to a reactor.
+    pub(crate) queues: Vec<Arc<Queue>>,
+    /// Drives the first of them.
+    pub(crate) driver: Driver,
+    memory: Arc<GuestMemory>,
+    disk: Arc<Disk>,
+    /// Of the first queue's view.
+    generation: u64,
+}
+
+impl Guest {
+    pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
+        let domain = Domain::new(1);
+        let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
+        let memory = map(&ram);
+        let disk = Arc::new(Disk { bdev: Arc::clone(bdev), read_only: false });
+        let driver = Driver::new(&ram, 0, indirect);
+        let view = |driver: &Driver| view(driver, 1, &memory, &disk);
+        let queue = |n: usize, view| {
+            Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
+        };
+        let mut list: Vec<_> =
+            (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, indirect)))).collect();
+        if queues > 0 {
+            list.insert(0, queue(0, view(&driver)));
+        }
+        Self { domain, queues: list, driver, memory, disk, generation: 1 }
+    }
+
+    /// A view for the first queue, to come after those made before.
+    pub(crate) fn next_view(&mut self) -> View {
+        self.generation += 1;
+        view(&self.driver, self.generation, &self.memory, &self.disk)
+    }
+
+    /// Gives the first queue's reactor a view. The one before can be freed once it was adopted.
+    pub(crate) fn hand_over(&self, view: View) -> Box<dyn Garbage> {
+        Box::new(self.queues[0].publish(view))
+    }
+}
+
+fn view(driver: &Driver, generation: u64, memory: &Arc<GuestMemory>, disk: &Arc<Disk>) -> View {
+    let (size, addrs) = driver.addrs();
+    View::new(generation, memory, size, addrs, false, None, Some(Arc::clone(disk))).unwrap()
+}
+
+/// The guest's memory as the target maps it.
+pub(crate) fn map(ram: &GuestRam) -> Arc<GuestMemory> {
+    let line = &ram.table()[0];
+    let spec = RegionSpec {
+        gpa: line.guest_phys_addr,
+        size: line.memory_size,
+        user_addr: line.userspace_addr,
+        offset: 0,
+    };
+    let fd = ForeignFd::new(ram.file(0).try_clone().unwrap().into());
+    let unmapper = Unmapper::start().unwrap();
+    Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap())
+}

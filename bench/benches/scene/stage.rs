@@ -1,0 +1,49 @@
+//! A reactor without a thread, and the guest that it serves.
+
+use std::sync::Arc;
+
+use bdev::Bdev;
+use vhost_blk::Core;
+use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
+use vhost_blk::reclaim::Reclaim;
+
+use super::guest::{Guest, Kind};
+
+/// Turns after which a request that has not come back never will.
+const TURNS_MAX: u32 = 1 << 24;
+
+/// A reactor that polls all of a guest's queues.
+pub(crate) struct Stage {
+    pub(crate) reactor: SteppedReactor,
+    pub(crate) guest: Guest,
+}
+
+impl Stage {
+    pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
+        let guest = Guest::new(queues, indirect, bdev);
+        let events = Arc::new(Events::new().unwrap());
+        let reactor = Arc::new(Reactor::new(Core(0), &guest.domain).unwrap());
+        reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());
+        let mut reactor = SteppedReactor::new(&reactor, &guest.domain, &events).unwrap();
+        reactor.step();
+        Self { reactor, guest }
+    }
+
+    /// Has the driver submit `depth` requests, makes turns with `turn` until all are answered, and
+    /// takes the answers.
+    pub(crate) fn batch(
+        &mut self,
+        kind: Kind,
+        depth: u64,
+        mut turn: impl FnMut(&mut SteppedReactor),
+    ) {
+        self.guest.driver.submit(kind, depth);
+        let (mut back, mut turns) = (0, 0);
+        while back < depth {
+            turn(&mut self.reactor);
+            back += self.guest.driver.take_back();
+            turns += 1;
+            assert!(turns < TURNS_MAX, "a request is lost");
+        }
+    }
+}
