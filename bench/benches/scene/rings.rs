@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bench::GuestRam;
 use vhost_blk::config::Disk;
-use vhost_blk::memory::GuestMemory;
+use vhost_blk::memory::{GuestMemory, Nearest};
 use vhost_blk::request::{Chain, Limits, STATUS_OK};
 use vhost_blk::ring::SplitRing;
 
@@ -37,6 +37,7 @@ pub(crate) struct Rings {
     /// In `memory`.
     ring: SplitRing,
     memory: Arc<GuestMemory>,
+    nearest: Nearest,
     limits: Limits,
     chains: Vec<(u16, Chain)>,
     /// Position in both rings.
@@ -53,7 +54,7 @@ impl Rings {
         let ring = unsafe { SplitRing::new(&memory, size, addrs, false) }.unwrap();
         let limits = Disk { bdev: disks::null(), read_only: false }.limits();
         let chains = (0..ROUND).map(|_| (0, Chain::default())).collect();
-        Self { driver, kind, ring, memory, limits, chains, at: 0 }
+        Self { driver, kind, ring, memory, nearest: Nearest::default(), limits, chains, at: 0 }
     }
 
     /// Makes [`ROUND`] requests and does the three steps for them, the one of interest with
@@ -81,10 +82,12 @@ impl Rings {
     fn pop(&mut self) {
         assert_eq!(self.ring.pending(self.at), Ok(ROUND as u16));
         let positions = (0..).map(|n| self.at.wrapping_add(n));
+        let mut near = self.memory.near(self.nearest);
         for ((head, chain), at) in self.chains.iter_mut().zip(positions) {
             *head = self.ring.head(at);
-            chain.collect(&self.ring, &self.memory, *head);
+            chain.collect(&self.ring, &mut near, *head);
         }
+        self.nearest = near.nearest();
     }
 
     fn parse(&mut self) {

@@ -16,7 +16,7 @@ const COLD_PER_TURN: usize = 16;
 /// Time after which all queues have been looked at, however busy some are, in microseconds.
 const PASS_MAX_US: u64 = 20;
 
-/// Turns after which a queue that had no work counts as cold. (In the turns that look at it.)
+/// Turns without work after which a queue counts as cold, at least. A power of two.
 const COLD_AFTER: u32 = 1 << 14;
 
 /// The queues of one reactor. A change publishes a new one.
@@ -40,6 +40,7 @@ struct Scan {
     hot: usize,
     /// The next of the cold ones to look at.
     cursor: usize,
+    turns: u32,
     /// When the last pass over the cold ones ended.
     passed_ticks: u64,
     /// [`PASS_MAX_US`].
@@ -49,15 +50,15 @@ struct Scan {
 #[derive(Debug)]
 struct Entry {
     watch: Watch,
-    /// Looks in a row that found nothing.
-    idle: u32,
+    /// It was visited since hot queues were last told from cold ones.
+    active: bool,
     /// Its place in the list of queues.
     queue: u32,
 }
 
 impl PollSet {
     pub(super) fn new(queues: Vec<Arc<Queue>>) -> Self {
-        let entry = |queue| Entry { watch: Watch::new(), idle: 0, queue };
+        let entry = |queue| Entry { watch: Watch::new(), active: true, queue };
         let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
         let scan = Scan {
             hot: entries.len(),
@@ -92,21 +93,21 @@ impl PollSet {
             self.compare(scan, reader);
         }
         let mut worked = false;
-        let mut n = 0;
-        while n < scan.hot {
-            let entry = &mut scan.entries[n];
+        let (hot, cold) = scan.entries.split_at_mut(scan.hot);
+        for entry in hot {
             // SAFETY: compared above, if there was anything to compare.
-            worked |= unsafe { self.look(entry, reader, turn, events) };
-            if entry.idle < COLD_AFTER {
-                n += 1;
-            } else {
-                scan.hot -= 1;
-                scan.entries.swap(n, scan.hot);
+            if unsafe { entry.watch.wants_visit() } {
+                // SAFETY: the caller says so.
+                worked |= unsafe { self.visit(entry, reader, turn, events) };
             }
         }
-        if scan.hot < scan.entries.len() {
+        if !cold.is_empty() {
             // SAFETY: as above.
             worked |= unsafe { self.look_at_cold(scan, reader, turn, events) };
+        }
+        scan.turns = scan.turns.wrapping_add(1);
+        if scan.turns.is_multiple_of(COLD_AFTER) {
+            scan.tell_hot_from_cold();
         }
         worked
     }
@@ -114,8 +115,7 @@ impl PollSet {
     /// Looks at some of the cold queues; at all of them when the last pass was too long ago.
     ///
     /// # Safety
-    /// As for [`PollSet::look`].
-    #[inline]
+    /// As for [`PollSet::turn`]; the watches have been compared.
     unsafe fn look_at_cold(
         &self,
         scan: &mut Scan,
@@ -138,8 +138,9 @@ impl PollSet {
             scan.cursor = scan.cursor.max(scan.hot);
             let Some(entry) = scan.entries.get_mut(scan.cursor) else { break };
             // SAFETY: the caller says so.
-            worked |= unsafe { self.look(entry, reader, turn, events) };
-            if entry.idle == 0 {
+            if unsafe { entry.watch.wants_visit() } {
+                // SAFETY: the caller says so.
+                worked |= unsafe { self.visit(entry, reader, turn, events) };
                 scan.entries.swap(scan.cursor, scan.hot);
                 scan.hot += 1;
             }
@@ -148,28 +149,22 @@ impl PollSet {
         worked
     }
 
-    /// Visits a queue if it wants it; says whether it had work.
+    /// Visits a queue; says whether it had work.
     ///
     /// # Safety
-    /// Those of [`Watch::wants_visit`] and [`Queue::visit`].
-    #[inline]
-    unsafe fn look(
+    /// That of [`Queue::visit`].
+    unsafe fn visit(
         &self,
         entry: &mut Entry,
         reader: &Reader,
         turn: &mut Turn,
         events: &Events,
     ) -> bool {
-        // SAFETY: the caller says so.
-        if !unsafe { entry.watch.wants_visit() } {
-            entry.idle += 1;
-            return false;
-        }
         let queue = &self.queues[entry.queue as usize];
-        // SAFETY: the queue is in this reactor's set.
+        // SAFETY: the queue is in this reactor's set, and the caller has said the rest.
         let (worked, watch) = unsafe { queue.visit_watched(reader, turn, events) };
         entry.watch = watch;
-        entry.idle = 0;
+        entry.active = true;
         worked
     }
 
@@ -183,6 +178,22 @@ impl PollSet {
             if unsafe { queue.changed_since(&entry.watch, reader) } {
                 // The address that it looked at may not be mapped any more.
                 entry.watch = Watch::new();
+            }
+        }
+    }
+}
+
+impl Scan {
+    /// Moves the hot queues that were not visited for a while to the cold ones.
+    #[cold]
+    fn tell_hot_from_cold(&mut self) {
+        let mut n = 0;
+        while n < self.hot {
+            if std::mem::take(&mut self.entries[n].active) {
+                n += 1;
+            } else {
+                self.hot -= 1;
+                self.entries.swap(n, self.hot);
             }
         }
     }
