@@ -3,13 +3,14 @@
 
 use std::cmp::{self, Reverse};
 use std::collections::BinaryHeap;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit};
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Wait};
 use crate::stats::Stats;
 
 /// Out of this many reads and writes on a channel, one has the p99 latency.
@@ -165,6 +166,7 @@ impl Bdev for Delay {
             base,
             kinds: vec![None; depth.into()].into_boxed_slice(),
             held: BinaryHeap::with_capacity(depth.into()),
+            with_base: 0,
             count: [0; 2],
             disk: self,
         }))
@@ -178,6 +180,8 @@ struct DelayChannel {
     kinds: Box<[Option<LatencyKind>]>,
     /// What the base has completed, the one that is due first on top.
     held: BinaryHeap<Reverse<Held>>,
+    /// I/Os outstanding at the base.
+    with_base: u64,
     /// Reads and writes so far, modulo [`P99_INTERVAL`].
     count: [u32; 2],
 }
@@ -245,10 +249,20 @@ impl Channel for DelayChannel {
                 if let Some(slot) = self.kinds.get_mut(usize::from(tag.0)) {
                     *slot = kind;
                 }
+                self.with_base += 1;
                 Submit::Queued
             }
             Submit::Full(io) => Submit::Full(io),
         }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.base.wake_fd()
+    }
+
+    fn wait(&self) -> Wait {
+        let held = self.held.peek().map_or(Wait::Event, |top| Wait::Until(top.0.due));
+        if self.with_base > 0 { held.sooner(self.base.wait()) } else { held }
     }
 
     fn kick(&mut self) {
@@ -270,6 +284,7 @@ impl Channel for DelayChannel {
         }
         let first = n;
         let from_base = self.base.poll(&mut done[first..]);
+        self.with_base -= from_base as u64;
         for i in first..first + from_base {
             let completion = done[i];
             let kind = self.kinds.get_mut(usize::from(completion.tag.0)).and_then(Option::take);

@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "an I/O carries addresses in a guest's memory")]
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use uuid::Uuid;
 
@@ -169,6 +171,29 @@ pub struct Completion {
     pub status: Status,
 }
 
+/// What the owner of a channel with I/O outstanding may do until the next [`Channel::poll`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing else: poll again at once.
+    Poll,
+    /// Sleep until [`Channel::wake_fd`] becomes readable.
+    Event,
+    /// Sleep until this time, or until the fd becomes readable.
+    Until(Instant),
+}
+
+impl Wait {
+    /// What has to be done to miss neither.
+    #[must_use]
+    pub fn sooner(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Poll, _) | (_, Self::Poll) => Self::Poll,
+            (Self::Until(one), Self::Until(other)) => Self::Until(one.min(other)),
+            (Self::Event, other) | (other, Self::Event) => other,
+        }
+    }
+}
+
 /// The I/O path to one [`Bdev`], for one owner.
 ///
 /// The implementer owes: no lock, no allocation, no wait, no address-space call in any method;
@@ -189,6 +214,18 @@ pub trait Channel: Send {
     /// What the owner may do itself instead of calling `submit`, which stays the complete way.
     fn shortcut(&self) -> Shortcut {
         Shortcut::None
+    }
+
+    /// Becomes readable, at each event anew, when there may be something for `poll`; `None` where
+    /// [`Channel::wait`] never answers [`Wait::Event`] with I/O outstanding. Stays the same.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// What to do until the next `poll`, for an owner that would rather sleep. Only asked while
+    /// I/O is outstanding, after a `poll` that found nothing.
+    fn wait(&self) -> Wait {
+        Wait::Poll
     }
 
     /// Tells the device about what was queued since the last call. Called once per visit, after

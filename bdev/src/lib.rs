@@ -38,11 +38,11 @@ pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use file::{Alignment, FileDisk, FileOptions, Flavour};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
-    Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Submit, Tag,
+    Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Submit, Tag, Wait,
 };
 pub use malloc::{Malloc, MallocOptions};
-pub use null::{Null, NullOptions};
 pub use memory::Stores;
+pub use null::{Null, NullOptions};
 pub use pages::Backing;
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};

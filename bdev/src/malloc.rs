@@ -7,7 +7,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::geometry::{checked_size, within};
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit, Wait};
 use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
 use crate::shortcut::{AT_ONCE, Shortcut};
@@ -130,6 +130,10 @@ impl Channel for MallocChannel {
         }
         // SAFETY: the range was checked; the caller vouches for the segments.
         Submit::Done(unsafe { self.transfer(&io, 0, io.len as usize) })
+    }
+
+    fn wait(&self) -> Wait {
+        if self.long.is_empty() { Wait::Event } else { Wait::Poll }
     }
 
     fn shortcut(&self) -> Shortcut {

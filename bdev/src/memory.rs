@@ -196,7 +196,9 @@ mod tests {
                 assert!(unsafe { scatter(&list, skip as u64, source.as_ptr(), len) });
                 let mut back = vec![0; len];
                 // SAFETY: as above.
-                assert!(unsafe { gather(&list, skip as u64, back.as_mut_ptr(), len, Stores::Cached) });
+                assert!(unsafe {
+                    gather(&list, skip as u64, back.as_mut_ptr(), len, Stores::Cached)
+                });
                 assert_eq!(back, source[..len]);
                 assert_eq!(memory[skip..skip + len], source[..len]);
                 assert!(memory[..skip].iter().chain(&memory[skip + len..]).all(|&b| b == 0));
@@ -216,7 +218,9 @@ mod tests {
             // SAFETY: within both arrays.
             assert!(unsafe { gather(&list, skip, at, len, Stores::Streamed) });
             let expected: Vec<u8> = (0..512)
-                .map(|i| if (to..to + len).contains(&i) { memory[skip as usize + i - to] } else { 0xee })
+                .map(|i| {
+                    if (to..to + len).contains(&i) { memory[skip as usize + i - to] } else { 0xee }
+                })
                 .collect();
             assert_eq!(target.0[..], expected[..], "{skip} {to} {len}");
         }

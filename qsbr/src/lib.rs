@@ -7,7 +7,8 @@
 //! that somebody waits for them.
 //!
 //! The modules in the order of use: [`domain`] holds the epoch and the readers, [`published`] the
-//! pointer and its retired values. The atomic orderings, each with its reason, are in `ordering`;
+//! pointer and its retired values, [`handshake`] how a reader that sleeps and whoever has work for
+//! it do not miss each other. The atomic orderings, each with its reason, are in `ordering`;
 //! `sync` swaps std for loom.
 //!
 //! ```
@@ -25,6 +26,7 @@
 //! ```
 
 pub mod domain;
+pub mod handshake;
 mod ordering;
 pub mod published;
 mod sync;

@@ -73,3 +73,9 @@ pub(crate) fn fence_online() -> bool {
 pub(crate) fn fence_advance() -> bool {
     !weakened("fence_advance")
 }
+
+/// Whether the fence of [`crate::handshake`] stays.
+#[cfg(loom)]
+pub(crate) fn fence_handshake() -> bool {
+    !weakened("fence_handshake")
+}

@@ -8,6 +8,7 @@
 
 use loom::cell::UnsafeCell;
 use loom::thread;
+use qsbr::handshake::say_then_look;
 use qsbr::{Domain, Published, Reader, Retired};
 use std::sync::Arc;
 
@@ -234,5 +235,66 @@ fn epochs_chain_writers() {
         free(first.replace(Watched::boxed(2)));
         turns.join().expect("reader");
         writer.join().expect("writer");
+    });
+}
+
+/// A bell as epoll and an eventfd make one: rung once, it wakes whoever waits then or later.
+struct Bell(loom::sync::Mutex<bool>, loom::sync::Condvar);
+
+impl Bell {
+    fn ring(&self) {
+        *self.0.lock().expect("nobody panics") = true;
+        self.1.notify_one();
+    }
+
+    fn wait(&self) {
+        let mut rung = self.0.lock().expect("nobody panics");
+        while !std::mem::take(&mut *rung) {
+            rung = self.1.wait(rung).expect("nobody panics");
+        }
+    }
+}
+
+/// A reactor falls asleep while a driver makes a request available and looks whether to kick, and
+/// the control side replaces what the reactor reads. Loom reports a reactor that never wakes as a
+/// deadlock, and one that uses what was freed as a race.
+#[test]
+fn a_sleeper_misses_no_kick() {
+    use loom::sync::atomic::{AtomicBool, AtomicUsize};
+    use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+    loom::model(|| {
+        let (domain, published) = setup(1);
+        let index = Arc::new(AtomicUsize::new(0));
+        let wants_kick = Arc::new(AtomicBool::new(false));
+        let bell = Arc::new(Bell(loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let mut reader = domain.reader().expect("free");
+        reader.online();
+        let reactor = {
+            let (index, wants_kick) = (Arc::clone(&index), Arc::clone(&wants_kick));
+            let (bell, published) = (Arc::clone(&bell), Arc::clone(&published));
+            thread::spawn(move || {
+                loop {
+                    reader.quiesce();
+                    assert_ne!(use_it(&published, &reader), u64::MAX);
+                    let arm = || wants_kick.store(true, Relaxed);
+                    if say_then_look(arm, || index.load(Acquire)) == 1 {
+                        break;
+                    }
+                    reader.offline();
+                    bell.wait();
+                    reader.online();
+                }
+                reader.offline();
+            })
+        };
+        let driver = thread::spawn(move || {
+            let publish = || index.store(1, Release);
+            if say_then_look(publish, || wants_kick.load(Relaxed)) {
+                bell.ring();
+            }
+        });
+        free(published.replace(Watched::boxed(2)));
+        driver.join().expect("driver");
+        reactor.join().expect("reactor");
     });
 }

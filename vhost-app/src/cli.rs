@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{ArgAction, Parser};
+use vhost_blk::Mode;
 use vhost_blk::session::DRAIN_LIMIT_S;
 
 use crate::logging;
@@ -57,8 +58,8 @@ pub(crate) struct Options {
     pub(crate) main_core: usize,
     /// Take locks on the cores in /var/tmp.
     pub(crate) cpumask_locks: bool,
-    /// `--interrupt-mode` was given.
-    pub(crate) interrupt_mode: bool,
+    /// What reactors do when there is nothing to do (`--interrupt-mode`, `--reactor-idle-us`).
+    pub(crate) reactor_mode: Mode,
     /// DPDK's memory in MiB (`-s`); as much as it takes if none.
     pub(crate) mem_size_mib: Option<u32>,
     /// A hugetlbfs mount.
@@ -186,9 +187,12 @@ struct Args {
     /// Do not lock the cores in /var/tmp.
     #[arg(long)]
     disable_cpumask_locks: bool,
-    /// Accepted: reactors poll while they have queues, and sleep otherwise.
+    /// Reactors sleep whenever there is nothing to do, and poll nothing.
     #[arg(long)]
     interrupt_mode: bool,
+    /// Reactors poll, and sleep after this many microseconds without work (not in SPDK).
+    #[arg(long, value_name = "N", value_parser = number, conflicts_with = "interrupt_mode")]
+    reactor_idle_us: Option<u64>,
     /// Memory for DPDK in MiB, or with K, M or G [default: as needed].
     #[arg(short = 's', long, value_name = "SIZE", value_parser = mem_size, allow_hyphen_values = true)]
     mem_size: Option<u32>,
@@ -316,7 +320,11 @@ impl Args {
             lcores,
             main_core,
             cpumask_locks: !self.disable_cpumask_locks,
-            interrupt_mode: self.interrupt_mode,
+            reactor_mode: match (self.interrupt_mode, self.reactor_idle_us) {
+                (true, _) => Mode::Sleep { after_us: 0 },
+                (false, Some(after_us)) => Mode::Sleep { after_us },
+                (false, None) => Mode::Poll,
+            },
             mem_size_mib: self.mem_size,
             huge_dir: path(self.huge_dir),
             no_huge: self.no_huge,
@@ -477,7 +485,7 @@ mod tests {
             lcores: None,
             main_core: 0,
             cpumask_locks: true,
-            interrupt_mode: false,
+            reactor_mode: Mode::Poll,
             mem_size_mib: None,
             huge_dir: None,
             no_huge: false,

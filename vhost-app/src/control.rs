@@ -15,7 +15,7 @@ use bdev::Bdev;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
-use vhost_blk::{ControllerSpec, Core, Error, Target};
+use vhost_blk::{ControllerSpec, Core, Error, Mode, Target};
 
 use crate::dpdk::transport::DpdkTransport;
 
@@ -51,13 +51,14 @@ impl Control {
     /// Starts the reactors and, once `eal` has brought DPDK up, the transport. Blocks.
     pub(crate) fn start(
         cores: &[usize],
+        mode: Mode,
         socket_dir: PathBuf,
         eal: impl FnOnce() -> Result<(), String>,
     ) -> Result<Self, String> {
         let changed = watch::Sender::new(());
         let hook = changed.clone();
         let cores: Vec<Core> = cores.iter().copied().map(Core).collect();
-        let target = Target::start(&cores, Arc::new(move || hook.send_replace(())))
+        let target = Target::start(&cores, mode, Arc::new(move || hook.send_replace(())))
             .map_err(|e| format!("cannot start the reactors: {e}"))?;
         eal()?;
         let transport = DpdkTransport::start(&target)

@@ -136,9 +136,6 @@ fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
 /// Options that were given and change nothing here, in one line.
 fn name_unused(options: &Options) {
     let mut unused = options.unused.clone();
-    if options.interrupt_mode {
-        unused.push("--interrupt-mode (reactors poll while they have queues, and sleep otherwise)");
-    }
     if options.huge_dir.is_some() {
         unused.push("--huge-dir (hugepages are taken without a mount)");
     }
@@ -179,7 +176,7 @@ fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, Stri
         debug!("{version} is up on CPUs {housekeeping:?} with {memory:?}");
         Ok(())
     };
-    let control = Control::start(cores, socket_dir, wait)?;
+    let control = Control::start(cores, options.reactor_mode, socket_dir, wait)?;
     control.target().set_drain_limit(options.drain_limit);
     Ok(Rc::new(control))
 }

@@ -44,7 +44,7 @@ fn exit_codes_of_the_command_line() {
 
 #[test]
 fn the_first_lines_are_spdks() {
-    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--interrupt-mode"]);
+    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--enforce-numa"]);
     vhost.wait_for_log("Reactor started on core");
     let log = vhost.log();
     let mut lines = log.lines();
@@ -53,7 +53,7 @@ fn the_first_lines_are_spdks() {
     assert!(first.contains(" / DPDK ") && first.ends_with("initialization..."), "{first}");
     let unused: Vec<&str> = log.lines().filter(|line| line.contains("without a meaning")).collect();
     assert_eq!(unused.len(), 1);
-    for option in ["--mem-channels", "--env-context", "--interrupt-mode"] {
+    for option in ["--mem-channels", "--env-context", "--enforce-numa"] {
         assert!(unused[0].contains(option), "{}", unused[0]);
     }
     let core = core_mask().trim_start_matches("0x").parse::<u32>().unwrap().trailing_zeros();

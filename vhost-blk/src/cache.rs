@@ -1,4 +1,4 @@
-//! What the data path asks of the processor's caches: lines fetched ahead of their use, and a fence.
+//! What the data path asks of the processor's caches: lines fetched ahead of their use.
 #![expect(unsafe_code, reason = "instructions that Rust has no name for")]
 
 /// Bytes in a cache line.
@@ -27,18 +27,4 @@ pub(crate) fn prefetch_write(at: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
-}
-
-/// A sequentially consistent fence. On x86-64 a locked instruction, which orders as much as the
-/// `mfence` that the compiler makes of one and takes less time. (Linux's `smp_mb` is the same.)
-#[inline(always)]
-pub(crate) fn full_fence() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: changes no bit of a word of our own stack. The compiler moves no access across it, as
-    // it may touch memory for all that is said here.
-    unsafe {
-        core::arch::asm!("lock or dword ptr [rsp - 4], 0");
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }

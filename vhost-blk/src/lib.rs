@@ -34,6 +34,6 @@ pub mod target;
 pub mod transport;
 
 pub use controller::{ControllerInfo, ControllerSpec, SessionInfo};
-pub use reactor::{Core, ReactorInfo};
+pub use reactor::{Core, Mode, ReactorInfo};
 pub use target::{Error, Target};
 pub use transport::{ConnId, Connection, Transport, Verdict};

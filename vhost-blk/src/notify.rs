@@ -82,11 +82,10 @@ impl CallFd {
     }
 }
 
-/// A guest's kick. A polled queue does not need it; it is kept open for the guest.
+/// A guest's kick, which wakes a reactor that sleeps. Never read: see `reactor::bell`. A polled queue
+/// does not need it; it is kept open for the guest.
 #[derive(Debug)]
-pub struct KickFd {
-    _fd: OwnedFd,
-}
+pub struct KickFd(OwnedFd);
 
 impl KickFd {
     /// Takes an fd from a front end.
@@ -94,7 +93,13 @@ impl KickFd {
     /// # Errors
     /// It is no eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
-        Ok(Self { _fd: fd.into_eventfd()? })
+        Ok(Self(fd.into_eventfd()?))
+    }
+}
+
+impl AsFd for KickFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -138,13 +143,6 @@ impl EventFd {
         // SAFETY: eight bytes of ours from an fd that we own.
         let got = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
         if got == 8 { count } else { 0 }
-    }
-
-    /// Waits until something was added, without taking it.
-    pub fn wait(&self) {
-        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        // SAFETY: one pollfd of ours. An interrupted wait is a short one.
-        unsafe { libc::poll(&raw mut poll, 1, -1) };
     }
 }
 

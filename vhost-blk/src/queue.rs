@@ -9,13 +9,14 @@ use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use bdev::Wait;
 use qsbr::{Domain, Published, Reader, Retired};
 
 use self::core::Core;
 use crate::config::Disk;
 use crate::memory::GuestMemory;
 use crate::notify::CallFd;
-use crate::reactor::{Events, Turn};
+use crate::reactor::{Bell, Events, Turn};
 use crate::reclaim::Garbage;
 use crate::request::Limits;
 use crate::ring::{RingAddrs, RingError, SplitRing};
@@ -36,6 +37,8 @@ pub struct View {
     pub memory: Arc<GuestMemory>,
     /// Where the guest wants to be told of completions.
     pub call: Option<Arc<CallFd>>,
+    /// The guest's kicks wake the reactor; otherwise the ring has to be polled.
+    pub kicks: bool,
     /// The disk; `None` once it was removed, after which every request fails.
     pub disk: Option<Arc<Disk>>,
     /// What the disk allows, as it was when the view was made: a disk that grows makes a new view.
@@ -62,7 +65,7 @@ impl View {
         let ring = unsafe { SplitRing::new(memory, size, addrs, event_idx) }?;
         let (memory, inflight) = (Arc::clone(memory), AtomicU32::new(0));
         let limits = disk.as_deref().map(Disk::limits);
-        Ok(Self { generation, ring, memory, call, disk, limits, inflight })
+        Ok(Self { generation, ring, memory, call, kicks: false, disk, limits, inflight })
     }
 
     fn pin(&self) {
@@ -161,7 +164,25 @@ impl Queue {
         base: u16,
         coalescing: Arc<Coalescing>,
     ) -> Result<Arc<Self>, bdev::Error> {
+        Self::for_reactor(id, domain, view, base, coalescing, None)
+    }
+
+    /// As [`Queue::new`], for a reactor that may sleep: what the disk completes rings its bell.
+    pub(crate) fn for_reactor(
+        id: QueueId,
+        domain: &Arc<Domain>,
+        view: View,
+        base: u16,
+        coalescing: Arc<Coalescing>,
+        bell: Option<&Bell>,
+    ) -> Result<Arc<Self>, bdev::Error> {
         let core = Core::new(view.disk.as_deref(), view.ring.size(), base)?;
+        if let Some(bell) = bell {
+            core.ring_when_done(bell).map_err(|source| {
+                let what = "cannot watch a disk for completions".into();
+                bdev::Error::System { what, source }
+            })?;
+        }
         Ok(Arc::new(Self {
             id,
             view: Published::new(domain, Box::new(view)),
@@ -255,6 +276,19 @@ impl Queue {
         let core = unsafe { &mut *self.core.get() };
         let worked = core.visit(self, view, turn, events);
         (worked, core.watch(view))
+    }
+
+    /// Prepares the queue for its reactor's sleep: asks the guest for kicks and says what else to
+    /// wait for. [`Wait::Poll`] if there is something to do right now.
+    ///
+    /// # Safety
+    /// As for [`Queue::visit`].
+    pub(crate) unsafe fn arm(&self, reader: &Reader, turn: &Turn) -> Wait {
+        // SAFETY: the caller says so.
+        let view = unsafe { self.view.load(reader) };
+        // SAFETY: as in `visit_watched`.
+        let core = unsafe { &mut *self.core.get() };
+        core.arm(self, view, turn)
     }
 
     /// Whether the control side has changed something since the visit that `watch` is of.

@@ -2,9 +2,13 @@
 #![expect(unsafe_code, reason = "visits queues as their owner; pins threads; reads the TSC")]
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use bdev::Wait;
 
 use crossbeam_queue::ArrayQueue;
 use qsbr::{Domain, Published, Reader};
@@ -14,12 +18,29 @@ use crate::queue::core::ChannelBox;
 use crate::queue::{Queue, QueueId};
 use crate::reclaim::Reclaim;
 
+mod bell;
 mod poll_set;
 mod turn;
+
+pub(crate) use bell::{Bell, BellRope};
 
 pub use turn::{Cause, LongestTurn, Turn, read_tsc, ticks_per_second};
 
 use poll_set::PollSet;
+
+/// What a reactor does when there is nothing to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Look again, for as long as it has a queue.
+    #[default]
+    Poll,
+    /// Look again for so many microseconds, then sleep until a guest kicks, a disk has completed
+    /// something, or the control side has something new. 0 is SPDK's interrupt mode.
+    Sleep {
+        /// Microseconds without work after which it sleeps.
+        after_us: u64,
+    },
+}
 
 /// A processor, by the system's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,9 +105,14 @@ impl Events {
 #[derive(Debug)]
 pub struct Reactor {
     core: Core,
+    mode: Mode,
     poll_set: Published<PollSet>,
-    /// Wakes it when it sleeps because it has no queue.
+    /// Wakes it when it sleeps.
+    bell: Arc<Bell>,
+    /// The control side's hand on the bell. Never read.
     wake: EventFd,
+    asleep: AtomicBool,
+    sleeps: AtomicU64,
     shutdown: AtomicBool,
     tid: AtomicU64,
     turns: AtomicU64,
@@ -108,8 +134,20 @@ pub struct ReactorInfo {
     pub idle_ticks: u64,
     /// Turns made.
     pub turns: u64,
+    /// Times that it has gone to sleep.
+    pub sleeps: u64,
+    /// Whether it sleeps rather than polls: always so in interrupt mode, right now otherwise.
+    pub in_interrupt: bool,
     /// Queues attached.
     pub queues: usize,
+}
+
+/// What comes after a turn.
+enum Next {
+    /// Another one.
+    Turn,
+    /// A sleep, until then at the most.
+    Sleep(Option<Instant>),
 }
 
 impl Reactor {
@@ -117,11 +155,17 @@ impl Reactor {
     ///
     /// # Errors
     /// Out of fds.
-    pub fn new(core: Core, domain: &Arc<Domain>) -> io::Result<Self> {
+    pub fn new(core: Core, domain: &Arc<Domain>, mode: Mode) -> io::Result<Self> {
+        let (bell, wake) = (Bell::new()?, EventFd::new()?);
+        bell.watch(wake.as_fd())?;
         Ok(Self {
             core,
+            mode,
             poll_set: Published::new(domain, Box::default()),
-            wake: EventFd::new()?,
+            bell: Arc::new(bell),
+            wake,
+            asleep: AtomicBool::new(false),
+            sleeps: AtomicU64::new(0),
             shutdown: AtomicBool::new(false),
             tid: AtomicU64::new(0),
             turns: AtomicU64::new(0),
@@ -139,8 +183,9 @@ impl Reactor {
         core: Core,
         domain: &Arc<Domain>,
         events: &Arc<Events>,
+        mode: Mode,
     ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
-        let reactor = Arc::new(Self::new(core, domain)?);
+        let reactor = Arc::new(Self::new(core, domain, mode)?);
         let reader =
             domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
         // Measured before the reactor runs.
@@ -166,27 +211,51 @@ impl Reactor {
         let mut turn = Turn::new();
         reader.online();
         while !self.shutdown.load(Ordering::Relaxed) {
-            if !self.poll_once(&mut reader, &mut turn, events) {
-                self.sleep(&mut reader, &mut turn);
-            }
+            let Next::Sleep(until) = self.poll_once(&mut reader, &mut turn, events) else {
+                continue;
+            };
+            self.sleep(&mut reader, &mut turn, until);
         }
     }
 
-    /// One turn; `false` if there is no queue to poll.
+    /// One turn, and what is to come after it.
     #[inline]
-    fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> bool {
+    fn poll_once(&self, reader: &mut Reader, turn: &mut Turn, events: &Events) -> Next {
         let changed = reader.quiesce() | turn.take_woken();
         // SAFETY: the reader is online and of the one domain that there is.
         let set = unsafe { self.poll_set.load(reader) };
         // SAFETY: the set was published to this reactor, and `changed` is about this turn.
         let worked = unsafe { set.turn(changed, reader, turn, events) };
-        self.account(turn, worked);
-        !set.queues().is_empty()
+        let read_clock = self.account(turn, worked);
+        if set.is_empty() {
+            return Next::Sleep(None);
+        }
+        match self.mode {
+            Mode::Poll => Next::Turn,
+            Mode::Sleep { after_us: 0 } if worked => Next::Turn,
+            Mode::Sleep { after_us: 0 } => self.rest(set, reader, turn),
+            Mode::Sleep { after_us } if read_clock && !worked => {
+                let idle = turn.now_ticks().saturating_sub(turn.worked_ticks);
+                let after = after_us.saturating_mul(turn.ticks_per_second() / 1_000_000);
+                if idle < after { Next::Turn } else { self.rest(set, reader, turn) }
+            }
+            Mode::Sleep { .. } => Next::Turn,
+        }
     }
 
-    /// Books the time since the last booking as busy or idle.
+    /// Prepares a sleep, if nothing wants to be polled.
+    fn rest(&self, set: &PollSet, reader: &Reader, turn: &Turn) -> Next {
+        // SAFETY: in the turn of this set, on its reactor.
+        match unsafe { set.arm(reader, turn) } {
+            Wait::Poll => Next::Turn,
+            Wait::Event => Next::Sleep(None),
+            Wait::Until(until) => Next::Sleep(Some(until)),
+        }
+    }
+
+    /// Books the time since the last booking as busy or idle, if the clock was read.
     #[inline]
-    fn account(&self, turn: &mut Turn, worked: bool) {
+    fn account(&self, turn: &mut Turn, worked: bool) -> bool {
         turn.turns += 1;
         turn.idle_turns = if worked { 0 } else { turn.idle_turns + 1 };
         if worked || turn.idle_turns == IDLE_TURNS_PER_CLOCK {
@@ -201,23 +270,33 @@ impl Reactor {
             self.longest.note(spent, causes);
             turn.since = now;
             turn.idle_turns = 0;
+            if worked {
+                turn.worked_ticks = now;
+            }
+            return true;
         }
+        false
     }
 
-    /// Sleeps until somebody publishes a queue: with nothing to poll there is nothing to miss.
+    /// Sleeps until a guest kicks, a disk has something, the control side has changed something, or
+    /// `until`.
+    ///
+    /// What a guest publishes after [`PollSet::arm`] has looked comes with a kick. What the control
+    /// side publishes comes with a ring of the bell, and what it published before the last turn was
+    /// seen in that; a ring that came in between makes this sleep a short one.
     #[cold]
-    fn sleep(&self, reader: &mut Reader, turn: &mut Turn) {
+    fn sleep(&self, reader: &mut Reader, turn: &mut Turn, until: Option<Instant>) {
+        self.asleep.store(true, Ordering::Relaxed);
         reader.offline();
-        // A set published before the wake-up was taken is found at the next turn; one published
-        // after it has signalled again.
-        if self.wake.take() == 0 {
-            self.wake.wait();
-        }
+        self.bell.wait(until);
         reader.online();
+        self.asleep.store(false, Ordering::Relaxed);
+        self.sleeps.store(self.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         let now = turn.read_clock();
         let spent = now.saturating_sub(turn.since);
         self.idle_ticks.store(self.idle_ticks.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
         turn.since = now;
+        turn.worked_ticks = now;
         turn.woken();
     }
 
@@ -225,6 +304,16 @@ impl Reactor {
     #[must_use]
     pub fn core(&self) -> Core {
         self.core
+    }
+
+    /// Has it look at once at what was published to it, should it sleep.
+    pub fn wake(&self) {
+        self.wake.signal();
+    }
+
+    /// What wakes it, if it ever sleeps while it has queues.
+    pub(crate) fn bell(&self) -> Option<&Arc<Bell>> {
+        (self.mode != Mode::Poll).then_some(&self.bell)
     }
 
     /// Publishes `queues` as what the reactor polls, and wakes it.
@@ -254,6 +343,9 @@ impl Reactor {
             busy_ticks: self.busy_ticks.load(Ordering::Relaxed),
             idle_ticks: self.idle_ticks.load(Ordering::Relaxed),
             turns: self.turns.load(Ordering::Relaxed),
+            sleeps: self.sleeps.load(Ordering::Relaxed),
+            in_interrupt: self.mode == Mode::Sleep { after_us: 0 }
+                || self.asleep.load(Ordering::Relaxed),
             queues: 0,
         }
     }
@@ -266,6 +358,8 @@ pub struct SteppedReactor {
     reader: Reader,
     turn: Turn,
     events: Arc<Events>,
+    /// It sleeps, until then at the most.
+    sleeping: Option<Option<Instant>>,
 }
 
 impl SteppedReactor {
@@ -282,12 +376,27 @@ impl SteppedReactor {
             domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
         reader.online();
         let (reactor, events) = (Arc::clone(reactor), Arc::clone(events));
-        Ok(Self { reactor, reader, turn: Turn::new(), events })
+        Ok(Self { reactor, reader, turn: Turn::new(), events, sleeping: None })
     }
 
-    /// Makes one turn; `false` if there was no queue to poll.
+    /// Makes one turn, unless it sleeps and nothing has woken it; says whether it sleeps now.
     pub fn step(&mut self) -> bool {
-        self.reactor.poll_once(&mut self.reader, &mut self.turn, &self.events)
+        if let Some(until) = self.sleeping {
+            // A limit is one that has passed: here is no time.
+            if until.is_none() && !self.reactor.bell.wait(Some(Instant::now())) {
+                return true;
+            }
+            self.reader.online();
+            self.turn.woken();
+        }
+        self.sleeping = None;
+        if let Next::Sleep(until) =
+            self.reactor.poll_once(&mut self.reader, &mut self.turn, &self.events)
+        {
+            self.reader.offline();
+            self.sleeping = Some(until);
+        }
+        self.sleeping.is_some()
     }
 }
 

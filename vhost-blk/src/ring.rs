@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use qsbr::handshake::{full_fence, say_then_look};
 use vm_memory::VolatileSlice;
 
 use crate::cache;
@@ -253,7 +254,7 @@ impl SplitRing {
         // The index was published before the driver's wish is read. If the driver's store of its
         // wish comes first, we see it; if ours comes first, the driver, which looks at the index
         // after storing its wish, sees that.
-        cache::full_fence();
+        full_fence();
         if self.event_idx {
             let event = self.avail_word(2 + usize::from(self.size));
             let event = u16::from_le(event.load(Ordering::Relaxed));
@@ -278,14 +279,14 @@ impl SplitRing {
     /// available meanwhile, for which no kick may come: then it has to be taken first.
     #[must_use]
     pub fn want_kicks(&self, seen: u16) -> bool {
-        if self.event_idx {
-            self.used_word(2 + 4 * usize::from(self.size)).store(seen.to_le(), Ordering::Relaxed);
-        }
-        self.used_word(0).store(0, Ordering::Relaxed);
-        // If the driver's index comes first, we see it here; if our wish comes first, the driver,
-        // which reads it after publishing its index, kicks.
-        cache::full_fence();
-        self.avail_idx() != seen
+        let say = || {
+            if self.event_idx {
+                let event = self.used_word(2 + 4 * usize::from(self.size));
+                event.store(seen.to_le(), Ordering::Relaxed);
+            }
+            self.used_word(0).store(0, Ordering::Relaxed);
+        };
+        say_then_look(say, || self.avail_idx() != seen)
     }
 
     /// Whether moving from `old` to `new` needs [`SplitRing::suppress_kicks`] again.
@@ -339,12 +340,7 @@ impl SplitRing {
 
     /// Opens an indirect table (section 2.7.5.3), which ends the chain that it is in.
     #[inline]
-    fn indirect(
-        &self,
-        near: &mut Near<'_>,
-        from: &Table,
-        desc: Desc,
-    ) -> Result<Table, ChainError> {
+    fn indirect(&self, near: &mut Near<'_>, from: &Table, desc: Desc) -> Result<Table, ChainError> {
         if from.indirect || desc.flags & DESC_F_NEXT != 0 {
             return Err(ChainError::NestedIndirect);
         }

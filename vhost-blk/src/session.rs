@@ -148,8 +148,8 @@ pub struct Ring {
     pub addrs: Option<RingAddrs>,
     /// Where the guest wants to be told of completions.
     pub call: Option<Arc<CallFd>>,
-    /// What the guest would kick if it were not asked not to. Kept open for it.
-    kick: Option<KickFd>,
+    /// What the guest kicks, unless it is asked not to.
+    pub kick: Option<Arc<KickFd>>,
     /// It was served at some time.
     was_live: bool,
 }
@@ -374,7 +374,7 @@ impl Session {
         let gate_open = self.gate_open;
         let effects;
         let state = self.ring_mut(ring)?;
-        state.kick = kick;
+        state.kick = kick.map(Arc::new);
         if state.running() {
             return Ok(self.publish_where(|n| n == ring));
         }

@@ -19,8 +19,9 @@ use std::time::{Duration, Instant};
 use qsbr::Domain;
 
 use crate::controller::{Controller, ControllerId};
+use crate::notify::KickFd;
 use crate::queue::{Queue, QueueId};
-use crate::reactor::{Core, Events, Reactor, SteppedReactor};
+use crate::reactor::{BellRope, Core, Events, Mode, Reactor, SteppedReactor};
 use crate::reclaim::{Reclaim, Unmapper};
 use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
@@ -119,6 +120,8 @@ struct Connected {
 struct Attached {
     queue: Arc<Queue>,
     reactor: usize,
+    /// The guest's kicks, where they wake the reactor.
+    kicks: Option<BellRope<KickFd>>,
 }
 
 impl Inner {
@@ -144,13 +147,17 @@ impl Target {
     ///
     /// # Errors
     /// A core that cannot be used, or no threads or fds.
-    pub fn start(cores: &[Core], changed: Arc<dyn Fn() + Send + Sync>) -> io::Result<Arc<Self>> {
+    pub fn start(
+        cores: &[Core],
+        mode: Mode,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<Arc<Self>> {
         let domain = Domain::new(cores.len());
         let events = Arc::new(Events::new()?);
         let mut reactors = Vec::new();
         let mut threads = Vec::new();
         for core in cores {
-            let (reactor, thread) = Reactor::start(*core, &domain, &events).map_err(|e| {
+            let (reactor, thread) = Reactor::start(*core, &domain, &events, mode).map_err(|e| {
                 let what = "does not exist or may not be used by this process";
                 io::Error::new(e.kind(), format!("core {} {what}: {e}", core.0))
             })?;
@@ -167,6 +174,7 @@ impl Target {
     /// No threads or fds.
     pub fn in_steps(
         count: usize,
+        mode: Mode,
         changed: Arc<dyn Fn() + Send + Sync>,
     ) -> io::Result<(Arc<Self>, Vec<SteppedReactor>)> {
         let domain = Domain::new(count);
@@ -174,7 +182,7 @@ impl Target {
         let mut reactors = Vec::new();
         let mut steps = Vec::new();
         for n in 0..count {
-            let reactor = Arc::new(Reactor::new(Core(n), &domain)?);
+            let reactor = Arc::new(Reactor::new(Core(n), &domain, mode)?);
             steps.push(SteppedReactor::new(&reactor, &domain, &events)?);
             reactors.push(reactor);
         }

@@ -2,11 +2,17 @@
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
-use crate::io::{Channel, Completion, Io, Op, Status, Submit};
+use crate::io::{Channel, Completion, Io, Op, Status, Submit, Wait};
 use crate::memory;
+
+/// How often a sleeping owner looks whether the operator has released pending I/Os, which nothing
+/// announces.
+const RELEASE_CHECK: Duration = Duration::from_millis(1);
 
 pub(super) struct ErrorChannel {
     base: Box<dyn Channel>,
@@ -158,6 +164,21 @@ impl Channel for ErrorChannel {
         };
         // SAFETY: the caller's promise.
         unsafe { self.pass_on(io, spoiled) }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.base.wake_fd()
+    }
+
+    fn wait(&self) -> Wait {
+        if !self.ended.is_empty() || !self.retries.is_empty() {
+            return Wait::Poll;
+        }
+        let base = if self.with_base > 0 { self.base.wait() } else { Wait::Event };
+        if self.pending.is_empty() {
+            return base;
+        }
+        base.sooner(Wait::Until(Instant::now() + RELEASE_CHECK))
     }
 
     #[inline]

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use io_uring::{IoUring, opcode};
@@ -10,7 +10,7 @@ use io_uring::{IoUring, opcode};
 use super::FileDisk;
 use super::steps::{Next, Steps};
 use crate::geometry::within;
-use crate::io::{Bdev, Channel, Completion, Io, Op, Status, Submit, Tag};
+use crate::io::{Bdev, Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
 
 /// The kernel makes no larger ring (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;
@@ -90,6 +90,16 @@ impl Channel for FileChannel {
         }
         self.outstanding += 1;
         Submit::Queued
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the ring's own fd, open for as long as the ring.
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+    }
+
+    fn wait(&self) -> Wait {
+        // What the kernel would not take is offered again with the next poll.
+        if self.unsubmitted > 0 { Wait::Poll } else { Wait::Event }
     }
 
     #[inline]

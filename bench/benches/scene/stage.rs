@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bdev::Bdev;
-use vhost_blk::Core;
 use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
 use vhost_blk::reclaim::Reclaim;
+use vhost_blk::{Core, Mode};
 
 use super::guest::{Guest, Kind};
 
@@ -22,7 +22,7 @@ impl Stage {
     pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
         let guest = Guest::new(queues, indirect, bdev);
         let events = Arc::new(Events::new().unwrap());
-        let reactor = Arc::new(Reactor::new(Core(0), &guest.domain).unwrap());
+        let reactor = Arc::new(Reactor::new(Core(0), &guest.domain, Mode::Poll).unwrap());
         reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());
         let mut reactor = SteppedReactor::new(&reactor, &guest.domain, &events).unwrap();
         reactor.step();

@@ -197,7 +197,7 @@ fn get_reactors(app: &App, params: &Params) -> Answer {
             "tid": reactor.tid,
             "busy": reactor.busy_ticks,
             "idle": reactor.idle_ticks,
-            "in_interrupt": false,
+            "in_interrupt": reactor.in_interrupt,
             "irq": irq,
             "sys": system,
             "usr": user,

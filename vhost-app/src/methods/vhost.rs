@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use tracing::{error, warn};
 use vhost_blk::config::Disk;
 use vhost_blk::controller::IOPS_THRESHOLD_DEFAULT;
+use vhost_blk::reactor::Cause;
 use vhost_blk::session::Phase;
-use vhost_blk::{ControllerInfo, ControllerSpec, Core, SessionInfo};
+use vhost_blk::{ControllerInfo, ControllerSpec, Core, ReactorInfo, SessionInfo};
 
 use super::{Answer, App, Methods, mask};
 use crate::cli::parse_cores;
@@ -28,6 +29,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("vhost_delete_controller", Phases::Runtime, delete);
     methods.add_plain("vhost_get_controllers", Phases::Runtime, get);
     methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
+    methods.add_plain("vhost_get_reactor_turns", Phases::Runtime, reactor_turns);
     methods.add_plain("virtio_blk_create_transport", Phases::Runtime, create_transport);
     methods.add_plain("virtio_blk_get_transports", Phases::Runtime, get_transports);
 }
@@ -130,6 +132,28 @@ fn get(app: &App, params: &Params) -> Answer {
         Some(controller) => Ok(json!([describe(controller)])),
         None => Err(RpcError::with_strerror(RpcError::INTERNAL, libc::ENODEV)),
     }
+}
+
+/// Not in SPDK: each reactor's longest turn so far, and what happened in it.
+fn reactor_turns(app: &App, params: &Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        /// Let the next answer be about what comes after this one.
+        #[serde(default)]
+        reset: bool,
+    }
+    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let turns = app.control.target().longest_turns(wanted.reset).into_iter();
+    let describe = |(reactor, longest_us, causes): (ReactorInfo, f64, Vec<Cause>)| {
+        json!({
+            "lcore": reactor.core.0,
+            "turns": reactor.turns,
+            "sleeps": reactor.sleeps,
+            "longest_turn_us": longest_us,
+            "causes": causes.into_iter().map(Cause::as_str).collect::<Vec<_>>(),
+        })
+    };
+    Ok(turns.map(describe).collect())
 }
 
 fn describe(controller: &ControllerInfo) -> Value {

@@ -1,18 +1,20 @@
 //! What the owner of a queue keeps about it, and what it does in a visit.
 #![expect(unsafe_code, reason = "submits guest memory; signals")]
 
+use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Submit, Tag};
+use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Submit, Tag, Wait};
 
 use super::{Coalescing, NOTHING, Queue, QueueState, View, Watch};
 use crate::cache;
 use crate::config::Disk;
 use crate::memory::Nearest;
-use crate::reactor::{Cause, Event, Events, Turn};
+use crate::reactor::{Bell, Cause, Event, Events, Turn};
 use crate::request::{Chain, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 
 /// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
@@ -25,6 +27,8 @@ const VISIT_DESCRIPTORS_MAX: u32 = 1024;
 /// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
 /// 2 KiB, and a front end may start 128 rings.
 const SLOTS_MAX: u16 = 256;
+/// How long a sleeping reactor waits before it tries again what nothing announces.
+const RETRY: Duration = Duration::from_millis(1);
 /// Completions taken from a channel at a time.
 const COMPLETIONS: usize = 32;
 
@@ -60,6 +64,8 @@ pub struct Core {
     stopping: bool,
     stopped: bool,
     broken: bool,
+    /// The guest was asked for kicks, as its reactor was about to sleep.
+    armed: bool,
     /// The next call goes out whether the guest wants it or not.
     call_unasked: bool,
     call_due: CallDue,
@@ -154,6 +160,7 @@ impl Core {
             stopping: false,
             stopped: false,
             broken: false,
+            armed: false,
             call_unasked: false,
             call_due: CallDue::default(),
             nearest: Nearest::default(),
@@ -252,10 +259,69 @@ impl Core {
         // Addresses of the memory before may not even be mapped any more.
         self.nearest = Nearest::default();
         self.expected.header = std::ptr::null();
-        view.ring.suppress_kicks(self.last_avail);
+        self.refuse_kicks(view);
         // The fd before this view's may have been told last, and nobody may be listening to it.
         self.call_unasked = true;
         self.call_due.pending = true;
+    }
+
+    fn refuse_kicks(&mut self, view: &View) {
+        self.armed = false;
+        view.ring.suppress_kicks(self.last_avail);
+    }
+
+    /// See [`Queue::arm`].
+    pub(super) fn arm(&mut self, queue: &Queue, view: &View, turn: &Turn) -> Wait {
+        let mut wait = Wait::Event;
+        if self.owed.is_some() {
+            // Nothing says when the event queue has room again, or an eventfd.
+            wait = Wait::Until(Instant::now() + RETRY);
+        }
+        if self.stopped {
+            return wait;
+        }
+        if view.generation != self.generation || queue.stop.load(Ordering::Acquire) != self.stopping
+        {
+            return Wait::Poll;
+        }
+        if self.call_due.pending {
+            let left = self.call_due.not_before_ticks.saturating_sub(turn.now_ticks());
+            let left_us = left.saturating_mul(1_000_000) / turn.ticks_per_second();
+            let at_least = if left == 0 { RETRY } else { Duration::from_micros(left_us + 1) };
+            wait = wait.sooner(Wait::Until(Instant::now() + at_least));
+        }
+        if self.inflight > 0
+            && let Some(device) = &self.device
+        {
+            wait = wait.sooner(device.channel.0.wait());
+        }
+        if self.parked.is_some() {
+            wait = wait.sooner(Wait::Until(Instant::now() + RETRY));
+        }
+        // Without a slot for it, nothing is fetched before a completion.
+        let fetches = !self.stopping && !self.broken && self.parked.is_none();
+        if fetches && !self.free.is_empty() && !self.armed {
+            if !view.kicks {
+                return Wait::Poll;
+            }
+            self.armed = true;
+            if view.ring.want_kicks(self.last_avail) {
+                self.refuse_kicks(view);
+                return Wait::Poll;
+            }
+        }
+        wait
+    }
+
+    /// Has the disk ring `bell` when it has completed something.
+    ///
+    /// # Errors
+    /// The system has no room for another watch.
+    pub(super) fn ring_when_done(&self, bell: &Bell) -> io::Result<()> {
+        match self.device.as_ref().and_then(|device| device.channel.0.wake_fd()) {
+            Some(fd) => bell.watch(fd),
+            None => Ok(()),
+        }
     }
 
     /// Takes what the device has finished.
@@ -358,8 +424,8 @@ impl Core {
         self.last_avail = before.wrapping_add(taken as u16);
         queue.last_avail.store(self.last_avail, Ordering::Relaxed);
         queue.inflight.store(self.inflight, Ordering::Relaxed);
-        if view.ring.kick_suppression_is_due(before, self.last_avail) {
-            view.ring.suppress_kicks(self.last_avail);
+        if self.armed || view.ring.kick_suppression_is_due(before, self.last_avail) {
+            self.refuse_kicks(view);
         }
         if self.inflight > 0
             && let Some(device) = &mut self.device

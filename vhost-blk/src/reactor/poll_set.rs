@@ -4,9 +4,10 @@
 use std::cell::UnsafeCell;
 use std::sync::Arc;
 
+use bdev::Wait;
 use qsbr::Reader;
 
-use super::{Events, Turn, ticks_per_second};
+use super::{Cause, Events, Turn, ticks_per_second};
 use crate::queue::{Queue, Watch};
 
 /// Queues without work that a turn looks at. Together with the limit below this bounds how long the
@@ -41,6 +42,8 @@ struct Scan {
     /// The next of the cold ones to look at.
     cursor: usize,
     turns: u32,
+    /// No turn was made with it.
+    new: bool,
     /// When the last pass over the cold ones ended.
     passed_ticks: u64,
     /// [`PASS_MAX_US`].
@@ -50,6 +53,8 @@ struct Scan {
 #[derive(Debug)]
 struct Entry {
     watch: Watch,
+    /// It was armed for a sleep and has had no visit since, nor has it anything in flight.
+    asleep: bool,
     /// It was visited since hot queues were last told from cold ones.
     active: bool,
     /// Its place in the list of queues.
@@ -58,19 +63,20 @@ struct Entry {
 
 impl PollSet {
     pub(super) fn new(queues: Vec<Arc<Queue>>) -> Self {
-        let entry = |queue| Entry { watch: Watch::new(), active: true, queue };
+        let entry = |queue| Entry { watch: Watch::new(), asleep: false, active: true, queue };
         let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
         let scan = Scan {
             hot: entries.len(),
             entries,
+            new: true,
             pass_max_ticks: ticks_per_second() * PASS_MAX_US / 1_000_000,
             ..Scan::default()
         };
         Self { queues, scan: UnsafeCell::new(scan) }
     }
 
-    pub(super) fn queues(&self) -> &[Arc<Queue>] {
-        &self.queues
+    pub(super) fn is_empty(&self) -> bool {
+        self.queues.is_empty()
     }
 
     /// One turn: visits the queues that want it; says whether any had work. `changed`: what the
@@ -92,6 +98,9 @@ impl PollSet {
         if changed {
             self.compare(scan, reader);
         }
+        if std::mem::take(&mut scan.new) {
+            turn.note(Cause::PollSet);
+        }
         let mut worked = false;
         let (hot, cold) = scan.entries.split_at_mut(scan.hot);
         for entry in hot {
@@ -110,6 +119,37 @@ impl PollSet {
             scan.tell_hot_from_cold();
         }
         worked
+    }
+
+    /// Prepares all queues for a sleep of the reactor and says what to wait for besides their kicks;
+    /// [`Wait::Poll`] if one has something to do.
+    ///
+    /// # Safety
+    /// As for [`PollSet::turn`], in the turn that the reactor is in.
+    pub(super) unsafe fn arm(&self, reader: &Reader, turn: &Turn) -> Wait {
+        // SAFETY: one reactor, and this is its one borrow meanwhile.
+        let scan = unsafe { &mut *self.scan.get() };
+        let mut wait = Wait::Event;
+        for entry in &mut scan.entries {
+            if entry.asleep {
+                // Its kick has woken us, and this turn has not come to it.
+                // SAFETY: compared in this turn.
+                if unsafe { entry.watch.wants_visit() } {
+                    return Wait::Poll;
+                }
+                continue;
+            }
+            let queue = &self.queues[entry.queue as usize];
+            // SAFETY: the queue is in this reactor's set, and the caller has said the rest.
+            let queue_wait = unsafe { queue.arm(reader, turn) };
+            if queue_wait == Wait::Poll {
+                entry.watch.due = true;
+                return Wait::Poll;
+            }
+            entry.asleep = queue_wait == Wait::Event && !entry.watch.due;
+            wait = wait.sooner(queue_wait);
+        }
+        wait
     }
 
     /// Looks at some of the cold queues; at all of them when the last pass was too long ago.
@@ -164,6 +204,7 @@ impl PollSet {
         // SAFETY: the queue is in this reactor's set, and the caller has said the rest.
         let (worked, watch) = unsafe { queue.visit_watched(reader, turn, events) };
         entry.watch = watch;
+        entry.asleep = false;
         entry.active = true;
         worked
     }
@@ -178,6 +219,7 @@ impl PollSet {
             if unsafe { queue.changed_since(&entry.watch, reader) } {
                 // The address that it looked at may not be mapped any more.
                 entry.watch = Watch::new();
+                entry.asleep = false;
             }
         }
     }

@@ -23,20 +23,11 @@ pub enum Cause {
     Stop = 4,
     /// The list of queues was a new one.
     PollSet = 5,
-    /// The reactor slept.
-    Sleep = 6,
 }
 
 impl Cause {
-    const ALL: [Self; 7] = [
-        Self::Adopt,
-        Self::Fetch,
-        Self::Complete,
-        Self::Call,
-        Self::Stop,
-        Self::PollSet,
-        Self::Sleep,
-    ];
+    const ALL: [Self; 6] =
+        [Self::Adopt, Self::Fetch, Self::Complete, Self::Call, Self::Stop, Self::PollSet];
 
     /// In lower case, for the operator.
     #[must_use]
@@ -48,7 +39,6 @@ impl Cause {
             Self::Call => "call",
             Self::Stop => "stop",
             Self::PollSet => "poll_set",
-            Self::Sleep => "sleep",
         }
     }
 
@@ -69,7 +59,8 @@ impl LongestTurn {
     /// Its ticks and what happened in it. With `reset`, the next answer is about what comes after.
     pub fn read(&self, reset: bool) -> (u64, Vec<Cause>) {
         // Relaxed: the word says all that there is to say.
-        let word = if reset { self.0.swap(0, Ordering::Relaxed) } else { self.0.load(Ordering::Relaxed) };
+        let word =
+            if reset { self.0.swap(0, Ordering::Relaxed) } else { self.0.load(Ordering::Relaxed) };
         let causes = Cause::ALL.into_iter().filter(|cause| word & cause.bit() != 0).collect();
         (word >> CAUSE_BITS, causes)
     }
@@ -95,6 +86,8 @@ pub struct Turn {
     ticks_per_second: u64,
     /// When the last booking ended.
     pub(super) since: u64,
+    /// When the last turn with work ended, or the last sleep.
+    pub(super) worked_ticks: u64,
     /// Bits of [`Cause`] since then.
     causes: u64,
     /// The reactor has been offline since the last turn.
@@ -112,6 +105,7 @@ impl Turn {
             now,
             ticks_per_second: ticks_per_second(),
             since: now,
+            worked_ticks: now,
             causes: 0,
             woken: false,
             idle_turns: 0,
@@ -148,7 +142,6 @@ impl Turn {
     /// The reactor was offline: what it had loaded before may have been freed.
     pub(super) fn woken(&mut self) {
         self.woken = true;
-        self.note(Cause::Sleep);
     }
 
     /// Whether the reactor was offline since the last call.
@@ -206,9 +199,9 @@ mod tests {
     #[test]
     fn the_longest_turn_keeps_its_own_causes() {
         let longest = LongestTurn::default();
-        longest.note(10, Cause::Adopt.bit() | Cause::Sleep.bit());
+        longest.note(10, Cause::Adopt.bit() | Cause::Call.bit());
         longest.note(9, Cause::Stop.bit());
-        assert_eq!(longest.read(false), (10, vec![Cause::Adopt, Cause::Sleep]));
+        assert_eq!(longest.read(false), (10, vec![Cause::Adopt, Cause::Call]));
         longest.note(11, Cause::Call.bit());
         assert_eq!(longest.read(true), (11, vec![Cause::Call]));
         assert_eq!(longest.read(false), (0, vec![]));

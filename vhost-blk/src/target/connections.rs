@@ -265,7 +265,7 @@ impl Target {
         let Some((conn, ring)) = inner.queues.remove(&queue) else { return };
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let Some(attached) = connected.queues[ring].take() else { return };
-        let Attached { queue, reactor } = attached;
+        let Attached { queue, reactor, kicks: _ } = attached;
         let effects = connected.session.drained(ring, queue.last_avail());
         inner.attached[reactor].retain(|other| other.id != queue.id);
         self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);

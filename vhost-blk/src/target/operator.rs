@@ -10,7 +10,7 @@ use crate::controller::{
     Controller, ControllerId, ControllerInfo, ControllerSpec, SessionInfo, check_name,
 };
 use crate::protocol;
-use crate::reactor::{Core, Reactor, ReactorInfo};
+use crate::reactor::{Cause, Core, Reactor, ReactorInfo, ticks_per_second};
 use crate::session::Phase;
 use crate::transport::{ConnId, Transport};
 
@@ -161,6 +161,17 @@ impl Target {
         })
     }
 
+    /// Each reactor's longest turn so far in microseconds, and what happened in it. With `reset`, the
+    /// next answer is about what comes after.
+    #[must_use]
+    pub fn longest_turns(&self, reset: bool) -> Vec<(ReactorInfo, f64, Vec<Cause>)> {
+        let of = |reactor: &Arc<Reactor>| {
+            let (ticks, causes) = reactor.longest_turn(reset);
+            (reactor.info(), ticks as f64 * 1e6 / ticks_per_second() as f64, causes)
+        };
+        self.reactors.iter().map(of).collect()
+    }
+
     /// What the reactors have done.
     #[must_use]
     pub fn reactors(&self) -> Vec<ReactorInfo> {
@@ -187,12 +198,13 @@ impl Target {
         self.republish(&mut inner, |connected| bereft.contains(&connected.controller));
     }
 
-    /// Tells the guests of a disk that its size has changed.
+    /// Tells the reactors, and then the guests, of a disk that its size has changed.
     pub fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
-        let inner = self.lock();
+        let mut inner = self.lock();
         let shows =
             |c: &&Controller| c.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev));
         let ids: Vec<_> = inner.controllers.values().filter(shows).map(|c| c.id).collect();
+        self.republish(&mut inner, |connected| ids.contains(&connected.controller));
         for connected in inner.connections.values() {
             if ids.contains(&connected.controller)
                 && connected.session.phase() == Phase::Running

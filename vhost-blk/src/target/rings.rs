@@ -6,9 +6,10 @@ use tracing::warn;
 
 use super::{Attached, Inner, Target};
 use crate::config::Disk;
+use crate::notify::KickFd;
 use crate::protocol;
 use crate::queue::{Queue, QueueId, View};
-use crate::reactor::Core;
+use crate::reactor::{BellRope, Core, Reactor};
 use crate::session::{Effect, RingState, Session, Then};
 use crate::transport::ConnId;
 
@@ -33,6 +34,7 @@ impl Target {
                     let attached = connected.and_then(|c| c.queues.get(ring)?.as_ref());
                     if let Some(attached) = attached {
                         attached.queue.stop();
+                        self.reactors[attached.reactor].wake();
                     }
                 }
                 Effect::Reply(ring, base) => {
@@ -58,11 +60,20 @@ impl Target {
     pub(super) fn publish(&self, inner: &mut Inner, conn: ConnId, ring: usize) {
         let generation = inner.id();
         let disk = inner.controller_of(conn).and_then(|c| c.disk.clone());
-        let Some(connected) = inner.connections.get(&conn) else { return };
-        let Some(Some(attached)) = connected.queues.get(ring) else { return };
-        if let Some(view) = view_of(&connected.session, ring, generation, disk) {
-            self.reclaim.free(attached.queue.publish(view));
-        }
+        let Some(connected) = inner.connections.get_mut(&conn) else { return };
+        let Some(Some(attached)) = connected.queues.get_mut(ring) else { return };
+        let Some(mut view) = view_of(&connected.session, ring, generation, disk) else { return };
+        let reactor = &self.reactors[attached.reactor];
+        // Watched before the reactor can ask for kicks there, and the fd before for as long.
+        let before = attached.kicks.take();
+        let kick = connected.session.ring(ring).kick.as_ref();
+        attached.kicks = match before {
+            Some(rope) if kick.is_some_and(|kick| Arc::ptr_eq(kick, rope.fd())) => Some(rope),
+            _ => kick.and_then(|kick| rope(reactor, kick)),
+        };
+        view.kicks = attached.kicks.is_some();
+        self.reclaim.free(attached.queue.publish(view));
+        reactor.wake();
     }
 
     /// Opens the disk for rings and attaches them to reactors.
@@ -85,12 +96,14 @@ impl Target {
             let base = connected.session.ring(ring).base;
             Some((view, base, Arc::clone(&controller.coalescing)))
         });
-        drop(inner);
-        let queue = plan
-            .map(|(view, base, coalescing)| Queue::new(id, &self.domain, view, base, coalescing));
-        let mut inner = self.lock();
         let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
         let reactor = self.least_loaded(&inner, &cores);
+        drop(inner);
+        let bell = self.reactors[reactor].bell().map(|bell| &**bell);
+        let queue = plan.map(|(view, base, coalescing)| {
+            Queue::for_reactor(id, &self.domain, view, base, coalescing, bell)
+        });
+        let mut inner = self.lock();
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let state = connected.session.ring(ring).state;
         let live = state == RingState::Live;
@@ -104,7 +117,8 @@ impl Target {
                 if connected.queues.len() <= ring {
                     connected.queues.resize_with(ring + 1, || None);
                 }
-                connected.queues[ring] = Some(Attached { queue: Arc::clone(&queue), reactor });
+                connected.queues[ring] =
+                    Some(Attached { queue: Arc::clone(&queue), reactor, kicks: None });
                 inner.queues.insert(id, (conn, ring));
                 inner.attached[reactor].push(queue);
                 self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
@@ -140,6 +154,17 @@ impl Target {
         let allowed =
             (0..self.reactors.len()).filter(|n| cores.contains(&self.reactors[*n].core()));
         allowed.min_by_key(|n| inner.attached[*n].len()).unwrap_or(0)
+    }
+}
+
+/// Has a guest's kicks wake `reactor`, if that ever sleeps. `None` has it poll the ring.
+fn rope(reactor: &Reactor, kick: &Arc<KickFd>) -> Option<BellRope<KickFd>> {
+    match BellRope::new(reactor.bell()?, kick) {
+        Ok(rope) => Some(rope),
+        Err(e) => {
+            warn!("a ring has to be polled: cannot watch for its kicks: {e}");
+            None
+        }
     }
 }
 

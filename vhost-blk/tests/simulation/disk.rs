@@ -6,9 +6,12 @@
 #![expect(unsafe_code, reason = "a channel gets addresses")]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit};
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Wait};
+
+use vhost_blk::notify::EventFd;
 
 use super::probe;
 
@@ -44,6 +47,8 @@ pub(crate) struct State {
     channels_made: u64,
     /// Requests for which there was no room.
     parked: BTreeSet<u64>,
+    /// What tells a sleeping reactor of completions.
+    wakes: BTreeMap<u64, Arc<EventFd>>,
     done: BTreeMap<u64, VecDeque<Completion>>,
 }
 
@@ -55,6 +60,7 @@ impl State {
             self.transfer(&io, request);
         }
         self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
+        self.wakes[&channel].signal();
         request
     }
 
@@ -133,13 +139,16 @@ impl Bdev for SimDisk {
         state.channels += 1;
         state.channels_made += 1;
         let number = state.channels_made;
+        let wake = Arc::new(EventFd::new().expect("an fd"));
+        state.wakes.insert(number, Arc::clone(&wake));
         drop(state);
-        Ok(Box::new(SimChannel { number, disk: self }))
+        Ok(Box::new(SimChannel { number, wake, disk: self }))
     }
 }
 
 struct SimChannel {
     number: u64,
+    wake: Arc<EventFd>,
     disk: Arc<SimDisk>,
 }
 
@@ -161,6 +170,14 @@ impl Channel for SimChannel {
         }
         state.flying.push(Flying { request, stuck: false, channel: self.number, io });
         Submit::Queued
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.wake.as_fd())
+    }
+
+    fn wait(&self) -> Wait {
+        Wait::Event
     }
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {

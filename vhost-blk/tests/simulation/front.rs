@@ -1,5 +1,6 @@
 //! What front ends do: connect, set up, submit, change their mind, stop, die.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use vhost_blk::config::Disk;
@@ -165,7 +166,7 @@ impl World {
             14..24 if none_served => self.start(n, ring),
             14..17 => vec![self.new_table(n)],
             17..20 => vec![Message::Call(ring, self.call())],
-            20 if served == Served::Yes => vec![Message::Kick(ring)],
+            20 if served == Served::Yes => vec![Message::Kick(ring, self.call())],
             21..25 if self.may_stop(n, ring) => vec![Message::GetBase(ring)],
             25 | 26 => {
                 let rings = (0..RINGS).filter(|ring| self.may_stop(n, *ring));
@@ -227,7 +228,9 @@ impl World {
                 let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
                 Disk { bdev, read_only: false }.features()
             });
-            script.push(Message::Features(features.unwrap_or(1 << 32) & !no_event_idx));
+            script.push(Message::Features(
+                features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX) & !no_event_idx,
+            ));
         }
         if self.fronts[n].table.is_none() || self.rng.one_in(8) {
             script.push(self.new_table(n));
@@ -239,7 +242,8 @@ impl World {
         if self.rng.one_in(2) {
             script.push(Message::Call(ring, self.call()));
         }
-        script.push(Message::Kick(ring));
+        let kick = self.call();
+        script.push(Message::Kick(ring, kick));
         script.push(Message::Enable(ring));
         script
     }
@@ -256,10 +260,13 @@ impl World {
 
     /// What the driver has done by the time that a message is sent.
     fn before_message(&mut self, n: usize, message: &Message) {
-        if let Message::Kick(ring) = message {
+        if let Message::Kick(ring, kick) = message {
             let ring = &mut self.vms[self.fronts[n].vm].rings[*ring];
             ring.quiet = None;
             ring.started = true;
+            // From now on the driver kicks there, noticed or not.
+            let dup = |kick: &EventFd| kick.as_fd().try_clone_to_owned().expect("an fd").into();
+            ring.kick = kick.as_ref().map(dup);
         }
     }
 
@@ -294,7 +301,7 @@ impl World {
                 front.rings[ring].uncalled &= call.is_some();
                 front.rings[ring].call = call;
             }
-            Message::Kick(ring) => front.rings[ring].served = Served::Yes,
+            Message::Kick(ring, _) => front.rings[ring].served = Served::Yes,
             Message::ResetOwner => {
                 *self.counts.entry("RESET_OWNER").or_default() += 1;
                 front.featured = false;

@@ -21,7 +21,8 @@ pub(crate) enum Message {
     /// With or without an fd.
     Call(usize, Option<EventFd>),
     Enable(usize),
-    Kick(usize),
+    /// With or without an fd: without one the ring has to be polled.
+    Kick(usize, Option<EventFd>),
     GetBase(usize),
     GetConfig,
     ResetOwner,
@@ -70,7 +71,11 @@ impl Message {
                 plain(request::SET_VRING_CALL, (*ring as u64 | 1 << 8).to_le_bytes().to_vec())
             }
             Self::Enable(ring) => plain(request::SET_VRING_ENABLE, words(*ring, 1)),
-            Self::Kick(ring) => {
+            Self::Kick(ring, Some(kick)) => {
+                let fd = kick.as_fd().try_clone_to_owned().expect("an fd");
+                (request::SET_VRING_KICK, (*ring as u64).to_le_bytes().to_vec(), vec![fd])
+            }
+            Self::Kick(ring, None) => {
                 plain(request::SET_VRING_KICK, (*ring as u64 | 1 << 8).to_le_bytes().to_vec())
             }
             Self::GetBase(ring) => plain(request::GET_VRING_BASE, words(*ring, 0)),

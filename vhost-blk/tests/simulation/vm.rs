@@ -3,6 +3,8 @@
 //! It checks what it sees as a driver would like to: each chain comes back once, with the status
 //! that the disk gave, and the data that the disk has read.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
@@ -84,6 +86,8 @@ pub(crate) struct Ring {
     pub(crate) quiet: Option<Vec<u8>>,
     /// Some connection has started it since it was made.
     pub(crate) started: bool,
+    /// What the driver kicks, if the back end wants it.
+    pub(crate) kick: Option<File>,
 }
 
 /// How a memory table is made up.
@@ -151,8 +155,15 @@ impl Vm {
         let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::new(dup(fd)));
         let table = vec![part(0, &main), part(EXTRA, &extra)];
         let memory = GuestMemory::map(table, None, unmapper).expect("memory");
-        let ring =
-            || Ring { size: 0, slots: vec![], avail: 0, seen: 0, quiet: None, started: false };
+        let ring = || Ring {
+            size: 0,
+            slots: vec![],
+            avail: 0,
+            seen: 0,
+            quiet: None,
+            started: false,
+            kick: None,
+        };
         let rings = (0..RINGS).map(|_| ring()).collect();
         Self { controller, event_idx, rings, marks: vec![], main, extra, memory }
     }
@@ -208,7 +219,8 @@ impl Vm {
     /// requests that are dropped with it.
     pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
         let slots = vec![None; usize::from(size) / 3];
-        let new = Ring { size, slots, avail: base, seen: base, quiet: None, started: false };
+        let kick = self.rings[ring].kick.take();
+        let new = Ring { size, slots, avail: base, seen: base, quiet: None, started: false, kick };
         let old = std::mem::replace(&mut self.rings[ring], new);
         self.put(ring_gpa(ring), &[0; PAGE as usize]);
         self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
@@ -272,6 +284,20 @@ impl Vm {
         let at = u64::from(position % state.size);
         self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
         self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
+        self.kick(ring, position);
+    }
+
+    /// Kicks for the request at `position` if the back end wants it (virtio 1.2, 2.7.10).
+    fn kick(&self, ring: usize, position: u16) {
+        let wanted = if self.event_idx {
+            let event = used_gpa(ring) + 4 + 8 * u64::from(self.rings[ring].size);
+            self.get_u16(event) == position
+        } else {
+            self.get_u16(used_gpa(ring)) & 1 == 0
+        };
+        if let (true, Some(mut kick)) = (wanted, self.rings[ring].kick.as_ref()) {
+            kick.write_all(&1_u64.to_ne_bytes()).expect("an eventfd");
+        }
     }
 
     fn desc(&self, ring: usize, index: u16, addr: u64, len: u32, flags: u16) {

@@ -9,7 +9,7 @@ use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::{self, request};
 use vhost_blk::reactor::SteppedReactor;
 use vhost_blk::session::DRAIN_LIMIT_S;
-use vhost_blk::{ConnId, Connection, Target};
+use vhost_blk::{ConnId, Connection, Mode, Target};
 
 use super::disk::{Meanwhile, SimDisk, State, lock};
 use super::message::Message;
@@ -150,7 +150,8 @@ impl World {
     pub(crate) fn new(seed: u64, loud: bool) -> Self {
         let mut rng = Rng::new(seed);
         let count = 1 + rng.below(3);
-        let (target, reactors) = Target::in_steps(count, Arc::new(|| {})).expect("a target");
+        let mode = if rng.one_in(2) { Mode::Poll } else { Mode::Sleep { after_us: 0 } };
+        let (target, reactors) = Target::in_steps(count, mode, Arc::new(|| {})).expect("a target");
         let trace = Trace { seed, step: 0, loud, lines: VecDeque::new() };
         Self {
             trace,
@@ -203,7 +204,9 @@ impl World {
     fn step_a_reactor(&mut self) {
         let n = self.rng.below(self.reactors.len());
         self.trace.add(format!("reactor {n}"));
-        self.reactors[n].step();
+        if self.reactors[n].step() {
+            self.count("sleeps");
+        }
     }
 
     pub(crate) fn process_events(&mut self) {
