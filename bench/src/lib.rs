@@ -10,6 +10,8 @@
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
 //! 7. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//! 8. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
+//! 9. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -32,10 +34,13 @@ pub mod event;
 pub mod front_end;
 pub mod guest;
 pub mod load;
+pub mod markdown;
 pub mod pin;
 pub mod raw;
 pub mod ring;
 pub mod round_trip;
+pub mod servers;
+pub mod spread;
 mod watchdog;
 
 pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
@@ -45,3 +50,4 @@ pub use guest::{Backing, GuestRam, Segment};
 pub use load::{Idle, Load, LoadOptions, Summary};
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
+pub use spread::Spread;
