@@ -9,7 +9,8 @@
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
-//! 7. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//! 7. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
+//! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -32,11 +33,13 @@ pub mod event;
 pub mod front_end;
 pub mod guest;
 pub mod load;
+pub mod perf;
 pub mod pin;
 pub mod raw;
 pub mod ring;
 pub mod round_trip;
 mod watchdog;
+mod words;
 
 pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
