@@ -68,7 +68,11 @@ impl Process {
     ///
     /// # Errors
     /// The process ends before ([`Error::Ended`]), or [`LIMIT`] passes.
-    pub fn wait_until(&mut self, what: &'static str, mut ready: impl FnMut() -> bool) -> Result<()> {
+    pub fn wait_until(
+        &mut self,
+        what: &'static str,
+        mut ready: impl FnMut() -> bool,
+    ) -> Result<()> {
         let start = Instant::now();
         while !ready() {
             if let Some(status) = self.ended() {

@@ -62,12 +62,7 @@ fn yes(reached: bool) -> &'static str {
     if reached { "yes" } else { "no" }
 }
 
-fn find(
-    findings: &Findings,
-    disk: DiskKind,
-    rw: Workload,
-    depth: usize,
-) -> Option<&Measured> {
+fn find(findings: &Findings, disk: DiskKind, rw: Workload, depth: usize) -> Option<&Measured> {
     let wanted = Cell { disk, rw, bs: Size::K4, depth, queues: 1 };
     findings.cells.iter().find(|measured| measured.cell == wanted)
 }
@@ -126,12 +121,11 @@ fn throughput(findings: &Findings, disk: DiskKind, rw: Workload, least: f64) -> 
 }
 
 fn file(findings: &Findings, depth: usize, kind: Kind) -> Aim {
-    let measured =
-        find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
-            let (ours, other) = pair(findings, kind)?;
-            let spread = measured.ratio(ours, other, iops)?;
-            Some((ratio(Some(spread)), not_below(spread)))
-        });
+    let measured = find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
+        let (ours, other) = pair(findings, kind)?;
+        let spread = measured.ratio(ours, other, iops)?;
+        Some((ratio(Some(spread)), not_below(spread)))
+    });
     let other = if kind == Kind::Spdk { "SPDK" } else { "qemu-storage-daemon" };
     let figure = format!("file disk, depth {depth}, IOPS");
     Aim { figure, aim: format!("not below {other}"), measured }
@@ -149,12 +143,11 @@ fn not_below(spread: Spread) -> &'static str {
 }
 
 fn file_cost(findings: &Findings, depth: usize) -> Aim {
-    let measured =
-        find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
-            let (ours, spdk) = pair(findings, Kind::Spdk)?;
-            let (unit, spread) = cost_ratio(measured, ours, spdk)?;
-            Some((format!("{} in {unit}", ratio(Some(spread))), yes(spread.median <= 0.7)))
-        });
+    let measured = find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
+        let (ours, spdk) = pair(findings, Kind::Spdk)?;
+        let (unit, spread) = cost_ratio(measured, ours, spdk)?;
+        Some((format!("{} in {unit}", ratio(Some(spread))), yes(spread.median <= 0.7)))
+    });
     let figure = format!("file disk, depth {depth}, reactor CPU per I/O");
     Aim { figure, aim: "≤ 0.7 × SPDK".into(), measured }
 }
@@ -187,7 +180,11 @@ fn idle_cpu(findings: &Findings, mode: Mode) -> Aim {
         let most = modes.disks.iter().map(|disk| disk.cpu).reduce(|a, b| Some(a?.max(b?)))??;
         Some((format!("{} %, the most of all disks", digits(most * 100.0)), yes(most <= 0.02)))
     });
-    Aim { figure: format!("idle reactor, {} mode, CPU", mode.name()), aim: "≤ 2 %".into(), measured }
+    Aim {
+        figure: format!("idle reactor, {} mode, CPU", mode.name()),
+        aim: "≤ 2 %".into(),
+        measured,
+    }
 }
 
 fn idle_latency(findings: &Findings) -> Aim {

@@ -123,7 +123,11 @@ pub(crate) fn measure(
     if options.wants(Case::IdleCpu) {
         for (index, modes) in found.iter_mut().enumerate() {
             for disk in &mut modes.disks {
-                crate::progress(&format!("idle CPU of {}, {}", modes.server.name, disk.disk.name()));
+                crate::progress(&format!(
+                    "idle CPU of {}, {}",
+                    modes.server.name,
+                    disk.disk.name()
+                ));
                 interrupt.check()?;
                 let name = disk.disk.name();
                 disk.cpu = Some(fleet.with(index, |server| idle_share(server, name, interrupt))?);

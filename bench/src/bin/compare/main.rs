@@ -91,9 +91,8 @@ fn find(options: &Options, interrupt: &Interrupt) -> Result<Findings> {
     let idle_disks = if idle { options.disks_or(&DiskKind::ALL) } else { Vec::new() };
     let needs_file = cells.iter().any(|cell| cell.disk == DiskKind::File)
         || idle_disks.contains(&DiskKind::File);
-    let file = needs_file
-        .then(|| measure::data_file(&options.file_dir, options.file_mib))
-        .transpose()?;
+    let file =
+        needs_file.then(|| measure::data_file(&options.file_dir, options.file_mib)).transpose()?;
     let path = file.as_ref().map_or(Path::new(""), |file| file.path());
     if !cells.is_empty() {
         measure_cells(&mut findings, options, &perf, &cells, path, interrupt)?;
@@ -150,8 +149,7 @@ fn measure_cells(
     for (done, &cell) in cells.iter().enumerate() {
         progress(&format!("{}/{}: {cell}", done + 1, cells.len()));
         let counters = counters.as_ref();
-        let measured =
-            measure::measure(&mut fleet, perf, cell, runs, core, counters, interrupt)?;
+        let measured = measure::measure(&mut fleet, perf, cell, runs, core, counters, interrupt)?;
         findings.cells.push(measured);
     }
     progress("");

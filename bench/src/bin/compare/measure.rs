@@ -101,8 +101,7 @@ impl Measured {
 
     /// Its median latency in round trips.
     pub(crate) fn trips(&self, server: usize) -> Option<Spread> {
-        let pair =
-            |a: &Alternation| (a.samples[server].figures.p50_ns, a.round_trip_ns);
+        let pair = |a: &Alternation| (a.samples[server].figures.p50_ns, a.round_trip_ns);
         Spread::of_ratios(self.alternations.iter().map(pair))
     }
 
@@ -157,10 +156,8 @@ pub(crate) fn measure(
             interrupt.check()?;
             samples[index] = Some(sample?);
         }
-        alternations.push(Alternation {
-            round_trip_ns,
-            samples: samples.into_iter().flatten().collect(),
-        });
+        alternations
+            .push(Alternation { round_trip_ns, samples: samples.into_iter().flatten().collect() });
     }
     Ok(Measured { cell, alternations })
 }

@@ -120,8 +120,8 @@ fn header(area: &Area<'_>, findings: &Findings) -> Result<()> {
 
 /// The range of `values`, with room on both sides, on a logarithmic axis.
 fn around(values: impl Iterator<Item = Spread>) -> std::ops::Range<f64> {
-    let (low, high) = values
-        .fold((f64::MAX, f64::MIN), |(low, high), s| (low.min(s.min), high.max(s.max)));
+    let (low, high) =
+        values.fold((f64::MAX, f64::MIN), |(low, high), s| (low.min(s.min), high.max(s.max)));
     if low > high { 0.5..2.0 } else { low * 0.7..high * 1.4 }
 }
 
@@ -202,7 +202,8 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
     let all = findings.cells.iter().flat_map(|c| others.clone().filter_map(|o| ratio(c, o)));
     let range = around(all);
     let range = range.start.min(0.7)..range.end.max(1.4);
-    let caption = format!("IOPS of {} ÷ IOPS of the other, in one alternation", findings.servers[0].name);
+    let caption =
+        format!("IOPS of {} ÷ IOPS of the other, in one alternation", findings.servers[0].name);
     // Lines count downwards, so the axis is turned round.
     let lines = findings.cells.len() as i32;
     let mut chart = ChartBuilder::on(area)

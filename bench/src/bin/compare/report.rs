@@ -55,7 +55,14 @@ fn cells(findings: &Findings) -> Table {
     let [p50_ratio, iops_ratio] =
         ["p50", "IOPS"].map(|figure| format!("{figure}: {} ÷ it", first.name));
     let mut table = Table::new(&[
-        "cell", "server", "p50", "round trips", "p99.9", "IOPS", &p50_ratio, &iops_ratio,
+        "cell",
+        "server",
+        "p50",
+        "round trips",
+        "p99.9",
+        "IOPS",
+        &p50_ratio,
+        &iops_ratio,
     ]);
     for measured in &findings.cells {
         for (server, spec) in findings.servers.iter().enumerate() {
@@ -125,7 +132,13 @@ fn busy_ratio_of(measured: &Measured, server: usize) -> Option<Spread> {
 
 fn neighbours(findings: &Findings) -> Table {
     let mut table = Table::new(&[
-        "server", "disk", "idle", "d64 IOPS beside", "÷ alone", "d1 p50 beside", "÷ alone",
+        "server",
+        "disk",
+        "idle",
+        "d64 IOPS beside",
+        "÷ alone",
+        "d1 p50 beside",
+        "÷ alone",
     ]);
     for found in &findings.neighbours {
         let beside = |pairs: &[(f64, f64)]| {
@@ -146,7 +159,12 @@ fn neighbours(findings: &Findings) -> Table {
 
 fn idle(findings: &Findings) -> Table {
     let mut table = Table::new(&[
-        "server", "mode", "disk", "idle CPU", "p50 after 1 ms, guest polls", "guest sleeps",
+        "server",
+        "mode",
+        "disk",
+        "idle CPU",
+        "p50 after 1 ms, guest polls",
+        "guest sleeps",
     ]);
     for modes in &findings.modes {
         let mut start = vec![modes.server.name.clone(), modes.mode.name().into()];
@@ -213,9 +231,10 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
             "unsupported": modes.unsupported, "disks": disks.collect::<Vec<_>>(),
         })
     });
-    let servers = findings.servers.iter().map(|spec| {
-        json!({"name": spec.name, "program": spec.program, "args": spec.args})
-    });
+    let servers = findings
+        .servers
+        .iter()
+        .map(|spec| json!({"name": spec.name, "program": spec.program, "args": spec.args}));
     json!({
         "date": date(),
         "machine": machine(),

@@ -4,14 +4,17 @@
 //! event ([`Case::strike`]) and little else.
 
 use std::fs;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use bench::servers::{Kind, Rpc, Server};
-use bench::{Backing, FrontEnd, GuestRam, Load, LoadOptions, Options, Queue, QueueOptions, Request};
+use bench::{
+    Backing, FrontEnd, GuestRam, LIMIT, Load, LoadOptions, Options, Queue, QueueOptions, Request,
+};
 use serde_json::json;
 
 /// VMs that come or go in one stretch.
@@ -28,6 +31,9 @@ const BURN: Duration = Duration::from_millis(2);
 const FAR: u64 = 1 << 40;
 /// Controller, and bdev, of the disk that hangs.
 const HUNG: &str = "hung";
+/// The bdev of the other VMs.
+pub(crate) const OTHER: &str = "other";
+const DELETE: &str = "vhost_delete_controller";
 
 /// One thing to go through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +92,8 @@ impl Event {
             Self::Loaded => "a VM reads and writes at depth 32",
             Self::Killed => "8 VMs with I/O in flight are killed",
             Self::Deleted => "8 controllers with a VM are deleted by force",
-            Self::Table(1) => "a VM gets and loses 1 GiB of 4 KiB pages, twice",
-            Self::Table(_) => "a VM gets and loses 8 GiB of 4 KiB pages, twice",
+            Self::Table(1) => "a VM gets and loses 1 GiB of 4 KiB pages",
+            Self::Table(_) => "a VM gets and loses 8 GiB of 4 KiB pages",
             Self::SlowUnmap => "a VM leaves, its unmap takes 4 s, its controller is deleted",
             Self::HungIo => "a VM's 16 requests hang",
             Self::HungKilled => "a VM is killed whose 16 requests hang",
@@ -104,7 +110,8 @@ impl Event {
 /// A guest beside the neighbours. It must not outlive its server by much: nobody stops it.
 struct Vm {
     front_end: FrontEnd,
-    queue: Queue,
+    /// None while a load has it.
+    queue: Option<Queue>,
     ram: Arc<GuestRam>,
 }
 
@@ -113,14 +120,14 @@ impl Vm {
     fn start(server: &Server, controller: &str, ram: Arc<GuestRam>) -> Result<Self> {
         let socket = server.socket(controller);
         let mut front_end = FrontEnd::connect(&socket, ram.clone(), Options::default())?;
-        let queue = front_end.start_new(1, QueueOptions::default())?.remove(0);
+        let queue = front_end.start_new(1, QueueOptions::default())?.pop();
         Ok(Self { front_end, queue, ram })
     }
 
     /// Reads once, so that the server has seen all of it.
     fn read(&mut self) -> Result<()> {
         let buffer = self.ram.alloc(4096, 4096)?;
-        self.queue.run(&Request::read(0, &[buffer]))?;
+        self.queue()?.run(&Request::read(0, &[buffer]))?;
         Ok(())
     }
 
@@ -128,10 +135,14 @@ impl Vm {
     fn submit(&mut self) -> Result<()> {
         let buffer = self.ram.alloc(4096, 4096)?;
         for sector in 0..IN_FLIGHT as u64 {
-            self.queue.submit(&Request::read(sector * 8, &[buffer]))?;
+            self.queue()?.submit(&Request::read(sector * 8, &[buffer]))?;
         }
-        self.queue.kick()?;
+        self.queue()?.kick()?;
         Ok(())
+    }
+
+    fn queue(&mut self) -> Result<&mut Queue> {
+        self.queue.as_mut().context("a load has the queue")
     }
 }
 
@@ -147,7 +158,7 @@ pub(crate) struct Case<'a> {
     more: Option<Arc<GuestRam>>,
     vms: Vec<Vm>,
     /// What must be kept until a stretch is over, as giving it up costs time.
-    left: Vec<(Queue, Arc<GuestRam>)>,
+    left: Vec<(Option<Queue>, Arc<GuestRam>)>,
     load: Option<Load>,
     stopping: Option<JoinHandle<bench::Result<Vec<u16>>>>,
     calls: Vec<(Rpc, &'static str)>,
@@ -178,7 +189,7 @@ impl<'a> Case<'a> {
             Event::HungIo | Event::HungKilled | Event::HungStopped => {
                 let us = HANG.as_micros() as u64;
                 let params = json!({
-                    "name": HUNG, "base_bdev_name": "other",
+                    "name": HUNG, "base_bdev_name": OTHER,
                     "avg_read_latency": us, "p99_read_latency": us,
                     "avg_write_latency": us, "p99_write_latency": us,
                 });
@@ -190,9 +201,7 @@ impl<'a> Case<'a> {
             }
             Event::Table(gib) => {
                 let more = GuestRam::with(&[gib << 30], FAR, Backing::Pages)?;
-                for page in (FAR..FAR + (gib << 30)).step_by(4096) {
-                    more.write(page, &[1])?;
-                }
+                touch(&more, FAR..FAR + (gib << 30))?;
                 case.more = Some(more);
             }
             _ => {}
@@ -281,18 +290,18 @@ impl<'a> Case<'a> {
             Event::Deleted => {
                 self.vms.clear();
                 for n in 0..VMS {
-                    self.server.controller(&controller(n), "other")?;
+                    self.server.controller(&controller(n), OTHER)?;
                 }
             }
             Event::SlowUnmap => {
                 wait_until("the end of the slow unmap", || self.armory.join("slept").exists())?;
                 fs::remove_file(self.armory.join("slept"))?;
-                self.server.controller(&controller(0), "other")?;
+                self.server.controller(&controller(0), OTHER)?;
             }
             Event::HungIo => {
                 for vm in &mut self.vms {
                     for _ in 0..IN_FLIGHT {
-                        vm.queue.wait()?;
+                        vm.queue()?.wait()?;
                     }
                 }
             }
@@ -333,20 +342,113 @@ impl<'a> Case<'a> {
         std::thread::sleep(self.length / (VMS as u32 + 2));
     }
 
+    /// A load on each VM's queue, whose front end stays as it is.
     fn load(&mut self) -> Result<()> {
-        for Vm { front_end, queue, ram } in self.vms.drain(..) {
-            let options = LoadOptions {
-                depth: 32,
-                blocks: 0..4096,
-                verify: false,
-                ..LoadOptions::default()
-            };
+        for vm in &mut self.vms {
+            let options =
+                LoadOptions { depth: 32, blocks: 0..4096, verify: false, ..LoadOptions::default() };
+            let queue = vm.queue.take().context("a VM has one queue")?;
             self.load = Some(Load::start(vec![queue], options)?);
-            // The connection lives as long as its load.
-            let spare = Queue::new(&ram, 1, QueueOptions::default(), false)?;
-            self.rams.push(ram.clone());
-            self.vms_after_load(front_end, spare, ram);
         }
         Ok(())
+    }
+
+    /// One after the other, each in the middle of something.
+    fn kill(&mut self) -> Result<()> {
+        for mut vm in std::mem::take(&mut self.vms) {
+            vm.submit()?;
+            vm.front_end.kill();
+            self.left.push((vm.queue, vm.ram));
+            self.pace();
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self) -> Result<()> {
+        for n in 0..VMS {
+            let mut params = json!({"ctrlr": controller(n)});
+            if self.server.spec.kind == Kind::Ours {
+                params["force"] = true.into();
+            } else {
+                // SPDK waits for the VM for ever, so that it must leave first.
+                let vm = self.vms.remove(0);
+                vm.front_end.kill();
+                self.left.push((vm.queue, vm.ram));
+            }
+            self.server.call(DELETE, params)?;
+            self.pace();
+        }
+        Ok(())
+    }
+
+    fn change_table(&mut self) -> Result<()> {
+        let more = self.more.as_ref().context("made for this event")?.table();
+        for vm in &mut self.vms {
+            let table = vm.ram.table();
+            let longer = [&table[..], &more[..]].concat();
+            for table in [&longer, &table] {
+                vm.front_end.set_memory_table(table)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The control plane is used while the memory goes; its answers come when they come.
+    fn leave_slowly(&mut self) -> Result<()> {
+        fs::write(self.armory.join("armed"), "")?;
+        for vm in self.vms.drain(..) {
+            vm.front_end.kill();
+            self.left.push((vm.queue, vm.ram));
+        }
+        wait_until("the slow unmap", || self.armory.join("sleeping").exists())?;
+        for (method, params) in
+            [("vhost_get_controllers", json!({})), (DELETE, json!({"ctrlr": controller(0)}))]
+        {
+            let mut rpc = Rpc::connect(&self.server.rpc_socket())?;
+            rpc.send(method, params)?;
+            self.calls.push((rpc, method));
+        }
+        Ok(())
+    }
+}
+
+/// Name of the other VMs' controllers.
+pub(crate) fn controller(n: usize) -> String {
+    format!("other.{n}")
+}
+
+/// Memory all of whose pages are there.
+fn touched_ram() -> Result<Arc<GuestRam>> {
+    let ram = GuestRam::new(&[RAM_BYTES])?;
+    touch(&ram, 0..RAM_BYTES)?;
+    Ok(ram)
+}
+
+fn touch(ram: &GuestRam, range: Range<u64>) -> Result<()> {
+    for page in range.step_by(4096) {
+        ram.write(page, &[0])?;
+    }
+    Ok(())
+}
+
+fn wait_until(what: &str, mut is: impl FnMut() -> bool) -> Result<()> {
+    let start = Instant::now();
+    while !is() {
+        ensure!(start.elapsed() < LIMIT, "{what} does not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_have_names_of_their_own() {
+        let mut names: Vec<&str> = Event::ALL.iter().map(|event| event.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Event::ALL.len());
     }
 }

@@ -89,12 +89,12 @@ impl Clients {
         let current = stretch.clone();
         let work = move || -> Result<()> {
             pin(core)?;
-            // The other side waits for it, or has given up.
-            drop(say_tid.send(rustix::thread::gettid().as_raw_nonzero().get()));
+            let tid = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+            say_tid.send(tid).map_err(|_| anyhow!("nobody waits for it"))?;
             run(guests, &current, &tell, pause)
         };
         let thread = std::thread::Builder::new().name("neighbours".into()).spawn(work)?;
-        let tid = tid.recv().context("the neighbours' thread has ended")? as u32;
+        let tid = tid.recv().context("the neighbours' thread has ended")?;
         let real_time = ask_for_real_time(tid);
         Ok(Self { tid, real_time, stretch, seen, thread: Some(thread), front_ends })
     }
@@ -112,7 +112,9 @@ impl Clients {
         self.stretch.fetch_add(1, Ordering::Relaxed);
         match self.seen.recv() {
             Ok(seen) => Ok(seen),
-            Err(_) => Err(self.join().err().unwrap_or_else(|| anyhow!("the neighbours have ended"))),
+            Err(_) => {
+                Err(self.join().err().unwrap_or_else(|| anyhow!("the neighbours have ended")))
+            }
         }
     }
 
