@@ -181,7 +181,7 @@ where
         .configure_mesh()
         .x_desc(x_desc)
         .x_labels(x_labels)
-        .y_labels(6)
+        .y_labels(9)
         .x_label_formatter(x_format)
         .y_label_formatter(y_format)
         .label_style(font(13, PALE))
@@ -204,7 +204,7 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
     let range = range.start.min(0.7)..range.end.max(1.4);
     let caption =
         format!("IOPS of {} ÷ IOPS of the other, in one alternation", findings.servers[0].name);
-    // Lines count downwards, so the axis is turned round.
+    // Lines are counted from the top, where 0 is.
     let lines = findings.cells.len() as i32;
     let mut chart = ChartBuilder::on(area)
         .caption(caption, font(16, INK))
@@ -212,14 +212,14 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
         .margin_right(24)
         .x_label_area_size(28)
         .y_label_area_size(190)
-        .build_cartesian_2d(range.log_scale(), -lines..0)?;
+        .build_cartesian_2d(range.log_scale(), -lines - 1..0)?;
     let name = |y: &i32| {
         let cell = usize::try_from(-y - 1).ok().and_then(|line| findings.cells.get(line));
         cell.map_or_else(String::new, |cell| cell.cell.to_string())
     };
     chart
         .configure_mesh()
-        .y_labels(findings.cells.len() + 1)
+        .y_labels(findings.cells.len() + 2)
         .y_label_formatter(&name)
         .x_label_formatter(&|x: &f64| format!("× {}", digits(*x)))
         .label_style(font(13, PALE))
@@ -227,7 +227,7 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
         .bold_line_style(GRID)
         .light_line_style(TRANSPARENT)
         .draw()?;
-    let one = [(1.0, -lines), (1.0, 0)];
+    let one = [(1.0, -lines - 1), (1.0, 0)];
     chart.draw_series([PathElement::new(one, PALE.stroke_width(1))])?;
     for other in others {
         let style = colour(other).stroke_width(2);
