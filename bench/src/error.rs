@@ -66,6 +66,9 @@ pub enum Error {
     /// the back end does not offer what is needed
     #[error("the back end does not offer {0}")]
     NotOffered(&'static str),
+    /// what the back end offers does not do for what is wanted
+    #[error("{0}")]
+    TooLittle(String),
     /// a message that no back end should send
     #[error("the back end sent a message that makes no sense: {0}")]
     Nonsense(&'static str),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
@@ -444,6 +445,13 @@ impl FrontEnd {
         drop(self);
     }
 
+    /// Whether the back end has closed the connection. Its rings are then nobody's.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        let mut wait = [PollFd::new(&self.link.socket, PollFlags::RDHUP)];
+        poll(&mut wait, Some(&Timespec::default())).is_ok() && !wait[0].revents().is_empty()
+    }
+
     /// Stops the rings, then closes the socket, as a VMM that ends does.
     ///
     /// # Errors
@@ -524,7 +532,7 @@ impl Killer {
 
 impl Link {
     fn connect(path: &Path, limit: Duration) -> Result<Self> {
-        let socket = connect_stream(path)?;
+        let socket = connect_stream(path, limit)?;
         Ok(Self {
             node: Node(Frontend::from_stream(clone(&socket)?, QUEUES_MAX)),
             watchdog: Watchdog::new(clone(&socket)?, limit)?,

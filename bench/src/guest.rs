@@ -246,6 +246,11 @@ impl Window {
         self.gpa
     }
 
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The memory it is a piece of.
     pub(crate) fn ram(&self) -> &Arc<GuestRam> {
         &self.ram

@@ -9,7 +9,10 @@
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
-//! 7. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//! 7. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
+//! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//! 9. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
+//! 10. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -32,11 +35,16 @@ pub mod event;
 pub mod front_end;
 pub mod guest;
 pub mod load;
+pub mod markdown;
+pub mod perf;
 pub mod pin;
 pub mod raw;
 pub mod ring;
 pub mod round_trip;
+pub mod servers;
+pub mod spread;
 mod watchdog;
+mod words;
 
 pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
@@ -45,3 +53,4 @@ pub use guest::{Backing, GuestRam, Segment};
 pub use load::{Idle, Load, LoadOptions, Summary};
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
+pub use spread::Spread;

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -54,7 +55,7 @@ impl RawConnection {
     /// # Errors
     /// [`Error::Connect`].
     pub fn connect(path: &Path) -> Result<Self> {
-        Self::over(connect_stream(path)?)
+        Self::over(connect_stream(path, LIMIT)?)
     }
 
     /// Speaks over `stream`.
@@ -182,13 +183,13 @@ impl RawConnection {
     }
 }
 
-/// Connects to the socket at `path`; gives up after [`LIMIT`] if nobody accepts.
-pub(crate) fn connect_stream(path: &Path) -> Result<UnixStream> {
+/// Connects to the socket at `path`; gives up after `limit` if nobody accepts.
+pub(crate) fn connect_stream(path: &Path, limit: Duration) -> Result<UnixStream> {
     let error = |e: rustix::io::Errno| Error::Connect { path: path.to_owned(), source: e.into() };
     let flags = SocketFlags::CLOEXEC;
     let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(error)?;
     // A full backlog makes connect wait; the limit on sending covers it.
-    sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, Some(LIMIT)).map_err(error)?;
+    sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, Some(limit)).map_err(error)?;
     connect(&fd, &SocketAddrUnix::new(path).map_err(error)?).map_err(error)?;
     sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, None).map_err(error)?;
     Ok(UnixStream::from(fd))

@@ -95,6 +95,11 @@ impl Ring {
         [&self.descriptors, &self.available, &self.used].map(Window::gpa)
     }
 
+    /// The descriptors, the available ring and the used ring.
+    pub(crate) fn windows(&self) -> [&Window; 3] {
+        [&self.descriptors, &self.available, &self.used]
+    }
+
     /// The memory it lies in.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {

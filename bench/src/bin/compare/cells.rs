@@ -1,0 +1,160 @@
+//! Cells: one disk under one load.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use bench::servers::Disk;
+use clap::ValueEnum;
+
+/// A kind of disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+pub(crate) enum DiskKind {
+    /// Does nothing.
+    Null,
+    /// In the server's memory.
+    Malloc,
+    /// A file full of data, past the page cache.
+    File,
+}
+
+impl DiskKind {
+    pub(crate) const ALL: [Self; 3] = [Self::Null, Self::Malloc, Self::File];
+
+    /// The disk to serve; `file` is behind the file disk.
+    pub(crate) fn disk(self, file: &Path) -> Disk {
+        match self {
+            Self::Null => Disk::Null,
+            Self::Malloc => Disk::Malloc,
+            Self::File => Disk::File(file.to_owned()),
+        }
+    }
+
+    /// Its name, which is that of its controller.
+    pub(crate) fn name(self) -> &'static str {
+        self.disk(Path::new("")).name()
+    }
+}
+
+/// A kind of load, in fio's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+pub(crate) enum Workload {
+    Randread,
+    Randwrite,
+    Randrw,
+    Read,
+    Write,
+}
+
+impl Workload {
+    pub(crate) const RANDOM: [Self; 3] = [Self::Randread, Self::Randwrite, Self::Randrw];
+
+    /// fio's word.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Randread => "randread",
+            Self::Randwrite => "randwrite",
+            Self::Randrw => "randrw",
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// Bytes in a request: a number with `k` or `m`, as fio has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Size(pub(crate) u32);
+
+impl Size {
+    pub(crate) const K4: Self = Self(4 << 10);
+    pub(crate) const K64: Self = Self(64 << 10);
+    pub(crate) const ALL: [Self; 2] = [Self::K4, Self::K64];
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.to_ascii_lowercase();
+        let (number, unit) = match lower.strip_suffix('k') {
+            Some(number) => (number, 1 << 10),
+            None => lower.strip_suffix('m').map_or((lower.as_str(), 1), |n| (n, 1 << 20)),
+        };
+        let bytes = number.parse::<u32>().ok().and_then(|number| number.checked_mul(unit));
+        match bytes {
+            Some(bytes) if bytes >= 512 && bytes % 512 == 0 => Ok(Self(bytes)),
+            _ => Err("a multiple of 512, like 4k".into()),
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes % (1 << 20) == 0 => write!(f, "{}m", bytes >> 20),
+            bytes if bytes % (1 << 10) == 0 => write!(f, "{}k", bytes >> 10),
+            bytes => write!(f, "{bytes}"),
+        }
+    }
+}
+
+/// One disk under one load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    pub(crate) disk: DiskKind,
+    pub(crate) rw: Workload,
+    pub(crate) bs: Size,
+    pub(crate) depth: usize,
+    pub(crate) queues: usize,
+}
+
+impl Cell {
+    pub(crate) const DEPTHS: [usize; 5] = [1, 4, 16, 64, 128];
+
+    /// The cells of a run without options: each aim is among them, with enough around it to see
+    /// where it comes from.
+    pub(crate) fn subset() -> Vec<Self> {
+        use DiskKind::{File, Malloc, Null};
+        use Workload::{Randread, Randrw, Randwrite};
+        let mut cells = Vec::new();
+        let mut add = |disk, rw, bs, depths: &[usize], queues| {
+            cells.extend(depths.iter().map(|&depth| Self { disk, rw, bs, depth, queues }));
+        };
+        add(Null, Randread, Size::K4, &Self::DEPTHS, 1);
+        add(Null, Randread, Size::K4, &[64], 4);
+        add(Malloc, Randread, Size::K4, &Self::DEPTHS, 1);
+        add(Malloc, Randread, Size::K4, &[64], 4);
+        add(Malloc, Randread, Size::K64, &[1, 64], 1);
+        add(Malloc, Randwrite, Size::K4, &[1, 64], 1);
+        add(Malloc, Randrw, Size::K4, &[64], 1);
+        add(File, Randread, Size::K4, &Self::DEPTHS, 1);
+        add(File, Randread, Size::K64, &[1, 64], 1);
+        add(File, Randwrite, Size::K4, &[1, 64], 1);
+        add(File, Randrw, Size::K4, &[64], 1);
+        cells
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { disk, rw, bs, depth, queues } = self;
+        write!(f, "{} {} {bs} d{depth} q{queues}", disk.name(), rw.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_they_are_written() {
+        for (text, bytes) in [("4k", 4096), ("512", 512), ("64K", 65536), ("1m", 1 << 20)] {
+            let size: Size = text.parse().unwrap();
+            assert_eq!(size, Size(bytes));
+            assert_eq!(size.to_string(), text.to_ascii_lowercase());
+        }
+        for bad in ["", "k", "100", "-4k", "4g", "99999999m"] {
+            assert!(bad.parse::<Size>().is_err(), "{bad}");
+        }
+    }
+}

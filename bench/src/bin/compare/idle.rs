@@ -1,0 +1,227 @@
+//! What a reactor costs when there is nothing to do, and how fast it is when something comes.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bench::servers::{Disk, Error, Interrupt, Kind, Server, Spec};
+use bench::{FrontEnd, GuestRam, Options as Agreed, QueueOptions, Request, Spread};
+
+use crate::Findings;
+use crate::cells::{Cell, DiskKind, Size, Workload};
+use crate::measure::Fleet;
+use crate::options::{Case, Options};
+use crate::perf::Perf;
+
+/// For how long CPU time is counted.
+const IDLE: Duration = Duration::from_secs(3);
+/// Requests in a second: a pause of 1 ms before each.
+const RATE: &str = "1000";
+
+/// A way to run reactors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Poll,
+    Interrupt,
+    Adaptive,
+    /// The only way that the server has.
+    Own,
+}
+
+impl Mode {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Poll => "poll",
+            Self::Interrupt => "interrupt",
+            Self::Adaptive => "adaptive",
+            Self::Own => "as it is",
+        }
+    }
+
+    fn args(self) -> &'static [&'static str] {
+        match self {
+            Self::Poll | Self::Own => &[],
+            Self::Interrupt => &["--interrupt-mode"],
+            Self::Adaptive => &["--reactor-idle-us", "50"],
+        }
+    }
+
+    fn of(kind: Kind) -> &'static [Self] {
+        match kind {
+            Kind::Ours | Kind::Spdk => &[Self::Poll, Self::Interrupt, Self::Adaptive],
+            Kind::StorageDaemon => &[Self::Own],
+        }
+    }
+}
+
+/// What was found of a server in one mode.
+#[derive(Clone, Debug)]
+pub(crate) struct Modes {
+    pub(crate) server: Spec,
+    pub(crate) mode: Mode,
+    /// Why it could not be started so.
+    pub(crate) unsupported: Option<String>,
+    /// Of each disk.
+    pub(crate) disks: Vec<Idleness>,
+}
+
+/// Of one disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Idleness {
+    pub(crate) disk: DiskKind,
+    /// Share of a CPU that the reactor takes with one connected front end that is idle.
+    pub(crate) cpu: Option<f64>,
+    /// Median latency of a request after a pause, of each alternation; the guest polls.
+    pub(crate) polling_ns: Vec<f64>,
+    /// The same while the guest sleeps until it is called.
+    pub(crate) sleeping_ns: Vec<f64>,
+}
+
+impl Modes {
+    /// How much longer a request takes than with `other` in the same alternations, in ns.
+    pub(crate) fn later_than(&self, other: &Self, disk: DiskKind) -> Option<Spread> {
+        let of = |modes: &Self| Some(modes.disks.iter().find(|d| d.disk == disk)?.clone());
+        let (ours, theirs) = (of(self)?.polling_ns, of(other)?.polling_ns);
+        Spread::of(ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs))
+    }
+}
+
+/// Measures every mode of every server.
+///
+/// # Errors
+/// A server fails otherwise than by refusing an option.
+pub(crate) fn measure(
+    findings: &mut Findings,
+    options: &Options,
+    perf: &Perf,
+    disks: &[Disk],
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let kinds: Vec<DiskKind> =
+        DiskKind::ALL.into_iter().filter(|k| disks.iter().any(|d| d.name() == k.name())).collect();
+    let (mut modes, mut specs) = (Vec::new(), Vec::new());
+    for spec in &findings.servers {
+        for &mode in Mode::of(spec.kind) {
+            let with_args = spec.with_args(mode.args());
+            let unsupported = refusal(&with_args, options.server_core)?;
+            let new = |&disk: &DiskKind| Idleness {
+                disk,
+                cpu: None,
+                polling_ns: Vec::new(),
+                sleeping_ns: Vec::new(),
+            };
+            let disks = kinds.iter().map(new).collect();
+            if unsupported.is_none() {
+                specs.push(with_args);
+            }
+            modes.push(Modes { server: spec.clone(), mode, unsupported, disks });
+        }
+    }
+    let mut fleet = Fleet::start(&specs, options.server_core, disks)?;
+    let mut found: Vec<&mut Modes> =
+        modes.iter_mut().filter(|modes| modes.unsupported.is_none()).collect();
+    if options.wants(Case::IdleCpu) {
+        for (index, modes) in found.iter_mut().enumerate() {
+            for disk in &mut modes.disks {
+                crate::progress(&format!(
+                    "idle CPU of {}, {}",
+                    modes.server.name,
+                    disk.disk.name()
+                ));
+                interrupt.check()?;
+                let name = disk.disk.name();
+                disk.cpu = Some(fleet.with(index, |server| idle_share(server, name, interrupt))?);
+            }
+        }
+    }
+    if options.wants(Case::IdleLatency) {
+        for run in 0..options.runs() {
+            crate::progress(&format!("latency after idle, run {}", run + 1));
+            for (index, modes) in found.iter_mut().enumerate() {
+                fleet.with(index, |server| latencies(server, perf, &mut modes.disks, interrupt))?;
+            }
+        }
+    }
+    crate::progress("");
+    findings.modes = modes;
+    Ok(())
+}
+
+/// Why `spec` does not start, if it is for its command line.
+fn refusal(spec: &Spec, core: usize) -> Result<Option<String>> {
+    match Server::start(spec, core, &[]) {
+        Ok(_) => Ok(None),
+        Err(Error::Ended { log, .. }) => {
+            Ok(Some(log.lines().next().unwrap_or_default().to_owned()))
+        }
+        Err(error) => Err(error).context(spec.name.clone()),
+    }
+}
+
+/// The share of a CPU that the server's workers take while one connected front end does nothing.
+fn idle_share(server: &Server, disk: &str, interrupt: &Interrupt) -> Result<f64> {
+    let ram = GuestRam::new(&[2 << 20])?;
+    let mut front_end = connect(&server.socket(disk), &ram)?;
+    let mut queues = front_end.start_new(1, QueueOptions::default())?;
+    queues[0].run(&Request::read(0, &[ram.alloc(4096, 4096)?]))?;
+    let (start, before) = (Instant::now(), server.times()?.cpu);
+    while start.elapsed() < IDLE {
+        std::thread::sleep(Duration::from_millis(100));
+        interrupt.check()?;
+    }
+    let cpu = server.times()?.cpu.saturating_sub(before);
+    let share = cpu.as_secs_f64() / start.elapsed().as_secs_f64();
+    front_end.disconnect()?;
+    Ok(share)
+}
+
+fn connect(socket: &Path, ram: &std::sync::Arc<GuestRam>) -> bench::Result<FrontEnd> {
+    FrontEnd::connect(socket, ram.clone(), Agreed::default())
+}
+
+/// Adds the latency after a pause of each disk.
+fn latencies(
+    server: &Server,
+    perf: &Perf,
+    disks: &mut [Idleness],
+    interrupt: &Interrupt,
+) -> Result<()> {
+    for disk in disks {
+        let (rw, bs) = (Workload::Randread, Size::K4);
+        let cell = Cell { disk: disk.disk, rw, bs, depth: 1, queues: 1 };
+        let socket = server.socket(disk.disk.name());
+        let paced = ["--rate_iops", RATE];
+        let sleeping = ["--rate_iops", RATE, "--interrupts"];
+        interrupt.check()?;
+        disk.polling_ns.push(perf.run(&socket, &cell, &paced, None)?.0.p50_ns);
+        interrupt.check()?;
+        disk.sleeping_ns.push(perf.run(&socket, &cell, &sleeping, None)?.0.p50_ns);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latencies_are_subtracted_run_by_run() {
+        let modes = |mode, polling_ns| Modes {
+            server: Spec::new("vhost", Kind::Ours, "vhost"),
+            mode,
+            unsupported: None,
+            disks: vec![Idleness {
+                disk: DiskKind::Null,
+                cpu: None,
+                polling_ns,
+                sleeping_ns: vec![],
+            }],
+        };
+        let adaptive = modes(Mode::Adaptive, vec![11.0, 110.0, 12.0]);
+        let sleeping = modes(Mode::Interrupt, vec![10.0, 100.0, 10.0]);
+        let later = adaptive.later_than(&sleeping, DiskKind::Null).unwrap();
+        assert_eq!((later.median, later.min, later.max), (2.0, 1.0, 10.0));
+        assert_eq!(adaptive.later_than(&sleeping, DiskKind::File), None);
+    }
+}

@@ -1,0 +1,173 @@
+//! `compare`: servers of vhost-user-blk disks against one another, in alternation.
+//!
+//! In the order the data flows: [`options`] says which [`cells`] are to be measured on which
+//! servers; [`measure`] runs [`perf`] on each, one after the other; [`idle`] and [`neighbours`]
+//! measure what no cell shows; [`report`] makes tables, [`aims`] holds them against what was
+//! aimed at, and [`plot`] draws them.
+
+mod aims;
+mod cells;
+mod counters;
+mod idle;
+mod measure;
+mod neighbours;
+mod options;
+mod perf;
+mod plot;
+mod report;
+
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use bench::servers::{Disk, Interrupt, Kind, Spec};
+use clap::Parser;
+
+use crate::cells::{Cell, DiskKind};
+use crate::counters::Counters;
+use crate::idle::Modes;
+use crate::measure::{Fleet, Measured};
+use crate::neighbours::Neighbours;
+use crate::options::{Case, Options};
+use crate::perf::Perf;
+
+/// All that was measured.
+#[derive(Debug, Default)]
+struct Findings {
+    servers: Vec<Spec>,
+    /// What was left out, or done in a way that a reader should know.
+    notes: Vec<String>,
+    cells: Vec<Measured>,
+    neighbours: Vec<Neighbours>,
+    modes: Vec<Modes>,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<()> {
+    let interrupt = Interrupt::install()?;
+    let findings = find(options, &interrupt)?;
+    let text = report::markdown(&findings, options)?;
+    print!("{text}");
+    let out = match &options.out {
+        Some(dir) => dir.clone(),
+        // target/release/compare → target/compare
+        None => options::beside("")?.join("../compare"),
+    };
+    fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    save(&out.join("compare.json"), &report::json(&findings, options).to_string())?;
+    if !findings.cells.is_empty() {
+        save(&out.join("compare.svg"), &plot::svg(&findings)?)?;
+    }
+    if let Some(path) = &options.results {
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(path)?;
+        write!(file, "\n{text}").with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Measures what `options` ask for.
+fn find(options: &Options, interrupt: &Interrupt) -> Result<Findings> {
+    let (servers, notes) = options.servers()?;
+    let mut findings = Findings { servers, notes, ..Findings::default() };
+    let perf = Perf {
+        program: options.perf()?,
+        core: options.load_core,
+        runtime_s: options.runtime_s(),
+        ramp_s: options.ramp_time,
+    };
+    let cells = if options.wants(Case::Cells) { options.cells()? } else { Vec::new() };
+    let idle = options.wants(Case::IdleCpu) || options.wants(Case::IdleLatency);
+    let idle_disks = if idle { options.disks_or(&DiskKind::ALL) } else { Vec::new() };
+    let needs_file = cells.iter().any(|cell| cell.disk == DiskKind::File)
+        || idle_disks.contains(&DiskKind::File);
+    let file =
+        needs_file.then(|| measure::data_file(&options.file_dir, options.file_mib)).transpose()?;
+    let path = file.as_ref().map_or(Path::new(""), |file| file.path());
+    if !cells.is_empty() {
+        measure_cells(&mut findings, options, &perf, &cells, path, interrupt)?;
+    }
+    if options.wants(Case::IdleNeighbours) {
+        neighbours::measure(&mut findings, options, &perf, interrupt)?;
+    }
+    if idle {
+        let disks: Vec<Disk> = idle_disks.iter().map(|disk| disk.disk(path)).collect();
+        idle::measure(&mut findings, options, &perf, &disks, interrupt)?;
+    }
+    Ok(findings)
+}
+
+fn measure_cells(
+    findings: &mut Findings,
+    options: &Options,
+    perf: &Perf,
+    cells: &[Cell],
+    file: &Path,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    let mut disks: Vec<Disk> = Vec::new();
+    for cell in cells {
+        let disk = cell.disk.disk(file);
+        if !disks.contains(&disk) {
+            disks.push(disk);
+        }
+    }
+    let mut fleet = Fleet::start(&findings.servers, options.server_core, &disks)?;
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let counters = if disks.iter().any(|disk| matches!(disk, Disk::File(_))) {
+        for index in 0..fleet.len() {
+            let server = fleet.get(index);
+            let note = format!("{}'s file disk: {}", server.spec.name, server.file_driver);
+            findings.notes.push(note);
+        }
+        Counters::probe(dir.path())
+            .map_err(|why| findings.notes.push(format!("no instructions per I/O: {why}")))
+            .ok()
+    } else {
+        None
+    };
+    if findings.servers.iter().any(|spec| spec.kind == Kind::StorageDaemon)
+        && disks.contains(&Disk::Malloc)
+    {
+        findings.notes.push(
+            "qemu has no disk in memory: its malloc is null-co with read-zeroes=on, which fills \
+             the guest's buffer on a read and does nothing on a write"
+                .into(),
+        );
+    }
+    let (runs, core) = (options.runs(), options.server_core);
+    for (done, &cell) in cells.iter().enumerate() {
+        progress(&format!("{}/{}: {cell}", done + 1, cells.len()));
+        let counters = counters.as_ref();
+        let measured = measure::measure(&mut fleet, perf, cell, runs, core, counters, interrupt)?;
+        findings.cells.push(measured);
+    }
+    progress("");
+    Ok(())
+}
+
+/// Shows what is being done, on a terminal only.
+fn progress(what: &str) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        // Erases the line that was there; a terminal that is gone shows nothing.
+        drop(write!(stderr, "\r\x1b[K{what}"));
+    }
+}
+
+fn save(path: &PathBuf, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| path.display().to_string())?;
+    let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+    eprintln!("wrote {}", path.display());
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! Runs in alternation: one server at a time, the others stopped.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bench::servers::{Disk, Interrupt, MEMORY_DISK_BYTES, Server, Spec};
+use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Spread};
+
+use crate::cells::{Cell, DiskKind};
+use crate::counters::{Counters, Counts};
+use crate::perf::{Figures, Perf};
+
+/// Bytes that a disk is filled with at once.
+const FILL_BYTES: u32 = 64 << 10;
+
+/// Servers of which at most one runs.
+#[derive(Debug)]
+pub(crate) struct Fleet {
+    servers: Vec<Server>,
+}
+
+impl Fleet {
+    /// Starts `specs`, their polling threads all on `core`, and stops each once it serves `disks`.
+    ///
+    /// # Errors
+    /// One of them does not start, or cannot be written to.
+    pub(crate) fn start(specs: &[Spec], core: usize, disks: &[Disk]) -> Result<Self> {
+        let mut servers = Vec::new();
+        for spec in specs {
+            let mut server = Server::start(spec, core, disks)?;
+            if disks.contains(&Disk::Malloc) {
+                // Memory that was never written is one page of zeroes, which is in every cache.
+                fill(&server.socket(Disk::Malloc.name()))
+                    .with_context(|| format!("cannot fill the malloc disk of {}", spec.name))?;
+            }
+            server.process.pause()?;
+            servers.push(server);
+        }
+        Ok(Self { servers })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.servers.len()
+    }
+
+    pub(crate) fn get(&self, index: usize) -> &Server {
+        &self.servers[index]
+    }
+
+    /// Runs `turn` while only server `index` does.
+    ///
+    /// # Errors
+    /// Those of `turn`, or the server is gone.
+    pub(crate) fn with<T>(
+        &mut self,
+        index: usize,
+        turn: impl FnOnce(&Server) -> Result<T>,
+    ) -> Result<T> {
+        let server = &mut self.servers[index];
+        server.process.resume()?;
+        let result = turn(server).with_context(|| server.spec.name.clone());
+        server.process.pause()?;
+        result
+    }
+}
+
+/// What one run of one server found.
+#[derive(Clone, Debug)]
+pub(crate) struct Sample {
+    pub(crate) figures: Figures,
+    /// CPU time of its polling thread, where it was looked at.
+    pub(crate) cpu: Option<Duration>,
+    /// Of that, what it counts as work.
+    pub(crate) busy: Option<Duration>,
+    pub(crate) counts: Option<Counts>,
+}
+
+/// One run of each server, right after the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Alternation {
+    pub(crate) round_trip_ns: f64,
+    /// In the servers' order.
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// All runs of a cell.
+#[derive(Clone, Debug)]
+pub(crate) struct Measured {
+    pub(crate) cell: Cell,
+    pub(crate) alternations: Vec<Alternation>,
+}
+
+impl Measured {
+    /// A figure of `server`, one from each alternation.
+    pub(crate) fn of(&self, server: usize, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
+        Spread::of(self.alternations.iter().map(|a| figure(&a.samples[server].figures)))
+    }
+
+    /// Its median latency in round trips.
+    pub(crate) fn trips(&self, server: usize) -> Option<Spread> {
+        let pair = |a: &Alternation| (a.samples[server].figures.p50_ns, a.round_trip_ns);
+        Spread::of_ratios(self.alternations.iter().map(pair))
+    }
+
+    /// A figure of server `of` divided by that of server `to`.
+    pub(crate) fn ratio(
+        &self,
+        of: usize,
+        to: usize,
+        figure: impl Fn(&Figures) -> f64,
+    ) -> Option<Spread> {
+        let figure = |a: &Alternation, server: usize| figure(&a.samples[server].figures);
+        Spread::of_ratios(self.alternations.iter().map(|a| (figure(a, of), figure(a, to))))
+    }
+
+    /// Something of `server` that a request cost, where it is known in every run.
+    pub(crate) fn cost(
+        &self,
+        server: usize,
+        cost: impl Fn(&Sample) -> Option<f64>,
+    ) -> Option<Vec<f64>> {
+        let per_request = |a: &Alternation| {
+            let sample = &a.samples[server];
+            Some(cost(sample)? / sample.figures.completed)
+        };
+        self.alternations.iter().map(per_request).collect()
+    }
+}
+
+/// Measures `cell` `runs` times on each server.
+///
+/// # Errors
+/// A run fails, or finds errors.
+pub(crate) fn measure(
+    fleet: &mut Fleet,
+    perf: &Perf,
+    cell: Cell,
+    runs: usize,
+    server_core: usize,
+    counters: Option<&Counters>,
+    interrupt: &Interrupt,
+) -> Result<Measured> {
+    let mut alternations = Vec::with_capacity(runs);
+    for run in 0..runs {
+        let round_trip_ns = perf.round_trip_ns(server_core)?;
+        let mut samples = vec![None; fleet.len()];
+        for turn in 0..fleet.len() {
+            // Each server is the first one now and then.
+            let index = (run + turn) % fleet.len();
+            interrupt.check()?;
+            let sample = fleet.with(index, |server| sample(server, perf, &cell, counters));
+            // A run that was interrupted has failed for that reason only.
+            interrupt.check()?;
+            samples[index] = Some(sample?);
+        }
+        alternations
+            .push(Alternation { round_trip_ns, samples: samples.into_iter().flatten().collect() });
+    }
+    Ok(Measured { cell, alternations })
+}
+
+fn sample(
+    server: &Server,
+    perf: &Perf,
+    cell: &Cell,
+    counters: Option<&Counters>,
+) -> Result<Sample> {
+    let socket = server.socket(cell.disk.name());
+    if cell.disk != DiskKind::File {
+        let (figures, counts) = perf.run(&socket, cell, &[], None)?;
+        return Ok(Sample { figures, cpu: None, busy: None, counts });
+    }
+    // Time is read before and after the run, so that reading it disturbs nothing. Hence no ramp:
+    // what it completes would not be counted.
+    let perf = Perf { ramp_s: 0.0, ..perf.clone() };
+    let (cpu, busy) = (server.times()?.cpu, server.busy()?);
+    let counters = counters.map(|counters| (counters, &server.workers[..]));
+    let (figures, counts) = perf.run(&socket, cell, &[], counters)?;
+    let busy = busy.zip(server.busy()?).map(|(before, after)| after.saturating_sub(before));
+    let cpu = server.times()?.cpu.saturating_sub(cpu);
+    Ok(Sample { figures, cpu: Some(cpu), busy, counts })
+}
+
+/// Writes all of the memory disk behind `socket`.
+pub(crate) fn fill(socket: &Path) -> bench::Result<()> {
+    let ram = GuestRam::new(&[4 << 20])?;
+    let mut front_end = FrontEnd::connect(socket, ram.clone(), Options::default())?;
+    let mut queues = front_end.start_new(1, QueueOptions::default())?;
+    let buffer = ram.alloc(FILL_BYTES, 4096)?;
+    let bytes: Vec<u8> = noise(1).take(FILL_BYTES as usize / 8).flatten().collect();
+    ram.write(buffer.gpa, &bytes)?;
+    for sector in (0..MEMORY_DISK_BYTES / 512).step_by(FILL_BYTES as usize / 512) {
+        let done = queues[0].run(&Request::write(sector, &[buffer]))?;
+        if done.status != STATUS_OK {
+            return Err(bench::Error::LoadEnded(format!("a write has status {}", done.status)));
+        }
+    }
+    front_end.disconnect().map(drop)
+}
+
+/// Makes a file of `mib` MiB in `dir` that is full of data and on the disk.
+///
+/// # Errors
+/// There is no room, or it is no directory.
+pub(crate) fn data_file(dir: &Path, mib: u64) -> Result<tempfile::NamedTempFile> {
+    let doing = || format!("cannot make a file of {mib} MiB in {}", dir.display());
+    let file = tempfile::Builder::new().prefix("bench").tempfile_in(dir).with_context(doing)?;
+    let write = |mut file: &File| -> std::io::Result<()> {
+        for seed in 0..mib {
+            let bytes: Vec<u8> = noise(seed).take((1 << 20) / 8).flatten().collect();
+            file.write_all(&bytes)?;
+        }
+        file.sync_all()
+    };
+    write(file.as_file()).with_context(doing)?;
+    Ok(file)
+}
+
+/// Words that no disk compresses (xorshift64).
+fn noise(seed: u64) -> impl Iterator<Item = [u8; 8]> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(move || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x.to_le_bytes()
+    })
+}

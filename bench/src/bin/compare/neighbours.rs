@@ -1,0 +1,153 @@
+//! What connected idle controllers cost a busy one on the same reactor.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use bench::servers::{Disk, Interrupt, Kind, Server, Spec};
+use bench::{FrontEnd, GuestRam, Options as Agreed, Queue, QueueOptions, Request, Spread};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use crate::Findings;
+use crate::cells::{Cell, DiskKind, Size, Workload};
+use crate::measure::Fleet;
+use crate::options::Options;
+use crate::perf::Perf;
+
+/// Memory of each idle guest.
+const RAM_BYTES: u64 = 2 << 20;
+/// The bdev of the idle controllers.
+const IDLE_BDEV: &str = "idle";
+
+/// One busy controller, measured with idle ones beside it and alone.
+#[derive(Clone, Debug)]
+pub(crate) struct Neighbours {
+    pub(crate) server: Spec,
+    pub(crate) disk: DiskKind,
+    pub(crate) count: usize,
+    /// IOPS at depth 64, beside the others and alone.
+    pub(crate) iops: Vec<(f64, f64)>,
+    /// Median latency at depth 1, beside the others and alone.
+    pub(crate) p50_ns: Vec<(f64, f64)>,
+}
+
+impl Neighbours {
+    /// Of its throughput alone.
+    pub(crate) fn iops_ratio(&self) -> Option<Spread> {
+        Spread::of_ratios(self.iops.iter().copied())
+    }
+
+    /// Of its latency alone.
+    pub(crate) fn p50_ratio(&self) -> Option<Spread> {
+        Spread::of_ratios(self.p50_ns.iter().copied())
+    }
+}
+
+/// Measures it for each server whose controllers can be made by RPC.
+///
+/// # Errors
+/// A server fails, or refuses that many connections.
+pub(crate) fn measure(
+    findings: &mut Findings,
+    options: &Options,
+    perf: &Perf,
+    interrupt: &Interrupt,
+) -> Result<()> {
+    raise_fd_limit().context("cannot raise the limit on open files")?;
+    let kinds = options.disks_or(&[DiskKind::Null, DiskKind::Malloc]);
+    let kinds: Vec<_> = kinds.into_iter().filter(|&kind| kind != DiskKind::File).collect();
+    let disks: Vec<Disk> = kinds.iter().map(|kind| kind.disk(Path::new(""))).collect();
+    for spec in findings.servers.clone() {
+        if spec.kind == Kind::StorageDaemon {
+            continue;
+        }
+        let mut fleet = Fleet::start(std::slice::from_ref(&spec), options.server_core, &disks)?;
+        let new = |&disk: &DiskKind| Neighbours {
+            server: spec.clone(),
+            disk,
+            count: options.neighbours,
+            iops: Vec::new(),
+            p50_ns: Vec::new(),
+        };
+        let mut found: Vec<Neighbours> = kinds.iter().map(new).collect();
+        fleet.with(0, |server| {
+            server.bdev("null", IDLE_BDEV)?;
+            for n in 0..options.neighbours {
+                server.controller(&name(n), IDLE_BDEV)?;
+            }
+            for run in 0..options.runs() {
+                crate::progress(&format!("idle neighbours of {}, run {}", spec.name, run + 1));
+                let alone = busy(server, perf, &kinds, interrupt)?;
+                let idle = Idle::connect(server, options.neighbours)?;
+                let beside = busy(server, perf, &kinds, interrupt)?;
+                idle.disconnect()?;
+                for ((found, alone), beside) in found.iter_mut().zip(alone).zip(beside) {
+                    found.p50_ns.push((beside.0, alone.0));
+                    found.iops.push((beside.1, alone.1));
+                }
+            }
+            Ok(())
+        })?;
+        findings.neighbours.extend(found);
+    }
+    crate::progress("");
+    Ok(())
+}
+
+/// Median latency at depth 1 and IOPS at depth 64 of each disk.
+fn busy(
+    server: &Server,
+    perf: &Perf,
+    disks: &[DiskKind],
+    interrupt: &Interrupt,
+) -> Result<Vec<(f64, f64)>> {
+    let figures = |disk: &DiskKind| {
+        let cell =
+            |depth| Cell { disk: *disk, rw: Workload::Randread, bs: Size::K4, depth, queues: 1 };
+        let socket = server.socket(disk.name());
+        interrupt.check()?;
+        let (one, _) = perf.run(&socket, &cell(1), &[], None)?;
+        interrupt.check()?;
+        let (many, _) = perf.run(&socket, &cell(64), &[], None)?;
+        Ok((one.p50_ns, many.iops))
+    };
+    disks.iter().map(figures).collect()
+}
+
+/// Guests that do nothing.
+struct Idle {
+    guests: Vec<(FrontEnd, Vec<Queue>)>,
+}
+
+impl Idle {
+    /// Each reads once, so that its queue is known to be served, and nothing after.
+    fn connect(server: &Server, count: usize) -> Result<Self> {
+        let guest = |n: usize| -> bench::Result<_> {
+            let ram = GuestRam::new(&[RAM_BYTES])?;
+            let socket = server.socket(&name(n));
+            let mut front_end = FrontEnd::connect(&socket, ram.clone(), Agreed::default())?;
+            let mut queues = front_end.start_new(1, QueueOptions::default())?;
+            queues[0].run(&Request::read(0, &[ram.alloc(4096, 4096)?]))?;
+            Ok((front_end, queues))
+        };
+        let guests = (0..count).map(guest).collect::<bench::Result<_>>();
+        Ok(Self { guests: guests.context("cannot connect idle guests")? })
+    }
+
+    fn disconnect(self) -> Result<()> {
+        for (front_end, _) in self.guests {
+            front_end.disconnect()?;
+        }
+        Ok(())
+    }
+}
+
+fn name(n: usize) -> String {
+    format!("idle.{n}")
+}
+
+/// Each guest takes a handful of files here, and in the server, which inherits the limit.
+fn raise_fd_limit() -> rustix::io::Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)
+}

@@ -1,0 +1,136 @@
+//! Runs of the load generator `vhost-perf`, each in a process of its own, and what they print.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use bench::servers::setpriv;
+use serde_json::Value;
+
+use crate::cells::Cell;
+use crate::counters::{Counters, Counts};
+
+/// How each run is made.
+#[derive(Clone, Debug)]
+pub(crate) struct Perf {
+    pub(crate) program: PathBuf,
+    pub(crate) core: usize,
+    pub(crate) runtime_s: f64,
+    pub(crate) ramp_s: f64,
+}
+
+/// What a run found.
+#[derive(Clone, Debug)]
+pub(crate) struct Figures {
+    pub(crate) p50_ns: f64,
+    pub(crate) p999_ns: f64,
+    pub(crate) iops: f64,
+    pub(crate) completed: f64,
+    /// All that was printed.
+    pub(crate) raw: Value,
+}
+
+impl Perf {
+    /// Loads the disk behind `socket` as `cell` says. With `counters`, the threads named are
+    /// counted meanwhile.
+    ///
+    /// # Errors
+    /// The run fails, or it finds an error or a mismatch.
+    pub(crate) fn run(
+        &self,
+        socket: &Path,
+        cell: &Cell,
+        extra: &[&str],
+        counters: Option<(&Counters, &[u32])>,
+    ) -> Result<(Figures, Option<Counts>)> {
+        let mut command = match counters {
+            Some((counters, tids)) => counters.around(&self.program, tids),
+            None => setpriv(&self.program),
+        };
+        command
+            .arg(socket)
+            .args(["--rw", cell.rw.name(), "--bs", &cell.bs.0.to_string()])
+            .args(["--iodepth", &cell.depth.to_string(), "--numjobs", &cell.queues.to_string()])
+            .args(["--runtime", &self.runtime_s.to_string()])
+            .args(["--ramp_time", &self.ramp_s.to_string()])
+            .args(["--cpus_allowed", &self.core.to_string(), "--output-format", "json"])
+            .args(extra);
+        let raw = json_of(command).with_context(|| format!("{cell} on {}", socket.display()))?;
+        let figures = Figures::read(raw).with_context(|| cell.to_string())?;
+        let counts = counters.map(|(counters, _)| counters.read()).transpose()?;
+        Ok((figures, counts))
+    }
+
+    /// The cache-line round trip between the cores of load and servers.
+    ///
+    /// # Errors
+    /// It cannot be measured.
+    pub(crate) fn round_trip_ns(&self, other: usize) -> Result<f64> {
+        bench::round_trip_ns(self.core, other).context("the round trip between the cores")
+    }
+}
+
+impl Figures {
+    /// Takes what is needed from what `vhost-perf` printed.
+    fn read(raw: Value) -> Result<Self> {
+        let number = |value: &Value, name: &str| {
+            value.as_f64().with_context(|| format!("vhost-perf printed no {name}"))
+        };
+        for name in ["errors", "mismatches"] {
+            let found = number(&raw[name], name)?;
+            ensure!(found == 0.0, "{found} {name}: {}", raw["first_problem"]);
+        }
+        let completed = number(&raw["completed"], "completed")?;
+        ensure!(completed > 0.0, "nothing completed");
+        Ok(Self {
+            p50_ns: number(&raw["lat_ns"]["p50"], "lat_ns.p50")?,
+            p999_ns: number(&raw["lat_ns"]["p99.9"], "lat_ns.p99.9")?,
+            iops: number(&raw["iops"], "iops")?,
+            completed,
+            raw,
+        })
+    }
+}
+
+/// Runs `command` and parses what it prints.
+fn json_of(mut command: Command) -> Result<Value> {
+    let output = command.stderr(Stdio::piped()).output().context("cannot start vhost-perf")?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        bail!("vhost-perf: {}: {}", output.status, words.trim());
+    }
+    serde_json::from_slice(&output.stdout).context("vhost-perf printed no JSON")
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn printed() -> Value {
+        json!({
+            "completed": 100, "errors": 0, "mismatches": 0, "iops": 1e6,
+            "lat_ns": {"p50": 350, "p99.9": 900}
+        })
+    }
+
+    #[test]
+    fn figures_are_taken_from_the_report() {
+        let figures = Figures::read(printed()).unwrap();
+        assert_eq!((figures.p50_ns, figures.p999_ns, figures.iops), (350.0, 900.0, 1e6));
+    }
+
+    #[test]
+    fn a_run_with_errors_or_without_requests_is_no_run() {
+        for (name, value) in [("errors", 1), ("mismatches", 1), ("completed", 0)] {
+            let mut raw = printed();
+            raw[name] = value.into();
+            assert!(Figures::read(raw).is_err(), "{name}");
+        }
+        let mut raw = printed();
+        raw["lat_ns"] = Value::Null;
+        assert!(Figures::read(raw).is_err());
+    }
+}

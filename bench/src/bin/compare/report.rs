@@ -1,0 +1,250 @@
+//! What was measured, as Markdown for people and as JSON for programs.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use bench::Spread;
+use bench::markdown::{Table, count, digits, ratio, time};
+use bench::servers::{date, machine};
+use serde_json::{Value, json};
+
+use crate::Findings;
+use crate::aims;
+use crate::measure::{Measured, Sample};
+use crate::options::Options;
+
+/// A section that stands by itself: where and how, then the tables.
+pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String> {
+    let mut text = String::new();
+    writeln!(text, "## Compared on {}\n", date())?;
+    writeln!(text, "{}\n", machine())?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    writeln!(text, "`bench/compare {}`\n", args.join(" "))?;
+    let (runs, seconds) = (options.runs(), options.runtime_s());
+    writeln!(text, "{runs} alternations, {seconds} s each; figures are medians, ratios those of")?;
+    writeln!(text, "one alternation: their median (least–greatest).\n")?;
+    for note in &findings.notes {
+        writeln!(text, "- {note}")?;
+    }
+    if !findings.notes.is_empty() {
+        writeln!(text)?;
+    }
+    if !findings.cells.is_empty() {
+        let trips = findings.cells.iter().flat_map(|m| &m.alternations).map(|a| a.round_trip_ns);
+        if let Some(Spread { median, min, max }) = Spread::of(trips) {
+            writeln!(text, "Round trip: {median:.0} ns ({min:.0}–{max:.0}).\n")?;
+        }
+        writeln!(text, "{}", cells(findings))?;
+    }
+    for (title, table) in [
+        ("CPU per I/O of the file disk", costs(findings)),
+        ("Beside idle controllers", neighbours(findings)),
+        ("Idle", idle(findings)),
+    ] {
+        if !table.is_empty() {
+            writeln!(text, "### {title}\n\n{table}")?;
+        }
+    }
+    writeln!(text, "### Aims\n\n{}", aims::table(findings))?;
+    Ok(text)
+}
+
+/// A line for each server of each cell; the last columns compare the first server with it.
+fn cells(findings: &Findings) -> Table {
+    let Some(first) = findings.servers.first() else { return Table::new(&["cell"]) };
+    let [p50_ratio, iops_ratio] =
+        ["p50", "IOPS"].map(|figure| format!("{figure}: {} ÷ it", first.name));
+    let mut table = Table::new(&[
+        "cell",
+        "server",
+        "p50",
+        "round trips",
+        "p99.9",
+        "IOPS",
+        &p50_ratio,
+        &iops_ratio,
+    ]);
+    for measured in &findings.cells {
+        for (server, spec) in findings.servers.iter().enumerate() {
+            let median = |spread: Option<Spread>, show: fn(f64) -> String| {
+                spread.map_or_else(|| "-".into(), |spread| show(spread.median))
+            };
+            let mut row = vec![
+                measured.cell.to_string(),
+                spec.name.clone(),
+                median(measured.of(server, |f| f.p50_ns), time),
+                median(measured.trips(server), digits),
+                median(measured.of(server, |f| f.p999_ns), time),
+                median(measured.of(server, |f| f.iops), count),
+            ];
+            if server > 0 {
+                row.push(ratio(measured.ratio(0, server, |f| f.p50_ns)));
+                row.push(ratio(measured.ratio(0, server, |f| f.iops)));
+            }
+            table.row(row);
+        }
+    }
+    table
+}
+
+/// Something that an I/O costs: its heading, and how a sample tells it.
+type Cost = (&'static str, fn(&Sample) -> Option<f64>);
+
+const COSTS: [Cost; 4] = [
+    ("CPU ns", |sample| Some(sample.cpu?.as_nanos() as f64)),
+    ("busy ns", |sample| Some(sample.busy?.as_nanos() as f64)),
+    ("instructions", |sample| Some(sample.counts?.instructions)),
+    ("cycles", |sample| Some(sample.counts?.cycles)),
+];
+
+/// What an I/O of the file disk costs each server's polling thread.
+fn costs(findings: &Findings) -> Table {
+    let Some(first) = findings.servers.first() else { return Table::new(&["cell"]) };
+    let busy_ratio = format!("busy: {} ÷ it", first.name);
+    let mut headings = vec!["cell", "server"];
+    headings.extend(COSTS.iter().map(|(name, _)| *name));
+    headings.push(&busy_ratio);
+    let mut table = Table::new(&headings);
+    for measured in &findings.cells {
+        for (server, spec) in findings.servers.iter().enumerate() {
+            let each = |cost: fn(&Sample) -> Option<f64>| measured.cost(server, cost);
+            let median = |(_, cost): &Cost| Some(Spread::of(each(*cost)?)?.median);
+            let medians: Vec<Option<f64>> = COSTS.iter().map(median).collect();
+            if medians[0].is_none() {
+                continue;
+            }
+            let mut row = vec![measured.cell.to_string(), spec.name.clone()];
+            row.extend(medians.into_iter().map(|m| m.map_or_else(|| "-".into(), count)));
+            if server > 0 {
+                row.push(ratio(busy_ratio_of(measured, server)));
+            }
+            table.row(row);
+        }
+    }
+    table
+}
+
+fn busy_ratio_of(measured: &Measured, server: usize) -> Option<Spread> {
+    let (_, busy) = COSTS[1];
+    let (first, other) = (measured.cost(0, busy)?, measured.cost(server, busy)?);
+    Spread::of_ratios(first.into_iter().zip(other))
+}
+
+fn neighbours(findings: &Findings) -> Table {
+    let mut table = Table::new(&[
+        "server",
+        "disk",
+        "idle",
+        "d64 IOPS beside",
+        "÷ alone",
+        "d1 p50 beside",
+        "÷ alone",
+    ]);
+    for found in &findings.neighbours {
+        let beside = |pairs: &[(f64, f64)]| {
+            Spread::of(pairs.iter().map(|(beside, _)| *beside)).map_or(0.0, |s| s.median)
+        };
+        table.row(vec![
+            found.server.name.clone(),
+            found.disk.name().into(),
+            found.count.to_string(),
+            count(beside(&found.iops)),
+            ratio(found.iops_ratio()),
+            time(beside(&found.p50_ns)),
+            ratio(found.p50_ratio()),
+        ]);
+    }
+    table
+}
+
+fn idle(findings: &Findings) -> Table {
+    let mut table = Table::new(&[
+        "server",
+        "mode",
+        "disk",
+        "idle CPU",
+        "p50 after 1 ms, guest polls",
+        "guest sleeps",
+    ]);
+    for modes in &findings.modes {
+        let mut start = vec![modes.server.name.clone(), modes.mode.name().into()];
+        if modes.unsupported.is_some() {
+            start.extend(["all", "not supported"].map(String::from));
+            table.row(start);
+            continue;
+        }
+        for disk in &modes.disks {
+            let median = |values: &[f64]| {
+                Spread::of(values.iter().copied()).map_or("-".into(), |s| time(s.median))
+            };
+            let mut row = start.clone();
+            row.push(disk.disk.name().into());
+            row.push(disk.cpu.map_or("-".into(), |share| format!("{} %", digits(share * 100.0))));
+            row.extend([median(&disk.polling_ns), median(&disk.sleeping_ns)]);
+            table.row(row);
+        }
+    }
+    table
+}
+
+/// Everything, each run with all that `vhost-perf` said of it.
+pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
+    let sample = |sample: &Sample| {
+        json!({
+            "cpu_s": sample.cpu.map(|cpu| cpu.as_secs_f64()),
+            "busy_s": sample.busy.map(|busy| busy.as_secs_f64()),
+            "instructions": sample.counts.map(|counts| counts.instructions),
+            "cycles": sample.counts.map(|counts| counts.cycles),
+            "perf": sample.figures.raw,
+        })
+    };
+    let cell = |measured: &Measured| {
+        let alternations = measured.alternations.iter().map(|a| {
+            let samples: Vec<Value> = a.samples.iter().map(sample).collect();
+            json!({"round_trip_ns": a.round_trip_ns, "servers": samples})
+        });
+        json!({
+            "cell": measured.cell.to_string(),
+            "disk": measured.cell.disk.name(),
+            "rw": measured.cell.rw.name(),
+            "bs": measured.cell.bs.0,
+            "depth": measured.cell.depth,
+            "queues": measured.cell.queues,
+            "alternations": alternations.collect::<Vec<_>>(),
+        })
+    };
+    let neighbours = findings.neighbours.iter().map(|found| {
+        json!({
+            "server": found.server.name, "disk": found.disk.name(), "idle": found.count,
+            "iops_beside_alone": found.iops, "p50_ns_beside_alone": found.p50_ns,
+        })
+    });
+    let modes = findings.modes.iter().map(|modes| {
+        let disks = modes.disks.iter().map(|disk| {
+            json!({
+                "disk": disk.disk.name(), "idle_cpu": disk.cpu,
+                "p50_ns_guest_polls": disk.polling_ns, "p50_ns_guest_sleeps": disk.sleeping_ns,
+            })
+        });
+        json!({
+            "server": modes.server.name, "mode": modes.mode.name(),
+            "unsupported": modes.unsupported, "disks": disks.collect::<Vec<_>>(),
+        })
+    });
+    let servers = findings
+        .servers
+        .iter()
+        .map(|spec| json!({"name": spec.name, "program": spec.program, "args": spec.args}));
+    json!({
+        "date": date(),
+        "machine": machine(),
+        "arguments": std::env::args().skip(1).collect::<Vec<_>>(),
+        "runs": options.runs(),
+        "runtime_s": options.runtime_s(),
+        "notes": findings.notes,
+        "servers": servers.collect::<Vec<_>>(),
+        "cells": findings.cells.iter().map(cell).collect::<Vec<_>>(),
+        "idle_neighbours": neighbours.collect::<Vec<_>>(),
+        "idle": modes.collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,454 @@
+//! What another VM on the same reactors goes through while the neighbours work.
+//!
+//! All that can be done before is done before ([`Case::prepare`]), so that a stretch holds the
+//! event ([`Case::strike`]) and little else.
+
+use std::fs;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bench::servers::{Kind, Rpc, Server};
+use bench::{
+    Backing, FrontEnd, GuestRam, LIMIT, Load, LoadOptions, Options, Queue, QueueOptions, Request,
+};
+use serde_json::json;
+
+/// VMs that come or go in one stretch.
+pub(crate) const VMS: usize = 8;
+/// Memory of each.
+const RAM_BYTES: u64 = 32 << 20;
+/// Requests in flight of a VM that is killed.
+const IN_FLIGHT: usize = 16;
+/// Latency of the hung disk: longer than a stretch, so that its I/O is in flight all the while.
+const HANG: Duration = Duration::from_secs(2);
+/// For how long the control keeps the client's core busy at a time.
+const BURN: Duration = Duration::from_millis(2);
+/// Where a second memory lies.
+const FAR: u64 = 1 << 40;
+/// Controller, and bdev, of the disk that hangs.
+const HUNG: &str = "hung";
+/// The bdev of the other VMs.
+pub(crate) const OTHER: &str = "other";
+const DELETE: &str = "vhost_delete_controller";
+
+/// One thing to go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// Nothing on the server's side: the client's core is kept busy.
+    Control,
+    Connected,
+    Loaded,
+    Killed,
+    Deleted,
+    /// The memory table gets and loses so many GiB.
+    Table(u64),
+    SlowUnmap,
+    HungIo,
+    HungKilled,
+    HungStopped,
+}
+
+impl Event {
+    pub(crate) const ALL: [Self; 11] = [
+        Self::Control,
+        Self::Connected,
+        Self::Loaded,
+        Self::Killed,
+        Self::Deleted,
+        Self::Table(1),
+        Self::Table(8),
+        Self::HungIo,
+        Self::HungKilled,
+        Self::HungStopped,
+        Self::SlowUnmap,
+    ];
+
+    /// Its name on the command line and in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Control => "control",
+            Self::Connected => "connected",
+            Self::Loaded => "loaded",
+            Self::Killed => "killed",
+            Self::Deleted => "deleted",
+            Self::Table(1) => "table-1g",
+            Self::Table(_) => "table-8g",
+            Self::SlowUnmap => "slow-unmap",
+            Self::HungIo => "hung-io",
+            Self::HungKilled => "hung-killed",
+            Self::HungStopped => "hung-stopped",
+        }
+    }
+
+    /// What happens, in words.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::Control => "none: only the clients' core is kept busy, 8 times for 2 ms",
+            Self::Connected => "8 VMs connect and start",
+            Self::Loaded => "a VM reads and writes at depth 32",
+            Self::Killed => "8 VMs with I/O in flight are killed",
+            Self::Deleted => "8 controllers with a VM are deleted by force",
+            Self::Table(1) => "a VM gets and loses 1 GiB of 4 KiB pages",
+            Self::Table(_) => "a VM gets and loses 8 GiB of 4 KiB pages",
+            Self::SlowUnmap => "a VM leaves, its unmap takes 4 s, its controller is deleted",
+            Self::HungIo => "a VM's 16 requests hang",
+            Self::HungKilled => "a VM is killed whose 16 requests hang",
+            Self::HungStopped => "a VM is stopped whose 16 requests hang",
+        }
+    }
+
+    /// Whether the server must be started with the library that makes an unmapping slow.
+    pub(crate) fn wants_slow_unmap(self) -> bool {
+        self == Self::SlowUnmap
+    }
+}
+
+/// A guest beside the neighbours. It must not outlive its server by much: nobody stops it.
+struct Vm {
+    front_end: FrontEnd,
+    /// None while a load has it.
+    queue: Option<Queue>,
+    ram: Arc<GuestRam>,
+}
+
+impl Vm {
+    /// One whose disk has worked.
+    fn start(server: &Server, controller: &str, ram: Arc<GuestRam>) -> Result<Self> {
+        let socket = server.socket(controller);
+        let mut front_end = FrontEnd::connect(&socket, ram.clone(), Options::default())?;
+        let queue = front_end.start_new(1, QueueOptions::default())?.pop();
+        Ok(Self { front_end, queue, ram })
+    }
+
+    /// Reads once, so that the server has seen all of it.
+    fn read(&mut self) -> Result<()> {
+        let buffer = self.ram.alloc(4096, 4096)?;
+        self.queue()?.run(&Request::read(0, &[buffer]))?;
+        Ok(())
+    }
+
+    /// Submits several reads and waits for none.
+    fn submit(&mut self) -> Result<()> {
+        let buffer = self.ram.alloc(4096, 4096)?;
+        for sector in 0..IN_FLIGHT as u64 {
+            self.queue()?.submit(&Request::read(sector * 8, &[buffer]))?;
+        }
+        self.queue()?.kick()?;
+        Ok(())
+    }
+
+    fn queue(&mut self) -> Result<&mut Queue> {
+        self.queue.as_mut().context("a load has the queue")
+    }
+}
+
+/// An event that can happen again and again.
+pub(crate) struct Case<'a> {
+    pub(crate) event: Event,
+    server: &'a Server,
+    /// Where the slow unmap is armed.
+    armory: PathBuf,
+    length: Duration,
+    rams: Vec<Arc<GuestRam>>,
+    /// What a memory table gets besides.
+    more: Option<Arc<GuestRam>>,
+    vms: Vec<Vm>,
+    /// What must be kept until a stretch is over, as giving it up costs time.
+    left: Vec<(Option<Queue>, Arc<GuestRam>)>,
+    load: Option<Load>,
+    stopping: Option<JoinHandle<bench::Result<Vec<u16>>>>,
+    calls: Vec<(Rpc, &'static str)>,
+}
+
+impl<'a> Case<'a> {
+    /// Makes what `event` needs on `server`, whose stretches take `length`.
+    pub(crate) fn new(
+        event: Event,
+        server: &'a Server,
+        armory: PathBuf,
+        length: Duration,
+    ) -> Result<Self> {
+        let mut case = Self {
+            event,
+            server,
+            armory,
+            length,
+            rams: Vec::new(),
+            more: None,
+            vms: Vec::new(),
+            left: Vec::new(),
+            load: None,
+            stopping: None,
+            calls: Vec::new(),
+        };
+        match event {
+            Event::HungIo | Event::HungKilled | Event::HungStopped => {
+                let us = HANG.as_micros() as u64;
+                let params = json!({
+                    "name": HUNG, "base_bdev_name": OTHER,
+                    "avg_read_latency": us, "p99_read_latency": us,
+                    "avg_write_latency": us, "p99_write_latency": us,
+                });
+                // Another case of these may have made it.
+                if !server.socket(HUNG).exists() {
+                    server.call("bdev_delay_create", params)?;
+                    server.controller(HUNG, HUNG)?;
+                }
+            }
+            Event::Table(gib) => {
+                let more = GuestRam::with(&[gib << 30], FAR, Backing::Pages)?;
+                touch(&more, FAR..FAR + (gib << 30))?;
+                case.more = Some(more);
+            }
+            _ => {}
+        }
+        Ok(case)
+    }
+
+    /// Brings everything to where the event can happen.
+    pub(crate) fn prepare(&mut self) -> Result<()> {
+        match self.event {
+            Event::Control => {}
+            Event::Connected => {
+                for _ in 0..VMS {
+                    self.rams.push(touched_ram()?);
+                }
+            }
+            Event::Loaded | Event::Table(_) | Event::SlowUnmap => self.connect(1)?,
+            Event::Killed | Event::Deleted => self.connect(VMS)?,
+            Event::HungIo => {
+                let vm = Vm::start(self.server, HUNG, touched_ram()?)?;
+                self.vms.push(vm);
+            }
+            Event::HungKilled | Event::HungStopped => {
+                let mut vm = Vm::start(self.server, HUNG, touched_ram()?)?;
+                vm.submit()?;
+                self.vms.push(vm);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets it happen. Returns before the stretch is over.
+    pub(crate) fn strike(&mut self) -> Result<()> {
+        match self.event {
+            Event::Control => {
+                for _ in 0..VMS {
+                    let start = Instant::now();
+                    while start.elapsed() < BURN {
+                        std::hint::spin_loop();
+                    }
+                    self.pace();
+                }
+            }
+            Event::Connected => {
+                for (n, ram) in std::mem::take(&mut self.rams).into_iter().enumerate() {
+                    let mut vm = Vm::start(self.server, &controller(n), ram)?;
+                    vm.read()?;
+                    self.vms.push(vm);
+                    self.pace();
+                }
+            }
+            Event::Loaded => self.load()?,
+            Event::Killed => self.kill()?,
+            Event::Deleted => self.delete()?,
+            Event::Table(_) => self.change_table()?,
+            Event::SlowUnmap => self.leave_slowly()?,
+            Event::HungIo => self.vms.iter_mut().try_for_each(Vm::submit)?,
+            Event::HungKilled => {
+                for Vm { front_end, queue, ram } in self.vms.drain(..) {
+                    front_end.kill();
+                    self.left.push((queue, ram));
+                }
+            }
+            Event::HungStopped => {
+                for Vm { mut front_end, queue, ram } in self.vms.drain(..) {
+                    self.left.push((queue, ram));
+                    self.stopping = Some(std::thread::spawn(move || front_end.stop()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Clears away what is left of it, so that it can happen again.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if let Some(load) = self.load.take() {
+            load.stop()?;
+        }
+        if let Some(thread) = self.stopping.take() {
+            thread.join().map_err(|_| anyhow!("a thread has panicked"))?.context("stopping")?;
+        }
+        for (mut rpc, method) in self.calls.drain(..) {
+            rpc.receive(method)?;
+        }
+        match self.event {
+            Event::Deleted => {
+                self.vms.clear();
+                for n in 0..VMS {
+                    self.server.controller(&controller(n), OTHER)?;
+                }
+            }
+            Event::SlowUnmap => {
+                wait_until("the end of the slow unmap", || self.armory.join("slept").exists())?;
+                fs::remove_file(self.armory.join("slept"))?;
+                self.server.controller(&controller(0), OTHER)?;
+            }
+            Event::HungIo => {
+                for vm in &mut self.vms {
+                    for _ in 0..IN_FLIGHT {
+                        vm.queue()?.wait()?;
+                    }
+                }
+            }
+            _ => {}
+        }
+        for vm in self.vms.drain(..) {
+            vm.front_end.disconnect()?;
+        }
+        self.wait_for_peace()?;
+        self.left.clear();
+        Ok(())
+    }
+
+    /// Waits until the server has finished with all VMs but the neighbours.
+    fn wait_for_peace(&self) -> Result<()> {
+        let method = "vhost_get_controllers";
+        wait_until("the sessions' end", || {
+            let Ok(answer) = self.server.call(method, json!({})) else { return false };
+            answer.as_array().into_iter().flatten().all(|controller| {
+                let name = controller["ctrlr"].as_str().unwrap_or_default();
+                let sessions = controller["sessions"].as_array().map_or(0, Vec::len);
+                name.starts_with("neighbour") || sessions == 0
+            })
+        })
+    }
+
+    fn connect(&mut self, count: usize) -> Result<()> {
+        for n in 0..count {
+            let mut vm = Vm::start(self.server, &controller(n), touched_ram()?)?;
+            vm.read()?;
+            self.vms.push(vm);
+        }
+        Ok(())
+    }
+
+    /// Leaves time between two events, so that all of a stretch has some.
+    fn pace(&self) {
+        std::thread::sleep(self.length / (VMS as u32 + 2));
+    }
+
+    /// A load on each VM's queue, whose front end stays as it is.
+    fn load(&mut self) -> Result<()> {
+        for vm in &mut self.vms {
+            let options =
+                LoadOptions { depth: 32, blocks: 0..4096, verify: false, ..LoadOptions::default() };
+            let queue = vm.queue.take().context("a VM has one queue")?;
+            self.load = Some(Load::start(vec![queue], options)?);
+        }
+        Ok(())
+    }
+
+    /// One after the other, each in the middle of something.
+    fn kill(&mut self) -> Result<()> {
+        for mut vm in std::mem::take(&mut self.vms) {
+            vm.submit()?;
+            vm.front_end.kill();
+            self.left.push((vm.queue, vm.ram));
+            self.pace();
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self) -> Result<()> {
+        for n in 0..VMS {
+            let mut params = json!({"ctrlr": controller(n)});
+            if self.server.spec.kind == Kind::Ours {
+                params["force"] = true.into();
+            } else {
+                // SPDK waits for the VM for ever, so that it must leave first.
+                let vm = self.vms.remove(0);
+                vm.front_end.kill();
+                self.left.push((vm.queue, vm.ram));
+            }
+            self.server.call(DELETE, params)?;
+            self.pace();
+        }
+        Ok(())
+    }
+
+    fn change_table(&mut self) -> Result<()> {
+        let more = self.more.as_ref().context("made for this event")?.table();
+        for vm in &mut self.vms {
+            let table = vm.ram.table();
+            let longer = [&table[..], &more[..]].concat();
+            for table in [&longer, &table] {
+                vm.front_end.set_memory_table(table)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The control plane is used while the memory goes; its answers come when they come.
+    fn leave_slowly(&mut self) -> Result<()> {
+        fs::write(self.armory.join("armed"), "")?;
+        for vm in self.vms.drain(..) {
+            vm.front_end.kill();
+            self.left.push((vm.queue, vm.ram));
+        }
+        wait_until("the slow unmap", || self.armory.join("sleeping").exists())?;
+        for (method, params) in
+            [("vhost_get_controllers", json!({})), (DELETE, json!({"ctrlr": controller(0)}))]
+        {
+            let mut rpc = Rpc::connect(&self.server.rpc_socket())?;
+            rpc.send(method, params)?;
+            self.calls.push((rpc, method));
+        }
+        Ok(())
+    }
+}
+
+/// Name of the other VMs' controllers.
+pub(crate) fn controller(n: usize) -> String {
+    format!("other.{n}")
+}
+
+/// Memory all of whose pages are there.
+fn touched_ram() -> Result<Arc<GuestRam>> {
+    let ram = GuestRam::new(&[RAM_BYTES])?;
+    touch(&ram, 0..RAM_BYTES)?;
+    Ok(ram)
+}
+
+fn touch(ram: &GuestRam, range: Range<u64>) -> Result<()> {
+    for page in range.step_by(4096) {
+        ram.write(page, &[0])?;
+    }
+    Ok(())
+}
+
+fn wait_until(what: &str, mut is: impl FnMut() -> bool) -> Result<()> {
+    let start = Instant::now();
+    while !is() {
+        ensure!(start.elapsed() < LIMIT, "{what} does not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_have_names_of_their_own() {
+        let mut names: Vec<&str> = Event::ALL.iter().map(|event| event.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Event::ALL.len());
+    }
+}

@@ -1,0 +1,149 @@
+//! What was found, as Markdown for people and as JSON for programs.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use bench::markdown::{Table, digits, ratio, time};
+use bench::servers::{date, machine};
+use serde_json::{Value, json};
+
+use crate::Findings;
+use crate::options::Options;
+use crate::stretch::{Found, Stretch};
+
+/// The aim: a neighbour's longest wait in a disturbed stretch over that in a quiet one.
+const LONGEST_RATIO_MAX: f64 = 1.5;
+
+/// A section that stands by itself.
+pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String> {
+    let mut text = String::new();
+    writeln!(text, "## Stalls on {}\n", date())?;
+    writeln!(text, "{}\n", machine())?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    writeln!(text, "`bench/stall {}`\n", args.join(" "))?;
+    let Options { clients, length, pause_us, .. } = options;
+    writeln!(
+        text,
+        "{clients} neighbours at depth 1, random reads of 4 KiB, a round every {pause_us} µs and \
+         its own time; {} pairs of stretches of {length} s or as long as the event takes, a quiet one and a \
+         disturbed one; medians, and ratios within a pair: their median (least–greatest). A longest wait is that \
+         of any neighbour; \"away\" is how much of it the neighbours' own thread did not run, in \
+         the disturbed stretches.\n",
+        options.runs
+    )?;
+    for note in &findings.notes {
+        writeln!(text, "- {note}")?;
+    }
+    if !findings.notes.is_empty() {
+        writeln!(text)?;
+    }
+    writeln!(text, "{}", waits(&findings.found))?;
+    writeln!(text, "### Who was kept from running\n\n{}", absences(&findings.found))?;
+    Ok(text)
+}
+
+fn waits(found: &[Found]) -> Table {
+    let mut table = Table::new(&[
+        "another VM",
+        "server",
+        "p99.99 quiet",
+        "disturbed",
+        "ratio",
+        "longest wait quiet",
+        "disturbed",
+        "of it away",
+        "ratio",
+        "≤ 1.5",
+        "longest turn quiet",
+        "disturbed",
+        "its causes",
+    ]);
+    for found in found {
+        let mut row = vec![found.words.to_owned(), found.server.clone()];
+        row.extend(found.medians(|stretch| Some(stretch.p9999_ns)).map(shown));
+        row.push(ratio(found.ratio(|stretch| stretch.p9999_ns)));
+        row.extend(found.medians(|stretch| Some(stretch.longest_ns)).map(shown));
+        row.push(shown(found.medians(|stretch| Some(stretch.longest_away_ns))[1]));
+        let longest = found.ratio(|stretch| stretch.longest_ns);
+        row.push(ratio(longest));
+        let reached = longest.map(|s| if s.median <= LONGEST_RATIO_MAX { "yes" } else { "no" });
+        row.push(reached.unwrap_or("-").into());
+        row.extend(found.medians(|stretch| Some(stretch.turn.as_ref()?.us * 1e3)).map(shown));
+        let causes = found.causes().join(", ");
+        row.push(if causes.is_empty() { "-".into() } else { causes });
+        table.row(row);
+    }
+    table
+}
+
+fn shown(ns: Option<f64>) -> String {
+    ns.map_or_else(|| "-".into(), time)
+}
+
+/// By the host, or by one another: what is not the reactor's doing.
+fn absences(found: &[Found]) -> Table {
+    let mut table = Table::new(&[
+        "case: quiet, disturbed",
+        "server",
+        "clients' longest absence",
+        "clients ready and not running",
+        "clients preempted",
+        "reactors ready and not running",
+        "reactors preempted",
+        "stolen by the host",
+    ]);
+    let ns = |duration: std::time::Duration| duration.as_nanos() as f64;
+    for found in found {
+        let both = |figure: &dyn Fn(&Stretch) -> Option<f64>, show: fn(f64) -> String| {
+            let shown = |value: Option<f64>| value.map_or_else(|| "-".into(), show);
+            found.medians(figure).map(shown).join(", ")
+        };
+        table.row(vec![
+            found.case.to_owned(),
+            found.server.clone(),
+            both(&|stretch| Some(stretch.away_max_ns), time),
+            both(&|stretch| Some(ns(stretch.clients.waiting)), time),
+            both(&|stretch| Some(stretch.clients.preemptions as f64), digits),
+            both(&|stretch| Some(ns(stretch.reactors.waiting)), time),
+            both(&|stretch| Some(stretch.reactors.preemptions as f64), digits),
+            both(&|stretch| stretch.stolen.map(ns), time),
+        ]);
+    }
+    table
+}
+
+/// Every stretch.
+pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
+    json!({
+        "date": date(),
+        "machine": machine(),
+        "arguments": std::env::args().skip(1).collect::<Vec<_>>(),
+        "clients": options.clients,
+        "runs": options.runs,
+        "length_s": options.length,
+        "pause_us": options.pause_us,
+        "notes": findings.notes,
+        "cases": findings.found.iter().map(Found::json).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stretch::tests::stretch;
+
+    #[test]
+    fn a_case_is_judged_by_the_ratio_and_a_server_without_turns_has_a_dash() {
+        let found = |disturbed| Found {
+            server: "vhost".into(),
+            case: "killed",
+            words: "a VM is killed",
+            pairs: vec![(stretch(10.0, None), stretch(disturbed, None))],
+        };
+        let table = waits(&[found(15.0), found(16.0)]).to_string();
+        let rows: Vec<&str> = table.lines().skip(2).collect();
+        assert!(rows[0].contains(" yes |") && rows[1].contains(" no |"), "{table}");
+        assert!(rows[0].trim_end().ends_with("- |"), "{table}");
+        assert!(absences(&[found(1.0)]).to_string().contains("| killed"));
+    }
+}

@@ -1,0 +1,217 @@
+//! One stretch of time: what the neighbours saw, and what the kernel and the server tell about it.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use bench::Spread;
+use bench::servers::{Error, Refusal, Server, ThreadTimes, core_steal, thread_times};
+use serde_json::{Value, json};
+
+use crate::client::{Clients, Seen};
+
+/// The RPC that tells reactors' longest turns; not every server has it.
+const TURNS: &str = "vhost_get_reactor_turns";
+
+/// A reactor's longest turn of a stretch.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Turn {
+    pub(crate) us: f64,
+    /// What the reactor did in it.
+    pub(crate) causes: Vec<String>,
+}
+
+/// What was found in one stretch.
+#[derive(Clone, Debug)]
+pub(crate) struct Stretch {
+    pub(crate) requests: u64,
+    pub(crate) p9999_ns: f64,
+    /// The longest wait of any neighbour.
+    pub(crate) longest_ns: f64,
+    /// Of that, for how long the neighbours' own thread did not run.
+    pub(crate) longest_away_ns: f64,
+    pub(crate) away_max_ns: f64,
+    /// Of all reactors the longest, if the server tells.
+    pub(crate) turn: Option<Turn>,
+    pub(crate) reactors: ThreadTimes,
+    pub(crate) clients: ThreadTimes,
+    /// What the host took of the clients' core and of the reactors'.
+    pub(crate) stolen: Option<Duration>,
+}
+
+/// Runs `during`, which takes as long as the stretch is to be, and says what was seen meanwhile.
+pub(crate) fn watch(
+    server: &Server,
+    clients: &mut Clients,
+    cores: &[usize],
+    during: impl FnOnce() -> Result<()>,
+) -> Result<Stretch> {
+    // Before and after, so that the calls are in no stretch.
+    turns(server)?;
+    let tid = clients.tid;
+    let counters = || -> Result<_> {
+        let stolen: Option<Duration> = cores.iter().map(|&core| core_steal(core)).sum();
+        Ok((server.times()?, thread_times(std::process::id(), tid)?, stolen))
+    };
+    let (reactors, own, stolen) = counters()?;
+    let (seen, ()) = clients.watch(during)?;
+    let (reactors_after, own_after, stolen_after) = counters()?;
+    let turn = turns(server)?;
+    let Seen { latencies, longest, longest_away, away_max } = seen;
+    Ok(Stretch {
+        requests: latencies.len(),
+        p9999_ns: latencies.value_at_quantile(0.9999) as f64,
+        longest_ns: longest.as_nanos() as f64,
+        longest_away_ns: longest_away.as_nanos() as f64,
+        away_max_ns: away_max.as_nanos() as f64,
+        turn,
+        reactors: reactors_after - reactors,
+        clients: own_after - own,
+        stolen: stolen.zip(stolen_after).map(|(before, after)| after.saturating_sub(before)),
+    })
+}
+
+/// The longest turn since the last call, if the server tells.
+fn turns(server: &Server) -> Result<Option<Turn>> {
+    match server.call(TURNS, json!({"reset": true})) {
+        Ok(answer) => Ok(longest(&answer)),
+        Err(Error::Refused { refusal, .. }) if refusal.code == Refusal::NO_SUCH_METHOD => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn longest(answer: &Value) -> Option<Turn> {
+    let turn = |reactor: &Value| {
+        let causes = reactor["causes"].as_array().into_iter().flatten();
+        let causes = causes.filter_map(|cause| Some(cause.as_str()?.to_owned())).collect();
+        Some(Turn { us: reactor["longest_turn_us"].as_f64()?, causes })
+    };
+    answer.as_array()?.iter().filter_map(turn).max_by(|a, b| a.us.total_cmp(&b.us))
+}
+
+impl Stretch {
+    pub(crate) fn json(&self) -> Value {
+        let times = |times: &ThreadTimes| {
+            json!({
+                "cpu_s": times.cpu.as_secs_f64(),
+                "waiting_s": times.waiting.as_secs_f64(),
+                "preemptions": times.preemptions,
+            })
+        };
+        json!({
+            "requests": self.requests,
+            "p99.99_ns": self.p9999_ns,
+            "longest_ns": self.longest_ns,
+            "longest_away_ns": self.longest_away_ns,
+            "away_max_ns": self.away_max_ns,
+            "longest_turn_us": self.turn.as_ref().map(|turn| turn.us),
+            "causes": self.turn.as_ref().map(|turn| turn.causes.clone()),
+            "reactors": times(&self.reactors),
+            "clients": times(&self.clients),
+            "stolen_s": self.stolen.map(|stolen| stolen.as_secs_f64()),
+        })
+    }
+}
+
+/// A quiet stretch, and the disturbed one of the same length right before it.
+pub(crate) type Pair = (Stretch, Stretch);
+
+/// All pairs of one case.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    pub(crate) server: String,
+    pub(crate) case: &'static str,
+    pub(crate) words: &'static str,
+    pub(crate) pairs: Vec<Pair>,
+}
+
+impl Found {
+    /// The median of a figure, of the quiet stretches and of the disturbed ones.
+    pub(crate) fn medians(&self, figure: impl Fn(&Stretch) -> Option<f64>) -> [Option<f64>; 2] {
+        let quiet: Option<Vec<f64>> = self.pairs.iter().map(|(quiet, _)| figure(quiet)).collect();
+        let disturbed: Option<Vec<f64>> = self.pairs.iter().map(|(_, d)| figure(d)).collect();
+        [quiet, disturbed].map(|values| Some(Spread::of(values?)?.median))
+    }
+
+    /// How many times that of the quiet stretch beside it a disturbed stretch's figure is.
+    pub(crate) fn ratio(&self, figure: impl Fn(&Stretch) -> f64) -> Option<Spread> {
+        let pair = |(quiet, disturbed): &Pair| (figure(disturbed), figure(quiet));
+        Spread::of_ratios(self.pairs.iter().map(pair))
+    }
+
+    /// What was in the longest turns of the disturbed stretches, the most frequent first.
+    pub(crate) fn causes(&self) -> Vec<String> {
+        let mut counted: Vec<(usize, String)> = Vec::new();
+        let turns = self.pairs.iter().filter_map(|(_, disturbed)| disturbed.turn.as_ref());
+        for cause in turns.flat_map(|turn| &turn.causes) {
+            match counted.iter_mut().find(|(_, known)| known == cause) {
+                Some((count, _)) => *count += 1,
+                None => counted.push((1, cause.clone())),
+            }
+        }
+        counted.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+        counted.into_iter().map(|(_, cause)| cause).collect()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let pair = |(quiet, disturbed): &Pair| json!({"quiet": quiet.json(), "disturbed": disturbed.json()});
+        json!({
+            "server": self.server, "case": self.case,
+            "pairs": self.pairs.iter().map(pair).collect::<Vec<_>>(),
+        })
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A stretch of which only these matter.
+    pub(crate) fn stretch(longest_ns: f64, turn: Option<(f64, &[&str])>) -> Stretch {
+        Stretch {
+            requests: 1,
+            p9999_ns: 1.0,
+            longest_ns,
+            longest_away_ns: 0.0,
+            away_max_ns: 0.0,
+            turn: turn.map(|(us, causes)| Turn {
+                us,
+                causes: causes.iter().map(|&cause| cause.into()).collect(),
+            }),
+            reactors: ThreadTimes::default(),
+            clients: ThreadTimes::default(),
+            stolen: None,
+        }
+    }
+
+    #[test]
+    fn the_longest_turn_is_that_of_the_slowest_reactor() {
+        let answer = json!([
+            {"lcore": 1, "turns": 5, "longest_turn_us": 3.5, "causes": ["complete"]},
+            {"lcore": 2, "turns": 5, "longest_turn_us": 12, "causes": ["adopt", "complete"]},
+        ]);
+        let turn = longest(&answer).unwrap();
+        assert_eq!(turn, Turn { us: 12.0, causes: vec!["adopt".into(), "complete".into()] });
+        assert_eq!(longest(&json!([])), None);
+    }
+
+    #[test]
+    fn each_disturbed_stretch_is_held_against_the_quiet_one_beside_it() {
+        let pair = |quiet, disturbed| {
+            let turn: Option<(f64, &[&str])> = Some((1.0, &["adopt"]));
+            (stretch(quiet, None), stretch(disturbed, turn))
+        };
+        let mut found = Found {
+            server: "vhost".into(),
+            case: "killed",
+            words: "",
+            pairs: vec![pair(10.0, 20.0), pair(1000.0, 2000.0), pair(10.0, 10.0)],
+        };
+        let spread = found.ratio(|stretch| stretch.longest_ns).unwrap();
+        assert_eq!((spread.median, spread.min), (2.0, 1.0));
+        assert_eq!(found.medians(|stretch| Some(stretch.longest_ns)), [Some(10.0), Some(20.0)]);
+        assert_eq!(found.medians(|s| Some(s.turn.as_ref()?.us)), [None, Some(1.0)]);
+        found.pairs[0].1 = stretch(1.0, Some((1.0, &["complete", "adopt"])));
+        assert_eq!(found.causes(), ["adopt", "complete"]);
+    }
+}

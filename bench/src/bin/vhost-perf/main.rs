@@ -1,0 +1,156 @@
+//! `vhost-perf`: the load generator for any vhost-user-blk socket.
+
+mod args;
+mod plot;
+mod report;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use bench::perf::{self, Outcome, Progress};
+use bench::{Error, round_trip_ns};
+use clap::Parser;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::args::{Args, Command, FloorArgs, Output};
+
+/// How often the progress line changes.
+const REFRESH: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = match &args.command {
+        Some(Command::Floor(floor)) => print_floor(floor),
+        None => load(&args),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("vhost-perf: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+type AnyResult<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn print_floor(args: &FloorArgs) -> AnyResult<ExitCode> {
+    let (a, b) = args.cores();
+    let ns = round_trip_ns(a, b).map_err(|e| format!("cores {a} and {b}: {e}"))?;
+    match args.output_format {
+        Output::Normal => say(&format!("cache-line round trip, cores {a} and {b}: {ns:.1} ns"))?,
+        Output::Json => say(&serde_json::json!({ "round_trip_ns": ns }).to_string())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn load(args: &Args) -> AnyResult<ExitCode> {
+    let plan = args.plan();
+    let stop = interruptible()?;
+    let mut line = ProgressLine::new(args.start_line);
+    let outcome = perf::run(&plan, &stop, &mut |progress| line.tell(progress));
+    line.clear();
+    let outcome = outcome.map_err(|error| explain(&plan, &error))?;
+    match args.output_format {
+        Output::Normal => say(report::text(&plan, &outcome).trim_end())?,
+        Output::Json => say(&report::json(&plan, &outcome).to_string())?,
+    }
+    if let Some(file) = &args.plot {
+        plot::draw(&plan, &outcome, file)
+            .map_err(|error| format!("cannot write {}: {error}", file.display()))?;
+    }
+    for problem in problems(&outcome) {
+        eprintln!("vhost-perf: {problem}");
+    }
+    Ok(if outcome.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Prints a line, or says why it cannot: `println` would panic on a full disk or a closed pipe.
+fn say(text: &str) -> AnyResult<()> {
+    writeln!(std::io::stdout().lock(), "{text}").map_err(|e| format!("cannot print: {e}").into())
+}
+
+/// A flag that Ctrl-C or a SIGTERM sets; a second one ends the program at once.
+fn interruptible() -> AnyResult<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag unset, and sets it.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    Ok(stop)
+}
+
+/// What went wrong, in a line that says what to do about it.
+fn explain(plan: &perf::Plan, error: &Error) -> String {
+    let socket = plan.socket.display();
+    match error {
+        Error::Connect { .. } | Error::System { .. } => error.to_string(),
+        Error::Map(why) if plan.backing == bench::Backing::Hugepages => {
+            format!("cannot map guest memory: {why} (are enough hugepages free?)")
+        }
+        Error::NoRam(_) => format!("{error}: --mem-size is too small for this load"),
+        _ => format!("{socket}: {error}"),
+    }
+}
+
+/// What was wrong with a run that came to its end.
+fn problems(outcome: &Outcome) -> Vec<String> {
+    let mut problems = Vec::new();
+    if outcome.closed {
+        problems.push("the server closed the connection before the end".into());
+    }
+    if outcome.outstanding > 0 {
+        problems.push(format!("{} requests have not come back", outcome.outstanding));
+    }
+    if let Some(first) = &outcome.first_problem {
+        let (errors, mismatches) = (outcome.errors, outcome.mismatches);
+        problems.push(format!("{errors} errors, {mismatches} mismatches; the first: {first}"));
+    }
+    if outcome.unsubmitted > 0 {
+        let late = outcome.unsubmitted;
+        problems.push(format!("the rate was not reached: {late} requests were due and never sent"));
+    }
+    problems
+}
+
+/// A line on the terminal that changes while the load runs.
+struct ProgressLine {
+    shown: bool,
+    start_line: bool,
+    last: (Duration, u64),
+}
+
+impl ProgressLine {
+    fn new(start_line: bool) -> Self {
+        // One or the other, as a script that waits for a line wants no other text before it.
+        let shown = std::io::stderr().is_terminal() && !start_line;
+        Self { shown, start_line, last: (Duration::ZERO, 0) }
+    }
+
+    fn tell(&mut self, progress: Progress) {
+        match progress {
+            Progress::Started if self.start_line => eprintln!("started"),
+            Progress::Running { elapsed, completed } if self.shown => self.show(elapsed, completed),
+            _ => {}
+        }
+    }
+
+    fn show(&mut self, elapsed: Duration, completed: u64) {
+        let since = elapsed.saturating_sub(self.last.0);
+        if since < REFRESH {
+            return;
+        }
+        let iops = completed.saturating_sub(self.last.1) as f64 / since.as_secs_f64();
+        self.last = (elapsed, completed);
+        let iops = report::count(iops);
+        // Erase what the last one may have been longer by.
+        eprint!("\r{:.0} s: {iops} IOPS, {completed} requests\x1b[K", elapsed.as_secs_f64());
+    }
+
+    fn clear(&self) {
+        if self.shown {
+            eprint!("\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The figures of a run.
+
+use std::time::Duration;
+
+use crate::perf::clock::Clock;
+use crate::perf::histogram::{Counts, Distribution};
+use crate::perf::lane::Tally;
+use crate::perf::worker::Finding;
+
+/// Latencies in nanoseconds, and how many requests they are of.
+#[derive(Clone, Debug)]
+pub struct Latencies {
+    /// Requests that came back, whatever their status.
+    pub completed: u64,
+    /// How long each took.
+    pub ns: Distribution,
+}
+
+/// A part of the time measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stretch {
+    /// When it began, in seconds from the beginning of the measurement.
+    pub at_s: f64,
+    /// Requests completed in it, by second.
+    pub iops: f64,
+    /// The longest gap of which any part lies in it.
+    pub longest_gap_ns: u64,
+}
+
+/// What a run has measured, the ramp left out.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// From the ramp's end until the last request came back, or was given up.
+    pub elapsed: Duration,
+    /// All requests.
+    pub all: Latencies,
+    /// The reads of these.
+    pub reads: Latencies,
+    /// The writes of these.
+    pub writes: Latencies,
+    /// Requests that came back with a status other than OK.
+    pub errors: u64,
+    /// Blocks read that did not hold what they should.
+    pub mismatches: u64,
+    /// The first error or mismatch, in words.
+    pub first_problem: Option<String>,
+    /// Requests that had not come back at the end.
+    pub outstanding: usize,
+    /// Requests that a rate made due and for which there was no room before the end.
+    pub unsubmitted: u64,
+    /// The time line.
+    pub timeline: Vec<Stretch>,
+    /// The longest gaps: seconds from the beginning, and nanoseconds; longest first, at most ten.
+    pub longest_gaps: Vec<(f64, u64)>,
+    /// Whether the server closed the connection before the end.
+    pub closed: bool,
+    /// The disk's size in bytes, as the server told it.
+    pub disk_bytes: u64,
+    /// The first byte used, and how many were.
+    pub range: (u64, u64),
+    /// Whether time was taken from the processor's time-stamp counter.
+    pub counter: bool,
+}
+
+impl Outcome {
+    /// Puts together what several threads have found from `start` on.
+    pub(crate) fn new(findings: Vec<Finding>, start: u64, clock: &Clock, empty: Tally) -> Self {
+        let ended = findings.iter().map(|finding| finding.ended).max().unwrap_or(start);
+        let outstanding = findings.iter().map(|finding| finding.outstanding).sum();
+        let unsubmitted = findings.iter().map(|finding| finding.unsubmitted).sum();
+        let mut tally = empty;
+        findings.into_iter().for_each(|finding| tally.add(finding.tally));
+        let seconds = |ticks: u64| clock.ns(ticks) as f64 / 1e9;
+        let elapsed = ended.saturating_sub(start);
+        let [reads, writes] = &tally.latencies;
+        let mut all = reads.clone();
+        all.add(writes);
+        let gaps = tally.timeline.longest_gaps();
+        let gap = |from: u64, length| (seconds(from.saturating_sub(start)), clock.ns(length));
+        Self {
+            elapsed: Duration::from_nanos(clock.ns(elapsed)),
+            all: latencies(&all, clock),
+            reads: latencies(reads, clock),
+            writes: latencies(writes, clock),
+            errors: tally.errors,
+            mismatches: tally.mismatches,
+            first_problem: tally.first_problem.clone(),
+            outstanding,
+            unsubmitted,
+            timeline: stretches(&tally, elapsed, clock),
+            longest_gaps: gaps.map(|g| gap(g.from, g.length)).collect(),
+            closed: false,
+            disk_bytes: 0,
+            range: (0, 0),
+            counter: clock.is_counter(),
+        }
+    }
+
+    /// Requests completed by second.
+    #[must_use]
+    pub fn iops(&self) -> f64 {
+        let seconds = self.elapsed.as_secs_f64();
+        if seconds > 0.0 { self.all.completed as f64 / seconds } else { 0.0 }
+    }
+
+    /// The longest gap: seconds from the beginning, and nanoseconds.
+    #[must_use]
+    pub fn longest_gap(&self) -> Option<&(f64, u64)> {
+        self.longest_gaps.first()
+    }
+
+    /// Whether every request came back well, with what it should hold.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        let bad = self.errors + self.mismatches + self.outstanding as u64;
+        bad == 0 && !self.closed
+    }
+}
+
+fn latencies(counts: &Counts, clock: &Clock) -> Latencies {
+    Latencies { completed: counts.total(), ns: counts.distribution(|ticks| clock.ns(ticks)) }
+}
+
+/// The time line up to `elapsed` ticks. A rest of less than half a bucket is the one before's, as
+/// rates over very short times say nothing.
+fn stretches(tally: &Tally, elapsed: u64, clock: &Clock) -> Vec<Stretch> {
+    let (buckets, width) = tally.timeline.buckets();
+    let mut buckets = buckets.to_vec();
+    let rest = elapsed.saturating_sub((buckets.len() as u64 - 1) * width);
+    if buckets.len() > 1 && rest < width / 2 {
+        let last = buckets.pop().expect("there are two");
+        let before = buckets.last_mut().expect("there are two");
+        before.completed += last.completed;
+        before.longest_gap = before.longest_gap.max(last.longest_gap);
+    }
+    let last = buckets.len() - 1;
+    let stretch = |i: usize| {
+        let from = i as u64 * width;
+        let length = if i == last { elapsed.saturating_sub(from) } else { width };
+        let seconds = clock.ns(length).max(1) as f64 / 1e9;
+        Stretch {
+            at_s: clock.ns(from) as f64 / 1e9,
+            iops: buckets[i].completed as f64 / seconds,
+            longest_gap_ns: clock.ns(buckets[i].longest_gap),
+        }
+    };
+    (0..buckets.len()).map(stretch).collect()
+}

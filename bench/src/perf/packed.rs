@@ -1,0 +1,430 @@
+//! The driver's side of a packed ring (virtio 1.2, 2.8).
+
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+use crate::perf::plan::RingLayout;
+use crate::perf::slots::Slots;
+use crate::perf::virtqueue::{Virtqueue, need_event};
+use crate::ring::{Descriptor, INDIRECT, Ring};
+use crate::words::words;
+
+/// Descriptor flags: what the side that wrote it last has its wrap counter at.
+const AVAILABLE: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+/// Event flags: always, never, or at the position that is named beside them.
+const EVENTS_ON: u16 = 0;
+const EVENTS_OFF: u16 = 1;
+const EVENTS_AT: u16 = 2;
+/// Where both sides begin, as SET_VRING_BASE says it: position 0, wrap counter 1.
+pub(crate) const FIRST_BASE: u16 = 1 << 15;
+
+/// A place in the ring, and the wrap counter there.
+#[derive(Clone, Copy, Debug)]
+struct Position {
+    at: u16,
+    wrap: bool,
+}
+
+impl Position {
+    const FIRST: Self = Self { at: 0, wrap: true };
+
+    /// Moves on by `n`, which is at most `size`.
+    #[inline]
+    fn advance(&mut self, n: u16, size: u16) {
+        self.at += n;
+        if self.at >= size {
+            self.at -= size;
+            self.wrap = !self.wrap;
+        }
+    }
+}
+
+/// A packed ring. The descriptors of each slot's request are made once and copied into the ring
+/// wherever the next free place is.
+///
+/// It lies in the memory of a split [`Ring`], whose three parts are all large enough: descriptors,
+/// the driver's events, the device's events.
+#[derive(Debug)]
+pub(crate) struct Packed<'a> {
+    slots: &'a Slots,
+    size: u16,
+    event_idx: bool,
+    descriptors: &'a [AtomicU64],
+    ours: &'a [AtomicU16],
+    theirs: &'a [AtomicU16],
+    /// Each slot's descriptors as two words, the flags without those of the position.
+    made: Vec<[u64; 2]>,
+    /// Descriptors of one request in the ring.
+    parts: u16,
+    next: Position,
+    used: Position,
+    /// The first descriptor's second word of what was given and not published.
+    unpublished: Option<(u16, u64)>,
+    /// Descriptors since the last kick, and descriptors that the device holds.
+    unkicked: u16,
+    held: u16,
+}
+
+impl<'a> Packed<'a> {
+    /// Makes the requests of `slots` reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
+    /// been agreed on.
+    pub(crate) fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+        let [descriptors, ours, theirs] = ring.windows();
+        let parts = if slots.is_indirect() { 1 } else { slots.parts() };
+        assert!(slots.count() * parts <= usize::from(ring.size()), "all requests fit in the ring");
+        let mut packed = Self {
+            slots,
+            size: ring.size(),
+            event_idx,
+            descriptors: words(descriptors),
+            ours: words(ours),
+            theirs: words(theirs),
+            made: vec![[0; 2]; slots.count() * parts],
+            parts: parts as u16,
+            next: Position::FIRST,
+            used: Position::FIRST,
+            unpublished: None,
+            unkicked: 0,
+            held: 0,
+        };
+        (0..slots.count()).for_each(|slot| packed.set_kind(slot, false));
+        packed.refuse_calls();
+        packed
+    }
+
+    /// The second word of the descriptor at `position`: length, buffer id and flags.
+    #[inline]
+    fn word(&self, position: Position) -> &AtomicU64 {
+        &self.descriptors[2 * usize::from(position.at) + 1]
+    }
+
+    #[inline]
+    fn is_used(position: Position, word: u64) -> bool {
+        let flags = (word >> 48) as u16;
+        (flags & AVAILABLE != 0) == position.wrap && (flags & USED != 0) == position.wrap
+    }
+
+    fn make(slot: usize, part: Descriptor) -> [u64; 2] {
+        let rest = u64::from(part.len) | (slot as u64) << 32 | u64::from(part.flags) << 48;
+        [part.addr, rest]
+    }
+}
+
+impl Virtqueue for Packed<'_> {
+    #[inline]
+    fn take(&mut self) -> Option<usize> {
+        // Acquire: pairs with the device's store of the flags after it has written all else.
+        let word = self.word(self.used).load(Ordering::Acquire);
+        if !Self::is_used(self.used, word) {
+            return None;
+        }
+        self.used.advance(self.parts, self.size);
+        self.held = self.held.saturating_sub(self.parts);
+        Some(usize::from((word >> 32) as u16))
+    }
+
+    fn has_completion(&self) -> bool {
+        Self::is_used(self.used, self.word(self.used).load(Ordering::Acquire))
+    }
+
+    fn set_kind(&mut self, slot: usize, write: bool) {
+        let parts = usize::from(self.parts);
+        let made = &mut self.made[slot * parts..][..parts];
+        if let Some(table) = self.slots.lay_table(slot, write, RingLayout::Packed) {
+            made[0] = Self::make(slot, Descriptor { flags: INDIRECT, ..table });
+            return;
+        }
+        for (made, part) in made.iter_mut().zip(self.slots.descriptors(slot, write)) {
+            *made = Self::make(slot, part);
+        }
+    }
+
+    #[inline]
+    fn give(&mut self, slot: usize) {
+        let parts = usize::from(self.parts);
+        for part in 0..parts {
+            let [addr, rest] = self.made[slot * parts + part];
+            let state = if self.next.wrap { AVAILABLE } else { USED };
+            let rest = rest | u64::from(state) << 48;
+            self.descriptors[2 * usize::from(self.next.at)].store(addr, Ordering::Relaxed);
+            // The device waits for the first one's flags, and looks at no other before.
+            if self.unpublished.is_none() {
+                self.unpublished = Some((self.next.at, rest));
+            } else {
+                self.word(self.next).store(rest, Ordering::Relaxed);
+            }
+            self.next.advance(1, self.size);
+        }
+        self.unkicked += self.parts;
+        self.held += self.parts;
+    }
+
+    #[inline]
+    fn publish(&mut self) {
+        if let Some((at, rest)) = self.unpublished.take() {
+            // Release: the device that sees these flags sees headers and all other descriptors.
+            self.word(Position { at, wrap: true }).store(rest, Ordering::Release);
+        }
+    }
+
+    #[inline]
+    fn take_kick(&mut self) -> bool {
+        // What has come back has been seen, so it needs no kick.
+        self.unkicked = self.unkicked.min(self.held);
+        let wanted = self.unkicked > 0
+            && match self.theirs[1].load(Ordering::Relaxed) & 3 {
+                EVENTS_OFF => false,
+                EVENTS_AT if self.event_idx => {
+                    let named = self.theirs[0].load(Ordering::Relaxed);
+                    let mut event = named & !FIRST_BASE;
+                    if (named & FIRST_BASE != 0) != self.next.wrap {
+                        // A round behind.
+                        event = event.wrapping_sub(self.size);
+                    }
+                    need_event(event, self.next.at, self.next.at.wrapping_sub(self.unkicked))
+                }
+                _ => true,
+            };
+        if wanted {
+            self.unkicked = 0;
+        }
+        wanted
+    }
+
+    fn ask_for_call(&mut self) {
+        self.ours[1].store(EVENTS_ON, Ordering::Relaxed);
+    }
+
+    fn refuse_calls(&mut self) {
+        self.ours[1].store(EVENTS_OFF, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::guest::GuestRam;
+    use crate::ring::NEXT;
+
+    /// A device that follows the specification, with state of its own.
+    struct Device {
+        ram: Arc<GuestRam>,
+        addrs: [u64; 3],
+        size: u16,
+        available: Position,
+        used: Position,
+        /// Of each request taken: its buffer id, its descriptors in the ring, and those it means.
+        held: VecDeque<(u16, u16, Vec<Descriptor>)>,
+    }
+
+    impl Device {
+        fn new(ring: &Ring) -> Self {
+            Self {
+                ram: ring.ram().clone(),
+                addrs: ring.addrs(),
+                size: ring.size(),
+                available: Position::FIRST,
+                used: Position::FIRST,
+                held: VecDeque::new(),
+            }
+        }
+
+        fn read<const N: usize>(&self, gpa: u64) -> [u8; N] {
+            let mut bytes = [0; N];
+            self.ram.read(gpa, &mut bytes).unwrap();
+            bytes
+        }
+
+        /// A descriptor, with the buffer id in place of `next`.
+        fn descriptor(&self, gpa: u64) -> Descriptor {
+            let bytes: [u8; 16] = self.read(gpa);
+            let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+            Descriptor {
+                addr: u64::from_le_bytes(*bytes.first_chunk().unwrap()),
+                len: u32::from_le_bytes(*bytes[8..].first_chunk().unwrap()),
+                next: word(12),
+                flags: word(14),
+            }
+        }
+
+        /// Takes what is available; returns how many requests that was.
+        fn poll(&mut self) -> usize {
+            let before = self.held.len();
+            loop {
+                let mut chain = Vec::new();
+                let mut at = self.available;
+                loop {
+                    let part = self.descriptor(self.addrs[0] + 16 * u64::from(at.at));
+                    let available = (part.flags & AVAILABLE != 0) == at.wrap
+                        && (part.flags & USED != 0) != at.wrap;
+                    if chain.is_empty() && !available {
+                        return self.held.len() - before;
+                    }
+                    assert!(available, "the rest of a chain is there when its head is");
+                    at.advance(1, self.size);
+                    chain.push(Descriptor { flags: part.flags & !(AVAILABLE | USED), ..part });
+                    if part.flags & NEXT == 0 {
+                        break;
+                    }
+                }
+                self.available = at;
+                let (id, in_ring) = (chain.last().unwrap().next, chain.len() as u16);
+                if chain[0].flags == INDIRECT {
+                    let parts = u64::from(chain[0].len / 16);
+                    chain = (0..parts).map(|i| self.table_entry(chain[0].addr, i, parts)).collect();
+                }
+                chain.iter_mut().for_each(|part| part.next = 0);
+                self.held.push_back((id, in_ring, chain));
+            }
+        }
+
+        /// An entry of a table of `parts`: they follow one another, and no flag says so.
+        fn table_entry(&self, table: u64, i: u64, parts: u64) -> Descriptor {
+            let mut part = self.descriptor(table + 16 * i);
+            assert_eq!(part.flags & !crate::ring::WRITE, 0);
+            part.flags |= if i + 1 < parts { NEXT } else { 0 };
+            part
+        }
+
+        /// Gives the `n`th request that it holds back with a status byte.
+        fn complete(&mut self, n: usize, status: u8) {
+            let (id, in_ring, chain) = self.held.remove(n).unwrap();
+            self.ram.write(chain.last().unwrap().addr, &[status]).unwrap();
+            let at = self.addrs[0] + 16 * u64::from(self.used.at);
+            let flags = if self.used.wrap { AVAILABLE | USED } else { 0 };
+            self.ram.write(at + 8, &1_u32.to_le_bytes()).unwrap();
+            self.ram.write(at + 12, &id.to_le_bytes()).unwrap();
+            self.ram.write(at + 14, &flags.to_le_bytes()).unwrap();
+            self.used.advance(in_ring, self.size);
+        }
+
+        /// Says which kicks it wants.
+        fn want(&self, flags: u16, at: Position) {
+            let event = at.at | u16::from(at.wrap) << 15;
+            self.ram.write(self.addrs[2], &event.to_le_bytes()).unwrap();
+            self.ram.write(self.addrs[2] + 2, &flags.to_le_bytes()).unwrap();
+        }
+    }
+
+    fn memory(size: u16, depth: usize, indirect: bool) -> (Ring, Slots) {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let ring = Ring::new(&ram, 0, size).unwrap();
+        let slots = Slots::new(&ram, depth, 4096, 4096, indirect).unwrap();
+        (ring, slots)
+    }
+
+    /// Thousands of requests in a ring whose size is no multiple of a chain, returned out of order.
+    fn goes_round(size: u16, depth: usize, indirect: bool) {
+        let (ring, slots) = memory(size, depth, indirect);
+        let heads = slots.heads();
+        let mut device = Device::new(&ring);
+        let mut packed = Packed::new(&ring, &slots, false);
+        let mut free: Vec<_> = (0..depth).collect();
+        let mut pick = 1_usize;
+        for round in 0..5000 {
+            let given = free.len();
+            for slot in free.drain(..) {
+                let write = (round + slot) % 3 == 0;
+                packed.set_kind(slot, write);
+                packed.give(slot);
+                assert_eq!(device.poll(), 0, "not published");
+            }
+            packed.publish();
+            assert_eq!(device.poll(), given);
+            for (id, _, chain) in device.held.iter().rev().take(given) {
+                let slot = usize::from(*id);
+                let write = (round + slot) % 3 == 0;
+                assert_eq!(chain, &slots.descriptors(slot, write).collect::<Vec<_>>());
+            }
+            pick = (pick * 7 + 3) % 1009;
+            for i in 0..=pick % depth {
+                let at = (pick + i) % device.held.len();
+                let slot = usize::from(device.held[at].0);
+                assert!(!packed.has_completion() && packed.take().is_none());
+                device.complete(at, 2);
+                assert!(packed.has_completion());
+                assert_eq!(packed.take(), Some(slot));
+                assert_eq!(heads.take_status(slot), 2);
+                free.push(slot);
+            }
+            assert!(packed.take().is_none());
+        }
+    }
+
+    #[test]
+    fn chains_go_round() {
+        goes_round(16, 5, false);
+        goes_round(8, 2, false);
+        goes_round(4, 1, false);
+    }
+
+    #[test]
+    fn tables_go_round() {
+        goes_round(8, 8, true);
+        goes_round(1, 1, true);
+    }
+
+    #[test]
+    fn kicks_follow_the_device_s_flags() {
+        let (ring, slots) = memory(16, 4, false);
+        let mut packed = Packed::new(&ring, &slots, false);
+        let mut device = Device::new(&ring);
+        assert!(!packed.take_kick(), "nothing to kick for");
+        packed.give(0);
+        packed.publish();
+        assert!(packed.take_kick());
+        assert!(!packed.take_kick(), "nothing new");
+        device.want(EVENTS_OFF, Position::FIRST);
+        packed.give(1);
+        packed.publish();
+        assert!(!packed.take_kick());
+        device.want(EVENTS_ON, Position::FIRST);
+        assert!(packed.take_kick(), "wanted after all");
+        device.poll();
+        device.want(EVENTS_OFF, Position::FIRST);
+        packed.give(2);
+        packed.publish();
+        device.poll();
+        (0..3).for_each(|_| device.complete(0, 0));
+        assert_eq!((0..3).filter_map(|_| packed.take()).count(), 3);
+        device.want(EVENTS_ON, Position::FIRST);
+        assert!(!packed.take_kick(), "it has come back without");
+    }
+
+    #[test]
+    fn kicks_at_a_position_are_sent_when_it_is_passed_in_the_right_round() {
+        let (ring, slots) = memory(8, 2, false);
+        let mut packed = Packed::new(&ring, &slots, true);
+        let mut device = Device::new(&ring);
+        for round in 0..1000 {
+            // The device asks for the request after the next one.
+            let mut event = device.available;
+            event.advance(3, 8);
+            device.want(EVENTS_AT, event);
+            for (slot, wanted) in [(0, false), (1, true)] {
+                packed.give(slot);
+                packed.publish();
+                assert_eq!(packed.take_kick(), wanted, "round {round}, slot {slot}");
+            }
+            assert_eq!(device.poll(), 2);
+            (0..2).for_each(|_| device.complete(0, 0));
+            assert_eq!((packed.take(), packed.take()), (Some(0), Some(1)));
+        }
+    }
+
+    #[test]
+    fn calls_are_asked_for_and_refused() {
+        let (ring, slots) = memory(8, 2, false);
+        let mut packed = Packed::new(&ring, &slots, false);
+        let device = Device::new(&ring);
+        let flags = || u16::from_le_bytes(device.read(device.addrs[1] + 2));
+        assert_eq!(flags(), EVENTS_OFF);
+        packed.ask_for_call();
+        assert_eq!(flags(), EVENTS_ON);
+        packed.refuse_calls();
+        assert_eq!(flags(), EVENTS_OFF);
+    }
+}

@@ -1,0 +1,232 @@
+//! The memory of a queue's requests: each slot's header, status byte, data and indirect table.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use crate::driver::STATUS_UNWRITTEN;
+use crate::error::Result;
+use crate::guest::{GuestRam, Segment, Window};
+use crate::perf::plan::RingLayout;
+use crate::ring::{Descriptor, NEXT, WRITE};
+use crate::words::words;
+
+/// Header and status byte share a cache line: it travels to the device and back once a request.
+const HEAD_BYTES: u32 = 64;
+const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
+const STATUS_AT: usize = 16;
+const DESCRIPTOR_BYTES: u32 = 16;
+/// A whole page where blocks are that large, so that no block lies in more pages than it must.
+const PAGE: u64 = 4096;
+
+/// As many requests as may be in flight, made once.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    heads: Window,
+    tables: Option<Window>,
+    buffers: Vec<Segment>,
+    segment_bytes: u32,
+}
+
+impl Slots {
+    /// Takes memory for `count` requests of `block_bytes`, in data segments of at most
+    /// `segment_bytes`; with an indirect table for each if `indirect`.
+    ///
+    /// # Errors
+    /// No memory left.
+    pub(crate) fn new(
+        ram: &Arc<GuestRam>,
+        count: usize,
+        block_bytes: u32,
+        segment_bytes: u32,
+        indirect: bool,
+    ) -> Result<Self> {
+        let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
+        let buffers = (0..count).map(|_| ram.alloc(block_bytes, align)).collect::<Result<_>>()?;
+        let parts = parts(block_bytes, segment_bytes) as u32;
+        let table_bytes = parts.next_power_of_two() * DESCRIPTOR_BYTES;
+        let tables = indirect.then(|| ram.window(table_bytes * count as u32, PAGE)).transpose()?;
+        let heads = ram.window(HEAD_BYTES * count as u32, u64::from(HEAD_BYTES))?;
+        Ok(Self { heads, tables, buffers, segment_bytes })
+    }
+
+    /// The most memory that [`Slots::new`] takes for these requests.
+    pub(crate) fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
+        let parts = parts(block_bytes, segment_bytes).next_power_of_two() as u64;
+        let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
+        let block = u64::from(block_bytes).next_multiple_of(align);
+        let each = block + parts * u64::from(DESCRIPTOR_BYTES) + u64::from(HEAD_BYTES);
+        count as u64 * each + 3 * PAGE
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Each slot's data.
+    pub(crate) fn buffers(&self) -> &[Segment] {
+        &self.buffers
+    }
+
+    /// Whether requests are in indirect tables.
+    pub(crate) fn is_indirect(&self) -> bool {
+        self.tables.is_some()
+    }
+
+    /// Descriptors of one request: header, data, status.
+    pub(crate) fn parts(&self) -> usize {
+        self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes))
+    }
+
+    /// The descriptors of the request in `slot`, with NEXT in all but the last; who lays them out
+    /// says where the next one is.
+    pub(crate) fn descriptors(&self, slot: usize, write: bool) -> impl Iterator<Item = Descriptor> {
+        let head = self.heads.gpa() + slot as u64 * u64::from(HEAD_BYTES);
+        let part = |addr, len, flags| Descriptor { addr, len, flags, next: 0 };
+        let data_flags = NEXT | if write { 0 } else { WRITE };
+        let Segment { gpa, len } = self.buffers[slot];
+        let data = (0..len).step_by(self.segment_bytes as usize).map(move |from| {
+            part(gpa + u64::from(from), self.segment_bytes.min(len - from), data_flags)
+        });
+        let header = part(head, 16, NEXT);
+        let status = part(head + STATUS_AT as u64, 1, WRITE);
+        std::iter::once(header).chain(data).chain(std::iter::once(status))
+    }
+
+    /// Writes the indirect table of `slot`, and returns a descriptor for it without flags. None if
+    /// requests are in no tables.
+    pub(crate) fn lay_table(
+        &self,
+        slot: usize,
+        write: bool,
+        layout: RingLayout,
+    ) -> Option<Descriptor> {
+        let tables = self.tables.as_ref()?;
+        let parts = self.parts();
+        let first = slot * parts.next_power_of_two();
+        for (i, mut part) in self.descriptors(slot, write).enumerate() {
+            match layout {
+                RingLayout::Split => part.next = if i + 1 < parts { i as u16 + 1 } else { 0 },
+                // Entries follow one another, and the flags are where a split one's next is.
+                RingLayout::Packed => (part.flags, part.next) = (0, part.flags & WRITE),
+            }
+            crate::ring::put(tables, (first + i) as u16, part);
+        }
+        let addr = tables.gpa() + first as u64 * u64::from(DESCRIPTOR_BYTES);
+        Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
+    }
+
+    /// The headers and status bytes, for the loop.
+    pub(crate) fn heads(&self) -> Heads<'_> {
+        let heads = Heads { words: words(&self.heads), bytes: words(&self.heads) };
+        for slot in 0..self.count() {
+            heads.set_kind(slot, false);
+            heads.bytes[slot * HEAD_BYTES as usize + STATUS_AT]
+                .store(STATUS_UNWRITTEN, Ordering::Relaxed);
+        }
+        heads
+    }
+}
+
+fn parts(block_bytes: u32, segment_bytes: u32) -> usize {
+    block_bytes.div_ceil(segment_bytes) as usize + 2
+}
+
+/// The headers and status bytes of all slots.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heads<'a> {
+    words: &'a [AtomicU64],
+    bytes: &'a [AtomicU8],
+}
+
+impl Heads<'_> {
+    /// Makes the request in `slot` a read or a write.
+    #[inline]
+    pub(crate) fn set_kind(&self, slot: usize, write: bool) {
+        self.words[slot * HEAD_WORDS].store(u64::from(write), Ordering::Relaxed);
+    }
+
+    /// Says where on the disk the request in `slot` begins.
+    #[inline]
+    pub(crate) fn set_sector(&self, slot: usize, sector: u64) {
+        self.words[slot * HEAD_WORDS + 1].store(sector, Ordering::Relaxed);
+    }
+
+    /// Where on the disk the request in `slot` begins.
+    pub(crate) fn sector(&self, slot: usize) -> u64 {
+        self.words[slot * HEAD_WORDS + 1].load(Ordering::Relaxed)
+    }
+
+    /// The status that the device has written for `slot`, which is made unwritten again.
+    #[inline]
+    pub(crate) fn take_status(&self, slot: usize) -> u8 {
+        let status = &self.bytes[slot * HEAD_BYTES as usize + STATUS_AT];
+        let written = status.load(Ordering::Relaxed);
+        status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_header_data_and_status() {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let slots = Slots::new(&ram, 3, 10_240, 4096, false).unwrap();
+        assert_eq!((slots.parts(), slots.lay_table(0, false, RingLayout::Split)), (5, None));
+        let read: Vec<_> = slots.descriptors(2, false).collect();
+        let buffer = slots.buffers()[2].gpa;
+        let told: Vec<_> = read.iter().map(|part| (part.len, part.flags)).collect();
+        let data = NEXT | WRITE;
+        assert_eq!(told, [(16, NEXT), (4096, data), (4096, data), (2048, data), (1, WRITE)]);
+        assert_eq!([read[1].addr, read[3].addr], [buffer, buffer + 8192]);
+        assert_eq!(read[4].addr, read[0].addr + 16);
+        assert!(slots.descriptors(2, true).all(|part| part.len < 2048 || part.flags == NEXT));
+    }
+
+    #[test]
+    fn tables_hold_the_same_descriptors_linked() {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let slots = Slots::new(&ram, 4, 8192, 4096, true).unwrap();
+        for slot in 0..4 {
+            let table = slots.lay_table(slot, true, RingLayout::Split).unwrap();
+            assert_eq!(table.len, 64);
+            for (i, part) in slots.descriptors(slot, true).enumerate() {
+                let mut bytes = [0; 16];
+                ram.read(table.addr + 16 * i as u64, &mut bytes).unwrap();
+                let next = if i < 3 { i as u8 + 1 } else { 0 };
+                assert_eq!(bytes[..8], part.addr.to_le_bytes());
+                assert_eq!(bytes[8..12], part.len.to_le_bytes());
+                assert_eq!(bytes[12..], [part.flags as u8, 0, next, 0]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_is_what_the_device_reads_and_its_status_is_taken_once() {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let slots = Slots::new(&ram, 2, 512, 512, false).unwrap();
+        let heads = slots.heads();
+        heads.set_kind(1, true);
+        heads.set_sector(1, 0x0102);
+        let header = slots.descriptors(1, true).next().unwrap().addr;
+        let mut bytes = [0; 17];
+        ram.read(header, &mut bytes).unwrap();
+        let mut expected = [0; 17];
+        (expected[0], expected[8], expected[9], expected[16]) = (1, 2, 1, STATUS_UNWRITTEN);
+        assert_eq!(bytes, expected);
+        ram.write(header + 16, &[0]).unwrap();
+        assert_eq!((heads.take_status(1), heads.take_status(1)), (0, STATUS_UNWRITTEN));
+    }
+
+    #[test]
+    fn the_memory_needed_is_enough() {
+        for (count, block, segment) in [(1, 512, 512), (256, 4096, 4096), (3, 1 << 20, 65536)] {
+            let bytes = Slots::bytes(count, block, segment).next_multiple_of(4096);
+            let ram = GuestRam::new(&[bytes]).unwrap();
+            Slots::new(&ram, count, block, segment, true).unwrap();
+        }
+    }
+}

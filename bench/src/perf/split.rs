@@ -1,0 +1,312 @@
+//! The driver's side of a split ring (virtio 1.2, 2.7).
+
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+
+use crate::perf::plan::RingLayout;
+use crate::perf::slots::Slots;
+use crate::perf::virtqueue::{Virtqueue, need_event};
+use crate::ring::{INDIRECT, Ring};
+use crate::words::words;
+
+/// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
+/// index comes round again, after 65,536.
+const REFUSAL_AGE: u16 = 1 << 14;
+
+/// How far apart the chains of two slots are: a power of two, as numbers are then shifted.
+pub(crate) fn stride(slots: &Slots) -> usize {
+    if slots.is_indirect() { 1 } else { slots.parts().next_power_of_two() }
+}
+
+/// A split ring in which the chain of slot `n` always begins at descriptor `n` times the stride.
+#[derive(Debug)]
+pub(crate) struct Split<'a> {
+    ring: &'a Ring,
+    slots: &'a Slots,
+    shift: u32,
+    event_idx: bool,
+    available: &'a [AtomicU16],
+    used: &'a [AtomicU16],
+    /// The same as `used`, for its elements.
+    elements: &'a [AtomicU32],
+    mask: u16,
+    /// Where the next request goes, and up to where the device has been kicked.
+    next: u16,
+    kicked: u16,
+    /// Up to where the used ring has been read, and up to where it is known to be filled.
+    taken: u16,
+    filled: u16,
+    /// What the device was last told not to call for.
+    refused: u16,
+}
+
+impl<'a> Split<'a> {
+    /// Lays out the requests of `slots` as reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX
+    /// has been agreed on.
+    pub(crate) fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+        let [_, available, used] = ring.windows();
+        let stride = stride(slots);
+        assert!(
+            slots.count() * stride <= usize::from(ring.size()),
+            "each slot has its descriptors"
+        );
+        let mut split = Self {
+            ring,
+            slots,
+            shift: stride.trailing_zeros(),
+            event_idx,
+            available: words(available),
+            used: words(used),
+            elements: words(used),
+            mask: ring.size() - 1,
+            next: 0,
+            kicked: 0,
+            taken: 0,
+            filled: 0,
+            refused: 0,
+        };
+        (0..slots.count()).for_each(|slot| split.set_kind(slot, false));
+        split.refuse_calls();
+        split
+    }
+
+    fn used_index(&self) -> u16 {
+        // Acquire: pairs with the device's store after it has written data, status and element.
+        self.used[1].load(Ordering::Acquire)
+    }
+
+    #[inline]
+    fn refuse_again(&mut self) {
+        self.refused = self.taken;
+        self.ring.set_used_event(self.taken.wrapping_sub(1));
+    }
+}
+
+impl Virtqueue for Split<'_> {
+    #[inline]
+    fn take(&mut self) -> Option<usize> {
+        if self.taken == self.filled {
+            self.filled = self.used_index();
+            if self.taken == self.filled {
+                return None;
+            }
+        }
+        let element = 1 + 2 * usize::from(self.taken & self.mask);
+        let id = self.elements[element].load(Ordering::Relaxed);
+        self.taken = self.taken.wrapping_add(1);
+        // What is no head comes out as a slot that is not there.
+        Some(id.rotate_right(self.shift) as usize)
+    }
+
+    fn has_completion(&self) -> bool {
+        self.taken != self.used_index()
+    }
+
+    fn set_kind(&mut self, slot: usize, write: bool) {
+        let head = (slot << self.shift) as u16;
+        if let Some(mut table) = self.slots.lay_table(slot, write, RingLayout::Split) {
+            table.flags = INDIRECT;
+            return self.ring.set_descriptor(head, table);
+        }
+        let parts = self.slots.parts() as u16;
+        for (i, mut part) in (0..).zip(self.slots.descriptors(slot, write)) {
+            part.next = if i + 1 < parts { head + i + 1 } else { 0 };
+            self.ring.set_descriptor(head + i, part);
+        }
+    }
+
+    #[inline]
+    fn give(&mut self, slot: usize) {
+        let element = 2 + usize::from(self.next & self.mask);
+        self.available[element].store((slot << self.shift) as u16, Ordering::Relaxed);
+        self.next = self.next.wrapping_add(1);
+    }
+
+    #[inline]
+    fn publish(&mut self) {
+        // Release: the device that loads this index sees elements, headers and descriptors.
+        self.available[1].store(self.next, Ordering::Release);
+        if self.taken.wrapping_sub(self.refused) > REFUSAL_AGE {
+            self.refuse_again();
+        }
+    }
+
+    #[inline]
+    fn take_kick(&mut self) -> bool {
+        // What has come back has been seen, so it needs no kick; without this, a device that never
+        // wants one would leave `kicked` behind until indices have come round.
+        let in_flight = self.next.wrapping_sub(self.taken);
+        let unkicked = self.next.wrapping_sub(self.kicked).min(in_flight);
+        let wanted = if self.event_idx {
+            let event = self.used[2 + 4 * (usize::from(self.mask) + 1)].load(Ordering::Relaxed);
+            need_event(event, self.next, self.next.wrapping_sub(unkicked))
+        } else {
+            unkicked > 0 && self.used[0].load(Ordering::Relaxed) & 1 == 0
+        };
+        self.kicked = if wanted { self.next } else { self.next.wrapping_sub(unkicked) };
+        wanted
+    }
+
+    fn ask_for_call(&mut self) {
+        self.ring.set_available_flags(0);
+        self.ring.set_used_event(self.taken);
+    }
+
+    fn refuse_calls(&mut self) {
+        self.ring.set_available_flags(u16::from(!self.event_idx));
+        self.refuse_again();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::guest::GuestRam;
+    use crate::ring::Descriptor;
+
+    /// A ring of 8 descriptors for two requests, whose device is the test.
+    fn parts(indirect: bool) -> (Arc<GuestRam>, Ring, Slots) {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let ring = Ring::new(&ram, 0, 8).unwrap();
+        let slots = Slots::new(&ram, 2, 4096, 4096, indirect).unwrap();
+        (ram, ring, slots)
+    }
+
+    /// Gives `id` back as the element before used index `index`.
+    fn give_back(ring: &Ring, index: u16, id: u32) {
+        let used = ring.addrs()[2];
+        let element = used + 4 + u64::from(index.wrapping_sub(1) % 8) * 8;
+        ring.ram().write(element, &id.to_le_bytes()).unwrap();
+        ring.ram().write(used + 2, &index.to_le_bytes()).unwrap();
+    }
+
+    fn chain(ring: &Ring, head: u16) -> Vec<Descriptor> {
+        let mut chain = vec![ring.descriptor(head)];
+        while chain.last().unwrap().flags & crate::ring::NEXT != 0 {
+            chain.push(ring.descriptor(chain.last().unwrap().next));
+        }
+        chain.iter_mut().for_each(|part| part.next = 0);
+        chain
+    }
+
+    #[test]
+    fn each_slot_s_chain_is_the_slot_s_descriptors() {
+        let (_ram, ring, slots) = parts(false);
+        let mut split = Split::new(&ring, &slots, false);
+        split.set_kind(1, true);
+        assert_eq!(chain(&ring, 0), slots.descriptors(0, false).collect::<Vec<_>>());
+        assert_eq!(chain(&ring, 4), slots.descriptors(1, true).collect::<Vec<_>>());
+        let (_ram, ring, slots) = parts(true);
+        Split::new(&ring, &slots, false);
+        let table = slots.lay_table(1, false, RingLayout::Split).unwrap();
+        assert_eq!(chain(&ring, 1), [Descriptor { flags: INDIRECT, ..table }]);
+    }
+
+    #[test]
+    fn requests_go_round_many_times_and_come_back_as_their_slots() {
+        let (ram, ring, slots) = parts(false);
+        let mut split = Split::new(&ring, &slots, false);
+        let available = ring.addrs()[1];
+        for round in 0..100_000_u32 {
+            let (slot, index) = ((round % 2) as usize, round as u16);
+            split.give(slot);
+            assert_eq!(ring.available_index(), index, "not published yet");
+            split.publish();
+            assert_eq!(ring.available_index(), index.wrapping_add(1));
+            let mut head = [0; 2];
+            ram.read(available + 4 + u64::from(index % 8) * 2, &mut head).unwrap();
+            assert_eq!(u16::from_le_bytes(head), 4 * slot as u16);
+            assert!(split.take().is_none() && !split.has_completion());
+            give_back(&ring, index.wrapping_add(1), u32::from(u16::from_le_bytes(head)));
+            assert!(split.has_completion());
+            assert_eq!(split.take(), Some(slot));
+        }
+    }
+
+    #[test]
+    fn what_is_no_head_is_no_slot() {
+        let (_ram, ring, slots) = parts(false);
+        let mut split = Split::new(&ring, &slots, false);
+        for (index, id) in [(1, 5), (2, 6), (3, 8), (4, u32::MAX), (5, 1 << 16)] {
+            give_back(&ring, index, id);
+            assert!(split.take().unwrap() >= slots.count(), "{id}");
+        }
+    }
+
+    fn submit(split: &mut Split<'_>, slot: usize) {
+        split.give(slot);
+        split.publish();
+    }
+
+    #[test]
+    fn kicks_follow_the_flag_and_a_change_of_mind_is_seen() {
+        let (ram, ring, slots) = parts(false);
+        let used = ring.addrs()[2];
+        let mut split = Split::new(&ring, &slots, false);
+        assert!(!split.take_kick(), "nothing to kick for");
+        submit(&mut split, 0);
+        assert!(split.take_kick());
+        assert!(!split.take_kick(), "nothing new");
+        ram.write(used, &[1, 0]).unwrap();
+        submit(&mut split, 1);
+        assert!(!split.take_kick(), "not wanted");
+        ram.write(used, &[0, 0]).unwrap();
+        assert!(split.take_kick(), "wanted after all");
+        give_back(&ring, 1, 0);
+        give_back(&ring, 2, 4);
+        ram.write(used, &[1, 0]).unwrap();
+        assert_eq!((split.take(), split.take()), (Some(0), Some(1)));
+        submit(&mut split, 0);
+        assert!(!split.take_kick());
+        give_back(&ring, 3, 0);
+        assert_eq!(split.take(), Some(0));
+        ram.write(used, &[0, 0]).unwrap();
+        assert!(!split.take_kick(), "it has come back without");
+    }
+
+    #[test]
+    fn with_event_idx_kicks_follow_the_index_even_if_none_was_wanted_for_long() {
+        let (ram, ring, slots) = parts(false);
+        let event_at = ring.addrs()[2] + 4 + 64;
+        let mut split = Split::new(&ring, &slots, true);
+        for round in 0..70_000_u32 {
+            ram.write(event_at, &(round as u16).wrapping_add(0x8000).to_le_bytes()).unwrap();
+            submit(&mut split, 0);
+            assert!(!split.take_kick(), "round {round}");
+            give_back(&ring, (round as u16).wrapping_add(1), 0);
+            assert_eq!(split.take(), Some(0));
+        }
+        let next = 70_000_u32 as u16;
+        submit(&mut split, 0);
+        ram.write(event_at, &next.to_le_bytes()).unwrap();
+        assert!(split.take_kick());
+        submit(&mut split, 1);
+        assert!(!split.take_kick(), "it named the request before");
+        ram.write(event_at, &next.wrapping_add(1).to_le_bytes()).unwrap();
+        assert!(split.take_kick());
+    }
+
+    #[test]
+    fn calls_are_refused_for_good_and_asked_for_by_index() {
+        let (ram, ring, slots) = parts(false);
+        let mut split = Split::new(&ring, &slots, true);
+        let used_event = || {
+            let mut bytes = [0; 2];
+            ram.read(ring.addrs()[1] + 4 + 16, &mut bytes).unwrap();
+            u16::from_le_bytes(bytes)
+        };
+        for index in 1..=200_000_u32 {
+            submit(&mut split, 0);
+            let index = index as u16;
+            assert!(!need_event(used_event(), index, index.wrapping_sub(1)), "a call at {index}");
+            give_back(&ring, index, 0);
+            split.take().unwrap();
+        }
+        let taken = 200_000_u32 as u16;
+        split.ask_for_call();
+        assert!(need_event(used_event(), taken.wrapping_add(1), taken));
+        split.refuse_calls();
+        assert!(!need_event(used_event(), taken.wrapping_add(1), taken));
+    }
+}

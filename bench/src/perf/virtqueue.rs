@@ -1,0 +1,43 @@
+//! What the load's loop needs of a virtqueue, split or packed.
+
+/// The driver's side of a virtqueue whose requests lie in slots, laid out in advance.
+///
+/// Nothing here needs a fence but sleeping: if a look at what the device wants (a kick) comes before
+/// the device sees what was published, the next look makes that good, and the loop looks again
+/// whenever nothing completes.
+pub(crate) trait Virtqueue {
+    /// The slot of the next request that the device has given back, in the device's order. What
+    /// the device wrote before is seen. It may be any number: check it.
+    fn take(&mut self) -> Option<usize>;
+
+    /// Whether [`Virtqueue::take`] would return something.
+    fn has_completion(&self) -> bool;
+
+    /// Makes the request in `slot` a read or a write. Only while the device does not hold it.
+    fn set_kind(&mut self, slot: usize, write: bool);
+
+    /// Puts the request in `slot` into the ring; the device may not see it before
+    /// [`Virtqueue::publish`].
+    fn give(&mut self, slot: usize);
+
+    /// Shows the device all that was given, with what was written before.
+    fn publish(&mut self);
+
+    /// Whether the device wants to be kicked for what was published since it last was. If so, the
+    /// caller kicks it.
+    fn take_kick(&mut self) -> bool;
+
+    /// Asks the device for a call at the next completion. Whoever sleeps for it has a fence after
+    /// this, and then looks once more for completions and kicks.
+    fn ask_for_call(&mut self);
+
+    /// Tells the device that nobody waits for its calls.
+    fn refuse_calls(&mut self);
+}
+
+/// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
+/// (virtio 1.2, 2.7.10).
+#[inline]
+pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
