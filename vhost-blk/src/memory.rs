@@ -232,12 +232,7 @@ impl Near<'_> {
         if let Some(found) = self.line.translate(gpa) {
             return Some(found);
         }
-        self.search(gpa)
-    }
-
-    #[cold]
-    fn search(&mut self, gpa: u64) -> Option<(*mut u8, u64)> {
-        self.line = *self.memory.lines.iter().find(|line| line.translate(gpa).is_some())?;
+        self.line = self.memory.line_of(gpa)?;
         self.line.translate(gpa)
     }
 
@@ -303,6 +298,11 @@ impl GuestMemory {
     #[must_use]
     pub fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
         self.lines.iter().find_map(|line| line.translate(gpa))
+    }
+
+    #[cold]
+    fn line_of(&self, gpa: u64) -> Option<Line> {
+        self.lines.iter().find(|line| line.translate(gpa).is_some()).copied()
     }
 
     /// A translator that begins with the region of `line`, if that is one of this table.

@@ -5,9 +5,9 @@
 //! place for one.
 #![expect(unsafe_code, reason = "copies headers out of guest memory")]
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arrayvec::ArrayVec;
 use bdev::{Op, Segment};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
@@ -53,7 +53,7 @@ pub struct Limits {
     pub id: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
-/// What came out of a chain. The I/O's memory is `segments[first..first + count]`.
+/// What came out of a chain. The I/O's memory is what [`Chain::data`] says of `first` and `count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// To be submitted. Ranges are in bytes.
@@ -76,57 +76,150 @@ pub enum Request {
 }
 
 /// A chain's memory, readable pieces first.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Chain {
-    /// Where the status goes: the last writable byte.
-    status: Option<*mut u8>,
-    readable_bytes: u64,
-    writable_bytes: u64,
-    /// How many of the segments are readable.
-    readable: usize,
-    descriptors: u32,
-    malformed: bool,
-    /// Readable pieces, then writable ones.
-    pub segments: ArrayVec<Segment, SEGMENTS_MAX>,
+    sums: Sums,
+    /// Readable pieces, then writable ones, `sums.count` in all. What follows is of other chains.
+    segments: [Segment; SEGMENTS_MAX],
 }
 
 // SAFETY: the pointer is an address in guest memory, as the segments are.
 unsafe impl Send for Chain {}
 
+/// What is known of a chain besides its segments.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    /// Where the status goes: the last writable byte.
+    status: Option<NonNull<u8>>,
+    readable_bytes: u64,
+    writable_bytes: u64,
+    /// How many segments there are.
+    count: usize,
+    /// How many of the segments are readable.
+    readable: usize,
+    descriptors: u32,
+    malformed: bool,
+}
+
+impl Sums {
+    /// Adds a buffer, as one segment if it lies in one region of memory.
+    #[inline(always)]
+    fn push(
+        &mut self,
+        segments: &mut [Segment; SEGMENTS_MAX],
+        near: &mut Near<'_>,
+        buffer: Buffer,
+    ) {
+        self.descriptors += 1;
+        let len = u64::from(buffer.len);
+        if buffer.write {
+            self.writable_bytes += len;
+        } else {
+            // Section 2.7.4.2: readable buffers come before writable ones.
+            self.malformed |= self.writable_bytes > 0;
+            self.readable_bytes += len;
+        }
+        match near.translate(buffer.gpa) {
+            Some((host, room)) if len <= room => self.push_piece(segments, host, len, buffer.write),
+            // By value, so that the sums can stay in registers.
+            _ => *self = self.push_pieces(segments, near, buffer),
+        }
+    }
+
+    #[inline(always)]
+    fn push_piece(
+        &mut self,
+        segments: &mut [Segment; SEGMENTS_MAX],
+        host: *mut u8,
+        len: u64,
+        write: bool,
+    ) {
+        match segments.get_mut(self.count) {
+            Some(segment) => {
+                *segment = Segment::new(host, len as usize);
+                self.count += 1;
+            }
+            None => self.malformed = true,
+        }
+        if write {
+            self.status = NonNull::new(host.wrapping_add(len as usize - 1));
+        } else {
+            self.readable = self.count;
+        }
+    }
+
+    /// A buffer that crosses from one region into the next, or leaves memory.
+    #[cold]
+    fn push_pieces(
+        mut self,
+        segments: &mut [Segment; SEGMENTS_MAX],
+        near: &mut Near<'_>,
+        buffer: Buffer,
+    ) -> Self {
+        let mut gpa = buffer.gpa;
+        let mut left = u64::from(buffer.len);
+        while left > 0 {
+            let Some((host, room)) = near.translate(gpa) else {
+                self.malformed = true;
+                // Whatever byte we know of is not the chain's last.
+                self.status = None;
+                return self;
+            };
+            let len = left.min(room);
+            self.push_piece(segments, host, len, buffer.write);
+            left -= len;
+            gpa = gpa.wrapping_add(len);
+        }
+        self
+    }
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        let nowhere = Segment::new(std::ptr::null_mut(), 0);
+        Self { sums: Sums::default(), segments: [nowhere; SEGMENTS_MAX] }
+    }
+}
+
 impl Chain {
+    /// The segments of a request's data: see [`Request::Io`].
+    #[inline]
+    #[must_use]
+    pub fn data(&self, first: usize, count: usize) -> &[Segment] {
+        &self.segments[first..first + count]
+    }
+
     /// Collects the chain at `head`, in place of what was here before.
     #[inline]
     pub fn collect(&mut self, ring: &SplitRing, near: &mut Near<'_>, head: u16) {
-        self.segments.clear();
-        self.readable = 0;
-        self.readable_bytes = 0;
-        self.writable_bytes = 0;
-        self.status = None;
-        self.malformed = false;
-        self.descriptors = 0;
-        let walked = ring.walk(near, head, |near, buffer| self.push(near, buffer));
-        self.malformed |= walked.is_err();
+        // By value, for the processor's registers.
+        let mut sums = Sums::default();
+        let segments = &mut self.segments;
+        let walked = ring.walk(near, head, |near, buffer| sums.push(segments, near, buffer));
+        sums.malformed |= walked.is_err();
+        self.sums = sums;
     }
 
     /// How many descriptors the walk met.
     #[inline]
     #[must_use]
     pub fn descriptors(&self) -> u32 {
-        self.descriptors
+        self.sums.descriptors
     }
 
     /// Where the header begins, if the chain has one.
     #[inline]
     #[must_use]
     pub fn header(&self) -> Option<*mut u8> {
-        if self.readable > 0 { self.segments.first().map(Segment::base) } else { None }
+        (self.sums.readable > 0).then(|| self.segments[0].base())
     }
 
     /// Has the processor fetch the header, and the status byte's line for writing. In Linux, and
     /// most other drivers, they are one line.
     #[inline]
     pub fn prefetch(&self) {
-        if let Some(status) = self.status {
+        if let Some(status) = self.sums.status {
+            let status = status.as_ptr();
             cache::prefetch_write(status);
             if let Some(header) = self.header()
                 && (header as usize ^ status as usize) >= cache::LINE
@@ -136,46 +229,10 @@ impl Chain {
         }
     }
 
-    #[inline]
-    fn push(&mut self, near: &mut Near<'_>, buffer: Buffer) {
-        self.descriptors += 1;
-        let mut gpa = buffer.gpa;
-        let mut left = u64::from(buffer.len);
-        if buffer.write {
-            self.writable_bytes += left;
-        } else {
-            // Section 2.7.4.2: readable buffers come before writable ones.
-            self.malformed |= self.writable_bytes > 0;
-            self.readable_bytes += left;
-        }
-        loop {
-            let Some((host, room)) = near.translate(gpa) else {
-                self.malformed = true;
-                // Whatever byte we know of is not the chain's last.
-                self.status = None;
-                return;
-            };
-            let len = left.min(room);
-            if self.segments.try_push(Segment::new(host, len as usize)).is_err() {
-                self.malformed = true;
-            }
-            if buffer.write {
-                self.status = Some(host.wrapping_add(len as usize - 1));
-            } else {
-                self.readable = self.segments.len();
-            }
-            left -= len;
-            if left == 0 {
-                return;
-            }
-            gpa = gpa.wrapping_add(len);
-        }
-    }
-
     /// Writes the status byte.
     #[inline]
     pub fn write_status(&self, status: u8) {
-        if let Some(at) = self.status {
+        if let Some(at) = self.sums.status {
             // SAFETY: a byte of guest memory, translated by `push`, which the request's owner
             // keeps mapped until it is done.
             unsafe { at.write_volatile(status) };
@@ -186,23 +243,27 @@ impl Chain {
     #[inline]
     #[must_use]
     pub fn written_by_read(&self) -> u32 {
-        u32::try_from(self.writable_bytes).unwrap_or(u32::MAX)
+        u32::try_from(self.sums.writable_bytes).unwrap_or(u32::MAX)
     }
 
     /// The answer where there is no disk any more.
     #[must_use]
     pub fn refuse(&self) -> Request {
-        if self.status.is_none() { Request::NoStatus } else { Request::Answer(STATUS_IOERR, 0) }
+        if self.sums.status.is_none() {
+            Request::NoStatus
+        } else {
+            Request::Answer(STATUS_IOERR, 0)
+        }
     }
 
     /// Makes a request of what was collected.
     #[inline]
     #[must_use]
     pub fn parse(&mut self, limits: &Limits) -> Request {
-        if self.status.is_none() {
+        if self.sums.status.is_none() {
             return Request::NoStatus;
         }
-        if self.malformed || self.readable_bytes < HEADER_BYTES as u64 {
+        if self.sums.malformed || self.sums.readable_bytes < HEADER_BYTES as u64 {
             return Request::Answer(STATUS_IOERR, 0);
         }
         let (kind, sector, first) = self.take_header();
@@ -237,18 +298,17 @@ impl Chain {
     /// The header as no driver lays it out: in parts, with data behind it, or at an odd address.
     #[cold]
     fn take_odd_header(&mut self) -> (u32, u64, usize) {
-        let (header, first) = self.take_front::<HEADER_BYTES>();
+        let (header, first) = self.take_front::<HEADER_BYTES>(0);
         let kind = u32::from_le_bytes(std::array::from_fn(|i| header[i]));
         let sector = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
         (kind & !TYPE_BARRIER, sector, first)
     }
 
-    /// Copies the first `N` readable bytes, which are there, and removes them. Answers with the
-    /// first segment of the rest as well.
-    fn take_front<const N: usize>(&mut self) -> ([u8; N], usize) {
+    /// Copies the first `N` readable bytes from segment `first` on, which are there, and removes
+    /// them. Answers with the first segment of the rest as well.
+    fn take_front<const N: usize>(&mut self, mut first: usize) -> ([u8; N], usize) {
         let mut bytes = [0; N];
         let mut got = 0;
-        let mut first = 0;
         while got < N {
             let segment = &mut self.segments[first];
             let n = segment.len().min(N - got);
@@ -268,18 +328,17 @@ impl Chain {
     /// Removes the status byte from the writable segments and answers with their range.
     #[inline]
     fn data_in(&mut self) -> (usize, usize) {
-        if let Some(last) = self.segments.last_mut() {
-            *last = Segment::new(last.base(), last.len() - 1);
-            if last.is_empty() {
-                self.segments.pop();
-            }
+        let last = &mut self.segments[self.sums.count - 1];
+        *last = Segment::new(last.base(), last.len() - 1);
+        if last.is_empty() {
+            self.sums.count -= 1;
         }
-        (self.readable, self.segments.len() - self.readable)
+        (self.sums.readable, self.sums.count - self.sums.readable)
     }
 
     #[inline]
     fn read(&mut self, sector: u64, limits: &Limits) -> Request {
-        let len = self.writable_bytes - 1;
+        let len = self.sums.writable_bytes - 1;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
@@ -295,11 +354,11 @@ impl Chain {
         if limits.features.read_only {
             return Request::Answer(STATUS_IOERR, 0);
         }
-        let len = self.readable_bytes - HEADER_BYTES as u64;
+        let len = self.sums.readable_bytes - HEADER_BYTES as u64;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
-        let count = self.readable - first;
+        let count = self.sums.readable - first;
         match byte_range(sector, len / SECTOR_BYTES, limits) {
             Some((offset, len)) => Request::Io { op: Op::Write, offset, len, first, count },
             None => Request::Answer(STATUS_IOERR, 0),
@@ -308,12 +367,11 @@ impl Chain {
 
     /// Discard and write-zeroes: exactly one range, as the config space says.
     fn range(&mut self, op: Op, first: usize, limits: &Limits) -> Request {
-        let len = self.readable_bytes - HEADER_BYTES as u64;
+        let len = self.sums.readable_bytes - HEADER_BYTES as u64;
         if limits.features.read_only || len != RANGE_BYTES as u64 {
             return Request::Answer(STATUS_IOERR, 0);
         }
-        self.segments.drain(..first);
-        let (range, _) = self.take_front::<RANGE_BYTES>();
+        let (range, _) = self.take_front::<RANGE_BYTES>(first);
         let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
         let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
         let (sectors, flags) = (u32_at(8), u32_at(12));
@@ -331,12 +389,12 @@ impl Chain {
     }
 
     fn get_id(&mut self, limits: &Limits) -> Request {
-        let (first, _) = self.data_in();
-        if first == self.segments.len() {
+        let (first, count) = self.data_in();
+        if count == 0 {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
         let mut put = 0;
-        for segment in &self.segments[first..] {
+        for segment in self.data(first, count) {
             let n = segment.len().min(limits.id.len() - put);
             // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
             let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };

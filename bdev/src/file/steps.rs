@@ -238,9 +238,18 @@ impl Steps {
         let entry = match (work, io.op) {
             (Work::Whole, op) => {
                 let (iovecs, count) = io.iovecs();
-                match op {
-                    Op::Read => opcode::Readv::new(FILE, iovecs, count).offset(at).build(),
-                    _ => opcode::Writev::new(FILE, iovecs, count).offset(at).build(),
+                // SAFETY: the caller vouches for the segments.
+                let segments = unsafe { io.segments() };
+                match (op, segments) {
+                    // The kernel has less to do for one piece than for a list of one.
+                    (Op::Read, [one]) => {
+                        opcode::Read::new(FILE, one.base(), one.len() as u32).offset(at).build()
+                    }
+                    (Op::Write, [one]) => {
+                        opcode::Write::new(FILE, one.base(), one.len() as u32).offset(at).build()
+                    }
+                    (Op::Read, _) => opcode::Readv::new(FILE, iovecs, count).offset(at).build(),
+                    (_, _) => opcode::Writev::new(FILE, iovecs, count).offset(at).build(),
                 }
             }
             (Work::Plain, Op::Flush) => {

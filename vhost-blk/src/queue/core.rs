@@ -513,8 +513,7 @@ impl Core {
                 slot.len = len;
                 let io = match op {
                     Op::Read | Op::Write => {
-                        let data = &slot.chain.segments[first..first + count];
-                        Io::rw(op, Tag(index), offset, len, data)
+                        Io::rw(op, Tag(index), offset, len, slot.chain.data(first, count))
                     }
                     _ => Io::plain(op, Tag(index), offset, len),
                 };
