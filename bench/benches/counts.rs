@@ -73,7 +73,7 @@ impl Paths {
 fn all() -> Paths {
     let mut paths = Paths::default();
     paths.add("qsbr-turn", qsbr);
-    for queues in [0, 1, 16, 256] {
+    for queues in [1, 16, 256] {
         paths.add(format!("turn-idle-{queues}"), move || idle(queues));
     }
     paths.add("turn-adopting", adopting);

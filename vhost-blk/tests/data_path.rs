@@ -10,7 +10,10 @@ mod guest;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Stats, Status, Submit};
+use bdev::{
+    Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Null, NullOptions, Stats,
+    Status, Submit,
+};
 use qsbr::{Domain, Reader};
 use vhost_blk::config::Disk;
 use vhost_blk::foreign::ForeignFd;
@@ -593,4 +596,17 @@ fn requests_are_counted_for_the_disk() {
     let read = totals[bdev::Op::Read as usize];
     let write = totals[bdev::Op::Write as usize];
     assert_eq!((read.count, read.bytes, write.count, write.bytes), (1, 512, 1, 1024));
+}
+
+/// A guest may hear of a new size before the reactor does.
+#[test]
+fn a_request_beyond_the_size_that_a_view_knows_is_looked_at_twice() {
+    let options =
+        NullOptions { name: "n".into(), num_blocks: DISK_SECTORS, block_size: 512, uuid: None };
+    let null = Null::create(options).unwrap();
+    let mut bench = Bench::new(Arc::clone(&null) as Arc<dyn Bdev>, false);
+    assert_eq!(bench.answer(IN, DISK_SECTORS, Some((DATA, 512))), (IOERR, 513));
+    null.resize(DISK_SECTORS + 1).unwrap();
+    assert_eq!(bench.answer(IN, DISK_SECTORS, Some((DATA, 512))), (OK, 513));
+    assert_eq!(bench.answer(OUT, DISK_SECTORS + 1, Some((DATA, 512))), (IOERR, 1));
 }

@@ -503,10 +503,13 @@ impl Core {
         tallies: &mut [Tally; 2],
     ) -> u64 {
         let slot = &mut self.slots[usize::from(index)];
-        let request = match &view.limits {
+        let mut request = match &view.limits {
             Some(limits) => slot.chain.parse(limits),
             None => slot.chain.refuse(),
         };
+        if matches!(request, Request::Answer(STATUS_IOERR, _)) {
+            request = parse_again(slot, view, request);
+        }
         match request {
             Request::Io { op, offset, len, first, count } => {
                 slot.op = op;
@@ -678,6 +681,20 @@ impl Core {
         self.send(event, events);
         self.owed.is_none()
     }
+}
+
+/// Looks at a refused request once more if the disk has grown since the view was made: a guest may
+/// have been told before the view that says so was adopted.
+#[cold]
+fn parse_again(slot: &mut Slot, view: &View, refused: Request) -> Request {
+    let (Some(disk), Some(then)) = (&view.disk, &view.limits) else { return refused };
+    let now = disk.limits();
+    if now.sectors == then.sectors {
+        return refused;
+    }
+    let mut near = view.memory.near(Nearest::default());
+    slot.chain.collect(&view.ring, &mut near, slot.head);
+    slot.chain.parse(&now)
 }
 
 impl CallDue {
