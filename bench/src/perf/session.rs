@@ -301,7 +301,7 @@ impl<'s> Crew<'s> {
         let lane = |index: usize| {
             let (ring, slots) = &queues[index];
             let work = make_work(self.session.area(plan, index), slots);
-            Lane::new(ring, make_queue(ring, slots), slots.heads(), slots.count(), work)
+            Lane::new(ring, make_queue(ring, slots), slots, work)
         };
         let mine = |thread: usize| (thread..plan.queues).step_by(count);
         let (timing, ready) = (OnceLock::new(), Barrier::new(count + 1));
