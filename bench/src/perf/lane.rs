@@ -176,7 +176,9 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
                     return Err(not_held(id));
                 }
             }
-            if W::CHECKS && let Some(problem) = self.work.done(id, status == STATUS_OK)? {
+            if W::CHECKS
+                && let Some(problem) = self.work.done(id, status == STATUS_OK)?
+            {
                 tally.mismatches += 1;
                 tally.first_problem.get_or_insert(problem);
             }
@@ -202,7 +204,9 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         if self.pace.is_none() {
             self.give(before, now)?;
         }
-        while self.free.count > 0 && let Some(due) = self.pace.as_mut().and_then(|p| p.take(now)) {
+        while self.free.count > 0
+            && let Some(due) = self.pace.as_mut().and_then(|p| p.take(now))
+        {
             self.give(1, due)?;
         }
         if self.free.count == before {
@@ -303,5 +307,167 @@ impl Shown {
     /// What was last shown.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::GuestRam;
+    use crate::perf::plan::Order;
+    use crate::perf::split::Split;
+    use crate::perf::work::{Area, Chooser};
+
+    const DEPTH: usize = 4;
+
+    /// What a lane lies in; its device is the test.
+    struct Parts {
+        ring: Ring,
+        slots: Slots,
+        clock: Clock,
+    }
+
+    impl Parts {
+        fn new() -> Self {
+            let ram = GuestRam::new(&[1 << 20]).unwrap();
+            let ring = Ring::new(&ram, 0, 16).unwrap();
+            let slots = Slots::new(&ram, DEPTH, 4096, 4096, false).unwrap();
+            Self { ring, slots, clock: Clock::calibrated() }
+        }
+
+        fn lane(&self) -> Lane<'_, Split<'_>, Chooser> {
+            let area = Area { first: 0, count: 8, block_bytes: 4096 };
+            let queue = Split::new(&self.ring, &self.slots, false);
+            Lane::new(&self.ring, queue, &self.slots, Chooser::new(area, Order::Sequential, 50, 1))
+        }
+
+        fn tally(&self) -> Tally {
+            Tally::new(Timeline::new(self.clock.now(), 1 << 40, 1))
+        }
+
+        /// Gives the request in `slot` back with `status`, as the one that makes the used index
+        /// `index`.
+        fn give_back(&self, index: u16, slot: usize, status: u8) {
+            let status_at = self.slots.descriptors(slot, false).last().unwrap().addr;
+            let used = self.ring.addrs()[2];
+            let ram = self.ring.ram();
+            ram.write(status_at, &[status]).unwrap();
+            let element = used + 4 + u64::from((index - 1) % 16) * 8;
+            ram.write(element, &(4 * slot as u32).to_le_bytes()).unwrap();
+            ram.write(used + 2, &index.to_le_bytes()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_completes_is_counted_by_kind_and_submitted_again() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!((lane.in_flight(), parts.ring.available_index()), (DEPTH, 4));
+        let mut writes = 0;
+        for index in 1..=100 {
+            let slot = usize::from(index * 3 % 4);
+            writes += u64::from(lane.slots[slot].kind.write());
+            parts.give_back(index, slot, STATUS_OK);
+            assert_eq!(lane.reap(&parts.clock, &mut tally).unwrap().0, 1);
+            assert_eq!(lane.in_flight(), DEPTH - 1);
+            lane.submit(&parts.clock).unwrap();
+        }
+        assert_eq!(parts.ring.available_index(), 104);
+        let counted = tally.latencies.each_ref().map(Counts::total);
+        assert_eq!(counted, [100 - writes, writes]);
+        assert!(writes > 20 && writes < 80);
+        assert_eq!((tally.errors, tally.timeline.buckets().0[0].completed), (0, 100));
+    }
+
+    #[test]
+    fn a_bad_status_is_told_with_its_place() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        lane.submit(&parts.clock).unwrap();
+        let kind = if lane.slots[2].kind.write() { "write" } else { "read" };
+        // Slots are taken from the last of the free ones on: the third block is in the second slot.
+        let at = lane.slots[2].head.sector() * 512;
+        parts.give_back(1, 2, 1);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        let told = tally.first_problem.take().unwrap();
+        assert_eq!(told, format!("a {kind} at byte {at} came back with status 1"));
+        parts.give_back(2, 1, STATUS_UNWRITTEN);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        assert!(tally.first_problem.unwrap().ends_with("came back without a status"));
+        assert_eq!(tally.errors, 2);
+    }
+
+    #[test]
+    fn what_the_device_does_not_hold_ends_the_run() {
+        let not_held = |slots: &[usize]| {
+            let parts = Parts::new();
+            let (mut lane, mut tally) = (parts.lane(), parts.tally());
+            lane.submit(&parts.clock).unwrap();
+            slots.iter().zip(1..).for_each(|(slot, index)| {
+                let status = if slots[..usize::from(index) - 1].contains(slot) { 0xee } else { 0 };
+                parts.give_back(index, (*slot).min(3), status);
+                let id = parts.ring.addrs()[2] + 4 + u64::from(index - 1) * 8;
+                parts.ring.ram().write(id, &(4 * *slot as u32).to_le_bytes()).unwrap();
+            });
+            let first = lane.reap(&parts.clock, &mut tally);
+            first.and_then(|_| lane.reap(&parts.clock, &mut tally)).map(|(n, _)| n)
+        };
+        assert_eq!(not_held(&[3, 0, 1]).unwrap(), 0);
+        assert!(matches!(not_held(&[4]), Err(Error::NotHeld { id: 4 })), "out of range");
+        assert!(matches!(not_held(&[1, 1]), Err(Error::NotHeld { id: 1 })), "in one batch");
+        // Nothing is held any more when the fifth is seen.
+        assert!(matches!(not_held(&[0, 1, 2, 3, 2]), Err(Error::NotHeld { id: 2 })));
+    }
+
+    #[test]
+    fn an_open_loop_counts_from_when_requests_were_due() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        let begin = parts.clock.now();
+        // Ten are due by now, and there is room for four: a device that has stalled.
+        let interval = parts.clock.ticks(std::time::Duration::from_millis(2));
+        lane.begin(begin, Some(Pace::new(begin, interval as f64)));
+        while parts.clock.now() < begin + 9 * interval {}
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!((lane.in_flight(), lane.due()), (DEPTH, None));
+        let kept = [3, 2, 1, 0].map(|slot| lane.slots[slot].kind.since());
+        assert_eq!(kept.map(|since| since.abs_diff(begin)), [3, 2, 1, 0].map(|i| i * interval));
+        assert_eq!(lane.due_before(begin + 9 * interval), 5);
+        for index in 1..=4 {
+            parts.give_back(index, 4 - usize::from(index), STATUS_OK);
+        }
+        assert_eq!(lane.reap(&parts.clock, &mut tally).unwrap().0, 4);
+        let told = tally.latencies[0].clone();
+        let mut all = tally.latencies[1].clone();
+        all.add(&told);
+        let ticks = all.distribution(|ticks| ticks);
+        assert!(ticks.max >= 9 * interval && ticks.min >= 6 * interval, "{ticks:?}");
+        // What is due next goes first, with its own time.
+        lane.submit(&parts.clock).unwrap();
+        let next = lane.slots.iter().map(|slot| slot.kind.since()).min();
+        assert_eq!(next, Some((begin + 4 * interval) & (u64::MAX >> 1)));
+    }
+
+    #[test]
+    fn a_gap_is_a_time_in_which_the_device_held_something() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        let begin = parts.clock.now();
+        lane.begin(begin, Some(Pace::new(begin + 1, 1e15)));
+        let far = parts.clock.ticks(std::time::Duration::from_millis(20));
+        while parts.clock.now() < begin + far {}
+        // Nobody asked for anything until now.
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!(lane.in_flight(), 1);
+        parts.give_back(1, 0, STATUS_OK);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        let gap = tally.timeline.longest_gaps().next().unwrap();
+        assert!(gap.from >= begin + far, "{gap:?}, from {begin}");
+        // A device that holds something at the end has a gap that does not end.
+        lane.pace = None;
+        lane.submit(&parts.clock).unwrap();
+        lane.end(gap.from + 1000 * far, &mut tally);
+        assert!(tally.timeline.longest_gaps().next().unwrap().length > 900 * far);
     }
 }

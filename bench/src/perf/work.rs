@@ -191,7 +191,7 @@ mod tests {
         let mut seen = [0; 10];
         for _ in 0..100_000 {
             let io = next(&mut chooser);
-            assert!(!io.write && io.sector % 4 == 0);
+            assert!(!io.write && io.sector.is_multiple_of(4));
             seen[(io.sector / 4 - 100) as usize] += 1;
         }
         assert!(seen.iter().all(|n| (9_500..10_500).contains(n)), "{seen:?}");
