@@ -170,7 +170,9 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
             if now >= self.phase_end || self.orders.stop.load(Ordering::Relaxed) {
                 self.next_phase(now)?;
             }
-            return Ok(self.orders.abandon.load(Ordering::Relaxed));
+            if self.phase != Phase::Drain {
+                return Ok(self.orders.abandon.load(Ordering::Relaxed));
+            }
         }
         let over = self.in_flight() == 0
             || self.orders.abandon.load(Ordering::Relaxed)
