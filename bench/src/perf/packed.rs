@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use crate::perf::plan::RingLayout;
-use crate::perf::slots::Slots;
+use crate::perf::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
 use crate::perf::virtqueue::{Virtqueue, need_event};
 use crate::ring::{Descriptor, INDIRECT, Ring};
 use crate::words::words;
@@ -84,7 +84,15 @@ impl<'a> Packed<'a> {
             unkicked: 0,
             held: 0,
         };
-        (0..slots.count()).for_each(|slot| packed.set_kind(slot, false));
+        for slot in 0..slots.count() {
+            match slots.lay_table(slot, RingLayout::Packed) {
+                Some(table) => {
+                    let table = Descriptor { flags: INDIRECT, ..table };
+                    packed.made[slot] = Self::make(slot, table);
+                }
+                None => packed.set_kind(slot, false),
+            }
+        }
         packed.refuse_calls();
         packed
     }
@@ -130,12 +138,11 @@ impl Virtqueue for Packed<'_> {
     }
 
     fn set_kind(&mut self, slot: usize, write: bool) {
+        if let Some(table) = self.slots.table(slot) {
+            return set_data_kind(table, PACKED_FLAGS_AT, write);
+        }
         let parts = usize::from(self.parts);
         let made = &mut self.made[slot * parts..][..parts];
-        if let Some(table) = self.slots.lay_table(slot, write, RingLayout::Packed) {
-            made[0] = Self::make(slot, Descriptor { flags: INDIRECT, ..table });
-            return;
-        }
         for (made, part) in made.iter_mut().zip(self.slots.descriptors(slot, write)) {
             *made = Self::make(slot, part);
         }

@@ -10,6 +10,9 @@ use crate::perf::plan::RingLayout;
 use crate::ring::{Descriptor, NEXT, WRITE};
 use crate::words::words;
 
+/// Where the flags begin in the second word of a split ring's descriptor, and of a packed one's.
+pub(crate) const SPLIT_FLAGS_AT: u32 = 32;
+pub(crate) const PACKED_FLAGS_AT: u32 = 48;
 /// Header and status byte share a cache line: it travels to the device and back once a request.
 const HEAD_BYTES: u32 = 64;
 const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
@@ -93,18 +96,13 @@ impl Slots {
         std::iter::once(header).chain(data).chain(std::iter::once(status))
     }
 
-    /// Writes the indirect table of `slot`, and returns a descriptor for it without flags. None if
-    /// requests are in no tables.
-    pub(crate) fn lay_table(
-        &self,
-        slot: usize,
-        write: bool,
-        layout: RingLayout,
-    ) -> Option<Descriptor> {
+    /// Writes the indirect table of a read in `slot`, and returns a descriptor for it without
+    /// flags. None if requests are in no tables.
+    pub(crate) fn lay_table(&self, slot: usize, layout: RingLayout) -> Option<Descriptor> {
         let tables = self.tables.as_ref()?;
         let parts = self.parts();
         let first = slot * parts.next_power_of_two();
-        for (i, mut part) in self.descriptors(slot, write).enumerate() {
+        for (i, mut part) in self.descriptors(slot, false).enumerate() {
             match layout {
                 RingLayout::Split => part.next = if i + 1 < parts { i as u16 + 1 } else { 0 },
                 // Entries follow one another, and the flags are where a split one's next is.
@@ -114,6 +112,13 @@ impl Slots {
         }
         let addr = tables.gpa() + first as u64 * u64::from(DESCRIPTOR_BYTES);
         Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
+    }
+
+    /// The descriptors in the table of `slot`, if there are tables, as two words each.
+    #[inline]
+    pub(crate) fn table(&self, slot: usize) -> Option<&[AtomicU64]> {
+        let first = slot * self.parts().next_power_of_two();
+        Some(&words(self.tables.as_ref()?)[2 * first..][..2 * self.parts()])
     }
 
     /// The headers and status bytes, for the loop, of reads.
@@ -127,6 +132,20 @@ impl Slots {
             head.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
             head
         })
+    }
+}
+
+/// Makes the data of a request the device's to read, for a write, or to write: in `words`, the
+/// request's descriptors of two words each, whose flags begin at bit `flags_at` of the second one.
+#[inline]
+pub(crate) fn set_data_kind(words: &[AtomicU64], flags_at: u32, write: bool) {
+    let flag = u64::from(WRITE) << flags_at;
+    let (descriptors, _) = words.as_chunks::<2>();
+    // All but header and status.
+    let data = descriptors.get(1..descriptors.len().saturating_sub(1)).unwrap_or_default();
+    for [_, rest] in data {
+        let others = rest.load(Ordering::Relaxed) & !flag;
+        rest.store(if write { others } else { others | flag }, Ordering::Relaxed);
     }
 }
 
@@ -177,7 +196,7 @@ mod tests {
     fn a_request_is_header_data_and_status() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 3, 10_240, 4096, false).unwrap();
-        assert_eq!((slots.parts(), slots.lay_table(0, false, RingLayout::Split)), (5, None));
+        assert_eq!((slots.parts(), slots.lay_table(0, RingLayout::Split)), (5, None));
         let read: Vec<_> = slots.descriptors(2, false).collect();
         let buffer = slots.buffers()[2].gpa;
         let told: Vec<_> = read.iter().map(|part| (part.len, part.flags)).collect();
@@ -193,9 +212,11 @@ mod tests {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 4, 8192, 4096, true).unwrap();
         for slot in 0..4 {
-            let table = slots.lay_table(slot, true, RingLayout::Split).unwrap();
+            let table = slots.lay_table(slot, RingLayout::Split).unwrap();
             assert_eq!(table.len, 64);
-            for (i, part) in slots.descriptors(slot, true).enumerate() {
+            let write = slot % 2 == 1;
+            set_data_kind(slots.table(slot).unwrap(), SPLIT_FLAGS_AT, write);
+            for (i, part) in slots.descriptors(slot, write).enumerate() {
                 let mut bytes = [0; 16];
                 ram.read(table.addr + 16 * i as u64, &mut bytes).unwrap();
                 let next = if i < 3 { i as u8 + 1 } else { 0 };

@@ -1,11 +1,11 @@
 //! The driver's side of a split ring (virtio 1.2, 2.7).
 
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use crate::perf::plan::RingLayout;
-use crate::perf::slots::Slots;
+use crate::perf::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
 use crate::perf::virtqueue::{Virtqueue, need_event};
-use crate::ring::{INDIRECT, Ring};
+use crate::ring::{Descriptor, INDIRECT, Ring};
 use crate::words::words;
 
 /// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
@@ -24,6 +24,7 @@ pub(crate) struct Split<'a> {
     slots: &'a Slots,
     shift: u32,
     event_idx: bool,
+    descriptors: &'a [AtomicU64],
     available: &'a [AtomicU16],
     used: &'a [AtomicU16],
     /// The same as `used`, for its elements.
@@ -42,7 +43,7 @@ impl<'a> Split<'a> {
     /// Lays out the requests of `slots` as reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX
     /// has been agreed on.
     pub(crate) fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
-        let [_, available, used] = ring.windows();
+        let [descriptors, available, used] = ring.windows();
         let stride = stride(slots);
         assert!(
             slots.count() * stride <= usize::from(ring.size()),
@@ -53,6 +54,7 @@ impl<'a> Split<'a> {
             slots,
             shift: stride.trailing_zeros(),
             event_idx,
+            descriptors: words(descriptors),
             available: words(available),
             used: words(used),
             elements: words(used),
@@ -62,9 +64,22 @@ impl<'a> Split<'a> {
             taken: 0,
             refused: 0,
         };
-        (0..slots.count()).for_each(|slot| split.set_kind(slot, false));
+        (0..slots.count()).for_each(|slot| split.lay(slot));
         split.refuse_calls();
         split
+    }
+
+    /// Lays out the descriptors of a read.
+    fn lay(&self, slot: usize) {
+        let head = (slot << self.shift) as u16;
+        if let Some(table) = self.slots.lay_table(slot, RingLayout::Split) {
+            return self.ring.set_descriptor(head, Descriptor { flags: INDIRECT, ..table });
+        }
+        let parts = self.slots.parts() as u16;
+        for (i, mut part) in (0..).zip(self.slots.descriptors(slot, false)) {
+            part.next = if i + 1 < parts { head + i + 1 } else { 0 };
+            self.ring.set_descriptor(head + i, part);
+        }
     }
 
     #[inline]
@@ -101,17 +116,14 @@ impl Virtqueue for Split<'_> {
         self.taken != self.used_index()
     }
 
+    #[inline]
     fn set_kind(&mut self, slot: usize, write: bool) {
-        let head = (slot << self.shift) as u16;
-        if let Some(mut table) = self.slots.lay_table(slot, write, RingLayout::Split) {
-            table.flags = INDIRECT;
-            return self.ring.set_descriptor(head, table);
-        }
-        let parts = self.slots.parts() as u16;
-        for (i, mut part) in (0..).zip(self.slots.descriptors(slot, write)) {
-            part.next = if i + 1 < parts { head + i + 1 } else { 0 };
-            self.ring.set_descriptor(head + i, part);
-        }
+        let first = slot << self.shift;
+        let words = match self.slots.table(slot) {
+            Some(table) => table,
+            None => &self.descriptors[2 * first..][..2 * self.slots.parts()],
+        };
+        set_data_kind(words, SPLIT_FLAGS_AT, write);
     }
 
     #[inline]
@@ -163,7 +175,6 @@ mod tests {
 
     use super::*;
     use crate::guest::GuestRam;
-    use crate::ring::Descriptor;
 
     /// A ring of 8 descriptors for two requests, whose device is the test.
     fn parts(indirect: bool) -> (Arc<GuestRam>, Ring, Slots) {
@@ -202,9 +213,11 @@ mod tests {
         split.set_kind(1, true);
         assert_eq!(chain(&ring, 0), slots.descriptors(0, false).collect::<Vec<_>>());
         assert_eq!(chain(&ring, 4), slots.descriptors(1, true).collect::<Vec<_>>());
+        split.set_kind(1, false);
+        assert_eq!(chain(&ring, 4), slots.descriptors(1, false).collect::<Vec<_>>());
         let (_ram, ring, slots) = parts(true);
         Split::new(&ring, &slots, false);
-        let table = slots.lay_table(1, false, RingLayout::Split).unwrap();
+        let table = slots.lay_table(1, RingLayout::Split).unwrap();
         assert_eq!(chain(&ring, 1), [Descriptor { flags: INDIRECT, ..table }]);
     }
 
