@@ -10,6 +10,9 @@ use crate::perf::plan::RingLayout;
 use crate::ring::{Descriptor, NEXT, WRITE};
 use crate::words::words;
 
+/// Where the flags begin in the second word of a split ring's descriptor, and of a packed one's.
+pub(crate) const SPLIT_FLAGS_AT: u32 = 32;
+pub(crate) const PACKED_FLAGS_AT: u32 = 48;
 /// Header and status byte share a cache line: it travels to the device and back once a request.
 const HEAD_BYTES: u32 = 64;
 const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
@@ -93,18 +96,13 @@ impl Slots {
         std::iter::once(header).chain(data).chain(std::iter::once(status))
     }
 
-    /// Writes the indirect table of `slot`, and returns a descriptor for it without flags. None if
-    /// requests are in no tables.
-    pub(crate) fn lay_table(
-        &self,
-        slot: usize,
-        write: bool,
-        layout: RingLayout,
-    ) -> Option<Descriptor> {
+    /// Writes the indirect table of a read in `slot`, and returns a descriptor for it without
+    /// flags. None if requests are in no tables.
+    pub(crate) fn lay_table(&self, slot: usize, layout: RingLayout) -> Option<Descriptor> {
         let tables = self.tables.as_ref()?;
         let parts = self.parts();
         let first = slot * parts.next_power_of_two();
-        for (i, mut part) in self.descriptors(slot, write).enumerate() {
+        for (i, mut part) in self.descriptors(slot, false).enumerate() {
             match layout {
                 RingLayout::Split => part.next = if i + 1 < parts { i as u16 + 1 } else { 0 },
                 // Entries follow one another, and the flags are where a split one's next is.
@@ -116,15 +114,38 @@ impl Slots {
         Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
     }
 
-    /// The headers and status bytes, for the loop.
-    pub(crate) fn heads(&self) -> Heads<'_> {
-        let heads = Heads { words: words(&self.heads), bytes: words(&self.heads) };
-        for slot in 0..self.count() {
-            heads.set_kind(slot, false);
-            heads.bytes[slot * HEAD_BYTES as usize + STATUS_AT]
-                .store(STATUS_UNWRITTEN, Ordering::Relaxed);
-        }
-        heads
+    /// The descriptors in the table of `slot`, if there are tables, as two words each.
+    #[inline]
+    pub(crate) fn table(&self, slot: usize) -> Option<&[AtomicU64]> {
+        let first = slot * self.parts().next_power_of_two();
+        Some(&words(self.tables.as_ref()?)[2 * first..][..2 * self.parts()])
+    }
+
+    /// The headers and status bytes, for the loop, of reads.
+    pub(crate) fn heads(&self) -> impl Iterator<Item = Head<'_>> {
+        let (words, bytes) = (words(&self.heads), words(&self.heads));
+        (0..self.count()).map(move |slot| {
+            let word = slot * HEAD_WORDS;
+            let status = &bytes[slot * HEAD_BYTES as usize + STATUS_AT];
+            let head = Head { kind: &words[word], sector: &words[word + 1], status };
+            head.set_kind(false);
+            head.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
+            head
+        })
+    }
+}
+
+/// Makes the data of a request the device's to read, for a write, or to write: in `words`, the
+/// request's descriptors of two words each, whose flags begin at bit `flags_at` of the second one.
+#[inline]
+pub(crate) fn set_data_kind(words: &[AtomicU64], flags_at: u32, write: bool) {
+    let flag = u64::from(WRITE) << flags_at;
+    let (descriptors, _) = words.as_chunks::<2>();
+    // All but header and status.
+    let data = descriptors.get(1..descriptors.len().saturating_sub(1)).unwrap_or_default();
+    for [_, rest] in data {
+        let others = rest.load(Ordering::Relaxed) & !flag;
+        rest.store(if write { others } else { others | flag }, Ordering::Relaxed);
     }
 }
 
@@ -132,37 +153,37 @@ fn parts(block_bytes: u32, segment_bytes: u32) -> usize {
     block_bytes.div_ceil(segment_bytes) as usize + 2
 }
 
-/// The headers and status bytes of all slots.
+/// A request's header and status byte.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Heads<'a> {
-    words: &'a [AtomicU64],
-    bytes: &'a [AtomicU8],
+pub(crate) struct Head<'a> {
+    kind: &'a AtomicU64,
+    sector: &'a AtomicU64,
+    status: &'a AtomicU8,
 }
 
-impl Heads<'_> {
-    /// Makes the request in `slot` a read or a write.
+impl Head<'_> {
+    /// Makes the request a read or a write.
     #[inline]
-    pub(crate) fn set_kind(&self, slot: usize, write: bool) {
-        self.words[slot * HEAD_WORDS].store(u64::from(write), Ordering::Relaxed);
+    pub(crate) fn set_kind(&self, write: bool) {
+        self.kind.store(u64::from(write), Ordering::Relaxed);
     }
 
-    /// Says where on the disk the request in `slot` begins.
+    /// Says where on the disk the request begins.
     #[inline]
-    pub(crate) fn set_sector(&self, slot: usize, sector: u64) {
-        self.words[slot * HEAD_WORDS + 1].store(sector, Ordering::Relaxed);
+    pub(crate) fn set_sector(&self, sector: u64) {
+        self.sector.store(sector, Ordering::Relaxed);
     }
 
-    /// Where on the disk the request in `slot` begins.
-    pub(crate) fn sector(&self, slot: usize) -> u64 {
-        self.words[slot * HEAD_WORDS + 1].load(Ordering::Relaxed)
+    /// Where on the disk the request begins.
+    pub(crate) fn sector(&self) -> u64 {
+        self.sector.load(Ordering::Relaxed)
     }
 
-    /// The status that the device has written for `slot`, which is made unwritten again.
+    /// The status that the device has written, which is made unwritten again.
     #[inline]
-    pub(crate) fn take_status(&self, slot: usize) -> u8 {
-        let status = &self.bytes[slot * HEAD_BYTES as usize + STATUS_AT];
-        let written = status.load(Ordering::Relaxed);
-        status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
+    pub(crate) fn take_status(&self) -> u8 {
+        let written = self.status.load(Ordering::Relaxed);
+        self.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
         written
     }
 }
@@ -175,7 +196,7 @@ mod tests {
     fn a_request_is_header_data_and_status() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 3, 10_240, 4096, false).unwrap();
-        assert_eq!((slots.parts(), slots.lay_table(0, false, RingLayout::Split)), (5, None));
+        assert_eq!((slots.parts(), slots.lay_table(0, RingLayout::Split)), (5, None));
         let read: Vec<_> = slots.descriptors(2, false).collect();
         let buffer = slots.buffers()[2].gpa;
         let told: Vec<_> = read.iter().map(|part| (part.len, part.flags)).collect();
@@ -191,9 +212,11 @@ mod tests {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 4, 8192, 4096, true).unwrap();
         for slot in 0..4 {
-            let table = slots.lay_table(slot, true, RingLayout::Split).unwrap();
+            let table = slots.lay_table(slot, RingLayout::Split).unwrap();
             assert_eq!(table.len, 64);
-            for (i, part) in slots.descriptors(slot, true).enumerate() {
+            let write = slot % 2 == 1;
+            set_data_kind(slots.table(slot).unwrap(), SPLIT_FLAGS_AT, write);
+            for (i, part) in slots.descriptors(slot, write).enumerate() {
                 let mut bytes = [0; 16];
                 ram.read(table.addr + 16 * i as u64, &mut bytes).unwrap();
                 let next = if i < 3 { i as u8 + 1 } else { 0 };
@@ -208,9 +231,9 @@ mod tests {
     fn a_head_is_what_the_device_reads_and_its_status_is_taken_once() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 2, 512, 512, false).unwrap();
-        let heads = slots.heads();
-        heads.set_kind(1, true);
-        heads.set_sector(1, 0x0102);
+        let head = slots.heads().nth(1).unwrap();
+        head.set_kind(true);
+        head.set_sector(0x0102);
         let header = slots.descriptors(1, true).next().unwrap().addr;
         let mut bytes = [0; 17];
         ram.read(header, &mut bytes).unwrap();
@@ -218,7 +241,7 @@ mod tests {
         (expected[0], expected[8], expected[9], expected[16]) = (1, 2, 1, STATUS_UNWRITTEN);
         assert_eq!(bytes, expected);
         ram.write(header + 16, &[0]).unwrap();
-        assert_eq!((heads.take_status(1), heads.take_status(1)), (0, STATUS_UNWRITTEN));
+        assert_eq!((head.take_status(), head.take_status()), (0, STATUS_UNWRITTEN));
     }
 
     #[test]
