@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::perf::clock::Clock;
 use crate::perf::histogram::Counts;
 use crate::perf::pace::Pace;
-use crate::perf::slots::Heads;
+use crate::perf::slots::{Head, Slots};
 use crate::perf::timeline::Timeline;
 use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::{Io, SECTOR, Work};
@@ -45,40 +45,69 @@ impl Tally {
     }
 }
 
-/// A request's place in memory.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    /// When it was submitted, or should have been.
-    since: u64,
-    write: bool,
+/// When a request was submitted, or should have been, and whether it writes: in one number, as
+/// requests that completed together and are alike in both are counted together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Kind(u64);
+
+impl Kind {
+    #[inline]
+    fn new(since: u64, write: bool) -> Self {
+        Self(since << 1 | u64::from(write))
+    }
+
+    #[inline]
+    fn since(self) -> u64 {
+        self.0 >> 1
+    }
+
+    #[inline]
+    fn write(self) -> bool {
+        self.0 & 1 != 0
+    }
 }
 
-/// Requests of one kind that completed together and were submitted together.
-#[derive(Clone, Copy, Debug, Default)]
-struct Alike {
-    slot: Slot,
-    times: u64,
+/// A request's place in memory, and what it was last used for.
+#[derive(Clone, Copy, Debug)]
+struct Slot<'a> {
+    head: Head<'a>,
+    kind: Kind,
+}
+
+impl Slot<'_> {
+    /// Notes that the request came back with `status`, which is not OK.
+    #[cold]
+    #[inline(never)]
+    fn note_failure(&self, status: u8, tally: &mut Tally) {
+        let kind = if self.kind.write() { "write" } else { "read" };
+        let at = self.head.sector() * u64::from(SECTOR);
+        tally.errors += 1;
+        tally.first_problem.get_or_insert_with(|| match status {
+            STATUS_UNWRITTEN => format!("a {kind} at byte {at} came back without a status"),
+            _ => format!("a {kind} at byte {at} came back with status {status}"),
+        });
+    }
 }
 
 /// A queue, its requests, and the work they do.
 pub(crate) struct Lane<'a, V, W> {
     ring: &'a Ring,
     queue: V,
-    heads: Heads<'a>,
     work: W,
     pace: Option<Pace>,
-    slots: Box<[Slot]>,
+    slots: Box<[Slot<'a>]>,
     /// Slots that the device does not hold.
-    free: Vec<usize>,
+    free: Free,
     /// When something last completed, or was submitted while the device held nothing.
     last: u64,
 }
 
 impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
-    pub(crate) fn new(ring: &'a Ring, queue: V, heads: Heads<'a>, depth: usize, work: W) -> Self {
-        let slots = vec![Slot::default(); depth].into_boxed_slice();
-        let free = (0..depth).rev().collect();
-        Self { ring, queue, heads, work, pace: None, slots, free, last: 0 }
+    pub(crate) fn new(ring: &'a Ring, queue: V, slots: &'a Slots, work: W) -> Self {
+        let slots: Box<[_]> =
+            slots.heads().map(|head| Slot { head, kind: Kind::default() }).collect();
+        let free = Free::all(slots.len());
+        Self { ring, queue, work, pace: None, slots, free, last: 0 }
     }
 
     pub(crate) fn queue(&mut self) -> &mut V {
@@ -86,13 +115,13 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots.len() - self.free.count
     }
 
     /// When the next request is due, if there is a schedule.
     pub(crate) fn due(&self) -> Option<u64> {
         // What is due already waits for a slot, that is for the device.
-        self.pace.filter(|_| !self.free.is_empty()).map(|pace| pace.due())
+        self.pace.filter(|_| self.free.count > 0).map(|pace| pace.due())
     }
 
     /// Requests that were due before `end` and have not been submitted.
@@ -123,41 +152,42 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
     /// [`Error::NotHeld`]: a device that returns what it does not hold cannot be worked with.
     #[inline]
     pub(crate) fn reap(&mut self, clock: &Clock, tally: &mut Tally) -> Result<(usize, u64)> {
-        let Some(mut id) = self.queue.take() else { return Ok((0, 0)) };
+        let (free, held) = self.free.split();
+        let room = held.len().min(BATCH);
+        let taken = self.queue.take(&mut held[..room]);
+        if taken == 0 {
+            // Whatever it gives back while it holds nothing is none of ours.
+            return if room == 0 { self.expect_none() } else { Ok((0, 0)) };
+        }
         let now = clock.now();
-        let mut alike = Alike::default();
-        let mut completed = 0;
-        loop {
-            let Some(&slot) = self.slots.get(id) else { return Err(self.not_held(id)) };
-            let status = self.heads.take_status(id);
-            let problem = if status == STATUS_OK { None } else { self.bad_status(id, status)? };
-            if slot.since != alike.slot.since || slot.write != alike.slot.write {
-                alike.record(now, tally);
-                alike = Alike { slot, times: 0 };
+        let (mut alike, mut times) = (Kind::default(), 0);
+        for (i, id) in held[..taken].iter().map(|id| usize::from(*id)).enumerate() {
+            let Some(slot) = self.slots.get(id) else { return Err(not_held(id)) };
+            let status = slot.head.take_status();
+            if slot.kind != alike {
+                record(tally, now, alike, times);
+                (alike, times) = (slot.kind, 0);
             }
-            alike.times += 1;
-            if let Some(problem) = problem {
-                tally.errors += 1;
-                tally.first_problem.get_or_insert(problem);
+            times += 1;
+            if status != STATUS_OK {
+                slot.note_failure(status, tally);
+                let mut others = free.iter().chain(&held[..i]);
+                if status == STATUS_UNWRITTEN && others.any(|other| usize::from(*other) == id) {
+                    return Err(not_held(id));
+                }
             }
-            if let Some(problem) = self.work.done(id, status == STATUS_OK)? {
+            if W::CHECKS
+                && let Some(problem) = self.work.done(id, status == STATUS_OK)?
+            {
                 tally.mismatches += 1;
                 tally.first_problem.get_or_insert(problem);
             }
-            self.free.push(id);
-            completed += 1;
-            if completed == BATCH {
-                break;
-            }
-            match self.queue.take() {
-                Some(next) => id = next,
-                None => break,
-            }
         }
-        alike.record(now, tally);
-        tally.timeline.note(now, self.last, completed as u64);
+        self.free.count += taken;
+        record(tally, now, alike, times);
+        tally.timeline.note(now, self.last, taken as u64);
         self.last = now;
-        Ok((completed, now))
+        Ok((taken, now))
     }
 
     /// Submits what is free, or what of it is due, and kicks the device if it wants that.
@@ -166,37 +196,45 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
     /// The eventfd cannot be written.
     #[inline]
     pub(crate) fn submit(&mut self, clock: &Clock) -> Result<()> {
-        if self.free.is_empty() {
+        let before = self.free.count;
+        if before == 0 {
             return Ok(());
         }
         let now = clock.now();
-        let before = self.free.len();
-        while let Some(&slot) = self.free.last() {
-            let since = match &mut self.pace {
-                None => now,
-                Some(pace) => match pace.take(now) {
-                    Some(due) => due,
-                    None => break,
-                },
-            };
-            self.free.pop();
-            let Io { sector, write } = self.work.next(slot)?;
-            self.heads.set_sector(slot, sector);
-            if write != self.slots[slot].write {
-                self.heads.set_kind(slot, write);
-                self.queue.set_kind(slot, write);
-            }
-            self.slots[slot] = Slot { since, write };
-            self.queue.give(slot);
+        if self.pace.is_none() {
+            self.give(before, now)?;
         }
-        if self.free.len() == before {
+        while self.free.count > 0
+            && let Some(due) = self.pace.as_mut().and_then(|p| p.take(now))
+        {
+            self.give(1, due)?;
+        }
+        if self.free.count == before {
             return Ok(());
         }
-        self.queue.publish();
         if before == self.slots.len() {
             self.last = now;
         }
         self.kick()
+    }
+
+    /// Gives `count` free slots to the device, with requests that count from `since`.
+    #[inline]
+    fn give(&mut self, count: usize, since: u64) -> Result<()> {
+        let rest = self.free.count - count;
+        let given = &self.free.slots[rest..self.free.count];
+        self.work.next(given, |id, Io { sector, write }| {
+            let slot = &mut self.slots[id];
+            slot.head.set_sector(sector);
+            if write != slot.kind.write() {
+                slot.head.set_kind(write);
+                self.queue.set_kind(id, write);
+            }
+            slot.kind = Kind::new(since, write);
+        })?;
+        self.queue.give(given);
+        self.free.count = rest;
+        Ok(())
     }
 
     /// Kicks the device if it wants that for what was published.
@@ -211,33 +249,46 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         Ok(())
     }
 
+    /// What a device has done that gives back a request while it holds none.
     #[cold]
-    fn not_held(&self, id: usize) -> Error {
-        Error::NotHeld { id: id as u32 }
-    }
-
-    /// What a status other than OK means.
-    #[cold]
-    fn bad_status(&self, slot: usize, status: u8) -> Result<Option<String>> {
-        if status == STATUS_UNWRITTEN && self.free.contains(&slot) {
-            return Err(self.not_held(slot));
-        }
-        let kind = if self.slots[slot].write { "write" } else { "read" };
-        let at = self.heads.sector(slot) * u64::from(SECTOR);
-        Ok(Some(match status {
-            STATUS_UNWRITTEN => format!("a {kind} at byte {at} came back without a status"),
-            _ => format!("a {kind} at byte {at} came back with status {status}"),
-        }))
+    fn expect_none(&mut self) -> Result<(usize, u64)> {
+        let mut slots = [0];
+        if self.queue.take(&mut slots) == 0 { Ok((0, 0)) } else { Err(not_held(slots[0].into())) }
     }
 }
 
-impl Alike {
+#[cold]
+fn not_held(id: usize) -> Error {
+    Error::NotHeld { id: id as u32 }
+}
+
+/// Counts `times` requests that completed together and are alike.
+#[inline]
+fn record(tally: &mut Tally, now: u64, alike: Kind, times: u64) {
+    if times > 0 {
+        let latency = now.saturating_sub(alike.since());
+        tally.latencies[usize::from(alike.write())].record(latency, times);
+    }
+}
+
+/// Slots that are free: the first `count`. The last of these is used first, as its memory is the
+/// warmest. Behind them is room for those that the device holds.
+#[derive(Clone, Debug)]
+struct Free {
+    slots: Box<[u16]>,
+    count: usize,
+}
+
+impl Free {
+    fn all(count: usize) -> Self {
+        Self { slots: (0..count as u16).rev().collect(), count }
+    }
+
+    /// Those that are free, and the room for the others.
     #[inline]
-    fn record(self, now: u64, tally: &mut Tally) {
-        if self.times > 0 {
-            let latency = now.saturating_sub(self.slot.since);
-            tally.latencies[usize::from(self.slot.write)].record(latency, self.times);
-        }
+    fn split(&mut self) -> (&[u16], &mut [u16]) {
+        let (free, held) = self.slots.split_at_mut(self.count);
+        (free, held)
     }
 }
 
@@ -256,5 +307,167 @@ impl Shown {
     /// What was last shown.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::GuestRam;
+    use crate::perf::plan::Order;
+    use crate::perf::split::Split;
+    use crate::perf::work::{Area, Chooser};
+
+    const DEPTH: usize = 4;
+
+    /// What a lane lies in; its device is the test.
+    struct Parts {
+        ring: Ring,
+        slots: Slots,
+        clock: Clock,
+    }
+
+    impl Parts {
+        fn new() -> Self {
+            let ram = GuestRam::new(&[1 << 20]).unwrap();
+            let ring = Ring::new(&ram, 0, 16).unwrap();
+            let slots = Slots::new(&ram, DEPTH, 4096, 4096, false).unwrap();
+            Self { ring, slots, clock: Clock::calibrated() }
+        }
+
+        fn lane(&self) -> Lane<'_, Split<'_>, Chooser> {
+            let area = Area { first: 0, count: 8, block_bytes: 4096 };
+            let queue = Split::new(&self.ring, &self.slots, false);
+            Lane::new(&self.ring, queue, &self.slots, Chooser::new(area, Order::Sequential, 50, 1))
+        }
+
+        fn tally(&self) -> Tally {
+            Tally::new(Timeline::new(self.clock.now(), 1 << 40, 1))
+        }
+
+        /// Gives the request in `slot` back with `status`, as the one that makes the used index
+        /// `index`.
+        fn give_back(&self, index: u16, slot: usize, status: u8) {
+            let status_at = self.slots.descriptors(slot, false).last().unwrap().addr;
+            let used = self.ring.addrs()[2];
+            let ram = self.ring.ram();
+            ram.write(status_at, &[status]).unwrap();
+            let element = used + 4 + u64::from((index - 1) % 16) * 8;
+            ram.write(element, &(4 * slot as u32).to_le_bytes()).unwrap();
+            ram.write(used + 2, &index.to_le_bytes()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_completes_is_counted_by_kind_and_submitted_again() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!((lane.in_flight(), parts.ring.available_index()), (DEPTH, 4));
+        let mut writes = 0;
+        for index in 1..=100 {
+            let slot = usize::from(index * 3 % 4);
+            writes += u64::from(lane.slots[slot].kind.write());
+            parts.give_back(index, slot, STATUS_OK);
+            assert_eq!(lane.reap(&parts.clock, &mut tally).unwrap().0, 1);
+            assert_eq!(lane.in_flight(), DEPTH - 1);
+            lane.submit(&parts.clock).unwrap();
+        }
+        assert_eq!(parts.ring.available_index(), 104);
+        let counted = tally.latencies.each_ref().map(Counts::total);
+        assert_eq!(counted, [100 - writes, writes]);
+        assert!(writes > 20 && writes < 80);
+        assert_eq!((tally.errors, tally.timeline.buckets().0[0].completed), (0, 100));
+    }
+
+    #[test]
+    fn a_bad_status_is_told_with_its_place() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        lane.submit(&parts.clock).unwrap();
+        let kind = if lane.slots[2].kind.write() { "write" } else { "read" };
+        // Slots are taken from the last of the free ones on: the third block is in the second slot.
+        let at = lane.slots[2].head.sector() * 512;
+        parts.give_back(1, 2, 1);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        let told = tally.first_problem.take().unwrap();
+        assert_eq!(told, format!("a {kind} at byte {at} came back with status 1"));
+        parts.give_back(2, 1, STATUS_UNWRITTEN);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        assert!(tally.first_problem.unwrap().ends_with("came back without a status"));
+        assert_eq!(tally.errors, 2);
+    }
+
+    #[test]
+    fn what_the_device_does_not_hold_ends_the_run() {
+        let not_held = |slots: &[usize]| {
+            let parts = Parts::new();
+            let (mut lane, mut tally) = (parts.lane(), parts.tally());
+            lane.submit(&parts.clock).unwrap();
+            slots.iter().zip(1..).for_each(|(slot, index)| {
+                let status = if slots[..usize::from(index) - 1].contains(slot) { 0xee } else { 0 };
+                parts.give_back(index, (*slot).min(3), status);
+                let id = parts.ring.addrs()[2] + 4 + u64::from(index - 1) * 8;
+                parts.ring.ram().write(id, &(4 * *slot as u32).to_le_bytes()).unwrap();
+            });
+            let first = lane.reap(&parts.clock, &mut tally);
+            first.and_then(|_| lane.reap(&parts.clock, &mut tally)).map(|(n, _)| n)
+        };
+        assert_eq!(not_held(&[3, 0, 1]).unwrap(), 0);
+        assert!(matches!(not_held(&[4]), Err(Error::NotHeld { id: 4 })), "out of range");
+        assert!(matches!(not_held(&[1, 1]), Err(Error::NotHeld { id: 1 })), "in one batch");
+        // Nothing is held any more when the fifth is seen.
+        assert!(matches!(not_held(&[0, 1, 2, 3, 2]), Err(Error::NotHeld { id: 2 })));
+    }
+
+    #[test]
+    fn an_open_loop_counts_from_when_requests_were_due() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        let begin = parts.clock.now();
+        // Ten are due by now, and there is room for four: a device that has stalled.
+        let interval = parts.clock.ticks(std::time::Duration::from_millis(2));
+        lane.begin(begin, Some(Pace::new(begin, interval as f64)));
+        while parts.clock.now() < begin + 9 * interval {}
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!((lane.in_flight(), lane.due()), (DEPTH, None));
+        let kept = [3, 2, 1, 0].map(|slot| lane.slots[slot].kind.since());
+        assert_eq!(kept.map(|since| since.abs_diff(begin)), [3, 2, 1, 0].map(|i| i * interval));
+        assert_eq!(lane.due_before(begin + 9 * interval), 5);
+        for index in 1..=4 {
+            parts.give_back(index, 4 - usize::from(index), STATUS_OK);
+        }
+        assert_eq!(lane.reap(&parts.clock, &mut tally).unwrap().0, 4);
+        let told = tally.latencies[0].clone();
+        let mut all = tally.latencies[1].clone();
+        all.add(&told);
+        let ticks = all.distribution(|ticks| ticks);
+        assert!(ticks.max >= 9 * interval && ticks.min >= 6 * interval, "{ticks:?}");
+        // What is due next goes first, with its own time.
+        lane.submit(&parts.clock).unwrap();
+        let next = lane.slots.iter().map(|slot| slot.kind.since()).min();
+        assert_eq!(next, Some((begin + 4 * interval) & (u64::MAX >> 1)));
+    }
+
+    #[test]
+    fn a_gap_is_a_time_in_which_the_device_held_something() {
+        let parts = Parts::new();
+        let (mut lane, mut tally) = (parts.lane(), parts.tally());
+        let begin = parts.clock.now();
+        lane.begin(begin, Some(Pace::new(begin + 1, 1e15)));
+        let far = parts.clock.ticks(std::time::Duration::from_millis(20));
+        while parts.clock.now() < begin + far {}
+        // Nobody asked for anything until now.
+        lane.submit(&parts.clock).unwrap();
+        assert_eq!(lane.in_flight(), 1);
+        parts.give_back(1, 0, STATUS_OK);
+        lane.reap(&parts.clock, &mut tally).unwrap();
+        let gap = tally.timeline.longest_gaps().next().unwrap();
+        assert!(gap.from >= begin + far, "{gap:?}, from {begin}");
+        // A device that holds something at the end has a gap that does not end.
+        lane.pace = None;
+        lane.submit(&parts.clock).unwrap();
+        lane.end(gap.from + 1000 * far, &mut tally);
+        assert!(tally.timeline.longest_gaps().next().unwrap().length > 900 * far);
     }
 }

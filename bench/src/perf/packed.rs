@@ -58,8 +58,6 @@ pub(crate) struct Packed<'a> {
     parts: u16,
     next: Position,
     used: Position,
-    /// The first descriptor's second word of what was given and not published.
-    unpublished: Option<(u16, u64)>,
     /// Descriptors since the last kick, and descriptors that the device holds.
     unkicked: u16,
     held: u16,
@@ -83,7 +81,6 @@ impl<'a> Packed<'a> {
             parts: parts as u16,
             next: Position::FIRST,
             used: Position::FIRST,
-            unpublished: None,
             unkicked: 0,
             held: 0,
         };
@@ -112,15 +109,20 @@ impl<'a> Packed<'a> {
 
 impl Virtqueue for Packed<'_> {
     #[inline]
-    fn take(&mut self) -> Option<usize> {
-        // Acquire: pairs with the device's store of the flags after it has written all else.
-        let word = self.word(self.used).load(Ordering::Acquire);
-        if !Self::is_used(self.used, word) {
-            return None;
+    fn take(&mut self, slots: &mut [u16]) -> usize {
+        let mut count = 0;
+        for slot in slots {
+            // Acquire: pairs with the device's store of the flags after it has written all else.
+            let word = self.word(self.used).load(Ordering::Acquire);
+            if !Self::is_used(self.used, word) {
+                break;
+            }
+            *slot = (word >> 32) as u16;
+            self.used.advance(self.parts, self.size);
+            count += 1;
         }
-        self.used.advance(self.parts, self.size);
-        self.held = self.held.saturating_sub(self.parts);
-        Some(usize::from((word >> 32) as u16))
+        self.held = self.held.saturating_sub(self.parts * count as u16);
+        count
     }
 
     fn has_completion(&self) -> bool {
@@ -140,31 +142,30 @@ impl Virtqueue for Packed<'_> {
     }
 
     #[inline]
-    fn give(&mut self, slot: usize) {
+    fn give(&mut self, slots: &[u16]) {
+        let first = self.next;
+        let mut first_rest = 0;
         let parts = usize::from(self.parts);
-        for part in 0..parts {
-            let [addr, rest] = self.made[slot * parts + part];
-            let state = if self.next.wrap { AVAILABLE } else { USED };
-            let rest = rest | u64::from(state) << 48;
-            self.descriptors[2 * usize::from(self.next.at)].store(addr, Ordering::Relaxed);
-            // The device waits for the first one's flags, and looks at no other before.
-            if self.unpublished.is_none() {
-                self.unpublished = Some((self.next.at, rest));
-            } else {
-                self.word(self.next).store(rest, Ordering::Relaxed);
+        for slot in slots {
+            for made in &self.made[usize::from(*slot) * parts..][..parts] {
+                let [addr, rest] = *made;
+                let state = if self.next.wrap { AVAILABLE } else { USED };
+                let rest = rest | u64::from(state) << 48;
+                self.descriptors[2 * usize::from(self.next.at)].store(addr, Ordering::Relaxed);
+                // The device waits for the first one's flags, and looks at no other before.
+                if first_rest == 0 {
+                    first_rest = rest;
+                } else {
+                    self.word(self.next).store(rest, Ordering::Relaxed);
+                }
+                self.next.advance(1, self.size);
             }
-            self.next.advance(1, self.size);
         }
-        self.unkicked += self.parts;
-        self.held += self.parts;
-    }
-
-    #[inline]
-    fn publish(&mut self) {
-        if let Some((at, rest)) = self.unpublished.take() {
-            // Release: the device that sees these flags sees headers and all other descriptors.
-            self.word(Position { at, wrap: true }).store(rest, Ordering::Release);
-        }
+        // Release: the device that sees these flags sees headers and all other descriptors.
+        self.word(first).store(first_rest, Ordering::Release);
+        let added = self.parts * slots.len() as u16;
+        self.unkicked += added;
+        self.held += added;
     }
 
     #[inline]
@@ -309,6 +310,11 @@ mod tests {
         }
     }
 
+    fn next(packed: &mut Packed<'_>) -> Option<usize> {
+        let mut slots = [0; 1];
+        (packed.take(&mut slots) == 1).then_some(slots[0].into())
+    }
+
     fn memory(size: u16, depth: usize, indirect: bool) -> (Ring, Slots) {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let ring = Ring::new(&ram, 0, size).unwrap();
@@ -319,20 +325,18 @@ mod tests {
     /// Thousands of requests in a ring whose size is no multiple of a chain, returned out of order.
     fn goes_round(size: u16, depth: usize, indirect: bool) {
         let (ring, slots) = memory(size, depth, indirect);
-        let heads = slots.heads();
+        let heads: Vec<_> = slots.heads().collect();
         let mut device = Device::new(&ring);
         let mut packed = Packed::new(&ring, &slots, false);
-        let mut free: Vec<_> = (0..depth).collect();
+        let mut free: Vec<_> = (0..depth as u16).collect();
         let mut pick = 1_usize;
         for round in 0..5000 {
             let given = free.len();
-            for slot in free.drain(..) {
-                let write = (round + slot) % 3 == 0;
-                packed.set_kind(slot, write);
-                packed.give(slot);
-                assert_eq!(device.poll(), 0, "not published");
+            for slot in free.iter().map(|slot| usize::from(*slot)) {
+                packed.set_kind(slot, (round + slot) % 3 == 0);
             }
-            packed.publish();
+            packed.give(&free);
+            free.clear();
             assert_eq!(device.poll(), given);
             for (id, _, chain) in device.held.iter().rev().take(given) {
                 let slot = usize::from(*id);
@@ -343,14 +347,13 @@ mod tests {
             for i in 0..=pick % depth {
                 let at = (pick + i) % device.held.len();
                 let slot = usize::from(device.held[at].0);
-                assert!(!packed.has_completion() && packed.take().is_none());
+                assert_eq!(next(&mut packed), None);
                 device.complete(at, 2);
-                assert!(packed.has_completion());
-                assert_eq!(packed.take(), Some(slot));
-                assert_eq!(heads.take_status(slot), 2);
-                free.push(slot);
+                assert_eq!(next(&mut packed), Some(slot));
+                assert_eq!(heads[slot].take_status(), 2);
+                free.push(slot as u16);
             }
-            assert!(packed.take().is_none());
+            assert_eq!(next(&mut packed), None);
         }
     }
 
@@ -373,23 +376,20 @@ mod tests {
         let mut packed = Packed::new(&ring, &slots, false);
         let mut device = Device::new(&ring);
         assert!(!packed.take_kick(), "nothing to kick for");
-        packed.give(0);
-        packed.publish();
+        packed.give(&[0]);
         assert!(packed.take_kick());
         assert!(!packed.take_kick(), "nothing new");
         device.want(EVENTS_OFF, Position::FIRST);
-        packed.give(1);
-        packed.publish();
+        packed.give(&[1]);
         assert!(!packed.take_kick());
         device.want(EVENTS_ON, Position::FIRST);
         assert!(packed.take_kick(), "wanted after all");
         device.poll();
         device.want(EVENTS_OFF, Position::FIRST);
-        packed.give(2);
-        packed.publish();
+        packed.give(&[2]);
         device.poll();
         (0..3).for_each(|_| device.complete(0, 0));
-        assert_eq!((0..3).filter_map(|_| packed.take()).count(), 3);
+        assert_eq!((0..3).filter_map(|_| next(&mut packed)).count(), 3);
         device.want(EVENTS_ON, Position::FIRST);
         assert!(!packed.take_kick(), "it has come back without");
     }
@@ -405,13 +405,12 @@ mod tests {
             event.advance(3, 8);
             device.want(EVENTS_AT, event);
             for (slot, wanted) in [(0, false), (1, true)] {
-                packed.give(slot);
-                packed.publish();
+                packed.give(&[slot]);
                 assert_eq!(packed.take_kick(), wanted, "round {round}, slot {slot}");
             }
             assert_eq!(device.poll(), 2);
             (0..2).for_each(|_| device.complete(0, 0));
-            assert_eq!((packed.take(), packed.take()), (Some(0), Some(1)));
+            assert_eq!((next(&mut packed), next(&mut packed)), (Some(0), Some(1)));
         }
     }
 

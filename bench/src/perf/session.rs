@@ -70,7 +70,10 @@ pub enum Progress {
 /// With a plan of no queue, no thread, no request, or a block size that is no multiple of 512.
 pub fn run(plan: &Plan, stop: &AtomicBool, tell: &mut dyn FnMut(Progress)) -> Result<Outcome> {
     assert!(plan.queues > 0 && plan.threads > 0 && plan.depth > 0, "there is something to do");
-    assert!(plan.block_bytes > 0 && plan.block_bytes % SECTOR == 0, "blocks are whole sectors");
+    assert!(
+        plan.block_bytes > 0 && plan.block_bytes.is_multiple_of(SECTOR),
+        "blocks are whole sectors"
+    );
     let mut session = Session::open(plan)?;
     let mut outcome = session.measure(plan, stop, tell)?;
     outcome.closed = session.front_end.is_closed();
@@ -301,7 +304,7 @@ impl<'s> Crew<'s> {
         let lane = |index: usize| {
             let (ring, slots) = &queues[index];
             let work = make_work(self.session.area(plan, index), slots);
-            Lane::new(ring, make_queue(ring, slots), slots.heads(), slots.count(), work)
+            Lane::new(ring, make_queue(ring, slots), slots, work)
         };
         let mine = |thread: usize| (thread..plan.queues).step_by(count);
         let (timing, ready) = (OnceLock::new(), Barrier::new(count + 1));
@@ -318,12 +321,12 @@ impl<'s> Crew<'s> {
             for (index, lane) in mine(thread).zip(&mut lanes) {
                 lane.begin(timing.begin, self.pace(timing.begin, index));
             }
-            let orders = Orders { stop: self.stop, abandon: &abandon };
-            let tally = Tally::new(timing.timeline.clone());
-            let (clock, schedule) = (self.clock, timing.schedule);
-            let shown = &completed[thread];
+            let Timing { schedule, ref timeline, .. } = *timing;
+            let (stop, abandon) = (self.stop, &abandon);
+            let orders = Orders { schedule, idle: plan.idle, stop, abandon };
+            let (shown, tally) = (&completed[thread], Tally::new(timeline.clone()));
             pinned?;
-            Worker::new(lanes, &calls, clock, schedule, plan.idle, orders, shown, tally).run()
+            Worker::new(lanes, &calls, self.clock, orders, shown, tally).run()
         };
         let work = |thread: usize| {
             let finding = work(thread);

@@ -116,15 +116,17 @@ impl Slots {
         Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
     }
 
-    /// The headers and status bytes, for the loop.
-    pub(crate) fn heads(&self) -> Heads<'_> {
-        let heads = Heads { words: words(&self.heads), bytes: words(&self.heads) };
-        for slot in 0..self.count() {
-            heads.set_kind(slot, false);
-            heads.bytes[slot * HEAD_BYTES as usize + STATUS_AT]
-                .store(STATUS_UNWRITTEN, Ordering::Relaxed);
-        }
-        heads
+    /// The headers and status bytes, for the loop, of reads.
+    pub(crate) fn heads(&self) -> impl Iterator<Item = Head<'_>> {
+        let (words, bytes) = (words(&self.heads), words(&self.heads));
+        (0..self.count()).map(move |slot| {
+            let word = slot * HEAD_WORDS;
+            let status = &bytes[slot * HEAD_BYTES as usize + STATUS_AT];
+            let head = Head { kind: &words[word], sector: &words[word + 1], status };
+            head.set_kind(false);
+            head.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
+            head
+        })
     }
 }
 
@@ -132,37 +134,37 @@ fn parts(block_bytes: u32, segment_bytes: u32) -> usize {
     block_bytes.div_ceil(segment_bytes) as usize + 2
 }
 
-/// The headers and status bytes of all slots.
+/// A request's header and status byte.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Heads<'a> {
-    words: &'a [AtomicU64],
-    bytes: &'a [AtomicU8],
+pub(crate) struct Head<'a> {
+    kind: &'a AtomicU64,
+    sector: &'a AtomicU64,
+    status: &'a AtomicU8,
 }
 
-impl Heads<'_> {
-    /// Makes the request in `slot` a read or a write.
+impl Head<'_> {
+    /// Makes the request a read or a write.
     #[inline]
-    pub(crate) fn set_kind(&self, slot: usize, write: bool) {
-        self.words[slot * HEAD_WORDS].store(u64::from(write), Ordering::Relaxed);
+    pub(crate) fn set_kind(&self, write: bool) {
+        self.kind.store(u64::from(write), Ordering::Relaxed);
     }
 
-    /// Says where on the disk the request in `slot` begins.
+    /// Says where on the disk the request begins.
     #[inline]
-    pub(crate) fn set_sector(&self, slot: usize, sector: u64) {
-        self.words[slot * HEAD_WORDS + 1].store(sector, Ordering::Relaxed);
+    pub(crate) fn set_sector(&self, sector: u64) {
+        self.sector.store(sector, Ordering::Relaxed);
     }
 
-    /// Where on the disk the request in `slot` begins.
-    pub(crate) fn sector(&self, slot: usize) -> u64 {
-        self.words[slot * HEAD_WORDS + 1].load(Ordering::Relaxed)
+    /// Where on the disk the request begins.
+    pub(crate) fn sector(&self) -> u64 {
+        self.sector.load(Ordering::Relaxed)
     }
 
-    /// The status that the device has written for `slot`, which is made unwritten again.
+    /// The status that the device has written, which is made unwritten again.
     #[inline]
-    pub(crate) fn take_status(&self, slot: usize) -> u8 {
-        let status = &self.bytes[slot * HEAD_BYTES as usize + STATUS_AT];
-        let written = status.load(Ordering::Relaxed);
-        status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
+    pub(crate) fn take_status(&self) -> u8 {
+        let written = self.status.load(Ordering::Relaxed);
+        self.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
         written
     }
 }
@@ -208,9 +210,9 @@ mod tests {
     fn a_head_is_what_the_device_reads_and_its_status_is_taken_once() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 2, 512, 512, false).unwrap();
-        let heads = slots.heads();
-        heads.set_kind(1, true);
-        heads.set_sector(1, 0x0102);
+        let head = slots.heads().nth(1).unwrap();
+        head.set_kind(true);
+        head.set_sector(0x0102);
         let header = slots.descriptors(1, true).next().unwrap().addr;
         let mut bytes = [0; 17];
         ram.read(header, &mut bytes).unwrap();
@@ -218,7 +220,7 @@ mod tests {
         (expected[0], expected[8], expected[9], expected[16]) = (1, 2, 1, STATUS_UNWRITTEN);
         assert_eq!(bytes, expected);
         ram.write(header + 16, &[0]).unwrap();
-        assert_eq!((heads.take_status(1), heads.take_status(1)), (0, STATUS_UNWRITTEN));
+        assert_eq!((head.take_status(), head.take_status()), (0, STATUS_UNWRITTEN));
     }
 
     #[test]

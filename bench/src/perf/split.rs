@@ -32,9 +32,8 @@ pub(crate) struct Split<'a> {
     /// Where the next request goes, and up to where the device has been kicked.
     next: u16,
     kicked: u16,
-    /// Up to where the used ring has been read, and up to where it is known to be filled.
+    /// Up to where the used ring has been read.
     taken: u16,
-    filled: u16,
     /// What the device was last told not to call for.
     refused: u16,
 }
@@ -61,7 +60,6 @@ impl<'a> Split<'a> {
             next: 0,
             kicked: 0,
             taken: 0,
-            filled: 0,
             refused: 0,
         };
         (0..slots.count()).for_each(|slot| split.set_kind(slot, false));
@@ -69,12 +67,13 @@ impl<'a> Split<'a> {
         split
     }
 
+    #[inline]
     fn used_index(&self) -> u16 {
         // Acquire: pairs with the device's store after it has written data, status and element.
         self.used[1].load(Ordering::Acquire)
     }
 
-    #[inline]
+    #[cold]
     fn refuse_again(&mut self) {
         self.refused = self.taken;
         self.ring.set_used_event(self.taken.wrapping_sub(1));
@@ -83,18 +82,19 @@ impl<'a> Split<'a> {
 
 impl Virtqueue for Split<'_> {
     #[inline]
-    fn take(&mut self) -> Option<usize> {
-        if self.taken == self.filled {
-            self.filled = self.used_index();
-            if self.taken == self.filled {
-                return None;
-            }
+    fn take(&mut self, slots: &mut [u16]) -> usize {
+        let filled = self.used_index().wrapping_sub(self.taken);
+        let slots = slots.iter_mut().take(filled.into());
+        let count = slots.len();
+        let mut index = self.taken;
+        for slot in slots {
+            let id = self.elements[1 + 2 * usize::from(index & self.mask)].load(Ordering::Relaxed);
+            // What is no head comes out as a slot that is not there.
+            *slot = u16::try_from(id.rotate_right(self.shift)).unwrap_or(u16::MAX);
+            index = index.wrapping_add(1);
         }
-        let element = 1 + 2 * usize::from(self.taken & self.mask);
-        let id = self.elements[element].load(Ordering::Relaxed);
-        self.taken = self.taken.wrapping_add(1);
-        // What is no head comes out as a slot that is not there.
-        Some(id.rotate_right(self.shift) as usize)
+        self.taken = index;
+        count
     }
 
     fn has_completion(&self) -> bool {
@@ -115,16 +115,16 @@ impl Virtqueue for Split<'_> {
     }
 
     #[inline]
-    fn give(&mut self, slot: usize) {
-        let element = 2 + usize::from(self.next & self.mask);
-        self.available[element].store((slot << self.shift) as u16, Ordering::Relaxed);
-        self.next = self.next.wrapping_add(1);
-    }
-
-    #[inline]
-    fn publish(&mut self) {
+    fn give(&mut self, slots: &[u16]) {
+        let mut next = self.next;
+        for slot in slots {
+            let element = 2 + usize::from(next & self.mask);
+            self.available[element].store(slot << self.shift, Ordering::Relaxed);
+            next = next.wrapping_add(1);
+        }
+        self.next = next;
         // Release: the device that loads this index sees elements, headers and descriptors.
-        self.available[1].store(self.next, Ordering::Release);
+        self.available[1].store(next, Ordering::Release);
         if self.taken.wrapping_sub(self.refused) > REFUSAL_AGE {
             self.refuse_again();
         }
@@ -181,6 +181,11 @@ mod tests {
         ring.ram().write(used + 2, &index.to_le_bytes()).unwrap();
     }
 
+    fn next(split: &mut Split<'_>) -> Option<usize> {
+        let mut slots = [0; 1];
+        (split.take(&mut slots) == 1).then_some(slots[0].into())
+    }
+
     fn chain(ring: &Ring, head: u16) -> Vec<Descriptor> {
         let mut chain = vec![ring.descriptor(head)];
         while chain.last().unwrap().flags & crate::ring::NEXT != 0 {
@@ -210,18 +215,29 @@ mod tests {
         let available = ring.addrs()[1];
         for round in 0..100_000_u32 {
             let (slot, index) = ((round % 2) as usize, round as u16);
-            split.give(slot);
-            assert_eq!(ring.available_index(), index, "not published yet");
-            split.publish();
+            split.give(&[slot as u16]);
             assert_eq!(ring.available_index(), index.wrapping_add(1));
             let mut head = [0; 2];
             ram.read(available + 4 + u64::from(index % 8) * 2, &mut head).unwrap();
             assert_eq!(u16::from_le_bytes(head), 4 * slot as u16);
-            assert!(split.take().is_none() && !split.has_completion());
+            assert!(!split.has_completion());
             give_back(&ring, index.wrapping_add(1), u32::from(u16::from_le_bytes(head)));
-            assert!(split.has_completion());
-            assert_eq!(split.take(), Some(slot));
+            assert_eq!(next(&mut split), Some(slot));
         }
+    }
+
+    #[test]
+    fn many_are_taken_and_given_at_once_as_far_as_they_fit() {
+        let (_ram, ring, slots) = parts(false);
+        let mut split = Split::new(&ring, &slots, false);
+        split.give(&[1, 0]);
+        assert_eq!(ring.available_index(), 2);
+        give_back(&ring, 1, 4);
+        give_back(&ring, 2, 0);
+        let mut taken = [9; 3];
+        assert_eq!((split.take(&mut taken[..1]), taken[0], split.has_completion()), (1, 1, true));
+        assert_eq!((split.take(&mut taken), taken[0], split.has_completion()), (1, 0, false));
+        assert_eq!((split.take(&mut taken), taken), (0, [0, 9, 9]));
     }
 
     #[test]
@@ -230,13 +246,8 @@ mod tests {
         let mut split = Split::new(&ring, &slots, false);
         for (index, id) in [(1, 5), (2, 6), (3, 8), (4, u32::MAX), (5, 1 << 16)] {
             give_back(&ring, index, id);
-            assert!(split.take().unwrap() >= slots.count(), "{id}");
+            assert!(next(&mut split).unwrap() >= slots.count(), "{id}");
         }
-    }
-
-    fn submit(split: &mut Split<'_>, slot: usize) {
-        split.give(slot);
-        split.publish();
     }
 
     #[test]
@@ -245,22 +256,22 @@ mod tests {
         let used = ring.addrs()[2];
         let mut split = Split::new(&ring, &slots, false);
         assert!(!split.take_kick(), "nothing to kick for");
-        submit(&mut split, 0);
+        split.give(&[0]);
         assert!(split.take_kick());
         assert!(!split.take_kick(), "nothing new");
         ram.write(used, &[1, 0]).unwrap();
-        submit(&mut split, 1);
+        split.give(&[1]);
         assert!(!split.take_kick(), "not wanted");
         ram.write(used, &[0, 0]).unwrap();
         assert!(split.take_kick(), "wanted after all");
         give_back(&ring, 1, 0);
         give_back(&ring, 2, 4);
         ram.write(used, &[1, 0]).unwrap();
-        assert_eq!((split.take(), split.take()), (Some(0), Some(1)));
-        submit(&mut split, 0);
+        assert_eq!((next(&mut split), next(&mut split)), (Some(0), Some(1)));
+        split.give(&[0]);
         assert!(!split.take_kick());
         give_back(&ring, 3, 0);
-        assert_eq!(split.take(), Some(0));
+        assert_eq!(next(&mut split), Some(0));
         ram.write(used, &[0, 0]).unwrap();
         assert!(!split.take_kick(), "it has come back without");
     }
@@ -272,16 +283,16 @@ mod tests {
         let mut split = Split::new(&ring, &slots, true);
         for round in 0..70_000_u32 {
             ram.write(event_at, &(round as u16).wrapping_add(0x8000).to_le_bytes()).unwrap();
-            submit(&mut split, 0);
+            split.give(&[0]);
             assert!(!split.take_kick(), "round {round}");
             give_back(&ring, (round as u16).wrapping_add(1), 0);
-            assert_eq!(split.take(), Some(0));
+            assert_eq!(next(&mut split), Some(0));
         }
         let next = 70_000_u32 as u16;
-        submit(&mut split, 0);
+        split.give(&[0]);
         ram.write(event_at, &next.to_le_bytes()).unwrap();
         assert!(split.take_kick());
-        submit(&mut split, 1);
+        split.give(&[1]);
         assert!(!split.take_kick(), "it named the request before");
         ram.write(event_at, &next.wrapping_add(1).to_le_bytes()).unwrap();
         assert!(split.take_kick());
@@ -297,11 +308,11 @@ mod tests {
             u16::from_le_bytes(bytes)
         };
         for index in 1..=200_000_u32 {
-            submit(&mut split, 0);
+            split.give(&[0]);
             let index = index as u16;
             assert!(!need_event(used_event(), index, index.wrapping_sub(1)), "a call at {index}");
             give_back(&ring, index, 0);
-            split.take().unwrap();
+            next(&mut split).unwrap();
         }
         let taken = 200_000_u32 as u16;
         split.ask_for_call();

@@ -59,6 +59,26 @@ impl Verified {
         self.chooser.area().first + block as u64
     }
 
+    /// What the request in `slot` is to do.
+    fn next_in(&mut self, slot: usize) -> Result<Io> {
+        let (block, write) = self.chooser.choose();
+        let mut block = block as usize;
+        // The order of two requests that overlap is not defined.
+        while self.busy[block] {
+            block = (block + 1) % self.busy.len();
+        }
+        let write = write || self.writes && self.versions[block] == 0;
+        if write {
+            self.versions[block] = self.versions[block].wrapping_add(1).max(1);
+            let (number, version) = (self.number(block), u64::from(self.versions[block]));
+            fill(&mut self.bytes, self.seed, number, version);
+            self.ram.write(self.buffers[slot].gpa, &self.bytes)?;
+        }
+        self.busy[block] = true;
+        self.slots[slot] = (block, write);
+        Ok(Io { sector: self.chooser.sector(block as u64), write })
+    }
+
     /// What is wrong with `bytes`, if anything is.
     fn compare(&self, block: usize) -> Option<String> {
         let number = self.number(block);
@@ -87,23 +107,13 @@ impl Verified {
 }
 
 impl Work for Verified {
-    fn next(&mut self, slot: usize) -> Result<Io> {
-        let (block, write) = self.chooser.choose();
-        let mut block = block as usize;
-        // The order of two requests that overlap is not defined.
-        while self.busy[block] {
-            block = (block + 1) % self.busy.len();
+    const CHECKS: bool = true;
+
+    fn next(&mut self, slots: &[u16], mut put: impl FnMut(usize, Io)) -> Result<()> {
+        for slot in slots.iter().map(|slot| usize::from(*slot)) {
+            put(slot, self.next_in(slot)?);
         }
-        let write = write || self.writes && self.versions[block] == 0;
-        if write {
-            self.versions[block] = self.versions[block].wrapping_add(1).max(1);
-            let (number, version) = (self.number(block), u64::from(self.versions[block]));
-            fill(&mut self.bytes, self.seed, number, version);
-            self.ram.write(self.buffers[slot].gpa, &self.bytes)?;
-        }
-        self.busy[block] = true;
-        self.slots[slot] = (block, write);
-        Ok(Io { sector: self.chooser.sector(block as u64), write })
+        Ok(())
     }
 
     fn done(&mut self, slot: usize, ok: bool) -> Result<Option<String>> {
@@ -171,7 +181,7 @@ mod tests {
 
         /// Does the next request; returns its block, its direction, and the complaint.
         fn step(&mut self) -> (u64, bool, Option<String>) {
-            let Io { sector, write } = self.work.next(0).unwrap();
+            let Io { sector, write } = self.work.next_in(0).unwrap();
             let at = sector as usize * 512;
             let (buffer, block) = (self.work.buffers[0].gpa, &mut self.disk[at..at + 512]);
             if write {
@@ -257,7 +267,7 @@ mod tests {
         let mut bench = Bench::new(50, 3);
         for _ in 0..100 {
             let sectors: Vec<_> =
-                (0..3).map(|slot| bench.work.next(slot).unwrap().sector).collect();
+                (0..3).map(|slot| bench.work.next_in(slot).unwrap().sector).collect();
             assert!(
                 sectors[0] != sectors[1] && sectors[1] != sectors[2] && sectors[0] != sectors[2]
             );

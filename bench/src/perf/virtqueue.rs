@@ -6,22 +6,20 @@
 /// the device sees what was published, the next look makes that good, and the loop looks again
 /// whenever nothing completes.
 pub(crate) trait Virtqueue {
-    /// The slot of the next request that the device has given back, in the device's order. What
-    /// the device wrote before is seen. It may be any number: check it.
-    fn take(&mut self) -> Option<usize>;
+    /// Puts the slots of requests that the device has given back into `slots`, in the device's order
+    /// and as many as fit, and returns how many those are. What the device wrote before is seen.
+    /// They may be any numbers: check them.
+    fn take(&mut self, slots: &mut [u16]) -> usize;
 
-    /// Whether [`Virtqueue::take`] would return something.
+    /// Whether the device has given back a request that was not taken.
     fn has_completion(&self) -> bool;
 
     /// Makes the request in `slot` a read or a write. Only while the device does not hold it.
     fn set_kind(&mut self, slot: usize, write: bool);
 
-    /// Puts the request in `slot` into the ring; the device may not see it before
-    /// [`Virtqueue::publish`].
-    fn give(&mut self, slot: usize);
-
-    /// Shows the device all that was given, with what was written before.
-    fn publish(&mut self);
+    /// Makes the requests in `slots`, at least one, available to the device, with all that was
+    /// written before.
+    fn give(&mut self, slots: &[u16]);
 
     /// Whether the device wants to be kicked for what was published since it last was. If so, the
     /// caller kicks it.

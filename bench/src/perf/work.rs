@@ -26,11 +26,15 @@ pub(crate) struct Io {
 
 /// Decides what each request does, and looks at what came of it.
 pub(crate) trait Work {
-    /// What the request in `slot` is to do. For a write, the slot's buffer holds the data after.
+    /// Whether there is anything to look at in a request that has completed.
+    const CHECKS: bool;
+
+    /// Says what the request in each of `slots` is to do, by calling `put` with it. For a write, the
+    /// slot's buffer holds the data by then.
     ///
     /// # Errors
     /// The buffer is not in guest memory.
-    fn next(&mut self, slot: usize) -> Result<Io>;
+    fn next(&mut self, slots: &[u16], put: impl FnMut(usize, Io)) -> Result<()>;
 
     /// The request in `slot` has completed, well or not. Returns what is wrong with the data.
     ///
@@ -54,26 +58,28 @@ impl Random {
 }
 
 /// Chooses blocks and directions, and does not care what they hold.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Chooser {
     area: Area,
     sectors: u64,
     order: Order,
     at: u64,
     random: Random,
-    /// Of 2^64 random numbers, this many and one more mean a read.
-    reads: Option<u64>,
+    mixed: bool,
+    /// Of 2^64 random numbers, this many mean a read; if not mixed, all or none.
+    reads: u64,
 }
 
 impl Chooser {
     /// Chooses in `area`; `reads` of a hundred requests are reads.
     pub(crate) fn new(area: Area, order: Order, reads: u8, seed: u64) -> Self {
-        let reads = (reads > 0).then(|| (u128::from(reads) * (1 << 64) / 100 - 1) as u64);
+        let mixed = !matches!(reads, 0 | 100);
+        let reads = (u128::from(reads) * (1 << 64) / 100).min(u64::MAX.into()) as u64;
         // Seeds that differ little should not make sequences that do.
-        let mixed = (seed ^ area.first).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let random = Random(mixed ^ mixed >> 32);
+        let start = (seed ^ area.first).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let random = Random(start ^ start >> 32);
         let sectors = u64::from(area.block_bytes / SECTOR);
-        Self { area, sectors, order, at: 0, random, reads }
+        Self { area, sectors, order, at: 0, random, mixed, reads }
     }
 
     /// The blocks that it chooses from.
@@ -82,17 +88,40 @@ impl Chooser {
     }
 
     /// The next block, counted from the area's first one, and whether to write it.
-    #[inline]
     pub(crate) fn choose(&mut self) -> (u64, bool) {
-        let (block, rest) = match self.order {
-            Order::Random => self.random.below(self.area.count),
-            Order::Sequential => {
-                let block = self.at;
-                self.at = if block + 1 == self.area.count { 0 } else { block + 1 };
-                (block, self.random.below(1).1)
-            }
+        match (self.order, self.mixed) {
+            (Order::Random, false) => self.choose_as::<true, false>(),
+            (Order::Random, true) => self.choose_as::<true, true>(),
+            (Order::Sequential, false) => self.choose_as::<false, false>(),
+            (Order::Sequential, true) => self.choose_as::<false, true>(),
+        }
+    }
+
+    #[inline]
+    fn choose_as<const RANDOM: bool, const MIXED: bool>(&mut self) -> (u64, bool) {
+        let (block, rest) = if RANDOM {
+            self.random.below(self.area.count)
+        } else {
+            let block = self.at;
+            self.at = if block + 1 == self.area.count { 0 } else { block + 1 };
+            (block, if MIXED { self.random.below(1).1 } else { 0 })
         };
-        (block, self.reads.is_none_or(|reads| rest > reads))
+        (block, if MIXED { rest >= self.reads } else { self.reads == 0 })
+    }
+
+    /// As [`Work::next`], in a loop that has its state in registers.
+    #[inline]
+    fn next_as<const RANDOM: bool, const MIXED: bool>(
+        &mut self,
+        slots: &[u16],
+        mut put: impl FnMut(usize, Io),
+    ) {
+        let mut chooser = *self;
+        for slot in slots {
+            let (block, write) = chooser.choose_as::<RANDOM, MIXED>();
+            put((*slot).into(), Io { sector: chooser.sector(block), write });
+        }
+        *self = chooser;
     }
 
     /// The first sector of `block`.
@@ -103,13 +132,19 @@ impl Chooser {
 }
 
 impl Work for Chooser {
-    #[inline]
-    fn next(&mut self, _slot: usize) -> Result<Io> {
-        let (block, write) = self.choose();
-        Ok(Io { sector: self.sector(block), write })
-    }
+    const CHECKS: bool = false;
 
     #[inline]
+    fn next(&mut self, slots: &[u16], put: impl FnMut(usize, Io)) -> Result<()> {
+        match (self.order, self.mixed) {
+            (Order::Random, false) => self.next_as::<true, false>(slots, put),
+            (Order::Random, true) => self.next_as::<true, true>(slots, put),
+            (Order::Sequential, false) => self.next_as::<false, false>(slots, put),
+            (Order::Sequential, true) => self.next_as::<false, true>(slots, put),
+        }
+        Ok(())
+    }
+
     fn done(&mut self, _slot: usize, _ok: bool) -> Result<Option<String>> {
         Ok(None)
     }
@@ -122,7 +157,24 @@ mod tests {
     const AREA: Area = Area { first: 100, count: 10, block_bytes: 2048 };
 
     fn next(chooser: &mut Chooser) -> Io {
-        chooser.next(0).unwrap()
+        let mut next = None;
+        chooser.next(&[0], |_, io| next = Some(io)).unwrap();
+        next.unwrap()
+    }
+
+    #[test]
+    fn each_slot_has_its_own_block_and_many_are_as_one_after_another() {
+        for (order, reads) in [(Order::Random, 100), (Order::Random, 50), (Order::Sequential, 50)] {
+            let mut one = Chooser::new(AREA, order, reads, 1);
+            let mut many = one;
+            let mut told = Vec::new();
+            for slots in [&[3, 1, 2][..], &[0], &[2, 3]] {
+                many.next(slots, |slot, io| told.push((slot, io))).unwrap();
+            }
+            let expected: Vec<_> = [3, 1, 2, 0, 2, 3].map(|slot| (slot, next(&mut one))).into();
+            assert_eq!(told, expected);
+            assert_eq!(next(&mut one), next(&mut many));
+        }
     }
 
     #[test]
@@ -139,7 +191,7 @@ mod tests {
         let mut seen = [0; 10];
         for _ in 0..100_000 {
             let io = next(&mut chooser);
-            assert!(!io.write && io.sector % 4 == 0);
+            assert!(!io.write && io.sector.is_multiple_of(4));
             seen[(io.sector / 4 - 100) as usize] += 1;
         }
         assert!(seen.iter().all(|n| (9_500..10_500).contains(n)), "{seen:?}");

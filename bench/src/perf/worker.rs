@@ -16,7 +16,7 @@ use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::Work;
 
 /// Turns without a completion between two looks at the clock and at who wants the load to end.
-const SPINS: u32 = 64;
+const SPINS: u32 = 256;
 /// How long a sleeping load takes at most to notice that it should stop.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -31,9 +31,13 @@ pub(crate) struct Schedule {
     pub(crate) patience: u64,
 }
 
-/// What others can tell all workers.
+/// What all workers are told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Orders<'a> {
+    /// When to do what.
+    pub(crate) schedule: Schedule,
+    /// What to do when nothing has completed.
+    pub(crate) idle: Idle,
     /// Submit no more, and wait for what is in flight.
     pub(crate) stop: &'a AtomicBool,
     /// Do not wait either.
@@ -62,8 +66,6 @@ enum Phase {
 pub(crate) struct Worker<'a, V, W> {
     lanes: Vec<Lane<'a, V, W>>,
     clock: Clock,
-    schedule: Schedule,
-    idle: Idle,
     orders: Orders<'a>,
     completed: &'a Shown,
     tally: Tally,
@@ -78,14 +80,12 @@ pub(crate) struct Worker<'a, V, W> {
 }
 
 impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
-    /// Counts into `tally`, whose time line begins where `schedule` says that measuring does, and
+    /// Counts into `tally`, whose time line begins where the schedule says that measuring does, and
     /// shows in `completed` how much has completed so far. `calls` are the call fds of the lanes.
     pub(crate) fn new(
         lanes: Vec<Lane<'a, V, W>>,
         calls: &'a [Arc<EventFd>],
         clock: Clock,
-        schedule: Schedule,
-        idle: Idle,
         orders: Orders<'a>,
         completed: &'a Shown,
         tally: Tally,
@@ -93,8 +93,6 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         Self {
             lanes,
             clock,
-            schedule,
-            idle,
             orders,
             completed,
             tally,
@@ -104,7 +102,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 .map(|fd| PollFd::from_borrowed_fd(event::as_fd(fd), PollFlags::IN))
                 .collect(),
             phase: Phase::Ramp,
-            phase_end: schedule.start,
+            phase_end: orders.schedule.start,
             stopped: 0,
             total: 0,
         }
@@ -115,7 +113,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
     /// # Errors
     /// The system or the device broke off.
     pub(crate) fn run(mut self) -> Result<Finding> {
-        let mut spins = 0;
+        let mut spins = 0_u32;
         let mut last = self.clock.now();
         loop {
             let (completed, seen) = self.turn()?;
@@ -125,13 +123,14 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 self.total += completed as u64;
                 self.completed.show(self.total);
                 seen
-            } else if self.idle == Idle::Sleep {
+            } else if self.orders.idle == Idle::Sleep {
                 self.sleep()?;
                 self.clock.now()
             } else {
-                spins += 1;
-                std::hint::spin_loop();
-                if spins % SPINS != 0 {
+                // Without a pause, which takes as long as half a request to a near core does. What is
+                // looked at is in this core's cache until the device writes it.
+                spins = spins.wrapping_add(1);
+                if !spins.is_multiple_of(SPINS) {
                     continue;
                 }
                 self.clock.now()
@@ -175,7 +174,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         }
         let over = self.in_flight() == 0
             || self.orders.abandon.load(Ordering::Relaxed)
-            || now.saturating_sub(last.max(self.stopped)) > self.schedule.patience;
+            || now.saturating_sub(last.max(self.stopped)) > self.orders.schedule.patience;
         Ok(over)
     }
 
@@ -185,7 +184,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
             let timeline = self.tally.timeline.clone();
             self.tally = Tally::new(timeline.emptied());
             self.lanes.iter_mut().for_each(|lane| lane.begin_gap(now));
-            (self.phase, self.phase_end) = (Phase::Measure, self.schedule.end);
+            (self.phase, self.phase_end) = (Phase::Measure, self.orders.schedule.end);
         }
         let stop = self.orders.stop.load(Ordering::Relaxed);
         if self.phase == Phase::Measure && (now >= self.phase_end || stop) {

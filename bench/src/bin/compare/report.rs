@@ -45,7 +45,10 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
             writeln!(text, "### {title}\n\n{table}")?;
         }
     }
-    writeln!(text, "### Aims\n\n{}", aims::table(findings))?;
+    let aims = aims::table(findings, options.results.is_some());
+    if !aims.is_empty() {
+        writeln!(text, "### Aims\n\n{aims}")?;
+    }
     Ok(text)
 }
 

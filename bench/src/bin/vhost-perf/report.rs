@@ -182,6 +182,7 @@ pub(crate) fn count(n: f64) -> String {
 
 fn three_digits(n: f64) -> String {
     let digits = match n {
+        0.0 => 0,
         n if n < 9.995 => 2,
         n if n < 99.95 => 1,
         _ => 0,
@@ -198,7 +199,7 @@ mod tests {
         let times = [(7.0, "7 ns"), (999.4, "999 ns"), (1234.0, "1.23 µs"), (45_678.0, "45.7 µs")];
         times.iter().for_each(|(ns, text)| assert_eq!(time(*ns), *text));
         assert_eq!([time(987_654.0), time(12e6), time(3.21e9)], ["988 µs", "12.0 ms", "3.21 s"]);
-        assert_eq!([count(0.0), count(12.34), count(56_789.0)], ["0.00", "12.3", "56.8k"]);
+        assert_eq!([count(0.0), count(12.34), count(56_789.0)], ["0", "12.3", "56.8k"]);
         assert_eq!([count(10.26e6), count(9.999e3)], ["10.3M", "10.0k"]);
     }
 
