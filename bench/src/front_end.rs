@@ -35,7 +35,7 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Feature bit: virtio 1.
 pub const VERSION_1: u64 = 1 << 32;
-/// Feature bit: the ring is packed; nothing here drives one.
+/// Feature bit: the ring is packed. Only [`crate::perf`] drives one.
 pub const RING_PACKED: u64 = 1 << 34;
 /// The features that Linux's virtio-blk driver accepts, and what the protocol adds: SIZE_MAX, SEG_MAX,
 /// GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, ANY_LAYOUT and the

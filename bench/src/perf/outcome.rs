@@ -146,3 +146,30 @@ fn stretches(tally: &Tally, elapsed: u64, clock: &Clock) -> Vec<Stretch> {
     };
     (0..buckets.len()).map(stretch).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::perf::timeline::Timeline;
+
+    #[test]
+    fn a_short_rest_of_the_time_is_the_last_stretch_s() {
+        let clock = Clock::nanoseconds();
+        let ms = |ms: u64| clock.ticks(Duration::from_millis(ms));
+        let mut tally = Tally::new(Timeline::new(0, ms(100), 3));
+        tally.timeline.note(ms(50), ms(49), 10);
+        tally.timeline.note(ms(150), ms(149), 20);
+        tally.timeline.note(ms(220), ms(215), 4);
+        let told = |elapsed| {
+            let parts = stretches(&tally, ms(elapsed), &clock);
+            parts.iter().map(|s| (s.at_s, s.iops.round(), s.longest_gap_ns)).collect::<Vec<_>>()
+        };
+        let long = told(240);
+        assert_eq!((long.len(), long[0]), (2, (0.0, 100.0, 1_000_000)));
+        // 24 in 140 ms.
+        assert_eq!((long[1].1, long[1].2), (171.0, 5_000_000));
+        let three = told(280);
+        assert_eq!((three.len(), three[2].1), (3, 50.0));
+        assert!((three[2].0 - 0.2).abs() < 1e-6 && (long[1].0 - 0.1).abs() < 1e-6);
+    }
+}

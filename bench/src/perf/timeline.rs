@@ -28,7 +28,7 @@ pub struct Timeline {
     width: u64,
     buckets: Vec<Bucket>,
     at: usize,
-    /// When bucket `at` ends. Never, for the last one.
+    /// When bucket `at` ends.
     end: u64,
     gaps: [Gap; LONGEST],
     /// Gaps up to this length change nothing.
@@ -109,8 +109,7 @@ impl Timeline {
 
     fn enter(&mut self, index: usize) {
         self.at = index;
-        let last = index + 1 == self.buckets.len();
-        self.end = if last { u64::MAX } else { self.start + (index as u64 + 1) * self.width };
+        self.end = self.start + (index as u64 + 1) * self.width;
         self.find_dull();
     }
 

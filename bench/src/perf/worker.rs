@@ -166,11 +166,13 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
     /// Goes on to the next phase if it is time. Whether all is over.
     #[inline]
     fn is_over(&mut self, now: u64, last: u64) -> Result<bool> {
-        if now >= self.phase_end || self.orders.stop.load(Ordering::Relaxed) {
-            self.next_phase(now)?;
-        }
         if self.phase != Phase::Drain {
-            return Ok(self.orders.abandon.load(Ordering::Relaxed));
+            if now >= self.phase_end || self.orders.stop.load(Ordering::Relaxed) {
+                self.next_phase(now)?;
+            }
+            if self.phase != Phase::Drain {
+                return Ok(self.orders.abandon.load(Ordering::Relaxed));
+            }
         }
         let over = self.in_flight() == 0
             || self.orders.abandon.load(Ordering::Relaxed)
@@ -180,21 +182,25 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
 
     #[cold]
     fn next_phase(&mut self, now: u64) -> Result<()> {
-        if self.phase == Phase::Ramp {
-            let timeline = self.tally.timeline.clone();
-            self.tally = Tally::new(timeline.emptied());
+        if self.phase == Phase::Ramp && now >= self.phase_end {
+            self.forget();
             self.lanes.iter_mut().for_each(|lane| lane.begin_gap(now));
             (self.phase, self.phase_end) = (Phase::Measure, self.orders.schedule.end);
         }
         let stop = self.orders.stop.load(Ordering::Relaxed);
-        if self.phase == Phase::Measure && (now >= self.phase_end || stop) {
-            (self.phase, self.phase_end, self.stopped) = (Phase::Drain, u64::MAX, now);
+        if stop || self.phase == Phase::Measure && now >= self.phase_end {
             // What was due by now, as far as there is room.
             for lane in &mut self.lanes {
                 lane.submit(&self.clock)?;
             }
+            (self.phase, self.phase_end, self.stopped) = (Phase::Drain, u64::MAX, now);
         }
         Ok(())
+    }
+
+    /// Forgets all that was counted.
+    fn forget(&mut self) {
+        self.tally = Tally::new(self.tally.timeline.emptied());
     }
 
     fn in_flight(&self) -> usize {
@@ -203,6 +209,10 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
 
     fn finish(mut self, now: u64) -> Finding {
         self.lanes.iter().for_each(|lane| lane.end(now, &mut self.tally));
+        if now < self.orders.schedule.start {
+            // Stopped in the ramp.
+            self.forget();
+        }
         let stopped = if self.phase == Phase::Drain { self.stopped } else { now };
         Finding {
             ended: now,

@@ -73,7 +73,7 @@ fn draw_distribution(area: &Area<'_>, outcome: &Outcome) -> Result<()> {
     let mut chart = ChartBuilder::on(area)
         .caption("Latency by percentile", (FONT, 17).into_font().color(&TEXT))
         .margin(12)
-        .margin_right(28)
+        .margin_right(44)
         .x_label_area_size(34)
         .y_label_area_size(78)
         .build_cartesian_2d(0.0..nines, (least / 1.2..most * 1.3).log_scale())?;
@@ -133,7 +133,7 @@ fn draw_over_time(
     let mut chart = ChartBuilder::on(area)
         .caption(caption, (FONT, 17).into_font().color(&TEXT))
         .margin(12)
-        .margin_right(28)
+        .margin_right(44)
         .x_label_area_size(34)
         .y_label_area_size(78)
         .build_cartesian_2d(0.0..seconds, 0.0..most * 1.1)?;
