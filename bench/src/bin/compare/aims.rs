@@ -221,6 +221,7 @@ mod tests {
             cpu: None,
             busy: None,
             counts: None,
+            kept_waiting: 0.0,
         };
         let samples = p50_ns.iter().map(sample).collect();
         let (disk, rw, bs) = (DiskKind::Null, Workload::Randread, Size::K4);
