@@ -4,7 +4,7 @@
 mod harness;
 
 use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
-use harness::{Launch, Refusal, Vhost, core_mask};
+use harness::{Launch, Refusal, Vhost, core_mask, wait_until};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -524,7 +524,8 @@ fn a_thousand_rounds_leave_nothing_behind() {
     (0..100).for_each(&mut round);
     let (rss, fds) = (vhost.rss_kib(), vhost.fds());
     (100..1000).for_each(&mut round);
-    assert_eq!(vhost.fds(), fds);
+    // Some are closed by threads of their own, a moment later; so may one have been that counted above.
+    wait_until("no more fds than after 100 rounds", || vhost.fds() <= fds);
     // Pages come and go with allocations of the moment; a leak of 300 bytes a round would show.
     let now = vhost.rss_kib();
     assert!(now <= rss + 256, "{rss} kB after 100 rounds, {now} kB after 1000");

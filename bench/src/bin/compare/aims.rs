@@ -13,34 +13,39 @@ use crate::perf::Figures;
 /// The round trips, in ns, at which aims in round trips were set; between them the nearer counts.
 const TRIPS_NS: [f64; 2] = [125.0, 470.0];
 
-/// A table of all aims: of each, what was measured, and whether it is reached. What was not
-/// measured says so.
-pub(crate) fn table(findings: &Findings) -> Table {
+/// A table of aims: of each, what was measured, and whether it is reached. What was not measured is
+/// left out, or says so if `all` are wanted.
+pub(crate) fn table(findings: &Findings, all: bool) -> Table {
     let mut table = Table::new(&["figure", "aim", "measured", "reached"]);
-    for aim in [
+    for aim in aims(findings).into_iter().filter(|aim| all || aim.measured.is_some()) {
+        table.row(aim.cells());
+    }
+    table
+}
+
+fn aims(findings: &Findings) -> Vec<Aim> {
+    let mut aims = vec![
         latency(findings, DiskKind::Null, [3.0, 2.3]),
         latency_against_qemu(findings),
         latency(findings, DiskKind::Malloc, [4.5, 2.8]),
         throughput(findings, DiskKind::Null, Workload::Randread, 1.1),
         throughput(findings, DiskKind::Malloc, Workload::Randread, 2.0),
         throughput(findings, DiskKind::Malloc, Workload::Randwrite, 2.0),
-    ] {
-        table.row(aim.cells());
-    }
+    ];
     for depth in [1, 64] {
         for kind in [Kind::Spdk, Kind::StorageDaemon] {
-            table.row(file(findings, depth, kind).cells());
+            aims.push(file(findings, depth, kind));
         }
-        table.row(file_cost(findings, depth).cells());
+        aims.push(file_cost(findings, depth));
     }
     for disk in [DiskKind::Null, DiskKind::Malloc] {
-        table.row(neighbours(findings, disk).cells());
+        aims.push(neighbours(findings, disk));
     }
     for mode in [Mode::Interrupt, Mode::Adaptive] {
-        table.row(idle_cpu(findings, mode).cells());
+        aims.push(idle_cpu(findings, mode));
     }
-    table.row(idle_latency(findings).cells());
-    table
+    aims.push(idle_latency(findings));
+    aims
 }
 
 /// One line of the table.
@@ -203,7 +208,6 @@ fn idle_latency(findings: &Findings) -> Aim {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 mod tests {
     use bench::servers::Spec;
     use serde_json::Value;
@@ -217,6 +221,7 @@ mod tests {
             cpu: None,
             busy: None,
             counts: None,
+            kept_waiting: 0.0,
         };
         let samples = p50_ns.iter().map(sample).collect();
         let (disk, rw, bs) = (DiskKind::Null, Workload::Randread, Size::K4);
@@ -266,7 +271,8 @@ mod tests {
 
     #[test]
     fn what_was_not_measured_says_so() {
-        let table = table(&Findings::default()).to_string();
+        assert!(table(&Findings::default(), false).is_empty());
+        let table = table(&Findings::default(), true).to_string();
         let rows: Vec<&str> = table.lines().skip(2).collect();
         assert_eq!(rows.len(), 17);
         assert!(rows.iter().all(|row| row.contains("| not measured |")), "{table}");

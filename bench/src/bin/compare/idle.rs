@@ -201,7 +201,6 @@ fn latencies(
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 mod tests {
     use super::*;
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bench::servers::{Disk, Interrupt, MEMORY_DISK_BYTES, Server, Spec};
@@ -76,6 +76,9 @@ pub(crate) struct Sample {
     /// Of that, what it counts as work.
     pub(crate) busy: Option<Duration>,
     pub(crate) counts: Option<Counts>,
+    /// The share of the time in which its polling thread could have run, and others of this machine
+    /// did.
+    pub(crate) kept_waiting: f64,
 }
 
 /// One run of each server, right after the other.
@@ -169,19 +172,27 @@ fn sample(
     counters: Option<&Counters>,
 ) -> Result<Sample> {
     let socket = server.socket(cell.disk.name());
-    if cell.disk != DiskKind::File {
-        let (figures, counts) = perf.run(&socket, cell, &[], None)?;
-        return Ok(Sample { figures, cpu: None, busy: None, counts });
-    }
-    // Time is read before and after the run, so that reading it disturbs nothing. Hence no ramp:
-    // what it completes would not be counted.
-    let perf = Perf { ramp_s: 0.0, ..perf.clone() };
-    let (cpu, busy) = (server.times()?.cpu, server.busy()?);
-    let counters = counters.map(|counters| (counters, &server.workers[..]));
-    let (figures, counts) = perf.run(&socket, cell, &[], counters)?;
-    let busy = busy.zip(server.busy()?).map(|(before, after)| after.saturating_sub(before));
-    let cpu = server.times()?.cpu.saturating_sub(cpu);
-    Ok(Sample { figures, cpu: Some(cpu), busy, counts })
+    // Read before and after the run, so that reading it disturbs nothing.
+    let (start, before) = (Instant::now(), server.times()?);
+    let (figures, busy, counts) = if cell.disk == DiskKind::File {
+        // No ramp: what completes in it costs time, and is not counted.
+        let perf = Perf { ramp_s: 0.0, ..perf.clone() };
+        let counters = counters.map(|counters| (counters, &server.workers[..]));
+        let busy = server.busy()?;
+        let (figures, counts) = perf.run(&socket, cell, &[], counters)?;
+        let busy = busy.zip(server.busy()?).map(|(before, after)| after.saturating_sub(before));
+        (figures, busy, counts)
+    } else {
+        (perf.run(&socket, cell, &[], None)?.0, None, None)
+    };
+    let times = server.times()? - before;
+    Ok(Sample {
+        figures,
+        cpu: (cell.disk == DiskKind::File).then_some(times.cpu),
+        busy,
+        counts,
+        kept_waiting: times.waiting.as_secs_f64() / start.elapsed().as_secs_f64(),
+    })
 }
 
 /// Writes all of the memory disk behind `socket`.

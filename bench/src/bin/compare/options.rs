@@ -246,7 +246,6 @@ fn is_program(program: &std::path::Path) -> bool {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 mod tests {
     use super::*;
 

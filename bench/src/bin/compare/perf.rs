@@ -103,7 +103,6 @@ fn json_of(mut command: Command) -> Result<Value> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 mod tests {
     use serde_json::json;
 

@@ -1,10 +1,12 @@
 //! One picture of a comparison: latency and throughput over depth for each disk, and beneath, how
 //! many times another server's throughput each cell reaches.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use bench::Spread;
 use bench::markdown::{count, digits, time};
-use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::coord::types::RangedCoordi32;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -119,10 +121,24 @@ fn header(area: &Area<'_>, findings: &Findings) -> Result<()> {
 }
 
 /// The range of `values`, with room on both sides, on a logarithmic axis.
-fn around(values: impl Iterator<Item = Spread>) -> std::ops::Range<f64> {
+fn around(values: impl Iterator<Item = Spread>) -> Range<f64> {
     let (low, high) =
         values.fold((f64::MAX, f64::MIN), |(low, high), s| (low.min(s.min), high.max(s.max)));
     if low > high { 0.5..2.0 } else { low * 0.7..high * 1.4 }
+}
+
+/// A logarithmic axis with lines at 1, 2 and 5 times each power of ten.
+fn logarithmic(
+    range: Range<f64>,
+) -> impl AsRangedCoord<Value = f64, CoordDescType: ValueFormatter<f64>> {
+    let lines = ticks(&range);
+    range.log_scale().with_key_points(lines)
+}
+
+fn ticks(range: &Range<f64>) -> Vec<f64> {
+    let powers = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+    let of_power = |power| [1.0, 2.0, 5.0].map(|digit| digit * 10_f64.powi(power));
+    powers.flat_map(of_power).filter(|tick| range.contains(tick)).collect()
 }
 
 /// A figure over depth, a line for each server.
@@ -147,7 +163,7 @@ fn panel(
         .margin_right(24)
         .x_label_area_size(40)
         .y_label_area_size(72)
-        .build_cartesian_2d(-1..cells.len() as i32, around(all).log_scale())?;
+        .build_cartesian_2d(-1..cells.len() as i32, logarithmic(around(all)))?;
     let depth = |x: &i32| {
         let cell = usize::try_from(*x).ok().and_then(|x| cells.get(x));
         cell.map_or_else(String::new, |cell| cell.cell.depth.to_string())
@@ -212,7 +228,7 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
         .margin_right(24)
         .x_label_area_size(28)
         .y_label_area_size(190)
-        .build_cartesian_2d(range.log_scale(), -lines - 1..0)?;
+        .build_cartesian_2d(logarithmic(range), -lines - 1..0)?;
     let name = |y: &i32| {
         let cell = usize::try_from(-y - 1).ok().and_then(|line| findings.cells.get(line));
         cell.map_or_else(String::new, |cell| cell.cell.to_string())
@@ -238,4 +254,15 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_at_round_numbers() {
+        assert_eq!(ticks(&(70.0..1100.0)), [100.0, 200.0, 500.0, 1000.0]);
+        assert_eq!(ticks(&(0.4..3.0)), [0.5, 1.0, 2.0]);
+    }
 }

@@ -13,6 +13,9 @@ use crate::aims;
 use crate::measure::{Measured, Sample};
 use crate::options::Options;
 
+/// Per cent of the time for which other processes may keep servers from running.
+const QUIET_MAX: f64 = 1.0;
+
 /// A section that stands by itself: where and how, then the tables.
 pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String> {
     let mut text = String::new();
@@ -30,10 +33,7 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         writeln!(text)?;
     }
     if !findings.cells.is_empty() {
-        let trips = findings.cells.iter().flat_map(|m| &m.alternations).map(|a| a.round_trip_ns);
-        if let Some(Spread { median, min, max }) = Spread::of(trips) {
-            writeln!(text, "Round trip: {median:.0} ns ({min:.0}–{max:.0}).\n")?;
-        }
+        writeln!(text, "{}\n", conditions(&findings.cells))?;
         writeln!(text, "{}", cells(findings))?;
     }
     for (title, table) in [
@@ -45,8 +45,27 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
             writeln!(text, "### {title}\n\n{table}")?;
         }
     }
-    writeln!(text, "### Aims\n\n{}", aims::table(findings))?;
+    let aims = aims::table(findings, options.results.is_some());
+    if !aims.is_empty() {
+        writeln!(text, "### Aims\n\n{aims}")?;
+    }
     Ok(text)
+}
+
+/// How steady the machine was.
+fn conditions(cells: &[Measured]) -> String {
+    let alternations = || cells.iter().flat_map(|measured| &measured.alternations);
+    let trips = Spread::of(alternations().map(|a| a.round_trip_ns));
+    let waits = alternations().flat_map(|a| &a.samples).map(|sample| 100.0 * sample.kept_waiting);
+    let (Some(trip), Some(wait)) = (trips, Spread::of(waits)) else { return String::new() };
+    let verdict =
+        if wait.median > QUIET_MAX { " **It was not: these figures say little.**" } else { "" };
+    let Spread { median, min, max } = trip;
+    format!(
+        "Round trip: {median:.0} ns ({min:.0}–{max:.0}). If the machine did nothing else, servers' \
+         polling threads were never kept from running; they were for {} % of the time.{verdict}",
+        ratio(Some(wait))
+    )
 }
 
 /// A line for each server of each cell; the last columns compare the first server with it.
@@ -195,6 +214,7 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
             "busy_s": sample.busy.map(|busy| busy.as_secs_f64()),
             "instructions": sample.counts.map(|counts| counts.instructions),
             "cycles": sample.counts.map(|counts| counts.cycles),
+            "kept_waiting": sample.kept_waiting,
             "perf": sample.figures.raw,
         })
     };
@@ -247,4 +267,27 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         "idle_neighbours": neighbours.collect::<Vec<_>>(),
         "idle": modes.collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cells::Cell;
+    use crate::measure::Alternation;
+    use crate::perf::Figures;
+
+    #[test]
+    fn a_machine_that_does_something_else_is_named() {
+        let cell = |kept_waiting| {
+            let figures =
+                Figures { p50_ns: 1.0, p999_ns: 1.0, iops: 1.0, completed: 1.0, raw: Value::Null };
+            let samples =
+                vec![Sample { figures, cpu: None, busy: None, counts: None, kept_waiting }];
+            let alternations = vec![Alternation { round_trip_ns: 125.0, samples }];
+            Measured { cell: Cell::subset()[0], alternations }
+        };
+        let quiet = conditions(&[cell(0.002)]);
+        assert!(quiet.starts_with("Round trip: 125 ns") && quiet.ends_with("% of the time."));
+        assert!(conditions(&[cell(0.3)]).contains("It was not"));
+    }
 }

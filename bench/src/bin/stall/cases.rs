@@ -171,40 +171,32 @@ impl<'a> Case<'a> {
         server: &'a Server,
         armory: PathBuf,
         length: Duration,
+        more: Option<Arc<GuestRam>>,
     ) -> Result<Self> {
-        let mut case = Self {
+        let case = Self {
             event,
             server,
             armory,
             length,
             rams: Vec::new(),
-            more: None,
+            more,
             vms: Vec::new(),
             left: Vec::new(),
             load: None,
             stopping: None,
             calls: Vec::new(),
         };
-        match event {
-            Event::HungIo | Event::HungKilled | Event::HungStopped => {
-                let us = HANG.as_micros() as u64;
-                let params = json!({
-                    "name": HUNG, "base_bdev_name": OTHER,
-                    "avg_read_latency": us, "p99_read_latency": us,
-                    "avg_write_latency": us, "p99_write_latency": us,
-                });
-                // Another case of these may have made it.
-                if !server.socket(HUNG).exists() {
-                    server.call("bdev_delay_create", params)?;
-                    server.controller(HUNG, HUNG)?;
-                }
-            }
-            Event::Table(gib) => {
-                let more = GuestRam::with(&[gib << 30], FAR, Backing::Pages)?;
-                touch(&more, FAR..FAR + (gib << 30))?;
-                case.more = Some(more);
-            }
-            _ => {}
+        // Another case of these may have made it.
+        let hangs = matches!(event, Event::HungIo | Event::HungKilled | Event::HungStopped);
+        if hangs && !server.socket(HUNG).exists() {
+            let us = HANG.as_micros() as u64;
+            let params = json!({
+                "name": HUNG, "base_bdev_name": OTHER,
+                "avg_read_latency": us, "p99_read_latency": us,
+                "avg_write_latency": us, "p99_write_latency": us,
+            });
+            server.call("bdev_delay_create", params)?;
+            server.controller(HUNG, HUNG)?;
         }
         Ok(case)
     }
@@ -382,7 +374,9 @@ impl<'a> Case<'a> {
     }
 
     fn change_table(&mut self) -> Result<()> {
-        let more = self.more.as_ref().context("made for this event")?.table();
+        let Event::Table(gib) = self.event else { return Ok(()) };
+        let mut more = self.more.as_ref().context("made for this event")?.table();
+        more.truncate(if gib == 1 { 1 } else { 2 });
         for vm in &mut self.vms {
             let table = vm.ram.table();
             let longer = [&table[..], &more[..]].concat();
@@ -415,6 +409,20 @@ impl<'a> Case<'a> {
 /// Name of the other VMs' controllers.
 pub(crate) fn controller(n: usize) -> String {
     format!("other.{n}")
+}
+
+/// The memory that memory tables get besides, for the largest of `events`: a region of 1 GiB, and
+/// one that makes it 8. That all of its pages are there takes long where the host has to find them
+/// first.
+pub(crate) fn more_memory(events: &[Event]) -> Result<Option<Arc<GuestRam>>> {
+    let sizes: &[u64] = match events {
+        events if events.contains(&Event::Table(8)) => &[1 << 30, 7 << 30],
+        events if events.contains(&Event::Table(1)) => &[1 << 30],
+        _ => return Ok(None),
+    };
+    let ram = GuestRam::with(sizes, FAR, Backing::Pages)?;
+    touch(&ram, FAR..FAR + sizes.iter().sum::<u64>())?;
+    Ok(Some(ram))
 }
 
 /// Memory all of whose pages are there.

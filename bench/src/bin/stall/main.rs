@@ -14,14 +14,16 @@ use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use bench::GuestRam;
 use bench::pin::pin;
 use bench::servers::{Interrupt, Server, Spec};
 use clap::Parser;
 
-use crate::cases::{Case, Event, OTHER, VMS, controller};
+use crate::cases::{Case, Event, OTHER, VMS, controller, more_memory};
 use crate::client::Clients;
 use crate::options::Options;
 use crate::stretch::Found;
@@ -138,6 +140,15 @@ fn go_through(
 ) -> Result<()> {
     // Threads that are started from here on inherit it.
     pin(options.client_core)?;
+    let (events, left_out): (Vec<Event>, Vec<Event>) =
+        events.iter().partition(|&&event| no_room(event).is_none());
+    for event in left_out {
+        let why = no_room(event).unwrap_or_default();
+        findings.notes.push(format!("{} is left out: {why}", event.name()));
+    }
+    progress(&format!("{}: guest memory", server.spec.name));
+    // Before the clients start, which would have to wait while the host finds it.
+    let more = more_memory(&events)?;
     let sockets: Vec<PathBuf> =
         (0..options.clients).map(|n| server.socket(&neighbour(n))).collect();
     let sockets: Vec<&Path> = sockets.iter().map(PathBuf::as_path).collect();
@@ -150,12 +161,8 @@ fn go_through(
                 .into(),
         );
     }
-    for &event in events {
-        if let Some(why) = no_room(event) {
-            findings.notes.push(format!("{} is left out: {why}", event.name()));
-            continue;
-        }
-        let found = pairs(options, server, &mut clients, event, armory, interrupt)
+    for event in events {
+        let found = pairs(options, server, &mut clients, event, armory, more.clone(), interrupt)
             .with_context(|| format!("{} on {}", event.name(), server.spec.name))?;
         findings.found.push(found);
     }
@@ -169,11 +176,12 @@ fn pairs(
     clients: &mut Clients,
     event: Event,
     armory: &Path,
+    more: Option<Arc<GuestRam>>,
     interrupt: &Interrupt,
 ) -> Result<Found> {
     let length = Duration::from_secs_f64(options.length);
     let cores = [options.client_core, options.server_core];
-    let mut case = Case::new(event, server, armory.to_owned(), length)?;
+    let mut case = Case::new(event, server, armory.to_owned(), length, more)?;
     let mut pairs = Vec::new();
     for run in 1..=options.runs {
         progress(&format!("{}: {}, {run}/{}", server.spec.name, event.name(), options.runs));

@@ -91,7 +91,6 @@ fn event(name: &str) -> Result<Event, String> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 mod tests {
     use super::*;
 

@@ -162,7 +162,6 @@ impl Found {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 pub(crate) mod tests {
     use super::*;
 
