@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use bench::LIMIT;
 use bench::pin::pin;
 use criterion::Criterion;
-use vhost_blk::Core;
 use vhost_blk::reactor::{Events, Reactor};
 use vhost_blk::reclaim::{Garbage, Reclaim};
+use vhost_blk::{Core, Mode};
 
 use crate::scene::disks;
 use crate::scene::guest::{Guest, Kind};
@@ -22,7 +22,7 @@ const DEPTH: u64 = 32;
 pub(crate) fn bench(c: &mut Criterion) {
     let mut guest = Guest::new(1, false, &disks::null());
     let events = Arc::new(Events::new().unwrap());
-    let reactor = Reactor::start(REACTOR_CORE, &guest.domain, &events);
+    let reactor = Reactor::start(REACTOR_CORE, &guest.domain, &events, Mode::Poll);
     let (Ok((reactor, thread)), Ok(())) = (reactor, pin(DRIVER_CORE)) else {
         println!("hand-over: skipped, as this process may not use cores 0 and 1");
         return;
