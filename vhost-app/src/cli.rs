@@ -187,7 +187,7 @@ struct Args {
     /// Do not lock the cores in /var/tmp.
     #[arg(long)]
     disable_cpumask_locks: bool,
-    /// Reactors sleep whenever there is nothing to do, and poll nothing.
+    /// Reactors sleep whenever there is nothing to do.
     #[arg(long)]
     interrupt_mode: bool,
     /// Reactors poll, and sleep after this many microseconds without work (not in SPDK).

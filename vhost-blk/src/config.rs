@@ -64,7 +64,7 @@ impl Disk {
             | when(bdev.write_zeroes, VIRTIO_BLK_F_WRITE_ZEROES)
     }
 
-    /// What a request is checked against; read anew in each visit, as disks grow.
+    /// What a request is checked against: a view keeps it, and a disk that grows makes a new view.
     #[must_use]
     pub fn limits(&self) -> Limits {
         let mut features = self.bdev.features();

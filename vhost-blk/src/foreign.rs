@@ -41,16 +41,14 @@ impl ForeignFd {
         Self(Some(fd))
     }
 
-    /// The fd, if it is an eventfd: closing one never waits.
+    /// Checks that it is an eventfd. It stays foreign: to close even an eventfd can take as long as a
+    /// front end likes, if it is the last to be closed and an epoll instance of theirs watches it.
     ///
     /// # Errors
     /// It is something else.
-    pub fn into_eventfd(mut self) -> Result<OwnedFd, Error> {
+    pub fn check_eventfd(&self) -> Result<(), Error> {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()))?;
-        if link.as_os_str() != "anon_inode:[eventfd]" {
-            return Err(Error::NotEventFd);
-        }
-        self.0.take().ok_or(Error::NotEventFd)
+        if link.as_os_str() == "anon_inode:[eventfd]" { Ok(()) } else { Err(Error::NotEventFd) }
     }
 
     /// Checks that it is a Unix stream socket.
@@ -137,7 +135,7 @@ mod tests {
             assert!(matches!(other.check_unix_socket(), Err(Error::NotSocket)));
         }
         for other in [pipe, unix, tcp, disk, memory()] {
-            assert!(matches!(other.into_eventfd(), Err(Error::NotEventFd)));
+            assert!(matches!(other.check_eventfd(), Err(Error::NotEventFd)));
         }
     }
 }

@@ -9,7 +9,7 @@
 //! * [`memory`]: a guest's memory as mapped by us; `sigbus`: what happens when it is cut short.
 //! * [`ring`]: split virtqueues; [`request`]: virtio-blk requests; [`queue`]: a virtqueue as a
 //!   reactor owns it; [`notify`]: telling the guest.
-//! * [`reactor`]: the polling threads; [`reclaim`]: the threads that free and unmap for them.
+//! * [`reactor`]: the threads that serve queues; [`reclaim`]: the threads that free and unmap for them.
 //! * [`controller`]: a disk with a name and a socket; [`target`]: all of them.
 //!
 //! A *view* is all that a reactor needs to know of one queue, immutable, replaced as a whole

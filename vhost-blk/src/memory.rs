@@ -305,10 +305,13 @@ impl GuestMemory {
         self.lines.iter().find(|line| line.translate(gpa).is_some()).copied()
     }
 
-    /// A translator that begins with the region of `line`, if that is one of this table.
+    /// A translator that begins with the region of `line`.
+    ///
+    /// # Safety
+    /// `line` comes from a translator of this table, or is the default.
     #[inline]
     #[must_use]
-    pub fn near(&self, line: Nearest) -> Near<'_> {
+    pub unsafe fn near(&self, line: Nearest) -> Near<'_> {
         Near { memory: self, line: line.0 }
     }
 

@@ -21,7 +21,7 @@ pub struct CallFd(Call);
 
 enum Call {
     Kernel(Box<UnsafeCell<IoUring>>),
-    Write(EventFd),
+    Write(ForeignFd),
 }
 
 impl std::fmt::Debug for Call {
@@ -42,19 +42,18 @@ impl CallFd {
     /// # Errors
     /// It is no eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
-        let fd = fd.into_eventfd()?;
+        fd.check_eventfd()?;
         let ring = IoUring::<squeue::Entry, cqueue::Entry>::builder().build(1);
         let registered = ring.and_then(|ring| {
-            // The registration holds the eventfd open.
-            ring.submitter().register_eventfd(fd.as_raw_fd())?;
+            // The registration holds the counter; the fd itself is not needed any more.
+            ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
             Ok(ring)
         });
         Ok(Self(match registered {
             Ok(ring) => Call::Kernel(Box::new(UnsafeCell::new(ring))),
             Err(_) => {
-                let event = EventFd(fd);
-                event.set_nonblocking()?;
-                Call::Write(event)
+                set_nonblocking(fd.as_fd())?;
+                Call::Write(fd)
             }
         }))
     }
@@ -66,8 +65,8 @@ impl CallFd {
     #[must_use]
     pub unsafe fn signal(&self) -> bool {
         let ring = match &self.0 {
-            Call::Write(event) => {
-                event.signal();
+            Call::Write(fd) => {
+                add_one(fd.as_fd());
                 return true;
             }
             Call::Kernel(ring) => ring,
@@ -85,7 +84,7 @@ impl CallFd {
 /// A guest's kick, which wakes a reactor that sleeps. Never read: see `reactor::bell`. A polled queue
 /// does not need it; it is kept open for the guest.
 #[derive(Debug)]
-pub struct KickFd(OwnedFd);
+pub struct KickFd(ForeignFd);
 
 impl KickFd {
     /// Takes an fd from a front end.
@@ -93,7 +92,8 @@ impl KickFd {
     /// # Errors
     /// It is no eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
-        Ok(Self(fd.into_eventfd()?))
+        fd.check_eventfd()?;
+        Ok(Self(fd))
     }
 }
 
@@ -122,19 +122,11 @@ impl EventFd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    fn set_nonblocking(&self) -> io::Result<()> {
-        // SAFETY: an fd that we own; the flag is one that eventfds have.
-        let result = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
     /// Adds one. Does not wait: where the counter is full, the reader has not read what it was
     /// told before and one more would tell it nothing.
     #[inline]
     pub fn signal(&self) {
-        let one = 1_u64;
-        // SAFETY: eight bytes of ours to an fd that we own.
-        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+        add_one(self.0.as_fd());
     }
 
     /// Takes what was added; 0 if nothing was.
@@ -150,6 +142,19 @@ impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+#[inline]
+fn add_one(fd: BorrowedFd<'_>) {
+    let one = 1_u64;
+    // SAFETY: eight bytes of ours to an open fd.
+    unsafe { libc::write(fd.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: an open fd; the flag is one that eventfds have.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A front end's socket for messages that we begin (SET_BACKEND_REQ_FD).

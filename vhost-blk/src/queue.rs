@@ -317,6 +317,8 @@ pub(crate) struct Watch {
     seen: u16,
     /// Something other than the ring wants a visit every turn.
     pub(crate) due: bool,
+    /// The guest's kicks wake the reactor, or there is nothing to kick for.
+    pub(crate) kicks: bool,
     stop: bool,
 }
 
@@ -329,7 +331,14 @@ static NOTHING: AtomicU16 = AtomicU16::new(0);
 impl Watch {
     /// For a queue that was not visited yet.
     pub(crate) fn new() -> Self {
-        Self { avail: &raw const NOTHING, generation: 0, seen: 0, due: true, stop: false }
+        Self {
+            avail: &raw const NOTHING,
+            generation: 0,
+            seen: 0,
+            due: true,
+            kicks: true,
+            stop: false,
+        }
     }
 
     /// Whether the queue wants a visit.

@@ -1,4 +1,5 @@
-//! The polling threads: one per core, each with a list of queues that it owns.
+//! The threads that serve queues: one per core, each with a list of queues that it owns. They poll,
+//! or sleep when there is nothing to do.
 #![expect(unsafe_code, reason = "visits queues as their owner; pins threads; reads the TSC")]
 
 use std::io;

@@ -207,6 +207,13 @@ impl Chain {
         self.sums.descriptors
     }
 
+    /// Bytes of its buffers.
+    #[inline]
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.sums.readable_bytes + self.sums.writable_bytes
+    }
+
     /// Where the header begins, if the chain has one.
     #[inline]
     #[must_use]

@@ -82,7 +82,8 @@ impl Rings {
     fn pop(&mut self) {
         assert_eq!(self.ring.pending(self.at), Ok(ROUND as u16));
         let positions = (0..).map(|n| self.at.wrapping_add(n));
-        let mut near = self.memory.near(self.nearest);
+        // SAFETY: this memory's own, from the time before.
+        let mut near = unsafe { self.memory.near(self.nearest) };
         for ((head, chain), at) in self.chains.iter_mut().zip(positions) {
             *head = self.ring.head(at);
             chain.collect(&self.ring, &mut near, *head);

@@ -68,6 +68,8 @@ pub struct Core {
     armed: bool,
     /// The next call goes out whether the guest wants it or not.
     call_unasked: bool,
+    /// The system could not make the last call right then.
+    call_refused: bool,
     call_due: CallDue,
     /// Where in the guest's memory the last request was.
     nearest: Nearest,
@@ -162,6 +164,7 @@ impl Core {
             broken: false,
             armed: false,
             call_unasked: false,
+            call_refused: false,
             call_due: CallDue::default(),
             nearest: Nearest::default(),
             expected: Expected { head: 0, header: std::ptr::null() },
@@ -239,6 +242,7 @@ impl Core {
             generation: view.generation,
             seen: if rings { self.last_avail.to_le() } else { 0 },
             due: due || released && !self.stopped,
+            kicks: view.kicks || !rings,
             stop: self.stopping,
         }
     }
@@ -286,6 +290,9 @@ impl Core {
         }
         if self.call_due.pending {
             let left = self.call_due.not_before_ticks.saturating_sub(turn.now_ticks());
+            if left == 0 && !self.call_refused {
+                return Wait::Poll;
+            }
             let left_us = left.saturating_mul(1_000_000) / turn.ticks_per_second();
             let at_least = if left == 0 { RETRY } else { Duration::from_micros(left_us + 1) };
             wait = wait.sooner(Wait::Until(Instant::now() + at_least));
@@ -453,8 +460,9 @@ impl Core {
             self.slots[usize::from(index)].head = head;
             batch.push(index);
         }
-        let mut near = view.memory.near(self.nearest);
-        let mut descriptors = 0;
+        // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
+        let mut near = unsafe { view.memory.near(self.nearest) };
+        let (mut descriptors, mut bytes) = (0, 0);
         for (n, &index) in batch.iter().enumerate() {
             let slot = &mut self.slots[usize::from(index)];
             slot.chain.collect(&view.ring, &mut near, slot.head);
@@ -463,7 +471,8 @@ impl Core {
                 self.expected = Expected { head: slot.head, header };
             }
             descriptors += slot.chain.descriptors();
-            if descriptors > VISIT_DESCRIPTORS_MAX {
+            bytes += slot.chain.bytes();
+            if descriptors > VISIT_DESCRIPTORS_MAX || bytes > VISIT_BYTES_MAX {
                 self.free.extend(batch.drain(n + 1..).rev());
                 break;
             }
@@ -627,6 +636,7 @@ impl Core {
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };
             turn.read_clock();
+            self.call_refused = !called;
             if !called {
                 return; // tried again at the next visit
             }
@@ -692,7 +702,8 @@ fn parse_again(slot: &mut Slot, view: &View, refused: Request) -> Request {
     if now.sectors == then.sectors {
         return refused;
     }
-    let mut near = view.memory.near(Nearest::default());
+    // SAFETY: the default is of every memory.
+    let mut near = unsafe { view.memory.near(Nearest::default()) };
     slot.chain.collect(&view.ring, &mut near, slot.head);
     slot.chain.parse(&now)
 }

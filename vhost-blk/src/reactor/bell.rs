@@ -70,8 +70,9 @@ impl Bell {
         let mut rc = unsafe {
             libc::syscall(libc::SYS_epoll_pwait2, epoll, at, most, limit_at, no_mask, 0_usize)
         };
-        if rc < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
-            // Kernels before 5.11 count in milliseconds.
+        let errno = || io::Error::last_os_error().raw_os_error();
+        if rc < 0 && matches!(errno(), Some(libc::ENOSYS | libc::EPERM)) {
+            // Kernels before 5.11 count in milliseconds, and some sandboxes know no newer one.
             let ms = |limit: libc::timespec| limit.tv_sec * 1000 + limit.tv_nsec / 1_000_000 + 1;
             let limit_ms = limit.map_or(-1, |limit| i32::try_from(ms(limit)).unwrap_or(i32::MAX));
             // SAFETY: as above.

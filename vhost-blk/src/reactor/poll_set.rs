@@ -129,6 +129,10 @@ impl PollSet {
     pub(super) unsafe fn arm(&self, reader: &Reader, turn: &Turn) -> Wait {
         // SAFETY: one reactor, and this is its one borrow meanwhile.
         let scan = unsafe { &mut *self.scan.get() };
+        if scan.entries.iter().any(|entry| !entry.watch.kicks) {
+            // Before others are asked for kicks that would only cost them time.
+            return Wait::Poll;
+        }
         let mut wait = Wait::Event;
         for entry in &mut scan.entries {
             if entry.asleep {

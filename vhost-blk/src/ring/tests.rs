@@ -41,7 +41,8 @@ impl Guest {
 
     fn walk(&self, head: u16) -> (Vec<Buffer>, Result<(), ChainError>) {
         let mut buffers = vec![];
-        let mut near = self.memory.near(Nearest::default());
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { self.memory.near(Nearest::default()) };
         let result = self.ring.walk(&mut near, head, |_, buffer| buffers.push(buffer));
         (buffers, result)
     }

@@ -137,11 +137,12 @@ impl Target {
     /// # Errors
     /// No such controller, or a value out of range.
     pub fn set_coalescing(&self, name: &str, delay_us: u32, iops: u32) -> Result<(), Error> {
-        if self.lock().controller(name)?.set_coalescing(delay_us, iops) {
-            Ok(())
-        } else {
-            Err(Error::Coalescing)
+        if !self.lock().controller(name)?.set_coalescing(delay_us, iops) {
+            return Err(Error::Coalescing);
         }
+        // A reactor may be asleep until the time that the values before have led to.
+        self.reactors.iter().for_each(|reactor| reactor.wake());
+        Ok(())
     }
 
     /// All controllers, by name.

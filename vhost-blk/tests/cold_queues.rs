@@ -1,0 +1,138 @@
+//! Many idle queues on one reactor: each is looked at often enough, however long it was idle.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod guest;
+
+use std::sync::Arc;
+
+use bdev::{Null, NullOptions};
+use qsbr::Domain;
+use vhost_blk::config::Disk;
+use vhost_blk::memory::GuestMemory;
+use vhost_blk::queue::{Queue, QueueId, View};
+use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
+use vhost_blk::reclaim::Reclaim;
+use vhost_blk::ring::RingAddrs;
+use vhost_blk::{Core, Mode};
+use vm_memory::Bytes;
+
+const QUEUES: usize = 40;
+const SIZE: u16 = 4;
+/// Guest memory of one queue: descriptors, available and used ring, header, status, data.
+const STRIDE: u64 = 0x5000;
+/// Idle turns after which all queues are cold: twice as many as it takes.
+const LONG: usize = 1 << 16;
+/// Turns in which all cold queues are looked at: 16 in each.
+const PASS: usize = QUEUES.div_ceil(16) + 1;
+
+struct Scene {
+    memory: Arc<GuestMemory>,
+    reactor: SteppedReactor,
+    /// Of each queue: requests made available so far.
+    offered: Vec<u16>,
+}
+
+impl Scene {
+    /// With queues that have been idle for long.
+    fn idle() -> Self {
+        let domain = Domain::new(1);
+        let events = Arc::new(Events::new().unwrap());
+        let memory = guest::memory(STRIDE * QUEUES as u64, 0);
+        let options = NullOptions { name: "n".into(), num_blocks: 64, block_size: 512, uuid: None };
+        let disk = Arc::new(Disk { bdev: Null::create(options).unwrap(), read_only: false });
+        let queue = |n: usize| {
+            let at = STRIDE * n as u64;
+            let addrs = RingAddrs { desc: at, avail: at + 0x1000, used: at + 0x2000 };
+            let disk = Some(Arc::clone(&disk));
+            let view = View::new(1, &memory, SIZE, addrs, false, None, disk).unwrap();
+            Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
+        };
+        let reactor = Arc::new(Reactor::new(Core(0), &domain, Mode::Poll).unwrap());
+        reactor.publish((0..QUEUES).map(queue).collect(), &Reclaim::start(|| {}).unwrap());
+        let reactor = SteppedReactor::new(&reactor, &domain, &events).unwrap();
+        let mut scene = Self { memory, reactor, offered: vec![0; QUEUES] };
+        for queue in 0..QUEUES {
+            scene.set_up(queue);
+        }
+        scene.steps(LONG);
+        scene
+    }
+
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        self.memory.slice(gpa, bytes.len()).unwrap().write_slice(bytes, 0).unwrap();
+    }
+
+    /// Lays one read out in the queue's first three descriptors.
+    fn set_up(&self, queue: usize) {
+        let at = STRIDE * queue as u64;
+        for (n, (offset, len, flags)) in
+            [(0x3000, 16_u32, 1_u16), (0x4000, 512, 3), (0x3100, 1, 2)].into_iter().enumerate()
+        {
+            let desc = at + 16 * n as u64;
+            self.put(desc, &(at + offset).to_le_bytes());
+            self.put(desc + 8, &len.to_le_bytes());
+            self.put(desc + 12, &flags.to_le_bytes());
+            self.put(desc + 14, &(n as u16 + 1).to_le_bytes());
+        }
+    }
+
+    fn offer(&mut self, queue: usize) {
+        self.offered[queue] += 1;
+        let index = self.offered[queue].to_le_bytes();
+        self.put(STRIDE * queue as u64 + 0x1002, &index);
+    }
+
+    fn steps(&mut self, n: usize) {
+        for _ in 0..n {
+            self.reactor.step();
+        }
+    }
+
+    fn answered(&self, queue: usize) -> bool {
+        let mut used = [0; 2];
+        let at = STRIDE * queue as u64 + 0x2002;
+        self.memory.slice(at, 2).unwrap().read_slice(&mut used, 0).unwrap();
+        u16::from_le_bytes(used) == self.offered[queue]
+    }
+}
+
+#[test]
+fn the_first_request_of_an_idle_queue_waits_for_one_pass() {
+    let mut scene = Scene::idle();
+    for queue in 0..QUEUES {
+        scene.offer(queue);
+        assert!(!scene.answered(queue));
+        scene.steps(PASS);
+        assert!(scene.answered(queue), "queue {queue}");
+    }
+}
+
+#[test]
+fn idle_queues_that_begin_together_are_all_served() {
+    let mut scene = Scene::idle();
+    for round in 0..3 {
+        for queue in 0..QUEUES {
+            scene.offer(queue);
+        }
+        scene.steps(PASS);
+        assert!((0..QUEUES).all(|queue| scene.answered(queue)), "round {round}");
+        scene.steps(LONG);
+    }
+}
+
+#[test]
+fn a_busy_queue_keeps_nobody_out() {
+    for busy in [0, QUEUES / 2, QUEUES - 1] {
+        let mut scene = Scene::idle();
+        for queue in (0..QUEUES).filter(|queue| *queue != busy) {
+            scene.offer(queue);
+            for _ in 0..PASS {
+                scene.offer(busy);
+                scene.steps(1);
+                // Cold at first, and hot from its first request on.
+                assert!(queue == 0 || busy == 0 && queue == 1 || scene.answered(busy));
+            }
+            assert!(scene.answered(queue), "queue {queue} beside {busy}");
+        }
+    }
+}
