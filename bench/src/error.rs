@@ -22,6 +22,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// this process may not use the core, or there is none such
+    #[error("cannot run on core {0}: {1}")]
+    Core(usize, io::Error),
     /// nobody answers at this path
     #[error("cannot connect to {path}: {source}")]
     Connect {

@@ -11,5 +11,5 @@ use crate::error::{Error, Result};
 pub fn pin(core: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(core);
-    sched_setaffinity(None, &set).map_err(Error::system("cannot pin a thread to its core"))
+    sched_setaffinity(None, &set).map_err(|e| Error::Core(core, e.into()))
 }

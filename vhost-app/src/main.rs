@@ -25,6 +25,7 @@ use rpc::{Phase, Registry, Server};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{debug, error, info, warn};
+use vhost_blk::Mode;
 
 use cli::Options;
 use config_file::ConfigFile;
@@ -116,6 +117,11 @@ fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
     info!("Total cores available: {}", cores.len());
     for core in &cores {
         info!("Reactor started on core {core}");
+    }
+    match options.reactor_mode {
+        Mode::Poll => {}
+        Mode::Sleep { after_us: 0 } => info!("Reactors sleep whenever there is nothing to do"),
+        Mode::Sleep { after_us } => info!("Reactors sleep after {after_us} us without work"),
     }
     let app = Rc::new(App::new(Rc::clone(&control), log.clone()));
     let mut registry = Registry::new();

@@ -106,8 +106,10 @@ impl Session {
         if !plan.block_bytes.is_multiple_of(blk_size)
             || !plan.offset.is_multiple_of(blk_size.into())
         {
-            let have = plan.block_bytes;
-            return too_little(format!("the disk has blocks of {blk_size} bytes, not of {have}"));
+            let (have, at) = (plan.block_bytes, plan.offset);
+            return too_little(format!(
+                "the disk has blocks of {blk_size} bytes: {have} bytes from byte {at} on are not whole ones"
+            ));
         }
         let segment_bytes = limit(SIZE_MAX, config.size_max).min(plan.block_bytes);
         let segments = plan.block_bytes.div_ceil(segment_bytes);

@@ -74,7 +74,7 @@ fn too_little() {
             "--mem-size 64k --iodepth 64",
             "no 4096 bytes of guest memory left: --mem-size is too small for this load",
         ),
-        ("--cpus_allowed 1000", "cannot pin a thread to its core: Invalid argument (os error 22)"),
+        ("--cpus_allowed 1000", "cannot run on core 1000: Invalid argument (os error 22)"),
     ] {
         assert_eq!(refusal(&daemon.socket(), options), expected, "{options}");
     }

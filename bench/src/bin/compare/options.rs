@@ -185,7 +185,7 @@ impl Options {
     /// left out.
     ///
     /// # Errors
-    /// None of ours and none of the others' is there, or two have one name.
+    /// One that was named is not there, or none is, or two have one name.
     pub(crate) fn servers(&self) -> Result<(Vec<Spec>, Vec<String>)> {
         let (mut specs, mut notes) = (Vec::new(), Vec::new());
         for given in &self.vhost {
@@ -207,9 +207,16 @@ impl Options {
             ensure!(there.iter().all(|s: &Spec| s.name != spec.name), "two named {}", spec.name);
             if is_program(&spec.program) {
                 there.push(spec);
-            } else {
-                notes.push(format!("{} is left out: no {}", spec.name, spec.program.display()));
+                continue;
             }
+            let missing = format!("no {}", spec.program.display());
+            let named = match spec.kind {
+                Kind::Ours => !self.vhost.is_empty(),
+                Kind::Spdk => true,
+                Kind::StorageDaemon => false,
+            };
+            ensure!(!named, "{}: {missing}", spec.name);
+            notes.push(format!("{} is left out: {missing}", spec.name));
         }
         if there.is_empty() {
             bail!("no server to measure: {}", notes.join("; "));
@@ -297,11 +304,12 @@ mod tests {
         let me = std::env::current_exe().unwrap();
         let me = me.to_str().unwrap();
         let (new, old) = (format!("new={me}"), format!("old={me}"));
-        let args = ["--vhost", &new, "--vhost", &old, "--no-qemu", "--spdk", "/no/such"];
+        let args = ["--vhost", &new, "--vhost", &old, "--qemu", "/no/such"];
         let (specs, notes) = options(&args).servers().unwrap();
         let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
         assert_eq!(names, ["new", "old"]);
-        assert_eq!(notes, ["SPDK is left out: no /no/such"]);
+        assert_eq!(notes, ["qemu is left out: no /no/such"]);
+        assert!(options(&["--vhost", me, "--spdk", "/no/such"]).servers().is_err(), "named");
         assert!(options(&["--vhost", me, "--vhost", me]).servers().is_err(), "one name twice");
         assert!(options(&["--vhost", "/no/such", "--no-qemu"]).servers().is_err());
     }

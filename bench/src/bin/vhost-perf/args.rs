@@ -51,7 +51,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=QUEUES_MAX))]
     numjobs: u16,
     /// Seconds to measure for
-    #[arg(long, default_value = "10", value_parser = seconds, value_name = "SECONDS")]
+    #[arg(long, default_value = "10", value_parser = limit, value_name = "SECONDS")]
     runtime: Duration,
     /// Seconds to run before that, which no figure counts
     #[arg(long = "ramp_time", alias = "ramp-time", default_value = "0", value_parser = seconds)]
@@ -73,7 +73,7 @@ pub(crate) struct Args {
     #[arg(long, value_parser = bytes)]
     size: Option<u64>,
     /// The first byte of the disk to use
-    #[arg(long, default_value = "0", value_parser = bytes)]
+    #[arg(long, default_value = "0", value_parser = sectors)]
     offset: u64,
     /// Chooses the random sequence, and is part of the pattern
     #[arg(long, default_value_t = 1)]
@@ -239,6 +239,11 @@ fn bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << (10 * power)).ok_or_else(|| "too large".into())
 }
 
+fn sectors(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    if bytes.is_multiple_of(512) { Ok(bytes) } else { Err("not a multiple of 512".into()) }
+}
+
 fn block_bytes(text: &str) -> Result<u32, String> {
     let bytes = bytes(text)?;
     let fits = (512..=1 << 20).contains(&bytes) && bytes % 512 == 0;
@@ -344,6 +349,8 @@ mod tests {
             "/tmp/s --iodepth 0",
             "/tmp/s --numjobs 257",
             "/tmp/s --runtime -1",
+            "/tmp/s --runtime 0",
+            "/tmp/s --offset 100",
             "/tmp/s --runtime nan",
             "/tmp/s --timeout 0",
             "/tmp/s --rwmixread 101",

@@ -46,6 +46,11 @@ fn print_floor(args: &FloorArgs) -> AnyResult<ExitCode> {
 
 fn load(args: &Args) -> AnyResult<ExitCode> {
     let plan = args.plan();
+    if let Some(file) = &args.plot {
+        // Not after a long run.
+        let made = std::fs::File::create(file);
+        made.map_err(|error| format!("cannot write {}: {error}", file.display()))?;
+    }
     let stop = interruptible()?;
     let mut line = ProgressLine::new(args.start_line);
     let outcome = perf::run(&plan, &stop, &mut |progress| line.tell(progress));
@@ -90,6 +95,9 @@ fn explain(plan: &perf::Plan, error: &Error) -> String {
             format!("cannot map guest memory: {why} (are enough hugepages free?)")
         }
         Error::NoRam(_) => format!("{error}: --mem-size is too small for this load"),
+        _ if error.to_string().starts_with("GET_FEATURES") => {
+            format!("{socket}: {error} (no vhost-user server, or its log says why)")
+        }
         _ => format!("{socket}: {error}"),
     }
 }
@@ -99,6 +107,9 @@ fn problems(outcome: &Outcome) -> Vec<String> {
     let mut problems = Vec::new();
     if outcome.closed {
         problems.push("the server closed the connection before the end".into());
+    }
+    if outcome.all.completed == 0 {
+        problems.push("nothing was measured: no request completed after the ramp".into());
     }
     if outcome.outstanding > 0 {
         problems.push(format!("{} requests have not come back", outcome.outstanding));

@@ -84,6 +84,7 @@ fn draw_distribution(area: &Area<'_>, outcome: &Outcome) -> Result<()> {
         .axis_style(TEXT)
         .label_style((FONT, 14).into_font().color(&TEXT))
         .x_labels(nines as usize + 1)
+        .y_labels(6)
         .x_label_formatter(&|x| percentile_label(*x))
         .y_label_formatter(&|ns| report::time(*ns))
         .draw()?;
