@@ -10,9 +10,10 @@ use qsbr::Reader;
 use super::{Cause, Events, Turn, ticks_per_second};
 use crate::queue::{Queue, Watch};
 
-/// Queues without work that a turn looks at. Together with the limit below this bounds how long the
-/// first request of an idle guest waits, and what idle guests cost a busy one: some 25 ns per turn.
-const COLD_PER_TURN: usize = 16;
+/// Cold queues that a turn looks at, after a turn with work and after one without. Together with the
+/// limit below this bounds how long the first request of an idle guest waits, and what idle guests
+/// cost a busy one: some nanoseconds per turn.
+const COLD_PER_TURN: (usize, usize) = (4, 16);
 
 /// Time after which all queues have been looked at, however busy some are, in microseconds.
 const PASS_MAX_US: u64 = 20;
@@ -170,7 +171,8 @@ impl PollSet {
         let mut left = scan.entries.len() - scan.hot;
         let overdue = turn.now_ticks().saturating_sub(scan.passed_ticks) > scan.pass_max_ticks;
         if !overdue {
-            left = left.min(COLD_PER_TURN);
+            let (busy, idle) = COLD_PER_TURN;
+            left = left.min(if turn.idle_turns == 0 { busy } else { idle });
         }
         let mut worked = false;
         while left > 0 {
