@@ -37,7 +37,10 @@ fn nobody_answers() {
     let socket = dir.path().join("sock");
     let _listener = UnixListener::bind(&socket).unwrap();
     let told = refusal(&socket, "--timeout 0.2");
-    assert_eq!(told, "SOCKET: GET_FEATURES: no answer within 200ms");
+    assert_eq!(
+        told,
+        "SOCKET: GET_FEATURES: no answer within 200ms (no vhost-user server, or its log says why)"
+    );
 }
 
 #[test]

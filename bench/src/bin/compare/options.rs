@@ -32,6 +32,9 @@ pub(crate) struct Options {
     /// Leave qemu-storage-daemon out.
     #[arg(long)]
     pub(crate) no_qemu: bool,
+    /// Leave ours out.
+    #[arg(long, conflicts_with = "vhost")]
+    no_ours: bool,
     /// The load generator [default: vhost-perf beside this program].
     #[arg(long, value_name = "PATH")]
     pub(crate) perf: Option<PathBuf>,
@@ -192,7 +195,7 @@ impl Options {
             let (name, path) = given.split_once('=').unwrap_or(("vhost", given));
             specs.push(Spec::new(name, Kind::Ours, path));
         }
-        if self.vhost.is_empty() {
+        if self.vhost.is_empty() && !self.no_ours {
             specs.push(Spec::new("vhost", Kind::Ours, beside("vhost")?));
         }
         if let Some(path) = &self.spdk {

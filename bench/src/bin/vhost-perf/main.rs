@@ -90,7 +90,7 @@ fn interruptible() -> AnyResult<Arc<AtomicBool>> {
 fn explain(plan: &perf::Plan, error: &Error) -> String {
     let socket = plan.socket.display();
     match error {
-        Error::Connect { .. } | Error::System { .. } => error.to_string(),
+        Error::Connect { .. } | Error::System { .. } | Error::Core(..) => error.to_string(),
         Error::Map(why) if plan.backing == bench::Backing::Hugepages => {
             format!("cannot map guest memory: {why} (are enough hugepages free?)")
         }
@@ -108,9 +108,6 @@ fn problems(outcome: &Outcome) -> Vec<String> {
     if outcome.closed {
         problems.push("the server closed the connection before the end".into());
     }
-    if outcome.all.completed == 0 {
-        problems.push("nothing was measured: no request completed after the ramp".into());
-    }
     if outcome.outstanding > 0 {
         problems.push(format!("{} requests have not come back", outcome.outstanding));
     }
@@ -121,6 +118,9 @@ fn problems(outcome: &Outcome) -> Vec<String> {
     if outcome.unsubmitted > 0 {
         let late = outcome.unsubmitted;
         problems.push(format!("the rate was not reached: {late} requests were due and never sent"));
+    }
+    if problems.is_empty() && outcome.all.completed == 0 {
+        problems.push("nothing was measured: no request completed after the ramp".into());
     }
     problems
 }
