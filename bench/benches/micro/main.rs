@@ -10,6 +10,7 @@
 mod scene;
 
 mod channel;
+mod copy;
 mod hand_over;
 mod publication;
 mod request;
@@ -34,6 +35,7 @@ criterion_group! {
         turn::bench,
         ring::bench,
         channel::bench,
+        copy::bench,
         request::bench,
         // Last, as it ties this thread to a core.
         hand_over::bench
