@@ -10,7 +10,7 @@ use crate::geometry::{checked_size, within};
 use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit, Wait};
 use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
-use crate::shortcut::{AT_ONCE, Shortcut};
+use crate::shortcut::{AT_ONCE, Shortcut, copy};
 use crate::stats::Stats;
 
 /// A disk in memory. All of it is allocated when it is made, and reads as zeroes.
@@ -167,13 +167,9 @@ impl MallocChannel {
     unsafe fn transfer(&self, io: &Io, at: u64, len: usize) -> Status {
         // Within the mapping, so within a usize.
         let device = self.disk.pages.base().wrapping_add((io.offset + at) as usize);
-        // SAFETY: the caller vouches for it.
-        let segments = unsafe { io.segments() };
         let whole = match io.op {
-            // SAFETY: `device..device + len` lies within the mapping, which no segment does.
-            Op::Read => unsafe { memory::scatter(segments, at, device, len) },
-            // SAFETY: as for the read.
-            Op::Write => unsafe { memory::gather(segments, at, device, len, self.stores) },
+            // SAFETY: `device..device + len` lies within the mapping.
+            Op::Read | Op::Write => unsafe { copy(io, at, device, len, self.stores) },
             // Giving the pages back would be an address-space call.
             Op::Unmap | Op::WriteZeroes => {
                 // SAFETY: the range lies within the mapping.

@@ -1,7 +1,8 @@
 //! What the owner of a channel may do itself, in place of a call to the channel.
 #![expect(unsafe_code, reason = "copies between a disk's memory and the guest's")]
 
-use crate::io::{Io, Op, Status};
+use crate::geometry::within;
+use crate::io::{Io, Op};
 use crate::memory::{self, Stores};
 
 /// A channel's I/O that is so short that the call to the channel would be a good part of it. The
@@ -32,36 +33,44 @@ unsafe impl Send for Shortcut {}
 pub(crate) const AT_ONCE: u64 = 1 << 20;
 
 impl Shortcut {
-    /// Does `io` if it can; `None` leaves it to the channel.
+    /// Does `io` and says so, or leaves it to the channel, failures included.
     ///
     /// # Safety
     /// The channel that gave this is open, and as for [`crate::Channel::submit`].
     #[inline(always)]
     #[must_use]
-    pub unsafe fn run(&self, io: &Io) -> Option<Status> {
+    pub unsafe fn run(&self, io: &Io) -> bool {
         if !matches!(io.op, Op::Read | Op::Write) {
-            return None;
+            return false;
         }
         match *self {
-            Self::None => None,
-            Self::Nothing => Some(Status::Ok),
+            Self::None => false,
+            Self::Nothing => true,
             Self::Memory { base, size, stores } => {
-                if io.len > AT_ONCE || io.offset > size || io.len > size - io.offset {
-                    return None;
-                }
                 let at = base.wrapping_add(io.offset as usize);
-                let len = io.len as usize;
-                // SAFETY: the caller vouches for the segments.
-                let segments = unsafe { io.segments() };
-                let whole = if io.op == Op::Read {
-                    // SAFETY: `at..at + len` lies within the disk, which no segment does.
-                    unsafe { memory::scatter(segments, 0, at, len) }
-                } else {
-                    // SAFETY: as for the read.
-                    unsafe { memory::gather(segments, 0, at, len, stores) }
-                };
-                Some(if whole { Status::Ok } else { Status::IoError })
+                io.len <= AT_ONCE
+                    && within(io, size)
+                    // SAFETY: the range lies within the disk, and the caller vouches for the rest.
+                    && unsafe { copy(io, 0, at, io.len as usize, stores) }
             }
         }
+    }
+}
+
+/// Does `len` bytes of a read or a write, `skip` bytes into it, from or to `device`. Says whether
+/// the segments were long enough.
+///
+/// # Safety
+/// `device..device + len` is a disk's, and as for [`crate::Channel::submit`].
+#[inline(always)]
+pub(crate) unsafe fn copy(io: &Io, skip: u64, device: *mut u8, len: usize, stores: Stores) -> bool {
+    // SAFETY: the caller vouches for the segments.
+    let segments = unsafe { io.segments() };
+    if io.op == Op::Read {
+        // SAFETY: `device..device + len` is a disk's, which no segment is.
+        unsafe { memory::scatter(segments, skip, device, len) }
+    } else {
+        // SAFETY: as for the read.
+        unsafe { memory::gather(segments, skip, device, len, stores) }
     }
 }

@@ -263,13 +263,10 @@ impl Reactor {
             // Work ends with a reading of the clock.
             let now = if worked { turn.now_ticks() } else { turn.read_clock() };
             let book = if worked { &self.busy_ticks } else { &self.idle_ticks };
-            let spent = now.saturating_sub(turn.since);
-            // Relaxed: this thread is the only writer, and readers want no order.
-            book.store(book.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
+            let spent = enter(book, turn, now);
             self.turns.store(turn.turns, Ordering::Relaxed);
             let causes = turn.take_causes();
             self.longest.note(spent, causes);
-            turn.since = now;
             turn.idle_turns = 0;
             if worked {
                 turn.worked_ticks = now;
@@ -294,9 +291,7 @@ impl Reactor {
         self.asleep.store(false, Ordering::Relaxed);
         self.sleeps.store(self.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         let now = turn.read_clock();
-        let spent = now.saturating_sub(turn.since);
-        self.idle_ticks.store(self.idle_ticks.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
-        turn.since = now;
+        enter(&self.idle_ticks, turn, now);
         turn.worked_ticks = now;
         turn.woken();
     }
@@ -320,13 +315,13 @@ impl Reactor {
     /// Publishes `queues` as what the reactor polls, and wakes it.
     pub fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
         reclaim.free(self.poll_set.replace(Box::new(PollSet::new(queues))));
-        self.wake.signal();
+        self.wake();
     }
 
     /// Asks it to end after its turn.
     pub fn shut_down(&self) {
         self.shutdown.store(true, Ordering::Relaxed);
-        self.wake.signal();
+        self.wake();
     }
 
     /// Its longest turn so far; with `reset`, the next answer is about what comes after.
@@ -350,6 +345,16 @@ impl Reactor {
             queues: 0,
         }
     }
+}
+
+/// Adds the time since the last entry to a book and answers with it.
+#[inline]
+fn enter(book: &AtomicU64, turn: &mut Turn, now: u64) -> u64 {
+    let spent = now.saturating_sub(turn.since);
+    // Relaxed: the reactor's thread is the only writer, and readers want no order.
+    book.store(book.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
+    turn.since = now;
+    spent
 }
 
 /// A reactor without a thread, which makes a turn when it is told to.

@@ -86,6 +86,9 @@ fn interruptible() -> AnyResult<Arc<AtomicBool>> {
     Ok(stop)
 }
 
+/// What a server that is none does not answer.
+const FIRST_MESSAGE: &str = "GET_FEATURES";
+
 /// What went wrong, in a line that says what to do about it.
 fn explain(plan: &perf::Plan, error: &Error) -> String {
     let socket = plan.socket.display();
@@ -95,7 +98,8 @@ fn explain(plan: &perf::Plan, error: &Error) -> String {
             format!("cannot map guest memory: {why} (are enough hugepages free?)")
         }
         Error::NoRam(_) => format!("{error}: --mem-size is too small for this load"),
-        _ if error.to_string().starts_with("GET_FEATURES") => {
+        Error::Protocol { message: FIRST_MESSAGE, .. }
+        | Error::NoAnswer { message: FIRST_MESSAGE, .. } => {
             format!("{socket}: {error} (no vhost-user server, or its log says why)")
         }
         _ => format!("{socket}: {error}"),
