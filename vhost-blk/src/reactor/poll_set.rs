@@ -187,7 +187,9 @@ impl PollSet {
             if unsafe { entry.watch.wants_visit() } {
                 // SAFETY: the caller says so.
                 worked |= unsafe { self.visit(entry, reader, turn, events) };
-                scan.entries.swap(scan.cursor, scan.hot);
+                // Not swapped with the first cold one, which was looked at long ago and would come
+                // to lie behind the cursor: the others keep their order, and none waits two passes.
+                scan.entries[scan.hot..=scan.cursor].rotate_right(1);
                 scan.hot += 1;
             }
             scan.cursor += 1;
