@@ -38,6 +38,7 @@ pub mod load;
 pub mod markdown;
 pub mod perf;
 pub mod pin;
+pub mod publish;
 pub mod raw;
 pub mod ring;
 pub mod round_trip;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bench::publish::progress;
 use bench::servers::{Disk, Error, Interrupt, Kind, Server, Spec};
 use bench::{FrontEnd, GuestRam, Options as Agreed, QueueOptions, Request, Spread};
 
@@ -123,11 +124,7 @@ pub(crate) fn measure(
     if options.wants(Case::IdleCpu) {
         for (index, modes) in found.iter_mut().enumerate() {
             for disk in &mut modes.disks {
-                crate::progress(&format!(
-                    "idle CPU of {}, {}",
-                    modes.server.name,
-                    disk.disk.name()
-                ));
+                progress(&format!("idle CPU of {}, {}", modes.server.name, disk.disk.name()));
                 interrupt.check()?;
                 let name = disk.disk.name();
                 disk.cpu = Some(fleet.with(index, |server| idle_share(server, name, interrupt))?);
@@ -136,13 +133,13 @@ pub(crate) fn measure(
     }
     if options.wants(Case::IdleLatency) {
         for run in 0..options.runs() {
-            crate::progress(&format!("latency after idle, run {}", run + 1));
+            progress(&format!("latency after idle, run {}", run + 1));
             for (index, modes) in found.iter_mut().enumerate() {
                 fleet.with(index, |server| latencies(server, perf, &mut modes.disks, interrupt))?;
             }
         }
     }
-    crate::progress("");
+    progress("");
     findings.modes = modes;
     Ok(())
 }

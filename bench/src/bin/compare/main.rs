@@ -16,12 +16,11 @@ mod perf;
 mod plot;
 mod report;
 
-use std::fs;
-use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use bench::publish::{append, beside, progress, save};
 use bench::servers::{Disk, Interrupt, Kind, Spec};
 use clap::Parser;
 
@@ -62,16 +61,14 @@ fn run(options: &Options) -> Result<()> {
     let out = match &options.out {
         Some(dir) => dir.clone(),
         // target/release/compare → target/compare
-        None => options::beside("")?.join("../compare"),
+        None => beside("../compare")?,
     };
-    fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
     save(&out.join("compare.json"), &report::json(&findings, options).to_string())?;
     if !findings.cells.is_empty() {
         save(&out.join("compare.svg"), &plot::svg(&findings)?)?;
     }
     if let Some(path) = &options.results {
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(path)?;
-        write!(file, "\n{text}").with_context(|| path.display().to_string())?;
+        append(path, &text)?;
     }
     Ok(())
 }
@@ -153,21 +150,5 @@ fn measure_cells(
         findings.cells.push(measured);
     }
     progress("");
-    Ok(())
-}
-
-/// Shows what is being done, on a terminal only.
-fn progress(what: &str) {
-    let mut stderr = std::io::stderr();
-    if stderr.is_terminal() {
-        // Erases the line that was there; a terminal that is gone shows nothing.
-        drop(write!(stderr, "\r\x1b[K{what}"));
-    }
-}
-
-fn save(path: &PathBuf, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| path.display().to_string())?;
-    let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-    eprintln!("wrote {}", path.display());
     Ok(())
 }

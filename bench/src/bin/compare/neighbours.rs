@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use bench::publish::progress;
 use bench::servers::{Disk, Interrupt, Kind, Server, Spec};
 use bench::{FrontEnd, GuestRam, Options as Agreed, Queue, QueueOptions, Request, Spread};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -75,7 +76,7 @@ pub(crate) fn measure(
                 server.controller(&name(n), IDLE_BDEV)?;
             }
             for run in 0..options.runs() {
-                crate::progress(&format!("idle neighbours of {}, run {}", spec.name, run + 1));
+                progress(&format!("idle neighbours of {}, run {}", spec.name, run + 1));
                 let alone = busy(server, perf, &kinds, interrupt)?;
                 let idle = Idle::connect(server, options.neighbours)?;
                 let beside = busy(server, perf, &kinds, interrupt)?;
@@ -89,7 +90,7 @@ pub(crate) fn measure(
         })?;
         findings.neighbours.extend(found);
     }
-    crate::progress("");
+    progress("");
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
+use bench::publish::beside;
 use bench::servers::{Kind, Spec};
 use clap::{Parser, ValueEnum};
 
@@ -232,18 +233,12 @@ impl Options {
     /// # Errors
     /// This program does not know where it is.
     pub(crate) fn perf(&self) -> Result<PathBuf> {
-        self.perf.clone().map_or_else(|| beside("vhost-perf"), Ok)
+        Ok(self.perf.clone().map_or_else(|| beside("vhost-perf"), Ok)?)
     }
 }
 
 fn selected<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
     if given.is_empty() { default } else { given }
-}
-
-/// A program that was built along with this one.
-pub(crate) fn beside(name: &str) -> Result<PathBuf> {
-    let this = std::env::current_exe().context("where is this program?")?;
-    Ok(this.with_file_name(name))
 }
 
 /// Whether `program` is there, on the PATH if it is a mere name.

@@ -11,7 +11,6 @@ mod report;
 mod stretch;
 
 use std::fs;
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -20,6 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bench::GuestRam;
 use bench::pin::pin;
+use bench::publish::{append, beside, progress, save};
 use bench::servers::{Interrupt, Server, Spec};
 use clap::Parser;
 
@@ -73,12 +73,11 @@ fn run(options: &Options) -> Result<()> {
     let out = match &options.out {
         Some(dir) => dir.clone(),
         // target/release/stall → target/stall
-        None => std::env::current_exe()?.with_file_name("../stall"),
+        None => beside("../stall")?,
     };
-    save(&out, &report::json(&findings, options).to_string())?;
+    save(&out.join("stall.json"), &report::json(&findings, options).to_string())?;
     if let Some(path) = &options.results {
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(path)?;
-        write!(file, "\n{text}").with_context(|| path.display().to_string())?;
+        append(path, &text)?;
     }
     Ok(())
 }
@@ -215,22 +214,4 @@ fn no_room(event: Event) -> Option<String> {
     let wanted = (gib << 20) + SPARE_KIB;
     (kib < wanted)
         .then(|| format!("{} GiB of memory wanted, {} available", wanted >> 20, kib >> 20))
-}
-
-/// Shows what is being done, on a terminal only.
-fn progress(what: &str) {
-    let mut stderr = std::io::stderr();
-    if stderr.is_terminal() {
-        // A terminal that is gone shows nothing.
-        drop(write!(stderr, "\r\x1b[K{what}"));
-    }
-}
-
-fn save(dir: &Path, text: &str) -> Result<()> {
-    let path = dir.join("stall.json");
-    fs::create_dir_all(dir)
-        .and_then(|()| fs::write(&path, text))
-        .with_context(|| path.display().to_string())?;
-    eprintln!("wrote {}", path.canonicalize().unwrap_or(path).display());
-    Ok(())
 }

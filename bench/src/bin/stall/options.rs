@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use bench::publish::beside;
 use bench::servers::{Kind, Spec};
 use clap::Parser;
 
@@ -67,8 +68,7 @@ impl Options {
     /// # Errors
     /// One of them is not there.
     pub(crate) fn servers(&self) -> Result<Vec<Spec>> {
-        let this = std::env::current_exe().context("where is this program?")?;
-        let ours = self.vhost.clone().unwrap_or_else(|| this.with_file_name("vhost"));
+        let ours = self.vhost.clone().map_or_else(|| beside("vhost"), Ok)?;
         let mut specs = vec![Spec::new("vhost", Kind::Ours, ours)];
         if let Some(path) = &self.spdk {
             let args: Vec<&str> = self.spdk_arg.iter().map(String::as_str).collect();
