@@ -13,6 +13,7 @@
 //! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
 //! 9. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
 //! 10. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
+//! 11. [`publish`]: what a measuring program shows while it works, and leaves behind.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
