@@ -19,7 +19,9 @@
 mod cache;
 pub mod config;
 pub mod controller;
+pub mod dirty_log;
 pub mod foreign;
+pub mod inflight;
 pub mod memory;
 pub mod notify;
 pub mod protocol;
@@ -29,6 +31,7 @@ pub mod reclaim;
 pub mod request;
 pub mod ring;
 pub mod session;
+pub mod shared_file;
 mod sigbus;
 pub mod target;
 pub mod transport;

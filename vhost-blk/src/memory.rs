@@ -1,16 +1,14 @@
 //! A guest's memory as this program has mapped it, from its own duplicates of the front end's fds.
 #![expect(unsafe_code, reason = "maps what a front end hands over")]
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrayvec::ArrayVec;
 use vm_memory::VolatileSlice;
 
-use crate::foreign::{self, ForeignFd};
+use crate::foreign::ForeignFd;
 use crate::reclaim::Unmapper;
+use crate::shared_file::{self, SharedFile};
 use crate::sigbus;
 
 /// Memory regions in a table: what `VHOST_USER_SET_MEM_TABLE` can carry.
@@ -49,129 +47,16 @@ pub enum Error {
         /// The limit.
         most: u64,
     },
-    /// the fd is not a file of memory
-    #[error(transparent)]
-    Kind(#[from] foreign::Error),
-    /// the file is shorter than the region
-    #[error("memory file has {have} bytes, the region ends at {want}")]
-    Short {
-        /// Size of the file.
-        have: u64,
-        /// End of the region in it.
-        want: u64,
-    },
-    /// the system refused
-    #[error("cannot map guest memory: {0}")]
-    System(#[from] io::Error),
-    /// too many mappings in the process
-    #[error("too many guest memory mappings")]
-    TooMany,
-}
-
-/// A mapping that is handed to the unmapper when dropped, as unmapping can take seconds.
-#[derive(Debug)]
-struct Mapping {
-    base: *mut u8,
-    len: usize,
-    slot: sigbus::Slot,
-    unmapper: Unmapper,
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        self.unmapper.unmap(self.base, self.len, self.slot);
-    }
+    /// the region's file does not do
+    #[error("guest memory: {0}")]
+    File(#[from] shared_file::Error),
 }
 
 /// One mapped region. Shared by the tables that contain it.
 #[derive(Debug)]
 pub struct Region {
     spec: RegionSpec,
-    /// Device and inode of the file: with the spec, the region's identity.
-    file: (u64, u64),
-    /// Set when part of the file was found missing after it had been mapped.
-    truncated: Arc<AtomicBool>,
-    host: *mut u8,
-    _mapping: Mapping,
-}
-
-// SAFETY: the pointer is an address in a shared mapping, which any thread may use as long as the
-// region lives; what it points to is only accessed as volatile memory.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
-
-impl Region {
-    fn map(spec: RegionSpec, fd: &ForeignFd, unmapper: &Unmapper) -> Result<Self, Error> {
-        let meta = stat(fd)?;
-        let page = memory_page_size(fd)?;
-        let end = spec.offset.checked_add(spec.size).ok_or(Error::Range(spec))?;
-        if meta.size < end {
-            return Err(Error::Short { have: meta.size, want: end });
-        }
-        let lead = spec.offset % page;
-        let len = (lead + spec.size).next_multiple_of(page) as usize;
-        let offset = i64::try_from(spec.offset - lead).map_err(|_| Error::Range(spec))?;
-        // SAFETY: a new shared mapping of a file; nothing else is at the address the kernel picks.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd.as_fd().as_raw_fd(),
-                offset,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error().into());
-        }
-        // SAFETY: advice on the mapping just made: a guest's memory is not for core dumps.
-        unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
-        let truncated = Arc::new(AtomicBool::new(false));
-        let base = base.cast::<u8>();
-        let Some(slot) = sigbus::register(base as usize, len, page as usize, &truncated) else {
-            // SAFETY: the mapping made above, which nobody knows of.
-            unsafe { libc::munmap(base.cast(), len) };
-            return Err(Error::TooMany);
-        };
-        let mapping = Mapping { base, len, slot, unmapper: unmapper.clone() };
-        let host = base.wrapping_add(lead as usize);
-        Ok(Self { spec, file: meta.file, truncated, host, _mapping: mapping })
-    }
-}
-
-/// What a memory file is and how long.
-struct Stat {
-    /// Device and inode.
-    file: (u64, u64),
-    size: u64,
-}
-
-/// Asks the kernel about an fd that is known to be memory, so that nobody else is asked.
-fn stat(fd: &ForeignFd) -> Result<Stat, Error> {
-    fd.check_memory()?;
-    // SAFETY: all zeroes is a value of this plain C struct.
-    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: the fd is open and the struct is ours.
-    if unsafe { libc::fstat(fd.as_fd().as_raw_fd(), &raw mut stat) } != 0 {
-        return Err(io::Error::last_os_error().into());
-    }
-    Ok(Stat { file: (stat.st_dev, stat.st_ino), size: u64::try_from(stat.st_size).unwrap_or(0) })
-}
-
-/// The size of a memory file's pages.
-fn memory_page_size(fd: &ForeignFd) -> Result<u64, Error> {
-    // SAFETY: all zeroes is a value of this plain C struct.
-    let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the fd is open and the struct is ours.
-    if unsafe { libc::fstatfs(fd.as_fd().as_raw_fd(), &raw mut fs) } != 0 {
-        return Err(io::Error::last_os_error().into());
-    }
-    // SAFETY: a query without side effects.
-    let base_page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
-    let huge = fs.f_type == libc::HUGETLBFS_MAGIC;
-    Ok(if huge { (fs.f_bsize as u64).max(base_page) } else { base_page })
+    file: SharedFile,
 }
 
 /// The most that one table may map: guests may be overcommitted, but not without bound, as the
@@ -278,15 +163,18 @@ impl GuestMemory {
         }
         let mut regions = ArrayVec::<Arc<Region>, REGIONS_MAX>::new();
         for (spec, fd) in table {
-            let file = stat(&fd)?.file;
-            let same = |r: &&Arc<Region>| r.spec == spec && r.file == file;
+            let id = shared_file::identity(&fd)?;
+            let same = |r: &&Arc<Region>| r.spec == spec && r.file.identity() == id;
             let region = match before.and_then(|table| table.regions.iter().find(same)) {
                 Some(region) => Arc::clone(region),
-                None => Arc::new(Region::map(spec, &fd, unmapper)?),
+                None => {
+                    let file = SharedFile::map(&fd, spec.offset, spec.size, unmapper)?;
+                    Arc::new(Region { spec, file })
+                }
             };
             regions.push(region);
         }
-        let line = |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.host };
+        let line = |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
         let mut lines: ArrayVec<Line, REGIONS_MAX> = regions.iter().map(line).collect();
         // The largest region first: that is where nearly all requests point.
         lines.sort_by_key(|line| std::cmp::Reverse(line.size));
@@ -349,7 +237,7 @@ impl GuestMemory {
 
     #[cold]
     fn any_truncated(&self) -> bool {
-        self.regions.iter().any(|region| region.truncated.load(Ordering::Relaxed))
+        self.regions.iter().any(|region| region.file.truncated())
     }
 
     /// Sum of the regions' sizes in bytes.
@@ -445,12 +333,12 @@ pub(crate) mod tests {
             map(vec![(RegionSpec { gpa: u64::MAX, ..spec(0, 2) }, memfd(4096))]),
             Error::Range(_)
         ));
-        assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::Short { .. }));
+        assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::File(shared_file::Error::Short { .. })));
         let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
         assert!(matches!(map(overlap), Error::Overlap(_)));
         assert!(matches!(map(vec![(spec(0, 1 << 50), memfd(1 << 50))]), Error::TooLarge { .. }));
         let (pipe, _other) = std::io::pipe().unwrap();
-        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::Kind(_)));
+        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::File(shared_file::Error::Kind(_))));
     }
 
     #[test]
