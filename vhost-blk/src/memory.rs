@@ -174,7 +174,8 @@ impl GuestMemory {
             };
             regions.push(region);
         }
-        let line = |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
+        let line =
+            |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
         let mut lines: ArrayVec<Line, REGIONS_MAX> = regions.iter().map(line).collect();
         // The largest region first: that is where nearly all requests point.
         lines.sort_by_key(|line| std::cmp::Reverse(line.size));
@@ -225,6 +226,15 @@ impl GuestMemory {
         self.regions.iter().find_map(|region| {
             let offset = user.wrapping_sub(region.spec.user_addr);
             (offset < region.spec.size).then(|| region.spec.gpa + offset)
+        })
+    }
+
+    /// The guest-physical address of a byte in our mapping.
+    #[must_use]
+    pub fn gpa_of_host(&self, host: *const u8) -> Option<u64> {
+        self.lines.iter().find_map(|line| {
+            let offset = (host as u64).wrapping_sub(line.host as u64);
+            (offset < line.size).then(|| line.gpa + offset)
         })
     }
 
@@ -333,12 +343,18 @@ pub(crate) mod tests {
             map(vec![(RegionSpec { gpa: u64::MAX, ..spec(0, 2) }, memfd(4096))]),
             Error::Range(_)
         ));
-        assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::File(shared_file::Error::Short { .. })));
+        assert!(matches!(
+            map(vec![(spec(0, 8192), memfd(4096))]),
+            Error::File(shared_file::Error::Short { .. })
+        ));
         let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
         assert!(matches!(map(overlap), Error::Overlap(_)));
         assert!(matches!(map(vec![(spec(0, 1 << 50), memfd(1 << 50))]), Error::TooLarge { .. }));
         let (pipe, _other) = std::io::pipe().unwrap();
-        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::File(shared_file::Error::Kind(_))));
+        assert!(matches!(
+            map(vec![(spec(0, 4096), pipe.into())]),
+            Error::File(shared_file::Error::Kind(_))
+        ));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use crate::config::QUEUES_MAX;
 use crate::memory::GuestMemory;
 use crate::notify::{BackendChannel, CallFd, KickFd};
-use crate::ring::{self, RING_SIZE_MAX, RingAddrs, RingError};
+use crate::ring::{self, Layout, RING_SIZE_MAX, RingAddrs, RingError};
 
 /// Seconds that a front end waits for its GET_VRING_BASE before its connection is ended, which it
 /// survives without losing data; a wrong answer it would not.
@@ -235,6 +235,12 @@ impl Session {
         self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0
     }
 
+    /// What was negotiated about rings.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        Layout { packed: false, event_idx: self.event_idx() }
+    }
+
     /// The features that the front end has accepted.
     #[must_use]
     pub fn features(&self) -> u64 {
@@ -307,7 +313,7 @@ impl Session {
     ) -> Result<(Option<Arc<GuestMemory>>, Vec<Effect>), Violation> {
         for ring in self.rings.iter().filter(|ring| ring.running()) {
             if let Some(addrs) = ring.addrs {
-                ring::check(&memory, ring.num, addrs)?;
+                ring::check(&memory, ring.num, addrs, self.layout())?;
             }
         }
         let before = self.memory.replace(memory);
@@ -371,7 +377,7 @@ impl Session {
         kick: Option<KickFd>,
     ) -> Result<Vec<Effect>, Violation> {
         let memory = self.memory.clone();
-        let gate_open = self.gate_open;
+        let (gate_open, layout) = (self.gate_open, self.layout());
         let effects;
         let state = self.ring_mut(ring)?;
         state.kick = kick.map(Arc::new);
@@ -384,7 +390,7 @@ impl Session {
         let gpa = |user| memory.gpa_of_user(user).ok_or(RingError::Address(user));
         let addrs =
             RingAddrs { desc: gpa(user.desc)?, avail: gpa(user.avail)?, used: gpa(user.used)? };
-        ring::check(&memory, state.num, addrs)?;
+        ring::check(&memory, state.num, addrs, layout)?;
         state.addrs = Some(addrs);
         state.was_live = true;
         (state.state, effects) = match state.state {

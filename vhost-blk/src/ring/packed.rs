@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use qsbr::handshake::{full_fence, say_then_look};
 
 use super::{
-    Buffer, ChainError, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, Look,
-    RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
+    Buffer, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
+    Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
 };
 use crate::cache;
 use crate::dirty_log::DirtyLog;
+use crate::inflight::Tracker;
 use crate::memory::{GuestMemory, Near};
 
 /// Of a position: its wrap counter, which is 1 in the first round.
@@ -183,7 +184,8 @@ impl PackedRing {
         }
     }
 
-    /// Walks the chain at `position`, which is available, calling `visit` with each buffer in order.
+    /// Walks the chain at `position`, which is available, calling `visit` with each buffer in
+    /// order.
     ///
     /// Each descriptor is read once. The walk ends after as many descriptors as the ring has.
     ///
@@ -270,6 +272,59 @@ impl PackedRing {
     #[inline]
     fn is_available(&self, position: u16) -> bool {
         self.flags(position) & DESC_F_STATE == available(position)
+    }
+}
+
+/// The chain at a position of a packed ring, which is available.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedChain<'r> {
+    /// The ring.
+    pub ring: &'r PackedRing,
+    /// Where it begins.
+    pub position: u16,
+}
+
+impl Chained for PackedChain<'_> {
+    type Taken = Result<Taken, RingError>;
+
+    #[inline(always)]
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken) {
+        let taken = self.ring.walk(near, self.position, visit);
+        (matches!(taken, Ok(Taken { defect: None, .. })), taken)
+    }
+}
+
+/// A chain whose descriptors the in-flight area has kept, as the ring's may be overwritten.
+#[derive(Clone, Copy, Debug)]
+pub struct KeptChain<'r> {
+    /// The ring that it was in.
+    pub ring: &'r PackedRing,
+    /// Who has kept it.
+    pub tracker: &'r Tracker,
+    /// What it is called there.
+    pub entry: u16,
+}
+
+impl Chained for KeptChain<'_> {
+    /// Its buffer id and the descriptors that it has taken; `None` if the area makes no sense.
+    type Taken = Option<(u16, u16)>;
+
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken) {
+        let (mut whole, mut id, mut span) = (true, 0, 0);
+        let known = self.tracker.descs(self.entry, |desc| {
+            whole &= self.ring.walk_kept(near, desc, &mut visit).is_ok();
+            (id, span) = (desc.tag, span + 1);
+        });
+        let sound = known && span > 0 && id < self.ring.size();
+        (whole, sound.then_some((id, span)))
     }
 }
 

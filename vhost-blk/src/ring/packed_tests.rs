@@ -89,7 +89,7 @@ fn short(buffers: &[Buffer]) -> Vec<(u64, u32, bool)> {
 /// The position `n` places after the first one, by division.
 fn nth(n: u32, size: u16) -> u16 {
     let size = u32::from(size);
-    (n % size) as u16 | if n / size % 2 == 0 { WRAP } else { 0 }
+    (n % size) as u16 | if (n / size).is_multiple_of(2) { WRAP } else { 0 }
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::notify::KickFd;
 use crate::protocol;
 use crate::queue::{Queue, QueueId, View};
 use crate::reactor::{BellRope, Core, Reactor};
+use crate::ring::Layout;
 use crate::session::{Effect, RingState, Session, Then};
 use crate::transport::ConnId;
 
@@ -101,7 +102,7 @@ impl Target {
         drop(inner);
         let bell = self.reactors[reactor].bell().map(|bell| &**bell);
         let queue = plan.map(|(view, base, coalescing)| {
-            Queue::for_reactor(id, &self.domain, view, base, coalescing, bell)
+            Queue::for_reactor(id, &self.domain, view, base, coalescing, None, bell)
         });
         let mut inner = self.lock();
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
@@ -128,7 +129,7 @@ impl Target {
             }
             Some(Ok(queue)) => self.reclaim.free(queue),
             Some(Err(e)) => {
-                warn!("controller {}: cannot open its disk: {e}", connected.controller_name);
+                warn!("controller {}: cannot serve ring {ring}: {e}", connected.controller_name);
                 if let Some(conn) = &connected.conn {
                     conn.shut_down();
                 }
@@ -182,7 +183,7 @@ fn view_of(
         memory,
         state.num,
         state.addrs?,
-        session.event_idx(),
+        Layout { packed: false, event_idx: session.event_idx() },
         state.call.clone(),
         disk,
     )
