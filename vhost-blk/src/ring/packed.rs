@@ -184,10 +184,18 @@ impl PackedRing {
         }
     }
 
+    /// How many descriptors at `position` may be the driver's, if it has been given back everything
+    /// up to `published`.
+    #[inline]
+    #[must_use]
+    pub fn room(&self, published: u16, position: u16) -> u16 {
+        self.size - self.count(published, position)
+    }
+
     /// Walks the chain at `position`, which is available, calling `visit` with each buffer in
     /// order.
     ///
-    /// Each descriptor is read once. The walk ends after as many descriptors as the ring has.
+    /// Each descriptor is read once. The walk ends after `room` of them.
     ///
     /// # Errors
     /// Nobody knows where the next chain begins: the ring cannot be used any more.
@@ -196,10 +204,11 @@ impl PackedRing {
         &self,
         near: &mut Near<'_>,
         position: u16,
+        room: u16,
         mut visit: impl FnMut(&mut Near<'_>, Buffer),
     ) -> Result<Taken, RingError> {
         let (mut at, mut span, mut defect) = (position, 0, None);
-        loop {
+        while span < room {
             let desc = self.desc(at);
             span += 1;
             // After a defect it still has to be known where the chain ends, and what its id is.
@@ -207,16 +216,15 @@ impl PackedRing {
                 defect = self.walk_kept(near, desc, &mut visit).err();
             }
             if desc.flags & DESC_F_NEXT == 0 {
-                if desc.tag >= self.size {
-                    return Err(RingError::Chain(position));
+                let id = desc.tag;
+                if id >= self.size {
+                    break;
                 }
-                return Ok(Taken { id: desc.tag, span, defect });
-            }
-            if span == self.size {
-                return Err(RingError::Chain(position));
+                return Ok(Taken { id, span, defect });
             }
             at = self.advance(at, 1);
         }
+        Err(RingError::Chain(position))
     }
 
     /// Calls `visit` with each buffer of a chain whose descriptors were kept elsewhere, as
@@ -282,6 +290,8 @@ pub struct PackedChain<'r> {
     pub ring: &'r PackedRing,
     /// Where it begins.
     pub position: u16,
+    /// The most descriptors that it may have: see [`PackedRing::room`].
+    pub room: u16,
 }
 
 impl Chained for PackedChain<'_> {
@@ -293,7 +303,7 @@ impl Chained for PackedChain<'_> {
         near: &mut Near<'_>,
         visit: impl FnMut(&mut Near<'_>, Buffer),
     ) -> (bool, Self::Taken) {
-        let taken = self.ring.walk(near, self.position, visit);
+        let taken = self.ring.walk(near, self.position, self.room, visit);
         (matches!(taken, Ok(Taken { defect: None, .. })), taken)
     }
 }

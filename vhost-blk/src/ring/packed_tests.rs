@@ -69,10 +69,14 @@ impl Guest {
     }
 
     fn walk(&self, position: u16) -> (Vec<Buffer>, Result<Taken, RingError>) {
+        self.walk_in(position, self.ring.size())
+    }
+
+    fn walk_in(&self, position: u16, room: u16) -> (Vec<Buffer>, Result<Taken, RingError>) {
         let mut buffers = vec![];
         // SAFETY: the default is of every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
-        let result = self.ring.walk(&mut near, position, |_, buffer| buffers.push(buffer));
+        let result = self.ring.walk(&mut near, position, room, |_, buffer| buffers.push(buffer));
         (buffers, result)
     }
 
@@ -181,6 +185,24 @@ fn a_chain_without_an_end_breaks_the_ring() {
         let last = u64::from(size) - 1;
         guest.desc(DESC, last, 0x8000, 16, size - 1, AVAIL);
         assert_eq!(guest.walk(WRAP).1, Ok(Taken { id: size - 1, span: size, defect: None }));
+    }
+}
+
+/// What is in flight cannot be available as well.
+#[test]
+fn chains_have_no_more_descriptors_than_the_driver_can_have() {
+    let guest = Guest::new(false);
+    assert_eq!(guest.ring.room(3 | WRAP, 3 | WRAP), SIZE);
+    assert_eq!(guest.ring.room(3 | WRAP, 0), SIZE - 2);
+    assert_eq!(guest.ring.room(3 | WRAP, 3), 0);
+    assert_eq!(guest.ring.room(3 | WRAP, 4), 0, "which cannot be");
+    for index in 0..3 {
+        guest.desc(DESC, index, 0x8000, 16, 1, AVAIL | if index < 2 { DESC_F_NEXT } else { 0 });
+    }
+    assert_eq!(guest.walk_in(WRAP, 3).1, Ok(Taken { id: 1, span: 3, defect: None }));
+    for room in 0..3 {
+        let (buffers, result) = guest.walk_in(WRAP, room);
+        assert_eq!((buffers.len(), result), (room.into(), Err(RingError::Chain(WRAP))));
     }
 }
 
@@ -315,6 +337,8 @@ fn positions_out_of_range_touch_nothing_else() {
             guest.ring.publish_used(position, other);
             guest.ring.take_back(position, other);
             guest.ring.take_back(other, position);
+            let _ = guest.ring.room(position, other);
+            let _ = guest.ring.room(other, position);
         }
         let _ = guest.ring.pending(position);
         let _ = guest.walk(position);
