@@ -76,8 +76,8 @@ pub struct Core {
     broken: bool,
     /// The guest was asked for kicks, as its reactor was about to sleep.
     armed: bool,
-    /// The next call goes out whether the guest wants it or not.
-    call_unasked: bool,
+    /// The guest has asked for a call that it has not got, or may not have got an earlier one.
+    call_wanted: bool,
     /// The system could not make the last call right then.
     call_refused: bool,
     call_due: CallDue,
@@ -200,7 +200,7 @@ impl Core {
             stopped: false,
             broken: false,
             armed: false,
-            call_unasked: false,
+            call_wanted: false,
             call_refused: false,
             call_due: CallDue::default(),
             nearest: Nearest::default(),
@@ -318,7 +318,7 @@ impl Core {
         self.expected.header = std::ptr::null();
         self.refuse_kicks(view);
         // The fd before this view's may have been told last, and nobody may be listening to it.
-        self.call_unasked = true;
+        self.call_wanted = true;
         self.call_due.pending = true;
     }
 
@@ -401,11 +401,14 @@ impl Core {
     /// A queue that stops does not make the guest wait for coalescing.
     #[inline]
     fn call_guest<R: Ring>(&mut self, at: At<'_, R>, turn: &mut Turn, stop: bool) {
+        // Asked at once even if the call has to wait: positions of a ring that has gone round
+        // meanwhile would say nothing.
+        self.call_wanted |= at.ring.wants_call(self.called, self.used);
+        self.called = self.used;
         if !stop && self.call_due.wait(&at.queue.coalescing, turn) {
             return;
         }
-        let wanted = at.ring.wants_call(self.called, self.used) || self.call_unasked;
-        if wanted && let Some(call) = &at.view.call {
+        if self.call_wanted && let Some(call) = &at.view.call {
             turn.note(Cause::Call);
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };
@@ -416,8 +419,7 @@ impl Core {
             }
         }
         self.call_due.pending = false;
-        self.call_unasked = false;
-        self.called = self.used;
+        self.call_wanted = false;
     }
 
     #[cold]

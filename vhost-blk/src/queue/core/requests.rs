@@ -176,7 +176,8 @@ impl Serve for PackedRing {
         while !batch.is_full() && at.ring.pending(position)? > 0 {
             let Some(index) = core.free.pop() else { break };
             let slot = &mut core.slots[usize::from(index)];
-            let chain = PackedChain { ring: at.ring, position };
+            let room = at.ring.room(core.published, position);
+            let chain = PackedChain { ring: at.ring, position, room };
             let mut taken = slot.chain.collect(&mut near, &chain);
             if slot.chain.overflown() {
                 let Some(room) = core.long.pop() else {
@@ -227,7 +228,7 @@ impl Serve for PackedRing {
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { at.view.memory.near(Nearest::default()) };
-        let chain = PackedChain { ring: at.ring, position: slot.position };
+        let chain = PackedChain { ring: at.ring, position: slot.position, room: slot.span };
         collect_anew(slot, &mut near, &chain);
     }
 
