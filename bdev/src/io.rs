@@ -56,7 +56,7 @@ pub struct Segment(libc::iovec);
 impl Segment {
     /// A segment of `len` bytes at `base`.
     #[must_use]
-    pub fn new(base: *mut u8, len: usize) -> Self {
+    pub const fn new(base: *mut u8, len: usize) -> Self {
         Self(libc::iovec { iov_base: base.cast(), iov_len: len })
     }
 

@@ -273,6 +273,15 @@ impl GuestMemory {
         })
     }
 
+    /// The guest-physical address of a byte in our mapping.
+    #[must_use]
+    pub fn gpa_of_host(&self, host: *const u8) -> Option<u64> {
+        self.lines.iter().find_map(|line| {
+            let offset = (host as u64).wrapping_sub(line.host as u64);
+            (offset < line.size).then(|| line.gpa + offset)
+        })
+    }
+
     /// Whether a region's file was found to be shorter than it was when it was mapped.
     #[must_use]
     #[inline]
@@ -388,12 +397,18 @@ pub(crate) mod tests {
             map(vec![(RegionSpec { gpa: u64::MAX, ..spec(0, 2) }, memfd(4096))]),
             Error::Range(_)
         ));
-        assert!(matches!(map(vec![(spec(0, 8192), memfd(4096))]), Error::File(shared_file::Error::Short { .. })));
+        assert!(matches!(
+            map(vec![(spec(0, 8192), memfd(4096))]),
+            Error::File(shared_file::Error::Short { .. })
+        ));
         let overlap = vec![(spec(0, 8192), memfd(8192)), (spec(4096, 8192), memfd(8192))];
         assert!(matches!(map(overlap), Error::Overlap(_)));
         assert!(matches!(map(vec![(spec(0, 1 << 50), memfd(1 << 50))]), Error::TooLarge { .. }));
         let (pipe, _other) = std::io::pipe().unwrap();
-        assert!(matches!(map(vec![(spec(0, 4096), pipe.into())]), Error::File(shared_file::Error::Kind(_))));
+        assert!(matches!(
+            map(vec![(spec(0, 4096), pipe.into())]),
+            Error::File(shared_file::Error::Kind(_))
+        ));
     }
 
     #[test]

@@ -14,12 +14,14 @@ use qsbr::{Domain, Published, Reader, Retired};
 
 use self::core::Core;
 use crate::config::Disk;
+use crate::dirty_log::DirtyLog;
+use crate::inflight::Area;
 use crate::memory::GuestMemory;
 use crate::notify::CallFd;
 use crate::reactor::{Bell, Events, Turn};
 use crate::reclaim::Garbage;
 use crate::request::Limits;
-use crate::ring::{RingAddrs, RingError, SplitRing};
+use crate::ring::{AnyRing, Layout, RingAddrs, RingError};
 
 /// Identity of a queue, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,13 +34,17 @@ pub struct View {
     /// Grows with each view of a queue; starts at 1.
     pub generation: u64,
     /// The ring, in `memory`.
-    pub ring: SplitRing,
+    pub ring: AnyRing,
     /// The guest's memory; a view and its I/Os keep it mapped.
     pub memory: Arc<GuestMemory>,
     /// Where the guest wants to be told of completions.
     pub call: Option<Arc<CallFd>>,
     /// The guest's kicks wake the reactor; otherwise the ring has to be polled.
     pub kicks: bool,
+    /// Where the pages that are written are marked, while the guest migrates.
+    pub log: Option<Arc<DirtyLog>>,
+    /// Writes are durable when they are answered.
+    pub write_through: bool,
     /// The disk; `None` once it was removed, after which every request fails.
     pub disk: Option<Arc<Disk>>,
     /// What the disk allows, as it was when the view was made: a disk that grows makes a new view.
@@ -57,15 +63,27 @@ impl View {
         memory: &Arc<GuestMemory>,
         size: u16,
         addrs: RingAddrs,
-        event_idx: bool,
+        layout: Layout,
         call: Option<Arc<CallFd>>,
         disk: Option<Arc<Disk>>,
     ) -> Result<Self, RingError> {
         // SAFETY: the view keeps the memory for as long as it keeps the ring.
-        let ring = unsafe { SplitRing::new(memory, size, addrs, event_idx) }?;
+        let ring = unsafe { AnyRing::new(memory, size, addrs, layout) }?;
         let (memory, inflight) = (Arc::clone(memory), AtomicU32::new(0));
         let limits = disk.as_deref().map(Disk::limits);
-        Ok(Self { generation, ring, memory, call, kicks: false, disk, limits, inflight })
+        let (log, kicks, write_through) = (None, false, false);
+        Ok(Self {
+            generation,
+            ring,
+            memory,
+            call,
+            kicks,
+            log,
+            write_through,
+            disk,
+            limits,
+            inflight,
+        })
     }
 
     fn pin(&self) {
@@ -115,6 +133,29 @@ pub struct Coalescing {
     pub threshold: AtomicU32,
 }
 
+/// The part of an in-flight area that is a queue's.
+#[derive(Clone, Copy, Debug)]
+pub struct Tracked<'a> {
+    /// The area.
+    pub area: &'a Arc<Area>,
+    /// The number of the queue's ring.
+    pub ring: usize,
+}
+
+/// Why a queue cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// its disk cannot be opened
+    #[error("cannot open its disk: {0}")]
+    Disk(#[from] bdev::Error),
+    /// a packed ring has no such position
+    #[error("the ring has no position {0:#x}")]
+    Base(u16),
+    /// the in-flight area is for fewer or for smaller rings
+    #[error("the in-flight area has no room for the ring")]
+    NoRoom,
+}
+
 /// Where a queue is in its life. Only ever goes forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -153,30 +194,33 @@ pub struct Queue {
 unsafe impl Sync for Queue {}
 
 impl Queue {
-    /// A queue to attach: it starts at `base`, the available index that the front end gave.
+    /// A queue to attach. A split ring starts where its used ring stands, a packed one at `base`, the
+    /// position that the front end gave.
     ///
     /// # Errors
-    /// The block device cannot be opened.
+    /// The block device cannot be opened, or the ring has no such position.
     pub fn new(
         id: QueueId,
         domain: &Arc<Domain>,
         view: View,
         base: u16,
         coalescing: Arc<Coalescing>,
-    ) -> Result<Arc<Self>, bdev::Error> {
-        Self::for_reactor(id, domain, view, base, coalescing, None)
+    ) -> Result<Arc<Self>, StartError> {
+        Self::for_reactor(id, domain, view, base, coalescing, None, None)
     }
 
-    /// As [`Queue::new`], for a reactor that may sleep: what the disk completes rings its bell.
+    /// As [`Queue::new`], with a record of what is in flight, by which the ring goes on where another
+    /// has left it; and for a reactor that may sleep: what the disk completes rings its bell.
     pub(crate) fn for_reactor(
         id: QueueId,
         domain: &Arc<Domain>,
         view: View,
         base: u16,
         coalescing: Arc<Coalescing>,
+        tracked: Option<Tracked<'_>>,
         bell: Option<&Bell>,
-    ) -> Result<Arc<Self>, bdev::Error> {
-        let core = Core::new(view.disk.as_deref(), view.ring.size(), base)?;
+    ) -> Result<Arc<Self>, StartError> {
+        let core = Core::new(&view, base, tracked)?;
         if let Some(bell) = bell {
             core.ring_when_done(bell).map_err(|source| {
                 let what = "cannot watch a disk for completions".into();
@@ -188,9 +232,9 @@ impl Queue {
             view: Published::new(domain, Box::new(view)),
             stop: AtomicBool::new(false),
             domain: Arc::clone(domain),
+            last_avail: AtomicU16::new(core.last_avail()),
             core: UnsafeCell::new(core),
             state: AtomicU8::new(QueueState::Attached as u8),
-            last_avail: AtomicU16::new(base),
             inflight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
@@ -274,8 +318,7 @@ impl Queue {
         let view = unsafe { self.view.load(reader) };
         // SAFETY: the core has this one owner, and this is its one borrow in the visit.
         let core = unsafe { &mut *self.core.get() };
-        let worked = core.visit(self, view, turn, events);
-        (worked, core.watch(view))
+        core.visit(self, view, turn, events)
     }
 
     /// Prepares the queue for its reactor's sleep: asks the guest for kicks and says what else to

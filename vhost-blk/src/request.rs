@@ -8,6 +8,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
 use bdev::{Op, Segment};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
@@ -18,11 +19,18 @@ use vm_memory::{Bytes, VolatileSlice};
 
 use crate::cache;
 use crate::memory::Near;
-use crate::ring::{Buffer, SplitRing};
+use crate::ring::{Buffer, Chained};
 
-/// Memory pieces in a request: 126 of data (`seg_max`), header and status, and some more for
-/// buffers that cross from one memory region into the next.
+/// Memory pieces in a request as drivers make it that heed `seg_max`: 126 of data, header and status,
+/// and some more for buffers that cross from one memory region into the next.
 pub const SEGMENTS_MAX: usize = 136;
+
+/// Memory pieces in the longest request that is taken: 1,024 of data, for Windows' driver, which
+/// heeds no `seg_max` (SPDK issues 2330 and 3432), and the same besides.
+pub const LONG_SEGMENTS_MAX: usize = 1034;
+
+/// Ranges of a discard or write-zeroes request.
+pub const RANGES_MAX: usize = 16;
 
 /// The unit of `sector` and of every length in a request, in bytes, whatever the block size is.
 pub const SECTOR_BYTES: u64 = 512;
@@ -81,7 +89,23 @@ pub struct Chain {
     sums: Sums,
     /// Readable pieces, then writable ones, `sums.count` in all. What follows is of other chains.
     segments: [Segment; SEGMENTS_MAX],
+    /// The same of a chain that has more of them.
+    long: Option<LongSegments>,
+    /// Bytes of the disk that a discard or write-zeroes still has to do: offset and length, the next
+    /// one last.
+    ranges: ArrayVec<(u64, u64), RANGES_MAX>,
 }
+
+/// Room for the pieces of a long chain. A queue has a few, and lends them.
+pub type LongSegments = Box<[Segment; LONG_SEGMENTS_MAX]>;
+
+/// A [`LongSegments`] that names no memory.
+#[must_use]
+pub fn long_segments() -> LongSegments {
+    Box::new([NOWHERE; LONG_SEGMENTS_MAX])
+}
+
+const NOWHERE: Segment = Segment::new(std::ptr::null_mut(), 0);
 
 // SAFETY: the pointer is an address in guest memory, as the segments are.
 unsafe impl Send for Chain {}
@@ -99,14 +123,16 @@ struct Sums {
     readable: usize,
     descriptors: u32,
     malformed: bool,
+    /// There was no room for all segments. Malformed, too.
+    overflown: bool,
 }
 
 impl Sums {
     /// Adds a buffer, as one segment if it lies in one region of memory.
     #[inline(always)]
-    fn push(
+    fn push<const N: usize>(
         &mut self,
-        segments: &mut [Segment; SEGMENTS_MAX],
+        segments: &mut [Segment; N],
         near: &mut Near<'_>,
         buffer: Buffer,
     ) {
@@ -127,9 +153,9 @@ impl Sums {
     }
 
     #[inline(always)]
-    fn push_piece(
+    fn push_piece<const N: usize>(
         &mut self,
-        segments: &mut [Segment; SEGMENTS_MAX],
+        segments: &mut [Segment; N],
         host: *mut u8,
         len: u64,
         write: bool,
@@ -139,7 +165,7 @@ impl Sums {
                 *segment = Segment::new(host, len as usize);
                 self.count += 1;
             }
-            None => self.malformed = true,
+            None => (self.malformed, self.overflown) = (true, true),
         }
         if write {
             self.status = NonNull::new(host.wrapping_add(len as usize - 1));
@@ -150,9 +176,9 @@ impl Sums {
 
     /// A buffer that crosses from one region into the next, or leaves memory.
     #[cold]
-    fn push_pieces(
+    fn push_pieces<const N: usize>(
         mut self,
-        segments: &mut [Segment; SEGMENTS_MAX],
+        segments: &mut [Segment; N],
         near: &mut Near<'_>,
         buffer: Buffer,
     ) -> Self {
@@ -176,8 +202,8 @@ impl Sums {
 
 impl Default for Chain {
     fn default() -> Self {
-        let nowhere = Segment::new(std::ptr::null_mut(), 0);
-        Self { sums: Sums::default(), segments: [nowhere; SEGMENTS_MAX] }
+        let segments = [NOWHERE; SEGMENTS_MAX];
+        Self { sums: Sums::default(), segments, long: None, ranges: ArrayVec::new() }
     }
 }
 
@@ -186,18 +212,76 @@ impl Chain {
     #[inline]
     #[must_use]
     pub fn data(&self, first: usize, count: usize) -> &[Segment] {
-        &self.segments[first..first + count]
+        &self.segments()[first..first + count]
     }
 
-    /// Collects the chain at `head`, in place of what was here before.
     #[inline]
-    pub fn collect(&mut self, ring: &SplitRing, near: &mut Near<'_>, head: u16) {
-        // By value, for the processor's registers.
-        let mut sums = Sums::default();
-        let segments = &mut self.segments;
-        let walked = ring.walk(near, head, |near, buffer| sums.push(segments, near, buffer));
-        sums.malformed |= walked.is_err();
+    fn segments(&self) -> &[Segment] {
+        match &self.long {
+            None => &self.segments,
+            Some(long) => &long[..],
+        }
+    }
+
+    /// Collects a chain, in place of what was here before.
+    #[inline]
+    pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: &C) -> C::Taken {
+        debug_assert!(self.long.is_none(), "given back with the request before");
+        let (sums, taken) = collect_into(&mut self.segments, near, chain);
         self.sums = sums;
+        taken
+    }
+
+    /// Whether the chain has more pieces than there is room for: then [`Chain::collect_long`].
+    #[inline]
+    #[must_use]
+    pub fn overflown(&self) -> bool {
+        self.sums.overflown
+    }
+
+    /// Collects a chain once more, into more room. What the first walk has read counts no more.
+    #[cold]
+    pub fn collect_long<C: Chained>(
+        &mut self,
+        near: &mut Near<'_>,
+        chain: &C,
+        mut long: LongSegments,
+    ) -> C::Taken {
+        let (sums, taken) = collect_into(&mut *long, near, chain);
+        self.sums = sums;
+        self.long = Some(long);
+        taken
+    }
+
+    /// Takes the room for a long chain back.
+    #[inline]
+    #[must_use]
+    pub fn take_long(&mut self) -> Option<LongSegments> {
+        self.long.take()
+    }
+
+    /// The next range of a discard or write-zeroes, in bytes of the disk.
+    #[must_use]
+    pub fn next_range(&mut self) -> Option<(u64, u64)> {
+        self.ranges.pop()
+    }
+
+    /// Whether [`Chain::next_range`] has one.
+    #[inline]
+    #[must_use]
+    pub fn has_ranges(&self) -> bool {
+        !self.ranges.is_empty()
+    }
+
+    /// Calls `visit` with each piece of guest memory that the request may have written: address and
+    /// length.
+    pub fn written(&self, mut visit: impl FnMut(*mut u8, u64)) {
+        for segment in &self.segments()[self.sums.readable..self.sums.count] {
+            visit(segment.base(), segment.len() as u64);
+        }
+        if let Some(status) = self.sums.status {
+            visit(status.as_ptr(), 1);
+        }
     }
 
     /// How many descriptors the walk met.
@@ -270,6 +354,42 @@ impl Chain {
         if self.sums.status.is_none() {
             return Request::NoStatus;
         }
+        let Self { sums, segments, long, ranges } = self;
+        match long {
+            None => Parts { sums, segments, ranges }.parse(limits),
+            Some(long) => parse_long(Parts { sums, segments: &mut **long, ranges }, limits),
+        }
+    }
+}
+
+#[inline(always)]
+fn collect_into<const N: usize, C: Chained>(
+    segments: &mut [Segment; N],
+    near: &mut Near<'_>,
+    chain: &C,
+) -> (Sums, C::Taken) {
+    // By value, for the processor's registers.
+    let mut sums = Sums::default();
+    let (whole, taken) = chain.walk(near, |near, buffer| sums.push(segments, near, buffer));
+    sums.malformed |= !whole;
+    (sums, taken)
+}
+
+/// A chain with a place for the status, while it is made a request.
+struct Parts<'c> {
+    sums: &'c mut Sums,
+    segments: &'c mut [Segment],
+    ranges: &'c mut ArrayVec<(u64, u64), RANGES_MAX>,
+}
+
+#[cold]
+fn parse_long(parts: Parts<'_>, limits: &Limits) -> Request {
+    parts.parse(limits)
+}
+
+impl Parts<'_> {
+    #[inline(always)]
+    fn parse(mut self, limits: &Limits) -> Request {
         if self.sums.malformed || self.sums.readable_bytes < HEADER_BYTES as u64 {
             return Request::Answer(STATUS_IOERR, 0);
         }
@@ -372,26 +492,41 @@ impl Chain {
         }
     }
 
-    /// Discard and write-zeroes: exactly one range, as the config space says.
-    fn range(&mut self, op: Op, first: usize, limits: &Limits) -> Request {
+    /// Discard and write-zeroes: one range or more.
+    fn range(&mut self, op: Op, mut first: usize, limits: &Limits) -> Request {
         let len = self.sums.readable_bytes - HEADER_BYTES as u64;
-        if limits.features.read_only || len != RANGE_BYTES as u64 {
+        let count = len / RANGE_BYTES as u64;
+        let fits = (1..=RANGES_MAX as u64).contains(&count);
+        if limits.features.read_only || !len.is_multiple_of(RANGE_BYTES as u64) || !fits {
             return Request::Answer(STATUS_IOERR, 0);
         }
-        let (range, _) = self.take_front::<RANGE_BYTES>(first);
-        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
-        let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
-        let (sectors, flags) = (u32_at(8), u32_at(12));
         // Section 5.2.6.2: a discard with the unmap flag, or any flag that we do not know, is
         // unsupported.
         let known = if op == Op::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
-        if flags & !known != 0 {
-            return Request::Answer(STATUS_UNSUPP, 0);
+        self.ranges.clear();
+        for _ in 0..count {
+            let (range, rest) = self.take_front::<RANGE_BYTES>(first);
+            first = rest;
+            let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
+            let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
+            let (sectors, flags) = (u32_at(8), u32_at(12));
+            let bytes = byte_range(sector, sectors.into(), limits);
+            let refusal = if flags & !known != 0 {
+                Some(STATUS_UNSUPP)
+            } else {
+                bytes.is_none().then_some(STATUS_IOERR)
+            };
+            if let Some(status) = refusal {
+                self.ranges.clear();
+                return Request::Answer(status, 0);
+            }
+            // `fits` has made sure of the room.
+            self.ranges.extend(bytes.filter(|(_, len)| *len > 0));
         }
-        match byte_range(sector, sectors.into(), limits) {
-            Some((_, 0)) => Request::Answer(STATUS_OK, 0),
+        self.ranges.reverse();
+        match self.ranges.pop() {
             Some((offset, len)) => Request::Io { op, offset, len, first: 0, count: 0 },
-            None => Request::Answer(STATUS_IOERR, 0),
+            None => Request::Answer(STATUS_OK, 0),
         }
     }
 
@@ -401,7 +536,7 @@ impl Chain {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
         let mut put = 0;
-        for segment in self.data(first, count) {
+        for segment in &self.segments[first..first + count] {
             let n = segment.len().min(limits.id.len() - put);
             // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
             let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };

@@ -14,8 +14,8 @@ use vm_memory::VolatileSlice;
 use crate::dirty_log::DirtyLog;
 use crate::memory::{GuestMemory, Near};
 
-pub use packed::PackedRing;
-pub use split::SplitRing;
+pub use packed::{KeptChain, PackedChain, PackedRing};
+pub use split::{SplitChain, SplitRing};
 
 /// Largest ring that is accepted: the most that virtio has (sections 2.7 and 2.8.10.1).
 pub const RING_SIZE_MAX: u16 = 1 << 15;
@@ -84,6 +84,21 @@ pub trait Ring {
     fn kick_suppression_is_due(&self, old: u16, new: u16) -> bool;
 }
 
+/// A chain of buffers that can be walked.
+pub trait Chained {
+    /// What else there is to know of it afterwards.
+    type Taken;
+
+    /// Calls `visit` with each buffer in order. Each descriptor is read once, and there is an end to
+    /// them whatever the guest does. Says whether the chain is well-formed; if it is not, `visit` has
+    /// seen the part before the defect.
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken);
+}
+
 /// What to look at until the next visit of a ring: see [`Ring::look`].
 #[derive(Clone, Copy, Debug)]
 pub struct Look {
@@ -134,6 +149,14 @@ impl AnyRing {
         match self {
             Self::Split(ring) => ring.size(),
             Self::Packed(ring) => ring.size(),
+        }
+    }
+
+    /// For where a call costs nothing that matters.
+    pub(crate) fn as_dyn(&self) -> &dyn Ring {
+        match self {
+            Self::Split(ring) => ring,
+            Self::Packed(ring) => ring,
         }
     }
 }
@@ -332,4 +355,3 @@ pub enum ChainError {
     /// An indirect table that is not in guest memory.
     Address,
 }
-

@@ -74,12 +74,7 @@ impl SharedFile {
     ///
     /// # Errors
     /// It is no file of memory, too short, or cannot be mapped.
-    pub fn map(
-        fd: &ForeignFd,
-        offset: u64,
-        size: u64,
-        unmapper: &Unmapper,
-    ) -> Result<Self, Error> {
+    pub fn map(fd: &ForeignFd, offset: u64, size: u64, unmapper: &Unmapper) -> Result<Self, Error> {
         let stat = stat(fd)?;
         let page = page_bytes(fd)?;
         let range = Error::Range { offset, size };

@@ -12,7 +12,7 @@ use vhost_blk::memory::GuestMemory;
 use vhost_blk::queue::{Queue, QueueId, View};
 use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
 use vhost_blk::reclaim::Reclaim;
-use vhost_blk::ring::RingAddrs;
+use vhost_blk::ring::{Layout, RingAddrs};
 use vhost_blk::{Core, Mode};
 use vm_memory::Bytes;
 
@@ -45,7 +45,7 @@ impl Scene {
             let at = STRIDE * n as u64;
             let addrs = RingAddrs { desc: at, avail: at + 0x1000, used: at + 0x2000 };
             let disk = Some(Arc::clone(&disk));
-            let view = View::new(1, &memory, SIZE, addrs, false, None, disk).unwrap();
+            let view = View::new(1, &memory, SIZE, addrs, Layout::default(), None, disk).unwrap();
             Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
         };
         let reactor = Arc::new(Reactor::new(Core(0), &domain, Mode::Poll).unwrap());

@@ -22,7 +22,7 @@ use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::queue::{Queue, QueueId, QueueState, View};
 use vhost_blk::reactor::{Event, Events, Turn};
 use vhost_blk::reclaim::Garbage;
-use vhost_blk::ring::RingAddrs;
+use vhost_blk::ring::{Layout, RingAddrs};
 use vm_memory::Bytes;
 
 const SIZE: u16 = 16;
@@ -81,7 +81,7 @@ impl Bench {
             CallFd::from_front_end(ForeignFd::new(call.as_fd().try_clone_to_owned().unwrap()));
         let call_fd = Arc::new(call_fd.unwrap());
         let (c, d) = (Some(Arc::clone(&call_fd)), Some(Arc::clone(&disk)));
-        let view = View::new(1, &memory, SIZE, ADDRS, false, c, d).unwrap();
+        let view = View::new(1, &memory, SIZE, ADDRS, Layout::default(), c, d).unwrap();
         let queue = Queue::new(QueueId(1), &domain, view, 0, Arc::default()).unwrap();
         let (turn, events) = (Turn::new(), Events::new().unwrap());
         let (avail, used, generation) = (0, 0, 1);
@@ -185,7 +185,8 @@ impl Bench {
     fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
         self.generation += 1;
         let call = Some(Arc::clone(&self.call_fd));
-        let view = View::new(self.generation, memory, SIZE, ADDRS, false, call, disk).unwrap();
+        let view =
+            View::new(self.generation, memory, SIZE, ADDRS, Layout::default(), call, disk).unwrap();
         Box::new(self.queue.publish(view))
     }
 }

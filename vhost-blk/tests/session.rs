@@ -157,7 +157,7 @@ fn what_is_never_taken() {
         assert!(matches!(session.set_kick(ring, None), Err(Violation::NoSuchRing(_))));
         assert!(matches!(session.set_call(ring, None), Err(Violation::NoSuchRing(_))));
     }
-    for num in [0, 3, 2048, 1 << 16, u32::MAX] {
+    for num in [0, 3, 0x1_0000, 1 << 16, u32::MAX] {
         assert!(matches!(session.set_num(0, num), Err(Violation::Ring(_))), "{num}");
     }
     assert!(matches!(session.set_kick(0, None), Err(Violation::NotSetUp(0))), "no memory");

@@ -11,7 +11,7 @@ use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::queue::{Queue, QueueId, View};
 use vhost_blk::reclaim::{Garbage, Unmapper};
-use vhost_blk::ring::RingAddrs;
+use vhost_blk::ring::{Layout, RingAddrs};
 
 const RAM_BYTES: u64 = 64 << 20;
 const RING_SIZE: u16 = 128;
@@ -115,7 +115,8 @@ impl Guest {
 
 fn view(driver: &Driver, generation: u64, memory: &Arc<GuestMemory>, disk: &Arc<Disk>) -> View {
     let (size, addrs) = driver.addrs();
-    View::new(generation, memory, size, addrs, false, None, Some(Arc::clone(disk))).unwrap()
+    View::new(generation, memory, size, addrs, Layout::default(), None, Some(Arc::clone(disk)))
+        .unwrap()
 }
 
 /// The guest's memory as the target maps it.

@@ -8,7 +8,7 @@ use bench::GuestRam;
 use vhost_blk::config::Disk;
 use vhost_blk::memory::{GuestMemory, Nearest};
 use vhost_blk::request::{Chain, Limits, STATUS_OK};
-use vhost_blk::ring::SplitRing;
+use vhost_blk::ring::{Ring, SplitChain, SplitRing};
 
 use super::disks;
 use super::guest::{Driver, Kind, map};
@@ -86,7 +86,7 @@ impl Rings {
         let mut near = unsafe { self.memory.near(self.nearest) };
         for ((head, chain), at) in self.chains.iter_mut().zip(positions) {
             *head = self.ring.head(at);
-            chain.collect(&self.ring, &mut near, *head);
+            chain.collect(&mut near, &SplitChain { ring: &self.ring, head: *head });
         }
         self.nearest = near.nearest();
     }
@@ -98,10 +98,11 @@ impl Rings {
     }
 
     fn push(&mut self) {
+        let from = self.at;
         for (head, _) in &self.chains {
-            self.ring.put_used(self.at, *head, 1);
+            self.ring.put_used(from, self.at, *head, 1);
             self.at = self.at.wrapping_add(1);
         }
-        self.ring.publish_used(self.at);
+        self.ring.publish_used(from, self.at);
     }
 }

@@ -1,34 +1,34 @@
-//! What the owner of a queue keeps about it, and what it does in a visit.
+//! What the owner of a queue keeps about it, and what it does in a visit. How requests are taken and
+//! answered is in [`requests`].
 #![expect(unsafe_code, reason = "submits guest memory; signals")]
 
+mod requests;
+
+use std::collections::VecDeque;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use arrayvec::ArrayVec;
-use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Submit, Tag, Wait};
+use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Tag, Wait};
 
-use super::{Coalescing, NOTHING, Queue, QueueState, View, Watch};
-use crate::cache;
+use self::requests::{Rest, Serve, Tally};
+use super::{Coalescing, NOTHING, Queue, QueueState, StartError, Tracked, View, Watch};
 use crate::config::Disk;
+use crate::inflight::{Recovery, Tracker};
 use crate::memory::Nearest;
 use crate::reactor::{Bell, Cause, Event, Events, Turn};
-use crate::request::{Chain, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
+use crate::request::{Chain, LongSegments, long_segments};
+use crate::ring::{AnyRing, Look, Ring};
 
-/// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
-const VISIT_REQUESTS_MAX: usize = 32;
-/// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
-/// largest size that Linux makes would be 40 MiB of copying for a memory disk.
-const VISIT_BYTES_MAX: u64 = 512 << 10;
-/// Descriptors after which a visit takes no further request: chains that lead nowhere cost time too.
-const VISIT_DESCRIPTORS_MAX: u32 = 1024;
 /// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
 /// 2 KiB, and a front end may start 128 rings.
 const SLOTS_MAX: u16 = 256;
 /// How long a sleeping reactor waits before it tries again what nothing announces.
 const RETRY: Duration = Duration::from_millis(1);
+/// Long chains that a queue may have in flight; some 16 KiB each. Further ones wait.
+const LONG_CHAINS: usize = 4;
 /// Completions taken from a channel at a time.
 const COMPLETIONS: usize = 32;
 
@@ -40,8 +40,17 @@ struct Slot {
     /// Bytes of data.
     len: u64,
     started_ticks: u64,
-    head: u16,
+    /// What the used ring calls it: head (split) or buffer id (packed).
+    id: u16,
+    /// Where its chain begins; packed only.
+    position: u16,
+    /// Places that it takes in the used ring.
+    span: u16,
+    /// What the in-flight area calls it.
+    entry: u16,
     op: Op,
+    /// What is left to do when the I/O under way has ended well.
+    rest: Rest,
     chain: Chain,
 }
 
@@ -52,12 +61,13 @@ unsafe impl Send for Slot {}
 #[derive(Debug)]
 pub struct Core {
     generation: u64,
+    /// Position in the ring after the last chain that was taken.
     last_avail: u16,
-    /// The used index: everything before it was put.
+    /// Position in the used ring: everything before it was put.
     used: u16,
-    /// The used index that the guest was last told about.
+    /// The position that the guest was last told about.
     published: u16,
-    /// The used index at the last decision whether to call.
+    /// The position at the last decision whether to call.
     called: u16,
     inflight: u32,
     /// The control side wants a stop, as of the last visit.
@@ -78,8 +88,15 @@ pub struct Core {
     slots: Box<[Slot]>,
     /// Slots that are free, most recently used last.
     free: Vec<u16>,
-    /// An I/O that the channel had no room for.
-    parked: Option<Io>,
+    /// Room for long chains that is not lent.
+    long: Vec<LongSegments>,
+    /// I/Os that the channel had no room for, oldest first.
+    parked: VecDeque<Io>,
+    /// The record of what is in flight, if the front end has asked for one.
+    tracker: Option<Tracker>,
+    /// What an earlier owner of the ring has left to be done again, as the record calls it; the
+    /// oldest last. Comes before anything new.
+    again: Vec<u16>,
     /// An event that found the event queue full.
     owed: Option<Event>,
     done: [Completion; COMPLETIONS],
@@ -106,13 +123,6 @@ struct Expected {
 // SAFETY: an address that nobody follows.
 unsafe impl Send for Expected {}
 
-/// Reads or writes of one visit that were done on the spot, to be counted at its end.
-#[derive(Debug, Default)]
-struct Tally {
-    count: u64,
-    bytes: u64,
-}
-
 /// A channel, with a `Debug` that says nothing.
 pub struct ChannelBox(pub Box<dyn Channel>);
 
@@ -133,31 +143,58 @@ struct CallDue {
     window_requests: u32,
 }
 
+/// A queue in a visit: who sees it, by which view, and the view's ring.
+#[derive(Debug)]
+struct At<'a, R> {
+    queue: &'a Queue,
+    view: &'a View,
+    ring: &'a R,
+    /// Requests have to be written down: in flight, or the pages that they dirty.
+    recorded: bool,
+}
+
+impl<R> Clone for At<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R> Copy for At<'_, R> {}
+
 impl Core {
-    pub(super) fn new(disk: Option<&Disk>, size: u16, base: u16) -> Result<Self, bdev::Error> {
-        let depth = size.min(SLOTS_MAX);
-        let device = match disk {
-            Some(disk) => {
-                let channel = ChannelBox(Arc::clone(&disk.bdev).open(depth)?);
-                let shortcut = channel.0.shortcut();
-                Some(Device { shortcut, channel, counters: disk.bdev.stats().attach() })
-            }
+    /// For a queue that nobody serves: what its ring and the record of what is in flight say is not
+    /// changed by anybody.
+    pub(super) fn new(
+        view: &View,
+        base: u16,
+        tracked: Option<Tracked<'_>>,
+    ) -> Result<Self, StartError> {
+        let (tracker, recovery) = begin(view, base, tracked)?;
+        let Recovery { used, last_avail, mut again } = recovery;
+        again.reverse();
+        let depth = view.ring.size().min(SLOTS_MAX);
+        let device = match view.disk.as_deref() {
+            Some(disk) => Some(Device::open(disk, depth)?),
             None => None,
         };
         let slot = || Slot {
             view: None,
             len: 0,
             started_ticks: 0,
-            head: 0,
+            id: 0,
+            position: 0,
+            span: 1,
+            entry: 0,
             op: Op::Flush,
+            rest: Rest::Nothing,
             chain: Chain::default(),
         };
         Ok(Self {
             generation: 0,
-            last_avail: base,
-            used: base,
-            published: base,
-            called: base,
+            last_avail,
+            used,
+            published: used,
+            called: used,
             inflight: 0,
             stopping: false,
             stopped: false,
@@ -171,15 +208,21 @@ impl Core {
             device,
             slots: (0..depth).map(|_| slot()).collect(),
             free: (0..depth).rev().collect(),
-            parked: None,
+            long: (0..LONG_CHAINS).map(|_| long_segments()).collect(),
+            parked: VecDeque::with_capacity(depth.into()),
+            tracker,
+            again,
             owed: None,
             done: [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS],
         })
     }
 
-    /// The order: adopt first, as everything else uses the view; complete before fetch, as it
-    /// frees slots; tell the device, then the guest, once for the batch; count before the guest is
-    /// called, which is no part of an I/O; stop last, as it wants to know what is left.
+    /// Position in the ring after the last chain that was taken.
+    pub(super) fn last_avail(&self) -> u16 {
+        self.last_avail
+    }
+
+    /// One visit; says whether there was anything to do, and what to look for before the next.
     #[inline]
     pub(super) fn visit(
         &mut self,
@@ -187,35 +230,53 @@ impl Core {
         view: &View,
         turn: &mut Turn,
         events: &Events,
-    ) -> bool {
+    ) -> (bool, Watch) {
+        let recorded = view.log.is_some() || self.tracker.is_some();
+        match &view.ring {
+            AnyRing::Split(ring) => self.serve(At { queue, view, ring, recorded }, turn, events),
+            AnyRing::Packed(ring) => self.serve(At { queue, view, ring, recorded }, turn, events),
+        }
+    }
+
+    /// The order: adopt first, as everything else uses the view; complete before fetch, as it
+    /// frees slots; tell the device, then the guest, once for the batch; count before the guest is
+    /// called, which is no part of an I/O; stop last, as it wants to know what is left.
+    #[inline]
+    fn serve<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        turn: &mut Turn,
+        events: &Events,
+    ) -> (bool, Watch) {
+        let At { queue, view, ring, .. } = at;
         if self.stopped {
-            return self.owed.is_some() && self.settle(events);
+            let settled = self.owed.is_some() && self.settle(events);
+            return (settled, self.watch(view, ring));
         }
         if view.generation != self.generation {
-            self.adopt(queue, view);
+            self.adopt(view);
             turn.note(Cause::Adopt);
         }
         let stop = queue.stop.load(Ordering::Acquire);
         self.stopping = stop;
-        let completed = self.inflight > 0 && self.complete(queue, view, turn);
-        if self.parked.is_some() {
-            self.unpark(queue, view, turn);
+        let completed = self.inflight > 0 && self.complete(at, turn);
+        if !self.parked.is_empty() {
+            self.unpark(at, turn);
         }
         let mut tallies = [const { Tally { count: 0, bytes: 0 } }; 2];
-        let fetched = !stop
+        let wanted = !stop || !self.again.is_empty();
+        let fetched = wanted
             && !self.broken
-            && self.parked.is_none()
-            && self.fetch(queue, view, turn, events, &mut tallies);
+            && self.parked.is_empty()
+            && self.fetch(at, turn, events, &mut tallies);
         if self.used != self.published {
-            view.ring.publish_used(self.used);
-            self.published = self.used;
-            self.call_due.pending = true;
+            self.publish(at);
         }
         if fetched {
             self.count(turn, &tallies);
         }
         if self.call_due.pending {
-            self.call_guest(queue, view, turn, stop);
+            self.call_guest(at, turn, stop);
         }
         if self.owed.is_some() {
             self.settle(events);
@@ -227,38 +288,30 @@ impl Core {
             self.acknowledge_stop(queue, events);
             turn.note(Cause::Stop);
         }
-        completed || fetched
+        (completed || fetched, self.watch(view, ring))
     }
 
-    /// What is to be looked at until the next visit, which was one with `view`.
+    /// What is to be looked at until the next visit, after one with `view`.
     #[inline]
-    pub(super) fn watch(&self, view: &View) -> Watch {
+    fn watch(&self, view: &View, ring: &impl Ring) -> Watch {
         let rings = !self.stopped && !self.broken;
         let due = self.inflight > 0 || self.call_due.pending || self.owed.is_some();
         let released = view.disk.is_none() && self.device.is_some();
-        let cell: *const _ = if rings { view.ring.avail_idx_cell() } else { &raw const NOTHING };
+        let nothing = Look { cell: &raw const NOTHING, seen: 0, due: false };
+        let look = if rings { ring.look(self.last_avail) } else { nothing };
+        let again = rings && !self.again.is_empty();
         Watch {
-            avail: cell,
+            avail: look.cell,
             generation: view.generation,
-            seen: if rings { self.last_avail.to_le() } else { 0 },
-            due: due || released && !self.stopped,
+            seen: look.seen,
+            due: due || look.due || again || released && !self.stopped,
             kicks: view.kicks || !rings,
             stop: self.stopping,
         }
     }
 
     #[cold]
-    fn adopt(&mut self, queue: &Queue, view: &View) {
-        if self.generation == 0 {
-            // What the guest was told counts. A front end that reconnects gives the used index that
-            // it saw when the connection ended; requests that completed after that would be fetched
-            // and completed again.
-            self.used = view.ring.used_idx();
-            self.published = self.used;
-            self.called = self.used;
-            self.last_avail = self.used;
-            queue.last_avail.store(self.last_avail, Ordering::Relaxed);
-        }
+    fn adopt(&mut self, view: &View) {
         self.generation = view.generation;
         // Addresses of the memory before may not even be mapped any more.
         self.nearest = Nearest::default();
@@ -271,7 +324,21 @@ impl Core {
 
     fn refuse_kicks(&mut self, view: &View) {
         self.armed = false;
-        view.ring.suppress_kicks(self.last_avail);
+        let ring = view.ring.as_dyn();
+        ring.suppress_kicks(self.last_avail);
+        if let Some(log) = &view.log {
+            ring.log_events(log);
+        }
+    }
+
+    fn want_kicks(&mut self, view: &View) -> bool {
+        self.armed = true;
+        let ring = view.ring.as_dyn();
+        let missed = ring.want_kicks(self.last_avail);
+        if let Some(log) = &view.log {
+            ring.log_events(log);
+        }
+        missed
     }
 
     /// See [`Queue::arm`].
@@ -301,16 +368,17 @@ impl Core {
             && let Some(device) = &self.device
         {
             wait = wait.sooner(device.channel.0.wait());
+        } else if !self.again.is_empty() && !self.broken {
+            return Wait::Poll;
         }
-        if self.parked.is_some() {
+        if !self.parked.is_empty() {
             wait = wait.sooner(Wait::Until(Instant::now() + RETRY));
         }
         // Without a slot for it, nothing is fetched before a completion.
-        let fetches = !self.stopping && !self.broken && self.parked.is_none();
+        let fetches = !self.stopping && !self.broken && self.parked.is_empty();
         if fetches && !self.free.is_empty() && !self.armed {
             debug_assert!(view.kicks, "the poll set has looked at its watches first");
-            self.armed = true;
-            if view.ring.want_kicks(self.last_avail) {
+            if self.want_kicks(view) {
                 self.refuse_kicks(view);
                 return Wait::Poll;
             }
@@ -329,307 +397,15 @@ impl Core {
         }
     }
 
-    /// Takes what the device has finished.
-    fn complete(&mut self, queue: &Queue, view: &View, turn: &mut Turn) -> bool {
-        let Some(device) = &mut self.device else { return false };
-        let n = device.channel.0.poll(&mut self.done);
-        if n == 0 {
-            return false;
-        }
-        turn.note(Cause::Complete);
-        turn.read_clock();
-        for i in 0..n {
-            let Completion { tag, status } = self.done[i];
-            self.finish_pinned(queue, view, tag.0, status, turn);
-        }
-        queue.inflight.store(self.inflight, Ordering::Relaxed);
-        true
-    }
-
-    /// Answers a request that had to wait, and lets go of the view that it was submitted under.
-    fn finish_pinned(
-        &mut self,
-        queue: &Queue,
-        view: &View,
-        tag: u16,
-        status: Status,
-        turn: &mut Turn,
-    ) {
-        let slot = &mut self.slots[usize::from(tag)];
-        let pinned = slot.view.take().expect("a channel reports an I/O once");
-        if let Some(device) = &self.device {
-            let ticks = turn.now_ticks().saturating_sub(slot.started_ticks);
-            device.counters.record(slot.op, slot.len, ticks, status);
-        }
-        self.finish(queue, view, tag, status);
-        // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
-        unsafe { pinned.as_ref() }.unpin();
-        self.inflight -= 1;
-    }
-
-    /// Answers the request in `slot` and frees the slot.
-    #[inline]
-    fn finish(&mut self, queue: &Queue, view: &View, index: u16, status: Status) {
-        let slot = &self.slots[usize::from(index)];
-        let status = match status {
-            Status::Ok => STATUS_OK,
-            Status::IoError => STATUS_IOERR,
-            Status::Unsupported => STATUS_UNSUPP,
-        };
-        let written = if slot.op == Op::Read { slot.chain.written_by_read() } else { 1 };
-        slot.chain.write_status(status);
-        let head = slot.head;
-        self.put(queue, view, head, written);
-        self.free.push(index);
-    }
-
-    /// Puts a finished chain into the used ring.
-    #[inline]
-    fn put(&mut self, queue: &Queue, view: &View, head: u16, written: u32) {
-        view.ring.put_used(self.used, head, written);
-        self.used = self.used.wrapping_add(1);
-        self.call_due.window_requests += 1;
-        bump(&queue.requests);
-    }
-
-    /// Takes new requests and submits them, in three passes over the batch, so that the lines of
-    /// one pass are on their way while those of another are used: heads, chains, requests.
-    #[inline]
-    fn fetch(
-        &mut self,
-        queue: &Queue,
-        view: &View,
-        turn: &mut Turn,
-        events: &Events,
-        tallies: &mut [Tally; 2],
-    ) -> bool {
-        let pending = match view.ring.pending(self.last_avail) {
-            Ok(0) => return false,
-            Ok(pending) => pending,
-            Err(_) => {
-                self.break_queue(queue, events);
-                return false;
-            }
-        };
-        if view.memory.truncated() {
-            self.break_queue(queue, events);
-            return false;
-        }
-        cache::prefetch_write(self.expected.header);
-        view.ring.prefetch_desc(self.expected.head);
-        view.ring.prefetch_used(self.used);
-        turn.note(Cause::Fetch);
-        turn.read_clock();
-        let mut batch = ArrayVec::<u16, VISIT_REQUESTS_MAX>::new();
-        self.collect(view, pending, &mut batch);
-        let taken = self.submit_batch(queue, view, &batch, turn, tallies);
-        // Those that did not fit are looked at again, in their order, at the next visit.
-        self.free.extend(batch[taken..].iter().rev());
-        let before = self.last_avail;
-        self.last_avail = before.wrapping_add(taken as u16);
-        queue.last_avail.store(self.last_avail, Ordering::Relaxed);
-        queue.inflight.store(self.inflight, Ordering::Relaxed);
-        if self.armed || view.ring.kick_suppression_is_due(before, self.last_avail) {
-            self.refuse_kicks(view);
-        }
-        if self.inflight > 0
-            && let Some(device) = &mut self.device
-        {
-            device.channel.0.kick();
-        }
-        taken > 0
-    }
-
-    /// The first two passes: takes heads from the available ring into slots, and collects their
-    /// chains, up to the limits of a visit.
-    #[inline]
-    fn collect(
-        &mut self,
-        view: &View,
-        pending: u16,
-        batch: &mut ArrayVec<u16, VISIT_REQUESTS_MAX>,
-    ) {
-        let count = usize::from(pending).min(VISIT_REQUESTS_MAX).min(self.free.len());
-        let mut position = self.last_avail;
-        for index in self.free.drain(self.free.len() - count..).rev() {
-            let head = view.ring.head(position);
-            position = position.wrapping_add(1);
-            view.ring.prefetch_desc(head);
-            self.slots[usize::from(index)].head = head;
-            batch.push(index);
-        }
-        // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
-        let mut near = unsafe { view.memory.near(self.nearest) };
-        let (mut descriptors, mut bytes) = (0, 0);
-        for (n, &index) in batch.iter().enumerate() {
-            let slot = &mut self.slots[usize::from(index)];
-            slot.chain.collect(&view.ring, &mut near, slot.head);
-            slot.chain.prefetch();
-            if let Some(header) = slot.chain.header() {
-                self.expected = Expected { head: slot.head, header };
-            }
-            descriptors += slot.chain.descriptors();
-            bytes += slot.chain.bytes();
-            if descriptors > VISIT_DESCRIPTORS_MAX || bytes > VISIT_BYTES_MAX {
-                self.free.extend(batch.drain(n + 1..).rev());
-                break;
-            }
-        }
-        self.nearest = near.nearest();
-    }
-
-    /// The third pass: makes requests of the chains and submits them. Answers with how many were
-    /// taken: fewer than there are when the channel is full, or enough bytes were moved.
-    #[inline]
-    fn submit_batch(
-        &mut self,
-        queue: &Queue,
-        view: &View,
-        batch: &[u16],
-        turn: &mut Turn,
-        tallies: &mut [Tally; 2],
-    ) -> usize {
-        let mut bytes = 0;
-        for (n, &index) in batch.iter().enumerate() {
-            bytes += self.start(queue, view, index, turn, tallies);
-            if bytes > VISIT_BYTES_MAX || self.parked.is_some() {
-                return n + 1;
-            }
-        }
-        batch.len()
-    }
-
-    /// Begins the request in slot `index`; answers with its bytes of data.
-    #[inline]
-    fn start(
-        &mut self,
-        queue: &Queue,
-        view: &View,
-        index: u16,
-        turn: &mut Turn,
-        tallies: &mut [Tally; 2],
-    ) -> u64 {
-        let slot = &mut self.slots[usize::from(index)];
-        let mut request = match &view.limits {
-            Some(limits) => slot.chain.parse(limits),
-            None => slot.chain.refuse(),
-        };
-        if matches!(request, Request::Answer(STATUS_IOERR, _)) {
-            request = parse_again(slot, view, request);
-        }
-        match request {
-            Request::Io { op, offset, len, first, count } => {
-                slot.op = op;
-                slot.len = len;
-                let io = match op {
-                    Op::Read | Op::Write => {
-                        Io::rw(op, Tag(index), offset, len, slot.chain.data(first, count))
-                    }
-                    _ => Io::plain(op, Tag(index), offset, len),
-                };
-                // SAFETY: the channel is open, and segments and memory stay as they are meanwhile.
-                let done = self.device.as_ref().is_some_and(|d| unsafe { d.shortcut.run(&io) });
-                if done {
-                    let tally = &mut tallies[usize::from(op == Op::Write)];
-                    tally.count += 1;
-                    tally.bytes += len;
-                    self.finish(queue, view, index, Status::Ok);
-                } else {
-                    self.submit(queue, view, io, turn);
-                }
-                len
-            }
-            Request::Answer(status, written) => {
-                slot.chain.write_status(status);
-                if status != STATUS_OK {
-                    bump(&queue.malformed);
-                }
-                let head = slot.head;
-                self.put(queue, view, head, written + 1);
-                self.free.push(index);
-                0
-            }
-            Request::NoStatus => {
-                bump(&queue.malformed);
-                let head = slot.head;
-                self.put(queue, view, head, 0);
-                self.free.push(index);
-                0
-            }
-        }
-    }
-
-    /// Submits an I/O whose slot is filled in.
-    fn submit(&mut self, queue: &Queue, view: &View, io: Io, turn: &mut Turn) {
-        let index = io.tag.0;
-        let slot = &mut self.slots[usize::from(index)];
-        slot.started_ticks = turn.now_ticks();
-        let Some(device) = &mut self.device else {
-            self.finish(queue, view, index, Status::IoError);
-            return;
-        };
-        // SAFETY: segments and memory stay until the completion: the slot is not reused before,
-        // and its pin on the view keeps the memory mapped.
-        match unsafe { device.channel.0.submit(io) } {
-            Submit::Done(status) => {
-                let ticks = turn.read_clock().saturating_sub(slot.started_ticks);
-                device.counters.record(slot.op, slot.len, ticks, status);
-                return self.finish(queue, view, index, status);
-            }
-            Submit::Queued => {}
-            Submit::Full(io) => self.parked = Some(io),
-        }
-        view.pin();
-        slot.view = Some(NonNull::from(view));
-        self.inflight += 1;
-    }
-
-    /// Counts what was done on the spot in this visit. The time it took is that of the whole visit,
-    /// shared out by number: they were done one after the other.
-    #[inline]
-    fn count(&self, turn: &mut Turn, tallies: &[Tally; 2]) {
-        let Some(device) = &self.device else { return };
-        let begun = turn.now_ticks();
-        let ticks = turn.read_clock().saturating_sub(begun);
-        let [reads, writes] = tallies;
-        let of_writes = match (reads.count, writes.count) {
-            (_, 0) => 0,
-            (0, _) => ticks,
-            (r, w) => ticks * w / (r + w),
-        };
-        if reads.count > 0 {
-            device.counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
-        }
-        if writes.count > 0 {
-            device.counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
-        }
-    }
-
-    /// Tries the I/O again that the channel had no room for.
-    #[cold]
-    fn unpark(&mut self, queue: &Queue, view: &View, turn: &mut Turn) {
-        let (Some(io), Some(device)) = (self.parked.take(), &mut self.device) else { return };
-        let channel = &mut device.channel;
-        // SAFETY: as in `submit`; the slot was pinned when the I/O was parked.
-        match unsafe { channel.0.submit(io) } {
-            Submit::Done(status) => {
-                self.finish_pinned(queue, view, io.tag.0, status, turn);
-                queue.inflight.store(self.inflight, Ordering::Relaxed);
-            }
-            Submit::Queued => channel.0.kick(),
-            Submit::Full(io) => self.parked = Some(io),
-        }
-    }
-
     /// Calls the guest if it wants that and the time has come.
     /// A queue that stops does not make the guest wait for coalescing.
     #[inline]
-    fn call_guest(&mut self, queue: &Queue, view: &View, turn: &mut Turn, stop: bool) {
-        if !stop && self.call_due.wait(&queue.coalescing, turn) {
+    fn call_guest<R: Ring>(&mut self, at: At<'_, R>, turn: &mut Turn, stop: bool) {
+        if !stop && self.call_due.wait(&at.queue.coalescing, turn) {
             return;
         }
-        let wanted = view.ring.wants_call(self.called, self.used) || self.call_unasked;
-        if wanted && let Some(call) = &view.call {
+        let wanted = at.ring.wants_call(self.called, self.used) || self.call_unasked;
+        if wanted && let Some(call) = &at.view.call {
             turn.note(Cause::Call);
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };
@@ -666,8 +442,9 @@ impl Core {
 
     #[cold]
     fn acknowledge_stop(&mut self, queue: &Queue, events: &Events) {
-        if self.call_due.pending {
-            return; // a call that the system refused goes out first
+        if self.call_due.pending || !self.again.is_empty() && !self.broken {
+            // A call that the system refused goes out first, and what was found in flight is done.
+            return;
         }
         self.stopped = true;
         queue.last_avail.store(self.last_avail, Ordering::Relaxed);
@@ -691,19 +468,42 @@ impl Core {
     }
 }
 
-/// Looks at a refused request once more if the disk has grown since the view was made: a guest may
-/// have been told before the view that says so was adopted.
-#[cold]
-fn parse_again(slot: &mut Slot, view: &View, refused: Request) -> Request {
-    let (Some(disk), Some(then)) = (&view.disk, &view.limits) else { return refused };
-    let now = disk.limits();
-    if now.sectors == then.sectors {
-        return refused;
+/// Where a queue begins, and what it has to do again: as its ring has it, and the record of what is in
+/// flight.
+fn begin(
+    view: &View,
+    base: u16,
+    tracked: Option<Tracked<'_>>,
+) -> Result<(Option<Tracker>, Recovery), StartError> {
+    let size = view.ring.size();
+    let untracked = |at| (None, Recovery { used: at, last_avail: at, again: vec![] });
+    let tracker = match (&view.ring, tracked) {
+        // What the guest was told counts. A front end that reconnects gives the used index that it
+        // saw when the connection ended; requests that completed after that would be fetched and
+        // completed again.
+        (AnyRing::Split(ring), None) => return Ok(untracked(ring.used_idx())),
+        (AnyRing::Packed(ring), _) if !ring.valid(base) => return Err(StartError::Base(base)),
+        (AnyRing::Packed(_), None) => return Ok(untracked(base)),
+        (AnyRing::Split(ring), Some(Tracked { area, ring: n })) => {
+            Tracker::split(area, n, size, ring.used_idx())
+        }
+        (AnyRing::Packed(ring), Some(Tracked { area, ring: n })) => {
+            Tracker::packed(area, n, size, base, |position| ring.flags(position))
+        }
+    };
+    let (tracker, recovery) = tracker.ok_or(StartError::NoRoom)?;
+    if let AnyRing::Packed(ring) = &view.ring {
+        ring.take_back(recovery.used, recovery.last_avail);
     }
-    // SAFETY: the default is of every memory.
-    let mut near = unsafe { view.memory.near(Nearest::default()) };
-    slot.chain.collect(&view.ring, &mut near, slot.head);
-    slot.chain.parse(&now)
+    Ok((Some(tracker), recovery))
+}
+
+impl Device {
+    fn open(disk: &Disk, depth: u16) -> Result<Self, bdev::Error> {
+        let channel = ChannelBox(Arc::clone(&disk.bdev).open(depth)?);
+        let shortcut = channel.0.shortcut();
+        Ok(Self { shortcut, channel, counters: disk.bdev.stats().attach() })
+    }
 }
 
 impl CallDue {
@@ -729,10 +529,4 @@ impl CallDue {
         self.not_before_ticks = now + self.delay_ticks;
         false
     }
-}
-
-/// Adds one to a counter that only this thread writes.
-#[inline]
-fn bump(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }

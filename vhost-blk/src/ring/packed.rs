@@ -3,8 +3,11 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU64};
 
-use super::{Buffer, ChainError, Desc, Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, part};
+use super::{
+    Buffer, ChainError, Chained, Desc, Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, part,
+};
 use crate::dirty_log::DirtyLog;
+use crate::inflight::Tracker;
 use crate::memory::{GuestMemory, Near};
 
 /// A packed ring in our mapping of the guest's memory.
@@ -72,6 +75,12 @@ impl PackedRing {
         self.size
     }
 
+    /// Whether `position` is one of this ring.
+    #[must_use]
+    pub fn valid(&self, position: u16) -> bool {
+        position & 0x7fff < self.size
+    }
+
     /// The flags of the descriptor at `position`.
     #[must_use]
     pub fn flags(&self, position: u16) -> u16 {
@@ -119,6 +128,59 @@ impl PackedRing {
     ) -> Result<(), ChainError> {
         let _ = (near, desc, visit);
         Err(ChainError::Index)
+    }
+}
+
+/// The chain at a position of a packed ring, which is available.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedChain<'r> {
+    /// The ring.
+    pub ring: &'r PackedRing,
+    /// Where it begins.
+    pub position: u16,
+}
+
+impl Chained for PackedChain<'_> {
+    type Taken = Result<Taken, RingError>;
+
+    #[inline(always)]
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken) {
+        let taken = self.ring.walk(near, self.position, visit);
+        (matches!(taken, Ok(Taken { defect: None, .. })), taken)
+    }
+}
+
+/// A chain whose descriptors the in-flight area has kept, as the ring's may be overwritten.
+#[derive(Clone, Copy, Debug)]
+pub struct KeptChain<'r> {
+    /// The ring that it was in.
+    pub ring: &'r PackedRing,
+    /// Who has kept it.
+    pub tracker: &'r Tracker,
+    /// What it is called there.
+    pub entry: u16,
+}
+
+impl Chained for KeptChain<'_> {
+    /// Its buffer id and the descriptors that it has taken; `None` if the area makes no sense.
+    type Taken = Option<(u16, u16)>;
+
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken) {
+        let (mut whole, mut id, mut span) = (true, 0, 0);
+        let known = self.tracker.descs(self.entry, |desc| {
+            whole &= self.ring.walk_kept(near, desc, &mut visit).is_ok();
+            (id, span) = (desc.tag, span + 1);
+        });
+        let sound = known && span > 0 && id < self.ring.size();
+        (whole, sound.then_some((id, span)))
     }
 }
 

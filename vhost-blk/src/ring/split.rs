@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use qsbr::handshake::{full_fence, say_then_look};
 
 use super::{
-    Buffer, ChainError, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, Look, Ring,
-    RingAddrs, RingError, RING_SIZE_MAX, Table, part,
+    Buffer, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
+    Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
 };
 use crate::cache;
 use crate::dirty_log::DirtyLog;
@@ -174,6 +174,28 @@ impl SplitRing {
             }
             index = desc.tag.into();
         }
+    }
+}
+
+/// The chain at a head of a split ring.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitChain<'r> {
+    /// The ring.
+    pub ring: &'r SplitRing,
+    /// The index of the first descriptor; may be out of range.
+    pub head: u16,
+}
+
+impl Chained for SplitChain<'_> {
+    type Taken = ();
+
+    #[inline(always)]
+    fn walk(
+        &self,
+        near: &mut Near<'_>,
+        visit: impl FnMut(&mut Near<'_>, Buffer),
+    ) -> (bool, Self::Taken) {
+        (self.ring.walk(near, self.head, visit).is_ok(), ())
     }
 }
 

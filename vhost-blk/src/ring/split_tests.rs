@@ -3,6 +3,7 @@
 use super::*;
 use crate::memory::Nearest;
 use crate::memory::tests::flat;
+use crate::ring::{INDIRECT_MAX, Layout, check};
 use vm_memory::{ByteValued, VolatileMemory};
 
 const SIZE: u16 = 8;
@@ -108,7 +109,7 @@ fn indirect_tables() {
     assert_eq!(refused(TABLE, 0, DESC_F_INDIRECT), ChainError::IndirectLength);
     assert_eq!(refused(TABLE, 15, DESC_F_INDIRECT), ChainError::IndirectLength);
     assert_eq!(refused(TABLE, 33, DESC_F_INDIRECT), ChainError::IndirectLength);
-    let long = 16 * (u32::from(SIZE) + 1);
+    let long = 16 * (INDIRECT_MAX + 1);
     assert_eq!(refused(TABLE, long, DESC_F_INDIRECT), ChainError::IndirectLength);
     assert_eq!(refused(0xfff8, 16, DESC_F_INDIRECT), ChainError::Address);
     assert_eq!(refused(u64::MAX - 7, 16, DESC_F_INDIRECT), ChainError::Address);
@@ -142,9 +143,9 @@ fn the_available_index_may_not_run_ahead() {
 #[test]
 fn used_elements_are_seen_once_published() {
     let guest = Guest::new(false);
-    guest.ring.put_used(SIZE + 2, 5, 513);
+    guest.ring.put_used(SIZE + 2, SIZE + 2, 5, 513);
     assert_eq!(guest.ring.used_idx(), 0);
-    guest.ring.publish_used(SIZE + 3);
+    guest.ring.publish_used(SIZE + 2, SIZE + 3);
     assert_eq!(guest.ring.used_idx(), SIZE + 3);
     let elem = guest.memory.slice(USED + 4 + 8 * 2, 8).unwrap();
     assert_eq!(elem.get_ref::<u32>(0).unwrap().load(), 5);
@@ -195,9 +196,11 @@ fn kicks_stay_suppressed_all_the_way_round() {
 #[test]
 fn rings_are_checked_before_use() {
     let memory = flat(0x3000);
-    let check = |size, desc, avail, used| check(&memory, size, RingAddrs { desc, avail, used });
+    let check = |size, desc, avail, used| {
+        check(&memory, size, RingAddrs { desc, avail, used }, Layout::default())
+    };
     assert_eq!(check(8, DESC, AVAIL, USED), Ok(()));
-    for size in [0, 3, 2048, u16::MAX] {
+    for size in [0, 3, 24, u16::MAX] {
         assert_eq!(check(size, DESC, AVAIL, USED), Err(RingError::Size(size.into())));
     }
     assert_eq!(check(8, 8, AVAIL, USED), Err(RingError::Alignment(8)));

@@ -1,0 +1,764 @@
+//! What a queue's owner does with requests: takes them from the ring, submits them, answers them.
+#![expect(unsafe_code, reason = "submits guest memory")]
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arrayvec::ArrayVec;
+use bdev::{Completion, Io, Op, Status, Submit, Tag};
+
+use super::{At, Core, Expected, Slot};
+use crate::cache;
+use crate::inflight::Tracker;
+use crate::memory::{Near, Nearest};
+use crate::queue::View;
+use crate::reactor::{Cause, Events, Turn};
+use crate::request::{Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
+use crate::ring::{
+    Chained, KeptChain, PackedChain, PackedRing, Ring, RingError, SplitChain, SplitRing,
+};
+
+/// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
+const VISIT_REQUESTS_MAX: usize = 32;
+/// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
+/// largest size that Linux makes would be 40 MiB of copying for a memory disk.
+const VISIT_BYTES_MAX: u64 = 512 << 10;
+/// Descriptors after which a visit takes no further request: chains that lead nowhere cost time too.
+const VISIT_DESCRIPTORS_MAX: u32 = 1024;
+
+/// Slots with chains that were collected in a visit.
+type Batch = ArrayVec<u16, VISIT_REQUESTS_MAX>;
+
+/// What is left to do of a request when its I/O has ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rest {
+    Nothing,
+    /// Make it durable: the guest wants writes to be when they are answered.
+    Flush,
+    /// The further ranges of its chain.
+    Ranges,
+}
+
+/// Reads or writes of one visit that were done on the spot, to be counted at its end.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    pub count: u64,
+    pub bytes: u64,
+}
+
+/// A ring that a core can serve: how chains are found in it.
+pub(super) trait Serve: Ring + Sized {
+    /// Whether a chain takes as many places of the ring as it has descriptors.
+    const SPANS: bool;
+
+    /// Collects chains that are available, `pending` of them at least, up to the limits of a visit.
+    ///
+    /// # Errors
+    /// The ring makes no sense any more; what is in the batch does.
+    fn collect(
+        core: &mut Core,
+        at: At<'_, Self>,
+        pending: u16,
+        batch: &mut Batch,
+    ) -> Result<(), RingError>;
+
+    /// Collects the chain of a request that is to be done again. `false` if there is no room for it
+    /// right now.
+    ///
+    /// # Errors
+    /// The record of it makes no sense.
+    fn collect_again(
+        core: &mut Core,
+        at: At<'_, Self>,
+        index: u16,
+        entry: u16,
+    ) -> Result<bool, RingError>;
+
+    /// Collects a new request's chain once more.
+    fn collect_anew(slot: &mut Slot, at: At<'_, Self>);
+
+    /// Writes down that the request of `slot` is about to be submitted. `false` if that cannot be.
+    fn record(&self, tracker: &mut Tracker, slot: &mut Slot) -> bool;
+}
+
+impl Serve for SplitRing {
+    const SPANS: bool = false;
+
+    /// Heads first, then their chains, so that the lines of one pass are on their way while those
+    /// of the other are used.
+    #[inline]
+    fn collect(
+        core: &mut Core,
+        at: At<'_, Self>,
+        pending: u16,
+        batch: &mut Batch,
+    ) -> Result<(), RingError> {
+        let count = usize::from(pending).min(VISIT_REQUESTS_MAX).min(core.free.len());
+        let mut position = core.last_avail;
+        for index in core.free.drain(core.free.len() - count..).rev() {
+            let head = at.ring.head(position);
+            position = position.wrapping_add(1);
+            at.ring.prefetch_desc(head);
+            core.slots[usize::from(index)].id = head;
+            batch.push(index);
+        }
+        // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
+        let mut near = unsafe { at.view.memory.near(core.nearest) };
+        let mut limit = Limit::default();
+        for n in 0..batch.len() {
+            let slot = &mut core.slots[usize::from(batch[n])];
+            let chain = SplitChain { ring: at.ring, head: slot.id };
+            slot.chain.collect(&mut near, &chain);
+            if slot.chain.overflown() && core.collect_long(&mut near, batch[n], &chain).is_none() {
+                core.free.extend(batch.drain(n..).rev());
+                break;
+            }
+            let slot = &core.slots[usize::from(batch[n])];
+            slot.chain.prefetch();
+            if let Some(header) = slot.chain.header() {
+                core.expected = Expected { head: slot.id, header };
+            }
+            if limit.reached_with(slot) {
+                core.free.extend(batch.drain(n + 1..).rev());
+                break;
+            }
+        }
+        core.nearest = near.nearest();
+        Ok(())
+    }
+
+    fn collect_again(
+        core: &mut Core,
+        at: At<'_, Self>,
+        index: u16,
+        entry: u16,
+    ) -> Result<bool, RingError> {
+        let slot = &mut core.slots[usize::from(index)];
+        (slot.id, slot.entry) = (entry, entry);
+        let chain = SplitChain { ring: at.ring, head: entry };
+        Ok(core.collect_far(at.view, index, &chain).is_some())
+    }
+
+    fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { at.view.memory.near(Nearest::default()) };
+        let chain = SplitChain { ring: at.ring, head: slot.id };
+        collect_anew(slot, &mut near, &chain);
+    }
+
+    #[inline]
+    fn record(&self, tracker: &mut Tracker, slot: &mut Slot) -> bool {
+        slot.entry = slot.id;
+        tracker.fetched(slot.id);
+        true
+    }
+}
+
+impl Serve for PackedRing {
+    const SPANS: bool = true;
+
+    /// One after the other: only a chain's end tells where the next one begins, and descriptors lie
+    /// side by side as it is.
+    #[inline]
+    fn collect(
+        core: &mut Core,
+        at: At<'_, Self>,
+        _pending: u16,
+        batch: &mut Batch,
+    ) -> Result<(), RingError> {
+        // SAFETY: as for split rings.
+        let mut near = unsafe { at.view.memory.near(core.nearest) };
+        let mut limit = Limit::default();
+        let mut position = core.last_avail;
+        let mut result = Ok(());
+        while !batch.is_full() && at.ring.pending(position)? > 0 {
+            let Some(index) = core.free.pop() else { break };
+            let slot = &mut core.slots[usize::from(index)];
+            let chain = PackedChain { ring: at.ring, position };
+            let mut taken = slot.chain.collect(&mut near, &chain);
+            if slot.chain.overflown() {
+                match core.collect_long(&mut near, index, &chain) {
+                    Some(again) => taken = again,
+                    None => {
+                        core.free.push(index);
+                        break;
+                    }
+                }
+            }
+            let slot = &mut core.slots[usize::from(index)];
+            match taken {
+                Ok(taken) => (slot.id, slot.span, slot.position) = (taken.id, taken.span, position),
+                Err(error) => {
+                    core.release(index);
+                    result = Err(error);
+                    break;
+                }
+            }
+            position = at.ring.advance(position, slot.span);
+            slot.chain.prefetch();
+            if let Some(header) = slot.chain.header() {
+                core.expected.header = header;
+            }
+            batch.push(index);
+            if limit.reached_with(slot) {
+                break;
+            }
+        }
+        core.nearest = near.nearest();
+        result
+    }
+
+    fn collect_again(
+        core: &mut Core,
+        at: At<'_, Self>,
+        index: u16,
+        entry: u16,
+    ) -> Result<bool, RingError> {
+        let Some(tracker) = core.tracker.take() else { return Ok(false) };
+        let chain = KeptChain { ring: at.ring, tracker: &tracker, entry };
+        let taken = core.collect_far(at.view, index, &chain);
+        core.tracker = Some(tracker);
+        let Some(taken) = taken else { return Ok(false) };
+        let slot = &mut core.slots[usize::from(index)];
+        let (id, span) = taken.ok_or(RingError::Chain(core.used))?;
+        (slot.id, slot.span, slot.entry) = (id, span, entry);
+        Ok(true)
+    }
+
+    fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { at.view.memory.near(Nearest::default()) };
+        let chain = PackedChain { ring: at.ring, position: slot.position };
+        collect_anew(slot, &mut near, &chain);
+    }
+
+    #[inline]
+    fn record(&self, tracker: &mut Tracker, slot: &mut Slot) -> bool {
+        let mut position = slot.position;
+        let descs = (0..slot.span).map(|_| {
+            let desc = self.desc(position);
+            position = self.advance(position, 1);
+            desc
+        });
+        match tracker.fetched_packed(descs) {
+            Some(entry) => {
+                slot.entry = entry;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// How much one visit takes.
+#[derive(Default)]
+struct Limit {
+    descriptors: u32,
+    bytes: u64,
+}
+
+impl Limit {
+    /// Whether a visit that has taken `slot` too takes no more.
+    #[inline]
+    fn reached_with(&mut self, slot: &Slot) -> bool {
+        self.descriptors += slot.chain.descriptors();
+        self.bytes += slot.chain.bytes();
+        self.descriptors > VISIT_DESCRIPTORS_MAX || self.bytes > VISIT_BYTES_MAX
+    }
+}
+
+fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: &C) {
+    match slot.chain.take_long() {
+        Some(long) => drop(slot.chain.collect_long(near, chain, long)),
+        None => drop(slot.chain.collect(near, chain)),
+    }
+}
+
+impl Core {
+    /// Collects a chain that is too long for its slot into room of its own; `None` if all of that is
+    /// lent.
+    #[cold]
+    fn collect_long<C: Chained>(
+        &mut self,
+        near: &mut Near<'_>,
+        index: u16,
+        chain: &C,
+    ) -> Option<C::Taken> {
+        let room = self.long.pop()?;
+        Some(self.slots[usize::from(index)].chain.collect_long(near, chain, room))
+    }
+
+    /// Collects a chain that may be anywhere.
+    fn collect_far<C: Chained>(&mut self, view: &View, index: u16, chain: &C) -> Option<C::Taken> {
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { view.memory.near(Nearest::default()) };
+        let slot = &mut self.slots[usize::from(index)];
+        let taken = slot.chain.collect(&mut near, chain);
+        if slot.chain.overflown() {
+            return self.collect_long(&mut near, index, chain);
+        }
+        Some(taken)
+    }
+
+    /// Takes what the device has finished.
+    pub(super) fn complete<R: Serve>(&mut self, at: At<'_, R>, turn: &mut Turn) -> bool {
+        let Some(device) = &mut self.device else { return false };
+        let n = device.channel.0.poll(&mut self.done);
+        if n == 0 {
+            return false;
+        }
+        turn.note(Cause::Complete);
+        turn.read_clock();
+        for i in 0..n {
+            let Completion { tag, status } = self.done[i];
+            self.finish_pinned(at, tag.0, status, turn);
+        }
+        at.queue.inflight.store(self.inflight, Ordering::Relaxed);
+        true
+    }
+
+    /// Goes on with a request whose I/O the device has done, and lets go of the view that it was
+    /// submitted under when there is nothing left to do.
+    fn finish_pinned<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        tag: u16,
+        status: Status,
+        turn: &mut Turn,
+    ) {
+        let slot = &mut self.slots[usize::from(tag)];
+        if let Some(device) = &self.device {
+            let ticks = turn.now_ticks().saturating_sub(slot.started_ticks);
+            device.counters.record(slot.op, slot.len, ticks, status);
+        }
+        let mut status = status;
+        if slot.rest != Rest::Nothing {
+            match self.go_on(tag, status, turn) {
+                Some(last) => status = last,
+                None => return,
+            }
+        }
+        self.finish(at, tag, status);
+        let slot = &mut self.slots[usize::from(tag)];
+        let pinned = slot.view.take().expect("a channel reports an I/O once");
+        // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
+        unsafe { pinned.as_ref() }.unpin();
+        self.inflight -= 1;
+    }
+
+    /// Does what is left of a request, whose last I/O has ended with `status`. `None` if it is not
+    /// done yet: the channel has more to do, or no room.
+    #[cold]
+    fn go_on(&mut self, index: u16, mut status: Status, turn: &mut Turn) -> Option<Status> {
+        let slot = &mut self.slots[usize::from(index)];
+        while status == Status::Ok {
+            let (op, offset, len) = match slot.rest {
+                Rest::Nothing => break,
+                Rest::Flush => {
+                    slot.rest = Rest::Nothing;
+                    (Op::Flush, 0, 0)
+                }
+                Rest::Ranges => match slot.chain.next_range() {
+                    Some((offset, len)) => (slot.op, offset, len),
+                    None => break,
+                },
+            };
+            (slot.op, slot.len) = (op, len);
+            slot.started_ticks = turn.now_ticks();
+            // What the guest is told was written is the same for all operations but reads.
+            let io = Io::plain(op, Tag(index), offset, len);
+            let Some(device) = &mut self.device else { return Some(Status::IoError) };
+            // SAFETY: it names no memory.
+            status = match unsafe { device.channel.0.submit(io) } {
+                Submit::Done(status) => {
+                    let ticks = turn.read_clock().saturating_sub(slot.started_ticks);
+                    device.counters.record(op, len, ticks, status);
+                    status
+                }
+                Submit::Queued => {
+                    device.channel.0.kick();
+                    return None;
+                }
+                Submit::Full(io) => {
+                    self.parked.push_back(io);
+                    return None;
+                }
+            };
+        }
+        Some(status)
+    }
+
+    /// Answers the request in `slot` and frees the slot.
+    #[inline]
+    fn finish<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: Status) {
+        let slot = &self.slots[usize::from(index)];
+        let status = match status {
+            Status::Ok => STATUS_OK,
+            Status::IoError => STATUS_IOERR,
+            Status::Unsupported => STATUS_UNSUPP,
+        };
+        let written = if slot.op == Op::Read { slot.chain.written_by_read() } else { 1 };
+        slot.chain.write_status(status);
+        self.put(at, index, written);
+    }
+
+    /// Puts a finished chain into the used ring and frees its slot.
+    #[inline]
+    fn put<R: Serve>(&mut self, at: At<'_, R>, index: u16, written: u32) {
+        if at.recorded {
+            self.record_put(at.view, index);
+        }
+        let slot = &self.slots[usize::from(index)];
+        at.ring.put_used(self.published, self.used, slot.id, written);
+        self.used = at.ring.advance(self.used, if R::SPANS { slot.span } else { 1 });
+        self.call_due.window_requests += 1;
+        bump(&at.queue.requests);
+        self.release(index);
+    }
+
+    /// Writes down that a request is done: the pages that it has dirtied, and that it is in flight no
+    /// more.
+    #[inline(never)]
+    fn record_put(&mut self, view: &View, index: u16) {
+        let slot = &self.slots[usize::from(index)];
+        if let Some(log) = &view.log {
+            // SAFETY: a view with pins is not freed; without, the request was of this visit's view.
+            let of = slot.view.map_or(view, |pinned| unsafe { pinned.as_ref() });
+            slot.chain.written(|host, len| {
+                if let Some(gpa) = of.memory.gpa_of_host(host) {
+                    log.mark(gpa, len);
+                }
+            });
+        }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.put(slot.entry);
+        }
+    }
+
+    /// Frees a slot.
+    #[inline]
+    fn release(&mut self, index: u16) {
+        if let Some(room) = self.slots[usize::from(index)].chain.take_long() {
+            self.long.push(room);
+        }
+        self.free.push(index);
+    }
+
+    /// Tells the guest about everything that was put.
+    #[inline]
+    pub(super) fn publish<R: Serve>(&mut self, at: At<'_, R>) {
+        let (from, to) = (self.published, self.used);
+        if at.recorded
+            && let Some(tracker) = &mut self.tracker
+        {
+            tracker.publishing(to);
+        }
+        at.ring.publish_used(from, to);
+        self.published = to;
+        self.call_due.pending = true;
+        if at.recorded {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.published(to);
+            }
+            if let Some(log) = &at.view.log {
+                at.ring.log_used(log, from, to);
+            }
+        }
+    }
+
+    /// Takes requests and submits them: those that are to be done again first, then new ones, in
+    /// passes over the batch, so that the lines of one pass are on their way while those of another
+    /// are used.
+    #[inline]
+    pub(super) fn fetch<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        turn: &mut Turn,
+        events: &Events,
+        tallies: &mut [Tally; 2],
+    ) -> bool {
+        let At { queue, view, ring, .. } = at;
+        if !self.again.is_empty() {
+            return self.fetch_again(at, turn, events, tallies);
+        }
+        let pending = match ring.pending(self.last_avail) {
+            Ok(0) => return false,
+            Ok(pending) => pending,
+            Err(_) => {
+                self.break_queue(queue, events);
+                return false;
+            }
+        };
+        if view.memory.truncated() {
+            self.break_queue(queue, events);
+            return false;
+        }
+        cache::prefetch_write(self.expected.header);
+        ring.prefetch_avail(self.last_avail, self.expected.head);
+        ring.prefetch_used(self.used);
+        turn.note(Cause::Fetch);
+        turn.read_clock();
+        let mut batch = Batch::new();
+        let collected = R::collect(self, at, pending, &mut batch);
+        let taken = self.submit_batch(at, &batch, turn, events, tallies);
+        let before = self.last_avail;
+        let by = if R::SPANS { self.spans(&batch[..taken]) } else { taken as u16 };
+        self.last_avail = ring.advance(before, by);
+        // Those that did not fit are looked at again, in their order, at the next visit.
+        batch[taken..].iter().rev().for_each(|&index| self.release(index));
+        queue.last_avail.store(self.last_avail, Ordering::Relaxed);
+        queue.inflight.store(self.inflight, Ordering::Relaxed);
+        if self.armed || ring.kick_suppression_is_due(before, self.last_avail) {
+            self.refuse_kicks(view);
+        }
+        self.kick_device();
+        if collected.is_err() {
+            self.break_queue(queue, events);
+        }
+        taken > 0
+    }
+
+    /// Places in the ring that the chains of `batch` have taken.
+    fn spans(&self, batch: &[u16]) -> u16 {
+        batch.iter().fold(0, |sum, &index| sum + self.slots[usize::from(index)].span)
+    }
+
+    /// Takes requests that are to be done again, oldest first, and submits them.
+    #[cold]
+    fn fetch_again<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        turn: &mut Turn,
+        events: &Events,
+        tallies: &mut [Tally; 2],
+    ) -> bool {
+        turn.note(Cause::Fetch);
+        turn.read_clock();
+        let mut taken = 0;
+        while taken < VISIT_REQUESTS_MAX && self.parked.is_empty() {
+            let Some(&entry) = self.again.last() else { break };
+            let Some(index) = self.free.pop() else { break };
+            match R::collect_again(self, at, index, entry) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.release(index);
+                    break;
+                }
+                Err(_) => {
+                    self.release(index);
+                    self.break_queue(at.queue, events);
+                    break;
+                }
+            }
+            self.again.pop();
+            self.start(at, index, turn, tallies, true);
+            taken += 1;
+        }
+        at.queue.inflight.store(self.inflight, Ordering::Relaxed);
+        self.kick_device();
+        taken > 0
+    }
+
+    #[inline]
+    fn kick_device(&mut self) {
+        if self.inflight > 0
+            && let Some(device) = &mut self.device
+        {
+            device.channel.0.kick();
+        }
+    }
+
+    /// The last pass: makes requests of the chains and submits them. Answers with how many were
+    /// taken: fewer than there are when the channel is full, or enough bytes were moved.
+    #[inline]
+    fn submit_batch<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        batch: &[u16],
+        turn: &mut Turn,
+        events: &Events,
+        tallies: &mut [Tally; 2],
+    ) -> usize {
+        let mut bytes = 0;
+        for (n, &index) in batch.iter().enumerate() {
+            if at.recorded && !self.record_fetched(at.ring, index) {
+                self.break_queue(at.queue, events);
+                return n;
+            }
+            bytes += self.start(at, index, turn, tallies, false);
+            if bytes > VISIT_BYTES_MAX || !self.parked.is_empty() {
+                return n + 1;
+            }
+        }
+        batch.len()
+    }
+
+    /// Writes down that a request is in flight; `false` if the record has no room for it.
+    #[inline]
+    fn record_fetched<R: Serve>(&mut self, ring: &R, index: u16) -> bool {
+        let slot = &mut self.slots[usize::from(index)];
+        self.tracker.as_mut().is_none_or(|tracker| ring.record(tracker, slot))
+    }
+
+    /// Begins the request in slot `index`; answers with its bytes of data. `again` if it was begun
+    /// before, by an earlier owner of the ring.
+    #[inline]
+    fn start<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        index: u16,
+        turn: &mut Turn,
+        tallies: &mut [Tally; 2],
+        again: bool,
+    ) -> u64 {
+        let slot = &mut self.slots[usize::from(index)];
+        let mut request = match &at.view.limits {
+            Some(limits) => slot.chain.parse(limits),
+            None => slot.chain.refuse(),
+        };
+        if matches!(request, Request::Answer(STATUS_IOERR, _)) && !again {
+            request = parse_again(slot, at, request);
+        }
+        match request {
+            Request::Io { op, offset, len, first, count } => {
+                slot.op = op;
+                slot.len = len;
+                let io = match op {
+                    Op::Read | Op::Write => {
+                        Io::rw(op, Tag(index), offset, len, slot.chain.data(first, count))
+                    }
+                    _ => Io::plain(op, Tag(index), offset, len),
+                };
+                slot.rest = match op {
+                    Op::Write if at.view.write_through => Rest::Flush,
+                    Op::Unmap | Op::WriteZeroes if slot.chain.has_ranges() => Rest::Ranges,
+                    _ => Rest::Nothing,
+                };
+                // SAFETY: the channel is open, and segments and memory stay as they are meanwhile.
+                let done = slot.rest == Rest::Nothing
+                    && self.device.as_ref().is_some_and(|d| unsafe { d.shortcut.run(&io) });
+                if done {
+                    let tally = &mut tallies[usize::from(op == Op::Write)];
+                    tally.count += 1;
+                    tally.bytes += len;
+                    self.finish(at, index, Status::Ok);
+                } else {
+                    self.submit(at, io, turn);
+                }
+                len
+            }
+            Request::Answer(status, written) => {
+                slot.chain.write_status(status);
+                if status != STATUS_OK {
+                    bump(&at.queue.malformed);
+                }
+                self.put(at, index, written + 1);
+                0
+            }
+            Request::NoStatus => {
+                bump(&at.queue.malformed);
+                self.put(at, index, 0);
+                0
+            }
+        }
+    }
+
+    /// Submits an I/O whose slot is filled in.
+    fn submit<R: Serve>(&mut self, at: At<'_, R>, io: Io, turn: &mut Turn) {
+        let index = io.tag.0;
+        let slot = &mut self.slots[usize::from(index)];
+        slot.started_ticks = turn.now_ticks();
+        let Some(device) = &mut self.device else {
+            self.finish(at, index, Status::IoError);
+            return;
+        };
+        // SAFETY: segments and memory stay until the completion: the slot is not reused before,
+        // and its pin on the view keeps the memory mapped.
+        match unsafe { device.channel.0.submit(io) } {
+            Submit::Done(mut status) => {
+                let ticks = turn.read_clock().saturating_sub(slot.started_ticks);
+                device.counters.record(slot.op, slot.len, ticks, status);
+                if slot.rest != Rest::Nothing {
+                    match self.go_on(index, status, turn) {
+                        Some(last) => status = last,
+                        None => return self.pin(at.view, index),
+                    }
+                }
+                return self.finish(at, index, status);
+            }
+            Submit::Queued => {}
+            Submit::Full(io) => self.parked.push_back(io),
+        }
+        self.pin(at.view, index);
+    }
+
+    /// Keeps the view that a request was submitted under.
+    fn pin(&mut self, view: &View, index: u16) {
+        view.pin();
+        self.slots[usize::from(index)].view = Some(NonNull::from(view));
+        self.inflight += 1;
+    }
+
+    /// Counts what was done on the spot in this visit. The time it took is that of the whole visit,
+    /// shared out by number: they were done one after the other.
+    #[inline]
+    pub(super) fn count(&self, turn: &mut Turn, tallies: &[Tally; 2]) {
+        let Some(device) = &self.device else { return };
+        let begun = turn.now_ticks();
+        let ticks = turn.read_clock().saturating_sub(begun);
+        let [reads, writes] = tallies;
+        let of_writes = match (reads.count, writes.count) {
+            (_, 0) => 0,
+            (0, _) => ticks,
+            (r, w) => ticks * w / (r + w),
+        };
+        if reads.count > 0 {
+            device.counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
+        }
+        if writes.count > 0 {
+            device.counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
+        }
+    }
+
+    /// Tries the I/Os again that the channel had no room for.
+    #[cold]
+    pub(super) fn unpark<R: Serve>(&mut self, at: At<'_, R>, turn: &mut Turn) {
+        // No more than there are now: what follows on one of them may be parked as well.
+        for _ in 0..self.parked.len() {
+            let (Some(io), Some(device)) = (self.parked.pop_front(), &mut self.device) else {
+                return;
+            };
+            // SAFETY: as in `submit`; the slot was pinned when the I/O was parked.
+            match unsafe { device.channel.0.submit(io) } {
+                Submit::Done(status) => {
+                    self.finish_pinned(at, io.tag.0, status, turn);
+                    at.queue.inflight.store(self.inflight, Ordering::Relaxed);
+                }
+                Submit::Queued => device.channel.0.kick(),
+                Submit::Full(io) => {
+                    self.parked.push_front(io);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Looks at a refused request once more if the disk has grown since the view was made: a guest may
+/// have been told before the view that says so was adopted.
+#[cold]
+fn parse_again<R: Serve>(slot: &mut Slot, at: At<'_, R>, refused: Request) -> Request {
+    let (Some(disk), Some(then)) = (&at.view.disk, &at.view.limits) else { return refused };
+    let now = disk.limits();
+    if now.sectors == then.sectors {
+        return refused;
+    }
+    R::collect_anew(slot, at);
+    slot.chain.parse(&now)
+}
+
+/// Adds one to a counter that only this thread writes.
+#[inline]
+fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
