@@ -212,7 +212,8 @@ impl GuestMemory {
     }
 
     fn of(regions: Vec<Arc<Region>>) -> Self {
-        let line = |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
+        let line =
+            |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
         let mut lines: Box<[Line]> = regions.iter().map(line).collect();
         lines.sort_unstable_by_key(|line| line.gpa);
         Self { lines, regions: regions.into() }

@@ -253,7 +253,9 @@ impl Message {
                 Self::SetLogBase { size: bytes, offset, fd: one(request, fds)? }
             }
             request::GET_INFLIGHT_FD => Self::GetInflightFd(area(p).ok_or(size)?),
-            request::SET_INFLIGHT_FD => Self::SetInflightFd(area(p).ok_or(size)?, one(request, fds)?),
+            request::SET_INFLIGHT_FD => {
+                Self::SetInflightFd(area(p).ok_or(size)?, one(request, fds)?)
+            }
             request::SET_VRING_NUM => {
                 let (ring, num) = vring_state(&mut p).ok_or(size)?;
                 Self::SetVringNum { ring, num }

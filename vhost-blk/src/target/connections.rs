@@ -311,8 +311,8 @@ impl Target {
 
     fn check_turn(&self, conn: ConnId) -> Result<(), String> {
         let inner = self.lock();
-        let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
-        connected.session.check_turn().map_err(|e| e.to_string())
+        let connected = inner.connections.get(&conn).filter(|c| c.conn.is_some());
+        connected.ok_or("unknown connection")?.session.check_turn().map_err(|e| e.to_string())
     }
 
     /// The connection is gone. Its I/O completes in the background.
