@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use bdev::Bdev;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -23,8 +23,13 @@ pub const CONFIG_BYTES: usize = 60;
 /// Sectors in one discard or write-zeroes request; SPDK's number.
 const RANGE_SECTORS_MAX: u32 = 32768;
 
+/// vhost: writes to guest memory are logged, for a migration.
+pub const VHOST_F_LOG_ALL: u32 = 26;
 /// vhost-user: protocol features can be negotiated.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// Where `wce` is in the config space.
+const WCE_AT: usize = 32;
 
 /// A block device as one controller shows it.
 pub struct Disk {
@@ -42,7 +47,10 @@ impl std::fmt::Debug for Disk {
 
 impl Disk {
     /// The virtio and vhost features offered: SPDK's for the same device and options, plus
-    /// EVENT_IDX, less LOG_ALL (see the README's table of differences).
+    /// EVENT_IDX and, with FLUSH, CONFIG_WCE (see the README's table of differences). RING_PACKED is
+    /// the controller's to add.
+    ///
+    /// CONFIG_WCE where there is no FLUSH would have Linux send flushes that are refused.
     #[must_use]
     pub fn features(&self) -> u64 {
         let bdev = self.bdev.features();
@@ -56,10 +64,12 @@ impl Disk {
             | bit(VIRTIO_F_ANY_LAYOUT)
             | bit(VIRTIO_RING_F_INDIRECT_DESC)
             | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(VHOST_F_LOG_ALL)
             | bit(VHOST_USER_F_PROTOCOL_FEATURES)
             | bit(VIRTIO_F_VERSION_1)
             | when(self.read_only, VIRTIO_BLK_F_RO)
             | when(bdev.flush, VIRTIO_BLK_F_FLUSH)
+            | when(bdev.flush, VIRTIO_BLK_F_CONFIG_WCE)
             | when(bdev.unmap, VIRTIO_BLK_F_DISCARD)
             | when(bdev.write_zeroes, VIRTIO_BLK_F_WRITE_ZEROES)
     }
@@ -83,9 +93,10 @@ impl Disk {
 }
 
 /// The config space (virtio 1.2, section 5.2.4) of `disk`, or of a disk that was removed: then
-/// everything is zero but what keeps a rebooting QEMU alive, as with SPDK.
+/// everything is zero but what keeps a rebooting QEMU alive, as with SPDK. `write_cache` is the one
+/// field that the guest sets.
 #[must_use]
-pub fn config_space(disk: Option<&Disk>) -> [u8; CONFIG_BYTES] {
+pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
     put(26, &1_u16.to_le_bytes()); // min_io_size
@@ -99,6 +110,7 @@ pub fn config_space(disk: Option<&Disk>) -> [u8; CONFIG_BYTES] {
     put(8, &size_max.to_le_bytes());
     put(12, &seg_max.to_le_bytes());
     put(20, &block_bytes.to_le_bytes()); // blk_size
+    put(WCE_AT, &[write_cache.into()]);
     if features.unmap {
         put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
         put(40, &1_u32.to_le_bytes()); // max_discard_seg
@@ -109,4 +121,17 @@ pub fn config_space(disk: Option<&Disk>) -> [u8; CONFIG_BYTES] {
         put(52, &1_u32.to_le_bytes()); // max_write_zeroes_seg
     }
     config
+}
+
+/// What SET_CONFIG of `contents` at `offset` makes of `wce`: `None` if it is not written, or to
+/// something that it cannot be. Nothing else can be written, and such a write is ignored, as SPDK
+/// does.
+#[must_use]
+pub fn written_write_cache(offset: u32, contents: &[u8]) -> Option<bool> {
+    let at = WCE_AT.checked_sub(offset as usize)?;
+    match contents.get(at)? {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
 }

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+
 use crate::config::{self, Disk};
 use crate::queue::Coalescing;
 use crate::reactor::{Core, ticks_per_second};
@@ -24,7 +26,7 @@ pub struct ControllerSpec {
     pub disk: Arc<Disk>,
     /// Cores whose reactors may serve it, sorted; all of them when `None`.
     pub cores: Option<Vec<Core>>,
-    /// The operator's wish for packed rings: kept for `save_config`, not offered yet.
+    /// Whether packed rings are offered.
     pub packed_ring: bool,
 }
 
@@ -51,13 +53,17 @@ pub(crate) struct Controller {
     pub delay_base_us: u32,
     pub iops_threshold: u32,
     pub sessions_made: u32,
+    /// What a front end has last set in the config space: it does not say so again when it comes
+    /// back, as its guest sees nothing of that.
+    pub write_cache: bool,
     /// New connections are refused.
     pub deleting: bool,
 }
 
 impl Controller {
     pub(crate) fn new(id: ControllerId, spec: ControllerSpec, cores: Vec<Core>) -> Self {
-        let features = spec.disk.features();
+        let packed = if spec.packed_ring { 1 << VIRTIO_F_RING_PACKED } else { 0 };
+        let features = spec.disk.features() | packed;
         Self {
             id,
             name: spec.name,
@@ -72,12 +78,13 @@ impl Controller {
             delay_base_us: 0,
             iops_threshold: IOPS_THRESHOLD_DEFAULT,
             sessions_made: 0,
+            write_cache: true,
             deleting: false,
         }
     }
 
-    pub(crate) fn config_space(&self) -> [u8; config::CONFIG_BYTES] {
-        config::config_space(self.disk.as_deref())
+    pub(crate) fn config_space(&self, write_cache: bool) -> [u8; config::CONFIG_BYTES] {
+        config::config_space(self.disk.as_deref(), write_cache)
     }
 
     /// Sets coalescing; `false` if a value is out of SPDK's range.
@@ -110,7 +117,7 @@ pub struct ControllerInfo {
     pub socket: PathBuf,
     /// Whether guests may not write.
     pub read_only: bool,
-    /// The operator's wish for packed rings.
+    /// Whether packed rings are offered.
     pub packed_ring: bool,
     /// Its disk's name; `None` once the disk was removed.
     pub bdev: Option<String>,

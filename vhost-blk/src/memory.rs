@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use arrayvec::ArrayVec;
 use vm_memory::VolatileSlice;
 
 use crate::foreign::ForeignFd;
@@ -11,8 +10,12 @@ use crate::reclaim::Unmapper;
 use crate::shared_file::{self, SharedFile};
 use crate::sigbus;
 
-/// Memory regions in a table: what `VHOST_USER_SET_MEM_TABLE` can carry.
+/// Memory regions that `VHOST_USER_SET_MEM_TABLE` can carry.
 pub const REGIONS_MAX: usize = 8;
+
+/// Memory regions that a guest can have, where they come one by one: what KVM gives it, and QEMU asks
+/// for no more than 512.
+pub const SLOTS_MAX: usize = 509;
 
 /// One line of a memory table, as the front end sent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,9 +33,12 @@ pub struct RegionSpec {
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// no region, more than [`REGIONS_MAX`], or not one fd for each
-    #[error("{0} memory regions with {1} fds")]
-    Count(usize, usize),
+    /// no region, or more than there can be
+    #[error("{0} memory regions")]
+    Count(usize),
+    /// a region to be removed that is not there
+    #[error("there is no memory region {0:x?}")]
+    NoSuchRegion(RegionSpec),
     /// a region is empty or wraps round the address space
     #[error("memory region {0:x?} is empty or wraps")]
     Range(RegionSpec),
@@ -133,8 +139,9 @@ impl Near<'_> {
 /// stayed.
 #[derive(Debug)]
 pub struct GuestMemory {
-    lines: ArrayVec<Line, REGIONS_MAX>,
-    regions: ArrayVec<Arc<Region>, REGIONS_MAX>,
+    /// Sorted by guest-physical address.
+    lines: Box<[Line]>,
+    regions: Box<[Arc<Region>]>,
 }
 
 // SAFETY: the lines' pointers are those of the regions, which are kept alive beside them.
@@ -153,45 +160,83 @@ impl GuestMemory {
         unmapper: &Unmapper,
     ) -> Result<Self, Error> {
         if table.is_empty() || table.len() > REGIONS_MAX {
-            return Err(Error::Count(table.len(), table.len()));
+            return Err(Error::Count(table.len()));
         }
-        check_ranges(table.iter().map(|(spec, _)| *spec))?;
-        let have = table.iter().fold(0, |sum: u64, (spec, _)| sum.saturating_add(spec.size));
-        let most = table_bytes_max();
-        if have > most {
-            return Err(Error::TooLarge { have, most });
-        }
-        let mut regions = ArrayVec::<Arc<Region>, REGIONS_MAX>::new();
+        check(table.iter().map(|(spec, _)| *spec))?;
+        let mut regions = Vec::with_capacity(table.len());
         for (spec, fd) in table {
             let id = shared_file::identity(&fd)?;
             let same = |r: &&Arc<Region>| r.spec == spec && r.file.identity() == id;
             let region = match before.and_then(|table| table.regions.iter().find(same)) {
                 Some(region) => Arc::clone(region),
-                None => {
-                    let file = SharedFile::map(&fd, spec.offset, spec.size, unmapper)?;
-                    Arc::new(Region { spec, file })
-                }
+                None => Region::map(spec, &fd, unmapper)?,
             };
             regions.push(region);
         }
+        Ok(Self::of(regions))
+    }
+
+    /// The memory `before`, and one region more.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::map`], or there are [`SLOTS_MAX`] regions.
+    pub fn with_region(
+        before: Option<&Self>,
+        spec: RegionSpec,
+        fd: &ForeignFd,
+        unmapper: &Unmapper,
+    ) -> Result<Self, Error> {
+        let before = before.map(|table| &*table.regions).unwrap_or_default();
+        if before.len() >= SLOTS_MAX {
+            return Err(Error::Count(before.len() + 1));
+        }
+        check(before.iter().map(|region| region.spec).chain([spec]))?;
+        let mut regions = Vec::with_capacity(before.len() + 1);
+        regions.extend_from_slice(before);
+        regions.push(Region::map(spec, fd, unmapper)?);
+        Ok(Self::of(regions))
+    }
+
+    /// The same memory without a region, which is told by its addresses and its size. What is left
+    /// may be nothing.
+    ///
+    /// # Errors
+    /// There is no such region.
+    pub fn without_region(&self, spec: RegionSpec) -> Result<Self, Error> {
+        let is = |r: &&Arc<Region>| RegionSpec { offset: spec.offset, ..r.spec } == spec;
+        let left: Vec<_> = self.regions.iter().filter(|r| !is(r)).cloned().collect();
+        if left.len() == self.regions.len() {
+            return Err(Error::NoSuchRegion(spec));
+        }
+        Ok(Self::of(left))
+    }
+
+    fn of(regions: Vec<Arc<Region>>) -> Self {
         let line =
             |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
-        let mut lines: ArrayVec<Line, REGIONS_MAX> = regions.iter().map(line).collect();
-        // The largest region first: that is where nearly all requests point.
-        lines.sort_by_key(|line| std::cmp::Reverse(line.size));
-        Ok(Self { lines, regions })
+        let mut lines: Box<[Line]> = regions.iter().map(line).collect();
+        lines.sort_unstable_by_key(|line| line.gpa);
+        Self { lines, regions: regions.into() }
+    }
+
+    /// Number of regions.
+    #[must_use]
+    pub fn regions(&self) -> usize {
+        self.regions.len()
     }
 
     /// The host address of `gpa` and how many bytes follow it in its region.
     #[inline]
     #[must_use]
     pub fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
-        self.lines.iter().find_map(|line| line.translate(gpa))
+        self.line_of(gpa)?.translate(gpa)
     }
 
     #[cold]
     fn line_of(&self, gpa: u64) -> Option<Line> {
-        self.lines.iter().find(|line| line.translate(gpa).is_some()).copied()
+        let after = self.lines.partition_point(|line| line.gpa <= gpa);
+        let line = self.lines.get(after.checked_sub(1)?)?;
+        line.translate(gpa).is_some().then_some(*line)
     }
 
     /// A translator that begins with the region of `line`.
@@ -257,10 +302,19 @@ impl GuestMemory {
     }
 }
 
-fn check_ranges(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
-    let mut guest = ArrayVec::<(u64, u64), REGIONS_MAX>::new();
-    let mut user = ArrayVec::<(u64, u64), REGIONS_MAX>::new();
+impl Region {
+    fn map(spec: RegionSpec, fd: &ForeignFd, unmapper: &Unmapper) -> Result<Arc<Self>, Error> {
+        let file = SharedFile::map(fd, spec.offset, spec.size, unmapper)?;
+        Ok(Arc::new(Self { spec, file }))
+    }
+}
+
+/// Whether regions can be a guest's memory: none empty, no two at one place, and not too much.
+fn check(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
+    let (mut guest, mut user) = (vec![], vec![]);
+    let mut have = 0_u64;
     for spec in specs {
+        have = have.saturating_add(spec.size);
         let end = |start: u64| start.checked_add(spec.size).ok_or(Error::Range(spec));
         if spec.size == 0 {
             return Err(Error::Range(spec));
@@ -274,7 +328,8 @@ fn check_ranges(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
             return Err(Error::Overlap(pair[1].0));
         }
     }
-    Ok(())
+    let most = table_bytes_max();
+    if have > most { Err(Error::TooLarge { have, most }) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -337,7 +392,7 @@ pub(crate) mod tests {
     fn hostile_tables_are_refused() {
         let unmapper = Unmapper::start().unwrap();
         let map = |table| map(table, None, &unmapper).map(|_| ()).unwrap_err();
-        assert!(matches!(map(vec![]), Error::Count(0, _)));
+        assert!(matches!(map(vec![]), Error::Count(0)));
         assert!(matches!(map(vec![(spec(0, 0), memfd(1))]), Error::Range(_)));
         assert!(matches!(
             map(vec![(RegionSpec { gpa: u64::MAX, ..spec(0, 2) }, memfd(4096))]),
@@ -355,6 +410,51 @@ pub(crate) mod tests {
             map(vec![(spec(0, 4096), pipe.into())]),
             Error::File(shared_file::Error::Kind(_))
         ));
+    }
+
+    #[test]
+    fn regions_come_and_go_one_by_one() {
+        let unmapper = Unmapper::start().unwrap();
+        let file = memfd(0x1000);
+        let fd = || ForeignFd::new(file.try_clone().unwrap());
+        let add = |before: Option<&GuestMemory>, gpa| {
+            GuestMemory::with_region(before, spec(gpa, 0x1000), &fd(), &unmapper)
+        };
+        // Every other page, in an order that is not theirs.
+        let gpa = |n: usize| 0x2000 * ((n * 100) % SLOTS_MAX) as u64;
+        let mut memory = add(None, gpa(0)).unwrap();
+        for n in 1..SLOTS_MAX {
+            memory = add(Some(&memory), gpa(n)).unwrap();
+        }
+        assert_eq!(memory.regions(), SLOTS_MAX);
+        let end = 0x2000 * SLOTS_MAX as u64;
+        assert!(matches!(add(Some(&memory), end), Err(Error::Count(510))));
+        for gpa in (0..end).step_by(0x2000) {
+            let host = memory.translate(gpa).map(|t| t.0);
+            assert_eq!(memory.translate(gpa + 0xfff), host.map(|h| (h.wrapping_add(0xfff), 1)));
+            assert!(memory.translate(gpa + 0x1000).is_none());
+            assert_eq!(memory.gpa_of_user(0x7000_0000 + gpa), Some(gpa));
+        }
+        let fewer = memory.without_region(RegionSpec { offset: 5, ..spec(0x2000, 0x1000) });
+        let fewer = fewer.expect("the offset does not matter");
+        assert!(fewer.translate(0x2000).is_none());
+        assert_eq!(fewer.translate(0x4000), memory.translate(0x4000), "the others are shared");
+        assert_eq!(fewer.size_bytes(), 0x1000 * (SLOTS_MAX as u64 - 1));
+        let other = [
+            spec(0x2000, 0x1000),
+            spec(0x4000, 0x800),
+            RegionSpec { user_addr: 0, ..spec(0x4000, 0x1000) },
+        ];
+        for other in other {
+            assert!(matches!(fewer.without_region(other), Err(Error::NoSuchRegion(_))));
+        }
+        assert!(matches!(add(Some(&fewer), 0x4000 + 0x800), Err(Error::Overlap(_))));
+        let mut memory = fewer;
+        for gpa in (0..end).step_by(0x2000).filter(|gpa| *gpa != 0x2000) {
+            memory = memory.without_region(spec(gpa, 0x1000)).unwrap();
+        }
+        assert!(memory.translate(0).is_none());
+        assert_eq!(memory.regions(), 0);
     }
 
     #[test]

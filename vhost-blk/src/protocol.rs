@@ -1,6 +1,7 @@
 //! vhost-user messages (QEMU's `docs/interop/vhost-user.rst`): bytes and fds to values.
 
 use crate::foreign::ForeignFd;
+use crate::inflight::AreaSpec;
 use crate::memory::{REGIONS_MAX, RegionSpec};
 
 /// Bytes of the header: request, flags, size of the payload.
@@ -21,7 +22,7 @@ pub const CONFIG_BYTES_MAX: usize = 256;
 pub fn is_negotiation(request: u32) -> bool {
     use request::{
         GET_FEATURES, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_STATUS, SET_OWNER,
-        SET_PROTOCOL_FEATURES, SET_STATUS,
+        SET_PROTOCOL_FEATURES,
     };
     matches!(
         request,
@@ -30,19 +31,43 @@ pub fn is_negotiation(request: u32) -> bool {
             | GET_PROTOCOL_FEATURES
             | SET_PROTOCOL_FEATURES
             | GET_QUEUE_NUM
-            | SET_STATUS
             | GET_STATUS
     )
 }
 
-/// Protocol features that are offered.
+/// Protocol feature: the area of in-flight tracking is the back end's to make.
+pub const INFLIGHT_SHMFD: u64 = 1 << 12;
+
+/// Protocol features that are offered: all of SPDK's, so that a front end that has negotiated with it
+/// may come back to us with what it has, and two more. RARP, NET_MTU, CRYPTO and HOST_NOTIFIER are
+/// for other devices: no front end uses them with a disk.
 pub const PROTOCOL_FEATURES: u64 = {
     const MQ: u64 = 1 << 0;
+    const LOG_SHMFD: u64 = 1 << 1;
+    const RARP: u64 = 1 << 2;
     const REPLY_ACK: u64 = 1 << 3;
+    const NET_MTU: u64 = 1 << 4;
     const BACKEND_REQ: u64 = 1 << 5;
+    const CRYPTO: u64 = 1 << 7;
     const CONFIG: u64 = 1 << 9;
+    const BACKEND_SEND_FD: u64 = 1 << 10;
+    const HOST_NOTIFIER: u64 = 1 << 11;
+    const RESET_DEVICE: u64 = 1 << 13;
+    const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     const STATUS: u64 = 1 << 16;
-    MQ | REPLY_ACK | BACKEND_REQ | CONFIG | STATUS
+    let spdk = MQ
+        | LOG_SHMFD
+        | RARP
+        | REPLY_ACK
+        | NET_MTU
+        | BACKEND_REQ
+        | CRYPTO
+        | CONFIG
+        | BACKEND_SEND_FD
+        | HOST_NOTIFIER
+        | INFLIGHT_SHMFD
+        | STATUS;
+    spdk | RESET_DEVICE | CONFIGURE_MEM_SLOTS
 };
 
 /// Requests of the front end that are offered.
@@ -53,6 +78,8 @@ pub mod request {
     pub const SET_OWNER: u32 = 3;
     pub const RESET_OWNER: u32 = 4;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -64,9 +91,17 @@ pub mod request {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SEND_RARP: u32 = 19;
+    pub const NET_SET_MTU: u32 = 20;
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
+    pub const RESET_DEVICE: u32 = 34;
+    pub const GET_MAX_MEM_SLOTS: u32 = 36;
+    pub const ADD_MEM_REG: u32 = 37;
+    pub const REM_MEM_REG: u32 = 38;
     pub const SET_STATUS: u32 = 39;
     pub const GET_STATUS: u32 = 40;
 }
@@ -77,6 +112,18 @@ pub mod request {
 pub enum Message {
     SetFeatures(u64),
     SetMemTable(Vec<(RegionSpec, ForeignFd)>),
+    GetMaxMemSlots,
+    AddMemReg(RegionSpec, ForeignFd),
+    /// The region's offset means nothing.
+    RemMemReg(RegionSpec),
+    SetLogBase {
+        size: u64,
+        offset: u64,
+        fd: ForeignFd,
+    },
+    /// What the front end asks for is in the two counts.
+    GetInflightFd(AreaSpec),
+    SetInflightFd(AreaSpec, ForeignFd),
     SetVringNum {
         ring: usize,
         num: u32,
@@ -103,12 +150,18 @@ pub enum Message {
         ring: usize,
         fd: Option<ForeignFd>,
     },
-    SetVringErr,
-    SetVringEnable,
     SetBackendReqFd(ForeignFd),
     GetConfig(ConfigHead),
-    SetConfig,
+    SetConfig {
+        offset: u32,
+        contents: Vec<u8>,
+    },
+    SetStatus(u64),
     ResetOwner,
+    ResetDevice,
+    /// Nothing follows from it: SET_VRING_ERR and SET_LOG_FD, as we tell nobody; SET_VRING_ENABLE, as
+    /// SPDK ignores it too; what is meant for a network device.
+    Ignored,
     /// See [`is_negotiation`].
     Negotiation,
 }
@@ -148,7 +201,7 @@ pub enum ParseError {
     /// a count or a size in the payload is out of range
     #[error("request {0} with a value out of range")]
     Value(u32),
-    /// live migration and the like, which are not offered
+    /// postcopy and the like, which are not offered
     #[error("request {0} was not negotiated")]
     NotOffered(u32),
 }
@@ -157,6 +210,12 @@ pub enum ParseError {
 struct Payload<'a>(&'a [u8]);
 
 impl Payload<'_> {
+    fn u16(&mut self) -> Option<u16> {
+        let (number, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(u16::from_le_bytes(*number))
+    }
+
     fn u32(&mut self) -> Option<u32> {
         let (number, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
@@ -182,6 +241,21 @@ impl Message {
         let message = match request {
             request::SET_FEATURES => Self::SetFeatures(p.u64().ok_or(size)?),
             request::SET_MEM_TABLE => return mem_table(p, fds, size),
+            request::GET_MAX_MEM_SLOTS => Self::GetMaxMemSlots,
+            request::ADD_MEM_REG => Self::AddMemReg(one_region(p).ok_or(size)?, one(request, fds)?),
+            request::REM_MEM_REG if fds.len() > 1 => {
+                return Err(ParseError::Fds(request, fds.len()));
+            }
+            // An fd that comes with it, as some front ends send it, is closed.
+            request::REM_MEM_REG => Self::RemMemReg(one_region(p).ok_or(size)?),
+            request::SET_LOG_BASE => {
+                let (bytes, offset) = (p.u64().ok_or(size)?, p.u64().ok_or(size)?);
+                Self::SetLogBase { size: bytes, offset, fd: one(request, fds)? }
+            }
+            request::GET_INFLIGHT_FD => Self::GetInflightFd(area(p).ok_or(size)?),
+            request::SET_INFLIGHT_FD => {
+                Self::SetInflightFd(area(p).ok_or(size)?, one(request, fds)?)
+            }
             request::SET_VRING_NUM => {
                 let (ring, num) = vring_state(&mut p).ok_or(size)?;
                 Self::SetVringNum { ring, num }
@@ -205,15 +279,9 @@ impl Message {
             }
             request::SET_VRING_ERR => {
                 vring_fd(request, p.u64().ok_or(size)?, fds)?;
-                Self::SetVringErr
+                Self::Ignored
             }
-            request::SET_VRING_ENABLE => Self::SetVringEnable,
-            request::SET_BACKEND_REQ_FD => {
-                let n = fds.len();
-                let [fd] =
-                    <[ForeignFd; 1]>::try_from(fds).map_err(|_| ParseError::Fds(request, n))?;
-                Self::SetBackendReqFd(fd)
-            }
+            request::SET_BACKEND_REQ_FD => Self::SetBackendReqFd(one(request, fds)?),
             request::GET_CONFIG => {
                 let head = ConfigHead(*payload.first_chunk().ok_or(size)?);
                 if head.len() > CONFIG_BYTES_MAX || payload.len() < head.0.len() + head.len() {
@@ -221,8 +289,20 @@ impl Message {
                 }
                 Self::GetConfig(head)
             }
-            request::SET_CONFIG => Self::SetConfig,
+            request::SET_CONFIG => {
+                let (offset, len) = (p.u32().ok_or(size)?, p.u32().ok_or(size)? as usize);
+                let _flags = p.u32().ok_or(size)?;
+                let contents = p.0.get(..len).filter(|_| len <= CONFIG_BYTES_MAX);
+                let contents = contents.ok_or(ParseError::Value(request))?.to_vec();
+                Self::SetConfig { offset, contents }
+            }
+            request::SET_STATUS => Self::SetStatus(p.u64().ok_or(size)?),
             request::RESET_OWNER => Self::ResetOwner,
+            request::RESET_DEVICE => Self::ResetDevice,
+            request::SET_VRING_ENABLE
+            | request::SET_LOG_FD
+            | request::SEND_RARP
+            | request::NET_SET_MTU => Self::Ignored,
             _ if is_negotiation(request) => Self::Negotiation,
             _ => return Err(ParseError::NotOffered(request)),
         };
@@ -242,11 +322,30 @@ fn mem_table(
     if count != fds.len() {
         return Err(ParseError::Fds(request::SET_MEM_TABLE, fds.len()));
     }
-    let table = fds.into_iter().map(|fd| {
-        let (gpa, size, user_addr, offset) = (p.u64()?, p.u64()?, p.u64()?, p.u64()?);
-        Some((RegionSpec { gpa, size, user_addr, offset }, fd))
-    });
+    let table = fds.into_iter().map(|fd| Some((region(&mut p)?, fd)));
     Ok(Message::SetMemTable(table.collect::<Option<_>>().ok_or(size)?))
+}
+
+fn region(p: &mut Payload<'_>) -> Option<RegionSpec> {
+    let (gpa, size, user_addr, offset) = (p.u64()?, p.u64()?, p.u64()?, p.u64()?);
+    Some(RegionSpec { gpa, size, user_addr, offset })
+}
+
+fn one_region(mut p: Payload<'_>) -> Option<RegionSpec> {
+    let _padding = p.u64()?;
+    region(&mut p)
+}
+
+fn area(mut p: Payload<'_>) -> Option<AreaSpec> {
+    let (mmap_size, mmap_offset) = (p.u64()?, p.u64()?);
+    Some(AreaSpec { mmap_size, mmap_offset, num_queues: p.u16()?, queue_size: p.u16()? })
+}
+
+/// The one fd that a message has to come with.
+fn one(request: u32, fds: Vec<ForeignFd>) -> Result<ForeignFd, ParseError> {
+    let n = fds.len();
+    let [fd] = <[ForeignFd; 1]>::try_from(fds).map_err(|_| ParseError::Fds(request, n))?;
+    Ok(fd)
 }
 
 fn vring_state(p: &mut Payload<'_>) -> Option<(usize, u32)> {
@@ -279,10 +378,22 @@ pub fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
 
 /// The payload of a reply to GET_VRING_BASE.
 #[must_use]
-pub fn vring_base(ring: usize, base: u16) -> [u8; 8] {
+pub fn vring_base(ring: usize, base: u32) -> [u8; 8] {
     let mut payload = [0; 8];
     payload[..4].copy_from_slice(&(ring as u32).to_le_bytes());
-    payload[4..].copy_from_slice(&u32::from(base).to_le_bytes());
+    payload[4..].copy_from_slice(&base.to_le_bytes());
+    payload
+}
+
+/// The payload of a reply to GET_INFLIGHT_FD, and of SET_INFLIGHT_FD: QEMU's structure, whose last
+/// four bytes are padding.
+#[must_use]
+pub fn inflight(area: AreaSpec) -> [u8; 24] {
+    let mut payload = [0; 24];
+    payload[..8].copy_from_slice(&area.mmap_size.to_le_bytes());
+    payload[8..16].copy_from_slice(&area.mmap_offset.to_le_bytes());
+    payload[16..18].copy_from_slice(&area.num_queues.to_le_bytes());
+    payload[18..20].copy_from_slice(&area.queue_size.to_le_bytes());
     payload
 }
 
@@ -309,14 +420,15 @@ mod tests {
 
     #[test]
     fn short_payloads_and_wrong_fds_are_refused() {
-        for request in 1..=25 {
+        for request in 0..=50 {
             if let Ok(message) = Message::parse(request, &[], vec![]) {
                 assert!(matches!(
                     message,
                     Message::Negotiation
-                        | Message::SetVringEnable
-                        | Message::SetConfig
+                        | Message::Ignored
+                        | Message::GetMaxMemSlots
                         | Message::ResetOwner
+                        | Message::ResetDevice
                 ));
             }
         }

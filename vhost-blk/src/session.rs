@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!           SET_VRING_KICK             gate open
-//! Stopped ────────────────▶ Gated ────────────────▶ Live ⟲ memory, call fd: publish
+//! Stopped ────────────────▶ Gated ────────────────▶ Live ⟲ memory, call fd, log: publish
 //!    ▲                        │ GET_VRING_BASE       │ GET_VRING_BASE, RESET_OWNER, close
 //!    └────────────────────────┴──────◀── drained ── Draining
 //! ```
@@ -19,9 +19,13 @@
 
 use std::sync::Arc;
 
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use crate::config::QUEUES_MAX;
+use crate::config::{QUEUES_MAX, VHOST_F_LOG_ALL};
+use crate::dirty_log::DirtyLog;
+use crate::inflight::Area;
 use crate::memory::GuestMemory;
 use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::ring::{self, Layout, RING_SIZE_MAX, RingAddrs, RingError};
@@ -103,8 +107,8 @@ pub enum Effect {
     Publish(usize),
     /// Let the ring's reactor stop. Answered by [`Session::drained`].
     Stop(usize),
-    /// Answer GET_VRING_BASE for the ring with this index.
-    Reply(usize, u16),
+    /// Answer GET_VRING_BASE for the ring with this number.
+    Reply(usize, u32),
 }
 
 /// Why a message is refused; the connection ends.
@@ -119,9 +123,12 @@ pub enum Violation {
     /// a running ring's parameters cannot change
     #[error("ring {0} is running")]
     RingRunning(usize),
-    /// features cannot change while a ring is running
+    /// features cannot change while a ring is running, LOG_ALL excepted
     #[error("features {0:#x} changed to {1:#x} while running")]
     FeaturesRunning(u64, u64),
+    /// the in-flight area cannot change while a ring is running
+    #[error("a new in-flight area while running")]
+    AreaRunning,
     /// features that were not offered
     #[error("features {0:#x} were not offered")]
     FeaturesNotOffered(u64),
@@ -140,7 +147,7 @@ pub struct Ring {
     pub state: RingState,
     /// Number of descriptors.
     pub num: u16,
-    /// The available index to begin with, or where it stopped.
+    /// The position to begin with, or where it stopped ([`ring::Ring`] says what a position is).
     pub base: u16,
     /// Where its parts are, in the front end's address space.
     user: Option<RingAddrs>,
@@ -170,6 +177,10 @@ pub struct Session {
     memory: Option<Arc<GuestMemory>>,
     rings: Vec<Ring>,
     backend_channel: Option<BackendChannel>,
+    inflight: Option<Arc<Area>>,
+    log: Option<Arc<DirtyLog>>,
+    /// The config space's `wce`: the guest flushes for itself.
+    write_cache: bool,
     gate_open: bool,
     closed: bool,
 }
@@ -185,6 +196,9 @@ impl Session {
             memory: None,
             rings: Vec::new(),
             backend_channel: None,
+            inflight: None,
+            log: None,
+            write_cache: true,
             gate_open,
             closed: false,
         }
@@ -229,16 +243,51 @@ impl Session {
         self.memory.as_ref()
     }
 
-    /// Whether the guest uses EVENT_IDX.
-    #[must_use]
-    pub fn event_idx(&self) -> bool {
-        self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & (1 << feature) != 0
+    }
+
+    fn offers(&self, feature: u32) -> bool {
+        self.offered & (1 << feature) != 0
     }
 
     /// What was negotiated about rings.
     #[must_use]
     pub fn layout(&self) -> Layout {
-        Layout { packed: false, event_idx: self.event_idx() }
+        Layout {
+            packed: self.negotiated(VIRTIO_F_RING_PACKED),
+            event_idx: self.negotiated(VIRTIO_RING_F_EVENT_IDX),
+        }
+    }
+
+    /// Where requests in flight are recorded, if the front end wants it.
+    #[must_use]
+    pub fn inflight(&self) -> Option<&Arc<Area>> {
+        // One that was made before the layout was negotiated has another form.
+        self.inflight.as_ref().filter(|area| area.packed() == self.layout().packed)
+    }
+
+    /// Where writes to the guest's memory are recorded, if that is switched on.
+    #[must_use]
+    pub fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.negotiated(VHOST_F_LOG_ALL))
+    }
+
+    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered.
+    #[must_use]
+    pub fn write_cache(&self) -> bool {
+        self.write_cache && self.offers(VIRTIO_BLK_F_CONFIG_WCE)
+    }
+
+    /// Whether writes have to be durable when they are answered: the driver has said so, or it
+    /// knows of no cache that it would have to flush (virtio 1.2, section 5.2.6.2).
+    #[must_use]
+    pub fn write_through(&self) -> bool {
+        if self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) {
+            !self.write_cache
+        } else {
+            self.offers(VIRTIO_BLK_F_FLUSH) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
+        }
     }
 
     /// The features that the front end has accepted.
@@ -287,23 +336,52 @@ impl Session {
         if state.running() { Err(Violation::RingRunning(ring)) } else { Ok(state) }
     }
 
-    /// SET_FEATURES.
+    /// SET_FEATURES. While rings run, only logging can be switched.
     ///
     /// # Errors
-    /// Features that were not offered, or a change while running.
-    pub fn set_features(&mut self, features: u64) -> Result<(), Violation> {
+    /// Features that were not offered, or another change while running.
+    pub fn set_features(&mut self, features: u64) -> Result<Vec<Effect>, Violation> {
         if features & !self.offered != 0 {
             return Err(Violation::FeaturesNotOffered(features & !self.offered));
         }
-        if features != self.features && self.rings.iter().any(Ring::running) {
+        let changed = features ^ self.features;
+        if changed & !(1 << VHOST_F_LOG_ALL) != 0 && self.rings.iter().any(Ring::running) {
             return Err(Violation::FeaturesRunning(self.features, features));
         }
         self.features = features;
+        Ok(self.publish_where(|_| changed != 0))
+    }
+
+    /// SET_LOG_BASE. Has an effect while LOG_ALL is negotiated.
+    pub fn set_log(&mut self, log: Arc<DirtyLog>) -> Vec<Effect> {
+        self.log = Some(log);
+        let on = self.negotiated(VHOST_F_LOG_ALL);
+        self.publish_where(|_| on)
+    }
+
+    /// SET_INFLIGHT_FD.
+    ///
+    /// # Errors
+    /// A ring runs.
+    pub fn set_inflight(&mut self, area: Arc<Area>) -> Result<(), Violation> {
+        if self.rings.iter().any(Ring::running) {
+            return Err(Violation::AreaRunning);
+        }
+        self.inflight = Some(area);
         Ok(())
     }
 
-    /// SET_MEM_TABLE. Stops nothing: live rings get a view of the new memory. Answers with the
-    /// memory before, which may be the last reference to it.
+    /// SET_CONFIG of `wce`, or what an earlier connection has left there. Means nothing before
+    /// CONFIG_WCE is negotiated, and is kept all the same.
+    pub fn set_write_cache(&mut self, write_cache: bool) -> Vec<Effect> {
+        let before = self.write_through();
+        self.write_cache = write_cache;
+        let changed = self.write_through() != before;
+        self.publish_where(|_| changed)
+    }
+
+    /// SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG. Stops nothing: live rings get a view of the new
+    /// memory. Answers with the memory before, which may be the last reference to it.
     ///
     /// # Errors
     /// A ring that runs is not in the new memory.
@@ -320,18 +398,20 @@ impl Session {
         Ok((before, self.publish_where(|_| true)))
     }
 
-    /// SET_VRING_NUM.
+    /// SET_VRING_NUM. Whether the size does for the ring's layout is seen when it starts.
     ///
     /// # Errors
-    /// The ring runs, or the size does not do.
+    /// The ring runs, or no ring can have this size.
     pub fn set_num(&mut self, ring: usize, num: u32) -> Result<(), Violation> {
         let state = self.stopped_ring_mut(ring)?;
-        let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= RING_SIZE_MAX);
+        let size = u16::try_from(num).ok().filter(|n| (1..=RING_SIZE_MAX).contains(n));
         state.num = size.ok_or(RingError::Size(num))?;
         Ok(())
     }
 
-    /// SET_VRING_BASE.
+    /// SET_VRING_BASE. A packed ring has two positions, and that of the used ring is in the upper
+    /// half; but a ring that was stopped has nothing in flight, so they are one. (Where rte_vhost
+    /// had it before, the upper half is zero.)
     ///
     /// # Errors
     /// The ring runs.
@@ -407,9 +487,10 @@ impl Session {
     /// # Errors
     /// No such ring.
     pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
+        let layout = self.layout();
         let state = self.ring_mut(ring)?;
         Ok(match state.state {
-            RingState::Stopped => vec![Effect::Reply(ring, state.base)],
+            RingState::Stopped => vec![Effect::Reply(ring, answer(layout, state.base))],
             RingState::Gated | RingState::GatedReply => {
                 state.state = RingState::GatedReply;
                 vec![]
@@ -427,7 +508,15 @@ impl Session {
 
     /// RESET_OWNER: stops all rings without an answer to wait for.
     pub fn reset_owner(&mut self) -> Vec<Effect> {
+        let effects = self.stop_all();
         self.features = 0;
+        (self.inflight, self.log) = (None, None);
+        effects
+    }
+
+    /// RESET_DEVICE, and status 0: as RESET_OWNER, but what is between the two ends stays: features,
+    /// memory, log, and the area, which the front end gives again if it has another.
+    pub fn reset_device(&mut self) -> Vec<Effect> {
         self.stop_all()
     }
 
@@ -435,11 +524,14 @@ impl Session {
     pub fn close(&mut self) -> Vec<Effect> {
         self.closed = true;
         self.backend_channel = None;
-        self.stop_all()
+        let effects = self.stop_all();
+        (self.inflight, self.log) = (None, None);
+        effects
     }
 
     /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
     pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
+        let layout = self.layout();
         let state = &mut self.rings[ring];
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
@@ -448,7 +540,7 @@ impl Session {
             Then::Stop => vec![],
             Then::Reply => {
                 state.base = base;
-                vec![Effect::Reply(ring, base)]
+                vec![Effect::Reply(ring, answer(layout, base))]
             }
             Then::Restart => {
                 state.state = RingState::Live;
@@ -510,4 +602,11 @@ impl Session {
         let rings = self.rings.iter().enumerate();
         rings.filter(|(n, r)| served(r) && which(*n)).map(|(n, _)| Effect::Publish(n)).collect()
     }
+}
+
+/// What GET_VRING_BASE says of a ring that stands at `base` with nothing in flight ("Vring state
+/// description" in the specification): packed, where both the available and the used ring are.
+fn answer(layout: Layout, base: u16) -> u32 {
+    let base = u32::from(base);
+    if layout.packed { base << 16 | base } else { base }
 }

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
-/// How many guest memory regions can be mapped at a time: 1,024 connections with four each, or
-/// 512 with all eight.
-const SLOTS: usize = 4096;
+/// How many parts of memory files can be mapped at a time, by all guests together. With a hole cut
+/// into each of them they are half of the mappings that Linux lets a process have (65,530), so that
+/// the rest of the process always finds room for its own.
+const SLOTS: usize = 16 << 10;
 
 /// A place in the table. `end` is 0 where it is free, 1 while it is being filled.
 struct Entry {
@@ -34,6 +35,10 @@ static TABLE: [Entry; SLOTS] = [const {
     }
 }; SLOTS];
 
+/// How many slots, from the first on, were ever in use: free ones are taken lowest first, so no
+/// look goes further.
+static USED: AtomicUsize = AtomicUsize::new(0);
+
 /// Whether the handler has ever marked a region: spares the look at each one.
 static TRUNCATED: AtomicBool = AtomicBool::new(false);
 
@@ -54,10 +59,15 @@ pub(crate) fn register(
 ) -> Option<Slot> {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(install);
-    // AcqRel: the slot's earlier contents were cleared before it became free.
-    let claim =
-        |e: &Entry| e.end.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    let claim = |e: &Entry| {
+        // AcqRel: the slot's earlier contents were cleared before it became free. The look before
+        // it leaves the lines of the slots that are taken to everybody.
+        e.end.load(Ordering::Relaxed) == 0
+            && e.end.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    };
     let slot = TABLE.iter().position(claim)?;
+    // AcqRel: whoever finds the mapping's address finds its entry, which comes after.
+    USED.fetch_max(slot + 1, Ordering::AcqRel);
     let entry = &TABLE[slot];
     entry.start.store(start, Ordering::Relaxed);
     entry.page.store(page, Ordering::Relaxed);
@@ -120,7 +130,9 @@ fn replace_rest(address: usize) -> bool {
         let end = range(entry);
         end.is_some() && range(entry) == end
     };
-    let Some(entry) = TABLE.iter().find(covers) else { return false };
+    // Acquire: see `register`; the mapping that faulted was registered before it was used.
+    let used = USED.load(Ordering::Acquire);
+    let Some(entry) = TABLE[..used].iter().find(covers) else { return false };
     let end = entry.end.load(Ordering::Relaxed);
     let start = address & !(entry.page.load(Ordering::Relaxed) - 1);
     // SAFETY: replaces pages of a mapping that is ours; the file's bytes there are gone anyway.

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -60,6 +61,8 @@ pub enum Verdict {
     Done,
     /// Done. Send this payload.
     Reply(Vec<u8>),
+    /// Done. Send this payload and this fd.
+    ReplyWithFd(Vec<u8>, OwnedFd),
     /// The answer follows through [`Connection::send`]; send nothing.
     Deferred,
     /// Refused: close the connection.

@@ -6,13 +6,20 @@ mod guest;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use vhost_blk::dirty_log::DirtyLog;
 use vhost_blk::foreign::ForeignFd;
-use vhost_blk::memory::GuestMemory;
+use vhost_blk::inflight::{Area, AreaSpec};
+use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::notify::{CallFd, EventFd};
-use vhost_blk::ring::RingAddrs;
+use vhost_blk::reclaim::Unmapper;
+use vhost_blk::ring::{Layout, RingAddrs};
 use vhost_blk::session::{Effect, Phase, RingState, Session, Then, Violation};
 
 const OFFERED: u64 = 0x1_7000_0000;
+const LOG_ALL: u64 = 1 << 26;
+const PACKED: u64 = 1 << 34;
+const FLUSH: u64 = 1 << 9;
+const CONFIG_WCE: u64 = 1 << 11;
 const USER: u64 = 0x7000_0000;
 
 fn memory(len: u64) -> Arc<GuestMemory> {
@@ -157,7 +164,7 @@ fn what_is_never_taken() {
         assert!(matches!(session.set_kick(ring, None), Err(Violation::NoSuchRing(_))));
         assert!(matches!(session.set_call(ring, None), Err(Violation::NoSuchRing(_))));
     }
-    for num in [0, 3, 0x1_0000, 1 << 16, u32::MAX] {
+    for num in [0, 32_769, 1 << 16, u32::MAX] {
         assert!(matches!(session.set_num(0, num), Err(Violation::Ring(_))), "{num}");
     }
     assert!(matches!(session.set_kick(0, None), Err(Violation::NotSetUp(0))), "no memory");
@@ -165,6 +172,8 @@ fn what_is_never_taken() {
     assert!(matches!(session.set_kick(0, None), Err(Violation::NotSetUp(0))), "no addresses");
     session.set_addrs(0, addrs(0)).unwrap();
     assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "no size");
+    session.set_num(0, 100).unwrap();
+    assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "no split ring's size");
     session.set_num(0, 128).unwrap();
     session.set_addrs(0, addrs(1)).unwrap();
     assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "not in memory");
@@ -187,4 +196,131 @@ fn memory_and_call_changes_reach_running_rings_only() {
     let smaller = session.set_memory(memory(0x2000));
     assert!(matches!(smaller, Err(Violation::Ring(_))), "ring 0 would be gone");
     assert_eq!(session.memory().unwrap().size_bytes(), 0x20000, "the old one stays");
+}
+
+fn log() -> Arc<DirtyLog> {
+    let (fd, unmapper) = (ForeignFd::new(guest::memfd::memfd(4096)), Unmapper::start().unwrap());
+    Arc::new(DirtyLog::map(&fd, 0, 4096, &unmapper).unwrap())
+}
+
+#[test]
+fn only_logging_is_switched_while_running() {
+    let mut session = Session::new(OFFERED | LOG_ALL, true);
+    session.set_memory(memory(0x10000)).unwrap();
+    session.set_features(OFFERED).unwrap();
+    for ring in 0..2 {
+        set_up(&mut session, ring);
+    }
+    session.set_kick(0, None).unwrap();
+    let (first, second) = (log(), log());
+    assert_eq!(session.set_log(Arc::clone(&first)), [], "logging is off");
+    assert!(session.log().is_none());
+    assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), [Effect::Publish(0)]);
+    assert!(Arc::ptr_eq(session.log().unwrap(), &first));
+    assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), [], "nothing new");
+    assert_eq!(session.set_log(Arc::clone(&second)), [Effect::Publish(0)]);
+    assert!(Arc::ptr_eq(session.log().unwrap(), &second));
+    session.get_base(0).unwrap();
+    assert_eq!(session.set_log(first), [Effect::Publish(0)], "its I/O still completes");
+    assert!(session.set_features(LOG_ALL).is_err(), "more than logging");
+    session.drained(0, 7);
+    assert_eq!(session.set_features(OFFERED).unwrap(), []);
+    assert!(session.log().is_none());
+    session.set_features(OFFERED | LOG_ALL).unwrap();
+    assert!(session.log().is_some(), "switched on again without a new one");
+    session.reset_owner();
+    session.set_features(OFFERED | LOG_ALL).unwrap();
+    assert!(session.log().is_none(), "there was another owner");
+}
+
+#[test]
+fn an_area_stays_until_there_is_another() {
+    let area = |packed| {
+        let (fd, unmapper) =
+            (ForeignFd::new(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
+        let spec = AreaSpec { mmap_size: 0x10000, mmap_offset: 0, num_queues: 2, queue_size: 128 };
+        Arc::new(Area::map(spec, packed, &fd, &unmapper).unwrap())
+    };
+    let mut session = running();
+    assert!(matches!(session.set_inflight(area(false)), Err(Violation::AreaRunning)));
+    for ring in 0..2 {
+        session.get_base(ring).unwrap();
+        session.drained(ring, 9);
+    }
+    session.set_inflight(area(false)).unwrap();
+    session.set_kick(0, None).unwrap();
+    session.reset_device();
+    session.drained(0, 0);
+    assert!(session.inflight().is_some());
+    session.set_inflight(area(true)).unwrap();
+    assert!(session.inflight().is_none(), "made for packed rings");
+    session.set_inflight(area(false)).unwrap();
+    session.reset_owner();
+    assert!(session.inflight().is_none());
+}
+
+#[test]
+fn a_packed_ring_has_two_positions() {
+    let mut session = Session::new(OFFERED | PACKED, true);
+    session.set_features(OFFERED | PACKED).unwrap();
+    assert_eq!(session.layout(), Layout { packed: true, event_idx: true });
+    session.set_memory(memory(0x10000)).unwrap();
+    for base in [0x8000_8000, 0x8000] {
+        session.set_base(0, base).unwrap();
+        assert_eq!(session.ring(0).base, 0x8000, "{base:#x}");
+        assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 0x8000_8000)]);
+    }
+    session.set_num(0, 100).unwrap();
+    session.set_addrs(0, addrs(0)).unwrap();
+    session.set_kick(0, None).expect("a packed ring has any size");
+    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 0x0007), [Effect::Reply(0, 0x0007_0007)]);
+}
+
+#[test]
+fn who_flushes() {
+    let through = |offered, negotiated, write_cache| {
+        let mut session = Session::new(offered, true);
+        session.set_features(negotiated).unwrap();
+        session.set_write_cache(write_cache);
+        session.write_through()
+    };
+    let both = FLUSH | CONFIG_WCE;
+    // Offered, negotiated, the cache as it was set; whether writes are durable at once.
+    for (offered, negotiated, write_cache, expected) in [
+        (both, both, true, false),
+        (both, both, false, true),
+        (both, CONFIG_WCE, true, false),
+        (both, FLUSH, true, false),
+        (both, FLUSH, false, false),
+        (both, 0, true, true),
+        (0, 0, false, false),
+    ] {
+        let got = through(offered, negotiated, write_cache);
+        assert_eq!(got, expected, "{offered:#x} {negotiated:#x} {write_cache}");
+    }
+    let mut session = Session::new(OFFERED | both, true);
+    session.set_features(OFFERED | both).unwrap();
+    session.set_memory(memory(0x10000)).unwrap();
+    set_up(&mut session, 0);
+    session.set_kick(0, None).unwrap();
+    assert_eq!(session.set_write_cache(true), [], "it was on");
+    assert_eq!(session.set_write_cache(false), [Effect::Publish(0)]);
+    assert!(!session.write_cache());
+    assert_eq!(session.set_write_cache(true), [Effect::Publish(0)]);
+    assert!(session.write_cache());
+}
+
+#[test]
+fn memory_may_go_when_nothing_runs_in_it() {
+    let mut session = running();
+    let nothing = || {
+        let spec = RegionSpec { gpa: 0, size: 0x10000, user_addr: USER, offset: 0 };
+        Arc::new(memory(0x10000).without_region(spec).unwrap())
+    };
+    assert!(session.set_memory(nothing()).is_err(), "two rings run in it");
+    session.reset_device();
+    session.set_memory(nothing()).expect("the reactors have their own view of it");
+    assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "it is not there");
+    assert_eq!(session.features(), OFFERED, "a reset is not another negotiation");
 }

@@ -210,17 +210,27 @@ impl Context {
             Verdict::Pass => sys::RTE_VHOST_MSG_RESULT_NOT_HANDLED,
             Verdict::Done => sys::RTE_VHOST_MSG_RESULT_OK,
             Verdict::Reply(payload) => self.reply(&payload),
-            Verdict::Deferred if shared().deferral() => {
-                // A front end that wants an acknowledgement as well would get two answers.
-                self.set_word(4, self.word(4) & !FLAG_NEED_REPLY);
-                sys::RTE_VHOST_MSG_RESULT_OK
+            // rte_vhost would send an fd of ours only out of its private structures.
+            Verdict::ReplyWithFd(payload, fd) => {
+                let message = protocol::reply(self.word(0), &payload);
+                if !shared().deferral() || conn.send_with_fd(&message, &fd).is_err() {
+                    return self.reject(conn);
+                }
+                self.answered_by_us()
             }
+            Verdict::Deferred if shared().deferral() => self.answered_by_us(),
             Verdict::Deferred => match conn.wait_for_answer() {
                 Some(payload) => self.reply(&payload),
                 None => self.reject(conn),
             },
             Verdict::Reject => self.reject(conn),
         }
+    }
+
+    fn answered_by_us(&mut self) -> sys::rte_vhost_msg_result {
+        // A front end that wants an acknowledgement as well would get two answers.
+        self.set_word(4, self.word(4) & !FLAG_NEED_REPLY);
+        sys::RTE_VHOST_MSG_RESULT_OK
     }
 
     fn reply(&mut self, payload: &[u8]) -> sys::rte_vhost_msg_result {

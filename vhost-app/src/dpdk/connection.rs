@@ -3,7 +3,7 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -35,6 +35,12 @@ impl DpdkConnection {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.answered.wait_while(answer, |answer| answer.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).take().filter(|a| !a.is_empty())
+    }
+
+    /// Sends a message and an fd without blocking.
+    pub(super) fn send_with_fd(&self, message: &[u8], fd: &OwnedFd) -> io::Result<()> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        send_with_fd(self.fd.as_fd(), message, fd.as_fd(), flags)
     }
 
     fn give_answer(&self, answer: Vec<u8>) {
@@ -84,6 +90,41 @@ impl Drop for DpdkConnection {
         // rte_vhost has closed its fd or is about to; the peer shall see the end either way.
         // SAFETY: a socket that we own.
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+/// Sends `bytes`, and `fd` with them.
+pub(super) fn send_with_fd(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: BorrowedFd<'_>,
+    flags: c_int,
+) -> io::Result<()> {
+    /// A control message with one fd, aligned as its header.
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        fd: c_int,
+    }
+    let header = libc::cmsghdr {
+        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
+        cmsg_level: libc::SOL_SOCKET,
+        cmsg_type: libc::SCM_RIGHTS,
+    };
+    let mut control = Control { header, fd: fd.as_raw_fd() };
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeroes is an empty message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>();
+    // SAFETY: the message names memory of ours, which it only reads.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+    match usize::try_from(sent) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(_) => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,11 +1,11 @@
 //! Tries at start what rte_vhost lets us do that is not documented: deferred answers, and fds that
 //! come to us.
-#![expect(unsafe_code, reason = "sends an fd, interrupts a thread")]
+#![expect(unsafe_code, reason = "interrupts a thread")]
 
 use std::ffi::c_int;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -16,14 +16,14 @@ use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::{Connection, Verdict};
 
 use super::callbacks;
-use super::connection::DpdkConnection;
+use super::connection::{DpdkConnection, send_with_fd};
 use super::transport::POLLS;
 
 /// How long an answer may take, on a machine that is busy with something else.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the self-test answers with: no ring ever stands at this index by itself.
-const SELF_TEST_BASE: u16 = 0x5a5a;
+const SELF_TEST_BASE: u32 = 0x5a5a;
 
 /// Sends GET_VRING_BASE, with an fd, to the anchor and expects our deferred answer, once, and
 /// the connection alive after it.
@@ -34,7 +34,8 @@ pub(super) fn run(anchor: &Path) -> io::Result<()> {
         [header.as_slice(), payload].concat()
     };
     let with_fd = message(protocol::request::GET_VRING_BASE, &[0; 8]);
-    send_with_fd(&client, &with_fd)?;
+    // The client's own fd is something to send.
+    send_with_fd(client.as_fd(), &with_fd, client.as_fd(), libc::MSG_NOSIGNAL)?;
     if read_answer(&mut client)? != *deferred_answer() {
         return Err(io::Error::other("not our answer"));
     }
@@ -45,36 +46,6 @@ pub(super) fn run(anchor: &Path) -> io::Result<()> {
         return Err(io::Error::other("a second answer"));
     }
     Ok(())
-}
-
-/// Sends `bytes` with the client's own fd as something to send.
-fn send_with_fd(client: &UnixStream, bytes: &[u8]) -> io::Result<()> {
-    /// A control message with one fd, aligned as its header.
-    #[repr(C)]
-    struct Control {
-        header: libc::cmsghdr,
-        fd: c_int,
-    }
-    let header = libc::cmsghdr {
-        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
-        cmsg_level: libc::SOL_SOCKET,
-        cmsg_type: libc::SCM_RIGHTS,
-    };
-    let mut control = Control { header, fd: client.as_raw_fd() };
-    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all zeroes is an empty message.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = size_of::<Control>();
-    // SAFETY: the message names memory of ours, which it only reads.
-    let sent = unsafe { libc::sendmsg(client.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
-    match usize::try_from(sent) {
-        Ok(n) if n == bytes.len() => Ok(()),
-        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Reads an answer of the self-test: a header and eight bytes.

@@ -119,6 +119,12 @@ impl Transport for DpdkTransport {
     }
 }
 
+/// What is offered: an area's fd is only ours to send if answers of our own are.
+fn protocol_features() -> u64 {
+    let area = if callbacks::shared().deferral() { 0 } else { protocol::INFLIGHT_SHMFD };
+    protocol::PROTOCOL_FEATURES & !area
+}
+
 fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
@@ -139,9 +145,7 @@ fn register(path: &Path, features: u64) -> io::Result<()> {
         }),
         ("set protocol features of", &|| {
             // SAFETY: as above.
-            unsafe {
-                sys::rte_vhost_driver_set_protocol_features(path, protocol::PROTOCOL_FEATURES)
-            }
+            unsafe { sys::rte_vhost_driver_set_protocol_features(path, protocol_features()) }
         }),
         ("set callbacks of", &|| {
             // SAFETY: as above, and the table is static.

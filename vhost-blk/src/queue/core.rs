@@ -170,7 +170,7 @@ impl Core {
         tracked: Option<Tracked<'_>>,
     ) -> Result<Self, StartError> {
         let (tracker, recovery) = begin(view, base, tracked)?;
-        let Recovery { used, last_avail, mut again } = recovery;
+        let Recovery { used, last_avail, mut again, .. } = recovery;
         again.reverse();
         let depth = view.ring.size().min(SLOTS_MAX);
         let device = match view.disk.as_deref() {
@@ -478,7 +478,7 @@ fn begin(
     tracked: Option<Tracked<'_>>,
 ) -> Result<(Option<Tracker>, Recovery), StartError> {
     let size = view.ring.size();
-    let untracked = |at| (None, Recovery { used: at, last_avail: at, again: vec![] });
+    let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
     let tracker = match (&view.ring, tracked) {
         // What the guest was told counts. A front end that reconnects gives the used index that it
         // saw when the connection ended; requests that completed after that would be fetched and
@@ -494,6 +494,9 @@ fn begin(
         }
     };
     let (tracker, recovery) = tracker.ok_or(StartError::NoRoom)?;
+    if let Some(damage) = recovery.damage {
+        tracing::warn!("{damage}");
+    }
     if let AnyRing::Packed(ring) = &view.ring {
         ring.take_back(recovery.used, recovery.last_avail);
     }

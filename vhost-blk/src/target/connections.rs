@@ -1,30 +1,44 @@
 //! The front ends' side of the target: connections, their messages, and what reactors say of them.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
 use super::{Attached, Connected, Inner, Target};
 use crate::config;
-use crate::controller::Controller;
+use crate::dirty_log::DirtyLog;
 use crate::foreign::ForeignFd;
-use crate::memory::GuestMemory;
+use crate::inflight::{Area, AreaSpec};
+use crate::memory::{GuestMemory, SLOTS_MAX};
 use crate::notify::{BackendChannel, CallFd, KickFd};
-use crate::protocol::{ConfigHead, Message};
+use crate::protocol::{self, ConfigHead, Message};
 use crate::queue::QueueId;
 use crate::queue::core::ChannelBox;
 use crate::reactor::Event;
 use crate::reclaim::Garbage;
 use crate::ring::RingAddrs;
-use crate::session::Session;
+use crate::session::{Effect, Session};
 use crate::transport::{ConnId, SharedConnection, Verdict};
 
 /// Connections of one controller, those that still drain included: a VM, its successor in a
 /// migration, and a few that died with I/O in flight. rte_vhost has 1,024 for all controllers.
 const CONNECTIONS_MAX: usize = 16;
+
+/// Memory regions that the connections of one controller may have together, where they come one by
+/// one: a VM's and its successor's in a migration. The process has room for 16 times as many.
+const SLOTS_OF_CONTROLLER_MAX: usize = 2 * SLOTS_MAX;
+
+/// Bytes of a dirty log: enough for 32 TiB of guest-physical addresses, holes included.
+const LOG_BYTES_MAX: u64 = 1 << 30;
+
+/// How long the event thread waits for reactors to heed what a front end was told to be in effect,
+/// and how often it looks. A reactor's turn takes microseconds.
+const SETTLE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_micros(20));
 
 /// When a drain that a front end waits for is worth a line in the log.
 const DRAIN_WARN: Duration = Duration::from_secs(3);
@@ -50,15 +64,17 @@ impl Target {
         }
         let number = controller.sessions_made;
         controller.sessions_made += 1;
-        let (name, offered) = (controller.name.clone(), controller.features);
+        let name = controller.name.clone();
         let gate_open = mine().all(|c| c.conn.is_some());
+        let mut session = Session::new(controller.features, gate_open);
+        session.set_write_cache(controller.write_cache);
         debug!("controller {name}: front end {number} connected");
         let connected = Connected {
             controller: of,
             controller_name: name,
             number,
             vid: conn.vid(),
-            session: Session::new(offered, gate_open),
+            session,
             conn: Some(conn),
             queues: Vec::new(),
             owed: None,
@@ -105,11 +121,13 @@ impl Target {
         // What takes system calls comes before the lock.
         let message = self.prepare(conn, message)?;
         let mut inner = self.lock();
-        let controller_config = inner.controller_of(conn).map(Controller::config_space);
-        let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
-        let session = &mut connected.session;
         let mut verdict = Verdict::Done;
-        let mut reply = None;
+        let (mut reply, mut settles) = (None, false);
+        let Inner { controllers, connections, .. } = &mut *inner;
+        let connected = connections.get_mut(&conn).ok_or("unknown connection")?;
+        let controller = controllers.get_mut(&connected.controller_name);
+        let controller = controller.filter(|c| c.id == connected.controller);
+        let session = &mut connected.session;
         let effects = match message {
             Prepared::Memory(memory) => session.set_memory(memory).map(|(_, effects)| effects),
             Prepared::Call(ring, call) => session.set_call(ring, call),
@@ -118,10 +136,19 @@ impl Target {
                 session.set_backend_channel(channel);
                 Ok(vec![])
             }
+            Prepared::Log(log, answer) => {
+                (verdict, settles) = (Verdict::Reply(answer), true);
+                Ok(session.set_log(log))
+            }
+            Prepared::Area(area) => session.set_inflight(area).map(|()| vec![]),
+            Prepared::NewArea(spec, fd) => {
+                verdict = Verdict::ReplyWithFd(protocol::inflight(spec).into(), fd);
+                Ok(vec![])
+            }
             Prepared::Plain(message) => match message {
                 Message::SetFeatures(features) => {
-                    verdict = Verdict::Pass;
-                    session.set_features(features).map(|()| vec![])
+                    (verdict, settles) = (Verdict::Pass, true);
+                    session.set_features(features)
                 }
                 Message::SetVringNum { ring, num } => session.set_num(ring, num).map(|()| vec![]),
                 Message::SetVringBase { ring, base } => {
@@ -135,23 +162,42 @@ impl Target {
                     session.get_base(ring)
                 }
                 Message::GetConfig(head) => {
-                    let config = controller_config.unwrap_or_else(|| config::config_space(None));
+                    let write_cache = session.write_cache();
+                    let config = match controller {
+                        Some(controller) => controller.config_space(write_cache),
+                        None => config::config_space(None, write_cache),
+                    };
                     verdict = Verdict::Reply(config_reply(&config, head));
                     Ok(vec![])
                 }
+                Message::SetConfig { offset, contents } => {
+                    settles = true;
+                    let written = config::written_write_cache(offset, &contents);
+                    if let (Some(write_cache), Some(controller)) = (written, controller) {
+                        controller.write_cache = write_cache;
+                    }
+                    Ok(written.map_or_else(Vec::new, |on| session.set_write_cache(on)))
+                }
+                Message::GetMaxMemSlots => {
+                    verdict = Verdict::Reply((SLOTS_MAX as u64).to_le_bytes().into());
+                    Ok(vec![])
+                }
+                Message::SetStatus(status) => {
+                    verdict = Verdict::Pass;
+                    Ok(if status == 0 { session.reset_device() } else { vec![] })
+                }
                 Message::ResetOwner => Ok(session.reset_owner()),
-                Message::SetVringErr | Message::SetVringEnable | Message::SetConfig => Ok(vec![]),
-                Message::SetMemTable(_)
-                | Message::SetVringCall { .. }
-                | Message::SetVringKick { .. }
-                | Message::SetBackendReqFd(_)
-                | Message::Negotiation => {
+                Message::ResetDevice => Ok(session.reset_device()),
+                Message::Negotiation => {
                     verdict = Verdict::Pass;
                     Ok(vec![])
                 }
+                // `prepare` has made something else of the others.
+                _ => Ok(vec![]),
             },
         };
         let effects = effects.map_err(|e| e.to_string())?;
+        settles &= effects.iter().any(|effect| matches!(effect, Effect::Publish(_)));
         let starts = self.apply(&mut inner, conn, effects, Some(&mut reply));
         if matches!(verdict, Verdict::Deferred) && reply.is_none() {
             let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
@@ -159,40 +205,114 @@ impl Target {
         }
         drop(inner);
         self.start_rings(conn, &starts);
+        if settles {
+            self.settle()?;
+        }
         Ok(reply.map_or(verdict, Verdict::Reply))
+    }
+
+    /// Waits until every reactor goes by the views that have been published: what the front end will
+    /// take for done then is. A migration must miss no write, and a guest that wants its writes
+    /// durable relies on it from the answer on.
+    fn settle(&self) -> Result<(), String> {
+        let (begun, epoch) = (Instant::now(), self.domain.advance());
+        while !self.domain.passed(epoch) {
+            if begun.elapsed() >= SETTLE.0 {
+                return Err("a reactor has not heeded a change in time".into());
+            }
+            thread::sleep(SETTLE.1);
+        }
+        Ok(())
     }
 
     /// Turns what a front end hands over into what it has to be.
     fn prepare(&self, conn: ConnId, message: Message) -> Result<Prepared, String> {
-        Ok(match message {
+        let prepared = match message {
             Message::SetMemTable(table) => {
-                let before = {
-                    let inner = self.lock();
-                    inner.connections.get(&conn).and_then(|c| c.session.memory().cloned())
-                };
-                let memory = GuestMemory::map(table, before.as_deref(), &self.unmapper);
-                Prepared::Memory(Arc::new(memory.map_err(|e| e.to_string())?))
+                let before = self.memory_of(conn);
+                GuestMemory::map(table, before.as_deref(), &self.unmapper)
+                    .map(|memory| Prepared::Memory(Arc::new(memory)))
+                    .map_err(|e| e.to_string())
             }
-            Message::SetVringCall { ring, fd } => {
-                let call = fd.map(CallFd::from_front_end).transpose();
-                Prepared::Call(ring, call.map_err(|e| e.to_string())?)
+            Message::AddMemReg(spec, fd) => {
+                self.check_slots(conn)?;
+                let before = self.memory_of(conn);
+                GuestMemory::with_region(before.as_deref(), spec, &fd, &self.unmapper)
+                    .map(|memory| Prepared::Memory(Arc::new(memory)))
+                    .map_err(|e| e.to_string())
             }
-            Message::SetVringKick { ring, fd } => {
-                let kick = fd.map(KickFd::from_front_end).transpose();
-                Prepared::Kick(ring, kick.map_err(|e| e.to_string())?)
+            Message::RemMemReg(spec) => {
+                let before = self.memory_of(conn).ok_or("no memory to remove a region from")?;
+                before
+                    .without_region(spec)
+                    .map(|memory| Prepared::Memory(Arc::new(memory)))
+                    .map_err(|e| e.to_string())
             }
-            Message::SetBackendReqFd(fd) => {
-                let channel = BackendChannel::from_front_end(fd);
-                Prepared::BackendChannel(channel.map_err(|e| e.to_string())?)
+            Message::SetLogBase { size, offset, fd } => {
+                if size > LOG_BYTES_MAX {
+                    return Err(format!("a dirty log of {size} bytes, at most {LOG_BYTES_MAX}"));
+                }
+                // QEMU waits for an answer, whatever is in it; rust-vmm's front end for this one.
+                let answer = [size, offset].map(u64::to_le_bytes).concat();
+                DirtyLog::map(&fd, offset, size, &self.unmapper)
+                    .map(|log| Prepared::Log(Arc::new(log), answer))
+                    .map_err(|e| e.to_string())
             }
-            message => Prepared::Plain(message),
-        })
+            Message::GetInflightFd(spec) => {
+                Area::create(spec.num_queues, spec.queue_size, self.packed(conn)?)
+                    .map(|(spec, fd)| Prepared::NewArea(spec, fd))
+                    .map_err(|e| e.to_string())
+            }
+            Message::SetInflightFd(spec, fd) => {
+                Area::map(spec, self.packed(conn)?, &fd, &self.unmapper)
+                    .map(|area| Prepared::Area(Arc::new(area)))
+                    .map_err(|e| e.to_string())
+            }
+            Message::SetVringCall { ring, fd } => fd
+                .map(CallFd::from_front_end)
+                .transpose()
+                .map(|call| Prepared::Call(ring, call))
+                .map_err(|e| e.to_string()),
+            Message::SetVringKick { ring, fd } => fd
+                .map(KickFd::from_front_end)
+                .transpose()
+                .map(|kick| Prepared::Kick(ring, kick))
+                .map_err(|e| e.to_string()),
+            Message::SetBackendReqFd(fd) => BackendChannel::from_front_end(fd)
+                .map(Prepared::BackendChannel)
+                .map_err(|e| e.to_string()),
+            message => Ok(Prepared::Plain(message)),
+        }?;
+        Ok(prepared)
+    }
+
+    fn memory_of(&self, conn: ConnId) -> Option<Arc<GuestMemory>> {
+        self.lock().connections.get(&conn).and_then(|c| c.session.memory().cloned())
+    }
+
+    fn packed(&self, conn: ConnId) -> Result<bool, String> {
+        let inner = self.lock();
+        let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
+        Ok(connected.session.layout().packed)
+    }
+
+    /// Whether one more memory region leaves room for other controllers.
+    fn check_slots(&self, conn: ConnId) -> Result<(), String> {
+        let inner = self.lock();
+        let of = inner.connections.get(&conn).ok_or("unknown connection")?.controller;
+        let mine = inner.connections.values().filter(|c| c.controller == of);
+        let slots: usize = mine.filter_map(|c| Some(c.session.memory()?.regions())).sum();
+        if slots < SLOTS_OF_CONTROLLER_MAX {
+            Ok(())
+        } else {
+            Err(format!("{slots} memory regions in all connections of the controller"))
+        }
     }
 
     fn check_turn(&self, conn: ConnId) -> Result<(), String> {
         let inner = self.lock();
-        let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
-        connected.session.check_turn().map_err(|e| e.to_string())
+        let connected = inner.connections.get(&conn).filter(|c| c.conn.is_some());
+        connected.ok_or("unknown connection")?.session.check_turn().map_err(|e| e.to_string())
     }
 
     /// The connection is gone. Its I/O completes in the background.
@@ -323,6 +443,10 @@ enum Prepared {
     Call(usize, Option<CallFd>),
     Kick(usize, Option<KickFd>),
     BackendChannel(BackendChannel),
+    /// And the answer.
+    Log(Arc<DirtyLog>, Vec<u8>),
+    Area(Arc<Area>),
+    NewArea(AreaSpec, OwnedFd),
     Plain(Message),
 }
 

@@ -8,9 +8,8 @@ use super::{Attached, Inner, Target};
 use crate::config::Disk;
 use crate::notify::KickFd;
 use crate::protocol;
-use crate::queue::{Queue, QueueId, View};
+use crate::queue::{Queue, QueueId, Tracked, View};
 use crate::reactor::{BellRope, Core, Reactor};
-use crate::ring::Layout;
 use crate::session::{Effect, RingState, Session, Then};
 use crate::transport::ConnId;
 
@@ -95,14 +94,16 @@ impl Target {
             let connected = inner.connections.get(&conn)?;
             let view = view_of(&connected.session, ring, generation, controller.disk.clone())?;
             let base = connected.session.ring(ring).base;
-            Some((view, base, Arc::clone(&controller.coalescing)))
+            let area = connected.session.inflight().cloned();
+            Some((view, base, area, Arc::clone(&controller.coalescing)))
         });
         let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
         let reactor = self.least_loaded(&inner, &cores);
         drop(inner);
         let bell = self.reactors[reactor].bell().map(|bell| &**bell);
-        let queue = plan.map(|(view, base, coalescing)| {
-            Queue::for_reactor(id, &self.domain, view, base, coalescing, None, bell)
+        let queue = plan.map(|(view, base, area, coalescing)| {
+            let tracked = area.as_ref().map(|area| Tracked { area, ring });
+            Queue::for_reactor(id, &self.domain, view, base, coalescing, tracked, bell)
         });
         let mut inner = self.lock();
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
@@ -121,10 +122,11 @@ impl Target {
                 connected.queues[ring] =
                     Some(Attached { queue: Arc::clone(&queue), reactor, kicks: None });
                 inner.queues.insert(id, (conn, ring));
+                // What changed while the lock was not held is in the first view that the reactor
+                // sees: a front end may have been told that it is in effect.
+                self.publish(&mut inner, conn, ring);
                 inner.attached[reactor].push(queue);
                 self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
-                // What changed while the lock was not held reaches the reactor with this view.
-                self.publish(&mut inner, conn, ring);
                 return;
             }
             Some(Ok(queue)) => self.reclaim.free(queue),
@@ -178,14 +180,10 @@ fn view_of(
 ) -> Option<View> {
     let memory = session.memory()?;
     let state = session.ring(ring);
-    View::new(
-        generation,
-        memory,
-        state.num,
-        state.addrs?,
-        Layout { packed: false, event_idx: session.event_idx() },
-        state.call.clone(),
-        disk,
-    )
-    .ok()
+    let (layout, call) = (session.layout(), state.call.clone());
+    let mut view =
+        View::new(generation, memory, state.num, state.addrs?, layout, call, disk).ok()?;
+    view.log = session.log().cloned();
+    view.write_through = session.write_through();
+    Some(view)
 }

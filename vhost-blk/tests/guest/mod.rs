@@ -1,7 +1,7 @@
 //! A guest's memory for tests: a memfd, as a front end hands it over.
 #![expect(clippy::unwrap_used, reason = "a test that cannot make its memory fails")]
 
-mod memfd;
+pub(crate) mod memfd;
 
 use std::sync::Arc;
 

@@ -411,7 +411,7 @@ impl World {
         assert!(!front.closed, "front {n}: a message after its end");
         let ring = front.owed.unwrap_or_else(|| panic!("front {n}: an answer to no question"));
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
-        let payload = protocol::vring_base(ring, base);
+        let payload = protocol::vring_base(ring, base.into());
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
         assert_eq!(message, expected, "front {n}: the answer");
         self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
