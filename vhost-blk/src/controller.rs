@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::config::{self, Disk};
 use crate::queue::Coalescing;
-use crate::reactor::{Core, ticks_per_second};
+use crate::reactor::{Core, read_tsc, ticks_per_second};
 use crate::session::Phase;
 
 /// SPDK's default for `iops_threshold`.
@@ -35,6 +35,9 @@ pub(crate) struct ControllerId(pub u64);
 #[derive(Debug)]
 pub(crate) struct Controller {
     pub id: ControllerId,
+    /// Counts up over all controllers.
+    pub number: u64,
+    pub made_ticks: u64,
     pub name: String,
     pub socket: PathBuf,
     pub packed_ring: bool,
@@ -56,10 +59,17 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    pub(crate) fn new(id: ControllerId, spec: ControllerSpec, cores: Vec<Core>) -> Self {
+    pub(crate) fn new(
+        id: ControllerId,
+        number: u64,
+        spec: ControllerSpec,
+        cores: Vec<Core>,
+    ) -> Self {
         let features = spec.disk.features();
         Self {
             id,
+            number,
+            made_ticks: read_tsc(),
             name: spec.name,
             socket: spec.socket,
             packed_ring: spec.packed_ring,
@@ -100,6 +110,10 @@ impl Controller {
 pub struct ControllerInfo {
     /// Its name.
     pub name: String,
+    /// How many controllers were made before it.
+    pub number: u64,
+    /// When it was made, in ticks of the time-stamp counter.
+    pub made_ticks: u64,
     /// Cores whose reactors may serve it.
     pub cores: Vec<Core>,
     /// Coalescing: base delay in microseconds.
@@ -141,6 +155,19 @@ pub struct SessionInfo {
     pub requests: u64,
     /// Of those, malformed or refused.
     pub errors: u64,
+    /// Rings that are served, and where.
+    pub queues: Vec<QueueInfo>,
+}
+
+/// A queue as the operator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueInfo {
+    /// Which ring of its session it is.
+    pub ring: usize,
+    /// Where it is served, or will be in a moment.
+    pub core: Core,
+    /// I/Os that have not completed.
+    pub inflight: u32,
 }
 
 /// Whether a controller may have this name and socket.

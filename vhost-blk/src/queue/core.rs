@@ -1,7 +1,7 @@
 //! What the owner of a queue keeps about it, and what it does in a visit.
 #![expect(unsafe_code, reason = "submits guest memory; signals")]
 
-use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use super::{Coalescing, NOTHING, Queue, QueueState, View, Watch};
 use crate::cache;
 use crate::config::Disk;
 use crate::memory::Nearest;
-use crate::reactor::{Bell, Cause, Event, Events, Turn};
+use crate::reactor::{Cause, Event, Events, Turn};
 use crate::request::{Chain, Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 
 /// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
@@ -318,15 +318,9 @@ impl Core {
         wait
     }
 
-    /// Has the disk ring `bell` when it has completed something.
-    ///
-    /// # Errors
-    /// The system has no room for another watch.
-    pub(super) fn ring_when_done(&self, bell: &Bell) -> io::Result<()> {
-        match self.device.as_ref().and_then(|device| device.channel.0.wake_fd()) {
-            Some(fd) => bell.watch(fd),
-            None => Ok(()),
-        }
+    /// Where the disk says that it has completed something, if it does.
+    pub(super) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.device.as_ref()?.channel.0.wake_fd()
     }
 
     /// Takes what the device has finished.
