@@ -224,7 +224,7 @@ impl Target {
                 queues.filter_map(move |(n, q)| Some((conn, n, q.as_ref()?.reactor))).collect()
             };
             let queues: Vec<(ConnId, usize, usize)> = mine.flat_map::<Vec<_>, _>(of).collect();
-            let mut places = queues.iter().map(|queue| queue.2).collect();
+            let mut places: Vec<usize> = queues.iter().map(|queue| queue.2).collect();
             spread(&mut places, &self.reactors_on(&inner, &cores));
             queues.into_iter().zip(places).map(|((conn, ring, _), to)| (conn, ring, to)).collect()
         };
@@ -291,7 +291,7 @@ impl Inner {
 
 /// Changes `places` so that each of the `allowed` has as many of them, to one, with as few changes
 /// as that takes. Those named first come first.
-fn spread(places: &mut Vec<usize>, allowed: &[usize]) {
+fn spread(places: &mut [usize], allowed: &[usize]) {
     let count = |places: &[usize], at: usize| places.iter().filter(|place| **place == at).count();
     for n in 0..places.len() {
         if !allowed.contains(&places[n]) {
