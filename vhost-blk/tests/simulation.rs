@@ -7,6 +7,8 @@
 //!
 //! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs that many, `SIM_FIRST=n` begins there.
 
+#[path = "packed_ring/driver.rs"]
+mod driver;
 #[path = "guest/memfd.rs"]
 mod memfd;
 
@@ -31,7 +33,7 @@ use simulation::world::{Counts, World};
 const STEPS: usize = 300;
 const SEEDS: u64 = 2_000;
 /// Kinds of events that are counted, and that so many seeds all reach.
-const KINDS: usize = 18;
+const KINDS: usize = 20;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))

@@ -7,6 +7,7 @@ use vhost_blk::config::Disk;
 use vhost_blk::notify::EventFd;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{Connection, Verdict};
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::disk::lock;
@@ -70,7 +71,8 @@ impl World {
         let Some(controller) = self.rng.pick(&existing) else { return };
         let orphan = |vm: &usize| {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
-            self.vms[*vm].controller == controller && mine().all(|f| f.gone)
+            let known = || (0..RINGS).all(|ring| self.vms[*vm].may_start(ring));
+            self.vms[*vm].controller == controller && mine().all(|f| f.gone) && known()
         };
         let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
         let again = self.rng.pick(&orphans).filter(|_| !self.rng.one_in(4));
@@ -86,7 +88,10 @@ impl World {
         assert_eq!(id.is_none(), self.controllers[controller].deleting, "whether it may connect");
         let Some(id) = id else { return };
         let vm = again.unwrap_or_else(|| {
-            self.vms.push(Vm::new(controller, self.rng.one_in(2)));
+            let event_idx = self.rng.one_in(2);
+            let packed = self.controllers[controller].packed && !self.rng.one_in(3);
+            let tracked = self.rng.one_in(2);
+            self.vms.push(Vm::new(controller, event_idx, packed, tracked));
             self.vms.len() - 1
         });
         self.trace.add(format!("front {number}: machine {vm} connects to controller {controller}"));
@@ -101,6 +106,9 @@ impl World {
         }
         if again.is_some() {
             self.count("a machine connected again");
+            if self.vms[vm].packed {
+                self.count("a machine with packed rings connected again");
+            }
         }
         self.fronts.push(Front {
             id,
@@ -112,6 +120,7 @@ impl World {
             featured: false,
             was_reset: false,
             table: None,
+            area: None,
             rings: Default::default(),
             owed: None,
             script: [].into(),
@@ -144,6 +153,9 @@ impl World {
             let far = self.rng.one_in(3);
             self.vms[vm].offer(id, kind, ring, slot, far);
             self.requests.insert(id, (vm, ring));
+            if self.vms[vm].packed {
+                self.count("requests in packed rings");
+            }
             self.trace.add(format!("machine {vm}: request {id} on ring {ring}: {kind:?}"));
         }
     }
@@ -209,10 +221,14 @@ impl World {
     /// The messages that start a ring.
     fn start(&mut self, n: usize, ring: usize) -> Vec<Message> {
         let (vm, event_idx) = (self.fronts[n].vm, self.vms[self.fronts[n].vm].event_idx);
-        let state = &self.vms[vm].rings[ring];
-        let fresh = state.size == 0;
-        if fresh || ((state.quiet.is_some() || !state.started) && self.rng.one_in(3)) {
-            let size = [4, 8, 16][self.rng.below(3)];
+        if !self.vms[vm].may_start(ring) {
+            return vec![];
+        }
+        let packed = self.vms[vm].packed;
+        let fresh = self.vms[vm].rings[ring].size == 0;
+        if fresh || (self.vms[vm].may_reset(ring) && self.rng.one_in(3)) {
+            let sizes = if packed { [3, 7, 16] } else { [4, 8, 16] };
+            let size = sizes[self.rng.below(3)];
             let base = if self.rng.one_in(2) { 0 } else { 65530 + self.rng.below(6) as u16 };
             for id in self.vms[vm].reset_ring(ring, size, base) {
                 self.requests.remove(&id);
@@ -228,14 +244,20 @@ impl World {
                 let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
                 Disk { bdev, read_only: false }.features()
             });
-            script.push(Message::Features(
-                features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX) & !no_event_idx,
-            ));
+            let features = features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX);
+            let packed = if packed { 1 << VIRTIO_F_RING_PACKED } else { 0 };
+            script.push(Message::Features(features & !no_event_idx | packed));
         }
         if self.fronts[n].table.is_none() || self.rng.one_in(8) {
             script.push(self.new_table(n));
         }
-        let base = self.vms[vm].used_idx(ring);
+        if let Some(area) = self.vms[vm].area()
+            && self.fronts[n].area != Some(area.0)
+        {
+            let (number, spec, fd) = area;
+            script.push(Message::Inflight(number, spec, fd));
+        }
+        let base = self.vms[vm].base(ring);
         script.push(Message::Num(ring, self.vms[vm].rings[ring].size));
         script.push(Message::Base(ring, base));
         script.push(Message::Addr(ring));
@@ -292,6 +314,7 @@ impl World {
         }
         match message {
             Message::Features(_) => front.featured = true,
+            Message::Inflight(number, ..) => front.area = Some(number),
             Message::Table(number, ..) => {
                 front.table = Some(number);
                 self.count("memory tables");
@@ -305,6 +328,7 @@ impl World {
             Message::ResetOwner => {
                 *self.counts.entry("RESET_OWNER").or_default() += 1;
                 front.featured = false;
+                front.area = None;
                 front.was_reset = true;
                 for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
                     ring.served = Served::Reset;

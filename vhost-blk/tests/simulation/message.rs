@@ -3,9 +3,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use vhost_blk::foreign::ForeignFd;
+use vhost_blk::inflight::AreaSpec;
 use vhost_blk::memory::RegionSpec;
 use vhost_blk::notify::EventFd;
-use vhost_blk::protocol::request;
+use vhost_blk::protocol::{self, request};
 
 use super::vm::user_addrs;
 
@@ -15,6 +16,8 @@ pub(crate) enum Message {
     Features(u64),
     /// The table's number, its contents, and whether they are acceptable.
     Table(usize, Vec<(RegionSpec, OwnedFd)>, bool),
+    /// The number of an area for what is in flight, and what it is.
+    Inflight(usize, AreaSpec, OwnedFd),
     Num(usize, u16),
     Base(usize, u16),
     Addr(usize),
@@ -53,6 +56,10 @@ impl Message {
                 let fds = table.iter().map(|(_, fd)| fd.try_clone().expect("an fd")).collect();
                 (request::SET_MEM_TABLE, payload, fds)
             }
+            Self::Inflight(_, spec, fd) => {
+                let fd = fd.try_clone().expect("an fd");
+                (request::SET_INFLIGHT_FD, protocol::inflight(*spec).into(), vec![fd])
+            }
             Self::Num(ring, num) => plain(request::SET_VRING_NUM, words(*ring, (*num).into())),
             Self::Base(ring, base) => plain(request::SET_VRING_BASE, words(*ring, (*base).into())),
             Self::Addr(ring) => {
@@ -85,7 +92,7 @@ impl Message {
                 plain(request::GET_CONFIG, payload)
             }
             Self::ResetOwner => plain(request::RESET_OWNER, vec![]),
-            Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 3)),
+            Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 0)),
         }
     }
 }

@@ -49,12 +49,13 @@ impl World {
         let cores = (0..self.reactors.len()).map(Core).collect::<Vec<_>>();
         let cores = self.rng.one_in(2).then(|| vec![cores[self.rng.below(cores.len())]]);
         let shown = Arc::new(ShownDisk { bdev: bdev as Arc<dyn Bdev>, read_only: false });
+        let packed = self.rng.one_in(2);
         let spec = ControllerSpec {
             name: name.clone(),
             socket: path.clone(),
             disk: shown,
             cores,
-            packed_ring: false,
+            packed_ring: packed,
         };
         let taken = self.controllers.iter().any(|c| c.exists && c.name == name);
         let fails = self.rng.one_in(8);
@@ -68,7 +69,7 @@ impl World {
             Ok(()) => {
                 assert!(!fails && !taken);
                 let (exists, deleting) = (true, false);
-                self.controllers.push(Controller { name, path, disk, exists, deleting });
+                self.controllers.push(Controller { name, path, disk, packed, exists, deleting });
             }
         }
     }

@@ -6,16 +6,19 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use bdev::Status;
 use vhost_blk::foreign::ForeignFd;
+use vhost_blk::inflight::{Area, AreaSpec};
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
+use vhost_blk::ring::{Buffer, RingAddrs};
 use vm_memory::Bytes;
 
 use super::disk::{REQUEST_SECTORS, pattern};
 use super::probe;
+use crate::driver::Driver;
 use crate::memfd::memfd;
 
 /// Rings of a machine.
@@ -31,6 +34,9 @@ const MARK: u64 = 0x20_0000;
 const PAGE: u64 = 0x1000;
 /// What a status byte holds until somebody writes it.
 const UNTOUCHED: u8 = 0xee;
+
+/// Descriptors of a ring, at the most.
+const RING_SIZE_MAX: u16 = 16;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -62,7 +68,7 @@ pub(crate) struct Request {
     /// The table that it was fetched under.
     pub(crate) table: Option<usize>,
     kind: Kind,
-    /// Its position in the available ring.
+    /// Its position in the available ring, if that is split.
     position: u16,
     data: u64,
     len: u32,
@@ -88,6 +94,14 @@ pub(crate) struct Ring {
     pub(crate) started: bool,
     /// What the driver kicks, if the back end wants it.
     pub(crate) kick: Option<File>,
+    packed: Option<Packed>,
+}
+
+/// A packed ring's driver, and the slot of each buffer id.
+#[derive(Debug)]
+struct Packed {
+    driver: Driver,
+    slots: Vec<usize>,
 }
 
 /// How a memory table is made up.
@@ -106,12 +120,15 @@ pub(crate) enum Layout {
 pub(crate) struct Vm {
     pub(crate) controller: usize,
     pub(crate) event_idx: bool,
+    pub(crate) packed: bool,
     pub(crate) rings: Vec<Ring>,
     /// The pages that mark the tables.
     marks: Vec<OwnedFd>,
     main: OwnedFd,
     extra: OwnedFd,
-    memory: GuestMemory,
+    memory: Arc<GuestMemory>,
+    /// How often it had a new in-flight area, and the area.
+    area: Option<(usize, AreaSpec, OwnedFd)>,
 }
 
 fn ring_gpa(ring: usize) -> u64 {
@@ -128,6 +145,11 @@ fn used_gpa(ring: usize) -> u64 {
 
 fn status_gpa(ring: usize, slot: usize) -> u64 {
     ring_gpa(ring) + 0xa00 + slot as u64
+}
+
+/// An indirect table.
+fn table_gpa(ring: usize, slot: usize) -> u64 {
+    ring_gpa(ring) + 0xc00 + 0x40 * slot as u64
 }
 
 fn header_gpa(ring: usize, slot: usize) -> u64 {
@@ -147,14 +169,20 @@ fn spec(gpa: u64, size: u64, offset: u64) -> RegionSpec {
     RegionSpec { gpa, size, user_addr: USER + gpa, offset }
 }
 
+fn new_area(number: usize, packed: bool) -> (usize, AreaSpec, OwnedFd) {
+    let (spec, fd) = Area::create(RINGS as u16, RING_SIZE_MAX, packed).expect("an area");
+    (number, spec, fd)
+}
+
 impl Vm {
-    pub(crate) fn new(controller: usize, event_idx: bool) -> Self {
+    /// With `tracked`, the back end writes down what it has in flight.
+    pub(crate) fn new(controller: usize, event_idx: bool, packed: bool, tracked: bool) -> Self {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
         let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
         let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::new(dup(fd)));
         let table = vec![part(0, &main), part(EXTRA, &extra)];
-        let memory = GuestMemory::map(table, None, unmapper).expect("memory");
+        let memory = Arc::new(GuestMemory::map(table, None, unmapper).expect("memory"));
         let ring = || Ring {
             size: 0,
             slots: vec![],
@@ -163,9 +191,42 @@ impl Vm {
             quiet: None,
             started: false,
             kick: None,
+            packed: None,
         };
         let rings = (0..RINGS).map(|_| ring()).collect();
-        Self { controller, event_idx, rings, marks: vec![], main, extra, memory }
+        let marks = vec![];
+        let area = tracked.then(|| new_area(0, packed));
+        Self { controller, event_idx, packed, rings, marks, main, extra, memory, area }
+    }
+
+    /// What the front end gives for the back end to write down what is in flight.
+    pub(crate) fn area(&self) -> Option<(usize, AreaSpec, OwnedFd)> {
+        self.area.as_ref().map(|(number, spec, fd)| (*number, *spec, dup(fd)))
+    }
+
+    /// Whether no back end uses a ring.
+    fn is_at_rest(&self, ring: usize) -> bool {
+        let Ring { ref quiet, started, .. } = self.rings[ring];
+        quiet.is_some() || !started
+    }
+
+    /// Whether the front end knows where a ring goes on, or the back end does.
+    pub(crate) fn may_start(&self, ring: usize) -> bool {
+        !self.packed || self.area.is_some() || self.is_at_rest(ring)
+    }
+
+    /// Whether a ring may be made anew. An area is made anew as a whole.
+    pub(crate) fn may_reset(&self, ring: usize) -> bool {
+        self.is_at_rest(ring)
+            && (self.area.is_none() || (0..RINGS).all(|ring| self.is_at_rest(ring)))
+    }
+
+    /// Where a ring begins, as the front end says it.
+    pub(crate) fn base(&self, ring: usize) -> u16 {
+        match &self.rings[ring].packed {
+            Some(packed) => packed.driver.used_position(),
+            None => self.used_idx(ring),
+        }
     }
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -220,16 +281,34 @@ impl Vm {
     pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
         let slots = vec![None; usize::from(size) / 3];
         let kick = self.rings[ring].kick.take();
-        let new = Ring { size, slots, avail: base, seen: base, quiet: None, started: false, kick };
-        let old = std::mem::replace(&mut self.rings[ring], new);
         self.put(ring_gpa(ring), &[0; PAGE as usize]);
-        self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
-        self.put(used_gpa(ring) + 2, &base.to_le_bytes());
+        let packed = self.packed.then(|| {
+            let (desc, avail, used) = (ring_gpa(ring), avail_gpa(ring), used_gpa(ring));
+            let addrs = RingAddrs { desc, avail, used };
+            let driver = Driver::new(&self.memory, addrs, size, self.event_idx, base.into());
+            Packed { driver, slots: vec![0; size.into()] }
+        });
+        if packed.is_none() {
+            self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
+            self.put(used_gpa(ring) + 2, &base.to_le_bytes());
+        }
+        let (avail, seen, quiet, started) = (base, base, None, false);
+        let new = Ring { size, slots, avail, seen, quiet, started, kick, packed };
+        let old = std::mem::replace(&mut self.rings[ring], new);
+        if old.size > 0
+            && let Some((number, ..)) = self.area
+        {
+            self.area = Some(new_area(number + 1, self.packed));
+        }
         self.want_calls(ring);
         old.slots.into_iter().flatten().map(|request| request.id).collect()
     }
 
-    fn want_calls(&self, ring: usize) {
+    fn want_calls(&mut self, ring: usize) {
+        if let Some(packed) = &mut self.rings[ring].packed {
+            assert!(!packed.driver.ask_for_call(), "ring {ring}: something came back meanwhile");
+            return;
+        }
         let Ring { size, seen, .. } = self.rings[ring];
         self.put(avail_gpa(ring) + 4 + 2 * u64::from(size), &seen.to_le_bytes());
     }
@@ -266,30 +345,50 @@ impl Vm {
             _ => self.put(data, &vec![0; len as usize]),
         }
         self.put(status_gpa(ring, slot), &[UNTOUCHED]);
+        let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
+        let to_guest = matches!(kind, Kind::Read | Kind::GetId | Kind::ShortHeader);
+        let buffers = [
+            Buffer { gpa: header, len: header_len, write: false },
+            Buffer { gpa: data, len: data_len, write: to_guest },
+            Buffer { gpa: status_gpa(ring, slot), len: 1, write: true },
+        ];
+        let position = self.rings[ring].avail;
+        let progress = Progress::Offered;
+        let request = Request { id, progress, table: None, kind, position, data, len };
+        self.rings[ring].slots[slot] = Some(request);
+        if let Some(packed) = &mut self.rings[ring].packed {
+            let table = id.is_multiple_of(3).then(|| table_gpa(ring, slot));
+            let buffer_id = packed.driver.add(&buffers, table);
+            packed.slots[usize::from(buffer_id)] = slot;
+        } else {
+            self.offer_split(ring, slot, &buffers);
+        }
         if self.rings[ring].quiet.is_some() {
             self.rings[ring].quiet = Some(self.used_part(ring));
         }
-        let head = 3 * slot as u16;
-        let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
-        let to_guest = matches!(kind, Kind::Read | Kind::GetId | Kind::ShortHeader);
-        let write = if to_guest { WRITE } else { 0 };
-        self.desc(ring, head, header, header_len, NEXT);
-        self.desc(ring, head + 1, data, data_len, NEXT | write);
-        self.desc(ring, head + 2, status_gpa(ring, slot), 1, WRITE);
-        let state = &mut self.rings[ring];
-        let position = state.avail;
-        state.avail = position.wrapping_add(1);
-        let progress = Progress::Offered;
-        state.slots[slot] = Some(Request { id, progress, table: None, kind, position, data, len });
-        let at = u64::from(position % state.size);
-        self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
-        self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
         self.kick(ring, position);
     }
 
+    fn offer_split(&mut self, ring: usize, slot: usize, buffers: &[Buffer; 3]) {
+        let head = 3 * slot as u16;
+        for (index, buffer) in (head..).zip(buffers) {
+            let next = if index < head + 2 { NEXT } else { 0 };
+            let write = if buffer.write { WRITE } else { 0 };
+            self.desc(ring, index, buffer.gpa, buffer.len, next | write);
+        }
+        let state = &mut self.rings[ring];
+        let position = state.avail;
+        state.avail = position.wrapping_add(1);
+        let at = u64::from(position % state.size);
+        self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
+        self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
+    }
+
     /// Kicks for the request at `position` if the back end wants it (virtio 1.2, 2.7.10).
-    fn kick(&self, ring: usize, position: u16) {
-        let wanted = if self.event_idx {
+    fn kick(&mut self, ring: usize, position: u16) {
+        let wanted = if let Some(packed) = &mut self.rings[ring].packed {
+            packed.driver.wants_kick()
+        } else if self.event_idx {
             let event = used_gpa(ring) + 4 + 8 * u64::from(self.rings[ring].size);
             self.get_u16(event) == position
         } else {
@@ -308,33 +407,43 @@ impl Vm {
         self.put(at + 14, &(index + 1).to_le_bytes());
     }
 
-    pub(crate) fn used_idx(&self, ring: usize) -> u16 {
+    fn used_idx(&self, ring: usize) -> u16 {
         self.get_u16(used_gpa(ring) + 2)
     }
 
     /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone.
     pub(crate) fn consume(&mut self, ring: usize, bereft: bool) -> Vec<u64> {
         let mut ids = vec![];
-        let idx = self.used_idx(ring);
-        while self.rings[ring].seen != idx {
-            let Ring { size, seen, .. } = self.rings[ring];
-            let element = self.get(used_gpa(ring) + 4 + 8 * u64::from(seen % size), 8);
-            let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| element[at + i]));
-            let (head, written) = (word(0), word(4));
-            let slot = head as usize / 3;
-            assert!(head.is_multiple_of(3), "ring {ring}: chain {head} was never offered");
+        while let Some((slot, written)) = self.take_used(ring) {
             let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
             let request = request.unwrap_or_else(|| {
-                panic!("ring {ring}: chain {head} came back at {seen} but is not outstanding")
+                panic!("ring {ring}: slot {slot} came back but is not outstanding")
             });
             self.check_answer(ring, slot, &request, written, bereft);
-            self.rings[ring].seen = seen.wrapping_add(1);
             ids.push(request.id);
         }
         if !ids.is_empty() {
             self.want_calls(ring);
         }
         ids
+    }
+
+    /// The next chain that came back: its slot, and the length written.
+    fn take_used(&mut self, ring: usize) -> Option<(usize, u32)> {
+        if let Some(packed) = &mut self.rings[ring].packed {
+            let (id, written) = packed.driver.take()?;
+            return Some((packed.slots[usize::from(id)], written));
+        }
+        let Ring { size, seen, .. } = self.rings[ring];
+        if seen == self.used_idx(ring) {
+            return None;
+        }
+        let element = self.get(used_gpa(ring) + 4 + 8 * u64::from(seen % size), 8);
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| element[at + i]));
+        let (head, written) = (word(0), word(4));
+        assert!(head.is_multiple_of(3), "ring {ring}: chain {head} was never offered");
+        self.rings[ring].seen = seen.wrapping_add(1);
+        Some((head as usize / 3, written))
     }
 
     fn check_answer(
@@ -374,19 +483,24 @@ impl Vm {
         }
     }
 
-    /// All that a back end that has stopped may not change: used index, elements, statuses.
+    /// All that a back end that has stopped may not change: used index, elements, statuses; of a
+    /// packed ring, descriptors and statuses.
     pub(crate) fn used_part(&self, ring: usize) -> Vec<u8> {
         let Ring { size, ref slots, .. } = self.rings[ring];
-        let mut bytes = self.get(used_gpa(ring) + 2, 2 + 8 * usize::from(size));
+        let mut bytes = if self.packed {
+            self.get(ring_gpa(ring), 16 * usize::from(size))
+        } else {
+            self.get(used_gpa(ring) + 2, 2 + 8 * usize::from(size))
+        };
         bytes.extend(self.get(status_gpa(ring, 0), slots.len()));
         bytes
     }
 
     /// Checks that the answer to GET_VRING_BASE is right: all before `base` came back.
     pub(crate) fn check_base(&self, ring: usize, base: u16) {
-        assert_eq!(base, self.used_idx(ring), "ring {ring}: the base and the used index");
+        assert_eq!(base, self.base(ring), "ring {ring}: the base and what was used");
         for request in self.rings[ring].slots.iter().flatten() {
-            let ahead = request.position.wrapping_sub(base) < 1 << 15;
+            let ahead = self.packed || request.position.wrapping_sub(base) < 1 << 15;
             let untouched = request.progress == Progress::Offered;
             assert!(ahead && untouched, "ring {ring}: base {base} answered before {request:?}");
         }

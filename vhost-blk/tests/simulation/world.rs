@@ -63,6 +63,8 @@ pub(crate) struct Controller {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) disk: usize,
+    /// It offers packed rings.
+    pub(crate) packed: bool,
     pub(crate) exists: bool,
     pub(crate) deleting: bool,
 }
@@ -110,6 +112,8 @@ pub(crate) struct Front {
     /// It has sent RESET_OWNER: what was in flight then is told on the call fds of then.
     pub(crate) was_reset: bool,
     pub(crate) table: Option<usize>,
+    /// The number of the in-flight area that it has given.
+    pub(crate) area: Option<usize>,
     pub(crate) rings: [FrontRing; RINGS],
     /// The ring whose GET_VRING_BASE is not answered.
     pub(crate) owed: Option<usize>,
@@ -415,7 +419,11 @@ impl World {
         assert!(!front.closed, "front {n}: a message after its end");
         let ring = front.owed.unwrap_or_else(|| panic!("front {n}: an answer to no question"));
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
-        let payload = protocol::vring_base(ring, base.into());
+        // A packed ring has two positions, which are one as nothing is in flight. (A reset takes
+        // the features away.)
+        let packed = self.vms[front.vm].packed && front.featured;
+        let both = if packed { 0x1_0001 } else { 1 };
+        let payload = protocol::vring_base(ring, u32::from(base) * both);
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
         assert_eq!(message, expected, "front {n}: the answer");
         self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
