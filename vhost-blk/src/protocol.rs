@@ -445,6 +445,13 @@ mod tests {
         assert!(matches!(message, Message::SetVringKick { ring: 2, fd: None }));
     }
 
+    /// A front end that comes back to us from SPDK does not ask what we offer.
+    #[test]
+    fn every_protocol_feature_of_spdk_is_offered() {
+        assert_eq!(PROTOCOL_FEATURES & 0x1_1ebf, 0x1_1ebf);
+        assert_eq!(PROTOCOL_FEATURES & !0x1_1ebf, 1 << 13 | 1 << 15);
+    }
+
     #[test]
     fn replies_are_laid_out_as_the_protocol_has_it() {
         let reply = reply(request::GET_VRING_BASE, &vring_base(1, 0x1234));
