@@ -123,8 +123,6 @@ struct Sums {
     readable: usize,
     descriptors: u32,
     malformed: bool,
-    /// There was no room for all segments. Malformed, too.
-    overflown: bool,
 }
 
 impl Sums {
@@ -165,7 +163,7 @@ impl Sums {
                 *segment = Segment::new(host, len as usize);
                 self.count += 1;
             }
-            None => (self.malformed, self.overflown) = (true, true),
+            None => self.malformed = true,
         }
         if write {
             self.status = NonNull::new(host.wrapping_add(len as usize - 1));
@@ -212,7 +210,10 @@ impl Chain {
     #[inline]
     #[must_use]
     pub fn data(&self, first: usize, count: usize) -> &[Segment] {
-        &self.segments()[first..first + count]
+        match &self.long {
+            None => &self.segments[first..first + count],
+            Some(long) => &long[first..first + count],
+        }
     }
 
     #[inline]
@@ -227,16 +228,14 @@ impl Chain {
     #[inline]
     pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: &C) -> C::Taken {
         debug_assert!(self.long.is_none(), "given back with the request before");
-        let (sums, taken) = collect_into(&mut self.segments, near, chain);
-        self.sums = sums;
-        taken
+        collect_into(&mut self.segments, &mut self.sums, near, chain)
     }
 
-    /// Whether the chain has more pieces than there is room for: then [`Chain::collect_long`].
+    /// Whether the chain may have more pieces than there was room for: then [`Chain::collect_long`].
     #[inline]
     #[must_use]
     pub fn overflown(&self) -> bool {
-        self.sums.overflown
+        self.sums.malformed && self.sums.count == SEGMENTS_MAX && self.long.is_none()
     }
 
     /// Collects a chain once more, into more room. What the first walk has read counts no more.
@@ -247,14 +246,19 @@ impl Chain {
         chain: &C,
         mut long: LongSegments,
     ) -> C::Taken {
-        let (sums, taken) = collect_into(&mut *long, near, chain);
-        self.sums = sums;
+        let taken = collect_into(&mut *long, &mut self.sums, near, chain);
         self.long = Some(long);
         taken
     }
 
-    /// Takes the room for a long chain back.
+    /// Whether it has room of its own.
     #[inline]
+    #[must_use]
+    pub fn is_long(&self) -> bool {
+        self.long.is_some()
+    }
+
+    /// Takes the room for a long chain back.
     #[must_use]
     pub fn take_long(&mut self) -> Option<LongSegments> {
         self.long.take()
@@ -365,14 +369,16 @@ impl Chain {
 #[inline(always)]
 fn collect_into<const N: usize, C: Chained>(
     segments: &mut [Segment; N],
+    to: &mut Sums,
     near: &mut Near<'_>,
     chain: &C,
-) -> (Sums, C::Taken) {
+) -> C::Taken {
     // By value, for the processor's registers.
     let mut sums = Sums::default();
     let (whole, taken) = chain.walk(near, |near, buffer| sums.push(segments, near, buffer));
     sums.malformed |= !whole;
-    (sums, taken)
+    *to = sums;
+    taken
 }
 
 /// A chain with a place for the status, while it is made a request.

@@ -5,7 +5,7 @@
 mod requests;
 
 use std::collections::VecDeque;
-use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +18,7 @@ use super::{Coalescing, NOTHING, Queue, QueueState, StartError, Tracked, View, W
 use crate::config::Disk;
 use crate::inflight::{Recovery, Tracker};
 use crate::memory::Nearest;
-use crate::reactor::{Bell, Cause, Event, Events, Turn};
+use crate::reactor::{Cause, Event, Events, Turn};
 use crate::request::{Chain, LongSegments, long_segments};
 use crate::ring::{AnyRing, Look, Ring};
 
@@ -76,8 +76,8 @@ pub struct Core {
     broken: bool,
     /// The guest was asked for kicks, as its reactor was about to sleep.
     armed: bool,
-    /// The next call goes out whether the guest wants it or not.
-    call_unasked: bool,
+    /// The guest has asked for a call that it has not got, or may not have got an earlier one.
+    call_wanted: bool,
     /// The system could not make the last call right then.
     call_refused: bool,
     call_due: CallDue,
@@ -170,7 +170,7 @@ impl Core {
         tracked: Option<Tracked<'_>>,
     ) -> Result<Self, StartError> {
         let (tracker, recovery) = begin(view, base, tracked)?;
-        let Recovery { used, last_avail, mut again } = recovery;
+        let Recovery { used, last_avail, mut again, .. } = recovery;
         again.reverse();
         let depth = view.ring.size().min(SLOTS_MAX);
         let device = match view.disk.as_deref() {
@@ -200,7 +200,7 @@ impl Core {
             stopped: false,
             broken: false,
             armed: false,
-            call_unasked: false,
+            call_wanted: false,
             call_refused: false,
             call_due: CallDue::default(),
             nearest: Nearest::default(),
@@ -318,7 +318,7 @@ impl Core {
         self.expected.header = std::ptr::null();
         self.refuse_kicks(view);
         // The fd before this view's may have been told last, and nobody may be listening to it.
-        self.call_unasked = true;
+        self.call_wanted = true;
         self.call_due.pending = true;
     }
 
@@ -386,26 +386,25 @@ impl Core {
         wait
     }
 
-    /// Has the disk ring `bell` when it has completed something.
-    ///
-    /// # Errors
-    /// The system has no room for another watch.
-    pub(super) fn ring_when_done(&self, bell: &Bell) -> io::Result<()> {
-        match self.device.as_ref().and_then(|device| device.channel.0.wake_fd()) {
-            Some(fd) => bell.watch(fd),
-            None => Ok(()),
-        }
+    /// Where the disk says that it has completed something, if it does.
+    pub(super) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.device.as_ref()?.channel.0.wake_fd()
     }
 
     /// Calls the guest if it wants that and the time has come.
     /// A queue that stops does not make the guest wait for coalescing.
     #[inline]
     fn call_guest<R: Ring>(&mut self, at: At<'_, R>, turn: &mut Turn, stop: bool) {
+        // Asked at once even if the call has to wait: positions of a ring that has gone round
+        // meanwhile would say nothing.
+        self.call_wanted |= at.ring.wants_call(self.called, self.used);
+        self.called = self.used;
         if !stop && self.call_due.wait(&at.queue.coalescing, turn) {
             return;
         }
-        let wanted = at.ring.wants_call(self.called, self.used) || self.call_unasked;
-        if wanted && let Some(call) = &at.view.call {
+        if self.call_wanted
+            && let Some(call) = &at.view.call
+        {
             turn.note(Cause::Call);
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };
@@ -416,8 +415,7 @@ impl Core {
             }
         }
         self.call_due.pending = false;
-        self.call_unasked = false;
-        self.called = self.used;
+        self.call_wanted = false;
     }
 
     #[cold]
@@ -476,7 +474,7 @@ fn begin(
     tracked: Option<Tracked<'_>>,
 ) -> Result<(Option<Tracker>, Recovery), StartError> {
     let size = view.ring.size();
-    let untracked = |at| (None, Recovery { used: at, last_avail: at, again: vec![] });
+    let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
     let tracker = match (&view.ring, tracked) {
         // What the guest was told counts. A front end that reconnects gives the used index that it
         // saw when the connection ended; requests that completed after that would be fetched and
@@ -492,6 +490,9 @@ fn begin(
         }
     };
     let (tracker, recovery) = tracker.ok_or(StartError::NoRoom)?;
+    if let Some(damage) = recovery.damage {
+        tracing::warn!("{damage}");
+    }
     if let AnyRing::Packed(ring) = &view.ring {
         ring.take_back(recovery.used, recovery.last_avail);
     }

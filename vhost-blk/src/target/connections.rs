@@ -356,6 +356,7 @@ impl Target {
     pub fn tick(&self, now: Instant) {
         let limit = Duration::from_secs(self.drain_limit_s.load(Ordering::Relaxed));
         let mut inner = self.lock();
+        self.release_strays(&mut inner);
         for connected in inner.connections.values_mut() {
             let Some((since, warned)) = &mut connected.owed else { continue };
             let waited = now.saturating_duration_since(*since);
@@ -385,10 +386,11 @@ impl Target {
         let Some((conn, ring)) = inner.queues.remove(&queue) else { return };
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let Some(attached) = connected.queues[ring].take() else { return };
-        let Attached { queue, reactor, kicks: _ } = attached;
+        // If it is on its way to this reactor, the move comes to nothing.
+        let Attached { queue, reactor, .. } = attached;
         let effects = connected.session.drained(ring, queue.last_avail());
         inner.attached[reactor].retain(|other| other.id != queue.id);
-        self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
+        self.publish_set(&inner, reactor);
         self.reclaim.free(queue);
         let starts = self.apply(&mut inner, conn, effects, None);
         let opened = self.reap(&mut inner, conn);

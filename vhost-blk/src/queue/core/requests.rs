@@ -105,15 +105,17 @@ impl Serve for SplitRing {
         // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
         let mut near = unsafe { at.view.memory.near(core.nearest) };
         let mut limit = Limit::default();
-        for n in 0..batch.len() {
-            let slot = &mut core.slots[usize::from(batch[n])];
+        for (n, &index) in batch.iter().enumerate() {
+            let slot = &mut core.slots[usize::from(index)];
             let chain = SplitChain { ring: at.ring, head: slot.id };
             slot.chain.collect(&mut near, &chain);
-            if slot.chain.overflown() && core.collect_long(&mut near, batch[n], &chain).is_none() {
-                core.free.extend(batch.drain(n..).rev());
-                break;
+            if slot.chain.overflown() {
+                let Some(room) = core.long.pop() else {
+                    core.free.extend(batch.drain(n..).rev());
+                    break;
+                };
+                slot.chain.collect_long(&mut near, &chain, room);
             }
-            let slot = &core.slots[usize::from(batch[n])];
             slot.chain.prefetch();
             if let Some(header) = slot.chain.header() {
                 core.expected = Expected { head: slot.id, header };
@@ -174,18 +176,16 @@ impl Serve for PackedRing {
         while !batch.is_full() && at.ring.pending(position)? > 0 {
             let Some(index) = core.free.pop() else { break };
             let slot = &mut core.slots[usize::from(index)];
-            let chain = PackedChain { ring: at.ring, position };
+            let room = at.ring.room(core.published, position);
+            let chain = PackedChain { ring: at.ring, position, room };
             let mut taken = slot.chain.collect(&mut near, &chain);
             if slot.chain.overflown() {
-                match core.collect_long(&mut near, index, &chain) {
-                    Some(again) => taken = again,
-                    None => {
-                        core.free.push(index);
-                        break;
-                    }
-                }
+                let Some(room) = core.long.pop() else {
+                    core.free.push(index);
+                    break;
+                };
+                taken = slot.chain.collect_long(&mut near, &chain, room);
             }
-            let slot = &mut core.slots[usize::from(index)];
             match taken {
                 Ok(taken) => (slot.id, slot.span, slot.position) = (taken.id, taken.span, position),
                 Err(error) => {
@@ -228,7 +228,7 @@ impl Serve for PackedRing {
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { at.view.memory.near(Nearest::default()) };
-        let chain = PackedChain { ring: at.ring, position: slot.position };
+        let chain = PackedChain { ring: at.ring, position: slot.position, room: slot.span };
         collect_anew(slot, &mut near, &chain);
     }
 
@@ -275,29 +275,17 @@ fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: &C) {
 }
 
 impl Core {
-    /// Collects a chain that is too long for its slot into room of its own; `None` if all of that is
-    /// lent.
-    #[cold]
-    fn collect_long<C: Chained>(
-        &mut self,
-        near: &mut Near<'_>,
-        index: u16,
-        chain: &C,
-    ) -> Option<C::Taken> {
-        let room = self.long.pop()?;
-        Some(self.slots[usize::from(index)].chain.collect_long(near, chain, room))
-    }
-
     /// Collects a chain that may be anywhere.
     fn collect_far<C: Chained>(&mut self, view: &View, index: u16, chain: &C) -> Option<C::Taken> {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { view.memory.near(Nearest::default()) };
         let slot = &mut self.slots[usize::from(index)];
         let taken = slot.chain.collect(&mut near, chain);
-        if slot.chain.overflown() {
-            return self.collect_long(&mut near, index, chain);
+        if !slot.chain.overflown() {
+            return Some(taken);
         }
-        Some(taken)
+        let room = self.long.pop()?;
+        Some(slot.chain.collect_long(&mut near, chain, room))
     }
 
     /// Takes what the device has finished.
@@ -389,7 +377,7 @@ impl Core {
     }
 
     /// Answers the request in `slot` and frees the slot.
-    #[inline]
+    #[inline(always)]
     fn finish<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: Status) {
         let slot = &self.slots[usize::from(index)];
         let status = match status {
@@ -403,7 +391,7 @@ impl Core {
     }
 
     /// Puts a finished chain into the used ring and frees its slot.
-    #[inline]
+    #[inline(always)]
     fn put<R: Serve>(&mut self, at: At<'_, R>, index: u16, written: u32) {
         if at.recorded {
             self.record_put(at.view, index);
@@ -414,6 +402,12 @@ impl Core {
         self.call_due.window_requests += 1;
         bump(&at.queue.requests);
         self.release(index);
+    }
+
+    /// As [`Core::put`], for a request that no device has seen.
+    #[inline(never)]
+    fn put_unserved<R: Serve>(&mut self, at: At<'_, R>, index: u16, written: u32) {
+        self.put(at, index, written);
     }
 
     /// Writes down that a request is done: the pages that it has dirtied, and that it is in flight no
@@ -436,12 +430,17 @@ impl Core {
     }
 
     /// Frees a slot.
-    #[inline]
+    #[inline(always)]
     fn release(&mut self, index: u16) {
-        if let Some(room) = self.slots[usize::from(index)].chain.take_long() {
-            self.long.push(room);
+        if self.slots[usize::from(index)].chain.is_long() {
+            self.take_room_back(index);
         }
         self.free.push(index);
+    }
+
+    #[cold]
+    fn take_room_back(&mut self, index: u16) {
+        self.long.extend(self.slots[usize::from(index)].chain.take_long());
     }
 
     /// Tells the guest about everything that was put.
@@ -551,12 +550,23 @@ impl Core {
                 }
             }
             self.again.pop();
-            self.start(at, index, turn, tallies, true);
+            self.start_again(at, index, turn, tallies);
             taken += 1;
         }
         at.queue.inflight.store(self.inflight, Ordering::Relaxed);
         self.kick_device();
         taken > 0
+    }
+
+    #[inline(never)]
+    fn start_again<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        index: u16,
+        turn: &mut Turn,
+        tallies: &mut [Tally; 2],
+    ) {
+        self.start(at, index, turn, tallies, true);
     }
 
     #[inline]
@@ -602,7 +612,7 @@ impl Core {
 
     /// Begins the request in slot `index`; answers with its bytes of data. `again` if it was begun
     /// before, by an earlier owner of the ring.
-    #[inline]
+    #[inline(always)]
     fn start<R: Serve>(
         &mut self,
         at: At<'_, R>,
@@ -652,12 +662,12 @@ impl Core {
                 if status != STATUS_OK {
                     bump(&at.queue.malformed);
                 }
-                self.put(at, index, written + 1);
+                self.put_unserved(at, index, written + 1);
                 0
             }
             Request::NoStatus => {
                 bump(&at.queue.malformed);
-                self.put(at, index, 0);
+                self.put_unserved(at, index, 0);
                 0
             }
         }
