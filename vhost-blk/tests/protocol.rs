@@ -9,8 +9,8 @@ mod scene;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use vhost_blk::Verdict;
 use vhost_blk::protocol::request::{
     ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
     GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_STATUS, GET_VRING_BASE, NET_SET_MTU, REM_MEM_REG,
@@ -19,6 +19,7 @@ use vhost_blk::protocol::request::{
     SET_STATUS, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR,
     SET_VRING_KICK, SET_VRING_NUM,
 };
+use vhost_blk::{Mode, Target, Verdict};
 
 use memfd::memfd;
 use scene::{Front, LOG_ALL, RAM_BYTES, STATES, State, World, addrs, dup, eventfd, region, table};
@@ -273,4 +274,20 @@ fn slots_are_many_and_bounded() {
         assert!(matches!(front.send(REM_MEM_REG, at(n), vec![]), Verdict::Done), "{n}");
     }
     front.end();
+}
+
+/// What is acknowledged is in effect: the one reactor makes no turn after its first, so it never is.
+#[test]
+fn a_change_that_no_reactor_heeds_is_refused() {
+    let log = |front: &Front<'_>| (SET_FEATURES, number(front.features() | LOG_ALL));
+    let changes: [&dyn Fn(&Front<'_>) -> (u32, Vec<u8>); 2] = [&log, &|_| (SET_CONFIG, wce(0))];
+    for change in changes {
+        let (target, mut steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
+        let world = World::of(target);
+        let front = world.front(State::Ready);
+        front.start();
+        steps[0].step();
+        let (request, payload) = change(&front);
+        assert!(matches!(front.send(request, payload, vec![]), Verdict::Reject));
+    }
 }
