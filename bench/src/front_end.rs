@@ -468,11 +468,20 @@ impl FrontEnd {
     /// # Errors
     /// As [`FrontEnd::connect`] and [`FrontEnd::start`].
     pub fn reconnect(&mut self) -> Result<()> {
+        self.reconnect_at(Ring::used_index)
+    }
+
+    /// As [`FrontEnd::reconnect`], each ring from what `base` says of it: packed rings have no index
+    /// in memory.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::reconnect`].
+    pub fn reconnect_at(&mut self, base: impl Fn(&Ring) -> u16) -> Result<()> {
         // What one shuts down, another connection's clone shares.
         drop(self.link.socket.shutdown(Shutdown::Both));
         self.link = Link::connect(&self.path, self.options.limit)?;
         self.negotiate()?;
-        let rings = self.rings.iter().map(|ring| (ring.clone(), ring.used_index())).collect();
+        let rings = self.rings.iter().map(|ring| (ring.clone(), base(ring))).collect();
         self.start(rings)
     }
 

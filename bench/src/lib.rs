@@ -12,8 +12,9 @@
 //! 7. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
 //! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
 //! 9. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
-//! 10. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
-//! 11. [`publish`]: what a measuring program shows while it works, and leaves behind.
+//! 10. [`crash`]: a server that is killed again and again, and a guest that goes on with the next.
+//! 11. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
+//! 12. [`publish`]: what a measuring program shows while it works, and leaves behind.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -30,6 +31,7 @@
 //! # }
 //! ```
 
+pub mod crash;
 pub mod driver;
 pub mod error;
 pub mod event;

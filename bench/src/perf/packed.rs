@@ -206,6 +206,10 @@ impl Virtqueue for Packed<'_> {
     fn refuse_calls(&mut self) {
         self.ours[1].store(EVENTS_OFF, Ordering::Relaxed);
     }
+
+    fn base(&self) -> u16 {
+        self.used.at | if self.used.wrap { FIRST_BASE } else { 0 }
+    }
 }
 
 #[cfg(test)]

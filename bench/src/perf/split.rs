@@ -167,6 +167,11 @@ impl Virtqueue for Split<'_> {
         self.ring.set_available_flags(u16::from(!self.event_idx));
         self.refuse_again();
     }
+
+    /// As QEMU has it: what the device has published, whether or not it was taken.
+    fn base(&self) -> u16 {
+        self.used_index()
+    }
 }
 
 #[cfg(test)]

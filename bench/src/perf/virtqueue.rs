@@ -31,6 +31,10 @@ pub(crate) trait Virtqueue {
 
     /// Tells the device that nobody waits for its calls.
     fn refuse_calls(&mut self);
+
+    /// Where another device begins that takes over and has nothing else to go by, as SET_VRING_BASE
+    /// says it.
+    fn base(&self) -> u16;
 }
 
 /// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
