@@ -344,7 +344,7 @@ impl Ring for PackedRing {
         let (index, wrap) = (u32::from(position & !WRAP) + u32::from(by), position & WRAP);
         match index.checked_sub(self.size.into()) {
             None => index as u16 | wrap,
-            Some(index) => index as u16 & !WRAP | (wrap ^ WRAP),
+            Some(index) => index as u16 | (wrap ^ WRAP),
         }
     }
 
