@@ -1,5 +1,4 @@
 //! A front end that has negotiated with SPDK's vhost comes to this one with what it has.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
 
