@@ -61,3 +61,4 @@ pub use packed::PackedQueue;
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
 pub use spread::Spread;
+pub use vhost::vhost_user::VhostUserProtocolFeatures;

@@ -182,10 +182,6 @@ impl Target {
                     verdict = Verdict::Reply((SLOTS_MAX as u64).to_le_bytes().into());
                     Ok(vec![])
                 }
-                Message::SetStatus(status) => {
-                    verdict = Verdict::Pass;
-                    Ok(if status == 0 { session.reset_device() } else { vec![] })
-                }
                 Message::ResetOwner => Ok(session.reset_owner()),
                 Message::ResetDevice => Ok(session.reset_device()),
                 Message::Negotiation => {
