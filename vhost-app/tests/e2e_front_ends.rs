@@ -32,48 +32,29 @@ macro_rules! column {
             }
         )* }
     };
-    (#$ignore:tt $column:ident: $front_end:ty, $rings:expr; $($cell:ident)*) => {
-        mod $column { $(
-            #[test]
-            #$ignore
-            fn $cell() {
-                use super::*;
-                run::<$front_end>($rings, stringify!($cell), super::$cell::<$front_end>);
-            }
-        )* }
-    };
 }
 
 column! {
     rust_vmm_split: RustVmm, Split;
     config_space read_and_write flush discard write_zeroes get_id many_segments four_queues event_idx
-    indirect_descriptors reconnect resize
+    indirect_descriptors memory_table memory_slots reconnect recovery_after_kill live_migration resize
 }
 column! {
-    #[ignore = "needs settled memory, memory slots, in-flight tracking and a dirty log"]
-    rust_vmm_split_later: RustVmm, Split;
-    memory_table memory_slots recovery_after_kill live_migration
-}
-column! {
-    #[ignore = "needs packed rings"]
     rust_vmm_packed: RustVmm, Packed;
     config_space read_and_write flush discard write_zeroes get_id many_segments four_queues event_idx
     indirect_descriptors memory_table memory_slots reconnect recovery_after_kill live_migration resize
 }
 column! {
-    #[ignore = "needs memory slots"]
     virtio_driver_split: VirtioDriver, Split;
     config_space read_and_write flush discard write_zeroes many_segments four_queues event_idx
     memory_slots reconnect
 }
 column! {
-    #[ignore = "needs memory slots and packed rings"]
     virtio_driver_packed: VirtioDriver, Packed;
     config_space read_and_write flush discard write_zeroes many_segments four_queues event_idx
     memory_slots reconnect
 }
 column! {
-    #[ignore = "needs memory slots"]
     blkio_split: Blkio, Split;
     config_space read_and_write flush discard write_zeroes many_segments four_queues event_idx
     memory_slots reconnect
