@@ -10,7 +10,6 @@ use harness::Vhost;
 use serde_json::json;
 
 #[test]
-#[ignore = "needs CONFIG_WCE"]
 fn a_guest_turns_its_write_cache_off_and_on() {
     let vhost = Vhost::start(&[]);
     malloc(&vhost, "M", 16 * MIB, 512);

@@ -43,19 +43,16 @@ fn vhost_is_restarted_many_times_under_a_working_guest() {
 }
 
 #[test]
-#[ignore = "needs INFLIGHT_SHMFD"]
 fn vhost_is_killed_many_times_under_a_working_guest() {
     ends("KILL", None, cycles(5), "");
 }
 
 #[test]
-#[ignore = "needs packed rings"]
 fn vhost_is_restarted_many_times_under_a_guest_with_packed_rings() {
     ends("TERM", Some(0), 4, ",packed=on");
 }
 
 #[test]
-#[ignore = "needs INFLIGHT_SHMFD and packed rings"]
 fn vhost_is_killed_many_times_under_a_guest_with_packed_rings() {
     ends("KILL", None, cycles(5), ",packed=on");
 }

@@ -46,13 +46,11 @@ fn moves(properties: &'static str) {
 }
 
 #[test]
-#[ignore = "needs LOG_SHMFD, without which QEMU does not migrate"]
 fn a_guest_moves_under_load_and_back() {
     moves("");
 }
 
 #[test]
-#[ignore = "needs LOG_SHMFD and packed rings"]
 fn a_guest_with_packed_rings_moves_under_load_and_back() {
     moves(",packed=on");
 }
