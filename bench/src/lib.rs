@@ -5,15 +5,17 @@
 //!
 //! 1. [`guest`]: a guest's memory, made from memfds so that a back end can map it too.
 //! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields.
-//! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out.
+//! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out; [`packed`] for the
+//!    packed kind.
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
 //! 7. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
 //! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
 //! 9. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
-//! 10. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
-//! 11. [`publish`]: what a measuring program shows while it works, and leaves behind.
+//! 10. [`crash`]: a server that is killed again and again, and a guest that goes on with the next.
+//! 11. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
+//! 12. [`publish`]: what a measuring program shows while it works, and leaves behind.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -30,6 +32,7 @@
 //! # }
 //! ```
 
+pub mod crash;
 pub mod driver;
 pub mod error;
 pub mod event;
@@ -37,6 +40,7 @@ pub mod front_end;
 pub mod guest;
 pub mod load;
 pub mod markdown;
+pub mod packed;
 pub mod perf;
 pub mod pin;
 pub mod publish;
@@ -53,6 +57,8 @@ pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};
 pub use guest::{Backing, GuestRam, Segment};
 pub use load::{Idle, Load, LoadOptions, Summary};
+pub use packed::PackedQueue;
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
 pub use spread::Spread;
+pub use vhost::vhost_user::VhostUserProtocolFeatures;

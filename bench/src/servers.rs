@@ -83,6 +83,14 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// it does not go on with what another server has begun
+    #[error("it does not take over: {source}; the end of its log:\n{log}")]
+    TakeOver {
+        /// What it refused.
+        source: crate::Error,
+        /// The end of what it printed.
+        log: String,
+    },
     /// somebody pressed Ctrl-C
     #[error("interrupted")]
     Interrupted,
@@ -93,7 +101,9 @@ pub enum Error {
 
 impl Error {
     /// For `map_err` on a system call.
-    fn system<E: Into<std::io::Error>>(doing: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn system<E: Into<std::io::Error>>(
+        doing: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self {
         move |source| Self::System { doing: doing.into(), source: source.into() }
     }
 }

@@ -255,8 +255,8 @@ fn what_changes_hands() {
         let readers = [(&from, 2), (&to, 1)].map(|(list, turns)| {
             let list = Arc::clone(list);
             let mut reader = domain.reader().expect("free");
-            reader.online();
             thread::spawn(move || {
+                reader.online();
                 for _ in 0..turns {
                     // SAFETY: online, in the one domain that there is.
                     if let Some(owned) = unsafe { list.load(&reader) } {

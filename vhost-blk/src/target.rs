@@ -98,6 +98,8 @@ pub struct Target {
     domain: Arc<Domain>,
     reactors: Vec<Arc<Reactor>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The reactors have no threads: see [`Target::in_steps`].
+    stepped: bool,
     events: Arc<Events>,
     reclaim: Reclaim,
     unmapper: Unmapper,
@@ -233,6 +235,7 @@ impl Target {
             inner: Mutex::new(inner),
             domain,
             reactors,
+            stepped: threads.is_empty(),
             threads: Mutex::new(threads),
             events,
             reclaim: Reclaim::start(move || freed())?,

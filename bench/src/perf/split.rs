@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use crate::driver::need_event;
 use crate::perf::plan::RingLayout;
 use crate::perf::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
-use crate::perf::virtqueue::{Virtqueue, need_event};
+use crate::perf::virtqueue::Virtqueue;
 use crate::ring::{Descriptor, INDIRECT, Ring};
 use crate::words::words;
 
@@ -166,6 +167,11 @@ impl Virtqueue for Split<'_> {
     fn refuse_calls(&mut self) {
         self.ring.set_available_flags(u16::from(!self.event_idx));
         self.refuse_again();
+    }
+
+    /// As QEMU has it: what the device has published, whether or not it was taken.
+    fn base(&self) -> u16 {
+        self.used_index()
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment};
+use crate::perf::plan::Order;
 use crate::perf::work::{Chooser, Io, Work};
 
 /// The first word of every block.
@@ -52,6 +53,11 @@ impl Verified {
             bytes: vec![0; area.block_bytes as usize],
             buffers,
         }
+    }
+
+    /// From now on reads one block after another; one that was never written is written.
+    pub(crate) fn read_through(&mut self) {
+        self.chooser = Chooser::new(self.chooser.area(), Order::Sequential, 100, self.seed);
     }
 
     /// The number of `block` on the disk.
@@ -158,7 +164,6 @@ fn word(bytes: &[u8], from: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::perf::plan::Order;
     use crate::perf::work::Area;
 
     const AREA: Area = Area { first: 8, count: 4, block_bytes: 512 };

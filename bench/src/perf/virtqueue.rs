@@ -31,11 +31,8 @@ pub(crate) trait Virtqueue {
 
     /// Tells the device that nobody waits for its calls.
     fn refuse_calls(&mut self);
-}
 
-/// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
-/// (virtio 1.2, 2.7.10).
-#[inline]
-pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    /// Where another device begins that takes over and has nothing else to go by, as SET_VRING_BASE
+    /// says it.
+    fn base(&self) -> u16;
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tracing::{error, warn};
+use tracing::error;
 use vhost_blk::config::Disk;
 use vhost_blk::controller::IOPS_THRESHOLD_DEFAULT;
 use vhost_blk::reactor::Cause;
@@ -74,9 +74,6 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
             return Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}")));
         }
     };
-    if p.packed_ring {
-        warn!("controller {}: packed_ring is kept, but packed rings are not offered yet", p.ctrlr);
-    }
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
         disk: Arc::new(Disk { bdev: Arc::clone(&bdev), read_only: p.readonly }),

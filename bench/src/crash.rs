@@ -1,0 +1,229 @@
+//! A `vhost` that is killed again and again under load, and a guest that goes on with the next one.
+//!
+//! The guest does what QEMU's does with `reconnect=`: its memory, its rings and the in-flight area
+//! outlive each server. It writes blocks that say which they are and how often they were written,
+//! and no block is in flight twice. So it sees whether a request came back exactly once, and
+//! whether each read has what was written last: a write that is done once more after a newer one
+//! would show.
+
+mod guest;
+
+use std::fmt;
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::LIMIT;
+use crate::perf::RingLayout;
+use crate::servers::{Error, Process, Result, setpriv};
+use guest::Guest;
+
+/// Requests between two kills are at most 2 to the power of this, and as often below any lower one:
+/// a server that has just taken over is to be killed too.
+const LIFE_BITS_MAX: u64 = 11;
+/// The disk's name, and its controller's.
+const DISK: &str = "disk";
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The binary.
+    pub vhost: PathBuf,
+    /// Arguments after those that it gets anyway.
+    pub args: Vec<String>,
+    /// The core of its reactor.
+    pub core: usize,
+    /// The kind of rings.
+    pub rings: RingLayout,
+    /// Queues: the odd ones' requests are in indirect tables.
+    pub queues: usize,
+    /// Requests in flight on each.
+    pub depth: u16,
+    /// How often it is killed.
+    pub kills: u64,
+    /// Chooses blocks, kinds, and when to kill.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// 200 kills at 64 requests in flight on two split queues, on core 1.
+    #[must_use]
+    pub fn new(vhost: PathBuf) -> Self {
+        Self {
+            vhost,
+            args: vec![],
+            core: 1,
+            rings: RingLayout::Split,
+            queues: 2,
+            depth: 32,
+            kills: 200,
+            seed: 1,
+        }
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default)]
+pub struct Toll {
+    /// How often the server was killed.
+    pub kills: u64,
+    /// Requests that came back.
+    pub completed: u64,
+    /// Requests that were in flight when a server was started again.
+    pub survived: u64,
+    /// Requests that never came back.
+    pub lost: u64,
+    /// Requests that came back without being in flight, or without having been done.
+    pub duplicated: u64,
+    /// Reads that have not what was written last.
+    pub stale: u64,
+    /// Requests that came back with an error.
+    pub errors: u64,
+    /// The first of these.
+    pub first_problem: Option<String>,
+    /// From the start of a server until it had taken over, in all.
+    pub restarting: Duration,
+}
+
+impl Toll {
+    /// Whether nothing went wrong.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.first_problem.is_none()
+    }
+
+    fn note(&mut self, problem: impl FnOnce() -> String) {
+        self.first_problem.get_or_insert_with(problem);
+    }
+}
+
+impl fmt::Display for Toll {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kills, completed, survived, lost, duplicated, stale, errors, .. } = self;
+        let each = self.restarting / u32::try_from(*kills).unwrap_or(u32::MAX).max(1);
+        write!(
+            f,
+            "{kills} kills, {completed} requests, {survived} of them in flight over a kill: {lost} lost, \
+             {duplicated} duplicated, {stale} stale, {errors} errors; a restart takes {} ms",
+            each.as_millis()
+        )?;
+        match &self.first_problem {
+            Some(problem) => write!(f, "; first: {problem}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Does what `plan` says, up to the first problem that a guest would have. At the end the guest
+/// lets everything come back, and reads all of its blocks.
+///
+/// # Errors
+/// The server does not start, or does not take over; not what is in the [`Toll`].
+pub fn run(plan: &Plan) -> Result<Toll> {
+    let mut server = Server::new(plan)?;
+    let mut random = Random(plan.seed);
+    let mut toll = Toll::default();
+    let mut guest = Guest::new(plan)?;
+    server.start()?;
+    server.until_it_listens(|socket| guest.connect(socket))?;
+    guest.serve(|lanes, connection| {
+        for _ in 0..plan.kills {
+            let bits = random.below(LIFE_BITS_MAX + 1);
+            let target = toll.completed + random.below(1 << bits);
+            while toll.completed < target && toll.is_good() {
+                lanes.work(&mut toll)?;
+            }
+            if !toll.is_good() {
+                return Ok(());
+            }
+            server.kill();
+            toll.kills += 1;
+            // A guest sees what is done, and gives more, whether or not anybody serves it.
+            for _ in 0..random.below(3) {
+                lanes.work(&mut toll)?;
+            }
+            toll.survived += lanes.in_flight();
+            let start = Instant::now();
+            server.start()?;
+            server.until_it_listens(|_| lanes.reconnect(connection))?;
+            toll.restarting += start.elapsed();
+        }
+        lanes.finish(&mut toll)
+    })?;
+    Ok(toll)
+}
+
+/// The server, whichever process it is just now.
+struct Server {
+    plan: Plan,
+    dir: TempDir,
+    process: Option<Process>,
+}
+
+impl Server {
+    fn new(plan: &Plan) -> Result<Self> {
+        let doing = || "cannot make a disk";
+        let dir = tempfile::Builder::new().prefix("crash").tempdir();
+        let dir = dir.map_err(Error::system(doing()))?;
+        let disk = dir.path().join("file");
+        let file = File::create(&disk).map_err(Error::system(doing()))?;
+        file.set_len(guest::disk_bytes(plan)).map_err(Error::system(doing()))?;
+        let call = |method, params| json!([{"method": method, "params": params}]);
+        let aio = json!({"name": DISK, "filename": disk, "block_size": 512});
+        let packed = plan.rings == RingLayout::Packed;
+        let controller = json!({"ctrlr": DISK, "dev_name": DISK, "packed_ring": packed});
+        let config = json!({"subsystems": [
+            {"subsystem": "bdev", "config": call("bdev_aio_create", aio)},
+            {"subsystem": "vhost_blk", "config": call("vhost_create_blk_controller", controller)},
+        ]});
+        let written = std::fs::write(dir.path().join("config.json"), config.to_string());
+        written.map_err(Error::system(doing()))?;
+        Ok(Self { plan: plan.clone(), dir, process: None })
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let at = |name| self.dir.path().join(name);
+        let mut command = setpriv(&self.plan.vhost);
+        command.args(["-m", &format!("{:#x}", 1_u64 << self.plan.core), "-u"]);
+        command.arg("--disable-cpumask-locks").arg("-S").arg(self.dir.path());
+        command.arg("-r").arg(at("rpc.sock")).arg("-c").arg(at("config.json"));
+        command.args(&self.plan.args);
+        self.process = Some(Process::start("vhost", command, at("log"))?);
+        Ok(())
+    }
+
+    /// Calls `connect` with the controller's socket until somebody listens there.
+    fn until_it_listens(
+        &mut self,
+        mut connect: impl FnMut(PathBuf) -> crate::Result<()>,
+    ) -> Result<()> {
+        let socket = self.dir.path().join(DISK);
+        let process = self.process.as_mut().expect("it was started");
+        let mut connected = Ok(());
+        process.wait_until("socket", || {
+            connected = connect(socket.clone());
+            !matches!(connected, Err(crate::Error::Connect { .. }))
+        })?;
+        connected.map_err(|source| Error::TakeOver { source, log: process.log() })
+    }
+
+    /// SIGKILL; returns when it has ended.
+    fn kill(&mut self) {
+        self.process = None;
+    }
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % end
+    }
+}
