@@ -19,7 +19,7 @@ use std::sync::Arc;
 use bdev::{Bdev, Op};
 use scene::channel::Line;
 use scene::disks::{self, DISK_BYTES};
-use scene::guest::Kind;
+use scene::guest::{Form, Kind};
 use scene::reader::Qsbr;
 use scene::rings::{ROUND, Rings, Step};
 use scene::stage::Stage;
@@ -77,38 +77,54 @@ fn all() -> Paths {
         paths.add(format!("turn-idle-{queues}"), move || idle(queues));
     }
     paths.add("turn-adopting", adopting);
-    for (name, kind, indirect) in [
-        ("direct", Kind::Read, false),
-        ("indirect", Kind::Read, true),
-        ("two", Kind::ReadInTwo, false),
+    for (name, kind, form) in [
+        ("direct", Kind::Read, Form::DIRECT),
+        ("indirect", Kind::Read, Form::INDIRECT),
+        ("two", Kind::ReadInTwo, Form::DIRECT),
     ] {
         for (step, name) in
             [(Step::Pop, format!("ring-pop-{name}")), (Step::Parse, format!("parse-{name}"))]
         {
-            paths.add(name, move || ring(kind, indirect, step));
+            paths.add(name, move || ring(kind, form, step));
         }
     }
-    paths.add("ring-push", || ring(Kind::Read, false, Step::Push));
+    for (name, form) in [("packed", Form::PACKED), ("packed-indirect", Form::PACKED_INDIRECT)] {
+        paths.add(format!("ring-pop-{name}"), move || ring(Kind::Read, form, Step::Pop));
+    }
+    paths.add("ring-push", || ring(Kind::Read, Form::DIRECT, Step::Push));
+    paths.add("ring-push-packed", || ring(Kind::Read, Form::PACKED, Step::Push));
     for (disk, bdev) in [("null", disks::null as fn() -> _), ("malloc", disks::malloc)] {
         for (op, kind) in [("read", Kind::Read), ("write", Kind::Write)] {
             for depth in [1, 32] {
                 paths.add(format!("{disk}-{op}-{depth}"), move || {
-                    requests(&bdev(), false, kind, depth)
+                    requests(&bdev(), Form::DIRECT, kind, depth)
                 });
             }
         }
     }
-    paths.add("null-read-two-32", || requests(&disks::null(), false, Kind::ReadInTwo, 32));
+    paths.add("null-read-two-32", || requests(&disks::null(), Form::DIRECT, Kind::ReadInTwo, 32));
     paths.add("null-read-32-beside-255-idle", || {
-        batches(Stage::new(256, false, &disks::null()), Kind::Read, 32)
+        batches(Stage::new(256, Form::DIRECT, &disks::null()), Kind::Read, 32)
     });
-    paths.add("null-read-indirect-32", || requests(&disks::null(), true, Kind::Read, 32));
+    for (name, form) in [
+        ("indirect", Form::INDIRECT),
+        ("packed", Form::PACKED),
+        ("packed-indirect", Form::PACKED_INDIRECT),
+    ] {
+        for depth in [1, 32] {
+            paths.add(format!("null-read-{name}-{depth}"), move || {
+                requests(&disks::null(), form, Kind::Read, depth)
+            });
+        }
+    }
     for (disk, bdev) in [("delay", disks::delay as fn() -> _), ("error", disks::error)] {
-        paths.add(format!("{disk}-read-32"), move || requests(&bdev(), false, Kind::Read, 32));
+        paths.add(format!("{disk}-read-32"), move || {
+            requests(&bdev(), Form::DIRECT, Kind::Read, 32)
+        });
     }
     for depth in [1, 16] {
         paths.add(format!("file-read-{depth}"), move || {
-            requests(&holes(), false, Kind::Read, depth)
+            requests(&holes(), Form::DIRECT, Kind::Read, depth)
         });
     }
     paths.add("file-channel-read-16", file_channel);
@@ -130,7 +146,7 @@ fn qsbr() -> Part {
 
 /// Turns of a reactor whose queues have nothing to do.
 fn idle(queues: usize) -> Part {
-    let mut stage = Stage::new(queues, false, &disks::null());
+    let mut stage = Stage::new(queues, Form::DIRECT, &disks::null());
     Box::new(move || {
         counted(|| {
             for _ in 0..TURNS {
@@ -143,7 +159,7 @@ fn idle(queues: usize) -> Part {
 
 /// Turns in which an idle queue adopts a new view.
 fn adopting() -> Part {
-    let mut stage = Stage::new(1, false, &disks::null());
+    let mut stage = Stage::new(1, Form::DIRECT, &disks::null());
     Box::new(move || {
         for _ in 0..TURNS {
             let view = stage.guest.next_view();
@@ -156,8 +172,8 @@ fn adopting() -> Part {
 }
 
 /// One step of requests on their way through a ring.
-fn ring(kind: Kind, indirect: bool, step: Step) -> Part {
-    let mut rings = Rings::new(kind, indirect);
+fn ring(kind: Kind, form: Form, step: Step) -> Part {
+    let mut rings = Rings::new(kind, form);
     Box::new(move || {
         for _ in 0..REQUESTS / ROUND {
             rings.round(step, |act| counted(act));
@@ -167,8 +183,8 @@ fn ring(kind: Kind, indirect: bool, step: Step) -> Part {
 }
 
 /// Requests in batches of `depth`, the device's side of them.
-fn requests(bdev: &Arc<dyn Bdev>, indirect: bool, kind: Kind, depth: u64) -> Part {
-    batches(Stage::new(1, indirect, bdev), kind, depth)
+fn requests(bdev: &Arc<dyn Bdev>, form: Form, kind: Kind, depth: u64) -> Part {
+    batches(Stage::new(1, form, bdev), kind, depth)
 }
 
 fn batches(mut stage: Stage, kind: Kind, depth: u64) -> Part {

@@ -12,7 +12,7 @@ use vhost_blk::reclaim::{Garbage, Reclaim};
 use vhost_blk::{Core, Mode};
 
 use crate::scene::disks;
-use crate::scene::guest::{Guest, Kind};
+use crate::scene::guest::{Form, Guest, Kind};
 
 const DRIVER_CORE: usize = 0;
 const REACTOR_CORE: Core = Core(1);
@@ -20,7 +20,7 @@ const REACTOR_CORE: Core = Core(1);
 const DEPTH: u64 = 32;
 
 pub(crate) fn bench(c: &mut Criterion) {
-    let mut guest = Guest::new(1, false, &disks::null());
+    let mut guest = Guest::new(1, Form::DIRECT, &disks::null());
     let events = Arc::new(Events::new().unwrap());
     let reactor = Reactor::start(REACTOR_CORE, &guest.domain, &events, Mode::Poll);
     let (Ok((reactor, thread)), Ok(())) = (reactor, pin(DRIVER_CORE)) else {

@@ -7,18 +7,20 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 
-use crate::scene::guest::Kind;
+use crate::scene::guest::{Form, Kind};
 use crate::scene::rings::{ROUND, Rings, Step};
 
 pub(crate) fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group(format!("ring, {ROUND} requests"));
     group.throughput(Throughput::Elements(ROUND));
-    for (chain, kind, indirect) in [
-        ("direct", Kind::Read, false),
-        ("indirect", Kind::Read, true),
-        ("direct, two buffers", Kind::ReadInTwo, false),
+    for (chain, kind, form) in [
+        ("direct", Kind::Read, Form::DIRECT),
+        ("indirect", Kind::Read, Form::INDIRECT),
+        ("direct, two buffers", Kind::ReadInTwo, Form::DIRECT),
+        ("packed", Kind::Read, Form::PACKED),
+        ("packed, indirect", Kind::Read, Form::PACKED_INDIRECT),
     ] {
-        let mut rings = Rings::new(kind, indirect);
+        let mut rings = Rings::new(kind, form);
         for (name, step) in [("pop", Step::Pop), ("parse", Step::Parse), ("push", Step::Push)] {
             group.bench_function(BenchmarkId::new(name, chain), |b| {
                 b.iter_custom(|rounds| (0..rounds).map(|_| timed(&mut rings, step)).sum());

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use bdev::Bdev;
-use bench::{GuestRam, QueueOptions, Request, STATUS_OK, Segment};
+use bench::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
 use qsbr::Domain;
 use vhost_blk::config::Disk;
 use vhost_blk::foreign::ForeignFd;
@@ -25,24 +25,62 @@ pub(crate) enum Kind {
     ReadInTwo,
 }
 
+/// How a driver lays out requests.
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
+    pub(crate) packed: bool,
+    /// In tables of their own.
+    pub(crate) indirect: bool,
+}
+
+impl Form {
+    pub(crate) const DIRECT: Self = Self { packed: false, indirect: false };
+    pub(crate) const INDIRECT: Self = Self { packed: false, indirect: true };
+    pub(crate) const PACKED: Self = Self { packed: true, indirect: false };
+    pub(crate) const PACKED_INDIRECT: Self = Self { packed: true, indirect: true };
+
+    pub(crate) fn layout(self) -> Layout {
+        Layout { packed: self.packed, ..Layout::default() }
+    }
+
+    /// The position that a new ring begins at.
+    pub(crate) fn base(self) -> u16 {
+        if self.packed { bench::packed::FIRST_BASE } else { 0 }
+    }
+}
+
+enum Side {
+    Split(bench::Queue),
+    Packed(PackedQueue),
+}
+
 /// The driver's side of a queue, and buffers for its requests.
 pub(crate) struct Driver {
-    queue: bench::Queue,
+    side: Side,
     whole: [Segment; 1],
     halves: [Segment; 2],
 }
 
 impl Driver {
-    pub(crate) fn new(ram: &Arc<GuestRam>, index: usize, indirect: bool) -> Self {
+    pub(crate) fn new(ram: &Arc<GuestRam>, index: usize, form: Form) -> Self {
+        let Form { packed, indirect } = form;
         let options = QueueOptions { size: RING_SIZE, indirect, ..QueueOptions::default() };
-        let queue = bench::Queue::new(ram, index, options, false).unwrap();
+        let side = if packed {
+            Side::Packed(PackedQueue::new(ram, index, options, false).unwrap())
+        } else {
+            Side::Split(bench::Queue::new(ram, index, options, false).unwrap())
+        };
         let buffer = |bytes| ram.alloc(bytes, 4096).unwrap();
-        Self { queue, whole: [buffer(4096)], halves: [buffer(2048), buffer(2048)] }
+        Self { side, whole: [buffer(4096)], halves: [buffer(2048), buffer(2048)] }
     }
 
     /// Where its ring is.
     pub(crate) fn addrs(&self) -> (u16, RingAddrs) {
-        let [desc, avail, used] = self.queue.ring().addrs();
+        let ring = match &self.side {
+            Side::Split(queue) => queue.ring(),
+            Side::Packed(queue) => queue.ring(),
+        };
+        let [desc, avail, used] = ring.addrs();
         (RING_SIZE, RingAddrs { desc, avail, used })
     }
 
@@ -54,14 +92,22 @@ impl Driver {
                 Kind::Write => Request::write(sector, &self.whole),
                 Kind::ReadInTwo => Request::read(sector, &self.halves),
             };
-            self.queue.submit(&request).unwrap();
+            match &mut self.side {
+                Side::Split(queue) => queue.submit(&request),
+                Side::Packed(queue) => queue.submit(&request),
+            }
+            .unwrap();
         }
     }
 
     /// Takes back what is done, which has to be well done; answers with how many.
     pub(crate) fn take_back(&mut self) -> u64 {
         let mut n = 0;
-        while let Some(done) = self.queue.poll().unwrap() {
+        let mut poll = || match &mut self.side {
+            Side::Split(queue) => queue.poll(),
+            Side::Packed(queue) => queue.poll(),
+        };
+        while let Some(done) = poll().unwrap() {
             assert_eq!(black_box(done).status, STATUS_OK);
             n += 1;
         }
@@ -78,33 +124,34 @@ pub(crate) struct Guest {
     pub(crate) driver: Driver,
     memory: Arc<GuestMemory>,
     disk: Arc<Disk>,
+    form: Form,
     /// Of the first queue's view.
     generation: u64,
 }
 
 impl Guest {
-    pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
+    pub(crate) fn new(queues: usize, form: Form, bdev: &Arc<dyn Bdev>) -> Self {
         let domain = Domain::new(1);
         let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
         let memory = map(&ram);
         let disk = Arc::new(Disk { bdev: Arc::clone(bdev), read_only: false });
-        let driver = Driver::new(&ram, 0, indirect);
-        let view = |driver: &Driver| view(driver, 1, &memory, &disk);
+        let driver = Driver::new(&ram, 0, form);
+        let view = |driver: &Driver| view(driver, form, 1, &memory, &disk);
         let queue = |n: usize, view| {
-            Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
+            Queue::new(QueueId(n as u64), &domain, view, form.base(), Arc::default()).unwrap()
         };
         let mut list: Vec<_> =
-            (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, indirect)))).collect();
+            (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, form)))).collect();
         if queues > 0 {
             list.insert(0, queue(0, view(&driver)));
         }
-        Self { domain, queues: list, driver, memory, disk, generation: 1 }
+        Self { domain, queues: list, driver, memory, disk, form, generation: 1 }
     }
 
     /// A view for the first queue, to come after those made before.
     pub(crate) fn next_view(&mut self) -> View {
         self.generation += 1;
-        view(&self.driver, self.generation, &self.memory, &self.disk)
+        view(&self.driver, self.form, self.generation, &self.memory, &self.disk)
     }
 
     /// Gives the first queue's reactor a view. The one before can be freed once it was adopted.
@@ -113,10 +160,15 @@ impl Guest {
     }
 }
 
-fn view(driver: &Driver, generation: u64, memory: &Arc<GuestMemory>, disk: &Arc<Disk>) -> View {
+fn view(
+    driver: &Driver,
+    form: Form,
+    generation: u64,
+    memory: &Arc<GuestMemory>,
+    disk: &Arc<Disk>,
+) -> View {
     let (size, addrs) = driver.addrs();
-    View::new(generation, memory, size, addrs, Layout::default(), None, Some(Arc::clone(disk)))
-        .unwrap()
+    View::new(generation, memory, size, addrs, form.layout(), None, Some(Arc::clone(disk))).unwrap()
 }
 
 /// The guest's memory as the target maps it.

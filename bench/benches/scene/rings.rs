@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use bench::GuestRam;
 use vhost_blk::config::Disk;
-use vhost_blk::memory::{GuestMemory, Nearest};
+use vhost_blk::memory::{GuestMemory, Near, Nearest};
 use vhost_blk::request::{Chain, Limits, STATUS_OK};
-use vhost_blk::ring::{Ring, SplitChain, SplitRing};
+use vhost_blk::ring::{AnyRing, PackedChain, PackedRing, Ring, SplitChain, SplitRing};
 
 use super::disks;
-use super::guest::{Driver, Kind, map};
+use super::guest::{Driver, Form, Kind, map};
 
 /// Requests in a round; a reactor takes as many in a visit.
 pub(crate) const ROUND: u64 = 32;
@@ -30,31 +30,48 @@ pub(crate) enum Step {
 /// The three steps in their order.
 const STEPS: [Step; 3] = [Step::Pop, Step::Parse, Step::Push];
 
+/// A chain, its head or buffer id, and the places that it has taken.
+#[derive(Default)]
+struct Taken {
+    chain: Chain,
+    id: u16,
+    span: u16,
+}
+
 /// A ring, both sides of it.
 pub(crate) struct Rings {
     driver: Driver,
     kind: Kind,
     /// In `memory`.
-    ring: SplitRing,
+    ring: AnyRing,
     memory: Arc<GuestMemory>,
     nearest: Nearest,
     limits: Limits,
-    chains: Vec<(u16, Chain)>,
+    chains: Vec<Taken>,
     /// Position in both rings.
     at: u16,
 }
 
 impl Rings {
-    pub(crate) fn new(kind: Kind, indirect: bool) -> Self {
+    pub(crate) fn new(kind: Kind, form: Form) -> Self {
         let ram = GuestRam::new(&[4 << 20]).unwrap();
-        let driver = Driver::new(&ram, 0, indirect);
+        let driver = Driver::new(&ram, 0, form);
         let memory = map(&ram);
         let (size, addrs) = driver.addrs();
         // SAFETY: both are in `Self`, and the ring is used in its methods only.
-        let ring = unsafe { SplitRing::new(&memory, size, addrs, false) }.unwrap();
+        let ring = unsafe { AnyRing::new(&memory, size, addrs, form.layout()) }.unwrap();
         let limits = Disk { bdev: disks::null(), read_only: false }.limits();
-        let chains = (0..ROUND).map(|_| (0, Chain::default())).collect();
-        Self { driver, kind, ring, memory, nearest: Nearest::default(), limits, chains, at: 0 }
+        let chains = (0..ROUND).map(|_| Taken::default()).collect();
+        Self {
+            driver,
+            kind,
+            ring,
+            memory,
+            nearest: Nearest::default(),
+            limits,
+            chains,
+            at: form.base(),
+        }
     }
 
     /// Makes [`ROUND`] requests and does the three steps for them, the one of interest with
@@ -64,7 +81,7 @@ impl Rings {
         let mut watch = Some(watch);
         for step in STEPS {
             if step == Step::Push {
-                self.chains.iter().for_each(|(_, chain)| chain.write_status(STATUS_OK));
+                self.chains.iter().for_each(|taken| taken.chain.write_status(STATUS_OK));
             }
             let mut act = || match step {
                 Step::Pop => self.pop(),
@@ -80,29 +97,55 @@ impl Rings {
     }
 
     fn pop(&mut self) {
-        assert_eq!(self.ring.pending(self.at), Ok(ROUND as u16));
-        let positions = (0..).map(|n| self.at.wrapping_add(n));
         // SAFETY: this memory's own, from the time before.
         let mut near = unsafe { self.memory.near(self.nearest) };
-        for ((head, chain), at) in self.chains.iter_mut().zip(positions) {
-            *head = self.ring.head(at);
-            chain.collect(&mut near, &SplitChain { ring: &self.ring, head: *head });
+        match &self.ring {
+            AnyRing::Split(ring) => pop_split(ring, self.at, &mut self.chains, &mut near),
+            AnyRing::Packed(ring) => pop_packed(ring, self.at, &mut self.chains, &mut near),
         }
         self.nearest = near.nearest();
     }
 
     fn parse(&mut self) {
-        for (_, chain) in &mut self.chains {
-            let _ = black_box(chain.parse(&self.limits));
+        for taken in &mut self.chains {
+            let _ = black_box(taken.chain.parse(&self.limits));
         }
     }
 
     fn push(&mut self) {
-        let from = self.at;
-        for (head, _) in &self.chains {
-            self.ring.put_used(from, self.at, *head, 1);
-            self.at = self.at.wrapping_add(1);
-        }
-        self.ring.publish_used(from, self.at);
+        self.at = match &self.ring {
+            AnyRing::Split(ring) => push(ring, self.at, &self.chains),
+            AnyRing::Packed(ring) => push(ring, self.at, &self.chains),
+        };
     }
+}
+
+fn pop_split(ring: &SplitRing, from: u16, chains: &mut [Taken], near: &mut Near<'_>) {
+    assert_eq!(ring.pending(from), Ok(ROUND as u16));
+    for (taken, at) in chains.iter_mut().zip((0..).map(|n| from.wrapping_add(n))) {
+        (taken.id, taken.span) = (ring.head(at), 1);
+        taken.chain.collect(near, &SplitChain { ring, head: taken.id });
+    }
+}
+
+fn pop_packed(ring: &PackedRing, from: u16, chains: &mut [Taken], near: &mut Near<'_>) {
+    let mut position = from;
+    for taken in chains {
+        assert_eq!(ring.pending(position), Ok(1));
+        let chain = PackedChain { ring, position, room: ring.room(from, position) };
+        let walked = taken.chain.collect(near, &chain).unwrap();
+        (taken.id, taken.span) = (walked.id, walked.span);
+        position = ring.advance(position, walked.span);
+    }
+}
+
+/// Answers with the position after it.
+fn push(ring: &impl Ring, from: u16, chains: &[Taken]) -> u16 {
+    let mut at = from;
+    for taken in chains {
+        ring.put_used(from, at, taken.id, 1);
+        at = ring.advance(at, taken.span);
+    }
+    ring.publish_used(from, at);
+    at
 }

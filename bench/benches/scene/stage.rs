@@ -7,7 +7,7 @@ use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
 use vhost_blk::reclaim::Reclaim;
 use vhost_blk::{Core, Mode};
 
-use super::guest::{Guest, Kind};
+use super::guest::{Form, Guest, Kind};
 
 /// Turns after which a request that has not come back never will.
 const TURNS_MAX: u32 = 1 << 24;
@@ -19,8 +19,8 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
-        let guest = Guest::new(queues, indirect, bdev);
+    pub(crate) fn new(queues: usize, form: Form, bdev: &Arc<dyn Bdev>) -> Self {
+        let guest = Guest::new(queues, form, bdev);
         let events = Arc::new(Events::new().unwrap());
         let reactor = Arc::new(Reactor::new(Core(0), &guest.domain, Mode::Poll).unwrap());
         reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());
