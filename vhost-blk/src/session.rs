@@ -159,6 +159,8 @@ pub struct Ring {
     pub kick: Option<Arc<KickFd>>,
     /// It was served at some time.
     was_live: bool,
+    /// It drains after a reset, with the view that it has: its parameters may be new.
+    was_reset: bool,
 }
 
 impl Ring {
@@ -166,6 +168,12 @@ impl Ring {
     /// reactor has a view of its own.)
     fn running(&self) -> bool {
         !matches!(self.state, RingState::Stopped | RingState::Draining { then: Then::Stop })
+    }
+
+    /// Whether a reactor serves it, or will, with the parameters that it has now.
+    fn has_parameters_in_use(&self) -> bool {
+        let own_view = self.was_reset && self.state == RingState::Draining { then: Then::Reply };
+        self.running() && !own_view
     }
 }
 
@@ -389,7 +397,7 @@ impl Session {
         &mut self,
         memory: Arc<GuestMemory>,
     ) -> Result<(Option<Arc<GuestMemory>>, Vec<Effect>), Violation> {
-        for ring in self.rings.iter().filter(|ring| ring.running()) {
+        for ring in self.rings.iter().filter(|ring| ring.has_parameters_in_use()) {
             if let Some(addrs) = ring.addrs {
                 ring::check(&memory, ring.num, addrs, self.layout())?;
             }
@@ -535,6 +543,7 @@ impl Session {
         let state = &mut self.rings[ring];
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
+        state.was_reset = false;
         match then {
             // What the front end has set since the reset stays.
             Then::Stop => vec![],
@@ -583,9 +592,11 @@ impl Session {
                 RingState::Gated | RingState::GatedReply => ring.state = RingState::Stopped,
                 RingState::Draining { .. } => {
                     ring.state = RingState::Draining { then: Then::Stop };
+                    ring.was_reset = true;
                 }
                 RingState::Live => {
                     ring.state = RingState::Draining { then: Then::Stop };
+                    ring.was_reset = true;
                     effects.push(Effect::Stop(n));
                 }
             }
@@ -593,11 +604,12 @@ impl Session {
         effects
     }
 
-    /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names. A
-    /// ring that drains after a reset keeps the view that it has, as its parameters may be new.
+    /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names, but
+    /// for those that drain after a reset.
     pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
         let served = |ring: &Ring| {
             matches!(ring.state, RingState::Live | RingState::Draining { then: Then::Reply })
+                && !ring.was_reset
         };
         let rings = self.rings.iter().enumerate();
         rings.filter(|(n, r)| served(r) && which(*n)).map(|(n, _)| Effect::Publish(n)).collect()

@@ -144,6 +144,20 @@ fn a_reset_and_a_restart_while_draining() {
 }
 
 #[test]
+fn a_ring_that_was_reset_keeps_its_view_until_it_has_drained() {
+    let mut session = running();
+    assert_eq!(session.reset_owner(), [Effect::Stop(0), Effect::Stop(1)]);
+    session.set_num(0, 64).unwrap();
+    assert_eq!(session.get_base(0).unwrap(), [], "the answer waits");
+    let (_, effects) = session.set_memory(memory(0x10000)).unwrap();
+    assert_eq!(effects, [], "nobody knows the parameters that it was started with");
+    assert_eq!(session.set_call(0, None).unwrap(), []);
+    assert_eq!(session.drained(0, 99), [Effect::Reply(0, 99)]);
+    session.set_kick(0, None).unwrap();
+    assert_eq!(session.set_call(0, None).unwrap(), [Effect::Publish(0)], "it begins anew");
+}
+
+#[test]
 fn what_cannot_change_while_running() {
     let mut session = running();
     assert!(matches!(session.set_num(0, 64), Err(Violation::RingRunning(0))));
