@@ -20,6 +20,14 @@ reactor_mask() {
     if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
 }
 
+# What tests with a guest find in their environment: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL
+# (kvm or tcg), VHOST_VENV (its bin/spdk-rpc is the client).
+guest_environment() {
+    VHOST_KERNEL=$("$repo/ci/guest-image")
+    VHOST_ACCEL=$("$repo/ci/qemu-accel")
+    export VHOST_KERNEL VHOST_ACCEL VHOST_INITRD=$cache/initrd VHOST_VENV=$venv
+}
+
 # The machine that every guest of these scripts has, without its disk.
 # $1: kvm or tcg; $2: kernel; $3: initramfs; $4: job; sets the array `machine`.
 guest_machine() {

@@ -9,9 +9,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
-use disks::{MIB, aio, controller, in_flight, malloc, sessions, slow};
-use guest::{Guest, GuestOptions};
-use harness::{Vhost, wait_until};
+use disks::{
+    MIB, aio, answer, controller, hold, in_flight, make_file, malloc, sessions, slow, start_behind,
+};
+use guest::{Guest, GuestOptions, RING_PACKED};
+use harness::{Launch, Vhost, wait_until};
 use serde_json::json;
 
 /// A boot sector that copies the disk's sector 1 to sector 2 and prints it, up to a zero.
@@ -114,19 +116,11 @@ fn a_guest_whose_disk_hangs_is_paused_and_reset_when_the_disk_has_answered() {
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
     let options = GuestOptions::new(&controller(&vhost, "vhost.0", "EE_M"));
     let mut guest = Guest::boot(GuestOptions { reboots: true, ..options });
-    let inject = |io_type: &str| {
-        let error = json!({"name": "EE_M", "io_type": io_type, "error_type": "pending", "num": 99});
-        vhost.ok("bdev_error_inject_error", error);
-    };
     let hang = || {
-        inject("all");
+        hold(&vhost, "EE_M", 99);
         wait_until("all of the guest's I/O is held", || in_flight(&vhost, "vhost.0") == 8);
     };
     let waits = || sessions(&vhost, "vhost.0")[0]["state"] == "quiescing";
-    let answer = || {
-        inject("clear");
-        vhost.ok("bdev_error_resume_pending", json!({"name": "EE_M"}));
-    };
 
     guest.start_io("vda", 4);
     for _ in 0..3 {
@@ -135,7 +129,7 @@ fn a_guest_whose_disk_hangs_is_paused_and_reset_when_the_disk_has_answered() {
         wait_until("QEMU waits for the disk", waits);
         assert_eq!(in_flight(&vhost, "vhost.0"), 8);
         assert!(!guest.qmp_has_answer(), "QEMU may not stop with I/O in flight");
-        answer();
+        answer(&vhost, "EE_M");
         guest.qmp_answer();
         assert_eq!((guest.status().as_str(), in_flight(&vhost, "vhost.0")), ("paused", 0));
         guest.qmp("cont", json!({}));
@@ -145,11 +139,38 @@ fn a_guest_whose_disk_hangs_is_paused_and_reset_when_the_disk_has_answered() {
     hang();
     guest.qmp_send("system_reset", json!({}));
     wait_until("QEMU waits for the disk", waits);
-    answer();
+    answer(&vhost, "EE_M");
     guest.qmp_answer();
     guest.wait_ready();
     guest.start_io("vda", 4);
     guest.finish_io("vda", 4);
+    guest.power_off();
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_guest_with_packed_rings_is_paused_and_reset_in_the_middle_of_io() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, link) = (dir.path().join("disk"), dir.path().join("socket"));
+    make_file(&file, 16 * MIB);
+    let vhost = start_behind(Launch::new(), &link, &file);
+    let options = GuestOptions::new(&link);
+    let options = GuestOptions { reboots: true, disk_properties: ",packed=on", ..options };
+    let mut guest = Guest::boot(options);
+    assert!(guest.has_feature("vda", RING_PACKED));
+    for _ in 0..2 {
+        guest.start_io("vda", 4);
+        for _ in 0..8 {
+            wait_until("I/O in flight", || in_flight(&vhost, "vhost.0") > 0);
+            guest.qmp("stop", json!({}));
+            assert_eq!(in_flight(&vhost, "vhost.0"), 0);
+            guest.qmp("cont", json!({}));
+            guest.io_goes_on("vda", 4);
+        }
+        wait_until("I/O in flight", || in_flight(&vhost, "vhost.0") > 0);
+        guest.qmp("system_reset", json!({}));
+        guest.wait_ready();
+    }
     guest.power_off();
     assert_eq!(vhost.stop(), 0);
 }

@@ -8,10 +8,10 @@ mod guest;
 mod harness;
 
 use disks::{MIB, in_flight, make_file, sessions, start_behind};
-use guest::{Guest, GuestOptions, cycles};
+use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, wait_until};
 
-fn moves(properties: &'static str) {
+fn moves(packed: bool) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("disk");
     make_file(&file, 16 * MIB);
@@ -22,10 +22,11 @@ fn moves(properties: &'static str) {
         (start_behind(launch, &link, &file), link)
     });
     let options = |n: usize| GuestOptions {
-        disk_properties: properties,
+        disk_properties: if packed { ",packed=on" } else { "" },
         ..GuestOptions::new(&vhosts[n % 2].1)
     };
     let mut guest = Guest::boot(options(0));
+    assert_eq!(guest.has_feature("vda", RING_PACKED), packed);
     guest.start_io("vda", 4);
     for n in 1..=cycles(4) {
         let (from, to) = (&vhosts[(n - 1) % 2].0, &vhosts[n % 2].0);
@@ -47,10 +48,10 @@ fn moves(properties: &'static str) {
 
 #[test]
 fn a_guest_moves_under_load_and_back() {
-    moves("");
+    moves(false);
 }
 
 #[test]
 fn a_guest_with_packed_rings_moves_under_load_and_back() {
-    moves(",packed=on");
+    moves(true);
 }

@@ -78,14 +78,29 @@ pub(crate) fn file_sha256(file: &Path) -> String {
     sha256(&fs::read(file).unwrap())
 }
 
-/// A disk on a file that outlives `vhost`, which QEMU finds at `link` whatever directory that has.
+/// A slow disk on a file that outlives `vhost`, which QEMU finds at `link` whatever directory that
+/// has. [`hold`] works on it.
 pub(crate) fn start_behind(launch: Launch, link: &Path, file: &Path) -> Vhost {
     let vhost = launch.start();
     aio_on(&vhost, "Aio0", file);
     slow(&vhost, "Slow0", "Aio0");
-    let packed = json!({"ctrlr": "vhost.0", "dev_name": "Slow0", "packed_ring": true});
+    vhost.ok("bdev_error_create", json!({"base_name": "Slow0"}));
+    let packed = json!({"ctrlr": "vhost.0", "dev_name": "EE_Slow0", "packed_ring": true});
     vhost.ok("vhost_create_blk_controller", packed);
     let _ = fs::remove_file(link);
     std::os::unix::fs::symlink(vhost.socket("vhost.0"), link).unwrap();
     vhost
+}
+
+/// An error bdev does not answer the next so many requests.
+pub(crate) fn hold(vhost: &Vhost, name: &str, num: u32) {
+    let error = json!({"name": name, "io_type": "all", "error_type": "pending", "num": num});
+    vhost.ok("bdev_error_inject_error", error);
+}
+
+/// It answers what comes and what it has held.
+pub(crate) fn answer(vhost: &Vhost, name: &str) {
+    let clear = json!({"name": name, "io_type": "clear", "error_type": "pending"});
+    vhost.ok("bdev_error_inject_error", clear);
+    vhost.ok("bdev_error_resume_pending", json!({"name": name}));
 }

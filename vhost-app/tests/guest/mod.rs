@@ -39,6 +39,9 @@ use tempfile::TempDir;
 /// After which a wait is given up. A guest boots in 5 s on an idle machine under TCG.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
+/// VIRTIO_F_RING_PACKED.
+pub(crate) const RING_PACKED: usize = 34;
+
 /// A guest's machine.
 pub(crate) struct GuestOptions {
     /// The vhost-user sockets of its disks, `vda` first, each with its number of queues.
@@ -263,6 +266,13 @@ impl Guest {
         let facts = output.lines().find_map(|line| line.strip_prefix(&prefix));
         let facts = facts.unwrap_or_else(|| panic!("no {name} in {output}"));
         Facts(facts.split(' ').filter_map(|f| f.split_once('=')).map(owned).collect())
+    }
+
+    /// Whether a disk's driver and device have agreed on a virtio feature.
+    #[track_caller]
+    pub(crate) fn has_feature(&mut self, disk: &str, bit: usize) -> bool {
+        let column = bit + 1;
+        self.ok(&format!("cut -c {column} /sys/block/{disk}/device/features")) == "1"
     }
 
     /// The SHA-256 of a disk, or of its first MiB, as the guest reads it past its page cache.
