@@ -21,7 +21,7 @@ pub const STATUS_UNSUPP: u8 = 2;
 pub const STATUS_UNWRITTEN: u8 = 0xee;
 
 /// The header, then the status byte, in a cache line of their own.
-const HEAD_BYTES: u32 = 64;
+pub(crate) const HEAD_BYTES: u32 = 64;
 const STATUS_AT: usize = 16;
 
 /// How a queue is made and driven.
@@ -413,13 +413,14 @@ pub fn wait_any(queues: &mut [Queue], limit: Duration) -> Result<bool> {
     Ok(ready(queues))
 }
 
-fn status_at(head: u16) -> usize {
+pub(crate) fn status_at(head: u16) -> usize {
     usize::from(head) * HEAD_BYTES as usize + STATUS_AT
 }
 
 /// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
 /// (virtio 1.2, 2.7.10).
-fn need_event(event: u16, new: u16, old: u16) -> bool {
+#[inline]
+pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 

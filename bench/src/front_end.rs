@@ -12,15 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
-};
+pub use vhost::vhost_user::message::VhostUserProtocolFeatures as ProtocolFeatures;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 
 use crate::driver::{Queue, QueueOptions};
 use crate::error::{Error, LIMIT, Result};
 use crate::guest::{GuestRam, RegionInfo};
+use crate::packed::FIRST_BASE;
 use crate::raw::{RawConnection, VERSION, connect_stream};
 use crate::ring::Ring;
 use crate::watchdog::Watchdog;
@@ -35,7 +35,7 @@ pub const EVENT_IDX: u64 = 1 << 29;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Feature bit: virtio 1.
 pub const VERSION_1: u64 = 1 << 32;
-/// Feature bit: the ring is packed. Only [`crate::perf`] drives one.
+/// Feature bit: the ring is packed: [`crate::PackedQueue`] and [`crate::perf`] drive one.
 pub const RING_PACKED: u64 = 1 << 34;
 /// The features that Linux's virtio-blk driver accepts, and what the protocol adds: SIZE_MAX, SEG_MAX,
 /// GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, ANY_LAYOUT and the
@@ -71,7 +71,7 @@ pub struct Options {
     /// Virtio features to accept of those that are offered.
     pub features: u64,
     /// Protocol features to accept of those that are offered.
-    pub protocol: VhostUserProtocolFeatures,
+    pub protocol: ProtocolFeatures,
     /// Ask for an answer to every message, if REPLY_ACK is agreed on: refusals become errors.
     pub acks: bool,
     /// Use an in-flight area: starting is an error if INFLIGHT_SHMFD is not agreed on.
@@ -83,7 +83,7 @@ pub struct Options {
 impl Default for Options {
     /// [`DRIVER_FEATURES`], and the protocol features that are used here.
     fn default() -> Self {
-        use VhostUserProtocolFeatures as P;
+        use ProtocolFeatures as P;
         Self {
             features: DRIVER_FEATURES,
             protocol: P::MQ
@@ -184,8 +184,10 @@ struct Link {
     socket: UnixStream,
     watchdog: Watchdog,
     limit: Duration,
-    protocol: VhostUserProtocolFeatures,
+    protocol: ProtocolFeatures,
     acks: bool,
+    /// Regions have been added one by one.
+    has_memory: bool,
 }
 
 impl FrontEnd {
@@ -224,7 +226,7 @@ impl FrontEnd {
 
     /// The protocol features that both sides accept.
     #[must_use]
-    pub fn protocol_features(&self) -> VhostUserProtocolFeatures {
+    pub fn protocol_features(&self) -> ProtocolFeatures {
         self.link.protocol
     }
 
@@ -291,7 +293,7 @@ impl FrontEnd {
         let features = self.features();
         self.link.tell("SET_FEATURES", |n| n.set_features(features))?;
         self.set_up_inflight(&rings)?;
-        self.set_memory_table(&self.ram.table())?;
+        self.give_memory()?;
         for (ring, base) in &rings {
             self.start_ring(ring, *base)?;
         }
@@ -361,6 +363,30 @@ impl FrontEnd {
         self.link.tell("SET_MEM_TABLE", |n| n.set_mem_table(table).map(drop))
     }
 
+    /// Asks how many regions of memory the back end takes one by one.
+    ///
+    /// # Errors
+    /// The protocol feature CONFIGURE_MEM_SLOTS is not agreed on, or as [`FrontEnd::start`].
+    pub fn memory_slots(&mut self) -> Result<u64> {
+        self.link.ask("GET_MAX_MEM_SLOTS", VhostUserFrontend::get_max_mem_slots)
+    }
+
+    /// Gives the back end one more region of memory. Rings may run.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::memory_slots`].
+    pub fn add_memory(&mut self, region: &RegionInfo) -> Result<()> {
+        self.link.tell("ADD_MEM_REG", |n| n.add_mem_region(region).map(drop))
+    }
+
+    /// Takes a region of memory away from the back end. Rings may run.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::memory_slots`].
+    pub fn remove_memory(&mut self, region: &RegionInfo) -> Result<()> {
+        self.link.tell("REM_MEM_REG", |n| n.remove_mem_region(region))
+    }
+
     /// Gives the back end a new call fd for ring `index`. Whoever waits for the old one is woken.
     ///
     /// # Errors
@@ -380,7 +406,7 @@ impl FrontEnd {
     /// # Errors
     /// The protocol feature LOG_SHMFD is not agreed on, or as [`FrontEnd::start`].
     pub fn start_log(&mut self, log: &File, len: u64) -> Result<()> {
-        if !self.link.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD) {
+        if !self.link.protocol.contains(ProtocolFeatures::LOG_SHMFD) {
             return Err(Error::NotOffered("a shared log"));
         }
         // The vhost crate takes no answer but one of the request's own size, which neither
@@ -463,12 +489,14 @@ impl FrontEnd {
     /// Connects again, wherever the last connection was and whether or not it lives, and goes on
     /// with the rings that were started: each from its used index, as QEMU does it. With an in-flight
     /// area ([`Options::inflight`]) the back end finds there what it had begun; without one, it sees
-    /// again what was available after that index, which is right only if it works in order.
+    /// again what was available after that index, which is right only if it works in order. A packed
+    /// ring has no such index: only the area knows, and what is said here counts for a new ring.
     ///
     /// # Errors
     /// As [`FrontEnd::connect`] and [`FrontEnd::start`].
     pub fn reconnect(&mut self) -> Result<()> {
-        self.reconnect_at(Ring::used_index)
+        let packed = self.features() & RING_PACKED != 0;
+        self.reconnect_at(|ring| if packed { FIRST_BASE } else { ring.used_index() })
     }
 
     /// As [`FrontEnd::reconnect`], each ring from what `base` says of it: packed rings have no index
@@ -485,6 +513,19 @@ impl FrontEnd {
         self.start(rings)
     }
 
+    /// Gives the back end all memory: one by one where that is agreed on, as QEMU does, and once on
+    /// a connection.
+    fn give_memory(&mut self) -> Result<()> {
+        let table = self.ram.table();
+        if !self.link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            return self.set_memory_table(&table);
+        }
+        if !std::mem::replace(&mut self.link.has_memory, true) {
+            table.iter().try_for_each(|region| self.add_memory(region))?;
+        }
+        Ok(())
+    }
+
     fn negotiate(&mut self) -> Result<()> {
         let link = &mut self.link;
         self.offered = link.ask("GET_FEATURES", |n| n.get_features())?;
@@ -495,9 +536,8 @@ impl FrontEnd {
             let accepted = offered & self.options.protocol;
             link.tell("SET_PROTOCOL_FEATURES", |n| n.set_protocol_features(accepted))?;
             link.protocol = accepted;
-            link.acks =
-                self.options.acks && accepted.contains(VhostUserProtocolFeatures::REPLY_ACK);
-            if accepted.contains(VhostUserProtocolFeatures::MQ) {
+            link.acks = self.options.acks && accepted.contains(ProtocolFeatures::REPLY_ACK);
+            if accepted.contains(ProtocolFeatures::MQ) {
                 self.queues_offered = link.ask("GET_QUEUE_NUM", |n| n.get_queue_num())?;
             }
         }
@@ -508,7 +548,7 @@ impl FrontEnd {
     fn set_up_inflight(&mut self, rings: &[(Arc<Ring>, u16)]) -> Result<()> {
         let size = rings.iter().map(|(ring, _)| ring.size()).max();
         let (true, Some(size)) = (self.options.inflight, size) else { return Ok(()) };
-        if !self.link.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+        if !self.link.protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD) {
             return Err(Error::NotOffered("an in-flight area"));
         }
         let inflight = match self.inflight.take() {
@@ -547,8 +587,9 @@ impl Link {
             watchdog: Watchdog::new(clone(&socket)?, limit)?,
             limit,
             socket,
-            protocol: VhostUserProtocolFeatures::empty(),
+            protocol: ProtocolFeatures::empty(),
             acks: false,
+            has_memory: false,
         })
     }
 

@@ -5,7 +5,8 @@
 //!
 //! 1. [`guest`]: a guest's memory, made from memfds so that a back end can map it too.
 //! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields.
-//! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out.
+//! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out; [`packed`] for the
+//!    packed kind.
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
@@ -39,6 +40,7 @@ pub mod front_end;
 pub mod guest;
 pub mod load;
 pub mod markdown;
+pub mod packed;
 pub mod perf;
 pub mod pin;
 pub mod publish;
@@ -55,6 +57,8 @@ pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};
 pub use guest::{Backing, GuestRam, Segment};
 pub use load::{Idle, Load, LoadOptions, Summary};
+pub use packed::PackedQueue;
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
 pub use spread::Spread;
+pub use vhost::vhost_user::VhostUserProtocolFeatures;

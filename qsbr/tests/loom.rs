@@ -238,6 +238,46 @@ fn epochs_chain_writers() {
     });
 }
 
+/// Something with one owner at a time goes from one reader's list to another's: whoever finds it in
+/// its list writes it, as does the one who hands it over, in between. The mutant of this one does not
+/// wait for the first reader.
+#[test]
+fn what_changes_hands() {
+    type List = Published<Option<Arc<Watched>>>;
+    let mutant = std::env::var("QSBR_MUTANT").is_ok_and(|mutant| mutant == "hand_over_at_once");
+    loom::model(move || {
+        let domain = Domain::new(2);
+        let owned = Arc::new(Watched(UnsafeCell::new(0)));
+        // SAFETY: loom checks that this is the only use meanwhile.
+        let write = |owned: &Watched| owned.0.with_mut(|n| unsafe { *n += 1 });
+        let from: Arc<List> = Arc::new(Published::new(&domain, Box::new(Some(Arc::clone(&owned)))));
+        let to: Arc<List> = Arc::new(Published::new(&domain, Box::new(None)));
+        let readers = [(&from, 2), (&to, 1)].map(|(list, turns)| {
+            let list = Arc::clone(list);
+            let mut reader = domain.reader().expect("free");
+            thread::spawn(move || {
+                reader.online();
+                for _ in 0..turns {
+                    // SAFETY: online, in the one domain that there is.
+                    if let Some(owned) = unsafe { list.load(&reader) } {
+                        write(owned);
+                    }
+                    reader.quiesce();
+                }
+                reader.offline();
+            })
+        });
+        drop(from.replace(Box::new(None)));
+        let epoch = domain.advance();
+        while !mutant && !domain.passed(epoch) {
+            thread::yield_now();
+        }
+        write(&owned);
+        drop(to.replace(Box::new(Some(owned))));
+        readers.into_iter().for_each(|reader| reader.join().expect("reader"));
+    });
+}
+
 /// A bell as epoll and an eventfd make one: rung once, it wakes whoever waits then or later.
 struct Bell(loom::sync::Mutex<bool>, loom::sync::Condvar);
 

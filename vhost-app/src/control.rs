@@ -179,6 +179,36 @@ impl Control {
         }
     }
 
+    /// Moves a queue of a controller to another core; once under way it is not given up.
+    pub(crate) async fn move_queue(
+        &self,
+        controller: String,
+        session: Option<u32>,
+        queue: usize,
+        core: Core,
+    ) -> Result<(), Error> {
+        self.place(move |target| target.move_queue(&controller, session, queue, core)).await
+    }
+
+    /// Has a controller served on other cores; once under way it is not given up.
+    pub(crate) async fn set_cores(
+        &self,
+        controller: String,
+        cores: Vec<Core>,
+    ) -> Result<(), Error> {
+        self.place(move |target| target.set_cores(&controller, &cores)).await
+    }
+
+    /// Does what waits for reactors' turns to end.
+    async fn place(
+        &self,
+        change: impl FnOnce(&Target) -> Result<(), Error> + Send + 'static,
+    ) -> Result<(), Error> {
+        let target = Arc::clone(&self.target);
+        let changed = tokio::task::spawn_blocking(move || change(&target)).await;
+        changed.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+    }
+
     /// Takes a disk out of the target and waits until nobody uses it any more. I/O that never
     /// completes makes this wait for ever, and nobody else.
     pub(crate) async fn remove_bdev(&self, bdev: Arc<dyn Bdev>) {

@@ -4,19 +4,21 @@
 //! One test costs a boot or two, 4 to 8 s each under TCG, so a test tells a whole story.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod disks;
 mod guest;
 mod harness;
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
+use disks::{
+    MIB, aio, controller, file_sha256, in_flight, make_file, malloc, sessions, sha256, slow,
+    start_behind,
+};
 use guest::{Guest, GuestOptions};
 use harness::{Launch, Vhost, wait_until};
 use serde_json::{Value, json};
-
-const MIB: usize = 1 << 20;
 
 /// Writes a payload to a file system of its own, and reads it back from the disk.
 const FILE_SYSTEM: &str = "check() {
@@ -25,69 +27,6 @@ const FILE_SYSTEM: &str = "check() {
     payload 1 4 >/mnt/file && sync && umount /mnt && echo 3 >/proc/sys/vm/drop_caches &&
     mount -t ext4 /dev/$1 /mnt && got=$(sha256sum </mnt/file) && umount /mnt && [ \"$got\" = \"$want\" ];
 }; check";
-
-fn malloc(vhost: &Vhost, name: &str, bytes: usize, block_bytes: usize) {
-    let blocks = bytes / block_bytes;
-    let params = json!({"name": name, "num_blocks": blocks, "block_size": block_bytes});
-    vhost.ok("bdev_malloc_create", params);
-}
-
-/// A disk on a host's file of bytes that differ from block to block.
-fn aio(vhost: &Vhost, name: &str, bytes: usize) -> PathBuf {
-    let file = vhost.dir().join(format!("{name}.img"));
-    make_file(&file, bytes);
-    aio_on(vhost, name, &file);
-    file
-}
-
-fn make_file(file: &Path, bytes: usize) {
-    let word = |n: usize| (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    fs::write(file, (0..bytes / 8).flat_map(word).collect::<Vec<u8>>()).unwrap();
-}
-
-fn aio_on(vhost: &Vhost, name: &str, file: &Path) {
-    // Without `fallocate` there is no discard, as in SPDK.
-    let params = json!({"name": name, "filename": file, "block_size": 512, "fallocate": true});
-    vhost.ok("bdev_aio_create", params);
-}
-
-/// The same disk, but every request to it is in flight for 5 ms, so that there is always one.
-fn slow(vhost: &Vhost, name: &str, base: &str) {
-    const US: u64 = 5_000;
-    let params = json!({
-        "name": name, "base_bdev_name": base,
-        "avg_read_latency": US, "p99_read_latency": US,
-        "avg_write_latency": US, "p99_write_latency": US,
-    });
-    vhost.ok("bdev_delay_create", params);
-}
-
-fn controller(vhost: &Vhost, name: &str, bdev: &str) -> PathBuf {
-    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": bdev}));
-    vhost.socket(name)
-}
-
-fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
-    let shown = vhost.ok("vhost_get_controllers", json!({"name": controller}));
-    shown[0]["sessions"].as_array().unwrap().clone()
-}
-
-/// I/O of a controller's guests that has not completed.
-fn in_flight(vhost: &Vhost, controller: &str) -> u64 {
-    sessions(vhost, controller).iter().map(|s| s["inflight_task_cnt"].as_u64().unwrap()).sum()
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut child =
-        Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(bytes).unwrap();
-    let output = child.wait_with_output().unwrap();
-    String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
-}
-
-fn file_sha256(file: &Path) -> String {
-    sha256(&fs::read(file).unwrap())
-}
 
 #[test]
 fn a_guest_works_on_disks_of_one_and_of_four_queues_and_on_a_read_only_one() {
@@ -319,23 +258,12 @@ fn a_disk_grows_and_a_disk_goes_under_a_running_guest() {
     vhost.ok("vhost_delete_controller", json!({"ctrlr": "goes"}));
 }
 
-/// A disk on a file that outlives `vhost`, which QEMU finds at `link` whatever directory that has.
-fn start_behind(link: &Path, file: &Path) -> Vhost {
-    let vhost = Launch::new().start();
-    aio_on(&vhost, "Aio0", file);
-    slow(&vhost, "Slow0", "Aio0");
-    let socket = controller(&vhost, "vhost.0", "Slow0");
-    let _ = fs::remove_file(link);
-    std::os::unix::fs::symlink(socket, link).unwrap();
-    vhost
-}
-
 #[test]
 fn vhost_ends_under_a_working_guest_and_another_takes_over() {
     let dir = tempfile::tempdir().unwrap();
     let (file, link) = (dir.path().join("disk"), dir.path().join("socket"));
     make_file(&file, 16 * MIB);
-    let mut vhost = start_behind(&link, &file);
+    let mut vhost = start_behind(Launch::new(), &link, &file);
     let options = GuestOptions::new(&link);
     let mut guest = Guest::boot(GuestOptions { reconnect: Some(1), ..options });
     guest.start_io("vda", 4);
@@ -345,7 +273,7 @@ fn vhost_ends_under_a_working_guest_and_another_takes_over() {
     assert!(!vhost.socket("vhost.0").exists() && !vhost.rpc_socket().exists());
     assert_eq!(guest.status(), "running");
 
-    let vhost = start_behind(&link, &file);
+    let vhost = start_behind(Launch::new(), &link, &file);
     guest.io_goes_on("vda", 4);
     guest.power_off();
     assert_eq!(vhost.stop(), 0);

@@ -18,6 +18,7 @@ use serde_json::json;
 
 const SET_FEATURES: u32 = 2;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const GET_VRING_BASE: u32 = 11;
@@ -25,6 +26,11 @@ const SET_VRING_KICK: u32 = 12;
 const SET_VRING_CALL: u32 = 13;
 const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_CONFIG: u32 = 24;
+const SET_CONFIG: u32 = 25;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -101,6 +107,21 @@ fn table(regions: &[[u64; 4]]) -> Vec<u8> {
     bytes
 }
 
+/// The payload of ADD_MEM_REG and REM_MEM_REG.
+fn slot(region: [u64; 4]) -> Vec<u8> {
+    [0].iter().chain(&region).flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The payload of SET_LOG_BASE.
+fn log(size: u64, offset: u64) -> Vec<u8> {
+    [size, offset].iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The payload of SET_INFLIGHT_FD.
+fn area(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> {
+    [log(size, offset), words(&[u32::from(queues) | u32::from(queue_size) << 16, 0])].concat()
+}
+
 fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
@@ -129,7 +150,6 @@ fn messages_that_say_something_impossible_end_the_connection() {
         ("features that were not offered", SET_FEATURES, u64::MAX.to_le_bytes().into(), vec![]),
         ("a ring of no size", SET_VRING_NUM, words(&[0, 0]), vec![]),
         ("a ring that is too large", SET_VRING_NUM, words(&[0, 1 << 16]), vec![]),
-        ("a ring of an odd size", SET_VRING_NUM, words(&[0, 100]), vec![]),
         ("ring 200", SET_VRING_NUM, words(&[200, 128]), vec![]),
         ("ring 4 billion", GET_VRING_BASE, words(&[u32::MAX, 0]), vec![]),
         ("a kick before the ring is set up", SET_VRING_KICK, words(&[0x100, 0]), vec![]),
@@ -138,11 +158,39 @@ fn messages_that_say_something_impossible_end_the_connection() {
         ("a pipe as backend channel", SET_BACKEND_REQ_FD, vec![], vec![p]),
         ("a short message", SET_VRING_ADDR, words(&[0]), vec![]),
         ("a config space of 4 GiB", GET_CONFIG, words(&[0, u32::MAX, 0]), vec![]),
-        ("a log that was not offered", 6, words(&[4096, 0, 0, 0]), vec![m]),
-        ("an in-flight area that was not offered", 32, words(&[0, 0, 0, 0, 1, 128]), vec![m]),
+        ("half a config space", SET_CONFIG, words(&[0, 60, 0]), vec![]),
+        ("a log beyond its file", SET_LOG_BASE, log(mib + 1, 0), vec![m]),
+        ("a log that begins beyond it", SET_LOG_BASE, log(1, mib), vec![m]),
+        ("a log whose end is no number", SET_LOG_BASE, log(2, u64::MAX), vec![m]),
+        ("a log of 1 EiB", SET_LOG_BASE, log(1 << 60, 0), vec![m]),
+        ("a log of no bytes", SET_LOG_BASE, log(0, 0), vec![m]),
+        ("a log without a file", SET_LOG_BASE, log(4096, 0), vec![]),
+        ("a log with two", SET_LOG_BASE, log(4096, 0), vec![m, m]),
+        ("a pipe as log", SET_LOG_BASE, log(4096, 0), vec![p]),
+        ("an area beyond its file", SET_INFLIGHT_FD, area(1 << 30, 0, 128, 32768), vec![m]),
+        ("an area that begins beyond it", SET_INFLIGHT_FD, area(4096, mib, 1, 128), vec![m]),
+        ("an area whose end is no number", SET_INFLIGHT_FD, area(2, u64::MAX, 1, 128), vec![m]),
+        ("an area of no bytes", SET_INFLIGHT_FD, area(0, 0, 1, 128), vec![m]),
+        ("an area with no room", SET_INFLIGHT_FD, area(4096, 0, 128, 1024), vec![m]),
+        ("an area for no queue", SET_INFLIGHT_FD, area(4096, 0, 0, 128), vec![m]),
+        ("an area for no requests", SET_INFLIGHT_FD, area(4096, 0, 1, 0), vec![m]),
+        ("an area for 65,535 queues", SET_INFLIGHT_FD, area(mib, 0, u16::MAX, u16::MAX), vec![m]),
+        ("an area without a file", SET_INFLIGHT_FD, area(4096, 0, 1, 128), vec![]),
+        ("a pipe as area", SET_INFLIGHT_FD, area(4096, 0, 1, 128), vec![p]),
+        ("half an area", SET_INFLIGHT_FD, words(&[4096, 0, 0, 0]), vec![m]),
+        ("an area for no queue?", GET_INFLIGHT_FD, area(0, 0, 0, 128), vec![]),
+        ("an area for 65,535 queues?", GET_INFLIGHT_FD, area(0, 0, u16::MAX, u16::MAX), vec![]),
         ("postcopy", 28, vec![], vec![]),
         ("an IOTLB message", 22, vec![0; 40], vec![]),
-        ("a slot of memory", 37, vec![0; 40], vec![m]),
+        ("a crypto session", 26, vec![0; 64], vec![]),
+        ("an empty slot", ADD_MEM_REG, slot(region(0, 0, 0)), vec![m]),
+        ("a slot beyond its file", ADD_MEM_REG, slot(region(0, 2 * mib, 0)), vec![m]),
+        ("a slot that wraps", ADD_MEM_REG, slot(region(u64::MAX - 5, mib, 0)), vec![m]),
+        ("a slot without an fd", ADD_MEM_REG, slot(region(0, mib, 0)), vec![]),
+        ("a slot with two", ADD_MEM_REG, slot(region(0, mib, 0)), vec![m, m]),
+        ("a device as slot", ADD_MEM_REG, slot(region(0, 4096, 0)), vec![n]),
+        ("half a slot", ADD_MEM_REG, vec![0; 20], vec![m]),
+        ("a slot away that is not there", REM_MEM_REG, slot(region(0, mib, 0)), vec![m]),
         ("an unknown request", 4242, vec![7; 64], vec![m; 8]),
     ];
     for (what, request, payload, fds) in &cases {
@@ -153,6 +201,85 @@ fn messages_that_say_something_impossible_end_the_connection() {
             scene.is_whole(what);
         }
     }
+    scene.end();
+}
+
+/// Adds a slot of a page, and says whether it was taken.
+fn add_slot(raw: &mut RawConnection, memory: &File, n: u64) -> bool {
+    let region = [0x10_0000 * n, 4096, 0x7000_0000 + 0x10_0000 * n, 0];
+    let fds = [memory.as_fd()];
+    raw.send_message(ADD_MEM_REG, VERSION | NEED_REPLY, &slot(region), &fds).unwrap();
+    raw.receive().is_ok_and(|answer| answer.value() == Some(0))
+}
+
+/// A connection has 509 slots, a controller twice as many.
+#[test]
+fn slots_are_bounded() {
+    let scene = Scene::new();
+    let memory = memfd(4096);
+    let mut first = scene.raw();
+    for n in 0..509 {
+        assert!(add_slot(&mut first, &memory, n), "slot {n}");
+    }
+    let mut second = scene.raw();
+    assert!((0..509).all(|n| add_slot(&mut second, &memory, n)));
+    let mut third = scene.raw();
+    assert!(!add_slot(&mut third, &memory, 0), "the controller has 1,018");
+    assert!(!add_slot(&mut first, &memory, 509), "the 510th");
+    first.wait_for_close().unwrap();
+    let taken = slot([0x10_0000, 4096, 0x7010_0000, 0]);
+    second.send_message(REM_MEM_REG, VERSION | NEED_REPLY, &taken, &[]).unwrap();
+    assert_eq!(second.receive().unwrap().value(), Some(0));
+    assert!(add_slot(&mut second, &memory, 1), "there is room again");
+    assert!(!add_slot(&mut second, &memory, 7), "two at one place");
+    drop((first, second, third));
+    scene.is_whole("slots");
+    scene.end();
+}
+
+/// What a running ring stands on cannot be taken away from under it.
+#[test]
+fn memory_and_area_of_a_running_ring_stay() {
+    let scene = Scene::new();
+    let file = memfd(1 << 20);
+    for takes in [REM_MEM_REG, SET_INFLIGHT_FD] {
+        let (front_end, mut queue) = scene.victim();
+        let ram = std::sync::Arc::clone(queue.ring().ram());
+        let buffer = ram.alloc(4096, 4096).unwrap();
+        assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
+        let region = &ram.table()[0];
+        let (gpa, size) = (region.guest_phys_addr, region.memory_size);
+        let (payload, fds) = match takes {
+            REM_MEM_REG => (slot([gpa, size, region.userspace_addr, 0]), vec![]),
+            _ => (area(1 << 20, 0, 1, 128), vec![file.as_fd()]),
+        };
+        let mut raw = front_end.raw().unwrap();
+        raw.send_message(takes, VERSION, &payload, &fds).unwrap();
+        raw.wait_for_close().unwrap();
+        drop((raw, front_end, queue));
+        scene.is_whole("something taken away");
+    }
+    scene.end();
+}
+
+/// A log and an area that are no longer there when they are written to.
+#[test]
+fn a_log_that_is_cut_short() {
+    let scene = Scene::new();
+    let (mut front_end, mut queue) = scene.victim();
+    let buffer = queue.ring().ram().alloc(4096, 4096).unwrap();
+    let log = memfd(1 << 20);
+    front_end.start_log(&log, 1 << 20).unwrap();
+    assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
+    let mut first_page = [0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&log, &mut first_page, 0).unwrap();
+    assert_ne!(first_page, [0; 4096], "the read was logged");
+    log.set_len(0).unwrap();
+    assert_eq!(queue.run(&Request::read(0, &[buffer])).unwrap().status, STATUS_OK);
+    front_end.stop_log().unwrap();
+    front_end.disconnect().unwrap();
+    drop(queue);
+    scene.is_whole("a log cut short");
     scene.end();
 }
 

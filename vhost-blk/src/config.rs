@@ -135,3 +135,29 @@ pub fn written_write_cache(offset: u32, contents: &[u8]) -> Option<bool> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bdev::{Malloc, MallocOptions, Null, NullOptions};
+
+    /// Nobody who has negotiated with SPDK misses anything here.
+    #[test]
+    fn all_that_spdk_offers_is_offered() {
+        let (num_blocks, block_size) = (64, 512);
+        let options = MallocOptions { name: "m".into(), num_blocks, block_size, uuid: None };
+        let malloc: Arc<dyn Bdev> = Malloc::create(options).unwrap();
+        let options = NullOptions { name: "n".into(), num_blocks, block_size, uuid: None };
+        let null: Arc<dyn Bdev> = Null::create(options).unwrap();
+        let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
+        // The disk, whether it is read-only, what SPDK offers, and what we do beyond.
+        for (bdev, read_only, spdk, more) in [
+            (&malloc, false, 0x1_5c00_7646, event_idx | 1 << VIRTIO_BLK_F_CONFIG_WCE),
+            (&malloc, true, 0x1_5c00_7666, event_idx | 1 << VIRTIO_BLK_F_CONFIG_WCE),
+            (&null, false, 0x1_5c00_5446, event_idx),
+        ] {
+            let features = Disk { bdev: Arc::clone(bdev), read_only }.features();
+            assert_eq!(features, spdk | more, "{} {features:#x}", bdev.name());
+        }
+    }
+}

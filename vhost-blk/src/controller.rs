@@ -7,7 +7,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use crate::config::{self, Disk};
 use crate::queue::Coalescing;
-use crate::reactor::{Core, ticks_per_second};
+use crate::reactor::{Core, read_tsc, ticks_per_second};
 use crate::session::Phase;
 
 /// SPDK's default for `iops_threshold`.
@@ -37,6 +37,9 @@ pub(crate) struct ControllerId(pub u64);
 #[derive(Debug)]
 pub(crate) struct Controller {
     pub id: ControllerId,
+    /// Counts up over all controllers.
+    pub number: u64,
+    pub made_ticks: u64,
     pub name: String,
     pub socket: PathBuf,
     pub packed_ring: bool,
@@ -61,11 +64,18 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    pub(crate) fn new(id: ControllerId, spec: ControllerSpec, cores: Vec<Core>) -> Self {
+    pub(crate) fn new(
+        id: ControllerId,
+        number: u64,
+        spec: ControllerSpec,
+        cores: Vec<Core>,
+    ) -> Self {
         let packed = if spec.packed_ring { 1 << VIRTIO_F_RING_PACKED } else { 0 };
         let features = spec.disk.features() | packed;
         Self {
             id,
+            number,
+            made_ticks: read_tsc(),
             name: spec.name,
             socket: spec.socket,
             packed_ring: spec.packed_ring,
@@ -107,6 +117,10 @@ impl Controller {
 pub struct ControllerInfo {
     /// Its name.
     pub name: String,
+    /// How many controllers were made before it.
+    pub number: u64,
+    /// When it was made, in ticks of the time-stamp counter.
+    pub made_ticks: u64,
     /// Cores whose reactors may serve it.
     pub cores: Vec<Core>,
     /// Coalescing: base delay in microseconds.
@@ -148,6 +162,19 @@ pub struct SessionInfo {
     pub requests: u64,
     /// Of those, malformed or refused.
     pub errors: u64,
+    /// Rings that are served, and where.
+    pub queues: Vec<QueueInfo>,
+}
+
+/// A queue as the operator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueInfo {
+    /// Which ring of its session it is.
+    pub ring: usize,
+    /// Where it is served, or will be in a moment.
+    pub core: Core,
+    /// I/Os that have not completed.
+    pub inflight: u32,
 }
 
 /// Whether a controller may have this name and socket.

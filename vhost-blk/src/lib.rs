@@ -36,7 +36,7 @@ mod sigbus;
 pub mod target;
 pub mod transport;
 
-pub use controller::{ControllerInfo, ControllerSpec, SessionInfo};
+pub use controller::{ControllerInfo, ControllerSpec, QueueInfo, SessionInfo};
 pub use reactor::{Core, Mode, ReactorInfo};
 pub use target::{Error, Target};
 pub use transport::{ConnId, Connection, Transport, Verdict};

@@ -6,6 +6,7 @@
 pub mod core;
 
 use std::cell::UnsafeCell;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -104,6 +105,8 @@ pub struct RetiredView {
     /// The bytes that it keeps from being unmapped, for the operator to see.
     quarantine: Arc<AtomicU64>,
     counted: u64,
+    /// Views of this queue that are retired and not freed, this one included.
+    past: Arc<AtomicU32>,
 }
 
 impl Garbage for RetiredView {
@@ -120,6 +123,7 @@ impl Garbage for RetiredView {
             return Some(self);
         }
         self.quarantine.fetch_sub(self.counted, Ordering::Relaxed);
+        self.past.fetch_sub(1, Ordering::Relaxed);
         None
     }
 }
@@ -171,7 +175,9 @@ pub enum QueueState {
 /// A virtqueue that is, was, or is about to be attached to a reactor.
 ///
 /// The core belongs to the reactor whose poll set has the queue, from the moment the set is
-/// published until it stores [`QueueState::Stopped`].
+/// published until it stores [`QueueState::Stopped`], or until that reactor has been quiescent since
+/// a set without the queue was published to it. Then it belongs to whoever has published that set,
+/// who may give it to another reactor: core, channel and I/O in flight (`target::placement`).
 #[derive(Debug)]
 pub struct Queue {
     /// Its identity.
@@ -187,10 +193,12 @@ pub struct Queue {
     malformed: AtomicU64,
     coalescing: Arc<Coalescing>,
     quarantine: Arc<AtomicU64>,
+    past: Arc<AtomicU32>,
 }
 
 // SAFETY: everything but the core is atomic or immutable; the core has one owner at a time, which
-// is handed on through the poll set's publication and the Release store of `Stopped`.
+// is handed on through the poll set's publication, its reactor's grace period, and the Release store
+// of `Stopped`.
 unsafe impl Sync for Queue {}
 
 impl Queue {
@@ -206,27 +214,23 @@ impl Queue {
         base: u16,
         coalescing: Arc<Coalescing>,
     ) -> Result<Arc<Self>, StartError> {
-        Self::for_reactor(id, domain, view, base, coalescing, None, None)
+        Self::tracked(id, domain, view, base, coalescing, None)
     }
 
     /// As [`Queue::new`], with a record of what is in flight, by which the ring goes on where another
-    /// has left it; and for a reactor that may sleep: what the disk completes rings its bell.
-    pub(crate) fn for_reactor(
+    /// has left it.
+    ///
+    /// # Errors
+    /// As there, or the record has no room for the ring.
+    pub fn tracked(
         id: QueueId,
         domain: &Arc<Domain>,
         view: View,
         base: u16,
         coalescing: Arc<Coalescing>,
         tracked: Option<Tracked<'_>>,
-        bell: Option<&Bell>,
     ) -> Result<Arc<Self>, StartError> {
         let core = Core::new(&view, base, tracked)?;
-        if let Some(bell) = bell {
-            core.ring_when_done(bell).map_err(|source| {
-                let what = "cannot watch a disk for completions".into();
-                bdev::Error::System { what, source }
-            })?;
-        }
         Ok(Arc::new(Self {
             id,
             view: Published::new(domain, Box::new(view)),
@@ -240,14 +244,33 @@ impl Queue {
             malformed: AtomicU64::new(0),
             coalescing,
             quarantine: Arc::default(),
+            past: Arc::default(),
         }))
+    }
+
+    /// Has what the disk completes ring the bell `to` and no longer `from`, for reactors that may
+    /// sleep. The one of `to` has to visit the queue once: what has rung before is not said again.
+    ///
+    /// # Safety
+    /// The caller owns the core.
+    ///
+    /// # Errors
+    /// The system has no room for another watch; then nothing has changed.
+    pub(crate) unsafe fn aim(&self, from: Option<&Bell>, to: Option<&Bell>) -> io::Result<()> {
+        // SAFETY: the caller says so.
+        let core = unsafe { &*self.core.get() };
+        let Some(fd) = core.wake_fd() else { return Ok(()) };
+        to.map_or(Ok(()), |bell| bell.watch(fd))?;
+        from.into_iter().for_each(|bell| bell.forget(fd));
+        Ok(())
     }
 
     /// Gives the reactor a new view, which it adopts at its next visit.
     #[must_use]
     pub fn publish(&self, view: View) -> RetiredView {
-        let quarantine = Arc::clone(&self.quarantine);
-        RetiredView { view: self.view.replace(Box::new(view)), quarantine, counted: 0 }
+        let (quarantine, past) = (Arc::clone(&self.quarantine), Arc::clone(&self.past));
+        past.fetch_add(1, Ordering::Relaxed);
+        RetiredView { view: self.view.replace(Box::new(view)), quarantine, counted: 0, past }
     }
 
     /// Asks the reactor to take no further request and to say when the last one has completed.
@@ -291,6 +314,11 @@ impl Queue {
     #[must_use]
     pub fn quarantined_bytes(&self) -> u64 {
         self.quarantine.load(Ordering::Relaxed)
+    }
+
+    /// Views that were replaced and that a reactor or I/O in flight may still use.
+    pub(crate) fn past_views(&self) -> u32 {
+        self.past.load(Ordering::Relaxed)
     }
 
     /// One visit of the reactor that owns the core; says whether there was anything to do.

@@ -314,7 +314,13 @@ impl Reactor {
 
     /// Publishes `queues` as what the reactor polls, and wakes it.
     pub fn publish(&self, queues: Vec<Arc<Queue>>, reclaim: &Reclaim) {
-        reclaim.free(self.poll_set.replace(Box::new(PollSet::new(queues))));
+        self.publish_with(queues, false, reclaim);
+    }
+
+    /// As [`Reactor::publish`]. `strays`: I/O that this reactor has submitted is in flight on queues
+    /// that have moved away; see [`PollSet::new`].
+    pub(crate) fn publish_with(&self, queues: Vec<Arc<Queue>>, strays: bool, reclaim: &Reclaim) {
+        reclaim.free(self.poll_set.replace(Box::new(PollSet::new(queues, strays))));
         self.wake();
     }
 

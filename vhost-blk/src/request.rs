@@ -246,7 +246,7 @@ impl Chain {
         chain: &C,
         mut long: LongSegments,
     ) -> C::Taken {
-        let taken = collect_into(&mut *long, &mut self.sums, near, chain);
+        let taken = collect_into(&mut long, &mut self.sums, near, chain);
         self.long = Some(long);
         taken
     }

@@ -514,7 +514,7 @@ impl Session {
         effects
     }
 
-    /// RESET_DEVICE, and status 0: as RESET_OWNER, but what is between the two ends stays: features,
+    /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features,
     /// memory, log, and the area, which the front end gives again if it has another.
     pub fn reset_device(&mut self) -> Vec<Effect> {
         self.stop_all()

@@ -6,6 +6,7 @@
 
 mod connections;
 mod operator;
+mod placement;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
@@ -25,8 +26,10 @@ use crate::reactor::{BellRope, Core, Events, Mode, Reactor, SteppedReactor};
 use crate::reclaim::{Reclaim, Unmapper};
 use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
+use placement::Stray;
 
 pub use operator::DeleteProgress;
+pub use placement::Moving;
 
 /// Why an operation on a controller failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +52,21 @@ pub enum Error {
     /// a coalescing parameter is out of range
     #[error("coalescing parameter out of range")]
     Coalescing,
+    /// no session of this number, or several where one would do without a number
+    #[error("controller {0} has no such session, or more than one")]
+    NoSession(String),
+    /// no ring of this number is served
+    #[error("ring {0} is not served")]
+    NoQueue(usize),
+    /// another move is under way
+    #[error("ring {0} is being moved already")]
+    Moving(usize),
+    /// a reactor is stuck in a turn
+    #[error("the reactor on core {0:?} does not end its turn")]
+    Stuck(Core),
+    /// the system has no room for another watch
+    #[error("cannot watch a disk for completions on core {0:?}: {1}")]
+    Watch(Core, io::Error),
     /// a virtual machine is connected
     #[error("controller {0} has a connected front end")]
     Busy(String),
@@ -65,7 +83,10 @@ impl Error {
             Self::NoController(_) => libc::ENODEV,
             Self::Exists(_) => libc::EEXIST,
             Self::Cpumask | Self::Coalescing => libc::EINVAL,
-            Self::Busy(_) => libc::EBUSY,
+            Self::Busy(_) | Self::Moving(_) => libc::EBUSY,
+            Self::NoSession(_) | Self::NoQueue(_) => libc::ENOENT,
+            Self::Stuck(_) => libc::ETIMEDOUT,
+            Self::Watch(_, e) => e.raw_os_error().unwrap_or(libc::EIO),
             Self::Name(_) | Self::SocketPath(..) | Self::Listen(..) => libc::EIO,
         }
     }
@@ -77,11 +98,15 @@ pub struct Target {
     domain: Arc<Domain>,
     reactors: Vec<Arc<Reactor>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The reactors have no threads: see [`Target::in_steps`].
+    stepped: bool,
     events: Arc<Events>,
     reclaim: Reclaim,
     unmapper: Unmapper,
     changed: Arc<dyn Fn() + Send + Sync>,
     drain_limit_s: AtomicU64,
+    /// Held by whoever changes where queues are served, over all of the changes.
+    placing: Mutex<()>,
 }
 
 impl std::fmt::Debug for Target {
@@ -98,6 +123,10 @@ struct Inner {
     queues: HashMap<QueueId, (ConnId, usize)>,
     /// What each reactor polls.
     attached: Vec<Vec<Arc<Queue>>>,
+    /// What queues that were moved have left in flight.
+    strays: Vec<Stray>,
+    /// Controllers made so far.
+    controllers_made: u64,
     /// No connection is taken any more, whatever becomes of deletions.
     ending: bool,
     ids: u64,
@@ -119,7 +148,10 @@ struct Connected {
 
 struct Attached {
     queue: Arc<Queue>,
+    /// Whose set has it, or will have it when it has been moved.
     reactor: usize,
+    /// Nobody's set has it right now: see [`placement`].
+    moving: bool,
     /// The guest's kicks, where they wake the reactor.
     kicks: Option<BellRope<KickFd>>,
 }
@@ -203,12 +235,14 @@ impl Target {
             inner: Mutex::new(inner),
             domain,
             reactors,
+            stepped: threads.is_empty(),
             threads: Mutex::new(threads),
             events,
             reclaim: Reclaim::start(move || freed())?,
             unmapper: Unmapper::start()?,
             changed,
             drain_limit_s: AtomicU64::new(DRAIN_LIMIT_S),
+            placing: Mutex::default(),
         }))
     }
 

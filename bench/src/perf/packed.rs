@@ -2,42 +2,12 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
+use crate::packed::{AVAILABLE, EVENTS_OFF, EVENTS_ON, FIRST_BASE, Position, USED, wants_kick};
 use crate::perf::plan::RingLayout;
 use crate::perf::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
-use crate::perf::virtqueue::{Virtqueue, need_event};
+use crate::perf::virtqueue::Virtqueue;
 use crate::ring::{Descriptor, INDIRECT, Ring};
 use crate::words::words;
-
-/// Descriptor flags: what the side that wrote it last has its wrap counter at.
-const AVAILABLE: u16 = 1 << 7;
-const USED: u16 = 1 << 15;
-/// Event flags: always, never, or at the position that is named beside them.
-const EVENTS_ON: u16 = 0;
-const EVENTS_OFF: u16 = 1;
-const EVENTS_AT: u16 = 2;
-/// Where both sides begin, as SET_VRING_BASE says it: position 0, wrap counter 1.
-pub(crate) const FIRST_BASE: u16 = 1 << 15;
-
-/// A place in the ring, and the wrap counter there.
-#[derive(Clone, Copy, Debug)]
-struct Position {
-    at: u16,
-    wrap: bool,
-}
-
-impl Position {
-    const FIRST: Self = Self { at: 0, wrap: true };
-
-    /// Moves on by `n`, which is at most `size`.
-    #[inline]
-    fn advance(&mut self, n: u16, size: u16) {
-        self.at += n;
-        if self.at >= size {
-            self.at -= size;
-            self.wrap = !self.wrap;
-        }
-    }
-}
 
 /// A packed ring. The descriptors of each slot's request are made once and copied into the ring
 /// wherever the next free place is.
@@ -103,12 +73,6 @@ impl<'a> Packed<'a> {
         &self.descriptors[2 * usize::from(position.at) + 1]
     }
 
-    #[inline]
-    fn is_used(position: Position, word: u64) -> bool {
-        let flags = (word >> 48) as u16;
-        (flags & AVAILABLE != 0) == position.wrap && (flags & USED != 0) == position.wrap
-    }
-
     fn make(slot: usize, part: Descriptor) -> [u64; 2] {
         let rest = u64::from(part.len) | (slot as u64) << 32 | u64::from(part.flags) << 48;
         [part.addr, rest]
@@ -122,7 +86,7 @@ impl Virtqueue for Packed<'_> {
         for slot in slots {
             // Acquire: pairs with the device's store of the flags after it has written all else.
             let word = self.word(self.used).load(Ordering::Acquire);
-            if !Self::is_used(self.used, word) {
+            if !self.used.is_used((word >> 48) as u16) {
                 break;
             }
             *slot = (word >> 32) as u16;
@@ -134,7 +98,7 @@ impl Virtqueue for Packed<'_> {
     }
 
     fn has_completion(&self) -> bool {
-        Self::is_used(self.used, self.word(self.used).load(Ordering::Acquire))
+        self.used.is_used((self.word(self.used).load(Ordering::Acquire) >> 48) as u16)
     }
 
     fn set_kind(&mut self, slot: usize, write: bool) {
@@ -179,20 +143,9 @@ impl Virtqueue for Packed<'_> {
     fn take_kick(&mut self) -> bool {
         // What has come back has been seen, so it needs no kick.
         self.unkicked = self.unkicked.min(self.held);
-        let wanted = self.unkicked > 0
-            && match self.theirs[1].load(Ordering::Relaxed) & 3 {
-                EVENTS_OFF => false,
-                EVENTS_AT if self.event_idx => {
-                    let named = self.theirs[0].load(Ordering::Relaxed);
-                    let mut event = named & !FIRST_BASE;
-                    if (named & FIRST_BASE != 0) != self.next.wrap {
-                        // A round behind.
-                        event = event.wrapping_sub(self.size);
-                    }
-                    need_event(event, self.next.at, self.next.at.wrapping_sub(self.unkicked))
-                }
-                _ => true,
-            };
+        let events = [0, 1].map(|i: usize| self.theirs[i].load(Ordering::Relaxed));
+        let since = (self.next, self.unkicked);
+        let wanted = self.unkicked > 0 && wants_kick(events, self.event_idx, since, self.size);
         if wanted {
             self.unkicked = 0;
         }
@@ -219,6 +172,7 @@ mod tests {
 
     use super::*;
     use crate::guest::GuestRam;
+    use crate::packed::EVENTS_AT;
     use crate::ring::NEXT;
 
     /// A device that follows the specification, with state of its own.

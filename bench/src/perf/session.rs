@@ -10,11 +10,12 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use crate::error::{Error, Result};
 use crate::front_end::{DRIVER_FEATURES, EVENT_IDX, FrontEnd, INDIRECT_DESC, Options, RING_PACKED};
 use crate::guest::{Backing, GuestRam};
+use crate::packed::FIRST_BASE;
 use crate::perf::clock::Clock;
 use crate::perf::lane::{Lane, Shown, Tally};
 use crate::perf::outcome::Outcome;
 use crate::perf::pace::Pace;
-use crate::perf::packed::{self, Packed};
+use crate::perf::packed::Packed;
 use crate::perf::plan::{Plan, RingLayout};
 use crate::perf::slots::Slots;
 use crate::perf::split::{self, Split};
@@ -123,7 +124,7 @@ impl Session {
         let range = range(plan, disk_bytes)?;
         let queue = |index| queue(plan, &ram, index, segment_bytes);
         let queues = (0..plan.queues).map(queue).collect::<Result<Vec<_>>>()?;
-        let base = if plan.rings == RingLayout::Packed { packed::FIRST_BASE } else { 0 };
+        let base = if plan.rings == RingLayout::Packed { FIRST_BASE } else { 0 };
         front_end.start(queues.iter().map(|(ring, _)| (ring.clone(), base)).collect())?;
         Ok(Self { front_end, ram, queues, disk_bytes, range })
     }

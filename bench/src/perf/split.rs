@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use crate::driver::need_event;
 use crate::perf::plan::RingLayout;
 use crate::perf::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
-use crate::perf::virtqueue::{Virtqueue, need_event};
+use crate::perf::virtqueue::Virtqueue;
 use crate::ring::{Descriptor, INDIRECT, Ring};
 use crate::words::words;
 

@@ -36,10 +36,3 @@ pub(crate) trait Virtqueue {
     /// says it.
     fn base(&self) -> u16;
 }
-
-/// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
-/// (virtio 1.2, 2.7.10).
-#[inline]
-pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}

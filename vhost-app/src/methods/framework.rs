@@ -1,15 +1,12 @@
-//! `framework_*`, `spdk_*` and `thread_*`: the program itself, its start and its threads.
+//! `framework_*` and `spdk_*`: the program itself and its start.
 
-use std::collections::HashMap;
-use std::fs;
 use std::rc::Rc;
 
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use vhost_blk::reactor::{read_tsc, ticks_per_second};
 
-use super::{Answer, App, Methods, bdev, mask, vhost};
+use super::{Answer, App, Methods, bdev, vhost};
 use crate::cli::{SPDK_VERSION, VERSION};
 use crate::process;
 
@@ -43,9 +40,6 @@ pub(crate) const SUBSYSTEMS: [(&str, &[&str]); 12] = [
     ("vhost_scsi", &["scsi"]),
 ];
 
-/// SPDK's number for the thread that serves the RPCs; the reactors' follow.
-const APP_THREAD_ID: usize = 1;
-
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("spdk_get_version", Phases::Both, |_, params| {
         params.none("spdk_get_version method requires no parameters")?;
@@ -61,8 +55,6 @@ pub(super) fn register(methods: &mut Methods<'_>) {
         Ok(SUBSYSTEMS.iter().map(show).collect())
     });
     methods.add_plain("framework_get_config", Phases::Runtime, get_config);
-    methods.add_plain("framework_get_reactors", Phases::Runtime, get_reactors);
-    methods.add_plain("thread_get_stats", Phases::Runtime, thread_stats);
 }
 
 fn version() -> Value {
@@ -156,136 +148,9 @@ fn get_config(app: &App, params: &Params) -> Answer {
     Ok(entries.into())
 }
 
-/// Jiffies that each processor has spent, by number: user, system, interrupts.
-#[derive(Debug, Default)]
-pub(crate) struct CpuTimes(HashMap<usize, [u64; 3]>);
-
-impl CpuTimes {
-    /// As they are now.
-    pub(crate) fn read() -> Self {
-        Self::parse(&fs::read_to_string("/proc/stat").unwrap_or_default())
-    }
-
-    fn parse(stat: &str) -> Self {
-        let parse = |line: &str| {
-            let mut words = line.strip_prefix("cpu")?.split_ascii_whitespace();
-            let cpu = words.next()?.parse().ok()?;
-            let times: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
-            Some((cpu, [*times.first()?, *times.get(2)?, *times.get(5)?]))
-        };
-        Self(stat.lines().filter_map(parse).collect())
-    }
-
-    fn since(&self, before: &Self, cpu: usize) -> [u64; 3] {
-        let zero = [0; 3];
-        let (now, before) =
-            (self.0.get(&cpu).unwrap_or(&zero), before.0.get(&cpu).unwrap_or(&zero));
-        std::array::from_fn(|i| now[i].saturating_sub(before[i]))
-    }
-}
-
-fn get_reactors(app: &App, params: &Params) -> Answer {
-    params.none("`framework_get_reactors` requires no arguments")?;
-    let times = CpuTimes::read();
-    let elapsed = ticks_since_start(app);
-    let show = |(n, reactor): (usize, vhost_blk::ReactorInfo)| {
-        let core = reactor.core.0;
-        let [user, system, irq] = times.since(&app.cpu_times, core);
-        json!({
-            "lcore": core,
-            "numa_id": numa_node(core),
-            "tid": reactor.tid,
-            "busy": reactor.busy_ticks,
-            "idle": reactor.idle_ticks,
-            "in_interrupt": reactor.in_interrupt,
-            "irq": irq,
-            "sys": system,
-            "usr": user,
-            "lw_threads": [{
-                "name": format!("reactor_{core}"),
-                "id": APP_THREAD_ID + 1 + n,
-                "cpumask": mask([core]),
-                "elapsed": elapsed,
-            }],
-        })
-    };
-    let reactors = app.control.target().reactors();
-    Ok(json!({
-        "tick_rate": ticks_per_second(),
-        "pid": std::process::id(),
-        "reactors": reactors.into_iter().enumerate().map(show).collect::<Vec<_>>(),
-    }))
-}
-
-/// The thread that serves the RPCs, and one per reactor: queues are assigned to reactors, so a
-/// controller has no thread of its own.
-fn thread_stats(app: &App, params: &Params) -> Answer {
-    params.none("'thread_get_stats' requires no arguments")?;
-    let elapsed = ticks_since_start(app);
-    let busy = own_busy_ticks().min(elapsed);
-    let mut threads = vec![json!({
-        "name": "app_thread",
-        "id": APP_THREAD_ID,
-        "cpumask": mask(allowed_cpus()),
-        "busy": busy,
-        "idle": elapsed - busy,
-        "active_pollers_count": 0,
-        "timed_pollers_count": 1,
-        "paused_pollers_count": 0,
-    })];
-    for (n, reactor) in app.control.target().reactors().into_iter().enumerate() {
-        threads.push(json!({
-            "name": format!("reactor_{}", reactor.core.0),
-            "id": APP_THREAD_ID + 1 + n,
-            "cpumask": mask([reactor.core.0]),
-            "busy": reactor.busy_ticks,
-            "idle": reactor.idle_ticks,
-            "active_pollers_count": reactor.queues,
-            "timed_pollers_count": 0,
-            "paused_pollers_count": 0,
-        }));
-    }
-    Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
-}
-
-fn ticks_since_start(app: &App) -> u64 {
-    read_tsc().saturating_sub(app.began)
-}
-
-/// How long this thread has run, in ticks.
-fn own_busy_ticks() -> u64 {
-    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let nanoseconds = stat.split_ascii_whitespace().next().and_then(|word| word.parse().ok());
-    let ticks = nanoseconds.unwrap_or(0u128) * u128::from(ticks_per_second()) / 1_000_000_000;
-    ticks as u64
-}
-
-/// The processors that this thread may run on.
-fn allowed_cpus() -> Vec<usize> {
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    list.and_then(|list| crate::cli::parse_cores(&format!("[{}]", list.trim()))).unwrap_or_default()
-}
-
-/// The memory node of a processor; 0 where there is only one.
-fn numa_node(cpu: usize) -> u32 {
-    let entries = fs::read_dir(format!("/sys/devices/system/cpu/cpu{cpu}"));
-    let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());
-    names.filter_map(|name| name.to_str()?.strip_prefix("node")?.parse().ok()).next().unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_of_processors_are_differences() {
-        let before = CpuTimes::parse("cpu  9 9 9 9 9 9 9\ncpu0 1 2 3 4 5 6 7\ncpu12 1 1 1 1 1 1\n");
-        let now = CpuTimes::parse("cpu0 11 2 33 4 5 66 7 8 9\ncpu12 0 0 0 0 0 9\nintr 5\ncpu3\n");
-        assert_eq!(now.since(&before, 0), [10, 30, 60]);
-        assert_eq!(now.since(&before, 12), [0, 0, 8]);
-        assert_eq!(now.since(&before, 3), [0, 0, 0]);
-    }
 
     #[test]
     fn the_version_is_that_of_the_spdk_it_stands_in_for() {

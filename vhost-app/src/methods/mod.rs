@@ -13,6 +13,7 @@ mod bdev_stats;
 mod framework;
 mod log;
 mod options;
+mod threads;
 mod vhost;
 
 use std::cell::RefCell;
@@ -44,7 +45,7 @@ pub(crate) struct App {
     /// When the program was started, in ticks.
     pub(crate) began: u64,
     /// The processor's times at the start.
-    pub(crate) cpu_times: framework::CpuTimes,
+    pub(crate) cpu_times: threads::CpuTimes,
 }
 
 /// A method's answer.
@@ -59,7 +60,7 @@ impl App {
             options: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
             began: vhost_blk::reactor::read_tsc(),
-            cpu_times: framework::CpuTimes::read(),
+            cpu_times: threads::CpuTimes::read(),
         }
     }
 }
@@ -68,6 +69,7 @@ impl App {
 pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     let mut methods = Methods { registry, app };
     framework::register(&mut methods);
+    threads::register(&mut methods);
     log::register(&mut methods);
     options::register(&mut methods);
     bdev::register(&mut methods);

@@ -7,12 +7,12 @@ use std::time::Duration;
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tracing::{error, warn};
+use tracing::error;
 use vhost_blk::config::Disk;
 use vhost_blk::controller::IOPS_THRESHOLD_DEFAULT;
 use vhost_blk::reactor::Cause;
 use vhost_blk::session::Phase;
-use vhost_blk::{ControllerInfo, ControllerSpec, Core, ReactorInfo, SessionInfo};
+use vhost_blk::{ControllerInfo, ControllerSpec, Core, QueueInfo, ReactorInfo, SessionInfo};
 
 use super::{Answer, App, Methods, mask};
 use crate::cli::parse_cores;
@@ -30,6 +30,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("vhost_get_controllers", Phases::Runtime, get);
     methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
     methods.add_plain("vhost_get_reactor_turns", Phases::Runtime, reactor_turns);
+    methods.add("vhost_move_queue", Phases::Runtime, move_queue);
     methods.add_plain("virtio_blk_create_transport", Phases::Runtime, create_transport);
     methods.add_plain("virtio_blk_get_transports", Phases::Runtime, get_transports);
 }
@@ -73,9 +74,6 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
             return Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}")));
         }
     };
-    if p.packed_ring {
-        warn!("controller {}: packed_ring is kept, but packed rings are not offered yet", p.ctrlr);
-    }
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
         disk: Arc::new(Disk { bdev: Arc::clone(&bdev), read_only: p.readonly }),
@@ -156,6 +154,24 @@ fn reactor_turns(app: &App, params: &Params) -> Answer {
     Ok(turns.map(describe).collect())
 }
 
+/// Not in SPDK: has a queue served on another core, and answers when it is.
+async fn move_queue(app: Rc<App>, params: Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Move {
+        ctrlr: String,
+        /// The session's `id`, where there is more than one.
+        session: Option<u32>,
+        queue: usize,
+        core: usize,
+    }
+    let p: Move = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
+    app.control
+        .move_queue(p.ctrlr, p.session, p.queue, Core(p.core))
+        .await
+        .map_err(|e| refused(params.method(), e.errno(), e))?;
+    Ok(true.into())
+}
+
 fn describe(controller: &ControllerInfo) -> Value {
     let session = |s| describe_session(&controller.name, s);
     json!({
@@ -175,7 +191,7 @@ fn describe(controller: &ControllerInfo) -> Value {
     })
 }
 
-fn controller_mask(controller: &ControllerInfo) -> String {
+pub(super) fn controller_mask(controller: &ControllerInfo) -> String {
     mask(controller.cores.iter().map(|core| core.0))
 }
 
@@ -192,7 +208,12 @@ fn describe_session(controller: &str, session: &SessionInfo) -> Value {
         "quarantined_bytes": session.quarantined_bytes,
         "requests": session.requests,
         "errors": session.errors,
+        "queues": session.queues.iter().map(describe_queue).collect::<Vec<_>>(),
     })
+}
+
+fn describe_queue(queue: &QueueInfo) -> Value {
+    json!({ "queue": queue.ring, "core": queue.core.0, "inflight": queue.inflight })
 }
 
 fn set_coalescing(app: &App, params: &Params) -> Answer {

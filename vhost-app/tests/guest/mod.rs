@@ -4,9 +4,10 @@
 //! let mut guest = Guest::boot(GuestOptions::new(&vhost.socket("vhost.0")));
 //! assert_eq!(guest.disk("vda").number("queues"), 1);
 //! guest.ok("payload 0 16 >/dev/vda");
-//! guest.start_io("vda", 0);               // writes and verifies for ever
+//! guest.start_io("vda", 0);               // writes and verifies for ever, eight at a time
 //! guest.io_goes_on("vda", 0);             // two more passes, from here on
 //! guest.qmp("stop", json!({}));
+//! guest.unplug("d0");                     // the first disk's device
 //! guest.kill9();
 //! ```
 //!
@@ -20,16 +21,18 @@
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+mod qmp;
+
 use std::collections::HashMap;
 use std::env;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use qmp::Qmp;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -48,8 +51,16 @@ pub(crate) struct GuestOptions {
     pub(crate) cpus: u32,
     /// Its memory.
     pub(crate) memory_mib: u32,
-    /// What `ci/guest-init` is to do.
-    pub(crate) job: &'static str,
+    /// Slots for memory that is plugged in later.
+    pub(crate) memory_slots: u32,
+    /// What `ci/guest-init` is to do. `None`: the firmware boots what is on `vda`.
+    pub(crate) job: Option<&'static str>,
+    /// More words for the kernel.
+    pub(crate) kernel_words: &'static str,
+    /// More properties of each disk.
+    pub(crate) disk_properties: &'static str,
+    /// More arguments for QEMU.
+    pub(crate) arguments: &'static [&'static str],
 }
 
 impl GuestOptions {
@@ -61,7 +72,11 @@ impl GuestOptions {
             reboots: false,
             cpus: 1,
             memory_mib: 256,
-            job: "hold",
+            memory_slots: 0,
+            job: Some("hold"),
+            kernel_words: "",
+            disk_properties: "",
+            arguments: &[],
         }
     }
 
@@ -74,20 +89,26 @@ impl GuestOptions {
     fn command(&self, qmp: &Path) -> Command {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let given = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
-        let initrd = given("VHOST_INITRD").map(PathBuf::from);
-        let initrd = initrd.unwrap_or_else(|| repository.join("target/ci/initrd"));
         let accel = given("VHOST_ACCEL").unwrap_or_else(|| "tcg".into());
         let memory = self.memory_mib;
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none"]);
         qemu.args(["-accel", &accel, "-machine", "q35", "-smp", &self.cpus.to_string()]);
-        qemu.args(["-m", &format!("{memory}M"), "-numa", "node,memdev=m"]);
+        let room = match self.memory_slots {
+            0 => String::new(),
+            slots => format!(",slots={slots},maxmem=4G"),
+        };
+        qemu.args(["-m", &format!("{memory}M{room}"), "-numa", "node,memdev=m"]);
         qemu.args(["-object", &format!("memory-backend-memfd,id=m,size={memory}M,share=on")]);
-        qemu.arg("-kernel").arg(given("VHOST_KERNEL").map_or_else(newest_kernel, PathBuf::from));
-        qemu.arg("-initrd").arg(initrd);
-        // Kernel messages would be printed into the middle of lines: only the last words are.
-        let rest = "console=ttyS0 panic=-1 quiet loglevel=1 rdinit=/init";
-        qemu.args(["-append", &format!("{rest} job={}", self.job)]);
+        if let Some(job) = self.job {
+            let kernel = given("VHOST_KERNEL").map_or_else(newest_kernel, PathBuf::from);
+            let initrd = given("VHOST_INITRD").map(PathBuf::from);
+            let initrd = initrd.unwrap_or_else(|| repository.join("target/ci/initrd"));
+            qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+            // Kernel messages would be printed into the middle of lines: only the last words are.
+            let words = "console=ttyS0 panic=-1 quiet loglevel=1 rdinit=/init";
+            qemu.args(["-append", &format!("{words} {} job={job}", self.kernel_words)]);
+        }
         qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
         if !self.reboots {
             qemu.arg("-no-reboot");
@@ -96,9 +117,10 @@ impl GuestOptions {
         for (n, (socket, queues)) in self.sockets.iter().enumerate() {
             let socket = socket.display();
             qemu.args(["-chardev", &format!("socket,id=c{n},path={socket}{reconnect}")]);
-            let device = format!("vhost-user-blk-pci,chardev=c{n},num-queues={queues}");
-            qemu.args(["-device", &device]);
+            let device = format!("vhost-user-blk-pci,id=d{n},chardev=c{n},num-queues={queues}");
+            qemu.args(["-device", &format!("{device}{}", self.disk_properties)]);
         }
+        qemu.args(self.arguments);
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
         qemu
     }
@@ -118,6 +140,8 @@ pub(crate) struct Guest {
     console: Arc<Console>,
     /// Lines of the console before this one have been looked at.
     seen: usize,
+    /// The line of the console from which on a load has to go well.
+    loads: HashMap<String, usize>,
     qmp: Qmp,
     _dir: TempDir,
 }
@@ -161,7 +185,7 @@ impl Guest {
             panic!("QEMU's control socket: {e}");
         });
         let input = qemu.stdin.take().unwrap();
-        Self { qemu, input, console, seen: 0, qmp, _dir: dir }
+        Self { qemu, input, console, seen: 0, loads: HashMap::new(), qmp, _dir: dir }
     }
 
     /// Starts QEMU and waits until the guest takes commands.
@@ -253,6 +277,7 @@ impl Guest {
     /// Has the guest write and verify a MiB of a disk, at `at_mib`, over and over.
     #[track_caller]
     pub(crate) fn start_io(&mut self, disk: &str, at_mib: u32) {
+        self.loads.insert(format!("{disk} {at_mib}"), self.console.len());
         self.ok(&format!("io {disk} {at_mib} 1 &"));
         self.io_goes_on(disk, at_mib);
     }
@@ -260,27 +285,47 @@ impl Guest {
     /// Waits for two more passes of [`Guest::start_io`]: the second began after this call.
     #[track_caller]
     pub(crate) fn io_goes_on(&mut self, disk: &str, at_mib: u32) {
-        let (pass, failed) = (format!(" {disk} {at_mib}"), format!("GUEST: io {disk} "));
-        let before = self.console.lines(0, self.console.len());
+        self.skip_lines();
+        let passed = format!(" {disk} {at_mib}");
+        for _ in 0..2 {
+            self.wait_for_io(disk, at_mib, |line| {
+                line.starts_with("GUEST: pass ") && line.ends_with(&passed)
+            });
+        }
+    }
+
+    /// Ends [`Guest::start_io`], which verifies all that it has written.
+    #[track_caller]
+    pub(crate) fn finish_io(&mut self, disk: &str, at_mib: u32) {
+        self.skip_lines();
+        self.type_line(&format!("touch /tmp/stop.{disk}"));
+        let done = format!("GUEST: io {disk} {at_mib} done");
+        self.wait_for_io(disk, at_mib, |line| line == done);
+        self.ok(&format!("rm /tmp/stop.{disk}"));
+    }
+
+    /// Waits for a line of a load's. That it has failed, then or before, fails the test.
+    #[track_caller]
+    fn wait_for_io(&mut self, disk: &str, at_mib: u32, found: impl Fn(&str) -> bool) {
+        let (load, failed) =
+            (format!("{disk} {at_mib}"), format!("GUEST: io {disk} {at_mib} failed"));
+        let from = self.loads.get(&load).copied().unwrap_or_default();
+        let before = self.console.lines(from, self.seen);
         if let Some(line) = before.iter().find(|line| line.starts_with(&failed)) {
             panic!("{line}");
         }
-        self.seen = before.len();
-        for _ in 0..2 {
-            let verdict = self.wait_for(&format!("GUEST: pass N{pass}"), |line| {
-                let passed = line.starts_with("GUEST: pass ") && line.ends_with(&pass);
-                let fails = || line.starts_with(&failed).then(|| Err(line.to_owned()));
-                if passed { Some(Ok(())) } else { fails() }
-            });
-            verdict.unwrap_or_else(|e| panic!("{e}"));
-        }
+        let verdict = self.wait_for(&format!("GUEST: … {load}"), |line| {
+            let fails = || line.starts_with(&failed).then(|| Err(line.to_owned()));
+            if found(line) { Some(Ok(())) } else { fails() }
+        });
+        verdict.unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Waits until [`Guest::start_io`] on this disk has got an I/O error.
     #[track_caller]
     pub(crate) fn io_fails(&mut self, disk: &str) {
         let line = self.wait_line(&format!("io {disk} "));
-        assert!(line.starts_with("write failed") || line.starts_with("verify failed"), "{line}");
+        assert!(line.contains(" failed: writing") || line.contains(" failed: reading"), "{line}");
     }
 
     /// Executes a command of QEMU's; what it returns.
@@ -292,10 +337,83 @@ impl Guest {
         }
     }
 
+    /// Sends a command of QEMU's whose answer may take long; [`Guest::qmp_answer`] waits for it.
+    pub(crate) fn qmp_send(&mut self, command: &str, arguments: Value) {
+        self.qmp.send(command, arguments).unwrap();
+    }
+
+    /// Whether what was sent has been answered by now.
+    pub(crate) fn qmp_has_answer(&mut self) -> bool {
+        self.qmp.has_answer().unwrap()
+    }
+
+    /// The answer to what was sent.
+    #[track_caller]
+    pub(crate) fn qmp_answer(&mut self) -> Value {
+        self.qmp.answer().unwrap_or_else(|e| panic!("{e}; the console:\n{}", self.tail()))
+    }
+
+    /// Waits for the next of QEMU's events for whose name and data `found` gives something. Those
+    /// that came before it are forgotten.
+    #[track_caller]
+    pub(crate) fn wait_event<R>(
+        &mut self,
+        what: &str,
+        found: impl Fn(&str, &Value) -> Option<R>,
+    ) -> R {
+        loop {
+            match self.qmp.event() {
+                Ok((name, data)) => {
+                    if let Some(result) = found(&name, &data) {
+                        return result;
+                    }
+                }
+                Err(e) => panic!("{e}, no event of {what}; the console:\n{}", self.tail()),
+            }
+        }
+    }
+
+    /// Asks the guest for a device, again whenever it says no, and waits until QEMU has it.
+    #[track_caller]
+    pub(crate) fn unplug(&mut self, device: &str) {
+        for _ in 0..100 {
+            self.qmp("device_del", json!({"id": device}));
+            let gone = self.wait_event(&format!("{device}'s end"), |name, data| {
+                let its = data["device"] == device;
+                let ends = name == "DEVICE_DELETED" || name == "MEM_UNPLUG_ERROR";
+                (its && ends).then(|| name == "DEVICE_DELETED")
+            });
+            if gone {
+                return;
+            }
+        }
+        panic!("the guest keeps {device}; the console:\n{}", self.tail());
+    }
+
     /// QEMU's word for what the machine does: `running`, `paused`, `shutdown`, ….
     #[track_caller]
     pub(crate) fn status(&mut self) -> String {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap().to_owned()
+    }
+
+    /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`.
+    #[track_caller]
+    pub(crate) fn migrate(mut self, mut next: Self, socket: &Path) -> Self {
+        let uri = json!({"uri": format!("unix:{}", socket.display())});
+        let events = json!({"capabilities": [{"capability": "events", "state": true}]});
+        self.qmp("migrate-set-capabilities", events);
+        next.qmp("migrate-incoming", uri.clone());
+        self.qmp("migrate", uri);
+        let status = self.wait_event("the migration's end", |name, data| {
+            let status = data["status"].as_str()?;
+            let ends = name == "MIGRATION" && ["completed", "failed"].contains(&status);
+            ends.then(|| status.to_owned())
+        });
+        assert_eq!(status, "completed", "{}", self.qmp("query-migrate", json!({})));
+        next.wait_event("the guest's start", |name, _| (name == "RESUME").then_some(()));
+        self.qmp("quit", json!({}));
+        assert!(self.qemu.wait().unwrap().success());
+        next
     }
 
     /// Kills QEMU as the kernel would.
@@ -328,6 +446,11 @@ impl Drop for Guest {
             eprintln!("---- the end of a guest's console ----\n{}\n----", self.tail());
         }
     }
+}
+
+/// How often a test does what it does: `VHOST_CYCLES`, or as often as CI has the time for.
+pub(crate) fn cycles(in_ci: usize) -> usize {
+    env::var("VHOST_CYCLES").map_or(in_ci, |n| n.parse().unwrap())
 }
 
 fn owned((name, value): (&str, &str)) -> (String, String) {
@@ -392,47 +515,5 @@ impl Console {
         let printed = self.printed.lock().unwrap();
         let (_printed, result) = self.more.wait_timeout_while(printed, left, going_on).unwrap();
         if result.timed_out() { Err("the guest says nothing more") } else { Ok(()) }
-    }
-}
-
-/// QEMU's control socket.
-struct Qmp(BufReader<UnixStream>);
-
-impl Qmp {
-    fn connect(path: &Path, mut runs: impl FnMut() -> bool) -> std::io::Result<Self> {
-        let deadline = Instant::now() + LIMIT;
-        let stream = loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => break stream,
-                Err(e) if Instant::now() >= deadline || !runs() => return Err(e),
-                Err(_) => thread::sleep(Duration::from_millis(5)),
-            }
-        };
-        stream.set_read_timeout(Some(LIMIT))?;
-        let mut qmp = Self(BufReader::new(stream));
-        qmp.message()?;
-        qmp.execute("qmp_capabilities", json!({}))?;
-        Ok(qmp)
-    }
-
-    fn message(&mut self) -> std::io::Result<Value> {
-        let mut line = String::new();
-        self.0.read_line(&mut line)?;
-        Ok(serde_json::from_str(&line)?)
-    }
-
-    fn execute(&mut self, command: &str, arguments: Value) -> std::io::Result<Value> {
-        let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.0.get_mut(), "{request}")?;
-        loop {
-            let mut message = self.message()?;
-            if let Some(error) = message.get("error") {
-                return Err(std::io::Error::other(error.to_string()));
-            }
-            // Events come in between.
-            if let Some(result) = message.get_mut("return") {
-                return Ok(result.take());
-            }
-        }
     }
 }

@@ -5,7 +5,7 @@
 mod requests;
 
 use std::collections::VecDeque;
-use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +18,7 @@ use super::{Coalescing, NOTHING, Queue, QueueState, StartError, Tracked, View, W
 use crate::config::Disk;
 use crate::inflight::{Recovery, Tracker};
 use crate::memory::Nearest;
-use crate::reactor::{Bell, Cause, Event, Events, Turn};
+use crate::reactor::{Cause, Event, Events, Turn};
 use crate::request::{Chain, LongSegments, long_segments};
 use crate::ring::{AnyRing, Look, Ring};
 
@@ -386,15 +386,9 @@ impl Core {
         wait
     }
 
-    /// Has the disk ring `bell` when it has completed something.
-    ///
-    /// # Errors
-    /// The system has no room for another watch.
-    pub(super) fn ring_when_done(&self, bell: &Bell) -> io::Result<()> {
-        match self.device.as_ref().and_then(|device| device.channel.0.wake_fd()) {
-            Some(fd) => bell.watch(fd),
-            None => Ok(()),
-        }
+    /// Where the disk says that it has completed something, if it does.
+    pub(super) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.device.as_ref()?.channel.0.wake_fd()
     }
 
     /// Calls the guest if it wants that and the time has come.
@@ -408,7 +402,9 @@ impl Core {
         if !stop && self.call_due.wait(&at.queue.coalescing, turn) {
             return;
         }
-        if self.call_wanted && let Some(call) = &at.view.call {
+        if self.call_wanted
+            && let Some(call) = &at.view.call
+        {
             turn.note(Cause::Call);
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };

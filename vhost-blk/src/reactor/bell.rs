@@ -46,7 +46,8 @@ impl Bell {
         if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    fn forget(&self, fd: BorrowedFd<'_>) {
+    /// Ends the watch on `fd`.
+    pub(crate) fn forget(&self, fd: BorrowedFd<'_>) {
         let (epoll, fd) = (self.0.as_raw_fd(), fd.as_raw_fd());
         // SAFETY: two open fds. Nothing can be done about a failure, nor is there one.
         unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
@@ -100,9 +101,9 @@ impl<F: AsFd> BellRope<F> {
         Ok(Self { bell: Arc::clone(bell), fd: Arc::clone(fd) })
     }
 
-    /// The fd.
-    pub(crate) fn fd(&self) -> &Arc<F> {
-        &self.fd
+    /// Whether it is `fd` that rings `bell`.
+    pub(crate) fn is_between(&self, fd: &Arc<F>, bell: &Arc<Bell>) -> bool {
+        Arc::ptr_eq(&self.fd, fd) && Arc::ptr_eq(&self.bell, bell)
     }
 }
 

@@ -1,5 +1,8 @@
 //! The queues of one reactor, and which of them it looks at in a turn.
-#![expect(unsafe_code, reason = "visits queues as their owner; a cell with one user")]
+#![expect(
+    unsafe_code,
+    reason = "visits queues as their owner; a cell with one user; enters the kernel"
+)]
 
 use std::cell::UnsafeCell;
 use std::sync::Arc;
@@ -20,6 +23,10 @@ const PASS_MAX_US: u64 = 20;
 
 /// Turns without work after which a queue counts as cold, at least. A power of two.
 const COLD_AFTER: u32 = 1 << 14;
+
+/// Turns between two of a reactor's visits to the kernel while it has strays. A power of two: a visit
+/// costs some 0.1 us, and what a stray has completed waits for the next.
+const STRAYS_AFTER: u32 = 16;
 
 /// The queues of one reactor. A change publishes a new one.
 ///
@@ -43,6 +50,9 @@ struct Scan {
     /// The next of the cold ones to look at.
     cursor: usize,
     turns: u32,
+    /// Turns after which there is something else to do, less one: a power of two, less one.
+    round: u32,
+    strays: bool,
     /// No turn was made with it.
     new: bool,
     /// When the last pass over the cold ones ended.
@@ -63,13 +73,18 @@ struct Entry {
 }
 
 impl PollSet {
-    pub(super) fn new(queues: Vec<Arc<Queue>>) -> Self {
+    /// With `strays` the reactor enters the kernel now and then. A disk's I/O completes on the thread
+    /// that submitted it, when that enters the kernel (`IORING_SETUP_COOP_TASKRUN`), and one that polls
+    /// may not for long: a queue that was moved away from it would wait for what it left in flight.
+    pub(super) fn new(queues: Vec<Arc<Queue>>, strays: bool) -> Self {
         let entry = |queue| Entry { watch: Watch::new(), asleep: false, active: true, queue };
         let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
         let scan = Scan {
             hot: entries.len(),
             entries,
             new: true,
+            round: if strays { STRAYS_AFTER } else { COLD_AFTER } - 1,
+            strays,
             pass_max_ticks: ticks_per_second() * PASS_MAX_US / 1_000_000,
             ..Scan::default()
         };
@@ -116,8 +131,8 @@ impl PollSet {
             worked |= unsafe { self.look_at_cold(scan, reader, turn, events) };
         }
         scan.turns = scan.turns.wrapping_add(1);
-        if scan.turns.is_multiple_of(COLD_AFTER) {
-            scan.tell_hot_from_cold();
+        if scan.turns & scan.round == 0 {
+            scan.round();
         }
         worked
     }
@@ -234,8 +249,19 @@ impl PollSet {
 }
 
 impl Scan {
-    /// Moves the hot queues that were not visited for a while to the cold ones.
+    /// What is not done in every turn.
     #[cold]
+    fn round(&mut self) {
+        if self.strays {
+            // SAFETY: a query without side effects, which no libc answers by itself.
+            unsafe { libc::syscall(libc::SYS_getppid) };
+        }
+        if self.turns.is_multiple_of(COLD_AFTER) {
+            self.tell_hot_from_cold();
+        }
+    }
+
+    /// Moves the hot queues that were not visited for a while to the cold ones.
     fn tell_hot_from_cold(&mut self) {
         let mut n = 0;
         while n < self.hot {

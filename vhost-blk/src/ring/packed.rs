@@ -62,16 +62,17 @@ pub struct Taken {
     pub defect: Option<ChainError>,
 }
 
-/// The flags of a descriptor that is available at `position`.
-#[inline]
-fn available(position: u16) -> u16 {
-    if position & WRAP != 0 { DESC_F_AVAIL } else { DESC_F_USED }
-}
-
 /// The flags of a descriptor that is used at `position`.
 #[inline]
 fn used(position: u16) -> u16 {
-    if position & WRAP != 0 { DESC_F_STATE } else { 0 }
+    // All ones or all zeroes, from the wrap counter at the top.
+    (position.cast_signed() >> 15).cast_unsigned() & DESC_F_STATE
+}
+
+/// The flags of a descriptor that is available at `position`.
+#[inline]
+fn available(position: u16) -> u16 {
+    used(position) ^ DESC_F_USED
 }
 
 impl PackedRing {
@@ -207,22 +208,65 @@ impl PackedRing {
         room: u16,
         mut visit: impl FnMut(&mut Near<'_>, Buffer),
     ) -> Result<Taken, RingError> {
-        let (mut at, mut span, mut defect) = (position, 0, None);
-        while span < room {
-            let desc = self.desc(at);
-            span += 1;
-            // After a defect it still has to be known where the chain ends, and what its id is.
-            if defect.is_none() {
-                defect = self.walk_kept(near, desc, &mut visit).err();
-            }
-            if desc.flags & DESC_F_NEXT == 0 {
-                let id = desc.tag;
-                if id >= self.size {
-                    break;
+        let mut table = Table { desc: self.desc, len: self.size.into(), indirect: false };
+        let (mut index, mut left) = (self.at(position) as u32, u32::from(room));
+        let (mut id, mut span) = (0, 0);
+        loop {
+            left = left.checked_sub(1).ok_or(RingError::Chain(position))?;
+            // SAFETY: in the ring it begins below the size and goes round there; in a table it
+            // begins at 0, and as many are left as the table has.
+            let desc = Desc::packed(unsafe { table.read(index) });
+            let mut more = desc.flags & DESC_F_NEXT != 0;
+            let mut defect = (desc.len == 0).then_some(ChainError::Empty);
+            if table.indirect {
+                // One after the other: of a table's flags only WRITE means anything (2.8.7).
+                more = left > 0;
+            } else {
+                span += 1;
+                id = desc.tag;
+                if desc.flags & DESC_F_INDIRECT != 0 {
+                    match table.open(near, desc, self.size) {
+                        Ok(opened) => {
+                            (index, left, table) = (0, opened.len, opened);
+                            continue;
+                        }
+                        Err(error) => defect = Some(error),
+                    }
                 }
-                return Ok(Taken { id, span, defect });
             }
-            at = self.advance(at, 1);
+            if let Some(defect) = defect {
+                if more && !table.indirect {
+                    (id, span) = self.find_end(position, room, span)?;
+                }
+                return self.taken(position, Taken { id, span, defect: Some(defect) });
+            }
+            let write = desc.flags & DESC_F_WRITE != 0;
+            visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
+            if !more {
+                return self.taken(position, Taken { id, span, defect: None });
+            }
+            index += 1;
+            if index == table.len {
+                index = 0;
+            }
+        }
+    }
+
+    /// Checks the buffer id of a chain at `position`.
+    #[inline]
+    fn taken(&self, position: u16, taken: Taken) -> Result<Taken, RingError> {
+        if taken.id < self.size { Ok(taken) } else { Err(RingError::Chain(position)) }
+    }
+
+    /// Where a chain at `position` ends of which `span` descriptors were read, and more follow: its
+    /// buffer id and span.
+    #[cold]
+    fn find_end(&self, position: u16, room: u16, span: u16) -> Result<(u16, u16), RingError> {
+        for n in span..room {
+            let desc = self.desc(self.advance(position, n));
+            if desc.flags & DESC_F_NEXT == 0 {
+                return Ok((desc.tag, n + 1));
+            }
         }
         Err(RingError::Chain(position))
     }
@@ -344,7 +388,7 @@ impl Ring for PackedRing {
         let (index, wrap) = (u32::from(position & !WRAP) + u32::from(by), position & WRAP);
         match index.checked_sub(self.size.into()) {
             None => index as u16 | wrap,
-            Some(index) => index as u16 & !WRAP | (wrap ^ WRAP),
+            Some(index) => index as u16 | (wrap ^ WRAP),
         }
     }
 

@@ -64,8 +64,11 @@ impl Guest {
         let flags: u16 = self.get(at + 14);
         let wrap = position & WRAP != 0;
         let used = (flags & DESC_F_AVAIL != 0) == wrap && (flags & DESC_F_USED != 0) == wrap;
-        let len = if flags & DESC_F_WRITE != 0 { self.get(at + 8) } else { 0 };
-        used.then(|| (self.get(at + 12), len))
+        used.then(|| {
+            let len = self.get::<u32>(at + 8);
+            assert_eq!(flags & DESC_F_WRITE != 0, len > 0, "whether the length counts");
+            (self.get(at + 12), len)
+        })
     }
 
     fn walk(&self, position: u16) -> (Vec<Buffer>, Result<Taken, RingError>) {

@@ -36,9 +36,20 @@ const SLOTS_OF_CONTROLLER_MAX: usize = 2 * SLOTS_MAX;
 /// Bytes of a dirty log: enough for 32 TiB of guest-physical addresses, holes included.
 const LOG_BYTES_MAX: u64 = 1 << 30;
 
-/// How long the event thread waits for reactors to heed what a front end was told to be in effect,
-/// and how often it looks. A reactor's turn takes microseconds.
-const SETTLE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_micros(20));
+/// How long a change that a front end relies on may take until every reactor goes by it, and how
+/// often that is looked at. Reactors wait for nobody, so only a system that gives them no time makes
+/// it more than some microseconds; meanwhile all other front ends wait.
+const SETTLE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_micros(20));
+
+/// Whether the answer to a message has to wait until every reactor goes by what it has changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settles {
+    No,
+    /// Guests see an error for what they do in between.
+    Should,
+    /// Data would be lost.
+    Must,
+}
 
 /// When a drain that a front end waits for is worth a line in the log.
 const DRAIN_WARN: Duration = Duration::from_secs(3);
@@ -122,14 +133,17 @@ impl Target {
         let message = self.prepare(conn, message)?;
         let mut inner = self.lock();
         let mut verdict = Verdict::Done;
-        let (mut reply, mut settles) = (None, false);
+        let (mut reply, mut settles) = (None, Settles::No);
         let Inner { controllers, connections, .. } = &mut *inner;
         let connected = connections.get_mut(&conn).ok_or("unknown connection")?;
         let controller = controllers.get_mut(&connected.controller_name);
         let controller = controller.filter(|c| c.id == connected.controller);
         let session = &mut connected.session;
         let effects = match message {
-            Prepared::Memory(memory) => session.set_memory(memory).map(|(_, effects)| effects),
+            Prepared::Memory(memory) => {
+                settles = Settles::Should;
+                session.set_memory(memory).map(|(_, effects)| effects)
+            }
             Prepared::Call(ring, call) => session.set_call(ring, call),
             Prepared::Kick(ring, kick) => session.set_kick(ring, kick),
             Prepared::BackendChannel(channel) => {
@@ -137,7 +151,7 @@ impl Target {
                 Ok(vec![])
             }
             Prepared::Log(log, answer) => {
-                (verdict, settles) = (Verdict::Reply(answer), true);
+                (verdict, settles) = (Verdict::Reply(answer), Settles::Must);
                 Ok(session.set_log(log))
             }
             Prepared::Area(area) => session.set_inflight(area).map(|()| vec![]),
@@ -147,7 +161,7 @@ impl Target {
             }
             Prepared::Plain(message) => match message {
                 Message::SetFeatures(features) => {
-                    (verdict, settles) = (Verdict::Pass, true);
+                    (verdict, settles) = (Verdict::Pass, Settles::Must);
                     session.set_features(features)
                 }
                 Message::SetVringNum { ring, num } => session.set_num(ring, num).map(|()| vec![]),
@@ -171,7 +185,7 @@ impl Target {
                     Ok(vec![])
                 }
                 Message::SetConfig { offset, contents } => {
-                    settles = true;
+                    settles = Settles::Must;
                     let written = config::written_write_cache(offset, &contents);
                     if let (Some(write_cache), Some(controller)) = (written, controller) {
                         controller.write_cache = write_cache;
@@ -181,10 +195,6 @@ impl Target {
                 Message::GetMaxMemSlots => {
                     verdict = Verdict::Reply((SLOTS_MAX as u64).to_le_bytes().into());
                     Ok(vec![])
-                }
-                Message::SetStatus(status) => {
-                    verdict = Verdict::Pass;
-                    Ok(if status == 0 { session.reset_device() } else { vec![] })
                 }
                 Message::ResetOwner => Ok(session.reset_owner()),
                 Message::ResetDevice => Ok(session.reset_device()),
@@ -197,7 +207,9 @@ impl Target {
             },
         };
         let effects = effects.map_err(|e| e.to_string())?;
-        settles &= effects.iter().any(|effect| matches!(effect, Effect::Publish(_)));
+        if !effects.iter().any(|effect| matches!(effect, Effect::Publish(_))) {
+            settles = Settles::No;
+        }
         let starts = self.apply(&mut inner, conn, effects, Some(&mut reply));
         if matches!(verdict, Verdict::Deferred) && reply.is_none() {
             let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
@@ -205,24 +217,28 @@ impl Target {
         }
         drop(inner);
         self.start_rings(conn, &starts);
-        if settles {
-            self.settle()?;
+        if settles != Settles::No && !self.settle() && settles == Settles::Must {
+            return Err("a reactor has not heeded a change in time".into());
         }
         Ok(reply.map_or(verdict, Verdict::Reply))
     }
 
     /// Waits until every reactor goes by the views that have been published: what the front end will
-    /// take for done then is. A migration must miss no write, and a guest that wants its writes
-    /// durable relies on it from the answer on.
-    fn settle(&self) -> Result<(), String> {
+    /// take for done then is. A migration must miss no write, a guest that wants its writes durable
+    /// relies on it from the answer on, and a request may use new memory, or none that is gone.
+    /// `false` if a reactor takes too long.
+    fn settle(&self) -> bool {
+        if self.stepped {
+            return true; // whoever steps them waits here
+        }
         let (begun, epoch) = (Instant::now(), self.domain.advance());
         while !self.domain.passed(epoch) {
             if begun.elapsed() >= SETTLE.0 {
-                return Err("a reactor has not heeded a change in time".into());
+                return false;
             }
             thread::sleep(SETTLE.1);
         }
-        Ok(())
+        true
     }
 
     /// Turns what a front end hands over into what it has to be.
@@ -356,6 +372,7 @@ impl Target {
     pub fn tick(&self, now: Instant) {
         let limit = Duration::from_secs(self.drain_limit_s.load(Ordering::Relaxed));
         let mut inner = self.lock();
+        self.release_strays(&mut inner);
         for connected in inner.connections.values_mut() {
             let Some((since, warned)) = &mut connected.owed else { continue };
             let waited = now.saturating_duration_since(*since);
@@ -385,10 +402,11 @@ impl Target {
         let Some((conn, ring)) = inner.queues.remove(&queue) else { return };
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let Some(attached) = connected.queues[ring].take() else { return };
-        let Attached { queue, reactor, kicks: _ } = attached;
+        // If it is on its way to this reactor, the move comes to nothing.
+        let Attached { queue, reactor, .. } = attached;
         let effects = connected.session.drained(ring, queue.last_avail());
         inner.attached[reactor].retain(|other| other.id != queue.id);
-        self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
+        self.publish_set(&inner, reactor);
         self.reclaim.free(queue);
         let starts = self.apply(&mut inner, conn, effects, None);
         let opened = self.reap(&mut inner, conn);

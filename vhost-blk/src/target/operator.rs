@@ -5,9 +5,9 @@ use std::sync::Arc;
 use bdev::Bdev;
 use tracing::{info, warn};
 
-use super::{Connected, Error, Inner, Target};
+use super::{Attached, Connected, Error, Inner, Target};
 use crate::controller::{
-    Controller, ControllerId, ControllerInfo, ControllerSpec, SessionInfo, check_name,
+    Controller, ControllerId, ControllerInfo, ControllerSpec, QueueInfo, SessionInfo, check_name,
 };
 use crate::protocol;
 use crate::reactor::{Cause, Core, Reactor, ReactorInfo, ticks_per_second};
@@ -41,7 +41,9 @@ impl Target {
             if inner.controllers.contains_key(&name) {
                 return Err(Error::Exists(name));
             }
-            let controller = Controller::new(ControllerId(inner.id()), spec, cores);
+            let number = inner.controllers_made;
+            inner.controllers_made += 1;
+            let controller = Controller::new(ControllerId(inner.id()), number, spec, cores);
             let features = controller.features;
             inner.controllers.insert(name.clone(), controller);
             features
@@ -54,7 +56,7 @@ impl Target {
         Ok(())
     }
 
-    fn choose_cores(&self, wanted: Option<&[Core]>) -> Result<Vec<Core>, Error> {
+    pub(super) fn choose_cores(&self, wanted: Option<&[Core]>) -> Result<Vec<Core>, Error> {
         let mut all = self.cores();
         all.sort_unstable();
         let Some(wanted) = wanted else { return Ok(all) };
@@ -148,16 +150,16 @@ impl Target {
     /// All controllers, by name.
     #[must_use]
     pub fn controllers(&self) -> Vec<ControllerInfo> {
-        let inner = self.lock();
-        inner.controllers.values().map(|c| controller_info(&inner, c)).collect()
+        let (inner, cores) = (self.lock(), self.cores());
+        inner.controllers.values().map(|c| controller_info(&inner, &cores, c)).collect()
     }
 
     /// Connections that are gone but have I/O in flight: their number, I/Os, and bytes of memory.
     #[must_use]
     pub fn quarantine(&self) -> (usize, u64, u64) {
-        let inner = self.lock();
-        let gone = inner.connections.values().filter(|c| c.conn.is_none()).map(session_info);
-        gone.fold((0, 0, 0), |(n, ios, bytes), s| {
+        let (inner, cores) = (self.lock(), self.cores());
+        let gone = inner.connections.values().filter(|c| c.conn.is_none());
+        gone.map(|c| session_info(c, &cores)).fold((0, 0, 0), |(n, ios, bytes), s| {
             (n + 1, ios + s.inflight, bytes + s.quarantined_bytes)
         })
     }
@@ -226,12 +228,15 @@ impl Target {
     }
 }
 
-fn controller_info(inner: &Inner, controller: &Controller) -> ControllerInfo {
+fn controller_info(inner: &Inner, cores: &[Core], controller: &Controller) -> ControllerInfo {
     // What is left of a deleted controller of the same name shows here too: it is what the
     // operator has to wait for.
     let mine = |c: &&Connected| c.controller_name == controller.name;
+    let sessions = inner.connections.values().filter(mine);
     ControllerInfo {
         name: controller.name.clone(),
+        number: controller.number,
+        made_ticks: controller.made_ticks,
         cores: controller.cores.clone(),
         delay_base_us: controller.delay_base_us,
         iops_threshold: controller.iops_threshold,
@@ -241,11 +246,18 @@ fn controller_info(inner: &Inner, controller: &Controller) -> ControllerInfo {
         bdev: controller.disk.as_ref().map(|disk| disk.bdev.name().to_owned()),
         bdev_configured: controller.bdev_configured.clone(),
         deleting: controller.deleting,
-        sessions: inner.connections.values().filter(mine).map(session_info).collect(),
+        sessions: sessions.map(|c| session_info(c, cores)).collect(),
     }
 }
 
-fn session_info(connected: &Connected) -> SessionInfo {
+/// `cores`: those of the reactors.
+fn session_info(connected: &Connected, cores: &[Core]) -> SessionInfo {
+    let place = |(ring, attached): (usize, &Option<Attached>)| {
+        let attached = attached.as_ref()?;
+        let core = cores[attached.reactor];
+        Some(QueueInfo { ring, core, inflight: attached.queue.inflight() })
+    };
+    let places = connected.queues.iter().enumerate().filter_map(place).collect();
     let queues = || connected.queues.iter().flatten().map(|attached| &attached.queue);
     let inflight = queues().map(|queue| u64::from(queue.inflight())).sum();
     let mut quarantined_bytes = queues().map(|queue| queue.quarantined_bytes()).sum();
@@ -263,5 +275,6 @@ fn session_info(connected: &Connected) -> SessionInfo {
         quarantined_bytes,
         requests,
         errors,
+        queues: places,
     }
 }

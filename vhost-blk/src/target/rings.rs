@@ -1,4 +1,5 @@
 //! What sessions want done with their rings, carried out: attach, publish, stop, answer.
+#![expect(unsafe_code, reason = "owns a new queue's core")]
 
 use std::sync::Arc;
 
@@ -8,8 +9,8 @@ use super::{Attached, Inner, Target};
 use crate::config::Disk;
 use crate::notify::KickFd;
 use crate::protocol;
-use crate::queue::{Queue, QueueId, Tracked, View};
-use crate::reactor::{BellRope, Core, Reactor};
+use crate::queue::{Queue, QueueId, StartError, Tracked, View};
+use crate::reactor::{BellRope, Reactor};
 use crate::session::{Effect, RingState, Session, Then};
 use crate::transport::ConnId;
 
@@ -68,7 +69,7 @@ impl Target {
         let before = attached.kicks.take();
         let kick = connected.session.ring(ring).kick.as_ref();
         attached.kicks = match before {
-            Some(rope) if kick.is_some_and(|kick| Arc::ptr_eq(kick, rope.fd())) => Some(rope),
+            Some(rope) if is_between(&rope, kick, reactor) => Some(rope),
             _ => kick.and_then(|kick| rope(reactor, kick)),
         };
         view.kicks = attached.kicks.is_some();
@@ -97,15 +98,16 @@ impl Target {
             let area = connected.session.inflight().cloned();
             Some((view, base, area, Arc::clone(&controller.coalescing)))
         });
-        let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
-        let reactor = self.least_loaded(&inner, &cores);
         drop(inner);
-        let bell = self.reactors[reactor].bell().map(|bell| &**bell);
         let queue = plan.map(|(view, base, area, coalescing)| {
             let tracked = area.as_ref().map(|area| Tracked { area, ring });
-            Queue::for_reactor(id, &self.domain, view, base, coalescing, tracked, bell)
+            Queue::tracked(id, &self.domain, view, base, coalescing, tracked)
         });
         let mut inner = self.lock();
+        // The cores as they are now: they may have changed while the disk was being opened.
+        let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
+        let reactor = self.reactors_on(&inner, &cores).first().copied().unwrap_or(0);
+        let queue = queue.map(|opened| opened.and_then(|queue| self.aim(queue, reactor)));
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let state = connected.session.ring(ring).state;
         let live = state == RingState::Live;
@@ -119,14 +121,18 @@ impl Target {
                 if connected.queues.len() <= ring {
                     connected.queues.resize_with(ring + 1, || None);
                 }
-                connected.queues[ring] =
-                    Some(Attached { queue: Arc::clone(&queue), reactor, kicks: None });
+                connected.queues[ring] = Some(Attached {
+                    queue: Arc::clone(&queue),
+                    reactor,
+                    moving: false,
+                    kicks: None,
+                });
                 inner.queues.insert(id, (conn, ring));
                 // What changed while the lock was not held is in the first view that the reactor
                 // sees: a front end may have been told that it is in effect.
                 self.publish(&mut inner, conn, ring);
                 inner.attached[reactor].push(queue);
-                self.reactors[reactor].publish(inner.attached[reactor].clone(), &self.reclaim);
+                self.publish_set(&inner, reactor);
                 return;
             }
             Some(Ok(queue)) => self.reclaim.free(queue),
@@ -153,11 +159,21 @@ impl Target {
         self.start_all(opened);
     }
 
-    pub(super) fn least_loaded(&self, inner: &Inner, cores: &[Core]) -> usize {
-        let allowed =
-            (0..self.reactors.len()).filter(|n| cores.contains(&self.reactors[*n].core()));
-        allowed.min_by_key(|n| inner.attached[*n].len()).unwrap_or(0)
+    /// Has what the disk of a new queue completes wake its reactor, should that sleep.
+    fn aim(&self, queue: Arc<Queue>, reactor: usize) -> Result<Arc<Queue>, StartError> {
+        let bell = self.reactors[reactor].bell().map(|bell| &**bell);
+        // SAFETY: no reactor has it yet.
+        unsafe { queue.aim(None, bell) }.map_err(|source| {
+            let what = "cannot watch a disk for completions".into();
+            bdev::Error::System { what, source }
+        })?;
+        Ok(queue)
     }
+}
+
+/// Whether `kick`, as it is now, already wakes `reactor`.
+fn is_between(rope: &BellRope<KickFd>, kick: Option<&Arc<KickFd>>, reactor: &Reactor) -> bool {
+    kick.zip(reactor.bell()).is_some_and(|(kick, bell)| rope.is_between(kick, bell))
 }
 
 /// Has a guest's kicks wake `reactor`, if that ever sleeps. `None` has it poll the ring.

@@ -114,8 +114,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
-        let target =
-            Target::start(&[core()], Mode::Sleep { after_us: 0 }, Arc::new(|| {})).unwrap();
+        let mode = Mode::Sleep { after_us: 0 };
+        let world = Self::of(Target::start(&[core()], mode, Arc::new(|| {})).unwrap());
+        // What is made once and kept: the closing thread, what the disk keeps.
+        world.front(State::Live).end();
+        Self { fds: fds(), ..world }
+    }
+
+    /// One whose reactors are the caller's to drive.
+    pub(crate) fn of(target: Arc<Target>) -> Self {
         let options =
             MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
         let base = Malloc::create(options).unwrap();
@@ -130,10 +137,7 @@ impl World {
             packed_ring: false,
         };
         target.create_controller(spec, &NoSockets).unwrap();
-        let world = Self { target, disk, socket: "/c".into(), features, fds: 0 };
-        // What is made once and kept: the closing thread, what the disk keeps.
-        world.front(State::Live).end();
-        Self { fds: fds(), ..world }
+        Self { target, disk, socket: "/c".into(), features, fds: 0 }
     }
 
     /// A front end whose connection is in `state`.
@@ -220,7 +224,7 @@ impl Front<'_> {
         self.tell(request::SET_VRING_ADDR, addrs(0), vec![]);
     }
 
-    fn start(&self) {
+    pub(crate) fn start(&self) {
         self.tell(request::SET_VRING_KICK, vec![0; 8], vec![eventfd()]);
     }
 

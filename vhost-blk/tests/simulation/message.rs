@@ -85,7 +85,7 @@ impl Message {
                 plain(request::GET_CONFIG, payload)
             }
             Self::ResetOwner => plain(request::RESET_OWNER, vec![]),
-            Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 3)),
+            Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 0)),
         }
     }
 }

@@ -169,6 +169,55 @@ impl World {
         self.disks[disk].bdev = None;
     }
 
+    /// The operator wants a queue elsewhere, or a move that has begun comes to its end.
+    pub(crate) fn queues_move(&mut self) {
+        if !self.moves.is_empty() && self.rng.one_in(2) {
+            return self.end_moves();
+        }
+        let Some(controller) = self.existing() else { return };
+        let name = self.controllers[controller].name.clone();
+        let listed = self.target.controllers();
+        let listed = listed.iter().find(|c| c.name == name).expect("it exists");
+        // What is left of an earlier controller of that name shows too, and stays where it is.
+        let current: Vec<i32> = self
+            .fronts
+            .iter()
+            .zip(0..)
+            .filter(|(f, _)| f.controller == controller)
+            .map(|(_, n)| n)
+            .collect();
+        let sessions = listed.sessions.iter().filter(|s| current.contains(&s.vid));
+        let queues: Vec<_> = sessions.flat_map(|s| s.queues.iter().map(|q| (s.id, *q))).collect();
+        let Some((session, queue)) = self.rng.pick(&queues) else { return };
+        let core = Core(self.rng.below(self.reactors.len()));
+        let result = self.target.begin_move(&name, Some(session), queue.ring, core);
+        self.trace
+            .add(format!("move {name}, session {session}: {queue:?} to {core:?}: {result:?}"));
+        match result {
+            Ok(None) => assert_eq!(queue.core, core),
+            Ok(Some(moving)) => {
+                self.count(if queue.inflight > 0 { "moved with I/O in flight" } else { "moved" });
+                self.moves.push(moving);
+            }
+            Err(Error::Cpumask) => assert!(!listed.cores.contains(&core)),
+            Err(Error::Moving(_)) => assert!(!self.moves.is_empty()),
+            Err(e) => panic!("move {queue:?}: {e}"),
+        }
+    }
+
+    /// Ends the moves of queues that the reactors before have let go of.
+    pub(crate) fn end_moves(&mut self) {
+        let under_way = self.moves.len();
+        if under_way == 0 {
+            return;
+        }
+        let target = &self.target;
+        self.moves.retain(|moving| {
+            target.end_move(moving).map(|end| end.expect("room for watches")).is_none()
+        });
+        self.trace.add(format!("{} of {under_way} moves end", under_way - self.moves.len()));
+    }
+
     fn set_coalescing(&mut self) {
         let Some(controller) = self.existing() else { return };
         let name = self.controllers[controller].name.clone();
@@ -192,6 +241,7 @@ impl World {
         assert_eq!(self.target.connections(), open + gone);
         assert_eq!(self.transport.listening(), listed.len());
         let queues: usize = self.target.reactors().iter().map(|r| r.queues).sum();
-        assert!(queues > 0 || gone == 0, "what drains is attached");
+        let moving = !self.moves.is_empty();
+        assert!(queues > 0 || gone == 0 || moving, "what drains is attached");
     }
 }

@@ -20,6 +20,9 @@ impl World {
     /// Brings everything to its end.
     pub(crate) fn settle(&mut self) {
         self.trace.add("the end begins".into());
+        self.turn_all();
+        self.end_moves();
+        assert!(self.moves.is_empty(), "every reactor has made a turn");
         if self.rng.one_in(16) {
             // Reclaim gets the chance to free what it should not.
             for _ in 0..8 {

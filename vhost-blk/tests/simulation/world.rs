@@ -9,6 +9,7 @@ use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::{self, request};
 use vhost_blk::reactor::SteppedReactor;
 use vhost_blk::session::DRAIN_LIMIT_S;
+use vhost_blk::target::Moving;
 use vhost_blk::{ConnId, Connection, Mode, Target};
 
 use super::disk::{Meanwhile, SimDisk, State, lock};
@@ -140,6 +141,7 @@ pub(crate) struct World {
     pub(crate) vms: Vec<Vm>,
     pub(crate) fronts: Vec<Front>,
     pub(crate) deletions: Vec<Deletion>,
+    pub(crate) moves: Vec<Moving>,
     /// Where each request is: machine and ring.
     pub(crate) requests: BTreeMap<u64, (usize, usize)>,
     pub(crate) request_ids: u64,
@@ -166,6 +168,7 @@ impl World {
             vms: vec![],
             fronts: vec![],
             deletions: vec![],
+            moves: vec![],
             requests: BTreeMap::new(),
             request_ids: 0,
         }
@@ -193,9 +196,10 @@ impl World {
             0..24 => self.step_a_reactor(),
             24..34 => self.process_events(),
             34..48 => self.complete_some(),
-            48..88 => self.front_end_acts(),
-            88..93 => self.event_thread_notices(),
-            93..97 => self.operator_acts(),
+            48..86 => self.front_end_acts(),
+            86..90 => self.event_thread_notices(),
+            90..93 => self.operator_acts(),
+            93..97 => self.queues_move(),
             97..99 => self.disk_changes(),
             _ => self.tick(),
         }

@@ -1,0 +1,248 @@
+//! Reactors and threads: `framework_get_reactors`, `thread_*`.
+//!
+//! SPDK runs everything on threads of its own that reactors take turns with, one for each controller.
+//! Here queues are what reactors serve. So that an operator finds what SPDK's tools show, there is a
+//! thread for each reactor, which has the times, and one for each controller, which stands for its
+//! queues: it is on each reactor that serves one, and where it may be is where they may be.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::rc::Rc;
+
+use rpc::{DecodeFailure, Params, Phases, RpcError};
+use serde::Deserialize;
+use serde_json::json;
+use tracing::error;
+use vhost_blk::reactor::{read_tsc, ticks_per_second};
+use vhost_blk::{ControllerInfo, Core, QueueInfo, ReactorInfo};
+
+use super::vhost::controller_mask;
+use super::{Answer, App, Methods, mask};
+use crate::cli::parse_cores;
+
+/// SPDK's number for the thread that serves the RPCs; the reactors' follow, then the controllers'.
+const APP_THREAD_ID: u64 = 1;
+
+pub(super) fn register(methods: &mut Methods<'_>) {
+    methods.add_plain("framework_get_reactors", Phases::Runtime, get_reactors);
+    methods.add_plain("thread_get_stats", Phases::Runtime, thread_stats);
+    methods.add("thread_set_cpumask", Phases::Runtime, set_cpumask);
+}
+
+fn get_reactors(app: &App, params: &Params) -> Answer {
+    params.none("`framework_get_reactors` requires no arguments")?;
+    let times = CpuTimes::read();
+    let (reactors, controllers) =
+        (app.control.target().reactors(), app.control.target().controllers());
+    let first = controller_ids(reactors.len());
+    let show = |(n, reactor): (usize, &ReactorInfo)| {
+        let core = reactor.core.0;
+        let [user, system, irq] = times.since(&app.cpu_times, core);
+        let mut threads = vec![json!({
+            "name": format!("reactor_{core}"),
+            "id": reactor_id(n),
+            "cpumask": mask([core]),
+            "elapsed": ticks_since(app.began),
+        })];
+        let here = controllers.iter().filter(|c| is_on(c, reactor.core));
+        threads.extend(here.map(|controller| {
+            json!({
+                "name": controller.name,
+                "id": first + controller.number,
+                "cpumask": controller_mask(controller),
+                "elapsed": ticks_since(controller.made_ticks),
+            })
+        }));
+        json!({
+            "lcore": core,
+            "numa_id": numa_node(core),
+            "tid": reactor.tid,
+            "busy": reactor.busy_ticks,
+            "idle": reactor.idle_ticks,
+            "in_interrupt": reactor.in_interrupt,
+            "irq": irq,
+            "sys": system,
+            "usr": user,
+            "lw_threads": threads,
+        })
+    };
+    Ok(json!({
+        "tick_rate": ticks_per_second(),
+        "pid": std::process::id(),
+        "reactors": reactors.iter().enumerate().map(show).collect::<Vec<_>>(),
+    }))
+}
+
+fn thread_stats(app: &App, params: &Params) -> Answer {
+    params.none("'thread_get_stats' requires no arguments")?;
+    let elapsed = ticks_since(app.began);
+    let busy = own_busy_ticks().min(elapsed);
+    let mut threads = vec![json!({
+        "name": "app_thread",
+        "id": APP_THREAD_ID,
+        "cpumask": mask(allowed_cpus()),
+        "busy": busy,
+        "idle": elapsed - busy,
+        "active_pollers_count": 0,
+        "timed_pollers_count": 1,
+        "paused_pollers_count": 0,
+    })];
+    let reactors = app.control.target().reactors();
+    for (n, reactor) in reactors.iter().enumerate() {
+        threads.push(json!({
+            "name": format!("reactor_{}", reactor.core.0),
+            "id": reactor_id(n),
+            "cpumask": mask([reactor.core.0]),
+            "busy": reactor.busy_ticks,
+            "idle": reactor.idle_ticks,
+            "active_pollers_count": reactor.queues,
+            "timed_pollers_count": 0,
+            "paused_pollers_count": 0,
+        }));
+    }
+    for controller in app.control.target().controllers() {
+        let mut on = BTreeMap::<usize, usize>::new();
+        queues(&controller).for_each(|queue| *on.entry(queue.core.0).or_default() += 1);
+        let on = on.iter().map(|(core, count)| json!({"core": core, "count": count}));
+        threads.push(json!({
+            "name": controller.name,
+            "id": controller_ids(reactors.len()) + controller.number,
+            "cpumask": controller_mask(&controller),
+            // Time is counted for each reactor, as a whole.
+            "busy": 0,
+            "idle": 0,
+            "active_pollers_count": queues(&controller).count(),
+            "timed_pollers_count": 0,
+            "paused_pollers_count": 0,
+            // Not in SPDK.
+            "queues": on.collect::<Vec<_>>(),
+        }));
+    }
+    Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
+}
+
+/// Has a controller's queues served on the cores of a mask, and answers when they are.
+async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Wanted {
+        id: u64,
+        cpumask: String,
+    }
+    let p: Wanted = params.decode(DecodeFailure::PARAMS)?;
+    let reactors = app.control.target().reactors();
+    let first = controller_ids(reactors.len());
+    let controllers = app.control.target().controllers();
+    let found = controllers.into_iter().find(|c| first + c.number == p.id);
+    if found.is_none() && !(APP_THREAD_ID..first).contains(&p.id) {
+        return Err(RpcError::invalid_params(format!("Thread {} does not exist", p.id)));
+    }
+    let Some(wanted) = parse_cores(&p.cpumask) else {
+        return Err(RpcError::internal(format!("Invalid cpumask {}", p.cpumask)));
+    };
+    // As in SPDK, cores without a reactor do not count.
+    let has_reactor = |core: &usize| reactors.iter().any(|reactor| reactor.core.0 == *core);
+    let cores: Vec<Core> = wanted.into_iter().filter(has_reactor).map(Core).collect();
+    if cores.is_empty() {
+        let all = mask(reactors.iter().map(|reactor| reactor.core.0));
+        return Err(RpcError::internal(format!("No CPU is selected from reactor mask {all}")));
+    }
+    let Some(controller) = found else {
+        error!("thread_set_cpumask: thread {} stays where it is", p.id);
+        return Err(RpcError::with_strerror(RpcError::INVALID_PARAMS, libc::EOPNOTSUPP));
+    };
+    app.control.set_cores(controller.name, cores).await.map_err(|e| {
+        error!("thread_set_cpumask: {e}");
+        RpcError::with_strerror(RpcError::INTERNAL, e.errno())
+    })?;
+    Ok(true.into())
+}
+
+fn reactor_id(n: usize) -> u64 {
+    APP_THREAD_ID + 1 + n as u64
+}
+
+/// The number of the first controller's thread.
+fn controller_ids(reactors: usize) -> u64 {
+    reactor_id(reactors)
+}
+
+fn queues(controller: &ControllerInfo) -> impl Iterator<Item = &QueueInfo> {
+    controller.sessions.iter().flat_map(|session| &session.queues)
+}
+
+/// Whether the reactor serves a queue of the controller. One without queues counts as being on its
+/// first core.
+fn is_on(controller: &ControllerInfo, core: Core) -> bool {
+    match queues(controller).next() {
+        Some(_) => queues(controller).any(|queue| queue.core == core),
+        None => controller.cores.first() == Some(&core),
+    }
+}
+
+fn ticks_since(then: u64) -> u64 {
+    read_tsc().saturating_sub(then)
+}
+
+/// Jiffies that each processor has spent, by number: user, system, interrupts.
+#[derive(Debug, Default)]
+pub(crate) struct CpuTimes(HashMap<usize, [u64; 3]>);
+
+impl CpuTimes {
+    /// As they are now.
+    pub(crate) fn read() -> Self {
+        Self::parse(&fs::read_to_string("/proc/stat").unwrap_or_default())
+    }
+
+    fn parse(stat: &str) -> Self {
+        let parse = |line: &str| {
+            let mut words = line.strip_prefix("cpu")?.split_ascii_whitespace();
+            let cpu = words.next()?.parse().ok()?;
+            let times: Vec<u64> = words.map_while(|word| word.parse().ok()).collect();
+            Some((cpu, [*times.first()?, *times.get(2)?, *times.get(5)?]))
+        };
+        Self(stat.lines().filter_map(parse).collect())
+    }
+
+    fn since(&self, before: &Self, cpu: usize) -> [u64; 3] {
+        let zero = [0; 3];
+        let (now, before) =
+            (self.0.get(&cpu).unwrap_or(&zero), before.0.get(&cpu).unwrap_or(&zero));
+        std::array::from_fn(|i| now[i].saturating_sub(before[i]))
+    }
+}
+
+/// How long this thread has run, in ticks.
+fn own_busy_ticks() -> u64 {
+    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds = stat.split_ascii_whitespace().next().and_then(|word| word.parse().ok());
+    let ticks = nanoseconds.unwrap_or(0u128) * u128::from(ticks_per_second()) / 1_000_000_000;
+    ticks as u64
+}
+
+/// The processors that this thread may run on.
+fn allowed_cpus() -> Vec<usize> {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.and_then(|list| crate::cli::parse_cores(&format!("[{}]", list.trim()))).unwrap_or_default()
+}
+
+/// The memory node of a processor; 0 where there is only one.
+fn numa_node(cpu: usize) -> u32 {
+    let entries = fs::read_dir(format!("/sys/devices/system/cpu/cpu{cpu}"));
+    let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.to_str()?.strip_prefix("node")?.parse().ok()).next().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_processors_are_differences() {
+        let before = CpuTimes::parse("cpu  9 9 9 9 9 9 9\ncpu0 1 2 3 4 5 6 7\ncpu12 1 1 1 1 1 1\n");
+        let now = CpuTimes::parse("cpu0 11 2 33 4 5 66 7 8 9\ncpu12 0 0 0 0 0 9\nintr 5\ncpu3\n");
+        assert_eq!(now.since(&before, 0), [10, 30, 60]);
+        assert_eq!(now.since(&before, 12), [0, 0, 8]);
+        assert_eq!(now.since(&before, 3), [0, 0, 0]);
+    }
+}

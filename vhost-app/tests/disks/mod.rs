@@ -1,0 +1,91 @@
+//! Disks and controllers for guests, and what can be seen of them from outside.
+#![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
+#![allow(dead_code, reason = "each test uses the part that it needs")]
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Launch, Vhost};
+
+pub(crate) const MIB: usize = 1 << 20;
+
+pub(crate) fn malloc(vhost: &Vhost, name: &str, bytes: usize, block_bytes: usize) {
+    let blocks = bytes / block_bytes;
+    let params = json!({"name": name, "num_blocks": blocks, "block_size": block_bytes});
+    vhost.ok("bdev_malloc_create", params);
+}
+
+/// A disk on a host's file of bytes that differ from block to block.
+pub(crate) fn aio(vhost: &Vhost, name: &str, bytes: usize) -> PathBuf {
+    let file = vhost.dir().join(format!("{name}.img"));
+    make_file(&file, bytes);
+    aio_on(vhost, name, &file);
+    file
+}
+
+pub(crate) fn make_file(file: &Path, bytes: usize) {
+    let word = |n: usize| (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+    fs::write(file, (0..bytes / 8).flat_map(word).collect::<Vec<u8>>()).unwrap();
+}
+
+pub(crate) fn aio_on(vhost: &Vhost, name: &str, file: &Path) {
+    // Without `fallocate` there is no discard, as in SPDK.
+    let params = json!({"name": name, "filename": file, "block_size": 512, "fallocate": true});
+    vhost.ok("bdev_aio_create", params);
+}
+
+/// The same disk, but every request to it is in flight for 5 ms, so that there is always one, and
+/// some for longer, so that others overtake them.
+pub(crate) fn slow(vhost: &Vhost, name: &str, base: &str) {
+    const MOST_US: u64 = 5_000;
+    const SOME_US: u64 = 25_000;
+    let params = json!({
+        "name": name, "base_bdev_name": base,
+        "avg_read_latency": MOST_US, "p99_read_latency": SOME_US,
+        "avg_write_latency": MOST_US, "p99_write_latency": SOME_US,
+    });
+    vhost.ok("bdev_delay_create", params);
+}
+
+pub(crate) fn controller(vhost: &Vhost, name: &str, bdev: &str) -> PathBuf {
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": bdev}));
+    vhost.socket(name)
+}
+
+pub(crate) fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
+    let shown = vhost.ok("vhost_get_controllers", json!({"name": controller}));
+    shown[0]["sessions"].as_array().unwrap().clone()
+}
+
+/// I/O of a controller's guests that has not completed.
+pub(crate) fn in_flight(vhost: &Vhost, controller: &str) -> u64 {
+    sessions(vhost, controller).iter().map(|s| s["inflight_task_cnt"].as_u64().unwrap()).sum()
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    let mut child =
+        Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(bytes).unwrap();
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
+}
+
+pub(crate) fn file_sha256(file: &Path) -> String {
+    sha256(&fs::read(file).unwrap())
+}
+
+/// A disk on a file that outlives `vhost`, which QEMU finds at `link` whatever directory that has.
+pub(crate) fn start_behind(launch: Launch, link: &Path, file: &Path) -> Vhost {
+    let vhost = launch.start();
+    aio_on(&vhost, "Aio0", file);
+    slow(&vhost, "Slow0", "Aio0");
+    let packed = json!({"ctrlr": "vhost.0", "dev_name": "Slow0", "packed_ring": true});
+    vhost.ok("vhost_create_blk_controller", packed);
+    let _ = fs::remove_file(link);
+    std::os::unix::fs::symlink(vhost.socket("vhost.0"), link).unwrap();
+    vhost
+}

@@ -1,0 +1,58 @@
+//! `vhost` ends under a working guest, in order or not, and is started again: QEMU connects again,
+//! and no request is lost, repeated or stale.
+//!
+//! `ci/guest-loop crash N` has it killed N times.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod disks;
+mod guest;
+mod harness;
+
+use disks::{MIB, in_flight, make_file, sessions, start_behind};
+use guest::{Guest, GuestOptions, cycles};
+use harness::{Launch, wait_until};
+
+/// Has `vhost` end by `signal` so many times, each time with I/O in flight.
+fn ends(signal: &str, code: Option<i32>, times: usize, properties: &'static str) {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, link) = (dir.path().join("disk"), dir.path().join("socket"));
+    make_file(&file, 16 * MIB);
+    let mut vhost = start_behind(Launch::new(), &link, &file);
+    let options = GuestOptions::new(&link);
+    let options = GuestOptions { reconnect: Some(1), disk_properties: properties, ..options };
+    let mut guest = Guest::boot(options);
+    guest.start_io("vda", 4);
+    for n in 1..=times {
+        wait_until("I/O in flight", || in_flight(&vhost, "vhost.0") > 0);
+        vhost.signal(signal);
+        assert_eq!(vhost.wait(), code);
+        vhost = start_behind(Launch::new(), &link, &file);
+        guest.io_goes_on("vda", 4);
+        assert_eq!(guest.status(), "running");
+        assert_eq!(sessions(&vhost, "vhost.0").len(), 1);
+        eprintln!("{n} ends");
+    }
+    guest.finish_io("vda", 4);
+    guest.power_off();
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn vhost_is_restarted_many_times_under_a_working_guest() {
+    ends("TERM", Some(0), 8, "");
+}
+
+#[test]
+fn vhost_is_killed_many_times_under_a_working_guest() {
+    ends("KILL", None, cycles(5), "");
+}
+
+#[test]
+fn vhost_is_restarted_many_times_under_a_guest_with_packed_rings() {
+    ends("TERM", Some(0), 4, ",packed=on");
+}
+
+#[test]
+fn vhost_is_killed_many_times_under_a_guest_with_packed_rings() {
+    ends("KILL", None, cycles(5), ",packed=on");
+}

@@ -1,0 +1,235 @@
+//! What happens in the life of a virtual machine: firmware, resets, pauses, a disk that hangs, goes
+//! or comes, and others that connect meanwhile.
+
+mod disks;
+mod guest;
+mod harness;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
+use disks::{MIB, aio, controller, in_flight, malloc, sessions, slow};
+use guest::{Guest, GuestOptions};
+use harness::{Vhost, wait_until};
+use serde_json::json;
+
+/// A boot sector that copies the disk's sector 1 to sector 2 and prints it, up to a zero.
+#[rustfmt::skip]
+const BOOT: &[u8] = &[
+    0x31, 0xc0,             // xor %ax, %ax
+    0x8e, 0xd8,             // mov %ax, %ds
+    0xbc, 0x00, 0x7c,       // mov $0x7c00, %sp
+    0x8e, 0xd0,             // mov %ax, %ss
+    0xbe, 0x2e, 0x7c,       // mov $packet, %si
+    0xb4, 0x42,             // mov $0x42, %ah       read; the drive is in %dl
+    0xcd, 0x13,             // int $0x13
+    0x72, 0x19,             // jc halt
+    0xff, 0x06, 0x36, 0x7c, // incw packet + 8
+    0xb8, 0x00, 0x43,       // mov $0x4300, %ax     write
+    0xcd, 0x13,             // int $0x13
+    0x72, 0x0e,             // jc halt
+    0xbe, 0x00, 0x7e,       // mov $0x7e00, %si
+    0xba, 0xf8, 0x03,       // mov $0x3f8, %dx      the serial port
+    0xac,                   // print: lodsb
+    0x84, 0xc0,             // test %al, %al
+    0x74, 0x03,             // jz halt
+    0xee,                   // out %al, %dx
+    0xeb, 0xf8,             // jmp print
+    0xf4,                   // halt: hlt
+    0xeb, 0xfd,             // jmp halt
+    0x10, 0x00, 0x01, 0x00, // packet: one sector …
+    0x00, 0x7e, 0x00, 0x00, // … at 0:7e00 …
+    0x01, 0, 0, 0, 0, 0, 0, 0, // … from or to this one
+];
+
+#[test]
+fn firmware_boots_from_the_disk() {
+    let vhost = Vhost::start(&[]);
+    let file = aio(&vhost, "Aio0", MIB);
+    let mut sector = [0; 512];
+    sector[..BOOT.len()].copy_from_slice(BOOT);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    let disk = File::options().read(true).write(true).open(&file).unwrap();
+    disk.write_all_at(&sector, 0).unwrap();
+    let put = |text: &str| {
+        let mut sector = [0; 512];
+        sector[..text.len()].copy_from_slice(text.as_bytes());
+        disk.write_all_at(&sector, 512).unwrap();
+        sector
+    };
+
+    let mut text = put("GUEST: boot 0\n");
+    let options = GuestOptions::new(&controller(&vhost, "vhost.0", "Aio0"));
+    let properties = ",bootindex=0";
+    let options = GuestOptions { job: None, disk_properties: properties, reboots: true, ..options };
+    let mut guest = Guest::start(options);
+    for n in 0..5 {
+        guest.wait_line(&format!("boot {n}"));
+        let mut copy = [0; 512];
+        disk.read_exact_at(&mut copy, 1024).unwrap();
+        assert_eq!(copy, text);
+        text = put(&format!("GUEST: boot {}\n", n + 1));
+        guest.qmp("system_reset", json!({}));
+    }
+    guest.wait_line("boot 5");
+    guest.kill9();
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_guest_is_reset_while_its_kernel_boots_and_while_it_works() {
+    let vhost = Vhost::start(&[]);
+    aio(&vhost, "Aio0", 16 * MIB);
+    slow(&vhost, "Slow0", "Aio0");
+    let socket = controller(&vhost, "vhost.0", "Slow0");
+    let fds = vhost.fds();
+    let mut guest = Guest::start(GuestOptions { reboots: true, ..GuestOptions::new(&socket) });
+    let started =
+        |vhost: &Vhost| sessions(vhost, "vhost.0").iter().any(|session| session["started"] == true);
+    for _ in 0..3 {
+        // The firmware has started the disk, or the kernel has and looks for partitions.
+        wait_until("a started ring", || started(&vhost));
+        guest.qmp("system_reset", json!({}));
+        wait_until("a stopped ring", || !started(&vhost));
+    }
+    guest.wait_ready();
+    guest.start_io("vda", 4);
+    wait_until("I/O in flight", || in_flight(&vhost, "vhost.0") > 0);
+    guest.qmp("system_reset", json!({}));
+    guest.wait_ready();
+    guest.start_io("vda", 4);
+    guest.finish_io("vda", 4);
+    assert_eq!(sessions(&vhost, "vhost.0").len(), 1);
+    guest.power_off();
+    wait_until("no session left", || sessions(&vhost, "vhost.0").is_empty());
+    wait_until("no fd left", || vhost.fds() == fds);
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_guest_whose_disk_hangs_is_paused_and_reset_when_the_disk_has_answered() {
+    let vhost = Vhost::start(&[]);
+    malloc(&vhost, "M", 16 * MIB, 512);
+    vhost.ok("bdev_error_create", json!({"base_name": "M"}));
+    let options = GuestOptions::new(&controller(&vhost, "vhost.0", "EE_M"));
+    let mut guest = Guest::boot(GuestOptions { reboots: true, ..options });
+    let inject = |io_type: &str| {
+        let error = json!({"name": "EE_M", "io_type": io_type, "error_type": "pending", "num": 99});
+        vhost.ok("bdev_error_inject_error", error);
+    };
+    let hang = || {
+        inject("all");
+        wait_until("all of the guest's I/O is held", || in_flight(&vhost, "vhost.0") == 8);
+    };
+    let waits = || sessions(&vhost, "vhost.0")[0]["state"] == "quiescing";
+    let answer = || {
+        inject("clear");
+        vhost.ok("bdev_error_resume_pending", json!({"name": "EE_M"}));
+    };
+
+    guest.start_io("vda", 4);
+    for _ in 0..3 {
+        hang();
+        guest.qmp_send("stop", json!({}));
+        wait_until("QEMU waits for the disk", waits);
+        assert_eq!(in_flight(&vhost, "vhost.0"), 8);
+        assert!(!guest.qmp_has_answer(), "QEMU may not stop with I/O in flight");
+        answer();
+        guest.qmp_answer();
+        assert_eq!((guest.status().as_str(), in_flight(&vhost, "vhost.0")), ("paused", 0));
+        guest.qmp("cont", json!({}));
+        guest.io_goes_on("vda", 4);
+    }
+
+    hang();
+    guest.qmp_send("system_reset", json!({}));
+    wait_until("QEMU waits for the disk", waits);
+    answer();
+    guest.qmp_answer();
+    guest.wait_ready();
+    guest.start_io("vda", 4);
+    guest.finish_io("vda", 4);
+    guest.power_off();
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_disk_is_unplugged_and_plugged_in_again_under_a_working_guest() {
+    let vhost = Vhost::start(&[]);
+    malloc(&vhost, "Stays", 16 * MIB, 512);
+    aio(&vhost, "Aio0", 16 * MIB);
+    slow(&vhost, "Comes", "Aio0");
+    let socket = controller(&vhost, "comes", "Comes");
+    let options = GuestOptions::new(&controller(&vhost, "stays", "Stays"));
+    let arguments = &["-device", "pcie-root-port,id=root1,chassis=1"];
+    let mut guest = Guest::boot(GuestOptions { arguments, ..options });
+    guest.start_io("vda", 4);
+    let fds = vhost.fds();
+    for _ in 0..4 {
+        let address = json!({"type": "unix", "data": {"path": socket}});
+        let backend = json!({"type": "socket", "data": {"addr": address, "server": false}});
+        guest.qmp("chardev-add", json!({"id": "plugged", "backend": backend}));
+        let driver = "vhost-user-blk-pci";
+        let device = json!({"driver": driver, "id": "d9", "chardev": "plugged", "bus": "root1"});
+        guest.qmp("device_add", device);
+        guest.ok("until [ -e /dev/vdb ]; do sleep 0.1; done");
+        guest.start_io("vdb", 4);
+        wait_until("I/O in flight", || in_flight(&vhost, "comes") > 0);
+
+        guest.skip_lines();
+        guest.unplug("d9");
+        guest.io_fails("vdb");
+        guest.qmp("chardev-remove", json!({"id": "plugged"}));
+        wait_until("the session has ended", || sessions(&vhost, "comes").is_empty());
+        wait_until("no fd left", || vhost.fds() == fds);
+        guest.io_goes_on("vda", 4);
+    }
+    guest.finish_io("vda", 4);
+    guest.power_off();
+    for name in ["comes", "stays"] {
+        vhost.ok("vhost_delete_controller", json!({"ctrlr": name}));
+    }
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_guest_works_on_while_others_connect_and_go_by_the_hundred() {
+    let vhost = Vhost::start(&[]);
+    malloc(&vhost, "M", 16 * MIB, 512);
+    vhost.null("N");
+    let own = controller(&vhost, "own", "M");
+    let other = controller(&vhost, "other", "N");
+    let mut guest = Guest::boot(GuestOptions::new(&own));
+    guest.start_io("vda", 4);
+    let fds = vhost.fds();
+    for n in 0..300 {
+        for socket in [&own, &other] {
+            let ram = GuestRam::new(&[1 << 20]).unwrap();
+            let mut front_end = FrontEnd::connect(socket, ram, Options::default()).unwrap();
+            match n % 3 {
+                0 => front_end.kill(),
+                1 => {
+                    front_end.start_new(1, QueueOptions::default()).unwrap();
+                    front_end.kill();
+                }
+                _ => {
+                    front_end.start_new(1, QueueOptions::default()).unwrap();
+                    front_end.disconnect().unwrap();
+                }
+            }
+            // Half a message.
+            RawConnection::connect(socket).unwrap().send(&[1, 0, 0, 0, 1], &[]).unwrap();
+        }
+        if n % 30 == 0 {
+            guest.io_goes_on("vda", 4);
+        }
+    }
+    guest.finish_io("vda", 4);
+    wait_until("the guest's session alone is left", || {
+        sessions(&vhost, "own").len() == 1 && sessions(&vhost, "other").is_empty()
+    });
+    wait_until("no fd left", || vhost.fds() == fds);
+    guest.power_off();
+    assert_eq!(vhost.stop(), 0);
+}

@@ -1,0 +1,56 @@
+//! A guest moves from one `vhost` to another under load, over a file that both have.
+//!
+//! `ci/guest-loop migration N` does this N times.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod disks;
+mod guest;
+mod harness;
+
+use disks::{MIB, in_flight, make_file, sessions, start_behind};
+use guest::{Guest, GuestOptions, cycles};
+use harness::{Launch, wait_until};
+
+fn moves(properties: &'static str) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("disk");
+    make_file(&file, 16 * MIB);
+    // Both have the same core, so they have to leave it to one another.
+    let vhosts = ["a", "b"].map(|name| {
+        let launch = Launch::new().args(&["--interrupt-mode"]);
+        let link = dir.path().join(name);
+        (start_behind(launch, &link, &file), link)
+    });
+    let options = |n: usize| GuestOptions {
+        disk_properties: properties,
+        ..GuestOptions::new(&vhosts[n % 2].1)
+    };
+    let mut guest = Guest::boot(options(0));
+    guest.start_io("vda", 4);
+    for n in 1..=cycles(4) {
+        let (from, to) = (&vhosts[(n - 1) % 2].0, &vhosts[n % 2].0);
+        let arguments = &["-incoming", "defer"];
+        let next = Guest::start(GuestOptions { arguments, ..options(n) });
+        wait_until("I/O in flight", || in_flight(from, "vhost.0") > 0);
+        guest = guest.migrate(next, &dir.path().join(format!("migration.{n}")));
+        guest.io_goes_on("vda", 4);
+        wait_until("the old session has ended", || sessions(from, "vhost.0").is_empty());
+        assert_eq!(sessions(to, "vhost.0").len(), 1);
+        eprintln!("{n} moves");
+    }
+    guest.finish_io("vda", 4);
+    guest.power_off();
+    for (vhost, _) in vhosts {
+        assert_eq!(vhost.stop(), 0);
+    }
+}
+
+#[test]
+fn a_guest_moves_under_load_and_back() {
+    moves("");
+}
+
+#[test]
+fn a_guest_with_packed_rings_moves_under_load_and_back() {
+    moves(",packed=on");
+}

@@ -1,0 +1,134 @@
+//! rust-vmm's `vhost` crate, in `bench`'s hands, which brings the rings.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bench::front_end::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, ProtocolFeatures, RING_PACKED};
+use bench::packed::FIRST_BASE;
+use bench::perf::RingLayout;
+use bench::{
+    Completion, GuestRam, Options, PackedQueue, Queue, QueueOptions, Request, STATUS_OK, Tag,
+};
+
+use super::{Done, FrontEnd, Io, Messages, RING_SIZE, Setup};
+
+pub(crate) struct RustVmm {
+    front_end: bench::FrontEnd,
+    ram: Arc<GuestRam>,
+    queues: Vec<(Rings, HashMap<Tag, usize>)>,
+}
+
+enum Rings {
+    Split(Queue),
+    Packed(PackedQueue),
+}
+
+impl FrontEnd for RustVmm {
+    const NAME: &'static str = "rust-vmm";
+
+    fn start(setup: Setup<'_>) -> Self {
+        let packed = setup.rings == RingLayout::Packed;
+        let mut features = DRIVER_FEATURES & !(EVENT_IDX | INDIRECT_DESC);
+        let mut needed = 0;
+        for (wanted, bit) in
+            [(packed, RING_PACKED), (setup.event_idx, EVENT_IDX), (setup.indirect, INDIRECT_DESC)]
+        {
+            needed |= if wanted { bit } else { 0 };
+        }
+        features |= needed;
+        let mut options = Options { features, inflight: setup.inflight, ..Options::default() };
+        if setup.slots {
+            options.protocol |= ProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        }
+        let ram = setup.ram.clone();
+        let mut front_end = bench::FrontEnd::connect(setup.socket, ram.clone(), options).unwrap();
+        assert_eq!(front_end.features() & needed, needed, "the features are offered");
+        assert!(!setup.slots || front_end.memory_slots().unwrap() >= 8);
+
+        let options = QueueOptions { size: RING_SIZE, indirect: setup.indirect, segments_max: 126 };
+        let queue = |index| {
+            if packed {
+                let queue = PackedQueue::new(&ram, index, options, setup.event_idx).unwrap();
+                (queue.ring().clone(), FIRST_BASE, Rings::Packed(queue))
+            } else {
+                let queue = Queue::new(&ram, index, options, setup.event_idx).unwrap();
+                (queue.ring().clone(), 0, Rings::Split(queue))
+            }
+        };
+        let (mut rings, mut queues) = (vec![], vec![]);
+        for (ring, base, queue) in (0..setup.queues).map(queue) {
+            rings.push((ring, base));
+            queues.push((queue, HashMap::new()));
+        }
+        front_end.start(rings).unwrap();
+        Self { front_end, ram, queues }
+    }
+
+    fn config(&mut self) -> (u64, u64) {
+        let config = self.front_end.config().unwrap();
+        assert_eq!(self.front_end.queues_offered(), u64::from(config.num_queues));
+        (config.capacity * 512, config.num_queues.into())
+    }
+
+    fn add_memory(&mut self, ram: &Arc<GuestRam>) {
+        self.front_end.add_memory(&ram.table()[0]).unwrap();
+    }
+
+    fn remove_memory(&mut self, ram: &Arc<GuestRam>) {
+        self.front_end.remove_memory(&ram.table()[0]).unwrap();
+    }
+
+    fn submit(&mut self, queue: usize, io: Io<'_>, tag: usize) {
+        let range = |sector, sectors, flags| {
+            let segment = self.ram.alloc(16, 16).unwrap();
+            let bytes = bench::driver::range(sector, sectors, flags);
+            self.ram.write(segment.gpa, &bytes).unwrap();
+            [segment]
+        };
+        let ranges;
+        let request = match io {
+            Io::Read { sector, data } => Request::read(sector, data),
+            Io::Write { sector, data } => Request::write(sector, data),
+            Io::Flush => Request::flush(),
+            Io::Discard { sector, sectors } => {
+                ranges = range(sector, sectors, 0);
+                Request::discard(&ranges)
+            }
+            Io::WriteZeroes { sector, sectors, unmap } => {
+                ranges = range(sector, sectors, unmap.into());
+                Request::write_zeroes(&ranges)
+            }
+            Io::Id { data } => Request::id(data),
+        };
+        let (rings, tags) = &mut self.queues[queue];
+        let (known_as, kicked) = match rings {
+            Rings::Split(queue) => (queue.submit(&request), queue.kick()),
+            Rings::Packed(queue) => (queue.submit(&request), queue.kick()),
+        };
+        kicked.unwrap();
+        assert_eq!(tags.insert(known_as.unwrap(), tag), None);
+    }
+
+    fn wait(&mut self, queue: usize) -> Done {
+        let (rings, tags) = &mut self.queues[queue];
+        let done = match rings {
+            Rings::Split(queue) => queue.wait(),
+            Rings::Packed(queue) => queue.wait(),
+        };
+        let Completion { tag, status, .. } = done.unwrap();
+        Done { tag: tags.remove(&tag).unwrap(), ok: status == STATUS_OK }
+    }
+}
+
+impl Messages for RustVmm {
+    fn front_end(&mut self) -> &mut bench::FrontEnd {
+        &mut self.front_end
+    }
+
+    fn in_flight(&self, queue: usize) -> usize {
+        match &self.queues[queue].0 {
+            Rings::Split(queue) => queue.in_flight(),
+            Rings::Packed(queue) => queue.in_flight(),
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Requests through a queue's core, in one thread and over rings of either layout: long chains,
+//! several ranges, durable writes, dirty pages, and what a killed process has left.
+#![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "guest/memfd.rs"]
+mod memfd;
+#[path = "packed_ring/driver.rs"]
+#[expect(dead_code, reason = "the packed ring's own tests use the rest")]
+mod packed;
+
+mod requests {
+    pub(crate) mod disk;
+    pub(crate) mod scene;
+    pub(crate) mod split;
+
+    mod dirty;
+    mod durable;
+    mod long;
+    mod ranges;
+    mod recovery;
+}

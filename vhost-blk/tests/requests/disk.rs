@@ -1,0 +1,125 @@
+//! A disk whose I/O completes at once or when the test says so.
+//!
+//! Faults it shows: I/O that does not complete, I/O that fails, and a channel that is full.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Tag};
+
+pub(crate) const SECTORS: u64 = 8192;
+
+/// What it does.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// I/O completes in `submit`.
+    pub(crate) at_once: bool,
+    /// How many more I/Os the channel takes, if there is a limit.
+    pub(crate) room: Option<usize>,
+    /// Which I/O fails, counted as in `seen`.
+    pub(crate) failing: Option<usize>,
+    /// What was submitted: operation, offset, length.
+    pub(crate) seen: Vec<(Op, u64, u64)>,
+    waiting: VecDeque<Completion>,
+    done: Vec<Completion>,
+}
+
+impl State {
+    /// I/Os under way.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Completes the `nth` of the I/Os under way.
+    pub(crate) fn complete(&mut self, nth: usize) {
+        self.done.extend(self.waiting.remove(nth));
+    }
+
+    /// Completes all of them.
+    pub(crate) fn complete_all(&mut self) {
+        self.done.extend(self.waiting.drain(..));
+    }
+
+    /// What a killed process has left: nothing.
+    pub(crate) fn forget(&mut self) {
+        *self = Self { at_once: self.at_once, ..Self::default() };
+    }
+}
+
+/// The disk.
+#[derive(Debug)]
+pub(crate) struct Manual {
+    state: Arc<Mutex<State>>,
+    features: Features,
+    stats: Stats,
+}
+
+impl Manual {
+    /// A disk that can do everything.
+    pub(crate) fn create() -> Arc<Self> {
+        let all = Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() };
+        Arc::new(Self { state: Arc::default(), features: all, stats: Stats::default() })
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+}
+
+impl Bdev for Manual {
+    fn name(&self) -> &str {
+        "Manual"
+    }
+    fn product_name(&self) -> &'static str {
+        "Manual disk"
+    }
+    fn uuid(&self) -> uuid::Uuid {
+        uuid::Uuid::nil()
+    }
+    fn block_size(&self) -> u32 {
+        512
+    }
+    fn num_blocks(&self) -> u64 {
+        SECTORS
+    }
+    fn features(&self) -> Features {
+        self.features
+    }
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+    fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
+        Ok(Box::new(ManualChannel(Arc::clone(&self.state))))
+    }
+}
+
+struct ManualChannel(Arc<Mutex<State>>);
+
+impl Channel for ManualChannel {
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        let mut state = self.0.lock().unwrap();
+        match &mut state.room {
+            Some(0) => return Submit::Full(io),
+            Some(room) => *room -= 1,
+            None => {}
+        }
+        let fails = state.failing == Some(state.seen.len());
+        let status = if fails { Status::IoError } else { Status::Ok };
+        state.seen.push((io.op, io.offset, io.len));
+        if state.at_once {
+            return Submit::Done(status);
+        }
+        let Tag(tag) = io.tag;
+        state.waiting.push_back(Completion { tag: Tag(tag), status });
+        Submit::Queued
+    }
+
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        let mut state = self.0.lock().unwrap();
+        let n = state.done.len().min(done.len());
+        for (to, from) in done.iter_mut().zip(state.done.drain(..n)) {
+            *to = from;
+        }
+        n
+    }
+}

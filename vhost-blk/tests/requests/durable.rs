@@ -1,0 +1,122 @@
+//! Writes that are durable when they are answered.
+
+use std::sync::Arc;
+
+use bdev::{Bdev, Op};
+use vhost_blk::queue::QueueState;
+
+use super::disk::Manual;
+use super::scene::{DATA, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene};
+
+fn everywhere(mut test: impl FnMut(&mut Scene, &Manual)) {
+    for packed in LAYOUTS {
+        let disk = Manual::create();
+        let mut scene = Scene::new(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
+        scene.write_through = true;
+        scene.start().unwrap();
+        test(&mut scene, &disk);
+    }
+}
+
+fn ops(disk: &Manual) -> Vec<Op> {
+    std::mem::take(&mut disk.state().seen).into_iter().map(|(op, ..)| op).collect()
+}
+
+const PIECE: [(u64, u32); 1] = [(DATA, 512)];
+
+#[test]
+fn a_write_is_answered_after_its_flush() {
+    everywhere(|scene, disk| {
+        let n = scene.send(OUT, 0, &PIECE);
+        scene.settle();
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(ops(disk), [Op::Write, Op::Flush]);
+        assert_eq!(scene.answers(), [], "the flush is under way");
+        assert_eq!(scene.queue().inflight(), 1);
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(scene.answers(), [(n, OK, 1)]);
+        assert_eq!(ops(disk), []);
+        disk.state().at_once = true;
+        let n = scene.send(OUT, 0, &PIECE);
+        scene.settle();
+        assert_eq!(ops(disk), [Op::Write, Op::Flush]);
+        assert_eq!(scene.answers(), [(n, OK, 1)]);
+    });
+}
+
+#[test]
+fn failures_are_told_and_end_it() {
+    everywhere(|scene, disk| {
+        for at_once in [false, true] {
+            disk.state().at_once = at_once;
+            for (failing, want) in [(0, &[Op::Write][..]), (1, &[Op::Write, Op::Flush])] {
+                disk.state().failing = Some(failing);
+                let n = scene.send(OUT, 0, &PIECE);
+                for _ in 0..3 {
+                    scene.settle();
+                    disk.state().complete_all();
+                }
+                assert_eq!(scene.answers(), [(n, IOERR, 1)]);
+                assert_eq!(ops(disk), want);
+                assert_eq!(scene.queue().inflight(), 0);
+            }
+        }
+    });
+}
+
+#[test]
+fn others_are_followed_by_none() {
+    everywhere(|scene, disk| {
+        disk.state().at_once = true;
+        scene.send(IN, 0, &PIECE);
+        scene.send(FLUSH, 0, &[]);
+        scene.settle();
+        assert_eq!(scene.answers().len(), 2);
+        assert_eq!(ops(disk), [Op::Read, Op::Flush]);
+    });
+}
+
+#[test]
+fn a_flush_that_finds_no_room_is_not_forgotten() {
+    everywhere(|scene, disk| {
+        let n = scene.send(OUT, 0, &PIECE);
+        disk.state().room = Some(1);
+        scene.settle();
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(ops(disk), [Op::Write]);
+        scene.queue().stop();
+        scene.settle();
+        assert_eq!(scene.queue().state(), QueueState::Attached);
+        disk.state().room = None;
+        scene.settle();
+        assert_eq!((ops(disk), scene.answers()), (vec![Op::Flush], vec![]));
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(scene.answers(), [(n, OK, 1)]);
+        assert_eq!(scene.queue().state(), QueueState::Stopped);
+    });
+}
+
+/// What is under way when the guest turns its cache off or on goes as it has begun.
+#[test]
+fn a_change_is_for_the_writes_after_it() {
+    everywhere(|scene, disk| {
+        scene.send(OUT, 0, &PIECE);
+        scene.settle();
+        scene.write_through = false;
+        let memory = Arc::clone(&scene.memory);
+        let _retired = scene.publish(&memory);
+        scene.send(OUT, 0, &PIECE);
+        scene.settle();
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(scene.answers().len(), 1);
+        assert_eq!(ops(disk), [Op::Write, Op::Write, Op::Flush]);
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!((scene.answers().len(), ops(disk)), (1, vec![]));
+    });
+}

@@ -1,0 +1,175 @@
+//! Discards and write-zeroes of several ranges.
+
+use std::sync::Arc;
+
+use bdev::{Bdev, Op};
+
+use super::disk::{Manual, SECTORS};
+use super::scene::{Answer, DATA, DISCARD, IN, IOERR, LAYOUTS, OK, Scene, UNSUPP, WRITE_ZEROES};
+
+/// How the disk goes about it.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    at_once: bool,
+    /// The channel is full whenever an I/O has ended.
+    full: bool,
+}
+
+const PACES: [Pace; 4] = [
+    Pace { at_once: true, full: false },
+    Pace { at_once: true, full: true },
+    Pace { at_once: false, full: false },
+    Pace { at_once: false, full: true },
+];
+
+/// Visits until `count` requests have come back.
+fn answers(scene: &mut Scene, disk: &Manual, pace: Pace, count: usize) -> Vec<Answer> {
+    let mut answers = vec![];
+    for turn in 0..200 {
+        disk.state().room = pace.full.then_some(turn % 2);
+        scene.visit();
+        disk.state().complete_all();
+        answers.extend(scene.answers());
+        if answers.len() == count {
+            break;
+        }
+    }
+    disk.state().room = None;
+    scene.settle();
+    answers.extend(scene.answers());
+    assert_eq!(scene.queue().inflight(), 0, "{pace:?}");
+    answers
+}
+
+fn everywhere(mut test: impl FnMut(&mut Scene, &Manual, Pace)) {
+    for packed in LAYOUTS {
+        for pace in PACES {
+            let disk = Manual::create();
+            disk.state().at_once = pace.at_once;
+            let mut scene = Scene::started(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
+            test(&mut scene, &disk, pace);
+        }
+    }
+}
+
+/// What the disk has seen since the last time, in sectors.
+fn seen(disk: &Manual) -> Vec<(Op, u64, u64)> {
+    let seen = std::mem::take(&mut disk.state().seen);
+    seen.into_iter().map(|(op, offset, len)| (op, offset / 512, len / 512)).collect()
+}
+
+const KINDS: [(u32, Op); 2] = [(DISCARD, Op::Unmap), (WRITE_ZEROES, Op::WriteZeroes)];
+
+/// Ranges that differ in everything, in no order.
+fn ranges(count: usize) -> Vec<(u64, u32, u32)> {
+    (0..count as u64).map(|n| ((n * 37 + 5) % 101, n as u32 + 1, 0)).collect()
+}
+
+#[test]
+fn all_are_done_in_order_and_answered_once() {
+    everywhere(|scene, disk, pace| {
+        for (kind, op) in KINDS {
+            for count in 1..=16 {
+                let ranges = ranges(count);
+                let n = scene.send_ranges(kind, &ranges);
+                assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)], "{count}, {pace:?}");
+                let want: Vec<_> =
+                    ranges.iter().map(|&(sector, len, _)| (op, sector, len.into())).collect();
+                assert_eq!(seen(disk), want, "{pace:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_bad_one_refuses_all_of_them() {
+    everywhere(|scene, disk, pace| {
+        let bad = [
+            (DISCARD, (SECTORS, 1, 0), IOERR),
+            (DISCARD, (u64::MAX, 1, 0), IOERR),
+            (DISCARD, (0, u32::MAX, 0), IOERR),
+            (DISCARD, (0, 1, 1), UNSUPP),
+            (WRITE_ZEROES, (SECTORS - 1, 2, 0), IOERR),
+            (WRITE_ZEROES, (0, 1, 2), UNSUPP),
+        ];
+        for (kind, range, want) in bad {
+            for at in [0, 1, 7, 15] {
+                let mut ranges = ranges(16);
+                ranges[at] = range;
+                let n = scene.send_ranges(kind, &ranges);
+                assert_eq!(answers(scene, disk, pace, 1), [(n, want, 1)], "{range:?} at {at}");
+            }
+        }
+        let n = scene.send_ranges(DISCARD, &ranges(17));
+        assert_eq!(answers(scene, disk, pace, 1), [(n, IOERR, 1)]);
+        assert_eq!(seen(disk), [], "nothing was begun");
+        // What was refused is not what the next request in the same slot does.
+        let n = scene.send_ranges(DISCARD, &[(9, 1, 0)]);
+        assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
+        assert_eq!(seen(disk), [(Op::Unmap, 9, 1)]);
+    });
+}
+
+#[test]
+fn empty_ones_are_passed_over() {
+    everywhere(|scene, disk, pace| {
+        for (kind, op) in KINDS {
+            let n = scene.send_ranges(kind, &[(3, 0, 0), (4, 0, 0)]);
+            assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
+            assert_eq!(seen(disk), []);
+            let n = scene.send_ranges(kind, &[(3, 0, 0), (4, 2, 0), (SECTORS, 0, 0), (8, 1, 0)]);
+            assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
+            assert_eq!(seen(disk), [(op, 4, 2), (op, 8, 1)]);
+        }
+    });
+}
+
+#[test]
+fn after_a_failure_the_rest_is_not_done() {
+    everywhere(|scene, disk, pace| {
+        for (kind, op) in KINDS {
+            for failing in 0..4 {
+                disk.state().failing = Some(failing);
+                let ranges = ranges(4);
+                let n = scene.send_ranges(kind, &ranges);
+                assert_eq!(answers(scene, disk, pace, 1), [(n, IOERR, 1)], "{failing}, {pace:?}");
+                let want = ranges[..=failing].iter().map(|&(at, len, _)| (op, at, len.into()));
+                assert_eq!(seen(disk), want.collect::<Vec<_>>());
+                disk.state().failing = None;
+                // Nor by the next request.
+                let n = scene.send_ranges(kind, &[(50, 1, 0)]);
+                assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
+                assert_eq!(seen(disk), [(op, 50, 1)]);
+            }
+        }
+    });
+}
+
+#[test]
+fn many_at_a_time_do_not_lose_one_another() {
+    everywhere(|scene, disk, pace| {
+        let mut want = vec![];
+        for n in 0..4 {
+            want.push((scene.send_ranges(DISCARD, &ranges(3 + n)), OK, 1));
+            want.push((scene.send(IN, 0, &[(DATA, 512)]), OK, 513));
+            want.push((scene.send_ranges(WRITE_ZEROES, &ranges(16)), OK, 1));
+        }
+        let mut answers = answers(scene, disk, pace, want.len());
+        answers.sort_unstable();
+        assert_eq!(answers, want, "{pace:?}");
+        assert_eq!(seen(disk).len(), 3 + 4 + 5 + 6 + 4 + 4 * 16);
+    });
+}
+
+#[test]
+fn a_stop_waits_for_all_of_them() {
+    everywhere(|scene, disk, pace| {
+        let n = scene.send_ranges(DISCARD, &ranges(5));
+        disk.state().room = Some(1);
+        scene.visit();
+        scene.queue().stop();
+        assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
+        assert_eq!(seen(disk).len(), 5);
+        assert_eq!(scene.queue().state(), vhost_blk::queue::QueueState::Stopped);
+    });
+}
