@@ -23,7 +23,7 @@ use guest::Guest;
 
 /// Requests between two kills are at most 2 to the power of this, and as often below any lower one:
 /// a server that has just taken over is to be killed too.
-const LIFE_BITS_MAX: u64 = 11;
+const LIFE_BITS_MAX: u64 = 13;
 /// The disk's name, and its controller's.
 const DISK: &str = "disk";
 

@@ -325,6 +325,8 @@ mod tests {
                 free.push(slot as u16);
             }
             assert_eq!(next(&mut packed), None);
+            let wrap = u16::from(device.used.wrap) << 15;
+            assert_eq!(packed.base(), device.used.at | wrap);
         }
     }
 

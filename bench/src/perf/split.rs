@@ -241,6 +241,7 @@ mod tests {
             assert_eq!(u16::from_le_bytes(head), 4 * slot as u16);
             assert!(!split.has_completion());
             give_back(&ring, index.wrapping_add(1), u32::from(u16::from_le_bytes(head)));
+            assert_eq!(split.base(), index.wrapping_add(1));
             assert_eq!(next(&mut split), Some(slot));
         }
     }

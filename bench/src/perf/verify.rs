@@ -268,6 +268,18 @@ mod tests {
     }
 
     #[test]
+    fn all_blocks_are_read_in_the_end() {
+        let mut bench = Bench::new(50, 1);
+        for _ in 0..100 {
+            bench.step();
+        }
+        bench.work.read_through();
+        for block in 8..12 {
+            assert_eq!(bench.step(), (block, false, None));
+        }
+    }
+
+    #[test]
     fn requests_in_flight_have_blocks_of_their_own_and_a_failed_write_is_forgotten() {
         let mut bench = Bench::new(50, 3);
         for _ in 0..100 {
