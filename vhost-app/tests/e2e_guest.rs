@@ -13,11 +13,11 @@ use std::path::Path;
 use std::process::Command;
 
 use disks::{
-    MIB, aio, controller, file_sha256, in_flight, make_file, malloc, sessions, sha256, slow,
-    start_behind,
+    MIB, aio, controller, controller_of, file_sha256, in_flight, make_file, malloc, rings,
+    sessions, sha256, slow, start_behind,
 };
 use guest::{Guest, GuestOptions};
-use harness::{Launch, Vhost, wait_until};
+use harness::{Launch, Vhost, matrix, wait_until};
 use serde_json::{Value, json};
 
 /// Writes a payload to a file system of its own, and reads it back from the disk.
@@ -84,12 +84,24 @@ fn a_guest_works_on_disks_of_one_and_of_four_queues_and_on_a_read_only_one() {
 
 #[test]
 fn what_a_guest_discards_or_zeroes_reads_as_zeroes() {
+    discards_and_zeroes(false);
+}
+
+#[test]
+fn what_a_guest_with_packed_rings_discards_or_zeroes_reads_as_zeroes() {
+    discards_and_zeroes(true);
+}
+
+fn discards_and_zeroes(packed: bool) {
     const SIZE: usize = 16 * MIB;
     let vhost = Vhost::start(&[]);
     let file = aio(&vhost, "Aio0", SIZE);
     malloc(&vhost, "Malloc0", SIZE, 512);
-    let options = GuestOptions::new(&controller(&vhost, "aio", "Aio0"));
-    let mut guest = Guest::boot(options.disk(&controller(&vhost, "malloc", "Malloc0"), 1));
+    let options = GuestOptions::new(&controller_of(&vhost, "aio", "Aio0", packed));
+    let disk_properties = if packed { ",packed=on" } else { "" };
+    let options = GuestOptions { disk_properties, ..options };
+    let second = controller_of(&vhost, "malloc", "Malloc0", packed);
+    let mut guest = Guest::boot(options.disk(&second, 1));
     guest.ok("dd if=/dev/vda of=/dev/vdb bs=1M oflag=direct status=none");
     let mut expected = fs::read(&file).unwrap();
     assert_eq!(guest.digest("vdb", None), sha256(&expected));
@@ -122,6 +134,9 @@ fn what_a_guest_discards_or_zeroes_reads_as_zeroes() {
         assert_eq!(guest.ok(&format!("{left} | tr -d '\\000' | wc -c")), "0", "{disk}");
     }
     guest.power_off();
+    for feature in ["discard", "write zeroes"] {
+        matrix::cell("QEMU 7.2", rings(packed), feature);
+    }
 }
 
 /// The first and the last block of the last inode table of an ext4 file system.

@@ -8,9 +8,9 @@ mod disks;
 mod guest;
 mod harness;
 
-use disks::{MIB, hold, in_flight, make_file, sessions, start_behind};
+use disks::{MIB, hold, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
-use harness::{Launch, wait_until};
+use harness::{Launch, matrix, wait_until};
 
 /// Has `vhost` end by `signal` so many times, each time with I/O in flight.
 fn ends(signal: &str, code: Option<i32>, times: usize, packed: bool) {
@@ -51,6 +51,8 @@ fn ends(signal: &str, code: Option<i32>, times: usize, packed: bool) {
     guest.finish_io("vda", 4);
     guest.power_off();
     assert_eq!(vhost.stop(), 0);
+    let feature = if signal == "KILL" { "recovery after kill" } else { "reconnect" };
+    matrix::cell("QEMU 7.2", rings(packed), feature);
 }
 
 #[test]

@@ -7,9 +7,9 @@ mod disks;
 mod guest;
 mod harness;
 
-use disks::{MIB, in_flight, make_file, sessions, start_behind};
+use disks::{MIB, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
-use harness::{Launch, wait_until};
+use harness::{Launch, matrix, wait_until};
 
 fn moves(packed: bool) {
     let dir = tempfile::tempdir().unwrap();
@@ -44,6 +44,7 @@ fn moves(packed: bool) {
     for (vhost, _) in vhosts {
         assert_eq!(vhost.stop(), 0);
     }
+    matrix::cell("QEMU 7.2", rings(packed), "live migration");
 }
 
 #[test]

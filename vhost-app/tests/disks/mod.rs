@@ -56,6 +56,18 @@ pub(crate) fn controller(vhost: &Vhost, name: &str, bdev: &str) -> PathBuf {
     vhost.socket(name)
 }
 
+/// A controller that offers packed rings, or does not.
+pub(crate) fn controller_of(vhost: &Vhost, name: &str, bdev: &str, packed: bool) -> PathBuf {
+    let params = json!({"ctrlr": name, "dev_name": bdev, "packed_ring": packed});
+    vhost.ok("vhost_create_blk_controller", params);
+    vhost.socket(name)
+}
+
+/// What the README's table calls such rings.
+pub(crate) fn rings(packed: bool) -> &'static str {
+    if packed { "packed" } else { "split" }
+}
+
 pub(crate) fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
     let shown = vhost.ok("vhost_get_controllers", json!({"name": controller}));
     shown[0]["sessions"].as_array().unwrap().clone()
