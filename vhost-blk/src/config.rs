@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::request::{Limits, SECTOR_BYTES};
+use crate::request::{Limits, RANGES_MAX, SECTOR_BYTES};
 
 /// Virtqueues of a controller: what rte_vhost answers to GET_QUEUE_NUM, and what the config space
 /// says too.
@@ -113,12 +113,12 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
     put(WCE_AT, &[write_cache.into()]);
     if features.unmap {
         put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
-        put(40, &1_u32.to_le_bytes()); // max_discard_seg
+        put(40, &(RANGES_MAX as u32).to_le_bytes()); // max_discard_seg
         put(44, &(block_bytes / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
     }
     if features.write_zeroes {
         put(48, &RANGE_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
-        put(52, &1_u32.to_le_bytes()); // max_write_zeroes_seg
+        put(52, &(RANGES_MAX as u32).to_le_bytes()); // max_write_zeroes_seg
     }
     config
 }
