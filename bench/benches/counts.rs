@@ -98,6 +98,11 @@ fn all() -> Paths {
             }
         }
     }
+    for depth in [1, 32] {
+        paths.add(format!("null-read-tracked-{depth}"), move || {
+            batches(Stage::tracked(&disks::null()), Kind::Read, depth)
+        });
+    }
     paths.add("null-read-two-32", || requests(&disks::null(), false, Kind::ReadInTwo, 32));
     paths.add("null-read-32-beside-255-idle", || {
         batches(Stage::new(256, false, &disks::null()), Kind::Read, 32)

@@ -210,7 +210,22 @@ impl Queue {
     }
 
     /// As [`Queue::new`], with a record of what is in flight, by which the ring goes on where another
-    /// has left it; and for a reactor that may sleep: what the disk completes rings its bell.
+    /// has left it.
+    ///
+    /// # Errors
+    /// As there, or the record has no room for the ring.
+    pub fn tracked(
+        id: QueueId,
+        domain: &Arc<Domain>,
+        view: View,
+        base: u16,
+        coalescing: Arc<Coalescing>,
+        tracked: Option<Tracked<'_>>,
+    ) -> Result<Arc<Self>, StartError> {
+        Self::for_reactor(id, domain, view, base, coalescing, tracked, None)
+    }
+
+    /// As [`Queue::tracked`], and for a reactor that may sleep: what the disk completes rings its bell.
     pub(crate) fn for_reactor(
         id: QueueId,
         domain: &Arc<Domain>,

@@ -8,8 +8,9 @@ use bench::{GuestRam, QueueOptions, Request, STATUS_OK, Segment};
 use qsbr::Domain;
 use vhost_blk::config::Disk;
 use vhost_blk::foreign::ForeignFd;
+use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::queue::{Queue, QueueId, View};
+use vhost_blk::queue::{Queue, QueueId, Tracked, View};
 use vhost_blk::reclaim::{Garbage, Unmapper};
 use vhost_blk::ring::{Layout, RingAddrs};
 
@@ -84,6 +85,18 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>) -> Self {
+        Self::with(queues, indirect, bdev, None)
+    }
+
+    /// A guest with one queue whose front end keeps a record of what is in flight.
+    pub(crate) fn tracked(bdev: &Arc<dyn Bdev>) -> Self {
+        let (spec, fd) = Area::create(1, RING_SIZE, false).unwrap();
+        let unmapper = Unmapper::start().unwrap();
+        let area = Area::map(spec, false, &ForeignFd::new(fd), &unmapper).unwrap();
+        Self::with(1, false, bdev, Some(&Arc::new(area)))
+    }
+
+    fn with(queues: usize, indirect: bool, bdev: &Arc<dyn Bdev>, area: Option<&Arc<Area>>) -> Self {
         let domain = Domain::new(1);
         let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
         let memory = map(&ram);
@@ -91,7 +104,8 @@ impl Guest {
         let driver = Driver::new(&ram, 0, indirect);
         let view = |driver: &Driver| view(driver, 1, &memory, &disk);
         let queue = |n: usize, view| {
-            Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
+            let tracked = area.map(|area| Tracked { area, ring: n });
+            Queue::tracked(QueueId(n as u64), &domain, view, 0, Arc::default(), tracked).unwrap()
         };
         let mut list: Vec<_> =
             (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, indirect)))).collect();

@@ -86,7 +86,7 @@ impl Rings {
         let mut near = unsafe { self.memory.near(self.nearest) };
         for ((head, chain), at) in self.chains.iter_mut().zip(positions) {
             *head = self.ring.head(at);
-            chain.collect(&mut near, &SplitChain { ring: &self.ring, head: *head });
+            chain.collect(&mut near, SplitChain { ring: &self.ring, head: *head });
         }
         self.nearest = near.nearest();
     }

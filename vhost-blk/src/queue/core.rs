@@ -408,7 +408,9 @@ impl Core {
         if !stop && self.call_due.wait(&at.queue.coalescing, turn) {
             return;
         }
-        if self.call_wanted && let Some(call) = &at.view.call {
+        if self.call_wanted
+            && let Some(call) = &at.view.call
+        {
             turn.note(Cause::Call);
             // SAFETY: this queue's owner is the one user of its call fd, and this is it.
             let called = unsafe { call.signal() };
