@@ -102,6 +102,13 @@ fn all() -> Paths {
             }
         }
     }
+    for (name, form) in [("tracked", Form::DIRECT), ("tracked-packed", Form::PACKED)] {
+        for depth in [1, 32] {
+            paths.add(format!("null-read-{name}-{depth}"), move || {
+                batches(Stage::tracked(form, &disks::null()), Kind::Read, depth)
+            });
+        }
+    }
     paths.add("null-read-two-32", || requests(&disks::null(), Form::DIRECT, Kind::ReadInTwo, 32));
     paths.add("null-read-32-beside-255-idle", || {
         batches(Stage::new(256, Form::DIRECT, &disks::null()), Kind::Read, 32)

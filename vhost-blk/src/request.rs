@@ -105,6 +105,20 @@ pub fn long_segments() -> LongSegments {
     Box::new([NOWHERE; LONG_SEGMENTS_MAX])
 }
 
+/// A call, for the compiler to see that it is seldom.
+#[cold]
+#[inline(never)]
+fn long_part(long: &LongSegments) -> &[Segment] {
+    &long[..]
+}
+
+/// As [`long_part`].
+#[cold]
+#[inline(never)]
+fn long_part_mut(long: &mut LongSegments) -> &mut [Segment] {
+    &mut long[..]
+}
+
 const NOWHERE: Segment = Segment::new(std::ptr::null_mut(), 0);
 
 // SAFETY: the pointer is an address in guest memory, as the segments are.
@@ -116,16 +130,23 @@ struct Sums {
     /// Where the status goes: the last writable byte.
     status: Option<NonNull<u8>>,
     readable_bytes: u64,
-    writable_bytes: u64,
-    /// How many segments there are.
+    /// Readable and writable.
+    bytes: u64,
+    /// How many segments there are. Of a malformed chain, those included that there was no room for,
+    /// and what leads nowhere.
     count: usize,
     /// How many of the segments are readable.
     readable: usize,
-    descriptors: u32,
     malformed: bool,
 }
 
 impl Sums {
+    /// Of a chain that is well-formed.
+    #[inline]
+    fn writable_bytes(&self) -> u64 {
+        self.bytes - self.readable_bytes
+    }
+
     /// Adds a buffer, as one segment if it lies in one region of memory.
     #[inline(always)]
     fn push<const N: usize>(
@@ -134,19 +155,14 @@ impl Sums {
         near: &mut Near<'_>,
         buffer: Buffer,
     ) {
-        self.descriptors += 1;
         let len = u64::from(buffer.len);
-        if buffer.write {
-            self.writable_bytes += len;
-        } else {
-            // Section 2.7.4.2: readable buffers come before writable ones.
-            self.malformed |= self.writable_bytes > 0;
-            self.readable_bytes += len;
-        }
         match near.translate(buffer.gpa) {
             Some((host, room)) if len <= room => self.push_piece(segments, host, len, buffer.write),
-            // By value, so that the sums can stay in registers.
-            _ => *self = self.push_pieces(segments, near, buffer),
+            // All by value, so that the sums can stay in registers and the buffer need not be stored.
+            _ => {
+                let Buffer { gpa, write, .. } = buffer;
+                *self = self.push_pieces(segments, near, gpa, len, write);
+            }
         }
     }
 
@@ -158,16 +174,18 @@ impl Sums {
         len: u64,
         write: bool,
     ) {
-        match segments.get_mut(self.count) {
-            Some(segment) => {
-                *segment = Segment::new(host, len as usize);
-                self.count += 1;
-            }
-            None => self.malformed = true,
+        if let Some(segment) = segments.get_mut(self.count) {
+            *segment = Segment::new(host, len as usize);
         }
+        self.count += 1;
+        let bytes_before = self.bytes;
+        self.bytes += len;
         if write {
             self.status = NonNull::new(host.wrapping_add(len as usize - 1));
         } else {
+            // Section 2.7.4.2: readable buffers come before writable ones.
+            self.malformed |= self.readable_bytes < bytes_before;
+            self.readable_bytes = self.bytes;
             self.readable = self.count;
         }
     }
@@ -178,19 +196,21 @@ impl Sums {
         mut self,
         segments: &mut [Segment; N],
         near: &mut Near<'_>,
-        buffer: Buffer,
+        mut gpa: u64,
+        mut left: u64,
+        write: bool,
     ) -> Self {
-        let mut gpa = buffer.gpa;
-        let mut left = u64::from(buffer.len);
         while left > 0 {
             let Some((host, room)) = near.translate(gpa) else {
+                // Counts nevertheless: it has cost time.
+                self.count += 1;
                 self.malformed = true;
                 // Whatever byte we know of is not the chain's last.
                 self.status = None;
                 return self;
             };
             let len = left.min(room);
-            self.push_piece(segments, host, len, buffer.write);
+            self.push_piece(segments, host, len, write);
             left -= len;
             gpa = gpa.wrapping_add(len);
         }
@@ -210,32 +230,30 @@ impl Chain {
     #[inline]
     #[must_use]
     pub fn data(&self, first: usize, count: usize) -> &[Segment] {
-        match &self.long {
-            None => &self.segments[first..first + count],
-            Some(long) => &long[first..first + count],
-        }
+        &self.segments()[first..first + count]
     }
 
     #[inline]
     fn segments(&self) -> &[Segment] {
         match &self.long {
             None => &self.segments,
-            Some(long) => &long[..],
+            Some(long) => long_part(long),
         }
     }
 
     /// Collects a chain, in place of what was here before.
-    #[inline]
-    pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: &C) -> C::Taken {
+    // A function of its own, in which what is known of the chain has the registers to itself.
+    #[inline(never)]
+    pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: C) -> C::Taken {
         debug_assert!(self.long.is_none(), "given back with the request before");
-        collect_into(&mut self.segments, &mut self.sums, near, chain)
+        collect_into(&mut self.segments, &mut self.sums, near, &chain)
     }
 
     /// Whether the chain may have more pieces than there was room for: then [`Chain::collect_long`].
     #[inline]
     #[must_use]
     pub fn overflown(&self) -> bool {
-        self.sums.malformed && self.sums.count == SEGMENTS_MAX && self.long.is_none()
+        self.sums.count > SEGMENTS_MAX && self.long.is_none()
     }
 
     /// Collects a chain once more, into more room. What the first walk has read counts no more.
@@ -243,10 +261,10 @@ impl Chain {
     pub fn collect_long<C: Chained>(
         &mut self,
         near: &mut Near<'_>,
-        chain: &C,
+        chain: C,
         mut long: LongSegments,
     ) -> C::Taken {
-        let taken = collect_into(&mut long, &mut self.sums, near, chain);
+        let taken = collect_into(&mut long, &mut self.sums, near, &chain);
         self.long = Some(long);
         taken
     }
@@ -280,26 +298,28 @@ impl Chain {
     /// Calls `visit` with each piece of guest memory that the request may have written: address and
     /// length.
     pub fn written(&self, mut visit: impl FnMut(*mut u8, u64)) {
-        for segment in &self.segments()[self.sums.readable..self.sums.count] {
-            visit(segment.base(), segment.len() as u64);
+        if !self.sums.malformed {
+            for segment in &self.segments()[self.sums.readable..self.sums.count] {
+                visit(segment.base(), segment.len() as u64);
+            }
         }
         if let Some(status) = self.sums.status {
             visit(status.as_ptr(), 1);
         }
     }
 
-    /// How many descriptors the walk met.
+    /// How many pieces of memory the walk met.
     #[inline]
     #[must_use]
-    pub fn descriptors(&self) -> u32 {
-        self.sums.descriptors
+    pub fn pieces(&self) -> usize {
+        self.sums.count
     }
 
     /// Bytes of its buffers.
     #[inline]
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.sums.readable_bytes + self.sums.writable_bytes
+        self.sums.bytes
     }
 
     /// Where the header begins, if the chain has one.
@@ -338,7 +358,7 @@ impl Chain {
     #[inline]
     #[must_use]
     pub fn written_by_read(&self) -> u32 {
-        u32::try_from(self.sums.writable_bytes).unwrap_or(u32::MAX)
+        u32::try_from(self.sums.writable_bytes()).unwrap_or(u32::MAX)
     }
 
     /// The answer where there is no disk any more.
@@ -352,17 +372,18 @@ impl Chain {
     }
 
     /// Makes a request of what was collected.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub fn parse(&mut self, limits: &Limits) -> Request {
         if self.sums.status.is_none() {
             return Request::NoStatus;
         }
         let Self { sums, segments, long, ranges } = self;
-        match long {
-            None => Parts { sums, segments, ranges }.parse(limits),
-            Some(long) => parse_long(Parts { sums, segments: &mut **long, ranges }, limits),
-        }
+        let segments = match long {
+            None => &mut segments[..],
+            Some(long) => long_part_mut(long),
+        };
+        Parts { sums, segments, ranges }.parse(limits)
     }
 }
 
@@ -376,21 +397,21 @@ fn collect_into<const N: usize, C: Chained>(
     // By value, for the processor's registers.
     let mut sums = Sums::default();
     let (whole, taken) = chain.walk(near, |near, buffer| sums.push(segments, near, buffer));
-    sums.malformed |= !whole;
-    *to = sums;
+    let malformed = sums.malformed || !whole || sums.count > N;
+    *to = Sums { malformed, ..sums };
     taken
 }
+
+/// An operation without data: what to do, where on the disk, and how much.
+type Plain = (Op, u64, u64);
+/// A status, and the bytes written before it.
+type Answer = (u8, u32);
 
 /// A chain with a place for the status, while it is made a request.
 struct Parts<'c> {
     sums: &'c mut Sums,
     segments: &'c mut [Segment],
     ranges: &'c mut ArrayVec<(u64, u64), RANGES_MAX>,
-}
-
-#[cold]
-fn parse_long(parts: Parts<'_>, limits: &Limits) -> Request {
-    parts.parse(limits)
 }
 
 impl Parts<'_> {
@@ -403,13 +424,30 @@ impl Parts<'_> {
         match kind {
             VIRTIO_BLK_T_IN => self.read(sector, limits),
             VIRTIO_BLK_T_OUT => self.write(sector, first, limits),
+            _ => match self.other(kind, sector, first, limits) {
+                Ok((op, offset, len)) => Request::Io { op, offset, len, first: 0, count: 0 },
+                Err((status, written)) => Request::Answer(status, written),
+            },
+        }
+    }
+
+    /// Makes an operation without data of the request, or an answer.
+    #[inline(never)]
+    fn other(
+        mut self,
+        kind: u32,
+        sector: u64,
+        first: usize,
+        limits: &Limits,
+    ) -> Result<Plain, Answer> {
+        match kind {
             VIRTIO_BLK_T_FLUSH => flush(sector, limits),
             VIRTIO_BLK_T_DISCARD if limits.features.unmap => self.range(Op::Unmap, first, limits),
             VIRTIO_BLK_T_WRITE_ZEROES if limits.features.write_zeroes => {
                 self.range(Op::WriteZeroes, first, limits)
             }
-            VIRTIO_BLK_T_GET_ID => self.get_id(limits),
-            _ => Request::Answer(STATUS_UNSUPP, 0),
+            VIRTIO_BLK_T_GET_ID => Err(self.get_id(limits)),
+            _ => Err((STATUS_UNSUPP, 0)),
         }
     }
 
@@ -471,7 +509,7 @@ impl Parts<'_> {
 
     #[inline]
     fn read(&mut self, sector: u64, limits: &Limits) -> Request {
-        let len = self.sums.writable_bytes - 1;
+        let len = self.sums.writable_bytes() - 1;
         if len == 0 || !len.is_multiple_of(SECTOR_BYTES) {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
@@ -499,12 +537,12 @@ impl Parts<'_> {
     }
 
     /// Discard and write-zeroes: one range or more.
-    fn range(&mut self, op: Op, mut first: usize, limits: &Limits) -> Request {
+    fn range(&mut self, op: Op, mut first: usize, limits: &Limits) -> Result<Plain, Answer> {
         let len = self.sums.readable_bytes - HEADER_BYTES as u64;
         let count = len / RANGE_BYTES as u64;
         let fits = (1..=RANGES_MAX as u64).contains(&count);
         if limits.features.read_only || !len.is_multiple_of(RANGE_BYTES as u64) || !fits {
-            return Request::Answer(STATUS_IOERR, 0);
+            return Err((STATUS_IOERR, 0));
         }
         // Section 5.2.6.2: a discard with the unmap flag, or any flag that we do not know, is
         // unsupported.
@@ -524,22 +562,22 @@ impl Parts<'_> {
             };
             if let Some(status) = refusal {
                 self.ranges.clear();
-                return Request::Answer(status, 0);
+                return Err((status, 0));
             }
             // `fits` has made sure of the room.
             self.ranges.extend(bytes.filter(|(_, len)| *len > 0));
         }
         self.ranges.reverse();
         match self.ranges.pop() {
-            Some((offset, len)) => Request::Io { op, offset, len, first: 0, count: 0 },
-            None => Request::Answer(STATUS_OK, 0),
+            Some((offset, len)) => Ok((op, offset, len)),
+            None => Err((STATUS_OK, 0)),
         }
     }
 
-    fn get_id(&mut self, limits: &Limits) -> Request {
+    fn get_id(&mut self, limits: &Limits) -> Answer {
         let (first, count) = self.data_in();
         if count == 0 {
-            return Request::Answer(STATUS_UNSUPP, 0);
+            return (STATUS_UNSUPP, 0);
         }
         let mut put = 0;
         for segment in &self.segments[first..first + count] {
@@ -549,19 +587,19 @@ impl Parts<'_> {
             piece.write_slice(&limits.id[put..put + n], 0).expect("both are `n` bytes long");
             put += n;
         }
-        Request::Answer(STATUS_OK, put as u32)
+        (STATUS_OK, put as u32)
     }
 }
 
-fn flush(sector: u64, limits: &Limits) -> Request {
+fn flush(sector: u64, limits: &Limits) -> Result<Plain, Answer> {
     if !limits.features.flush {
-        return Request::Answer(STATUS_UNSUPP, 0);
+        return Err((STATUS_UNSUPP, 0));
     }
     // Section 5.2.6.1: the driver sets the sector to 0.
     if sector != 0 {
-        return Request::Answer(STATUS_IOERR, 0);
+        return Err((STATUS_IOERR, 0));
     }
-    Request::Io { op: Op::Flush, offset: 0, len: 0, first: 0, count: 0 }
+    Ok((Op::Flush, 0, 0))
 }
 
 /// Sectors to bytes, if they lie on the disk and are whole blocks of it.
@@ -571,4 +609,50 @@ fn byte_range(sector: u64, sectors: u64, limits: &Limits) -> Option<(u64, u64)> 
     let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;
     // No overflow: the disk's size in bytes fits, and the range lies on it.
     (end <= limits.sectors && whole).then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Nearest;
+    use crate::memory::tests::flat;
+
+    impl Chained for &[Buffer] {
+        type Taken = ();
+
+        fn walk(
+            &self,
+            near: &mut Near<'_>,
+            mut visit: impl FnMut(&mut Near<'_>, Buffer),
+        ) -> (bool, ()) {
+            self.iter().for_each(|&buffer| visit(near, buffer));
+            (true, ())
+        }
+    }
+
+    #[test]
+    fn buffers_that_lead_nowhere_count() {
+        let memory = flat(0x1000);
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { memory.near(Nearest::default()) };
+        let buffers = [Buffer { gpa: 0x1000, len: 16, write: false }; 5];
+        let mut chain = Chain::default();
+        chain.collect(&mut near, &buffers[..]);
+        assert_eq!(chain.pieces(), 5);
+        chain.written(|_, _| panic!("nothing is written"));
+    }
+
+    #[test]
+    fn a_readable_buffer_after_a_writable_one_is_refused() {
+        let memory = flat(0x1000);
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { memory.near(Nearest::default()) };
+        let of = |writes: [bool; 3]| writes.map(|write| Buffer { gpa: 0, len: 16, write });
+        let mut chain = Chain::default();
+        chain.collect(&mut near, &of([false, false, true])[..]);
+        assert!(!chain.sums.malformed);
+        assert_eq!((chain.bytes(), chain.written_by_read()), (48, 16));
+        chain.collect(&mut near, &of([false, true, false])[..]);
+        assert!(chain.sums.malformed);
+    }
 }

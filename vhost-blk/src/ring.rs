@@ -285,8 +285,8 @@ impl Table {
         }
         let bytes = desc.len as usize;
         let len = desc.len / DESC_BYTES as u32;
-        let most = INDIRECT_MAX.max(ring_size.into());
-        if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || len > most {
+        let too_long = len > INDIRECT_MAX && len > ring_size.into();
+        if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || too_long {
             return Err(ChainError::IndirectLength);
         }
         let (host, room) = near.translate(desc.addr).ok_or(ChainError::Address)?;

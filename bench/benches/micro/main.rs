@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot be set up ends")]
 
 #[path = "../scene/mod.rs"]
+#[expect(dead_code, reason = "some of it is for the counts only")]
 mod scene;
 
 mod channel;

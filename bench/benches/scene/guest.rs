@@ -8,8 +8,9 @@ use bench::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
 use qsbr::Domain;
 use vhost_blk::config::Disk;
 use vhost_blk::foreign::ForeignFd;
+use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::queue::{Queue, QueueId, View};
+use vhost_blk::queue::{Queue, QueueId, Tracked, View};
 use vhost_blk::reclaim::{Garbage, Unmapper};
 use vhost_blk::ring::{Layout, RingAddrs};
 
@@ -131,6 +132,19 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(queues: usize, form: Form, bdev: &Arc<dyn Bdev>) -> Self {
+        Self::with(queues, form, bdev, None)
+    }
+
+    /// A guest with one queue whose front end keeps a record of what is in flight.
+    pub(crate) fn tracked(form: Form, bdev: &Arc<dyn Bdev>) -> Self {
+        let packed = form.layout().packed;
+        let (spec, fd) = Area::create(1, RING_SIZE, packed).unwrap();
+        let unmapper = Unmapper::start().unwrap();
+        let area = Area::map(spec, packed, &ForeignFd::new(fd), &unmapper).unwrap();
+        Self::with(1, form, bdev, Some(&Arc::new(area)))
+    }
+
+    fn with(queues: usize, form: Form, bdev: &Arc<dyn Bdev>, area: Option<&Arc<Area>>) -> Self {
         let domain = Domain::new(1);
         let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
         let memory = map(&ram);
@@ -138,7 +152,9 @@ impl Guest {
         let driver = Driver::new(&ram, 0, form);
         let view = |driver: &Driver| view(driver, form, 1, &memory, &disk);
         let queue = |n: usize, view| {
-            Queue::new(QueueId(n as u64), &domain, view, form.base(), Arc::default()).unwrap()
+            let tracked = area.map(|area| Tracked { area, ring: n });
+            let (id, base) = (QueueId(n as u64), form.base());
+            Queue::tracked(id, &domain, view, base, Arc::default(), tracked).unwrap()
         };
         let mut list: Vec<_> =
             (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, form)))).collect();

@@ -124,7 +124,7 @@ fn pop_split(ring: &SplitRing, from: u16, chains: &mut [Taken], near: &mut Near<
     assert_eq!(ring.pending(from), Ok(ROUND as u16));
     for (taken, at) in chains.iter_mut().zip((0..).map(|n| from.wrapping_add(n))) {
         (taken.id, taken.span) = (ring.head(at), 1);
-        taken.chain.collect(near, &SplitChain { ring, head: taken.id });
+        taken.chain.collect(near, SplitChain { ring, head: taken.id });
     }
 }
 
@@ -133,7 +133,7 @@ fn pop_packed(ring: &PackedRing, from: u16, chains: &mut [Taken], near: &mut Nea
     for taken in chains {
         assert_eq!(ring.pending(position), Ok(1));
         let chain = PackedChain { ring, position, room: ring.room(from, position) };
-        let walked = taken.chain.collect(near, &chain).unwrap();
+        let walked = taken.chain.collect(near, chain).unwrap();
         (taken.id, taken.span) = (walked.id, walked.span);
         position = ring.advance(position, walked.span);
     }

@@ -20,7 +20,15 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn new(queues: usize, form: Form, bdev: &Arc<dyn Bdev>) -> Self {
-        let guest = Guest::new(queues, form, bdev);
+        Self::of(Guest::new(queues, form, bdev))
+    }
+
+    /// Of one queue, whose front end keeps a record of what is in flight.
+    pub(crate) fn tracked(form: Form, bdev: &Arc<dyn Bdev>) -> Self {
+        Self::of(Guest::tracked(form, bdev))
+    }
+
+    fn of(guest: Guest) -> Self {
         let events = Arc::new(Events::new().unwrap());
         let reactor = Arc::new(Reactor::new(Core(0), &guest.domain, Mode::Poll).unwrap());
         reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());

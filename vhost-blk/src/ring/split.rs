@@ -156,7 +156,6 @@ impl SplitRing {
             if index >= table.len {
                 return Err(ChainError::Index);
             }
-            left = left.checked_sub(1).ok_or(ChainError::Loop)?;
             // SAFETY: the index was just checked.
             let desc = Desc::split(unsafe { table.read(index) });
             if desc.flags & DESC_F_INDIRECT != 0 {
@@ -171,6 +170,11 @@ impl SplitRing {
             visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok(());
+            }
+            // There was at least one.
+            left -= 1;
+            if left == 0 {
+                return Err(ChainError::Loop);
             }
             index = desc.tag.into();
         }

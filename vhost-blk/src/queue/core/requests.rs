@@ -9,6 +9,7 @@ use bdev::{Completion, Io, Op, Status, Submit, Tag};
 
 use super::{At, Core, Expected, Slot};
 use crate::cache;
+use crate::dirty_log::DirtyLog;
 use crate::inflight::Tracker;
 use crate::memory::{Near, Nearest};
 use crate::queue::View;
@@ -23,8 +24,9 @@ const VISIT_REQUESTS_MAX: usize = 32;
 /// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
 /// largest size that Linux makes would be 40 MiB of copying for a memory disk.
 const VISIT_BYTES_MAX: u64 = 512 << 10;
-/// Descriptors after which a visit takes no further request: chains that lead nowhere cost time too.
-const VISIT_DESCRIPTORS_MAX: u32 = 1024;
+/// Pieces of memory after which a visit takes no further request: chains that lead nowhere cost time
+/// too.
+const VISIT_PIECES_MAX: usize = 1024;
 
 /// Slots with chains that were collected in a visit.
 type Batch = ArrayVec<u16, VISIT_REQUESTS_MAX>;
@@ -108,24 +110,27 @@ impl Serve for SplitRing {
         for (n, &index) in batch.iter().enumerate() {
             let slot = &mut core.slots[usize::from(index)];
             let chain = SplitChain { ring: at.ring, head: slot.id };
-            slot.chain.collect(&mut near, &chain);
+            slot.chain.collect(&mut near, chain);
             if slot.chain.overflown() {
                 let Some(room) = core.long.pop() else {
                     core.free.extend(batch.drain(n..).rev());
                     break;
                 };
-                slot.chain.collect_long(&mut near, &chain, room);
+                slot.chain.collect_long(&mut near, chain, room);
             }
             slot.chain.prefetch();
-            if let Some(header) = slot.chain.header() {
-                core.expected = Expected { head: slot.id, header };
-            }
             if limit.reached_with(slot) {
                 core.free.extend(batch.drain(n + 1..).rev());
                 break;
             }
         }
         core.nearest = near.nearest();
+        if let Some(&index) = batch.last() {
+            let slot = &core.slots[usize::from(index)];
+            if let Some(header) = slot.chain.header() {
+                core.expected = Expected { head: slot.id, header };
+            }
+        }
         Ok(())
     }
 
@@ -138,14 +143,14 @@ impl Serve for SplitRing {
         let slot = &mut core.slots[usize::from(index)];
         (slot.id, slot.entry) = (entry, entry);
         let chain = SplitChain { ring: at.ring, head: entry };
-        Ok(core.collect_far(at.view, index, &chain).is_some())
+        Ok(core.collect_far(at.view, index, chain).is_some())
     }
 
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { at.view.memory.near(Nearest::default()) };
         let chain = SplitChain { ring: at.ring, head: slot.id };
-        collect_anew(slot, &mut near, &chain);
+        collect_anew(slot, &mut near, chain);
     }
 
     #[inline]
@@ -178,13 +183,13 @@ impl Serve for PackedRing {
             let slot = &mut core.slots[usize::from(index)];
             let room = at.ring.room(core.published, position);
             let chain = PackedChain { ring: at.ring, position, room };
-            let mut taken = slot.chain.collect(&mut near, &chain);
+            let mut taken = slot.chain.collect(&mut near, chain);
             if slot.chain.overflown() {
                 let Some(room) = core.long.pop() else {
                     core.free.push(index);
                     break;
                 };
-                taken = slot.chain.collect_long(&mut near, &chain, room);
+                taken = slot.chain.collect_long(&mut near, chain, room);
             }
             match taken {
                 Ok(taken) => (slot.id, slot.span, slot.position) = (taken.id, taken.span, position),
@@ -216,7 +221,7 @@ impl Serve for PackedRing {
     ) -> Result<bool, RingError> {
         let Some(tracker) = core.tracker.take() else { return Ok(false) };
         let chain = KeptChain { ring: at.ring, tracker: &tracker, entry };
-        let taken = core.collect_far(at.view, index, &chain);
+        let taken = core.collect_far(at.view, index, chain);
         core.tracker = Some(tracker);
         let Some(taken) = taken else { return Ok(false) };
         let slot = &mut core.slots[usize::from(index)];
@@ -229,7 +234,7 @@ impl Serve for PackedRing {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { at.view.memory.near(Nearest::default()) };
         let chain = PackedChain { ring: at.ring, position: slot.position, room: slot.span };
-        collect_anew(slot, &mut near, &chain);
+        collect_anew(slot, &mut near, chain);
     }
 
     #[inline]
@@ -253,7 +258,7 @@ impl Serve for PackedRing {
 /// How much one visit takes.
 #[derive(Default)]
 struct Limit {
-    descriptors: u32,
+    pieces: usize,
     bytes: u64,
 }
 
@@ -261,13 +266,13 @@ impl Limit {
     /// Whether a visit that has taken `slot` too takes no more.
     #[inline]
     fn reached_with(&mut self, slot: &Slot) -> bool {
-        self.descriptors += slot.chain.descriptors();
+        self.pieces += slot.chain.pieces();
         self.bytes += slot.chain.bytes();
-        self.descriptors > VISIT_DESCRIPTORS_MAX || self.bytes > VISIT_BYTES_MAX
+        self.pieces > VISIT_PIECES_MAX || self.bytes > VISIT_BYTES_MAX
     }
 }
 
-fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: &C) {
+fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: C) {
     match slot.chain.take_long() {
         Some(long) => drop(slot.chain.collect_long(near, chain, long)),
         None => drop(slot.chain.collect(near, chain)),
@@ -276,7 +281,12 @@ fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: &C) {
 
 impl Core {
     /// Collects a chain that may be anywhere.
-    fn collect_far<C: Chained>(&mut self, view: &View, index: u16, chain: &C) -> Option<C::Taken> {
+    fn collect_far<C: Chained + Copy>(
+        &mut self,
+        view: &View,
+        index: u16,
+        chain: C,
+    ) -> Option<C::Taken> {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { view.memory.near(Nearest::default()) };
         let slot = &mut self.slots[usize::from(index)];
@@ -386,51 +396,56 @@ impl Core {
             Status::Unsupported => STATUS_UNSUPP,
         };
         let written = if slot.op == Op::Read { slot.chain.written_by_read() } else { 1 };
-        slot.chain.write_status(status);
-        self.put(at, index, written);
+        self.put(at, index, status, written);
     }
 
-    /// Puts a finished chain into the used ring and frees its slot.
+    /// Writes a chain's status if it has a place for one, puts it into the used ring and frees its
+    /// slot.
     #[inline(always)]
-    fn put<R: Serve>(&mut self, at: At<'_, R>, index: u16, written: u32) {
-        if at.recorded {
-            self.record_put(at.view, index);
-        }
+    fn put<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: u8, written: u32) {
         let slot = &self.slots[usize::from(index)];
-        at.ring.put_used(self.published, self.used, slot.id, written);
-        self.used = at.ring.advance(self.used, if R::SPANS { slot.span } else { 1 });
+        // Before guest memory is written, after which the compiler would look the slot up again.
+        let &Slot { id, span, entry, .. } = slot;
+        let long = slot.chain.is_long();
+        slot.chain.write_status(status);
+        if at.recorded {
+            if let Some(log) = &at.view.log {
+                self.log_written(log, at.view, index);
+            }
+            if let Some(tracker) = &mut self.tracker {
+                tracker.put(entry);
+            }
+        }
+        at.ring.put_used(self.published, self.used, id, written);
+        self.used = at.ring.advance(self.used, if R::SPANS { span } else { 1 });
         self.call_due.window_requests += 1;
         bump(&at.queue.requests);
-        self.release(index);
+        if long {
+            self.take_room_back(index);
+        }
+        self.free.push(index);
     }
 
     /// As [`Core::put`], for a request that no device has seen.
     #[inline(never)]
-    fn put_unserved<R: Serve>(&mut self, at: At<'_, R>, index: u16, written: u32) {
-        self.put(at, index, written);
+    fn put_unserved<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: u8, written: u32) {
+        self.put(at, index, status, written);
     }
 
-    /// Writes down that a request is done: the pages that it has dirtied, and that it is in flight no
-    /// more.
+    /// Marks the pages that a request has dirtied.
     #[inline(never)]
-    fn record_put(&mut self, view: &View, index: u16) {
+    fn log_written(&self, log: &DirtyLog, view: &View, index: u16) {
         let slot = &self.slots[usize::from(index)];
-        if let Some(log) = &view.log {
-            // SAFETY: a view with pins is not freed; without, the request was of this visit's view.
-            let of = slot.view.map_or(view, |pinned| unsafe { pinned.as_ref() });
-            slot.chain.written(|host, len| {
-                if let Some(gpa) = of.memory.gpa_of_host(host) {
-                    log.mark(gpa, len);
-                }
-            });
-        }
-        if let Some(tracker) = &mut self.tracker {
-            tracker.put(slot.entry);
-        }
+        // SAFETY: a view with pins is not freed; without, the request was of this visit's view.
+        let of = slot.view.map_or(view, |pinned| unsafe { pinned.as_ref() });
+        slot.chain.written(|host, len| {
+            if let Some(gpa) = of.memory.gpa_of_host(host) {
+                log.mark(gpa, len);
+            }
+        });
     }
 
     /// Frees a slot.
-    #[inline(always)]
     fn release(&mut self, index: u16) {
         if self.slots[usize::from(index)].chain.is_long() {
             self.take_room_back(index);
@@ -627,7 +642,7 @@ impl Core {
             None => slot.chain.refuse(),
         };
         if matches!(request, Request::Answer(STATUS_IOERR, _)) && !again {
-            request = parse_again(slot, at, request);
+            request = parse_again(slot, at).unwrap_or(request);
         }
         match request {
             Request::Io { op, offset, len, first, count } => {
@@ -639,14 +654,11 @@ impl Core {
                     }
                     _ => Io::plain(op, Tag(index), offset, len),
                 };
-                slot.rest = match op {
-                    Op::Write if at.view.write_through => Rest::Flush,
-                    Op::Unmap | Op::WriteZeroes if slot.chain.has_ranges() => Rest::Ranges,
-                    _ => Rest::Nothing,
-                };
+                // No shortcut for what has a rest: none does other than reads and writes.
+                let alone = op == Op::Read || !at.view.write_through;
                 // SAFETY: the channel is open, and segments and memory stay as they are meanwhile.
-                let done = slot.rest == Rest::Nothing
-                    && self.device.as_ref().is_some_and(|d| unsafe { d.shortcut.run(&io) });
+                let done =
+                    alone && self.device.as_ref().is_some_and(|d| unsafe { d.shortcut.run(&io) });
                 if done {
                     let tally = &mut tallies[usize::from(op == Op::Write)];
                     tally.count += 1;
@@ -658,16 +670,15 @@ impl Core {
                 len
             }
             Request::Answer(status, written) => {
-                slot.chain.write_status(status);
                 if status != STATUS_OK {
                     bump(&at.queue.malformed);
                 }
-                self.put_unserved(at, index, written + 1);
+                self.put_unserved(at, index, status, written + 1);
                 0
             }
             Request::NoStatus => {
                 bump(&at.queue.malformed);
-                self.put_unserved(at, index, 0);
+                self.put_unserved(at, index, STATUS_IOERR, 0);
                 0
             }
         }
@@ -678,6 +689,11 @@ impl Core {
         let index = io.tag.0;
         let slot = &mut self.slots[usize::from(index)];
         slot.started_ticks = turn.now_ticks();
+        slot.rest = match slot.op {
+            Op::Write if at.view.write_through => Rest::Flush,
+            Op::Unmap | Op::WriteZeroes if slot.chain.has_ranges() => Rest::Ranges,
+            _ => Rest::Nothing,
+        };
         let Some(device) = &mut self.device else {
             self.finish(at, index, Status::IoError);
             return;
@@ -757,14 +773,14 @@ impl Core {
 /// Looks at a refused request once more if the disk has grown since the view was made: a guest may
 /// have been told before the view that says so was adopted.
 #[cold]
-fn parse_again<R: Serve>(slot: &mut Slot, at: At<'_, R>, refused: Request) -> Request {
-    let (Some(disk), Some(then)) = (&at.view.disk, &at.view.limits) else { return refused };
+fn parse_again<R: Serve>(slot: &mut Slot, at: At<'_, R>) -> Option<Request> {
+    let (Some(disk), Some(then)) = (&at.view.disk, &at.view.limits) else { return None };
     let now = disk.limits();
     if now.sectors == then.sectors {
-        return refused;
+        return None;
     }
     R::collect_anew(slot, at);
-    slot.chain.parse(&now)
+    Some(slot.chain.parse(&now))
 }
 
 /// Adds one to a counter that only this thread writes.
