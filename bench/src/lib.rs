@@ -56,3 +56,4 @@ pub use load::{Idle, Load, LoadOptions, Summary};
 pub use raw::RawConnection;
 pub use round_trip::round_trip_ns;
 pub use spread::Spread;
+pub use vhost::vhost_user::message::VhostUserProtocolFeatures;

@@ -208,6 +208,24 @@ fn a_stop_that_comes_first_waits_for_them() {
     }
 }
 
+/// More than a visit takes, none of which is in flight afterwards.
+#[test]
+fn a_stop_waits_for_those_of_later_visits() {
+    for packed in LAYOUTS {
+        let (mut scene, disk) = tracked(packed, 256);
+        send(&mut scene, 0..40);
+        scene.settle();
+        restart(&mut scene, &disk);
+        disk.state().at_once = true;
+        scene.queue().stop();
+        scene.visit();
+        assert_eq!(scene.queue().state(), QueueState::Attached);
+        scene.settle();
+        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert_eq!(done(&mut scene), (0..40).collect::<Vec<_>>());
+    }
+}
+
 #[test]
 fn one_that_fails_is_not_done_a_third_time() {
     for packed in LAYOUTS {
