@@ -533,8 +533,8 @@ impl Core {
     ) -> bool {
         turn.note(Cause::Fetch);
         turn.read_clock();
-        let mut taken = 0;
-        while taken < VISIT_REQUESTS_MAX && self.parked.is_empty() {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < VISIT_REQUESTS_MAX && bytes <= VISIT_BYTES_MAX && self.parked.is_empty() {
             let Some(&entry) = self.again.last() else { break };
             let Some(index) = self.free.pop() else { break };
             match R::collect_again(self, at, index, entry) {
@@ -550,7 +550,7 @@ impl Core {
                 }
             }
             self.again.pop();
-            self.start_again(at, index, turn, tallies);
+            bytes += self.start_again(at, index, turn, tallies);
             taken += 1;
         }
         at.queue.inflight.store(self.inflight, Ordering::Relaxed);
@@ -565,8 +565,8 @@ impl Core {
         index: u16,
         turn: &mut Turn,
         tallies: &mut [Tally; 2],
-    ) {
-        self.start(at, index, turn, tallies, true);
+    ) -> u64 {
+        self.start(at, index, turn, tallies, true)
     }
 
     #[inline]
