@@ -323,6 +323,18 @@ impl FrontEnd {
         Ok(())
     }
 
+    /// Brings an in-flight area that another back end has made for `num_queues` rings of
+    /// `queue_size`: the next start hands it over instead of asking for one.
+    ///
+    /// # Errors
+    /// The file's length cannot be told.
+    pub fn bring_inflight(&mut self, file: File, num_queues: u16, queue_size: u16) -> Result<()> {
+        let len = file.metadata().map_err(Error::system("cannot measure an in-flight area"))?.len();
+        let info = VhostUserInflight::new(len, 0, num_queues, queue_size);
+        self.inflight = Some(Inflight { info, file });
+        Ok(())
+    }
+
     /// Lets the back end use ring `index`, or forbids it.
     ///
     /// # Errors

@@ -228,12 +228,11 @@ impl Target {
     /// relies on it from the answer on, and a request may use new memory, or none that is gone.
     /// `false` if a reactor takes too long.
     fn settle(&self) -> bool {
-        if self.stepped {
-            return true; // whoever steps them waits here
-        }
+        // Whoever steps reactors would wait for itself.
+        let limit = if self.stepped { Duration::ZERO } else { SETTLE.0 };
         let (begun, epoch) = (Instant::now(), self.domain.advance());
         while !self.domain.passed(epoch) {
-            if begun.elapsed() >= SETTLE.0 {
+            if begun.elapsed() >= limit {
                 return false;
             }
             thread::sleep(SETTLE.1);

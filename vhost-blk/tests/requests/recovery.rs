@@ -208,6 +208,42 @@ fn a_stop_that_comes_first_waits_for_them() {
     }
 }
 
+/// More than a visit takes, none of which is in flight afterwards.
+#[test]
+fn a_stop_waits_for_those_of_later_visits() {
+    for packed in LAYOUTS {
+        let (mut scene, disk) = tracked(packed, 256);
+        send(&mut scene, 0..40);
+        scene.settle();
+        restart(&mut scene, &disk);
+        disk.state().at_once = true;
+        scene.queue().stop();
+        scene.visit();
+        assert_eq!(scene.queue().state(), QueueState::Attached);
+        scene.settle();
+        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert_eq!(done(&mut scene), (0..40).collect::<Vec<_>>());
+    }
+}
+
+/// As visits that take new ones are: by what a disk in memory has to copy.
+#[test]
+fn a_visit_is_bounded_in_bytes() {
+    for packed in LAYOUTS {
+        let (mut scene, disk) = tracked(packed, 64);
+        for _ in 0..8 {
+            scene.send(OUT, 0, &[(DATA, 256 << 10)]);
+        }
+        scene.settle();
+        restart(&mut scene, &disk);
+        disk.state().at_once = true;
+        scene.visit();
+        assert_eq!(done(&mut scene), [0, 1, 2]);
+        scene.settle();
+        assert_eq!(done(&mut scene), [3, 4, 5, 6, 7]);
+    }
+}
+
 #[test]
 fn one_that_fails_is_not_done_a_third_time() {
     for packed in LAYOUTS {

@@ -39,6 +39,8 @@ pub(super) enum Rest {
     Flush,
     /// The further ranges of its chain.
     Ranges,
+    /// The same, and then [`Rest::Flush`].
+    RangesThenFlush,
 }
 
 /// Reads or writes of one visit that were done on the spot, to be counted at its end.
@@ -356,8 +358,12 @@ impl Core {
                     slot.rest = Rest::Nothing;
                     (Op::Flush, 0, 0)
                 }
-                Rest::Ranges => match slot.chain.next_range() {
+                Rest::Ranges | Rest::RangesThenFlush => match slot.chain.next_range() {
                     Some((offset, len)) => (slot.op, offset, len),
+                    None if slot.rest == Rest::RangesThenFlush => {
+                        slot.rest = Rest::Nothing;
+                        (Op::Flush, 0, 0)
+                    }
                     None => break,
                 },
             };
@@ -548,8 +554,8 @@ impl Core {
     ) -> bool {
         turn.note(Cause::Fetch);
         turn.read_clock();
-        let mut taken = 0;
-        while taken < VISIT_REQUESTS_MAX && self.parked.is_empty() {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < VISIT_REQUESTS_MAX && bytes <= VISIT_BYTES_MAX && self.parked.is_empty() {
             let Some(&entry) = self.again.last() else { break };
             let Some(index) = self.free.pop() else { break };
             match R::collect_again(self, at, index, entry) {
@@ -565,7 +571,7 @@ impl Core {
                 }
             }
             self.again.pop();
-            self.start_again(at, index, turn, tallies);
+            bytes += self.start_again(at, index, turn, tallies);
             taken += 1;
         }
         at.queue.inflight.store(self.inflight, Ordering::Relaxed);
@@ -580,8 +586,8 @@ impl Core {
         index: u16,
         turn: &mut Turn,
         tallies: &mut [Tally; 2],
-    ) {
-        self.start(at, index, turn, tallies, true);
+    ) -> u64 {
+        self.start(at, index, turn, tallies, true)
     }
 
     #[inline]
@@ -691,6 +697,7 @@ impl Core {
         slot.started_ticks = turn.now_ticks();
         slot.rest = match slot.op {
             Op::Write if at.view.write_through => Rest::Flush,
+            Op::WriteZeroes if at.view.write_through => Rest::RangesThenFlush,
             Op::Unmap | Op::WriteZeroes if slot.chain.has_ranges() => Rest::Ranges,
             _ => Rest::Nothing,
         };
