@@ -6,7 +6,7 @@ use bdev::{Bdev, Op};
 use vhost_blk::queue::QueueState;
 
 use super::disk::Manual;
-use super::scene::{DATA, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene};
+use super::scene::{DATA, DISCARD, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene, WRITE_ZEROES};
 
 fn everywhere(mut test: impl FnMut(&mut Scene, &Manual)) {
     for packed in LAYOUTS {
@@ -43,6 +43,29 @@ fn a_write_is_answered_after_its_flush() {
         scene.settle();
         assert_eq!(ops(disk), [Op::Write, Op::Flush]);
         assert_eq!(scene.answers(), [(n, OK, 1)]);
+    });
+}
+
+/// Zeroes are written, too; what was discarded holds nothing that could be lost.
+#[test]
+fn zeroes_are_durable_after_their_last_range() {
+    everywhere(|scene, disk| {
+        let ranges = [(1, 1, 0), (5, 2, 0)];
+        for at_once in [false, true] {
+            disk.state().at_once = at_once;
+            for (kind, op, flushes) in [(WRITE_ZEROES, Op::WriteZeroes, 1), (DISCARD, Op::Unmap, 0)]
+            {
+                let n = scene.send_ranges(kind, &ranges);
+                for _ in 0..4 {
+                    scene.settle();
+                    disk.state().complete_all();
+                }
+                assert_eq!(scene.answers(), [(n, OK, 1)]);
+                let mut want = vec![op; 2];
+                want.extend(vec![Op::Flush; flushes]);
+                assert_eq!(ops(disk), want);
+            }
+        }
     });
 }
 
