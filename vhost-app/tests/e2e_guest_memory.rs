@@ -4,6 +4,7 @@
 //! movable memory, which all of the plugged-in memory is, before any other: so the buffers move to
 //! a DIMM when it comes, and from it, under I/O, when it goes. `ci/guest-loop hotplug N` does this
 //! N times.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
 mod guest;
