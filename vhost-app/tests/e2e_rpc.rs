@@ -131,7 +131,8 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
             "state",
             "quarantined_bytes",
             "requests",
-            "errors"
+            "errors",
+            "queues"
         ]
     );
     assert_eq!(session["started"], false);

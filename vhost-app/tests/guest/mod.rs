@@ -66,6 +66,16 @@ pub(crate) struct GuestOptions {
     pub(crate) arguments: &'static [&'static str],
 }
 
+/// An environment variable that is set to something.
+fn given(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// What the guest's processors are made of: `kvm` or `tcg`.
+pub(crate) fn accel() -> String {
+    given("VHOST_ACCEL").unwrap_or_else(|| "tcg".into())
+}
+
 impl GuestOptions {
     /// A guest with one disk of one queue, that waits for commands.
     pub(crate) fn new(socket: &Path) -> Self {
@@ -91,8 +101,7 @@ impl GuestOptions {
 
     fn command(&self, qmp: &Path) -> Command {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let given = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
-        let accel = given("VHOST_ACCEL").unwrap_or_else(|| "tcg".into());
+        let accel = accel();
         let memory = self.memory_mib;
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none"]);
