@@ -83,14 +83,16 @@ pub enum Request {
     NoStatus,
 }
 
-/// A chain's memory, readable pieces first.
+/// A chain's memory, readable pieces first. In the order in which it is used, as all but the first
+/// lines of many chains would not fit into a cache.
+#[repr(C)]
 #[derive(Debug)]
 pub struct Chain {
     sums: Sums,
+    /// The segments of a chain that has more of them than `segments` has room for.
+    long: Option<LongSegments>,
     /// Readable pieces, then writable ones, `sums.count` in all. What follows is of other chains.
     segments: [Segment; SEGMENTS_MAX],
-    /// The same of a chain that has more of them.
-    long: Option<LongSegments>,
     /// Bytes of the disk that a discard or write-zeroes still has to do: offset and length, the next
     /// one last.
     ranges: ArrayVec<(u64, u64), RANGES_MAX>,

@@ -32,7 +32,9 @@ const LONG_CHAINS: usize = 4;
 /// Completions taken from a channel at a time.
 const COMPLETIONS: usize = 32;
 
-/// A request on its way through the block device.
+/// A request on its way through the block device. What every request touches comes first and together,
+/// the first segments of its chain included: three cache lines.
+#[repr(C)]
 #[derive(Debug)]
 struct Slot {
     /// The view that it was submitted under, whose memory it uses.
