@@ -297,12 +297,18 @@ impl Chain {
         !self.ranges.is_empty()
     }
 
-    /// Calls `visit` with each piece of guest memory that the request may have written: address and
-    /// length.
-    pub fn written(&self, mut visit: impl FnMut(*mut u8, u64)) {
-        if !self.sums.malformed {
+    /// Calls `visit` with each piece of guest memory that the request may have written, which is
+    /// `most` bytes of data and the status: address and length.
+    pub fn written(&self, most: u64, mut visit: impl FnMut(*mut u8, u64)) {
+        let mut left = if self.sums.malformed { 0 } else { most };
+        if left > 0 {
             for segment in &self.segments()[self.sums.readable..self.sums.count] {
-                visit(segment.base(), segment.len() as u64);
+                let len = left.min(segment.len() as u64);
+                visit(segment.base(), len);
+                left -= len;
+                if left == 0 {
+                    break;
+                }
             }
         }
         if let Some(status) = self.sums.status {
@@ -641,7 +647,7 @@ mod tests {
         let mut chain = Chain::default();
         chain.collect(&mut near, &buffers[..]);
         assert_eq!(chain.pieces(), 5);
-        chain.written(|_, _| panic!("nothing is written"));
+        chain.written(u64::MAX, |_, _| panic!("nothing is written"));
     }
 
     #[test]
