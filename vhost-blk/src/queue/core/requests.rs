@@ -566,8 +566,12 @@ impl Core {
     ) -> bool {
         turn.note(Cause::Fetch);
         turn.read_clock();
-        let (mut taken, mut bytes) = (0, 0);
-        while taken < VISIT_REQUESTS_MAX && bytes <= VISIT_BYTES_MAX && self.parked.is_empty() {
+        let (mut taken, mut bytes, mut pieces) = (0, 0, 0);
+        while taken < VISIT_REQUESTS_MAX
+            && bytes <= VISIT_BYTES_MAX
+            && pieces <= VISIT_PIECES_MAX
+            && self.parked.is_empty()
+        {
             let Some(&entry) = self.again.last() else { break };
             let Some(index) = self.free.pop() else { break };
             match R::collect_again(self, at, index, entry) {
@@ -583,6 +587,7 @@ impl Core {
                 }
             }
             self.again.pop();
+            pieces += self.slots[usize::from(index)].chain.pieces();
             bytes += self.start_again(at, index, turn, tallies);
             taken += 1;
         }
