@@ -360,6 +360,17 @@ pub(crate) mod tests {
         )
     }
 
+    /// `count` regions of a page, one beside the other.
+    pub(crate) fn pages(count: usize) -> GuestMemory {
+        let unmapper = Unmapper::start().unwrap();
+        let fd = ForeignFd::new(memfd(0x1000));
+        let add = |before: Option<GuestMemory>, n: usize| {
+            let spec = spec(0x1000 * n as u64, 0x1000);
+            Some(GuestMemory::with_region(before.as_ref(), spec, &fd, &unmapper).unwrap())
+        };
+        (0..count).fold(None, add).unwrap()
+    }
+
     fn map(
         table: Vec<(RegionSpec, OwnedFd)>,
         before: Option<&GuestMemory>,

@@ -203,7 +203,9 @@ impl Sums {
         write: bool,
     ) -> Self {
         while left > 0 {
-            let Some((host, room)) = near.translate(gpa) else {
+            // The rest of what is too long anyway is one piece: regions may be many and small.
+            let found = if self.count > LONG_SEGMENTS_MAX { None } else { near.translate(gpa) };
+            let Some((host, room)) = found else {
                 // Counts nevertheless: it has cost time.
                 self.count += 1;
                 self.malformed = true;
@@ -297,12 +299,18 @@ impl Chain {
         !self.ranges.is_empty()
     }
 
-    /// Calls `visit` with each piece of guest memory that the request may have written: address and
-    /// length.
-    pub fn written(&self, mut visit: impl FnMut(*mut u8, u64)) {
-        if !self.sums.malformed {
+    /// Calls `visit` with each piece of guest memory that the request may have written, which is
+    /// `most` bytes of data and the status: address and length.
+    pub fn written(&self, most: u64, mut visit: impl FnMut(*mut u8, u64)) {
+        let mut left = if self.sums.malformed { 0 } else { most };
+        if left > 0 {
             for segment in &self.segments()[self.sums.readable..self.sums.count] {
-                visit(segment.base(), segment.len() as u64);
+                let len = left.min(segment.len() as u64);
+                visit(segment.base(), len);
+                left -= len;
+                if left == 0 {
+                    break;
+                }
             }
         }
         if let Some(status) = self.sums.status {
@@ -641,7 +649,7 @@ mod tests {
         let mut chain = Chain::default();
         chain.collect(&mut near, &buffers[..]);
         assert_eq!(chain.pieces(), 5);
-        chain.written(|_, _| panic!("nothing is written"));
+        chain.written(u64::MAX, |_, _| panic!("nothing is written"));
     }
 
     #[test]
@@ -656,5 +664,22 @@ mod tests {
         assert_eq!((chain.bytes(), chain.written_by_read()), (48, 16));
         chain.collect(&mut near, &of([false, true, false])[..]);
         assert!(chain.sums.malformed);
+    }
+
+    /// A buffer may cover all regions of a guest that has many small ones, and a chain may have as
+    /// many buffers as there are descriptors.
+    #[test]
+    fn a_chain_has_no_more_pieces_than_buffers_once_it_is_too_long() {
+        let memory = crate::memory::tests::pages(crate::memory::SLOTS_MAX);
+        let len = 4096 * memory.regions() as u32;
+        let buffers = vec![Buffer { gpa: 0, len, write: false }; 65536];
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { memory.near(Nearest::default()) };
+        let mut chain = Chain::default();
+        chain.collect(&mut near, &buffers[..]);
+        assert!(chain.overflown());
+        chain.collect_long(&mut near, &buffers[..], long_segments());
+        assert!(chain.sums.malformed);
+        assert!(chain.pieces() <= LONG_SEGMENTS_MAX + buffers.len(), "{}", chain.pieces());
     }
 }

@@ -372,9 +372,11 @@ impl Chained for KeptChain<'_> {
         near: &mut Near<'_>,
         mut visit: impl FnMut(&mut Near<'_>, Buffer),
     ) -> (bool, Self::Taken) {
-        let (mut whole, mut id, mut span) = (true, 0, 0);
+        let (mut whole, mut ended, mut id, mut span) = (true, false, 0, 0);
         let known = self.tracker.descs(self.entry, |desc| {
-            whole &= self.ring.walk_kept(near, desc, &mut visit).is_ok();
+            // A table ends a chain, as a defect does: a table for each descriptor would take seconds.
+            whole = whole && !ended && self.ring.walk_kept(near, desc, &mut visit).is_ok();
+            ended = desc.flags & DESC_F_INDIRECT != 0;
             (id, span) = (desc.tag, span + 1);
         });
         let sound = known && span > 0 && id < self.ring.size();

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use super::*;
 use crate::foreign::ForeignFd;
+use crate::inflight::Area;
 use crate::memory::Nearest;
 use crate::memory::tests::{flat, memfd};
 use crate::reclaim::Unmapper;
@@ -451,4 +452,28 @@ fn rings_are_checked_before_use() {
     assert_eq!(check(4, 0, 0x1000, 0x3000), Err(RingError::Address(0x3000)));
     let most = check(RING_SIZE_MAX, 0, 0x1000, 0x2000);
     assert_eq!(most, Err(RingError::Address(0)), "as many as that are 512 KiB");
+}
+
+/// Each descriptor of the ring a table would be a million buffers in one visit.
+#[test]
+fn a_kept_chain_ends_with_its_first_table() {
+    const N: u16 = 512;
+    let guest = Guest::of_size(N, false);
+    for n in 0..N {
+        guest.desc(TABLE, n.into(), 0, 16, 0, 0);
+    }
+    let (spec, fd) = Area::create(1, N, true).unwrap();
+    let unmapper = Unmapper::start().unwrap();
+    let area = Area::map(spec, true, &ForeignFd::new(fd), &unmapper).unwrap();
+    let area = std::sync::Arc::new(area);
+    let (mut tracker, _) = Tracker::packed(&area, 0, N, WRAP, |_| 0).unwrap();
+    let len = u32::from(N) * 16;
+    let desc = Desc { addr: TABLE, len, flags: DESC_F_INDIRECT, tag: 0 };
+    let entry = tracker.fetched_packed((0..N).map(|_| desc)).unwrap();
+    // SAFETY: the default is of every memory.
+    let mut near = unsafe { guest.memory.near(Nearest::default()) };
+    let mut buffers = 0_u32;
+    let chain = KeptChain { ring: &guest.ring, tracker: &tracker, entry };
+    let (whole, taken) = chain.walk(&mut near, |_, _| buffers += 1);
+    assert_eq!((whole, taken, buffers), (false, Some((0, N)), N.into()));
 }

@@ -97,6 +97,9 @@ fn refused_requests_mark_their_status() {
         scene.send_ranges(WRITE_ZEROES, &[(SECTORS, 1, 0)]);
         scene.settle();
         assert_dirty(&mut scene, span..2 * span, &[], "beyond the end");
+        scene.send(IN, SECTORS, &[(DATA, 512)]);
+        scene.settle();
+        assert_dirty(&mut scene, 2 * span..3 * span, &[], "a read beyond the end");
     }
 }
 

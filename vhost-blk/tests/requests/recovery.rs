@@ -245,6 +245,25 @@ fn a_visit_is_bounded_in_bytes() {
 }
 
 #[test]
+fn a_visit_is_bounded_in_pieces() {
+    for packed in LAYOUTS {
+        let (mut scene, disk) = tracked(packed, 64);
+        scene.indirect = true;
+        let pieces: Vec<_> = (0..1024).map(|n| (DATA + 1024 * n, 8)).collect();
+        for _ in 0..4 {
+            scene.send(OUT, 0, &pieces);
+        }
+        scene.settle();
+        restart(&mut scene, &disk);
+        disk.state().at_once = true;
+        for n in 0..4 {
+            scene.visit();
+            assert_eq!(done(&mut scene), [n]);
+        }
+    }
+}
+
+#[test]
 fn one_that_fails_is_not_done_a_third_time() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 64);

@@ -401,14 +401,24 @@ impl Core {
             Status::IoError => STATUS_IOERR,
             Status::Unsupported => STATUS_UNSUPP,
         };
-        let written = if slot.op == Op::Read { slot.chain.written_by_read() } else { 1 };
-        self.put(at, index, status, written);
+        let (written, data_most) = match slot.op {
+            Op::Read => (slot.chain.written_by_read(), u64::MAX),
+            _ => (1, 0),
+        };
+        self.put(at, index, status, written, data_most);
     }
 
     /// Writes a chain's status if it has a place for one, puts it into the used ring and frees its
-    /// slot.
+    /// slot. `data_most`: bytes of data that may have been written, whatever the guest is told.
     #[inline(always)]
-    fn put<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: u8, written: u32) {
+    fn put<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        index: u16,
+        status: u8,
+        written: u32,
+        data_most: u64,
+    ) {
         let slot = &self.slots[usize::from(index)];
         // Before guest memory is written, after which the compiler would look the slot up again.
         let &Slot { id, span, entry, .. } = slot;
@@ -416,7 +426,7 @@ impl Core {
         slot.chain.write_status(status);
         if at.recorded {
             if let Some(log) = &at.view.log {
-                self.log_written(log, at.view, index);
+                self.log_written(log, at.view, index, data_most);
             }
             if let Some(tracker) = &mut self.tracker {
                 tracker.put(entry);
@@ -435,16 +445,18 @@ impl Core {
     /// As [`Core::put`], for a request that no device has seen.
     #[inline(never)]
     fn put_unserved<R: Serve>(&mut self, at: At<'_, R>, index: u16, status: u8, written: u32) {
-        self.put(at, index, status, written);
+        // GET_ID's; what else is refused may say that it has written all of its data.
+        let data_most = if status == STATUS_OK { u64::from(written) } else { 0 };
+        self.put(at, index, status, written, data_most);
     }
 
     /// Marks the pages that a request has dirtied.
     #[inline(never)]
-    fn log_written(&self, log: &DirtyLog, view: &View, index: u16) {
+    fn log_written(&self, log: &DirtyLog, view: &View, index: u16, data_most: u64) {
         let slot = &self.slots[usize::from(index)];
         // SAFETY: a view with pins is not freed; without, the request was of this visit's view.
         let of = slot.view.map_or(view, |pinned| unsafe { pinned.as_ref() });
-        slot.chain.written(|host, len| {
+        slot.chain.written(data_most, |host, len| {
             if let Some(gpa) = of.memory.gpa_of_host(host) {
                 log.mark(gpa, len);
             }
@@ -554,8 +566,12 @@ impl Core {
     ) -> bool {
         turn.note(Cause::Fetch);
         turn.read_clock();
-        let (mut taken, mut bytes) = (0, 0);
-        while taken < VISIT_REQUESTS_MAX && bytes <= VISIT_BYTES_MAX && self.parked.is_empty() {
+        let (mut taken, mut bytes, mut pieces) = (0, 0, 0);
+        while taken < VISIT_REQUESTS_MAX
+            && bytes <= VISIT_BYTES_MAX
+            && pieces <= VISIT_PIECES_MAX
+            && self.parked.is_empty()
+        {
             let Some(&entry) = self.again.last() else { break };
             let Some(index) = self.free.pop() else { break };
             match R::collect_again(self, at, index, entry) {
@@ -571,6 +587,7 @@ impl Core {
                 }
             }
             self.again.pop();
+            pieces += self.slots[usize::from(index)].chain.pieces();
             bytes += self.start_again(at, index, turn, tallies);
             taken += 1;
         }
