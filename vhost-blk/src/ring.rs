@@ -279,14 +279,13 @@ impl Table {
     /// Opens the indirect table (sections 2.7.5.3 and 2.8.7) that `desc` of `self` names, which ends
     /// the chain that it is in.
     #[inline]
-    fn open(&self, near: &mut Near<'_>, desc: Desc, ring_size: u16) -> Result<Self, ChainError> {
+    fn open(&self, near: &mut Near<'_>, desc: Desc) -> Result<Self, ChainError> {
         if self.indirect || desc.flags & DESC_F_NEXT != 0 {
             return Err(ChainError::NestedIndirect);
         }
         let bytes = desc.len as usize;
         let len = desc.len / DESC_BYTES as u32;
-        let too_long = len > INDIRECT_MAX && len > ring_size.into();
-        if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || too_long {
+        if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || len > INDIRECT_MAX {
             return Err(ChainError::IndirectLength);
         }
         let (host, room) = near.translate(desc.addr).ok_or(ChainError::Address)?;

@@ -522,10 +522,12 @@ impl Session {
         effects
     }
 
-    /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features,
-    /// memory, log, and the area, which the front end gives again if it has another.
+    /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features, memory, log.
+    /// Not the in-flight area: it says where rings went on that begin anew now.
     pub fn reset_device(&mut self) -> Vec<Effect> {
-        self.stop_all()
+        let effects = self.stop_all();
+        self.inflight = None;
+        effects
     }
 
     /// The connection is gone.

@@ -9,7 +9,7 @@ mod scene;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_blk::protocol::request::{
     ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
@@ -174,8 +174,15 @@ fn rows(world: &World) -> usize {
     rows
 }
 
+/// Has the tests of this file run one at a time, as they count the fds of the process.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn every_message_in_every_state() {
+    let _alone = alone();
     let world = World::new();
     let mut wrong = vec![];
     for row in 0..rows(&world) {
@@ -211,6 +218,7 @@ fn reply(verdict: Verdict) -> Vec<u8> {
 
 #[test]
 fn what_answers_say() {
+    let _alone = alone();
     let world = World::new();
     let front = world.front(State::Suspended);
     let ask = |request, payload| front.send(request, payload, vec![]);
@@ -230,6 +238,7 @@ fn what_answers_say() {
 
 #[test]
 fn the_cache_is_the_guests_to_switch() {
+    let _alone = alone();
     let world = World::new();
     let shown = |front: &Front<'_>| {
         let payload = reply(front.send(GET_CONFIG, config(), vec![]));
@@ -262,6 +271,7 @@ fn the_cache_is_the_guests_to_switch() {
 
 #[test]
 fn slots_are_many_and_bounded() {
+    let _alone = alone();
     let world = World::new();
     let front = world.front(State::Live);
     let at = |n: u64| add(0x10_0000 * n);
@@ -279,6 +289,7 @@ fn slots_are_many_and_bounded() {
 /// What is acknowledged is in effect: the one reactor makes no turn after its first, so it never is.
 #[test]
 fn a_change_that_no_reactor_heeds_is_refused() {
+    let _alone = alone();
     for request in [SET_FEATURES, SET_CONFIG] {
         let (target, mut steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
         let world = World::of(target);

@@ -265,7 +265,7 @@ fn an_area_stays_until_there_is_another() {
     session.set_kick(0, None).unwrap();
     session.reset_device();
     session.drained(0, 0);
-    assert!(session.inflight().is_some());
+    assert!(session.inflight().is_none(), "rings begin anew");
     session.set_inflight(area(true)).unwrap();
     assert!(session.inflight().is_none(), "made for packed rings");
     session.set_inflight(area(false)).unwrap();

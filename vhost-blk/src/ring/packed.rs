@@ -225,7 +225,7 @@ impl PackedRing {
                 span += 1;
                 id = desc.tag;
                 if desc.flags & DESC_F_INDIRECT != 0 {
-                    match table.open(near, desc, self.size) {
+                    match table.open(near, desc) {
                         Ok(opened) => {
                             (index, left, table) = (0, opened.len, opened);
                             continue;
@@ -295,7 +295,7 @@ impl PackedRing {
             return see(near, desc);
         }
         let ring = Table { desc: self.desc, len: self.size.into(), indirect: false };
-        let table = ring.open(near, desc, self.size)?;
+        let table = ring.open(near, desc)?;
         // One after the other: of a table's flags only WRITE means anything (section 2.8.7).
         for index in 0..table.len {
             // SAFETY: the index is below the table's length.

@@ -159,7 +159,7 @@ impl SplitRing {
             // SAFETY: the index was just checked.
             let desc = Desc::split(unsafe { table.read(index) });
             if desc.flags & DESC_F_INDIRECT != 0 {
-                table = table.open(near, desc, self.size)?;
+                table = table.open(near, desc)?;
                 (index, left) = (0, table.len);
                 continue;
             }

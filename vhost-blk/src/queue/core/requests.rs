@@ -511,6 +511,10 @@ impl Core {
     ) -> bool {
         let At { queue, view, ring, .. } = at;
         if !self.again.is_empty() {
+            if view.memory.truncated() {
+                self.break_queue(queue, events);
+                return false;
+            }
             return self.fetch_again(at, turn, events, tallies);
         }
         let pending = match ring.pending(self.last_avail) {
