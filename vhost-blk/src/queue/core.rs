@@ -1,5 +1,5 @@
 //! What the owner of a queue keeps about it, and what it does in a visit. How requests are taken and
-//! answered is in [`requests`].
+//! answered is in `core/requests.rs`.
 #![expect(unsafe_code, reason = "submits guest memory; signals")]
 
 mod requests;
