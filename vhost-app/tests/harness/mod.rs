@@ -335,9 +335,9 @@ impl Vhost {
         line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Open file descriptors, less EAL's: one for each hugepage that its heap has grown to. Just after a
-    /// controller was made there may be some that are about to close (rte_vhost's event thread is woken by a
-    /// connection), so that what is left later is no more than this, and may be less.
+    /// Open file descriptors, less EAL's: one for each hugepage that its heap has grown to. Just
+    /// after a controller was made some may be about to close (a connection wakes rte_vhost's event
+    /// thread), so what is left later is no more than this count, and may be less.
     pub(crate) fn fds(&self) -> usize {
         let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         let is_eals = |path: &Path| {
