@@ -351,7 +351,7 @@ fn memory_slots<F: FrontEnd>(scene: &Scene) {
         front_end.remove_memory(&more);
         is_gone(scene, &mut front_end, &more);
     }
-    wait_until("no fd left", || scene.vhost.fds() <= fds);
+    wait_until("no fd left", || scene.vhost.fds() == fds);
 }
 
 /// Requests on `more` fail, and others go on.
@@ -377,7 +377,7 @@ fn reconnect<F: FrontEnd>(scene: &Scene) {
         do_io(&mut front_end, Io::Read { sector: 0, data: &[buffer] });
         scene.holds(buffer, &pattern(0, 4096));
     }
-    wait_until("no fd left", || scene.vhost.fds() <= fds);
+    wait_until("no fd left", || scene.vhost.fds() == fds);
 }
 
 /// The backend channel says that the disk has grown.

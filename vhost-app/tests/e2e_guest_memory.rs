@@ -83,7 +83,7 @@ fn comes_and_goes(packed: bool, count: usize) {
     unplug(&mut guest, count);
     guest.io_goes_on("vda", 4);
     guest.finish_io("vda", 4);
-    wait_until("what was plugged in is let go", || vhost.fds() <= fds);
+    wait_until("what was plugged in is let go", || vhost.fds() == fds);
     assert_eq!(in_flight(&vhost, "vhost.0"), 0);
     guest.power_off();
     assert_eq!(vhost.stop(), 0);

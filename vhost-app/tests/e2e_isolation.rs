@@ -355,7 +355,7 @@ fn memory_and_call_fds_change_under_load() {
     }
     a.front_end.set_memory_table(&a.ram.table()).unwrap();
     a.goes_on();
-    wait_until("every fd is given back", || vhost.fds() <= fds);
+    wait_until("every fd is given back", || vhost.fds() == fds);
     a.end();
 }
 

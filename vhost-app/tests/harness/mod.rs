@@ -335,10 +335,21 @@ impl Vhost {
         line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Open file descriptors, less EAL's: one for each hugepage that its heap has grown to. Just
-    /// after a controller was made some may be about to close (a connection wakes rte_vhost's event
-    /// thread), so what is left later is no more than this count, and may be less.
+    /// Open file descriptors, once their number stays: a new listener wakes rte_vhost's event thread
+    /// by a connection, which that thread takes and closes in its own time.
     pub(crate) fn fds(&self) -> usize {
+        let (mut count, mut same) = (0, 0);
+        wait_until("a number of fds that stays", || {
+            let now = self.fds_now();
+            same = if now == count { same + 1 } else { 0 };
+            count = now;
+            same == 10
+        });
+        count
+    }
+
+    /// Those that are open right now, less EAL's: one for each hugepage that its heap has grown to.
+    fn fds_now(&self) -> usize {
         let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         let is_eals = |path: &Path| {
             fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:seg_"))
