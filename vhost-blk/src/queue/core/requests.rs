@@ -149,10 +149,7 @@ impl Serve for SplitRing {
     }
 
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
-        // SAFETY: the default is of every memory.
-        let mut near = unsafe { at.view.memory.near(Nearest::default()) };
-        let chain = SplitChain { ring: at.ring, head: slot.id };
-        collect_anew(slot, &mut near, chain);
+        collect_anew(slot, at.view, SplitChain { ring: at.ring, head: slot.id });
     }
 
     #[inline]
@@ -233,10 +230,8 @@ impl Serve for PackedRing {
     }
 
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
-        // SAFETY: the default is of every memory.
-        let mut near = unsafe { at.view.memory.near(Nearest::default()) };
         let chain = PackedChain { ring: at.ring, position: slot.position, room: slot.span };
-        collect_anew(slot, &mut near, chain);
+        collect_anew(slot, at.view, chain);
     }
 
     #[inline]
@@ -274,11 +269,19 @@ impl Limit {
     }
 }
 
-fn collect_anew<C: Chained>(slot: &mut Slot, near: &mut Near<'_>, chain: C) {
+/// Collects a chain that has been collected once, in the room that it has.
+fn collect_anew<C: Chained>(slot: &mut Slot, view: &View, chain: C) {
+    let mut near = near_anything(view);
     match slot.chain.take_long() {
-        Some(long) => drop(slot.chain.collect_long(near, chain, long)),
-        None => drop(slot.chain.collect(near, chain)),
+        Some(long) => drop(slot.chain.collect_long(&mut near, chain, long)),
+        None => drop(slot.chain.collect(&mut near, chain)),
     }
+}
+
+/// A translator for a chain that may be anywhere.
+fn near_anything(view: &View) -> Near<'_> {
+    // SAFETY: the default is of every memory.
+    unsafe { view.memory.near(Nearest::default()) }
 }
 
 impl Core {
@@ -289,8 +292,7 @@ impl Core {
         index: u16,
         chain: C,
     ) -> Option<C::Taken> {
-        // SAFETY: the default is of every memory.
-        let mut near = unsafe { view.memory.near(Nearest::default()) };
+        let mut near = near_anything(view);
         let slot = &mut self.slots[usize::from(index)];
         let taken = slot.chain.collect(&mut near, chain);
         if !slot.chain.overflown() {
