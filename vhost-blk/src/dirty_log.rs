@@ -35,20 +35,25 @@ impl DirtyLog {
         let Some(last) = len.checked_sub(1).and_then(|last| gpa.checked_add(last)) else { return };
         let pages = self.0.size_bytes().saturating_mul(8);
         let end = (last / PAGE_BYTES + 1).min(pages);
-        for page in gpa / PAGE_BYTES..end {
-            self.mark_page(page);
+        let mut page = gpa / PAGE_BYTES;
+        while page < end {
+            // Those of one byte together: a request may be of a GiB.
+            let (at, first) = (page / 8, page % 8);
+            let count = (end - page).min(8 - first);
+            self.mark_byte(at, (0xff_u8 >> (8 - count)) << first);
+            page += count;
         }
     }
 
-    fn mark_page(&self, page: u64) {
-        let bit = 1 << (page % 8);
-        let at: *const AtomicU8 = self.0.host().wrapping_add((page / 8) as usize).cast();
-        // SAFETY: the page is below eight times the size of the mapping.
+    /// Sets bits of the log's byte `at`, which is below its size.
+    fn mark_byte(&self, at: u64, bits: u8) {
+        let at: *const AtomicU8 = self.0.host().wrapping_add(at as usize).cast();
+        // SAFETY: the caller says so, and the log is mapped.
         let byte = unsafe { &*at };
         // SeqCst: the front end takes bits away by exchange and then reads the page. If its exchange
-        // comes first, the bit is there again; if ours comes first, it sees what was written. To
-        // look first whether the bit is there would let the write be overtaken by the look.
-        byte.fetch_or(bit, Ordering::SeqCst);
+        // comes first, the bits are there again; if ours comes first, it sees what was written. To
+        // look first whether they are there would let the write be overtaken by the look.
+        byte.fetch_or(bits, Ordering::SeqCst);
     }
 }
 

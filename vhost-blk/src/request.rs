@@ -42,6 +42,10 @@ pub const STATUS_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 /// The device has no such request.
 pub const STATUS_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
+/// Sectors of the largest read or write, a GiB. No driver makes one that is nearly so large; what a
+/// request names costs time, which is the neighbours' too.
+pub const DATA_SECTORS_MAX: u64 = (1 << 30) / SECTOR_BYTES;
+
 const HEADER_BYTES: usize = 16;
 /// Bytes of a discard or write-zeroes segment.
 const RANGE_BYTES: usize = 16;
@@ -149,14 +153,15 @@ impl Sums {
         self.bytes - self.readable_bytes
     }
 
-    /// Adds a buffer, as one segment if it lies in one region of memory.
+    /// Adds a buffer, as one segment if it lies in one region of memory. Says whether there was room
+    /// for it.
     #[inline(always)]
     fn push<const N: usize>(
         &mut self,
         segments: &mut [Segment; N],
         near: &mut Near<'_>,
         buffer: Buffer,
-    ) {
+    ) -> bool {
         let len = u64::from(buffer.len);
         match near.translate(buffer.gpa) {
             Some((host, room)) if len <= room => self.push_piece(segments, host, len, buffer.write),
@@ -164,6 +169,7 @@ impl Sums {
             _ => {
                 let Buffer { gpa, write, .. } = buffer;
                 *self = self.push_pieces(segments, near, gpa, len, write);
+                self.count <= N
             }
         }
     }
@@ -175,21 +181,23 @@ impl Sums {
         host: *mut u8,
         len: u64,
         write: bool,
-    ) {
-        if let Some(segment) = segments.get_mut(self.count) {
-            *segment = Segment::new(host, len as usize);
-        }
+    ) -> bool {
+        let room = segments.get_mut(self.count);
         self.count += 1;
-        let bytes_before = self.bytes;
         self.bytes += len;
         if write {
             self.status = NonNull::new(host.wrapping_add(len as usize - 1));
         } else {
             // Section 2.7.4.2: readable buffers come before writable ones.
-            self.malformed |= self.readable_bytes < bytes_before;
+            self.malformed |= self.status.is_some();
             self.readable_bytes = self.bytes;
             self.readable = self.count;
         }
+        let fits = room.is_some();
+        if let Some(segment) = room {
+            *segment = Segment::new(host, len as usize);
+        }
+        fits
     }
 
     /// A buffer that crosses from one region into the next, or leaves memory.
@@ -250,7 +258,7 @@ impl Chain {
     #[inline(never)]
     pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: C) -> C::Taken {
         debug_assert!(self.long.is_none(), "given back with the request before");
-        collect_into(&mut self.segments, &mut self.sums, near, &chain)
+        collect_into(&mut self.segments, &mut self.sums, near, &chain, false)
     }
 
     /// Whether the chain may have more pieces than there was room for: then [`Chain::collect_long`].
@@ -268,7 +276,7 @@ impl Chain {
         chain: C,
         mut long: LongSegments,
     ) -> C::Taken {
-        let taken = collect_into(&mut long, &mut self.sums, near, &chain);
+        let taken = collect_into(&mut long, &mut self.sums, near, &chain, true);
         self.long = Some(long);
         taken
     }
@@ -397,16 +405,20 @@ impl Chain {
     }
 }
 
+/// Collects a chain into `segments`. What there is no room for is looked at only if `to_its_end`: for
+/// the status, and for where the chain ends.
 #[inline(always)]
 fn collect_into<const N: usize, C: Chained>(
     segments: &mut [Segment; N],
     to: &mut Sums,
     near: &mut Near<'_>,
     chain: &C,
+    to_its_end: bool,
 ) -> C::Taken {
     // By value, for the processor's registers.
     let mut sums = Sums::default();
-    let (whole, taken) = chain.walk(near, |near, buffer| sums.push(segments, near, buffer));
+    let (whole, taken) =
+        chain.walk(near, |near, buffer| sums.push(segments, near, buffer) || to_its_end);
     let malformed = sums.malformed || !whole || sums.count > N;
     *to = Sums { malformed, ..sums };
     taken
@@ -524,7 +536,7 @@ impl Parts<'_> {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
         let (first, count) = self.data_in();
-        match byte_range(sector, len / SECTOR_BYTES, limits) {
+        match byte_range(sector, len / SECTOR_BYTES, DATA_SECTORS_MAX, limits) {
             Some((offset, len)) => Request::Io { op: Op::Read, offset, len, first, count },
             None => Request::Answer(STATUS_IOERR, len.try_into().unwrap_or(u32::MAX - 1)),
         }
@@ -540,7 +552,7 @@ impl Parts<'_> {
             return Request::Answer(STATUS_UNSUPP, 0);
         }
         let count = self.sums.readable - first;
-        match byte_range(sector, len / SECTOR_BYTES, limits) {
+        match byte_range(sector, len / SECTOR_BYTES, DATA_SECTORS_MAX, limits) {
             Some((offset, len)) => Request::Io { op: Op::Write, offset, len, first, count },
             None => Request::Answer(STATUS_IOERR, 0),
         }
@@ -564,7 +576,7 @@ impl Parts<'_> {
             let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
             let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
             let (sectors, flags) = (u32_at(8), u32_at(12));
-            let bytes = byte_range(sector, sectors.into(), limits);
+            let bytes = byte_range(sector, sectors.into(), u64::MAX, limits);
             let refusal = if flags & !known != 0 {
                 Some(STATUS_UNSUPP)
             } else {
@@ -612,13 +624,13 @@ fn flush(sector: u64, limits: &Limits) -> Result<Plain, Answer> {
     Ok((Op::Flush, 0, 0))
 }
 
-/// Sectors to bytes, if they lie on the disk and are whole blocks of it.
+/// Sectors to bytes, if they are no more than `most`, lie on the disk and are whole blocks of it.
 #[inline]
-fn byte_range(sector: u64, sectors: u64, limits: &Limits) -> Option<(u64, u64)> {
+fn byte_range(sector: u64, sectors: u64, most: u64, limits: &Limits) -> Option<(u64, u64)> {
     let end = sector.checked_add(sectors)?;
     let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;
     // No overflow: the disk's size in bytes fits, and the range lies on it.
-    (end <= limits.sectors && whole).then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
+    (end <= limits.sectors && sectors <= most && whole).then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
 }
 
 #[cfg(test)]
@@ -633,10 +645,9 @@ mod tests {
         fn walk(
             &self,
             near: &mut Near<'_>,
-            mut visit: impl FnMut(&mut Near<'_>, Buffer),
+            mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
         ) -> (bool, ()) {
-            self.iter().for_each(|&buffer| visit(near, buffer));
-            (true, ())
+            (self.iter().all(|&buffer| visit(near, buffer)), ())
         }
     }
 

@@ -25,6 +25,10 @@ pub const RING_SIZE_MAX: u16 = 1 << 15;
 /// are accepted.
 const INDIRECT_MAX: u32 = 1026;
 
+/// Descriptors of the ring that a chain may have, in a ring of any size: several times what any driver
+/// makes, and few enough that reading them all costs neighbours nothing that they notice.
+pub(crate) const CHAIN_MAX: u16 = 4096;
+
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
 const DESC_F_INDIRECT: u16 = 4;
@@ -89,13 +93,13 @@ pub trait Chained {
     /// What else there is to know of it afterwards.
     type Taken;
 
-    /// Calls `visit` with each buffer in order. Each descriptor is read once, and there is an end to
-    /// them whatever the guest does. Says whether the chain is well-formed; if it is not, `visit` has
-    /// seen the part before the defect.
+    /// Calls `visit` with each buffer in order, until it says that it wants no more. Each descriptor is
+    /// read once, and there is an end to them whatever the guest does. Says whether all of the chain
+    /// was seen and is well-formed; if not, `visit` has seen the part before the defect.
     fn walk(
         &self,
         near: &mut Near<'_>,
-        visit: impl FnMut(&mut Near<'_>, Buffer),
+        visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> (bool, Self::Taken);
 }
 
@@ -241,7 +245,7 @@ pub enum RingError {
     /// a part does not lie in one memory region
     #[error("ring address {0:#x} is not in guest memory")]
     Address(u64),
-    /// a packed ring's buffer id is not below its size, or a chain has no end
+    /// a packed ring's buffer id is not below its size, or a chain has no end or a far one
     #[error("chain at {0:#x} has no end or a bad buffer id")]
     Chain(u16),
     /// the available index ran ahead by more than the ring's size
@@ -343,8 +347,10 @@ pub struct Buffer {
 pub enum ChainError {
     /// A descriptor index is out of range.
     Index,
-    /// More descriptors than the table has.
+    /// More descriptors than the table has, or than a chain may have.
     Loop,
+    /// Whoever looked at it wanted no more.
+    Left,
     /// A buffer of no bytes.
     Empty,
     /// An indirect table within another, or one that does not end its chain.

@@ -9,7 +9,7 @@
 
 use super::region::Region;
 use super::{Batch, Damage, Recovery, VERSION, in_order};
-use crate::ring::Desc;
+use crate::ring::{CHAIN_MAX, Desc};
 
 /// Offsets in the head of the part, which `ENTRY_BYTES` follow for each descriptor.
 const FEATURES: usize = 0;
@@ -229,7 +229,7 @@ impl Packed {
             return false;
         }
         let num = region.load_u16(at(entry, NUM));
-        if num == 0 || num > region.entries() {
+        if num == 0 || num > region.entries().min(CHAIN_MAX) {
             return false;
         }
         let mut entry = entry;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use arrayvec::ArrayVec;
 use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Tag, Wait};
 
 use self::requests::{Rest, Serve, Tally};
@@ -69,6 +70,8 @@ pub struct Core {
     used: u16,
     /// The position that the guest was last told about.
     published: u16,
+    /// Requests that were put since.
+    unpublished: u32,
     /// The position at the last decision whether to call.
     called: u16,
     inflight: u32,
@@ -89,9 +92,11 @@ pub struct Core {
     device: Option<Device>,
     slots: Box<[Slot]>,
     /// Slots that are free, most recently used last.
-    free: Vec<u16>,
+    free: ArrayVec<u16, { SLOTS_MAX as usize }>,
     /// Room for long chains that is not lent.
     long: Vec<LongSegments>,
+    /// The next chain is a long one, and there was no room for it.
+    room_wanted: bool,
     /// I/Os that the channel had no room for, oldest first.
     parked: VecDeque<Io>,
     /// The record of what is in flight, if the front end has asked for one.
@@ -196,6 +201,7 @@ impl Core {
             last_avail,
             used,
             published: used,
+            unpublished: 0,
             called: used,
             inflight: 0,
             stopping: false,
@@ -211,6 +217,7 @@ impl Core {
             slots: (0..depth).map(|_| slot()).collect(),
             free: (0..depth).rev().collect(),
             long: (0..LONG_CHAINS).map(|_| long_segments()).collect(),
+            room_wanted: false,
             parked: VecDeque::with_capacity(depth.into()),
             tracker,
             again,
@@ -376,9 +383,9 @@ impl Core {
         if !self.parked.is_empty() {
             wait = wait.sooner(Wait::Until(Instant::now() + RETRY));
         }
-        // Without a slot for it, nothing is fetched before a completion.
-        let fetches = !self.stopping && !self.broken && self.parked.is_empty();
-        if fetches && !self.free.is_empty() && !self.armed {
+        // Without a slot for it, or room in it, nothing is fetched before a completion.
+        let waits = self.free.is_empty() || self.room_wanted || !self.parked.is_empty();
+        if !self.stopping && !self.broken && !waits && !self.armed {
             debug_assert!(view.kicks, "the poll set has looked at its watches first");
             if self.want_kicks(view) {
                 self.refuse_kicks(view);
@@ -422,6 +429,9 @@ impl Core {
 
     #[cold]
     fn break_queue(&mut self, queue: &Queue, events: &Events) {
+        if self.broken {
+            return;
+        }
         self.broken = true;
         queue.state.store(QueueState::Broken as u8, Ordering::Release);
         // It only makes a line in the log; an event that is owed carries more.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use qsbr::handshake::{full_fence, say_then_look};
 
 use super::{
-    Buffer, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
+    Buffer, CHAIN_MAX, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
     Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
 };
 use crate::cache;
@@ -193,10 +193,10 @@ impl PackedRing {
         self.size - self.count(published, position)
     }
 
-    /// Walks the chain at `position`, which is available, calling `visit` with each buffer in
-    /// order.
+    /// Walks the chain at `position`, which is available, calling `visit` with each buffer in order,
+    /// until it says that it wants no more.
     ///
-    /// Each descriptor is read once. The walk ends after `room` of them.
+    /// Each descriptor is read once. The walk ends after `room` of them, or as many as a chain may have.
     ///
     /// # Errors
     /// Nobody knows where the next chain begins: the ring cannot be used any more.
@@ -206,8 +206,9 @@ impl PackedRing {
         near: &mut Near<'_>,
         position: u16,
         room: u16,
-        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+        mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> Result<Taken, RingError> {
+        let room = room.min(CHAIN_MAX);
         let mut table = Table { desc: self.desc, len: self.size.into(), indirect: false };
         let (mut index, mut left) = (self.at(position) as u32, u32::from(room));
         let (mut id, mut span) = (0, 0);
@@ -241,7 +242,9 @@ impl PackedRing {
                 return self.taken(position, Taken { id, span, defect: Some(defect) });
             }
             let write = desc.flags & DESC_F_WRITE != 0;
-            visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
+            if !visit(near, Buffer { gpa: desc.addr, len: desc.len, write }) {
+                return self.taken(position, Taken { id, span, defect: Some(ChainError::Left) });
+            }
             if !more {
                 return self.taken(position, Taken { id, span, defect: None });
             }
@@ -281,15 +284,15 @@ impl PackedRing {
         &self,
         near: &mut Near<'_>,
         desc: Desc,
-        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+        mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> Result<(), ChainError> {
         let mut see = |near: &mut Near<'_>, desc: Desc| {
             if desc.len == 0 {
                 return Err(ChainError::Empty);
             }
             let write = desc.flags & DESC_F_WRITE != 0;
-            visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
-            Ok(())
+            let more = visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
+            if more { Ok(()) } else { Err(ChainError::Left) }
         };
         if desc.flags & DESC_F_INDIRECT == 0 {
             return see(near, desc);
@@ -345,7 +348,7 @@ impl Chained for PackedChain<'_> {
     fn walk(
         &self,
         near: &mut Near<'_>,
-        visit: impl FnMut(&mut Near<'_>, Buffer),
+        visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> (bool, Self::Taken) {
         let taken = self.ring.walk(near, self.position, self.room, visit);
         (matches!(taken, Ok(Taken { defect: None, .. })), taken)
@@ -370,7 +373,7 @@ impl Chained for KeptChain<'_> {
     fn walk(
         &self,
         near: &mut Near<'_>,
-        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+        mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> (bool, Self::Taken) {
         let (mut whole, mut ended, mut id, mut span) = (true, false, 0, 0);
         let known = self.tracker.descs(self.entry, |desc| {

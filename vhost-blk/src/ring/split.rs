@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use qsbr::handshake::{full_fence, say_then_look};
 
 use super::{
-    Buffer, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
+    Buffer, CHAIN_MAX, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
     Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
 };
 use crate::cache;
@@ -135,10 +135,11 @@ impl SplitRing {
         u16::from_le(self.used_word(1).load(Ordering::Relaxed))
     }
 
-    /// Walks the chain at `head`, calling `visit` with each buffer in order.
+    /// Walks the chain at `head`, calling `visit` with each buffer in order, until it says that it
+    /// wants no more.
     ///
-    /// Each descriptor is read once. The walk ends after as many descriptors as the table has, so
-    /// a loop in the chain is an error and not a trap.
+    /// Each descriptor is read once. The walk ends after as many descriptors as the table has, or a
+    /// chain may have, so a loop in the chain is an error and not a trap.
     ///
     /// # Errors
     /// The chain is malformed; `visit` has seen the part before the defect.
@@ -147,11 +148,11 @@ impl SplitRing {
         &self,
         near: &mut Near<'_>,
         head: u16,
-        mut visit: impl FnMut(&mut Near<'_>, Buffer),
+        mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> Result<(), ChainError> {
         let mut table = Table { desc: self.desc, len: self.size.into(), indirect: false };
         let mut index = u32::from(head);
-        let mut left = table.len;
+        let mut left = table.len.min(CHAIN_MAX.into());
         loop {
             if index >= table.len {
                 return Err(ChainError::Index);
@@ -167,7 +168,9 @@ impl SplitRing {
                 return Err(ChainError::Empty);
             }
             let write = desc.flags & DESC_F_WRITE != 0;
-            visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
+            if !visit(near, Buffer { gpa: desc.addr, len: desc.len, write }) {
+                return Err(ChainError::Left);
+            }
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -197,7 +200,7 @@ impl Chained for SplitChain<'_> {
     fn walk(
         &self,
         near: &mut Near<'_>,
-        visit: impl FnMut(&mut Near<'_>, Buffer),
+        visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> (bool, Self::Taken) {
         (self.ring.walk(near, self.head, visit).is_ok(), ())
     }

@@ -88,8 +88,8 @@ pub(super) trait Serve: Ring + Sized {
 impl Serve for SplitRing {
     const SPANS: bool = false;
 
-    /// Heads first, then their chains, so that the lines of one pass are on their way while those
-    /// of the other are used.
+    /// Heads twice, the first time only to have their descriptors fetched, so that the lines of one
+    /// pass are on their way while those of the other are used.
     #[inline]
     fn collect(
         core: &mut Core,
@@ -97,32 +97,26 @@ impl Serve for SplitRing {
         pending: u16,
         batch: &mut Batch,
     ) -> Result<(), RingError> {
-        let count = usize::from(pending).min(VISIT_REQUESTS_MAX).min(core.free.len());
-        let mut position = core.last_avail;
-        for index in core.free.drain(core.free.len() - count..).rev() {
-            let head = at.ring.head(position);
-            position = position.wrapping_add(1);
-            at.ring.prefetch_desc(head);
-            core.slots[usize::from(index)].id = head;
-            batch.push(index);
+        let count = pending.min(VISIT_REQUESTS_MAX as u16);
+        for n in 0..count {
+            at.ring.prefetch_desc(at.ring.head(core.last_avail.wrapping_add(n)));
         }
         // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
         let mut near = unsafe { at.view.memory.near(core.nearest) };
         let mut limit = Limit::default();
-        for (n, &index) in batch.iter().enumerate() {
-            let slot = &mut core.slots[usize::from(index)];
-            let chain = SplitChain { ring: at.ring, head: slot.id };
-            slot.chain.collect(&mut near, chain);
-            if slot.chain.overflown() {
-                let Some(room) = core.long.pop() else {
-                    core.free.extend(batch.drain(n..).rev());
-                    break;
-                };
-                slot.chain.collect_long(&mut near, chain, room);
+        for n in 0..count {
+            let Some(index) = core.free.pop() else { break };
+            let head = at.ring.head(core.last_avail.wrapping_add(n));
+            let chain = SplitChain { ring: at.ring, head };
+            if core.collect(index, &mut near, chain).is_none() {
+                core.free.push(index);
+                break;
             }
+            let slot = &mut core.slots[usize::from(index)];
+            slot.id = head;
             slot.chain.prefetch();
+            batch.push(index);
             if limit.reached_with(slot) {
-                core.free.extend(batch.drain(n + 1..).rev());
                 break;
             }
         }
@@ -145,7 +139,7 @@ impl Serve for SplitRing {
         let slot = &mut core.slots[usize::from(index)];
         (slot.id, slot.entry) = (entry, entry);
         let chain = SplitChain { ring: at.ring, head: entry };
-        Ok(core.collect_far(at.view, index, chain).is_some())
+        Ok(core.collect(index, &mut near_anything(at.view), chain).is_some())
     }
 
     fn collect_anew(slot: &mut Slot, at: At<'_, Self>) {
@@ -179,17 +173,13 @@ impl Serve for PackedRing {
         let mut result = Ok(());
         while !batch.is_full() && at.ring.pending(position)? > 0 {
             let Some(index) = core.free.pop() else { break };
-            let slot = &mut core.slots[usize::from(index)];
             let room = at.ring.room(core.published, position);
             let chain = PackedChain { ring: at.ring, position, room };
-            let mut taken = slot.chain.collect(&mut near, chain);
-            if slot.chain.overflown() {
-                let Some(room) = core.long.pop() else {
-                    core.free.push(index);
-                    break;
-                };
-                taken = slot.chain.collect_long(&mut near, chain, room);
-            }
+            let Some(taken) = core.collect(index, &mut near, chain) else {
+                core.free.push(index);
+                break;
+            };
+            let slot = &mut core.slots[usize::from(index)];
             match taken {
                 Ok(taken) => (slot.id, slot.span, slot.position) = (taken.id, taken.span, position),
                 Err(error) => {
@@ -220,7 +210,7 @@ impl Serve for PackedRing {
     ) -> Result<bool, RingError> {
         let Some(tracker) = core.tracker.take() else { return Ok(false) };
         let chain = KeptChain { ring: at.ring, tracker: &tracker, entry };
-        let taken = core.collect_far(at.view, index, chain);
+        let taken = core.collect(index, &mut near_anything(at.view), chain);
         core.tracker = Some(tracker);
         let Some(taken) = taken else { return Ok(false) };
         let slot = &mut core.slots[usize::from(index)];
@@ -285,21 +275,29 @@ fn near_anything(view: &View) -> Near<'_> {
 }
 
 impl Core {
-    /// Collects a chain that may be anywhere.
-    fn collect_far<C: Chained + Copy>(
+    /// Collects a chain into a slot. `None` if it is a long one and there is no room for it right now.
+    #[inline(always)]
+    fn collect<C: Chained + Copy>(
         &mut self,
-        view: &View,
         index: u16,
+        near: &mut Near<'_>,
         chain: C,
     ) -> Option<C::Taken> {
-        let mut near = near_anything(view);
         let slot = &mut self.slots[usize::from(index)];
-        let taken = slot.chain.collect(&mut near, chain);
-        if !slot.chain.overflown() {
-            return Some(taken);
-        }
-        let room = self.long.pop()?;
-        Some(slot.chain.collect_long(&mut near, chain, room))
+        let taken = slot.chain.collect(near, chain);
+        if slot.chain.overflown() { self.collect_long(index, near, chain) } else { Some(taken) }
+    }
+
+    #[cold]
+    fn collect_long<C: Chained + Copy>(
+        &mut self,
+        index: u16,
+        near: &mut Near<'_>,
+        chain: C,
+    ) -> Option<C::Taken> {
+        let room = self.long.pop();
+        self.room_wanted = room.is_none();
+        Some(self.slots[usize::from(index)].chain.collect_long(near, chain, room?))
     }
 
     /// Takes what the device has finished.
@@ -436,8 +434,7 @@ impl Core {
         }
         at.ring.put_used(self.published, self.used, id, written);
         self.used = at.ring.advance(self.used, if R::SPANS { span } else { 1 });
-        self.call_due.window_requests += 1;
-        bump(&at.queue.requests);
+        self.unpublished += 1;
         if long {
             self.take_room_back(index);
         }
@@ -476,6 +473,7 @@ impl Core {
     #[cold]
     fn take_room_back(&mut self, index: u16) {
         self.long.extend(self.slots[usize::from(index)].chain.take_long());
+        self.room_wanted = false;
     }
 
     /// Tells the guest about everything that was put.
@@ -490,6 +488,9 @@ impl Core {
         at.ring.publish_used(from, to);
         self.published = to;
         self.call_due.pending = true;
+        let count = std::mem::take(&mut self.unpublished);
+        self.call_due.window_requests += count;
+        add(&at.queue.requests, count.into());
         if at.recorded {
             if let Some(tracker) = &mut self.tracker {
                 tracker.published(to);
@@ -512,24 +513,17 @@ impl Core {
         tallies: &mut [Tally; 2],
     ) -> bool {
         let At { queue, view, ring, .. } = at;
-        if !self.again.is_empty() {
-            if view.memory.truncated() {
-                self.break_queue(queue, events);
-                return false;
-            }
-            return self.fetch_again(at, turn, events, tallies);
-        }
-        let pending = match ring.pending(self.last_avail) {
+        let available = if self.again.is_empty() { ring.pending(self.last_avail) } else { Ok(1) };
+        let pending = match available {
             Ok(0) => return false,
-            Ok(pending) => pending,
-            Err(_) => {
+            Ok(pending) if !view.memory.truncated() => pending,
+            _ => {
                 self.break_queue(queue, events);
                 return false;
             }
         };
-        if view.memory.truncated() {
-            self.break_queue(queue, events);
-            return false;
+        if !self.again.is_empty() {
+            return self.fetch_again(at, turn, events, tallies);
         }
         cache::prefetch_write(self.expected.header);
         ring.prefetch_avail(self.last_avail, self.expected.head);
@@ -624,7 +618,8 @@ impl Core {
 
     /// The last pass: makes requests of the chains and submits them. Answers with how many were
     /// taken: fewer than there are when the channel is full, or enough bytes were moved.
-    #[inline]
+    // A function of its own, whose registers are for nothing else.
+    #[inline(never)]
     fn submit_batch<R: Serve>(
         &mut self,
         at: At<'_, R>,
@@ -700,13 +695,13 @@ impl Core {
             }
             Request::Answer(status, written) => {
                 if status != STATUS_OK {
-                    bump(&at.queue.malformed);
+                    add(&at.queue.malformed, 1);
                 }
                 self.put_unserved(at, index, status, written + 1);
                 0
             }
             Request::NoStatus => {
-                bump(&at.queue.malformed);
+                add(&at.queue.malformed, 1);
                 self.put_unserved(at, index, STATUS_IOERR, 0);
                 0
             }
@@ -813,8 +808,8 @@ fn parse_again<R: Serve>(slot: &mut Slot, at: At<'_, R>) -> Option<Request> {
     Some(slot.chain.parse(&now))
 }
 
-/// Adds one to a counter that only this thread writes.
+/// Adds to a counter that only this thread writes.
 #[inline]
-fn bump(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+fn add(counter: &AtomicU64, count: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
 }
