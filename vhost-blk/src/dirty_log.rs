@@ -66,16 +66,18 @@ mod tests {
     fn pages_are_marked_and_none_beyond_the_log() {
         let unmapper = Unmapper::start().unwrap();
         let log = DirtyLog::map(&ForeignFd::new(memfd(4096)), 8, 4, &unmapper).unwrap();
+        let byte = |n: usize| {
+            // SAFETY: bytes of the mapped page that the log lies in.
+            unsafe { log.0.host().wrapping_add(n).read_volatile() }
+        };
         log.mark(PAGE_BYTES - 1, 2);
         log.mark(9 * PAGE_BYTES, 1);
         log.mark(31 * PAGE_BYTES, 5 * PAGE_BYTES);
         log.mark(40 * PAGE_BYTES, 1);
         log.mark(u64::MAX, 9);
         log.mark(0, 0);
-        let byte = |n: usize| {
-            // SAFETY: bytes of the mapped page that the log lies in.
-            unsafe { log.0.host().wrapping_add(n).read_volatile() }
-        };
         assert_eq!([byte(0), byte(1), byte(2), byte(3), byte(4)], [3, 2, 0, 0x80, 0]);
+        log.mark(6 * PAGE_BYTES, 12 * PAGE_BYTES);
+        assert_eq!([byte(0), byte(1), byte(2), byte(3), byte(4)], [0xc3, 0xff, 3, 0x80, 0]);
     }
 }

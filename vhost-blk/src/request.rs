@@ -630,7 +630,8 @@ fn byte_range(sector: u64, sectors: u64, most: u64, limits: &Limits) -> Option<(
     let end = sector.checked_add(sectors)?;
     let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;
     // No overflow: the disk's size in bytes fits, and the range lies on it.
-    (end <= limits.sectors && sectors <= most && whole).then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
+    (end <= limits.sectors && sectors <= most && whole)
+        .then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
 }
 
 #[cfg(test)]
@@ -689,6 +690,7 @@ mod tests {
         let mut chain = Chain::default();
         chain.collect(&mut near, &buffers[..]);
         assert!(chain.overflown());
+        assert!(chain.pieces() <= SEGMENTS_MAX + memory.regions(), "it is not walked to its end");
         chain.collect_long(&mut near, &buffers[..], long_segments());
         assert!(chain.sums.malformed);
         assert!(chain.pieces() <= LONG_SEGMENTS_MAX + buffers.len(), "{}", chain.pieces());

@@ -32,9 +32,19 @@ impl Guest {
     }
 
     fn of_size(size: u16, event_idx: bool) -> Self {
-        let memory = flat(0x10000);
+        Self::at(0x10000, size, ADDRS, event_idx)
+    }
+
+    /// With as many descriptors as there may be, from address 0 on.
+    fn large() -> Self {
+        let addrs = RingAddrs { desc: 0, avail: 0x8_0000, used: 0x8_1000 };
+        Self::at(0x10_0000, RING_SIZE_MAX, addrs, false)
+    }
+
+    fn at(bytes: u64, size: u16, addrs: RingAddrs, event_idx: bool) -> Self {
+        let memory = flat(bytes);
         // SAFETY: the memory is kept beside the ring.
-        let ring = unsafe { PackedRing::new(&memory, size, ADDRS, event_idx) }.unwrap();
+        let ring = unsafe { PackedRing::new(&memory, size, addrs, event_idx) }.unwrap();
         Self { memory, ring }
     }
 
@@ -80,7 +90,10 @@ impl Guest {
         let mut buffers = vec![];
         // SAFETY: the default is of every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
-        let result = self.ring.walk(&mut near, position, room, |_, buffer| buffers.push(buffer));
+        let result = self.ring.walk(&mut near, position, room, |_, buffer| {
+            buffers.push(buffer);
+            true
+        });
         (buffers, result)
     }
 
@@ -170,7 +183,10 @@ fn an_indirect_table_is_read_from_first_to_last() {
         let mut again = vec![];
         // SAFETY: the default is of every memory.
         let mut near = unsafe { guest.memory.near(Nearest::default()) };
-        let result = guest.ring.walk_kept(&mut near, desc, |_, buffer| again.push(buffer));
+        let result = guest.ring.walk_kept(&mut near, desc, |_, buffer| {
+            again.push(buffer);
+            true
+        });
         assert_eq!((result, again), (Ok(()), buffers));
     }
 }
@@ -208,6 +224,40 @@ fn chains_have_no_more_descriptors_than_the_driver_can_have() {
         let (buffers, result) = guest.walk_in(WRAP, room);
         assert_eq!((buffers.len(), result), (room.into(), Err(RingError::Chain(WRAP))));
     }
+}
+
+#[test]
+fn a_chain_has_an_end_in_the_largest_ring() {
+    let guest = Guest::large();
+    for n in 0..CHAIN_MAX {
+        let next = if n + 1 < CHAIN_MAX { DESC_F_NEXT } else { 0 };
+        guest.desc(0, n.into(), 0, 16, 7, AVAIL | next);
+    }
+    let (buffers, result) = guest.walk(WRAP);
+    let taken = Taken { id: 7, span: CHAIN_MAX, defect: None };
+    assert_eq!((buffers.len(), result), (CHAIN_MAX.into(), Ok(taken)));
+    guest.desc(0, u64::from(CHAIN_MAX) - 1, 0, 16, 7, AVAIL | DESC_F_NEXT);
+    guest.desc(0, CHAIN_MAX.into(), 0, 16, 7, AVAIL);
+    let (buffers, result) = guest.walk(WRAP);
+    assert_eq!((buffers.len(), result), (CHAIN_MAX.into(), Err(RingError::Chain(WRAP))));
+    // Nor is its end sought further behind a defect.
+    guest.desc(0, 1, 0, 0, 7, AVAIL | DESC_F_NEXT);
+    assert_eq!(guest.walk(WRAP).1, Err(RingError::Chain(WRAP)));
+}
+
+#[test]
+fn a_walk_ends_when_nobody_wants_more() {
+    let guest = Guest::new(false);
+    guest.desc(DESC, 0, 0x8000, 16, 1, AVAIL | DESC_F_NEXT);
+    guest.desc(DESC, 1, 0x8000, 16, 1, AVAIL);
+    // SAFETY: the default is of every memory.
+    let mut near = unsafe { guest.memory.near(Nearest::default()) };
+    let mut seen = 0;
+    let result = guest.ring.walk(&mut near, WRAP, SIZE, |_, _| {
+        seen += 1;
+        false
+    });
+    assert_eq!((result.unwrap().defect, seen), (Some(ChainError::Left), 1));
 }
 
 #[test]
@@ -474,6 +524,9 @@ fn a_kept_chain_ends_with_its_first_table() {
     let mut near = unsafe { guest.memory.near(Nearest::default()) };
     let mut buffers = 0_u32;
     let chain = KeptChain { ring: &guest.ring, tracker: &tracker, entry };
-    let (whole, taken) = chain.walk(&mut near, |_, _| buffers += 1);
+    let (whole, taken) = chain.walk(&mut near, |_, _| {
+        buffers += 1;
+        true
+    });
     assert_eq!((whole, taken, buffers), (false, Some((0, N)), N.into()));
 }

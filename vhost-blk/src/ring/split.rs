@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use qsbr::handshake::{full_fence, say_then_look};
 
 use super::{
-    Buffer, CHAIN_MAX, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
-    Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
+    Buffer, CHAIN_MAX, ChainError, Chained, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE,
+    Desc, Look, RING_SIZE_MAX, Ring, RingAddrs, RingError, Table, part,
 };
 use crate::cache;
 use crate::dirty_log::DirtyLog;

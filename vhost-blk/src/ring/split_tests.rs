@@ -21,9 +21,13 @@ struct Guest {
 
 impl Guest {
     fn new(event_idx: bool) -> Self {
-        let memory = flat(0x10000);
+        Self::of_size(SIZE, ADDRS, event_idx)
+    }
+
+    fn of_size(size: u16, addrs: RingAddrs, event_idx: bool) -> Self {
+        let memory = flat(0x10_0000);
         // SAFETY: the memory is kept beside the ring.
-        let ring = unsafe { SplitRing::new(&memory, SIZE, ADDRS, event_idx) }.unwrap();
+        let ring = unsafe { SplitRing::new(&memory, size, addrs, event_idx) }.unwrap();
         Self { memory, ring }
     }
 
@@ -44,7 +48,10 @@ impl Guest {
         let mut buffers = vec![];
         // SAFETY: the default is of every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
-        let result = self.ring.walk(&mut near, head, |_, buffer| buffers.push(buffer));
+        let result = self.ring.walk(&mut near, head, |_, buffer| {
+            buffers.push(buffer);
+            true
+        });
         (buffers, result)
     }
 }
@@ -111,7 +118,7 @@ fn indirect_tables() {
     assert_eq!(refused(TABLE, 33, DESC_F_INDIRECT), ChainError::IndirectLength);
     let long = 16 * (INDIRECT_MAX + 1);
     assert_eq!(refused(TABLE, long, DESC_F_INDIRECT), ChainError::IndirectLength);
-    assert_eq!(refused(0xfff8, 16, DESC_F_INDIRECT), ChainError::Address);
+    assert_eq!(refused(0xf_fff8, 16, DESC_F_INDIRECT), ChainError::Address);
     assert_eq!(refused(u64::MAX - 7, 16, DESC_F_INDIRECT), ChainError::Address);
     assert_eq!(refused(TABLE, 32, DESC_F_INDIRECT | DESC_F_NEXT), ChainError::NestedIndirect);
     guest.desc(TABLE, 0, TABLE, 16, DESC_F_INDIRECT, 0);
@@ -119,6 +126,36 @@ fn indirect_tables() {
     // A loop inside the table ends after as many steps as it has.
     guest.desc(TABLE, 0, 0x4000, 16, DESC_F_NEXT, 0);
     assert_eq!(refused(TABLE, 32, DESC_F_INDIRECT), ChainError::Loop);
+}
+
+#[test]
+fn a_chain_has_an_end_in_the_largest_ring() {
+    let addrs = RingAddrs { desc: 0, avail: 0x8_0000, used: 0xa_0000 };
+    let guest = Guest::of_size(RING_SIZE_MAX, addrs, false);
+    for n in 0..CHAIN_MAX {
+        guest.desc(0, n.into(), 0, 16, if n + 1 < CHAIN_MAX { DESC_F_NEXT } else { 0 }, n + 1);
+    }
+    let (buffers, result) = guest.walk(0);
+    assert_eq!((buffers.len(), result), (CHAIN_MAX.into(), Ok(())));
+    guest.desc(0, u64::from(CHAIN_MAX) - 1, 0, 16, DESC_F_NEXT, CHAIN_MAX);
+    guest.desc(0, CHAIN_MAX.into(), 0, 16, 0, 0);
+    let (buffers, result) = guest.walk(0);
+    assert_eq!((buffers.len(), result), (CHAIN_MAX.into(), Err(ChainError::Loop)));
+}
+
+#[test]
+fn a_walk_ends_when_nobody_wants_more() {
+    let guest = Guest::new(false);
+    guest.desc(DESC, 0, 0x4000, 16, DESC_F_NEXT, 1);
+    guest.desc(DESC, 1, 0x5000, 16, 0, 0);
+    // SAFETY: the default is of every memory.
+    let mut near = unsafe { guest.memory.near(Nearest::default()) };
+    let mut seen = 0;
+    let result = guest.ring.walk(&mut near, 0, |_, _| {
+        seen += 1;
+        false
+    });
+    assert_eq!((result, seen), (Err(ChainError::Left), 1));
 }
 
 #[test]

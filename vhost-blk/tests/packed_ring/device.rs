@@ -61,7 +61,10 @@ impl Device {
         // SAFETY: the default is of every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
         let room = self.ring.room(self.published, self.avail);
-        let taken = self.ring.walk(&mut near, self.avail, room, |_, buffer| buffers.push(buffer));
+        let taken = self.ring.walk(&mut near, self.avail, room, |_, buffer| {
+            buffers.push(buffer);
+            true
+        });
         let taken = taken.expect("a chain");
         assert_eq!(taken.defect, None);
         self.avail = self.ring.advance(self.avail, taken.span);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bdev::{Bdev, Malloc, MallocOptions, Op};
+use bdev::{Bdev, Malloc, MallocOptions, Null, NullOptions, Op};
 use vhost_blk::queue::QueueState;
 use vhost_blk::ring::Buffer;
 
@@ -83,6 +83,26 @@ fn longer_ones_come_back_as_errors() {
         assert_eq!(scene.answers(), [(n, UNTOUCHED, 0)]);
         assert_eq!(scene.queue().requests(), (1, 1));
         assert_eq!(scene.queue().state(), QueueState::Attached);
+    }
+}
+
+#[test]
+fn so_do_those_of_more_data_than_anybody_reads_at_once() {
+    for packed in LAYOUTS {
+        let options =
+            NullOptions { name: "n".into(), num_blocks: 4 << 21, block_size: 512, uuid: None };
+        let mut scene = long(packed, false, Null::create(options).unwrap());
+        // All of it at the same place.
+        let mib = |count| vec![(DATA, 1 << 20); count];
+        for kind in [IN, OUT] {
+            let most = scene.send(kind, 0, &mib(1024));
+            scene.settle();
+            let written = if kind == IN { (1 << 30) + 1 } else { 1 };
+            assert_eq!(scene.answers(), [(most, OK, written)]);
+            let more = scene.send(kind, 0, &[&mib(1024)[..], &[(DATA, 512)]].concat());
+            scene.settle();
+            assert!(matches!(scene.answers()[..], [(n, IOERR, _)] if n == more));
+        }
     }
 }
 
