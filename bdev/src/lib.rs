@@ -20,6 +20,7 @@ pub mod memory;
 pub mod stats;
 
 mod geometry;
+mod topology;
 
 mod available;
 mod pages;
@@ -46,3 +47,4 @@ pub use null::{Null, NullOptions};
 pub use pages::Backing;
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
+pub use topology::Topology;
