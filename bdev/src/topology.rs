@@ -24,8 +24,9 @@ impl Topology {
     pub(crate) fn check(self, name: &str) -> Result<(), Error> {
         let size = self.physical_block_size;
         if size != 0 && (size < BLOCK_SIZE_MIN || !size.is_power_of_two()) {
+            let unit = BLOCK_SIZE_MIN;
             return Err(Error::Invalid(format!(
-                "{name}: physical block size {size} is not a power of two of {BLOCK_SIZE_MIN} or more"
+                "{name}: physical block size {size} is not a power of two of {unit} or more"
             )));
         }
         Ok(())

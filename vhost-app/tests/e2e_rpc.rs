@@ -501,8 +501,8 @@ fn a_saved_configuration_gives_the_same_target_back() {
     check(&running, "load_config into a running target");
 }
 
-/// Physical blocks and I/O sizes that `spdk-rpc` gives reach a front end, also through wrappers, after
-/// a resize, and from a saved configuration.
+/// Physical blocks and I/O sizes that `spdk-rpc` gives reach a front end, also through wrappers,
+/// after a resize, and from a saved configuration.
 #[test]
 fn the_topology_that_an_operator_gives_reaches_front_ends() {
     const TOPOLOGY: u64 = 1 << 10;
