@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Wait};
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 /// Out of this many reads and writes on a channel, one has the p99 latency.
 const P99_INTERVAL: u32 = 100;
@@ -154,6 +155,10 @@ impl Bdev for Delay {
 
     fn features(&self) -> Features {
         self.base.features()
+    }
+
+    fn topology(&self) -> Topology {
+        self.base.topology()
     }
 
     fn stats(&self) -> &Stats {

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::io::{Bdev, Channel, Error, Features, Op};
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 use channel::ErrorChannel;
 
@@ -256,6 +257,10 @@ impl Bdev for ErrorDisk {
 
     fn features(&self) -> Features {
         self.base.features()
+    }
+
+    fn topology(&self) -> Topology {
+        self.base.topology()
     }
 
     fn stats(&self) -> &Stats {

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::geometry::checked_size;
 use crate::io::{Bdev, Channel, Error, Features};
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 pub use backing::Alignment;
 
@@ -48,6 +49,7 @@ pub struct FileDisk {
     file: File,
     /// What direct I/O asks for; `None` if the file is buffered.
     direct: Option<Alignment>,
+    topology: Topology,
     stats: Stats,
 }
 
@@ -108,6 +110,7 @@ impl FileDisk {
             num_blocks: AtomicU64::new(num_blocks),
             file: opened.file,
             direct: opened.direct,
+            topology: opened.topology,
             stats: Stats::default(),
         }))
     }
@@ -199,6 +202,10 @@ impl Bdev for FileDisk {
 
     fn features(&self) -> Features {
         self.features
+    }
+
+    fn topology(&self) -> Topology {
+        self.topology
     }
 
     fn stats(&self) -> &Stats {

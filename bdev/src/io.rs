@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 /// Names one I/O among those outstanding on a channel. The caller picks it, below the `depth`
 /// that it opened the channel with, and does not reuse it until the I/O has completed.
@@ -271,6 +272,10 @@ pub trait Bdev: Send + Sync + 'static {
     fn num_blocks(&self) -> u64;
     /// What it can do. Does not change.
     fn features(&self) -> Features;
+    /// Which I/Os suit it. Does not change; a wrapper passes its base's on.
+    fn topology(&self) -> Topology {
+        Topology::default()
+    }
     /// Counters of this device, over all its channels, kept by the channels' owners.
     fn stats(&self) -> &Stats;
 

@@ -1,7 +1,8 @@
 //! Where the bytes are: block devices and the wrappers round them.
 //!
-//! A [`Bdev`] is shared: geometry, features, and [`Bdev::open`]. I/O goes through a [`Channel`],
-//! which has one owner at a time (the virtqueue it was opened for) and therefore needs no lock.
+//! A [`Bdev`] is shared: geometry, [`Topology`], features, and [`Bdev::open`]. I/O goes through a
+//! [`Channel`], which has one owner at a time (the virtqueue it was opened for) and therefore needs
+//! no lock.
 //! Channels are opened and dropped on the control side and used on a reactor, so the methods of
 //! `Bdev` may block and allocate, and the methods of `Channel` may not.
 //!
@@ -20,6 +21,7 @@ pub mod memory;
 pub mod stats;
 
 mod geometry;
+mod topology;
 
 mod available;
 mod pages;
@@ -46,3 +48,4 @@ pub use null::{Null, NullOptions};
 pub use pages::Backing;
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
+pub use topology::Topology;

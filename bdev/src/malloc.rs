@@ -12,6 +12,7 @@ use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
 use crate::shortcut::{AT_ONCE, Shortcut, copy};
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 /// A disk in memory. All of it is allocated when it is made, and reads as zeroes.
 ///
@@ -24,6 +25,7 @@ pub struct Malloc {
     uuid: Uuid,
     block_size: u32,
     num_blocks: u64,
+    topology: Topology,
     pages: Pages,
     stats: Stats,
 }
@@ -48,14 +50,25 @@ impl Malloc {
     /// [`Error::Invalid`] if an option is out of range, [`Error::NoMemory`] if the system
     /// cannot spare so much.
     pub fn create(options: MallocOptions) -> Result<Arc<Self>, Error> {
+        Self::with_topology(options, Topology::default())
+    }
+
+    /// As [`Malloc::create`], with what the operator says of the I/Os that suit it.
+    ///
+    /// # Errors
+    /// As [`Malloc::create`]; [`Error::Invalid`] too if the physical block size is not a power of
+    /// two of 512 or more.
+    pub fn with_topology(options: MallocOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let MallocOptions { name, num_blocks, block_size, uuid } = options;
         let size = checked_size(&name, num_blocks, block_size)?;
+        topology.check(&name)?;
         let pages = Pages::allocate(size).map_err(|e| match e {
             Error::NoMemory(why) => Error::NoMemory(format!("{name}: {why}")),
             other => other,
         })?;
         let uuid = uuid.unwrap_or_else(Uuid::new_v4);
-        Ok(Arc::new(Self { name, uuid, block_size, num_blocks, pages, stats: Stats::default() }))
+        let stats = Stats::default();
+        Ok(Arc::new(Self { name, uuid, block_size, num_blocks, topology, pages, stats }))
     }
 
     /// What kind of memory it got.
@@ -95,6 +108,10 @@ impl Bdev for Malloc {
             reset: true,
             any_alignment: true,
         }
+    }
+
+    fn topology(&self) -> Topology {
+        self.topology
     }
 
     fn stats(&self) -> &Stats {
@@ -205,6 +222,18 @@ mod tests {
             let e = Malloc::create(options(blocks, block_size)).map(|_| ()).unwrap_err();
             assert_eq!(e.errno(), errno, "{blocks} x {block_size}: {e}");
         }
+    }
+
+    #[test]
+    fn says_what_it_was_told_of_its_topology() {
+        let topology =
+            Topology { physical_block_size: 4096, min_io_blocks: 0, optimal_io_blocks: 64 };
+        let disk = Malloc::with_topology(options(8, 512), topology).unwrap();
+        assert_eq!(disk.topology(), topology);
+        // Refused before its memory is asked for.
+        let wrong = Topology { physical_block_size: 100, ..topology };
+        let e = Malloc::with_topology(options(1 << 38, 4096), wrong).map(|_| ()).unwrap_err();
+        assert_eq!(e.errno(), libc::EINVAL);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::geometry::{checked_size, within};
 use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
+use crate::topology::Topology;
 
 /// A disk without bytes.
 ///
@@ -21,6 +22,7 @@ pub struct Null {
     uuid: Uuid,
     block_size: u32,
     num_blocks: AtomicU64,
+    topology: Topology,
     stats: Stats,
 }
 
@@ -43,13 +45,24 @@ impl Null {
     /// # Errors
     /// [`Error::Invalid`] if an option is out of range.
     pub fn create(options: NullOptions) -> Result<Arc<Self>, Error> {
+        Self::with_topology(options, Topology::default())
+    }
+
+    /// As [`Null::create`], with what the operator says of the I/Os that suit it.
+    ///
+    /// # Errors
+    /// As [`Null::create`]; [`Error::Invalid`] too if the physical block size is not a power of
+    /// two of 512 or more.
+    pub fn with_topology(options: NullOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let NullOptions { name, num_blocks, block_size, uuid } = options;
         checked_size(&name, num_blocks, block_size)?;
+        topology.check(&name)?;
         Ok(Arc::new(Self {
             name,
             uuid: uuid.unwrap_or_else(Uuid::new_v4),
             block_size,
             num_blocks: AtomicU64::new(num_blocks),
+            topology,
             stats: Stats::default(),
         }))
     }
@@ -102,6 +115,10 @@ impl Bdev for Null {
             reset: true,
             any_alignment: true,
         }
+    }
+
+    fn topology(&self) -> Topology {
+        self.topology
     }
 
     fn stats(&self) -> &Stats {
@@ -160,5 +177,18 @@ mod tests {
         ] {
             assert_eq!(Null::create(wrong).map(|_| ()).unwrap_err().errno(), libc::EINVAL);
         }
+    }
+
+    #[test]
+    fn says_what_it_was_told_of_its_topology() {
+        let options = NullOptions { name: "n".into(), num_blocks: 10, block_size: 512, uuid: None };
+        let topology =
+            Topology { physical_block_size: 4096, min_io_blocks: 16, optimal_io_blocks: 64 };
+        let disk = Null::with_topology(options.clone(), topology).unwrap();
+        disk.resize(20).unwrap();
+        assert_eq!(disk.topology(), topology);
+        let wrong = Topology { physical_block_size: 1536, ..topology };
+        let e = Null::with_topology(options, wrong).map(|_| ()).unwrap_err();
+        assert_eq!(e.errno(), libc::EINVAL);
     }
 }

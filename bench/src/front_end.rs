@@ -110,6 +110,14 @@ pub struct BlkConfig {
     pub seg_max: u32,
     /// Bytes in a logical block.
     pub blk_size: u32,
+    /// Logical blocks in a physical one, as a power of two.
+    pub physical_block_exp: u8,
+    /// Logical block that the first physical one begins with.
+    pub alignment_offset: u8,
+    /// Logical blocks in the smallest I/O that is worth while.
+    pub min_io_size: u16,
+    /// Logical blocks in the best I/O; 0 if none is better than others.
+    pub opt_io_size: u32,
     /// Queues that the device has.
     pub num_queues: u16,
     /// Most sectors in one discard range.
@@ -137,6 +145,10 @@ impl BlkConfig {
             size_max: word(8),
             seg_max: word(12),
             blk_size: word(20),
+            physical_block_exp: bytes[24],
+            alignment_offset: bytes[25],
+            min_io_size: number(26, 2) as u16,
+            opt_io_size: word(28),
             num_queues: number(34, 2) as u16,
             max_discard_sectors: word(36),
             max_discard_seg: word(40),

@@ -32,7 +32,8 @@ const FILE_SYSTEM: &str = "check() {
 fn a_guest_works_on_disks_of_one_and_of_four_queues_and_on_a_read_only_one() {
     let vhost = Vhost::start(&[]);
     let file = aio(&vhost, "Aio0", 32 * MIB);
-    malloc(&vhost, "Malloc0", 32 * MIB, 4096);
+    let malloc = "bdev_malloc_create -b Malloc0 32 4096 -p 16384 -o 32";
+    vhost.spdk_rpc(&malloc.split(' ').collect::<Vec<_>>()).unwrap();
     let options = GuestOptions {
         cpus: 4,
         ..GuestOptions::new(&controller(&vhost, "one", "Aio0"))
@@ -49,6 +50,10 @@ fn a_guest_works_on_disks_of_one_and_of_four_queues_and_on_a_read_only_one() {
         let seen = ["size_bytes", "queues", "block_bytes", "ro"].map(|name| facts.number(name));
         assert_eq!(seen, [32 * MIB as u64, queues, block_bytes, read_only], "{disk}");
         assert_eq!(facts.text("serial").trim_end_matches('_'), bdev);
+    }
+    for (disk, topology) in [("vda", "512 512 0"), ("vdb", "16384 16384 131072")] {
+        let sizes = "cat physical_block_size minimum_io_size optimal_io_size";
+        assert_eq!(guest.ok(&format!("cd /sys/block/{disk}/queue && echo $({sizes})")), topology);
     }
     for (name, queues) in [("one", 1), ("four", 4), ("readonly", 1)] {
         let [session] = &sessions(&vhost, name)[..] else { panic!("{name}: not one session") };

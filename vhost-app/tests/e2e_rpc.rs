@@ -501,6 +501,60 @@ fn a_saved_configuration_gives_the_same_target_back() {
     check(&running, "load_config into a running target");
 }
 
+/// Physical blocks and I/O sizes that `spdk-rpc` gives reach a front end, also through wrappers,
+/// after a resize, and from a saved configuration.
+#[test]
+fn the_topology_that_an_operator_gives_reaches_front_ends() {
+    const TOPOLOGY: u64 = 1 << 10;
+    let first = Vhost::start(&[]);
+    for line in [
+        "bdev_malloc_create -b plain 1 512",
+        "bdev_malloc_create -b malloc 1 512 -p 4096 -o 256",
+        "bdev_malloc_create -b odd 1 512 -p 4096 -o 12",
+        "bdev_malloc_create -b below 1 4096 --physical-block-size 512 --optimal-io-boundary 3",
+        "bdev_null_create null 1 4096 -p 16384 -g 8 -s 32",
+        "bdev_error_create malloc",
+        "bdev_delay_create -b EE_malloc -d wrapped -r 1 --nine-nine-read-latency 1 -w 1 \
+         --nine-nine-write-latency 1",
+    ] {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        first.spdk_rpc(&args).unwrap_or_else(|e| panic!("{line}: {e}"));
+    }
+    first.wait_for_log("odd: guests are told optimal I/O size 0, not 12");
+    first.wait_for_log("below: guests are told physical block size 4096, not 512");
+    // The exponent of a physical block, the smallest I/O and the best, in blocks.
+    let expected = [
+        ("plain", (0, 1, 0)),
+        ("wrapped", (3, 8, 256)),
+        ("odd", (3, 8, 0)),
+        ("below", (0, 1, 3)),
+        ("null", (2, 8, 32)),
+    ];
+    let check = |vhost: &Vhost, how: &str| {
+        for (name, topology) in expected {
+            let ram = GuestRam::new(&[1 << 20]).unwrap();
+            let options = Options::default();
+            let mut front_end = FrontEnd::connect(&vhost.socket(name), ram, options).unwrap();
+            assert_ne!(front_end.features() & TOPOLOGY, 0, "{how} {name}");
+            let config = front_end.config().unwrap();
+            let told = (config.physical_block_exp, config.min_io_size, config.opt_io_size);
+            assert_eq!((told, config.alignment_offset), (topology, 0), "{how} {name}");
+        }
+    };
+    for (name, _) in expected {
+        first.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": name}));
+    }
+    check(&first, "as made");
+    first.ok("bdev_null_resize", json!({"name": "null", "new_size": 2}));
+    check(&first, "resized");
+    let saved = first.spdk_rpc(&["save_config"]).unwrap();
+    check(&Launch::new().config(&saved).start(), "-c");
+    // SPDK shows no physical blocks.
+    let shown = first.ok("bdev_get_bdevs", json!({"name": "malloc"}));
+    assert!(!shown.to_string().contains("physical"), "{shown}");
+    assert_eq!(first.ok("bdev_get_bdevs", json!({"name": "null"}))[0]["optimal_write_size"], 32);
+}
+
 #[test]
 fn a_thousand_rounds_leave_nothing_behind() {
     let vhost = Vhost::start(&[]);

@@ -28,6 +28,8 @@ pub const VHOST_F_LOG_ALL: u32 = 26;
 /// vhost-user: protocol features can be negotiated.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
+/// Where `min_io_size` is in the config space.
+const MIN_IO_SIZE_AT: usize = 26;
 /// Where `wce` is in the config space.
 const WCE_AT: usize = 32;
 
@@ -99,7 +101,7 @@ impl Disk {
 pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-    put(26, &1_u16.to_le_bytes()); // min_io_size
+    put(MIN_IO_SIZE_AT, &1_u16.to_le_bytes());
     put(34, &QUEUES_MAX.to_le_bytes()); // num_queues
     let Some(disk) = disk else { return config };
     let features = disk.bdev.features();
@@ -110,6 +112,10 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
     put(8, &size_max.to_le_bytes());
     put(12, &seg_max.to_le_bytes());
     put(20, &block_bytes.to_le_bytes()); // blk_size
+    let topology = Topology::of(&*disk.bdev);
+    put(24, &[topology.physical_block_exp]);
+    put(MIN_IO_SIZE_AT, &topology.min_io_size.to_le_bytes());
+    put(28, &topology.opt_io_size.to_le_bytes());
     put(WCE_AT, &[write_cache.into()]);
     if features.unmap {
         put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
@@ -121,6 +127,33 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
         put(52, &(RANGES_MAX as u32).to_le_bytes()); // max_write_zeroes_seg
     }
     config
+}
+
+/// `struct virtio_blk_topology`, less its `alignment_offset`: block 0 is aligned.
+struct Topology {
+    physical_block_exp: u8,
+    /// In blocks.
+    min_io_size: u16,
+    /// In blocks.
+    opt_io_size: u32,
+}
+
+impl Topology {
+    fn of(bdev: &dyn Bdev) -> Self {
+        let block_bytes = bdev.block_size();
+        let topology = bdev.topology().settled(block_bytes);
+        // Linux multiplies by the size of a block in 32 bits.
+        let optimal = topology.optimal_io_blocks;
+        let fits = optimal.checked_mul(block_bytes).is_some();
+        Self {
+            // Of two powers of two of 32 bits: 22 at most.
+            physical_block_exp: (topology.physical_block_size / block_bytes).trailing_zeros() as u8,
+            // What does not fit is cut to a power of two. Drivers take a physical block for the
+            // least that it can be.
+            min_io_size: topology.min_io_blocks.min(1 << 15) as u16,
+            opt_io_size: if fits { optimal } else { 0 },
+        }
+    }
 }
 
 /// What SET_CONFIG of `contents` at `offset` makes of `wce`: `None` if it is not written, or to
@@ -139,7 +172,7 @@ pub fn written_write_cache(offset: u32, contents: &[u8]) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bdev::{Malloc, MallocOptions, Null, NullOptions};
+    use bdev::{Malloc, MallocOptions, Null, NullOptions, Topology};
 
     /// Nobody who has negotiated with SPDK misses anything here.
     #[test]
@@ -159,5 +192,42 @@ mod tests {
             let features = Disk { bdev: Arc::clone(bdev), read_only }.features();
             assert_eq!(features, spdk | more, "{} {features:#x}", bdev.name());
         }
+    }
+
+    /// Bytes 24 to 32 are what virtio 1.2, 5.2.4 calls topology.
+    #[test]
+    fn a_guest_is_told_the_topology_of_the_disk() {
+        // The size of a block; what the disk says of physical blocks, of the smallest I/O and of
+        // the best; log2 of blocks in a physical block, and both I/Os in blocks.
+        for (block_size, [physical, min, optimal], (exp, min_io_size, opt_io_size)) in [
+            (512, [0, 0, 0], (0, 1_u16, 0_u32)),
+            (512, [512, 0, 0], (0, 1, 0)),
+            (512, [4096, 0, 256], (3, 8, 256)),
+            (512, [4096, 128, 1024], (3, 128, 1024)),
+            (4096, [4096, 0, 8], (0, 1, 8)),
+            (4096, [16384, 0, 32], (2, 4, 32)),
+            // What does not go together, or into the fields.
+            (4096, [512, 0, 3], (0, 1, 3)),
+            (512, [4096, 0, 12], (3, 8, 0)),
+            (512, [512, 100_000, 0], (0, 32768, 0)),
+            (512, [1 << 31, 0, 1 << 22], (22, 32768, 1 << 22)),
+            (512, [512, 0, 1 << 23], (0, 1, 0)),
+            (512, [512, 0, (1 << 23) - 1], (0, 1, (1 << 23) - 1)),
+            (4096, [0, u32::MAX, u32::MAX], (0, 32768, 0)),
+        ] {
+            let options = NullOptions { name: "n".into(), num_blocks: 64, block_size, uuid: None };
+            let topology = Topology {
+                physical_block_size: physical,
+                min_io_blocks: min,
+                optimal_io_blocks: optimal,
+            };
+            let bdev = Null::with_topology(options, topology).unwrap();
+            let config = config_space(Some(&Disk { bdev, read_only: false }), true);
+            let mut expected = [exp, 0, 0, 0, 0, 0, 0, 0];
+            expected[2..4].copy_from_slice(&min_io_size.to_le_bytes());
+            expected[4..].copy_from_slice(&opt_io_size.to_le_bytes());
+            assert_eq!(config[24..32], expected, "{block_size} {topology:?}");
+        }
+        assert_eq!(config_space(None, true)[24..32], [0, 0, 1, 0, 0, 0, 0, 0], "as SPDK");
     }
 }

@@ -44,10 +44,11 @@ pub trait Ring {
     /// The position `by` places further: split, so many chains; packed, so many descriptors.
     fn advance(&self, position: u16, by: u16) -> u16;
 
-    /// How many chains wait at `position`. Packed: 1 if there is any.
+    /// How many chains wait at `position`, at least. Split: all that do. Packed: 0 or 1, as only a
+    /// chain's end tells where the next one begins.
     ///
     /// # Errors
-    /// More than the ring has room for.
+    /// Split: more than the ring has room for.
     fn pending(&self, position: u16) -> Result<u16, RingError>;
 
     /// What changes when the next chain is made available at `position`, and whether one is already.

@@ -3,7 +3,8 @@
 //! Everything happens in one thread and in an order that the seed decides, but for the freeing of
 //! memory and channels, which the target's own threads do. Faults are named at the top of
 //! `simulation/disk.rs` (disks) and `simulation/transport.rs` (sockets); front ends also lose
-//! their connection, die, speak out of turn, talk nonsense, and come back.
+//! their connection, die, speak out of turn, talk nonsense, and come back. They switch the dirty log
+//! and the write cache while requests run, and give memory as a whole or in slots.
 //!
 //! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs that many, `SIM_FIRST=n` begins there.
 
@@ -13,6 +14,7 @@ mod driver;
 mod memfd;
 
 mod simulation {
+    pub(crate) mod dirty;
     pub(crate) mod disk;
     pub(crate) mod front;
     pub(crate) mod message;
@@ -20,6 +22,7 @@ mod simulation {
     pub(crate) mod probe;
     pub(crate) mod rng;
     pub(crate) mod settle;
+    pub(crate) mod switch;
     pub(crate) mod transport;
     pub(crate) mod vm;
     pub(crate) mod world;
@@ -31,9 +34,9 @@ use std::thread;
 use simulation::world::{Counts, World};
 
 const STEPS: usize = 300;
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 1_800;
 /// Kinds of events that are counted, and that so many seeds all reach.
-const KINDS: usize = 20;
+const KINDS: usize = 26;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use crate::geometry::check_block_size;
 use crate::io::Error;
+use crate::topology::Topology;
 
 /// What direct I/O asks of each segment. Powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,7 @@ pub(super) struct Opened {
     pub(super) block_size: u32,
     /// `None` if the file is not open for direct I/O.
     pub(super) direct: Option<Alignment>,
+    pub(super) topology: Topology,
 }
 
 /// Opens `filename` and checks that it goes with the block size.
@@ -62,7 +64,8 @@ pub(super) fn open(
     if direct.is_none() {
         file = reopen(&path, readonly, 0).map_err(system)?;
     }
-    Ok(Opened { file, size, block_size, direct })
+    let topology = topology(&file, block_size, device_block.is_some());
+    Ok(Opened { file, size, block_size, direct, topology })
 }
 
 /// Finds the file without opening it for I/O, since opening a fifo waits and opening some
@@ -113,10 +116,48 @@ fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
     if !file.metadata()?.file_type().is_block_device() {
         return Ok(None);
     }
-    let mut size: libc::c_int = 0;
-    // SAFETY: this ioctl stores one int.
-    let rc = unsafe { libc::ioctl(file.as_raw_fd(), libc::BLKSSZGET, &raw mut size) };
-    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(u32::try_from(size).ok()) }
+    limit(file, Limit::LogicalBlock).map(Some)
+}
+
+/// What a block device says of itself in one 32-bit number of bytes.
+#[derive(Clone, Copy)]
+enum Limit {
+    LogicalBlock,
+    PhysicalBlock,
+    MinIo,
+    OptimalIo,
+}
+
+fn limit(file: &File, limit: Limit) -> io::Result<u32> {
+    let request = match limit {
+        Limit::LogicalBlock => libc::BLKSSZGET,
+        Limit::PhysicalBlock => libc::BLKPBSZGET,
+        Limit::MinIo => libc::BLKIOMIN,
+        Limit::OptimalIo => libc::BLKIOOPT,
+    };
+    let mut bytes: u32 = 0;
+    // SAFETY: each of these ioctls stores one int.
+    let rc = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut bytes) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
+}
+
+/// What a block device says of the I/Os that suit it. A file says no more than what direct I/O has
+/// to be aligned to, and nothing if the kernel does not tell: its `st_blksize` is the page cache's.
+fn topology(file: &File, block_size: u32, is_device: bool) -> Topology {
+    if !is_device {
+        let physical_block_size = told(file.as_raw_fd()).map_or(0, |(_, offset)| offset);
+        return Topology { physical_block_size, ..Topology::default() };
+    }
+    let bytes = |which| limit(file, which).unwrap_or(0);
+    let blocks = |which| {
+        let bytes = bytes(which);
+        if bytes.is_multiple_of(block_size) { bytes / block_size } else { 0 }
+    };
+    Topology {
+        physical_block_size: bytes(Limit::PhysicalBlock),
+        min_io_blocks: blocks(Limit::MinIo),
+        optimal_io_blocks: blocks(Limit::OptimalIo),
+    }
 }
 
 /// What direct I/O asks for on this file; `None` if it does not work, or not for every block.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use bdev::{Bdev, FileDisk, FileOptions, Flavour, Op, Status};
+use bdev::{Bdev, FileDisk, FileOptions, Flavour, Op, Status, Topology};
 use std::os::fd::AsRawFd;
 use tempfile::TempDir;
 
@@ -51,6 +51,21 @@ impl Loop {
         run(Command::new("losetup").args(["--detach", &device]))?;
         Some(Self { device: device.into(), _open: open, _dir: dir })
     }
+
+    /// As the kernel shows it, for blocks of `block_size`.
+    fn topology(&self, block_size: u32) -> Topology {
+        let name = self.device.file_name().unwrap();
+        let queue = Path::new("/sys/block").join(name).join("queue");
+        let bytes =
+            |name| -> u32 { fs::read_to_string(queue.join(name)).unwrap().trim().parse().unwrap() };
+        let physical_block_size = bytes("physical_block_size");
+        assert!(physical_block_size >= block_size);
+        Topology {
+            physical_block_size,
+            min_io_blocks: bytes("minimum_io_size") / block_size,
+            optimal_io_blocks: bytes("optimal_io_size") / block_size,
+        }
+    }
 }
 
 /// A file on a file system whose blocks are 4096 bytes, down to the device.
@@ -82,6 +97,7 @@ fn a_device_knows_its_block_size_and_does_all_operations() {
             assert_eq!(disk.block_size(), sector_size);
             assert_eq!(disk.size_bytes(), SIZE);
             assert_eq!(disk.rescan().unwrap(), SIZE / u64::from(sector_size));
+            assert_eq!(disk.topology(), device.topology(sector_size));
             println!("{sector_size}: {:?} {:?}", disk.direct(), disk.features());
             let unmap = disk.features().unmap;
             let mut driver = Driver::new(&(disk as Arc<dyn Bdev>), 8);
@@ -128,6 +144,7 @@ fn a_file_with_smaller_blocks_than_direct_io_goes_through_the_page_cache() {
         let disk = FileDisk::create(file_options(name.clone(), Flavour::Uring, 512)).unwrap();
         assert_eq!(disk.direct(), None);
         assert!(disk.features().any_alignment);
+        assert_eq!(disk.topology().settled(512).physical_block_size, 4096);
         check(&Fixture::of(disk));
         let disk = FileDisk::create(file_options(name.clone(), Flavour::Uring, 4096)).unwrap();
         assert!(disk.direct().is_some(), "blocks of 4096 go directly");

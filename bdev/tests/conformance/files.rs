@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use bdev::{Bdev, Error, FileDisk, FileOptions, Flavour, Op, Status};
+use bdev::{Bdev, Error, FileDisk, FileOptions, Flavour, Op, Status, Topology};
 use tempfile::TempDir;
 
 use crate::disks::{SIZE, file_options, make_file};
@@ -64,6 +64,21 @@ fn direct_io_is_used_where_the_file_system_tells_that_it_works() {
     let options = file_options(make_file(&shm, SIZE), Flavour::Aio, 4096);
     println!("temporary directory: {:?}", disk.direct());
     println!("tmpfs: {:?}", FileDisk::create(options).unwrap().direct());
+}
+
+#[test]
+fn a_file_says_no_more_of_its_topology_than_direct_io_does() {
+    let dir = TempDir::new().unwrap();
+    let name = make_file(&dir, SIZE);
+    for block_size in [512, 4096] {
+        let disk = FileDisk::create(file_options(name.clone(), Flavour::Aio, block_size)).unwrap();
+        let physical_block_size = disk.topology().physical_block_size;
+        assert_eq!(disk.topology(), Topology { physical_block_size, ..Topology::default() });
+        // Whatever is under the directory, direct I/O of such blocks needs no larger ones.
+        if disk.direct().is_some() {
+            assert_eq!(disk.topology().settled(block_size).physical_block_size, block_size);
+        }
+    }
 }
 
 #[test]

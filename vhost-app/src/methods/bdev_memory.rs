@@ -2,10 +2,10 @@
 
 use std::rc::Rc;
 
-use bdev::{Bdev, Malloc, MallocOptions, Null, NullOptions};
+use bdev::{Bdev, Malloc, MallocOptions, Null, NullOptions, Topology};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
-use tracing::error;
+use tracing::{error, warn};
 
 use super::bdev::{delete, tell_of_size};
 use super::{Answer, App, GivenUuid, Methods, as_given, bdev_error, blocking, given};
@@ -26,7 +26,6 @@ pub(super) fn register(methods: &mut Methods<'_>) {
 struct Layout {
     md_size: Option<u32>,
     dif_type: Option<i32>,
-    physical_block_size: Option<u32>,
 }
 
 impl Layout {
@@ -39,11 +38,21 @@ impl Layout {
                 return Err(RpcError::errno(libc::EINVAL));
             }
         }
-        if let Some(size) = self.physical_block_size.filter(|size| !size.is_multiple_of(512)) {
-            error!("{method}: physical_block_size {size} is not a multiple of 512");
-            return Err(RpcError::errno(libc::EINVAL));
-        }
         Ok(())
+    }
+}
+
+/// Logs what guests will not be told, as it does not go with the block sizes.
+fn tell_of_topology(method: &str, bdev: &dyn Bdev) {
+    let (said, used) = (bdev.topology(), bdev.topology().settled(bdev.block_size()));
+    for (what, said, used) in [
+        ("physical block size", said.physical_block_size, used.physical_block_size),
+        ("preferred write granularity", said.min_io_blocks, used.min_io_blocks),
+        ("optimal I/O size", said.optimal_io_blocks, used.optimal_io_blocks),
+    ] {
+        if said != 0 && said != used {
+            warn!("{method}: {}: guests are told {what} {used}, not {said}", bdev.name());
+        }
     }
 }
 
@@ -67,8 +76,7 @@ struct MallocCreate {
 async fn malloc_create(app: Rc<App>, params: Params) -> Answer {
     let method = params.method();
     let p: MallocCreate = params.decode(DecodeFailure::INTERNAL)?;
-    let (md_size, dif_type, physical_block_size) = (p.md_size, p.dif_type, p.physical_block_size);
-    Layout { md_size, dif_type, physical_block_size }.check(method)?;
+    Layout { md_size: p.md_size, dif_type: p.dif_type }.check(method)?;
     let reserved =
         app.bdevs.reserve(p.name, given(p.uuid), as_given(&params)).map_err(RpcError::errno)?;
     let options = MallocOptions {
@@ -77,8 +85,14 @@ async fn malloc_create(app: Rc<App>, params: Params) -> Answer {
         block_size: p.block_size,
         uuid: Some(reserved.uuid),
     };
-    let disk = blocking(move || Malloc::create(options)).await;
+    let topology = Topology {
+        physical_block_size: p.physical_block_size.unwrap_or(0),
+        min_io_blocks: 0,
+        optimal_io_blocks: p.optimal_io_boundary.unwrap_or(0),
+    };
+    let disk = blocking(move || Malloc::with_topology(options, topology)).await;
     let disk = disk.map_err(|e| bdev_error(method, &e))?;
+    tell_of_topology(method, &*disk);
     let name = disk.name().to_owned();
     reserved.complete(Disk::Malloc(disk));
     Ok(name.into())
@@ -106,8 +120,7 @@ struct NullCreate {
 fn null_create(app: &App, params: &Params) -> Answer {
     let method = params.method();
     let p: NullCreate = params.decode(DecodeFailure::INTERNAL)?;
-    let (md_size, dif_type, physical_block_size) = (p.md_size, p.dif_type, p.physical_block_size);
-    Layout { md_size, dif_type, physical_block_size }.check(method)?;
+    Layout { md_size: p.md_size, dif_type: p.dif_type }.check(method)?;
     let reserved = app
         .bdevs
         .reserve(Some(p.name), given(p.uuid), as_given(params))
@@ -118,7 +131,13 @@ fn null_create(app: &App, params: &Params) -> Answer {
         block_size: p.block_size,
         uuid: Some(reserved.uuid),
     };
-    let disk = Null::create(options).map_err(|e| bdev_error(method, &e))?;
+    let topology = Topology {
+        physical_block_size: p.physical_block_size.unwrap_or(0),
+        min_io_blocks: p.preferred_write_granularity.unwrap_or(0),
+        optimal_io_blocks: p.optimal_write_size.unwrap_or(0),
+    };
+    let disk = Null::with_topology(options, topology).map_err(|e| bdev_error(method, &e))?;
+    tell_of_topology(method, &*disk);
     let name = disk.name().to_owned();
     reserved.complete(Disk::Null(disk));
     Ok(name.into())

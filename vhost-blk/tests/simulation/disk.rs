@@ -21,9 +21,24 @@ pub(crate) const REQUEST_SECTORS: u64 = 16;
 /// What happens while a device is being opened.
 pub(crate) type Meanwhile = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
 
+/// What an I/O is of its request: what was asked, or the flush that makes it durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) request: u64,
+    pub(crate) flush: bool,
+}
+
+/// What a channel has seen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Seen {
+    /// It came, whether or not there was room.
+    Fetched(Part),
+    DoneAtOnce(Part),
+}
+
 /// An I/O in flight.
 pub(crate) struct Flying {
-    pub(crate) request: u64,
+    pub(crate) part: Part,
     /// Completes only at the end.
     pub(crate) stuck: bool,
     channel: u64,
@@ -34,10 +49,8 @@ pub(crate) struct Flying {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) flying: Vec<Flying>,
-    /// Requests that arrived since the simulation last looked, whether or not there was room.
-    pub(crate) fetched: Vec<u64>,
-    /// Those that were finished at once.
-    pub(crate) at_once_done: Vec<u64>,
+    /// Since the simulation last looked, in order.
+    pub(crate) seen: Vec<Seen>,
     pub(crate) full: bool,
     pub(crate) at_once: bool,
     pub(crate) open_fails: bool,
@@ -54,14 +67,13 @@ pub(crate) struct State {
 
 impl State {
     /// Ends the `n`th I/O in flight.
-    pub(crate) fn complete(&mut self, n: usize, status: Status) -> u64 {
-        let Flying { request, channel, io, .. } = self.flying.swap_remove(n);
+    pub(crate) fn complete(&mut self, n: usize, status: Status) {
+        let Flying { part, channel, io, .. } = self.flying.swap_remove(n);
         if status == Status::Ok {
-            self.transfer(&io, request);
+            self.transfer(&io, part.request);
         }
         self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
         self.wakes[&channel].signal();
-        request
     }
 
     fn transfer(&mut self, io: &Io, request: u64) {
@@ -142,7 +154,7 @@ impl Bdev for SimDisk {
         let wake = Arc::new(EventFd::new().expect("an fd"));
         state.wakes.insert(number, Arc::clone(&wake));
         drop(state);
-        Ok(Box::new(SimChannel { number, wake, disk: self }))
+        Ok(Box::new(SimChannel { number, wake, disk: self, tags: BTreeMap::new() }))
     }
 }
 
@@ -150,14 +162,23 @@ struct SimChannel {
     number: u64,
     wake: Arc<EventFd>,
     disk: Arc<SimDisk>,
+    /// The requests that tags were last of: a flush says nothing else of whose it is.
+    tags: BTreeMap<u16, u64>,
 }
 
 impl Channel for SimChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.disk.state);
-        let request = io.offset / 512 / REQUEST_SECTORS;
+        // No guest asks for one itself.
+        let flush = io.op == Op::Flush;
+        if !flush {
+            self.tags.insert(io.tag.0, io.offset / 512 / REQUEST_SECTORS);
+        }
+        let request = self.tags.get(&io.tag.0).copied();
+        let request = request.expect("a flush comes after what it is to make durable");
+        let part = Part { request, flush };
         if !state.parked.remove(&request) {
-            state.fetched.push(request);
+            state.seen.push(Seen::Fetched(part));
         }
         if state.full {
             state.parked.insert(request);
@@ -165,10 +186,10 @@ impl Channel for SimChannel {
         }
         if state.at_once {
             state.transfer(&io, request);
-            state.at_once_done.push(request);
+            state.seen.push(Seen::DoneAtOnce(part));
             return Submit::Done(Status::Ok);
         }
-        state.flying.push(Flying { request, stuck: false, channel: self.number, io });
+        state.flying.push(Flying { part, stuck: false, channel: self.number, io });
         Submit::Queued
     }
 

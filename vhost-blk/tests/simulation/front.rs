@@ -3,17 +3,19 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use vhost_blk::config::Disk;
+use vhost_blk::config::{Disk, VHOST_F_LOG_ALL};
 use vhost_blk::notify::EventFd;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{Connection, Verdict};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::dirty::{LOG_BYTES, LOG_OFFSET};
 use super::disk::lock;
-use super::message::Message;
+use super::message::{Message, WRITE_CACHE_AT};
 use super::transport::FakeConnection;
-use super::vm::{Kind, Layout, RINGS, Vm};
+use super::vm::{Kind, RINGS, Vm};
 use super::world::{Front, Served, World};
 
 /// Something that another thread does while a device is being opened.
@@ -58,6 +60,7 @@ impl World {
         for _ in 0..1 + self.rng.below(8) {
             if self.fronts[n].owed.is_none()
                 && let Some(message) = self.fronts[n].script.pop_front()
+                && self.has_the_time(n, &message)
             {
                 self.send(n, message);
             }
@@ -91,7 +94,11 @@ impl World {
             let event_idx = self.rng.one_in(2);
             let packed = self.controllers[controller].packed && !self.rng.one_in(3);
             let tracked = self.rng.one_in(2);
-            self.vms.push(Vm::new(controller, event_idx, packed, tracked));
+            let mut vm = Vm::new(controller, event_idx, packed, tracked);
+            vm.slots = self.rng.one_in(2);
+            let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+            vm.declined = [0, 0, wce, flush | wce][self.rng.below(4)];
+            self.vms.push(vm);
             self.vms.len() - 1
         });
         self.trace.add(format!("front {number}: machine {vm} connects to controller {controller}"));
@@ -117,10 +124,12 @@ impl World {
             vm,
             gone: false,
             closed: false,
-            featured: false,
+            features: 0,
+            write_cache: self.controllers[controller].write_cache,
             was_reset: false,
-            table: None,
+            memory: vec![],
             area: None,
+            log: None,
             rings: Default::default(),
             owed: None,
             script: [].into(),
@@ -173,10 +182,10 @@ impl World {
         let ring = self.rng.below(RINGS);
         let served = self.fronts[n].rings[ring].served;
         let none_served = self.fronts[n].rings.iter().all(|r| r.served != Served::Yes);
-        let script = match self.rng.below(32) {
+        let script = match self.rng.below(37) {
             0..14 if served != Served::Yes => self.start(n, ring),
             14..24 if none_served => self.start(n, ring),
-            14..17 => vec![self.new_table(n)],
+            14..17 => self.new_memory(n),
             17..20 => vec![Message::Call(ring, self.call())],
             20 if served == Served::Yes => vec![Message::Kick(ring, self.call())],
             21..25 if self.may_stop(n, ring) => vec![Message::GetBase(ring)],
@@ -188,6 +197,8 @@ impl World {
             28 => vec![Message::GetConfig],
             29 if self.rng.one_in(8) => vec![Message::Nonsense],
             30 if self.rng.one_in(2) => return self.die(n),
+            31..34 => self.switch_logging(n),
+            34 | 35 => vec![Message::WriteCache(self.rng.one_in(2))],
             _ => vec![],
         };
         self.fronts[n].script = script.into();
@@ -200,22 +211,6 @@ impl World {
 
     fn call(&mut self) -> Option<EventFd> {
         (!self.rng.one_in(4)).then(|| EventFd::new().expect("an fd"))
-    }
-
-    fn new_table(&mut self, n: usize) -> Message {
-        let layouts = [
-            Layout::Whole,
-            Layout::Split,
-            Layout::WholeAndExtra,
-            Layout::SplitAndExtra,
-            Layout::Small,
-            Layout::NoRings,
-        ];
-        let some_served = self.fronts[n].rings.iter().any(|r| r.served == Served::Yes);
-        let most = if some_served && self.rng.one_in(4) { 6 } else { 5 };
-        let layout = layouts[self.rng.below(most)];
-        let (number, table) = self.vms[self.fronts[n].vm].table(layout);
-        Message::Table(number, table, layout != Layout::NoRings)
     }
 
     /// The messages that start a ring.
@@ -235,7 +230,7 @@ impl World {
             }
         }
         let mut script = vec![];
-        if !self.fronts[n].featured {
+        if self.fronts[n].features == 0 {
             let controller = &self.controllers[self.fronts[n].controller];
             let state = &self.disks[controller.disk];
             let no_event_idx = if event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
@@ -246,10 +241,17 @@ impl World {
             });
             let features = features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX);
             let packed = if packed { 1 << VIRTIO_F_RING_PACKED } else { 0 };
-            script.push(Message::Features(features & !no_event_idx | packed));
+            let mut declined = no_event_idx | self.vms[vm].declined;
+            if self.rng.one_in(8) {
+                let (number, log) = self.vms[vm].new_log();
+                script.push(Message::Log(number, log));
+            } else {
+                declined |= 1 << VHOST_F_LOG_ALL;
+            }
+            script.push(Message::Features(features & !declined | packed));
         }
-        if self.fronts[n].table.is_none() || self.rng.one_in(8) {
-            script.push(self.new_table(n));
+        if self.fronts[n].table().is_none() || self.rng.one_in(8) {
+            script.extend(self.new_memory(n));
         }
         if let Some(area) = self.vms[vm].area()
             && self.fronts[n].area != Some(area.0)
@@ -294,17 +296,25 @@ impl World {
 
     fn after_message(&mut self, n: usize, message: Message, verdict: Verdict) {
         self.trace.add(format!("front {n}: {message:?}: {verdict:?}"));
+        let rejected = matches!(verdict, Verdict::Reject);
+        let in_vain = self.is_in_vain(n, &message, rejected);
         let front = &mut self.fronts[n];
-        let refused = front.owed.is_some()
-            || matches!(message, Message::Nonsense | Message::Table(_, _, false));
-        if refused || matches!(verdict, Verdict::Reject) {
-            let rejected = matches!(verdict, Verdict::Reject);
+        let refused = in_vain
+            || front.owed.is_some()
+            || matches!(
+                message,
+                Message::Nonsense | Message::Table(_, false) | Message::RemRegion(_, false)
+            );
+        if refused || rejected {
             // Where the target has given the connection up, its rings may be stopped already.
             let given_up = front.fake.is_shut();
             assert!(given_up || refused == rejected, "front {n}: {message:?}: {verdict:?}");
-            if let (Message::Table(number, ..), false) = (&message, rejected) {
-                front.table = Some(*number);
+            if in_vain || !rejected {
+                self.take_effect(n, &message);
             }
+            let front = &mut self.fronts[n];
+            // No promise holds any more.
+            front.log = None;
             // The transport ends the connection.
             front.fake.shut_down();
             front.gone = true;
@@ -312,12 +322,23 @@ impl World {
             front.script.clear();
             return;
         }
+        let logging = self.fronts[n].logging();
+        self.take_effect(n, &message);
+        self.logging_acknowledged(n, logging);
+        let front = &mut self.fronts[n];
         match message {
-            Message::Features(_) => front.featured = true,
             Message::Inflight(number, ..) => front.area = Some(number),
-            Message::Table(number, ..) => {
-                front.table = Some(number);
+            Message::Table(..) => {
                 self.count("memory tables");
+                return;
+            }
+            Message::AddRegion(..) => {
+                self.count("memory slots");
+                return;
+            }
+            Message::Log(..) => {
+                let Verdict::Reply(payload) = &verdict else { panic!("front {n}: {verdict:?}") };
+                assert_eq!(*payload, [LOG_BYTES, LOG_OFFSET].map(u64::to_le_bytes).concat());
                 return;
             }
             Message::Call(ring, call) => {
@@ -327,8 +348,8 @@ impl World {
             Message::Kick(ring, _) => front.rings[ring].served = Served::Yes,
             Message::ResetOwner => {
                 *self.counts.entry("RESET_OWNER").or_default() += 1;
-                front.featured = false;
-                front.area = None;
+                front.features = 0;
+                (front.area, front.log) = (None, None);
                 front.was_reset = true;
                 for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
                     ring.served = Served::Reset;
@@ -347,6 +368,9 @@ impl World {
             Message::GetConfig => {
                 let Verdict::Reply(payload) = &verdict else { panic!("front {n}: {verdict:?}") };
                 assert_eq!(payload.len(), 12 + 60);
+                let disk = &self.disks[self.controllers[front.controller].disk];
+                let write_cache = u8::from(front.write_cache && disk.bdev.is_some());
+                assert_eq!(payload[12 + WRITE_CACHE_AT as usize], write_cache, "the write cache");
                 return;
             }
             _ => {}
@@ -379,14 +403,16 @@ impl World {
             return None;
         }
         let ring = self.rng.below(RINGS);
-        let message = match self.rng.below(4) {
+        let message = match self.rng.below(6) {
             0 => Message::Call(ring, self.call()),
-            1 => self.new_table(n),
+            1 => self.new_memory(n).into_iter().next()?,
             2 => Message::ResetOwner,
+            3 => self.switch_logging(n).into_iter().next()?,
+            4 => Message::WriteCache(self.rng.one_in(2)),
             _ if self.may_stop(n, ring) => Message::GetBase(ring),
             _ => return None,
         };
-        if matches!(message, Message::Table(_, _, false)) {
+        if matches!(message, Message::Table(_, false)) || self.comes_too_early(n, &message) {
             return None;
         }
         Some(self.plan(What::Message(n, message)))

@@ -1,5 +1,6 @@
 //! What front ends say, and how it looks on the wire.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use vhost_blk::foreign::ForeignFd;
@@ -8,14 +9,26 @@ use vhost_blk::memory::RegionSpec;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::{self, request};
 
+use super::dirty::{LOG_BYTES, LOG_OFFSET};
 use super::vm::user_addrs;
+
+/// Where the config space has the write cache (virtio 1.2, section 5.2.4).
+pub(crate) const WRITE_CACHE_AT: u32 = 32;
 
 /// A message, ready to be sent.
 #[derive(Debug)]
 pub(crate) enum Message {
     Features(u64),
-    /// The table's number, its contents, and whether they are acceptable.
-    Table(usize, Vec<(RegionSpec, OwnedFd)>, bool),
+    /// A memory table, and whether it is acceptable.
+    Table(Vec<(RegionSpec, OwnedFd)>, bool),
+    /// A slot more.
+    AddRegion(RegionSpec, OwnedFd),
+    /// A slot less, and whether that is acceptable.
+    RemRegion(RegionSpec, bool),
+    /// The number of a dirty log, and the log.
+    Log(usize, File),
+    /// Whether the guest flushes for itself.
+    WriteCache(bool),
     /// The number of an area for what is in flight, and what it is.
     Inflight(usize, AreaSpec, OwnedFd),
     Num(usize, u16),
@@ -46,15 +59,27 @@ impl Message {
             Self::Features(features) => {
                 plain(request::SET_FEATURES, features.to_le_bytes().to_vec())
             }
-            Self::Table(_, table, _) => {
+            Self::Table(table, _) => {
                 let mut payload = words(table.len(), 0);
-                for (spec, _) in table {
-                    for number in [spec.gpa, spec.size, spec.user_addr, spec.offset] {
-                        payload.extend(number.to_le_bytes());
-                    }
-                }
+                table.iter().for_each(|(spec, _)| payload.extend(region(spec)));
                 let fds = table.iter().map(|(_, fd)| fd.try_clone().expect("an fd")).collect();
                 (request::SET_MEM_TABLE, payload, fds)
+            }
+            Self::AddRegion(spec, fd) => {
+                let payload = [words(0, 0), region(spec)].concat();
+                (request::ADD_MEM_REG, payload, vec![fd.try_clone().expect("an fd")])
+            }
+            Self::RemRegion(spec, _) => {
+                plain(request::REM_MEM_REG, [words(0, 0), region(spec)].concat())
+            }
+            Self::Log(_, log) => {
+                let payload = [LOG_BYTES, LOG_OFFSET].map(u64::to_le_bytes).concat();
+                (request::SET_LOG_BASE, payload, vec![log.try_clone().expect("an fd").into()])
+            }
+            Self::WriteCache(on) => {
+                let mut payload = [WRITE_CACHE_AT, 1, 0].map(u32::to_le_bytes).concat();
+                payload.push((*on).into());
+                plain(request::SET_CONFIG, payload)
             }
             Self::Inflight(_, spec, fd) => {
                 let fd = fd.try_clone().expect("an fd");
@@ -95,4 +120,8 @@ impl Message {
             Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 0)),
         }
     }
+}
+
+fn region(spec: &RegionSpec) -> Vec<u8> {
+    [spec.gpa, spec.size, spec.user_addr, spec.offset].map(u64::to_le_bytes).concat()
 }

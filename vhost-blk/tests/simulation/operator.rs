@@ -69,7 +69,9 @@ impl World {
             Ok(()) => {
                 assert!(!fails && !taken);
                 let (exists, deleting) = (true, false);
-                self.controllers.push(Controller { name, path, disk, packed, exists, deleting });
+                let write_cache = true;
+                let new = Controller { name, path, disk, packed, write_cache, exists, deleting };
+                self.controllers.push(new);
             }
         }
     }

@@ -2,11 +2,11 @@
 //! died of.
 #![expect(unsafe_code, reason = "system calls")]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 /// Whether a shared, writable mapping of this memfd exists anywhere. Asked by trying to seal it,
 /// which the kernel refuses as long as there is one; so once the answer is no, it stays no.
-pub(crate) fn is_mapped(memfd: &OwnedFd) -> bool {
+pub(crate) fn is_mapped(memfd: &impl AsRawFd) -> bool {
     // SAFETY: a plain system call on an fd that we own.
     let result = unsafe { libc::fcntl(memfd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
     result != 0

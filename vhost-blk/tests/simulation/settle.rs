@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::disk::lock;
 use super::message::Message;
-use super::vm::RINGS;
+use super::vm::{RINGS, Vm};
 use super::world::{Served, World};
 
 /// Rounds (all I/O completes, every reactor makes a turn, events are processed) in which whatever
@@ -53,8 +53,10 @@ impl World {
         assert_eq!(self.target.quarantine(), (0, 0, 0));
         self.delete_all();
         self.wait("all memory is unmapped", |world| {
-            (0..world.vms.len()).all(|vm| world.mapped(vm).is_empty())
+            let logged = || world.vms.iter().any(Vm::has_log_mapped);
+            (0..world.vms.len()).all(|vm| world.mapped(vm).is_empty()) && !logged()
         });
+        self.vms.iter().for_each(Vm::check_logs_given_up);
         self.wait("all channels are closed, all disks are free", |world| {
             world.disks.iter().all(|disk| {
                 let ours = usize::from(disk.bdev.is_some());
@@ -67,9 +69,7 @@ impl World {
     }
 
     fn turn_all(&mut self) {
-        self.reactors.iter_mut().for_each(|reactor| {
-            reactor.step();
-        });
+        (0..self.reactors.len()).for_each(|n| self.step(n));
         self.check();
         self.target.process_events();
         self.check();
@@ -142,7 +142,7 @@ impl World {
 
     /// Whether a connection that is not closed has this table.
     fn is_current(&self, vm: usize, table: usize) -> bool {
-        self.fronts.iter().any(|f| f.vm == vm && !f.closed && f.table == Some(table))
+        self.fronts.iter().any(|f| f.vm == vm && !f.closed && f.tables().any(|t| t == table))
     }
 
     /// Half of the front ends stop their rings in good order before they leave.

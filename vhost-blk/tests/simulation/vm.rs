@@ -16,6 +16,7 @@ use vhost_blk::reclaim::Unmapper;
 use vhost_blk::ring::{Buffer, RingAddrs};
 use vm_memory::Bytes;
 
+use super::dirty::Logs;
 use super::disk::{REQUEST_SECTORS, pattern};
 use super::probe;
 use crate::driver::Driver;
@@ -27,11 +28,11 @@ pub(crate) const RINGS: usize = 4;
 const USER: u64 = 0x7000_0000;
 const MAIN_LEN: u64 = 0x1_0000;
 /// The part that no table leaves out: all rings, and the data of the first two.
-const SMALL_LEN: u64 = 0x8000;
-const EXTRA: u64 = 0x10_0000;
-/// A page that only one table has, and that tells whether that table is still mapped.
-const MARK: u64 = 0x20_0000;
-const PAGE: u64 = 0x1000;
+const SMALL_LEN: u64 = 0x9000;
+pub(super) const EXTRA: u64 = 0x10_0000;
+/// From here on each table has a page of its own, which tells whether that table is still mapped.
+const MARKS: u64 = 0x20_0000;
+pub(super) const PAGE: u64 = 0x1000;
 /// What a status byte holds until somebody writes it.
 const UNTOUCHED: u8 = 0xee;
 
@@ -58,7 +59,16 @@ pub(crate) enum Progress {
     Offered,
     /// With the disk, fetched for this connection.
     Flying(usize),
+    /// Written; not flushed yet, which has to be before it comes back.
+    Written(usize),
     Done(Status),
+}
+
+impl Progress {
+    /// With the disk, for this connection.
+    pub(crate) fn is_flying_for(self, front: usize) -> bool {
+        matches!(self, Self::Flying(n) | Self::Written(n) if n == front)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -67,7 +77,9 @@ pub(crate) struct Request {
     pub(crate) progress: Progress,
     /// The table that it was fetched under.
     pub(crate) table: Option<usize>,
-    kind: Kind,
+    /// It is durable when it comes back.
+    pub(crate) durable: bool,
+    pub(crate) kind: Kind,
     /// Its position in the available ring, if that is split.
     position: u16,
     data: u64,
@@ -75,9 +87,16 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// Not every table has its data, so it may fail without having been submitted.
-    fn optional(&self) -> bool {
-        self.data >= SMALL_LEN
+    /// Whether its data lies in `memory`.
+    pub(crate) fn has_data_in(&self, memory: &[RegionSpec]) -> bool {
+        let inside = |s: &RegionSpec| self.data.wrapping_sub(s.gpa) < s.size;
+        memory.iter().any(inside)
+    }
+
+    /// Where the disk's data for it is, and how long it is; of a read that the disk has done.
+    pub(super) fn read(&self) -> Option<(u64, u32)> {
+        let read = self.kind == Kind::Read && self.progress == Progress::Done(Status::Ok);
+        read.then_some((self.data, self.len))
     }
 }
 
@@ -121,7 +140,12 @@ pub(crate) struct Vm {
     pub(crate) controller: usize,
     pub(crate) event_idx: bool,
     pub(crate) packed: bool,
+    /// It has its memory in slots.
+    pub(crate) slots: bool,
+    /// Features that its driver does not know.
+    pub(crate) declined: u64,
     pub(crate) rings: Vec<Ring>,
+    pub(super) logs: Logs,
     /// The pages that mark the tables.
     marks: Vec<OwnedFd>,
     main: OwnedFd,
@@ -131,34 +155,45 @@ pub(crate) struct Vm {
     area: Option<(usize, AreaSpec, OwnedFd)>,
 }
 
-fn ring_gpa(ring: usize) -> u64 {
-    PAGE * ring as u64
+// What the target writes has pages of its own: descriptors, used rings, statuses, data. Those of
+// ring 0 lie across the ends of pages.
+
+/// Bytes from a ring's part to the next ring's.
+const STRIDE: u64 = 0x100;
+
+fn desc_gpa(ring: usize) -> u64 {
+    0xf80 + STRIDE * ring as u64
+}
+
+/// The index is in another page than the elements.
+fn used_gpa(ring: usize) -> u64 {
+    0x1ffc + STRIDE * ring as u64
 }
 
 fn avail_gpa(ring: usize) -> u64 {
-    ring_gpa(ring) + 0x400
+    0x3000 + STRIDE * ring as u64
 }
 
-fn used_gpa(ring: usize) -> u64 {
-    ring_gpa(ring) + 0x800
-}
-
-fn status_gpa(ring: usize, slot: usize) -> u64 {
-    ring_gpa(ring) + 0xa00 + slot as u64
+fn header_gpa(ring: usize, slot: usize) -> u64 {
+    0x3400 + STRIDE * ring as u64 + 16 * slot as u64
 }
 
 /// An indirect table.
 fn table_gpa(ring: usize, slot: usize) -> u64 {
-    ring_gpa(ring) + 0xc00 + 0x40 * slot as u64
+    0x3800 + 2 * STRIDE * ring as u64 + 0x40 * slot as u64
 }
 
-fn header_gpa(ring: usize, slot: usize) -> u64 {
-    ring_gpa(ring) + 0xb00 + 16 * slot as u64
+fn status_gpa(ring: usize, slot: usize) -> u64 {
+    0x4000 + STRIDE * ring as u64 + slot as u64
+}
+
+fn data_gpa(ring: usize, slot: usize) -> u64 {
+    0x5000 + 0x2000 * ring as u64 + 0x400 * slot as u64
 }
 
 /// A ring's parts in the front end's addresses: descriptors, available, used.
 pub(crate) fn user_addrs(ring: usize) -> (u64, u64, u64) {
-    (USER + ring_gpa(ring), USER + avail_gpa(ring), USER + used_gpa(ring))
+    (USER + desc_gpa(ring), USER + avail_gpa(ring), USER + used_gpa(ring))
 }
 
 fn dup(fd: &OwnedFd) -> OwnedFd {
@@ -167,6 +202,11 @@ fn dup(fd: &OwnedFd) -> OwnedFd {
 
 fn spec(gpa: u64, size: u64, offset: u64) -> RegionSpec {
     RegionSpec { gpa, size, user_addr: USER + gpa, offset }
+}
+
+/// The number of the table that a region is the mark of.
+pub(crate) fn table_of(region: &RegionSpec) -> Option<usize> {
+    Some((region.gpa.checked_sub(MARKS)? / PAGE) as usize)
 }
 
 fn new_area(number: usize, packed: bool) -> (usize, AreaSpec, OwnedFd) {
@@ -196,7 +236,20 @@ impl Vm {
         let rings = (0..RINGS).map(|_| ring()).collect();
         let marks = vec![];
         let area = tracked.then(|| new_area(0, packed));
-        Self { controller, event_idx, packed, rings, marks, main, extra, memory, area }
+        Self {
+            controller,
+            event_idx,
+            packed,
+            slots: false,
+            declined: 0,
+            rings,
+            logs: Logs::default(),
+            marks,
+            main,
+            extra,
+            memory,
+            area,
+        }
     }
 
     /// What the front end gives for the back end to write down what is in flight.
@@ -236,9 +289,13 @@ impl Vm {
 
     fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        let slice = self.memory.slice(gpa, len).expect("in memory");
-        slice.read_slice(&mut bytes, 0).expect("as long");
+        self.get_into(gpa, &mut bytes);
         bytes
+    }
+
+    pub(super) fn get_into(&self, gpa: u64, bytes: &mut [u8]) {
+        let slice = self.memory.slice(gpa, bytes.len()).expect("in memory");
+        slice.read_slice(bytes, 0).expect("as long");
     }
 
     fn get_u16(&self, gpa: u64) -> u16 {
@@ -246,8 +303,8 @@ impl Vm {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    /// A new memory table: its number, and what goes into the message.
-    pub(crate) fn table(&mut self, layout: Layout) -> (usize, Vec<(RegionSpec, OwnedFd)>) {
+    /// A new memory table; its mark comes last.
+    pub(crate) fn table(&mut self, layout: Layout) -> Vec<(RegionSpec, OwnedFd)> {
         let mark = memfd(PAGE);
         let main = |gpa: u64, size: u64| (spec(gpa, size, gpa), dup(&self.main));
         let mut table = match layout {
@@ -261,9 +318,9 @@ impl Vm {
         if matches!(layout, Layout::WholeAndExtra | Layout::SplitAndExtra) {
             table.push((spec(EXTRA, MAIN_LEN, 0), dup(&self.extra)));
         }
-        table.push((spec(MARK, PAGE, 0), dup(&mark)));
+        table.push((spec(MARKS + PAGE * self.marks.len() as u64, PAGE, 0), dup(&mark)));
         self.marks.push(mark);
-        (self.marks.len() - 1, table)
+        table
     }
 
     /// How many tables there ever were.
@@ -281,9 +338,11 @@ impl Vm {
     pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
         let slots = vec![None; usize::from(size) / 3];
         let kick = self.rings[ring].kick.take();
-        self.put(ring_gpa(ring), &[0; PAGE as usize]);
+        for part in [desc_gpa(ring), avail_gpa(ring), used_gpa(ring)] {
+            self.put(part, &[0; STRIDE as usize]);
+        }
         let packed = self.packed.then(|| {
-            let (desc, avail, used) = (ring_gpa(ring), avail_gpa(ring), used_gpa(ring));
+            let (desc, avail, used) = (desc_gpa(ring), avail_gpa(ring), used_gpa(ring));
             let addrs = RingAddrs { desc, avail, used };
             let driver = Driver::new(&self.memory, addrs, size, self.event_idx, base.into());
             Packed { driver, slots: vec![0; size.into()] }
@@ -301,6 +360,7 @@ impl Vm {
             self.area = Some(new_area(number + 1, self.packed));
         }
         self.want_calls(ring);
+        self.has_written();
         old.slots.into_iter().flatten().map(|request| request.id).collect()
     }
 
@@ -320,7 +380,7 @@ impl Vm {
     /// Makes a request available.
     pub(crate) fn offer(&mut self, id: u64, kind: Kind, ring: usize, slot: usize, far: bool) {
         let len = if kind == Kind::GetId { 20 } else { 512 * (1 + (id % 2) as u32) };
-        let near = 0x4000 + 0x2000 * ring as u64 + 0x400 * slot as u64;
+        let near = data_gpa(ring, slot);
         let data = if far { EXTRA + near } else { near };
         let header = header_gpa(ring, slot);
         let number: u32 = match kind {
@@ -354,7 +414,8 @@ impl Vm {
         ];
         let position = self.rings[ring].avail;
         let progress = Progress::Offered;
-        let request = Request { id, progress, table: None, kind, position, data, len };
+        let (table, durable) = (None, false);
+        let request = Request { id, progress, table, durable, kind, position, data, len };
         self.rings[ring].slots[slot] = Some(request);
         if let Some(packed) = &mut self.rings[ring].packed {
             let table = id.is_multiple_of(3).then(|| table_gpa(ring, slot));
@@ -366,6 +427,7 @@ impl Vm {
         if self.rings[ring].quiet.is_some() {
             self.rings[ring].quiet = Some(self.used_part(ring));
         }
+        self.has_written();
         self.kick(ring, position);
     }
 
@@ -400,7 +462,7 @@ impl Vm {
     }
 
     fn desc(&self, ring: usize, index: u16, addr: u64, len: u32, flags: u16) {
-        let at = ring_gpa(ring) + 16 * u64::from(index);
+        let at = desc_gpa(ring) + 16 * u64::from(index);
         self.put(at, &addr.to_le_bytes());
         self.put(at + 8, &len.to_le_bytes());
         self.put(at + 12, &flags.to_le_bytes());
@@ -411,19 +473,22 @@ impl Vm {
         self.get_u16(used_gpa(ring) + 2)
     }
 
-    /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone.
-    pub(crate) fn consume(&mut self, ring: usize, bereft: bool) -> Vec<u64> {
+    /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone,
+    /// and `memory` is what there is of it.
+    pub(crate) fn consume(&mut self, ring: usize, bereft: bool, memory: &[RegionSpec]) -> Vec<u64> {
         let mut ids = vec![];
         while let Some((slot, written)) = self.take_used(ring) {
             let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
             let request = request.unwrap_or_else(|| {
                 panic!("ring {ring}: slot {slot} came back but is not outstanding")
             });
-            self.check_answer(ring, slot, &request, written, bereft);
+            let may_fail = bereft || !request.has_data_in(memory);
+            self.check_answer(ring, slot, &request, written, may_fail);
             ids.push(request.id);
         }
         if !ids.is_empty() {
             self.want_calls(ring);
+            self.has_written();
         }
         ids
     }
@@ -452,12 +517,13 @@ impl Vm {
         slot: usize,
         request: &Request,
         written: u32,
-        bereft: bool,
+        may_fail: bool,
     ) {
         let status = self.get(status_gpa(ring, slot), 1)[0];
-        let may_fail = bereft || request.optional();
         let expected = match (request.kind, request.progress) {
-            (_, Progress::Flying(_)) => panic!("{request:?} came back before the disk was done"),
+            (_, Progress::Flying(_) | Progress::Written(_)) => {
+                panic!("{request:?} came back before the disk was done")
+            }
             (_, Progress::Done(Status::Ok)) => 0,
             (_, Progress::Done(Status::IoError)) | (Kind::ShortHeader, _) => 1,
             (_, Progress::Done(Status::Unsupported)) => 2,
@@ -477,8 +543,9 @@ impl Vm {
         };
         let expected = if with_data { request.len + 1 } else { 1 };
         assert_eq!(written, expected, "the length written for {request:?}");
-        if request.kind == Kind::Read && request.progress == Progress::Done(Status::Ok) {
-            let data = self.get(request.data, request.len as usize);
+        if let Some((data, len)) = request.read() {
+            self.check_read_marked(request, data, len);
+            let data = self.get(data, len as usize);
             assert!(data.iter().all(|b| *b == pattern(request.id)), "the data of {request:?}");
         }
     }
@@ -488,7 +555,7 @@ impl Vm {
     pub(crate) fn used_part(&self, ring: usize) -> Vec<u8> {
         let Ring { size, ref slots, .. } = self.rings[ring];
         let mut bytes = if self.packed {
-            self.get(ring_gpa(ring), 16 * usize::from(size))
+            self.get(desc_gpa(ring), 16 * usize::from(size))
         } else {
             self.get(used_gpa(ring) + 2, 2 + 8 * usize::from(size))
         };

@@ -5,19 +5,22 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use bdev::Status;
+use vhost_blk::config::VHOST_F_LOG_ALL;
+use vhost_blk::memory::RegionSpec;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::{self, request};
 use vhost_blk::reactor::SteppedReactor;
 use vhost_blk::session::DRAIN_LIMIT_S;
 use vhost_blk::target::Moving;
 use vhost_blk::{ConnId, Connection, Mode, Target};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
-use super::disk::{Meanwhile, SimDisk, State, lock};
+use super::disk::{Meanwhile, Part, Seen, SimDisk, State, lock};
 use super::message::Message;
 use super::operator::Deletion;
 use super::rng::Rng;
 use super::transport::{FakeConnection, FakeTransport};
-use super::vm::{Progress, RINGS, Vm};
+use super::vm::{self, Kind, Progress, RINGS, Request, Vm};
 
 /// Actions that a failure shows.
 const TRACE: usize = 60;
@@ -65,6 +68,8 @@ pub(crate) struct Controller {
     pub(crate) disk: usize,
     /// It offers packed rings.
     pub(crate) packed: bool,
+    /// As its guests have left it.
+    pub(crate) write_cache: bool,
     pub(crate) exists: bool,
     pub(crate) deleting: bool,
 }
@@ -108,12 +113,16 @@ pub(crate) struct Front {
     pub(crate) gone: bool,
     /// The target knows that it is closed.
     pub(crate) closed: bool,
-    pub(crate) featured: bool,
+    /// What it has accepted; 0 if it has not said.
+    pub(crate) features: u64,
+    pub(crate) write_cache: bool,
     /// It has sent RESET_OWNER: what was in flight then is told on the call fds of then.
     pub(crate) was_reset: bool,
-    pub(crate) table: Option<usize>,
-    /// The number of the in-flight area that it has given.
+    /// The memory that it has given.
+    pub(crate) memory: Vec<RegionSpec>,
+    /// The numbers of the in-flight area and of the dirty log that it has given.
     pub(crate) area: Option<usize>,
+    pub(crate) log: Option<usize>,
     pub(crate) rings: [FrontRing; RINGS],
     /// The ring whose GET_VRING_BASE is not answered.
     pub(crate) owed: Option<usize>,
@@ -127,6 +136,39 @@ impl Front {
     pub(crate) fn is_well(&self) -> bool {
         !self.gone && !self.closed && !self.fake.is_shut()
     }
+
+    pub(crate) fn has_accepted(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// The memory tables that it has given, or what there is of them.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = usize> {
+        self.memory.iter().filter_map(vm::table_of)
+    }
+
+    /// The latest one.
+    pub(crate) fn table(&self) -> Option<usize> {
+        self.tables().max()
+    }
+
+    /// Where it was promised that writes are logged.
+    pub(crate) fn logging(&self) -> Option<usize> {
+        self.log.filter(|_| self.has_accepted(VHOST_F_LOG_ALL))
+    }
+
+    /// Whether writes are to be durable when they are answered (virtio 1.2, section 5.2.6.2).
+    fn writes_through(&self) -> bool {
+        if self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) {
+            !self.write_cache
+        } else {
+            !self.has_accepted(VIRTIO_BLK_F_FLUSH)
+        }
+    }
+
+    /// Whether it is the one for whom a ring of `vm` is served.
+    fn serves(&self, vm: usize, ring: usize) -> bool {
+        self.vm == vm && !self.closed && self.rings[ring].served == Served::Yes
+    }
 }
 
 /// How often what was reached, over all simulations: a test that reaches nothing finds nothing.
@@ -137,6 +179,7 @@ pub(crate) struct World {
     pub(crate) counts: Counts,
     pub(crate) rng: Rng,
     pub(crate) reactors: Vec<SteppedReactor>,
+    pub(crate) asleep: Vec<bool>,
     pub(crate) target: Arc<Target>,
     pub(crate) transport: Arc<FakeTransport>,
     pub(crate) meanwhile: Meanwhile,
@@ -163,6 +206,7 @@ impl World {
             trace,
             counts: Counts::new(),
             rng,
+            asleep: vec![false; reactors.len()],
             reactors,
             target,
             transport: Arc::default(),
@@ -212,9 +256,14 @@ impl World {
     fn step_a_reactor(&mut self) {
         let n = self.rng.below(self.reactors.len());
         self.trace.add(format!("reactor {n}"));
-        if self.reactors[n].step() {
+        self.step(n);
+        if self.asleep[n] {
             self.count("sleeps");
         }
+    }
+
+    pub(crate) fn step(&mut self, reactor: usize) {
+        self.asleep[reactor] = self.reactors[reactor].step();
     }
 
     pub(crate) fn process_events(&mut self) {
@@ -254,22 +303,34 @@ impl World {
             1 => Status::Unsupported,
             _ => Status::Ok,
         };
-        let id = lock(&self.disks[disk].state).flying[n].request;
-        self.trace.add(format!("disk {disk} completes request {id}: {status:?}"));
-        let (vm, ring) = self.requests[&id];
-        let request = self.vms[vm].outstanding(ring).find(|r| r.id == id);
-        let table = request.and_then(|r| r.table).expect("a request in flight has a table");
+        let part = lock(&self.disks[disk].state).flying[n].part;
+        self.trace.add(format!("disk {disk} completes {part:?}: {status:?}"));
+        let (vm, _) = self.requests[&part.request];
+        let table = self.request(part.request).table.expect("a request in flight has a table");
         assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
         lock(&self.disks[disk].state).complete(n, status);
-        self.progress(id, Progress::Done(status));
+        self.ended(part, status);
         self.count("I/O completed");
     }
 
-    fn progress(&mut self, id: u64, progress: Progress) {
-        let (vm, ring) = self.requests[&id];
+    /// A request that has not come back.
+    fn request(&mut self, id: u64) -> &mut Request {
+        let place = self.requests.get(&id);
+        let (vm, ring) = *place.unwrap_or_else(|| panic!("request {id} had come back already"));
         let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
-        let request = slots.into_iter().find(|r| r.id == id).expect("outstanding");
-        request.progress = progress;
+        let request = slots.into_iter().find(|r| r.id == id);
+        request.unwrap_or_else(|| panic!("request {id} had come back already"))
+    }
+
+    /// The disk is done with a part of a request.
+    fn ended(&mut self, part: Part, status: Status) {
+        let request = self.request(part.request);
+        request.progress = match request.progress {
+            Progress::Flying(front) if request.durable && !part.flush && status == Status::Ok => {
+                Progress::Written(front)
+            }
+            _ => Progress::Done(status),
+        };
     }
 
     fn disk_changes(&mut self) {
@@ -338,14 +399,19 @@ impl World {
     /// What must be true after every step.
     pub(crate) fn check(&mut self) {
         for disk in 0..self.disks.len() {
-            let fetched = std::mem::take(&mut lock(&self.disks[disk].state).fetched);
-            fetched.into_iter().for_each(|id| self.check_fetched(id));
-            let done = std::mem::take(&mut lock(&self.disks[disk].state).at_once_done);
-            done.into_iter().for_each(|id| self.progress(id, Progress::Done(Status::Ok)));
+            let seen = std::mem::take(&mut lock(&self.disks[disk].state).seen);
+            for seen in seen {
+                match seen {
+                    Seen::Fetched(Part { request, flush: false }) => self.check_fetched(request),
+                    Seen::Fetched(Part { request, flush: true }) => self.check_flush(request),
+                    Seen::DoneAtOnce(part) => self.ended(part, Status::Ok),
+                }
+            }
             let wrong = lock(&self.disks[disk].state).wrong.take();
             assert_eq!(wrong, None, "disk {disk}");
         }
         for vm in 0..self.vms.len() {
+            self.check_marks(vm);
             for ring in 0..RINGS {
                 self.check_ring(vm, ring);
             }
@@ -361,29 +427,38 @@ impl World {
     fn check_fetched(&mut self, id: u64) {
         let (vm, ring) =
             *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
-        let serves = |f: &Front| f.vm == vm && !f.closed && f.rings[ring].served == Served::Yes;
-        let front = self.fronts.iter().rposition(serves);
+        let front = self.fronts.iter().rposition(|f| f.serves(vm, ring));
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
         assert_ne!(self.fronts[front].owed, Some(ring), "request {id} was fetched after the stop");
         for before in &self.fronts[front].before {
             let flying = self.flying_of(*before);
             assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
         }
-        let table = self.fronts[front].table;
+        let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
+        let memory = self.fronts[front].memory.clone();
         self.count("I/O fetched");
-        let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
-        let request = slots.into_iter().find(|r| r.id == id);
-        let request = request.unwrap_or_else(|| panic!("request {id} had come back already"));
+        let request = self.request(id);
         assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
         request.table = table;
+        request.durable = through && matches!(request.kind, Kind::Write | Kind::Zeroes);
         request.progress = Progress::Flying(front);
+        let there = request.has_data_in(&memory);
+        assert!(there, "request {id} was fetched although its data is not in memory");
+    }
+
+    /// The flush after a request has reached a disk.
+    fn check_flush(&mut self, id: u64) {
+        let progress = self.request(id).progress;
+        let due = matches!(progress, Progress::Written(_));
+        assert!(due, "request {id} was flushed out of turn: {progress:?}");
+        self.count("writes flushed");
     }
 
     /// A request that a connection has in flight.
     pub(crate) fn flying_of(&self, front: usize) -> Option<u64> {
         let vm = &self.vms[self.fronts[front].vm];
         let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
-        all.find(|r| r.progress == Progress::Flying(front)).map(|r| r.id)
+        all.find(|r| r.progress.is_flying_for(front)).map(|r| r.id)
     }
 
     /// Takes what has come back, and sees that nothing did where nothing may.
@@ -398,7 +473,9 @@ impl World {
         let controller = self.vms[vm].controller;
         let disk = &self.disks[self.controllers[controller].disk];
         let bereft = disk.bdev.is_none() || !self.controllers[controller].exists;
-        let back = self.vms[vm].consume(ring, bereft);
+        let front = self.fronts.iter().rfind(|f| f.serves(vm, ring));
+        let memory = front.map_or(&[][..], |front| &front.memory);
+        let back = self.vms[vm].consume(ring, bereft, memory);
         for id in &back {
             self.requests.remove(id);
             self.count("requests came back");
@@ -421,7 +498,7 @@ impl World {
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
         // A packed ring has two positions, which are one as nothing is in flight. (A reset takes
         // the features away.)
-        let packed = self.vms[front.vm].packed && front.featured;
+        let packed = self.vms[front.vm].packed && front.features != 0;
         let both = if packed { 0x1_0001 } else { 1 };
         let payload = protocol::vring_base(ring, u32::from(base) * both);
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
