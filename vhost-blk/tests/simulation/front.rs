@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vhost_blk::config::Disk;
 use vhost_blk::notify::EventFd;
+use vhost_blk::protocol;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{Connection, Verdict};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
@@ -14,7 +15,7 @@ use super::disk::lock;
 use super::message::Message;
 use super::transport::FakeConnection;
 use super::vm::{Kind, Layout, RINGS, Vm};
-use super::world::{Front, Served, World};
+use super::world::{Front, Owed, Served, World};
 
 /// Something that another thread does while a device is being opened.
 pub(crate) struct Planned {
@@ -184,13 +185,21 @@ impl World {
                 let rings = (0..RINGS).filter(|ring| self.may_stop(n, *ring));
                 rings.map(Message::GetBase).collect()
             }
-            27 => vec![Message::ResetOwner],
+            27 => vec![self.reset()],
             28 => vec![Message::GetConfig],
             29 if self.rng.one_in(8) => vec![Message::Nonsense],
             30 if self.rng.one_in(2) => return self.die(n),
             _ => vec![],
         };
         self.fronts[n].script = script.into();
+    }
+
+    fn reset(&mut self) -> Message {
+        match self.rng.below(4) {
+            0 | 1 => Message::ResetOwner,
+            2 => Message::ResetDevice,
+            _ => Message::ResetDeviceAndWait,
+        }
     }
 
     fn may_stop(&self, n: usize, ring: usize) -> bool {
@@ -235,6 +244,12 @@ impl World {
             }
         }
         let mut script = vec![];
+        let area = self.vms[vm].area().filter(|area| self.fronts[n].area != Some(area.0));
+        let mut area = area.map(|(number, spec, fd)| Message::Inflight(number, spec, fd));
+        if self.rng.one_in(4) {
+            // It may come before it is known what kind of rings there will be.
+            script.extend(area.take());
+        }
         if !self.fronts[n].featured {
             let controller = &self.controllers[self.fronts[n].controller];
             let state = &self.disks[controller.disk];
@@ -251,12 +266,7 @@ impl World {
         if self.fronts[n].table.is_none() || self.rng.one_in(8) {
             script.push(self.new_table(n));
         }
-        if let Some(area) = self.vms[vm].area()
-            && self.fronts[n].area != Some(area.0)
-        {
-            let (number, spec, fd) = area;
-            script.push(Message::Inflight(number, spec, fd));
-        }
+        script.extend(area);
         let base = self.vms[vm].base(ring);
         script.push(Message::Num(ring, self.vms[vm].rings[ring].size));
         script.push(Message::Base(ring, base));
@@ -275,7 +285,8 @@ impl World {
         let (request, payload, fds) = message.encode();
         self.before_message(n, &message);
         let planned = self.plan_for_event_thread();
-        let verdict = self.target.message(self.fronts[n].id, request, &payload, fds);
+        let (id, need_reply) = (self.fronts[n].id, message.needs_reply());
+        let verdict = self.target.message(id, request, need_reply, &payload, fds);
         self.after_message(n, message, verdict);
         self.finish_plan(planned);
     }
@@ -325,22 +336,26 @@ impl World {
                 front.rings[ring].call = call;
             }
             Message::Kick(ring, _) => front.rings[ring].served = Served::Yes,
-            Message::ResetOwner => {
-                *self.counts.entry("RESET_OWNER").or_default() += 1;
-                front.featured = false;
+            Message::ResetOwner | Message::ResetDevice | Message::ResetDeviceAndWait => {
+                *self.counts.entry("resets").or_default() += 1;
+                front.featured &= !matches!(message, Message::ResetOwner);
                 front.area = None;
                 front.was_reset = true;
                 for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
                     ring.served = Served::Reset;
                 }
+                if message.needs_reply() {
+                    return self.after_reset(n, &verdict);
+                }
             }
             Message::GetBase(ring) => {
                 if let Verdict::Reply(payload) = &verdict {
                     let base = u16::from_le_bytes([payload[4], payload[5]]);
+                    assert_eq!(*payload, protocol::vring_base(ring, self.both(n, base)));
                     self.take_immediate_answer(n, ring, base);
                 } else {
                     assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
-                    front.owed = Some(ring);
+                    front.owed = Some(Owed::Base(ring));
                 }
                 return;
             }
@@ -352,6 +367,18 @@ impl World {
             _ => {}
         }
         assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "front {n}: {verdict:?}");
+    }
+
+    fn after_reset(&mut self, n: usize, verdict: &Verdict) {
+        if let Verdict::Reply(payload) = verdict {
+            assert_eq!(*payload, protocol::SUCCESS);
+            // What came back before it is to be counted.
+            self.check();
+            self.is_reset(n);
+        } else {
+            assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
+            self.fronts[n].owed = Some(Owed::Reset);
+        }
     }
 
     fn take_immediate_answer(&mut self, n: usize, ring: usize, base: u16) {
@@ -382,7 +409,7 @@ impl World {
         let message = match self.rng.below(4) {
             0 => Message::Call(ring, self.call()),
             1 => self.new_table(n),
-            2 => Message::ResetOwner,
+            2 => self.reset(),
             _ if self.may_stop(n, ring) => Message::GetBase(ring),
             _ => return None,
         };
@@ -409,9 +436,10 @@ impl World {
         let act: Box<dyn FnOnce() + Send> = match &what {
             What::Message(n, message) => {
                 let (id, (request, payload, fds)) = (self.fronts[*n].id, message.encode());
-                let verdict = Arc::clone(&verdict);
+                let (verdict, need_reply) = (Arc::clone(&verdict), message.needs_reply());
                 Box::new(move || {
-                    *lock(&verdict) = Some(target.message(id, request, &payload, fds));
+                    let answer = target.message(id, request, need_reply, &payload, fds);
+                    *lock(&verdict) = Some(answer);
                 })
             }
             What::Close(n) => {

@@ -76,10 +76,19 @@ pub(crate) enum Served {
     #[default]
     Not,
     Yes,
-    /// Before the last RESET_OWNER.
+    /// Before the last RESET_OWNER or RESET_DEVICE.
     Reset,
     /// Stopped, and GET_VRING_BASE answered.
     Stopped,
+}
+
+/// What a front end waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owed {
+    /// GET_VRING_BASE of a ring.
+    Base(usize),
+    /// RESET_DEVICE.
+    Reset,
 }
 
 #[derive(Debug, Default)]
@@ -109,14 +118,14 @@ pub(crate) struct Front {
     /// The target knows that it is closed.
     pub(crate) closed: bool,
     pub(crate) featured: bool,
-    /// It has sent RESET_OWNER: what was in flight then is told on the call fds of then.
+    /// It has sent a reset: what was in flight then is told on the call fds of then.
     pub(crate) was_reset: bool,
     pub(crate) table: Option<usize>,
     /// The number of the in-flight area that it has given.
     pub(crate) area: Option<usize>,
     pub(crate) rings: [FrontRing; RINGS],
-    /// The ring whose GET_VRING_BASE is not answered.
-    pub(crate) owed: Option<usize>,
+    /// What is not answered.
+    pub(crate) owed: Option<Owed>,
     pub(crate) script: VecDeque<Message>,
     /// Connections of the same controller that were closed when this one was made.
     pub(crate) before: Vec<usize>,
@@ -364,7 +373,11 @@ impl World {
         let serves = |f: &Front| f.vm == vm && !f.closed && f.rings[ring].served == Served::Yes;
         let front = self.fronts.iter().rposition(serves);
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
-        assert_ne!(self.fronts[front].owed, Some(ring), "request {id} was fetched after the stop");
+        assert_ne!(
+            self.fronts[front].owed,
+            Some(Owed::Base(ring)),
+            "request {id} was fetched after the stop"
+        );
         for before in &self.fronts[front].before {
             let flying = self.flying_of(*before);
             assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
@@ -417,18 +430,44 @@ impl World {
     fn check_sent(&mut self, n: usize, message: &[u8]) {
         let front = &self.fronts[n];
         assert!(!front.closed, "front {n}: a message after its end");
-        let ring = front.owed.unwrap_or_else(|| panic!("front {n}: an answer to no question"));
+        let ring = match front.owed {
+            Some(Owed::Base(ring)) => ring,
+            Some(Owed::Reset) => {
+                let expected = protocol::reply(request::RESET_DEVICE, &protocol::SUCCESS);
+                assert_eq!(message, expected, "front {n}: the acknowledgement");
+                self.trace.add(format!("front {n}: reset, deferred"));
+                self.count("RESET_DEVICE acknowledged later");
+                return self.is_reset(n);
+            }
+            None => panic!("front {n}: an answer to no question"),
+        };
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
-        // A packed ring has two positions, which are one as nothing is in flight. (A reset takes
-        // the features away.)
-        let packed = self.vms[front.vm].packed && front.featured;
-        let both = if packed { 0x1_0001 } else { 1 };
-        let payload = protocol::vring_base(ring, u32::from(base) * both);
+        let payload = protocol::vring_base(ring, self.both(n, base));
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
         assert_eq!(message, expected, "front {n}: the answer");
         self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
         self.count("GET_VRING_BASE answered later");
         self.answered(n, ring, base);
+    }
+
+    /// A position as GET_VRING_BASE tells it: a packed ring has two, which are one as nothing is in
+    /// flight. That a reset takes the features away does not matter.
+    pub(crate) fn both(&self, n: usize, base: u16) -> u32 {
+        let packed = self.vms[self.fronts[n].vm].packed;
+        u32::from(base) * if packed { 0x1_0001 } else { 1 }
+    }
+
+    /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
+    pub(crate) fn is_reset(&mut self, n: usize) {
+        let mine = std::iter::once(&n).chain(&self.fronts[n].before);
+        let flying: Vec<u64> = mine.filter_map(|front| self.flying_of(*front)).collect();
+        assert!(flying.is_empty(), "front {n}: reset with requests {flying:?} in flight");
+        let front = &mut self.fronts[n];
+        front.owed = None;
+        let vm = &mut self.vms[front.vm];
+        for (ring, _) in front.rings.iter().enumerate().filter(|(_, r)| r.served == Served::Reset) {
+            vm.rings[ring].quiet = Some(vm.used_part(ring));
+        }
     }
 
     /// GET_VRING_BASE was answered.
