@@ -85,8 +85,8 @@ pub struct Area {
 
 impl Area {
     /// Makes an area for GET_INFLIGHT_FD. The fd is for the front end, which hands it back with
-    /// SET_INFLIGHT_FD, and which may ask for any number of them: so it is all zeroes ("uninitialized"
-    /// in the specification), and takes no memory before a queue begins with it.
+    /// SET_INFLIGHT_FD. It may ask for any number of them: so an area is all zeroes, "uninitialized"
+    /// in the specification's words, and takes no memory before a queue begins with it.
     ///
     /// # Errors
     /// Counts out of range, or no memory.
@@ -112,7 +112,7 @@ impl Area {
     }
 
     /// Maps the area of SET_INFLIGHT_FD. It may come before the features that say whether rings are
-    /// packed, which need more room: how it is read, and whether it has that, is seen when one starts.
+    /// packed: how it is read, and whether that has room, is seen when one starts.
     ///
     /// # Errors
     /// Counts out of range, or a file that does not do.

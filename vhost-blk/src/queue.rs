@@ -283,8 +283,8 @@ impl Queue {
         let _ = self.domain.advance();
     }
 
-    /// The same, and what an earlier owner has left to be done again, and was not begun, never is: the
-    /// guest has reset its device, and may use the memory for something else.
+    /// The same, and what an earlier owner has left to be done again is dropped where it was not
+    /// begun: the guest has reset its device, and may use the memory for something else.
     pub fn reset(&self) {
         // Relaxed: it is seen by the visit that sees the stop.
         self.reset.store(true, Ordering::Relaxed);

@@ -128,8 +128,8 @@ impl Unmapper {
         Ok(Self { ranges: sender, mapped: Arc::default(), most: usize::MAX })
     }
 
-    /// A handle on the same thread, with which there can be `most` mappings at a time, those included
-    /// that are only kept by I/O in flight or have still to be taken down.
+    /// A handle on the same thread, with which there can be `most` mappings at a time: those count
+    /// too that are only kept by I/O in flight, or have still to be taken down.
     #[must_use]
     pub fn limited(&self, most: usize) -> Self {
         Self { ranges: self.ranges.clone(), mapped: Arc::default(), most }

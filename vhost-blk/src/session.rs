@@ -107,8 +107,8 @@ pub enum Effect {
     Publish(usize),
     /// Let the ring's reactor stop. Answered by [`Session::drained`].
     Stop(usize),
-    /// The same, and what an earlier owner has left to be done again and was not begun is dropped: the
-    /// guest has reset its device.
+    /// The same, and what an earlier owner has left to be done again is dropped where it was not
+    /// begun: the guest has reset its device.
     Reset(usize),
     /// Answer GET_VRING_BASE for the ring with this number.
     Reply(usize, u32),
@@ -301,8 +301,8 @@ impl Session {
         self.log.as_ref().filter(|_| self.negotiated(VHOST_F_LOG_ALL))
     }
 
-    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered, and at first
-    /// for a driver that cannot flush (section 5.2.5.2).
+    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered, and at
+    /// first for a driver that cannot flush (section 5.2.5.2).
     #[must_use]
     pub fn write_cache(&self) -> bool {
         self.offers(VIRTIO_BLK_F_CONFIG_WCE) && self.write_cache.unwrap_or(!self.cannot_flush())
@@ -581,9 +581,9 @@ impl Session {
         effects
     }
 
-    /// The front end waits until the reset that it has just sent is complete: until all I/O that uses
-    /// its guest's memory has ended, that of an earlier connection included. The answer comes as
-    /// [`Effect::Acknowledge`], now or then.
+    /// The front end waits until the reset that it has just sent is complete: until all I/O that
+    /// uses its guest's memory has ended, that of an earlier connection included. The answer comes
+    /// as [`Effect::Acknowledge`], now or then.
     pub fn await_reset(&mut self) -> Vec<Effect> {
         self.reset_owed = true;
         self.acknowledge()

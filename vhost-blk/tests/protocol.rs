@@ -267,8 +267,8 @@ fn the_cache_is_the_guests_to_switch() {
         assert!(matches!(front.send(SET_CONFIG, payload, vec![]), Verdict::Done));
         assert_eq!(shown(&front), expected);
     }
-    // Its guest does not know that the connection is another one. Whether it is its guest or another
-    // one's cannot be told.
+    // Its guest does not know that the connection is another one. Whether it is its guest or
+    // another one's cannot be told.
     let other = world.front(State::New);
     assert_eq!(shown(&other), 0);
     other.tell(SET_CONFIG, wce(1), vec![]);
@@ -280,7 +280,7 @@ fn the_cache_is_the_guests_to_switch() {
     other.end();
 }
 
-/// A reset is not the end of I/O: what a killed process has left in flight is, and no longer wanted.
+/// What a killed process has left in flight is not done for a guest that has reset its device.
 #[test]
 fn a_device_reset_drops_what_is_to_be_done_again() {
     let _alone = alone();

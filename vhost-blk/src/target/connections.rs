@@ -109,8 +109,8 @@ impl Target {
         inner.connections.iter().filter_map(gone).collect()
     }
 
-    /// A message has arrived. `need_reply`: the front end waits for an acknowledgement if there is no
-    /// other answer. Called on the transport's thread, in the connection's order.
+    /// A message has arrived. `need_reply`: the front end waits for an acknowledgement if there is
+    /// no other answer. Called on the transport's thread, in the connection's order.
     pub fn message(
         &self,
         conn: ConnId,
