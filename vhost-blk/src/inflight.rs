@@ -85,8 +85,8 @@ pub struct Area {
 
 impl Area {
     /// Makes an area for GET_INFLIGHT_FD. The fd is for the front end, which hands it back with
-    /// SET_INFLIGHT_FD. It may ask for any number of them: so an area is all zeroes, "uninitialized"
-    /// in the specification's words, and takes no memory before a queue begins with it.
+    /// SET_INFLIGHT_FD. It may ask for any number of them: so an area is all zeroes, which is
+    /// "uninitialized" in the specification, and takes no memory before a queue begins with it.
     ///
     /// # Errors
     /// Counts out of range, or no memory.
