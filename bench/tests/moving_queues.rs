@@ -86,7 +86,7 @@ impl Scene {
     fn say(&self, message: u32, words: &[u64], fd: Option<BorrowedFd<'_>>) {
         let payload: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let fds = fd.map(|fd| ForeignFd::new(fd.try_clone_to_owned().unwrap()));
-        let verdict = self.target.message(self.conn, message, &payload, Vec::from_iter(fds));
+        let verdict = self.target.message(self.conn, message, false, &payload, Vec::from_iter(fds));
         assert!(!matches!(verdict, Verdict::Reject), "message {message}");
     }
 

@@ -6,6 +6,7 @@ mod harness;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bench::ring::{Descriptor, NEXT, WRITE};
@@ -234,6 +235,26 @@ fn slots_are_bounded() {
     assert!(!add_slot(&mut second, &memory, 7), "two at one place");
     drop((first, second, third));
     scene.is_whole("slots");
+    scene.end();
+}
+
+/// In-flight areas that are asked for and never used are the front end's alone.
+#[test]
+fn areas_that_are_asked_for_cost_nothing() {
+    let scene = Scene::new();
+    let mut raw = scene.raw();
+    let areas: Vec<_> = (0..200)
+        .flat_map(|_| {
+            raw.send_message(GET_INFLIGHT_FD, VERSION, &area(0, 0, 15, 32768), &[]).unwrap();
+            raw.receive().unwrap().fds
+        })
+        .map(|fd| File::from(fd).metadata().unwrap())
+        .collect();
+    assert_eq!(areas.len(), 200);
+    assert!(areas.iter().all(|area| area.len() > 0 && area.blocks() == 0));
+    wait_until("no fd but the connection's is left", || scene.vhost.fds() <= scene.fds + 2);
+    drop(raw);
+    scene.is_whole("areas");
     scene.end();
 }
 

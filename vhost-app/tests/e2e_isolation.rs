@@ -244,6 +244,39 @@ fn a_stop_that_takes_long_holds_up_nobody() {
     a.end();
 }
 
+/// So does a reset of the device, for a front end that wants to know when it is complete.
+#[test]
+fn a_reset_that_takes_long_holds_up_nobody() {
+    const RESET_DEVICE: u32 = 34;
+    const VERSION_NEED_REPLY: u32 = 1 | 1 << 3;
+    let vhost = Vhost::start(&[]);
+    let a = Vm::start(&malloc_controller(&vhost, "a", "MA"));
+    let mut b = hung_vm(&vhost);
+    let mut raw = b.front_end.raw().unwrap();
+    let answered = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let reset = scope.spawn(|| {
+            raw.send_message(RESET_DEVICE, VERSION_NEED_REPLY, &[], &[]).unwrap();
+            let answer = raw.receive().unwrap();
+            answered.store(true, Ordering::SeqCst);
+            (answer.request, answer.value())
+        });
+        wait_until("B waits", || sessions(&vhost, "b")[0]["state"] == "quiescing");
+        let c = Vm::start(&malloc_controller(&vhost, "c", "MC"));
+        c.goes_on();
+        c.end();
+        a.goes_on();
+        assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
+        heal(&vhost);
+        answer(&vhost);
+        assert_eq!(reset.join().unwrap(), (RESET_DEVICE, Some(0)));
+        let (summary, _) = b.load.take().unwrap().abandon().unwrap();
+        assert_eq!(summary.errors, 0);
+    });
+    assert_eq!(sessions(&vhost, "b")[0]["state"], "suspended");
+    a.end();
+}
+
 /// A front end that waits too long for its I/O loses its connection, which costs no data; a wrong
 /// answer would.
 #[test]

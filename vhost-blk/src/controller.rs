@@ -8,6 +8,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use crate::config::{self, Disk};
 use crate::queue::Coalescing;
 use crate::reactor::{Core, read_tsc, ticks_per_second};
+use crate::reclaim::Unmapper;
 use crate::session::Phase;
 
 /// SPDK's default for `iops_threshold`.
@@ -56,9 +57,11 @@ pub(crate) struct Controller {
     pub delay_base_us: u32,
     pub iops_threshold: u32,
     pub sessions_made: u32,
-    /// What a front end has last set in the config space: it does not say so again when it comes
-    /// back, as its guest sees nothing of that.
-    pub write_cache: bool,
+    /// A front end has switched the cache off: it does not say so again when it comes back, as its
+    /// guest sees nothing of that. Who it is that comes back cannot be told, so it stays so.
+    pub write_through: bool,
+    /// Counts the mappings of its front ends.
+    pub unmapper: Unmapper,
     /// New connections are refused.
     pub deleting: bool,
 }
@@ -69,6 +72,7 @@ impl Controller {
         number: u64,
         spec: ControllerSpec,
         cores: Vec<Core>,
+        unmapper: Unmapper,
     ) -> Self {
         let packed = if spec.packed_ring { 1 << VIRTIO_F_RING_PACKED } else { 0 };
         let features = spec.disk.features() | packed;
@@ -88,7 +92,8 @@ impl Controller {
             delay_base_us: 0,
             iops_threshold: IOPS_THRESHOLD_DEFAULT,
             sessions_made: 0,
-            write_cache: true,
+            write_through: false,
+            unmapper,
             deleting: false,
         }
     }

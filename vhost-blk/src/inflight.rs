@@ -18,8 +18,8 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::config::QUEUES_MAX;
 use crate::foreign::ForeignFd;
@@ -30,7 +30,7 @@ use crate::shared_file::{self, SharedFile};
 use region::Region;
 
 /// The most that an area may need: 128 queues of 4,096 packed descriptors, or 16 of 32,768. The
-/// thread that serves every VM makes it and writes to it, which is some milliseconds for so much.
+/// thread that serves every VM begins it, which is some milliseconds for so much.
 const AREA_BYTES_MAX: u64 = 16 << 20;
 /// Queues' parts begin at multiples of it, as rte_vhost and libvhost-user have it.
 const REGION_ALIGN_BYTES: u64 = 64;
@@ -80,13 +80,13 @@ pub enum Error {
 pub struct Area {
     file: SharedFile,
     spec: AreaSpec,
-    packed: bool,
+    used: AtomicBool,
 }
 
 impl Area {
-    /// Makes an area for GET_INFLIGHT_FD: all zeroes but for what rte_vhost has a new one set up
-    /// (packed: free list and wrap counters). The fd is for the front end, which hands it back with
-    /// SET_INFLIGHT_FD.
+    /// Makes an area for GET_INFLIGHT_FD. The fd is for the front end, which hands it back with
+    /// SET_INFLIGHT_FD. It may ask for any number of them: so an area is all zeroes, which is
+    /// "uninitialized" in the specification, and takes no memory before a queue begins with it.
     ///
     /// # Errors
     /// Counts out of range, or no memory.
@@ -105,43 +105,34 @@ impl Area {
         // SAFETY: the fd was just made and nobody else owns it.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(mmap_size)?;
-        if packed {
-            let fresh = packed::fresh(queue_size);
-            for queue in 0..u64::from(num_queues) {
-                file.write_all_at(&fresh, queue * region_bytes(queue_size, packed))?;
-            }
-        }
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         // SAFETY: the fd is open. A file that cannot be sealed does as well.
         unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
         Ok((AreaSpec { mmap_size, mmap_offset: 0, num_queues, queue_size }, file.into()))
     }
 
-    /// Maps the area of SET_INFLIGHT_FD.
+    /// Maps the area of SET_INFLIGHT_FD. It may come before the features that say whether rings are
+    /// packed: how it is read, and whether that has room, is seen when one starts.
     ///
     /// # Errors
     /// Counts out of range, or a file that does not do.
-    pub fn map(
-        spec: AreaSpec,
-        packed: bool,
-        fd: &ForeignFd,
-        unmapper: &Unmapper,
-    ) -> Result<Self, Error> {
-        let want = area_bytes(spec.num_queues, spec.queue_size, packed)?;
+    pub fn map(spec: AreaSpec, fd: &ForeignFd, unmapper: &Unmapper) -> Result<Self, Error> {
+        let want = area_bytes(spec.num_queues, spec.queue_size, false)?;
         if spec.mmap_size < want {
             return Err(Error::Short { have: spec.mmap_size, want });
         }
         if !spec.mmap_offset.is_multiple_of(REGION_ALIGN_BYTES) {
             return Err(Error::Alignment(spec.mmap_offset));
         }
-        let file = SharedFile::map(fd, spec.mmap_offset, want, unmapper)?;
-        Ok(Self { file, spec, packed })
+        let most = area_bytes(spec.num_queues, spec.queue_size, true).unwrap_or(want);
+        let file = SharedFile::map(fd, spec.mmap_offset, spec.mmap_size.min(most), unmapper)?;
+        Ok(Self { file, spec, used: AtomicBool::new(false) })
     }
 
-    /// Whether it is for packed rings.
+    /// Whether a queue has begun with it: then it is for rings of that one's layout.
     #[must_use]
-    pub fn packed(&self) -> bool {
-        self.packed
+    pub fn was_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// Descriptors of each queue.
@@ -160,12 +151,14 @@ impl Area {
     fn region(self: &Arc<Self>, queue: usize, size: u16, packed: bool) -> Option<Region> {
         let AreaSpec { num_queues, queue_size, .. } = self.spec;
         let fits = queue < num_queues.into() && (1..=queue_size).contains(&size);
-        if !fits || packed != self.packed {
+        let want = area_bytes(num_queues, queue_size, packed).ok()?;
+        if !fits || want > self.file.size_bytes() {
             return None;
         }
-        let at = queue * region_bytes(queue_size, packed) as usize;
-        // SAFETY: `map` has found room for so many queues, and an alignment of 64 bytes.
-        Some(unsafe { Region::new(Arc::clone(self), at) })
+        self.used.store(true, Ordering::Relaxed);
+        let bytes = region_bytes(queue_size, packed) as usize;
+        // SAFETY: there is room for so many queues, and `map` has found an alignment of 64 bytes.
+        Some(unsafe { Region::new(Arc::clone(self), queue * bytes, bytes) })
     }
 }
 

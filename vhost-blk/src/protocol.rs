@@ -378,6 +378,9 @@ pub fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     message(request, FLAGS_REPLY, payload)
 }
 
+/// The payload of the acknowledgement of a message that has been heeded.
+pub const SUCCESS: [u8; 8] = [0; 8];
+
 /// The payload of a reply to GET_VRING_BASE.
 #[must_use]
 pub fn vring_base(ring: usize, base: u32) -> [u8; 8] {

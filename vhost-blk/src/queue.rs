@@ -184,6 +184,7 @@ pub struct Queue {
     pub id: QueueId,
     view: Published<View>,
     stop: AtomicBool,
+    reset: AtomicBool,
     domain: Arc<Domain>,
     core: UnsafeCell<Core>,
     state: AtomicU8,
@@ -235,6 +236,7 @@ impl Queue {
             id,
             view: Published::new(domain, Box::new(view)),
             stop: AtomicBool::new(false),
+            reset: AtomicBool::new(false),
             domain: Arc::clone(domain),
             last_avail: AtomicU16::new(core.last_avail()),
             core: UnsafeCell::new(core),
@@ -279,6 +281,14 @@ impl Queue {
         self.stop.store(true, Ordering::Release);
         // Reactors look at what is not in a ring only when an epoch has ended.
         let _ = self.domain.advance();
+    }
+
+    /// The same, and what an earlier owner has left to be done again is dropped where it was not
+    /// begun: the guest has reset its device, and may use the memory for something else.
+    pub fn reset(&self) {
+        // Relaxed: it is seen by the visit that sees the stop.
+        self.reset.store(true, Ordering::Relaxed);
+        self.stop();
     }
 
     /// Where it is in its life.

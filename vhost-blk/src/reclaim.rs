@@ -7,6 +7,8 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
@@ -91,14 +93,29 @@ struct Range {
     base: *mut u8,
     len: usize,
     slot: sigbus::Slot,
+    _counted: Option<Counted>,
 }
 
 // SAFETY: an address and a length, owned by whoever unmaps it.
 unsafe impl Send for Range {}
 
-/// A handle on the thread that unmaps guest memory.
+/// A mapping that is counted until it has been taken down.
+#[derive(Debug)]
+pub(crate) struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A handle on the thread that unmaps guest memory, which also counts what there is to unmap.
 #[derive(Clone, Debug)]
-pub struct Unmapper(Sender<Range>);
+pub struct Unmapper {
+    ranges: Sender<Range>,
+    mapped: Arc<AtomicUsize>,
+    most: usize,
+}
 
 impl Unmapper {
     /// Starts the thread, which ends when the last handle is dropped.
@@ -108,12 +125,35 @@ impl Unmapper {
     pub fn start() -> io::Result<Self> {
         let (sender, receiver) = channel();
         thread::Builder::new().name("vhost-unmap".into()).spawn(move || unmap(&receiver))?;
-        Ok(Self(sender))
+        Ok(Self { ranges: sender, mapped: Arc::default(), most: usize::MAX })
+    }
+
+    /// A handle on the same thread, with which there can be `most` mappings at a time: those count
+    /// too that are only kept by I/O in flight, or have still to be taken down.
+    #[must_use]
+    pub fn limited(&self, most: usize) -> Self {
+        Self { ranges: self.ranges.clone(), mapped: Arc::default(), most }
+    }
+
+    /// Counts a mapping more.
+    ///
+    /// # Errors
+    /// There are as many as there can be.
+    pub(crate) fn count(&self) -> Result<Counted, usize> {
+        let add = |mapped| (mapped < self.most).then_some(mapped + 1);
+        self.mapped.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)?;
+        Ok(Counted(Arc::clone(&self.mapped)))
     }
 
     /// Unmaps `len` bytes at `base`, which nobody uses any more, in the background.
-    pub(crate) fn unmap(&self, base: *mut u8, len: usize, slot: sigbus::Slot) {
-        let _ = self.0.send(Range { base, len, slot });
+    pub(crate) fn unmap(
+        &self,
+        base: *mut u8,
+        len: usize,
+        slot: sigbus::Slot,
+        counted: Option<Counted>,
+    ) {
+        let _ = self.ranges.send(Range { base, len, slot, _counted: counted });
     }
 }
 

@@ -8,7 +8,7 @@
 //! ```text
 //!           SET_VRING_KICK             gate open
 //! Stopped ────────────────▶ Gated ────────────────▶ Live ⟲ memory, call fd, log: publish
-//!    ▲                        │ GET_VRING_BASE       │ GET_VRING_BASE, RESET_OWNER, close
+//!    ▲                        │ GET_VRING_BASE       │ GET_VRING_BASE, a reset, close
 //!    └────────────────────────┴──────◀── drained ── Draining
 //! ```
 //!
@@ -107,8 +107,13 @@ pub enum Effect {
     Publish(usize),
     /// Let the ring's reactor stop. Answered by [`Session::drained`].
     Stop(usize),
+    /// The same, and what an earlier owner has left to be done again is dropped where it was not
+    /// begun: the guest has reset its device.
+    Reset(usize),
     /// Answer GET_VRING_BASE for the ring with this number.
     Reply(usize, u32),
+    /// Answer the reset that [`Session::await_reset`] was called for.
+    Acknowledge,
 }
 
 /// Why a message is refused; the connection ends.
@@ -117,8 +122,8 @@ pub enum Violation {
     /// a ring number beyond [`QUEUES_MAX`]
     #[error("ring {0} does not exist")]
     NoSuchRing(usize),
-    /// a message while the answer to GET_VRING_BASE is owed: the protocol is synchronous
-    #[error("a message before the answer to GET_VRING_BASE")]
+    /// a message while an answer is owed: the protocol is synchronous
+    #[error("a message before the answer to the one before")]
     OutOfTurn,
     /// a running ring's parameters cannot change
     #[error("ring {0} is running")]
@@ -161,6 +166,10 @@ pub struct Ring {
     was_live: bool,
     /// It drains after a reset, with the view that it has: its parameters may be new.
     was_reset: bool,
+    /// That was the device's: see [`Effect::Reset`].
+    pub(crate) device_was_reset: bool,
+    /// It was last started as a packed ring.
+    packed: bool,
 }
 
 impl Ring {
@@ -187,8 +196,10 @@ pub struct Session {
     backend_channel: Option<BackendChannel>,
     inflight: Option<Arc<Area>>,
     log: Option<Arc<DirtyLog>>,
-    /// The config space's `wce`: the guest flushes for itself.
-    write_cache: bool,
+    /// The config space's `wce`, once it was set: the guest flushes for itself.
+    write_cache: Option<bool>,
+    /// The front end waits for the end of a reset.
+    reset_owed: bool,
     gate_open: bool,
     closed: bool,
 }
@@ -206,7 +217,8 @@ impl Session {
             backend_channel: None,
             inflight: None,
             log: None,
-            write_cache: true,
+            write_cache: None,
+            reset_owed: false,
             gate_open,
             closed: false,
         }
@@ -218,9 +230,11 @@ impl Session {
         let any = |state: fn(&RingState) -> bool| self.rings.iter().any(|r| state(&r.state));
         if self.closed {
             Phase::Closed
-        } else if any(|s| {
-            matches!(s, RingState::Draining { then: Then::Reply } | RingState::GatedReply)
-        }) {
+        } else if self.reset_owed
+            || any(|s| {
+                matches!(s, RingState::Draining { then: Then::Reply } | RingState::GatedReply)
+            })
+        {
             Phase::Quiescing
         } else if any(|s| *s == RingState::Live) {
             Phase::Running
@@ -268,11 +282,17 @@ impl Session {
         }
     }
 
+    /// Whether rings are packed, or may turn out to be, as no features were negotiated yet.
+    #[must_use]
+    pub fn may_be_packed(&self) -> bool {
+        let features = if self.features == 0 { self.offered } else { self.features };
+        features & (1 << VIRTIO_F_RING_PACKED) != 0
+    }
+
     /// Where requests in flight are recorded, if the front end wants it.
     #[must_use]
     pub fn inflight(&self) -> Option<&Arc<Area>> {
-        // One that was made before the layout was negotiated has another form.
-        self.inflight.as_ref().filter(|area| area.packed() == self.layout().packed)
+        self.inflight.as_ref()
     }
 
     /// Where writes to the guest's memory are recorded, if that is switched on.
@@ -281,10 +301,16 @@ impl Session {
         self.log.as_ref().filter(|_| self.negotiated(VHOST_F_LOG_ALL))
     }
 
-    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered.
+    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered, and at
+    /// first for a driver that cannot flush (section 5.2.5.2).
     #[must_use]
     pub fn write_cache(&self) -> bool {
-        self.write_cache && self.offers(VIRTIO_BLK_F_CONFIG_WCE)
+        self.offers(VIRTIO_BLK_F_CONFIG_WCE) && self.write_cache.unwrap_or(!self.cannot_flush())
+    }
+
+    /// Whether the driver can switch the cache, but not flush it.
+    fn cannot_flush(&self) -> bool {
+        self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
     }
 
     /// Whether writes have to be durable when they are answered: the driver has said so, or it
@@ -292,7 +318,7 @@ impl Session {
     #[must_use]
     pub fn write_through(&self) -> bool {
         if self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) {
-            !self.write_cache
+            !self.write_cache()
         } else {
             self.offers(VIRTIO_BLK_F_FLUSH) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
         }
@@ -353,10 +379,19 @@ impl Session {
             return Err(Violation::FeaturesNotOffered(features & !self.offered));
         }
         let changed = features ^ self.features;
-        if changed & !(1 << VHOST_F_LOG_ALL) != 0 && self.rings.iter().any(Ring::running) {
+        let by_driver = changed & !(1 << VHOST_F_LOG_ALL) != 0;
+        if by_driver && self.rings.iter().any(Ring::running) {
             return Err(Violation::FeaturesRunning(self.features, features));
         }
+        if changed & (1 << VIRTIO_F_RING_PACKED) != 0 {
+            // What rings of the other layout have written there makes no sense.
+            self.inflight.take_if(|area| area.was_used());
+        }
         self.features = features;
+        if by_driver && self.cannot_flush() {
+            // What the driver before it has set is not for this one.
+            self.write_cache = None;
+        }
         Ok(self.publish_where(|_| changed != 0))
     }
 
@@ -383,7 +418,7 @@ impl Session {
     /// CONFIG_WCE is negotiated, and is kept all the same.
     pub fn set_write_cache(&mut self, write_cache: bool) -> Vec<Effect> {
         let before = self.write_through();
-        self.write_cache = write_cache;
+        self.write_cache = Some(write_cache);
         let changed = self.write_through() != before;
         self.publish_where(|_| changed)
     }
@@ -483,8 +518,13 @@ impl Session {
         state.was_live = true;
         (state.state, effects) = match state.state {
             RingState::Draining { .. } => (RingState::Draining { then: Then::Restart }, vec![]),
-            _ if !gate_open => (RingState::Gated, vec![]),
-            _ => (RingState::Live, vec![Effect::Start(ring)]),
+            _ => {
+                state.packed = layout.packed;
+                match gate_open {
+                    true => (RingState::Live, vec![Effect::Start(ring)]),
+                    false => (RingState::Gated, vec![]),
+                }
+            }
         };
         Ok(effects)
     }
@@ -495,10 +535,14 @@ impl Session {
     /// # Errors
     /// No such ring.
     pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
-        let layout = self.layout();
+        let negotiated = (self.features != 0).then(|| self.layout().packed);
         let state = self.ring_mut(ring)?;
         Ok(match state.state {
-            RingState::Stopped => vec![Effect::Reply(ring, answer(layout, state.base))],
+            RingState::Stopped => {
+                // RESET_OWNER has taken the features, not what the ring was.
+                let packed = negotiated.unwrap_or(state.packed);
+                vec![Effect::Reply(ring, answer(packed, state.base))]
+            }
             RingState::Gated | RingState::GatedReply => {
                 state.state = RingState::GatedReply;
                 vec![]
@@ -514,7 +558,7 @@ impl Session {
         })
     }
 
-    /// RESET_OWNER: stops all rings without an answer to wait for.
+    /// RESET_OWNER: stops all rings.
     pub fn reset_owner(&mut self) -> Vec<Effect> {
         let effects = self.stop_all();
         self.features = 0;
@@ -525,14 +569,38 @@ impl Session {
     /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features, memory, log.
     /// Not the in-flight area: it says where rings went on that begin anew now.
     pub fn reset_device(&mut self) -> Vec<Effect> {
-        let effects = self.stop_all();
+        self.stop_all();
         self.inflight = None;
+        let mut effects = vec![];
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            ring.device_was_reset = matches!(ring.state, RingState::Draining { .. });
+            if ring.device_was_reset {
+                effects.push(Effect::Reset(n));
+            }
+        }
         effects
+    }
+
+    /// The front end waits until the reset that it has just sent is complete: until all I/O that
+    /// uses its guest's memory has ended, that of an earlier connection included. The answer comes
+    /// as [`Effect::Acknowledge`], now or then.
+    pub fn await_reset(&mut self) -> Vec<Effect> {
+        self.reset_owed = true;
+        self.acknowledge()
+    }
+
+    fn acknowledge(&mut self) -> Vec<Effect> {
+        if !self.reset_owed || !self.gate_open || self.undrained() {
+            return vec![];
+        }
+        self.reset_owed = false;
+        vec![Effect::Acknowledge]
     }
 
     /// The connection is gone.
     pub fn close(&mut self) -> Vec<Effect> {
         self.closed = true;
+        self.reset_owed = false;
         self.backend_channel = None;
         let effects = self.stop_all();
         (self.inflight, self.log) = (None, None);
@@ -545,16 +613,17 @@ impl Session {
         let state = &mut self.rings[ring];
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
-        state.was_reset = false;
+        (state.was_reset, state.device_was_reset) = (false, false);
         match then {
             // What the front end has set since the reset stays.
-            Then::Stop => vec![],
+            Then::Stop => self.acknowledge(),
             Then::Reply => {
                 state.base = base;
-                vec![Effect::Reply(ring, answer(layout, base))]
+                vec![Effect::Reply(ring, answer(state.packed, base))]
             }
             Then::Restart => {
                 state.state = RingState::Live;
+                state.packed = layout.packed;
                 vec![Effect::Start(ring)]
             }
         }
@@ -568,20 +637,15 @@ impl Session {
     /// The connections before this one have drained.
     pub fn open_gate(&mut self) -> Vec<Effect> {
         self.gate_open = true;
-        let mut effects = vec![];
+        let mut effects = self.acknowledge();
         for (n, ring) in self.rings.iter_mut().enumerate() {
-            match ring.state {
-                RingState::Gated => {
-                    ring.state = RingState::Live;
-                    effects.push(Effect::Start(n));
-                }
-                RingState::GatedReply => {
-                    // Where the earlier I/O has left the ring, only a reactor can tell.
-                    ring.state = RingState::Draining { then: Then::Reply };
-                    effects.push(Effect::Start(n));
-                }
-                _ => {}
-            }
+            ring.state = match ring.state {
+                RingState::Gated => RingState::Live,
+                // Where the earlier I/O has left the ring, only a reactor can tell.
+                RingState::GatedReply => RingState::Draining { then: Then::Reply },
+                _ => continue,
+            };
+            effects.push(Effect::Start(n));
         }
         effects
     }
@@ -620,7 +684,7 @@ impl Session {
 
 /// What GET_VRING_BASE says of a ring that stands at `base` with nothing in flight ("Vring state
 /// description" in the specification): packed, where both the available and the used ring are.
-fn answer(layout: Layout, base: u16) -> u32 {
+fn answer(packed: bool, base: u16) -> u32 {
     let base = u32::from(base);
-    if layout.packed { base << 16 | base } else { base }
+    if packed { base << 16 | base } else { base }
 }

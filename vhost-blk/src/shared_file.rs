@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::foreign::{self, ForeignFd};
-use crate::reclaim::Unmapper;
+use crate::reclaim::{Counted, Unmapper};
 use crate::sigbus;
 
 /// Why a file was refused.
@@ -39,6 +39,9 @@ pub enum Error {
     /// too many mappings in the process
     #[error("too many mappings of memory files")]
     TooMany,
+    /// too many mappings of one controller
+    #[error("{0} mappings of memory files in all connections of the controller, old ones included")]
+    TooManyOfController(usize),
 }
 
 /// A part of a memory file, mapped. What happens when the front end cuts the file short is in
@@ -55,6 +58,8 @@ pub struct SharedFile {
     len: usize,
     slot: sigbus::Slot,
     unmapper: Unmapper,
+    /// Until it is dropped.
+    counted: Option<Counted>,
 }
 
 // SAFETY: the pointers are addresses in a shared mapping, which any thread may use as long as the
@@ -65,7 +70,7 @@ unsafe impl Sync for SharedFile {}
 
 impl Drop for SharedFile {
     fn drop(&mut self) {
-        self.unmapper.unmap(self.base, self.len, self.slot);
+        self.unmapper.unmap(self.base, self.len, self.slot, self.counted.take());
     }
 }
 
@@ -73,7 +78,7 @@ impl SharedFile {
     /// Maps `size` bytes at `offset` for reading and writing. The fd is not needed afterwards.
     ///
     /// # Errors
-    /// It is no file of memory, too short, or cannot be mapped.
+    /// It is no file of memory, too short, or cannot be mapped; or `unmapper` counts too many.
     pub fn map(fd: &ForeignFd, offset: u64, size: u64, unmapper: &Unmapper) -> Result<Self, Error> {
         let stat = stat(fd)?;
         let page = page_bytes(fd)?;
@@ -85,6 +90,7 @@ impl SharedFile {
         let lead = offset % page;
         let len = (lead + size).next_multiple_of(page) as usize;
         let at = i64::try_from(offset - lead).map_err(|_| Error::Range { offset, size })?;
+        let counted = Some(unmapper.count().map_err(Error::TooManyOfController)?);
         // SAFETY: a new shared mapping of a file; nothing else is at the address the kernel picks.
         let base = unsafe {
             libc::mmap(
@@ -110,7 +116,7 @@ impl SharedFile {
         };
         let host = base.wrapping_add(lead as usize);
         let (identity, unmapper) = (stat.identity, unmapper.clone());
-        Ok(Self { host, size, identity, truncated, base, len, slot, unmapper })
+        Ok(Self { host, size, identity, truncated, base, len, slot, unmapper, counted })
     }
 
     /// Address of the part's first byte, good while `self` lives.

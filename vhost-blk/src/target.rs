@@ -142,8 +142,19 @@ struct Connected {
     /// `None` once the connection is gone.
     conn: Option<SharedConnection>,
     queues: Vec<Option<Attached>>,
-    /// Since when the front end has been waiting for its GET_VRING_BASE; warned about or not.
-    owed: Option<(Instant, bool)>,
+    /// What the front end waits for.
+    owed: Option<Owed>,
+    /// The controller's, which may be gone before the connection is.
+    unmapper: Unmapper,
+}
+
+/// An answer that comes when I/O has completed.
+struct Owed {
+    /// What it answers.
+    request: u32,
+    since: Instant,
+    /// That it takes long has been said.
+    warned: bool,
 }
 
 struct Attached {

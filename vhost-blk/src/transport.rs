@@ -63,7 +63,7 @@ pub enum Verdict {
     Reply(Vec<u8>),
     /// Done. Send this payload and this fd.
     ReplyWithFd(Vec<u8>, OwnedFd),
-    /// The answer follows through [`Connection::send`]; send nothing.
+    /// The answer follows through [`Connection::send`]; send nothing, not even an acknowledgement.
     Deferred,
     /// Refused: close the connection.
     Reject,

@@ -9,6 +9,7 @@ mod scene;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost_blk::protocol::request::{
@@ -22,7 +23,12 @@ use vhost_blk::protocol::request::{
 use vhost_blk::{Mode, Target, Verdict};
 
 use memfd::memfd;
-use scene::{Front, LOG_ALL, RAM_BYTES, STATES, State, World, addrs, dup, eventfd, region, table};
+use scene::{
+    Front, LOG_ALL, NEED_REPLY, RAM_BYTES, STATES, State, World, addrs, dup, eventfd, fds,
+    mappings, region, table,
+};
+
+const PACKED: u64 = 1 << 34;
 
 /// A message: its number, its payload, and its fds.
 type Sent = (u32, Vec<u8>, Vec<OwnedFd>);
@@ -144,6 +150,8 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("status 0",                plain(SET_STATUS, number(0)),                                 ["pass", "pass", "pass", "pass", "no", "pass", "no"]),
         ("reset",                   plain(RESET_DEVICE, none()),                                  ["ok",   "ok",   "ok suspended", "ok suspended", "no", "ok", "no"]),
         ("no owner",                plain(RESET_OWNER, none()),                                   ["ok",   "ok",   "ok suspended", "ok suspended", "no", "ok", "no"]),
+        ("reset, and say so",       plain(RESET_DEVICE | NEED_REPLY, none()),                     ["re",   "re",   "owed quiescing", "owed quiescing", "no", "re", "no"]),
+        ("no owner, and say so",    plain(RESET_OWNER | NEED_REPLY, none()),                      ["re",   "re",   "owed quiescing", "owed quiescing", "no", "re", "no"]),
         // What is for other devices.
         ("RARP",                    plain(SEND_RARP, number(0)),                                  ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
         ("an MTU",                  plain(NET_SET_MTU, number(1500)),                             ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
@@ -201,8 +209,9 @@ fn every_message_in_every_state() {
                 wrong.push(format!("{what}, {state:?}: {got}, not {}", expected[column]));
             }
             if got == "owed quiescing" {
-                let answer = front.answer();
-                assert_eq!(answer[..16], words(&[GET_VRING_BASE, 5, 8, 0]), "{what}, {state:?}");
+                let (answer, request) = (front.answer(), request & !NEED_REPLY);
+                assert_eq!(answer[..16], words(&[request, 5, 8, 0]), "{what}, {state:?}");
+                assert!(request == GET_VRING_BASE || answer[16..] == [0; 4], "{what}, {state:?}");
             }
             // Fds and mappings are counted here.
             front.end();
@@ -258,14 +267,98 @@ fn the_cache_is_the_guests_to_switch() {
         assert!(matches!(front.send(SET_CONFIG, payload, vec![]), Verdict::Done));
         assert_eq!(shown(&front), expected);
     }
-    front.end();
-    // Its guest does not know that the connection is another one.
+    // Its guest does not know that the connection is another one. Whether it is its guest or
+    // another one's cannot be told.
+    let other = world.front(State::New);
+    assert_eq!(shown(&other), 0);
+    other.tell(SET_CONFIG, wce(1), vec![]);
+    assert_eq!((shown(&other), shown(&front)), (1, 0), "each its own");
+    front.leave();
     let front = world.front(State::New);
-    assert_eq!(shown(&front), 0);
-    assert!(matches!(front.send(SET_CONFIG, wce(1), vec![]), Verdict::Done));
-    front.end();
+    assert_eq!((shown(&other), shown(&front)), (1, 0), "as the guest was told");
+    front.leave();
+    other.end();
+}
+
+/// What a killed process has left in flight is not done for a guest that has reset its device.
+#[test]
+fn a_device_reset_drops_what_is_to_be_done_again() {
+    let _alone = alone();
+    let (target, mut steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
+    let world = World::of(target);
+    let front = world.front(State::Ready);
+    front.offer_io(1);
+    // Version 1, of 8 descriptors; descriptor 0 is in flight.
+    let area_file = File::from(memfd(0x1000));
+    area_file.write_all_at(&[1, 0, 8, 0], 8).unwrap();
+    area_file.write_all_at(&[1], 16).unwrap();
+    front.tell(SET_INFLIGHT_FD, area(0x1000), vec![area_file.into()]);
+    front.start();
+    let verdict = front.send(RESET_DEVICE | NEED_REPLY, vec![], vec![]);
+    assert!(matches!(verdict, Verdict::Deferred));
+    assert_eq!(front.sent(), [[0; 0]; 0]);
+    for _ in 0..2 {
+        steps[0].step();
+        world.target.process_events();
+    }
+    // Had it been begun, the disk would have it.
+    assert_eq!(front.sent(), [words(&[RESET_DEVICE, 5, 8, 0, 0])]);
+}
+
+#[test]
+fn areas_that_are_asked_for_cost_nothing() {
+    let _alone = alone();
+    let world = World::new();
     let front = world.front(State::New);
-    assert_eq!(shown(&front), 1);
+    for features in [None, Some(0), Some(PACKED)] {
+        if let Some(packed) = features {
+            front.tell(SET_FEATURES, number(front.features() | packed), vec![]);
+        }
+        let before = (fds(), mappings());
+        // The largest there is, which the front end keeps.
+        let payload = [number(0), number(0), vec![15, 0, 0, 128], vec![0; 4]].concat();
+        let areas: Vec<File> = (0..64)
+            .map(|_| match front.send(GET_INFLIGHT_FD, payload.clone(), vec![]) {
+                Verdict::ReplyWithFd(_, fd) => fd.into(),
+                verdict => panic!("{verdict:?}"),
+            })
+            .collect();
+        assert_eq!((fds(), mappings()), (before.0 + areas.len(), before.1));
+        assert!(areas.iter().all(|area| area.metadata().unwrap().blocks() == 0), "{features:?}");
+        drop(areas);
+        assert_eq!((fds(), mappings()), before);
+    }
+    front.end();
+}
+
+/// Each table is kept by I/O that was submitted under it and hangs.
+#[test]
+fn mappings_that_io_keeps_are_bounded() {
+    let _alone = alone();
+    let world = World::new();
+    let front = world.front(State::New);
+    front.set_up();
+    front.tell(SET_VRING_NUM, words(&[0, 256]), vec![]);
+    // Without a kick fd, so that it is polled.
+    front.tell(SET_VRING_KICK, number(0x100), vec![]);
+    let mut most = 0;
+    let refused = (1..=250).find(|&n| {
+        let others = (1..8).map(|k| 0x10_0000 * (8 * u64::from(n) + k));
+        let gpas: Vec<u64> = [0].into_iter().chain(others).collect();
+        let fds = gpas.iter().map(|_| dup(&front.ram)).collect();
+        if matches!(front.send(SET_MEM_TABLE, table(&gpas), fds), Verdict::Reject) {
+            return true;
+        }
+        front.offer_io(n);
+        front.wait_for_io(n.into());
+        most = most.max(mappings());
+        false
+    });
+    assert!(refused.is_some_and(|n| n > 1018 / 7), "table {refused:?}");
+    assert!(most <= 1527, "{most}");
+    let another = world.front(State::New);
+    assert!(matches!(another.send(ADD_MEM_REG, add(0), vec![dup(&another.ram)]), Verdict::Reject));
+    another.leave();
     front.end();
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vhost_blk::dirty_log::DirtyLog;
 use vhost_blk::foreign::ForeignFd;
-use vhost_blk::inflight::{Area, AreaSpec};
+use vhost_blk::inflight::{Area, AreaSpec, Tracker};
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::reclaim::Unmapper;
@@ -247,30 +247,47 @@ fn only_logging_is_switched_while_running() {
     assert!(session.log().is_none(), "there was another owner");
 }
 
+fn area() -> Arc<Area> {
+    let (fd, unmapper) = (ForeignFd::new(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
+    let spec = AreaSpec { mmap_size: 0x10000, mmap_offset: 0, num_queues: 2, queue_size: 128 };
+    Arc::new(Area::map(spec, &fd, &unmapper).unwrap())
+}
+
 #[test]
 fn an_area_stays_until_there_is_another() {
-    let area = |packed| {
-        let (fd, unmapper) =
-            (ForeignFd::new(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
-        let spec = AreaSpec { mmap_size: 0x10000, mmap_offset: 0, num_queues: 2, queue_size: 128 };
-        Arc::new(Area::map(spec, packed, &fd, &unmapper).unwrap())
-    };
     let mut session = running();
-    assert!(matches!(session.set_inflight(area(false)), Err(Violation::AreaRunning)));
+    assert!(matches!(session.set_inflight(area()), Err(Violation::AreaRunning)));
     for ring in 0..2 {
         session.get_base(ring).unwrap();
         session.drained(ring, 9);
     }
-    session.set_inflight(area(false)).unwrap();
+    session.set_inflight(area()).unwrap();
     session.set_kick(0, None).unwrap();
     session.reset_device();
     session.drained(0, 0);
     assert!(session.inflight().is_none(), "rings begin anew");
-    session.set_inflight(area(true)).unwrap();
-    assert!(session.inflight().is_none(), "made for packed rings");
-    session.set_inflight(area(false)).unwrap();
+    session.set_inflight(area()).unwrap();
     session.reset_owner();
     assert!(session.inflight().is_none());
+}
+
+#[test]
+fn an_area_may_come_before_the_features() {
+    for packed in [0, PACKED] {
+        let mut session = Session::new(OFFERED | PACKED, true);
+        assert!(session.may_be_packed(), "nothing is said yet");
+        session.set_inflight(area()).unwrap();
+        session.set_features(OFFERED | packed).unwrap();
+        assert_eq!(session.may_be_packed(), packed != 0);
+        assert!(session.inflight().is_some(), "{packed:#x}");
+        session.set_features(OFFERED | packed ^ PACKED).unwrap();
+        let area = session.inflight().unwrap();
+        assert!(Tracker::split(area, 0, 128, 0).is_some());
+        session.set_features(packed ^ PACKED).unwrap();
+        assert!(session.inflight().is_some(), "of the same layout");
+        session.set_features(packed).unwrap();
+        assert!(session.inflight().is_none(), "what is in it is of another layout");
+    }
 }
 
 #[test]
@@ -291,28 +308,115 @@ fn a_packed_ring_has_two_positions() {
     assert_eq!(session.drained(0, 0x0007), [Effect::Reply(0, 0x0007_0007)]);
 }
 
+/// RESET_OWNER takes the features away, which say how its position is to be told.
+#[test]
+fn a_packed_ring_that_was_reset_has_two_positions() {
+    let start = || {
+        let mut session = Session::new(OFFERED | PACKED, true);
+        session.set_features(OFFERED | PACKED).unwrap();
+        session.set_memory(memory(0x10000)).unwrap();
+        set_up(&mut session, 0);
+        session.set_kick(0, None).unwrap();
+        session
+    };
+    let mut session = start();
+    session.get_base(0).unwrap();
+    session.drained(0, 0x8009);
+    session.reset_owner();
+    assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 0x8009_8009)], "asked again");
+    let mut session = start();
+    session.reset_owner();
+    assert_eq!(session.get_base(0).unwrap(), []);
+    assert_eq!(session.drained(0, 0x8009), [Effect::Reply(0, 0x8009_8009)]);
+    // The front end may have said by then what comes next.
+    let mut session = start();
+    session.reset_owner();
+    session.set_features(OFFERED).unwrap();
+    session.set_kick(0, None).unwrap();
+    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 0x8009), [Effect::Reply(0, 0x8009_8009)]);
+    session.set_kick(0, None).unwrap();
+    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "it was a split one");
+}
+
+#[test]
+fn a_reset_is_acknowledged_when_all_rings_have_drained() {
+    let mut session = running();
+    session.reset_owner();
+    assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)], "once more");
+    assert_eq!(session.await_reset(), []);
+    assert_eq!(session.phase(), Phase::Quiescing);
+    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert_eq!(session.drained(1, 9), []);
+    assert_eq!(session.drained(0, 9), [Effect::Acknowledge]);
+    assert_eq!(session.drained(0, 9), [], "once");
+    assert_eq!(session.phase(), Phase::Suspended);
+    assert_eq!(session.reset_device(), [], "nothing runs");
+    assert_eq!(session.await_reset(), [Effect::Acknowledge]);
+    // A front end that does not wait is not waited for.
+    set_up(&mut session, 0);
+    session.set_kick(0, None).unwrap();
+    assert_eq!(session.reset_device(), [Effect::Reset(0)]);
+    assert!(session.check_turn().is_ok());
+    assert_eq!(session.drained(0, 9), []);
+    // One that goes meanwhile is owed nothing.
+    session.set_kick(0, None).unwrap();
+    session.reset_device();
+    session.await_reset();
+    session.close();
+    assert_eq!(session.phase(), Phase::Closed);
+    assert_eq!(session.drained(0, 9), []);
+}
+
+/// What an earlier connection has in flight may be in this guest's memory.
+#[test]
+fn a_reset_waits_at_the_gate() {
+    let mut session = Session::new(OFFERED, false);
+    session.set_memory(memory(0x10000)).unwrap();
+    set_up(&mut session, 0);
+    session.set_kick(0, None).unwrap();
+    assert_eq!(session.reset_device(), []);
+    assert_eq!(session.await_reset(), []);
+    assert_eq!(session.phase(), Phase::Quiescing);
+    assert_eq!(session.open_gate(), [Effect::Acknowledge]);
+    assert_eq!(session.phase(), Phase::Suspended);
+}
+
 #[test]
 fn who_flushes() {
-    let through = |offered, negotiated, write_cache| {
+    let through = |offered, negotiated, write_cache: Option<bool>| {
         let mut session = Session::new(offered, true);
         session.set_features(negotiated).unwrap();
-        session.set_write_cache(write_cache);
+        write_cache.map(|on| session.set_write_cache(on));
         session.write_through()
     };
     let both = FLUSH | CONFIG_WCE;
     // Offered, negotiated, the cache as it was set; whether writes are durable at once.
     for (offered, negotiated, write_cache, expected) in [
-        (both, both, true, false),
-        (both, both, false, true),
-        (both, CONFIG_WCE, true, false),
-        (both, FLUSH, true, false),
-        (both, FLUSH, false, false),
-        (both, 0, true, true),
-        (0, 0, false, false),
+        (both, both, None, false),
+        (both, both, Some(true), false),
+        (both, both, Some(false), true),
+        (both, CONFIG_WCE, None, true),
+        (both, CONFIG_WCE, Some(true), false),
+        (both, FLUSH, Some(true), false),
+        (both, FLUSH, Some(false), false),
+        (both, 0, Some(true), true),
+        (0, 0, Some(false), false),
     ] {
         let got = through(offered, negotiated, write_cache);
-        assert_eq!(got, expected, "{offered:#x} {negotiated:#x} {write_cache}");
+        assert_eq!(got, expected, "{offered:#x} {negotiated:#x} {write_cache:?}");
     }
+    // A driver that cannot flush begins without a cache (virtio 1.2, 5.2.5.2), whatever the one
+    // before it has set.
+    let mut session = Session::new(both, true);
+    session.set_features(both).unwrap();
+    session.set_write_cache(true);
+    session.set_features(CONFIG_WCE).unwrap();
+    assert!(session.write_through() && !session.write_cache());
+    session.set_write_cache(true);
+    session.set_features(CONFIG_WCE).expect("the same again");
+    assert!(!session.write_through() && session.write_cache());
     let mut session = Session::new(OFFERED | both, true);
     session.set_features(OFFERED | both).unwrap();
     session.set_memory(memory(0x10000)).unwrap();
@@ -333,7 +437,7 @@ fn memory_may_go_when_nothing_runs_in_it() {
         Arc::new(memory(0x10000).without_region(spec).unwrap())
     };
     assert!(session.set_memory(nothing()).is_err(), "two rings run in it");
-    session.reset_device();
+    assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)]);
     session.set_memory(nothing()).expect("the reactors have their own view of it");
     assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "it is not there");
     assert_eq!(session.features(), OFFERED, "a reset is not another negotiation");

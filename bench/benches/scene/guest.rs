@@ -140,7 +140,7 @@ impl Guest {
         let packed = form.layout().packed;
         let (spec, fd) = Area::create(1, RING_SIZE, packed).unwrap();
         let unmapper = Unmapper::start().unwrap();
-        let area = Area::map(spec, packed, &ForeignFd::new(fd), &unmapper).unwrap();
+        let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
         Self::with(1, form, bdev, Some(&Arc::new(area)))
     }
 

@@ -178,8 +178,10 @@ extern "C" fn pre_msg_handle(vid: c_int, message: *mut c_void) -> sys::rte_vhost
     if protocol::is_negotiation(request) && id.is_none() {
         return sys::RTE_VHOST_MSG_RESULT_NOT_HANDLED;
     }
+    let need_reply = message.word(4) & FLAG_NEED_REPLY != 0;
+    let (payload, target) = (message.payload(), &shared().target);
     let verdict = match id {
-        Some(id) => shared().target.message(id, request, message.payload(), received::take()),
+        Some(id) => target.message(id, request, need_reply, payload, received::take()),
         None => self_test::answer(request, &received::take(), &conn),
     };
     message.answer(verdict, &conn)

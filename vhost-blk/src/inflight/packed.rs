@@ -81,17 +81,6 @@ fn from_positions(word: u64) -> (u16, u16) {
     (position(used, used_wrap), position(old, old_wrap))
 }
 
-/// The part of a queue that nobody has used yet, as rte_vhost has it.
-pub(super) fn fresh(entries: u16) -> Vec<u8> {
-    let mut part = vec![0; bytes(entries)];
-    part[POSITIONS..POSITIONS + 8].copy_from_slice(&positions(WRAP, WRAP).to_ne_bytes());
-    for entry in 0..entries {
-        let next = at(entry, NEXT);
-        part[next..next + 2].copy_from_slice(&(entry + 1).to_ne_bytes());
-    }
-    part
-}
-
 /// The tracking of a packed queue.
 #[derive(Debug)]
 pub(super) struct Packed {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use super::{Area, REGION_ALIGN_BYTES, region_bytes};
+use super::{Area, REGION_ALIGN_BYTES};
 
 /// One queue's part of an area.
 #[derive(Debug)]
@@ -38,11 +38,11 @@ macro_rules! access {
 
 impl Region {
     /// # Safety
-    /// The area has a queue's part at `at`, aligned to [`REGION_ALIGN_BYTES`].
-    pub(super) unsafe fn new(area: Arc<Area>, at: usize) -> Self {
+    /// The area has a queue's part of `bytes` at `at`, aligned to [`REGION_ALIGN_BYTES`].
+    pub(super) unsafe fn new(area: Arc<Area>, at: usize, bytes: usize) -> Self {
         let base = area.file.host().wrapping_add(at);
         debug_assert!((base as u64).is_multiple_of(REGION_ALIGN_BYTES));
-        Self { base, bytes: region_bytes(area.queue_size(), area.packed()) as usize, area }
+        Self { base, bytes, area }
     }
 
     /// Number of entries.

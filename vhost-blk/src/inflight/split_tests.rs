@@ -208,13 +208,13 @@ fn whatever_is_in_an_area_does_no_harm() {
     let area = area(2, 11, false);
     let mut rng = Rng::new(7);
     for _ in 0..10_000 {
-        garble(&area, &mut rng);
+        garble(&area, false, &mut rng);
         let size = 1 + rng.below(11) as u16;
         let used = rng.below(12) as u16;
         let (mut tracker, recovery) = Tracker::split(&area, 1, size, used).unwrap();
         assert!(recovery.again.iter().all(|&head| head < size));
         assert_eq!(recovery.last_avail, used + recovery.again.len() as u16);
-        garble(&area, &mut rng);
+        garble(&area, false, &mut rng);
         for _ in 0..40 {
             tracker.fetched(rng.next() as u16 >> rng.below(16));
             tracker.put(rng.next() as u16 >> rng.below(16));

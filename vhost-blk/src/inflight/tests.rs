@@ -28,7 +28,7 @@ impl Rng {
 pub(super) fn area(num_queues: u16, queue_size: u16, packed: bool) -> Arc<Area> {
     let (spec, fd) = Area::create(num_queues, queue_size, packed).unwrap();
     let unmapper = Unmapper::start().unwrap();
-    Arc::new(Area::map(spec, packed, &ForeignFd::new(fd), &unmapper).unwrap())
+    Arc::new(Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap())
 }
 
 /// Has `next` say what is in each word of the area.
@@ -40,9 +40,9 @@ pub(super) fn fill(area: &Area, mut next: impl FnMut(usize) -> u64) {
 }
 
 /// Puts random bytes into the area, or such as look sound at first sight.
-pub(super) fn garble(area: &Area, rng: &mut Rng) {
+pub(super) fn garble(area: &Area, packed: bool, rng: &mut Rng) {
     let kind = rng.below(4);
-    let part = region_bytes(area.queue_size(), area.packed()) as usize / 8;
+    let part = region_bytes(area.queue_size(), packed) as usize / 8;
     let small = u64::from(area.queue_size()) + 1;
     fill(area, |word| {
         let random = rng.next();
@@ -128,7 +128,7 @@ fn an_area_can_be_neither_cut_short_nor_too_short() {
     assert_eq!(spec.mmap_size, 3 * 128);
     let file = File::from(fd);
     assert!(file.set_len(8).is_err());
-    let map = |spec, fd: OwnedFd| Area::map(spec, false, &ForeignFd::new(fd), &unmapper);
+    let map = |spec, fd: OwnedFd| Area::map(spec, &ForeignFd::new(fd), &unmapper);
     let again = || OwnedFd::from(file.try_clone().unwrap());
     assert!(map(spec, again()).is_ok());
     let short = AreaSpec { mmap_size: 3 * 128 - 1, ..spec };
@@ -151,7 +151,25 @@ fn a_queue_without_room_is_not_tracked() {
     assert!(Tracker::split(&split, 0, 0, 0).is_none());
     assert!(Tracker::packed(&split, 0, 8, 0, |_| 0).is_none());
     let packed = area(2, 8, true);
-    assert!(Tracker::packed(&packed, 1, 8, 7, |_| 0).is_some());
     assert!(Tracker::packed(&packed, 1, 8, 8, |_| 0).is_none());
-    assert!(Tracker::split(&packed, 1, 8, 0).is_none());
+    assert!(Tracker::packed(&packed, 1, 8, 7, |_| 0).is_some());
+}
+
+#[test]
+fn an_area_takes_no_memory_before_it_is_used() {
+    use std::os::unix::fs::MetadataExt;
+    for packed in [false, true] {
+        let (spec, fd) = Area::create(15, 32768, packed).unwrap();
+        let file = File::from(fd.try_clone().unwrap());
+        let unmapper = Unmapper::start().unwrap();
+        let area = Arc::new(Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap());
+        let stat = file.metadata().unwrap();
+        assert_eq!((stat.len(), stat.blocks(), area.was_used()), (spec.mmap_size, 0, false));
+        let tracker = match packed {
+            false => Tracker::split(&area, 0, 8, 0),
+            true => Tracker::packed(&area, 0, 8, 0, |_| 0),
+        };
+        assert!(tracker.is_some() && area.was_used());
+        assert!(file.metadata().unwrap().blocks() > 0);
+    }
 }

@@ -268,6 +268,9 @@ impl Core {
         }
         let stop = queue.stop.load(Ordering::Acquire);
         self.stopping = stop;
+        if stop && queue.reset.load(Ordering::Relaxed) {
+            self.again.clear();
+        }
         let completed = self.inflight > 0 && self.complete(at, turn);
         if !self.parked.is_empty() {
             self.unpark(at, turn);

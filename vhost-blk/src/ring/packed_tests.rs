@@ -514,7 +514,7 @@ fn a_kept_chain_ends_with_its_first_table() {
     }
     let (spec, fd) = Area::create(1, N, true).unwrap();
     let unmapper = Unmapper::start().unwrap();
-    let area = Area::map(spec, true, &ForeignFd::new(fd), &unmapper).unwrap();
+    let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
     let area = std::sync::Arc::new(area);
     let (mut tracker, _) = Tracker::packed(&area, 0, N, WRAP, |_| 0).unwrap();
     let len = u32::from(N) * 16;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
-use super::{Attached, Connected, Inner, Target};
+use super::{Attached, Connected, Inner, Owed, Target};
 use crate::config;
 use crate::dirty_log::DirtyLog;
 use crate::foreign::ForeignFd;
@@ -20,7 +20,7 @@ use crate::protocol::{self, ConfigHead, Message};
 use crate::queue::QueueId;
 use crate::queue::core::ChannelBox;
 use crate::reactor::Event;
-use crate::reclaim::Garbage;
+use crate::reclaim::{Garbage, Unmapper};
 use crate::ring::RingAddrs;
 use crate::session::{Effect, Session};
 use crate::transport::{ConnId, SharedConnection, Verdict};
@@ -30,7 +30,7 @@ use crate::transport::{ConnId, SharedConnection, Verdict};
 const CONNECTIONS_MAX: usize = 16;
 
 /// Memory regions that the connections of one controller may have together, where they come one by
-/// one: a VM's and its successor's in a migration. The process has room for 16 times as many.
+/// one: a VM's and its successor's in a migration.
 const SLOTS_OF_CONTROLLER_MAX: usize = 2 * SLOTS_MAX;
 
 /// Bytes of a dirty log: enough for 32 TiB of guest-physical addresses, holes included.
@@ -78,7 +78,10 @@ impl Target {
         let name = controller.name.clone();
         let gate_open = mine().all(|c| c.conn.is_some());
         let mut session = Session::new(controller.features, gate_open);
-        session.set_write_cache(controller.write_cache);
+        if controller.write_through {
+            session.set_write_cache(false);
+        }
+        let unmapper = controller.unmapper.clone();
         debug!("controller {name}: front end {number} connected");
         let connected = Connected {
             controller: of,
@@ -89,6 +92,7 @@ impl Target {
             conn: Some(conn),
             queues: Vec::new(),
             owed: None,
+            unmapper,
         };
         inner.connections.insert(id, connected);
         Some(id)
@@ -105,17 +109,19 @@ impl Target {
         inner.connections.iter().filter_map(gone).collect()
     }
 
-    /// A message has arrived. Called on the transport's thread, in the connection's order.
+    /// A message has arrived. `need_reply`: the front end waits for an acknowledgement if there is
+    /// no other answer. Called on the transport's thread, in the connection's order.
     pub fn message(
         &self,
         conn: ConnId,
         request: u32,
+        need_reply: bool,
         payload: &[u8],
         fds: Vec<ForeignFd>,
     ) -> Verdict {
         let result = Message::parse(request, payload, fds)
             .map_err(|e| e.to_string())
-            .and_then(|message| self.handle(conn, message));
+            .and_then(|message| self.handle(conn, request, need_reply, message));
         match result {
             Ok(verdict) => verdict,
             Err(reason) => {
@@ -127,7 +133,13 @@ impl Target {
         }
     }
 
-    fn handle(&self, conn: ConnId, message: Message) -> Result<Verdict, String> {
+    fn handle(
+        &self,
+        conn: ConnId,
+        request: u32,
+        need_reply: bool,
+        message: Message,
+    ) -> Result<Verdict, String> {
         self.check_turn(conn)?;
         // What takes system calls comes before the lock.
         let message = self.prepare(conn, message)?;
@@ -162,7 +174,16 @@ impl Target {
             Prepared::Plain(message) => match message {
                 Message::SetFeatures(features) => {
                     (verdict, settles) = (Verdict::Pass, Settles::Must);
-                    session.set_features(features)
+                    let area = session.inflight().is_some();
+                    let effects = session.set_features(features);
+                    if area && session.inflight().is_none() {
+                        warn!(
+                            "controller {}: the in-flight area is of rings of another layout and \
+                             not used any more",
+                            connected.controller_name
+                        );
+                    }
+                    effects
                 }
                 Message::SetVringNum { ring, num } => session.set_num(ring, num).map(|()| vec![]),
                 Message::SetVringBase { ring, base } => {
@@ -187,8 +208,8 @@ impl Target {
                 Message::SetConfig { offset, contents } => {
                     settles = Settles::Must;
                     let written = config::written_write_cache(offset, &contents);
-                    if let (Some(write_cache), Some(controller)) = (written, controller) {
-                        controller.write_cache = write_cache;
+                    if let (Some(false), Some(controller)) = (written, controller) {
+                        controller.write_through = true;
                     }
                     Ok(written.map_or_else(Vec::new, |on| session.set_write_cache(on)))
                 }
@@ -196,8 +217,17 @@ impl Target {
                     verdict = Verdict::Reply((SLOTS_MAX as u64).to_le_bytes().into());
                     Ok(vec![])
                 }
-                Message::ResetOwner => Ok(session.reset_owner()),
-                Message::ResetDevice => Ok(session.reset_device()),
+                Message::ResetOwner | Message::ResetDevice => {
+                    let mut effects = match message {
+                        Message::ResetOwner => session.reset_owner(),
+                        _ => session.reset_device(),
+                    };
+                    if need_reply {
+                        verdict = Verdict::Deferred;
+                        effects.extend(session.await_reset());
+                    }
+                    Ok(effects)
+                }
                 Message::Negotiation => {
                     verdict = Verdict::Pass;
                     Ok(vec![])
@@ -213,7 +243,7 @@ impl Target {
         let starts = self.apply(&mut inner, conn, effects, Some(&mut reply));
         if matches!(verdict, Verdict::Deferred) && reply.is_none() {
             let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
-            connected.owed = Some((Instant::now(), false));
+            connected.owed = Some(Owed { request, since: Instant::now(), warned: false });
         }
         drop(inner);
         self.start_rings(conn, &starts);
@@ -244,21 +274,22 @@ impl Target {
     fn prepare(&self, conn: ConnId, message: Message) -> Result<Prepared, String> {
         let prepared = match message {
             Message::SetMemTable(table) => {
-                let before = self.memory_of(conn);
-                GuestMemory::map(table, before.as_deref(), &self.unmapper)
+                let (before, unmapper) = self.mapped(conn)?;
+                GuestMemory::map(table, before.as_deref(), &unmapper)
                     .map(|memory| Prepared::Memory(Arc::new(memory)))
                     .map_err(|e| e.to_string())
             }
             Message::AddMemReg(spec, fd) => {
                 self.check_slots(conn)?;
-                let before = self.memory_of(conn);
-                GuestMemory::with_region(before.as_deref(), spec, &fd, &self.unmapper)
+                let (before, unmapper) = self.mapped(conn)?;
+                GuestMemory::with_region(before.as_deref(), spec, &fd, &unmapper)
                     .map(|memory| Prepared::Memory(Arc::new(memory)))
                     .map_err(|e| e.to_string())
             }
             Message::RemMemReg(spec) => {
-                let before = self.memory_of(conn).ok_or("no memory to remove a region from")?;
+                let (before, _) = self.mapped(conn)?;
                 before
+                    .ok_or("no memory to remove a region from")?
                     .without_region(spec)
                     .map(|memory| Prepared::Memory(Arc::new(memory)))
                     .map_err(|e| e.to_string())
@@ -269,20 +300,18 @@ impl Target {
                 }
                 // QEMU waits for an answer, whatever is in it; rust-vmm's front end for this one.
                 let answer = [size, offset].map(u64::to_le_bytes).concat();
-                DirtyLog::map(&fd, offset, size, &self.unmapper)
+                DirtyLog::map(&fd, offset, size, &self.mapped(conn)?.1)
                     .map(|log| Prepared::Log(Arc::new(log), answer))
                     .map_err(|e| e.to_string())
             }
             Message::GetInflightFd(spec) => {
-                Area::create(spec.num_queues, spec.queue_size, self.packed(conn)?)
+                Area::create(spec.num_queues, spec.queue_size, self.may_be_packed(conn)?)
                     .map(|(spec, fd)| Prepared::NewArea(spec, fd))
                     .map_err(|e| e.to_string())
             }
-            Message::SetInflightFd(spec, fd) => {
-                Area::map(spec, self.packed(conn)?, &fd, &self.unmapper)
-                    .map(|area| Prepared::Area(Arc::new(area)))
-                    .map_err(|e| e.to_string())
-            }
+            Message::SetInflightFd(spec, fd) => Area::map(spec, &fd, &self.mapped(conn)?.1)
+                .map(|area| Prepared::Area(Arc::new(area)))
+                .map_err(|e| e.to_string()),
             Message::SetVringCall { ring, fd } => fd
                 .map(CallFd::from_front_end)
                 .transpose()
@@ -301,14 +330,17 @@ impl Target {
         Ok(prepared)
     }
 
-    fn memory_of(&self, conn: ConnId) -> Option<Arc<GuestMemory>> {
-        self.lock().connections.get(&conn).and_then(|c| c.session.memory().cloned())
-    }
-
-    fn packed(&self, conn: ConnId) -> Result<bool, String> {
+    /// The memory that a front end has given, and what counts its mappings.
+    fn mapped(&self, conn: ConnId) -> Result<(Option<Arc<GuestMemory>>, Unmapper), String> {
         let inner = self.lock();
         let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
-        Ok(connected.session.layout().packed)
+        Ok((connected.session.memory().cloned(), connected.unmapper.clone()))
+    }
+
+    fn may_be_packed(&self, conn: ConnId) -> Result<bool, String> {
+        let inner = self.lock();
+        let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
+        Ok(connected.session.may_be_packed())
     }
 
     /// Whether one more memory region leaves room for other controllers.
@@ -373,7 +405,7 @@ impl Target {
         let mut inner = self.lock();
         self.release_strays(&mut inner);
         for connected in inner.connections.values_mut() {
-            let Some((since, warned)) = &mut connected.owed else { continue };
+            let Some(Owed { since, warned, .. }) = &mut connected.owed else { continue };
             let waited = now.saturating_duration_since(*since);
             if waited >= limit {
                 warn!(

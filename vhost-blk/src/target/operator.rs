@@ -9,10 +9,16 @@ use super::{Attached, Connected, Error, Inner, Target};
 use crate::controller::{
     Controller, ControllerId, ControllerInfo, ControllerSpec, QueueInfo, SessionInfo, check_name,
 };
+use crate::memory::SLOTS_MAX;
 use crate::protocol;
 use crate::reactor::{Cause, Core, Reactor, ReactorInfo, ticks_per_second};
 use crate::session::Phase;
 use crate::transport::{ConnId, Transport};
+
+/// Mappings that the connections of one controller may have together: logs and in-flight areas too,
+/// and what is left of earlier ones, which I/O in flight keeps or which has still to be taken down.
+/// The process has room for ten times as many.
+const MAPPINGS_OF_CONTROLLER_MAX: usize = 3 * SLOTS_MAX;
 
 /// How far a deletion has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +49,9 @@ impl Target {
             }
             let number = inner.controllers_made;
             inner.controllers_made += 1;
-            let controller = Controller::new(ControllerId(inner.id()), number, spec, cores);
+            let unmapper = self.unmapper.limited(MAPPINGS_OF_CONTROLLER_MAX);
+            let id = ControllerId(inner.id());
+            let controller = Controller::new(id, number, spec, cores, unmapper);
             let features = controller.features;
             inner.controllers.insert(name.clone(), controller);
             features

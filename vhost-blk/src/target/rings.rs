@@ -30,32 +30,23 @@ impl Target {
             match effect {
                 Effect::Start(ring) => starts.push(ring),
                 Effect::Publish(ring) => self.publish(inner, conn, ring),
-                Effect::Stop(ring) => {
-                    let connected = inner.connections.get(&conn);
-                    let attached = connected.and_then(|c| c.queues.get(ring)?.as_ref());
-                    if let Some(attached) = attached {
-                        attached.queue.stop();
-                        self.reactors[attached.reactor].wake();
-                    }
-                }
+                Effect::Stop(ring) => self.stop(inner, conn, ring, Queue::stop),
+                Effect::Reset(ring) => self.stop(inner, conn, ring, Queue::reset),
                 Effect::Reply(ring, base) => {
-                    let payload = protocol::vring_base(ring, base);
-                    if let Some(reply) = &mut reply {
-                        **reply = Some(payload.to_vec());
-                        continue;
-                    }
-                    let Some(connected) = inner.connections.get_mut(&conn) else { continue };
-                    connected.owed = None;
-                    let message = protocol::reply(protocol::request::GET_VRING_BASE, &payload);
-                    if let Some(c) = &connected.conn
-                        && c.send(&message).is_err()
-                    {
-                        c.shut_down();
-                    }
+                    answer(inner, conn, protocol::vring_base(ring, base), &mut reply);
                 }
+                Effect::Acknowledge => answer(inner, conn, protocol::SUCCESS, &mut reply),
             }
         }
         starts
+    }
+
+    fn stop(&self, inner: &Inner, conn: ConnId, ring: usize, how: fn(&Queue)) {
+        let connected = inner.connections.get(&conn);
+        if let Some(attached) = connected.and_then(|c| c.queues.get(ring)?.as_ref()) {
+            how(&attached.queue);
+            self.reactors[attached.reactor].wake();
+        }
     }
 
     pub(super) fn publish(&self, inner: &mut Inner, conn: ConnId, ring: usize) {
@@ -115,7 +106,9 @@ impl Target {
         let owed = state == RingState::Draining { then: Then::Reply };
         match queue {
             Some(Ok(queue)) if live || owed => {
-                if owed {
+                if owed && connected.session.ring(ring).device_was_reset {
+                    queue.reset();
+                } else if owed {
                     queue.stop();
                 }
                 if connected.queues.len() <= ring {
@@ -168,6 +161,24 @@ impl Target {
             bdev::Error::System { what, source }
         })?;
         Ok(queue)
+    }
+}
+
+/// Answers the message that is being handled, or the one whose answer is owed.
+fn answer(
+    inner: &mut Inner,
+    conn: ConnId,
+    payload: [u8; 8],
+    reply: &mut Option<&mut Option<Vec<u8>>>,
+) {
+    if let Some(reply) = reply {
+        **reply = Some(payload.into());
+        return;
+    }
+    let Some(connected) = inner.connections.get_mut(&conn) else { return };
+    let (Some(owed), Some(conn)) = (connected.owed.take(), &connected.conn) else { return };
+    if conn.send(&protocol::reply(owed.request, &payload)).is_err() {
+        conn.shut_down();
     }
 }
 

@@ -20,12 +20,14 @@ use vhost_blk::transport::SharedConnection;
 use vhost_blk::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Transport, Verdict};
 
 use crate::memfd::memfd;
-use crate::words;
+use crate::{PACKED, words};
 
 /// Where the front end has the guest's memory.
 pub(crate) const USER: u64 = 0x7000_0000;
 pub(crate) const RAM_BYTES: u64 = 0x1_0000;
 pub(crate) const LOG_ALL: u64 = 1 << 26;
+/// In a request's number here: the front end waits for an acknowledgement.
+pub(crate) const NEED_REPLY: u32 = 1 << 31;
 const SIZE: u32 = 8;
 
 /// What a connection has come to when a message arrives.
@@ -134,9 +136,10 @@ impl World {
             socket: "/c".into(),
             disk: shown,
             cores: None,
-            packed_ring: false,
+            packed_ring: true,
         };
         target.create_controller(spec, &NoSockets).unwrap();
+        let features = features | PACKED;
         Self { target, disk, socket: "/c".into(), features, fds: 0 }
     }
 
@@ -200,23 +203,24 @@ pub(crate) struct Front<'w> {
 }
 
 impl Front<'_> {
-    /// All that is offered but LOG_ALL.
+    /// All that is offered but LOG_ALL and packed rings.
     pub(crate) fn features(&self) -> u64 {
-        self.world.features & !LOG_ALL
+        self.world.features & !LOG_ALL & !PACKED
     }
 
     pub(crate) fn send(&self, request: u32, payload: Vec<u8>, fds: Vec<OwnedFd>) -> Verdict {
         let fds = fds.into_iter().map(ForeignFd::new).collect();
-        self.world.target.message(self.id, request, &payload, fds)
+        let (request, need_reply) = (request & !NEED_REPLY, request & NEED_REPLY != 0);
+        self.world.target.message(self.id, request, need_reply, &payload, fds)
     }
 
     #[track_caller]
-    fn tell(&self, request: u32, payload: Vec<u8>, fds: Vec<OwnedFd>) {
+    pub(crate) fn tell(&self, request: u32, payload: Vec<u8>, fds: Vec<OwnedFd>) {
         let verdict = self.send(request, payload, fds);
         assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "{request}: {verdict:?}");
     }
 
-    fn set_up(&self) {
+    pub(crate) fn set_up(&self) {
         self.tell(request::SET_FEATURES, self.features().to_le_bytes().into(), vec![]);
         self.tell(request::SET_MEM_TABLE, table(&[0]), vec![dup(&self.ram)]);
         self.tell(request::SET_VRING_NUM, words(&[0, SIZE]), vec![]);
@@ -230,6 +234,13 @@ impl Front<'_> {
 
     /// Starts ring 0 with a read in it, which the disk keeps.
     fn start_with_io(&mut self) {
+        self.offer_io(1);
+        self.start();
+        self.wait_for_io(1);
+    }
+
+    /// Offers a read in ring 0 for the `nth` time, counted from 1, which the disk will keep.
+    pub(crate) fn offer_io(&self, nth: u16) {
         let rule = Injection {
             op: InjectedOp::Read,
             error: InjectedError::Pending,
@@ -247,12 +258,15 @@ impl Front<'_> {
             let desc = [&desc[..], &next.to_le_bytes()].concat();
             ram.write_all_at(&desc, 16 * n as u64).unwrap();
         }
-        // Available: flags, index, head.
-        ram.write_all_at(&[0, 0, 1, 0, 0, 0], 0x1000).unwrap();
-        self.start();
+        // Available: flags and index. The heads are all 0.
+        ram.write_all_at(&nth.to_le_bytes(), 0x1002).unwrap();
+    }
+
+    /// Waits until the disk keeps so many.
+    pub(crate) fn wait_for_io(&self, count: u64) {
         until(|| {
             let controllers = self.world.target.controllers();
-            controllers[0].sessions.iter().any(|s| s.phase == Phase::Running && s.inflight == 1)
+            controllers[0].sessions.iter().any(|s| s.phase == Phase::Running && s.inflight == count)
         });
     }
 
@@ -261,7 +275,12 @@ impl Front<'_> {
         controllers[0].sessions.last().expect("it is connected, or has I/O in flight").phase
     }
 
-    /// Lets all I/O complete, and waits for the answer to GET_VRING_BASE that is owed.
+    /// What the target has sent of its own accord since the last time.
+    pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
+        self.wire.sent()
+    }
+
+    /// Lets all I/O complete, and waits for the answer that is owed.
     pub(crate) fn answer(&self) -> Vec<u8> {
         self.world.disk.resume_pending();
         let mut sent = vec![];
@@ -272,6 +291,11 @@ impl Front<'_> {
         });
         assert_eq!(sent.len(), 1);
         sent.remove(0)
+    }
+
+    /// Ends the connection. Another one is still there.
+    pub(crate) fn leave(self) {
+        self.world.target.closed(self.id);
     }
 
     /// Ends everything, and waits until nothing is left of it.
@@ -300,12 +324,12 @@ pub(crate) fn until(mut done: impl FnMut() -> bool) {
     }
 }
 
-fn fds() -> usize {
+pub(crate) fn fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 /// Mappings of memory files.
-fn mappings() -> usize {
+pub(crate) fn mappings() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.contains("/memfd:")).count()
 }

@@ -208,6 +208,35 @@ fn a_stop_that_comes_first_waits_for_them() {
     }
 }
 
+#[test]
+fn a_reset_drops_what_was_not_begun_again() {
+    for packed in LAYOUTS {
+        for begun in [0, 1] {
+            let (mut scene, disk) = tracked(packed, 64);
+            send(&mut scene, 0..5);
+            scene.settle();
+            send(&mut scene, 5..7);
+            restart(&mut scene, &disk);
+            disk.state().room = Some(1);
+            for _ in 0..begun {
+                scene.visit();
+            }
+            scene.queue().reset();
+            disk.state().room = None;
+            for _ in 0..2 {
+                scene.settle();
+                let begun = disk.state().waiting() > 0;
+                assert_eq!(scene.queue().state() == QueueState::Attached, begun);
+                disk.state().complete_all();
+            }
+            scene.settle();
+            assert_eq!(scene.queue().state(), QueueState::Stopped);
+            // The second was with the channel, which had no room for it.
+            assert_eq!(seen(&disk), (0..2 * begun).collect::<Vec<_>>());
+        }
+    }
+}
+
 /// More than a visit takes, none of which is in flight afterwards.
 #[test]
 fn a_stop_waits_for_those_of_later_visits() {

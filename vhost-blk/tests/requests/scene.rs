@@ -152,7 +152,7 @@ impl Scene {
     pub(crate) fn track(&mut self, size: u16) {
         let (spec, fd) = Area::create(2, size, self.packed).unwrap();
         let file = file(&fd);
-        let area = Area::map(spec, self.packed, &ForeignFd::new(fd), &self.unmapper).unwrap();
+        let area = Area::map(spec, &ForeignFd::new(fd), &self.unmapper).unwrap();
         self.area = Some((Arc::new(area), file));
     }
 

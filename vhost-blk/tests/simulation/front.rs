@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vhost_blk::config::{Disk, VHOST_F_LOG_ALL};
 use vhost_blk::notify::EventFd;
+use vhost_blk::protocol;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{Connection, Verdict};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
@@ -16,7 +17,7 @@ use super::disk::lock;
 use super::message::{Message, WRITE_CACHE_AT};
 use super::transport::FakeConnection;
 use super::vm::{Kind, RINGS, Vm};
-use super::world::{Front, Served, World};
+use super::world::{Front, Owed, Served, World};
 
 /// Something that another thread does while a device is being opened.
 pub(crate) struct Planned {
@@ -125,7 +126,7 @@ impl World {
             gone: false,
             closed: false,
             features: 0,
-            write_cache: self.controllers[controller].write_cache,
+            write_cache: self.controllers[controller].write_through.then_some(false),
             was_reset: false,
             memory: vec![],
             area: None,
@@ -193,7 +194,7 @@ impl World {
                 let rings = (0..RINGS).filter(|ring| self.may_stop(n, *ring));
                 rings.map(Message::GetBase).collect()
             }
-            27 => vec![Message::ResetOwner],
+            27 => vec![self.reset()],
             28 => vec![Message::GetConfig],
             29 if self.rng.one_in(8) => vec![Message::Nonsense],
             30 if self.rng.one_in(2) => return self.die(n),
@@ -202,6 +203,14 @@ impl World {
             _ => vec![],
         };
         self.fronts[n].script = script.into();
+    }
+
+    fn reset(&mut self) -> Message {
+        match self.rng.below(4) {
+            0 | 1 => Message::ResetOwner,
+            2 => Message::ResetDevice,
+            _ => Message::ResetDeviceAndWait,
+        }
     }
 
     fn may_stop(&self, n: usize, ring: usize) -> bool {
@@ -230,6 +239,12 @@ impl World {
             }
         }
         let mut script = vec![];
+        let area = self.vms[vm].area().filter(|area| self.fronts[n].area != Some(area.0));
+        let mut area = area.map(|(number, spec, fd)| Message::Inflight(number, spec, fd));
+        if self.rng.one_in(4) {
+            // It may come before it is known what kind of rings there will be.
+            script.extend(area.take());
+        }
         if self.fronts[n].features == 0 {
             let controller = &self.controllers[self.fronts[n].controller];
             let state = &self.disks[controller.disk];
@@ -253,12 +268,7 @@ impl World {
         if self.fronts[n].table().is_none() || self.rng.one_in(8) {
             script.extend(self.new_memory(n));
         }
-        if let Some(area) = self.vms[vm].area()
-            && self.fronts[n].area != Some(area.0)
-        {
-            let (number, spec, fd) = area;
-            script.push(Message::Inflight(number, spec, fd));
-        }
+        script.extend(area);
         let base = self.vms[vm].base(ring);
         script.push(Message::Num(ring, self.vms[vm].rings[ring].size));
         script.push(Message::Base(ring, base));
@@ -277,7 +287,8 @@ impl World {
         let (request, payload, fds) = message.encode();
         self.before_message(n, &message);
         let planned = self.plan_for_event_thread();
-        let verdict = self.target.message(self.fronts[n].id, request, &payload, fds);
+        let (id, need_reply) = (self.fronts[n].id, message.needs_reply());
+        let verdict = self.target.message(id, request, need_reply, &payload, fds);
         self.after_message(n, message, verdict);
         self.finish_plan(planned);
     }
@@ -346,22 +357,28 @@ impl World {
                 front.rings[ring].call = call;
             }
             Message::Kick(ring, _) => front.rings[ring].served = Served::Yes,
-            Message::ResetOwner => {
-                *self.counts.entry("RESET_OWNER").or_default() += 1;
-                front.features = 0;
-                (front.area, front.log) = (None, None);
+            Message::ResetOwner | Message::ResetDevice | Message::ResetDeviceAndWait => {
+                *self.counts.entry("resets").or_default() += 1;
+                if matches!(message, Message::ResetOwner) {
+                    (front.features, front.log) = (0, None);
+                }
+                front.area = None;
                 front.was_reset = true;
                 for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
                     ring.served = Served::Reset;
+                }
+                if message.needs_reply() {
+                    return self.after_reset(n, &verdict);
                 }
             }
             Message::GetBase(ring) => {
                 if let Verdict::Reply(payload) = &verdict {
                     let base = u16::from_le_bytes([payload[4], payload[5]]);
+                    assert_eq!(*payload, protocol::vring_base(ring, self.both(n, base)));
                     self.take_immediate_answer(n, ring, base);
                 } else {
                     assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
-                    front.owed = Some(ring);
+                    front.owed = Some(Owed::Base(ring));
                 }
                 return;
             }
@@ -369,13 +386,25 @@ impl World {
                 let Verdict::Reply(payload) = &verdict else { panic!("front {n}: {verdict:?}") };
                 assert_eq!(payload.len(), 12 + 60);
                 let disk = &self.disks[self.controllers[front.controller].disk];
-                let write_cache = u8::from(front.write_cache && disk.bdev.is_some());
+                let write_cache = u8::from(front.write_cache() && disk.bdev.is_some());
                 assert_eq!(payload[12 + WRITE_CACHE_AT as usize], write_cache, "the write cache");
                 return;
             }
             _ => {}
         }
         assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "front {n}: {verdict:?}");
+    }
+
+    fn after_reset(&mut self, n: usize, verdict: &Verdict) {
+        if let Verdict::Reply(payload) = verdict {
+            assert_eq!(*payload, protocol::SUCCESS);
+            // What came back before it is to be counted.
+            self.check();
+            self.is_reset(n);
+        } else {
+            assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
+            self.fronts[n].owed = Some(Owed::Reset);
+        }
     }
 
     fn take_immediate_answer(&mut self, n: usize, ring: usize, base: u16) {
@@ -406,7 +435,7 @@ impl World {
         let message = match self.rng.below(6) {
             0 => Message::Call(ring, self.call()),
             1 => self.new_memory(n).into_iter().next()?,
-            2 => Message::ResetOwner,
+            2 => self.reset(),
             3 => self.switch_logging(n).into_iter().next()?,
             4 => Message::WriteCache(self.rng.one_in(2)),
             _ if self.may_stop(n, ring) => Message::GetBase(ring),
@@ -435,9 +464,10 @@ impl World {
         let act: Box<dyn FnOnce() + Send> = match &what {
             What::Message(n, message) => {
                 let (id, (request, payload, fds)) = (self.fronts[*n].id, message.encode());
-                let verdict = Arc::clone(&verdict);
+                let (verdict, need_reply) = (Arc::clone(&verdict), message.needs_reply());
                 Box::new(move || {
-                    *lock(&verdict) = Some(target.message(id, request, &payload, fds));
+                    let answer = target.message(id, request, need_reply, &payload, fds);
+                    *lock(&verdict) = Some(answer);
                 })
             }
             What::Close(n) => {

@@ -42,11 +42,18 @@ pub(crate) enum Message {
     GetBase(usize),
     GetConfig,
     ResetOwner,
+    ResetDevice,
+    /// The same, by a front end that waits for it.
+    ResetDeviceAndWait,
     /// Something that is refused.
     Nonsense,
 }
 
 impl Message {
+    pub(crate) fn needs_reply(&self) -> bool {
+        matches!(self, Self::ResetDeviceAndWait)
+    }
+
     pub(crate) fn encode(&self) -> (u32, Vec<u8>, Vec<ForeignFd>) {
         let (request, payload, fds) = self.plainly();
         (request, payload, fds.into_iter().map(ForeignFd::new).collect())
@@ -117,6 +124,7 @@ impl Message {
                 plain(request::GET_CONFIG, payload)
             }
             Self::ResetOwner => plain(request::RESET_OWNER, vec![]),
+            Self::ResetDevice | Self::ResetDeviceAndWait => plain(request::RESET_DEVICE, vec![]),
             Self::Nonsense => plain(request::SET_VRING_NUM, words(0, 0)),
         }
     }

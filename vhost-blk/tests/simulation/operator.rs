@@ -69,8 +69,8 @@ impl World {
             Ok(()) => {
                 assert!(!fails && !taken);
                 let (exists, deleting) = (true, false);
-                let write_cache = true;
-                let new = Controller { name, path, disk, packed, write_cache, exists, deleting };
+                let write_through = false;
+                let new = Controller { name, path, disk, packed, write_through, exists, deleting };
                 self.controllers.push(new);
             }
         }

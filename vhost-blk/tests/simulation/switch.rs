@@ -76,7 +76,7 @@ impl World {
             Message::Features(features) => *features != front.features,
             Message::Log(..) => front.has_accepted(VHOST_F_LOG_ALL),
             Message::WriteCache(on) => {
-                front.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && *on != front.write_cache
+                front.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && *on != front.write_cache()
             }
             _ => false,
         };
@@ -118,11 +118,17 @@ impl World {
     pub(crate) fn take_effect(&mut self, n: usize, message: &Message) {
         let front = &mut self.fronts[n];
         match message {
-            Message::Features(features) => front.features = *features,
+            Message::Features(features) => {
+                let by_driver = (front.features ^ features) & !(1 << VHOST_F_LOG_ALL) != 0;
+                front.features = *features;
+                if by_driver && front.cannot_flush() {
+                    front.write_cache = None;
+                }
+            }
             Message::Log(number, _) => front.log = Some(*number),
             Message::WriteCache(on) => {
-                front.write_cache = *on;
-                self.controllers[front.controller].write_cache = *on;
+                front.write_cache = Some(*on);
+                self.controllers[front.controller].write_through |= !on;
             }
             Message::Table(table, _) => {
                 front.memory = table.iter().map(|(spec, _)| *spec).collect()
@@ -137,7 +143,8 @@ impl World {
     pub(crate) fn logging_acknowledged(&mut self, n: usize, before: Option<usize>) {
         let front = &self.fronts[n];
         let now = front.logging();
-        if now == before {
+        // What a reset left in flight goes on as it was.
+        if now == before || front.was_reset {
             return;
         }
         let on = now.is_some() && self.has_served_ring(n);

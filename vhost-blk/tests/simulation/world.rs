@@ -68,8 +68,8 @@ pub(crate) struct Controller {
     pub(crate) disk: usize,
     /// It offers packed rings.
     pub(crate) packed: bool,
-    /// As its guests have left it.
-    pub(crate) write_cache: bool,
+    /// One of its guests has asked for that.
+    pub(crate) write_through: bool,
     pub(crate) exists: bool,
     pub(crate) deleting: bool,
 }
@@ -81,10 +81,19 @@ pub(crate) enum Served {
     #[default]
     Not,
     Yes,
-    /// Before the last RESET_OWNER.
+    /// Before the last RESET_OWNER or RESET_DEVICE.
     Reset,
     /// Stopped, and GET_VRING_BASE answered.
     Stopped,
+}
+
+/// What a front end waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owed {
+    /// GET_VRING_BASE of a ring.
+    Base(usize),
+    /// RESET_DEVICE.
+    Reset,
 }
 
 #[derive(Debug, Default)]
@@ -115,8 +124,9 @@ pub(crate) struct Front {
     pub(crate) closed: bool,
     /// What it has accepted; 0 if it has not said.
     pub(crate) features: u64,
-    pub(crate) write_cache: bool,
-    /// It has sent RESET_OWNER: what was in flight then is told on the call fds of then.
+    /// What it has written there, or another before it.
+    pub(crate) write_cache: Option<bool>,
+    /// It has sent a reset: what was in flight then is told on the call fds of then.
     pub(crate) was_reset: bool,
     /// The memory that it has given.
     pub(crate) memory: Vec<RegionSpec>,
@@ -124,8 +134,8 @@ pub(crate) struct Front {
     pub(crate) area: Option<usize>,
     pub(crate) log: Option<usize>,
     pub(crate) rings: [FrontRing; RINGS],
-    /// The ring whose GET_VRING_BASE is not answered.
-    pub(crate) owed: Option<usize>,
+    /// What is not answered.
+    pub(crate) owed: Option<Owed>,
     pub(crate) script: VecDeque<Message>,
     /// Connections of the same controller that were closed when this one was made.
     pub(crate) before: Vec<usize>,
@@ -156,10 +166,20 @@ impl Front {
         self.log.filter(|_| self.has_accepted(VHOST_F_LOG_ALL))
     }
 
+    /// It can switch the cache but not flush it: then that is off at first (section 5.2.5.2).
+    pub(crate) fn cannot_flush(&self) -> bool {
+        self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && !self.has_accepted(VIRTIO_BLK_F_FLUSH)
+    }
+
+    /// What the config space says.
+    pub(crate) fn write_cache(&self) -> bool {
+        self.write_cache.unwrap_or(!self.cannot_flush())
+    }
+
     /// Whether writes are to be durable when they are answered (virtio 1.2, section 5.2.6.2).
     fn writes_through(&self) -> bool {
         if self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) {
-            !self.write_cache
+            !self.write_cache()
         } else {
             !self.has_accepted(VIRTIO_BLK_F_FLUSH)
         }
@@ -429,7 +449,11 @@ impl World {
             *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
         let front = self.fronts.iter().rposition(|f| f.serves(vm, ring));
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
-        assert_ne!(self.fronts[front].owed, Some(ring), "request {id} was fetched after the stop");
+        assert_ne!(
+            self.fronts[front].owed,
+            Some(Owed::Base(ring)),
+            "request {id} was fetched after the stop"
+        );
         for before in &self.fronts[front].before {
             let flying = self.flying_of(*before);
             assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
@@ -494,18 +518,44 @@ impl World {
     fn check_sent(&mut self, n: usize, message: &[u8]) {
         let front = &self.fronts[n];
         assert!(!front.closed, "front {n}: a message after its end");
-        let ring = front.owed.unwrap_or_else(|| panic!("front {n}: an answer to no question"));
+        let ring = match front.owed {
+            Some(Owed::Base(ring)) => ring,
+            Some(Owed::Reset) => {
+                let expected = protocol::reply(request::RESET_DEVICE, &protocol::SUCCESS);
+                assert_eq!(message, expected, "front {n}: the acknowledgement");
+                self.trace.add(format!("front {n}: reset, deferred"));
+                self.count("RESET_DEVICE acknowledged later");
+                return self.is_reset(n);
+            }
+            None => panic!("front {n}: an answer to no question"),
+        };
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
-        // A packed ring has two positions, which are one as nothing is in flight. (A reset takes
-        // the features away.)
-        let packed = self.vms[front.vm].packed && front.features != 0;
-        let both = if packed { 0x1_0001 } else { 1 };
-        let payload = protocol::vring_base(ring, u32::from(base) * both);
+        let payload = protocol::vring_base(ring, self.both(n, base));
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
         assert_eq!(message, expected, "front {n}: the answer");
         self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
         self.count("GET_VRING_BASE answered later");
         self.answered(n, ring, base);
+    }
+
+    /// A position as GET_VRING_BASE tells it: a packed ring has two, which are one as nothing is in
+    /// flight. That a reset takes the features away does not matter.
+    pub(crate) fn both(&self, n: usize, base: u16) -> u32 {
+        let packed = self.vms[self.fronts[n].vm].packed;
+        u32::from(base) * if packed { 0x1_0001 } else { 1 }
+    }
+
+    /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
+    pub(crate) fn is_reset(&mut self, n: usize) {
+        let mine = std::iter::once(&n).chain(&self.fronts[n].before);
+        let flying: Vec<u64> = mine.filter_map(|front| self.flying_of(*front)).collect();
+        assert!(flying.is_empty(), "front {n}: reset with requests {flying:?} in flight");
+        let front = &mut self.fronts[n];
+        front.owed = None;
+        let vm = &mut self.vms[front.vm];
+        for (ring, _) in front.rings.iter().enumerate().filter(|(_, r)| r.served == Served::Reset) {
+            vm.rings[ring].quiet = Some(vm.used_part(ring));
+        }
     }
 
     /// GET_VRING_BASE was answered.
