@@ -18,14 +18,17 @@ use disks::{MIB, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, matrix, wait_until};
 
-/// Guests whose kernels may die under TCG before that is taken for a fault of ours.
-const DEATHS_MAX: usize = 3;
+/// Guests of a test that may die under TCG before that is taken for a fault of ours. On a busy machine
+/// as many as a half do: that eleven do in a row is one case in two thousand.
+const DEATHS_MAX: usize = 10;
 
 fn moves(packed: bool) {
     for death in 1.. {
+        let panics = guest::kernel_panics();
         let Err(reason) = panic::catch_unwind(|| one_guest_moves(packed)) else { break };
         let text = reason.downcast_ref::<String>().map_or("", String::as_str);
-        let died = text.contains("QEMU has ended") && text.contains("Kernel panic");
+        // However the test has noticed: an answer, a line or a session that was missing.
+        let died = guest::kernel_panics() > panics && !text.starts_with("GUEST: io ");
         if !died || death > DEATHS_MAX || guest::accel() != "tcg" {
             panic::resume_unwind(reason);
         }
@@ -51,7 +54,7 @@ fn one_guest_moves(packed: bool) {
     let mut guest = Guest::boot(options(0));
     assert_eq!(guest.has_feature("vda", RING_PACKED), packed);
     guest.start_io("vda", 4);
-    for n in 1..=cycles(4) {
+    for n in 1..=cycles(2) {
         let (from, to) = (&vhosts[(n - 1) % 2].0, &vhosts[n % 2].0);
         let arguments = &["-incoming", "defer"];
         let next = Guest::start(GuestOptions { arguments, ..options(n) });
