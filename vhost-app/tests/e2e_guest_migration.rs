@@ -14,7 +14,7 @@ mod harness;
 
 use std::panic;
 
-use disks::{MIB, in_flight, make_file, rings, sessions, start_behind};
+use disks::{MIB, answer, hold_some, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, matrix, wait_until};
 
@@ -56,10 +56,23 @@ fn one_guest_moves(packed: bool) {
     guest.start_io("vda", 4);
     for n in 1..=cycles(2) {
         let (from, to) = (&vhosts[(n - 1) % 2].0, &vhosts[n % 2].0);
+        // Every other time the load reads until QEMU stops the ring, by when it has copied all of
+        // the guest's memory: only the log says that there is data in it now.
+        let reads_wait = n % 2 == 1;
+        if reads_wait {
+            hold_some(from, "EE_Slow0", "read", u32::MAX);
+        }
         let arguments = &["-incoming", "defer"];
         let next = Guest::start(GuestOptions { arguments, ..options(n) });
         wait_until("I/O in flight", || in_flight(from, "vhost.0") > 0);
-        guest = guest.migrate(next, &dir.path().join(format!("migration.{n}")));
+        guest = guest.migrate(next, &dir.path().join(format!("migration.{n}")), || {
+            if reads_wait {
+                wait_until("QEMU stops the ring", || {
+                    sessions(from, "vhost.0")[0]["state"] == "quiescing"
+                });
+                answer(from, "EE_Slow0");
+            }
+        });
         guest.io_goes_on("vda", 4);
         wait_until("the old session has ended", || sessions(from, "vhost.0").is_empty());
         assert_eq!(sessions(to, "vhost.0").len(), 1);

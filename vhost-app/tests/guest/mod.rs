@@ -428,14 +428,21 @@ impl Guest {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap().to_owned()
     }
 
-    /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`.
+    /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`. Does `meanwhile`
+    /// once it is under way.
     #[track_caller]
-    pub(crate) fn migrate(mut self, mut next: Self, socket: &Path) -> Self {
+    pub(crate) fn migrate(
+        mut self,
+        mut next: Self,
+        socket: &Path,
+        meanwhile: impl FnOnce(),
+    ) -> Self {
         let uri = json!({"uri": format!("unix:{}", socket.display())});
         let events = json!({"capabilities": [{"capability": "events", "state": true}]});
         self.qmp("migrate-set-capabilities", events);
         next.qmp("migrate-incoming", uri.clone());
         self.qmp("migrate", uri);
+        meanwhile();
         let status = self.wait_event("the migration's end", |name, data| {
             let status = data["status"].as_str()?;
             let ends = name == "MIGRATION" && ["completed", "failed"].contains(&status);
