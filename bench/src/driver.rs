@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use crate::error::{Error, LIMIT, Result};
-use crate::event;
+use crate::any_queue::{self, Calls};
+use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring, WRITE};
 
@@ -250,17 +247,10 @@ impl Queue {
     ///
     /// # Errors
     /// [`Error::Stalled`] after [`LIMIT`], and as [`Queue::poll`].
+    ///
+    /// [`LIMIT`]: crate::LIMIT
     pub fn wait(&mut self) -> Result<Completion> {
-        let end = Instant::now() + LIMIT;
-        loop {
-            if let Some(done) = self.poll()? {
-                return Ok(done);
-            }
-            if Instant::now() >= end {
-                return Err(Error::Stalled(self.in_flight));
-            }
-            wait_any(std::slice::from_mut(self), Duration::from_secs(1))?;
-        }
+        any_queue::wait(self)
     }
 
     /// Submits `request`, kicks, and waits for the next completion, which is its own if nothing
@@ -364,8 +354,25 @@ impl Queue {
         self.refuse_calls();
     }
 
-    /// Asks the device for a call at the next completion. One that has come meanwhile is not
-    /// announced, so look once more.
+    /// How far it has taken back what the device has done.
+    pub(crate) fn base(&self) -> u16 {
+        self.used
+    }
+}
+
+impl Calls for Queue {
+    fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>> {
+        self.poll()
+    }
+
     fn ask_for_call(&self) {
         self.ring.set_available_flags(0);
         self.ring.set_used_event(self.used);
@@ -374,7 +381,6 @@ impl Queue {
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the device that nobody waits for its calls.
     fn refuse_calls(&self) {
         self.ring.set_available_flags(u16::from(!self.event_idx));
         // An index that is passed again only after 65,535 completions.
@@ -384,33 +390,6 @@ impl Queue {
     fn has_completion(&self) -> bool {
         self.ring.used_index() != self.used
     }
-}
-
-/// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
-/// completions already. Returns whether one has.
-///
-/// # Errors
-/// The system refuses to wait.
-pub fn wait_any(queues: &mut [Queue], limit: Duration) -> Result<bool> {
-    queues.iter().for_each(Queue::ask_for_call);
-    let ready = |queues: &[Queue]| queues.iter().any(Queue::has_completion);
-    if !ready(queues) {
-        let fds: Vec<_> = queues.iter().map(|queue| queue.ring.call_fd()).collect();
-        let mut waits: Vec<_> = fds
-            .iter()
-            .map(|fd| PollFd::from_borrowed_fd(event::as_fd(fd), PollFlags::IN))
-            .collect();
-        let limit =
-            Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
-        match poll(&mut waits, Some(&limit)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(Error::system("cannot wait for a call")(e)),
-        }
-        // Empty eventfds are fine: most have not been called.
-        fds.iter().for_each(|fd| drop(fd.read()));
-    }
-    queues.iter().for_each(Queue::refuse_calls);
-    Ok(ready(queues))
 }
 
 pub(crate) fn status_at(head: u16) -> usize {

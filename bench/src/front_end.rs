@@ -17,6 +17,7 @@ use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, Vhos
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 
+use crate::any_queue::AnyQueue;
 use crate::driver::{Queue, QueueOptions};
 use crate::error::{Error, LIMIT, Result};
 use crate::guest::{GuestRam, RegionInfo};
@@ -283,15 +284,35 @@ impl FrontEnd {
     /// # Errors
     /// No memory for them, [`Error::NotOffered`] for indirect tables, or as [`FrontEnd::start`].
     pub fn start_new(&mut self, n: usize, options: QueueOptions) -> Result<Vec<Queue>> {
-        if options.indirect && self.features() & INDIRECT_DESC == 0 {
-            return Err(Error::NotOffered("indirect descriptors"));
-        }
+        self.check(options)?;
         let event_idx = self.features() & EVENT_IDX != 0;
         let queues = (0..n)
             .map(|index| Queue::new(&self.ram, index, options, event_idx))
             .collect::<Result<Vec<_>>>()?;
         self.start(queues.iter().map(|queue| (queue.ring().clone(), 0)).collect())?;
         Ok(queues)
+    }
+
+    /// Makes `n` queues of the kind that is agreed on, packed ones if RING_PACKED is, and starts them
+    /// from index 0.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::start_new`].
+    pub fn start_any(&mut self, n: usize, options: QueueOptions) -> Result<Vec<AnyQueue>> {
+        self.check(options)?;
+        let [event_idx, packed] = [EVENT_IDX, RING_PACKED].map(|bit| self.features() & bit != 0);
+        let queues = (0..n)
+            .map(|index| AnyQueue::new(&self.ram, index, options, event_idx, packed))
+            .collect::<Result<Vec<_>>>()?;
+        self.start(queues.iter().map(|queue| (queue.ring().clone(), queue.base())).collect())?;
+        Ok(queues)
+    }
+
+    fn check(&self, options: QueueOptions) -> Result<()> {
+        if options.indirect && self.features() & INDIRECT_DESC == 0 {
+            return Err(Error::NotOffered("indirect descriptors"));
+        }
+        Ok(())
     }
 
     /// Tells the back end about memory and rings and starts it: each ring from the available index

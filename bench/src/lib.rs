@@ -6,7 +6,7 @@
 //! 1. [`guest`]: a guest's memory, made from memfds so that a back end can map it too.
 //! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields.
 //! 3. [`driver`]: the driver's side of a virtqueue: requests in, completions out; [`packed`] for the
-//!    packed kind.
+//!    packed kind, [`any_queue`] for whichever it is.
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
 //! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
@@ -32,6 +32,7 @@
 //! # }
 //! ```
 
+pub mod any_queue;
 pub mod crash;
 pub mod driver;
 pub mod error;
@@ -52,6 +53,7 @@ pub mod spread;
 mod watchdog;
 mod words;
 
+pub use any_queue::AnyQueue;
 pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};

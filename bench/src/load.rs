@@ -6,7 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::driver::{Completion, Queue, Request, STATUS_OK, wait_any};
+use crate::any_queue::{AnyQueue, wait_any};
+use crate::driver::{Completion, Request, STATUS_OK};
 use crate::error::{Error, LIMIT, Result};
 use crate::guest::Segment;
 use crate::pin::pin;
@@ -98,7 +99,7 @@ pub struct Summary {
 #[derive(Debug)]
 pub struct Load {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<(Result<Summary>, Vec<Queue>)>>,
+    thread: Option<JoinHandle<(Result<Summary>, Vec<AnyQueue>)>>,
 }
 
 impl Load {
@@ -110,11 +111,12 @@ impl Load {
     ///
     /// # Panics
     /// With no queue, or fewer blocks than requests in flight.
-    pub fn start(queues: Vec<Queue>, options: LoadOptions) -> Result<Self> {
+    pub fn start(queues: Vec<impl Into<AnyQueue>>, options: LoadOptions) -> Result<Self> {
         let in_flight = options.depth * queues.len();
         let blocks = options.blocks.end.saturating_sub(options.blocks.start);
         assert!(in_flight > 0 && blocks > in_flight as u64, "each request takes its own block");
         let shared = Arc::new(Shared::default());
+        let queues = queues.into_iter().map(Into::into).collect();
         let worker = Worker::new(queues, options, shared.clone())?;
         let thread = std::thread::Builder::new()
             .name("load".into())
@@ -142,7 +144,7 @@ impl Load {
     /// # Errors
     /// [`Error::LoadEnded`] if the load could not go on. That something did not come back within
     /// [`LIMIT`] is no error, but [`Summary::outstanding`].
-    pub fn stop(mut self) -> Result<(Summary, Vec<Queue>)> {
+    pub fn stop(mut self) -> Result<(Summary, Vec<AnyQueue>)> {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.end()
     }
@@ -151,7 +153,7 @@ impl Load {
     ///
     /// # Errors
     /// [`Error::LoadEnded`] if the load could not go on.
-    pub fn abandon(mut self) -> Result<(Summary, Vec<Queue>)> {
+    pub fn abandon(mut self) -> Result<(Summary, Vec<AnyQueue>)> {
         self.shared.abandon.store(true, Ordering::Relaxed);
         self.end()
     }
@@ -160,11 +162,11 @@ impl Load {
     ///
     /// # Errors
     /// As [`Load::stop`].
-    pub fn finish(mut self) -> Result<(Summary, Vec<Queue>)> {
+    pub fn finish(mut self) -> Result<(Summary, Vec<AnyQueue>)> {
         self.end()
     }
 
-    fn end(&mut self) -> Result<(Summary, Vec<Queue>)> {
+    fn end(&mut self) -> Result<(Summary, Vec<AnyQueue>)> {
         let thread = self.thread.take().expect("taken only here, and the load is consumed");
         let Ok((summary, queues)) = thread.join() else {
             return Err(Error::LoadEnded("its thread panicked".into()));
@@ -257,7 +259,7 @@ struct Slot {
 }
 
 struct Worker {
-    queues: Vec<Queue>,
+    queues: Vec<AnyQueue>,
     options: LoadOptions,
     shared: Arc<Shared>,
     random: Random,
@@ -273,7 +275,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(queues: Vec<Queue>, options: LoadOptions, shared: Arc<Shared>) -> Result<Self> {
+    fn new(queues: Vec<AnyQueue>, options: LoadOptions, shared: Arc<Shared>) -> Result<Self> {
         let buffers = queues.iter().map(|queue| {
             let ram = queue.ring().ram();
             (0..options.depth).map(|_| ram.alloc(BLOCK, u64::from(BLOCK))).collect::<Result<_>>()
@@ -294,7 +296,7 @@ impl Worker {
         })
     }
 
-    fn run(mut self) -> (Result<Summary>, Vec<Queue>) {
+    fn run(mut self) -> (Result<Summary>, Vec<AnyQueue>) {
         let _end = End(self.shared.clone());
         let result = self.work();
         let summary = std::mem::take(&mut self.summary);
@@ -327,7 +329,7 @@ impl Worker {
                 last = now;
                 self.shared.report(self.summary.completed);
             }
-            let in_flight: usize = self.queues.iter().map(Queue::in_flight).sum();
+            let in_flight: usize = self.queues.iter().map(AnyQueue::in_flight).sum();
             let abandoned = self.shared.abandon.load(Ordering::Relaxed);
             let lost = !progress && spins % SPINS == 0 && last.elapsed() > LIMIT;
             if abandoned || stopping && in_flight == 0 || lost {
@@ -342,7 +344,7 @@ impl Worker {
             if progress {
                 spins = 0;
             } else if self.options.idle == Idle::Sleep {
-                wait_any(&mut self.queues, NAP)?;
+                wait_any(&self.queues, NAP)?;
             } else {
                 spins = spins.wrapping_add(1);
                 std::hint::spin_loop();

@@ -2,15 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
+use crate::any_queue::{self, Calls};
 use crate::driver::{
     Completion, HEAD_BYTES, QueueOptions, Request, STATUS_UNWRITTEN, Tag, need_event, status_at,
 };
-use crate::error::{Error, LIMIT, Result};
-use crate::event;
+use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::ring::{INDIRECT, NEXT, Ring, WRITE};
 
@@ -234,59 +231,15 @@ impl PackedQueue {
     ///
     /// # Errors
     /// [`Error::Stalled`] after [`LIMIT`], and as [`PackedQueue::poll`].
+    ///
+    /// [`LIMIT`]: crate::LIMIT
     pub fn wait(&mut self) -> Result<Completion> {
-        let end = Instant::now() + LIMIT;
-        loop {
-            if let Some(done) = self.poll()? {
-                return Ok(done);
-            }
-            if Instant::now() >= end {
-                return Err(Error::Stalled(self.in_flight()));
-            }
-            self.sleep(Duration::from_secs(1))?;
-        }
+        any_queue::wait(self)
     }
 
-    /// Sleeps until the device calls, at most `limit`; not at all if something has completed.
-    fn sleep(&self, limit: Duration) -> Result<()> {
-        self.ask_for_call();
-        if !self.has_completion() {
-            let call = self.ring.call_fd();
-            let mut wait = [PollFd::from_borrowed_fd(event::as_fd(&call), PollFlags::IN)];
-            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
-            match poll(&mut wait, Some(&limit)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(Error::system("cannot wait for a call")(e)),
-            }
-            // Empty after a wait that was in vain.
-            drop(call.read());
-        }
-        self.refuse_calls();
-        Ok(())
-    }
-
-    /// Asks the device for a call at the next completion. One that has come meanwhile is not
-    /// announced, so look once more.
-    fn ask_for_call(&self) {
-        let ours = self.ring.windows()[1];
-        let event = self.used.at | if self.used.wrap { FIRST_BASE } else { 0 };
-        ours.store(0, event, Ordering::Relaxed);
-        let flags = if self.event_idx { EVENTS_AT } else { EVENTS_ON };
-        ours.store(2, flags, Ordering::Release);
-        // If our asking comes first, the device sees it and calls; if its flags come first, the
-        // caller's look at them sees the completion.
-        fence(Ordering::SeqCst);
-    }
-
-    /// Tells the device that nobody waits for its calls.
-    fn refuse_calls(&self) {
-        self.ring.windows()[1].store(2, EVENTS_OFF, Ordering::Relaxed);
-    }
-
-    fn has_completion(&self) -> bool {
-        let at = 16 * usize::from(self.used.at) + FLAGS_AT;
-        // Acquire: pairs with the device's store of the flags after it has written all else.
-        self.used.is_used(self.ring.windows()[0].load(at, Ordering::Acquire))
+    /// How far it has taken back what the device has done: the position, and its wrap counter above.
+    pub(crate) fn base(&self) -> u16 {
+        self.used.at | if self.used.wrap { FIRST_BASE } else { 0 }
     }
 
     /// Puts the `count` descriptors of request `id` into the ring.
@@ -309,6 +262,40 @@ impl PackedQueue {
         // Release: the device that sees these flags sees the header and all other descriptors.
         descriptors.store(flags_at(first), first_flags, Ordering::Release);
         self.unkicked = self.options.size.min(self.unkicked + count);
+    }
+}
+
+impl Calls for PackedQueue {
+    fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight()
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>> {
+        self.poll()
+    }
+
+    fn ask_for_call(&self) {
+        let ours = self.ring.windows()[1];
+        ours.store(0, self.base(), Ordering::Relaxed);
+        let flags = if self.event_idx { EVENTS_AT } else { EVENTS_ON };
+        ours.store(2, flags, Ordering::Release);
+        // If our asking comes first, the device sees it and calls; if its flags come first, the
+        // caller's look at them sees the completion.
+        fence(Ordering::SeqCst);
+    }
+
+    fn refuse_calls(&self) {
+        self.ring.windows()[1].store(2, EVENTS_OFF, Ordering::Relaxed);
+    }
+
+    fn has_completion(&self) -> bool {
+        let at = 16 * usize::from(self.used.at) + FLAGS_AT;
+        // Acquire: pairs with the device's store of the flags after it has written all else.
+        self.used.is_used(self.ring.windows()[0].load(at, Ordering::Acquire))
     }
 }
 

@@ -60,12 +60,9 @@ struct Scene {
 }
 
 impl Scene {
-    /// `None` where there is one core only.
-    fn new(mode: Mode, bdev: Arc<dyn Bdev>, queues: usize) -> Option<Self> {
-        if thread::available_parallelism().unwrap().get() < CORES.len() {
-            eprintln!("not run: it takes two cores");
-            return None;
-        }
+    fn new(mode: Mode, bdev: Arc<dyn Bdev>, queues: usize) -> Self {
+        let cores = thread::available_parallelism().unwrap().get();
+        assert!(cores >= CORES.len(), "it takes two cores: with one it would show nothing");
         let target = Target::start(&CORES, mode, Arc::new(|| {})).unwrap();
         let spec = ControllerSpec {
             name: NAME.into(),
@@ -80,7 +77,7 @@ impl Scene {
         let queue = |n| Queue::new(&ram, n, QueueOptions::default(), true).unwrap();
         let scene = Self { target, conn, queues: (0..queues).map(queue).collect() };
         scene.set_up(&ram);
-        Some(scene)
+        scene
     }
 
     fn say(&self, message: u32, words: &[u64], fd: Option<BorrowedFd<'_>>) {
@@ -135,7 +132,7 @@ fn malloc() -> Arc<Malloc> {
 
 /// Moves two queues to and fro `moves` times while a load that checks all that it reads is on them.
 fn moves_under_load(mode: Mode, bdev: Arc<dyn Bdev>, moves: usize) {
-    let Some(mut scene) = Scene::new(mode, bdev, 2) else { return };
+    let mut scene = Scene::new(mode, bdev, 2);
     let options = LoadOptions { depth: 16, ..LoadOptions::default() };
     let load = Load::start(std::mem::take(&mut scene.queues), options).unwrap();
     for n in 0..moves {
@@ -201,7 +198,7 @@ fn io_in_flight_in_a_file_moves_along_between_reactors_that_poll_first() {
 /// A controller's queues follow its cpumask, the new ones too.
 #[test]
 fn a_cpumask_moves_all_queues_of_a_controller() {
-    let Some(scene) = Scene::new(Mode::Sleep { after_us: 0 }, malloc(), 5) else { return };
+    let scene = Scene::new(Mode::Sleep { after_us: 0 }, malloc(), 5);
     let places = || (0..5).map(|queue| scene.place(queue)).collect::<Vec<_>>();
     let on = |core| places().into_iter().filter(|place| *place == core).count();
     assert_eq!((on(CORES[0]), on(CORES[1])), (3, 2));
@@ -298,7 +295,7 @@ fn a_flush_covers_what_another_queue_has_completed() {
     const ROUNDS: u64 = 2000;
     let disk = Arc::new(Cached::default());
     let bdev = Arc::clone(&disk) as Arc<dyn Bdev>;
-    let Some(mut scene) = Scene::new(Mode::Sleep { after_us: 20 }, bdev, 2) else { return };
+    let mut scene = Scene::new(Mode::Sleep { after_us: 20 }, bdev, 2);
     let mut queues = std::mem::take(&mut scene.queues);
     let data = queues[0].ring().ram().alloc(512, 512).unwrap();
     assert_ne!(scene.place(0), scene.place(1));

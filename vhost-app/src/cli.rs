@@ -187,16 +187,17 @@ struct Args {
     /// Do not lock the cores in /var/tmp.
     #[arg(long)]
     disable_cpumask_locks: bool,
-    /// Reactors sleep whenever there is nothing to do.
+    /// Reactors sleep whenever there is nothing to do; not with --reactor-idle-us.
     #[arg(long)]
     interrupt_mode: bool,
-    /// Reactors poll, and sleep after this many microseconds without work (not in SPDK).
+    /// Reactors poll, and sleep after this many microseconds without work; not with
+    /// --interrupt-mode (not in SPDK).
     #[arg(long, value_name = "N", value_parser = number, conflicts_with = "interrupt_mode")]
     reactor_idle_us: Option<u64>,
     /// Memory for DPDK in MiB, or with K, M or G [default: as needed].
     #[arg(short = 's', long, value_name = "SIZE", value_parser = mem_size, allow_hyphen_values = true)]
     mem_size: Option<u32>,
-    /// Accepted: hugepages are taken without a mount.
+    /// Accepted, no effect: hugepages are taken without a mount.
     #[arg(long, value_name = "DIR", allow_hyphen_values = true)]
     huge_dir: Option<String>,
     /// Use ordinary pages; needs -s.
@@ -215,49 +216,49 @@ struct Args {
     /// SPDK).
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
     drain_limit: u64,
-    /// Accepted: memory channels.
+    /// Accepted, no effect: memory channels.
     #[arg(short = 'n', long, value_name = "N", value_parser = number, allow_hyphen_values = true)]
     mem_channels: Option<u64>,
-    /// Accepted: one file for all hugepages.
+    /// Accepted, no effect: one file for all hugepages.
     #[arg(short = 'g', long)]
     single_file_segments: bool,
-    /// Accepted: hugepage files are always unlinked.
+    /// Accepted, no effect: hugepage files are always unlinked.
     #[arg(short = 'R', long)]
     huge_unlink: bool,
-    /// Accepted: address mode of DMA, pa or va.
+    /// Accepted, no effect: address mode of DMA, pa or va.
     #[arg(long, value_name = "MODE", allow_hyphen_values = true)]
     iova_mode: Option<String>,
-    /// Accepted: base address of DPDK's memory.
+    /// Accepted, no effect: base address of DPDK's memory.
     #[arg(long, value_name = "ADDRESS", value_parser = positive, allow_hyphen_values = true)]
     base_virtaddr: Option<u64>,
-    /// Accepted: keep memory to its NUMA node.
+    /// Accepted, no effect: keep memory to its NUMA node.
     #[arg(long)]
     enforce_numa: bool,
-    /// Accepted: size of SPDK's message pool.
+    /// Accepted, no effect: size of SPDK's message pool.
     #[arg(long, value_name = "N", value_parser = positive_decimal, allow_hyphen_values = true)]
     msg_mempool_size: Option<u64>,
-    /// Accepted: shared memory id.
+    /// Accepted, no effect: shared memory id.
     #[arg(short = 'i', long, value_name = "ID", value_parser = shm_id, allow_hyphen_values = true)]
     shm_id: Option<i64>,
-    /// Accepted: PCI is never used.
+    /// Accepted, no effect: PCI is never used.
     #[arg(short = 'u', long)]
     no_pci: bool,
-    /// Accepted: a PCI device that may be used; repeatable, not with -B.
+    /// Accepted, no effect: a PCI device that may be used; repeatable, not with -B.
     #[arg(short = 'A', long, value_name = "BDF", value_parser = pci_address, action = ArgAction::Append, allow_hyphen_values = true)]
     pci_allowed: Vec<String>,
-    /// Accepted: a PCI device that may not be used; repeatable, not with -A.
+    /// Accepted, no effect: a PCI device that may not be used; repeatable, not with -A.
     #[arg(short = 'B', long, value_name = "BDF", value_parser = pci_address, action = ArgAction::Append, allow_hyphen_values = true)]
     pci_blocked: Vec<String>,
-    /// Accepted: VFIO token.
+    /// Accepted, no effect: VFIO token.
     #[arg(long, value_name = "UUID", allow_hyphen_values = true)]
     vfio_vf_token: Option<String>,
-    /// Accepted: trace point groups.
+    /// Accepted, no effect: trace point groups.
     #[arg(short = 'e', long, value_name = "GROUPS", allow_hyphen_values = true)]
     tpoint_group: Option<String>,
-    /// Accepted: trace entries per core, a power of two or 0.
+    /// Accepted, no effect: trace entries per core, a power of two or 0.
     #[arg(long, value_name = "N", value_parser = trace_entries, allow_hyphen_values = true)]
     num_trace_entries: Option<u64>,
-    /// Accepted: further arguments for SPDK's DPDK.
+    /// Accepted, no effect: further arguments for SPDK's DPDK.
     #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
     env_context: Option<String>,
     /// Print this help.

@@ -14,18 +14,22 @@ mod harness;
 
 use std::panic;
 
-use disks::{MIB, in_flight, make_file, rings, sessions, start_behind};
+use disks::{MIB, answer, hold_some, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, matrix, wait_until};
 
-/// Guests whose kernels may die under TCG before that is taken for a fault of ours.
-const DEATHS_MAX: usize = 3;
+/// Guests of a test that may die under TCG before that is taken for a fault of ours. Beside two busy
+/// loops on two cores five of 21 died. If it were a half, eleven in a row would be one case in two
+/// thousand.
+const DEATHS_MAX: usize = 10;
 
 fn moves(packed: bool) {
     for death in 1.. {
+        let panics = guest::kernel_panics();
         let Err(reason) = panic::catch_unwind(|| one_guest_moves(packed)) else { break };
         let text = reason.downcast_ref::<String>().map_or("", String::as_str);
-        let died = text.contains("QEMU has ended") && text.contains("Kernel panic");
+        // However the test has noticed: an answer, a line or a session that was missing.
+        let died = guest::kernel_panics() > panics && !text.starts_with("GUEST: io ");
         if !died || death > DEATHS_MAX || guest::accel() != "tcg" {
             panic::resume_unwind(reason);
         }
@@ -51,12 +55,25 @@ fn one_guest_moves(packed: bool) {
     let mut guest = Guest::boot(options(0));
     assert_eq!(guest.has_feature("vda", RING_PACKED), packed);
     guest.start_io("vda", 4);
-    for n in 1..=cycles(4) {
+    for n in 1..=cycles(2) {
         let (from, to) = (&vhosts[(n - 1) % 2].0, &vhosts[n % 2].0);
+        // Every other time the load reads until QEMU stops the ring, by when it has copied all of
+        // the guest's memory: only the log says that there is data in it now.
+        let reads_wait = n % 2 == 1;
+        if reads_wait {
+            hold_some(from, "EE_Slow0", "read", u32::MAX);
+        }
         let arguments = &["-incoming", "defer"];
         let next = Guest::start(GuestOptions { arguments, ..options(n) });
         wait_until("I/O in flight", || in_flight(from, "vhost.0") > 0);
-        guest = guest.migrate(next, &dir.path().join(format!("migration.{n}")));
+        guest = guest.migrate(next, &dir.path().join(format!("migration.{n}")), || {
+            if reads_wait {
+                wait_until("QEMU stops the ring", || {
+                    sessions(from, "vhost.0")[0]["state"] == "quiescing"
+                });
+                answer(from, "EE_Slow0");
+            }
+        });
         guest.io_goes_on("vda", 4);
         wait_until("the old session has ended", || sessions(from, "vhost.0").is_empty());
         assert_eq!(sessions(to, "vhost.0").len(), 1);

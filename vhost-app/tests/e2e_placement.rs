@@ -11,13 +11,9 @@ use serde_json::{Value, json};
 
 const QUEUES: usize = 4;
 
-/// A `vhost` with two reactors, or `None` where this process has one core.
-fn start(args: &[&str]) -> Option<Vhost> {
-    if std::thread::available_parallelism().unwrap().get() < 2 || harness::core_mask() == "0x1" {
-        eprintln!("not run: it takes two cores");
-        return None;
-    }
-    Some(Launch::new().mask("0x3").args(args).start())
+/// A `vhost` with two reactors.
+fn start(args: &[&str]) -> Vhost {
+    Launch::new().mask(harness::two_cores()).args(args).start()
 }
 
 /// A controller on a file, so that I/O is in flight when its queues move.
@@ -90,7 +86,7 @@ fn end(vhost: Vhost, front_end: FrontEnd, load: Load) {
 #[test]
 fn queues_move_while_they_are_in_use() {
     for args in [&[][..], &["--interrupt-mode"], &["--reactor-idle-us", "20"]] {
-        let Some(vhost) = start(args) else { return };
+        let vhost = start(args);
         file_controller(&vhost);
         let (front_end, load) = connect(&vhost);
         assert_eq!(places(&vhost), BTreeMap::from([(0, 2), (1, 2)]));
@@ -113,7 +109,7 @@ fn queues_move_while_they_are_in_use() {
 /// SPDK's method, by SPDK's client: a controller's thread goes to other cores, and its queues with it.
 #[test]
 fn a_controllers_thread_is_moved_by_its_cpumask() {
-    let Some(vhost) = start(&[]) else { return };
+    let vhost = start(&[]);
     file_controller(&vhost);
     assert_eq!(thread(&vhost)["cpumask"], "3");
     let (front_end, load) = connect(&vhost);

@@ -6,7 +6,9 @@ mod harness;
 use std::fs;
 use std::time::Instant;
 
-use bench::{FrontEnd, GuestRam, Idle, Load, LoadOptions, Options, Queue, QueueOptions, Request};
+use bench::{
+    AnyQueue, FrontEnd, GuestRam, Idle, Load, LoadOptions, Options, Queue, QueueOptions, Request,
+};
 use harness::{Vhost, wait_until};
 use serde_json::json;
 
@@ -38,7 +40,7 @@ fn sleeps(vhost: &Vhost) -> u64 {
 }
 
 /// Runs `requests` at `depth`. A lost kick or completion leaves some outstanding.
-fn run(queues: Vec<Queue>, depth: usize, requests: u64, idle: Idle) -> Vec<Queue> {
+fn run(queues: Vec<impl Into<AnyQueue>>, depth: usize, requests: u64, idle: Idle) -> Vec<AnyQueue> {
     let options = LoadOptions {
         depth,
         blocks: 0..256,

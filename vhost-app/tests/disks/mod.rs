@@ -106,7 +106,12 @@ pub(crate) fn start_behind(launch: Launch, link: &Path, file: &Path) -> Vhost {
 
 /// An error bdev does not answer the next so many requests.
 pub(crate) fn hold(vhost: &Vhost, name: &str, num: u32) {
-    let error = json!({"name": name, "io_type": "all", "error_type": "pending", "num": num});
+    hold_some(vhost, name, "all", num);
+}
+
+/// Nor does it answer the next so many of this type.
+pub(crate) fn hold_some(vhost: &Vhost, name: &str, io_type: &str, num: u32) {
+    let error = json!({"name": name, "io_type": io_type, "error_type": "pending", "num": num});
     vhost.ok("bdev_error_inject_error", error);
 }
 

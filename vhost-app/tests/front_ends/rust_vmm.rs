@@ -4,23 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bench::front_end::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, ProtocolFeatures, RING_PACKED};
-use bench::packed::FIRST_BASE;
 use bench::perf::RingLayout;
-use bench::{
-    Completion, GuestRam, Options, PackedQueue, Queue, QueueOptions, Request, STATUS_OK, Tag,
-};
+use bench::{AnyQueue, Completion, GuestRam, Options, QueueOptions, Request, STATUS_OK, Tag};
 
 use super::{Done, FrontEnd, Io, Messages, RING_SIZE, Setup};
 
 pub(crate) struct RustVmm {
     front_end: bench::FrontEnd,
     ram: Arc<GuestRam>,
-    queues: Vec<(Rings, HashMap<Tag, usize>)>,
-}
-
-enum Rings {
-    Split(Queue),
-    Packed(PackedQueue),
+    queues: Vec<(AnyQueue, HashMap<Tag, usize>)>,
 }
 
 impl FrontEnd for RustVmm {
@@ -46,21 +38,8 @@ impl FrontEnd for RustVmm {
         assert!(!setup.slots || front_end.memory_slots().unwrap() >= 8);
 
         let options = QueueOptions { size: RING_SIZE, indirect: setup.indirect, segments_max: 126 };
-        let queue = |index| {
-            if packed {
-                let queue = PackedQueue::new(&ram, index, options, setup.event_idx).unwrap();
-                (queue.ring().clone(), FIRST_BASE, Rings::Packed(queue))
-            } else {
-                let queue = Queue::new(&ram, index, options, setup.event_idx).unwrap();
-                (queue.ring().clone(), 0, Rings::Split(queue))
-            }
-        };
-        let (mut rings, mut queues) = (vec![], vec![]);
-        for (ring, base, queue) in (0..setup.queues).map(queue) {
-            rings.push((ring, base));
-            queues.push((queue, HashMap::new()));
-        }
-        front_end.start(rings).unwrap();
+        let queues = front_end.start_any(setup.queues, options).unwrap();
+        let queues = queues.into_iter().map(|queue| (queue, HashMap::new())).collect();
         Self { front_end, ram, queues }
     }
 
@@ -100,22 +79,15 @@ impl FrontEnd for RustVmm {
             }
             Io::Id { data } => Request::id(data),
         };
-        let (rings, tags) = &mut self.queues[queue];
-        let (known_as, kicked) = match rings {
-            Rings::Split(queue) => (queue.submit(&request), queue.kick()),
-            Rings::Packed(queue) => (queue.submit(&request), queue.kick()),
-        };
-        kicked.unwrap();
-        assert_eq!(tags.insert(known_as.unwrap(), tag), None);
+        let (queue, tags) = &mut self.queues[queue];
+        let known_as = queue.submit(&request).unwrap();
+        queue.kick().unwrap();
+        assert_eq!(tags.insert(known_as, tag), None);
     }
 
     fn wait(&mut self, queue: usize) -> Done {
-        let (rings, tags) = &mut self.queues[queue];
-        let done = match rings {
-            Rings::Split(queue) => queue.wait(),
-            Rings::Packed(queue) => queue.wait(),
-        };
-        let Completion { tag, status, .. } = done.unwrap();
+        let (queue, tags) = &mut self.queues[queue];
+        let Completion { tag, status, .. } = queue.wait().unwrap();
         Done { tag: tags.remove(&tag).unwrap(), ok: status == STATUS_OK }
     }
 }
@@ -126,9 +98,6 @@ impl Messages for RustVmm {
     }
 
     fn in_flight(&self, queue: usize) -> usize {
-        match &self.queues[queue].0 {
-            Rings::Split(queue) => queue.in_flight(),
-            Rings::Packed(queue) => queue.in_flight(),
-        }
+        self.queues[queue].0.in_flight()
     }
 }

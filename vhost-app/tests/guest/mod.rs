@@ -17,7 +17,8 @@
 //! earlier run of it left.
 //!
 //! A guest that goes away kills its QEMU by the process's id. [`LIMIT`] ends waits for what never
-//! comes, with the end of the console; nothing here asserts on time.
+//! comes, with the end of the console; nothing here asserts on time. [`kernel_panics`] counts guests
+//! that have died of themselves.
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
@@ -28,6 +29,7 @@ use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,6 +43,17 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// VIRTIO_F_RING_PACKED.
 pub(crate) const RING_PACKED: usize = 34;
+
+/// What a kernel says that dies.
+const KERNEL_PANIC: &str = "Kernel panic - ";
+
+/// Consoles that have said it.
+static KERNEL_PANICS: AtomicUsize = AtomicUsize::new(0);
+
+/// How many guests' kernels have died so far, of those that were dropped and those that are waited for.
+pub(crate) fn kernel_panics() -> usize {
+    KERNEL_PANICS.load(Ordering::Relaxed)
+}
 
 /// A guest's machine.
 pub(crate) struct GuestOptions {
@@ -118,7 +131,8 @@ impl GuestOptions {
             let initrd = initrd.unwrap_or_else(|| repository.join("target/ci/initrd"));
             qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
             // Kernel messages would be printed into the middle of lines: only the last words are.
-            let words = "console=ttyS0 panic=-1 quiet loglevel=1 rdinit=/init";
+            // Under TCG on a busy machine the kernel takes a timer that is late for a broken one.
+            let words = "console=ttyS0 panic=-1 quiet loglevel=1 no_timer_check rdinit=/init";
             qemu.args(["-append", &format!("{words} {} job={job}", self.kernel_words)]);
         }
         qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
@@ -415,14 +429,21 @@ impl Guest {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap().to_owned()
     }
 
-    /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`.
+    /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`. Does `meanwhile`
+    /// once it is under way.
     #[track_caller]
-    pub(crate) fn migrate(mut self, mut next: Self, socket: &Path) -> Self {
+    pub(crate) fn migrate(
+        mut self,
+        mut next: Self,
+        socket: &Path,
+        meanwhile: impl FnOnce(),
+    ) -> Self {
         let uri = json!({"uri": format!("unix:{}", socket.display())});
         let events = json!({"capabilities": [{"capability": "events", "state": true}]});
         self.qmp("migrate-set-capabilities", events);
         next.qmp("migrate-incoming", uri.clone());
         self.qmp("migrate", uri);
+        meanwhile();
         let status = self.wait_event("the migration's end", |name, data| {
             let status = data["status"].as_str()?;
             let ends = name == "MIGRATION" && ["completed", "failed"].contains(&status);
@@ -451,9 +472,13 @@ impl Guest {
         assert!(self.qemu.wait().unwrap().success());
     }
 
+    /// The console's last lines, after the one in which the kernel has said why it dies: what it
+    /// calls at that time may take many.
     fn tail(&self) -> String {
-        let len = self.console.len();
-        self.console.lines(len.saturating_sub(40), len).join("\n")
+        let lines = self.console.lines(0, self.console.len());
+        let (before, tail) = lines.split_at(lines.len().saturating_sub(40));
+        let died = before.iter().find(|line| line.contains(KERNEL_PANIC));
+        died.into_iter().chain(tail).map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -461,6 +486,8 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
+        // All that it has said is read now.
+        let _ = self.console.wait_end(Instant::now() + LIMIT);
         if thread::panicking() {
             eprintln!("---- the end of a guest's console ----\n{}\n----", self.tail());
         }
@@ -496,9 +523,14 @@ impl Console {
         thread::spawn(move || {
             let mut output = BufReader::new(output);
             let mut line = Vec::new();
+            let mut died = false;
             while output.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
                 let text = String::from_utf8_lossy(&line).trim_end().to_owned();
                 line.clear();
+                if !died && text.contains(KERNEL_PANIC) {
+                    died = true;
+                    KERNEL_PANICS.fetch_add(1, Ordering::Relaxed);
+                }
                 reader.printed.lock().unwrap().lines.push(text);
                 reader.more.notify_all();
             }

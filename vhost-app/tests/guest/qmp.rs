@@ -47,7 +47,8 @@ impl Qmp {
     /// Sends a command.
     pub(super) fn send(&mut self, command: &str, arguments: Value) -> Result<()> {
         let request = json!({"execute": command, "arguments": arguments});
-        writeln!(self.stream.get_mut(), "{request}")
+        // At once: QEMU quits at the last brace, and a write after that would fail.
+        self.stream.get_mut().write_all(format!("{request}\n").as_bytes())
     }
 
     /// Waits for the answer to what was sent.

@@ -1,0 +1,199 @@
+//! A queue of either kind, for whoever drives both alike.
+
+use std::slice;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::driver::{Completion, Queue, QueueOptions, Request, Tag};
+use crate::error::{Error, LIMIT, Result};
+use crate::event;
+use crate::guest::GuestRam;
+use crate::packed::PackedQueue;
+use crate::ring::Ring;
+
+/// A split or a packed ring's driver. The methods are those of [`Queue`] and [`PackedQueue`].
+#[derive(Debug)]
+#[expect(missing_docs, reason = "as their types say")]
+pub enum AnyQueue {
+    Split(Queue),
+    Packed(PackedQueue),
+}
+
+macro_rules! of_either {
+    ($any:expr, $queue:ident => $call:expr) => {
+        match $any {
+            AnyQueue::Split($queue) => $call,
+            AnyQueue::Packed($queue) => $call,
+        }
+    };
+}
+
+impl AnyQueue {
+    /// As [`Queue::new`], or as [`PackedQueue::new`].
+    ///
+    /// # Errors
+    /// No memory, no eventfd, or a bad size.
+    pub fn new(
+        ram: &Arc<GuestRam>,
+        index: usize,
+        options: QueueOptions,
+        event_idx: bool,
+        packed: bool,
+    ) -> Result<Self> {
+        if packed {
+            PackedQueue::new(ram, index, options, event_idx).map(Self::Packed)
+        } else {
+            Queue::new(ram, index, options, event_idx).map(Self::Split)
+        }
+    }
+
+    /// The ring, for a front end to start.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
+        of_either!(self, queue => queue.ring())
+    }
+
+    /// How far it has taken back what the device has done, as SET_VRING_BASE and GET_VRING_BASE say
+    /// it: where a new queue begins, and where the device stops if everything has been taken back.
+    #[must_use]
+    pub fn base(&self) -> u16 {
+        of_either!(self, queue => queue.base())
+    }
+
+    /// Requests that the device holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        of_either!(self, queue => queue.in_flight())
+    }
+
+    /// Hands `request` to the device, without a kick.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`].
+    pub fn submit(&mut self, request: &Request<'_>) -> Result<Tag> {
+        of_either!(self, queue => queue.submit(request))
+    }
+
+    /// Kicks the device if it wants to be kicked, and returns whether it did.
+    ///
+    /// # Errors
+    /// As [`Queue::kick`].
+    pub fn kick(&mut self) -> Result<bool> {
+        of_either!(self, queue => queue.kick())
+    }
+
+    /// Takes the next request that the device has given back.
+    ///
+    /// # Errors
+    /// As [`Queue::poll`].
+    pub fn poll(&mut self) -> Result<Option<Completion>> {
+        of_either!(self, queue => queue.poll())
+    }
+
+    /// Waits for the next completion.
+    ///
+    /// # Errors
+    /// As [`Queue::wait`].
+    pub fn wait(&mut self) -> Result<Completion> {
+        of_either!(self, queue => queue.wait())
+    }
+}
+
+impl From<Queue> for AnyQueue {
+    fn from(queue: Queue) -> Self {
+        Self::Split(queue)
+    }
+}
+
+impl From<PackedQueue> for AnyQueue {
+    fn from(queue: PackedQueue) -> Self {
+        Self::Packed(queue)
+    }
+}
+
+/// A queue whose completions can be slept for.
+pub(crate) trait Calls {
+    fn ring(&self) -> &Arc<Ring>;
+
+    fn in_flight(&self) -> usize;
+
+    fn poll(&mut self) -> Result<Option<Completion>>;
+
+    /// Asks the device for a call at the next completion. One that has come meanwhile is not
+    /// announced, so look once more.
+    fn ask_for_call(&self);
+
+    /// Tells the device that nobody waits for its calls.
+    fn refuse_calls(&self);
+
+    fn has_completion(&self) -> bool;
+}
+
+impl Calls for AnyQueue {
+    fn ring(&self) -> &Arc<Ring> {
+        self.ring()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight()
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>> {
+        self.poll()
+    }
+
+    fn ask_for_call(&self) {
+        of_either!(self, queue => queue.ask_for_call());
+    }
+
+    fn refuse_calls(&self) {
+        of_either!(self, queue => queue.refuse_calls());
+    }
+
+    fn has_completion(&self) -> bool {
+        of_either!(self, queue => queue.has_completion())
+    }
+}
+
+/// Waits for the next completion, at most [`LIMIT`].
+pub(crate) fn wait(queue: &mut impl Calls) -> Result<Completion> {
+    let end = Instant::now() + LIMIT;
+    loop {
+        if let Some(done) = queue.poll()? {
+            return Ok(done);
+        }
+        if Instant::now() >= end {
+            return Err(Error::Stalled(queue.in_flight()));
+        }
+        wait_any(slice::from_ref(queue), Duration::from_secs(1))?;
+    }
+}
+
+/// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
+/// completions already. Returns whether one has.
+///
+/// # Errors
+/// The system refuses to wait.
+pub(crate) fn wait_any<Q: Calls>(queues: &[Q], limit: Duration) -> Result<bool> {
+    queues.iter().for_each(Q::ask_for_call);
+    let ready = || queues.iter().any(Q::has_completion);
+    if !ready() {
+        let fds: Vec<_> = queues.iter().map(|queue| queue.ring().call_fd()).collect();
+        let mut waits: Vec<_> = fds
+            .iter()
+            .map(|fd| PollFd::from_borrowed_fd(event::as_fd(fd), PollFlags::IN))
+            .collect();
+        let limit =
+            Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        match poll(&mut waits, Some(&limit)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::system("cannot wait for a call")(e)),
+        }
+        // Empty eventfds are fine: most have not been called.
+        fds.iter().for_each(|fd| drop(fd.read()));
+    }
+    queues.iter().for_each(Q::refuse_calls);
+    Ok(ready())
+}
