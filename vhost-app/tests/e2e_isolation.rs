@@ -33,6 +33,7 @@ cases! {
     a_slow_unmap_holds_up_nobody,
     a_disk_that_never_answers_holds_up_nobody,
     a_stop_that_takes_long_holds_up_nobody,
+    a_reset_that_takes_long_holds_up_nobody,
     a_drain_is_waited_for_no_longer_than_the_limit,
     delete_answers_whatever_the_front_end_does,
     sixty_rounds_of_create_and_delete_against_a_client_that_connects,
@@ -163,13 +164,12 @@ fn a_stop_that_takes_long_holds_up_nobody(form: Form) {
 }
 
 /// So does a reset of the device, for a front end that wants to know when it is complete.
-#[test]
-fn a_reset_that_takes_long_holds_up_nobody() {
+fn a_reset_that_takes_long_holds_up_nobody(form: Form) {
     const RESET_DEVICE: u32 = 34;
     const VERSION_NEED_REPLY: u32 = 1 | 1 << 3;
-    let vhost = Vhost::start(&[]);
-    let a = Vm::start(&malloc_controller(&vhost, "a", "MA"));
-    let mut b = hung_vm(&vhost);
+    let vhost = form.start();
+    let a = vhost.neighbour();
+    let mut b = vhost.hung_vm();
     let mut raw = b.front_end.raw().unwrap();
     let answered = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -179,19 +179,19 @@ fn a_reset_that_takes_long_holds_up_nobody() {
             answered.store(true, Ordering::SeqCst);
             (answer.request, answer.value())
         });
-        wait_until("B waits", || sessions(&vhost, "b")[0]["state"] == "quiescing");
-        let c = Vm::start(&malloc_controller(&vhost, "c", "MC"));
-        c.goes_on();
-        c.end();
+        wait_until("B waits", || vhost.sessions("b")[0]["state"] == "quiescing");
+        vhost.passes_by();
         a.goes_on();
         assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
-        heal(&vhost);
-        answer(&vhost);
+        vhost.heal();
+        vhost.answer();
         assert_eq!(reset.join().unwrap(), (RESET_DEVICE, Some(0)));
-        let (summary, _) = b.load.take().unwrap().abandon().unwrap();
-        assert_eq!(summary.errors, 0);
+        for load in b.loads.drain(..) {
+            let (summary, _) = load.abandon().unwrap();
+            assert_eq!(summary.errors, 0);
+        }
     });
-    assert_eq!(sessions(&vhost, "b")[0]["state"], "suspended");
+    assert_eq!(vhost.sessions("b")[0]["state"], "suspended");
     a.end();
 }
 
