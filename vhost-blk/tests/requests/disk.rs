@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Tag};
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Tag, Wait};
 
 pub(crate) const SECTORS: u64 = 8192;
 
@@ -112,6 +112,11 @@ impl Channel for ManualChannel {
         let Tag(tag) = io.tag;
         state.waiting.push_back(Completion { tag: Tag(tag), status });
         Submit::Queued
+    }
+
+    /// The test wakes whoever has slept.
+    fn wait(&self) -> Wait {
+        Wait::Event
     }
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {

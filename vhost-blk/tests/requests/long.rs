@@ -152,6 +152,31 @@ fn further_ones_wait_for_room_and_those_behind_them_too() {
     });
 }
 
+#[test]
+fn a_reactor_sleeps_while_one_waits_for_room() {
+    everywhere(|packed, indirect| {
+        let disk = Manual::create();
+        let size = if indirect { 64 } else { 2048 };
+        let mut scene = Scene::new(packed, size, Arc::clone(&disk) as Arc<dyn Bdev>);
+        scene.indirect = indirect;
+        let (reactor, mut steps) = scene.start_to_sleep();
+        let mut settle = || assert!((0..100).any(|_| steps.step()), "it never sleeps");
+        settle();
+        let sent = offer(&mut scene, &[true; LONG_CHAINS + 1]);
+        reactor.wake();
+        settle();
+        assert_eq!(seen(&disk), [0, 1, 2, 3]);
+        disk.state().complete(0);
+        reactor.wake();
+        settle();
+        assert_eq!(seen(&disk), [4]);
+        disk.state().complete_all();
+        reactor.wake();
+        settle();
+        assert_eq!(scene.answers().len(), sent.len());
+    });
+}
+
 /// Checks that as many long chains fit as ever.
 fn assert_room(scene: &mut Scene, disk: &Manual, after: &str) {
     seen(disk);

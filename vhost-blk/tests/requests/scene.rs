@@ -14,9 +14,10 @@ use vhost_blk::foreign::ForeignFd;
 use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::queue::{Queue, QueueId, StartError, Tracked, View};
-use vhost_blk::reactor::{Events, Turn};
-use vhost_blk::reclaim::{Garbage, Unmapper};
+use vhost_blk::reactor::{Events, Reactor, SteppedReactor, Turn};
+use vhost_blk::reclaim::{Garbage, Reclaim, Unmapper};
 use vhost_blk::ring::{Buffer, Layout, RingAddrs};
+use vhost_blk::{Core, Mode};
 use vm_memory::Bytes;
 
 use super::split;
@@ -197,6 +198,20 @@ impl Scene {
         let queue = Queue::tracked(QueueId(1), &self.domain, view, self.base, coalescing, tracked)?;
         self.queue = Some(queue);
         Ok(())
+    }
+
+    /// As [`Scene::start`], for a reactor that sleeps when it can, and which it answers with.
+    pub(crate) fn start_to_sleep(&mut self) -> (Arc<Reactor>, SteppedReactor) {
+        let domain = Domain::new(1);
+        let mut view = self.view(&Arc::clone(&self.memory));
+        view.kicks = true;
+        let queue = Queue::new(QueueId(1), &domain, view, self.base, Arc::default()).unwrap();
+        let mode = Mode::Sleep { after_us: 0 };
+        let reactor = Arc::new(Reactor::new(Core(0), &domain, mode).unwrap());
+        reactor.publish(vec![queue], &Reclaim::start(|| {}).unwrap());
+        let events = Arc::new(Events::new().unwrap());
+        let stepped = SteppedReactor::new(&reactor, &domain, &events).unwrap();
+        (reactor, stepped)
     }
 
     /// Throws the queue away as it is.
