@@ -219,6 +219,11 @@ impl GuestMemory {
         Self { lines, regions: regions.into() }
     }
 
+    /// The regions' first guest-physical addresses and lengths in bytes.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.lines.iter().map(|line| (line.gpa, line.size))
+    }
+
     /// Number of regions.
     #[must_use]
     pub fn regions(&self) -> usize {

@@ -16,6 +16,10 @@
 //! that I/O must not be overtaken, nor its memory's ring be read, before it has completed. A ring
 //! that is stopped at the gate owes its answer until the gate opens; its reactor then looks where
 //! the ring stands, and stops at once.
+//!
+//! The earlier connection's I/O, and that of a ring that was reset, marks nothing in a dirty log
+//! that came after it. When it has ended, the whole memory is marked. (A migration that begins only
+//! then copies the whole memory anyway.)
 
 use std::sync::Arc;
 
@@ -110,6 +114,8 @@ pub enum Effect {
     /// The same, and what an earlier owner has left to be done again is dropped where it was not
     /// begun: the guest has reset its device.
     Reset(usize),
+    /// Mark all of the guest's memory in its dirty log: I/O has ended that marked nothing there.
+    MarkAll,
     /// Answer GET_VRING_BASE for the ring with this number.
     Reply(usize, u32),
     /// Answer the reset that [`Session::await_reset`] was called for.
@@ -609,24 +615,26 @@ impl Session {
 
     /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
     pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
-        let layout = self.layout();
+        let (layout, mark_all) = (self.layout(), self.mark_all());
         let state = &mut self.rings[ring];
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
+        let mut effects = if state.was_reset { mark_all } else { vec![] };
         (state.was_reset, state.device_was_reset) = (false, false);
         match then {
             // What the front end has set since the reset stays.
-            Then::Stop => self.acknowledge(),
+            Then::Stop => effects.extend(self.acknowledge()),
             Then::Reply => {
                 state.base = base;
-                vec![Effect::Reply(ring, answer(state.packed, base))]
+                effects.push(Effect::Reply(ring, answer(state.packed, base)));
             }
             Then::Restart => {
                 state.state = RingState::Live;
                 state.packed = layout.packed;
-                vec![Effect::Start(ring)]
+                effects.push(Effect::Start(ring));
             }
         }
+        effects
     }
 
     /// A ring could not be attached.
@@ -636,8 +644,9 @@ impl Session {
 
     /// The connections before this one have drained.
     pub fn open_gate(&mut self) -> Vec<Effect> {
+        let mut effects = if self.gate_open { vec![] } else { self.mark_all() };
         self.gate_open = true;
-        let mut effects = self.acknowledge();
+        effects.extend(self.acknowledge());
         for (n, ring) in self.rings.iter_mut().enumerate() {
             ring.state = match ring.state {
                 RingState::Gated => RingState::Live,
@@ -648,6 +657,10 @@ impl Session {
             effects.push(Effect::Start(n));
         }
         effects
+    }
+
+    fn mark_all(&self) -> Vec<Effect> {
+        self.log().map(|_| Effect::MarkAll).into_iter().collect()
     }
 
     fn stop_all(&mut self) -> Vec<Effect> {

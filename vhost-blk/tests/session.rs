@@ -247,6 +247,62 @@ fn only_logging_is_switched_while_running() {
     assert!(session.log().is_none(), "there was another owner");
 }
 
+/// What an earlier connection has in flight marks nothing in a log that came after it.
+#[test]
+fn all_memory_is_marked_when_a_gate_opens() {
+    let gated = |features| {
+        let mut session = Session::new(OFFERED | LOG_ALL, false);
+        session.set_memory(memory(0x10000)).unwrap();
+        session.set_features(features).unwrap();
+        for ring in 0..2 {
+            set_up(&mut session, ring);
+            session.set_kick(ring, None).unwrap();
+        }
+        session.set_log(log());
+        session
+    };
+    let mut session = gated(OFFERED | LOG_ALL);
+    session.get_base(1).unwrap();
+    assert_eq!(
+        session.open_gate(),
+        [Effect::MarkAll, Effect::Start(0), Effect::Start(1)],
+        "before ring 1's answer, after which nothing is looked at any more"
+    );
+    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)]);
+    assert_eq!(session.open_gate(), [], "a gate opens once");
+    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "its view had the log");
+    let mut session = gated(OFFERED);
+    assert_eq!(session.open_gate(), [Effect::Start(0), Effect::Start(1)], "nobody logs");
+    let mut session = gated(OFFERED | LOG_ALL);
+    session.reset_device();
+    session.await_reset();
+    assert_eq!(session.open_gate(), [Effect::MarkAll, Effect::Acknowledge]);
+}
+
+/// A ring that was reset keeps its view, and with it the log that it had.
+#[test]
+fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
+    let mut session = Session::new(OFFERED | LOG_ALL, true);
+    session.set_memory(memory(0x10000)).unwrap();
+    session.set_features(OFFERED).unwrap();
+    for ring in 0..4 {
+        set_up(&mut session, ring);
+        session.set_kick(ring, None).unwrap();
+    }
+    session.reset_owner();
+    assert_eq!(session.drained(3, 9), [], "nobody logs");
+    assert_eq!(session.set_log(log()), []);
+    assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), []);
+    assert_eq!(session.drained(2, 9), [Effect::MarkAll]);
+    session.set_kick(1, None).unwrap();
+    assert_eq!(session.drained(1, 9), [Effect::MarkAll, Effect::Start(1)]);
+    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 9), [Effect::MarkAll, Effect::Reply(0, 9)]);
+    session.get_base(1).unwrap();
+    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "it has begun anew");
+}
+
 fn area() -> Arc<Area> {
     let (fd, unmapper) = (ForeignFd::new(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
     let spec = AreaSpec { mmap_size: 0x10000, mmap_offset: 0, num_queues: 2, queue_size: 128 };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::{Attached, Inner, Target};
+use super::{Attached, Connected, Inner, Target};
 use crate::config::Disk;
 use crate::notify::KickFd;
 use crate::protocol;
@@ -32,6 +32,7 @@ impl Target {
                 Effect::Publish(ring) => self.publish(inner, conn, ring),
                 Effect::Stop(ring) => self.stop(inner, conn, ring, Queue::stop),
                 Effect::Reset(ring) => self.stop(inner, conn, ring, Queue::reset),
+                Effect::MarkAll => mark_all(inner, conn),
                 Effect::Reply(ring, base) => {
                     answer(inner, conn, protocol::vring_base(ring, base), &mut reply);
                 }
@@ -161,6 +162,13 @@ impl Target {
             bdev::Error::System { what, source }
         })?;
         Ok(queue)
+    }
+}
+
+fn mark_all(inner: &Inner, conn: ConnId) {
+    let Some(Connected { session, .. }) = inner.connections.get(&conn) else { return };
+    if let (Some(log), Some(memory)) = (session.log(), session.memory()) {
+        memory.ranges().for_each(|(gpa, len)| log.mark(gpa, len));
     }
 }
 

@@ -8,6 +8,8 @@ use std::fs::File;
 use std::ops::{Range, RangeInclusive};
 use std::os::unix::fs::FileExt;
 
+use vhost_blk::memory::RegionSpec;
+
 use super::probe;
 use super::vm::{EXTRA, PAGE, RINGS, Request, Vm};
 use crate::memfd::memfd;
@@ -41,12 +43,25 @@ struct Watch {
     held: Vec<u8>,
     /// What was marked from the look before that to the last one.
     marked: Marks,
+    /// Earlier I/O may be in flight, which marks nothing here until it has ended.
+    drains: bool,
+    /// Pages that were written since it may be, and are not marked.
+    late: BTreeSet<u64>,
 }
 
 impl Watch {
     fn is_marked(&self, page: u64) -> bool {
-        self.marked[page as usize / 8] & 1 << (page % 8) != 0
+        is_marked(&self.marked, page)
     }
+}
+
+fn is_marked(marks: &Marks, page: u64) -> bool {
+    marks[page as usize / 8] & 1 << (page % 8) != 0
+}
+
+/// Whether a page is in a machine's memory.
+fn has_page(memory: &[RegionSpec], page: u64) -> bool {
+    memory.iter().any(|region| (page * PAGE).wrapping_sub(region.gpa) < region.size)
 }
 
 /// The pages that lie in `len` bytes at `gpa`.
@@ -63,37 +78,58 @@ impl Vm {
         (self.logs.all.len() - 1, dup)
     }
 
-    /// The target has acknowledged that it marks in `new`, no longer in `old`.
-    pub(crate) fn change_logs(&mut self, old: Option<usize>, new: Option<usize>) {
+    /// The target has acknowledged that it marks in `new`, no longer in `old`, but for what is
+    /// `in_use`.
+    pub(crate) fn change_logs(&mut self, old: Option<usize>, new: Option<usize>, in_use: bool) {
         if let Some(old) = old {
-            self.take_marks(old);
-            self.logs.given_up.insert(old);
+            let marks = self.take_marks(old);
+            if let Some(watch) = &mut self.logs.watch {
+                watch.late.retain(|page| new.is_some() && !is_marked(&marks, *page));
+            }
+            if !in_use {
+                self.logs.given_up.insert(old);
+            }
         }
         if let Some(new) = new {
             self.logs.given_up.remove(&new);
         }
     }
 
-    /// Looks at what was written since the last look: the target has promised to mark it in `log`.
-    /// Answers with how many pages were.
-    pub(crate) fn check_marks(&mut self, log: Option<usize>) -> u64 {
+    /// Looks at what was written since the last look: the target has promised to mark it in `log`,
+    /// at once, or when the earlier I/O has ended that `drains`. What is not in `memory` then is
+    /// not marked. Answers with how many pages were written, and how many were marked later.
+    pub(crate) fn check_marks(
+        &mut self,
+        log: Option<usize>,
+        drains: bool,
+        memory: &[RegionSpec],
+    ) -> (usize, usize) {
         let before = self.logs.watch.take();
-        let Some(log) = log else { return 0 };
-        let before = before.filter(|before| before.log == log);
-        let is_first = before.is_none();
+        let Some(log) = log else { return (0, 0) };
+        let is_first = before.as_ref().is_none_or(|before| before.log != log);
         let nothing = || vec![0; PAGE as usize * NEAR.chain(FAR).count()];
-        let held = before.map_or_else(nothing, |before| before.held);
-        let mut watch = Watch { log, held, marked: self.take_marks(log) };
+        let (held, late) =
+            before.map_or_else(|| (nothing(), BTreeSet::new()), |w| (w.held, w.late));
+        let mut watch = Watch { log, held, marked: self.take_marks(log), drains, late };
         let mut written = self.written(&mut watch);
         if is_first {
             written.clear();
         }
-        for page in &written {
-            let marked = watch.is_marked(*page) || self.is_mark_due_later(*page);
-            assert!(marked, "page {page:#x} was written and is not marked in log {log}");
+        let mut late = std::mem::take(&mut watch.late);
+        let marked_late = late.iter().filter(|page| watch.is_marked(**page)).count();
+        late.retain(|page| !watch.is_marked(*page) && has_page(memory, *page));
+        let unmarked = written.iter().filter(|page| !watch.is_marked(**page));
+        if drains {
+            late.extend(unmarked.filter(|page| has_page(memory, **page)));
+            watch.late = late;
+        } else {
+            for page in unmarked.chain(&late) {
+                let due = self.is_mark_due_later(*page);
+                assert!(due, "page {page:#x} was written and is not marked in log {log}");
+            }
         }
         self.logs.watch = Some(watch);
-        written.len() as u64
+        (written.len(), marked_late)
     }
 
     /// Whether the disk may have written to a page for a request that has not come back.
@@ -106,7 +142,11 @@ impl Vm {
     pub(super) fn check_read_marked(&self, request: &Request, gpa: u64, len: u32) {
         let Some(watch) = &self.logs.watch else { return };
         let marked = pages(gpa, len.into()).all(|page| watch.is_marked(page));
-        assert!(marked, "the data of {request:?} is not marked in log {}", watch.log);
+        assert!(
+            marked || watch.drains,
+            "the data of {request:?} is not marked in log {}",
+            watch.log
+        );
     }
 
     /// The driver has written.

@@ -108,8 +108,7 @@ impl World {
             front.controller == controller && front.closed
         };
         let before: Vec<usize> = (0..number).filter(before).collect();
-        let gated = before.iter().any(|before| self.flying_of(*before).is_some());
-        if gated {
+        if before.iter().any(|before| self.flying_of(*before).is_some()) {
             self.count("connected while an earlier connection's I/O was in flight");
         }
         if again.is_some() {
@@ -118,6 +117,7 @@ impl World {
                 self.count("a machine with packed rings connected again");
             }
         }
+        let gated = self.is_gate_closed(controller);
         self.fronts.push(Front {
             id,
             fake,
@@ -135,6 +135,7 @@ impl World {
             owed: None,
             script: [].into(),
             before,
+            gated,
         });
         self.write_script(number);
     }
@@ -364,9 +365,13 @@ impl World {
                 }
                 front.area = None;
                 front.was_reset = true;
-                for ring in front.rings.iter_mut().filter(|r| r.served == Served::Yes) {
-                    ring.served = Served::Reset;
+                for ring in &mut front.rings {
+                    ring.drains = true;
+                    if ring.served == Served::Yes {
+                        ring.served = Served::Reset;
+                    }
                 }
+                self.notice_drains();
                 if message.needs_reply() {
                     return self.after_reset(n, &verdict);
                 }

@@ -6,11 +6,12 @@
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 
+use vhost_blk::SessionInfo;
 use vhost_blk::config::VHOST_F_LOG_ALL;
 
 use super::message::Message;
 use super::vm::{Layout, RINGS};
-use super::world::{Served, World};
+use super::world::{Front, Served, World};
 
 const LOG_ALL: u64 = 1 << VHOST_F_LOG_ALL;
 
@@ -142,39 +143,69 @@ impl World {
     /// Takes note of where the target has acknowledged that it marks what it writes.
     pub(crate) fn logging_acknowledged(&mut self, n: usize, before: Option<usize>) {
         let front = &self.fronts[n];
-        let now = front.logging();
-        // What a reset left in flight goes on as it was.
-        if now == before || front.was_reset {
+        let (vm, now) = (front.vm, front.logging());
+        if now == before {
             return;
         }
+        // What a reset left in flight goes on in the log that it had.
+        let in_use = front.rings.iter().any(|ring| ring.drains);
         let on = now.is_some() && self.has_served_ring(n);
-        self.vms[self.fronts[n].vm].change_logs(before, now);
+        self.vms[vm].change_logs(before, now, in_use);
         self.count(if on { "logging begun while rings run" } else { "logging begun or ended" });
     }
 
     /// Looks at what the target has written to a machine while it logs.
     pub(crate) fn check_marks(&mut self, vm: usize) {
-        let logs = |f: &&super::world::Front| f.vm == vm && !f.closed && !f.was_reset;
+        let logs = |f: &&Front| f.vm == vm && !f.closed;
         let front = self.fronts.iter().find(logs);
-        let log = front.and_then(|front| front.logging()).filter(|_| !self.drains(vm));
-        let pages = self.vms[vm].check_marks(log);
+        let log = front.and_then(Front::logging);
+        let memory = front.map_or(&[][..], |front| &front.memory);
+        let drains = front.is_some_and(Front::has_older_io);
+        let (pages, late) = self.vms[vm].check_marks(log, drains, memory);
         if pages > 0 {
             self.count("looks that found pages written and marked");
         }
+        if late > 0 {
+            self.count("looks that found pages of earlier I/O marked after its end");
+        }
     }
 
-    /// Whether an earlier connection of a machine may still write: it marks nothing in a log that
-    /// came after it.
-    fn drains(&self, vm: usize) -> bool {
-        let open = self.fronts.iter().filter(|f| !f.closed).count();
-        if self.target.connections() == open {
-            return false;
+    /// Takes note of which earlier I/O has ended.
+    pub(crate) fn notice_drains(&mut self) {
+        for n in 0..self.fronts.len() {
+            let front = &self.fronts[n];
+            if front.closed || !front.has_older_io() {
+                continue;
+            }
+            let gate_closed = self.is_gate_closed(front.controller);
+            let session = self.sessions().find(|s| s.vid as usize == n);
+            let queues = session.map_or_else(Vec::new, |s| s.queues);
+            let front = &mut self.fronts[n];
+            front.gated &= gate_closed;
+            for (ring, state) in front.rings.iter_mut().enumerate() {
+                state.drains &= queues.iter().any(|queue| queue.ring == ring);
+            }
         }
-        let controllers = self.target.controllers();
-        let mut sessions = controllers.iter().flat_map(|c| &c.sessions);
-        sessions.any(|s| {
-            let front = &self.fronts[s.vid as usize];
-            front.vm == vm && front.closed
+    }
+
+    /// Whether a connection that is made now has to wait for earlier ones.
+    pub(crate) fn is_gate_closed(&self, controller: usize) -> bool {
+        self.sessions().any(|s| {
+            // One that is just being made is not among them.
+            let front = self.fronts.get(s.vid as usize);
+            front.is_some_and(|front| front.closed && front.controller == controller)
         })
+    }
+
+    fn sessions(&self) -> impl Iterator<Item = SessionInfo> + use<> {
+        self.target.controllers().into_iter().flat_map(|c| c.sessions)
+    }
+}
+
+impl Front {
+    /// Whether I/O may be in flight that marks nothing in the log of now: of earlier connections,
+    /// or from before a reset.
+    fn has_older_io(&self) -> bool {
+        self.gated || self.rings.iter().any(|ring| ring.drains)
     }
 }

@@ -102,6 +102,8 @@ pub(crate) struct FrontRing {
     pub(crate) call: Option<EventFd>,
     /// Requests came back and no call since was noticed.
     pub(crate) uncalled: bool,
+    /// It may still drain after a reset.
+    pub(crate) drains: bool,
 }
 
 impl FrontRing {
@@ -139,6 +141,8 @@ pub(crate) struct Front {
     pub(crate) script: VecDeque<Message>,
     /// Connections of the same controller that were closed when this one was made.
     pub(crate) before: Vec<usize>,
+    /// Connections that were closed had not drained then, and have not all drained since.
+    pub(crate) gated: bool,
 }
 
 impl Front {
@@ -430,6 +434,7 @@ impl World {
             let wrong = lock(&self.disks[disk].state).wrong.take();
             assert_eq!(wrong, None, "disk {disk}");
         }
+        self.notice_drains();
         for vm in 0..self.vms.len() {
             self.check_marks(vm);
             for ring in 0..RINGS {
@@ -460,6 +465,8 @@ impl World {
         }
         let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
         let memory = self.fronts[front].memory.clone();
+        // What was before a reset fetches no more.
+        self.fronts[front].rings[ring].drains = false;
         self.count("I/O fetched");
         let request = self.request(id);
         assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
