@@ -187,7 +187,7 @@ mod tests {
         let disk = Null::with_topology(options.clone(), topology).unwrap();
         disk.resize(20).unwrap();
         assert_eq!(disk.topology(), topology);
-        let wrong = Topology { physical_block_size: 1536, ..topology };
+        let wrong = Topology { physical_block_size: 1000, ..topology };
         let e = Null::with_topology(options, wrong).map(|_| ()).unwrap_err();
         assert_eq!(e.errno(), libc::EINVAL);
     }

@@ -8,7 +8,8 @@ use crate::io::Error;
 /// These are hints: each single block can be read and written whatever they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// Bytes that the device writes at once; less costs it a read first. A power of two.
+    /// Bytes that the device writes at once; less costs it a read first. A power of two, or guests are not
+    /// told.
     pub physical_block_size: u32,
     /// Blocks in the smallest I/O that does not pay for more than itself.
     pub min_io_blocks: u32,
@@ -20,13 +21,13 @@ impl Topology {
     /// Checks what an operator gave. `name` is the device's.
     ///
     /// # Errors
-    /// `Invalid`: a physical block size that is not a power of two of 512 or more.
+    /// `Invalid`: a physical block size that is no multiple of 512. Of other sizes than powers of two
+    /// guests are not told, who could not be.
     pub(crate) fn check(self, name: &str) -> Result<(), Error> {
         let size = self.physical_block_size;
-        if size != 0 && (size < BLOCK_SIZE_MIN || !size.is_power_of_two()) {
-            let unit = BLOCK_SIZE_MIN;
+        if !size.is_multiple_of(BLOCK_SIZE_MIN) {
             return Err(Error::Invalid(format!(
-                "{name}: physical block size {size} is not a power of two of {unit} or more"
+                "{name}: physical block size {size} is no multiple of {BLOCK_SIZE_MIN}"
             )));
         }
         Ok(())
@@ -62,11 +63,11 @@ mod tests {
     }
 
     #[test]
-    fn physical_blocks_are_powers_of_two_or_unknown() {
-        for good in [0, 512, 4096, 1 << 31] {
+    fn physical_blocks_are_multiples_of_512_or_unknown() {
+        for good in [0, 512, 1536, 4096, 1 << 31] {
             topology(good, 7, 9).check("d").unwrap();
         }
-        for bad in [1, 100, 256, 513, 1536, 4095, u32::MAX] {
+        for bad in [1, 100, 256, 513, 4095, u32::MAX] {
             let e = topology(bad, 0, 0).check("d").unwrap_err();
             assert_eq!(e.errno(), libc::EINVAL, "{bad}");
         }

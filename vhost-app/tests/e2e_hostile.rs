@@ -245,7 +245,7 @@ fn areas_that_are_asked_for_cost_nothing() {
     let mut raw = scene.raw();
     let areas: Vec<_> = (0..200)
         .flat_map(|_| {
-            raw.send_message(GET_INFLIGHT_FD, VERSION, &area(0, 0, 15, 32768), &[]).unwrap();
+            raw.send_message(GET_INFLIGHT_FD, VERSION, &area(0, 0, 16, 32768), &[]).unwrap();
             raw.receive().unwrap().fds
         })
         .map(|fd| File::from(fd).metadata().unwrap())

@@ -143,7 +143,7 @@ fn bdevs_are_refused_with_spdks_codes_and_nothing_half_made() {
             (c, malloc_with("md_size", json!(8)), -22, "Invalid argument"),
             (c, malloc_with("dif_type", json!(1)), -22, "Invalid argument"),
             (c, malloc_with("physical_block_size", json!(100)), -22, "Invalid argument"),
-            (c, malloc_with("physical_block_size", json!(1536)), -22, "Invalid argument"),
+            (c, malloc_with("physical_block_size", json!(1000)), -22, "Invalid argument"),
             (c, malloc_with("physical_block_size", json!(-512)), -32603, decode),
             (c, malloc_with("physical_block_size", json!(1u64 << 32)), -32603, decode),
             (c, malloc_with("optimal_io_boundary", json!("8")), -32603, decode),

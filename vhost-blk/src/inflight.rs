@@ -29,9 +29,10 @@ use crate::shared_file::{self, SharedFile};
 
 use region::Region;
 
-/// The most that an area may need: 128 queues of 4,096 packed descriptors, or 16 of 32,768. The
-/// thread that serves every VM begins it, which is some milliseconds for so much.
-const AREA_BYTES_MAX: u64 = 16 << 20;
+/// The most that an area may need: 128 queues of 4,096 packed descriptors of 32 bytes, or 16 of
+/// 32,768, and what each queue's part begins with. The thread that serves every VM begins it, which
+/// is some milliseconds for so much.
+const AREA_BYTES_MAX: u64 = (16 << 20) + QUEUES_MAX as u64 * REGION_ALIGN_BYTES;
 /// Queues' parts begin at multiples of it, as rte_vhost and libvhost-user have it.
 const REGION_ALIGN_BYTES: u64 = 64;
 /// The one version of the format that there is.

@@ -247,7 +247,7 @@ pub enum RingError {
     #[error("ring address {0:#x} is not in guest memory")]
     Address(u64),
     /// a packed ring's buffer id is not below its size, or a chain has no end or a far one
-    #[error("chain at {0:#x} has no end or a bad buffer id")]
+    #[error("chain at {0:#x} has no end, a far one, or a bad buffer id")]
     Chain(u16),
     /// the available index ran ahead by more than the ring's size
     #[error("available index jumped from {from} to {to}")]

@@ -172,8 +172,6 @@ pub struct Ring {
     was_live: bool,
     /// It drains after a reset, with the view that it has: its parameters may be new.
     was_reset: bool,
-    /// That was the device's: see [`Effect::Reset`].
-    pub(crate) device_was_reset: bool,
     /// It was last started as a packed ring.
     packed: bool,
 }
@@ -183,6 +181,14 @@ impl Ring {
     /// reactor has a view of its own.)
     fn running(&self) -> bool {
         !matches!(self.state, RingState::Stopped | RingState::Draining { then: Then::Stop })
+    }
+
+    /// Whether a reactor is to serve it, or to look where it stands for an answer that is owed, by
+    /// what the front end says now.
+    pub(crate) fn is_wanted(&self) -> bool {
+        let wanted =
+            matches!(self.state, RingState::Live | RingState::Draining { then: Then::Reply });
+        wanted && !self.was_reset
     }
 
     /// Whether a reactor serves it, or will, with the parameters that it has now.
@@ -578,9 +584,8 @@ impl Session {
         self.stop_all();
         self.inflight = None;
         let mut effects = vec![];
-        for (n, ring) in self.rings.iter_mut().enumerate() {
-            ring.device_was_reset = matches!(ring.state, RingState::Draining { .. });
-            if ring.device_was_reset {
+        for (n, ring) in self.rings.iter().enumerate() {
+            if matches!(ring.state, RingState::Draining { .. }) {
                 effects.push(Effect::Reset(n));
             }
         }
@@ -620,7 +625,7 @@ impl Session {
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
         let mut effects = if state.was_reset { mark_all } else { vec![] };
-        (state.was_reset, state.device_was_reset) = (false, false);
+        state.was_reset = false;
         match then {
             // What the front end has set since the reset stays.
             Then::Stop => effects.extend(self.acknowledge()),
@@ -686,12 +691,11 @@ impl Session {
     /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names, but
     /// for those that drain after a reset.
     pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
-        let served = |ring: &Ring| {
-            matches!(ring.state, RingState::Live | RingState::Draining { then: Then::Reply })
-                && !ring.was_reset
-        };
         let rings = self.rings.iter().enumerate();
-        rings.filter(|(n, r)| served(r) && which(*n)).map(|(n, _)| Effect::Publish(n)).collect()
+        rings
+            .filter(|(n, ring)| ring.is_wanted() && which(*n))
+            .map(|(n, _)| Effect::Publish(n))
+            .collect()
     }
 }
 

@@ -159,7 +159,7 @@ fn a_queue_without_room_is_not_tracked() {
 fn an_area_takes_no_memory_before_it_is_used() {
     use std::os::unix::fs::MetadataExt;
     for packed in [false, true] {
-        let (spec, fd) = Area::create(15, 32768, packed).unwrap();
+        let (spec, fd) = Area::create(16, 32768, packed).unwrap();
         let file = File::from(fd.try_clone().unwrap());
         let unmapper = Unmapper::start().unwrap();
         let area = Arc::new(Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap());

@@ -530,3 +530,23 @@ fn a_kept_chain_ends_with_its_first_table() {
     });
     assert_eq!((whole, taken, buffers), (false, Some((0, N)), N.into()));
 }
+
+/// What an area says of a chain is the front end's word.
+#[test]
+fn a_kept_chain_has_an_end_in_the_largest_ring() {
+    let guest = Guest::large();
+    let (spec, fd) = Area::create(1, RING_SIZE_MAX, true).unwrap();
+    let unmapper = Unmapper::start().unwrap();
+    let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
+    let area = std::sync::Arc::new(area);
+    let (mut tracker, _) = Tracker::packed(&area, 0, RING_SIZE_MAX, WRAP, |_| 0).unwrap();
+    // SAFETY: the default is of every memory.
+    let mut near = unsafe { guest.memory.near(Nearest::default()) };
+    for (count, known) in [(CHAIN_MAX, true), (CHAIN_MAX + 1, false)] {
+        let desc = Desc { addr: 0, len: 16, flags: 0, tag: 3 };
+        let entry = tracker.fetched_packed((0..count).map(|_| desc)).unwrap();
+        let chain = KeptChain { ring: &guest.ring, tracker: &tracker, entry };
+        let (_, taken) = chain.walk(&mut near, |_, _| true);
+        assert_eq!(taken, known.then_some((3, count)));
+    }
+}

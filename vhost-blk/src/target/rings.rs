@@ -11,7 +11,7 @@ use crate::notify::KickFd;
 use crate::protocol;
 use crate::queue::{Queue, QueueId, StartError, Tracked, View};
 use crate::reactor::{BellRope, Reactor};
-use crate::session::{Effect, RingState, Session, Then};
+use crate::session::{Effect, RingState, Session};
 use crate::transport::ConnId;
 
 impl Target {
@@ -85,6 +85,8 @@ impl Target {
         let (id, generation) = (QueueId(inner.id()), inner.id());
         let plan = inner.controller_of(conn).and_then(|controller| {
             let connected = inner.connections.get(&conn)?;
+            // It may have been stopped or reset since this was decided.
+            connected.session.ring(ring).is_wanted().then_some(())?;
             let view = view_of(&connected.session, ring, generation, controller.disk.clone())?;
             let base = connected.session.ring(ring).base;
             let area = connected.session.inflight().cloned();
@@ -101,15 +103,13 @@ impl Target {
         let reactor = self.reactors_on(&inner, &cores).first().copied().unwrap_or(0);
         let queue = queue.map(|opened| opened.and_then(|queue| self.aim(queue, reactor)));
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
-        let state = connected.session.ring(ring).state;
-        let live = state == RingState::Live;
-        // Stopped before it was served: only its reactor may look into the ring for the answer.
-        let owed = state == RingState::Draining { then: Then::Reply };
+        let state = connected.session.ring(ring);
+        let (live, wanted) = (state.state == RingState::Live, state.is_wanted());
         match queue {
-            Some(Ok(queue)) if live || owed => {
-                if owed && connected.session.ring(ring).device_was_reset {
-                    queue.reset();
-                } else if owed {
+            Some(Ok(queue)) if wanted => {
+                if !live {
+                    // Stopped before it was served: only its reactor may look into the ring for
+                    // the answer.
                     queue.stop();
                 }
                 if connected.queues.len() <= ring {
