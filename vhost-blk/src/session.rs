@@ -532,9 +532,10 @@ impl Session {
             RingState::Draining { .. } => (RingState::Draining { then: Then::Restart }, vec![]),
             _ => {
                 state.packed = layout.packed;
-                match gate_open {
-                    true => (RingState::Live, vec![Effect::Start(ring)]),
-                    false => (RingState::Gated, vec![]),
+                if gate_open {
+                    (RingState::Live, vec![Effect::Start(ring)])
+                } else {
+                    (RingState::Gated, vec![])
                 }
             }
         };
