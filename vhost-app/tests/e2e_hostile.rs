@@ -343,13 +343,16 @@ fn a_socket_whose_close_blocks() {
     stream.set_nonblocking(true).unwrap();
     while std::io::Write::write(&mut &stream, &[0; 65536]).is_ok() {}
     stream.set_nonblocking(false).unwrap();
+    // Stopped, so that the last reference is the target's for certain.
+    scene.vhost.signal("STOP");
+    wait_until("it stands still", || scene.vhost.is_stopped());
     for (request, payload) in [(SET_BACKEND_REQ_FD, vec![]), (14, words(&[0, 0]))] {
         let mut raw = scene.raw();
         raw.send_message(request, VERSION, &payload, &[stream.as_fd()]).unwrap();
-        // The last reference is the target's.
         let _ = raw.stream().shutdown(std::net::Shutdown::Write);
     }
     drop(stream);
+    scene.vhost.signal("CONT");
     scene.vhost.ok("vhost_get_controllers", json!({}));
     scene.serves();
     scene.neighbour.wait_for(500).unwrap();

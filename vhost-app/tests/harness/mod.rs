@@ -304,6 +304,13 @@ impl Vhost {
         assert!(status.success());
     }
 
+    /// Whether SIGSTOP has reached all of its threads.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let mut stats = threads.map(|t| fs::read_to_string(t.unwrap().path().join("status")));
+        stats.all(|status| status.unwrap().contains("State:\tT"))
+    }
+
     /// Whether it still runs.
     pub(crate) fn is_running(&mut self) -> bool {
         if self.status.is_none() {
