@@ -548,7 +548,9 @@ fn the_topology_that_an_operator_gives_reaches_front_ends() {
     first.ok("bdev_null_resize", json!({"name": "null", "new_size": 2}));
     check(&first, "resized");
     let saved = first.spdk_rpc(&["save_config"]).unwrap();
-    check(&Launch::new().config(&saved).start(), "-c");
+    let restarted = Launch::new().config(&saved).start();
+    restarted.ok("framework_wait_init", Value::Null);
+    check(&restarted, "-c");
     // SPDK shows no physical blocks.
     let shown = first.ok("bdev_get_bdevs", json!({"name": "malloc"}));
     assert!(!shown.to_string().contains("physical"), "{shown}");
