@@ -56,8 +56,8 @@ impl Malloc {
     /// As [`Malloc::create`], with what the operator says of the I/Os that suit it.
     ///
     /// # Errors
-    /// As [`Malloc::create`]; [`Error::Invalid`] too if the physical block size is not a power of
-    /// two of 512 or more.
+    /// As [`Malloc::create`]; [`Error::Invalid`] too if the physical block size is no multiple
+    /// of 512.
     pub fn with_topology(options: MallocOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let MallocOptions { name, num_blocks, block_size, uuid } = options;
         let size = checked_size(&name, num_blocks, block_size)?;

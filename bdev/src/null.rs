@@ -51,8 +51,8 @@ impl Null {
     /// As [`Null::create`], with what the operator says of the I/Os that suit it.
     ///
     /// # Errors
-    /// As [`Null::create`]; [`Error::Invalid`] too if the physical block size is not a power of
-    /// two of 512 or more.
+    /// As [`Null::create`]; [`Error::Invalid`] too if the physical block size is no multiple
+    /// of 512.
     pub fn with_topology(options: NullOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let NullOptions { name, num_blocks, block_size, uuid } = options;
         checked_size(&name, num_blocks, block_size)?;

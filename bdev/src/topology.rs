@@ -8,8 +8,8 @@ use crate::io::Error;
 /// These are hints: each single block can be read and written whatever they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// Bytes that the device writes at once; less costs it a read first. A power of two, or guests are not
-    /// told.
+    /// Bytes that the device writes at once; less costs it a read first. A power of two, or guests
+    /// are not told.
     pub physical_block_size: u32,
     /// Blocks in the smallest I/O that does not pay for more than itself.
     pub min_io_blocks: u32,
@@ -21,8 +21,7 @@ impl Topology {
     /// Checks what an operator gave. `name` is the device's.
     ///
     /// # Errors
-    /// `Invalid`: a physical block size that is no multiple of 512. Of other sizes than powers of two
-    /// guests are not told, who could not be.
+    /// `Invalid`: a physical block size that is no multiple of 512.
     pub(crate) fn check(self, name: &str) -> Result<(), Error> {
         let size = self.physical_block_size;
         if !size.is_multiple_of(BLOCK_SIZE_MIN) {

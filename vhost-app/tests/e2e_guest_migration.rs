@@ -19,8 +19,7 @@ use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, matrix, wait_until};
 
 /// Guests of a test that may die under TCG before that is taken for a fault of ours. Beside two busy
-/// loops on two cores five of 21 died. If it were a half, eleven in a row would be one case in two
-/// thousand.
+/// loops on two cores five of 21 died; six in a row would be one case in five thousand.
 const DEATHS_MAX: usize = 5;
 
 fn moves(packed: bool) {

@@ -4,6 +4,7 @@
 //! many requests more while the thing in question is under way. Each case is tried in two [`Form`]s.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod disks;
 mod harness;
 mod isolation;
 
@@ -15,7 +16,7 @@ use std::thread;
 
 use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use harness::wait_until;
-use isolation::{Form, RAM_BYTES, refuses_connections};
+use isolation::{Form, Host, RAM_BYTES, Vm, refuses_connections};
 use serde_json::{Value, json};
 
 macro_rules! cases {
@@ -132,6 +133,14 @@ fn a_disk_that_never_answers_holds_up_nobody(form: Form) {
     assert_eq!(vhost.stop(), 0);
 }
 
+/// B waits for the end of its I/O, and nobody else for anything.
+fn b_alone_waits(vhost: &Host, a: &Vm, answered: &AtomicBool) {
+    wait_until("B waits", || vhost.sessions("b")[0]["state"] == "quiescing");
+    vhost.passes_by();
+    a.goes_on();
+    assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
+}
+
 /// Stopping a ring whose I/O hangs keeps its own front end waiting and nobody else.
 fn a_stop_that_takes_long_holds_up_nobody(form: Form) {
     let vhost = form.start();
@@ -144,11 +153,7 @@ fn a_stop_that_takes_long_holds_up_nobody(form: Form) {
             answered.store(true, Ordering::SeqCst);
             bases
         });
-        wait_until("B waits", || vhost.sessions("b")[0]["state"] == "quiescing");
-        vhost.passes_by();
-        a.goes_on();
-        assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
-        vhost.heal();
+        b_alone_waits(&vhost, &a, &answered);
         vhost.answer();
         let bases = stop.join().unwrap();
         assert_eq!(bases.len(), form.queues());
@@ -179,11 +184,7 @@ fn a_reset_that_takes_long_holds_up_nobody(form: Form) {
             answered.store(true, Ordering::SeqCst);
             (answer.request, answer.value())
         });
-        wait_until("B waits", || vhost.sessions("b")[0]["state"] == "quiescing");
-        vhost.passes_by();
-        a.goes_on();
-        assert!(!answered.load(Ordering::SeqCst), "no answer before the I/O is done");
-        vhost.heal();
+        b_alone_waits(&vhost, &a, &answered);
         vhost.answer();
         assert_eq!(reset.join().unwrap(), (RESET_DEVICE, Some(0)));
         for load in b.loads.drain(..) {
@@ -204,7 +205,6 @@ fn a_drain_is_waited_for_no_longer_than_the_limit(form: Form) {
     wait_until("B is gone", || vhost.sessions("b")[0]["state"] == "closed");
     vhost.wait_for_log("I/O still in flight after 1 s, ending the connection");
     b.loads.drain(..).for_each(|load| drop(load.abandon().unwrap()));
-    vhost.heal();
     vhost.answer();
     wait_until("its I/O has completed", || vhost.sessions("b").is_empty());
 }

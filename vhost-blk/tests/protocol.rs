@@ -316,7 +316,7 @@ fn areas_that_are_asked_for_cost_nothing() {
         }
         let before = (fds(), mappings());
         // The largest there is, which the front end keeps.
-        let payload = [number(0), number(0), vec![15, 0, 0, 128], vec![0; 4]].concat();
+        let payload = [number(0), number(0), vec![16, 0, 0, 128], vec![0; 4]].concat();
         let areas: Vec<File> = (0..64)
             .map(|_| match front.send(GET_INFLIGHT_FD, payload.clone(), vec![]) {
                 Verdict::ReplyWithFd(_, fd) => fd.into(),

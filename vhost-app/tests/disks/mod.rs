@@ -115,9 +115,14 @@ pub(crate) fn hold_some(vhost: &Vhost, name: &str, io_type: &str, num: u32) {
     vhost.ok("bdev_error_inject_error", error);
 }
 
-/// It answers what comes and what it has held.
-pub(crate) fn answer(vhost: &Vhost, name: &str) {
+/// It answers what comes, and still holds what it has.
+pub(crate) fn heal(vhost: &Vhost, name: &str) {
     let clear = json!({"name": name, "io_type": "clear", "error_type": "pending"});
     vhost.ok("bdev_error_inject_error", clear);
+}
+
+/// It answers what comes and what it has held.
+pub(crate) fn answer(vhost: &Vhost, name: &str) {
+    heal(vhost, name);
     vhost.ok("bdev_error_resume_pending", json!({"name": name}));
 }

@@ -11,6 +11,7 @@ use bench::front_end::{DRIVER_FEATURES, RING_PACKED};
 use bench::{AnyQueue, FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
 use serde_json::{Value, json};
 
+use crate::disks;
 use crate::harness::{self, Launch, Vhost, wait_until};
 
 /// What each queue of a neighbour has to complete to count as undisturbed.
@@ -141,9 +142,7 @@ impl Host {
         self.ok("bdev_error_create", json!({"base_name": "MB"}));
         let vm = self.vm(&self.controller_on("b", "EE_MB"));
         vm.goes_on();
-        let pending =
-            json!({"name": "EE_MB", "io_type": "all", "error_type": "pending", "num": 1000});
-        self.ok("bdev_error_inject_error", pending);
+        disks::hold(self, "EE_MB", 1000);
         wait_until("all of B's I/O is held", || {
             self.sessions("b")[0]["inflight_task_cnt"] == self.form.held()
         });
@@ -152,13 +151,12 @@ impl Host {
 
     /// The disk of [`Host::hung_vm`] holds no further I/O.
     pub(crate) fn heal(&self) {
-        let clear = json!({"name": "EE_MB", "io_type": "clear", "error_type": "failure"});
-        self.ok("bdev_error_inject_error", clear);
+        disks::heal(self, "EE_MB");
     }
 
-    /// And answers what it has held.
+    /// Nor does it keep what it has held.
     pub(crate) fn answer(&self) {
-        self.ok("bdev_error_resume_pending", json!({"name": "EE_MB"}));
+        disks::answer(self, "EE_MB");
     }
 
     /// SIGTERM, and its exit code.
