@@ -18,8 +18,8 @@ use bdev::{
     Op, Stats, Status, Submit,
 };
 use bench::{GuestRam, Load, LoadOptions, Queue, QueueOptions, Request, STATUS_OK, event};
+use closer::ForeignFd;
 use vhost_blk::config::Disk;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::protocol::request;
 use vhost_blk::{
     ConnId, Connection, ControllerSpec, Core, Error, Mode, Target, Transport, Verdict,
@@ -82,7 +82,7 @@ impl Scene {
 
     fn say(&self, message: u32, words: &[u64], fd: Option<BorrowedFd<'_>>) {
         let payload: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let fds = fd.map(|fd| ForeignFd::new(fd.try_clone_to_owned().unwrap()));
+        let fds = fd.map(|fd| ForeignFd::alone(fd.try_clone_to_owned().unwrap()));
         let verdict = self.target.message(self.conn, message, false, &payload, Vec::from_iter(fds));
         assert!(!matches!(verdict, Verdict::Reject), "message {message}");
     }

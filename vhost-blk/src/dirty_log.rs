@@ -4,9 +4,9 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::foreign::ForeignFd;
 use crate::reclaim::Unmapper;
 use crate::shared_file::{self, SharedFile};
+use closer::ForeignFd;
 
 /// Bytes of guest memory to a bit; the specification's number, whatever pages the guest has.
 const PAGE_BYTES: u64 = 4096;
@@ -65,7 +65,7 @@ mod tests {
     #[test]
     fn pages_are_marked_and_none_beyond_the_log() {
         let unmapper = Unmapper::start().unwrap();
-        let log = DirtyLog::map(&ForeignFd::new(memfd(4096)), 8, 4, &unmapper).unwrap();
+        let log = DirtyLog::map(&ForeignFd::alone(memfd(4096)), 8, 4, &unmapper).unwrap();
         let byte = |n: usize| {
             // SAFETY: bytes of the mapped page that the log lies in.
             unsafe { log.0.host().wrapping_add(n).read_volatile() }

@@ -22,10 +22,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::config::QUEUES_MAX;
-use crate::foreign::ForeignFd;
 use crate::reclaim::Unmapper;
 use crate::ring::{Desc, RING_SIZE_MAX};
 use crate::shared_file::{self, SharedFile};
+use closer::ForeignFd;
 
 use region::Region;
 

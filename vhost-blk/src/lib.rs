@@ -4,7 +4,6 @@
 //!
 //! * [`transport`]: what carries messages between a front end and the target (a trait), and
 //!   [`protocol`]: what the messages say.
-//! * [`foreign`]: the fds that come with them.
 //! * [`session`]: the state machine of one connection. Pure: events in, effects out.
 //! * [`memory`]: a guest's memory as mapped by us; `sigbus`: what happens when it is cut short.
 //! * [`ring`]: split virtqueues; [`request`]: virtio-blk requests; [`queue`]: a virtqueue as a
@@ -20,7 +19,6 @@ mod cache;
 pub mod config;
 pub mod controller;
 pub mod dirty_log;
-pub mod foreign;
 pub mod inflight;
 pub mod memory;
 pub mod notify;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use crate::foreign::ForeignFd;
 use crate::reclaim::Unmapper;
 use crate::shared_file::{self, SharedFile};
 use crate::sigbus;
+use closer::ForeignFd;
 
 /// Memory regions that `VHOST_USER_SET_MEM_TABLE` can carry.
 pub const REGIONS_MAX: usize = 8;
@@ -361,14 +361,14 @@ pub(crate) mod tests {
         let spec = RegionSpec { gpa: 0, size: len, user_addr: 0x7000_0000, offset: 0 };
         let unmapper = Unmapper::start().unwrap();
         Arc::new(
-            GuestMemory::map(vec![(spec, ForeignFd::new(memfd(len)))], None, &unmapper).unwrap(),
+            GuestMemory::map(vec![(spec, ForeignFd::alone(memfd(len)))], None, &unmapper).unwrap(),
         )
     }
 
     /// `count` regions of a page, one beside the other.
     pub(crate) fn pages(count: usize) -> GuestMemory {
         let unmapper = Unmapper::start().unwrap();
-        let fd = ForeignFd::new(memfd(0x1000));
+        let fd = ForeignFd::alone(memfd(0x1000));
         let add = |before: Option<GuestMemory>, n: usize| {
             let spec = spec(0x1000 * n as u64, 0x1000);
             Some(GuestMemory::with_region(before.as_ref(), spec, &fd, &unmapper).unwrap())
@@ -381,7 +381,7 @@ pub(crate) mod tests {
         before: Option<&GuestMemory>,
         unmapper: &Unmapper,
     ) -> Result<GuestMemory, Error> {
-        let table = table.into_iter().map(|(spec, fd)| (spec, ForeignFd::new(fd)));
+        let table = table.into_iter().map(|(spec, fd)| (spec, ForeignFd::alone(fd)));
         GuestMemory::map(table.collect(), before, unmapper)
     }
 
@@ -432,7 +432,7 @@ pub(crate) mod tests {
     fn regions_come_and_go_one_by_one() {
         let unmapper = Unmapper::start().unwrap();
         let file = memfd(0x1000);
-        let fd = || ForeignFd::new(file.try_clone().unwrap());
+        let fd = || ForeignFd::alone(file.try_clone().unwrap());
         let add = |before: Option<&GuestMemory>, gpa| {
             GuestMemory::with_region(before, spec(gpa, 0x1000), &fd(), &unmapper)
         };

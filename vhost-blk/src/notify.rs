@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
-use crate::foreign::{Error, ForeignFd};
+use closer::{Error, ForeignFd};
 
 /// The eventfd by which a guest is told of completions, in a form that cannot block its user.
 ///
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn every_signal_counts() {
         let theirs = eventfd();
-        let call = CallFd::from_front_end(ForeignFd::new(theirs.try_clone().unwrap())).unwrap();
+        let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
         for _ in 0..1000 {
             // SAFETY: the only caller.
             assert!(unsafe { call.signal() });
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn a_full_counter_blocks_nobody() {
         let theirs = eventfd();
-        let call = CallFd::from_front_end(ForeignFd::new(theirs.try_clone().unwrap())).unwrap();
+        let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
         if !matches!(call.0, Call::Kernel(_)) {
             return; // no io_uring here: the fallback's limit is documented
         }

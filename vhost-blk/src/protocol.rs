@@ -1,8 +1,8 @@
 //! vhost-user messages (QEMU's `docs/interop/vhost-user.rst`): bytes and fds to values.
 
-use crate::foreign::ForeignFd;
 use crate::inflight::AreaSpec;
 use crate::memory::{REGIONS_MAX, RegionSpec};
+use closer::ForeignFd;
 
 /// Bytes of the header: request, flags, size of the payload.
 pub const HEADER_BYTES: usize = 12;

@@ -7,16 +7,16 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::foreign::{self, ForeignFd};
 use crate::reclaim::{Counted, Unmapper};
 use crate::sigbus;
+use closer::ForeignFd;
 
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// the fd is not a file of memory
     #[error(transparent)]
-    Kind(#[from] foreign::Error),
+    Kind(#[from] closer::Error),
     /// the part is empty, or its end is no number
     #[error("{size} bytes at {offset:#x} of a memory file are no range")]
     Range {

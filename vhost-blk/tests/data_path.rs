@@ -14,9 +14,9 @@ use bdev::{
     Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Null, NullOptions, Stats,
     Status, Submit,
 };
+use closer::ForeignFd;
 use qsbr::{Domain, Reader};
 use vhost_blk::config::Disk;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::memory::GuestMemory;
 use vhost_blk::notify::{CallFd, EventFd};
 use vhost_blk::queue::{Queue, QueueId, QueueState, View};
@@ -78,7 +78,7 @@ impl Bench {
         let disk = Arc::new(Disk { bdev, read_only });
         let (memory, call) = (map(), EventFd::new().unwrap());
         let call_fd =
-            CallFd::from_front_end(ForeignFd::new(call.as_fd().try_clone_to_owned().unwrap()));
+            CallFd::from_front_end(ForeignFd::alone(call.as_fd().try_clone_to_owned().unwrap()));
         let call_fd = Arc::new(call_fd.unwrap());
         let (c, d) = (Some(Arc::clone(&call_fd)), Some(Arc::clone(&disk)));
         let view = View::new(1, &memory, SIZE, ADDRS, Layout::default(), c, d).unwrap();

@@ -6,8 +6,8 @@ mod guest;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use closer::ForeignFd;
 use vhost_blk::dirty_log::DirtyLog;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::inflight::{Area, AreaSpec, Tracker};
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::notify::{CallFd, EventFd};
@@ -203,7 +203,7 @@ fn memory_and_call_changes_reach_running_rings_only() {
     assert!(before.is_some());
     assert_eq!(effects, [Effect::Publish(0)]);
     let fd = EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap();
-    let call = CallFd::from_front_end(ForeignFd::new(fd)).unwrap();
+    let call = CallFd::from_front_end(ForeignFd::alone(fd)).unwrap();
     assert_eq!(session.set_call(0, Some(call)).unwrap(), [Effect::Publish(0)]);
     assert_eq!(session.set_call(1, None).unwrap(), []);
     assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Publish(0)], "kicked again");
@@ -213,7 +213,7 @@ fn memory_and_call_changes_reach_running_rings_only() {
 }
 
 fn log() -> Arc<DirtyLog> {
-    let (fd, unmapper) = (ForeignFd::new(guest::memfd::memfd(4096)), Unmapper::start().unwrap());
+    let (fd, unmapper) = (ForeignFd::alone(guest::memfd::memfd(4096)), Unmapper::start().unwrap());
     Arc::new(DirtyLog::map(&fd, 0, 4096, &unmapper).unwrap())
 }
 
@@ -304,7 +304,8 @@ fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
 }
 
 fn area() -> Arc<Area> {
-    let (fd, unmapper) = (ForeignFd::new(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
+    let (fd, unmapper) =
+        (ForeignFd::alone(guest::memfd::memfd(0x10000)), Unmapper::start().unwrap());
     let spec = AreaSpec { mmap_size: 0x10000, mmap_offset: 0, num_queues: 2, queue_size: 128 };
     Arc::new(Area::map(spec, &fd, &unmapper).unwrap())
 }

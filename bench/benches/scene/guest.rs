@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use bdev::Bdev;
 use bench::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
+use closer::ForeignFd;
 use qsbr::Domain;
 use vhost_blk::config::Disk;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::queue::{Queue, QueueId, Tracked, View};
@@ -140,7 +140,7 @@ impl Guest {
         let packed = form.layout().packed;
         let (spec, fd) = Area::create(1, RING_SIZE, packed).unwrap();
         let unmapper = Unmapper::start().unwrap();
-        let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
+        let area = Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap();
         Self::with(1, form, bdev, Some(&Arc::new(area)))
     }
 
@@ -196,7 +196,7 @@ pub(crate) fn map(ram: &GuestRam) -> Arc<GuestMemory> {
         user_addr: line.userspace_addr,
         offset: 0,
     };
-    let fd = ForeignFd::new(ram.file(0).try_clone().unwrap().into());
+    let fd = ForeignFd::alone(ram.file(0).try_clone().unwrap().into());
     let unmapper = Unmapper::start().unwrap();
     Arc::new(GuestMemory::map(vec![(spec, fd)], None, &unmapper).unwrap())
 }

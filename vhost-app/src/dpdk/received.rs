@@ -14,7 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_int;
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use vhost_blk::foreign::ForeignFd;
+use closer::ForeignFd;
 
 thread_local! {
     /// The fds of the message that is being handled; `None` on threads that are not rte_vhost's.
@@ -100,7 +100,7 @@ unsafe fn keep_fds(message: *mut libc::msghdr, kept: &mut Vec<ForeignFd>) {
                 // SAFETY: the system says that there are `count` of them.
                 let fd = unsafe { data.wrapping_add(n).read_unaligned() };
                 // SAFETY: the system has just made it for this process, and nobody else knows it.
-                kept.push(ForeignFd::new(unsafe { OwnedFd::from_raw_fd(fd) }));
+                kept.push(ForeignFd::alone(unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
         // SAFETY: as for the first.

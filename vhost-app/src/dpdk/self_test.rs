@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use vhost_blk::foreign::ForeignFd;
+use closer::ForeignFd;
 use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::{Connection, Verdict};
 

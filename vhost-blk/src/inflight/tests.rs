@@ -28,7 +28,7 @@ impl Rng {
 pub(super) fn area(num_queues: u16, queue_size: u16, packed: bool) -> Arc<Area> {
     let (spec, fd) = Area::create(num_queues, queue_size, packed).unwrap();
     let unmapper = Unmapper::start().unwrap();
-    Arc::new(Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap())
+    Arc::new(Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap())
 }
 
 /// Has `next` say what is in each word of the area.
@@ -128,7 +128,7 @@ fn an_area_can_be_neither_cut_short_nor_too_short() {
     assert_eq!(spec.mmap_size, 3 * 128);
     let file = File::from(fd);
     assert!(file.set_len(8).is_err());
-    let map = |spec, fd: OwnedFd| Area::map(spec, &ForeignFd::new(fd), &unmapper);
+    let map = |spec, fd: OwnedFd| Area::map(spec, &ForeignFd::alone(fd), &unmapper);
     let again = || OwnedFd::from(file.try_clone().unwrap());
     assert!(map(spec, again()).is_ok());
     let short = AreaSpec { mmap_size: 3 * 128 - 1, ..spec };
@@ -162,7 +162,7 @@ fn an_area_takes_no_memory_before_it_is_used() {
         let (spec, fd) = Area::create(16, 32768, packed).unwrap();
         let file = File::from(fd.try_clone().unwrap());
         let unmapper = Unmapper::start().unwrap();
-        let area = Arc::new(Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap());
+        let area = Arc::new(Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap());
         let stat = file.metadata().unwrap();
         assert_eq!((stat.len(), stat.blocks(), area.was_used()), (spec.mmap_size, 0, false));
         let tracker = match packed {

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::foreign::ForeignFd;
 use crate::inflight::Area;
 use crate::memory::Nearest;
 use crate::memory::tests::{flat, memfd};
 use crate::reclaim::Unmapper;
+use closer::ForeignFd;
 use vm_memory::{ByteValued, VolatileMemory};
 
 const SIZE: u16 = 5;
@@ -431,7 +431,7 @@ fn kicks_are_wanted_at_a_position_and_suppressed() {
 fn logged(mark: impl Fn(&DirtyLog)) -> Vec<usize> {
     let file = File::from(memfd(4096));
     let unmapper = Unmapper::start().unwrap();
-    let fd = ForeignFd::new(file.try_clone().unwrap().into());
+    let fd = ForeignFd::alone(file.try_clone().unwrap().into());
     let log = DirtyLog::map(&fd, 0, 2, &unmapper).unwrap();
     mark(&log);
     let mut bits = [0; 2];
@@ -514,7 +514,7 @@ fn a_kept_chain_ends_with_its_first_table() {
     }
     let (spec, fd) = Area::create(1, N, true).unwrap();
     let unmapper = Unmapper::start().unwrap();
-    let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
+    let area = Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap();
     let area = std::sync::Arc::new(area);
     let (mut tracker, _) = Tracker::packed(&area, 0, N, WRAP, |_| 0).unwrap();
     let len = u32::from(N) * 16;
@@ -537,7 +537,7 @@ fn a_kept_chain_has_an_end_in_the_largest_ring() {
     let guest = Guest::large();
     let (spec, fd) = Area::create(1, RING_SIZE_MAX, true).unwrap();
     let unmapper = Unmapper::start().unwrap();
-    let area = Area::map(spec, &ForeignFd::new(fd), &unmapper).unwrap();
+    let area = Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap();
     let area = std::sync::Arc::new(area);
     let (mut tracker, _) = Tracker::packed(&area, 0, RING_SIZE_MAX, WRAP, |_| 0).unwrap();
     // SAFETY: the default is of every memory.

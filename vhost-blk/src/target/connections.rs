@@ -12,7 +12,6 @@ use tracing::{debug, warn};
 use super::{Attached, Connected, Inner, Owed, Target};
 use crate::config;
 use crate::dirty_log::DirtyLog;
-use crate::foreign::ForeignFd;
 use crate::inflight::{Area, AreaSpec};
 use crate::memory::{GuestMemory, SLOTS_MAX};
 use crate::notify::{BackendChannel, CallFd, KickFd};
@@ -24,6 +23,7 @@ use crate::reclaim::{Garbage, Unmapper};
 use crate::ring::RingAddrs;
 use crate::session::{Effect, Session};
 use crate::transport::{ConnId, SharedConnection, Verdict};
+use closer::ForeignFd;
 
 /// Connections of one controller, those that still drain included: a VM, its successor in a
 /// migration, and a few that died with I/O in flight. rte_vhost has 1,024 for all controllers.

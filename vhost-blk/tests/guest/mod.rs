@@ -5,7 +5,7 @@ pub(crate) mod memfd;
 
 use std::sync::Arc;
 
-use vhost_blk::foreign::ForeignFd;
+use closer::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 
@@ -14,6 +14,7 @@ pub(crate) fn memory(len: u64, user_addr: u64) -> Arc<GuestMemory> {
     let spec = RegionSpec { gpa: 0, size: len, user_addr, offset: 0 };
     let unmapper = Unmapper::start().unwrap();
     Arc::new(
-        GuestMemory::map(vec![(spec, ForeignFd::new(memfd::memfd(len)))], None, &unmapper).unwrap(),
+        GuestMemory::map(vec![(spec, ForeignFd::alone(memfd::memfd(len)))], None, &unmapper)
+            .unwrap(),
     )
 }

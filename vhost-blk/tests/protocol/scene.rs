@@ -11,8 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc, MallocOptions};
+use closer::ForeignFd;
 use vhost_blk::config::Disk;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::request;
 use vhost_blk::session::Phase;
@@ -209,7 +209,7 @@ impl Front<'_> {
     }
 
     pub(crate) fn send(&self, request: u32, payload: Vec<u8>, fds: Vec<OwnedFd>) -> Verdict {
-        let fds = fds.into_iter().map(ForeignFd::new).collect();
+        let fds = fds.into_iter().map(ForeignFd::alone).collect();
         let (request, need_reply) = (request & !NEED_REPLY, request & NEED_REPLY != 0);
         self.world.target.message(self.id, request, need_reply, &payload, fds)
     }
@@ -310,7 +310,7 @@ impl Front<'_> {
         });
         // The thread that closes front ends' fds does so in turn.
         let (mut reader, writer) = io::pipe().unwrap();
-        drop(ForeignFd::new(writer.into()));
+        drop(ForeignFd::alone(writer.into()));
         reader.read_exact(&mut [0]).expect_err("closed");
         drop(reader);
         until(|| mappings() == 0 && (world.fds == 0 || fds() <= world.fds));

@@ -7,10 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bdev::Bdev;
+use closer::ForeignFd;
 use qsbr::{Domain, Reader};
 use vhost_blk::config::Disk;
 use vhost_blk::dirty_log::DirtyLog;
-use vhost_blk::foreign::ForeignFd;
 use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::queue::{Queue, QueueId, StartError, Tracked, View};
@@ -97,7 +97,7 @@ fn file(fd: &OwnedFd) -> File {
 
 fn region(gpa: u64, size: u64) -> (RegionSpec, ForeignFd) {
     let spec = RegionSpec { gpa, size, user_addr: gpa, offset: 0 };
-    (spec, ForeignFd::new(memfd::memfd(size)))
+    (spec, ForeignFd::alone(memfd::memfd(size)))
 }
 
 fn online(domain: &Arc<Domain>) -> Reader {
@@ -153,7 +153,7 @@ impl Scene {
     pub(crate) fn track(&mut self, size: u16) {
         let (spec, fd) = Area::create(2, size, self.packed).unwrap();
         let file = file(&fd);
-        let area = Area::map(spec, &ForeignFd::new(fd), &self.unmapper).unwrap();
+        let area = Area::map(spec, &ForeignFd::alone(fd), &self.unmapper).unwrap();
         self.area = Some((Arc::new(area), file));
     }
 
@@ -162,7 +162,7 @@ impl Scene {
         let bytes = (FAR + FAR_BYTES) / PAGE / 8;
         let fd = memfd::memfd(bytes);
         let file = file(&fd);
-        let log = DirtyLog::map(&ForeignFd::new(fd), 0, bytes, &self.unmapper).unwrap();
+        let log = DirtyLog::map(&ForeignFd::alone(fd), 0, bytes, &self.unmapper).unwrap();
         self.log = Some((Arc::new(log), file));
     }
 

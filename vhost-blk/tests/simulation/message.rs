@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use vhost_blk::foreign::ForeignFd;
+use closer::ForeignFd;
 use vhost_blk::inflight::AreaSpec;
 use vhost_blk::memory::RegionSpec;
 use vhost_blk::notify::EventFd;
@@ -56,7 +56,7 @@ impl Message {
 
     pub(crate) fn encode(&self) -> (u32, Vec<u8>, Vec<ForeignFd>) {
         let (request, payload, fds) = self.plainly();
-        (request, payload, fds.into_iter().map(ForeignFd::new).collect())
+        (request, payload, fds.into_iter().map(ForeignFd::alone).collect())
     }
 
     fn plainly(&self) -> (u32, Vec<u8>, Vec<OwnedFd>) {

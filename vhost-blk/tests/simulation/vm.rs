@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use bdev::Status;
-use vhost_blk::foreign::ForeignFd;
+use closer::ForeignFd;
 use vhost_blk::inflight::{Area, AreaSpec};
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
@@ -220,7 +220,7 @@ impl Vm {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
         let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
-        let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::new(dup(fd)));
+        let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::alone(dup(fd)));
         let table = vec![part(0, &main), part(EXTRA, &extra)];
         let memory = Arc::new(GuestMemory::map(table, None, unmapper).expect("memory"));
         let ring = || Ring {

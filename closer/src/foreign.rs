@@ -1,21 +1,24 @@
-//! Fds that front ends hand over: what they are is found out without asking whoever is behind them,
-//! and they are closed where nobody waits.
+//! An fd that a stranger has sent: what it is is found out without asking whoever is behind it, and
+//! it is closed where nobody waits.
 //!
-//! A front end may pass anything: a file of a FUSE file system that it serves itself, a TCP socket
+//! A stranger may send anything: a file of a FUSE file system that it serves itself, a TCP socket
 //! that lingers, a memory file of which ours is the last reference. `fstat`, and even `close`, can
-//! then take as long as it likes. So the kind is told by questions that only the kernel answers,
-//! and what is dropped is closed by a thread of its own.
+//! then take as long as it likes. So the kind is told by questions that only the kernel answers.
 #![expect(unsafe_code, reason = "system calls that tell what an fd is")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::OnceLock;
-use std::sync::mpsc::{Sender, channel};
-use std::thread;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-/// An fd of a front end. Dropping it closes it, on another thread.
+use crate::account::Account;
+
+/// An fd that came from a stranger, or a socket that may hold unread ones. Dropping it has its
+/// account close it, on another thread.
 #[derive(Debug)]
-pub struct ForeignFd(Option<OwnedFd>);
+pub struct ForeignFd {
+    /// Taken when `self` is dropped.
+    fd: Option<OwnedFd>,
+    account: Account,
+}
 
 /// Why an fd was refused.
 #[derive(Debug, thiserror::Error)]
@@ -35,10 +38,25 @@ pub enum Error {
 }
 
 impl ForeignFd {
-    /// Takes an fd that a front end has sent.
+    /// Takes `fd`, and charges its close to `account`.
     #[must_use]
-    pub fn new(fd: OwnedFd) -> Self {
-        Self(Some(fd))
+    pub fn new(fd: OwnedFd, account: &Account) -> Self {
+        account.opened();
+        Self { fd: Some(fd), account: account.clone() }
+    }
+
+    /// Takes `fd`, with an account of its own.
+    #[must_use]
+    pub fn alone(fd: OwnedFd) -> Self {
+        Self::new(fd, &Account::new("an fd"))
+    }
+
+    /// Another fd for the same open file, charged to the same account.
+    ///
+    /// # Errors
+    /// The process has too many fds.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self::new(self.as_fd().try_clone_to_owned()?, &self.account))
     }
 
     /// Checks that it is an eventfd. It stays foreign: to close even an eventfd can take as long as a
@@ -85,47 +103,47 @@ impl ForeignFd {
 
 impl AsFd for ForeignFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_ref().expect("taken only where self ends").as_fd()
+        self.fd.as_ref().expect("taken only where self ends").as_fd()
+    }
+}
+
+impl AsRawFd for ForeignFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 
 impl Drop for ForeignFd {
     fn drop(&mut self) {
-        let Some(fd) = self.0.take() else { return };
-        if let Some(closer) = closer() {
-            // The thread outlives every sender.
-            let _ = closer.send(fd);
+        if let Some(fd) = self.fd.take() {
+            self.account.close_later(fd);
         }
     }
-}
-
-/// The way to the thread that closes; `None` if the system has no thread to give.
-fn closer() -> Option<&'static Sender<OwnedFd>> {
-    static CLOSER: OnceLock<Option<Sender<OwnedFd>>> = OnceLock::new();
-    let start = || {
-        let (sender, receiver) = channel::<OwnedFd>();
-        let close = move || receiver.into_iter().for_each(drop);
-        thread::Builder::new().name("vhost-close".into()).spawn(close).ok()?;
-        Some(sender)
-    };
-    CLOSER.get_or_init(start).as_ref()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::FromRawFd;
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn kinds_are_told_apart() {
-        let memory = || ForeignFd::new(crate::memory::tests::memfd(4096));
+        let account = Account::new("test");
+        let foreign = |fd: OwnedFd| ForeignFd::new(fd, &account);
+        let memory = || {
+            // SAFETY: a name of ours, and flags.
+            let fd = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC) };
+            // SAFETY: just made.
+            foreign(unsafe { OwnedFd::from_raw_fd(fd) })
+        };
         let (pipe, _) = io::pipe().unwrap();
-        let pipe = ForeignFd::new(pipe.into());
+        let pipe = foreign(pipe.into());
         let (unix, _other) = UnixStream::pair().unwrap();
-        let unix = ForeignFd::new(unix.into());
+        let unix = foreign(unix.into());
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let tcp = ForeignFd::new(tcp.into());
-        let disk = ForeignFd::new(std::fs::File::open("/proc/self/exe").unwrap().into());
+        let tcp = foreign(tcp.into());
+        let disk = foreign(std::fs::File::open("/proc/self/exe").unwrap().into());
         assert!(memory().check_memory().is_ok());
         for other in [&pipe, &unix, &tcp, &disk] {
             assert!(matches!(other.check_memory(), Err(Error::NotMemory)));
@@ -136,6 +154,23 @@ mod tests {
         }
         for other in [pipe, unix, tcp, disk, memory()] {
             assert!(matches!(other.check_eventfd(), Err(Error::NotEventFd)));
+        }
+    }
+
+    #[test]
+    fn fds_count_until_they_are_closed() {
+        let account = Account::new("counted");
+        let (pipe, mut other) = io::pipe().unwrap();
+        let first = ForeignFd::new(pipe.into(), &account);
+        let second = first.try_clone().unwrap();
+        assert_eq!(account.open(), 2);
+        drop((first, second));
+        // The other end learns of the close.
+        while std::io::Write::write(&mut other, b"x").is_ok() {
+            std::thread::yield_now();
+        }
+        while account.open() > 0 {
+            std::thread::yield_now();
         }
     }
 }
