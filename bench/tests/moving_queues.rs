@@ -18,7 +18,7 @@ use bdev::{
     Op, Stats, Status, Submit,
 };
 use bench::{GuestRam, Load, LoadOptions, Queue, QueueOptions, Request, STATUS_OK, event};
-use closer::ForeignFd;
+use closer::{Account, ForeignFd};
 use vhost_blk::config::Disk;
 use vhost_blk::protocol::request;
 use vhost_blk::{
@@ -36,7 +36,7 @@ const DISK_BYTES: u64 = 8 << 20;
 struct Nobody;
 
 impl Transport for Nobody {
-    fn listen(&self, _: &Path, _: u64) -> io::Result<()> {
+    fn listen(&self, _: &Path, _: u64, _: &Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _: &Path) {}

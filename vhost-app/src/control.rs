@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bdev::Bdev;
+use closer::Stuck;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
@@ -104,6 +105,12 @@ impl Control {
                 }
                 _ = tick.tick() => {
                     self.target.tick(Instant::now());
+                    for Stuck { name, waiting } in closer::tick() {
+                        warn!(
+                            "{name}: closing a file descriptor that a client has sent takes long; \
+                             {waiting} wait for their close, and no new client is accepted"
+                        );
+                    }
                     // A bdev's last user may have gone without a word.
                     self.notify();
                 }
@@ -240,7 +247,6 @@ impl Control {
                 for controller in target.controllers() {
                     target.finish_delete(&controller.name, transport);
                 }
-                transport.clean_up();
                 target.stop_reactors();
             })
             .await;

@@ -290,9 +290,7 @@ async fn stop(app: &App, server: Option<Server>) {
     let control = &app.control;
     if tokio::time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_err() {
         warn!("the transport does not stop; leaving it");
-        for controller in control.target().controllers() {
-            let _ = fs::remove_file(&controller.socket);
-        }
+        dpdk::transport::remove_sockets();
     }
     if let Some(server) = server {
         let _ = tokio::time::timeout(FLUSH_LIMIT, server.shutdown()).await;

@@ -55,7 +55,7 @@ pub(crate) fn dpdk_version() -> String {
 }
 
 /// Raises the limit on open files as far as it goes: a connection takes a handful, and so does each
-/// of its rings.
+/// of its rings. Half of them are for what clients send, the rest for this program.
 pub(crate) fn raise_file_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is ours.
@@ -63,5 +63,6 @@ pub(crate) fn raise_file_limit() {
         limit.rlim_cur = limit.rlim_max;
         // SAFETY: as above. If it is refused, the limit stays as it is.
         unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+        closer::set_fds_max(usize::try_from(limit.rlim_max / 2).unwrap_or(usize::MAX));
     }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use closer::Account;
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use crate::config::{self, Disk};
@@ -62,6 +63,8 @@ pub(crate) struct Controller {
     pub write_through: bool,
     /// Counts the mappings of its front ends.
     pub unmapper: Unmapper,
+    /// Whom the fds of its front ends are charged to.
+    pub account: Account,
     /// New connections are refused.
     pub deleting: bool,
 }
@@ -73,6 +76,7 @@ impl Controller {
         spec: ControllerSpec,
         cores: Vec<Core>,
         unmapper: Unmapper,
+        account: Account,
     ) -> Self {
         let packed = if spec.packed_ring { 1 << VIRTIO_F_RING_PACKED } else { 0 };
         let features = spec.disk.features() | packed;
@@ -94,6 +98,7 @@ impl Controller {
             sessions_made: 0,
             write_through: false,
             unmapper,
+            account,
             deleting: false,
         }
     }
@@ -144,6 +149,12 @@ pub struct ControllerInfo {
     pub bdev_configured: String,
     /// Whether it is being deleted.
     pub deleting: bool,
+    /// Fds that its front ends, present and past, have sent and that exist, their sockets included.
+    pub fds: usize,
+    /// Of those, the ones that wait for their close.
+    pub fds_closing: usize,
+    /// A close has been under way for seconds: no front end is accepted until it ends.
+    pub fds_stuck: bool,
     /// Its connections, those that are gone but still have I/O in flight included.
     pub sessions: Vec<SessionInfo>,
 }

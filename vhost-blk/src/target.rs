@@ -11,12 +11,13 @@ mod rings;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use closer::Account;
 use qsbr::Domain;
 
 use crate::controller::{Controller, ControllerId};
@@ -125,6 +126,9 @@ struct Inner {
     attached: Vec<Vec<Arc<Queue>>>,
     /// What queues that were moved have left in flight.
     strays: Vec<Stray>,
+    /// By name, also those of controllers that are gone and have left fds that are not closed yet:
+    /// a new controller of the same name is charged with them.
+    accounts: BTreeMap<String, Account>,
     /// Controllers made so far.
     controllers_made: u64,
     /// No connection is taken any more, whatever becomes of deletions.
@@ -171,6 +175,16 @@ impl Inner {
     fn id(&mut self) -> u64 {
         self.ids += 1;
         self.ids
+    }
+
+    /// The account of the controller with this name.
+    fn account(&mut self, name: &str) -> Account {
+        let controllers = &self.controllers;
+        self.accounts.retain(|name, account| {
+            controllers.contains_key(name) || account.open() > 0 || account.waiting() > 0
+        });
+        let account = self.accounts.entry(name.to_owned());
+        account.or_insert_with(|| Account::new(format!("controller {name}"))).clone()
     }
 
     fn controller(&mut self, name: &str) -> Result<&mut Controller, Error> {
@@ -284,6 +298,14 @@ impl Target {
         let mut inner = self.lock();
         inner.ending = true;
         inner.connections.values().filter_map(|c| c.conn.as_ref()).for_each(|c| c.shut_down());
+    }
+
+    /// Whom the fds of front ends on this socket are charged to.
+    #[must_use]
+    pub fn account(&self, socket: &Path) -> Option<Account> {
+        let inner = self.lock();
+        let controller = inner.controllers.values().find(|c| c.socket == socket)?;
+        Some(controller.account.clone())
     }
 
     /// Connections that are left, drained or not.

@@ -10,6 +10,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use closer::Account;
+
 /// Identity of a connection, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnId(pub u64);
@@ -19,11 +21,12 @@ pub struct ConnId(pub u64);
 /// `listen` and `unlisten` may block and are called from one thread at a time. The implementer
 /// delivers each connection's messages in order, to the [`crate::Target`] it was made for.
 pub trait Transport: Send + Sync {
-    /// Opens a socket at `path` and begins to accept front ends.
+    /// Opens a socket at `path` and begins to accept front ends. Their fds, and the sockets, are
+    /// charged to `account`.
     ///
     /// # Errors
     /// The socket cannot be made; nothing is left of it.
-    fn listen(&self, path: &Path, features: u64) -> io::Result<()>;
+    fn listen(&self, path: &Path, features: u64, account: &Account) -> io::Result<()>;
 
     /// Closes the socket and all its connections, removes the file. When it returns, no callback
     /// for the path is running and none will follow.

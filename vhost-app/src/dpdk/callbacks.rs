@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use closer::Account;
 use spdk_sys as sys;
 use tracing::warn;
 use vhost_blk::protocol::{self, HEADER_BYTES};
@@ -16,7 +17,9 @@ use vhost_blk::transport::SharedConnection;
 use vhost_blk::{ConnId, Connection, Target, Verdict};
 
 use super::connection::{self, DpdkConnection};
-use super::{received, self_test};
+use super::front_ends::{self, FrontEnds};
+use super::listeners::Listeners;
+use super::{interpose, self_test};
 
 /// Set in a message's flags: the front end wants an acknowledgement.
 const FLAG_NEED_REPLY: u32 = 1 << 3;
@@ -27,6 +30,10 @@ static SHARED: OnceLock<Shared> = OnceLock::new();
 pub(super) struct Shared {
     target: Arc<Target>,
     anchor: PathBuf,
+    /// Of the anchor's connections.
+    anchor_account: Account,
+    pub(super) front_ends: FrontEnds,
+    pub(super) listeners: Listeners,
     /// Connections by rte_vhost's number. Held for moments only.
     connections: Mutex<HashMap<c_int, Entry>>,
     /// Whether answers to GET_VRING_BASE can be deferred.
@@ -52,6 +59,16 @@ impl Shared {
         self.connections().retain(|_, entry| entry.path != path);
     }
 
+    /// Whom the fds of front ends that connect to `path` are charged to.
+    pub(super) fn account_of(&self, path: &Path) -> Account {
+        if path == self.anchor {
+            return self.anchor_account.clone();
+        }
+        // A controller that is gone leaves nobody to be charged.
+        let account = self.target.account(path);
+        account.unwrap_or_else(|| Account::new(path.display().to_string()))
+    }
+
     pub(super) fn deferral(&self) -> bool {
         self.deferral.load(Ordering::Relaxed)
     }
@@ -74,6 +91,9 @@ pub(super) fn begin(target: &Arc<Target>, anchor: &Path) -> io::Result<()> {
     let shared = Shared {
         target: Arc::clone(target),
         anchor: anchor.to_owned(),
+        anchor_account: Account::new("the start-up self-test"),
+        front_ends: front_ends::start()?,
+        listeners: Listeners::default(),
         connections: Mutex::default(),
         deferral: AtomicBool::new(true),
         fds_arrive: AtomicBool::new(false),
@@ -114,7 +134,7 @@ extern "C" fn new_device(_vid: c_int) -> c_int {
 extern "C" fn destroy_device(_vid: c_int) {}
 
 extern "C" fn new_connection(vid: c_int) -> c_int {
-    received::begin();
+    interpose::forget_received();
     match accept(vid) {
         Some(entry) => {
             shared().connections().insert(vid, entry);
@@ -163,10 +183,13 @@ fn socket_of(vid: c_int) -> Option<PathBuf> {
 }
 
 extern "C" fn destroy_connection(vid: c_int) {
-    received::begin();
+    interpose::forget_received();
     let entry = shared().connections().remove(&vid);
-    if let Some(Entry { id: Some(id), .. }) = entry {
-        shared().target.closed(id);
+    if let Some(Entry { id, conn, .. }) = entry {
+        conn.shut_down();
+        if let Some(id) = id {
+            shared().target.closed(id);
+        }
     }
 }
 
@@ -181,8 +204,8 @@ extern "C" fn pre_msg_handle(vid: c_int, message: *mut c_void) -> sys::rte_vhost
     let need_reply = message.word(4) & FLAG_NEED_REPLY != 0;
     let (payload, target) = (message.payload(), &shared().target);
     let verdict = match id {
-        Some(id) => target.message(id, request, need_reply, payload, received::take()),
-        None => self_test::answer(request, &received::take(), &conn),
+        Some(id) => target.message(id, request, need_reply, payload, interpose::received()),
+        None => self_test::answer(request, &interpose::received(), &conn),
     };
     message.answer(verdict, &conn)
 }

@@ -1,28 +1,26 @@
-//! A front end's connection as the control side uses it: our duplicate of rte_vhost's fd.
+//! A front end's connection as the control side uses it.
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use closer::ForeignFd;
 use vhost_blk::Connection;
 use vhost_blk::protocol::HEADER_BYTES;
 
-use super::{callbacks, received};
+use super::front_ends::{Accepted, shut_down};
+use super::{callbacks, interpose};
 
-/// How long a front end may take over the rest of a message, or over reading ours. QEMU sends
-/// header and payload in one call, and an idle front end is waited for in poll, not in recvmsg.
-pub(super) const SOCKET_TIMEOUT: Duration = Duration::from_millis(100);
-
-/// A connection's other half: our duplicate of rte_vhost's fd.
+/// A connection: the front end's socket, and the way of answers to it.
 #[derive(Debug)]
 pub(super) struct DpdkConnection {
     vid: c_int,
-    fd: OwnedFd,
+    socket: Arc<ForeignFd>,
+    answers: OwnedFd,
     /// Where deferral does not work: the answer for the handler that waits for it.
     answer: Mutex<Option<Vec<u8>>>,
     answered: Condvar,
@@ -40,7 +38,7 @@ impl DpdkConnection {
     /// Sends a message and an fd without blocking.
     pub(super) fn send_with_fd(&self, message: &[u8], fd: &OwnedFd) -> io::Result<()> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        send_with_fd(self.fd.as_fd(), message, fd.as_fd(), flags)
+        send_with_fd(self.answers.as_fd(), message, fd.as_fd(), flags)
     }
 
     fn give_answer(&self, answer: Vec<u8>) {
@@ -62,7 +60,7 @@ impl Connection for DpdkConnection {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let (buffer, len) = (message.as_ptr().cast(), message.len());
         // SAFETY: bytes of ours to a socket that we own.
-        let sent = unsafe { libc::send(self.fd.as_raw_fd(), buffer, len, flags) };
+        let sent = unsafe { libc::send(self.answers.as_raw_fd(), buffer, len, flags) };
         match usize::try_from(sent) {
             Ok(n) if n == len => Ok(()),
             Ok(_) => Err(io::ErrorKind::WriteZero.into()),
@@ -71,7 +69,7 @@ impl Connection for DpdkConnection {
     }
 
     fn hung_up(&self) -> bool {
-        let (fd, events) = (self.fd.as_raw_fd(), libc::POLLRDHUP);
+        let (fd, events) = (self.socket.as_raw_fd(), libc::POLLRDHUP);
         let mut poll = libc::pollfd { fd, events, revents: 0 };
         // SAFETY: one pollfd of ours, and no wait.
         let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
@@ -79,17 +77,16 @@ impl Connection for DpdkConnection {
     }
 
     fn shut_down(&self) {
-        // SAFETY: a socket that we own. rte_vhost sees the end of the stream.
-        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+        // The connection's task sees the end of the stream, and rte_vhost through it.
+        shut_down(&self.socket);
         self.give_answer(Vec::new());
     }
 }
 
 impl Drop for DpdkConnection {
     fn drop(&mut self) {
-        // rte_vhost has closed its fd or is about to; the peer shall see the end either way.
-        // SAFETY: a socket that we own.
-        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+        // rte_vhost has closed its end or is about to, of which `answers` was a duplicate.
+        shut_down(&self.socket);
     }
 }
 
@@ -128,45 +125,26 @@ pub(super) fn send_with_fd(
     }
 }
 
-/// Duplicates the fd of the connection that is being accepted on `path`.
+/// The connection that rte_vhost has just accepted on the calling thread, on `path`.
 pub(super) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
-    let fd = received::accepted().filter(|fd| bound_path(*fd).as_deref() == Some(path));
-    let fd = fd.ok_or_else(|| io::Error::other("rte_vhost does not call this program's accept"))?;
-    // SAFETY: rte_vhost has just accepted it on this thread, and closes it on this thread.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
-    set_timeouts(&fd)?;
-    Ok(DpdkConnection { vid, fd, answer: Mutex::default(), answered: Condvar::new() })
+    let accepted = interpose::accepted().filter(|accepted| accepted.path == path);
+    let Accepted { socket, answers, .. } = accepted
+        .ok_or_else(|| io::Error::other("rte_vhost does not call this program's accept"))?;
+    Ok(DpdkConnection { vid, socket, answers, answer: Mutex::default(), answered: Condvar::new() })
 }
 
 /// The path that a Unix socket is bound to.
-fn bound_path(fd: RawFd) -> Option<PathBuf> {
+pub(super) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     // SAFETY: all zeroes is a value of this plain C struct.
     let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     let mut len = size_of_val(&addr) as libc::socklen_t;
-    // SAFETY: the buffer is ours and as long as it says. The fd may be anything.
-    let result = unsafe { libc::getsockname(fd, (&raw mut addr).cast(), &raw mut len) };
+    // SAFETY: the buffer is ours and as long as it says.
+    let result =
+        unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };
     if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {
         return None;
     }
     let bytes: Vec<u8> =
         addr.sun_path.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
     (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
-}
-
-/// Bounds how long the event thread can be held in the middle of a message.
-fn set_timeouts(fd: &OwnedFd) -> io::Result<()> {
-    let time = libc::timeval {
-        tv_sec: SOCKET_TIMEOUT.as_secs() as libc::time_t,
-        tv_usec: SOCKET_TIMEOUT.subsec_micros().into(),
-    };
-    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
-        let (value, len) = ((&raw const time).cast(), size_of_val(&time) as libc::socklen_t);
-        // SAFETY: the value is ours and as long as it says.
-        let result =
-            unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, value, len) };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }

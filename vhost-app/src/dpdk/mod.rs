@@ -3,7 +3,9 @@
 mod callbacks;
 mod connection;
 pub(crate) mod eal;
+mod front_ends;
+mod interpose;
+mod listeners;
 pub(crate) mod log;
-mod received;
 mod self_test;
 pub(crate) mod transport;

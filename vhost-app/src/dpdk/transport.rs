@@ -14,31 +14,40 @@
 //! thread of releases before 24.07, which would notice a new listener only after up to a second.
 #![expect(unsafe_code, reason = "calls rte_vhost")]
 
-use std::ffi::{CString, c_int};
-use std::fs;
+use std::ffi::{CStr, CString, c_int};
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use closer::{Account, ForeignFd};
 use spdk_sys as sys;
+use tempfile::TempDir;
 use tracing::warn;
 use vhost_blk::{Target, Transport, protocol};
 
 use super::callbacks::{self, DEVICE_OPS};
-use super::{log, self_test};
+use super::{interpose, log, self_test};
 
 /// Whether the event thread uses poll() on a list that it reads anew only when it wakes, rather
 /// than epoll.
 pub(super) const POLLS: bool =
     sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
 
+/// The anchor's name, and how long the path of the directory above its directory may be for it to
+/// fit into a socket's address.
+const ANCHOR: &str = "anchor";
+const BASE_BYTES_MAX: usize = 80;
+
 /// The transport. There is one in a process.
 #[derive(Debug)]
 pub(crate) struct DpdkTransport {
-    anchor: PathBuf,
+    /// The file of the anchor's socket, which has no name any more.
+    anchor: File,
 }
 
 impl DpdkTransport {
@@ -47,20 +56,11 @@ impl DpdkTransport {
     /// # Errors
     /// No private directory can be made, or rte_vhost refuses the anchor.
     pub(crate) fn start(target: &Arc<Target>) -> io::Result<Self> {
-        let dir = std::env::temp_dir().join(format!("vhost-{}", std::process::id()));
-        match fs::DirBuilder::new().mode(0o700).create(&dir) {
-            // Left by a process that had our number: ours to replace only if it is ours.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                fs::remove_dir_all(&dir)?;
-                fs::DirBuilder::new().mode(0o700).create(&dir)?;
-            }
-            result => result?,
-        }
-        let anchor = dir.join("anchor");
-        callbacks::begin(target, &anchor)?;
-        let transport = Self { anchor };
-        register(&transport.anchor, 0)?;
-        let deferral = match self_test::run(&transport.anchor) {
+        let dir = private_dir()?;
+        let path = dir.path().join(ANCHOR);
+        callbacks::begin(target, &path)?;
+        register(&path, 0, &Account::new("the start-up self-test"))?;
+        let deferral = match self_test::run(&path) {
             Ok(()) => true,
             Err(e) => {
                 warn!(
@@ -76,47 +76,54 @@ impl DpdkTransport {
                 "front ends' fds do not arrive: rte_vhost does not call this program's recvmsg",
             ));
         }
-        Ok(transport)
-    }
-
-    /// Removes what [`DpdkTransport::start`] has put into the file system. The anchor itself stays
-    /// registered, as rte_vhost's event thread may not end while the process lives.
-    pub(crate) fn clean_up(&self) {
-        if let Some(dir) = self.anchor.parent() {
-            let _ = fs::remove_dir_all(dir);
-        }
+        // A process that is killed leaves nothing behind.
+        let anchor = File::options().read(true).custom_flags(libc::O_PATH).open(&path)?;
+        dir.close()?;
+        Ok(Self { anchor })
     }
 
     /// Makes the event thread of releases that use poll() look at its list of sockets again.
     fn wake_event_thread(&self) {
         if POLLS {
-            drop(UnixStream::connect(&self.anchor));
+            drop(UnixStream::connect(format!("/proc/self/fd/{}", self.anchor.as_raw_fd())));
         }
     }
 }
 
 impl Transport for DpdkTransport {
-    fn listen(&self, path: &Path, features: u64) -> io::Result<()> {
+    fn listen(&self, path: &Path, features: u64, account: &Account) -> io::Result<()> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
         if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
             let what = format!("{} is not a directory", dir.display());
             return Err(io::Error::new(io::ErrorKind::NotADirectory, what));
         }
         remove_stale_socket(path)?;
-        register(path, features)?;
+        register(path, features, account)?;
         self.wake_event_thread();
         Ok(())
     }
 
     fn unlisten(&self, path: &Path) {
         let Ok(c_path) = c_path(path) else { return };
-        // SAFETY: a string that outlives the call; this is not the event thread, and no lock that
-        // a callback takes is held.
-        let (_, _) =
-            log::errors_of(|| unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) });
+        let unregister = || {
+            // SAFETY: a string that outlives the call; this is not the event thread, and no lock
+            // that a callback takes is held.
+            unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) }
+        };
+        let shared = callbacks::shared();
+        let (_, _) = log::errors_of(|| match shared.listeners.owns_file(path) {
+            true => unregister(),
+            false => interpose::keeping_files(unregister),
+        });
+        shared.listeners.end(path);
         // It has closed its connections without a word.
-        callbacks::shared().forget(path);
+        shared.forget(path);
     }
+}
+
+/// Removes the files of all sockets, for a process that ends without unregistering them.
+pub(crate) fn remove_sockets() {
+    callbacks::shared().listeners.remove_files();
 }
 
 /// What is offered: an area's fd is only ours to send if answers of our own are.
@@ -130,9 +137,20 @@ fn c_path(path: &Path) -> io::Result<CString> {
 }
 
 /// Registers a socket and starts to listen.
-fn register(path: &Path, features: u64) -> io::Result<()> {
-    let c_path = c_path(path)?;
-    let path = c_path.as_ptr();
+fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
+    let c_path = c_path(socket)?;
+    let (registered, listener) =
+        interpose::keeping_listener(|| register_with_rte_vhost(&c_path, features));
+    let listener = listener.map(|listener| ForeignFd::new(listener, account));
+    registered?;
+    if let Some(listener) = listener {
+        callbacks::shared().listeners.add(socket, listener, account.clone());
+    }
+    Ok(())
+}
+
+fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
+    let path = path.as_ptr();
     let steps: [(&str, &dyn Fn() -> c_int); 5] = [
         ("register", &|| {
             // SAFETY: a string that outlives the call.
@@ -171,6 +189,26 @@ fn register(path: &Path, features: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// A directory that nobody else can have made, for the anchor.
+fn private_dir() -> io::Result<TempDir> {
+    let mut bases: Vec<PathBuf> = ["RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"]
+        .iter()
+        .filter_map(std::env::var_os)
+        // systemd gives several, separated by colons.
+        .filter_map(|dirs| std::env::split_paths(&dirs).next())
+        .filter(|dir| dir.is_absolute() && dir.as_os_str().len() <= BASE_BYTES_MAX)
+        .collect();
+    bases.push(std::env::temp_dir());
+    let mut made = Err(io::ErrorKind::NotFound.into());
+    for base in bases {
+        made = tempfile::Builder::new().prefix("vhost-").tempdir_in(base);
+        if made.is_ok() {
+            break;
+        }
+    }
+    made
+}
+
 /// Removes a socket that nobody listens on. Anything else in the way is an error: rte_vhost, and
 /// SPDK, would take a live socket away from another process.
 fn remove_stale_socket(path: &Path) -> io::Result<()> {
@@ -184,8 +222,22 @@ fn remove_stale_socket(path: &Path) -> io::Result<()> {
             "a file that is no socket is there",
         ));
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
-        Err(_) => fs::remove_file(path),
+    if is_listened_on(path)? {
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
+    }
+    fs::remove_file(path)
+}
+
+/// Whether a socket's file has a socket that listens. Does not wait for its process, which may be
+/// stopped and have a full backlog.
+fn is_listened_on(path: &Path) -> io::Result<bool> {
+    use rustix::io::Errno;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }

@@ -42,7 +42,7 @@ impl Target {
         check_name(&spec.name, &spec.socket)?;
         let cores = self.choose_cores(spec.cores.as_deref())?;
         let (name, socket) = (spec.name.clone(), spec.socket.clone());
-        let features = {
+        let (features, account) = {
             let mut inner = self.lock();
             if inner.controllers.contains_key(&name) {
                 return Err(Error::Exists(name));
@@ -51,12 +51,13 @@ impl Target {
             inner.controllers_made += 1;
             let unmapper = self.unmapper.limited(MAPPINGS_OF_CONTROLLER_MAX);
             let id = ControllerId(inner.id());
-            let controller = Controller::new(id, number, spec, cores, unmapper);
+            let account = inner.account(&name);
+            let controller = Controller::new(id, number, spec, cores, unmapper, account.clone());
             let features = controller.features;
             inner.controllers.insert(name.clone(), controller);
-            features
+            (features, account)
         };
-        if let Err(e) = transport.listen(&socket, features) {
+        if let Err(e) = transport.listen(&socket, features, &account) {
             self.lock().controllers.remove(&name);
             return Err(Error::Listen(socket, e));
         }
@@ -254,6 +255,9 @@ fn controller_info(inner: &Inner, cores: &[Core], controller: &Controller) -> Co
         bdev: controller.disk.as_ref().map(|disk| disk.bdev.name().to_owned()),
         bdev_configured: controller.bdev_configured.clone(),
         deleting: controller.deleting,
+        fds: controller.account.open(),
+        fds_closing: controller.account.waiting(),
+        fds_stuck: controller.account.is_stuck(),
         sessions: sessions.map(|c| session_info(c, cores)).collect(),
     }
 }

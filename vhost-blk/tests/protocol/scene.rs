@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc, MallocOptions};
-use closer::ForeignFd;
+use closer::{Account, ForeignFd};
 use vhost_blk::config::Disk;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::request;
@@ -98,7 +98,7 @@ impl Connection for Wire {
 struct NoSockets;
 
 impl Transport for NoSockets {
-    fn listen(&self, _path: &Path, _features: u64) -> io::Result<()> {
+    fn listen(&self, _path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _path: &Path) {}

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use closer::Account;
 use vhost_blk::{Connection, Transport};
 
 use super::disk::lock;
@@ -102,7 +103,7 @@ impl FakeTransport {
 }
 
 impl Transport for FakeTransport {
-    fn listen(&self, path: &Path, _features: u64) -> io::Result<()> {
+    fn listen(&self, path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
         let mut state = lock(&self.state);
         if state.fails {
             return Err(io::ErrorKind::AddrInUse.into());

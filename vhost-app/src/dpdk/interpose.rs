@@ -1,0 +1,165 @@
+//! Functions of libc that rte_vhost calls and that this program replaces, so that rte_vhost meets no
+//! fd that a stranger controls.
+//!
+//! rte_vhost would wait in `read` for the rest of a message, drop fds on its event thread (those of
+//! a payload, those for which its buffer has no room, those of a connection that it refuses), and
+//! leak those of messages that it refuses before any handler runs. So it never gets a front end's
+//! socket:
+//!
+//! * [`accept`] gives it one end of a socket pair, whose other end `front_ends` feeds with whole
+//!   messages;
+//! * [`recvmsg`] reads such a message and takes its fds from the connection's [`Inbox`];
+//! * [`listen`] keeps a duplicate of each listening socket, as connections that nobody has accepted
+//!   end with its last close;
+//! * [`unlink`] removes no socket file that another process has put in the place of ours.
+//!
+//! This also makes the program independent of where a DPDK release keeps fds in its private
+//! structures.
+#![expect(unsafe_code, reason = "stands in for functions of libc")]
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::{c_char, c_int};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use closer::ForeignFd;
+use tokio::sync::Notify;
+
+use super::front_ends::{self, Accepted};
+
+/// The fds of the message that a front end's connection has for rte_vhost.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    fds: Mutex<Vec<ForeignFd>>,
+    /// rte_vhost has begun to read the message.
+    pub(super) taken: Notify,
+}
+
+impl Inbox {
+    /// Keeps the fds of the message that is sent next.
+    pub(super) fn put(&self, fds: Vec<ForeignFd>) {
+        *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
+    }
+
+    fn take(&self) -> Vec<ForeignFd> {
+        std::mem::take(&mut *self.fds.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+thread_local! {
+    /// The inboxes of rte_vhost's sockets, on its event thread. Those of connections that are gone
+    /// stay until their numbers are used again.
+    static INBOXES: RefCell<HashMap<c_int, Weak<Inbox>>> = RefCell::default();
+    /// The fds of the message that is being handled.
+    static RECEIVED: RefCell<Vec<ForeignFd>> = const { RefCell::new(Vec::new()) };
+    /// What this thread has accepted last and nobody has asked for yet.
+    static ACCEPTED: RefCell<Option<Accepted>> = const { RefCell::new(None) };
+    /// This thread wants a duplicate of the socket on which it begins to listen.
+    static KEEPS_LISTENER: Cell<bool> = const { Cell::new(false) };
+    /// That duplicate.
+    static LISTENER: RefCell<Option<OwnedFd>> = const { RefCell::new(None) };
+    /// This thread removes no file.
+    static KEEPS_FILES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The connection that the calling thread has just accepted.
+pub(super) fn accepted() -> Option<Accepted> {
+    ACCEPTED.take()
+}
+
+/// Runs `f`; answers also with a duplicate of the socket on which it has begun to listen.
+pub(super) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
+    KEEPS_LISTENER.set(true);
+    let result = f();
+    KEEPS_LISTENER.set(false);
+    (result, LISTENER.take())
+}
+
+/// Drops the fds that no handler has taken.
+pub(super) fn forget_received() {
+    RECEIVED.take();
+}
+
+/// The fds that came with the message that the calling thread is handling.
+pub(super) fn received() -> Vec<ForeignFd> {
+    RECEIVED.take()
+}
+
+/// Runs `f` without letting it remove files.
+pub(super) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
+    KEEPS_FILES.set(true);
+    let result = f();
+    KEEPS_FILES.set(false);
+    result
+}
+
+/// Replaces libc's `accept` for the whole process; only rte_vhost calls it by this name.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn accept(
+    socket: c_int,
+    _address: *mut libc::sockaddr,
+    _len: *mut libc::socklen_t,
+) -> c_int {
+    // SAFETY: the caller's listening socket stays open during the call.
+    let listener = unsafe { BorrowedFd::borrow_raw(socket) };
+    let Some((accepted, inbox, theirs)) = front_ends::accept(listener) else { return -1 };
+    ACCEPTED.set(Some(accepted));
+    let fd = theirs.into_raw_fd();
+    INBOXES.with_borrow_mut(|inboxes| inboxes.insert(fd, Arc::downgrade(&inbox)));
+    fd
+}
+
+/// Replaces libc's `recvmsg` for the whole process.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn recvmsg(
+    socket: c_int,
+    message: *mut libc::msghdr,
+    flags: c_int,
+) -> libc::ssize_t {
+    // SAFETY: the arguments are as the caller has given them, who answers for them.
+    let got = unsafe { libc::syscall(libc::SYS_recvmsg, socket, message, flags) };
+    let inbox = INBOXES.with_borrow(|inboxes| inboxes.get(&socket).and_then(Weak::upgrade));
+    if let Some(inbox) = inbox {
+        RECEIVED.set(inbox.take());
+        inbox.taken.notify_one();
+        // SAFETY: the system has just filled it in. No fd comes this way.
+        unsafe { (*message).msg_controllen = 0 };
+    }
+    got as libc::ssize_t
+}
+
+/// Replaces libc's `listen` for the whole process.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
+    // SAFETY: the arguments are as the caller has given them, who answers for them.
+    let result = unsafe { libc::syscall(libc::SYS_listen, socket, backlog) };
+    if result == 0 && KEEPS_LISTENER.get() {
+        // SAFETY: the caller's socket stays open during the call.
+        let listener = unsafe { BorrowedFd::borrow_raw(socket) };
+        LISTENER.set(listener.try_clone_to_owned().ok());
+    }
+    result as c_int
+}
+
+/// Replaces libc's `unlink` for the whole process.
+///
+/// # Safety
+/// As libc's.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
+    if KEEPS_FILES.get() {
+        return 0;
+    }
+    // SAFETY: the argument is as the caller has given it, who answers for it.
+    unsafe { libc::syscall(libc::SYS_unlink, path) as c_int }
+}

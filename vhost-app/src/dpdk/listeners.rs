@@ -1,0 +1,73 @@
+//! The sockets that this program listens on, by path: what unregistering them must not leave to
+//! rte_vhost.
+//!
+//! The last close of a listening socket ends the connections in its backlog, and closes the fds that
+//! were sent on them, on the thread that closes. And rte_vhost removes the file at a socket's path
+//! whoever has put it there.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use closer::{Account, ForeignFd};
+
+use super::front_ends::{accept4, shut_down};
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Listeners(Mutex<HashMap<PathBuf, Listener>>);
+
+#[derive(Debug)]
+struct Listener {
+    socket: ForeignFd,
+    account: Account,
+    /// The file that was made for it.
+    file: Option<FileId>,
+}
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+impl Listeners {
+    fn all(&self) -> MutexGuard<'_, HashMap<PathBuf, Listener>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers the socket that was just bound to `path`.
+    pub(super) fn add(&self, path: &Path, socket: ForeignFd, account: Account) {
+        let listener = Listener { socket, account, file: file_id(path) };
+        self.all().insert(path.to_owned(), listener);
+    }
+
+    /// Whether the file at `path` is the one that was made for our socket.
+    pub(super) fn owns_file(&self, path: &Path) -> bool {
+        let file = file_id(path);
+        file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)
+    }
+
+    /// Ends a socket that rte_vhost has closed: nobody can connect any more, and whoever is in the
+    /// backlog sees the end.
+    pub(super) fn end(&self, path: &Path) {
+        let Some(Listener { socket, account, .. }) = self.all().remove(path) else { return };
+        shut_down(&socket);
+        while let Ok(waiting) = accept4(socket.as_fd()) {
+            let waiting = ForeignFd::new(waiting, &account);
+            shut_down(&waiting);
+        }
+    }
+
+    /// Removes the files of all sockets, where they are ours.
+    pub(super) fn remove_files(&self) {
+        let paths: Vec<PathBuf> = self.all().keys().cloned().collect();
+        for path in paths.iter().filter(|path| self.owns_file(path)) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn file_id(path: &Path) -> Option<FileId> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
