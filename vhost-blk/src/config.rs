@@ -69,7 +69,7 @@ impl Disk {
             | bit(VHOST_F_LOG_ALL)
             | bit(VHOST_USER_F_PROTOCOL_FEATURES)
             | bit(VIRTIO_F_VERSION_1)
-            | when(self.read_only, VIRTIO_BLK_F_RO)
+            | when(self.read_only || bdev.read_only, VIRTIO_BLK_F_RO)
             | when(bdev.flush, VIRTIO_BLK_F_FLUSH)
             | when(bdev.flush, VIRTIO_BLK_F_CONFIG_WCE)
             | when(bdev.unmap, VIRTIO_BLK_F_DISCARD)
@@ -191,6 +191,29 @@ mod tests {
         ] {
             let features = Disk { bdev: Arc::clone(bdev), read_only }.features();
             assert_eq!(features, spdk | more, "{} {features:#x}", bdev.name());
+        }
+    }
+
+    /// Virtio 1.2, section 5.2.3: RO says what the device is, whoever has made it so.
+    #[test]
+    fn a_disk_that_takes_no_writes_is_offered_as_read_only() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        for (of_bdev, of_controller) in [(false, false), (true, false), (false, true), (true, true)]
+        {
+            let bdev = bdev::FileDisk::create(bdev::FileOptions {
+                name: "f".into(),
+                filename: file.path().into(),
+                block_size: Some(512),
+                readonly: of_bdev,
+                fallocate: true,
+                uuid: None,
+                flavour: bdev::Flavour::Aio,
+            });
+            let disk = Disk { bdev: bdev.unwrap(), read_only: of_controller };
+            let offered = disk.features() & 1 << VIRTIO_BLK_F_RO != 0;
+            assert_eq!(offered, of_bdev || of_controller, "{of_bdev}, {of_controller}");
+            assert_eq!(disk.limits().features.read_only, offered, "and refuses writes");
         }
     }
 

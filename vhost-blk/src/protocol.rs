@@ -170,9 +170,6 @@ pub enum Message {
 }
 
 /// What precedes the contents in GET_CONFIG: offset, size and flags.
-///
-/// The offset is ignored, as SPDK ignores it: old versions of cloud-hypervisor send the one that
-/// the config space has on PCI.
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigHead([u8; 12]);
 
@@ -181,6 +178,18 @@ impl ConfigHead {
     #[must_use]
     pub fn bytes(&self) -> &[u8; 12] {
         &self.0
+    }
+
+    /// The first byte of the config space that is asked for.
+    ///
+    /// No message reaches beyond [`CONFIG_BYTES_MAX`]. An offset from there on means the beginning:
+    /// old versions of cloud-hypervisor send the one that the config space has on PCI, 0x100, which
+    /// SPDK serves as it ignores all offsets.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        let [a, b, c, d, ..] = self.0;
+        let offset = u32::from_le_bytes([a, b, c, d]) as usize;
+        if offset < CONFIG_BYTES_MAX { offset } else { 0 }
     }
 
     /// Bytes of the config space that are asked for.

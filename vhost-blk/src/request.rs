@@ -164,7 +164,10 @@ impl Sums {
     ) -> bool {
         let len = u64::from(buffer.len);
         match near.translate(buffer.gpa) {
-            Some((host, room)) if len <= room => self.push_piece(segments, host, len, buffer.write),
+            // Neither empty nor longer than the room.
+            Some((host, room)) if len.wrapping_sub(1) < room => {
+                self.push_piece(segments, host, len, buffer.write)
+            }
             // All by value, so that the sums can stay in registers and the buffer need not be stored.
             _ => {
                 let Buffer { gpa, write, .. } = buffer;
@@ -200,7 +203,8 @@ impl Sums {
         fits
     }
 
-    /// A buffer that crosses from one region into the next, or leaves memory.
+    /// A buffer that crosses from one region into the next, or leaves memory, or is empty: no driver
+    /// makes one, and a chain that has one is refused, with its status where it would be without.
     #[cold]
     fn push_pieces<const N: usize>(
         mut self,
@@ -210,11 +214,16 @@ impl Sums {
         mut left: u64,
         write: bool,
     ) -> Self {
+        if left == 0 {
+            // Counts nevertheless: it has cost time.
+            self.count += 1;
+            self.malformed = true;
+        }
         while left > 0 {
             // The rest of what is too long anyway is one piece: regions may be many and small.
             let found = if self.count > LONG_SEGMENTS_MAX { None } else { near.translate(gpa) };
             let Some((host, room)) = found else {
-                // Counts nevertheless: it has cost time.
+                // Counts, too.
                 self.count += 1;
                 self.malformed = true;
                 // Whatever byte we know of is not the chain's last.
@@ -419,6 +428,10 @@ fn collect_into<const N: usize, C: Chained>(
     let mut sums = Sums::default();
     let (whole, taken) =
         chain.walk(near, |near, buffer| sums.push(segments, near, buffer) || to_its_end);
+    if !whole {
+        // What was seen last is not the chain's end, where the status belongs.
+        sums.status = None;
+    }
     let malformed = sums.malformed || !whole || sums.count > N;
     *to = Sums { malformed, ..sums };
     taken
@@ -563,12 +576,13 @@ impl Parts<'_> {
         let len = self.sums.readable_bytes - HEADER_BYTES as u64;
         let count = len / RANGE_BYTES as u64;
         let fits = (1..=RANGES_MAX as u64).contains(&count);
-        if limits.features.read_only || !len.is_multiple_of(RANGE_BYTES as u64) || !fits {
+        if !len.is_multiple_of(RANGE_BYTES as u64) || !fits {
             return Err((STATUS_IOERR, 0));
         }
         // Section 5.2.6.2: a discard with the unmap flag, or any flag that we do not know, is
-        // unsupported.
+        // unsupported, whatever else is wrong with the request.
         let known = if op == Op::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+        let mut status = if limits.features.read_only { STATUS_IOERR } else { STATUS_OK };
         self.ranges.clear();
         for _ in 0..count {
             let (range, rest) = self.take_front::<RANGE_BYTES>(first);
@@ -577,17 +591,17 @@ impl Parts<'_> {
             let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
             let (sectors, flags) = (u32_at(8), u32_at(12));
             let bytes = byte_range(sector, sectors.into(), u64::MAX, limits);
-            let refusal = if flags & !known != 0 {
-                Some(STATUS_UNSUPP)
-            } else {
-                bytes.is_none().then_some(STATUS_IOERR)
-            };
-            if let Some(status) = refusal {
-                self.ranges.clear();
-                return Err((status, 0));
+            if flags & !known != 0 {
+                status = STATUS_UNSUPP;
+            } else if bytes.is_none() && status == STATUS_OK {
+                status = STATUS_IOERR;
             }
             // `fits` has made sure of the room.
             self.ranges.extend(bytes.filter(|(_, len)| *len > 0));
+        }
+        if status != STATUS_OK {
+            self.ranges.clear();
+            return Err((status, 0));
         }
         self.ranges.reverse();
         match self.ranges.pop() {

@@ -337,7 +337,7 @@ impl Table {
 pub struct Buffer {
     /// Guest-physical address.
     pub gpa: u64,
-    /// Bytes, not zero.
+    /// Bytes; may be zero.
     pub len: u32,
     /// Whether it is ours to write (and not to read).
     pub write: bool,
@@ -352,8 +352,6 @@ pub enum ChainError {
     Loop,
     /// Whoever looked at it wanted no more.
     Left,
-    /// A buffer of no bytes.
-    Empty,
     /// An indirect table within another, or one that does not end its chain.
     NestedIndirect,
     /// An indirect table that is empty, no multiple of a descriptor, or too long.

@@ -36,6 +36,7 @@ const DISK_SECTORS: u64 = 64;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -406,7 +407,15 @@ fn malformed_chains_come_back() {
     assert_eq!(answer(&[(header, 16, 0, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 0)]).1, UNTOUCHED, "a loop");
-    assert_eq!(bench.queue.requests(), (6, 6));
+    // Nor into what only comes before the place where the chain goes wrong.
+    let written = (STATUSES, 1, NEXT | WRITE, SIZE);
+    assert_eq!(answer(&[(header, 16, NEXT, 1), written]), (0, UNTOUCHED), "out of range");
+    let written = (STATUSES, 1, NEXT | WRITE, 1);
+    assert_eq!(answer(&[(header, 16, NEXT, 1), written]), (0, UNTOUCHED), "a loop of it");
+    let tables = (DATA, 15, INDIRECT, 0);
+    let written = (STATUSES, 1, NEXT | WRITE, 2);
+    assert_eq!(answer(&[(header, 16, NEXT, 1), written, tables]), (0, UNTOUCHED), "a bad table");
+    assert_eq!(bench.queue.requests(), (9, 9));
     bench.offer(SIZE + 5);
     bench.visit();
     assert_eq!(bench.take_used(), Some((SIZE + 5, 0)), "a head out of range");

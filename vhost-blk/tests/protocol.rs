@@ -2,6 +2,8 @@
 //! becomes of the connection, and that nothing is left behind.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+#[path = "protocol/config_space.rs"]
+mod config_space;
 #[path = "guest/memfd.rs"]
 mod memfd;
 #[path = "protocol/scene.rs"]

@@ -1,5 +1,6 @@
 //! Requests through a queue's core, in one thread and over rings of either layout: long chains,
-//! several ranges, durable writes, dirty pages, and what a killed process has left.
+//! several ranges, durable writes, dirty pages, what a killed process has left, and virtio's sentences one by
+//! one.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -14,6 +15,7 @@ mod requests {
     pub(crate) mod scene;
     pub(crate) mod split;
 
+    mod device_operation;
     mod dirty;
     mod durable;
     mod long;

@@ -218,7 +218,7 @@ impl PackedRing {
             // begins at 0, and as many are left as the table has.
             let desc = Desc::packed(unsafe { table.read(index) });
             let mut more = desc.flags & DESC_F_NEXT != 0;
-            let mut defect = (desc.len == 0).then_some(ChainError::Empty);
+            let mut defect = None;
             if table.indirect {
                 // One after the other: of a table's flags only WRITE means anything (2.8.7).
                 more = left > 0;
@@ -287,9 +287,6 @@ impl PackedRing {
         mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> Result<(), ChainError> {
         let mut see = |near: &mut Near<'_>, desc: Desc| {
-            if desc.len == 0 {
-                return Err(ChainError::Empty);
-            }
             let write = desc.flags & DESC_F_WRITE != 0;
             let more = visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
             if more { Ok(()) } else { Err(ChainError::Left) }

@@ -164,9 +164,6 @@ impl SplitRing {
                 (index, left) = (0, table.len);
                 continue;
             }
-            if desc.len == 0 {
-                return Err(ChainError::Empty);
-            }
             let write = desc.flags & DESC_F_WRITE != 0;
             if !visit(near, Buffer { gpa: desc.addr, len: desc.len, write }) {
                 return Err(ChainError::Left);

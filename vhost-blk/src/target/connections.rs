@@ -499,13 +499,12 @@ enum Prepared {
     Plain(Message),
 }
 
-/// GET_CONFIG's payload: its head as the front end sent it, then the contents. QEMU refuses an
-/// answer of another size than it asked for.
+/// GET_CONFIG's payload: its head as the front end sent it, then the contents, zeroes where the
+/// config space has nothing. QEMU refuses an answer of another size than it asked for.
 fn config_reply(config: &[u8], head: ConfigHead) -> Vec<u8> {
     let mut payload = head.bytes().to_vec();
-    let n = head.len().min(config.len());
-    payload.extend_from_slice(&config[..n]);
-    payload.resize(head.bytes().len() + head.len(), 0);
+    let contents = config.iter().skip(head.offset()).copied().chain(std::iter::repeat(0));
+    payload.extend(contents.take(head.len()));
     payload
 }
 

@@ -57,8 +57,12 @@ pub(crate) struct Manual {
 impl Manual {
     /// A disk that can do everything.
     pub(crate) fn create() -> Arc<Self> {
-        let all = Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() };
-        Arc::new(Self { state: Arc::default(), features: all, stats: Stats::default() })
+        Self::with(Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() })
+    }
+
+    /// A disk that can do this.
+    pub(crate) fn with(features: Features) -> Arc<Self> {
+        Arc::new(Self { state: Arc::default(), features, stats: Stats::default() })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
