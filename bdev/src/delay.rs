@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Wait};
+use crate::failure::Failure;
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Tag, Wait};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -270,6 +271,10 @@ impl Channel for DelayChannel {
         if self.with_base > 0 { held.sooner(self.base.wait()) } else { held }
     }
 
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        self.base.failure(tag)
+    }
+
     fn kick(&mut self) {
         self.base.kick();
     }
@@ -305,7 +310,7 @@ impl Channel for DelayChannel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Status, Tag};
+    use crate::io::Status;
     use crate::null::{Null, NullOptions};
 
     fn delay(latency: Latency) -> Result<Arc<Delay>, Error> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
+use crate::failure::{Failure, FailureKind};
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 use crate::topology::Topology;
@@ -131,6 +132,12 @@ impl Io {
         Self { op, tag, offset, len, segments: std::ptr::null(), segment_count: 0 }
     }
 
+    /// That this one has failed.
+    #[must_use]
+    pub fn failed(&self, kind: FailureKind, errno: i32) -> Failure {
+        Failure { kind, op: self.op, offset: Some(self.offset), len: self.len, errno }
+    }
+
     /// The segments, as an array for the kernel (`readv`, io_uring).
     #[must_use]
     pub fn iovecs(&self) -> (*const libc::iovec, u32) {
@@ -227,6 +234,12 @@ pub trait Channel: Send {
     /// I/O is outstanding, after a `poll` that found nothing.
     fn wait(&self) -> Wait {
         Wait::Poll
+    }
+
+    /// Why the I/O of `tag` failed, if that is known. To be asked once about each that has ended in
+    /// something else than [`Status::Ok`], before its tag is used again.
+    fn failure(&mut self, _tag: Tag) -> Option<Failure> {
+        None
     }
 
     /// Tells the device about what was queued since the last call. Called once per visit, after

@@ -16,6 +16,7 @@
 //!
 //! `tests/conformance` is one suite that every device and wrapper passes.
 
+mod failure;
 pub mod io;
 pub mod memory;
 pub mod stats;
@@ -37,6 +38,7 @@ mod error;
 
 pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
+pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use file::{Alignment, FileDisk, FileOptions, Flavour};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{

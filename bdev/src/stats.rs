@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::io::{OPS, Op, Status};
+use crate::failure::{FAILURE_KINDS, Failure, FirstFailure};
+use crate::io::{OPS, Op};
 
 /// A device's I/O counters, over all its users.
 ///
@@ -21,12 +22,21 @@ struct Inner {
     gone: [OpCounts; OPS],
     /// What all had counted at the last reset.
     reset: [OpCounts; OPS],
+    /// The same of failures, by kind.
+    gone_failures: [u64; FAILURE_KINDS],
+    reset_failures: [u64; FAILURE_KINDS],
+    /// The first of users that are gone, since the last report.
+    gone_first: Option<Failure>,
+    /// Failures up to the last report.
+    reported: u64,
 }
 
-/// One user's counters. Only that user calls [`Counters::record`].
+/// One user's counters. Only that user counts.
 #[derive(Debug, Default)]
 pub struct Counters {
     ops: [OpCounters; OPS],
+    failures: [AtomicU64; FAILURE_KINDS],
+    first: FirstFailure,
 }
 
 #[derive(Debug, Default)]
@@ -75,10 +85,38 @@ impl Stats {
         totals
     }
 
+    /// Failures since the last reset, indexed by [`FailureKind`]` as usize`.
+    #[must_use]
+    pub fn failures(&self) -> [u64; FAILURE_KINDS] {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let ever = inner.failures_ever();
+        std::array::from_fn(|kind| ever[kind].saturating_sub(inner.reset_failures[kind]))
+    }
+
+    /// What has failed since the last time that this was asked and had an answer: the first such I/O
+    /// of some user, and how many there are.
+    pub fn report_failures(&self) -> Option<(Failure, u64)> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let firsts: Vec<_> = inner.users.iter().filter_map(|user| user.first.take()).collect();
+        let first = inner.gone_first.take().or(firsts.first().copied())?;
+        let ever: u64 = inner.failures_ever().iter().sum();
+        // What was left before was counted before.
+        let count = (ever - inner.reported).max(1);
+        inner.reported = ever;
+        Some((first, count))
+    }
+
     /// Starts counting from zero.
     pub fn reset(&self) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.reset = inner.ever();
+        inner.reset_failures = inner.failures_ever();
+    }
+
+    /// Starts counting failures by kind from zero.
+    pub fn reset_failures(&self) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.reset_failures = inner.failures_ever();
     }
 }
 
@@ -90,13 +128,22 @@ impl Inner {
         })
     }
 
+    fn failures_ever(&self) -> [u64; FAILURE_KINDS] {
+        self.users.iter().fold(self.gone_failures, |mut sum, user| {
+            user.add_failures_to(&mut sum);
+            sum
+        })
+    }
+
     /// Moves the counts of users that dropped their counters into `gone`.
     fn fold_gone(&mut self) {
-        let Self { users, gone, .. } = self;
+        let Self { users, gone, gone_failures, gone_first, .. } = self;
         users.retain(|user| {
             let live = Arc::strong_count(user) > 1;
             if !live {
                 user.add_to(gone);
+                user.add_failures_to(gone_failures);
+                *gone_first = gone_first.or_else(|| user.first.take());
             }
             live
         });
@@ -104,17 +151,15 @@ impl Inner {
 }
 
 impl Counters {
-    /// Counts one operation that has ended after `ticks`.
-    #[inline]
-    pub fn record(&self, op: Op, bytes: u64, ticks: u64, status: Status) {
-        if status == Status::Ok {
-            self.record_batch(op, 1, bytes, ticks);
-        } else {
-            let counters = &self.ops[op as usize];
-            add(&counters.count, 1);
-            add(&counters.ticks, ticks);
-            add(&counters.errors, 1);
-        }
+    /// Counts one operation that has failed after `ticks`.
+    #[cold]
+    pub fn record_failure(&self, ticks: u64, failure: &Failure) {
+        let counters = &self.ops[failure.op as usize];
+        add(&counters.count, 1);
+        add(&counters.ticks, ticks);
+        add(&counters.errors, 1);
+        add(&self.failures[failure.kind as usize], 1);
+        self.first.leave(failure);
     }
 
     /// Counts `count` operations that have succeeded, of `bytes` and `ticks` in all.
@@ -134,6 +179,12 @@ impl Counters {
             sum.ticks += counters.ticks.load(Ordering::Relaxed);
         }
     }
+
+    fn add_failures_to(&self, sum: &mut [u64; FAILURE_KINDS]) {
+        for (sum, count) in sum.iter_mut().zip(&self.failures) {
+            *sum += count.load(Ordering::Relaxed);
+        }
+    }
 }
 
 /// Relaxed: each counter has this one writer, and readers want no order among them.
@@ -145,21 +196,57 @@ fn add(counter: &AtomicU64, n: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::FailureKind;
 
     #[test]
     fn counts_outlive_their_user_and_a_reset() {
         let stats = Stats::default();
         let user = stats.attach();
-        user.record(Op::Read, 4096, 10, Status::Ok);
-        user.record(Op::Read, 4096, 30, Status::IoError);
+        user.record_batch(Op::Read, 1, 4096, 10);
+        user.record_failure(30, &failure(0));
         drop(user);
         let user = stats.attach();
-        user.record(Op::Read, 512, 5, Status::Ok);
+        user.record_batch(Op::Read, 1, 512, 5);
         let read = stats.totals()[Op::Read as usize];
         assert_eq!(read, OpCounts { count: 3, bytes: 4608, errors: 1, ticks: 45 });
         stats.reset();
         assert_eq!(stats.totals()[Op::Read as usize], OpCounts::default());
-        user.record(Op::Read, 512, 7, Status::Ok);
+        user.record_batch(Op::Read, 1, 512, 7);
         assert_eq!(stats.totals()[Op::Read as usize].count, 1);
+    }
+
+    fn failure(offset: u64) -> Failure {
+        let (kind, errno) = (FailureKind::Aio, libc::ENOSPC);
+        Failure { kind, op: Op::Read, offset: Some(offset), len: 4096, errno }
+    }
+
+    #[test]
+    fn failures_are_counted_by_kind_and_the_first_is_reported() {
+        let stats = Stats::default();
+        assert_eq!(stats.report_failures(), None);
+        let (one, other) = (stats.attach(), stats.attach());
+        (1..4).for_each(|offset| other.record_failure(1, &failure(offset)));
+        one.record_failure(1, &Failure { kind: FailureKind::Failed, ..failure(9) });
+        assert_eq!(stats.failures(), [1, 3]);
+        let first = Failure { kind: FailureKind::Failed, ..failure(9) };
+        assert_eq!(stats.report_failures(), Some((first, 4)));
+        assert_eq!(stats.report_failures(), None);
+        // Whoever has left is heard all the same, and counted once.
+        other.record_failure(1, &failure(5));
+        drop(other);
+        let _another = stats.attach();
+        assert_eq!(stats.report_failures(), Some((failure(5), 1)));
+        assert_eq!(stats.report_failures(), None);
+        assert_eq!(stats.failures(), [1, 4]);
+        // A reset forgets the numbers, not what is still to be reported.
+        one.record_failure(1, &failure(6));
+        stats.reset_failures();
+        assert_eq!(stats.failures(), [0, 0]);
+        assert_eq!(stats.totals()[Op::Read as usize].errors, 6, "of the operations, all are known");
+        assert_eq!(stats.report_failures(), Some((failure(6), 1)));
+        one.record_failure(1, &failure(7));
+        assert_eq!((stats.failures(), stats.totals()[Op::Read as usize].errors), ([0, 1], 7));
+        stats.reset();
+        assert_eq!((stats.failures(), stats.totals()[Op::Read as usize].errors), ([0, 0], 0));
     }
 }

@@ -5,7 +5,6 @@
 //! comes to life when the base is created, which SPDK calls *examine*.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,8 +111,6 @@ struct Device {
     /// What its create method was given, with the name and the UUID that came of it.
     params: Map<String, Value>,
     state: State,
-    /// I/O errors up to the last time that errors alone were reset.
-    errors_forgotten: Rc<Cell<u64>>,
 }
 
 impl Device {
@@ -176,7 +173,6 @@ pub(crate) struct Shown {
     pub(crate) params: Map<String, Value>,
     /// Whether a wrapper is on it.
     pub(crate) claimed: bool,
-    pub(crate) errors_forgotten: Rc<Cell<u64>>,
 }
 
 #[derive(Default)]
@@ -269,6 +265,11 @@ impl Bdevs {
             .iter()
             .find(|d| d.disk().is_some() && d.has_name(name))
             .and_then(|d| inner.show(d))
+    }
+
+    /// All live devices.
+    pub(crate) fn all(&self) -> Vec<Arc<dyn Bdev>> {
+        self.inner.borrow().devices.iter().filter_map(Device::disk).map(Disk::bdev).collect()
     }
 
     /// All live devices, to be shown, in the order of their creation.
@@ -398,8 +399,8 @@ impl Inner {
         params.insert("uuid".into(), text.into());
         self.ids += 1;
         let id = self.ids;
-        let (name, errors_forgotten) = (name.to_owned(), Rc::default());
-        self.devices.push(Device { id, name, uuid, params, state, errors_forgotten });
+        let name = name.to_owned();
+        self.devices.push(Device { id, name, uuid, params, state });
         Ok((id, uuid))
     }
 
@@ -426,13 +427,7 @@ impl Inner {
     fn show(&self, device: &Device) -> Option<Shown> {
         let disk = device.disk()?.clone();
         let bdev = disk.bdev();
-        Some(Shown {
-            claimed: self.is_claimed(&bdev),
-            params: device.params.clone(),
-            errors_forgotten: Rc::clone(&device.errors_forgotten),
-            disk,
-            bdev,
-        })
+        Some(Shown { claimed: self.is_claimed(&bdev), params: device.params.clone(), disk, bdev })
     }
 
     /// A wrapper's base is gone.

@@ -88,8 +88,9 @@ impl Control {
         self.changed.send_replace(());
     }
 
-    /// Serves the reactors' events and the clock. Ends only if the system fails.
-    pub(crate) async fn run(&self) -> io::Result<()> {
+    /// Serves the reactors' events and the clock, and calls `each_second`. Ends only if the system
+    /// fails.
+    pub(crate) async fn run(&self, each_second: impl Fn(Instant)) -> io::Result<()> {
         // An eventfd is read as a pipe is.
         let wake = self.target.events().wake().as_fd().try_clone_to_owned()?;
         let wake = pipe::Receiver::from_owned_fd_unchecked(wake)?;
@@ -111,6 +112,7 @@ impl Control {
                              {waiting} wait for their close, and no new client is accepted"
                         );
                     }
+                    each_second(Instant::now());
                     // A bdev's last user may have gone without a word.
                     self.notify();
                 }

@@ -10,10 +10,12 @@ mod config_file;
 mod control;
 mod core_locks;
 mod dpdk;
+mod io_errors;
 mod logging;
 mod methods;
 mod process;
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::fs;
 use std::io;
@@ -32,6 +34,7 @@ use config_file::ConfigFile;
 use control::Control;
 use core_locks::CoreLocks;
 use dpdk::eal::{EalInfo, EalOptions, EalStart, housekeeping_cpus};
+use io_errors::IoErrors;
 use methods::{App, Startup};
 
 /// How long the end may take, should a part of it hang: [`Control::shut_down`] waits 2 s for I/O.
@@ -190,13 +193,14 @@ fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, Stri
 /// Serves RPCs until a signal comes, and ends in order.
 async fn serve(
     options: &Options,
-    app: &App,
+    app: &Rc<App>,
     registry: &Rc<Registry>,
     mut signals: Signals,
 ) -> Result<(), Failure> {
-    let control = Rc::clone(&app.control);
+    let (served, io_errors) = (Rc::clone(app), RefCell::new(IoErrors::default()));
     spawn_local(async move {
-        if let Err(e) = control.run().await {
+        let log_errors = |now| io_errors.borrow_mut().log(&served.bdevs.all(), now);
+        if let Err(e) = served.control.run(log_errors).await {
             error!("the reactors' events cannot be read: {e}");
         }
     });

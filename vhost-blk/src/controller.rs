@@ -176,7 +176,7 @@ pub struct SessionInfo {
     pub quarantined_bytes: u64,
     /// Requests completed.
     pub requests: u64,
-    /// Of those, malformed or refused.
+    /// Requests that were malformed, refused, or failed by the disk.
     pub errors: u64,
     /// Rings that are served, and where.
     pub queues: Vec<QueueInfo>,

@@ -191,7 +191,7 @@ pub struct Queue {
     last_avail: AtomicU16,
     inflight: AtomicU32,
     requests: AtomicU64,
-    malformed: AtomicU64,
+    errors: AtomicU64,
     coalescing: Arc<Coalescing>,
     quarantine: Arc<AtomicU64>,
     past: Arc<AtomicU32>,
@@ -243,7 +243,7 @@ impl Queue {
             state: AtomicU8::new(QueueState::Attached as u8),
             inflight: AtomicU32::new(0),
             requests: AtomicU64::new(0),
-            malformed: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
             coalescing,
             quarantine: Arc::default(),
             past: Arc::default(),
@@ -314,10 +314,10 @@ impl Queue {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// Requests completed, and how many of them were malformed.
+    /// Requests completed, and how many were malformed, refused, or failed by the disk.
     #[must_use]
     pub fn requests(&self) -> (u64, u64) {
-        (self.requests.load(Ordering::Relaxed), self.malformed.load(Ordering::Relaxed))
+        (self.requests.load(Ordering::Relaxed), self.errors.load(Ordering::Relaxed))
     }
 
     /// Bytes of earlier memory tables that I/O in flight keeps from being unmapped.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
-use crate::io::{Channel, Completion, Io, Op, Status, Submit, Wait};
+use crate::failure::{Failure, FailureKind};
+use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
 use crate::memory;
 
 /// How often a sleeping owner looks whether the operator has released pending I/Os, which nothing
@@ -25,6 +26,8 @@ pub(super) struct ErrorChannel {
     ended: VecDeque<Completion>,
     /// By tag: what to do to the data when the base is done with it.
     spoiled: Box<[Option<Spoiled>]>,
+    /// By tag: what was made to fail, until somebody asks why.
+    failures: Box<[Option<Failure>]>,
     /// I/Os outstanding at the base.
     with_base: u64,
     /// As the operator had released pending I/Os when the first of ours became one.
@@ -59,6 +62,7 @@ impl ErrorChannel {
             retries: VecDeque::with_capacity(depth.into()),
             ended: VecDeque::with_capacity(depth.into()),
             spoiled: vec![None; depth.into()].into_boxed_slice(),
+            failures: vec![None; depth.into()].into_boxed_slice(),
             with_base: 0,
             released: disk.releases(),
             disk,
@@ -94,12 +98,22 @@ impl ErrorChannel {
         submit
     }
 
+    /// Writes down that an I/O was made to fail.
+    #[cold]
+    fn note_failure(&mut self, io: &Io) {
+        if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {
+            *failure = Some(io.failed(FailureKind::Failed, libc::EIO));
+        }
+    }
+
     /// Takes over what the operator has decided about pending I/Os.
     fn release_pending(&mut self) {
         let now = self.disk.releases();
         if now.aborts != self.released.aborts {
-            let failed = |io: Io| Completion { tag: io.tag, status: Status::IoError };
-            self.ended.extend(self.pending.drain(..).map(failed));
+            while let Some(io) = self.pending.pop_front() {
+                self.note_failure(&io);
+                self.ended.push_back(Completion { tag: io.tag, status: Status::IoError });
+            }
         } else if now.resumes != self.released.resumes {
             self.retries.append(&mut self.pending);
         }
@@ -145,7 +159,10 @@ impl Channel for ErrorChannel {
         let rule = rule_index(io.op).map(|i| &self.disk.rules[i]);
         let spoiled = match rule.and_then(|rule| rule.take(self.with_base)) {
             None => None,
-            Some(InjectedError::Failure) => return Submit::Done(Status::IoError),
+            Some(InjectedError::Failure) => {
+                self.note_failure(&io);
+                return Submit::Done(Status::IoError);
+            }
             Some(InjectedError::Pending) => {
                 if self.pending.is_empty() {
                     self.released = released;
@@ -179,6 +196,11 @@ impl Channel for ErrorChannel {
             return base;
         }
         base.sooner(Wait::Until(Instant::now() + RELEASE_CHECK))
+    }
+
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        let own = self.failures.get_mut(usize::from(tag.0))?.take();
+        own.or_else(|| self.base.failure(tag))
     }
 
     #[inline]

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, opcode};
 
-use super::FileDisk;
 use super::steps::{Next, Steps};
+use super::{FileDisk, Flavour};
+use crate::failure::{Failure, FailureKind};
 use crate::geometry::within;
 use crate::io::{Bdev, Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
 
@@ -66,10 +67,11 @@ impl Channel for FileChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let writes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
         if !within(&io, self.disk.size_bytes()) || writes && self.disk.readonly {
-            return Submit::Done(Status::IoError);
+            let refused = writes && self.disk.readonly;
+            return self.refuse(&io, if refused { libc::EROFS } else { libc::EINVAL });
         }
         if io.op == Op::Unmap && !self.disk.features.unmap {
-            return Submit::Done(Status::Unsupported);
+            return self.refuse(&io, libc::EOPNOTSUPP);
         }
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
@@ -102,6 +104,12 @@ impl Channel for FileChannel {
         if self.unsubmitted > 0 { Wait::Poll } else { Wait::Event }
     }
 
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        let aio = self.disk.flavour == Flavour::Aio;
+        let kind = if aio { FailureKind::Aio } else { FailureKind::Failed };
+        self.steps.failure(tag).map(|failure| Failure { kind, ..failure })
+    }
+
     #[inline]
     fn kick(&mut self) {
         if self.unsubmitted == 0 {
@@ -125,6 +133,14 @@ impl Channel for FileChannel {
 }
 
 impl FileChannel {
+    /// Ends an I/O that the disk cannot do.
+    #[cold]
+    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
+        self.steps.note_failure(io, errno);
+        let unsupported = errno == libc::EOPNOTSUPP;
+        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
+    }
+
     fn reap(&mut self, done: &mut [Completion]) -> usize {
         let (submitter, mut sq, mut cq) = self.ring.split();
         if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {

@@ -7,6 +7,7 @@ use io_uring::squeue::Entry;
 use io_uring::{opcode, types};
 
 use super::backing::Alignment;
+use crate::failure::{Failure, FailureKind};
 use crate::io::{Io, Op, Segment, Status, Tag};
 use crate::memory::{self, Stores};
 
@@ -73,6 +74,8 @@ pub(super) struct Steps {
     bouncing: VecDeque<Tag>,
     /// The file system can zero a range, as far as is known.
     zero_range: bool,
+    /// By tag: why an I/O failed, until somebody asks.
+    failures: Box<[Option<Failure>]>,
 }
 
 impl Steps {
@@ -90,6 +93,7 @@ impl Steps {
             bounce,
             bouncing: VecDeque::with_capacity(depth.into()),
             zero_range: true,
+            failures: vec![None; depth.into()].into_boxed_slice(),
         }
     }
 
@@ -177,8 +181,26 @@ impl Steps {
                 }
             }
         };
+        if status != Status::Ok {
+            let io = slot.io;
+            // A count of bytes where all were due is a short transfer.
+            self.note_failure(&io, result.min(0).saturating_neg());
+        }
         self.end(tag);
         Next::Ended(status)
+    }
+
+    /// Writes down why an I/O fails.
+    #[cold]
+    pub(super) fn note_failure(&mut self, io: &Io, errno: i32) {
+        if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {
+            *failure = Some(io.failed(FailureKind::Failed, errno));
+        }
+    }
+
+    /// Why an I/O failed, for who asks first.
+    pub(super) fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        self.failures.get_mut(usize::from(tag.0))?.take()
     }
 
     /// The entry of the I/O that waits for the aligned buffer, if that has just become free.

@@ -1,6 +1,6 @@
 //! `bdev_get_iostat` and `bdev_reset_iostat`.
 
-use bdev::{Op, OpCounts};
+use bdev::{FailureKind, Op, OpCounts};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -29,11 +29,8 @@ enum Reset {
 impl Reset {
     fn apply(self, shown: &Shown) {
         match self {
-            Self::All => {
-                shown.bdev.stats().reset();
-                shown.errors_forgotten.set(0);
-            }
-            Self::Error => shown.errors_forgotten.set(errors(&shown.bdev.stats().totals())),
+            Self::All => shown.bdev.stats().reset(),
+            Self::Error => shown.bdev.stats().reset_failures(),
             Self::Maxmin | Self::None => {}
         }
     }
@@ -91,10 +88,6 @@ fn find(app: &App, method: &str, names: Option<&[String]>) -> Result<Vec<Shown>,
     names.iter().map(find).collect()
 }
 
-fn errors(totals: &[OpCounts]) -> u64 {
-    totals.iter().map(|counts| counts.errors).sum()
-}
-
 /// In SPDK's shape and order. As there, operations that failed are counted under `io_error` only.
 fn describe(shown: &Shown) -> Value {
     let totals = shown.bdev.stats().totals();
@@ -117,8 +110,11 @@ fn describe(shown: &Shown) -> Value {
         object.insert(format!("max_{ops}_latency_ticks"), 0.into());
         object.insert(format!("min_{ops}_latency_ticks"), 0.into());
     }
-    let errors = errors(&totals).saturating_sub(shown.errors_forgotten.get());
-    let io_error = if errors == 0 { json!({}) } else { json!({ "failed": errors }) };
-    object.insert("io_error".into(), io_error);
+    // Kinds that have not occurred are left out.
+    let kinds = [(FailureKind::Failed, "failed"), (FailureKind::Aio, "aio_error")];
+    let failures = shown.bdev.stats().failures();
+    let of = |(kind, name): (FailureKind, &str)| (name.to_owned(), failures[kind as usize].into());
+    let occurred = kinds.into_iter().filter(|(kind, _)| failures[*kind as usize] > 0);
+    object.insert("io_error".into(), Value::Object(occurred.map(of).collect()));
     object.into()
 }

@@ -2,6 +2,7 @@
 //! answered is in `core/requests.rs`.
 #![expect(unsafe_code, reason = "submits guest memory; signals")]
 
+mod outcome;
 mod requests;
 
 use std::collections::VecDeque;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use arrayvec::ArrayVec;
 use bdev::{Channel, Completion, Counters, Io, Op, Shortcut, Status, Tag, Wait};
 
+use self::outcome::add;
 use self::requests::{Rest, Serve, Tally};
 use super::{Coalescing, NOTHING, Queue, QueueState, StartError, Tracked, View, Watch};
 use crate::config::Disk;

@@ -2,17 +2,17 @@
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 use bdev::{Completion, Io, Op, Status, Submit, Tag};
 
-use super::{At, Core, Expected, Slot};
+use super::{At, Core, Expected, Slot, add};
 use crate::cache;
 use crate::dirty_log::DirtyLog;
 use crate::inflight::Tracker;
 use crate::memory::{Near, Nearest};
-use crate::queue::View;
+use crate::queue::{Queue, View};
 use crate::reactor::{Cause, Events, Turn};
 use crate::request::{Request, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 use crate::ring::{
@@ -327,13 +327,13 @@ impl Core {
         turn: &mut Turn,
     ) {
         let slot = &mut self.slots[usize::from(tag)];
-        if let Some(device) = &self.device {
+        if let Some(device) = &mut self.device {
             let ticks = turn.now_ticks().saturating_sub(slot.started_ticks);
-            device.counters.record(slot.op, slot.len, ticks, status);
+            device.count(at.queue, (tag, slot.op, slot.len), ticks, status);
         }
         let mut status = status;
         if slot.rest != Rest::Nothing {
-            match self.go_on(tag, status, turn) {
+            match self.go_on(at.queue, tag, status, turn) {
                 Some(last) => status = last,
                 None => return,
             }
@@ -349,7 +349,13 @@ impl Core {
     /// Does what is left of a request, whose last I/O has ended with `status`. `None` if it is not
     /// done yet: the channel has more to do, or no room.
     #[cold]
-    fn go_on(&mut self, index: u16, mut status: Status, turn: &mut Turn) -> Option<Status> {
+    fn go_on(
+        &mut self,
+        queue: &Queue,
+        index: u16,
+        mut status: Status,
+        turn: &mut Turn,
+    ) -> Option<Status> {
         let slot = &mut self.slots[usize::from(index)];
         while status == Status::Ok {
             let (op, offset, len) = match slot.rest {
@@ -371,12 +377,15 @@ impl Core {
             slot.started_ticks = turn.now_ticks();
             // What the guest is told was written is the same for all operations but reads.
             let io = Io::plain(op, Tag(index), offset, len);
-            let Some(device) = &mut self.device else { return Some(Status::IoError) };
+            let Some(device) = &mut self.device else {
+                add(&queue.errors, 1);
+                return Some(Status::IoError);
+            };
             // SAFETY: it names no memory.
             status = match unsafe { device.channel.0.submit(io) } {
                 Submit::Done(status) => {
                     let ticks = turn.read_clock().saturating_sub(slot.started_ticks);
-                    device.counters.record(op, len, ticks, status);
+                    device.count(queue, (index, op, len), ticks, status);
                     status
                 }
                 Submit::Queued => {
@@ -695,13 +704,13 @@ impl Core {
             }
             Request::Answer(status, written) => {
                 if status != STATUS_OK {
-                    add(&at.queue.malformed, 1);
+                    add(&at.queue.errors, 1);
                 }
                 self.put_unserved(at, index, status, written + 1);
                 0
             }
             Request::NoStatus => {
-                add(&at.queue.malformed, 1);
+                add(&at.queue.errors, 1);
                 self.put_unserved(at, index, STATUS_IOERR, 0);
                 0
             }
@@ -720,6 +729,7 @@ impl Core {
             _ => Rest::Nothing,
         };
         let Some(device) = &mut self.device else {
+            add(&at.queue.errors, 1);
             self.finish(at, index, Status::IoError);
             return;
         };
@@ -728,9 +738,9 @@ impl Core {
         match unsafe { device.channel.0.submit(io) } {
             Submit::Done(mut status) => {
                 let ticks = turn.read_clock().saturating_sub(slot.started_ticks);
-                device.counters.record(slot.op, slot.len, ticks, status);
+                device.count(at.queue, (index, slot.op, slot.len), ticks, status);
                 if slot.rest != Rest::Nothing {
-                    match self.go_on(index, status, turn) {
+                    match self.go_on(at.queue, index, status, turn) {
                         Some(last) => status = last,
                         None => return self.pin(at.view, index),
                     }
@@ -806,10 +816,4 @@ fn parse_again<R: Serve>(slot: &mut Slot, at: At<'_, R>) -> Option<Request> {
     }
     R::collect_anew(slot, at);
     Some(slot.chain.parse(&now))
-}
-
-/// Adds to a counter that only this thread writes.
-#[inline]
-fn add(counter: &AtomicU64, count: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
 }

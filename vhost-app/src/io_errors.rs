@@ -1,0 +1,81 @@
+//! Tells the operator of I/O that block devices have failed. A reactor leaves what it knows with the
+//! device's counters; the control thread looks there once a second.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bdev::Bdev;
+use tracing::error;
+
+/// A device that fails all of its I/O has a line in the log this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// When each device has last had its line, by name.
+#[derive(Debug, Default)]
+pub(crate) struct IoErrors(HashMap<String, Instant>);
+
+impl IoErrors {
+    /// Logs what `bdevs` have failed, a line for each that has not had one for a while.
+    pub(crate) fn log(&mut self, bdevs: &[Arc<dyn Bdev>], now: Instant) {
+        for line in self.lines(bdevs, now) {
+            error!("{line}");
+        }
+    }
+
+    fn lines(&mut self, bdevs: &[Arc<dyn Bdev>], now: Instant) -> Vec<String> {
+        self.0.retain(|_, last| now.saturating_duration_since(*last) < LINE_EVERY);
+        let mut lines = vec![];
+        for bdev in bdevs {
+            let name = bdev.name();
+            if self.0.contains_key(name) {
+                continue;
+            }
+            let Some((first, count)) = bdev.stats().report_failures() else { continue };
+            lines.push(match count {
+                1 => format!("bdev {name}: {first}"),
+                _ => format!("bdev {name}: {first}; {count} I/Os failed since the last report"),
+            });
+            self.0.insert(name.to_owned(), now);
+        }
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bdev::{Failure, FailureKind, Null, NullOptions, Op};
+
+    #[test]
+    fn a_device_has_a_line_at_once_and_then_one_in_a_while() {
+        let null = |name: &str| {
+            let options =
+                NullOptions { name: name.into(), num_blocks: 8, block_size: 512, uuid: None };
+            Null::create(options).unwrap() as Arc<dyn Bdev>
+        };
+        let bdevs = [null("a"), null("b")];
+        let users = bdevs.each_ref().map(|bdev| bdev.stats().attach());
+        let fail = |n: usize, offset| {
+            let (kind, op, len) = (FailureKind::Failed, Op::Write, 512);
+            let failure = Failure { kind, op, offset: Some(offset), len, errno: libc::EIO };
+            users[n].record_failure(1, &failure);
+        };
+        let (mut errors, begun) = (IoErrors::default(), Instant::now());
+        let mut at = |second: u64| errors.lines(&bdevs, begun + Duration::from_secs(second));
+        let line = |name, offset, more| {
+            let why = "Input/output error (os error 5)";
+            format!("bdev {name}: write of 512 bytes at offset {offset}: {why}{more}")
+        };
+        assert_eq!(at(0), [""; 0]);
+        fail(0, 1);
+        assert_eq!(at(1), [line("a", 1, "")]);
+        (2..5).for_each(|offset| fail(0, offset));
+        fail(1, 9);
+        assert_eq!(at(2), [line("b", 9, "")], "each has its own");
+        assert_eq!(at(10), [""; 0]);
+        let more = "; 3 I/Os failed since the last report";
+        assert_eq!(at(11), [line("a", 2, more)]);
+        assert_eq!(at(30), [""; 0], "nothing has failed since");
+    }
+}
