@@ -20,12 +20,14 @@ use crate::queue::{Queue, QueueId};
 use crate::reclaim::Reclaim;
 
 mod bell;
+mod clock;
 mod poll_set;
 mod turn;
 
 pub(crate) use bell::{Bell, BellRope};
 
-pub use turn::{Cause, LongestTurn, Turn, read_tsc, ticks_per_second};
+pub use clock::{read_tsc, ticks_per_second};
+pub use turn::{Cause, LongestTurn, Turn};
 
 use poll_set::PollSet;
 

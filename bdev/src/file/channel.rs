@@ -145,8 +145,10 @@ impl FileChannel {
         let (submitter, mut sq, mut cq) = self.ring.split();
         if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
             // The kernel has completions that it writes to the ring when we enter it. A failure
-            // leaves them there for the next poll.
-            let _ = submitter.submit();
+            // leaves them there for the next poll. It takes entries, too, if it would not before.
+            if let Ok(n) = submitter.submit() {
+                self.unsubmitted = self.unsubmitted.saturating_sub(n);
+            }
             cq.sync();
         }
         let mut n = 0;
@@ -196,4 +198,50 @@ fn make_ring(entries: u32) -> io::Result<IoUring> {
         .setup_taskrun_flag()
         .build(entries)
         .or_else(|_| IoUring::builder().dontfork().build(entries))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::FileOptions;
+    use crate::io::Segment;
+
+    /// An owner that sleeps would otherwise poll for ever.
+    #[test]
+    fn what_the_kernel_takes_on_the_way_to_completions_was_submitted() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let disk = FileDisk::create(FileOptions {
+            name: "f".into(),
+            filename: file.path().into(),
+            block_size: Some(512),
+            readonly: false,
+            fallocate: false,
+            uuid: None,
+            flavour: Flavour::Aio,
+        });
+        let mut channel = FileChannel::open(disk.unwrap(), 1).unwrap();
+        // More completions than the ring has places: the last one waits in the kernel.
+        for _ in 0..3 {
+            let nop = opcode::Nop::new().build();
+            // SAFETY: it refers to no memory.
+            unsafe { channel.ring.submission().push(&nop) }.unwrap();
+            channel.ring.submit().unwrap();
+        }
+        assert_eq!(channel.ring.completion().count(), 2);
+        assert!(channel.ring.submission().cq_overflow());
+        let mut bytes = vec![0_u8; 512];
+        let segments = [Segment::new(bytes.as_mut_ptr(), bytes.len())];
+        let read = Io::rw(Op::Read, Tag(0), 0, 512, &segments);
+        // SAFETY: the memory outlives the ring's last completion, below.
+        assert!(matches!(unsafe { channel.submit(read) }, Submit::Queued));
+        assert_eq!((channel.unsubmitted, channel.wait()), (1, Wait::Poll));
+        // The kernel has not taken it when the ring is looked at, as if it had refused it before.
+        let mut done = [Completion { tag: Tag(9), status: Status::Ok }; 1];
+        assert_eq!(channel.reap(&mut done), 1, "the waiting one, in the read's name");
+        assert_eq!((channel.unsubmitted, channel.wait()), (0, Wait::Event));
+        channel.ring.submit_and_wait(1).unwrap();
+        assert_eq!(channel.ring.completion().count(), 1, "the read itself");
+        drop(bytes);
+    }
 }

@@ -1,10 +1,8 @@
 //! A reactor's clock, and what made its longest turn.
-#![expect(unsafe_code, reason = "reads the time-stamp counter")]
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+
+use super::{read_tsc, ticks_per_second};
 
 /// Something in a turn that can make it long. A turn of none of these, and long all the same, was
 /// made so by somebody else: the system took the processor away, or a page of the guest's away.
@@ -161,35 +159,6 @@ impl Default for Turn {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// The time-stamp counter.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[must_use]
-pub fn read_tsc() -> u64 {
-    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
-/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
-#[cfg(not(target_arch = "x86_64"))]
-#[must_use]
-pub fn read_tsc() -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
-}
-
-/// How fast [`read_tsc`] counts, measured once over 10 ms.
-#[must_use]
-pub fn ticks_per_second() -> u64 {
-    static TICKS: OnceLock<u64> = OnceLock::new();
-    *TICKS.get_or_init(|| {
-        let (start, ticks) = (Instant::now(), read_tsc());
-        thread::sleep(Duration::from_millis(10));
-        let ticks = read_tsc() - ticks;
-        (ticks as f64 / start.elapsed().as_secs_f64()) as u64
-    })
 }
 
 #[cfg(test)]

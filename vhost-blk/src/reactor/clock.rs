@@ -1,0 +1,248 @@
+//! The time-stamp counter, and how fast it counts.
+#![expect(unsafe_code, reason = "reads the time-stamp counter")]
+
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a measurement takes. Its error is a few nanoseconds of this: less than one in 10^5.
+const MEASURED_FOR: Duration = Duration::from_millis(10);
+/// How often both clocks are read at either end of a measurement.
+const READINGS: usize = 64;
+/// What a processor's time-stamp counter may count in a second. Anything else is a mistake of who says
+/// so.
+#[cfg(target_arch = "x86_64")]
+const PLAUSIBLE: std::ops::RangeInclusive<u64> = 100_000_000..=20_000_000_000;
+
+/// The time-stamp counter.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
+#[cfg(not(target_arch = "x86_64"))]
+#[must_use]
+pub fn read_tsc() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// How fast [`read_tsc`] counts: as the processor or the hypervisor says, else measured once.
+#[must_use]
+pub fn ticks_per_second() -> u64 {
+    static TICKS: OnceLock<u64> = OnceLock::new();
+    *TICKS.get_or_init(|| stated().unwrap_or_else(|| measured(&mut System)))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn stated() -> Option<u64> {
+    Some(1_000_000_000)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn stated() -> Option<u64> {
+    stated_by(|leaf| {
+        let core::arch::x86_64::CpuidResult { eax, ebx, ecx, .. } =
+            core::arch::x86_64::__cpuid(leaf);
+        [eax, ebx, ecx]
+    })
+}
+
+/// What CPUID says of the counter's frequency. `cpuid` answers with EAX, EBX and ECX.
+///
+/// Leaf 0x16 has the nominal frequency in whole megahertz, which a measurement betters by far.
+#[cfg(target_arch = "x86_64")]
+fn stated_by(cpuid: impl Fn(u32) -> [u32; 3]) -> Option<u64> {
+    /// Ratio of the counter to the core crystal, and the crystal's frequency.
+    const CRYSTAL: u32 = 0x15;
+    /// The hypervisors' highest leaf, and the one with the counter's frequency in kHz (VMware's, which
+    /// others have taken over).
+    const HYPERVISOR: u32 = 0x4000_0000;
+    const HYPERVISOR_KHZ: u32 = 0x4000_0010;
+    const IS_GUEST: u32 = 1 << 31;
+
+    let [highest, ..] = cpuid(0);
+    let [.., features] = cpuid(1);
+    let by_hypervisor = || {
+        let [highest, ..] = cpuid(HYPERVISOR);
+        if features & IS_GUEST == 0 || !(HYPERVISOR_KHZ..HYPERVISOR + 0x100).contains(&highest) {
+            return None;
+        }
+        Some(u64::from(cpuid(HYPERVISOR_KHZ)[0]) * 1000)
+    };
+    let by_crystal = || {
+        let [denominator, numerator, hertz] =
+            if highest < CRYSTAL { [0; 3] } else { cpuid(CRYSTAL) };
+        (u64::from(hertz) * u64::from(numerator)).checked_div(denominator.into())
+    };
+    // The hypervisor first: it may scale the counter.
+    let plausible = |ticks: &u64| PLAUSIBLE.contains(ticks);
+    by_hypervisor().filter(plausible).or_else(|| by_crystal().filter(plausible))
+}
+
+/// The two clocks that are compared.
+trait Clocks {
+    fn ticks(&mut self) -> u64;
+    fn nanoseconds(&mut self) -> u64;
+    fn sleep(&mut self, time: Duration);
+}
+
+struct System;
+
+impl Clocks for System {
+    fn ticks(&mut self) -> u64 {
+        read_tsc()
+    }
+
+    fn nanoseconds(&mut self) -> u64 {
+        static START: OnceLock<Instant> = OnceLock::new();
+        START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+    }
+
+    fn sleep(&mut self, time: Duration) {
+        thread::sleep(time);
+    }
+}
+
+/// Compares the clocks over a while.
+fn measured(clocks: &mut impl Clocks) -> u64 {
+    let (first_ticks, first_ns) = reading(clocks);
+    clocks.sleep(MEASURED_FOR);
+    let (last_ticks, last_ns) = reading(clocks);
+    let (ticks, ns) = (last_ticks.saturating_sub(first_ticks), last_ns.saturating_sub(first_ns));
+    // Not 0, by which others divide.
+    ((u128::from(ticks) * 1_000_000_000 / u128::from(ns.max(1))) as u64).max(1)
+}
+
+/// What both clocks say at the same time. Who is preempted between reading the one and the other would
+/// take different times for the same: so the counter is read before and after the clock, and of several
+/// readings the one with the least between these two counts.
+fn reading(clocks: &mut impl Clocks) -> (u64, u64) {
+    let once = |_| [clocks.ticks(), clocks.nanoseconds(), clocks.ticks()];
+    let tightest = (0..READINGS).map(once).min_by_key(|[a, _, b]| b.wrapping_sub(*a));
+    let [before, nanoseconds, after] = tightest.expect("there are several");
+    (before + after.wrapping_sub(before) / 2, nanoseconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERTZ: u64 = 2_596_000_000;
+
+    /// Time that passes as it is told to: so much with each reading, and more with some.
+    struct Scripted {
+        ns: u64,
+        readings: u64,
+        /// A preemption of 5 ms comes with each reading for which this holds.
+        preempted: fn(u64) -> bool,
+    }
+
+    impl Scripted {
+        fn pass(&mut self) {
+            self.readings += 1;
+            self.ns += 20 + if (self.preempted)(self.readings) { 5_000_000 } else { 0 };
+        }
+    }
+
+    impl Clocks for Scripted {
+        fn ticks(&mut self) -> u64 {
+            self.pass();
+            (u128::from(self.ns) * u128::from(HERTZ) / 1_000_000_000) as u64
+        }
+
+        fn nanoseconds(&mut self) -> u64 {
+            self.pass();
+            self.ns
+        }
+
+        fn sleep(&mut self, time: Duration) {
+            self.ns += time.as_nanos() as u64;
+        }
+    }
+
+    #[test]
+    fn a_preemption_falsifies_nothing() {
+        let scripts: [(&str, fn(u64) -> bool); 5] = [
+            ("none", |_| false),
+            ("in the first reading", |n| n == 2),
+            ("in all but one of either end", |n| (n - 1) / 3 % READINGS as u64 != 7),
+            ("between the ends", |n| n == 3 * READINGS as u64 + 1),
+            ("in the last reading", |n| n == 6 * READINGS as u64),
+        ];
+        for (what, preempted) in scripts {
+            let ticks = measured(&mut Scripted { ns: 1_000, readings: 0, preempted });
+            let off = ticks.abs_diff(HERTZ);
+            assert!(off < HERTZ / 100_000, "{what}: {ticks}");
+        }
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_is_no_reason_to_divide_by_nothing() {
+        struct Still;
+        impl Clocks for Still {
+            fn ticks(&mut self) -> u64 {
+                7
+            }
+            fn nanoseconds(&mut self) -> u64 {
+                7
+            }
+            fn sleep(&mut self, _time: Duration) {}
+        }
+        assert_eq!(measured(&mut Still), 1);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn what_the_processor_and_the_hypervisor_say_counts_if_it_can_be_true() {
+        const GUEST: u32 = 1 << 31;
+        type Leaves = [[u32; 3]; 5];
+        let cpuid = |leaves: Leaves| {
+            stated_by(move |leaf| match leaf {
+                0 => leaves[0],
+                1 => leaves[1],
+                0x15 => leaves[2],
+                0x4000_0000 => leaves[3],
+                0x4000_0010 => leaves[4],
+                other => panic!("leaf {other:#x}"),
+            })
+        };
+        let crystal = [2, 216, 24_000_000];
+        let vmware = [0x4000_0010, 0, 0];
+        for (leaves, want) in [
+            // Bare metal.
+            ([[0x16, 0, 0], [0, 0, 0], crystal, [0; 3], [0; 3]], Some(2_592_000_000)),
+            ([[0x16, 0, 0], [0, 0, 0], [2, 216, 0], [0; 3], [0; 3]], None),
+            ([[0x16, 0, 0], [0, 0, 0], [0, 216, 24_000_000], [0; 3], [0; 3]], None),
+            ([[0x14, 0, 0], [0, 0, 0], crystal, [0; 3], [0; 3]], None),
+            // What a leaf that is not there answers with on some processors.
+            ([[0x16, 0, 0], [0, 0, 0], [0; 3], vmware, [3_000_000, 0, 0]], None),
+            // Guests.
+            (
+                [[0x16, 0, 0], [0, 0, GUEST], crystal, vmware, [3_000_000, 0, 0]],
+                Some(3_000_000_000),
+            ),
+            ([[0x10, 0, 0], [0, 0, GUEST], [0; 3], vmware, [2_596_000, 0, 0]], Some(HERTZ)),
+            ([[0x16, 0, 0], [0, 0, GUEST], crystal, vmware, [0; 3]], Some(2_592_000_000)),
+            (
+                [[0x16, 0, 0], [0, 0, GUEST], crystal, [0x4000_0001, 0, 0], [9; 3]],
+                Some(2_592_000_000),
+            ),
+            ([[0x10, 0, 0], [0, 0, GUEST], [0; 3], vmware, [7, 0, 0]], None),
+            ([[0x10, 0, 0], [0, 0, GUEST], [0; 3], [u32::MAX, 0, 0], [3_000_000, 0, 0]], None),
+        ] {
+            assert_eq!(cpuid(leaves), want, "{leaves:x?}");
+        }
+    }
+
+    /// Whoever says it, it is how fast the counter counts.
+    #[test]
+    fn a_second_has_so_many_ticks() {
+        let (said, measured) = (ticks_per_second(), measured(&mut System));
+        assert!(said.abs_diff(measured) < said / 1_000, "{said}, and {measured} measured");
+    }
+}
