@@ -1,4 +1,4 @@
-//! How much memory the system, and the control group we are in, can spare.
+//! How much memory the system, and the control groups we are in, can spare.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ const SPARE: u64 = 64 << 20;
 /// # Errors
 /// [`Error::NoMemory`] with both numbers. If the kernel does not tell, that is no error.
 pub(crate) fn check(size: u64) -> Result<(), Error> {
-    let Some(available) = [system(), control_group()].into_iter().flatten().min() else {
+    let Some(available) = [system(), control_groups()].into_iter().flatten().min() else {
         return Ok(());
     };
     if size.saturating_add(SPARE) > available {
@@ -32,22 +32,100 @@ fn system() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The least that any group from ours to the root leaves, with version 2 of control groups.
-fn control_group() -> Option<u64> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let root = Path::new("/sys/fs/cgroup");
-    let own: PathBuf = root.join(path);
-    own.ancestors().take_while(|dir| dir.starts_with(root)).filter_map(left_in).min()
+/// The least that any group from ours to the root leaves, in either version of control groups.
+fn control_groups() -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(Path::new("/proc/self").join(name)).ok();
+    least_left(&read("cgroup")?, &read("mountinfo")?)
 }
 
-/// `None` if the group has no limit.
-fn left_in(dir: &Path) -> Option<u64> {
-    let number = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
-    let left = number("memory.max")?.saturating_sub(number("memory.current")?);
+/// As [`control_groups`], by the process's `cgroup` and `mountinfo` files.
+fn least_left(groups: &str, mounts: &str) -> Option<u64> {
+    let hierarchy = |version| {
+        let (mount, group) = (mount_of(version, mounts)?, group_in(version, groups)?);
+        let own = mount.directory_of(group);
+        let all = own.ancestors().take_while(|dir| dir.starts_with(&mount.point));
+        all.filter_map(|dir| left_in(version, dir, dir == own)).min()
+    };
+    [Version::One, Version::Two].into_iter().filter_map(hierarchy).min()
+}
+
+/// Of control groups. A memory controller is in one of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// Where a hierarchy of groups is mounted, and which group that is: not the root in a container.
+#[derive(Debug)]
+struct Mount {
+    point: PathBuf,
+    root: PathBuf,
+}
+
+impl Mount {
+    /// Where a group is. One that is not below the mount is taken for the mounted one, which is the
+    /// nearest that can be seen.
+    fn directory_of(&self, group: &str) -> PathBuf {
+        match Path::new(group).strip_prefix(&self.root) {
+            Ok(below) if !group.split('/').any(|part| part == "..") => self.point.join(below),
+            _ => self.point.clone(),
+        }
+    }
+}
+
+/// The hierarchy with the memory controller; proc(5) says what a line of `mountinfo` is.
+fn mount_of(version: Version, mounts: &str) -> Option<Mount> {
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut after = after.split(' ');
+        let (kind, options) = (after.next()?, after.nth(1)?);
+        let right = match version {
+            Version::One => kind == "cgroup" && options.split(',').any(|o| o == "memory"),
+            Version::Two => kind == "cgroup2",
+        };
+        let mut before = before.split(' ').skip(3);
+        let (root, point) = (before.next()?, before.next()?);
+        right.then(|| Mount { point: point.into(), root: root.into() })
+    })
+}
+
+/// Our group in the hierarchy with the memory controller; cgroups(7) says what a line of `cgroup` is.
+fn group_in(version: Version, groups: &str) -> Option<&str> {
+    groups.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (number, controllers, group) = (parts.next()?, parts.next()?, parts.next()?);
+        let right = match version {
+            Version::One => controllers.split(',').any(|c| c == "memory"),
+            Version::Two => number == "0" && controllers.is_empty(),
+        };
+        right.then_some(group)
+    })
+}
+
+/// What a group leaves, `own` being the one that we are in. `None` if it has no limit for us.
+fn left_in(version: Version, dir: &Path, own: bool) -> Option<u64> {
+    let text = |name: &str| fs::read_to_string(dir.join(name)).ok();
+    let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
+    let stat = text("memory.stat").unwrap_or_default();
+    let (limit, used, reclaimable) = match version {
+        Version::One => {
+            // Before Linux 5.11, a group may leave those below alone.
+            if !own && number("memory.use_hierarchy") == Some(0) {
+                return None;
+            }
+            // The second is the least of the ancestors', which a container does not see.
+            let limits = [
+                number("memory.limit_in_bytes"),
+                field(&stat, "hierarchical_memory_limit").filter(|_| own),
+            ];
+            (limits.into_iter().flatten().min()?, "memory.usage_in_bytes", "total_inactive_file")
+        }
+        Version::Two => (number("memory.max")?, "memory.current", "inactive_file"),
+    };
+    let left = limit.saturating_sub(number(used)?);
     // File pages that nobody uses are given up before anybody is killed.
-    let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
-    Some(left.saturating_add(field(&stat, "inactive_file").unwrap_or(0)))
+    Some(left.saturating_add(field(&stat, reclaimable).unwrap_or(0)))
 }
 
 /// The number after `name` at the start of a line.
@@ -61,6 +139,10 @@ fn field(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tempfile::TempDir;
+
+    /// Version 1's "no limit".
+    const NONE: &str = "9223372036854771712";
 
     #[test]
     fn more_than_the_system_has_is_refused() {
@@ -70,16 +152,126 @@ mod tests {
         assert!(matches!(check(u64::MAX), Err(Error::NoMemory(_))));
     }
 
+    /// A directory with what a kernel shows of groups.
+    struct Tree {
+        dir: TempDir,
+        mounts: String,
+    }
+
+    impl Tree {
+        fn new() -> Self {
+            // Others are mounted, too.
+            let mounts = "24 29 0:22 / /proc rw,nosuid - proc proc rw\n\
+                          31 30 0:27 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu\n";
+            Self { dir: tempfile::tempdir().unwrap(), mounts: mounts.into() }
+        }
+
+        /// Mounts a hierarchy, whose group `root` is what is mounted, at `name`.
+        fn mount(&mut self, name: &str, root: &str, kind: &str, options: &str) {
+            let point = self.dir.path().join(name);
+            let point = point.display();
+            // Optional fields come before the dash, any number of them.
+            self.mounts += &format!(
+                "32 30 0:28 {root} {point} rw,relatime shared:10 master:2 - {kind} x {options}\n"
+            );
+        }
+
+        /// A group with its files.
+        fn group(&self, path: &str, files: &[(&str, &str)]) {
+            let dir = self.dir.path().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            files.iter().for_each(|(name, text)| fs::write(dir.join(name), text).unwrap());
+        }
+
+        fn one(&self, path: &str, limit: &str, usage: &str, more: &[(&str, &str)]) {
+            self.group(path, &[("memory.limit_in_bytes", limit), ("memory.usage_in_bytes", usage)]);
+            self.group(path, more);
+        }
+
+        fn two(&self, path: &str, limit: &str, usage: &str, more: &[(&str, &str)]) {
+            self.group(path, &[("memory.max", limit), ("memory.current", usage)]);
+            self.group(path, more);
+        }
+
+        fn left(&self, groups: &str) -> Option<u64> {
+            least_left(groups, &self.mounts)
+        }
+    }
+
     #[test]
-    fn a_group_without_a_limit_has_none_and_one_with_a_limit_says_what_is_left() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        write("memory.max", "max\n");
-        write("memory.current", "700\n");
-        assert_eq!(left_in(dir.path()), None);
-        write("memory.max", "1000\n");
-        assert_eq!(left_in(dir.path()), Some(300));
-        write("memory.stat", "anon 5\ninactive_file 50\n");
-        assert_eq!(left_in(dir.path()), Some(350));
+    fn version_1_from_our_group_to_the_root() {
+        let mut tree = Tree::new();
+        tree.mount("memory", "/", "cgroup", "rw,memory");
+        let groups = "9:name=systemd:/x\n4:memory:/a/b\n1:cpu,cpuacct:/c\n0::/\n";
+        assert_eq!(tree.left(groups), None, "no such files");
+        tree.one("memory", NONE, "9000", &[]);
+        tree.one("memory/a", NONE, "5000\n", &[]);
+        tree.one("memory/a/b", "1000\n", "300\n", &[]);
+        assert_eq!(tree.left(groups), Some(700));
+        tree.one("memory/a", "5600", "5000", &[]);
+        assert_eq!(tree.left(groups), Some(600), "an ancestor leaves less");
+        // Own pages are not all: a group's usage is that of all below it.
+        tree.group("memory/a", &[("memory.stat", "inactive_file 1\ntotal_inactive_file 50\n")]);
+        assert_eq!(tree.left(groups), Some(650));
+        tree.group("memory/a", &[("memory.use_hierarchy", "0\n")]);
+        assert_eq!(tree.left(groups), Some(700), "it does not count what is below");
+        tree.group("memory/a", &[("memory.use_hierarchy", "1\n")]);
+        tree.group("memory/a/b", &[("memory.use_hierarchy", "0\n")]);
+        assert_eq!(tree.left(groups), Some(650), "it counts itself");
+        tree.one("memory/a/b", "1000", "2000", &[]);
+        assert_eq!(tree.left(groups), Some(0), "a limit below what is used");
+        assert_eq!(tree.left("4:memory:/a\n"), Some(650), "those beside and below do not matter");
+    }
+
+    #[test]
+    fn version_2_from_our_group_to_the_root() {
+        let mut tree = Tree::new();
+        tree.mount("cgroup", "/", "cgroup2", "rw,nsdelegate");
+        let groups = "0::/a/b\n";
+        assert_eq!(tree.left(groups), None);
+        tree.two("cgroup/a", "max", "5000", &[]);
+        tree.two("cgroup/a/b", "max", "700", &[]);
+        assert_eq!(tree.left(groups), None, "no limit");
+        tree.two("cgroup/a/b", "1000\n", "700\n", &[]);
+        assert_eq!(tree.left(groups), Some(300));
+        tree.group("cgroup/a/b", &[("memory.stat", "anon 5\ninactive_file 50\n")]);
+        assert_eq!(tree.left(groups), Some(350));
+        tree.two("cgroup/a", "5100", "5000", &[]);
+        assert_eq!(tree.left(groups), Some(100));
+    }
+
+    /// As systemd's hybrid mode: version 2 is mounted, and has no memory controller.
+    #[test]
+    fn the_hierarchy_with_the_memory_controller_counts() {
+        let mut tree = Tree::new();
+        tree.mount("unified", "/", "cgroup2", "rw");
+        tree.mount("cpu,memory", "/", "cgroup", "rw,cpu,memory");
+        tree.group("unified/u", &[("cgroup.procs", "1")]);
+        tree.one("cpu,memory/a", "1000", "1", &[]);
+        let groups = "4:cpu,memory:/a\n0::/u\n";
+        assert_eq!(tree.left(groups), Some(999));
+        tree.two("unified/u", "500", "1", &[]);
+        assert_eq!(tree.left(groups), Some(499));
+    }
+
+    #[test]
+    fn containers_see_a_part_of_the_hierarchy() {
+        let mut tree = Tree::new();
+        tree.mount("memory", "/docker/1", "cgroup", "rw,memory");
+        let stat = ("memory.stat", "cache 1\nhierarchical_memory_limit 1500\n");
+        tree.one("memory", "2000", "1000", &[]);
+        tree.one("memory/x", NONE, "1000", &[stat]);
+        for (group, left) in [
+            ("/docker/1/x", Some(500)),
+            ("/docker/1", Some(1000)),
+            // Of a namespace: what is above cannot be named, and what is not below the mount is seen as
+            // that.
+            ("/", Some(1000)),
+            ("/../2", Some(1000)),
+            ("/docker/1/../2", Some(1000)),
+            ("/docker/12", Some(1000)),
+        ] {
+            assert_eq!(tree.left(&format!("4:memory:{group}\n")), left, "{group}");
+        }
     }
 }

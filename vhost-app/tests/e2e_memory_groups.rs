@@ -1,0 +1,105 @@
+//! The real `vhost` in a control group with less memory than the system has: a malloc disk that does
+//! not fit is refused, and what is there lives on.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod harness;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use harness::{Refusal, Vhost};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+const LIMIT: u64 = 256 * MIB;
+
+/// A group of our own, which goes with the value.
+struct Group(PathBuf);
+
+impl Group {
+    /// Below the group that we are in, in the hierarchy mounted at `root`. Says why if there is none
+    /// to be had.
+    fn new(root: &str, own: &str, limit_file: &str) -> Result<Self, String> {
+        let parent = Path::new(root).join(own.trim_start_matches('/'));
+        let dir = parent.join(format!("vhost-test-{}", std::process::id()));
+        let says = |what: &Path, e: std::io::Error| format!("{}: {e}", what.display());
+        fs::create_dir(&dir).map_err(|e| says(&dir, e))?;
+        let group = Self(dir);
+        let limit = group.0.join(limit_file);
+        // Not a file that is made: the group has its own.
+        if !limit.exists() {
+            return Err(format!("{}: the group has no memory controller", limit.display()));
+        }
+        fs::write(&limit, LIMIT.to_string()).map_err(|e| says(&limit, e))?;
+        Ok(group)
+    }
+
+    fn take(&self, pid: u32) {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The group that this process is in, by what precedes it in its line of /proc/self/cgroup.
+fn own_group(is_it: impl Fn(&str) -> bool) -> Result<String, String> {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let line = text.lines().find(|line| is_it(line)).ok_or("no such hierarchy")?;
+    Ok(line.splitn(3, ':').nth(2).unwrap().to_owned())
+}
+
+/// Where a hierarchy is mounted, whole.
+fn mounted(is_it: impl Fn(&str) -> bool) -> Result<String, String> {
+    let text = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = text.lines().find(|line| is_it(line)).ok_or("no such hierarchy is mounted")?;
+    Ok(line.split(' ').nth(1).unwrap().to_owned())
+}
+
+fn malloc(vhost: &Vhost, name: &str, mib: u64) -> Result<Value, Refusal> {
+    let blocks = mib * MIB / 512;
+    vhost.rpc("bdev_malloc_create", json!({"name": name, "num_blocks": blocks, "block_size": 512}))
+}
+
+fn a_disk_that_does_not_fit_is_refused(group: Result<Group, String>) {
+    let group = match group {
+        Ok(group) => group,
+        Err(reason) => return println!("not run: {reason}"),
+    };
+    let vhost = Vhost::start(&[]);
+    group.take(vhost.pid());
+    assert!(malloc(&vhost, "fits", 64).is_ok());
+    let refused = Refusal::new(-12, "Cannot allocate memory");
+    assert_eq!(malloc(&vhost, "large", 1024), Err(refused.clone()), "more than the limit");
+    assert_eq!(malloc(&vhost, "rest", 200), Err(refused), "more than what is left of it");
+    assert!(malloc(&vhost, "fits too", 64).is_ok());
+    assert_eq!(vhost.bdev_names(), ["fits", "fits too"]);
+    assert_eq!(vhost.stop(), 0);
+}
+
+#[test]
+fn a_disk_that_does_not_fit_is_refused_in_version_1() {
+    let group = || {
+        let root = mounted(|line| {
+            let mut words = line.split(' ').skip(2);
+            words.next() == Some("cgroup")
+                && words.next().is_some_and(|options| options.split(',').any(|o| o == "memory"))
+        })?;
+        let own = own_group(|line| line.splitn(3, ':').nth(1) == Some("memory"))?;
+        Group::new(&root, &own, "memory.limit_in_bytes")
+    };
+    a_disk_that_does_not_fit_is_refused(group());
+}
+
+#[test]
+fn a_disk_that_does_not_fit_is_refused_in_version_2() {
+    let group = || {
+        let root = mounted(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+        let own = own_group(|line| line.starts_with("0::"))?;
+        Group::new(&root, &own, "memory.max")
+    };
+    a_disk_that_does_not_fit_is_refused(group());
+}
