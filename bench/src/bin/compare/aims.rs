@@ -223,7 +223,7 @@ mod tests {
             counts: None,
             kept_waiting: 0.0,
         };
-        let samples = p50_ns.iter().map(sample).collect();
+        let samples = p50_ns.iter().map(sample).map(Some).collect();
         let (disk, rw, bs) = (DiskKind::Null, Workload::Randread, Size::K4);
         Findings {
             servers: kinds.iter().map(|&kind| Spec::new("s", kind, "s")).collect(),

@@ -90,7 +90,8 @@ impl Modes {
 /// Measures every mode of every server.
 ///
 /// # Errors
-/// A server fails otherwise than by refusing an option.
+/// A server does not start for another reason than an option that it refuses, or somebody wants all of it
+/// to end.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,
@@ -127,7 +128,9 @@ pub(crate) fn measure(
                 progress(&format!("idle CPU of {}, {}", modes.server.name, disk.disk.name()));
                 interrupt.check()?;
                 let name = disk.disk.name();
-                disk.cpu = Some(fleet.with(index, |server| idle_share(server, name, interrupt))?);
+                let share = fleet.with(index, |server| idle_share(server, name, interrupt));
+                let case = format!("idle CPU, {}, {name}", modes.mode.name());
+                disk.cpu = findings.failures.keep(&modes.server, case, share, interrupt)?;
             }
         }
     }
@@ -135,7 +138,10 @@ pub(crate) fn measure(
         for run in 0..options.runs() {
             progress(&format!("latency after idle, run {}", run + 1));
             for (index, modes) in found.iter_mut().enumerate() {
-                fleet.with(index, |server| latencies(server, perf, &mut modes.disks, interrupt))?;
+                let result = fleet
+                    .with(index, |server| latencies(server, perf, &mut modes.disks, interrupt));
+                let case = format!("latency after idle, {}", modes.mode.name());
+                findings.failures.keep(&modes.server, case, result, interrupt)?;
             }
         }
     }

@@ -8,6 +8,7 @@
 mod aims;
 mod cells;
 mod counters;
+mod failures;
 mod idle;
 mod measure;
 mod neighbours;
@@ -19,13 +20,14 @@ mod report;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bench::publish::{append, beside, progress, save};
 use bench::servers::{Disk, Interrupt, Kind, Spec};
 use clap::Parser;
 
 use crate::cells::{Cell, DiskKind};
 use crate::counters::Counters;
+use crate::failures::Failures;
 use crate::idle::Modes;
 use crate::measure::{Fleet, Measured};
 use crate::neighbours::Neighbours;
@@ -41,6 +43,7 @@ struct Findings {
     cells: Vec<Measured>,
     neighbours: Vec<Neighbours>,
     modes: Vec<Modes>,
+    failures: Failures,
 }
 
 fn main() -> ExitCode {
@@ -55,7 +58,13 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let interrupt = Interrupt::install()?;
-    let findings = find(options, &interrupt)?;
+    let (servers, notes) = options.servers()?;
+    let mut findings = Findings { servers, notes, ..Findings::default() };
+    let found = find(&mut findings, options, &interrupt);
+    interrupt.check()?;
+    if let Err(error) = &found {
+        findings.notes.push(format!("not measured to the end: {error:#}"));
+    }
     let text = report::markdown(&findings, options)?;
     print!("{text}");
     let out = match &options.out {
@@ -67,16 +76,19 @@ fn run(options: &Options) -> Result<()> {
     if !findings.cells.is_empty() {
         save(&out.join("compare.svg"), &plot::svg(&findings)?)?;
     }
+    found?;
     if let Some(path) = &options.results {
         append(path, &text)?;
+    }
+    let ours = findings.failures.ours();
+    if !ours.is_empty() {
+        bail!("{}", ours.join("\n"));
     }
     Ok(())
 }
 
 /// Measures what `options` ask for.
-fn find(options: &Options, interrupt: &Interrupt) -> Result<Findings> {
-    let (servers, notes) = options.servers()?;
-    let mut findings = Findings { servers, notes, ..Findings::default() };
+fn find(findings: &mut Findings, options: &Options, interrupt: &Interrupt) -> Result<()> {
     let perf = Perf {
         program: options.perf()?,
         core: options.load_core,
@@ -92,16 +104,16 @@ fn find(options: &Options, interrupt: &Interrupt) -> Result<Findings> {
         needs_file.then(|| measure::data_file(&options.file_dir, options.file_mib)).transpose()?;
     let path = file.as_ref().map_or(Path::new(""), |file| file.path());
     if !cells.is_empty() {
-        measure_cells(&mut findings, options, &perf, &cells, path, interrupt)?;
+        measure_cells(findings, options, &perf, &cells, path, interrupt)?;
     }
     if options.wants(Case::IdleNeighbours) {
-        neighbours::measure(&mut findings, options, &perf, interrupt)?;
+        neighbours::measure(findings, options, &perf, interrupt)?;
     }
     if idle {
         let disks: Vec<Disk> = idle_disks.iter().map(|disk| disk.disk(path)).collect();
-        idle::measure(&mut findings, options, &perf, &disks, interrupt)?;
+        idle::measure(findings, options, &perf, &disks, interrupt)?;
     }
-    Ok(findings)
+    Ok(())
 }
 
 fn measure_cells(
@@ -146,7 +158,9 @@ fn measure_cells(
     for (done, &cell) in cells.iter().enumerate() {
         progress(&format!("{}/{}: {cell}", done + 1, cells.len()));
         let counters = counters.as_ref();
-        let measured = measure::measure(&mut fleet, perf, cell, runs, core, counters, interrupt)?;
+        let failures = &mut findings.failures;
+        let measured =
+            measure::measure(&mut fleet, perf, cell, runs, core, counters, failures, interrupt)?;
         findings.cells.push(measured);
     }
     progress("");

@@ -11,6 +11,7 @@ use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Sprea
 
 use crate::cells::{Cell, DiskKind};
 use crate::counters::{Counters, Counts};
+use crate::failures::Failures;
 use crate::perf::{Figures, Perf};
 
 /// Bytes that a disk is filled with at once.
@@ -85,8 +86,8 @@ pub(crate) struct Sample {
 #[derive(Clone, Debug)]
 pub(crate) struct Alternation {
     pub(crate) round_trip_ns: f64,
-    /// In the servers' order.
-    pub(crate) samples: Vec<Sample>,
+    /// In the servers' order; `None` of one that has failed.
+    pub(crate) samples: Vec<Option<Sample>>,
 }
 
 /// All runs of a cell.
@@ -99,13 +100,15 @@ pub(crate) struct Measured {
 impl Measured {
     /// A figure of `server`, one from each alternation.
     pub(crate) fn of(&self, server: usize, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
-        Spread::of(self.alternations.iter().map(|a| figure(&a.samples[server].figures)))
+        let of = |a: &Alternation| Some(figure(&a.samples[server].as_ref()?.figures));
+        Spread::of(self.alternations.iter().filter_map(of))
     }
 
     /// Its median latency in round trips.
     pub(crate) fn trips(&self, server: usize) -> Option<Spread> {
-        let pair = |a: &Alternation| (a.samples[server].figures.p50_ns, a.round_trip_ns);
-        Spread::of_ratios(self.alternations.iter().map(pair))
+        let pair =
+            |a: &Alternation| Some((a.samples[server].as_ref()?.figures.p50_ns, a.round_trip_ns));
+        Spread::of_ratios(self.alternations.iter().filter_map(pair))
     }
 
     /// A figure of server `of` divided by that of server `to`.
@@ -115,8 +118,9 @@ impl Measured {
         to: usize,
         figure: impl Fn(&Figures) -> f64,
     ) -> Option<Spread> {
-        let figure = |a: &Alternation, server: usize| figure(&a.samples[server].figures);
-        Spread::of_ratios(self.alternations.iter().map(|a| (figure(a, of), figure(a, to))))
+        let figure = |sample: &Option<Sample>| Some(figure(&sample.as_ref()?.figures));
+        let pair = |a: &Alternation| Some((figure(&a.samples[of])?, figure(&a.samples[to])?));
+        Spread::of_ratios(self.alternations.iter().filter_map(pair))
     }
 
     /// Something of `server` that a request cost, where it is known in every run.
@@ -126,17 +130,18 @@ impl Measured {
         cost: impl Fn(&Sample) -> Option<f64>,
     ) -> Option<Vec<f64>> {
         let per_request = |a: &Alternation| {
-            let sample = &a.samples[server];
+            let sample = a.samples[server].as_ref()?;
             Some(cost(sample)? / sample.figures.completed)
         };
         self.alternations.iter().map(per_request).collect()
     }
 }
 
-/// Measures `cell` `runs` times on each server.
+/// Measures `cell` `runs` times on each server. One that fails, or whose run finds errors, is left out
+/// of the runs that follow.
 ///
 /// # Errors
-/// A run fails, or finds errors.
+/// The round trip cannot be measured, or somebody wants all of it to end.
 pub(crate) fn measure(
     fleet: &mut Fleet,
     perf: &Perf,
@@ -144,8 +149,10 @@ pub(crate) fn measure(
     runs: usize,
     server_core: usize,
     counters: Option<&Counters>,
+    failures: &mut Failures,
     interrupt: &Interrupt,
 ) -> Result<Measured> {
+    let mut failed = vec![false; fleet.len()];
     let mut alternations = Vec::with_capacity(runs);
     for run in 0..runs {
         let round_trip_ns = perf.round_trip_ns(server_core)?;
@@ -154,13 +161,15 @@ pub(crate) fn measure(
             // Each server is the first one now and then.
             let index = (run + turn) % fleet.len();
             interrupt.check()?;
+            if failed[index] {
+                continue;
+            }
             let sample = fleet.with(index, |server| sample(server, perf, &cell, counters));
-            // A run that was interrupted has failed for that reason only.
-            interrupt.check()?;
-            samples[index] = Some(sample?);
+            let spec = &fleet.get(index).spec;
+            samples[index] = failures.keep(spec, cell, sample, interrupt)?;
+            failed[index] = samples[index].is_none();
         }
-        alternations
-            .push(Alternation { round_trip_ns, samples: samples.into_iter().flatten().collect() });
+        alternations.push(Alternation { round_trip_ns, samples });
     }
     Ok(Measured { cell, alternations })
 }

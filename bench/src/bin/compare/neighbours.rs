@@ -46,7 +46,8 @@ impl Neighbours {
 /// Measures it for each server whose controllers can be made by RPC.
 ///
 /// # Errors
-/// A server fails, or refuses that many connections.
+/// A server does not start, or somebody wants all of it to end. One that fails, or refuses that many
+/// connections, is a finding.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,
@@ -70,7 +71,7 @@ pub(crate) fn measure(
             p50_ns: Vec::new(),
         };
         let mut found: Vec<Neighbours> = kinds.iter().map(new).collect();
-        fleet.with(0, |server| {
+        let result = fleet.with(0, |server| {
             server.bdev("null", IDLE_BDEV)?;
             for n in 0..options.neighbours {
                 server.controller(&name(n), IDLE_BDEV)?;
@@ -87,7 +88,9 @@ pub(crate) fn measure(
                 }
             }
             Ok(())
-        })?;
+        });
+        let case = format!("{} idle neighbours", options.neighbours);
+        findings.failures.keep(&spec, case, result, interrupt)?;
         findings.neighbours.extend(found);
     }
     progress("");
@@ -130,8 +133,10 @@ impl Idle {
             queues[0].run(&Request::read(0, &[ram.alloc(4096, 4096)?]))?;
             Ok((front_end, queues))
         };
-        let guests = (0..count).map(guest).collect::<bench::Result<_>>();
-        Ok(Self { guests: guests.context("cannot connect idle guests")? })
+        let said = |n: usize| {
+            guest(n).with_context(|| format!("cannot connect idle guest {} of {count}", n + 1))
+        };
+        Ok(Self { guests: (0..count).map(said).collect::<Result<_>>()? })
     }
 
     fn disconnect(self) -> Result<()> {

@@ -40,6 +40,7 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         ("CPU per I/O of the file disk", costs(findings)),
         ("Beside idle controllers", neighbours(findings)),
         ("Idle", idle(findings)),
+        ("Failed", findings.failures.table()),
     ] {
         if !table.is_empty() {
             writeln!(text, "### {title}\n\n{table}")?;
@@ -56,7 +57,8 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
 fn conditions(cells: &[Measured]) -> String {
     let alternations = || cells.iter().flat_map(|measured| &measured.alternations);
     let trips = Spread::of(alternations().map(|a| a.round_trip_ns));
-    let waits = alternations().flat_map(|a| &a.samples).map(|sample| 100.0 * sample.kept_waiting);
+    let waits = alternations().flat_map(|a| a.samples.iter().flatten());
+    let waits = waits.map(|sample| 100.0 * sample.kept_waiting);
     let (Some(trip), Some(wait)) = (trips, Spread::of(waits)) else { return String::new() };
     let verdict =
         if wait.median > QUIET_MAX { " **It was not: these figures say little.**" } else { "" };
@@ -163,6 +165,11 @@ fn neighbours(findings: &Findings) -> Table {
         let beside = |pairs: &[(f64, f64)]| {
             Spread::of(pairs.iter().map(|(beside, _)| *beside)).map_or(0.0, |s| s.median)
         };
+        if found.iops.is_empty() {
+            let case = [&found.server.name, found.disk.name(), &found.count.to_string(), "failed"];
+            table.row(case.map(String::from).into());
+            continue;
+        }
         table.row(vec![
             found.server.name.clone(),
             found.disk.name().into(),
@@ -220,7 +227,8 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
     };
     let cell = |measured: &Measured| {
         let alternations = measured.alternations.iter().map(|a| {
-            let samples: Vec<Value> = a.samples.iter().map(sample).collect();
+            let samples: Vec<Value> =
+                a.samples.iter().map(|s| s.as_ref().map_or(Value::Null, sample)).collect();
             json!({"round_trip_ns": a.round_trip_ns, "servers": samples})
         });
         json!({
@@ -266,6 +274,7 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         "cells": findings.cells.iter().map(cell).collect::<Vec<_>>(),
         "idle_neighbours": neighbours.collect::<Vec<_>>(),
         "idle": modes.collect::<Vec<_>>(),
+        "failed": findings.failures.json(),
     })
 }
 
@@ -282,7 +291,7 @@ mod tests {
             let figures =
                 Figures { p50_ns: 1.0, p999_ns: 1.0, iops: 1.0, completed: 1.0, raw: Value::Null };
             let samples =
-                vec![Sample { figures, cpu: None, busy: None, counts: None, kept_waiting }];
+                vec![Some(Sample { figures, cpu: None, busy: None, counts: None, kept_waiting })];
             let alternations = vec![Alternation { round_trip_ns: 125.0, samples }];
             Measured { cell: Cell::subset()[0], alternations }
         };
