@@ -85,7 +85,7 @@ impl Stats {
         totals
     }
 
-    /// Failures since the last reset, indexed by [`FailureKind`]` as usize`.
+    /// Failures since the last reset, indexed by [`crate::FailureKind`] as usize.
     #[must_use]
     pub fn failures(&self) -> [u64; FAILURE_KINDS] {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
