@@ -37,7 +37,7 @@ impl<T: Send + Sync + 'static> Garbage for qsbr::Retired<T> {
     }
 }
 
-/// A handle on the reclaim thread, which ends when the last handle is dropped.
+/// A handle on the reclaim thread, which ends when the last handle is dropped and all is freed.
 #[derive(Clone, Debug)]
 pub struct Reclaim(Sender<Box<dyn Garbage>>);
 
@@ -77,7 +77,12 @@ fn reclaim(receiver: &Receiver<Box<dyn Garbage>>, freed: &dyn Fn()) {
                 backoff = BACKOFF.0;
             }
             Err(RecvTimeoutError::Timeout) => backoff = (backoff * 2).min(BACKOFF.1),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) if waiting.is_empty() => return,
+            // What waits is still in use: dropped now it would leak, or be freed under its I/O.
+            Err(RecvTimeoutError::Disconnected) => {
+                thread::sleep(backoff);
+                backoff = (backoff * 2).min(BACKOFF.1);
+            }
         }
         let before = waiting.len();
         waiting = waiting.into_iter().filter_map(Garbage::try_free).collect();
@@ -198,5 +203,52 @@ impl Range {
             }
         }
         Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Seen {
+        Tried,
+        /// Whether it was free to go.
+        Dropped(bool),
+    }
+
+    struct Used {
+        free: Arc<AtomicBool>,
+        seen: Sender<Seen>,
+    }
+
+    impl Garbage for Used {
+        fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>> {
+            let _ = self.seen.send(Seen::Tried);
+            if self.free.load(Ordering::Relaxed) { None } else { Some(self) }
+        }
+    }
+
+    impl Drop for Used {
+        fn drop(&mut self) {
+            let _ = self.seen.send(Seen::Dropped(self.free.load(Ordering::Relaxed)));
+        }
+    }
+
+    #[test]
+    fn what_is_in_use_outlives_the_last_handle() {
+        let (seen_in, seen) = channel();
+        let free = Arc::new(AtomicBool::new(false));
+        let reclaim = Reclaim::start(|| {}).unwrap();
+        reclaim.free(Used { free: Arc::clone(&free), seen: seen_in });
+        drop(reclaim);
+        // The first may have been before the handle was dropped, and the thread then asleep.
+        for _ in 0..3 {
+            assert_eq!(seen.recv(), Ok(Seen::Tried));
+        }
+        free.store(true, Ordering::Relaxed);
+        assert_eq!(seen.iter().find(|s| *s != Seen::Tried), Some(Seen::Dropped(true)));
+        assert!(seen.recv().is_err());
     }
 }

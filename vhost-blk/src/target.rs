@@ -116,6 +116,13 @@ impl std::fmt::Debug for Target {
     }
 }
 
+/// Reactors that nobody can reach any more would go on for ever.
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.stop_reactors();
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     controllers: BTreeMap<String, Controller>,

@@ -12,8 +12,9 @@ mod scene;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use vhost_blk::Verdict;
 use vhost_blk::protocol::request::{
     ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
     GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_STATUS, GET_VRING_BASE, NET_SET_MTU, REM_MEM_REG,
@@ -22,7 +23,6 @@ use vhost_blk::protocol::request::{
     SET_STATUS, SET_VRING_ADDR, SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR,
     SET_VRING_KICK, SET_VRING_NUM,
 };
-use vhost_blk::{Mode, Target, Verdict};
 
 use memfd::memfd;
 use scene::{
@@ -286,8 +286,7 @@ fn the_cache_is_the_guests_to_switch() {
 #[test]
 fn a_device_reset_drops_what_is_to_be_done_again() {
     let _alone = alone();
-    let (target, mut steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
-    let world = World::of(target);
+    let world = World::in_steps();
     let front = world.front(State::Ready);
     front.offer_io(1);
     // Version 1, of 8 descriptors; descriptor 0 is in flight.
@@ -300,7 +299,7 @@ fn a_device_reset_drops_what_is_to_be_done_again() {
     assert!(matches!(verdict, Verdict::Deferred));
     assert_eq!(front.sent(), [[0; 0]; 0]);
     for _ in 0..2 {
-        steps[0].step();
+        world.step();
         world.target.process_events();
     }
     // Had it been begun, the disk would have it.
@@ -386,11 +385,10 @@ fn slots_are_many_and_bounded() {
 fn a_change_that_no_reactor_heeds_is_refused() {
     let _alone = alone();
     for request in [SET_FEATURES, SET_CONFIG] {
-        let (target, mut steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
-        let world = World::of(target);
+        let world = World::in_steps();
         let front = world.front(State::Ready);
         front.start();
-        steps[0].step();
+        world.step();
         let payload = match request {
             SET_FEATURES => number(front.features() | LOG_ALL),
             _ => wce(0),

@@ -1,6 +1,7 @@
 //! A connection in a given state: a target with a reactor of its own, one controller, and a disk that
 //! keeps its I/O until it is told to give it back.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +16,7 @@ use closer::{Account, ForeignFd};
 use vhost_blk::config::Disk;
 use vhost_blk::notify::EventFd;
 use vhost_blk::protocol::request;
+use vhost_blk::reactor::SteppedReactor;
 use vhost_blk::session::Phase;
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Transport, Verdict};
@@ -106,25 +108,63 @@ impl Transport for NoSockets {
 
 pub(crate) struct World {
     pub(crate) target: Arc<Target>,
+    /// Reactors that are the test's to drive.
+    steps: RefCell<Vec<SteppedReactor>>,
     disk: Arc<ErrorDisk>,
     socket: PathBuf,
     /// What is offered.
     features: u64,
     /// Open fds of the process when nobody is connected.
     fds: usize,
+    /// Last, so that it is dropped last.
+    _leaves_nothing: LeavesNothing,
+}
+
+/// Waits, where it is dropped, until as few fds and mappings are left as there were before: those of
+/// a target go on threads of its own, and tests of one process follow each other.
+struct LeavesNothing {
+    fds: usize,
+    mappings: usize,
+}
+
+impl LeavesNothing {
+    fn new() -> Self {
+        Self { fds: fds(), mappings: mappings() }
+    }
+}
+
+impl Drop for LeavesNothing {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            until(|| mappings() <= self.mappings && fds() <= self.fds);
+        }
+    }
 }
 
 impl World {
     pub(crate) fn new() -> Self {
+        let before = LeavesNothing::new();
         let mode = Mode::Sleep { after_us: 0 };
-        let world = Self::of(Target::start(&[core()], mode, Arc::new(|| {})).unwrap());
+        let target = Target::start(&[core()], mode, Arc::new(|| {})).unwrap();
+        let world = Self::of(target, vec![], before);
         // What is made once and kept: the closing thread, what the disk keeps.
         world.front(State::Live).end();
         Self { fds: fds(), ..world }
     }
 
-    /// One whose reactors are the caller's to drive.
-    pub(crate) fn of(target: Arc<Target>) -> Self {
+    /// One whose reactor makes a turn when it is told to.
+    pub(crate) fn in_steps() -> Self {
+        let before = LeavesNothing::new();
+        let (target, steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
+        Self::of(target, steps, before)
+    }
+
+    /// Has that reactor make a turn.
+    pub(crate) fn step(&self) {
+        self.steps.borrow_mut()[0].step();
+    }
+
+    fn of(target: Arc<Target>, steps: Vec<SteppedReactor>, before: LeavesNothing) -> Self {
         let options =
             MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
         let base = Malloc::create(options).unwrap();
@@ -139,8 +179,15 @@ impl World {
             packed_ring: true,
         };
         target.create_controller(spec, &NoSockets).unwrap();
-        let features = features | PACKED;
-        Self { target, disk, socket: "/c".into(), features, fds: 0 }
+        Self {
+            target,
+            steps: RefCell::new(steps),
+            disk,
+            socket: "/c".into(),
+            features: features | PACKED,
+            fds: 0,
+            _leaves_nothing: before,
+        }
     }
 
     /// A front end whose connection is in `state`.
