@@ -20,6 +20,16 @@ reactor_mask() {
     if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
 }
 
+# Says that what needs $1 was skipped, for the reason $2; fails where VHOST_REQUIRE names it. As the crate
+# test-report does for tests.
+skip() {
+    case ,${VHOST_REQUIRE:-}, in
+    *,"$1",*) die "VHOST_REQUIRE names $1: $2" ;;
+    esac
+    say "skipped: no $1: $2"
+    [ -z "${VHOST_SKIPS:-}" ] || printf 'skipped\tci/%s\tno %s: %s\n' "${0##*/}" "$1" "$2" >>"$VHOST_SKIPS"
+}
+
 # What tests with a guest find in their environment: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL
 # (kvm or tcg), VHOST_VENV (its bin/spdk-rpc is the client).
 guest_environment() {

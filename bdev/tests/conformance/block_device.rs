@@ -16,20 +16,21 @@ use crate::checks;
 use crate::disks::{Fixture, SIZE, file_options};
 use crate::driver::{Driver, pattern};
 
-/// Runs a command. `None`, and a line on why, if that did not work.
+/// Runs a command. `None`, and the test is skipped, if that did not work.
+#[track_caller]
 fn run(command: &mut Command) -> Option<String> {
-    let output = match command.output() {
-        Ok(output) if output.status.success() => output,
-        Ok(output) => {
-            println!("skipped: {command:?}: {}", String::from_utf8_lossy(&output.stderr));
-            return None;
-        }
-        Err(e) => {
-            println!("skipped: {command:?}: {e}");
-            return None;
-        }
+    let result = match command.output() {
+        Ok(output) if output.status.success() => Ok(output.stdout),
+        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        Err(e) => Err(e.to_string()),
     };
-    Some(String::from_utf8(output.stdout).unwrap().trim().into())
+    match result {
+        Ok(stdout) => Some(String::from_utf8(stdout).unwrap().trim().into()),
+        Err(e) => {
+            test_report::skipped("block-device", &format!("{command:?}: {e}"));
+            None
+        }
+    }
 }
 
 /// A loop device that goes when it is closed.
@@ -40,6 +41,7 @@ struct Loop {
 }
 
 impl Loop {
+    #[track_caller]
     fn new(size: u64, sector_size: u32) -> Option<Self> {
         let dir = TempDir::new().unwrap();
         let file = crate::disks::make_file(&dir, size);

@@ -89,6 +89,14 @@ pub(crate) fn accel() -> String {
     given("VHOST_ACCEL").unwrap_or_else(|| "tcg".into())
 }
 
+/// The major version of QEMU.
+pub(crate) fn qemu_major() -> u32 {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let version = text.split_once("version ").expect("it says its version").1;
+    version.split('.').next().unwrap().parse().unwrap()
+}
+
 impl GuestOptions {
     /// A guest with one disk of one queue, that waits for commands.
     pub(crate) fn new(socket: &Path) -> Self {
