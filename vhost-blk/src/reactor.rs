@@ -414,6 +414,20 @@ impl SteppedReactor {
     }
 }
 
+#[cfg(test)]
+impl SteppedReactor {
+    /// Whether it was told of I/O that queues have left which were moved away from it.
+    pub(crate) fn has_strays(&mut self) -> bool {
+        self.reader.online();
+        // SAFETY: of its domain, and online.
+        let strays = unsafe { self.reactor.poll_set.load(&self.reader) }.has_strays();
+        if self.sleeping.is_some() {
+            self.reader.offline();
+        }
+        strays
+    }
+}
+
 /// Pins the calling thread to one core.
 fn pin_to(core: Core) -> io::Result<()> {
     // SAFETY: all zeroes is the empty set.

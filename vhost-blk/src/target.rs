@@ -8,6 +8,8 @@ mod connections;
 mod operator;
 mod placement;
 mod rings;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;

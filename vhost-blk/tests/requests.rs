@@ -1,7 +1,7 @@
 //! Requests through a queue's core, in one thread and over rings of either layout: long chains,
-//! several ranges, durable writes, dirty pages, what a killed process has left, and virtio's sentences one by
-//! one.
-#![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+//! several ranges, durable writes, dirty pages, calls, what a killed process has left, and virtio's
+//! sentences one by one.
+#![expect(unsafe_code, reason = "visits a queue as its reactor does; takes io_uring from a thread")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "guest/memfd.rs"]
@@ -15,10 +15,13 @@ mod requests {
     pub(crate) mod scene;
     pub(crate) mod split;
 
+    mod calls;
     mod device_operation;
     mod dirty;
     mod durable;
     mod long;
+    mod parked;
     mod ranges;
     mod recovery;
+    mod room;
 }

@@ -95,6 +95,14 @@ impl PollSet {
         self.queues.is_empty()
     }
 
+    #[cfg(test)]
+    pub(super) fn has_strays(&self) -> bool {
+        // SAFETY: tests step and look in one thread.
+        let scan = unsafe { &*self.scan.get() };
+        assert_eq!(scan.round, if scan.strays { STRAYS_AFTER } else { COLD_AFTER } - 1);
+        scan.strays
+    }
+
     /// One turn: visits the queues that want it; says whether any had work. `changed`: what the
     /// queues were made of may have been replaced since the turn before.
     ///

@@ -43,7 +43,7 @@ pub struct Moving {
 /// I/O of a queue that the reactor has submitted that served it before.
 #[derive(Debug)]
 pub(super) struct Stray {
-    reactor: usize,
+    pub(super) reactor: usize,
     queue: QueueId,
     /// The queue has got a new view with its new reactor, so that what is in flight under older ones
     /// is the strays. Otherwise, as it is being stopped, all that it has is.

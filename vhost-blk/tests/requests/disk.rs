@@ -20,8 +20,22 @@ pub(crate) struct State {
     pub(crate) failing: Option<usize>,
     /// What was submitted: operation, offset, length.
     pub(crate) seen: Vec<(Op, u64, u64)>,
+    /// Done at the next poll of a channel, in the middle of a visit.
+    pub(crate) at_poll: Hook,
+    /// Done when a channel is next asked what to wait for, in the middle of a reactor's going to sleep.
+    pub(crate) at_wait: Hook,
     waiting: VecDeque<Completion>,
     done: Vec<Completion>,
+}
+
+/// Something to be done once.
+#[derive(Default)]
+pub(crate) struct Hook(pub(crate) Option<Box<dyn FnOnce() + Send>>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Hook").field(&self.0.is_some()).finish()
+    }
 }
 
 impl State {
@@ -120,11 +134,17 @@ impl Channel for ManualChannel {
 
     /// The test wakes whoever has slept.
     fn wait(&self) -> Wait {
+        if let Some(hook) = self.0.lock().unwrap().at_wait.0.take() {
+            hook();
+        }
         Wait::Event
     }
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {
         let mut state = self.0.lock().unwrap();
+        if let Some(hook) = state.at_poll.0.take() {
+            hook();
+        }
         let n = state.done.len().min(done.len());
         for (to, from) in done.iter_mut().zip(state.done.drain(..n)) {
             *to = from;

@@ -13,7 +13,8 @@ use vhost_blk::config::Disk;
 use vhost_blk::dirty_log::DirtyLog;
 use vhost_blk::inflight::Area;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::queue::{Queue, QueueId, StartError, Tracked, View};
+use vhost_blk::notify::CallFd;
+use vhost_blk::queue::{Coalescing, Queue, QueueId, StartError, Tracked, View};
 use vhost_blk::reactor::{Events, Reactor, SteppedReactor, Turn};
 use vhost_blk::reclaim::{Garbage, Reclaim, Unmapper};
 use vhost_blk::ring::{Buffer, Layout, RingAddrs};
@@ -80,6 +81,9 @@ pub(crate) struct Scene {
     pub(crate) disk: Arc<Disk>,
     pub(crate) write_through: bool,
     pub(crate) log: Option<(Arc<DirtyLog>, File)>,
+    /// Where the guest is called.
+    pub(crate) call: Option<Arc<CallFd>>,
+    pub(crate) coalescing: Arc<Coalescing>,
     pub(crate) area: Option<(Arc<Area>, File)>,
     /// Where a packed ring without an area begins.
     pub(crate) base: u16,
@@ -131,6 +135,8 @@ impl Scene {
             disk: Arc::new(Disk { bdev, read_only: false }),
             write_through: false,
             log: None,
+            call: None,
+            coalescing: Arc::default(),
             area: None,
             base: 1 << 15,
             generation: 0,
@@ -176,12 +182,12 @@ impl Scene {
         bits.map(|n| n as u64).collect()
     }
 
-    fn view(&mut self, memory: &Arc<GuestMemory>) -> View {
+    pub(crate) fn view(&mut self, memory: &Arc<GuestMemory>) -> View {
         self.generation += 1;
-        let (layout, disk) =
-            (Layout { packed: self.packed, event_idx: false }, Some(Arc::clone(&self.disk)));
+        let layout = Layout { packed: self.packed, event_idx: false };
+        let (call, disk) = (self.call.clone(), Some(Arc::clone(&self.disk)));
         let mut view =
-            View::new(self.generation, memory, self.size, ADDRS, layout, None, disk).unwrap();
+            View::new(self.generation, memory, self.size, ADDRS, layout, call, disk).unwrap();
         view.write_through = self.write_through;
         view.log = self.log.as_ref().map(|(log, _)| Arc::clone(log));
         view
@@ -194,7 +200,7 @@ impl Scene {
         self.events = Events::new().unwrap();
         let view = self.view(&Arc::clone(&self.memory));
         let tracked = self.area.as_ref().map(|(area, _)| Tracked { area, ring: 0 });
-        let coalescing = Arc::default();
+        let coalescing = Arc::clone(&self.coalescing);
         let queue = Queue::tracked(QueueId(1), &self.domain, view, self.base, coalescing, tracked)?;
         self.queue = Some(queue);
         Ok(())
@@ -206,6 +212,7 @@ impl Scene {
         let mut view = self.view(&Arc::clone(&self.memory));
         view.kicks = true;
         let queue = Queue::new(QueueId(1), &domain, view, self.base, Arc::default()).unwrap();
+        self.queue = Some(Arc::clone(&queue));
         let mode = Mode::Sleep { after_us: 0 };
         let reactor = Arc::new(Reactor::new(Core(0), &domain, mode).unwrap());
         reactor.publish(vec![queue], &Reclaim::start(|| {}).unwrap());
@@ -219,7 +226,7 @@ impl Scene {
         self.queue = None;
     }
 
-    pub(crate) fn queue(&self) -> &Queue {
+    pub(crate) fn queue(&self) -> &Arc<Queue> {
         self.queue.as_ref().expect("it was started")
     }
 
@@ -305,6 +312,13 @@ impl Scene {
             let Some((id, len)) = taken else { return answers };
             let n = self.sent.remove(&id).expect("it comes back once");
             answers.push((n, self.get(STATUSES + n as u64 % PAGE, 1)[0], len));
+        }
+    }
+
+    /// Has the driver want calls; one of a split ring always does.
+    pub(crate) fn ask_for_calls(&mut self) {
+        if let Driver::Packed(driver) = &mut self.driver {
+            driver.ask_for_call();
         }
     }
 

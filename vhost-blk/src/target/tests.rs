@@ -1,0 +1,217 @@
+//! Queues that move, and reactors that are woken, with reactors that make a turn when they are told to.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc, MallocOptions};
+use closer::ForeignFd;
+
+use super::{Stray, Target};
+use crate::config::Disk;
+use crate::controller::ControllerSpec;
+use crate::memory::tests::memfd;
+use crate::notify::EventFd;
+use crate::protocol::request;
+use crate::reactor::{Core, Mode, SteppedReactor};
+use crate::transport::{ConnId, Connection, Transport, Verdict};
+
+const NAME: &str = "c";
+const RAM_BYTES: u64 = 0x1_0000;
+const USER: u64 = 0x7000_0000;
+
+/// A transport without sockets, and a front end that is always there.
+#[derive(Debug)]
+struct Nobody;
+
+impl Transport for Nobody {
+    fn listen(&self, _: &Path, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn unlisten(&self, _: &Path) {}
+}
+
+impl Connection for Nobody {
+    fn vid(&self) -> i32 {
+        0
+    }
+    fn send(&self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn shut_down(&self) {}
+}
+
+/// Two reactors, and a controller whose ring 0 is on the first, as far as that has been stepped.
+struct Scene {
+    target: Arc<Target>,
+    steps: Vec<SteppedReactor>,
+    disk: Arc<ErrorDisk>,
+    conn: ConnId,
+    ram: File,
+    offered: u16,
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+impl Scene {
+    fn new(mode: Mode) -> Self {
+        let (target, steps) = Target::in_steps(2, mode, Arc::new(|| {})).unwrap();
+        let options =
+            MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
+        let base = Malloc::create(options).unwrap();
+        let disk = ErrorDisk::create(ErrorOptions { name: "e".into(), base, uuid: None }).unwrap();
+        let shown = Arc::new(Disk { bdev: Arc::clone(&disk) as _, read_only: false });
+        let spec = ControllerSpec {
+            name: NAME.into(),
+            socket: "/c".into(),
+            disk: shown,
+            cores: None,
+            packed_ring: false,
+        };
+        target.create_controller(spec, &Nobody).unwrap();
+        let conn = target.connected("/c".as_ref(), Arc::new(Nobody)).unwrap();
+        let ram = memfd(RAM_BYTES);
+        let file = ram.try_clone().unwrap().into();
+        let scene = Self { target, steps, disk, conn, ram: file, offered: 0 };
+        scene.set_up(ram);
+        scene
+    }
+
+    fn set_up(&self, ram: OwnedFd) {
+        // Header, data, status of a read.
+        for (n, (addr, len, flags)) in
+            [(0x4000_u64, 16_u64, 1_u64), (0x5000, 512, 3), (0x6000, 1, 2)].into_iter().enumerate()
+        {
+            let rest = len | flags << 32 | (n as u64 + 1) << 48;
+            self.ram.write_all_at(&words(&[addr, rest]), 16 * n as u64).unwrap();
+        }
+        self.say(request::SET_FEATURES, &[1 << 32], None);
+        self.say(request::SET_MEM_TABLE, &[1, 0, RAM_BYTES, USER, 0], Some(ram));
+        self.say(request::SET_VRING_NUM, &[8 << 32], None);
+        let addrs = [0, USER, USER + 0x2000, USER + 0x1000, 0];
+        self.say(request::SET_VRING_ADDR, &addrs, None);
+        let kick = EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap();
+        self.say(request::SET_VRING_KICK, &[0], Some(kick));
+    }
+
+    fn say(&self, message: u32, payload: &[u64], fd: Option<OwnedFd>) {
+        let fds = fd.into_iter().map(ForeignFd::alone).collect();
+        let verdict = self.target.message(self.conn, message, false, &words(payload), fds);
+        assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "{message}: {verdict:?}");
+    }
+
+    /// Offers a read.
+    fn offer(&mut self) {
+        self.offered += 1;
+        self.ram.write_all_at(&self.offered.to_le_bytes(), 0x1002).unwrap();
+    }
+
+    /// Offers a read that the disk keeps.
+    fn offer_io(&mut self) {
+        let (op, error) = (InjectedOp::Read, InjectedError::Pending);
+        self.disk.inject(Injection { op, error, count: 1, queue_depth: 0 }).unwrap();
+        self.offer();
+    }
+
+    /// How many were answered.
+    fn answered(&self) -> u16 {
+        let mut used = [0; 2];
+        self.ram.read_exact_at(&mut used, 0x2002).unwrap();
+        u16::from_le_bytes(used)
+    }
+
+    fn inflight(&self) -> u64 {
+        self.target.controllers()[0].sessions[0].inflight
+    }
+
+    /// Reactors on which the ring has left I/O.
+    fn strays(&self) -> Vec<usize> {
+        self.target.lock().strays.iter().map(|Stray { reactor, .. }| *reactor).collect()
+    }
+
+    /// Whether a reactor was rung for since it was last asked.
+    fn rung(&self, reactor: usize) -> bool {
+        let bell = self.target.reactors[reactor].bell().expect("it sleeps");
+        bell.wait(Some(Instant::now()))
+    }
+}
+
+#[test]
+fn a_queue_is_handed_over_after_a_turn_of_the_reactor_that_had_it() {
+    let mut scene = Scene::new(Mode::Poll);
+    scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+    let moving = scene.target.begin_move(NAME, None, 0, Core(1)).unwrap().unwrap();
+    assert!(scene.target.end_move(&moving).is_none(), "it may be in a visit right now");
+    scene.steps[1].step();
+    assert!(scene.target.end_move(&moving).is_none(), "the other one's turn says nothing");
+    scene.offer();
+    scene.steps[0].step();
+    assert_eq!(scene.answered(), 0, "it has the queue no more");
+    assert!(scene.target.end_move(&moving).unwrap().is_ok());
+    scene.steps[0].step();
+    assert_eq!(scene.answered(), 0);
+    scene.steps[1].step();
+    assert_eq!(scene.answered(), 1);
+    let shown = scene.target.controllers();
+    assert_eq!(shown[0].sessions[0].queues[0].core, Core(1));
+}
+
+#[test]
+fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
+    let mut scene = Scene::new(Mode::Poll);
+    scene.offer_io();
+    scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+    assert_eq!(scene.inflight(), 1);
+    let moving = scene.target.begin_move(NAME, None, 0, Core(1)).unwrap().unwrap();
+    scene.steps[0].step();
+    assert!(scene.target.end_move(&moving).unwrap().is_ok());
+    for _ in 0..3 {
+        assert_eq!(scene.strays(), [0]);
+        assert!(scene.steps[0].has_strays() && !scene.steps[1].has_strays());
+        scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+        scene.target.tick(Instant::now());
+    }
+    scene.disk.resume_pending();
+    scene.steps[1].step();
+    assert_eq!((scene.inflight(), scene.answered()), (0, 1));
+    // Until reclaim has freed the view that it was submitted under.
+    while !scene.strays().is_empty() {
+        thread::yield_now();
+        scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+        scene.target.tick(Instant::now());
+    }
+    assert!(!scene.steps[0].has_strays());
+}
+
+#[test]
+fn a_queue_with_nothing_in_flight_leaves_nothing() {
+    let mut scene = Scene::new(Mode::Poll);
+    scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+    let moving = scene.target.begin_move(NAME, None, 0, Core(1)).unwrap().unwrap();
+    scene.steps[0].step();
+    assert!(scene.target.end_move(&moving).unwrap().is_ok());
+    assert!(scene.strays().is_empty());
+    assert!(!scene.steps[0].has_strays());
+}
+
+#[test]
+fn a_change_of_coalescing_wakes_reactors() {
+    let mut scene = Scene::new(Mode::Sleep { after_us: 0 });
+    // Until what has woken them so far is used up.
+    for reactor in &mut scene.steps {
+        while !(reactor.step() && reactor.step()) {}
+    }
+    let rung = |scene: &Scene| [0, 1].map(|reactor| scene.rung(reactor));
+    assert_eq!(rung(&scene), [false; 2]);
+    scene.target.set_coalescing(NAME, 1000, 1000).unwrap();
+    assert_eq!(rung(&scene), [true; 2]);
+    assert!(scene.target.set_coalescing(NAME, 1000, 1).is_err());
+    assert_eq!(rung(&scene), [false; 2], "nothing has changed");
+}

@@ -1,0 +1,211 @@
+//! A guest is told in the end: after a call that the system has refused, before a stop that comes
+//! while a call is delayed; and a reactor does not go to sleep over what has changed meanwhile.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::channel;
+use std::thread;
+
+use closer::ForeignFd;
+use vhost_blk::notify::{CallFd, EventFd};
+use vhost_blk::queue::QueueState;
+use vhost_blk::reactor::{Event, ticks_per_second};
+use vm_memory::Bytes;
+
+use super::disk::{Hook, Manual};
+use super::scene::{ADDRS, DATA, IN, LAYOUTS, Scene};
+
+/// A scene whose guest is called on the eventfd, and a disk that answers at once.
+fn called(packed: bool) -> (Scene, EventFd, Arc<Manual>) {
+    let disk = Manual::create();
+    disk.state().at_once = true;
+    let mut scene = Scene::new(packed, 32, disk.clone());
+    let eventfd = EventFd::new().unwrap();
+    let theirs = ForeignFd::alone(eventfd.as_fd().try_clone_to_owned().unwrap());
+    scene.ask_for_calls();
+    scene.call = Some(Arc::new(CallFd::from_front_end(theirs).unwrap()));
+    (scene, eventfd, disk)
+}
+
+/// Runs `visits` where the system refuses every call: on a thread that has closed the io_urings, for
+/// itself only. `None` if there is none, and the test is skipped.
+fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
+    let run = || {
+        // SAFETY: from here on this thread has a table of fds of its own.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
+        let rings: Vec<i32> = std::fs::read_dir("/proc/thread-self/fd")
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .filter(|entry| {
+                std::fs::read_link(entry.path())
+                    .is_ok_and(|to| to.ends_with("anon_inode:[io_uring]"))
+            })
+            .map(|entry| entry.file_name().to_str().unwrap().parse().unwrap())
+            .collect();
+        for ring in &rings {
+            // SAFETY: nobody but this thread uses this table, and it ends after `visits`.
+            assert_eq!(unsafe { libc::close(ring.as_raw_fd()) }, 0);
+        }
+        (!rings.is_empty()).then(visits)
+    };
+    let result = thread::scope(|scope| scope.spawn(run).join());
+    let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    if result.is_none() {
+        test_report::skipped("io-uring", "calls are writes, which are never refused");
+    }
+    result
+}
+
+#[test]
+fn a_call_that_was_refused_is_made_at_the_next_visit() {
+    for packed in LAYOUTS {
+        let (mut scene, eventfd, _) = called(packed);
+        scene.start().unwrap();
+        scene.visit();
+        eventfd.take();
+        scene.send(IN, 0, &[(DATA, 512)]);
+        let Some(()) = refusing(|| {
+            scene.visit();
+            scene.visit();
+        }) else {
+            return;
+        };
+        assert_eq!((scene.answers().len(), eventfd.take()), (1, 0));
+        scene.visit();
+        assert_eq!(eventfd.take(), 1);
+        scene.visit();
+        assert_eq!(eventfd.take(), 0, "once");
+    }
+}
+
+#[test]
+fn a_stop_waits_for_a_call_that_was_refused() {
+    let (mut scene, eventfd, _) = called(false);
+    scene.start().unwrap();
+    scene.send(IN, 0, &[(DATA, 512)]);
+    let Some(()) = refusing(|| {
+        scene.visit();
+        scene.queue().stop();
+        scene.visit();
+    }) else {
+        return;
+    };
+    assert_eq!((scene.queue().state(), eventfd.take()), (QueueState::Attached, 0));
+    assert!(scene.events.pop().is_none());
+    scene.visit();
+    assert_eq!((scene.queue().state(), eventfd.take()), (QueueState::Stopped, 1));
+    assert!(matches!(scene.events.pop(), Some(Event::Drained(_))));
+}
+
+#[test]
+fn a_sleep_over_a_refused_call_has_an_end() {
+    let (mut scene, eventfd, _) = called(false);
+    let (_reactor, mut steps) = scene.start_to_sleep();
+    // More than one: what has woken it before is used up.
+    let Some(asleep) = refusing(|| (0..4).map(|_| steps.step()).collect::<Vec<_>>()) else {
+        return;
+    };
+    assert_eq!(asleep, [true; 4], "it does not poll for it");
+    assert_eq!(eventfd.take(), 0);
+    // A stepped reactor takes a sleep that has an end for one that has ended.
+    steps.step();
+    assert_eq!(eventfd.take(), 1);
+    steps.step();
+    assert_eq!(eventfd.take(), 0);
+}
+
+/// Has coalescing delay a call by an hour, and completions that the guest was not told of.
+fn delayed(packed: bool) -> (Scene, EventFd) {
+    let (mut scene, eventfd, _) = called(packed);
+    scene.coalescing.delay_base_ticks.store(3600 * ticks_per_second(), Ordering::Relaxed);
+    scene.coalescing.threshold.store(1, Ordering::Relaxed);
+    scene.start().unwrap();
+    // Until a window of 10 ms has ended in which there was more than one.
+    loop {
+        scene.send(IN, 0, &[(DATA, 512)]);
+        scene.visit();
+        assert_eq!(scene.answers().len(), 1);
+        if eventfd.take() == 0 {
+            scene.visit();
+            assert_eq!(eventfd.take(), 0);
+            return (scene, eventfd);
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_stops_makes_the_call_that_was_delayed() {
+    for packed in LAYOUTS {
+        let (mut scene, eventfd) = delayed(packed);
+        scene.queue().stop();
+        scene.visit();
+        assert_eq!(eventfd.take(), 1);
+        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert!(matches!(scene.events.pop(), Some(Event::Drained(_))));
+    }
+}
+
+#[test]
+fn a_delayed_call_is_made_when_coalescing_is_switched_off() {
+    let (mut scene, eventfd) = delayed(false);
+    scene.coalescing.delay_base_ticks.store(0, Ordering::Relaxed);
+    scene.visit();
+    assert_eq!(eventfd.take(), 1);
+}
+
+/// What the control side does in the middle of a turn, after the queue was visited by what was there
+/// before: in earnest it rings the bell too, and a reactor that went to sleep all the same would
+/// wake up again; but nobody rings for a turn that has gone by.
+#[test]
+fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
+    for renewed in [false, true] {
+        let disk = Manual::create();
+        let mut scene = Scene::new(false, 32, disk.clone());
+        let (reactor, mut steps) = scene.start_to_sleep();
+        scene.send(IN, 0, &[(DATA, 512)]);
+        steps.step();
+        assert_eq!(disk.state().waiting(), 1);
+        while !(steps.step() && steps.step()) {}
+        reactor.wake();
+        let asleep = steps.step();
+        assert!(asleep && steps.step(), "nothing has changed");
+        let queue = Arc::clone(scene.queue());
+        let memory = Arc::clone(&scene.memory);
+        let view = renewed.then(|| scene.view(&memory));
+        let (retired_in, retired) = channel();
+        let change = move || match view {
+            Some(view) => retired_in.send(queue.publish(view)).unwrap(),
+            None => queue.stop(),
+        };
+        disk.state().at_poll = Hook(Some(Box::new(change)));
+        reactor.wake();
+        assert!(!steps.step(), "a new view: {renewed}");
+        // The view that it is in is not freed before the next turn.
+        steps.step();
+        drop(retired);
+    }
+}
+
+/// A request that comes after the last look at the ring, and before the guest is asked for kicks.
+#[test]
+fn a_request_in_the_turn_before_a_sleep_keeps_it_awake() {
+    let disk = Manual::create();
+    let mut scene = Scene::new(false, 32, disk.clone());
+    let (_reactor, mut steps) = scene.start_to_sleep();
+    scene.send(IN, 0, &[(DATA, 512)]);
+    assert!(!steps.step(), "it has had something to do");
+    scene.send(IN, 1, &[(DATA, 512)]);
+    // The available index, of which the driver shows the second in a moment.
+    scene.put(ADDRS.avail + 2, &1_u16.to_le_bytes());
+    let memory = Arc::clone(&scene.memory);
+    let show = move || {
+        memory.slice(ADDRS.avail + 2, 2).unwrap().write_slice(&2_u16.to_le_bytes(), 0).unwrap();
+    };
+    disk.state().at_wait = Hook(Some(Box::new(show)));
+    assert!(!steps.step());
+    assert_eq!(disk.state().waiting(), 1);
+    steps.step();
+    assert_eq!(disk.state().waiting(), 2);
+    while !(steps.step() && steps.step()) {}
+}

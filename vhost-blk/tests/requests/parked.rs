@@ -1,0 +1,36 @@
+//! I/Os that a channel had no room for keep their order.
+
+use super::disk::Manual;
+use super::scene::{DISCARD, LAYOUTS, Scene};
+
+/// Offsets submitted so far, in sectors.
+fn seen(disk: &Manual) -> Vec<u64> {
+    disk.state().seen.iter().map(|(_, offset, _)| offset / 512).collect()
+}
+
+/// Three requests of two ranges each: what follows on the first ones is parked all at a time.
+#[test]
+fn they_go_out_oldest_first_however_often_there_is_no_room() {
+    for packed in LAYOUTS {
+        let disk = Manual::create();
+        let mut scene = Scene::started(packed, 32, disk.clone());
+        for n in 0..3 {
+            scene.send_ranges(DISCARD, &[(n, 1, 0), (100 + n, 1, 0)]);
+        }
+        scene.visit();
+        assert_eq!(seen(&disk), [0, 1, 2]);
+        disk.state().complete_all();
+        disk.state().room = Some(0);
+        scene.visit();
+        assert_eq!(seen(&disk), [0, 1, 2], "there is no room for what follows");
+        for n in 0..3 {
+            disk.state().room = Some(1);
+            scene.visit();
+            assert_eq!(seen(&disk)[3..], [100, 101, 102][..=n], "{packed}");
+            scene.visit();
+        }
+        disk.state().complete_all();
+        scene.settle();
+        assert_eq!(scene.answers().iter().map(|answer| answer.0).collect::<Vec<_>>(), [0, 1, 2]);
+    }
+}
