@@ -1,44 +1,203 @@
 //! The text of an answer: compact JSON in ASCII, keys in SPDK's order.
+//!
+//! An answer may be of tens of megabytes, so it is written in turns, and kept and sent in
+//! pieces: no step takes longer than a piece.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 
 use serde::Serialize;
-use serde_json::Value;
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
+use serde_json::{Value, map};
 
 use crate::error::RpcError;
+use crate::pace::Pace;
+use crate::params::Client;
 use crate::request::Id;
 
-/// The answer to one request, without a newline. A `result` may be of any size.
-pub(crate) fn encode(id: Option<&Id>, outcome: &Result<Value, RpcError>) -> Vec<u8> {
-    let mut out = Vec::with_capacity(128);
-    out.extend_from_slice(br#"{"jsonrpc":"2.0","id":"#);
-    match id {
-        None => out.extend_from_slice(b"null"),
-        Some(Id::Number(text)) => out.extend_from_slice(text.as_bytes()),
-        Some(Id::Text(text)) => write(&mut out, text),
+/// Bytes of one answer; a longer one is replaced by an error. SPDK's number.
+pub const ANSWER_MAX: usize = 32 * 1024 * 1024;
+
+/// Bytes at which a piece is full. A single string may make it longer.
+const PIECE: usize = 64 * 1024;
+
+/// Bytes of a string that take as long to write as a value does.
+const BYTES_PER_VALUE: usize = 64;
+
+/// Text in pieces.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    pieces: VecDeque<Vec<u8>>,
+    len: usize,
+}
+
+impl Pieces {
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
-    match outcome {
-        Ok(result) => {
-            out.extend_from_slice(br#","result":"#);
-            write(&mut out, result);
-        }
-        Err(error) => {
-            out.extend_from_slice(br#","error":{"code":"#);
-            write(&mut out, &error.code);
-            out.extend_from_slice(br#","message":"#);
-            write(&mut out, &error.message);
-            out.push(b'}');
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The piece to send first.
+    pub(crate) fn front(&self) -> Option<&[u8]> {
+        self.pieces.front().map(Vec::as_slice)
+    }
+
+    /// Takes the first piece away, which has been sent.
+    pub(crate) fn pop_front(&mut self) {
+        self.len -= self.pieces.pop_front().map_or(0, |piece| piece.len());
+    }
+
+    /// Adds another text behind. Long pieces are moved, short ones are copied.
+    pub(crate) fn append(&mut self, other: Self) {
+        for piece in other.pieces {
+            if piece.len() < PIECE / 2 {
+                self.write_with(|last| last.extend_from_slice(&piece));
+            } else {
+                self.len += piece.len();
+                self.pieces.push_back(piece);
+            }
         }
     }
-    out.push(b'}');
+
+    /// Adds bytes behind.
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        self.write_with(|last| last.extend_from_slice(bytes));
+    }
+
+    fn write_with(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        if self.pieces.back().is_none_or(|last| last.len() >= PIECE) {
+            self.pieces.push_back(Vec::new());
+        }
+        if let Some(last) = self.pieces.back_mut() {
+            let before = last.len();
+            write(last);
+            self.len += last.len() - before;
+        }
+    }
+
+    fn json<T: Serialize + ?Sized>(&mut self, value: &T) {
+        self.write_with(|last| {
+            value
+                .serialize(&mut Serializer::with_formatter(last, Ascii))
+                .expect("strings, numbers and JSON values can be written to memory");
+        });
+    }
+}
+
+/// The answer to one request, without a newline: an error if it would be longer than
+/// [`ANSWER_MAX`].
+pub(crate) async fn encode(
+    id: Option<&Id>,
+    outcome: Result<Value, RpcError>,
+    client: &Client,
+) -> Pieces {
+    let result = match outcome {
+        Ok(result) => result,
+        Err(e) => return encode_error(id, &e),
+    };
+    let mut out = head(id);
+    out.push(br#","result":"#);
+    write(&mut out, result, &mut Pace::new(client.clone())).await;
+    out.push(b"}");
+    if out.len() > ANSWER_MAX { encode_error(id, &too_long()) } else { out }
+}
+
+/// The answer to a request that failed.
+pub(crate) fn encode_error(id: Option<&Id>, error: &RpcError) -> Pieces {
+    let mut out = head(id);
+    out.push(br#","error":{"code":"#);
+    out.json(&error.code);
+    out.push(br#","message":"#);
+    out.json(&error.message);
+    out.push(b"}}");
     out
 }
 
-fn write<T: Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
-    value
-        .serialize(&mut Serializer::with_formatter(out, Ascii))
-        .expect("strings, numbers and JSON values can be written to memory");
+/// The error in place of an answer that is longer than [`ANSWER_MAX`].
+pub(crate) fn too_long() -> RpcError {
+    RpcError::internal("The answer is too long")
+}
+
+fn head(id: Option<&Id>) -> Pieces {
+    let mut out = Pieces::default();
+    out.push(br#"{"jsonrpc":"2.0","id":"#);
+    match id {
+        None => out.push(b"null"),
+        Some(Id::Number(text)) => out.push(text.as_bytes()),
+        Some(Id::Text(text)) => out.json(text),
+    }
+    out
+}
+
+/// A list or an object of which some members have been written.
+enum Open {
+    List(std::vec::IntoIter<Value>),
+    Object(map::IntoIter),
+}
+
+/// Writes a value, and frees it as it goes. Once there is more than [`ANSWER_MAX`] it only frees.
+async fn write(out: &mut Pieces, value: Value, pace: &mut Pace) {
+    let mut open: Vec<Open> = Vec::new();
+    let mut next = Some(value);
+    loop {
+        let fits = out.len() <= ANSWER_MAX;
+        let is_first = match next.take() {
+            Some(Value::Array(list)) => {
+                put(out, fits, b"[");
+                open.push(Open::List(list.into_iter()));
+                true
+            }
+            Some(Value::Object(object)) => {
+                put(out, fits, b"{");
+                open.push(Open::Object(object.into_iter()));
+                true
+            }
+            Some(plain) => {
+                if fits {
+                    out.json(&plain);
+                }
+                let bytes = plain.as_str().map_or(0, str::len);
+                pace.spend(1 + bytes / BYTES_PER_VALUE).await;
+                false
+            }
+            None => false,
+        };
+        let Some(innermost) = open.last_mut() else { return };
+        let comma: &[u8] = if is_first { b"" } else { b"," };
+        match innermost {
+            Open::List(list) => match list.next() {
+                Some(value) => {
+                    put(out, fits, comma);
+                    next = Some(value);
+                    continue;
+                }
+                None => put(out, fits, b"]"),
+            },
+            Open::Object(object) => match object.next() {
+                Some((name, value)) => {
+                    put(out, fits, comma);
+                    if fits {
+                        out.json(&name);
+                    }
+                    put(out, fits, b":");
+                    next = Some(value);
+                    continue;
+                }
+                None => put(out, fits, b"}"),
+            },
+        }
+        open.pop();
+        pace.spend(1).await;
+    }
+}
+
+fn put(out: &mut Pieces, fits: bool, bytes: &[u8]) {
+    if fits {
+        out.push(bytes);
+    }
 }
 
 /// Writes everything but printable ASCII as `\uXXXX` with upper-case digits.
@@ -85,19 +244,44 @@ impl Formatter for Ascii {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::future::poll_fn;
+    use std::pin::pin;
 
-    fn text(id: Option<Id>, outcome: Result<Value, RpcError>) -> String {
-        String::from_utf8(encode(id.as_ref(), &outcome)).unwrap()
+    fn whole(mut pieces: Pieces) -> String {
+        let mut bytes = Vec::new();
+        let len = pieces.len();
+        while let Some(piece) = pieces.front() {
+            bytes.extend_from_slice(piece);
+            pieces.pop_front();
+        }
+        assert_eq!((bytes.len(), pieces.len()), (len, 0));
+        String::from_utf8(bytes).unwrap()
+    }
+
+    /// The answer's text, and how often others had a turn meanwhile.
+    fn text(id: Option<Id>, outcome: Result<Value, RpcError>) -> (String, usize) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut turns = 0;
+            let client = Client::local();
+            let mut answer = pin!(encode(id.as_ref(), outcome, &client));
+            let answer = poll_fn(|context| {
+                turns += 1;
+                answer.as_mut().poll(context)
+            });
+            let text = whole(answer.await);
+            (text, turns - 1)
+        })
     }
 
     #[test]
     fn keys_come_in_order_and_numbers_stay() {
         assert_eq!(
-            text(Some(Id::Number("1.50".into())), Ok(json!({"b": 1, "a": [true, null]}))),
+            text(Some(Id::Number("1.50".into())), Ok(json!({"b": 1, "a": [true, null]}))).0,
             r#"{"jsonrpc":"2.0","id":1.50,"result":{"b":1,"a":[true,null]}}"#
         );
         assert_eq!(
-            text(None, Err(RpcError::errno(17))),
+            text(None, Err(RpcError::errno(17))).0,
             r#"{"jsonrpc":"2.0","id":null,"error":{"code":-17,"message":"File exists"}}"#
         );
     }
@@ -106,13 +290,52 @@ mod tests {
     fn strings_are_ascii_with_upper_case_hex() {
         let value = json!({"é\u{7f}": "\u{1f600}\u{1b}\0\n\t\"\\/ ~\u{ffff}"});
         assert_eq!(
-            text(Some(Id::Text("ü".into())), Ok(value.clone())),
+            text(Some(Id::Text("ü".into())), Ok(value.clone())).0,
             concat!(
                 r#"{"jsonrpc":"2.0","id":"\u00FC","result":{"\u00E9\u007F":"#,
                 r#""\uD83D\uDE00\u001B\u0000\n\t\"\\/ ~\uFFFF"}}"#
             )
         );
-        let back: Value = serde_json::from_str(&text(None, Ok(value.clone()))).unwrap();
+        let back: Value = serde_json::from_str(&text(None, Ok(value.clone())).0).unwrap();
         assert_eq!(back["result"], value);
+    }
+
+    #[test]
+    fn every_shape_is_written_as_serde_writes_it() {
+        for value in [
+            json!([]),
+            json!({}),
+            json!([[], {}, [[]], [{}], {"a": {}}, {"a": []}]),
+            json!({"a": [1, [2, {"b": [], "c": {"d": null}}], 3], "e": {}, "f": -1.5}),
+            json!("text"),
+            json!(null),
+            json!([1, "two", [3], {"four": 5}, 6]),
+        ] {
+            let (written, _) = text(None, Ok(value.clone()));
+            let expected = format!(r#"{{"jsonrpc":"2.0","id":null,"result":{value}}}"#);
+            assert_eq!(written, expected);
+        }
+    }
+
+    #[test]
+    fn a_long_answer_takes_turns_and_a_short_one_does_not() {
+        assert_eq!(text(None, Ok(json!([1, 2, 3]))).1, 0);
+        let disks: Vec<Value> = (0..5000).map(|n| json!({"name": n, "more": [n, {}]})).collect();
+        let (written, turns) = text(None, Ok(disks.clone().into()));
+        let back: Value = serde_json::from_str(&written).unwrap();
+        assert_eq!(back["result"], Value::from(disks));
+        // Five values each.
+        assert_eq!(turns, 5000 * 5 / crate::pace::TURN_VALUES);
+        let strings: Vec<Value> = (0..100).map(|_| "x".repeat(64_000).into()).collect();
+        assert_eq!(text(None, Ok(strings.into())).1, 100);
+    }
+
+    #[test]
+    fn an_answer_that_is_too_long_is_an_error_and_takes_turns_to_be_thrown_away() {
+        let strings: Vec<Value> = (0..40_000).map(|_| "x".repeat(1000).into()).collect();
+        let (written, turns) = text(Some(Id::Number("7".into())), Ok(strings.into()));
+        let back: Value = serde_json::from_str(&written).unwrap();
+        assert_eq!((&back["id"], &back["error"]["code"]), (&json!(7), &json!(-32603)));
+        assert!(turns > 600, "{turns}");
     }
 }

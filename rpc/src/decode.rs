@@ -88,6 +88,14 @@ impl<'de> Text<'de> {
         matches!(self.first(), b'-' | b'0'..=b'9')
     }
 
+    /// Whether it is an integer that fits into one of Rust's, as in `5`, `5.0` and `5e0`. A plain
+    /// integer that does not is no floating-point number.
+    fn is_whole(&self) -> bool {
+        let limit = |negative| if negative { i64::MIN.unsigned_abs() } else { u64::MAX };
+        let fits = |(negative, size)| size <= u128::from(limit(negative));
+        !self.text.contains(['.', 'e', 'E']) || integer(self.text).is_ok_and(fits)
+    }
+
     fn unexpected(&self, wanted: &str) -> Error {
         let found = match self.first() {
             b'{' => "an object",
@@ -189,8 +197,8 @@ impl<'de> Deserializer<'de> for Text<'de> {
             b'"' => visitor.visit_string(self.string()?),
             b't' | b'f' => self.deserialize_bool(visitor),
             b'n' => visitor.visit_unit(),
-            _ if self.text.contains(['.', 'e', 'E']) => self.float(visitor),
-            _ => self.integer(visitor),
+            _ if self.is_whole() => self.integer(visitor),
+            _ => self.float(visitor),
         }
     }
 
@@ -481,6 +489,9 @@ mod tests {
             decode::<Value>(text, false).unwrap(),
             json!({"a":[1,-2,1.5,"x",null,true,{"b":{}}]})
         );
+        let numbers = decode::<Value>("[2.0,1e3,-5.0e0,18446744073709551615.0,1e20,0.5]", false);
+        assert_eq!(numbers.unwrap(), json!([2, 1000, -5, u64::MAX, 1e20, 0.5]));
+        assert!(decode::<Value>("18446744073709551616", false).is_err());
         assert!(decode::<Value>(r#"{"a":1,"a":1}"#, false).is_err());
     }
 

@@ -37,21 +37,35 @@
 //! The data flows: bytes → `scan` (where does a request end?) → `request` (what does it
 //! ask?) → `registry` (who answers?) → `params` and `decode` (with what?) → `answer` (the
 //! reply's text). `connection` moves the bytes of one client, `server` the clients.
+//!
+//! The thread is others' too, so nothing here or in a method takes long in one go. What grows
+//! with a request or an answer is done in turns: `batch` runs members one a turn, `answer` writes
+//! a long result piece by piece, and a method that builds one counts its work ([`Params::pace`]).
+//! Sockets are closed elsewhere (`stream`).
 
 mod answer;
+mod batch;
 mod connection;
 mod decode;
 mod error;
 mod hang_up;
+mod idle;
+mod input;
+mod link;
+mod pace;
 mod params;
 mod registry;
 mod request;
 mod scan;
 mod server;
 mod socket;
+mod stream;
 
-pub use connection::{ANSWER_MAX, OUTSTANDING_MAX, REQUEST_MAX};
+pub use answer::ANSWER_MAX;
 pub use error::{RpcError, strerror};
+pub use input::REQUEST_MAX;
+pub use link::OUTSTANDING_MAX;
+pub use pace::{Pace, TURN_VALUES};
 pub use params::{Client, DecodeFailure, Params};
 pub use registry::{Phase, Phases, Registry};
 pub use server::{CONNECTIONS_MAX, Server};

@@ -1,5 +1,7 @@
 //! What a method gets: its parameters, and whether its client is still there.
 
+use std::cell::Cell;
+use std::fmt;
 use std::rc::Rc;
 
 use serde::Deserialize;
@@ -8,6 +10,7 @@ use tokio::sync::watch;
 
 use crate::decode::decode;
 use crate::error::RpcError;
+use crate::pace::{Load, Pace, Paused};
 use crate::registry::{Phase, Registry};
 
 /// One call's parameters and surroundings; a method takes it by value.
@@ -80,6 +83,11 @@ impl Params {
         &self.client
     }
 
+    /// Counts the work of this call, for methods whose work grows with what they answer.
+    pub fn pace(&self) -> Pace {
+        Pace::new(self.client.clone())
+    }
+
     /// The phase in which the call was made.
     pub fn phase(&self) -> Phase {
         self.phase
@@ -107,31 +115,59 @@ impl Params {
 /// }
 /// ```
 #[derive(Clone)]
-pub struct Client(Option<watch::Receiver<bool>>);
+pub struct Client {
+    /// None if the call was made in process.
+    gone: Option<watch::Receiver<bool>>,
+    load: Rc<Load>,
+    /// Whether this very call has given way.
+    paused: Rc<Cell<bool>>,
+}
 
 impl Client {
     /// A caller inside the process, which never goes away.
     pub(crate) fn local() -> Self {
-        Self(None)
+        Self { gone: None, load: Rc::default(), paused: Rc::default() }
     }
 
-    pub(crate) fn remote(gone: watch::Receiver<bool>) -> Self {
-        Self(Some(gone))
+    pub(crate) fn remote(gone: watch::Receiver<bool>, load: &Rc<Load>) -> Self {
+        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default() }
+    }
+
+    /// The same client, for another call.
+    pub(crate) fn for_member(&self) -> Self {
+        Self { paused: Rc::default(), ..self.clone() }
+    }
+
+    /// Lets everybody else have a turn. The client's next request waits meanwhile.
+    pub(crate) async fn give_way(&self) {
+        let _paused = Paused::new(&self.paused, &self.load);
+        tokio::task::yield_now().await;
+    }
+
+    /// Whether this call has given way and goes on by itself.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused.get()
     }
 
     /// True once the client closed its connection, or the server did. A client that only
     /// shut down its sending side is still there.
     pub fn is_gone(&self) -> bool {
-        self.0.as_ref().is_some_and(|gone| *gone.borrow() || gone.has_changed().is_err())
+        self.gone.as_ref().is_some_and(|gone| *gone.borrow() || gone.has_changed().is_err())
     }
 
     /// Waits until the client is gone; for ever if the call was made in process.
     pub async fn gone(&self) {
-        match self.0.clone() {
+        match self.gone.clone() {
             // The sender is dropped only with its connection: gone as well.
             Some(mut gone) => drop(gone.wait_for(|gone| *gone).await),
             None => std::future::pending().await,
         }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("gone", &self.is_gone()).finish_non_exhaustive()
     }
 }
 

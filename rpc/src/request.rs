@@ -32,7 +32,7 @@ pub(crate) struct Call {
 }
 
 /// A request's id.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Id {
     /// Repeated byte for byte, so `1.50` stays `1.50`.
     Number(Box<str>),

@@ -5,13 +5,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet, spawn_local};
 
 use crate::connection;
+use crate::idle::Connections;
 use crate::registry::Registry;
 use crate::socket::{BindError, SocketFile};
+use crate::stream::{Listener, Stream};
 
 /// Clients served at once; further ones wait in the kernel's backlog. SPDK's number.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -19,6 +20,9 @@ pub const CONNECTIONS_MAX: usize = 64;
 /// How long to wait after a failed accept, which mostly means that the process is out of
 /// file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// How often is looked, while all slots are taken, whether a client waits for one.
+const WAITING_CHECK: Duration = Duration::from_secs(5);
 
 /// What the server asks of its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +88,9 @@ impl Drop for Server {
     }
 }
 
-async fn accept(listener: UnixListener, registry: Rc<Registry>, modes: watch::Receiver<Mode>) {
+async fn accept(listener: Listener, registry: Rc<Registry>, modes: watch::Receiver<Mode>) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = Connections::default();
     let mut clients = JoinSet::new();
     loop {
         tokio::select! {
@@ -95,12 +100,9 @@ async fn accept(listener: UnixListener, registry: Rc<Registry>, modes: watch::Re
                     tracing::error!("RPC connection: {error}");
                 }
             }
-            (slot, stream) = next_client(&listener, &slots) => {
+            stream = next_client(&listener, &slots, &connections) => {
                 let (registry, modes) = (Rc::clone(&registry), modes.clone());
-                clients.spawn_local(async move {
-                    connection::serve(stream, registry, modes).await;
-                    drop(slot);
-                });
+                clients.spawn_local(connection::serve(stream, registry, modes, connections.add()));
             }
         }
     }
@@ -113,17 +115,36 @@ pub(crate) async fn stopping(mut modes: watch::Receiver<Mode>) {
     let _ = modes.wait_for(|mode| *mode == Mode::Stopping).await;
 }
 
-/// Takes a slot before it accepts, so that a client without a slot stays in the backlog.
+/// Takes a slot before it accepts, so that a client without a slot stays in the backlog. The slot
+/// is free again when all fds of the connection have been closed.
 async fn next_client(
-    listener: &UnixListener,
+    listener: &Listener,
     slots: &Arc<Semaphore>,
-) -> (OwnedSemaphorePermit, UnixStream) {
-    let slot = Arc::clone(slots).acquire_owned().await.expect("the semaphore is never closed");
+    connections: &Connections,
+) -> Stream {
+    let mut failed = false;
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) => return (slot, stream),
+        let slot = tokio::select! {
+            biased;
+            slot = Arc::clone(slots).acquire_owned() => slot.expect("it is never closed"),
+            () = tokio::time::sleep(WAITING_CHECK) => {
+                if listener.has_waiting() {
+                    connections.close_idlest();
+                }
+                continue;
+            }
+        };
+        let accepted = match listener.readable().await {
+            Ok(()) => listener.accept(slot),
+            Err(error) => Err(error),
+        };
+        match accepted {
+            Ok(Some(stream)) => return stream,
+            Ok(None) => {}
             Err(error) => {
-                tracing::warn!("cannot accept an RPC connection: {error}");
+                if !std::mem::replace(&mut failed, true) {
+                    tracing::warn!("cannot accept an RPC connection: {error}; trying on");
+                }
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }
         }

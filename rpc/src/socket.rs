@@ -6,13 +6,11 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use tokio::net::{UnixListener, UnixSocket};
+
+use crate::stream::Listener;
 
 /// Bytes that fit into `sun_path` before its terminating NUL.
 const PATH_MAX: usize = 107;
-
-/// Connections the kernel keeps while all slots are taken; SPDK's number.
-const BACKLOG: u32 = 512;
 
 /// Why a server could not listen.
 #[derive(Debug, Error)]
@@ -44,7 +42,7 @@ pub(crate) struct SocketFile {
 
 impl SocketFile {
     /// Locks `<path>.lock`, removes what an earlier process left at `path`, and listens.
-    pub(crate) fn listen(path: &Path) -> Result<(Self, UnixListener), BindError> {
+    pub(crate) fn listen(path: &Path) -> Result<(Self, Listener), BindError> {
         let length = path.as_os_str().len();
         if length > PATH_MAX {
             return Err(BindError::PathTooLong { path: path.into(), length });
@@ -52,12 +50,8 @@ impl SocketFile {
         let lock = Lock::take(path)?;
         // Whoever made it is gone, since we hold the lock. What cannot be removed fails in bind.
         let _ = fs::remove_file(path);
-        let listen = || {
-            let socket = UnixSocket::new_stream()?;
-            socket.bind(path)?;
-            socket.listen(BACKLOG)
-        };
-        let listener = listen().map_err(|error| BindError::Listen(path.into(), error))?;
+        let listener =
+            Listener::bind(path).map_err(|error| BindError::Listen(path.into(), error))?;
         Ok((Self { path: path.into(), _lock: lock }, listener))
     }
 

@@ -152,10 +152,19 @@ fn a_request_may_fill_the_buffer_but_not_more() {
         client.send(vec![b' '; 2 * REQUEST_MAX]).await;
         client.sync().await;
 
-        use tokio::io::AsyncWriteExt;
-        let _ = client.stream.write_all(request(REQUEST_MAX + 1).as_bytes()).await;
-        assert_eq!(client.line().await, None);
-        assert_eq!(fixture.probe.started.borrow().len(), 1);
+        // One that does not fit is answered, whatever its size, to a client that writes all of it
+        // first; so is what came before.
+        for size in [REQUEST_MAX + 1, 1 << 20, 30 << 20] {
+            let mut client = fixture.client().await;
+            client.send(r#"{"method":"big","id":1,"params":[900000]}"#).await;
+            client.send(request(size)).await;
+            assert!(client.line().await.unwrap().len() > 900_000);
+            let error = r#""error":{"code":-32600,"message":"Request too long: at most 262144 bytes are taken"}"#;
+            let expected = format!(r#"{{"jsonrpc":"2.0","id":null,{error}}}"#);
+            assert_eq!(client.line().await, Some(expected), "{size}");
+            assert_eq!(client.line().await, None);
+        }
+        assert_eq!(fixture.probe.started.borrow()[1..], ["big"; 3]);
         fixture.client().await.sync().await;
     });
 }
@@ -176,12 +185,11 @@ fn hostile_bytes_end_in_a_parse_error() {
             b"\0\0\0\0".to_vec(),
             b"{\"method\":\"ec\0ho\"}".to_vec(),
             b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+            b"x".repeat(10_000_000),
         ];
         for bytes in cases {
             let mut client = fixture.client().await;
-            // The server may close before it has read all of it.
-            use tokio::io::AsyncWriteExt;
-            let _ = client.stream.write_all(&bytes).await;
+            client.send(&bytes).await;
             let start = String::from_utf8_lossy(&bytes[..bytes.len().min(30)]).into_owned();
             assert_eq!(client.line().await.as_deref(), Some(PARSE_ERROR), "{start}");
             assert_eq!(client.line().await, None, "{start}");
@@ -292,9 +300,20 @@ fn an_answer_that_is_too_long_is_an_error() {
         let answer = client.ask(r#"{"method":"big","id":7,"params":[33554432]}"#).await;
         assert_eq!((&answer["id"], &answer["error"]["code"]), (&json!(7), &json!(-32603)));
         let member = r#"{"method":"big","id":1,"params":[20000000]}"#;
-        let answer = client.ask(format!("[{member},{member}]")).await;
-        assert_eq!(answer[0]["result"].as_str().unwrap().len(), 20_000_000);
-        assert_eq!(answer[1]["error"]["code"], -32603);
+        let small = r#"{"method":"note","id":"x"}"#;
+        let silent = r#"{"method":"note"}"#;
+        let answer = client.ask(format!("[{small},{member},{member},{small},{silent}]")).await;
+        assert_eq!(answer[0]["result"], true);
+        assert_eq!(answer[1]["result"].as_str().unwrap().len(), 20_000_000);
+        assert_eq!((&answer[2]["id"], &answer[2]["error"]["code"]), (&json!(1), &json!(-32603)));
+        // What comes after it is not run, and told so.
+        let not_run = json!({
+            "code": -32603,
+            "message": "Not run: the answers to this batch are too long",
+        });
+        assert_eq!(answer[3], json!({"jsonrpc": "2.0", "id": "x", "error": not_run}));
+        assert_eq!(answer[4], json!({"jsonrpc": "2.0", "id": null, "error": not_run}));
+        assert_eq!(fixture.probe.started.borrow()[1..], ["", "big", "big"]);
     });
 }
 

@@ -123,6 +123,16 @@ fn registry(probe: &Rc<Probe>) -> Registry {
             Ok(Value::String("x".repeat(size)))
         }
     });
+    // Answers with a list of params[0] numbers, made in turns.
+    registry.register("list", Phases::Both, |params: Params| async move {
+        let (count,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
+        let (mut pace, mut list) = (params.pace(), vec![]);
+        for number in 0..count {
+            list.push(Value::from(number));
+            pace.spend(1).await;
+        }
+        Ok(list.into())
+    });
     registry
 }
 

@@ -1,0 +1,122 @@
+//! The answer to a batch: its members one after another, with everybody else in between.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::Poll;
+
+use tokio::task::{JoinError, JoinSet};
+
+use crate::answer::{self, ANSWER_MAX, Pieces, too_long};
+use crate::connection::answer_member;
+use crate::error::RpcError;
+use crate::link::OUTSTANDING_MAX;
+use crate::pace::Load;
+use crate::params::Client;
+use crate::registry::Registry;
+use crate::request::{Id, Member};
+
+/// Runs a batch's members. They start in order, each after all others on the thread had a turn,
+/// and before the next request of their client. Answers come in the order in which the members
+/// finish; nothing is answered if all are notifications.
+///
+/// Once the answers are longer than [`ANSWER_MAX`] further members are not run: the answer to
+/// each says so.
+pub(crate) async fn answer_batch(
+    members: Vec<Member>,
+    registry: &Rc<Registry>,
+    client: Client,
+    load: Rc<Load>,
+) -> Option<Pieces> {
+    let mut answers = Answers { text: Pieces::default(), is_full: false, held: 0, load };
+    let mut running: JoinSet<Ended> = JoinSet::new();
+    for member in members {
+        while running.len() >= OUTSTANDING_MAX {
+            answers.join(running.join_next().await);
+        }
+        if answers.is_full {
+            answers.add(answer::encode_error(member.id.as_ref(), &not_run()));
+            continue;
+        }
+        let (registry, client_of_member) = (Rc::clone(registry), client.for_member());
+        let paused = client_of_member.clone();
+        let id = member.id.clone();
+        let mut future =
+            Box::pin(async move { answer_member(member, &registry, client_of_member).await });
+        // One that has only given way goes on here, so that few have half an answer at a time.
+        let first = poll_fn(|context| match future.as_mut().poll(context) {
+            Poll::Pending if paused.is_paused() => Poll::Pending,
+            polled => Poll::Ready(polled),
+        });
+        match first.await {
+            Poll::Ready(Some(answer)) => answers.add_or_refuse(id.as_ref(), answer),
+            Poll::Ready(None) => {}
+            Poll::Pending => drop(running.spawn_local(async move { (id, future.await) })),
+        }
+        client.give_way().await;
+    }
+    while !running.is_empty() {
+        answers.join(running.join_next().await);
+    }
+    answers.finish()
+}
+
+/// A member that had to wait: its id and its answer.
+type Ended = (Option<Id>, Option<Pieces>);
+
+fn not_run() -> RpcError {
+    RpcError::internal("Not run: the answers to this batch are too long")
+}
+
+/// A batch's answer as it grows.
+struct Answers {
+    text: Pieces,
+    /// An answer did not fit.
+    is_full: bool,
+    /// Bytes that the load knows of.
+    held: usize,
+    load: Rc<Load>,
+}
+
+impl Answers {
+    /// A member that had to wait has ended.
+    fn join(&mut self, ended: Option<Result<Ended, JoinError>>) {
+        match ended {
+            Some(Ok((id, Some(answer)))) => self.add_or_refuse(id.as_ref(), answer),
+            Some(Err(_)) => {
+                self.add(answer::encode_error(None, &RpcError::internal("Internal error")));
+            }
+            Some(Ok((_, None))) | None => {}
+        }
+    }
+
+    fn add_or_refuse(&mut self, id: Option<&Id>, answer: Pieces) {
+        if self.text.len() + answer.len() <= ANSWER_MAX {
+            self.add(answer);
+        } else {
+            self.is_full = true;
+            // An id is a part of the request, so these cannot add up to much.
+            self.add(answer::encode_error(id, &too_long()));
+        }
+    }
+
+    fn add(&mut self, answer: Pieces) {
+        self.held += answer.len();
+        self.load.hold(answer.len());
+        self.text.push(if self.text.is_empty() { b"[" } else { b"," });
+        self.text.append(answer);
+    }
+
+    fn finish(mut self) -> Option<Pieces> {
+        if self.text.is_empty() {
+            return None;
+        }
+        self.text.push(b"]");
+        Some(std::mem::take(&mut self.text))
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        self.load.let_go(self.held);
+    }
+}

@@ -1,0 +1,185 @@
+//! What a connection's task shares with the requests it started.
+
+use std::cell::{Cell, RefCell};
+use std::io::{self, ErrorKind};
+use std::rc::Rc;
+
+use tokio::io::Interest;
+use tokio::sync::watch;
+
+use crate::answer::{ANSWER_MAX, Pieces};
+use crate::hang_up::HangUp;
+use crate::pace::Load;
+use crate::params::Client;
+use crate::stream::Stream;
+
+/// Requests of one connection (and members of one batch) that may run at a time; further ones
+/// stay unread until one of them ends. SPDK has no limit. A client that waits for its answers
+/// has one, and scripts that pipeline have tens.
+pub const OUTSTANDING_MAX: usize = 128;
+
+/// Bytes of answers, unsent or of unfinished batches, above which no further request is started:
+/// a client that does not read its answers gets no more of them.
+const UNSENT_HIGH: usize = 1024 * 1024;
+
+/// Bytes of unsent answers above which the connection is closed. Only requests that ran at
+/// the same time can get there; twice the longest answer.
+const UNSENT_MAX: usize = 2 * ANSWER_MAX;
+
+/// Bytes sent in one turn.
+const SEND_MAX: usize = 256 * 1024;
+
+/// Answers on their way out, and the requests that will give more.
+pub(crate) struct Link {
+    unsent: RefCell<Pieces>,
+    /// How much of the first piece is sent.
+    sent: Cell<usize>,
+    outstanding: Cell<usize>,
+    /// No further answers are taken.
+    closed: Cell<bool>,
+    gone: watch::Sender<bool>,
+    pub(crate) load: Rc<Load>,
+}
+
+impl Link {
+    pub(crate) fn new() -> Self {
+        Self {
+            unsent: RefCell::default(),
+            sent: Cell::new(0),
+            outstanding: Cell::new(0),
+            closed: Cell::new(false),
+            gone: watch::Sender::new(false),
+            load: Rc::default(),
+        }
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::remote(self.gone.subscribe(), &self.load)
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        *self.gone.borrow()
+    }
+
+    /// The client can read no answer any more.
+    pub(crate) fn set_gone(&self) {
+        self.close();
+        self.unsent.take();
+        self.sent.set(0);
+        self.gone.send_replace(true);
+    }
+
+    /// Takes no further answers.
+    pub(crate) fn close(&self) {
+        self.closed.set(true);
+    }
+
+    fn unsent_len(&self) -> usize {
+        self.unsent.borrow().len() - self.sent.get()
+    }
+
+    pub(crate) fn may_start(&self) -> bool {
+        self.outstanding.get() < OUTSTANDING_MAX
+            && self.unsent_len() + self.load.held() < UNSENT_HIGH
+    }
+
+    pub(crate) fn is_overfull(&self) -> bool {
+        self.unsent_len() > UNSENT_MAX
+    }
+
+    pub(crate) fn is_done_sending(&self) -> bool {
+        self.unsent_len() == 0
+    }
+
+    /// Nothing runs for this client, and all is sent.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.is_done_sending() && self.outstanding.get() == 0
+    }
+
+    /// Nothing runs for this client, or nobody waits for it, and all is sent.
+    pub(crate) fn is_done(&self) -> bool {
+        self.is_idle() || (self.is_done_sending() && self.is_gone())
+    }
+
+    pub(crate) fn push(&self, answer: Pieces) {
+        if self.closed.get() || self.is_overfull() {
+            return;
+        }
+        let mut unsent = self.unsent.borrow_mut();
+        unsent.append(answer);
+        unsent.push(b"\n");
+        self.load.changed.notify_one();
+    }
+
+    /// Sends what the socket takes in one turn; true if it may take more at once.
+    ///
+    /// # Errors
+    /// The client cannot be written to any more.
+    pub(crate) fn flush(&self, stream: &Stream) -> io::Result<bool> {
+        let mut unsent = self.unsent.borrow_mut();
+        let mut left = SEND_MAX;
+        while let Some(piece) = unsent.front() {
+            if left == 0 {
+                return Ok(true);
+            }
+            let rest = &piece[self.sent.get()..];
+            match stream.try_write(&rest[..rest.len().min(left)]) {
+                Ok(count) => {
+                    left -= count;
+                    self.sent.update(|sent| sent + count);
+                    if self.sent.get() == piece.len() {
+                        unsent.pop_front();
+                        self.sent.set(0);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Waits until the client can be read if `wants_read`, can be written if there is something
+    /// to write, or is gone.
+    pub(crate) async fn ready(&self, stream: &Stream, hang_up: &HangUp, wants_read: bool) {
+        if self.is_gone() {
+            return std::future::pending().await;
+        }
+        let read = wants_read.then_some(Interest::READABLE);
+        let write = (!self.is_done_sending()).then_some(Interest::WRITABLE);
+        let interest = match (read, write) {
+            (Some(read), Some(write)) => Some(read | write),
+            (read, write) => read.or(write),
+        };
+        tokio::select! {
+            () = hang_up.wait() => self.set_gone(),
+            () = stream.ready(interest.unwrap_or(Interest::READABLE)), if interest.is_some() => {}
+        }
+    }
+}
+
+/// Ends a link with the task that owns it.
+pub(crate) struct EndOfLink(pub(crate) Rc<Link>);
+
+impl Drop for EndOfLink {
+    fn drop(&mut self) {
+        self.0.set_gone();
+    }
+}
+
+/// Counts a request as long as it runs, however it ends.
+pub(crate) struct Running(pub(crate) Rc<Link>);
+
+impl Running {
+    pub(crate) fn new(link: Rc<Link>) -> Self {
+        link.outstanding.update(|count| count + 1);
+        Self(link)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.outstanding.update(|count| count - 1);
+        self.0.load.changed.notify_one();
+    }
+}

@@ -1,0 +1,132 @@
+//! A client's socket, and the socket that clients connect to.
+//!
+//! A client may attach fds to its bytes whose close takes as long as it likes (the `closer` crate
+//! says how), and the same fds may lie unread in its socket, or in the backlog of the listening
+//! one. So bytes are read by [`closer::receive`], and none of these sockets is closed here.
+#![expect(unsafe_code, reason = "tokio trusts its caller that a watched fd stays open")]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use closer::{Account, ForeignFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind,
+    listen, send, shutdown, socket_with,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::OwnedSemaphorePermit;
+
+/// Connections the kernel keeps while all slots are taken; SPDK's number.
+const BACKLOG: i32 = 512;
+
+/// Fds that a client may send before it is disconnected. No request needs any.
+const FDS_MAX: usize = 16;
+
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// The socket of one client.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    fd: AsyncFd<ForeignFd>,
+    account: Account,
+    /// Fds that came and were refused.
+    fds: usize,
+}
+
+impl Stream {
+    fn new(fd: OwnedFd, slot: OwnedSemaphorePermit) -> io::Result<Self> {
+        let account = Account::operator("an RPC client", slot);
+        let fd = watched(ForeignFd::new(fd, &account), Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self { fd, account, fds: 0 })
+    }
+
+    /// Waits until it may be read or written, as `interest` says.
+    pub(crate) async fn ready(&self, interest: Interest) {
+        // What the socket has to say comes out when it is read or written.
+        let _ = self.fd.ready(interest).await;
+    }
+
+    /// Reads what is there. Fds that come with it are refused.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is nothing; others end the connection, too many fds included.
+    pub(crate) fn try_read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read =
+            |fd: &ForeignFd| closer::receive(fd.as_fd(), bytes, libc::MSG_DONTWAIT, &self.account);
+        let (count, fds) = self.fd.try_io(Interest::READABLE, read)?;
+        if fds.is_empty() {
+            return Ok(count);
+        }
+        if self.fds == 0 {
+            tracing::warn!("an RPC client sends file descriptors, which are not taken");
+        }
+        self.fds += fds.len();
+        if self.fds > FDS_MAX {
+            return Err(io::Error::other("too many file descriptors"));
+        }
+        Ok(count)
+    }
+
+    /// Writes what the socket takes.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it takes nothing; others if the client cannot be written to any more.
+    pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        self.fd.try_io(Interest::WRITABLE, |fd| Ok(send(fd, bytes, flags)?))
+    }
+
+    /// Ends the direction towards the client.
+    pub(crate) fn shut_down_write(&self) {
+        // A client that is gone needs no end.
+        let _ = shutdown(self.fd.get_ref(), Shutdown::Write);
+    }
+
+    /// A second handle, to wait for what the first one must not forget.
+    pub(crate) fn second_handle(&self) -> io::Result<AsyncFd<ForeignFd>> {
+        watched(self.fd.get_ref().try_clone()?, Interest::WRITABLE)
+    }
+}
+
+fn watched(fd: ForeignFd, interest: Interest) -> io::Result<AsyncFd<ForeignFd>> {
+    // SAFETY: a `ForeignFd` is one open fd, the same for as long as it lives.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// The socket that clients connect to.
+#[derive(Debug)]
+pub(crate) struct Listener(AsyncFd<ForeignFd>);
+
+impl Listener {
+    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+        let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
+        bind(&fd, &SocketAddrUnix::new(path)?)?;
+        listen(&fd, BACKLOG)?;
+        let account = Account::operator("the RPC socket", ());
+        watched(ForeignFd::new(fd, &account), Interest::READABLE).map(Self)
+    }
+
+    /// Waits until a client may be waiting.
+    pub(crate) async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await.map(drop)
+    }
+
+    /// Accepts a client; none if none waits, and `slot` is free again.
+    pub(crate) fn accept(&self, slot: OwnedSemaphorePermit) -> io::Result<Option<Stream>> {
+        match self.0.try_io(Interest::READABLE, |fd| Ok(accept_with(fd, FLAGS)?)) {
+            Ok(fd) => Stream::new(fd, slot).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether a client waits to be accepted.
+    pub(crate) fn has_waiting(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.get_ref(), PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}

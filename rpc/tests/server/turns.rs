@@ -1,0 +1,178 @@
+//! Whatever a client asks for, others have their turns meanwhile; over a real socket.
+#![expect(clippy::unwrap_used, reason = "a helper fails its test by panicking")]
+
+use std::io::Write;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use crate::fixture::{Fixture, RawClient, run};
+use rpc::CONNECTIONS_MAX;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+/// Sends until a request of the second client is answered; what the first had started by then.
+async fn started_when_another_is_answered(fixture: &Fixture, first: &mut RawClient) -> usize {
+    fixture.probe.until(|probe| !probe.started.borrow().is_empty()).await;
+    fixture.client().await.sync().await;
+    let started = fixture.probe.started.borrow().len();
+    assert!(first.line().await.is_some());
+    started
+}
+
+#[test]
+fn the_members_of_a_batch_let_others_have_turns() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        let member = r#"{"method":"note","id":1}"#;
+        client.send(format!("[{}]", vec![member; 1000].join(","))).await;
+        let started = started_when_another_is_answered(&fixture, &mut client).await;
+        assert!(started < 100, "{started}");
+        assert_eq!(fixture.probe.started.borrow().len(), 1000);
+    });
+}
+
+#[test]
+fn requests_sent_at_once_let_others_have_turns() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        client.send(r#"{"method":"note","id":1}"#.repeat(1000)).await;
+        let started = started_when_another_is_answered(&fixture, &mut client).await;
+        assert!(started < 100, "{started}");
+        for _ in 1..1000 {
+            assert!(client.line().await.is_some());
+        }
+    });
+}
+
+#[test]
+fn a_long_answer_lets_others_have_turns_but_not_the_next_request_of_its_client() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        client.send(r#"{"method":"list","id":1,"params":[300000]}{"method":"note","id":2}"#).await;
+        let mut other = fixture.client().await;
+        for _ in 0..20 {
+            other.sync().await;
+        }
+        assert!(fixture.probe.started.borrow().is_empty());
+        for id in [1, 2] {
+            let answer: Value = serde_json::from_str(&client.line().await.unwrap()).unwrap();
+            assert_eq!(answer["id"], id);
+        }
+        // The same for a batch, whose members start in order and all of them before what follows.
+        let list = r#"{"method":"list","id":1,"params":[50000]}"#;
+        let batch = format!(r#"[{list},{{"method":"note","id":2}},{list}]"#);
+        client.send(format!(r#"{batch}{{"method":"echo","id":3}}"#)).await;
+        let answer: Value = serde_json::from_str(&client.line().await.unwrap()).unwrap();
+        let ids: Vec<_> = answer.as_array().unwrap().iter().map(|a| a["id"].clone()).collect();
+        assert_eq!(ids, [1, 2, 1]);
+        assert!(client.line().await.unwrap().contains(r#""id":3"#));
+    });
+}
+
+/// Answers that wait for the rest of their batch count as unsent ones.
+#[test]
+fn half_answered_batches_cannot_pile_up() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        let batch = r#"[{"method":"big","id":1,"params":[600000]},{"method":"wait","id":2}]"#;
+        client.send(batch.repeat(10)).await;
+        fixture.probe.until(|probe| probe.started.borrow().len() == 4).await;
+        for _ in 0..50 {
+            fixture.client().await.sync().await;
+        }
+        assert_eq!(fixture.probe.started.borrow().len(), 4);
+        fixture.release(10);
+        for _ in 0..10 {
+            assert!(client.line().await.unwrap().len() > 600_000);
+        }
+    });
+}
+
+#[test]
+fn a_client_that_sends_without_end_lets_others_have_turns() {
+    run(async {
+        let fixture = Fixture::new();
+        for endless in [" ", "x"] {
+            let mut stream = UnixStream::connect(fixture.path()).unwrap();
+            let bytes = endless.repeat(200_000);
+            let sender =
+                std::thread::spawn(move || while stream.write_all(bytes.as_bytes()).is_ok() {});
+            let mut other = fixture.client().await;
+            for _ in 0..200 {
+                other.sync().await;
+            }
+            assert!(endless == "x" || !sender.is_finished());
+        }
+        fixture.server.shutdown().await;
+    });
+}
+
+fn send_with_fd(client: &RawClient, bytes: &[u8]) {
+    let fds = [client.stream.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let part = [std::io::IoSlice::new(bytes)];
+    sendmsg(&client.stream, &part, &mut control, SendFlags::empty()).unwrap();
+}
+
+#[test]
+fn fds_are_refused_and_many_end_the_connection() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        for id in 0..16 {
+            send_with_fd(&client, format!(r#"{{"method":"echo","id":{id}}}"#).as_bytes());
+            assert!(client.line().await.unwrap().contains(&format!(r#""id":{id}"#)));
+        }
+        client.sync().await;
+        send_with_fd(&client, br#"{"method":"note","id":1}"#);
+        assert_eq!(client.line().await, None);
+        assert!(fixture.probe.started.borrow().is_empty());
+        fixture.client().await.sync().await;
+    });
+}
+
+/// With a clock that goes on to the next timer as soon as nobody has anything to do.
+#[test]
+fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let fixture = Fixture::new();
+        let mut clients = Vec::new();
+        for index in 0..CONNECTIONS_MAX {
+            let mut client = fixture.client().await;
+            if index < 2 {
+                client.send(r#"{"method":"wait","id":1}"#).await;
+                fixture.probe.until(|probe| probe.started.borrow().len() == index + 1).await;
+            } else {
+                client.sync().await;
+            }
+            clients.push(client);
+        }
+        // As long as nobody waits, nobody is closed.
+        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        for client in &mut clients[2..] {
+            client.sync().await;
+        }
+        let begin = tokio::time::Instant::now();
+        fixture.client().await.sync().await;
+        assert!(begin.elapsed() >= std::time::Duration::from_secs(300));
+        assert_eq!(clients[2].line().await, None, "the one that was idle longest");
+        // Those with a request that runs are there still.
+        fixture.release(2);
+        for client in &mut clients[..2] {
+            let answer: Value = serde_json::from_str(&client.line().await.unwrap()).unwrap();
+            assert_eq!(answer["result"], json!("waited"));
+        }
+    });
+}
