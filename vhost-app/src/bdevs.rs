@@ -4,96 +4,41 @@
 //! reserved here. A wrapper (delay, error) may name a base that does not exist; it waits for it and
 //! comes to life when the base is created, which SPDK calls *examine*.
 
+mod disk;
+
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bdev::{
-    Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, Flavour, Latency, Malloc, Null,
-};
+use bdev::{Bdev, ErrorDisk, ErrorOptions, Latency};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tracing::{debug, error};
 use uuid::Uuid;
 
+use disk::make_delay;
+pub(crate) use disk::{Disk, Kind, Wrapper, latency_params};
+
 /// A positive errno, as SPDK's RPCs answer it.
 pub(crate) type Errno = i32;
 
-/// SPDK's modules that are here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Malloc,
-    Null,
-    Aio,
-    Uring,
-    Delay,
-    Error,
+/// What a device may be called by: its name or its UUID. Parsed once, then compared with many.
+#[derive(Clone, Copy)]
+struct Name<'a> {
+    text: &'a str,
+    uuid: Option<Uuid>,
 }
 
-impl Kind {
-    /// The method that makes one.
-    pub(crate) fn create_method(self) -> &'static str {
-        match self {
-            Self::Malloc => "bdev_malloc_create",
-            Self::Null => "bdev_null_create",
-            Self::Aio => "bdev_aio_create",
-            Self::Uring => "bdev_uring_create",
-            Self::Delay => "bdev_delay_create",
-            Self::Error => "bdev_error_create",
-        }
+impl<'a> From<&'a str> for Name<'a> {
+    fn from(text: &'a str) -> Self {
+        Self { text, uuid: Uuid::try_parse(text).ok() }
     }
 }
 
-/// A device of one of the kinds.
-#[derive(Clone)]
-pub(crate) enum Disk {
-    Malloc(Arc<Malloc>),
-    Null(Arc<Null>),
-    File(Arc<FileDisk>),
-    Delay(Arc<Delay>),
-    Error(Arc<ErrorDisk>),
-}
-
-impl Disk {
-    /// The device, whatever its kind.
-    pub(crate) fn bdev(&self) -> Arc<dyn Bdev> {
-        match self {
-            Self::Malloc(disk) => Arc::clone(disk) as _,
-            Self::Null(disk) => Arc::clone(disk) as _,
-            Self::File(disk) => Arc::clone(disk) as _,
-            Self::Delay(disk) => Arc::clone(disk) as _,
-            Self::Error(disk) => Arc::clone(disk) as _,
-        }
+impl<'a> From<&'a String> for Name<'a> {
+    fn from(text: &'a String) -> Self {
+        text.as_str().into()
     }
-
-    fn kind(&self) -> Kind {
-        match self {
-            Self::Malloc(_) => Kind::Malloc,
-            Self::Null(_) => Kind::Null,
-            Self::File(disk) if disk.flavour() == Flavour::Aio => Kind::Aio,
-            Self::File(_) => Kind::Uring,
-            Self::Delay(_) => Kind::Delay,
-            Self::Error(_) => Kind::Error,
-        }
-    }
-
-    /// What a wrapper is on.
-    pub(crate) fn base(&self) -> Option<&Arc<dyn Bdev>> {
-        match self {
-            Self::Delay(disk) => Some(disk.base()),
-            Self::Error(disk) => Some(disk.base()),
-            Self::Malloc(_) | Self::Null(_) | Self::File(_) => None,
-        }
-    }
-}
-
-/// A wrapper as it was asked for.
-#[derive(Clone, Debug)]
-pub(crate) struct Wrapper {
-    /// Its base's name or UUID.
-    pub(crate) base: String,
-    /// A delay's latencies; none for an error device.
-    pub(crate) latency: Option<Latency>,
 }
 
 enum State {
@@ -121,8 +66,9 @@ impl Device {
         }
     }
 
-    fn has_name(&self, name: &str) -> bool {
-        self.name == name || Uuid::try_parse(name).is_ok_and(|uuid| uuid == self.uuid)
+    fn has_name<'a>(&self, name: impl Into<Name<'a>>) -> bool {
+        let Name { text, uuid } = name.into();
+        self.name == text || uuid == Some(self.uuid)
     }
 
     fn is_on(&self, base: &Arc<dyn Bdev>) -> bool {
@@ -151,19 +97,9 @@ impl Device {
     }
 }
 
-/// A delay's latencies under the names of `bdev_delay_create`.
-pub(crate) fn latency_params(latency: Latency) -> Map<String, Value> {
-    let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
-    [
-        ("avg_read_latency", avg_read_us),
-        ("p99_read_latency", p99_read_us),
-        ("avg_write_latency", avg_write_us),
-        ("p99_write_latency", p99_write_us),
-    ]
-    .into_iter()
-    .map(|(name, us)| (name.to_owned(), us.into()))
-    .collect()
-}
+/// A device, as long as it exists and ever after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BdevId(u64);
 
 /// A live device as the RPCs show it.
 pub(crate) struct Shown {
@@ -177,7 +113,10 @@ pub(crate) struct Shown {
 
 #[derive(Default)]
 struct Inner {
+    /// By ascending `id`.
     devices: Vec<Device>,
+    /// Names given to `bdev_examine`: wrappers on these devices come to life by themselves.
+    examined: Vec<String>,
     ids: u64,
     /// Number of the next malloc disk without a name.
     malloc_number: u64,
@@ -259,12 +198,7 @@ impl Bdevs {
 
     /// The live device with this name or UUID, to be shown.
     pub(crate) fn shown(&self, name: &str) -> Option<Shown> {
-        let inner = self.inner.borrow();
-        inner
-            .devices
-            .iter()
-            .find(|d| d.disk().is_some() && d.has_name(name))
-            .and_then(|d| inner.show(d))
+        self.shown_by_id(self.id(name)?)
     }
 
     /// All live devices.
@@ -272,10 +206,23 @@ impl Bdevs {
         self.inner.borrow().devices.iter().filter_map(Device::disk).map(Disk::bdev).collect()
     }
 
-    /// All live devices, to be shown, in the order of their creation.
-    pub(crate) fn all_shown(&self) -> Vec<Shown> {
+    /// The live device with this name or UUID.
+    pub(crate) fn id(&self, name: &str) -> Option<BdevId> {
+        let (inner, name) = (self.inner.borrow(), Name::from(name));
+        let device = inner.devices.iter().find(|d| d.disk().is_some() && d.has_name(name))?;
+        Some(BdevId(device.id))
+    }
+
+    /// All devices in the order of their creation, for those who look at them a few at a time. A
+    /// device itself is never kept meanwhile: it may be deleted, and must not end here.
+    pub(crate) fn ids(&self) -> Vec<BdevId> {
+        self.inner.borrow().devices.iter().map(|device| BdevId(device.id)).collect()
+    }
+
+    /// This device, to be shown; none if it is not live or no more.
+    pub(crate) fn shown_by_id(&self, id: BdevId) -> Option<Shown> {
         let inner = self.inner.borrow();
-        inner.devices.iter().filter_map(|device| inner.show(device)).collect()
+        inner.device(id).and_then(|device| inner.show(device))
     }
 
     /// Whether this very device is registered.
@@ -318,6 +265,7 @@ impl Bdevs {
     /// ENODEV if there is none, or it is of another kind.
     pub(crate) fn remove(&self, name: &str, kind: Kind) -> Result<Vec<Arc<dyn Bdev>>, Errno> {
         let mut inner = self.inner.borrow_mut();
+        let name = Name::from(name);
         let is_it = |d: &Device| d.has_name(name) && d.config().is_some_and(|(k, _)| k == kind);
         let at = inner.devices.iter().position(is_it).ok_or(libc::ENODEV)?;
         let Some(bdev) = inner.devices[at].disk().map(Disk::bdev) else {
@@ -329,21 +277,50 @@ impl Bdevs {
         for upper in all.iter().filter(|upper| !Arc::ptr_eq(upper, &bdev)) {
             inner.base_gone(upper);
         }
+        // Another wrapper may have waited for the base that is free now.
+        inner.arrived(self);
         Ok(all)
     }
 
-    /// Brings wrappers to life that wait for this device.
-    pub(crate) fn examine(&self, name: &str) {
+    /// Has wrappers on this device come to life, now or when it is created.
+    ///
+    /// # Errors
+    /// EEXIST if that was asked for before.
+    pub(crate) fn examine(&self, name: &str) -> Result<(), Errno> {
         let mut inner = self.inner.borrow_mut();
-        let waits = |d: &Device| matches!(&d.state, State::Waiting(w) if w.base == name);
-        let ids: Vec<u64> = inner.devices.iter().filter(|d| waits(d)).map(|d| d.id).collect();
-        ids.into_iter().for_each(|id| inner.wake(id));
+        if inner.examined.iter().any(|examined| examined == name) {
+            return Err(libc::EEXIST);
+        }
+        inner.examined.push(name.to_owned());
         inner.arrived(self);
+        Ok(())
     }
 
-    /// What `save_config` writes for each device.
-    pub(crate) fn config(&self) -> Vec<(Kind, Map<String, Value>)> {
-        self.inner.borrow().devices.iter().filter_map(Device::config).collect()
+    /// The names that [`examine`](Self::examine) was given.
+    pub(crate) fn examined(&self) -> Vec<String> {
+        self.inner.borrow().examined.clone()
+    }
+
+    /// Changes a latency of a delay that waits for its base. False if there is none of this name.
+    pub(crate) fn update_waiting(&self, name: &str, change: impl FnOnce(&mut Latency)) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        let waiting = inner.devices.iter_mut().filter(|d| d.has_name(name)).find_map(|d| {
+            match &mut d.state {
+                State::Waiting(Wrapper { latency: Some(latency), .. }) => {
+                    Some((latency, &mut d.params))
+                }
+                _ => None,
+            }
+        });
+        let Some((latency, params)) = waiting else { return false };
+        change(latency);
+        params.extend(latency_params(*latency));
+        true
+    }
+
+    /// What `save_config` writes for this device; none if it is being made or no more.
+    pub(crate) fn config(&self, id: BdevId) -> Option<(Kind, Map<String, Value>)> {
+        self.inner.borrow().device(id).and_then(Device::config)
     }
 }
 
@@ -386,8 +363,11 @@ impl Inner {
         let uuid = uuid.unwrap_or_else(Uuid::new_v4);
         let text = uuid.to_string();
         let as_uuid = Uuid::try_parse(name).ok();
+        let (given, given_uuid) = (Name::from(name), Name::from(&text));
         let taken = |d: &Device| {
-            d.has_name(name) || d.has_name(&text) || as_uuid.is_some_and(|uuid| uuid == d.uuid)
+            d.has_name(given)
+                || d.has_name(given_uuid)
+                || as_uuid.is_some_and(|uuid| uuid == d.uuid)
         };
         if let Some(other) = self.devices.iter().find(|d| taken(d)) {
             error!("bdev {name}: the name or the UUID {text} is taken by {}", other.name);
@@ -404,13 +384,23 @@ impl Inner {
         Ok((id, uuid))
     }
 
+    fn device(&self, id: BdevId) -> Option<&Device> {
+        let at = self.devices.binary_search_by_key(&id.0, |device| device.id).ok()?;
+        self.devices.get(at)
+    }
+
     fn live(&self, name: &str) -> Option<Disk> {
+        let name = Name::from(name);
         self.devices.iter().filter(|d| d.has_name(name)).find_map(Device::disk).cloned()
     }
 
     fn position(&self, bdev: &Arc<dyn Bdev>) -> Option<usize> {
         let is_it = |d: &Device| d.disk().is_some_and(|disk| Arc::ptr_eq(&disk.bdev(), bdev));
         self.devices.iter().position(is_it)
+    }
+
+    fn is_examined(&self, at: usize) -> bool {
+        self.examined.iter().any(|name| self.devices[at].has_name(name))
     }
 
     fn is_claimed(&self, bdev: &Arc<dyn Bdev>) -> bool {
@@ -458,9 +448,7 @@ impl Inner {
             return;
         }
         let made = match *latency {
-            Some(latency) => {
-                Delay::create(DelayOptions { name, base, latency, uuid }).map(Disk::Delay)
-            }
+            Some(latency) => make_delay(name, base, latency, uuid).map(Disk::Delay),
             None => ErrorDisk::create(ErrorOptions { name, base, uuid }).map(Disk::Error),
         };
         match made {
@@ -472,10 +460,15 @@ impl Inner {
     /// A device may have come to life: wakes wrappers that waited for it, if they come to life by
     /// themselves, and whoever waits for a name.
     fn arrived(&mut self, bdevs: &Bdevs) {
-        while bdevs.auto_examine.get() {
+        loop {
+            let may_wake = |base: &Disk| {
+                let base = base.bdev();
+                let is_examined = || self.position(&base).is_some_and(|at| self.is_examined(at));
+                (bdevs.auto_examine.get() || is_examined()) && !self.is_claimed(&base)
+            };
             let waiting = |d: &&Device| {
                 matches!(&d.state, State::Waiting(w)
-                    if self.live(&w.base).is_some_and(|base| !self.is_claimed(&base.bdev())))
+                    if self.live(&w.base).is_some_and(|base| may_wake(&base)))
             };
             let Some(id) = self.devices.iter().find(waiting).map(|d| d.id) else { break };
             self.wake(id);

@@ -141,6 +141,8 @@ impl ConfigFile {
                 Err(e) if self.ignore_errors => warn!("{e}; going on"),
                 result => result?,
             }
+            // The thread serves front ends and signals meanwhile.
+            tokio::task::yield_now().await;
         }
         Ok(())
     }

@@ -4,6 +4,10 @@
 /// is a bound for the parser.
 const CORES_MAX: usize = 1024;
 
+/// Bytes of a set of cores at most: twice what it takes to name each of them. RPC clients give sets,
+/// too, and may not have one that takes long to read.
+const TEXT_MAX: usize = 16 * 1024;
+
 /// A logical core of `--lcores` and the CPUs its thread may run on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Lcore {
@@ -16,6 +20,9 @@ pub(crate) struct Lcore {
 /// Cores of a mask (`0x1d`, `1d`) or a list (`[0,2-4]`), ascending; none if there are none or
 /// it is neither.
 pub(crate) fn parse_cores(text: &str) -> Option<Vec<usize>> {
+    if text.len() > TEXT_MAX {
+        return None;
+    }
     let cores = match text.strip_prefix('[') {
         Some(list) => core_set(list.strip_suffix(']')?)?,
         None => mask(text)?,
@@ -38,15 +45,14 @@ fn mask(text: &str) -> Option<Vec<usize>> {
 
 /// `0,2-4` as ascending numbers without repetition.
 fn core_set(text: &str) -> Option<Vec<usize>> {
-    let mut cores = Vec::new();
+    // A number may be named any number of times, so names are not collected.
+    let mut named = [false; CORES_MAX];
     for item in text.split(',').map(str::trim) {
         let (first, last) = item.split_once('-').unwrap_or((item, item));
         let (first, last) = (core_number(first)?, core_number(last)?);
-        cores.extend(first.min(last)..=first.max(last));
+        named[first.min(last)..=first.max(last)].fill(true);
     }
-    cores.sort_unstable();
-    cores.dedup();
-    Some(cores)
+    Some((0..CORES_MAX).filter(|&core| named[core]).collect())
 }
 
 fn core_number(text: &str) -> Option<usize> {
@@ -114,6 +120,12 @@ mod tests {
             assert_eq!(parse_cores(text), Some(cores), "{text}");
         }
         let long = format!("0x{}", "f".repeat(10_000));
+        let all = vec!["0-1023"; 2000].join(",");
+        assert_eq!(parse_cores(&format!("[{all}]")).unwrap().len(), 1024);
+        // 36 million numbers, in a request that fits.
+        let many = format!("[{}]", vec!["0-1023"; 36_000].join(","));
+        assert!(many.len() < 256 * 1024);
+        assert_eq!(parse_cores(&many), None);
         for text in ["", "0x", "0x0", "g", "[0-99999]", "[-1]", "[+1]", "[1", "1]", &long] {
             assert_eq!(parse_cores(text), None, "{text}");
         }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bdev::Bdev;
-use rpc::{DecodeFailure, Params, Phases, RpcError};
+use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tracing::error;
 
 use super::bdev_show::describe;
@@ -24,6 +24,9 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("bdev_examine", Phases::Runtime, examine);
 }
 
+/// JSON values that a device is described in, about.
+const BDEV_VALUES: usize = 60;
+
 async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
@@ -33,7 +36,13 @@ async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
     }
     let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
     let Some(name) = wanted.name else {
-        return Ok(app.bdevs.all_shown().iter().map(describe).collect());
+        let mut pace = params.pace();
+        let mut all = vec![];
+        for id in app.bdevs.ids() {
+            all.extend(app.bdevs.shown_by_id(id).as_ref().map(describe));
+            pace.spend(BDEV_VALUES).await;
+        }
+        return Ok(all.into());
     };
     let limit = Duration::from_millis(wanted.timeout.unwrap_or(0));
     let shown = match app.bdevs.shown(&name) {
@@ -57,8 +66,27 @@ fn examine(app: &App, params: &Params) -> Answer {
         error!("bdev_examine: bdevs are examined by themselves");
         return Err(RpcError::errno(libc::EINVAL));
     }
-    app.bdevs.examine(&named.name);
+    if let Some(disk) = app.bdevs.disk(&named.name) {
+        refuse_if_served(app, params.method(), &*disk.bdev())?;
+    }
+    app.bdevs.examine(&named.name).map_err(|errno| {
+        error!("bdev_examine: {:?} was named before", named.name);
+        RpcError::errno(errno)
+    })?;
     Ok(true.into())
+}
+
+/// Fails if a controller serves this device. Another bdev on it would write to the same blocks, and
+/// in a configuration that is saved so the controller could not be made.
+pub(super) fn refuse_if_served(app: &App, method: &str, bdev: &dyn Bdev) -> Result<(), RpcError> {
+    let all = app.control.target().controllers();
+    match all.iter().find(|controller| controller.bdev.as_deref() == Some(bdev.name())) {
+        Some(controller) => {
+            error!("{method}: bdev {} is served by controller {}", bdev.name(), controller.name);
+            Err(RpcError::errno(libc::EPERM))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The parameters of a method that only needs a name.
@@ -95,15 +123,45 @@ pub(super) fn tell_of_size(app: &App, bdev: &Arc<dyn Bdev>) {
 }
 
 /// The entries of `save_config` that make the devices again.
-pub(super) fn config(app: &App) -> Vec<Value> {
-    let options = app.options.borrow().bdev.config();
-    let devices = app
-        .bdevs
-        .config()
-        .into_iter()
-        .map(|(kind, params)| json!({ "method": kind.create_method(), "params": params }));
-    std::iter::once(options)
-        .chain(devices)
-        .chain([json!({ "method": "bdev_wait_for_examine" })])
-        .collect()
+pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
+    let mut entries = vec![app.options.borrow().bdev.config()];
+    let examine = |name| json!({ "method": "bdev_examine", "params": { "name": name } });
+    entries.extend(app.bdevs.examined().into_iter().map(examine));
+    for id in app.bdevs.ids() {
+        if let Some((kind, mut params)) = app.bdevs.config(id) {
+            let updates = if kind == Kind::Delay { legal_latencies(&mut params) } else { vec![] };
+            entries.push(json!({ "method": kind.create_method(), "params": params }));
+            entries.extend(updates);
+        }
+        pace.spend(CONFIG_VALUES).await;
+    }
+    entries.push(json!({ "method": "bdev_wait_for_examine" }));
+    entries
+}
+
+/// JSON values in a device's part of a configuration, about.
+const CONFIG_VALUES: usize = 12;
+
+/// `bdev_delay_update_latency` may leave a p99 latency below its average, which
+/// `bdev_delay_create` refuses. So these are raised here, and set by the calls that this gives.
+fn legal_latencies(params: &mut Map<String, Value>) -> Vec<Value> {
+    let mut updates = vec![];
+    for of in ["read", "write"] {
+        let (average, p99) = (format!("avg_{of}_latency"), format!("p99_{of}_latency"));
+        let us = |name: &str| params.get(name).and_then(Value::as_u64).unwrap_or(0);
+        let (average_us, p99_us) = (us(&average), us(&p99));
+        if p99_us < average_us {
+            params.insert(p99, average_us.into());
+            let name = params.get("name").cloned();
+            updates.push(json!({
+                "method": "bdev_delay_update_latency",
+                "params": {
+                    "delay_bdev_name": name,
+                    "latency_type": format!("p99_{of}"),
+                    "latency_us": p99_us,
+                }
+            }));
+        }
+    }
+    updates
 }

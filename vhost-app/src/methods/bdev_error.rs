@@ -7,7 +7,7 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use tracing::error;
 
-use super::bdev::{Named, delete};
+use super::bdev::{Named, delete, refuse_if_served};
 use super::{Answer, App, GivenUuid, Methods, as_given, bdev_error, given};
 use crate::bdevs::{Disk, Kind, Wrapper};
 
@@ -48,6 +48,7 @@ fn delay_create(app: &App, params: &Params) -> Answer {
         avg_write_us: p.avg_write_latency,
         p99_write_us: p.p99_write_latency,
     };
+    refuse_served_base(app, params.method(), &p.base_bdev_name)?;
     let wrapper = Wrapper { base: p.base_bdev_name, latency: Some(latency) };
     app.bdevs
         .add_wrapper(&p.name, given(p.uuid), wrapper, as_given(params))
@@ -71,9 +72,13 @@ fn delay_update(app: &App, params: &Params) -> Answer {
         P99Write,
     }
     let p: Update = params.decode(DecodeFailure::INTERNAL)?;
-    let Some(Disk::Delay(disk)) = app.bdevs.disk(&p.delay_bdev_name) else {
-        error!("bdev_delay_update_latency: no delay bdev {:?}", p.delay_bdev_name);
-        return Err(RpcError::invalid_params("The requested bdev does not exist."));
+    let change = |latency: &mut Latency| {
+        *match p.latency_type {
+            Type::AvgRead => &mut latency.avg_read_us,
+            Type::P99Read => &mut latency.p99_read_us,
+            Type::AvgWrite => &mut latency.avg_write_us,
+            Type::P99Write => &mut latency.p99_write_us,
+        } = p.latency_us;
     };
     let kind = match p.latency_type {
         Type::AvgRead => LatencyKind::AvgRead,
@@ -81,8 +86,24 @@ fn delay_update(app: &App, params: &Params) -> Answer {
         Type::AvgWrite => LatencyKind::AvgWrite,
         Type::P99Write => LatencyKind::P99Write,
     };
-    disk.update_latency(kind, p.latency_us);
+    match app.bdevs.disk(&p.delay_bdev_name) {
+        Some(Disk::Delay(disk)) => disk.update_latency(kind, p.latency_us),
+        // One that waits for its base has latencies too, and a configuration may set them.
+        None if app.bdevs.update_waiting(&p.delay_bdev_name, change) => {}
+        _ => {
+            error!("bdev_delay_update_latency: no delay bdev {:?}", p.delay_bdev_name);
+            return Err(RpcError::invalid_params("The requested bdev does not exist."));
+        }
+    }
     Ok(true.into())
+}
+
+/// Fails if there is such a device and a controller serves it.
+fn refuse_served_base(app: &App, method: &str, base: &str) -> Result<(), RpcError> {
+    match app.bdevs.disk(base) {
+        Some(base) => refuse_if_served(app, method, &*base.bdev()),
+        None => Ok(()),
+    }
 }
 
 fn error_create(app: &App, params: &Params) -> Answer {
@@ -92,6 +113,7 @@ fn error_create(app: &App, params: &Params) -> Answer {
         uuid: Option<GivenUuid>,
     }
     let p: Create = params.decode(DecodeFailure::PARAMS)?;
+    refuse_served_base(app, params.method(), &p.base_name)?;
     let name = format!("EE_{}", p.base_name);
     let wrapper = Wrapper { base: p.base_name, latency: None };
     app.bdevs

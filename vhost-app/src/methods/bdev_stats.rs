@@ -1,18 +1,23 @@
 //! `bdev_get_iostat` and `bdev_reset_iostat`.
 
+use std::rc::Rc;
+
 use bdev::{FailureKind, Op, OpCounts};
-use rpc::{DecodeFailure, Params, Phases, RpcError};
+use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::error;
 use vhost_blk::reactor::{read_tsc, ticks_per_second};
 
 use super::{Answer, App, Methods};
-use crate::bdevs::Shown;
+use crate::bdevs::{BdevId, Shown};
+
+/// JSON values of a device's counters.
+const BDEV_VALUES: usize = 25;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
-    methods.add_plain("bdev_get_iostat", Phases::Runtime, get_iostat);
-    methods.add_plain("bdev_reset_iostat", Phases::Runtime, reset_iostat);
+    methods.add("bdev_get_iostat", Phases::Runtime, get_iostat);
+    methods.add("bdev_reset_iostat", Phases::Runtime, reset_iostat);
 }
 
 /// Which counters start from zero.
@@ -36,7 +41,7 @@ impl Reset {
     }
 }
 
-fn get_iostat(app: &App, params: &Params) -> Answer {
+async fn get_iostat(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
         names: Option<Vec<String>>,
@@ -49,20 +54,24 @@ fn get_iostat(app: &App, params: &Params) -> Answer {
         error!("bdev_get_iostat: per_channel needs exactly one name");
         return Err(RpcError::errno(libc::EINVAL));
     }
-    let all = find(app, params.method(), wanted.names.as_deref())?;
+    let mut pace = params.pace();
+    let all = find(&app, params.method(), wanted.names.as_deref(), &mut pace).await?;
     if wanted.per_channel {
         error!("bdev_get_iostat: counters are not kept per channel");
         return Err(RpcError::errno(libc::EOPNOTSUPP));
     }
     let mut bdevs = vec![];
-    for shown in &all {
-        bdevs.push(describe(shown));
-        wanted.reset_mode.unwrap_or(Reset::None).apply(shown);
+    for id in all {
+        if let Some(shown) = app.bdevs.shown_by_id(id) {
+            bdevs.push(describe(&shown));
+            wanted.reset_mode.unwrap_or(Reset::None).apply(&shown);
+        }
+        pace.spend(BDEV_VALUES).await;
     }
     Ok(json!({ "tick_rate": ticks_per_second(), "ticks": read_tsc(), "bdevs": bdevs }))
 }
 
-fn reset_iostat(app: &App, params: &Params) -> Answer {
+async fn reset_iostat(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
         name: Option<String>,
@@ -70,22 +79,35 @@ fn reset_iostat(app: &App, params: &Params) -> Answer {
     }
     let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
     let names = wanted.name.map(|name| vec![name]);
-    for shown in find(app, params.method(), names.as_deref())? {
-        wanted.mode.unwrap_or(Reset::All).apply(&shown);
+    let mut pace = params.pace();
+    for id in find(&app, params.method(), names.as_deref(), &mut pace).await? {
+        if let Some(shown) = app.bdevs.shown_by_id(id) {
+            wanted.mode.unwrap_or(Reset::All).apply(&shown);
+        }
+        pace.spend(BDEV_VALUES).await;
     }
     Ok(true.into())
 }
 
 /// The devices of these names, or all.
-fn find(app: &App, method: &str, names: Option<&[String]>) -> Result<Vec<Shown>, RpcError> {
-    let Some(names) = names else { return Ok(app.bdevs.all_shown()) };
-    let find = |name: &String| {
-        app.bdevs.shown(name).ok_or_else(|| {
+async fn find(
+    app: &App,
+    method: &str,
+    names: Option<&[String]>,
+    pace: &mut Pace,
+) -> Result<Vec<BdevId>, RpcError> {
+    let Some(names) = names else { return Ok(app.bdevs.ids()) };
+    let mut all = vec![];
+    for name in names {
+        let id = app.bdevs.id(name).ok_or_else(|| {
             error!("{method}: no bdev {name:?}");
             RpcError::errno(libc::ENODEV)
-        })
-    };
-    names.iter().map(find).collect()
+        })?;
+        all.push(id);
+        // Each search goes over all devices.
+        pace.spend(BDEV_VALUES).await;
+    }
+    Ok(all)
 }
 
 /// In SPDK's shape and order. As there, operations that failed are counted under `io_error` only.

@@ -54,7 +54,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
             |(name, needs): &(&str, &[&str])| json!({"subsystem": name, "depends_on": needs});
         Ok(SUBSYSTEMS.iter().map(show).collect())
     });
-    methods.add_plain("framework_get_config", Phases::Runtime, get_config);
+    methods.add("framework_get_config", Phases::Runtime, get_config);
 }
 
 fn version() -> Value {
@@ -126,7 +126,7 @@ async fn until_running(app: &App) -> Answer {
     }
 }
 
-fn get_config(app: &App, params: &Params) -> Answer {
+async fn get_config(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     #[expect(dead_code, reason = "there are no batches to keep")]
     struct Wanted {
@@ -134,12 +134,12 @@ fn get_config(app: &App, params: &Params) -> Answer {
         with_batches: Option<bool>,
     }
     let wanted: Wanted = params.decode(DecodeFailure::INVALID_ARGUMENTS)?;
-    let options = app.options.borrow();
+    let options = || app.options.borrow();
     let entries = match wanted.name.as_str() {
-        "bdev" => bdev::config(app),
-        "vhost_blk" => vhost::config(app),
-        "iobuf" => options.iobuf.iter().map(|iobuf| iobuf.config()).collect(),
-        "accel" => options.accel.iter().map(|accel| accel.config()).collect(),
+        "bdev" => bdev::config(&app, &mut params.pace()).await,
+        "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
+        "iobuf" => options().iobuf.iter().map(|iobuf| iobuf.config()).collect(),
+        "accel" => options().accel.iter().map(|accel| accel.config()).collect(),
         name if SUBSYSTEMS.iter().any(|(known, _)| *known == name) => vec![],
         name => {
             return Err(RpcError::invalid_params(format!("Subsystem '{name}' not found")));

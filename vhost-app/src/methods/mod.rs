@@ -19,7 +19,7 @@ mod vhost;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use rpc::{Params, Phases, Registry, RpcError};
+use rpc::{DecodeFailure, Params, Phases, Registry, RpcError};
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -140,9 +140,10 @@ fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
     uuid.and_then(|uuid| uuid.0)
 }
 
-/// The parameters as they were given, for `save_config`.
+/// The parameters as they were given, for `save_config`; whole numbers without a fraction,
+/// however they were written.
 fn as_given(params: &Params) -> Map<String, Value> {
-    params.json().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+    params.decode(DecodeFailure::INTERNAL).unwrap_or_default()
 }
 
 /// Cores as SPDK writes a mask: lower-case hexadecimal without leading zeroes and without 0x.

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tracing::error;
 use vhost_blk::reactor::{read_tsc, ticks_per_second};
-use vhost_blk::{ControllerInfo, Core, QueueInfo, ReactorInfo};
+use vhost_blk::{ControllerInfo, Core, QueueInfo};
 
 use super::vhost::controller_mask;
 use super::{Answer, App, Methods, mask};
@@ -23,19 +23,23 @@ use crate::cli::parse_cores;
 /// SPDK's number for the thread that serves the RPCs; the reactors' follow, then the controllers'.
 const APP_THREAD_ID: u64 = 1;
 
+/// JSON values of a thread, about.
+const THREAD_VALUES: usize = 12;
+
 pub(super) fn register(methods: &mut Methods<'_>) {
-    methods.add_plain("framework_get_reactors", Phases::Runtime, get_reactors);
-    methods.add_plain("thread_get_stats", Phases::Runtime, thread_stats);
+    methods.add("framework_get_reactors", Phases::Runtime, get_reactors);
+    methods.add("thread_get_stats", Phases::Runtime, thread_stats);
     methods.add("thread_set_cpumask", Phases::Runtime, set_cpumask);
 }
 
-fn get_reactors(app: &App, params: &Params) -> Answer {
+async fn get_reactors(app: Rc<App>, params: Params) -> Answer {
     params.none("`framework_get_reactors` requires no arguments")?;
     let times = CpuTimes::read();
     let (reactors, controllers) =
         (app.control.target().reactors(), app.control.target().controllers());
     let first = controller_ids(reactors.len());
-    let show = |(n, reactor): (usize, &ReactorInfo)| {
+    let (mut pace, mut shown) = (params.pace(), vec![]);
+    for (n, reactor) in reactors.iter().enumerate() {
         let core = reactor.core.0;
         let [user, system, irq] = times.since(&app.cpu_times, core);
         let mut threads = vec![json!({
@@ -44,16 +48,19 @@ fn get_reactors(app: &App, params: &Params) -> Answer {
             "cpumask": mask([core]),
             "elapsed": ticks_since(app.began),
         })];
-        let here = controllers.iter().filter(|c| is_on(c, reactor.core));
-        threads.extend(here.map(|controller| {
-            json!({
-                "name": controller.name,
-                "id": first + controller.number,
-                "cpumask": controller_mask(controller),
-                "elapsed": ticks_since(controller.made_ticks),
-            })
-        }));
-        json!({
+        for controller in &controllers {
+            pace.spend(1 + queues(controller).count()).await;
+            if is_on(controller, reactor.core) {
+                threads.push(json!({
+                    "name": controller.name,
+                    "id": first + controller.number,
+                    "cpumask": controller_mask(controller),
+                    "elapsed": ticks_since(controller.made_ticks),
+                }));
+                pace.spend(THREAD_VALUES).await;
+            }
+        }
+        shown.push(json!({
             "lcore": core,
             "numa_id": numa_node(core),
             "tid": reactor.tid,
@@ -64,16 +71,17 @@ fn get_reactors(app: &App, params: &Params) -> Answer {
             "sys": system,
             "usr": user,
             "lw_threads": threads,
-        })
-    };
+        }));
+        pace.spend(THREAD_VALUES).await;
+    }
     Ok(json!({
         "tick_rate": ticks_per_second(),
         "pid": std::process::id(),
-        "reactors": reactors.iter().enumerate().map(show).collect::<Vec<_>>(),
+        "reactors": shown,
     }))
 }
 
-fn thread_stats(app: &App, params: &Params) -> Answer {
+async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
     params.none("'thread_get_stats' requires no arguments")?;
     let elapsed = ticks_since(app.began);
     let busy = own_busy_ticks().min(elapsed);
@@ -87,6 +95,7 @@ fn thread_stats(app: &App, params: &Params) -> Answer {
         "timed_pollers_count": 1,
         "paused_pollers_count": 0,
     })];
+    let mut pace = params.pace();
     let reactors = app.control.target().reactors();
     for (n, reactor) in reactors.iter().enumerate() {
         threads.push(json!({
@@ -117,6 +126,7 @@ fn thread_stats(app: &App, params: &Params) -> Answer {
             // Not in SPDK.
             "queues": on.collect::<Vec<_>>(),
         }));
+        pace.spend(THREAD_VALUES + queues(&controller).count()).await;
     }
     Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
 }

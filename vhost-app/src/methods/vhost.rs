@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rpc::{DecodeFailure, Params, Phases, RpcError};
+use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
@@ -27,7 +27,7 @@ const DELETE_TIMEOUT_MS: u64 = 5000;
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("vhost_create_blk_controller", Phases::Runtime, create);
     methods.add("vhost_delete_controller", Phases::Runtime, delete);
-    methods.add_plain("vhost_get_controllers", Phases::Runtime, get);
+    methods.add("vhost_get_controllers", Phases::Runtime, get);
     methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
     methods.add_plain("vhost_get_reactor_turns", Phases::Runtime, reactor_turns);
     methods.add("vhost_move_queue", Phases::Runtime, move_queue);
@@ -116,7 +116,7 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
 /// A hundred years: longer is added to no time without overflow.
 const MAX_MS: u64 = 100 * 365 * 24 * 3600 * 1000;
 
-fn get(app: &App, params: &Params) -> Answer {
+async fn get(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
         name: Option<String>,
@@ -124,7 +124,13 @@ fn get(app: &App, params: &Params) -> Answer {
     let wanted: Wanted = params.decode(DecodeFailure::INTERNAL_ARGUMENT)?;
     let all = app.control.target().controllers();
     let Some(name) = wanted.name else {
-        return Ok(all.iter().map(describe).collect());
+        let mut pace = params.pace();
+        let mut described = vec![];
+        for controller in all {
+            described.push(describe(&controller));
+            pace.spend(values(&controller)).await;
+        }
+        return Ok(described.into());
     };
     match all.iter().find(|controller| controller.name == name) {
         Some(controller) => Ok(json!([describe(controller)])),
@@ -197,6 +203,12 @@ fn describe(controller: &ControllerInfo) -> Value {
     })
 }
 
+/// JSON values that a controller is described in, about.
+fn values(controller: &ControllerInfo) -> usize {
+    let of_session = |session: &SessionInfo| 12 + 4 * session.queues.len();
+    20 + controller.sessions.iter().map(of_session).sum::<usize>()
+}
+
 pub(super) fn controller_mask(controller: &ControllerInfo) -> String {
     mask(controller.cores.iter().map(|core| core.0))
 }
@@ -259,11 +271,15 @@ fn get_transports(_: &App, params: &Params) -> Answer {
     Ok(json!([{ "name": TRANSPORT }]))
 }
 
+/// JSON values in a controller's part of a configuration, about.
+const CONFIG_VALUES: usize = 16;
+
 /// The entries of `save_config` that make the controllers again. One whose disk is gone cannot be
 /// made again and is left out, as in SPDK.
-pub(super) fn config(app: &App) -> Vec<Value> {
+pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     let mut entries = vec![];
     for controller in app.control.target().controllers() {
+        pace.spend(CONFIG_VALUES).await;
         let Some(bdev) = controller.bdev.as_ref().filter(|_| !controller.deleting) else {
             continue;
         };

@@ -410,12 +410,17 @@ impl Rpc {
         self.stream.get_mut().write_all(text.as_bytes()).unwrap();
     }
 
-    /// The next answer: its id, and its result or error.
-    pub(crate) fn receive(&mut self) -> (Value, Result<Value, Refusal>) {
+    /// The next answer as it came.
+    pub(crate) fn receive_line(&mut self) -> String {
         let mut line = String::new();
         self.stream.read_line(&mut line).unwrap();
         assert!(!line.is_empty(), "the connection was closed");
-        let mut answer: Value = serde_json::from_str(&line).unwrap();
+        line
+    }
+
+    /// The next answer: its id, and its result or error.
+    pub(crate) fn receive(&mut self) -> (Value, Result<Value, Refusal>) {
+        let mut answer: Value = serde_json::from_str(&self.receive_line()).unwrap();
         let error = &answer["error"];
         let result = if error.is_null() {
             Ok(answer["result"].take())

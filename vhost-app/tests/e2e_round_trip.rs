@@ -1,0 +1,409 @@
+//! Whatever operators have done to a target, its saved configuration makes the same again.
+//!
+//! Targets are changed at random. `VHOST_ROUND_TRIP_SEED` runs one seed alone; a failure prints its
+//! seed.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod harness;
+
+use std::collections::BTreeSet;
+
+use Effect::{Read, Saved, Unsaved};
+use harness::{Launch, Vhost, two_cores};
+use serde_json::{Value, json};
+
+/// What a method does to the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// It changes what a configuration says. [`Operator::act`] knows it.
+    Saved,
+    /// It changes something that no configuration says, in SPDK either: log levels, counters,
+    /// injected errors, where a connection's queue is served, and the end of the process.
+    Unsaved,
+    /// It changes nothing.
+    Read,
+}
+
+/// Every method. A new one has its line here, and if it is saved, a place in [`Operator::act`].
+const METHODS: [(&str, Effect); 52] = [
+    ("accel_set_options", Saved),
+    ("bdev_aio_create", Saved),
+    ("bdev_aio_delete", Saved),
+    ("bdev_aio_rescan", Unsaved),
+    ("bdev_delay_create", Saved),
+    ("bdev_delay_delete", Saved),
+    ("bdev_delay_update_latency", Saved),
+    ("bdev_error_create", Saved),
+    ("bdev_error_delete", Saved),
+    ("bdev_error_inject_error", Unsaved),
+    ("bdev_error_resume_pending", Unsaved),
+    ("bdev_examine", Saved),
+    ("bdev_get_bdevs", Read),
+    ("bdev_get_iostat", Unsaved),
+    ("bdev_malloc_create", Saved),
+    ("bdev_malloc_delete", Saved),
+    ("bdev_null_create", Saved),
+    ("bdev_null_delete", Saved),
+    ("bdev_null_resize", Saved),
+    ("bdev_reset_iostat", Unsaved),
+    ("bdev_set_options", Saved),
+    ("bdev_uring_create", Saved),
+    ("bdev_uring_delete", Saved),
+    ("bdev_uring_rescan", Unsaved),
+    ("bdev_wait_for_examine", Read),
+    ("framework_get_config", Read),
+    ("framework_get_reactors", Read),
+    ("framework_get_subsystems", Read),
+    ("framework_start_init", Unsaved),
+    ("framework_wait_init", Read),
+    ("iobuf_set_options", Saved),
+    ("log_clear_flag", Unsaved),
+    ("log_enable_timestamps", Unsaved),
+    ("log_get_flags", Read),
+    ("log_get_level", Read),
+    ("log_get_print_level", Read),
+    ("log_set_flag", Unsaved),
+    ("log_set_level", Unsaved),
+    ("log_set_print_level", Unsaved),
+    ("rpc_get_methods", Read),
+    ("spdk_get_version", Read),
+    ("spdk_kill_instance", Unsaved),
+    ("thread_get_stats", Read),
+    ("thread_set_cpumask", Saved),
+    ("vhost_controller_set_coalescing", Saved),
+    ("vhost_create_blk_controller", Saved),
+    ("vhost_delete_controller", Saved),
+    ("vhost_get_controllers", Read),
+    ("vhost_get_reactor_turns", Unsaved),
+    ("vhost_move_queue", Unsaved),
+    ("virtio_blk_create_transport", Read),
+    ("virtio_blk_get_transports", Read),
+];
+
+fn saved_methods() -> BTreeSet<&'static str> {
+    METHODS.into_iter().filter(|(_, effect)| *effect == Saved).map(|(name, _)| name).collect()
+}
+
+/// Changes a target at random.
+struct Operator<'a> {
+    vhost: &'a Vhost,
+    state: u64,
+    /// Methods that succeeded.
+    done: BTreeSet<&'static str>,
+}
+
+impl<'a> Operator<'a> {
+    fn new(vhost: &'a Vhost, seed: u64) -> Self {
+        let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        Self { vhost, state, done: BTreeSet::new() }
+    }
+
+    /// A number below `end`: xorshift64*.
+    fn below(&mut self, end: u64) -> u64 {
+        self.state ^= self.state >> 12;
+        self.state ^= self.state << 25;
+        self.state ^= self.state >> 27;
+        (self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % end
+    }
+
+    fn one_of<T: Clone>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len() as u64) as usize].clone()
+    }
+
+    /// Often refused, as names are few.
+    fn call(&mut self, method: &'static str, params: Value) {
+        if self.vhost.rpc(method, params).is_ok() {
+            self.done.insert(method);
+        }
+    }
+
+    fn base(&mut self) -> Value {
+        let names = ["A", "B", "C", "F", "G", "D0", "D1", "EE_A", "EE_D0", UUIDS[0], UUIDS[1]];
+        self.one_of(&names).into()
+    }
+
+    fn uuid(&mut self, params: &mut Value) {
+        if self.below(3) == 0 {
+            params["uuid"] = self.one_of(&UUIDS).into();
+        }
+    }
+
+    fn latency(&mut self) -> Value {
+        self.one_of(&[json!(0), json!(7), json!(20.0), json!(1_000_000)])
+    }
+
+    /// What only a target that waits for its start takes.
+    fn prepare(&mut self) {
+        let cache = self.one_of(&[json!(16), json!(256.0)]);
+        let params = json!({"bdev_auto_examine": self.below(2) == 0, "bdev_io_cache_size": cache});
+        self.call("bdev_set_options", params);
+        if self.below(2) == 0 {
+            self.call("iobuf_set_options", json!({"small_pool_count": 100 + self.state % 7}));
+        }
+        if self.below(2) == 0 {
+            self.call("accel_set_options", json!({"task_count": self.state % 1000}));
+        }
+    }
+
+    fn act(&mut self) {
+        match self.below(12) {
+            0 | 1 => self.make_memory_disk(),
+            2 => self.make_file_disk(),
+            3 | 4 => self.make_wrapper(),
+            5 => self.delete_disk(),
+            6 => {
+                let name = self.one_of(&["A", "B", "C"]);
+                let size = self.one_of(&[json!(0), json!(1), json!(3.0), json!(1u64 << 43)]);
+                self.call("bdev_null_resize", json!({"name": name, "new_size": size}));
+            }
+            7 => {
+                let kind = self.one_of(&["avg_read", "p99_read", "avg_write", "p99_write"]);
+                let name = self.one_of(&["D0", "D1", "D2"]);
+                let us = self.latency();
+                let params =
+                    json!({"delay_bdev_name": name, "latency_type": kind, "latency_us": us});
+                self.call("bdev_delay_update_latency", params);
+            }
+            8 => {
+                let name = self.base();
+                self.call("bdev_examine", json!({ "name": name }));
+            }
+            9 => self.make_controller(),
+            10 => self.change_controller(),
+            _ => {
+                let name = self.one_of(&["c0", "c1", "c2"]);
+                self.call("vhost_delete_controller", json!({ "ctrlr": name }));
+            }
+        }
+    }
+
+    fn make_memory_disk(&mut self) {
+        let block_size = self.one_of(&[json!(512), json!(4096), json!(4.096e3)]);
+        let blocks = self.one_of(&[json!(2048), json!(64.0), json!(1e3)]);
+        let name = self.one_of(&["A", "B", "C"]);
+        let mut params = json!({"name": name, "num_blocks": blocks, "block_size": block_size});
+        self.uuid(&mut params);
+        match self.below(4) {
+            0 => {
+                params["physical_block_size"] = self.one_of(&[0, 512, 4096, 16384]).into();
+                params["optimal_io_boundary"] = self.one_of(&[0, 3, 8]).into();
+            }
+            1 => {
+                params.as_object_mut().unwrap().remove("name");
+            }
+            _ => {
+                params["preferred_write_granularity"] = self.one_of(&[0, 8, 64]).into();
+                self.call("bdev_null_create", params);
+                return;
+            }
+        }
+        self.call("bdev_malloc_create", params);
+    }
+
+    fn make_file_disk(&mut self) {
+        let file = self.one_of(&["f", "g"]);
+        let path = self.vhost.dir().join(file);
+        let name = self.one_of(&["F", "G"]);
+        let mut params = json!({"name": name, "filename": path, "block_size": 512});
+        self.uuid(&mut params);
+        if self.below(2) == 0 {
+            self.call("bdev_uring_create", params);
+        } else {
+            params["readonly"] = (self.below(2) == 0).into();
+            params["fallocate"] = (self.below(2) == 0).into();
+            self.call("bdev_aio_create", params);
+        }
+    }
+
+    fn make_wrapper(&mut self) {
+        let base = self.base();
+        if self.below(3) == 0 {
+            let mut params = json!({ "base_name": base });
+            self.uuid(&mut params);
+            self.call("bdev_error_create", params);
+            return;
+        }
+        let name = self.one_of(&["D0", "D1", "D2"]);
+        let mut params = json!({
+            "name": name,
+            "base_bdev_name": base,
+            "avg_read_latency": self.latency(),
+            "p99_read_latency": self.latency(),
+            "avg_write_latency": self.latency(),
+            "p99_write_latency": self.latency(),
+        });
+        self.uuid(&mut params);
+        self.call("bdev_delay_create", params);
+    }
+
+    fn delete_disk(&mut self) {
+        let (method, names): (_, &[&str]) = self.one_of(&[
+            ("bdev_null_delete", &["A", "B", "C"][..]),
+            ("bdev_malloc_delete", &["A", "B", "C", "Malloc0", "Malloc1"][..]),
+            ("bdev_aio_delete", &["F", "G"][..]),
+            ("bdev_uring_delete", &["F", "G"][..]),
+            ("bdev_delay_delete", &["D0", "D1", "D2"][..]),
+            ("bdev_error_delete", &["EE_A", "EE_B", "EE_D0"][..]),
+        ]);
+        let name = self.one_of(names);
+        self.call(method, json!({ "name": name }));
+    }
+
+    fn make_controller(&mut self) {
+        let name = self.one_of(&["c0", "c1", "c2"]);
+        let mut params = json!({
+            "ctrlr": name,
+            "dev_name": self.base(),
+            "readonly": self.below(2) == 0,
+            "packed_ring": self.below(2) == 0,
+        });
+        if self.below(2) == 0 {
+            params["cpumask"] = self.one_of(&["0x1", "[0-1]", "2"]).into();
+        }
+        self.call("vhost_create_blk_controller", params);
+    }
+
+    fn change_controller(&mut self) {
+        if self.below(2) == 0 {
+            let name = self.one_of(&["c0", "c1", "c2"]);
+            let (delay, threshold) =
+                (self.one_of(&[json!(0), json!(20.0)]), self.one_of(&[1000, 60_000]));
+            let params =
+                json!({"ctrlr": name, "delay_base_us": delay, "iops_threshold": threshold});
+            self.call("vhost_controller_set_coalescing", params);
+            return;
+        }
+        let stats = self.vhost.ok("thread_get_stats", Value::Null);
+        let threads = stats["threads"].as_array().unwrap().clone();
+        let id = self.one_of(&threads)["id"].clone();
+        let mask = self.one_of(&["1", "2", "3"]);
+        self.call("thread_set_cpumask", json!({"id": id, "cpumask": mask}));
+    }
+}
+
+const UUIDS: [&str; 3] = [
+    "00000000-1111-4222-8333-444444444444",
+    "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee",
+    "12345678-1234-4234-8234-123456789abc",
+];
+
+/// What `save_config` of SPDK's client writes.
+fn save(vhost: &Vhost) -> Value {
+    let subsystems = vhost.ok("framework_get_subsystems", Value::Null);
+    let config = |subsystem: &Value| {
+        let name = subsystem["subsystem"].clone();
+        let config = vhost.ok("framework_get_config", json!({ "name": name }));
+        json!({"subsystem": name, "config": config})
+    };
+    let subsystems: Vec<_> = subsystems.as_array().unwrap().iter().map(config).collect();
+    json!({ "subsystems": subsystems })
+}
+
+/// What operators see of a configuration: all bdevs, and the controllers that have one still.
+fn seen(vhost: &Vhost) -> String {
+    let bdevs = vhost.ok("bdev_get_bdevs", Value::Null);
+    let controllers = vhost.ok("vhost_get_controllers", Value::Null);
+    let has_bdev = |c: &&Value| !c["backend_specific"]["block"]["bdev"].is_null();
+    let controllers: Vec<_> = controllers.as_array().unwrap().iter().filter(has_bdev).collect();
+    let controllers = json!(controllers).to_string();
+    format!("{bdevs} {}", controllers.replace(vhost.dir().to_str().unwrap(), "DIR"))
+}
+
+#[test]
+fn every_method_is_known_here() {
+    let vhost = Launch::new().args(&["--wait-for-rpc"]).start();
+    let names = vhost.ok("rpc_get_methods", json!({"current": false}));
+    let names: BTreeSet<_> =
+        names.as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
+    let known = METHODS.into_iter().map(|(name, _)| name);
+    assert_eq!(names, known.collect(), "classify the method in METHODS");
+}
+
+fn start(seed: u64) -> Vhost {
+    println!("VHOST_ROUND_TRIP_SEED={seed}");
+    let vhost = Launch::new().mask(two_cores()).args(&["--wait-for-rpc"]).start();
+    vhost.file("f", 1 << 20);
+    vhost.file("g", 2 << 20);
+    vhost
+}
+
+/// Checks that a saved configuration makes the same target again, both ways.
+fn check(vhost: &Vhost) {
+    let (saved, before) = (save(vhost), seen(vhost));
+    let text = serde_json::to_string_pretty(&saved).unwrap();
+    let restarted = Launch::new().mask(two_cores()).config(&text).start();
+    restarted.ok("framework_wait_init", Value::Null);
+    let again = serde_json::to_string_pretty(&save(&restarted)).unwrap();
+    assert_eq!(again, text, "-c");
+    assert_eq!(seen(&restarted), before, "-c");
+    drop(restarted);
+    let loaded = Launch::new().mask(two_cores()).args(&["--wait-for-rpc"]).start();
+    loaded.spdk_rpc_with_input(&["load_config"], &text).unwrap();
+    let again = serde_json::to_string_pretty(&save(&loaded)).unwrap();
+    assert_eq!(again, text, "load_config");
+    assert_eq!(seen(&loaded), before, "load_config");
+}
+
+#[test]
+fn any_sequence_of_methods_can_be_saved_and_loaded() {
+    let only = std::env::var("VHOST_ROUND_TRIP_SEED").ok().map(|seed| seed.parse().unwrap());
+    let seeds = only.map_or(1..13, |seed: u64| seed..seed + 1);
+    let mut done = BTreeSet::new();
+    for seed in seeds {
+        let vhost = start(seed);
+        let mut operator = Operator::new(&vhost, seed);
+        operator.prepare();
+        vhost.ok("framework_start_init", Value::Null);
+        for _ in 0..4 {
+            (0..25).for_each(|_| operator.act());
+            check(&vhost);
+        }
+        done.append(&mut operator.done);
+    }
+    if only.is_none() {
+        assert_eq!(done, saved_methods(), "not all are ever called with success");
+    }
+}
+
+#[test]
+fn a_p99_latency_below_its_average_is_saved() {
+    let vhost = start(0);
+    vhost.ok("framework_start_init", Value::Null);
+    vhost.null("A");
+    for (name, base) in [("live", "A"), ("waiting", "nope")] {
+        let params = json!({
+            "name": name, "base_bdev_name": base, "avg_read_latency": 5, "p99_read_latency": 6,
+            "avg_write_latency": 7, "p99_write_latency": 8,
+        });
+        vhost.ok("bdev_delay_create", params);
+        for (kind, us) in [("avg_read", 1000), ("p99_write", 1)] {
+            let params = json!({"delay_bdev_name": name, "latency_type": kind, "latency_us": us});
+            vhost.ok("bdev_delay_update_latency", params);
+        }
+    }
+    check(&vhost);
+    assert!(seen(&vhost).contains(r#""avg_read_latency":1000,"p99_read_latency":6,"#));
+}
+
+#[test]
+fn what_was_examined_is_examined_again() {
+    let vhost = start(0);
+    vhost.ok("bdev_set_options", json!({"bdev_auto_examine": false}));
+    vhost.ok("framework_start_init", Value::Null);
+    for base in ["A", "B", "C"] {
+        vhost.ok("bdev_error_create", json!({"base_name": base}));
+    }
+    vhost.ok("bdev_examine", json!({"name": "A"}));
+    assert_eq!(vhost.err("bdev_examine", json!({"name": "A"})).code, -17);
+    ["A", "B", "C"].iter().for_each(|name| vhost.null(name));
+    assert_eq!(vhost.bdev_names(), ["EE_A", "A", "B", "C"]);
+    vhost.ok("bdev_examine", json!({"name": "B"}));
+    assert_eq!(vhost.bdev_names(), ["EE_A", "EE_B", "A", "B", "C"]);
+    check(&vhost);
+    // A bdev that a controller serves takes nothing on it: with both, neither could be loaded.
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "C"}));
+    assert_eq!(vhost.err("bdev_examine", json!({"name": "C"})).code, -1);
+    vhost.ok("bdev_error_delete", json!({"name": "EE_C"}));
+    assert_eq!(vhost.err("bdev_error_create", json!({"base_name": "C"})).code, -1);
+    check(&vhost);
+}
