@@ -88,7 +88,7 @@ fn a_disk_that_does_not_fit_is_refused_in_version_1() {
             words.next() == Some("cgroup")
                 && words.next().is_some_and(|options| options.split(',').any(|o| o == "memory"))
         })?;
-        let own = own_group(|line| line.splitn(3, ':').nth(1) == Some("memory"))?;
+        let own = own_group(|line| line.split(':').nth(1) == Some("memory"))?;
         Group::new(&root, &own, "memory.limit_in_bytes")
     };
     a_disk_that_does_not_fit_is_refused(group());

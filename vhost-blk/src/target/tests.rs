@@ -30,7 +30,7 @@ const USER: u64 = 0x7000_0000;
 struct Nobody;
 
 impl Transport for Nobody {
-    fn listen(&self, _: &Path, _: u64) -> io::Result<()> {
+    fn listen(&self, _: &Path, _: u64, _: &closer::Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _: &Path) {}

@@ -1,8 +1,8 @@
 //! GET_CONFIG and SET_CONFIG by offset, size, flags and contents (vhost-user, "Virtio device config
 //! space"; virtio 1.2, section 5.2.4): what is read, and what a write changes.
 
+use vhost_blk::Verdict;
 use vhost_blk::protocol::request::{GET_CONFIG, SET_CONFIG};
-use vhost_blk::{Mode, Target, Verdict};
 
 use crate::scene::{Front, NEED_REPLY, State, World};
 use crate::{alone, words};
@@ -31,10 +31,6 @@ fn space(wce: u8) -> [u8; 60] {
     space
 }
 
-fn world() -> World {
-    World::of(Target::in_steps(1, Mode::Poll, std::sync::Arc::new(|| {})).unwrap().0)
-}
-
 /// The contents that a read answers with; `None` if the connection ends.
 fn read(front: &Front<'_>, offset: u32, size: u32, flags: u32, sent: usize) -> Option<Vec<u8>> {
     let head = words(&[offset, size, flags]);
@@ -54,7 +50,7 @@ fn read(front: &Front<'_>, offset: u32, size: u32, flags: u32, sent: usize) -> O
 #[rustfmt::skip]
 fn what_is_read() {
     let _alone = alone();
-    let world = world();
+    let world = World::in_steps();
     let front = world.front(State::New);
     let whole = space(1);
     let zeroes = |n: usize| vec![0; n];
@@ -106,7 +102,7 @@ fn what_is_read() {
 #[rustfmt::skip]
 fn what_a_write_changes() {
     let _alone = alone();
-    let world = world();
+    let world = World::in_steps();
     let mut whole_off = vec![0xff; 60];
     whole_off[32] = 0;
     // Offset, contents, and `writeback` afterwards if it was the other way before; `None`: as before.

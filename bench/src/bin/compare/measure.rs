@@ -142,6 +142,7 @@ impl Measured {
 ///
 /// # Errors
 /// The round trip cannot be measured, or somebody wants all of it to end.
+#[expect(clippy::too_many_arguments, reason = "a cell, and all that measures one")]
 pub(crate) fn measure(
     fleet: &mut Fleet,
     perf: &Perf,
