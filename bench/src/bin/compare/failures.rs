@@ -91,7 +91,7 @@ mod tests {
             failures.keep(&spdk, "64 idle neighbours", Err(error), &interrupt).unwrap();
         assert_eq!(bad, None);
         let text = failures.table().to_string();
-        let row = text.lines().last().unwrap();
+        let row = text.lines().next_back().unwrap();
         assert!(row.contains("SPDK") && row.contains("64 idle neighbours"), "{text}");
         let why = "cannot connect idle guest 33 of 64: the connection has ended; at byte 7";
         assert!(row.contains(why), "{text}");

@@ -154,13 +154,12 @@ fn measure_cells(
                 .into(),
         );
     }
-    let (runs, core) = (options.runs(), options.server_core);
     for (done, &cell) in cells.iter().enumerate() {
         progress(&format!("{}/{}: {cell}", done + 1, cells.len()));
         let counters = counters.as_ref();
         let failures = &mut findings.failures;
         let measured =
-            measure::measure(&mut fleet, perf, cell, runs, core, counters, failures, interrupt)?;
+            measure::measure(&mut fleet, perf, cell, options, counters, failures, interrupt)?;
         findings.cells.push(measured);
     }
     progress("");

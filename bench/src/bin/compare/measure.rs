@@ -137,26 +137,24 @@ impl Measured {
     }
 }
 
-/// Measures `cell` `runs` times on each server. One that fails, or whose run finds errors, is left out
+/// Measures `cell` on each server, as often as `options` say. One that fails, or whose run finds errors, is left out
 /// of the runs that follow.
 ///
 /// # Errors
 /// The round trip cannot be measured, or somebody wants all of it to end.
-#[expect(clippy::too_many_arguments, reason = "a cell, and all that measures one")]
 pub(crate) fn measure(
     fleet: &mut Fleet,
     perf: &Perf,
     cell: Cell,
-    runs: usize,
-    server_core: usize,
+    options: &crate::options::Options,
     counters: Option<&Counters>,
     failures: &mut Failures,
     interrupt: &Interrupt,
 ) -> Result<Measured> {
     let mut failed = vec![false; fleet.len()];
-    let mut alternations = Vec::with_capacity(runs);
-    for run in 0..runs {
-        let round_trip_ns = perf.round_trip_ns(server_core)?;
+    let mut alternations = Vec::with_capacity(options.runs());
+    for run in 0..options.runs() {
+        let round_trip_ns = perf.round_trip_ns(options.server_core)?;
         let mut samples = vec![None; fleet.len()];
         for turn in 0..fleet.len() {
             // Each server is the first one now and then.

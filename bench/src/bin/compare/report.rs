@@ -166,8 +166,9 @@ fn neighbours(findings: &Findings) -> Table {
             Spread::of(pairs.iter().map(|(beside, _)| *beside)).map_or(0.0, |s| s.median)
         };
         if found.iops.is_empty() {
-            let case = [&found.server.name, found.disk.name(), &found.count.to_string(), "failed"];
-            table.row(case.map(String::from).into());
+            let name = found.server.name.clone();
+            let count = found.count.to_string();
+            table.row(vec![name, found.disk.name().into(), count, "failed".into()]);
             continue;
         }
         table.row(vec![
