@@ -171,9 +171,12 @@ mod tests {
         let domain = Domain::new(2);
         let mut busy = domain.reader().unwrap();
         let mut asleep = domain.reader().unwrap();
+        assert!(!asleep.is_online(), "before its first turn");
         busy.online();
         asleep.online();
+        assert!(asleep.is_online());
         asleep.offline();
+        assert!(busy.is_online() && !asleep.is_online());
         let epoch = domain.advance();
         assert!(!domain.passed(epoch));
         busy.quiesce();

@@ -134,6 +134,16 @@ mod tests {
     }
 
     #[test]
+    fn the_current_value_goes_with_what_published_it() {
+        let domain = Domain::new(1);
+        let value = Arc::new(1);
+        let published = Published::new(&domain, Box::new(Arc::clone(&value)));
+        assert_eq!(Arc::strong_count(&value), 2);
+        drop(published);
+        assert_eq!(Arc::strong_count(&value), 1);
+    }
+
+    #[test]
     fn two_retirements_need_one_quiescent_state() {
         let domain = Domain::new(1);
         let mut reader = domain.reader().unwrap();
