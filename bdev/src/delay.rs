@@ -162,6 +162,10 @@ impl Bdev for Delay {
         self.base.topology()
     }
 
+    fn bases(&self) -> &[Arc<dyn Bdev>] {
+        std::slice::from_ref(&self.base)
+    }
+
     fn stats(&self) -> &Stats {
         &self.stats
     }
@@ -277,6 +281,10 @@ impl Channel for DelayChannel {
 
     fn kick(&mut self) {
         self.base.kick();
+    }
+
+    fn abandon(&mut self) {
+        self.base.abandon();
     }
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {

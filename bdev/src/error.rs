@@ -263,6 +263,10 @@ impl Bdev for ErrorDisk {
         self.base.topology()
     }
 
+    fn bases(&self) -> &[Arc<dyn Bdev>] {
+        std::slice::from_ref(&self.base)
+    }
+
     fn stats(&self) -> &Stats {
         &self.stats
     }

@@ -249,6 +249,11 @@ pub trait Channel: Send {
     /// Fills `done` from the front with I/Os that have ended and returns how many; the rest
     /// comes with the next call. Costs next to nothing when there is none.
     fn poll(&mut self, done: &mut [Completion]) -> usize;
+
+    /// Nobody wants the data of what is outstanding any more, and its memory may be somebody else's:
+    /// what the channel copies itself is not copied from here on, and what has not begun need not
+    /// begin. Every I/O is reported all the same, whatever its status. Nothing is submitted after this.
+    fn abandon(&mut self) {}
 }
 
 /// What a device can do, beyond reading.
@@ -288,6 +293,10 @@ pub trait Bdev: Send + Sync + 'static {
     /// Which I/Os suit it. Does not change; a wrapper passes its base's on.
     fn topology(&self) -> Topology {
         Topology::default()
+    }
+    /// The devices that it is on; none where its bytes are its own.
+    fn bases(&self) -> &[Arc<dyn Bdev>] {
+        &[]
     }
     /// Counters of this device, over all its channels, kept by the channels' owners.
     fn stats(&self) -> &Stats;

@@ -32,6 +32,8 @@ pub(super) struct ErrorChannel {
     with_base: u64,
     /// As the operator had released pending I/Os when the first of ours became one.
     released: Releases,
+    /// What waits need not begin any more.
+    abandoned: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -65,6 +67,7 @@ impl ErrorChannel {
             failures: vec![None; depth.into()].into_boxed_slice(),
             with_base: 0,
             released: disk.releases(),
+            abandoned: false,
             disk,
         }
     }
@@ -124,6 +127,10 @@ impl ErrorChannel {
     fn retry(&mut self) {
         for _ in 0..self.retries.len() {
             let Some(io) = self.retries.pop_front() else { break };
+            if self.abandoned {
+                self.ended.push_back(Completion { tag: io.tag, status: Status::IoError });
+                continue;
+            }
             // SAFETY: it has not been reported since the caller submitted it.
             match unsafe { self.submit(io) } {
                 Submit::Done(status) => {
@@ -206,6 +213,13 @@ impl Channel for ErrorChannel {
     #[inline]
     fn kick(&mut self) {
         self.base.kick();
+    }
+
+    fn abandon(&mut self) {
+        self.abandoned = true;
+        // What was spoiled stays so.
+        self.spoiled.fill(None);
+        self.base.abandon();
     }
 
     #[inline]

@@ -122,6 +122,10 @@ impl Channel for FileChannel {
         }
     }
 
+    fn abandon(&mut self) {
+        self.steps.abandon();
+    }
+
     #[inline]
     fn poll(&mut self, done: &mut [Completion]) -> usize {
         if self.outstanding == 0 {

@@ -76,6 +76,8 @@ pub(super) struct Steps {
     zero_range: bool,
     /// By tag: why an I/O failed, until somebody asks.
     failures: Box<[Option<Failure>]>,
+    /// The callers' memory is not touched any more.
+    abandoned: bool,
 }
 
 impl Steps {
@@ -94,6 +96,7 @@ impl Steps {
             bouncing: VecDeque::with_capacity(depth.into()),
             zero_range: true,
             failures: vec![None; depth.into()].into_boxed_slice(),
+            abandoned: false,
         }
     }
 
@@ -125,6 +128,12 @@ impl Steps {
         }
         // SAFETY: the caller vouches for the segments.
         Ok(unsafe { self.entry(io.tag) })
+    }
+
+    /// From now on nothing is copied: what goes through the aligned buffer ends with the entry that
+    /// is under way.
+    pub(super) fn abandon(&mut self) {
+        self.abandoned = true;
     }
 
     /// Forgets an I/O that the ring had no room for.
@@ -162,7 +171,7 @@ impl Steps {
             Work::Plain | Work::ZeroRange => Status::IoError,
             Work::ZeroWrite | Work::Bounce => {
                 let piece = piece(slot);
-                if i64::from(result) != piece as i64 {
+                if self.abandoned || i64::from(result) != piece as i64 {
                     Status::IoError
                 } else {
                     if slot.work == Work::Bounce && slot.io.op == Op::Read {
@@ -284,6 +293,7 @@ impl Steps {
                     .offset(at)
                     .build()
             }
+            (Work::Bounce, _) if self.abandoned => opcode::Nop::new().build(),
             (Work::Bounce, op) => {
                 let buffer: *mut u8 = self.bounce.as_mut_ptr().cast();
                 let len = piece(slot);
