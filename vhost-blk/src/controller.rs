@@ -61,6 +61,8 @@ pub(crate) struct Controller {
     /// A front end has switched the cache off: it does not say so again when it comes back, as its
     /// guest sees nothing of that. Who it is that comes back cannot be told, so it stays so.
     pub write_through: bool,
+    /// Its disk's size has changed: a guest whose front end connects anew may know the old one.
+    pub resized: bool,
     /// Counts the mappings of its front ends.
     pub unmapper: Unmapper,
     /// Whom the fds of its front ends are charged to.
@@ -97,6 +99,7 @@ impl Controller {
             iops_threshold: IOPS_THRESHOLD_DEFAULT,
             sessions_made: 0,
             write_through: false,
+            resized: false,
             unmapper,
             account,
             deleting: false,

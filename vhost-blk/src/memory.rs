@@ -1,6 +1,7 @@
 //! A guest's memory as this program has mapped it, from its own duplicates of the front end's fds.
 #![expect(unsafe_code, reason = "maps what a front end hands over")]
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
@@ -132,6 +133,21 @@ impl Near<'_> {
     #[must_use]
     pub fn nearest(&self) -> Nearest {
         Nearest(self.line)
+    }
+}
+
+/// A part of a memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileRange {
+    /// Device and inode.
+    file: (u64, u64),
+    from: u64,
+    to: u64,
+}
+
+impl FileRange {
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        self.file == other.file && self.from < other.to && other.from < self.to
     }
 }
 
@@ -288,6 +304,24 @@ impl GuestMemory {
         })
     }
 
+    /// Which part of which file `len` bytes at `gpa` are, if they lie in one region.
+    pub(crate) fn file_range(&self, gpa: u64, len: usize) -> Option<FileRange> {
+        let inside = |r: &&Arc<Region>| gpa.wrapping_sub(r.spec.gpa) < r.spec.size;
+        let region = self.regions.iter().find(inside)?;
+        let at = gpa - region.spec.gpa;
+        let end = at.checked_add(len as u64).filter(|end| *end <= region.spec.size)?;
+        let (file, offset) = (region.file.identity(), region.spec.offset);
+        Some(FileRange { file, from: offset.checked_add(at)?, to: offset.checked_add(end)? })
+    }
+
+    /// Whether a file is in both memories.
+    pub(crate) fn shares_file(&self, other: &Self) -> bool {
+        let files = |memory: &Self| -> HashSet<_> {
+            memory.regions.iter().map(|region| region.file.identity()).collect()
+        };
+        !files(self).is_disjoint(&files(other))
+    }
+
     /// Whether a region's file was found to be shorter than it was when it was mapped.
     #[must_use]
     #[inline]
@@ -387,6 +421,29 @@ pub(crate) mod tests {
 
     fn spec(gpa: u64, size: u64) -> RegionSpec {
         RegionSpec { gpa, size, user_addr: 0x7000_0000 + gpa, offset: 0 }
+    }
+
+    #[test]
+    fn places_in_files_do_not_depend_on_addresses() {
+        let unmapper = Unmapper::start().unwrap();
+        let (file, other) = (memfd(0x3000), memfd(0x3000));
+        let at = |fd: &OwnedFd, gpa, offset| {
+            let spec = RegionSpec { offset, ..spec(gpa, 0x2000) };
+            map(vec![(spec, fd.try_clone().unwrap())], None, &unmapper).unwrap()
+        };
+        let here = at(&file, 0x10_0000, 0x1000);
+        let (there, elsewhere) = (at(&file, 0, 0), at(&other, 0x10_0000, 0x1000));
+        let range = here.file_range(0x10_0010, 0x10).unwrap();
+        assert_eq!(there.file_range(0x1010, 0x10), Some(range));
+        for (gpa, len, overlaps) in
+            [(0x1000, 0x10, false), (0x1000, 0x11, true), (0x101f, 1, true), (0x1020, 9, false)]
+        {
+            assert_eq!(there.file_range(gpa, len).unwrap().overlaps(&range), overlaps, "{gpa:#x}");
+        }
+        assert!(!elsewhere.file_range(0x10_0010, 0x10).unwrap().overlaps(&range));
+        assert_eq!(here.file_range(0x10_1fff, 2), None, "beyond the region");
+        assert_eq!(here.file_range(0, 1), None);
+        assert!(here.shares_file(&there) && !here.shares_file(&elsewhere));
     }
 
     #[test]

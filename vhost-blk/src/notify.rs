@@ -171,12 +171,14 @@ impl BackendChannel {
         Ok(Self(fd))
     }
 
-    /// Sends a message if there is room for it; a front end that does not read misses it.
-    pub fn send_nowait(&self, message: &[u8]) {
+    /// Sends a message if there is room for it. `false` if there is not right now; a front end that has
+    /// closed its end is not to be told anything.
+    pub fn send_nowait(&self, message: &[u8]) -> bool {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let (buffer, len) = (message.as_ptr().cast(), message.len());
         // SAFETY: bytes of ours to an fd that we own.
-        unsafe { libc::send(self.0.as_fd().as_raw_fd(), buffer, len, flags) };
+        let sent = unsafe { libc::send(self.0.as_fd().as_raw_fd(), buffer, len, flags) };
+        sent >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock
     }
 }
 
@@ -201,6 +203,20 @@ mod tests {
         // SAFETY: eight bytes of ours.
         assert_eq!(unsafe { libc::read(fd.as_raw_fd(), (&raw mut value).cast(), 8) }, 8);
         value
+    }
+
+    #[test]
+    fn a_channel_that_is_full_says_so() {
+        use std::io::Read;
+        use std::os::unix::net::UnixStream;
+
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let channel = BackendChannel::from_front_end(ForeignFd::alone(theirs.into())).unwrap();
+        while channel.send_nowait(&[7; 4096]) {}
+        (&ours).read_exact(&mut [0; 1 << 16]).unwrap();
+        assert!(channel.send_nowait(&[7; 4096]), "there is room again");
+        drop(ours);
+        assert!(channel.send_nowait(&[7]), "nobody is left who could be told");
     }
 
     #[test]

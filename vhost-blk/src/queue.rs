@@ -185,6 +185,7 @@ pub struct Queue {
     view: Published<View>,
     stop: AtomicBool,
     reset: AtomicBool,
+    abandoned: AtomicBool,
     domain: Arc<Domain>,
     core: UnsafeCell<Core>,
     state: AtomicU8,
@@ -237,6 +238,7 @@ impl Queue {
             view: Published::new(domain, Box::new(view)),
             stop: AtomicBool::new(false),
             reset: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
             domain: Arc::clone(domain),
             last_avail: AtomicU16::new(core.last_avail()),
             core: UnsafeCell::new(core),
@@ -288,6 +290,14 @@ impl Queue {
     pub fn reset(&self) {
         // Relaxed: it is seen by the visit that sees the stop.
         self.reset.store(true, Ordering::Relaxed);
+        self.stop();
+    }
+
+    /// Asks the reactor to stop, too, and to touch the ring no more from its next turn on: what is in
+    /// flight completes for nobody. The ring may be somebody else's then.
+    pub fn abandon(&self) {
+        // Relaxed: it is seen by the visit that sees the epoch end that `stop` makes.
+        self.abandoned.store(true, Ordering::Relaxed);
         self.stop();
     }
 

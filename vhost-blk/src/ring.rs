@@ -175,9 +175,9 @@ pub struct Layout {
     pub event_idx: bool,
 }
 
-/// The host address of `len` bytes of a ring at `gpa`, which has to be a multiple of `align`, as has
-/// the address.
-fn part(memory: &GuestMemory, gpa: u64, align: u64, len: usize) -> Result<*mut u8, RingError> {
+/// The host address of a part of a ring (guest-physical address and length), which has to be a
+/// multiple of `align`, as has the address.
+fn part(memory: &GuestMemory, (gpa, len): (u64, usize), align: u64) -> Result<*mut u8, RingError> {
     if !gpa.is_multiple_of(align) {
         return Err(RingError::Alignment(gpa));
     }
@@ -257,6 +257,12 @@ pub enum RingError {
         /// What the guest says.
         to: u16,
     },
+}
+
+/// Guest-physical addresses and lengths of the parts of a ring: descriptors, what the driver writes,
+/// what the device writes.
+pub(crate) fn parts(size: u16, addrs: RingAddrs, packed: bool) -> [(u64, usize); 3] {
+    if packed { PackedRing::parts(size, addrs) } else { SplitRing::parts(size, addrs) }
 }
 
 /// Whether a ring of `size` at `addrs` does, in `memory`.

@@ -12,14 +12,14 @@
 //!    └────────────────────────┴──────◀── drained ── Draining
 //! ```
 //!
-//! A ring is gated while an earlier connection of the same controller still has I/O in flight:
-//! that I/O must not be overtaken, nor its memory's ring be read, before it has completed. A ring
-//! that is stopped at the gate owes its answer until the gate opens; its reactor then looks where
-//! the ring stands, and stops at once.
+//! A ring is gated while a connection that is gone still has I/O in flight that must not be overtaken:
+//! which connections those are is the target's to say (`target::gate`). A ring that is stopped at
+//! the gate owes its answer until the gate opens; its reactor then looks where the ring stands, and
+//! stops at once.
 //!
-//! The earlier connection's I/O, and that of a ring that was reset, marks nothing in a dirty log
-//! that came after it. When it has ended, the whole memory is marked. (A migration that begins only
-//! then copies the whole memory anyway.)
+//! The I/O of a connection that is gone, and that of a ring that was reset, marks nothing in a dirty
+//! log that came after it. When it has ended, the whole memory is marked. (A migration that begins
+//! only then copies the whole memory anyway.)
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ pub const DRAIN_LIMIT_S: u64 = 30;
 pub enum Phase {
     /// No ring was started yet.
     Negotiating,
-    /// Rings were started and wait for an earlier connection's I/O.
+    /// Rings were started and wait for the I/O of a connection that is gone.
     Starting,
     /// At least one ring is served.
     Running,
@@ -99,11 +99,16 @@ pub enum Then {
     Reply,
     /// A start: the front end has reset the ring and kicked it again meanwhile.
     Restart,
+    /// As before, and the front end has stopped it again: the answer to GET_VRING_BASE is about the
+    /// new ring, not about the one that drains.
+    RestartReply,
 }
 
 /// What a session wants done. Rings are given by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
+    /// The ring wants to start: [`Session::open_gate`], now or when nothing is in its way any more.
+    Gate(usize),
     /// Attach the ring to a reactor, and let that stop at once if the ring is not live. If it
     /// fails: [`Session::start_failed`].
     Start(usize),
@@ -206,32 +211,35 @@ pub struct Session {
     memory: Option<Arc<GuestMemory>>,
     rings: Vec<Ring>,
     backend_channel: Option<BackendChannel>,
+    /// The front end does not know yet that the disk is another size.
+    config_owed: bool,
     inflight: Option<Arc<Area>>,
     log: Option<Arc<DirtyLog>>,
     /// The config space's `wce`, once it was set: the guest flushes for itself.
     write_cache: Option<bool>,
     /// The front end waits for the end of a reset.
     reset_owed: bool,
-    gate_open: bool,
+    /// And with it for the I/O of connections that are gone.
+    earlier_io: bool,
     closed: bool,
 }
 
 impl Session {
-    /// A new connection, to which `offered` features are offered. With `gate_open` false its rings
-    /// wait for [`Session::open_gate`].
+    /// A new connection, to which `offered` features are offered.
     #[must_use]
-    pub fn new(offered: u64, gate_open: bool) -> Self {
+    pub fn new(offered: u64) -> Self {
         Self {
             offered,
             features: 0,
             memory: None,
             rings: Vec::new(),
             backend_channel: None,
+            config_owed: false,
             inflight: None,
             log: None,
             write_cache: None,
             reset_owed: false,
-            gate_open,
+            earlier_io: false,
             closed: false,
         }
     }
@@ -244,7 +252,9 @@ impl Session {
             Phase::Closed
         } else if self.reset_owed
             || any(|s| {
-                matches!(s, RingState::Draining { then: Then::Reply } | RingState::GatedReply)
+                use RingState::{Draining, GatedReply};
+                let owes = matches!(s, Draining { then: Then::Reply | Then::RestartReply });
+                owes || *s == GatedReply
             })
         {
             Phase::Quiescing
@@ -342,10 +352,23 @@ impl Session {
         self.features
     }
 
-    /// The channel for messages that we begin.
+    /// The config space is another one. The front end is owed a word about it until
+    /// [`Session::config_announced`], whatever its state is now.
+    pub fn config_changed(&mut self) {
+        self.config_owed = true;
+    }
+
+    /// Where the front end is to be told now that the config space is another one, if it is. A front
+    /// end may ignore it while no ring is started, or while it stops one (QEMU does).
     #[must_use]
-    pub fn backend_channel(&self) -> Option<&BackendChannel> {
-        self.backend_channel.as_ref()
+    pub fn config_to_announce(&self) -> Option<&BackendChannel> {
+        let heeds = self.config_owed && matches!(self.phase(), Phase::Starting | Phase::Running);
+        self.backend_channel.as_ref().filter(|_| heeds)
+    }
+
+    /// The front end was told.
+    pub fn config_announced(&mut self) {
+        self.config_owed = false;
     }
 
     /// Takes the channel for messages that we begin.
@@ -512,8 +535,7 @@ impl Session {
         kick: Option<KickFd>,
     ) -> Result<Vec<Effect>, Violation> {
         let memory = self.memory.clone();
-        let (gate_open, layout) = (self.gate_open, self.layout());
-        let effects;
+        let layout = self.layout();
         let state = self.ring_mut(ring)?;
         state.kick = kick.map(Arc::new);
         if state.running() {
@@ -528,18 +550,13 @@ impl Session {
         ring::check(&memory, state.num, addrs, layout)?;
         state.addrs = Some(addrs);
         state.was_live = true;
-        (state.state, effects) = match state.state {
-            RingState::Draining { .. } => (RingState::Draining { then: Then::Restart }, vec![]),
-            _ => {
-                state.packed = layout.packed;
-                if gate_open {
-                    (RingState::Live, vec![Effect::Start(ring)])
-                } else {
-                    (RingState::Gated, vec![])
-                }
-            }
-        };
-        Ok(effects)
+        if matches!(state.state, RingState::Draining { .. }) {
+            state.state = RingState::Draining { then: Then::Restart };
+            return Ok(vec![]);
+        }
+        state.packed = layout.packed;
+        state.state = RingState::Gated;
+        Ok(vec![Effect::Gate(ring)])
     }
 
     /// GET_VRING_BASE: stops the ring. The answer comes as [`Effect::Reply`], now or once the
@@ -564,8 +581,10 @@ impl Session {
                 state.state = RingState::Draining { then: Then::Reply };
                 vec![Effect::Stop(ring)]
             }
-            RingState::Draining { .. } => {
-                state.state = RingState::Draining { then: Then::Reply };
+            RingState::Draining { then } => {
+                let anew = matches!(then, Then::Restart | Then::RestartReply);
+                let then = if anew { Then::RestartReply } else { Then::Reply };
+                state.state = RingState::Draining { then };
                 vec![]
             }
         })
@@ -594,15 +613,32 @@ impl Session {
     }
 
     /// The front end waits until the reset that it has just sent is complete: until all I/O that
-    /// uses its guest's memory has ended, that of an earlier connection included. The answer comes
-    /// as [`Effect::Acknowledge`], now or then.
-    pub fn await_reset(&mut self) -> Vec<Effect> {
+    /// uses its guest's memory has ended, that of connections that are gone included (`earlier_io`:
+    /// there is such I/O). The answer comes as [`Effect::Acknowledge`], now or then.
+    pub fn await_reset(&mut self, earlier_io: bool) -> Vec<Effect> {
         self.reset_owed = true;
+        self.earlier_io = earlier_io;
         self.acknowledge()
     }
 
+    /// Whether it matters to it when the I/O of a connection that is gone ends, which may use its
+    /// guest's memory.
+    #[must_use]
+    pub fn minds_earlier_io(&self) -> bool {
+        self.reset_owed || self.log().is_some()
+    }
+
+    /// A connection that is gone, and whose I/O may have used this guest's memory, has nothing in
+    /// flight any more. `late`: something ended after it was gone. `more`: another one still has.
+    pub fn earlier_io_ended(&mut self, late: bool, more: bool) -> Vec<Effect> {
+        let mut effects = if late { self.mark_all() } else { vec![] };
+        self.earlier_io = more;
+        effects.extend(self.acknowledge());
+        effects
+    }
+
     fn acknowledge(&mut self) -> Vec<Effect> {
-        if !self.reset_owed || !self.gate_open || self.undrained() {
+        if !self.reset_owed || self.earlier_io || self.undrained() {
             return vec![];
         }
         self.reset_owed = false;
@@ -621,10 +657,17 @@ impl Session {
 
     /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
     pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
-        let (layout, mark_all) = (self.layout(), self.mark_all());
+        // Those that drain after a reset are marked for together, when the last of them has: no front
+        // end can do without that one's end before it takes its memory for copied.
+        let last = !self.rings.iter().enumerate().any(|(n, other)| n != ring && other.was_reset);
+        let mark_all = if last { self.mark_all() } else { vec![] };
+        let layout = self.layout();
         let state = &mut self.rings[ring];
         let RingState::Draining { then } = state.state else { return vec![] };
         state.state = RingState::Stopped;
+        if matches!(then, Then::Restart | Then::RestartReply) {
+            state.packed = layout.packed;
+        }
         let mut effects = if state.was_reset { mark_all } else { vec![] };
         state.was_reset = false;
         match then {
@@ -635,9 +678,12 @@ impl Session {
                 effects.push(Effect::Reply(ring, answer(state.packed, base)));
             }
             Then::Restart => {
-                state.state = RingState::Live;
-                state.packed = layout.packed;
-                effects.push(Effect::Start(ring));
+                state.state = RingState::Gated;
+                effects.push(Effect::Gate(ring));
+            }
+            Then::RestartReply => {
+                state.state = RingState::GatedReply;
+                effects.push(Effect::Gate(ring));
             }
         }
         effects
@@ -648,21 +694,23 @@ impl Session {
         self.rings[ring].state = RingState::Stopped;
     }
 
-    /// The connections before this one have drained.
-    pub fn open_gate(&mut self) -> Vec<Effect> {
-        let mut effects = if self.gate_open { vec![] } else { self.mark_all() };
-        self.gate_open = true;
-        effects.extend(self.acknowledge());
-        for (n, ring) in self.rings.iter_mut().enumerate() {
-            ring.state = match ring.state {
-                RingState::Gated => RingState::Live,
-                // Where the earlier I/O has left the ring, only a reactor can tell.
-                RingState::GatedReply => RingState::Draining { then: Then::Reply },
-                _ => continue,
-            };
-            effects.push(Effect::Start(n));
-        }
-        effects
+    /// Nothing is in a ring's way any more. `None` if it does not wait.
+    pub fn open_gate(&mut self, ring: usize) -> Option<Effect> {
+        let state = &mut self.rings[ring].state;
+        *state = match state {
+            RingState::Gated => RingState::Live,
+            // Where the earlier I/O has left the ring, only a reactor can tell.
+            RingState::GatedReply => RingState::Draining { then: Then::Reply },
+            _ => return None,
+        };
+        Some(Effect::Start(ring))
+    }
+
+    /// Rings that wait for [`Session::open_gate`].
+    pub fn gated(&self) -> impl Iterator<Item = usize> {
+        let rings = self.rings.iter().enumerate();
+        let waits = |ring: &Ring| matches!(ring.state, RingState::Gated | RingState::GatedReply);
+        rings.filter(move |(_, ring)| waits(ring)).map(|(n, _)| n)
     }
 
     fn mark_all(&self) -> Vec<Effect> {

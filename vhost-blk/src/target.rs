@@ -5,6 +5,7 @@
 //! never take it. Whoever waits for something to become true does so on the `changed` hook.
 
 mod connections;
+mod gate;
 mod operator;
 mod placement;
 mod rings;
@@ -24,11 +25,13 @@ use qsbr::Domain;
 
 use crate::controller::{Controller, ControllerId};
 use crate::notify::KickFd;
+use crate::protocol;
 use crate::queue::{Queue, QueueId};
 use crate::reactor::{BellRope, Core, Events, Mode, Reactor, SteppedReactor};
 use crate::reclaim::{Reclaim, Unmapper};
 use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
+use gate::{Bytes, Place};
 use placement::Stray;
 
 pub use operator::DeleteProgress;
@@ -154,6 +157,10 @@ struct Connected {
     session: Session,
     /// `None` once the connection is gone.
     conn: Option<SharedConnection>,
+    /// It had I/O in flight when its end was reported, or may have had.
+    left_io: bool,
+    /// What its guest reads and writes.
+    bytes: Bytes,
     queues: Vec<Option<Attached>>,
     /// What the front end waits for.
     owed: Option<Owed>,
@@ -176,8 +183,21 @@ struct Attached {
     reactor: usize,
     /// Nobody's set has it right now: see [`placement`].
     moving: bool,
+    /// Where the ring is that it serves.
+    place: Option<Place>,
     /// The guest's kicks, where they wake the reactor.
     kicks: Option<BellRope<KickFd>>,
+}
+
+impl Connected {
+    /// Tells the front end that the config space is another one, if that is due. To be called whenever
+    /// it may have become due, and now and then: the front end may not read what it is told.
+    fn announce_config(&mut self) {
+        let due = self.session.config_to_announce();
+        if due.is_some_and(|channel| channel.send_nowait(&protocol::config_change())) {
+            self.session.config_announced();
+        }
+    }
 }
 
 impl Inner {

@@ -10,7 +10,7 @@ use closer::ForeignFd;
 use vhost_blk::dirty_log::DirtyLog;
 use vhost_blk::inflight::{Area, AreaSpec, Tracker};
 use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::notify::{CallFd, EventFd};
+use vhost_blk::notify::{BackendChannel, CallFd, EventFd};
 use vhost_blk::reclaim::Unmapper;
 use vhost_blk::ring::{Layout, RingAddrs};
 use vhost_blk::session::{Effect, Phase, RingState, Session, Then, Violation};
@@ -37,21 +37,27 @@ fn set_up(session: &mut Session, ring: usize) {
     session.set_addrs(ring, addrs(ring as u64)).unwrap();
 }
 
+/// Starts a ring that has nothing in its way.
+fn start(session: &mut Session, ring: usize) {
+    assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Gate(ring)]);
+    assert_eq!(session.open_gate(ring), Some(Effect::Start(ring)));
+}
+
 /// A session with two rings, started.
 fn running() -> Session {
-    let mut session = Session::new(OFFERED, true);
+    let mut session = Session::new(OFFERED);
     session.set_features(OFFERED).unwrap();
     session.set_memory(memory(0x10000)).unwrap();
     for ring in 0..2 {
         set_up(&mut session, ring);
-        assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Start(ring)]);
+        start(&mut session, ring);
     }
     session
 }
 
 #[test]
 fn a_life() {
-    let mut session = Session::new(OFFERED, true);
+    let mut session = Session::new(OFFERED);
     assert_eq!(session.phase(), Phase::Negotiating);
     session = running();
     assert_eq!(session.phase(), Phase::Running);
@@ -65,7 +71,7 @@ fn a_life() {
     assert_eq!(session.phase(), Phase::Suspended);
     assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 42)], "asked again");
     set_up(&mut session, 0);
-    assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Start(0)]);
+    start(&mut session, 0);
     assert_eq!(session.ring(0).base, 7);
     assert_eq!(session.close(), [Effect::Stop(0)]);
     assert_eq!(session.phase(), Phase::Closed);
@@ -95,35 +101,41 @@ fn closing_while_an_answer_is_owed_cancels_the_answer() {
 
 #[test]
 fn rings_wait_at_the_gate() {
-    let mut session = Session::new(OFFERED, false);
+    let mut session = Session::new(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
-    set_up(&mut session, 0);
-    set_up(&mut session, 1);
-    assert_eq!(session.set_kick(0, None).unwrap(), []);
-    assert_eq!(session.set_kick(1, None).unwrap(), []);
+    for ring in 0..3 {
+        set_up(&mut session, ring);
+        assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Gate(ring)]);
+    }
     assert_eq!(session.phase(), Phase::Starting);
+    assert_eq!(session.open_gate(2), Some(Effect::Start(2)), "each ring waits on its own");
+    assert_eq!(session.phase(), Phase::Running);
     // A front end that gives up while it waits has to wait too: the ring is still written to.
     assert_eq!(session.get_base(1).unwrap(), []);
     assert_eq!(session.phase(), Phase::Quiescing);
     assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
-    assert_eq!(session.open_gate(), [Effect::Start(0), Effect::Start(1)]);
+    assert_eq!(session.gated().collect::<Vec<_>>(), [0, 1]);
+    for ring in 0..2 {
+        assert_eq!(session.open_gate(ring), Some(Effect::Start(ring)));
+        assert_eq!(session.open_gate(ring), None, "a gate opens once");
+    }
     assert_eq!(session.ring(1).state, RingState::Draining { then: Then::Reply });
     assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "what the reactor has found");
-    assert_eq!(session.open_gate(), [], "a gate opens once");
     assert_eq!(session.phase(), Phase::Running);
     set_up(&mut session, 1);
-    assert_eq!(session.set_kick(1, None).unwrap(), [Effect::Start(1)]);
+    start(&mut session, 1);
 }
 
 #[test]
 fn closing_at_the_gate_leaves_nothing_to_drain() {
-    let mut session = Session::new(OFFERED, false);
+    let mut session = Session::new(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
     set_up(&mut session, 0);
     session.set_kick(0, None).unwrap();
     assert_eq!(session.close(), []);
     assert!(!session.undrained());
-    assert_eq!(session.open_gate(), []);
+    assert_eq!(session.gated().next(), None);
+    assert_eq!(session.open_gate(0), None);
 }
 
 #[test]
@@ -138,9 +150,41 @@ fn a_reset_and_a_restart_while_draining() {
     assert_eq!(session.ring(0).state, RingState::Draining { then: Then::Restart });
     let (_, effects) = session.set_memory(memory(0x10000)).unwrap();
     assert_eq!(effects, [], "a ring that drains keeps the view that it has");
-    assert_eq!(session.drained(0, 99), [Effect::Start(0)]);
+    assert_eq!(session.drained(0, 99), [Effect::Gate(0)]);
+    assert_eq!(session.open_gate(0), Some(Effect::Start(0)));
     assert_eq!(session.ring(0).base, 0, "what was set since the reset stays");
     assert_eq!(session.drained(1, 5), []);
+}
+
+/// GET_VRING_BASE is about the ring that was started last, though the one before it still drains.
+#[test]
+fn a_restart_that_is_stopped_while_the_ring_before_drains() {
+    for packed in [0, PACKED] {
+        let mut session = Session::new(OFFERED | PACKED);
+        session.set_features(OFFERED).unwrap();
+        session.set_memory(memory(0x10000)).unwrap();
+        set_up(&mut session, 0);
+        start(&mut session, 0);
+        assert_eq!(session.reset_owner(), [Effect::Stop(0)]);
+        session.set_features(OFFERED | packed).unwrap();
+        session.set_base(0, 5).unwrap();
+        assert_eq!(session.set_kick(0, None).unwrap(), [], "the ring still drains");
+        assert_eq!(session.get_base(0).unwrap(), []);
+        assert_eq!(session.phase(), Phase::Quiescing);
+        assert_eq!(session.drained(0, 99), [Effect::Gate(0)], "nothing that was asked for");
+        assert_eq!(session.phase(), Phase::Quiescing);
+        assert_eq!(session.open_gate(0), Some(Effect::Start(0)));
+        let base = if packed == 0 { 5 } else { 0x5_0005 };
+        assert_eq!(session.drained(0, 5), [Effect::Reply(0, base)]);
+        assert_eq!(session.phase(), Phase::Suspended);
+    }
+    let mut session = running();
+    session.reset_device();
+    session.set_kick(0, None).unwrap();
+    session.get_base(0).unwrap();
+    assert_eq!(session.close(), [], "it is told already");
+    assert_eq!(session.drained(0, 99), [], "nobody is owed an answer");
+    assert!(session.undrained(), "ring 1");
 }
 
 #[test]
@@ -153,7 +197,7 @@ fn a_ring_that_was_reset_keeps_its_view_until_it_has_drained() {
     assert_eq!(effects, [], "nobody knows the parameters that it was started with");
     assert_eq!(session.set_call(0, None).unwrap(), []);
     assert_eq!(session.drained(0, 99), [Effect::Reply(0, 99)]);
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     assert_eq!(session.set_call(0, None).unwrap(), [Effect::Publish(0)], "it begins anew");
 }
 
@@ -170,7 +214,7 @@ fn what_cannot_change_while_running() {
 
 #[test]
 fn what_is_never_taken() {
-    let mut session = Session::new(OFFERED, true);
+    let mut session = Session::new(OFFERED);
     assert!(matches!(session.set_features(1 << 60), Err(Violation::FeaturesNotOffered(_))));
     for ring in [128, 255, usize::MAX] {
         assert!(matches!(session.set_num(ring, 128), Err(Violation::NoSuchRing(_))));
@@ -219,13 +263,13 @@ fn log() -> Arc<DirtyLog> {
 
 #[test]
 fn only_logging_is_switched_while_running() {
-    let mut session = Session::new(OFFERED | LOG_ALL, true);
+    let mut session = Session::new(OFFERED | LOG_ALL);
     session.set_memory(memory(0x10000)).unwrap();
     session.set_features(OFFERED).unwrap();
     for ring in 0..2 {
         set_up(&mut session, ring);
     }
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     let (first, second) = (log(), log());
     assert_eq!(session.set_log(Arc::clone(&first)), [], "logging is off");
     assert!(session.log().is_none());
@@ -247,60 +291,92 @@ fn only_logging_is_switched_while_running() {
     assert!(session.log().is_none(), "there was another owner");
 }
 
-/// What an earlier connection has in flight marks nothing in a log that came after it.
+/// What a connection that is gone has in flight marks nothing in a log that came after it.
 #[test]
-fn all_memory_is_marked_when_a_gate_opens() {
-    let gated = |features| {
-        let mut session = Session::new(OFFERED | LOG_ALL, false);
+fn all_memory_is_marked_when_earlier_io_has_ended() {
+    let with = |features| {
+        let mut session = Session::new(OFFERED | LOG_ALL);
         session.set_memory(memory(0x10000)).unwrap();
         session.set_features(features).unwrap();
-        for ring in 0..2 {
-            set_up(&mut session, ring);
-            session.set_kick(ring, None).unwrap();
-        }
         session.set_log(log());
         session
     };
-    let mut session = gated(OFFERED | LOG_ALL);
-    session.get_base(1).unwrap();
-    assert_eq!(
-        session.open_gate(),
-        [Effect::MarkAll, Effect::Start(0), Effect::Start(1)],
-        "before ring 1's answer, after which nothing is looked at any more"
-    );
-    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)]);
-    assert_eq!(session.open_gate(), [], "a gate opens once");
-    session.get_base(0).unwrap();
-    assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "its view had the log");
-    let mut session = gated(OFFERED);
-    assert_eq!(session.open_gate(), [Effect::Start(0), Effect::Start(1)], "nobody logs");
-    let mut session = gated(OFFERED | LOG_ALL);
+    let mut session = with(OFFERED | LOG_ALL);
+    assert!(session.minds_earlier_io());
+    assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll]);
+    assert_eq!(session.earlier_io_ended(true, false), [Effect::MarkAll]);
+    assert_eq!(session.earlier_io_ended(false, false), [], "its own log has it all");
+    let mut session = with(OFFERED);
+    assert!(!session.minds_earlier_io());
+    assert_eq!(session.earlier_io_ended(true, false), [], "nobody logs");
     session.reset_device();
-    session.await_reset();
-    assert_eq!(session.open_gate(), [Effect::MarkAll, Effect::Acknowledge]);
+    assert_eq!(session.await_reset(true), []);
+    assert!(session.minds_earlier_io());
+    let mut session = with(OFFERED | LOG_ALL);
+    session.reset_device();
+    assert_eq!(session.await_reset(true), []);
+    assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll], "some is left");
+    assert_eq!(session.earlier_io_ended(true, false), [Effect::MarkAll, Effect::Acknowledge]);
 }
 
 /// A ring that was reset keeps its view, and with it the log that it had.
 #[test]
 fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
-    let mut session = Session::new(OFFERED | LOG_ALL, true);
+    let mut session = Session::new(OFFERED | LOG_ALL);
     session.set_memory(memory(0x10000)).unwrap();
     session.set_features(OFFERED).unwrap();
     for ring in 0..4 {
         set_up(&mut session, ring);
-        session.set_kick(ring, None).unwrap();
+        start(&mut session, ring);
     }
     session.reset_owner();
     assert_eq!(session.drained(3, 9), [], "nobody logs");
     assert_eq!(session.set_log(log()), []);
     assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), []);
-    assert_eq!(session.drained(2, 9), [Effect::MarkAll]);
+    assert_eq!(session.drained(2, 9), [], "once for all of them");
     session.set_kick(1, None).unwrap();
-    assert_eq!(session.drained(1, 9), [Effect::MarkAll, Effect::Start(1)]);
+    assert_eq!(session.drained(1, 9), [Effect::Gate(1)]);
+    session.open_gate(1);
     session.get_base(0).unwrap();
     assert_eq!(session.drained(0, 9), [Effect::MarkAll, Effect::Reply(0, 9)]);
     session.get_base(1).unwrap();
     assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "it has begun anew");
+}
+
+/// A disk that grows is announced whatever state the front end was in, and once.
+#[test]
+fn a_new_config_space_is_owed_until_it_is_told() {
+    let channel = || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let channel = BackendChannel::from_front_end(ForeignFd::alone(theirs.into())).unwrap();
+        (ours, channel)
+    };
+    let due = |session: &Session| session.config_to_announce().is_some();
+    let (_ours, theirs) = channel();
+    let mut session = running();
+    session.config_changed();
+    assert!(!due(&session), "no channel");
+    session.set_backend_channel(theirs);
+    assert!(due(&session));
+    session.config_announced();
+    assert!(!due(&session), "once");
+    session.get_base(0).unwrap();
+    session.config_changed();
+    assert!(!due(&session), "it waits for something else");
+    session.drained(0, 1);
+    assert!(due(&session), "ring 1 runs");
+    session.get_base(1).unwrap();
+    session.drained(1, 1);
+    assert!(!due(&session), "it is suspended");
+    session.set_kick(0, None).unwrap();
+    assert_eq!(session.phase(), Phase::Starting);
+    assert!(due(&session), "even at the gate");
+    session.reset_device();
+    assert!(!due(&session));
+    start(&mut session, 0);
+    assert!(due(&session), "nothing of that has told it");
+    session.close();
+    assert!(!due(&session));
 }
 
 fn area() -> Arc<Area> {
@@ -319,7 +395,7 @@ fn an_area_stays_until_there_is_another() {
         session.drained(ring, 9);
     }
     session.set_inflight(area()).unwrap();
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     session.reset_device();
     session.drained(0, 0);
     assert!(session.inflight().is_none(), "rings begin anew");
@@ -331,7 +407,7 @@ fn an_area_stays_until_there_is_another() {
 #[test]
 fn an_area_may_come_before_the_features() {
     for packed in [0, PACKED] {
-        let mut session = Session::new(OFFERED | PACKED, true);
+        let mut session = Session::new(OFFERED | PACKED);
         assert!(session.may_be_packed(), "nothing is said yet");
         session.set_inflight(area()).unwrap();
         session.set_features(OFFERED | packed).unwrap();
@@ -349,7 +425,7 @@ fn an_area_may_come_before_the_features() {
 
 #[test]
 fn a_packed_ring_has_two_positions() {
-    let mut session = Session::new(OFFERED | PACKED, true);
+    let mut session = Session::new(OFFERED | PACKED);
     session.set_features(OFFERED | PACKED).unwrap();
     assert_eq!(session.layout(), Layout { packed: true, event_idx: true });
     session.set_memory(memory(0x10000)).unwrap();
@@ -361,6 +437,7 @@ fn a_packed_ring_has_two_positions() {
     session.set_num(0, 100).unwrap();
     session.set_addrs(0, addrs(0)).unwrap();
     session.set_kick(0, None).expect("a packed ring has any size");
+    session.open_gate(0);
     session.get_base(0).unwrap();
     assert_eq!(session.drained(0, 0x0007), [Effect::Reply(0, 0x0007_0007)]);
 }
@@ -368,32 +445,31 @@ fn a_packed_ring_has_two_positions() {
 /// RESET_OWNER takes the features away, which say how its position is to be told.
 #[test]
 fn a_packed_ring_that_was_reset_has_two_positions() {
-    let start = || {
-        let mut session = Session::new(OFFERED | PACKED, true);
+    let started = || {
+        let mut session = Session::new(OFFERED | PACKED);
         session.set_features(OFFERED | PACKED).unwrap();
         session.set_memory(memory(0x10000)).unwrap();
         set_up(&mut session, 0);
-        session.set_kick(0, None).unwrap();
+        start(&mut session, 0);
         session
     };
-    let mut session = start();
+    let mut session = started();
     session.get_base(0).unwrap();
     session.drained(0, 0x8009);
     session.reset_owner();
     assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 0x8009_8009)], "asked again");
-    let mut session = start();
+    let mut session = started();
     session.reset_owner();
     assert_eq!(session.get_base(0).unwrap(), []);
     assert_eq!(session.drained(0, 0x8009), [Effect::Reply(0, 0x8009_8009)]);
     // The front end may have said by then what comes next.
-    let mut session = start();
+    let mut session = started();
     session.reset_owner();
     session.set_features(OFFERED).unwrap();
     session.set_kick(0, None).unwrap();
     session.get_base(0).unwrap();
-    assert_eq!(session.drained(0, 0x8009), [Effect::Reply(0, 0x8009_8009)]);
-    session.set_kick(0, None).unwrap();
-    session.get_base(0).unwrap();
+    assert_eq!(session.drained(0, 0x8009), [Effect::Gate(0)]);
+    session.open_gate(0);
     assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "it was a split one");
 }
 
@@ -402,7 +478,7 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     let mut session = running();
     session.reset_owner();
     assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)], "once more");
-    assert_eq!(session.await_reset(), []);
+    assert_eq!(session.await_reset(false), []);
     assert_eq!(session.phase(), Phase::Quiescing);
     assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
     assert_eq!(session.drained(1, 9), []);
@@ -410,17 +486,17 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     assert_eq!(session.drained(0, 9), [], "once");
     assert_eq!(session.phase(), Phase::Suspended);
     assert_eq!(session.reset_device(), [], "nothing runs");
-    assert_eq!(session.await_reset(), [Effect::Acknowledge]);
+    assert_eq!(session.await_reset(false), [Effect::Acknowledge]);
     // A front end that does not wait is not waited for.
     set_up(&mut session, 0);
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     assert_eq!(session.reset_device(), [Effect::Reset(0)]);
     assert!(session.check_turn().is_ok());
     assert_eq!(session.drained(0, 9), []);
     // One that goes meanwhile is owed nothing.
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     session.reset_device();
-    session.await_reset();
+    session.await_reset(false);
     session.close();
     assert_eq!(session.phase(), Phase::Closed);
     assert_eq!(session.drained(0, 9), []);
@@ -428,22 +504,22 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
 
 /// What an earlier connection has in flight may be in this guest's memory.
 #[test]
-fn a_reset_waits_at_the_gate() {
-    let mut session = Session::new(OFFERED, false);
+fn a_reset_waits_for_it() {
+    let mut session = Session::new(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
     set_up(&mut session, 0);
     session.set_kick(0, None).unwrap();
     assert_eq!(session.reset_device(), []);
-    assert_eq!(session.await_reset(), []);
+    assert_eq!(session.await_reset(true), []);
     assert_eq!(session.phase(), Phase::Quiescing);
-    assert_eq!(session.open_gate(), [Effect::Acknowledge]);
+    assert_eq!(session.earlier_io_ended(true, false), [Effect::Acknowledge]);
     assert_eq!(session.phase(), Phase::Suspended);
 }
 
 #[test]
 fn who_flushes() {
     let through = |offered, negotiated, write_cache: Option<bool>| {
-        let mut session = Session::new(offered, true);
+        let mut session = Session::new(offered);
         session.set_features(negotiated).unwrap();
         write_cache.map(|on| session.set_write_cache(on));
         session.write_through()
@@ -466,7 +542,7 @@ fn who_flushes() {
     }
     // A driver that cannot flush begins without a cache (virtio 1.2, 5.2.5.2), whatever the one
     // before it has set.
-    let mut session = Session::new(both, true);
+    let mut session = Session::new(both);
     session.set_features(both).unwrap();
     session.set_write_cache(true);
     session.set_features(CONFIG_WCE).unwrap();
@@ -474,11 +550,11 @@ fn who_flushes() {
     session.set_write_cache(true);
     session.set_features(CONFIG_WCE).expect("the same again");
     assert!(!session.write_through() && session.write_cache());
-    let mut session = Session::new(OFFERED | both, true);
+    let mut session = Session::new(OFFERED | both);
     session.set_features(OFFERED | both).unwrap();
     session.set_memory(memory(0x10000)).unwrap();
     set_up(&mut session, 0);
-    session.set_kick(0, None).unwrap();
+    start(&mut session, 0);
     assert_eq!(session.set_write_cache(true), [], "it was on");
     assert_eq!(session.set_write_cache(false), [Effect::Publish(0)]);
     assert!(!session.write_cache());

@@ -80,6 +80,8 @@ pub struct Core {
     /// The control side wants a stop, as of the last visit.
     stopping: bool,
     stopped: bool,
+    /// The ring is not ours any more.
+    abandoned: bool,
     broken: bool,
     /// The guest was asked for kicks, as its reactor was about to sleep.
     armed: bool,
@@ -208,6 +210,7 @@ impl Core {
             inflight: 0,
             stopping: false,
             stopped: false,
+            abandoned: false,
             broken: false,
             armed: false,
             call_wanted: false,
@@ -249,7 +252,8 @@ impl Core {
         }
     }
 
-    /// The order: adopt first, as everything else uses the view; complete before fetch, as it
+    /// The order: whether the ring may be touched at all comes before everything; adopt before the
+    /// rest, as that uses the view; complete before fetch, as it
     /// frees slots; tell the device, then the guest, once for the batch; count before the guest is
     /// called, which is no part of an I/O; stop last, as it wants to know what is left.
     #[inline]
@@ -264,14 +268,15 @@ impl Core {
             let settled = self.owed.is_some() && self.settle(events);
             return (settled, self.watch(view, ring));
         }
+        let stop = queue.stop.load(Ordering::Acquire);
+        self.stopping = stop;
+        if stop && self.is_abandoned(queue) {
+            let worked = self.let_go(queue, view, turn, events);
+            return (worked, self.watch(view, ring));
+        }
         if view.generation != self.generation {
             self.adopt(view);
             turn.note(Cause::Adopt);
-        }
-        let stop = queue.stop.load(Ordering::Acquire);
-        self.stopping = stop;
-        if stop && queue.reset.load(Ordering::Relaxed) {
-            self.again.clear();
         }
         let completed = self.inflight > 0 && self.complete(at, turn);
         if !self.parked.is_empty() {
@@ -308,7 +313,7 @@ impl Core {
     /// What is to be looked at until the next visit, after one with `view`.
     #[inline]
     fn watch(&self, view: &View, ring: &impl Ring) -> Watch {
-        let rings = !self.stopped && !self.broken;
+        let rings = !self.stopped && !self.broken && !self.abandoned;
         let due = self.inflight > 0 || self.call_due.pending || self.owed.is_some();
         let released = view.disk.is_none() && self.device.is_some();
         let nothing = Look { cell: &raw const NOTHING, seen: 0, due: false };
@@ -322,6 +327,41 @@ impl Core {
             kicks: view.kicks || !rings,
             stop: self.stopping,
         }
+    }
+
+    /// Whether a queue that stops may not even touch its ring any more.
+    #[cold]
+    fn is_abandoned(&mut self, queue: &Queue) -> bool {
+        if queue.reset.load(Ordering::Relaxed) {
+            self.again.clear();
+        }
+        queue.abandoned.load(Ordering::Relaxed)
+    }
+
+    /// A visit of a queue whose ring is not ours any more: what completes is forgotten.
+    #[cold]
+    fn let_go(&mut self, queue: &Queue, view: &View, turn: &mut Turn, events: &Events) -> bool {
+        if !std::mem::replace(&mut self.abandoned, true) {
+            self.again.clear();
+            self.call_due.pending = false;
+            if let Some(device) = &mut self.device {
+                device.channel.0.abandon();
+            }
+        }
+        // Not adopted, which would write to the ring.
+        self.generation = view.generation;
+        let worked = self.forget_completed(queue, turn);
+        if self.owed.is_some() {
+            self.settle(events);
+        }
+        if view.disk.is_none() && self.device.is_some() {
+            self.release_device(queue, events);
+        }
+        if self.inflight == 0 && self.owed.is_none() {
+            self.acknowledge_stop(queue, events);
+            turn.note(Cause::Stop);
+        }
+        worked
     }
 
     #[cold]

@@ -92,14 +92,20 @@ impl PackedRing {
         if size == 0 || size > RING_SIZE_MAX {
             return Err(RingError::Size(size.into()));
         }
+        let [desc, driver, device] = Self::parts(size, addrs);
         Ok(Self {
             size,
             event_idx,
-            desc: part(memory, addrs.desc, 16, DESC_BYTES * usize::from(size))?.cast(),
-            driver: part(memory, addrs.avail, 4, 4)?.cast(),
-            device: part(memory, addrs.used, 4, 4)?.cast(),
+            desc: part(memory, desc, 16)?.cast(),
+            driver: part(memory, driver, 4)?.cast(),
+            device: part(memory, device, 4)?.cast(),
             addrs,
         })
+    }
+
+    /// Addresses and lengths of its parts.
+    pub(super) fn parts(size: u16, addrs: RingAddrs) -> [(u64, usize); 3] {
+        [(addrs.desc, DESC_BYTES * usize::from(size)), (addrs.avail, 4), (addrs.used, 4)]
     }
 
     /// Number of descriptors.

@@ -60,16 +60,23 @@ impl SplitRing {
         if !size.is_power_of_two() || size > RING_SIZE_MAX {
             return Err(RingError::Size(size.into()));
         }
-        let n = usize::from(size);
+        let [desc, avail, used] = Self::parts(size, addrs);
         Ok(Self {
             size,
             event_idx,
-            desc: part(memory, addrs.desc, 16, DESC_BYTES * n)?.cast(),
-            // Flags and index before the entries, an event word after them.
-            avail: part(memory, addrs.avail, 2, 4 + 2 * n + 2)?.cast(),
-            used: part(memory, addrs.used, 4, 4 + 8 * n + 2)?.cast(),
+            desc: part(memory, desc, 16)?.cast(),
+            avail: part(memory, avail, 2)?.cast(),
+            used: part(memory, used, 4)?.cast(),
             used_gpa: addrs.used,
         })
+    }
+
+    /// Addresses and lengths of its parts.
+    pub(super) fn parts(size: u16, addrs: RingAddrs) -> [(u64, usize); 3] {
+        let n = usize::from(size);
+        // Flags and index before the entries, an event word after them.
+        let (avail, used) = ((addrs.avail, 4 + 2 * n + 2), (addrs.used, 4 + 8 * n + 2));
+        [(addrs.desc, DESC_BYTES * n), avail, used]
     }
 
     /// Number of descriptors.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::gate::Bytes;
 use super::{Attached, Connected, Inner, Owed, Target};
 use crate::config;
 use crate::dirty_log::DirtyLog;
@@ -76,10 +77,12 @@ impl Target {
         let number = controller.sessions_made;
         controller.sessions_made += 1;
         let name = controller.name.clone();
-        let gate_open = mine().all(|c| c.conn.is_some());
-        let mut session = Session::new(controller.features, gate_open);
+        let mut session = Session::new(controller.features);
         if controller.write_through {
             session.set_write_cache(false);
+        }
+        if controller.resized {
+            session.config_changed();
         }
         let unmapper = controller.unmapper.clone();
         debug!("controller {name}: front end {number} connected");
@@ -90,6 +93,8 @@ impl Target {
             vid: conn.vid(),
             session,
             conn: Some(conn),
+            left_io: false,
+            bytes: Bytes::of(controller.disk.as_ref()),
             queues: Vec::new(),
             owed: None,
             unmapper,
@@ -144,6 +149,7 @@ impl Target {
         // What takes system calls comes before the lock.
         let message = self.prepare(conn, message)?;
         let mut inner = self.lock();
+        let earlier_io = message.is_reset() && Self::has_earlier_io(&inner, conn);
         let mut verdict = Verdict::Done;
         let (mut reply, mut settles) = (None, Settles::No);
         let Inner { controllers, connections, .. } = &mut *inner;
@@ -224,7 +230,7 @@ impl Target {
                     };
                     if need_reply {
                         verdict = Verdict::Deferred;
-                        effects.extend(session.await_reset());
+                        effects.extend(session.await_reset(earlier_io));
                     }
                     Ok(effects)
                 }
@@ -241,6 +247,9 @@ impl Target {
             settles = Settles::No;
         }
         let starts = self.apply(&mut inner, conn, effects, Some(&mut reply));
+        if let Some(connected) = inner.connections.get_mut(&conn) {
+            connected.announce_config();
+        }
         if matches!(verdict, Verdict::Deferred) && reply.is_none() {
             let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
             connected.owed = Some(Owed { request, since: Instant::now(), warned: false });
@@ -257,7 +266,7 @@ impl Target {
     /// take for done then is. A migration must miss no write, a guest that wants its writes durable
     /// relies on it from the answer on, and a request may use new memory, or none that is gone.
     /// `false` if a reactor takes too long.
-    fn settle(&self) -> bool {
+    pub(super) fn settle(&self) -> bool {
         // Whoever steps reactors would wait for itself.
         let limit = if self.stepped { Duration::ZERO } else { SETTLE.0 };
         let (begun, epoch) = (Instant::now(), self.domain.advance());
@@ -372,6 +381,7 @@ impl Target {
         debug!("controller {}: front end {} left", connected.controller_name, connected.number);
         connected.owed = None;
         let effects = connected.session.close();
+        connected.left_io = connected.session.undrained();
         self.apply(&mut inner, conn, effects, None);
         let opened = self.reap(&mut inner, conn);
         drop(inner);
@@ -405,6 +415,7 @@ impl Target {
         let mut inner = self.lock();
         self.release_strays(&mut inner);
         for connected in inner.connections.values_mut() {
+            connected.announce_config();
             let Some(Owed { since, warned, .. }) = &mut connected.owed else { continue };
             let waited = now.saturating_duration_since(*since);
             if waited >= limit {
@@ -440,6 +451,9 @@ impl Target {
         self.publish_set(&inner, reactor);
         self.reclaim.free(queue);
         let starts = self.apply(&mut inner, conn, effects, None);
+        if let Some(connected) = inner.connections.get_mut(&conn) {
+            connected.announce_config();
+        }
         let opened = self.reap(&mut inner, conn);
         drop(inner);
         self.start_rings(conn, &starts);
@@ -458,32 +472,6 @@ impl Target {
             );
         }
     }
-
-    /// Forgets a connection that is closed and drained, and lets those in that waited for it.
-    pub(super) fn reap(&self, inner: &mut Inner, conn: ConnId) -> Vec<(ConnId, Vec<usize>)> {
-        let done = |c: &Connected| c.conn.is_none() && !c.session.undrained();
-        if !inner.connections.get(&conn).is_some_and(done) {
-            return vec![];
-        }
-        let Some(gone) = inner.connections.remove(&conn) else { return vec![] };
-        let of = gone.controller;
-        if inner.connections.values().any(|c| c.controller == of && c.conn.is_none()) {
-            return vec![];
-        }
-        let successors: Vec<ConnId> = inner
-            .connections
-            .iter()
-            .filter(|(_, c)| c.controller == of)
-            .map(|(conn, _)| *conn)
-            .collect();
-        let mut opened = vec![];
-        for conn in successors {
-            let Some(connected) = inner.connections.get_mut(&conn) else { continue };
-            let effects = connected.session.open_gate();
-            opened.push((conn, self.apply(inner, conn, effects, None)));
-        }
-        opened
-    }
 }
 
 /// A message with what it carries checked, mapped, and made ours.
@@ -497,6 +485,12 @@ enum Prepared {
     Area(Arc<Area>),
     NewArea(AreaSpec, OwnedFd),
     Plain(Message),
+}
+
+impl Prepared {
+    fn is_reset(&self) -> bool {
+        matches!(self, Self::Plain(Message::ResetOwner | Message::ResetDevice))
+    }
 }
 
 /// GET_CONFIG's payload: its head as the front end sent it, then the contents, zeroes where the

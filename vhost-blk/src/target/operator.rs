@@ -10,9 +10,7 @@ use crate::controller::{
     Controller, ControllerId, ControllerInfo, ControllerSpec, QueueInfo, SessionInfo, check_name,
 };
 use crate::memory::SLOTS_MAX;
-use crate::protocol;
 use crate::reactor::{Cause, Core, Reactor, ReactorInfo, ticks_per_second};
-use crate::session::Phase;
 use crate::transport::{ConnId, Transport};
 
 /// Mappings that the connections of one controller may have together: logs and in-flight areas too,
@@ -138,9 +136,38 @@ impl Target {
             mine.map(|(conn, _)| *conn).collect()
         };
         left.into_iter().for_each(|conn| self.closed(conn));
+        self.abandon_rings(name, id);
         self.lock().controllers.remove(name);
         info!("controller {name}: deleted");
         (self.changed)();
+    }
+
+    /// Has what connections of a deleted controller have in flight touch no ring any more, from the
+    /// return on: what comes after may use the same rings.
+    fn abandon_rings(&self, name: &str, id: ControllerId) {
+        let left: Vec<u64> = {
+            let inner = self.lock();
+            let mine = inner.connections.values().filter(|c| c.controller == id);
+            let queues = mine.flat_map(|c| c.queues.iter().flatten());
+            queues.map(|attached| self.abandon(attached)).collect()
+        };
+        let ios: u64 = left.iter().sum();
+        if ios > 0 {
+            warn!(
+                "controller {name}: deleted with {ios} I/Os in flight, which may still write into \
+                 guest memory and to the disk; the memory stays mapped until they complete"
+            );
+        }
+        if !left.is_empty() && !self.settle() {
+            warn!("controller {name}: a reactor has not let go of its rings in time");
+        }
+    }
+
+    /// Answers with the I/Os that the queue has in flight.
+    fn abandon(&self, attached: &Attached) -> u64 {
+        attached.queue.abandon();
+        self.reactors[attached.reactor].wake();
+        attached.queue.inflight().into()
     }
 
     /// Sets interrupt coalescing.
@@ -163,12 +190,18 @@ impl Target {
         inner.controllers.values().map(|c| controller_info(&inner, &cores, c)).collect()
     }
 
-    /// Connections that are gone but have I/O in flight: their number, I/Os, and bytes of memory.
+    /// Connections that are gone but have I/O in flight, whatever became of their controllers.
     #[must_use]
-    pub fn quarantine(&self) -> (usize, u64, u64) {
+    pub fn left_behind(&self) -> Vec<SessionInfo> {
         let (inner, cores) = (self.lock(), self.cores());
         let gone = inner.connections.values().filter(|c| c.conn.is_none());
-        gone.map(|c| session_info(c, &cores)).fold((0, 0, 0), |(n, ios, bytes), s| {
+        gone.map(|c| session_info(c, &cores)).collect()
+    }
+
+    /// The same in figures: their number, I/Os, and bytes of memory.
+    #[must_use]
+    pub fn quarantine(&self) -> (usize, u64, u64) {
+        self.left_behind().iter().fold((0, 0, 0), |(n, ios, bytes), s| {
             (n + 1, ios + s.inflight, bytes + s.quarantined_bytes)
         })
     }
@@ -210,19 +243,24 @@ impl Target {
         self.republish(&mut inner, |connected| bereft.contains(&connected.controller));
     }
 
-    /// Tells the reactors, and then the guests, of a disk that its size has changed.
+    /// Tells the reactors, and then the guests, of a disk that its size has changed. A guest that cannot
+    /// be told right now is told later.
     pub fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
         let mut inner = self.lock();
         let shows =
-            |c: &&Controller| c.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev));
-        let ids: Vec<_> = inner.controllers.values().filter(shows).map(|c| c.id).collect();
+            |c: &&mut Controller| c.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev));
+        let shown = inner.controllers.values_mut().filter(shows);
+        let ids: Vec<_> = shown
+            .map(|c| {
+                c.resized = true;
+                c.id
+            })
+            .collect();
         self.republish(&mut inner, |connected| ids.contains(&connected.controller));
-        for connected in inner.connections.values() {
-            if ids.contains(&connected.controller)
-                && connected.session.phase() == Phase::Running
-                && let Some(channel) = connected.session.backend_channel()
-            {
-                channel.send_nowait(&protocol::config_change());
+        for connected in inner.connections.values_mut() {
+            if ids.contains(&connected.controller) {
+                connected.session.config_changed();
+                connected.announce_config();
             }
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tracing::warn;
 
+use super::gate::Place;
 use super::{Attached, Connected, Inner, Target};
 use crate::config::Disk;
 use crate::notify::KickFd;
@@ -29,6 +30,8 @@ impl Target {
         for effect in effects {
             match effect {
                 Effect::Start(ring) => starts.push(ring),
+                Effect::Gate(ring) if Self::pass_gate(inner, conn, ring) => starts.push(ring),
+                Effect::Gate(_) => {}
                 Effect::Publish(ring) => self.publish(inner, conn, ring),
                 Effect::Stop(ring) => self.stop(inner, conn, ring, Queue::stop),
                 Effect::Reset(ring) => self.stop(inner, conn, ring, Queue::reset),
@@ -65,6 +68,7 @@ impl Target {
             _ => kick.and_then(|kick| rope(reactor, kick)),
         };
         view.kicks = attached.kicks.is_some();
+        attached.place = Place::now(&connected.session, ring);
         self.reclaim.free(attached.queue.publish(view));
         reactor.wake();
     }
@@ -119,6 +123,7 @@ impl Target {
                     queue: Arc::clone(&queue),
                     reactor,
                     moving: false,
+                    place: None,
                     kicks: None,
                 });
                 inner.queues.insert(id, (conn, ring));

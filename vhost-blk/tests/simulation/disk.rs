@@ -76,6 +76,11 @@ impl State {
         self.wakes[&channel].signal();
     }
 
+    /// The target has forgotten a request that was not in flight.
+    pub(crate) fn forget(&mut self, request: u64) {
+        self.parked.remove(&request);
+    }
+
     fn transfer(&mut self, io: &Io, request: u64) {
         // SAFETY: not completed yet.
         for segment in unsafe { io.segments() } {

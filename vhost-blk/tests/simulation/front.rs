@@ -34,7 +34,9 @@ enum What {
 impl World {
     pub(crate) fn front_end_acts(&mut self) {
         let live: Vec<usize> = (0..self.fronts.len()).filter(|n| !self.fronts[*n].gone).collect();
-        let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(12))
+        // More often where that is what is wanted to be seen.
+        let seldom = if self.lost.is_empty() { 12 } else { 3 };
+        let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(seldom))
         else {
             return self.connect();
         };
@@ -75,19 +77,26 @@ impl World {
         let Some(controller) = self.rng.pick(&existing) else { return };
         let orphan = |vm: &usize| {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
+            let Vm { controller: had, packed, .. } = self.vms[*vm];
             let known = || (0..RINGS).all(|ring| self.vms[*vm].may_start(ring));
-            self.vms[*vm].controller == controller && mine().all(|f| f.gone) && known()
+            // One whose controller was deleted takes any other, with the same memory and rings.
+            let takes = had == controller
+                || !self.controllers[had].exists && self.controllers[controller].packed >= packed;
+            takes && mine().all(|f| f.gone) && known()
         };
         let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
+        let lost = |vm: &usize| self.lost.values().any(|lost| lost.vm == *vm);
+        let losers: Vec<usize> = orphans.iter().copied().filter(lost).collect();
         let again = self.rng.pick(&orphans).filter(|_| !self.rng.one_in(4));
+        let again = self.rng.pick(&losers).or(again);
         let number = self.fronts.len();
         let fake = FakeConnection::new(number);
         let path = self.controllers[controller].path.clone();
-        let id = self.target.connected(&path, Arc::clone(&fake) as SharedConnection);
         // The target looks for itself who has gone.
         let unheard = |f: &Front| f.controller == controller && !f.closed && f.fake.is_shut();
         let unheard: Vec<usize> =
             (0..self.fronts.len()).filter(|n| unheard(&self.fronts[*n])).collect();
+        let id = self.target.connected(&path, Arc::clone(&fake) as SharedConnection);
         unheard.into_iter().for_each(|n| self.is_closed(n));
         assert_eq!(id.is_none(), self.controllers[controller].deleting, "whether it may connect");
         let Some(id) = id else { return };
@@ -105,7 +114,7 @@ impl World {
         self.trace.add(format!("front {number}: machine {vm} connects to controller {controller}"));
         let before = |n: &usize| {
             let front = &self.fronts[*n];
-            front.controller == controller && front.closed
+            (front.controller == controller || front.vm == vm) && front.closed
         };
         let before: Vec<usize> = (0..number).filter(before).collect();
         if before.iter().any(|before| self.flying_of(*before).is_some()) {
@@ -116,8 +125,16 @@ impl World {
             if self.vms[vm].packed {
                 self.count("a machine with packed rings connected again");
             }
+            if std::mem::replace(&mut self.vms[vm].controller, controller) != controller {
+                let lost = self.lost.values().any(|lost| lost.vm == vm);
+                self.count(if lost {
+                    "a machine took another controller while the one before had I/O in flight"
+                } else {
+                    "a machine took another controller"
+                });
+            }
         }
-        let gated = self.is_gate_closed(controller);
+        let gated = self.is_gate_closed(controller, vm);
         self.fronts.push(Front {
             id,
             fake,
@@ -231,7 +248,8 @@ impl World {
         }
         let packed = self.vms[vm].packed;
         let fresh = self.vms[vm].rings[ring].size == 0;
-        if fresh || (self.vms[vm].may_reset(ring) && self.rng.one_in(3)) {
+        let lossy = self.vms[vm].rings[ring].lossy;
+        if fresh || lossy || (self.vms[vm].may_reset(ring) && self.rng.one_in(3)) {
             let sizes = if packed { [3, 7, 16] } else { [4, 8, 16] };
             let size = sizes[self.rng.below(3)];
             let base = if self.rng.one_in(2) { 0 } else { 65530 + self.rng.below(6) as u16 };
@@ -357,7 +375,14 @@ impl World {
                 front.rings[ring].uncalled &= call.is_some();
                 front.rings[ring].call = call;
             }
-            Message::Kick(ring, _) => front.rings[ring].served = Served::Yes,
+            Message::Kick(ring, _) => {
+                if front.rings[ring].served != Served::Yes {
+                    let closed = |n: &usize| self.fronts[*n].closed;
+                    let behind = (0..self.fronts.len()).filter(closed).collect();
+                    self.fronts[n].rings[ring].behind = behind;
+                }
+                self.fronts[n].rings[ring].served = Served::Yes;
+            }
             Message::ResetOwner | Message::ResetDevice | Message::ResetDeviceAndWait => {
                 *self.counts.entry("resets").or_default() += 1;
                 if matches!(message, Message::ResetOwner) {

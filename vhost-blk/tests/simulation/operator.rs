@@ -27,6 +27,7 @@ impl World {
             4 => self.remove_disk(),
             5 | 6 => self.set_coalescing(),
             7 | 8 => self.list(),
+            9 | 10 => self.delete_a_busy_one(),
             _ => self.look_at_a_deletion(),
         }
     }
@@ -93,6 +94,21 @@ impl World {
         self.start_deletion(controller, force, patience);
     }
 
+    /// Deletes a controller by force while its I/O is in flight, which somewhere hangs.
+    fn delete_a_busy_one(&mut self) {
+        let busy = |c: &usize| {
+            let Controller { exists, deleting, .. } = self.controllers[*c];
+            let mut mine = (0..self.fronts.len()).filter(|n| self.fronts[*n].controller == *c);
+            exists && !deleting && mine.any(|n| self.flying_of(n).is_some())
+        };
+        let busy: Vec<usize> = (0..self.controllers.len()).filter(busy).collect();
+        let Some(controller) = self.rng.pick(&busy) else { return };
+        self.start_deletion(controller, true, 0);
+        self.deletions.pop();
+        self.count("deleted with I/O in flight");
+        self.finish_delete(controller);
+    }
+
     pub(crate) fn start_deletion(&mut self, controller: usize, force: bool, patience: usize) {
         let name = self.controllers[controller].name.clone();
         self.trace.add(format!("delete controller {controller} ({name}), force: {force}"));
@@ -154,6 +170,9 @@ impl World {
         let name = self.controllers[controller].name.clone();
         self.target.finish_delete(&name, &*self.transport);
         mine.into_iter().for_each(|n| self.is_closed(n));
+        // What has come back until now did so before the answer.
+        self.check();
+        self.abandon(controller);
         self.controllers[controller].exists = false;
         self.controllers[controller].deleting = false;
     }

@@ -84,12 +84,23 @@ impl World {
                     self.complete(disk, n);
                 }
             }
+            self.hear_of_ends();
             self.turn_all();
             if done(self) && self.disks.iter().all(|d| lock(&d.state).flying.is_empty()) {
                 return;
             }
         }
         panic!("does not come to its end: {what}: {:#?}", self.target.controllers());
+    }
+
+    /// Others wait for connections that have ended until the event thread has said so.
+    fn hear_of_ends(&mut self) {
+        for n in 0..self.fronts.len() {
+            if !self.fronts[n].closed && self.fronts[n].fake.is_shut() {
+                self.close(n);
+                self.check();
+            }
+        }
     }
 
     /// Waits for what the threads of reclaim do.

@@ -177,7 +177,7 @@ impl World {
             if front.closed || !front.has_older_io() {
                 continue;
             }
-            let gate_closed = self.is_gate_closed(front.controller);
+            let gate_closed = self.is_gate_closed(front.controller, front.vm);
             let session = self.sessions().find(|s| s.vid as usize == n);
             let queues = session.map_or_else(Vec::new, |s| s.queues);
             let front = &mut self.fronts[n];
@@ -188,12 +188,11 @@ impl World {
         }
     }
 
-    /// Whether a connection that is made now has to wait for earlier ones.
-    pub(crate) fn is_gate_closed(&self, controller: usize) -> bool {
-        self.sessions().any(|s| {
-            // One that is just being made is not among them.
-            let front = self.fronts.get(s.vid as usize);
-            front.is_some_and(|front| front.closed && front.controller == controller)
+    /// Whether I/O of earlier connections may use the memory of a machine on this controller.
+    pub(crate) fn is_gate_closed(&self, controller: usize, vm: usize) -> bool {
+        self.target.left_behind().iter().any(|s| {
+            let front = &self.fronts[s.vid as usize];
+            front.controller == controller || front.vm == vm
         })
     }
 

@@ -80,6 +80,8 @@ pub(crate) struct Request {
     /// It is durable when it comes back.
     pub(crate) durable: bool,
     pub(crate) kind: Kind,
+    /// A back end that does not end it has fetched it: the next one does it again.
+    pub(crate) again: bool,
     /// Its position in the available ring, if that is split.
     position: u16,
     data: u64,
@@ -111,6 +113,8 @@ pub(crate) struct Ring {
     pub(crate) quiet: Option<Vec<u8>>,
     /// Some connection has started it since it was made.
     pub(crate) started: bool,
+    /// What a back end had fetched is nowhere written down: it has to be made anew.
+    pub(crate) lossy: bool,
     /// What the driver kicks, if the back end wants it.
     pub(crate) kick: Option<File>,
     packed: Option<Packed>,
@@ -230,6 +234,7 @@ impl Vm {
             seen: 0,
             quiet: None,
             started: false,
+            lossy: false,
             kick: None,
             packed: None,
         };
@@ -270,8 +275,11 @@ impl Vm {
 
     /// Whether a ring may be made anew. An area is made anew as a whole.
     pub(crate) fn may_reset(&self, ring: usize) -> bool {
-        self.is_at_rest(ring)
-            && (self.area.is_none() || (0..RINGS).all(|ring| self.is_at_rest(ring)))
+        let needs_area = |other: usize| {
+            let again = self.rings[other].slots.iter().flatten().any(|request| request.again);
+            !self.is_at_rest(other) || other != ring && again
+        };
+        self.is_at_rest(ring) && (self.area.is_none() || !(0..RINGS).any(needs_area))
     }
 
     /// Where a ring begins, as the front end says it.
@@ -280,6 +288,30 @@ impl Vm {
             Some(packed) => packed.driver.used_position(),
             None => self.used_idx(ring),
         }
+    }
+
+    /// No back end uses its rings any more, whatever was fetched. Answers with the requests that were,
+    /// with the table of each, and whose they were.
+    pub(crate) fn abandon(&mut self) -> Vec<(u64, usize, Request)> {
+        let mut fetched = vec![];
+        for ring in 0..RINGS {
+            if !self.rings[ring].started {
+                continue;
+            }
+            for request in self.rings[ring].slots.iter_mut().flatten() {
+                if request.progress != Progress::Offered {
+                    fetched.push((request.id, ring, request.clone()));
+                    let (table, durable) = (None, false);
+                    let progress = Progress::Offered;
+                    let again = true;
+                    *request = Request { progress, table, durable, again, ..request.clone() };
+                }
+            }
+            let any = fetched.iter().any(|(_, of, _)| *of == ring);
+            self.rings[ring].lossy |= any && self.area.is_none();
+            self.rings[ring].quiet = Some(self.used_part(ring));
+        }
+        fetched
     }
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -352,7 +384,8 @@ impl Vm {
             self.put(used_gpa(ring) + 2, &base.to_le_bytes());
         }
         let (avail, seen, quiet, started) = (base, base, None, false);
-        let new = Ring { size, slots, avail, seen, quiet, started, kick, packed };
+        let lossy = false;
+        let new = Ring { size, slots, avail, seen, quiet, started, lossy, kick, packed };
         let old = std::mem::replace(&mut self.rings[ring], new);
         if old.size > 0
             && let Some((number, ..)) = self.area
@@ -415,7 +448,8 @@ impl Vm {
         let position = self.rings[ring].avail;
         let progress = Progress::Offered;
         let (table, durable) = (None, false);
-        let request = Request { id, progress, table, durable, kind, position, data, len };
+        let again = false;
+        let request = Request { id, progress, table, durable, kind, again, position, data, len };
         self.rings[ring].slots[slot] = Some(request);
         if let Some(packed) = &mut self.rings[ring].packed {
             let table = id.is_multiple_of(3).then(|| table_gpa(ring, slot));

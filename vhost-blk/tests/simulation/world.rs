@@ -104,6 +104,18 @@ pub(crate) struct FrontRing {
     pub(crate) uncalled: bool,
     /// It may still drain after a reset.
     pub(crate) drains: bool,
+    /// Connections that were closed when it was started.
+    pub(crate) behind: Vec<usize>,
+}
+
+/// An I/O in flight of a request whose controller was deleted: nobody is told when it ends.
+#[derive(Debug)]
+pub(crate) struct Lost {
+    pub(crate) front: usize,
+    pub(crate) vm: usize,
+    pub(crate) ring: usize,
+    /// Where its data is.
+    pub(crate) table: usize,
 }
 
 impl FrontRing {
@@ -139,7 +151,8 @@ pub(crate) struct Front {
     /// What is not answered.
     pub(crate) owed: Option<Owed>,
     pub(crate) script: VecDeque<Message>,
-    /// Connections of the same controller that were closed when this one was made.
+    /// Connections of the same controller, or of the same machine, that were closed when this one
+    /// was made.
     pub(crate) before: Vec<usize>,
     /// Connections that were closed had not drained then, and have not all drained since.
     pub(crate) gated: bool,
@@ -215,6 +228,7 @@ pub(crate) struct World {
     pub(crate) moves: Vec<Moving>,
     /// Where each request is: machine and ring.
     pub(crate) requests: BTreeMap<u64, (usize, usize)>,
+    pub(crate) lost: BTreeMap<u64, Lost>,
     pub(crate) request_ids: u64,
 }
 
@@ -242,6 +256,7 @@ impl World {
             deletions: vec![],
             moves: vec![],
             requests: BTreeMap::new(),
+            lost: BTreeMap::new(),
             request_ids: 0,
         }
     }
@@ -328,6 +343,9 @@ impl World {
             _ => Status::Ok,
         };
         let part = lock(&self.disks[disk].state).flying[n].part;
+        if let Some(lost) = self.lost.remove(&part.request) {
+            return self.complete_lost(disk, n, &lost);
+        }
         self.trace.add(format!("disk {disk} completes {part:?}: {status:?}"));
         let (vm, _) = self.requests[&part.request];
         let table = self.request(part.request).table.expect("a request in flight has a table");
@@ -335,6 +353,43 @@ impl World {
         lock(&self.disks[disk].state).complete(n, status);
         self.ended(part, status);
         self.count("I/O completed");
+    }
+
+    /// Ends an I/O that nobody waits for. Its memory must be there all the same.
+    fn complete_lost(&mut self, disk: usize, n: usize, lost: &Lost) {
+        let part = lock(&self.disks[disk].state).flying[n].part;
+        self.trace.add(format!("disk {disk} completes {part:?}, which is lost: {lost:?}"));
+        let Lost { vm, table, .. } = *lost;
+        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        // A driver that has forgotten it may use its memory for something else.
+        let known = self.requests.contains_key(&part.request);
+        let status = if known { Status::Ok } else { Status::IoError };
+        lock(&self.disks[disk].state).complete(n, status);
+        self.count("I/O of a deleted controller completed");
+    }
+
+    /// Takes note of what a deleted controller has left in flight, which is told to nobody.
+    pub(crate) fn abandon(&mut self, controller: usize) {
+        let disk = self.controllers[controller].disk;
+        for vm in 0..self.vms.len() {
+            if self.vms[vm].controller != controller {
+                continue;
+            }
+            for (id, ring, request) in self.vms[vm].abandon() {
+                let mut state = lock(&self.disks[disk].state);
+                let front = match request.progress {
+                    Progress::Flying(front) | Progress::Written(front) => Some(front),
+                    _ => None,
+                };
+                match front.filter(|_| state.flying.iter().any(|f| f.part.request == id)) {
+                    Some(front) => {
+                        let table = request.table.expect("a request in flight has a table");
+                        self.lost.insert(id, Lost { front, vm, ring, table });
+                    }
+                    None => state.forget(id),
+                }
+            }
+        }
     }
 
     /// A request that has not come back.
@@ -452,17 +507,14 @@ impl World {
     fn check_fetched(&mut self, id: u64) {
         let (vm, ring) =
             *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
-        let front = self.fronts.iter().rposition(|f| f.serves(vm, ring));
+        // What was found in flight is done, even if the connection has ended meanwhile.
+        let again = self.request(id).again;
+        let ends = |f: &Front| again && f.vm == vm && f.rings[ring].served == Served::Yes;
+        let front = self.fronts.iter().rposition(|f| f.serves(vm, ring) || ends(f));
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
-        assert_ne!(
-            self.fronts[front].owed,
-            Some(Owed::Base(ring)),
-            "request {id} was fetched after the stop"
-        );
-        for before in &self.fronts[front].before {
-            let flying = self.flying_of(*before);
-            assert!(flying.is_none(), "front {front} was served before request {flying:?} ended");
-        }
+        let stops = self.fronts[front].owed == Some(Owed::Base(ring));
+        assert!(!stops || again, "request {id} was fetched after the stop");
+        self.check_gate(front, vm, ring);
         let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
         let memory = self.fronts[front].memory.clone();
         // What was before a reset fetches no more.
@@ -475,6 +527,31 @@ impl World {
         request.progress = Progress::Flying(front);
         let there = request.has_data_in(&memory);
         assert!(there, "request {id} was fetched although its data is not in memory");
+    }
+
+    /// A ring was served: nothing may be in flight that it was to wait for.
+    fn check_gate(&self, front: usize, vm: usize, ring: usize) {
+        let Front { controller, ref rings, .. } = self.fronts[front];
+        let disk = |controller: usize| self.controllers[controller].disk;
+        for &before in &rings[ring].behind {
+            let of = self.fronts[before].controller;
+            let rings = (0..RINGS).filter(|n| self.flies(before, *n));
+            for other in rings {
+                let same_ring = self.fronts[before].vm == vm && other == ring;
+                assert!(
+                    of != controller && disk(of) != disk(controller) && !same_ring,
+                    "front {front}, ring {ring} was served before ring {other} of front {before}"
+                );
+            }
+        }
+    }
+
+    /// Whether I/O of a connection's ring is in flight.
+    fn flies(&self, front: usize, ring: usize) -> bool {
+        let mut known = self.vms[self.fronts[front].vm].outstanding(ring);
+        let mut lost = self.lost.values();
+        known.any(|r| r.progress.is_flying_for(front))
+            || lost.any(|lost| lost.front == front && lost.ring == ring)
     }
 
     /// The flush after a request has reached a disk.
@@ -554,9 +631,15 @@ impl World {
 
     /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
     pub(crate) fn is_reset(&mut self, n: usize) {
-        let mine = std::iter::once(&n).chain(&self.fronts[n].before);
-        let flying: Vec<u64> = mine.filter_map(|front| self.flying_of(*front)).collect();
-        assert!(flying.is_empty(), "front {n}: reset with requests {flying:?} in flight");
+        // That it is the same machine's, on another controller, shows when it gives its memory.
+        let front = &self.fronts[n];
+        let known = |before: &&usize| {
+            front.controller == self.fronts[**before].controller || !front.memory.is_empty()
+        };
+        let mine = std::iter::once(&n).chain(front.before.iter().filter(known));
+        let flying = |front: &&usize| (0..RINGS).any(|ring| self.flies(**front, ring));
+        let flying: Vec<_> = mine.filter(flying).collect();
+        assert!(flying.is_empty(), "front {n}: reset with I/O of fronts {flying:?} in flight");
         let front = &mut self.fronts[n];
         front.owed = None;
         let vm = &mut self.vms[front.vm];

@@ -317,6 +317,53 @@ impl Core {
         true
     }
 
+    /// Forgets what the device has finished, and what it had no room for: nobody is told.
+    #[cold]
+    pub(super) fn forget_completed(&mut self, queue: &Queue, turn: &mut Turn) -> bool {
+        let before = self.inflight;
+        while let Some(io) = self.parked.pop_front() {
+            self.forget(io.tag.0);
+        }
+        turn.read_clock();
+        let n = match &mut self.device {
+            Some(device) if self.inflight > 0 => device.channel.0.poll(&mut self.done),
+            _ => 0,
+        };
+        for i in 0..n {
+            let Completion { tag, status } = self.done[i];
+            if status == Status::Ok {
+                // A failure may only tell of its having been given up.
+                self.count_done(queue, tag.0, turn);
+            }
+            self.forget(tag.0);
+        }
+        queue.inflight.store(self.inflight, Ordering::Relaxed);
+        self.inflight < before
+    }
+
+    /// Frees a slot whose I/O has ended, and lets go of the view that it was submitted under.
+    fn forget(&mut self, index: u16) {
+        self.release(index);
+        self.unpin(index);
+    }
+
+    fn count_done(&mut self, queue: &Queue, index: u16, turn: &Turn) {
+        let slot = &self.slots[usize::from(index)];
+        if let Some(device) = &mut self.device {
+            let ticks = turn.now_ticks().saturating_sub(slot.started_ticks);
+            device.count(queue, (index, slot.op, slot.len), ticks, Status::Ok);
+        }
+    }
+
+    #[inline]
+    fn unpin(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        let pinned = slot.view.take().expect("a channel reports an I/O once");
+        // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
+        unsafe { pinned.as_ref() }.unpin();
+        self.inflight -= 1;
+    }
+
     /// Goes on with a request whose I/O the device has done, and lets go of the view that it was
     /// submitted under when there is nothing left to do.
     fn finish_pinned<R: Serve>(
@@ -339,11 +386,7 @@ impl Core {
             }
         }
         self.finish(at, tag, status);
-        let slot = &mut self.slots[usize::from(tag)];
-        let pinned = slot.view.take().expect("a channel reports an I/O once");
-        // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
-        unsafe { pinned.as_ref() }.unpin();
-        self.inflight -= 1;
+        self.unpin(tag);
     }
 
     /// Does what is left of a request, whose last I/O has ended with `status`. `None` if it is not
