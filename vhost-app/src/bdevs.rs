@@ -252,7 +252,7 @@ impl Bdevs {
                 let _ = arrived.changed().await;
             }
         };
-        tokio::time::timeout(limit, wait).await.ok()
+        crate::lived::timeout(limit, wait).await
     }
 
     /// Takes a device of this kind out, and what is on it. Gives the devices that were live, the

@@ -7,6 +7,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +20,10 @@ use tracing::{error, warn};
 use vhost_blk::{ControllerSpec, Core, Error, Mode, Target};
 
 use crate::dpdk::transport::DpdkTransport;
+use crate::lived;
+
+/// Between two looks at what takes long.
+const TICK: Duration = Duration::from_secs(1);
 
 /// How long the end of the process waits for I/O in flight, in all.
 const SHUTDOWN_DRAIN: Duration = Duration::from_secs(2);
@@ -94,8 +99,9 @@ impl Control {
         // An eventfd is read as a pipe is.
         let wake = self.target.events().wake().as_fd().try_clone_to_owned()?;
         let wake = pipe::Receiver::from_owned_fd_unchecked(wake)?;
-        let mut tick = tokio::time::interval(Duration::from_secs(1));
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last = Instant::now();
         loop {
             tokio::select! {
                 ready = wake.readable() => {
@@ -105,12 +111,11 @@ impl Control {
                     self.target.process_events();
                 }
                 _ = tick.tick() => {
-                    self.target.tick(Instant::now());
-                    for Stuck { name, waiting } in closer::tick() {
-                        warn!(
-                            "{name}: closing a file descriptor that a client has sent takes long; \
-                             {waiting} wait for their close, and no new client is accepted"
-                        );
+                    // One that comes much too late tells of time in which nothing of us ran.
+                    let passed = std::mem::replace(&mut last, Instant::now()).elapsed();
+                    if passed < TICK * 3 / 2 {
+                        self.target.tick();
+                        closer::tick().iter().for_each(warn_of_stuck);
                     }
                     each_second(Instant::now());
                     // A bdev's last user may have gone without a word.
@@ -134,13 +139,13 @@ impl Control {
         options: DeleteOptions,
         cancelled: impl Future<Output = ()>,
     ) -> Result<(), Error> {
-        let deadline = tokio::time::Instant::now() + options.timeout;
+        let mut deadline = pin!(lived::sleep(options.timeout));
         let mut changed = self.changed();
         tokio::pin!(cancelled);
         // Another deletion goes first. A controller made anew since then is not the one meant.
         let meant = self.target.controller_id(name);
-        let wait =
-            self.wait(&mut changed, deadline, &mut cancelled, || !self.target.is_deleting(name));
+        let wait = self
+            .wait(&mut changed, &mut deadline, &mut cancelled, || !self.target.is_deleting(name));
         if !matches!(wait.await, Wait::Done) {
             return Err(Error::Busy(name.into()));
         }
@@ -150,7 +155,7 @@ impl Control {
         self.target.begin_delete(name, options.force)?;
         let gone =
             || self.target.delete_progress(name).is_ok_and(|p| p.connected + p.draining == 0);
-        let wait = self.wait(&mut changed, deadline, &mut cancelled, gone).await;
+        let wait = self.wait(&mut changed, &mut deadline, &mut cancelled, gone).await;
         match wait {
             Wait::Done => {}
             // `finish_delete` says what is left.
@@ -169,7 +174,7 @@ impl Control {
     async fn wait(
         &self,
         changed: &mut watch::Receiver<()>,
-        deadline: tokio::time::Instant,
+        deadline: &mut (impl Future<Output = ()> + Unpin),
         cancelled: &mut (impl Future<Output = ()> + Unpin),
         done: impl Fn() -> bool,
     ) -> Wait {
@@ -181,7 +186,7 @@ impl Control {
                 biased;
                 () = &mut *cancelled => return Wait::Cancelled,
                 _ = changed.changed() => {}
-                () = tokio::time::sleep_until(deadline) => return Wait::TimedOut,
+                () = &mut *deadline => return Wait::TimedOut,
             }
         }
     }
@@ -232,12 +237,12 @@ impl Control {
     /// Ends all connections, waits a bounded time for their I/O, removes all sockets and stops the
     /// reactors.
     pub(crate) async fn shut_down(&self) {
-        let deadline = tokio::time::Instant::now() + SHUTDOWN_DRAIN;
+        let mut deadline = pin!(lived::sleep(SHUTDOWN_DRAIN));
         let mut changed = self.changed();
         self.target.begin_shutdown();
         let never = &mut std::future::pending();
         let gone = || self.target.connections() == 0;
-        if matches!(self.wait(&mut changed, deadline, never, gone).await, Wait::TimedOut) {
+        if matches!(self.wait(&mut changed, &mut deadline, never, gone).await, Wait::TimedOut) {
             let (sessions, ios, _) = self.target.quarantine();
             warn!("ending with {ios} I/Os of {sessions} connections in flight");
         }
@@ -251,6 +256,13 @@ impl Control {
             })
             .await;
     }
+}
+
+fn warn_of_stuck(Stuck { name, waiting }: &Stuck) {
+    warn!(
+        "{name}: closing a file descriptor that a client has sent takes long; {waiting} wait for \
+         their close, and no new client is accepted"
+    );
 }
 
 type Job = Box<dyn FnOnce(&DpdkTransport) + Send>;

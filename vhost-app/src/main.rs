@@ -11,6 +11,7 @@ mod control;
 mod core_locks;
 mod dpdk;
 mod io_errors;
+mod lived;
 mod logging;
 mod methods;
 mod process;
@@ -292,12 +293,12 @@ async fn stop(app: &App, server: Option<Server>) {
         server.pause();
     }
     let control = &app.control;
-    if tokio::time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_err() {
+    if lived::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
         warn!("the transport does not stop; leaving it");
         dpdk::transport::remove_sockets();
     }
     if let Some(server) = server {
-        let _ = tokio::time::timeout(FLUSH_LIMIT, server.shutdown()).await;
+        let _ = lived::timeout(FLUSH_LIMIT, server.shutdown()).await;
     }
 }
 

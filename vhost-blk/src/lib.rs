@@ -20,6 +20,7 @@ pub mod config;
 pub mod controller;
 pub mod dirty_log;
 pub mod inflight;
+mod lived;
 pub mod memory;
 pub mod notify;
 pub mod protocol;

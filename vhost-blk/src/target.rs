@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use closer::Account;
 use qsbr::Domain;
@@ -172,7 +172,8 @@ struct Connected {
 struct Owed {
     /// What it answers.
     request: u32,
-    since: Instant,
+    /// Seconds that it has been owed for: see [`Target::tick`].
+    waited_s: u64,
     /// That it takes long has been said.
     warned: bool,
 }

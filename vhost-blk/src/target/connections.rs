@@ -4,8 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tracing::{debug, warn};
 
@@ -14,6 +13,7 @@ use super::{Attached, Connected, Inner, Owed, Target};
 use crate::config;
 use crate::dirty_log::DirtyLog;
 use crate::inflight::{Area, AreaSpec};
+use crate::lived;
 use crate::memory::{GuestMemory, SLOTS_MAX};
 use crate::notify::{BackendChannel, CallFd, KickFd};
 use crate::protocol::{self, ConfigHead, Message};
@@ -53,7 +53,7 @@ enum Settles {
 }
 
 /// When a drain that a front end waits for is worth a line in the log.
-const DRAIN_WARN: Duration = Duration::from_secs(3);
+const DRAIN_WARN_S: u64 = 3;
 
 impl Target {
     /// A front end has connected to `socket`. `None` refuses it.
@@ -252,7 +252,7 @@ impl Target {
         }
         if matches!(verdict, Verdict::Deferred) && reply.is_none() {
             let connected = inner.connections.get_mut(&conn).ok_or("unknown connection")?;
-            connected.owed = Some(Owed { request, since: Instant::now(), warned: false });
+            connected.owed = Some(Owed { request, waited_s: 0, warned: false });
         }
         drop(inner);
         self.start_rings(conn, &starts);
@@ -269,12 +269,12 @@ impl Target {
     pub(super) fn settle(&self) -> bool {
         // Whoever steps reactors would wait for itself.
         let limit = if self.stepped { Duration::ZERO } else { SETTLE.0 };
-        let (begun, epoch) = (Instant::now(), self.domain.advance());
+        let (epoch, mut waited) = (self.domain.advance(), Duration::ZERO);
         while !self.domain.passed(epoch) {
-            if begun.elapsed() >= limit {
+            if waited >= limit {
                 return false;
             }
-            thread::sleep(SETTLE.1);
+            waited += lived::sleep(SETTLE.1);
         }
         true
     }
@@ -408,32 +408,37 @@ impl Target {
         }
     }
 
-    /// Warns of drains that take long and ends connections whose drain takes too long. To be
-    /// called about once a second, on the control thread.
-    pub fn tick(&self, now: Instant) {
-        let limit = Duration::from_secs(self.drain_limit_s.load(Ordering::Relaxed));
+    /// A second has passed in which the process has lived. Warns of drains that take long and ends
+    /// connections whose drain takes too long. For the control thread.
+    ///
+    /// Time in which nothing of the process ran, as it was stopped or its control group frozen, must
+    /// not be told here: the reactors had no more of it than we.
+    pub fn tick(&self) {
+        // What has drained has: it is judged below.
+        self.process_events();
+        let limit_s = self.drain_limit_s.load(Ordering::Relaxed);
         let mut inner = self.lock();
         self.release_strays(&mut inner);
         for connected in inner.connections.values_mut() {
             connected.announce_config();
-            let Some(Owed { since, warned, .. }) = &mut connected.owed else { continue };
-            let waited = now.saturating_duration_since(*since);
-            if waited >= limit {
+            let Some(Owed { waited_s, warned, .. }) = &mut connected.owed else { continue };
+            // The first second was not a whole one.
+            let whole_s = *waited_s;
+            *waited_s += 1;
+            if whole_s >= limit_s {
                 warn!(
-                    "controller {}: I/O still in flight after {} s, ending the connection",
+                    "controller {}: I/O still in flight after {limit_s} s, ending the connection",
                     connected.controller_name,
-                    limit.as_secs()
                 );
                 if let Some(conn) = &connected.conn {
                     conn.shut_down();
                 }
                 connected.owed = None;
-            } else if waited >= DRAIN_WARN && !*warned {
+            } else if whole_s >= DRAIN_WARN_S && !*warned {
                 *warned = true;
                 warn!(
-                    "controller {}: the front end has been waiting {} s for its I/O to complete",
+                    "controller {}: the front end has been waiting {whole_s} s for its I/O to complete",
                     connected.controller_name,
-                    waited.as_secs()
                 );
             }
         }

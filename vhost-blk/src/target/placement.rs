@@ -12,12 +12,13 @@
 
 use std::sync::PoisonError;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use qsbr::Epoch;
 use tracing::{info, warn};
 
 use super::{Attached, Connected, Error, Inner, Target};
+use crate::lived;
 use crate::queue::QueueId;
 use crate::reactor::Core;
 use crate::transport::ConnId;
@@ -180,15 +181,15 @@ impl Target {
 
     /// Waits for a reactor's turn to end, and ends the move.
     fn finish_move(&self, moving: &Moving) -> Result<(), Error> {
-        let deadline = Instant::now() + GRACE_MAX;
+        let mut waited = Duration::ZERO;
         for look in 0_u32.. {
             if let Some(result) = self.end_move(moving) {
                 return result;
             }
             if look < LOOKS_AT_ONCE {
                 thread::yield_now();
-            } else if Instant::now() < deadline {
-                thread::sleep(PAUSE);
+            } else if waited < GRACE_MAX {
+                waited += lived::sleep(PAUSE);
             } else {
                 break;
             }

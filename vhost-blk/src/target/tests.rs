@@ -176,7 +176,7 @@ fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
         assert_eq!(scene.strays(), [0]);
         assert!(scene.steps[0].has_strays() && !scene.steps[1].has_strays());
         scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
-        scene.target.tick(Instant::now());
+        scene.target.tick();
     }
     scene.disk.resume_pending();
     scene.steps[1].step();
@@ -185,7 +185,7 @@ fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
     while !scene.strays().is_empty() {
         thread::yield_now();
         scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
-        scene.target.tick(Instant::now());
+        scene.target.tick();
     }
     assert!(!scene.steps[0].has_strays());
 }
