@@ -320,6 +320,34 @@ fn connections_of_one_controller_are_bounded() {
     scene.end();
 }
 
+/// Nor can they have more rings than a VM and its successor.
+#[test]
+fn rings_of_one_controller_are_bounded() {
+    const RINGS: usize = 128;
+    let scene = Scene::new();
+    let options = QueueOptions { size: 8, ..QueueOptions::default() };
+    let rss = scene.vhost.rss_kib();
+    let start = || {
+        let ram = GuestRam::new(&[16 << 20]).unwrap();
+        let mut front_end = FrontEnd::connect(&scene.socket, ram, Options::default()).unwrap();
+        front_end.start_new(RINGS, options).map(|queues| (front_end, queues))
+    };
+    let mut full = vec![start().unwrap(), start().unwrap()];
+    for _ in 0..14 {
+        start().expect_err("there are 256 rings");
+    }
+    let cost = scene.vhost.rss_kib() - rss;
+    assert!(cost < 256 << 10, "256 rings cost {cost} KiB");
+    let fds = scene.vhost.fds() - scene.fds;
+    assert!(fds <= 4 * 2 * RINGS, "256 rings cost {fds} fds");
+    scene.neighbour.wait_for(500).unwrap();
+    drop(full.pop());
+    wait_until("there is room again", || start().is_ok());
+    drop(full);
+    scene.is_whole("many rings");
+    scene.end();
+}
+
 #[test]
 fn memory_that_is_cut_short_under_a_running_queue() {
     let scene = Scene::new();

@@ -376,6 +376,18 @@ impl Session {
         self.backend_channel = Some(channel);
     }
 
+    /// Rings that were started and have not stopped.
+    #[must_use]
+    pub fn started(&self) -> usize {
+        self.rings.iter().filter(|ring| ring.state != RingState::Stopped).count()
+    }
+
+    /// Whether a ring would be one more of those.
+    #[must_use]
+    pub fn is_stopped(&self, ring: usize) -> bool {
+        self.rings.get(ring).is_none_or(|ring| ring.state == RingState::Stopped)
+    }
+
     /// Whether some ring is with a reactor.
     #[must_use]
     pub fn undrained(&self) -> bool {

@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 
 use super::gate::Bytes;
 use super::{Attached, Connected, Inner, Owed, Target};
-use crate::config;
+use crate::config::{self, QUEUES_MAX};
 use crate::dirty_log::DirtyLog;
 use crate::inflight::{Area, AreaSpec};
 use crate::lived;
@@ -33,6 +33,10 @@ const CONNECTIONS_MAX: usize = 16;
 /// Memory regions that the connections of one controller may have together, where they come one by
 /// one: a VM's and its successor's in a migration.
 const SLOTS_OF_CONTROLLER_MAX: usize = 2 * SLOTS_MAX;
+
+/// Rings that the connections of one controller may have started together: a VM's and its
+/// successor's in a migration. Each costs half a MiB and some fds.
+const RINGS_OF_CONTROLLER_MAX: usize = 2 * QUEUES_MAX as usize;
 
 /// Bytes of a dirty log: enough for 32 TiB of guest-physical addresses, holes included.
 const LOG_BYTES_MAX: u64 = 1 << 30;
@@ -150,6 +154,9 @@ impl Target {
         let message = self.prepare(conn, message)?;
         let mut inner = self.lock();
         let earlier_io = message.is_reset() && Self::has_earlier_io(&inner, conn);
+        if let Prepared::Kick(ring, _) = &message {
+            check_rings(&inner, conn, *ring)?;
+        }
         let mut verdict = Verdict::Done;
         let (mut reply, mut settles) = (None, Settles::No);
         let Inner { controllers, connections, .. } = &mut *inner;
@@ -476,6 +483,21 @@ impl Target {
                 connected.controller_name, connected.number
             );
         }
+    }
+}
+
+/// Whether one more ring that is started leaves room for other controllers.
+fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), String> {
+    let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
+    if !connected.session.is_stopped(ring) {
+        return Ok(());
+    }
+    let mine = inner.connections.values().filter(|c| c.controller == connected.controller);
+    let started: usize = mine.map(|c| c.session.started()).sum();
+    if started < RINGS_OF_CONTROLLER_MAX {
+        Ok(())
+    } else {
+        Err(format!("{started} rings are started in all connections of the controller"))
     }
 }
 
