@@ -1,0 +1,570 @@
+//! A queue that is served visit by visit for a guest that writes into its rings whatever it likes.
+//!
+//! The input is a script: chains that are offered, well-formed or not; bytes poked into descriptors,
+//! tables and indices; what the disk completes, fails or has no room for; new views (another memory
+//! table, a dirty log, write-through, the disk gone); and visits. What has to hold:
+//!
+//! * Each chain that is taken comes back once, in the place of the used ring that is next, and says to
+//!   have written no more than there was to write.
+//! * A visit writes nothing but used elements, statuses at the end of their chains, and data of reads.
+//!   What it writes is marked in the dirty log.
+//! * A well-formed chain has a status when it comes back.
+//! * No visit takes more requests, bytes or pieces than its bounds say.
+//! * A queue breaks only if its ring makes no sense.
+//! * At the end everything completes, the queue stops, and its views are freed.
+//!
+//! A guest may have the device write into the ring itself. From then on only the last of these is
+//! looked at, and that the process lives.
+#![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+
+mod driver;
+mod model;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, OnceLock};
+
+use bdev::{Bdev, Malloc, MallocOptions, Status};
+use closer::ForeignFd;
+use qsbr::{Domain, Reader};
+use vhost_blk::config::Disk;
+use vhost_blk::dirty_log::DirtyLog;
+use vhost_blk::notify::{CallFd, EventFd};
+use vhost_blk::queue::{Queue, QueueId, QueueState, View};
+use vhost_blk::reactor::{Events, Turn};
+use vhost_blk::reclaim::Garbage;
+use vhost_blk::ring::{Layout, RingAddrs};
+
+use crate::disk::{ModelDisk, SECTORS};
+use crate::guest::{END, FILE_BYTES, FILES, Guest, Place, memfd, within};
+use crate::input::Input;
+use driver::Driver;
+use model::{Chain, Taken};
+
+/// Where the ring's parts are, in file 0. The available ring is the driver's event suppression in a
+/// packed ring, the used ring is ours.
+const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1000, used: 0x1400 };
+/// Indirect tables.
+const TABLES: u64 = 0x2000;
+const HEADERS: u64 = 0x6100;
+/// Rings, tables and headers end here: a device that writes below changes what it is to do.
+const STATUSES: u64 = 0x7000;
+const DATA: u64 = 0x7800;
+
+/// What a visit may take, as `queue/core/requests.rs` has it.
+const VISIT_REQUESTS_MAX: usize = 32;
+const VISIT_BYTES_MAX: usize = 512 << 10;
+const VISIT_PIECES_MAX: usize = 1024;
+
+/// Steps of one script.
+const STEPS_MAX: usize = 300;
+
+/// What is made once per process.
+struct Stage {
+    guest: Guest,
+    events: Events,
+    call: Arc<CallFd>,
+    log: (Arc<DirtyLog>, File),
+    malloc: Arc<dyn Bdev>,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let guest = Guest::new();
+        let call = EventFd::new().expect("an eventfd");
+        let call = ForeignFd::alone(call.as_fd().try_clone_to_owned().expect("an fd"));
+        let fd = memfd(LOG_BYTES as u64);
+        let file = File::from(fd.try_clone().expect("an fd"));
+        let log = DirtyLog::map(&ForeignFd::alone(fd), 0, LOG_BYTES as u64, guest.unmapper());
+        let malloc = MallocOptions {
+            name: "Malloc0".into(),
+            num_blocks: SECTORS,
+            block_size: 512,
+            uuid: None,
+        };
+        Self {
+            guest,
+            events: Events::new().expect("an eventfd"),
+            call: Arc::new(CallFd::from_front_end(call).expect("an eventfd")),
+            log: (Arc::new(log.expect("a log")), file),
+            malloc: Malloc::create(malloc).expect("memory"),
+        }
+    }
+}
+
+const PAGE: usize = 4096;
+const LOG_BYTES: usize = END as usize / PAGE / 8;
+
+thread_local! {
+    static STAGE: RefCell<Stage> = RefCell::new(Stage::new());
+}
+
+/// Plays an input on a split or a packed ring.
+///
+/// # Panics
+/// A promise is broken.
+pub fn run(bytes: &[u8], packed: bool) {
+    STAGE.with_borrow_mut(|stage| {
+        let mut input = Input::new(bytes);
+        let Some(mut scene) = Scene::new(stage, &mut input, packed) else { return };
+        for _ in 0..STEPS_MAX {
+            if input.is_empty() || !scene.step(&mut input) {
+                break;
+            }
+        }
+        scene.finish();
+    });
+}
+
+/// What a view is made of.
+#[derive(Clone, Copy)]
+struct Shown {
+    table: usize,
+    log: bool,
+    write_through: bool,
+    disk: bool,
+}
+
+struct Scene<'s> {
+    stage: &'s mut Stage,
+    model: Arc<ModelDisk>,
+    disk: Arc<Disk>,
+    layout: Layout,
+    size: u16,
+    driver: Driver,
+    queue: Arc<Queue>,
+    reader: Reader,
+    turn: Turn,
+    shown: Shown,
+    generation: u64,
+    retired: Vec<Box<dyn Garbage>>,
+    /// Taken and not come back, with the table that they are of.
+    outstanding: Vec<Chain>,
+    /// Where the device stands, and how many requests have come back.
+    last_avail: u16,
+    used: u16,
+    /// Where it stood in the used ring when the visit began.
+    published: u16,
+    done: u64,
+    /// Nothing that the device reads was written by the device.
+    exact: bool,
+    broken: bool,
+    stopping: bool,
+}
+
+impl<'s> Scene<'s> {
+    fn new(stage: &'s mut Stage, input: &mut Input<'_>, packed: bool) -> Option<Self> {
+        let options = input.u8();
+        let size = match input.u8() {
+            // Mostly small ones, which are quicker to make.
+            size if packed => {
+                if size & 3 == 0 {
+                    u16::from(size) + 1
+                } else {
+                    u16::from(size % 24) + 1
+                }
+            }
+            size if size & 7 == 0 => 1 << (size >> 3 & 7) << 1,
+            size => 1 << (size % 5),
+        };
+        let base = match input.u16() {
+            base if packed => (base & 0x8000) | ((base & 0x7fff) % size),
+            base => base,
+        };
+        stage.guest.clear();
+        if !packed {
+            stage.guest.put(0, ADDRS.used + 2, &base.to_le_bytes());
+        }
+        let model = ModelDisk::new(if options & 1 != 0 { 4096 } else { 512 });
+        let hosts = [(0, 0), (0, FILE_BYTES as u64), (1, FILE_BYTES as u64)];
+        model.state().memory = hosts
+            .map(|(table, gpa)| stage.guest.table(table).range(gpa, FILE_BYTES))
+            .map(|host| (host.map_or(0, |host| host as usize), FILE_BYTES))
+            .into();
+        let bdev = if options & 2 != 0 { Arc::clone(&stage.malloc) } else { model.clone() as _ };
+        let disk = Arc::new(Disk { bdev, read_only: options & 4 != 0 });
+        let layout = Layout { packed, event_idx: options & 8 != 0 };
+        let shown = Shown {
+            table: 0,
+            log: options & 16 != 0,
+            write_through: options & 32 != 0,
+            disk: true,
+        };
+        let domain = Domain::new(1);
+        let mut reader = domain.reader()?;
+        reader.online();
+        let view = view(stage, &disk, size, layout, shown, 1);
+        let queue = Queue::new(QueueId(1), &domain, view, base, Arc::default()).ok()?;
+        Some(Self {
+            driver: Driver::new(size, packed, base),
+            model,
+            disk,
+            layout,
+            size,
+            queue,
+            reader,
+            turn: Turn::new(),
+            shown,
+            generation: 1,
+            retired: vec![],
+            outstanding: vec![],
+            last_avail: base,
+            used: base,
+            published: base,
+            done: 0,
+            exact: true,
+            broken: false,
+            stopping: false,
+            stage,
+        })
+    }
+
+    /// One step of the script; `false` if it is the last.
+    fn step(&mut self, input: &mut Input<'_>) -> bool {
+        let table = self.shown.table;
+        match input.u8() % 16 {
+            0..5 => self.driver.offer(&mut self.stage.guest, table, input),
+            5..9 => self.visit(),
+            9 => {
+                let at = u64::from(input.u16()) % STATUSES;
+                let len = usize::from(input.u8() % 17);
+                self.stage.guest.put(table, at, input.bytes(len));
+            }
+            10 => self.driver.jump(&mut self.stage.guest, input.u16()),
+            11 => self.driver.events(&mut self.stage.guest, input.u16(), input.u16()),
+            12 | 13 => {
+                let nth = input.u8().into();
+                self.complete(nth);
+            }
+            14 => self.set_disk(input),
+            _ => return self.control(input),
+        }
+        true
+    }
+
+    fn complete(&mut self, nth: usize) {
+        self.model.state().complete(nth);
+    }
+
+    fn set_disk(&mut self, input: &mut Input<'_>) {
+        let (what, n) = (input.u8(), usize::from(input.u8()));
+        let mut state = self.model.state();
+        state.at_once = what & 1 != 0;
+        state.room = (what & 2 != 0).then_some(n);
+        if what & 4 != 0 {
+            state.failing_in = n % 8 + 1;
+            let unsupported = what & 8 != 0;
+            state.failure = Some(if unsupported { Status::Unsupported } else { Status::IoError });
+        }
+    }
+
+    /// What the control side does; `false` if it stops the queue.
+    fn control(&mut self, input: &mut Input<'_>) -> bool {
+        let what = input.u8();
+        match what % 8 {
+            0 => self.shown.table ^= 1,
+            1 => self.shown.log ^= true,
+            2 => self.shown.write_through ^= true,
+            3 => self.shown.disk = false,
+            4 => self.queue.stop(),
+            5 => self.queue.reset(),
+            _ => {}
+        }
+        self.stopping |= matches!(what % 8, 4 | 5);
+        if self.retired.len() < 64 {
+            self.generation += 1;
+            let (size, layout) = (self.size, self.layout);
+            let view = view(self.stage, &self.disk, size, layout, self.shown, self.generation);
+            self.retired.push(Box::new(self.queue.publish(view)));
+        }
+        !self.stopping
+    }
+
+    fn visit_blindly(&mut self) -> bool {
+        self.reader.quiesce();
+        // SAFETY: this is the queue's one visitor, and the reader is online.
+        let busy = unsafe { self.queue.visit(&self.reader, &mut self.turn, &self.stage.events) };
+        while self.stage.events.pop().is_some() {}
+        busy
+    }
+
+    fn visit(&mut self) {
+        self.visit_and_look();
+    }
+
+    fn visit_and_look(&mut self) -> bool {
+        self.stage.guest.remember();
+        self.published = self.used;
+        if self.shown.log {
+            self.stage.log.1.write_all_at(&[0; LOG_BYTES], 0).expect("a memfd");
+        }
+        let busy = self.visit_blindly();
+        if self.exact {
+            self.look_at_fetched();
+        }
+        if self.exact {
+            self.look_at_used_and_writes();
+        }
+        self.look_at_state();
+        busy
+    }
+
+    /// What was taken, by what the ring said before the visit.
+    fn look_at_fetched(&mut self) {
+        let (guest, table) = (&self.stage.guest, self.shown.table);
+        let to = self.queue.last_avail();
+        let (mut count, mut bytes, mut pieces) = (0, 0, 0);
+        while self.last_avail != to {
+            assert!(count < VISIT_REQUESTS_MAX, "more requests than a visit may take");
+            assert!(bytes <= VISIT_BYTES_MAX, "more bytes than a visit may take: {bytes}");
+            assert!(pieces <= VISIT_PIECES_MAX, "more pieces than a visit may take: {pieces}");
+            let at = self.last_avail;
+            let taken = if self.layout.packed {
+                model::packed(guest, table, self.size, at, self.room(at))
+            } else {
+                Taken::Chain(model::split(guest, table, self.size, at))
+            };
+            let Taken::Chain(chain) = taken else {
+                panic!("took a chain at {at:#x} that is none: {taken:?}");
+            };
+            count += 1;
+            if chain.whole {
+                bytes += chain.bytes();
+                pieces += chain.pieces.len();
+            }
+            let by = if self.layout.packed { chain.span } else { 1 };
+            self.last_avail = self.advance(at, by);
+            let hits = |piece: &model::Piece| {
+                piece.write && piece.place.file == 0 && piece.place.at < STATUSES as usize
+            };
+            self.exact &= !chain.pieces.iter().any(hits);
+            trace(&|| format!("took at {at:#x}: {chain:?}"));
+            self.outstanding.push(chain);
+        }
+        // A guest that offers more chains than its ring has places has its used elements overwritten.
+        self.exact &= self.layout.packed || self.last_avail.wrapping_sub(self.used) <= self.size;
+    }
+
+    /// Descriptors of a packed ring that are the driver's from `at` on.
+    fn room(&self, at: u16) -> u16 {
+        let mut room = self.size;
+        let mut position = self.published;
+        while position != at && room > 0 {
+            position = model::advance_packed(position, 1, self.size);
+            room -= 1;
+        }
+        room
+    }
+
+    fn advance(&self, position: u16, by: u16) -> u16 {
+        if self.layout.packed {
+            model::advance_packed(position, by, self.size)
+        } else {
+            position.wrapping_add(by)
+        }
+    }
+
+    /// What came back, and what was written in the visit.
+    fn look_at_used_and_writes(&mut self) {
+        let done = self.queue.requests().0;
+        let mut writes = Writes::default();
+        let came_back = done - self.done;
+        self.done = done;
+        for _ in 0..came_back {
+            let (id, len) = self.used_element(&mut writes);
+            trace(&|| format!("back at {:#x}: {id}, {len}", self.used));
+            let found = self.outstanding.iter().position(|chain| chain.id == id);
+            let found = found.unwrap_or_else(|| panic!("{id} came back and was not taken"));
+            let chain = self.outstanding.remove(found);
+            let twin = |other: &Chain| other.id == id && *other != chain;
+            if self.outstanding.iter().any(twin) {
+                // A guest has given one name to two chains: which of them it is cannot be told.
+                self.exact = false;
+                return;
+            }
+            let most = chain.writable_bytes();
+            assert!(len as usize <= most.max(1), "says to have written {len} of {most}");
+            let by = if self.layout.packed { chain.span } else { 1 };
+            self.used = self.advance(self.used, by);
+            writes.allow(&chain);
+            if let Some(place) = chain.status() {
+                writes.statuses.push(place);
+            }
+        }
+        if !self.layout.packed && came_back > 0 {
+            let index = self.stage.guest.u16_now(ADDRS.used as usize + 2);
+            assert_eq!(index, self.used, "the used index");
+        }
+        self.outstanding.iter().for_each(|chain| writes.allow_data(chain));
+        self.allow_events(&mut writes);
+        self.compare(&writes);
+    }
+
+    /// The next used element: id and length.
+    fn used_element(&self, writes: &mut Writes) -> (u16, u32) {
+        let guest = &self.stage.guest;
+        let index = usize::from(self.used & 0x7fff) % usize::from(self.size);
+        let (at, len) = if self.layout.packed {
+            (16 * index + 8, 8)
+        } else {
+            let index = usize::from(self.used) % usize::from(self.size);
+            (ADDRS.used as usize + 4 + 8 * index, 8)
+        };
+        writes.ranges.push((0, at..at + len));
+        let half = |n: usize| guest.u16_now(at + 2 * n);
+        let word = |n: usize| u32::from(half(n)) | u32::from(half(n + 1)) << 16;
+        if self.layout.packed {
+            let (flags, wrap) = (half(3), self.used & 0x8000 != 0);
+            let state = if wrap { 0x8080 } else { 0 };
+            assert_eq!(flags & 0x8080, state, "a used descriptor's flags");
+            (half(2), word(0))
+        } else {
+            assert!(word(0) <= u32::from(u16::MAX));
+            (half(0), word(2))
+        }
+    }
+
+    fn allow_events(&self, writes: &mut Writes) {
+        let used = ADDRS.used as usize;
+        let size = usize::from(self.size);
+        writes.ranges.push((0, used..used + 4));
+        if !self.layout.packed {
+            let event = used + 4 + 8 * size;
+            writes.ranges.push((0, event..event + 2));
+        }
+    }
+
+    fn compare(&self, writes: &Writes) {
+        let guest = &self.stage.guest;
+        let mut marked = [0; LOG_BYTES];
+        let logged = self.shown.log && self.disk.bdev.name() == "Model";
+        if logged {
+            self.stage.log.1.read_exact_at(&mut marked, 0).expect("a memfd");
+        }
+        guest.changed(|place, now| {
+            let allowed = writes.ranges.iter().any(|(file, range)| within(place, *file, range));
+            assert!(allowed, "a write to {place:x?}, now {now:#x}");
+            // Of the other table's second file nobody can tell which page it was.
+            if logged && (place.file == 0 || place.file == 1 + self.shown.table) {
+                let gpa = if place.file == 0 { place.at } else { FILE_BYTES + place.at };
+                let page = gpa / PAGE;
+                assert!(marked[page / 8] >> (page % 8) & 1 != 0, "page {page} is not marked");
+            }
+        });
+        for &place in &writes.statuses {
+            let others = writes.ranges.iter().filter(|(file, range)| within(place, *file, range));
+            if others.count() == 1 {
+                let status = guest.byte_now(place);
+                assert!(status <= 2, "status {status:#x}");
+            }
+        }
+    }
+
+    fn look_at_state(&mut self) {
+        assert!(self.queue.inflight() <= 256);
+        let broken = self.queue.state() == QueueState::Broken;
+        if broken && !self.broken && self.exact {
+            let (guest, table) = (&self.stage.guest, self.shown.table);
+            let at = self.last_avail;
+            let sense = if self.layout.packed {
+                let room = self.room(at);
+                !matches!(model::packed(guest, table, self.size, at, room), Taken::Nonsense)
+            } else {
+                let index = u16::from_le_bytes(guest.remembered(0, ADDRS.avail + 2));
+                index.wrapping_sub(at) <= self.size
+            };
+            assert!(!sense, "broken for no reason");
+        }
+        self.broken |= broken;
+    }
+
+    /// Everything completes, and the queue stops.
+    fn finish(mut self) {
+        self.model.state().settle();
+        // A guest that goes on for ever is not one: what is available now is taken.
+        let visits = (0..1000).take_while(|_| self.visit_and_look()).count();
+        assert!(visits < 1000, "no end of work");
+        if self.exact {
+            assert_eq!(self.outstanding.len(), 0, "did not come back");
+        }
+        assert_eq!(self.queue.inflight(), 0);
+        self.queue.stop();
+        for _ in 0..4 {
+            if self.queue.state() != QueueState::Stopped {
+                self.visit_and_look();
+            }
+        }
+        assert_eq!(self.queue.state(), QueueState::Stopped);
+        self.reader.offline();
+        for garbage in self.retired.drain(..) {
+            assert!(garbage.try_free().is_none(), "a view is kept");
+        }
+        assert_eq!(self.queue.quarantined_bytes(), 0);
+        drop(self.queue);
+        assert_eq!(self.model.state().open, 0, "a channel is open");
+    }
+}
+
+fn view(
+    stage: &Stage,
+    disk: &Arc<Disk>,
+    size: u16,
+    layout: Layout,
+    shown: Shown,
+    generation: u64,
+) -> View {
+    let memory = stage.guest.table(shown.table);
+    let (call, disk) = (Some(Arc::clone(&stage.call)), shown.disk.then(|| Arc::clone(disk)));
+    let view = View::new(generation, memory, size, ADDRS, layout, call, disk);
+    let mut view = view.expect("a ring in memory");
+    view.log = shown.log.then(|| Arc::clone(&stage.log.0));
+    view.write_through = shown.write_through;
+    view
+}
+
+/// Says what happens, when an input is replayed with `VHOST_FUZZ_TRACE` set.
+fn trace(what: &dyn Fn() -> String) {
+    static WANTED: OnceLock<bool> = OnceLock::new();
+    if *WANTED.get_or_init(|| std::env::var_os("VHOST_FUZZ_TRACE").is_some()) {
+        eprintln!("{}", what());
+    }
+}
+
+/// Where a visit may have written.
+#[derive(Default)]
+struct Writes {
+    ranges: Vec<(usize, std::ops::Range<usize>)>,
+    /// Where a status has to be.
+    statuses: Vec<Place>,
+}
+
+impl Writes {
+    /// What the answer to a chain may write.
+    fn allow(&mut self, chain: &Chain) {
+        self.allow_data(chain);
+        match chain.status() {
+            Some(place) => self.byte(place),
+            // Where the status of a chain with a defect belongs is a matter of taste.
+            None => chain.pieces.iter().filter(|piece| piece.write).for_each(|piece| {
+                self.byte(Place { at: piece.place.at + piece.len - 1, ..piece.place });
+            }),
+        }
+    }
+
+    fn byte(&mut self, Place { file, at }: Place) {
+        self.ranges.push((file, at..at + 1));
+    }
+
+    fn allow_data(&mut self, chain: &Chain) {
+        if !chain.whole || !matches!(chain.kind, Some(model::IN | model::GET_ID)) {
+            return;
+        }
+        for piece in chain.pieces.iter().filter(|piece| piece.write) {
+            self.ranges.push((piece.place.file, piece.place.at..piece.place.at + piece.len));
+        }
+    }
+}
+
+const _: () = assert!(FILES == 3, "which of them a table has is written down in `Guest::locate`");

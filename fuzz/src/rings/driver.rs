@@ -1,0 +1,214 @@
+//! A driver that makes chains of all kinds, most of them sound, and knows no shame.
+
+use super::{ADDRS, DATA, HEADERS, STATUSES, TABLES};
+use crate::guest::{END, Guest};
+use crate::input::Input;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+const WRAP: u16 = 1 << 15;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+/// The driver.
+pub(super) struct Driver {
+    size: u16,
+    packed: bool,
+    /// Where the next chain is made available.
+    position: u16,
+    /// The next free descriptor of a split ring, whether it is free or not.
+    free: u16,
+    count: u16,
+}
+
+/// A buffer of a chain.
+#[derive(Clone, Copy)]
+struct Buffer {
+    gpa: u64,
+    len: u32,
+    flags: u16,
+}
+
+impl Driver {
+    pub(super) fn new(size: u16, packed: bool, position: u16) -> Self {
+        Self { size, packed, position, free: 0, count: 0 }
+    }
+
+    /// Offers a request.
+    pub(super) fn offer(&mut self, guest: &mut Guest, table: usize, input: &mut Input<'_>) {
+        let n = self.count;
+        self.count = self.count.wrapping_add(1);
+        let mut buffers = request(guest, table, n, input);
+        let defect = input.u8();
+        spoil(&mut buffers, defect, input);
+        // Some of it in the ring, the rest in a table.
+        let direct = match input.u8() {
+            how if how & 1 == 0 => buffers.len(),
+            how => usize::from(how >> 1) % 4,
+        };
+        let direct = direct.min(usize::from(self.size));
+        let rest = buffers.split_off(direct.min(buffers.len()));
+        if !rest.is_empty() {
+            let at = TABLES + if rest.len() < 32 { 512 * u64::from(n % 32) } else { 0 };
+            let odd = u64::from(defect & 0x3f == 0x3f);
+            self.write_table(guest, table, at + odd, &rest);
+            let len = 16 * rest.len() as u32;
+            buffers.push(Buffer { gpa: at + odd, len, flags: INDIRECT });
+        }
+        buffers.truncate(self.size.into());
+        let id = if defect == 0x80 { input.u16() } else { n % self.size };
+        if self.packed {
+            self.put_packed(guest, &buffers, id)
+        } else {
+            self.put_split(guest, &buffers)
+        }
+    }
+
+    fn write_table(&self, guest: &mut Guest, table: usize, at: u64, buffers: &[Buffer]) {
+        for (n, buffer) in buffers.iter().enumerate() {
+            let more = if n + 1 < buffers.len() { NEXT } else { 0 };
+            let desc = bytes(*buffer, buffer.flags | more, n as u16 + 1, self.packed);
+            guest.put(table, at + 16 * n as u64, &desc);
+        }
+    }
+
+    fn put_split(&mut self, guest: &mut Guest, buffers: &[Buffer]) {
+        let head = self.free;
+        for (n, buffer) in buffers.iter().enumerate() {
+            let index = self.free;
+            self.free = (self.free + 1) % self.size;
+            let more = if n + 1 < buffers.len() { NEXT } else { 0 };
+            let desc = bytes(*buffer, buffer.flags | more, self.free, false);
+            guest.put(0, ADDRS.desc + 16 * u64::from(index), &desc);
+        }
+        let entry = ADDRS.avail + 4 + 2 * u64::from(self.position % self.size);
+        guest.put(0, entry, &head.to_le_bytes());
+        self.position = self.position.wrapping_add(1);
+        guest.put(0, ADDRS.avail + 2, &self.position.to_le_bytes());
+    }
+
+    fn put_packed(&mut self, guest: &mut Guest, buffers: &[Buffer], id: u16) {
+        for (n, buffer) in buffers.iter().enumerate() {
+            let more = if n + 1 < buffers.len() { NEXT } else { 0 };
+            let mine = if self.position & WRAP != 0 { AVAIL } else { USED };
+            let desc = bytes(*buffer, buffer.flags | more | mine, id, true);
+            guest.put(0, ADDRS.desc + 16 * u64::from(self.position & !WRAP), &desc);
+            self.position = super::model::advance_packed(self.position, 1, self.size);
+        }
+    }
+
+    /// Says that so many more chains are available, or goes to another place of a packed ring.
+    pub(super) fn jump(&mut self, guest: &mut Guest, by: u16) {
+        if self.packed {
+            self.position = (by & WRAP) | ((by & !WRAP) % self.size);
+        } else {
+            // Mostly little, mostly forward.
+            let by = if by & 0xff < 0xc0 { by % 5 } else { by };
+            self.position = self.position.wrapping_add(by);
+            guest.put(0, ADDRS.avail + 2, &self.position.to_le_bytes());
+        }
+    }
+
+    /// Says when it wants to be told.
+    pub(super) fn events(&mut self, guest: &mut Guest, event: u16, flags: u16) {
+        if self.packed {
+            guest.put(0, ADDRS.avail, &event.to_le_bytes());
+            guest.put(0, ADDRS.avail + 2, &flags.to_le_bytes());
+        } else {
+            guest.put(0, ADDRS.avail, &flags.to_le_bytes());
+            guest.put(0, ADDRS.avail + 4 + 2 * u64::from(self.size), &event.to_le_bytes());
+        }
+    }
+}
+
+fn bytes(Buffer { gpa, len, .. }: Buffer, flags: u16, tag: u16, packed: bool) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&gpa.to_le_bytes());
+    bytes[8..12].copy_from_slice(&len.to_le_bytes());
+    let (first, second) = if packed { (tag, flags) } else { (flags, tag) };
+    bytes[12..14].copy_from_slice(&first.to_le_bytes());
+    bytes[14..].copy_from_slice(&second.to_le_bytes());
+    bytes
+}
+
+/// The buffers of a request that is sound but for where it is on the disk.
+fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Vec<Buffer> {
+    let kind = match input.u8() % 8 {
+        0 | 1 => IN,
+        2 | 3 => OUT,
+        4 => FLUSH,
+        5 => GET_ID,
+        6 => input.pick(&[DISCARD, WRITE_ZEROES]),
+        _ => input.u32(),
+    };
+    let sector = match input.u8() {
+        0xff => input.u64(),
+        sector => u64::from(sector) * 8,
+    };
+    let header = HEADERS + 16 * u64::from(n % 64);
+    guest.put(table, header, &u64::from(kind).to_le_bytes());
+    guest.put(table, header + 8, &sector.to_le_bytes());
+    let mut buffers = vec![Buffer { gpa: header, len: 16, flags: 0 }];
+    let shape = input.u8();
+    let (count, times) = (usize::from(shape & 3), shape >> 2);
+    let write = if matches!(kind, IN | GET_ID) { WRITE } else { 0 };
+    for _ in 0..count {
+        let gpa = DATA + u64::from(input.u16()) % (END - DATA);
+        let len = match input.u8() {
+            0xff => input.u32(),
+            0xfe => input.u16().into(),
+            small if matches!(kind, DISCARD | WRITE_ZEROES) => 16 * u32::from(small % 20),
+            small if kind == GET_ID => u32::from(small % 32),
+            len => 512 << (len % 6),
+        };
+        buffers.push(Buffer { gpa, len, flags: write });
+        if matches!(kind, DISCARD | WRITE_ZEROES) {
+            guest.put(table, gpa, input.bytes(16));
+        }
+    }
+    if times > 56 && count > 0 {
+        // Long: the same over and over, up to more than the longest that there can be.
+        let pattern: Vec<_> = buffers[1..].to_vec();
+        let wanted = usize::from(input.u8()) * 5;
+        buffers.extend(pattern.iter().cycle().take(wanted));
+    }
+    let status = STATUSES + u64::from(n) % (DATA - STATUSES);
+    guest.put(table, status, &[0xee]);
+    buffers.push(Buffer { gpa: status, len: 1, flags: WRITE });
+    buffers
+}
+
+/// Makes a request unsound, or at least unusual.
+fn spoil(buffers: &mut Vec<Buffer>, defect: u8, input: &mut Input<'_>) {
+    let at = usize::from(defect >> 4) % buffers.len();
+    match defect & 0xf {
+        1 => drop(buffers.remove(at)),
+        2 => buffers[at].flags ^= WRITE,
+        3 => buffers[at].len = 0,
+        4 => buffers[at].gpa = input.u64(),
+        5 => buffers[at].gpa = u64::from(input.u16()),
+        6 => buffers[at].flags |= input.u16(),
+        7 => buffers[at].len = input.u32(),
+        // In two pieces.
+        8 if buffers[at].len > 1 => {
+            let Buffer { gpa, len, flags } = buffers[at];
+            let first = u32::from(input.u16()) % (len - 1) + 1;
+            buffers[at].len = first;
+            let rest = Buffer { gpa: gpa + u64::from(first), len: len - first, flags };
+            buffers.insert(at + 1, rest);
+        }
+        9 => buffers.reverse(),
+        _ => {}
+    }
+    if buffers.is_empty() {
+        buffers.push(Buffer { gpa: 0, len: 1, flags: 0 });
+    }
+}

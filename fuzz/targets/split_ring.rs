@@ -1,0 +1,4 @@
+//! See [`vhost_fuzz::rings`]: a split ring.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vhost_fuzz::rings::run(bytes, false));
