@@ -1,8 +1,8 @@
-//! What `-c` reads: the reader of `vhost-app`, which is taken in as it is, and a replay through methods
-//! that do nothing.
+//! What `-c` reads: the reader of `vhost-app`, which is taken in as it is, and a replay through
+//! methods that do nothing.
 //!
-//! What has to hold: a text is read or refused, in any case with a reason in one line; what is read is
-//! carried out, each call in the one pass that its phase says; what a comment hides is not seen.
+//! What has to hold: a text is read or refused, in any case with a reason in one line; what is read
+//! is carried out, each call in the one pass that its phase says; what a comment hides is not seen.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;

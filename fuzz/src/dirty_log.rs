@@ -1,7 +1,7 @@
 //! Dirty logs that a stranger has made, and cuts short meanwhile.
 //!
-//! What has to hold: the marked pages are those of the ranges, none beyond the log and none before it; a
-//! file that is cut short takes nobody along.
+//! What has to hold: the marked pages are those of the ranges, none beyond the log and none before
+//! it; a file that is cut short takes nobody along.
 
 use std::cell::RefCell;
 use std::fs::File;

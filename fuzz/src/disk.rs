@@ -1,6 +1,7 @@
 //! A disk whose I/O completes when and how the script says, and which checks what it is given.
 //!
-//! Faults that it shows: I/O that stays, that fails, that is not supported, and a channel that is full.
+//! Faults that it shows: I/O that stays, that fails, that is not supported, and a channel that is
+//! full.
 #![expect(unsafe_code, reason = "reads and writes a guest's memory")]
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

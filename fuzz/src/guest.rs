@@ -11,8 +11,8 @@ use closer::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 
-/// Bytes of each file. File 0 is at guest-physical 0; behind it, without a gap, is file 1 or file 2,
-/// by table.
+/// Bytes of each file. File 0 is at guest-physical 0; behind it, without a gap, is file 1 or file
+/// 2, by table.
 pub const FILE_BYTES: usize = 0x8000;
 /// Files.
 pub const FILES: usize = 3;

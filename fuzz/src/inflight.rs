@@ -1,7 +1,7 @@
 //! In-flight areas that a stranger has made, or writes into meanwhile.
 //!
-//! An input is either the story of a tracker (processes that begin, track and are killed) or a queue that
-//! begins with an area and has its ring served. What has to hold:
+//! An input is either the story of a tracker (processes that begin, track and are killed) or a
+//! queue that begins with an area and has its ring served. What has to hold:
 //!
 //! * What is to be done again are entries that there are, each once, and no more than fit the ring.
 //! * As long as nobody else writes into the area, a process that begins finds what the one before
@@ -122,7 +122,8 @@ fn part_bytes(queue_size: u16, packed: bool) -> usize {
     (entry * (usize::from(queue_size) + 1)).next_multiple_of(64)
 }
 
-/// Puts a stranger's bytes into the area: as they are in the input, or brought near to what is sound.
+/// Puts a stranger's bytes into the area: as they are in the input, or brought near to what is
+/// sound.
 fn fill(stage: &Stage, spec: AreaSpec, packed: bool, sound: bool, input: &mut Input<'_>) {
     let mut bytes = vec![0; FILE_BYTES];
     let len = usize::from(input.u16()) % 2048;

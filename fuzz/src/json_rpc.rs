@@ -2,11 +2,11 @@
 //!
 //! The server is the whole of `rpc`, on a socket of this process. What has to hold:
 //!
-//! * Answers are JSON in printable ASCII, one after the other: objects, and lists of them for batches,
-//!   with an id and either a result or an error.
+//! * Answers are JSON in printable ASCII, one after the other: objects, and lists of them for
+//!   batches, with an id and either a result or an error.
 //! * The same bytes have the same answers, in whatever pieces they come.
-//! * Text that is one JSON value, within the limits, is not answered with a parse error; text that is none
-//!   never runs a method.
+//! * Text that is one JSON value, within the limits, is not answered with a parse error; text that
+//!   is none never runs a method.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -228,7 +228,8 @@ pub fn run(bytes: &[u8]) {
         let value: Result<Value, _> = serde_json::from_slice(&text);
         let refused =
             answers.iter().flat_map(|answer| &answer.error).any(|e| e.code == PARSE_ERROR);
-        // A number out of range is none for serde_json's `Value`, and has nothing to be found out about.
+        // A number out of range is none for serde_json's `Value`, and has nothing to be found out
+        // about.
         if value.is_ok() && depth(&text) < 60 {
             assert!(!refused, "JSON is no JSON: {}", String::from_utf8_lossy(&text));
         }

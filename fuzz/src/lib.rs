@@ -7,8 +7,8 @@
 //! * [`inflight`]: in-flight areas, and [`dirty_log`]: dirty logs, made by a stranger.
 //! * [`json_rpc`]: the RPC server; [`config_file`]: what `-c` reads.
 //!
-//! They share [`input`], [`guest`] (memory with a shadow) and [`disk`] (a disk that does what the input
-//! says).
+//! They share [`input`], [`guest`] (memory with a shadow) and [`disk`] (a disk that does what the
+//! input says).
 
 pub mod config_file;
 pub mod dirty_log;

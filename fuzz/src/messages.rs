@@ -2,8 +2,8 @@
 //!
 //! The input is a [`script`]. The reactor makes a turn when the script says so. What has to hold:
 //!
-//! * Every answer that is owed comes once, and comes when all I/O has completed, unless the connection
-//!   has ended.
+//! * Every answer that is owed comes once, and comes when all I/O has completed, unless the
+//!   connection has ended.
 //! * When all front ends have left and the disk is done, nothing is left of them: no connection, no
 //!   channel, no fd, no mapping.
 //! * A neighbour who behaves is served all the time.
@@ -183,8 +183,8 @@ impl Stage {
         stage
     }
 
-    /// Makes turns until the reactors sleep, or `most`: they never do while they have a ring without a
-    /// kick fd, which has to be polled.
+    /// Makes turns until the reactors sleep, or `most`: they never do while they have a ring
+    /// without a kick fd, which has to be polled.
     fn turns(&mut self, most: usize) {
         for _ in 0..most {
             let asleep = self.steps.iter_mut().fold(true, |all, reactor| reactor.step() && all);
@@ -438,8 +438,8 @@ fn eventfd() -> OwnedFd {
     EventFd::new().expect("an eventfd").as_fd().try_clone_to_owned().expect("an fd")
 }
 
-/// Fds, less pipes: libFuzzer has some to its symbolizer. Those that scripts have are charged to their
-/// account.
+/// Fds, less pipes: libFuzzer has some to its symbolizer. Those that scripts have are charged to
+/// their account.
 fn fds() -> usize {
     let fds = std::fs::read_dir("/proc/self/fd").expect("it is there");
     let name = |fd: io::Result<std::fs::DirEntry>| std::fs::read_link(fd.ok()?.path()).ok();

@@ -1,13 +1,13 @@
 //! A queue that is served visit by visit for a guest that writes into its rings whatever it likes.
 //!
-//! The input is a script: chains that are offered, well-formed or not; bytes poked into descriptors,
-//! tables and indices; what the disk completes, fails or has no room for; new views (another memory
-//! table, a dirty log, write-through, the disk gone); and visits. What has to hold:
+//! The input is a script: chains that are offered, well-formed or not; bytes poked into
+//! descriptors, tables and indices; what the disk completes, fails or has no room for; new views
+//! (another memory table, a dirty log, write-through, the disk gone); and visits. What has to hold:
 //!
-//! * Each chain that is taken comes back once, in the place of the used ring that is next, and says to
-//!   have written no more than there was to write.
-//! * A visit writes nothing but used elements, statuses at the end of their chains, and data of reads.
-//!   What it writes is marked in the dirty log.
+//! * Each chain that is taken comes back once, in the place of the used ring that is next, and says
+//!   to have written no more than there was to write.
+//! * A visit writes nothing but used elements, statuses at the end of their chains, and data of
+//!   reads. What it writes is marked in the dirty log.
 //! * A well-formed chain has a status when it comes back.
 //! * No visit takes more requests, bytes or pieces than its bounds say.
 //! * A queue breaks only if its ring makes no sense.
@@ -343,7 +343,8 @@ impl<'s> Scene<'s> {
             trace(&|| format!("took at {at:#x}: {chain:?}"));
             self.outstanding.push(chain);
         }
-        // A guest that offers more chains than its ring has places has its used elements overwritten.
+        // A guest that offers more chains than its ring has places has its used elements
+        // overwritten.
         self.exact &= self.layout.packed || self.last_avail.wrapping_sub(self.used) <= self.size;
     }
 

@@ -1,8 +1,8 @@
-//! What front ends do, as an input has it: messages with fds of any kind, guests that use their rings,
-//! connections that come and go.
+//! What front ends do, as an input has it: messages with fds of any kind, guests that use their
+//! rings, connections that come and go.
 //!
-//! The fuzz target plays it against the target in its own process; an end-to-end test of `vhost-app`
-//! plays it against the server, and takes this file in for that.
+//! The fuzz target plays it against the target in its own process; an end-to-end test of
+//! `vhost-app` plays it against the server, and takes this file in for that.
 
 use crate::input::Input;
 
@@ -23,7 +23,6 @@ const LOG_ALL: u64 = 1 << 26;
 const PACKED: u64 = 1 << 34;
 
 /// Numbers of the requests.
-#[expect(missing_docs, reason = "the names are the protocol's")]
 pub mod request {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_OWNER: u32 = 3;
@@ -300,8 +299,8 @@ fn raw(input: &mut Input<'_>) -> Message {
     Message { request, need_reply: options & 0x80 != 0, payload, fds }
 }
 
-/// What a guest writes into a ring to offer a request: places in its memory and bytes. `nth` counts the
-/// requests of the ring from 0; they use its first three descriptors.
+/// What a guest writes into a ring to offer a request: places in its memory and bytes. `nth` counts
+/// the requests of the ring from 0; they use its first three descriptors.
 #[must_use]
 pub fn offered(ring: usize, nth: u16, kind: u32, sector: u64) -> Vec<(u64, Vec<u8>)> {
     let at = RING_BYTES * (ring % RINGS) as u64;
