@@ -95,7 +95,9 @@ const NAMES: [&str; 20] = [
     "rpc_get_methods",
     "current",
 ];
-const VALUES: [&str; 28] = [
+const VALUES: [&str; 30] = [
+    "\"\\u00e9\\u007f\"",
+    "\"\u{e9}\"",
     "null",
     "true",
     "false",
