@@ -77,7 +77,7 @@ impl Connection for Wire {
 struct Sockets(Mutex<BTreeSet<PathBuf>>);
 
 impl Transport for Sockets {
-    fn listen(&self, path: &Path, _features: u64) -> io::Result<()> {
+    fn listen(&self, path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path.into());
         Ok(())
     }

@@ -156,7 +156,7 @@ pub(super) fn split(guest: &Guest, table: usize, size: u16, position: u16) -> Ch
             continue;
         }
         chain.push(table, desc);
-        if desc.len == 0 || desc.flags & NEXT == 0 {
+        if desc.flags & NEXT == 0 {
             break;
         }
         left -= 1;
