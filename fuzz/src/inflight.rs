@@ -5,7 +5,7 @@
 //!
 //! * What is to be done again are entries that there are, each once, and no more than fit the ring.
 //! * As long as nobody else writes into the area, a process that begins finds what the one before
-//!   had in flight, neither more nor less, however that one found the area.
+//!   had in flight, neither more nor less, if that one found nothing of a stranger's in flight.
 //! * Nothing but the queue's own part of the area is written.
 //! * A queue that begins with any area does what is to be done again, and comes to an end.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
@@ -174,7 +174,8 @@ struct Story<'a> {
     last_avail: u16,
     /// Flags of a packed ring's descriptors.
     flags: Vec<u16>,
-    /// Nobody else has written since the process began.
+    /// Nobody else has written what the process goes by: not since it began, nor what it found in
+    /// flight, whose links are a stranger's until it is done.
     trusted: bool,
 }
 
@@ -208,7 +209,7 @@ impl<'a> Story<'a> {
             used: recovery.used,
             last_avail: recovery.last_avail,
             flags,
-            trusted: true,
+            trusted: recovery.again.is_empty(),
         };
         story.measure();
         for _ in 0..200 {
@@ -354,7 +355,7 @@ impl<'a> Story<'a> {
         }
         (self.tracker, self.used, self.last_avail) = (tracker, recovery.used, recovery.last_avail);
         if !self.trusted {
-            self.trusted = true;
+            self.trusted = recovery.again.is_empty();
             self.measure();
         }
         self.take_back();
