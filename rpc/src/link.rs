@@ -140,10 +140,15 @@ impl Link {
     }
 
     /// Waits until the client can be read if `wants_read`, can be written if there is something
-    /// to write, or is gone.
+    /// to write, or is gone. Of a client that is gone, what it has sent before can still be read;
+    /// the two handles of its socket may tell its end one after the other.
     pub(crate) async fn ready(&self, stream: &Stream, hang_up: &HangUp, wants_read: bool) {
         if self.is_gone() {
-            return std::future::pending().await;
+            return if wants_read {
+                stream.ready(Interest::READABLE).await
+            } else {
+                std::future::pending().await
+            };
         }
         let read = wants_read.then_some(Interest::READABLE);
         let write = (!self.is_done_sending()).then_some(Interest::WRITABLE);
@@ -181,5 +186,23 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.0.outstanding.update(|count| count - 1);
         self.0.load.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The second handle may tell that a client is gone before the first can be read to its end.
+    #[tokio::test]
+    async fn a_client_that_is_gone_is_read_to_its_end() {
+        let (mut stream, client) = Stream::pair();
+        let link = Link::new();
+        let hang_up = HangUp::new(&stream).unwrap();
+        assert_eq!(stream.try_read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        link.set_gone();
+        drop(client);
+        link.ready(&stream, &hang_up, true).await;
+        assert_eq!(stream.try_read(&mut [0]).unwrap(), 0);
     }
 }

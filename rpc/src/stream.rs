@@ -43,6 +43,16 @@ impl Stream {
         Ok(Self { fd, account, fds: 0 })
     }
 
+    /// One end of a connection, and the other.
+    #[cfg(test)]
+    pub(crate) fn pair() -> (Self, std::os::unix::net::UnixStream) {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(1));
+        let slot = slots.try_acquire_owned().unwrap();
+        (Self::new(ours.into(), slot).unwrap(), theirs)
+    }
+
     /// Waits until it may be read or written, as `interest` says.
     pub(crate) async fn ready(&self, interest: Interest) {
         // What the socket has to say comes out when it is read or written.
