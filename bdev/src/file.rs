@@ -16,7 +16,7 @@ use crate::io::{Bdev, Channel, Error, Features};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-pub use backing::Alignment;
+pub use backing::{Alignment, not_a_disk, open_file};
 
 /// Which of SPDK's modules a file disk stands for. The I/O is the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,7 @@ pub struct FileDisk {
     fallocate: bool,
     features: Features,
     num_blocks: AtomicU64,
+    is_device: bool,
     file: File,
     /// What direct I/O asks for; `None` if the file is buffered.
     direct: Option<Alignment>,
@@ -80,9 +81,18 @@ impl FileDisk {
     /// [`Error::System`] with the file's name if it cannot be opened; [`Error::Invalid`] if it is
     /// neither a file nor a block device, or the block size does not go with it.
     pub fn create(options: FileOptions) -> Result<Arc<Self>, Error> {
+        let file = open_file(&options.filename, options.readonly)?;
+        Self::on(file, options)
+    }
+
+    /// Makes a disk of what [`open_file`] has opened by the name that `options` has.
+    ///
+    /// # Errors
+    /// As [`FileDisk::create`].
+    pub fn on(file: File, options: FileOptions) -> Result<Arc<Self>, Error> {
         let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour } =
             options;
-        let opened = backing::open(&filename, block_size, readonly)?;
+        let opened = backing::check(file, &filename, block_size)?;
         let num_blocks = opened.size / u64::from(opened.block_size);
         checked_size(&name, num_blocks, opened.block_size)?;
         let unmap = match flavour {
@@ -108,6 +118,7 @@ impl FileDisk {
             fallocate,
             features,
             num_blocks: AtomicU64::new(num_blocks),
+            is_device: opened.is_device,
             file: opened.file,
             direct: opened.direct,
             topology: opened.topology,
@@ -157,6 +168,12 @@ impl FileDisk {
     #[must_use]
     pub fn readonly(&self) -> bool {
         self.readonly
+    }
+
+    /// Whether it is a block device.
+    #[must_use]
+    pub fn is_block_device(&self) -> bool {
+        self.is_device
     }
 
     /// Whether unmap was asked for ([`Flavour::Aio`]).

@@ -25,23 +25,32 @@ pub(super) struct Opened {
     pub(super) file: File,
     pub(super) size: u64,
     pub(super) block_size: u32,
+    pub(super) is_device: bool,
     /// `None` if the file is not open for direct I/O.
     pub(super) direct: Option<Alignment>,
     pub(super) topology: Topology,
 }
 
-/// Opens `filename` and checks that it goes with the block size.
-pub(super) fn open(
-    filename: &Path,
-    block_size: Option<u32>,
-    readonly: bool,
-) -> Result<Opened, Error> {
+/// Opens a file or block device for a disk: with `O_DIRECT` where its file system has that.
+///
+/// # Errors
+/// [`Error::System`] with the file's name; [`not_a_disk`] for what is neither.
+pub fn open_file(filename: &Path, readonly: bool) -> Result<File, Error> {
+    let path = open_kind_checked(filename)?;
+    let system = |source| Error::System { what: filename.display().to_string(), source };
+    reopen(&path, readonly, libc::O_DIRECT).or_else(|_| reopen(&path, readonly, 0)).map_err(system)
+}
+
+/// The error for what is neither a file nor a block device.
+#[must_use]
+pub fn not_a_disk(filename: &Path) -> Error {
+    Error::Invalid(format!("{}: neither a file nor a block device", filename.display()))
+}
+
+/// Checks that what [`open_file`] has opened goes with the block size.
+pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Result<Opened, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
-    let path = open_kind_checked(filename)?;
-    let mut file = reopen(&path, readonly, libc::O_DIRECT)
-        .or_else(|_| reopen(&path, readonly, 0))
-        .map_err(system)?;
     let device_block = logical_block_size(&file).map_err(system)?;
     let Some(block_size) = block_size.or(device_block) else {
         return Err(Error::Invalid(format!("{what}: a file needs a block size")));
@@ -62,10 +71,21 @@ pub(super) fn open(
     }
     let direct = alignment(&file, block_size);
     if direct.is_none() {
-        file = reopen(&path, readonly, 0).map_err(system)?;
+        use_page_cache(&file).map_err(system)?;
     }
-    let topology = topology(&file, block_size, device_block.is_some());
-    Ok(Opened { file, size, block_size, direct, topology })
+    let is_device = device_block.is_some();
+    let topology = topology(&file, block_size, is_device);
+    Ok(Opened { file, size, block_size, is_device, direct, topology })
+}
+
+/// Turns direct I/O off, if it is on.
+fn use_page_cache(file: &File) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    // SAFETY: asks for the flags of an open file.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    // SAFETY: sets those flags without one, on a file that nobody does I/O on yet.
+    let rc = unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_DIRECT) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Finds the file without opening it for I/O, since opening a fifo waits and opening some
@@ -83,7 +103,7 @@ fn open_kind_checked(filename: &Path) -> Result<File, Error> {
         return Err(system(io::Error::from_raw_os_error(libc::EISDIR)));
     }
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(Error::Invalid(format!("{what}: neither a file nor a block device")));
+        return Err(not_a_disk(filename));
     }
     Ok(path)
 }

@@ -2,10 +2,11 @@
 #![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use io_uring::{IoUring, opcode};
+use io_uring::register::Restriction;
+use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 
 use super::steps::{Next, Steps};
 use super::{FileDisk, Flavour};
@@ -41,10 +42,7 @@ impl FileChannel {
         if depth == 0 || depth > DEPTH_MAX {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let ring = make_ring(depth.into())?;
-        ring.submitter().register_files(&[disk.file.as_raw_fd()])?;
-        // Kernels before 5.15 cannot, and keep their default. 0 leaves the other kind as it is.
-        let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
+        let ring = make_ring(depth.into(), disk.file.as_fd())?;
         let steps = Steps::new(depth, disk.direct);
         let mut channel = Self { ring, steps, disk, outstanding: 0, unsubmitted: 0 };
         channel.self_test()?;
@@ -53,8 +51,9 @@ impl FileChannel {
 
     /// Sends an entry round, while failing is still possible.
     fn self_test(&mut self) -> io::Result<()> {
+        let nop = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
         // SAFETY: it refers to no memory.
-        let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
+        let pushed = unsafe { self.ring.submission().push(&nop) };
         pushed.map_err(io::Error::other)?;
         self.ring.submit_and_wait(1)?;
         let nop = self.ring.completion().next();
@@ -192,23 +191,89 @@ impl Drop for FileChannel {
     }
 }
 
-/// A ring that does not interrupt the thread for completions, if the kernel can (5.19), else a
-/// plain one.
-fn make_ring(entries: u32) -> io::Result<IoUring> {
-    IoUring::builder()
-        .dontfork()
-        .setup_submit_all()
-        .setup_coop_taskrun()
-        .setup_taskrun_flag()
-        .build(entries)
-        .or_else(|_| IoUring::builder().dontfork().build(entries))
+/// A ring with `file` as its only one that does not interrupt the thread for completions, if the
+/// kernel can (5.19), and is restricted (5.10); else a plain one.
+fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
+    let files = [file.as_raw_fd()];
+    let restricted = |builder: &mut Builder<squeue::Entry, cqueue::Entry>| {
+        let ring = builder.dontfork().setup_r_disabled().build(entries)?;
+        ring.submitter().register_files(&files)?;
+        set_workers(&ring);
+        restrict(&ring)?;
+        Ok(ring)
+    };
+    let mut quiet = IoUring::builder();
+    quiet.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
+    restricted(&mut quiet).or_else(|_: io::Error| restricted(&mut IoUring::builder())).or_else(
+        |_| {
+            let ring = IoUring::builder().dontfork().build(entries)?;
+            ring.submitter().register_files(&files)?;
+            set_workers(&ring);
+            Ok(ring)
+        },
+    )
+}
+
+fn set_workers(ring: &IoUring) {
+    // Kernels before 5.15 cannot, and keep their default. 0 leaves the other kind as it is.
+    let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
+}
+
+/// Has the kernel refuse, from now on, whatever is not I/O on the ring's own file. What a thread
+/// puts into a ring is seen by no system call filter, and reactors can make no other rings.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    /// `IORING_UNREGISTER_FILES`, for the end.
+    const UNREGISTER_FILES: u8 = 3;
+    let op = Restriction::sqe_op;
+    let mut restrictions = [
+        op(opcode::Nop::CODE),
+        op(opcode::Read::CODE),
+        op(opcode::Readv::CODE),
+        op(opcode::Write::CODE),
+        op(opcode::Writev::CODE),
+        op(opcode::Fsync::CODE),
+        op(opcode::Fallocate::CODE),
+        Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
+        Restriction::register_op(UNREGISTER_FILES),
+    ];
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()
 }
 
 #[cfg(test)]
 mod tests {
+    use io_uring::{squeue::Entry, types};
+
     use super::*;
     use crate::file::FileOptions;
     use crate::io::Segment;
+
+    #[test]
+    fn a_ring_does_io_on_its_file_and_nothing_else() {
+        let [file, other] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+        file.set_len(512).unwrap();
+        let mut ring = make_ring(4, file.as_fd()).unwrap();
+        let mut result = |entry: Entry| {
+            // SAFETY: what it refers to outlives the wait.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            ring.completion().next().unwrap().result()
+        };
+        let refused = -libc::EACCES;
+        let mut bytes = [0_u8; 512];
+        let at = bytes.as_mut_ptr();
+        assert_eq!(result(opcode::Read::new(types::Fixed(0), at, 512).build()), 512);
+        let fd = types::Fd(other.as_raw_fd());
+        assert_eq!(result(opcode::Read::new(fd, at, 512).build()), refused);
+        let here = types::Fd(libc::AT_FDCWD);
+        assert_eq!(result(opcode::OpenAt::new(here, c"/etc/passwd".as_ptr()).build()), refused);
+        assert_eq!(result(opcode::UnlinkAt::new(here, c"/nowhere".as_ptr()).build()), refused);
+        let (unix, stream) = (libc::AF_UNIX, libc::SOCK_STREAM);
+        assert_eq!(result(opcode::Socket::new(unix, stream, 0).build()), refused);
+        let files = [other.as_raw_fd()];
+        ring.submitter().register_files_update(0, &files).unwrap_err();
+        ring.submitter().unregister_files().unwrap();
+    }
 
     /// An owner that sleeps would otherwise poll for ever.
     #[test]
@@ -227,7 +292,7 @@ mod tests {
         let mut channel = FileChannel::open(disk.unwrap(), 1).unwrap();
         // More completions than the ring has places: the last one waits in the kernel.
         for _ in 0..3 {
-            let nop = opcode::Nop::new().build();
+            let nop = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
             // SAFETY: it refers to no memory.
             unsafe { channel.ring.submission().push(&nop) }.unwrap();
             channel.ring.submit().unwrap();
