@@ -1,0 +1,90 @@
+//! The privileges of root that threads keep.
+#![expect(unsafe_code, reason = "prctl and setrlimit")]
+
+use std::fs;
+
+use caps::errors::CapsError;
+use caps::{CapSet, Capability, CapsHashSet};
+
+/// Forbids for good that the calling thread, and those that it starts, gain privileges by starting
+/// a program.
+///
+/// # Errors
+/// What the system said.
+pub(crate) fn no_new_privileges() -> std::io::Result<()> {
+    // SAFETY: sets a flag of the calling thread.
+    let rc = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// What the threads of the process keep that serves, of what they have: sockets are made in
+/// directories of other users. Landlock says in which.
+pub(crate) fn of_process() -> Vec<Capability> {
+    let mut kept = vec![Capability::CAP_DAC_OVERRIDE];
+    // "Only with CAP_SYS_ADMIN, or in a group": without io_uring there would be no disk.
+    let restricted = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
+    if restricted.is_ok_and(|text| text.trim() == "1") {
+        kept.push(Capability::CAP_SYS_ADMIN);
+    }
+    kept
+}
+
+/// What the process keeps that opens disks, which may belong to other users.
+pub(crate) const OF_OPENER: &[Capability] =
+    &[Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH];
+
+/// Keeps of the calling thread's capabilities those in `kept` only. Gives those that it has now.
+///
+/// # Errors
+/// What the system said.
+pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
+    // Privileged processes only may do this, and only for them it means something.
+    let _ = caps::clear(None, CapSet::Bounding);
+    // Ambient capabilities need kernel 4.3.
+    let _ = caps::clear(None, CapSet::Ambient);
+    let now: CapsHashSet = caps::read(None, CapSet::Permitted)?;
+    let left: CapsHashSet = kept.iter().copied().filter(|cap| now.contains(cap)).collect();
+    caps::set(None, CapSet::Effective, &left)?;
+    caps::set(None, CapSet::Permitted, &left)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    Ok(kept.iter().copied().filter(|cap| left.contains(cap)).collect())
+}
+
+/// Kernels before 5.12 count the memory of rings as locked, unless CAP_IPC_LOCK is there: takes the
+/// limit away while that is allowed.
+pub(crate) fn raise_locked_memory_limit() {
+    let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the kernel reads the structure. If it is refused, the limit stays as it is.
+    unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Root has all to begin with; others have none to lose.
+    #[test]
+    fn a_thread_keeps_what_it_is_to_keep_and_gets_nothing_back() {
+        std::thread::spawn(|| {
+            let kept = keep(OF_OPENER).unwrap();
+            no_new_privileges().unwrap();
+            assert!(kept.iter().all(|cap| OF_OPENER.contains(cap)));
+            let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+            let of = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                line.trim().to_owned()
+            };
+            let mask: u64 = kept.iter().map(Capability::bitmask).sum();
+            assert_eq!(of("CapEff:"), format!("{mask:016x}"));
+            assert_eq!(of("CapPrm:"), format!("{mask:016x}"));
+            assert_eq!(of("CapInh:"), "0".repeat(16));
+            assert_eq!(of("NoNewPrivs:"), "1");
+            if !kept.is_empty() {
+                assert_eq!(of("CapBnd:"), "0".repeat(16));
+            }
+            assert!(keep(&[Capability::CAP_SYS_ADMIN]).unwrap().is_empty());
+        })
+        .join()
+        .unwrap();
+    }
+}

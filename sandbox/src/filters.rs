@@ -1,0 +1,113 @@
+//! The system calls that each kind of thread may make, as seccomp programs.
+//!
+//! Programs add up: a thread has those of the thread that started it and its own, and the strictest
+//! answer counts. A call that is not on a list fails with EPERM, and the kernel's audit log says so:
+//! a new libc that tries something new finds its fallback, and no disk goes down for it. Calls that
+//! only an intruder makes end the process: what runs then is not this program any more.
+#![expect(unsafe_code, reason = "installs the programs")]
+
+use std::collections::BTreeMap;
+use std::io;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen::Dword, SeccompCmpOp,
+    SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+mod calls;
+
+use calls::{Call, Check};
+
+/// The programs, compiled where allocating and failing are still fine.
+#[derive(Debug)]
+pub(crate) struct Programs {
+    /// For the whole process, from its start on.
+    pub(crate) process: Vec<BpfProgram>,
+    /// For all threads but EAL's, which may load libraries, and the log's, which is there already.
+    pub(crate) no_code: BpfProgram,
+    /// For threads that need no new sockets and no files.
+    pub(crate) worker: BpfProgram,
+    pub(crate) reactor: BpfProgram,
+    /// For the process that opens disks.
+    pub(crate) opener: Vec<BpfProgram>,
+}
+
+impl Programs {
+    /// Compiles them for the calling process: only to itself may it send signals.
+    ///
+    /// # Errors
+    /// seccompiler does not know this processor.
+    pub(crate) fn compile() -> Result<Self, BackendError> {
+        let no_clone3 = || answer(&[calls::CLONE3], libc::ENOSYS);
+        let intruder = || kill(calls::INTRUDER);
+        let process = allow(&[calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL])?;
+        let opener = allow(&[calls::LIBC, calls::THREADS, calls::OPENER])?;
+        Ok(Self {
+            process: vec![no_clone3()?, intruder()?, process],
+            no_code: answer(calls::NEW_CODE, libc::EPERM)?,
+            worker: answer(calls::NOT_A_WORKERS, libc::EPERM)?,
+            reactor: allow(&[calls::LIBC, calls::REACTOR])?,
+            opener: vec![no_clone3()?, intruder()?, answer(calls::NEW_CODE, libc::EPERM)?, opener],
+        })
+    }
+}
+
+fn allow(lists: &[&[Call]]) -> Result<BpfProgram, BackendError> {
+    let calls = lists.iter().flat_map(|list| list.iter());
+    program(calls, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+}
+
+fn answer(calls: &[Call], errno: i32) -> Result<BpfProgram, BackendError> {
+    program(calls.iter(), SeccompAction::Allow, SeccompAction::Errno(errno as u32))
+}
+
+fn kill(calls: &[Call]) -> Result<BpfProgram, BackendError> {
+    program(calls.iter(), SeccompAction::Allow, SeccompAction::KillProcess)
+}
+
+/// A program with one answer for `calls` and another for the rest.
+fn program<'a>(
+    calls: impl Iterator<Item = &'a Call>,
+    rest: SeccompAction,
+    these: SeccompAction,
+) -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for (number, checks) in calls {
+        let of_call = rules.entry(*number).or_default();
+        for check in *checks {
+            of_call.push(rule(*check)?);
+        }
+    }
+    let arch = std::env::consts::ARCH.try_into()?;
+    SeccompFilter::new(rules, rest, these, arch)?.try_into()
+}
+
+fn rule(check: Check) -> Result<SeccompRule, BackendError> {
+    let (argument, operator, value) = match check {
+        Check::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
+        Check::Masked(argument, mask, value) => {
+            (argument, SeccompCmpOp::MaskedEq(mask.into()), value)
+        }
+        Check::OwnProcess(argument) => (argument, SeccompCmpOp::Eq, std::process::id()),
+    };
+    SeccompRule::new(vec![SeccompCondition::new(argument, Dword, operator, value.into())?])
+}
+
+/// Adds a program to the calling thread's. Threads that it starts have it too.
+///
+/// # Errors
+/// The kernel has no seccomp, or the thread may still gain privileges.
+pub(crate) fn install(program: &BpfProgram) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
+    // SPEC_ALLOW: kernels before 5.16 would slow down all that the thread does, for the sake of
+    // programs that are run without being trusted. LOG: the audit log names what was refused.
+    let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW | libc::SECCOMP_FILTER_FLAG_LOG;
+    let set = libc::SECCOMP_SET_MODE_FILTER;
+    // SAFETY: the kernel copies the instructions, which outlive the call.
+    let rc = unsafe { libc::syscall(libc::SYS_seccomp, set, flags, &raw const program) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests;

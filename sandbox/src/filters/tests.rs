@@ -1,0 +1,217 @@
+//! Each kind of thread tries what it must not. A call that a program refuses gives EPERM; one that
+//! it lets through gives what the kernel says of arguments that make no sense.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::thread;
+use std::time::Duration;
+
+use super::calls::{self, Call};
+use super::*;
+use crate::capabilities;
+
+/// Numbers of calls there are, and some more.
+const NUMBERS: std::ops::Range<i64> = 0..500;
+
+/// `uretprobe` and `uprobe` of x86-64: the kernel asks no program about them, and ends who calls them
+/// from anywhere but its own probes.
+const NOT_ASKED_ABOUT: [i64; 2] = [335, 336];
+
+/// What `f` gives on a thread with these programs.
+fn with<R: Send>(programs: &[&BpfProgram], f: impl FnOnce() -> R + Send) -> R {
+    let confined = || {
+        capabilities::no_new_privileges().unwrap();
+        programs.iter().for_each(|program| install(program).unwrap());
+        f()
+    };
+    thread::scope(|scope| scope.spawn(confined).join()).unwrap()
+}
+
+fn process(programs: &Programs) -> Vec<&BpfProgram> {
+    programs.process.iter().collect()
+}
+
+fn control(programs: &Programs) -> Vec<&BpfProgram> {
+    [process(programs), vec![&programs.no_code]].concat()
+}
+
+fn worker(programs: &Programs) -> Vec<&BpfProgram> {
+    [control(programs), vec![&programs.worker]].concat()
+}
+
+fn reactor(programs: &Programs) -> Vec<&BpfProgram> {
+    [worker(programs), vec![&programs.reactor]].concat()
+}
+
+/// The errno of a call, 0 if it succeeds.
+fn errno(number: i64, arguments: [u64; 4]) -> i32 {
+    let [a, b, c, d] = arguments;
+    // SAFETY: callers give arguments that name no memory, or calls that the programs refuse.
+    let rc = unsafe { libc::syscall(number, a, b, c, d, 0, 0) };
+    if rc >= 0 { 0 } else { io::Error::last_os_error().raw_os_error().unwrap() }
+}
+
+fn refused(number: i64, arguments: [u64; 4]) -> bool {
+    errno(number, arguments) == libc::EPERM
+}
+
+/// The calls of `NUMBERS` on none of the lists, nor among those that end the process, that are
+/// let through with arguments that are all zero.
+fn let_through(lists: &[&[Call]]) -> Vec<i64> {
+    let listed: BTreeSet<i64> =
+        lists.iter().chain(&[calls::INTRUDER]).flat_map(|list| list.iter()).map(|c| c.0).collect();
+    let tried = NUMBERS.filter(|n| !listed.contains(n) && !NOT_ASKED_ABOUT.contains(n));
+    tried.filter(|n| !refused(*n, [0; 4])).collect()
+}
+
+#[test]
+fn what_is_on_no_list_is_refused() {
+    let programs = Programs::compile().unwrap();
+    let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL];
+    assert_eq!(with(&process(&programs), || let_through(&lists)), [] as [i64; 0]);
+    let lists = [calls::LIBC, calls::REACTOR];
+    assert_eq!(with(&reactor(&programs), || let_through(&lists)), [] as [i64; 0]);
+    let lists = [calls::LIBC, calls::THREADS, calls::OPENER];
+    let opener: Vec<_> = programs.opener.iter().collect();
+    assert_eq!(with(&opener, || let_through(&lists)), [] as [i64; 0]);
+}
+
+#[test]
+fn a_reactor_opens_nothing_connects_nowhere_and_starts_nothing() {
+    let programs = Programs::compile().unwrap();
+    with(&reactor(&programs), || {
+        for number in [
+            libc::SYS_openat,
+            libc::SYS_read,
+            libc::SYS_unlinkat,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_sendmsg,
+            libc::SYS_recvmsg,
+            libc::SYS_memfd_create,
+            libc::SYS_ioctl,
+            libc::SYS_fcntl,
+            libc::SYS_kill,
+            libc::SYS_clone,
+            libc::SYS_prctl,
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
+            libc::SYS_seccomp,
+        ] {
+            assert!(refused(number, [0; 4]), "{number}");
+        }
+        assert!(thread::Builder::new().spawn(|| ()).is_err());
+        assert!(std::fs::File::open("/proc/self/status").is_err());
+    });
+}
+
+#[test]
+fn a_reactor_does_its_work_allocates_and_ends() {
+    let programs = Programs::compile().unwrap();
+    let no_fd = u64::MAX;
+    with(&reactor(&programs), || {
+        assert_eq!(errno(libc::SYS_io_uring_enter, [no_fd, 0, 0, 0]), libc::EBADF);
+        assert_eq!(errno(libc::SYS_write, [no_fd, 0, 0, 0]), libc::EBADF);
+        assert!(!refused(libc::SYS_epoll_pwait2, [no_fd, 0, 1, 0]));
+        assert!(!refused(libc::SYS_epoll_pwait, [no_fd, 0, 1, 0]));
+        // Large enough to be a mapping of its own, which grows and goes.
+        let mut memory = vec![1_u8; 1 << 20];
+        memory.resize(8 << 20, 1);
+        drop(memory);
+        thread::park_timeout(Duration::from_nanos(1));
+        thread::sleep(Duration::from_nanos(1));
+        thread::yield_now();
+    });
+}
+
+#[test]
+fn no_thread_makes_memory_executable() {
+    let programs = Programs::compile().unwrap();
+    let page = 4096;
+    let (rw, rwx) = (libc::PROT_READ | libc::PROT_WRITE, libc::PROT_EXEC | libc::PROT_WRITE);
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    for thread in [control(&programs), worker(&programs), reactor(&programs)] {
+        with(&thread, || {
+            assert!(refused(libc::SYS_mmap, [0, page, rwx as u64, flags]));
+            assert!(refused(libc::SYS_mprotect, [0, page, libc::PROT_EXEC as u64, 0]));
+            assert!(refused(libc::SYS_pkey_mprotect, [0, page, libc::PROT_EXEC as u64, 0]));
+            assert_eq!(errno(libc::SYS_mmap, [0, page, rw as u64, flags]), 0);
+        });
+    }
+}
+
+#[test]
+fn workers_make_no_sockets_remove_no_files_and_send_no_signals() {
+    let programs = Programs::compile().unwrap();
+    let no_fd = u64::MAX;
+    with(&worker(&programs), || {
+        for (number, _) in calls::NOT_A_WORKERS {
+            assert!(refused(*number, [no_fd; 4]), "{number}");
+        }
+        assert!(std::os::unix::net::UnixStream::connect("/nowhere").is_err());
+        assert_eq!(errno(libc::SYS_accept4, [no_fd, 0, 0, 0]), libc::EBADF);
+        assert_eq!(errno(libc::SYS_munmap, [0, 4096, 0, 0]), 0);
+        thread::spawn(|| ()).join().unwrap();
+        std::fs::File::open("/proc/self/status").unwrap();
+    });
+}
+
+#[test]
+fn the_process_signals_itself_only_and_speaks_to_no_network() {
+    let programs = Programs::compile().unwrap();
+    let (me, init) = (u64::from(std::process::id()), 1);
+    with(&control(&programs), || {
+        assert_eq!(errno(libc::SYS_kill, [me, 0, 0, 0]), 0);
+        assert!(refused(libc::SYS_kill, [init, 0, 0, 0]));
+        assert!(refused(libc::SYS_tgkill, [init, init, 0, 0]));
+        assert!(refused(libc::SYS_prlimit64, [init, 0, 0, 0]));
+        let stream = libc::SOCK_STREAM as u64;
+        for family in [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_PACKET] {
+            assert!(refused(libc::SYS_socket, [family as u64, stream, 0, 0]), "{family}");
+        }
+        assert_eq!(errno(libc::SYS_socket, [libc::AF_UNIX as u64, stream, 0, 0]), 0);
+        assert!(refused(libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0]));
+        assert!(!refused(libc::SYS_ioctl, [u64::MAX, libc::BLKSSZGET, 0, 0]));
+        // A process of its own, in two ways. `clone3` is not there.
+        assert!(refused(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0]));
+        assert_eq!(errno(libc::SYS_clone3, [0; 4]), libc::ENOSYS);
+        assert!(refused(libc::SYS_clone, [libc::CLONE_NEWUSER as u64, 0, 0, 0]));
+        thread::spawn(|| ()).join().unwrap();
+    });
+}
+
+#[test]
+fn what_only_an_intruder_calls_ends_the_process() {
+    let programs = Programs::compile().unwrap();
+    let opener: Vec<&BpfProgram> = programs.opener.iter().collect();
+    for (number, _) in calls::INTRUDER {
+        for programs in [process(&programs), opener.clone()] {
+            assert_eq!(signal_of(&programs, *number), Some(libc::SIGSYS), "{number}");
+        }
+    }
+    assert_eq!(signal_of(&process(&programs), libc::SYS_getuid), None);
+}
+
+/// The signal that ends a process with these programs that makes a call.
+fn signal_of(programs: &[&BpfProgram], number: i64) -> Option<i32> {
+    // SAFETY: the new process makes system calls only, as this one has threads.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        // No core dump: the system may keep those of processes that allow it.
+        // SAFETY: sets a flag of the process.
+        unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+        let installed = capabilities::no_new_privileges().is_ok()
+            && programs.iter().all(|program| install(program).is_ok());
+        if installed {
+            // SAFETY: if it is let through, arguments of zero do nothing.
+            unsafe { libc::syscall(number, 0, 0, 0, 0, 0, 0) };
+        }
+        // SAFETY: ends the new process.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: our own child, and a number of ours.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
+}

@@ -1,0 +1,273 @@
+//! The process that opens disks for the one that serves.
+//!
+//! A thread would not do: threads share memory, and whoever takes over one of them has the rights of
+//! all. So it is a process, forked while there is one thread, with a socket to it. A request is a
+//! path; with it goes the end of a socket of its own for the answer, so that requests need no
+//! numbers and none waits for another. Each is served by a thread, as opening can take for ever (a
+//! FUSE file system whose server hangs), and there are at most [`OPENS_MAX`] of them.
+//!
+//! It ends with the process that serves, whatever ends that: its socket is then at its end, and the
+//! kernel sends it SIGKILL. It takes no signal that is meant for both (Ctrl-C, the whole service),
+//! since requests may be under way.
+#![expect(unsafe_code, reason = "fork and what comes after it")]
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+
+use crate::filters::{self, Programs};
+use crate::{capabilities, paths};
+
+/// Requests under way at a time; more are refused. As many opens hang, and no more threads.
+const OPENS_MAX: usize = 64;
+
+/// Bytes of a request: how, and a path. The kernel takes no longer path.
+const REQUEST_MAX: usize = 1 + libc::PATH_MAX as usize;
+
+/// Stack of the thread that opens: it calls little.
+const STACK_BYTES: usize = 64 << 10;
+
+/// An answer that is no errno: neither a file nor a block device. 0 comes with the fd.
+const NOT_A_DISK: i32 = -1;
+
+/// Opens the files of disks.
+#[derive(Clone, Debug)]
+pub struct Opener(Option<Arc<OwnedFd>>);
+
+impl Opener {
+    /// One that opens in this process.
+    #[must_use]
+    pub fn in_process() -> Self {
+        Self(None)
+    }
+
+    /// Opens a file or block device as [`bdev::open_file`] does. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    /// As [`bdev::open_file`], and `Busy` while many other opens hang.
+    pub fn open(&self, path: &Path, readonly: bool) -> Result<File, bdev::Error> {
+        let Some(socket) = &self.0 else { return bdev::open_file(path, readonly) };
+        let system = |source| bdev::Error::System { what: path.display().to_string(), source };
+        if path.as_os_str().len() >= REQUEST_MAX {
+            return Err(system(io::Error::from_raw_os_error(libc::ENAMETOOLONG)));
+        }
+        let (code, file) = ask(socket.as_fd(), path, readonly).map_err(|e| {
+            let source = io::Error::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EIO));
+            let what = "the process that opens disks is gone; restart vhost to add disks";
+            bdev::Error::System { what: format!("{}: {what}", path.display()), source }
+        })?;
+        match (code, file) {
+            (0, Some(file)) => Ok(file.into()),
+            (libc::EBUSY, _) => {
+                let text = format!("{}: {OPENS_MAX} other files do not open", path.display());
+                Err(bdev::Error::Busy(text))
+            }
+            (NOT_A_DISK, _) => Err(bdev::not_a_disk(path)),
+            (code, _) => Err(system(io::Error::from_raw_os_error(code))),
+        }
+    }
+}
+
+/// Sends a request and waits for its answer.
+fn ask(socket: BorrowedFd<'_>, path: &Path, readonly: bool) -> io::Result<(i32, Option<OwnedFd>)> {
+    let (answers, theirs) = pair()?;
+    let request = [&[u8::from(readonly)], path.as_os_str().as_bytes()].concat();
+    send(socket, &request, Some(theirs.as_fd()))?;
+    // Else the end of the answers would never be seen.
+    drop(theirs);
+    let mut code = [0; 4];
+    let (len, file) = receive(answers.as_fd(), &mut code)?;
+    if len != code.len() {
+        return Err(io::Error::from_raw_os_error(libc::ECONNRESET));
+    }
+    Ok((i32::from_ne_bytes(code), file))
+}
+
+/// Forks the process that opens disks. `dirs`: see [`crate::Needs`]. Gives it and its id.
+///
+/// To be called while the process has one thread.
+///
+/// # Errors
+/// The reason: no process, or what it could not give up.
+pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32), String> {
+    let text = |e: io::Error| format!("cannot start the process that opens disks: {e}");
+    let (ours, theirs) = pair().map_err(text)?;
+    let parent = std::process::id();
+    // SAFETY: there is one thread, as the caller says, so that no lock is held in the new process.
+    let pid = unsafe { libc::fork() };
+    if pid < 0 {
+        return Err(text(io::Error::last_os_error()));
+    }
+    if pid == 0 {
+        drop(ours);
+        serve_or_tell(&theirs, parent, programs, dirs);
+        // SAFETY: ends the process at once: what its parent has at its end is not for it.
+        unsafe { libc::_exit(0) };
+    }
+    drop(theirs);
+    let mut said = [0; 512];
+    let (len, _) = receive(ours.as_fd(), &mut said).map_err(text)?;
+    // It says one byte of greeting, or why it ends.
+    match &said[..len] {
+        [0] => Ok((Opener(Some(Arc::new(ours))), pid.unsigned_abs())),
+        [] => Err(text(io::ErrorKind::UnexpectedEof.into())),
+        reason => Err(String::from_utf8_lossy(reason).into_owned()),
+    }
+}
+
+/// The life of the process that opens disks.
+fn serve_or_tell(socket: &OwnedFd, parent: u32, programs: &Programs, dirs: &[PathBuf]) {
+    let Ok(socket) = detach(socket.as_raw_fd(), parent) else { return };
+    match give_up(programs, dirs) {
+        Ok(()) => {
+            if send(socket.as_fd(), &[0], None).is_ok() {
+                serve(&socket);
+            }
+        }
+        Err(reason) => {
+            let _ = send(socket.as_fd(), reason.as_bytes(), None);
+        }
+    }
+}
+
+/// Makes the new process independent of what its parent has open and of the signals that it gets,
+/// and dependent on its life.
+fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
+    const SOCKET: i32 = 3;
+    let check = |rc: i32| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
+    // SAFETY: asks for a signal.
+    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+    // SAFETY: a query. It may have ended before the request.
+    if unsafe { libc::getppid() }.unsigned_abs() != parent {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
+    // SAFETY: a name that outlives the call.
+    check(unsafe { libc::prctl(libc::PR_SET_NAME, c"vhost-open".as_ptr()) })?;
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    // SAFETY: a path that outlives the call. Whoever waits for the end of our parent's output does
+    // not wait for us.
+    let null = check(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) })?;
+    // Out of the way of the numbers that are set next.
+    // SAFETY: fds of this process; nobody else uses the numbers.
+    let socket = check(unsafe { libc::fcntl(socket, libc::F_DUPFD_CLOEXEC, 16) })?;
+    for fd in 0..SOCKET {
+        // SAFETY: as above.
+        check(unsafe { libc::dup2(null, fd) })?;
+    }
+    // SAFETY: as above.
+    check(unsafe { libc::dup3(socket, SOCKET, libc::O_CLOEXEC) })?;
+    // SAFETY: nothing here refers to any of these any more. Kernels before 5.9 keep them open.
+    unsafe { libc::syscall(libc::SYS_close_range, SOCKET + 1, libc::c_uint::MAX, 0) };
+    // SAFETY: just made, and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(SOCKET) })
+}
+
+/// Keeps what opening needs. What the kernel cannot do the parent finds out for itself and tells.
+fn give_up(programs: &Programs, dirs: &[PathBuf]) -> Result<(), String> {
+    let _ = capabilities::no_new_privileges();
+    let _ = capabilities::keep(capabilities::OF_OPENER);
+    match paths::enter_opener(dirs) {
+        Err(reason) if !dirs.is_empty() => return Err(format!("--disk-dir: {reason}")),
+        _ => {}
+    }
+    for program in &programs.opener {
+        let _ = filters::install(program);
+    }
+    Ok(())
+}
+
+/// Serves requests until the other end is gone.
+fn serve(socket: &OwnedFd) {
+    let under_way = Arc::new(AtomicUsize::new(0));
+    let mut request = [0; REQUEST_MAX];
+    loop {
+        let Ok((len, answers)) = receive(socket.as_fd(), &mut request) else { return };
+        let [how, path @ ..] = &request[..len] else { return };
+        let Some(answers) = answers else { continue };
+        let (readonly, path) =
+            (*how != 0, PathBuf::from(std::ffi::OsString::from_vec(path.into())));
+        // Relaxed: only this thread adds, and a count that is too high for a moment does no harm.
+        if under_way.load(Ordering::Relaxed) >= OPENS_MAX {
+            answer(&answers, libc::EBUSY, None);
+            continue;
+        }
+        under_way.fetch_add(1, Ordering::Relaxed);
+        let counted = Counted(Arc::clone(&under_way));
+        let open = move || {
+            let _counted = counted;
+            match bdev::open_file(&path, readonly) {
+                Ok(file) => answer(&answers, 0, Some(file.as_fd())),
+                Err(bdev::Error::System { source, .. }) => {
+                    answer(&answers, source.raw_os_error().unwrap_or(libc::EIO), None);
+                }
+                Err(_) => answer(&answers, NOT_A_DISK, None),
+            }
+        };
+        // If there is no thread, the socket for the answer closes, which is one.
+        let _ = thread::Builder::new().stack_size(STACK_BYTES).spawn(open);
+    }
+}
+
+/// One that is under way.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn answer(answers: &OwnedFd, code: i32, file: Option<BorrowedFd<'_>>) {
+    // If nobody waits any more, nobody is told.
+    let _ = send(answers.as_fd(), &code.to_ne_bytes(), file);
+}
+
+/// Two ends of a socket that keeps messages apart.
+fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    Ok(rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None)?)
+}
+
+fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if let Some(fd) = &fd {
+        control.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(fd)));
+    }
+    rustix::io::retry_on_intr(|| {
+        rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)
+    })?;
+    Ok(())
+}
+
+/// Takes a message and the fd that came with it. 0 bytes: the other end is gone.
+fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        rustix::net::recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)
+    })?;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok((received.bytes, fd))
+}
+
+#[cfg(test)]
+mod tests;

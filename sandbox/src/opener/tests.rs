@@ -1,0 +1,180 @@
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::symlink;
+
+use super::*;
+
+/// The process that opens, for a test.
+struct Helper {
+    opener: Opener,
+    pid: i32,
+}
+
+impl Helper {
+    /// The test has a thread besides this one. It holds no lock that the new process needs: it
+    /// waits for this one.
+    fn start(dirs: &[PathBuf]) -> Self {
+        let (opener, pid) = fork(&Programs::compile().unwrap(), dirs).unwrap();
+        Self { opener, pid: pid as i32 }
+    }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.opener.0.as_ref().unwrap().as_fd()
+    }
+
+    /// Waits for its end: the signal that ended it.
+    fn wait(&self) -> Option<i32> {
+        let mut status = 0;
+        // SAFETY: our own child, and a number of ours.
+        assert_eq!(unsafe { libc::waitpid(self.pid, &raw mut status, 0) }, self.pid);
+        libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: our own child, which has not been waited for.
+        assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
+    }
+}
+
+fn file(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    fs::write(&path, [7; 4096]).unwrap();
+    path
+}
+
+fn errno(result: Result<File, bdev::Error>) -> i32 {
+    result.map(|_| ()).unwrap_err().errno()
+}
+
+#[test]
+fn files_are_opened_as_they_are_without_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "disk");
+    let link = dir.path().join("link");
+    symlink(&path, &link).unwrap();
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let helper = Helper::start(&[]);
+    for opener in [Opener::in_process(), helper.opener.clone()] {
+        let flags = |file: &File| {
+            // SAFETY: asks for the flags of an open file.
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) & libc::O_ACCMODE }
+        };
+        assert_eq!(flags(&opener.open(&path, false).unwrap()), libc::O_RDWR);
+        assert_eq!(flags(&opener.open(&link, true).unwrap()), libc::O_RDONLY);
+        assert_eq!(errno(opener.open(&dir.path().join("none"), false)), libc::ENOENT);
+        assert_eq!(errno(opener.open(dir.path(), false)), libc::EISDIR);
+        assert_eq!(errno(opener.open(Path::new(""), false)), libc::ENOENT);
+        assert_eq!(errno(opener.open(Path::new(&"x".repeat(300)), false)), libc::ENAMETOOLONG);
+        assert_eq!(errno(opener.open(Path::new(&"x".repeat(5000)), false)), libc::ENAMETOOLONG);
+        let e = opener.open(&socket, false).unwrap_err();
+        assert!(e.to_string().ends_with("socket: neither a file nor a block device"), "{e}");
+        assert!(matches!(e, bdev::Error::Invalid(_)));
+    }
+    // The fd has all that one has which was opened here.
+    let mut disk = helper.opener.open(&path, false).unwrap();
+    // SAFETY: sets flags of an open file: no alignment is wanted.
+    unsafe { libc::fcntl(disk.as_raw_fd(), libc::F_SETFL, 0) };
+    disk.write_all(b"new").unwrap();
+    let mut rest = vec![];
+    disk.read_to_end(&mut rest).unwrap();
+    assert_eq!((&fs::read(&path).unwrap()[..4], rest.len()), (&b"new\x07"[..], 4093));
+}
+
+#[test]
+fn with_directories_nothing_outside_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let [inside, outside] = ["in", "out"].map(|name| {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        dir.path().join(name)
+    });
+    let (disk, secret) = (file(&inside, "disk"), file(&outside, "secret"));
+    let link = inside.join("link");
+    symlink(&secret, &link).unwrap();
+    let helper = Helper::start(std::slice::from_ref(&inside));
+    helper.opener.open(&disk, false).unwrap();
+    for path in [&secret, &link, &inside.join("../out/secret")] {
+        assert_eq!(errno(helper.opener.open(path, true)), libc::EACCES, "{}", path.display());
+    }
+    let programs = Programs::compile().unwrap();
+    let refusal = fork(&programs, &[inside, dir.path().join("none")]).unwrap_err();
+    assert!(refusal.contains("--disk-dir") && refusal.contains("none"), "{refusal}");
+}
+
+#[test]
+fn it_ends_with_the_last_socket_and_takes_no_signal_that_is_meant_for_both() {
+    let helper = Helper::start(&[]);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        helper.signal(signal);
+    }
+    assert_eq!(errno(helper.opener.open(Path::new("/"), false)), libc::EISDIR, "it lives");
+    let Helper { opener, pid } = helper;
+    drop(opener);
+    assert_eq!(Helper { opener: Opener::in_process(), pid }.wait(), None);
+}
+
+#[test]
+fn when_it_is_gone_whoever_asks_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "disk");
+    let helper = Helper::start(&[]);
+    helper.signal(libc::SIGKILL);
+    assert_eq!(helper.wait(), Some(libc::SIGKILL));
+    let e = helper.opener.open(&path, false).unwrap_err();
+    assert!(e.to_string().contains("restart vhost to add disks"), "{e}");
+}
+
+/// A lease makes others wait in `open` until it is given back.
+#[test]
+fn opens_that_hang_hold_up_no_other_and_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (hangs, path) = (file(dir.path(), "hangs"), file(dir.path(), "disk"));
+    let lease = File::options().read(true).write(true).open(&hangs).unwrap();
+    // SAFETY: no handler is involved. The kernel says by this signal that somebody waits.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    let set_lease = |kind: i32| {
+        // SAFETY: on a file of ours.
+        assert_eq!(unsafe { libc::fcntl(lease.as_raw_fd(), libc::F_SETLEASE, kind) }, 0);
+    };
+    set_lease(libc::F_WRLCK);
+    let request = [&[0], hangs.as_os_str().as_bytes()].concat();
+    let ask_only = |helper: &Helper| {
+        let (answers, theirs) = pair().unwrap();
+        send(helper.socket(), &request, Some(theirs.as_fd())).unwrap();
+        answers
+    };
+    let mut code = [0; 4];
+    let mut is_opened = |answers: &OwnedFd| {
+        let (len, file) = receive(answers.as_fd(), &mut code).unwrap();
+        len == 4 && i32::from_ne_bytes(code) == 0 && file.is_some()
+    };
+    let helper = Helper::start(&[]);
+    let one = ask_only(&helper);
+    helper.opener.open(&path, false).unwrap();
+
+    let full = Helper::start(&[]);
+    let all: Vec<OwnedFd> = (0..OPENS_MAX).map(|_| ask_only(&full)).collect();
+    // Requests are taken in their order.
+    let refusal = full.opener.open(&path, false).unwrap_err();
+    assert!(matches!(refusal, bdev::Error::Busy(_)), "{refusal}");
+    helper.opener.open(&path, false).unwrap();
+
+    set_lease(libc::F_UNLCK);
+    assert!(is_opened(&one));
+    assert!(all.iter().all(is_opened));
+}
+
+#[test]
+fn a_request_that_is_none_does_no_harm() {
+    let helper = Helper::start(&[]);
+    send(helper.socket(), b"no answer wanted", None).unwrap();
+    let (answers, theirs) = pair().unwrap();
+    send(helper.socket(), &[0], Some(theirs.as_fd())).unwrap();
+    drop(theirs);
+    let mut code = [0; 4];
+    let (len, file) = receive(answers.as_fd(), &mut code).unwrap();
+    assert_eq!((len, i32::from_ne_bytes(code), file.is_none()), (4, libc::ENOENT, true));
+    let e = helper.opener.open(Path::new("/x\0y"), false).unwrap_err();
+    let bdev::Error::System { source, .. } = e else { panic!("{e}") };
+    assert_ne!(source.kind(), ErrorKind::NotConnected);
+}

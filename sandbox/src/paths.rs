@@ -1,0 +1,119 @@
+//! Landlock: the files and sockets that the process still reaches by name.
+//!
+//! A domain covers the thread that enters it and the threads that it starts, so it is entered while
+//! there is one thread. It is about opening: what is open already, and fds that others send, stay
+//! as they were opened. All of TCP is refused, and so are abstract sockets and signals to processes
+//! outside, as far as the kernel can.
+
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
+};
+
+use crate::Needs;
+
+/// The newest version whose refusals this program is tried with. Older kernels refuse less.
+const ABI_TRIED: ABI = ABI::V6;
+
+/// What a disk's file needs. Not `IoctlDev`: that is for the one who opens it, whose domain does not
+/// have it. Truncation is refused for good, on the fds too that the process sends on.
+const DISK: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | WriteFile});
+
+/// Libraries, time zones, what the kernel tells of the machine and of the process.
+const READ: &[&str] = &["/proc", "/sys", "/usr", "/lib", "/lib64", "/etc/ld.so.cache"];
+
+/// Files that are open to everybody.
+const DEVICES: &[&str] = &["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"];
+
+/// A path, and what may be done there and beneath it.
+type Grant = (PathBuf, BitFlags<AccessFs>);
+
+/// Enters the domain of the process that serves. Gives the paths that were to be granted and are
+/// not there.
+///
+/// # Errors
+/// The reason, if the kernel has no Landlock or refuses.
+pub(crate) fn enter(needs: &Needs) -> Result<Vec<PathBuf>, String> {
+    restrict(AccessFs::from_all(ABI_TRIED), &grants(needs))
+}
+
+/// Enters the domain of the process that opens disks: files and devices that are there, nothing
+/// else; with `dirs`, only what is beneath one of these.
+///
+/// # Errors
+/// The reason; also if one of `dirs` is not there.
+pub(crate) fn enter_opener(dirs: &[PathBuf]) -> Result<(), String> {
+    let all = AccessFs::from_all(ABI_TRIED) & !BitFlags::from(AccessFs::IoctlDev);
+    if dirs.is_empty() {
+        return restrict(all & !DISK, &[]).map(drop);
+    }
+    let grants: Vec<Grant> = dirs.iter().map(|dir| (dir.clone(), DISK)).collect();
+    match restrict(all, &grants)?.first() {
+        Some(missing) => Err(format!("{} does not exist", missing.display())),
+        None => Ok(()),
+    }
+}
+
+fn grants(needs: &Needs) -> Vec<Grant> {
+    let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
+    let listen = make_bitflags!(AccessFs::{MakeSock | RemoveFile});
+    let lock = make_bitflags!(AccessFs::{MakeReg | ReadFile | WriteFile});
+    let private = make_bitflags!(AccessFs::{MakeDir | RemoveDir | ReadDir});
+    let mut grants: Vec<Grant> = READ.iter().map(|path| (path.into(), read)).collect();
+    grants.extend(DEVICES.iter().map(|path| (path.into(), DISK)));
+    // For the times of log lines; mostly a link to beneath /usr.
+    grants.push(("/etc/localtime".into(), AccessFs::ReadFile.into()));
+    // A thread's name is set by whoever starts it, through a file.
+    grants.push(("/proc/self/task".into(), AccessFs::WriteFile.into()));
+    grants.push((needs.socket_dir.clone(), listen));
+    grants.push((needs.private_dir.clone(), listen | private));
+    if let Some(socket) = &needs.rpc_socket {
+        grants.push((parent(socket), listen | lock));
+    }
+    grants.extend(needs.config.iter().map(|path| (path.clone(), AccessFs::ReadFile.into())));
+    grants.extend(needs.removes_in.iter().map(|dir| (dir.clone(), AccessFs::RemoveFile.into())));
+    grants
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+        _ => ".".into(),
+    }
+}
+
+/// Refuses `handled` everywhere but where it is granted. Gives the paths that are not there.
+fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf>, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let mut missing = vec![];
+    let mut ruleset = Ruleset::default()
+        .handle_access(handled)
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(ABI_TRIED)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(ABI_TRIED)))
+        .and_then(Ruleset::create)
+        .map_err(|e| text(&e))?
+        .set_compatibility(landlock::CompatLevel::BestEffort);
+    for (path, access) in grants {
+        let Ok(fd) = PathFd::new(path) else {
+            missing.push(path.clone());
+            continue;
+        };
+        // Of a file only what files have. What is in no file tree, a pipe, needs no grant.
+        let is_dir = path.is_dir();
+        let access = if is_dir { *access } else { *access & AccessFs::from_file(ABI_TRIED) };
+        let added = (&mut ruleset).add_rule(PathBeneath::new(fd, access));
+        if is_dir {
+            added.map_err(|e| text(&e))?;
+        }
+    }
+    let status = ruleset.restrict_self().map_err(|e| text(&e))?;
+    if status.ruleset == RulesetStatus::NotEnforced {
+        return Err("the kernel has no Landlock, or it is turned off".into());
+    }
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests;

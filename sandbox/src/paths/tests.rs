@@ -1,0 +1,111 @@
+use std::fs::{self, File};
+use std::io::ErrorKind::PermissionDenied;
+use std::net::{TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+
+use super::*;
+
+/// Runs `f` on a thread of its own, which enters a domain there.
+fn on_thread(f: impl FnOnce() + Send) {
+    std::thread::scope(|scope| scope.spawn(f).join()).unwrap();
+}
+
+#[track_caller]
+fn denied<T>(result: std::io::Result<T>) {
+    assert_eq!(result.err().expect("it is denied").kind(), PermissionDenied);
+}
+
+fn make_dirs(root: &Path, names: &[&str]) {
+    names.iter().for_each(|name| fs::create_dir(root.join(name)).unwrap());
+}
+
+#[test]
+fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    make_dirs(dir.path(), &["sockets", "rpc", "private", "locks", "other"]);
+    for name in ["config", "locks/lock", "other/file", "sockets/file"] {
+        fs::write(at(name), "text").unwrap();
+    }
+    let outside = UnixListener::bind(at("other/socket")).unwrap();
+    let needs = Needs {
+        socket_dir: at("sockets"),
+        rpc_socket: Some(at("rpc/sock")),
+        private_dir: at("private"),
+        config: Some(at("config")),
+        removes_in: Some(at("locks")),
+        disk_dirs: vec![],
+    };
+    on_thread(|| {
+        let absent = enter(&needs).expect("this kernel has Landlock");
+        assert!(absent.iter().all(|path| READ.contains(&path.to_str().unwrap())), "{absent:?}");
+        // What it needs.
+        drop(UnixListener::bind(at("sockets/vhost.0")).unwrap());
+        fs::remove_file(at("sockets/vhost.0")).unwrap();
+        drop(UnixListener::bind(at("rpc/sock")).unwrap());
+        let mut lock = File::options();
+        lock.read(true).write(true).create(true).truncate(false);
+        lock.open(at("rpc/sock.lock")).unwrap();
+        fs::remove_file(at("rpc/sock.lock")).unwrap();
+        fs::create_dir(at("private/vhost-1")).unwrap();
+        drop(UnixListener::bind(at("private/vhost-1/anchor")).unwrap());
+        fs::remove_dir_all(at("private/vhost-1")).unwrap();
+        fs::remove_file(at("locks/lock")).unwrap();
+        assert_eq!(fs::read(at("config")).unwrap(), b"text");
+        fs::read("/proc/self/status").unwrap();
+        fs::write("/dev/null", "text").unwrap();
+        let named = std::thread::Builder::new().name("named".into());
+        named.spawn(|| ()).unwrap().join().unwrap();
+        UnixStream::connect(at("other/socket")).unwrap();
+        // What it does not.
+        denied(fs::read(at("other/file")));
+        denied(fs::write(at("other/file"), ""));
+        denied(fs::read_dir(at("other")));
+        denied(fs::remove_file(at("other/file")));
+        denied(fs::write(at("config"), ""));
+        denied(fs::read(at("sockets/file")));
+        denied(fs::write(at("sockets/new"), ""));
+        denied(lock.open(at("locks/lock")));
+        denied(fs::create_dir(at("sockets/dir")));
+        denied(UnixListener::bind(at("other/new")));
+        denied(fs::read("/etc/passwd"));
+        denied(File::options().write(true).open("/proc/sys/kernel/core_pattern"));
+        denied(TcpListener::bind("127.0.0.1:0"));
+        denied(TcpStream::connect("127.0.0.1:1"));
+    });
+    drop(outside);
+}
+
+#[test]
+fn abstract_sockets_of_others_and_signals_to_them_are_out_of_reach() {
+    let name = SocketAddr::from_abstract_name(format!("sandbox-{}", std::process::id())).unwrap();
+    let _outside = UnixListener::bind_addr(&name).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    on_thread(|| {
+        enter_opener(&[dir.path().into()]).unwrap();
+        denied(UnixStream::connect_addr(&name));
+    });
+    UnixStream::connect_addr(&name).unwrap();
+}
+
+#[test]
+fn the_opener_opens_and_does_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "text").unwrap();
+    for dirs in [vec![], vec![dir.path().to_owned()]] {
+        on_thread(|| {
+            enter_opener(&dirs).unwrap();
+            let opened = File::options().read(true).write(true).open(&file).unwrap();
+            denied(opened.set_len(1));
+            denied(fs::write(&file, ""));
+            denied(fs::write(dir.path().join("new"), ""));
+            denied(fs::remove_file(&file));
+            denied(fs::read_dir(dir.path()));
+            denied(fs::rename(&file, dir.path().join("new")));
+            denied(TcpStream::connect("127.0.0.1:1"));
+            assert_eq!(fs::read("/etc/passwd").is_ok(), dirs.is_empty());
+        });
+    }
+}
