@@ -11,7 +11,7 @@
 //! | | for all threads | besides |
 //! |---|---|---|
 //! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE is kept | reactors and workers: none |
-//! | Landlock | files by name but in `-S`, the RPC socket's directory, a private one, `/proc`, `/sys`, libraries; TCP; abstract sockets of and signals to others | |
+//! | Landlock | files by name but in `-S`, the RPC socket's directory, `/proc`, `/sys`, libraries; TCP; abstract sockets of and signals to others | |
 //! | seccomp | all but a list; other programs, processes, namespaces, identities: the process ends | [`Thread`] |
 //! | io_uring | | the rings that a reactor enters do I/O on their own disk and nothing else (`bdev`), or nothing at all (a guest's call) |
 //!
@@ -51,8 +51,8 @@ pub struct Needs {
     pub socket_dir: PathBuf,
     /// The RPC socket, with its lock beside it.
     pub rpc_socket: Option<PathBuf>,
-    /// Where the process makes a directory of its own for a socket.
-    pub private_dir: PathBuf,
+    /// A directory of the process's own, in which it makes a socket, and which it then removes.
+    pub private_dir: Option<PathBuf>,
     /// The configuration, which is read later.
     pub config: Option<PathBuf>,
     /// A directory in which files that are there are removed at the end.
@@ -184,6 +184,6 @@ impl Sandbox {
 impl Needs {
     /// Whether a path is one of these, and not one that every process needs.
     fn names(&self, path: &PathBuf) -> bool {
-        *path == self.socket_dir || *path == self.private_dir || self.config.as_ref() == Some(path)
+        *path == self.socket_dir || self.config.as_ref() == Some(path)
     }
 }

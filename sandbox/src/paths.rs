@@ -60,7 +60,6 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
     let listen = make_bitflags!(AccessFs::{MakeSock | RemoveFile});
     let lock = make_bitflags!(AccessFs::{MakeReg | ReadFile | WriteFile});
-    let private = make_bitflags!(AccessFs::{MakeDir | RemoveDir | ReadDir});
     let mut grants: Vec<Grant> = READ.iter().map(|path| (path.into(), read)).collect();
     grants.extend(DEVICES.iter().map(|path| (path.into(), DISK)));
     // For the times of log lines; mostly a link to beneath /usr.
@@ -68,7 +67,10 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     // A thread's name is set by whoever starts it, through a file.
     grants.push(("/proc/self/task".into(), AccessFs::WriteFile.into()));
     grants.push((needs.socket_dir.clone(), listen));
-    grants.push((needs.private_dir.clone(), listen | private));
+    if let Some(dir) = &needs.private_dir {
+        grants.push((dir.clone(), listen | AccessFs::ReadDir));
+        grants.push((parent(dir), AccessFs::RemoveDir.into()));
+    }
     if let Some(socket) = &needs.rpc_socket {
         grants.push((parent(socket), listen | lock));
     }

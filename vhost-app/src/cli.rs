@@ -74,8 +74,23 @@ pub(crate) struct Options {
     pub(crate) silence_noticelog: bool,
     /// How long a front end that stops a ring waits for its I/O before its connection is ended.
     pub(crate) drain_limit: Duration,
+    /// What is given up at the start (`--sandbox`, `--no-sandbox`).
+    pub(crate) sandbox: SandboxMode,
+    /// Where disks may be (`--disk-dir`); anywhere if there are none.
+    pub(crate) disk_dirs: Vec<PathBuf>,
     /// Options that were given and change nothing here, as SPDK spells them, for one log line.
     pub(crate) unused: Vec<&'static str>,
+}
+
+/// Whether the process gives up at its start what it does not need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SandboxMode {
+    /// Nothing.
+    Off,
+    /// What the kernel lets it.
+    Available,
+    /// All, or it does not start.
+    Required,
 }
 
 /// Why the program ends without starting.
@@ -216,6 +231,15 @@ struct Args {
     /// SPDK).
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
     drain_limit: u64,
+    /// Do not start unless the whole sandbox can be had [default: take what the kernel has].
+    #[arg(long, overrides_with = "no_sandbox")]
+    sandbox: bool,
+    /// Start without the sandbox: for libraries or kernels that it does not suit (not in SPDK).
+    #[arg(long, overrides_with = "sandbox")]
+    no_sandbox: bool,
+    /// Open disks beneath this directory only; repeatable, not with --no-sandbox (not in SPDK).
+    #[arg(long, value_name = "DIR", action = ArgAction::Append, allow_hyphen_values = true)]
+    disk_dir: Vec<String>,
     /// Accepted, no effect: memory channels.
     #[arg(short = 'n', long, value_name = "N", value_parser = number, allow_hyphen_values = true)]
     mem_channels: Option<u64>,
@@ -282,6 +306,9 @@ impl Args {
         if self.no_rpc_server && self.wait_for_rpc {
             return Err(Exit::failed("--wait-for-rpc needs an RPC server"));
         }
+        if self.no_sandbox && !self.disk_dir.is_empty() {
+            return Err(Exit::failed("--disk-dir needs the sandbox"));
+        }
         self.check_memory()?;
         let unused = self.unused();
         let (cores, lcores) = match (&self.cpumask, &self.lcores) {
@@ -333,6 +360,12 @@ impl Args {
             log_flags: self.logflag,
             silence_noticelog: self.silence_noticelog,
             drain_limit: Duration::from_secs(self.drain_limit),
+            sandbox: match (self.sandbox, self.no_sandbox) {
+                (_, true) => SandboxMode::Off,
+                (true, false) => SandboxMode::Required,
+                (false, false) => SandboxMode::Available,
+            },
+            disk_dirs: self.disk_dir.into_iter().map(PathBuf::from).collect(),
             unused,
         })
     }
@@ -451,6 +484,8 @@ fn pci_address(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn parse(line: &str) -> Result<Options, Exit> {
@@ -494,6 +529,8 @@ mod tests {
             log_flags: vec![],
             silence_noticelog: false,
             drain_limit: Duration::from_secs(30),
+            sandbox: SandboxMode::Available,
+            disk_dirs: vec![],
             unused: vec![],
         };
         assert_eq!(options, expected);
@@ -545,6 +582,11 @@ mod tests {
         assert_eq!(Options::parse(["vhost", "-S", ""]).unwrap().socket_dir, None);
         // Repeatable ones add up.
         assert_eq!(ok("-L vhost -L vhost_blk --logflag bdev").log_flags.len(), 3);
+        // --sandbox and --no-sandbox override each other.
+        assert_eq!(ok("--sandbox").sandbox, SandboxMode::Required);
+        assert_eq!(ok("--sandbox --no-sandbox").sandbox, SandboxMode::Off);
+        assert_eq!(ok("--no-sandbox --sandbox").sandbox, SandboxMode::Required);
+        assert_eq!(ok("--disk-dir /a --disk-dir b").disk_dirs, [Path::new("/a"), Path::new("b")]);
         // -r and --no-rpc-server override each other.
         assert_eq!(ok("-r x --no-rpc-server").rpc_socket, None);
         assert_eq!(ok("--no-rpc-server -r x").rpc_socket, Some("x".into()));
@@ -593,6 +635,7 @@ mod tests {
             "--no-huge -s 64 --huge-dir /x",
             "--no-huge -s 64 --iova-mode pa",
             "--iova-mode zz",
+            "--no-sandbox --disk-dir /x",
         ] {
             assert_eq!(code(line), 1, "{line}");
         }

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use bdev::Bdev;
 use closer::Stuck;
+use sandbox::{Sandbox, Thread};
+use tempfile::TempDir;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
@@ -54,20 +56,27 @@ enum Wait {
 }
 
 impl Control {
-    /// Starts the reactors and, once `eal` has brought DPDK up, the transport. Blocks.
+    /// Starts the reactors and, once `eal` has brought DPDK up, the transport, which uses and
+    /// removes `private_dir`. Blocks. The threads give up what `sandbox` says.
     pub(crate) fn start(
         cores: &[usize],
         mode: Mode,
         socket_dir: PathBuf,
+        sandbox: &Sandbox,
+        private_dir: TempDir,
         eal: impl FnOnce() -> Result<(), String>,
     ) -> Result<Self, String> {
         let changed = watch::Sender::new(());
         let hook = changed.clone();
         let cores: Vec<Core> = cores.iter().copied().map(Core).collect();
-        let target = Target::start(&cores, mode, Arc::new(move || hook.send_replace(())))
+        let (changes, of_reactor) = (Arc::new(move || hook.send_replace(())), sandbox.clone());
+        let on_start = Arc::new(move || of_reactor.narrow(Thread::Reactor));
+        let target = on_worker(sandbox, || Target::start_with(&cores, mode, changes, on_start))
             .map_err(|e| format!("cannot start the reactors: {e}"))?;
         eal()?;
-        let transport = DpdkTransport::start(&target)
+        let of_front_ends = sandbox.clone();
+        let on_thread = Arc::new(move || of_front_ends.narrow(Thread::Worker));
+        let transport = DpdkTransport::start(&target, private_dir, on_thread)
             .map_err(|e| format!("cannot start the vhost-user transport: {e}"))?;
         let dpdk = DpdkThread::start(transport).map_err(|e| e.to_string())?;
         Ok(Self { target, dpdk, changed, socket_dir })
@@ -293,6 +302,17 @@ impl DpdkThread {
         }
         result.await.expect("the DPDK thread ends only with the process")
     }
+}
+
+/// Calls `start` on a thread that has given up what workers do without. The threads that it starts
+/// have given it up, too.
+fn on_worker<R: Send>(sandbox: &Sandbox, start: impl FnOnce() -> R + Send) -> R {
+    let starter = || {
+        sandbox.narrow(Thread::Worker);
+        start()
+    };
+    let result = thread::scope(|scope| scope.spawn(starter).join());
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The directory of `-S` as SPDK takes it: a prefix, relative to where the process was started.

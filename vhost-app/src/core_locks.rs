@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Where SPDK keeps them.
-const DIR: &str = "/var/tmp";
+pub(crate) const DIR: &str = "/var/tmp";
 
 /// Locked cores. Dropping it removes the files; the end of the process releases the locks.
 #[derive(Debug, Default)]

@@ -1,8 +1,8 @@
 //! `vhost`: serves block devices to virtual machines over vhost-user sockets, in place of SPDK's.
 //!
-//! The start, in order: options, log, process id file, signals, core locks, EAL on a thread of its
-//! own while the reactors start, the configuration's first pass, the RPC socket, initialisation,
-//! the second pass. From then on the control thread serves RPCs until a signal comes.
+//! The start, in order: options; what comes before the second thread (`prepare`); log, signals, EAL
+//! on a thread of its own while the reactors start, the configuration's first pass, the RPC socket,
+//! initialisation, the second pass. From then on the control thread serves RPCs until a signal comes.
 
 mod bdevs;
 mod cli;
@@ -14,17 +14,19 @@ mod io_errors;
 mod lived;
 mod logging;
 mod methods;
+mod prepare;
 mod process;
 
 use std::cell::RefCell;
 use std::convert::Infallible;
-use std::fs;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use rpc::{Phase, Registry, Server};
+use sandbox::{Sandbox, Thread};
+use tempfile::TempDir;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{debug, error, info, warn};
@@ -33,10 +35,10 @@ use vhost_blk::Mode;
 use cli::Options;
 use config_file::ConfigFile;
 use control::Control;
-use core_locks::CoreLocks;
-use dpdk::eal::{EalInfo, EalOptions, EalStart, housekeeping_cpus};
+use dpdk::eal::{EalInfo, EalOptions, EalStart};
 use io_errors::IoErrors;
 use methods::{App, Startup};
+use prepare::Prepared;
 
 /// How long the end may take, should a part of it hang: [`Control::shut_down`] waits 2 s for I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
@@ -55,9 +57,10 @@ fn main() {
             std::process::exit(exit.code.into());
         }
     };
+    let prepared = Prepared::new(&options);
     let log = logging::Log::new();
     let code = match start_log(&log, &options) {
-        Ok(()) => run(&options, &log),
+        Ok(()) => run(&options, prepared, &log),
         Err(e) => {
             eprintln!("{e}");
             1
@@ -84,23 +87,24 @@ fn start_log(log: &logging::Log, options: &Options) -> Result<(), String> {
 }
 
 /// Everything between the log and the exit code. Returns only if the start fails early.
-fn run(options: &Options, log: &logging::Log) -> Failure {
-    match start(options, log) {
+fn run(options: &Options, prepared: Prepared, log: &logging::Log) -> Failure {
+    match start(options, prepared, log) {
         Ok(never) => match never {},
         Err(code) => code,
     }
 }
 
-fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
+fn start(options: &Options, prepared: Prepared, log: &logging::Log) -> Result<Infallible, Failure> {
     let failed = |e: &dyn std::fmt::Display| {
         error!("{e}");
         1
     };
     info!("Starting {} / {} initialization...", cli::VERSION, process::dpdk_version());
-    if let Some(path) = &options.pid_file {
-        fs::write(path, std::process::id().to_string())
-            .map_err(|e| failed(&format_args!("cannot write {}: {e}", path.display())))?;
+    prepared.pid_file.map_err(|e| failed(&e))?;
+    if let Err(e) = prepared.pinned {
+        warn!("{e}");
     }
+    let sandbox = prepare::report(prepared.sandbox, options).map_err(|e| failed(&e))?;
     if options.core_dump {
         process::allow_core_dumps();
     }
@@ -115,9 +119,11 @@ fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
         Signals::new().map_err(|e| failed(&format_args!("cannot take signals: {e}")))?
     };
     let cores = reactor_cores(options);
-    let locked = if options.cpumask_locks { &options.cores[..] } else { &[] };
-    let locks = CoreLocks::take(locked).map_err(|e| failed(&e))?;
-    let control = start_control(options, &cores).map_err(|e| failed(&e))?;
+    let locks = prepared.locks.map_err(|e| failed(&e))?;
+    let private_dir = prepared
+        .private_dir
+        .map_err(|e| failed(&format_args!("cannot make a directory for a private socket: {e}")))?;
+    let control = start_control(options, &cores, &sandbox, private_dir).map_err(|e| failed(&e))?;
     info!("Total cores available: {}", cores.len());
     for core in &cores {
         info!("Reactor started on core {core}");
@@ -127,7 +133,7 @@ fn start(options: &Options, log: &logging::Log) -> Result<Infallible, Failure> {
         Mode::Sleep { after_us: 0 } => info!("Reactors sleep whenever there is nothing to do"),
         Mode::Sleep { after_us } => info!("Reactors sleep after {after_us} us without work"),
     }
-    let app = Rc::new(App::new(Rc::clone(&control), log.clone()));
+    let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener()));
     let mut registry = Registry::new();
     methods::register(&mut registry, &app);
     if let Some(names) = &options.rpcs_allowed {
@@ -167,26 +173,28 @@ fn reactor_cores(options: &Options) -> Vec<usize> {
     cpus
 }
 
-fn start_control(options: &Options, cores: &[usize]) -> Result<Rc<Control>, String> {
+fn start_control(
+    options: &Options,
+    cores: &[usize],
+    sandbox: &Sandbox,
+    private_dir: TempDir,
+) -> Result<Rc<Control>, String> {
     let eal = EalStart::spawn(EalOptions {
         reactor_cores: cores.to_vec(),
         no_huge: options.no_huge,
         mem_mb: options.mem_size_mib.map(u64::from),
         extra_args: vec![],
     });
-    // From here on, so that all other threads begin away from the reactors too.
-    if let Ok(cpus) = housekeeping_cpus(cores)
-        && let Err(e) = process::pin_to(&cpus)
-    {
-        warn!("cannot keep to CPUs {cpus:?}: {e}");
-    }
+    // EAL may load libraries. Nobody else does.
+    sandbox.narrow(Thread::Control);
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let wait = || {
         let EalInfo { version, memory, housekeeping } = eal.wait().map_err(|e| e.to_string())?;
         debug!("{version} is up on CPUs {housekeeping:?} with {memory:?}");
         Ok(())
     };
-    let control = Control::start(cores, options.reactor_mode, socket_dir, wait)?;
+    let control =
+        Control::start(cores, options.reactor_mode, socket_dir, sandbox, private_dir, wait)?;
     control.target().set_drain_limit(options.drain_limit);
     Ok(Rc::new(control))
 }

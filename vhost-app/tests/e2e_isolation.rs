@@ -55,18 +55,20 @@ fn slow_munmap(dir: &Path) -> PathBuf {
 
 /// The seed's own case: B is shut down and its memory takes four seconds to unmap.
 fn a_slow_unmap_holds_up_nobody(form: Form) {
-    let dir = tempfile::tempdir().unwrap();
-    let library = slow_munmap(dir.path());
-    let launch = form.launch().env("LD_PRELOAD", library.to_str().unwrap());
-    let vhost = form.start_as(launch.env("SLOW_MUNMAP", dir.path().to_str().unwrap()));
+    let launch = form.launch();
+    // The sandbox lets files be renamed where the RPC socket is.
+    let dir = launch.dir().to_owned();
+    let library = slow_munmap(&dir);
+    let launch = launch.env("LD_PRELOAD", library.to_str().unwrap());
+    let vhost = form.start_as(launch.env("SLOW_MUNMAP", dir.to_str().unwrap()));
     let a = vhost.neighbour();
     let mut b = vhost.vm(&vhost.malloc_controller("b", "MB"));
     b.goes_on();
     a.goes_on();
     b.stop_loads();
 
-    let is = |name: &str| dir.path().join(name).exists();
-    fs::write(dir.path().join("armed"), "").unwrap();
+    let is = |name: &str| dir.join(name).exists();
+    fs::write(dir.join("armed"), "").unwrap();
     b.front_end.disconnect().unwrap();
     wait_until("the slow unmap", || is("sleeping"));
 

@@ -36,6 +36,6 @@ pub mod target;
 pub mod transport;
 
 pub use controller::{ControllerInfo, ControllerSpec, QueueInfo, SessionInfo};
-pub use reactor::{Core, Mode, ReactorInfo};
+pub use reactor::{Core, Mode, OnStart, ReactorInfo};
 pub use target::{Error, Target};
 pub use transport::{ConnId, Connection, Transport, Verdict};

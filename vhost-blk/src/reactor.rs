@@ -49,6 +49,9 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Core(pub usize);
 
+/// What a thread does before its work.
+pub type OnStart = Arc<dyn Fn() + Send + Sync>;
+
 /// Events that reactors can have on the way to the control side; more wait in their queues.
 const EVENTS_MAX: usize = 1024;
 
@@ -178,7 +181,7 @@ impl Reactor {
         })
     }
 
-    /// Starts a reactor on `core`.
+    /// Starts a reactor on `core`. `on_start` is called on its thread before its first turn.
     ///
     /// # Errors
     /// The core does not exist, or may not be used, or the system has no thread to give.
@@ -187,6 +190,7 @@ impl Reactor {
         domain: &Arc<Domain>,
         events: &Arc<Events>,
         mode: Mode,
+        on_start: OnStart,
     ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
         let reactor = Arc::new(Self::new(core, domain, mode)?);
         let reader =
@@ -201,6 +205,7 @@ impl Reactor {
                 let ok = pinned.is_ok();
                 let _ = result_in.send(pinned);
                 if ok {
+                    on_start();
                     running.run(reader, &events);
                 }
             })?;

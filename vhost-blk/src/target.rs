@@ -27,7 +27,7 @@ use crate::controller::{Controller, ControllerId};
 use crate::notify::KickFd;
 use crate::protocol;
 use crate::queue::{Queue, QueueId};
-use crate::reactor::{BellRope, Core, Events, Mode, Reactor, SteppedReactor};
+use crate::reactor::{BellRope, Core, Events, Mode, OnStart, Reactor, SteppedReactor};
 use crate::reclaim::{Reclaim, Unmapper};
 use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
@@ -239,12 +239,26 @@ impl Target {
         mode: Mode,
         changed: Arc<dyn Fn() + Send + Sync>,
     ) -> io::Result<Arc<Self>> {
+        Self::start_with(cores, mode, changed, Arc::new(|| {}))
+    }
+
+    /// As [`Target::start`]; each reactor's thread calls `on_start` before its first turn.
+    ///
+    /// # Errors
+    /// As [`Target::start`].
+    pub fn start_with(
+        cores: &[Core],
+        mode: Mode,
+        changed: Arc<dyn Fn() + Send + Sync>,
+        on_start: OnStart,
+    ) -> io::Result<Arc<Self>> {
         let domain = Domain::new(cores.len());
         let events = Arc::new(Events::new()?);
         let mut reactors = Vec::new();
         let mut threads = Vec::new();
         for core in cores {
-            let (reactor, thread) = Reactor::start(*core, &domain, &events, mode).map_err(|e| {
+            let started = Reactor::start(*core, &domain, &events, mode, Arc::clone(&on_start));
+            let (reactor, thread) = started.map_err(|e| {
                 let what = "does not exist or may not be used by this process";
                 io::Error::new(e.kind(), format!("core {} {what}: {e}", core.0))
             })?;

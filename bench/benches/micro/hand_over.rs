@@ -22,7 +22,7 @@ const DEPTH: u64 = 32;
 pub(crate) fn bench(c: &mut Criterion) {
     let mut guest = Guest::new(1, Form::DIRECT, &disks::null());
     let events = Arc::new(Events::new().unwrap());
-    let reactor = Reactor::start(REACTOR_CORE, &guest.domain, &events, Mode::Poll);
+    let reactor = Reactor::start(REACTOR_CORE, &guest.domain, &events, Mode::Poll, Arc::new(|| {}));
     let (Ok((reactor, thread)), Ok(())) = (reactor, pin(DRIVER_CORE)) else {
         println!("hand-over: skipped, as this process may not use cores 0 and 1");
         return;

@@ -17,14 +17,14 @@ fn denied<T>(result: std::io::Result<T>) {
 }
 
 fn make_dirs(root: &Path, names: &[&str]) {
-    names.iter().for_each(|name| fs::create_dir(root.join(name)).unwrap());
+    names.iter().for_each(|name| fs::create_dir_all(root.join(name)).unwrap());
 }
 
 #[test]
 fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    make_dirs(dir.path(), &["sockets", "rpc", "private", "locks", "other"]);
+    make_dirs(dir.path(), &["sockets", "rpc", "runtime/private", "locks", "other"]);
     for name in ["config", "locks/lock", "other/file", "sockets/file"] {
         fs::write(at(name), "text").unwrap();
     }
@@ -32,7 +32,7 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
     let needs = Needs {
         socket_dir: at("sockets"),
         rpc_socket: Some(at("rpc/sock")),
-        private_dir: at("private"),
+        private_dir: Some(at("runtime/private")),
         config: Some(at("config")),
         removes_in: Some(at("locks")),
         disk_dirs: vec![],
@@ -48,9 +48,8 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         lock.read(true).write(true).create(true).truncate(false);
         lock.open(at("rpc/sock.lock")).unwrap();
         fs::remove_file(at("rpc/sock.lock")).unwrap();
-        fs::create_dir(at("private/vhost-1")).unwrap();
-        drop(UnixListener::bind(at("private/vhost-1/anchor")).unwrap());
-        fs::remove_dir_all(at("private/vhost-1")).unwrap();
+        drop(UnixListener::bind(at("runtime/private/anchor")).unwrap());
+        fs::remove_dir_all(at("runtime/private")).unwrap();
         fs::remove_file(at("locks/lock")).unwrap();
         assert_eq!(fs::read(at("config")).unwrap(), b"text");
         fs::read("/proc/self/status").unwrap();
@@ -68,6 +67,7 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         denied(fs::write(at("sockets/new"), ""));
         denied(lock.open(at("locks/lock")));
         denied(fs::create_dir(at("sockets/dir")));
+        denied(UnixListener::bind(at("runtime/new")));
         denied(UnixListener::bind(at("other/new")));
         denied(fs::read("/etc/passwd"));
         denied(File::options().write(true).open("/proc/sys/kernel/core_pattern"));

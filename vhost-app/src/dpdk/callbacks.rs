@@ -7,14 +7,14 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use closer::Account;
 use spdk_sys as sys;
 use tracing::warn;
 use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::transport::SharedConnection;
-use vhost_blk::{ConnId, Connection, Target, Verdict};
+use vhost_blk::{ConnId, Connection, OnStart, Target, Verdict};
 
 use super::connection::{self, DpdkConnection};
 use super::front_ends::{self, FrontEnds};
@@ -40,6 +40,9 @@ pub(super) struct Shared {
     deferral: AtomicBool,
     /// Whether front ends' fds come to us and not to rte_vhost.
     fds_arrive: AtomicBool,
+    /// What the event thread does before its first message.
+    on_event_thread: OnStart,
+    begun: Once,
 }
 
 struct Entry {
@@ -86,17 +89,20 @@ impl Shared {
     }
 }
 
-/// Makes `target` the one that the callbacks call.
-pub(super) fn begin(target: &Arc<Target>, anchor: &Path) -> io::Result<()> {
+/// Makes `target` the one that the callbacks call, and the threads that meet front ends call
+/// `on_thread` before their work.
+pub(super) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> io::Result<()> {
     let shared = Shared {
         target: Arc::clone(target),
         anchor: anchor.to_owned(),
         anchor_account: Account::new("the start-up self-test"),
-        front_ends: front_ends::start()?,
+        front_ends: front_ends::start(Arc::clone(&on_thread))?,
         listeners: Listeners::default(),
         connections: Mutex::default(),
         deferral: AtomicBool::new(true),
         fds_arrive: AtomicBool::new(false),
+        on_event_thread: on_thread,
+        begun: Once::new(),
     };
     SHARED.set(shared).map_err(|_| io::Error::other("there is a transport already"))
 }
@@ -134,6 +140,7 @@ extern "C" fn new_device(_vid: c_int) -> c_int {
 extern "C" fn destroy_device(_vid: c_int) {}
 
 extern "C" fn new_connection(vid: c_int) -> c_int {
+    shared().begun.call_once(|| (shared().on_event_thread)());
     interpose::forget_received();
     match accept(vid) {
         Some(entry) => {

@@ -25,6 +25,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{debug, warn};
+use vhost_blk::OnStart;
 use vhost_blk::protocol::HEADER_BYTES;
 
 use super::callbacks;
@@ -74,13 +75,14 @@ enum Violation {
     HandOver(io::Error),
 }
 
-/// Starts the thread. Connections go to it through what is returned.
-pub(super) fn start() -> io::Result<FrontEnds> {
+/// Starts the thread, which calls `on_start` first. Connections go to it through what is returned.
+pub(super) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (sender, receiver) = unbounded_channel();
-    thread::Builder::new()
-        .name("vhost-sockets".into())
-        .spawn(move || LocalSet::new().block_on(&runtime, serve(receiver)))?;
+    thread::Builder::new().name("vhost-sockets".into()).spawn(move || {
+        on_start();
+        LocalSet::new().block_on(&runtime, serve(receiver));
+    })?;
     Ok(FrontEnds(sender))
 }
 

@@ -28,7 +28,7 @@ use closer::{Account, ForeignFd};
 use spdk_sys as sys;
 use tempfile::TempDir;
 use tracing::warn;
-use vhost_blk::{Target, Transport, protocol};
+use vhost_blk::{OnStart, Target, Transport, protocol};
 
 use super::callbacks::{self, DEVICE_OPS};
 use super::{interpose, log, self_test};
@@ -51,14 +51,18 @@ pub(crate) struct DpdkTransport {
 }
 
 impl DpdkTransport {
-    /// Opens the anchor and tries what answers rte_vhost lets us give. EAL must be up.
+    /// Opens the anchor in `dir`, removes `dir`, and tries what answers rte_vhost lets us give. EAL
+    /// must be up. The threads that meet front ends call `on_thread` before their work.
     ///
     /// # Errors
-    /// No private directory can be made, or rte_vhost refuses the anchor.
-    pub(crate) fn start(target: &Arc<Target>) -> io::Result<Self> {
-        let dir = private_dir()?;
+    /// No socket can be made in `dir`, or rte_vhost refuses it.
+    pub(crate) fn start(
+        target: &Arc<Target>,
+        dir: TempDir,
+        on_thread: OnStart,
+    ) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
-        callbacks::begin(target, &path)?;
+        callbacks::begin(target, &path, on_thread)?;
         register(&path, 0, &Account::new("the start-up self-test"))?;
         let deferral = match self_test::run(&path) {
             Ok(()) => true,
@@ -189,8 +193,11 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A directory that nobody else can have made, for the anchor.
-fn private_dir() -> io::Result<TempDir> {
+/// Makes a directory that nobody else can have made, for the anchor.
+///
+/// # Errors
+/// There is no place that it can be made in.
+pub(crate) fn private_dir() -> io::Result<TempDir> {
     let mut bases: Vec<PathBuf> = ["RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"]
         .iter()
         .filter_map(std::env::var_os)

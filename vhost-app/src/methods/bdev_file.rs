@@ -1,7 +1,5 @@
 //! `bdev_aio_*` and `bdev_uring_*`: disks in files and on block devices.
 
-use std::fs;
-use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -88,9 +86,11 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
         .reserve(Some(options.name.clone()), options.uuid, as_given(params))
         .map_err(RpcError::errno)?;
     options.uuid = Some(reserved.uuid);
+    let opener = app.opener.clone();
     let disk = blocking(move || {
-        let disk = FileDisk::create(options)?;
-        if nowait && !is_block_device(&disk) {
+        let file = opener.open(&options.filename, options.readonly)?;
+        let disk = FileDisk::on(file, options)?;
+        if nowait && !disk.is_block_device() {
             let text = format!("nowait on {}, no block device", disk.filename().display());
             return Err(bdev::Error::Unsupported(text));
         }
@@ -102,10 +102,6 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
     let name = disk.name().to_owned();
     reserved.complete(Disk::File(disk));
     Ok(name.into())
-}
-
-fn is_block_device(disk: &FileDisk) -> bool {
-    fs::metadata(disk.filename()).is_ok_and(|file| file.file_type().is_block_device())
 }
 
 async fn rescan(app: Rc<App>, params: Params, flavour: Flavour) -> Answer {

@@ -20,6 +20,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use rpc::{DecodeFailure, Params, Phases, Registry, RpcError};
+use sandbox::Opener;
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -38,6 +39,8 @@ pub(crate) struct App {
     pub(crate) control: Rc<Control>,
     pub(crate) bdevs: Bdevs,
     pub(crate) log: Log,
+    /// Opens the files of disks.
+    pub(crate) opener: Opener,
     /// Options that subsystems were given.
     pub(crate) options: RefCell<SubsystemOptions>,
     /// How far the start has come.
@@ -52,11 +55,12 @@ pub(crate) struct App {
 type Answer = Result<Value, RpcError>;
 
 impl App {
-    pub(crate) fn new(control: Rc<Control>, log: Log) -> Self {
+    pub(crate) fn new(control: Rc<Control>, log: Log, opener: Opener) -> Self {
         Self {
             control,
             bdevs: Bdevs::default(),
             log,
+            opener,
             options: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
             began: vhost_blk::reactor::read_tsc(),

@@ -1,6 +1,7 @@
 //! What the cases of isolation are about: a `vhost`, a neighbour whose disk has to go on, and a VM
 //! whose disk hangs, each in two forms.
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
+#![allow(dead_code, reason = "each test uses the part that it needs")]
 
 use std::collections::BTreeSet;
 use std::ops::Deref;

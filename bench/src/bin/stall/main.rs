@@ -20,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use bench::GuestRam;
 use bench::pin::pin;
 use bench::publish::{append, beside, progress, save};
-use bench::servers::{Interrupt, Server, Spec};
+use bench::servers::{Interrupt, Kind, Server, Spec};
 use clap::Parser;
 
 use crate::cases::{Case, Event, OTHER, VMS, controller, more_memory};
@@ -93,6 +93,10 @@ fn slowed(spec: &Spec, dir: &Path) -> Result<Spec> {
     let mut spec = spec.clone();
     spec.env.push(("LD_PRELOAD".into(), text(&library)?));
     spec.env.push(("SLOW_MUNMAP".into(), text(dir)?));
+    if spec.kind == Kind::Ours {
+        // In which the library could not rename its files.
+        spec.args.push("--no-sandbox".into());
+    }
     Ok(spec)
 }
 
