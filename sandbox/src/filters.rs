@@ -98,11 +98,25 @@ fn rule(check: Check) -> Result<SeccompRule, BackendError> {
 /// # Errors
 /// The kernel has no seccomp, or the thread may still gain privileges.
 pub(crate) fn install(program: &BpfProgram) -> io::Result<()> {
+    install_as(program, false)
+}
+
+/// Adds several; the first is the one about `clone3`.
+///
+/// # Errors
+/// As [`install`].
+pub(crate) fn install_all(programs: &[BpfProgram]) -> io::Result<()> {
+    (0..).zip(programs).try_for_each(|(n, program)| install_as(program, n == 0))
+}
+
+fn install_as(program: &BpfProgram, is_quiet: bool) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
     // SPEC_ALLOW: kernels before 5.16 would slow down all that the thread does, for the sake of
-    // programs that are run without being trusted. LOG: the audit log names what was refused.
-    let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW | libc::SECCOMP_FILTER_FLAG_LOG;
+    // programs that are run without being trusted. LOG: the audit log names what was refused, but
+    // for the clone3 of each thread that starts.
+    let log = if is_quiet { 0 } else { libc::SECCOMP_FILTER_FLAG_LOG };
+    let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW | log;
     let set = libc::SECCOMP_SET_MODE_FILTER;
     // SAFETY: the kernel copies the instructions, which outlive the call.
     let rc = unsafe { libc::syscall(libc::SYS_seccomp, set, flags, &raw const program) };

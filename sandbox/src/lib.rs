@@ -164,7 +164,7 @@ pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
         }
         Err(e) => sandbox.missing.push(format!("Landlock: {e}")),
     }
-    let installed = programs.process.iter().try_for_each(filters::install);
+    let installed = filters::install_all(&programs.process);
     let works = installed.is_ok();
     sandbox.note("system call filters", installed);
     sandbox.programs = works.then(|| Arc::new(programs));

@@ -184,9 +184,7 @@ fn give_up(programs: &Programs, dirs: &[PathBuf]) -> Result<(), String> {
         Err(reason) if !dirs.is_empty() => return Err(format!("--disk-dir: {reason}")),
         _ => {}
     }
-    for program in &programs.opener {
-        let _ = filters::install(program);
-    }
+    let _ = filters::install_all(&programs.opener);
     Ok(())
 }
 

@@ -89,6 +89,8 @@ pub(super) const THREADS: &[Call] = &[
 /// What a reactor does besides [`LIBC`]: enter rings, ring bells, sleep.
 pub(super) const REACTOR: &[Call] = &[
     (SYS_io_uring_enter, ANY),
+    // Any call would do: it has the kernel finish I/O of a ring that is elsewhere now.
+    (SYS_getppid, ANY),
     (SYS_epoll_pwait2, ANY),
     (SYS_epoll_pwait, ANY),
     #[cfg(target_arch = "x86_64")]

@@ -112,6 +112,7 @@ fn a_reactor_does_its_work_allocates_and_ends() {
     with(&reactor(&programs), || {
         assert_eq!(errno(libc::SYS_io_uring_enter, [no_fd, 0, 0, 0]), libc::EBADF);
         assert_eq!(errno(libc::SYS_write, [no_fd, 0, 0, 0]), libc::EBADF);
+        assert_eq!(errno(libc::SYS_getppid, [0; 4]), 0);
         assert!(!refused(libc::SYS_epoll_pwait2, [no_fd, 0, 1, 0]));
         assert!(!refused(libc::SYS_epoll_pwait, [no_fd, 0, 1, 0]));
         // Large enough to be a mapping of its own, which grows and goes.
