@@ -167,7 +167,8 @@ mod tests {
 
     #[test]
     fn a_preemption_falsifies_nothing() {
-        let scripts: [(&str, fn(u64) -> bool); 5] = [
+        type When = fn(u64) -> bool;
+        let scripts: [(&str, When); 5] = [
             ("none", |_| false),
             ("in the first reading", |n| n == 2),
             ("in all but one of either end", |n| (n - 1) / 3 % READINGS as u64 != 7),
