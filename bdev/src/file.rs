@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use closer::Account;
 use uuid::Uuid;
 
 use crate::geometry::checked_size;
@@ -47,7 +48,10 @@ pub struct FileDisk {
     features: Features,
     num_blocks: AtomicU64,
     is_device: bool,
-    file: File,
+    /// Taken when `self` is dropped.
+    file: Option<File>,
+    /// Closes it.
+    closer: Account,
     /// What direct I/O asks for; `None` if the file is buffered.
     direct: Option<Alignment>,
     topology: Topology,
@@ -108,7 +112,6 @@ impl FileDisk {
             any_alignment: opened.direct.is_none(),
         };
         Ok(Arc::new(Self {
-            name,
             filename,
             flavour,
             uuid: uuid.unwrap_or_else(Uuid::new_v4),
@@ -119,7 +122,9 @@ impl FileDisk {
             features,
             num_blocks: AtomicU64::new(num_blocks),
             is_device: opened.is_device,
-            file: opened.file,
+            closer: Account::new(account_name(&name)),
+            file: Some(opened.file),
+            name,
             direct: opened.direct,
             topology: opened.topology,
             stats: Stats::default(),
@@ -133,7 +138,7 @@ impl FileDisk {
     /// [`Error::Busy`] if the file has become smaller: the disk keeps its size, and what is past
     /// the end of the file fails.
     pub fn rescan(&self) -> Result<u64, Error> {
-        let size = backing::size(&self.file).map_err(|source| self.system(source))?;
+        let size = backing::size(self.file()).map_err(|source| self.system(source))?;
         let now = size / u64::from(self.block_size);
         // Relaxed: the number stands for itself.
         let before = self.num_blocks.fetch_max(now, Ordering::Relaxed);
@@ -188,9 +193,27 @@ impl FileDisk {
         self.direct
     }
 
+    fn file(&self) -> &File {
+        self.file.as_ref().expect("taken only where self ends")
+    }
+
     fn system(&self, source: std::io::Error) -> Error {
         Error::System { what: self.filename.display().to_string(), source }
     }
+}
+
+impl Drop for FileDisk {
+    fn drop(&mut self) {
+        // On FUSE or NFS the close of a file writes back what was written, and takes as long as a
+        // server likes.
+        self.closer.drop_later(self.file.take());
+    }
+}
+
+/// The [`closer::Account`] that closes the file of the disk `name`.
+#[must_use]
+pub fn account_name(name: &str) -> String {
+    format!("bdev {name}")
 }
 
 impl Bdev for FileDisk {

@@ -41,7 +41,7 @@ mod error;
 pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
-pub use file::{Alignment, FileDisk, FileOptions, Flavour, not_a_disk, open_file};
+pub use file::{Alignment, FileDisk, FileOptions, Flavour, account_name, not_a_disk, open_file};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
     Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Submit, Tag, Wait,

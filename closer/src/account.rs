@@ -133,8 +133,7 @@ impl Account {
     /// get nothing new until that ends.
     #[must_use]
     pub fn is_stuck(&self) -> bool {
-        let queue = self.0.queue();
-        queue.closing && queue.ticks >= STUCK_TICKS
+        self.0.queue().is_stuck()
     }
 
     /// Whether `count` fds more leave room for all others: for the rest of this process's own, for
@@ -181,23 +180,36 @@ impl Queue {
     fn in_all(&self) -> usize {
         self.waiting.len() + usize::from(self.closing)
     }
+
+    fn is_stuck(&self) -> bool {
+        self.closing && self.ticks >= STUCK_TICKS
+    }
 }
 
 /// Counts a tick for every close under way. To be called once a second by whoever else keeps time
 /// for the process: a process that was stopped for a while has counted nothing meanwhile. Answers
 /// with the accounts that have become stuck since the last call.
 pub fn tick() -> Vec<Stuck> {
-    let busy: Vec<Arc<Inner>> = POOL.state().busy.iter().filter_map(Weak::upgrade).collect();
     let newly_stuck = |account: Arc<Inner>| {
         let mut queue = account.queue();
         queue.ticks = queue.ticks.saturating_add(1);
-        if !queue.closing || queue.ticks < STUCK_TICKS || queue.reported {
+        if !queue.is_stuck() || queue.reported {
             return None;
         }
         queue.reported = true;
         Some(Stuck { name: account.name.clone(), waiting: queue.in_all() })
     };
-    busy.into_iter().filter_map(newly_stuck).collect()
+    POOL.busy().into_iter().filter_map(newly_stuck).collect()
+}
+
+/// The accounts that are stuck now, those without any other handle included.
+#[must_use]
+pub fn stuck() -> Vec<Stuck> {
+    let if_stuck = |account: Arc<Inner>| {
+        let queue = account.queue();
+        queue.is_stuck().then(|| Stuck { name: account.name.clone(), waiting: queue.in_all() })
+    };
+    POOL.busy().into_iter().filter_map(if_stuck).collect()
 }
 
 static POOL: Pool = Pool { state: Mutex::new(State::new()), ready: Condvar::new() };
@@ -225,6 +237,11 @@ impl State {
 impl Pool {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The accounts that a thread is at.
+    fn busy(&self) -> Vec<Arc<Inner>> {
+        self.state().busy.iter().filter_map(Weak::upgrade).collect()
     }
 
     fn schedule(&'static self, account: Arc<Inner>) {
@@ -360,6 +377,7 @@ mod tests {
         assert_eq!(said.len(), 20);
         assert_eq!(said[0], Stuck { name: "stuck 0".into(), waiting: 2 });
         assert!(accounts.iter().all(|(account, _)| account.is_stuck()));
+        assert_eq!(stuck().iter().filter(|stuck| mine(stuck)).count(), 20);
         for end in ends {
             end.send(()).unwrap();
         }
@@ -367,6 +385,7 @@ mod tests {
             thread::yield_now();
         }
         assert!(!accounts.iter().any(|(account, _)| account.is_stuck()));
+        assert!(!stuck().iter().any(mine));
     }
 
     #[test]

@@ -21,6 +21,6 @@ mod account;
 mod foreign;
 mod receive;
 
-pub use account::{Account, Stuck, set_fds_max, tick};
+pub use account::{Account, Stuck, set_fds_max, stuck, tick};
 pub use foreign::{Error, ForeignFd};
 pub use receive::{FDS_MAX, receive};

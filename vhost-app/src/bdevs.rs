@@ -155,7 +155,8 @@ impl Bdevs {
     /// Reserves a name, `Malloc<n>` if there is none, and a UUID, a random one if there is none.
     ///
     /// # Errors
-    /// EEXIST if the name or the UUID is taken, also by a device that is being made.
+    /// EEXIST if the name or the UUID is taken, also by a device that is being made; EBUSY if the
+    /// close of the file of the device that had the name before hangs.
     pub(crate) fn reserve(
         &self,
         name: Option<String>,
@@ -164,6 +165,11 @@ impl Bdevs {
     ) -> Result<Reservation<'_>, Errno> {
         let mut inner = self.inner.borrow_mut();
         let name = name.unwrap_or_else(|| inner.next_malloc_name());
+        let account = bdev::account_name(&name);
+        if closer::stuck().iter().any(|stuck| stuck.name == account) {
+            error!("{account}: the file of the device that had this name hangs in its close");
+            return Err(libc::EBUSY);
+        }
         let (id, uuid) = inner.add(&name, uuid, params, State::Making)?;
         Ok(Reservation { bdevs: self, id, name, uuid })
     }

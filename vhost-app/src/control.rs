@@ -269,8 +269,8 @@ impl Control {
 
 fn warn_of_stuck(Stuck { name, waiting }: &Stuck) {
     warn!(
-        "{name}: closing a file descriptor that a client has sent takes long; {waiting} wait for \
-         their close, and no new client is accepted"
+        "{name}: a close takes long; {waiting} are to be closed, and until that ends it gets \
+         nothing new"
     );
 }
 

@@ -42,7 +42,7 @@ impl FileChannel {
         if depth == 0 || depth > DEPTH_MAX {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let ring = make_ring(depth.into(), disk.file.as_fd())?;
+        let ring = make_ring(depth.into(), disk.file().as_fd())?;
         let steps = Steps::new(depth, disk.direct);
         let mut channel = Self { ring, steps, disk, outstanding: 0, unsubmitted: 0 };
         channel.self_test()?;

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use tracing::error;
 use vhost_blk::reactor::{read_tsc, ticks_per_second};
 use vhost_blk::{ControllerInfo, Core, QueueInfo};
@@ -78,7 +78,14 @@ async fn get_reactors(app: Rc<App>, params: Params) -> Answer {
         "tick_rate": ticks_per_second(),
         "pid": std::process::id(),
         "reactors": shown,
+        // Whose fds or files do not get closed.
+        "stuck_closes": stuck_closes(),
     }))
+}
+
+fn stuck_closes() -> Vec<Value> {
+    let stuck = closer::stuck().into_iter();
+    stuck.map(|stuck| json!({"name": stuck.name, "waiting": stuck.waiting})).collect()
 }
 
 async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
