@@ -104,7 +104,8 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
             "sessions": [],
             "backend_specific": {
                 "block": {"readonly": readonly, "bdev": "M0", "transport": "vhost_user_blk"}
-            }
+            },
+            "fds": {"open": 1, "closing": 0, "stuck": false}
         })
     };
     let shown = vhost.ok("vhost_get_controllers", json!({}));

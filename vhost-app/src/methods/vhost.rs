@@ -187,18 +187,18 @@ fn describe(controller: &ControllerInfo) -> Value {
         "iops_threshold": controller.iops_threshold,
         "socket": controller.socket.display().to_string(),
         "sessions": controller.sessions.iter().map(session).collect::<Vec<_>>(),
-        // Not in SPDK.
-        "fds": {
-            "open": controller.fds,
-            "closing": controller.fds_closing,
-            "stuck": controller.fds_stuck,
-        },
         "backend_specific": {
             "block": {
                 "readonly": controller.read_only,
                 "bdev": controller.bdev,
                 "transport": TRANSPORT,
             }
+        },
+        // Not in SPDK.
+        "fds": {
+            "open": controller.fds,
+            "closing": controller.fds_closing,
+            "stuck": controller.fds_stuck,
         },
     })
 }
