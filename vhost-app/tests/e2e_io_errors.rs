@@ -31,7 +31,8 @@ struct Scene {
 impl Scene {
     /// `method`: "bdev_aio_create" or "bdev_uring_create".
     fn new(method: &str, file: &Path) -> Self {
-        let vhost = Vhost::start(&[]);
+        // The full file system has no path but /proc/PID/fd of this process, which the sandbox refuses.
+        let vhost = Vhost::start(&["--no-sandbox"]);
         vhost.ok(method, json!({"name": "Disk0", "filename": file, "block_size": 512}));
         vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "a", "dev_name": "Disk0"}));
         let ram = GuestRam::new(&[4 << 20]).unwrap();

@@ -228,7 +228,7 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
     assert_eq!(order.join(" "), spdks);
     assert_eq!(
         keys(&vhost.ok("framework_get_reactors", json!({}))),
-        ["tick_rate", "pid", "reactors"]
+        ["tick_rate", "pid", "reactors", "stuck_closes"]
     );
 }
 
