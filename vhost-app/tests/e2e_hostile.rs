@@ -4,7 +4,7 @@
 
 mod harness;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,7 @@ struct Scene {
     _front_end: FrontEnd,
     socket: PathBuf,
     fds: usize,
+    mappings: usize,
 }
 
 impl Scene {
@@ -58,8 +59,8 @@ impl Scene {
         let queues = front_end.start_new(1, QueueOptions::default()).unwrap();
         let neighbour = Load::start(queues, LoadOptions::default()).unwrap();
         neighbour.wait_for(100).unwrap();
-        let (socket, fds) = (vhost.socket("b"), vhost.fds());
-        Self { vhost, neighbour, _front_end: front_end, socket, fds }
+        let (socket, fds, mappings) = (vhost.socket("b"), vhost.fds(), mappings(&vhost));
+        Self { vhost, neighbour, _front_end: front_end, socket, fds, mappings }
     }
 
     fn raw(&self) -> RawConnection {
@@ -73,10 +74,18 @@ impl Scene {
         (front_end, queue)
     }
 
-    /// The target is whole: all fds are back, the neighbour goes on, the controller serves.
+    /// The target is whole: what the attack cost has come back, and the neighbour goes on.
     #[track_caller]
     fn is_whole(&self, after: &str) {
         wait_until(&format!("fds back after {after}"), || self.vhost.fds() == self.fds);
+        wait_until(&format!("mappings back after {after}"), || {
+            mappings(&self.vhost) == self.mappings
+        });
+        let b = || self.vhost.ok("vhost_get_controllers", json!({"name": "b"}))[0].clone();
+        wait_until(&format!("no session after {after}"), || b()["sessions"] == json!([]));
+        wait_until(&format!("nothing to be closed after {after}"), || {
+            b()["fds"] == json!({"open": 1, "closing": 0, "stuck": false})
+        });
         self.neighbour.wait_for(50).unwrap();
     }
 
@@ -93,6 +102,12 @@ impl Scene {
         assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
         assert_eq!(self.vhost.stop(), 0);
     }
+}
+
+/// Mappings of guest memory, logs and in-flight areas.
+fn mappings(vhost: &Vhost) -> usize {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", vhost.pid())).unwrap();
+    maps.lines().filter(|line| line.contains("/memfd:")).count()
 }
 
 fn memfd(len: u64) -> File {
@@ -357,7 +372,7 @@ fn memory_that_is_cut_short_under_a_running_queue() {
     ram.file(1).set_len(4096).unwrap();
     // The reactor meets memory that is no longer there, in many places.
     let mappings = || {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", scene.vhost.pid())).unwrap();
+        let maps = fs::read_to_string(format!("/proc/{}/maps", scene.vhost.pid())).unwrap();
         maps.lines().count()
     };
     let before = mappings();
