@@ -2,17 +2,16 @@
 
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet, spawn_local};
 
 use crate::connection;
 use crate::idle::Connections;
 use crate::registry::Registry;
 use crate::socket::{BindError, SocketFile};
-use crate::stream::{Listener, Stream};
+use crate::stream::{Listener, Slots, Stream};
 
 /// Clients served at once; further ones wait in the kernel's backlog. SPDK's number.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -89,7 +88,7 @@ impl Drop for Server {
 }
 
 async fn accept(listener: Listener, registry: Rc<Registry>, modes: watch::Receiver<Mode>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Slots::new(CONNECTIONS_MAX);
     let connections = Connections::default();
     let mut clients = JoinSet::new();
     loop {
@@ -115,18 +114,13 @@ pub(crate) async fn stopping(mut modes: watch::Receiver<Mode>) {
     let _ = modes.wait_for(|mode| *mode == Mode::Stopping).await;
 }
 
-/// Takes a slot before it accepts, so that a client without a slot stays in the backlog. The slot
-/// is free again when all fds of the connection have been closed.
-async fn next_client(
-    listener: &Listener,
-    slots: &Arc<Semaphore>,
-    connections: &Connections,
-) -> Stream {
+/// Takes a slot before it accepts, so that a client without a slot stays in the backlog.
+async fn next_client(listener: &Listener, slots: &Slots, connections: &Connections) -> Stream {
     let mut failed = false;
     loop {
         let slot = tokio::select! {
             biased;
-            slot = Arc::clone(slots).acquire_owned() => slot.expect("it is never closed"),
+            slot = slots.acquire() => slot,
             () = tokio::time::sleep(WAITING_CHECK) => {
                 if listener.has_waiting() {
                     connections.close_idlest();

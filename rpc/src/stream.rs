@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use closer::{Account, ForeignFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,7 +18,7 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Connections the kernel keeps while all slots are taken; SPDK's number.
 const BACKLOG: i32 = 512;
@@ -25,7 +26,43 @@ const BACKLOG: i32 = 512;
 /// Fds that a client may send before it is disconnected. No request needs any.
 const FDS_MAX: usize = 16;
 
+/// Clients whose fds have not all been closed, those that are gone included: a client that is gone may
+/// have sent fds whose close hangs, and each of these clients costs a thread.
+const UNCLOSED_MAX: usize = 512;
+
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// Limits the number of clients.
+#[derive(Clone, Debug)]
+pub(crate) struct Slots {
+    served: Arc<Semaphore>,
+    unclosed: Arc<Semaphore>,
+}
+
+/// The right to accept one more client.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// Free again when the client is gone.
+    served: OwnedSemaphorePermit,
+    /// Free again when all of its fds have been closed.
+    unclosed: OwnedSemaphorePermit,
+}
+
+impl Slots {
+    /// For so many clients at a time.
+    pub(crate) fn new(served: usize) -> Self {
+        let [served, unclosed] = [served, UNCLOSED_MAX].map(|n| Arc::new(Semaphore::new(n)));
+        Self { served, unclosed }
+    }
+
+    /// Waits until there is room for one more.
+    pub(crate) async fn acquire(&self) -> Slot {
+        let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).acquire_owned();
+        let (served, unclosed) = (of(&self.served).await, of(&self.unclosed).await);
+        let expected = "it is never closed";
+        Slot { served: served.expect(expected), unclosed: unclosed.expect(expected) }
+    }
+}
 
 /// The socket of one client.
 #[derive(Debug)]
@@ -34,13 +71,14 @@ pub(crate) struct Stream {
     account: Account,
     /// Fds that came and were refused.
     fds: usize,
+    _served: OwnedSemaphorePermit,
 }
 
 impl Stream {
-    fn new(fd: OwnedFd, slot: OwnedSemaphorePermit) -> io::Result<Self> {
-        let account = Account::operator("an RPC client", slot);
+    fn new(fd: OwnedFd, slot: Slot) -> io::Result<Self> {
+        let account = Account::operator("an RPC client", slot.unclosed);
         let fd = watched(ForeignFd::new(fd, &account), Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { fd, account, fds: 0 })
+        Ok(Self { fd, account, fds: 0, _served: slot.served })
     }
 
     /// One end of a connection, and the other.
@@ -48,8 +86,8 @@ impl Stream {
     pub(crate) fn pair() -> (Self, std::os::unix::net::UnixStream) {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(1));
-        let slot = slots.try_acquire_owned().unwrap();
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let slot = Slot { served: permit(), unclosed: permit() };
         (Self::new(ours.into(), slot).unwrap(), theirs)
     }
 
@@ -125,7 +163,7 @@ impl Listener {
     }
 
     /// Accepts a client; none if none waits, and `slot` is free again.
-    pub(crate) fn accept(&self, slot: OwnedSemaphorePermit) -> io::Result<Option<Stream>> {
+    pub(crate) fn accept(&self, slot: Slot) -> io::Result<Option<Stream>> {
         match self.0.try_io(Interest::READABLE, |fd| Ok(accept_with(fd, FLAGS)?)) {
             Ok(fd) => Stream::new(fd, slot).map(Some),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),

@@ -153,9 +153,12 @@ fn fds_whose_close_waits_hold_up_nobody() {
     vhost.ok("spdk_get_version", Value::Null);
     peers.push(send_lingering(&vhost, &client, b" "));
     drop(client);
-    for _ in 0..10 {
-        vhost.ok("spdk_get_version", Value::Null);
+    // In more connections than there are places, all of them gone.
+    for _ in 0..70 {
+        let client = connect(&vhost);
+        peers.push(send_lingering(&vhost, &client, request));
     }
+    vhost.ok("spdk_get_version", Value::Null);
     // In connections that are never accepted, as all places are taken.
     let taken: Vec<_> = (0..64).map(|_| connect(&vhost)).collect();
     let waiting = connect(&vhost);
