@@ -13,7 +13,7 @@ use closer::Account;
 use uuid::Uuid;
 
 use crate::geometry::checked_size;
-use crate::io::{Bdev, Channel, Error, Features};
+use crate::io::{Bdev, Channel, Error, Features, Storage};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -47,7 +47,7 @@ pub struct FileDisk {
     fallocate: bool,
     features: Features,
     num_blocks: AtomicU64,
-    is_device: bool,
+    storage: Storage,
     /// Taken when `self` is dropped.
     file: Option<File>,
     /// Closes it.
@@ -121,7 +121,7 @@ impl FileDisk {
             fallocate,
             features,
             num_blocks: AtomicU64::new(num_blocks),
-            is_device: opened.is_device,
+            storage: opened.storage,
             closer: Account::new(account_name(&name)),
             file: Some(opened.file),
             name,
@@ -178,7 +178,7 @@ impl FileDisk {
     /// Whether it is a block device.
     #[must_use]
     pub fn is_block_device(&self) -> bool {
-        self.is_device
+        matches!(self.storage, Storage::BlockDevice(_))
     }
 
     /// Whether unmap was asked for ([`Flavour::Aio`]).
@@ -246,6 +246,10 @@ impl Bdev for FileDisk {
 
     fn topology(&self) -> Topology {
         self.topology
+    }
+
+    fn storage(&self) -> Option<Storage> {
+        Some(self.storage)
     }
 
     fn stats(&self) -> &Stats {

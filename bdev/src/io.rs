@@ -256,6 +256,20 @@ pub trait Channel: Send {
     fn abandon(&mut self) {}
 }
 
+/// What holds a device's bytes, as the kernel identifies it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// A regular file.
+    File {
+        /// The device of its file system.
+        device: u64,
+        /// Its inode there.
+        inode: u64,
+    },
+    /// A block device, by its number.
+    BlockDevice(u64),
+}
+
 /// What a device can do, beyond reading.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
@@ -293,6 +307,10 @@ pub trait Bdev: Send + Sync + 'static {
     /// Which I/Os suit it. Does not change; a wrapper passes its base's on.
     fn topology(&self) -> Topology {
         Topology::default()
+    }
+    /// What holds its bytes, where another device may be on the same.
+    fn storage(&self) -> Option<Storage> {
+        None
     }
     /// The devices that it is on; none where its bytes are its own.
     fn bases(&self) -> &[Arc<dyn Bdev>] {

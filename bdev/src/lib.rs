@@ -44,7 +44,8 @@ pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use file::{Alignment, FileDisk, FileOptions, Flavour, account_name, not_a_disk, open_file};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
-    Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Submit, Tag, Wait,
+    Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Storage, Submit, Tag,
+    Wait,
 };
 pub use malloc::{Malloc, MallocOptions};
 pub use memory::Stores;

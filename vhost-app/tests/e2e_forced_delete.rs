@@ -92,8 +92,13 @@ fn take(queue: &mut AnyQueue, count: usize) {
 
 impl Scene {
     fn new(form: Form) -> Self {
+        Self::on(form, |vhost| disks::malloc(vhost, "M", disks::MIB, 512))
+    }
+
+    /// With a disk below that `make` makes and calls "M".
+    fn on(form: Form, make: impl FnOnce(&Vhost)) -> Self {
         let vhost = Vhost::start(&[]);
-        disks::malloc(&vhost, "M", disks::MIB, 512);
+        make(&vhost);
         vhost.ok("bdev_error_create", json!({"base_name": "M"}));
         let path = vhost.dir().join("link");
         lead(&path, &disks::controller_of(&vhost, "b", "EE_M", form.packed));
@@ -208,6 +213,25 @@ fn another_guest_waits_for_the_same_disk(form: Form) {
     let mut scene = Scene::new(form);
     scene.delete();
     let socket = disks::controller_of(&scene.vhost, "c", "EE_M", form.packed);
+    let ram = GuestRam::new(&[16 << 20]).unwrap();
+    let mut other = connect(&socket, &ram, form);
+    let mut queue = other.start_any(1, QueueOptions::default()).unwrap().remove(0);
+    scene.is_gated("c");
+    read_all(&mut queue, &[ram.alloc(4096, 4096).unwrap()]);
+    disks::answer(&scene.vhost, "EE_M");
+    take(&mut queue, 1);
+    other.disconnect().unwrap();
+}
+
+/// Another guest, on another disk that is the same file.
+#[test]
+fn another_guest_waits_for_the_same_file() {
+    let form = Form { packed: false, inflight: false };
+    let mut file = PathBuf::new();
+    let mut scene = Scene::on(form, |vhost| file = disks::aio(vhost, "M", disks::MIB));
+    scene.delete();
+    disks::aio_on(&scene.vhost, "M2", &file);
+    let socket = disks::controller_of(&scene.vhost, "c", "M2", form.packed);
     let ram = GuestRam::new(&[16 << 20]).unwrap();
     let mut other = connect(&socket, &ram, form);
     let mut queue = other.start_any(1, QueueOptions::default()).unwrap().remove(0);

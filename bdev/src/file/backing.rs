@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::geometry::check_block_size;
-use crate::io::Error;
+use crate::io::{Error, Storage};
 use crate::topology::Topology;
 
 /// What direct I/O asks of each segment. Powers of two.
@@ -25,7 +25,7 @@ pub(super) struct Opened {
     pub(super) file: File,
     pub(super) size: u64,
     pub(super) block_size: u32,
-    pub(super) is_device: bool,
+    pub(super) storage: Storage,
     /// `None` if the file is not open for direct I/O.
     pub(super) direct: Option<Alignment>,
     pub(super) topology: Topology,
@@ -75,7 +75,17 @@ pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Res
     }
     let is_device = device_block.is_some();
     let topology = topology(&file, block_size, is_device);
-    Ok(Opened { file, size, block_size, is_device, direct, topology })
+    let storage = storage(&file).map_err(system)?;
+    Ok(Opened { file, size, block_size, storage, direct, topology })
+}
+
+fn storage(file: &File) -> io::Result<Storage> {
+    let metadata = file.metadata()?;
+    Ok(if metadata.file_type().is_block_device() {
+        Storage::BlockDevice(metadata.rdev())
+    } else {
+        Storage::File { device: metadata.dev(), inode: metadata.ino() }
+    })
 }
 
 /// Turns direct I/O off, if it is on.

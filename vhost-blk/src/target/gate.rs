@@ -12,7 +12,7 @@
 
 use std::sync::{Arc, Weak};
 
-use bdev::Bdev;
+use bdev::{Bdev, Storage};
 
 use super::{Attached, Connected, Inner, Target};
 use crate::config::Disk;
@@ -48,6 +48,8 @@ impl Place {
 pub(super) struct Bytes {
     /// The devices that are on no other. A weak reference keeps the address from being another's.
     lowest: Vec<Weak<dyn Bdev>>,
+    /// What these are on, as several may be on the same file.
+    storages: Vec<Storage>,
     /// The guest may write there.
     writes: bool,
 }
@@ -55,15 +57,18 @@ pub(super) struct Bytes {
 impl Bytes {
     pub(super) fn of(disk: Option<&Arc<Disk>>) -> Self {
         let Some(disk) = disk else { return Self::default() };
-        let mut lowest = vec![];
+        let (mut lowest, mut storages) = (vec![], vec![]);
         let mut left = vec![Arc::clone(&disk.bdev)];
         while let Some(bdev) = left.pop() {
             match bdev.bases() {
-                [] => lowest.push(Arc::downgrade(&bdev)),
+                [] => {
+                    lowest.push(Arc::downgrade(&bdev));
+                    storages.extend(bdev.storage());
+                }
                 bases => left.extend_from_slice(bases),
             }
         }
-        Self { lowest, writes: !disk.read_only && !disk.bdev.features().read_only }
+        Self { lowest, storages, writes: !disk.read_only && !disk.bdev.features().read_only }
     }
 
     fn shares(&self, other: &Self) -> bool {
@@ -71,6 +76,7 @@ impl Bytes {
         // Of a few each.
         let is_theirs = |mine| other.lowest.iter().any(|theirs| address(theirs) == mine);
         self.lowest.iter().map(address).any(is_theirs)
+            || self.storages.iter().any(|mine| other.storages.contains(mine))
     }
 }
 
