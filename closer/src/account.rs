@@ -24,8 +24,10 @@ const THREADS_MAX: usize = 1024;
 const STUCK_TICKS: u32 = 2;
 
 /// Fds that one account may have: twice the call and kick fds of 128 rings, the memory slots of a
-/// guest on their way, and what is left of earlier ones.
+/// guest on their way, and what is left of earlier ones. Where that is more than one part in so many
+/// of all, it is that part.
 const ACCOUNT_FDS_MAX: usize = 2048;
+const ACCOUNTS_PART: usize = 4;
 
 /// One part in so many of all foreign fds is kept for operators.
 const OPERATORS_PART: usize = 8;
@@ -143,7 +145,8 @@ impl Account {
         let most = FDS_MAX.load(Ordering::Relaxed);
         let most = if self.0.operator { most } else { most - most / OPERATORS_PART };
         // Two threads may count the same room; that is what the rest of the process has to spare.
-        OPEN.load(Ordering::Relaxed) + count <= most && self.open() + count <= ACCOUNT_FDS_MAX
+        let of_account = ACCOUNT_FDS_MAX.min(most / ACCOUNTS_PART);
+        OPEN.load(Ordering::Relaxed) + count <= most && self.open() + count <= of_account
     }
 
     pub(crate) fn opened(&self) {
@@ -250,10 +253,13 @@ impl Pool {
         if state.ready.len() <= state.idle {
             self.ready.notify_one();
         } else if state.threads < THREADS_MAX {
-            let close = || self.close();
-            // Without a thread to be had, a thread that is there comes to it later.
-            if thread::Builder::new().name("vhost-close".into()).spawn(close).is_ok() {
-                state.threads += 1;
+            state.threads += 1;
+            // Others that drop something do not wait until the thread has started.
+            drop(state);
+            let started = thread::Builder::new().name("vhost-close".into()).spawn(|| self.close());
+            if started.is_err() {
+                // A thread that is there comes to it later.
+                self.state().threads -= 1;
             }
         }
     }
