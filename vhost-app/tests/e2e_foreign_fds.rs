@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
 use harness::{Launch, Vhost, wait_until};
 use lingering::Lingering;
+use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
 const GET_FEATURES: u32 = 1;
@@ -26,6 +27,7 @@ const SET_OWNER: u32 = 3;
 const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_CALL: u32 = 13;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_INFLIGHT_FD: u32 = 31;
 const VERSION: u32 = 1;
 
 /// A target with controllers "a" and "b", of which "b" is attacked.
@@ -281,6 +283,50 @@ fn a_front_end_that_does_not_read_its_answers_holds_up_nobody_and_loses_none() {
         stream.read_exact(&mut answer).unwrap();
         assert_eq!(answer, first);
     }
+    assert_eq!(vhost.stop(), 0);
+}
+
+/// However many answers wait to be read.
+#[test]
+fn an_fd_goes_with_its_own_answer() {
+    let vhost = target();
+    let mut front_end = raw(&vhost);
+    let question = message(GET_FEATURES, &[]);
+    let mut area = [0; 24];
+    (area[16], area[18]) = (1, 64);
+    for _ in 0..20 {
+        let mut questions = question.repeat(40);
+        questions.extend(message(GET_INFLIGHT_FD, &area));
+        front_end.send(&questions, &[]).unwrap();
+        for _ in 0..40 {
+            let answer = front_end.receive().unwrap();
+            assert_eq!((answer.request, answer.fds.len()), (GET_FEATURES, 0));
+        }
+        let answer = front_end.receive().unwrap();
+        assert_eq!((answer.request, answer.fds.len()), (GET_INFLIGHT_FD, 1));
+    }
+    assert_eq!(vhost.stop(), 0);
+}
+
+/// Only rings that are started cost an io_uring, and these are limited in number.
+#[test]
+fn call_fds_of_rings_that_are_not_started_cost_no_io_uring() {
+    let vhost = target();
+    let io_urings = || {
+        let fds = fs::read_dir(format!("/proc/{}/fd", vhost.pid())).unwrap().flatten();
+        let links = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+        links.filter(|link| link.as_os_str() == "anon_inode:[io_uring]").count()
+    };
+    let before = io_urings();
+    let eventfd = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let mut front_end = raw(&vhost);
+    for ring in 0..128_u64 {
+        let set = message(SET_VRING_CALL, &ring.to_le_bytes());
+        front_end.send(&set, &[eventfd.as_fd()]).unwrap();
+    }
+    front_end.send(&message(GET_FEATURES, &[]), &[]).unwrap();
+    assert_eq!(front_end.receive().unwrap().request, GET_FEATURES);
+    assert_eq!(io_urings(), before);
     assert_eq!(vhost.stop(), 0);
 }
 

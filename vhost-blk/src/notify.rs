@@ -4,6 +4,7 @@
 use std::cell::UnsafeCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue};
@@ -17,8 +18,15 @@ use closer::{Error, ForeignFd};
 /// kernel is made to add the one: the eventfd is registered with an io_uring of its own, and an
 /// operation that does nothing completes there. That costs about 0.2 us more than a write and
 /// never waits. Where io_uring is not to be had, it is a write to a non-blocking fd after all.
+///
+/// The io_uring is made when a queue gets the fd ([`CallFd::arm`]): a front end may send fds for
+/// rings that it never starts, and only started rings are limited in number.
 #[derive(Debug)]
-pub struct CallFd(Call);
+pub struct CallFd {
+    /// Until it is armed.
+    fd: Mutex<Option<ForeignFd>>,
+    call: OnceLock<Call>,
+}
 
 enum Call {
     Kernel(Box<UnsafeCell<IoUring>>),
@@ -44,6 +52,43 @@ impl CallFd {
     /// It is no eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
         fd.check_eventfd()?;
+        Ok(Self { fd: Mutex::new(Some(fd)), call: OnceLock::new() })
+    }
+
+    /// Makes what [`signal`](Self::signal) needs. Called again, it does nothing.
+    pub fn arm(&self) {
+        let fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(fd) = fd {
+            let _ = self.call.set(Call::new(fd));
+        }
+    }
+
+    /// Tells the guest. `false` if the system could not right now and it is to be tried again.
+    ///
+    /// # Safety
+    /// No other call for the same value is under way. (A queue's owner is the one caller.)
+    #[must_use]
+    pub unsafe fn signal(&self) -> bool {
+        let ring = match self.call.get() {
+            Some(Call::Kernel(ring)) => ring,
+            Some(Call::Write(fd)) => {
+                add_one(fd.as_fd());
+                return true;
+            }
+            None => return false,
+        };
+        // SAFETY: the caller is the only one.
+        let ring = unsafe { &mut *ring.get() };
+        // SAFETY: the operation names no memory. If it does not fit, one is waiting already.
+        let _ = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
+        let submitted = ring.submit().is_ok();
+        ring.completion().for_each(drop);
+        submitted
+    }
+}
+
+impl Call {
+    fn new(fd: ForeignFd) -> Self {
         let restricted = || {
             let ring = IoUring::builder().setup_r_disabled().build(1)?;
             ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
@@ -56,35 +101,14 @@ impl CallFd {
             ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
             io::Result::Ok(ring)
         });
-        Ok(Self(match registered {
-            Ok(ring) => Call::Kernel(Box::new(UnsafeCell::new(ring))),
+        match registered {
+            Ok(ring) => Self::Kernel(Box::new(UnsafeCell::new(ring))),
             Err(_) => {
-                set_nonblocking(fd.as_fd())?;
-                Call::Write(fd)
+                // An eventfd refuses that never.
+                let _ = set_nonblocking(fd.as_fd());
+                Self::Write(fd)
             }
-        }))
-    }
-
-    /// Tells the guest. `false` if the system could not right now and it is to be tried again.
-    ///
-    /// # Safety
-    /// No other call for the same value is under way. (A queue's owner is the one caller.)
-    #[must_use]
-    pub unsafe fn signal(&self) -> bool {
-        let ring = match &self.0 {
-            Call::Write(fd) => {
-                add_one(fd.as_fd());
-                return true;
-            }
-            Call::Kernel(ring) => ring,
-        };
-        // SAFETY: the caller is the only one.
-        let ring = unsafe { &mut *ring.get() };
-        // SAFETY: the operation names no memory. If it does not fit, one is waiting already.
-        let _ = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
-        let submitted = ring.submit().is_ok();
-        ring.completion().for_each(drop);
-        submitted
+        }
     }
 }
 
@@ -235,9 +259,21 @@ mod tests {
     }
 
     #[test]
+    fn an_fd_that_no_ring_uses_costs_no_io_uring() {
+        let call = CallFd::from_front_end(ForeignFd::alone(eventfd())).unwrap();
+        // SAFETY: the only caller.
+        assert!(!unsafe { call.signal() }, "not armed: to be tried again");
+        assert!(call.call.get().is_none());
+        call.arm();
+        // SAFETY: the only caller.
+        assert!(unsafe { call.signal() });
+    }
+
+    #[test]
     fn every_signal_counts() {
         let theirs = eventfd();
         let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
+        call.arm();
         for _ in 0..1000 {
             // SAFETY: the only caller.
             assert!(unsafe { call.signal() });
@@ -248,7 +284,8 @@ mod tests {
     #[test]
     fn the_ring_does_nothing_else() {
         let call = CallFd::from_front_end(ForeignFd::alone(eventfd())).unwrap();
-        let Call::Kernel(mut ring) = call.0 else { return };
+        call.arm();
+        let Some(Call::Kernel(mut ring)) = call.call.into_inner() else { return };
         let ring = ring.get_mut();
         let here = io_uring::types::Fd(libc::AT_FDCWD);
         let open = opcode::OpenAt::new(here, c"/etc/passwd".as_ptr()).build();
@@ -264,7 +301,8 @@ mod tests {
     fn a_full_counter_blocks_nobody() {
         let theirs = eventfd();
         let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
-        if !matches!(call.0, Call::Kernel(_)) {
+        call.arm();
+        if !matches!(call.call.get(), Some(Call::Kernel(_))) {
             // The fallback's limit is documented.
             return test_report::skipped("io-uring", "cannot register an eventfd with a ring");
         }

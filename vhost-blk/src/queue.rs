@@ -87,6 +87,13 @@ impl View {
         })
     }
 
+    /// Readies it for a reactor.
+    fn arm(&self) {
+        if let Some(call) = &self.call {
+            call.arm();
+        }
+    }
+
     fn pin(&self) {
         // Relaxed: only the queue's owner writes, and before the view is retired nobody frees it.
         self.inflight.store(self.inflight.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
@@ -233,6 +240,7 @@ impl Queue {
         tracked: Option<Tracked<'_>>,
     ) -> Result<Arc<Self>, StartError> {
         let core = Core::new(&view, base, tracked)?;
+        view.arm();
         Ok(Arc::new(Self {
             id,
             view: Published::new(domain, Box::new(view)),
@@ -274,6 +282,7 @@ impl Queue {
     pub fn publish(&self, view: View) -> RetiredView {
         let (quarantine, past) = (Arc::clone(&self.quarantine), Arc::clone(&self.past));
         past.fetch_add(1, Ordering::Relaxed);
+        view.arm();
         RetiredView { view: self.view.replace(Box::new(view)), quarantine, counted: 0, past }
     }
 

@@ -33,7 +33,8 @@ use super::connection::{bound_path, send_with_fd};
 use super::interpose::Inbox;
 
 /// The longest payload that rte_vhost takes.
-const PAYLOAD_MAX: usize = sys::FDS_OFFSET - HEADER_BYTES;
+const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_BYTES;
+const MESSAGE_MAX: usize = sys::FDS_OFFSET;
 
 /// Fds that a message may carry: one for each line of a memory table.
 const MESSAGE_FDS_MAX: usize = 8;
@@ -73,6 +74,8 @@ enum Violation {
     Receive(io::Error),
     #[error("cannot hand a message to rte_vhost: {0}")]
     HandOver(io::Error),
+    #[error("cannot pass on an answer: {0}")]
+    Answer(io::Error),
 }
 
 /// Starts the thread, which calls `on_start` first. Connections go to it through what is returned.
@@ -224,21 +227,16 @@ async fn pass_messages(
     account: &Account,
     answering: &tokio::sync::Mutex<()>,
 ) -> Result<(), Violation> {
-    let mut message = [0; HEADER_BYTES + PAYLOAD_MAX];
+    let mut message = [0; MESSAGE_MAX];
     loop {
         let mut fds = Vec::new();
-        if !receive_all(socket, &mut message[..HEADER_BYTES], &mut fds, account).await? {
+        let Some(len) = receive_message(socket, &mut message, &mut fds, account).await? else {
             return Ok(());
-        }
-        let len = u32::from_le_bytes(std::array::from_fn(|n| message[8 + n])) as usize;
-        let payload = message[HEADER_BYTES..].get_mut(..len).ok_or(Violation::Payload(len))?;
-        if !receive_all(socket, payload, &mut fds, account).await? {
-            return Err(Violation::Half);
-        }
+        };
         drop(answering.lock().await);
         inbox.put(fds);
         // There is room: rte_vhost has taken everything before.
-        match send(rte_vhost, &message[..HEADER_BYTES + len]) {
+        match send(rte_vhost, &message[..len]) {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             sent => sent.map_err(Violation::HandOver)?,
         }
@@ -246,9 +244,28 @@ async fn pass_messages(
     }
 }
 
+/// Receives one message or answer, with the fds that come along; gives its length. `None`: the stream
+/// has ended before.
+async fn receive_message(
+    socket: &AsyncFd<impl AsFd + AsRawFd>,
+    message: &mut [u8; MESSAGE_MAX],
+    fds: &mut Vec<ForeignFd>,
+    account: &Account,
+) -> Result<Option<usize>, Violation> {
+    if !receive_all(socket, &mut message[..HEADER_BYTES], fds, account).await? {
+        return Ok(None);
+    }
+    let len = u32::from_le_bytes(std::array::from_fn(|n| message[8 + n])) as usize;
+    let payload = message[HEADER_BYTES..].get_mut(..len).ok_or(Violation::Payload(len))?;
+    if !receive_all(socket, payload, fds, account).await? {
+        return Err(Violation::Half);
+    }
+    Ok(Some(HEADER_BYTES + len))
+}
+
 /// Fills `bytes`, and collects the fds that come along. `false`: the stream has ended before.
 async fn receive_all(
-    socket: &AsyncFd<Arc<ForeignFd>>,
+    socket: &AsyncFd<impl AsFd + AsRawFd>,
     bytes: &mut [u8],
     fds: &mut Vec<ForeignFd>,
     account: &Account,
@@ -282,31 +299,27 @@ async fn pass_answers(
     socket: &AsyncFd<Arc<ForeignFd>>,
     account: &Account,
     answering: &tokio::sync::Mutex<()>,
-) -> io::Result<()> {
-    let mut bytes = [0; 4096];
+) -> Result<(), Violation> {
+    let mut answer = [0; MESSAGE_MAX];
     loop {
-        let mut ready = rte_vhost.readable().await?;
-        let read = ready.try_io(|end| closer::receive(end.as_fd(), &mut bytes, 0, account));
-        let (count, fds) = match read {
-            Err(_would_block) => continue,
-            Ok(read) => read?,
-        };
-        if count == 0 {
+        // One at a time: an fd belongs to the answer that it comes with.
+        let mut fds = Vec::new();
+        let Some(len) = receive_message(rte_vhost, &mut answer, &mut fds, account).await? else {
             return Ok(());
-        }
+        };
         let _answering = answering.lock().await;
         let mut fd = fds.into_iter().next();
         let mut sent = 0;
-        while sent < count {
-            let mut ready = socket.writable().await?;
-            let rest = &bytes[sent..count];
+        while sent < len {
+            let mut ready = socket.writable().await.map_err(Violation::Answer)?;
+            let rest = &answer[sent..len];
             let written = ready.try_io(|socket| match &fd {
                 Some(fd) => send_with_fd(socket.as_fd(), rest, fd.as_fd(), libc::MSG_NOSIGNAL)
                     .map(|()| rest.len()),
                 None => send_some(socket, rest),
             });
             if let Ok(written) = written {
-                sent += written?;
+                sent += written.map_err(Violation::Answer)?;
                 fd = None;
             }
         }

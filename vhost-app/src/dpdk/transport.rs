@@ -147,9 +147,12 @@ fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
         interpose::keeping_listener(|| register_with_rte_vhost(&c_path, features));
     let listener = listener.map(|listener| ForeignFd::new(listener, account));
     registered?;
-    if let Some(listener) = listener {
-        callbacks::shared().listeners.add(socket, listener, account.clone());
-    }
+    let Some(listener) = listener else {
+        // SAFETY: a string that outlives the call.
+        unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
+        return Err(io::Error::other("no file descriptor is left for a duplicate of the socket"));
+    };
+    callbacks::shared().listeners.add(socket, listener, account.clone());
     Ok(())
 }
 

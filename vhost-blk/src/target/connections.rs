@@ -286,6 +286,11 @@ impl Target {
         true
     }
 
+    fn is_started(&self, conn: ConnId, ring: usize) -> bool {
+        let inner = self.lock();
+        inner.connections.get(&conn).is_some_and(|c| !c.session.is_stopped(ring))
+    }
+
     /// Turns what a front end hands over into what it has to be.
     fn prepare(&self, conn: ConnId, message: Message) -> Result<Prepared, String> {
         let prepared = match message {
@@ -328,11 +333,15 @@ impl Target {
             Message::SetInflightFd(spec, fd) => Area::map(spec, &fd, &self.mapped(conn)?.1)
                 .map(|area| Prepared::Area(Arc::new(area)))
                 .map_err(|e| e.to_string()),
-            Message::SetVringCall { ring, fd } => fd
-                .map(CallFd::from_front_end)
-                .transpose()
-                .map(|call| Prepared::Call(ring, call))
-                .map_err(|e| e.to_string()),
+            Message::SetVringCall { ring, fd } => {
+                let call = fd.map(CallFd::from_front_end).transpose();
+                if let Ok(Some(call)) = &call
+                    && self.is_started(conn, ring)
+                {
+                    call.arm();
+                }
+                call.map(|call| Prepared::Call(ring, call)).map_err(|e| e.to_string())
+            }
             Message::SetVringKick { ring, fd } => fd
                 .map(KickFd::from_front_end)
                 .transpose()
