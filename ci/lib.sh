@@ -20,8 +20,8 @@ reactor_mask() {
     if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
 }
 
-# Says that what needs $1 was skipped, for the reason $2; fails where VHOST_REQUIRE names it. As the crate
-# test-report does for tests.
+# Reports that what needs $1 was skipped, for the reason $2; fails if VHOST_REQUIRE lists $1. The crate test-report
+# does the same for tests.
 skip() {
     case ,${VHOST_REQUIRE:-}, in
     *,"$1",*) die "VHOST_REQUIRE names $1: $2" ;;
