@@ -1,4 +1,4 @@
-//! How much memory the system, and the control groups we are in, can spare.
+//! How much memory the system, and the control groups of this process, can spare.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,13 +32,14 @@ fn system() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The least that any group from ours to the root leaves, in either version of control groups.
+/// The least memory that this process's control group or one of its ancestors has left, in either
+/// cgroup version.
 fn control_groups() -> Option<u64> {
     let read = |name: &str| fs::read_to_string(Path::new("/proc/self").join(name)).ok();
     least_left(&read("cgroup")?, &read("mountinfo")?)
 }
 
-/// As [`control_groups`], by the process's `cgroup` and `mountinfo` files.
+/// As [`control_groups`], from the contents of the process's `cgroup` and `mountinfo` files.
 fn least_left(groups: &str, mounts: &str) -> Option<u64> {
     let hierarchy = |version| {
         let (mount, group) = (mount_of(version, mounts)?, group_in(version, groups)?);
@@ -49,14 +50,15 @@ fn least_left(groups: &str, mounts: &str) -> Option<u64> {
     [Version::One, Version::Two].into_iter().filter_map(hierarchy).min()
 }
 
-/// Of control groups. A memory controller is in one of the two.
+/// cgroup v1 or v2. The memory controller is in at most one of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
     One,
     Two,
 }
 
-/// Where a hierarchy of groups is mounted, and which group that is: not the root in a container.
+/// Where a cgroup hierarchy is mounted, and which group is mounted there: in a container it is not
+/// the root group.
 #[derive(Debug)]
 struct Mount {
     point: PathBuf,
@@ -64,8 +66,8 @@ struct Mount {
 }
 
 impl Mount {
-    /// Where a group is. One that is not below the mount is taken for the mounted one, which is the
-    /// nearest that can be seen.
+    /// The directory of a group. A group outside of the mount is taken for the mounted group, its
+    /// nearest ancestor that is visible.
     fn directory_of(&self, group: &str) -> PathBuf {
         match Path::new(group).strip_prefix(&self.root) {
             Ok(below) if !group.split('/').any(|part| part == "..") => self.point.join(below),
@@ -74,7 +76,7 @@ impl Mount {
     }
 }
 
-/// The hierarchy with the memory controller; proc(5) says what a line of `mountinfo` is.
+/// The mount of the hierarchy with the memory controller; proc(5) has the format of `mountinfo`.
 fn mount_of(version: Version, mounts: &str) -> Option<Mount> {
     mounts.lines().find_map(|line| {
         let (before, after) = line.split_once(" - ")?;
@@ -90,7 +92,8 @@ fn mount_of(version: Version, mounts: &str) -> Option<Mount> {
     })
 }
 
-/// Our group in the hierarchy with the memory controller; cgroups(7) says what a line of `cgroup` is.
+/// The process's group in the hierarchy with the memory controller; cgroups(7) has the format of
+/// `cgroup`.
 fn group_in(version: Version, groups: &str) -> Option<&str> {
     groups.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':');
@@ -103,18 +106,19 @@ fn group_in(version: Version, groups: &str) -> Option<&str> {
     })
 }
 
-/// What a group leaves, `own` being the one that we are in. `None` if it has no limit for us.
+/// The memory that a group has left; `own`: it is the process's own group. `None` if the group sets
+/// no limit for us.
 fn left_in(version: Version, dir: &Path, own: bool) -> Option<u64> {
     let text = |name: &str| fs::read_to_string(dir.join(name)).ok();
     let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
     let stat = text("memory.stat").unwrap_or_default();
     let (limit, used, reclaimable) = match version {
         Version::One => {
-            // Before Linux 5.11, a group may leave those below alone.
+            // Before Linux 5.11, a group need not limit its descendants.
             if !own && number("memory.use_hierarchy") == Some(0) {
                 return None;
             }
-            // The second is the least of the ancestors', which a container does not see.
+            // The second is the minimum over all ancestors, some of which a container does not see.
             let limits = [
                 number("memory.limit_in_bytes"),
                 field(&stat, "hierarchical_memory_limit").filter(|_| own),
@@ -141,7 +145,7 @@ mod tests {
     use super::*;
     use tempfile::TempDir;
 
-    /// Version 1's "no limit".
+    /// The value with which version 1 says "no limit".
     const NONE: &str = "9223372036854771712";
 
     #[test]
@@ -160,13 +164,13 @@ mod tests {
 
     impl Tree {
         fn new() -> Self {
-            // Others are mounted, too.
+            // Other file systems are mounted, too.
             let mounts = "24 29 0:22 / /proc rw,nosuid - proc proc rw\n\
                           31 30 0:27 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu\n";
             Self { dir: tempfile::tempdir().unwrap(), mounts: mounts.into() }
         }
 
-        /// Mounts a hierarchy, whose group `root` is what is mounted, at `name`.
+        /// Mounts a hierarchy at `name`, with `root` as the group that is mounted.
         fn mount(&mut self, name: &str, root: &str, kind: &str, options: &str) {
             let point = self.dir.path().join(name);
             let point = point.display();
@@ -210,7 +214,7 @@ mod tests {
         assert_eq!(tree.left(groups), Some(700));
         tree.one("memory/a", "5600", "5000", &[]);
         assert_eq!(tree.left(groups), Some(600), "an ancestor leaves less");
-        // Own pages are not all: a group's usage is that of all below it.
+        // The group's own pages are not all: its usage includes that of its descendants.
         tree.group("memory/a", &[("memory.stat", "inactive_file 1\ntotal_inactive_file 50\n")]);
         assert_eq!(tree.left(groups), Some(650));
         tree.group("memory/a", &[("memory.use_hierarchy", "0\n")]);
@@ -240,7 +244,7 @@ mod tests {
         assert_eq!(tree.left(groups), Some(100));
     }
 
-    /// As systemd's hybrid mode: version 2 is mounted, and has no memory controller.
+    /// As in systemd's hybrid mode: version 2 is mounted, and has no memory controller.
     #[test]
     fn the_hierarchy_with_the_memory_controller_counts() {
         let mut tree = Tree::new();
@@ -264,8 +268,8 @@ mod tests {
         for (group, left) in [
             ("/docker/1/x", Some(500)),
             ("/docker/1", Some(1000)),
-            // Of a namespace: what is above cannot be named, and what is not below the mount is seen as
-            // that.
+            // In a cgroup namespace: ancestors cannot be named, and a group that is not below the
+            // mount is taken for the mounted one.
             ("/", Some(1000)),
             ("/../2", Some(1000)),
             ("/docker/1/../2", Some(1000)),

@@ -1,4 +1,4 @@
-//! Why an I/O failed, on its way from a channel on a reactor to the operator.
+//! Why an I/O failed, on its way from a channel on a reactor to the log and the counters.
 
 use std::fmt;
 use std::io;
@@ -9,19 +9,19 @@ use crate::io::{OPS, Op};
 /// An I/O that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// What SPDK counts it as.
+    /// The counter of `io_error` that it belongs to in SPDK.
     pub kind: FailureKind,
-    /// What it was to do.
+    /// Its operation.
     pub op: Op,
-    /// Where on the device, in bytes, if that is known.
+    /// Its offset on the device in bytes, if known.
     pub offset: Option<u64>,
     /// Length in bytes.
     pub len: u64,
-    /// What the system said, positive; 0 if it did a part of the I/O and did not say why.
+    /// The system's errno; 0 if only a part was transferred, for no stated reason.
     pub errno: i32,
 }
 
-/// The kinds of failures that SPDK tells apart in `io_error` and that occur here.
+/// Those of SPDK's failure kinds in `io_error` that can occur here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// `failed`.
@@ -56,8 +56,8 @@ impl fmt::Display for Failure {
     }
 }
 
-/// A place for one failure, from one writer to one reader. The writer never waits: what finds the
-/// place taken is only counted, so that the reader gets the first failure since the last time.
+/// A slot for one failure, with one writer and one reader. The writer never waits: a failure that
+/// finds the slot full is only counted, so the reader gets the first failure since it last looked.
 #[derive(Debug, Default)]
 pub(crate) struct FirstFailure {
     taken: AtomicBool,
@@ -67,15 +67,15 @@ pub(crate) struct FirstFailure {
     len: AtomicU64,
 }
 
-/// In a [`FirstFailure`]: no offset. No device is so large.
+/// In a [`FirstFailure`]: no offset. No device is that large.
 const NOWHERE: u64 = u64::MAX;
 
 const OP_OF: [Op; OPS] = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes];
 
 impl FirstFailure {
-    /// Leaves a failure, if the place is free. For the one writer.
+    /// Stores a failure if the slot is free. Only the one writer may call it.
     pub(crate) fn leave(&self, failure: &Failure) {
-        // Acquire: the reader has read what was here before we write.
+        // Acquire: the reader has read the previous failure before we overwrite it.
         if self.taken.load(Ordering::Acquire) {
             return;
         }
@@ -84,13 +84,13 @@ impl FirstFailure {
         self.what.store(what, Ordering::Relaxed);
         self.offset.store(offset.unwrap_or(NOWHERE), Ordering::Relaxed);
         self.len.store(len, Ordering::Relaxed);
-        // Release: who sees this sees all of the failure.
+        // Release: a reader that sees this sees the whole failure.
         self.taken.store(true, Ordering::Release);
     }
 
-    /// Takes the failure and frees the place. For the one reader.
+    /// Takes the failure and frees the slot. Only the one reader may call it.
     pub(crate) fn take(&self) -> Option<Failure> {
-        // Acquire: as the writer has left it.
+        // Acquire: sees what the writer stored before its Release.
         if !self.taken.load(Ordering::Acquire) {
             return None;
         }
@@ -102,7 +102,7 @@ impl FirstFailure {
             len: self.len.load(Ordering::Relaxed),
             errno: (what >> 32) as i32,
         };
-        // Release: the writer comes after our reading.
+        // Release: the writer overwrites only after we have read.
         self.taken.store(false, Ordering::Release);
         Some(failure)
     }

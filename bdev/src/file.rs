@@ -89,7 +89,7 @@ impl FileDisk {
         Self::on(file, options)
     }
 
-    /// Makes a disk of what [`open_file`] has opened by the name that `options` has.
+    /// Makes a disk of a file that [`open_file`] has opened by the name in `options`.
     ///
     /// # Errors
     /// As [`FileDisk::create`].
@@ -204,13 +204,12 @@ impl FileDisk {
 
 impl Drop for FileDisk {
     fn drop(&mut self) {
-        // On FUSE or NFS the close of a file writes back what was written, and takes as long as a
-        // server likes.
+        // Closing a file on FUSE or NFS writes back dirty data, which can take arbitrarily long.
         self.closer.drop_later(self.file.take());
     }
 }
 
-/// The [`closer::Account`] that closes the file of the disk `name`.
+/// The name of the [`closer::Account`] that closes the file of the disk `name`.
 #[must_use]
 pub fn account_name(name: &str) -> String {
     format!("bdev {name}")

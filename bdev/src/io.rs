@@ -132,7 +132,7 @@ impl Io {
         Self { op, tag, offset, len, segments: std::ptr::null(), segment_count: 0 }
     }
 
-    /// That this one has failed.
+    /// The [`Failure`] of this I/O, for the log and the counters.
     #[must_use]
     pub fn failed(&self, kind: FailureKind, errno: i32) -> Failure {
         Failure { kind, op: self.op, offset: Some(self.offset), len: self.len, errno }
@@ -236,8 +236,8 @@ pub trait Channel: Send {
         Wait::Poll
     }
 
-    /// Why the I/O of `tag` failed, if that is known. To be asked once about each that has ended in
-    /// something else than [`Status::Ok`], before its tag is used again.
+    /// Why the I/O of `tag` failed, if known. The owner asks once for each I/O that did not end
+    /// with [`Status::Ok`], before it uses the tag again.
     fn failure(&mut self, _tag: Tag) -> Option<Failure> {
         None
     }
@@ -250,9 +250,9 @@ pub trait Channel: Send {
     /// comes with the next call. Costs next to nothing when there is none.
     fn poll(&mut self, done: &mut [Completion]) -> usize;
 
-    /// Nobody wants the data of what is outstanding any more, and its memory may be somebody else's:
-    /// what the channel copies itself is not copied from here on, and what has not begun need not
-    /// begin. Every I/O is reported all the same, whatever its status. Nothing is submitted after this.
+    /// The data of outstanding I/Os is not wanted any more, and their memory may have another
+    /// owner. From now on the channel itself copies nothing, and need not start what it has not
+    /// started. It still reports every I/O, with any status. Nothing is submitted after this.
     fn abandon(&mut self) {}
 }
 
@@ -308,11 +308,11 @@ pub trait Bdev: Send + Sync + 'static {
     fn topology(&self) -> Topology {
         Topology::default()
     }
-    /// What holds its bytes, where another device may be on the same.
+    /// What stores its data, where other bdevs may use the same.
     fn storage(&self) -> Option<Storage> {
         None
     }
-    /// The devices that it is on; none where its bytes are its own.
+    /// The bdevs that this one is built on; none if it stores the data itself.
     fn bases(&self) -> &[Arc<dyn Bdev>] {
         &[]
     }

@@ -11,8 +11,8 @@
 //! one place that touches a guest's bytes) or by nothing at all; only a very long one they do in
 //! steps. Devices in files ([`FileDisk`]) queue it for the kernel, hand over a batch in
 //! [`Channel::kick`], and report it from [`Channel::poll`].
-//! What fails leaves its reason with the channel ([`Channel::failure`]), from where the owner brings
-//! it to the device's counters ([`Stats`]), and the control side to the log.
+//! A channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds
+//! it to the bdev's counters ([`Stats`]), and the control side logs it.
 //! Wrappers ([`Delay`], [`ErrorDisk`]) are bdevs round another bdev: the I/O passes through them
 //! in both directions, and they hold it, fail it or spoil it on the way.
 //!

@@ -22,10 +22,10 @@ struct Inner {
     gone: [OpCounts; OPS],
     /// What all had counted at the last reset.
     reset: [OpCounts; OPS],
-    /// The same of failures, by kind.
+    /// The same two for failures, by kind.
     gone_failures: [u64; FAILURE_KINDS],
     reset_failures: [u64; FAILURE_KINDS],
-    /// The first of users that are gone, since the last report.
+    /// The first failure of users that are gone, since the last report.
     gone_first: Option<Failure>,
     /// Failures up to the last report.
     reported: u64,
@@ -93,14 +93,14 @@ impl Stats {
         std::array::from_fn(|kind| ever[kind].saturating_sub(inner.reset_failures[kind]))
     }
 
-    /// What has failed since the last time that this was asked and had an answer: the first such I/O
-    /// of some user, and how many there are.
+    /// Failures since the last call that returned `Some`: the first one of some user, and the
+    /// number of all.
     pub fn report_failures(&self) -> Option<(Failure, u64)> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let firsts: Vec<_> = inner.users.iter().filter_map(|user| user.first.take()).collect();
         let first = inner.gone_first.take().or(firsts.first().copied())?;
         let ever: u64 = inner.failures_ever().iter().sum();
-        // What was left before was counted before.
+        // A failure may have been counted before the last report and stored after it.
         let count = (ever - inner.reported).max(1);
         inner.reported = ever;
         Some((first, count))
@@ -113,7 +113,7 @@ impl Stats {
         inner.reset_failures = inner.failures_ever();
     }
 
-    /// Starts counting failures by kind from zero.
+    /// Sets the failure counters to zero.
     pub fn reset_failures(&self) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.reset_failures = inner.failures_ever();
@@ -151,7 +151,7 @@ impl Inner {
 }
 
 impl Counters {
-    /// Counts one operation that has failed after `ticks`.
+    /// Counts one failed operation, which took `ticks`.
     #[cold]
     pub fn record_failure(&self, ticks: u64, failure: &Failure) {
         let counters = &self.ops[failure.op as usize];
@@ -231,14 +231,14 @@ mod tests {
         let first = Failure { kind: FailureKind::Failed, ..failure(9) };
         assert_eq!(stats.report_failures(), Some((first, 4)));
         assert_eq!(stats.report_failures(), None);
-        // Whoever has left is heard all the same, and counted once.
+        // A user that is gone is still reported, and counted once.
         other.record_failure(1, &failure(5));
         drop(other);
         let _another = stats.attach();
         assert_eq!(stats.report_failures(), Some((failure(5), 1)));
         assert_eq!(stats.report_failures(), None);
         assert_eq!(stats.failures(), [1, 4]);
-        // A reset forgets the numbers, not what is still to be reported.
+        // A reset clears the counters, not what is still to be reported.
         one.record_failure(1, &failure(6));
         stats.reset_failures();
         assert_eq!(stats.failures(), [0, 0]);

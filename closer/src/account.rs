@@ -1,10 +1,10 @@
 //! Accounts, and the threads that close what is charged to them.
 //!
-//! Each account has a queue of its own. An account with work is in the pool's list once, whatever
-//! the length of its queue, and the thread that takes it from there closes one thing and puts it
-//! back at the end: so accounts take turns, and no account ever has two threads. A thread is
-//! started when an account has work and no thread is idle. So there are never more threads than
-//! accounts that hang, and one.
+//! Each account has a queue. An account with a non-empty queue is in the pool's list once, whatever
+//! the length of its queue. A thread takes the account from the list, closes one entry, and puts
+//! the account back at the end: accounts take turns, and no account occupies two threads. A thread
+//! is started when an account has work and no thread is idle, so blocked closes occupy one thread
+//! per account.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -14,66 +14,65 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
-/// Threads that wait for work; more than these end when they find none.
+/// Idle threads that are kept; a further thread ends when it finds no work.
 const IDLE_MAX: usize = 2;
 
-/// Threads at most. Each account takes one while a close of its hangs.
+/// Limit on threads. An account occupies one of them while a close of its blocks.
 const THREADS_MAX: usize = 1024;
 
 /// Ticks (seconds, in the product) that one close may take before its account counts as stuck.
 const STUCK_TICKS: u32 = 2;
 
-/// Fds that one account may have: twice the call and kick fds of 128 rings, the memory slots of a
-/// guest on their way, and what is left of earlier ones. Where that is more than one part in so many
-/// of all, it is that part.
+/// Fds that one account may have open: twice the call and kick fds of 128 rings, the memory slots
+/// of a guest in messages, and some fds of earlier front ends; and at most one part in
+/// [`ACCOUNTS_PART`] of all fds.
 const ACCOUNT_FDS_MAX: usize = 2048;
 const ACCOUNTS_PART: usize = 4;
 
-/// One part in so many of all foreign fds is kept for operators.
+/// One part in so many of all foreign fds is reserved for operator accounts.
 const OPERATORS_PART: usize = 8;
 
-/// Foreign fds in the process, and how many there may be.
+/// Open foreign fds in the process, and the limit on them.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 static FDS_MAX: AtomicUsize = AtomicUsize::new(1 << 16);
 
-/// Sets how many foreign fds the process may have at a time: less than its limit of open files by
-/// what it needs itself.
+/// Sets the limit on open foreign fds: the process's limit on open files less what it needs itself.
 pub fn set_fds_max(most: usize) {
     FDS_MAX.store(most, Ordering::Relaxed);
 }
 
-/// Who is charged for what has to be closed. Clones are the same account.
+/// The owner of fds and files that have to be closed. Clones refer to the same account.
 #[derive(Clone)]
 pub struct Account(Arc<Inner>);
 
 struct Inner {
     name: String,
-    /// Fds that exist, those that wait for their close included.
+    /// Open fds, including those that wait to be closed.
     open: AtomicUsize,
     queue: Mutex<Queue>,
-    /// May use the fds that are kept for operators.
+    /// May use the reserved fds.
     operator: bool,
-    /// Dropped with the account's last fd.
+    /// Dropped when the account has no fds and no clones left.
     _held: Option<Box<dyn Any + Send + Sync>>,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Box<dyn Send>>,
-    /// It is in the pool's list, or a thread is closing something of it.
+    /// It is in the pool's list, or a thread is closing one of its entries.
     scheduled: bool,
     closing: bool,
-    /// Ticks that the close under way has seen.
+    /// Ticks since the current close began.
     ticks: u32,
     reported: bool,
 }
 
-/// An account with a close that takes long.
+/// An account whose current close takes long.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stuck {
     /// The account's name.
     pub name: String,
-    /// What waits for its close, the one under way included.
+    /// Entries that are not closed yet, including the current one.
     pub waiting: usize,
 }
 
@@ -90,9 +89,9 @@ impl Account {
         Self::with(name.into(), false, None)
     }
 
-    /// An operator's account: it may use fds that no other account gets. It keeps `guard` until
-    /// everything that is charged to it has been closed and its last clone is gone: a place in a
-    /// limited number, for example.
+    /// An operator's account: it may use the reserved fds. It keeps `guard` until everything that
+    /// is charged to it has been closed and its last clone is dropped; a semaphore permit, for
+    /// example.
     #[must_use]
     pub fn operator(name: impl Into<String>, guard: impl Any + Send + Sync) -> Self {
         Self::with(name.into(), true, Some(Box::new(guard)))
@@ -109,7 +108,7 @@ impl Account {
         &self.0.name
     }
 
-    /// Drops `value` on a thread that may wait for it. Never waits.
+    /// Drops `value` on a thread where blocking is harmless. Does not block.
     pub fn drop_later(&self, value: impl Send + 'static) {
         let mut queue = self.0.queue();
         queue.waiting.push_back(Box::new(value));
@@ -119,32 +118,33 @@ impl Account {
         }
     }
 
-    /// Fds of this account that exist, those that wait for their close included.
+    /// Open fds of this account, including those that wait to be closed.
     #[must_use]
     pub fn open(&self) -> usize {
         self.0.open.load(Ordering::Relaxed)
     }
 
-    /// What waits for its close, the one under way included.
+    /// Entries that are not closed yet, including the current one.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.0.queue().in_all()
     }
 
-    /// Whether a close has been under way for some seconds. The party behind the account should
-    /// get nothing new until that ends.
+    /// Whether a close has been in progress for some seconds. Until it ends, the account's owner (a
+    /// front end or client) should get nothing new.
     #[must_use]
     pub fn is_stuck(&self) -> bool {
         self.0.queue().is_stuck()
     }
 
-    /// Whether `count` fds more leave room for all others: for the rest of this process's own, for
-    /// operators, and for other accounts.
+    /// Whether `count` more fds can be opened within the account's own limit and the process's,
+    /// without using fds that are reserved for operators.
     #[must_use]
     pub fn has_room(&self, count: usize) -> bool {
         let most = FDS_MAX.load(Ordering::Relaxed);
         let most = if self.0.operator { most } else { most - most / OPERATORS_PART };
-        // Two threads may count the same room; that is what the rest of the process has to spare.
+        // Two threads may claim the same room; the fds that are set aside for the process itself
+        // absorb that.
         let of_account = ACCOUNT_FDS_MAX.min(most / ACCOUNTS_PART);
         OPEN.load(Ordering::Relaxed) + count <= most && self.open() + count <= of_account
     }
@@ -159,7 +159,7 @@ impl Account {
     }
 }
 
-/// An fd that counts until it has been closed.
+/// An fd that is counted until it has been closed.
 struct Open {
     fd: Option<OwnedFd>,
     account: Account,
@@ -189,9 +189,9 @@ impl Queue {
     }
 }
 
-/// Counts a tick for every close under way. To be called once a second by whoever else keeps time
-/// for the process: a process that was stopped for a while has counted nothing meanwhile. Answers
-/// with the accounts that have become stuck since the last call.
+/// Counts a tick for every close in progress, and returns the accounts that have become stuck since
+/// the last call. To be called once a second, by the same clock that counts the process's other
+/// time limits, so that time in which the process was stopped does not count.
 pub fn tick() -> Vec<Stuck> {
     let newly_stuck = |account: Arc<Inner>| {
         let mut queue = account.queue();
@@ -205,7 +205,7 @@ pub fn tick() -> Vec<Stuck> {
     POOL.busy().into_iter().filter_map(newly_stuck).collect()
 }
 
-/// The accounts that are stuck now, those without any other handle included.
+/// The accounts that are stuck now, including those with no other handle.
 #[must_use]
 pub fn stuck() -> Vec<Stuck> {
     let if_stuck = |account: Arc<Inner>| {
@@ -223,9 +223,9 @@ struct Pool {
 }
 
 struct State {
-    /// Accounts with work that no thread is at.
+    /// Accounts with work that no thread is processing.
     ready: VecDeque<Arc<Inner>>,
-    /// Accounts that a thread is at.
+    /// Accounts that a thread is processing.
     busy: Vec<Weak<Inner>>,
     idle: usize,
     threads: usize,
@@ -242,7 +242,7 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The accounts that a thread is at.
+    /// The accounts that a thread is processing.
     fn busy(&self) -> Vec<Arc<Inner>> {
         self.state().busy.iter().filter_map(Weak::upgrade).collect()
     }
@@ -254,17 +254,17 @@ impl Pool {
             self.ready.notify_one();
         } else if state.threads < THREADS_MAX {
             state.threads += 1;
-            // Others that drop something do not wait until the thread has started.
+            // Starting a thread takes time; the lock is not held meanwhile.
             drop(state);
             let started = thread::Builder::new().name("vhost-close".into()).spawn(|| self.close());
             if started.is_err() {
-                // A thread that is there comes to it later.
+                // An existing thread processes the account later.
                 self.state().threads -= 1;
             }
         }
     }
 
-    /// The life of one thread: an account, one close of it, the next account.
+    /// The main loop of a thread: takes an account, closes one of its entries, repeats.
     fn close(&self) {
         let mut state = self.state();
         loop {
@@ -287,7 +287,7 @@ impl Pool {
             if more {
                 state.ready.push_back(account);
             } else {
-                // It may hold the last guard of its party.
+                // It may hold the last reference to the account's guard.
                 drop(state);
                 drop(account);
                 state = self.state();
@@ -297,7 +297,7 @@ impl Pool {
 }
 
 impl Inner {
-    /// Closes one thing; says whether there is more.
+    /// Closes one entry; true if there are more.
     fn close_one(&self) -> bool {
         let mut queue = self.queue();
         let next = queue.waiting.pop_front();
@@ -306,7 +306,7 @@ impl Inner {
         drop(next);
         let mut queue = self.queue();
         if std::mem::take(&mut queue.reported) {
-            tracing::info!("{}: the close that took long has ended", self.name);
+            tracing::info!("{}: the close that took long has returned", self.name);
         }
         queue.closing = false;
         queue.scheduled = !queue.waiting.is_empty();
@@ -319,7 +319,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
-    /// Says when its drop has begun, and ends it when it is told to.
+    /// Reports when its drop has begun, and blocks in it until told to end.
     struct Hanging(Sender<()>, Receiver<()>);
 
     impl Drop for Hanging {
@@ -335,7 +335,7 @@ mod tests {
         (Hanging(begun_in, end_out), begun, end)
     }
 
-    /// Says that it was dropped.
+    /// Reports that it was dropped.
     struct Telling(Sender<u32>, u32);
 
     impl Drop for Telling {

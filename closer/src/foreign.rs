@@ -1,9 +1,10 @@
-//! An fd that a stranger has sent: what it is is found out without asking whoever is behind it, and
-//! it is closed where nobody waits.
+//! An fd that an untrusted process has sent: its type is checked without relying on that process,
+//! and it is closed on another thread.
 //!
-//! A stranger may send anything: a file of a FUSE file system that it serves itself, a TCP socket
-//! that lingers, a memory file of which ours is the last reference. `fstat`, and even `close`, can
-//! then take as long as it likes. So the kind is told by questions that only the kernel answers.
+//! The sender may send anything: a file of a FUSE file system that it serves itself, a TCP socket
+//! with `SO_LINGER`, the last reference to a huge memory file. `fstat`, and even `close`, can then
+//! block for as long as the sender likes. So the type is checked only with system calls that the
+//! kernel answers by itself.
 #![expect(unsafe_code, reason = "system calls that tell what an fd is")]
 
 use std::io;
@@ -11,8 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use crate::account::Account;
 
-/// An fd that came from a stranger, or a socket that may hold unread ones. Dropping it has its
-/// account close it, on another thread.
+/// An fd that came from an untrusted process, or a socket that may have fds in unread messages.
+/// When it is dropped, its account closes it on another thread.
 #[derive(Debug)]
 pub struct ForeignFd {
     /// Taken when `self` is dropped.
@@ -38,7 +39,7 @@ pub enum Error {
 }
 
 impl ForeignFd {
-    /// Takes `fd`, and charges its close to `account`.
+    /// Takes `fd`; it is closed by `account`.
     #[must_use]
     pub fn new(fd: OwnedFd, account: &Account) -> Self {
         account.opened();
@@ -51,7 +52,7 @@ impl ForeignFd {
         Self::new(fd, &Account::new("an fd"))
     }
 
-    /// Another fd for the same open file, charged to the same account.
+    /// A duplicate of the fd, charged to the same account.
     ///
     /// # Errors
     /// The process has too many fds.

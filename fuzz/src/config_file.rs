@@ -1,9 +1,8 @@
-//! What `-c` reads: the reader of `vhost-app`, which is taken in as it is, and a replay through
-//! methods that do nothing.
+//! Fuzzes the reader of `-c`: the module of `vhost-app`, included as source, and a replay of calls to methods that do
+//! nothing.
 //!
-//! What has to hold: a text is read or refused, in any case with a reason in one line; what is read
-//! is carried out, each call in the one pass that its phase says; what a comment hides is not seen,
-//! and JSON has none.
+//! Invariants: a text is either read or refused with a reason in one line; each call that is read is executed once,
+//! in the pass of its phase; text in comments is ignored, and strict JSON has no comments.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
@@ -71,7 +70,7 @@ impl Stage {
         ConfigFile::read(&self.path, ignore_errors)
     }
 
-    /// Both passes, as the start of `vhost` has them.
+    /// Both passes, as at the start of `vhost`.
     fn replay(&self, config: &ConfigFile) -> Result<(), Error> {
         self.calls.iter().for_each(|calls| calls.set(0));
         self.runtime.block_on(async {
@@ -81,7 +80,7 @@ impl Stage {
     }
 }
 
-/// Parts of which structured inputs are made.
+/// Fragments from which structured inputs are made.
 const PARTS: [&str; 42] = [
     "\"\\\"//\"",
     "\"\\\"/*\"",
@@ -127,10 +126,10 @@ const PARTS: [&str; 42] = [
     "\u{e9}",
 ];
 
-/// Plays an input.
+/// Runs an input.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     let how = input.u8();
@@ -169,7 +168,7 @@ pub fn run(bytes: &[u8]) {
         let careless = stage.read(&text, true).expect("it was read just now");
         stage.replay(&careless).expect("errors are ignored");
         assert!(calls.is_none_or(|calls| calls == stage.total()), "{calls:?}");
-        // What is in a comment does not matter.
+        // The contents of comments do not matter.
         let commented = [b"// [{\"}\n/* \" */".as_slice(), &text, b"/* { */"].concat();
         let again = stage.read(&commented, true).expect("comments are allowed");
         let before = stage.total();

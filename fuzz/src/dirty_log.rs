@@ -1,7 +1,7 @@
-//! Dirty logs that a stranger has made, and cuts short meanwhile.
+//! Dirty logs from an untrusted front end, which truncates them meanwhile.
 //!
-//! What has to hold: the marked pages are those of the ranges, none beyond the log and none before
-//! it; a file that is cut short takes nobody along.
+//! Invariants: the marked pages are exactly those of the ranges, within the log; a truncated file does not crash the
+//! process.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -19,7 +19,7 @@ use crate::input::Input;
 
 const FILE_BYTES: usize = 0x3000;
 const PAGE: u64 = 4096;
-/// Mappings at a time: they are taken down on another thread, which the inputs would outrun.
+/// Limit on mappings at a time: another thread unmaps them, and is slower than the inputs.
 const MAPPINGS_MAX: usize = 32;
 
 thread_local! {
@@ -40,10 +40,10 @@ fn map(file: &File, offset: u64, size: u64, unmapper: &Unmapper) -> Option<Dirty
     }
 }
 
-/// Plays an input.
+/// Runs an input.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8]) {
     STAGE.with_borrow_mut(|(file, unmapper)| {
         file.set_len(FILE_BYTES as u64).expect("a memfd");
@@ -62,7 +62,7 @@ pub fn run(bytes: &[u8]) {
                 break;
             }
             let (gpa, len) = match input.u8() {
-                // Rarely: each fault costs.
+                // Rarely: each page fault costs time.
                 0xff if whole => {
                     file.set_len(input.u16().into()).expect("a memfd");
                     whole = false;
@@ -83,7 +83,7 @@ pub fn run(bytes: &[u8]) {
     });
 }
 
-/// Page by page.
+/// The reference: marks page by page.
 fn mark(log: &mut [u8], gpa: u64, len: u64) {
     let Some(last) = len.checked_sub(1).and_then(|last| gpa.checked_add(last)) else { return };
     let pages = 8 * log.len() as u64;

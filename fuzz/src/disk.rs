@@ -1,7 +1,6 @@
-//! A disk whose I/O completes when and how the script says, and which checks what it is given.
+//! A disk whose I/O completes when and how the script says, and which checks the I/Os that it gets.
 //!
-//! Faults that it shows: I/O that stays, that fails, that is not supported, and a channel that is
-//! full.
+//! Simulated faults: I/O that does not complete, fails, or is unsupported, and a full channel.
 #![expect(unsafe_code, reason = "reads and writes a guest's memory")]
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,19 +12,19 @@ use bdev::{
 /// Its size in sectors.
 pub const SECTORS: u64 = 1024;
 
-/// Memory that an I/O may name: address and length.
+/// Memory ranges that an I/O may refer to: address and length.
 pub type Span = (usize, usize);
 
-/// What it does, and what it has seen.
+/// Its configuration, and what it has recorded.
 #[derive(Debug, Default)]
 pub struct State {
     /// I/O completes in `submit`.
     pub at_once: bool,
-    /// How many more I/Os the channels take, if there is a limit.
+    /// How many more I/Os the channels accept; `None`: no limit.
     pub room: Option<usize>,
-    /// How many I/Os from now one fails; 0 for never.
+    /// The number of I/Os until one fails; 0 for never.
     pub failing_in: usize,
-    /// How that one ends.
+    /// The status of that one.
     pub failure: Option<Status>,
     /// Where segments may be; anywhere if it is empty.
     pub memory: Vec<Span>,
@@ -64,13 +63,13 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl State {
-    /// I/Os under way.
+    /// I/Os in progress.
     #[must_use]
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// Completes one of the I/Os under way.
+    /// Completes one of the I/Os in progress.
     pub fn complete(&mut self, nth: usize) {
         if self.pending.is_empty() {
             return;
@@ -81,7 +80,7 @@ impl State {
         self.done.push((channel, Completion { tag: io.tag, status }));
     }
 
-    /// Completes all, and from now on everything at once.
+    /// Completes all, and from now on each I/O at once.
     pub fn settle(&mut self) {
         (self.at_once, self.room, self.failing_in) = (true, None, 0);
         while !self.pending.is_empty() {
@@ -91,7 +90,7 @@ impl State {
 }
 
 impl ModelDisk {
-    /// A disk that can do everything.
+    /// A disk with all features.
     #[must_use]
     pub fn new(block_size: u32) -> Arc<Self> {
         let features =
@@ -99,7 +98,7 @@ impl ModelDisk {
         Arc::new(Self { state: Arc::default(), block_size, features, stats: Stats::default() })
     }
 
-    /// What it does.
+    /// Its state.
     pub fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -140,7 +139,7 @@ impl Bdev for ModelDisk {
 impl Channel for ModelChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.state);
-        // SAFETY: the caller keeps them.
+        // SAFETY: the caller keeps the segments until completion.
         self.check(&io, unsafe { io.segments() }, &state);
         match &mut state.room {
             Some(0) => return Submit::Full(io),
@@ -163,7 +162,7 @@ impl Channel for ModelChannel {
         Submit::Queued
     }
 
-    /// The script wakes whoever has slept.
+    /// Nothing to wait for: the script wakes the reactors.
     fn wait(&self) -> Wait {
         Wait::Event
     }
@@ -193,7 +192,7 @@ impl Drop for ModelChannel {
 }
 
 impl ModelChannel {
-    /// What the contract of [`Channel`] says of an I/O.
+    /// Checks the contract of [`Channel`] about an I/O.
     fn check(&self, io: &Io, segments: &[Segment], state: &State) {
         assert!(io.tag.0 < self.depth, "tag {} of {}", io.tag.0, self.depth);
         let same = |p: &Pending| p.channel == self.number && p.io.tag == io.tag;
@@ -214,7 +213,7 @@ impl ModelChannel {
     }
 }
 
-/// Does what an I/O says to its memory: a read fills it, a write looks at it.
+/// Accesses the memory of an I/O: a read fills it, a write only reads it.
 ///
 /// # Safety
 /// The I/O was submitted and has not completed.

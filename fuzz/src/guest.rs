@@ -1,4 +1,4 @@
-//! A guest's memory: three files, of which a memory table has two, and a copy to compare with.
+//! A guest's memory: three files, of which each memory table has two, and a copy to compare with.
 //!
 //! Made once per process, as mapping it costs more than most inputs, and zeroed for each input.
 #![expect(unsafe_code, reason = "reads and writes mapped memory")]
@@ -11,10 +11,10 @@ use closer::ForeignFd;
 use vhost_blk::memory::{GuestMemory, RegionSpec};
 use vhost_blk::reclaim::Unmapper;
 
-/// Bytes of each file. File 0 is at guest-physical 0; behind it, without a gap, is file 1 or file
-/// 2, by table.
+/// Bytes of each file. File 0 is at guest-physical address 0; file 1 or file 2, depending on the table, follows
+/// without a gap.
 pub const FILE_BYTES: usize = 0x8000;
-/// Files.
+/// Number of files.
 pub const FILES: usize = 3;
 /// Where memory ends.
 pub const END: u64 = 2 * FILE_BYTES as u64;
@@ -33,14 +33,14 @@ pub struct Guest {
     tables: [Arc<GuestMemory>; 2],
     hosts: [*mut u8; FILES],
     copy: Vec<u8>,
-    /// Keeps the thread.
+    /// Keeps the unmapping thread running.
     unmapper: Unmapper,
 }
 
-/// A memfd of `len` bytes, which may be sealed.
+/// A memfd of `len` bytes that allows sealing.
 ///
 /// # Panics
-/// The system has none.
+/// The system cannot make one.
 #[must_use]
 pub fn memfd(len: u64) -> OwnedFd {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
@@ -85,13 +85,13 @@ impl Guest {
         &self.tables[table]
     }
 
-    /// The thread that unmaps.
+    /// The thread that unmaps memory.
     #[must_use]
     pub fn unmapper(&self) -> &Unmapper {
         &self.unmapper
     }
 
-    /// Where `gpa` is in a table's files, and how many bytes follow it in its region.
+    /// The place of `gpa` in a table's files, and the bytes from there to the end of its region.
     #[must_use]
     pub fn locate(table: usize, gpa: u64) -> Option<(Place, u64)> {
         let at = usize::try_from(gpa).ok().filter(|at| *at < 2 * FILE_BYTES)?;
@@ -100,7 +100,7 @@ impl Guest {
         Some((Place { file, at }, (FILE_BYTES - at) as u64))
     }
 
-    /// Where `len` bytes at a host address are, if they lie in one file.
+    /// The place of `len` bytes at a host address, if they lie in one file.
     #[must_use]
     pub fn place_of_host(&self, host: *const u8, len: usize) -> Option<Place> {
         (0..FILES).find_map(|file| {
@@ -109,7 +109,7 @@ impl Guest {
         })
     }
 
-    /// Makes it all zeroes.
+    /// Zeroes all memory.
     pub fn clear(&mut self) {
         for host in self.hosts {
             // SAFETY: `FILE_BYTES` are mapped there for as long as `self` lives, and nobody else
@@ -118,7 +118,7 @@ impl Guest {
         }
     }
 
-    /// Writes what lies within memory.
+    /// Writes the part that lies within memory.
     pub fn put(&mut self, table: usize, mut gpa: u64, mut bytes: &[u8]) {
         while let Some((Place { file, at }, room)) = Self::locate(table, gpa)
             && !bytes.is_empty()
@@ -140,7 +140,7 @@ impl Guest {
         u16::from_le_bytes(bytes)
     }
 
-    /// Remembers what is there now.
+    /// Updates the copy to the current contents.
     pub fn remember(&mut self) {
         for (file, host) in self.hosts.into_iter().enumerate() {
             let to = self.copy[file * FILE_BYTES..][..FILE_BYTES].as_mut_ptr();
@@ -149,7 +149,7 @@ impl Guest {
         }
     }
 
-    /// Bytes as they are remembered; zeroes if they do not lie in one file.
+    /// Bytes of the copy; zeroes if they do not lie in one file.
     #[must_use]
     pub fn remembered<const N: usize>(&self, table: usize, gpa: u64) -> [u8; N] {
         match Self::locate(table, gpa) {
@@ -161,18 +161,18 @@ impl Guest {
         }
     }
 
-    /// A byte as it is remembered.
+    /// A byte of the copy.
     #[must_use]
     pub fn remembered_at(&self, Place { file, at }: Place) -> u8 {
         self.copy[file * FILE_BYTES + at]
     }
 
-    /// Calls `visit` with each place that is not as it is remembered, and what is there now.
+    /// Calls `visit` with each place that differs from the copy, and its current value.
     pub fn changed(&self, mut visit: impl FnMut(Place, u8)) {
-        // Coarse first, as most of it is the same.
+        // Large blocks first, as most memory is unchanged.
         const STEPS: [usize; 2] = [4096, 64];
         for (file, host) in self.hosts.into_iter().enumerate() {
-            // SAFETY: as in `clear`; whoever writes there does so between calls on this thread.
+            // SAFETY: as in `clear`; all other writes happen between calls on this thread.
             let now = unsafe { std::slice::from_raw_parts(host.cast_const(), FILE_BYTES) };
             let then = &self.copy[file * FILE_BYTES..][..FILE_BYTES];
             let differs =

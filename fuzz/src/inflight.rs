@@ -1,13 +1,13 @@
-//! In-flight areas that a stranger has made, or writes into meanwhile.
+//! In-flight areas from an untrusted front end, which may write into them meanwhile.
 //!
-//! An input is either the story of a tracker (processes that begin, track and are killed) or a
-//! queue that begins with an area and has its ring served. What has to hold:
+//! An input is either a history of trackers (processes that start, track and are killed) or a queue that starts with
+//! an area and whose ring is served. Invariants:
 //!
-//! * What is to be done again are entries that there are, each once, and no more than fit the ring.
-//! * As long as nobody else writes into the area, a process that begins finds what the one before
-//!   had in flight, neither more nor less, if that one found nothing of a stranger's in flight.
-//! * Nothing but the queue's own part of the area is written.
-//! * A queue that begins with any area does what is to be done again, and comes to an end.
+//! * The entries to resubmit exist, are distinct, and fit the ring.
+//! * If nobody else writes into the area, a process that starts finds exactly what the previous one had in flight,
+//!   provided that the previous one found no foreign entries.
+//! * Only the queue's own part of the area is written.
+//! * A queue that starts with any area resubmits what has to be resubmitted, and finishes.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 
 use std::cell::RefCell;
@@ -35,7 +35,7 @@ const FILE_BYTES: usize = 0x4000;
 const WRAP: u16 = 1 << 15;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
-/// Mappings at a time: they are taken down on another thread, which the inputs would outrun.
+/// Limit on mappings at a time: another thread unmaps them, and is slower than the inputs.
 const MAPPINGS_MAX: usize = 32;
 
 struct Stage {
@@ -75,10 +75,10 @@ impl Stage {
     }
 }
 
-/// Plays an input.
+/// Runs an input.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8]) {
     STAGE.with_borrow_mut(|stage| {
         let mut input = Input::new(bytes);
@@ -116,14 +116,13 @@ pub fn run(bytes: &[u8]) {
     });
 }
 
-/// Bytes of a queue's part, by the specification.
+/// Bytes of a queue's part, according to the specification.
 fn part_bytes(queue_size: u16, packed: bool) -> usize {
     let entry = if packed { 32 } else { 16 };
     (entry * (usize::from(queue_size) + 1)).next_multiple_of(64)
 }
 
-/// Puts a stranger's bytes into the area: as they are in the input, or brought near to what is
-/// sound.
+/// Writes foreign bytes into the area: as they are in the input, or adjusted to be nearly valid.
 fn fill(stage: &Stage, spec: AreaSpec, packed: bool, sound: bool, input: &mut Input<'_>) {
     let mut bytes = vec![0; FILE_BYTES];
     let len = usize::from(input.u16()) % 2048;
@@ -153,29 +152,29 @@ fn fill(stage: &Stage, spec: AreaSpec, packed: bool, sound: bool, input: &mut In
 struct Live {
     entry: u16,
     span: u16,
-    /// What was written down; nothing is known of what was found at the beginning.
+    /// The descriptors that were recorded; `None` for requests that were found in flight at the start.
     descs: Option<Vec<Desc>>,
 }
 
-/// Processes that track one queue, one after the other.
+/// A sequence of processes that track one queue.
 struct Story<'a> {
     area: &'a Arc<Area>,
-    /// Where the area is in its file.
+    /// Offset of the area in its file.
     offset: u64,
     queue: usize,
     size: u16,
     packed: bool,
     tracker: Tracker,
-    /// In flight, put ones included.
+    /// Requests in flight, including those in `put`.
     live: Vec<Live>,
-    /// Put and not published.
+    /// Put into the used ring, and not published.
     put: Vec<Live>,
     used: u16,
     last_avail: u16,
     /// Flags of a packed ring's descriptors.
     flags: Vec<u16>,
-    /// Nobody else has written what the process goes by: not since it began, nor what it found in
-    /// flight, whose links are a stranger's until it is done.
+    /// Nobody else has written what the process relies on: not since it started, nor the requests that it found in
+    /// flight, whose links are foreign until they are done.
     trusted: bool,
 }
 
@@ -221,7 +220,7 @@ impl<'a> Story<'a> {
         story.kill();
     }
 
-    /// Finds out how long what was found is.
+    /// Determines the lengths of the requests that were found in flight.
     fn measure(&mut self) {
         for live in &mut self.live {
             live.span = 1;
@@ -234,7 +233,7 @@ impl<'a> Story<'a> {
         self.take_back();
     }
 
-    /// As a queue does when it begins.
+    /// As a queue does when it starts.
     fn take_back(&mut self) {
         let mut position = self.used;
         while self.packed && position != self.last_avail {
@@ -261,7 +260,7 @@ impl<'a> Story<'a> {
             _ => {
                 let at = u64::from(input.u16()) % (FILE_BYTES as u64 - 8);
                 let part = part_bytes(self.area.queue_size(), self.packed) as u64;
-                // Where it is seen whether somebody else's part is written, nobody else writes.
+                // When writes outside of the queue's part are checked, nobody else writes.
                 let own = self.offset + self.queue as u64 * part;
                 stage.file.write_all_at(input.bytes(2), own + at % (part - 2)).expect("a memfd");
                 self.trusted = false;
@@ -295,7 +294,7 @@ impl<'a> Story<'a> {
         }
     }
 
-    /// Publishes what was put; `stage` says how far the process comes.
+    /// Publishes the requests in `put`; `stage` says at which step the process is killed.
     fn publish(&mut self, stage: u8) {
         if self.put.is_empty() {
             return;
@@ -386,7 +385,7 @@ fn advance(position: u16, by: u16, size: u16) -> u16 {
     if index < size { index | wrap } else { (index - size) | (wrap ^ WRAP) }
 }
 
-/// What holds of every recovery.
+/// Invariants of every recovery.
 fn check(tracker: &Tracker, recovery: &Recovery, size: u16, packed: bool, area: &Arc<Area>) {
     let Recovery { used, last_avail, again, .. } = recovery;
     let mut seen = vec![false; area.queue_size().into()];
@@ -409,7 +408,7 @@ fn check(tracker: &Tracker, recovery: &Recovery, size: u16, packed: bool, area: 
     }
 }
 
-/// A queue begins with the area, on a ring that the input describes.
+/// A queue starts with the area, on a ring that the input describes.
 fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_>) {
     let addrs = RingAddrs { desc: 0, avail: 0x1000, used: 0x1400 };
     let size = match input.u8() % 48 {
@@ -470,7 +469,7 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
         let again = u64::from(begun.wrapping_sub(used));
         let fetched = u64::from(queue.last_avail().wrapping_sub(begun));
         let requests = queue.requests().0;
-        // One that broke may have left what was to be done again.
+        // A queue that broke may have left requests that had to be resubmitted.
         assert!((fetched..=fetched + again).contains(&requests), "{requests}: {again} + {fetched}");
     }
     drop(queue);

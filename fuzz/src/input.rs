@@ -1,4 +1,4 @@
-//! An input as a script: numbers taken off its front, zeroes when it is at its end.
+//! An input as a script: numbers are taken from its front; past its end they are zero.
 
 /// The rest of an input.
 #[derive(Clone, Debug)]

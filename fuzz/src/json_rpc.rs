@@ -1,12 +1,12 @@
-//! The RPC server: bytes on its socket, and methods whose parameters look like what they should be.
+//! Fuzzes the RPC server: bytes on its socket, and methods with typical parameters.
 //!
-//! The server is the whole of `rpc`, on a socket of this process. What has to hold:
+//! The whole of `rpc` runs on a socket of this process. Invariants:
 //!
-//! * Answers are JSON in printable ASCII, one after the other: objects, and lists of them for
-//!   batches, with an id and either a result or an error.
-//! * The same bytes have the same answers, in whatever pieces they come.
-//! * Text that is one JSON value, within the limits, is not answered with a parse error; text that
-//!   is none never runs a method.
+//! * Answers are JSON in printable ASCII, in sequence: objects, and lists of them for batches, with an id and either
+//!   a result or an error.
+//! * The same bytes get the same answers, however they are split.
+//! * Text that is one JSON value, within the limits, does not get a parse error; text that is not JSON never runs a
+//!   method.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -22,7 +22,7 @@ use tokio::task::LocalSet;
 
 use crate::input::Input;
 
-/// Less than all limits on size and tokens.
+/// Below all limits on size and tokens.
 const TEXT_MAX: usize = 4096;
 const PARSE_ERROR: i64 = -32700;
 
@@ -30,7 +30,7 @@ struct Stage {
     runtime: Runtime,
     local: LocalSet,
     path: String,
-    /// Kept, as it stops listening when it is dropped.
+    /// Kept, as dropping it stops listening.
     _server: Server,
     calls: Rc<Cell<u64>>,
 }
@@ -39,7 +39,7 @@ thread_local! {
     static STAGE: RefCell<Stage> = RefCell::new(Stage::new());
 }
 
-/// Parameters like those of `bdev_malloc_create` and its kin.
+/// Parameters like those of `bdev_malloc_create` and similar methods.
 #[derive(Deserialize)]
 struct Strict {
     name: String,
@@ -171,18 +171,18 @@ impl Stage {
         Self { runtime, local, path, _server: server, calls }
     }
 
-    /// What the server answers to `pieces`, until it has hung up.
+    /// The server's answers to `pieces`, until it closes the connection.
     fn ask(&self, pieces: &[&[u8]]) -> Vec<u8> {
         self.local.block_on(&self.runtime, async {
             let mut stream = UnixStream::connect(&self.path).await.expect("it listens");
             for piece in pieces {
-                // It hangs up after what is no JSON.
+                // It closes the connection after input that is not JSON.
                 if stream.write_all(piece).await.is_err() {
                     break;
                 }
                 tokio::task::yield_now().await;
             }
-            // Not before: the server does not care to answer one who has gone.
+            // Not earlier: the server does not answer a client that is gone.
             let _ = stream.write_all(b" \n").await;
             let mut answer = vec![];
             self.read(&mut stream, &mut answer).await;
@@ -190,7 +190,7 @@ impl Stage {
         })
     }
 
-    /// Reads until nothing comes any more: whoever is to answer is on this thread.
+    /// Reads until no more data comes; the server runs on this thread.
     async fn read(&self, stream: &mut UnixStream, answer: &mut Vec<u8>) {
         let mut idle = 0;
         let mut bytes = [0; 4096];
@@ -207,16 +207,16 @@ impl Stage {
             }
             tokio::task::yield_now().await;
         }
-        // The last of it, should its turn have been a late one.
+        // The rest, if its turn came late.
         let _ = stream.shutdown().await;
         let _ = stream.read_to_end(answer).await;
     }
 }
 
-/// Plays an input.
+/// Runs an input.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     let how = input.u8();
@@ -230,8 +230,7 @@ pub fn run(bytes: &[u8]) {
         let value: Result<Value, _> = serde_json::from_slice(&text);
         let refused =
             answers.iter().flat_map(|answer| &answer.error).any(|e| e.code == PARSE_ERROR);
-        // A number out of range is none for serde_json's `Value`, and has nothing to be found out
-        // about.
+        // serde_json's `Value` cannot represent a number out of range, so nothing can be concluded.
         if value.is_ok() && depth(&text) < 60 {
             assert!(!refused, "JSON is no JSON: {}", String::from_utf8_lossy(&text));
         }
@@ -252,7 +251,7 @@ pub fn run(bytes: &[u8]) {
     });
 }
 
-/// An answer. Numbers of any size are repeated as they were, so not all of it has a value here.
+/// An answer. Numbers of any size are echoed, so not all of it can be parsed here.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Answer {
@@ -271,7 +270,7 @@ struct Failure {
     _message: String,
 }
 
-/// The answers, each looked at.
+/// Parses and checks the answers.
 fn answers(bytes: &[u8]) -> Vec<Answer> {
     assert!(bytes.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\n')), "not ASCII");
     let mut answers = vec![];
@@ -292,7 +291,7 @@ fn answers(bytes: &[u8]) -> Vec<Answer> {
     answers
 }
 
-/// No less than how deep brackets are.
+/// An upper bound of the nesting depth.
 fn depth(text: &[u8]) -> usize {
     text.iter().filter(|byte| matches!(byte, b'{' | b'[')).count()
 }
@@ -314,7 +313,7 @@ fn structured(input: &mut Input<'_>) -> Vec<u8> {
     if batch {
         text.push(']');
     }
-    // One byte of it is another.
+    // One byte is replaced.
     let (at, byte) = (usize::from(input.u16()), input.u8());
     let mut text = text.into_bytes();
     if byte != 0 && at < text.len() {

@@ -1,14 +1,13 @@
-//! What the fuzz targets do with an input; `targets/` are their entries for libFuzzer.
+//! The fuzz targets' code; `targets/` has their libFuzzer entry points.
 //!
-//! Each module's `run` takes the bytes of one input and panics if what it tries breaks a promise:
+//! Each module's `run` takes the bytes of one input and panics if an invariant is broken:
 //!
-//! * [`rings`]: a queue served for a guest that writes into its rings whatever it likes.
+//! * [`rings`]: a queue served for a guest that writes anything into its rings.
 //! * [`messages`]: a target whose front ends send messages and fds of any kind.
-//! * [`inflight`]: in-flight areas, and [`dirty_log`]: dirty logs, made by a stranger.
-//! * [`json_rpc`]: the RPC server; [`config_file`]: what `-c` reads.
+//! * [`inflight`] and [`dirty_log`]: in-flight areas and dirty logs from an untrusted front end.
+//! * [`json_rpc`]: the RPC server; [`config_file`]: the reader of `-c`.
 //!
-//! They share [`input`], [`guest`] (memory with a shadow) and [`disk`] (a disk that does what the
-//! input says).
+//! They share [`input`], [`guest`] (memory with a shadow copy) and [`disk`] (a disk that follows the input).
 
 pub mod config_file;
 pub mod dirty_log;

@@ -1,12 +1,11 @@
 //! A target whose front ends send messages and fds of any kind, and whose guests use their rings.
 //!
-//! The input is a [`script`]. The reactor makes a turn when the script says so. What has to hold:
+//! The input is a [`script`]. The reactor makes a turn when the script says so. Invariants:
 //!
-//! * Every answer that is owed comes once, and comes when all I/O has completed, unless the
-//!   connection has ended.
-//! * When all front ends have left and the disk is done, nothing is left of them: no connection, no
-//!   channel, no fd, no mapping.
-//! * A neighbour who behaves is served all the time.
+//! * Every pending answer comes once, when all I/O has completed, unless the connection has ended.
+//! * When all front ends have left and the disk is done, nothing of them is left: no connection, no channel, no fd,
+//!   no mapping.
+//! * A well-behaved neighbour is served all the time.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -34,11 +33,11 @@ use crate::input::Input;
 use crate::script::{self, FRONTS, Fd, Message, RAM_BYTES, RINGS, Step};
 
 const STEPS_MAX: usize = 64;
-/// Turns in which a reactor that may sleep does.
+/// Turns after which an idle reactor sleeps if it may.
 const TURNS: usize = 16;
-/// Times so many turns after which what has not come about never will.
+/// After so many times as many turns, a condition that is not met never will be.
 const TURNS_MAX: usize = 1000;
-/// How often the mappings of the process are looked at: its table of them is long.
+/// How often the process's mappings are checked: reading the list takes long.
 const MAPPINGS_EVERY: u64 = 16;
 
 #[derive(Debug, Default)]
@@ -72,7 +71,7 @@ impl Connection for Wire {
     }
 }
 
-/// Sockets that are none.
+/// A transport without sockets.
 #[derive(Default)]
 struct Sockets(Mutex<BTreeSet<PathBuf>>);
 
@@ -89,7 +88,7 @@ impl Transport for Sockets {
 struct Front {
     id: ConnId,
     wire: Arc<Wire>,
-    /// Answers that are owed, of those that were ever owed.
+    /// Pending answers, of those that were ever due.
     owed: usize,
 }
 
@@ -106,7 +105,7 @@ impl Ram {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {
-        // What goes beyond its end makes it longer again, as a front end may.
+        // A write beyond the file's end extends it again, as a front end may do.
         self.file.write_all_at(bytes, at).expect("a memfd");
     }
 
@@ -119,14 +118,14 @@ impl Ram {
     }
 }
 
-/// What is made once per process.
+/// State that is made once per process.
 struct Stage {
     target: Arc<Target>,
     steps: Vec<SteppedReactor>,
     sockets: Sockets,
     disk: Arc<ModelDisk>,
     neighbour: (Front, Ram),
-    /// Fds when nobody but the neighbour is there; none before the first input has ended.
+    /// Open fds when only the neighbour is connected; `None` before the first input has ended.
     fds: Option<usize>,
     mappings: Option<usize>,
     runs: u64,
@@ -183,8 +182,8 @@ impl Stage {
         stage
     }
 
-    /// Makes turns until the reactors sleep, or `most`: they never do while they have a ring
-    /// without a kick fd, which has to be polled.
+    /// Steps the reactors until they sleep, or `most` turns: they never sleep with a ring without a kick fd, which
+    /// has to be polled.
     fn turns(&mut self, most: usize) {
         for _ in 0..most {
             let asleep = self.steps.iter_mut().fold(true, |all, reactor| reactor.step() && all);
@@ -195,11 +194,11 @@ impl Stage {
         }
     }
 
-    /// Everything that is under way ends; goes on until `done`.
+    /// Lets everything in progress end; continues until `done`.
     fn settle(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
         self.disk.state().settle();
         for _ in 0..TURNS_MAX {
-            // The disk's completions ring no bell.
+            // The disk's completions wake no reactor.
             self.wake();
             self.turns(TURNS);
             if done(self) {
@@ -226,10 +225,10 @@ impl Stage {
     }
 }
 
-/// Plays an input.
+/// Runs an input.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8]) {
     STAGE.with_borrow_mut(|stage| {
         let mut input = Input::new(bytes);
@@ -255,7 +254,7 @@ struct Play<'s> {
     stage: &'s mut Stage,
     fronts: [Option<Front>; FRONTS],
     rams: [Option<Ram>; FRONTS],
-    /// What GET_INFLIGHT_FD has answered with.
+    /// The area from the last answer to GET_INFLIGHT_FD.
     area: Option<OwnedFd>,
     account: Account,
 }
@@ -319,7 +318,7 @@ impl Play<'_> {
         }
     }
 
-    /// Says something; `false` if the connection has ended.
+    /// Sends a message; `false` if the connection has ended.
     fn say(&mut self, number: usize, message: &Message) -> bool {
         let fds: Vec<_> = message.fds.iter().map(|kind| self.fd(number, *kind)).collect();
         let fds = fds.into_iter().map(|fd| ForeignFd::new(fd, &self.account)).collect();
@@ -368,13 +367,13 @@ impl Play<'_> {
         }
     }
 
-    /// Deletes a controller with everything that hangs on it, and makes it anew.
+    /// Deletes a controller with its connections, and creates it anew.
     fn recreate(&mut self) {
         let (target, sockets) = (&self.stage.target, &self.stage.sockets);
         if target.begin_delete("b", true).is_ok() {
             target.finish_delete("b", sockets);
         }
-        // What was connected is gone.
+        // Its connections are gone.
         (self.fronts[1], self.fronts[2]) = (None, None);
         let made = target.create_controller(spec("b", &self.stage.disk), sockets);
         assert!(made.is_ok() || target.controller_id("b").is_some(), "{made:?}");
@@ -405,7 +404,7 @@ impl Play<'_> {
                 quiesce();
                 (stage.fds, stage.mappings) = (Some(fds()), Some(mappings()));
             }
-            // Whoever hangs here has left something behind: a time limit of libFuzzer's says so.
+            // If this hangs, something was leaked: libFuzzer's time limit reports it.
             Some(most) => until(|| fds() <= most),
         }
         if stage.runs.is_multiple_of(MAPPINGS_EVERY) {
@@ -414,14 +413,14 @@ impl Play<'_> {
     }
 }
 
-/// Something that other threads are about to bring about.
+/// A change that other threads are about to make.
 fn until(mut done: impl FnMut() -> bool) {
     while !done() {
         thread::yield_now();
     }
 }
 
-/// Waits until what was dropped so far is closed and unmapped.
+/// Waits until everything that was dropped so far is closed and unmapped.
 fn quiesce() {
     let (mut reader, writer) = io::pipe().expect("a pipe");
     drop(ForeignFd::alone(writer.into()));
@@ -438,8 +437,8 @@ fn eventfd() -> OwnedFd {
     EventFd::new().expect("an eventfd").as_fd().try_clone_to_owned().expect("an fd")
 }
 
-/// Fds, less pipes: libFuzzer has some to its symbolizer. Those that scripts have are charged to
-/// their account.
+/// Open fds, except for pipes, as libFuzzer has some to its symbolizer. The scripts' fds are counted by their
+/// account.
 fn fds() -> usize {
     let fds = std::fs::read_dir("/proc/self/fd").expect("it is there");
     let name = |fd: io::Result<std::fs::DirEntry>| std::fs::read_link(fd.ok()?.path()).ok();

@@ -1,5 +1,5 @@
-//! What `vhost-app`'s reader of configurations asks its methods for.
+//! What the configuration reader of `vhost-app` needs from its methods.
 
-/// Subsystems that there are, as `vhost-app/src/methods` has them.
+/// The subsystems, as in `vhost-app/src/methods`.
 pub(crate) const SUBSYSTEMS: [(&str, &[&str]); 3] =
     [("bdev", &[]), ("vhost_blk", &[]), ("nvmf", &[])];

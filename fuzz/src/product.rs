@@ -1,4 +1,4 @@
-//! Parts of `vhost-app`, which is no library, taken in as they are.
+//! Modules of `vhost-app`, which is not a library, included as source.
 
 #[path = "../../vhost-app/src/config_file.rs"]
 pub(crate) mod config_file;

@@ -1,20 +1,20 @@
-//! A queue that is served visit by visit for a guest that writes into its rings whatever it likes.
+//! A queue that is served visit by visit for a guest that writes anything into its rings.
 //!
-//! The input is a script: chains that are offered, well-formed or not; bytes poked into
-//! descriptors, tables and indices; what the disk completes, fails or has no room for; new views
-//! (another memory table, a dirty log, write-through, the disk gone); and visits. What has to hold:
+//! The input is a script: chains, well-formed or not; bytes written into descriptors, tables and indices; which I/O
+//! the disk completes, fails or has no room for; new views (another memory table, a dirty log, write-through, no
+//! disk); and visits. Invariants:
 //!
-//! * Each chain that is taken comes back once, in the place of the used ring that is next, and says
-//!   to have written no more than there was to write.
-//! * A visit writes nothing but used elements, statuses at the end of their chains, and data of
-//!   reads. What it writes is marked in the dirty log.
-//! * A well-formed chain has a status when it comes back.
-//! * No visit takes more requests, bytes or pieces than its bounds say.
-//! * A queue breaks only if its ring makes no sense.
+//! * Each chain that is taken is returned once, in the next used element, whose length is at most the chain's
+//!   writable bytes.
+//! * A visit writes only used elements, statuses at the end of their chains, and data of reads. Its writes are marked
+//!   in the dirty log.
+//! * A well-formed chain has a status when it is returned.
+//! * No visit exceeds its limits on requests, bytes and pieces.
+//! * A queue breaks only if its ring is invalid.
 //! * At the end everything completes, the queue stops, and its views are freed.
 //!
-//! A guest may have the device write into the ring itself. From then on only the last of these is
-//! looked at, and that the process lives.
+//! A guest may have the device write into the ring itself. From then on only the last invariant is checked, and that
+//! the process does not crash.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 
 mod driver;
@@ -43,17 +43,17 @@ use crate::input::Input;
 use driver::Driver;
 use model::{Chain, Taken};
 
-/// Where the ring's parts are, in file 0. The available ring is the driver's event suppression in a
-/// packed ring, the used ring is ours.
+/// The places of the ring's parts, in file 0. In a packed ring, the available ring is the driver's event suppression
+/// area, and the used ring is the device's.
 const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1000, used: 0x1400 };
 /// Indirect tables.
 const TABLES: u64 = 0x2000;
 const HEADERS: u64 = 0x6100;
-/// Rings, tables and headers end here: a device that writes below changes what it is to do.
+/// Rings, tables and headers end here: device writes below this address change its own input.
 const STATUSES: u64 = 0x7000;
 const DATA: u64 = 0x7800;
 
-/// What a visit may take, as `queue/core/requests.rs` has it.
+/// The limits of a visit, as in `queue/core/requests.rs`.
 const VISIT_REQUESTS_MAX: usize = 32;
 const VISIT_BYTES_MAX: usize = 512 << 10;
 const VISIT_PIECES_MAX: usize = 1024;
@@ -61,7 +61,7 @@ const VISIT_PIECES_MAX: usize = 1024;
 /// Steps of one script.
 const STEPS_MAX: usize = 300;
 
-/// What is made once per process.
+/// State that is made once per process.
 struct Stage {
     guest: Guest,
     events: Events,
@@ -101,10 +101,10 @@ thread_local! {
     static STAGE: RefCell<Stage> = RefCell::new(Stage::new());
 }
 
-/// Plays an input on a split or a packed ring.
+/// Runs an input on a split or a packed ring.
 ///
 /// # Panics
-/// A promise is broken.
+/// An invariant is broken.
 pub fn run(bytes: &[u8], packed: bool) {
     STAGE.with_borrow_mut(|stage| {
         let mut input = Input::new(bytes);
@@ -118,7 +118,7 @@ pub fn run(bytes: &[u8], packed: bool) {
     });
 }
 
-/// What a view is made of.
+/// The contents of a view.
 #[derive(Clone, Copy)]
 struct Shown {
     table: usize,
@@ -140,15 +140,15 @@ struct Scene<'s> {
     shown: Shown,
     generation: u64,
     retired: Vec<Box<dyn Garbage>>,
-    /// Taken and not come back, with the table that they are of.
+    /// Taken and not returned, with the memory table that they refer to.
     outstanding: Vec<Chain>,
-    /// Where the device stands, and how many requests have come back.
+    /// The device's position, and the number of returned requests.
     last_avail: u16,
     used: u16,
-    /// Where it stood in the used ring when the visit began.
+    /// Its position in the used ring when the visit began.
     published: u16,
     done: u64,
-    /// Nothing that the device reads was written by the device.
+    /// The device has not written anything that it also reads.
     exact: bool,
     broken: bool,
     stopping: bool,
@@ -158,7 +158,7 @@ impl<'s> Scene<'s> {
     fn new(stage: &'s mut Stage, input: &mut Input<'_>, packed: bool) -> Option<Self> {
         let options = input.u8();
         let size = match input.u8() {
-            // Mostly small ones, which are quicker to make.
+            // Mostly small ones, which are faster to make.
             size if packed => {
                 if size & 3 == 0 {
                     u16::from(size) + 1
@@ -260,7 +260,7 @@ impl<'s> Scene<'s> {
         }
     }
 
-    /// What the control side does; `false` if it stops the queue.
+    /// An operation of the control side; `false` if it stops the queue.
     fn control(&mut self, input: &mut Input<'_>) -> bool {
         let what = input.u8();
         match what % 8 {
@@ -311,7 +311,7 @@ impl<'s> Scene<'s> {
         busy
     }
 
-    /// What was taken, by what the ring said before the visit.
+    /// Checks what was taken, against the ring before the visit.
     fn look_at_fetched(&mut self) {
         let (guest, table) = (&self.stage.guest, self.shown.table);
         let to = self.queue.last_avail();
@@ -343,12 +343,11 @@ impl<'s> Scene<'s> {
             trace(&|| format!("took at {at:#x}: {chain:?}"));
             self.outstanding.push(chain);
         }
-        // A guest that offers more chains than its ring has places has its used elements
-        // overwritten.
+        // A guest that offers more chains than its ring has entries gets its used elements overwritten.
         self.exact &= self.layout.packed || self.last_avail.wrapping_sub(self.used) <= self.size;
     }
 
-    /// Descriptors of a packed ring that are the driver's from `at` on.
+    /// Descriptors of a packed ring that the driver has made available from `at` on.
     fn room(&self, at: u16) -> u16 {
         let mut room = self.size;
         let mut position = self.published;
@@ -367,7 +366,7 @@ impl<'s> Scene<'s> {
         }
     }
 
-    /// What came back, and what was written in the visit.
+    /// Checks what was returned, and what was written in the visit.
     fn look_at_used_and_writes(&mut self) {
         let done = self.queue.requests().0;
         let mut writes = Writes::default();
@@ -381,7 +380,7 @@ impl<'s> Scene<'s> {
             let chain = self.outstanding.remove(found);
             let twin = |other: &Chain| other.id == id && *other != chain;
             if self.outstanding.iter().any(twin) {
-                // A guest has given one name to two chains: which of them it is cannot be told.
+                // A guest may give one id to two chains: which of them is returned is unknown.
                 self.exact = false;
                 return;
             }
@@ -447,7 +446,7 @@ impl<'s> Scene<'s> {
         guest.changed(|place, now| {
             let allowed = writes.ranges.iter().any(|(file, range)| within(place, *file, range));
             assert!(allowed, "a write to {place:x?}, now {now:#x}");
-            // Of the other table's second file nobody can tell which page it was.
+            // For a page of the other table's second file, the page number is ambiguous.
             if logged && (place.file == 0 || place.file == 1 + self.shown.table) {
                 let gpa = if place.file == 0 { place.at } else { FILE_BYTES + place.at };
                 let page = gpa / PAGE;
@@ -481,10 +480,10 @@ impl<'s> Scene<'s> {
         self.broken |= broken;
     }
 
-    /// Everything completes, and the queue stops.
+    /// Completes everything, and stops the queue.
     fn finish(mut self) {
         self.model.state().settle();
-        // A guest that goes on for ever is not one: what is available now is taken.
+        // A guest may offer requests for ever: only what is available now is taken.
         let visits = (0..1000).take_while(|_| self.visit_and_look()).count();
         assert!(visits < 1000, "no end of work");
         if self.exact {
@@ -525,7 +524,7 @@ fn view(
     view
 }
 
-/// Says what happens, when an input is replayed with `VHOST_FUZZ_TRACE` set.
+/// Prints an event, when an input is replayed with `VHOST_FUZZ_TRACE` set.
 fn trace(what: &dyn Fn() -> String) {
     static WANTED: OnceLock<bool> = OnceLock::new();
     if *WANTED.get_or_init(|| std::env::var_os("VHOST_FUZZ_TRACE").is_some()) {
@@ -533,21 +532,21 @@ fn trace(what: &dyn Fn() -> String) {
     }
 }
 
-/// Where a visit may have written.
+/// The places that a visit may write.
 #[derive(Default)]
 struct Writes {
     ranges: Vec<(usize, std::ops::Range<usize>)>,
-    /// Where a status has to be.
+    /// The places where a status must be.
     statuses: Vec<Place>,
 }
 
 impl Writes {
-    /// What the answer to a chain may write.
+    /// The places that the answer to a chain may write.
     fn allow(&mut self, chain: &Chain) {
         self.allow_data(chain);
         match chain.status() {
             Some(place) => self.byte(place),
-            // Where the status of a chain with a defect belongs is a matter of taste.
+            // The specification does not say where the status of a malformed chain is.
             None => chain.pieces.iter().filter(|piece| piece.write).for_each(|piece| {
                 self.byte(Place { at: piece.place.at + piece.len - 1, ..piece.place });
             }),

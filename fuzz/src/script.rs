@@ -1,28 +1,28 @@
-//! What front ends do, as an input has it: messages with fds of any kind, guests that use their
-//! rings, connections that come and go.
+//! Scripts of front ends, decoded from an input: messages with fds of any kind, guests that use their rings,
+//! connections that come and go.
 //!
-//! The fuzz target plays it against the target in its own process; an end-to-end test of
-//! `vhost-app` plays it against the server, and takes this file in for that.
+//! The fuzz target runs a script against a target in its own process; an end-to-end test of `vhost-app` includes this
+//! file and runs it against the server.
 
 use crate::input::Input;
 
 /// Front ends at a time.
 pub const FRONTS: usize = 3;
-/// Where a front end has its guest's memory.
+/// The front end's address of its guest's memory.
 pub const USER: u64 = 0x7000_0000;
 /// Bytes of it.
 pub const RAM_BYTES: u64 = 0x1_0000;
-/// Rings that scripts use as they should be used.
+/// Rings that scripts use correctly.
 pub const RINGS: usize = 2;
 /// Descriptors of each.
 pub const RING_SIZE: u16 = 8;
-/// Where a ring's parts are: descriptors, available and used ring, after one another.
+/// The places of a ring's parts: descriptors, available and used ring, in sequence.
 pub const RING_BYTES: u64 = 0x3000;
 
 const LOG_ALL: u64 = 1 << 26;
 const PACKED: u64 = 1 << 34;
 
-/// Numbers of the requests.
+/// Message numbers.
 pub mod request {
     pub const SET_FEATURES: u32 = 2;
     pub const SET_OWNER: u32 = 3;
@@ -47,7 +47,7 @@ pub mod request {
 }
 use request as r;
 
-/// An fd that comes with a message.
+/// An fd that is sent with a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fd {
     /// The front end's own guest memory.
@@ -62,7 +62,7 @@ pub enum Fd {
     Socket,
     /// A file on a disk.
     File,
-    /// The area that GET_INFLIGHT_FD has answered with last.
+    /// The area from the last answer to GET_INFLIGHT_FD.
     Area,
 }
 
@@ -71,7 +71,7 @@ pub enum Fd {
 pub struct Message {
     /// Its number.
     pub request: u32,
-    /// An acknowledgement is asked for.
+    /// An acknowledgement is requested.
     pub need_reply: bool,
     /// Its payload.
     pub payload: Vec<u8>,
@@ -88,15 +88,15 @@ pub enum Step {
     Offer(usize, usize, u32, u64),
     /// The guest writes into its memory.
     Poke(usize, u64, Vec<u8>),
-    /// The memory file is cut short.
+    /// The memory file is truncated.
     Cut(usize, u64),
-    /// The front end leaves. If it was not there, or says something later, it comes (again).
+    /// The front end disconnects. It connects (again) when it next sends something.
     Leave(usize),
     /// The disk completes one of its I/Os, by number, or all.
     Complete(Option<u8>),
-    /// The reactors make so many turns, and the control thread looks at what came of it.
+    /// The reactors make so many turns, and the control thread processes the results.
     Turns(u8),
-    /// The operator does something.
+    /// An operator's action.
     Operate(u8),
 }
 
@@ -140,13 +140,13 @@ fn ring(input: &mut Input<'_>) -> usize {
     }
 }
 
-/// A message without fds that wants no acknowledgement.
+/// A message without fds that requests no acknowledgement.
 #[must_use]
 pub fn plain(request: u32, payload: Vec<u8>) -> Message {
     Message { request, need_reply: false, payload, fds: vec![] }
 }
 
-/// Numbers as a payload has them.
+/// Numbers as a payload encodes them.
 #[must_use]
 pub fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
@@ -156,7 +156,7 @@ fn longs(longs: &[u64]) -> Vec<u8> {
     longs.iter().flat_map(|long| long.to_le_bytes()).collect()
 }
 
-/// A kick fd for a ring, or none: then it is to be polled.
+/// A kick fd for a ring, or none: then the ring has to be polled.
 #[must_use]
 pub fn kick(ring: usize, fd: bool) -> Message {
     let number = ring as u64 & 0xff | if fd { 0 } else { 0x100 };
@@ -164,7 +164,7 @@ pub fn kick(ring: usize, fd: bool) -> Message {
     Message { fds, ..plain(r::SET_VRING_KICK, longs(&[number])) }
 }
 
-/// All that a ring needs before it is kicked, on `offered` features.
+/// All that a ring needs before it is kicked, with the features in `offered`.
 fn set_up(input: &mut Input<'_>) -> Vec<Message> {
     let options = input.u8();
     let ring = ring(input);
@@ -181,7 +181,7 @@ fn set_up(input: &mut Input<'_>) -> Vec<Message> {
     messages
 }
 
-/// What a front end says that does everything right, less the kick.
+/// The messages of a correct front end, except for the kick.
 #[must_use]
 pub fn well_behaved(ring: usize, features: u64) -> Vec<Message> {
     let number = ring as u32;
@@ -202,7 +202,7 @@ pub fn well_behaved(ring: usize, features: u64) -> Vec<Message> {
     ]
 }
 
-/// A message whose payload looks like what it should be.
+/// A message with a typical payload.
 fn aware(input: &mut Input<'_>) -> Message {
     let which = input.u8();
     let need_reply = which & 0x80 != 0;
@@ -286,7 +286,7 @@ fn fd(input: &mut Input<'_>) -> Fd {
     }
 }
 
-/// Any bytes under any number.
+/// Any bytes with any message number.
 fn raw(input: &mut Input<'_>) -> Message {
     let request = match input.u8() {
         0xff => input.u32(),
@@ -299,8 +299,8 @@ fn raw(input: &mut Input<'_>) -> Message {
     Message { request, need_reply: options & 0x80 != 0, payload, fds }
 }
 
-/// What a guest writes into a ring to offer a request: places in its memory and bytes. `nth` counts
-/// the requests of the ring from 0; they use its first three descriptors.
+/// The writes of a guest that offers a request in a ring: places in its memory and bytes. `nth` counts the requests
+/// of the ring from 0; they use its first three descriptors.
 #[must_use]
 pub fn offered(ring: usize, nth: u16, kind: u32, sector: u64) -> Vec<(u64, Vec<u8>)> {
     let at = RING_BYTES * (ring % RINGS) as u64;
@@ -320,7 +320,7 @@ pub fn offered(ring: usize, nth: u16, kind: u32, sector: u64) -> Vec<(u64, Vec<u
     ]
 }
 
-/// Where the status of what was offered is.
+/// The place of the status of that request.
 #[must_use]
 pub fn status_at(ring: usize) -> u64 {
     0x8000 + 0x100 * (ring % RINGS) as u64 + 16

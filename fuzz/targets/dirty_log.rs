@@ -1,4 +1,4 @@
-//! See [`vhost_fuzz::dirty_log`]: dirty logs made by a stranger.
+//! See [`vhost_fuzz::dirty_log`]: dirty logs from an untrusted front end.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vhost_fuzz::dirty_log::run(bytes));

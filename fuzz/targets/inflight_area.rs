@@ -1,4 +1,4 @@
-//! See [`vhost_fuzz::inflight`]: in-flight areas made by a stranger.
+//! See [`vhost_fuzz::inflight`]: in-flight areas from an untrusted front end.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| vhost_fuzz::inflight::run(bytes));

@@ -1,7 +1,7 @@
 //! The text of an answer: compact JSON in ASCII, keys in SPDK's order.
 //!
-//! An answer may be of tens of megabytes, so it is written in turns, and kept and sent in
-//! pieces: no step takes longer than a piece.
+//! An answer may be tens of megabytes long, so it is encoded in turns, and is stored and sent in
+//! pieces: no step takes longer than one piece.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -15,13 +15,13 @@ use crate::pace::Pace;
 use crate::params::Client;
 use crate::request::Id;
 
-/// Bytes of one answer; a longer one is replaced by an error. SPDK's number.
+/// Limit on the bytes of one answer; a longer one is replaced by an error. SPDK's number.
 pub const ANSWER_MAX: usize = 32 * 1024 * 1024;
 
-/// Bytes at which a piece is full. A single string may make it longer.
+/// Size from which a piece is full. A single long string may exceed it.
 const PIECE: usize = 64 * 1024;
 
-/// Bytes of a string that take as long to write as a value does.
+/// Bytes of a string that take about as long to write as one value.
 const BYTES_PER_VALUE: usize = 64;
 
 /// Text in pieces.
@@ -45,12 +45,12 @@ impl Pieces {
         self.pieces.front().map(Vec::as_slice)
     }
 
-    /// Takes the first piece away, which has been sent.
+    /// Removes the first piece, which has been sent.
     pub(crate) fn pop_front(&mut self) {
         self.len -= self.pieces.pop_front().map_or(0, |piece| piece.len());
     }
 
-    /// Adds another text behind. Long pieces are moved, short ones are copied.
+    /// Appends another text. Long pieces are moved, short ones are copied.
     pub(crate) fn append(&mut self, other: Self) {
         for piece in other.pieces {
             if piece.len() < PIECE / 2 {
@@ -62,7 +62,7 @@ impl Pieces {
         }
     }
 
-    /// Adds bytes behind.
+    /// Appends bytes.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.write_with(|last| last.extend_from_slice(bytes));
     }
@@ -132,13 +132,13 @@ fn head(id: Option<&Id>) -> Pieces {
     out
 }
 
-/// A list or an object of which some members have been written.
+/// A list or an object that is partly written.
 enum Open {
     List(std::vec::IntoIter<Value>),
     Object(map::IntoIter),
 }
 
-/// Writes a value, and frees it as it goes. Once there is more than [`ANSWER_MAX`] it only frees.
+/// Writes a value and frees it on the way. Beyond [`ANSWER_MAX`] it only frees.
 async fn write(out: &mut Pieces, value: Value, pace: &mut Pace) {
     let mut open: Vec<Open> = Vec::new();
     let mut next = Some(value);
@@ -258,7 +258,7 @@ mod tests {
         String::from_utf8(bytes).unwrap()
     }
 
-    /// The answer's text, and how often others had a turn meanwhile.
+    /// The answer's text, and how many times it yielded to other tasks.
     fn text(id: Option<Id>, outcome: Result<Value, RpcError>) -> (String, usize) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {

@@ -1,4 +1,4 @@
-//! The answer to a batch: its members one after another, with everybody else in between.
+//! Runs a batch request: its members in order, with other clients served in between.
 
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -15,12 +15,12 @@ use crate::params::Client;
 use crate::registry::Registry;
 use crate::request::{Id, Member};
 
-/// Runs a batch's members. They start in order, each after all others on the thread had a turn,
-/// and before the next request of their client. Answers come in the order in which the members
+/// Runs a batch's members. They start in order, before the next request of their client; other
+/// tasks of the thread run between two of them. Answers come in the order in which the members
 /// finish; nothing is answered if all are notifications.
 ///
-/// Once the answers are longer than [`ANSWER_MAX`] further members are not run: the answer to
-/// each says so.
+/// Once the answers are longer than [`ANSWER_MAX`], further members are not run, and each gets an
+/// error that says so.
 pub(crate) async fn answer_batch(
     members: Vec<Member>,
     registry: &Rc<Registry>,
@@ -42,7 +42,8 @@ pub(crate) async fn answer_batch(
         let id = member.id.clone();
         let mut future =
             Box::pin(async move { answer_member(member, &registry, client_of_member).await });
-        // One that has only given way goes on here, so that few have half an answer at a time.
+        // A member that only yields is run to its end here, so that few members hold half an answer
+        // at a time.
         let first = poll_fn(|context| match future.as_mut().poll(context) {
             Poll::Pending if paused.is_paused() => Poll::Pending,
             polled => Poll::Ready(polled),
@@ -67,12 +68,12 @@ fn not_run() -> RpcError {
     RpcError::internal("Not run: the answers to this batch are too long")
 }
 
-/// A batch's answer as it grows.
+/// The answers to a batch, as they come in.
 struct Answers {
     text: Pieces,
     /// An answer did not fit.
     is_full: bool,
-    /// Bytes that the load knows of.
+    /// Bytes that are counted in `load`.
     held: usize,
     load: Rc<Load>,
 }
@@ -94,7 +95,7 @@ impl Answers {
             self.add(answer);
         } else {
             self.is_full = true;
-            // An id is a part of the request, so these cannot add up to much.
+            // An id is a part of the request, so these errors cannot add up to much.
             self.add(answer::encode_error(id, &too_long()));
         }
     }

@@ -3,8 +3,8 @@
 //! One task owns the socket. A turn of its loop sends what is ready, starts at most one
 //! request, and reads if there is no whole request left; otherwise it waits. Sending comes
 //! first so that a client gets an answer before its next request is looked at. Each turn is
-//! bounded and everybody else on the thread has one before the next, so a client that sends or
-//! asks for much holds up nobody.
+//! bounded, and every other task of the thread gets a turn before the next, so a client that sends
+//! or requests much does not delay others.
 //!
 //! A request is polled once where it is found, so requests start in order and those that
 //! need not wait are answered in order; one that has to wait becomes a task of its own,
@@ -33,11 +33,11 @@ use crate::request::{Member, Request};
 use crate::server::{Mode, stopping};
 use crate::stream::Stream;
 
-/// Bytes that are thrown away after an error that ends a connection, for the client to come to
-/// the end of its writing and read the error. No request comes near it.
+/// Bytes that are discarded after an error that ends a connection, so that the client can finish
+/// writing and read the error. Far more than any valid request.
 const THROWN_AWAY_MAX: usize = 1 << 30;
 
-/// How long a client may be silent after such an error before its connection is closed.
+/// How long a client may send nothing after such an error before its connection is closed.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// Serves one client until it is gone, errs, or the server stops.
@@ -114,7 +114,7 @@ pub(crate) async fn serve(
             () = link.load.changed.notified() => {}
             changed = modes.changed() => if changed.is_err() { return },
             () = idle.closed() => {
-                tracing::info!("an RPC connection without requests makes way for another");
+                tracing::info!("closing an idle RPC connection, as another client is waiting");
                 return;
             }
         }
@@ -124,16 +124,16 @@ pub(crate) async fn serve(
 fn too_long() -> RpcError {
     RpcError::new(
         RpcError::INVALID_REQUEST,
-        format!("Request too long: at most {REQUEST_MAX} bytes are taken"),
+        format!("Request too long: the limit is {REQUEST_MAX} bytes"),
     )
 }
 
-/// Ends a connection of which nothing more can be understood: there is no telling where the next
-/// request would start. What was answered before is sent first, then the error.
+/// Ends a connection after input that cannot be parsed: the start of the next request is unknown.
+/// Earlier answers are sent first, then the error.
 ///
-/// Meanwhile and afterwards the client's bytes are thrown away: a client that writes until all of
-/// its request is taken would not read, and bytes left unread would turn its end of file into
-/// ECONNRESET.
+/// Meanwhile and afterwards the client's bytes are discarded: a client that writes its whole
+/// request before it reads would never read the error, and closing a socket with unread bytes would
+/// give the client ECONNRESET instead of end of file.
 async fn refuse(
     mut stream: Stream,
     hang_up: &HangUp,
@@ -223,7 +223,7 @@ pub(crate) async fn answer_member(
         }
     };
     let is_silent = id.is_none() && outcome.is_ok();
-    // Written all the same: that takes a long result apart in turns.
+    // Encoded even if nobody reads it: encoding frees a long result in turns.
     let answer = answer::encode(id.as_ref(), outcome, &client).await;
     (!is_silent).then_some(answer)
 }

@@ -88,8 +88,8 @@ impl<'de> Text<'de> {
         matches!(self.first(), b'-' | b'0'..=b'9')
     }
 
-    /// Whether it is an integer that fits into one of Rust's, as in `5`, `5.0` and `5e0`. A plain
-    /// integer that does not is no floating-point number.
+    /// Whether the number is an integer that fits into a Rust integer type, as `5`, `5.0` and `5e0`
+    /// do. A plain integer that does not fit is not taken as a floating-point number.
     fn is_whole(&self) -> bool {
         let limit = |negative| if negative { i64::MIN.unsigned_abs() } else { u64::MAX };
         let fits = |(negative, size)| size <= u128::from(limit(negative));

@@ -26,8 +26,7 @@ impl HangUp {
         loop {
             match self.0.writable().await {
                 Ok(guard) if guard.ready().is_write_closed() => return,
-                // Readiness is remembered until it is cleared; then the next change is waited
-                // for.
+                // Readiness is remembered until it is cleared; then wait for the next change.
                 Ok(mut guard) => guard.clear_ready(),
                 Err(_) => return,
             }

@@ -1,4 +1,4 @@
-//! Who has asked for nothing for long, and so may be closed for another who waits.
+//! Which clients have been idle for long, and so may be disconnected when another client waits.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// How long a client has to be idle before it is closed for another.
+/// How long a client has to be idle before it may be disconnected for another.
 const IDLE_MIN: Duration = Duration::from_secs(300);
 
-/// How a connection says whether it is idle, and hears that it is to end.
+/// The idle state of one connection, and the request to close it.
 #[derive(Debug, Default)]
 pub(crate) struct Idle {
     since: Cell<Option<Instant>>,
@@ -18,7 +18,7 @@ pub(crate) struct Idle {
 }
 
 impl Idle {
-    /// Nothing runs for the client, everything is sent, and no byte comes.
+    /// Nothing runs for the client, every answer is sent, and no request is being received.
     pub(crate) fn begin(&self) {
         if self.since.get().is_none() {
             self.since.set(Some(Instant::now()));
@@ -30,7 +30,7 @@ impl Idle {
         self.since.set(None);
     }
 
-    /// Waits until the connection has to make way.
+    /// Waits until the connection is to be closed for another client.
     pub(crate) async fn closed(&self) {
         loop {
             self.close.notified().await;
@@ -55,7 +55,7 @@ impl Connections {
         idle
     }
 
-    /// Ends the one that has been idle longest, if that is long.
+    /// Closes the connection that has been idle longest, if that is at least [`IDLE_MIN`].
     pub(crate) fn close_idlest(&self) {
         let all: Vec<Rc<Idle>> = self.0.borrow().iter().filter_map(Weak::upgrade).collect();
         let idlest =

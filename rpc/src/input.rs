@@ -1,4 +1,4 @@
-//! Bytes received and not yet understood.
+//! Bytes that were received and not yet parsed.
 
 use std::io;
 
@@ -6,30 +6,30 @@ use crate::request::Request;
 use crate::scan::{self, Scan, Scanner};
 use crate::stream::Stream;
 
-/// Bytes of one request; a longer one is refused. SPDK's number.
+/// Limit on the bytes of one request; a longer one is refused. SPDK's number.
 pub const REQUEST_MAX: usize = 256 * 1024;
 
-/// Bytes asked of the socket at a time.
+/// Bytes requested from the socket in one read.
 pub(crate) const READ_SIZE: usize = 16 * 1024;
 
-/// Bytes received and not yet understood.
+/// Bytes that were received and not yet parsed.
 pub(crate) struct Input {
     bytes: Vec<u8>,
-    /// Where the value being scanned starts.
+    /// Start of the value that is being scanned.
     start: usize,
-    /// How far it is scanned.
+    /// How far it has been scanned.
     scanned: usize,
     scanner: Scanner,
 }
 
-/// What the bytes are.
+/// What the next bytes are.
 pub(crate) enum Next {
     Request(Request),
-    /// There is no whole request yet.
+    /// The request is not complete yet.
     Incomplete,
-    /// There is no whole request in [`REQUEST_MAX`] bytes.
+    /// [`REQUEST_MAX`] bytes without a complete request.
     TooLong,
-    /// No JSON.
+    /// Not JSON.
     Invalid,
 }
 
@@ -41,7 +41,7 @@ impl Input {
     /// The next request. [`Next::Incomplete`] means that there is room to read more.
     pub(crate) fn next(&mut self) -> Next {
         if self.scanner.is_idle() {
-            // Space before a request is no part of it.
+            // Whitespace before a request does not count towards it.
             let space = self.bytes[self.scanned..].iter().take_while(|b| scan::is_space(**b));
             self.scanned += space.count();
             self.start = self.scanned;

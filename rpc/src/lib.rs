@@ -38,10 +38,10 @@
 //! ask?) → `registry` (who answers?) → `params` and `decode` (with what?) → `answer` (the
 //! reply's text). `connection` moves the bytes of one client, `server` the clients.
 //!
-//! The thread is others' too, so nothing here or in a method takes long in one go. What grows
-//! with a request or an answer is done in turns: `batch` runs members one a turn, `answer` writes
-//! a long result piece by piece, and a method that builds one counts its work ([`Params::pace`]).
-//! Sockets are closed elsewhere (`stream`).
+//! Other tasks share the thread, so neither this crate nor a method may run for long at a time.
+//! Work that grows with a request or an answer is done in turns: `batch` runs one member per turn,
+//! `answer` encodes a long result piece by piece, and a method that builds one counts its work
+//! ([`Params::pace`]). Sockets are closed on other threads (`stream`).
 
 mod answer;
 mod batch;

@@ -1,4 +1,4 @@
-//! What a connection's task shares with the requests it started.
+//! State that a connection's task shares with the requests that it has started.
 
 use std::cell::{Cell, RefCell};
 use std::io::{self, ErrorKind};
@@ -13,29 +13,29 @@ use crate::pace::Load;
 use crate::params::Client;
 use crate::stream::Stream;
 
-/// Requests of one connection (and members of one batch) that may run at a time; further ones
-/// stay unread until one of them ends. SPDK has no limit. A client that waits for its answers
-/// has one, and scripts that pipeline have tens.
+/// Requests of one connection (and members of one batch) that may run at a time; further ones stay
+/// unread until one of them ends. SPDK has no limit. A client that waits for each answer needs one,
+/// and scripts that pipeline use tens.
 pub const OUTSTANDING_MAX: usize = 128;
 
-/// Bytes of answers, unsent or of unfinished batches, above which no further request is started:
-/// a client that does not read its answers gets no more of them.
+/// Bytes of answers, unsent or of unfinished batches, above which no further request is started, so
+/// that a client that does not read its answers gets no more of them.
 const UNSENT_HIGH: usize = 1024 * 1024;
 
-/// Bytes of unsent answers above which the connection is closed. Only requests that ran at
-/// the same time can get there; twice the longest answer.
+/// Bytes of unsent answers above which the connection is closed. Only requests that ran at the same
+/// time can reach it; twice the longest answer.
 const UNSENT_MAX: usize = 2 * ANSWER_MAX;
 
 /// Bytes sent in one turn.
 const SEND_MAX: usize = 256 * 1024;
 
-/// Answers on their way out, and the requests that will give more.
+/// The answers that are not sent yet, and the requests that are still running.
 pub(crate) struct Link {
     unsent: RefCell<Pieces>,
-    /// How much of the first piece is sent.
+    /// Bytes of the first piece that are sent.
     sent: Cell<usize>,
     outstanding: Cell<usize>,
-    /// No further answers are taken.
+    /// No further answers are accepted.
     closed: Cell<bool>,
     gone: watch::Sender<bool>,
     pub(crate) load: Rc<Load>,
@@ -61,7 +61,7 @@ impl Link {
         *self.gone.borrow()
     }
 
-    /// The client can read no answer any more.
+    /// The client cannot read answers any more.
     pub(crate) fn set_gone(&self) {
         self.close();
         self.unsent.take();
@@ -69,7 +69,7 @@ impl Link {
         self.gone.send_replace(true);
     }
 
-    /// Takes no further answers.
+    /// Accepts no further answers.
     pub(crate) fn close(&self) {
         self.closed.set(true);
     }
@@ -91,12 +91,12 @@ impl Link {
         self.unsent_len() == 0
     }
 
-    /// Nothing runs for this client, and all is sent.
+    /// No request of this client runs, and all answers are sent.
     pub(crate) fn is_idle(&self) -> bool {
         self.is_done_sending() && self.outstanding.get() == 0
     }
 
-    /// Nothing runs for this client, or nobody waits for it, and all is sent.
+    /// No request of this client runs or is waited for, and all answers are sent.
     pub(crate) fn is_done(&self) -> bool {
         self.is_idle() || (self.is_done_sending() && self.is_gone())
     }
@@ -139,9 +139,9 @@ impl Link {
         Ok(false)
     }
 
-    /// Waits until the client can be read if `wants_read`, can be written if there is something
-    /// to write, or is gone. Of a client that is gone, what it has sent before can still be read;
-    /// the two handles of its socket may tell its end one after the other.
+    /// Waits until the client can be read if `wants_read`, can be written if there is something to
+    /// write, or is gone. What a client has sent before it left can still be read: the two handles
+    /// of its socket may report the hang-up at different times.
     pub(crate) async fn ready(&self, stream: &Stream, hang_up: &HangUp, wants_read: bool) {
         if self.is_gone() {
             return if wants_read {
@@ -163,7 +163,7 @@ impl Link {
     }
 }
 
-/// Ends a link with the task that owns it.
+/// Marks the link as gone when its task ends.
 pub(crate) struct EndOfLink(pub(crate) Rc<Link>);
 
 impl Drop for EndOfLink {
@@ -172,7 +172,7 @@ impl Drop for EndOfLink {
     }
 }
 
-/// Counts a request as long as it runs, however it ends.
+/// Counts a request while it runs, however it ends.
 pub(crate) struct Running(pub(crate) Rc<Link>);
 
 impl Running {
@@ -193,7 +193,7 @@ impl Drop for Running {
 mod tests {
     use super::*;
 
-    /// The second handle may tell that a client is gone before the first can be read to its end.
+    /// The second handle may report that a client is gone before the first has read its last bytes.
     #[tokio::test]
     async fn a_client_that_is_gone_is_read_to_its_end() {
         let (mut stream, client) = Stream::pair();

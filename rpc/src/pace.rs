@@ -1,9 +1,8 @@
-//! Long work in turns: what keeps one call from holding the thread that serves everybody.
+//! Long work in turns, so that one call does not block the thread that serves all clients.
 //!
-//! A call that builds or writes much counts what it does and gives way after each
-//! [`TURN_VALUES`]. Its connection starts no further request until it goes on, as if the call
-//! had not been interrupted: calls that need not wait are answered in the order in which they
-//! came, long ones included.
+//! A call that builds or writes much counts its work and yields after every [`TURN_VALUES`]. Until
+//! it resumes, its connection starts no further request, as if the call had not been interrupted:
+//! calls that need not wait, long ones included, are answered in the order in which they came.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -15,19 +14,19 @@ use crate::params::Client;
 /// JSON values that are built or written in one turn: about a tenth of a millisecond.
 pub const TURN_VALUES: usize = 1000;
 
-/// What the requests of one connection are up to.
+/// The state of one connection's running requests.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
-    /// Calls that have given way and go on by themselves.
+    /// Calls that have yielded and will resume by themselves.
     paused: Cell<usize>,
     /// Bytes of answers that wait for the rest of their batch.
     held: Cell<usize>,
-    /// An answer was added, or a request goes on, waits or has ended.
+    /// An answer was added, or a request resumes, waits or has ended.
     pub(crate) changed: Notify,
 }
 
 impl Load {
-    /// Whether a call has given way and goes on by itself.
+    /// Whether a call has yielded and will resume by itself.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get() > 0
     }
@@ -46,7 +45,7 @@ impl Load {
     }
 }
 
-/// Counts a call as paused, however it ends.
+/// Counts a call as paused until it resumes or is dropped.
 pub(crate) struct Paused {
     own: Rc<Cell<bool>>,
     load: Rc<Load>,
@@ -68,7 +67,7 @@ impl Drop for Paused {
     }
 }
 
-/// Counts the work of one call and gives way in between.
+/// Counts the work of one call, and yields in between.
 ///
 /// ```
 /// # use rpc::{Params, RpcError};
@@ -84,7 +83,7 @@ impl Drop for Paused {
 /// }
 /// ```
 ///
-/// What a method borrows or counts on across `spend` may have changed after it.
+/// State that a method borrows or relies on may have changed after `spend`.
 #[derive(Debug)]
 pub struct Pace {
     client: Client,
@@ -96,8 +95,8 @@ impl Pace {
         Self { client, left: TURN_VALUES }
     }
 
-    /// `values` were built, or something else was done that takes as long. Gives way if the turn
-    /// is over.
+    /// Records that `values` were built, or that other work of the same duration was done. Yields
+    /// if the turn is over.
     pub async fn spend(&mut self, values: usize) {
         self.left = self.left.saturating_sub(values);
         if self.left == 0 {

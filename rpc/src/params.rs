@@ -119,7 +119,7 @@ pub struct Client {
     /// None if the call was made in process.
     gone: Option<watch::Receiver<bool>>,
     load: Rc<Load>,
-    /// Whether this very call has given way.
+    /// Whether this call has yielded.
     paused: Rc<Cell<bool>>,
 }
 
@@ -138,13 +138,13 @@ impl Client {
         Self { paused: Rc::default(), ..self.clone() }
     }
 
-    /// Lets everybody else have a turn. The client's next request waits meanwhile.
+    /// Lets other tasks run. The client's next request waits meanwhile.
     pub(crate) async fn give_way(&self) {
         let _paused = Paused::new(&self.paused, &self.load);
         tokio::task::yield_now().await;
     }
 
-    /// Whether this call has given way and goes on by itself.
+    /// Whether this call has yielded and will resume by itself.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get()
     }

@@ -20,7 +20,7 @@ pub const CONNECTIONS_MAX: usize = 64;
 /// file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// How often is looked, while all slots are taken, whether a client waits for one.
+/// How often the server checks, while all slots are taken, whether a client waits for one.
 const WAITING_CHECK: Duration = Duration::from_secs(5);
 
 /// What the server asks of its connections.
@@ -137,7 +137,7 @@ async fn next_client(listener: &Listener, slots: &Slots, connections: &Connectio
             Ok(None) => {}
             Err(error) => {
                 if !std::mem::replace(&mut failed, true) {
-                    tracing::warn!("cannot accept an RPC connection: {error}; trying on");
+                    tracing::warn!("cannot accept an RPC connection: {error}; will retry");
                 }
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }

@@ -1,8 +1,8 @@
 //! A client's socket, and the socket that clients connect to.
 //!
-//! A client may attach fds to its bytes whose close takes as long as it likes (the `closer` crate
-//! says how), and the same fds may lie unread in its socket, or in the backlog of the listening
-//! one. So bytes are read by [`closer::receive`], and none of these sockets is closed here.
+//! A client may send fds whose close blocks for as long as it likes (see the crate `closer`). Such
+//! fds may also be in unread messages of its socket, or in the backlog of the listening socket. So
+//! bytes are read with [`closer::receive`], and none of these sockets is closed on this thread.
 #![expect(unsafe_code, reason = "tokio trusts its caller that a watched fd stays open")]
 
 use std::io;
@@ -20,7 +20,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Connections the kernel keeps while all slots are taken; SPDK's number.
+/// Backlog of connections that wait while all slots are taken; SPDK's number.
 const BACKLOG: i32 = 512;
 
 /// Fds that a client may send before it is disconnected. No request needs any.
@@ -69,7 +69,7 @@ impl Slots {
 pub(crate) struct Stream {
     fd: AsyncFd<ForeignFd>,
     account: Account,
-    /// Fds that came and were refused.
+    /// Fds that were received and refused.
     fds: usize,
     _served: OwnedSemaphorePermit,
 }
@@ -81,7 +81,7 @@ impl Stream {
         Ok(Self { fd, account, fds: 0, _served: slot.served })
     }
 
-    /// One end of a connection, and the other.
+    /// A connected pair.
     #[cfg(test)]
     pub(crate) fn pair() -> (Self, std::os::unix::net::UnixStream) {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -91,16 +91,17 @@ impl Stream {
         (Self::new(ours.into(), slot).unwrap(), theirs)
     }
 
-    /// Waits until it may be read or written, as `interest` says.
+    /// Waits until the socket is ready for `interest`.
     pub(crate) async fn ready(&self, interest: Interest) {
-        // What the socket has to say comes out when it is read or written.
+        // An error of the socket shows when it is read or written.
         let _ = self.fd.ready(interest).await;
     }
 
-    /// Reads what is there. Fds that come with it are refused.
+    /// Reads what is available. Fds that come with it are refused.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing; others end the connection, too many fds included.
+    /// `WouldBlock` if nothing is available; any other error ends the connection, including too
+    /// many fds.
     pub(crate) fn try_read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         let read =
             |fd: &ForeignFd| closer::receive(fd.as_fd(), bytes, libc::MSG_DONTWAIT, &self.account);
@@ -109,7 +110,7 @@ impl Stream {
             return Ok(count);
         }
         if self.fds == 0 {
-            tracing::warn!("an RPC client sends file descriptors, which are not taken");
+            tracing::warn!("an RPC client has sent file descriptors; they are closed");
         }
         self.fds += fds.len();
         if self.fds > FDS_MAX {
@@ -121,26 +122,27 @@ impl Stream {
     /// Writes what the socket takes.
     ///
     /// # Errors
-    /// `WouldBlock` if it takes nothing; others if the client cannot be written to any more.
+    /// `WouldBlock` if it takes nothing; any other error if the client cannot be written to any
+    /// more.
     pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         self.fd.try_io(Interest::WRITABLE, |fd| Ok(send(fd, bytes, flags)?))
     }
 
-    /// Ends the direction towards the client.
+    /// Shuts down the direction towards the client.
     pub(crate) fn shut_down_write(&self) {
-        // A client that is gone needs no end.
+        // Fails only if the client is gone already.
         let _ = shutdown(self.fd.get_ref(), Shutdown::Write);
     }
 
-    /// A second handle, to wait for what the first one must not forget.
+    /// A second handle, which keeps its own readiness while that of the first is cleared.
     pub(crate) fn second_handle(&self) -> io::Result<AsyncFd<ForeignFd>> {
         watched(self.fd.get_ref().try_clone()?, Interest::WRITABLE)
     }
 }
 
 fn watched(fd: ForeignFd, interest: Interest) -> io::Result<AsyncFd<ForeignFd>> {
-    // SAFETY: a `ForeignFd` is one open fd, the same for as long as it lives.
+    // SAFETY: a `ForeignFd` refers to one open fd, the same one for as long as it lives.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
@@ -162,7 +164,7 @@ impl Listener {
         self.0.readable().await.map(drop)
     }
 
-    /// Accepts a client; none if none waits, and `slot` is free again.
+    /// Accepts a client; `None` if none waits, which frees `slot`.
     pub(crate) fn accept(&self, slot: Slot) -> io::Result<Option<Stream>> {
         match self.0.try_io(Interest::READABLE, |fd| Ok(accept_with(fd, FLAGS)?)) {
             Ok(fd) => Stream::new(fd, slot).map(Some),

@@ -1,4 +1,4 @@
-//! The privileges of root that threads keep.
+//! The capabilities that threads keep.
 #![expect(unsafe_code, reason = "prctl and setrlimit")]
 
 use std::fs;
@@ -6,22 +6,22 @@ use std::fs;
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// Forbids for good that the calling thread, and those that it starts, gain privileges by starting
-/// a program.
+/// Prevents the calling thread, and threads that it starts, from gaining privileges by starting a
+/// program, irrevocably.
 ///
 /// # Errors
-/// What the system said.
+/// The system's error.
 pub(crate) fn no_new_privileges() -> std::io::Result<()> {
     // SAFETY: sets a flag of the calling thread.
     let rc = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// What the threads of the process keep that serves, of what they have: sockets are made in
-/// directories of other users. Landlock says in which.
+/// The capabilities that the main process keeps, of those that it has: it makes sockets in
+/// directories of other users. Landlock limits which directories.
 pub(crate) fn of_process() -> Vec<Capability> {
     let mut kept = vec![Capability::CAP_DAC_OVERRIDE];
-    // "Only with CAP_SYS_ADMIN, or in a group": without io_uring there would be no disk.
+    // 1: only with CAP_SYS_ADMIN, or in a certain group. Without io_uring there would be no disk.
     let restricted = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     if restricted.is_ok_and(|text| text.trim() == "1") {
         kept.push(Capability::CAP_SYS_ADMIN);
@@ -29,16 +29,16 @@ pub(crate) fn of_process() -> Vec<Capability> {
     kept
 }
 
-/// What the process keeps that opens disks, which may belong to other users.
+/// The capabilities that the process that opens disks keeps: the files may belong to other users.
 pub(crate) const OF_OPENER: &[Capability] =
     &[Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH];
 
-/// Keeps of the calling thread's capabilities those in `kept` only. Gives those that it has now.
+/// Drops the calling thread's capabilities except those in `kept`. Returns those that it still has.
 ///
 /// # Errors
-/// What the system said.
+/// The system's error.
 pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
-    // Privileged processes only may do this, and only for them it means something.
+    // Needs privileges; without any, the bounding set does not matter.
     let _ = caps::clear(None, CapSet::Bounding);
     // Ambient capabilities need kernel 4.3.
     let _ = caps::clear(None, CapSet::Ambient);
@@ -50,8 +50,8 @@ pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
     Ok(kept.iter().copied().filter(|cap| left.contains(cap)).collect())
 }
 
-/// Kernels before 5.12 count the memory of rings as locked, unless CAP_IPC_LOCK is there: takes the
-/// limit away while that is allowed.
+/// Kernels before 5.12 count the memory of io_urings as locked, unless the thread has CAP_IPC_LOCK:
+/// removes the limit while that is allowed.
 pub(crate) fn raise_locked_memory_limit() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the kernel reads the structure. If it is refused, the limit stays as it is.
@@ -62,7 +62,7 @@ pub(crate) fn raise_locked_memory_limit() {
 mod tests {
     use super::*;
 
-    /// Root has all to begin with; others have none to lose.
+    /// Root starts with all capabilities; other users have none to lose.
     #[test]
     fn a_thread_keeps_what_it_is_to_keep_and_gets_nothing_back() {
         std::thread::spawn(|| {

@@ -1,9 +1,9 @@
-//! The system calls that each kind of thread may make, as seccomp programs.
+//! The system calls that each kind of thread may make, as seccomp filters.
 //!
-//! Programs add up: a thread has those of the thread that started it and its own, and the strictest
-//! answer counts. A call that is not on a list fails with EPERM, and the kernel's audit log says so:
-//! a new libc that tries something new finds its fallback, and no disk goes down for it. Calls that
-//! only an intruder makes end the process: what runs then is not this program any more.
+//! Filters add up: a thread has those of the thread that started it and its own, and the strictest
+//! verdict counts. A call that is not on a list fails with EPERM and is in the kernel's audit log,
+//! so a new libc that tries a new call uses its fallback and no disk is lost. Calls that only an
+//! attacker makes end the process: the code that runs then is not this program's any more.
 #![expect(unsafe_code, reason = "installs the programs")]
 
 use std::collections::BTreeMap;
@@ -18,14 +18,14 @@ mod calls;
 
 use calls::{Call, Check};
 
-/// The programs, compiled where allocating and failing are still fine.
+/// The filters, compiled while the process may still allocate and fail.
 #[derive(Debug)]
 pub(crate) struct Programs {
-    /// For the whole process, from its start on.
+    /// For all threads of the process.
     pub(crate) process: Vec<BpfProgram>,
-    /// For all threads but EAL's, which may load libraries, and the log's, which is there already.
+    /// For all threads but EAL's, which may load libraries, and the log thread, which already runs.
     pub(crate) no_code: BpfProgram,
-    /// For threads that need no new sockets and no files.
+    /// For threads that need no new sockets and no files by name.
     pub(crate) worker: BpfProgram,
     pub(crate) reactor: BpfProgram,
     /// For the process that opens disks.
@@ -33,10 +33,11 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// Compiles them for the calling process: only to itself may it send signals.
+    /// Compiles the filters for the calling process, whose id they contain: it may send signals
+    /// only to itself.
     ///
     /// # Errors
-    /// seccompiler does not know this processor.
+    /// seccompiler does not support this processor.
     pub(crate) fn compile() -> Result<Self, BackendError> {
         let no_clone3 = || answer(&[calls::CLONE3], libc::ENOSYS);
         let intruder = || kill(calls::INTRUDER);
@@ -65,7 +66,7 @@ fn kill(calls: &[Call]) -> Result<BpfProgram, BackendError> {
     program(calls.iter(), SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
-/// A program with one answer for `calls` and another for the rest.
+/// A filter with the action `these` for `calls` and `rest` for all others.
 fn program<'a>(
     calls: impl Iterator<Item = &'a Call>,
     rest: SeccompAction,
@@ -93,7 +94,7 @@ fn rule(check: Check) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(argument, Dword, operator, value.into())?])
 }
 
-/// Adds a program to the calling thread's. Threads that it starts have it too.
+/// Adds a filter to the calling thread. Threads that it starts inherit it.
 ///
 /// # Errors
 /// The kernel has no seccomp, or the thread may still gain privileges.
@@ -101,7 +102,7 @@ pub(crate) fn install(program: &BpfProgram) -> io::Result<()> {
     install_as(program, false)
 }
 
-/// Adds several; the first is the one about `clone3`.
+/// Adds several filters; the first is the one for `clone3`.
 ///
 /// # Errors
 /// As [`install`].
@@ -112,9 +113,9 @@ pub(crate) fn install_all(programs: &[BpfProgram]) -> io::Result<()> {
 fn install_as(program: &BpfProgram, is_quiet: bool) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
-    // SPEC_ALLOW: kernels before 5.16 would slow down all that the thread does, for the sake of
-    // programs that are run without being trusted. LOG: the audit log names what was refused, but
-    // for the clone3 of each thread that starts.
+    // SPEC_ALLOW: otherwise kernels before 5.16 turn on a mitigation that slows the whole thread
+    // down and is meant for untrusted programs. LOG: refused calls are in the audit log, but for
+    // the `clone3` of each thread that starts.
     let log = if is_quiet { 0 } else { libc::SECCOMP_FILTER_FLAG_LOG };
     let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW | log;
     let set = libc::SECCOMP_SET_MODE_FILTER;

@@ -1,35 +1,36 @@
-//! What the process gives up when it starts.
+//! Drops the rights that the process does not need when it starts.
 //!
-//! # Against whom
-//! A front end or a guest that finds a fault in this program or in rte_vhost and makes one of its
-//! threads run code of its own. Threads share memory, so such code has the rights of all threads
-//! together before long. What a single thread gives up makes the way there longer; what counts is
-//! what the *process* cannot do. Hence all of it holds for every thread from its birth: [`enter`]
-//! is called while there is one thread, and threads inherit.
+//! # Threat model
+//! A front end or a guest exploits a fault in this program or in rte_vhost to run its own code on
+//! one of the threads. Threads share memory, so such code soon has the rights of all threads
+//! together. Narrowing a single thread makes that harder; what counts is what the *process* cannot
+//! do. So the main restrictions hold for every thread from its start: [`enter`] is called while
+//! there is one thread, and later threads inherit them.
 //!
-//! # What is given up
-//! | | for all threads | besides |
+//! # Restrictions
+//! | | all threads | some threads |
 //! |---|---|---|
-//! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE is kept | reactors and workers: none |
-//! | Landlock | files by name but in `-S`, the RPC socket's directory, `/proc`, `/sys`, libraries; TCP; abstract sockets of and signals to others | |
-//! | seccomp | all but a list; other programs, processes, namespaces, identities: the process ends | [`Thread`] |
-//! | io_uring | | the rings that a reactor enters do I/O on their own disk and nothing else (`bdev`), or nothing at all (a guest's call) |
+//! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE is kept (and CAP_SYS_ADMIN, see below) | reactors and workers keep none |
+//! | Landlock | refuses files by name except in `-S`, the RPC socket's directory, `/proc`, `/sys` and library directories; TCP; abstract sockets of, and signals to, other processes | |
+//! | seccomp | refuses all calls that are not on a list; calls about other programs, processes, namespaces and identities end the process | further filters, see [`Thread`] |
+//! | io_uring | | those of reactors are restricted to I/O on one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
-//! - Disks may be anywhere, so a process of its own opens them and sends the fd ([`Opener`]). It is
-//!   asked by a path, and gives what is a file or block device; with `--disk-dir` only what is
-//!   beneath. Without, it stands between an intruder and the kernel, running programs and making
-//!   files, but not between an intruder and the files of the host.
-//! - CAP_DAC_OVERRIDE stays because `-S` often belongs to the user of the VMs. Landlock says where
-//!   it is of use: there, and where everything is read only.
-//! - seccomp sees calls, not what is put into a ring. Landlock and capabilities are asked for both,
-//!   and a reactor can make no ring and enters those that are restricted.
-//! - A call that is on no list fails with EPERM. A library may try something new and fall back; if
-//!   it ended the process, all disks would go down with it. What no library tries ends it.
-//! - Of EAL's start the lists have what it needs, since it starts threads that stay.
+//! - Disks may be anywhere, so a separate process opens them and sends the fd ([`Opener`]). It gets
+//!   a path and returns only regular files and block devices; with `--disk-dir`, only those beneath
+//!   the given directories. Without `--disk-dir` it does not protect the files of the host, but an
+//!   attacker still cannot run programs or create files, and reaches less of the kernel.
+//! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
+//!   it to the granted paths. Where `kernel.io_uring_disabled` is 1,
+//!   CAP_SYS_ADMIN is kept too, as io_uring is refused without it.
+//! - seccomp sees system calls, not what is submitted to an io_uring. Landlock and capabilities
+//!   apply to both, and a reactor can create no io_uring and use only restricted ones.
+//! - A call that is on no list fails with EPERM, as a library may try something new and fall back;
+//!   ending the process would take all disks down. Calls that no library tries do end it.
+//! - The lists include what EAL's start needs, since it starts threads that stay.
 //!
-//! # What does not depend on it
-//! What a front end hands over are fds, and they need no path. A kernel that lacks a part goes
-//! without it, and [`Sandbox::missing`] says so.
+//! # What works without it
+//! A front end sends fds, for which no path is needed. If the kernel lacks a part, the process runs
+//! without that part, and [`Sandbox::missing`] lists it.
 
 mod capabilities;
 mod filters;
@@ -44,32 +45,32 @@ use filters::Programs;
 
 pub use opener::Opener;
 
-/// What the process goes on to need of the file system.
+/// What the process needs of the file system after its start.
 #[derive(Clone, Debug)]
 pub struct Needs {
     /// Where the vhost sockets are made and removed.
     pub socket_dir: PathBuf,
-    /// The RPC socket, with its lock beside it.
+    /// The RPC socket; its lock file is beside it.
     pub rpc_socket: Option<PathBuf>,
     /// A directory of the process's own, in which it makes a socket, and which it then removes.
     pub private_dir: Option<PathBuf>,
-    /// The configuration, which is read later.
+    /// The configuration file, which is read later.
     pub config: Option<PathBuf>,
-    /// A directory in which files that are there are removed at the end.
+    /// A directory whose existing files the process removes when it ends.
     pub removes_in: Option<PathBuf>,
-    /// Where disks may be; anywhere if there are none.
+    /// Directories of disks; if empty, disks may be anywhere.
     pub disk_dirs: Vec<PathBuf>,
 }
 
-/// Kinds of threads that give up more than the process.
+/// Kinds of threads that are restricted further than the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
     /// All that start after EAL's: no new executable memory.
     Control,
-    /// Hears front ends, unmaps, closes: no sockets of its own, no files that come and go, no
-    /// signals, no capabilities.
+    /// Serves front ends, unmaps, closes: makes no sockets, creates and removes no files, sends no
+    /// signals, has no capabilities.
     Worker,
-    /// Serves queues: enters rings, writes to eventfds, sleeps.
+    /// Serves queues: submits to io_urings, writes to eventfds, sleeps.
     Reactor,
 }
 
@@ -83,46 +84,45 @@ pub struct Sandbox {
     absent: Vec<PathBuf>,
 }
 
-/// Why there is no sandbox, not even a part.
+/// Why there is no sandbox at all.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
 
 impl Sandbox {
-    /// None: nothing is given up.
+    /// No sandbox.
     #[must_use]
     pub fn none() -> Self {
         let opener = Opener::in_process();
         Self { programs: None, opener, in_effect: vec![], missing: vec![], absent: vec![] }
     }
 
-    /// What disks are opened with.
+    /// Opens the files of disks.
     #[must_use]
     pub fn opener(&self) -> Opener {
         self.opener.clone()
     }
 
-    /// What is in effect, for the operator; empty if nothing is.
+    /// The parts that are in effect, for the operator; empty if there are none.
     #[must_use]
     pub fn in_effect(&self) -> String {
         self.in_effect.join(", ")
     }
 
-    /// What the kernel cannot do or does not allow, with its reason.
+    /// The parts that the kernel lacks or does not allow, with the reason.
     #[must_use]
     pub fn missing(&self) -> &[String] {
         &self.missing
     }
 
-    /// Paths among the [`Needs`] that are not there. What is made at their place later will be out
-    /// of reach.
+    /// Paths among the [`Needs`] that do not exist. What is made there later cannot be accessed.
     #[must_use]
     pub fn absent(&self) -> &[PathBuf] {
         &self.absent
     }
 
-    /// Has the calling thread, and those that it starts from now on, give up more. What the kernel
-    /// refuses it has refused at the start, and [`Sandbox::missing`] has it.
+    /// Restricts the calling thread, and those that it starts from now on, further. Errors are
+    /// ignored: the kernel has refused the same at the start, and [`Sandbox::missing`] lists it.
     pub fn narrow(&self, thread: Thread) {
         let Some(programs) = &self.programs else { return };
         let program = match thread {
@@ -137,12 +137,12 @@ impl Sandbox {
     }
 }
 
-/// Gives up what the process does not need. To be called while it has one thread, when it has taken
-/// what only its start needs: limits raised, files made.
+/// Drops the rights that the process does not need. To be called while it has one thread, after
+/// what only its start needs: raised limits, new files.
 ///
 /// # Errors
-/// No process can be had that opens disks, or it cannot be kept to `disk_dirs`; nothing has been
-/// given up then.
+/// The process that opens disks cannot be started, or cannot be restricted to `disk_dirs`; no
+/// restriction is in effect then.
 pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
     let programs = Programs::compile().map_err(|e| Error(format!("system call filters: {e}")))?;
@@ -182,7 +182,7 @@ impl Sandbox {
 }
 
 impl Needs {
-    /// Whether a path is one of these, and not one that every process needs.
+    /// Whether a path was given by the operator, unlike those that every process needs.
     fn names(&self, path: &PathBuf) -> bool {
         *path == self.socket_dir || self.config.as_ref() == Some(path)
     }

@@ -1,14 +1,14 @@
-//! The process that opens disks for the one that serves.
+//! The process that opens disks for the main process.
 //!
-//! A thread would not do: threads share memory, and whoever takes over one of them has the rights of
-//! all. So it is a process, forked while there is one thread, with a socket to it. A request is a
-//! path; with it goes the end of a socket of its own for the answer, so that requests need no
-//! numbers and none waits for another. Each is served by a thread, as opening can take for ever (a
-//! FUSE file system whose server hangs), and there are at most [`OPENS_MAX`] of them.
+//! A thread would not do: threads share memory, and code that takes over one has the rights of all.
+//! So it is a process, forked while there is one thread, and connected by a socket. A request is a
+//! path, and carries one end of a socket pair for its answer, so that requests need no numbers and
+//! none waits for another. Each is served by a thread, as opening can block for ever (a FUSE file
+//! system whose server hangs), and there are at most [`OPENS_MAX`] of them.
 //!
-//! It ends with the process that serves, whatever ends that: its socket is then at its end, and the
-//! kernel sends it SIGKILL. It takes no signal that is meant for both (Ctrl-C, the whole service),
-//! since requests may be under way.
+//! It ends with the main process, however that ends: its socket reaches end of file, and the kernel
+//! sends it SIGKILL. It ignores signals that are sent to both (Ctrl-C, a service manager), since
+//! requests may be in progress.
 #![expect(unsafe_code, reason = "fork and what comes after it")]
 
 use std::fs::File;
@@ -29,16 +29,16 @@ use rustix::net::{
 use crate::filters::{self, Programs};
 use crate::{capabilities, paths};
 
-/// Requests under way at a time; more are refused. As many opens hang, and no more threads.
+/// Limit on requests in progress, and so on threads; further ones are refused while that many hang.
 const OPENS_MAX: usize = 64;
 
-/// Bytes of a request: how, and a path. The kernel takes no longer path.
+/// Bytes of a request: a flag and a path. The kernel accepts no longer path.
 const REQUEST_MAX: usize = 1 + libc::PATH_MAX as usize;
 
-/// Stack of the thread that opens: it calls little.
+/// Stack of a thread that opens, which calls little.
 const STACK_BYTES: usize = 64 << 10;
 
-/// An answer that is no errno: neither a file nor a block device. 0 comes with the fd.
+/// A code that is no errno: neither a file nor a block device. Code 0 comes with the fd.
 const NOT_A_DISK: i32 = -1;
 
 /// Opens the files of disks.
@@ -46,13 +46,13 @@ const NOT_A_DISK: i32 = -1;
 pub struct Opener(Option<Arc<OwnedFd>>);
 
 impl Opener {
-    /// One that opens in this process.
+    /// Opens in this process.
     #[must_use]
     pub fn in_process() -> Self {
         Self(None)
     }
 
-    /// Opens a file or block device as [`bdev::open_file`] does. Blocks for as long as that takes.
+    /// Opens a file or block device as [`bdev::open_file`] does. May block.
     ///
     /// # Errors
     /// As [`bdev::open_file`], and `Busy` while many other opens hang.
@@ -70,7 +70,7 @@ impl Opener {
         match (code, file) {
             (0, Some(file)) => Ok(file.into()),
             (libc::EBUSY, _) => {
-                let text = format!("{}: {OPENS_MAX} other files do not open", path.display());
+                let text = format!("{}: {OPENS_MAX} other opens are blocked", path.display());
                 Err(bdev::Error::Busy(text))
             }
             (NOT_A_DISK, _) => Err(bdev::not_a_disk(path)),
@@ -84,7 +84,7 @@ fn ask(socket: BorrowedFd<'_>, path: &Path, readonly: bool) -> io::Result<(i32, 
     let (answers, theirs) = pair()?;
     let request = [&[u8::from(readonly)], path.as_os_str().as_bytes()].concat();
     send(socket, &request, Some(theirs.as_fd()))?;
-    // Else the end of the answers would never be seen.
+    // Otherwise `receive` would never see the end of the answers.
     drop(theirs);
     let mut code = [0; 4];
     let (len, file) = receive(answers.as_fd(), &mut code)?;
@@ -94,12 +94,13 @@ fn ask(socket: BorrowedFd<'_>, path: &Path, readonly: bool) -> io::Result<(i32, 
     Ok((i32::from_ne_bytes(code), file))
 }
 
-/// Forks the process that opens disks. `dirs`: see [`crate::Needs`]. Gives it and its id.
+/// Forks the process that opens disks; `dirs` as in [`crate::Needs`]. Returns its handle and its
+/// id.
 ///
 /// To be called while the process has one thread.
 ///
 /// # Errors
-/// The reason: no process, or what it could not give up.
+/// The reason: it cannot be started, or not restricted.
 pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32), String> {
     let text = |e: io::Error| format!("cannot start the process that opens disks: {e}");
     let (ours, theirs) = pair().map_err(text)?;
@@ -112,13 +113,13 @@ pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32
     if pid == 0 {
         drop(ours);
         serve_or_tell(&theirs, parent, programs, dirs);
-        // SAFETY: ends the process at once: what its parent has at its end is not for it.
+        // SAFETY: ends the process at once, without the exit handlers of its parent.
         unsafe { libc::_exit(0) };
     }
     drop(theirs);
     let mut said = [0; 512];
     let (len, _) = receive(ours.as_fd(), &mut said).map_err(text)?;
-    // It says one byte of greeting, or why it ends.
+    // It sends one zero byte when it is ready, or the reason why it ends.
     match &said[..len] {
         [0] => Ok((Opener(Some(Arc::new(ours))), pid.unsigned_abs())),
         [] => Err(text(io::ErrorKind::UnexpectedEof.into())),
@@ -126,7 +127,7 @@ pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32
     }
 }
 
-/// The life of the process that opens disks.
+/// The main function of the process that opens disks.
 fn serve_or_tell(socket: &OwnedFd, parent: u32, programs: &Programs, dirs: &[PathBuf]) {
     let Ok(socket) = detach(socket.as_raw_fd(), parent) else { return };
     match give_up(programs, dirs) {
@@ -141,14 +142,13 @@ fn serve_or_tell(socket: &OwnedFd, parent: u32, programs: &Programs, dirs: &[Pat
     }
 }
 
-/// Makes the new process independent of what its parent has open and of the signals that it gets,
-/// and dependent on its life.
+/// Detaches the new process from its parent's fds and signals, and makes it end with its parent.
 fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
     const SOCKET: i32 = 3;
     let check = |rc: i32| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
-    // SAFETY: asks for a signal.
+    // SAFETY: asks for a signal at the parent's end.
     check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
-    // SAFETY: a query. It may have ended before the request.
+    // SAFETY: a query. The parent may have ended before the request above.
     if unsafe { libc::getppid() }.unsigned_abs() != parent {
         return Err(io::ErrorKind::NotConnected.into());
     }
@@ -158,10 +158,10 @@ fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
         // SAFETY: no handler is involved.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    // SAFETY: a path that outlives the call. Whoever waits for the end of our parent's output does
-    // not wait for us.
+    // SAFETY: a path that outlives the call. The standard fds are replaced, so that a reader of the
+    // parent's output sees its end when the parent ends.
     let null = check(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) })?;
-    // Out of the way of the numbers that are set next.
+    // Above the numbers that are set next.
     // SAFETY: fds of this process; nobody else uses the numbers.
     let socket = check(unsafe { libc::fcntl(socket, libc::F_DUPFD_CLOEXEC, 16) })?;
     for fd in 0..SOCKET {
@@ -176,7 +176,8 @@ fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(SOCKET) })
 }
 
-/// Keeps what opening needs. What the kernel cannot do the parent finds out for itself and tells.
+/// Restricts this process to what opening needs. The parent finds out by itself what the kernel
+/// lacks, and reports it.
 fn give_up(programs: &Programs, dirs: &[PathBuf]) -> Result<(), String> {
     let _ = capabilities::no_new_privileges();
     let _ = capabilities::keep(capabilities::OF_OPENER);
@@ -188,7 +189,7 @@ fn give_up(programs: &Programs, dirs: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-/// Serves requests until the other end is gone.
+/// Serves requests until the parent is gone.
 fn serve(socket: &OwnedFd) {
     let under_way = Arc::new(AtomicUsize::new(0));
     let mut request = [0; REQUEST_MAX];
@@ -215,12 +216,13 @@ fn serve(socket: &OwnedFd) {
                 Err(_) => answer(&answers, NOT_A_DISK, None),
             }
         };
-        // If there is no thread, the socket for the answer closes, which is one.
+        // If no thread can be started, the answer's socket is closed, which the client takes as an
+        // answer.
         let _ = thread::Builder::new().stack_size(STACK_BYTES).spawn(open);
     }
 }
 
-/// One that is under way.
+/// A request in progress.
 struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {
@@ -230,11 +232,11 @@ impl Drop for Counted {
 }
 
 fn answer(answers: &OwnedFd, code: i32, file: Option<BorrowedFd<'_>>) {
-    // If nobody waits any more, nobody is told.
+    // If the client is gone, nobody needs the answer.
     let _ = send(answers.as_fd(), &code.to_ne_bytes(), file);
 }
 
-/// Two ends of a socket that keeps messages apart.
+/// A connected pair of sockets that preserve message boundaries.
 fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     Ok(rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None)?)
@@ -252,7 +254,7 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io:
     Ok(())
 }
 
-/// Takes a message and the fd that came with it. 0 bytes: the other end is gone.
+/// Receives a message and the fd that came with it. 0 bytes: the other end is gone.
 fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -1,9 +1,9 @@
-//! Landlock: the files and sockets that the process still reaches by name.
+//! Landlock: the files and sockets that the process can still open by name.
 //!
-//! A domain covers the thread that enters it and the threads that it starts, so it is entered while
-//! there is one thread. It is about opening: what is open already, and fds that others send, stay
-//! as they were opened. All of TCP is refused, and so are abstract sockets and signals to processes
-//! outside, as far as the kernel can.
+//! A Landlock domain covers the thread that enters it and the threads that it starts, so it is
+//! entered while there is one thread. It restricts opening: files that are already open, and fds
+//! that others send, keep their rights. TCP is refused, and so are abstract sockets of, and signals
+//! to, processes outside of the domain, as far as the kernel can.
 
 use std::path::{Path, PathBuf};
 
@@ -14,36 +14,35 @@ use landlock::{
 
 use crate::Needs;
 
-/// The newest version whose refusals this program is tried with. Older kernels refuse less.
+/// The newest Landlock version that this program was tested with. Older kernels refuse less.
 const ABI_TRIED: ABI = ABI::V6;
 
-/// What a disk's file needs. Not `IoctlDev`: that is for the one who opens it, whose domain does not
-/// have it. Truncation is refused for good, on the fds too that the process sends on.
+/// Rights on a disk's file. Not `IoctlDev`: the domain of the process that opens disks does not
+/// handle it. Truncation is not granted, and stays refused on the fds that this process sends.
 const DISK: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | WriteFile});
 
-/// Libraries, time zones, what the kernel tells of the machine and of the process.
+/// Libraries, time zones, and information about the machine and the process.
 const READ: &[&str] = &["/proc", "/sys", "/usr", "/lib", "/lib64", "/etc/ld.so.cache"];
 
-/// Files that are open to everybody.
+/// Devices that any process may use.
 const DEVICES: &[&str] = &["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"];
 
-/// A path, and what may be done there and beneath it.
+/// A path, and the rights on it and everything beneath it.
 type Grant = (PathBuf, BitFlags<AccessFs>);
 
-/// Enters the domain of the process that serves. Gives the paths that were to be granted and are
-/// not there.
+/// Enters the domain of the main process. Returns the paths to be granted that do not exist.
 ///
 /// # Errors
-/// The reason, if the kernel has no Landlock or refuses.
+/// The reason, if the kernel lacks Landlock or refuses.
 pub(crate) fn enter(needs: &Needs) -> Result<Vec<PathBuf>, String> {
     restrict(AccessFs::from_all(ABI_TRIED), &grants(needs))
 }
 
-/// Enters the domain of the process that opens disks: files and devices that are there, nothing
-/// else; with `dirs`, only what is beneath one of these.
+/// Enters the domain of the process that opens disks: existing files and devices only; with `dirs`,
+/// only those beneath these directories.
 ///
 /// # Errors
-/// The reason; also if one of `dirs` is not there.
+/// The reason; also if one of `dirs` does not exist.
 pub(crate) fn enter_opener(dirs: &[PathBuf]) -> Result<(), String> {
     let all = AccessFs::from_all(ABI_TRIED) & !BitFlags::from(AccessFs::IoctlDev);
     if dirs.is_empty() {
@@ -62,9 +61,9 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     let lock = make_bitflags!(AccessFs::{MakeReg | ReadFile | WriteFile});
     let mut grants: Vec<Grant> = READ.iter().map(|path| (path.into(), read)).collect();
     grants.extend(DEVICES.iter().map(|path| (path.into(), DISK)));
-    // For the times of log lines; mostly a link to beneath /usr.
+    // For the times of log lines; usually a link into /usr.
     grants.push(("/etc/localtime".into(), AccessFs::ReadFile.into()));
-    // A thread's name is set by whoever starts it, through a file.
+    // A thread's name is set by the thread that starts it, through a file.
     grants.push(("/proc/self/task".into(), AccessFs::WriteFile.into()));
     grants.push((needs.socket_dir.clone(), listen));
     if let Some(dir) = &needs.private_dir {
@@ -86,7 +85,8 @@ fn parent(path: &Path) -> PathBuf {
     }
 }
 
-/// Refuses `handled` everywhere but where it is granted. Gives the paths that are not there.
+/// Refuses the rights in `handled` except where granted. Returns the granted paths that do not
+/// exist.
 fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf>, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let mut missing = vec![];
@@ -102,7 +102,8 @@ fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf
             missing.push(path.clone());
             continue;
         };
-        // Of a file only what files have. What is in no file tree, a pipe, needs no grant.
+        // For a file, only the rights that apply to files. A path on no file system, as a pipe's,
+        // needs no grant.
         let is_dir = path.is_dir();
         let access = if is_dir { *access } else { *access & AccessFs::from_file(ABI_TRIED) };
         let added = (&mut ruleset).add_rule(PathBeneath::new(fd, access));

@@ -1,12 +1,12 @@
-//! Tells CI which tests were skipped or repeated, and why.
+//! Records which tests were skipped or retried, and why.
 //!
-//! A test that returns early, or that tries again, passes like any other. With this it says so: a line
-//! in the file that the environment variable `VHOST_SKIPS` names, which `ci/run` shows at its end,
-//! and the same on standard error. What the machine must provide is listed in `VHOST_REQUIRE`, its
-//! names separated by commas: a test that is skipped for one of them fails instead.
+//! A test that returns early, or that tries again, passes like any other. With this crate it writes
+//! a line to the file that the environment variable `VHOST_SKIPS` names, which `ci/run` lists at
+//! its end, and to standard error. `VHOST_REQUIRE` lists what the machine must provide, separated
+//! by commas: a test that would be skipped for lack of one of these fails instead.
 //!
-//! `skip` in `ci/lib.sh` does the same for scripts. A line is `skipped` or `retried`, the test, and
-//! the reason, separated by tabs.
+//! `skip` in `ci/lib.sh` does the same for scripts. A line has `skipped` or `retried`, the test,
+//! and the reason, separated by tabs.
 
 use std::env;
 use std::fs::File;
@@ -14,11 +14,11 @@ use std::io::Write;
 use std::panic::Location;
 use std::thread;
 
-/// Says that the calling test is skipped, or ends early, as the machine lacks `need`: a name for
-/// `VHOST_REQUIRE`, like `io-uring`. The caller returns next.
+/// Records that the calling test is skipped, or ends early, because the machine lacks `need`: a
+/// name for `VHOST_REQUIRE`, such as `io-uring`. The caller returns next.
 ///
 /// # Panics
-/// `need` is required.
+/// `VHOST_REQUIRE` lists `need`.
 #[track_caller]
 pub fn skipped(need: &str, reason: &str) {
     let required = env::var("VHOST_REQUIRE").unwrap_or_default();
@@ -26,8 +26,8 @@ pub fn skipped(need: &str, reason: &str) {
     write("skipped", Location::caller(), &format!("no {need}: {reason}"));
 }
 
-/// Says that the calling test has failed for a `reason` that is no fault of what it tests, and tries
-/// again.
+/// Records that the calling test has failed for a `reason` that is no fault of what it tests, and
+/// is retried.
 #[track_caller]
 pub fn retried(reason: &str) {
     write("retried", Location::caller(), reason);
@@ -41,14 +41,14 @@ fn write(what: &str, caller: &Location<'_>, reason: &str) {
     let line = line(what, thread::current().name(), caller.file(), reason);
     eprint!("{line}");
     let Some(path) = env::var_os("VHOST_SKIPS") else { return };
-    // In one write, as tests of several processes append to it.
+    // In one write, as tests of several processes append to the file.
     let file = File::options().create(true).append(true).open(&path);
     let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
     written.unwrap_or_else(|e| panic!("VHOST_SKIPS={}: {e}", path.display()));
 }
 
-/// The harness names a test's thread after the test, but runs it on the main thread where it may use
-/// only one: then the file has to do.
+/// The harness names a test's thread after the test, but with a single thread it runs tests on the
+/// main thread: then the file's name is used.
 fn line(what: &str, thread: Option<&str>, file: &str, reason: &str) -> String {
     let test = thread.filter(|name| *name != "main").unwrap_or(file);
     let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -22,7 +22,7 @@ pub(crate) use disk::{Disk, Kind, Wrapper, latency_params};
 /// A positive errno, as SPDK's RPCs answer it.
 pub(crate) type Errno = i32;
 
-/// What a device may be called by: its name or its UUID. Parsed once, then compared with many.
+/// A device's name or UUID, as a caller gave it. Parsed once, then compared with many devices.
 #[derive(Clone, Copy)]
 struct Name<'a> {
     text: &'a str,
@@ -97,7 +97,7 @@ impl Device {
     }
 }
 
-/// A device, as long as it exists and ever after.
+/// Identifies a device; never used again after it is deleted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BdevId(u64);
 
@@ -115,7 +115,7 @@ pub(crate) struct Shown {
 struct Inner {
     /// By ascending `id`.
     devices: Vec<Device>,
-    /// Names given to `bdev_examine`: wrappers on these devices come to life by themselves.
+    /// Names given to `bdev_examine`: wrappers on these devices are created automatically.
     examined: Vec<String>,
     ids: u64,
     /// Number of the next malloc disk without a name.
@@ -155,8 +155,8 @@ impl Bdevs {
     /// Reserves a name, `Malloc<n>` if there is none, and a UUID, a random one if there is none.
     ///
     /// # Errors
-    /// EEXIST if the name or the UUID is taken, also by a device that is being made; EBUSY if the
-    /// close of the file of the device that had the name before hangs.
+    /// EEXIST if the name or the UUID is in use, also by a device that is being made; EBUSY while
+    /// closing the file of a deleted device of this name blocks.
     pub(crate) fn reserve(
         &self,
         name: Option<String>,
@@ -167,7 +167,7 @@ impl Bdevs {
         let name = name.unwrap_or_else(|| inner.next_malloc_name());
         let account = bdev::account_name(&name);
         if closer::stuck().iter().any(|stuck| stuck.name == account) {
-            error!("{account}: the file of the device that had this name hangs in its close");
+            error!("{account}: the file of the deleted device of this name is still being closed");
             return Err(libc::EBUSY);
         }
         let (id, uuid) = inner.add(&name, uuid, params, State::Making)?;
@@ -219,13 +219,14 @@ impl Bdevs {
         Some(BdevId(device.id))
     }
 
-    /// All devices in the order of their creation, for those who look at them a few at a time. A
-    /// device itself is never kept meanwhile: it may be deleted, and must not end here.
+    /// The ids of all devices in the order of their creation, for callers that process a few at a
+    /// time. They must not hold a device between two steps: it may be deleted, and must not be
+    /// dropped by them.
     pub(crate) fn ids(&self) -> Vec<BdevId> {
         self.inner.borrow().devices.iter().map(|device| BdevId(device.id)).collect()
     }
 
-    /// This device, to be shown; none if it is not live or no more.
+    /// This device, to be shown; `None` if it is not live or does not exist any more.
     pub(crate) fn shown_by_id(&self, id: BdevId) -> Option<Shown> {
         let inner = self.inner.borrow();
         inner.device(id).and_then(|device| inner.show(device))
@@ -283,15 +284,15 @@ impl Bdevs {
         for upper in all.iter().filter(|upper| !Arc::ptr_eq(upper, &bdev)) {
             inner.base_gone(upper);
         }
-        // Another wrapper may have waited for the base that is free now.
+        // The base is free now, for which another wrapper may have waited.
         inner.arrived(self);
         Ok(all)
     }
 
-    /// Has wrappers on this device come to life, now or when it is created.
+    /// Creates the wrappers on this device automatically, now or when it is created.
     ///
     /// # Errors
-    /// EEXIST if that was asked for before.
+    /// EEXIST if the name was given before.
     pub(crate) fn examine(&self, name: &str) -> Result<(), Errno> {
         let mut inner = self.inner.borrow_mut();
         if inner.examined.iter().any(|examined| examined == name) {
@@ -307,7 +308,8 @@ impl Bdevs {
         self.inner.borrow().examined.clone()
     }
 
-    /// Changes a latency of a delay that waits for its base. False if there is none of this name.
+    /// Changes a latency of a delay bdev that waits for its base. False if there is none of this
+    /// name.
     pub(crate) fn update_waiting(&self, name: &str, change: impl FnOnce(&mut Latency)) -> bool {
         let mut inner = self.inner.borrow_mut();
         let waiting = inner.devices.iter_mut().filter(|d| d.has_name(name)).find_map(|d| {
@@ -324,7 +326,8 @@ impl Bdevs {
         true
     }
 
-    /// What `save_config` writes for this device; none if it is being made or no more.
+    /// The entry of this device in `save_config`; `None` if it is being made or does not exist any
+    /// more.
     pub(crate) fn config(&self, id: BdevId) -> Option<(Kind, Map<String, Value>)> {
         self.inner.borrow().device(id).and_then(Device::config)
     }

@@ -74,22 +74,22 @@ pub(crate) struct Options {
     pub(crate) silence_noticelog: bool,
     /// How long a front end that stops a ring waits for its I/O before its connection is ended.
     pub(crate) drain_limit: Duration,
-    /// What is given up at the start (`--sandbox`, `--no-sandbox`).
+    /// The sandbox (`--sandbox`, `--no-sandbox`).
     pub(crate) sandbox: SandboxMode,
-    /// Where disks may be (`--disk-dir`); anywhere if there are none.
+    /// Directories of disks (`--disk-dir`); if empty, disks may be anywhere.
     pub(crate) disk_dirs: Vec<PathBuf>,
     /// Options that were given and change nothing here, as SPDK spells them, for one log line.
     pub(crate) unused: Vec<&'static str>,
 }
 
-/// Whether the process gives up at its start what it does not need.
+/// Whether the process enters the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SandboxMode {
-    /// Nothing.
+    /// No sandbox.
     Off,
-    /// What the kernel lets it.
+    /// As much as the kernel supports.
     Available,
-    /// All, or it does not start.
+    /// All of it, or the process does not start.
     Required,
 }
 
@@ -231,13 +231,16 @@ struct Args {
     /// SPDK).
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
     drain_limit: u64,
-    /// Do not start unless the whole sandbox can be had [default: take what the kernel has].
+    /// Do not start unless the kernel supports the whole sandbox [default: use what it supports]
+    /// (not in SPDK).
     #[arg(long, overrides_with = "no_sandbox")]
     sandbox: bool,
-    /// Start without the sandbox: for libraries or kernels that it does not suit (not in SPDK).
+    /// Start without the sandbox, for profilers, sanitizers, or system calls that it refuses (not
+    /// in SPDK).
     #[arg(long, overrides_with = "sandbox")]
     no_sandbox: bool,
-    /// Open disks beneath this directory only; repeatable, not with --no-sandbox (not in SPDK).
+    /// Open the files of disks beneath this directory only; repeatable, not with --no-sandbox (not
+    /// in SPDK).
     #[arg(long, value_name = "DIR", action = ArgAction::Append, allow_hyphen_values = true)]
     disk_dir: Vec<String>,
     /// Accepted, no effect: memory channels.

@@ -141,7 +141,7 @@ impl ConfigFile {
                 Err(e) if self.ignore_errors => warn!("{e}; going on"),
                 result => result?,
             }
-            // The thread serves front ends and signals meanwhile.
+            // Lets the thread serve front ends and signals in between.
             tokio::task::yield_now().await;
         }
         Ok(())

@@ -24,7 +24,7 @@ use vhost_blk::{ControllerSpec, Core, Error, Mode, Target};
 use crate::dpdk::transport::DpdkTransport;
 use crate::lived;
 
-/// Between two looks at what takes long.
+/// Interval of checks for operations that take long.
 const TICK: Duration = Duration::from_secs(1);
 
 /// How long the end of the process waits for I/O in flight, in all.
@@ -57,7 +57,7 @@ enum Wait {
 
 impl Control {
     /// Starts the reactors and, once `eal` has brought DPDK up, the transport, which uses and
-    /// removes `private_dir`. Blocks. The threads give up what `sandbox` says.
+    /// removes `private_dir`. Blocks. The threads are restricted by `sandbox`.
     pub(crate) fn start(
         cores: &[usize],
         mode: Mode,
@@ -102,8 +102,7 @@ impl Control {
         self.changed.send_replace(());
     }
 
-    /// Serves the reactors' events and the clock, and calls `each_second`. Ends only if the system
-    /// fails.
+    /// Serves the reactors' events, and calls `each_second`. Ends only if the system fails.
     pub(crate) async fn run(&self, each_second: impl Fn(Instant)) -> io::Result<()> {
         // An eventfd is read as a pipe is.
         let wake = self.target.events().wake().as_fd().try_clone_to_owned()?;
@@ -120,8 +119,8 @@ impl Control {
                     self.target.process_events();
                 }
                 _ = tick.tick() => {
-                    // One that comes much too late tells of time in which nothing of us ran, and is
-                    // left out; but never two in a row, as some hosts run us late all the time.
+                    // If a tick is very late, the process was stopped: that time must not count. But of
+                    // two in a row the second counts: on some hosts all ticks are late.
                     let passed = std::mem::replace(&mut last, Instant::now()).elapsed();
                     counted = !counted || passed < TICK * 3 / 2;
                     if counted {
@@ -169,7 +168,7 @@ impl Control {
         let wait = self.wait(&mut changed, &mut deadline, &mut cancelled, gone).await;
         match wait {
             Wait::Done => {}
-            // `finish_delete` says what is left.
+            // `finish_delete` logs what is left.
             Wait::TimedOut if options.force => {}
             Wait::TimedOut | Wait::Cancelled => {
                 self.target.cancel_delete(name);
@@ -271,8 +270,8 @@ impl Control {
 
 fn warn_of_stuck(Stuck { name, waiting }: &Stuck) {
     warn!(
-        "{name}: a close takes long; {waiting} are to be closed, and until that ends it gets \
-         nothing new"
+        "{name}: a close takes long ({waiting} file descriptors not closed); until it returns, \
+         new front ends or files for it are refused"
     );
 }
 
@@ -306,8 +305,8 @@ impl DpdkThread {
     }
 }
 
-/// Calls `start` on a thread that has given up what workers do without. The threads that it starts
-/// have given it up, too.
+/// Calls `start` on a thread with the restrictions of workers, which the threads that it starts
+/// inherit.
 fn on_worker<R: Send>(sandbox: &Sandbox, start: impl FnOnce() -> R + Send) -> R {
     let starter = || {
         sandbox.narrow(Thread::Worker);

@@ -1,5 +1,5 @@
-//! Tells the operator of I/O that block devices have failed. A reactor leaves what it knows with the
-//! device's counters; the control thread looks there once a second.
+//! Logs I/O errors of block devices. A reactor stores them with the device's counters; the control
+//! thread looks there once a second.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,15 +8,16 @@ use std::time::{Duration, Instant};
 use bdev::Bdev;
 use tracing::error;
 
-/// A device that fails all of its I/O has a line in the log this often.
+/// The shortest interval between two log lines about one device.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// When each device has last had its line, by name.
+/// The time of each device's last log line, by name.
 #[derive(Debug, Default)]
 pub(crate) struct IoErrors(HashMap<String, Instant>);
 
 impl IoErrors {
-    /// Logs what `bdevs` have failed, a line for each that has not had one for a while.
+    /// Logs the I/O errors of `bdevs`, one line for each device that has had none for
+    /// [`LINE_EVERY`].
     pub(crate) fn log(&mut self, bdevs: &[Arc<dyn Bdev>], now: Instant) {
         for line in self.lines(bdevs, now) {
             error!("{line}");

@@ -1,15 +1,16 @@
-//! Time in which this process has lived.
+//! Sleeps and timeouts that do not count time in which the process was stopped.
 //!
-//! A process that is stopped, or whose control group is frozen, does nothing for as long as that
-//! takes, and clocks go on. Whoever waits for others of the process for a limited time must not count
-//! what they had no part of.
+//! While a process is stopped, or its control group is frozen, none of its threads runs, but clocks
+//! go on. A thread that waits for other threads of the process for a limited time must not count
+//! that time.
 
 use std::time::{Duration, Instant};
 
-/// A wait is made of such pieces; a stop of any length counts as one.
+/// A wait is made of such pieces; a stop of any length counts as one piece.
 const PIECE: Duration = Duration::from_millis(100);
 
-/// Sleeps for `time`, and does not end at once after a stop: others get the time to catch up.
+/// Sleeps for `time`; after a stop at its end it sleeps one piece more, so that other tasks can
+/// catch up.
 pub(crate) async fn sleep(time: Duration) {
     let mut left = time;
     loop {
@@ -25,7 +26,7 @@ pub(crate) async fn sleep(time: Duration) {
     }
 }
 
-/// What `future` comes to, or `None` if it takes longer than `limit`.
+/// The result of `future`, or `None` if it takes longer than `limit`.
 pub(crate) async fn timeout<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
     tokio::select! {
         biased;

@@ -1,8 +1,9 @@
 //! `vhost`: serves block devices to virtual machines over vhost-user sockets, in place of SPDK's.
 //!
-//! The start, in order: options; what comes before the second thread (`prepare`); log, signals, EAL
-//! on a thread of its own while the reactors start, the configuration's first pass, the RPC socket,
-//! initialisation, the second pass. From then on the control thread serves RPCs until a signal comes.
+//! The start, in order: options; what has to be done before the second thread starts (`prepare`);
+//! log, signals, EAL on a thread of its own while the reactors start, the configuration's first
+//! pass, the RPC socket, initialisation, the second pass. From then on the control thread serves
+//! RPCs until a signal.
 
 mod bdevs;
 mod cli;
@@ -185,7 +186,7 @@ fn start_control(
         mem_mb: options.mem_size_mib.map(u64::from),
         extra_args: vec![],
     });
-    // EAL may load libraries. Nobody else does.
+    // EAL may load libraries. No other thread does.
     sandbox.narrow(Thread::Control);
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let wait = || {

@@ -1,4 +1,5 @@
-//! What comes before the second thread: files that are made only now, and the sandbox.
+//! What has to be done before the second thread starts: files that cannot be made later, and the
+//! sandbox.
 
 use std::fs;
 use std::io;
@@ -15,7 +16,7 @@ use crate::dpdk::eal::housekeeping_cpus;
 use crate::dpdk::transport;
 use crate::{process, reactor_cores};
 
-/// What was tried before there was a log.
+/// The results, which are reported once there is a log.
 pub(crate) struct Prepared {
     pub(crate) pid_file: Result<(), String>,
     pub(crate) locks: Result<CoreLocks, String>,
@@ -26,10 +27,11 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// Tries it. To be called while the process has one thread.
+    /// Does it all. To be called while the process has one thread.
     pub(crate) fn new(options: &Options) -> Self {
         let locked = if options.cpumask_locks { &options.cores[..] } else { &[] };
-        // First, so that all threads, and the process that opens disks, begin away from the reactors.
+        // First, so that all threads, and the process that opens disks, start on CPUs without
+        // reactors.
         let pinned = keep_away(&reactor_cores(options));
         let private_dir = transport::private_dir();
         Self {
@@ -49,7 +51,7 @@ impl Prepared {
 
 fn keep_away(reactor_cores: &[usize]) -> Result<(), String> {
     let Ok(cpus) = housekeeping_cpus(reactor_cores) else { return Ok(()) };
-    process::pin_to(&cpus).map_err(|e| format!("cannot keep to CPUs {cpus:?}: {e}"))
+    process::pin_to(&cpus).map_err(|e| format!("cannot set the CPU affinity to {cpus:?}: {e}"))
 }
 
 fn write_pid(path: &Path) -> Result<(), String> {
@@ -70,10 +72,10 @@ fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
     }
 }
 
-/// Tells what is in effect.
+/// Logs which parts of the sandbox are in effect.
 ///
 /// # Errors
-/// Something is not, and the operator has asked for it.
+/// A part is not, and the operator requires it.
 pub(crate) fn report(
     entered: Result<Sandbox, sandbox::Error>,
     options: &Options,
@@ -91,13 +93,13 @@ pub(crate) fn report(
     };
     for reason in sandbox.missing() {
         if required {
-            return Err(format!("no complete sandbox: {reason}"));
+            return Err(format!("incomplete sandbox: {reason}"));
         }
-        warn!("no complete sandbox: {reason}");
+        warn!("incomplete sandbox: {reason}");
     }
     for path in sandbox.absent() {
         warn!(
-            "{} does not exist: should it be made later, start vhost again, or with --no-sandbox",
+            "{} does not exist; if it is created later, restart vhost or use --no-sandbox",
             path.display()
         );
     }

@@ -55,7 +55,7 @@ pub(crate) fn dpdk_version() -> String {
 }
 
 /// Raises the limit on open files as far as it goes: a connection takes a handful, and so does each
-/// of its rings. Half of them are for what clients send, the rest for this program.
+/// of its rings. Half of them are for fds that clients send, the rest for this program.
 pub(crate) fn raise_file_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is ours.

@@ -1,7 +1,8 @@
-//! A controller is deleted by force while its disk hangs, and its guest goes on with the same memory
-//! and the same rings: what was in flight touches those no more, and nobody else waits for it.
+//! A controller is deleted by force while its disk hangs, and its guest continues with the same
+//! memory and the same rings: the I/O in flight does not access those rings any more, and delays no
+//! other guest.
 //!
-//! Everything here asserts order and counts, not time.
+//! The tests check order and counts, not durations.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
@@ -18,10 +19,10 @@ use serde_json::json;
 
 /// Requests that hang.
 const HELD: usize = 4;
-/// What a buffer holds until it is read into.
+/// Contents of a buffer before it is read into.
 const OLD: u8 = 0x5a;
 
-/// What a case is tried on.
+/// The variants of a case.
 #[derive(Clone, Copy)]
 struct Form {
     packed: bool,
@@ -52,8 +53,8 @@ cases! {
     another_guest_waits_for_the_same_disk,
 }
 
-/// A guest with requests in flight on a disk that hangs, through a path that leads to the controller
-/// that there is.
+/// A guest with requests in flight on a disk that hangs, through a symlink to the current
+/// controller's socket.
 struct Scene {
     vhost: Vhost,
     form: Form,
@@ -82,7 +83,7 @@ fn read_all(queue: &mut AnyQueue, buffers: &[Segment]) {
     queue.kick().unwrap();
 }
 
-/// Takes so many completions, and sees that there are no more.
+/// Takes so many completions, and checks that there are no more.
 fn take(queue: &mut AnyQueue, count: usize) {
     for _ in 0..count {
         assert_eq!(queue.wait().unwrap().status, STATUS_OK);
@@ -126,7 +127,7 @@ impl Scene {
         lead(&self.path, &disks::controller_of(&self.vhost, name, bdev, self.form.packed));
     }
 
-    /// The guest goes on where it was.
+    /// The guest continues where it was.
     fn reconnect(&mut self) {
         let base = self.queue.base();
         self.front_end.reconnect_at(|_| base).unwrap();
@@ -145,7 +146,7 @@ impl Scene {
         closed.map(|s| s["inflight_task_cnt"].as_u64().unwrap()).sum()
     }
 
-    /// What was held is released, and each request comes back once: from the new queue.
+    /// Releases the held I/O; each request is completed once: by the new queue.
     fn comes_back_once(mut self, controller: &str) {
         disks::answer(&self.vhost, "EE_M");
         let left = self.queue.in_flight();
@@ -189,7 +190,7 @@ fn the_same_name_waits_for_what_is_in_flight(form: Form) {
     scene.comes_back_once("b");
 }
 
-/// The guest's memory is what is shared then. Another disk of the same guest goes on.
+/// Only the guest's memory is shared then. Another disk of the same guest is served.
 fn another_name_and_another_disk_wait_for_it_too(form: Form) {
     let mut scene = Scene::new(form);
     disks::malloc(&scene.vhost, "M2", disks::MIB, 512);

@@ -1,8 +1,8 @@
-//! Fds whose close waits, half messages, unread answers and foreign sockets: whoever sends them
-//! waits, and nobody else.
+//! Fds whose close blocks, incomplete messages, unread answers and sockets of other processes: only
+//! the front end or client that sends them is delayed.
 //!
-//! Each test sends something that would hold whichever thread of `vhost` closes it, and then has
-//! the event thread, the DPDK thread and the control thread serve somebody else.
+//! Each test sends something that would block the thread of `vhost` that closes it, and then checks
+//! that the event thread, the DPDK thread and the control thread still serve others.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -30,7 +30,7 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_INFLIGHT_FD: u32 = 31;
 const VERSION: u32 = 1;
 
-/// A target with controllers "a" and "b", of which "b" is attacked.
+/// A target with controllers "a" and "b"; the tests attack "b".
 fn target() -> Vhost {
     let vhost = Vhost::start(&[]);
     for name in ["a", "b"] {
@@ -41,7 +41,7 @@ fn target() -> Vhost {
     vhost
 }
 
-/// Only the socket that a controller listens on is left of its fds.
+/// Of the controller's fds, only its listening socket is left.
 fn has_closed_all(vhost: &Vhost, name: &str) -> bool {
     fds_of(vhost, name) == json!({"open": 1, "closing": 0, "stuck": false})
 }
@@ -51,7 +51,7 @@ fn make(vhost: &Vhost, name: &str) {
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": name, "dev_name": format!("M{name}")}));
 }
 
-/// A whole life of a front end: handshake, I/O, GET_VRING_BASE, end.
+/// The whole life of a front end: handshake, I/O, GET_VRING_BASE, disconnection.
 fn serves(vhost: &Vhost, name: &str) {
     let ram = GuestRam::new(&[4 << 20]).unwrap();
     let mut front_end = FrontEnd::connect(&vhost.socket(name), ram, Options::default()).unwrap();
@@ -62,7 +62,7 @@ fn serves(vhost: &Vhost, name: &str) {
     front_end.disconnect().unwrap();
 }
 
-/// All threads of the target work for others than "b".
+/// All threads of the target serve others than "b".
 fn others_are_served(vhost: &Vhost) {
     serves(vhost, "a");
     make(vhost, "c");
@@ -82,9 +82,9 @@ fn message(request: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Sends a lingering socket to "b" as `send` does it, and sees that nobody else waits for its close,
-/// that the operator sees it, that "b" takes nobody until it ends, and that all fds come back then.
-/// `prepare` comes before; `after` sees how the connection goes on.
+/// Sends a lingering socket to "b" with `send`, and checks that its close delays nothing else, that
+/// it is shown to the operator, that "b" accepts no front end until it ends, and that all fds are
+/// closed then. `prepare` runs before; `after` checks how the connection continues.
 fn nobody_waits_for<T>(
     prepare: impl FnOnce(&Vhost) -> T,
     send: impl FnOnce(&mut T, BorrowedFd<'_>),
@@ -94,7 +94,7 @@ fn nobody_waits_for<T>(
     let fds = vhost.fds();
     let mut lingering = Lingering::new();
     let mut front_end = prepare(&vhost);
-    // Only the last reference lingers: it has to be the one that is on its way.
+    // Only the last reference lingers: it has to be the one that was sent.
     stopped(&vhost, || {
         send(&mut front_end, lingering.fd());
         lingering.is_sent();
@@ -136,7 +136,7 @@ fn an_fd_with_the_payload_holds_up_nobody() {
         front_end.send(&whole[12..], &[fd]).unwrap();
     };
     nobody_waits_for(raw, send, |mut front_end| {
-        // It was no message that takes an fd.
+        // The message takes no fd.
         front_end.send(&message(GET_FEATURES, &[]), &[]).unwrap();
         front_end.receive().unwrap();
     });
@@ -193,7 +193,7 @@ fn an_fd_that_is_not_what_its_message_wants_holds_up_nobody() {
     }
 }
 
-/// Connections that nobody has accepted when their controller is deleted: some of these sixty are in
+/// Connections that were not accepted when their controller is deleted: some of these sixty are in
 /// the backlog then.
 #[test]
 fn fds_in_the_backlog_of_a_deleted_controller_hold_up_nobody() {
@@ -217,7 +217,7 @@ fn fds_in_the_backlog_of_a_deleted_controller_hold_up_nobody() {
     for front_end in &mut front_ends {
         front_end.wait_for_close().unwrap();
     }
-    // A controller of the same name answers for what the one before has left.
+    // A controller of the same name continues the account of the deleted one.
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "b", "dev_name": "Mb"}));
     assert!(fds_of(&vhost, "b")["closing"].as_u64().unwrap() > 0);
     drop(lingering);
@@ -226,7 +226,7 @@ fn fds_in_the_backlog_of_a_deleted_controller_hold_up_nobody() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// The end of the process waits for no close either.
+/// The end of the process does not wait for a close, either.
 #[test]
 fn the_process_ends_while_a_close_hangs() {
     let vhost = target();
@@ -286,7 +286,7 @@ fn a_front_end_that_does_not_read_its_answers_holds_up_nobody_and_loses_none() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// However many answers wait to be read.
+/// Even if several replies are read together.
 #[test]
 fn an_fd_goes_with_its_own_answer() {
     let vhost = target();
@@ -308,7 +308,7 @@ fn an_fd_goes_with_its_own_answer() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// Only rings that are started cost an io_uring, and these are limited in number.
+/// Only started rings have an io_uring for their call fd, and their number is limited.
 #[test]
 fn call_fds_of_rings_that_are_not_started_cost_no_io_uring() {
     let vhost = target();
@@ -330,7 +330,7 @@ fn call_fds_of_rings_that_are_not_started_cost_no_io_uring() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// A socket of another process that does not accept, as it is stopped, and whose backlog is full.
+/// A socket of another process that is stopped and does not accept, with a full backlog.
 #[test]
 fn a_foreign_socket_is_left_alone_and_holds_up_nobody() {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -358,7 +358,7 @@ fn a_foreign_socket_is_left_alone_and_holds_up_nobody() {
     assert_eq!(refusal.code, -32602);
     others_are_served(&vhost);
     let b = vhost.socket("b");
-    // Ours, replaced by somebody else's: that file is not ours to remove.
+    // Our socket file was replaced by another process's, which must not be removed.
     fs::remove_file(&b).unwrap();
     fs::write(&b, "somebody else's").unwrap();
     vhost.ok("vhost_delete_controller", json!({"ctrlr": "b"}));
@@ -375,7 +375,7 @@ fn a_process_that_is_killed_leaves_nothing_in_the_directory_for_temporary_files(
         let vhost = launch.start();
         make(&vhost, "a");
         serves(&vhost, "a");
-        // EAL has a directory of its own there, which the next process uses again.
+        // EAL has a directory of its own there, which the next process reuses.
         let left = fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name());
         let left: Vec<_> = left.filter(|name| name != "dpdk").collect();
         assert!(left.is_empty(), "{variable}: {left:?}");

@@ -1,8 +1,8 @@
-//! Scripts of `fuzz/` against the real process: what front ends and RPC clients send at random, and
-//! those of the committed corpus. The process lives, gives everything back, and serves those who
-//! behave.
+//! Scripts of `fuzz/` against the real process: random ones of front ends and RPC clients, and
+//! those of the committed corpus. The process must not crash, must close everything, and must serve
+//! correct clients.
 //!
-//! `VHOST_FUZZ_SEED` and `VHOST_FUZZ_SCRIPTS` ask for another beginning, and for more.
+//! `VHOST_FUZZ_SEED` sets the seed, `VHOST_FUZZ_SCRIPTS` the number of scripts.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "fuzz/calls.rs"]
@@ -32,17 +32,17 @@ use serde_json::json;
 
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
-/// Scripts between two looks at what is left of them.
+/// Scripts between two checks for leaks.
 const LOOK_EVERY: u64 = 20;
 const STEPS_MAX: usize = 64;
-/// Scripts, where the environment does not say how many.
+/// Scripts, unless the environment sets another number.
 const SCRIPTS: u64 = 1000;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 
-/// Numbers that look random and are the same for a seed.
+/// Pseudo-random numbers.
 struct Rng(u64);
 
 impl Rng {
@@ -88,13 +88,13 @@ impl Scene {
         Self { vhost, neighbour, _front_end: front_end, fds }
     }
 
-    /// All fds are back, and the neighbour goes on.
+    /// All fds are closed, and the neighbour is served.
     fn is_whole(&self, after: &str) {
         wait_until(&format!("fds back after {after}"), || self.vhost.fds() <= self.fds);
         self.neighbour.wait_for(50).unwrap();
     }
 
-    /// One who behaves is served where the others were.
+    /// A correct front end is served on the attacked controllers.
     fn end(self) {
         for name in ["a", "b"] {
             let ram = GuestRam::new(&[16 << 20]).unwrap();
@@ -152,7 +152,7 @@ impl<'s> Play<'s> {
                 Step::Cut(front, len) => self.rams[front].set_len(len).unwrap(),
                 Step::Leave(front) => self.fronts[front] = None,
                 Step::Operate(what) => self.operate(what),
-                // The process has its own time.
+                // The process makes turns by itself.
                 Step::Complete(_) | Step::Turns(_) => {}
             }
         }
@@ -173,7 +173,7 @@ impl<'s> Play<'s> {
     fn say(&mut self, front: usize, message: &Message) {
         let socket = self.scene.vhost.socket(if front == 0 { "a" } else { "b" });
         if self.fronts[front].is_none() {
-            // Deleted just now, perhaps.
+            // It may have just been deleted.
             self.fronts[front] = RawConnection::connect(&socket).ok();
         }
         let fds: Vec<_> = message.fds.iter().map(|kind| self.fd(front, *kind)).collect();
@@ -235,7 +235,7 @@ fn whatever_rpc_clients_ask_for() {
     for _ in 0..10 * number("VHOST_FUZZ_SCRIPTS", SCRIPTS) {
         let bytes = rng.bytes();
         let (method, params) = calls::call(&mut Input::new(&bytes), &methods);
-        // Whatever it is: it is answered.
+        // Any answer will do.
         went_well += u32::from(rpc.call(&method, params).is_ok());
     }
     assert!(went_well > 100, "too few calls make sense: {went_well}");

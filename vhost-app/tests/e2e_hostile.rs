@@ -335,7 +335,7 @@ fn connections_of_one_controller_are_bounded() {
     scene.end();
 }
 
-/// Nor can they have more rings than a VM and its successor.
+/// Nor can they have more rings than a VM and its successor in a migration.
 #[test]
 fn rings_of_one_controller_are_bounded() {
     const RINGS: usize = 128;

@@ -1,4 +1,4 @@
-//! I/O errors of a disk: what the operator learns of them, through the real `vhost`.
+//! I/O errors of a disk, as the real `vhost` reports them to the operator.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -24,7 +24,7 @@ struct Scene {
     _front_end: FrontEnd,
     queue: Queue,
     data: Segment,
-    /// Requests that came back with an error.
+    /// Requests that completed with an error.
     failed: u64,
 }
 
@@ -67,7 +67,7 @@ impl Scene {
         log.lines().filter(|line| line.contains("bdev Disk0: ")).map(str::to_owned).collect()
     }
 
-    /// The operator sees how many failed, and that the write at `first` was the first of them.
+    /// The operator sees the number of errors, and that the write at `first` was the first of them.
     #[track_caller]
     fn is_known(&self, kind: &str, first: u64, why: &str) {
         let io_error = &self.iostat()["io_error"];
@@ -79,12 +79,12 @@ impl Scene {
     }
 }
 
-/// The path that other processes have an open file by.
+/// A path by which other processes can open the file.
 fn path_of(file: &File) -> PathBuf {
     format!("/proc/{}/fd/{}", process::id(), file.as_raw_fd()).into()
 }
 
-/// A sparse file on a file system of a MiB; `None`, with the reason, where there may be none.
+/// A sparse file on a file system of 1 MiB; `None`, with the reason logged, if there can be none.
 fn on_a_small_file_system() -> Option<File> {
     let dir = tempfile::tempdir().unwrap();
     let mount = Command::new("mount")
@@ -98,7 +98,7 @@ fn on_a_small_file_system() -> Option<File> {
         return None;
     }
     let file = File::options().create_new(true).read(true).write(true).open(dir.path().join("f"));
-    // It stays for as long as the file is open.
+    // It exists for as long as the file is open.
     assert!(Command::new("umount").arg("--lazy").arg(dir.path()).status().unwrap().success());
     let file = file.unwrap();
     file.set_len(DISK_BYTES).unwrap();
@@ -108,7 +108,7 @@ fn on_a_small_file_system() -> Option<File> {
 fn a_full_file_system_is_named(method: &str, kind: &str) {
     let Some(file) = on_a_small_file_system() else { return };
     let mut scene = Scene::new(method, &path_of(&file));
-    // Not all of a file system is data.
+    // A part of the file system is metadata.
     let first = (0..).find(|&block| scene.write(block) == IOERR).unwrap();
     assert!((100..=256).contains(&first), "{first} blocks were written");
     let more = (first + 1..600).filter(|&block| scene.write(block) == IOERR).count() as u64;
@@ -118,9 +118,9 @@ fn a_full_file_system_is_named(method: &str, kind: &str) {
     scene.is_known(kind, first * BLOCK, why);
     let stat = scene.iostat();
     assert_eq!((&stat["num_write_ops"], &stat["num_read_ops"]), (&json!(first), &json!(2)));
-    // 600 errors are not 600 lines. The next report, if there are errors by then, is of all of them.
+    // 600 errors do not make 600 lines. The next report counts all of them.
     assert!(scene.lines().len() < 10, "{:#?}", scene.lines());
-    // Errors alone start from zero, and all else is kept.
+    // Only the error counters are reset.
     scene.vhost.ok("bdev_reset_iostat", json!({"name": "Disk0", "mode": "error"}));
     let stat = scene.iostat();
     assert_eq!((&stat["io_error"], &stat["num_write_ops"]), (&json!({}), &json!(first)));

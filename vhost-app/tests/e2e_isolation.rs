@@ -56,7 +56,7 @@ fn slow_munmap(dir: &Path) -> PathBuf {
 /// The seed's own case: B is shut down and its memory takes four seconds to unmap.
 fn a_slow_unmap_holds_up_nobody(form: Form) {
     let launch = form.launch();
-    // The sandbox lets files be renamed where the RPC socket is.
+    // The sandbox allows renaming files only in the RPC socket's directory.
     let dir = launch.dir().to_owned();
     let library = slow_munmap(&dir);
     let launch = launch.env("LD_PRELOAD", library.to_str().unwrap());
@@ -121,7 +121,7 @@ fn a_disk_that_never_answers_holds_up_nobody(form: Form) {
     assert_eq!(vhost.ok("vhost_delete_controller", forced), json!(true));
     vhost.heal();
     vhost.controller_on("b", "EE_MB");
-    // A VM on the same disk still waits for what may be written there.
+    // A VM on the same disk waits for I/O that may still write to it.
     let b = vhost.vm(&socket);
     let states = || vhost.sessions("b").iter().map(|s| s["state"].clone()).collect::<Vec<_>>();
     assert_eq!(states(), ["closed", "starting"], "what is left shows under the name that it had");

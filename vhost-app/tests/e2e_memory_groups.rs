@@ -1,5 +1,5 @@
-//! The real `vhost` in a control group with less memory than the system has: a malloc disk that does
-//! not fit is refused, and what is there lives on.
+//! The real `vhost` in a control group with less memory than the system has: a malloc disk that
+//! does not fit is refused, and existing disks are not affected.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -13,12 +13,11 @@ use serde_json::{Value, json};
 const MIB: u64 = 1 << 20;
 const LIMIT: u64 = 256 * MIB;
 
-/// A group of our own, which goes with the value.
+/// A control group, which is removed when the value is dropped.
 struct Group(PathBuf);
 
 impl Group {
-    /// Below the group that we are in, in the hierarchy mounted at `root`. Says why if there is none
-    /// to be had.
+    /// Below the test's own group, in the hierarchy mounted at `root`; or why there is none.
     fn new(root: &str, own: &str, limit_file: &str) -> Result<Self, String> {
         let parent = Path::new(root).join(own.trim_start_matches('/'));
         let dir = parent.join(format!("vhost-test-{}", std::process::id()));
@@ -26,7 +25,7 @@ impl Group {
         fs::create_dir(&dir).map_err(|e| says(&dir, e))?;
         let group = Self(dir);
         let limit = group.0.join(limit_file);
-        // Not a file that is made: the group has its own.
+        // The group must have this file: writing must not create it.
         if !limit.exists() {
             return Err(format!("{}: the group has no memory controller", limit.display()));
         }
@@ -45,14 +44,14 @@ impl Drop for Group {
     }
 }
 
-/// The group that this process is in, by what precedes it in its line of /proc/self/cgroup.
+/// The test's own group, by the prefix of its line in /proc/self/cgroup.
 fn own_group(is_it: impl Fn(&str) -> bool) -> Result<String, String> {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap();
     let line = text.lines().find(|line| is_it(line)).ok_or("no such hierarchy")?;
     Ok(line.splitn(3, ':').nth(2).unwrap().to_owned())
 }
 
-/// Where a hierarchy is mounted, whole.
+/// The mount point of a whole hierarchy.
 fn mounted(is_it: impl Fn(&str) -> bool) -> Result<String, String> {
     let text = fs::read_to_string("/proc/self/mounts").unwrap();
     let line = text.lines().find(|line| is_it(line)).ok_or("no such hierarchy is mounted")?;

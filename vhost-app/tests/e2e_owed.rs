@@ -1,4 +1,4 @@
-//! What a front end is owed comes, whatever state it was in when it became due.
+//! Pending messages to a front end arrive, whatever its state was when they became due.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
@@ -47,7 +47,7 @@ impl Scene {
     }
 }
 
-/// Nothing was sent so far: an answer to a question that was asked later is here first.
+/// Nothing was sent so far: the answer to a later request is the first message.
 fn nothing_yet(front_end: &mut FrontEnd, channel: &RawConnection) {
     front_end.config().unwrap();
     channel.stream().set_nonblocking(true).unwrap();
@@ -105,7 +105,7 @@ fn a_disk_that_grows_while_nobody_is_connected() {
     scene.announced(&mut front_end, &mut channel);
 }
 
-/// The ring that was started last is what GET_VRING_BASE is about, though another one still drains.
+/// GET_VRING_BASE is about the ring that was started last, even while an earlier one still drains.
 #[test]
 fn a_ring_that_is_reset_and_started_and_stopped_while_its_io_hangs() {
     let vhost = Vhost::start(&[]);

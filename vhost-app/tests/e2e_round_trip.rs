@@ -1,6 +1,6 @@
-//! Whatever operators have done to a target, its saved configuration makes the same again.
+//! Whatever operators have done to a target, its saved configuration recreates it.
 //!
-//! Targets are changed at random. `VHOST_ROUND_TRIP_SEED` runs one seed alone; a failure prints its
+//! Targets are changed at random. `VHOST_ROUND_TRIP_SEED` runs only one seed; a failure prints its
 //! seed.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -12,19 +12,20 @@ use Effect::{Read, Saved, Unsaved};
 use harness::{Launch, Vhost, two_cores};
 use serde_json::{Value, json};
 
-/// What a method does to the configuration.
+/// A method's effect on the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
-    /// It changes what a configuration says. [`Operator::act`] knows it.
+    /// It changes the saved configuration. [`Operator::act`] calls it.
     Saved,
-    /// It changes something that no configuration says, in SPDK either: log levels, counters,
-    /// injected errors, where a connection's queue is served, and the end of the process.
+    /// It changes state that is not saved, as in SPDK: log levels, counters, injected errors, the
+    /// core that serves a queue, and the end of the process.
     Unsaved,
     /// It changes nothing.
     Read,
 }
 
-/// Every method. A new one has its line here, and if it is saved, a place in [`Operator::act`].
+/// Every method. A new method needs a line here, and if its effect is saved, a call in
+/// [`Operator::act`].
 const METHODS: [(&str, Effect); 52] = [
     ("accel_set_options", Saved),
     ("bdev_aio_create", Saved),
@@ -110,7 +111,7 @@ impl<'a> Operator<'a> {
         all[self.below(all.len() as u64) as usize].clone()
     }
 
-    /// Often refused, as names are few.
+    /// Often refused, as there are few names.
     fn call(&mut self, method: &'static str, params: Value) {
         if self.vhost.rpc(method, params).is_ok() {
             self.done.insert(method);
@@ -132,7 +133,7 @@ impl<'a> Operator<'a> {
         self.one_of(&[json!(0), json!(7), json!(20.0), json!(1_000_000)])
     }
 
-    /// What only a target that waits for its start takes.
+    /// Methods that are allowed only before initialisation.
     fn prepare(&mut self) {
         let cache = self.one_of(&[json!(16), json!(256.0)]);
         let params = json!({"bdev_auto_examine": self.below(2) == 0, "bdev_io_cache_size": cache});
@@ -299,7 +300,7 @@ fn save(vhost: &Vhost) -> Value {
     json!({ "subsystems": subsystems })
 }
 
-/// What operators see of a configuration: all bdevs, and the controllers that have one still.
+/// The operator's view of a configuration: all bdevs, and the controllers that still have a bdev.
 fn seen(vhost: &Vhost) -> String {
     let bdevs = vhost.ok("bdev_get_bdevs", Value::Null);
     let controllers = vhost.ok("vhost_get_controllers", Value::Null);
@@ -327,7 +328,7 @@ fn start(seed: u64) -> Vhost {
     vhost
 }
 
-/// Checks that a saved configuration makes the same target again, both ways.
+/// Checks that a saved configuration recreates the target, with `-c` and with `load_config`.
 fn check(vhost: &Vhost) {
     let (saved, before) = (save(vhost), seen(vhost));
     let text = serde_json::to_string_pretty(&saved).unwrap();
@@ -400,7 +401,8 @@ fn what_was_examined_is_examined_again() {
     vhost.ok("bdev_examine", json!({"name": "B"}));
     assert_eq!(vhost.bdev_names(), ["EE_A", "EE_B", "A", "B", "C"]);
     check(&vhost);
-    // A bdev that a controller serves takes nothing on it: with both, neither could be loaded.
+    // No bdev can be made on one that a controller serves: a configuration with both could not be
+    // loaded.
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "C"}));
     assert_eq!(vhost.err("bdev_examine", json!({"name": "C"})).code, -1);
     vhost.ok("bdev_error_delete", json!({"name": "EE_C"}));

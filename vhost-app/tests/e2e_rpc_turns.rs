@@ -1,4 +1,4 @@
-//! What one RPC client asks for, sends or holds keeps nobody else from being served.
+//! Requests, bytes and connections of one RPC client do not keep others from being served.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -16,7 +16,7 @@ use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
-/// 56 KB of requests, and all that others asked for waited for 42 s.
+/// Without turns, 56 KB of requests delayed all other clients by 42 s.
 #[test]
 fn a_huge_batch_holds_up_nobody() {
     let vhost = Vhost::start(&[]);
@@ -51,13 +51,13 @@ fn a_huge_batch_holds_up_nobody() {
             assert_eq!(answer["id"], id);
             assert_eq!(answer["error"].is_null(), id < run, "{method}: 32 MiB of answers");
         }
-        // Those behind the one that did not fit were not run.
+        // The members after the one that did not fit were not run.
         if let Some(last) = answers.last().filter(|_| run + 1 < 700) {
             let text = last["error"]["message"].as_str().unwrap();
             assert!(text.starts_with("Not run"), "{text}");
         }
     }
-    // Without ids nothing is answered and all are run, before what comes after them.
+    // Notifications get no answers; all are run, before the next request.
     let silent = vec![r#"{"method":"bdev_get_bdevs"}"#; 200].join(",");
     first.send_raw(&format!(r#"[{silent}]{{"method":"spdk_get_version","id":1}}"#));
     overtake(&mut first, "notifications");
@@ -89,7 +89,7 @@ fn a_request_that_is_too_long_is_told_so_whatever_its_size() {
         let answer: Value = serde_json::from_str(&client.receive_line()).unwrap();
         assert_eq!(
             answer["error"],
-            json!({"code": -32600, "message": "Request too long: at most 262144 bytes are taken"}),
+            json!({"code": -32600, "message": "Request too long: the limit is 262144 bytes"}),
             "{size}"
         );
         assert_eq!(client.read_to_end(), "");
@@ -97,8 +97,8 @@ fn a_request_that_is_too_long_is_told_so_whatever_its_size() {
     vhost.ok("spdk_get_version", Value::Null);
 }
 
-/// A TCP socket whose last reference takes as long to close as its sender likes: there is unsent
-/// data, and a peer that does not read. With the peer.
+/// A TCP socket whose last close takes as long as its sender likes: there is unsent data, and its
+/// peer does not read. Returns it with the peer.
 fn lingering() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -110,8 +110,8 @@ fn lingering() -> (TcpStream, TcpStream) {
     (stream, peer)
 }
 
-/// Sends bytes with such a socket, while the server is stopped: ours is closed before the server's
-/// is. Gives the peer.
+/// Sends bytes with such a socket while the server is stopped, so that our copy is closed before
+/// the server's. Returns the peer.
 fn send_lingering(vhost: &Vhost, client: &UnixStream, bytes: &[u8]) -> TcpStream {
     vhost.signal("STOP");
     wait_until("it has stopped", || vhost.is_stopped());
@@ -141,8 +141,8 @@ fn fds_whose_close_waits_hold_up_nobody() {
     let mut peers = vec![send_lingering(&vhost, &client, request)];
     assert!(client.read(&mut [0; 4096]).unwrap() > 0);
     vhost.ok("spdk_get_version", Value::Null);
-    vhost.wait_for_log("sends file descriptors, which are not taken");
-    // Behind an error that ends the connection.
+    vhost.wait_for_log("an RPC client has sent file descriptors");
+    // After an error that ends the connection.
     let mut client = connect(&vhost);
     client.write_all(b"x").unwrap();
     peers.push(send_lingering(&vhost, &client, b" "));
@@ -153,13 +153,13 @@ fn fds_whose_close_waits_hold_up_nobody() {
     vhost.ok("spdk_get_version", Value::Null);
     peers.push(send_lingering(&vhost, &client, b" "));
     drop(client);
-    // In more connections than there are places, all of them gone.
+    // In more connections than there are slots, all of them closed by the client.
     for _ in 0..70 {
         let client = connect(&vhost);
         peers.push(send_lingering(&vhost, &client, request));
     }
     vhost.ok("spdk_get_version", Value::Null);
-    // In connections that are never accepted, as all places are taken.
+    // In connections that are not accepted, as all slots are taken.
     let taken: Vec<_> = (0..64).map(|_| connect(&vhost)).collect();
     let waiting = connect(&vhost);
     peers.push(send_lingering(&vhost, &waiting, b" "));

@@ -1,8 +1,7 @@
-//! What the process gives up, seen from outside: each thread's status, and the process that opens
-//! disks.
+//! The sandbox as seen from outside: each thread's status, and the process that opens disks.
 //!
-//! That each kind of thread is refused what it must not do is tried in the crate `sandbox`, with the
-//! same programs: a process of the product has no way to be told to try.
+//! That each kind of thread is refused what it must not do is tested in the crate `sandbox`, with
+//! the same filters: the product has no interface to make it try.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
@@ -18,14 +17,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::json;
 
-/// CAP_DAC_OVERRIDE, and with it CAP_DAC_READ_SEARCH.
+/// CAP_DAC_OVERRIDE.
 const OVERRIDE: u64 = 1 << 1;
 const OVERRIDE_AND_SEARCH: u64 = OVERRIDE | 1 << 2;
 
-/// What the kernel tells of a thread.
+/// The kernel's status of a thread.
 #[derive(Debug, PartialEq, Eq)]
 struct Given {
-    /// Programs of seccomp; `None` if it has none or may still gain privileges.
+    /// Number of seccomp filters; `None` if there are none, or the thread may gain privileges.
     filters: Option<u64>,
     capabilities: u64,
 }
@@ -42,7 +41,7 @@ fn status(path: &str) -> (String, Given) {
     (of("Name:").into(), Given { filters, capabilities })
 }
 
-/// The threads of a process by name; of several with one name, one.
+/// The threads of a process by name; one of several with the same name.
 fn threads(pid: u32) -> BTreeMap<String, Given> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     tasks.map(|task| status(task.unwrap().path().join("status").to_str().unwrap())).collect()
@@ -74,12 +73,12 @@ fn every_thread_has_given_up_what_its_kind_does_without() {
     let vhost = form.start();
     vhost.wait_for_log("sandbox: no new privileges");
     let neighbour = vhost.neighbour();
-    // Makes a thread of the blocking pool, and one that closes.
+    // Starts a thread of the blocking pool, and one that closes files.
     let file = vhost.file("disk", 1 << 20);
     vhost.ok("bdev_aio_create", aio("A", &file));
     vhost.ok("bdev_aio_delete", json!({"name": "A"}));
 
-    // Tests may be run by somebody who is not root.
+    // The tests may run without root.
     let (_, own) = status("/proc/self/status");
     let kept = |capabilities: u64| own.capabilities & capabilities;
     let threads = threads(vhost.pid());
@@ -97,7 +96,7 @@ fn every_thread_has_given_up_what_its_kind_does_without() {
     let reactors = threads.iter().filter(|(name, _)| name.starts_with("reactor_"));
     let confined = Given { filters: Some(6), capabilities: 0 };
     assert_eq!(reactors.filter(|(_, given)| **given == confined).count(), 2, "{threads:?}");
-    // Whatever else there is.
+    // All other threads.
     for (name, given) in &threads {
         assert!(given.filters >= Some(3), "{name}: {given:?}");
         assert_eq!(given.capabilities & !OVERRIDE, 0, "{name}");
@@ -211,18 +210,18 @@ fn it_can_be_left_out_and_asked_for() {
 fn a_socket_directory_that_is_not_there_is_named() {
     let elsewhere = tempfile::tempdir().unwrap();
     let dir = elsewhere.path().join("later");
-    // Sockets are made beneath the RPC socket's directory and beneath that for temporary files.
+    // Sockets are made in the RPC socket's directory and in the directory for temporary files.
     let launch = Launch::new();
     let own = launch.dir().to_str().unwrap().to_owned();
     let vhost = launch.env("TMPDIR", &own).args(&["-S", dir.to_str().unwrap()]).start();
-    vhost.wait_for_log("later does not exist: should it be made later, start vhost again");
+    vhost.wait_for_log("later does not exist; if it is created later, restart vhost");
     vhost.malloc("M");
     fs::create_dir(&dir).unwrap();
     vhost.err("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "M"}));
     assert_eq!(vhost.stop(), 0);
 }
 
-/// `-S` belongs to the user of the VMs, and the server is root's.
+/// `-S` belongs to the user of the VMs, and the server runs as root.
 #[test]
 fn root_makes_sockets_in_others_directories() {
     use std::os::unix::fs::{PermissionsExt, chown};
@@ -231,7 +230,7 @@ fn root_makes_sockets_in_others_directories() {
     fs::create_dir(&dir).unwrap();
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).unwrap();
     if chown(&dir, Some(12345), Some(12345)).is_err() {
-        // Nobody but root could have such a directory.
+        // Only root can make such a directory.
         return;
     }
     let vhost = launch.args(&["-S", dir.to_str().unwrap()]).start();

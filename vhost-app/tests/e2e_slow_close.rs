@@ -1,4 +1,5 @@
-//! A disk's file whose close hangs, as on a network file system: nothing but that disk's name waits.
+//! A disk's file whose close blocks, as on a network file system: only that disk's name stays in
+//! use.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -131,7 +132,7 @@ impl Filesystem for SlowToClose {
     }
 }
 
-/// A VM comes, does I/O and leaves, and its disk and its memory go.
+/// A VM connects, does I/O and disconnects, and its disk and its memory are released.
 fn a_vm_comes_and_goes(vhost: &Vhost) {
     vhost.malloc("M");
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "vm", "dev_name": "M"}));
@@ -161,7 +162,7 @@ fn a_disk_whose_file_does_not_close_holds_up_its_own_name_only() {
     a_vm_comes_and_goes(&vhost);
     let create = json!({"name": "F", "filename": dir.path().join("disk"), "block_size": 512});
     vhost.ok("bdev_aio_create", create.clone());
-    // The process that opens disks has closed what it sent.
+    // The process that opens disks has closed its copy.
     files.wait_for_answered(1);
     files.hang();
     vhost.ok("bdev_aio_delete", json!({"name": "F"}));
@@ -173,7 +174,11 @@ fn a_disk_whose_file_does_not_close_holds_up_its_own_name_only() {
     });
     vhost.wait_for_log("bdev F: a close takes long");
     assert_eq!(vhost.err("bdev_aio_create", create.clone()).code, -i64::from(libc::EBUSY));
-    assert!(vhost.log().contains("bdev F: the file of the device that had this name hangs"));
+    assert!(
+        vhost
+            .log()
+            .contains("bdev F: the file of the deleted device of this name is still being closed")
+    );
     a_vm_comes_and_goes(&vhost);
     files.go_on();
     wait_until("the close has ended", || stuck() == json!([]));

@@ -1,5 +1,5 @@
-//! A process that was stopped, by SIGSTOP, a debugger or a frozen control group, has not lived
-//! meanwhile: no limit of its own passes.
+//! Time in which the process was stopped, by SIGSTOP, a debugger or a frozen control group, does
+//! not count towards its time limits.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
@@ -15,7 +15,7 @@ use serde_json::json;
 /// Longer than every limit below.
 const STOPPED: Duration = Duration::from_secs(2);
 
-/// Stops the process for [`STOPPED`] and does something meanwhile.
+/// Stops the process for [`STOPPED`] and runs something meanwhile.
 fn stop(vhost: &Vhost, meanwhile: impl FnOnce()) {
     vhost.signal("STOP");
     wait_until("it stands still", || vhost.is_stopped());
@@ -29,7 +29,7 @@ fn connect(vhost: &Vhost) -> FrontEnd {
     FrontEnd::connect(&vhost.socket("b"), ram, Options::default()).unwrap()
 }
 
-/// I/O that is done a moment after the stop was within the limit.
+/// I/O that completes just after the stop was within the limit.
 #[test]
 fn a_drain() {
     let vhost = Launch::new().args(&["--drain-limit", "1"]).start();
@@ -57,7 +57,7 @@ fn a_drain() {
     assert_eq!(queue.wait().unwrap().status, STATUS_OK);
 }
 
-/// The front end that a deletion waits for has left in time: nobody could see it.
+/// The front end that a deletion waits for disconnects in time, but while the process is stopped.
 #[test]
 fn a_deletion() {
     let vhost = Vhost::start(&[]);

@@ -194,7 +194,8 @@ mod tests {
         }
     }
 
-    /// Virtio 1.2, section 5.2.3: RO says what the device is, whoever has made it so.
+    /// Virtio 1.2, section 5.2.3: RO says that the device is read-only, whether the controller or
+    /// the bdev is.
     #[test]
     fn a_disk_that_takes_no_writes_is_offered_as_read_only() {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -61,11 +61,11 @@ pub(crate) struct Controller {
     /// A front end has switched the cache off: it does not say so again when it comes back, as its
     /// guest sees nothing of that. Who it is that comes back cannot be told, so it stays so.
     pub write_through: bool,
-    /// Its disk's size has changed: a guest whose front end connects anew may know the old one.
+    /// Its disk's size has changed: a guest whose front end reconnects may know the old size.
     pub resized: bool,
     /// Counts the mappings of its front ends.
     pub unmapper: Unmapper,
-    /// Whom the fds of its front ends are charged to.
+    /// The account that owns the fds of its front ends.
     pub account: Account,
     /// New connections are refused.
     pub deleting: bool,
@@ -152,11 +152,11 @@ pub struct ControllerInfo {
     pub bdev_configured: String,
     /// Whether it is being deleted.
     pub deleting: bool,
-    /// Fds that its front ends, present and past, have sent and that exist, their sockets included.
+    /// Open fds that its front ends, present and past, have sent, the connections included.
     pub fds: usize,
-    /// Of those, the ones that wait for their close.
+    /// Of those, the ones that wait to be closed.
     pub fds_closing: usize,
-    /// A close has been under way for seconds: no front end is accepted until it ends.
+    /// A close has been in progress for seconds: no front end is accepted until it returns.
     pub fds_stuck: bool,
     /// Its connections, those that are gone but still have I/O in flight included.
     pub sessions: Vec<SessionInfo>,

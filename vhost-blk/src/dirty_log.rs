@@ -43,7 +43,7 @@ impl DirtyLog {
         }
     }
 
-    /// Marks the pages from `page` up to `end`, those of one byte together.
+    /// Marks the pages from `page` up to `end`, with one store per byte of the log.
     fn mark_bytes(&self, mut page: u64, end: u64) {
         while page < end {
             let (at, first) = (page / 8, page % 8);
@@ -53,12 +53,12 @@ impl DirtyLog {
         }
     }
 
-    /// Marks many pages, those of one word together: a request may be of a GiB, and all of a guest's
-    /// memory of many. Says how many words that were.
+    /// Marks many pages, with one store per word of the log: a request may be a GiB long, and a
+    /// reset marks all of a guest's memory. Returns the number of words.
     #[cold]
     fn mark_many(&self, page: u64, end: u64) -> u64 {
         let bits = u64::from(u64::BITS);
-        // The log may begin anywhere in its file.
+        // The log may begin at any offset in its file.
         let at = self.0.host().wrapping_add((page / 8) as usize);
         let first = (page / 8 + at.align_offset(size_of::<AtomicU64>()) as u64) * 8;
         let first = if first < page { first + bits } else { first };
@@ -69,7 +69,7 @@ impl DirtyLog {
             let at: *const AtomicU64 = at.cast();
             // SAFETY: eight bytes of the log, which is mapped, at an aligned address.
             let word = unsafe { &*at };
-            // SeqCst: as in `mark_byte`. All bits are set, so that nothing has to be kept.
+            // SeqCst: as in `mark_byte`. All bits are set, so no other bits can be lost.
             word.store(u64::MAX, Ordering::SeqCst);
         }
         self.mark_bytes(first + words * bits, end);
@@ -122,7 +122,7 @@ mod tests {
                 let log = DirtyLog::map(&file, offset, BYTES, &unmapper).unwrap();
                 log.mark(page * PAGE_BYTES + 5, (end - page - 1) * PAGE_BYTES);
                 for n in 0..4096 - offset {
-                    // SAFETY: bytes of the page that the log lies in, or begins in.
+                    // SAFETY: bytes of the page that contains the log, or its beginning.
                     let byte = unsafe { log.0.host().wrapping_add(n as usize).read_volatile() };
                     let expected = (0..8).filter(|bit| (page..end).contains(&(8 * n + bit)));
                     let expected = expected.fold(0, |byte, bit| byte | 1 << bit);
@@ -132,7 +132,7 @@ mod tests {
         }
     }
 
-    /// What a reset costs a guest of 63 GiB: some 260,000 stores, a millisecond.
+    /// The cost of a reset with a guest of 63 GiB: some 260,000 stores, a millisecond.
     #[test]
     fn all_memory_of_a_large_guest_is_marked_in_few_steps() {
         let (unmapper, pages) = (Unmapper::start().unwrap(), (63 << 30) / PAGE_BYTES);

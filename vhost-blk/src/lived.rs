@@ -1,16 +1,17 @@
-//! Time in which this process has lived.
+//! A sleep that does not count time in which the process was stopped.
 //!
-//! A process that is stopped, or whose control group is frozen, does nothing for as long as that
-//! takes, and clocks go on. Whoever gives others a time to do something counts what they had of it.
+//! While a process is stopped, or its control group is frozen, none of its threads runs, but clocks
+//! go on. A time limit for other threads of the process must not count that time.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What a sleep may take longer than asked for and still count as such.
+/// Up to this much beyond the requested time a sleep counts as it is; beyond that, the process was
+/// stopped.
 const LATE: Duration = Duration::from_millis(100);
 
-/// Sleeps for `time`, and answers with how much of what has passed the process has lived: all of it, or
-/// `time` if it is much more.
+/// Sleeps for `time`, and returns how much of the elapsed time counts: all of it, or just `time` if
+/// the sleep took much longer.
 pub(crate) fn sleep(time: Duration) -> Duration {
     let begun = Instant::now();
     thread::sleep(time);

@@ -304,7 +304,7 @@ impl GuestMemory {
         })
     }
 
-    /// Which part of which file `len` bytes at `gpa` are, if they lie in one region.
+    /// The part of a memory file that `len` bytes at `gpa` are in, if they lie in one region.
     pub(crate) fn file_range(&self, gpa: u64, len: usize) -> Option<FileRange> {
         let inside = |r: &&Arc<Region>| gpa.wrapping_sub(r.spec.gpa) < r.spec.size;
         let region = self.regions.iter().find(inside)?;
@@ -314,7 +314,7 @@ impl GuestMemory {
         Some(FileRange { file, from: offset.checked_add(at)?, to: offset.checked_add(end)? })
     }
 
-    /// Whether a file is in both memories.
+    /// Whether some file is part of both memories.
     pub(crate) fn shares_file(&self, other: &Self) -> bool {
         let files = |memory: &Self| -> HashSet<_> {
             memory.regions.iter().map(|region| region.file.identity()).collect()

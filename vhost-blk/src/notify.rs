@@ -95,7 +95,7 @@ impl Call {
             restrict(&ring)?;
             Ok(ring)
         };
-        // The registration holds the counter; the fd itself is not needed any more.
+        // The ring's registration holds the eventfd; the fd itself is not needed any more.
         let registered = restricted().or_else(|_: io::Error| {
             let ring = IoUring::<squeue::Entry, cqueue::Entry>::builder().build(1)?;
             ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
@@ -112,8 +112,8 @@ impl Call {
     }
 }
 
-/// Has the kernel refuse, from now on, all but the one operation: no system call filter sees what a
-/// thread puts into a ring. Kernels before 5.10 cannot.
+/// Has the kernel refuse all operations but the one from now on: seccomp does not see what a thread
+/// submits to an io_uring. Kernels before 5.10 cannot.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     let mut only_nop = [Restriction::sqe_op(opcode::Nop::CODE)];
     ring.submitter().register_restrictions(&mut only_nop)?;
@@ -210,8 +210,8 @@ impl BackendChannel {
         Ok(Self(fd))
     }
 
-    /// Sends a message if there is room for it. `false` if there is not right now; a front end that has
-    /// closed its end is not to be told anything.
+    /// Sends a message if there is room for it; `false` if there is not now. If the front end has
+    /// closed its end, nothing is sent, and the result is `true`.
     pub fn send_nowait(&self, message: &[u8]) -> bool {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let (buffer, len) = (message.as_ptr().cast(), message.len());
@@ -303,7 +303,7 @@ mod tests {
         let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
         call.arm();
         if !matches!(call.call.get(), Some(Call::Kernel(_))) {
-            // The fallback's limit is documented.
+            // The fallback's drawback is documented.
             return test_report::skipped("io-uring", "cannot register an eventfd with a ring");
         }
         write(&theirs, u64::MAX - 1);

@@ -180,11 +180,11 @@ impl ConfigHead {
         &self.0
     }
 
-    /// The first byte of the config space that is asked for.
+    /// The first byte of the config space that is requested.
     ///
-    /// No message reaches beyond [`CONFIG_BYTES_MAX`]. An offset from there on means the beginning:
-    /// old versions of cloud-hypervisor send the one that the config space has on PCI, 0x100, which
-    /// SPDK serves as it ignores all offsets.
+    /// No message reaches beyond [`CONFIG_BYTES_MAX`]. An offset from there on is taken as 0: old
+    /// versions of cloud-hypervisor send the offset of the config space on PCI, 0x100, which works
+    /// with SPDK as that ignores all offsets.
     #[must_use]
     pub fn offset(&self) -> usize {
         let [a, b, c, d, ..] = self.0;
@@ -387,7 +387,7 @@ pub fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     message(request, FLAGS_REPLY, payload)
 }
 
-/// The payload of the acknowledgement of a message that has been heeded.
+/// The payload of the acknowledgement of a message that was carried out.
 pub const SUCCESS: [u8; 8] = [0; 8];
 
 /// The payload of a reply to GET_VRING_BASE.

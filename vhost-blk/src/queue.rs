@@ -302,10 +302,10 @@ impl Queue {
         self.stop();
     }
 
-    /// Asks the reactor to stop, too, and to touch the ring no more from its next turn on: what is in
-    /// flight completes for nobody. The ring may be somebody else's then.
+    /// Like `stop`, and the reactor does not access the ring any more from its next turn on:
+    /// completions of what is in flight are discarded. Another queue may use the ring then.
     pub fn abandon(&self) {
-        // Relaxed: it is seen by the visit that sees the epoch end that `stop` makes.
+        // Relaxed: it is seen by the visit that sees the end of the epoch, which `stop` publishes.
         self.abandoned.store(true, Ordering::Relaxed);
         self.stop();
     }

@@ -49,7 +49,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Core(pub usize);
 
-/// What a thread does before its work.
+/// A function that a thread calls before its work.
 pub type OnStart = Arc<dyn Fn() + Send + Sync>;
 
 /// Events that reactors can have on the way to the control side; more wait in their queues.
@@ -421,7 +421,7 @@ impl SteppedReactor {
 
 #[cfg(test)]
 impl SteppedReactor {
-    /// Whether it was told of I/O that queues have left which were moved away from it.
+    /// Whether it knows of I/O in flight of queues that were moved to other reactors.
     pub(crate) fn has_strays(&mut self) -> bool {
         self.reader.online();
         // SAFETY: of its domain, and online.

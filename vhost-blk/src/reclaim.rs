@@ -78,7 +78,7 @@ fn reclaim(receiver: &Receiver<Box<dyn Garbage>>, freed: &dyn Fn()) {
             }
             Err(RecvTimeoutError::Timeout) => backoff = (backoff * 2).min(BACKOFF.1),
             Err(RecvTimeoutError::Disconnected) if waiting.is_empty() => return,
-            // What waits is still in use: dropped now it would leak, or be freed under its I/O.
+            // The garbage is still in use: dropping it now would leak it, or free it under its I/O.
             Err(RecvTimeoutError::Disconnected) => {
                 thread::sleep(backoff);
                 backoff = (backoff * 2).min(BACKOFF.1);
@@ -214,7 +214,7 @@ mod tests {
     #[derive(Debug, PartialEq, Eq)]
     enum Seen {
         Tried,
-        /// Whether it was free to go.
+        /// Whether it was allowed to be freed.
         Dropped(bool),
     }
 
@@ -243,7 +243,8 @@ mod tests {
         let reclaim = Reclaim::start(|| {}).unwrap();
         reclaim.free(Used { free: Arc::clone(&free), seen: seen_in });
         drop(reclaim);
-        // The first may have been before the handle was dropped, and the thread then asleep.
+        // The first attempt may have been before the handle was dropped, with the thread asleep
+        // then.
         for _ in 0..3 {
             assert_eq!(seen.recv(), Ok(Seen::Tried));
         }

@@ -164,7 +164,7 @@ impl Sums {
     ) -> bool {
         let len = u64::from(buffer.len);
         match near.translate(buffer.gpa) {
-            // Neither empty nor longer than the room.
+            // Not empty, and within the region.
             Some((host, room)) if len.wrapping_sub(1) < room => {
                 self.push_piece(segments, host, len, buffer.write)
             }
@@ -203,8 +203,9 @@ impl Sums {
         fits
     }
 
-    /// A buffer that crosses from one region into the next, or leaves memory, or is empty: no driver
-    /// makes one, and a chain that has one is refused, with its status where it would be without.
+    /// A buffer that crosses into another region, leaves memory, or is empty. No driver makes empty
+    /// ones; a chain with one is refused, with the status byte where it would be without that
+    /// buffer.
     #[cold]
     fn push_pieces<const N: usize>(
         mut self,
@@ -215,7 +216,7 @@ impl Sums {
         write: bool,
     ) -> Self {
         if left == 0 {
-            // Counts nevertheless: it has cost time.
+            // Counted nevertheless: it took time.
             self.count += 1;
             self.malformed = true;
         }
@@ -223,7 +224,7 @@ impl Sums {
             // The rest of what is too long anyway is one piece: regions may be many and small.
             let found = if self.count > LONG_SEGMENTS_MAX { None } else { near.translate(gpa) };
             let Some((host, room)) = found else {
-                // Counts, too.
+                // Counted, too.
                 self.count += 1;
                 self.malformed = true;
                 // Whatever byte we know of is not the chain's last.
@@ -429,7 +430,7 @@ fn collect_into<const N: usize, C: Chained>(
     let (whole, taken) =
         chain.walk(near, |near, buffer| sums.push(segments, near, buffer) || to_its_end);
     if !whole {
-        // What was seen last is not the chain's end, where the status belongs.
+        // The last byte seen is not the chain's last, where the status belongs.
         sums.status = None;
     }
     let malformed = sums.malformed || !whole || sums.count > N;

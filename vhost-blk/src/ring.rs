@@ -175,8 +175,8 @@ pub struct Layout {
     pub event_idx: bool,
 }
 
-/// The host address of a part of a ring (guest-physical address and length), which has to be a
-/// multiple of `align`, as has the address.
+/// The host address of a part of a ring, given by guest-physical address and length. The
+/// guest-physical and the host address have to be multiples of `align`.
 fn part(memory: &GuestMemory, (gpa, len): (u64, usize), align: u64) -> Result<*mut u8, RingError> {
     if !gpa.is_multiple_of(align) {
         return Err(RingError::Alignment(gpa));
@@ -343,7 +343,7 @@ impl Table {
 pub struct Buffer {
     /// Guest-physical address.
     pub gpa: u64,
-    /// Bytes; may be zero.
+    /// Length in bytes; may be zero.
     pub len: u32,
     /// Whether it is ours to write (and not to read).
     pub write: bool,

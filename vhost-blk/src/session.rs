@@ -12,14 +12,13 @@
 //!    └────────────────────────┴──────◀── drained ── Draining
 //! ```
 //!
-//! A ring is gated while a connection that is gone still has I/O in flight that must not be overtaken:
-//! which connections those are is the target's to say (`target::gate`). A ring that is stopped at
-//! the gate owes its answer until the gate opens; its reactor then looks where the ring stands, and
-//! stops at once.
+//! A ring is gated while I/O in flight of a closed connection conflicts with it; the target decides
+//! which connections conflict (`target::gate`). If GET_VRING_BASE stops a gated ring, its answer is
+//! delayed until the gate opens; its reactor then reads the ring's position, and stops at once.
 //!
-//! The I/O of a connection that is gone, and that of a ring that was reset, marks nothing in a dirty
-//! log that came after it. When it has ended, the whole memory is marked. (A migration that begins
-//! only then copies the whole memory anyway.)
+//! I/O of a closed connection, and I/O of a ring that was reset, does not mark pages in a dirty log
+//! that was set later. When it has ended, all memory is marked. (A migration that begins only then
+//! copies all memory anyway.)
 
 use std::sync::Arc;
 
@@ -43,7 +42,7 @@ pub const DRAIN_LIMIT_S: u64 = 30;
 pub enum Phase {
     /// No ring was started yet.
     Negotiating,
-    /// Rings were started and wait for the I/O of a connection that is gone.
+    /// Rings were started and wait for I/O of a closed connection.
     Starting,
     /// At least one ring is served.
     Running,
@@ -107,7 +106,7 @@ pub enum Then {
 /// What a session wants done. Rings are given by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// The ring wants to start: [`Session::open_gate`], now or when nothing is in its way any more.
+    /// The ring wants to start: [`Session::open_gate`], now or when no conflicting I/O is left.
     Gate(usize),
     /// Attach the ring to a reactor, and let that stop at once if the ring is not live. If it
     /// fails: [`Session::start_failed`].
@@ -211,7 +210,7 @@ pub struct Session {
     memory: Option<Arc<GuestMemory>>,
     rings: Vec<Ring>,
     backend_channel: Option<BackendChannel>,
-    /// The front end does not know yet that the disk is another size.
+    /// The front end does not know the disk's new size yet.
     config_owed: bool,
     inflight: Option<Arc<Area>>,
     log: Option<Arc<DirtyLog>>,
@@ -219,13 +218,13 @@ pub struct Session {
     write_cache: Option<bool>,
     /// The front end waits for the end of a reset.
     reset_owed: bool,
-    /// And with it for the I/O of connections that are gone.
+    /// It also waits for I/O of closed connections.
     earlier_io: bool,
     closed: bool,
 }
 
 impl Session {
-    /// A new connection, to which `offered` features are offered.
+    /// A new connection, with the features in `offered`.
     #[must_use]
     pub fn new(offered: u64) -> Self {
         Self {
@@ -352,21 +351,21 @@ impl Session {
         self.features
     }
 
-    /// The config space is another one. The front end is owed a word about it until
-    /// [`Session::config_announced`], whatever its state is now.
+    /// The config space has changed. A notification of the front end is pending until
+    /// [`Session::config_announced`].
     pub fn config_changed(&mut self) {
         self.config_owed = true;
     }
 
-    /// Where the front end is to be told now that the config space is another one, if it is. A front
-    /// end may ignore it while no ring is started, or while it stops one (QEMU does).
+    /// The channel on which to notify the front end of a config change now, if one is due. A front
+    /// end may ignore the message while no ring is started, or while it stops one (QEMU does).
     #[must_use]
     pub fn config_to_announce(&self) -> Option<&BackendChannel> {
         let heeds = self.config_owed && matches!(self.phase(), Phase::Starting | Phase::Running);
         self.backend_channel.as_ref().filter(|_| heeds)
     }
 
-    /// The front end was told.
+    /// The front end was notified.
     pub fn config_announced(&mut self) {
         self.config_owed = false;
     }
@@ -382,7 +381,7 @@ impl Session {
         self.rings.iter().filter(|ring| ring.state != RingState::Stopped).count()
     }
 
-    /// Whether a ring would be one more of those.
+    /// Whether starting the ring would add to [`Session::started`].
     #[must_use]
     pub fn is_stopped(&self, ring: usize) -> bool {
         self.rings.get(ring).is_none_or(|ring| ring.state == RingState::Stopped)
@@ -625,23 +624,24 @@ impl Session {
     }
 
     /// The front end waits until the reset that it has just sent is complete: until all I/O that
-    /// uses its guest's memory has ended, that of connections that are gone included (`earlier_io`:
-    /// there is such I/O). The answer comes as [`Effect::Acknowledge`], now or then.
+    /// The front end waits until the reset that it has just sent is complete: until all I/O that
+    /// uses its guest's memory has ended, including I/O of closed connections (`earlier_io`: there
+    /// is some). The answer is sent by [`Effect::Acknowledge`], now or then.
     pub fn await_reset(&mut self, earlier_io: bool) -> Vec<Effect> {
         self.reset_owed = true;
         self.earlier_io = earlier_io;
         self.acknowledge()
     }
 
-    /// Whether it matters to it when the I/O of a connection that is gone ends, which may use its
-    /// guest's memory.
+    /// Whether the session has to know when I/O of a closed connection that may use its guest's
+    /// memory ends.
     #[must_use]
     pub fn minds_earlier_io(&self) -> bool {
         self.reset_owed || self.log().is_some()
     }
 
-    /// A connection that is gone, and whose I/O may have used this guest's memory, has nothing in
-    /// flight any more. `late`: something ended after it was gone. `more`: another one still has.
+    /// All I/O of a closed connection that shared this guest's memory has ended. `late`: some of it
+    /// ended after the connection was closed. `more`: another closed connection still has such I/O.
     pub fn earlier_io_ended(&mut self, late: bool, more: bool) -> Vec<Effect> {
         let mut effects = if late { self.mark_all() } else { vec![] };
         self.earlier_io = more;
@@ -669,8 +669,8 @@ impl Session {
 
     /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
     pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
-        // Those that drain after a reset are marked for together, when the last of them has: no front
-        // end can do without that one's end before it takes its memory for copied.
+        // Rings that drain after a reset are marked for together, when the last of them has
+        // drained: the front end must wait for that one anyway before all memory is copied.
         let last = !self.rings.iter().enumerate().any(|(n, other)| n != ring && other.was_reset);
         let mark_all = if last { self.mark_all() } else { vec![] };
         let layout = self.layout();
@@ -706,12 +706,12 @@ impl Session {
         self.rings[ring].state = RingState::Stopped;
     }
 
-    /// Nothing is in a ring's way any more. `None` if it does not wait.
+    /// No conflicting I/O is left for a gated ring. `None` if the ring is not gated.
     pub fn open_gate(&mut self, ring: usize) -> Option<Effect> {
         let state = &mut self.rings[ring].state;
         *state = match state {
             RingState::Gated => RingState::Live,
-            // Where the earlier I/O has left the ring, only a reactor can tell.
+            // Only a reactor can read how far the earlier I/O has advanced the ring.
             RingState::GatedReply => RingState::Draining { then: Then::Reply },
             _ => return None,
         };

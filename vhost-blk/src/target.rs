@@ -121,7 +121,7 @@ impl std::fmt::Debug for Target {
     }
 }
 
-/// Reactors that nobody can reach any more would go on for ever.
+/// Otherwise the reactors would run for ever.
 impl Drop for Target {
     fn drop(&mut self) {
         self.stop_reactors();
@@ -138,8 +138,8 @@ struct Inner {
     attached: Vec<Vec<Arc<Queue>>>,
     /// What queues that were moved have left in flight.
     strays: Vec<Stray>,
-    /// By name, also those of controllers that are gone and have left fds that are not closed yet:
-    /// a new controller of the same name is charged with them.
+    /// By controller name, including names of deleted controllers whose fds are not all closed: a
+    /// new controller of the same name continues the account.
     accounts: BTreeMap<String, Account>,
     /// Controllers made so far.
     controllers_made: u64,
@@ -157,9 +157,9 @@ struct Connected {
     session: Session,
     /// `None` once the connection is gone.
     conn: Option<SharedConnection>,
-    /// It had I/O in flight when its end was reported, or may have had.
+    /// It had, or may have had, I/O in flight when its end was reported.
     left_io: bool,
-    /// What its guest reads and writes.
+    /// The disk space that its guest accesses.
     bytes: Bytes,
     queues: Vec<Option<Attached>>,
     /// What the front end waits for.
@@ -172,7 +172,7 @@ struct Connected {
 struct Owed {
     /// What it answers.
     request: u32,
-    /// Seconds that it has been owed for: see [`Target::tick`].
+    /// Seconds since the answer became owed: see [`Target::tick`].
     waited_s: u64,
     /// That it takes long has been said.
     warned: bool,
@@ -184,15 +184,16 @@ struct Attached {
     reactor: usize,
     /// Nobody's set has it right now: see [`placement`].
     moving: bool,
-    /// Where the ring is that it serves.
+    /// The place in memory of the ring that it serves.
     place: Option<Place>,
     /// The guest's kicks, where they wake the reactor.
     kicks: Option<BellRope<KickFd>>,
 }
 
 impl Connected {
-    /// Tells the front end that the config space is another one, if that is due. To be called whenever
-    /// it may have become due, and now and then: the front end may not read what it is told.
+    /// Notifies the front end of a config change, if that is due. To be called whenever it may have
+    /// become due, and periodically: a front end that does not read its socket has to be notified
+    /// later.
     fn announce_config(&mut self) {
         let due = self.session.config_to_announce();
         if due.is_some_and(|channel| channel.send_nowait(&protocol::config_change())) {
@@ -344,7 +345,7 @@ impl Target {
         inner.connections.values().filter_map(|c| c.conn.as_ref()).for_each(|c| c.shut_down());
     }
 
-    /// Whom the fds of front ends on this socket are charged to.
+    /// The account that owns the fds of front ends on this socket.
     #[must_use]
     pub fn account(&self, socket: &Path) -> Option<Account> {
         let inner = self.lock();

@@ -21,8 +21,8 @@ pub struct ConnId(pub u64);
 /// `listen` and `unlisten` may block and are called from one thread at a time. The implementer
 /// delivers each connection's messages in order, to the [`crate::Target`] it was made for.
 pub trait Transport: Send + Sync {
-    /// Opens a socket at `path` and begins to accept front ends. Their fds, and the sockets, are
-    /// charged to `account`.
+    /// Opens a socket at `path` and starts to accept front ends. The sockets, and the fds that
+    /// front ends send, are charged to `account`.
     ///
     /// # Errors
     /// The socket cannot be made; nothing is left of it.

@@ -407,7 +407,7 @@ fn malformed_chains_come_back() {
     assert_eq!(answer(&[(header, 16, 0, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 0)]).1, UNTOUCHED, "a loop");
-    // Nor into what only comes before the place where the chain goes wrong.
+    // Nor into the buffers before the place where the chain is invalid.
     let written = (STATUSES, 1, NEXT | WRITE, SIZE);
     assert_eq!(answer(&[(header, 16, NEXT, 1), written]), (0, UNTOUCHED), "out of range");
     let written = (STATUSES, 1, NEXT | WRITE, 1);

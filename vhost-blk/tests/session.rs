@@ -37,7 +37,7 @@ fn set_up(session: &mut Session, ring: usize) {
     session.set_addrs(ring, addrs(ring as u64)).unwrap();
 }
 
-/// Starts a ring that has nothing in its way.
+/// Starts a ring that has no conflict.
 fn start(session: &mut Session, ring: usize) {
     assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Gate(ring)]);
     assert_eq!(session.open_gate(ring), Some(Effect::Start(ring)));
@@ -156,7 +156,8 @@ fn a_reset_and_a_restart_while_draining() {
     assert_eq!(session.drained(1, 5), []);
 }
 
-/// GET_VRING_BASE is about the ring that was started last, though the one before it still drains.
+/// GET_VRING_BASE is about the ring that was started last, even while the one before it still
+/// drains.
 #[test]
 fn a_restart_that_is_stopped_while_the_ring_before_drains() {
     for packed in [0, PACKED] {
@@ -291,7 +292,7 @@ fn only_logging_is_switched_while_running() {
     assert!(session.log().is_none(), "there was another owner");
 }
 
-/// What a connection that is gone has in flight marks nothing in a log that came after it.
+/// I/O in flight of a closed connection marks nothing in a log that was set later.
 #[test]
 fn all_memory_is_marked_when_earlier_io_has_ended() {
     let with = |features| {
@@ -343,7 +344,7 @@ fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
     assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "it has begun anew");
 }
 
-/// A disk that grows is announced whatever state the front end was in, and once.
+/// A disk that grows is announced once, whatever state the front end was in.
 #[test]
 fn a_new_config_space_is_owed_until_it_is_told() {
     let channel = || {

@@ -5,7 +5,8 @@
 //! `simulation/disk.rs` (disks) and `simulation/transport.rs` (sockets); front ends also lose
 //! their connection, die, speak out of turn, talk nonsense, and come back. They switch the dirty log
 //! and the write cache while requests run, and give memory as a whole or in slots. Controllers are
-//! deleted by force while I/O hangs, and their machines go on with the same rings on others.
+//! deleted by force while I/O hangs, and their machines continue with the same rings on other
+//! controllers.
 //!
 //! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs that many, `SIM_FIRST=n` begins there.
 

@@ -26,13 +26,13 @@ pub(super) struct ErrorChannel {
     ended: VecDeque<Completion>,
     /// By tag: what to do to the data when the base is done with it.
     spoiled: Box<[Option<Spoiled>]>,
-    /// By tag: what was made to fail, until somebody asks why.
+    /// By tag: injected failures that nobody has asked about yet.
     failures: Box<[Option<Failure>]>,
     /// I/Os outstanding at the base.
     with_base: u64,
     /// As the operator had released pending I/Os when the first of ours became one.
     released: Releases,
-    /// What waits need not begin any more.
+    /// I/Os that wait need not be started any more.
     abandoned: bool,
 }
 
@@ -101,7 +101,7 @@ impl ErrorChannel {
         submit
     }
 
-    /// Writes down that an I/O was made to fail.
+    /// Records that an I/O was made to fail.
     #[cold]
     fn note_failure(&mut self, io: &Io) {
         if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {

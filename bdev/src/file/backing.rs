@@ -31,23 +31,24 @@ pub(super) struct Opened {
     pub(super) topology: Topology,
 }
 
-/// Opens a file or block device for a disk: with `O_DIRECT` where its file system has that.
+/// Opens a file or block device for a disk, with `O_DIRECT` where its file system supports that.
 ///
 /// # Errors
-/// [`Error::System`] with the file's name; [`not_a_disk`] for what is neither.
+/// [`Error::System`] with the file's name; [`not_a_disk`] if it is neither a file nor a block
+/// device.
 pub fn open_file(filename: &Path, readonly: bool) -> Result<File, Error> {
     let path = open_kind_checked(filename)?;
     let system = |source| Error::System { what: filename.display().to_string(), source };
     reopen(&path, readonly, libc::O_DIRECT).or_else(|_| reopen(&path, readonly, 0)).map_err(system)
 }
 
-/// The error for what is neither a file nor a block device.
+/// The error for a path that is neither a file nor a block device.
 #[must_use]
 pub fn not_a_disk(filename: &Path) -> Error {
     Error::Invalid(format!("{}: neither a file nor a block device", filename.display()))
 }
 
-/// Checks that what [`open_file`] has opened goes with the block size.
+/// Checks that a file from [`open_file`] suits the block size.
 pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Result<Opened, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };

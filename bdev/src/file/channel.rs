@@ -136,7 +136,7 @@ impl Channel for FileChannel {
 }
 
 impl FileChannel {
-    /// Ends an I/O that the disk cannot do.
+    /// Ends an I/O that the disk does not support.
     #[cold]
     fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
         self.steps.note_failure(io, errno);
@@ -148,7 +148,8 @@ impl FileChannel {
         let (submitter, mut sq, mut cq) = self.ring.split();
         if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
             // The kernel has completions that it writes to the ring when we enter it. A failure
-            // leaves them there for the next poll. It takes entries, too, if it would not before.
+            // leaves them there for the next poll. It also retries entries that the kernel did not
+            // take before.
             if let Ok(n) = submitter.submit() {
                 self.unsubmitted = self.unsubmitted.saturating_sub(n);
             }
@@ -191,8 +192,8 @@ impl Drop for FileChannel {
     }
 }
 
-/// A ring with `file` as its only one that does not interrupt the thread for completions, if the
-/// kernel can (5.19), and is restricted (5.10); else a plain one.
+/// An io_uring whose only registered file is `file`. Where the kernel can, completions do not
+/// interrupt the thread (5.19) and the ring is restricted (5.10).
 fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
     let files = [file.as_raw_fd()];
     let restricted = |builder: &mut Builder<squeue::Entry, cqueue::Entry>| {
@@ -219,10 +220,10 @@ fn set_workers(ring: &IoUring) {
     let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
 }
 
-/// Has the kernel refuse, from now on, whatever is not I/O on the ring's own file. What a thread
-/// puts into a ring is seen by no system call filter, and reactors can make no other rings.
+/// Has the kernel refuse everything but I/O on the ring's own file from now on. seccomp does not
+/// see what a thread submits to an io_uring, and reactors cannot create other rings.
 fn restrict(ring: &IoUring) -> io::Result<()> {
-    /// `IORING_UNREGISTER_FILES`, for the end.
+    /// `IORING_UNREGISTER_FILES`, which `drop` calls.
     const UNREGISTER_FILES: u8 = 3;
     let op = Restriction::sqe_op;
     let mut restrictions = [
@@ -275,7 +276,7 @@ mod tests {
         ring.submitter().unregister_files().unwrap();
     }
 
-    /// An owner that sleeps would otherwise poll for ever.
+    /// A reactor that sleeps would otherwise poll for ever.
     #[test]
     fn what_the_kernel_takes_on_the_way_to_completions_was_submitted() {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -305,7 +306,8 @@ mod tests {
         // SAFETY: the memory outlives the ring's last completion, below.
         assert!(matches!(unsafe { channel.submit(read) }, Submit::Queued));
         assert_eq!((channel.unsubmitted, channel.wait()), (1, Wait::Poll));
-        // The kernel has not taken it when the ring is looked at, as if it had refused it before.
+        // The kernel has not taken the entry when the ring is polled, as if it had refused it
+        // before.
         let mut done = [Completion { tag: Tag(9), status: Status::Ok }; 1];
         assert_eq!(channel.reap(&mut done), 1, "the waiting one, in the read's name");
         assert_eq!((channel.unsubmitted, channel.wait()), (0, Wait::Event));

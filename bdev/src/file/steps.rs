@@ -76,7 +76,7 @@ pub(super) struct Steps {
     zero_range: bool,
     /// By tag: why an I/O failed, until somebody asks.
     failures: Box<[Option<Failure>]>,
-    /// The callers' memory is not touched any more.
+    /// The callers' memory is not accessed any more.
     abandoned: bool,
 }
 
@@ -130,8 +130,8 @@ impl Steps {
         Ok(unsafe { self.entry(io.tag) })
     }
 
-    /// From now on nothing is copied: what goes through the aligned buffer ends with the entry that
-    /// is under way.
+    /// From now on nothing is copied: an I/O that goes through the aligned buffer ends with its
+    /// entry in flight.
     pub(super) fn abandon(&mut self) {
         self.abandoned = true;
     }
@@ -192,14 +192,14 @@ impl Steps {
         };
         if status != Status::Ok {
             let io = slot.io;
-            // A count of bytes where all were due is a short transfer.
+            // If all bytes were requested, a smaller count is a short transfer.
             self.note_failure(&io, result.min(0).saturating_neg());
         }
         self.end(tag);
         Next::Ended(status)
     }
 
-    /// Writes down why an I/O fails.
+    /// Records why an I/O fails.
     #[cold]
     pub(super) fn note_failure(&mut self, io: &Io, errno: i32) {
         if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {
@@ -207,7 +207,7 @@ impl Steps {
         }
     }
 
-    /// Why an I/O failed, for who asks first.
+    /// Why an I/O failed; only the first call gets the answer.
     pub(super) fn failure(&mut self, tag: Tag) -> Option<Failure> {
         self.failures.get_mut(usize::from(tag.0))?.take()
     }

@@ -16,7 +16,7 @@ use crate::checks;
 use crate::disks::{Fixture, SIZE, file_options};
 use crate::driver::{Driver, pattern};
 
-/// Runs a command. `None`, and the test is skipped, if that did not work.
+/// Runs a command. `None`, and the test is skipped, if it fails.
 #[track_caller]
 fn run(command: &mut Command) -> Option<String> {
     let result = match command.output() {

@@ -1,4 +1,4 @@
-//! A driver that makes chains of all kinds, most of them sound, and knows no shame.
+//! A driver that makes chains of all kinds, most of them valid.
 
 use super::{ADDRS, DATA, HEADERS, STATUSES, TABLES};
 use crate::guest::{END, Guest};
@@ -22,9 +22,9 @@ const WRITE_ZEROES: u32 = 13;
 pub(super) struct Driver {
     size: u16,
     packed: bool,
-    /// Where the next chain is made available.
+    /// The position at which the next chain is made available.
     position: u16,
-    /// The next free descriptor of a split ring, whether it is free or not.
+    /// The next descriptor of a split ring to use, whether it is free or not.
     free: u16,
     count: u16,
 }
@@ -49,7 +49,7 @@ impl Driver {
         let mut buffers = request(guest, table, n, input);
         let defect = input.u8();
         spoil(&mut buffers, defect, input);
-        // Some of it in the ring, the rest in a table.
+        // Some descriptors in the ring, the rest in a table.
         let direct = match input.u8() {
             how if how & 1 == 0 => buffers.len(),
             how => usize::from(how >> 1) % 4,
@@ -105,19 +105,19 @@ impl Driver {
         }
     }
 
-    /// Says that so many more chains are available, or goes to another place of a packed ring.
+    /// Makes so many more chains available, or moves to another position of a packed ring.
     pub(super) fn jump(&mut self, guest: &mut Guest, by: u16) {
         if self.packed {
             self.position = (by & WRAP) | ((by & !WRAP) % self.size);
         } else {
-            // Mostly little, mostly forward.
+            // Mostly small steps forward.
             let by = if by & 0xff < 0xc0 { by % 5 } else { by };
             self.position = self.position.wrapping_add(by);
             guest.put(0, ADDRS.avail + 2, &self.position.to_le_bytes());
         }
     }
 
-    /// Says when it wants to be told.
+    /// Sets when it wants to be notified.
     pub(super) fn events(&mut self, guest: &mut Guest, event: u16, flags: u16) {
         if self.packed {
             guest.put(0, ADDRS.avail, &event.to_le_bytes());
@@ -139,7 +139,7 @@ fn bytes(Buffer { gpa, len, .. }: Buffer, flags: u16, tag: u16, packed: bool) ->
     bytes
 }
 
-/// The buffers of a request that is sound but for where it is on the disk.
+/// The buffers of a request that is valid but for its place on the disk.
 fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Vec<Buffer> {
     let kind = match input.u8() % 8 {
         0 | 1 => IN,
@@ -175,7 +175,7 @@ fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Ve
         }
     }
     if times > 56 && count > 0 {
-        // Long: the same over and over, up to more than the longest that there can be.
+        // Long: the same buffers repeated, up to more than the longest allowed chain.
         let pattern: Vec<_> = buffers[1..].to_vec();
         let wanted = usize::from(input.u8()) * 5;
         buffers.extend(pattern.iter().cycle().take(wanted));
@@ -186,7 +186,7 @@ fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Ve
     buffers
 }
 
-/// Makes a request unsound, or at least unusual.
+/// Makes a request invalid, or at least unusual.
 fn spoil(buffers: &mut Vec<Buffer>, defect: u8, input: &mut Input<'_>) {
     let at = usize::from(defect >> 4) % buffers.len();
     match defect & 0xf {
@@ -197,7 +197,7 @@ fn spoil(buffers: &mut Vec<Buffer>, defect: u8, input: &mut Input<'_>) {
         5 => buffers[at].gpa = u64::from(input.u16()),
         6 => buffers[at].flags |= input.u16(),
         7 => buffers[at].len = input.u32(),
-        // In two pieces.
+        // Splits a buffer in two.
         8 if buffers[at].len > 1 => {
             let Buffer { gpa, len, flags } = buffers[at];
             let first = u32::from(input.u16()) % (len - 1) + 1;

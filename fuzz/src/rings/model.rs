@@ -1,4 +1,4 @@
-//! What the specification says of a chain (virtio 1.2, sections 2.7 and 2.8), told once more.
+//! An independent model of a chain according to the specification (virtio 1.2, sections 2.7 and 2.8).
 
 use vhost_blk::request::LONG_SEGMENTS_MAX;
 
@@ -11,11 +11,11 @@ const INDIRECT: u16 = 4;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 const WRAP: u16 = 1 << 15;
-/// The longest table, and the longest chain, that the device takes.
+/// The longest table, and the longest chain, that the device accepts.
 const TABLE_MAX: u32 = 1026;
 const CHAIN_MAX: u32 = 4096;
 
-/// Types of requests whose answer has data.
+/// Request types whose answer has data.
 pub(super) const IN: u32 = 0;
 pub(super) const GET_ID: u32 = 8;
 
@@ -32,22 +32,22 @@ pub(super) struct Piece {
 pub(super) struct Chain {
     /// Head or buffer id.
     pub id: u16,
-    /// Descriptors of the ring that it takes.
+    /// Descriptors of the ring that it occupies.
     pub span: u16,
     pub pieces: Vec<Piece>,
-    /// It is well-formed.
+    /// Whether it is well-formed.
     pub whole: bool,
     /// The request's type, if it has one.
     pub kind: Option<u32>,
 }
 
-/// What is at a place of the available ring.
+/// The state of an entry of the available ring.
 #[derive(Debug)]
 pub(super) enum Taken {
     Chain(Chain),
     /// Nothing is available.
     Nothing,
-    /// Nobody can say where the next chain begins.
+    /// The position of the next chain is unknown.
     Nonsense,
 }
 
@@ -60,7 +60,7 @@ impl Chain {
         self.pieces.iter().filter(|piece| piece.write).map(|piece| piece.len).sum()
     }
 
-    /// Where the status goes, if it is well-formed.
+    /// The place of the status, if the chain is well-formed.
     pub(super) fn status(&self) -> Option<Place> {
         let last = self.pieces.last().filter(|piece| self.whole && piece.write)?;
         Some(Place { at: last.place.at + last.len - 1, ..last.place })
@@ -119,7 +119,7 @@ fn desc(guest: &Guest, table: usize, at: u64, packed: bool) -> Desc {
     Desc { addr, len, flags, tag }
 }
 
-/// Where an indirect table is, and its descriptors, if it is one.
+/// The place of an indirect table, and the number of its descriptors, if it is one.
 fn open(table: usize, desc: Desc) -> Option<(u64, u32)> {
     let count = desc.len / 16;
     let sound =
@@ -148,7 +148,7 @@ pub(super) fn split(guest: &Guest, table: usize, size: u16, position: u16) -> Ch
                 break;
             };
             (at, count, index, left) = (address, length, 0, length);
-            // A table may be anywhere, but one that is the ring's own is not told from it here.
+            // A table may be anywhere, even within the ring, which is not distinguished here.
             if at == ADDRS.desc {
                 chain.whole = false;
                 break;
@@ -165,7 +165,7 @@ pub(super) fn split(guest: &Guest, table: usize, size: u16, position: u16) -> Ch
     chain.finish(guest)
 }
 
-/// The chain at a position of a packed ring, of which `room` descriptors may be the driver's.
+/// The chain at a position of a packed ring, of which up to `room` descriptors may be available.
 pub(super) fn packed(guest: &Guest, table: usize, size: u16, position: u16, room: u16) -> Taken {
     let flags_at = ADDRS.desc + 16 * u64::from(position & !WRAP) + 14;
     let flags = u16::from_le_bytes(guest.remembered(table, flags_at));
@@ -199,7 +199,7 @@ pub(super) fn packed(guest: &Guest, table: usize, size: u16, position: u16, room
     if chain.id >= size { Taken::Nonsense } else { Taken::Chain(chain.finish(guest)) }
 }
 
-/// The position `by` descriptors, at the most `size`, after another.
+/// The position `by` descriptors after another; `by` is at most `size`.
 pub(super) fn advance_packed(position: u16, by: u16, size: u16) -> u16 {
     let (index, wrap) = ((position & !WRAP) + by, position & WRAP);
     if index < size { index | wrap } else { (index - size) | (wrap ^ WRAP) }

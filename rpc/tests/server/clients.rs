@@ -152,14 +152,14 @@ fn a_request_may_fill_the_buffer_but_not_more() {
         client.send(vec![b' '; 2 * REQUEST_MAX]).await;
         client.sync().await;
 
-        // One that does not fit is answered, whatever its size, to a client that writes all of it
-        // first; so is what came before.
+        // A request that is too long gets an error, whatever its size, even if the client writes
+        // all of it before it reads; so do the requests before it.
         for size in [REQUEST_MAX + 1, 1 << 20, 30 << 20] {
             let mut client = fixture.client().await;
             client.send(r#"{"method":"big","id":1,"params":[900000]}"#).await;
             client.send(request(size)).await;
             assert!(client.line().await.unwrap().len() > 900_000);
-            let error = r#""error":{"code":-32600,"message":"Request too long: at most 262144 bytes are taken"}"#;
+            let error = r#""error":{"code":-32600,"message":"Request too long: the limit is 262144 bytes"}"#;
             let expected = format!(r#"{{"jsonrpc":"2.0","id":null,{error}}}"#);
             assert_eq!(client.line().await, Some(expected), "{size}");
             assert_eq!(client.line().await, None);
@@ -306,7 +306,7 @@ fn an_answer_that_is_too_long_is_an_error() {
         assert_eq!(answer[0]["result"], true);
         assert_eq!(answer[1]["result"].as_str().unwrap().len(), 20_000_000);
         assert_eq!((&answer[2]["id"], &answer[2]["error"]["code"]), (&json!(1), &json!(-32603)));
-        // What comes after it is not run, and told so.
+        // The members after it are not run, and get an error.
         let not_run = json!({
             "code": -32603,
             "message": "Not run: the answers to this batch are too long",

@@ -123,7 +123,7 @@ fn registry(probe: &Rc<Probe>) -> Registry {
             Ok(Value::String("x".repeat(size)))
         }
     });
-    // Answers with a list of params[0] numbers, made in turns.
+    // Answers with a list of params[0] numbers, which is built in turns.
     registry.register("list", Phases::Both, |params: Params| async move {
         let (count,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
         let (mut pace, mut list) = (params.pace(), vec![]);

@@ -1,4 +1,4 @@
-//! Whatever a client asks for, others have their turns meanwhile; over a real socket.
+//! Whatever a client requests, other clients are served in between; over a real socket.
 #![expect(clippy::unwrap_used, reason = "a helper fails its test by panicking")]
 
 use std::io::Write;
@@ -11,7 +11,8 @@ use rpc::CONNECTIONS_MAX;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
-/// Sends until a request of the second client is answered; what the first had started by then.
+/// Sends until a request of the second client is answered; returns what the first had started by
+/// then.
 async fn started_when_another_is_answered(fixture: &Fixture, first: &mut RawClient) -> usize {
     fixture.probe.until(|probe| !probe.started.borrow().is_empty()).await;
     fixture.client().await.sync().await;
@@ -62,7 +63,7 @@ fn a_long_answer_lets_others_have_turns_but_not_the_next_request_of_its_client()
             let answer: Value = serde_json::from_str(&client.line().await.unwrap()).unwrap();
             assert_eq!(answer["id"], id);
         }
-        // The same for a batch, whose members start in order and all of them before what follows.
+        // The same for a batch: its members start in order, and before the next request.
         let list = r#"{"method":"list","id":1,"params":[50000]}"#;
         let batch = format!(r#"[{list},{{"method":"note","id":2}},{list}]"#);
         client.send(format!(r#"{batch}{{"method":"echo","id":3}}"#)).await;
@@ -73,7 +74,7 @@ fn a_long_answer_lets_others_have_turns_but_not_the_next_request_of_its_client()
     });
 }
 
-/// Answers that wait for the rest of their batch count as unsent ones.
+/// Answers that wait for the rest of their batch count as unsent.
 #[test]
 fn half_answered_batches_cannot_pile_up() {
     run(async {
@@ -138,7 +139,7 @@ fn fds_are_refused_and_many_end_the_connection() {
     });
 }
 
-/// With a clock that goes on to the next timer as soon as nobody has anything to do.
+/// The clock jumps to the next timer as soon as all tasks are idle.
 #[test]
 fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -159,7 +160,7 @@ fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
             }
             clients.push(client);
         }
-        // As long as nobody waits, nobody is closed.
+        // While no client waits, none is disconnected.
         tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
         for client in &mut clients[2..] {
             client.sync().await;
@@ -168,7 +169,7 @@ fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
         fixture.client().await.sync().await;
         assert!(begin.elapsed() >= std::time::Duration::from_secs(300));
         assert_eq!(clients[2].line().await, None, "the one that was idle longest");
-        // Those with a request that runs are there still.
+        // Clients with a running request stay connected.
         fixture.release(2);
         for client in &mut clients[..2] {
             let answer: Value = serde_json::from_str(&client.line().await.unwrap()).unwrap();

@@ -1,16 +1,16 @@
-//! The lists of system calls, by what they are for.
+//! The lists of system calls, by purpose.
 
 use libc::*;
 
-/// A system call and what its arguments must be, one of these; no matter what if there are none.
+/// A system call and the checks of its arguments, of which one must hold; with none, any arguments.
 pub(super) type Call = (i64, &'static [Check]);
 
-/// A condition on one argument, by its number from 0 on.
+/// A check of one argument, by its number from 0.
 #[derive(Clone, Copy)]
 pub(super) enum Check {
     /// It has this value.
     Is(u8, u32),
-    /// It has this value in the bits of the mask, the second number.
+    /// After masking with the first number, it has the value of the second.
     Masked(u8, u32, u32),
     /// It is this process's id.
     OwnProcess(u8),
@@ -22,12 +22,11 @@ const ANY: &[Check] = &[];
 const OWN_PROCESS: &[Check] = &[OwnProcess(0)];
 const UNIX_SOCKETS: &[Check] = &[Is(0, AF_UNIX as u32)];
 
-/// Its flags are in memory, where no filter can look: told that there is no such call, libc uses
-/// `clone`.
+/// Its flags are in memory, which a filter cannot read. On ENOSYS, libc falls back to `clone`.
 pub(super) const CLONE3: Call = (SYS_clone3, ANY);
 
-/// What libc's allocator, std, an assertion that fails and the end of a thread may call on any
-/// thread, and the SIGBUS handler.
+/// Calls that libc's allocator, std, a failing assertion, the end of a thread, or the SIGBUS
+/// handler may make on any thread.
 pub(super) const LIBC: &[Call] = &[
     (SYS_mmap, ANY),
     (SYS_munmap, ANY),
@@ -65,7 +64,7 @@ pub(super) const LIBC: &[Call] = &[
     (SYS_time, ANY),
 ];
 
-/// Starting a thread, and nothing but a thread.
+/// Starting threads, but no processes.
 pub(super) const THREADS: &[Call] = &[
     (SYS_clone, &[Masked(0, CLONE_THREAD as u32, CLONE_THREAD as u32)]),
     (SYS_clone3, ANY),
@@ -86,10 +85,10 @@ pub(super) const THREADS: &[Call] = &[
     (SYS_getppid, ANY),
 ];
 
-/// What a reactor does besides [`LIBC`]: enter rings, ring bells, sleep.
+/// Calls of a reactor besides [`LIBC`]: submitting to io_urings and sleeping.
 pub(super) const REACTOR: &[Call] = &[
     (SYS_io_uring_enter, ANY),
-    // Any call would do: it has the kernel finish I/O of a ring that is elsewhere now.
+    // A no-op call: it makes the kernel finish I/O of an io_uring that has moved to another thread.
     (SYS_getppid, ANY),
     (SYS_epoll_pwait2, ANY),
     (SYS_epoll_pwait, ANY),
@@ -97,7 +96,7 @@ pub(super) const REACTOR: &[Call] = &[
     (SYS_epoll_wait, ANY),
 ];
 
-/// Reading, writing and mapping what is open, waiting, and connections that are there.
+/// I/O and mappings of open files, waiting, and I/O on open sockets.
 pub(super) const DATA: &[Call] = &[
     (SYS_read, ANY),
     (SYS_readv, ANY),
@@ -184,8 +183,8 @@ pub(super) const DATA: &[Call] = &[
 
 const OWN_PAGES: &[Check] = &[Is(0, 0), OwnProcess(0)];
 
-/// Of terminals and sockets what asks and what std uses; of block devices all, as the only ones are
-/// disks. No TIOCSTI: it types for whoever reads the terminal.
+/// For terminals and sockets, those that query and those that std uses; for block devices all, as
+/// the only ones that are open are disks. Not TIOCSTI, which injects terminal input.
 const IOCTLS: &[Check] = &[
     Is(1, TCGETS as u32),
     Is(1, TIOCGWINSZ as u32),
@@ -193,11 +192,11 @@ const IOCTLS: &[Check] = &[
     Is(1, FIONREAD as u32),
     Is(1, FIONBIO as u32),
     Is(1, FIOCLEX as u32),
-    // _IO(0x12, …), BLKGETSIZE64 and its like.
+    // _IO(0x12, …): BLKGETSIZE64 and other block device requests.
     Masked(1, 0xff00, 0x1200),
 ];
 
-/// Files and sockets by name (Landlock says which), and the process's own settings.
+/// Files and sockets by name (Landlock limits which), and the process's own settings.
 pub(super) const CONTROL: &[Call] = &[
     (SYS_openat, ANY),
     (SYS_openat2, ANY),
@@ -231,7 +230,7 @@ pub(super) const CONTROL: &[Call] = &[
     (SYS_geteuid, ANY),
     (SYS_getgid, ANY),
     (SYS_getegid, ANY),
-    // For threads that give up more.
+    // To narrow threads further.
     (SYS_capget, ANY),
     (SYS_capset, ANY),
     (SYS_seccomp, ANY),
@@ -255,7 +254,7 @@ pub(super) const CONTROL: &[Call] = &[
     (SYS_setrlimit, ANY),
 ];
 
-/// What the process that opens disks does besides [`LIBC`] and [`THREADS`].
+/// Calls of the process that opens disks besides [`LIBC`] and [`THREADS`].
 pub(super) const OPENER: &[Call] = &[
     (SYS_openat, ANY),
     (SYS_fstat, ANY),
@@ -267,14 +266,14 @@ pub(super) const OPENER: &[Call] = &[
     (SYS_sendto, ANY),
 ];
 
-/// Memory that holds code.
+/// Calls that make memory executable.
 pub(super) const NEW_CODE: &[Call] =
     &[(SYS_mmap, EXECUTABLE), (SYS_mprotect, EXECUTABLE), (SYS_pkey_mprotect, EXECUTABLE)];
 
 const EXECUTABLE: &[Check] = &[Masked(2, PROT_EXEC as u32, PROT_EXEC as u32)];
 
-/// What threads do not do that hear front ends, unmap and close: new sockets, files that come and
-/// go, signals, other settings of the process.
+/// Calls refused to threads that serve front ends, unmap or close: making sockets, creating and
+/// removing files, signals, other process settings.
 pub(super) const NOT_A_WORKERS: &[Call] = &[
     (SYS_socket, ANY),
     (SYS_bind, ANY),
@@ -292,8 +291,8 @@ pub(super) const NOT_A_WORKERS: &[Call] = &[
     (SYS_rmdir, ANY),
 ];
 
-/// What no library has a reason to try: other programs, other processes, other identities, the
-/// kernel's own code and the file tree's shape.
+/// Calls that no library has a reason to make: other programs, processes or identities, kernel
+/// code, and changes of mounts.
 pub(super) const INTRUDER: &[Call] = &[
     (SYS_execve, ANY),
     (SYS_execveat, ANY),

@@ -1,5 +1,5 @@
-//! Each kind of thread tries what it must not. A call that a program refuses gives EPERM; one that
-//! it lets through gives what the kernel says of arguments that make no sense.
+//! Each kind of thread tries what it must not do. A call that a filter refuses returns EPERM; one
+//! that passes returns the kernel's error for invalid arguments.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,14 +10,14 @@ use super::calls::{self, Call};
 use super::*;
 use crate::capabilities;
 
-/// Numbers of calls there are, and some more.
+/// More than the number of system calls that there are.
 const NUMBERS: std::ops::Range<i64> = 0..500;
 
-/// `uretprobe` and `uprobe` of x86-64: the kernel asks no program about them, and ends who calls them
-/// from anywhere but its own probes.
+/// `uretprobe` and `uprobe` of x86-64: the kernel runs no filter for them, and kills a process that
+/// makes them outside of a probe.
 const NOT_ASKED_ABOUT: [i64; 2] = [335, 336];
 
-/// What `f` gives on a thread with these programs.
+/// The result of `f` on a thread with these filters.
 fn with<R: Send>(programs: &[&BpfProgram], f: impl FnOnce() -> R + Send) -> R {
     let confined = || {
         capabilities::no_new_privileges().unwrap();
@@ -46,7 +46,7 @@ fn reactor(programs: &Programs) -> Vec<&BpfProgram> {
 /// The errno of a call, 0 if it succeeds.
 fn errno(number: i64, arguments: [u64; 4]) -> i32 {
     let [a, b, c, d] = arguments;
-    // SAFETY: callers give arguments that name no memory, or calls that the programs refuse.
+    // SAFETY: callers pass arguments that refer to no memory, or calls that the filters refuse.
     let rc = unsafe { libc::syscall(number, a, b, c, d, 0, 0) };
     if rc >= 0 { 0 } else { io::Error::last_os_error().raw_os_error().unwrap() }
 }
@@ -55,8 +55,8 @@ fn refused(number: i64, arguments: [u64; 4]) -> bool {
     errno(number, arguments) == libc::EPERM
 }
 
-/// The calls of `NUMBERS` on none of the lists, nor among those that end the process, that are
-/// let through with arguments that are all zero.
+/// Calls of `NUMBERS` that are on no list and do not end the process, but pass with all-zero
+/// arguments.
 fn let_through(lists: &[&[Call]]) -> Vec<i64> {
     let listed: BTreeSet<i64> =
         lists.iter().chain(&[calls::INTRUDER]).flat_map(|list| list.iter()).map(|c| c.0).collect();
@@ -115,7 +115,7 @@ fn a_reactor_does_its_work_allocates_and_ends() {
         assert_eq!(errno(libc::SYS_getppid, [0; 4]), 0);
         assert!(!refused(libc::SYS_epoll_pwait2, [no_fd, 0, 1, 0]));
         assert!(!refused(libc::SYS_epoll_pwait, [no_fd, 0, 1, 0]));
-        // Large enough to be a mapping of its own, which grows and goes.
+        // Large enough for a mapping of its own, which grows and is unmapped.
         let mut memory = vec![1_u8; 1 << 20];
         memory.resize(8 << 20, 1);
         drop(memory);
@@ -173,7 +173,7 @@ fn the_process_signals_itself_only_and_speaks_to_no_network() {
         assert_eq!(errno(libc::SYS_socket, [libc::AF_UNIX as u64, stream, 0, 0]), 0);
         assert!(refused(libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0]));
         assert!(!refused(libc::SYS_ioctl, [u64::MAX, libc::BLKSSZGET, 0, 0]));
-        // A process of its own, in two ways. `clone3` is not there.
+        // Forking, in two ways. `clone3` is reported as missing.
         assert!(refused(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0]));
         assert_eq!(errno(libc::SYS_clone3, [0; 4]), libc::ENOSYS);
         assert!(refused(libc::SYS_clone, [libc::CLONE_NEWUSER as u64, 0, 0, 0]));
@@ -193,19 +193,19 @@ fn what_only_an_intruder_calls_ends_the_process() {
     assert_eq!(signal_of(&process(&programs), libc::SYS_getuid), None);
 }
 
-/// The signal that ends a process with these programs that makes a call.
+/// The signal that kills a process with these filters that makes a call.
 fn signal_of(programs: &[&BpfProgram], number: i64) -> Option<i32> {
-    // SAFETY: the new process makes system calls only, as this one has threads.
+    // SAFETY: the new process only makes system calls, as this one has other threads.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);
     if pid == 0 {
-        // No core dump: the system may keep those of processes that allow it.
+        // No core dump: the system may keep those of dumpable processes.
         // SAFETY: sets a flag of the process.
         unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
         let installed = capabilities::no_new_privileges().is_ok()
             && programs.iter().all(|program| install(program).is_ok());
         if installed {
-            // SAFETY: if it is let through, arguments of zero do nothing.
+            // SAFETY: if it passes, all-zero arguments do nothing.
             unsafe { libc::syscall(number, 0, 0, 0, 0, 0, 0) };
         }
         // SAFETY: ends the new process.

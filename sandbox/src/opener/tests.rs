@@ -4,15 +4,15 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 
-/// The process that opens, for a test.
+/// The process under test.
 struct Helper {
     opener: Opener,
     pid: i32,
 }
 
 impl Helper {
-    /// The test has a thread besides this one. It holds no lock that the new process needs: it
-    /// waits for this one.
+    /// The test harness has a thread besides this one. It holds no lock that the new process needs,
+    /// as it waits for this one.
     fn start(dirs: &[PathBuf]) -> Self {
         let (opener, pid) = fork(&Programs::compile().unwrap(), dirs).unwrap();
         Self { opener, pid: pid as i32 }
@@ -22,7 +22,7 @@ impl Helper {
         self.opener.0.as_ref().unwrap().as_fd()
     }
 
-    /// Waits for its end: the signal that ended it.
+    /// Waits for its end, and returns the signal that ended it.
     fn wait(&self) -> Option<i32> {
         let mut status = 0;
         // SAFETY: our own child, and a number of ours.
@@ -71,7 +71,7 @@ fn files_are_opened_as_they_are_without_the_process() {
         assert!(e.to_string().ends_with("socket: neither a file nor a block device"), "{e}");
         assert!(matches!(e, bdev::Error::Invalid(_)));
     }
-    // The fd has all that one has which was opened here.
+    // The fd is like one that was opened in this process.
     let mut disk = helper.opener.open(&path, false).unwrap();
     // SAFETY: sets flags of an open file: no alignment is wanted.
     unsafe { libc::fcntl(disk.as_raw_fd(), libc::F_SETFL, 0) };
@@ -124,13 +124,13 @@ fn when_it_is_gone_whoever_asks_is_told() {
     assert!(e.to_string().contains("restart vhost to add disks"), "{e}");
 }
 
-/// A lease makes others wait in `open` until it is given back.
+/// A lease makes `open` in other processes block until it is given back.
 #[test]
 fn opens_that_hang_hold_up_no_other_and_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let (hangs, path) = (file(dir.path(), "hangs"), file(dir.path(), "disk"));
     let lease = File::options().read(true).write(true).open(&hangs).unwrap();
-    // SAFETY: no handler is involved. The kernel says by this signal that somebody waits.
+    // SAFETY: no handler is involved. The kernel sends this signal when an `open` blocks.
     unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
     let set_lease = |kind: i32| {
         // SAFETY: on a file of ours.
@@ -154,7 +154,7 @@ fn opens_that_hang_hold_up_no_other_and_are_bounded() {
 
     let full = Helper::start(&[]);
     let all: Vec<OwnedFd> = (0..OPENS_MAX).map(|_| ask_only(&full)).collect();
-    // Requests are taken in their order.
+    // Requests are received in order.
     let refusal = full.opener.open(&path, false).unwrap_err();
     assert!(matches!(refusal, bdev::Error::Busy(_)), "{refusal}");
     helper.opener.open(&path, false).unwrap();

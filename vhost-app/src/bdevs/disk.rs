@@ -1,4 +1,4 @@
-//! A device of one of the kinds, and a wrapper as it was asked for.
+//! A device of one of the kinds, and the parameters of a wrapper.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use bdev::{
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-/// SPDK's modules that are here.
+/// The kinds of devices, after SPDK's modules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Malloc,
@@ -20,7 +20,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// The method that makes one.
+    /// The RPC method that creates one.
     pub(crate) fn create_method(self) -> &'static str {
         match self {
             Self::Malloc => "bdev_malloc_create",
@@ -66,7 +66,7 @@ impl Disk {
         }
     }
 
-    /// What a wrapper is on.
+    /// The base of a wrapper.
     pub(crate) fn base(&self) -> Option<&Arc<dyn Bdev>> {
         match self {
             Self::Delay(disk) => Some(disk.base()),
@@ -76,17 +76,17 @@ impl Disk {
     }
 }
 
-/// A wrapper as it was asked for.
+/// A wrapper, as its create method was called.
 #[derive(Clone, Debug)]
 pub(crate) struct Wrapper {
     /// Its base's name or UUID.
     pub(crate) base: String,
-    /// A delay's latencies; none for an error device.
+    /// A delay bdev's latencies; `None` for an error bdev.
     pub(crate) latency: Option<Latency>,
 }
 
-/// Makes a delay with any latencies: updates may have left a p99 below its average, with which none
-/// can be made.
+/// Makes a delay bdev with any latencies: updates may have set a p99 below its average, which the
+/// create method refuses.
 pub(super) fn make_delay(
     name: String,
     base: Arc<dyn Bdev>,
@@ -104,7 +104,7 @@ pub(super) fn make_delay(
     Ok(disk)
 }
 
-/// A delay's latencies under the names of `bdev_delay_create`.
+/// A delay bdev's latencies, with the parameter names of `bdev_delay_create`.
 pub(crate) fn latency_params(latency: Latency) -> Map<String, Value> {
     let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
     [

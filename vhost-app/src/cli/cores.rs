@@ -4,8 +4,8 @@
 /// is a bound for the parser.
 const CORES_MAX: usize = 1024;
 
-/// Bytes of a set of cores at most: twice what it takes to name each of them. RPC clients give sets,
-/// too, and may not have one that takes long to read.
+/// Longest text of a set of cores: twice what it takes to name each of them. RPC clients send such
+/// sets, too, and must not send one that takes long to parse.
 const TEXT_MAX: usize = 16 * 1024;
 
 /// A logical core of `--lcores` and the CPUs its thread may run on.
@@ -45,7 +45,7 @@ fn mask(text: &str) -> Option<Vec<usize>> {
 
 /// `0,2-4` as ascending numbers without repetition.
 fn core_set(text: &str) -> Option<Vec<usize>> {
-    // A number may be named any number of times, so names are not collected.
+    // A number may be repeated any number of times, so the numbers are not collected.
     let mut named = [false; CORES_MAX];
     for item in text.split(',').map(str::trim) {
         let (first, last) = item.split_once('-').unwrap_or((item, item));
@@ -122,7 +122,7 @@ mod tests {
         let long = format!("0x{}", "f".repeat(10_000));
         let all = vec!["0-1023"; 2000].join(",");
         assert_eq!(parse_cores(&format!("[{all}]")).unwrap().len(), 1024);
-        // 36 million numbers, in a request that fits.
+        // 36 million numbers, in a request of the longest size.
         let many = format!("[{}]", vec!["0-1023"; 36_000].join(","));
         assert!(many.len() < 256 * 1024);
         assert_eq!(parse_cores(&many), None);

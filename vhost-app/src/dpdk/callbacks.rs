@@ -30,7 +30,7 @@ static SHARED: OnceLock<Shared> = OnceLock::new();
 pub(super) struct Shared {
     target: Arc<Target>,
     anchor: PathBuf,
-    /// Of the anchor's connections.
+    /// For the anchor's connections.
     anchor_account: Account,
     pub(super) front_ends: FrontEnds,
     pub(super) listeners: Listeners,
@@ -40,7 +40,7 @@ pub(super) struct Shared {
     deferral: AtomicBool,
     /// Whether front ends' fds come to us and not to rte_vhost.
     fds_arrive: AtomicBool,
-    /// What the event thread does before its first message.
+    /// Called on the event thread before its first message.
     on_event_thread: OnStart,
     begun: Once,
 }
@@ -62,12 +62,12 @@ impl Shared {
         self.connections().retain(|_, entry| entry.path != path);
     }
 
-    /// Whom the fds of front ends that connect to `path` are charged to.
+    /// The account that owns the fds of front ends that connect to `path`.
     pub(super) fn account_of(&self, path: &Path) -> Account {
         if path == self.anchor {
             return self.anchor_account.clone();
         }
-        // A controller that is gone leaves nobody to be charged.
+        // The controller is gone: an account of its own.
         let account = self.target.account(path);
         account.unwrap_or_else(|| Account::new(path.display().to_string()))
     }
@@ -89,8 +89,8 @@ impl Shared {
     }
 }
 
-/// Makes `target` the one that the callbacks call, and the threads that meet front ends call
-/// `on_thread` before their work.
+/// Makes the callbacks call `target`. The threads that serve front ends call `on_thread` when they
+/// start.
 pub(super) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> io::Result<()> {
     let shared = Shared {
         target: Arc::clone(target),

@@ -15,7 +15,7 @@ use vhost_blk::protocol::HEADER_BYTES;
 use super::front_ends::{Accepted, shut_down};
 use super::{callbacks, interpose};
 
-/// A connection: the front end's socket, and the way of answers to it.
+/// A connection: the front end's socket, and the socket through which answers go to it.
 #[derive(Debug)]
 pub(super) struct DpdkConnection {
     vid: c_int,
@@ -77,7 +77,7 @@ impl Connection for DpdkConnection {
     }
 
     fn shut_down(&self) {
-        // The connection's task sees the end of the stream, and rte_vhost through it.
+        // The connection's task sees the end of the stream, and ends rte_vhost's side.
         shut_down(&self.socket);
         self.give_answer(Vec::new());
     }
@@ -85,7 +85,7 @@ impl Connection for DpdkConnection {
 
 impl Drop for DpdkConnection {
     fn drop(&mut self) {
-        // rte_vhost has closed its end or is about to, of which `answers` was a duplicate.
+        // rte_vhost closes its end by itself; `answers` was a duplicate of that.
         shut_down(&self.socket);
     }
 }
@@ -125,7 +125,7 @@ pub(super) fn send_with_fd(
     }
 }
 
-/// The connection that rte_vhost has just accepted on the calling thread, on `path`.
+/// The connection to `path` that rte_vhost has just accepted on the calling thread.
 pub(super) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
     let accepted = interpose::accepted().filter(|accepted| accepted.path == path);
     let Accepted { socket, answers, .. } = accepted
@@ -138,7 +138,7 @@ pub(super) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     // SAFETY: all zeroes is a value of this plain C struct.
     let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     let mut len = size_of_val(&addr) as libc::socklen_t;
-    // SAFETY: the buffer is ours and as long as it says.
+    // SAFETY: the buffer is ours and has the given length.
     let result =
         unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };
     if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {

@@ -1,13 +1,14 @@
-//! The thread that speaks with front ends, so that rte_vhost's event thread does not have to.
+//! The thread that reads from and writes to front ends in place of rte_vhost's event thread.
 //!
-//! A front end may send half a message and no more, may not read its answers, and may attach
-//! anything to its bytes. Here that costs it its own task and nobody else's time: a task per
-//! connection reads a message with all of its fds ([`closer::receive`]), and hands it to rte_vhost
-//! when it is whole and the one before it has been taken; and it passes on what rte_vhost and the
-//! control side answer, in their order. A front end that does not read its answers gets no further
-//! message handled. So the event thread spends no time on a front end but the handling of messages.
+//! A front end may send an incomplete message, may not read its answers, and may attach any fds.
+//! Here that blocks only its own task: a task per connection reads a whole message with all of its
+//! fds ([`closer::receive`]), and passes it to rte_vhost when that has taken the previous one. It
+//! also forwards the answers of rte_vhost and of the control side, in order. While a front end does
+//! not read its answers, none of its messages is handled. So the event thread spends no time on a
+//! front end but for handling its messages.
 //!
-//! The sockets of front ends are foreign fds: they may hold unread fds, whose last reference would
+//! The sockets of front ends are foreign fds: they may hold unread fds, which would be closed with
+//! them.
 //! be dropped with theirs.
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
@@ -32,43 +33,43 @@ use super::callbacks;
 use super::connection::{bound_path, send_with_fd};
 use super::interpose::Inbox;
 
-/// The longest payload that rte_vhost takes.
+/// The longest payload that rte_vhost accepts.
 const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_BYTES;
 const MESSAGE_MAX: usize = sys::FDS_OFFSET;
 
-/// Fds that a message may carry: one for each line of a memory table.
+/// Fds that a message may carry: one for each region of a memory table.
 const MESSAGE_FDS_MAX: usize = 8;
 
-/// A front end that has connected, as the event thread's callback wants to know it.
+/// A new connection, as the event thread's callback needs it.
 #[derive(Debug)]
 pub(super) struct Accepted {
     /// The path of the socket that it has connected to.
     pub(super) path: PathBuf,
     /// The front end's socket.
     pub(super) socket: Arc<ForeignFd>,
-    /// rte_vhost's end of the pair: what is sent here goes to the front end, after what rte_vhost
-    /// has sent before.
+    /// A duplicate of rte_vhost's end of the socket pair: what is sent here goes to the front end,
+    /// after what rte_vhost has sent before.
     pub(super) answers: OwnedFd,
 }
 
-/// A connection for the thread.
+/// A connection for the thread to serve.
 struct Link {
     path: PathBuf,
     socket: Arc<ForeignFd>,
     account: Account,
-    /// The other end of what rte_vhost has.
+    /// Our end of the socket pair, whose other end rte_vhost has.
     rte_vhost: OwnedFd,
     inbox: Arc<Inbox>,
 }
 
-/// Why a connection is ended from this side.
+/// Why we end a connection.
 #[derive(Debug, thiserror::Error)]
 enum Violation {
-    #[error("a message with a payload of {0} bytes, at most {PAYLOAD_MAX} are taken")]
+    #[error("payload of {0} bytes in a message, the limit is {PAYLOAD_MAX}")]
     Payload(usize),
     #[error("more than {MESSAGE_FDS_MAX} fds in a message")]
     Fds,
-    #[error("it ended in the middle of a message")]
+    #[error("the stream ended in the middle of a message")]
     Half,
     #[error("cannot receive: {0}")]
     Receive(io::Error),
@@ -78,7 +79,7 @@ enum Violation {
     Answer(io::Error),
 }
 
-/// Starts the thread, which calls `on_start` first. Connections go to it through what is returned.
+/// Starts the thread, which calls `on_start` first. The returned handle passes connections to it.
 pub(super) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (sender, receiver) = unbounded_channel();
@@ -89,7 +90,7 @@ pub(super) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
     Ok(FrontEnds(sender))
 }
 
-/// The way to the thread.
+/// A handle of the thread.
 #[derive(Debug)]
 pub(super) struct FrontEnds(UnboundedSender<Link>);
 
@@ -99,16 +100,19 @@ async fn serve(mut links: UnboundedReceiver<Link>) {
     }
 }
 
-/// Accepts a connection for rte_vhost; says what the callback wants to know, and gives rte_vhost's
-/// end of the pair, whose messages' fds are in the inbox. `None`: the front end was refused.
+/// Accepts a connection for rte_vhost. Returns what the callback needs, the inbox with the fds of
+/// the messages, and rte_vhost's end of the socket pair. `None`: the front end was refused.
 pub(super) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, OwnedFd)> {
     let path = bound_path(listener)?;
     let account = callbacks::shared().account_of(&path);
-    let socket = Arc::new(accept_at_any_price(listener, &account)?);
+    let socket = Arc::new(accept_or_refuse(listener, &account)?);
     let connected = if account.is_stuck() {
-        Err(format!("{} fds of earlier front ends cannot be closed", account.waiting()))
+        Err(format!(
+            "closing the fds of earlier front ends is blocked ({} not closed)",
+            account.waiting()
+        ))
     } else if !account.has_room(FDS_MAX) {
-        Err(format!("its front ends have too many fds: {}", account.open()))
+        Err(format!("too many open fds from front ends: {}", account.open()))
     } else {
         connect(&path, &socket, account).map_err(|e| e.to_string())
     };
@@ -122,7 +126,7 @@ pub(super) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, 
     }
 }
 
-/// The pair for rte_vhost, with the task that feeds it.
+/// Makes the socket pair for rte_vhost, and starts the task that feeds it.
 fn connect(
     path: &std::path::Path,
     socket: &Arc<ForeignFd>,
@@ -138,9 +142,9 @@ fn connect(
     Ok((inbox, answers.into(), theirs.into()))
 }
 
-/// Accepts even where the process has no fd left: a connection that stays in the backlog would keep
-/// the event thread awake. One fd is kept in reserve for that.
-fn accept_at_any_price(listener: BorrowedFd<'_>, account: &Account) -> Option<ForeignFd> {
+/// Accepts even if the process has no fd left: a connection that stays in the backlog would keep
+/// waking the event thread. One fd is reserved for that.
+fn accept_or_refuse(listener: BorrowedFd<'_>, account: &Account) -> Option<ForeignFd> {
     static RESERVE: LazyLock<Mutex<Option<OwnedFd>>> = LazyLock::new(|| Mutex::new(reserve()));
     let mut spare = RESERVE.lock().unwrap_or_else(PoisonError::into_inner);
     match accept4(listener) {
@@ -165,27 +169,27 @@ fn reserve() -> Option<OwnedFd> {
     std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
 }
 
-/// Accepts a connection, without waiting for one, to be used without waiting.
+/// Accepts a connection without blocking; it is non-blocking, too.
 pub(super) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let (nobody, none) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: an open fd; nobody wants the peer's address.
+    // SAFETY: an open fd; the peer's address is not asked for.
     let fd = unsafe { libc::accept4(listener.as_raw_fd(), nobody, none, flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: just made, and nobody else knows it.
+    // SAFETY: the kernel has just made the fd; nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Has both ends of a connection see its end, whatever happens to the fd.
+/// Ends a connection for both sides, even if the fd stays open.
 pub(super) fn shut_down(socket: &impl AsRawFd) {
     // SAFETY: an open fd; if it is no connected socket, nothing happens.
     unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
-/// Serves one connection until either side has ended it. rte_vhost learns of the end when its
-/// socket's other end is closed.
+/// Serves one connection until either side ends it. rte_vhost sees the end when the other end of
+/// its socket is closed.
 async fn relay(link: Link) {
     let Link { path, socket, account, rte_vhost, inbox } = link;
     let (socket, rte_vhost) = match (watch(socket), watch(rte_vhost)) {
@@ -194,7 +198,7 @@ async fn relay(link: Link) {
             return warn!("{}: refused a front end: {e}", path.display());
         }
     };
-    // Held while answers wait for the front end to read.
+    // Held while an answer is being sent to the front end.
     let answering = tokio::sync::Mutex::new(());
     let ended = tokio::select! {
         ended = pass_messages(&socket, &rte_vhost, &inbox, &account, &answering) => ended,
@@ -209,17 +213,17 @@ async fn relay(link: Link) {
         warn!("{}: connection ended: {violation}", path.display());
     }
     shut_down(&socket);
-    // What rte_vhost has not taken is closed with the connection.
+    // Fds that rte_vhost has not taken are dropped with the connection.
     inbox.put(Vec::new());
 }
 
 fn watch<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
-    // SAFETY: `T` owns one open fd for as long as it lives, and says the same one each time.
+    // SAFETY: `T` owns one open fd for as long as it lives, and always returns the same one.
     unsafe { AsyncFd::register(socket) }.map_err(|e| e.into_parts().1)
 }
 
-/// Passes whole messages to rte_vhost, one at a time. `Ok`: the front end has left, or rte_vhost has
-/// ended the connection.
+/// Passes whole messages to rte_vhost, one at a time. `Ok`: the front end has disconnected, or
+/// rte_vhost has ended the connection.
 async fn pass_messages(
     socket: &AsyncFd<Arc<ForeignFd>>,
     rte_vhost: &AsyncFd<OwnedFd>,
@@ -235,7 +239,7 @@ async fn pass_messages(
         };
         drop(answering.lock().await);
         inbox.put(fds);
-        // There is room: rte_vhost has taken everything before.
+        // There is room: rte_vhost has read all earlier messages.
         match send(rte_vhost, &message[..len]) {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             sent => sent.map_err(Violation::HandOver)?,
@@ -244,8 +248,8 @@ async fn pass_messages(
     }
 }
 
-/// Receives one message or answer, with the fds that come along; gives its length. `None`: the stream
-/// has ended before.
+/// Receives one message or reply and the fds that come with it, and returns its length. `None`: the
+/// stream ended before its first byte.
 async fn receive_message(
     socket: &AsyncFd<impl AsFd + AsRawFd>,
     message: &mut [u8; MESSAGE_MAX],
@@ -263,7 +267,8 @@ async fn receive_message(
     Ok(Some(HEADER_BYTES + len))
 }
 
-/// Fills `bytes`, and collects the fds that come along. `false`: the stream has ended before.
+/// Fills `bytes`, and collects the fds that come with them. `false`: the stream ended before the
+/// first byte.
 async fn receive_all(
     socket: &AsyncFd<impl AsFd + AsRawFd>,
     bytes: &mut [u8],
@@ -293,7 +298,7 @@ async fn receive_all(
     Ok(true)
 }
 
-/// Passes answers to the front end. `Ok`: rte_vhost has ended the connection.
+/// Forwards answers to the front end. `Ok`: rte_vhost has ended the connection.
 async fn pass_answers(
     rte_vhost: &AsyncFd<OwnedFd>,
     socket: &AsyncFd<Arc<ForeignFd>>,
@@ -333,11 +338,11 @@ fn send(rte_vhost: &AsyncFd<OwnedFd>, message: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Sends as much as there is room for.
+/// Sends as much as fits.
 fn send_some(socket: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
     const FLAGS: c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let (buffer, len) = (bytes.as_ptr().cast(), bytes.len());
-    // SAFETY: bytes of ours to an open fd.
+    // SAFETY: our own bytes, to an open fd.
     let sent = unsafe { libc::send(socket.as_raw_fd(), buffer, len, FLAGS) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }

@@ -1,19 +1,20 @@
-//! Functions of libc that rte_vhost calls and that this program replaces, so that rte_vhost meets no
-//! fd that a stranger controls.
+//! Replacements of libc functions that rte_vhost calls, so that rte_vhost never has an fd that a
+//! front end controls.
 //!
-//! rte_vhost would wait in `read` for the rest of a message, drop fds on its event thread (those of
-//! a payload, those for which its buffer has no room, those of a connection that it refuses), and
-//! leak those of messages that it refuses before any handler runs. So it never gets a front end's
-//! socket:
+//! rte_vhost would block in `read` for the rest of a message; close fds on its event thread (fds
+//! that come with the payload, fds that do not fit its buffer, and connections that it refuses);
+//! and leak those of messages that it refuses before any handler runs. So it never gets a front
+//! end's socket:
 //!
-//! * [`accept`] gives it one end of a socket pair, whose other end `front_ends` feeds with whole
+//! * [`accept`] returns one end of a socket pair, to whose other end `front_ends` writes whole
 //!   messages;
 //! * [`recvmsg`] reads such a message and takes its fds from the connection's [`Inbox`];
-//! * [`listen`] keeps a duplicate of each listening socket, as connections that nobody has accepted
-//!   end with its last close;
-//! * [`unlink`] removes no socket file that another process has put in the place of ours.
+//! * [`listen`] keeps a duplicate of each listening socket, as its last close also closes the
+//!   connections in its backlog;
+//! * [`unlink`] does not remove a socket file that another process has put in the place of ours.
 //!
-//! This also makes the program independent of where a DPDK release keeps fds in its private
+//! This also makes the program independent of where a DPDK release stores fds in its private
+//! structures.
 //! structures.
 #![expect(unsafe_code, reason = "stands in for functions of libc")]
 
@@ -28,7 +29,7 @@ use tokio::sync::Notify;
 
 use super::front_ends::{self, Accepted};
 
-/// The fds of the message that a front end's connection has for rte_vhost.
+/// The fds of the message that is on its way to rte_vhost.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     fds: Mutex<Vec<ForeignFd>>,
@@ -37,7 +38,7 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
-    /// Keeps the fds of the message that is sent next.
+    /// Stores the fds of the message that is sent next.
     pub(super) fn put(&self, fds: Vec<ForeignFd>) {
         *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
     }
@@ -48,18 +49,18 @@ impl Inbox {
 }
 
 thread_local! {
-    /// The inboxes of rte_vhost's sockets, on its event thread. Those of connections that are gone
-    /// stay until their numbers are used again.
+    /// The inboxes of rte_vhost's sockets, by fd, on its event thread. Those of ended connections
+    /// stay until their fd number is used again.
     static INBOXES: RefCell<HashMap<c_int, Weak<Inbox>>> = RefCell::default();
     /// The fds of the message that is being handled.
     static RECEIVED: RefCell<Vec<ForeignFd>> = const { RefCell::new(Vec::new()) };
-    /// What this thread has accepted last and nobody has asked for yet.
+    /// The connection that this thread has accepted last, until it is taken.
     static ACCEPTED: RefCell<Option<Accepted>> = const { RefCell::new(None) };
-    /// This thread wants a duplicate of the socket on which it begins to listen.
+    /// `listen` on this thread keeps a duplicate of its socket.
     static KEEPS_LISTENER: Cell<bool> = const { Cell::new(false) };
     /// That duplicate.
     static LISTENER: RefCell<Option<OwnedFd>> = const { RefCell::new(None) };
-    /// This thread removes no file.
+    /// `unlink` on this thread removes nothing.
     static KEEPS_FILES: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -68,7 +69,7 @@ pub(super) fn accepted() -> Option<Accepted> {
     ACCEPTED.take()
 }
 
-/// Runs `f`; answers also with a duplicate of the socket on which it has begun to listen.
+/// Runs `f`; returns also a duplicate of the socket on which it has called `listen`.
 pub(super) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
     KEEPS_LISTENER.set(true);
     let result = f();
@@ -123,13 +124,14 @@ pub(super) unsafe extern "C" fn recvmsg(
     message: *mut libc::msghdr,
     flags: c_int,
 ) -> libc::ssize_t {
-    // SAFETY: the arguments are as the caller has given them, who answers for them.
+    // SAFETY: the caller's arguments, passed on unchanged; the caller guarantees that they are
+    // valid.
     let got = unsafe { libc::syscall(libc::SYS_recvmsg, socket, message, flags) };
     let inbox = INBOXES.with_borrow(|inboxes| inboxes.get(&socket).and_then(Weak::upgrade));
     if let Some(inbox) = inbox {
         RECEIVED.set(inbox.take());
         inbox.taken.notify_one();
-        // SAFETY: the system has just filled it in. No fd comes this way.
+        // SAFETY: the kernel has just filled it in. Fds do not come this way.
         unsafe { (*message).msg_controllen = 0 };
     }
     got as libc::ssize_t
@@ -141,7 +143,8 @@ pub(super) unsafe extern "C" fn recvmsg(
 /// As libc's.
 #[unsafe(no_mangle)]
 pub(super) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
-    // SAFETY: the arguments are as the caller has given them, who answers for them.
+    // SAFETY: the caller's arguments, passed on unchanged; the caller guarantees that they are
+    // valid.
     let result = unsafe { libc::syscall(libc::SYS_listen, socket, backlog) };
     if result == 0 && KEEPS_LISTENER.get() {
         // SAFETY: the caller's socket stays open during the call.
@@ -160,6 +163,6 @@ pub(super) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     if KEEPS_FILES.get() {
         return 0;
     }
-    // SAFETY: the argument is as the caller has given it, who answers for it.
+    // SAFETY: the caller's argument, passed on unchanged; the caller guarantees that it is valid.
     unsafe { libc::syscall(libc::SYS_unlink, path) as c_int }
 }

@@ -1,9 +1,9 @@
-//! The sockets that this program listens on, by path: what unregistering them must not leave to
-//! rte_vhost.
+//! The sockets that this program listens on, by path, for work at their end that rte_vhost must not
+//! do.
 //!
-//! The last close of a listening socket ends the connections in its backlog, and closes the fds that
-//! were sent on them, on the thread that closes. And rte_vhost removes the file at a socket's path
-//! whoever has put it there.
+//! The last close of a listening socket closes the connections in its backlog, and the fds that
+//! were sent on them, on the closing thread. And rte_vhost removes the file at a socket's path even
+//! if another process has put it there.
 
 use std::collections::HashMap;
 use std::fs;
@@ -48,8 +48,8 @@ impl Listeners {
         file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)
     }
 
-    /// Ends a socket that rte_vhost has closed: nobody can connect any more, and whoever is in the
-    /// backlog sees the end.
+    /// Ends a socket that rte_vhost has closed: no new connections are possible, and those in the
+    /// backlog are shut down.
     pub(super) fn end(&self, path: &Path) {
         let Some(Listener { socket, account, .. }) = self.all().remove(path) else { return };
         shut_down(&socket);
@@ -59,7 +59,7 @@ impl Listeners {
         }
     }
 
-    /// Removes the files of all sockets, where they are ours.
+    /// Removes the files of all sockets, unless other processes have replaced them.
     pub(super) fn remove_files(&self) {
         let paths: Vec<PathBuf> = self.all().keys().cloned().collect();
         for path in paths.iter().filter(|path| self.owns_file(path)) {

@@ -38,8 +38,8 @@ use super::{interpose, log, self_test};
 pub(super) const POLLS: bool =
     sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
 
-/// The anchor's name, and how long the path of the directory above its directory may be for it to
-/// fit into a socket's address.
+/// The file name of the anchor, and the longest path of its directory's parent with which it fits
+/// into a socket address.
 const ANCHOR: &str = "anchor";
 const BASE_BYTES_MAX: usize = 80;
 
@@ -51,8 +51,8 @@ pub(crate) struct DpdkTransport {
 }
 
 impl DpdkTransport {
-    /// Opens the anchor in `dir`, removes `dir`, and tries what answers rte_vhost lets us give. EAL
-    /// must be up. The threads that meet front ends call `on_thread` before their work.
+    /// Opens the anchor in `dir`, removes `dir`, and tests which answers rte_vhost lets us send.
+    /// EAL must be up. The threads that serve front ends call `on_thread` when they start.
     ///
     /// # Errors
     /// No socket can be made in `dir`, or rte_vhost refuses it.
@@ -80,7 +80,7 @@ impl DpdkTransport {
                 "front ends' fds do not arrive: rte_vhost does not call this program's recvmsg",
             ));
         }
-        // A process that is killed leaves nothing behind.
+        // The file is removed now, so that a killed process leaves nothing behind.
         let anchor = File::options().read(true).custom_flags(libc::O_PATH).open(&path)?;
         dir.close()?;
         Ok(Self { anchor })
@@ -196,15 +196,15 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a directory that nobody else can have made, for the anchor.
+/// Makes a private directory for the anchor.
 ///
 /// # Errors
-/// There is no place that it can be made in.
+/// No base directory is usable.
 pub(crate) fn private_dir() -> io::Result<TempDir> {
     let mut bases: Vec<PathBuf> = ["RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"]
         .iter()
         .filter_map(std::env::var_os)
-        // systemd gives several, separated by colons.
+        // systemd may list several directories, separated by colons.
         .filter_map(|dirs| std::env::split_paths(&dirs).next())
         .filter(|dir| dir.is_absolute() && dir.as_os_str().len() <= BASE_BYTES_MAX)
         .collect();
@@ -238,8 +238,8 @@ fn remove_stale_socket(path: &Path) -> io::Result<()> {
     fs::remove_file(path)
 }
 
-/// Whether a socket's file has a socket that listens. Does not wait for its process, which may be
-/// stopped and have a full backlog.
+/// Whether a process listens on the socket at `path`. Does not block if that process is stopped and
+/// its backlog is full.
 fn is_listened_on(path: &Path) -> io::Result<bool> {
     use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};

@@ -24,7 +24,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("bdev_examine", Phases::Runtime, examine);
 }
 
-/// JSON values that a device is described in, about.
+/// JSON values in a device's description, approximately.
 const BDEV_VALUES: usize = 60;
 
 async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
@@ -70,14 +70,14 @@ fn examine(app: &App, params: &Params) -> Answer {
         refuse_if_served(app, params.method(), &*disk.bdev())?;
     }
     app.bdevs.examine(&named.name).map_err(|errno| {
-        error!("bdev_examine: {:?} was named before", named.name);
+        error!("bdev_examine: {:?} was already given", named.name);
         RpcError::errno(errno)
     })?;
     Ok(true.into())
 }
 
 /// Fails if a controller serves this device. Another bdev on it would write to the same blocks, and
-/// in a configuration that is saved so the controller could not be made.
+/// the controller of such a configuration could not be created when it is loaded.
 pub(super) fn refuse_if_served(app: &App, method: &str, bdev: &dyn Bdev) -> Result<(), RpcError> {
     let all = app.control.target().controllers();
     match all.iter().find(|controller| controller.bdev.as_deref() == Some(bdev.name())) {
@@ -139,11 +139,11 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     entries
 }
 
-/// JSON values in a device's part of a configuration, about.
+/// JSON values in a device's part of a configuration, approximately.
 const CONFIG_VALUES: usize = 12;
 
-/// `bdev_delay_update_latency` may leave a p99 latency below its average, which
-/// `bdev_delay_create` refuses. So these are raised here, and set by the calls that this gives.
+/// `bdev_delay_update_latency` may set a p99 latency below its average, which `bdev_delay_create`
+/// refuses. Then the p99 is raised here, and the returned calls set it again.
 fn legal_latencies(params: &mut Map<String, Value>) -> Vec<Value> {
     let mut updates = vec![];
     for of in ["read", "write"] {

@@ -88,7 +88,7 @@ fn delay_update(app: &App, params: &Params) -> Answer {
     };
     match app.bdevs.disk(&p.delay_bdev_name) {
         Some(Disk::Delay(disk)) => disk.update_latency(kind, p.latency_us),
-        // One that waits for its base has latencies too, and a configuration may set them.
+        // A delay bdev that waits for its base has latencies too, and a configuration may set them.
         None if app.bdevs.update_waiting(&p.delay_bdev_name, change) => {}
         _ => {
             error!("bdev_delay_update_latency: no delay bdev {:?}", p.delay_bdev_name);

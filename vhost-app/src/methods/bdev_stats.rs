@@ -104,7 +104,7 @@ async fn find(
             RpcError::errno(libc::ENODEV)
         })?;
         all.push(id);
-        // Each search goes over all devices.
+        // Each lookup scans all devices.
         pace.spend(BDEV_VALUES).await;
     }
     Ok(all)
@@ -132,7 +132,7 @@ fn describe(shown: &Shown) -> Value {
         object.insert(format!("max_{ops}_latency_ticks"), 0.into());
         object.insert(format!("min_{ops}_latency_ticks"), 0.into());
     }
-    // Kinds that have not occurred are left out.
+    // Kinds that have not occurred are omitted.
     let kinds = [(FailureKind::Failed, "failed"), (FailureKind::Aio, "aio_error")];
     let failures = shown.bdev.stats().failures();
     let of = |(kind, name): (FailureKind, &str)| (name.to_owned(), failures[kind as usize].into());

@@ -23,7 +23,7 @@ use crate::cli::parse_cores;
 /// SPDK's number for the thread that serves the RPCs; the reactors' follow, then the controllers'.
 const APP_THREAD_ID: u64 = 1;
 
-/// JSON values of a thread, about.
+/// JSON values of a thread, approximately.
 const THREAD_VALUES: usize = 12;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -78,7 +78,7 @@ async fn get_reactors(app: Rc<App>, params: Params) -> Answer {
         "tick_rate": ticks_per_second(),
         "pid": std::process::id(),
         "reactors": shown,
-        // Whose fds or files do not get closed.
+        // The accounts whose fds or files cannot be closed.
         "stuck_closes": stuck_closes(),
     }))
 }

@@ -203,7 +203,7 @@ fn describe(controller: &ControllerInfo) -> Value {
     })
 }
 
-/// JSON values that a controller is described in, about.
+/// JSON values in a controller's description, approximately.
 fn values(controller: &ControllerInfo) -> usize {
     let of_session = |session: &SessionInfo| 12 + 4 * session.queues.len();
     20 + controller.sessions.iter().map(of_session).sum::<usize>()
@@ -271,7 +271,7 @@ fn get_transports(_: &App, params: &Params) -> Answer {
     Ok(json!([{ "name": TRANSPORT }]))
 }
 
-/// JSON values in a controller's part of a configuration, about.
+/// JSON values in a controller's part of a configuration, approximately.
 const CONFIG_VALUES: usize = 16;
 
 /// The entries of `save_config` that make the controllers again. One whose disk is gone cannot be

@@ -1,15 +1,14 @@
-//! Calls of RPC methods whose parameters look like what they should be: names that there are,
-//! devices that there may be, numbers near what makes sense.
+//! Calls of RPC methods with typical parameters: existing names, devices that may exist, numbers
+//! near valid ones.
 
 use serde_json::{Map, Value, json};
 
 use crate::input::Input;
 
-/// Left out: these end what the test needs.
+/// Left out, as these end what the test needs.
 const SPARED: [&str; 2] = ["spdk_kill_instance", "framework_start_init"];
 
-/// Names of parameters that go together, by part of a method's name; further ones are picked from
-/// all.
+/// Parameter names that belong together, by part of a method's name; others are picked from all.
 const PARAMETERS: [(&str, &[&str]); 16] = [
     ("malloc_create", &["name", "num_blocks", "block_size"]),
     ("null_create", &["name", "num_blocks", "block_size"]),
@@ -115,7 +114,7 @@ fn value(input: &mut Input<'_>, name: &str) -> Value {
     }
 }
 
-/// Something that is hardly ever right.
+/// A value that is hardly ever valid.
 fn odd(input: &mut Input<'_>) -> Value {
     let long = "x".repeat(300);
     match input.u8() % 12 {

@@ -1,4 +1,5 @@
-//! A socket whose close takes as long as its owner likes, to be sent to where it is closed.
+//! A socket whose close takes as long as its owner likes, to be sent to the process that then
+//! closes it.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::io::Write;
@@ -6,10 +7,10 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-/// One end of a TCP connection with bytes that its other end does not read, and which lingers for
-/// longer than anybody waits. The last close of [`Lingering::fd`] hangs until this is dropped.
+/// One end of a TCP connection with bytes that its other end does not read, and with a linger time
+/// that no test waits for. The last close of [`Lingering::fd`] blocks until this is dropped.
 pub(crate) struct Lingering {
-    /// Resets the connection when it is dropped, as it has unread bytes; before our own end is.
+    /// Dropped before our own end; resets the connection, as it has unread bytes.
     _peer: TcpStream,
     fd: Option<TcpStream>,
 }
@@ -17,7 +18,7 @@ pub(crate) struct Lingering {
 impl Lingering {
     pub(crate) fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        // Less than the sender keeps: some bytes can never be delivered.
+        // Less than the sender's buffer: some bytes can never be delivered.
         rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 4096).unwrap();
         let mut fd = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, _) = listener.accept().unwrap();
@@ -28,12 +29,12 @@ impl Lingering {
         Self { _peer: peer, fd: Some(fd) }
     }
 
-    /// What to send.
+    /// The fd to send.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_ref().unwrap().as_fd()
     }
 
-    /// Leaves the last reference to whoever it was sent to.
+    /// Leaves the last reference to the receiver.
     pub(crate) fn is_sent(&mut self) {
         self.fd = None;
     }

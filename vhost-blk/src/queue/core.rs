@@ -80,7 +80,7 @@ pub struct Core {
     /// The control side wants a stop, as of the last visit.
     stopping: bool,
     stopped: bool,
-    /// The ring is not ours any more.
+    /// The ring must not be accessed any more.
     abandoned: bool,
     broken: bool,
     /// The guest was asked for kicks, as its reactor was about to sleep.
@@ -329,7 +329,7 @@ impl Core {
         }
     }
 
-    /// Whether a queue that stops may not even touch its ring any more.
+    /// Whether a queue that stops must not access its ring any more.
     #[cold]
     fn is_abandoned(&mut self, queue: &Queue) -> bool {
         if queue.reset.load(Ordering::Relaxed) {
@@ -338,7 +338,7 @@ impl Core {
         queue.abandoned.load(Ordering::Relaxed)
     }
 
-    /// A visit of a queue whose ring is not ours any more: what completes is forgotten.
+    /// A visit of a queue that must not access its ring: completions are discarded.
     #[cold]
     fn let_go(&mut self, queue: &Queue, view: &View, turn: &mut Turn, events: &Events) -> bool {
         if !std::mem::replace(&mut self.abandoned, true) {
@@ -348,7 +348,7 @@ impl Core {
                 device.channel.0.abandon();
             }
         }
-        // Not adopted, which would write to the ring.
+        // Not adopted, as that would write to the ring.
         self.generation = view.generation;
         let worked = self.forget_completed(queue, turn);
         if self.owed.is_some() {

@@ -1,20 +1,20 @@
-//! The time-stamp counter, and how fast it counts.
+//! The time-stamp counter and its frequency.
 #![expect(unsafe_code, reason = "reads the time-stamp counter")]
 
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a measurement takes. Its error is a few nanoseconds of this: less than one in 10^5.
+/// Duration of a measurement. Its error is a few nanoseconds: less than 1 in 10^5.
 const MEASURED_FOR: Duration = Duration::from_millis(10);
-/// How often both clocks are read at either end of a measurement.
+/// Readings of both clocks at either end of a measurement.
 const READINGS: usize = 64;
-/// What a processor's time-stamp counter may count in a second. Anything else is a mistake of who says
-/// so.
+/// Plausible frequencies of a time-stamp counter in Hz; others are a mistake of CPUID or the
+/// hypervisor.
 #[cfg(target_arch = "x86_64")]
 const PLAUSIBLE: std::ops::RangeInclusive<u64> = 100_000_000..=20_000_000_000;
 
-/// The time-stamp counter.
+/// Reads the time-stamp counter.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[must_use]
@@ -23,7 +23,7 @@ pub fn read_tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Nanoseconds of the monotonic clock, where there is no time-stamp counter.
+/// Nanoseconds of the monotonic clock, for processors without a time-stamp counter.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
 pub fn read_tsc() -> u64 {
@@ -31,7 +31,7 @@ pub fn read_tsc() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
-/// How fast [`read_tsc`] counts: as the processor or the hypervisor says, else measured once.
+/// The frequency of [`read_tsc`]: as CPUID states it, else measured once.
 #[must_use]
 pub fn ticks_per_second() -> u64 {
     static TICKS: OnceLock<u64> = OnceLock::new();
@@ -52,15 +52,16 @@ fn stated() -> Option<u64> {
     })
 }
 
-/// What CPUID says of the counter's frequency. `cpuid` answers with EAX, EBX and ECX.
+/// The counter's frequency according to CPUID. `cpuid` returns EAX, EBX and ECX.
 ///
-/// Leaf 0x16 has the nominal frequency in whole megahertz, which a measurement betters by far.
+/// Leaf 0x16 is not used: it has the nominal frequency in whole megahertz, and a measurement is far
+/// more precise.
 #[cfg(target_arch = "x86_64")]
 fn stated_by(cpuid: impl Fn(u32) -> [u32; 3]) -> Option<u64> {
     /// Ratio of the counter to the core crystal, and the crystal's frequency.
     const CRYSTAL: u32 = 0x15;
-    /// The hypervisors' highest leaf, and the one with the counter's frequency in kHz (VMware's, which
-    /// others have taken over).
+    /// The highest hypervisor leaf, and the leaf with the counter's frequency in kHz (introduced by
+    /// VMware, adopted by others).
     const HYPERVISOR: u32 = 0x4000_0000;
     const HYPERVISOR_KHZ: u32 = 0x4000_0010;
     const IS_GUEST: u32 = 1 << 31;
@@ -108,19 +109,19 @@ impl Clocks for System {
     }
 }
 
-/// Compares the clocks over a while.
+/// Measures the counter's frequency against the monotonic clock.
 fn measured(clocks: &mut impl Clocks) -> u64 {
     let (first_ticks, first_ns) = reading(clocks);
     clocks.sleep(MEASURED_FOR);
     let (last_ticks, last_ns) = reading(clocks);
     let (ticks, ns) = (last_ticks.saturating_sub(first_ticks), last_ns.saturating_sub(first_ns));
-    // Not 0, by which others divide.
+    // Not 0, as callers divide by it.
     ((u128::from(ticks) * 1_000_000_000 / u128::from(ns.max(1))) as u64).max(1)
 }
 
-/// What both clocks say at the same time. Who is preempted between reading the one and the other would
-/// take different times for the same: so the counter is read before and after the clock, and of several
-/// readings the one with the least between these two counts.
+/// A reading of both clocks at about the same time. A preemption between the two readings would
+/// make them differ: so the counter is read before and after the clock, and of several readings the
+/// one with the smallest difference between these two is taken.
 fn reading(clocks: &mut impl Clocks) -> (u64, u64) {
     let once = |_| [clocks.ticks(), clocks.nanoseconds(), clocks.ticks()];
     let tightest = (0..READINGS).map(once).min_by_key(|[a, _, b]| b.wrapping_sub(*a));
@@ -134,11 +135,11 @@ mod tests {
 
     const HERTZ: u64 = 2_596_000_000;
 
-    /// Time that passes as it is told to: so much with each reading, and more with some.
+    /// A simulated time, which advances a little with each reading, and much with some.
     struct Scripted {
         ns: u64,
         readings: u64,
-        /// A preemption of 5 ms comes with each reading for which this holds.
+        /// There is a preemption of 5 ms at each reading for which this returns true.
         preempted: fn(u64) -> bool,
     }
 
@@ -220,7 +221,7 @@ mod tests {
             ([[0x16, 0, 0], [0, 0, 0], [2, 216, 0], [0; 3], [0; 3]], None),
             ([[0x16, 0, 0], [0, 0, 0], [0, 216, 24_000_000], [0; 3], [0; 3]], None),
             ([[0x14, 0, 0], [0, 0, 0], crystal, [0; 3], [0; 3]], None),
-            // What a leaf that is not there answers with on some processors.
+            // What some processors return for a leaf that does not exist.
             ([[0x16, 0, 0], [0, 0, 0], [0; 3], vmware, [3_000_000, 0, 0]], None),
             // Guests.
             (
@@ -240,7 +241,7 @@ mod tests {
         }
     }
 
-    /// Whoever says it, it is how fast the counter counts.
+    /// The stated frequency is the real one.
     #[test]
     fn a_second_has_so_many_ticks() {
         let (said, measured) = (ticks_per_second(), measured(&mut System));

@@ -97,7 +97,7 @@ impl PollSet {
 
     #[cfg(test)]
     pub(super) fn has_strays(&self) -> bool {
-        // SAFETY: tests step and look in one thread.
+        // SAFETY: tests step the reactor and look in one thread.
         let scan = unsafe { &*self.scan.get() };
         assert_eq!(scan.round, if scan.strays { STRAYS_AFTER } else { COLD_AFTER } - 1);
         scan.strays

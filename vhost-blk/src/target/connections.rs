@@ -264,7 +264,7 @@ impl Target {
         drop(inner);
         self.start_rings(conn, &starts);
         if settles != Settles::No && !self.settle() && settles == Settles::Must {
-            return Err("a reactor has not heeded a change in time".into());
+            return Err("timed out waiting for the reactors to apply a change".into());
         }
         Ok(reply.map_or(verdict, Verdict::Reply))
     }
@@ -424,13 +424,13 @@ impl Target {
         }
     }
 
-    /// A second has passed in which the process has lived. Warns of drains that take long and ends
-    /// connections whose drain takes too long. For the control thread.
+    /// Counts a second of running time. Warns of drains that take long, and ends connections whose
+    /// drain takes too long. For the control thread.
     ///
-    /// Time in which nothing of the process ran, as it was stopped or its control group frozen, must
-    /// not be told here: the reactors had no more of it than we.
+    /// Must not be called for time in which the process was stopped or its control group frozen:
+    /// the reactors did not run then.
     pub fn tick(&self) {
-        // What has drained has: it is judged below.
+        // Completed drains must not be reported as late below.
         self.process_events();
         let limit_s = self.drain_limit_s.load(Ordering::Relaxed);
         let mut inner = self.lock();
@@ -495,7 +495,7 @@ impl Target {
     }
 }
 
-/// Whether one more ring that is started leaves room for other controllers.
+/// Fails if the controller's connections have as many started rings as they may have.
 fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), String> {
     let connected = inner.connections.get(&conn).ok_or("unknown connection")?;
     if !connected.session.is_stopped(ring) {
@@ -506,7 +506,7 @@ fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), String> {
     if started < RINGS_OF_CONTROLLER_MAX {
         Ok(())
     } else {
-        Err(format!("{started} rings are started in all connections of the controller"))
+        Err(format!("too many started rings in all connections of the controller: {started}"))
     }
 }
 
@@ -529,8 +529,8 @@ impl Prepared {
     }
 }
 
-/// GET_CONFIG's payload: its head as the front end sent it, then the contents, zeroes where the
-/// config space has nothing. QEMU refuses an answer of another size than it asked for.
+/// The payload of the answer to GET_CONFIG: the header as the front end sent it, then the contents,
+/// with zeroes beyond the config space. QEMU refuses an answer of another size than it requested.
 fn config_reply(config: &[u8], head: ConfigHead) -> Vec<u8> {
     let mut payload = head.bytes().to_vec();
     let contents = config.iter().skip(head.offset()).copied().chain(std::iter::repeat(0));

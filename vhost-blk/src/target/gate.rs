@@ -1,14 +1,14 @@
-//! What a ring waits for before it starts: I/O of connections that are gone, which shares something
-//! with it.
+//! The gate: a ring is not started while I/O of closed connections conflicts with it.
 //!
-//! Such I/O still writes: into the guest's memory, where its data and its ring are, and to the disk.
-//! So a ring waits at the gate for a connection that is gone and has not drained if
+//! Such I/O may still write to the guest's memory, where its data and its ring are, and to the
+//! disk. A ring waits for a closed connection that has not drained if
 //!
-//! * that is of the same controller: most likely of the same guest, whose requests come in order;
-//! * one of its rings lies in the same place of the same memory file: two owners would write there;
-//! * it may write to the same disk: what it does would undo what the new ring's guest has written.
+//! * it is of the same controller: most likely of the same guest, whose requests must be served in
+//!   order;
+//! * one of its rings overlaps the new ring in the same memory file: two queues would write there;
+//! * it may write to the same disk: it could overwrite what the new ring's guest has written since.
 //!
-//! A ring of the same guest that is elsewhere in memory, on another disk, does not wait.
+//! A ring elsewhere in the same guest's memory, for another disk, does not wait.
 
 use std::sync::{Arc, Weak};
 
@@ -21,7 +21,7 @@ use crate::ring::{self, Layout, RingAddrs};
 use crate::session::Session;
 use crate::transport::ConnId;
 
-/// Where a ring's parts are, in files: front ends may have the same memory at other addresses.
+/// The place of a ring's parts in files: front ends may map the same memory at other addresses.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place([FileRange; 3]);
 
@@ -32,7 +32,7 @@ impl Place {
         Some(Self([at(desc)?, at(avail)?, at(used)?]))
     }
 
-    /// Of a ring as the session has it now.
+    /// The place of a ring with its current addresses.
     pub(super) fn now(session: &Session, ring: usize) -> Option<Self> {
         let state = session.rings().get(ring)?;
         Self::of(session.memory()?, state.num, state.addrs?, session.layout())
@@ -43,14 +43,14 @@ impl Place {
     }
 }
 
-/// Where a connection's bytes are in the end, whatever lies between.
+/// The bdevs at the bottom of the stack that a connection's I/O goes to.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Bytes {
-    /// The devices that are on no other. A weak reference keeps the address from being another's.
+    /// The bdevs without a base. A weak reference keeps the address from being reused.
     lowest: Vec<Weak<dyn Bdev>>,
-    /// What these are on, as several may be on the same file.
+    /// What stores their data: several bdevs may be on the same file.
     storages: Vec<Storage>,
-    /// The guest may write there.
+    /// The guest may write to them.
     writes: bool,
 }
 
@@ -73,7 +73,7 @@ impl Bytes {
 
     fn shares(&self, other: &Self) -> bool {
         let address = |bdev: &Weak<dyn Bdev>| bdev.as_ptr().cast::<()>();
-        // Of a few each.
+        // Both lists are short.
         let is_theirs = |mine| other.lowest.iter().any(|theirs| address(theirs) == mine);
         self.lowest.iter().map(address).any(is_theirs)
             || self.storages.iter().any(|mine| other.storages.contains(mine))
@@ -81,7 +81,7 @@ impl Bytes {
 }
 
 impl Connected {
-    /// Whether it is gone, reported or not, and may still have I/O in flight.
+    /// Whether the connection is closed, reported as such or not, and may still have I/O in flight.
     fn lingers(&self) -> bool {
         self.session.undrained() && self.conn.as_ref().is_none_or(|conn| conn.hung_up())
     }
@@ -116,7 +116,8 @@ impl Target {
         others.any(|(_, other)| other.stands_in_the_way(this, place.as_ref()))
     }
 
-    /// Lets a ring in that wants to start, if nothing is in its way. Says whether it is to be started.
+    /// Opens the gate for a ring that wants to start, if there is no conflict. Returns whether it
+    /// has to be started now.
     pub(super) fn pass_gate(inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
         if Self::is_gated(inner, conn, ring) {
             return false;
@@ -125,15 +126,15 @@ impl Target {
         connected.is_some_and(|c| c.session.open_gate(ring).is_some())
     }
 
-    /// Whether I/O of a connection that is gone may use the memory of this one's guest.
+    /// Whether I/O of a closed connection may use the memory of this connection's guest.
     pub(super) fn has_earlier_io(inner: &Inner, conn: ConnId) -> bool {
         let Some(this) = inner.connections.get(&conn) else { return false };
         let mut others = inner.connections.iter().filter(|(other, _)| **other != conn);
         others.any(|(_, other)| other.lingers() && other.shares_memory(this))
     }
 
-    /// Forgets a connection that is closed and drained, and lets those in that waited for it. Answers
-    /// with the rings that are to be started.
+    /// Removes a connection that is closed and drained, and opens the gate for rings that waited
+    /// for it. Returns the rings that have to be started.
     pub(super) fn reap(&self, inner: &mut Inner, conn: ConnId) -> Vec<(ConnId, Vec<usize>)> {
         let done = |c: &Connected| c.conn.is_none() && !c.session.undrained();
         if !inner.connections.get(&conn).is_some_and(done) {

@@ -142,8 +142,8 @@ impl Target {
         (self.changed)();
     }
 
-    /// Has what connections of a deleted controller have in flight touch no ring any more, from the
-    /// return on: what comes after may use the same rings.
+    /// Makes the queues of a deleted controller's connections stop accessing their rings. After the
+    /// return, other queues may use these rings.
     fn abandon_rings(&self, name: &str, id: ControllerId) {
         let left: Vec<u64> = {
             let inner = self.lock();
@@ -159,11 +159,11 @@ impl Target {
             );
         }
         if !left.is_empty() && !self.settle() {
-            warn!("controller {name}: a reactor has not let go of its rings in time");
+            warn!("controller {name}: timed out waiting for a reactor to stop accessing its rings");
         }
     }
 
-    /// Answers with the I/Os that the queue has in flight.
+    /// Returns the number of I/Os that the queue has in flight.
     fn abandon(&self, attached: &Attached) -> u64 {
         attached.queue.abandon();
         self.reactors[attached.reactor].wake();
@@ -190,7 +190,7 @@ impl Target {
         inner.controllers.values().map(|c| controller_info(&inner, &cores, c)).collect()
     }
 
-    /// Connections that are gone but have I/O in flight, whatever became of their controllers.
+    /// Closed connections that still have I/O in flight, including those of deleted controllers.
     #[must_use]
     pub fn left_behind(&self) -> Vec<SessionInfo> {
         let (inner, cores) = (self.lock(), self.cores());
@@ -198,7 +198,7 @@ impl Target {
         gone.map(|c| session_info(c, &cores)).collect()
     }
 
-    /// The same in figures: their number, I/Os, and bytes of memory.
+    /// Their number, their I/Os in flight, and their bytes of memory.
     #[must_use]
     pub fn quarantine(&self) -> (usize, u64, u64) {
         self.left_behind().iter().fold((0, 0, 0), |(n, ios, bytes), s| {
@@ -243,8 +243,8 @@ impl Target {
         self.republish(&mut inner, |connected| bereft.contains(&connected.controller));
     }
 
-    /// Tells the reactors, and then the guests, of a disk that its size has changed. A guest that cannot
-    /// be told right now is told later.
+    /// Notifies the reactors, and then the guests, that a disk's size has changed. A guest that
+    /// cannot be notified now is notified later.
     pub fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
         let mut inner = self.lock();
         let shows =

@@ -1,4 +1,4 @@
-//! Queues that move, and reactors that are woken, with reactors that make a turn when they are told to.
+//! Queues that move, and reactors that are woken, with reactors that the test steps.
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ const NAME: &str = "c";
 const RAM_BYTES: u64 = 0x1_0000;
 const USER: u64 = 0x7000_0000;
 
-/// A transport without sockets, and a front end that is always there.
+/// A transport without sockets, and a front end that never hangs up.
 #[derive(Debug)]
 struct Nobody;
 
@@ -46,7 +46,7 @@ impl Connection for Nobody {
     fn shut_down(&self) {}
 }
 
-/// Two reactors, and a controller whose ring 0 is on the first, as far as that has been stepped.
+/// Two reactors, and a controller whose ring 0 is on the first of them.
 struct Scene {
     target: Arc<Target>,
     steps: Vec<SteppedReactor>,
@@ -113,14 +113,14 @@ impl Scene {
         self.ram.write_all_at(&self.offered.to_le_bytes(), 0x1002).unwrap();
     }
 
-    /// Offers a read that the disk keeps.
+    /// Offers a read that the disk does not complete.
     fn offer_io(&mut self) {
         let (op, error) = (InjectedOp::Read, InjectedError::Pending);
         self.disk.inject(Injection { op, error, count: 1, queue_depth: 0 }).unwrap();
         self.offer();
     }
 
-    /// How many were answered.
+    /// The number of answered requests.
     fn answered(&self) -> u16 {
         let mut used = [0; 2];
         self.ram.read_exact_at(&mut used, 0x2002).unwrap();
@@ -131,12 +131,12 @@ impl Scene {
         self.target.controllers()[0].sessions[0].inflight
     }
 
-    /// Reactors on which the ring has left I/O.
+    /// Reactors on which the ring has left I/O in flight.
     fn strays(&self) -> Vec<usize> {
         self.target.lock().strays.iter().map(|Stray { reactor, .. }| *reactor).collect()
     }
 
-    /// Whether a reactor was rung for since it was last asked.
+    /// For each reactor, whether it was woken since the last call.
     fn rung(&self, reactor: usize) -> bool {
         let bell = self.target.reactors[reactor].bell().expect("it sleeps");
         bell.wait(Some(Instant::now()))
@@ -204,7 +204,7 @@ fn a_queue_with_nothing_in_flight_leaves_nothing() {
 #[test]
 fn a_change_of_coalescing_wakes_reactors() {
     let mut scene = Scene::new(Mode::Sleep { after_us: 0 });
-    // Until what has woken them so far is used up.
+    // Until earlier wake-ups are used up.
     for reactor in &mut scene.steps {
         while !(reactor.step() && reactor.step()) {}
     }

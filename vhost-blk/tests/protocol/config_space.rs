@@ -31,7 +31,7 @@ fn space(wce: u8) -> [u8; 60] {
     space
 }
 
-/// The contents that a read answers with; `None` if the connection ends.
+/// The contents of the answer to a read; `None` if the connection ends.
 fn read(front: &Front<'_>, offset: u32, size: u32, flags: u32, sent: usize) -> Option<Vec<u8>> {
     let head = words(&[offset, size, flags]);
     match front.send(GET_CONFIG, [head.clone(), vec![0xff; sent]].concat(), vec![]) {
@@ -65,7 +65,7 @@ fn what_is_read() {
         (59, 1, vec![0]),
         (1, 59, whole[1..].to_vec()),
         (33, 3, vec![0, 128, 0]),
-        // What is beyond the space, fields of later versions among it, is zero.
+        // Bytes beyond the space, where later versions have fields, are zero.
         (56, 8, zeroes(8)),
         (0, 96, [whole.to_vec(), zeroes(36)].concat()),
         (0, 256, [whole.to_vec(), zeroes(196)].concat()),
@@ -73,11 +73,12 @@ fn what_is_read() {
         (60, 12, zeroes(12)),
         (60, 256, zeroes(256)),
         (255, 1, zeroes(1)),
-        // No message reaches so far: where PCI has the space, as old cloud-hypervisor says.
+        // No message reaches so far: old cloud-hypervisor sends the offset that the space has on
+        // PCI.
         (0x100, 60, whole.to_vec()),
         (u32::MAX, 8, whole[..8].to_vec()),
         (1 << 31, 256, [whole.to_vec(), zeroes(196)].concat()),
-        // Nothing is asked for.
+        // No bytes are requested.
         (0, 0, vec![]),
         (20, 0, vec![]),
         (0x100, 0, vec![]),
@@ -90,7 +91,7 @@ fn what_is_read() {
         }
     }
     front.end();
-    // Sizes that do not go together, or are larger than VHOST_USER_MAX_CONFIG_SIZE.
+    // Sizes that contradict each other, or exceed VHOST_USER_MAX_CONFIG_SIZE.
     for (size, sent) in [(60, 59), (60, 0), (1, 0), (257, 257), (u32::MAX, 0), (u32::MAX, 300)] {
         let front = world.front(State::New);
         assert_eq!(read(&front, 0, size, 0, sent), None, "size {size}, {sent} bytes");

@@ -108,7 +108,7 @@ impl Transport for NoSockets {
 
 pub(crate) struct World {
     pub(crate) target: Arc<Target>,
-    /// Reactors that are the test's to drive.
+    /// Reactors that the test steps.
     steps: RefCell<Vec<SteppedReactor>>,
     disk: Arc<ErrorDisk>,
     socket: PathBuf,
@@ -120,8 +120,8 @@ pub(crate) struct World {
     _leaves_nothing: LeavesNothing,
 }
 
-/// Waits, where it is dropped, until as few fds and mappings are left as there were before: those of
-/// a target go on threads of its own, and tests of one process follow each other.
+/// When dropped, waits until there are no more fds and mappings than before: a target releases them
+/// on threads of its own, and tests of one process follow each other.
 struct LeavesNothing {
     fds: usize,
     mappings: usize,
@@ -152,14 +152,14 @@ impl World {
         Self { fds: fds(), ..world }
     }
 
-    /// One whose reactor makes a turn when it is told to.
+    /// A scene whose reactor is stepped by the test.
     pub(crate) fn in_steps() -> Self {
         let before = LeavesNothing::new();
         let (target, steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
         Self::of(target, steps, before)
     }
 
-    /// Has that reactor make a turn.
+    /// Steps that reactor.
     pub(crate) fn step(&self) {
         self.steps.borrow_mut()[0].step();
     }

@@ -1,5 +1,5 @@
-//! A guest is told in the end: after a call that the system has refused, before a stop that comes
-//! while a call is delayed; and a reactor does not go to sleep over what has changed meanwhile.
+//! A guest is notified eventually: after a call that the system has refused, and before a stop that
+//! comes while a call is delayed. And a reactor does not sleep while there is unseen work.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -28,11 +28,11 @@ fn called(packed: bool) -> (Scene, EventFd, Arc<Manual>) {
     (scene, eventfd, disk)
 }
 
-/// Runs `visits` where the system refuses every call: on a thread that has closed the io_urings, for
-/// itself only. `None` if there is none, and the test is skipped.
+/// Runs `visits` while the system refuses every call: on a thread that has closed the io_urings in
+/// its own fd table. `None` if there is no io_uring, and the test is skipped.
 fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
     let run = || {
-        // SAFETY: from here on this thread has a table of fds of its own.
+        // SAFETY: from here on this thread has its own table of fds.
         assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
         let rings: Vec<i32> = std::fs::read_dir("/proc/thread-self/fd")
             .unwrap()
@@ -102,26 +102,26 @@ fn a_stop_waits_for_a_call_that_was_refused() {
 fn a_sleep_over_a_refused_call_has_an_end() {
     let (mut scene, eventfd, _) = called(false);
     let (_reactor, mut steps) = scene.start_to_sleep();
-    // More than one: what has woken it before is used up.
+    // More than one turn: earlier wake-ups are used up.
     let Some(asleep) = refusing(|| (0..4).map(|_| steps.step()).collect::<Vec<_>>()) else {
         return;
     };
     assert_eq!(asleep, [true; 4], "it does not poll for it");
     assert_eq!(eventfd.take(), 0);
-    // A stepped reactor takes a sleep that has an end for one that has ended.
+    // A stepped reactor treats a sleep with a time limit as one that has ended.
     steps.step();
     assert_eq!(eventfd.take(), 1);
     steps.step();
     assert_eq!(eventfd.take(), 0);
 }
 
-/// Has coalescing delay a call by an hour, and completions that the guest was not told of.
+/// Has coalescing delay a call by an hour, with completions that the guest was not notified of.
 fn delayed(packed: bool) -> (Scene, EventFd) {
     let (mut scene, eventfd, _) = called(packed);
     scene.coalescing.delay_base_ticks.store(3600 * ticks_per_second(), Ordering::Relaxed);
     scene.coalescing.threshold.store(1, Ordering::Relaxed);
     scene.start().unwrap();
-    // Until a window of 10 ms has ended in which there was more than one.
+    // Until a window of 10 ms with more than one completion has ended.
     loop {
         scene.send(IN, 0, &[(DATA, 512)]);
         scene.visit();
@@ -154,9 +154,9 @@ fn a_delayed_call_is_made_when_coalescing_is_switched_off() {
     assert_eq!(eventfd.take(), 1);
 }
 
-/// What the control side does in the middle of a turn, after the queue was visited by what was there
-/// before: in earnest it rings the bell too, and a reactor that went to sleep all the same would
-/// wake up again; but nobody rings for a turn that has gone by.
+/// An action of the control side in the middle of a turn, after the queue was visited with the
+/// earlier state. In production the bell is rung too, and a reactor that fell asleep all the same
+/// would wake up; here it is not.
 #[test]
 fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
     for renewed in [false, true] {
@@ -181,13 +181,13 @@ fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
         disk.state().at_poll = Hook(Some(Box::new(change)));
         reactor.wake();
         assert!(!steps.step(), "a new view: {renewed}");
-        // The view that it is in is not freed before the next turn.
+        // The view that it replaces is not freed before the next turn.
         steps.step();
         drop(retired);
     }
 }
 
-/// A request that comes after the last look at the ring, and before the guest is asked for kicks.
+/// A request that comes after the last look at the ring, and before the reactor asks for kicks.
 #[test]
 fn a_request_in_the_turn_before_a_sleep_keeps_it_awake() {
     let disk = Manual::create();
@@ -196,7 +196,7 @@ fn a_request_in_the_turn_before_a_sleep_keeps_it_awake() {
     scene.send(IN, 0, &[(DATA, 512)]);
     assert!(!steps.step(), "it has had something to do");
     scene.send(IN, 1, &[(DATA, 512)]);
-    // The available index, of which the driver shows the second in a moment.
+    // The available index, which the driver advances in a moment.
     scene.put(ADDRS.avail + 2, &1_u16.to_le_bytes());
     let memory = Arc::clone(&scene.memory);
     let show = move || {

@@ -1,5 +1,5 @@
 //! Virtio 1.2, sections 5.2.6 (device operation) and 2.7.4 (message framing), sentence by sentence:
-//! what each request is answered with, and which bytes of guest memory it changes.
+//! the answer to each request, and the bytes of guest memory that it changes.
 
 use std::sync::Arc;
 
@@ -18,33 +18,33 @@ const GET_LIFETIME: u32 = 10;
 const SECURE_ERASE: u32 = 14;
 const BARRIER: u32 = 1 << 31;
 
-/// What the disk holds, in each of its first sectors, before a request.
+/// The contents of each of the disk's first sectors before a request.
 const BEFORE: [u8; 8] = [0x51, 0x52, 0x53, 0x54, 0x55, 0x56, 0x57, 0x58];
 const SECTORS: u64 = 64;
-/// What a driver has in its readable buffers.
+/// The contents of a driver's readable buffers.
 const WRITTEN: u8 = 0xd1;
 
 /// Where a request's header is.
 const HEADER: u64 = DATA + 8 * PAGE;
 /// Where a discard's segments are.
 const RANGES: u64 = DATA + 9 * PAGE;
-/// Guest memory that is compared with what it was: everything that requests here name, and the pages
-/// beside it.
+/// The guest memory that is checked for changes: all that the requests here use, and the adjacent
+/// pages.
 const WATCHED: [(u64, u64); 3] =
     [(STATUSES - PAGE, 3 * PAGE), (DATA - PAGE, 12 * PAGE), (FAR, 2 * PAGE)];
 
 /// The disk of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum On {
-    /// 64 sectors of 512 bytes; does everything.
+    /// 64 sectors of 512 bytes; supports everything.
     Malloc,
     /// 8 blocks of 4,096 bytes.
     Blocks4096,
-    /// The first, in a controller that is read-only.
+    /// `Malloc` in a read-only controller.
     ReadOnly,
-    /// A device that is read-only itself, and could do everything else.
+    /// A read-only bdev that otherwise supports everything.
     ReadOnlyBdev,
-    /// A device that reads and writes and does nothing else.
+    /// A bdev that supports reads and writes only.
     Bare,
 }
 
@@ -97,15 +97,15 @@ fn w(gpa: u64, len: u32) -> Buffer {
 const S: Buffer = Buffer { gpa: STATUSES, len: 1, write: true };
 const H: Buffer = Buffer { gpa: HEADER, len: 16, write: false };
 
-/// What a request does.
+/// The effect of a request.
 struct Did {
     /// The status byte and where it is; `None`: none is written.
     status: Option<(u64, u8)>,
     /// The used element's length.
     len: u32,
-    /// What else is written to guest memory.
+    /// Other changes of guest memory.
     data: Vec<(u64, Vec<u8>)>,
-    /// What the disk's first sectors hold afterwards.
+    /// The contents of the disk's first sectors afterwards.
     disk: [u8; 8],
 }
 

@@ -20,15 +20,15 @@ pub(crate) struct State {
     pub(crate) failing: Option<usize>,
     /// What was submitted: operation, offset, length.
     pub(crate) seen: Vec<(Op, u64, u64)>,
-    /// Done at the next poll of a channel, in the middle of a visit.
+    /// Called at the next poll of a channel, in the middle of a visit.
     pub(crate) at_poll: Hook,
-    /// Done when a channel is next asked what to wait for, in the middle of a reactor's going to sleep.
+    /// Called when a channel is next asked what to wait for, while the reactor is about to sleep.
     pub(crate) at_wait: Hook,
     waiting: VecDeque<Completion>,
     done: Vec<Completion>,
 }
 
-/// Something to be done once.
+/// An action that is run once.
 #[derive(Default)]
 pub(crate) struct Hook(pub(crate) Option<Box<dyn FnOnce() + Send>>);
 
@@ -74,7 +74,7 @@ impl Manual {
         Self::with(Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() })
     }
 
-    /// A disk that can do this.
+    /// A disk with these features.
     pub(crate) fn with(features: Features) -> Arc<Self> {
         Arc::new(Self { state: Arc::default(), features, stats: Stats::default() })
     }

@@ -8,7 +8,7 @@ fn seen(disk: &Manual) -> Vec<u64> {
     disk.state().seen.iter().map(|(_, offset, _)| offset / 512).collect()
 }
 
-/// Three requests of two ranges each: what follows on the first ones is parked all at a time.
+/// Three requests of two ranges each: the second ranges are parked together.
 #[test]
 fn they_go_out_oldest_first_however_often_there_is_no_room() {
     for packed in LAYOUTS {

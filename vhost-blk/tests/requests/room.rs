@@ -1,4 +1,4 @@
-//! A chain in a packed ring ends before the descriptors that the driver has not got back.
+//! A chain in a packed ring ends before descriptors that the driver has not got back.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ const SIZE: u16 = 8;
 const NEXT: u16 = 1;
 const AVAIL: u16 = 1 << 7;
 
-/// A read in the first three places, and then a chain that fills the ring and has no end of its own:
-/// it would go on in those three.
+/// A read in the first three descriptors, and then a chain that fills the ring and is unterminated:
+/// it would continue in those three.
 fn overlapping() -> (Scene, Arc<Manual>) {
     let disk = Manual::create();
     let mut scene = Scene::started(true, SIZE, disk.clone());
@@ -46,7 +46,7 @@ fn a_chain_that_runs_into_one_in_flight_breaks_the_ring() {
     assert_eq!(scene.answers(), [(0, OK, 513)], "what it had before comes back");
 }
 
-/// What is put and not published is not the driver's yet.
+/// A used descriptor that is written and not published is not the driver's yet.
 #[test]
 fn so_does_one_that_runs_into_what_is_answered_in_the_same_visit() {
     let (mut scene, disk) = overlapping();
@@ -56,7 +56,7 @@ fn so_does_one_that_runs_into_what_is_answered_in_the_same_visit() {
     assert_eq!(scene.answers(), [(0, OK, 513)]);
 }
 
-/// The other side of it: as many as there is room for are taken.
+/// The opposite case: a chain that fits exactly is taken.
 #[test]
 fn a_chain_as_long_as_the_room_is_taken() {
     let (mut scene, disk) = overlapping();

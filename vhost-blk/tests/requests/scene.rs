@@ -81,7 +81,7 @@ pub(crate) struct Scene {
     pub(crate) disk: Arc<Disk>,
     pub(crate) write_through: bool,
     pub(crate) log: Option<(Arc<DirtyLog>, File)>,
-    /// Where the guest is called.
+    /// The eventfd of the guest's calls.
     pub(crate) call: Option<Arc<CallFd>>,
     pub(crate) coalescing: Arc<Coalescing>,
     pub(crate) area: Option<(Arc<Area>, File)>,
@@ -315,7 +315,7 @@ impl Scene {
         }
     }
 
-    /// Has the driver want calls; one of a split ring always does.
+    /// Makes the driver request calls; that of a split ring always does.
     pub(crate) fn ask_for_calls(&mut self) {
         if let Driver::Packed(driver) = &mut self.driver {
             driver.ask_for_call();

@@ -76,7 +76,7 @@ impl State {
         self.wakes[&channel].signal();
     }
 
-    /// The target has forgotten a request that was not in flight.
+    /// The target has discarded a request that was not in flight.
     pub(crate) fn forget(&mut self, request: u64) {
         self.parked.remove(&request);
     }

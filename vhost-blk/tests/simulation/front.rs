@@ -34,7 +34,7 @@ enum What {
 impl World {
     pub(crate) fn front_end_acts(&mut self) {
         let live: Vec<usize> = (0..self.fronts.len()).filter(|n| !self.fronts[*n].gone).collect();
-        // More often where that is what is wanted to be seen.
+        // More often where a scenario needs it.
         let seldom = if self.lost.is_empty() { 12 } else { 3 };
         let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(seldom))
         else {
@@ -79,7 +79,8 @@ impl World {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
             let Vm { controller: had, packed, .. } = self.vms[*vm];
             let known = || (0..RINGS).all(|ring| self.vms[*vm].may_start(ring));
-            // One whose controller was deleted takes any other, with the same memory and rings.
+            // A machine whose controller was deleted uses any other, with the same memory and
+            // rings.
             let takes = had == controller
                 || !self.controllers[had].exists && self.controllers[controller].packed >= packed;
             takes && mine().all(|f| f.gone) && known()

@@ -94,7 +94,7 @@ impl World {
         self.start_deletion(controller, force, patience);
     }
 
-    /// Deletes a controller by force while its I/O is in flight, which somewhere hangs.
+    /// Deletes a controller by force while it has I/O in flight on a disk that hangs.
     fn delete_a_busy_one(&mut self) {
         let busy = |c: &usize| {
             let Controller { exists, deleting, .. } = self.controllers[*c];
@@ -170,7 +170,7 @@ impl World {
         let name = self.controllers[controller].name.clone();
         self.target.finish_delete(&name, &*self.transport);
         mine.into_iter().for_each(|n| self.is_closed(n));
-        // What has come back until now did so before the answer.
+        // Requests that have completed so far completed before the answer.
         self.check();
         self.abandon(controller);
         self.controllers[controller].exists = false;

@@ -93,7 +93,7 @@ impl World {
         panic!("does not come to its end: {what}: {:#?}", self.target.controllers());
     }
 
-    /// Others wait for connections that have ended until the event thread has said so.
+    /// Other connections wait for ended ones until the event thread has reported their end.
     fn hear_of_ends(&mut self) {
         for n in 0..self.fronts.len() {
             if !self.fronts[n].closed && self.fronts[n].fake.is_shut() {

@@ -188,7 +188,7 @@ impl World {
         }
     }
 
-    /// Whether I/O of earlier connections may use the memory of a machine on this controller.
+    /// Whether I/O of closed connections may use the memory of a machine on this controller.
     pub(crate) fn is_gate_closed(&self, controller: usize, vm: usize) -> bool {
         self.target.left_behind().iter().any(|s| {
             let front = &self.fronts[s.vid as usize];

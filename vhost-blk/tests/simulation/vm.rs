@@ -80,7 +80,7 @@ pub(crate) struct Request {
     /// It is durable when it comes back.
     pub(crate) durable: bool,
     pub(crate) kind: Kind,
-    /// A back end that does not end it has fetched it: the next one does it again.
+    /// A request that a back end fetched and did not complete is served again by the next one.
     pub(crate) again: bool,
     /// Its position in the available ring, if that is split.
     position: u16,
@@ -113,7 +113,7 @@ pub(crate) struct Ring {
     pub(crate) quiet: Option<Vec<u8>>,
     /// Some connection has started it since it was made.
     pub(crate) started: bool,
-    /// What a back end had fetched is nowhere written down: it has to be made anew.
+    /// The fetched requests are not recorded anywhere: the driver has to offer them again.
     pub(crate) lossy: bool,
     /// What the driver kicks, if the back end wants it.
     pub(crate) kick: Option<File>,
@@ -290,8 +290,8 @@ impl Vm {
         }
     }
 
-    /// No back end uses its rings any more, whatever was fetched. Answers with the requests that were,
-    /// with the table of each, and whose they were.
+    /// No back end uses its rings any more, whatever was fetched. Returns the fetched requests,
+    /// with the memory table and the owner of each.
     pub(crate) fn abandon(&mut self) -> Vec<(u64, usize, Request)> {
         let mut fetched = vec![];
         for ring in 0..RINGS {

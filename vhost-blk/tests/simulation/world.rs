@@ -108,13 +108,13 @@ pub(crate) struct FrontRing {
     pub(crate) behind: Vec<usize>,
 }
 
-/// An I/O in flight of a request whose controller was deleted: nobody is told when it ends.
+/// An I/O in flight of a request whose controller was deleted: its completion is not reported.
 #[derive(Debug)]
 pub(crate) struct Lost {
     pub(crate) front: usize,
     pub(crate) vm: usize,
     pub(crate) ring: usize,
-    /// Where its data is.
+    /// The place of its data.
     pub(crate) table: usize,
 }
 
@@ -355,20 +355,20 @@ impl World {
         self.count("I/O completed");
     }
 
-    /// Ends an I/O that nobody waits for. Its memory must be there all the same.
+    /// Completes an I/O of a deleted controller. Its memory must still be mapped.
     fn complete_lost(&mut self, disk: usize, n: usize, lost: &Lost) {
         let part = lock(&self.disks[disk].state).flying[n].part;
         self.trace.add(format!("disk {disk} completes {part:?}, which is lost: {lost:?}"));
         let Lost { vm, table, .. } = *lost;
         assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
-        // A driver that has forgotten it may use its memory for something else.
+        // The driver may use its memory for something else by now.
         let known = self.requests.contains_key(&part.request);
         let status = if known { Status::Ok } else { Status::IoError };
         lock(&self.disks[disk].state).complete(n, status);
         self.count("I/O of a deleted controller completed");
     }
 
-    /// Takes note of what a deleted controller has left in flight, which is told to nobody.
+    /// Records what a deleted controller has left in flight.
     pub(crate) fn abandon(&mut self, controller: usize) {
         let disk = self.controllers[controller].disk;
         for vm in 0..self.vms.len() {
@@ -434,7 +434,7 @@ impl World {
         let late = self.rng.one_in(6);
         let seconds = if late { DRAIN_LIMIT_S + 1 } else { 1 };
         self.trace.add(format!("{seconds} s pass"));
-        // What it has heard of before it judges is not judged.
+        // A drain that it has processed before the check does not count as late.
         self.process_events();
         self.check();
         let well: Vec<bool> = self.fronts.iter().map(Front::is_well).collect();
@@ -511,7 +511,7 @@ impl World {
     fn check_fetched(&mut self, id: u64) {
         let (vm, ring) =
             *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
-        // What was found in flight is done, even if the connection has ended meanwhile.
+        // Requests that were found in flight are done, even if the connection has ended meanwhile.
         let again = self.request(id).again;
         let ends = |f: &Front| again && f.vm == vm && f.rings[ring].served == Served::Yes;
         let front = self.fronts.iter().rposition(|f| f.serves(vm, ring) || ends(f));
@@ -533,7 +533,7 @@ impl World {
         assert!(there, "request {id} was fetched although its data is not in memory");
     }
 
-    /// A ring was served: nothing may be in flight that it was to wait for.
+    /// A ring was served: nothing that it had to wait for may be in flight.
     fn check_gate(&self, front: usize, vm: usize, ring: usize) {
         let Front { controller, ref rings, .. } = self.fronts[front];
         let disk = |controller: usize| self.controllers[controller].disk;
@@ -635,7 +635,8 @@ impl World {
 
     /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
     pub(crate) fn is_reset(&mut self, n: usize) {
-        // That it is the same machine's, on another controller, shows when it gives its memory.
+        // That it belongs to the same machine, on another controller, is known only when it sends
+        // its memory.
         let front = &self.fronts[n];
         let known = |before: &&usize| {
             front.controller == self.fronts[**before].controller || !front.memory.is_empty()

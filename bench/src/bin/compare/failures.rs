@@ -1,4 +1,4 @@
-//! Cases that a server has failed: the rest is measured all the same.
+//! Cases in which a server failed; the other cases are measured all the same.
 
 use std::fmt::Display;
 
@@ -7,7 +7,7 @@ use bench::markdown::Table;
 use bench::servers::{Interrupt, Kind, Spec};
 use serde_json::{Value, json};
 
-/// Characters of a reason that a row has room for.
+/// Characters of a reason that fit into a row.
 const WHY_MAX: usize = 300;
 
 /// A case that could not be measured.
@@ -23,10 +23,10 @@ struct Failure {
 pub(crate) struct Failures(Vec<Failure>);
 
 impl Failures {
-    /// The result of a case, or `None` if `server` has failed it, which is taken down.
+    /// The result of a case, or `None` if `server` failed it; the failure is recorded.
     ///
     /// # Errors
-    /// Somebody wants all of it to end: whatever has failed may have failed for that.
+    /// The run was interrupted: the failure may be due to that.
     pub(crate) fn keep<T>(
         &mut self,
         server: &Spec,
@@ -50,14 +50,14 @@ impl Failures {
         self.0.push(Failure { server: server.clone(), case: case.to_string(), why });
     }
 
-    /// The cases that our own server has failed. Others' failures are findings.
+    /// The cases in which our own server failed. Failures of other servers are findings.
     pub(crate) fn ours(&self) -> Vec<String> {
         let ours = self.0.iter().filter(|failure| failure.server.kind == Kind::Ours);
         ours.map(|failure| format!("{}: {}: {}", failure.server.name, failure.case, failure.why))
             .collect()
     }
 
-    /// A row for each.
+    /// A table row for each failure.
     pub(crate) fn table(&self) -> Table {
         let mut table = Table::new(&["server", "case", "why"]);
         for Failure { server, case, why } in &self.0 {

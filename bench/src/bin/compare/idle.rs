@@ -90,8 +90,7 @@ impl Modes {
 /// Measures every mode of every server.
 ///
 /// # Errors
-/// A server does not start for another reason than an option that it refuses, or somebody wants all of it
-/// to end.
+/// A server does not start for another reason than an option that it refuses, or the run was interrupted.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,

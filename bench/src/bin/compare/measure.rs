@@ -86,7 +86,7 @@ pub(crate) struct Sample {
 #[derive(Clone, Debug)]
 pub(crate) struct Alternation {
     pub(crate) round_trip_ns: f64,
-    /// In the servers' order; `None` of one that has failed.
+    /// In the servers' order; `None` for a server that failed.
     pub(crate) samples: Vec<Option<Sample>>,
 }
 
@@ -137,11 +137,11 @@ impl Measured {
     }
 }
 
-/// Measures `cell` on each server, as often as `options` say. One that fails, or whose run finds errors, is left out
-/// of the runs that follow.
+/// Measures `cell` on each server, as often as `options` say. A server that fails, or whose run finds errors, is left
+/// out of the following runs.
 ///
 /// # Errors
-/// The round trip cannot be measured, or somebody wants all of it to end.
+/// The round trip cannot be measured, or the run was interrupted.
 pub(crate) fn measure(
     fleet: &mut Fleet,
     perf: &Perf,

@@ -46,8 +46,8 @@ impl Neighbours {
 /// Measures it for each server whose controllers can be made by RPC.
 ///
 /// # Errors
-/// A server does not start, or somebody wants all of it to end. One that fails, or refuses that many
-/// connections, is a finding.
+/// A server does not start, or the run was interrupted. A server that fails, or refuses that many connections, is a
+/// finding.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,

@@ -94,7 +94,7 @@ fn slowed(spec: &Spec, dir: &Path) -> Result<Spec> {
     spec.env.push(("LD_PRELOAD".into(), text(&library)?));
     spec.env.push(("SLOW_MUNMAP".into(), text(dir)?));
     if spec.kind == Kind::Ours {
-        // In which the library could not rename its files.
+        // A directory in which the library cannot rename its files.
         spec.args.push("--no-sandbox".into());
     }
     Ok(spec)

@@ -1,4 +1,4 @@
-//! Counting how a disk's I/Os end, for the operator.
+//! Counts how a disk's I/Os end, for the operator.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -24,7 +24,7 @@ impl Device {
         }
     }
 
-    /// Leaves the reason to the control side, which logs it.
+    /// Stores the reason for the control side, which logs it.
     #[cold]
     #[inline(never)]
     fn count_failure(

@@ -317,7 +317,8 @@ impl Core {
         true
     }
 
-    /// Forgets what the device has finished, and what it had no room for: nobody is told.
+    /// Discards what the device has completed, and what it had no room for, without answering the
+    /// guest.
     #[cold]
     pub(super) fn forget_completed(&mut self, queue: &Queue, turn: &mut Turn) -> bool {
         let before = self.inflight;
@@ -332,7 +333,7 @@ impl Core {
         for i in 0..n {
             let Completion { tag, status } = self.done[i];
             if status == Status::Ok {
-                // A failure may only tell of its having been given up.
+                // A failure may only be due to the abandonment.
                 self.count_done(queue, tag.0, turn);
             }
             self.forget(tag.0);
@@ -341,7 +342,7 @@ impl Core {
         self.inflight < before
     }
 
-    /// Frees a slot whose I/O has ended, and lets go of the view that it was submitted under.
+    /// Frees a slot whose I/O has ended, and unpins the view that it was submitted under.
     fn forget(&mut self, index: u16) {
         self.release(index);
         self.unpin(index);
