@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
+use crate::receive;
+
 /// Idle threads that are kept; a further thread ends when it finds no work.
 const IDLE_MAX: usize = 2;
 
@@ -24,9 +26,10 @@ const THREADS_MAX: usize = 1024;
 const STUCK_TICKS: u32 = 2;
 
 /// Fds that one account may have open: twice the call and kick fds of 128 rings, the memory slots
-/// of a guest in messages, and some fds of earlier front ends; and at most one part in
-/// [`ACCOUNTS_PART`] of all fds.
+/// of a guest in messages, and some fds of earlier front ends. A process that may have few fds
+/// gives an account one part in [`ACCOUNTS_PART`] of them, but room for two messages.
 const ACCOUNT_FDS_MAX: usize = 2048;
+const ACCOUNT_FDS_MIN: usize = 2 * receive::FDS_MAX;
 const ACCOUNTS_PART: usize = 4;
 
 /// One part in so many of all foreign fds is reserved for operator accounts.
@@ -145,7 +148,7 @@ impl Account {
         let most = if self.0.operator { most } else { most - most / OPERATORS_PART };
         // Two threads may claim the same room; the fds that are set aside for the process itself
         // absorb that.
-        let of_account = ACCOUNT_FDS_MAX.min(most / ACCOUNTS_PART);
+        let of_account = (most / ACCOUNTS_PART).clamp(ACCOUNT_FDS_MIN, ACCOUNT_FDS_MAX);
         OPEN.load(Ordering::Relaxed) + count <= most && self.open() + count <= of_account
     }
 
