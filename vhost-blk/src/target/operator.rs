@@ -1,5 +1,6 @@
 //! The operator's side of the target: controllers come, go, and are looked at.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bdev::Bdev;
@@ -187,7 +188,15 @@ impl Target {
     #[must_use]
     pub fn controllers(&self) -> Vec<ControllerInfo> {
         let (inner, cores) = (self.lock(), self.cores());
-        inner.controllers.values().map(|c| controller_info(&inner, &cores, c)).collect()
+        // What is left of a deleted controller of the same name shows here too: it is what the
+        // operator has to wait for.
+        let mut sessions: HashMap<&str, Vec<SessionInfo>> = HashMap::new();
+        for connected in inner.connections.values() {
+            let of_name = sessions.entry(&connected.controller_name).or_default();
+            of_name.push(session_info(connected, &cores));
+        }
+        let mut sessions_of = |name: &str| sessions.remove(name).unwrap_or_default();
+        inner.controllers.values().map(|c| controller_info(c, sessions_of(&c.name))).collect()
     }
 
     /// Closed connections that still have I/O in flight, including those of deleted controllers.
@@ -275,11 +284,7 @@ impl Target {
     }
 }
 
-fn controller_info(inner: &Inner, cores: &[Core], controller: &Controller) -> ControllerInfo {
-    // What is left of a deleted controller of the same name shows here too: it is what the
-    // operator has to wait for.
-    let mine = |c: &&Connected| c.controller_name == controller.name;
-    let sessions = inner.connections.values().filter(mine);
+fn controller_info(controller: &Controller, sessions: Vec<SessionInfo>) -> ControllerInfo {
     ControllerInfo {
         name: controller.name.clone(),
         number: controller.number,
@@ -296,7 +301,7 @@ fn controller_info(inner: &Inner, cores: &[Core], controller: &Controller) -> Co
         fds: controller.account.open(),
         fds_closing: controller.account.waiting(),
         fds_stuck: controller.account.is_stuck(),
-        sessions: sessions.map(|c| session_info(c, cores)).collect(),
+        sessions,
     }
 }
 
