@@ -145,7 +145,7 @@ fn the_reason_passes_through_wrappers() {
     let memfd = memfd_create("disk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let file = File::from(memfd);
     file.set_len(DISK_BYTES).unwrap();
-    let vhost = Vhost::start(&[]);
+    let vhost = Vhost::start(&["--no-sandbox"]);
     let params = json!({"name": "Base0", "filename": path_of(&file), "block_size": 512});
     vhost.ok("bdev_aio_create", params);
     let latency = json!({
