@@ -32,6 +32,15 @@ fn system() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
+/// Mount points of the cgroup hierarchies whose limits apply to a new [`Malloc`](crate::Malloc) disk.
+/// A process that restricts which files it can open must leave files beneath them readable.
+#[must_use]
+pub fn control_group_mounts() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let hierarchies = [Version::One, Version::Two].into_iter();
+    hierarchies.filter_map(|version| mount_of(version, &mounts)).map(|mount| mount.point).collect()
+}
+
 /// The least memory that this process's control group or one of its ancestors has left, in either
 /// cgroup version.
 fn control_groups() -> Option<u64> {

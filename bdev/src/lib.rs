@@ -38,6 +38,7 @@ mod file;
 mod delay;
 mod error;
 
+pub use available::control_group_mounts;
 pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};

@@ -58,6 +58,8 @@ pub struct Needs {
     pub config: Option<PathBuf>,
     /// A directory whose existing files the process removes when it ends.
     pub removes_in: Option<PathBuf>,
+    /// Directories whose files the process reads, besides those that every process reads.
+    pub reads_in: Vec<PathBuf>,
     /// Directories of disks; if empty, disks may be anywhere.
     pub disk_dirs: Vec<PathBuf>,
 }

@@ -63,8 +63,6 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     grants.extend(DEVICES.iter().map(|path| (path.into(), DISK)));
     // For the times of log lines; usually a link into /usr.
     grants.push(("/etc/localtime".into(), AccessFs::ReadFile.into()));
-    // A thread's name is set by the thread that starts it, through a file.
-    grants.push(("/proc/self/task".into(), AccessFs::WriteFile.into()));
     grants.push((needs.socket_dir.clone(), listen));
     if let Some(dir) = &needs.private_dir {
         grants.push((dir.clone(), listen | AccessFs::ReadDir));
@@ -74,6 +72,7 @@ fn grants(needs: &Needs) -> Vec<Grant> {
         grants.push((parent(socket), listen | lock));
     }
     grants.extend(needs.config.iter().map(|path| (path.clone(), AccessFs::ReadFile.into())));
+    grants.extend(needs.reads_in.iter().map(|dir| (dir.clone(), read)));
     grants.extend(needs.removes_in.iter().map(|dir| (dir.clone(), AccessFs::RemoveFile.into())));
     grants
 }

@@ -94,7 +94,7 @@ fn on_a_small_file_system() -> Option<File> {
         .unwrap();
     if !mount.status.success() {
         let reason = String::from_utf8_lossy(&mount.stderr);
-        println!("not run: no file system of a limited size: {}", reason.trim());
+        test_report::skipped("mount", &format!("no file system of a limited size: {reason}"));
         return None;
     }
     let file = File::options().create_new(true).read(true).write(true).open(dir.path().join("f"));

@@ -1,13 +1,15 @@
 //! The real `vhost` in a control group with less memory than the system has: a malloc disk that
-//! does not fit is refused, and existing disks are not affected.
+//! does not fit is refused, and existing disks are not affected. With the sandbox,
+//! wherever the cgroups are mounted.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use harness::{Refusal, Vhost};
+use harness::{Launch, Refusal, Vhost};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -63,12 +65,35 @@ fn malloc(vhost: &Vhost, name: &str, mib: u64) -> Result<Value, Refusal> {
     vhost.rpc("bdev_malloc_create", json!({"name": name, "num_blocks": blocks, "block_size": 512}))
 }
 
-fn a_disk_that_does_not_fit_is_refused(group: Result<Group, String>) {
-    let group = match group {
-        Ok(group) => group,
-        Err(reason) => return println!("not run: {reason}"),
-    };
-    let vhost = Vhost::start(&[]);
+/// A hierarchy with a group.
+struct Hierarchy {
+    mounted_at: String,
+    group: Group,
+}
+
+impl Hierarchy {
+    fn version_1() -> Result<Self, String> {
+        let mounted_at = mounted(|line| {
+            let mut words = line.split(' ').skip(2);
+            words.next() == Some("cgroup")
+                && words.next().is_some_and(|options| options.split(',').any(|o| o == "memory"))
+        })?;
+        let own = own_group(|line| line.split(':').nth(1) == Some("memory"))?;
+        let group = Group::new(&mounted_at, &own, "memory.limit_in_bytes")?;
+        Ok(Self { mounted_at, group })
+    }
+
+    fn version_2() -> Result<Self, String> {
+        let mounted_at = mounted(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+        let own = own_group(|line| line.starts_with("0::"))?;
+        let group = Group::new(&mounted_at, &own, "memory.max")?;
+        Ok(Self { mounted_at, group })
+    }
+}
+
+fn a_disk_that_does_not_fit_is_refused(group: &Group, launch: Launch) {
+    let vhost = launch.start();
+    vhost.wait_for_log("sandbox: no new privileges");
     group.take(vhost.pid());
     assert!(malloc(&vhost, "fits", 64).is_ok());
     let refused = Refusal::new(-12, "Cannot allocate memory");
@@ -79,26 +104,33 @@ fn a_disk_that_does_not_fit_is_refused(group: Result<Group, String>) {
     assert_eq!(vhost.stop(), 0);
 }
 
+/// With the hierarchy mounted where it is, and outside /sys, where the sandbox has to allow it.
+fn a_disk_that_does_not_fit_is_refused_in(hierarchy: Result<Hierarchy, String>) {
+    let Hierarchy { mounted_at, group } = match hierarchy {
+        Ok(hierarchy) => hierarchy,
+        Err(reason) => return test_report::skipped("memory-groups", &reason),
+    };
+    a_disk_that_does_not_fit_is_refused(&group, Launch::new());
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    let script = r#"mount --move "$1" "$2" && shift 2 && exec "$@""#;
+    let to = elsewhere.path().to_str().unwrap();
+    let through = ["unshare", "--mount", "sh", "-c", script, "sh", &mounted_at, to];
+    let tried = Command::new(through[0]).args(&through[1..]).arg("true").output();
+    match tried {
+        Ok(output) if output.status.success() => {
+            a_disk_that_does_not_fit_is_refused(&group, Launch::new().through(&through));
+        }
+        tried => test_report::skipped("mount-namespace", &format!("{tried:?}")),
+    }
+}
+
 #[test]
 fn a_disk_that_does_not_fit_is_refused_in_version_1() {
-    let group = || {
-        let root = mounted(|line| {
-            let mut words = line.split(' ').skip(2);
-            words.next() == Some("cgroup")
-                && words.next().is_some_and(|options| options.split(',').any(|o| o == "memory"))
-        })?;
-        let own = own_group(|line| line.split(':').nth(1) == Some("memory"))?;
-        Group::new(&root, &own, "memory.limit_in_bytes")
-    };
-    a_disk_that_does_not_fit_is_refused(group());
+    a_disk_that_does_not_fit_is_refused_in(Hierarchy::version_1());
 }
 
 #[test]
 fn a_disk_that_does_not_fit_is_refused_in_version_2() {
-    let group = || {
-        let root = mounted(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
-        let own = own_group(|line| line.starts_with("0::"))?;
-        Group::new(&root, &own, "memory.max")
-    };
-    a_disk_that_does_not_fit_is_refused(group());
+    a_disk_that_does_not_fit_is_refused_in(Hierarchy::version_2());
 }

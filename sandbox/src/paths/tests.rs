@@ -24,8 +24,8 @@ fn make_dirs(root: &Path, names: &[&str]) {
 fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    make_dirs(dir.path(), &["sockets", "rpc", "runtime/private", "locks", "other"]);
-    for name in ["config", "locks/lock", "other/file", "sockets/file"] {
+    make_dirs(dir.path(), &["sockets", "rpc", "runtime/private", "locks", "groups/own", "other"]);
+    for name in ["config", "locks/lock", "groups/own/limit", "other/file", "sockets/file"] {
         fs::write(at(name), "text").unwrap();
     }
     let outside = UnixListener::bind(at("other/socket")).unwrap();
@@ -35,6 +35,7 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         private_dir: Some(at("runtime/private")),
         config: Some(at("config")),
         removes_in: Some(at("locks")),
+        reads_in: vec![at("groups")],
         disk_dirs: vec![],
     };
     on_thread(|| {
@@ -52,12 +53,18 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         fs::remove_dir_all(at("runtime/private")).unwrap();
         fs::remove_file(at("locks/lock")).unwrap();
         assert_eq!(fs::read(at("config")).unwrap(), b"text");
+        assert_eq!(fs::read(at("groups/own/limit")).unwrap(), b"text");
+        fs::read_dir(at("groups")).unwrap();
         fs::read("/proc/self/status").unwrap();
         fs::write("/dev/null", "text").unwrap();
         let named = std::thread::Builder::new().name("named".into());
         named.spawn(|| ()).unwrap().join().unwrap();
         UnixStream::connect(at("other/socket")).unwrap();
         // What it does not.
+        denied(fs::write(at("groups/own/limit"), ""));
+        // Memory, code included.
+        denied(File::options().write(true).open("/proc/self/mem"));
+        denied(File::options().write(true).open("/proc/thread-self/mem"));
         denied(fs::read(at("other/file")));
         denied(fs::write(at("other/file"), ""));
         denied(fs::read_dir(at("other")));

@@ -17,7 +17,7 @@ use vhost_blk::{Connection, Verdict};
 
 use super::callbacks;
 use super::connection::{DpdkConnection, send_with_fd};
-use super::transport::POLLS;
+use super::transport::{EVENT_THREAD, POLLS};
 
 /// How long an answer may take, on a machine that is busy with something else.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -83,7 +83,7 @@ fn interrupt_event_thread() {
         let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
         let tid = task.file_name().to_str().and_then(|name| name.parse::<c_int>().ok());
         if let (true, Some(tid)) =
-            (name.starts_with("vhost-events") || name.starts_with("dpdk-vhost-evt"), tid)
+            (name.starts_with(EVENT_THREAD) || name.starts_with("dpdk-vhost-evt"), tid)
         {
             // SAFETY: a thread of this process, which never ends.
             unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, libc::SIGURG) };

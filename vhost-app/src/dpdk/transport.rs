@@ -23,6 +23,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{panic, thread};
 
 use closer::{Account, ForeignFd};
 use spdk_sys as sys;
@@ -37,6 +38,9 @@ use super::{interpose, log, self_test};
 /// than epoll.
 pub(super) const POLLS: bool =
     sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
+
+/// The name of rte_vhost's event thread in DPDK releases before 23.11.
+pub(super) const EVENT_THREAD: &str = "vhost-events";
 
 /// The file name of the anchor, and the longest path of its directory's parent with which it fits
 /// into a socket address.
@@ -63,7 +67,7 @@ impl DpdkTransport {
     ) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
         callbacks::begin(target, &path, on_thread)?;
-        register(&path, 0, &Account::new("the start-up self-test"))?;
+        register_first(&path, &Account::new("the start-up self-test"))?;
         let deferral = match self_test::run(&path) {
             Ok(()) => true,
             Err(e) => {
@@ -138,6 +142,17 @@ fn protocol_features() -> u64 {
 
 fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// Registers the first socket, at which rte_vhost starts its event thread. rte_vhost cannot name that
+/// thread under the sandbox, which refuses to write the thread's `comm` file in /proc. But a new
+/// thread inherits the name of the thread that starts it.
+fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
+    thread::scope(|scope| {
+        let starter = thread::Builder::new().name(EVENT_THREAD.into());
+        let registered = starter.spawn_scoped(scope, || register(socket, 0, account))?.join();
+        registered.unwrap_or_else(|payload| panic::resume_unwind(payload))
+    })
 }
 
 /// Registers a socket and starts to listen.

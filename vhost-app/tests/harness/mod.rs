@@ -49,6 +49,8 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// How a `vhost` is to be started.
 pub(crate) struct Launch {
     dir: TempDir,
+    /// A program that starts it, with arguments.
+    through: Vec<String>,
     mask: Option<String>,
     core_locks: bool,
     args: Vec<String>,
@@ -81,7 +83,14 @@ impl Launch {
     /// With the harness's defaults.
     pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("vh").tempdir().unwrap();
-        Self { dir, mask: None, core_locks: false, args: vec![], environment: vec![] }
+        let (through, args, environment) = (vec![], vec![], vec![]);
+        Self { dir, through, mask: None, core_locks: false, args, environment }
+    }
+
+    /// Starts it through `program`, which must `exec` the command line after its own arguments.
+    pub(crate) fn through(mut self, program: &[&str]) -> Self {
+        self.through = program.iter().map(|&word| word.to_owned()).collect();
+        self
     }
 
     /// Adds arguments.
@@ -125,7 +134,10 @@ impl Launch {
     fn command(&self) -> Command {
         let dir = self.dir.path();
         let log = File::create(dir.join("vhost.log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost"));
+        let mut words =
+            self.through.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_vhost")]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words);
         command.current_dir(dir).stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);
         command.arg("-r").arg(dir.join("rpc.sock")).arg("-S").arg(dir);
