@@ -20,7 +20,13 @@ pub(crate) fn no_new_privileges() -> std::io::Result<()> {
 /// The capabilities that the main process keeps, of those that it has: it makes sockets in
 /// directories of other users. Landlock limits which directories.
 pub(crate) fn of_process() -> Vec<Capability> {
-    let mut kept = vec![Capability::CAP_DAC_OVERRIDE];
+    [vec![Capability::CAP_DAC_OVERRIDE], of_workers()].concat()
+}
+
+/// The capabilities that workers keep: they make io_urings and open no files.
+pub(crate) fn of_workers() -> Vec<Capability> {
+    // Without it, the kernel counts the memory of io_urings against RLIMIT_MEMLOCK.
+    let mut kept = vec![Capability::CAP_IPC_LOCK];
     // 1: only with CAP_SYS_ADMIN, or in a certain group. Without io_uring there would be no disk.
     let restricted = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     if restricted.is_ok_and(|text| text.trim() == "1") {
@@ -50,8 +56,8 @@ pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
     Ok(kept.iter().copied().filter(|cap| left.contains(cap)).collect())
 }
 
-/// Kernels before 5.12 count the memory of io_urings as locked, unless the thread has CAP_IPC_LOCK:
-/// removes the limit while that is allowed.
+/// Removes the limit on locked memory while that is allowed: the kernel counts the memory of io_urings
+/// as locked, unless the thread has CAP_IPC_LOCK, which containers often lack.
 pub(crate) fn raise_locked_memory_limit() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the kernel reads the structure. If it is refused, the limit stays as it is.

@@ -41,7 +41,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use caps::Capability;
 use filters::Programs;
+use paths::Entered;
 
 pub use opener::Opener;
 
@@ -80,6 +82,7 @@ pub enum Thread {
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     programs: Option<Arc<Programs>>,
+    of_workers: Vec<Capability>,
     opener: Opener,
     in_effect: Vec<String>,
     missing: Vec<String>,
@@ -95,8 +98,14 @@ impl Sandbox {
     /// No sandbox.
     #[must_use]
     pub fn none() -> Self {
-        let opener = Opener::in_process();
-        Self { programs: None, opener, in_effect: vec![], missing: vec![], absent: vec![] }
+        Self {
+            programs: None,
+            of_workers: vec![],
+            opener: Opener::in_process(),
+            in_effect: vec![],
+            missing: vec![],
+            absent: vec![],
+        }
     }
 
     /// Opens the files of disks.
@@ -127,13 +136,13 @@ impl Sandbox {
     /// ignored: the kernel has refused the same at the start, and [`Sandbox::missing`] lists it.
     pub fn narrow(&self, thread: Thread) {
         let Some(programs) = &self.programs else { return };
-        let program = match thread {
-            Thread::Control => &programs.no_code,
-            Thread::Worker => &programs.worker,
-            Thread::Reactor => &programs.reactor,
+        let (program, kept) = match thread {
+            Thread::Control => (&programs.no_code, None),
+            Thread::Worker => (&programs.worker, Some(&self.of_workers[..])),
+            Thread::Reactor => (&programs.reactor, Some(&[][..])),
         };
-        if thread != Thread::Control {
-            let _ = capabilities::keep(&[]);
+        if let Some(kept) = kept {
+            let _ = capabilities::keep(kept);
         }
         let _ = filters::install(program);
     }
@@ -149,7 +158,8 @@ pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
     let programs = Programs::compile().map_err(|e| Error(format!("system call filters: {e}")))?;
     let (opener, pid) = opener::fork(&programs, &needs.disk_dirs).map_err(Error)?;
-    let mut sandbox = Sandbox { opener, ..Sandbox::none() };
+    let of_workers = capabilities::of_workers();
+    let mut sandbox = Sandbox { opener, of_workers, ..Sandbox::none() };
     sandbox.note("no new privileges", capabilities::no_new_privileges());
     match capabilities::keep(&capabilities::of_process()) {
         Ok(kept) if kept.is_empty() => sandbox.in_effect.push("no capabilities".into()),
@@ -160,8 +170,9 @@ pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
         Err(e) => sandbox.missing.push(format!("capabilities: {e}")),
     }
     match paths::enter(needs) {
-        Ok(absent) => {
+        Ok(Entered { absent, lacking }) => {
             sandbox.in_effect.push("Landlock".into());
+            sandbox.missing.extend(lacking);
             sandbox.absent = absent.into_iter().filter(|path| needs.names(path)).collect();
         }
         Err(e) => sandbox.missing.push(format!("Landlock: {e}")),

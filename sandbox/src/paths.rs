@@ -30,11 +30,28 @@ const DEVICES: &[&str] = &["/dev/null", "/dev/zero", "/dev/urandom", "/dev/rando
 /// A path, and the rights on it and everything beneath it.
 type Grant = (PathBuf, BitFlags<AccessFs>);
 
-/// Enters the domain of the main process. Returns the paths to be granted that do not exist.
+/// The domain that was entered.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    /// The paths to be granted that do not exist.
+    pub(crate) absent: Vec<PathBuf>,
+    /// What the kernel cannot restrict.
+    pub(crate) lacking: Option<String>,
+}
+
+/// What later Landlock versions restrict in addition to the first.
+const ADDED: &[(ABI, &str)] = &[
+    (ABI::V3, "truncation"),
+    (ABI::V4, "TCP"),
+    (ABI::V5, "ioctl on devices"),
+    (ABI::V6, "signals and abstract sockets"),
+];
+
+/// Enters the domain of the main process.
 ///
 /// # Errors
 /// The reason, if the kernel lacks Landlock or refuses.
-pub(crate) fn enter(needs: &Needs) -> Result<Vec<PathBuf>, String> {
+pub(crate) fn enter(needs: &Needs) -> Result<Entered, String> {
     restrict(AccessFs::from_all(ABI_TRIED), &grants(needs))
 }
 
@@ -49,7 +66,7 @@ pub(crate) fn enter_opener(dirs: &[PathBuf]) -> Result<(), String> {
         return restrict(all & !DISK, &[]).map(drop);
     }
     let grants: Vec<Grant> = dirs.iter().map(|dir| (dir.clone(), DISK)).collect();
-    match restrict(all, &grants)?.first() {
+    match restrict(all, &grants)?.absent.first() {
         Some(missing) => Err(format!("{} does not exist", missing.display())),
         None => Ok(()),
     }
@@ -84,11 +101,10 @@ fn parent(path: &Path) -> PathBuf {
     }
 }
 
-/// Refuses the rights in `handled` except where granted. Returns the granted paths that do not
-/// exist.
-fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf>, String> {
+/// Refuses the rights in `handled` except where granted.
+fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Entered, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let mut missing = vec![];
+    let mut absent = vec![];
     let mut ruleset = Ruleset::default()
         .handle_access(handled)
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(ABI_TRIED)))
@@ -98,7 +114,7 @@ fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf
         .set_compatibility(landlock::CompatLevel::BestEffort);
     for (path, access) in grants {
         let Ok(fd) = PathFd::new(path) else {
-            missing.push(path.clone());
+            absent.push(path.clone());
             continue;
         };
         // For a file, only the rights that apply to files. A path on no file system, as a pipe's,
@@ -111,10 +127,23 @@ fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Vec<PathBuf
         }
     }
     let status = ruleset.restrict_self().map_err(|e| text(&e))?;
-    if status.ruleset == RulesetStatus::NotEnforced {
-        return Err("the kernel has no Landlock, or it is turned off".into());
+    Ok(Entered { absent, lacking: lacking(status.ruleset, status.landlock.into())? })
+}
+
+/// What a kernel with this Landlock version cannot restrict.
+fn lacking(status: RulesetStatus, abi: ABI) -> Result<Option<String>, String> {
+    match status {
+        RulesetStatus::FullyEnforced => Ok(None),
+        RulesetStatus::PartiallyEnforced => {
+            let later = ADDED.iter().filter(|(added_by, _)| *added_by > abi);
+            let names: Vec<&str> = later.map(|(_, name)| *name).collect();
+            let (has, wanted, names) = (abi as i32, ABI_TRIED as i32, names.join(", "));
+            Ok(Some(format!(
+                "the kernel has Landlock {has}, not {wanted}, and does not restrict: {names}"
+            )))
+        }
+        RulesetStatus::NotEnforced => Err("the kernel has no Landlock, or it is turned off".into()),
     }
-    Ok(missing)
 }
 
 #[cfg(test)]

@@ -272,17 +272,26 @@ pub(super) const NEW_CODE: &[Call] =
 
 const EXECUTABLE: &[Check] = &[Masked(2, PROT_EXEC as u32, PROT_EXEC as u32)];
 
-/// Calls refused to threads that serve front ends, unmap or close: making sockets, creating and
-/// removing files, signals, other process settings.
+/// Calls refused to threads that serve front ends, reclaim or unmap: making sockets other than pairs,
+/// connecting, creating, renaming and removing files, signals, other process settings.
 pub(super) const NOT_A_WORKERS: &[Call] = &[
     (SYS_socket, ANY),
     (SYS_bind, ANY),
     (SYS_listen, ANY),
     (SYS_connect, ANY),
+    (SYS_openat, &[MAKES_FILE_AT, MAKES_UNNAMED_FILE_AT]),
+    // Its flags are in memory.
+    (SYS_openat2, ANY),
     (SYS_unlinkat, ANY),
     (SYS_mkdirat, ANY),
+    (SYS_renameat, ANY),
+    (SYS_renameat2, ANY),
     (SYS_kill, ANY),
     (SYS_umask, ANY),
+    #[cfg(target_arch = "x86_64")]
+    (SYS_open, &[MAKES_FILE, MAKES_UNNAMED_FILE]),
+    #[cfg(target_arch = "x86_64")]
+    (SYS_rename, ANY),
     #[cfg(target_arch = "x86_64")]
     (SYS_unlink, ANY),
     #[cfg(target_arch = "x86_64")]
@@ -290,6 +299,17 @@ pub(super) const NOT_A_WORKERS: &[Call] = &[
     #[cfg(target_arch = "x86_64")]
     (SYS_rmdir, ANY),
 ];
+
+const CREAT: u32 = O_CREAT as u32;
+/// `O_TMPFILE` includes `O_DIRECTORY`, which opens nothing new by itself.
+const TMPFILE: u32 = (O_TMPFILE & !O_DIRECTORY) as u32;
+
+const MAKES_FILE_AT: Check = Masked(2, CREAT, CREAT);
+const MAKES_UNNAMED_FILE_AT: Check = Masked(2, TMPFILE, TMPFILE);
+#[cfg(target_arch = "x86_64")]
+const MAKES_FILE: Check = Masked(1, CREAT, CREAT);
+#[cfg(target_arch = "x86_64")]
+const MAKES_UNNAMED_FILE: Check = Masked(1, TMPFILE, TMPFILE);
 
 /// Calls that no library has a reason to make: other programs, processes or identities, kernel
 /// code, and changes of mounts.

@@ -142,12 +142,24 @@ fn no_thread_makes_memory_executable() {
 }
 
 #[test]
-fn workers_make_no_sockets_remove_no_files_and_send_no_signals() {
+fn workers_make_no_sockets_move_no_files_and_send_no_signals() {
     let programs = Programs::compile().unwrap();
     let no_fd = u64::MAX;
     with(&worker(&programs), || {
         for (number, _) in calls::NOT_A_WORKERS {
             assert!(refused(*number, [no_fd; 4]), "{number}");
+        }
+        let here = libc::AT_FDCWD as u64;
+        let makes_files =
+            [libc::O_CREAT, libc::O_CREAT | libc::O_RDWR | libc::O_EXCL, libc::O_TMPFILE];
+        for flags in makes_files.map(|flags| flags as u64) {
+            assert!(refused(libc::SYS_openat, [here, 0, flags, 0]), "{flags:#o}");
+            #[cfg(target_arch = "x86_64")]
+            assert!(refused(libc::SYS_open, [0, flags, 0, 0]), "{flags:#o}");
+        }
+        // The path is no memory.
+        for flags in [libc::O_RDWR, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC] {
+            assert_eq!(errno(libc::SYS_openat, [here, 0, flags as u64, 0]), libc::EFAULT);
         }
         assert!(std::os::unix::net::UnixStream::connect("/nowhere").is_err());
         assert_eq!(errno(libc::SYS_accept4, [no_fd, 0, 0, 0]), libc::EBADF);

@@ -39,7 +39,7 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         disk_dirs: vec![],
     };
     on_thread(|| {
-        let absent = enter(&needs).expect("this kernel has Landlock");
+        let Entered { absent, .. } = enter(&needs).expect("this kernel has Landlock");
         assert!(absent.iter().all(|path| READ.contains(&path.to_str().unwrap())), "{absent:?}");
         // What it needs.
         drop(UnixListener::bind(at("sockets/vhost.0")).unwrap());
@@ -82,6 +82,21 @@ fn the_process_makes_sockets_where_they_belong_and_reaches_no_other_file() {
         denied(TcpStream::connect("127.0.0.1:1"));
     });
     drop(outside);
+}
+
+#[test]
+fn what_an_older_kernel_does_not_restrict_is_named() {
+    use RulesetStatus::{FullyEnforced, NotEnforced, PartiallyEnforced};
+    assert_eq!(lacking(FullyEnforced, ABI_TRIED), Ok(None));
+    for (abi, names) in [
+        (ABI::V1, "1, not 6, and does not restrict: truncation, TCP, ioctl on devices, signals"),
+        (ABI::V4, "4, not 6, and does not restrict: ioctl on devices, signals and abstract"),
+        (ABI::V5, "5, not 6, and does not restrict: signals and abstract sockets"),
+    ] {
+        let text = lacking(PartiallyEnforced, abi).unwrap().unwrap();
+        assert!(text.contains(names), "{text}");
+    }
+    assert!(lacking(NotEnforced, ABI::Unsupported).is_err());
 }
 
 #[test]
