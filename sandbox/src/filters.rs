@@ -28,8 +28,6 @@ pub(crate) struct Programs {
     /// For threads that need no new sockets and no files by name.
     pub(crate) worker: BpfProgram,
     pub(crate) reactor: BpfProgram,
-    /// For the process that opens disks.
-    pub(crate) opener: Vec<BpfProgram>,
 }
 
 impl Programs {
@@ -39,18 +37,27 @@ impl Programs {
     /// # Errors
     /// seccompiler does not support this processor.
     pub(crate) fn compile() -> Result<Self, BackendError> {
-        let no_clone3 = || answer(&[calls::CLONE3], libc::ENOSYS);
-        let intruder = || kill(calls::INTRUDER);
         let process = allow(&[calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL])?;
-        let opener = allow(&[calls::LIBC, calls::THREADS, calls::OPENER])?;
         Ok(Self {
-            process: vec![no_clone3()?, intruder()?, process],
+            process: vec![no_clone3()?, kill(calls::INTRUDER)?, process],
             no_code: answer(calls::NEW_CODE, libc::EPERM)?,
             worker: answer(calls::NOT_A_WORKERS, libc::EPERM)?,
             reactor: allow(&[calls::LIBC, calls::REACTOR])?,
-            opener: vec![no_clone3()?, intruder()?, answer(calls::NEW_CODE, libc::EPERM)?, opener],
         })
     }
+}
+
+/// Compiles the filters of the process that opens disks, which must be the calling process.
+///
+/// # Errors
+/// As [`Programs::compile`].
+pub(crate) fn of_opener() -> Result<Vec<BpfProgram>, BackendError> {
+    let opener = allow(&[calls::LIBC, calls::THREADS, calls::OPENER])?;
+    Ok(vec![no_clone3()?, kill(calls::INTRUDER)?, answer(calls::NEW_CODE, libc::EPERM)?, opener])
+}
+
+fn no_clone3() -> Result<BpfProgram, BackendError> {
+    answer(&[calls::CLONE3], libc::ENOSYS)
 }
 
 fn allow(lists: &[&[Call]]) -> Result<BpfProgram, BackendError> {

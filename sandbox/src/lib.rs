@@ -157,7 +157,7 @@ impl Sandbox {
 pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
     let programs = Programs::compile().map_err(|e| Error(format!("system call filters: {e}")))?;
-    let (opener, pid) = opener::fork(&programs, &needs.disk_dirs).map_err(Error)?;
+    let (opener, pid) = opener::fork(&needs.disk_dirs).map_err(Error)?;
     let of_workers = capabilities::of_workers();
     let mut sandbox = Sandbox { opener, of_workers, ..Sandbox::none() };
     sandbox.note("no new privileges", capabilities::no_new_privileges());

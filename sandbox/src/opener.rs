@@ -6,9 +6,9 @@
 //! none waits for another. Each is served by a thread, as opening can block for ever (a FUSE file
 //! system whose server hangs), and there are at most [`OPENS_MAX`] of them.
 //!
-//! It ends with the main process, however that ends: its socket reaches end of file, and the kernel
-//! sends it SIGKILL. It ignores signals that are sent to both (Ctrl-C, a service manager), since
-//! requests may be in progress.
+//! It ends with the main process, however that ends, as its socket then reaches end of file.
+//! (PR_SET_PDEATHSIG would not work: the main process's Landlock domain stops the signal.) It ignores
+//! signals that are sent to both (Ctrl-C, a service manager), since requests may be in progress.
 #![expect(unsafe_code, reason = "fork and what comes after it")]
 
 use std::fs::File;
@@ -26,8 +26,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
-use crate::filters::{self, Programs};
-use crate::{capabilities, paths};
+use crate::{capabilities, filters, paths};
 
 /// Limit on requests in progress, and so on threads; further ones are refused while that many hang.
 const OPENS_MAX: usize = 64;
@@ -38,8 +37,10 @@ const REQUEST_MAX: usize = 1 + libc::PATH_MAX as usize;
 /// Stack of a thread that opens, which calls little.
 const STACK_BYTES: usize = 64 << 10;
 
-/// A code that is no errno: neither a file nor a block device. Code 0 comes with the fd.
+/// Codes that are no errno; code 0 comes with the fd. This one: neither a file nor a block device.
 const NOT_A_DISK: i32 = -1;
+/// [`OPENS_MAX`] requests are in progress.
+const TOO_MANY: i32 = -2;
 
 /// Opens the files of disks.
 #[derive(Clone, Debug)]
@@ -63,13 +64,14 @@ impl Opener {
             return Err(system(io::Error::from_raw_os_error(libc::ENAMETOOLONG)));
         }
         let (code, file) = ask(socket.as_fd(), path, readonly).map_err(|e| {
-            let source = io::Error::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EIO));
-            let what = "the process that opens disks is gone; restart vhost to add disks";
-            bdev::Error::System { what: format!("{}: {what}", path.display()), source }
+            let what = format!("{}: {}", path.display(), e.text());
+            bdev::Error::System { what, source: e.source() }
         })?;
         match (code, file) {
             (0, Some(file)) => Ok(file.into()),
-            (libc::EBUSY, _) => {
+            // The kernel drops an fd if the receiving process has reached its limit.
+            (0, None) => Err(system(io::Error::from_raw_os_error(libc::EMFILE))),
+            (TOO_MANY, _) => {
                 let text = format!("{}: {OPENS_MAX} other opens are blocked", path.display());
                 Err(bdev::Error::Busy(text))
             }
@@ -79,19 +81,58 @@ impl Opener {
     }
 }
 
+/// Why a request has no answer.
+#[derive(Debug)]
+enum Unanswered {
+    /// The process that opens disks has ended.
+    Gone(io::Error),
+    /// The request could not be sent.
+    NotSent(io::Error),
+    /// The process that opens disks has dropped it: it could not start a thread or receive the fd,
+    /// or has ended.
+    Dropped,
+}
+
+impl Unanswered {
+    fn text(&self) -> &'static str {
+        match self {
+            Self::Gone(_) => "the process that opens disks is gone; restart vhost to add disks",
+            Self::NotSent(_) => "cannot ask the process that opens disks",
+            Self::Dropped => {
+                "no answer from the process that opens disks; try again, and if that fails, \
+                 restart vhost to add disks"
+            }
+        }
+    }
+
+    fn source(self) -> io::Error {
+        let errno = match self {
+            Self::Gone(e) | Self::NotSent(e) => e.raw_os_error().unwrap_or(libc::EIO),
+            Self::Dropped => libc::ECONNRESET,
+        };
+        io::Error::from_raw_os_error(errno)
+    }
+}
+
 /// Sends a request and waits for its answer.
-fn ask(socket: BorrowedFd<'_>, path: &Path, readonly: bool) -> io::Result<(i32, Option<OwnedFd>)> {
-    let (answers, theirs) = pair()?;
+fn ask(
+    socket: BorrowedFd<'_>,
+    path: &Path,
+    readonly: bool,
+) -> Result<(i32, Option<OwnedFd>), Unanswered> {
+    let (answers, theirs) = pair().map_err(Unanswered::NotSent)?;
     let request = [&[u8::from(readonly)], path.as_os_str().as_bytes()].concat();
-    send(socket, &request, Some(theirs.as_fd()))?;
+    send(socket, &request, Some(theirs.as_fd())).map_err(|e| match e.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Unanswered::Gone(e),
+        _ => Unanswered::NotSent(e),
+    })?;
     // Otherwise `receive` would never see the end of the answers.
     drop(theirs);
     let mut code = [0; 4];
-    let (len, file) = receive(answers.as_fd(), &mut code)?;
-    if len != code.len() {
-        return Err(io::Error::from_raw_os_error(libc::ECONNRESET));
+    match receive(answers.as_fd(), &mut code) {
+        Ok((len, file)) if len == code.len() => Ok((i32::from_ne_bytes(code), file)),
+        _ => Err(Unanswered::Dropped),
     }
-    Ok((i32::from_ne_bytes(code), file))
 }
 
 /// Forks the process that opens disks; `dirs` as in [`crate::Needs`]. Returns its handle and its
@@ -101,10 +142,9 @@ fn ask(socket: BorrowedFd<'_>, path: &Path, readonly: bool) -> io::Result<(i32, 
 ///
 /// # Errors
 /// The reason: it cannot be started, or not restricted.
-pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32), String> {
+pub(crate) fn fork(dirs: &[PathBuf]) -> Result<(Opener, u32), String> {
     let text = |e: io::Error| format!("cannot start the process that opens disks: {e}");
     let (ours, theirs) = pair().map_err(text)?;
-    let parent = std::process::id();
     // SAFETY: there is one thread, as the caller says, so that no lock is held in the new process.
     let pid = unsafe { libc::fork() };
     if pid < 0 {
@@ -112,7 +152,7 @@ pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32
     }
     if pid == 0 {
         drop(ours);
-        serve_or_tell(&theirs, parent, programs, dirs);
+        serve_or_tell(&theirs, dirs);
         // SAFETY: ends the process at once, without the exit handlers of its parent.
         unsafe { libc::_exit(0) };
     }
@@ -128,9 +168,9 @@ pub(crate) fn fork(programs: &Programs, dirs: &[PathBuf]) -> Result<(Opener, u32
 }
 
 /// The main function of the process that opens disks.
-fn serve_or_tell(socket: &OwnedFd, parent: u32, programs: &Programs, dirs: &[PathBuf]) {
-    let Ok(socket) = detach(socket.as_raw_fd(), parent) else { return };
-    match give_up(programs, dirs) {
+fn serve_or_tell(socket: &OwnedFd, dirs: &[PathBuf]) {
+    let Ok(socket) = detach(socket.as_raw_fd()) else { return };
+    match give_up(dirs) {
         Ok(()) => {
             if send(socket.as_fd(), &[0], None).is_ok() {
                 serve(&socket);
@@ -142,16 +182,10 @@ fn serve_or_tell(socket: &OwnedFd, parent: u32, programs: &Programs, dirs: &[Pat
     }
 }
 
-/// Detaches the new process from its parent's fds and signals, and makes it end with its parent.
-fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
+/// Detaches the new process from its parent's fds and signals.
+fn detach(socket: i32) -> io::Result<OwnedFd> {
     const SOCKET: i32 = 3;
     let check = |rc: i32| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
-    // SAFETY: asks for a signal at the parent's end.
-    check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
-    // SAFETY: a query. The parent may have ended before the request above.
-    if unsafe { libc::getppid() }.unsigned_abs() != parent {
-        return Err(io::ErrorKind::NotConnected.into());
-    }
     // SAFETY: a name that outlives the call.
     check(unsafe { libc::prctl(libc::PR_SET_NAME, c"vhost-open".as_ptr()) })?;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -178,14 +212,16 @@ fn detach(socket: i32, parent: u32) -> io::Result<OwnedFd> {
 
 /// Restricts this process to what opening needs. The parent finds out by itself what the kernel
 /// lacks, and reports it.
-fn give_up(programs: &Programs, dirs: &[PathBuf]) -> Result<(), String> {
+fn give_up(dirs: &[PathBuf]) -> Result<(), String> {
+    // Compiled here, as filters contain the process's id.
+    let programs = filters::of_opener().map_err(|e| format!("system call filters: {e}"))?;
     let _ = capabilities::no_new_privileges();
     let _ = capabilities::keep(capabilities::OF_OPENER);
     match paths::enter_opener(dirs) {
         Err(reason) if !dirs.is_empty() => return Err(format!("--disk-dir: {reason}")),
         _ => {}
     }
-    let _ = filters::install_all(&programs.opener);
+    let _ = filters::install_all(&programs);
     Ok(())
 }
 
@@ -201,7 +237,7 @@ fn serve(socket: &OwnedFd) {
             (*how != 0, PathBuf::from(std::ffi::OsString::from_vec(path.into())));
         // Relaxed: only this thread adds, and a count that is too high for a moment does no harm.
         if under_way.load(Ordering::Relaxed) >= OPENS_MAX {
-            answer(&answers, libc::EBUSY, None);
+            answer(&answers, TOO_MANY, None);
             continue;
         }
         under_way.fetch_add(1, Ordering::Relaxed);
@@ -216,8 +252,7 @@ fn serve(socket: &OwnedFd) {
                 Err(_) => answer(&answers, NOT_A_DISK, None),
             }
         };
-        // If no thread can be started, the answer's socket is closed, which the client takes as an
-        // answer.
+        // If no thread can be started, the answer's socket is closed without an answer.
         let _ = thread::Builder::new().stack_size(STACK_BYTES).spawn(open);
     }
 }

@@ -14,7 +14,7 @@ use std::fs;
 use harness::{Launch, Vhost, wait_until};
 use isolation::Form;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 
 /// CAP_DAC_OVERRIDE.
@@ -192,6 +192,18 @@ fn no_end_leaves_a_process_behind() {
         vhost.wait();
         wait_for_end(&pidfd);
     }
+}
+
+#[test]
+fn the_process_that_opens_disks_ends_though_it_was_stopped() {
+    let mut vhost = Vhost::start(&[]);
+    let pid = opener(&vhost).unwrap();
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    vhost.signal("KILL");
+    vhost.wait();
+    pidfd_send_signal(&pidfd, Signal::CONT).unwrap();
+    wait_for_end(&pidfd);
 }
 
 #[test]

@@ -14,7 +14,7 @@ impl Helper {
     /// The test harness has a thread besides this one. It holds no lock that the new process needs,
     /// as it waits for this one.
     fn start(dirs: &[PathBuf]) -> Self {
-        let (opener, pid) = fork(&Programs::compile().unwrap(), dirs).unwrap();
+        let (opener, pid) = fork(dirs).unwrap();
         Self { opener, pid: pid as i32 }
     }
 
@@ -96,8 +96,7 @@ fn with_directories_nothing_outside_is_opened() {
     for path in [&secret, &link, &inside.join("../out/secret")] {
         assert_eq!(errno(helper.opener.open(path, true)), libc::EACCES, "{}", path.display());
     }
-    let programs = Programs::compile().unwrap();
-    let refusal = fork(&programs, &[inside, dir.path().join("none")]).unwrap_err();
+    let refusal = fork(&[inside, dir.path().join("none")]).unwrap_err();
     assert!(refusal.contains("--disk-dir") && refusal.contains("none"), "{refusal}");
 }
 
@@ -122,6 +121,32 @@ fn when_it_is_gone_whoever_asks_is_told() {
     assert_eq!(helper.wait(), Some(libc::SIGKILL));
     let e = helper.opener.open(&path, false).unwrap_err();
     assert!(e.to_string().contains("restart vhost to add disks"), "{e}");
+}
+
+/// The error of an `open` whose request a thread takes, which passes its socket to `answers`.
+fn error_of(answers: impl FnOnce(Option<OwnedFd>) + Send) -> bdev::Error {
+    let (ours, theirs) = pair().unwrap();
+    let opener = Opener(Some(Arc::new(ours)));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut request = [0; REQUEST_MAX];
+            answers(receive(theirs.as_fd(), &mut request).unwrap().1);
+        });
+        opener.open(Path::new("/disk"), false).unwrap_err()
+    })
+}
+
+#[test]
+fn a_lost_answer_is_not_taken_for_the_end_of_the_process() {
+    let e = error_of(drop);
+    assert_eq!(e.errno(), libc::ECONNRESET);
+    let text = e.to_string();
+    assert!(text.contains("no answer") && !text.contains("gone"), "{text}");
+    let e = error_of(|socket| answer(&socket.unwrap(), 0, None));
+    assert_eq!(e.errno(), libc::EMFILE, "{e}");
+    // open(2) itself may say so.
+    let e = error_of(|socket| answer(&socket.unwrap(), libc::EBUSY, None));
+    assert!(matches!(e, bdev::Error::System { .. }) && e.errno() == libc::EBUSY, "{e}");
 }
 
 /// A lease makes `open` in other processes block until it is given back.
