@@ -10,20 +10,26 @@
 //! # Restrictions
 //! | | all threads | some threads |
 //! |---|---|---|
-//! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE is kept (and CAP_SYS_ADMIN, see below) | reactors and workers keep none |
-//! | Landlock | refuses files by name except in `-S`, the RPC socket's directory, `/proc`, `/sys` and library directories; TCP; abstract sockets of, and signals to, other processes | |
-//! | seccomp | refuses all calls that are not on a list; calls about other programs, processes, namespaces and identities end the process | further filters, see [`Thread`] |
-//! | io_uring | | those of reactors are restricted to I/O on one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
+//! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE and those for io_uring (see below) are kept | workers keep only those for io_uring, reactors none |
+//! | Landlock | refuses files by name except those of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; as far as the kernel can, also TCP, and abstract sockets of, and signals to, other processes | |
+//! | seccomp | refuses all calls that are not on a list, and `socket` except for Unix sockets; calls about other programs, processes, namespaces and identities end the process | further filters, see [`Thread`] |
+//! | io_uring | | from kernel 5.10 on, those of reactors are restricted to I/O on one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
 //! - Disks may be anywhere, so a separate process opens them and sends the fd ([`Opener`]). It gets
 //!   a path and returns only regular files and block devices; with `--disk-dir`, only those beneath
 //!   the given directories. Without `--disk-dir` it does not protect the files of the host, but an
 //!   attacker still cannot run programs or create files, and reaches less of the kernel.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
-//!   it to the granted paths. Where `kernel.io_uring_disabled` is 1,
-//!   CAP_SYS_ADMIN is kept too, as io_uring is refused without it.
-//! - seccomp sees system calls, not what is submitted to an io_uring. Landlock and capabilities
-//!   apply to both, and a reactor can create no io_uring and use only restricted ones.
+//!   it to the granted paths.
+//! - Creating an io_uring needs CAP_IPC_LOCK, without which its memory counts against
+//!   RLIMIT_MEMLOCK, and CAP_SYS_ADMIN, which is dropped unless `kernel.io_uring_disabled` is 1 when
+//!   the process starts. Workers create those of disks and of calls to guests.
+//! - seccomp sees system calls, not what is submitted to an io_uring. An attacker on any thread but
+//!   a reactor can create an io_uring and do through it what the filters refuse, such as sending
+//!   UDP or, on a worker, removing files: only Landlock and capabilities apply there. A reactor can
+//!   create no io_uring and use only restricted ones.
+//! - Landlock restricts neither UDP nor connecting to Unix sockets by path.
+//! - A thread that closes fds (`vhost-close`) has the restrictions of the thread that started it.
 //! - A call that is on no list fails with EPERM, as a library may try something new and fall back;
 //!   ending the process would take all disks down. Calls that no library tries do end it.
 //! - The lists include what EAL's start needs, since it starts threads that stay.
@@ -71,10 +77,11 @@ pub struct Needs {
 pub enum Thread {
     /// All that start after EAL's: no new executable memory.
     Control,
-    /// Serves front ends, unmaps, closes: makes no sockets, creates and removes no files, sends no
-    /// signals, has no capabilities.
+    /// Serves front ends, reclaims and unmaps: creates no sockets but pairs, connects to none,
+    /// creates, renames and removes no files, does not call `kill`, has no capabilities but those
+    /// for creating io_urings.
     Worker,
-    /// Serves queues: submits to io_urings, writes to eventfds, sleeps.
+    /// Serves queues: submits to io_urings, writes to eventfds, sleeps, has no capabilities.
     Reactor,
 }
 

@@ -3,7 +3,8 @@
 //! A Landlock domain covers the thread that enters it and the threads that it starts, so it is
 //! entered while there is one thread. It restricts opening: files that are already open, and fds
 //! that others send, keep their rights. TCP is refused, and so are abstract sockets of, and signals
-//! to, processes outside of the domain, as far as the kernel can.
+//! to, processes outside of the domain, as far as the kernel can. UDP, and connecting to
+//! Unix sockets by path, are not restricted.
 
 use std::path::{Path, PathBuf};
 
