@@ -9,13 +9,14 @@
 //!    packed kind, [`any_queue`] for whichever it is.
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
-//! 6. [`load`]: a thread that keeps queues busy and checks every block it reads.
-//! 7. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
-//! 8. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
-//! 9. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
-//! 10. [`crash`]: a server that is killed again and again, and a guest that goes on with the next.
-//! 11. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
-//! 12. [`publish`]: what a measuring program shows while it works, and leaves behind.
+//! 6. [`lingering`]: a socket to send whose close hangs.
+//! 7. [`load`]: a thread that keeps queues busy and checks every block it reads.
+//! 8. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
+//! 9. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
+//! 10. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
+//! 11. [`crash`]: a server that is killed again and again, and a guest that goes on with the next.
+//! 12. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
+//! 13. [`publish`]: what a measuring program shows while it works, and leaves behind.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -39,6 +40,7 @@ pub mod error;
 pub mod event;
 pub mod front_end;
 pub mod guest;
+pub mod lingering;
 pub mod load;
 pub mod markdown;
 pub mod packed;
@@ -58,6 +60,7 @@ pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};
 pub use guest::{Backing, GuestRam, Segment};
+pub use lingering::Lingering;
 pub use load::{Idle, Load, LoadOptions, Summary};
 pub use packed::PackedQueue;
 pub use raw::RawConnection;

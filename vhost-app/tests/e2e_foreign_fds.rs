@@ -6,7 +6,6 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
-mod lingering;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -15,9 +14,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
+use bench::{FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK};
 use harness::{Launch, Vhost, wait_until};
-use lingering::Lingering;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
@@ -92,7 +90,7 @@ fn nobody_waits_for<T>(
 ) {
     let vhost = target();
     let fds = vhost.fds();
-    let mut lingering = Lingering::new();
+    let mut lingering = Lingering::new().unwrap();
     let mut front_end = prepare(&vhost);
     // Only the last reference lingers: it has to be the one that was sent.
     stopped(&vhost, || {
@@ -199,7 +197,7 @@ fn an_fd_that_is_not_what_its_message_wants_holds_up_nobody() {
 fn fds_in_the_backlog_of_a_deleted_controller_hold_up_nobody() {
     let vhost = target();
     let fds = vhost.fds();
-    let mut lingering: Vec<Lingering> = (0..60).map(|_| Lingering::new()).collect();
+    let mut lingering: Vec<Lingering> = (0..60).map(|_| Lingering::new().unwrap()).collect();
     let mut rpc = vhost.connect();
     let mut front_ends: Vec<RawConnection> = vec![];
     stopped(&vhost, || {
@@ -230,7 +228,7 @@ fn fds_in_the_backlog_of_a_deleted_controller_hold_up_nobody() {
 #[test]
 fn the_process_ends_while_a_close_hangs() {
     let vhost = target();
-    let mut lingering = Lingering::new();
+    let mut lingering = Lingering::new().unwrap();
     let mut front_end = raw(&vhost);
     stopped(&vhost, || {
         front_end.send(&message(SET_OWNER, &[]), &[lingering.fd()]).unwrap();

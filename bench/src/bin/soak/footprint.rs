@@ -1,0 +1,119 @@
+//! What a process holds: fds, threads, mappings and memory, as the kernel counts them.
+
+use std::fmt;
+use std::fs;
+
+use anyhow::{Context, Result};
+
+/// Threads that may be left over: closers that wait for work (two at most, `closer`).
+const IDLE_THREADS: usize = 2;
+/// Anonymous mappings that may come: the stacks of those threads, and what the allocator keeps.
+const ANONYMOUS: usize = 32;
+/// Memory that may come after the warm-up, as the allocator gives back what it likes.
+const RSS_KIB: usize = 32 << 10;
+
+/// What a process holds at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Footprint {
+    fds: usize,
+    threads: usize,
+    /// Mappings of files, guests' memory among them.
+    files: usize,
+    anonymous: usize,
+    rss_kib: usize,
+}
+
+impl Footprint {
+    /// What process `pid` holds now.
+    pub(crate) fn of(pid: u32) -> Result<Self> {
+        let count = |what| -> Result<usize> {
+            let dir = format!("/proc/{pid}/{what}");
+            Ok(fs::read_dir(&dir).with_context(|| dir.clone())?.count())
+        };
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("maps")?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).context("status")?;
+        let (files, anonymous) = mappings(&maps);
+        let rss_kib = rss_kib(&status).context("a process without VmRSS")?;
+        Ok(Self { fds: count("fd")?, threads: count("task")?, files, anonymous, rss_kib })
+    }
+
+    /// The same, but with the memory of `warm`.
+    pub(crate) fn with_rss_of(self, warm: &Self) -> Self {
+        Self { rss_kib: warm.rss_kib, ..self }
+    }
+
+    /// The same, but with as much memory as one likes.
+    pub(crate) fn with_any_rss(self) -> Self {
+        Self { rss_kib: usize::MAX - RSS_KIB, ..self }
+    }
+
+    /// What there is more of than at `before`, and than is allowed.
+    pub(crate) fn grown(&self, before: &Self) -> Vec<String> {
+        let bounds = [
+            ("fds", self.fds, before.fds, 0),
+            ("threads", self.threads, before.threads, IDLE_THREADS),
+            ("mappings of files", self.files, before.files, 0),
+            ("anonymous mappings", self.anonymous, before.anonymous, ANONYMOUS),
+            ("KiB of memory", self.rss_kib, before.rss_kib, RSS_KIB),
+        ];
+        let over = bounds.iter().filter(|(_, now, before, more)| *now > before + more);
+        let words = |(what, now, before, more): &(&str, usize, usize, usize)| {
+            format!("{now} {what}, {before} before, at most {more} more are allowed")
+        };
+        over.map(words).collect()
+    }
+}
+
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { fds, threads, files, anonymous, rss_kib } = self;
+        write!(
+            f,
+            "{fds} fds, {threads} threads, {files} + {anonymous} mappings, {} MiB",
+            rss_kib >> 10
+        )
+    }
+}
+
+/// Mappings of files, and the others.
+fn mappings(maps: &str) -> (usize, usize) {
+    let of_file = |line: &&str| line.split_ascii_whitespace().nth(4).is_some_and(|i| i != "0");
+    let files = maps.lines().filter(of_file).count();
+    (files, maps.lines().count() - files)
+}
+
+fn rss_kib(status: &str) -> Option<usize> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_of_files_have_an_inode() {
+        let maps = "7f00-7f01 rw-s 00000000 00:01 1034 /memfd:guest (deleted)\n\
+                    7f02-7f03 rw-p 00000000 00:00 0\n\
+                    7f04-7f05 rw-p 00000000 00:00 0 [stack]\n";
+        assert_eq!(mappings(maps), (1, 2));
+        assert_eq!(rss_kib("VmHWM:\t 9 kB\nVmRSS:\t   1234 kB\n"), Some(1234));
+    }
+
+    #[test]
+    fn what_has_grown_beyond_its_bound_is_named() {
+        let before = Footprint { fds: 5, threads: 3, files: 7, anonymous: 9, rss_kib: 100 };
+        let idle = Footprint { threads: 5, rss_kib: 100 + RSS_KIB, ..before };
+        assert_eq!(idle.grown(&before), [""; 0]);
+        let leaks = [
+            Footprint { fds: 6, ..before },
+            Footprint { threads: 6, ..before },
+            Footprint { files: 8, ..before },
+            Footprint { anonymous: 10 + ANONYMOUS, ..before },
+            Footprint { rss_kib: 101 + RSS_KIB, ..before },
+        ];
+        for leak in leaks {
+            assert_eq!(leak.grown(&before).len(), 1, "{leak}");
+        }
+    }
+}

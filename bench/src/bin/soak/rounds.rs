@@ -1,0 +1,81 @@
+//! Controllers that are made and deleted, and nothing else.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use bench::publish::progress;
+use bench::servers::{Interrupt, Rpc, Server};
+use bench::{FrontEnd, GuestRam, LIMIT, Options, QueueOptions, Request};
+use serde_json::json;
+
+use crate::footprint::Footprint;
+
+/// Rounds before the memory in use is taken for what is to stay.
+const WARM_UP: u64 = 1000;
+/// Every so many rounds a VM reads once and is killed, and the delete is by force.
+const VM: u64 = 16;
+const NAME: &str = "round";
+
+/// Makes and deletes a controller `rounds` times, or until `end`.
+pub(crate) fn run(
+    server: &Server,
+    rounds: u64,
+    end: Instant,
+    interrupt: &Interrupt,
+) -> Result<String> {
+    server.bdev("null", "null")?;
+    let start = Footprint::of(server.process.pid())?;
+    let mut before = start;
+    let mut rpc = Rpc::connect(&server.rpc_socket())?;
+    let mut done = 0;
+    while done < rounds && Instant::now() < end {
+        interrupt.check()?;
+        round(server, &mut rpc, done % VM == 0).with_context(|| format!("round {done}"))?;
+        done += 1;
+        if done % WARM_UP == 0 {
+            let now = Footprint::of(server.process.pid())?;
+            progress(&format!("{done} rounds: {now}"));
+            if done == WARM_UP {
+                before = start.with_rss_of(&now);
+            }
+        }
+    }
+    drop(rpc);
+    let now = come_back(server, &before)?;
+    Ok(format!("{done} of {rounds} rounds; at the start {before}; at the end {now}"))
+}
+
+fn round(server: &Server, rpc: &mut Rpc, with_vm: bool) -> Result<()> {
+    let params = json!({"ctrlr": NAME, "dev_name": "null"});
+    rpc.call("vhost_create_blk_controller", params)?;
+    let vm = with_vm.then(|| vm(server)).transpose()?;
+    rpc.call("vhost_delete_controller", json!({"ctrlr": NAME, "force": with_vm}))?;
+    drop(vm);
+    Ok(())
+}
+
+/// One that has read something.
+fn vm(server: &Server) -> Result<FrontEnd> {
+    let ram = GuestRam::new(&[4 << 20])?;
+    let mut front_end =
+        FrontEnd::connect(&server.socket(NAME), ram.clone(), Options::default())?;
+    let mut queue = front_end.start_new(1, QueueOptions::default())?.remove(0);
+    let buffer = ram.alloc(4096, 4096)?;
+    queue.run(&Request::read(0, &[buffer]))?;
+    Ok(front_end)
+}
+
+fn come_back(server: &Server, before: &Footprint) -> Result<Footprint> {
+    let start = Instant::now();
+    loop {
+        let now = Footprint::of(server.process.pid())?;
+        let grown = now.grown(before);
+        if grown.is_empty() {
+            return Ok(now);
+        }
+        if start.elapsed() > LIMIT {
+            bail!("not come back after {LIMIT:?}: {}", grown.join("; "));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,455 @@
+//! Everything that is done to the server, at random, and all that has to be let go after it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail, ensure};
+use bench::servers::{Error, Refusal, Server};
+use bench::{Lingering, RawConnection};
+use fastrand::Rng;
+use serde_json::{Value, json};
+
+use crate::abuse;
+use crate::neighbours::{NEIGHBOURS, QUEUES, name as neighbour};
+use crate::vm::Vm;
+
+/// Controllers that come and go.
+const SLOTS: usize = 6;
+/// VMs of one controller.
+const VMS: usize = 3;
+/// Connections of one controller that are no VM's. With the VMs fewer than a controller takes.
+const RAW: usize = 8;
+/// Sockets whose close hangs, at one time.
+const LINGERING: usize = 4;
+/// RPC clients that are not closed, at one time.
+const CLIENTS: usize = 8;
+/// Cores that queues are moved to and fro between.
+const CORES: usize = 2;
+/// Steps that are shown of a soak that failed.
+const RECENT: usize = 25;
+const MIB: u64 = 1 << 20;
+/// The disk that hangs, on a malloc disk of this name without the prefix.
+const HANGS: &str = "EE_hangs";
+/// The code of a controller that is busy, among others.
+const INVALID: i64 = -32602;
+
+/// What can be done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Action {
+    Create,
+    Delete,
+    DeleteByForce,
+    Connect,
+    Kill,
+    Stop,
+    Hang,
+    Answer,
+    Resize,
+    Move,
+    MoveNeighbour,
+    Log,
+    Table,
+    Batch,
+    Half,
+    Unread,
+    OddFds,
+    Lingering,
+    RpcFds,
+    LetGo,
+}
+
+/// How often each is done, for its part.
+const WEIGHTS: [(Action, u32); 20] = [
+    (Action::Create, 12),
+    (Action::Delete, 4),
+    (Action::DeleteByForce, 6),
+    (Action::Connect, 16),
+    (Action::Kill, 6),
+    (Action::Stop, 4),
+    (Action::Hang, 2),
+    (Action::Answer, 3),
+    (Action::Resize, 4),
+    (Action::Move, 6),
+    (Action::MoveNeighbour, 4),
+    (Action::Log, 6),
+    (Action::Table, 3),
+    (Action::Batch, 3),
+    (Action::Half, 6),
+    (Action::Unread, 3),
+    (Action::OddFds, 6),
+    (Action::Lingering, 2),
+    (Action::RpcFds, 2),
+    (Action::LetGo, 8),
+];
+
+/// A controller that comes and goes.
+#[derive(Default)]
+struct Slot {
+    /// Its disk, while there is a controller.
+    disk: Option<String>,
+    vms: Vec<Vm>,
+    raw: Vec<RawConnection>,
+}
+
+/// The server, and all that is held of it.
+pub(crate) struct World<'a> {
+    pub(crate) server: &'a mut Server,
+    rng: Rng,
+    slots: Vec<Slot>,
+    lingering: Vec<Lingering>,
+    clients: Vec<UnixStream>,
+    hung: bool,
+    /// Size of the null disk, and of the file.
+    mib: u64,
+    file: PathBuf,
+    tally: BTreeMap<Action, u64>,
+    recent: VecDeque<String>,
+}
+
+impl<'a> World<'a> {
+    /// Makes the disks.
+    pub(crate) fn new(server: &'a mut Server, seed: u64) -> Result<Self> {
+        let mib = 64;
+        let file = server.dir().join("file.img");
+        File::create(&file)?.set_len(mib * MIB)?;
+        server.bdev("null", "null")?;
+        server.bdev("malloc", "hangs")?;
+        server.call("bdev_error_create", json!({"base_name": "hangs"}))?;
+        let aio = json!({"name": "file", "filename": file, "block_size": 512});
+        server.call("bdev_aio_create", aio)?;
+        Ok(Self {
+            server,
+            rng: Rng::with_seed(seed),
+            slots: (0..SLOTS).map(|_| Slot::default()).collect(),
+            lingering: Vec::new(),
+            clients: Vec::new(),
+            hung: false,
+            mib,
+            file,
+            tally: BTreeMap::new(),
+            recent: VecDeque::new(),
+        })
+    }
+
+    /// Does one thing.
+    pub(crate) fn step(&mut self) -> Result<()> {
+        let mut at = self.rng.u32(0..WEIGHTS.iter().map(|(_, weight)| weight).sum());
+        let chosen = WEIGHTS.iter().find(|(_, weight)| {
+            let here = at < *weight;
+            at = at.saturating_sub(*weight);
+            here
+        });
+        let action = chosen.context("less than the sum")?.0;
+        let slot = self.rng.usize(0..SLOTS);
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(format!("{action:?} of {}", name(slot)));
+        if self.act(action, slot).with_context(|| format!("{action:?} of {}", name(slot)))? {
+            *self.tally.entry(action).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    /// What was done, and how often.
+    pub(crate) fn tally(&self) -> String {
+        let counts: Vec<String> = self.tally.iter().map(|(a, n)| format!("{n} {a:?}")).collect();
+        counts.join(", ")
+    }
+
+    /// What was tried last.
+    pub(crate) fn recent(&self) -> String {
+        self.recent.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Whether there was anything to do.
+    fn act(&mut self, action: Action, slot: usize) -> Result<bool> {
+        match action {
+            Action::Create => self.create(slot),
+            Action::Delete => self.delete(slot, false),
+            Action::DeleteByForce => self.delete(slot, true),
+            Action::Connect => self.connect(slot),
+            Action::Kill => self.kill(slot),
+            Action::Stop => self.stop(slot),
+            Action::Hang => self.hang(),
+            Action::Answer => self.answer(),
+            Action::Resize => self.resize(),
+            Action::Move => self.move_queue(slot),
+            Action::MoveNeighbour => self.move_neighbour(),
+            Action::Log => self.with_vm(slot, Vm::toggle_log),
+            Action::Table => self.with_vm(slot, Vm::repeat_table),
+            Action::Batch => self.batch(),
+            Action::Half => self.raw(slot, |socket, rng| abuse::half(socket, rng)),
+            Action::Unread => self.raw(slot, |socket, _| abuse::unread(socket)),
+            Action::OddFds => self.raw(slot, |socket, rng| {
+                let mut connection = RawConnection::connect(socket)?;
+                abuse::odd_fds(&mut connection, rng)?;
+                Ok(connection)
+            }),
+            Action::Lingering => self.linger(slot),
+            Action::RpcFds => self.rpc_fds(),
+            Action::LetGo => Ok(self.let_go(slot)),
+        }
+    }
+
+    fn create(&mut self, slot: usize) -> Result<bool> {
+        if self.slots[slot].disk.is_some() {
+            return Ok(false);
+        }
+        let own = own_disk(slot);
+        let disk = match self.rng.u8(0..4) {
+            0 => "null",
+            1 => "file",
+            2 => HANGS,
+            _ => {
+                let params = json!({"name": own, "num_blocks": 16 * MIB / 512, "block_size": 512});
+                self.server.call("bdev_malloc_create", params)?;
+                &own
+            }
+        };
+        let packed = self.rng.bool();
+        let params = json!({"ctrlr": name(slot), "dev_name": disk, "packed_ring": packed});
+        self.slots[slot].disk = Some(disk.into());
+        self.server.call("vhost_create_blk_controller", params)?;
+        Ok(true)
+    }
+
+    fn delete(&mut self, slot: usize, force: bool) -> Result<bool> {
+        let Some(disk) = self.slots[slot].disk.clone() else { return Ok(false) };
+        let busy = !self.slots[slot].vms.is_empty() || !self.slots[slot].raw.is_empty();
+        let mut params = json!({"ctrlr": name(slot), "force": force});
+        if busy && !force || self.hangs(slot) {
+            params["timeout_ms"] = 20.into();
+        }
+        match self.server.call("vhost_delete_controller", params) {
+            Ok(_) => {}
+            // A VM that was killed may still have I/O on the disk that hangs.
+            Err(Error::Refused { refusal: Refusal { code: INVALID, .. }, .. })
+                if !force && (busy || self.hangs(slot)) =>
+            {
+                return Ok(false);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let old = std::mem::take(&mut self.slots[slot]);
+        for vm in old.vms {
+            vm.kill()?;
+        }
+        if disk == own_disk(slot) {
+            self.server.call("bdev_malloc_delete", json!({"name": disk}))?;
+        }
+        Ok(true)
+    }
+
+    fn connect(&mut self, slot: usize) -> Result<bool> {
+        let there = &mut self.slots[slot];
+        if there.disk.is_none() || there.vms.len() == VMS {
+            return Ok(false);
+        }
+        match Vm::start(&self.server.socket(&name(slot)), &mut self.rng) {
+            Ok(vm) => there.vms.push(vm),
+            // A controller whose closes hang takes nobody, but it says so at once.
+            Err(error) if self.lingering.is_empty() || is_silence(&error) => {
+                return Err(error.into());
+            }
+            Err(_) => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn kill(&mut self, slot: usize) -> Result<bool> {
+        let Some(vm) = self.take_vm(slot) else { return Ok(false) };
+        vm.kill()?;
+        Ok(true)
+    }
+
+    fn stop(&mut self, slot: usize) -> Result<bool> {
+        if self.hangs(slot) {
+            return Ok(false);
+        }
+        let Some(vm) = self.take_vm(slot) else { return Ok(false) };
+        vm.stop()?;
+        Ok(true)
+    }
+
+    fn hang(&mut self) -> Result<bool> {
+        let error = json!({
+            "name": HANGS, "io_type": "all", "error_type": "pending", "num": 1_000_000
+        });
+        self.server.call("bdev_error_inject_error", error)?;
+        self.hung = true;
+        Ok(true)
+    }
+
+    fn answer(&mut self) -> Result<bool> {
+        if !self.hung {
+            return Ok(false);
+        }
+        let clear = json!({"name": HANGS, "io_type": "clear", "error_type": "pending"});
+        self.server.call("bdev_error_inject_error", clear)?;
+        self.server.call("bdev_error_resume_pending", json!({"name": HANGS}))?;
+        self.hung = false;
+        Ok(true)
+    }
+
+    fn resize(&mut self) -> Result<bool> {
+        self.mib += 1;
+        if self.rng.bool() {
+            self.server.call("bdev_null_resize", json!({"name": "null", "new_size": self.mib}))?;
+        } else {
+            File::options().write(true).open(&self.file)?.set_len(self.mib * MIB)?;
+            self.server.call("bdev_aio_rescan", json!({"name": "file"}))?;
+        }
+        Ok(true)
+    }
+
+    fn move_queue(&mut self, slot: usize) -> Result<bool> {
+        if self.slots[slot].vms.is_empty() {
+            return Ok(false);
+        }
+        let shown = self.server.call("vhost_get_controllers", json!({"name": name(slot)}))?;
+        let sessions: Vec<Value> = shown[0]["sessions"].as_array().cloned().unwrap_or_default();
+        let Some(session) = self.rng.choice(&sessions) else { return Ok(false) };
+        let queues = session["queues"].as_array().map_or(0, Vec::len);
+        if queues == 0 {
+            return Ok(false);
+        }
+        let (queue, core) = (self.rng.usize(0..queues), self.rng.usize(0..CORES));
+        let to =
+            json!({"ctrlr": name(slot), "session": session["id"], "queue": queue, "core": core});
+        match self.server.call("vhost_move_queue", to) {
+            Ok(_) => Ok(true),
+            // A session may end meanwhile.
+            Err(Error::Refused { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn move_neighbour(&mut self) -> Result<bool> {
+        let name = neighbour(self.rng.usize(0..NEIGHBOURS));
+        let (queue, core) = (self.rng.usize(0..QUEUES), self.rng.usize(0..CORES));
+        let to = json!({"ctrlr": name, "queue": queue, "core": core});
+        self.server.call("vhost_move_queue", to)?;
+        Ok(true)
+    }
+
+    /// Has a VM do something, unless its disk hangs or its close does.
+    fn with_vm(&mut self, slot: usize, act: fn(&mut Vm) -> Result<()>) -> Result<bool> {
+        if self.hangs(slot) || self.slots[slot].vms.is_empty() {
+            return Ok(false);
+        }
+        let vm = self.rng.usize(0..self.slots[slot].vms.len());
+        act(&mut self.slots[slot].vms[vm])?;
+        Ok(true)
+    }
+
+    fn batch(&mut self) -> Result<bool> {
+        let client = abuse::batch(&self.server.rpc_socket(), &mut self.rng)?;
+        if self.clients.len() < CLIENTS && self.rng.bool() {
+            self.clients.push(client);
+        }
+        Ok(true)
+    }
+
+    fn raw(
+        &mut self,
+        slot: usize,
+        connect: impl FnOnce(&std::path::Path, &mut Rng) -> Result<RawConnection>,
+    ) -> Result<bool> {
+        if self.slots[slot].disk.is_none() || self.slots[slot].raw.len() == RAW {
+            return Ok(false);
+        }
+        let connection = connect(&self.server.socket(&name(slot)), &mut self.rng)?;
+        if self.rng.u8(0..4) > 0 {
+            self.slots[slot].raw.push(connection);
+        }
+        Ok(true)
+    }
+
+    fn linger(&mut self, slot: usize) -> Result<bool> {
+        let there = &self.slots[slot];
+        if there.disk.is_none() || self.lingering.len() == LINGERING || there.raw.len() == RAW {
+            return Ok(false);
+        }
+        let mut connection = RawConnection::connect(&self.server.socket(&name(slot)))?;
+        let process = &mut self.server.process;
+        let lingering = abuse::lingering(&mut connection, &mut self.rng, process)?;
+        self.lingering.push(lingering);
+        self.slots[slot].raw.push(connection);
+        Ok(true)
+    }
+
+    fn rpc_fds(&mut self) -> Result<bool> {
+        let mut connection = abuse::rpc_client(&self.server.rpc_socket())?;
+        if self.rng.bool() || self.lingering.len() == LINGERING {
+            abuse::odd_fds(&mut connection, &mut self.rng)?;
+        } else {
+            let process = &mut self.server.process;
+            self.lingering.push(abuse::lingering(&mut connection, &mut self.rng, process)?);
+        }
+        Ok(true)
+    }
+
+    /// Gives up one thing of each kind.
+    fn let_go(&mut self, slot: usize) -> bool {
+        self.slots[slot].raw.pop();
+        self.lingering.pop();
+        self.clients.pop();
+        true
+    }
+
+    /// Gives up everything, so that only the neighbours are left.
+    pub(crate) fn release(&mut self) -> Result<()> {
+        self.recent.push_back("release".into());
+        self.lingering.clear();
+        self.clients.clear();
+        self.answer()?;
+        for slot in 0..SLOTS {
+            self.slots[slot].raw.clear();
+            while let Some(vm) = self.take_vm(slot) {
+                if self.rng.bool() { vm.kill()? } else { vm.stop()? }
+            }
+            self.delete(slot, true)?;
+        }
+        Ok(())
+    }
+
+    /// Whether only the neighbours are left, as far as the server tells.
+    pub(crate) fn is_alone(&self) -> Result<()> {
+        let shown = self.server.call("vhost_get_controllers", json!({}))?;
+        let controllers = shown.as_array().context("no list")?;
+        ensure!(controllers.len() == NEIGHBOURS, "{} controllers", controllers.len());
+        for controller in controllers {
+            let sessions = controller["sessions"].as_array().map_or(0, Vec::len);
+            let closing = &controller["fds"]["closing"];
+            if sessions != 1 || *closing != 0 {
+                bail!("{}: {sessions} sessions, {closing} fds to close", controller["ctrlr"]);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_vm(&mut self, slot: usize) -> Option<Vm> {
+        let vms = &mut self.slots[slot].vms;
+        (!vms.is_empty()).then(|| vms.swap_remove(self.rng.usize(0..vms.len())))
+    }
+
+    /// Whether the controller's disk does not answer.
+    fn hangs(&self, slot: usize) -> bool {
+        self.hung && self.slots[slot].disk.as_deref() == Some(HANGS)
+    }
+}
+
+fn is_silence(error: &bench::Error) -> bool {
+    matches!(error, bench::Error::NoAnswer { .. })
+}
+
+fn name(slot: usize) -> String {
+    format!("soak.{slot}")
+}
+
+fn own_disk(slot: usize) -> String {
+    format!("own.{slot}")
+}
