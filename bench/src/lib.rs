@@ -9,7 +9,7 @@
 //!    packed kind, [`any_queue`] for whichever it is.
 //! 4. [`front_end`]: the socket: negotiation, start, stop, memory tables, reconnection.
 //! 5. [`raw`]: any bytes and any fds on the same socket, for what a front end should not say.
-//! 6. [`lingering`]: a socket to send whose close hangs.
+//! 6. [`lingering`]: a socket to send whose close hangs; [`deaf`]: one to connect to that hangs.
 //! 7. [`load`]: a thread that keeps queues busy and checks every block it reads.
 //! 8. [`perf`]: a load that measures: `vhost-perf`'s engine, beside the driver for speed.
 //! 9. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
@@ -35,6 +35,7 @@
 
 pub mod any_queue;
 pub mod crash;
+pub mod deaf;
 pub mod driver;
 pub mod error;
 pub mod event;
@@ -56,6 +57,7 @@ mod watchdog;
 mod words;
 
 pub use any_queue::AnyQueue;
+pub use deaf::Deaf;
 pub use driver::{Completion, Queue, QueueOptions, Request, STATUS_OK, Tag};
 pub use error::{Error, LIMIT, Result};
 pub use front_end::{BlkConfig, FrontEnd, Options};

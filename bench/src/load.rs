@@ -53,6 +53,9 @@ pub struct LoadOptions {
     pub limit: Option<u64>,
     /// Record how long each request takes, for [`Summary::latencies_ns`].
     pub latencies: bool,
+    /// A count that somebody raises as time goes by, to tell waits in, for
+    /// [`Summary::longest_wait_beats`].
+    pub beats: Option<Arc<AtomicU64>>,
 }
 
 impl Default for LoadOptions {
@@ -68,6 +71,7 @@ impl Default for LoadOptions {
             idle: Idle::Sleep,
             limit: None,
             latencies: false,
+            beats: None,
         }
     }
 }
@@ -88,6 +92,8 @@ pub struct Summary {
     pub outstanding: usize,
     /// The longest time in which nothing completed, from start to end.
     pub longest_gap: Duration,
+    /// The longest that a request took which came back, in [`LoadOptions::beats`].
+    pub longest_wait_beats: u64,
     /// From start to end.
     pub elapsed: Duration,
     /// Of each request in order of completion, if asked for: from before it was submitted until
@@ -256,6 +262,8 @@ struct Slot {
     write: bool,
     /// Before it was submitted, if that is to be known.
     since: Option<Instant>,
+    /// The beat at that time.
+    beat: u64,
 }
 
 struct Worker {
@@ -372,7 +380,9 @@ impl Worker {
         self.summary.completed += 1;
         let slot = self.slots[queue][usize::from(done.tag.0)].take();
         let slot = slot.expect("the queue knows what it holds");
-        let Slot { buffer, block, write, since } = slot;
+        let Slot { buffer, block, write, since, beat } = slot;
+        let wait = self.beat() - beat;
+        self.summary.longest_wait_beats = self.summary.longest_wait_beats.max(wait);
         if let Some(since) = since {
             self.summary.latencies_ns.push(since.elapsed().as_nanos() as u32);
         }
@@ -414,13 +424,18 @@ impl Worker {
             }
             let data = [buffer];
             let request = if write { Request::write } else { Request::read };
-            let since = self.options.latencies.then(Instant::now);
+            let (since, beat) = (self.options.latencies.then(Instant::now), self.beat());
             let tag = self.queues[queue].submit(&request(block * SECTORS, &data))?;
-            self.slots[queue][usize::from(tag.0)] = Some(Slot { buffer, block, write, since });
+            self.slots[queue][usize::from(tag.0)] =
+                Some(Slot { buffer, block, write, since, beat });
             self.busy[at] = true;
             self.submitted += 1;
         }
         self.queues[queue].kick().map(drop)
+    }
+
+    fn beat(&self) -> u64 {
+        self.options.beats.as_ref().map_or(0, |beats| beats.load(Ordering::Relaxed))
     }
 
     /// A block that no request uses, as the order of two that overlap is not defined.

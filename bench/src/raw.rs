@@ -1,6 +1,6 @@
 //! A connection that says what it is told to: any bytes, any fds, in any order.
 
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -21,6 +21,15 @@ pub const VERSION: u32 = 1;
 pub const NEED_REPLY: u32 = 1 << 3;
 /// Fds that one message can carry here.
 const FDS_MAX: usize = 64;
+
+/// The bytes of a message with a well-formed header. The flags are [`VERSION`] and more.
+#[must_use]
+pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let header = [request, flags, payload.len() as u32];
+    let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
+    bytes.extend(payload);
+    bytes
+}
 
 /// A message that came in.
 #[derive(Debug)]
@@ -110,10 +119,27 @@ impl RawConnection {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<()> {
-        let header = [request, flags, payload.len() as u32];
-        let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
-        bytes.extend(payload);
-        self.send(&bytes, fds)
+        self.send(&message(request, flags, payload), fds)
+    }
+
+    /// Sends `bytes` again and again, at most `times`, until there is no room for them or the back end
+    /// has closed the connection. The last ones may be cut.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    pub fn flood(&self, bytes: &[u8], times: usize) -> Result<()> {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset, WouldBlock};
+        let system = |e| Error::system("cannot flood a socket")(e);
+        self.stream.set_nonblocking(true).map_err(system)?;
+        for _ in 0..times {
+            match (&self.stream).write(bytes) {
+                Ok(sent) if sent == bytes.len() => {}
+                Ok(_) => break,
+                Err(e) if matches!(e.kind(), WouldBlock | BrokenPipe | ConnectionReset) => break,
+                Err(e) => return Err(system(e)),
+            }
+        }
+        self.stream.set_nonblocking(false).map_err(system)
     }
 
     /// Reads one message.

@@ -14,7 +14,9 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use bench::{FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK};
+use bench::{
+    Deaf, FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK,
+};
 use harness::{Launch, Vhost, wait_until};
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
@@ -331,25 +333,9 @@ fn call_fds_of_rings_that_are_not_started_cost_no_io_uring() {
 /// A socket of another process that is stopped and does not accept, with a full backlog.
 #[test]
 fn a_foreign_socket_is_left_alone_and_holds_up_nobody() {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let vhost = target();
     let path = vhost.socket("f");
-    let address = SocketAddrUnix::new(&path).unwrap();
-    let socket = |flags| {
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
-    };
-    let listener = socket(SocketFlags::empty());
-    rustix::net::bind(&listener, &address).unwrap();
-    rustix::net::listen(&listener, 0).unwrap();
-    let mut waiting = vec![];
-    loop {
-        let client = socket(SocketFlags::NONBLOCK);
-        let full = rustix::net::connect(&client, &address).is_err();
-        waiting.push(client);
-        if full {
-            break;
-        }
-    }
+    let _deaf = Deaf::bind(&path).unwrap();
     let inode = fs::symlink_metadata(&path).unwrap().ino();
     let create = json!({"ctrlr": "f", "dev_name": "Mb"});
     let refusal = vhost.err("vhost_create_blk_controller", create);

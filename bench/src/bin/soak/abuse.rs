@@ -1,20 +1,22 @@
 //! What a front end or an RPC client should not send: half messages, odd fds, and no ears.
 
-use std::io::{BufReader, ErrorKind, Write};
+use std::io::{BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use bench::raw::VERSION;
+use bench::raw::{VERSION, message};
 use bench::servers::Process;
 use bench::{Error, LIMIT, Lingering, RawConnection};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
+use crate::beats::Beats;
 use crate::vm::memfd;
 
 const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
 /// Requests with fds or without, known or not.
 const REQUESTS: [u32; 12] = [2, 3, 5, 6, 7, 12, 13, 14, 21, 32, 37, 4242];
 /// Questions whose answers nobody reads: more than a socket takes.
@@ -31,13 +33,6 @@ const METHODS: [&str; 6] = [
     "vhost_get_controllers",
 ];
 
-fn message(request: u32, payload: &[u8]) -> Vec<u8> {
-    let header = [request, VERSION, payload.len() as u32];
-    let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
-    bytes.extend(payload);
-    bytes
-}
-
 /// The server may close a connection at any time.
 fn sent(result: bench::Result<()>) -> Result<()> {
     match result {
@@ -49,7 +44,7 @@ fn sent(result: bench::Result<()>) -> Result<()> {
 /// A connection with the beginning of a message.
 pub(crate) fn half(socket: &Path, rng: &mut Rng) -> Result<RawConnection> {
     let mut connection = RawConnection::connect(socket)?;
-    let whole = message(2, &[0; 8]);
+    let whole = message(SET_FEATURES, VERSION, &[0; 8]);
     sent(connection.send(&whole[..rng.usize(1..whole.len())], &[]))?;
     Ok(connection)
 }
@@ -57,18 +52,7 @@ pub(crate) fn half(socket: &Path, rng: &mut Rng) -> Result<RawConnection> {
 /// A connection with questions until there is no room for further ones.
 pub(crate) fn unread(socket: &Path) -> Result<RawConnection> {
     let connection = RawConnection::connect(socket)?;
-    let question = message(GET_FEATURES, &[]);
-    connection.stream().set_nonblocking(true)?;
-    for _ in 0..QUESTIONS {
-        match connection.stream().write(&question) {
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    connection.stream().set_nonblocking(false)?;
+    connection.flood(&message(GET_FEATURES, VERSION, &[]), QUESTIONS)?;
     Ok(connection)
 }
 
@@ -85,22 +69,26 @@ pub(crate) fn lingering(
     connection: &mut RawConnection,
     rng: &mut Rng,
     process: &mut Process,
+    beats: &Beats,
 ) -> Result<Lingering> {
     let mut lingering = Lingering::new()?;
-    process.pause()?;
-    let result = send(connection, rng, vec![lingering.fd()]);
-    if result.is_ok() {
-        lingering.is_sent();
-    }
-    process.resume()?;
-    result.map(|()| lingering)
+    beats.without(|| {
+        process.pause()?;
+        let result = send(connection, rng, vec![lingering.fd()]);
+        if result.is_ok() {
+            lingering.is_sent();
+        }
+        process.resume()?;
+        result
+    })?;
+    Ok(lingering)
 }
 
 /// The fds come with the header, or with the payload.
 fn send(connection: &mut RawConnection, rng: &mut Rng, fds: Vec<BorrowedFd<'_>>) -> Result<()> {
     let request = *rng.choice(&REQUESTS).context("there are some")?;
     let payload: Vec<u8> = (0..rng.usize(0..300)).map(|_| rng.u8(0..4)).collect();
-    let whole = message(request, &payload);
+    let whole = message(request, VERSION, &payload);
     if rng.bool() || payload.is_empty() {
         return sent(connection.send(&whole, &fds));
     }

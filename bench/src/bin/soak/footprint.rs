@@ -1,9 +1,17 @@
-//! What a process holds: fds, threads, mappings and memory, as the kernel counts them.
+//! What a process holds: fds, threads, mappings and memory, as the kernel counts them, and what it
+//! says itself.
 
 use std::fmt;
 use std::fs;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
+use bench::LIMIT;
+use bench::servers::Server;
+use serde_json::{Value, json};
+
+use crate::neighbours::{NEIGHBOURS, name as neighbour};
+use crate::newcomers;
 
 /// Threads that may be left over: closers that wait for work (two at most, `closer`).
 const IDLE_THREADS: usize = 2;
@@ -35,6 +43,11 @@ impl Footprint {
         let (files, anonymous) = mappings(&maps);
         let rss_kib = rss_kib(&status).context("a process without VmRSS")?;
         Ok(Self { fds: count("fd")?, threads: count("task")?, files, anonymous, rss_kib })
+    }
+
+    /// Memory in use.
+    pub(crate) fn rss_mib(&self) -> usize {
+        self.rss_kib >> 10
     }
 
     /// The same, but with the memory of `warm`.
@@ -75,6 +88,43 @@ impl fmt::Display for Footprint {
     }
 }
 
+/// Waits until the server holds no more than `before`, and says that it serves the neighbours only.
+pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<Footprint> {
+    let start = Instant::now();
+    loop {
+        let shown = server.call("vhost_get_controllers", json!({}))?;
+        let mut wrong = left_behind(&shown);
+        let now = Footprint::of(server.process.pid())?;
+        wrong.extend(now.grown(before));
+        if wrong.is_empty() {
+            return Ok(now);
+        }
+        if start.elapsed() > LIMIT {
+            bail!("not come back after {LIMIT:?}: {}", wrong.join("; "));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What `vhost_get_controllers` shows beside the neighbours' sessions.
+fn left_behind(shown: &Value) -> Vec<String> {
+    let controllers = shown.as_array().into_iter().flatten();
+    controllers.filter_map(|controller| is_alone(controller).err()).map(|e| e.to_string()).collect()
+}
+
+fn is_alone(controller: &Value) -> Result<()> {
+    let name = controller["ctrlr"].as_str().context("a controller without a name")?;
+    let of_neighbour = (0..NEIGHBOURS).any(|n| name == neighbour(n));
+    ensure!(of_neighbour || name == newcomers::NAME, "controller {name} is left");
+    let sessions = controller["sessions"].as_array().context("a controller without sessions")?;
+    ensure!(sessions.len() == usize::from(of_neighbour), "{name}: {} sessions", sessions.len());
+    let pinned = sessions.iter().find(|session| session["quarantined_bytes"] != 0);
+    ensure!(pinned.is_none(), "{name}: memory is in quarantine");
+    let fds = &controller["fds"];
+    ensure!(fds["closing"] == 0 && fds["stuck"] == false, "{name}: fds {fds}");
+    Ok(())
+}
+
 /// Mappings of files, and the others.
 fn mappings(maps: &str) -> (usize, usize) {
     let of_file = |line: &&str| line.split_ascii_whitespace().nth(4).is_some_and(|i| i != "0");
@@ -98,6 +148,26 @@ mod tests {
                     7f04-7f05 rw-p 00000000 00:00 0 [stack]\n";
         assert_eq!(mappings(maps), (1, 2));
         assert_eq!(rss_kib("VmHWM:\t 9 kB\nVmRSS:\t   1234 kB\n"), Some(1234));
+    }
+
+    #[test]
+    fn what_is_left_behind_is_named() {
+        let session = json!({"quarantined_bytes": 0});
+        let controller = |name: &str, sessions: &[&Value], closing| {
+            let fds = json!({"open": 9, "closing": closing, "stuck": false});
+            json!({"ctrlr": name, "sessions": sessions, "fds": fds})
+        };
+        let neighbour = controller("neighbour.0", &[&session], 0);
+        assert_eq!(left_behind(&json!([neighbour, controller("newcomer", &[], 0)])), [""; 0]);
+        let pinned = json!({"quarantined_bytes": 4096});
+        let wrong = json!([
+            controller("neighbour.0", &[], 0),
+            controller("neighbour.1", &[&pinned], 0),
+            controller("newcomer", &[&session], 0),
+            controller("newcomer", &[], 1),
+            controller("soak.0", &[], 0),
+        ]);
+        assert_eq!(left_behind(&wrong).len(), 5);
     }
 
     #[test]

@@ -1,29 +1,35 @@
-//! `soak`: one `vhost` that anything may happen to, two VMs that must not notice it, and a look at
+//! `soak`: one `vhost` that anything may happen to, VMs that must not notice it, and a look at
 //! whether all comes back.
 //!
-//! In the order of use: [`neighbours`] start; [`world`] does things at random, with [`vm`]s as they
-//! should be and with [`abuse`] of every socket; after each round it lets go of everything, and the
-//! [`footprint`] of the process must be what it was at the beginning.
+//! In the order of use: [`beats`] is what waits are counted in; [`neighbours`] start; [`world`] does
+//! things at random, with [`vm`]s as they should be and with [`abuse`] of every socket, while
+//! [`newcomers`] come and go; after each round it lets go of everything, and the [`footprint`] of the
+//! process must be what it was at the beginning. [`rounds`] is only controllers that come and go.
 
 mod abuse;
+mod beats;
 mod footprint;
 mod neighbours;
+mod newcomers;
 mod rounds;
 mod vm;
 mod world;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, bail};
-use bench::LIMIT;
+use anyhow::{Context, Result, ensure};
 use bench::publish::{beside, progress};
 use bench::servers::{Interrupt, Kind, Server, Spec};
 use clap::Parser;
+use serde_json::json;
 
-use crate::footprint::Footprint;
+use crate::beats::Beats;
+use crate::footprint::{Footprint, come_back};
 use crate::neighbours::Neighbours;
+use crate::newcomers::Newcomers;
 use crate::world::World;
 
 /// What is done before the process must have come back to where it was.
@@ -33,24 +39,28 @@ const WARM_UP: u64 = 2;
 
 /// Does everything to one vhost that clients, guests and disks may do, at random, for some minutes.
 ///
-/// Two VMs that check every block run beside it. After every 250 steps everything is let go, and
-/// the process must hold what it held at the start: fds, threads (two more may be idle), mappings
-/// of files, anonymous mappings (32 more), and memory (32 MiB more than after the first two
-/// rounds). Prints a line; status 0 if all came back and the VMs noticed nothing.
+/// Two VMs that check every block run beside it, and a third one starts and ends again and again. After
+/// every 250 steps everything is let go, and the process must hold what it held at the start: fds,
+/// threads (two more may be idle), mappings of files, anonymous mappings (32 more), and memory (32 MiB
+/// more than after the first two rounds); no I/O, session or fd of anybody else may be left by its own
+/// account. No wait may be above the bound, which is in beats: a beat is a millisecond and a hand-over
+/// between two threads of this program, while vhost is not stopped. Prints a line; status 0 if all of
+/// it held.
 #[derive(Debug, Parser)]
 #[command(name = "soak", max_term_width = 100)]
 struct Options {
-    /// How long.
+    /// How long; at least three rounds are done.
     #[arg(default_value_t = 1.0)]
     minutes: f64,
     /// Chooses what happens [default: by the clock].
+    #[arg(long)]
     seed: Option<u64>,
-    /// Create and delete a controller this many times instead, if the minutes are enough for it.
-    #[arg(long, value_name = "N")]
+    /// Create and delete a controller this many times instead, however long it takes.
+    #[arg(long, value_name = "N", conflicts_with = "minutes")]
     rounds: Option<u64>,
-    /// The longest time in which none of a VM's requests may complete, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
-    gap_max: f64,
+    /// The longest that a VM's request, a VM's start and end, or an RPC may take beside all that.
+    #[arg(long, value_name = "BEATS", default_value_t = 1000)]
+    wait_max: u64,
     /// The vhost [default: the one built along with this program].
     #[arg(long, value_name = "PATH")]
     vhost: Option<PathBuf>,
@@ -70,6 +80,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
+            progress("");
             eprintln!("soak: seed {seed} FAILED: {error:#}");
             ExitCode::FAILURE
         }
@@ -84,74 +95,90 @@ fn run(options: &Options, seed: u64) -> Result<String> {
     spec.args = ["-m", "0x3", "--interrupt-mode"].map(String::from).into();
     spec.args.extend(options.arg.iter().cloned());
     let mut server = Server::start(&spec, 0, &[])?;
-    let neighbours = Neighbours::start(&server, seed)?;
-    let end = Instant::now() + Duration::from_secs_f64(options.minutes * 60.0);
+    let beats = Arc::new(Beats::start()?);
+    let neighbours = Neighbours::start(&server, seed, &beats.count())?;
     let work = match options.rounds {
-        Some(rounds) => rounds::run(&server, rounds, end, &interrupt),
-        None => soak(&mut server, &neighbours, seed, end, &interrupt),
+        Some(rounds) => rounds::run(&server, rounds, &interrupt),
+        None => soak(options, &mut server, &neighbours, seed, &beats, &interrupt),
     };
     progress("");
-    let seen = work.and_then(|line| Ok((line, neighbours.end(gap_max(options))?)));
-    let (line, seen) =
-        seen.with_context(|| format!("the end of the server's log:\n{}", server.process.log()))?;
-    let (completed, gap) = (seen.completed, seen.longest_gap);
-    Ok(format!("{line}; neighbours: {completed} requests, all right, longest gap {gap:.1?}"))
+    let seen = work.and_then(|line| {
+        let seen = neighbours.end()?;
+        within("a neighbour's request", seen.wait_beats, options)?;
+        Ok(format!(
+            "{line}\nneighbours: {} requests, all right, each within {} beats (bound {}); {}",
+            seen.completed,
+            seen.wait_beats,
+            options.wait_max,
+            longest_turns(&server)?
+        ))
+    });
+    seen.with_context(|| format!("the end of the server's log:\n{}", server.process.log()))
 }
 
-fn gap_max(options: &Options) -> Duration {
-    Duration::from_secs_f64(options.gap_max)
+fn within(what: &str, beats: u64, options: &Options) -> Result<()> {
+    let max = options.wait_max;
+    ensure!(beats <= max, "{what} took {beats} beats, bound {max}");
+    Ok(())
 }
 
-/// Rounds of [`STEPS`] steps until `end`.
+/// For people: microseconds are as fast as the machine is.
+fn longest_turns(server: &Server) -> Result<String> {
+    let turns = server.call("vhost_get_reactor_turns", json!({}))?;
+    let of = |turn: &serde_json::Value| {
+        format!("{:.0} µs", turn["longest_turn_us"].as_f64().unwrap_or(0.0))
+    };
+    let each: Vec<String> = turns.as_array().into_iter().flatten().map(of).collect();
+    Ok(format!("longest turns of the reactors {}", each.join(" and ")))
+}
+
+/// Rounds of [`STEPS`] steps until the minutes are over.
 fn soak(
+    options: &Options,
     server: &mut Server,
     neighbours: &Neighbours,
     seed: u64,
-    end: Instant,
+    beats: &Arc<Beats>,
     interrupt: &Interrupt,
 ) -> Result<String> {
-    let mut world = World::new(server, seed)?;
+    Newcomers::prepare(server)?;
+    let end = Instant::now() + Duration::from_secs_f64(options.minutes * 60.0);
+    let mut world = World::new(server, seed, beats.clone())?;
     let start = Footprint::of(world.server.process.pid())?;
     let (mut before, mut now, mut rounds) = (start, start, 0);
+    let mut seen = newcomers::Seen::default();
     while rounds <= WARM_UP || Instant::now() < end {
         rounds += 1;
+        let newcomers = Newcomers::start(world.server, beats)?;
         for step in 1..=STEPS {
             interrupt.check()?;
             progress(&format!("round {rounds}, step {step}: {now}"));
             world.step().with_context(|| shown(&world, rounds, step))?;
         }
+        seen.add(newcomers.end().with_context(|| shown(&world, rounds, STEPS))?);
         world.release().with_context(|| shown(&world, rounds, STEPS))?;
         neighbours.go_on()?;
-        if rounds <= WARM_UP {
-            before = start.with_any_rss();
-        }
-        now = come_back(&world, &before).with_context(|| shown(&world, rounds, STEPS))?;
-        if rounds <= WARM_UP {
-            before = start.with_rss_of(&now);
-        }
+        before = if rounds <= WARM_UP { start.with_any_rss() } else { before };
+        now = come_back(world.server, &before).with_context(|| shown(&world, rounds, STEPS))?;
+        before = if rounds == WARM_UP { start.with_rss_of(&now) } else { before };
     }
+    within("a newcomer's life", seen.life_beats, options)?;
+    within("an RPC", seen.rpc_beats, options)?;
     let tally = world.tally();
-    Ok(format!("{rounds} rounds of {STEPS} steps ({tally}); at the start {before}; at the end {now}"))
+    Ok(format!(
+        "{rounds} rounds of {STEPS} steps ({tally})\nat the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}\n\
+         newcomers: {} lives, each within {} beats; an RPC after each, within {}",
+        before.rss_mib(),
+        seen.lives,
+        seen.life_beats,
+        seen.rpc_beats
+    ))
 }
 
+/// All that there is to say of a failure: it may not happen again.
 fn shown(world: &World<'_>, round: u64, step: usize) -> String {
-    format!("round {round}, step {step}; the last steps:\n{}\n", world.recent())
-}
-
-/// Waits until the process holds no more than `before`.
-fn come_back(world: &World<'_>, before: &Footprint) -> Result<Footprint> {
-    let start = Instant::now();
-    loop {
-        let alone = world.is_alone();
-        let now = Footprint::of(world.server.process.pid())?;
-        let mut wrong = now.grown(before);
-        wrong.extend(alone.err().map(|error| error.to_string()));
-        if wrong.is_empty() {
-            return Ok(now);
-        }
-        if start.elapsed() > LIMIT {
-            bail!("not come back after {LIMIT:?}: {}", wrong.join("; "));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let controllers = world.server.call("vhost_get_controllers", json!({}));
+    let controllers = controllers.map_or_else(|e| e.to_string(), |shown| shown.to_string());
+    let recent = world.recent();
+    format!("round {round}, step {step}; controllers: {controllers}; the last steps:\n{recent}\n")
 }

@@ -1,14 +1,12 @@
 //! Controllers that are made and deleted, and nothing else.
 
-use std::time::Instant;
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bench::publish::progress;
 use bench::servers::{Interrupt, Rpc, Server};
-use bench::{FrontEnd, GuestRam, LIMIT, Options, QueueOptions, Request};
+use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
 use serde_json::json;
 
-use crate::footprint::Footprint;
+use crate::footprint::{Footprint, come_back};
 
 /// Rounds before the memory in use is taken for what is to stay.
 const WARM_UP: u64 = 1000;
@@ -16,22 +14,15 @@ const WARM_UP: u64 = 1000;
 const VM: u64 = 16;
 const NAME: &str = "round";
 
-/// Makes and deletes a controller `rounds` times, or until `end`.
-pub(crate) fn run(
-    server: &Server,
-    rounds: u64,
-    end: Instant,
-    interrupt: &Interrupt,
-) -> Result<String> {
+/// Makes and deletes a controller `rounds` times.
+pub(crate) fn run(server: &Server, rounds: u64, interrupt: &Interrupt) -> Result<String> {
     server.bdev("null", "null")?;
     let start = Footprint::of(server.process.pid())?;
     let mut before = start;
     let mut rpc = Rpc::connect(&server.rpc_socket())?;
-    let mut done = 0;
-    while done < rounds && Instant::now() < end {
+    for done in 1..=rounds {
         interrupt.check()?;
         round(server, &mut rpc, done % VM == 0).with_context(|| format!("round {done}"))?;
-        done += 1;
         if done % WARM_UP == 0 {
             let now = Footprint::of(server.process.pid())?;
             progress(&format!("{done} rounds: {now}"));
@@ -42,7 +33,12 @@ pub(crate) fn run(
     }
     drop(rpc);
     let now = come_back(server, &before)?;
-    Ok(format!("{done} of {rounds} rounds; at the start {before}; at the end {now}"))
+    Ok(format!(
+        "{rounds} rounds of create and delete, {} with a VM\n\
+         at the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}",
+        rounds / VM,
+        before.rss_mib()
+    ))
 }
 
 fn round(server: &Server, rpc: &mut Rpc, with_vm: bool) -> Result<()> {
@@ -57,25 +53,9 @@ fn round(server: &Server, rpc: &mut Rpc, with_vm: bool) -> Result<()> {
 /// One that has read something.
 fn vm(server: &Server) -> Result<FrontEnd> {
     let ram = GuestRam::new(&[4 << 20])?;
-    let mut front_end =
-        FrontEnd::connect(&server.socket(NAME), ram.clone(), Options::default())?;
+    let mut front_end = FrontEnd::connect(&server.socket(NAME), ram.clone(), Options::default())?;
     let mut queue = front_end.start_new(1, QueueOptions::default())?.remove(0);
     let buffer = ram.alloc(4096, 4096)?;
     queue.run(&Request::read(0, &[buffer]))?;
     Ok(front_end)
-}
-
-fn come_back(server: &Server, before: &Footprint) -> Result<Footprint> {
-    let start = Instant::now();
-    loop {
-        let now = Footprint::of(server.process.pid())?;
-        let grown = now.grown(before);
-        if grown.is_empty() {
-            return Ok(now);
-        }
-        if start.elapsed() > LIMIT {
-            bail!("not come back after {LIMIT:?}: {}", grown.join("; "));
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }

@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use bench::servers::{Error, Refusal, Server};
-use bench::{Lingering, RawConnection};
+use bench::{Deaf, Lingering, RawConnection};
 use fastrand::Rng;
 use serde_json::{Value, json};
 
 use crate::abuse;
+use crate::beats::Beats;
 use crate::neighbours::{NEIGHBOURS, QUEUES, name as neighbour};
 use crate::vm::Vm;
 
@@ -34,6 +36,8 @@ const MIB: u64 = 1 << 20;
 const HANGS: &str = "EE_hangs";
 /// The code of a controller that is busy, among others.
 const INVALID: i64 = -32602;
+/// A socket among those of controllers that a stopped process listens on.
+const DEAF: &str = "deaf";
 
 /// What can be done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,11 +61,12 @@ enum Action {
     OddFds,
     Lingering,
     RpcFds,
+    DeafSocket,
     LetGo,
 }
 
 /// How often each is done, for its part.
-const WEIGHTS: [(Action, u32); 20] = [
+const WEIGHTS: [(Action, u32); 21] = [
     (Action::Create, 12),
     (Action::Delete, 4),
     (Action::DeleteByForce, 6),
@@ -81,6 +86,7 @@ const WEIGHTS: [(Action, u32); 20] = [
     (Action::OddFds, 6),
     (Action::Lingering, 2),
     (Action::RpcFds, 2),
+    (Action::DeafSocket, 2),
     (Action::LetGo, 8),
 ];
 
@@ -96,7 +102,9 @@ struct Slot {
 /// The server, and all that is held of it.
 pub(crate) struct World<'a> {
     pub(crate) server: &'a mut Server,
+    beats: Arc<Beats>,
     rng: Rng,
+    _deaf: Deaf,
     slots: Vec<Slot>,
     lingering: Vec<Lingering>,
     clients: Vec<UnixStream>,
@@ -110,7 +118,8 @@ pub(crate) struct World<'a> {
 
 impl<'a> World<'a> {
     /// Makes the disks.
-    pub(crate) fn new(server: &'a mut Server, seed: u64) -> Result<Self> {
+    pub(crate) fn new(server: &'a mut Server, seed: u64, beats: Arc<Beats>) -> Result<Self> {
+        let deaf = Deaf::bind(&server.socket(DEAF))?;
         let mib = 64;
         let file = server.dir().join("file.img");
         File::create(&file)?.set_len(mib * MIB)?;
@@ -121,7 +130,9 @@ impl<'a> World<'a> {
         server.call("bdev_aio_create", aio)?;
         Ok(Self {
             server,
+            beats,
             rng: Rng::with_seed(seed),
+            _deaf: deaf,
             slots: (0..SLOTS).map(|_| Slot::default()).collect(),
             lingering: Vec::new(),
             clients: Vec::new(),
@@ -190,6 +201,7 @@ impl<'a> World<'a> {
             }),
             Action::Lingering => self.linger(slot),
             Action::RpcFds => self.rpc_fds(),
+            Action::DeafSocket => self.create_over_deaf_socket(),
             Action::LetGo => Ok(self.let_go(slot)),
         }
     }
@@ -375,7 +387,7 @@ impl<'a> World<'a> {
         }
         let mut connection = RawConnection::connect(&self.server.socket(&name(slot)))?;
         let process = &mut self.server.process;
-        let lingering = abuse::lingering(&mut connection, &mut self.rng, process)?;
+        let lingering = abuse::lingering(&mut connection, &mut self.rng, process, &self.beats)?;
         self.lingering.push(lingering);
         self.slots[slot].raw.push(connection);
         Ok(true)
@@ -387,9 +399,24 @@ impl<'a> World<'a> {
             abuse::odd_fds(&mut connection, &mut self.rng)?;
         } else {
             let process = &mut self.server.process;
-            self.lingering.push(abuse::lingering(&mut connection, &mut self.rng, process)?);
+            self.lingering.push(abuse::lingering(
+                &mut connection,
+                &mut self.rng,
+                process,
+                &self.beats,
+            )?);
         }
         Ok(true)
+    }
+
+    /// A name whose socket is another process's: that is refused, and at once.
+    fn create_over_deaf_socket(&self) -> Result<bool> {
+        let params = json!({"ctrlr": DEAF, "dev_name": "null"});
+        match self.server.call("vhost_create_blk_controller", params) {
+            Err(Error::Refused { refusal: Refusal { code: INVALID, .. }, .. }) => Ok(true),
+            Err(error) => Err(error.into()),
+            Ok(_) => bail!("the socket of another process was taken away from it"),
+        }
     }
 
     /// Gives up one thing of each kind.
@@ -412,21 +439,6 @@ impl<'a> World<'a> {
                 if self.rng.bool() { vm.kill()? } else { vm.stop()? }
             }
             self.delete(slot, true)?;
-        }
-        Ok(())
-    }
-
-    /// Whether only the neighbours are left, as far as the server tells.
-    pub(crate) fn is_alone(&self) -> Result<()> {
-        let shown = self.server.call("vhost_get_controllers", json!({}))?;
-        let controllers = shown.as_array().context("no list")?;
-        ensure!(controllers.len() == NEIGHBOURS, "{} controllers", controllers.len());
-        for controller in controllers {
-            let sessions = controller["sessions"].as_array().map_or(0, Vec::len);
-            let closing = &controller["fds"]["closing"];
-            if sessions != 1 || *closing != 0 {
-                bail!("{}: {sessions} sessions, {closing} fds to close", controller["ctrlr"]);
-            }
         }
         Ok(())
     }

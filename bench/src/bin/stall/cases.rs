@@ -17,6 +17,9 @@ use bench::{
 };
 use serde_json::json;
 
+use crate::newcomers;
+use crate::strangers::{Strangers, Trick};
+
 /// VMs that come or go in one stretch.
 pub(crate) const VMS: usize = 8;
 /// Memory of each.
@@ -50,10 +53,12 @@ pub(crate) enum Event {
     HungIo,
     HungKilled,
     HungStopped,
+    /// Strangers try to hold what others need.
+    Strangers(Trick),
 }
 
 impl Event {
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::Control,
         Self::Connected,
         Self::Loaded,
@@ -64,6 +69,12 @@ impl Event {
         Self::HungIo,
         Self::HungKilled,
         Self::HungStopped,
+        Self::Strangers(Trick::Lingering),
+        Self::Strangers(Trick::SlowCloses),
+        Self::Strangers(Trick::Batch),
+        Self::Strangers(Trick::Half),
+        Self::Strangers(Trick::Unread),
+        Self::Strangers(Trick::DeafSocket),
         Self::SlowUnmap,
     ];
 
@@ -81,6 +92,7 @@ impl Event {
             Self::HungIo => "hung-io",
             Self::HungKilled => "hung-killed",
             Self::HungStopped => "hung-stopped",
+            Self::Strangers(trick) => trick.name(),
         }
     }
 
@@ -98,12 +110,18 @@ impl Event {
             Self::HungIo => "a VM's 16 requests hang",
             Self::HungKilled => "a VM is killed whose 16 requests hang",
             Self::HungStopped => "a VM is stopped whose 16 requests hang",
+            Self::Strangers(trick) => trick.words(),
         }
     }
 
     /// Whether the server must be started with the library that makes an unmapping slow.
     pub(crate) fn wants_slow_unmap(self) -> bool {
         self == Self::SlowUnmap
+    }
+
+    /// Whether it is aimed at other threads than reactors, on which newcomers and operators wait.
+    pub(crate) fn wants_newcomers(self) -> bool {
+        matches!(self, Self::Strangers(_))
     }
 }
 
@@ -162,6 +180,7 @@ pub(crate) struct Case<'a> {
     load: Option<Load>,
     stopping: Option<JoinHandle<bench::Result<Vec<u16>>>>,
     calls: Vec<(Rpc, &'static str)>,
+    strangers: Option<Strangers<'a>>,
 }
 
 impl<'a> Case<'a> {
@@ -173,6 +192,10 @@ impl<'a> Case<'a> {
         length: Duration,
         more: Option<Arc<GuestRam>>,
     ) -> Result<Self> {
+        let strangers = match event {
+            Event::Strangers(trick) => Some(Strangers::new(trick, server)?),
+            _ => None,
+        };
         let case = Self {
             event,
             server,
@@ -185,7 +208,11 @@ impl<'a> Case<'a> {
             load: None,
             stopping: None,
             calls: Vec::new(),
+            strangers,
         };
+        if event.wants_newcomers() && !server.socket(newcomers::NAME).exists() {
+            server.controller(newcomers::NAME, OTHER)?;
+        }
         // Another case of these may have made it.
         let hangs = matches!(event, Event::HungIo | Event::HungKilled | Event::HungStopped);
         if hangs && !server.socket(HUNG).exists() {
@@ -210,8 +237,8 @@ impl<'a> Case<'a> {
                     self.rams.push(touched_ram()?);
                 }
             }
-            Event::Loaded | Event::Table(_) | Event::SlowUnmap => self.connect(1)?,
-            Event::Killed | Event::Deleted => self.connect(VMS)?,
+            Event::Loaded | Event::Table(_) | Event::SlowUnmap => self.connect(0..1)?,
+            Event::Killed | Event::Deleted => self.connect(0..VMS)?,
             Event::HungIo => {
                 let vm = Vm::start(self.server, HUNG, touched_ram()?)?;
                 self.vms.push(vm);
@@ -220,6 +247,12 @@ impl<'a> Case<'a> {
                 let mut vm = Vm::start(self.server, HUNG, touched_ram()?)?;
                 vm.submit()?;
                 self.vms.push(vm);
+            }
+            Event::Strangers(trick) => {
+                self.strangers.iter_mut().try_for_each(Strangers::prepare)?;
+                if trick == Trick::SlowCloses {
+                    self.connect(VMS / 2..VMS)?;
+                }
             }
         }
         Ok(())
@@ -263,6 +296,11 @@ impl<'a> Case<'a> {
                     self.stopping = Some(std::thread::spawn(move || front_end.stop()));
                 }
             }
+            Event::Strangers(_) => {
+                let pause = self.pause();
+                self.strangers.iter_mut().try_for_each(|strangers| strangers.strike(pause))?;
+                self.kill()?;
+            }
         }
         Ok(())
     }
@@ -302,6 +340,10 @@ impl<'a> Case<'a> {
         for vm in self.vms.drain(..) {
             vm.front_end.disconnect()?;
         }
+        if self.event == Event::Strangers(Trick::SlowCloses) {
+            self.wait_for_ends(VMS / 2..VMS)?;
+        }
+        self.strangers.iter_mut().try_for_each(Strangers::settle)?;
         self.wait_for_peace()?;
         self.left.clear();
         Ok(())
@@ -309,19 +351,35 @@ impl<'a> Case<'a> {
 
     /// Waits until the server has finished with all VMs but the neighbours.
     fn wait_for_peace(&self) -> Result<()> {
-        let method = "vhost_get_controllers";
-        wait_until("the sessions' end", || {
-            let Ok(answer) = self.server.call(method, json!({})) else { return false };
+        self.wait_for("the sessions' end", |name| !name.starts_with("neighbour"))
+    }
+
+    /// Waits until it has finished with the VMs of these controllers.
+    fn wait_for_ends(&self, controllers: Range<usize>) -> Result<()> {
+        let names: Vec<String> = controllers.map(controller).collect();
+        self.wait_for("the VMs' end beside closes that hang", |name| {
+            names.iter().any(|n| n == name)
+        })
+    }
+
+    /// Waits until controllers of these names have neither sessions nor fds that are being closed.
+    fn wait_for(&self, what: &str, counts: impl Fn(&str) -> bool) -> Result<()> {
+        wait_until(what, || {
+            let Ok(answer) = self.server.call("vhost_get_controllers", json!({})) else {
+                return false;
+            };
             answer.as_array().into_iter().flatten().all(|controller| {
-                let name = controller["ctrlr"].as_str().unwrap_or_default();
                 let sessions = controller["sessions"].as_array().map_or(0, Vec::len);
-                name.starts_with("neighbour") || sessions == 0
+                let closing = controller["fds"]["closing"].as_u64().unwrap_or(0);
+                !counts(controller["ctrlr"].as_str().unwrap_or_default())
+                    || sessions == 0 && closing == 0
             })
         })
     }
 
-    fn connect(&mut self, count: usize) -> Result<()> {
-        for n in 0..count {
+    /// A VM on each of these controllers.
+    fn connect(&mut self, controllers: Range<usize>) -> Result<()> {
+        for n in controllers {
             let mut vm = Vm::start(self.server, &controller(n), touched_ram()?)?;
             vm.read()?;
             self.vms.push(vm);
@@ -331,7 +389,11 @@ impl<'a> Case<'a> {
 
     /// Leaves time between two events, so that all of a stretch has some.
     fn pace(&self) {
-        std::thread::sleep(self.length / (VMS as u32 + 2));
+        std::thread::sleep(self.pause());
+    }
+
+    fn pause(&self) -> Duration {
+        self.length / (VMS as u32 + 2)
     }
 
     /// A load on each VM's queue, whose front end stays as it is.

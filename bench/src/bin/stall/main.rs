@@ -1,13 +1,15 @@
 //! `stall`: what one VM's end costs the others, in stretches that are quiet and disturbed in turn.
 //!
-//! In the order the data flows: [`options`] says which [`cases`] are gone through on which servers;
-//! [`client`] is the neighbours; [`stretch`] is what they, the kernel and the server tell of a
-//! stretch; [`report`] makes tables.
+//! In the order the data flows: [`options`] says which [`cases`] are gone through on which servers,
+//! those of [`strangers`] with [`newcomers`] beside them; [`client`] is the neighbours; [`stretch`] is
+//! what they, the kernel and the server tell of a stretch; [`report`] makes tables.
 
 mod cases;
 mod client;
+mod newcomers;
 mod options;
 mod report;
+mod strangers;
 mod stretch;
 
 use std::fs;
@@ -143,10 +145,11 @@ fn go_through(
 ) -> Result<()> {
     // Threads that are started from here on inherit it.
     pin(options.client_core)?;
+    let why_not = |event| no_room(event).or_else(|| foreign(event, server.spec.kind));
     let (events, left_out): (Vec<Event>, Vec<Event>) =
-        events.iter().partition(|&&event| no_room(event).is_none());
+        events.iter().partition(|&&event| why_not(event).is_none());
     for event in left_out {
-        let why = no_room(event).unwrap_or_default();
+        let why = why_not(event).unwrap_or_default();
         findings.notes.push(format!("{} is left out: {why}", event.name()));
     }
     progress(&format!("{}: guest memory", server.spec.name));
@@ -185,13 +188,13 @@ fn pairs(
     let length = Duration::from_secs_f64(options.length);
     let cores = [options.client_core, options.server_core];
     let mut case = Case::new(event, server, armory.to_owned(), length, more)?;
-    let mut pairs = Vec::new();
+    let (mut pairs, newcomers) = (Vec::new(), event.wants_newcomers());
     for run in 1..=options.runs {
         progress(&format!("{}: {}, {run}/{}", server.spec.name, event.name(), options.runs));
         interrupt.check()?;
         case.prepare()?;
         let start = Instant::now();
-        let disturbed = stretch::watch(server, clients, &cores, || {
+        let disturbed = stretch::watch(server, clients, &cores, newcomers, || {
             case.strike()?;
             std::thread::sleep(length.saturating_sub(start.elapsed()));
             Ok(())
@@ -199,7 +202,7 @@ fn pairs(
         // Some events take longer than a stretch should.
         let length = start.elapsed().max(length);
         case.settle()?;
-        let quiet = stretch::watch(server, clients, &cores, || {
+        let quiet = stretch::watch(server, clients, &cores, newcomers, || {
             std::thread::sleep(length);
             Ok(())
         })?;
@@ -207,6 +210,12 @@ fn pairs(
     }
     let (server, case, words) = (server.spec.name.clone(), event.name(), event.words());
     Ok(Found { server, case, words, pairs })
+}
+
+/// Why `event` says nothing of such a server.
+fn foreign(event: Event, kind: Kind) -> Option<String> {
+    (event.wants_newcomers() && kind != Kind::Ours)
+        .then(|| "it may stop this server for good".into())
 }
 
 /// Why this machine has no room for `event`.

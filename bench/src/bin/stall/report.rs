@@ -8,6 +8,7 @@ use bench::servers::{date, machine};
 use serde_json::{Value, json};
 
 use crate::Findings;
+use crate::newcomers::Waits;
 use crate::options::Options;
 use crate::stretch::{Found, Stretch};
 
@@ -38,6 +39,10 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         writeln!(text)?;
     }
     writeln!(text, "{}", waits(&findings.found))?;
+    if findings.found.iter().any(|found| found.case_has_newcomers()) {
+        let table = newcomers(&findings.found);
+        writeln!(text, "### What newcomers and operators waited for\n\n{table}")?;
+    }
     writeln!(text, "### Who was kept from running\n\n{}", absences(&findings.found))?;
     Ok(text)
 }
@@ -71,6 +76,31 @@ fn waits(found: &[Found]) -> Table {
         row.extend(found.medians(|stretch| Some(stretch.turn.as_ref()?.us * 1e3)).map(shown));
         let causes = found.causes().join(", ");
         row.push(if causes.is_empty() { "-".into() } else { causes });
+        table.row(row);
+    }
+    table
+}
+
+/// The longest of each stretch: a VM's whole life, and an RPC.
+fn newcomers(found: &[Found]) -> Table {
+    let mut table = Table::new(&[
+        "strangers",
+        "server",
+        "a VM from connection to GET_VRING_BASE, quiet",
+        "disturbed",
+        "ratio",
+        "vhost_get_controllers, quiet",
+        "disturbed",
+        "ratio",
+    ]);
+    for found in found.iter().filter(|found| found.case_has_newcomers()) {
+        let mut row = vec![found.words.to_owned(), found.server.clone()];
+        let figures: [fn(&Waits) -> f64; 2] =
+            [|waits| waits.life.as_nanos() as f64, |waits| waits.rpc.as_nanos() as f64];
+        for figure in figures {
+            row.extend(found.medians(|stretch| stretch.waits.as_ref().map(figure)).map(shown));
+            row.push(ratio(found.ratio(|stretch| stretch.waits.as_ref().map_or(0.0, figure))));
+        }
         table.row(row);
     }
     table
@@ -129,6 +159,8 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::stretch::tests::stretch;
 
@@ -145,5 +177,19 @@ mod tests {
         assert!(rows[0].contains(" yes |") && rows[1].contains(" no |"), "{table}");
         assert!(rows[0].trim_end().ends_with("- |"), "{table}");
         assert!(absences(&[found(1.0)]).to_string().contains("| killed"));
+    }
+
+    #[test]
+    fn only_cases_with_newcomers_are_in_their_table() {
+        let with = |life| {
+            let (life, rpc) = (Duration::from_millis(life), Duration::from_millis(1));
+            Stretch { waits: Some(Waits { life, rpc }), ..stretch(1.0, None) }
+        };
+        let found =
+            |words, pair| Found { server: "vhost".into(), case: "", words, pairs: vec![pair] };
+        let quiet = found("not this", (stretch(1.0, None), stretch(1.0, None)));
+        let table = newcomers(&[quiet, found("halves", (with(2), with(6)))]).to_string();
+        assert_eq!(table.lines().count(), 3, "{table}");
+        assert!(table.contains("halves") && table.contains("3.00"), "{table}");
     }
 }

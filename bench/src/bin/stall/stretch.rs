@@ -8,6 +8,7 @@ use bench::servers::{Error, Refusal, Server, ThreadTimes, core_steal, thread_tim
 use serde_json::{Value, json};
 
 use crate::client::{Clients, Seen};
+use crate::newcomers::{self, Waits};
 
 /// The RPC that tells reactors' longest turns; not every server has it.
 const TURNS: &str = "vhost_get_reactor_turns";
@@ -36,13 +37,17 @@ pub(crate) struct Stretch {
     pub(crate) clients: ThreadTimes,
     /// What the host took of the clients' core and of the reactors'.
     pub(crate) stolen: Option<Duration>,
+    /// What newcomers and operators waited for, if there were some.
+    pub(crate) waits: Option<Waits>,
 }
 
-/// Runs `during`, which takes as long as the stretch is to be, and says what was seen meanwhile.
+/// Runs `during`, which takes as long as the stretch is to be, and says what was seen meanwhile, also
+/// by newcomers if there are to be some.
 pub(crate) fn watch(
     server: &Server,
     clients: &mut Clients,
     cores: &[usize],
+    with_newcomers: bool,
     during: impl FnOnce() -> Result<()>,
 ) -> Result<Stretch> {
     // Before and after, so that the calls are in no stretch.
@@ -53,7 +58,8 @@ pub(crate) fn watch(
         Ok((server.times()?, thread_times(std::process::id(), tid)?, stolen))
     };
     let (reactors, own, stolen) = counters()?;
-    let (seen, ()) = clients.watch(during)?;
+    let newcomers = with_newcomers.then_some(server);
+    let (seen, waits) = clients.watch(|| newcomers::beside(newcomers, during))?;
     let (reactors_after, own_after, stolen_after) = counters()?;
     let turn = turns(server)?;
     let Seen { latencies, longest, longest_away, away_max } = seen;
@@ -67,6 +73,7 @@ pub(crate) fn watch(
         reactors: reactors_after - reactors,
         clients: own_after - own,
         stolen: stolen.zip(stolen_after).map(|(before, after)| after.saturating_sub(before)),
+        waits,
     })
 }
 
@@ -108,6 +115,8 @@ impl Stretch {
             "reactors": times(&self.reactors),
             "clients": times(&self.clients),
             "stolen_s": self.stolen.map(|stolen| stolen.as_secs_f64()),
+            "newcomer_s": self.waits.map(|waits| waits.life.as_secs_f64()),
+            "rpc_s": self.waits.map(|waits| waits.rpc.as_secs_f64()),
         })
     }
 }
@@ -136,6 +145,11 @@ impl Found {
     pub(crate) fn ratio(&self, figure: impl Fn(&Stretch) -> f64) -> Option<Spread> {
         let pair = |(quiet, disturbed): &Pair| (figure(disturbed), figure(quiet));
         Spread::of_ratios(self.pairs.iter().map(pair))
+    }
+
+    /// Whether newcomers came beside it.
+    pub(crate) fn case_has_newcomers(&self) -> bool {
+        self.pairs.iter().all(|(quiet, disturbed)| quiet.waits.and(disturbed.waits).is_some())
     }
 
     /// What was in the longest turns of the disturbed stretches, the most frequent first.
@@ -180,6 +194,7 @@ pub(crate) mod tests {
             reactors: ThreadTimes::default(),
             clients: ThreadTimes::default(),
             stolen: None,
+            waits: None,
         }
     }
 

@@ -1,0 +1,216 @@
+//! What strangers send to hold a thread, a table or a socket that others need.
+
+use std::fs;
+use std::io::{BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use bench::raw::{VERSION, message};
+use bench::servers::{Error, Server};
+use bench::{Deaf, LIMIT, Lingering, RawConnection};
+use serde::de::IgnoredAny;
+use serde_json::{Deserializer, Value, json};
+
+use crate::cases::{OTHER, VMS, controller};
+
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+/// Front ends at a time that do nothing right.
+const FRONT_ENDS: usize = 16;
+/// Questions whose answers nobody reads: more than a socket takes.
+const QUESTIONS: usize = 5000;
+/// Disks that a batch asks for.
+const DISKS: usize = 500;
+/// How often it asks.
+const BATCH: usize = 2000;
+/// A socket that a stopped process listens on.
+const DEAF: &str = "deaf";
+
+/// What they do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trick {
+    /// Sockets whose close hangs come with the payload of messages.
+    Lingering,
+    /// The same, but before: their closes hang all the while.
+    SlowCloses,
+    /// More questions at once than can be answered soon.
+    Batch,
+    /// Front ends begin a message, and leave.
+    Half,
+    /// Front ends ask, and do not read.
+    Unread,
+    /// A stopped process listens where a controller is to be.
+    DeafSocket,
+}
+
+impl Trick {
+    /// Its name on the command line and in tables.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Lingering => "lingering-fds",
+            Self::SlowCloses => "slow-closes",
+            Self::Batch => "batch",
+            Self::Half => "half-messages",
+            Self::Unread => "unread-answers",
+            Self::DeafSocket => "deaf-socket",
+        }
+    }
+
+    /// What happens, in words.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::Lingering => "8 messages bring a socket whose close hangs",
+            Self::SlowCloses => "4 VMs are killed while closes of 4 others' fds hang",
+            Self::Batch => "a batch asks 2,000 times for 500 disks",
+            Self::Half => "16 front ends send half a message and leave, 8 times",
+            Self::Unread => "16 front ends ask and do not read the answers",
+            Self::DeafSocket => "a stopped process has the socket of a new controller, 8 times",
+        }
+    }
+}
+
+/// Strangers, with all that they hold.
+pub(crate) struct Strangers<'a> {
+    trick: Trick,
+    server: &'a Server,
+    connections: Vec<RawConnection>,
+    lingering: Vec<Lingering>,
+    deaf: Option<Deaf>,
+    batch: Option<JoinHandle<Result<()>>>,
+}
+
+impl<'a> Strangers<'a> {
+    /// Makes what they need on `server`.
+    pub(crate) fn new(trick: Trick, server: &'a Server) -> Result<Self> {
+        let is_there = |name| server.call("bdev_get_bdevs", json!({"name": name})).is_ok();
+        if trick == Trick::Batch && !is_there("many.0") {
+            for n in 0..DISKS {
+                server.bdev("null", &format!("many.{n}"))?;
+            }
+        }
+        let (connections, lingering) = (Vec::new(), Vec::new());
+        Ok(Self { trick, server, connections, lingering, deaf: None, batch: None })
+    }
+
+    /// Does what can be done before.
+    pub(crate) fn prepare(&mut self) -> Result<()> {
+        match self.trick {
+            Trick::Lingering => self.bring_lingering(VMS),
+            Trick::SlowCloses => {
+                self.bring_lingering(VMS / 2)?;
+                self.complete_messages(Duration::ZERO)
+            }
+            Trick::DeafSocket => {
+                self.deaf = Some(Deaf::bind(&self.server.socket(DEAF))?);
+                Ok(())
+            }
+            Trick::Batch | Trick::Half | Trick::Unread => Ok(()),
+        }
+    }
+
+    /// Does it, with `pause` between two events.
+    pub(crate) fn strike(&mut self, pause: Duration) -> Result<()> {
+        match self.trick {
+            Trick::Lingering => self.complete_messages(pause),
+            Trick::SlowCloses => Ok(()),
+            Trick::Batch => self.send_batch(),
+            Trick::Half => self.send_halves(pause),
+            Trick::Unread => self.ask(),
+            Trick::DeafSocket => self.create_over_deaf_socket(pause),
+        }
+    }
+
+    /// Lets go of everything.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        self.lingering.clear();
+        self.connections.clear();
+        if let Some(batch) = self.batch.take() {
+            batch.join().map_err(|_| anyhow!("a thread has panicked"))?.context("a batch")?;
+        }
+        if self.deaf.take().is_some() {
+            fs::remove_file(self.server.socket(DEAF))?;
+        }
+        Ok(())
+    }
+
+    /// Half a message with such a socket, on a connection of each of `count` controllers. The server
+    /// keeps the socket until the message is whole, so that our reference is never the last one.
+    fn bring_lingering(&mut self, count: usize) -> Result<()> {
+        let whole = message(SET_FEATURES, VERSION, &[0; 8]);
+        for n in 0..count {
+            let mut connection = RawConnection::connect(&self.server.socket(&controller(n)))?;
+            let mut lingering = Lingering::new()?;
+            connection.send(&whole[..12], &[])?;
+            connection.send(&whole[12..16], &[lingering.fd()])?;
+            lingering.is_sent();
+            self.connections.push(connection);
+            self.lingering.push(lingering);
+        }
+        Ok(())
+    }
+
+    fn complete_messages(&mut self, pause: Duration) -> Result<()> {
+        let whole = message(SET_FEATURES, VERSION, &[0; 8]);
+        for connection in &mut self.connections {
+            connection.send(&whole[16..], &[])?;
+            std::thread::sleep(pause);
+        }
+        Ok(())
+    }
+
+    fn send_batch(&mut self) -> Result<()> {
+        let member = |id| json!({"jsonrpc": "2.0", "method": "bdev_get_bdevs", "id": id});
+        let batch: Vec<Value> = (0..BATCH).map(member).collect();
+        let mut client = UnixStream::connect(self.server.rpc_socket())?;
+        client.set_read_timeout(Some(LIMIT))?;
+        client.write_all(serde_json::to_string(&batch)?.as_bytes())?;
+        self.batch = Some(std::thread::spawn(move || {
+            let mut answers = Deserializer::from_reader(BufReader::new(client)).into_iter();
+            let _: IgnoredAny = answers.next().context("no answer")??;
+            Ok(())
+        }));
+        Ok(())
+    }
+
+    fn connect(&self, n: usize) -> Result<RawConnection> {
+        Ok(RawConnection::connect(&self.server.socket(&controller(n % VMS)))?)
+    }
+
+    fn send_halves(&mut self, pause: Duration) -> Result<()> {
+        let whole = message(SET_FEATURES, VERSION, &[0; 8]);
+        for _ in 0..VMS {
+            self.connections.clear();
+            for n in 0..FRONT_ENDS {
+                let mut connection = self.connect(n)?;
+                connection.send(&whole[..n % whole.len() + 1], &[])?;
+                self.connections.push(connection);
+            }
+            std::thread::sleep(pause);
+        }
+        Ok(())
+    }
+
+    fn ask(&mut self) -> Result<()> {
+        let question = message(GET_FEATURES, VERSION, &[]);
+        for n in 0..FRONT_ENDS {
+            let connection = self.connect(n)?;
+            connection.flood(&question, QUESTIONS)?;
+            self.connections.push(connection);
+        }
+        Ok(())
+    }
+
+    fn create_over_deaf_socket(&mut self, pause: Duration) -> Result<()> {
+        for _ in 0..VMS {
+            match self.server.controller(DEAF, OTHER) {
+                Err(Error::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) => bail!("the socket of another process was taken away from it"),
+            }
+            std::thread::sleep(pause);
+        }
+        Ok(())
+    }
+}
