@@ -53,6 +53,8 @@ pub struct LoadOptions {
     pub limit: Option<u64>,
     /// Record how long each request takes, for [`Summary::latencies_ns`].
     pub latencies: bool,
+    /// Sleep so long whenever something has completed, for a load that leaves the cores to others.
+    pub pause: Duration,
     /// A count that somebody raises as time goes by, to tell waits in, for
     /// [`Summary::longest_wait_beats`].
     pub beats: Option<Arc<AtomicU64>>,
@@ -71,6 +73,7 @@ impl Default for LoadOptions {
             idle: Idle::Sleep,
             limit: None,
             latencies: false,
+            pause: Duration::ZERO,
             beats: None,
         }
     }
@@ -351,6 +354,9 @@ impl Worker {
             }
             if progress {
                 spins = 0;
+                if !self.options.pause.is_zero() {
+                    std::thread::sleep(self.options.pause);
+                }
             } else if self.options.idle == Idle::Sleep {
                 wait_any(&self.queues, NAP)?;
             } else {

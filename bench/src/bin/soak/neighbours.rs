@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use bench::servers::Server;
@@ -11,6 +12,9 @@ use bench::{FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
 pub(crate) const NEIGHBOURS: usize = 2;
 /// Queues of each.
 pub(crate) const QUEUES: usize = 2;
+/// Theirs after each completion. Without one they take all there is of two cores, and the kernel's own
+/// threads, to which a file's I/O is left, have been seen to wait for a minute then.
+const PAUSE: Duration = Duration::from_micros(100);
 /// What each has to complete to count as going on.
 const GOES_ON: u64 = 50;
 
@@ -42,7 +46,8 @@ impl Neighbours {
             let mut front_end = FrontEnd::connect(&socket, ram, Options::default())?;
             let queues = front_end.start_any(QUEUES, QueueOptions::default())?;
             let (seed, beats) = (seed ^ n as u64, Some(beats.clone()));
-            let options = LoadOptions { depth: 2, seed, beats, ..LoadOptions::default() };
+            let options =
+                LoadOptions { depth: 2, pause: PAUSE, seed, beats, ..LoadOptions::default() };
             Ok((front_end, Load::start(queues, options)?))
         };
         Ok(Self { vms: (0..NEIGHBOURS).map(start).collect::<Result<_>>()? })

@@ -1,10 +1,11 @@
 //! A VM that comes and goes, and an operator that asks, beside everything else: neither may be kept
 //! waiting by others.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
 use bench::servers::{Rpc, Server};
@@ -15,6 +16,9 @@ use crate::beats::Beats;
 
 /// Its controller, and its disk.
 pub(crate) const NAME: &str = "newcomer";
+
+/// Between two of them, for others to have the cores.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// What they have seen.
 #[derive(Clone, Copy, Debug, Default)]
@@ -73,7 +77,7 @@ impl Drop for Newcomers {
     }
 }
 
-fn come(socket: &Path, rpc: &PathBuf, beats: &Beats, stop: &AtomicBool) -> Result<Seen> {
+fn come(socket: &Path, rpc: &Path, beats: &Beats, stop: &AtomicBool) -> Result<Seen> {
     let mut seen = Seen::default();
     while !stop.load(Ordering::Relaxed) {
         let start = beats.now();
@@ -82,6 +86,7 @@ fn come(socket: &Path, rpc: &PathBuf, beats: &Beats, stop: &AtomicBool) -> Resul
         Rpc::connect(rpc)?.call("vhost_get_controllers", json!({"name": NAME}))?;
         let (life_beats, rpc_beats) = (gone - start, beats.now() - gone);
         seen.add(Seen { lives: 1, life_beats, rpc_beats });
+        std::thread::sleep(PAUSE);
     }
     Ok(seen)
 }

@@ -36,6 +36,9 @@ const MIB: u64 = 1 << 20;
 const HANGS: &str = "EE_hangs";
 /// The code of a controller that is busy, among others.
 const INVALID: i64 = -32602;
+/// For how long a delete may wait for the I/O of VMs that were killed: nearly as long as the answer is
+/// waited for.
+const DELETE_MS: u64 = 50_000;
 /// A socket among those of controllers that a stopped process listens on.
 const DEAF: &str = "deaf";
 
@@ -192,7 +195,7 @@ impl<'a> World<'a> {
             Action::Log => self.with_vm(slot, Vm::toggle_log),
             Action::Table => self.with_vm(slot, Vm::repeat_table),
             Action::Batch => self.batch(),
-            Action::Half => self.raw(slot, |socket, rng| abuse::half(socket, rng)),
+            Action::Half => self.raw(slot, abuse::half),
             Action::Unread => self.raw(slot, |socket, _| abuse::unread(socket)),
             Action::OddFds => self.raw(slot, |socket, rng| {
                 let mut connection = RawConnection::connect(socket)?;
@@ -232,14 +235,13 @@ impl<'a> World<'a> {
         let Some(disk) = self.slots[slot].disk.clone() else { return Ok(false) };
         let busy = !self.slots[slot].vms.is_empty() || !self.slots[slot].raw.is_empty();
         let mut params = json!({"ctrlr": name(slot), "force": force});
-        if busy && !force || self.hangs(slot) {
-            params["timeout_ms"] = 20.into();
-        }
+        let in_vain = busy && !force || self.hangs(slot);
+        params["timeout_ms"] = if in_vain { 20 } else { DELETE_MS }.into();
         match self.server.call("vhost_delete_controller", params) {
             Ok(_) => {}
             // A VM that was killed may still have I/O on the disk that hangs.
             Err(Error::Refused { refusal: Refusal { code: INVALID, .. }, .. })
-                if !force && (busy || self.hangs(slot)) =>
+                if !force && in_vain =>
             {
                 return Ok(false);
             }
