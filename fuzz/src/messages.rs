@@ -17,7 +17,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
 
 use bdev::Bdev;
 use closer::{Account, ForeignFd};
@@ -186,7 +185,10 @@ impl Stage {
     /// has to be polled.
     fn turns(&mut self, most: usize) {
         for _ in 0..most {
-            let asleep = self.steps.iter_mut().fold(true, |all, reactor| reactor.step() && all);
+            let mut asleep = true;
+            for reactor in &mut self.steps {
+                asleep &= reactor.step();
+            }
             self.target.process_events();
             if asleep {
                 break;
@@ -353,7 +355,7 @@ impl Play<'_> {
         let target = &self.stage.target;
         match what % 8 {
             0 => drop(target.set_coalescing("a", u32::from(what >> 4), 100)),
-            1 => target.tick(Instant::now()),
+            1 => target.tick(),
             2 => self.stage.disk.state().at_once ^= true,
             3 => {
                 self.stage.disk.state().room = (what & 0x80 != 0).then_some(usize::from(what >> 4))
