@@ -67,3 +67,41 @@ impl Connections {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::{advance, timeout};
+
+    async fn has_to_close(idle: &Idle) -> bool {
+        timeout(Duration::ZERO, idle.closed()).await.is_ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_one_idle_longest_makes_way_and_not_too_soon() {
+        let connections = Connections::default();
+        let [busy, later, first] = [(); 3].map(|()| connections.add());
+        busy.begin();
+        busy.end();
+        first.begin();
+        advance(Duration::from_secs(1)).await;
+        later.begin();
+        advance(IDLE_MIN - Duration::from_secs(2)).await;
+        connections.close_idlest();
+        assert!(!has_to_close(&first).await);
+        advance(Duration::from_secs(1)).await;
+        connections.close_idlest();
+        assert!(has_to_close(&first).await);
+        assert!(!has_to_close(&later).await && !has_to_close(&busy).await);
+    }
+
+    #[test]
+    fn connections_that_have_ended_are_forgotten() {
+        let connections = Connections::default();
+        for _ in 0..3 {
+            drop(connections.add());
+        }
+        let _last = connections.add();
+        assert_eq!(connections.0.borrow().len(), 1);
+    }
+}

@@ -10,7 +10,7 @@ use crate::stream::Stream;
 pub const REQUEST_MAX: usize = 256 * 1024;
 
 /// Bytes requested from the socket in one read.
-pub(crate) const READ_SIZE: usize = 16 * 1024;
+pub(crate) const READ_SIZE: usize = 16 << 10;
 
 /// Bytes that were received and not yet parsed.
 pub(crate) struct Input {

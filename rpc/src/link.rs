@@ -192,6 +192,98 @@ impl Drop for Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use rustix::net::sockopt::set_socket_send_buffer_size;
+
+    fn text(len: usize) -> Pieces {
+        let mut text = Pieces::default();
+        text.push(&vec![b'x'; len]);
+        text
+    }
+
+    /// What the client can read now.
+    fn read(client: &mut UnixStream) -> usize {
+        client.set_nonblocking(true).unwrap();
+        let mut bytes = Vec::new();
+        match client.read_to_end(&mut bytes) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => bytes.len(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_link_holds_twice_the_longest_answer_and_takes_nothing_beyond() {
+        let link = Link::new();
+        // With its newline, each is as long as an answer may be.
+        link.push(text(ANSWER_MAX - 1));
+        link.push(text(ANSWER_MAX - 1));
+        assert!(!link.is_overfull());
+        link.push(text(0));
+        assert!(link.is_overfull());
+        link.push(text(1));
+        assert_eq!(link.unsent_len(), 2 * ANSWER_MAX + 1);
+    }
+
+    #[test]
+    fn no_request_starts_while_a_megabyte_waits_to_be_sent_or_for_its_batch() {
+        let link = Link::new();
+        link.load.hold(UNSENT_HIGH / 2);
+        link.push(text(UNSENT_HIGH / 2 - 2));
+        assert!(link.may_start());
+        link.push(text(0));
+        assert!(!link.may_start());
+        link.load.let_go(1);
+        assert!(link.may_start());
+    }
+
+    #[test]
+    fn a_link_is_idle_with_nothing_to_run_or_send_and_done_if_nobody_waits() {
+        let link = Rc::new(Link::new());
+        assert!(link.is_idle() && link.is_done());
+        let running = Running::new(Rc::clone(&link));
+        assert!(!link.is_idle() && !link.is_done());
+        link.set_gone();
+        assert!(!link.is_idle() && link.is_done());
+        drop(running);
+        assert!(link.is_idle());
+
+        let link = Link::new();
+        link.push(text(1));
+        assert!(!link.is_idle() && !link.is_done());
+        link.set_gone();
+        link.push(text(1));
+        assert!(link.is_idle(), "nothing is kept for a client that is gone");
+    }
+
+    #[tokio::test]
+    async fn a_turn_sends_so_much_and_what_is_sent_is_not_unsent() {
+        let (stream, mut client) = Stream::pair();
+        // Room for more than a turn sends.
+        set_socket_send_buffer_size(stream.as_fd(), 2 * SEND_MAX).unwrap();
+        let link = Link::new();
+        let all = 2 * SEND_MAX + 1000;
+        link.push(text(all - 1));
+        for left in [SEND_MAX + 1000, 1000, 0] {
+            stream.ready(Interest::WRITABLE).await;
+            let sent = link.unsent_len() - left;
+            assert_eq!(link.flush(&stream).unwrap(), left > 0, "whether the socket may take more");
+            assert_eq!(read(&mut client), sent);
+            assert_eq!(link.unsent_len(), left);
+        }
+        assert!(link.is_done_sending());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_cannot_be_written_to_is_an_error() {
+        let (stream, client) = Stream::pair();
+        drop(client);
+        let link = Link::new();
+        link.push(text(1));
+        stream.ready(Interest::WRITABLE).await;
+        assert_eq!(link.flush(&stream).unwrap_err().kind(), ErrorKind::BrokenPipe);
+    }
 
     /// The second handle may report that a client is gone before the first has read its last bytes.
     #[tokio::test]

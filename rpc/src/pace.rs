@@ -105,3 +105,19 @@ impl Pace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_batch_lets_go_is_held_no_longer_and_what_others_hold_is() {
+        let load = Load::default();
+        load.hold(3000);
+        load.hold(600);
+        load.let_go(600);
+        assert_eq!(load.held(), 3000);
+        load.let_go(3000);
+        assert_eq!(load.held(), 0);
+    }
+}

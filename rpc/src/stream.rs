@@ -91,6 +91,11 @@ impl Stream {
         (Self::new(ours.into(), slot).unwrap(), theirs)
     }
 
+    #[cfg(test)]
+    pub(crate) fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.get_ref().as_fd()
+    }
+
     /// Waits until the socket is ready for `interest`.
     pub(crate) async fn ready(&self, interest: Interest) {
         // An error of the socket shows when it is read or written.
