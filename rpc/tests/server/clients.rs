@@ -1,8 +1,10 @@
 //! Clients that come, go, err and attack, over a real socket.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
-use crate::fixture::{Fixture, run};
+use crate::fixture::{Fixture, run, run_with_hasty_clock};
 use rpc::{CONNECTIONS_MAX, OUTSTANDING_MAX, REQUEST_MAX};
 use serde_json::{Value, json};
 
@@ -61,6 +63,41 @@ fn a_connection_closed_by_an_error_gives_its_slot_back() {
         fixture.release(count);
         fixture.probe.until(|probe| probe.started.borrow().len() == 2 * count).await;
         fixture.client().await.sync().await;
+    });
+}
+
+#[test]
+fn a_client_that_stays_silent_after_an_error_gives_its_slot_back() {
+    run_with_hasty_clock(async {
+        let fixture = Fixture::new();
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            let mut client = fixture.client().await;
+            client.send("x").await;
+            assert_eq!(client.line().await.as_deref(), Some(PARSE_ERROR));
+            assert_eq!(client.line().await, None);
+            silent.push(client);
+        }
+        fixture.client().await.sync().await;
+    });
+}
+
+/// Its bytes are discarded up to a limit of 1 GiB, as it may have to write all of them before it reads.
+#[test]
+fn a_client_that_writes_on_after_an_error_is_closed_in_the_end() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut stream = UnixStream::connect(fixture.path()).unwrap();
+        let writing = tokio::task::spawn_blocking(move || {
+            let mut written = 0;
+            while let Ok(count) = stream.write(&[b'x'; 1 << 16]) {
+                written += count;
+            }
+            written
+        });
+        let written = writing.await.unwrap();
+        // Some of it may be in the socket's buffer.
+        assert!((1 << 30..(1 << 30) + (1 << 23)).contains(&written), "{written}");
     });
 }
 
@@ -372,5 +409,18 @@ fn a_panic_in_a_method_ends_its_connection_only() {
         client.read_to_string(&mut text).await.unwrap();
         assert!(text.contains(r#""id":2"#) && text.lines().count() == 1, "{text}");
         server.shutdown().await;
+    });
+}
+
+#[test]
+fn a_panic_in_a_member_of_a_batch_is_an_error_among_its_answers() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        let answer = client.ask(r#"[{"method":"panic","id":1},{"method":"echo","id":2}]"#).await;
+        assert_eq!(answer[0]["id"], 2);
+        // The id is lost with the call.
+        let error = json!({"code": -32603, "message": "Internal error"});
+        assert_eq!(answer[1], json!({"jsonrpc": "2.0", "id": null, "error": error}));
     });
 }

@@ -123,6 +123,10 @@ fn registry(probe: &Rc<Probe>) -> Registry {
             Ok(Value::String("x".repeat(size)))
         }
     });
+    registry.register("panic", Phases::Both, |_| async {
+        tokio::task::yield_now().await;
+        panic!("a method that panics")
+    });
     // Answers with a list of params[0] numbers, which is built in turns.
     registry.register("list", Phases::Both, |params: Params| async move {
         let (count,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
@@ -186,5 +190,12 @@ impl RawClient {
 /// Runs a test on the runtime the server needs.
 pub(crate) fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test);
+}
+
+/// The same with a clock that jumps to the next timer as soon as all tasks are idle.
+pub(crate) fn run_with_hasty_clock(test: impl Future<Output = ()>) {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().start_paused(true).build().unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, test);
 }

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use crate::fixture::{Fixture, RawClient, run};
+use crate::fixture::{Fixture, RawClient, run, run_with_hasty_clock};
 use rpc::CONNECTIONS_MAX;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
@@ -139,15 +139,9 @@ fn fds_are_refused_and_many_end_the_connection() {
     });
 }
 
-/// The clock jumps to the next timer as soon as all tasks are idle.
 #[test]
 fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, async {
+    run_with_hasty_clock(async {
         let fixture = Fixture::new();
         let mut clients = Vec::new();
         for index in 0..CONNECTIONS_MAX {
