@@ -82,6 +82,7 @@ pub struct Core {
     stopped: bool,
     /// The ring must not be accessed any more.
     abandoned: bool,
+    /// The ring is served no further, as it is malformed or abandoned.
     broken: bool,
     /// The guest was asked for kicks, as its reactor was about to sleep.
     armed: bool,
@@ -313,7 +314,7 @@ impl Core {
     /// What is to be looked at until the next visit, after one with `view`.
     #[inline]
     fn watch(&self, view: &View, ring: &impl Ring) -> Watch {
-        let rings = !self.stopped && !self.broken && !self.abandoned;
+        let rings = !self.stopped && !self.broken;
         let due = self.inflight > 0 || self.call_due.pending || self.owed.is_some();
         let released = view.disk.is_none() && self.device.is_some();
         let nothing = Look { cell: &raw const NOTHING, seen: 0, due: false };
@@ -342,6 +343,7 @@ impl Core {
     #[cold]
     fn let_go(&mut self, queue: &Queue, view: &View, turn: &mut Turn, events: &Events) -> bool {
         if !std::mem::replace(&mut self.abandoned, true) {
+            self.broken = true;
             self.again.clear();
             self.call_due.pending = false;
             if let Some(device) = &mut self.device {
