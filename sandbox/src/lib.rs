@@ -18,10 +18,11 @@
 //! - Disks may be anywhere, so a separate process opens them and sends the fd ([`Opener`]). It gets
 //!   a path and returns only regular files and block devices; with `--disk-dir`, only those beneath
 //!   the given directories. Without `--disk-dir` it does not protect the files of the host, but an
-//!   attacker still cannot run programs or create files, and reaches less of the kernel.
+//!   attacker still cannot run programs or create files in most places, and reaches less of the
+//!   kernel.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
-//! - Creating an io_uring needs CAP_IPC_LOCK, without which its memory counts against
+//! - Creating io_urings needs CAP_IPC_LOCK, without which their memory counts against
 //!   RLIMIT_MEMLOCK, and CAP_SYS_ADMIN, which is dropped unless `kernel.io_uring_disabled` is 1 when
 //!   the process starts. Workers create those of disks and of calls to guests.
 //! - seccomp sees system calls, not what is submitted to an io_uring. An attacker on any thread but
