@@ -211,30 +211,26 @@ fn another_name_and_another_disk_wait_for_it_too(form: Form) {
 
 /// Another guest, with other memory, on the same disk.
 fn another_guest_waits_for_the_same_disk(form: Form) {
-    let mut scene = Scene::new(form);
+    let scene = Scene::new(form);
     scene.delete();
-    let socket = disks::controller_of(&scene.vhost, "c", "EE_M", form.packed);
-    let ram = GuestRam::new(&[16 << 20]).unwrap();
-    let mut other = connect(&socket, &ram, form);
-    let mut queue = other.start_any(1, QueueOptions::default()).unwrap().remove(0);
-    scene.is_gated("c");
-    read_all(&mut queue, &[ram.alloc(4096, 4096).unwrap()]);
-    disks::answer(&scene.vhost, "EE_M");
-    take(&mut queue, 1);
-    other.disconnect().unwrap();
+    another_guest_waits(scene, "EE_M");
 }
 
-/// Another guest, on another disk that is the same file.
+/// Another guest, on another bdev on the same file.
 #[test]
 fn another_guest_waits_for_the_same_file() {
     let form = Form { packed: false, inflight: false };
     let mut file = PathBuf::new();
-    let mut scene = Scene::on(form, |vhost| file = disks::aio(vhost, "M", disks::MIB));
+    let scene = Scene::on(form, |vhost| file = disks::aio(vhost, "M", disks::MIB));
     scene.delete();
     disks::aio_on(&scene.vhost, "M2", &file);
-    let socket = disks::controller_of(&scene.vhost, "c", "M2", form.packed);
+    another_guest_waits(scene, "M2");
+}
+
+fn another_guest_waits(mut scene: Scene, bdev: &str) {
+    let socket = disks::controller_of(&scene.vhost, "c", bdev, scene.form.packed);
     let ram = GuestRam::new(&[16 << 20]).unwrap();
-    let mut other = connect(&socket, &ram, form);
+    let mut other = connect(&socket, &ram, scene.form);
     let mut queue = other.start_any(1, QueueOptions::default()).unwrap().remove(0);
     scene.is_gated("c");
     read_all(&mut queue, &[ram.alloc(4096, 4096).unwrap()]);
