@@ -89,18 +89,21 @@ impl fmt::Display for Footprint {
 }
 
 /// Waits until the server holds no more than `before`, and says that it serves the neighbours only.
-pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<Footprint> {
+/// Also says what came back last.
+pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<(Footprint, String)> {
     let start = Instant::now();
+    let mut last = String::from("nothing");
     loop {
         let shown = server.call("vhost_get_controllers", json!({}))?;
         let mut wrong = left_behind(&shown);
         let now = Footprint::of(server.process.pid())?;
         wrong.extend(now.grown(before));
         if wrong.is_empty() {
-            return Ok(now);
+            return Ok((now, last));
         }
+        last = wrong.join("; ");
         if start.elapsed() > LIMIT {
-            bail!("not come back after {LIMIT:?}: {}", wrong.join("; "));
+            bail!("not come back after {LIMIT:?}: {last}");
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -147,6 +147,7 @@ fn soak(
     let start = Footprint::of(world.server.process.pid())?;
     let (mut before, mut now, mut rounds) = (start, start, 0);
     let mut seen = newcomers::Seen::default();
+    let mut slowest = (0, 0, String::new());
     while rounds <= WARM_UP || Instant::now() < end {
         rounds += 1;
         let newcomers = Newcomers::start(world.server, beats)?;
@@ -156,17 +157,27 @@ fn soak(
             world.step().with_context(|| shown(&world, rounds, step))?;
         }
         seen.add(newcomers.end().with_context(|| shown(&world, rounds, STEPS))?);
+        let ended = beats.now();
         world.release().with_context(|| shown(&world, rounds, STEPS))?;
+        let released = beats.now();
         neighbours.go_on()?;
         before = if rounds <= WARM_UP { start.with_any_rss() } else { before };
-        now = come_back(world.server, &before).with_context(|| shown(&world, rounds, STEPS))?;
+        let waited_for;
+        (now, waited_for) =
+            come_back(world.server, &before).with_context(|| shown(&world, rounds, STEPS))?;
+        let slow = (beats.now() - ended, released - ended, waited_for);
+        slowest = slowest.max(slow);
         before = if rounds == WARM_UP { start.with_rss_of(&now) } else { before };
     }
     within("a newcomer's life", seen.life_beats, options)?;
     within("an RPC", seen.rpc_beats, options)?;
-    let tally = world.tally();
+    let (tally, (step, what)) = (world.tally(), world.slowest());
+    let (back, release, waited_for) = slowest;
     Ok(format!(
-        "{rounds} rounds of {STEPS} steps ({tally})\nat the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}\n\
+        "{rounds} rounds of {STEPS} steps ({tally})\nthe longest step took {step} beats: {what}; \
+         \
+         all came back within {back}, {release} of them to let go; what was left last: {waited_for}\n\
+         at the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}\n\
          newcomers: {} lives, each within {} beats; an RPC after each, within {}",
         before.rss_mib(),
         seen.lives,

@@ -32,7 +32,7 @@ pub(crate) fn run(server: &Server, rounds: u64, interrupt: &Interrupt) -> Result
         }
     }
     drop(rpc);
-    let now = come_back(server, &before)?;
+    let (now, _) = come_back(server, &before)?;
     Ok(format!(
         "{rounds} rounds of create and delete, {} with a VM\n\
          at the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}",

@@ -117,6 +117,8 @@ pub(crate) struct World<'a> {
     file: PathBuf,
     tally: BTreeMap<Action, u64>,
     recent: VecDeque<String>,
+    /// The longest step so far, in beats.
+    slowest: (u64, String),
 }
 
 impl<'a> World<'a> {
@@ -144,6 +146,7 @@ impl<'a> World<'a> {
             file,
             tally: BTreeMap::new(),
             recent: VecDeque::new(),
+            slowest: (0, String::new()),
         })
     }
 
@@ -161,8 +164,14 @@ impl<'a> World<'a> {
             self.recent.pop_front();
         }
         self.recent.push_back(format!("{action:?} of {}", name(slot)));
+        let start = self.beats.now();
         if self.act(action, slot).with_context(|| format!("{action:?} of {}", name(slot)))? {
             *self.tally.entry(action).or_default() += 1;
+        }
+        let beats = self.beats.now() - start;
+        if beats > self.slowest.0 {
+            let disk = self.slots[slot].disk.as_deref().unwrap_or("no disk");
+            self.slowest = (beats, format!("{action:?} of {} ({disk})", name(slot)));
         }
         Ok(())
     }
@@ -171,6 +180,11 @@ impl<'a> World<'a> {
     pub(crate) fn tally(&self) -> String {
         let counts: Vec<String> = self.tally.iter().map(|(a, n)| format!("{n} {a:?}")).collect();
         counts.join(", ")
+    }
+
+    /// Beats of the longest step, and what it was. It may have waited for a disk that hangs.
+    pub(crate) fn slowest(&self) -> &(u64, String) {
+        &self.slowest
     }
 
     /// What was tried last.
