@@ -269,10 +269,7 @@ impl Control {
 }
 
 fn warn_of_stuck(Stuck { name, waiting }: &Stuck) {
-    warn!(
-        "{name}: a close takes long ({waiting} file descriptors not closed); until it returns, \
-         new front ends or files for it are refused"
-    );
+    warn!("{name}: a close takes long; {waiting} file descriptors are not closed");
 }
 
 type Job = Box<dyn FnOnce(&DpdkTransport) + Send>;
