@@ -76,6 +76,11 @@ impl Opener {
                 Err(bdev::Error::Busy(text))
             }
             (NOT_A_DISK, _) => Err(bdev::not_a_disk(path)),
+            (libc::EACCES, _) => {
+                let what = format!("{} (opened in the sandbox: see --disk-dir)", path.display());
+                let source = io::Error::from_raw_os_error(libc::EACCES);
+                Err(bdev::Error::System { what, source })
+            }
             (code, _) => Err(system(io::Error::from_raw_os_error(code))),
         }
     }
