@@ -105,12 +105,6 @@ impl Account {
         Self(Arc::new(Inner { name, open, queue, operator, _held: held }))
     }
 
-    /// Its name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.0.name
-    }
-
     /// Drops `value` on a thread where blocking is harmless. Does not block.
     pub fn drop_later(&self, value: impl Send + 'static) {
         let mut queue = self.0.queue();

@@ -624,7 +624,6 @@ impl Session {
     }
 
     /// The front end waits until the reset that it has just sent is complete: until all I/O that
-    /// The front end waits until the reset that it has just sent is complete: until all I/O that
     /// uses its guest's memory has ended, including I/O of closed connections (`earlier_io`: there
     /// is some). The answer is sent by [`Effect::Acknowledge`], now or then.
     pub fn await_reset(&mut self, earlier_io: bool) -> Vec<Effect> {
