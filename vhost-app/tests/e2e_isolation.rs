@@ -56,10 +56,10 @@ fn slow_munmap(dir: &Path) -> PathBuf {
 /// The seed's own case: B is shut down and its memory takes four seconds to unmap.
 fn a_slow_unmap_holds_up_nobody(form: Form) {
     let launch = form.launch();
-    // The sandbox allows renaming files only in the RPC socket's directory.
     let dir = launch.dir().to_owned();
     let library = slow_munmap(&dir);
-    let launch = launch.env("LD_PRELOAD", library.to_str().unwrap());
+    // The library renames files, which the sandbox refuses to the threads that unmap.
+    let launch = launch.args(&["--no-sandbox"]).env("LD_PRELOAD", library.to_str().unwrap());
     let vhost = form.start_as(launch.env("SLOW_MUNMAP", dir.to_str().unwrap()));
     let a = vhost.neighbour();
     let mut b = vhost.vm(&vhost.malloc_controller("b", "MB"));
