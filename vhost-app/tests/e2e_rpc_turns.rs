@@ -27,8 +27,9 @@ fn a_huge_batch_holds_up_nobody() {
     }
     let mut other = vhost.connect();
     let mut overtake = |first: &mut Rpc, what: &str| {
-        // Each of these is sent after the batch and answered before it.
-        for _ in 0..10 {
+        // Each of these is sent after the batch and answered before it. Few, as on a busy machine a
+        // batch of short calls may end in the time of some round trips.
+        for _ in 0..2 {
             other.call("spdk_get_version", Value::Null).unwrap();
             assert!(!first.has_answer(), "{what}");
         }
