@@ -236,9 +236,8 @@ fn reads_one_block(fd: RawFd, block: usize) -> bool {
 impl Opened {
     /// Whether a hole can be punched, found out without changing a byte of the disk.
     pub(super) fn punches_holes(&self) -> bool {
-        let Ok(metadata) = self.file.metadata() else { return false };
-        if metadata.file_type().is_block_device() {
-            return zeroes_by_command(metadata.rdev());
+        if let Storage::BlockDevice(number) = self.storage {
+            return zeroes_by_command(number);
         }
         let Ok(past) = i64::try_from(self.size) else { return false };
         let len = i64::from(self.block_size);
