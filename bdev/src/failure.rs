@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::io::{OPS, Op};
+use crate::io::{Io, OPS, Op, Tag};
 
 /// An I/O that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,30 @@ pub enum FailureKind {
 
 /// How many values [`FailureKind`] has.
 pub const FAILURE_KINDS: usize = 2;
+
+/// What a channel keeps to answer [`crate::Channel::failure`]: by tag, until somebody asks.
+#[derive(Debug)]
+pub(crate) struct Failures(Box<[Option<Failure>]>);
+
+impl Failures {
+    /// For the tags below `depth`.
+    pub(crate) fn new(depth: u16) -> Self {
+        Self(vec![None; depth.into()].into_boxed_slice())
+    }
+
+    /// Records why an I/O fails.
+    #[cold]
+    pub(crate) fn note(&mut self, io: &Io, errno: i32) {
+        if let Some(failure) = self.0.get_mut(usize::from(io.tag.0)) {
+            *failure = Some(io.failed(FailureKind::Failed, errno));
+        }
+    }
+
+    /// Why an I/O failed; only the first call gets the answer.
+    pub(crate) fn take(&mut self, tag: Tag) -> Option<Failure> {
+        self.0.get_mut(usize::from(tag.0))?.take()
+    }
+}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

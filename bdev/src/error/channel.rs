@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
-use crate::failure::{Failure, FailureKind};
+use crate::failure::{Failure, Failures};
 use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
 use crate::memory;
 
@@ -27,7 +27,7 @@ pub(super) struct ErrorChannel {
     /// By tag: what to do to the data when the base is done with it.
     spoiled: Box<[Option<Spoiled>]>,
     /// By tag: injected failures that nobody has asked about yet.
-    failures: Box<[Option<Failure>]>,
+    failures: Failures,
     /// I/Os outstanding at the base.
     with_base: u64,
     /// As the operator had released pending I/Os when the first of ours became one.
@@ -64,7 +64,7 @@ impl ErrorChannel {
             retries: VecDeque::with_capacity(depth.into()),
             ended: VecDeque::with_capacity(depth.into()),
             spoiled: vec![None; depth.into()].into_boxed_slice(),
-            failures: vec![None; depth.into()].into_boxed_slice(),
+            failures: Failures::new(depth),
             with_base: 0,
             released: disk.releases(),
             abandoned: false,
@@ -101,20 +101,12 @@ impl ErrorChannel {
         submit
     }
 
-    /// Records that an I/O was made to fail.
-    #[cold]
-    fn note_failure(&mut self, io: &Io) {
-        if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {
-            *failure = Some(io.failed(FailureKind::Failed, libc::EIO));
-        }
-    }
-
     /// Takes over what the operator has decided about pending I/Os.
     fn release_pending(&mut self) {
         let now = self.disk.releases();
         if now.aborts != self.released.aborts {
             while let Some(io) = self.pending.pop_front() {
-                self.note_failure(&io);
+                self.failures.note(&io, libc::EIO);
                 self.ended.push_back(Completion { tag: io.tag, status: Status::IoError });
             }
         } else if now.resumes != self.released.resumes {
@@ -167,7 +159,7 @@ impl Channel for ErrorChannel {
         let spoiled = match rule.and_then(|rule| rule.take(self.with_base)) {
             None => None,
             Some(InjectedError::Failure) => {
-                self.note_failure(&io);
+                self.failures.note(&io, libc::EIO);
                 return Submit::Done(Status::IoError);
             }
             Some(InjectedError::Pending) => {
@@ -206,8 +198,7 @@ impl Channel for ErrorChannel {
     }
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        let own = self.failures.get_mut(usize::from(tag.0))?.take();
-        own.or_else(|| self.base.failure(tag))
+        self.failures.take(tag).or_else(|| self.base.failure(tag))
     }
 
     #[inline]

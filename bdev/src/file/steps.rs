@@ -7,7 +7,7 @@ use io_uring::squeue::Entry;
 use io_uring::{opcode, types};
 
 use super::backing::Alignment;
-use crate::failure::{Failure, FailureKind};
+use crate::failure::{Failure, Failures};
 use crate::io::{Io, Op, Segment, Status, Tag};
 use crate::memory::{self, Stores};
 
@@ -75,7 +75,7 @@ pub(super) struct Steps {
     /// The file system can zero a range, as far as is known.
     zero_range: bool,
     /// By tag: why an I/O failed, until somebody asks.
-    failures: Box<[Option<Failure>]>,
+    failures: Failures,
     /// The callers' memory is not accessed any more.
     abandoned: bool,
 }
@@ -95,7 +95,7 @@ impl Steps {
             bounce,
             bouncing: VecDeque::with_capacity(depth.into()),
             zero_range: true,
-            failures: vec![None; depth.into()].into_boxed_slice(),
+            failures: Failures::new(depth),
             abandoned: false,
         }
     }
@@ -202,14 +202,12 @@ impl Steps {
     /// Records why an I/O fails.
     #[cold]
     pub(super) fn note_failure(&mut self, io: &Io, errno: i32) {
-        if let Some(failure) = self.failures.get_mut(usize::from(io.tag.0)) {
-            *failure = Some(io.failed(FailureKind::Failed, errno));
-        }
+        self.failures.note(io, errno);
     }
 
     /// Why an I/O failed; only the first call gets the answer.
     pub(super) fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        self.failures.get_mut(usize::from(tag.0))?.take()
+        self.failures.take(tag)
     }
 
     /// The entry of the I/O that waits for the aligned buffer, if that has just become free.
