@@ -3,7 +3,6 @@
 
 use std::cmp::{self, Reverse};
 use std::collections::BinaryHeap;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::failure::Failure;
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Tag, Wait};
+use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Tag, Wait, WakeFds};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -266,8 +265,12 @@ impl Channel for DelayChannel {
         }
     }
 
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.base.wake_fd()
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.base.wake_fds()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.base.set_wakes(wakes);
     }
 
     fn wait(&self) -> Wait {

@@ -1,10 +1,18 @@
-//! Disks in a file or on a block device, through io_uring: SPDK's `aio` and `uring`.
+//! Disks in a file or on a block device: SPDK's `aio` and `uring`.
+//!
+//! A channel's submissions never wait: what the kernel can start without waiting goes through an
+//! [`Engine`], everything else to the disk's own worker threads.
 
+mod aio;
 mod backing;
+mod blocking;
 mod channel;
-mod steps;
+mod engine;
+mod uring;
+mod workers;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,13 +26,17 @@ use crate::stats::Stats;
 use crate::topology::Topology;
 
 pub use backing::{Alignment, not_a_disk, open_file};
+pub use engine::Engine;
+pub use workers::WorkerCounts;
+use workers::Workers;
 
-/// Which of SPDK's modules a file disk stands for. The I/O is the same.
+/// Which of SPDK's modules a file disk stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// `bdev_aio`. Offers unmap only with `fallocate`.
+    /// `bdev_aio`: [`Engine::Aio`] where it works. Offers unmap only with `fallocate`.
     Aio,
-    /// `bdev_uring`. Offers flush, and unmap where it works; SPDK's offers neither.
+    /// `bdev_uring`: [`Engine::IoUring`] where it works. Offers flush, and unmap where it works;
+    /// SPDK's offers neither.
     Uring,
 }
 
@@ -33,8 +45,8 @@ pub enum Flavour {
 /// The file is opened once, with `O_DIRECT` if it can serve every block of this disk that way,
 /// else through the page cache; never both, since the kernel promises nothing to a file that is
 /// written both ways ("possible data corruption due to collision with buffered I/O"). A request
-/// whose segments do not have the alignment that direct I/O wants goes piece by piece through a
-/// small aligned buffer of its channel. All others go straight to and from the guest's memory.
+/// whose segments do not have the alignment that direct I/O wants goes piece by piece through an
+/// aligned buffer of a worker thread. All others go straight to and from the guest's memory.
 #[derive(Debug)]
 pub struct FileDisk {
     name: String,
@@ -55,7 +67,22 @@ pub struct FileDisk {
     /// What direct I/O asks for; `None` if the file is buffered.
     direct: Option<Alignment>,
     topology: Topology,
+    engine: Engine,
+    workers: Workers,
     stats: Stats,
+}
+
+/// How a file disk serves its I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The way of reads and writes.
+    pub engine: Engine,
+    /// They bypass the page cache.
+    pub direct: bool,
+    /// They are tried without waiting (`RWF_NOWAIT`).
+    pub nowait: bool,
+    /// The threads that do what may wait.
+    pub workers: WorkerCounts,
 }
 
 /// What [`FileDisk::create`] makes.
@@ -76,6 +103,8 @@ pub struct FileOptions {
     pub uuid: Option<Uuid>,
     /// Which of SPDK's modules it stands for.
     pub flavour: Flavour,
+    /// Instead of the flavour's own engine, or the other if that does not work.
+    pub engine: Option<Engine>,
 }
 
 impl FileDisk {
@@ -94,7 +123,7 @@ impl FileDisk {
     /// # Errors
     /// As [`FileDisk::create`].
     pub fn on(file: File, options: FileOptions) -> Result<Arc<Self>, Error> {
-        let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour } =
+        let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour, engine } =
             options;
         let opened = backing::check(file, &filename, block_size)?;
         let num_blocks = opened.size / u64::from(opened.block_size);
@@ -102,6 +131,18 @@ impl FileDisk {
         let unmap = match flavour {
             Flavour::Aio => fallocate,
             Flavour::Uring => opened.punches_holes(),
+        };
+        let system = |what| move |source| Error::System { what, source };
+        let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
+            .map_err(system(format!("{}: cannot start a thread", filename.display())))?;
+        let engine = match (opened.direct, engine) {
+            // Reading through the page cache may wait for the disk even with RWF_NOWAIT.
+            (None, _) => Engine::Threads,
+            (Some(_), Some(engine)) => channel::first_that_works(&opened, &[engine]),
+            (Some(_), None) if flavour == Flavour::Aio => {
+                channel::first_that_works(&opened, &[Engine::Aio, Engine::IoUring])
+            }
+            (Some(_), None) => channel::first_that_works(&opened, &[Engine::IoUring, Engine::Aio]),
         };
         let features = Features {
             read_only: readonly,
@@ -127,6 +168,8 @@ impl FileDisk {
             name,
             direct: opened.direct,
             topology: opened.topology,
+            engine,
+            workers,
             stats: Stats::default(),
         }))
     }
@@ -193,6 +236,17 @@ impl FileDisk {
         self.direct
     }
 
+    /// How it serves its I/O, and what its worker threads do right now.
+    #[must_use]
+    pub fn service(&self) -> Service {
+        Service {
+            engine: self.engine,
+            direct: self.direct.is_some(),
+            nowait: self.engine != Engine::Threads,
+            workers: self.workers.counts(),
+        }
+    }
+
     fn file(&self) -> &File {
         self.file.as_ref().expect("taken only where self ends")
     }
@@ -256,9 +310,7 @@ impl Bdev for FileDisk {
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let channel = channel::FileChannel::open(Arc::clone(&self), depth).map_err(|source| {
-            Error::System { what: format!("io_uring for {}", self.filename.display()), source }
-        })?;
-        Ok(Box::new(channel))
+        let what = format!("cannot serve {}", self.filename.display());
+        channel::open(self, depth).map_err(|source| Error::System { what, source })
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use arrayvec::ArrayVec;
 use uuid::Uuid;
 
 use crate::failure::{Failure, FailureKind};
@@ -170,6 +171,9 @@ pub enum Submit {
     Full(Io),
 }
 
+/// The fds that wake the owner of a [`Channel`].
+pub type WakeFds<'a> = ArrayVec<BorrowedFd<'a>, 2>;
+
 /// An I/O that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
@@ -184,7 +188,7 @@ pub struct Completion {
 pub enum Wait {
     /// Nothing else: poll again at once.
     Poll,
-    /// Sleep until [`Channel::wake_fd`] becomes readable.
+    /// Sleep until one of [`Channel::wake_fds`] becomes readable.
     Event,
     /// Sleep until this time, or until the fd becomes readable.
     Until(Instant),
@@ -224,11 +228,15 @@ pub trait Channel: Send {
         Shortcut::None
     }
 
-    /// Becomes readable, at each event anew, when there may be something for `poll`; `None` where
-    /// [`Channel::wait`] never answers [`Wait::Event`] with I/O outstanding. Stays the same.
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
+    /// One of them becomes readable, at each event anew, when there may be something for `poll`;
+    /// none where [`Channel::wait`] never answers [`Wait::Event`] with I/O outstanding. Stay the same.
+    fn wake_fds(&self) -> WakeFds<'_> {
+        WakeFds::new()
     }
+
+    /// Says whether the owner may sleep, which spares a channel that it never waits for the signals.
+    /// At first it may. Not called by a reactor.
+    fn set_wakes(&mut self, _wakes: bool) {}
 
     /// What to do until the next `poll`, for an owner that would rather sleep. Only asked while
     /// I/O is outstanding, after a `poll` that found nothing.

@@ -42,11 +42,14 @@ pub use available::control_group_mounts;
 pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
-pub use file::{Alignment, FileDisk, FileOptions, Flavour, account_name, not_a_disk, open_file};
+pub use file::{
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Service, WorkerCounts, account_name,
+    not_a_disk, open_file,
+};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
     Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Storage, Submit, Tag,
-    Wait,
+    Wait, WakeFds,
 };
 pub use malloc::{Malloc, MallocOptions};
 pub use memory::Stores;

@@ -173,6 +173,7 @@ fn file_disk(dir: &Path) -> Arc<FileDisk> {
         fallocate: false,
         uuid: None,
         flavour: Flavour::Uring,
+        engine: None,
     };
     FileDisk::create(options).unwrap()
 }

@@ -210,6 +210,7 @@ mod tests {
                 fallocate: true,
                 uuid: None,
                 flavour: bdev::Flavour::Aio,
+                engine: None,
             });
             let disk = Disk { bdev: bdev.unwrap(), read_only: of_controller };
             let offered = disk.features() & 1 << VIRTIO_BLK_F_RO != 0;

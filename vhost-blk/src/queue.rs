@@ -270,10 +270,17 @@ impl Queue {
     /// The system has no room for another watch; then nothing has changed.
     pub(crate) unsafe fn aim(&self, from: Option<&Bell>, to: Option<&Bell>) -> io::Result<()> {
         // SAFETY: the caller says so.
-        let core = unsafe { &*self.core.get() };
-        let Some(fd) = core.wake_fd() else { return Ok(()) };
-        to.map_or(Ok(()), |bell| bell.watch(fd))?;
-        from.into_iter().for_each(|bell| bell.forget(fd));
+        let core = unsafe { &mut *self.core.get() };
+        let Some(channel) = core.channel() else { return Ok(()) };
+        let fds = channel.wake_fds();
+        if let Some(to) = to {
+            for (n, fd) in fds.iter().enumerate() {
+                to.watch(*fd).inspect_err(|_| fds[..n].iter().for_each(|fd| to.forget(*fd)))?;
+            }
+        }
+        from.into_iter().for_each(|bell| fds.iter().for_each(|fd| bell.forget(*fd)));
+        drop(fds);
+        channel.set_wakes(to.is_some());
         Ok(())
     }
 

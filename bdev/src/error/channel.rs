@@ -2,13 +2,12 @@
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
 use crate::failure::{Failure, Failures};
-use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
+use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait, WakeFds};
 use crate::memory;
 
 /// How often a sleeping owner looks whether the operator has released pending I/Os, which nothing
@@ -182,8 +181,12 @@ impl Channel for ErrorChannel {
         unsafe { self.pass_on(io, spoiled) }
     }
 
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.base.wake_fd()
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.base.wake_fds()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.base.set_wakes(wakes);
     }
 
     fn wait(&self) -> Wait {

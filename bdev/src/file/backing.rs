@@ -206,7 +206,7 @@ fn alignment(file: &File, block_size: u32) -> Option<Alignment> {
         None => Alignment { memory: block, length: block },
     };
     let fits = alignment.memory.is_power_of_two()
-        && alignment.memory <= super::steps::BOUNCE_ALIGN
+        && alignment.memory <= super::blocking::BOUNCE_ALIGN
         && alignment.length.is_power_of_two()
         && alignment.length <= block;
     (fits && reads_one_block(fd, block)).then_some(alignment)

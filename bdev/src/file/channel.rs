@@ -1,67 +1,148 @@
-//! One io_uring per channel.
-#![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
+//! The I/O path to a file: an engine for what does not wait, the disk's workers for the rest.
+#![expect(unsafe_code, reason = "passes a guest's memory on")]
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use io_uring::register::Restriction;
-use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::steps::{Next, Steps};
+use super::aio::Aio;
+use super::backing::Opened;
+use super::blocking::{Ended, goes_whole};
+use super::engine::{Engine, NoEngine, Submitter};
+use super::uring::Uring;
+use super::workers::Line;
 use super::{FileDisk, Flavour};
-use crate::failure::{Failure, FailureKind};
+use crate::failure::{Failure, FailureKind, Failures};
 use crate::geometry::within;
-use crate::io::{Bdev, Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
+use crate::io::{Bdev, Channel, Completion, Io, Op, Segment, Status, Submit, Tag, Wait, WakeFds};
 
-/// The kernel makes no larger ring (`IORING_MAX_ENTRIES`).
+/// The kernel makes no larger io_uring (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;
 
-/// Kernel threads that may wait for one reactor's slow operations (flush, unmap, write-zeroes,
-/// buffered I/O), over all its disks. The kernel's default, 4 per CPU, is so few that one disk that
-/// hangs could hold them all.
-const WORKERS_MAX: u32 = 256;
+/// Opens the I/O path for one owner: by the disk's engine, by another if the system has no room for
+/// that, and by worker threads alone in the last resort.
+pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channel>> {
+    if depth == 0 || depth > DEPTH_MAX {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let line = Line::new(depth)?;
+    let file = disk.file();
+    let engines: &[Engine] = match disk.engine {
+        Engine::Aio => &[Engine::Aio, Engine::IoUring],
+        Engine::IoUring => &[Engine::IoUring, Engine::Aio],
+        Engine::Threads => &[],
+    };
+    let opened =
+        engines.iter().find_map(|engine| AnyEngine::open(*engine, file, depth, &line).ok());
+    Ok(match opened {
+        Some(AnyEngine::Aio(aio)) => Box::new(FileChannel::new(disk, aio, line, depth)),
+        Some(AnyEngine::Uring(uring)) => Box::new(FileChannel::new(disk, uring, line, depth)),
+        None => Box::new(FileChannel::new(disk, NoEngine, line, depth)),
+    })
+}
+
+enum AnyEngine {
+    Aio(Aio),
+    Uring(Uring),
+}
+
+impl AnyEngine {
+    fn open(engine: Engine, file: &File, depth: u16, line: &Arc<Line>) -> io::Result<Self> {
+        match engine {
+            Engine::Aio => Aio::open(file.as_raw_fd(), depth, line).map(Self::Aio),
+            Engine::IoUring => Uring::open(file.as_fd(), depth).map(Self::Uring),
+            Engine::Threads => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+/// The first of these engines that the system allows, if the file can be read without waiting;
+/// found out by a read of its first block.
+pub(super) fn first_that_works(file: &Opened, engines: &[Engine]) -> Engine {
+    let works = |engine: &&Engine| match probe(**engine, file) {
+        // It would have had to wait, or the block is bad: either is no fault of the engine.
+        Ok(result) => -result != libc::EOPNOTSUPP && -result != libc::EINVAL,
+        Err(_) => false,
+    };
+    engines.iter().find(works).copied().unwrap_or(Engine::Threads)
+}
+
+/// Reads the first block through an engine: bytes, or an errno below 0.
+fn probe(engine: Engine, file: &Opened) -> io::Result<i32> {
+    let line = Line::new(1)?;
+    match AnyEngine::open(engine, &file.file, 1, &line)? {
+        AnyEngine::Aio(aio) => read_first_block(aio, &line, file),
+        AnyEngine::Uring(uring) => read_first_block(uring, &line, file),
+    }
+}
+
+fn read_first_block(mut engine: impl Submitter, line: &Line, file: &Opened) -> io::Result<i32> {
+    let len = file.block_size as usize;
+    let alignment = file.direct.map_or(1, |direct| direct.memory);
+    let mut memory = vec![0_u8; len + alignment];
+    let start = memory.as_ptr().align_offset(alignment);
+    let segments = [Segment::new(memory.as_mut_ptr().wrapping_add(start), len)];
+    let read = Io::rw(Op::Read, Tag(0), 0, len as u64, &segments);
+    // SAFETY: the memory lives until the read has ended, below.
+    unsafe { engine.push(&read) };
+    loop {
+        engine.kick();
+        engine.refresh();
+        if let Some((_, result)) = engine.next() {
+            return Ok(result);
+        }
+        let wake = engine.wake_fd();
+        let fds = [Some(line.wake_fd()), wake].into_iter().flatten();
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+        // An error (a signal) is as good as an event. What the kernel has not taken is offered again.
+        let _ = poll(&mut fds, engine.is_behind().then_some(&RETRY));
+    }
+}
+
+/// How long a probe waits before it offers the kernel again what it has not taken.
+const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
 /// The I/O path to a file.
-///
-/// An I/O has one entry in the ring at a time, so that a ring of `depth` entries has room for all.
-/// The kernel ties an I/O to the thread that submitted it: the channel may change threads, best
-/// while nothing is outstanding, and the I/Os of a thread that ends fail.
-pub(super) struct FileChannel {
-    ring: IoUring,
-    steps: Steps,
+struct FileChannel<E> {
+    engine: E,
+    line: Arc<Line>,
     disk: Arc<FileDisk>,
-    /// I/Os accepted and not yet reported.
-    outstanding: usize,
-    /// Entries in the ring that the kernel has not taken.
-    unsubmitted: usize,
+    /// The I/Os that are outstanding, by tag.
+    slots: Box<[Option<Io>]>,
+    failures: Failures,
+    /// How many of them are with the engine, and how many with the workers.
+    fast: usize,
+    slow: usize,
+    /// Of the latter, those that the workers have not been told of.
+    unannounced: u64,
+    /// Reads and writes may be tried without waiting.
+    nowait_reads: bool,
+    nowait_writes: bool,
 }
 
-impl FileChannel {
-    pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Self> {
-        if depth == 0 || depth > DEPTH_MAX {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+impl<E: Submitter> FileChannel<E> {
+    fn new(disk: Arc<FileDisk>, engine: E, line: Arc<Line>, depth: u16) -> Self {
+        disk.workers.add(&line);
+        let nowait = disk.engine != Engine::Threads;
+        Self {
+            engine,
+            line,
+            disk,
+            slots: vec![None; depth.into()].into_boxed_slice(),
+            failures: Failures::new(depth),
+            fast: 0,
+            slow: 0,
+            unannounced: 0,
+            nowait_reads: nowait,
+            nowait_writes: nowait,
         }
-        let ring = make_ring(depth.into(), disk.file().as_fd())?;
-        let steps = Steps::new(depth, disk.direct);
-        let mut channel = Self { ring, steps, disk, outstanding: 0, unsubmitted: 0 };
-        channel.self_test()?;
-        Ok(channel)
-    }
-
-    /// Sends an entry round, while failing is still possible.
-    fn self_test(&mut self) -> io::Result<()> {
-        let nop = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
-        // SAFETY: it refers to no memory.
-        let pushed = unsafe { self.ring.submission().push(&nop) };
-        pushed.map_err(io::Error::other)?;
-        self.ring.submit_and_wait(1)?;
-        let nop = self.ring.completion().next();
-        nop.map(|_| ()).ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))
     }
 }
 
-impl Channel for FileChannel {
+impl<E: Submitter> Channel for FileChannel<E> {
     #[inline]
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let writes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
@@ -75,244 +156,184 @@ impl Channel for FileChannel {
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
         }
-        // SAFETY: the caller vouches for the memory.
-        match unsafe { self.steps.begin(io) } {
-            Err(status) => return Submit::Done(status),
-            Ok(None) => {}
-            Ok(Some(entry)) => {
-                // SAFETY: what the entry refers to stays valid until the I/O is reported: the
-                // caller's memory by the contract, the aligned buffer as `self` owns it.
-                if unsafe { self.ring.submission().push(&entry) }.is_err() {
-                    self.steps.take_back(io.tag);
-                    return Submit::Full(io);
-                }
-                self.unsubmitted += 1;
-            }
+        match self.slots.get_mut(usize::from(io.tag.0)) {
+            Some(slot @ None) => *slot = Some(io),
+            // The caller owes us not to use such a tag.
+            _ => return Submit::Done(Status::IoError),
         }
-        self.outstanding += 1;
+        let nowait = match io.op {
+            Op::Read => self.nowait_reads,
+            Op::Write => self.nowait_writes,
+            Op::Flush | Op::Unmap | Op::WriteZeroes => false,
+        };
+        // SAFETY: the caller vouches for the segments.
+        if nowait && unsafe { goes_whole(&io, self.disk.direct) } {
+            self.fast += 1;
+            // SAFETY: the caller vouches for the memory until the I/O is reported, and for the tag.
+            unsafe { self.engine.push(&io) };
+        } else {
+            self.hand_over(io);
+        }
         Submit::Queued
     }
 
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the ring's own fd, open for as long as the ring.
-        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+    fn wake_fds(&self) -> WakeFds<'_> {
+        let own = Some(self.line.wake_fd());
+        own.into_iter().chain(self.engine.wake_fd()).collect()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.engine.set_wakes(wakes);
     }
 
     fn wait(&self) -> Wait {
         // What the kernel would not take is offered again with the next poll.
-        if self.unsubmitted > 0 { Wait::Poll } else { Wait::Event }
+        let poll = self.engine.is_behind() || self.engine.is_quiet() || self.unannounced > 0;
+        if poll { Wait::Poll } else { Wait::Event }
     }
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
         let aio = self.disk.flavour == Flavour::Aio;
         let kind = if aio { FailureKind::Aio } else { FailureKind::Failed };
-        self.steps.failure(tag).map(|failure| Failure { kind, ..failure })
+        self.failures.take(tag).map(|failure| Failure { kind, ..failure })
     }
 
     #[inline]
     fn kick(&mut self) {
-        if self.unsubmitted == 0 {
-            return;
-        }
-        // Never waits. An error (no memory for a request, say) leaves the entries in the
-        // ring, and the next poll tries again.
-        if let Ok(n) = self.ring.submit() {
-            self.unsubmitted = self.unsubmitted.saturating_sub(n);
+        self.engine.kick();
+        if self.unannounced > 0 {
+            self.announce();
         }
     }
 
     fn abandon(&mut self) {
-        self.steps.abandon();
+        self.line.abandon();
     }
 
     #[inline]
     fn poll(&mut self, done: &mut [Completion]) -> usize {
-        if self.outstanding == 0 {
+        if self.fast + self.slow == 0 {
             return 0;
         }
         self.kick();
-        self.reap(done)
-    }
-}
-
-impl FileChannel {
-    /// Ends an I/O that the disk does not support.
-    #[cold]
-    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
-        self.steps.note_failure(io, errno);
-        let unsupported = errno == libc::EOPNOTSUPP;
-        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
-    }
-
-    fn reap(&mut self, done: &mut [Completion]) -> usize {
-        let (submitter, mut sq, mut cq) = self.ring.split();
-        if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
-            // The kernel has completions that it writes to the ring when we enter it. A failure
-            // leaves them there for the next poll. It also retries entries that the kernel did not
-            // take before.
-            if let Ok(n) = submitter.submit() {
-                self.unsubmitted = self.unsubmitted.saturating_sub(n);
-            }
-            cq.sync();
-        }
         let mut n = 0;
-        while n < done.len() {
-            let Some(cqe) = cq.next() else { break };
-            let tag = Tag(cqe.user_data() as u16);
-            // SAFETY: the I/O is reported below at the earliest.
-            let mut more = match unsafe { self.steps.advance(tag, cqe.result()) } {
-                Next::Entry(entry) => Some(entry),
-                Next::Ended(status) => {
+        if self.fast > 0 {
+            self.engine.refresh();
+            while n < done.len() {
+                let Some((tag, result)) = self.engine.next() else { break };
+                if let Some(status) = self.judge(tag, result) {
                     done[n] = Completion { tag, status };
                     n += 1;
-                    // SAFETY: it concerns an I/O that waits.
-                    unsafe { self.steps.unblocked(tag) }
                 }
-            };
-            if let Some(entry) = more.take() {
-                // SAFETY: as in `submit`. There is room: an I/O has one entry at a time, and the
-                // ring has as many as there are tags.
-                let pushed = unsafe { sq.push(&entry) };
-                debug_assert!(pushed.is_ok(), "the ring is smaller than the depth");
-                self.unsubmitted += 1;
+            }
+            if self.unannounced > 0 {
+                self.announce();
             }
         }
-        drop((sq, cq));
-        self.outstanding -= n;
-        self.kick();
+        if self.slow > 0 {
+            n += self.poll_workers(&mut done[n..]);
+        }
         n
     }
 }
 
-impl Drop for FileChannel {
-    fn drop(&mut self) {
-        // Closing the ring would let go of the file some time later; a block device would stay
-        // busy until then. Nothing can be done about a failure.
-        let _ = self.ring.submitter().unregister_files();
-    }
-}
-
-/// An io_uring whose only registered file is `file`. Where the kernel can, completions do not
-/// interrupt the thread (5.19) and the ring is restricted (5.10).
-fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
-    let files = [file.as_raw_fd()];
-    let restricted = |builder: &mut Builder<squeue::Entry, cqueue::Entry>| {
-        let ring = builder.dontfork().setup_r_disabled().build(entries)?;
-        ring.submitter().register_files(&files)?;
-        set_workers(&ring);
-        restrict(&ring)?;
-        Ok(ring)
-    };
-    let mut quiet = IoUring::builder();
-    quiet.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
-    restricted(&mut quiet).or_else(|_: io::Error| restricted(&mut IoUring::builder())).or_else(
-        |_| {
-            let ring = IoUring::builder().dontfork().build(entries)?;
-            ring.submitter().register_files(&files)?;
-            set_workers(&ring);
-            Ok(ring)
-        },
-    )
-}
-
-fn set_workers(ring: &IoUring) {
-    // Kernels before 5.15 cannot, and keep their default. 0 leaves the other kind as it is.
-    let _ = ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, 0]);
-}
-
-/// Has the kernel refuse everything but I/O on the ring's own file from now on. seccomp does not
-/// see what a thread submits to an io_uring, and reactors cannot create other rings.
-fn restrict(ring: &IoUring) -> io::Result<()> {
-    /// `IORING_UNREGISTER_FILES`, which `drop` calls.
-    const UNREGISTER_FILES: u8 = 3;
-    let op = Restriction::sqe_op;
-    let mut restrictions = [
-        op(opcode::Nop::CODE),
-        op(opcode::Read::CODE),
-        op(opcode::Readv::CODE),
-        op(opcode::Write::CODE),
-        op(opcode::Writev::CODE),
-        op(opcode::Fsync::CODE),
-        op(opcode::Fallocate::CODE),
-        Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
-        Restriction::register_op(UNREGISTER_FILES),
-    ];
-    ring.submitter().register_restrictions(&mut restrictions)?;
-    ring.submitter().register_enable_rings()
-}
-
-#[cfg(test)]
-mod tests {
-    use io_uring::{squeue::Entry, types};
-
-    use super::*;
-    use crate::file::FileOptions;
-    use crate::io::Segment;
-
-    #[test]
-    fn a_ring_does_io_on_its_file_and_nothing_else() {
-        let [file, other] = [(); 2].map(|()| tempfile::tempfile().unwrap());
-        file.set_len(512).unwrap();
-        let mut ring = make_ring(4, file.as_fd()).unwrap();
-        let mut result = |entry: Entry| {
-            // SAFETY: what it refers to outlives the wait.
-            unsafe { ring.submission().push(&entry) }.unwrap();
-            ring.submit_and_wait(1).unwrap();
-            ring.completion().next().unwrap().result()
-        };
-        let refused = -libc::EACCES;
-        let mut bytes = [0_u8; 512];
-        let at = bytes.as_mut_ptr();
-        assert_eq!(result(opcode::Read::new(types::Fixed(0), at, 512).build()), 512);
-        let fd = types::Fd(other.as_raw_fd());
-        assert_eq!(result(opcode::Read::new(fd, at, 512).build()), refused);
-        let here = types::Fd(libc::AT_FDCWD);
-        assert_eq!(result(opcode::OpenAt::new(here, c"/etc/passwd".as_ptr()).build()), refused);
-        assert_eq!(result(opcode::UnlinkAt::new(here, c"/nowhere".as_ptr()).build()), refused);
-        let (unix, stream) = (libc::AF_UNIX, libc::SOCK_STREAM);
-        assert_eq!(result(opcode::Socket::new(unix, stream, 0).build()), refused);
-        let files = [other.as_raw_fd()];
-        ring.submitter().register_files_update(0, &files).unwrap_err();
-        ring.submitter().unregister_files().unwrap();
+impl<E> FileChannel<E> {
+    /// Gives an I/O to the workers.
+    #[cold]
+    fn hand_over(&mut self, io: Io) {
+        self.line.push(io);
+        self.slow += 1;
+        self.unannounced += 1;
     }
 
-    /// A reactor that sleeps would otherwise poll for ever.
-    #[test]
-    fn what_the_kernel_takes_on_the_way_to_completions_was_submitted() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let disk = FileDisk::create(FileOptions {
-            name: "f".into(),
-            filename: file.path().into(),
-            block_size: Some(512),
-            readonly: false,
-            fallocate: false,
-            uuid: None,
-            flavour: Flavour::Aio,
-        });
-        let mut channel = FileChannel::open(disk.unwrap(), 1).unwrap();
-        // More completions than the ring has places: the last one waits in the kernel.
-        for _ in 0..3 {
-            let nop = opcode::Nop::new().build().flags(squeue::Flags::FIXED_FILE);
-            // SAFETY: it refers to no memory.
-            unsafe { channel.ring.submission().push(&nop) }.unwrap();
-            channel.ring.submit().unwrap();
+    #[cold]
+    fn announce(&mut self) {
+        self.disk.workers.announce(std::mem::take(&mut self.unannounced));
+    }
+
+    /// What became of an I/O that the engine has tried; `None` if the workers are to do it.
+    #[inline]
+    fn judge(&mut self, tag: Tag, result: i32) -> Option<Status> {
+        self.fast -= 1;
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        if let Some(slot) = slot
+            && slot.as_ref().is_some_and(|io| i64::from(result) == io.len as i64)
+        {
+            *slot = None;
+            return Some(Status::Ok);
         }
-        assert_eq!(channel.ring.completion().count(), 2);
-        assert!(channel.ring.submission().cq_overflow());
-        let mut bytes = vec![0_u8; 512];
-        let segments = [Segment::new(bytes.as_mut_ptr(), bytes.len())];
-        let read = Io::rw(Op::Read, Tag(0), 0, 512, &segments);
-        // SAFETY: the memory outlives the ring's last completion, below.
-        assert!(matches!(unsafe { channel.submit(read) }, Submit::Queued));
-        assert_eq!((channel.unsubmitted, channel.wait()), (1, Wait::Poll));
-        // The kernel has not taken the entry when the ring is polled, as if it had refused it
-        // before.
-        let mut done = [Completion { tag: Tag(9), status: Status::Ok }; 1];
-        assert_eq!(channel.reap(&mut done), 1, "the waiting one, in the read's name");
-        assert_eq!((channel.unsubmitted, channel.wait()), (0, Wait::Event));
-        channel.ring.submit_and_wait(1).unwrap();
-        assert_eq!(channel.ring.completion().count(), 1, "the read itself");
-        drop(bytes);
+        self.judge_failed(tag, result)
+    }
+
+    #[cold]
+    fn judge_failed(&mut self, tag: Tag, result: i32) -> Option<Status> {
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        let Some((slot, io)) = slot.and_then(|slot| slot.map(|io| (slot, io))) else {
+            debug_assert!(false, "completion of {tag:?}, which is not outstanding");
+            return Some(Status::IoError);
+        };
+        match -result {
+            // The rest of a short transfer would have waited, unless the file has ended.
+            libc::EAGAIN | ..=0 => {
+                self.hand_over(io);
+                None
+            }
+            // The file system never does it without waiting.
+            libc::EOPNOTSUPP => {
+                let nowait = if io.op == Op::Read {
+                    &mut self.nowait_reads
+                } else {
+                    &mut self.nowait_writes
+                };
+                *nowait = false;
+                self.hand_over(io);
+                None
+            }
+            errno => {
+                *slot = None;
+                self.failures.note(&io, errno);
+                Some(Status::IoError)
+            }
+        }
+    }
+
+    #[cold]
+    fn poll_workers(&mut self, done: &mut [Completion]) -> usize {
+        let mut n = 0;
+        while n < done.len() {
+            let Some((tag, ended)) = self.line.pop() else { break };
+            self.slow -= 1;
+            let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
+            let status = match ended {
+                Ended::Ok => Status::Ok,
+                Ended::Failed(_) => Status::IoError,
+                Ended::Unsupported => Status::Unsupported,
+            };
+            let errno = match ended {
+                Ended::Ok => None,
+                Ended::Failed(errno) => Some(errno),
+                Ended::Unsupported => Some(libc::EOPNOTSUPP),
+            };
+            if let (Some(io), Some(errno)) = (io, errno) {
+                self.failures.note(&io, errno);
+            }
+            done[n] = Completion { tag, status };
+            n += 1;
+        }
+        n
+    }
+
+    /// Ends an I/O that the disk does not support.
+    #[cold]
+    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
+        self.failures.note(io, errno);
+        let unsupported = errno == libc::EOPNOTSUPP;
+        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
+    }
+}
+
+impl<E> Drop for FileChannel<E> {
+    fn drop(&mut self) {
+        self.disk.workers.remove(&self.line);
     }
 }

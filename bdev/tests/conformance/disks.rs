@@ -60,6 +60,7 @@ pub(crate) fn file_options(filename: PathBuf, flavour: Flavour, block_size: u32)
         fallocate: true,
         uuid: None,
         flavour,
+        engine: None,
     }
 }
 

@@ -37,6 +37,7 @@ pub(crate) fn file(path: &Path) -> Arc<dyn Bdev> {
         fallocate: false,
         uuid: None,
         flavour: Flavour::Uring,
+        engine: None,
     };
     FileDisk::create(options).unwrap()
 }

@@ -85,9 +85,10 @@ pub(super) const THREADS: &[Call] = &[
     (SYS_getppid, ANY),
 ];
 
-/// Calls of a reactor besides [`LIBC`]: submitting to io_urings and sleeping.
+/// Calls of a reactor besides [`LIBC`]: submitting I/O and sleeping.
 pub(super) const REACTOR: &[Call] = &[
     (SYS_io_uring_enter, ANY),
+    (SYS_io_submit, ANY),
     // A no-op call: it makes the kernel finish I/O of an io_uring that has moved to another thread.
     (SYS_getppid, ANY),
     (SYS_epoll_pwait2, ANY),
@@ -139,6 +140,9 @@ pub(super) const DATA: &[Call] = &[
     (SYS_io_uring_setup, ANY),
     (SYS_io_uring_enter, ANY),
     (SYS_io_uring_register, ANY),
+    (SYS_io_setup, ANY),
+    (SYS_io_destroy, ANY),
+    (SYS_io_submit, ANY),
     (SYS_accept, ANY),
     (SYS_accept4, ANY),
     (SYS_recvmsg, ANY),

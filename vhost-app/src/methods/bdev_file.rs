@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bdev::{Bdev, FileDisk, FileOptions, Flavour};
+use bdev::{Bdev, Engine, FileDisk, FileOptions, Flavour};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use tracing::{error, info};
@@ -51,6 +51,7 @@ async fn aio_create(app: Rc<App>, params: Params) -> Answer {
         fallocate: p.fallocate,
         uuid: given(p.uuid),
         flavour: Flavour::Aio,
+        engine: None,
     };
     create(&app, &params, options, p.nowait).await
 }
@@ -72,6 +73,7 @@ async fn uring_create(app: Rc<App>, params: Params) -> Answer {
         fallocate: false,
         uuid: given(p.uuid),
         flavour: Flavour::Uring,
+        engine: None,
     };
     // SPDK tells no reason.
     create(&app, &params, options, false)
@@ -97,8 +99,14 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
         Ok(disk)
     });
     let disk = disk.await.map_err(|e| bdev_error(method, &e))?;
-    let through = if disk.direct().is_some() { "directly" } else { "through the page cache" };
-    info!("bdev {}: {} {through}", disk.name(), disk.filename().display());
+    let (name, file, service) = (disk.name(), disk.filename().display(), disk.service());
+    let engine = match service.engine {
+        Engine::Aio => "Linux AIO",
+        Engine::IoUring => "io_uring",
+        Engine::Threads => "worker threads",
+    };
+    let cache = if service.direct { "O_DIRECT" } else { "page cache" };
+    info!("bdev {name}: opened {file} ({cache}); reads and writes use {engine}");
     let name = disk.name().to_owned();
     reserved.complete(Disk::File(disk));
     Ok(name.into())

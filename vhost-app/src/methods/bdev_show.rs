@@ -85,11 +85,29 @@ fn supported_io_types(bdev: &dyn Bdev) -> Value {
     Value::Object(all.collect())
 }
 
+/// Not in SPDK: how a file is served.
+fn io_path(service: bdev::Service) -> Value {
+    let bdev::Service { engine, direct, nowait, workers } = service;
+    json!({
+        "engine": engine.name(),
+        "direct": direct,
+        "nowait": nowait,
+        "workers": {
+            "max": workers.max,
+            "threads": workers.threads,
+            "busy": workers.busy,
+            "queued": workers.queued,
+            "longest_s": workers.longest_s,
+        },
+    })
+}
+
 fn driver_specific(shown: &Shown) -> Value {
     match &shown.disk {
         Disk::Malloc(_) | Disk::Null(_) => json!({}),
         Disk::File(file) => {
             let filename = file.filename().display().to_string();
+            let io_path = io_path(file.service());
             match file.flavour() {
                 bdev::Flavour::Aio => json!({ "aio": {
                     "filename": filename,
@@ -97,8 +115,11 @@ fn driver_specific(shown: &Shown) -> Value {
                     "readonly": file.readonly(),
                     "fallocate": file.fallocate(),
                     "nowait": shown.params.get("nowait").is_some_and(|nowait| nowait == true),
+                    "io_path": io_path,
                 }}),
-                bdev::Flavour::Uring => json!({ "uring": { "filename": filename } }),
+                bdev::Flavour::Uring => {
+                    json!({ "uring": { "filename": filename, "io_path": io_path } })
+                }
             }
         }
         Disk::Delay(delay) => {

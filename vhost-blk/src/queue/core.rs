@@ -6,7 +6,6 @@ mod outcome;
 mod requests;
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -442,9 +441,9 @@ impl Core {
         wait
     }
 
-    /// Where the disk says that it has completed something, if it does.
-    pub(super) fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.device.as_ref()?.channel.0.wake_fd()
+    /// The disk's channel.
+    pub(super) fn channel(&mut self) -> Option<&mut dyn Channel> {
+        Some(&mut *self.device.as_mut()?.channel.0)
     }
 
     /// Calls the guest if it wants that and the time has come.

@@ -6,10 +6,10 @@
 #![expect(unsafe_code, reason = "a channel gets addresses")]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Wait};
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Wait, WakeFds};
 
 use vhost_blk::notify::EventFd;
 
@@ -198,8 +198,8 @@ impl Channel for SimChannel {
         Submit::Queued
     }
 
-    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.wake.as_fd())
+    fn wake_fds(&self) -> WakeFds<'_> {
+        [self.wake.as_fd()].into_iter().collect()
     }
 
     fn wait(&self) -> Wait {

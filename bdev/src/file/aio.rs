@@ -1,0 +1,272 @@
+//! Linux AIO, as far as a disk needs it.
+//!
+//! The kernel maps a ring into the process and puts completions there, from the interrupt on: they
+//! are read without a system call. `io_submit` with `RWF_NOWAIT` does not wait. A context belongs to
+//! the process, so a channel may change threads at any time. aio(7), io_submit(2); the ring's layout
+//! is what libaio and fio read.
+#![expect(unsafe_code, reason = "system calls without a wrapper, and a ring that the kernel fills")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::engine::Submitter;
+use super::workers::Line;
+use crate::io::{Io, Op, Tag};
+
+const CMD_PREAD: u16 = 0;
+const CMD_PWRITE: u16 = 1;
+const CMD_PREADV: u16 = 7;
+const CMD_PWRITEV: u16 = 8;
+/// `IOCB_FLAG_RESFD`: the completion adds one to an eventfd.
+const FLAG_RESFD: u32 = 1;
+/// What the kernel writes to [`Header::magic`].
+const MAGIC: u32 = 0xa10a_10a1;
+
+/// `struct iocb` of `linux/aio_abi.h`, little endian.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Iocb {
+    data: u64,
+    key: u32,
+    rw_flags: i32,
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    buffer: u64,
+    len: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    event_fd: u32,
+}
+
+/// `struct io_event` of `linux/aio_abi.h`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Event {
+    data: u64,
+    iocb: u64,
+    result: i64,
+    result2: i64,
+}
+
+/// `struct aio_ring` of the kernel, which the events follow.
+#[repr(C)]
+struct Header {
+    id: u32,
+    /// Number of events that follow.
+    count: u32,
+    /// The next event to read; only we write it.
+    head: AtomicU32,
+    /// The next event that the kernel writes.
+    tail: AtomicU32,
+    magic: u32,
+    compatible_features: u32,
+    incompatible_features: u32,
+    header_length: u32,
+}
+
+/// A context of Linux AIO.
+struct Context(NonNull<Header>);
+
+// SAFETY: the mapping belongs to the process; its fields are atomic or constant, and each event is
+// read by the one owner.
+unsafe impl Send for Context {}
+
+impl Context {
+    fn new(depth: u16) -> io::Result<Self> {
+        let mut id: libc::c_ulong = 0;
+        // SAFETY: stores a context's address.
+        let rc = unsafe { libc::syscall(libc::SYS_io_setup, u32::from(depth), &raw mut id) };
+        if rc < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let Some(header) = NonNull::new(id as *mut Header) else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let context = Self(header);
+        let Header { magic, incompatible_features, header_length, count, .. } = context.header();
+        let known = *magic == MAGIC
+            && *incompatible_features == 0
+            && *header_length as usize == size_of::<Header>()
+            && *count > u32::from(depth);
+        if known { Ok(context) } else { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
+    fn header(&self) -> &Header {
+        // SAFETY: the kernel has mapped it, until `drop`.
+        unsafe { self.0.as_ref() }
+    }
+
+    fn id(&self) -> libc::c_ulong {
+        self.0.as_ptr() as libc::c_ulong
+    }
+
+    fn next(&mut self) -> Option<Event> {
+        let header = self.header();
+        // Relaxed: nobody else writes it.
+        let head = header.head.load(Ordering::Relaxed);
+        // Acquire: the kernel has written the event before it moved the tail.
+        if head == header.tail.load(Ordering::Acquire) {
+            return None;
+        }
+        let events: *const Event = self.0.as_ptr().wrapping_add(1).cast();
+        // SAFETY: `head` is below `count`, as it only ever takes the values below, and the kernel
+        // writes the event no more until the head has passed it.
+        let event = unsafe { events.wrapping_add(head as usize).read() };
+        let next = if head + 1 == header.count { 0 } else { head + 1 };
+        // Release: the event was read before the kernel may write it again.
+        header.head.store(next, Ordering::Release);
+        Some(event)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure. SAFETY: the context is this value's own.
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.id()) };
+    }
+}
+
+/// Reads and writes of one channel through Linux AIO.
+pub(super) struct Aio {
+    context: Context,
+    /// By tag; does not move.
+    iocbs: Box<[Iocb]>,
+    /// What the kernel has not taken yet, the oldest first: addresses in `iocbs`, which only the
+    /// kernel follows.
+    batch: Box<[*mut Iocb]>,
+    /// How many of `batch` are valid.
+    queued: usize,
+    /// An I/O that the kernel has refused.
+    refused: Option<(Tag, i32)>,
+    /// Completions signal `line`'s eventfd.
+    wakes: bool,
+    /// I/Os that were submitted while they did not.
+    quiet: usize,
+    /// Keeps the eventfd open.
+    _line: Arc<Line>,
+}
+
+// SAFETY: the addresses in `batch` are of `iocbs`, which moves along without changing its place.
+unsafe impl Send for Aio {}
+
+impl Aio {
+    pub(super) fn open(fd: RawFd, depth: u16, line: &Arc<Line>) -> io::Result<Self> {
+        let event_fd = line.wake_fd().as_raw_fd() as u32;
+        let iocb = |tag: u16| Iocb {
+            data: tag.into(),
+            rw_flags: libc::RWF_NOWAIT,
+            fd: fd as u32,
+            event_fd,
+            ..Iocb::default()
+        };
+        Ok(Self {
+            context: Context::new(depth)?,
+            iocbs: (0..depth).map(iocb).collect(),
+            batch: vec![std::ptr::null_mut(); depth.into()].into_boxed_slice(),
+            queued: 0,
+            refused: None,
+            wakes: true,
+            quiet: 0,
+            _line: Arc::clone(line),
+        })
+    }
+
+    fn ended(&mut self, tag: Tag) {
+        let iocb = self.iocbs.get(usize::from(tag.0));
+        if iocb.is_some_and(|iocb| iocb.flags & FLAG_RESFD == 0) {
+            self.quiet -= 1;
+        }
+    }
+}
+
+impl Submitter for Aio {
+    #[inline]
+    unsafe fn push(&mut self, io: &Io) {
+        let iocb = &mut self.iocbs[usize::from(io.tag.0)];
+        // SAFETY: the caller vouches for the segments.
+        let segments = unsafe { io.segments() };
+        let reads = io.op == Op::Read;
+        // The kernel has less to do for one piece than for a list of one.
+        if let [one] = segments {
+            iocb.opcode = if reads { CMD_PREAD } else { CMD_PWRITE };
+            (iocb.buffer, iocb.len) = (one.base() as u64, one.len() as u64);
+        } else {
+            iocb.opcode = if reads { CMD_PREADV } else { CMD_PWRITEV };
+            (iocb.buffer, iocb.len) = (segments.as_ptr() as u64, segments.len() as u64);
+        }
+        iocb.offset = io.offset as i64;
+        iocb.flags = if self.wakes { FLAG_RESFD } else { 0 };
+        self.quiet += usize::from(!self.wakes);
+        // There is room: no more than the depth are outstanding.
+        self.batch[self.queued] = &raw mut *iocb;
+        self.queued += 1;
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        if self.queued == 0 || self.refused.is_some() {
+            return;
+        }
+        let (id, at) = (self.context.id(), self.batch.as_mut_ptr());
+        // SAFETY: addresses of iocbs of ours; what these refer to is valid until the I/O has ended,
+        // by the contract of `push`.
+        let rc = unsafe { libc::syscall(libc::SYS_io_submit, id, self.queued, at) };
+        match usize::try_from(rc) {
+            Ok(n) => self.took(n),
+            Err(_) => self.refuse(),
+        }
+    }
+
+    fn is_behind(&self) -> bool {
+        self.queued > 0
+    }
+
+    fn refresh(&mut self) {}
+
+    #[inline]
+    fn next(&mut self) -> Option<(Tag, i32)> {
+        let (tag, result) = match self.context.next() {
+            Some(event) => (Tag(event.data as u16), event.result as i32),
+            None => self.refused.take()?,
+        };
+        self.ended(tag);
+        Some((tag, result))
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.wakes = wakes;
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.quiet > 0
+    }
+}
+
+impl Aio {
+    fn took(&mut self, n: usize) {
+        self.batch.copy_within(n..self.queued, 0);
+        self.queued -= n;
+    }
+
+    /// The kernel has taken nothing: it is short of something for a while, or does not want the
+    /// first one.
+    #[cold]
+    fn refuse(&mut self) {
+        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        if matches!(errno, libc::EAGAIN | libc::ENOMEM | libc::EINTR) {
+            return;
+        }
+        let at = self.batch[0] as usize - self.iocbs.as_ptr() as usize;
+        self.refused = Some((Tag((at / size_of::<Iocb>()) as u16), -errno));
+        self.took(1);
+    }
+}

@@ -1,0 +1,93 @@
+//! How whole, aligned reads and writes reach the kernel without waiting.
+#![expect(unsafe_code, reason = "an I/O carries addresses in a guest's memory")]
+
+use std::os::fd::BorrowedFd;
+
+use crate::io::{Io, Tag};
+
+/// Which way the reads and writes of a file disk take. What may wait, every way leaves to the
+/// disk's worker threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Linux AIO: `io_submit`; completions are read from a ring that the kernel fills. A process
+    /// that ends, however it ends, waits for its I/O.
+    Aio,
+    /// An io_uring. What a process has submitted may end after the process.
+    IoUring,
+    /// The worker threads do everything: the file does not support `RWF_NOWAIT`, or the system
+    /// allows neither of the others.
+    Threads,
+}
+
+impl Engine {
+    /// As `bdev_get_bdevs` shows it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Aio => "aio",
+            Self::IoUring => "io_uring",
+            Self::Threads => "threads",
+        }
+    }
+}
+
+/// A queue of reads and writes in the kernel, all with `RWF_NOWAIT`: what would wait comes back with
+/// `EAGAIN`, what the file system cannot do without waiting with `EOPNOTSUPP`.
+///
+/// No method waits, locks or allocates.
+pub(super) trait Submitter: Send {
+    /// Queues a read or write of at most `UIO_MAXIOV` segments.
+    ///
+    /// # Safety
+    /// As [`crate::Channel::submit`] where it answers `Queued`. At most the depth that the engine
+    /// was opened with is outstanding, with distinct tags below it.
+    unsafe fn push(&mut self, io: &Io);
+
+    /// Hands over what was queued. What the kernel does not take is offered again next time.
+    fn kick(&mut self);
+
+    /// Whether something is left that the kernel has not taken.
+    fn is_behind(&self) -> bool;
+
+    /// Looks for completions, which [`next`](Self::next) then gives.
+    fn refresh(&mut self);
+
+    /// A completion: bytes transferred, or an errno below 0.
+    fn next(&mut self) -> Option<(Tag, i32)>;
+
+    /// Becomes readable with each completion, besides the worker threads' eventfd.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether the owner may sleep, as [`crate::Channel::set_wakes`] says it.
+    fn set_wakes(&mut self, _wakes: bool) {}
+
+    /// Whether a completion may come that wakes nobody.
+    fn is_quiet(&self) -> bool {
+        false
+    }
+}
+
+/// The engine of a file whose every I/O goes to the worker threads.
+pub(super) struct NoEngine;
+
+impl Submitter for NoEngine {
+    unsafe fn push(&mut self, _io: &Io) {
+        debug_assert!(false, "such a file has no I/O that does not wait");
+    }
+
+    fn kick(&mut self) {}
+
+    fn is_behind(&self) -> bool {
+        false
+    }
+
+    fn refresh(&mut self) {}
+
+    fn next(&mut self) -> Option<(Tag, i32)> {
+        None
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
