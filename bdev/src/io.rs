@@ -108,6 +108,8 @@ pub struct Io {
     pub offset: u64,
     /// Length in bytes; 0 for a flush.
     pub len: u64,
+    /// Of [`Op::WriteZeroes`]: the device may give up the space of the range.
+    pub may_unmap: bool,
     segments: *const Segment,
     segment_count: u32,
 }
@@ -123,14 +125,22 @@ impl Io {
         debug_assert!(matches!(op, Op::Read | Op::Write));
         debug_assert_eq!(len, segments.iter().map(|s| s.len() as u64).sum::<u64>());
         let segment_count = segments.len() as u32;
-        Self { op, tag, offset, len, segments: segments.as_ptr(), segment_count }
+        let (segments, may_unmap) = (segments.as_ptr(), false);
+        Self { op, tag, offset, len, may_unmap, segments, segment_count }
     }
 
     /// An operation without data: flush, unmap or write-zeroes.
     #[must_use]
     pub fn plain(op: Op, tag: Tag, offset: u64, len: u64) -> Self {
         debug_assert!(!matches!(op, Op::Read | Op::Write));
-        Self { op, tag, offset, len, segments: std::ptr::null(), segment_count: 0 }
+        let (segments, segment_count) = (std::ptr::null(), 0);
+        Self { op, tag, offset, len, may_unmap: false, segments, segment_count }
+    }
+
+    /// The same, with [`Io::may_unmap`] as given.
+    #[must_use]
+    pub fn unmapping(self, may_unmap: bool) -> Self {
+        Self { may_unmap, ..self }
     }
 
     /// The [`Failure`] of this I/O, for the log and the counters.

@@ -13,7 +13,7 @@
 //! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE and those for io_uring (see below) are kept | workers keep only those for io_uring, reactors none |
 //! | Landlock | refuses files by name except those of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; as far as the kernel can, also TCP, and abstract sockets of, and signals to, other processes | |
 //! | seccomp | refuses all calls that are not on a list, and `socket` except for Unix sockets; calls about other programs, processes, namespaces and identities end the process | further filters, see [`Thread`] |
-//! | io_uring | | from kernel 5.10 on, those of reactors are restricted to I/O on one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
+//! | io_uring | | from kernel 5.10 on, those of reactors are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
 //! - Disks may be anywhere, so a separate process opens them and sends the fd ([`Opener`]). It gets
 //!   a path and returns only regular files and block devices; with `--disk-dir`, only those beneath
@@ -28,7 +28,8 @@
 //! - seccomp sees system calls, not what is submitted to an io_uring. An attacker on any thread but
 //!   a reactor can create an io_uring and do through it what the filters refuse, such as sending
 //!   UDP or, on a worker, removing files: only Landlock and capabilities apply there. A reactor can
-//!   create no io_uring and use only restricted ones.
+//!   create no io_uring and use only restricted ones. With Linux AIO (`io_submit`) it can read and
+//!   write every file that the process has open, as with every disk's ring: the memory is shared.
 //! - Landlock restricts neither UDP nor connecting to Unix sockets by path.
 //! - A thread that closes fds (`vhost-close`) has the restrictions of the thread that started it.
 //! - A call that is on no list fails with EPERM, as a library may try something new and fall back;

@@ -125,6 +125,7 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
     if features.write_zeroes {
         put(48, &RANGE_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
         put(52, &(RANGES_MAX as u32).to_le_bytes()); // max_write_zeroes_seg
+        put(56, &[features.unmap.into()]); // write_zeroes_may_unmap
     }
     config
 }

@@ -97,9 +97,16 @@ pub struct Chain {
     long: Option<LongSegments>,
     /// Readable pieces, then writable ones, `sums.count` in all. What follows is of other chains.
     segments: [Segment; SEGMENTS_MAX],
-    /// Bytes of the disk that a discard or write-zeroes still has to do: offset and length, the next
-    /// one last.
-    ranges: ArrayVec<(u64, u64), RANGES_MAX>,
+    ranges: Ranges,
+}
+
+/// The ranges of a discard or write-zeroes.
+#[derive(Debug, Default)]
+struct Ranges {
+    /// Bytes of the disk that are still to be done: offset and length, the next one last.
+    left: ArrayVec<(u64, u64), RANGES_MAX>,
+    /// Of a write-zeroes: all of its ranges have the unmap flag, and the disk unmaps.
+    may_unmap: bool,
 }
 
 /// Room for the pieces of a long chain. A queue has a few, and lends them.
@@ -243,7 +250,7 @@ impl Sums {
 impl Default for Chain {
     fn default() -> Self {
         let segments = [NOWHERE; SEGMENTS_MAX];
-        Self { sums: Sums::default(), segments, long: None, ranges: ArrayVec::new() }
+        Self { sums: Sums::default(), segments, long: None, ranges: Ranges::default() }
     }
 }
 
@@ -307,14 +314,20 @@ impl Chain {
     /// The next range of a discard or write-zeroes, in bytes of the disk.
     #[must_use]
     pub fn next_range(&mut self) -> Option<(u64, u64)> {
-        self.ranges.pop()
+        self.ranges.left.pop()
+    }
+
+    /// Whether a write-zeroes may give up the space of its ranges.
+    #[must_use]
+    pub fn may_unmap(&self) -> bool {
+        self.ranges.may_unmap
     }
 
     /// Whether [`Chain::next_range`] has one.
     #[inline]
     #[must_use]
     pub fn has_ranges(&self) -> bool {
-        !self.ranges.is_empty()
+        !self.ranges.left.is_empty()
     }
 
     /// Calls `visit` with each piece of guest memory that the request may have written, which is
@@ -447,7 +460,7 @@ type Answer = (u8, u32);
 struct Parts<'c> {
     sums: &'c mut Sums,
     segments: &'c mut [Segment],
-    ranges: &'c mut ArrayVec<(u64, u64), RANGES_MAX>,
+    ranges: &'c mut Ranges,
 }
 
 impl Parts<'_> {
@@ -584,13 +597,16 @@ impl Parts<'_> {
         // unsupported, whatever else is wrong with the request.
         let known = if op == Op::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let mut status = if limits.features.read_only { STATUS_IOERR } else { STATUS_OK };
-        self.ranges.clear();
+        let ranges = &mut *self.ranges;
+        ranges.left.clear();
+        ranges.may_unmap = op == Op::WriteZeroes && limits.features.unmap;
         for _ in 0..count {
             let (range, rest) = self.take_front::<RANGE_BYTES>(first);
             first = rest;
             let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| range[at + i]));
             let sector = u64::from_le_bytes(std::array::from_fn(|i| range[i]));
             let (sectors, flags) = (u32_at(8), u32_at(12));
+            self.ranges.may_unmap &= flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
             let bytes = byte_range(sector, sectors.into(), u64::MAX, limits);
             if flags & !known != 0 {
                 status = STATUS_UNSUPP;
@@ -598,14 +614,14 @@ impl Parts<'_> {
                 status = STATUS_IOERR;
             }
             // `fits` has made sure of the room.
-            self.ranges.extend(bytes.filter(|(_, len)| *len > 0));
+            self.ranges.left.extend(bytes.filter(|(_, len)| *len > 0));
         }
         if status != STATUS_OK {
-            self.ranges.clear();
+            self.ranges.left.clear();
             return Err((status, 0));
         }
-        self.ranges.reverse();
-        match self.ranges.pop() {
+        self.ranges.left.reverse();
+        match self.ranges.left.pop() {
             Some((offset, len)) => Ok((op, offset, len)),
             None => Err((STATUS_OK, 0)),
         }

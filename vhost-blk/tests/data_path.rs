@@ -204,6 +204,7 @@ fn malloc(block_size: u32) -> Arc<dyn Bdev> {
 #[derive(Default)]
 struct Manual {
     shared: Arc<Mutex<ManualState>>,
+    features: Features,
     stats: Stats,
 }
 
@@ -231,7 +232,7 @@ impl Bdev for Manual {
         DISK_SECTORS
     }
     fn features(&self) -> Features {
-        Features { flush: true, ..Features::default() }
+        self.features
     }
     fn stats(&self) -> &Stats {
         &self.stats
@@ -264,7 +265,11 @@ impl Channel for ManualChannel {
 }
 
 fn manual() -> (Bench, Arc<Mutex<ManualState>>) {
-    let bdev = Arc::new(Manual::default());
+    manual_with(Features { flush: true, ..Features::default() })
+}
+
+fn manual_with(features: Features) -> (Bench, Arc<Mutex<ManualState>>) {
+    let bdev = Arc::new(Manual { features, ..Manual::default() });
     let shared = Arc::clone(&bdev.shared);
     (Bench::new(bdev, false), shared)
 }
@@ -344,6 +349,27 @@ fn discard_and_write_zeroes() {
     assert_eq!(bench.answer(DISCARD, 0, Some((DATA, 32))).0, IOERR, "two ranges");
     assert_eq!(bench.answer(DISCARD, 0, Some((DATA, 15))).0, IOERR, "part of one");
     assert_eq!(bench.answer(DISCARD, 0, None).0, IOERR, "none");
+}
+
+#[test]
+fn a_write_zeroes_may_unmap_if_all_its_ranges_say_so_and_the_disk_unmaps() {
+    for (unmap, flags, want) in
+        [(true, [1, 1], true), (true, [1, 0], false), (true, [0, 1], false), (false, [1, 1], false)]
+    {
+        let features = Features { write_zeroes: true, unmap, ..Features::default() };
+        let (mut bench, shared) = manual_with(features);
+        bench.range(0, 1, flags[0]);
+        let (first, _) = (bench.get(DATA, 16), bench.range(9, 1, flags[1]));
+        let second = bench.get(DATA, 16);
+        bench.put(DATA, &[first, second].concat());
+        bench.request(WRITE_ZEROES, 0, Some((DATA, 32)));
+        for _ in 0..2 {
+            bench.visit();
+            let io = shared.lock().unwrap().submitted[0];
+            assert_eq!((io.op, io.may_unmap), (bdev::Op::WriteZeroes, want), "{unmap} {flags:?}");
+            complete_all(&shared, Status::Ok);
+        }
+    }
 }
 
 #[test]

@@ -189,6 +189,9 @@ impl Slow {
     }
 
     fn write_zeroes(&self, io: &Io) -> Ended {
+        if io.may_unmap && self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE) == Ended::Ok {
+            return Ended::Ok;
+        }
         // Relaxed: whoever does not see it yet finds it out by itself.
         if self.zeroes_ranges.load(Ordering::Relaxed) {
             match self.ranges(io, libc::FALLOC_FL_ZERO_RANGE) {

@@ -74,16 +74,17 @@ pub(crate) struct Request {
     pub(crate) op: Op,
     pub(crate) offset: u64,
     pub(crate) len: u64,
+    pub(crate) may_unmap: bool,
     pub(crate) memory: Memory,
 }
 
 impl Request {
     pub(crate) fn rw(op: Op, offset: u64, memory: Memory) -> Self {
-        Self { op, offset, len: memory.len() as u64, memory }
+        Self { op, offset, len: memory.len() as u64, may_unmap: false, memory }
     }
 
     pub(crate) fn plain(op: Op, offset: u64, len: u64) -> Self {
-        Self { op, offset, len, memory: Memory::plain(0) }
+        Self { op, offset, len, may_unmap: false, memory: Memory::plain(0) }
     }
 
     fn io(&self, tag: Tag) -> Io {
@@ -91,7 +92,7 @@ impl Request {
             Op::Read | Op::Write => {
                 Io::rw(self.op, tag, self.offset, self.len, &self.memory.segments)
             }
-            _ => Io::plain(self.op, tag, self.offset, self.len),
+            _ => Io::plain(self.op, tag, self.offset, self.len).unmapping(self.may_unmap),
         }
     }
 }

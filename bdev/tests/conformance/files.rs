@@ -158,6 +158,24 @@ fn unmap_frees_space_and_aio_offers_it_only_with_fallocate() {
 }
 
 #[test]
+fn write_zeroes_keeps_the_space_unless_it_may_unmap() {
+    let dir = TempDir::new().unwrap();
+    let name = make_file(&dir, SIZE);
+    let options = file_options(name.clone(), Flavour::Aio, 4096);
+    let mut driver = Driver::new(&dynamic(&FileDisk::create(options).unwrap()), 4);
+    assert_eq!(driver.write(0, &pattern(1, SIZE as usize)), Status::Ok);
+    let full = fs::metadata(&name).unwrap().blocks();
+    for (may_unmap, most) in [(false, full), (true, full / 2 + 64)] {
+        let zeroes = Request::plain(Op::WriteZeroes, 0, SIZE / 2);
+        let (_, status) = driver.run(Request { may_unmap, ..zeroes });
+        assert_eq!(status, Status::Ok);
+        let blocks = fs::metadata(&name).unwrap().blocks();
+        assert!(blocks <= most && (may_unmap || blocks == full), "{blocks} of {full}");
+        assert_eq!(driver.read(0, SIZE as usize / 2).0, vec![0; SIZE as usize / 2]);
+    }
+}
+
+#[test]
 fn wrong_options_are_refused_and_the_text_names_the_file() {
     let dir = TempDir::new().unwrap();
     let name = make_file(&dir, SIZE);

@@ -74,7 +74,7 @@ struct Model {
 
 impl Model {
     fn check(&mut self, (request, status): (Request, Status)) {
-        let Request { op, offset, len, memory } = request;
+        let Request { op, offset, len, memory, .. } = request;
         assert_eq!(status, Status::Ok, "{op:?} of {len} at {offset}");
         let range = &mut self.bytes[offset as usize..(offset + len) as usize];
         match op {

@@ -23,7 +23,7 @@ fn space(wce: u8) -> [u8; 60] {
         (44, &1_u32.to_le_bytes()),      // discard_sector_alignment
         (48, &32_768_u32.to_le_bytes()), // max_write_zeroes_sectors
         (52, &16_u32.to_le_bytes()),     // max_write_zeroes_seg
-        (56, &[0, 0, 0, 0]),             // write_zeroes_may_unmap; unused1
+        (56, &[1, 0, 0, 0]),             // write_zeroes_may_unmap; unused1
     ];
     for (at, bytes) in fields {
         space[at..at + bytes.len()].copy_from_slice(bytes);
@@ -66,7 +66,7 @@ fn what_is_read() {
         (1, 59, whole[1..].to_vec()),
         (33, 3, vec![0, 128, 0]),
         // Bytes beyond the space, where later versions have fields, are zero.
-        (56, 8, zeroes(8)),
+        (56, 8, [vec![1], zeroes(7)].concat()),
         (0, 96, [whole.to_vec(), zeroes(36)].concat()),
         (0, 256, [whole.to_vec(), zeroes(196)].concat()),
         (34, 256, [whole[34..].to_vec(), zeroes(230)].concat()),

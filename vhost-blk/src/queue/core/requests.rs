@@ -420,7 +420,7 @@ impl Core {
             (slot.op, slot.len) = (op, len);
             slot.started_ticks = turn.now_ticks();
             // What the guest is told was written is the same for all operations but reads.
-            let io = Io::plain(op, Tag(index), offset, len);
+            let io = Io::plain(op, Tag(index), offset, len).unmapping(slot.chain.may_unmap());
             let Some(device) = &mut self.device else {
                 add(&queue.errors, 1);
                 return Some(Status::IoError);
@@ -729,7 +729,7 @@ impl Core {
                     Op::Read | Op::Write => {
                         Io::rw(op, Tag(index), offset, len, slot.chain.data(first, count))
                     }
-                    _ => Io::plain(op, Tag(index), offset, len),
+                    _ => Io::plain(op, Tag(index), offset, len).unmapping(slot.chain.may_unmap()),
                 };
                 // No shortcut for what has a rest: none does other than reads and writes.
                 let alone = op == Op::Read || !at.view.write_through;
