@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::engine::Submitter;
+use super::engine::{Submitter, joined};
 use super::workers::Line;
 use crate::io::{Io, Op, Tag};
 
@@ -191,8 +191,7 @@ impl Submitter for Aio {
         // SAFETY: the caller vouches for the segments.
         let segments = unsafe { io.segments() };
         let reads = io.op == Op::Read;
-        // The kernel has less to do for one piece than for a list of one.
-        if let [one] = segments {
+        if let Some(one) = joined(segments) {
             iocb.opcode = if reads { CMD_PREAD } else { CMD_PWRITE };
             (iocb.buffer, iocb.len) = (one.base() as u64, one.len() as u64);
         } else {

@@ -3,7 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::io::{Io, Tag};
+use crate::io::{Io, Segment, Tag};
 
 /// Which way the reads and writes of a file disk take. What may wait, every way leaves to the
 /// disk's worker threads.
@@ -65,6 +65,21 @@ pub(super) trait Submitter: Send {
     fn is_quiet(&self) -> bool {
         false
     }
+}
+
+/// The range of memory that the segments are together, if they are one: the kernel has less to do
+/// for a range than for a list.
+#[inline]
+pub(super) fn joined(segments: &[Segment]) -> Option<Segment> {
+    let (first, rest) = segments.split_first()?;
+    let mut len = first.len();
+    for segment in rest {
+        if first.base().wrapping_add(len) != segment.base() {
+            return None;
+        }
+        len += segment.len();
+    }
+    Some(Segment::new(first.base(), len))
 }
 
 /// The engine of a file whose every I/O goes to the worker threads.

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use io_uring::register::Restriction;
 use io_uring::{Builder, IoUring, cqueue, opcode, squeue, types};
 
-use super::engine::Submitter;
+use super::engine::{Submitter, joined};
 use crate::io::{Io, Op, Tag};
 
 /// The file, in the ring's table.
@@ -39,20 +39,19 @@ impl Submitter for Uring {
         let segments = unsafe { io.segments() };
         let (iovecs, count) = io.iovecs();
         let nowait = libc::RWF_NOWAIT;
-        let entry = match (io.op, segments) {
-            // The kernel has less to do for one piece than for a list of one.
-            (Op::Read, [one]) => opcode::Read::new(FILE, one.base(), one.len() as u32)
+        let entry = match (io.op, joined(segments)) {
+            (Op::Read, Some(one)) => opcode::Read::new(FILE, one.base(), one.len() as u32)
                 .offset(io.offset)
                 .rw_flags(nowait)
                 .build(),
-            (Op::Read, _) => {
+            (Op::Read, None) => {
                 opcode::Readv::new(FILE, iovecs, count).offset(io.offset).rw_flags(nowait).build()
             }
-            (_, [one]) => opcode::Write::new(FILE, one.base(), one.len() as u32)
+            (_, Some(one)) => opcode::Write::new(FILE, one.base(), one.len() as u32)
                 .offset(io.offset)
                 .rw_flags(nowait)
                 .build(),
-            (_, _) => {
+            (_, None) => {
                 opcode::Writev::new(FILE, iovecs, count).offset(io.offset).rw_flags(nowait).build()
             }
         };

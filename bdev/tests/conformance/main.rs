@@ -5,6 +5,7 @@ mod block_device;
 mod checks;
 mod disks;
 mod driver;
+mod engines;
 mod files;
 mod injection;
 mod random;
