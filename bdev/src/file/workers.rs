@@ -26,9 +26,6 @@ pub(super) const WORKERS_MAX: usize = 32;
 /// How long a worker beyond the first waits for work before it ends.
 const IDLE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// Stack of a worker, which calls little.
-const STACK_BYTES: usize = 128 << 10;
-
 /// A channel's way to the workers and back.
 pub(super) struct Line {
     /// I/Os to be done.
@@ -184,7 +181,9 @@ impl Shared {
         state.idle += 1;
         drop(state);
         let shared = Arc::clone(self);
-        let builder = thread::Builder::new().name("vhost-disk".into()).stack_size(STACK_BYTES);
+        // Not with a small stack: libc keeps 40 MiB of stacks of ended threads, and counts what is
+        // reserved and not what was used.
+        let builder = thread::Builder::new().name("vhost-disk".into());
         builder.spawn(move || shared.work()).map(drop).inspect_err(|_| {
             let mut state = self.state();
             state.threads -= 1;

@@ -15,8 +15,9 @@ use crate::newcomers;
 
 /// Threads that may be left over: closers that wait for work (two at most, `closer`).
 const IDLE_THREADS: usize = 2;
-/// Anonymous mappings that may come: the stacks of those threads, and what the allocator keeps.
-const ANONYMOUS: usize = 32;
+/// Anonymous mappings that may come: the stacks of those threads and of ended ones (libc keeps 40 MiB,
+/// 20 stacks with a guard page each), and what the allocator keeps.
+const ANONYMOUS: usize = 64;
 /// Memory that may come after the warm-up, as the allocator gives back what it likes.
 const RSS_KIB: usize = 32 << 10;
 

@@ -41,7 +41,7 @@ const WARM_UP: u64 = 2;
 ///
 /// Two VMs that check every block run beside it, and a third one starts and ends again and again. After
 /// every 250 steps everything is let go, and the process must hold what it held at the start: fds,
-/// threads (two more may be idle), mappings of files, anonymous mappings (32 more), and memory (32 MiB
+/// threads (two more may be idle), mappings of files, anonymous mappings (64 more), and memory (32 MiB
 /// more than after the first two rounds); no I/O, session or fd of anybody else may be left by its own
 /// account. No wait may be above the bound, which is in beats: a beat is a millisecond and a hand-over
 /// between two threads of this program, while vhost is not stopped. Prints a line; status 0 if all of
