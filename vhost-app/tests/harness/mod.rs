@@ -27,6 +27,7 @@
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+mod forbid;
 pub(crate) mod matrix;
 
 use std::fs::{self, File};
@@ -55,6 +56,7 @@ pub(crate) struct Launch {
     core_locks: bool,
     args: Vec<String>,
     environment: Vec<(String, String)>,
+    forbidden: Vec<i64>,
 }
 
 /// A `vhost` that runs.
@@ -84,7 +86,8 @@ impl Launch {
     pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("vh").tempdir().unwrap();
         let (through, args, environment) = (vec![], vec![], vec![]);
-        Self { dir, through, mask: None, core_locks: false, args, environment }
+        let forbidden = vec![];
+        Self { dir, through, mask: None, core_locks: false, args, environment, forbidden }
     }
 
     /// Starts it through `program`, which must `exec` the command line after its own arguments.
@@ -114,6 +117,12 @@ impl Launch {
     /// Sets an environment variable of the process.
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Has these system calls fail with EPERM.
+    pub(crate) fn forbid(mut self, calls: &[i64]) -> Self {
+        self.forbidden.extend(calls);
         self
     }
 
@@ -153,6 +162,9 @@ impl Launch {
             command.args(["--no-huge", "-s", "256"]);
         }
         command.args(&self.args);
+        if !self.forbidden.is_empty() {
+            forbid::forbid(&mut command, &self.forbidden);
+        }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
@@ -329,6 +341,14 @@ impl Vhost {
             self.status = self.child.try_wait().unwrap();
         }
         self.status.is_none()
+    }
+
+    /// Whether all has ended that can: a thread that waits for a file system in the kernel cannot
+    /// be ended, and the process is not gone before that thread.
+    pub(crate) fn has_ended_but_for_waits(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        // The main thread's.
+        status.contains("State:\tZ")
     }
 
     /// Waits for its end: its exit code, `None` if a signal ended it.
