@@ -1,5 +1,5 @@
-//! A file system that is frozen, as backups and LVM's snapshots do it: writes on it wait for the thaw,
-//! and nobody else does.
+//! A file system that is frozen, as backups and snapshots of LVM do it: writes on it wait for the
+//! thaw, and nobody else does.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;

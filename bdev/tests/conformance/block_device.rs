@@ -1,7 +1,4 @@
-//! Block devices and file systems with larger blocks, where the host lets us make them.
-//!
-//! Both are taken down as soon as they are open, so that the last close removes them, even if the
-//! test is killed.
+//! What is particular to block devices, and to file systems with larger blocks.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -15,67 +12,28 @@ use tempfile::TempDir;
 use crate::checks;
 use crate::disks::{Fixture, SIZE, file_options};
 use crate::driver::{Driver, pattern};
+use crate::loops::{Loop, run};
 
-/// Runs a command. `None`, and the test is skipped, if it fails.
-#[track_caller]
-fn run(command: &mut Command) -> Option<String> {
-    let result = match command.output() {
-        Ok(output) if output.status.success() => Ok(output.stdout),
-        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
-        Err(e) => Err(e.to_string()),
-    };
-    match result {
-        Ok(stdout) => Some(String::from_utf8(stdout).unwrap().trim().into()),
-        Err(e) => {
-            test_report::skipped("block-device", &format!("{command:?}: {e}"));
-            None
-        }
-    }
-}
-
-/// A loop device that goes when it is closed.
-struct Loop {
-    device: PathBuf,
-    _open: File,
-    _dir: TempDir,
-}
-
-impl Loop {
-    #[track_caller]
-    fn new(size: u64, sector_size: u32) -> Option<Self> {
-        let dir = TempDir::new().unwrap();
-        let file = crate::disks::make_file(&dir, size);
-        let sector_size = sector_size.to_string();
-        let device = run(Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &sector_size])
-            .arg(file))?;
-        let open = File::open(&device).unwrap();
-        run(Command::new("losetup").args(["--detach", &device]))?;
-        Some(Self { device: device.into(), _open: open, _dir: dir })
-    }
-
-    /// As the kernel shows it, for blocks of `block_size`.
-    fn topology(&self, block_size: u32) -> Topology {
-        let name = self.device.file_name().unwrap();
-        let queue = Path::new("/sys/block").join(name).join("queue");
-        let bytes =
-            |name| -> u32 { fs::read_to_string(queue.join(name)).unwrap().trim().parse().unwrap() };
-        let physical_block_size = bytes("physical_block_size");
-        assert!(physical_block_size >= block_size);
-        Topology {
-            physical_block_size,
-            min_io_blocks: bytes("minimum_io_size") / block_size,
-            optimal_io_blocks: bytes("optimal_io_size") / block_size,
-        }
+/// As the kernel shows it, for blocks of `block_size`.
+fn topology(device: &Path, block_size: u32) -> Topology {
+    let queue = Path::new("/sys/block").join(device.file_name().unwrap()).join("queue");
+    let bytes =
+        |name| -> u32 { fs::read_to_string(queue.join(name)).unwrap().trim().parse().unwrap() };
+    let physical_block_size = bytes("physical_block_size");
+    assert!(physical_block_size >= block_size);
+    Topology {
+        physical_block_size,
+        min_io_blocks: bytes("minimum_io_size") / block_size,
+        optimal_io_blocks: bytes("optimal_io_size") / block_size,
     }
 }
 
 /// A file on a file system whose blocks are 4096 bytes, down to the device.
 fn file_on_large_blocks() -> Option<PathBuf> {
     let device = Loop::new(8 * SIZE, 4096)?;
-    run(Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(&device.device))?;
+    run(Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(device.device()))?;
     let dir = TempDir::new().unwrap();
-    run(Command::new("mount").arg(&device.device).arg(dir.path()))?;
+    run(Command::new("mount").arg(device.device()).arg(dir.path()))?;
     let name = dir.path().join("disk");
     let made = File::create(&name).and_then(|file| file.set_len(SIZE));
     let open = File::open(dir.path());
@@ -93,13 +51,13 @@ fn a_device_knows_its_block_size_and_does_all_operations() {
         for flavour in [Flavour::Aio, Flavour::Uring] {
             let options = FileOptions {
                 block_size: None,
-                ..file_options(device.device.clone(), flavour, 512)
+                ..file_options(device.device().into(), flavour, 512)
             };
             let disk = FileDisk::create(options).unwrap();
             assert_eq!(disk.block_size(), sector_size);
             assert_eq!(disk.size_bytes(), SIZE);
             assert_eq!(disk.rescan().unwrap(), SIZE / u64::from(sector_size));
-            assert_eq!(disk.topology(), device.topology(sector_size));
+            assert_eq!(disk.topology(), topology(device.device(), sector_size));
             println!("{sector_size}: {:?} {:?}", disk.direct(), disk.features());
             let unmap = disk.features().unmap;
             let mut driver = Driver::new(&(disk as Arc<dyn Bdev>), 8);
@@ -119,11 +77,11 @@ fn a_device_knows_its_block_size_and_does_all_operations() {
 #[test]
 fn a_block_size_below_the_device_s_is_refused() {
     let Some(device) = Loop::new(SIZE, 4096) else { return };
-    let options = file_options(device.device.clone(), Flavour::Aio, 512);
+    let options = file_options(device.device().into(), Flavour::Aio, 512);
     let e = FileDisk::create(options).map(|_| ()).unwrap_err();
     assert_eq!(e.errno(), libc::EINVAL);
     let text = e.to_string();
-    let names = [device.device.to_str().unwrap(), "512", "4096"];
+    let names = [device.device().to_str().unwrap(), "512", "4096"];
     assert!(names.iter().all(|word| text.contains(word)), "{text}");
 }
 

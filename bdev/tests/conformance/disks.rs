@@ -1,14 +1,22 @@
 //! The disks under test, each of [`SIZE`] bytes.
 
+use std::any::Any;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 pub(crate) use bdev::Flavour;
 use bdev::{
     Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
-    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions,
+    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, open_file,
 };
 use tempfile::TempDir;
+
+use crate::loops::Loop;
+
+pub(crate) use Below::*;
+pub(crate) use Engine::*;
+pub(crate) use Through::*;
 
 /// Bytes in each disk: several times what a memory disk copies at once.
 pub(crate) const SIZE: u64 = 4 << 20;
@@ -18,13 +26,14 @@ pub(crate) struct Fixture {
     pub(crate) disk: Arc<dyn Bdev>,
     /// Reads give what was written.
     pub(crate) keeps: bool,
-    _dir: Option<TempDir>,
+    /// What is to go after the disk.
+    _below: Option<Box<dyn Any>>,
 }
 
 impl Fixture {
     /// A disk that keeps what is written to it.
     pub(crate) fn of(disk: Arc<dyn Bdev>) -> Self {
-        Self { disk, keeps: true, _dir: None }
+        Self { disk, keeps: true, _below: None }
     }
 }
 
@@ -41,14 +50,14 @@ pub(crate) fn null_disk(size: u64, block_size: u32) -> Arc<Null> {
 }
 
 pub(crate) fn null(block_size: u32) -> Fixture {
-    Fixture { disk: null_disk(SIZE, block_size), keeps: false, _dir: None }
+    Fixture { disk: null_disk(SIZE, block_size), keeps: false, _below: None }
 }
 
 /// Half the size at first.
 pub(crate) fn resized(_whole: Fixture) -> Fixture {
     let disk = null_disk(SIZE / 2, 512);
     disk.resize(SIZE / 512).unwrap();
-    Fixture { disk, keeps: false, _dir: None }
+    Fixture { disk, keeps: false, _below: None }
 }
 
 pub(crate) fn file_options(filename: PathBuf, flavour: Flavour, block_size: u32) -> FileOptions {
@@ -83,7 +92,63 @@ pub(crate) fn tmpfs(block_size: u32) -> Fixture {
 fn in_dir(dir: TempDir, flavour: Flavour, block_size: u32) -> Fixture {
     let name = make_file(&dir, SIZE);
     let disk = FileDisk::create(file_options(name, flavour, block_size)).unwrap();
-    Fixture { disk, keeps: true, _dir: Some(dir) }
+    Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
+}
+
+/// What does a file disk's I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    Aio,
+    IoUring,
+    Threads,
+}
+
+/// Past the page cache, or through it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Through {
+    Direct,
+    Buffered,
+}
+
+/// What is below a file disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Below {
+    PlainFile,
+    LoopDevice,
+}
+
+/// A file disk that is made in this way and no other. `None`, and the test is skipped, where the
+/// host does not let us.
+#[track_caller]
+pub(crate) fn engine(
+    engine: Engine,
+    through: Through,
+    below: Below,
+    block_size: u32,
+) -> Option<Fixture> {
+    let (name, below): (PathBuf, Box<dyn Any>) = match below {
+        Below::PlainFile => {
+            let dir = TempDir::new().unwrap();
+            (make_file(&dir, SIZE), Box::new(dir))
+        }
+        Below::LoopDevice => {
+            let device = Loop::new(SIZE, block_size)?;
+            (device.device().into(), Box::new(device))
+        }
+    };
+    let flavour = if engine == Engine::IoUring { Flavour::Uring } else { Flavour::Aio };
+    let options = file_options(name.clone(), flavour, block_size);
+    let file = match through {
+        Through::Direct => open_file(&name, false).unwrap(),
+        Through::Buffered => File::options().read(true).write(true).open(&name).unwrap(),
+    };
+    let disk = FileDisk::on(file, options).unwrap();
+    if through == Through::Direct && disk.direct().is_none() {
+        test_report::skipped("direct-io", &format!("{} is not opened for it", name.display()));
+        return None;
+    }
+    assert_eq!(disk.direct().is_some(), through == Through::Direct);
+    Some(Fixture { disk, keeps: true, _below: Some(below) })
 }
 
 /// A file that was a quarter as large when the disk was made.
@@ -93,7 +158,7 @@ pub(crate) fn grown_file(block_size: u32) -> Fixture {
     let disk = FileDisk::create(file_options(name.clone(), Flavour::Aio, block_size)).unwrap();
     std::fs::OpenOptions::new().write(true).open(&name).unwrap().set_len(SIZE).unwrap();
     assert_eq!(disk.rescan().unwrap(), SIZE / u64::from(block_size));
-    Fixture { disk, keeps: true, _dir: Some(dir) }
+    Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
 }
 
 /// Some I/Os held back, a few of them longer.
