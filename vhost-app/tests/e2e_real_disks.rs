@@ -32,8 +32,6 @@ macro_rules! cases {
             aio_through_the_page_cache: Aio, PageCache;
             aio_uncached: Aio, Uncached;
             uring_directly: Uring, Direct;
-            uring_through_the_page_cache: Uring, PageCache;
-            uring_uncached: Uring, Uncached;
         }
     };
     (@forms $cases:tt $($name:ident: $flavour:ident, $kind:ident;)*) => {
@@ -58,7 +56,6 @@ cases! {
     a_close_hangs,
     a_rescan_hangs,
     a_creation_hangs_in_getattr,
-    a_lock_hangs,
     a_stop_waits_for_its_own_disk_only,
     a_disk_that_hangs_is_deleted,
     more_flushes_hang_than_there_are_threads,
@@ -278,28 +275,6 @@ fn a_close_hangs(form: Form) {
     scene.ends_but_for("other", Op::Close);
 }
 
-/// The server that has the locks does not answer. Whoever does not ask it goes on.
-fn a_lock_hangs(form: Form) {
-    let Some(mut scene) = Scene::new(form) else { return };
-    scene.files.hold("disk", Op::Lock);
-    let vhost = &scene.vhost;
-    let params = json!({"ctrlr": "F.vhost", "dev_name": "F"});
-    vhost.ok("vhost_create_blk_controller", params);
-    let ram = bench::GuestRam::new(&[4 << 20]).unwrap();
-    let buffer = ram.alloc(BLOCK as u32, BLOCK).unwrap();
-    let connect = || bench::FrontEnd::connect(&vhost.socket("F.vhost"), ram, <_>::default());
-    let mut front_end = connect().unwrap();
-    let mut queue = front_end.start_new(1, <_>::default()).unwrap().remove(0);
-    queue.submit(&bench::Request::read(0, &[buffer])).unwrap();
-    queue.kick().unwrap();
-    scene.files.wait_for_held("disk", Op::Lock, 1);
-    scene.others_go_on();
-    assert_eq!(queue.poll().unwrap(), None);
-    assert!(scene.files.held("disk", Op::Lock) > 0);
-    scene.files.release("disk", Op::Lock);
-    assert_eq!(queue.wait().unwrap().status, bench::STATUS_OK);
-}
-
 /// GET_VRING_BASE of the disk that hangs is answered when the disk has.
 fn a_stop_waits_for_its_own_disk_only(form: Form) {
     let Some(mut scene) = Scene::new(form) else { return };
@@ -323,21 +298,26 @@ fn a_stop_waits_for_its_own_disk_only(form: Form) {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// With force, as its I/O does not end. Neighbours stop and are deleted meanwhile.
+/// Its controller with force, as its I/O does not end. The answer about the disk waits for that I/O,
+/// and neighbours stop and are deleted meanwhile.
 fn a_disk_that_hangs_is_deleted(form: Form) {
     for (io, op) in [(Io::Read, Op::Read), (Io::Write, Op::Write), (Io::Flush, Op::Fsync)] {
         let Some(mut scene) = Scene::new(form) else { return };
         let mut guest = scene.guest();
         scene.begin_held(&mut guest, io, op, 1000, 0x66);
-        let forced = json!({"ctrlr": "F.vhost", "force": true});
+        let forced = json!({"ctrlr": "F.vhost", "force": true, "timeout_ms": 1});
         assert_eq!(scene.vhost.ok("vhost_delete_controller", forced), json!(true));
         let closed = scene.files.arrived("disk", Op::Close);
-        form.flavour.delete(&scene.vhost, "F");
+        let mut client = scene.vhost.connect();
+        client.send(&form.flavour.method("delete"), json!({"name": "F"}));
+        wait_until("the disk is gone", || !scene.vhost.bdev_names().contains(&"F".to_owned()));
         scene.others_go_on();
         let Scene { files, vhost, neighbours, .. } = scene;
         neighbours.leave(&vhost);
+        assert!(!client.has_answer());
         assert_eq!(files.held("disk", op), 1);
         files.release("disk", op);
+        assert_eq!(client.receive().1, Ok(json!(true)));
         files.wait_for_answered("disk", Op::Close, closed + 1);
         guest.has_nothing();
         let written = files.contents("disk")[1000 * BLOCK as usize];

@@ -71,7 +71,7 @@ fn a_file_is_served_by_what_the_host_allows() {
     on_each_host(|vhost, flavour, engine| {
         let file = vhost.file("disk", DISK_BYTES);
         flavour.create(vhost, "F", file.as_ref());
-        let shown = flavour.shown(vhost, "F");
+        let shown = flavour.io_path(vhost, "F");
         assert_eq!(shown["engine"], engine, "{shown}");
         assert!(shown["direct"].is_boolean() && shown["nowait"].is_boolean(), "{shown}");
         assert_eq!(flavour.workers(vhost, "F").busy, 0);
@@ -115,7 +115,7 @@ fn a_block_device_is_served_by_what_the_host_allows() {
     let Some((_open, device)) = loop_device(dir.path()) else { return };
     on_each_host(|vhost, flavour, engine| {
         flavour.create(vhost, "F", device.as_ref());
-        let shown = flavour.shown(vhost, "F");
+        let shown = flavour.io_path(vhost, "F");
         assert_eq!(shown["engine"], engine, "{shown}");
         flavour.delete(vhost, "F");
         a_guest_uses(vhost, flavour, device.as_ref());

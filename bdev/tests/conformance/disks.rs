@@ -15,8 +15,8 @@ use tempfile::TempDir;
 use crate::loops::Loop;
 
 pub(crate) use Below::*;
-pub(crate) use Engine::*;
 pub(crate) use Through::*;
+pub(crate) use bdev::Engine::{self, *};
 
 /// Bytes in each disk: several times what a memory disk copies at once.
 pub(crate) const SIZE: u64 = 4 << 20;
@@ -95,14 +95,6 @@ fn in_dir(dir: TempDir, flavour: Flavour, block_size: u32) -> Fixture {
     Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
 }
 
-/// What does a file disk's I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Engine {
-    Aio,
-    IoUring,
-    Threads,
-}
-
 /// Past the page cache, or through it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Through {
@@ -137,7 +129,8 @@ pub(crate) fn engine(
         }
     };
     let flavour = if engine == Engine::IoUring { Flavour::Uring } else { Flavour::Aio };
-    let options = file_options(name.clone(), flavour, block_size);
+    let options =
+        FileOptions { engine: Some(engine), ..file_options(name.clone(), flavour, block_size) };
     let file = match through {
         Through::Direct => open_file(&name, false).unwrap(),
         Through::Buffered => File::options().read(true).write(true).open(&name).unwrap(),
@@ -147,7 +140,15 @@ pub(crate) fn engine(
         test_report::skipped("direct-io", &format!("{} is not opened for it", name.display()));
         return None;
     }
-    assert_eq!(disk.direct().is_some(), through == Through::Direct);
+    let service = disk.service();
+    assert_eq!(service.direct, through == Through::Direct);
+    if service.direct && service.engine != engine {
+        let need = if engine == Engine::Aio { "linux-aio" } else { "io-uring" };
+        test_report::skipped(need, "the host forbids it");
+        return None;
+    }
+    // A read that is not in the page cache waits, whatever it is asked.
+    assert_eq!(service.engine, if service.direct { engine } else { Engine::Threads });
     Some(Fixture { disk, keeps: true, _below: Some(below) })
 }
 

@@ -60,15 +60,15 @@ impl Flavour {
         assert_eq!(vhost.ok(&self.method("delete"), json!({"name": name})), json!(true));
     }
 
-    /// What bdev_get_bdevs says of such a disk in particular.
-    pub(crate) fn shown(self, vhost: &Vhost, name: &str) -> Value {
+    /// What bdev_get_bdevs says of how such a disk does its I/O.
+    pub(crate) fn io_path(self, vhost: &Vhost, name: &str) -> Value {
         let bdev = vhost.ok("bdev_get_bdevs", json!({"name": name}));
-        bdev[0]["driver_specific"][self.name()].clone()
+        bdev[0]["driver_specific"][self.name()]["io_path"].clone()
     }
 
     /// How the disk's own threads fare.
     pub(crate) fn workers(self, vhost: &Vhost, name: &str) -> Workers {
-        let shown = self.shown(vhost, name);
+        let shown = self.io_path(vhost, name);
         let number = |field: &str| {
             let number = shown["workers"][field].as_u64();
             number.unwrap_or_else(|| panic!("no workers.{field} in {shown}"))
