@@ -8,6 +8,7 @@ mod backing;
 mod blocking;
 mod channel;
 mod engine;
+mod lease;
 mod uring;
 mod workers;
 
@@ -21,14 +22,15 @@ use closer::Account;
 use uuid::Uuid;
 
 use crate::geometry::checked_size;
-use crate::io::{Bdev, Channel, Error, Features, Storage};
+use crate::io::{Bdev, Channel, Error, Features, Lease, Storage};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
 pub use backing::{Alignment, not_a_disk, open_file};
 pub use engine::Engine;
-pub use workers::WorkerCounts;
+pub use lease::{Holder, LeaseState};
 use workers::Workers;
+pub use workers::WorkerCounts;
 
 /// Which of SPDK's modules a file disk stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +66,8 @@ pub struct FileDisk {
     file: Option<File>,
     /// Closes it.
     closer: Account,
+    /// Keeps other processes from the file; `None` if it is read-only.
+    lease: Option<lease::FileLease>,
     /// What direct I/O asks for; `None` if the file is buffered.
     direct: Option<Alignment>,
     topology: Topology,
@@ -152,7 +156,9 @@ impl FileDisk {
             reset: flavour == Flavour::Aio,
             any_alignment: opened.direct.is_none(),
         };
+        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, &opened.file));
         Ok(Arc::new(Self {
+            lease: lease.transpose()?,
             filename,
             flavour,
             uuid: uuid.unwrap_or_else(Uuid::new_v4),
@@ -259,7 +265,7 @@ impl FileDisk {
 impl Drop for FileDisk {
     fn drop(&mut self) {
         // Closing a file on FUSE or NFS writes back dirty data, which can take arbitrarily long.
-        self.closer.drop_later(self.file.take());
+        self.closer.drop_later((self.file.take(), self.lease.take().map(lease::FileLease::end)));
     }
 }
 
@@ -303,6 +309,10 @@ impl Bdev for FileDisk {
 
     fn storage(&self) -> Option<Storage> {
         Some(self.storage)
+    }
+
+    fn lease(&self) -> Option<Arc<dyn Lease>> {
+        self.lease.as_ref()?.shown()
     }
 
     fn stats(&self) -> &Stats {

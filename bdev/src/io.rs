@@ -288,6 +288,23 @@ pub enum Storage {
     BlockDevice(u64),
 }
 
+/// Called, on any thread and with no lock held, when a [`Lease`] that was asked for may be held.
+pub type Granted = Arc<dyn Fn() + Send + Sync>;
+
+/// Keeps other processes from a device's storage while rings use it.
+///
+/// Whoever lets I/O start adds a user first, waits until the lease is held, and removes the user
+/// when all of that I/O has ended. The implementer owes: no method waits, nor makes a system call
+/// that can; `granted` is called after the lease has become held, unless its user was removed.
+pub trait Lease: fmt::Debug + Send + Sync {
+    /// Adds a user. Returns whether the lease is held; if not, calls `granted` when it is.
+    fn add_user(&self, granted: &Granted) -> bool;
+    /// Removes a user. The last one gives the storage back.
+    fn remove_user(&self);
+    /// Whether I/O may start.
+    fn is_held(&self) -> bool;
+}
+
 /// What a device can do, beyond reading.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
@@ -333,6 +350,11 @@ pub trait Bdev: Send + Sync + 'static {
     /// The bdevs that this one is built on; none if it stores the data itself.
     fn bases(&self) -> &[Arc<dyn Bdev>] {
         &[]
+    }
+    /// What keeps other processes from its storage; `None` if nothing does, or if it has bases:
+    /// then theirs count.
+    fn lease(&self) -> Option<Arc<dyn Lease>> {
+        None
     }
     /// Counters of this device, over all its channels, kept by the channels' owners.
     fn stats(&self) -> &Stats;

@@ -13,6 +13,7 @@
 //! [`Channel::kick`], and report it from [`Channel::poll`].
 //! A channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds
 //! it to the bdev's counters ([`Stats`]), and the control side logs it.
+//! While rings use a disk in a file, a [`Lease`] keeps other processes of this program from it.
 //! Wrappers ([`Delay`], [`ErrorDisk`]) are bdevs round another bdev: the I/O passes through them
 //! in both directions, and they hold it, fail it or spoil it on the way.
 //!
@@ -43,13 +44,13 @@ pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use file::{
-    Alignment, Engine, FileDisk, FileOptions, Flavour, Service, WorkerCounts, account_name,
-    not_a_disk, open_file,
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
+    account_name, not_a_disk, open_file,
 };
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
-    Bdev, Channel, Completion, Error, Features, Io, OPS, Op, Segment, Status, Storage, Submit, Tag,
-    Wait, WakeFds,
+    Bdev, Channel, Completion, Error, Features, Granted, Io, Lease, OPS, Op, Segment, Status,
+    Storage, Submit, Tag, Wait, WakeFds,
 };
 pub use malloc::{Malloc, MallocOptions};
 pub use memory::Stores;

@@ -175,7 +175,10 @@ fn file_disk(dir: &Path) -> Arc<FileDisk> {
         flavour: Flavour::Uring,
         engine: None,
     };
-    FileDisk::create(options).unwrap()
+    let disk = FileDisk::create(options).unwrap();
+    // Without a lease, which another thread takes, a ring is attached when the front end starts it.
+    disk.share();
+    disk
 }
 
 #[test]

@@ -16,10 +16,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bdev::Granted;
 use closer::Account;
 use qsbr::Domain;
 
@@ -31,7 +32,7 @@ use crate::reactor::{BellRope, Core, Events, Mode, OnStart, Reactor, SteppedReac
 use crate::reclaim::{Reclaim, Unmapper};
 use crate::session::{DRAIN_LIMIT_S, Session};
 use crate::transport::{ConnId, SharedConnection};
-use gate::{Bytes, Place};
+use gate::{Bytes, Hold, Place};
 use placement::Stray;
 
 pub use operator::DeleteProgress;
@@ -110,6 +111,8 @@ pub struct Target {
     reclaim: Reclaim,
     unmapper: Unmapper,
     changed: Arc<dyn Fn() + Send + Sync>,
+    /// What a bdev's lease calls when it has become held.
+    granted: Granted,
     drain_limit_s: AtomicU64,
     /// Held by whoever changes where queues are served, over all of the changes.
     placing: Mutex<()>,
@@ -161,6 +164,10 @@ struct Connected {
     left_io: bool,
     /// The disk space that its guest accesses.
     bytes: Bytes,
+    /// Its use of the leases of that; `None` while no ring needs them.
+    hold: Option<Hold>,
+    /// The leases were not held when it began to use them.
+    waited: bool,
     queues: Vec<Option<Attached>>,
     /// What the front end waits for.
     owed: Option<Owed>,
@@ -301,16 +308,21 @@ impl Target {
         let attached = reactors.iter().map(|_| Vec::new()).collect();
         let inner = Inner { attached, ..Inner::default() };
         let freed = Arc::clone(&changed);
-        Ok(Arc::new(Self {
+        let (reclaim, unmapper) = (Reclaim::start(move || freed())?, Unmapper::start()?);
+        Ok(Arc::new_cyclic(|target: &Weak<Self>| Self {
             inner: Mutex::new(inner),
             domain,
             reactors,
             stepped: threads.is_empty(),
             threads: Mutex::new(threads),
             events,
-            reclaim: Reclaim::start(move || freed())?,
-            unmapper: Unmapper::start()?,
+            reclaim,
+            unmapper,
             changed,
+            granted: {
+                let target = Weak::clone(target);
+                Arc::new(move || target.upgrade().iter().for_each(|t| t.leases_granted()))
+            },
             drain_limit_s: AtomicU64::new(DRAIN_LIMIT_S),
             placing: Mutex::default(),
         }))

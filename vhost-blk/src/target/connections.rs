@@ -99,6 +99,8 @@ impl Target {
             conn: Some(conn),
             left_io: false,
             bytes: Bytes::of(controller.disk.as_ref()),
+            hold: None,
+            waited: false,
             queues: Vec::new(),
             owed: None,
             unmapper,

@@ -1,6 +1,7 @@
-//! The gate: a ring is not started while I/O of closed connections conflicts with it.
+//! The gate: a ring is not started while I/O of closed connections conflicts with it, nor while
+//! another process has the disk.
 //!
-//! Such I/O may still write to the guest's memory, where its data and its ring are, and to the
+//! I/O of a closed connection may still write to the guest's memory, where its data and its ring are, and to the
 //! disk. A ring waits for a closed connection that has not drained if
 //!
 //! * it is of the same controller: most likely of the same guest, whose requests must be served in
@@ -9,10 +10,15 @@
 //! * it may write to the same disk: it could overwrite what the new ring's guest has written since.
 //!
 //! A ring elsewhere in the same guest's memory, for another disk, does not wait.
+//!
+//! Other processes, and what they have left in flight when they ended, are kept off by the leases of
+//! the bdevs ([`Lease`]). A connection uses those of its disk from when its first ring wants to start
+//! until its last ring has stopped, and its I/O has ended. As for closed connections, the rings wait,
+//! and so does the end of a reset. A guest that cannot write to its disk uses no lease.
 
 use std::sync::{Arc, Weak};
 
-use bdev::{Bdev, Storage};
+use bdev::{Bdev, Granted, Lease, Storage};
 
 use super::{Attached, Connected, Inner, Target};
 use crate::config::Disk;
@@ -50,6 +56,8 @@ pub(super) struct Bytes {
     lowest: Vec<Weak<dyn Bdev>>,
     /// What stores their data: several bdevs may be on the same file.
     storages: Vec<Storage>,
+    /// What keeps other processes from them, if the guest may write.
+    leases: Vec<Arc<dyn Lease>>,
     /// The guest may write to them.
     writes: bool,
 }
@@ -57,18 +65,20 @@ pub(super) struct Bytes {
 impl Bytes {
     pub(super) fn of(disk: Option<&Arc<Disk>>) -> Self {
         let Some(disk) = disk else { return Self::default() };
-        let (mut lowest, mut storages) = (vec![], vec![]);
+        let writes = !disk.read_only && !disk.bdev.features().read_only;
+        let (mut lowest, mut storages, mut leases) = (vec![], vec![], vec![]);
         let mut left = vec![Arc::clone(&disk.bdev)];
         while let Some(bdev) = left.pop() {
             match bdev.bases() {
                 [] => {
                     lowest.push(Arc::downgrade(&bdev));
                     storages.extend(bdev.storage());
+                    leases.extend(bdev.lease().filter(|_| writes));
                 }
                 bases => left.extend_from_slice(bases),
             }
         }
-        Self { lowest, storages, writes: !disk.read_only && !disk.bdev.features().read_only }
+        Self { lowest, storages, leases, writes }
     }
 
     fn shares(&self, other: &Self) -> bool {
@@ -80,7 +90,43 @@ impl Bytes {
     }
 }
 
+/// A connection's use of the leases of its disk. Dropping it ends that.
+#[derive(Debug)]
+pub(super) struct Hold(Vec<Arc<dyn Lease>>);
+
+impl Hold {
+    fn of(bytes: &Bytes, granted: &Granted) -> Self {
+        let leases = bytes.leases.clone();
+        leases.iter().for_each(|lease| _ = lease.add_user(granted));
+        Self(leases)
+    }
+
+    fn is_granted(&self) -> bool {
+        self.0.iter().all(|lease| lease.is_held())
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|lease| lease.remove_user());
+    }
+}
+
 impl Connected {
+    /// Whether its rings wait for a lease, or would if they were not stopped: another process, or
+    /// I/O that it has left, may still access the disk and the guest's memory.
+    fn waits_for_lease(&self) -> bool {
+        self.hold.as_ref().is_some_and(|hold| !hold.is_granted())
+    }
+
+    /// Ends the use of the leases if no ring needs them any more.
+    pub(super) fn end_unused_hold(&mut self) {
+        let waits = self.waits_for_lease() && self.session.minds_earlier_io();
+        if self.session.started() == 0 && !waits {
+            self.hold = None;
+        }
+    }
+
     /// Whether the connection is closed, reported as such or not, and may still have I/O in flight.
     fn lingers(&self) -> bool {
         self.session.undrained() && self.conn.as_ref().is_none_or(|conn| conn.hung_up())
@@ -118,17 +164,25 @@ impl Target {
 
     /// Opens the gate for a ring that wants to start, if there is no conflict. Returns whether it
     /// has to be started now.
-    pub(super) fn pass_gate(inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
-        if Self::is_gated(inner, conn, ring) {
+    pub(super) fn pass_gate(&self, inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
+        let Some(connected) = inner.connections.get_mut(&conn) else { return false };
+        let of = || Hold::of(&connected.bytes, &self.granted);
+        connected.hold.get_or_insert_with(of);
+        connected.waited |= connected.waits_for_lease();
+        if connected.waits_for_lease() || Self::is_gated(inner, conn, ring) {
             return false;
         }
         let connected = inner.connections.get_mut(&conn);
         connected.is_some_and(|c| c.session.open_gate(ring).is_some())
     }
 
-    /// Whether I/O of a closed connection may use the memory of this connection's guest.
+    /// Whether I/O of a closed connection, or of another process, may use the memory of this
+    /// connection's guest.
     pub(super) fn has_earlier_io(inner: &Inner, conn: ConnId) -> bool {
         let Some(this) = inner.connections.get(&conn) else { return false };
+        if this.waits_for_lease() {
+            return true;
+        }
         let mut others = inner.connections.iter().filter(|(other, _)| **other != conn);
         others.any(|(_, other)| other.lingers() && other.shares_memory(this))
     }
@@ -144,10 +198,9 @@ impl Target {
         let left: Vec<ConnId> = inner.connections.keys().copied().collect();
         let mut opened = vec![];
         for conn in left {
-            let mut starts = self.earlier_io_ended(inner, conn, &gone);
-            let Some(connected) = inner.connections.get(&conn) else { continue };
-            let gated: Vec<usize> = connected.session.gated().collect();
-            starts.extend(gated.into_iter().filter(|ring| Self::pass_gate(inner, conn, *ring)));
+            let minds = |c: &Connected| gone.shares_memory(c);
+            let mut starts = self.earlier_io_ended(inner, conn, minds, gone.left_io);
+            starts.extend(self.open_gates(inner, conn));
             if !starts.is_empty() {
                 opened.push((conn, starts));
             }
@@ -155,14 +208,51 @@ impl Target {
         opened
     }
 
-    fn earlier_io_ended(&self, inner: &mut Inner, conn: ConnId, gone: &Connected) -> Vec<usize> {
+    /// A lease that connections wait for may be held now: opens their gates.
+    pub(super) fn leases_granted(&self) {
+        let mut inner = self.lock();
+        let granted = |c: &Connected| c.hold.as_ref().is_some_and(Hold::is_granted);
+        let conns = inner.connections.iter().filter(|(_, c)| granted(c));
+        let conns: Vec<ConnId> = conns.map(|(conn, _)| *conn).collect();
+        let mut opened = vec![];
+        for conn in conns {
+            let mut starts = vec![];
+            if inner.connections.get_mut(&conn).is_some_and(|c| std::mem::take(&mut c.waited)) {
+                // What the other process has read into the guest's memory is marked nowhere.
+                starts = self.earlier_io_ended(&mut inner, conn, |_| true, true);
+            }
+            starts.extend(self.open_gates(&mut inner, conn));
+            opened.push((conn, starts));
+        }
+        drop(inner);
+        self.start_all(opened);
+        (self.changed)();
+    }
+
+    /// Opens the gate for the rings of a connection that need not wait any more, and returns them.
+    fn open_gates(&self, inner: &mut Inner, conn: ConnId) -> Vec<usize> {
         let Some(connected) = inner.connections.get(&conn) else { return vec![] };
-        if !connected.session.minds_earlier_io() || !gone.shares_memory(connected) {
+        let mut gated: Vec<usize> = connected.session.gated().collect();
+        gated.retain(|ring| self.pass_gate(inner, conn, *ring));
+        gated
+    }
+
+    /// Tells a connection that `may_use` says so of that I/O which may have used its memory has
+    /// ended, `late` if after its own start.
+    fn earlier_io_ended(
+        &self,
+        inner: &mut Inner,
+        conn: ConnId,
+        may_use: impl Fn(&Connected) -> bool,
+        late: bool,
+    ) -> Vec<usize> {
+        let Some(connected) = inner.connections.get(&conn) else { return vec![] };
+        if !connected.session.minds_earlier_io() || !may_use(connected) {
             return vec![];
         }
         let more = Self::has_earlier_io(inner, conn);
         let Some(connected) = inner.connections.get_mut(&conn) else { return vec![] };
-        let effects = connected.session.earlier_io_ended(gone.left_io, more);
+        let effects = connected.session.earlier_io_ended(late, more);
         self.apply(inner, conn, effects, None)
     }
 }

@@ -30,7 +30,7 @@ impl Target {
         for effect in effects {
             match effect {
                 Effect::Start(ring) => starts.push(ring),
-                Effect::Gate(ring) if Self::pass_gate(inner, conn, ring) => starts.push(ring),
+                Effect::Gate(ring) if self.pass_gate(inner, conn, ring) => starts.push(ring),
                 Effect::Gate(_) => {}
                 Effect::Publish(ring) => self.publish(inner, conn, ring),
                 Effect::Stop(ring) => self.stop(inner, conn, ring, Queue::stop),
@@ -41,6 +41,9 @@ impl Target {
                 }
                 Effect::Acknowledge => answer(inner, conn, protocol::SUCCESS, &mut reply),
             }
+        }
+        if let Some(connected) = inner.connections.get_mut(&conn) {
+            connected.end_unused_hold();
         }
         starts
     }
