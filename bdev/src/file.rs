@@ -29,8 +29,8 @@ use crate::topology::Topology;
 pub use backing::{Alignment, not_a_disk, open_file};
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
-use workers::Workers;
 pub use workers::WorkerCounts;
+use workers::Workers;
 
 /// Which of SPDK's modules a file disk stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,7 +38,7 @@ use simulation::world::{Counts, World};
 const STEPS: usize = 300;
 const SEEDS: u64 = 1_800;
 /// Kinds of events that are counted, and that so many seeds all reach.
-const KINDS: usize = 31;
+const KINDS: usize = 32;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))

@@ -1,15 +1,19 @@
-//! Queues that move, and reactors that are woken, with reactors that the test steps.
+//! Queues that move, reactors that are woken, and leases that are waited for, with reactors that the
+//! test steps.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
-use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc, MallocOptions};
+use bdev::{
+    Bdev, Channel, ErrorDisk, ErrorOptions, Features, Granted, InjectedError, InjectedOp,
+    Injection, Lease, Malloc, MallocOptions, Stats,
+};
 use closer::ForeignFd;
 
 use super::{Stray, Target};
@@ -25,9 +29,9 @@ const NAME: &str = "c";
 const RAM_BYTES: u64 = 0x1_0000;
 const USER: u64 = 0x7000_0000;
 
-/// A transport without sockets, and a front end that never hangs up.
-#[derive(Debug)]
-struct Nobody;
+/// A transport without sockets, and a front end that never hangs up and counts what it is sent.
+#[derive(Debug, Default)]
+struct Nobody(Mutex<usize>);
 
 impl Transport for Nobody {
     fn listen(&self, _: &Path, _: u64, _: &closer::Account) -> io::Result<()> {
@@ -41,9 +45,83 @@ impl Connection for Nobody {
         0
     }
     fn send(&self, _: &[u8]) -> io::Result<()> {
+        *self.0.lock().unwrap() += 1;
         Ok(())
     }
     fn shut_down(&self) {}
+}
+
+/// A lease that the test grants: users, whether it is held, and who waits.
+#[derive(Clone, Default)]
+struct TestLease(Arc<Mutex<(usize, bool, Vec<Granted>)>>);
+
+impl TestLease {
+    fn users(&self) -> usize {
+        self.0.lock().unwrap().0
+    }
+
+    fn grant(&self) {
+        let granted = {
+            let mut state = self.0.lock().unwrap();
+            state.1 = true;
+            std::mem::take(&mut state.2)
+        };
+        granted.iter().for_each(|granted| granted());
+    }
+}
+
+impl std::fmt::Debug for TestLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestLease").finish_non_exhaustive()
+    }
+}
+
+impl Lease for TestLease {
+    fn add_user(&self, granted: &Granted) -> bool {
+        let mut state = self.0.lock().unwrap();
+        state.0 += 1;
+        state.2.push(Arc::clone(granted));
+        state.1
+    }
+    fn remove_user(&self) {
+        self.0.lock().unwrap().0 -= 1;
+    }
+    fn is_held(&self) -> bool {
+        self.0.lock().unwrap().1
+    }
+}
+
+/// A malloc disk with a lease.
+struct Leased(Arc<Malloc>, TestLease);
+
+impl Bdev for Leased {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn product_name(&self) -> &'static str {
+        self.0.product_name()
+    }
+    fn uuid(&self) -> uuid::Uuid {
+        self.0.uuid()
+    }
+    fn block_size(&self) -> u32 {
+        self.0.block_size()
+    }
+    fn num_blocks(&self) -> u64 {
+        self.0.num_blocks()
+    }
+    fn features(&self) -> Features {
+        self.0.features()
+    }
+    fn lease(&self) -> Option<Arc<dyn Lease>> {
+        Some(Arc::new(self.1.clone()))
+    }
+    fn stats(&self) -> &Stats {
+        self.0.stats()
+    }
+    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
+        Arc::clone(&self.0).open(depth)
+    }
 }
 
 /// Two reactors, and a controller whose ring 0 is on the first of them.
@@ -52,6 +130,7 @@ struct Scene {
     steps: Vec<SteppedReactor>,
     disk: Arc<ErrorDisk>,
     conn: ConnId,
+    front_end: Arc<Nobody>,
     ram: File,
     offered: u16,
 }
@@ -62,12 +141,20 @@ fn words(words: &[u64]) -> Vec<u8> {
 
 impl Scene {
     fn new(mode: Mode) -> Self {
+        Self::of(mode, None, false)
+    }
+
+    fn of(mode: Mode, lease: Option<&TestLease>, read_only: bool) -> Self {
         let (target, steps) = Target::in_steps(2, mode, Arc::new(|| {})).unwrap();
         let options =
             MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
         let base = Malloc::create(options).unwrap();
+        let base = match lease {
+            Some(lease) => Arc::new(Leased(base, lease.clone())) as Arc<dyn Bdev>,
+            None => base,
+        };
         let disk = ErrorDisk::create(ErrorOptions { name: "e".into(), base, uuid: None }).unwrap();
-        let shown = Arc::new(Disk { bdev: Arc::clone(&disk) as _, read_only: false });
+        let shown = Arc::new(Disk { bdev: Arc::clone(&disk) as _, read_only });
         let spec = ControllerSpec {
             name: NAME.into(),
             socket: "/c".into(),
@@ -75,11 +162,12 @@ impl Scene {
             cores: None,
             packed_ring: false,
         };
-        target.create_controller(spec, &Nobody).unwrap();
-        let conn = target.connected("/c".as_ref(), Arc::new(Nobody)).unwrap();
+        target.create_controller(spec, &Nobody::default()).unwrap();
+        let front_end = Arc::new(Nobody::default());
+        let conn = target.connected("/c".as_ref(), Arc::clone(&front_end) as _).unwrap();
         let ram = memfd(RAM_BYTES);
         let file = ram.try_clone().unwrap().into();
-        let scene = Self { target, steps, disk, conn, ram: file, offered: 0 };
+        let scene = Self { target, steps, disk, conn, front_end, ram: file, offered: 0 };
         scene.set_up(ram);
         scene
     }
@@ -99,6 +187,22 @@ impl Scene {
         self.say(request::SET_VRING_ADDR, &addrs, None);
         let kick = EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap();
         self.say(request::SET_VRING_KICK, &[0], Some(kick));
+    }
+
+    /// Sends a message whose answer is to come later.
+    fn ask(&self, message: u32, payload: &[u64]) {
+        let verdict = self.target.message(self.conn, message, true, &words(payload), vec![]);
+        assert!(matches!(verdict, Verdict::Deferred), "{message}: {verdict:?}");
+    }
+
+    /// Answers that came later.
+    fn answers(&self) -> usize {
+        *self.front_end.0.lock().unwrap()
+    }
+
+    fn step(&mut self) {
+        self.steps.iter_mut().for_each(|reactor| _ = reactor.step());
+        self.target.process_events();
     }
 
     fn say(&self, message: u32, payload: &[u64], fd: Option<OwnedFd>) {
@@ -214,4 +318,67 @@ fn a_change_of_coalescing_wakes_reactors() {
     assert_eq!(rung(&scene), [true; 2]);
     assert!(scene.target.set_coalescing(NAME, 1000, 1).is_err());
     assert_eq!(rung(&scene), [false; 2], "nothing has changed");
+}
+
+#[test]
+fn rings_wait_for_the_lease_of_what_is_below_their_disk_and_give_it_back() {
+    let lease = TestLease::default();
+    let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
+    scene.offer();
+    scene.step();
+    assert_eq!((lease.users(), scene.answered()), (1, 0));
+    lease.grant();
+    scene.step();
+    assert_eq!(scene.answered(), 1);
+    // It has a user until its I/O has ended.
+    scene.offer_io();
+    scene.step();
+    scene.ask(request::GET_VRING_BASE, &[0]);
+    scene.step();
+    assert_eq!((lease.users(), scene.answers()), (1, 0));
+    scene.disk.resume_pending();
+    scene.step();
+    assert_eq!((lease.users(), scene.answers()), (0, 1));
+}
+
+#[test]
+fn a_ring_is_stopped_when_the_process_before_has_ended_its_io() {
+    let lease = TestLease::default();
+    let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
+    scene.ask(request::GET_VRING_BASE, &[0]);
+    scene.step();
+    assert_eq!((lease.users(), scene.answers()), (1, 0));
+    lease.grant();
+    scene.step();
+    assert_eq!((lease.users(), scene.answers()), (0, 1));
+}
+
+#[test]
+fn a_reset_ends_when_the_process_before_has_ended_its_io() {
+    let lease = TestLease::default();
+    let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
+    scene.ask(request::RESET_DEVICE, &[]);
+    scene.step();
+    assert_eq!((lease.users(), scene.answers()), (1, 0), "its ring waits no more, the reset does");
+    lease.grant();
+    assert_eq!((lease.users(), scene.answers()), (0, 1));
+}
+
+#[test]
+fn a_front_end_that_leaves_waits_no_more() {
+    let lease = TestLease::default();
+    let scene = Scene::of(Mode::Poll, Some(&lease), false);
+    scene.ask(request::RESET_DEVICE, &[]);
+    scene.target.closed(scene.conn);
+    assert_eq!((lease.users(), scene.target.connections()), (0, 0));
+    lease.grant();
+}
+
+#[test]
+fn a_guest_that_cannot_write_needs_no_lease() {
+    let lease = TestLease::default();
+    let mut scene = Scene::of(Mode::Poll, Some(&lease), true);
+    scene.offer();
+    scene.step();
+    assert_eq!((lease.users(), scene.answered()), (0, 1));
 }

@@ -1,15 +1,18 @@
 //! A disk that does what the simulation tells it to, and notes what it is asked.
 //!
 //! Faults it shows: I/O that completes late, in any order, in error or not before the end;
-//! channels that are full for a while; a device that cannot be opened; and an `open` that takes
-//! so long that something else happens meanwhile.
+//! channels that are full for a while; a device that cannot be opened; an `open` that takes so long
+//! that something else happens meanwhile; and a lease that another process gives up late.
 #![expect(unsafe_code, reason = "a channel gets addresses")]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Wait, WakeFds};
+use bdev::{
+    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Stats, Status, Submit, Wait,
+    WakeFds,
+};
 
 use vhost_blk::notify::EventFd;
 
@@ -55,6 +58,11 @@ pub(crate) struct State {
     pub(crate) at_once: bool,
     pub(crate) open_fails: bool,
     pub(crate) channels: usize,
+    /// Other processes may have the disk: it is used under a lease.
+    pub(crate) leased: bool,
+    users: usize,
+    held: bool,
+    granted: Vec<Granted>,
     /// What the target has done wrong.
     pub(crate) wrong: Option<String>,
     channels_made: u64,
@@ -74,6 +82,29 @@ impl State {
         }
         self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
         self.wakes[&channel].signal();
+    }
+
+    /// Whether somebody has or wants the lease.
+    pub(crate) fn has_users(&self) -> bool {
+        self.users > 0
+    }
+
+    /// Whether somebody waits for the lease.
+    pub(crate) fn waits(&self) -> bool {
+        self.users > 0 && !self.held
+    }
+
+    /// The target may use the disk. What is returned has to be called then.
+    pub(crate) fn grant(&mut self) -> Vec<Granted> {
+        self.held = true;
+        std::mem::take(&mut self.granted)
+    }
+
+    /// Whether the target may do what it does, which is `what`.
+    fn check_lease(&mut self, what: &str) {
+        if self.leased && !self.held {
+            self.wrong = Some(format!("{what} without the lease"));
+        }
     }
 
     /// The target has discarded a request that was not in flight.
@@ -144,12 +175,17 @@ impl Bdev for SimDisk {
     fn stats(&self) -> &Stats {
         &self.stats
     }
+    fn lease(&self) -> Option<Arc<dyn Lease>> {
+        let lease = SimLease(Arc::clone(&self.state));
+        lock(&self.state).leased.then(|| Arc::new(lease) as Arc<dyn Lease>)
+    }
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         let meanwhile = lock(&self.meanwhile).take();
         if let Some(meanwhile) = meanwhile {
             meanwhile();
         }
         let mut state = lock(&self.state);
+        state.check_lease("the disk is opened");
         if state.open_fails {
             return Err(bdev::Error::NoMemory("simulated".into()));
         }
@@ -160,6 +196,42 @@ impl Bdev for SimDisk {
         state.wakes.insert(number, Arc::clone(&wake));
         drop(state);
         Ok(Box::new(SimChannel { number, wake, disk: self, tags: BTreeMap::new() }))
+    }
+}
+
+struct SimLease(Arc<Mutex<State>>);
+
+impl std::fmt::Debug for SimLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimLease").finish_non_exhaustive()
+    }
+}
+
+impl Lease for SimLease {
+    fn add_user(&self, granted: &Granted) -> bool {
+        let mut state = lock(&self.0);
+        state.users += 1;
+        if !state.held {
+            state.granted.push(Arc::clone(granted));
+        }
+        state.held
+    }
+
+    fn remove_user(&self) {
+        let mut state = lock(&self.0);
+        state.users -= 1;
+        if state.users > 0 {
+            return;
+        }
+        if !state.flying.is_empty() {
+            state.wrong = Some("the lease is given back with I/O in flight".into());
+        }
+        state.held = false;
+        state.granted.clear();
+    }
+
+    fn is_held(&self) -> bool {
+        lock(&self.0).held
     }
 }
 
@@ -174,6 +246,7 @@ struct SimChannel {
 impl Channel for SimChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.disk.state);
+        state.check_lease("I/O is submitted");
         // No guest asks for one itself.
         let flush = io.op == Op::Flush;
         if !flush {

@@ -7,7 +7,7 @@ use bdev::Bdev;
 use vhost_blk::config::Disk as ShownDisk;
 use vhost_blk::{Connection, ControllerSpec, Core, Error};
 
-use super::disk::SimDisk;
+use super::disk::{SimDisk, lock};
 use super::world::{Controller, Disk, World};
 
 /// A deletion under way.
@@ -43,6 +43,7 @@ impl World {
         let path = PathBuf::from(format!("/run/{name}"));
         if self.disks.is_empty() || (self.disks.len() < 4 && self.rng.one_in(2)) {
             let (bdev, state) = SimDisk::new(format!("disk{}", self.disks.len()), &self.meanwhile);
+            lock(&state).leased = self.rng.one_in(4);
             self.disks.push(Disk { weak: Arc::downgrade(&bdev), bdev: Some(bdev), state });
         }
         let disk = self.rng.below(self.disks.len());

@@ -51,6 +51,7 @@ impl World {
         self.end_all();
         self.rounds("all connections drain", |world| world.target.connections() == 0);
         assert_eq!(self.target.quarantine(), (0, 0, 0));
+        assert!(!self.disks.iter().any(|disk| lock(&disk.state).has_users()), "leases are in use");
         self.delete_all();
         self.wait("all memory is unmapped", |world| {
             let logged = || world.vms.iter().any(Vm::has_log_mapped);
@@ -85,6 +86,7 @@ impl World {
                 }
             }
             self.hear_of_ends();
+            self.leases_are_granted(1);
             self.turn_all();
             if done(self) && self.disks.iter().all(|d| lock(&d.state).flying.is_empty()) {
                 return;

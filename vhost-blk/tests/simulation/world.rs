@@ -280,7 +280,8 @@ impl World {
 
     fn act(&mut self) {
         match self.rng.below(100) {
-            0..24 => self.step_a_reactor(),
+            0..20 => self.step_a_reactor(),
+            20..24 => self.leases_are_granted(2),
             24..34 => self.process_events(),
             34..48 => self.complete_some(),
             48..86 => self.front_end_acts(),
@@ -310,6 +311,21 @@ impl World {
         let planned = self.plan_for_control_thread();
         self.target.process_events();
         self.finish_plan(planned);
+    }
+
+    /// Other processes give up one in `part` of the leases that are waited for.
+    pub(crate) fn leases_are_granted(&mut self, part: usize) {
+        for disk in 0..self.disks.len() {
+            if !lock(&self.disks[disk].state).waits() || !self.rng.one_in(part) {
+                continue;
+            }
+            self.trace.add(format!("disk {disk}: the lease is granted"));
+            self.count("leases granted");
+            let granted = lock(&self.disks[disk].state).grant();
+            let planned = self.plan_for_control_thread();
+            granted.iter().for_each(|granted| granted());
+            self.finish_plan(planned);
+        }
     }
 
     fn complete_some(&mut self) {
