@@ -74,6 +74,8 @@ pub(crate) struct Options {
     pub(crate) silence_noticelog: bool,
     /// How long a front end that stops a ring waits for its I/O before its connection is ended.
     pub(crate) drain_limit: Duration,
+    /// Files and block devices may be written by several bdevs and processes at the same time.
+    pub(crate) share: bool,
     /// The sandbox (`--sandbox`, `--no-sandbox`).
     pub(crate) sandbox: SandboxMode,
     /// Directories of disks (`--disk-dir`); if empty, disks may be anywhere.
@@ -231,6 +233,10 @@ struct Args {
     /// SPDK).
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
     drain_limit: u64,
+    /// Let several disks, of this and other processes, write to the same file or block device at the
+    /// same time, and do not wait for I/O of a killed vhost (not in SPDK).
+    #[arg(long)]
+    share: bool,
     /// Do not start unless the kernel supports the whole sandbox [default: use what it supports]
     /// (not in SPDK).
     #[arg(long, overrides_with = "no_sandbox")]
@@ -363,6 +369,7 @@ impl Args {
             log_flags: self.logflag,
             silence_noticelog: self.silence_noticelog,
             drain_limit: Duration::from_secs(self.drain_limit),
+            share: self.share,
             sandbox: match (self.sandbox, self.no_sandbox) {
                 (_, true) => SandboxMode::Off,
                 (true, false) => SandboxMode::Required,
@@ -532,6 +539,7 @@ mod tests {
             log_flags: vec![],
             silence_noticelog: false,
             drain_limit: Duration::from_secs(30),
+            share: false,
             sandbox: SandboxMode::Available,
             disk_dirs: vec![],
             unused: vec![],
@@ -590,6 +598,7 @@ mod tests {
         assert_eq!(ok("--sandbox --no-sandbox").sandbox, SandboxMode::Off);
         assert_eq!(ok("--no-sandbox --sandbox").sandbox, SandboxMode::Required);
         assert_eq!(ok("--disk-dir /a --disk-dir b").disk_dirs, [Path::new("/a"), Path::new("b")]);
+        assert!(ok("--share").share);
         // -r and --no-rpc-server override each other.
         assert_eq!(ok("-r x --no-rpc-server").rpc_socket, None);
         assert_eq!(ok("--no-rpc-server -r x").rpc_socket, Some("x".into()));

@@ -134,7 +134,7 @@ fn start(options: &Options, prepared: Prepared, log: &logging::Log) -> Result<In
         Mode::Sleep { after_us: 0 } => info!("Reactors sleep whenever there is nothing to do"),
         Mode::Sleep { after_us } => info!("Reactors sleep after {after_us} us without work"),
     }
-    let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener()));
+    let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
     let mut registry = Registry::new();
     methods::register(&mut registry, &app);
     if let Some(names) = &options.rpcs_allowed {

@@ -99,6 +99,11 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
         Ok(disk)
     });
     let disk = disk.await.map_err(|e| bdev_error(method, &e))?;
+    if app.share {
+        disk.share();
+    } else {
+        check_alone(app, &disk).map_err(|e| bdev_error(method, &e))?;
+    }
     let (name, file, service) = (disk.name(), disk.filename().display(), disk.service());
     let engine = match service.engine {
         Engine::Aio => "Linux AIO",
@@ -110,6 +115,27 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
     let name = disk.name().to_owned();
     reserved.complete(Disk::File(disk));
     Ok(name.into())
+}
+
+/// Fails if both this disk and another one may write to the same file or block device: two guests
+/// that do not know of each other would destroy each other's data.
+fn check_alone(app: &App, disk: &FileDisk) -> Result<(), ::bdev::Error> {
+    let writes_there = |other: &&Arc<dyn Bdev>| {
+        !other.features().read_only
+            && other.storage().is_some()
+            && other.storage() == disk.storage()
+    };
+    if disk.readonly() {
+        return Ok(());
+    }
+    match app.bdevs.all().iter().find(writes_there) {
+        Some(other) => Err(::bdev::Error::Busy(format!(
+            "bdev {} writes to {} already; start vhost with --share to allow several disks on it",
+            other.name(),
+            disk.filename().display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 async fn rescan(app: Rc<App>, params: Params, flavour: Flavour) -> Answer {

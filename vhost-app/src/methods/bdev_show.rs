@@ -1,6 +1,6 @@
 //! A device as `bdev_get_bdevs` shows it.
 
-use bdev::Bdev;
+use bdev::{Bdev, LeaseState};
 use serde_json::{Map, Value, json};
 
 use crate::bdevs::{Disk, Shown, latency_params};
@@ -102,25 +102,41 @@ fn io_path(service: bdev::Service) -> Value {
     })
 }
 
+/// Whether rings may use the file, and which other process they wait for.
+fn show_lease(module: &mut Value, lease: LeaseState) {
+    module["lease"] = match lease {
+        LeaseState::None => "none",
+        LeaseState::Waiting(_) => "waiting",
+        LeaseState::Held => "held",
+    }
+    .into();
+    if let LeaseState::Waiting(Some(holder)) = lease {
+        module["waits_for"] = holder.to_string().into();
+    }
+}
+
 fn driver_specific(shown: &Shown) -> Value {
     match &shown.disk {
         Disk::Malloc(_) | Disk::Null(_) => json!({}),
         Disk::File(file) => {
             let filename = file.filename().display().to_string();
-            let io_path = io_path(file.service());
-            match file.flavour() {
-                bdev::Flavour::Aio => json!({ "aio": {
-                    "filename": filename,
-                    "block_size_override": file.block_size_override(),
-                    "readonly": file.readonly(),
-                    "fallocate": file.fallocate(),
-                    "nowait": shown.params.get("nowait").is_some_and(|nowait| nowait == true),
-                    "io_path": io_path,
-                }}),
-                bdev::Flavour::Uring => {
-                    json!({ "uring": { "filename": filename, "io_path": io_path } })
+            let (module, mut about) = match file.flavour() {
+                bdev::Flavour::Aio => {
+                    let nowait = shown.params.get("nowait").is_some_and(|nowait| nowait == true);
+                    let about = json!({
+                        "filename": filename,
+                        "block_size_override": file.block_size_override(),
+                        "readonly": file.readonly(),
+                        "fallocate": file.fallocate(),
+                        "nowait": nowait,
+                    });
+                    ("aio", about)
                 }
-            }
+                bdev::Flavour::Uring => ("uring", json!({ "filename": filename })),
+            };
+            about["io_path"] = io_path(file.service());
+            show_lease(&mut about, file.lease_state());
+            json!({ module: about })
         }
         Disk::Delay(delay) => {
             let mut about = Map::new();

@@ -41,6 +41,8 @@ pub(crate) struct App {
     pub(crate) log: Log,
     /// Opens the files of disks.
     pub(crate) opener: Opener,
+    /// Several disks may write to the same file (`--share`).
+    pub(crate) share: bool,
     /// Options that subsystems were given.
     pub(crate) options: RefCell<SubsystemOptions>,
     /// How far the start has come.
@@ -55,12 +57,13 @@ pub(crate) struct App {
 type Answer = Result<Value, RpcError>;
 
 impl App {
-    pub(crate) fn new(control: Rc<Control>, log: Log, opener: Opener) -> Self {
+    pub(crate) fn new(control: Rc<Control>, log: Log, opener: Opener, share: bool) -> Self {
         Self {
             control,
             bdevs: Bdevs::default(),
             log,
             opener,
+            share,
             options: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
             began: vhost_blk::reactor::read_tsc(),
