@@ -14,11 +14,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tempfile::TempDir;
 
 use crate::LIMIT;
 use crate::perf::RingLayout;
-use crate::servers::{Error, Process, Result, setpriv};
+use crate::restarted::Server;
+use crate::servers::{Error, Result};
 use guest::Guest;
 
 /// Requests between two kills are at most 2 to the power of this, and as often below any lower one:
@@ -123,12 +123,12 @@ impl fmt::Display for Toll {
 /// # Errors
 /// The server does not start, or does not take over; not what is in the [`Toll`].
 pub fn run(plan: &Plan) -> Result<Toll> {
-    let mut server = Server::new(plan)?;
+    let mut server = make_server(plan)?;
     let mut random = Random(plan.seed);
     let mut toll = Toll::default();
     let mut guest = Guest::new(plan)?;
     server.start()?;
-    server.until_it_listens(|socket| guest.connect(socket))?;
+    server.until_it_listens(DISK, |socket| guest.connect(socket))?;
     guest.serve(|lanes, connection| {
         for _ in 0..plan.kills {
             let bits = random.below(LIFE_BITS_MAX + 1);
@@ -148,7 +148,7 @@ pub fn run(plan: &Plan) -> Result<Toll> {
             toll.survived += lanes.in_flight();
             let start = Instant::now();
             server.start()?;
-            server.until_it_listens(|_| lanes.reconnect(connection))?;
+            server.until_it_listens(DISK, |_| lanes.reconnect(connection))?;
             toll.restarting += start.elapsed();
         }
         lanes.finish(&mut toll)
@@ -156,64 +156,18 @@ pub fn run(plan: &Plan) -> Result<Toll> {
     Ok(toll)
 }
 
-/// The server, whichever process it is just now.
-struct Server {
-    plan: Plan,
-    dir: TempDir,
-    process: Option<Process>,
-}
-
-impl Server {
-    fn new(plan: &Plan) -> Result<Self> {
-        let doing = || "cannot make a disk";
-        let dir = tempfile::Builder::new().prefix("crash").tempdir();
-        let dir = dir.map_err(Error::system(doing()))?;
-        let disk = dir.path().join("file");
-        let file = File::create(&disk).map_err(Error::system(doing()))?;
-        file.set_len(guest::disk_bytes(plan)).map_err(Error::system(doing()))?;
-        let call = |method, params| json!([{"method": method, "params": params}]);
-        let aio = json!({"name": DISK, "filename": disk, "block_size": 512});
-        let packed = plan.rings == RingLayout::Packed;
-        let controller = json!({"ctrlr": DISK, "dev_name": DISK, "packed_ring": packed});
-        let config = json!({"subsystems": [
-            {"subsystem": "bdev", "config": call("bdev_aio_create", aio)},
-            {"subsystem": "vhost_blk", "config": call("vhost_create_blk_controller", controller)},
-        ]});
-        let written = std::fs::write(dir.path().join("config.json"), config.to_string());
-        written.map_err(Error::system(doing()))?;
-        Ok(Self { plan: plan.clone(), dir, process: None })
-    }
-
-    fn start(&mut self) -> Result<()> {
-        let at = |name| self.dir.path().join(name);
-        let mut command = setpriv(&self.plan.vhost);
-        command.args(["-m", &format!("{:#x}", 1_u64 << self.plan.core), "-u"]);
-        command.arg("--disable-cpumask-locks").arg("-S").arg(self.dir.path());
-        command.arg("-r").arg(at("rpc.sock")).arg("-c").arg(at("config.json"));
-        command.args(&self.plan.args);
-        self.process = Some(Process::start("vhost", command, at("log"))?);
-        Ok(())
-    }
-
-    /// Calls `connect` with the controller's socket until somebody listens there.
-    fn until_it_listens(
-        &mut self,
-        mut connect: impl FnMut(PathBuf) -> crate::Result<()>,
-    ) -> Result<()> {
-        let socket = self.dir.path().join(DISK);
-        let process = self.process.as_mut().expect("it was started");
-        let mut connected = Ok(());
-        process.wait_until("socket", || {
-            connected = connect(socket.clone());
-            !matches!(connected, Err(crate::Error::Connect { .. }))
-        })?;
-        connected.map_err(|source| Error::TakeOver { source, log: process.log() })
-    }
-
-    /// SIGKILL; returns when it has ended.
-    fn kill(&mut self) {
-        self.process = None;
-    }
+fn make_server(plan: &Plan) -> Result<Server> {
+    let doing = || "cannot make a disk";
+    let dir = tempfile::Builder::new().prefix("crash").tempdir();
+    let dir = dir.map_err(Error::system(doing()))?;
+    let disk = dir.path().join("file");
+    let file = File::create(&disk).map_err(Error::system(doing()))?;
+    file.set_len(guest::disk_bytes(plan)).map_err(Error::system(doing()))?;
+    let aio = json!({"name": DISK, "filename": disk, "block_size": 512});
+    let packed = plan.rings == RingLayout::Packed;
+    let controller = json!({"ctrlr": DISK, "dev_name": DISK, "packed_ring": packed});
+    let bdevs = [("bdev_aio_create", aio)];
+    Server::new(&plan.vhost, &plan.args, plan.core, dir, &bdevs, &[controller])
 }
 
 /// SplitMix64.

@@ -15,8 +15,9 @@
 //! 9. [`round_trip`]: how long a cache line takes to another core and back, the unit of latencies.
 //! 10. [`servers`]: servers of such disks, ours and others', started and ended for a measurement.
 //! 11. [`crash`]: a server that is killed again and again, and a guest that goes on with the next.
-//! 12. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
-//! 13. [`publish`]: what a measuring program shows while it works, and leaves behind.
+//! 12. [`late_io`]: a server that ends while its disk is slow, and I/O of it that comes late.
+//! 13. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
+//! 14. [`publish`]: what a measuring program shows while it works, and leaves behind.
 //!
 //! ```no_run
 //! use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
@@ -41,6 +42,7 @@ pub mod error;
 pub mod event;
 pub mod front_end;
 pub mod guest;
+pub mod late_io;
 pub mod lingering;
 pub mod load;
 pub mod markdown;
@@ -49,6 +51,7 @@ pub mod perf;
 pub mod pin;
 pub mod publish;
 pub mod raw;
+mod restarted;
 pub mod ring;
 pub mod round_trip;
 pub mod servers;

@@ -120,11 +120,13 @@ fn every_thread_has_given_up_what_its_kind_does_without() {
 fn disks_come_from_anywhere_and_their_errors_are_spdks() {
     let elsewhere = tempfile::tempdir().unwrap();
     let vhost = Vhost::start(&[]);
-    let disk = elsewhere.path().join("disk");
-    fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let [disk, other] = ["disk", "other"].map(|name| elsewhere.path().join(name));
+    for file in [&disk, &other] {
+        fs::File::create(file).unwrap().set_len(1 << 20).unwrap();
+    }
     let path = |name: &str| elsewhere.path().join(name).to_str().unwrap().to_owned();
     vhost.ok("bdev_aio_create", aio("A", &path("disk")));
-    vhost.ok("bdev_uring_create", aio("U", &path("disk")));
+    vhost.ok("bdev_uring_create", aio("U", &path("other")));
     fs::File::options().write(true).open(&disk).unwrap().set_len(2 << 20).unwrap();
     vhost.ok("bdev_aio_rescan", json!({"name": "A"}));
     let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": "A"}))[0];

@@ -126,6 +126,22 @@ impl Process {
         Ok(entries.filter_map(tid).collect())
     }
 
+    /// Ends it with SIGTERM, and waits until it has ended.
+    ///
+    /// # Errors
+    /// It is gone, or does not end within [`LIMIT`].
+    pub fn terminate(mut self) -> Result<()> {
+        self.signal(Signal::TERM)?;
+        let start = Instant::now();
+        while self.ended().is_none() {
+            if start.elapsed() > LIMIT {
+                return Err(Error::Silent { name: self.name.clone(), what: "end", limit: LIMIT });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
