@@ -98,7 +98,10 @@ impl Scene {
 
     /// With a disk below that `make` makes and calls "M".
     fn on(form: Form, make: impl FnOnce(&Vhost)) -> Self {
-        let vhost = Vhost::start(&[]);
+        Self::with(Vhost::start(&[]), form, make)
+    }
+
+    fn with(vhost: Vhost, form: Form, make: impl FnOnce(&Vhost)) -> Self {
         make(&vhost);
         vhost.ok("bdev_error_create", json!({"base_name": "M"}));
         let path = vhost.dir().join("link");
@@ -221,7 +224,8 @@ fn another_guest_waits_for_the_same_disk(form: Form) {
 fn another_guest_waits_for_the_same_file() {
     let form = Form { packed: false, inflight: false };
     let mut file = PathBuf::new();
-    let scene = Scene::on(form, |vhost| file = disks::aio(vhost, "M", disks::MIB));
+    let vhost = Vhost::start(&["--share"]);
+    let scene = Scene::with(vhost, form, |vhost| file = disks::aio(vhost, "M", disks::MIB));
     scene.delete();
     disks::aio_on(&scene.vhost, "M2", &file);
     another_guest_waits(scene, "M2");
