@@ -140,9 +140,10 @@ fn a_second_disk_that_writes_to_the_file_is_refused() {
     std::os::unix::fs::symlink(&file, &names[0]).unwrap();
     fs::hard_link(&file, file.with_extension("again")).unwrap();
     fs::rename(file.with_extension("again"), &names[1]).unwrap();
-    let create = |name: &str, file: &Path, readonly: bool| json!({"name": name, "filename": file, "block_size": 512, "readonly": readonly});
+    let create =
+        |name: &str, file: &Path| json!({"name": name, "filename": file, "block_size": 512});
     let vhost = Vhost::start(&[]);
-    vhost.ok("bdev_aio_create", create("A", &file, false));
+    vhost.ok("bdev_aio_create", create("A", &file));
     for name in names.iter().map(AsRef::as_ref).chain([&*file]) {
         let refusal = vhost.err("bdev_aio_create", create("B", name));
         assert_eq!(refusal.code, -i64::from(libc::EBUSY));
