@@ -9,6 +9,7 @@ mod locks;
 use std::fs;
 use std::path::Path;
 
+use bench::driver::STATUS_IOERR;
 use bench::late_io::{self, End, Plan, SlowDisk};
 use bench::perf::RingLayout;
 use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
@@ -127,7 +128,13 @@ fn a_stop_waits_too_and_a_deletion_does_not() {
     wait_until("it waits", || lease(&other, "F") == "waiting");
     other.ok("vhost_delete_controller", json!({"ctrlr": "f", "force": true}));
     assert_eq!(lease(&other, "F"), "none");
+    // Nor does the end of a disk that is waited for: its requests fail.
+    disks::controller(&other, "g", "F");
+    let mut third = Guest::start(&other, "g");
+    third.submit();
+    wait_until("it waits", || lease(&other, "F") == "waiting");
     other.ok("bdev_aio_delete", json!({"name": "F"}));
+    assert_eq!(third.queue.wait().unwrap().status, STATUS_IOERR);
     assert_eq!(other.stop(), 0);
     first.works();
 }
