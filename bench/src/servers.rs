@@ -252,6 +252,31 @@ impl Server {
         self.call(&format!("bdev_{kind}_create"), params).map(drop)
     }
 
+    /// Waits until other servers may use its files: ours lets go of them a moment after its front ends
+    /// have stopped, and not while it is paused.
+    ///
+    /// # Errors
+    /// As [`Server::call`], or a front end has not stopped.
+    pub fn let_go(&mut self) -> Result<()> {
+        if self.spec.kind != Kind::Ours {
+            return Ok(());
+        }
+        let rpc = self.rpc_socket();
+        let mut shown = Ok(());
+        self.process.wait_until("end of its use of files", || {
+            let bdevs =
+                Rpc::connect(&rpc).and_then(|mut rpc| rpc.call("bdev_get_bdevs", Value::Null));
+            match bdevs {
+                Ok(bdevs) => !bdevs.as_array().is_some_and(|bdevs| bdevs.iter().any(is_leased)),
+                Err(e) => {
+                    shown = Err(e);
+                    true
+                }
+            }
+        })?;
+        shown
+    }
+
     /// How long its workers have been busy by their own account, if they keep one.
     ///
     /// # Errors
@@ -281,4 +306,11 @@ impl Server {
         }
         Ok(sum)
     }
+}
+
+/// Whether a bdev keeps other processes from its file, or wants to.
+fn is_leased(bdev: &Value) -> bool {
+    let modules = bdev["driver_specific"].as_object();
+    let lease = |module: &Value| module["lease"].as_str().is_some_and(|lease| lease != "none");
+    modules.is_some_and(|modules| modules.values().any(lease))
 }

@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bdev::{Bdev, ErrorDisk, ErrorOptions, Latency};
+use bdev::{Bdev, ErrorDisk, ErrorOptions, FileDisk, Latency};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 use tracing::{debug, error};
@@ -210,6 +210,15 @@ impl Bdevs {
     /// All live devices.
     pub(crate) fn all(&self) -> Vec<Arc<dyn Bdev>> {
         self.inner.borrow().devices.iter().filter_map(Device::disk).map(Disk::bdev).collect()
+    }
+
+    /// All live disks in files.
+    pub(crate) fn files(&self) -> Vec<Arc<FileDisk>> {
+        let file = |disk: &Disk| match disk {
+            Disk::File(file) => Some(Arc::clone(file)),
+            _ => None,
+        };
+        self.inner.borrow().devices.iter().filter_map(Device::disk).filter_map(file).collect()
     }
 
     /// The live device with this name or UUID.

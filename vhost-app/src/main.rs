@@ -23,8 +23,10 @@ use std::convert::Infallible;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
+use bdev::{Bdev, FileDisk};
 use rpc::{Phase, Registry, Server};
 use sandbox::{Sandbox, Thread};
 use tempfile::TempDir;
@@ -209,8 +211,11 @@ async fn serve(
 ) -> Result<(), Failure> {
     let (served, io_errors) = (Rc::clone(app), RefCell::new(IoErrors::default()));
     spawn_local(async move {
-        let log_errors = |now| io_errors.borrow_mut().log(&served.bdevs.all(), now);
-        if let Err(e) = served.control.run(log_errors).await {
+        let log_troubles = |now| {
+            io_errors.borrow_mut().log(&served.bdevs.all(), now);
+            served.bdevs.files().iter().filter(|file| file.tick_lease()).for_each(warn_of_lock);
+        };
+        if let Err(e) = served.control.run(log_troubles).await {
             error!("the reactors' events cannot be read: {e}");
         }
     });
@@ -237,6 +242,14 @@ async fn serve(
     };
     stop(app, server).await;
     result
+}
+
+fn warn_of_lock(disk: &Arc<FileDisk>) {
+    let filename = disk.filename().display();
+    warn!(
+        "bdev {}: locking or unlocking {filename} takes long; rings may wait for it",
+        disk.name()
+    );
 }
 
 /// The configuration and the RPC socket.

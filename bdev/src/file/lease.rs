@@ -50,6 +50,9 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// system call.
 const WARN_AFTER: Duration = Duration::from_millis(100);
 
+/// Ticks (seconds, in the product) after which a lock call takes long.
+const STUCK_TICKS: u32 = 3;
+
 /// How long to wait before a thread that could not be started is started again.
 const START_AGAIN: Duration = Duration::from_millis(10);
 
@@ -75,8 +78,12 @@ struct State {
     off: bool,
     users: usize,
     held: bool,
+    /// Being given back: not held any more, and not free for others yet.
+    returning: bool,
     /// A thread has been asked for or exists.
     has_thread: bool,
+    /// Ticks since the lock call under way began; `None` if there is none.
+    calling: Option<u32>,
     /// Who had it at the last try.
     holder: Option<Holder>,
     /// What the log says about the present wait.
@@ -108,7 +115,7 @@ impl fmt::Display for Holder {
 /// What a disk's lease is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseState {
-    /// No ring uses the disk, or it is shared, read-only, or on a file system without locks.
+    /// Other processes may use the disk: no ring does, or it is shared, read-only, or on a file system without locks.
     None,
     /// Rings wait for it; for whom, if that is known yet.
     Waiting(Option<Holder>),
@@ -125,15 +132,27 @@ impl super::FileDisk {
         }
     }
 
+    /// Counts a tick for a lock call under way, and says whether it takes long by now: once for
+    /// each. To be called once a second.
+    pub fn tick_lease(&self) -> bool {
+        let Some(FileLease(inner)) = &self.lease else { return false };
+        let mut state = inner.state();
+        let Some(ticks) = &mut state.calling else { return false };
+        *ticks = ticks.saturating_add(1);
+        *ticks == STUCK_TICKS
+    }
+
     /// What its lease is doing.
     #[must_use]
     pub fn lease_state(&self) -> LeaseState {
         let Some(FileLease(inner)) = &self.lease else { return LeaseState::None };
         let state = inner.state();
-        match (state.off || state.users == 0, state.held) {
-            (true, _) => LeaseState::None,
-            (false, true) => LeaseState::Held,
-            (false, false) => LeaseState::Waiting(state.holder),
+        match *state {
+            State { off: true, .. } => LeaseState::None,
+            State { held: true, .. } => LeaseState::Held,
+            State { users: 1.., holder, .. } => LeaseState::Waiting(holder),
+            State { returning: true, .. } => LeaseState::Held,
+            _ => LeaseState::None,
         }
     }
 }
@@ -257,7 +276,7 @@ impl Inner {
                 }
                 Task::GiveBack(file) => {
                     // From here on a new user has to wait.
-                    state.held = false;
+                    (state.held, state.returning, state.calling) = (false, true, Some(0));
                     drop(state);
                     let unlocked = unlock(&file);
                     drop(file);
@@ -265,13 +284,16 @@ impl Inner {
                         warn!("bdev {}: cannot unlock {}: {e}", self.name, self.filename.display());
                     }
                     state = self.state();
+                    (state.returning, state.calling) = (false, None);
                 }
                 Task::Take(file) => {
+                    state.calling = Some(0);
                     drop(state);
                     let locked = lock(&file);
                     // It may be the last reference, and a close may block.
                     drop(file);
                     state = self.state();
+                    state.calling = None;
                     match locked {
                         Ok(Locked::Yes) => self.taken(&mut state, waiting.take()),
                         Ok(Locked::No(holder)) => {
@@ -481,7 +503,8 @@ mod tests {
         assert!(!second.is_held() && told.try_recv().is_err(), "the other user is there");
         first.remove_user();
         told.recv().unwrap();
-        assert_eq!([&one, &other].map(|d| d.lease_state()), [LeaseState::None, LeaseState::Held]);
+        assert_eq!(other.lease_state(), LeaseState::Held);
+        until(|| one.lease_state() == LeaseState::None);
         second.remove_user();
         use_it(&*first);
     }

@@ -63,7 +63,10 @@ impl Fleet {
         let server = &mut self.servers[index];
         server.process.resume()?;
         let result = turn(server).with_context(|| server.spec.name.clone());
+        // A server that has failed is not asked.
+        let free = if result.is_ok() { server.let_go() } else { Ok(()) };
         server.process.pause()?;
+        free?;
         result
     }
 }
