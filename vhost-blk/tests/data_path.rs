@@ -509,6 +509,33 @@ fn stopping_waits_for_io_and_reports_the_index() {
 }
 
 #[test]
+fn an_abandoned_queue_does_not_touch_its_ring_whether_its_view_changed_or_not() {
+    const USED_RING: usize = 4 + 8 * SIZE as usize + 2;
+    for (abandoned, adopts) in [(false, true), (true, true), (true, false)] {
+        let (mut bench, shared) = manual();
+        bench.request(IN, 0, Some((DATA, 512)));
+        bench.visit();
+        // Whoever takes the ring over has put this there.
+        bench.put(0x2000, &[UNTOUCHED; USED_RING]);
+        let before = adopts.then(|| {
+            let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
+            bench.publish(&memory, disk)
+        });
+        if abandoned {
+            bench.queue.abandon();
+        } else {
+            bench.queue.stop();
+        }
+        complete_all(&shared, Status::Ok);
+        bench.visit();
+        assert_eq!(bench.queue.state(), QueueState::Stopped);
+        let untouched = bench.get(0x2000, USED_RING) == [UNTOUCHED; USED_RING];
+        assert_eq!(untouched, abandoned, "a new view: {adopts}");
+        assert!(before.is_none_or(|view| view.try_free().is_none()), "nothing uses it any more");
+    }
+}
+
+#[test]
 fn a_drain_finds_the_event_queue_full_and_says_it_later() {
     let mut bench = Bench::malloc();
     while bench.events.push(Event::Broken(QueueId(9))).is_ok() {}

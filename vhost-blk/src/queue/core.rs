@@ -252,10 +252,11 @@ impl Core {
         }
     }
 
-    /// The order: whether the ring may be touched at all comes before everything; adopt before the
-    /// rest, as that uses the view; complete before fetch, as it
-    /// frees slots; tell the device, then the guest, once for the batch; count before the guest is
-    /// called, which is no part of an I/O; stop last, as it wants to know what is left.
+    /// The order: adopt first, as everything else uses the view; whether the ring may be touched at
+    /// all comes before what touches it, which adoption asks by itself, so that a visit that adopts
+    /// nothing has nothing to keep across a call; complete before fetch, as it frees slots; tell the
+    /// device, then the guest, once for the batch; count before the guest is called, which is no part
+    /// of an I/O; stop last, as it wants to know what is left.
     #[inline]
     fn serve<R: Serve>(
         &mut self,
@@ -268,15 +269,14 @@ impl Core {
             let settled = self.owed.is_some() && self.settle(events);
             return (settled, self.watch(view, ring));
         }
+        if view.generation != self.generation {
+            self.adopt(at, turn);
+        }
         let stop = queue.stop.load(Ordering::Acquire);
         self.stopping = stop;
         if stop && self.is_abandoned(queue) {
             let worked = self.let_go(queue, view, turn, events);
             return (worked, self.watch(view, ring));
-        }
-        if view.generation != self.generation {
-            self.adopt(view);
-            turn.note(Cause::Adopt);
         }
         let completed = self.inflight > 0 && self.complete(at, turn);
         if !self.parked.is_empty() {
@@ -365,21 +365,27 @@ impl Core {
         worked
     }
 
+    /// Takes over a new view, unless the queue must not access its ring any more: then it is for
+    /// [`Core::let_go`], to which the visit comes next, as a stop is never taken back.
     #[cold]
-    fn adopt(&mut self, view: &View) {
+    fn adopt<R: Ring>(&mut self, at: At<'_, R>, turn: &mut Turn) {
+        let At { queue, view, ring, .. } = at;
+        if queue.stop.load(Ordering::Acquire) && queue.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
+        turn.note(Cause::Adopt);
         self.generation = view.generation;
         // Addresses of the memory before may not even be mapped any more.
         self.nearest = Nearest::default();
         self.expected.header = std::ptr::null();
-        self.refuse_kicks(view);
+        self.refuse_kicks(view, ring);
         // The fd before this view's may have been told last, and nobody may be listening to it.
         self.call_wanted = true;
         self.call_due.pending = true;
     }
 
-    fn refuse_kicks(&mut self, view: &View) {
+    fn refuse_kicks(&mut self, view: &View, ring: &(impl Ring + ?Sized)) {
         self.armed = false;
-        let ring = view.ring.as_dyn();
         ring.suppress_kicks(self.last_avail);
         if let Some(log) = &view.log {
             ring.log_events(log);
@@ -434,7 +440,7 @@ impl Core {
         if !self.stopping && !self.broken && !waits && !self.armed {
             debug_assert!(view.kicks, "the poll set has looked at its watches first");
             if self.want_kicks(view) {
-                self.refuse_kicks(view);
+                self.refuse_kicks(view, view.ring.as_dyn());
                 return Wait::Poll;
             }
         }

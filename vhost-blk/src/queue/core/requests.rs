@@ -594,7 +594,7 @@ impl Core {
         queue.last_avail.store(self.last_avail, Ordering::Relaxed);
         queue.inflight.store(self.inflight, Ordering::Relaxed);
         if self.armed || ring.kick_suppression_is_due(before, self.last_avail) {
-            self.refuse_kicks(view);
+            self.refuse_kicks(view, view.ring.as_dyn());
         }
         self.kick_device();
         if collected.is_err() {
