@@ -158,8 +158,12 @@ pub enum Disk {
     Null,
     /// One in the server's memory.
     Malloc,
-    /// A file that is read and written past the page cache.
-    File(PathBuf),
+    /// A file past the page cache, through Linux AIO where the server has that.
+    Aio(PathBuf),
+    /// A file past the page cache, through io_uring where the server has that.
+    Uring(PathBuf),
+    /// A block device, as [`Disk::Uring`].
+    Block(PathBuf),
 }
 
 impl Disk {
@@ -169,7 +173,18 @@ impl Disk {
         match self {
             Self::Null => "null",
             Self::Malloc => "malloc",
-            Self::File(_) => "file",
+            Self::Aio(_) => "aio",
+            Self::Uring(_) => "uring",
+            Self::Block(_) => "block",
+        }
+    }
+
+    /// The file or device behind it.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Null | Self::Malloc => None,
+            Self::Aio(path) | Self::Uring(path) | Self::Block(path) => Some(path),
         }
     }
 }
@@ -184,8 +199,8 @@ pub struct Server {
     pub process: Process,
     /// Threads that do I/O: reactors, or all that `qemu-storage-daemon` has.
     pub workers: Vec<u32>,
-    /// What a file disk is served through.
-    pub file_driver: &'static str,
+    /// What disks on files and devices are served through, by the disk's name.
+    pub drivers: Vec<(&'static str, String)>,
     dir: TempDir,
 }
 
@@ -293,6 +308,17 @@ impl Server {
         });
         let nonsense = || Error::Nonsense { method: method.into(), answer: answer.to_string() };
         busy.map(Duration::from_secs_f64).map(Some).ok_or_else(nonsense)
+    }
+
+    /// CPU time of its threads that are not workers: those that serve a disk's slow requests, and
+    /// the kernel's for io_uring. Of threads that have ended nothing is known.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn cpu_of_others(&self) -> Result<Duration> {
+        let tids = self.process.threads()?.into_iter().filter(|tid| !self.workers.contains(tid));
+        let times = tids.filter_map(|tid| thread_times(self.process.pid(), tid).ok());
+        Ok(times.map(|times| times.cpu).sum())
     }
 
     /// What the kernel has accounted to its workers.

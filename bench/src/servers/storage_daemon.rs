@@ -26,23 +26,30 @@ pub(super) fn start(spec: &Spec, core: usize, disks: &[Disk], dir: TempDir) -> R
     let sockets: Vec<_> = disks.iter().map(|disk| dir.path().join(disk.name())).collect();
     process.wait_until("sockets", || sockets.iter().all(|socket| socket.exists()))?;
     let workers = process.threads()?;
-    let file_driver = "file, cache.direct=on, aio=io_uring";
-    Ok(Server { spec: spec.clone(), process, workers, file_driver, dir })
+    let driver = |disk: &Disk| Some((disk.name(), format!("{}, cache.direct=on", engine(disk)?)));
+    let drivers = disks.iter().filter_map(driver).collect();
+    Ok(Server { spec: spec.clone(), process, workers, drivers, dir })
+}
+
+/// The driver of a disk on a file or device, and how it does I/O.
+fn engine(disk: &Disk) -> Option<&'static str> {
+    match disk {
+        Disk::Null | Disk::Malloc => None,
+        Disk::Aio(_) => Some("driver=file,aio=native"),
+        Disk::Uring(_) => Some("driver=file,aio=io_uring"),
+        Disk::Block(_) => Some("driver=host_device,aio=io_uring"),
+    }
 }
 
 fn blockdev(disk: &Disk) -> String {
     let name = disk.name();
-    match disk {
-        Disk::Null | Disk::Malloc => {
-            let zeroes = if *disk == Disk::Malloc { "on" } else { "off" };
-            format!("driver=null-co,node-name={name},size={MEMORY_DISK_BYTES},read-zeroes={zeroes}")
-        }
-        // Other servers have the file open too.
-        Disk::File(path) => format!(
-            "driver=file,node-name={name},cache.direct=on,aio=io_uring,locking=off,filename={}",
-            escaped(path)
-        ),
-    }
+    let (Some(engine), Some(path)) = (engine(disk), disk.path()) else {
+        let zeroes = if *disk == Disk::Malloc { "on" } else { "off" };
+        let size = MEMORY_DISK_BYTES;
+        return format!("driver=null-co,node-name={name},size={size},read-zeroes={zeroes}");
+    };
+    // Other servers have the file open too.
+    format!("{engine},node-name={name},cache.direct=on,locking=off,filename={}", escaped(path))
 }
 
 fn export(name: &str, socket: &Path) -> String {
@@ -65,8 +72,16 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_ends_no_option() {
         assert_eq!(escaped("/a,b".as_ref()), "/a,,b");
-        let file = blockdev(&Disk::File("/x,y".into()));
+        let file = blockdev(&Disk::Uring("/x,y".into()));
         assert!(file.ends_with("filename=/x,,y"), "{file}");
+    }
+
+    #[test]
+    fn a_disk_is_served_through_what_it_is_named_after() {
+        let of = |disk: Disk| blockdev(&disk);
+        assert!(of(Disk::Aio("/x".into())).starts_with("driver=file,aio=native,"));
+        assert!(of(Disk::Uring("/x".into())).starts_with("driver=file,aio=io_uring,"));
+        assert!(of(Disk::Block("/x".into())).starts_with("driver=host_device,aio=io_uring,"));
     }
 
     #[test]

@@ -21,19 +21,22 @@ pub(super) fn start(spec: &Spec, core: usize, disks: &[Disk], dir: TempDir) -> R
     let mut process = Process::start(&spec.name, command, dir.path().join("log"))?;
     let socket = dir.path().join("rpc.sock");
     process.wait_until("RPC socket", || Rpc::connect(&socket).is_ok())?;
-    let file_driver = "uring";
-    let mut server = Server { spec: spec.clone(), process, workers: vec![], file_driver, dir };
+    let (workers, drivers) = (Vec::new(), Vec::new());
+    let mut server = Server { spec: spec.clone(), process, workers, drivers, dir };
     server.workers = reactors(&server)?;
     for disk in disks {
         match disk {
             Disk::Null | Disk::Malloc => server.bdev(disk.name(), disk.name())?,
-            Disk::File(path) => {
+            Disk::Aio(path) | Disk::Uring(path) | Disk::Block(path) => {
                 let params = json!({"name": disk.name(), "filename": path, "block_size": 512});
-                if server.call("bdev_uring_create", params.clone()).is_err() {
-                    // A build of SPDK without liburing.
+                // A build of SPDK without liburing has the other alone.
+                if matches!(disk, Disk::Aio(_))
+                    || server.call("bdev_uring_create", params.clone()).is_err()
+                {
                     server.call("bdev_aio_create", params)?;
-                    server.file_driver = "aio";
                 }
+                let shown = server.call("bdev_get_bdevs", json!({"name": disk.name()}))?;
+                server.drivers.push((disk.name(), driver(&shown[0]["driver_specific"])));
             }
         }
         server.controller(disk.name(), disk.name())?;
@@ -51,7 +54,33 @@ fn reactors(server: &Server) -> Result<Vec<u32>> {
     tids.filter(|tids| !tids.is_empty()).ok_or_else(nonsense)
 }
 
+/// The bdev module, and what it says of how it reaches the disk.
+fn driver(specific: &Value) -> String {
+    let Some((module, about)) = specific.as_object().and_then(|modules| modules.iter().next())
+    else {
+        return "unknown".into();
+    };
+    let said = ["engine", "direct", "nowait"].into_iter().filter_map(|name| {
+        let value = about.get(name)?;
+        Some(format!(", {name} {}", value.as_str().map_or(value.to_string(), str::to_owned)))
+    });
+    format!("bdev_{module}{}", said.collect::<String>())
+}
+
 fn free_hugepages() -> u64 {
     let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     free.ok().and_then(|free| free.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_is_named_with_what_it_says_of_itself() {
+        let ours = json!({"aio": {"filename": "/x", "engine": "io_uring", "direct": true}});
+        assert_eq!(driver(&ours), "bdev_aio, engine io_uring, direct true");
+        assert_eq!(driver(&json!({"uring": {"filename": "/x"}})), "bdev_uring");
+        assert_eq!(driver(&json!({})), "unknown");
+    }
 }

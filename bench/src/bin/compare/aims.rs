@@ -6,6 +6,7 @@ use bench::servers::Kind;
 
 use crate::Findings;
 use crate::cells::{Cell, DiskKind, Size, Workload};
+use crate::fio::Engine;
 use crate::idle::Mode;
 use crate::measure::{Measured, Sample};
 use crate::perf::Figures;
@@ -32,11 +33,21 @@ fn aims(findings: &Findings) -> Vec<Aim> {
         throughput(findings, DiskKind::Malloc, Workload::Randread, 2.0),
         throughput(findings, DiskKind::Malloc, Workload::Randwrite, 2.0),
     ];
+    aims.push(other_build(findings));
+    for rw in [Workload::Randread, Workload::Randwrite] {
+        aims.push(linux_aio(findings, rw));
+    }
+    aims.push(io_uring_latency(findings));
+    aims.push(io_uring_throughput(findings));
     for depth in [1, 64] {
-        for kind in [Kind::Spdk, Kind::StorageDaemon] {
-            aims.push(file(findings, depth, kind));
+        aims.push(against_qemu(findings, depth));
+    }
+    for disk in [DiskKind::Aio, DiskKind::Uring] {
+        for (depth, most) in [(1, 0.9), (64, 0.8)] {
+            aims.push(cost(findings, disk, depth, Kind::Ours, most));
+            aims.push(cost(findings, disk, depth, Kind::Spdk, 0.8));
         }
-        aims.push(file_cost(findings, depth));
+        aims.push(system_calls(findings, disk));
     }
     for disk in [DiskKind::Null, DiskKind::Malloc] {
         aims.push(neighbours(findings, disk));
@@ -72,11 +83,18 @@ fn find(findings: &Findings, disk: DiskKind, rw: Workload, depth: usize) -> Opti
     findings.cells.iter().find(|measured| measured.cell == wanted)
 }
 
-/// Index of ours, the first server, and of the one of `kind`.
+/// Index of ours, the first server, and of the one of `kind` that it is compared with: of our own, another build.
 fn pair(findings: &Findings, kind: Kind) -> Option<(usize, usize)> {
-    let ours = findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
-    let other = findings.servers.iter().position(|spec| spec.kind == kind)?;
-    (ours.kind != kind).then_some((0, other))
+    findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
+    let other = findings.servers.iter().skip(1).position(|spec| spec.kind == kind)?;
+    Some((0, other + 1))
+}
+
+/// The same, with an engine of fio.
+fn with_fio(findings: &Findings, engine: Engine) -> Option<(usize, usize)> {
+    findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
+    let other = findings.engines.iter().position(|&e| e == engine)?;
+    Some((0, findings.servers.len() + other))
 }
 
 fn latency(findings: &Findings, disk: DiskKind, limits: [f64; 2]) -> Aim {
@@ -125,15 +143,71 @@ fn throughput(findings: &Findings, disk: DiskKind, rw: Workload, least: f64) -> 
     Aim { figure, aim: format!("≥ {least} × SPDK"), measured }
 }
 
-fn file(findings: &Findings, depth: usize, kind: Kind) -> Aim {
-    let measured = find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
-        let (ours, other) = pair(findings, kind)?;
+fn other_build(findings: &Findings) -> Aim {
+    let cell = find(findings, DiskKind::Malloc, Workload::Randread, 64);
+    let measured = cell.and_then(|measured| {
+        let (ours, before) = pair(findings, Kind::Ours)?;
+        let spread = measured.ratio(ours, before, iops)?;
+        Some((ratio(Some(spread)), yes(spread.median >= 1.25)))
+    });
+    let figure = "malloc disk, randread, depth 64, IOPS".into();
+    Aim { figure, aim: "≥ 1.25 × the other build".into(), measured }
+}
+
+/// Without SPDK, fio with as many requests together is what it is held against.
+fn linux_aio(findings: &Findings, rw: Workload) -> Aim {
+    let measured = find(findings, DiskKind::Aio, rw, 64).and_then(|measured| {
+        let spdk = pair(findings, Kind::Spdk).map(|pair| (pair, "SPDK"));
+        let fio = || Some((with_fio(findings, Engine::Libaio)?, "fio"));
+        let ((ours, other), name) = spdk.or_else(fio)?;
+        let spread = measured.ratio(ours, other, iops)?;
+        Some((format!("{} × {name}", ratio(Some(spread))), not_below(spread)))
+    });
+    let figure = format!("aio disk, {}, depth 64, IOPS", rw.name());
+    Aim { figure, aim: "≥ 1 × SPDK's aio, without it fio's libaio".into(), measured }
+}
+
+fn io_uring_latency(findings: &Findings) -> Aim {
+    let cell = find(findings, DiskKind::Uring, Workload::Randread, 1);
+    let measured = cell.and_then(|measured| {
+        let (ours, spdk) = pair(findings, Kind::Spdk)?;
+        let spread = measured.ratio(ours, spdk, |figures| figures.p50_ns)?;
+        Some((ratio(Some(spread)), yes(spread.median <= 0.95)))
+    });
+    let figure = "uring disk, randread, depth 1, p50".into();
+    Aim { figure, aim: "≤ 0.95 × SPDK's uring".into(), measured }
+}
+
+/// Where the device is the limit, nobody is 1.05 times as fast as fio.
+fn io_uring_throughput(findings: &Findings) -> Aim {
+    let cell = find(findings, DiskKind::Uring, Workload::Randread, 64);
+    let measured = cell.and_then(|measured| {
+        if let Some((ours, spdk)) = pair(findings, Kind::Spdk) {
+            let spread = measured.ratio(ours, spdk, iops)?;
+            return Some((format!("{} × SPDK", ratio(Some(spread))), yes(spread.median >= 1.05)));
+        }
+        let against = |&engine: &Engine| {
+            let (ours, fio) = with_fio(findings, engine)?;
+            measured.ratio(ours, fio, iops)
+        };
+        let spreads = Engine::ALL.iter().filter_map(against);
+        let best = spreads.min_by(|a, b| a.median.total_cmp(&b.median))?;
+        Some((format!("{} × fio's best", ratio(Some(best))), not_below(best)))
+    });
+    let figure = "uring disk, randread, depth 64, IOPS".into();
+    let aim = "≥ 1.05 × SPDK's uring, or equal to fio's best engine".into();
+    Aim { figure, aim, measured }
+}
+
+fn against_qemu(findings: &Findings, depth: usize) -> Aim {
+    let cell = find(findings, DiskKind::Uring, Workload::Randread, depth);
+    let measured = cell.and_then(|measured| {
+        let (ours, other) = pair(findings, Kind::StorageDaemon)?;
         let spread = measured.ratio(ours, other, iops)?;
         Some((ratio(Some(spread)), not_below(spread)))
     });
-    let other = if kind == Kind::Spdk { "SPDK" } else { "qemu-storage-daemon" };
-    let figure = format!("file disk, depth {depth}, IOPS");
-    Aim { figure, aim: format!("not below {other}"), measured }
+    let figure = format!("uring disk, depth {depth}, IOPS");
+    Aim { figure, aim: "not below qemu-storage-daemon".into(), measured }
 }
 
 /// The device is the limit, so that equals lie on either side of 1.
@@ -147,21 +221,28 @@ fn not_below(spread: Spread) -> &'static str {
     }
 }
 
-fn file_cost(findings: &Findings, depth: usize) -> Aim {
-    let measured = find(findings, DiskKind::File, Workload::Randread, depth).and_then(|measured| {
-        let (ours, spdk) = pair(findings, Kind::Spdk)?;
-        let (unit, spread) = cost_ratio(measured, ours, spdk)?;
-        Some((format!("{} in {unit}", ratio(Some(spread))), yes(spread.median <= 0.7)))
+/// What a read costs the polling thread, by the time that both servers count as work.
+fn cost(findings: &Findings, disk: DiskKind, depth: usize, kind: Kind, most: f64) -> Aim {
+    let measured = find(findings, disk, Workload::Randread, depth).and_then(|measured| {
+        let (ours, other) = pair(findings, kind)?;
+        let busy = |sample: &Sample| Some(sample.busy?.as_secs_f64());
+        let (ours, theirs) = (measured.cost(ours, busy)?, measured.cost(other, busy)?);
+        let spread = Spread::of_ratios(ours.into_iter().zip(theirs))?;
+        Some((ratio(Some(spread)), yes(spread.median <= most)))
     });
-    let figure = format!("file disk, depth {depth}, reactor CPU per I/O");
-    Aim { figure, aim: "≤ 0.7 × SPDK".into(), measured }
+    let other = if kind == Kind::Spdk { "SPDK" } else { "the other build" };
+    let figure = format!("{} disk, depth {depth}, busy time per I/O", disk.name());
+    Aim { figure, aim: format!("≤ {most} × {other}"), measured }
 }
 
-/// What an I/O costs `of` compared with `to`, by the time that both count as work.
-fn cost_ratio(measured: &Measured, of: usize, to: usize) -> Option<(&'static str, Spread)> {
-    let busy = |sample: &Sample| Some(sample.busy?.as_secs_f64());
-    let (of, to) = (measured.cost(of, busy)?, measured.cost(to, busy)?);
-    Some(("busy time", Spread::of_ratios(of.into_iter().zip(to))?))
+fn system_calls(findings: &Findings, disk: DiskKind) -> Aim {
+    let measured = find(findings, disk, Workload::Randread, 64).and_then(|measured| {
+        findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
+        let calls = measured.syscalls.first().copied().flatten()?;
+        Some((format!("{calls:.3}"), yes(calls <= 0.1)))
+    });
+    let figure = format!("{} disk, depth 64, system calls per I/O", disk.name());
+    Aim { figure, aim: "≤ 0.1".into(), measured }
 }
 
 fn neighbours(findings: &Findings, disk: DiskKind) -> Aim {
@@ -215,24 +296,28 @@ mod tests {
     use super::*;
     use crate::measure::Alternation;
 
+    fn sample(p50_ns: f64) -> Sample {
+        let raw = Value::Null;
+        Sample::of(Figures { p50_ns, p999_ns: 0.0, iops: 1e9 / p50_ns, completed: 1.0, raw })
+    }
+
     fn findings(kinds: &[Kind], p50_ns: &[f64], trip: f64) -> Findings {
-        let sample = |&p50_ns: &f64| Sample {
-            figures: Figures { p50_ns, p999_ns: 0.0, iops: 1.0, completed: 1.0, raw: Value::Null },
-            cpu: None,
-            busy: None,
-            counts: None,
-            kept_waiting: 0.0,
-        };
-        let samples = p50_ns.iter().map(sample).map(Some).collect();
         let (disk, rw, bs) = (DiskKind::Null, Workload::Randread, Size::K4);
+        of_cell(kinds, Cell { disk, rw, bs, depth: 1, queues: 1 }, p50_ns, trip)
+    }
+
+    fn of_cell(kinds: &[Kind], cell: Cell, p50_ns: &[f64], round_trip_ns: f64) -> Findings {
+        let samples = p50_ns.iter().map(|&p50_ns| Some(sample(p50_ns))).collect();
+        let alternations = vec![Alternation { round_trip_ns, samples }];
         Findings {
             servers: kinds.iter().map(|&kind| Spec::new("s", kind, "s")).collect(),
-            cells: vec![Measured {
-                cell: Cell { disk, rw, bs, depth: 1, queues: 1 },
-                alternations: vec![Alternation { round_trip_ns: trip, samples }],
-            }],
+            cells: vec![Measured { cell, alternations, syscalls: vec![] }],
             ..Findings::default()
         }
+    }
+
+    fn deep(disk: DiskKind) -> Cell {
+        Cell { disk, rw: Workload::Randread, bs: Size::K4, depth: 64, queues: 1 }
     }
 
     fn reached(aim: Aim) -> String {
@@ -262,6 +347,49 @@ mod tests {
     }
 
     #[test]
+    fn a_build_is_held_against_the_one_before() {
+        let aim = |kinds: &[Kind], p50s: &[f64]| {
+            reached(other_build(&of_cell(kinds, deep(DiskKind::Malloc), p50s, 1.0)))
+        };
+        assert_eq!(aim(&[Kind::Ours, Kind::Ours], &[1.0, 1.26]), "yes");
+        assert_eq!(aim(&[Kind::Ours, Kind::Ours], &[1.0, 1.24]), "no");
+        assert_eq!(aim(&[Kind::Ours, Kind::Spdk], &[1.0, 2.0]), "-");
+    }
+
+    #[test]
+    fn fio_stands_in_for_spdk() {
+        let with = |kinds: &[Kind], disk, p50s: &[f64]| Findings {
+            engines: Engine::ALL.to_vec(),
+            ..of_cell(kinds, deep(disk), p50s, 1.0)
+        };
+        let (ours, both) = ([Kind::Ours], [Kind::Ours, Kind::Spdk]);
+        let aio = |findings| reached(linux_aio(&findings, Workload::Randread));
+        assert_eq!(aio(with(&ours, DiskKind::Aio, &[10.0, 11.0, 9.0])), "yes", "libaio's figure");
+        assert_eq!(aio(with(&ours, DiskKind::Aio, &[10.0, 9.0, 11.0])), "no");
+        assert_eq!(aio(with(&both, DiskKind::Aio, &[10.0, 11.0, 9.0, 9.0])), "yes", "SPDK's");
+        let uring = |findings| reached(io_uring_throughput(&findings));
+        assert_eq!(uring(with(&ours, DiskKind::Uring, &[10.0, 11.0, 9.0])), "no", "the best");
+        assert_eq!(uring(with(&ours, DiskKind::Uring, &[10.0, 11.0, 10.5])), "yes");
+        assert_eq!(uring(with(&both, DiskKind::Uring, &[10.0, 10.2, 11.0, 11.0])), "no", "1.02");
+    }
+
+    #[test]
+    fn busy_time_and_system_calls_have_limits() {
+        let mut found = of_cell(&[Kind::Ours, Kind::Ours], deep(DiskKind::Uring), &[1.0, 1.0], 1.0);
+        let busy = |found: &Findings| reached(cost(found, DiskKind::Uring, 64, Kind::Ours, 0.8));
+        let calls = |found: &Findings| reached(system_calls(found, DiskKind::Uring));
+        assert_eq!((busy(&found), calls(&found)), ("-".into(), "-".into()));
+        found.cells[0].syscalls = vec![Some(0.1), Some(0.2)];
+        for (index, ns) in [79, 100].into_iter().enumerate() {
+            let sample = found.cells[0].alternations[0].samples[index].as_mut().unwrap();
+            sample.busy = Some(std::time::Duration::from_nanos(ns));
+        }
+        assert_eq!((busy(&found), calls(&found)), ("yes".into(), "yes".into()));
+        found.cells[0].syscalls[0] = Some(0.11);
+        assert_eq!(calls(&found), "no");
+    }
+
+    #[test]
     fn equals_are_within_the_spread() {
         let spread = |min, median, max| Spread { median, min, max };
         assert_eq!(not_below(spread(0.9, 1.0, 1.1)), "yes");
@@ -274,7 +402,7 @@ mod tests {
         assert!(table(&Findings::default(), false).is_empty());
         let table = table(&Findings::default(), true).to_string();
         let rows: Vec<&str> = table.lines().skip(2).collect();
-        assert_eq!(rows.len(), 17);
+        assert_eq!(rows.len(), 28);
         assert!(rows.iter().all(|row| row.contains("| not measured |")), "{table}");
     }
 }

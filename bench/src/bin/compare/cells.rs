@@ -14,19 +14,37 @@ pub(crate) enum DiskKind {
     Null,
     /// In the server's memory.
     Malloc,
-    /// A file full of data, past the page cache.
-    File,
+    /// A file full of data, past the page cache, by Linux AIO.
+    Aio,
+    /// Another such file, by io_uring.
+    #[value(alias = "file")]
+    Uring,
+    /// A block device, by io_uring: a loop device over such a file, or the one of --block-device.
+    Block,
 }
 
 impl DiskKind {
-    pub(crate) const ALL: [Self; 3] = [Self::Null, Self::Malloc, Self::File];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Null, Self::Malloc, Self::Aio, Self::Uring, Self::Block];
+    /// What is measured unless others are named: a block device wants root's rights.
+    pub(crate) const USUAL: [Self; 4] = [Self::Null, Self::Malloc, Self::Aio, Self::Uring];
 
-    /// The disk to serve; `file` is behind the file disk.
-    pub(crate) fn disk(self, file: &Path) -> Disk {
+    /// The disk to serve; `path` is behind it, where it is one on a file or device.
+    pub(crate) fn disk(self, path: &Path) -> Disk {
         match self {
             Self::Null => Disk::Null,
             Self::Malloc => Disk::Malloc,
-            Self::File => Disk::File(file.to_owned()),
+            Self::Aio => Disk::Aio(path.to_owned()),
+            Self::Uring => Disk::Uring(path.to_owned()),
+            Self::Block => Disk::Block(path.to_owned()),
+        }
+    }
+
+    /// Whether the kernel does its I/O.
+    pub(crate) fn is_stored(self) -> bool {
+        match self {
+            Self::Null | Self::Malloc => false,
+            Self::Aio | Self::Uring | Self::Block => true,
         }
     }
 
@@ -47,7 +65,8 @@ pub(crate) enum Workload {
 }
 
 impl Workload {
-    pub(crate) const RANDOM: [Self; 3] = [Self::Randread, Self::Randwrite, Self::Randrw];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Randread, Self::Randwrite, Self::Randrw, Self::Read, Self::Write];
 
     /// fio's word.
     pub(crate) fn name(self) -> &'static str {
@@ -114,8 +133,8 @@ impl Cell {
     /// The cells of a run without options: each aim is among them, with enough around it to see
     /// where it comes from.
     pub(crate) fn subset() -> Vec<Self> {
-        use DiskKind::{File, Malloc, Null};
-        use Workload::{Randread, Randrw, Randwrite};
+        use DiskKind::{Aio, Malloc, Null, Uring};
+        use Workload::{Randread, Randrw, Randwrite, Read, Write};
         let mut cells = Vec::new();
         let mut add = |disk, rw, bs, depths: &[usize], queues| {
             cells.extend(depths.iter().map(|&depth| Self { disk, rw, bs, depth, queues }));
@@ -127,10 +146,16 @@ impl Cell {
         add(Malloc, Randread, Size::K64, &[1, 64], 1);
         add(Malloc, Randwrite, Size::K4, &[1, 64], 1);
         add(Malloc, Randrw, Size::K4, &[64], 1);
-        add(File, Randread, Size::K4, &Self::DEPTHS, 1);
-        add(File, Randread, Size::K64, &[1, 64], 1);
-        add(File, Randwrite, Size::K4, &[1, 64], 1);
-        add(File, Randrw, Size::K4, &[64], 1);
+        add(Uring, Randread, Size::K4, &Self::DEPTHS, 1);
+        add(Uring, Randread, Size::K64, &[1, 64], 1);
+        add(Uring, Randrw, Size::K4, &[64], 1);
+        add(Aio, Randread, Size::K4, &[1, 64], 1);
+        for disk in [Aio, Uring] {
+            add(disk, Randread, Size::K4, &[64], 4);
+            add(disk, Randwrite, Size::K4, &[1, 64], 1);
+            add(disk, Read, Size::K4, &[64], 1);
+            add(disk, Write, Size::K4, &[64], 1);
+        }
         cells
     }
 }

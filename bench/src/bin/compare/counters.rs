@@ -1,4 +1,5 @@
-//! Instructions and cycles of a server's thread, by `perf stat`, where the machine counts them.
+//! Events of a server's threads, counted by `perf stat` where the machine counts them: instructions and
+//! cycles.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -6,55 +7,61 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 use bench::servers::setpriv;
 
-const EVENTS: &str = "instructions:u,cycles";
+/// Instructions in user mode, and cycles.
+pub(crate) const WORK: [&str; 2] = ["instructions:u", "cycles"];
 
-/// A way to count.
+/// A way to count some events.
 #[derive(Debug)]
 pub(crate) struct Counters {
+    events: &'static [&'static str],
     output: PathBuf,
 }
 
-/// What was counted.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Counts {
-    /// In user mode.
-    pub(crate) instructions: f64,
-    pub(crate) cycles: f64,
-}
-
 impl Counters {
-    /// Tries whether this machine counts; why not, if it does not. What is counted goes through a
-    /// file in `dir`.
-    pub(crate) fn probe(dir: &Path) -> Result<Self, String> {
+    /// Tries whether this machine counts `events`; why not, if it does not. What is counted goes
+    /// through a file in `dir`.
+    pub(crate) fn probe(events: &'static [&'static str], dir: &Path) -> Result<Self, String> {
         let trial = Command::new("perf")
-            .args(["stat", "-x", ",", "-e", EVENTS, "--", "true"])
+            .args(["stat", "-x", ",", "-e", &events.join(","), "--", "true"])
             .stdin(Stdio::null())
             .output();
         let output = trial.map_err(|e| format!("perf: {e}"))?;
-        match parse(&String::from_utf8_lossy(&output.stderr)) {
-            Some(_) => Ok(Self { output: dir.join("perf-stat") }),
-            None => Err("the machine has no counters of instructions and cycles".into()),
+        match parse(&String::from_utf8_lossy(&output.stderr), events) {
+            Some(_) => Ok(Self { events, output: dir.join("perf-stat") }),
+            None => Err(format!("the machine does not count {}", events.join(" and "))),
         }
     }
 
     /// A command that runs `program` and counts what the threads `tids` do meanwhile.
     pub(crate) fn around(&self, program: &Path, tids: &[u32]) -> Command {
         let tids: Vec<String> = tids.iter().map(u32::to_string).collect();
-        let mut command = setpriv("perf".as_ref());
-        command.args(["stat", "-x", ",", "-e", EVENTS, "-t", &tids.join(","), "-o"]);
-        command.arg(&self.output).arg("--").arg(program);
+        let mut command = self.stat();
+        command.args(["-t", &tids.join(",")]).arg("--").arg(program);
         command
     }
 
-    /// What the last such command has counted.
-    pub(crate) fn read(&self) -> Result<Counts> {
+    /// A command that runs `program` and counts what all of its threads do.
+    pub(crate) fn of(&self, program: &Path) -> Command {
+        let mut command = self.stat();
+        command.arg("--").arg(program);
+        command
+    }
+
+    fn stat(&self) -> Command {
+        let mut command = setpriv("perf".as_ref());
+        command.args(["stat", "-x", ",", "-e", &self.events.join(","), "-o"]).arg(&self.output);
+        command
+    }
+
+    /// What the last such command has counted, in the order of the events.
+    pub(crate) fn read(&self) -> Result<Vec<f64>> {
         let text = std::fs::read_to_string(&self.output).context("perf stat left nothing")?;
-        parse(&text).context("perf stat counted nothing")
+        parse(&text, self.events).context("perf stat counted nothing")
     }
 }
 
-/// Finds both counts in lines of `value,unit,event,…`; a count that is not supported is no number.
-fn parse(text: &str) -> Option<Counts> {
+/// Finds the counts in lines of `value,unit,event,…`; a count that is not supported is no number.
+fn parse(text: &str, events: &[&str]) -> Option<Vec<f64>> {
     let value = |event: &str| {
         text.lines().find_map(|line| {
             let mut fields = line.split(',');
@@ -62,7 +69,7 @@ fn parse(text: &str) -> Option<Counts> {
             (name == event).then(|| value.parse::<f64>().ok()).flatten()
         })
     };
-    Some(Counts { instructions: value("instructions:u")?, cycles: value("cycles")? })
+    events.iter().map(|event| value(event)).collect()
 }
 
 #[cfg(test)]
@@ -72,8 +79,10 @@ mod tests {
     #[test]
     fn counts_are_read_and_their_absence_is_seen() {
         let text = "# started on Mon\n\n1234,,instructions:u,500,100.00,,\n99,,cycles,5,100.00,,\n";
-        assert_eq!(parse(text), Some(Counts { instructions: 1234.0, cycles: 99.0 }));
+        assert_eq!(parse(text, &WORK), Some(vec![1234.0, 99.0]));
+        let calls = "29,,raw_syscalls:sys_enter,1099298,100.00,,\n";
+        assert_eq!(parse(calls, &["raw_syscalls:sys_enter"]), Some(vec![29.0]));
         let none = "<not supported>,,instructions:u,0,100.00,,\n<not supported>,,cycles,0,,\n";
-        assert_eq!(parse(none), None);
+        assert_eq!(parse(none, &WORK), None);
     }
 }

@@ -13,7 +13,9 @@ const WHY_MAX: usize = 300;
 /// A case that could not be measured.
 #[derive(Clone, Debug)]
 struct Failure {
-    server: Spec,
+    name: String,
+    /// It is our own server.
+    ours: bool,
     case: String,
     why: String,
 }
@@ -34,40 +36,53 @@ impl Failures {
         result: Result<T>,
         interrupt: &Interrupt,
     ) -> Result<Option<T>> {
+        self.keep_of((&server.name, server.kind == Kind::Ours), case, result, interrupt)
+    }
+
+    /// As [`Failures::keep`], of what has this name and may be our own server.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn keep_of<T>(
+        &mut self,
+        who: (&str, bool),
+        case: impl Display,
+        result: Result<T>,
+        interrupt: &Interrupt,
+    ) -> Result<Option<T>> {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(error) => {
                 interrupt.check()?;
-                self.add(server, case, &format!("{error:#}"));
+                self.add(who, case, &format!("{error:#}"));
                 Ok(None)
             }
         }
     }
 
-    fn add(&mut self, server: &Spec, case: impl Display, why: &str) {
+    fn add(&mut self, (name, ours): (&str, bool), case: impl Display, why: &str) {
         let line: Vec<&str> = why.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
         let why = line.join("; ").chars().take(WHY_MAX).collect();
-        self.0.push(Failure { server: server.clone(), case: case.to_string(), why });
+        self.0.push(Failure { name: name.into(), ours, case: case.to_string(), why });
     }
 
     /// The cases in which our own server failed. Failures of other servers are findings.
     pub(crate) fn ours(&self) -> Vec<String> {
-        let ours = self.0.iter().filter(|failure| failure.server.kind == Kind::Ours);
-        ours.map(|failure| format!("{}: {}: {}", failure.server.name, failure.case, failure.why))
-            .collect()
+        let ours = self.0.iter().filter(|failure| failure.ours);
+        ours.map(|failure| format!("{}: {}: {}", failure.name, failure.case, failure.why)).collect()
     }
 
     /// A table row for each failure.
     pub(crate) fn table(&self) -> Table {
         let mut table = Table::new(&["server", "case", "why"]);
-        for Failure { server, case, why } in &self.0 {
-            table.row(vec![server.name.clone(), case.clone(), why.clone()]);
+        for Failure { name, case, why, .. } in &self.0 {
+            table.row(vec![name.clone(), case.clone(), why.clone()]);
         }
         table
     }
 
     pub(crate) fn json(&self) -> Value {
-        let failure = |Failure { server, case, why }: &Failure| json!({"server": server.name, "case": case, "why": why});
+        let failure = |Failure { name, case, why, .. }: &Failure| json!({"server": name, "case": case, "why": why});
         self.0.iter().map(failure).collect()
     }
 }

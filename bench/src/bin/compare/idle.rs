@@ -223,6 +223,6 @@ mod tests {
         let sleeping = modes(Mode::Interrupt, vec![10.0, 100.0, 10.0]);
         let later = adaptive.later_than(&sleeping, DiskKind::Null).unwrap();
         assert_eq!((later.median, later.min, later.max), (2.0, 1.0, 10.0));
-        assert_eq!(adaptive.later_than(&sleeping, DiskKind::File), None);
+        assert_eq!(adaptive.later_than(&sleeping, DiskKind::Uring), None);
     }
 }

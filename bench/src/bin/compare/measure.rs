@@ -1,18 +1,19 @@
-//! Runs in alternation: one server at a time, the others stopped.
+//! Runs in alternation: one server at a time, the others stopped, then fio where it takes part.
 
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use bench::servers::{Disk, Interrupt, MEMORY_DISK_BYTES, Server, Spec};
+use bench::servers::{Disk, Interrupt, Kind, MEMORY_DISK_BYTES, Server, Spec};
 use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Spread};
 
-use crate::cells::{Cell, DiskKind};
-use crate::counters::{Counters, Counts};
+use crate::backing::Backing;
+use crate::cells::Cell;
+use crate::counters::Counters;
 use crate::failures::Failures;
+use crate::fio::{Engine, Fio};
 use crate::perf::{Figures, Perf};
+use crate::syscalls::Tracer;
 
 /// Bytes that a disk is filled with at once.
 const FILL_BYTES: u32 = 64 << 10;
@@ -79,17 +80,27 @@ pub(crate) struct Sample {
     pub(crate) cpu: Option<Duration>,
     /// Of that, what it counts as work.
     pub(crate) busy: Option<Duration>,
-    pub(crate) counts: Option<Counts>,
+    /// CPU time of the server's other threads.
+    pub(crate) others: Option<Duration>,
+    /// Of its polling thread, in the order of [`crate::counters::WORK`].
+    pub(crate) counts: Option<Vec<f64>>,
     /// The share of the time in which its polling thread could have run, and others of this machine
     /// did.
     pub(crate) kept_waiting: f64,
 }
 
-/// One run of each server, right after the other.
+impl Sample {
+    /// Of a run at which nothing else was looked at.
+    pub(crate) fn of(figures: Figures) -> Self {
+        Self { figures, cpu: None, busy: None, others: None, counts: None, kept_waiting: 0.0 }
+    }
+}
+
+/// One run of each contender, right after the other.
 #[derive(Clone, Debug)]
 pub(crate) struct Alternation {
     pub(crate) round_trip_ns: f64,
-    /// In the servers' order; `None` for a server that failed.
+    /// In the contenders' order; `None` for one that failed, or that has no such disk.
     pub(crate) samples: Vec<Option<Sample>>,
 }
 
@@ -98,12 +109,14 @@ pub(crate) struct Alternation {
 pub(crate) struct Measured {
     pub(crate) cell: Cell,
     pub(crate) alternations: Vec<Alternation>,
+    /// System calls per I/O of each contender's polling thread, where they were counted.
+    pub(crate) syscalls: Vec<Option<f64>>,
 }
 
 impl Measured {
-    /// A figure of `server`, one from each alternation.
-    pub(crate) fn of(&self, server: usize, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
-        let of = |a: &Alternation| Some(figure(&a.samples[server].as_ref()?.figures));
+    /// A figure of a contender, one from each alternation.
+    pub(crate) fn of(&self, index: usize, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
+        let of = |a: &Alternation| Some(figure(&a.samples.get(index)?.as_ref()?.figures));
         Spread::of(self.alternations.iter().filter_map(of))
     }
 
@@ -122,88 +135,153 @@ impl Measured {
         figure: impl Fn(&Figures) -> f64,
     ) -> Option<Spread> {
         let figure = |sample: &Option<Sample>| Some(figure(&sample.as_ref()?.figures));
-        let pair = |a: &Alternation| Some((figure(&a.samples[of])?, figure(&a.samples[to])?));
+        let pair =
+            |a: &Alternation| Some((figure(a.samples.get(of)?)?, figure(a.samples.get(to)?)?));
         Spread::of_ratios(self.alternations.iter().filter_map(pair))
     }
 
-    /// Something of `server` that a request cost, where it is known in every run.
+    /// Something of a contender that a request cost, where it is known in every run.
     pub(crate) fn cost(
         &self,
-        server: usize,
+        index: usize,
         cost: impl Fn(&Sample) -> Option<f64>,
     ) -> Option<Vec<f64>> {
         let per_request = |a: &Alternation| {
-            let sample = a.samples[server].as_ref()?;
+            let sample = a.samples.get(index)?.as_ref()?;
             Some(cost(sample)? / sample.figures.completed)
         };
         self.alternations.iter().map(per_request).collect()
     }
 }
 
-/// Measures `cell` on each server, as often as `options` say. A server that fails, or whose run finds errors, is left
-/// out of the following runs.
+/// What cells are measured with.
+#[derive(Debug)]
+pub(crate) struct Means<'a> {
+    pub(crate) perf: &'a Perf,
+    pub(crate) counters: Option<Counters>,
+    pub(crate) tracer: Option<Tracer>,
+    pub(crate) fio: Option<Fio>,
+    pub(crate) backing: &'a Backing,
+    pub(crate) runs: usize,
+    pub(crate) server_core: usize,
+}
+
+/// Measures `cell` on each server, then by each of fio's engines, as often as the means say. One that fails, or whose
+/// run finds errors, is left out of the following runs.
 ///
 /// # Errors
 /// The round trip cannot be measured, or the run was interrupted.
 pub(crate) fn measure(
     fleet: &mut Fleet,
-    perf: &Perf,
+    means: &Means<'_>,
     cell: Cell,
-    options: &crate::options::Options,
-    counters: Option<&Counters>,
     failures: &mut Failures,
     interrupt: &Interrupt,
 ) -> Result<Measured> {
-    let mut failed = vec![false; fleet.len()];
-    let mut alternations = Vec::with_capacity(options.runs());
-    for run in 0..options.runs() {
-        let round_trip_ns = perf.round_trip_ns(options.server_core)?;
-        let mut samples = vec![None; fleet.len()];
-        for turn in 0..fleet.len() {
-            // Each server is the first one now and then.
-            let index = (run + turn) % fleet.len();
+    let mut contenders = contenders(fleet, means, cell);
+    let mut alternations = Vec::with_capacity(means.runs);
+    for run in 0..means.runs {
+        let round_trip_ns = means.perf.round_trip_ns(means.server_core)?;
+        let mut samples = vec![None; contenders.len()];
+        for turn in 0..contenders.len() {
+            // Each is the first one now and then.
+            let index = (run + turn) % contenders.len();
+            let contender = &mut contenders[index];
             interrupt.check()?;
-            if failed[index] {
-                continue;
-            }
-            let sample = fleet.with(index, |server| sample(server, perf, &cell, counters));
-            let spec = &fleet.get(index).spec;
-            samples[index] = failures.keep(spec, cell, sample, interrupt)?;
-            failed[index] = samples[index].is_none();
+            let sample = match contender.who {
+                _ if contender.out => continue,
+                Who::Server(index) => fleet.with(index, |server| sample(server, means, &cell)),
+                Who::Fio(fio, engine, path) => fio.run(engine, &cell, path),
+            };
+            let who = (contender.name.as_str(), contender.ours);
+            samples[index] = failures.keep_of(who, cell, sample, interrupt)?;
+            contender.out = samples[index].is_none();
         }
         alternations.push(Alternation { round_trip_ns, samples });
     }
-    Ok(Measured { cell, alternations })
+    let mut syscalls = vec![None; contenders.len()];
+    if let Some(tracer) = means.tracer.as_ref().filter(|_| cell.disk.is_stored()) {
+        for (contender, calls) in contenders.iter().zip(&mut syscalls) {
+            interrupt.check()?;
+            let counted = match contender.who {
+                _ if contender.out => continue,
+                Who::Server(index) => fleet.with(index, |server| {
+                    let threads = (server.process.pid(), &server.workers[..]);
+                    tracer.calls_per_io(
+                        threads,
+                        means.perf,
+                        &server.socket(cell.disk.name()),
+                        &cell,
+                    )
+                }),
+                Who::Fio(fio, engine, path) => fio.calls_per_io(engine, &cell, path, tracer),
+            };
+            let who = (contender.name.as_str(), contender.ours);
+            *calls = failures.keep_of(who, format!("{cell}, system calls"), counted, interrupt)?;
+        }
+    }
+    Ok(Measured { cell, alternations, syscalls })
 }
 
-fn sample(
-    server: &Server,
-    perf: &Perf,
-    cell: &Cell,
-    counters: Option<&Counters>,
-) -> Result<Sample> {
+/// Who is measured.
+#[derive(Clone, Copy)]
+enum Who<'a> {
+    /// By index in the fleet.
+    Server(usize),
+    Fio(&'a Fio, Engine, &'a Path),
+}
+
+struct Contender<'a> {
+    who: Who<'a>,
+    name: String,
+    ours: bool,
+    /// It has failed.
+    out: bool,
+}
+
+/// Those that have a disk of the cell's kind.
+fn contenders<'a>(fleet: &Fleet, means: &'a Means<'_>, cell: Cell) -> Vec<Contender<'a>> {
+    let server = |(index, server): (usize, &Server)| Contender {
+        who: Who::Server(index),
+        name: server.spec.name.clone(),
+        ours: server.spec.kind == Kind::Ours,
+        out: false,
+    };
+    let mut contenders: Vec<_> = fleet.servers.iter().enumerate().map(server).collect();
+    if let (Some(fio), Some(path)) = (&means.fio, means.backing.path(cell.disk)) {
+        contenders.extend(Engine::ALL.map(|engine| Contender {
+            who: Who::Fio(fio, engine, path),
+            name: engine.title().into(),
+            ours: false,
+            out: false,
+        }));
+    }
+    contenders
+}
+
+fn sample(server: &Server, means: &Means<'_>, cell: &Cell) -> Result<Sample> {
     let socket = server.socket(cell.disk.name());
     // Read before and after the run, so that reading it disturbs nothing.
     let (start, before) = (Instant::now(), server.times()?);
-    let (figures, busy, counts) = if cell.disk == DiskKind::File {
+    let (figures, costs) = if cell.disk.is_stored() {
         // No ramp: what completes in it costs time, and is not counted.
-        let perf = Perf { ramp_s: 0.0, ..perf.clone() };
-        let counters = counters.map(|counters| (counters, &server.workers[..]));
-        let busy = server.busy()?;
+        let perf = Perf { ramp_s: 0.0, ..means.perf.clone() };
+        let counters = means.counters.as_ref().map(|counters| (counters, &server.workers[..]));
+        let (busy, others) = (server.busy()?, server.cpu_of_others()?);
         let (figures, counts) = perf.run(&socket, cell, &[], counters)?;
+        let others = server.cpu_of_others()?.saturating_sub(others);
         let busy = busy.zip(server.busy()?).map(|(before, after)| after.saturating_sub(before));
-        (figures, busy, counts)
+        (figures, Some((busy, others, counts)))
     } else {
-        (perf.run(&socket, cell, &[], None)?.0, None, None)
+        (means.perf.run(&socket, cell, &[], None)?.0, None)
     };
     let times = server.times()? - before;
-    Ok(Sample {
-        figures,
-        cpu: (cell.disk == DiskKind::File).then_some(times.cpu),
-        busy,
-        counts,
-        kept_waiting: times.waiting.as_secs_f64() / start.elapsed().as_secs_f64(),
-    })
+    let kept_waiting = times.waiting.as_secs_f64() / start.elapsed().as_secs_f64();
+    let Some((busy, others, counts)) = costs else {
+        return Ok(Sample { kept_waiting, ..Sample::of(figures) });
+    };
+    let (cpu, others) = (Some(times.cpu), Some(others));
+    Ok(Sample { figures, cpu, busy, others, counts, kept_waiting })
 }
 
 /// Writes all of the memory disk behind `socket`.
@@ -223,26 +301,8 @@ pub(crate) fn fill(socket: &Path) -> bench::Result<()> {
     front_end.disconnect().map(drop)
 }
 
-/// Makes a file of `mib` MiB in `dir` that is full of data and on the disk.
-///
-/// # Errors
-/// There is no room, or it is no directory.
-pub(crate) fn data_file(dir: &Path, mib: u64) -> Result<tempfile::NamedTempFile> {
-    let doing = || format!("cannot make a file of {mib} MiB in {}", dir.display());
-    let file = tempfile::Builder::new().prefix("bench").tempfile_in(dir).with_context(doing)?;
-    let write = |mut file: &File| -> std::io::Result<()> {
-        for seed in 0..mib {
-            let bytes: Vec<u8> = noise(seed).take((1 << 20) / 8).flatten().collect();
-            file.write_all(&bytes)?;
-        }
-        file.sync_all()
-    };
-    write(file.as_file()).with_context(doing)?;
-    Ok(file)
-}
-
 /// Words that no disk compresses (xorshift64).
-fn noise(seed: u64) -> impl Iterator<Item = [u8; 8]> {
+pub(crate) fn noise(seed: u64) -> impl Iterator<Item = [u8; 8]> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     std::iter::repeat_with(move || {
         x ^= x << 13;

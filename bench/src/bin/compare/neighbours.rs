@@ -56,7 +56,7 @@ pub(crate) fn measure(
 ) -> Result<()> {
     raise_fd_limit().context("cannot raise the limit on open files")?;
     let kinds = options.disks_or(&[DiskKind::Null, DiskKind::Malloc]);
-    let kinds: Vec<_> = kinds.into_iter().filter(|&kind| kind != DiskKind::File).collect();
+    let kinds: Vec<_> = kinds.into_iter().filter(|kind| !kind.is_stored()).collect();
     let disks: Vec<Disk> = kinds.iter().map(|kind| kind.disk(Path::new(""))).collect();
     for spec in findings.servers.clone() {
         if spec.kind == Kind::StorageDaemon {

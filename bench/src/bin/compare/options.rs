@@ -8,8 +8,10 @@ use bench::servers::{Kind, Spec};
 use clap::{Parser, ValueEnum};
 
 use crate::cells::{Cell, DiskKind, Size, Workload};
+use crate::fio::Fio;
 
-/// Compares servers of vhost-user-blk disks: ours, qemu-storage-daemon's and SPDK's, in alternation.
+/// Compares servers of vhost-user-blk disks: ours, qemu-storage-daemon's and SPDK's, in alternation,
+/// and with --fio what the kernel does without any.
 ///
 /// One server runs at a time, the others are stopped (SIGSTOP). Ratios are formed within an
 /// alternation, and their median is printed with the least and the greatest. Markdown goes to
@@ -36,6 +38,13 @@ pub(crate) struct Options {
     /// Leave ours out.
     #[arg(long, conflicts_with = "vhost")]
     no_ours: bool,
+    /// Measure fio on files and devices too, by libaio and by io_uring: a floor without server and
+    /// guest, on the core of the servers.
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "fio")]
+    pub(crate) fio: Option<PathBuf>,
+    /// An argument for fio; repeatable.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true, requires = "fio")]
+    pub(crate) fio_arg: Vec<String>,
     /// The load generator [default: vhost-perf beside this program].
     #[arg(long, value_name = "PATH")]
     pub(crate) perf: Option<PathBuf>,
@@ -43,7 +52,7 @@ pub(crate) struct Options {
     /// What to measure.
     #[arg(long = "case", value_enum, value_delimiter = ',', default_value = "cells")]
     pub(crate) cases: Vec<Case>,
-    /// Disks of the cells [default: null,malloc,file].
+    /// Disks of the cells [default: null,malloc,aio,uring].
     #[arg(long, value_enum, value_delimiter = ',')]
     pub(crate) disks: Vec<DiskKind>,
     /// Requests in flight on each queue [default: 1,64].
@@ -80,10 +89,14 @@ pub(crate) struct Options {
     /// The core of each server's polling thread.
     #[arg(long, value_name = "CORE", default_value_t = 1)]
     pub(crate) server_core: usize,
-    /// Where the file behind the file disk is made: not on tmpfs.
+    /// Where the files behind aio, uring and block disks are made: not on tmpfs.
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     pub(crate) file_dir: PathBuf,
-    /// Its size.
+    /// The device behind the block disk; what it holds is overwritten by loads that write [default:
+    /// a loop device over a file].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) block_device: Option<PathBuf>,
+    /// The size of each of the files.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub(crate) file_mib: u64,
     /// Idle neighbours of the case idle-neighbours.
@@ -101,7 +114,7 @@ pub(crate) struct Options {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Case {
-    /// Throughput and latency of each cell, with CPU time for the file disk.
+    /// Throughput and latency of each cell; on files and devices CPU time and system calls too.
     Cells,
     /// One busy controller beside many connected idle ones, and alone.
     IdleNeighbours,
@@ -145,12 +158,12 @@ impl Options {
             || !self.rw.is_empty()
             || !self.queues.is_empty();
         let cells = if self.full {
-            self.product(&DiskKind::ALL, &Cell::DEPTHS, &Size::ALL, &Workload::RANDOM, &[1, 4])
+            self.product(&DiskKind::USUAL, &Cell::DEPTHS, &Size::ALL, &Workload::ALL, &[1, 4])
         } else if self.quick {
             let disks = [DiskKind::Null, DiskKind::Malloc];
             self.product(&disks, &[1, 64], &[Size::K4], &[Workload::Randread], &[1])
         } else if selective {
-            self.product(&DiskKind::ALL, &[1, 64], &[Size::K4], &[Workload::Randread], &[1])
+            self.product(&DiskKind::USUAL, &[1, 64], &[Size::K4], &[Workload::Randread], &[1])
         } else {
             Cell::subset()
         };
@@ -222,10 +235,23 @@ impl Options {
             ensure!(!named, "{}: {missing}", spec.name);
             notes.push(format!("{} is left out: {missing}", spec.name));
         }
+        if let Some(fio) = &self.fio {
+            ensure!(is_program(fio), "no {}", fio.display());
+        }
         if there.is_empty() {
             bail!("no server to measure: {}", notes.join("; "));
         }
         Ok((there, notes))
+    }
+
+    /// fio, if it takes part.
+    pub(crate) fn fio(&self) -> Option<Fio> {
+        Some(Fio {
+            program: self.fio.clone()?,
+            core: self.server_core,
+            runtime_s: self.runtime_s(),
+            args: self.fio_arg.clone(),
+        })
     }
 
     /// The load generator.
@@ -278,8 +304,8 @@ mod tests {
 
     #[test]
     fn full_is_everything_that_selectors_leave() {
-        assert_eq!(names(&["--full"]).len(), 3 * 5 * 2 * 3 * 2);
-        assert_eq!(names(&["--full", "--disks", "file", "--bs", "64k"]).len(), 5 * 3 * 2);
+        assert_eq!(names(&["--full"]).len(), 4 * 5 * 2 * 5 * 2);
+        assert_eq!(names(&["--full", "--disks", "block", "--bs", "64k"]).len(), 5 * 5 * 2);
         assert_eq!(names(&["--quick"]).len(), 4);
         let subset = names(&[]);
         assert!((15..40).contains(&subset.len()), "{subset:?}");
@@ -287,6 +313,30 @@ mod tests {
         once.sort();
         once.dedup();
         assert_eq!(once.len(), subset.len(), "no cell twice");
+    }
+
+    #[test]
+    fn disks_on_files_are_named_after_how_they_are_reached() {
+        let args = ["--disks", "aio,file,block", "--depths", "64", "--rw", "read,write"];
+        let expected = [
+            "aio read 4k d64 q1",
+            "aio write 4k d64 q1",
+            "uring read 4k d64 q1",
+            "uring write 4k d64 q1",
+            "block read 4k d64 q1",
+            "block write 4k d64 q1",
+        ];
+        assert_eq!(names(&args), expected, "file is uring's name of earlier versions");
+    }
+
+    #[test]
+    fn fio_takes_part_when_it_is_asked_to() {
+        assert!(options(&[]).fio().is_none());
+        let fio = options(&["--fio", "--fio-arg", "--fixedbufs", "--server-core", "3"]).fio();
+        let fio = fio.unwrap();
+        assert_eq!((fio.core, fio.args), (3, vec!["--fixedbufs".to_owned()]));
+        assert!(options(&["--fio", "/no/such", "--no-ours"]).servers().is_err());
+        assert!(Options::try_parse_from(["compare", "--fio-arg", "x"]).is_err());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use bench::servers::setpriv;
 use serde_json::Value;
 
 use crate::cells::Cell;
-use crate::counters::{Counters, Counts};
+use crate::counters::Counters;
 
 /// How each run is made.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ impl Perf {
         cell: &Cell,
         extra: &[&str],
         counters: Option<(&Counters, &[u32])>,
-    ) -> Result<(Figures, Option<Counts>)> {
+    ) -> Result<(Figures, Option<Vec<f64>>)> {
         let mut command = match counters {
             Some((counters, tids)) => counters.around(&self.program, tids),
             None => setpriv(&self.program),
@@ -55,7 +55,8 @@ impl Perf {
             .args(["--ramp_time", &self.ramp_s.to_string()])
             .args(["--cpus_allowed", &self.core.to_string(), "--output-format", "json"])
             .args(extra);
-        let raw = json_of(command).with_context(|| format!("{cell} on {}", socket.display()))?;
+        let raw = json_of(command, "vhost-perf")
+            .with_context(|| format!("{cell} on {}", socket.display()))?;
         let figures = Figures::read(raw).with_context(|| cell.to_string())?;
         let counts = counters.map(|(counters, _)| counters.read()).transpose()?;
         Ok((figures, counts))
@@ -93,13 +94,14 @@ impl Figures {
 }
 
 /// Runs `command` and parses what it prints.
-fn json_of(mut command: Command) -> Result<Value> {
-    let output = command.stderr(Stdio::piped()).output().context("cannot start vhost-perf")?;
+pub(crate) fn json_of(mut command: Command, name: &str) -> Result<Value> {
+    let output = command.stderr(Stdio::piped()).output();
+    let output = output.with_context(|| format!("cannot start {name}"))?;
     if !output.status.success() {
         let words = String::from_utf8_lossy(&output.stderr);
-        bail!("vhost-perf: {}: {}", output.status, words.trim());
+        bail!("{name}: {}: {}", output.status, words.trim());
     }
-    serde_json::from_slice(&output.stdout).context("vhost-perf printed no JSON")
+    serde_json::from_slice(&output.stdout).with_context(|| format!("{name} printed no JSON"))
 }
 
 #[cfg(test)]

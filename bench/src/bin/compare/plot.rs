@@ -26,7 +26,7 @@ const RATIO_LINE: u32 = 24;
 const INK: RGBColor = RGBColor(31, 41, 55);
 const PALE: RGBColor = RGBColor(107, 114, 128);
 const GRID: RGBColor = RGBColor(229, 231, 235);
-/// Of the servers in their order.
+/// Of the contenders in their order.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(37, 99, 235),
     RGBColor(234, 88, 12),
@@ -46,7 +46,7 @@ pub(crate) fn svg(findings: &Findings) -> Result<String> {
     let disks: Vec<Vec<&Measured>> =
         DiskKind::ALL.iter().map(|&disk| over_depth(findings, disk)).collect();
     let disks: Vec<_> = disks.into_iter().filter(|cells| !cells.is_empty()).collect();
-    let ratios = if findings.servers.len() > 1 {
+    let ratios = if findings.contenders().len() > 1 {
         RATIO_FRAME + RATIO_LINE * findings.cells.len() as u32
     } else {
         0
@@ -106,10 +106,10 @@ fn colour(server: usize) -> RGBColor {
 fn header(area: &Area<'_>, findings: &Findings) -> Result<()> {
     area.draw(&Text::new("vhost-user-blk servers compared", (24, 16), font(22, INK)))?;
     let mut x = 26;
-    for (server, spec) in findings.servers.iter().enumerate() {
-        area.draw(&Circle::new((x, 58), 6, colour(server).filled()))?;
-        area.draw(&Text::new(spec.name.clone(), (x + 12, 50), font(16, INK)))?;
-        x += 44 + 9 * spec.name.chars().count() as i32;
+    for (index, name) in findings.contenders().into_iter().enumerate() {
+        area.draw(&Circle::new((x, 58), 6, colour(index).filled()))?;
+        area.draw(&Text::new(name.to_owned(), (x + 12, 50), font(16, INK)))?;
+        x += 44 + 9 * name.chars().count() as i32;
     }
     let trips = findings.cells.iter().flat_map(|m| &m.alternations).map(|a| a.round_trip_ns);
     let trip = Spread::of(trips).map_or(0.0, |spread| spread.median);
@@ -151,7 +151,7 @@ fn panel(
     figure: fn(&Figures) -> f64,
 ) -> Result<()> {
     let spread = |cell: &Measured, server: usize| cell.of(server, figure);
-    let servers = 0..findings.servers.len();
+    let servers = 0..findings.contenders().len();
     let all = cells.iter().flat_map(|cell| servers.clone().filter_map(|s| spread(cell, s)));
     let Cell { disk, rw, bs, queues, .. } = cells[0].cell;
     let queues_word = if queues == 1 { "queue" } else { "queues" };
@@ -212,7 +212,7 @@ where
 
 /// For each cell, the first server's throughput divided by each other's.
 fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
-    let others = 1..findings.servers.len();
+    let others = 1..findings.contenders().len();
     let ratio =
         |cell: &Measured, other: usize| cell.ratio(0, other, |figures: &Figures| figures.iops);
     let all = findings.cells.iter().flat_map(|c| others.clone().filter_map(|o| ratio(c, o)));

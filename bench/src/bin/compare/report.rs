@@ -37,7 +37,7 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         writeln!(text, "{}", cells(findings))?;
     }
     for (title, table) in [
-        ("CPU per I/O of the file disk", costs(findings)),
+        ("What an I/O of a file or device costs", costs(findings)),
         ("Beside idle controllers", neighbours(findings)),
         ("Idle", idle(findings)),
         ("Failed", findings.failures.table()),
@@ -70,11 +70,11 @@ fn conditions(cells: &[Measured]) -> String {
     )
 }
 
-/// A line for each server of each cell; the last columns compare the first server with it.
+/// A line for each contender of each cell; the last columns compare the first server with it.
 fn cells(findings: &Findings) -> Table {
-    let Some(first) = findings.servers.first() else { return Table::new(&["cell"]) };
-    let [p50_ratio, iops_ratio] =
-        ["p50", "IOPS"].map(|figure| format!("{figure}: {} ÷ it", first.name));
+    let contenders = findings.contenders();
+    let Some(first) = contenders.first() else { return Table::new(&["cell"]) };
+    let [p50_ratio, iops_ratio] = ["p50", "IOPS"].map(|figure| format!("{figure}: {first} ÷ it"));
     let mut table = Table::new(&[
         "cell",
         "server",
@@ -86,21 +86,24 @@ fn cells(findings: &Findings) -> Table {
         &iops_ratio,
     ]);
     for measured in &findings.cells {
-        for (server, spec) in findings.servers.iter().enumerate() {
+        for (index, name) in contenders.iter().enumerate() {
+            if index >= findings.servers.len() && !measured.cell.disk.is_stored() {
+                continue;
+            }
             let median = |spread: Option<Spread>, show: fn(f64) -> String| {
                 spread.map_or_else(|| "-".into(), |spread| show(spread.median))
             };
             let mut row = vec![
                 measured.cell.to_string(),
-                spec.name.clone(),
-                median(measured.of(server, |f| f.p50_ns), time),
-                median(measured.trips(server), digits),
-                median(measured.of(server, |f| f.p999_ns), time),
-                median(measured.of(server, |f| f.iops), count),
+                (*name).to_owned(),
+                median(measured.of(index, |f| f.p50_ns), time),
+                median(measured.trips(index), digits),
+                median(measured.of(index, |f| f.p999_ns), time),
+                median(measured.of(index, |f| f.iops), count),
             ];
-            if server > 0 {
-                row.push(ratio(measured.ratio(0, server, |f| f.p50_ns)));
-                row.push(ratio(measured.ratio(0, server, |f| f.iops)));
+            if index > 0 {
+                row.push(ratio(measured.ratio(0, index, |f| f.p50_ns)));
+                row.push(ratio(measured.ratio(0, index, |f| f.iops)));
             }
             table.row(row);
         }
@@ -111,33 +114,37 @@ fn cells(findings: &Findings) -> Table {
 /// Something that an I/O costs: its heading, and how a sample tells it.
 type Cost = (&'static str, fn(&Sample) -> Option<f64>);
 
-const COSTS: [Cost; 4] = [
+const COSTS: [Cost; 5] = [
     ("CPU ns", |sample| Some(sample.cpu?.as_nanos() as f64)),
     ("busy ns", |sample| Some(sample.busy?.as_nanos() as f64)),
-    ("instructions", |sample| Some(sample.counts?.instructions)),
-    ("cycles", |sample| Some(sample.counts?.cycles)),
+    ("other threads' CPU ns", |sample| Some(sample.others?.as_nanos() as f64)),
+    ("instructions", |sample| sample.counts.as_ref()?.first().copied()),
+    ("cycles", |sample| sample.counts.as_ref()?.get(1).copied()),
 ];
 
-/// What an I/O of the file disk costs each server's polling thread.
+/// What an I/O of a file or device costs each server's polling thread, and its other threads.
 fn costs(findings: &Findings) -> Table {
-    let Some(first) = findings.servers.first() else { return Table::new(&["cell"]) };
-    let busy_ratio = format!("busy: {} ÷ it", first.name);
+    let contenders = findings.contenders();
+    let Some(first) = contenders.first() else { return Table::new(&["cell"]) };
+    let busy_ratio = format!("busy: {first} ÷ it");
     let mut headings = vec!["cell", "server"];
     headings.extend(COSTS.iter().map(|(name, _)| *name));
-    headings.push(&busy_ratio);
+    headings.extend(["system calls", &busy_ratio]);
     let mut table = Table::new(&headings);
     for measured in &findings.cells {
-        for (server, spec) in findings.servers.iter().enumerate() {
-            let each = |cost: fn(&Sample) -> Option<f64>| measured.cost(server, cost);
+        for (index, name) in contenders.iter().enumerate() {
+            let each = |cost: fn(&Sample) -> Option<f64>| measured.cost(index, cost);
             let median = |(_, cost): &Cost| Some(Spread::of(each(*cost)?)?.median);
             let medians: Vec<Option<f64>> = COSTS.iter().map(median).collect();
             if medians[0].is_none() {
                 continue;
             }
-            let mut row = vec![measured.cell.to_string(), spec.name.clone()];
+            let mut row = vec![measured.cell.to_string(), (*name).to_owned()];
             row.extend(medians.into_iter().map(|m| m.map_or_else(|| "-".into(), count)));
-            if server > 0 {
-                row.push(ratio(busy_ratio_of(measured, server)));
+            let calls = measured.syscalls.get(index).copied().flatten();
+            row.push(calls.map_or_else(|| "-".into(), |calls| format!("{calls:.3}")));
+            if index > 0 {
+                row.push(ratio(busy_ratio_of(measured, index)));
             }
             table.row(row);
         }
@@ -220,8 +227,9 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         json!({
             "cpu_s": sample.cpu.map(|cpu| cpu.as_secs_f64()),
             "busy_s": sample.busy.map(|busy| busy.as_secs_f64()),
-            "instructions": sample.counts.map(|counts| counts.instructions),
-            "cycles": sample.counts.map(|counts| counts.cycles),
+            "cpu_of_others_s": sample.others.map(|cpu| cpu.as_secs_f64()),
+            "instructions": sample.counts.as_ref().map(|counts| counts[0]),
+            "cycles": sample.counts.as_ref().map(|counts| counts[1]),
             "kept_waiting": sample.kept_waiting,
             "perf": sample.figures.raw,
         })
@@ -240,6 +248,7 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
             "depth": measured.cell.depth,
             "queues": measured.cell.queues,
             "alternations": alternations.collect::<Vec<_>>(),
+            "syscalls_per_io": measured.syscalls,
         })
     };
     let neighbours = findings.neighbours.iter().map(|found| {
@@ -272,6 +281,7 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         "runtime_s": options.runtime_s(),
         "notes": findings.notes,
         "servers": servers.collect::<Vec<_>>(),
+        "contenders": findings.contenders(),
         "cells": findings.cells.iter().map(cell).collect::<Vec<_>>(),
         "idle_neighbours": neighbours.collect::<Vec<_>>(),
         "idle": modes.collect::<Vec<_>>(),
@@ -291,10 +301,9 @@ mod tests {
         let cell = |kept_waiting| {
             let figures =
                 Figures { p50_ns: 1.0, p999_ns: 1.0, iops: 1.0, completed: 1.0, raw: Value::Null };
-            let samples =
-                vec![Some(Sample { figures, cpu: None, busy: None, counts: None, kept_waiting })];
+            let samples = vec![Some(Sample { kept_waiting, ..Sample::of(figures) })];
             let alternations = vec![Alternation { round_trip_ns: 125.0, samples }];
-            Measured { cell: Cell::subset()[0], alternations }
+            Measured { cell: Cell::subset()[0], alternations, syscalls: vec![] }
         };
         let quiet = conditions(&[cell(0.002)]);
         assert!(quiet.starts_with("Round trip: 125 ns") && quiet.ends_with("% of the time."));
