@@ -36,10 +36,13 @@ struct Given {
 }
 
 fn status(path: &str) -> (String, Given) {
-    let text = fs::read_to_string(path).unwrap();
+    given(&fs::read_to_string(path).unwrap())
+}
+
+fn given(text: &str) -> (String, Given) {
     let of = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.unwrap_or_else(|| panic!("{name} in {path}")).trim()
+        line.unwrap_or_else(|| panic!("{name} in {text}")).trim()
     };
     let confined = (of("Seccomp:"), of("NoNewPrivs:")) == ("2", "1");
     let filters = confined.then(|| of("Seccomp_filters:").parse().unwrap());
@@ -50,7 +53,9 @@ fn status(path: &str) -> (String, Given) {
 /// The threads of a process by name; one of several with the same name.
 fn threads(pid: u32) -> BTreeMap<String, Given> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks.map(|task| status(task.unwrap().path().join("status").to_str().unwrap())).collect()
+    // A thread may end meanwhile: a deleted disk's do.
+    let texts = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+    texts.map(|text| given(&text)).collect()
 }
 
 /// The process that opens disks for this one.
