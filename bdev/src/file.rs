@@ -63,7 +63,7 @@ pub struct FileDisk {
     num_blocks: AtomicU64,
     storage: Storage,
     /// Taken when `self` is dropped.
-    file: Option<File>,
+    file: Option<Arc<File>>,
     /// Closes it.
     closer: Account,
     /// Keeps other processes from the file; `None` if it is read-only.
@@ -156,7 +156,8 @@ impl FileDisk {
             reset: flavour == Flavour::Aio,
             any_alignment: opened.direct.is_none(),
         };
-        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, &opened.file));
+        let file = Arc::new(opened.file);
+        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, &file));
         Ok(Arc::new(Self {
             lease: lease.transpose()?,
             filename,
@@ -170,7 +171,7 @@ impl FileDisk {
             num_blocks: AtomicU64::new(num_blocks),
             storage: opened.storage,
             closer: Account::new(account_name(&name)),
-            file: Some(opened.file),
+            file: Some(file),
             name,
             direct: opened.direct,
             topology: opened.topology,

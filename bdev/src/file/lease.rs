@@ -24,7 +24,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::mem::take;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -71,9 +71,8 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    /// Refers to the disk's own open file description; `None` when the disk is gone. It stays open
-    /// as long as the lease is held: closing it would release the owner's lock.
-    file: Option<Arc<OwnedFd>>,
+    /// The disk's; `None` when the disk is gone.
+    file: Option<Arc<File>>,
     /// Nobody asks for it, or the file has no locks.
     off: bool,
     users: usize,
@@ -159,11 +158,10 @@ impl super::FileDisk {
 
 impl FileLease {
     /// The lease of the disk `name` on `file`, which nobody holds yet.
-    pub(super) fn new(name: &str, filename: &Path, file: &File) -> Result<Self, Error> {
-        let system = |source| Error::System { what: filename.display().to_string(), source };
-        start_starter().map_err(system)?;
-        let file = file.try_clone().map_err(system)?.into();
-        let state = State { file: Some(Arc::new(file)), ..State::default() };
+    pub(super) fn new(name: &str, filename: &Path, file: &Arc<File>) -> Result<Self, Error> {
+        let what = || filename.display().to_string();
+        start_starter().map_err(|source| Error::System { what: what(), source })?;
+        let state = State { file: Some(Arc::clone(file)), ..State::default() };
         let (name, filename) = (name.to_owned(), filename.to_owned());
         let (state, news) = (Mutex::new(state), Condvar::new());
         Ok(Self(Arc::new(Inner { name, filename, state, news })))
@@ -222,10 +220,10 @@ impl Lease for FileLease {
 
 /// What the thread has to do.
 enum Task {
-    Take(Arc<OwnedFd>),
+    Take(Arc<File>),
     /// Tells those who asked that they may use the disk.
     Tell(Vec<Granted>),
-    GiveBack(Arc<OwnedFd>),
+    GiveBack(Arc<File>),
     Nothing,
 }
 
@@ -354,7 +352,7 @@ enum Locked {
 }
 
 /// Takes the lease, or says who has it.
-fn lock(file: &OwnedFd) -> io::Result<Locked> {
+fn lock(file: &File) -> io::Result<Locked> {
     let busy = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
     match fcntl(file, libc::F_OFD_SETLK, &mut byte(LEASE_BYTE, libc::F_WRLCK)) {
         Ok(()) => {
@@ -367,7 +365,7 @@ fn lock(file: &OwnedFd) -> io::Result<Locked> {
     }
 }
 
-fn holder(file: &OwnedFd) -> Holder {
+fn holder(file: &File) -> Holder {
     let mut owner = byte(OWNER_BYTE, libc::F_WRLCK);
     match fcntl(file, libc::F_GETLK, &mut owner) {
         Ok(()) if i32::from(owner.l_type) == libc::F_UNLCK => Holder::Ended,
@@ -376,7 +374,7 @@ fn holder(file: &OwnedFd) -> Holder {
     }
 }
 
-fn unlock(file: &OwnedFd) -> io::Result<()> {
+fn unlock(file: &File) -> io::Result<()> {
     let _ = fcntl(file, libc::F_SETLK, &mut byte(OWNER_BYTE, libc::F_UNLCK));
     fcntl(file, libc::F_OFD_SETLK, &mut byte(LEASE_BYTE, libc::F_UNLCK))
 }
@@ -392,7 +390,7 @@ fn byte(at: i64, kind: i32) -> libc::flock {
     }
 }
 
-fn fcntl(file: &OwnedFd, command: i32, lock: &mut libc::flock) -> io::Result<()> {
+fn fcntl(file: &File, command: i32, lock: &mut libc::flock) -> io::Result<()> {
     // SAFETY: each of the three commands reads and writes one such structure.
     let rc = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *lock) };
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -559,7 +557,7 @@ mod tests {
         let file = file();
         // Locks on such a file descriptor fail.
         let path = File::options().read(true).custom_flags(libc::O_PATH).open(file.path()).unwrap();
-        let lease = FileLease::new("p", file.path(), &path).unwrap();
+        let lease = FileLease::new("p", file.path(), &Arc::new(path)).unwrap();
         use_it(&lease);
         lease.remove_user();
         use_it(&lease);
