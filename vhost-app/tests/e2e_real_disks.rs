@@ -56,6 +56,7 @@ cases! {
     a_close_hangs,
     a_rescan_hangs,
     a_creation_hangs_in_getattr,
+    a_lock_hangs,
     a_stop_waits_for_its_own_disk_only,
     a_disk_that_hangs_is_deleted,
     more_flushes_hang_than_there_are_threads,
@@ -273,6 +274,28 @@ fn a_close_hangs(form: Form) {
     form.flavour.delete(&scene.vhost, "G");
     scene.files.wait_for_held("other", Op::Close, 1);
     scene.ends_but_for("other", Op::Close);
+}
+
+/// The server that has the locks does not answer. Whoever does not ask it goes on.
+fn a_lock_hangs(form: Form) {
+    let Some(mut scene) = Scene::new(form) else { return };
+    scene.files.hold("disk", Op::Lock);
+    let vhost = &scene.vhost;
+    let params = json!({"ctrlr": "F.vhost", "dev_name": "F"});
+    vhost.ok("vhost_create_blk_controller", params);
+    let ram = bench::GuestRam::new(&[4 << 20]).unwrap();
+    let buffer = ram.alloc(BLOCK as u32, BLOCK).unwrap();
+    let connect = || bench::FrontEnd::connect(&vhost.socket("F.vhost"), ram, <_>::default());
+    let mut front_end = connect().unwrap();
+    let mut queue = front_end.start_new(1, <_>::default()).unwrap().remove(0);
+    queue.submit(&bench::Request::read(0, &[buffer])).unwrap();
+    queue.kick().unwrap();
+    scene.files.wait_for_held("disk", Op::Lock, 1);
+    scene.others_go_on();
+    assert_eq!(queue.poll().unwrap(), None);
+    assert!(scene.files.held("disk", Op::Lock) > 0);
+    scene.files.release("disk", Op::Lock);
+    assert_eq!(queue.wait().unwrap().status, bench::STATUS_OK);
 }
 
 /// GET_VRING_BASE of the disk that hangs is answered when the disk has.
