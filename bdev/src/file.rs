@@ -35,7 +35,8 @@ use workers::Workers;
 /// Which of SPDK's modules a file disk stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// `bdev_aio`: [`Engine::Aio`] where it works. Offers unmap only with `fallocate`.
+    /// `bdev_aio`: [`Engine::Aio`] for block devices and read-only files, where it works. Offers
+    /// unmap only with `fallocate`.
     Aio,
     /// `bdev_uring`: [`Engine::IoUring`] where it works. Offers flush, and unmap where it works;
     /// SPDK's offers neither.
@@ -139,14 +140,21 @@ impl FileDisk {
         let system = |what| move |source| Error::System { what, source };
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
             .map_err(system(format!("{}: cannot start a thread", filename.display())))?;
+        let closer = Account::new(account_name(&name));
+        let aio_first = flavour == Flavour::Aio && (readonly || opened.storage.is_block_device());
         let engine = match (opened.direct, engine) {
             // Reading through the page cache may wait for the disk even with RWF_NOWAIT.
             (None, _) => Engine::Threads,
-            (Some(_), Some(engine)) => channel::first_that_works(&opened, &[engine]),
-            (Some(_), None) if flavour == Flavour::Aio => {
-                channel::first_that_works(&opened, &[Engine::Aio, Engine::IoUring])
+            (Some(_), Some(engine)) => channel::first_that_works(&opened, &closer, &[engine]),
+            (Some(_), None) => {
+                let engines = if aio_first {
+                    [Engine::Aio, Engine::IoUring]
+                } else {
+                    // Linux AIO cannot write to a regular file without waiting.
+                    [Engine::IoUring, Engine::Aio]
+                };
+                channel::first_that_works(&opened, &closer, &engines)
             }
-            (Some(_), None) => channel::first_that_works(&opened, &[Engine::IoUring, Engine::Aio]),
         };
         let features = Features {
             read_only: readonly,
@@ -170,7 +178,7 @@ impl FileDisk {
             features,
             num_blocks: AtomicU64::new(num_blocks),
             storage: opened.storage,
-            closer: Account::new(account_name(&name)),
+            closer,
             file: Some(file),
             name,
             direct: opened.direct,
@@ -228,7 +236,7 @@ impl FileDisk {
     /// Whether it is a block device.
     #[must_use]
     pub fn is_block_device(&self) -> bool {
-        matches!(self.storage, Storage::BlockDevice(_))
+        self.storage.is_block_device()
     }
 
     /// Whether unmap was asked for ([`Flavour::Aio`]).

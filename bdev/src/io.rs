@@ -269,8 +269,9 @@ pub trait Channel: Send {
     fn poll(&mut self, done: &mut [Completion]) -> usize;
 
     /// The data of outstanding I/Os is not wanted any more, and their memory may have another
-    /// owner. From now on the channel itself copies nothing, and need not start what it has not
-    /// started. It still reports every I/O, with any status. Nothing is submitted after this.
+    /// owner. From now on the channel itself begins no copy, and need not start what it has not
+    /// started; what is under way, a copy of some KiB by another thread included, ends as the kernel's
+    /// transfers do. It still reports every I/O, with any status. Nothing is submitted after this.
     fn abandon(&mut self) {}
 }
 
@@ -303,6 +304,14 @@ pub trait Lease: fmt::Debug + Send + Sync {
     fn remove_user(&self);
     /// Whether I/O may start.
     fn is_held(&self) -> bool;
+}
+
+impl Storage {
+    /// Whether it is a block device.
+    #[must_use]
+    pub fn is_block_device(self) -> bool {
+        matches!(self, Self::BlockDevice(_))
+    }
 }
 
 /// What a device can do, beyond reading.

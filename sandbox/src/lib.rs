@@ -31,7 +31,8 @@
 //!   create no io_uring and use only restricted ones. With Linux AIO (`io_submit`) it can read and
 //!   write every file that the process has open, as with every disk's ring: the memory is shared.
 //! - Landlock restricts neither UDP nor connecting to Unix sockets by path.
-//! - A thread that closes fds (`vhost-close`) has the restrictions of the thread that started it.
+//! - A thread that closes fds (`vhost-close`), or does I/O for a file disk (`vhost-disk`), has the
+//!   restrictions of the thread that started it.
 //! - A call that is on no list fails with EPERM, as a library may try something new and fall back;
 //!   ending the process would take all disks down. Calls that no library tries do end it.
 //! - The lists include what EAL's start needs, since it starts threads that stay.

@@ -13,12 +13,16 @@ use harness::{Launch, Vhost};
 use real_disks::{BLOCK, DISK_BYTES, FLAVOURS, Flavour, Guest, Io};
 use serde_json::json;
 
-/// What a host forbids, and the engines of an aio disk and of a uring disk there.
-const HOSTS: [(&[i64], [&str; 2]); 4] = [
-    (&[], ["aio", "io_uring"]),
-    (&[libc::SYS_io_uring_setup], ["aio", "aio"]),
-    (&[libc::SYS_io_setup], ["io_uring", "io_uring"]),
-    (&[libc::SYS_io_uring_setup, libc::SYS_io_setup], ["threads", "threads"]),
+/// The engines of an aio disk and of a uring disk.
+type Engines = [&'static str; 2];
+
+/// What a host forbids, and the engines there: of disks in files that may be written, where Linux AIO
+/// is the second choice, and on block devices.
+const HOSTS: [(&[i64], Engines, Engines); 4] = [
+    (&[], ["io_uring", "io_uring"], ["aio", "io_uring"]),
+    (&[libc::SYS_io_uring_setup], ["aio", "aio"], ["aio", "aio"]),
+    (&[libc::SYS_io_setup], ["io_uring", "io_uring"], ["io_uring", "io_uring"]),
+    (&[libc::SYS_io_uring_setup, libc::SYS_io_setup], ["threads"; 2], ["threads"; 2]),
 ];
 
 /// Requests of all kinds, one at a time and many at once, end up in the file.
@@ -52,8 +56,9 @@ fn a_guest_uses(vhost: &Vhost, flavour: Flavour, file: &Path) {
 }
 
 /// Starts a `vhost` on each of the hosts, with the sandbox and without it.
-fn on_each_host(test: impl Fn(&Vhost, Flavour, &str)) {
-    for (forbidden, engines) in HOSTS {
+fn on_each_host(devices: bool, test: impl Fn(&Vhost, Flavour, &str)) {
+    for (forbidden, of_files, of_devices) in HOSTS {
+        let engines = if devices { of_devices } else { of_files };
         for args in [&[][..], &["--no-sandbox"]] {
             let vhost = Launch::new().args(args).forbid(forbidden).start();
             for (flavour, engine) in FLAVOURS.into_iter().zip(engines) {
@@ -68,7 +73,7 @@ fn on_each_host(test: impl Fn(&Vhost, Flavour, &str)) {
 
 #[test]
 fn a_file_is_served_by_what_the_host_allows() {
-    on_each_host(|vhost, flavour, engine| {
+    on_each_host(false, |vhost, flavour, engine| {
         let file = vhost.file("disk", DISK_BYTES);
         flavour.create(vhost, "F", file.as_ref());
         let shown = flavour.io_path(vhost, "F");
@@ -83,7 +88,7 @@ fn a_file_is_served_by_what_the_host_allows() {
 /// Reactors that sleep are woken by each of them.
 #[test]
 fn an_engine_wakes_its_reactor() {
-    for (forbidden, _) in HOSTS {
+    for (forbidden, ..) in HOSTS {
         let vhost = Launch::new().args(&["--interrupt-mode"]).forbid(forbidden).start();
         for flavour in FLAVOURS {
             let file = vhost.file("disk", DISK_BYTES);
@@ -113,7 +118,7 @@ fn loop_device(dir: &Path) -> Option<(fs::File, String)> {
 fn a_block_device_is_served_by_what_the_host_allows() {
     let dir = tempfile::tempdir().unwrap();
     let Some((_open, device)) = loop_device(dir.path()) else { return };
-    on_each_host(|vhost, flavour, engine| {
+    on_each_host(true, |vhost, flavour, engine| {
         flavour.create(vhost, "F", device.as_ref());
         let shown = flavour.io_path(vhost, "F");
         assert_eq!(shown["engine"], engine, "{shown}");
@@ -125,7 +130,7 @@ fn a_block_device_is_served_by_what_the_host_allows() {
 /// Queues go to and fro between reactors with I/O in flight.
 #[test]
 fn queues_move_under_each_engine() {
-    for (forbidden, _) in HOSTS {
+    for (forbidden, ..) in HOSTS {
         for args in [&[][..], &["--interrupt-mode"]] {
             let launch = Launch::new().mask(harness::two_cores()).args(args).forbid(forbidden);
             let vhost = launch.start();

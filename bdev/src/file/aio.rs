@@ -1,9 +1,11 @@
 //! Linux AIO, as far as a disk needs it.
 //!
 //! The kernel maps a ring into the process and puts completions there, from the interrupt on: they
-//! are read without a system call. `io_submit` with `RWF_NOWAIT` does not wait. A context belongs to
-//! the process, so a channel may change threads at any time. aio(7), io_submit(2); the ring's layout
-//! is what libaio and fio read.
+//! are read without a system call. A context belongs to the process, so a channel may change threads
+//! at any time. aio(7), io_submit(2); the ring's layout is what libaio and fio read.
+//!
+//! A write to a regular file may wait in spite of `RWF_NOWAIT`: while the file system is frozen,
+//! `io_submit` waits for the thaw (seen on Linux 6.18). Block devices have no such lock.
 #![expect(unsafe_code, reason = "system calls without a wrapper, and a ring that the kernel fills")]
 
 use std::io;
@@ -11,6 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use closer::Account;
 
 use super::engine::{Submitter, joined};
 use super::workers::Line;
@@ -133,7 +137,12 @@ impl Drop for Context {
 
 /// Reads and writes of one channel through Linux AIO.
 pub(super) struct Aio {
-    context: Context,
+    /// Taken when `self` is dropped.
+    context: Option<Context>,
+    /// Ends it.
+    closer: Account,
+    /// The file is a block device.
+    is_device: bool,
     /// By tag; does not move.
     iocbs: Box<[Iocb]>,
     /// What the kernel has not taken yet, the oldest first: addresses in `iocbs`, which only the
@@ -155,7 +164,13 @@ pub(super) struct Aio {
 unsafe impl Send for Aio {}
 
 impl Aio {
-    pub(super) fn open(fd: RawFd, depth: u16, line: &Arc<Line>) -> io::Result<Self> {
+    pub(super) fn open(
+        fd: RawFd,
+        is_device: bool,
+        closer: &Account,
+        depth: u16,
+        line: &Arc<Line>,
+    ) -> io::Result<Self> {
         let event_fd = line.wake_fd().as_raw_fd() as u32;
         let iocb = |tag: u16| Iocb {
             data: tag.into(),
@@ -165,7 +180,9 @@ impl Aio {
             ..Iocb::default()
         };
         Ok(Self {
-            context: Context::new(depth)?,
+            context: Some(Context::new(depth)?),
+            closer: closer.clone(),
+            is_device,
             iocbs: (0..depth).map(iocb).collect(),
             batch: vec![std::ptr::null_mut(); depth.into()].into_boxed_slice(),
             queued: 0,
@@ -179,12 +196,24 @@ impl Aio {
     fn ended(&mut self, tag: Tag) {
         let iocb = self.iocbs.get(usize::from(tag.0));
         if iocb.is_some_and(|iocb| iocb.flags & FLAG_RESFD == 0) {
+            debug_assert!(self.quiet > 0, "as many as were submitted");
             self.quiet -= 1;
         }
     }
 }
 
+impl Drop for Aio {
+    fn drop(&mut self) {
+        // `io_destroy` takes some 30 ms.
+        self.closer.drop_later(self.context.take());
+    }
+}
+
 impl Submitter for Aio {
+    fn nowait(&self) -> (bool, bool) {
+        (true, self.is_device)
+    }
+
     #[inline]
     unsafe fn push(&mut self, io: &Io) {
         let iocb = &mut self.iocbs[usize::from(io.tag.0)];
@@ -211,7 +240,8 @@ impl Submitter for Aio {
         if self.queued == 0 || self.refused.is_some() {
             return;
         }
-        let (id, at) = (self.context.id(), self.batch.as_mut_ptr());
+        let Some(context) = &self.context else { return };
+        let (id, at) = (context.id(), self.batch.as_mut_ptr());
         // SAFETY: addresses of iocbs of ours; what these refer to is valid until the I/O has ended,
         // by the contract of `push`.
         let rc = unsafe { libc::syscall(libc::SYS_io_submit, id, self.queued, at) };
@@ -229,7 +259,7 @@ impl Submitter for Aio {
 
     #[inline]
     fn next(&mut self) -> Option<(Tag, i32)> {
-        let (tag, result) = match self.context.next() {
+        let (tag, result) = match self.context.as_mut()?.next() {
             Some(event) => (Tag(event.data as u16), event.result as i32),
             None => self.refused.take()?,
         };

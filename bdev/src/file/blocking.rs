@@ -102,8 +102,8 @@ impl Slow {
                 let done = result_of(|| unsafe { libc::fdatasync(self.fd) } as isize);
                 complete(done, 0)
             }
-            Op::Unmap => self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE),
-            Op::WriteZeroes => self.write_zeroes(io),
+            Op::Unmap => self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE, &wanted),
+            Op::WriteZeroes => self.write_zeroes(io, &wanted),
             Op::Read | Op::Write => {
                 // SAFETY: the caller vouches for the segments.
                 if unsafe { goes_whole(io, self.direct) } {
@@ -168,10 +168,13 @@ impl Slow {
     }
 
     /// Punches holes or zeroes, by `mode`.
-    fn ranges(&self, io: &Io, mode: i32) -> Ended {
+    fn ranges(&self, io: &Io, mode: i32, wanted: &impl Fn() -> bool) -> Ended {
         let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
         let mut done = 0;
         while done < io.len {
+            if !wanted() {
+                return Ended::Failed(libc::ECANCELED);
+            }
             let len = (io.len - done).min(RANGE_MAX);
             let (at, fd) = ((io.offset + done) as i64, self.fd);
             // SAFETY: the fd is open.
@@ -188,19 +191,22 @@ impl Slow {
         Ended::Ok
     }
 
-    fn write_zeroes(&self, io: &Io) -> Ended {
-        if io.may_unmap && self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE) == Ended::Ok {
+    fn write_zeroes(&self, io: &Io, wanted: &impl Fn() -> bool) -> Ended {
+        if io.may_unmap && self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE, wanted) == Ended::Ok {
             return Ended::Ok;
         }
         // Relaxed: whoever does not see it yet finds it out by itself.
         if self.zeroes_ranges.load(Ordering::Relaxed) {
-            match self.ranges(io, libc::FALLOC_FL_ZERO_RANGE) {
+            match self.ranges(io, libc::FALLOC_FL_ZERO_RANGE, wanted) {
                 Ended::Unsupported => self.zeroes_ranges.store(false, Ordering::Relaxed),
                 ended => return ended,
             }
         }
         let mut done = 0;
         while done < io.len {
+            if !wanted() {
+                return Ended::Failed(libc::ECANCELED);
+            }
             let len = (io.len - done).min(BOUNCE as u64) as usize;
             let (at, fd) = ((io.offset + done) as i64, self.fd);
             // SAFETY: a piece of the zeroes, to a file that is open.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use closer::Account;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::aio::Aio;
@@ -23,25 +24,36 @@ use crate::io::{Bdev, Channel, Completion, Io, Op, Segment, Status, Submit, Tag,
 const DEPTH_MAX: u16 = 32768;
 
 /// Opens the I/O path for one owner: by the disk's engine, by another if the system has no room for
-/// that, and by worker threads alone in the last resort.
+/// that (as many AIO requests as `fs.aio-max-nr` allows, no memory), and by worker threads alone in
+/// the last resort.
 pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channel>> {
     if depth == 0 || depth > DEPTH_MAX {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let line = Line::new(depth)?;
-    let file = disk.file();
+    let source =
+        Source { file: disk.file(), is_device: disk.is_block_device(), closer: &disk.closer };
     let engines: &[Engine] = match disk.engine {
         Engine::Aio => &[Engine::Aio, Engine::IoUring],
         Engine::IoUring => &[Engine::IoUring, Engine::Aio],
         Engine::Threads => &[],
     };
     let opened =
-        engines.iter().find_map(|engine| AnyEngine::open(*engine, file, depth, &line).ok());
+        engines.iter().find_map(|engine| AnyEngine::open(*engine, source, depth, &line).ok());
     Ok(match opened {
         Some(AnyEngine::Aio(aio)) => Box::new(FileChannel::new(disk, aio, line, depth)),
         Some(AnyEngine::Uring(uring)) => Box::new(FileChannel::new(disk, uring, line, depth)),
         None => Box::new(FileChannel::new(disk, NoEngine, line, depth)),
     })
+}
+
+/// The file that an engine is opened on.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    file: &'a File,
+    is_device: bool,
+    /// Where what takes time is dropped.
+    closer: &'a Account,
 }
 
 enum AnyEngine {
@@ -50,9 +62,12 @@ enum AnyEngine {
 }
 
 impl AnyEngine {
-    fn open(engine: Engine, file: &File, depth: u16, line: &Arc<Line>) -> io::Result<Self> {
+    fn open(engine: Engine, source: Source<'_>, depth: u16, line: &Arc<Line>) -> io::Result<Self> {
+        let Source { file, is_device, closer } = source;
         match engine {
-            Engine::Aio => Aio::open(file.as_raw_fd(), depth, line).map(Self::Aio),
+            Engine::Aio => {
+                Aio::open(file.as_raw_fd(), is_device, closer, depth, line).map(Self::Aio)
+            }
             Engine::IoUring => Uring::open(file.as_fd(), depth).map(Self::Uring),
             Engine::Threads => Err(io::ErrorKind::Unsupported.into()),
         }
@@ -61,8 +76,8 @@ impl AnyEngine {
 
 /// The first of these engines that the system allows, if the file can be read without waiting;
 /// found out by a read of its first block.
-pub(super) fn first_that_works(file: &Opened, engines: &[Engine]) -> Engine {
-    let works = |engine: &&Engine| match probe(**engine, file) {
+pub(super) fn first_that_works(file: &Opened, closer: &Account, engines: &[Engine]) -> Engine {
+    let works = |engine: &&Engine| match probe(**engine, file, closer) {
         // It would have had to wait, or the block is bad: either is no fault of the engine.
         Ok(result) => -result != libc::EOPNOTSUPP && -result != libc::EINVAL,
         Err(_) => false,
@@ -71,9 +86,10 @@ pub(super) fn first_that_works(file: &Opened, engines: &[Engine]) -> Engine {
 }
 
 /// Reads the first block through an engine: bytes, or an errno below 0.
-fn probe(engine: Engine, file: &Opened) -> io::Result<i32> {
+fn probe(engine: Engine, file: &Opened, closer: &Account) -> io::Result<i32> {
     let line = Line::new(1)?;
-    match AnyEngine::open(engine, &file.file, 1, &line)? {
+    let source = Source { file: &file.file, is_device: file.storage.is_block_device(), closer };
+    match AnyEngine::open(engine, source, 1, &line)? {
         AnyEngine::Aio(aio) => read_first_block(aio, &line, file),
         AnyEngine::Uring(uring) => read_first_block(uring, &line, file),
     }
@@ -126,7 +142,7 @@ struct FileChannel<E> {
 impl<E: Submitter> FileChannel<E> {
     fn new(disk: Arc<FileDisk>, engine: E, line: Arc<Line>, depth: u16) -> Self {
         disk.workers.add(&line);
-        let nowait = disk.engine != Engine::Threads;
+        let (nowait_reads, nowait_writes) = engine.nowait();
         Self {
             engine,
             line,
@@ -136,8 +152,8 @@ impl<E: Submitter> FileChannel<E> {
             fast: 0,
             slow: 0,
             unannounced: 0,
-            nowait_reads: nowait,
-            nowait_writes: nowait,
+            nowait_reads,
+            nowait_writes,
         }
     }
 }
@@ -297,7 +313,7 @@ impl<E> FileChannel<E> {
         }
     }
 
-    #[cold]
+    #[inline(never)]
     fn poll_workers(&mut self, done: &mut [Completion]) -> usize {
         let mut n = 0;
         while n < done.len() {
@@ -335,5 +351,41 @@ impl<E> FileChannel<E> {
 impl<E> Drop for FileChannel<E> {
     fn drop(&mut self) {
         self.disk.workers.remove(&self.line);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::FileOptions;
+
+    /// As when another process has used up what AIO and io_uring need, after the disk was made.
+    #[test]
+    fn a_channel_that_gets_no_engine_leaves_all_to_the_workers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let disk = FileDisk::create(FileOptions {
+            name: "f".into(),
+            filename: file.path().into(),
+            block_size: Some(4096),
+            readonly: false,
+            fallocate: false,
+            uuid: None,
+            flavour: Flavour::Uring,
+            engine: None,
+        });
+        let mut channel = FileChannel::new(disk.unwrap(), NoEngine, Line::new(1).unwrap(), 1);
+        let mut memory = vec![1_u8; 2 * 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        let segments = [Segment::new(memory.as_mut_ptr().wrapping_add(start), 4096)];
+        let read = Io::rw(Op::Read, Tag(0), 0, 4096, &segments);
+        // SAFETY: the memory outlives the read.
+        assert!(matches!(unsafe { channel.submit(read) }, Submit::Queued));
+        let mut done = [Completion { tag: Tag(9), status: Status::IoError }];
+        while channel.poll(&mut done) == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(done[0], Completion { tag: Tag(0), status: Status::Ok });
+        assert!(memory[start..start + 4096].iter().all(|byte| *byte == 0));
     }
 }

@@ -34,8 +34,13 @@ impl Engine {
 /// A queue of reads and writes in the kernel, all with `RWF_NOWAIT`: what would wait comes back with
 /// `EAGAIN`, what the file system cannot do without waiting with `EOPNOTSUPP`.
 ///
-/// No method waits, locks or allocates.
+/// No method waits for I/O, locks or allocates. What the kernel makes of `RWF_NOWAIT` is up to the file
+/// system and the block layer: on ext4, for example, a write that changes the file's times takes part
+/// in a transaction of the journal.
 pub(super) trait Submitter: Send {
+    /// Whether reads, and writes, can be tried without waiting.
+    fn nowait(&self) -> (bool, bool);
+
     /// Queues a read or write of at most `UIO_MAXIOV` segments.
     ///
     /// # Safety
@@ -86,8 +91,12 @@ pub(super) fn joined(segments: &[Segment]) -> Option<Segment> {
 pub(super) struct NoEngine;
 
 impl Submitter for NoEngine {
+    fn nowait(&self) -> (bool, bool) {
+        (false, false)
+    }
+
     unsafe fn push(&mut self, _io: &Io) {
-        debug_assert!(false, "such a file has no I/O that does not wait");
+        unreachable!("there is nothing that may be tried without waiting");
     }
 
     fn kick(&mut self) {}

@@ -33,6 +33,10 @@ impl Uring {
 }
 
 impl Submitter for Uring {
+    fn nowait(&self) -> (bool, bool) {
+        (true, true)
+    }
+
     #[inline]
     unsafe fn push(&mut self, io: &Io) {
         // SAFETY: the caller vouches for the segments.

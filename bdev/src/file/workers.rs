@@ -1,14 +1,15 @@
 //! The threads of one file disk that do what may wait: they are the disk's own, so that a file that
 //! hangs holds up no other disk.
 //!
-//! Each channel has a [`Line`]: the reactor puts I/Os in and takes results out, without a lock. The
-//! workers share a lock among themselves and with the control side. While I/Os are under way, one
-//! more worker waits for the next, as long as there are fewer than [`WORKERS_MAX`].
+//! Each channel has a [`Line`]: the reactor puts I/Os in and takes results out, and waits for no
+//! worker in either. The workers share a lock among themselves and with the control side. While I/Os
+//! are under way, one more worker waits for the next, as long as the disk has fewer than
+//! [`WORKERS_MAX`] and all disks together have fewer than [`EXTRA_MAX`] beyond their first.
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -23,6 +24,13 @@ use crate::io::{Io, Tag};
 /// Worker threads of a disk, and so what it can have hanging in the kernel at a time.
 pub(super) const WORKERS_MAX: usize = 32;
 
+/// Worker threads of all disks together, beyond the first of each. A thread takes three mappings, of
+/// which a process may have 65,530 (`vm.max_map_count`); guest memory needs them more.
+const EXTRA_MAX: usize = 2048;
+
+/// How many of these there are.
+static EXTRA: AtomicUsize = AtomicUsize::new(0);
+
 /// How long a worker beyond the first waits for work before it ends.
 const IDLE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
@@ -31,7 +39,7 @@ pub(super) struct Line {
     /// I/Os to be done.
     jobs: ArrayQueue<Io>,
     /// How they ended.
-    done: ArrayQueue<(Tag, Ended)>,
+    done: Results,
     /// Signalled for each of these.
     wake: OwnedFd,
     /// What is not begun is not wanted any more.
@@ -44,7 +52,7 @@ impl Line {
         let depth = usize::from(depth).max(1);
         Ok(Arc::new(Self {
             jobs: ArrayQueue::new(depth),
-            done: ArrayQueue::new(depth),
+            done: Results::new(depth),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             abandoned: AtomicBool::new(false),
         }))
@@ -71,7 +79,64 @@ impl Line {
     /// An I/O that has ended.
     #[inline]
     pub(super) fn pop(&self) -> Option<(Tag, Ended)> {
-        self.done.pop()
+        self.done.take()
+    }
+}
+
+/// Results by tag. A queue would have its reader wait for a writer that the system has interrupted
+/// between two steps; here nobody waits.
+struct Results {
+    /// Valid where `ready` says so.
+    results: Box<[AtomicI32]>,
+    /// A bit for each tag.
+    ready: Box<[AtomicU64]>,
+}
+
+/// What [`Results`] keeps for [`Ended::Ok`] and [`Ended::Unsupported`]; errnos are from 0 on.
+const OK: i32 = -1;
+const UNSUPPORTED: i32 = -2;
+
+impl Results {
+    fn new(depth: usize) -> Self {
+        Self {
+            results: (0..depth).map(|_| AtomicI32::new(OK)).collect(),
+            ready: (0..depth.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Stores the result of an I/O, which has none there.
+    fn put(&self, tag: Tag, ended: Ended) {
+        let value = match ended {
+            Ended::Ok => OK,
+            Ended::Unsupported => UNSUPPORTED,
+            Ended::Failed(errno) => errno.max(0),
+        };
+        let tag = usize::from(tag.0);
+        self.results[tag].store(value, Ordering::Relaxed);
+        // Release: whoever sees the bit sees the result, and the data of a read.
+        let before = self.ready[tag / 64].fetch_or(1 << (tag % 64), Ordering::Release);
+        debug_assert_eq!(before >> (tag % 64) & 1, 0, "a result per I/O");
+    }
+
+    /// Takes one of the results that are there.
+    fn take(&self) -> Option<(Tag, Ended)> {
+        for (n, ready) in self.ready.iter().enumerate() {
+            let bits = ready.load(Ordering::Relaxed);
+            if bits == 0 {
+                continue;
+            }
+            let bit = bits.trailing_zeros() as usize;
+            // Acquire: as said in `put`.
+            ready.fetch_and(!(1 << bit), Ordering::Acquire);
+            let tag = n * 64 + bit;
+            let ended = match self.results[tag].load(Ordering::Relaxed) {
+                OK => Ended::Ok,
+                UNSUPPORTED => Ended::Unsupported,
+                errno => Ended::Failed(errno),
+            };
+            return Some((Tag(tag as u16), ended));
+        }
+        None
     }
 }
 
@@ -119,8 +184,7 @@ struct State {
 }
 
 impl Workers {
-    /// Starts the first worker for a file that stays open until [`Workers::end`], or longer while
-    /// an I/O is under way.
+    /// Starts the first worker for a file that stays open while a channel has I/O outstanding.
     pub(super) fn start(fd: RawFd, direct: Option<Alignment>) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
         let workers = Self(Arc::new(Shared {
@@ -129,6 +193,7 @@ impl Workers {
             ending: AtomicBool::new(false),
             state: Mutex::default(),
         }));
+        workers.0.state().count_worker();
         workers.0.add_worker()?;
         Ok(workers)
     }
@@ -175,20 +240,13 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Starts a worker that has been counted.
     fn add_worker(self: &Arc<Self>) -> io::Result<()> {
-        let mut state = self.state();
-        state.threads += 1;
-        state.idle += 1;
-        drop(state);
         let shared = Arc::clone(self);
         // Not with a small stack: libc keeps 40 MiB of stacks of ended threads, and counts what is
         // reserved and not what was used.
         let builder = thread::Builder::new().name("vhost-disk".into());
-        builder.spawn(move || shared.work()).map(drop).inspect_err(|_| {
-            let mut state = self.state();
-            state.threads -= 1;
-            state.idle -= 1;
-        })
+        builder.spawn(move || shared.work()).map(drop).inspect_err(|_| self.state().lose_worker())
     }
 
     /// What a worker does.
@@ -196,27 +254,25 @@ impl Shared {
         let mut bounce = Bounce::default();
         loop {
             let claimed = self.claim();
-            if self.ending.load(Ordering::Acquire) {
-                return;
-            }
             let mut state = self.state();
-            if !claimed {
+            if self.ending.load(Ordering::Acquire) || claimed == Claim::TimedOut && state.idle > 1 {
                 // One more than is busy stays.
-                if state.idle > 1 {
-                    state.idle -= 1;
-                    state.threads -= 1;
-                    return;
-                }
+                return state.lose_worker();
+            }
+            if claimed != Claim::Io {
                 continue;
             }
             let Some((line, io)) = state.take() else { continue };
             let begun = Instant::now();
             state.idle -= 1;
             state.begun.push(begun);
-            let alone = state.idle == 0 && state.threads < WORKERS_MAX;
+            let alone = state.idle == 0 && state.may_add_worker();
+            if alone {
+                state.count_worker();
+            }
             drop(state);
             if alone {
-                // Without another thread, what comes next waits for this one.
+                // Without another thread (no memory, say), what comes next waits for this one.
                 let _ = self.add_worker();
             }
             // SAFETY: the I/O came through a channel and is not reported before this has ended; the
@@ -229,22 +285,54 @@ impl Shared {
                 state.begun.swap_remove(at);
             }
             drop(state);
-            let pushed = line.done.push((io.tag, ended));
-            debug_assert!(pushed.is_ok(), "more I/Os than the depth");
+            line.done.put(io.tag, ended);
             let _ = rustix::io::write(&line.wake, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Waits for an announced I/O and claims it; false if none came for a while.
-    fn claim(&self) -> bool {
+    /// Waits for an announced I/O and claims it.
+    fn claim(&self) -> Claim {
         let mut fds = [PollFd::new(&self.announced, PollFlags::IN)];
-        // An error (a signal) is as good as the end of the time.
-        let came = poll(&mut fds, Some(&IDLE)).is_ok_and(|count| count > 0);
-        came && rustix::io::read(&self.announced, &mut [0; 8]).is_ok()
+        match poll(&mut fds, Some(&IDLE)) {
+            Ok(0) => Claim::TimedOut,
+            Ok(_) if rustix::io::read(&self.announced, &mut [0; 8]).is_ok() => Claim::Io,
+            // Another worker was faster, or a signal came.
+            Ok(_) | Err(_) => Claim::Nothing,
+        }
     }
 }
 
+/// What a worker's wait for an I/O has come to.
+#[derive(PartialEq, Eq)]
+enum Claim {
+    Io,
+    Nothing,
+    TimedOut,
+}
+
 impl State {
+    /// Whether the disk may have one worker more.
+    fn may_add_worker(&self) -> bool {
+        // Relaxed: a limit that several threads may exceed by a few.
+        self.threads < WORKERS_MAX && EXTRA.load(Ordering::Relaxed) < EXTRA_MAX
+    }
+
+    fn count_worker(&mut self) {
+        if self.threads > 0 {
+            EXTRA.fetch_add(1, Ordering::Relaxed);
+        }
+        self.threads += 1;
+        self.idle += 1;
+    }
+
+    fn lose_worker(&mut self) {
+        self.threads -= 1;
+        self.idle -= 1;
+        if self.threads > 0 {
+            EXTRA.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     /// The next I/O, from each channel in turn.
     fn take(&mut self) -> Option<(Arc<Line>, Io)> {
         for _ in 0..self.lines.len() {
@@ -255,5 +343,56 @@ impl State {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_come_out_once_each_with_their_tags() {
+        let results = Results::new(130);
+        let all = [(0, Ended::Ok), (63, Ended::Failed(5)), (64, Ended::Failed(0))];
+        let all = all.into_iter().chain([(129, Ended::Unsupported)]);
+        let all: Vec<_> = all.map(|(tag, ended)| (Tag(tag), ended)).collect();
+        for _ in 0..2 {
+            assert_eq!(results.take(), None);
+            all.iter().rev().for_each(|(tag, ended)| results.put(*tag, *ended));
+            let out: Vec<_> = std::iter::from_fn(|| results.take()).collect();
+            assert_eq!(out, all);
+        }
+    }
+
+    #[test]
+    fn no_result_is_lost_between_threads() {
+        const ROUNDS: u32 = 20_000;
+        let results = Results::new(4);
+        // Each thread waits for its own tag to come back before it stores the next result.
+        let free = [const { AtomicBool::new(true) }; 4];
+        thread::scope(|scope| {
+            for (tag, free) in (0..).zip(&free) {
+                let results = &results;
+                scope.spawn(move || {
+                    for _ in 0..ROUNDS {
+                        while !free.swap(false, Ordering::Acquire) {
+                            thread::yield_now();
+                        }
+                        results.put(Tag(tag), Ended::Failed(tag.into()));
+                    }
+                });
+            }
+            let mut left = ROUNDS * 4;
+            while left > 0 {
+                let Some((tag, ended)) = results.take() else {
+                    thread::yield_now();
+                    continue;
+                };
+                assert_eq!(ended, Ended::Failed(tag.0.into()));
+                free[usize::from(tag.0)].store(true, Ordering::Release);
+                left -= 1;
+            }
+        });
+        assert_eq!(results.take(), None);
     }
 }

@@ -61,6 +61,24 @@ fn linux_aio_signals_only_owners_that_may_sleep() {
     assert!(is_woken(&*channel));
 }
 
+/// A write to a regular file waits in `io_submit` while its file system is frozen.
+#[test]
+fn linux_aio_is_for_what_it_does_not_wait_for() {
+    let dir = TempDir::new().unwrap();
+    let options = file_options(make_file(&dir, SIZE), Flavour::Aio, 4096);
+    let engine = |readonly, engine| {
+        let options = FileOptions { readonly, engine, ..options.clone() };
+        FileDisk::create(options).unwrap().service().engine
+    };
+    for alone in [Engine::Aio, Engine::IoUring] {
+        if engine(false, Some(alone)) != alone {
+            return test_report::skipped("direct-aio", "no direct I/O without waiting on /tmp");
+        }
+    }
+    assert_eq!(engine(false, None), Engine::IoUring);
+    assert_eq!(engine(true, None), Engine::Aio);
+}
+
 #[test]
 fn what_the_kernel_does_not_take_fails_alone() {
     let dir = TempDir::new().unwrap();
