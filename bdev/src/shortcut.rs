@@ -33,6 +33,25 @@ unsafe impl Send for Shortcut {}
 pub(crate) const AT_ONCE: u64 = 1 << 20;
 
 impl Shortcut {
+    /// Whether reads are copies that it pays to prepare: see [`Shortcut::expect_read`].
+    #[inline]
+    #[must_use]
+    pub fn copies(&self) -> bool {
+        matches!(self, Self::Memory { .. })
+    }
+
+    /// Has the processor fetch the beginning of what a read of `len` bytes at `offset` will copy. Wrong
+    /// numbers cost time and do nothing else.
+    #[inline(always)]
+    pub fn expect_read(&self, offset: u64, len: u64) {
+        if let Self::Memory { base, size, .. } = *self
+            // Only ever a place in the disk: a guest has no say about the rest of memory.
+            && offset < size
+        {
+            memory::prefetch(base.wrapping_add(offset as usize), len);
+        }
+    }
+
     /// Does `io` and says so, or leaves it to the channel, failures included.
     ///
     /// # Safety

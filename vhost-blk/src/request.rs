@@ -370,6 +370,24 @@ impl Chain {
         (self.sums.readable > 0).then(|| self.segments[0].base())
     }
 
+    /// Where on the disk the request's data lies and how much it is, in bytes, if it is a read as drivers
+    /// lay them out. Only good for prefetching, as the guest may change its header before it is parsed.
+    #[inline]
+    #[must_use]
+    pub fn peek_read(&self) -> Option<(u64, u64)> {
+        let segment = self.segments[0];
+        let at: *mut AtomicU64 = segment.base().cast();
+        if self.sums.readable != 1 || segment.len() != HEADER_BYTES || !at.is_aligned() {
+            return None;
+        }
+        // SAFETY: 16 bytes of guest memory that is mapped now, aligned to their words.
+        let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
+        // SAFETY: as above.
+        let sector = u64::from_le(unsafe { &*at.wrapping_add(1) }.load(Ordering::Relaxed));
+        let len = self.sums.writable_bytes();
+        (kind == VIRTIO_BLK_T_IN).then(|| (sector.wrapping_mul(SECTOR_BYTES), len))
+    }
+
     /// Has the processor fetch the header, and the status byte's line for writing. In Linux, and
     /// most other drivers, they are one line.
     #[inline]
@@ -707,6 +725,35 @@ mod tests {
         assert_eq!((chain.bytes(), chain.written_by_read()), (48, 16));
         chain.collect(&mut near, &of([false, true, false])[..]);
         assert!(chain.sums.malformed);
+    }
+
+    #[test]
+    fn only_reads_as_drivers_lay_them_out_are_peeked_at() {
+        let memory = flat(0x2000);
+        let header = |kind: u32, sector: u64| {
+            let at = memory.slice(0, HEADER_BYTES).unwrap();
+            at.write_slice(&u64::from(kind).to_le_bytes(), 0).unwrap();
+            at.write_slice(&sector.to_le_bytes(), 8).unwrap();
+        };
+        // SAFETY: the default is of every memory.
+        let mut near = unsafe { memory.near(Nearest::default()) };
+        let data = |write| Buffer { gpa: 0x1000, len: 1024, write };
+        let status = Buffer { gpa: 0x1800, len: 1, write: true };
+        let mut peek = |gpa, header_len, writes| {
+            let header = Buffer { gpa, len: header_len, write: false };
+            let mut chain = Chain::default();
+            chain.collect(&mut near, &[header, data(writes), status][..]);
+            chain.peek_read()
+        };
+        header(VIRTIO_BLK_T_IN, 3);
+        assert_eq!(peek(0, 16, true), Some((3 * SECTOR_BYTES, 1025)));
+        assert_eq!(peek(4, 16, true), None, "at an odd address");
+        assert_eq!(peek(0, 24, true), None, "with data behind it");
+        assert_eq!(peek(0, 16, false), None, "in parts, or a write");
+        header(VIRTIO_BLK_T_FLUSH, 3);
+        assert_eq!(peek(0, 16, true), None);
+        header(VIRTIO_BLK_T_IN, u64::MAX);
+        assert!(peek(0, 16, true).is_some(), "nobody relies on it");
     }
 
     /// A buffer may cover all regions of a guest that has many small ones, and a chain may have as

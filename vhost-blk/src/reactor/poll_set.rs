@@ -224,6 +224,8 @@ impl PollSet {
     ///
     /// # Safety
     /// That of [`Queue::visit`].
+    // For the compiler to have it beside its callers, however it divides the crate.
+    #[inline]
     unsafe fn visit(
         &self,
         entry: &mut Entry,

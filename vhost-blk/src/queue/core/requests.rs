@@ -681,6 +681,10 @@ impl Core {
         events: &Events,
         tallies: &mut [Tally; 2],
     ) -> usize {
+        // A batch of one has nothing to look ahead to.
+        if batch.len() > 1 && self.device.as_ref().is_some_and(|d| d.shortcut.copies()) {
+            return self.submit_copies(at, batch, turn, events, tallies);
+        }
         let mut bytes = 0;
         for (n, &index) in batch.iter().enumerate() {
             if at.recorded && !self.record_fetched(at.ring, index) {
@@ -693,6 +697,45 @@ impl Core {
             }
         }
         batch.len()
+    }
+
+    /// As [`Core::submit_batch`], for a disk in memory: while one request is copied, the processor
+    /// fetches the beginning of what the next one copies. The first lines of a random place are what a
+    /// copy waits for.
+    #[inline(never)]
+    fn submit_copies<R: Serve>(
+        &mut self,
+        at: At<'_, R>,
+        batch: &[u16],
+        turn: &mut Turn,
+        events: &Events,
+        tallies: &mut [Tally; 2],
+    ) -> usize {
+        let mut bytes = 0;
+        for (n, &index) in batch.iter().enumerate() {
+            if at.recorded && !self.record_fetched(at.ring, index) {
+                self.break_queue(at.queue, events);
+                return n;
+            }
+            if let Some(&next) = batch.get(n + 1) {
+                self.look_ahead(next);
+            }
+            bytes += self.start(at, index, turn, tallies, false);
+            if bytes > VISIT_BYTES_MAX || !self.parked.is_empty() {
+                return n + 1;
+            }
+        }
+        batch.len()
+    }
+
+    /// Has the processor fetch what the request in slot `index` will copy.
+    #[inline(always)]
+    fn look_ahead(&self, index: u16) {
+        if let Some(device) = &self.device
+            && let Some((offset, len)) = self.slots[usize::from(index)].chain.peek_read()
+        {
+            device.shortcut.expect_read(offset, len);
+        }
     }
 
     /// Writes down that a request is in flight; `false` if the record has no room for it.
