@@ -31,8 +31,8 @@ const ATTACH_MAX: Duration = Duration::from_secs(10);
 pub(crate) enum Tracer {
     /// `perf stat` on tracepoints: some 0.1 µs a call.
     Perf { all: Counters, of_engines: Counters },
-    /// `strace -c`, which stops the thread at each call: requests wait meanwhile, so that batches are
-    /// larger and calls per I/O fewer than without it.
+    /// `strace -c`, which stops the thread at each call, for longer than an I/O takes: the sizes of
+    /// batches, and with them the calls per I/O, are not those of a run without it.
     Strace { output: PathBuf },
 }
 
@@ -61,7 +61,8 @@ impl Tracer {
         match self {
             Self::Perf { .. } => "perf stat on tracepoints, in a run of its own",
             Self::Strace { .. } => {
-                "strace -c, in a run of its own, which makes batches larger and calls fewer"
+                "strace -c, in a run of its own, which stops the thread at each call and changes \
+                 the sizes of batches"
             }
         }
     }
