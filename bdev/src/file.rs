@@ -35,10 +35,10 @@ use workers::Workers;
 /// Which of SPDK's modules a file disk stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// `bdev_aio`: [`Engine::Aio`] for block devices and read-only files, where it works. Offers
-    /// unmap only with `fallocate`.
+    /// `bdev_aio`: prefers [`Engine::Aio`] for block devices and read-only files, and
+    /// [`Engine::IoUring`] for writable regular files. Offers unmap only with `fallocate`.
     Aio,
-    /// `bdev_uring`: [`Engine::IoUring`] where it works. Offers flush, and unmap where it works;
+    /// `bdev_uring`: prefers [`Engine::IoUring`]. Offers flush, and unmap where the file can do it;
     /// SPDK's offers neither.
     Uring,
 }
@@ -139,7 +139,7 @@ impl FileDisk {
         };
         let system = |what| move |source| Error::System { what, source };
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
-            .map_err(system(format!("{}: cannot start a thread", filename.display())))?;
+            .map_err(system(format!("{}: cannot start a worker thread", filename.display())))?;
         let closer = Account::new(account_name(&name));
         let aio_first = flavour == Flavour::Aio && (readonly || opened.storage.is_block_device());
         let engine = match (opened.direct, engine) {
@@ -150,7 +150,7 @@ impl FileDisk {
                 let engines = if aio_first {
                     [Engine::Aio, Engine::IoUring]
                 } else {
-                    // Linux AIO cannot write to a regular file without waiting.
+                    // `io_submit` blocks in a write to a regular file on a frozen file system.
                     [Engine::IoUring, Engine::Aio]
                 };
                 channel::first_that_works(&opened, &closer, &engines)

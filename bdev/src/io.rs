@@ -238,14 +238,15 @@ pub trait Channel: Send {
         Shortcut::None
     }
 
-    /// One of them becomes readable, at each event anew, when there may be something for `poll`;
-    /// none where [`Channel::wait`] never answers [`Wait::Event`] with I/O outstanding. Stay the same.
+    /// The fds that signal completions, for edge-triggered polling: one of them gets a new event
+    /// whenever `poll` may have something to report. Empty if [`Channel::wait`] never answers
+    /// [`Wait::Event`] while I/O is outstanding. The fds do not change while the channel lives.
     fn wake_fds(&self) -> WakeFds<'_> {
         WakeFds::new()
     }
 
-    /// Says whether the owner may sleep, which spares a channel that it never waits for the signals.
-    /// At first it may. Not called by a reactor.
+    /// Sets whether the owner may sleep; if not, the channel may omit signals on its
+    /// [`wake_fds`](Self::wake_fds). The initial value is true. Never called on a reactor.
     fn set_wakes(&mut self, _wakes: bool) {}
 
     /// What to do until the next `poll`, for an owner that would rather sleep. Only asked while
@@ -371,7 +372,7 @@ pub trait Bdev: Send + Sync + 'static {
     /// Makes the I/O path for one owner who will have at most `depth` I/Os outstanding.
     ///
     /// # Errors
-    /// What the system said: no memory, no io_uring, …
+    /// The system's error: no memory, too many open files, …
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error>;
 
     /// Size in bytes.

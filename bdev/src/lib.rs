@@ -9,8 +9,8 @@
 //! An [`Io`] names a range of the device and [`Segment`]s of a guest's memory. Devices in memory
 //! ([`Malloc`], [`Null`]) finish it inside [`Channel::submit`], by a copy ([`memory`] is the
 //! one place that touches a guest's bytes) or by nothing at all; only a very long one they do in
-//! steps. Devices in files ([`FileDisk`]) queue it for the kernel, hand over a batch in
-//! [`Channel::kick`], and report it from [`Channel::poll`].
+//! steps. Devices in files ([`FileDisk`]) queue it for the kernel, or for worker threads if it may
+//! block, submit the batch in [`Channel::kick`], and report it from [`Channel::poll`].
 //! A channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds
 //! it to the bdev's counters ([`Stats`]), and the control side logs it.
 //! While rings use a disk in a file, a [`Lease`] keeps other processes of this program from it.

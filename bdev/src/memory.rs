@@ -114,9 +114,8 @@ const SECTOR_LINES: usize = 8;
 /// the pattern and fetches the rest ahead by itself. More would keep the copy under way waiting.
 const AHEAD_SECTORS: usize = 4;
 
-/// Has the processor fetch the beginning of the `len` bytes at `at` into the second level's cache, of
-/// which more can be under way at once than into the first. Any address will do: a prefetch never
-/// faults.
+/// Prefetches the beginning of the `len` bytes at `at` into the L2 cache, which allows more
+/// outstanding fetches than L1. Any address is allowed: a prefetch never faults.
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8, len: u64) {
     #[cfg(target_arch = "x86_64")]

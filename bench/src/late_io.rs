@@ -152,7 +152,9 @@ pub fn run(plan: &Plan, disk: &SlowDisk) -> Result<Toll> {
         })?;
         if guest.has_been_answered() {
             toll.overtaken += 1;
-            toll.note(|| "requests were answered before earlier I/O of them had ended".into());
+            toll.note(|| {
+                "requests were answered before the previous process's I/O had ended".into()
+            });
         }
         disk.release()?;
         let released = Instant::now();

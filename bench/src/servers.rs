@@ -158,9 +158,9 @@ pub enum Disk {
     Null,
     /// One in the server's memory.
     Malloc,
-    /// A file past the page cache, through Linux AIO where the server has that.
+    /// A file with `O_DIRECT`: `bdev_aio_create`, or qemu's `aio=native`.
     Aio(PathBuf),
-    /// A file past the page cache, through io_uring where the server has that.
+    /// A file with `O_DIRECT`: `bdev_uring_create` where the server has it, or qemu's `aio=io_uring`.
     Uring(PathBuf),
     /// A block device, as [`Disk::Uring`].
     Block(PathBuf),

@@ -27,7 +27,8 @@ pub(crate) fn of_process() -> Vec<Capability> {
 pub(crate) fn of_workers() -> Vec<Capability> {
     // Without it, the kernel counts the memory of io_urings against RLIMIT_MEMLOCK.
     let mut kept = vec![Capability::CAP_IPC_LOCK];
-    // 1: only with CAP_SYS_ADMIN, or in a certain group. Without io_uring there would be no disk.
+    // 1: only with CAP_SYS_ADMIN, or in a certain group. Without io_uring, worker threads do all
+    // writes to regular files, and calls to guests are writes to eventfds.
     let restricted = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     if restricted.is_ok_and(|text| text.trim() == "1") {
         kept.push(Capability::CAP_SYS_ADMIN);

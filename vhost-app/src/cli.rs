@@ -233,8 +233,8 @@ struct Args {
     /// SPDK).
     #[arg(long, value_name = "SECONDS", default_value_t = DRAIN_LIMIT_S)]
     drain_limit: u64,
-    /// Let several disks, of this and other processes, write to the same file or block device at the
-    /// same time, and do not wait for I/O of a killed vhost (not in SPDK).
+    /// Let several bdevs and processes write to the same file or block device at the same time. Also
+    /// switches off waiting for I/O of a killed vhost, which may then overwrite newer data (not in SPDK).
     #[arg(long)]
     share: bool,
     /// Do not start unless the kernel supports the whole sandbox [default: use what it supports]

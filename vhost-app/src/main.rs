@@ -247,7 +247,8 @@ async fn serve(
 fn warn_of_lock(disk: &Arc<FileDisk>) {
     let filename = disk.filename().display();
     warn!(
-        "bdev {}: locking or unlocking {filename} takes long; rings may wait for it",
+        "bdev {}: locking or unlocking {filename} takes long; check its file system or file \
+         server; rings of this bdev may wait for it",
         disk.name()
     );
 }

@@ -90,14 +90,14 @@ fn another_process_waits_until_the_rings_have_stopped() {
     let holder = format!("process {}", one.pid());
     wait_until("it waits", || waits_for(&other, "F") == holder);
     assert_eq!(lease(&other, "F"), "waiting");
-    other.wait_for_log(&format!("bdev F: waiting for {holder} to release {}", file.display()));
+    other.wait_for_log(&format!("bdev F: {} is in use by {holder}", file.display()));
     first.works();
     assert!(second.queue.poll().unwrap().is_none());
     let base = first.front_end.stop().unwrap()[0];
     second.is_answered();
     assert_eq!(lease(&other, "F"), "held");
     wait_until("it is given back", || lease(&one, "F") == "none");
-    other.wait_for_log(&format!("bdev F: {} was released after", file.display()));
+    other.wait_for_log(&format!("bdev F: {} is free after", file.display()));
     // The other way round; this time the holder is killed.
     first.front_end.start(vec![(first.queue.ring().clone(), base)]).unwrap();
     first.submit();

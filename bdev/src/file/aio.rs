@@ -1,11 +1,11 @@
 //! Linux AIO, as far as a disk needs it.
 //!
-//! The kernel maps a ring into the process and puts completions there, from the interrupt on: they
-//! are read without a system call. A context belongs to the process, so a channel may change threads
-//! at any time. aio(7), io_submit(2); the ring's layout is what libaio and fio read.
+//! The kernel maps a completion ring into the process and may fill it from interrupt context, so
+//! completions are read without a system call. A context belongs to the process: a channel may
+//! change threads at any time. aio(7), io_submit(2); the ring's layout is what libaio and fio read.
 //!
-//! A write to a regular file may wait in spite of `RWF_NOWAIT`: while the file system is frozen,
-//! `io_submit` waits for the thaw (seen on Linux 6.18). Block devices have no such lock.
+//! A write to a regular file may block in spite of `RWF_NOWAIT`: while the file system is frozen,
+//! `io_submit` waits for the thaw (observed on Linux 6.18). Writes to a block device do not.
 #![expect(unsafe_code, reason = "system calls without a wrapper, and a ring that the kernel fills")]
 
 use std::io;

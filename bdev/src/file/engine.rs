@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use crate::io::{Io, Segment, Tag};
 
-/// Which way the reads and writes of a file disk take. What may wait, every way leaves to the
-/// disk's worker threads.
+/// The kernel interface for a file disk's reads and writes. I/O that may block goes to the disk's
+/// worker threads with each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     /// Linux AIO: `io_submit`; completions are read from a ring that the kernel fills. A process
@@ -14,8 +14,8 @@ pub enum Engine {
     Aio,
     /// An io_uring. What a process has submitted may end after the process.
     IoUring,
-    /// The worker threads do everything: the file does not support `RWF_NOWAIT`, or the system
-    /// allows neither of the others.
+    /// The worker threads do all I/O: the file is not open with `O_DIRECT`, does not support
+    /// `RWF_NOWAIT`, or the system allows neither of the others.
     Threads,
 }
 

@@ -9,10 +9,10 @@
 //! start its rings. Linux AIO and threads that are inside a system call delay the end of the process
 //! itself, and with it the end of the lock.
 //!
-//! Such a lock does not tell its owner. A second byte does, with a lock of the process
-//! (`F_SETLK`), which ends with the process and before its I/O: if it is free while the lease is not,
-//! only I/O is left. The kernel releases it early if the process closes another file descriptor of
-//! the same file; then the owner cannot be told.
+//! `F_GETLK` does not report the owner of such a lock. So the process also takes a process-owned
+//! lock (`F_SETLK`) on a second byte, which is released when the process exits, before its I/O ends:
+//! if it is free while the lease is taken, only I/O is left. The kernel also releases it if the
+//! process closes any other file descriptor of the same file; then the owner is unknown.
 //!
 //! A lock call waits for the server on NFS and FUSE. So all of them are made on a thread of the disk
 //! that exists only while there is something to do, and that another thread starts: those who ask
@@ -50,7 +50,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// system call.
 const WARN_AFTER: Duration = Duration::from_millis(100);
 
-/// Ticks (seconds, in the product) after which a lock call takes long.
+/// Calls of [`FileDisk::tick_lease`](super::FileDisk::tick_lease), one a second, after which a lock
+/// call is reported as slow.
 const STUCK_TICKS: u32 = 3;
 
 /// How long to wait before a thread that could not be started is started again.
@@ -159,7 +160,7 @@ impl super::FileDisk {
 impl FileLease {
     /// The lease of the disk `name` on `file`, which nobody holds yet.
     pub(super) fn new(name: &str, filename: &Path, file: &Arc<File>) -> Result<Self, Error> {
-        let what = || filename.display().to_string();
+        let what = || format!("{}: cannot start a thread for file locks", filename.display());
         start_starter().map_err(|source| Error::System { what: what(), source })?;
         let state = State { file: Some(Arc::clone(file)), ..State::default() };
         let (name, filename) = (name.to_owned(), filename.to_owned());
@@ -279,7 +280,12 @@ impl Inner {
                     let unlocked = unlock(&file);
                     drop(file);
                     if let Err(e) = unlocked {
-                        warn!("bdev {}: cannot unlock {}: {e}", self.name, self.filename.display());
+                        warn!(
+                            "bdev {}: cannot unlock {}: {e}; other processes that use it wait until \
+                             this bdev is deleted",
+                            self.name,
+                            self.filename.display()
+                        );
                     }
                     state = self.state();
                     (state.returning, state.calling) = (false, None);
@@ -312,7 +318,7 @@ impl Inner {
         }
         let waited_s = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
         let filename = self.filename.display();
-        info!("bdev {}: {filename} was released after {waited_s:.1} s", self.name);
+        info!("bdev {}: {filename} is free after a wait of {waited_s:.1} s", self.name);
     }
 
     fn not_yet<'a>(
@@ -325,7 +331,7 @@ impl Inner {
         if waited >= WARN_AFTER && state.warned != Some(holder) {
             state.warned = Some(holder);
             let filename = self.filename.display();
-            warn!("bdev {}: waiting for {holder} to release {filename}", self.name);
+            warn!("bdev {}: {filename} is in use by {holder}; rings of this bdev wait", self.name);
         }
         if state.users == 0 || state.file.is_none() {
             return state;

@@ -34,7 +34,7 @@ static EXTRA: AtomicUsize = AtomicUsize::new(0);
 /// How long a worker beyond the first waits for work before it ends.
 const IDLE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// A channel's way to the workers and back.
+/// The submission and completion queues between a channel and the workers.
 pub(super) struct Line {
     /// I/Os to be done.
     jobs: ArrayQueue<Io>,
@@ -42,7 +42,7 @@ pub(super) struct Line {
     done: Results,
     /// Signalled for each of these.
     wake: OwnedFd,
-    /// What is not begun is not wanted any more.
+    /// I/Os that no worker has started must not be started.
     abandoned: AtomicBool,
 }
 
@@ -63,7 +63,7 @@ impl Line {
         self.wake.as_fd()
     }
 
-    /// What has not begun is not done any more.
+    /// Cancels the I/Os that no worker has started.
     pub(super) fn abandon(&self) {
         // Relaxed: a flag that stands for itself.
         self.abandoned.store(true, Ordering::Relaxed);

@@ -46,10 +46,11 @@ impl SlowDisk {
     /// Why this host has none: no rights, no loop devices, no block throttling.
     pub fn new() -> std::result::Result<Self, String> {
         let group = Group::new()?;
-        let backing = tempfile::tempdir().map_err(|e| format!("no directory: {e}"))?;
+        let backing =
+            tempfile::tempdir().map_err(|e| format!("cannot create a temporary directory: {e}"))?;
         let file = backing.path().join("disk");
         let made = File::create(&file).and_then(|file| file.set_len(BYTES));
-        made.map_err(|e| format!("no file: {e}"))?;
+        made.map_err(|e| format!("cannot create the file of the loop device: {e}"))?;
         let device = run(Command::new("losetup").args(["--find", "--show"]).arg(&file))?;
         let device = PathBuf::from(device.trim());
         let open = File::open(&device);

@@ -106,12 +106,14 @@ async fn create(app: &App, params: &Params, mut options: FileOptions, nowait: bo
     }
     let (name, file, service) = (disk.name(), disk.filename().display(), disk.service());
     let engine = match service.engine {
-        Engine::Aio => "Linux AIO",
+        Engine::Aio if disk.readonly() || disk.is_block_device() => "Linux AIO",
+        // Linux AIO blocks in writes to a regular file on a frozen file system.
+        Engine::Aio => "Linux AIO for reads, worker threads for writes",
         Engine::IoUring => "io_uring",
         Engine::Threads => "worker threads",
     };
     let cache = if service.direct { "O_DIRECT" } else { "page cache" };
-    info!("bdev {name}: opened {file} ({cache}); reads and writes use {engine}");
+    info!("bdev {name}: opened {file} ({cache}), I/O through {engine}");
     let name = disk.name().to_owned();
     reserved.complete(Disk::File(disk));
     Ok(name.into())

@@ -252,11 +252,11 @@ impl Core {
         }
     }
 
-    /// The order: adopt first, as everything else uses the view; whether the ring may be touched at
-    /// all comes before what touches it, which adoption asks by itself, so that a visit that adopts
-    /// nothing has nothing to keep across a call; complete before fetch, as it frees slots; tell the
-    /// device, then the guest, once for the batch; count before the guest is called, which is no part
-    /// of an I/O; stop last, as it wants to know what is left.
+    /// The order: adopt first, as everything else uses the view. Adoption checks by itself whether
+    /// the ring may still be accessed, which keeps the common path free of values that are live
+    /// across a call; the check for the other steps follows. Complete before fetch, as it frees
+    /// slots; tell the device, then the guest, once for the batch; count before the guest is called,
+    /// which is no part of an I/O; stop last, as it wants to know what is left.
     #[inline]
     fn serve<R: Serve>(
         &mut self,

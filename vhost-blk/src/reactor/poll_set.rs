@@ -224,7 +224,7 @@ impl PollSet {
     ///
     /// # Safety
     /// That of [`Queue::visit`].
-    // For the compiler to have it beside its callers, however it divides the crate.
+    // Lets the compiler inline it into callers in other codegen units.
     #[inline]
     unsafe fn visit(
         &self,

@@ -11,10 +11,10 @@
 //!
 //! A ring elsewhere in the same guest's memory, for another disk, does not wait.
 //!
-//! Other processes, and what they have left in flight when they ended, are kept off by the leases of
-//! the bdevs ([`Lease`]). A connection uses those of its disk from when its first ring wants to start
-//! until its last ring has stopped, and its I/O has ended. As for closed connections, the rings wait,
-//! and so does the end of a reset. A guest that cannot write to its disk uses no lease.
+//! The bdevs' leases ([`Lease`]) protect against other processes and against I/O that a process left
+//! in flight when it ended. A connection uses the leases of its disk from the first request to start
+//! a ring until its last ring has stopped and drained. While a lease is not held, rings do not start
+//! and a reset does not complete, as with closed connections. A read-only disk needs no lease.
 
 use std::sync::{Arc, Weak};
 
@@ -218,7 +218,7 @@ impl Target {
         for conn in conns {
             let mut starts = vec![];
             if inner.connections.get_mut(&conn).is_some_and(|c| std::mem::take(&mut c.waited)) {
-                // What the other process has read into the guest's memory is marked nowhere.
+                // No dirty log has recorded what the other process's reads wrote to guest memory.
                 starts = self.earlier_io_ended(&mut inner, conn, |_| true, true);
             }
             starts.extend(self.open_gates(&mut inner, conn));
@@ -237,8 +237,8 @@ impl Target {
         gated
     }
 
-    /// Tells a connection that `may_use` says so of that I/O which may have used its memory has
-    /// ended, `late` if after its own start.
+    /// Tells a connection for which `may_use` holds that earlier I/O on its guest's memory has ended.
+    /// `late`: that I/O may have written memory that no dirty log has recorded.
     fn earlier_io_ended(
         &self,
         inner: &mut Inner,

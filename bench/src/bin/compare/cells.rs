@@ -14,9 +14,9 @@ pub(crate) enum DiskKind {
     Null,
     /// In the server's memory.
     Malloc,
-    /// A file full of data, past the page cache, by Linux AIO.
+    /// A file full of data, O_DIRECT, through `bdev_aio_create` or qemu's `aio=native`.
     Aio,
-    /// Another such file, by io_uring.
+    /// Another such file, through `bdev_uring_create` or qemu's `aio=io_uring`.
     #[value(alias = "file")]
     Uring,
     /// A block device, by io_uring: a loop device over such a file, or the one of --block-device.
