@@ -222,6 +222,8 @@ impl PartialEq for Held {
 impl Eq for Held {}
 
 impl DelayChannel {
+    // Lets the compiler inline it into callers in other codegen units, as the next one.
+    #[inline]
     fn kind(&mut self, op: Op) -> Option<LatencyKind> {
         let (count, avg, p99) = match op {
             Op::Read => (&mut self.count[0], LatencyKind::AvgRead, LatencyKind::P99Read),
@@ -233,6 +235,7 @@ impl DelayChannel {
     }
 
     /// Holds a completion back. `false`: it has no latency.
+    #[inline]
     fn hold(&mut self, completion: Completion, kind: Option<LatencyKind>) -> bool {
         let Some(delay) = kind.and_then(|kind| self.disk.delay(kind)) else { return false };
         self.held.push(Reverse(Held { due: Instant::now() + delay, completion }));

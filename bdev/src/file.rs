@@ -141,20 +141,16 @@ impl FileDisk {
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
             .map_err(system(format!("{}: cannot start a worker thread", filename.display())))?;
         let closer = Account::new(account_name(&name));
-        let aio_first = flavour == Flavour::Aio && (readonly || opened.storage.is_block_device());
-        let engine = match (opened.direct, engine) {
+        let preferred = match flavour {
+            Flavour::Aio if readonly || opened.storage.is_block_device() => Engine::Aio,
+            // `io_submit` blocks in a write to a regular file on a frozen file system.
+            Flavour::Aio | Flavour::Uring => Engine::IoUring,
+        };
+        let engines = engine.as_ref().map_or(preferred.and_other(), std::slice::from_ref);
+        let engine = match opened.direct {
+            Some(_) => channel::first_that_works(&opened, &closer, engines),
             // Reading through the page cache may wait for the disk even with RWF_NOWAIT.
-            (None, _) => Engine::Threads,
-            (Some(_), Some(engine)) => channel::first_that_works(&opened, &closer, &[engine]),
-            (Some(_), None) => {
-                let engines = if aio_first {
-                    [Engine::Aio, Engine::IoUring]
-                } else {
-                    // `io_submit` blocks in a write to a regular file on a frozen file system.
-                    [Engine::IoUring, Engine::Aio]
-                };
-                channel::first_that_works(&opened, &closer, &engines)
-            }
+            None => Engine::Threads,
         };
         let features = Features {
             read_only: readonly,

@@ -111,7 +111,7 @@ impl Slow {
                     unsafe { self.transfer(io) }
                 } else {
                     // SAFETY: as above.
-                    unsafe { self.in_pieces(io, bounce, wanted) }
+                    unsafe { self.bounced(io, bounce, &wanted) }
                 }
             }
         }
@@ -132,63 +132,48 @@ impl Slow {
         complete(done, io.len)
     }
 
+    /// A read or write through the worker's own buffer.
+    ///
     /// # Safety
     /// As for `perform`.
-    unsafe fn in_pieces(&self, io: &Io, bounce: &mut Bounce, wanted: impl Fn() -> bool) -> Ended {
-        let buffer = bounce.start();
-        let mut done = 0;
-        while done < io.len {
-            if !wanted() {
-                return Ended::Failed(libc::ECANCELED);
-            }
-            let len = (io.len - done).min(BOUNCE as u64) as usize;
-            let (at, fd) = ((io.offset + done) as i64, self.fd);
+    unsafe fn bounced(&self, io: &Io, bounce: &mut Bounce, wanted: &impl Fn() -> bool) -> Ended {
+        let (buffer, fd) = (bounce.start(), self.fd);
+        in_pieces(io, BOUNCE as u64, wanted, |done, len| {
+            let (at, len) = ((io.offset + done) as i64, len as usize);
             // SAFETY: the caller vouches for the segments.
             let segments = unsafe { io.segments() };
-            let result = if io.op == Op::Read {
+            if io.op == Op::Write {
                 // SAFETY: the buffer is larger than a piece, and this thread's own.
-                result_of(|| unsafe { libc::pread(fd, buffer.cast(), len, at) })
-            } else {
-                // SAFETY: as above.
                 unsafe { memory::gather(segments, done, buffer, len, Stores::Cached) };
                 // SAFETY: as above.
-                result_of(|| unsafe { libc::pwrite(fd, buffer.cast(), len, at) })
-            };
-            match complete(result, len as u64) {
-                Ended::Ok => {}
-                other => return other,
+                let result = result_of(|| unsafe { libc::pwrite(fd, buffer.cast(), len, at) });
+                return complete(result, len as u64);
             }
-            if io.op == Op::Read && wanted() {
+            // SAFETY: as above.
+            let result = result_of(|| unsafe { libc::pread(fd, buffer.cast(), len, at) });
+            let ended = complete(result, len as u64);
+            if ended == Ended::Ok && wanted() {
                 // SAFETY: as above.
                 unsafe { memory::scatter(segments, done, buffer, len) };
             }
-            done += len as u64;
-        }
-        Ended::Ok
+            ended
+        })
     }
 
     /// Punches holes or zeroes, by `mode`.
     fn ranges(&self, io: &Io, mode: i32, wanted: &impl Fn() -> bool) -> Ended {
-        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-        let mut done = 0;
-        while done < io.len {
-            if !wanted() {
-                return Ended::Failed(libc::ECANCELED);
-            }
-            let len = (io.len - done).min(RANGE_MAX);
-            let (at, fd) = ((io.offset + done) as i64, self.fd);
+        let (fd, mode) = (self.fd, mode | libc::FALLOC_FL_KEEP_SIZE);
+        in_pieces(io, RANGE_MAX, wanted, |done, len| {
+            let at = (io.offset + done) as i64;
             // SAFETY: the fd is open.
-            let result =
-                result_of(|| unsafe { libc::fallocate(fd, mode, at, len as i64) } as isize);
-            match result {
-                Ok(_) => done += len,
+            match result_of(|| unsafe { libc::fallocate(fd, mode, at, len as i64) } as isize) {
+                Ok(_) => Ended::Ok,
                 Err(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS | libc::ENODEV) => {
-                    return Ended::Unsupported;
+                    Ended::Unsupported
                 }
-                Err(errno) => return Ended::Failed(errno),
+                Err(errno) => Ended::Failed(errno),
             }
-        }
-        Ended::Ok
+        })
     }
 
     fn write_zeroes(&self, io: &Io, wanted: &impl Fn() -> bool) -> Ended {
@@ -202,22 +187,35 @@ impl Slow {
                 ended => return ended,
             }
         }
-        let mut done = 0;
-        while done < io.len {
-            if !wanted() {
-                return Ended::Failed(libc::ECANCELED);
-            }
-            let len = (io.len - done).min(BOUNCE as u64) as usize;
-            let (at, fd) = ((io.offset + done) as i64, self.fd);
+        let (fd, zeroes) = (self.fd, ZEROES.as_ptr().cast());
+        in_pieces(io, BOUNCE as u64, wanted, |done, len| {
+            let at = (io.offset + done) as i64;
             // SAFETY: a piece of the zeroes, to a file that is open.
-            let result = result_of(|| unsafe { libc::pwrite(fd, ZEROES.as_ptr().cast(), len, at) });
-            match complete(result, len as u64) {
-                Ended::Ok => done += len as u64,
-                other => return other,
-            }
-        }
-        Ended::Ok
+            complete(result_of(|| unsafe { libc::pwrite(fd, zeroes, len as usize, at) }), len)
+        })
     }
+}
+
+/// Does an I/O in pieces of at most `most` bytes, up to the first that does not end well. `piece`
+/// gets the bytes that are done and those of the piece.
+fn in_pieces(
+    io: &Io,
+    most: u64,
+    wanted: &impl Fn() -> bool,
+    mut piece: impl FnMut(u64, u64) -> Ended,
+) -> Ended {
+    let mut done = 0;
+    while done < io.len {
+        if !wanted() {
+            return Ended::Failed(libc::ECANCELED);
+        }
+        let len = (io.len - done).min(most);
+        match piece(done, len) {
+            Ended::Ok => done += len,
+            ended => return ended,
+        }
+    }
+    Ended::Ok
 }
 
 /// The result of a system call, repeated where a signal interrupted it.

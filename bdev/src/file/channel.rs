@@ -33,13 +33,8 @@ pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channe
     let line = Line::new(depth)?;
     let source =
         Source { file: disk.file(), is_device: disk.is_block_device(), closer: &disk.closer };
-    let engines: &[Engine] = match disk.engine {
-        Engine::Aio => &[Engine::Aio, Engine::IoUring],
-        Engine::IoUring => &[Engine::IoUring, Engine::Aio],
-        Engine::Threads => &[],
-    };
-    let opened =
-        engines.iter().find_map(|engine| AnyEngine::open(*engine, source, depth, &line).ok());
+    let mut engines = disk.engine.and_other().iter();
+    let opened = engines.find_map(|engine| AnyEngine::open(*engine, source, depth, &line).ok());
     Ok(match opened {
         Some(AnyEngine::Aio(aio)) => Box::new(FileChannel::new(disk, aio, line, depth)),
         Some(AnyEngine::Uring(uring)) => Box::new(FileChannel::new(disk, uring, line, depth)),
@@ -320,15 +315,10 @@ impl<E> FileChannel<E> {
             let Some((tag, ended)) = self.line.pop() else { break };
             self.slow -= 1;
             let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
-            let status = match ended {
-                Ended::Ok => Status::Ok,
-                Ended::Failed(_) => Status::IoError,
-                Ended::Unsupported => Status::Unsupported,
-            };
-            let errno = match ended {
-                Ended::Ok => None,
-                Ended::Failed(errno) => Some(errno),
-                Ended::Unsupported => Some(libc::EOPNOTSUPP),
+            let (status, errno) = match ended {
+                Ended::Ok => (Status::Ok, None),
+                Ended::Failed(errno) => (Status::IoError, Some(errno)),
+                Ended::Unsupported => (Status::Unsupported, Some(libc::EOPNOTSUPP)),
             };
             if let (Some(io), Some(errno)) = (io, errno) {
                 self.failures.note(&io, errno);

@@ -20,6 +20,15 @@ pub enum Engine {
 }
 
 impl Engine {
+    /// Itself, and then the other one that submits to the kernel.
+    pub(super) fn and_other(self) -> &'static [Self] {
+        match self {
+            Self::Aio => &[Self::Aio, Self::IoUring],
+            Self::IoUring => &[Self::IoUring, Self::Aio],
+            Self::Threads => &[],
+        }
+    }
+
     /// As `bdev_get_bdevs` shows it.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -238,7 +238,7 @@ impl State {
             _ if self.may_use() && !self.granted.is_empty() => Task::Tell(take(&mut self.granted)),
             Some(file) if self.users > 0 && !self.may_use() => Task::Take(Arc::clone(file)),
             Some(file) if self.users == 0 && self.held => Task::GiveBack(Arc::clone(file)),
-            // With the file, the lock goes by itself.
+            // Closing the file releases the lock.
             _ => Task::Nothing,
         }
     }
