@@ -1,5 +1,6 @@
 //! A chain in a packed ring ends before descriptors that the driver has not got back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use vhost_blk::queue::QueueState;
@@ -20,14 +21,19 @@ fn overlapping() -> (Scene, Arc<Manual>) {
     scene.send(IN, 0, &[(DATA, 512)]);
     scene.visit();
     assert_eq!(disk.state().waiting(), 1);
-    for position in 3..SIZE {
+    put_unterminated(&scene, 3..SIZE);
+    (scene, disk)
+}
+
+/// Makes a chain without an end available in the descriptors at `positions`.
+fn put_unterminated(scene: &Scene, positions: Range<u16>) {
+    for position in positions {
         let at = 16 * u64::from(position);
         scene.put(at, &DATA.to_le_bytes());
         scene.put(at + 8, &16_u32.to_le_bytes());
         scene.put(at + 12, &7_u16.to_le_bytes());
         scene.put(at + 14, &(NEXT | AVAIL).to_le_bytes());
     }
-    (scene, disk)
 }
 
 fn assert_broken(scene: &mut Scene) {
@@ -70,4 +76,25 @@ fn a_chain_as_long_as_the_room_is_taken() {
     disk.state().complete_all();
     scene.settle();
     assert_eq!(scene.queue().requests(), (2, 1));
+}
+
+/// The ring breaks at the invalid chain, not at a valid one in front of it for which the visit had no
+/// room.
+#[test]
+fn what_precedes_an_invalid_chain_is_served_before_the_ring_breaks() {
+    let disk = Manual::create();
+    let mut scene = Scene::started(true, SIZE, disk.clone());
+    scene.send(IN, 0, &[(DATA, 512)]);
+    scene.send(IN, 8, &[(DATA, 512)]);
+    put_unterminated(&scene, 6..SIZE);
+    disk.state().room = Some(0);
+    scene.visit();
+    assert_eq!(scene.queue().state(), QueueState::Attached);
+    disk.state().room = None;
+    scene.settle();
+    assert_broken(&mut scene);
+    assert_eq!(disk.state().waiting(), 2);
+    disk.state().complete_all();
+    scene.settle();
+    assert_eq!(scene.answers(), [(0, OK, 513), (1, OK, 513)]);
 }

@@ -597,7 +597,8 @@ impl Core {
             self.refuse_kicks(view, view.ring.as_dyn());
         }
         self.kick_device();
-        if collected.is_err() {
+        // The chains in front of the invalid one are served first.
+        if collected.is_err() && taken == batch.len() {
             self.break_queue(queue, events);
         }
         taken > 0
