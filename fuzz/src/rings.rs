@@ -56,6 +56,8 @@ const DATA: u64 = 0x7800;
 
 /// Steps of one script.
 const STEPS_MAX: usize = 300;
+/// Views that are published after the first one.
+const VIEWS_MAX: usize = 64;
 
 /// State that is made once per process.
 struct Stage {
@@ -258,18 +260,21 @@ impl<'s> Scene<'s> {
 
     /// An operation of the control side; `false` if it stops the queue.
     fn control(&mut self, input: &mut Input<'_>) -> bool {
-        let what = input.u8();
-        match what % 8 {
-            0 => self.shown.table ^= 1,
-            1 => self.shown.log ^= true,
-            2 => self.shown.write_through ^= true,
-            3 => self.shown.disk = false,
+        let what = input.u8() % 8;
+        match what {
             4 => self.queue.stop(),
             5 => self.queue.reset(),
             _ => {}
         }
-        self.stopping |= matches!(what % 8, 4 | 5);
-        if self.retired.len() < 64 {
+        self.stopping |= matches!(what, 4 | 5);
+        if self.retired.len() < VIEWS_MAX {
+            match what {
+                0 => self.shown.table ^= 1,
+                1 => self.shown.log ^= true,
+                2 => self.shown.write_through ^= true,
+                3 => self.shown.disk = false,
+                _ => {}
+            }
             self.generation += 1;
             let (size, layout) = (self.size, self.layout);
             let view = view(self.stage, &self.disk, size, layout, self.shown, self.generation);
