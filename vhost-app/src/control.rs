@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use bdev::Bdev;
 use closer::Stuck;
+use rte_vhost::DpdkTransport;
 use sandbox::{Sandbox, Thread};
 use tempfile::TempDir;
 use tokio::net::unix::pipe;
@@ -21,7 +22,6 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
 use vhost_blk::{ControllerSpec, Core, Error, Mode, Target};
 
-use crate::dpdk::transport::DpdkTransport;
 use crate::lived;
 
 /// Interval of checks for operations that take long.

@@ -103,7 +103,7 @@ const FLAGS: &[(&str, &[&str])] = &[
     ("thread", &[]),
     ("uring", &["bdev::file"]),
     ("vbdev_delay", &["bdev::delay"]),
-    ("vhost", &["dpdk", "vhost", "vhost_blk"]),
+    ("vhost", &["dpdk", "rte_vhost", "vhost", "vhost_blk"]),
     ("vhost_blk", &["vhost_blk"]),
     ("vhost_blk_data", &["vhost_blk::request"]),
     ("vhost_ring", &["vhost_blk::queue", "vhost_blk::ring"]),

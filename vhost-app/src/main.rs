@@ -10,7 +10,6 @@ mod cli;
 mod config_file;
 mod control;
 mod core_locks;
-mod dpdk;
 mod io_errors;
 mod lived;
 mod logging;
@@ -28,6 +27,7 @@ use std::time::Duration;
 
 use bdev::{Bdev, FileDisk};
 use rpc::{Phase, Registry, Server};
+use rte_vhost::eal::{self, EalInfo, EalOptions, EalStart};
 use sandbox::{Sandbox, Thread};
 use tempfile::TempDir;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -38,7 +38,6 @@ use vhost_blk::Mode;
 use cli::Options;
 use config_file::ConfigFile;
 use control::Control;
-use dpdk::eal::{EalInfo, EalOptions, EalStart};
 use io_errors::IoErrors;
 use methods::{App, Startup};
 use prepare::Prepared;
@@ -102,7 +101,7 @@ fn start(options: &Options, prepared: Prepared, log: &logging::Log) -> Result<In
         error!("{e}");
         1
     };
-    info!("Starting {} / {} initialization...", cli::VERSION, process::dpdk_version());
+    info!("Starting {} / {} initialization...", cli::VERSION, eal::dpdk_version());
     prepared.pid_file.map_err(|e| failed(&e))?;
     if let Err(e) = prepared.pinned {
         warn!("{e}");
@@ -318,7 +317,7 @@ async fn stop(app: &App, server: Option<Server>) {
     let control = &app.control;
     if lived::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
         warn!("the transport does not stop; leaving it");
-        dpdk::transport::remove_sockets();
+        rte_vhost::transport::remove_sockets();
     }
     if let Some(server) = server {
         let _ = lived::timeout(FLUSH_LIMIT, server.shutdown()).await;

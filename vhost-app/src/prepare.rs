@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use rte_vhost::eal::housekeeping_cpus;
+use rte_vhost::transport;
 use sandbox::{Needs, Sandbox};
 use tempfile::TempDir;
 use tracing::{info, warn};
@@ -12,8 +14,6 @@ use tracing::{info, warn};
 use crate::cli::{Options, SandboxMode};
 use crate::control;
 use crate::core_locks::{self, CoreLocks};
-use crate::dpdk::eal::housekeeping_cpus;
-use crate::dpdk::transport;
 use crate::{process, reactor_cores};
 
 /// The results, which are reported once there is a log.

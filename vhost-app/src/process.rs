@@ -1,7 +1,6 @@
 //! What the process asks of the system about itself: CPUs, core dumps, signals, its end.
 #![expect(unsafe_code, reason = "affinity, limits, signals and _exit are libc calls")]
 
-use std::ffi::CStr;
 use std::io;
 
 /// The largest core dump that SPDK's applications allow.
@@ -44,14 +43,6 @@ pub(crate) fn raise(signal: i32) {
     let pid = std::process::id() as libc::pid_t;
     // SAFETY: the process's own id; what the signal does is what the caller asked for.
     unsafe { libc::kill(pid, signal) };
-}
-
-/// DPDK's name for itself, such as `DPDK 22.11.11`; callable before EAL is started.
-pub(crate) fn dpdk_version() -> String {
-    // SAFETY: returns a constant string, callable at any time.
-    let version = unsafe { spdk_sys::rte_version() };
-    // SAFETY: it is a C string that lives as long as the process.
-    unsafe { CStr::from_ptr(version) }.to_string_lossy().into_owned()
 }
 
 /// Raises the limit on open files as far as it goes: a connection takes a handful, and so does each

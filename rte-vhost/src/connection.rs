@@ -12,12 +12,12 @@ use closer::ForeignFd;
 use vhost_blk::Connection;
 use vhost_blk::protocol::HEADER_BYTES;
 
-use super::front_ends::{Accepted, shut_down};
-use super::{callbacks, interpose};
+use crate::front_ends::{Accepted, shut_down};
+use crate::{callbacks, interpose};
 
 /// A connection: the front end's socket, and the socket through which answers go to it.
 #[derive(Debug)]
-pub(super) struct DpdkConnection {
+pub(crate) struct DpdkConnection {
     vid: c_int,
     socket: Arc<ForeignFd>,
     answers: OwnedFd,
@@ -29,14 +29,14 @@ pub(super) struct DpdkConnection {
 impl DpdkConnection {
     /// Waits for the answer that the control side would otherwise send itself, or for the end of
     /// the connection, which the control side sees to when it takes too long.
-    pub(super) fn wait_for_answer(&self) -> Option<Vec<u8>> {
+    pub(crate) fn wait_for_answer(&self) -> Option<Vec<u8>> {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.answered.wait_while(answer, |answer| answer.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).take().filter(|a| !a.is_empty())
     }
 
     /// Sends a message and an fd without blocking.
-    pub(super) fn send_with_fd(&self, message: &[u8], fd: &OwnedFd) -> io::Result<()> {
+    pub(crate) fn send_with_fd(&self, message: &[u8], fd: &OwnedFd) -> io::Result<()> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         send_with_fd(self.answers.as_fd(), message, fd.as_fd(), flags)
     }
@@ -91,7 +91,7 @@ impl Drop for DpdkConnection {
 }
 
 /// Sends `bytes`, and `fd` with them.
-pub(super) fn send_with_fd(
+pub(crate) fn send_with_fd(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     fd: BorrowedFd<'_>,
@@ -126,7 +126,7 @@ pub(super) fn send_with_fd(
 }
 
 /// The connection to `path` that rte_vhost has just accepted on the calling thread.
-pub(super) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
+pub(crate) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
     let accepted = interpose::accepted().filter(|accepted| accepted.path == path);
     let Accepted { socket, answers, .. } = accepted
         .ok_or_else(|| io::Error::other("rte_vhost does not call this program's accept"))?;
@@ -134,7 +134,7 @@ pub(super) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnectio
 }
 
 /// The path that a Unix socket is bound to.
-pub(super) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
+pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     // SAFETY: all zeroes is a value of this plain C struct.
     let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     let mut len = size_of_val(&addr) as libc::socklen_t;

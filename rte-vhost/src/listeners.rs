@@ -14,11 +14,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use closer::{Account, ForeignFd};
 
-use super::front_ends::{accept4, shut_down};
+use crate::front_ends::{accept4, shut_down};
 
 /// All of them.
 #[derive(Debug, Default)]
-pub(super) struct Listeners(Mutex<HashMap<PathBuf, Listener>>);
+pub(crate) struct Listeners(Mutex<HashMap<PathBuf, Listener>>);
 
 #[derive(Debug)]
 struct Listener {
@@ -37,20 +37,20 @@ impl Listeners {
     }
 
     /// Remembers the socket that was just bound to `path`.
-    pub(super) fn add(&self, path: &Path, socket: ForeignFd, account: Account) {
+    pub(crate) fn add(&self, path: &Path, socket: ForeignFd, account: Account) {
         let listener = Listener { socket, account, file: file_id(path) };
         self.all().insert(path.to_owned(), listener);
     }
 
     /// Whether the file at `path` is the one that was made for our socket.
-    pub(super) fn owns_file(&self, path: &Path) -> bool {
+    pub(crate) fn owns_file(&self, path: &Path) -> bool {
         let file = file_id(path);
         file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)
     }
 
     /// Ends a socket that rte_vhost has closed: no new connections are possible, and those in the
     /// backlog are shut down.
-    pub(super) fn end(&self, path: &Path) {
+    pub(crate) fn end(&self, path: &Path) {
         let Some(Listener { socket, account, .. }) = self.all().remove(path) else { return };
         shut_down(&socket);
         while let Ok(waiting) = accept4(socket.as_fd()) {
@@ -60,7 +60,7 @@ impl Listeners {
     }
 
     /// Removes the files of all sockets, unless other processes have replaced them.
-    pub(super) fn remove_files(&self) {
+    pub(crate) fn remove_files(&self) {
         let paths: Vec<PathBuf> = self.all().keys().cloned().collect();
         for path in paths.iter().filter(|path| self.owns_file(path)) {
             let _ = fs::remove_file(path);

@@ -15,7 +15,6 @@
 //!
 //! This also makes the program independent of where a DPDK release stores fds in its private
 //! structures.
-//! structures.
 #![expect(unsafe_code, reason = "stands in for functions of libc")]
 
 use std::cell::{Cell, RefCell};
@@ -27,19 +26,19 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use closer::ForeignFd;
 use tokio::sync::Notify;
 
-use super::front_ends::{self, Accepted};
+use crate::front_ends::{self, Accepted};
 
 /// The fds of the message that is on its way to rte_vhost.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
+pub(crate) struct Inbox {
     fds: Mutex<Vec<ForeignFd>>,
     /// rte_vhost has begun to read the message.
-    pub(super) taken: Notify,
+    pub(crate) taken: Notify,
 }
 
 impl Inbox {
     /// Stores the fds of the message that is sent next.
-    pub(super) fn put(&self, fds: Vec<ForeignFd>) {
+    pub(crate) fn put(&self, fds: Vec<ForeignFd>) {
         *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
     }
 
@@ -65,12 +64,12 @@ thread_local! {
 }
 
 /// The connection that the calling thread has just accepted.
-pub(super) fn accepted() -> Option<Accepted> {
+pub(crate) fn accepted() -> Option<Accepted> {
     ACCEPTED.take()
 }
 
 /// Runs `f`; returns also a duplicate of the socket on which it has called `listen`.
-pub(super) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
+pub(crate) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
     KEEPS_LISTENER.set(true);
     let result = f();
     KEEPS_LISTENER.set(false);
@@ -78,17 +77,17 @@ pub(super) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>)
 }
 
 /// Drops the fds that no handler has taken.
-pub(super) fn forget_received() {
+pub(crate) fn forget_received() {
     RECEIVED.take();
 }
 
 /// The fds that came with the message that the calling thread is handling.
-pub(super) fn received() -> Vec<ForeignFd> {
+pub(crate) fn received() -> Vec<ForeignFd> {
     RECEIVED.take()
 }
 
 /// Runs `f` without letting it remove files.
-pub(super) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
     KEEPS_FILES.set(true);
     let result = f();
     KEEPS_FILES.set(false);
@@ -100,7 +99,7 @@ pub(super) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn accept(
+pub(crate) unsafe extern "C" fn accept(
     socket: c_int,
     _address: *mut libc::sockaddr,
     _len: *mut libc::socklen_t,
@@ -119,7 +118,7 @@ pub(super) unsafe extern "C" fn accept(
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn recvmsg(
+pub(crate) unsafe extern "C" fn recvmsg(
     socket: c_int,
     message: *mut libc::msghdr,
     flags: c_int,
@@ -142,7 +141,7 @@ pub(super) unsafe extern "C" fn recvmsg(
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
     // SAFETY: the caller's arguments, passed on unchanged; the caller guarantees that they are
     // valid.
     let result = unsafe { libc::syscall(libc::SYS_listen, socket, backlog) };
@@ -159,7 +158,7 @@ pub(super) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
+pub(crate) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     if KEEPS_FILES.get() {
         return 0;
     }

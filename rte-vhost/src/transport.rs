@@ -31,16 +31,16 @@ use tempfile::TempDir;
 use tracing::warn;
 use vhost_blk::{OnStart, Target, Transport, protocol};
 
-use super::callbacks::{self, DEVICE_OPS};
-use super::{interpose, log, self_test};
+use crate::callbacks::{self, DEVICE_OPS};
+use crate::{interpose, log, self_test};
 
 /// Whether the event thread uses poll() on a list that it reads anew only when it wakes, rather
 /// than epoll.
-pub(super) const POLLS: bool =
+pub(crate) const POLLS: bool =
     sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
 
 /// The name of rte_vhost's event thread in DPDK releases before 23.11.
-pub(super) const EVENT_THREAD: &str = "vhost-events";
+pub(crate) const EVENT_THREAD: &str = "vhost-events";
 
 /// The file name of the anchor, and the longest path of its directory's parent with which it fits
 /// into a socket address.
@@ -49,7 +49,7 @@ const BASE_BYTES_MAX: usize = 80;
 
 /// The transport. There is one in a process.
 #[derive(Debug)]
-pub(crate) struct DpdkTransport {
+pub struct DpdkTransport {
     /// The file of the anchor's socket, which has no name any more.
     anchor: File,
 }
@@ -60,11 +60,7 @@ impl DpdkTransport {
     ///
     /// # Errors
     /// No socket can be made in `dir`, or rte_vhost refuses it.
-    pub(crate) fn start(
-        target: &Arc<Target>,
-        dir: TempDir,
-        on_thread: OnStart,
-    ) -> io::Result<Self> {
+    pub fn start(target: &Arc<Target>, dir: TempDir, on_thread: OnStart) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
         callbacks::begin(target, &path, on_thread)?;
         register_first(&path, &Account::new("the start-up self-test"))?;
@@ -130,7 +126,7 @@ impl Transport for DpdkTransport {
 }
 
 /// Removes the files of all sockets, for a process that ends without unregistering them.
-pub(crate) fn remove_sockets() {
+pub fn remove_sockets() {
     callbacks::shared().listeners.remove_files();
 }
 
@@ -215,7 +211,7 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
 ///
 /// # Errors
 /// No base directory is usable.
-pub(crate) fn private_dir() -> io::Result<TempDir> {
+pub fn private_dir() -> io::Result<TempDir> {
     let mut bases: Vec<PathBuf> = ["RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"]
         .iter()
         .filter_map(std::env::var_os)

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use super::log;
+use crate::log;
 
 /// EAL's ordinary memory when the operator names no amount, in MiB. Pages that rte_vhost never uses
 /// cost 11 KiB of administration per MiB and nothing else.
@@ -35,21 +35,21 @@ const HUGEPAGES: &str = "/sys/kernel/mm/hugepages";
 
 /// What the operator decides about EAL.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct EalOptions {
+pub struct EalOptions {
     /// CPUs that EAL's threads keep away from.
-    pub(crate) reactor_cores: Vec<usize>,
+    pub reactor_cores: Vec<usize>,
     /// `--no-huge`: ordinary memory even where hugepages are free.
-    pub(crate) no_huge: bool,
+    pub no_huge: bool,
     /// `-s`, in MiB: the size of EAL's ordinary memory, taken as at least 64 and at most 1,024;
     /// hugepages are taken as they are needed, whatever this says.
-    pub(crate) mem_mb: Option<u64>,
+    pub mem_mb: Option<u64>,
     /// `--env-context`: further arguments for EAL, at the end of its command line.
-    pub(crate) extra_args: Vec<String>,
+    pub extra_args: Vec<String>,
 }
 
 /// What EAL's memory is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum EalMemory {
+pub enum EalMemory {
     /// Hugepages, taken when they are needed.
     Huge {
         /// Size of a page, in kB.
@@ -68,18 +68,18 @@ pub(crate) enum EalMemory {
 
 /// EAL as it was started.
 #[derive(Clone, Debug)]
-pub(crate) struct EalInfo {
+pub struct EalInfo {
     /// DPDK's name for itself, such as `DPDK 22.11.11`.
-    pub(crate) version: String,
+    pub version: String,
     /// What its memory is made of.
-    pub(crate) memory: EalMemory,
+    pub memory: EalMemory,
     /// The CPUs that its threads run on.
-    pub(crate) housekeeping: Vec<usize>,
+    pub housekeeping: Vec<usize>,
 }
 
 /// Why EAL did not start. None of them can be tried again in the same process.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum EalError {
+pub enum EalError {
     /// Another release of the library than of the headers: its structures may differ.
     #[error("built for DPDK {built}, but the library loaded is {loaded}")]
     Version {
@@ -109,14 +109,14 @@ pub(crate) enum EalError {
 
 /// EAL while it starts.
 #[derive(Debug)]
-pub(crate) struct EalStart {
+pub struct EalStart {
     thread: io::Result<JoinHandle<Result<EalInfo, EalError>>>,
 }
 
 impl EalStart {
     /// Begins to start EAL on a thread that ends when that is done, so that the caller can do
     /// something else for the tenth of a second it takes (DPDK measures the clock).
-    pub(crate) fn spawn(options: EalOptions) -> EalStart {
+    pub fn spawn(options: EalOptions) -> EalStart {
         // Taken here: a caller that pins itself later does not narrow it.
         let cpus = housekeeping_cpus(&options.reactor_cores);
         EalStart {
@@ -127,7 +127,10 @@ impl EalStart {
     }
 
     /// Waits until EAL has started or failed.
-    pub(crate) fn wait(self) -> Result<EalInfo, EalError> {
+    ///
+    /// # Errors
+    /// EAL has failed, or its thread could not be started.
+    pub fn wait(self) -> Result<EalInfo, EalError> {
         match self.thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
             Err(source) => Err(EalError::Thread { cpus: "of this process".into(), source }),
@@ -135,9 +138,20 @@ impl EalStart {
     }
 }
 
+/// DPDK's name for itself, such as `DPDK 22.11.11`; callable before EAL is started.
+pub fn dpdk_version() -> String {
+    // SAFETY: returns a constant string, callable at any time.
+    let version = unsafe { spdk_sys::rte_version() };
+    // SAFETY: it is a C string that lives as long as the process.
+    unsafe { CStr::from_ptr(version) }.to_string_lossy().into_owned()
+}
+
 /// The CPUs that the calling thread may use and no reactor does; all that it may use where none is
 /// left.
-pub(crate) fn housekeeping_cpus(reactor_cores: &[usize]) -> Result<Vec<usize>, EalError> {
+///
+/// # Errors
+/// The kernel does not tell the CPUs of the thread.
+pub fn housekeeping_cpus(reactor_cores: &[usize]) -> Result<Vec<usize>, EalError> {
     let mut set = no_cpus();
     // SAFETY: the kernel fills a set of the size it is told.
     let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0;
@@ -186,10 +200,7 @@ fn init(options: &EalOptions, cpus: Vec<usize>) -> Result<EalInfo, EalError> {
 /// The library's name for itself, if it is of the release that the headers are of. The minor number
 /// may differ: distributions update a stable release in place, and DPDK keeps its structures.
 fn version() -> Result<String, EalError> {
-    // SAFETY: a constant string of DPDK's, callable at any time.
-    let loaded = unsafe { spdk_sys::rte_version() };
-    // SAFETY: it is a C string that lives as long as the process.
-    let loaded = unsafe { CStr::from_ptr(loaded) }.to_string_lossy().into_owned();
+    let loaded = dpdk_version();
     // SAFETY: returns a constant.
     let year = unsafe { spdk_sys::rte_version_year() };
     // SAFETY: returns a constant.
@@ -351,13 +362,13 @@ fn call_init(args: Vec<String>) -> Result<(), EalError> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use std::fs;
     use std::sync::LazyLock;
 
     /// EAL on ordinary memory, started once for all tests of the program that need it.
-    pub(crate) fn eal() -> &'static EalInfo {
+    fn eal() -> &'static EalInfo {
         static EAL: LazyLock<EalInfo> = LazyLock::new(|| {
             let options = EalOptions { no_huge: true, ..EalOptions::default() };
             EalStart::spawn(options).wait().expect("EAL starts without root and hugepages")

@@ -9,7 +9,6 @@
 //!
 //! The sockets of front ends are foreign fds: they may hold unread fds, which would be closed with
 //! them.
-//! be dropped with theirs.
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
@@ -29,9 +28,9 @@ use tracing::{debug, warn};
 use vhost_blk::OnStart;
 use vhost_blk::protocol::HEADER_BYTES;
 
-use super::callbacks;
-use super::connection::{bound_path, send_with_fd};
-use super::interpose::Inbox;
+use crate::callbacks;
+use crate::connection::{bound_path, send_with_fd};
+use crate::interpose::Inbox;
 
 /// The longest payload that rte_vhost accepts.
 const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_BYTES;
@@ -42,14 +41,14 @@ const MESSAGE_FDS_MAX: usize = 8;
 
 /// A new connection, as the event thread's callback needs it.
 #[derive(Debug)]
-pub(super) struct Accepted {
+pub(crate) struct Accepted {
     /// The path of the socket that it has connected to.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The front end's socket.
-    pub(super) socket: Arc<ForeignFd>,
+    pub(crate) socket: Arc<ForeignFd>,
     /// A duplicate of rte_vhost's end of the socket pair: what is sent here goes to the front end,
     /// after what rte_vhost has sent before.
-    pub(super) answers: OwnedFd,
+    pub(crate) answers: OwnedFd,
 }
 
 /// A connection for the thread to serve.
@@ -80,7 +79,7 @@ enum Violation {
 }
 
 /// Starts the thread, which calls `on_start` first. The returned handle passes connections to it.
-pub(super) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
+pub(crate) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (sender, receiver) = unbounded_channel();
     thread::Builder::new().name("vhost-sockets".into()).spawn(move || {
@@ -92,7 +91,7 @@ pub(super) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
 
 /// A handle of the thread.
 #[derive(Debug)]
-pub(super) struct FrontEnds(UnboundedSender<Link>);
+pub(crate) struct FrontEnds(UnboundedSender<Link>);
 
 async fn serve(mut links: UnboundedReceiver<Link>) {
     while let Some(link) = links.recv().await {
@@ -102,7 +101,7 @@ async fn serve(mut links: UnboundedReceiver<Link>) {
 
 /// Accepts a connection for rte_vhost. Returns what the callback needs, the inbox with the fds of
 /// the messages, and rte_vhost's end of the socket pair. `None`: the front end was refused.
-pub(super) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, OwnedFd)> {
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, OwnedFd)> {
     let path = bound_path(listener)?;
     let account = callbacks::shared().account_of(&path);
     let socket = Arc::new(accept_or_refuse(listener, &account)?);
@@ -170,7 +169,7 @@ fn reserve() -> Option<OwnedFd> {
 }
 
 /// Accepts a connection without blocking; it is non-blocking, too.
-pub(super) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub(crate) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let (nobody, none) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: an open fd; the peer's address is not asked for.
@@ -183,7 +182,7 @@ pub(super) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Ends a connection for both sides, even if the fd stays open.
-pub(super) fn shut_down(socket: &impl AsRawFd) {
+pub(crate) fn shut_down(socket: &impl AsRawFd) {
     // SAFETY: an open fd; if it is no connected socket, nothing happens.
     unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
 }

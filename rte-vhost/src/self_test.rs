@@ -15,9 +15,9 @@ use closer::ForeignFd;
 use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::{Connection, Verdict};
 
-use super::callbacks;
-use super::connection::{DpdkConnection, send_with_fd};
-use super::transport::{EVENT_THREAD, POLLS};
+use crate::callbacks;
+use crate::connection::{DpdkConnection, send_with_fd};
+use crate::transport::{EVENT_THREAD, POLLS};
 
 /// How long an answer may take, on a machine that is busy with something else.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -27,7 +27,7 @@ const SELF_TEST_BASE: u32 = 0x5a5a;
 
 /// Sends GET_VRING_BASE, with an fd, to the anchor and expects our deferred answer, once, and
 /// the connection alive after it.
-pub(super) fn run(anchor: &Path) -> io::Result<()> {
+pub(crate) fn run(anchor: &Path) -> io::Result<()> {
     let mut client = UnixStream::connect(anchor)?;
     let message = |request: u32, payload: &[u8]| {
         let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
@@ -101,7 +101,7 @@ fn deferred_answer() -> &'static [u8; HEADER_BYTES + 8] {
 }
 
 /// The self-test's side of the event thread.
-pub(super) fn answer(request: u32, fds: &[ForeignFd], conn: &Arc<DpdkConnection>) -> Verdict {
+pub(crate) fn answer(request: u32, fds: &[ForeignFd], conn: &Arc<DpdkConnection>) -> Verdict {
     if request != protocol::request::GET_VRING_BASE {
         return Verdict::Reject;
     }

@@ -16,10 +16,10 @@ use vhost_blk::protocol::{self, HEADER_BYTES};
 use vhost_blk::transport::SharedConnection;
 use vhost_blk::{ConnId, Connection, OnStart, Target, Verdict};
 
-use super::connection::{self, DpdkConnection};
-use super::front_ends::{self, FrontEnds};
-use super::listeners::Listeners;
-use super::{interpose, self_test};
+use crate::connection::{self, DpdkConnection};
+use crate::front_ends::{self, FrontEnds};
+use crate::listeners::Listeners;
+use crate::{interpose, self_test};
 
 /// Set in a message's flags: the front end wants an acknowledgement.
 const FLAG_NEED_REPLY: u32 = 1 << 3;
@@ -27,13 +27,13 @@ const FLAG_NEED_REPLY: u32 = 1 << 3;
 /// rte_vhost's callbacks have no argument of ours, so there is one transport in the process.
 static SHARED: OnceLock<Shared> = OnceLock::new();
 
-pub(super) struct Shared {
+pub(crate) struct Shared {
     target: Arc<Target>,
     anchor: PathBuf,
     /// For the anchor's connections.
     anchor_account: Account,
-    pub(super) front_ends: FrontEnds,
-    pub(super) listeners: Listeners,
+    pub(crate) front_ends: FrontEnds,
+    pub(crate) listeners: Listeners,
     /// Connections by rte_vhost's number. Held for moments only.
     connections: Mutex<HashMap<c_int, Entry>>,
     /// Whether answers to GET_VRING_BASE can be deferred.
@@ -58,12 +58,12 @@ impl Shared {
     }
 
     /// Forgets the connections of a socket that was unregistered.
-    pub(super) fn forget(&self, path: &Path) {
+    pub(crate) fn forget(&self, path: &Path) {
         self.connections().retain(|_, entry| entry.path != path);
     }
 
     /// The account that owns the fds of front ends that connect to `path`.
-    pub(super) fn account_of(&self, path: &Path) -> Account {
+    pub(crate) fn account_of(&self, path: &Path) -> Account {
         if path == self.anchor {
             return self.anchor_account.clone();
         }
@@ -72,26 +72,26 @@ impl Shared {
         account.unwrap_or_else(|| Account::new(path.display().to_string()))
     }
 
-    pub(super) fn deferral(&self) -> bool {
+    pub(crate) fn deferral(&self) -> bool {
         self.deferral.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_deferral(&self, works: bool) {
+    pub(crate) fn set_deferral(&self, works: bool) {
         self.deferral.store(works, Ordering::Relaxed);
     }
 
-    pub(super) fn fds_arrive(&self) -> bool {
+    pub(crate) fn fds_arrive(&self) -> bool {
         self.fds_arrive.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_fds_arrive(&self, arrive: bool) {
+    pub(crate) fn set_fds_arrive(&self, arrive: bool) {
         self.fds_arrive.store(arrive, Ordering::Relaxed);
     }
 }
 
 /// Makes the callbacks call `target`. The threads that serve front ends call `on_thread` when they
 /// start.
-pub(super) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> io::Result<()> {
+pub(crate) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> io::Result<()> {
     let shared = Shared {
         target: Arc::clone(target),
         anchor: anchor.to_owned(),
@@ -108,17 +108,17 @@ pub(super) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> 
 }
 
 /// What the callbacks know.
-pub(super) fn shared() -> &'static Shared {
+pub(crate) fn shared() -> &'static Shared {
     SHARED.get().expect("callbacks and methods come after `begin`")
 }
 
 /// A table of C function pointers.
-pub(super) struct Ops<T>(pub(super) T);
+pub(crate) struct Ops<T>(pub(crate) T);
 
 // SAFETY: immutable, and its pointers are to functions.
 unsafe impl<T> Sync for Ops<T> {}
 
-pub(super) static DEVICE_OPS: Ops<sys::rte_vhost_device_ops> = Ops(sys::rte_vhost_device_ops {
+pub(crate) static DEVICE_OPS: Ops<sys::rte_vhost_device_ops> = Ops(sys::rte_vhost_device_ops {
     new_device: Some(new_device),
     destroy_device: Some(destroy_device),
     new_connection: Some(new_connection),
