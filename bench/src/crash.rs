@@ -13,10 +13,9 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use front_end::{LIMIT, RingLayout};
 use serde_json::json;
 
-use crate::LIMIT;
-use crate::perf::RingLayout;
 use crate::restarted::Server;
 use crate::servers::{Error, Result};
 use guest::Guest;

@@ -16,10 +16,9 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use front_end::{LIMIT, RingLayout};
 use serde_json::{Value, json};
 
-use crate::LIMIT;
-use crate::perf::RingLayout;
 use crate::restarted::Server;
 use crate::servers::{Error, Result};
 pub use disk::SlowDisk;

@@ -6,10 +6,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::any_queue::{AnyQueue, wait_any};
-use crate::driver::{Completion, Request, STATUS_OK};
-use crate::error::{Error, LIMIT, Result};
-use crate::guest::Segment;
+use front_end::{AnyQueue, Completion, LIMIT, Request, STATUS_OK, Segment};
+
+use crate::error::{Error, Result};
 use crate::pin::pin;
 
 /// Bytes in each request, and in each of the blocks that [`LoadOptions::blocks`] counts.
@@ -143,7 +142,7 @@ impl Load {
     /// Waits until `more` requests have come back, counted from now.
     ///
     /// # Errors
-    /// [`Error::Stalled`] if none does for [`LIMIT`], [`Error::LoadEnded`] if none will.
+    /// [`front_end::Error::Stalled`] if none does for [`LIMIT`], [`Error::LoadEnded`] if none will.
     pub fn wait_for(&self, more: u64) -> Result<()> {
         self.shared.wait_for(self.completed() + more)
     }
@@ -237,7 +236,7 @@ impl Shared {
                 return Err(Error::LoadEnded(format!("{now} requests completed, not {goal}")));
             }
             if since.elapsed() > LIMIT {
-                return Err(Error::Stalled(0));
+                return Err(front_end::Error::Stalled(0).into());
             }
             // Another waiter may have taken the mark away when it was content.
             self.watched.store(true, Ordering::Relaxed);
@@ -289,12 +288,14 @@ impl Worker {
     fn new(queues: Vec<AnyQueue>, options: LoadOptions, shared: Arc<Shared>) -> Result<Self> {
         let buffers = queues.iter().map(|queue| {
             let ram = queue.ring().ram();
-            (0..options.depth).map(|_| ram.alloc(BLOCK, u64::from(BLOCK))).collect::<Result<_>>()
+            (0..options.depth)
+                .map(|_| ram.alloc(BLOCK, u64::from(BLOCK)))
+                .collect::<front_end::Result<_>>()
         });
         let blocks = (options.blocks.end - options.blocks.start) as usize;
         let latencies = if options.latencies { options.limit.unwrap_or(0) as usize } else { 0 };
         Ok(Self {
-            buffers: buffers.collect::<Result<_>>()?,
+            buffers: buffers.collect::<front_end::Result<_>>()?,
             slots: queues.iter().map(|q| vec![None; usize::from(q.ring().size())]).collect(),
             queues,
             shared,
@@ -358,7 +359,7 @@ impl Worker {
                     std::thread::sleep(self.options.pause);
                 }
             } else if self.options.idle == Idle::Sleep {
-                wait_any(&self.queues, NAP)?;
+                AnyQueue::wait_any(&self.queues, NAP)?;
             } else {
                 spins = spins.wrapping_add(1);
                 std::hint::spin_loop();
@@ -376,8 +377,10 @@ impl Worker {
             match self.queues[queue].poll() {
                 Ok(None) => return Ok(()),
                 Ok(Some(done)) => self.finish(queue, done)?,
-                Err(error @ Error::NotHeld { .. }) => self.mismatch(|| error.to_string()),
-                Err(error) => return Err(error),
+                Err(error @ front_end::Error::NotHeld { .. }) => {
+                    self.mismatch(|| error.to_string())
+                }
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -437,7 +440,8 @@ impl Worker {
             self.busy[at] = true;
             self.submitted += 1;
         }
-        self.queues[queue].kick().map(drop)
+        self.queues[queue].kick()?;
+        Ok(())
     }
 
     fn beat(&self) -> u64 {

@@ -68,7 +68,7 @@ impl Server {
         let mut connected = Ok(());
         process.wait_until("socket", || {
             connected = connect(socket.clone());
-            !matches!(connected, Err(crate::Error::Connect { .. }))
+            !matches!(connected, Err(crate::Error::FrontEnd(front_end::Error::Connect { .. })))
         })?;
         connected.map_err(|source| Error::TakeOver { source, log: process.log() })
     }

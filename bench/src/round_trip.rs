@@ -29,7 +29,7 @@ struct Line(AtomicU64);
 /// A core that is not there, or the same one twice.
 pub fn round_trip_ns(a: usize, b: usize) -> Result<f64> {
     if a == b {
-        return Err(Error::NotOffered("a second core"));
+        return Err(Error::TooLittle("a round trip needs two cores".into()));
     }
     let line = Line(AtomicU64::new(0));
     let (ready, is_ready) = mpsc::channel();

@@ -99,6 +99,12 @@ pub enum Error {
     FrontEnd(#[from] crate::Error),
 }
 
+impl From<front_end::Error> for Error {
+    fn from(error: front_end::Error) -> Self {
+        Self::FrontEnd(error.into())
+    }
+}
+
 impl Error {
     /// For `map_err` on a system call.
     pub(crate) fn system<E: Into<std::io::Error>>(

@@ -17,8 +17,9 @@ use bdev::{
     Bdev, Channel, Completion, Features, FileDisk, FileOptions, Flavour, Io, Malloc, MallocOptions,
     Op, Stats, Status, Submit,
 };
-use bench::{GuestRam, Load, LoadOptions, Queue, QueueOptions, Request, STATUS_OK, event};
+use bench::{Load, LoadOptions};
 use closer::{Account, ForeignFd};
+use front_end::{GuestRam, Queue, QueueOptions, Request, STATUS_OK, event};
 use vhost_blk::config::Disk;
 use vhost_blk::protocol::request;
 use vhost_blk::{

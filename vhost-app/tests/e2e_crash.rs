@@ -5,7 +5,7 @@
 mod harness;
 
 use bench::crash::{self, Plan};
-use bench::perf::RingLayout;
+use front_end::RingLayout;
 
 /// A kill takes some 0.17 s, most of which is the start of the next process.
 fn killed_200_times(rings: RingLayout, args: &[&str]) {

@@ -12,8 +12,8 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bench::front_end::{DRIVER_FEATURES, RING_PACKED};
-use bench::{AnyQueue, FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Segment};
+use front_end::features::{DRIVER_FEATURES, RING_PACKED};
+use front_end::{AnyQueue, FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Segment};
 use harness::{Vhost, wait_until};
 use serde_json::json;
 

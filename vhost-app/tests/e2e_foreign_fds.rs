@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use bench::{
+use front_end::{
     Deaf, FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK,
 };
 use harness::{Launch, Vhost, wait_until};

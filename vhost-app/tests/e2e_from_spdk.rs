@@ -14,13 +14,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use bench::{
-    FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK, Segment,
-    VhostUserProtocolFeatures,
-};
 use from_spdk::life::{End, Life, SIZE};
 use from_spdk::packed::Packed;
 use from_spdk::split::Split;
+use front_end::{
+    FrontEnd, GuestRam, Options, ProtocolFeatures, QueueOptions, RawConnection, Request, STATUS_OK,
+    Segment,
+};
 use harness::{LIMIT, Vhost};
 use serde_json::json;
 
@@ -101,7 +101,7 @@ fn create(vhost: &Vhost, kind: Kind) -> Option<File> {
 fn negotiated(features: u64) -> Options {
     Options {
         features: features & !LOG_ALL,
-        protocol: VhostUserProtocolFeatures::from_bits_retain(SPDK_PROTOCOL),
+        protocol: ProtocolFeatures::from_bits_retain(SPDK_PROTOCOL),
         inflight: true,
         ..Options::default()
     }

@@ -12,8 +12,8 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bench::perf::RingLayout::{self, Packed, Split};
-use bench::{Backing, GuestRam, Segment};
+use front_end::RingLayout::{self, Packed, Split};
+use front_end::{Backing, GuestRam, Segment};
 use front_ends::{Blkio, Done, FrontEnd, Io, Messages, RustVmm, Setup, VirtioDriver};
 use harness::{Launch, Vhost, matrix, wait_until};
 use serde_json::json;

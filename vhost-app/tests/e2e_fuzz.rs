@@ -22,9 +22,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use bench::{
-    FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions, RawConnection, Request, STATUS_OK,
-};
+use bench::{Load, LoadOptions};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
 use harness::{Vhost, wait_until};
 use input::Input;
 use script::{FRONTS, Fd, Message, RAM_BYTES, RINGS, Step};

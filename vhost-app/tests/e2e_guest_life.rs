@@ -8,10 +8,10 @@ mod harness;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use disks::{
     MIB, aio, answer, controller, hold, in_flight, make_file, malloc, sessions, slow, start_behind,
 };
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use guest::{Guest, GuestOptions, RING_PACKED};
 use harness::{Launch, Vhost, wait_until};
 use serde_json::json;

@@ -9,10 +9,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use bench::ring::{Descriptor, NEXT, WRITE};
-use bench::{
-    FrontEnd, GuestRam, Load, LoadOptions, Options, Queue, QueueOptions, RawConnection, Request,
-    STATUS_OK,
+use bench::{Load, LoadOptions};
+use front_end::ring::{Descriptor, NEXT, WRITE};
+use front_end::{
+    FrontEnd, GuestRam, Options, Queue, QueueOptions, RawConnection, Request, STATUS_OK,
 };
 use harness::{Vhost, wait_until};
 use serde_json::json;
@@ -368,7 +368,7 @@ fn memory_that_is_cut_short_under_a_running_queue() {
     let scene = Scene::new();
     let (front_end, mut queue) = scene.victim();
     let ram = std::sync::Arc::clone(queue.ring().ram());
-    let buffer = bench::Segment::new(ram.boundary(0) + (1 << 20), 4096);
+    let buffer = front_end::Segment::new(ram.boundary(0) + (1 << 20), 4096);
     ram.file(1).set_len(4096).unwrap();
     // The reactor meets memory that is no longer there, in many places.
     let mappings = || {
@@ -378,7 +378,7 @@ fn memory_that_is_cut_short_under_a_running_queue() {
     let before = mappings();
     queue.submit(&Request::read(0, &[buffer])).unwrap();
     for page in (1..500).rev().step_by(16) {
-        let buffer = bench::Segment::new(ram.boundary(0) + page * 4096, 512);
+        let buffer = front_end::Segment::new(ram.boundary(0) + page * 4096, 512);
         queue.submit(&Request::read(0, &[buffer])).unwrap();
     }
     scene.neighbour.wait_for(500).unwrap();
@@ -448,7 +448,7 @@ fn a_call_fd_that_would_block() {
     let call = queue.ring().call_fd();
     // What the guest asks for: a call for each completion.
     queue.ring().set_available_flags(0);
-    make_blocking(bench::event::as_fd(&call));
+    make_blocking(front_end::event::as_fd(&call));
     let _ = call.read();
     call.write(u64::MAX - 1).unwrap();
     for _ in 0..10 {

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 
-use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, Segment};
+use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, Segment};
 use harness::Vhost;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde_json::{Value, json};

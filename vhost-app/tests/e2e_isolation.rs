@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use harness::wait_until;
 use isolation::{Form, Host, RAM_BYTES, Vm, refuses_connections};
 use serde_json::{Value, json};
@@ -295,7 +295,7 @@ fn memory_and_call_fds_change_under_load(form: Form) {
     let vhost = form.start();
     let mut a = vhost.neighbour();
     let fds = vhost.fds();
-    let more = GuestRam::with(&[2 << 20, 2 << 20], 1 << 32, bench::Backing::Pages).unwrap();
+    let more = GuestRam::with(&[2 << 20, 2 << 20], 1 << 32, front_end::Backing::Pages).unwrap();
     for round in 0..100 {
         let mut table = a.ram.table();
         table.extend(more.table().into_iter().take(round % 3));

@@ -9,10 +9,11 @@ mod locks;
 use std::fs;
 use std::path::Path;
 
-use bench::driver::STATUS_IOERR;
 use bench::late_io::{self, End, Plan, SlowDisk};
-use bench::perf::RingLayout;
-use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
+use front_end::request::STATUS_IOERR;
+use front_end::{
+    FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, RingLayout, STATUS_OK, Segment,
+};
 use harness::{Launch, Vhost, wait_until};
 use locks::LockingFiles;
 use serde_json::{Value, json};

@@ -7,9 +7,9 @@ mod harness;
 use std::sync::Arc;
 use std::thread;
 
-use bench::front_end::{DRIVER_FEATURES, RING_PACKED};
-use bench::packed::FIRST_BASE;
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request};
+use front_end::features::{DRIVER_FEATURES, RING_PACKED};
+use front_end::packed::FIRST_BASE;
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request};
 use harness::{Vhost, wait_until};
 use serde_json::json;
 

@@ -5,7 +5,8 @@ mod harness;
 
 use std::collections::BTreeMap;
 
-use bench::{FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
+use bench::{Load, LoadOptions};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use harness::{Launch, Refusal, Vhost};
 use serde_json::{Value, json};
 

@@ -283,19 +283,19 @@ fn a_lock_hangs(form: Form) {
     let vhost = &scene.vhost;
     let params = json!({"ctrlr": "F.vhost", "dev_name": "F"});
     vhost.ok("vhost_create_blk_controller", params);
-    let ram = bench::GuestRam::new(&[4 << 20]).unwrap();
+    let ram = front_end::GuestRam::new(&[4 << 20]).unwrap();
     let buffer = ram.alloc(BLOCK as u32, BLOCK).unwrap();
-    let connect = || bench::FrontEnd::connect(&vhost.socket("F.vhost"), ram, <_>::default());
+    let connect = || front_end::FrontEnd::connect(&vhost.socket("F.vhost"), ram, <_>::default());
     let mut front_end = connect().unwrap();
     let mut queue = front_end.start_new(1, <_>::default()).unwrap().remove(0);
-    queue.submit(&bench::Request::read(0, &[buffer])).unwrap();
+    queue.submit(&front_end::Request::read(0, &[buffer])).unwrap();
     queue.kick().unwrap();
     scene.files.wait_for_held("disk", Op::Lock, 1);
     scene.others_go_on();
     assert_eq!(queue.poll().unwrap(), None);
     assert!(scene.files.held("disk", Op::Lock) > 0);
     scene.files.release("disk", Op::Lock);
-    assert_eq!(queue.wait().unwrap().status, bench::STATUS_OK);
+    assert_eq!(queue.wait().unwrap().status, front_end::STATUS_OK);
 }
 
 /// GET_VRING_BASE of the disk that hangs is answered when the disk has.

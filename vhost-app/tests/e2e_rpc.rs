@@ -3,7 +3,7 @@
 
 mod harness;
 
-use bench::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
+use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
 use harness::{Launch, Refusal, Vhost, core_mask, wait_until};
 use serde_json::{Value, json};
 

@@ -6,9 +6,8 @@ mod harness;
 use std::fs;
 use std::time::Instant;
 
-use bench::{
-    AnyQueue, FrontEnd, GuestRam, Idle, Load, LoadOptions, Options, Queue, QueueOptions, Request,
-};
+use bench::{Idle, Load, LoadOptions};
+use front_end::{AnyQueue, FrontEnd, GuestRam, Options, Queue, QueueOptions, Request};
 use harness::{Vhost, wait_until};
 use serde_json::json;
 
@@ -71,7 +70,7 @@ fn switches(args: &[&str], event_idx: bool) {
             queues[0].kick().unwrap();
             let submitted = Instant::now();
             while queues[0].poll().unwrap().is_none() {
-                assert!(submitted.elapsed() < bench::LIMIT, "a kick was lost");
+                assert!(submitted.elapsed() < front_end::LIMIT, "a kick was lost");
             }
             (0..pause).for_each(|_| std::hint::spin_loop());
         }

@@ -5,7 +5,7 @@
 mod harness;
 mod slow_files;
 
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use harness::{Vhost, wait_until};
 use serde_json::json;
 use slow_files::{Kind, Op, SlowFiles};

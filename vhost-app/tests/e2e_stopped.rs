@@ -8,7 +8,7 @@ mod harness;
 use std::thread;
 use std::time::Duration;
 
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use harness::{Launch, Vhost, wait_until};
 use serde_json::json;
 

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bench::LIMIT;
 use bench::pin::pin;
 use criterion::Criterion;
+use front_end::LIMIT;
 use vhost_blk::reactor::{Events, Reactor};
 use vhost_blk::reclaim::{Garbage, Reclaim};
 use vhost_blk::{Core, Mode};

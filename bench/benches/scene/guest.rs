@@ -4,8 +4,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use bdev::Bdev;
-use bench::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
 use closer::ForeignFd;
+use front_end::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
 use qsbr::Domain;
 use vhost_blk::config::Disk;
 use vhost_blk::inflight::Area;
@@ -46,12 +46,12 @@ impl Form {
 
     /// The position that a new ring begins at.
     pub(crate) fn base(self) -> u16 {
-        if self.packed { bench::packed::FIRST_BASE } else { 0 }
+        if self.packed { front_end::packed::FIRST_BASE } else { 0 }
     }
 }
 
 enum Side {
-    Split(bench::Queue),
+    Split(front_end::Queue),
     Packed(PackedQueue),
 }
 
@@ -69,7 +69,7 @@ impl Driver {
         let side = if packed {
             Side::Packed(PackedQueue::new(ram, index, options, false).unwrap())
         } else {
-            Side::Split(bench::Queue::new(ram, index, options, false).unwrap())
+            Side::Split(front_end::Queue::new(ram, index, options, false).unwrap())
         };
         let buffer = |bytes| ram.alloc(bytes, 4096).unwrap();
         Self { side, whole: [buffer(4096)], halves: [buffer(2048), buffer(2048)] }

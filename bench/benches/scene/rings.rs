@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::sync::Arc;
 
-use bench::GuestRam;
+use front_end::GuestRam;
 use vhost_blk::config::Disk;
 use vhost_blk::memory::{GuestMemory, Near, Nearest};
 use vhost_blk::request::{Chain, Limits, STATUS_OK};

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::crash::{self, Plan};
-use bench::perf::RingLayout;
 use bench::publish::beside;
 use clap::Parser;
+use front_end::RingLayout;
 
 /// Kills vhost with SIGKILL at random points under load and starts it again with the same
 /// configuration, again and again. A guest that goes on meanwhile checks that each of its requests

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use bench::late_io::{self, End, Plan, SlowDisk};
-use bench::perf::RingLayout;
 use bench::publish::beside;
 use clap::Parser;
+use front_end::RingLayout;
 
 /// Ends vhost while its disk holds back I/O, starts it again with the same configuration, and lets
 /// the I/O go when the next vhost could have overtaken it, again and again. A guest that goes on

@@ -4,20 +4,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use front_end::features::{DRIVER_FEATURES, EVENT_IDX, RING_PACKED};
+use front_end::packed::FIRST_BASE;
+use front_end::prepared::{Head, Packed, Slots, Split, Virtqueue, stride};
+use front_end::request::STATUS_UNWRITTEN;
+use front_end::ring::Ring;
+use front_end::{Error, FrontEnd, GuestRam, Options, RingLayout, STATUS_OK};
+
 use super::{LIMIT, Plan, Toll};
-use crate::driver::{STATUS_OK, STATUS_UNWRITTEN};
-use crate::error::{Error, Result};
-use crate::front_end::{DRIVER_FEATURES, EVENT_IDX, FrontEnd, Options, RING_PACKED};
-use crate::guest::GuestRam;
-use crate::packed::FIRST_BASE;
-use crate::perf::packed::Packed;
-use crate::perf::plan::{Order, RingLayout};
-use crate::perf::slots::{Head, Slots};
-use crate::perf::split::{self, Split};
+use crate::error::Result;
+use crate::perf::plan::Order;
 use crate::perf::verify::Verified;
-use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::{Area, Chooser, Io, Work};
-use crate::ring::Ring;
 use crate::servers;
 
 const BLOCK_BYTES: u32 = 4096;
@@ -55,7 +53,7 @@ impl Guest {
         let queue = |index: usize| -> Result<(Arc<Ring>, Slots)> {
             let indirect = index % 2 == 1;
             let slots = Slots::new(&ram, depth, BLOCK_BYTES, SEGMENT_BYTES, indirect)?;
-            let size = (depth * split::stride(&slots)).next_power_of_two();
+            let size = (depth * stride(&slots)).next_power_of_two();
             Ok((Arc::new(Ring::new(&ram, index, size as u16)?), slots))
         };
         let queues = (0..plan.queues).map(queue).collect::<Result<_>>()?;
@@ -69,7 +67,7 @@ impl Guest {
         let options = Options { features, inflight: true, ..Options::default() };
         let mut front_end = FrontEnd::connect(&socket, self.ram.clone(), options)?;
         if packed && front_end.offered() & RING_PACKED == 0 {
-            return Err(Error::NotOffered("packed rings"));
+            return Err(Error::NotOffered("packed rings").into());
         }
         let base = if packed { FIRST_BASE } else { 0 };
         front_end.start(self.queues.iter().map(|(ring, _)| (ring.clone(), base)).collect())?;
@@ -159,7 +157,7 @@ impl<V: Virtqueue> Lanes for Crew<'_, V> {
         front_end.reconnect_at(|ring| lanes[ring.index()].queue.base())?;
         for lane in lanes {
             // As QEMU does: nobody knows which kicks the server before has seen.
-            lane.ring.kick_fd().write(1).map_err(Error::system("cannot kick"))?;
+            lane.ring.kick()?;
         }
         self.lively = Instant::now();
         Ok(())
@@ -236,7 +234,7 @@ impl<'a, V: Virtqueue> Lane<'a, V> {
             self.queue.give(&slots);
         }
         if self.queue.take_kick() {
-            self.ring.kick_fd().write(1).map_err(Error::system("cannot kick"))?;
+            self.ring.kick()?;
         }
         Ok(())
     }

@@ -3,15 +3,16 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use front_end::features::{DRIVER_FEATURES, EVENT_IDX, RING_PACKED};
+use front_end::packed::FIRST_BASE;
+use front_end::{
+    AnyQueue, Error, FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, RingLayout,
+    STATUS_OK, Segment, Tag,
+};
+
 use super::{Toll, wait_until};
-use crate::driver::{QueueOptions, Request, STATUS_OK, Tag};
-use crate::error::{Error, Result};
-use crate::front_end::{DRIVER_FEATURES, EVENT_IDX, FrontEnd, Options, RING_PACKED};
-use crate::guest::{GuestRam, Segment};
-use crate::packed::FIRST_BASE;
-use crate::perf::RingLayout;
+use crate::error::Result;
 use crate::servers;
-use crate::{AnyQueue, Queue};
 
 const BLOCK_BYTES: u32 = 4096;
 const BLOCK_SECTORS: u64 = 8;
@@ -56,13 +57,13 @@ impl Guest {
         let options = Options { features, inflight: true, ..Options::default() };
         let mut front_end = FrontEnd::connect(socket, ram.clone(), options)?;
         if packed && front_end.offered() & RING_PACKED == 0 {
-            return Err(Error::NotOffered("packed rings"));
+            return Err(Error::NotOffered("packed rings").into());
         }
         let event_idx = front_end.features() & EVENT_IDX != 0;
         let queue = AnyQueue::new(&ram, 0, QueueOptions::default(), event_idx, packed)?;
         let base = if packed { FIRST_BASE } else { 0 };
         front_end.start(vec![(queue.ring().clone(), base)])?;
-        let buffers = || -> Result<Vec<Segment>> {
+        let buffers = || -> front_end::Result<Vec<Segment>> {
             (0..BLOCKS).map(|_| ram.alloc(BLOCK_BYTES, BLOCK_BYTES.into())).collect()
         };
         let [older, newer, reads, checked] = [buffers()?, buffers()?, buffers()?, buffers()?];
@@ -85,7 +86,7 @@ impl Guest {
     pub(super) fn reconnect(&mut self) -> Result<()> {
         self.front_end.reconnect()?;
         // As QEMU does: nobody knows which kicks the server before has seen.
-        self.queue.ring().kick_fd().write(1).map_err(Error::system("cannot kick"))
+        Ok(self.queue.ring().kick()?)
     }
 
     /// Submits writes and reads.
@@ -170,7 +171,7 @@ impl Guest {
     }
 
     fn fill(&self, buffer: Segment, block: usize) -> Result<()> {
-        self.ram.write(buffer.gpa, &data(self.version, block))
+        Ok(self.ram.write(buffer.gpa, &data(self.version, block))?)
     }
 
     fn submit(&mut self, request: &Request<'_>) -> Result<()> {
@@ -212,7 +213,7 @@ impl Neighbour {
             let sector = n % BLOCKS as u64 * BLOCK_SECTORS;
             let done = self.queue.run(&Request::write(sector, &[self.buffer]))?;
             if done.status != STATUS_OK {
-                return Err(Error::Nonsense("a neighbour's request fails"));
+                return Err(Error::Nonsense("a neighbour's request fails").into());
             }
         }
         Ok(())

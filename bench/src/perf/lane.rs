@@ -2,16 +2,17 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::driver::{STATUS_OK, STATUS_UNWRITTEN};
+use front_end::STATUS_OK;
+use front_end::prepared::{Head, Slots, Virtqueue};
+use front_end::request::STATUS_UNWRITTEN;
+use front_end::ring::Ring;
+
 use crate::error::{Error, Result};
 use crate::perf::clock::Clock;
 use crate::perf::histogram::Counts;
 use crate::perf::pace::Pace;
-use crate::perf::slots::{Head, Slots};
 use crate::perf::timeline::Timeline;
-use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::{Io, SECTOR, Work};
-use crate::ring::Ring;
 
 /// Completions that share a look at the clock, and requests that are published together: enough
 /// to share the costs, few enough for the device not to wait for the rest.
@@ -244,7 +245,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
     #[inline]
     pub(crate) fn kick(&mut self) -> Result<()> {
         if self.queue.take_kick() {
-            self.ring.kick_fd().write(1).map_err(Error::system("cannot kick"))?;
+            self.ring.kick()?;
         }
         Ok(())
     }
@@ -259,7 +260,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
 
 #[cold]
 fn not_held(id: usize) -> Error {
-    Error::NotHeld { id: id as u32 }
+    front_end::Error::NotHeld { id: id as u32 }.into()
 }
 
 /// Counts `times` requests that completed together and are alike.
@@ -313,10 +314,10 @@ impl Shown {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::GuestRam;
     use crate::perf::plan::Order;
-    use crate::perf::split::Split;
     use crate::perf::work::{Area, Chooser};
+    use front_end::GuestRam;
+    use front_end::prepared::Split;
 
     const DEPTH: usize = 4;
 
@@ -414,10 +415,19 @@ mod tests {
             first.and_then(|_| lane.reap(&parts.clock, &mut tally)).map(|(n, _)| n)
         };
         assert_eq!(not_held(&[3, 0, 1]).unwrap(), 0);
-        assert!(matches!(not_held(&[4]), Err(Error::NotHeld { id: 4 })), "out of range");
-        assert!(matches!(not_held(&[1, 1]), Err(Error::NotHeld { id: 1 })), "in one batch");
+        assert!(
+            matches!(not_held(&[4]), Err(Error::FrontEnd(front_end::Error::NotHeld { id: 4 }))),
+            "out of range"
+        );
+        assert!(
+            matches!(not_held(&[1, 1]), Err(Error::FrontEnd(front_end::Error::NotHeld { id: 1 }))),
+            "in one batch"
+        );
         // Nothing is held any more when the fifth is seen.
-        assert!(matches!(not_held(&[0, 1, 2, 3, 2]), Err(Error::NotHeld { id: 2 })));
+        assert!(matches!(
+            not_held(&[0, 1, 2, 3, 2]),
+            Err(Error::FrontEnd(front_end::Error::NotHeld { id: 2 }))
+        ));
     }
 
     #[test]

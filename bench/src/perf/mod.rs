@@ -7,7 +7,7 @@
 //! 2. [`session`]: the connection, the memory, the threads.
 //! 3. `worker`: a thread's loop; `lane`: one queue in it.
 //! 4. `work` and `verify`: which block is next, and what it should hold.
-//! 5. `slots`: requests laid out once; `virtqueue`, `split` and `packed`: the rings they go into.
+//! 5. [`front_end::prepared`]: requests laid out once, and the rings they go into.
 //! 6. [`clock`], [`pace`], [`histogram`], [`timeline`]: time, and what is kept of it.
 //! 7. [`outcome`]: the figures.
 
@@ -16,17 +16,13 @@ pub mod histogram;
 mod lane;
 pub mod outcome;
 pub mod pace;
-pub(crate) mod packed;
 pub mod plan;
 pub mod session;
-pub(crate) mod slots;
-pub(crate) mod split;
 pub mod timeline;
 pub(crate) mod verify;
-pub(crate) mod virtqueue;
 pub(crate) mod work;
 mod worker;
 
 pub use outcome::{Latencies, Outcome, Stretch};
-pub use plan::{Order, Plan, RingLayout};
+pub use plan::{Order, Plan};
 pub use session::{Progress, run};

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::guest::Backing;
+use front_end::{Backing, RingLayout};
+
 use crate::load::Idle;
 
 /// In which order blocks are visited.
@@ -14,16 +15,6 @@ pub enum Order {
     Random,
     /// One after another, and from the first again after the last.
     Sequential,
-}
-
-/// How the rings lie in memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RingLayout {
-    /// Descriptors, an available ring and a used ring (virtio 1.2, 2.7).
-    #[default]
-    Split,
-    /// One ring of descriptors that both sides write (virtio 1.2, 2.8).
-    Packed,
 }
 
 /// One run of a load.

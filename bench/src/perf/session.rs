@@ -5,27 +5,23 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use front_end::features::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, RING_PACKED};
+use front_end::packed::FIRST_BASE;
+use front_end::prepared::{Packed, Slots, Split, Virtqueue, stride};
+use front_end::ring::Ring;
+use front_end::{Backing, FrontEnd, GuestRam, Options, ProtocolFeatures, RingLayout};
 
 use crate::error::{Error, Result};
-use crate::front_end::{DRIVER_FEATURES, EVENT_IDX, FrontEnd, INDIRECT_DESC, Options, RING_PACKED};
-use crate::guest::{Backing, GuestRam};
-use crate::packed::FIRST_BASE;
 use crate::perf::clock::Clock;
 use crate::perf::lane::{Lane, Shown, Tally};
 use crate::perf::outcome::Outcome;
 use crate::perf::pace::Pace;
-use crate::perf::packed::Packed;
-use crate::perf::plan::{Plan, RingLayout};
-use crate::perf::slots::Slots;
-use crate::perf::split::{self, Split};
+use crate::perf::plan::Plan;
 use crate::perf::timeline::Timeline;
 use crate::perf::verify::{self, Verified};
-use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::{Area, Chooser, SECTOR, Work};
 use crate::perf::worker::{Finding, Orders, Schedule, Worker};
 use crate::pin::pin;
-use crate::ring::Ring;
 
 /// Feature bit: there is a limit on the bytes in a segment.
 const SIZE_MAX: u64 = 1 << 1;
@@ -172,7 +168,7 @@ fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
     let bytes = plan.ram_bytes.unwrap_or(needed);
     let bytes =
         if plan.backing == Backing::Hugepages { bytes.next_multiple_of(RAM_UNIT) } else { bytes };
-    GuestRam::with(&[bytes], 0, plan.backing)
+    Ok(GuestRam::with(&[bytes], 0, plan.backing)?)
 }
 
 /// Connects, and sees to it that the server has what `plan` wants.
@@ -193,10 +189,11 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
     let front_end = FrontEnd::connect(&plan.socket, ram, options)?;
     let missing = need.iter().find(|(bit, _)| front_end.offered() & bit == 0);
     if let Some((_, name)) = missing {
-        return Err(Error::NotOffered(name));
+        return Err(front_end::Error::NotOffered(name).into());
     }
-    if !front_end.protocol_features().contains(VhostUserProtocolFeatures::CONFIG) {
-        return Err(Error::NotOffered("its configuration space, which says how large the disk is"));
+    if !front_end.protocol_features().contains(ProtocolFeatures::CONFIG) {
+        let what = "its configuration space, which says how large the disk is";
+        return Err(front_end::Error::NotOffered(what).into());
     }
     if front_end.offered() & READ_ONLY != 0 && plan.reads < 100 {
         return too_little("the disk is read-only, and the load writes".into());
@@ -246,7 +243,7 @@ fn queue(
 ) -> Result<(Arc<Ring>, Slots)> {
     let depth = usize::from(plan.depth);
     let slots = Slots::new(ram, depth, plan.block_bytes, segment_bytes, plan.indirect)?;
-    let needed = (depth * split::stride(&slots)).next_power_of_two();
+    let needed = (depth * stride(&slots)).next_power_of_two();
     let most = plan.ring_size.map_or(RING_SIZE_MAX, usize::from);
     if needed > most {
         let parts = slots.parts();

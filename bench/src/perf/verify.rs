@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use front_end::{GuestRam, Segment};
+
 use crate::error::Result;
-use crate::guest::{GuestRam, Segment};
 use crate::perf::plan::Order;
 use crate::perf::work::{Chooser, Io, Work};
 

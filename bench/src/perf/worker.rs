@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
+use front_end::event::{self, EventFd};
+use front_end::prepared::Virtqueue;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::event::{self, EventFd};
 use crate::load::Idle;
 use crate::perf::clock::Clock;
 use crate::perf::lane::{Lane, Shown, Tally};
-use crate::perf::virtqueue::Virtqueue;
 use crate::perf::work::Work;
 
 /// Turns without a completion between two looks at the clock and at who wants the load to end.

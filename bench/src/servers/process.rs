@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use front_end::LIMIT;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Error, Result};
-use crate::LIMIT;
 
 /// Lines of its log that are shown of a process that failed.
 const LOG_LINES: usize = 12;

@@ -5,10 +5,10 @@ use std::io::{BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use front_end::LIMIT;
 use serde_json::{Value, json};
 
 use super::{Error, Result};
-use crate::LIMIT;
 
 /// An RPC's error answer.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use bench::{FrontEnd, GuestRam, Options};
+use front_end::{FrontEnd, GuestRam, Options};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 

@@ -2,7 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 
-use bench::{GuestRam, Idle, Load, LoadOptions, Options, QueueOptions, Summary};
+use bench::{Idle, Load, LoadOptions, Summary};
+use front_end::{GuestRam, Options, QueueOptions};
 
 use crate::fixture::Daemon;
 

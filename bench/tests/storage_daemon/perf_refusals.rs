@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use bench::front_end::{PROTOCOL_FEATURES, VERSION_1};
+use front_end::features::{PROTOCOL_FEATURES, VERSION_1};
 
 use crate::fixture::Daemon;
 use crate::perf::run;

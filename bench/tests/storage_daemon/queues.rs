@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::FileExt;
 
-use bench::driver::{Queue, QueueOptions, STATUS_IOERR, STATUS_UNSUPP, range};
-use bench::front_end::{EVENT_IDX, INDIRECT_DESC};
-use bench::{FrontEnd, GuestRam, Options, Request, STATUS_OK, Segment};
+use front_end::features::{EVENT_IDX, INDIRECT_DESC};
+use front_end::request::{STATUS_IOERR, STATUS_UNSUPP, range};
+use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
 
 use crate::fixture::Daemon;
 
@@ -89,7 +89,7 @@ fn calls_while_spinning(features: u64) -> u64 {
 
 #[test]
 fn nobody_calls_a_driver_that_does_not_wait() {
-    use bench::front_end::DRIVER_FEATURES;
+    use front_end::features::DRIVER_FEATURES;
     // The daemon calls once when it gets the fd, and once before it looks at what is wanted.
     assert!(calls_while_spinning(DRIVER_FEATURES) <= 2);
     assert!(calls_while_spinning(DRIVER_FEATURES & !EVENT_IDX) <= 2);
@@ -105,7 +105,7 @@ fn a_full_queue_takes_no_more_until_something_completes() {
     let data = [ram.alloc(4096, 4096).unwrap()];
     // Three descriptors each.
     let tags = [0, 8].map(|sector| queue.submit(&Request::read(sector, &data)).unwrap());
-    assert!(matches!(queue.submit(&Request::read(16, &data)), Err(bench::Error::Full)));
+    assert!(matches!(queue.submit(&Request::read(16, &data)), Err(front_end::Error::Full)));
     queue.kick().unwrap();
     let mut done = [queue.wait().unwrap().tag, queue.wait().unwrap().tag];
     done.sort();
@@ -194,17 +194,17 @@ fn a_chain_made_by_hand_works_and_is_no_request_of_the_driver_s() {
     let [header, id, status] = [16, 20, 1].map(|len| ram.alloc(len, 16).unwrap());
     ram.write(header.gpa, &8_u64.to_le_bytes()).unwrap();
     let descriptors = queue.take_descriptors(3).unwrap();
-    let parts = [(header, bench::ring::NEXT), (id, 3), (status, bench::ring::WRITE)];
+    let parts = [(header, front_end::ring::NEXT), (id, 3), (status, front_end::ring::WRITE)];
     for (i, (segment, flags)) in parts.into_iter().enumerate() {
         let next = descriptors.get(i + 1).copied().unwrap_or(0);
         let Segment { gpa: addr, len } = segment;
-        let descriptor = bench::ring::Descriptor { addr, len, flags, next };
+        let descriptor = front_end::ring::Descriptor { addr, len, flags, next };
         queue.ring().set_descriptor(descriptors[i], descriptor);
     }
     queue.make_available(descriptors[0]);
     queue.kick_anyway().unwrap();
     match queue.wait() {
-        Err(bench::Error::NotHeld { id }) => assert_eq!(id, u32::from(descriptors[0])),
+        Err(front_end::Error::NotHeld { id }) => assert_eq!(id, u32::from(descriptors[0])),
         other => panic!("{other:?}"),
     }
     assert!(read_back(&ram, id).starts_with(b"vhost_user_blk"));

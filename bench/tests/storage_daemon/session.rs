@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bench::{Backing, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
+use front_end::{Backing, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
 
 use crate::fixture::Daemon;
 
@@ -52,7 +52,7 @@ fn an_in_flight_area_that_is_not_offered_is_an_error() {
     let options = Options { inflight: true, ..Options::default() };
     let mut front_end = daemon.connect(&ram, options);
     let error = front_end.start_new(1, QueueOptions::default()).unwrap_err();
-    assert!(matches!(error, bench::Error::NotOffered("an in-flight area")), "{error}");
+    assert!(matches!(error, front_end::Error::NotOffered("an in-flight area")), "{error}");
 }
 
 #[test]
@@ -97,13 +97,13 @@ fn a_raw_connection_says_and_hears_what_the_protocol_says() {
     let daemon = Daemon::start(1);
     let mut raw = RawConnection::connect(&daemon.socket()).unwrap();
     // SET_OWNER, then GET_FEATURES.
-    raw.send_message(3, bench::raw::VERSION, &[], &[]).unwrap();
-    raw.send_message(1, bench::raw::VERSION, &[], &[]).unwrap();
+    raw.send_message(3, front_end::raw::VERSION, &[], &[]).unwrap();
+    raw.send_message(1, front_end::raw::VERSION, &[], &[]).unwrap();
     let answer = raw.receive().unwrap();
     assert_eq!((answer.request, answer.flags & 7), (1, 5));
-    assert!(answer.value().unwrap() & bench::front_end::VERSION_1 != 0);
+    assert!(answer.value().unwrap() & front_end::features::VERSION_1 != 0);
     // A request that does not exist ends the connection.
-    raw.send_message(999, bench::raw::VERSION, &[], &[]).unwrap();
+    raw.send_message(999, front_end::raw::VERSION, &[], &[]).unwrap();
     raw.wait_for_close().unwrap();
 }
 
@@ -112,7 +112,7 @@ fn nobody_at_the_path_is_named_in_the_error() {
     let ram = GuestRam::new(&[1 << 20]).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nobody");
-    let error = bench::FrontEnd::connect(&path, ram, Options::default()).unwrap_err();
+    let error = front_end::FrontEnd::connect(&path, ram, Options::default()).unwrap_err();
     assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
 }
 
@@ -124,8 +124,8 @@ fn a_back_end_that_never_answers_is_given_up() {
     // Connections are accepted by the backlog, and nobody reads.
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let options = Options { limit: Duration::from_millis(20), ..Options::default() };
-    match bench::FrontEnd::connect(&path, ram, options) {
-        Err(bench::Error::NoAnswer { message: "GET_FEATURES", .. }) => {}
+    match front_end::FrontEnd::connect(&path, ram, options) {
+        Err(front_end::Error::NoAnswer { message: "GET_FEATURES", .. }) => {}
         other => panic!("{other:?}"),
     }
 }

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use bench::ring::Ring;
-use bench::{GuestRam, Segment};
+use front_end::ring::Ring;
+use front_end::{GuestRam, Segment};
 
 /// Descriptors of a ring.
 pub(crate) const SIZE: u16 = 64;

@@ -4,8 +4,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use bench::ring::Ring;
-use bench::{GuestRam, Queue, QueueOptions, Request, STATUS_OK, Segment};
+use front_end::ring::Ring;
+use front_end::{GuestRam, Queue, QueueOptions, Request, STATUS_OK, Segment};
 
 use super::area::Part;
 use super::life::{End, Life, SIZE};

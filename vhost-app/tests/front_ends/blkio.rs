@@ -4,9 +4,8 @@
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
-use bench::GuestRam;
-use bench::perf::RingLayout;
 use blkio::{Blkioq, MemoryRegion, ReqFlags, iovec};
+use front_end::{GuestRam, RingLayout};
 
 use super::virtio_driver::iovecs;
 use super::{Done, FrontEnd, Io, RING_SIZE, Setup};

@@ -7,8 +7,7 @@ mod virtio_driver;
 use std::path::Path;
 use std::sync::Arc;
 
-use bench::perf::RingLayout;
-use bench::{GuestRam, Segment};
+use front_end::{GuestRam, RingLayout, Segment};
 
 pub(crate) use self::blkio::Blkio;
 pub(crate) use self::rust_vmm::RustVmm;
@@ -94,7 +93,7 @@ pub(crate) trait FrontEnd: Sized {
 
 /// A front end that lets its user say any message.
 pub(crate) trait Messages: FrontEnd {
-    fn front_end(&mut self) -> &mut bench::FrontEnd;
+    fn front_end(&mut self) -> &mut front_end::FrontEnd;
 
     /// Requests that the device holds.
     fn in_flight(&self, queue: usize) -> usize;

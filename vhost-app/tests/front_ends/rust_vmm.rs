@@ -3,14 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use bench::front_end::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, ProtocolFeatures, RING_PACKED};
-use bench::perf::RingLayout;
-use bench::{AnyQueue, Completion, GuestRam, Options, QueueOptions, Request, STATUS_OK, Tag};
+use front_end::features::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, RING_PACKED};
+use front_end::{
+    AnyQueue, Completion, GuestRam, Options, ProtocolFeatures, QueueOptions, Request, RingLayout,
+    STATUS_OK, Tag,
+};
 
 use super::{Done, FrontEnd, Io, Messages, RING_SIZE, Setup};
 
 pub(crate) struct RustVmm {
-    front_end: bench::FrontEnd,
+    front_end: front_end::FrontEnd,
     ram: Arc<GuestRam>,
     queues: Vec<(AnyQueue, HashMap<Tag, usize>)>,
 }
@@ -33,7 +35,8 @@ impl FrontEnd for RustVmm {
             options.protocol |= ProtocolFeatures::CONFIGURE_MEM_SLOTS;
         }
         let ram = setup.ram.clone();
-        let mut front_end = bench::FrontEnd::connect(setup.socket, ram.clone(), options).unwrap();
+        let mut front_end =
+            front_end::FrontEnd::connect(setup.socket, ram.clone(), options).unwrap();
         assert_eq!(front_end.features() & needed, needed, "the features are offered");
         assert!(!setup.slots || front_end.memory_slots().unwrap() >= 8);
 
@@ -60,7 +63,7 @@ impl FrontEnd for RustVmm {
     fn submit(&mut self, queue: usize, io: Io<'_>, tag: usize) {
         let range = |sector, sectors, flags| {
             let segment = self.ram.alloc(16, 16).unwrap();
-            let bytes = bench::driver::range(sector, sectors, flags);
+            let bytes = front_end::request::range(sector, sectors, flags);
             self.ram.write(segment.gpa, &bytes).unwrap();
             [segment]
         };
@@ -93,7 +96,7 @@ impl FrontEnd for RustVmm {
 }
 
 impl Messages for RustVmm {
-    fn front_end(&mut self) -> &mut bench::FrontEnd {
+    fn front_end(&mut self) -> &mut front_end::FrontEnd {
         &mut self.front_end
     }
 

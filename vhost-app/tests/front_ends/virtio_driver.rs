@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use bench::perf::RingLayout;
-use bench::{GuestRam, RawConnection, Segment};
+use front_end::{GuestRam, RawConnection, RingLayout, Segment};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_driver::{
     QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport,

@@ -10,7 +10,7 @@
 //! let refusal = vhost.err("bdev_malloc_delete", json!({"name": "nope"}));
 //! assert_eq!(refusal.code, -19);
 //! vhost.spdk_rpc(&["bdev_get_bdevs"]).unwrap();   // the real client
-//! let front_end = bench::FrontEnd::connect(&vhost.socket("vhost.0"), …);
+//! let front_end = front_end::FrontEnd::connect(&vhost.socket("vhost.0"), …);
 //! assert_eq!(vhost.stop(), 0);                    // SIGTERM, and its exit code
 //! ```
 //!

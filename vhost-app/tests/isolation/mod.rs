@@ -8,8 +8,9 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bench::front_end::{DRIVER_FEATURES, RING_PACKED};
-use bench::{AnyQueue, FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
+use bench::{Load, LoadOptions};
+use front_end::features::{DRIVER_FEATURES, RING_PACKED};
+use front_end::{AnyQueue, FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
 
 use crate::disks;

@@ -5,10 +5,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use bench::driver::range;
-use bench::{
-    FrontEnd, GuestRam, Load, LoadOptions, Options, Queue, QueueOptions, Request, STATUS_OK,
-    Segment, Tag,
+use bench::{Load, LoadOptions};
+use front_end::request::range;
+use front_end::{
+    FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment, Tag,
 };
 use serde_json::{Value, json};
 

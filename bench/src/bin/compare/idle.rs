@@ -4,9 +4,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bench::Spread;
 use bench::publish::progress;
 use bench::servers::{Disk, Error, Interrupt, Kind, Server, Spec};
-use bench::{FrontEnd, GuestRam, Options as Agreed, QueueOptions, Request, Spread};
+use front_end::{FrontEnd, GuestRam, Options as Agreed, QueueOptions, Request};
 
 use crate::Findings;
 use crate::cells::{Cell, DiskKind, Size, Workload};
@@ -177,7 +178,7 @@ fn idle_share(server: &Server, disk: &str, interrupt: &Interrupt) -> Result<f64>
     Ok(share)
 }
 
-fn connect(socket: &Path, ram: &std::sync::Arc<GuestRam>) -> bench::Result<FrontEnd> {
+fn connect(socket: &Path, ram: &std::sync::Arc<GuestRam>) -> front_end::Result<FrontEnd> {
     FrontEnd::connect(socket, ram.clone(), Agreed::default())
 }
 

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bench::Spread;
 use bench::servers::{Disk, Interrupt, Kind, MEMORY_DISK_BYTES, Server, Spec};
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Spread};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 
 use crate::backing::Backing;
 use crate::cells::Cell;
@@ -298,7 +299,8 @@ pub(crate) fn fill(socket: &Path) -> bench::Result<()> {
             return Err(bench::Error::LoadEnded(format!("a write has status {}", done.status)));
         }
     }
-    front_end.disconnect().map(drop)
+    front_end.disconnect()?;
+    Ok(())
 }
 
 /// Words that no disk compresses (xorshift64).

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use bench::Spread;
 use bench::publish::progress;
 use bench::servers::{Disk, Interrupt, Kind, Server, Spec};
-use bench::{FrontEnd, GuestRam, Options as Agreed, Queue, QueueOptions, Request, Spread};
+use front_end::{FrontEnd, GuestRam, Options as Agreed, Queue, QueueOptions, Request};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::Findings;

@@ -6,10 +6,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use bench::raw::{VERSION, message};
 use bench::servers::Process;
-use bench::{Error, LIMIT, Lingering, RawConnection};
 use fastrand::Rng;
+use front_end::raw::{VERSION, message};
+use front_end::{Error, LIMIT, Lingering, RawConnection};
 use serde_json::{Value, json};
 
 use crate::beats::Beats;
@@ -34,7 +34,7 @@ const METHODS: [&str; 6] = [
 ];
 
 /// The server may close a connection at any time.
-fn sent(result: bench::Result<()>) -> Result<()> {
+fn sent(result: front_end::Result<()>) -> Result<()> {
     match result {
         Ok(()) | Err(Error::Closed) => Ok(()),
         Err(error) => Err(error.into()),

@@ -6,8 +6,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use bench::LIMIT;
 use bench::servers::Server;
+use front_end::LIMIT;
 use serde_json::{Value, json};
 
 use crate::neighbours::{NEIGHBOURS, name as neighbour};

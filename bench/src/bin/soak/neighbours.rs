@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use bench::servers::Server;
-use bench::{FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
+use bench::{Load, LoadOptions};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 
 /// How many there are.
 pub(crate) const NEIGHBOURS: usize = 2;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
 use bench::servers::{Rpc, Server};
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::json;
 
 use crate::beats::Beats;

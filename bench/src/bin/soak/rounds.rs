@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use bench::publish::progress;
 use bench::servers::{Interrupt, Rpc, Server};
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request};
 use serde_json::json;
 
 use crate::footprint::{Footprint, come_back};

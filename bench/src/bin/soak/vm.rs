@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use bench::front_end::{DRIVER_FEATURES, RING_PACKED};
-use bench::{FrontEnd, GuestRam, Load, LoadOptions, Options, QueueOptions};
+use bench::{Load, LoadOptions};
 use fastrand::Rng;
+use front_end::features::{DRIVER_FEATURES, RING_PACKED};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 
 const RAM_BYTES: u64 = 8 << 20;
 /// More than one bit for each page of that.

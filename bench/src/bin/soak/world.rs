@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use bench::servers::{Error, Refusal, Server};
-use bench::{Deaf, Lingering, RawConnection};
 use fastrand::Rng;
+use front_end::{Deaf, Lingering, RawConnection};
 use serde_json::{Value, json};
 
 use crate::abuse;
@@ -471,7 +471,7 @@ impl<'a> World<'a> {
 }
 
 fn is_silence(error: &bench::Error) -> bool {
-    matches!(error, bench::Error::NoAnswer { .. })
+    matches!(error, bench::Error::FrontEnd(front_end::Error::NoAnswer { .. }))
 }
 
 fn name(slot: usize) -> String {

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bench::servers::{Kind, Rpc, Server};
-use bench::{
-    Backing, FrontEnd, GuestRam, LIMIT, Load, LoadOptions, Options, Queue, QueueOptions, Request,
-};
+use bench::{Load, LoadOptions};
+use front_end::{Backing, FrontEnd, GuestRam, LIMIT, Options, Queue, QueueOptions, Request};
 use serde_json::json;
 
 use crate::newcomers;
@@ -178,7 +177,7 @@ pub(crate) struct Case<'a> {
     /// What must be kept until a stretch is over, as giving it up costs time.
     left: Vec<(Option<Queue>, Arc<GuestRam>)>,
     load: Option<Load>,
-    stopping: Option<JoinHandle<bench::Result<Vec<u16>>>>,
+    stopping: Option<JoinHandle<front_end::Result<Vec<u16>>>>,
     calls: Vec<(Rpc, &'static str)>,
     strangers: Option<Strangers<'a>>,
 }

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use bench::pin::pin;
-use bench::{FrontEnd, GuestRam, LIMIT, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
+use front_end::{
+    FrontEnd, GuestRam, LIMIT, Options, Queue, QueueOptions, Request, STATUS_OK, Segment,
+};
 use hdrhistogram::Histogram;
 
 /// Bytes in a request.

@@ -19,11 +19,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use bench::GuestRam;
 use bench::pin::pin;
 use bench::publish::{append, beside, progress, save};
 use bench::servers::{Interrupt, Kind, Server, Spec};
 use clap::Parser;
+use front_end::GuestRam;
 
 use crate::cases::{Case, Event, OTHER, VMS, controller, more_memory};
 use crate::client::Clients;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use bench::servers::{Rpc, Server};
-use bench::{FrontEnd, GuestRam, Options, QueueOptions, Request};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request};
 use serde_json::json;
 
 /// Their controller.

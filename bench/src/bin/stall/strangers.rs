@@ -7,9 +7,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use bench::raw::{VERSION, message};
 use bench::servers::{Error, Server};
-use bench::{Deaf, LIMIT, Lingering, RawConnection};
+use front_end::raw::{VERSION, message};
+use front_end::{Deaf, LIMIT, Lingering, RawConnection};
 use serde::de::IgnoredAny;
 use serde_json::{Deserializer, Value, json};
 

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bench::perf::{Order, Plan, RingLayout};
-use bench::{Backing, Idle};
+use bench::Idle;
+use bench::perf::{Order, Plan};
 use clap::{Parser, Subcommand, ValueEnum};
+use front_end::{Backing, RingLayout};
 
 /// The most requests in flight on a queue, and queues: what rings and protocol can name.
 const DEPTH_MAX: i64 = 32_768;

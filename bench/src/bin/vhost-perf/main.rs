@@ -13,6 +13,7 @@ use std::time::Duration;
 use bench::perf::{self, Outcome, Progress};
 use bench::{Error, round_trip_ns};
 use clap::Parser;
+use front_end::Backing;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::args::{Args, Command, FloorArgs, Output};
@@ -93,8 +94,18 @@ const FIRST_MESSAGE: &str = "GET_FEATURES";
 fn explain(plan: &perf::Plan, error: &Error) -> String {
     let socket = plan.socket.display();
     match error {
-        Error::Connect { .. } | Error::System { .. } | Error::Core(..) => error.to_string(),
-        Error::Map(why) if plan.backing == bench::Backing::Hugepages => {
+        Error::FrontEnd(error) => explain_front_end(plan, error),
+        Error::System { .. } | Error::Core(..) => error.to_string(),
+        _ => format!("{socket}: {error}"),
+    }
+}
+
+fn explain_front_end(plan: &perf::Plan, error: &front_end::Error) -> String {
+    use front_end::Error;
+    let socket = plan.socket.display();
+    match error {
+        Error::Connect { .. } | Error::System { .. } => error.to_string(),
+        Error::Map(why) if plan.backing == Backing::Hugepages => {
             format!("cannot map guest memory: {why} (are enough hugepages free?)")
         }
         Error::NoRam(_) => format!("{error}: --mem-size is too small for this load"),

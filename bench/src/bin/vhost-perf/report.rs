@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use bench::perf::{Latencies, Order, Outcome, Plan, RingLayout};
-use bench::{Backing, Idle};
+use bench::Idle;
+use bench::perf::{Latencies, Order, Outcome, Plan};
+use front_end::{Backing, RingLayout};
 use serde_json::{Value, json};
 
 /// The percentiles that are told, with the names that JSON has for them.

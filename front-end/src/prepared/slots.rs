@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use crate::driver::STATUS_UNWRITTEN;
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment, Window};
-use crate::perf::plan::RingLayout;
-use crate::ring::{Descriptor, NEXT, WRITE};
+use crate::request::STATUS_UNWRITTEN;
+use crate::ring::{Descriptor, NEXT, RingLayout, WRITE};
 use crate::words::words;
 
 /// Where the flags begin in the second word of a split ring's descriptor, and of a packed one's.
@@ -23,7 +22,7 @@ const PAGE: u64 = 4096;
 
 /// As many requests as may be in flight, made once.
 #[derive(Debug)]
-pub(crate) struct Slots {
+pub struct Slots {
     heads: Window,
     tables: Option<Window>,
     buffers: Vec<Segment>,
@@ -36,7 +35,7 @@ impl Slots {
     ///
     /// # Errors
     /// No memory left.
-    pub(crate) fn new(
+    pub fn new(
         ram: &Arc<GuestRam>,
         count: usize,
         block_bytes: u32,
@@ -53,7 +52,7 @@ impl Slots {
     }
 
     /// The most memory that [`Slots::new`] takes for these requests.
-    pub(crate) fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
+    pub fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
         let parts = parts(block_bytes, segment_bytes).next_power_of_two() as u64;
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
         let block = u64::from(block_bytes).next_multiple_of(align);
@@ -62,12 +61,12 @@ impl Slots {
     }
 
     /// How many there are.
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.buffers.len()
     }
 
     /// Each slot's data.
-    pub(crate) fn buffers(&self) -> &[Segment] {
+    pub fn buffers(&self) -> &[Segment] {
         &self.buffers
     }
 
@@ -77,13 +76,13 @@ impl Slots {
     }
 
     /// Descriptors of one request: header, data, status.
-    pub(crate) fn parts(&self) -> usize {
+    pub fn parts(&self) -> usize {
         self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes))
     }
 
     /// The descriptors of the request in `slot`, with NEXT in all but the last; who lays them out
     /// says where the next one is.
-    pub(crate) fn descriptors(&self, slot: usize, write: bool) -> impl Iterator<Item = Descriptor> {
+    pub fn descriptors(&self, slot: usize, write: bool) -> impl Iterator<Item = Descriptor> {
         let head = self.heads.gpa() + slot as u64 * u64::from(HEAD_BYTES);
         let part = |addr, len, flags| Descriptor { addr, len, flags, next: 0 };
         let data_flags = NEXT | if write { 0 } else { WRITE };
@@ -122,7 +121,7 @@ impl Slots {
     }
 
     /// The headers and status bytes, for the loop, of reads.
-    pub(crate) fn heads(&self) -> impl Iterator<Item = Head<'_>> {
+    pub fn heads(&self) -> impl Iterator<Item = Head<'_>> {
         let (words, bytes) = (words(&self.heads), words(&self.heads));
         (0..self.count()).map(move |slot| {
             let word = slot * HEAD_WORDS;
@@ -155,7 +154,7 @@ fn parts(block_bytes: u32, segment_bytes: u32) -> usize {
 
 /// A request's header and status byte.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Head<'a> {
+pub struct Head<'a> {
     kind: &'a AtomicU64,
     sector: &'a AtomicU64,
     status: &'a AtomicU8,
@@ -164,24 +163,24 @@ pub(crate) struct Head<'a> {
 impl Head<'_> {
     /// Makes the request a read or a write.
     #[inline]
-    pub(crate) fn set_kind(&self, write: bool) {
+    pub fn set_kind(&self, write: bool) {
         self.kind.store(u64::from(write), Ordering::Relaxed);
     }
 
     /// Says where on the disk the request begins.
     #[inline]
-    pub(crate) fn set_sector(&self, sector: u64) {
+    pub fn set_sector(&self, sector: u64) {
         self.sector.store(sector, Ordering::Relaxed);
     }
 
     /// Where on the disk the request begins.
-    pub(crate) fn sector(&self) -> u64 {
+    pub fn sector(&self) -> u64 {
         self.sector.load(Ordering::Relaxed)
     }
 
     /// The status that the device has written, which is made unwritten again.
     #[inline]
-    pub(crate) fn take_status(&self) -> u8 {
+    pub fn take_status(&self) -> u8 {
         let written = self.status.load(Ordering::Relaxed);
         self.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
         written

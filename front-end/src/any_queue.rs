@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::driver::{Completion, Queue, QueueOptions, Request, Tag};
 use crate::error::{Error, LIMIT, Result};
 use crate::event;
 use crate::guest::GuestRam;
 use crate::packed::PackedQueue;
+use crate::request::{Completion, QueueOptions, Request, Tag};
 use crate::ring::Ring;
+use crate::split::Queue;
 
 /// A split or a packed ring's driver. The methods are those of [`Queue`] and [`PackedQueue`].
 #[derive(Debug)]
@@ -98,6 +99,15 @@ impl AnyQueue {
     /// As [`Queue::wait`].
     pub fn wait(&mut self) -> Result<Completion> {
         of_either!(self, queue => queue.wait())
+    }
+
+    /// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
+    /// completions already. Returns whether one has.
+    ///
+    /// # Errors
+    /// The system refuses to wait.
+    pub fn wait_any(queues: &[Self], limit: Duration) -> Result<bool> {
+        wait_any(queues, limit)
     }
 }
 

@@ -1,11 +1,23 @@
-//! What the load's loop needs of a virtqueue, split or packed.
+//! Requests that are laid out once and submitted many times: drivers for measuring.
+//!
+//! [`Slots`] holds the memory of a queue's requests, all of one size; [`Split`] and [`Packed`] drive
+//! a ring with them. Submitting a request writes what has changed and nothing else. For requests of
+//! any form there are [`crate::Queue`] and [`crate::PackedQueue`].
+
+mod packed;
+mod slots;
+mod split;
+
+pub use packed::Packed;
+pub use slots::{Head, Slots};
+pub use split::{Split, stride};
 
 /// The driver's side of a virtqueue whose requests lie in slots, laid out in advance.
 ///
 /// Nothing here needs a fence but sleeping: if a look at what the device wants (a kick) comes before
 /// the device sees what was published, the next look makes that good, and the loop looks again
 /// whenever nothing completes.
-pub(crate) trait Virtqueue {
+pub trait Virtqueue {
     /// Puts the slots of requests that the device has given back into `slots`, in the device's order
     /// and as many as fit, and returns how many those are. What the device wrote before is seen.
     /// They may be any numbers: check them.

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use crate::any_queue::{self, Calls};
-use crate::driver::{
-    Completion, HEAD_BYTES, QueueOptions, Request, STATUS_UNWRITTEN, Tag, need_event, status_at,
-};
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
+use crate::request::{
+    Completion, HEAD_BYTES, QueueOptions, Request, STATUS_UNWRITTEN, Tag, status_at,
+};
 use crate::ring::{INDIRECT, NEXT, Ring, WRITE};
+use crate::split::need_event;
 
 /// Descriptor flags: what the side that wrote it last has its wrap counter at.
 pub(crate) const AVAILABLE: u16 = 1 << 7;
@@ -200,7 +201,7 @@ impl PackedQueue {
         let since = (self.next, unkicked);
         let wanted = unkicked > 0 && wants_kick(events, self.event_idx, since, self.options.size);
         if wanted {
-            self.ring.kick_fd().write(1).map_err(Error::system("cannot kick"))?;
+            self.ring.kick()?;
         }
         Ok(wanted)
     }

@@ -14,6 +14,16 @@ pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
+/// How the rings lie in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingLayout {
+    /// Descriptors, an available ring and a used ring (virtio 1.2, 2.7).
+    #[default]
+    Split,
+    /// One ring of descriptors that both sides write (virtio 1.2, 2.8).
+    Packed,
+}
+
 /// A descriptor, as it lies in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Descriptor {
@@ -110,6 +120,14 @@ impl Ring {
     #[must_use]
     pub fn kick_fd(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// Kicks the device.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick(&self) -> Result<()> {
+        self.kick.write(1).map_err(Error::system("cannot kick"))
     }
 
     /// The eventfd that the device writes.

@@ -9,158 +9,28 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-pub use vhost::vhost_user::message::VhostUserProtocolFeatures as ProtocolFeatures;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost::{VhostBackend, VringConfigData};
 
 use crate::any_queue::AnyQueue;
-use crate::driver::{Queue, QueueOptions};
-use crate::error::{Error, LIMIT, Result};
+use crate::config_space::{BlkConfig, CONFIG_BYTES};
+use crate::error::{Error, Result};
+use crate::features::{
+    EVENT_IDX, INDIRECT_DESC, LOG_ALL, Options, PROTOCOL_FEATURES, ProtocolFeatures, RING_PACKED,
+};
 use crate::guest::{GuestRam, RegionInfo};
+use crate::link::{Killer, Link, clone};
 use crate::packed::FIRST_BASE;
-use crate::raw::{RawConnection, VERSION, connect_stream};
+use crate::raw::{RawConnection, VERSION};
+use crate::request::QueueOptions;
 use crate::ring::Ring;
-use crate::watchdog::Watchdog;
-
-/// Feature bit: the back end logs what it writes while migrating.
-pub const LOG_ALL: u64 = 1 << 26;
-/// Feature bit: requests may be in indirect tables.
-pub const INDIRECT_DESC: u64 = 1 << 28;
-/// Feature bit: kicks and calls at named indices.
-pub const EVENT_IDX: u64 = 1 << 29;
-/// Feature bit: the vhost-user protocol has features of its own, and rings are enabled by message.
-pub const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// Feature bit: virtio 1.
-pub const VERSION_1: u64 = 1 << 32;
-/// Feature bit: the ring is packed: [`crate::PackedQueue`] and [`crate::perf`] drive one.
-pub const RING_PACKED: u64 = 1 << 34;
-/// The features that Linux's virtio-blk driver accepts, and what the protocol adds: SIZE_MAX, SEG_MAX,
-/// GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, ANY_LAYOUT and the
-/// ones above but [`LOG_ALL`] and [`RING_PACKED`]. Not NOTIFY_ON_EMPTY, which asks for calls that
-/// nobody wants.
-pub const DRIVER_FEATURES: u64 = 1 << 1
-    | 1 << 2
-    | 1 << 4
-    | 1 << 5
-    | 1 << 6
-    | 1 << 9
-    | 1 << 10
-    | 1 << 11
-    | 1 << 12
-    | 1 << 13
-    | 1 << 14
-    | 1 << 27
-    | INDIRECT_DESC
-    | EVENT_IDX
-    | PROTOCOL_FEATURES
-    | VERSION_1;
+use crate::split::Queue;
 
 /// The one message that is sent without the `vhost` crate.
 const SET_LOG_BASE: u32 = 6;
-/// Size of virtio-blk's configuration space up to the end of the write-zeroes fields.
-const CONFIG_BYTES: u32 = 60;
-/// Rings that can be named before the back end has said how many it has.
-const QUEUES_MAX: u64 = 256;
-
-/// What to agree on.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Virtio features to accept of those that are offered.
-    pub features: u64,
-    /// Protocol features to accept of those that are offered.
-    pub protocol: ProtocolFeatures,
-    /// Ask for an answer to every message, if REPLY_ACK is agreed on: refusals become errors.
-    pub acks: bool,
-    /// Use an in-flight area: starting is an error if INFLIGHT_SHMFD is not agreed on.
-    pub inflight: bool,
-    /// How long the back end may take to answer a message. Then the connection is shut down.
-    pub limit: Duration,
-}
-
-impl Default for Options {
-    /// [`DRIVER_FEATURES`], and the protocol features that are used here.
-    fn default() -> Self {
-        use ProtocolFeatures as P;
-        Self {
-            features: DRIVER_FEATURES,
-            protocol: P::MQ
-                | P::REPLY_ACK
-                | P::CONFIG
-                | P::BACKEND_REQ
-                | P::LOG_SHMFD
-                | P::INFLIGHT_SHMFD,
-            acks: true,
-            inflight: false,
-            limit: LIMIT,
-        }
-    }
-}
-
-/// The fields of virtio-blk's configuration space that drivers look at (virtio 1.2, 5.2.4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlkConfig {
-    /// Size in units of 512 bytes.
-    pub capacity: u64,
-    /// Most bytes in one segment.
-    pub size_max: u32,
-    /// Most segments in one request.
-    pub seg_max: u32,
-    /// Bytes in a logical block.
-    pub blk_size: u32,
-    /// Logical blocks in a physical one, as a power of two.
-    pub physical_block_exp: u8,
-    /// Logical block that the first physical one begins with.
-    pub alignment_offset: u8,
-    /// Logical blocks in the smallest I/O that is worth while.
-    pub min_io_size: u16,
-    /// Logical blocks in the best I/O; 0 if none is better than others.
-    pub opt_io_size: u32,
-    /// Queues that the device has.
-    pub num_queues: u16,
-    /// Most sectors in one discard range.
-    pub max_discard_sectors: u32,
-    /// Most ranges in one discard request.
-    pub max_discard_seg: u32,
-    /// Sectors that a discard range should be a multiple of.
-    pub discard_sector_alignment: u32,
-    /// Most sectors in one write-zeroes range.
-    pub max_write_zeroes_sectors: u32,
-    /// Most ranges in one write-zeroes request.
-    pub max_write_zeroes_seg: u32,
-    /// Whether write-zeroes may unmap.
-    pub write_zeroes_may_unmap: bool,
-}
-
-impl BlkConfig {
-    fn parse(bytes: &[u8; CONFIG_BYTES as usize]) -> Self {
-        let number = |at: usize, len: usize| {
-            bytes[at..at + len].iter().rev().fold(0, |n: u64, &b| n << 8 | u64::from(b))
-        };
-        let word = |at| number(at, 4) as u32;
-        Self {
-            capacity: number(0, 8),
-            size_max: word(8),
-            seg_max: word(12),
-            blk_size: word(20),
-            physical_block_exp: bytes[24],
-            alignment_offset: bytes[25],
-            min_io_size: number(26, 2) as u16,
-            opt_io_size: word(28),
-            num_queues: number(34, 2) as u16,
-            max_discard_sectors: word(36),
-            max_discard_seg: word(40),
-            discard_sector_alignment: word(44),
-            max_write_zeroes_sectors: word(48),
-            max_write_zeroes_seg: word(52),
-            write_zeroes_may_unmap: bytes[56] != 0,
-        }
-    }
-}
-
 /// An area that a back end records its requests in flight in, and finds them again after a crash.
 struct Inflight {
     info: VhostUserInflight,
@@ -188,19 +58,6 @@ pub struct FrontEnd {
     queues_offered: u64,
     inflight: Option<Inflight>,
     rings: Vec<Arc<Ring>>,
-}
-
-/// One connection, and what has been agreed on it.
-#[derive(Debug)]
-struct Link {
-    node: Node,
-    socket: UnixStream,
-    watchdog: Watchdog,
-    limit: Duration,
-    protocol: ProtocolFeatures,
-    acks: bool,
-    /// Regions have been added one by one.
-    has_memory: bool,
 }
 
 impl FrontEnd {
@@ -610,81 +467,6 @@ impl FrontEnd {
     }
 }
 
-/// Ends a connection from any thread.
-#[derive(Debug)]
-pub struct Killer {
-    socket: UnixStream,
-}
-
-impl Killer {
-    /// Shuts the socket down: the back end sees its end, and a call that waits fails.
-    pub fn kill(&self) {
-        // A socket that is down already is what was wanted.
-        drop(self.socket.shutdown(Shutdown::Both));
-    }
-}
-
-impl Link {
-    fn connect(path: &Path, limit: Duration) -> Result<Self> {
-        let socket = connect_stream(path, limit)?;
-        Ok(Self {
-            node: Node(Frontend::from_stream(clone(&socket)?, QUEUES_MAX)),
-            watchdog: Watchdog::new(clone(&socket)?, limit)?,
-            limit,
-            socket,
-            protocol: ProtocolFeatures::empty(),
-            acks: false,
-            has_memory: false,
-        })
-    }
-
-    /// Sends a message that has an answer of its own.
-    fn ask<T>(
-        &mut self,
-        message: &'static str,
-        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
-    ) -> Result<T> {
-        let (result, expired) = self.watchdog.guard(|| call(&mut self.node.0));
-        result.map_err(|source| {
-            if expired {
-                Error::NoAnswer { message, limit: self.limit }
-            } else {
-                Error::Protocol { message, source }
-            }
-        })
-    }
-
-    /// Sends a message that is only answered if we ask for it.
-    fn tell(
-        &mut self,
-        message: &'static str,
-        call: impl FnOnce(&mut Frontend) -> vhost::Result<()>,
-    ) -> Result<()> {
-        if self.acks {
-            self.node.0.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        }
-        let result = self.ask(message, call);
-        self.node.0.set_hdr_flags(VhostUserHeaderFlag::empty());
-        result
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        // Clones of the socket may live on in a Killer or a RawConnection.
-        drop(self.socket.shutdown(Shutdown::Both));
-    }
-}
-
-/// The `vhost` crate's front end, with a `Debug`.
-struct Node(Frontend);
-
-impl fmt::Debug for Node {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Node").field(&self.0.as_raw_fd()).finish()
-    }
-}
-
 /// Where `ring` lies, as SET_VRING_ADDR tells it; with `log`, writes to its used ring are logged.
 fn addrs(ring: &Ring, log: bool) -> VringConfigData {
     let [desc_table_addr, avail_ring_addr, used_ring_addr] = ring.user_addrs();
@@ -697,8 +479,4 @@ fn addrs(ring: &Ring, log: bool) -> VringConfigData {
         avail_ring_addr,
         log_addr: log.then(|| ring.addrs()[2]),
     }
-}
-
-fn clone(socket: &UnixStream) -> Result<UnixStream> {
-    socket.try_clone().map_err(Error::system("cannot duplicate a socket"))
 }

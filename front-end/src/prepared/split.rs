@@ -2,11 +2,10 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::driver::need_event;
-use crate::perf::plan::RingLayout;
-use crate::perf::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
-use crate::perf::virtqueue::Virtqueue;
-use crate::ring::{Descriptor, INDIRECT, Ring};
+use crate::prepared::Virtqueue;
+use crate::prepared::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
+use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
+use crate::split::need_event;
 use crate::words::words;
 
 /// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
@@ -14,13 +13,13 @@ use crate::words::words;
 const REFUSAL_AGE: u16 = 1 << 14;
 
 /// How far apart the chains of two slots are: a power of two, as numbers are then shifted.
-pub(crate) fn stride(slots: &Slots) -> usize {
+pub fn stride(slots: &Slots) -> usize {
     if slots.is_indirect() { 1 } else { slots.parts().next_power_of_two() }
 }
 
 /// A split ring in which the chain of slot `n` always begins at descriptor `n` times the stride.
 #[derive(Debug)]
-pub(crate) struct Split<'a> {
+pub struct Split<'a> {
     ring: &'a Ring,
     slots: &'a Slots,
     shift: u32,
@@ -43,7 +42,7 @@ pub(crate) struct Split<'a> {
 impl<'a> Split<'a> {
     /// Lays out the requests of `slots` as reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX
     /// has been agreed on.
-    pub(crate) fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+    pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
         let [descriptors, available, used] = ring.windows();
         let stride = stride(slots);
         assert!(

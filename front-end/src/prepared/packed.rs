@@ -3,10 +3,9 @@
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use crate::packed::{AVAILABLE, EVENTS_OFF, EVENTS_ON, FIRST_BASE, Position, USED, wants_kick};
-use crate::perf::plan::RingLayout;
-use crate::perf::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
-use crate::perf::virtqueue::Virtqueue;
-use crate::ring::{Descriptor, INDIRECT, Ring};
+use crate::prepared::Virtqueue;
+use crate::prepared::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
+use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
 use crate::words::words;
 
 /// A packed ring. The descriptors of each slot's request are made once and copied into the ring
@@ -15,7 +14,7 @@ use crate::words::words;
 /// It lies in the memory of a split [`Ring`], whose three parts are all large enough: descriptors,
 /// the driver's events, the device's events.
 #[derive(Debug)]
-pub(crate) struct Packed<'a> {
+pub struct Packed<'a> {
     slots: &'a Slots,
     size: u16,
     event_idx: bool,
@@ -36,7 +35,7 @@ pub(crate) struct Packed<'a> {
 impl<'a> Packed<'a> {
     /// Makes the requests of `slots` reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
     /// been agreed on.
-    pub(crate) fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+    pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
         let [descriptors, ours, theirs] = ring.windows();
         let parts = if slots.is_indirect() { 1 } else { slots.parts() };
         assert!(slots.count() * parts <= usize::from(ring.size()), "all requests fit in the ring");

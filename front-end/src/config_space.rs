@@ -1,0 +1,65 @@
+//! Virtio-blk's configuration space (virtio 1.2, 5.2.4).
+
+/// Size of virtio-blk's configuration space up to the end of the write-zeroes fields.
+pub(crate) const CONFIG_BYTES: u32 = 60;
+
+/// The fields of virtio-blk's configuration space that drivers look at (virtio 1.2, 5.2.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlkConfig {
+    /// Size in units of 512 bytes.
+    pub capacity: u64,
+    /// Most bytes in one segment.
+    pub size_max: u32,
+    /// Most segments in one request.
+    pub seg_max: u32,
+    /// Bytes in a logical block.
+    pub blk_size: u32,
+    /// Logical blocks in a physical one, as a power of two.
+    pub physical_block_exp: u8,
+    /// Logical block that the first physical one begins with.
+    pub alignment_offset: u8,
+    /// Logical blocks in the smallest I/O that is worth while.
+    pub min_io_size: u16,
+    /// Logical blocks in the best I/O; 0 if none is better than others.
+    pub opt_io_size: u32,
+    /// Queues that the device has.
+    pub num_queues: u16,
+    /// Most sectors in one discard range.
+    pub max_discard_sectors: u32,
+    /// Most ranges in one discard request.
+    pub max_discard_seg: u32,
+    /// Sectors that a discard range should be a multiple of.
+    pub discard_sector_alignment: u32,
+    /// Most sectors in one write-zeroes range.
+    pub max_write_zeroes_sectors: u32,
+    /// Most ranges in one write-zeroes request.
+    pub max_write_zeroes_seg: u32,
+    /// Whether write-zeroes may unmap.
+    pub write_zeroes_may_unmap: bool,
+}
+
+impl BlkConfig {
+    pub(crate) fn parse(bytes: &[u8; CONFIG_BYTES as usize]) -> Self {
+        let number = |at: usize, len: usize| {
+            bytes[at..at + len].iter().rev().fold(0, |n: u64, &b| n << 8 | u64::from(b))
+        };
+        let word = |at| number(at, 4) as u32;
+        Self {
+            capacity: number(0, 8),
+            size_max: word(8),
+            seg_max: word(12),
+            blk_size: word(20),
+            physical_block_exp: bytes[24],
+            alignment_offset: bytes[25],
+            min_io_size: number(26, 2) as u16,
+            opt_io_size: word(28),
+            num_queues: number(34, 2) as u16,
+            max_discard_sectors: word(36),
+            max_discard_seg: word(40),
+            discard_sector_alignment: word(44),
+            max_write_zeroes_sectors: word(48),
+            max_write_zeroes_seg: word(52),
+            write_zeroes_may_unmap: bytes[56] != 0,
+        }
+    }
+}
