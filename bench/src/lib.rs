@@ -11,6 +11,10 @@
 //! 6. [`late_io`]: a server that ends while its disk is slow, and I/O of it that comes late.
 //! 7. [`spread`] and [`markdown`]: medians of ratios, and the tables that they stand in.
 //! 8. [`publish`]: what a measuring program shows while it works, and leaves behind.
+//!
+//! Forbidden dependencies, which `ci/arrows` checks: no crate of the product. The library and the
+//! programs reach a server over a socket only; the benches in `benches/`, which time parts of the
+//! product, and their tests use it as dev-dependencies.
 
 pub mod crash;
 pub mod error;
