@@ -9,6 +9,8 @@ use std::time::Instant;
 use arrayvec::ArrayVec;
 use uuid::Uuid;
 
+pub use guest_memory::Segment;
+
 use crate::failure::{Failure, FailureKind};
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
@@ -47,52 +49,6 @@ pub enum Status {
     /// The device has no such operation.
     Unsupported,
 }
-
-/// A piece of memory that an I/O reads or writes, laid out as the kernel's `struct iovec`.
-///
-/// It usually is a guest's memory, which the guest changes whenever it likes: it is only ever
-/// handed to the kernel or copied through [`crate::memory`], never turned into a slice.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-pub struct Segment(libc::iovec);
-
-impl Segment {
-    /// A segment of `len` bytes at `base`.
-    #[must_use]
-    pub const fn new(base: *mut u8, len: usize) -> Self {
-        Self(libc::iovec { iov_base: base.cast(), iov_len: len })
-    }
-
-    /// First byte.
-    #[must_use]
-    pub fn base(&self) -> *mut u8 {
-        self.0.iov_base.cast()
-    }
-
-    /// Length in bytes.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.iov_len
-    }
-
-    /// Whether there is nothing in it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-impl fmt::Debug for Segment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:p}+{}", self.base(), self.len())
-    }
-}
-
-// SAFETY: a segment is an address and a length; using the address is what is unsafe, and
-// `Channel::submit` says on which conditions.
-unsafe impl Send for Segment {}
-// SAFETY: as above.
-unsafe impl Sync for Segment {}
 
 /// One operation on a block device.
 ///

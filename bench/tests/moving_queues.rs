@@ -20,9 +20,9 @@ use bdev::{
 use bench::{Load, LoadOptions};
 use closer::{Account, ForeignFd};
 use front_end::{GuestRam, Queue, QueueOptions, Request, STATUS_OK, event};
-use vhost_blk::config::Disk;
-use vhost_blk::protocol::request;
-use vhost_blk::{
+use vhost_blk::Blk;
+use vhost_target::protocol::request;
+use vhost_target::{
     ConnId, Connection, ControllerSpec, Core, Error, Mode, Target, Transport, Verdict,
 };
 
@@ -68,7 +68,7 @@ impl Scene {
         let spec = ControllerSpec {
             name: NAME.into(),
             socket: Path::new("/nowhere").into(),
-            disk: Arc::new(Disk { bdev, read_only: false }),
+            device: Blk::new(bdev, false),
             cores: None,
             packed_ring: false,
         };

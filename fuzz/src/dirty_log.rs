@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 
 use closer::ForeignFd;
-use vhost_blk::dirty_log::DirtyLog;
-use vhost_blk::reclaim::Unmapper;
-use vhost_blk::shared_file::Error;
+use guest_memory::DirtyLog;
+use guest_memory::FileError;
+use guest_memory::Unmapper;
 
 use crate::guest::memfd;
 use crate::input::Input;
@@ -34,7 +34,7 @@ fn map(file: &File, offset: u64, size: u64, unmapper: &Unmapper) -> Option<Dirty
         let fd = ForeignFd::alone(OwnedFd::from(file.try_clone().expect("an fd")));
         match DirtyLog::map(&fd, offset, size, unmapper) {
             Ok(log) => return Some(log),
-            Err(Error::TooManyOfController(_)) => thread::yield_now(),
+            Err(FileError::TooManyOfController(_)) => thread::yield_now(),
             Err(_) => return None,
         }
     }

@@ -8,8 +8,8 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use closer::ForeignFd;
-use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::reclaim::Unmapper;
+use guest_memory::Unmapper;
+use guest_memory::{GuestMemory, RegionSpec};
 
 /// Bytes of each file. File 0 is at guest-physical address 0; file 1 or file 2, depending on the table, follows
 /// without a gap.

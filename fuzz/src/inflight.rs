@@ -18,14 +18,16 @@ use std::sync::Arc;
 use std::thread;
 
 use closer::ForeignFd;
+use guest_memory::FileError;
+use guest_memory::Unmapper;
 use qsbr::Domain;
+use reactor::{Iteration, PollHint, Pollable};
 use vhost_blk::config::Disk;
-use vhost_blk::inflight::{Area, AreaSpec, Error, Recovery, Tracker};
-use vhost_blk::queue::{Queue, QueueId, QueueState, Tracked, View};
-use vhost_blk::reactor::{Events, Turn};
-use vhost_blk::reclaim::Unmapper;
-use vhost_blk::ring::{Desc, Layout, RingAddrs};
-use vhost_blk::shared_file;
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::Events;
+use vhost_target::queue::{NewQueue, Queue, QueueId, QueueState, Tracked, ViewSpec};
+use virtqueue::inflight::{Area, AreaSpec, Error, Recovery, Tracker};
+use virtqueue::{Desc, Layout, RingAddrs};
 
 use crate::disk::ModelDisk;
 use crate::guest::{Guest, memfd};
@@ -68,7 +70,7 @@ impl Stage {
         loop {
             match Area::map(spec, &fd(), &self.unmapper) {
                 Ok(area) => return Some(Arc::new(area)),
-                Err(Error::File(shared_file::Error::TooManyOfController(_))) => thread::yield_now(),
+                Err(Error::File(FileError::TooManyOfController(_))) => thread::yield_now(),
                 Err(_) => return None,
             }
         }
@@ -440,18 +442,19 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
     reader.online();
     let disk = Arc::new(Disk { bdev: model.clone(), read_only: false });
     let layout = Layout { packed, event_idx: false };
-    let view = View::new(1, stage.guest.table(0), size, addrs, layout, None, Some(disk));
-    let view = view.expect("a ring in memory");
+    let device = Some(BlkView::new(&disk, false));
+    let view = ViewSpec::new(stage.guest.table(0), size, addrs, layout, device);
     let tracked = Some(Tracked { area, ring });
-    let Ok(queue) = Queue::tracked(QueueId(1), &domain, view, base, Arc::default(), tracked) else {
-        return;
-    };
-    let begun = queue.last_avail();
-    let mut turn = Turn::new();
+    let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());
+    let new = NewQueue { id, domain, view, base, coalescing, tracked };
+    let device = BlkQueue::open(Some(&disk), size.min(256)).expect("a channel");
+    let Ok(queue) = Queue::new(device, new) else { return };
+    let begun = queue.control().last_avail();
+    let (mut iteration, mut hint) = (Iteration::new(), PollHint::default());
     let mut visit = || {
         reader.quiesce();
         // SAFETY: this is the queue's one visitor, and the reader is online.
-        let busy = unsafe { queue.visit(&reader, &mut turn, &stage.events) };
+        let busy = unsafe { queue.visit(&reader, &mut iteration, &stage.events, &mut hint) };
         while stage.events.pop().is_some() {}
         busy
     };
@@ -459,16 +462,16 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
     model.state().settle();
     let visits = (0..2000).take_while(|_| visit()).count();
     assert!(visits < 2000, "no end of work");
-    queue.stop();
+    queue.control().stop();
     for _ in 0..4 {
         visit();
     }
-    assert_eq!(queue.state(), QueueState::Stopped);
-    assert_eq!(queue.inflight(), 0);
+    assert_eq!(queue.control().state(), QueueState::Stopped);
+    assert_eq!(queue.control().inflight(), 0);
     if !packed {
         let again = u64::from(begun.wrapping_sub(used));
-        let fetched = u64::from(queue.last_avail().wrapping_sub(begun));
-        let requests = queue.requests().0;
+        let fetched = u64::from(queue.control().last_avail().wrapping_sub(begun));
+        let requests = queue.control().requests().0;
         // A queue that broke may have left requests that had to be resubmitted.
         assert!((fetched..=fetched + again).contains(&requests), "{requests}: {again} + {fetched}");
     }

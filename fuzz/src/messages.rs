@@ -20,11 +20,11 @@ use std::thread;
 
 use bdev::Bdev;
 use closer::{Account, ForeignFd};
-use vhost_blk::config::Disk;
-use vhost_blk::notify::EventFd;
-use vhost_blk::reactor::SteppedReactor;
-use vhost_blk::transport::SharedConnection;
-use vhost_blk::{ConnId, Connection, ControllerSpec, Mode, Target, Transport, Verdict};
+use reactor::EventFd;
+use vhost_blk::Blk;
+use vhost_target::SteppedReactor;
+use vhost_target::transport::SharedConnection;
+use vhost_target::{ConnId, Connection, ControllerSpec, Mode, Target, Transport, Verdict};
 
 use crate::disk::ModelDisk;
 use crate::guest::memfd;
@@ -138,7 +138,7 @@ fn spec(name: &str, disk: &Arc<ModelDisk>) -> ControllerSpec {
     ControllerSpec {
         name: name.into(),
         socket: format!("/{name}").into(),
-        disk: Arc::new(Disk { bdev: disk.clone(), read_only: false }),
+        device: Blk::new(disk.clone(), false),
         cores: None,
         packed_ring: true,
     }
@@ -212,7 +212,7 @@ impl Stage {
 
     /// Wakes all reactors.
     fn wake(&self) {
-        self.target.bdev_resized(&(self.disk.clone() as Arc<dyn Bdev>));
+        vhost_blk::bdev_resized(&self.target, &(self.disk.clone() as Arc<dyn Bdev>));
     }
 
     /// The neighbour reads a sector.

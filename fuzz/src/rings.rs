@@ -29,14 +29,17 @@ use std::sync::{Arc, OnceLock};
 
 use bdev::{Bdev, Malloc, MallocOptions, Status};
 use closer::ForeignFd;
+use guest_memory::DirtyLog;
 use qsbr::{Domain, Reader};
+use reactor::EventFd;
+use reactor::Garbage;
+use reactor::{Iteration, PollHint, Pollable};
 use vhost_blk::config::Disk;
-use vhost_blk::dirty_log::DirtyLog;
-use vhost_blk::notify::{CallFd, EventFd};
-use vhost_blk::queue::{Queue, QueueId, QueueState, View};
-use vhost_blk::reactor::{Events, Turn};
-use vhost_blk::reclaim::Garbage;
-use vhost_blk::ring::{Layout, RingAddrs};
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::Events;
+use vhost_target::notify::CallFd;
+use vhost_target::queue::{NewQueue, Queue, QueueId, QueueState, TargetQueue, ViewSpec};
+use virtqueue::{Layout, RingAddrs};
 
 use crate::disk::{ModelDisk, SECTORS};
 use crate::guest::{END, FILE_BYTES, FILES, Guest, memfd};
@@ -132,9 +135,10 @@ struct Scene<'s> {
     layout: Layout,
     size: u16,
     driver: Driver,
-    queue: Arc<Queue>,
+    queue: Arc<Queue<BlkQueue>>,
     reader: Reader,
-    turn: Turn,
+    iteration: Iteration,
+    hint: PollHint,
     shown: Shown,
     generation: u64,
     retired: Vec<Box<dyn Garbage>>,
@@ -194,7 +198,10 @@ impl<'s> Scene<'s> {
         let mut reader = domain.reader()?;
         reader.online();
         let view = view(stage, &disk, size, layout, shown, 1);
-        let queue = Queue::new(QueueId(1), &domain, view, base, Arc::default()).ok()?;
+        let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());
+        let new = NewQueue { id, domain, view, base, coalescing, tracked: None };
+        let device = BlkQueue::open(Some(&disk), size.min(256)).expect("a channel");
+        let queue = Queue::new(device, new).ok()?;
         Some(Self {
             driver: Driver::new(size, packed, base),
             model,
@@ -203,7 +210,8 @@ impl<'s> Scene<'s> {
             size,
             queue,
             reader,
-            turn: Turn::new(),
+            iteration: Iteration::new(),
+            hint: PollHint::default(),
             shown,
             generation: 1,
             retired: vec![],
@@ -262,8 +270,8 @@ impl<'s> Scene<'s> {
     fn control(&mut self, input: &mut Input<'_>) -> bool {
         let what = input.u8() % 8;
         match what {
-            4 => self.queue.stop(),
-            5 => self.queue.reset(),
+            4 => self.queue.control().stop(),
+            5 => self.queue.control().reset(),
             _ => {}
         }
         self.stopping |= matches!(what, 4 | 5);
@@ -278,7 +286,7 @@ impl<'s> Scene<'s> {
             self.generation += 1;
             let (size, layout) = (self.size, self.layout);
             let view = view(self.stage, &self.disk, size, layout, self.shown, self.generation);
-            self.retired.push(Box::new(self.queue.publish(view)));
+            self.retired.push(self.queue.publish(view).expect("a ring in memory"));
         }
         !self.stopping
     }
@@ -286,7 +294,9 @@ impl<'s> Scene<'s> {
     fn visit_blindly(&mut self) -> bool {
         self.reader.quiesce();
         // SAFETY: this is the queue's one visitor, and the reader is online.
-        let busy = unsafe { self.queue.visit(&self.reader, &mut self.turn, &self.stage.events) };
+        let busy = unsafe {
+            self.queue.visit(&self.reader, &mut self.iteration, &self.stage.events, &mut self.hint)
+        };
         while self.stage.events.pop().is_some() {}
         busy
     }
@@ -321,19 +331,19 @@ impl<'s> Scene<'s> {
         if self.exact {
             assert_eq!(self.outstanding.len(), 0, "did not come back");
         }
-        assert_eq!(self.queue.inflight(), 0);
-        self.queue.stop();
+        assert_eq!(self.queue.control().inflight(), 0);
+        self.queue.control().stop();
         for _ in 0..4 {
-            if self.queue.state() != QueueState::Stopped {
+            if self.queue.control().state() != QueueState::Stopped {
                 self.visit_and_look();
             }
         }
-        assert_eq!(self.queue.state(), QueueState::Stopped);
+        assert_eq!(self.queue.control().state(), QueueState::Stopped);
         self.reader.offline();
         for garbage in self.retired.drain(..) {
             assert!(garbage.try_free().is_none(), "a view is kept");
         }
-        assert_eq!(self.queue.quarantined_bytes(), 0);
+        assert_eq!(self.queue.control().quarantined_bytes(), 0);
         drop(self.queue);
         assert_eq!(self.model.state().open, 0, "a channel is open");
     }
@@ -346,14 +356,15 @@ fn view(
     layout: Layout,
     shown: Shown,
     generation: u64,
-) -> View {
+) -> ViewSpec {
     let memory = stage.guest.table(shown.table);
-    let (call, disk) = (Some(Arc::clone(&stage.call)), shown.disk.then(|| Arc::clone(disk)));
-    let view = View::new(generation, memory, size, ADDRS, layout, call, disk);
-    let mut view = view.expect("a ring in memory");
-    view.log = shown.log.then(|| Arc::clone(&stage.log.0));
-    view.write_through = shown.write_through;
-    view
+    let device = shown.disk.then(|| BlkView::new(disk, shown.write_through));
+    ViewSpec {
+        generation,
+        call: Some(Arc::clone(&stage.call)),
+        log: shown.log.then(|| Arc::clone(&stage.log.0)),
+        ..ViewSpec::new(memory, size, ADDRS, layout, device)
+    }
 }
 
 /// Prints an event, when an input is replayed with `VHOST_FUZZ_TRACE` set.

@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use closer::Account;
 use spdk_sys as sys;
 use tracing::warn;
-use vhost_blk::protocol::{self, HEADER_BYTES};
-use vhost_blk::transport::SharedConnection;
-use vhost_blk::{ConnId, Connection, OnStart, Target, Verdict};
+use vhost_target::protocol::{self, HEADER_BYTES};
+use vhost_target::transport::SharedConnection;
+use vhost_target::{ConnId, Connection, OnStart, Target, Verdict};
 
 use crate::connection::{self, DpdkConnection};
 use crate::front_ends::{self, FrontEnds};

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use closer::ForeignFd;
-use vhost_blk::Connection;
-use vhost_blk::protocol::HEADER_BYTES;
+use vhost_target::Connection;
+use vhost_target::protocol::HEADER_BYTES;
 
 use crate::front_ends::{Accepted, shut_down};
 use crate::{callbacks, interpose};

@@ -25,8 +25,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{debug, warn};
-use vhost_blk::OnStart;
-use vhost_blk::protocol::HEADER_BYTES;
+use vhost_target::OnStart;
+use vhost_target::protocol::HEADER_BYTES;
 
 use crate::callbacks;
 use crate::connection::{bound_path, send_with_fd};

@@ -1,5 +1,5 @@
 //! The DPDK transport: EAL's start, DPDK's log, and rte_vhost as a
-//! [`Transport`](vhost_blk::Transport).
+//! [`Transport`](vhost_target::Transport).
 //!
 //! Modules in the order in which the process and its messages pass them:
 //!

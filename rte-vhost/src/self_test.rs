@@ -12,8 +12,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use closer::ForeignFd;
-use vhost_blk::protocol::{self, HEADER_BYTES};
-use vhost_blk::{Connection, Verdict};
+use vhost_target::protocol::{self, HEADER_BYTES};
+use vhost_target::{Connection, Verdict};
 
 use crate::callbacks;
 use crate::connection::{DpdkConnection, send_with_fd};

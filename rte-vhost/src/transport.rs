@@ -29,7 +29,7 @@ use closer::{Account, ForeignFd};
 use spdk_sys as sys;
 use tempfile::TempDir;
 use tracing::warn;
-use vhost_blk::{OnStart, Target, Transport, protocol};
+use vhost_target::{OnStart, Target, Transport, protocol};
 
 use crate::callbacks::{self, DEVICE_OPS};
 use crate::{interpose, log, self_test};

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{ArgAction, Parser};
-use vhost_blk::Mode;
-use vhost_blk::session::DRAIN_LIMIT_S;
+use vhost_target::Mode;
+use vhost_target::session::DRAIN_LIMIT_S;
 
 use crate::logging;
 

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use tokio::net::unix::pipe;
 use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
-use vhost_blk::{ControllerSpec, Core, Error, Mode, Target};
+use vhost_target::{ControllerSpec, Core, Error, Mode, Target};
 
 use crate::lived;
 
@@ -235,7 +235,7 @@ impl Control {
     /// completes makes this wait for ever, and nobody else.
     pub(crate) async fn remove_bdev(&self, bdev: Arc<dyn Bdev>) {
         let mut changed = self.changed();
-        self.target.remove_bdev(&bdev);
+        vhost_blk::remove_bdev(&self.target, &bdev);
         let weak = Arc::downgrade(&bdev);
         // Ours may be the last, and a disk's memory takes a while to give back.
         let _ = tokio::task::spawn_blocking(move || drop(bdev)).await;

@@ -98,15 +98,15 @@ const FLAGS: &[(&str, &[&str])] = &[
     ("bdev_null", &["bdev::null"]),
     ("json_util", &["rpc::decode"]),
     ("log_rpc", &[]),
-    ("reactor", &["vhost_blk::reactor"]),
+    ("reactor", &["reactor"]),
     ("rpc", &["rpc"]),
     ("thread", &[]),
     ("uring", &["bdev::file"]),
     ("vbdev_delay", &["bdev::delay"]),
-    ("vhost", &["dpdk", "rte_vhost", "vhost", "vhost_blk"]),
-    ("vhost_blk", &["vhost_blk"]),
+    ("vhost", &["dpdk", "rte_vhost", "vhost", "vhost_blk", "vhost_target"]),
+    ("vhost_blk", &["vhost_blk", "vhost_target"]),
     ("vhost_blk_data", &["vhost_blk::request"]),
-    ("vhost_ring", &["vhost_blk::queue", "vhost_blk::ring"]),
+    ("vhost_ring", &["vhost_target::queue", "virtqueue"]),
     ("vhost_rpc", &["rpc"]),
     ("vhost_scsi", &[]),
     ("vhost_scsi_data", &[]),
@@ -454,20 +454,20 @@ mod tests {
     #[test]
     fn flags_cover_modules() {
         let log = Log::new();
-        assert!(!log.flag_covers("vhost_blk::ring"));
+        assert!(!log.flag_covers("vhost_target::queue"));
         log.set_flag("vhost_ring", true);
         for (target, covered) in [
             ("vhost_ring", true),
-            ("vhost_blk::ring", true),
-            ("vhost_blk::ring::packed", true),
-            ("vhost_blk::ringer", false),
-            ("vhost_blk", false),
+            ("vhost_target::queue", true),
+            ("vhost_target::queue::core", true),
+            ("vhost_target::queues", false),
+            ("vhost_target", false),
             ("rpc", false),
         ] {
             assert_eq!(log.flag_covers(target), covered, "{target}");
         }
         log.set_flag("all", true);
-        assert!(log.flag_covers("vhost_blk::session") && !log.flag_covers("mio::poll"));
+        assert!(log.flag_covers("vhost_target::session") && !log.flag_covers("mio::poll"));
         assert!(log.flags().all(|(_, set)| set));
         log.set_flag("all", false);
         assert!(log.flags().all(|(_, set)| !set));

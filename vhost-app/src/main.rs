@@ -33,7 +33,7 @@ use tempfile::TempDir;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing::{debug, error, info, warn};
-use vhost_blk::Mode;
+use vhost_target::Mode;
 
 use cli::Options;
 use config_file::ConfigFile;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bdev::Bdev;
+use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -10,23 +11,15 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_config::{VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtqueue::QUEUES_MAX;
 
 use crate::request::{Limits, RANGES_MAX, SECTOR_BYTES};
-
-/// Virtqueues of a controller: what rte_vhost answers to GET_QUEUE_NUM, and what the config space
-/// says too.
-pub const QUEUES_MAX: u16 = 128;
 
 /// Bytes of `struct virtio_blk_config` up to and including write-zeroes; SPDK's size.
 pub const CONFIG_BYTES: usize = 60;
 
 /// Sectors in one discard or write-zeroes request; SPDK's number.
 const RANGE_SECTORS_MAX: u32 = 32768;
-
-/// vhost: writes to guest memory are logged, for a migration.
-pub const VHOST_F_LOG_ALL: u32 = 26;
-/// vhost-user: protocol features can be negotiated.
-pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
 /// Where `min_io_size` is in the config space.
 const MIN_IO_SIZE_AT: usize = 26;

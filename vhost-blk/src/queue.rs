@@ -1,468 +1,491 @@
-//! A virtqueue as others see it: what its reactor is told, and what its reactor says.
-//!
-//! What the reactor keeps about it and does in a visit is in [`core`].
-#![expect(unsafe_code, reason = "hands the core from owner to owner; submits guest memory")]
+//! The virtio-blk device of one virtqueue, on a reactor: from requests to I/Os and back.
+#![expect(unsafe_code, reason = "submits guest memory")]
 
-pub mod core;
-
-use std::cell::UnsafeCell;
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use bdev::Wait;
-use qsbr::{Domain, Published, Reader, Retired};
+use bdev::{
+    Channel, Completion, Counters, Failure, FailureKind, Io, Op, Shortcut, Status, Submit, Tag,
+};
+use reactor::{Cause, Iteration, Wait};
+use vhost_target::device::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
+use virtqueue::chain::Chain;
 
-use self::core::Core;
 use crate::config::Disk;
-use crate::dirty_log::DirtyLog;
-use crate::inflight::Area;
-use crate::memory::GuestMemory;
-use crate::notify::CallFd;
-use crate::reactor::{Bell, Events, Turn};
-use crate::reclaim::Garbage;
-use crate::request::Limits;
-use crate::ring::{AnyRing, Layout, RingAddrs, RingError};
+use crate::request::{
+    Limits, Parsed, Ranges, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, parse, peek_read,
+    written_by_read,
+};
 
-/// Identity of a queue, never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct QueueId(pub u64);
+/// Completions taken from a channel at a time.
+const COMPLETIONS: usize = 32;
 
-/// All that a reactor needs of one queue in one generation. Immutable but for the count of I/Os
-/// that use its memory, which the queue's owner keeps.
-#[derive(Debug)]
-pub struct View {
-    /// Grows with each view of a queue; starts at 1.
-    pub generation: u64,
-    /// The ring, in `memory`.
-    pub ring: AnyRing,
-    /// The guest's memory; a view and its I/Os keep it mapped.
-    pub memory: Arc<GuestMemory>,
-    /// Where the guest wants to be told of completions.
-    pub call: Option<Arc<CallFd>>,
-    /// The guest's kicks wake the reactor; otherwise the ring has to be polled.
-    pub kicks: bool,
-    /// Where the pages that are written are marked, while the guest migrates.
-    pub log: Option<Arc<DirtyLog>>,
+/// What a queue needs to know of the disk in one generation.
+#[derive(Clone, Debug)]
+pub struct BlkView {
+    /// The disk.
+    pub(crate) disk: Arc<Disk>,
+    /// What it allowed when the view was made: a disk that grows makes a new view.
+    pub(crate) limits: Limits,
     /// Writes are durable when they are answered.
-    pub write_through: bool,
-    /// The disk; `None` once it was removed, after which every request fails.
-    pub disk: Option<Arc<Disk>>,
-    /// What the disk allows, as it was when the view was made: a disk that grows makes a new view.
-    pub(crate) limits: Option<Limits>,
-    /// I/Os submitted under this view and not completed.
-    inflight: AtomicU32,
+    pub(crate) write_through: bool,
 }
 
-impl View {
-    /// A view that no I/O uses yet.
+impl BlkView {
+    /// A view of the disk as it is now.
+    #[must_use]
+    pub fn new(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
+        let (disk, limits) = (Arc::clone(disk), disk.limits());
+        Arc::new(Self { disk, limits, write_through })
+    }
+}
+
+/// What is left to do of a request when its I/O has succeeded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Rest {
+    #[default]
+    Nothing,
+    /// A flush: the guest wants writes to be durable when they are answered.
+    Flush,
+    /// The further ranges of its chain.
+    Ranges,
+    /// The same, and then [`Rest::Flush`].
+    RangesThenFlush,
+}
+
+/// A request in flight.
+#[derive(Debug)]
+pub struct BlkRequest {
+    /// Bytes of the I/O under way.
+    len: u64,
+    /// When that I/O was submitted.
+    started_ticks: u64,
+    op: Op,
+    rest: Rest,
+}
+
+impl Default for BlkRequest {
+    fn default() -> Self {
+        Self { len: 0, started_ticks: 0, op: Op::Flush, rest: Rest::Nothing }
+    }
+}
+
+/// Reads or writes of one visit that were done by the shortcut, to be counted at its end.
+#[derive(Debug, Default)]
+struct Tally {
+    count: u64,
+    bytes: u64,
+}
+
+/// A bdev as this queue has opened it.
+struct Open {
+    /// Of `channel`, and valid for as long as that is open.
+    shortcut: Shortcut,
+    channel: Box<dyn Channel>,
+    counters: Arc<Counters>,
+}
+
+/// The device of one virtqueue.
+pub struct BlkQueue {
+    /// `None` if the disk was removed.
+    open: Option<Open>,
+    /// Of the channel before it was released: dropped with the queue.
+    counters: Option<Arc<Counters>>,
+    /// The further ranges of each request.
+    ranges: Box<[Ranges]>,
+    /// The I/O of each request that the channel had no room for.
+    parked: Box<[Option<Io>]>,
+    /// Reads and writes.
+    tallies: [Tally; 2],
+    done: [Completion; COMPLETIONS],
+}
+
+impl std::fmt::Debug for BlkQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BlkQueue")
+    }
+}
+
+impl BlkQueue {
+    /// Opens the disk for a queue with `depth` requests at a time.
     ///
     /// # Errors
-    /// The ring does not do, in this memory.
-    pub fn new(
-        generation: u64,
-        memory: &Arc<GuestMemory>,
-        size: u16,
-        addrs: RingAddrs,
-        layout: Layout,
-        call: Option<Arc<CallFd>>,
-        disk: Option<Arc<Disk>>,
-    ) -> Result<Self, RingError> {
-        // SAFETY: the view keeps the memory for as long as it keeps the ring.
-        let ring = unsafe { AnyRing::new(memory, size, addrs, layout) }?;
-        let (memory, inflight) = (Arc::clone(memory), AtomicU32::new(0));
-        let limits = disk.as_deref().map(Disk::limits);
-        let (log, kicks, write_through) = (None, false, false);
+    /// The bdev cannot be opened.
+    pub fn open(disk: Option<&Disk>, depth: u16) -> Result<Self, bdev::Error> {
+        let open = disk.map(|disk| {
+            let channel = Arc::clone(&disk.bdev).open(depth)?;
+            let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
+            Ok::<_, bdev::Error>(Open { shortcut, channel, counters })
+        });
         Ok(Self {
-            generation,
-            ring,
-            memory,
-            call,
-            kicks,
-            log,
-            write_through,
-            disk,
-            limits,
-            inflight,
+            open: open.transpose()?,
+            counters: None,
+            ranges: (0..depth).map(|_| Ranges::default()).collect(),
+            parked: (0..depth).map(|_| None).collect(),
+            tallies: Default::default(),
+            done: [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS],
         })
     }
 
-    /// Readies it for a reactor.
-    fn arm(&self) {
-        if let Some(call) = &self.call {
-            call.arm();
-        }
-    }
-
-    fn pin(&self) {
-        // Relaxed: only the queue's owner writes, and before the view is retired nobody frees it.
-        self.inflight.store(self.inflight.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-    }
-
-    fn unpin(&self) {
-        // Release: the owner's last access to this memory comes before whoever frees it.
-        self.inflight.store(self.inflight.load(Ordering::Relaxed) - 1, Ordering::Release);
-    }
-}
-
-/// A view that was replaced: freed when no reactor can adopt it and no I/O uses its memory.
-#[derive(Debug)]
-pub struct RetiredView {
-    view: Retired<View>,
-    /// The bytes that it keeps from being unmapped, for the operator to see.
-    quarantine: Arc<AtomicU64>,
-    counted: u64,
-    /// Views of this queue that are retired and not freed, this one included.
-    past: Arc<AtomicU32>,
-}
-
-impl Garbage for RetiredView {
-    fn try_free(mut self: Box<Self>) -> Option<Box<dyn Garbage>> {
-        if !self.view.ready() {
-            return Some(self);
-        }
-        // Acquire: pairs with `unpin`. After the grace period the count only falls.
-        if self.view.get().inflight.load(Ordering::Acquire) > 0 {
-            if self.counted == 0 {
-                self.counted = self.view.get().memory.size_bytes();
-                self.quarantine.fetch_add(self.counted, Ordering::Relaxed);
+    /// Submits an I/O whose request is filled in.
+    #[inline(never)]
+    fn submit<R: Request<Self>>(&mut self, view: &BlkView, mut request: R, io: Io) -> Progress {
+        let index = usize::from(request.slot());
+        let now = request.iteration().now_ticks();
+        let (state, _) = request.parts();
+        state.started_ticks = now;
+        state.rest = match state.op {
+            Op::Write if view.write_through => Rest::Flush,
+            Op::WriteZeroes if view.write_through => Rest::RangesThenFlush,
+            Op::Unmap | Op::WriteZeroes if self.ranges[index].any_left() => Rest::Ranges,
+            _ => Rest::Nothing,
+        };
+        let Some(open) = &mut self.open else {
+            request.count_error();
+            return finished(request, Status::IoError);
+        };
+        // SAFETY: segments and memory stay until the completion: the engine reuses neither the slot
+        // nor the view that it pins before the request has ended.
+        match unsafe { open.channel.submit(io) } {
+            Submit::Done(status) => {
+                request.iteration().read_clock();
+                self.io_ended(request, status)
             }
-            return Some(self);
-        }
-        self.quarantine.fetch_sub(self.counted, Ordering::Relaxed);
-        self.past.fetch_sub(1, Ordering::Relaxed);
-        None
-    }
-}
-
-/// Interrupt coalescing of a controller, as `vhost_controller_set_coalescing` sets it.
-#[derive(Debug, Default)]
-pub struct Coalescing {
-    /// Base delay in ticks of the time-stamp counter; 0 is off.
-    pub delay_base_ticks: AtomicU64,
-    /// Requests per 10 ms above which calls are delayed.
-    pub threshold: AtomicU32,
-}
-
-/// The part of an in-flight area that is a queue's.
-#[derive(Clone, Copy, Debug)]
-pub struct Tracked<'a> {
-    /// The area.
-    pub area: &'a Arc<Area>,
-    /// The number of the queue's ring.
-    pub ring: usize,
-}
-
-/// Why a queue cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// its disk cannot be opened
-    #[error("cannot open its disk: {0}")]
-    Disk(#[from] bdev::Error),
-    /// a packed ring has no such position
-    #[error("the ring has no position {0:#x}")]
-    Base(u16),
-    /// the in-flight area is for fewer or for smaller rings
-    #[error("the in-flight area has no room for the ring")]
-    NoRoom,
-}
-
-/// Where a queue is in its life. Only ever goes forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum QueueState {
-    /// A reactor owns the core.
-    Attached = 0,
-    /// The guest broke it: nothing is fetched any more. A reactor still owns the core.
-    Broken = 1,
-    /// Told to stop, and drained: the reactor does not touch the core again.
-    Stopped = 2,
-}
-
-/// A virtqueue that is, was, or is about to be attached to a reactor.
-///
-/// The core belongs to the reactor whose poll set has the queue, from the moment the set is
-/// published until it stores [`QueueState::Stopped`], or until that reactor has been quiescent since
-/// a set without the queue was published to it. Then it belongs to whoever has published that set,
-/// who may give it to another reactor: core, channel and I/O in flight (`target::placement`).
-#[derive(Debug)]
-pub struct Queue {
-    /// Its identity.
-    pub id: QueueId,
-    view: Published<View>,
-    stop: AtomicBool,
-    reset: AtomicBool,
-    abandoned: AtomicBool,
-    domain: Arc<Domain>,
-    core: UnsafeCell<Core>,
-    state: AtomicU8,
-    last_avail: AtomicU16,
-    inflight: AtomicU32,
-    requests: AtomicU64,
-    errors: AtomicU64,
-    coalescing: Arc<Coalescing>,
-    quarantine: Arc<AtomicU64>,
-    past: Arc<AtomicU32>,
-}
-
-// SAFETY: everything but the core is atomic or immutable; the core has one owner at a time, which
-// is handed on through the poll set's publication, its reactor's grace period, and the Release store
-// of `Stopped`.
-unsafe impl Sync for Queue {}
-
-impl Queue {
-    /// A queue to attach. A split ring starts where its used ring stands, a packed one at `base`, the
-    /// position that the front end gave.
-    ///
-    /// # Errors
-    /// The block device cannot be opened, or the ring has no such position.
-    pub fn new(
-        id: QueueId,
-        domain: &Arc<Domain>,
-        view: View,
-        base: u16,
-        coalescing: Arc<Coalescing>,
-    ) -> Result<Arc<Self>, StartError> {
-        Self::tracked(id, domain, view, base, coalescing, None)
-    }
-
-    /// As [`Queue::new`], with a record of what is in flight, by which the ring goes on where another
-    /// has left it.
-    ///
-    /// # Errors
-    /// As there, or the record has no room for the ring.
-    pub fn tracked(
-        id: QueueId,
-        domain: &Arc<Domain>,
-        view: View,
-        base: u16,
-        coalescing: Arc<Coalescing>,
-        tracked: Option<Tracked<'_>>,
-    ) -> Result<Arc<Self>, StartError> {
-        let core = Core::new(&view, base, tracked)?;
-        view.arm();
-        Ok(Arc::new(Self {
-            id,
-            view: Published::new(domain, Box::new(view)),
-            stop: AtomicBool::new(false),
-            reset: AtomicBool::new(false),
-            abandoned: AtomicBool::new(false),
-            domain: Arc::clone(domain),
-            last_avail: AtomicU16::new(core.last_avail()),
-            core: UnsafeCell::new(core),
-            state: AtomicU8::new(QueueState::Attached as u8),
-            inflight: AtomicU32::new(0),
-            requests: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            coalescing,
-            quarantine: Arc::default(),
-            past: Arc::default(),
-        }))
-    }
-
-    /// Has what the disk completes ring the bell `to` and no longer `from`, for reactors that may
-    /// sleep. The one of `to` has to visit the queue once: what has rung before is not said again.
-    ///
-    /// # Safety
-    /// The caller owns the core.
-    ///
-    /// # Errors
-    /// The system has no room for another watch; then nothing has changed.
-    pub(crate) unsafe fn aim(&self, from: Option<&Bell>, to: Option<&Bell>) -> io::Result<()> {
-        // SAFETY: the caller says so.
-        let core = unsafe { &mut *self.core.get() };
-        let Some(channel) = core.channel() else { return Ok(()) };
-        let fds = channel.wake_fds();
-        if let Some(to) = to {
-            for (n, fd) in fds.iter().enumerate() {
-                to.watch(*fd).inspect_err(|_| fds[..n].iter().for_each(|fd| to.forget(*fd)))?;
+            Submit::Queued => request.keep(),
+            Submit::Full(io) => {
+                self.parked[index] = Some(io);
+                request.wait_for_room()
             }
         }
-        from.into_iter().for_each(|bell| fds.iter().for_each(|fd| bell.forget(*fd)));
-        drop(fds);
-        channel.set_wakes(to.is_some());
-        Ok(())
     }
 
-    /// Gives the reactor a new view, which it adopts at its next visit.
-    #[must_use]
-    pub fn publish(&self, view: View) -> RetiredView {
-        let (quarantine, past) = (Arc::clone(&self.quarantine), Arc::clone(&self.past));
-        past.fetch_add(1, Ordering::Relaxed);
-        view.arm();
-        RetiredView { view: self.view.replace(Box::new(view)), quarantine, counted: 0, past }
-    }
-
-    /// Asks the reactor to take no further request and to say when the last one has completed.
-    pub fn stop(&self) {
-        // Release: whatever the front end did before is seen by the visit that sees this.
-        self.stop.store(true, Ordering::Release);
-        // Reactors look at what is not in a ring only when an epoch has ended.
-        let _ = self.domain.advance();
-    }
-
-    /// The same, and what an earlier owner has left to be done again is dropped where it was not
-    /// begun: the guest has reset its device, and may use the memory for something else.
-    pub fn reset(&self) {
-        // Relaxed: it is seen by the visit that sees the stop.
-        self.reset.store(true, Ordering::Relaxed);
-        self.stop();
-    }
-
-    /// Like `stop`, and the reactor does not access the ring any more from its next turn on:
-    /// completions of what is in flight are discarded. Another queue may use the ring then.
-    pub fn abandon(&self) {
-        // Relaxed: it is seen by the visit that sees the end of the epoch, which `stop` publishes.
-        self.abandoned.store(true, Ordering::Relaxed);
-        self.stop();
-    }
-
-    /// Where it is in its life.
-    #[must_use]
-    pub fn state(&self) -> QueueState {
-        // Acquire: whoever sees `Stopped` may read what the reactor left behind.
-        match self.state.load(Ordering::Acquire) {
-            0 => QueueState::Attached,
-            1 => QueueState::Broken,
-            _ => QueueState::Stopped,
+    /// Starts a request that is not a read or a write that the disk can do.
+    #[cold]
+    #[inline(never)]
+    fn start_other<R: Request<Self>>(
+        &mut self,
+        view: &BlkView,
+        mut request: R,
+        mut parsed: Parsed,
+        again: bool,
+    ) -> Progress {
+        let mut limits = &view.limits;
+        let now = view.disk.limits();
+        if !again && now.sectors != limits.sectors {
+            // The disk has grown: the guest may have been told before this view's successor, which
+            // says so, was adopted.
+            limits = &now;
+            request.collect_again();
+            parsed = parse(request.parts().1, limits);
+        }
+        let slot = usize::from(request.slot());
+        if let Parsed::Ranges { op, first } = parsed {
+            parsed = self.ranges[slot].parse(request.parts().1, op, first, limits);
+        }
+        match parsed {
+            Parsed::Io { op, offset, len, first, count } => {
+                let tag = Tag(request.slot());
+                let (state, chain) = request.parts();
+                (state.op, state.len) = (op, len);
+                let io = match op {
+                    Op::Read | Op::Write => Io::rw(op, tag, offset, len, chain.data(first, count)),
+                    _ => {
+                        let may_unmap = self.ranges[slot].may_unmap();
+                        Io::plain(op, tag, offset, len).unmapping(may_unmap)
+                    }
+                };
+                request.spend(len);
+                self.submit(view, request, io)
+            }
+            Parsed::Answer(status, written) => finished_at_once(request, Some((status, written))),
+            Parsed::NoStatus | Parsed::Ranges { .. } => finished_at_once(request, None),
         }
     }
 
-    /// The available index to answer GET_VRING_BASE with; final once stopped.
-    #[must_use]
-    pub fn last_avail(&self) -> u16 {
-        self.last_avail.load(Ordering::Relaxed)
-    }
-
-    /// I/Os that have not completed.
-    #[must_use]
-    pub fn inflight(&self) -> u32 {
-        self.inflight.load(Ordering::Relaxed)
-    }
-
-    /// Requests completed, and how many were malformed, refused, or failed by the disk.
-    #[must_use]
-    pub fn requests(&self) -> (u64, u64) {
-        (self.requests.load(Ordering::Relaxed), self.errors.load(Ordering::Relaxed))
-    }
-
-    /// Bytes of earlier memory tables that I/O in flight keeps from being unmapped.
-    #[must_use]
-    pub fn quarantined_bytes(&self) -> u64 {
-        self.quarantine.load(Ordering::Relaxed)
-    }
-
-    /// Views that were replaced and that a reactor or I/O in flight may still use.
-    pub(crate) fn past_views(&self) -> u32 {
-        self.past.load(Ordering::Relaxed)
-    }
-
-    /// One visit of the reactor that owns the core; says whether there was anything to do.
-    ///
-    /// # Safety
-    /// The caller is that reactor, and `reader` is its reader, online.
+    /// Counts an I/O that has ended, and goes on with its request.
     #[inline]
-    pub unsafe fn visit(&self, reader: &Reader, turn: &mut Turn, events: &Events) -> bool {
-        // SAFETY: the caller says so.
-        unsafe { self.visit_watched(reader, turn, events) }.0
+    fn io_ended<R: Request<Self>>(&mut self, mut request: R, status: Status) -> Progress {
+        self.count(&mut request, status);
+        let (state, _) = request.parts();
+        if state.rest == Rest::Nothing {
+            return finished(request, status);
+        }
+        self.go_on(request, status)
     }
 
-    /// As [`Queue::visit`]; says also what to look for before the next visit.
-    ///
-    /// # Safety
-    /// As there.
+    /// Does what is left of a request, whose last I/O has ended with `status`.
+    #[cold]
+    fn go_on<R: Request<Self>>(&mut self, mut request: R, mut status: Status) -> Progress {
+        let index = request.slot();
+        while status == Status::Ok {
+            let now = request.iteration().now_ticks();
+            let ranges = &mut self.ranges[usize::from(index)];
+            let (state, _) = request.parts();
+            let (op, offset, len) = match state.rest {
+                Rest::Nothing => break,
+                Rest::Flush => {
+                    state.rest = Rest::Nothing;
+                    (Op::Flush, 0, 0)
+                }
+                Rest::Ranges | Rest::RangesThenFlush => match ranges.next() {
+                    Some((offset, len)) => (state.op, offset, len),
+                    None if state.rest == Rest::RangesThenFlush => {
+                        state.rest = Rest::Nothing;
+                        (Op::Flush, 0, 0)
+                    }
+                    None => break,
+                },
+            };
+            (state.op, state.len, state.started_ticks) = (op, len, now);
+            // What the guest is told was written is the same for all operations but reads.
+            let io = Io::plain(op, Tag(index), offset, len).unmapping(ranges.may_unmap());
+            let Some(open) = &mut self.open else {
+                request.count_error();
+                return finished(request, Status::IoError);
+            };
+            // SAFETY: it names no memory.
+            status = match unsafe { open.channel.submit(io) } {
+                Submit::Done(status) => {
+                    request.iteration().read_clock();
+                    self.count(&mut request, status);
+                    status
+                }
+                Submit::Queued => {
+                    open.channel.kick();
+                    return request.keep();
+                }
+                Submit::Full(io) => {
+                    self.parked[usize::from(index)] = Some(io);
+                    return request.wait_for_room();
+                }
+            };
+        }
+        finished(request, status)
+    }
+
+    /// Counts an I/O that has ended by the time of the iteration's clock.
     #[inline]
-    pub(crate) unsafe fn visit_watched(
-        &self,
-        reader: &Reader,
-        turn: &mut Turn,
-        events: &Events,
-    ) -> (bool, Watch) {
-        // SAFETY: the caller says so.
-        let view = unsafe { self.view.load(reader) };
-        // SAFETY: the core has this one owner, and this is its one borrow in the visit.
-        let core = unsafe { &mut *self.core.get() };
-        core.visit(self, view, turn, events)
-    }
-
-    /// Prepares the queue for its reactor's sleep: asks the guest for kicks and says what else to
-    /// wait for. [`Wait::Poll`] if there is something to do right now.
-    ///
-    /// # Safety
-    /// As for [`Queue::visit`].
-    pub(crate) unsafe fn arm(&self, reader: &Reader, turn: &Turn) -> Wait {
-        // SAFETY: the caller says so.
-        let view = unsafe { self.view.load(reader) };
-        // SAFETY: as in `visit_watched`.
-        let core = unsafe { &mut *self.core.get() };
-        core.arm(self, view, turn)
-    }
-
-    /// Whether the control side has changed something since the visit that `watch` is of.
-    ///
-    /// # Safety
-    /// `reader` is of the queue's domain, online.
-    #[inline]
-    pub(crate) unsafe fn changed_since(&self, watch: &Watch, reader: &Reader) -> bool {
-        // SAFETY: the caller says so.
-        let generation = unsafe { self.view.load(reader) }.generation;
-        generation != watch.generation || self.stop.load(Ordering::Acquire) != watch.stop
+    fn count<R: Request<Self>>(&mut self, request: &mut R, status: Status) {
+        let now = request.iteration().now_ticks();
+        let tag = request.slot();
+        let Some(open) = &mut self.open else { return };
+        let (state, _) = request.parts();
+        let (op, len) = (state.op, state.len);
+        let ticks = now.saturating_sub(state.started_ticks);
+        if status == Status::Ok {
+            open.counters.record_batch(op, 1, len, ticks);
+        } else {
+            open.count_failure((tag, op, len), ticks, status);
+            request.count_error();
+        }
     }
 }
 
-/// What a reactor looks at to see whether a queue wants a visit, without touching the queue.
-///
-/// It is made of the view of one visit. [`Reader::quiesce`] says when it has to be compared with the
-/// queue again ([`Queue::changed_since`]) before it is used: until then the view that the address
-/// points into is not freed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Watch {
-    /// The driver's available index, or [`NOTHING`].
-    avail: *const AtomicU16,
-    generation: u64,
-    /// The index that had been taken, as it is in memory.
-    seen: u16,
-    /// Something other than the ring wants a visit every turn.
-    pub(crate) due: bool,
-    /// The guest's kicks wake the reactor, or there is nothing to kick for.
-    pub(crate) kicks: bool,
-    stop: bool,
+impl Open {
+    /// Stores the reason of a failure for the control side, which logs it.
+    #[cold]
+    #[inline(never)]
+    fn count_failure(&mut self, (tag, op, len): (u16, Op, u64), ticks: u64, status: Status) {
+        let unsupported = status == Status::Unsupported;
+        let errno = if unsupported { libc::EOPNOTSUPP } else { libc::EIO };
+        let unknown = Failure { kind: FailureKind::Failed, op, offset: None, len, errno };
+        let failure = self.channel.failure(Tag(tag)).unwrap_or(unknown);
+        self.counters.record_failure(ticks, &failure);
+    }
 }
 
-// SAFETY: an address that only its queue's reactor follows.
-unsafe impl Send for Watch {}
+/// The end of a request whose last I/O has ended with `status`.
+#[inline(always)]
+fn finished<R: Request<BlkQueue>>(mut request: R, status: Status) -> Progress {
+    let (state, chain) = request.parts();
+    let (written, dirty) = match state.op {
+        Op::Read => (written_by_read(chain), u64::MAX),
+        _ => (1, 0),
+    };
+    let status = match status {
+        Status::Ok => STATUS_OK,
+        Status::IoError => STATUS_IOERR,
+        Status::Unsupported => STATUS_UNSUPP,
+    };
+    request.finish(Answer { last_byte: Some(status), written, dirty })
+}
 
-/// An index that never moves.
-static NOTHING: AtomicU16 = AtomicU16::new(0);
+/// The end of a request that causes no I/O: its status and the bytes written before that, unless it has
+/// no place for a status.
+#[cold]
+#[inline(never)]
+fn finished_at_once<R: Request<BlkQueue>>(mut request: R, answer: Option<(u8, u32)>) -> Progress {
+    let Some((status, written)) = answer else {
+        request.count_error();
+        return request.finish(Answer { last_byte: None, written: 0, dirty: 0 });
+    };
+    if status != STATUS_OK {
+        request.count_error();
+    }
+    // GET_ID's data; a refused request may claim that all of its data was written.
+    let dirty = if status == STATUS_OK { u64::from(written) } else { 0 };
+    request.finish(Answer { last_byte: Some(status), written: written + 1, dirty })
+}
 
-impl Watch {
-    /// For a queue that was not visited yet.
-    pub(crate) fn new() -> Self {
-        Self {
-            avail: &raw const NOTHING,
-            generation: 0,
-            seen: 0,
-            due: true,
-            kicks: true,
-            stop: false,
+impl DeviceQueue for BlkQueue {
+    type Request = BlkRequest;
+    type View = BlkView;
+
+    fn refuse(chain: &Chain) -> Answer {
+        if chain.has_last_byte() {
+            Answer { last_byte: Some(STATUS_IOERR), written: 1, dirty: 0 }
+        } else {
+            Answer { last_byte: None, written: 0, dirty: 0 }
         }
     }
 
-    /// Whether the queue wants a visit.
-    ///
-    /// # Safety
-    /// See [`Watch`].
-    #[inline]
-    pub(crate) unsafe fn wants_visit(&self) -> bool {
-        // SAFETY: the caller says so. Relaxed: the visit loads it again.
-        let index = unsafe { &*self.avail }.load(Ordering::Relaxed);
-        index != self.seen || self.due
+    #[inline(always)]
+    fn start<R: Request<Self>>(&mut self, view: &BlkView, mut request: R, again: bool) -> Progress {
+        let (_, chain) = request.parts();
+        let parsed = parse(chain, &view.limits);
+        if let Parsed::Io { op: op @ (Op::Read | Op::Write), offset, len, first, count } = parsed {
+            let tag = Tag(request.slot());
+            let (state, chain) = request.parts();
+            (state.op, state.len) = (op, len);
+            let io = Io::rw(op, tag, offset, len, chain.data(first, count));
+            request.spend(len);
+            // No shortcut for a request with a rest.
+            let alone = op == Op::Read || !view.write_through;
+            // SAFETY: the channel is open, and segments and memory stay as they are meanwhile.
+            let done = alone && self.open.as_ref().is_some_and(|o| unsafe { o.shortcut.run(&io) });
+            if !done {
+                return self.submit(view, request, io);
+            }
+            let tally = &mut self.tallies[usize::from(op == Op::Write)];
+            tally.count += 1;
+            tally.bytes += len;
+            return finished(request, Status::Ok);
+        }
+        self.start_other(view, request, parsed, again)
     }
-}
 
-impl Garbage for Arc<Queue> {
-    fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>> {
-        // The poll sets that have it are being freed too; the last one is freed here.
-        if Arc::strong_count(&self) > 1 { Some(self) } else { None }
+    #[cold]
+    fn retry<R: Request<Self>>(&mut self, request: R) -> Progress {
+        let index = usize::from(request.slot());
+        let (Some(open), Some(io)) = (&mut self.open, self.parked[index].take()) else {
+            return finished(request, Status::IoError);
+        };
+        // SAFETY: as in `submit`; the engine has pinned the view when the request was parked.
+        match unsafe { open.channel.submit(io) } {
+            Submit::Done(status) => self.io_ended(request, status),
+            Submit::Queued => {
+                open.channel.kick();
+                request.keep()
+            }
+            Submit::Full(io) => {
+                self.parked[index] = Some(io);
+                request.wait_for_room()
+            }
+        }
+    }
+
+    #[inline]
+    fn looks_ahead(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.shortcut.copies())
+    }
+
+    #[inline(always)]
+    fn look_ahead(&self, chain: &Chain) {
+        if let Some(open) = &self.open
+            && let Some((offset, len)) = peek_read(chain)
+        {
+            open.shortcut.expect_read(offset, len);
+        }
+    }
+
+    /// Counts the I/Os of the shortcut. They were done one after the other, so the time of the visit
+    /// is shared among them.
+    #[inline]
+    fn started(&mut self, iteration: &mut Iteration) {
+        let Some(open) = &self.open else { return };
+        let begun = iteration.now_ticks();
+        let ticks = iteration.read_clock().saturating_sub(begun);
+        let [reads, writes] = std::mem::take(&mut self.tallies);
+        let of_writes = match (reads.count, writes.count) {
+            (_, 0) => 0,
+            (0, _) => ticks,
+            (r, w) => ticks * w / (r + w),
+        };
+        if reads.count > 0 {
+            open.counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
+        }
+        if writes.count > 0 {
+            open.counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
+        }
+    }
+
+    #[inline]
+    fn poll(&mut self, iteration: &mut Iteration) -> usize {
+        let Some(open) = &mut self.open else { return 0 };
+        let count = open.channel.poll(&mut self.done);
+        if count > 0 {
+            iteration.note(Cause::Complete);
+            iteration.read_clock();
+        }
+        count
+    }
+
+    #[inline]
+    fn progressed(&self, n: usize) -> u16 {
+        self.done[n].tag.0
+    }
+
+    #[inline]
+    fn advance<R: Request<Self>>(&mut self, n: usize, request: R) -> Progress {
+        self.io_ended(request, self.done[n].status)
+    }
+
+    #[cold]
+    fn discard<R: Request<Self>>(&mut self, n: usize, request: &mut R) {
+        // A failure may only be due to the abandonment.
+        if self.done[n].status == Status::Ok {
+            self.count(request, Status::Ok);
+        }
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.channel.kick();
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.channel.abandon();
+        }
+    }
+
+    fn wait(&self) -> Wait {
+        match self.open.as_ref().map(|open| open.channel.wait()) {
+            None | Some(bdev::Wait::Poll) => Wait::Poll,
+            Some(bdev::Wait::Event) => Wait::Event,
+            Some(bdev::Wait::Until(until)) => Wait::Until(until),
+        }
+    }
+
+    #[inline]
+    fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    fn release(&mut self) -> Option<Box<dyn Send>> {
+        let Open { channel, counters, .. } = self.open.take()?;
+        self.counters = Some(counters);
+        Some(channel)
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.open.as_ref().map_or_else(WakeFds::new, |open| open.channel.wake_fds())
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        if let Some(open) = &mut self.open {
+            open.channel.set_wakes(wakes);
+        }
     }
 }

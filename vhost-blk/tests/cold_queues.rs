@@ -1,19 +1,19 @@
 //! Many idle queues on one reactor: each is looked at often enough, however long it was idle.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod guest;
-
 use std::sync::Arc;
 
 use bdev::{Null, NullOptions};
+use guest_memory::GuestMemory;
+use guest_memory::testing::flat_at;
 use qsbr::Domain;
+use reactor::Reclaim;
 use vhost_blk::config::Disk;
-use vhost_blk::memory::GuestMemory;
-use vhost_blk::queue::{Queue, QueueId, View};
-use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
-use vhost_blk::reclaim::Reclaim;
-use vhost_blk::ring::{Layout, RingAddrs};
-use vhost_blk::{Core, Mode};
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::queue::{NewQueue, Queue, QueueId, ViewSpec};
+use vhost_target::{Core, Mode};
+use vhost_target::{Events, Reactor, SteppedReactor};
+use virtqueue::{Layout, RingAddrs};
 use vm_memory::Bytes;
 
 const QUEUES: usize = 40;
@@ -38,15 +38,17 @@ impl Scene {
     fn idle() -> Self {
         let domain = Domain::new(1);
         let events = Arc::new(Events::new().unwrap());
-        let memory = guest::memory(STRIDE * QUEUES as u64, 0);
+        let memory = flat_at(STRIDE * QUEUES as u64, 0);
         let options = NullOptions { name: "n".into(), num_blocks: 64, block_size: 512, uuid: None };
         let disk = Arc::new(Disk { bdev: Null::create(options).unwrap(), read_only: false });
         let queue = |n: usize| {
             let at = STRIDE * n as u64;
             let addrs = RingAddrs { desc: at, avail: at + 0x1000, used: at + 0x2000 };
-            let disk = Some(Arc::clone(&disk));
-            let view = View::new(1, &memory, SIZE, addrs, Layout::default(), None, disk).unwrap();
-            Queue::new(QueueId(n as u64), &domain, view, 0, Arc::default()).unwrap()
+            let device = Some(BlkView::new(&disk, false));
+            let view = ViewSpec::new(&memory, SIZE, addrs, Layout::default(), device);
+            let (id, coalescing) = (QueueId(n as u64), Arc::default());
+            let new = NewQueue { id, domain: &domain, view, base: 0, coalescing, tracked: None };
+            Queue::new(BlkQueue::open(Some(&disk), SIZE).unwrap(), new).unwrap() as Arc<_>
         };
         let reactor = Arc::new(Reactor::new(Core(0), &domain, Mode::Poll).unwrap());
         reactor.publish((0..QUEUES).map(queue).collect(), &Reclaim::start(|| {}).unwrap());

@@ -5,8 +5,6 @@
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod guest;
-
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
@@ -15,14 +13,19 @@ use bdev::{
     Status, Submit,
 };
 use closer::ForeignFd;
+use guest_memory::GuestMemory;
+use guest_memory::testing::flat_at;
 use qsbr::{Domain, Reader};
+use reactor::EventFd;
+use reactor::Garbage;
+use reactor::{Iteration, PollHint, Pollable};
 use vhost_blk::config::Disk;
-use vhost_blk::memory::GuestMemory;
-use vhost_blk::notify::{CallFd, EventFd};
-use vhost_blk::queue::{Queue, QueueId, QueueState, View};
-use vhost_blk::reactor::{Event, Events, Turn};
-use vhost_blk::reclaim::Garbage;
-use vhost_blk::ring::{Layout, RingAddrs};
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::Events;
+use vhost_target::notify::CallFd;
+use vhost_target::queue::Event;
+use vhost_target::queue::{NewQueue, Queue, QueueId, QueueState, TargetQueue, ViewSpec};
+use virtqueue::{Layout, RingAddrs};
 use vm_memory::Bytes;
 
 const SIZE: u16 = 16;
@@ -52,7 +55,7 @@ const UNSUPP: u8 = 2;
 const UNTOUCHED: u8 = 0xee;
 
 fn map() -> Arc<GuestMemory> {
-    guest::memory(MEMORY, 0)
+    flat_at(MEMORY, 0)
 }
 
 /// A queue, its guest and its reactor.
@@ -61,10 +64,11 @@ struct Bench {
     /// The guest's side of the call fd, and ours.
     call: EventFd,
     call_fd: Arc<CallFd>,
-    queue: Arc<Queue>,
+    queue: Arc<Queue<BlkQueue>>,
     disk: Arc<Disk>,
     reader: Reader,
-    turn: Turn,
+    iteration: Iteration,
+    hint: PollHint,
     events: Events,
     avail: u16,
     used: u16,
@@ -81,12 +85,28 @@ impl Bench {
         let call_fd =
             CallFd::from_front_end(ForeignFd::alone(call.as_fd().try_clone_to_owned().unwrap()));
         let call_fd = Arc::new(call_fd.unwrap());
-        let (c, d) = (Some(Arc::clone(&call_fd)), Some(Arc::clone(&disk)));
-        let view = View::new(1, &memory, SIZE, ADDRS, Layout::default(), c, d).unwrap();
-        let queue = Queue::new(QueueId(1), &domain, view, 0, Arc::default()).unwrap();
-        let (turn, events) = (Turn::new(), Events::new().unwrap());
-        let (avail, used, generation) = (0, 0, 1);
-        Self { memory, call, call_fd, queue, disk, reader, turn, events, avail, used, generation }
+        let device = Some(BlkView::new(&disk, false));
+        let view = ViewSpec {
+            call: Some(Arc::clone(&call_fd)),
+            ..ViewSpec::new(&memory, SIZE, ADDRS, Layout::default(), device)
+        };
+        let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());
+        let new = NewQueue { id, domain, view, base: 0, coalescing, tracked: None };
+        let queue = Queue::new(BlkQueue::open(Some(&disk), SIZE).unwrap(), new).unwrap();
+        Self {
+            memory,
+            call,
+            call_fd,
+            queue,
+            disk,
+            reader,
+            iteration: Iteration::new(),
+            hint: PollHint::default(),
+            events: Events::new().unwrap(),
+            avail: 0,
+            used: 0,
+            generation: 1,
+        }
     }
 
     fn malloc() -> Self {
@@ -96,7 +116,7 @@ impl Bench {
     fn visit(&mut self) -> bool {
         self.reader.quiesce();
         // SAFETY: this is the queue's one visitor.
-        unsafe { self.queue.visit(&self.reader, &mut self.turn, &self.events) }
+        unsafe { self.queue.visit(&self.reader, &mut self.iteration, &self.events, &mut self.hint) }
     }
 
     fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -186,9 +206,13 @@ impl Bench {
     fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
         self.generation += 1;
         let call = Some(Arc::clone(&self.call_fd));
-        let view =
-            View::new(self.generation, memory, SIZE, ADDRS, Layout::default(), call, disk).unwrap();
-        Box::new(self.queue.publish(view))
+        let device = disk.map(|disk| BlkView::new(&disk, false));
+        let view = ViewSpec {
+            generation: self.generation,
+            call,
+            ..ViewSpec::new(memory, SIZE, ADDRS, Layout::default(), device)
+        };
+        self.queue.publish(view).unwrap()
     }
 }
 
@@ -441,7 +465,7 @@ fn malformed_chains_come_back() {
     let tables = (DATA, 15, INDIRECT, 0);
     let written = (STATUSES, 1, NEXT | WRITE, 2);
     assert_eq!(answer(&[(header, 16, NEXT, 1), written, tables]), (0, UNTOUCHED), "a bad table");
-    assert_eq!(bench.queue.requests(), (9, 9));
+    assert_eq!(bench.queue.control().requests(), (9, 9));
     bench.offer(SIZE + 5);
     bench.visit();
     assert_eq!(bench.take_used(), Some((SIZE + 5, 0)), "a head out of range");
@@ -453,14 +477,14 @@ fn a_broken_ring_stops_alone_and_can_be_stopped() {
     let mut bench = Bench::malloc();
     bench.put(0x1002, &(SIZE + 1).to_le_bytes());
     assert!(!bench.visit());
-    assert_eq!(bench.queue.state(), QueueState::Broken);
+    assert_eq!(bench.queue.control().state(), QueueState::Broken);
     assert!(matches!(bench.events.pop(), Some(Event::Broken(QueueId(1)))));
     bench.put(0x1002, &1_u16.to_le_bytes());
     bench.visit();
     assert_eq!(bench.take_used(), None, "nothing is fetched any more");
-    bench.queue.stop();
+    bench.queue.control().stop();
     bench.visit();
-    assert_eq!(bench.queue.state(), QueueState::Stopped);
+    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
 }
 
 #[test]
@@ -483,7 +507,7 @@ fn a_visit_is_bounded() {
     assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
     complete_all(&shared, Status::Ok);
     bench.visit();
-    assert_eq!(bench.queue.inflight(), u32::from(SIZE), "slots were free again");
+    assert_eq!(bench.queue.control().inflight(), u32::from(SIZE), "slots were free again");
 }
 
 #[test]
@@ -492,15 +516,15 @@ fn stopping_waits_for_io_and_reports_the_index() {
     bench.request(IN, 0, Some((DATA, 512)));
     bench.request(OUT, 1, Some((DATA, 512)));
     bench.visit();
-    bench.queue.stop();
+    bench.queue.control().stop();
     bench.request(IN, 2, Some((DATA, 512)));
     bench.visit();
-    assert_eq!(bench.queue.state(), QueueState::Attached);
+    assert_eq!(bench.queue.control().state(), QueueState::Attached);
     assert!(bench.events.pop().is_none());
     complete_all(&shared, Status::Ok);
     bench.visit();
-    assert_eq!(bench.queue.state(), QueueState::Stopped);
-    assert_eq!(bench.queue.last_avail(), 2, "the third was never fetched");
+    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
+    assert_eq!(bench.queue.control().last_avail(), 2, "the third was never fetched");
     assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
     bench.visit();
     assert!(bench.events.pop().is_none(), "said once");
@@ -522,13 +546,13 @@ fn an_abandoned_queue_does_not_touch_its_ring_whether_its_view_changed_or_not() 
             bench.publish(&memory, disk)
         });
         if abandoned {
-            bench.queue.abandon();
+            bench.queue.control().abandon();
         } else {
-            bench.queue.stop();
+            bench.queue.control().stop();
         }
         complete_all(&shared, Status::Ok);
         bench.visit();
-        assert_eq!(bench.queue.state(), QueueState::Stopped);
+        assert_eq!(bench.queue.control().state(), QueueState::Stopped);
         let untouched = bench.get(0x2000, USED_RING) == [UNTOUCHED; USED_RING];
         assert_eq!(untouched, abandoned, "a new view: {adopts}");
         assert!(before.is_none_or(|view| view.try_free().is_none()), "nothing uses it any more");
@@ -539,9 +563,9 @@ fn an_abandoned_queue_does_not_touch_its_ring_whether_its_view_changed_or_not() 
 fn a_drain_finds_the_event_queue_full_and_says_it_later() {
     let mut bench = Bench::malloc();
     while bench.events.push(Event::Broken(QueueId(9))).is_ok() {}
-    bench.queue.stop();
+    bench.queue.control().stop();
     bench.visit();
-    assert_eq!(bench.queue.state(), QueueState::Stopped);
+    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
     bench.visit();
     while let Some(event) = bench.events.pop() {
         assert!(matches!(event, Event::Broken(QueueId(9))));
@@ -557,10 +581,14 @@ fn a_full_channel_delays_and_loses_nothing() {
     let first = bench.request(IN, 0, Some((DATA, 512)));
     let second = bench.request(IN, 1, Some((DATA, 512)));
     bench.visit();
-    assert_eq!(bench.queue.inflight(), 1, "the first is parked, the second not fetched");
-    bench.queue.stop();
+    assert_eq!(bench.queue.control().inflight(), 1, "the first is parked, the second not fetched");
+    bench.queue.control().stop();
     bench.visit();
-    assert_eq!(bench.queue.state(), QueueState::Attached, "a parked request is in flight");
+    assert_eq!(
+        bench.queue.control().state(),
+        QueueState::Attached,
+        "a parked request is in flight"
+    );
     shared.lock().unwrap().full = false;
     bench.visit();
     assert_eq!(shared.lock().unwrap().submitted.len(), 1);
@@ -568,7 +596,7 @@ fn a_full_channel_delays_and_loses_nothing() {
     bench.visit();
     assert_eq!(bench.take_used(), Some((first, 513)));
     assert_eq!((bench.status(first), bench.status(second)), (IOERR, UNTOUCHED));
-    assert_eq!(bench.queue.state(), QueueState::Stopped);
+    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
 }
 
 #[test]
@@ -585,7 +613,7 @@ fn memory_outlives_the_io_that_uses_it() {
     bench.visit();
     bench.visit();
     let retired = retired.try_free().expect("an I/O uses its memory");
-    assert_eq!(bench.queue.quarantined_bytes(), MEMORY);
+    assert_eq!(bench.queue.control().quarantined_bytes(), MEMORY);
     complete_all(&shared, Status::Ok);
     bench.visit();
     // Status into the memory that the request came from, used element into the new ring.
@@ -597,7 +625,7 @@ fn memory_outlives_the_io_that_uses_it() {
     assert!(old.upgrade().is_some());
     assert!(retired.try_free().is_none());
     assert!(old.upgrade().is_none(), "and then it goes");
-    assert_eq!(bench.queue.quarantined_bytes(), 0);
+    assert_eq!(bench.queue.control().quarantined_bytes(), 0);
 }
 
 #[test]

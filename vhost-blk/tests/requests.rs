@@ -4,9 +4,7 @@
 #![expect(unsafe_code, reason = "visits a queue as its reactor does; takes io_uring from a thread")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-#[path = "guest/memfd.rs"]
-mod memfd;
-#[path = "packed_ring/driver.rs"]
+#[path = "../../virtqueue/tests/packed_ring/driver.rs"]
 #[expect(dead_code, reason = "the packed ring's own tests use the rest")]
 mod packed;
 

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use bench::pin::pin;
 use criterion::Criterion;
 use front_end::LIMIT;
-use vhost_blk::reactor::{Events, Reactor};
-use vhost_blk::reclaim::{Garbage, Reclaim};
-use vhost_blk::{Core, Mode};
+use reactor::{Garbage, Reclaim};
+use vhost_target::{Core, Mode};
+use vhost_target::{Events, Reactor};
 
 use crate::scene::disks;
 use crate::scene::guest::{Form, Guest, Kind};
@@ -27,7 +27,7 @@ pub(crate) fn bench(c: &mut Criterion) {
         println!("hand-over: skipped, as this process may not use cores 0 and 1");
         return;
     };
-    reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());
+    reactor.publish(guest.pollables(), &Reclaim::start(|| {}).unwrap());
     c.bench_function("hand-over of a view, busy queue", |b| {
         b.iter_custom(|views| (0..views).map(|_| hand_over(&mut guest)).sum());
     });

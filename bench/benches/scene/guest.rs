@@ -6,13 +6,15 @@ use std::sync::Arc;
 use bdev::Bdev;
 use closer::ForeignFd;
 use front_end::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
+use guest_memory::Unmapper;
+use guest_memory::{GuestMemory, RegionSpec};
 use qsbr::Domain;
+use reactor::{Garbage, Pollable};
 use vhost_blk::config::Disk;
-use vhost_blk::inflight::Area;
-use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::queue::{Queue, QueueId, Tracked, View};
-use vhost_blk::reclaim::{Garbage, Unmapper};
-use vhost_blk::ring::{Layout, RingAddrs};
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::queue::{Event, NewQueue, Queue, QueueId, TargetQueue, Tracked, ViewSpec};
+use virtqueue::inflight::Area;
+use virtqueue::{Layout, RingAddrs};
 
 const RAM_BYTES: u64 = 64 << 20;
 const RING_SIZE: u16 = 128;
@@ -120,7 +122,7 @@ impl Driver {
 pub(crate) struct Guest {
     pub(crate) domain: Arc<Domain>,
     /// All of them, to be published to a reactor.
-    pub(crate) queues: Vec<Arc<Queue>>,
+    pub(crate) queues: Vec<Arc<Queue<BlkQueue>>>,
     /// Drives the first of them.
     pub(crate) driver: Driver,
     memory: Arc<GuestMemory>,
@@ -153,8 +155,9 @@ impl Guest {
         let view = |driver: &Driver| view(driver, form, 1, &memory, &disk);
         let queue = |n: usize, view| {
             let tracked = area.map(|area| Tracked { area, ring: n });
-            let (id, base) = (QueueId(n as u64), form.base());
-            Queue::tracked(id, &domain, view, base, Arc::default(), tracked).unwrap()
+            let (id, domain, base) = (QueueId(n as u64), &domain, form.base());
+            let new = NewQueue { id, domain, view, base, coalescing: Arc::default(), tracked };
+            Queue::new(BlkQueue::open(Some(&disk), RING_SIZE).unwrap(), new).unwrap()
         };
         let mut list: Vec<_> =
             (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, form)))).collect();
@@ -164,15 +167,20 @@ impl Guest {
         Self { domain, queues: list, driver, memory, disk, form, generation: 1 }
     }
 
+    /// All queues, for a reactor.
+    pub(crate) fn pollables(&self) -> Vec<Arc<dyn Pollable<Event>>> {
+        self.queues.iter().map(|queue| Arc::clone(queue) as _).collect()
+    }
+
     /// A view for the first queue, to come after those made before.
-    pub(crate) fn next_view(&mut self) -> View {
+    pub(crate) fn next_view(&mut self) -> ViewSpec {
         self.generation += 1;
         view(&self.driver, self.form, self.generation, &self.memory, &self.disk)
     }
 
     /// Gives the first queue's reactor a view. The one before can be freed once it was adopted.
-    pub(crate) fn hand_over(&self, view: View) -> Box<dyn Garbage> {
-        Box::new(self.queues[0].publish(view))
+    pub(crate) fn hand_over(&self, view: ViewSpec) -> Box<dyn Garbage> {
+        self.queues[0].publish(view).unwrap()
     }
 }
 
@@ -182,9 +190,10 @@ fn view(
     generation: u64,
     memory: &Arc<GuestMemory>,
     disk: &Arc<Disk>,
-) -> View {
+) -> ViewSpec {
     let (size, addrs) = driver.addrs();
-    View::new(generation, memory, size, addrs, form.layout(), None, Some(Arc::clone(disk))).unwrap()
+    let device = Some(BlkView::new(disk, false));
+    ViewSpec { generation, ..ViewSpec::new(memory, size, addrs, form.layout(), device) }
 }
 
 /// The guest's memory as the target maps it.

@@ -5,10 +5,11 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use front_end::GuestRam;
+use guest_memory::{GuestMemory, Near, Nearest};
 use vhost_blk::config::Disk;
-use vhost_blk::memory::{GuestMemory, Near, Nearest};
-use vhost_blk::request::{Chain, Limits, STATUS_OK};
-use vhost_blk::ring::{AnyRing, PackedChain, PackedRing, Ring, SplitChain, SplitRing};
+use vhost_blk::request::{Limits, STATUS_OK, parse};
+use virtqueue::chain::Chain;
+use virtqueue::{AnyRing, PackedChain, PackedRing, Ring, SplitChain, SplitRing};
 
 use super::disks;
 use super::guest::{Driver, Form, Kind, map};
@@ -81,7 +82,7 @@ impl Rings {
         let mut watch = Some(watch);
         for step in STEPS {
             if step == Step::Push {
-                self.chains.iter().for_each(|taken| taken.chain.write_status(STATUS_OK));
+                self.chains.iter().for_each(|taken| taken.chain.write_last_byte(STATUS_OK));
             }
             let mut act = || match step {
                 Step::Pop => self.pop(),
@@ -108,7 +109,7 @@ impl Rings {
 
     fn parse(&mut self) {
         for taken in &mut self.chains {
-            let _ = black_box(taken.chain.parse(&self.limits));
+            let _ = black_box(parse(&mut taken.chain, &self.limits));
         }
     }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bdev::Bdev;
-use vhost_blk::reactor::{Events, Reactor, SteppedReactor};
-use vhost_blk::reclaim::Reclaim;
-use vhost_blk::{Core, Mode};
+use reactor::Reclaim;
+use vhost_target::{Core, Mode};
+use vhost_target::{Events, Reactor, SteppedReactor};
 
 use super::guest::{Form, Guest, Kind};
 
@@ -31,7 +31,7 @@ impl Stage {
     fn of(guest: Guest) -> Self {
         let events = Arc::new(Events::new().unwrap());
         let reactor = Arc::new(Reactor::new(Core(0), &guest.domain, Mode::Poll).unwrap());
-        reactor.publish(guest.queues.clone(), &Reclaim::start(|| {}).unwrap());
+        reactor.publish(guest.pollables(), &Reclaim::start(|| {}).unwrap());
         let mut reactor = SteppedReactor::new(&reactor, &guest.domain, &events).unwrap();
         reactor.step();
         Self { reactor, guest }

@@ -1,6 +1,6 @@
 //! An independent model of a chain according to the specification (virtio 1.2, sections 2.7 and 2.8).
 
-use vhost_blk::request::LONG_SEGMENTS_MAX;
+use virtqueue::chain::LONG_SEGMENTS_MAX;
 
 use super::ADDRS;
 use crate::guest::{Guest, Place};

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use vhost_blk::queue::QueueState;
+use vhost_target::queue::QueueState;
 
 use super::model::{self, Chain, Taken};
 use super::{ADDRS, LOG_BYTES, PAGE, STATUSES, Scene, trace};
@@ -19,7 +19,7 @@ impl Scene<'_> {
     /// Checks what was taken, against the ring before the visit.
     pub(super) fn look_at_fetched(&mut self) {
         let (guest, table) = (&self.stage.guest, self.shown.table);
-        let to = self.queue.last_avail();
+        let to = self.queue.control().last_avail();
         let (mut count, mut bytes, mut pieces) = (0, 0, 0);
         while self.last_avail != to {
             assert!(count < VISIT_REQUESTS_MAX, "more requests than a visit may take");
@@ -73,7 +73,7 @@ impl Scene<'_> {
 
     /// Checks what was returned, and what was written in the visit.
     pub(super) fn look_at_used_and_writes(&mut self) {
-        let done = self.queue.requests().0;
+        let done = self.queue.control().requests().0;
         let mut writes = Writes::default();
         let came_back = done - self.done;
         self.done = done;
@@ -168,8 +168,8 @@ impl Scene<'_> {
     }
 
     pub(super) fn look_at_state(&mut self) {
-        assert!(self.queue.inflight() <= 256);
-        let broken = self.queue.state() == QueueState::Broken;
+        assert!(self.queue.control().inflight() <= 256);
+        let broken = self.queue.control().state() == QueueState::Broken;
         if broken && !self.broken && self.exact {
             let (guest, table) = (&self.stage.guest, self.shown.table);
             let at = self.last_avail;

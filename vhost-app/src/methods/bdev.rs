@@ -9,6 +9,7 @@ use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::error;
+use vhost_blk::Blk;
 
 use super::bdev_show::describe;
 use super::{Answer, App, Methods};
@@ -80,7 +81,8 @@ fn examine(app: &App, params: &Params) -> Answer {
 /// the controller of such a configuration could not be created when it is loaded.
 pub(super) fn refuse_if_served(app: &App, method: &str, bdev: &dyn Bdev) -> Result<(), RpcError> {
     let all = app.control.target().controllers();
-    match all.iter().find(|controller| controller.bdev.as_deref() == Some(bdev.name())) {
+    let shows = |device| Blk::of(device).and_then(Blk::bdev).as_deref() == Some(bdev.name());
+    match all.iter().find(|controller| shows(&controller.device)) {
         Some(controller) => {
             error!("{method}: bdev {} is served by controller {}", bdev.name(), controller.name);
             Err(RpcError::errno(libc::EPERM))
@@ -108,7 +110,7 @@ pub(super) async fn delete(app: Rc<App>, params: Params, kind: Kind) -> Answer {
         RpcError::errno(errno)
     })?;
     // All first, so that none waits for another to be taken away from the guests.
-    devices.iter().for_each(|bdev| app.control.target().remove_bdev(bdev));
+    devices.iter().for_each(|bdev| vhost_blk::remove_bdev(app.control.target(), bdev));
     for bdev in devices {
         app.control.remove_bdev(bdev).await;
     }
@@ -118,7 +120,7 @@ pub(super) async fn delete(app: Rc<App>, params: Params, kind: Kind) -> Answer {
 /// Tells guests that a device and what is on it have another size.
 pub(super) fn tell_of_size(app: &App, bdev: &Arc<dyn Bdev>) {
     for bdev in app.bdevs.with_uppers(bdev) {
-        app.control.target().bdev_resized(&bdev);
+        vhost_blk::bdev_resized(app.control.target(), &bdev);
     }
 }
 

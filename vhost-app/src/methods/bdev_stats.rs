@@ -3,11 +3,11 @@
 use std::rc::Rc;
 
 use bdev::{FailureKind, Op, OpCounts};
+use reactor::{read_tsc, ticks_per_second};
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::error;
-use vhost_blk::reactor::{read_tsc, ticks_per_second};
 
 use super::{Answer, App, Methods};
 use crate::bdevs::{BdevId, Shown};

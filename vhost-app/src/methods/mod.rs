@@ -66,7 +66,7 @@ impl App {
             share,
             options: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
-            began: vhost_blk::reactor::read_tsc(),
+            began: reactor::read_tsc(),
             cpu_times: threads::CpuTimes::read(),
         }
     }

@@ -9,12 +9,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::rc::Rc;
 
+use reactor::{read_tsc, ticks_per_second};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
-use vhost_blk::reactor::{read_tsc, ticks_per_second};
-use vhost_blk::{ControllerInfo, Core, QueueInfo};
+use vhost_target::{ControllerInfo, Core, QueueInfo};
 
 use super::vhost::controller_mask;
 use super::{Answer, App, Methods, mask};

@@ -4,15 +4,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use reactor::Cause;
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
-use vhost_blk::config::Disk;
-use vhost_blk::controller::IOPS_THRESHOLD_DEFAULT;
-use vhost_blk::reactor::Cause;
-use vhost_blk::session::Phase;
-use vhost_blk::{ControllerInfo, ControllerSpec, Core, QueueInfo, ReactorInfo, SessionInfo};
+use vhost_blk::Blk;
+use vhost_target::IOPS_THRESHOLD_DEFAULT;
+use vhost_target::session::Phase;
+use vhost_target::{ControllerInfo, ControllerSpec, Core, QueueInfo, ReactorInfo, SessionInfo};
 
 use super::{Answer, App, Methods, mask};
 use crate::cli::parse_cores;
@@ -76,7 +76,7 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     };
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
-        disk: Arc::new(Disk { bdev: Arc::clone(&bdev), read_only: p.readonly }),
+        device: Blk::new(Arc::clone(&bdev), p.readonly),
         name: p.ctrlr,
         cores,
         packed_ring: p.packed_ring,
@@ -84,7 +84,7 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     let created = app.control.create_controller(spec).await;
     if !app.bdevs.holds(&bdev) {
         // It was deleted meanwhile, when the controller was not there to lose it.
-        app.control.target().remove_bdev(&bdev);
+        vhost_blk::remove_bdev(app.control.target(), &bdev);
     }
     drop(bdev);
     app.control.notify();
@@ -147,17 +147,17 @@ fn reactor_turns(app: &App, params: &Params) -> Answer {
         reset: bool,
     }
     let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    let turns = app.control.target().longest_turns(wanted.reset).into_iter();
+    let reactors = app.control.target().longest_iterations(wanted.reset).into_iter();
     let describe = |(reactor, longest_us, causes): (ReactorInfo, f64, Vec<Cause>)| {
         json!({
             "lcore": reactor.core.0,
-            "turns": reactor.turns,
+            "turns": reactor.iterations,
             "sleeps": reactor.sleeps,
             "longest_turn_us": longest_us,
             "causes": causes.into_iter().map(Cause::as_str).collect::<Vec<_>>(),
         })
     };
-    Ok(turns.map(describe).collect())
+    Ok(reactors.map(describe).collect())
 }
 
 /// Not in SPDK: has a queue served on another core, and answers when it is.
@@ -180,6 +180,7 @@ async fn move_queue(app: Rc<App>, params: Params) -> Answer {
 
 fn describe(controller: &ControllerInfo) -> Value {
     let session = |s| describe_session(&controller.name, s);
+    let blk = Blk::of(&controller.device);
     json!({
         "ctrlr": controller.name,
         "cpumask": format!("0x{}", controller_mask(controller)),
@@ -189,8 +190,8 @@ fn describe(controller: &ControllerInfo) -> Value {
         "sessions": controller.sessions.iter().map(session).collect::<Vec<_>>(),
         "backend_specific": {
             "block": {
-                "readonly": controller.read_only,
-                "bdev": controller.bdev,
+                "readonly": blk.is_some_and(Blk::read_only),
+                "bdev": blk.and_then(Blk::bdev),
                 "transport": TRANSPORT,
             }
         },
@@ -280,16 +281,17 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     let mut entries = vec![];
     for controller in app.control.target().controllers() {
         pace.spend(CONFIG_VALUES).await;
-        let Some(bdev) = controller.bdev.as_ref().filter(|_| !controller.deleting) else {
+        let Some(blk) = Blk::of(&controller.device).filter(|_| !controller.deleting) else {
             continue;
         };
+        let Some(bdev) = blk.bdev() else { continue };
         entries.push(json!({
             "method": "vhost_create_blk_controller",
             "params": {
                 "ctrlr": controller.name,
                 "dev_name": bdev,
                 "cpumask": controller_mask(&controller),
-                "readonly": controller.read_only,
+                "readonly": blk.read_only(),
                 // Not saved by SPDK, which loses it.
                 "packed_ring": controller.packed_ring,
                 "transport": TRANSPORT,

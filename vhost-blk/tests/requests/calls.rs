@@ -8,9 +8,12 @@ use std::sync::mpsc::channel;
 use std::thread;
 
 use closer::ForeignFd;
-use vhost_blk::notify::{CallFd, EventFd};
-use vhost_blk::queue::QueueState;
-use vhost_blk::reactor::{Event, ticks_per_second};
+use reactor::EventFd;
+use reactor::ticks_per_second;
+use vhost_target::notify::CallFd;
+use vhost_target::queue::Event;
+use vhost_target::queue::QueueState;
+use vhost_target::queue::TargetQueue;
 use vm_memory::Bytes;
 
 use super::disk::{Hook, Manual};
@@ -86,15 +89,15 @@ fn a_stop_waits_for_a_call_that_was_refused() {
     scene.send(IN, 0, &[(DATA, 512)]);
     let Some(()) = refusing(|| {
         scene.visit();
-        scene.queue().stop();
+        scene.queue().control().stop();
         scene.visit();
     }) else {
         return;
     };
-    assert_eq!((scene.queue().state(), eventfd.take()), (QueueState::Attached, 0));
+    assert_eq!((scene.queue().control().state(), eventfd.take()), (QueueState::Attached, 0));
     assert!(scene.events.pop().is_none());
     scene.visit();
-    assert_eq!((scene.queue().state(), eventfd.take()), (QueueState::Stopped, 1));
+    assert_eq!((scene.queue().control().state(), eventfd.take()), (QueueState::Stopped, 1));
     assert!(matches!(scene.events.pop(), Some(Event::Drained(_))));
 }
 
@@ -138,10 +141,10 @@ fn delayed(packed: bool) -> (Scene, EventFd) {
 fn a_queue_that_stops_makes_the_call_that_was_delayed() {
     for packed in LAYOUTS {
         let (mut scene, eventfd) = delayed(packed);
-        scene.queue().stop();
+        scene.queue().control().stop();
         scene.visit();
         assert_eq!(eventfd.take(), 1);
-        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert_eq!(scene.queue().control().state(), QueueState::Stopped);
         assert!(matches!(scene.events.pop(), Some(Event::Drained(_))));
     }
 }
@@ -175,8 +178,8 @@ fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
         let view = renewed.then(|| scene.view(&memory));
         let (retired_in, retired) = channel();
         let change = move || match view {
-            Some(view) => retired_in.send(queue.publish(view)).unwrap(),
-            None => queue.stop(),
+            Some(view) => retired_in.send(queue.publish(view).unwrap()).unwrap(),
+            None => queue.control().stop(),
         };
         disk.state().at_poll = Hook(Some(Box::new(change)));
         reactor.wake();

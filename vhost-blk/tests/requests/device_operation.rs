@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bdev::{Bdev, Features, Malloc, MallocOptions};
 use vhost_blk::config::Disk;
-use vhost_blk::ring::Buffer;
+use virtqueue::Buffer;
 
 use super::disk::Manual;
 use super::scene::{

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bdev::{Bdev, Op};
-use vhost_blk::queue::QueueState;
+use vhost_target::queue::QueueState;
 
 use super::disk::Manual;
 use super::scene::{DATA, DISCARD, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene, WRITE_ZEROES};
@@ -33,7 +33,7 @@ fn a_write_is_answered_after_its_flush() {
         scene.settle();
         assert_eq!(ops(disk), [Op::Write, Op::Flush]);
         assert_eq!(scene.answers(), [], "the flush is under way");
-        assert_eq!(scene.queue().inflight(), 1);
+        assert_eq!(scene.queue().control().inflight(), 1);
         disk.state().complete_all();
         scene.settle();
         assert_eq!(scene.answers(), [(n, OK, 1)]);
@@ -83,7 +83,7 @@ fn failures_are_told_and_end_it() {
                 }
                 assert_eq!(scene.answers(), [(n, IOERR, 1)]);
                 assert_eq!(ops(disk), want);
-                assert_eq!(scene.queue().inflight(), 0);
+                assert_eq!(scene.queue().control().inflight(), 0);
             }
         }
     });
@@ -110,16 +110,16 @@ fn a_flush_that_finds_no_room_is_not_forgotten() {
         disk.state().complete_all();
         scene.settle();
         assert_eq!(ops(disk), [Op::Write]);
-        scene.queue().stop();
+        scene.queue().control().stop();
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().room = None;
         scene.settle();
         assert_eq!((ops(disk), scene.answers()), (vec![Op::Flush], vec![]));
         disk.state().complete_all();
         scene.settle();
         assert_eq!(scene.answers(), [(n, OK, 1)]);
-        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert_eq!(scene.queue().control().state(), QueueState::Stopped);
     });
 }
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use bdev::{Bdev, Malloc, MallocOptions, Null, NullOptions, Op};
-use vhost_blk::queue::QueueState;
-use vhost_blk::ring::Buffer;
+use vhost_target::queue::QueueState;
+use virtqueue::Buffer;
 
 use super::disk::{Manual, SECTORS};
 use super::scene::{DATA, IN, IOERR, LAYOUTS, OK, OUT, Scene, UNTOUCHED};
@@ -81,8 +81,8 @@ fn longer_ones_come_back_as_errors() {
         let n = scene.send(OUT, 0, &pieces(DATA, 1025));
         scene.settle();
         assert_eq!(scene.answers(), [(n, UNTOUCHED, 0)]);
-        assert_eq!(scene.queue().requests(), (1, 1));
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().requests(), (1, 1));
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
     }
 }
 
@@ -259,13 +259,13 @@ fn a_stop_waits_for_those_that_were_taken() {
         let position = scene.position();
         offer(&mut scene, &[true, false]);
         scene.settle();
-        scene.queue().stop();
+        scene.queue().control().stop();
         scene.visit();
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().complete_all();
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Stopped);
-        assert_eq!(scene.queue().last_avail(), position);
+        assert_eq!(scene.queue().control().state(), QueueState::Stopped);
+        assert_eq!(scene.queue().control().last_avail(), position);
         assert_eq!((scene.answers().len(), scene.outstanding()), (LONG_CHAINS, 2));
         // Whoever goes on there takes the rest.
         scene.base = position;

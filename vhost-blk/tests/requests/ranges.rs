@@ -37,7 +37,7 @@ fn answers(scene: &mut Scene, disk: &Manual, pace: Pace, count: usize) -> Vec<An
     disk.state().room = None;
     scene.settle();
     answers.extend(scene.answers());
-    assert_eq!(scene.queue().inflight(), 0, "{pace:?}");
+    assert_eq!(scene.queue().control().inflight(), 0, "{pace:?}");
     answers
 }
 
@@ -167,9 +167,9 @@ fn a_stop_waits_for_all_of_them() {
         let n = scene.send_ranges(DISCARD, &ranges(5));
         disk.state().room = Some(1);
         scene.visit();
-        scene.queue().stop();
+        scene.queue().control().stop();
         assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
         assert_eq!(seen(disk).len(), 5);
-        assert_eq!(scene.queue().state(), vhost_blk::queue::QueueState::Stopped);
+        assert_eq!(scene.queue().control().state(), vhost_target::queue::QueueState::Stopped);
     });
 }

@@ -4,8 +4,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bdev::{Bdev, Op};
-use vhost_blk::queue::{QueueState, StartError};
-use vhost_blk::reactor::Event;
+use vhost_target::queue::Event;
+use vhost_target::queue::{QueueState, StartError};
 
 use super::disk::Manual;
 use super::scene::{DATA, IN, LAYOUTS, OK, OUT, Scene};
@@ -185,21 +185,21 @@ fn a_stop_that_comes_first_waits_for_them() {
         scene.settle();
         send(&mut scene, 3..5);
         restart(&mut scene, &disk);
-        scene.queue().stop();
+        scene.queue().control().stop();
         disk.state().room = Some(1);
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().complete_all();
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().room = None;
         scene.settle();
         assert_eq!(seen(&disk), [0, 1, 2], "and nothing new");
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().complete_all();
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Stopped);
-        assert_eq!(scene.queue().last_avail(), position);
+        assert_eq!(scene.queue().control().state(), QueueState::Stopped);
+        assert_eq!(scene.queue().control().last_avail(), position);
         assert_eq!(done(&mut scene), [0, 1, 2]);
         // The area is as it should be for whoever goes on.
         restart(&mut scene, &disk);
@@ -221,16 +221,16 @@ fn a_reset_drops_what_was_not_begun_again() {
             for _ in 0..begun {
                 scene.visit();
             }
-            scene.queue().reset();
+            scene.queue().control().reset();
             disk.state().room = None;
             for _ in 0..2 {
                 scene.settle();
                 let begun = disk.state().waiting() > 0;
-                assert_eq!(scene.queue().state() == QueueState::Attached, begun);
+                assert_eq!(scene.queue().control().state() == QueueState::Attached, begun);
                 disk.state().complete_all();
             }
             scene.settle();
-            assert_eq!(scene.queue().state(), QueueState::Stopped);
+            assert_eq!(scene.queue().control().state(), QueueState::Stopped);
             // The second was with the channel, which had no room for it.
             assert_eq!(seen(&disk), (0..2 * begun).collect::<Vec<_>>());
         }
@@ -246,11 +246,11 @@ fn a_stop_waits_for_those_of_later_visits() {
         scene.settle();
         restart(&mut scene, &disk);
         disk.state().at_once = true;
-        scene.queue().stop();
+        scene.queue().control().stop();
         scene.visit();
-        assert_eq!(scene.queue().state(), QueueState::Attached);
+        assert_eq!(scene.queue().control().state(), QueueState::Attached);
         scene.settle();
-        assert_eq!(scene.queue().state(), QueueState::Stopped);
+        assert_eq!(scene.queue().control().state(), QueueState::Stopped);
         assert_eq!(done(&mut scene), (0..40).collect::<Vec<_>>());
     }
 }
@@ -346,12 +346,12 @@ fn garbage_in_the_area_harms_its_own_queue_only() {
                 scene.visit();
                 disk.state().complete_all();
             }
-            scene.queue().stop();
+            scene.queue().control().stop();
             for _ in 0..20 {
                 scene.visit();
                 disk.state().complete_all();
             }
-            assert_eq!(scene.queue().state(), QueueState::Stopped, "seed {seed}");
+            assert_eq!(scene.queue().control().state(), QueueState::Stopped, "seed {seed}");
         }
     }
 }
@@ -368,15 +368,15 @@ fn a_free_list_that_is_broken_breaks_the_queue() {
     }
     send(&mut scene, 2..4);
     scene.settle();
-    assert_eq!(scene.queue().state(), QueueState::Broken);
+    assert_eq!(scene.queue().control().state(), QueueState::Broken);
     assert!(matches!(scene.events.pop(), Some(Event::Broken(_))));
     assert_eq!(seen(&disk), [0, 1]);
     disk.state().complete_all();
     scene.settle();
     assert_eq!(done(&mut scene), [0, 1], "what was begun is answered");
-    scene.queue().stop();
+    scene.queue().control().stop();
     scene.settle();
-    assert_eq!(scene.queue().state(), QueueState::Stopped);
+    assert_eq!(scene.queue().control().state(), QueueState::Stopped);
 }
 
 #[test]
@@ -410,10 +410,10 @@ fn a_position_is_where_the_driver_goes_on() {
                     scene.settle();
                     assert_eq!(done(&mut scene).len(), 1);
                 }
-                scene.queue().stop();
+                scene.queue().control().stop();
                 scene.settle();
-                assert_eq!(scene.queue().state(), QueueState::Stopped);
-                assert_eq!(scene.queue().last_avail(), scene.position(), "round {round}");
+                assert_eq!(scene.queue().control().state(), QueueState::Stopped);
+                assert_eq!(scene.queue().control().last_avail(), scene.position(), "round {round}");
                 scene.base = scene.position();
             }
         }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use vhost_blk::queue::QueueState;
-use vhost_blk::reactor::Event;
+use vhost_target::queue::Event;
+use vhost_target::queue::QueueState;
 
 use super::disk::Manual;
 use super::scene::{DATA, IN, OK, Scene, UNSUPP};
@@ -37,7 +37,7 @@ fn put_unterminated(scene: &Scene, positions: Range<u16>) {
 }
 
 fn assert_broken(scene: &mut Scene) {
-    assert_eq!(scene.queue().state(), QueueState::Broken);
+    assert_eq!(scene.queue().control().state(), QueueState::Broken);
     assert!(matches!(scene.events.pop(), Some(Event::Broken(_))));
 }
 
@@ -69,13 +69,13 @@ fn a_chain_as_long_as_the_room_is_taken() {
     let last = 16 * u64::from(SIZE - 1);
     scene.put(last + 14, &(AVAIL | 2).to_le_bytes());
     scene.visit();
-    assert_eq!(scene.queue().state(), QueueState::Attached);
-    assert_eq!(scene.queue().requests(), (1, 1), "it is no request");
+    assert_eq!(scene.queue().control().state(), QueueState::Attached);
+    assert_eq!(scene.queue().control().requests(), (1, 1), "it is no request");
     // Its status byte is the first of its last descriptor.
     assert_eq!(scene.get(DATA + 15, 1), [UNSUPP]);
     disk.state().complete_all();
     scene.settle();
-    assert_eq!(scene.queue().requests(), (2, 1));
+    assert_eq!(scene.queue().control().requests(), (2, 1));
 }
 
 /// The ring breaks at the invalid chain, not at a valid one in front of it for which the visit had no
@@ -89,7 +89,7 @@ fn what_precedes_an_invalid_chain_is_served_before_the_ring_breaks() {
     put_unterminated(&scene, 6..SIZE);
     disk.state().room = Some(0);
     scene.visit();
-    assert_eq!(scene.queue().state(), QueueState::Attached);
+    assert_eq!(scene.queue().control().state(), QueueState::Attached);
     disk.state().room = None;
     scene.settle();
     assert_broken(&mut scene);

@@ -8,21 +8,27 @@ use std::sync::Arc;
 
 use bdev::Bdev;
 use closer::ForeignFd;
+use guest_memory::DirtyLog;
+use guest_memory::Unmapper;
+use guest_memory::testing::memfd;
+use guest_memory::{GuestMemory, RegionSpec};
 use qsbr::{Domain, Reader};
+use reactor::{Garbage, Reclaim};
+use reactor::{Iteration, PollHint, Pollable};
 use vhost_blk::config::Disk;
-use vhost_blk::dirty_log::DirtyLog;
-use vhost_blk::inflight::Area;
-use vhost_blk::memory::{GuestMemory, RegionSpec};
-use vhost_blk::notify::CallFd;
-use vhost_blk::queue::{Coalescing, Queue, QueueId, StartError, Tracked, View};
-use vhost_blk::reactor::{Events, Reactor, SteppedReactor, Turn};
-use vhost_blk::reclaim::{Garbage, Reclaim, Unmapper};
-use vhost_blk::ring::{Buffer, Layout, RingAddrs};
-use vhost_blk::{Core, Mode};
+use vhost_blk::{BlkQueue, BlkView};
+use vhost_target::notify::CallFd;
+use vhost_target::queue::{
+    Coalescing, NewQueue, Queue, QueueId, StartError, TargetQueue, Tracked, ViewSpec,
+};
+use vhost_target::{Core, Mode};
+use vhost_target::{Events, Reactor, SteppedReactor};
+use virtqueue::inflight::Area;
+use virtqueue::{Buffer, Layout, RingAddrs};
 use vm_memory::Bytes;
 
 use super::split;
-use crate::{memfd, packed};
+use crate::packed;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1_0000, used: 0x2_0000 };
@@ -88,10 +94,11 @@ pub(crate) struct Scene {
     /// Where a packed ring without an area begins.
     pub(crate) base: u16,
     generation: u64,
-    queue: Option<Arc<Queue>>,
+    queue: Option<Arc<Queue<BlkQueue>>>,
     reader: Reader,
     domain: Arc<Domain>,
-    turn: Turn,
+    iteration: Iteration,
+    hint: PollHint,
     pub(crate) events: Events,
 }
 
@@ -101,7 +108,7 @@ fn file(fd: &OwnedFd) -> File {
 
 fn region(gpa: u64, size: u64) -> (RegionSpec, ForeignFd) {
     let spec = RegionSpec { gpa, size, user_addr: gpa, offset: 0 };
-    (spec, ForeignFd::alone(memfd::memfd(size)))
+    (spec, ForeignFd::alone(memfd(size)))
 }
 
 fn online(domain: &Arc<Domain>) -> Reader {
@@ -143,7 +150,8 @@ impl Scene {
             queue: None,
             reader: online(&domain),
             domain,
-            turn: Turn::new(),
+            iteration: Iteration::new(),
+            hint: PollHint::default(),
             events: Events::new().unwrap(),
         }
     }
@@ -166,7 +174,7 @@ impl Scene {
     /// Has dirty pages marked, from the next view on.
     pub(crate) fn migrate(&mut self) {
         let bytes = (FAR + FAR_BYTES) / PAGE / 8;
-        let fd = memfd::memfd(bytes);
+        let fd = memfd(bytes);
         let file = file(&fd);
         let log = DirtyLog::map(&ForeignFd::alone(fd), 0, bytes, &self.unmapper).unwrap();
         self.log = Some((Arc::new(log), file));
@@ -182,15 +190,21 @@ impl Scene {
         bits.map(|n| n as u64).collect()
     }
 
-    pub(crate) fn view(&mut self, memory: &Arc<GuestMemory>) -> View {
+    pub(crate) fn view(&mut self, memory: &Arc<GuestMemory>) -> ViewSpec {
         self.generation += 1;
         let layout = Layout { packed: self.packed, event_idx: false };
-        let (call, disk) = (self.call.clone(), Some(Arc::clone(&self.disk)));
-        let mut view =
-            View::new(self.generation, memory, self.size, ADDRS, layout, call, disk).unwrap();
-        view.write_through = self.write_through;
-        view.log = self.log.as_ref().map(|(log, _)| Arc::clone(log));
-        view
+        let device = Some(BlkView::new(&self.disk, self.write_through));
+        ViewSpec {
+            generation: self.generation,
+            call: self.call.clone(),
+            log: self.log.as_ref().map(|(log, _)| Arc::clone(log)),
+            ..ViewSpec::new(memory, self.size, ADDRS, layout, device)
+        }
+    }
+
+    /// The disk, opened for a queue.
+    fn open(&self) -> BlkQueue {
+        BlkQueue::open(Some(&self.disk), self.size.min(256)).unwrap()
     }
 
     /// Makes a queue, as a process that begins does.
@@ -201,7 +215,9 @@ impl Scene {
         let view = self.view(&Arc::clone(&self.memory));
         let tracked = self.area.as_ref().map(|(area, _)| Tracked { area, ring: 0 });
         let coalescing = Arc::clone(&self.coalescing);
-        let queue = Queue::tracked(QueueId(1), &self.domain, view, self.base, coalescing, tracked)?;
+        let (id, domain, base) = (QueueId(1), &self.domain, self.base);
+        let new = NewQueue { id, domain, view, base, coalescing, tracked };
+        let queue = Queue::new(self.open(), new)?;
         self.queue = Some(queue);
         Ok(())
     }
@@ -211,11 +227,13 @@ impl Scene {
         let domain = Domain::new(1);
         let mut view = self.view(&Arc::clone(&self.memory));
         view.kicks = true;
-        let queue = Queue::new(QueueId(1), &domain, view, self.base, Arc::default()).unwrap();
+        let (id, base, coalescing) = (QueueId(1), self.base, Arc::default());
+        let new = NewQueue { id, domain: &domain, view, base, coalescing, tracked: None };
+        let queue = Queue::new(self.open(), new).unwrap();
         self.queue = Some(Arc::clone(&queue));
         let mode = Mode::Sleep { after_us: 0 };
         let reactor = Arc::new(Reactor::new(Core(0), &domain, mode).unwrap());
-        reactor.publish(vec![queue], &Reclaim::start(|| {}).unwrap());
+        reactor.publish(vec![queue as _], &Reclaim::start(|| {}).unwrap());
         let events = Arc::new(Events::new().unwrap());
         let stepped = SteppedReactor::new(&reactor, &domain, &events).unwrap();
         (reactor, stepped)
@@ -226,21 +244,21 @@ impl Scene {
         self.queue = None;
     }
 
-    pub(crate) fn queue(&self) -> &Arc<Queue> {
+    pub(crate) fn queue(&self) -> &Arc<Queue<BlkQueue>> {
         self.queue.as_ref().expect("it was started")
     }
 
     /// Gives the queue a view of `memory`, and of whatever else has changed.
     pub(crate) fn publish(&mut self, memory: &Arc<GuestMemory>) -> Box<dyn Garbage> {
         let view = self.view(memory);
-        Box::new(self.queue().publish(view))
+        self.queue().publish(view).unwrap()
     }
 
     pub(crate) fn visit(&mut self) -> bool {
         self.reader.quiesce();
         let queue = self.queue.as_ref().expect("it was started");
         // SAFETY: this is the queue's one visitor.
-        unsafe { queue.visit(&self.reader, &mut self.turn, &self.events) }
+        unsafe { queue.visit(&self.reader, &mut self.iteration, &self.events, &mut self.hint) }
     }
 
     /// Visits until there is nothing to do.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use vhost_blk::memory::GuestMemory;
-use vhost_blk::ring::{Buffer, RingAddrs};
+use guest_memory::GuestMemory;
+use virtqueue::{Buffer, RingAddrs};
 use vm_memory::Bytes;
 
 const NEXT: u16 = 1;

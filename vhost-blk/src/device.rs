@@ -1,0 +1,339 @@
+//! The virtio-blk device of a controller, on the control side.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bdev::Bdev;
+use vhost_target::Target;
+use vhost_target::device::{
+    Device, DeviceChange, DeviceView, Granted, Lease, Negotiated, OpenError, OpenedQueue,
+    StorageId, StorageUse,
+};
+use vhost_target::queue::Opened;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use crate::config::{Disk, config_space, written_write_cache};
+use crate::queue::{BlkQueue, BlkView};
+
+/// A virtio-blk device.
+#[derive(Debug)]
+pub struct Blk {
+    /// `None` once the bdev was removed.
+    disk: Mutex<Option<Arc<Disk>>>,
+    bdev_configured: String,
+    read_only: bool,
+    features: u64,
+    /// A driver has switched the write cache off. Its front end does not say so again when it
+    /// reconnects, as its guest notices nothing of that, and nobody can tell who reconnects. So later
+    /// connections begin with the cache off.
+    cache_off: AtomicBool,
+}
+
+impl Blk {
+    /// A device that shows `bdev`. `read_only`: guests may not write.
+    #[must_use]
+    pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Arc<Self> {
+        let disk = Disk { bdev, read_only };
+        Arc::new(Self {
+            bdev_configured: disk.bdev.name().to_owned(),
+            read_only,
+            features: disk.features(),
+            cache_off: AtomicBool::new(false),
+            disk: Mutex::new(Some(Arc::new(disk))),
+        })
+    }
+
+    /// The device of a controller, if it is a virtio-blk device.
+    #[must_use]
+    pub fn of(device: &Arc<dyn Device>) -> Option<&Self> {
+        (&**device as &dyn Any).downcast_ref()
+    }
+
+    fn disk(&self) -> Option<Arc<Disk>> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The name of its bdev; `None` once that was removed.
+    #[must_use]
+    pub fn bdev(&self) -> Option<String> {
+        self.disk().map(|disk| disk.bdev.name().to_owned())
+    }
+
+    /// The name of the bdev that it was made with.
+    #[must_use]
+    pub fn bdev_configured(&self) -> &str {
+        &self.bdev_configured
+    }
+
+    /// Whether guests may not write.
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn shows(&self, bdev: &Arc<dyn Bdev>) -> bool {
+        self.disk().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev))
+    }
+}
+
+/// Removes a bdev from all controllers that show it: their requests fail from here on, and the
+/// channels are closed once their I/O has completed.
+pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
+    target.update_devices(|device| match Blk::of(device) {
+        Some(blk) if blk.shows(bdev) => {
+            *blk.disk.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            DeviceChange::Removed
+        }
+        _ => DeviceChange::None,
+    });
+}
+
+/// Tells reactors, and then guests, that a bdev's size has changed. A guest that cannot be notified
+/// now is notified later.
+pub fn bdev_resized(target: &Target, bdev: &Arc<dyn Bdev>) {
+    target.update_devices(|device| match Blk::of(device) {
+        Some(blk) if blk.shows(bdev) => DeviceChange::Config,
+        _ => DeviceChange::None,
+    });
+}
+
+impl Device for Blk {
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn connect(self: Arc<Self>) -> Box<dyn Negotiated> {
+        let write_cache = self.cache_off.load(Ordering::Relaxed).then_some(false);
+        Box::new(BlkSession { device: self, features: 0, write_cache })
+    }
+
+    fn storage(&self) -> StorageUse {
+        let Some(disk) = self.disk() else { return StorageUse::default() };
+        let writes = !disk.read_only && !disk.bdev.features().read_only;
+        let mut storage = StorageUse { writes, ..StorageUse::default() };
+        let mut left = vec![Arc::clone(&disk.bdev)];
+        while let Some(bdev) = left.pop() {
+            match bdev.bases() {
+                [] => {
+                    storage.storages.push(identity(&bdev));
+                    storage.storages.extend(bdev.storage().map(storage_id));
+                    let lease = bdev.lease().filter(|_| writes);
+                    storage.leases.extend(lease.map(|lease| Arc::new(BdevLease(lease)) as _));
+                }
+                bases => left.extend_from_slice(bases),
+            }
+        }
+        storage
+    }
+
+    fn open_queue(
+        self: Arc<Self>,
+        _index: usize,
+        depth: u16,
+    ) -> Result<Box<dyn OpenedQueue>, OpenError> {
+        let queue = BlkQueue::open(self.disk().as_deref(), depth);
+        Ok(Box::new(Opened(queue.map_err(|e| OpenError(Box::new(e)))?)))
+    }
+}
+
+/// The identity of a bdev without a base.
+fn identity(bdev: &Arc<dyn Bdev>) -> StorageId {
+    let address = Arc::as_ptr(bdev).cast::<()>() as u64;
+    // A weak reference keeps the address from being reused.
+    StorageId { kind: "bdev", number: (address, 0), keeps: Some(Arc::new(Arc::downgrade(bdev))) }
+}
+
+/// The identity of what a bdev stores its data in: several bdevs may be on the same file.
+fn storage_id(storage: bdev::Storage) -> StorageId {
+    let (kind, number) = match storage {
+        bdev::Storage::File { device, inode } => ("file", (device, inode)),
+        bdev::Storage::BlockDevice(number) => ("block device", (number, 0)),
+    };
+    StorageId { kind, number, keeps: None }
+}
+
+/// A bdev's lease, as the target uses it.
+#[derive(Debug)]
+struct BdevLease(Arc<dyn bdev::Lease>);
+
+impl Lease for BdevLease {
+    fn add_user(&self, granted: &Granted) -> bool {
+        self.0.add_user(granted)
+    }
+    fn remove_user(&self) {
+        self.0.remove_user();
+    }
+    fn is_held(&self) -> bool {
+        self.0.is_held()
+    }
+}
+
+/// What one front end has negotiated.
+#[derive(Debug)]
+struct BlkSession {
+    device: Arc<Blk>,
+    features: u64,
+    /// The config space's `wce`, once it was set: the driver flushes.
+    write_cache: Option<bool>,
+}
+
+impl BlkSession {
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & (1 << feature) != 0
+    }
+
+    fn offers(&self, feature: u32) -> bool {
+        self.device.features & (1 << feature) != 0
+    }
+
+    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered, and at first
+    /// for a driver that cannot flush (section 5.2.5.2).
+    fn write_cache(&self) -> bool {
+        self.offers(VIRTIO_BLK_F_CONFIG_WCE) && self.write_cache.unwrap_or(!self.cannot_flush())
+    }
+
+    /// Whether the driver can switch the cache, but not flush it.
+    fn cannot_flush(&self) -> bool {
+        self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
+    }
+
+    /// Whether writes have to be durable when they are answered: the driver has said so, or it does
+    /// not know of a cache that it has to flush (virtio 1.2, section 5.2.6.2).
+    fn write_through(&self) -> bool {
+        if self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) {
+            !self.write_cache()
+        } else {
+            self.offers(VIRTIO_BLK_F_FLUSH) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
+        }
+    }
+}
+
+impl Negotiated for BlkSession {
+    fn set_features(&mut self, features: u64) {
+        self.features = features;
+        if self.cannot_flush() {
+            // The setting of an earlier driver does not apply to this one.
+            self.write_cache = None;
+        }
+    }
+
+    fn read_config(&self) -> Vec<u8> {
+        config_space(self.device.disk().as_deref(), self.write_cache()).into()
+    }
+
+    /// A write to `wce` has no effect before CONFIG_WCE is negotiated, but is kept.
+    fn write_config(&mut self, offset: u32, contents: &[u8]) -> bool {
+        let Some(write_cache) = written_write_cache(offset, contents) else { return false };
+        if !write_cache {
+            self.device.cache_off.store(true, Ordering::Relaxed);
+        }
+        let before = self.write_through();
+        self.write_cache = Some(write_cache);
+        self.write_through() != before
+    }
+
+    fn view(&self) -> Option<DeviceView> {
+        let disk = self.device.disk()?;
+        Some(BlkView::new(&disk, self.write_through()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bdev::{Malloc, MallocOptions, Null, NullOptions};
+
+    const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+    const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    const BOTH: u64 = FLUSH | CONFIG_WCE;
+
+    /// A device that offers both, and one that offers neither.
+    fn devices() -> [Arc<Blk>; 2] {
+        let (num_blocks, block_size, uuid) = (64, 512, None);
+        let malloc = MallocOptions { name: "m".into(), num_blocks, block_size, uuid };
+        let null = NullOptions { name: "n".into(), num_blocks, block_size, uuid };
+        let (malloc, null) = (Malloc::create(malloc).unwrap(), Null::create(null).unwrap());
+        [Blk::new(malloc, false), Blk::new(null, false)]
+    }
+
+    fn write_cache(session: &dyn Negotiated) -> bool {
+        session.read_config()[32] == 1
+    }
+
+    fn write_through(session: &dyn Negotiated) -> bool {
+        session.view().unwrap().downcast_ref::<BlkView>().unwrap().write_through
+    }
+
+    /// SET_CONFIG of `wce`.
+    fn set(session: &mut dyn Negotiated, on: bool) -> bool {
+        session.write_config(32, &[on.into()])
+    }
+
+    #[test]
+    fn who_flushes() {
+        // Whether both are offered, what is negotiated, the cache as it was set; whether writes are
+        // durable at once.
+        for (offers, negotiated, cache, expected) in [
+            (true, BOTH, None, false),
+            (true, BOTH, Some(true), false),
+            (true, BOTH, Some(false), true),
+            (true, CONFIG_WCE, None, true),
+            (true, CONFIG_WCE, Some(true), false),
+            (true, FLUSH, Some(true), false),
+            (true, FLUSH, Some(false), false),
+            (true, 0, Some(true), true),
+            (false, 0, Some(false), false),
+        ] {
+            let [both, neither] = devices();
+            let device = if offers { both } else { neither };
+            assert_eq!(device.features() & BOTH == BOTH, offers);
+            let mut session = device.connect();
+            session.set_features(negotiated);
+            cache.map(|on| set(&mut *session, on));
+            assert_eq!(write_through(&*session), expected, "{negotiated:#x} {cache:?}");
+        }
+    }
+
+    /// A driver that cannot flush begins without a cache (virtio 1.2, 5.2.5.2), whatever the one before
+    /// it has set.
+    #[test]
+    fn a_driver_that_cannot_flush_begins_without_a_cache() {
+        let [device, _] = devices();
+        let mut session = device.connect();
+        session.set_features(BOTH);
+        set(&mut *session, true);
+        session.set_features(CONFIG_WCE);
+        assert!(write_through(&*session) && !write_cache(&*session));
+        assert!(set(&mut *session, true));
+        assert!(!write_through(&*session) && write_cache(&*session));
+    }
+
+    #[test]
+    fn queues_get_a_view_when_the_cache_changes() {
+        let [device, _] = devices();
+        let mut session = device.clone().connect();
+        session.set_features(BOTH);
+        assert!(!set(&mut *session, true), "it was on");
+        assert!(set(&mut *session, false));
+        assert!(!write_cache(&*session));
+        assert!(set(&mut *session, true) && write_cache(&*session));
+        assert!(!session.write_config(31, &[0]) && !session.write_config(32, &[2]));
+        // A front end that reconnects does not say again what its guest has set.
+        set(&mut *session, false);
+        let mut later = device.connect();
+        later.set_features(BOTH);
+        assert!(write_through(&*later));
+    }
+
+    #[test]
+    fn a_device_whose_bdev_was_removed_has_no_view() {
+        let [device, _] = devices();
+        let session = Arc::clone(&device).connect();
+        *device.disk.lock().unwrap() = None;
+        assert!(session.view().is_none() && device.bdev().is_none());
+        assert_eq!(device.bdev_configured(), "m");
+        assert_eq!(device.storage().storages, []);
+        assert_eq!(session.read_config()[..8], [0; 8]);
+    }
+}

@@ -1,0 +1,407 @@
+//! The target: all controllers, connections and reactors, and the lock that binds them.
+//!
+//! The lock is held for bounded work on memory only: never across a system call that can wait, a
+//! transport call, the opening of a device, or the mapping or unmapping of guest memory. Reactors
+//! never take it. Whoever waits for something to become true does so on the `changed` hook.
+
+mod connections;
+mod gate;
+mod messages;
+mod opening;
+mod operator;
+mod placement;
+mod rings;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use closer::Account;
+use guest_memory::Unmapper;
+use qsbr::Domain;
+use reactor::{Core, Mode, OnStart, Reclaim, WakeSource};
+
+use crate::controller::{Controller, ControllerId};
+use crate::device::{Granted, StorageUse};
+use crate::notify::KickFd;
+use crate::protocol;
+use crate::queue::{Event, QueueId, TargetQueue};
+use crate::session::{DRAIN_LIMIT_S, Session};
+use crate::transport::{ConnId, SharedConnection};
+use gate::{Hold, Place};
+use opening::Opener;
+use placement::Orphan;
+
+/// The reactors of a target, and their events.
+pub type Reactor = reactor::Reactor<Event>;
+/// See [`Reactor`].
+pub type SteppedReactor = reactor::SteppedReactor<Event>;
+/// See [`Reactor`].
+pub type Events = reactor::Events<Event>;
+
+pub use operator::DeleteProgress;
+pub use placement::Moving;
+
+/// Why an operation on a controller failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// there is none with this name
+    #[error("no controller {0}")]
+    NoController(String),
+    /// the name is taken
+    #[error("controller {0} exists")]
+    Exists(String),
+    /// the name cannot be a socket's
+    #[error("{0:?} cannot be the name of a controller")]
+    Name(String),
+    /// the path does not fit into a socket address
+    #[error("socket path {0} has {1} bytes, a socket address holds 107")]
+    SocketPath(PathBuf, usize),
+    /// no core, or one without a reactor
+    #[error("the cpumask names no core, or one without a reactor")]
+    Cpumask,
+    /// a coalescing parameter is out of range
+    #[error("coalescing parameter out of range")]
+    Coalescing,
+    /// no session of this number, or several where one would do without a number
+    #[error("controller {0} has no such session, or more than one")]
+    NoSession(String),
+    /// no ring of this number is served
+    #[error("ring {0} is not served")]
+    NoQueue(usize),
+    /// another move is under way
+    #[error("ring {0} is being moved already")]
+    Moving(usize),
+    /// a reactor is stuck in a turn
+    #[error("the reactor on core {0:?} does not end its turn")]
+    Stuck(Core),
+    /// the system has no room for another watch
+    #[error("cannot watch a disk for completions on core {0:?}: {1}")]
+    Watch(Core, io::Error),
+    /// a virtual machine is connected
+    #[error("controller {0} has a connected front end")]
+    Busy(String),
+    /// the socket cannot be made
+    #[error("cannot listen on {0}: {1}")]
+    Listen(PathBuf, io::Error),
+}
+
+impl Error {
+    /// SPDK's errno for it, positive.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::NoController(_) => libc::ENODEV,
+            Self::Exists(_) => libc::EEXIST,
+            Self::Cpumask | Self::Coalescing => libc::EINVAL,
+            Self::Busy(_) | Self::Moving(_) => libc::EBUSY,
+            Self::NoSession(_) | Self::NoQueue(_) => libc::ENOENT,
+            Self::Stuck(_) => libc::ETIMEDOUT,
+            Self::Watch(_, e) => e.raw_os_error().unwrap_or(libc::EIO),
+            Self::Name(_) | Self::SocketPath(..) | Self::Listen(..) => libc::EIO,
+        }
+    }
+}
+
+/// All of it.
+pub struct Target {
+    inner: Mutex<Inner>,
+    domain: Arc<Domain>,
+    reactors: Vec<Arc<Reactor>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// The reactors have no threads: see [`Target::in_steps`].
+    stepped: bool,
+    events: Arc<Events>,
+    reclaim: Reclaim,
+    unmapper: Unmapper,
+    changed: Arc<dyn Fn() + Send + Sync>,
+    /// What a device's lease calls when it has become held.
+    granted: Granted,
+    drain_limit_s: AtomicU64,
+    opener: Opener,
+    /// This target, for the threads that open devices.
+    weak: Weak<Self>,
+    /// Held by whoever changes where queues are served, over all of the changes.
+    placing: Mutex<()>,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("reactors", &self.reactors.len()).finish_non_exhaustive()
+    }
+}
+
+/// Otherwise the reactors would run for ever.
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.stop_reactors();
+    }
+}
+
+#[derive(Default)]
+struct Inner {
+    controllers: BTreeMap<String, Controller>,
+    connections: BTreeMap<ConnId, Connected>,
+    /// Which ring of which connection a queue is.
+    queues: HashMap<QueueId, (ConnId, usize)>,
+    /// What each reactor polls.
+    attached: Vec<Vec<Arc<dyn TargetQueue>>>,
+    /// What queues that were moved have left in flight.
+    orphans: Vec<Orphan>,
+    /// By controller name, including names of deleted controllers whose fds are not all closed: a
+    /// new controller of the same name continues the account.
+    accounts: BTreeMap<String, Account>,
+    /// Controllers made so far.
+    controllers_made: u64,
+    /// No connection is taken any more, whatever becomes of deletions.
+    ending: bool,
+    ids: u64,
+}
+
+struct Connected {
+    controller: ControllerId,
+    controller_name: String,
+    /// Counts up per controller.
+    number: u32,
+    vid: i32,
+    session: Session,
+    /// `None` once the connection is gone.
+    conn: Option<SharedConnection>,
+    /// It had, or may have had, I/O in flight when its end was reported.
+    left_io: bool,
+    /// The storage that its guest accesses.
+    storage: StorageUse,
+    /// Its use of the leases of that; `None` while no ring needs them.
+    hold: Option<Hold>,
+    /// The leases were not held when it began to use them.
+    waited: bool,
+    queues: Vec<Option<Attached>>,
+    /// Requests that its stopped rings had completed, and how many of them had failed.
+    past_requests: (u64, u64),
+    /// The latest start of each ring whose device is being opened.
+    opening: HashMap<usize, QueueId>,
+    /// Starts whose device is still to be opened.
+    to_open: VecDeque<(usize, QueueId)>,
+    /// A thread opens devices for this connection.
+    opens: bool,
+    /// Seconds for which devices have been opened: see [`Target::tick`].
+    opening_s: u64,
+    /// The reply that the front end waits for.
+    pending_reply: Option<PendingReply>,
+    /// The controller's, which may be gone before the connection is.
+    unmapper: Unmapper,
+}
+
+/// A reply that is sent when I/O has completed.
+struct PendingReply {
+    /// The request that it answers.
+    request: u32,
+    /// Seconds since the request: see [`Target::tick`].
+    waited_s: u64,
+    /// A warning was logged.
+    warned: bool,
+}
+
+struct Attached {
+    queue: Arc<dyn TargetQueue>,
+    /// Whose set has it, or will have it when it has been moved.
+    reactor: usize,
+    /// Nobody's set has it right now: see [`placement`].
+    moving: bool,
+    /// The place in memory of the ring that it serves.
+    place: Option<Place>,
+    /// The guest's kicks, where they wake the reactor.
+    kicks: Option<WakeSource<KickFd>>,
+}
+
+impl Connected {
+    /// Notifies the front end of a config change, if that is due. To be called whenever it may have
+    /// become due, and periodically: a front end that does not read its socket has to be notified
+    /// later.
+    fn announce_config(&mut self) {
+        let due = self.session.config_to_announce();
+        if due.is_some_and(|channel| channel.send_nowait(&protocol::config_change())) {
+            self.session.config_announced();
+        }
+    }
+}
+
+impl Inner {
+    fn id(&mut self) -> u64 {
+        self.ids += 1;
+        self.ids
+    }
+
+    /// The account of the controller with this name.
+    fn account(&mut self, name: &str) -> Account {
+        let controllers = &self.controllers;
+        self.accounts.retain(|name, account| {
+            controllers.contains_key(name) || account.open() > 0 || account.waiting() > 0
+        });
+        let account = self.accounts.entry(name.to_owned());
+        account.or_insert_with(|| Account::new(format!("controller {name}"))).clone()
+    }
+
+    fn controller(&mut self, name: &str) -> Result<&mut Controller, Error> {
+        self.controllers.get_mut(name).ok_or_else(|| Error::NoController(name.into()))
+    }
+
+    fn controller_of(&self, conn: ConnId) -> Option<&Controller> {
+        let connected = self.connections.get(&conn)?;
+        let controller = self.controllers.get(&connected.controller_name)?;
+        (controller.id == connected.controller).then_some(controller)
+    }
+}
+
+impl Target {
+    /// Starts a reactor on each of `cores`. `changed` is called, on any thread and possibly with
+    /// locks held, when something may have changed that somebody waits for.
+    ///
+    /// # Errors
+    /// A core that cannot be used, or no threads or fds.
+    pub fn start(
+        cores: &[Core],
+        mode: Mode,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<Arc<Self>> {
+        Self::start_with(cores, mode, changed, Arc::new(|| {}))
+    }
+
+    /// As [`Target::start`]; each reactor's thread calls `on_start` before its first turn.
+    ///
+    /// # Errors
+    /// As [`Target::start`].
+    pub fn start_with(
+        cores: &[Core],
+        mode: Mode,
+        changed: Arc<dyn Fn() + Send + Sync>,
+        on_start: OnStart,
+    ) -> io::Result<Arc<Self>> {
+        let domain = Domain::new(cores.len());
+        let events = Arc::new(Events::new()?);
+        let mut reactors = Vec::new();
+        let mut threads = Vec::new();
+        for core in cores {
+            let started = Reactor::start(*core, &domain, &events, mode, Arc::clone(&on_start));
+            let (reactor, thread) = started.map_err(|e| {
+                let what = "does not exist or may not be used by this process";
+                io::Error::new(e.kind(), format!("core {} {what}: {e}", core.0))
+            })?;
+            reactors.push(reactor);
+            threads.push(thread);
+        }
+        Self::with(domain, events, reactors, threads, changed)
+    }
+
+    /// A target whose `count` reactors make a turn only when they are told to: for simulations,
+    /// which want the same order of events for the same seed.
+    ///
+    /// # Errors
+    /// No threads or fds.
+    pub fn in_steps(
+        count: usize,
+        mode: Mode,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<(Arc<Self>, Vec<SteppedReactor>)> {
+        let domain = Domain::new(count);
+        let events = Arc::new(Events::new()?);
+        let mut reactors = Vec::new();
+        let mut steps = Vec::new();
+        for n in 0..count {
+            let reactor = Arc::new(Reactor::new(Core(n), &domain, mode)?);
+            steps.push(SteppedReactor::new(&reactor, &domain, &events)?);
+            reactors.push(reactor);
+        }
+        Ok((Self::with(domain, events, reactors, Vec::new(), changed)?, steps))
+    }
+
+    fn with(
+        domain: Arc<Domain>,
+        events: Arc<Events>,
+        reactors: Vec<Arc<Reactor>>,
+        threads: Vec<JoinHandle<()>>,
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<Arc<Self>> {
+        let attached = reactors.iter().map(|_| Vec::new()).collect();
+        let inner = Inner { attached, ..Inner::default() };
+        let freed = Arc::clone(&changed);
+        let (reclaim, unmapper) = (Reclaim::start(move || freed())?, Unmapper::start()?);
+        let opener = Opener::start()?;
+        Ok(Arc::new_cyclic(|target: &Weak<Self>| Self {
+            inner: Mutex::new(inner),
+            domain,
+            reactors,
+            stepped: threads.is_empty(),
+            threads: Mutex::new(threads),
+            events,
+            reclaim,
+            unmapper,
+            changed,
+            granted: {
+                let target = Weak::clone(target);
+                Arc::new(move || target.upgrade().iter().for_each(|t| t.leases_granted()))
+            },
+            drain_limit_s: AtomicU64::new(DRAIN_LIMIT_S),
+            opener,
+            weak: Weak::clone(target),
+            placing: Mutex::default(),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets how long a front end that stops a ring waits for its I/O, in whole seconds, instead of
+    /// [`DRAIN_LIMIT_S`].
+    pub fn set_drain_limit(&self, limit: Duration) {
+        self.drain_limit_s.store(limit.as_secs(), Ordering::Relaxed);
+    }
+
+    /// Cores that have a reactor, in the order of `-m`.
+    #[must_use]
+    pub fn cores(&self) -> Vec<Core> {
+        self.reactors.iter().map(|reactor| reactor.core()).collect()
+    }
+
+    /// Where reactors' events arrive; when it becomes readable, call [`Target::process_events`].
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Refuses new connections and ends those that are there.
+    pub fn begin_shutdown(&self) {
+        let mut inner = self.lock();
+        inner.ending = true;
+        inner.connections.values().filter_map(|c| c.conn.as_ref()).for_each(|c| c.shut_down());
+    }
+
+    /// The account that owns the fds of front ends on this socket.
+    #[must_use]
+    pub fn account(&self, socket: &Path) -> Option<Account> {
+        let inner = self.lock();
+        let controller = inner.controllers.values().find(|c| c.socket == socket)?;
+        Some(controller.account.clone())
+    }
+
+    /// Connections that are left, drained or not.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.lock().connections.len()
+    }
+
+    /// Stops the reactors and waits for their turns to end, which nothing can hold up.
+    pub fn stop_reactors(&self) {
+        self.reactors.iter().for_each(|reactor| reactor.shut_down());
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}

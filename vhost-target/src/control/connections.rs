@@ -1,0 +1,244 @@
+//! Connections of front ends: they come, go, and drain; what reactors say of them.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use reactor::Garbage;
+use tracing::{debug, warn};
+
+use super::{Attached, Connected, Inner, PendingReply, Target, opening};
+use crate::queue::{Detached, Event, Leftover, QueueId};
+use crate::session::Session;
+use crate::transport::{ConnId, SharedConnection};
+
+/// Connections of one controller, those that still drain included: a VM, its successor in a
+/// migration, and a few that died with I/O in flight. rte_vhost has 1,024 for all controllers.
+pub(super) const CONNECTIONS_MAX: usize = 16;
+
+/// Seconds after which the log mentions that a front end waits for a drain, or for a device to be
+/// opened.
+const WARN_S: u64 = 3;
+
+/// Seconds after which a connection whose device is still being opened is ended. Its front end can
+/// connect again.
+const OPEN_LIMIT_S: u64 = 30;
+
+impl Target {
+    /// A front end has connected to `socket`. `None` refuses it.
+    pub fn connected(&self, socket: &Path, conn: SharedConnection) -> Option<ConnId> {
+        // A VM that comes back may be seen before its end was: its I/O comes first all the same.
+        self.gone_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
+        let mut inner = self.lock();
+        let id = ConnId(inner.id());
+        let Inner { controllers, connections, ending, .. } = &mut *inner;
+        let controller = controllers.values_mut().find(|c| c.socket == socket)?;
+        if controller.deleting || *ending {
+            return None;
+        }
+        let of = controller.id;
+        let connected = connections.values().filter(|c| c.controller == of).count();
+        if connected >= CONNECTIONS_MAX {
+            warn!(
+                "controller {}: refused a front end: it has {connected} connections",
+                controller.name
+            );
+            return None;
+        }
+        if opening::too_many(&controller.openers, &controller.name) {
+            return None;
+        }
+        let number = controller.sessions_made;
+        controller.sessions_made += 1;
+        let name = controller.name.clone();
+        let device = &controller.device;
+        let mut session =
+            Session::new(controller.features, device.queues(), device.clone().connect());
+        if controller.config_changed {
+            session.config_changed();
+        }
+        debug!("controller {name}: front end {number} connected");
+        let connected = Connected {
+            controller: of,
+            controller_name: name,
+            number,
+            vid: conn.vid(),
+            session,
+            conn: Some(conn),
+            left_io: false,
+            storage: device.storage(),
+            hold: None,
+            waited: false,
+            queues: Vec::new(),
+            past_requests: (0, 0),
+            opening: Default::default(),
+            to_open: Default::default(),
+            opens: false,
+            opening_s: 0,
+            pending_reply: None,
+            unmapper: controller.unmapper.clone(),
+        };
+        inner.connections.insert(id, connected);
+        Some(id)
+    }
+
+    /// Connections to `socket` whose front ends have gone, which nobody has said yet.
+    fn gone_unreported(&self, socket: &Path) -> Vec<ConnId> {
+        let inner = self.lock();
+        let gone = |(id, c): (&ConnId, &Connected)| {
+            let controller = inner.controllers.get(&c.controller_name)?;
+            let here = controller.id == c.controller && controller.socket == socket;
+            (here && c.conn.as_ref().is_some_and(|conn| conn.hung_up())).then_some(*id)
+        };
+        inner.connections.iter().filter_map(gone).collect()
+    }
+
+    /// The connection is gone. Its I/O completes in the background.
+    pub fn closed(&self, conn: ConnId) {
+        let mut inner = self.lock();
+        let Some(connected) = inner.connections.get_mut(&conn) else { return };
+        if connected.conn.take().is_none() {
+            return;
+        }
+        debug!("controller {}: front end {} left", connected.controller_name, connected.number);
+        connected.pending_reply = None;
+        let effects = connected.session.close();
+        connected.left_io = connected.session.undrained();
+        let mut starts = self.apply(&mut inner, conn, effects, None);
+        starts.extend(self.reap(&mut inner, conn));
+        drop(inner);
+        self.open(starts);
+        (self.changed)();
+    }
+
+    // The reactors' side.
+
+    /// Takes what the reactors have sent. For the control thread.
+    pub fn process_events(&self) {
+        self.events.wake().take();
+        let mut any = false;
+        while let Some(event) = self.events.pop() {
+            any = true;
+            match event {
+                Event::Drained(queue) => self.drained(queue),
+                Event::Broken(queue) => self.broken(queue),
+                Event::Released(_, leftover) => self.reclaim.free(DropLater(leftover)),
+            }
+        }
+        if any {
+            (self.changed)();
+        }
+    }
+
+    /// Counts a second of running time. Warns of drains that take long, and ends connections whose
+    /// drain takes too long. For the control thread.
+    ///
+    /// Must not be called for time in which the process was stopped or its control group frozen:
+    /// the reactors did not run then.
+    pub fn tick(&self) {
+        // Completed drains must not be reported as late below.
+        self.process_events();
+        let limit_s = self.drain_limit_s.load(Ordering::Relaxed);
+        let mut inner = self.lock();
+        self.release_orphans(&mut inner);
+        for connected in inner.connections.values_mut() {
+            connected.announce_config();
+            connected.tick_reply(limit_s);
+            connected.tick_opening();
+        }
+    }
+
+    fn drained(&self, queue: QueueId) {
+        let mut inner = self.lock();
+        let Some((conn, ring)) = inner.queues.remove(&queue) else { return };
+        let Some(connected) = inner.connections.get_mut(&conn) else { return };
+        let Some(attached) = connected.queues[ring].take() else { return };
+        // If it is on its way to this reactor, the move comes to nothing.
+        let Attached { queue, reactor, .. } = attached;
+        let control = queue.control();
+        let (requests, errors) = control.requests();
+        connected.past_requests.0 += requests;
+        connected.past_requests.1 += errors;
+        let effects = connected.session.drained(ring, control.last_avail());
+        let id = control.id;
+        inner.attached[reactor].retain(|other| other.control().id != id);
+        self.publish_set(&inner, reactor);
+        self.reclaim.free(Detached(queue));
+        let mut starts = self.apply(&mut inner, conn, effects, None);
+        if let Some(connected) = inner.connections.get_mut(&conn) {
+            connected.announce_config();
+        }
+        starts.extend(self.reap(&mut inner, conn));
+        drop(inner);
+        self.open(starts);
+    }
+
+    fn broken(&self, queue: QueueId) {
+        let inner = self.lock();
+        if let Some((conn, ring)) = inner.queues.get(&queue)
+            && let Some(connected) = inner.connections.get(conn)
+        {
+            warn!(
+                "controller {}: the guest broke ring {ring} of front end {}; it is not served until \
+                 the guest resets the device",
+                connected.controller_name, connected.number
+            );
+        }
+    }
+}
+
+impl Connected {
+    /// Counts a second of waiting for a reply. Warns if it takes long, and ends the connection if it
+    /// takes too long.
+    fn tick_reply(&mut self, limit_s: u64) {
+        let Some(PendingReply { waited_s, warned, .. }) = &mut self.pending_reply else { return };
+        // The first second was not a whole one.
+        let whole_s = *waited_s;
+        *waited_s += 1;
+        let name = &self.controller_name;
+        if whole_s >= limit_s {
+            warn!(
+                "controller {name}: I/O still in flight after {limit_s} s, ending the connection"
+            );
+            if let Some(conn) = &self.conn {
+                conn.shut_down();
+            }
+            self.pending_reply = None;
+        } else if whole_s >= WARN_S && !*warned {
+            *warned = true;
+            warn!(
+                "controller {name}: the front end has been waiting {whole_s} s for its I/O to complete"
+            );
+        }
+    }
+
+    /// The same for a device that is being opened.
+    fn tick_opening(&mut self) {
+        if !self.is_opening() {
+            self.opening_s = 0;
+            return;
+        }
+        let whole_s = self.opening_s;
+        self.opening_s += 1;
+        let name = &self.controller_name;
+        if whole_s == WARN_S {
+            warn!("controller {name}: its device has been opening for {whole_s} s");
+        } else if whole_s == OPEN_LIMIT_S {
+            warn!(
+                "controller {name}: its device did not open in {whole_s} s, ending the connection"
+            );
+            if let Some(conn) = &self.conn {
+                conn.shut_down();
+            }
+        }
+    }
+}
+
+/// Something to be dropped on the reclaim thread.
+struct DropLater(Leftover);
+
+impl Garbage for DropLater {
+    fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>> {
+        drop(self.0);
+        None
+    }
+}

@@ -1,0 +1,327 @@
+//! The operator's side of the target: controllers come, go, and are looked at.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use guest_memory::SLOTS_MAX;
+use reactor::{Cause, Core, ReactorInfo, ticks_per_second};
+use tracing::{info, warn};
+
+use super::{Attached, Connected, Error, Inner, Reactor, Target};
+use crate::controller::{
+    Controller, ControllerId, ControllerInfo, ControllerSpec, QueueInfo, SessionInfo, check_name,
+};
+use crate::device::{Device, DeviceChange};
+use crate::transport::{ConnId, Transport};
+
+/// Mappings that the connections of one controller may have together: logs and in-flight areas too,
+/// and what is left of earlier ones, which I/O in flight keeps or which has still to be taken down.
+/// The process has room for ten times as many.
+const MAPPINGS_OF_CONTROLLER_MAX: usize = 3 * SLOTS_MAX;
+
+/// How far a deletion has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeleteProgress {
+    /// Front ends that are connected.
+    pub connected: usize,
+    /// Connections that are gone but have I/O in flight.
+    pub draining: usize,
+}
+
+impl Target {
+    /// Makes a controller and opens its socket. Blocks in `transport`; not for the control thread.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is left behind.
+    pub fn create_controller(
+        &self,
+        spec: ControllerSpec,
+        transport: &dyn Transport,
+    ) -> Result<(), Error> {
+        check_name(&spec.name, &spec.socket)?;
+        let cores = self.choose_cores(spec.cores.as_deref())?;
+        let (name, socket) = (spec.name.clone(), spec.socket.clone());
+        let (features, account) = {
+            let mut inner = self.lock();
+            if inner.controllers.contains_key(&name) {
+                return Err(Error::Exists(name));
+            }
+            let number = inner.controllers_made;
+            inner.controllers_made += 1;
+            let unmapper = self.unmapper.limited(MAPPINGS_OF_CONTROLLER_MAX);
+            let id = ControllerId(inner.id());
+            let account = inner.account(&name);
+            let controller = Controller::new(id, number, spec, cores, unmapper, account.clone());
+            let features = controller.features;
+            inner.controllers.insert(name.clone(), controller);
+            (features, account)
+        };
+        if let Err(e) = transport.listen(&socket, features, &account) {
+            self.lock().controllers.remove(&name);
+            return Err(Error::Listen(socket, e));
+        }
+        info!("controller {name}: listening on {}", socket.display());
+        Ok(())
+    }
+
+    pub(super) fn choose_cores(&self, wanted: Option<&[Core]>) -> Result<Vec<Core>, Error> {
+        let mut all = self.cores();
+        all.sort_unstable();
+        let Some(wanted) = wanted else { return Ok(all) };
+        if wanted.is_empty() || wanted.iter().any(|core| !all.contains(core)) {
+            return Err(Error::Cpumask);
+        }
+        Ok(wanted.to_vec())
+    }
+
+    /// Begins to delete a controller: it takes no new connection from here on. With `force` its
+    /// connections are ended.
+    ///
+    /// # Errors
+    /// There is no such controller.
+    pub fn begin_delete(&self, name: &str, force: bool) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let controller = inner.controller(name)?;
+        controller.deleting = true;
+        let id = controller.id;
+        if force {
+            let mine = inner.connections.values().filter(|c| c.controller == id);
+            mine.filter_map(|c| c.conn.as_ref()).for_each(|conn| conn.shut_down());
+        }
+        Ok(())
+    }
+
+    /// Which controller has this name now, as a number that is never used again.
+    #[must_use]
+    pub fn controller_id(&self, name: &str) -> Option<u64> {
+        self.lock().controllers.get(name).map(|controller| controller.id.0)
+    }
+
+    /// Whether a deletion of this controller is under way.
+    #[must_use]
+    pub fn is_deleting(&self, name: &str) -> bool {
+        self.lock().controllers.get(name).is_some_and(|c| c.deleting)
+    }
+
+    /// Gives a deletion up: the controller takes connections again.
+    pub fn cancel_delete(&self, name: &str) {
+        if let Ok(controller) = self.lock().controller(name) {
+            controller.deleting = false;
+        }
+    }
+
+    /// How many connections stand in a deletion's way.
+    ///
+    /// # Errors
+    /// There is no such controller (any more).
+    pub fn delete_progress(&self, name: &str) -> Result<DeleteProgress, Error> {
+        let mut inner = self.lock();
+        let id = inner.controller(name)?.id;
+        let mine = || inner.connections.values().filter(|c| c.controller == id);
+        let connected = mine().filter(|c| c.conn.is_some()).count();
+        Ok(DeleteProgress { connected, draining: mine().count() - connected })
+    }
+
+    /// Ends a deletion: closes the socket and forgets the controller. Connections that are left
+    /// drain in the background. Blocks in `transport`; not for the control thread.
+    pub fn finish_delete(&self, name: &str, transport: &dyn Transport) {
+        let (id, socket) = match self.lock().controller(name) {
+            Ok(controller) => (controller.id, controller.socket.clone()),
+            Err(_) => return,
+        };
+        transport.unlisten(&socket);
+        // rte_vhost tells nobody about the connections that it closes then.
+        let left: Vec<ConnId> = {
+            let inner = self.lock();
+            let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
+            mine.map(|(conn, _)| *conn).collect()
+        };
+        left.into_iter().for_each(|conn| self.closed(conn));
+        self.abandon_rings(name, id);
+        self.lock().controllers.remove(name);
+        info!("controller {name}: deleted");
+        (self.changed)();
+    }
+
+    /// Makes the queues of a deleted controller's connections stop accessing their rings. After the
+    /// return, other queues may use these rings.
+    fn abandon_rings(&self, name: &str, id: ControllerId) {
+        let left: Vec<u64> = {
+            let inner = self.lock();
+            let mine = inner.connections.values().filter(|c| c.controller == id);
+            let queues = mine.flat_map(|c| c.queues.iter().flatten());
+            queues.map(|attached| self.abandon(attached)).collect()
+        };
+        let ios: u64 = left.iter().sum();
+        if ios > 0 {
+            warn!(
+                "controller {name}: deleted with {ios} I/Os in flight, which may still write into \
+                 guest memory and to the disk; the memory stays mapped until they complete"
+            );
+        }
+        if !left.is_empty() && !self.settle() {
+            warn!("controller {name}: timed out waiting for a reactor to stop accessing its rings");
+        }
+    }
+
+    /// Returns the number of I/Os that the queue has in flight.
+    fn abandon(&self, attached: &Attached) -> u64 {
+        attached.queue.control().abandon();
+        self.reactors[attached.reactor].wake();
+        attached.queue.control().inflight().into()
+    }
+
+    /// Sets interrupt coalescing.
+    ///
+    /// # Errors
+    /// No such controller, or a value out of range.
+    pub fn set_coalescing(&self, name: &str, delay_us: u32, iops: u32) -> Result<(), Error> {
+        if !self.lock().controller(name)?.set_coalescing(delay_us, iops) {
+            return Err(Error::Coalescing);
+        }
+        // A reactor may be asleep until the time that the values before have led to.
+        self.reactors.iter().for_each(|reactor| reactor.wake());
+        Ok(())
+    }
+
+    /// All controllers, by name.
+    #[must_use]
+    pub fn controllers(&self) -> Vec<ControllerInfo> {
+        let (inner, cores) = (self.lock(), self.cores());
+        // What is left of a deleted controller of the same name shows here too: it is what the
+        // operator has to wait for.
+        let mut sessions: HashMap<&str, Vec<SessionInfo>> = HashMap::new();
+        for connected in inner.connections.values() {
+            let of_name = sessions.entry(&connected.controller_name).or_default();
+            of_name.push(session_info(connected, &cores));
+        }
+        let mut sessions_of = |name: &str| sessions.remove(name).unwrap_or_default();
+        inner.controllers.values().map(|c| controller_info(c, sessions_of(&c.name))).collect()
+    }
+
+    /// Closed connections that still have I/O in flight, including those of deleted controllers.
+    #[must_use]
+    pub fn left_behind(&self) -> Vec<SessionInfo> {
+        let (inner, cores) = (self.lock(), self.cores());
+        let gone = inner.connections.values().filter(|c| c.conn.is_none());
+        gone.map(|c| session_info(c, &cores)).collect()
+    }
+
+    /// Their number, their I/Os in flight, and their bytes of memory.
+    #[must_use]
+    pub fn quarantine(&self) -> (usize, u64, u64) {
+        self.left_behind().iter().fold((0, 0, 0), |(n, ios, bytes), s| {
+            (n + 1, ios + s.inflight, bytes + s.quarantined_bytes)
+        })
+    }
+
+    /// Each reactor's longest iteration so far in microseconds, and what happened in it. With `reset`, the
+    /// next answer is about what comes after.
+    #[must_use]
+    pub fn longest_iterations(&self, reset: bool) -> Vec<(ReactorInfo, f64, Vec<Cause>)> {
+        let of = |reactor: &Arc<Reactor>| {
+            let (ticks, causes) = reactor.longest_iteration(reset);
+            (reactor.info(), ticks as f64 * 1e6 / ticks_per_second() as f64, causes)
+        };
+        self.reactors.iter().map(of).collect()
+    }
+
+    /// What the reactors have done.
+    #[must_use]
+    pub fn reactors(&self) -> Vec<ReactorInfo> {
+        let inner = self.lock();
+        let with_queues = |(reactor, queues): (&Arc<Reactor>, &Vec<_>)| ReactorInfo {
+            queues: queues.len(),
+            ..reactor.info()
+        };
+        self.reactors.iter().zip(&inner.attached).map(with_queues).collect()
+    }
+
+    /// Tells reactors and guests what has become of devices: `change` says it of each controller's. It
+    /// is called under a lock, so it must not wait, nor call the target.
+    ///
+    /// A guest that cannot be notified of a new configuration space now is notified later.
+    pub fn update_devices(&self, mut change: impl FnMut(&Arc<dyn Device>) -> DeviceChange) {
+        let mut inner = self.lock();
+        let (mut changed, mut config) = (Vec::new(), Vec::new());
+        for controller in inner.controllers.values_mut() {
+            match change(&controller.device) {
+                DeviceChange::None => continue,
+                DeviceChange::Removed => {
+                    warn!("controller {}: its bdev was removed", controller.name);
+                }
+                DeviceChange::Config => {
+                    controller.config_changed = true;
+                    config.push(controller.id);
+                }
+            }
+            changed.push(controller.id);
+        }
+        self.republish(&mut inner, |connected| changed.contains(&connected.controller));
+        for connected in inner.connections.values_mut() {
+            if config.contains(&connected.controller) {
+                connected.session.config_changed();
+                connected.announce_config();
+            }
+        }
+    }
+
+    fn republish(&self, inner: &mut Inner, which: impl Fn(&Connected) -> bool) {
+        let conns = inner.connections.iter().filter(|(_, c)| which(c));
+        let effects: Vec<_> =
+            conns.map(|(id, c)| (*id, c.session.publish_where(|_| true))).collect();
+        for (conn, effects) in effects {
+            // Views only: nothing starts.
+            let _ = self.apply(inner, conn, effects, None);
+        }
+    }
+}
+
+fn controller_info(controller: &Controller, sessions: Vec<SessionInfo>) -> ControllerInfo {
+    ControllerInfo {
+        name: controller.name.clone(),
+        number: controller.number,
+        made_ticks: controller.made_ticks,
+        cores: controller.cores.clone(),
+        delay_base_us: controller.delay_base_us,
+        iops_threshold: controller.iops_threshold,
+        socket: controller.socket.clone(),
+        packed_ring: controller.packed_ring,
+        device: Arc::clone(&controller.device),
+        deleting: controller.deleting,
+        fds: controller.account.open(),
+        fds_closing: controller.account.waiting(),
+        fds_stuck: controller.account.is_stuck(),
+        sessions,
+    }
+}
+
+/// `cores`: those of the reactors.
+fn session_info(connected: &Connected, cores: &[Core]) -> SessionInfo {
+    let place = |(ring, attached): (usize, &Option<Attached>)| {
+        let attached = attached.as_ref()?;
+        let core = cores[attached.reactor];
+        Some(QueueInfo { ring, core, inflight: attached.queue.control().inflight() })
+    };
+    let places = connected.queues.iter().enumerate().filter_map(place).collect();
+    let queues = || connected.queues.iter().flatten().map(|attached| attached.queue.control());
+    let inflight = queues().map(|queue| u64::from(queue.inflight())).sum();
+    let mut quarantined_bytes = queues().map(|queue| queue.quarantined_bytes()).sum();
+    if connected.conn.is_none() && inflight > 0 {
+        quarantined_bytes += connected.session.memory().map_or(0, |memory| memory.size_bytes());
+    }
+    let (requests, errors) = queues()
+        .map(|queue| queue.requests())
+        .fold(connected.past_requests, |(r, e), q| (r + q.0, e + q.1));
+    SessionInfo {
+        vid: connected.vid,
+        id: connected.number,
+        phase: connected.session.phase(),
+        rings: connected.session.rings().len(),
+        inflight,
+        quarantined_bytes,
+        requests,
+        errors,
+        queues: places,
+    }
+}

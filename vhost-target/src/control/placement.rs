@@ -1,0 +1,343 @@
+//! Which reactor serves which queue, and how a queue changes over to another one while it is in use.
+//!
+//! A queue is handed over in two steps, between which nobody visits it:
+//!
+//! 1. its reactor gets a poll set without it ([`Target::begin_move`]);
+//! 2. once that reactor has been quiescent, so that it cannot visit the queue again, the queue's core
+//!    is ours: its bells are tied to the new reactor, whose poll set gets it ([`Target::end_move`]).
+//!
+//! I/O in flight goes with the core and its channel. What the front end or the operator publishes in
+//! between, and stops, are flags and views, which the new reactor sees at its first visit.
+#![expect(unsafe_code, reason = "owns a queue's core between two reactors")]
+
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use qsbr::Epoch;
+use reactor::{Core, active_time};
+use tracing::{info, warn};
+
+use super::{Attached, Connected, Error, Inner, Target};
+use crate::queue::QueueId;
+use crate::transport::ConnId;
+
+/// How long a reactor may take to end its turn before a move is given up. A turn takes microseconds;
+/// one that takes this long is stuck in the kernel.
+const GRACE_MAX: Duration = Duration::from_secs(5);
+
+/// Looks at a reactor that still has its turn to end: so often at once, then with pauses.
+const LOOKS_AT_ONCE: u32 = 16;
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// A queue between two reactors. Nobody serves it until [`Target::end_move`] has answered.
+#[must_use]
+#[derive(Debug)]
+pub struct Moving {
+    queue: QueueId,
+    from: usize,
+    to: usize,
+    epoch: Epoch,
+}
+
+/// I/O of a queue that the reactor has submitted that served it before.
+#[derive(Debug)]
+pub(super) struct Orphan {
+    pub(super) reactor: usize,
+    queue: QueueId,
+    /// The queue has got a new view with its new reactor, so that what is in flight under older ones
+    /// is the orphans. Otherwise, as it is being stopped, all that it has is.
+    renewed: bool,
+}
+
+impl Target {
+    /// Moves a ring of a controller's session (its only one, if `session` is `None`) to the reactor
+    /// on `core`, and answers once it is served there. Waits for a reactor's turn to end: not for
+    /// the control thread.
+    ///
+    /// # Errors
+    /// There is no such controller, session, or ring that is served; `core` is none of the
+    /// controller's; or see [`Target::end_move`].
+    pub fn move_queue(
+        &self,
+        controller: &str,
+        session: Option<u32>,
+        ring: usize,
+        core: Core,
+    ) -> Result<(), Error> {
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.begin_move(controller, session, ring, core)? {
+            Some(moving) => self.finish_move(&moving),
+            None => Ok(()),
+        }
+    }
+
+    /// The first half of [`Target::move_queue`], which does not wait; `None` if the ring is there
+    /// already.
+    ///
+    /// # Errors
+    /// As there; and it is being moved already.
+    pub fn begin_move(
+        &self,
+        controller: &str,
+        session: Option<u32>,
+        ring: usize,
+        core: Core,
+    ) -> Result<Option<Moving>, Error> {
+        let mut inner = self.lock();
+        let found = inner.controller(controller)?;
+        let id = found.id;
+        let allowed = found.cores.contains(&core);
+        let to = self.reactors.iter().position(|reactor| allowed && reactor.core() == core);
+        let to = to.ok_or(Error::Cpumask)?;
+        let wanted = |c: &Connected| match session {
+            Some(number) => c.number == number,
+            None => c.conn.is_some(),
+        };
+        let mut sessions =
+            inner.connections.iter().filter(|(_, c)| c.controller == id && wanted(c));
+        let (Some((&conn, _)), None) = (sessions.next(), sessions.next()) else {
+            return Err(Error::NoSession(controller.into()));
+        };
+        self.begin(&mut inner, conn, ring, to)
+    }
+
+    fn begin(
+        &self,
+        inner: &mut Inner,
+        conn: ConnId,
+        ring: usize,
+        to: usize,
+    ) -> Result<Option<Moving>, Error> {
+        let attached = inner.attached_mut(conn, ring).ok_or(Error::NoQueue(ring))?;
+        if attached.moving {
+            return Err(Error::Moving(ring));
+        }
+        if attached.reactor == to {
+            return Ok(None);
+        }
+        let from = std::mem::replace(&mut attached.reactor, to);
+        attached.moving = true;
+        let queue = attached.queue.control().id;
+        inner.attached[from].retain(|other| other.control().id != queue);
+        self.publish_set(inner, from);
+        Ok(Some(Moving { queue, from, to, epoch: self.domain.advance() }))
+    }
+
+    /// The second half of [`Target::move_queue`]; `None` if the reactor before is still in the turn
+    /// in which it had the queue.
+    ///
+    /// # Errors
+    /// The system has no room for another watch, and the queue stays where it was.
+    pub fn end_move(&self, moving: &Moving) -> Option<Result<(), Error>> {
+        self.domain.passed(moving.epoch).then(|| self.hand_over(moving))
+    }
+
+    fn hand_over(&self, moving: &Moving) -> Result<(), Error> {
+        let &Moving { queue: id, from, to, .. } = moving;
+        let mut inner = self.lock();
+        let Some((conn, ring)) = inner.queues.get(&id).copied() else { return Ok(()) };
+        let Some(Attached { queue, .. }) = inner.attached_mut(conn, ring) else { return Ok(()) };
+        let waker = |n: usize| self.reactors[n].waker().map(|waker| &**waker);
+        // SAFETY: the reactor that had it has been quiescent since it lost it, and another one gets
+        // it only below, under the lock that we hold: we own the core.
+        let aimed = unsafe { queue.set_waker(waker(from), waker(to)) };
+        let orphans = queue.control().inflight() > 0;
+        self.attach(&mut inner, conn, ring, if aimed.is_ok() { to } else { from }, |renewed| {
+            (orphans && aimed.is_ok()).then_some(Orphan { reactor: from, queue: id, renewed })
+        });
+        drop(inner);
+        (self.changed)();
+        aimed.map_err(|e| Error::Watch(self.reactors[to].core(), e))
+    }
+
+    /// Puts a queue that nobody owns into a reactor's set.
+    fn attach(
+        &self,
+        inner: &mut Inner,
+        conn: ConnId,
+        ring: usize,
+        reactor: usize,
+        orphan: impl FnOnce(bool) -> Option<Orphan>,
+    ) {
+        let Some(attached) = inner.attached_mut(conn, ring) else { return };
+        attached.reactor = reactor;
+        attached.moving = false;
+        let queue = Arc::clone(&attached.queue);
+        // The guest's kicks go to another bell, and it is not asked for any until the next sleep.
+        let view = inner.connections.get(&conn).map(|c| c.session.publish_where(|n| n == ring));
+        let view = view.unwrap_or_default();
+        if let Some(orphan) = orphan(!view.is_empty()) {
+            let from = orphan.reactor;
+            inner.orphans.retain(|s| (s.reactor, s.queue) != (from, orphan.queue));
+            inner.orphans.push(orphan);
+            self.publish_set(inner, from);
+        }
+        // Views only: nothing starts.
+        let _ = self.apply(inner, conn, view, None);
+        inner.attached[reactor].push(queue);
+        self.publish_set(inner, reactor);
+    }
+
+    /// Waits for a reactor's turn to end, and ends the move.
+    fn finish_move(&self, moving: &Moving) -> Result<(), Error> {
+        let mut waited = Duration::ZERO;
+        for look in 0_u32.. {
+            if let Some(result) = self.end_move(moving) {
+                return result;
+            }
+            if look < LOOKS_AT_ONCE {
+                thread::yield_now();
+            } else if waited < GRACE_MAX {
+                waited += active_time::sleep(PAUSE);
+            } else {
+                break;
+            }
+        }
+        // Its reactor has not let go of it, and may have it back at any time.
+        let core = self.reactors[moving.from].core();
+        warn!("reactor {} does not end its turn: a queue stays with it", core.0);
+        let mut inner = self.lock();
+        if let Some((conn, ring)) = inner.queues.get(&moving.queue).copied() {
+            self.attach(&mut inner, conn, ring, moving.from, |_| None);
+        }
+        Err(Error::Stuck(core))
+    }
+
+    /// Has a controller served by the reactors on `cores` from now on: its queues move there, so that
+    /// each has as many, and answers once they are served there. Waits for reactors' turns to end:
+    /// not for the control thread.
+    ///
+    /// # Errors
+    /// There is no such controller; a core has no reactor; or see [`Target::end_move`].
+    pub fn set_cores(&self, name: &str, cores: &[Core]) -> Result<(), Error> {
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let cores = self.choose_cores(Some(cores))?;
+        let plan = {
+            let mut inner = self.lock();
+            let controller = inner.controller(name)?;
+            controller.cores.clone_from(&cores);
+            let id = controller.id;
+            let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
+            let of = |(conn, c): (&ConnId, &Connected)| {
+                let queues = c.queues.iter().enumerate();
+                let conn = *conn;
+                queues.filter_map(move |(n, q)| Some((conn, n, q.as_ref()?.reactor))).collect()
+            };
+            let queues: Vec<(ConnId, usize, usize)> = mine.flat_map::<Vec<_>, _>(of).collect();
+            let mut places: Vec<usize> = queues.iter().map(|queue| queue.2).collect();
+            spread(&mut places, &self.reactors_on(&inner, &cores));
+            queues.into_iter().zip(places).map(|((conn, ring, _), to)| (conn, ring, to)).collect()
+        };
+        info!(
+            "controller {name}: now on cores {:?}",
+            cores.iter().map(|c| c.0).collect::<Vec<_>>()
+        );
+        self.carry_out(plan)
+    }
+
+    fn carry_out(&self, plan: Vec<(ConnId, usize, usize)>) -> Result<(), Error> {
+        let mut result = Ok(());
+        for (conn, ring, to) in plan {
+            let begun = self.begin(&mut self.lock(), conn, ring, to);
+            result = result.and(match begun {
+                Ok(Some(moving)) => self.finish_move(&moving),
+                // It is there already, or is not served any more.
+                Ok(None) | Err(Error::NoQueue(_)) => Ok(()),
+                Err(e) => Err(e),
+            });
+        }
+        result
+    }
+
+    /// Reactors on `cores`, the least loaded first.
+    pub(super) fn reactors_on(&self, inner: &Inner, cores: &[Core]) -> Vec<usize> {
+        let on = |n: &usize| cores.contains(&self.reactors[*n].core());
+        let mut reactors: Vec<usize> = (0..self.reactors.len()).filter(on).collect();
+        reactors.sort_by_key(|n| inner.attached[*n].len());
+        reactors
+    }
+
+    /// The numbers of reactors on which I/O of queues that were moved away is in flight, as far as
+    /// [`Target::tick`] knows.
+    #[must_use]
+    pub fn reactors_with_orphans(&self) -> Vec<usize> {
+        self.lock().orphans.iter().map(|orphan| orphan.reactor).collect()
+    }
+
+    /// Publishes to a reactor what it polls.
+    pub(super) fn publish_set(&self, inner: &Inner, reactor: usize) {
+        let orphans = inner.orphans.iter().any(|orphan| orphan.reactor == reactor);
+        let queues = inner.attached[reactor].iter().map(|queue| Arc::clone(queue) as _).collect();
+        self.reactors[reactor].publish_with(queues, orphans, &self.reclaim);
+    }
+
+    /// Forgets orphans that have come home. To be called now and then.
+    pub(super) fn release_orphans(&self, inner: &mut Inner) {
+        let mut orphans = std::mem::take(&mut inner.orphans);
+        let had: Vec<usize> = orphans.iter().map(|orphan| orphan.reactor).collect();
+        orphans.retain(|orphan| {
+            let place = inner.queues.get(&orphan.queue).copied();
+            let attached = place.and_then(|(conn, ring)| inner.attached_mut(conn, ring));
+            attached.is_some_and(|a| !orphan.renewed || a.queue.control().past_views() > 0)
+        });
+        inner.orphans = orphans;
+        for reactor in 0..self.reactors.len() {
+            let has = inner.orphans.iter().any(|orphan| orphan.reactor == reactor);
+            if had.contains(&reactor) && !has {
+                self.publish_set(inner, reactor);
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn attached_mut(&mut self, conn: ConnId, ring: usize) -> Option<&mut Attached> {
+        self.connections.get_mut(&conn)?.queues.get_mut(ring)?.as_mut()
+    }
+}
+
+/// Changes `places` so that each of the `allowed` has as many of them, to one, with as few changes
+/// as that takes. Those named first come first.
+fn spread(places: &mut [usize], allowed: &[usize]) {
+    let count = |places: &[usize], at: usize| places.iter().filter(|place| **place == at).count();
+    for n in 0..places.len() {
+        if !allowed.contains(&places[n]) {
+            let Some(least) = allowed.iter().min_by_key(|at| count(places, **at)) else { return };
+            places[n] = *least;
+        }
+    }
+    loop {
+        let least = allowed.iter().min_by_key(|at| count(places, **at));
+        let most = allowed.iter().max_by_key(|at| count(places, **at));
+        let (Some(&least), Some(&most)) = (least, most) else { return };
+        if count(places, most) <= count(places, least) + 1 {
+            return;
+        }
+        if let Some(place) = places.iter_mut().find(|place| **place == most) {
+            *place = least;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_are_spread_evenly_with_few_changes() {
+        for (places, allowed, expected) in [
+            (vec![], vec![1], vec![]),
+            (vec![0, 0, 0], vec![1], vec![1, 1, 1]),
+            (vec![0, 1, 0, 1], vec![0, 1], vec![0, 1, 0, 1]),
+            (vec![0, 0, 0, 0], vec![1, 0], vec![1, 1, 0, 0]),
+            (vec![0, 1, 2], vec![2, 1], vec![2, 1, 2]),
+            (vec![5, 5, 5, 5, 5], vec![5, 6, 7], vec![6, 7, 6, 5, 5]),
+            (vec![0, 0], vec![3, 2, 1], vec![3, 2]),
+        ] {
+            let mut is = places.clone();
+            spread(&mut is, &allowed);
+            assert_eq!(is, expected, "{places:?} on {allowed:?}");
+        }
+    }
+}

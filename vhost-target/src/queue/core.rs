@@ -1,0 +1,591 @@
+//! What the owner of a queue keeps about it, and what it does in a visit. How chains are taken from
+//! the ring is in `fetch`, how they are returned in `requests`.
+#![expect(unsafe_code, reason = "signals")]
+
+use std::collections::VecDeque;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arrayvec::ArrayVec;
+use guest_memory::Nearest;
+use reactor::{Cause, Events, Iteration, PollHint, Wait};
+use virtqueue::chain::{Chain, LongSegments, long_segments};
+use virtqueue::inflight::{Recovery, Tracker};
+use virtqueue::{AnyRing, Look, Ring};
+
+use super::fetch::Serve;
+use super::{Coalescing, Control, Event, Leftover, QueueState, StartError, Tracked, View};
+use crate::device::DeviceQueue;
+
+/// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
+/// 2 KiB, and a front end may start 128 rings.
+pub(crate) const DEPTH_MAX: u16 = 256;
+/// How long a sleeping reactor waits before it tries again what nothing announces.
+const RETRY: Duration = Duration::from_millis(1);
+/// Long chains that a queue may have in flight; some 16 KiB each. Further ones wait.
+const LONG_CHAINS: usize = 4;
+
+/// A request that was taken from the ring. What every request uses comes first and together, the
+/// first segments of its chain included: three cache lines.
+#[repr(C)]
+#[derive(Debug)]
+pub(super) struct Slot<D: DeviceQueue> {
+    /// The view that it was submitted under, whose memory it uses.
+    pub(super) view: Option<NonNull<View<D::View>>>,
+    /// What the used ring calls it: head (split) or buffer id (packed).
+    pub(super) id: u16,
+    /// Where its chain begins; packed only.
+    pub(super) position: u16,
+    /// Places that it takes in the used ring.
+    pub(super) span: u16,
+    /// What the in-flight area calls it.
+    pub(super) entry: u16,
+    /// The device's part.
+    pub(super) request: D::Request,
+    pub(super) chain: Chain,
+}
+
+// SAFETY: the pointer is to a view that the slot has pinned; see `RetiredView`.
+unsafe impl<D: DeviceQueue> Send for Slot<D> {}
+
+/// What the owner of a queue keeps about it.
+pub(super) struct Core<D: DeviceQueue> {
+    pub(super) ring: RingCore<D>,
+    pub(super) device: D,
+}
+
+/// The same without the device, which uses it.
+pub(super) struct RingCore<D: DeviceQueue> {
+    generation: u64,
+    /// Position in the ring after the last chain that was taken.
+    pub(super) last_avail: u16,
+    /// Position in the used ring: everything before it was put.
+    pub(super) used: u16,
+    /// The position up to which the guest was told.
+    pub(super) published: u16,
+    /// Requests that were put since.
+    pub(super) unpublished: u32,
+    /// The position at the last decision whether to notify the guest.
+    called: u16,
+    pub(super) inflight: u32,
+    /// The control side wants a stop, as of the last visit.
+    stopping: bool,
+    stopped: bool,
+    /// The ring must not be accessed any more.
+    abandoned: bool,
+    /// No request is taken any more: the ring is malformed or abandoned.
+    pub(super) broken: bool,
+    /// The guest was asked for kicks, as its reactor was about to sleep.
+    pub(super) armed: bool,
+    /// The guest wants a notification that it has not got, or may not have got.
+    call_wanted: bool,
+    /// The system could not send the last notification right then.
+    call_refused: bool,
+    pub(super) call_due: CallDue,
+    /// Where in the guest's memory the last request was.
+    pub(super) nearest: Nearest,
+    pub(super) expected: Expected,
+    pub(super) slots: Box<[Slot<D>]>,
+    /// Free slots, most recently used last.
+    pub(super) free: ArrayVec<u16, { DEPTH_MAX as usize }>,
+    /// Room for long chains that is not lent.
+    pub(super) long: Vec<LongSegments>,
+    /// The next chain is a long one, and there was no room for it.
+    pub(super) room_wanted: bool,
+    /// Requests that the device had no room for, oldest first.
+    pub(super) parked: VecDeque<u16>,
+    /// The record of what is in flight, if the front end has asked for one.
+    pub(super) tracker: Option<Tracker>,
+    /// Requests of an earlier process that are to be done again, by their name in the record; the
+    /// oldest last. They come before anything new.
+    pub(super) again: Vec<u16>,
+    /// An event that found the event queue full.
+    pending_event: Option<Event>,
+}
+
+/// Where the next request is likely to be: in the place of the one before, as drivers keep free
+/// descriptors and headers on stacks. Fetching these lines while the available ring's is on its way
+/// spares a guest at depth 1 two round trips between the cores. Only ever prefetched.
+#[derive(Debug)]
+pub(super) struct Expected {
+    pub(super) head: u16,
+    pub(super) header: *const u8,
+}
+
+// SAFETY: an address that is only prefetched.
+unsafe impl Send for Expected {}
+
+/// The state of coalescing: when the next notification may be sent.
+#[derive(Debug, Default)]
+pub(super) struct CallDue {
+    /// There are completions that the guest may not have been told of.
+    pub(super) pending: bool,
+    not_before_ticks: u64,
+    delay_ticks: u64,
+    window_end_ticks: u64,
+    pub(super) window_requests: u32,
+}
+
+/// A queue in a visit: its control, its view, and the view's ring.
+pub(super) struct At<'a, R, V> {
+    pub(super) control: &'a Control,
+    pub(super) view: &'a View<V>,
+    pub(super) ring: &'a R,
+    /// Requests have to be recorded: in flight, or the pages that they dirty.
+    pub(super) recorded: bool,
+}
+
+impl<R, V> Clone for At<'_, R, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R, V> Copy for At<'_, R, V> {}
+
+/// Adds to a counter that only this thread writes.
+#[inline]
+pub(super) fn add(counter: &AtomicU64, count: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+}
+
+impl<D: DeviceQueue> Core<D> {
+    /// For a queue that nobody serves: nobody else changes its ring or the record of what is in
+    /// flight.
+    pub(super) fn new(
+        device: D,
+        view: &View<D::View>,
+        base: u16,
+        tracked: Option<Tracked<'_>>,
+    ) -> Result<Self, StartError> {
+        let (tracker, recovery) = begin(&view.ring, base, tracked)?;
+        Ok(Self { ring: RingCore::new(view.ring.size().min(DEPTH_MAX), tracker, recovery), device })
+    }
+
+    /// Position in the ring after the last chain that was taken.
+    pub(super) fn last_avail(&self) -> u16 {
+        self.ring.last_avail
+    }
+
+    /// The device.
+    pub(super) fn device(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// One visit. Returns whether there was anything to do, and stores what to look at before the
+    /// next.
+    #[inline]
+    pub(super) fn visit(
+        &mut self,
+        control: &Control,
+        view: &View<D::View>,
+        iteration: &mut Iteration,
+        events: &Events<Event>,
+        hint: &mut PollHint,
+    ) -> bool {
+        let recorded = view.log.is_some() || self.ring.tracker.is_some();
+        match &view.ring {
+            AnyRing::Split(ring) => {
+                let worked = self.serve(At { control, view, ring, recorded }, iteration, events);
+                *hint = self.hint(view, ring);
+                worked
+            }
+            AnyRing::Packed(ring) => {
+                let worked = self.serve(At { control, view, ring, recorded }, iteration, events);
+                *hint = self.hint(view, ring);
+                worked
+            }
+        }
+    }
+
+    /// The order: adopt first, as everything else uses the view. Adoption checks by itself whether
+    /// the ring may still be accessed, which keeps the common path free of values that are live
+    /// across a call; the check for the other steps follows. Complete before fetch, as it frees
+    /// slots; tell the device, then the guest, once for the batch; count before the guest is notified,
+    /// which is no part of a request; stop last, as it depends on what is left.
+    #[inline]
+    fn serve<R: Serve>(
+        &mut self,
+        at: At<'_, R, D::View>,
+        iteration: &mut Iteration,
+        events: &Events<Event>,
+    ) -> bool {
+        let At { control, view, ring, .. } = at;
+        if self.ring.stopped {
+            return self.ring.pending_event.is_some() && self.ring.send_pending(events);
+        }
+        if view.generation != self.ring.generation {
+            self.ring.adopt(at, iteration);
+        }
+        let stop = control.stop.load(Ordering::Acquire);
+        self.ring.stopping = stop;
+        if stop && self.ring.is_abandoned(control) {
+            return self.discard(at, iteration, events);
+        }
+        let completed = self.ring.inflight > 0 && self.complete(at, iteration);
+        if !self.ring.parked.is_empty() {
+            self.retry(at, iteration);
+        }
+        let wanted = !stop || !self.ring.again.is_empty();
+        let fetched = wanted
+            && !self.ring.broken
+            && self.ring.parked.is_empty()
+            && self.fetch(at, iteration, events);
+        if self.ring.used != self.ring.published {
+            self.ring.publish(at);
+        }
+        if fetched {
+            self.device.started(iteration);
+        }
+        if self.ring.call_due.pending {
+            self.ring.call_guest(control, view, ring, iteration, stop);
+        }
+        if self.ring.pending_event.is_some() {
+            self.ring.send_pending(events);
+        }
+        if view.device.is_none() && self.device.is_open() {
+            self.release_device(control, events);
+        }
+        if stop && self.ring.inflight == 0 && self.ring.pending_event.is_none() {
+            self.ring.acknowledge_stop(control, events);
+            iteration.note(Cause::Stop);
+        }
+        completed || fetched
+    }
+
+    /// What to look at until the next visit, after one with `view`.
+    #[inline]
+    fn hint(&self, view: &View<D::View>, ring: &impl Ring) -> PollHint {
+        let core = &self.ring;
+        let rings = !core.stopped && !core.broken;
+        let due = core.inflight > 0 || core.call_due.pending || core.pending_event.is_some();
+        let released = view.device.is_none() && self.device.is_open();
+        let (cell, seen) = PollHint::NEVER;
+        let look = if rings { ring.look(core.last_avail) } else { Look { cell, seen, due: false } };
+        let again = rings && !core.again.is_empty();
+        PollHint {
+            cell: look.cell,
+            seen: look.seen,
+            generation: view.generation,
+            due: due || look.due || again || released && !core.stopped,
+            wakes: view.kicks || !rings,
+            stop: core.stopping,
+        }
+    }
+
+    /// A visit of a queue that must not access its ring: completions are discarded.
+    #[cold]
+    fn discard<R: Serve>(
+        &mut self,
+        at: At<'_, R, D::View>,
+        iteration: &mut Iteration,
+        events: &Events<Event>,
+    ) -> bool {
+        let At { control, view, .. } = at;
+        if !std::mem::replace(&mut self.ring.abandoned, true) {
+            self.ring.broken = true;
+            self.ring.again.clear();
+            self.ring.call_due.pending = false;
+            self.device.abandon();
+        }
+        // Not adopted, as that would write to the ring.
+        self.ring.generation = view.generation;
+        let worked = self.discard_ended(at, iteration);
+        if self.ring.pending_event.is_some() {
+            self.ring.send_pending(events);
+        }
+        if view.device.is_none() && self.device.is_open() {
+            self.release_device(control, events);
+        }
+        if self.ring.inflight == 0 && self.ring.pending_event.is_none() {
+            self.ring.acknowledge_stop(control, events);
+            iteration.note(Cause::Stop);
+        }
+        worked
+    }
+
+    /// See [`reactor::Pollable::arm`].
+    pub(super) fn arm(
+        &mut self,
+        control: &Control,
+        view: &View<D::View>,
+        iteration: &Iteration,
+    ) -> Wait {
+        let core = &mut self.ring;
+        let mut wait = Wait::Event;
+        if core.pending_event.is_some() {
+            // Nothing announces that the event queue has room again.
+            wait = Wait::Until(Instant::now() + RETRY);
+        }
+        if core.stopped {
+            return wait;
+        }
+        if view.generation != core.generation
+            || control.stop.load(Ordering::Acquire) != core.stopping
+        {
+            return Wait::Poll;
+        }
+        if core.call_due.pending {
+            let left = core.call_due.not_before_ticks.saturating_sub(iteration.now_ticks());
+            if left == 0 && !core.call_refused {
+                return Wait::Poll;
+            }
+            let left_us = left.saturating_mul(1_000_000) / iteration.ticks_per_second();
+            let at_least = if left == 0 { RETRY } else { Duration::from_micros(left_us + 1) };
+            wait = wait.sooner(Wait::Until(Instant::now() + at_least));
+        }
+        if core.inflight > 0 && self.device.is_open() {
+            wait = wait.sooner(self.device.wait());
+        } else if !core.again.is_empty() && !core.broken {
+            return Wait::Poll;
+        }
+        if !core.parked.is_empty() {
+            wait = wait.sooner(Wait::Until(Instant::now() + RETRY));
+        }
+        // Without a slot for it, or room in it, nothing is fetched before a completion.
+        let waits = core.free.is_empty() || core.room_wanted || !core.parked.is_empty();
+        if !core.stopping && !core.broken && !waits && !core.armed {
+            debug_assert!(view.kicks, "the poll set has looked at its hints first");
+            if core.want_kicks(view) {
+                core.refuse_kicks(view, view.ring.as_dyn());
+                return Wait::Poll;
+            }
+        }
+        wait
+    }
+
+    #[cold]
+    fn release_device(&mut self, control: &Control, events: &Events<Event>) {
+        if self.ring.inflight == 0
+            && self.ring.pending_event.is_none()
+            && let Some(leftover) = self.device.release()
+        {
+            self.ring.send(Event::Released(control.id, Leftover(leftover)), events);
+        }
+    }
+}
+
+impl<D: DeviceQueue> RingCore<D> {
+    fn new(depth: u16, tracker: Option<Tracker>, recovery: Recovery) -> Self {
+        let Recovery { used, last_avail, mut again, .. } = recovery;
+        again.reverse();
+        let slot = || Slot {
+            view: None,
+            id: 0,
+            position: 0,
+            span: 1,
+            entry: 0,
+            request: D::Request::default(),
+            chain: Chain::default(),
+        };
+        Self {
+            generation: 0,
+            last_avail,
+            used,
+            published: used,
+            unpublished: 0,
+            called: used,
+            inflight: 0,
+            stopping: false,
+            stopped: false,
+            abandoned: false,
+            broken: false,
+            armed: false,
+            call_wanted: false,
+            call_refused: false,
+            call_due: CallDue::default(),
+            nearest: Nearest::default(),
+            expected: Expected { head: 0, header: std::ptr::null() },
+            slots: (0..depth).map(|_| slot()).collect(),
+            free: (0..depth).rev().collect(),
+            long: (0..LONG_CHAINS).map(|_| long_segments()).collect(),
+            room_wanted: false,
+            // One more than there can be: a retry adds its request before it removes it.
+            parked: VecDeque::with_capacity(usize::from(depth) + 1),
+            tracker,
+            again,
+            pending_event: None,
+        }
+    }
+
+    /// Whether a queue that stops must not access its ring any more.
+    #[cold]
+    fn is_abandoned(&mut self, control: &Control) -> bool {
+        if control.reset.load(Ordering::Relaxed) {
+            self.again.clear();
+        }
+        control.abandoned.load(Ordering::Relaxed)
+    }
+
+    /// Adopts a new view, unless the queue must not access its ring any more: then the visit goes on
+    /// with [`Core::discard`], as a stop is never taken back.
+    #[cold]
+    fn adopt<R: Ring>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
+        let At { control, view, ring, .. } = at;
+        if control.stop.load(Ordering::Acquire) && control.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
+        iteration.note(Cause::Adopt);
+        self.generation = view.generation;
+        // Addresses of the memory before may not be mapped any more.
+        self.nearest = Nearest::default();
+        self.expected.header = std::ptr::null();
+        self.refuse_kicks(view, ring);
+        // The last notification may have gone to the call fd before this view's, on which nobody may
+        // listen.
+        self.call_wanted = true;
+        self.call_due.pending = true;
+    }
+
+    pub(super) fn refuse_kicks(&mut self, view: &View<D::View>, ring: &(impl Ring + ?Sized)) {
+        self.armed = false;
+        ring.suppress_kicks(self.last_avail);
+        if let Some(log) = &view.log {
+            ring.log_events(log);
+        }
+    }
+
+    fn want_kicks(&mut self, view: &View<D::View>) -> bool {
+        self.armed = true;
+        let ring = view.ring.as_dyn();
+        let missed = ring.want_kicks(self.last_avail);
+        if let Some(log) = &view.log {
+            ring.log_events(log);
+        }
+        missed
+    }
+
+    /// Notifies the guest if it wants that and the time has come. A queue that stops does not make the
+    /// guest wait for coalescing.
+    #[inline]
+    fn call_guest(
+        &mut self,
+        control: &Control,
+        view: &View<D::View>,
+        ring: &impl Ring,
+        iteration: &mut Iteration,
+        stop: bool,
+    ) {
+        // Asked at once even if the notification has to wait: after a lap of the ring, the positions
+        // would say nothing.
+        self.call_wanted |= ring.wants_call(self.called, self.used);
+        self.called = self.used;
+        if !stop && self.call_due.wait(&control.coalescing, iteration) {
+            return;
+        }
+        if self.call_wanted
+            && let Some(call) = &view.call
+        {
+            iteration.note(Cause::Call);
+            // SAFETY: this queue's owner is the one user of its call fd, and this is it.
+            let called = unsafe { call.signal() };
+            iteration.read_clock();
+            self.call_refused = !called;
+            if !called {
+                return; // tried again at the next visit
+            }
+        }
+        self.call_due.pending = false;
+        self.call_wanted = false;
+    }
+
+    #[cold]
+    pub(super) fn break_queue(&mut self, control: &Control, events: &Events<Event>) {
+        if self.broken {
+            return;
+        }
+        self.broken = true;
+        control.state.store(QueueState::Broken as u8, Ordering::Release);
+        // The event only makes a line in the log; one that waits to be sent is more important.
+        if self.pending_event.is_none() {
+            self.send(Event::Broken(control.id), events);
+        }
+    }
+
+    #[cold]
+    fn acknowledge_stop(&mut self, control: &Control, events: &Events<Event>) {
+        if self.call_due.pending || !self.again.is_empty() && !self.broken {
+            // A notification that the system refused is sent first, and what was found in flight is
+            // done.
+            return;
+        }
+        self.stopped = true;
+        control.last_avail.store(self.last_avail, Ordering::Relaxed);
+        // Release: the indices and everything written for the guest come before it.
+        control.state.store(QueueState::Stopped as u8, Ordering::Release);
+        self.send(Event::Drained(control.id), events);
+    }
+
+    /// Sends an event, or keeps it for the next iteration when there is no room.
+    fn send(&mut self, event: Event, events: &Events<Event>) {
+        if let Err(event) = events.push(event) {
+            self.pending_event = Some(event);
+        }
+    }
+
+    #[cold]
+    fn send_pending(&mut self, events: &Events<Event>) -> bool {
+        let Some(event) = self.pending_event.take() else { return false };
+        self.send(event, events);
+        self.pending_event.is_none()
+    }
+}
+
+/// Where a queue begins, and what it has to do again, according to its ring and to the record of what
+/// is in flight.
+fn begin(
+    ring: &AnyRing,
+    base: u16,
+    tracked: Option<Tracked<'_>>,
+) -> Result<(Option<Tracker>, Recovery), StartError> {
+    let size = ring.size();
+    let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
+    let tracker = match (ring, tracked) {
+        // What the guest was told counts. A front end that reconnects gives the used index that it
+        // saw when the connection ended; requests that completed after that would be fetched and
+        // completed again.
+        (AnyRing::Split(ring), None) => return Ok(untracked(ring.used_idx())),
+        (AnyRing::Packed(ring), _) if !ring.valid(base) => return Err(StartError::Base(base)),
+        (AnyRing::Packed(_), None) => return Ok(untracked(base)),
+        (AnyRing::Split(ring), Some(Tracked { area, ring: n })) => {
+            Tracker::split(area, n, size, ring.used_idx())
+        }
+        (AnyRing::Packed(ring), Some(Tracked { area, ring: n })) => {
+            Tracker::packed(area, n, size, base, |position| ring.flags(position))
+        }
+    };
+    let (tracker, recovery) = tracker.ok_or(StartError::NoRoom)?;
+    if let Some(damage) = recovery.damage {
+        tracing::warn!("{damage}");
+    }
+    if let AnyRing::Packed(ring) = ring {
+        ring.take_back(recovery.used, recovery.last_avail);
+    }
+    Ok((Some(tracker), recovery))
+}
+
+impl CallDue {
+    /// Whether the notification has to wait. SPDK's rule: every 10 ms, if there were more requests
+    /// than the threshold, the delay becomes the base times the excess over the threshold.
+    fn wait(&mut self, coalescing: &Coalescing, iteration: &mut Iteration) -> bool {
+        let base = coalescing.delay_base_ticks.load(Ordering::Relaxed);
+        if base == 0 {
+            self.window_requests = 0;
+            return false;
+        }
+        let now = iteration.now_ticks();
+        if now >= self.window_end_ticks {
+            let threshold = coalescing.threshold.load(Ordering::Relaxed).max(1);
+            let excess = u64::from(self.window_requests.saturating_sub(threshold));
+            self.delay_ticks = base.saturating_mul(excess) / u64::from(threshold);
+            self.window_requests = 0;
+            self.window_end_ticks = now + iteration.ticks_per_second() / 100;
+        }
+        if now < self.not_before_ticks {
+            return true;
+        }
+        self.not_before_ticks = now + self.delay_ticks;
+        false
+    }
+}

@@ -1,0 +1,788 @@
+//! The state machine of one connection, and nothing else: events in, effects out.
+//!
+//! It knows no thread, no reactor and no transport, so tests, fuzzers and simulations drive it
+//! directly. vhost-user starts and stops each ring on its own ("Ring states" in the
+//! specification), so the state is kept per ring; what the operator sees of a session
+//! ([`Phase`]) follows from its rings.
+//!
+//! ```text
+//!          SET_VRING_KICK         gate open           device open
+//! Stopped ───────────────▶ Gated ───────────▶ Opening ───────────▶ Live ⟲ memory, call fd, log: publish
+//!    ▲                       │                   │                  │ GET_VRING_BASE, a reset, close
+//!    └───────────────────────┴───────────────────┴───◀── drained ── Draining
+//! ```
+//!
+//! A ring is gated while I/O in flight of a closed connection conflicts with it; the target decides
+//! which connections conflict (`control::gate`). Then its device is opened, which may take long. If
+//! GET_VRING_BASE stops a ring that is gated or whose device is being opened, its answer is delayed
+//! until it has been attached to a reactor, which reads the ring's position and stops at once.
+//!
+//! I/O of a closed connection, and I/O of a ring that was reset, does not mark pages in a dirty log
+//! that was set later. When it has ended, all memory is marked. (A migration that begins only then
+//! copies all memory anyway.)
+
+use std::sync::Arc;
+
+use guest_memory::{DirtyLog, GuestMemory};
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtqueue::inflight::Area;
+use virtqueue::{Layout, RING_SIZE_MAX, RingAddrs, RingError};
+
+use crate::device::{DeviceView, Negotiated};
+use crate::notify::{BackendChannel, CallFd, KickFd};
+
+/// vhost: writes to guest memory are logged, for a migration.
+pub const VHOST_F_LOG_ALL: u32 = 26;
+/// vhost-user: protocol features can be negotiated.
+pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// Seconds that a front end waits for its GET_VRING_BASE before its connection is ended, which it
+/// survives without losing data; a wrong answer it would not.
+pub const DRAIN_LIMIT_S: u64 = 30;
+
+/// What a session as a whole is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No ring was started yet.
+    Negotiating,
+    /// Rings were started and wait for I/O of a closed connection.
+    Starting,
+    /// At least one ring is served.
+    Running,
+    /// The front end waits for its I/O to complete.
+    Quiescing,
+    /// All rings were stopped by the front end.
+    Suspended,
+    /// The connection is gone.
+    Closed,
+}
+
+impl Phase {
+    /// In lower case, for the operator.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Negotiating => "negotiating",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Quiescing => "quiescing",
+            Self::Suspended => "suspended",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// Where a ring is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingState {
+    /// Not served.
+    #[default]
+    Stopped,
+    /// Started by the front end, and waiting.
+    Gated,
+    /// Stopped by the front end while it was waiting: the answer to GET_VRING_BASE has to wait too,
+    /// as the earlier connection's I/O still completes in this ring.
+    GatedReply,
+    /// Its device is being opened.
+    Opening,
+    /// As [`RingState::Opening`], and the front end has stopped it: only a reactor may look where the
+    /// ring stands.
+    OpeningReply,
+    /// Served by a reactor.
+    Live,
+    /// Told to stop, with I/O in flight.
+    Draining {
+        /// What is due when it has drained.
+        then: Then,
+    },
+}
+
+/// What follows a drain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Nothing: the connection is gone or reset.
+    Stop,
+    /// The answer to GET_VRING_BASE, for which the front end waits.
+    Reply,
+    /// A start: the front end has reset the ring and kicked it again meanwhile.
+    Restart,
+    /// As before, and the front end has stopped it again: the answer to GET_VRING_BASE is about the
+    /// new ring, not about the one that drains.
+    RestartReply,
+}
+
+/// What a session wants done. Rings are given by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// The ring wants to start: [`Session::open_gate`], now or when no conflicting I/O is left.
+    Gate(usize),
+    /// Open the device for the ring: [`Session::opened`]. Then attach the ring to a reactor, and let
+    /// that stop at once if the ring is not live. If it fails: [`Session::start_failed`].
+    Start(usize),
+    /// Give the ring's reactor a view made anew from [`Session::ring`].
+    Publish(usize),
+    /// Let the ring's reactor stop. Answered by [`Session::drained`].
+    Stop(usize),
+    /// The same, and what an earlier owner has left to be done again is dropped where it was not
+    /// begun: the guest has reset its device.
+    Reset(usize),
+    /// Mark all of the guest's memory in its dirty log: I/O has ended that marked nothing there.
+    MarkAll,
+    /// Answer GET_VRING_BASE for the ring with this number.
+    Reply(usize, u32),
+    /// Answer the reset that [`Session::await_reset`] was called for.
+    Acknowledge,
+}
+
+/// Why a message is refused; the connection ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Violation {
+    /// a ring number that the device does not have
+    #[error("ring {0} does not exist")]
+    NoSuchRing(usize),
+    /// a message while an answer is owed: the protocol is synchronous
+    #[error("a message before the answer to the one before")]
+    OutOfTurn,
+    /// a running ring's parameters cannot change
+    #[error("ring {0} is running")]
+    RingRunning(usize),
+    /// features cannot change while a ring is running, LOG_ALL excepted
+    #[error("features {0:#x} changed to {1:#x} while running")]
+    FeaturesRunning(u64, u64),
+    /// the in-flight area cannot change while a ring is running
+    #[error("a new in-flight area while running")]
+    AreaRunning,
+    /// features that were not offered
+    #[error("features {0:#x} were not offered")]
+    FeaturesNotOffered(u64),
+    /// a ring was started without memory or addresses
+    #[error("ring {0} was started before it was set up")]
+    NotSetUp(usize),
+    /// the ring does not do
+    #[error(transparent)]
+    Ring(#[from] RingError),
+}
+
+/// A ring as the front end has set it up.
+#[derive(Debug, Default)]
+pub struct Ring {
+    /// Where it is in its life.
+    pub state: RingState,
+    /// Number of descriptors.
+    pub num: u16,
+    /// The position to begin with, or where it stopped ([`ring::Ring`] says what a position is).
+    pub base: u16,
+    /// Where its parts are, in the front end's address space.
+    user: Option<RingAddrs>,
+    /// The same, guest-physical; set when it is started.
+    pub addrs: Option<RingAddrs>,
+    /// Where the guest wants to be told of completions.
+    pub call: Option<Arc<CallFd>>,
+    /// What the guest kicks, unless it is asked not to.
+    pub kick: Option<Arc<KickFd>>,
+    /// It was served at some time.
+    was_live: bool,
+    /// It drains after a reset, with the view that it has: its parameters may be new.
+    was_reset: bool,
+    /// It was last started as a packed ring.
+    packed: bool,
+}
+
+impl Ring {
+    /// Whether its parameters are in use. (Those of a ring that drains after a reset are not: its
+    /// reactor has a view of its own.)
+    fn running(&self) -> bool {
+        !matches!(self.state, RingState::Stopped | RingState::Draining { then: Then::Stop })
+    }
+
+    /// Whether a reactor is to serve it, or to look where it stands for an answer that is owed, by
+    /// what the front end says now.
+    pub(crate) fn is_wanted(&self) -> bool {
+        let wanted =
+            matches!(self.state, RingState::Live | RingState::Draining { then: Then::Reply });
+        wanted && !self.was_reset
+    }
+
+    /// Whether a reactor serves it, or will, with the parameters that it has now.
+    fn has_parameters_in_use(&self) -> bool {
+        let own_view = self.was_reset && self.state == RingState::Draining { then: Then::Reply };
+        self.running() && !own_view
+    }
+}
+
+/// A connection.
+#[derive(Debug)]
+pub struct Session {
+    offered: u64,
+    features: u64,
+    memory: Option<Arc<GuestMemory>>,
+    rings: Vec<Ring>,
+    backend_channel: Option<BackendChannel>,
+    /// The front end does not know the disk's new size yet.
+    config_owed: bool,
+    inflight: Option<Arc<Area>>,
+    log: Option<Arc<DirtyLog>>,
+    /// What the front end has negotiated with the device.
+    device: Box<dyn Negotiated>,
+    /// Virtqueues of the device.
+    queues: u16,
+    /// The front end waits for the end of a reset.
+    reset_owed: bool,
+    /// It also waits for I/O of closed connections.
+    earlier_io: bool,
+    closed: bool,
+}
+
+impl Session {
+    /// A new connection to a device of so many virtqueues, with the features in `offered`.
+    #[must_use]
+    pub fn new(offered: u64, queues: u16, device: Box<dyn Negotiated>) -> Self {
+        Self {
+            offered,
+            features: 0,
+            memory: None,
+            rings: Vec::new(),
+            backend_channel: None,
+            config_owed: false,
+            inflight: None,
+            log: None,
+            device,
+            queues,
+            reset_owed: false,
+            earlier_io: false,
+            closed: false,
+        }
+    }
+
+    /// What the session is doing.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        let any = |state: fn(&RingState) -> bool| self.rings.iter().any(|r| state(&r.state));
+        if self.closed {
+            Phase::Closed
+        } else if self.reset_owed
+            || any(|s| {
+                use RingState::{Draining, GatedReply, OpeningReply};
+                let owes = matches!(s, Draining { then: Then::Reply | Then::RestartReply });
+                owes || matches!(s, GatedReply | OpeningReply)
+            })
+        {
+            Phase::Quiescing
+        } else if any(|s| *s == RingState::Live) {
+            Phase::Running
+        } else if any(|s| matches!(s, RingState::Gated | RingState::Opening)) {
+            Phase::Starting
+        } else if self.rings.iter().any(|ring| ring.was_live) {
+            Phase::Suspended
+        } else {
+            Phase::Negotiating
+        }
+    }
+
+    /// Rings that the front end has named.
+    #[must_use]
+    pub fn rings(&self) -> &[Ring] {
+        &self.rings
+    }
+
+    /// One ring. It must be one that an effect has named.
+    #[must_use]
+    pub fn ring(&self, ring: usize) -> &Ring {
+        &self.rings[ring]
+    }
+
+    /// The guest's memory, if the front end has given it.
+    #[must_use]
+    pub fn memory(&self) -> Option<&Arc<GuestMemory>> {
+        self.memory.as_ref()
+    }
+
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & (1 << feature) != 0
+    }
+
+    /// What was negotiated about rings.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        Layout {
+            packed: self.negotiated(VIRTIO_F_RING_PACKED),
+            event_idx: self.negotiated(VIRTIO_RING_F_EVENT_IDX),
+        }
+    }
+
+    /// Whether rings are packed, or may turn out to be, as no features were negotiated yet.
+    #[must_use]
+    pub fn may_be_packed(&self) -> bool {
+        let features = if self.features == 0 { self.offered } else { self.features };
+        features & (1 << VIRTIO_F_RING_PACKED) != 0
+    }
+
+    /// Where requests in flight are recorded, if the front end wants it.
+    #[must_use]
+    pub fn inflight(&self) -> Option<&Arc<Area>> {
+        self.inflight.as_ref()
+    }
+
+    /// Where writes to the guest's memory are recorded, if that is switched on.
+    #[must_use]
+    pub fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.negotiated(VHOST_F_LOG_ALL))
+    }
+
+    /// The device's configuration space.
+    #[must_use]
+    pub fn config(&self) -> Vec<u8> {
+        self.device.read_config()
+    }
+
+    /// What queues need to know of the device; see [`Negotiated::view`].
+    #[must_use]
+    pub fn device_view(&self) -> Option<DeviceView> {
+        self.device.view()
+    }
+
+    /// The features that the front end has accepted.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The config space has changed. A notification of the front end is pending until
+    /// [`Session::config_announced`].
+    pub fn config_changed(&mut self) {
+        self.config_owed = true;
+    }
+
+    /// The channel on which to notify the front end of a config change now, if one is due. A front
+    /// end may ignore the message while no ring is started, or while it stops one (QEMU does).
+    #[must_use]
+    pub fn config_to_announce(&self) -> Option<&BackendChannel> {
+        let heeds = self.config_owed && matches!(self.phase(), Phase::Starting | Phase::Running);
+        self.backend_channel.as_ref().filter(|_| heeds)
+    }
+
+    /// The front end was notified.
+    pub fn config_announced(&mut self) {
+        self.config_owed = false;
+    }
+
+    /// Takes the channel for messages that we begin.
+    pub fn set_backend_channel(&mut self, channel: BackendChannel) {
+        self.backend_channel = Some(channel);
+    }
+
+    /// Rings that were started and have not stopped.
+    #[must_use]
+    pub fn started(&self) -> usize {
+        self.rings.iter().filter(|ring| ring.state != RingState::Stopped).count()
+    }
+
+    /// Whether starting the ring would add to [`Session::started`].
+    #[must_use]
+    pub fn is_stopped(&self, ring: usize) -> bool {
+        self.rings.get(ring).is_none_or(|ring| ring.state == RingState::Stopped)
+    }
+
+    /// Whether some ring is with a reactor.
+    #[must_use]
+    pub fn undrained(&self) -> bool {
+        self.rings.iter().any(|r| matches!(r.state, RingState::Live | RingState::Draining { .. }))
+    }
+
+    /// To be called before any other method that a message leads to.
+    ///
+    /// # Errors
+    /// The front end speaks out of turn.
+    pub fn check_turn(&self) -> Result<(), Violation> {
+        if self.phase() == Phase::Quiescing { Err(Violation::OutOfTurn) } else { Ok(()) }
+    }
+
+    fn ring_mut(&mut self, ring: usize) -> Result<&mut Ring, Violation> {
+        if ring >= usize::from(self.queues) {
+            return Err(Violation::NoSuchRing(ring));
+        }
+        if ring >= self.rings.len() {
+            self.rings.resize_with(ring + 1, Ring::default);
+        }
+        Ok(&mut self.rings[ring])
+    }
+
+    fn stopped_ring_mut(&mut self, ring: usize) -> Result<&mut Ring, Violation> {
+        let state = self.ring_mut(ring)?;
+        if state.running() { Err(Violation::RingRunning(ring)) } else { Ok(state) }
+    }
+
+    /// SET_FEATURES. While rings run, only logging can be switched.
+    ///
+    /// # Errors
+    /// Features that were not offered, or another change while running.
+    pub fn set_features(&mut self, features: u64) -> Result<Vec<Effect>, Violation> {
+        if features & !self.offered != 0 {
+            return Err(Violation::FeaturesNotOffered(features & !self.offered));
+        }
+        let changed = features ^ self.features;
+        let by_driver = changed & !(1 << VHOST_F_LOG_ALL) != 0;
+        if by_driver && self.rings.iter().any(Ring::running) {
+            return Err(Violation::FeaturesRunning(self.features, features));
+        }
+        if changed & (1 << VIRTIO_F_RING_PACKED) != 0 {
+            // What rings of the other layout have written there makes no sense.
+            self.inflight.take_if(|area| area.was_used());
+        }
+        self.features = features;
+        if by_driver {
+            self.device.set_features(features);
+        }
+        Ok(self.publish_where(|_| changed != 0))
+    }
+
+    /// SET_LOG_BASE. Has an effect while LOG_ALL is negotiated.
+    pub fn set_log(&mut self, log: Arc<DirtyLog>) -> Vec<Effect> {
+        self.log = Some(log);
+        let on = self.negotiated(VHOST_F_LOG_ALL);
+        self.publish_where(|_| on)
+    }
+
+    /// SET_INFLIGHT_FD.
+    ///
+    /// # Errors
+    /// A ring runs.
+    pub fn set_inflight(&mut self, area: Arc<Area>) -> Result<(), Violation> {
+        if self.rings.iter().any(Ring::running) {
+            return Err(Violation::AreaRunning);
+        }
+        self.inflight = Some(area);
+        Ok(())
+    }
+
+    /// SET_CONFIG.
+    pub fn write_config(&mut self, offset: u32, contents: &[u8]) -> Vec<Effect> {
+        let changed = self.device.write_config(offset, contents);
+        self.publish_where(|_| changed)
+    }
+
+    /// SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG. Stops nothing: live rings get a view of the new
+    /// memory. Answers with the memory before, which may be the last reference to it.
+    ///
+    /// # Errors
+    /// A ring that runs is not in the new memory.
+    pub fn set_memory(
+        &mut self,
+        memory: Arc<GuestMemory>,
+    ) -> Result<(Option<Arc<GuestMemory>>, Vec<Effect>), Violation> {
+        for ring in self.rings.iter().filter(|ring| ring.has_parameters_in_use()) {
+            if let Some(addrs) = ring.addrs {
+                virtqueue::check(&memory, ring.num, addrs, self.layout())?;
+            }
+        }
+        let before = self.memory.replace(memory);
+        Ok((before, self.publish_where(|_| true)))
+    }
+
+    /// SET_VRING_NUM. Whether the size does for the ring's layout is seen when it starts.
+    ///
+    /// # Errors
+    /// The ring runs, or no ring can have this size.
+    pub fn set_num(&mut self, ring: usize, num: u32) -> Result<(), Violation> {
+        let state = self.stopped_ring_mut(ring)?;
+        let size = u16::try_from(num).ok().filter(|n| (1..=RING_SIZE_MAX).contains(n));
+        state.num = size.ok_or(RingError::Size(num))?;
+        Ok(())
+    }
+
+    /// SET_VRING_BASE. A packed ring has two positions, and that of the used ring is in the upper
+    /// half; but a ring that was stopped has nothing in flight, so they are one. (Where rte_vhost
+    /// had it before, the upper half is zero.)
+    ///
+    /// # Errors
+    /// The ring runs.
+    pub fn set_base(&mut self, ring: usize, base: u32) -> Result<(), Violation> {
+        self.stopped_ring_mut(ring)?.base = base as u16;
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR, in the front end's address space. On a running ring only the same
+    /// addresses are taken (QEMU sends them again to switch logging).
+    ///
+    /// # Errors
+    /// Other addresses for a ring that runs.
+    pub fn set_addrs(&mut self, ring: usize, addrs: RingAddrs) -> Result<(), Violation> {
+        let state = self.ring_mut(ring)?;
+        if state.running() && state.user != Some(addrs) {
+            return Err(Violation::RingRunning(ring));
+        }
+        state.user = Some(addrs);
+        Ok(())
+    }
+
+    /// SET_VRING_CALL.
+    ///
+    /// # Errors
+    /// No such ring.
+    pub fn set_call(
+        &mut self,
+        ring: usize,
+        call: Option<CallFd>,
+    ) -> Result<Vec<Effect>, Violation> {
+        self.ring_mut(ring)?.call = call.map(Arc::new);
+        Ok(self.publish_where(|n| n == ring))
+    }
+
+    /// SET_VRING_KICK: starts the ring.
+    ///
+    /// # Errors
+    /// The ring is not set up or does not do.
+    pub fn set_kick(
+        &mut self,
+        ring: usize,
+        kick: Option<KickFd>,
+    ) -> Result<Vec<Effect>, Violation> {
+        let memory = self.memory.clone();
+        let layout = self.layout();
+        let state = self.ring_mut(ring)?;
+        state.kick = kick.map(Arc::new);
+        if state.running() {
+            return Ok(self.publish_where(|n| n == ring));
+        }
+        let (Some(memory), Some(user)) = (memory, state.user) else {
+            return Err(Violation::NotSetUp(ring));
+        };
+        let gpa = |user| memory.gpa_of_user(user).ok_or(RingError::Address(user));
+        let addrs =
+            RingAddrs { desc: gpa(user.desc)?, avail: gpa(user.avail)?, used: gpa(user.used)? };
+        virtqueue::check(&memory, state.num, addrs, layout)?;
+        state.addrs = Some(addrs);
+        state.was_live = true;
+        if matches!(state.state, RingState::Draining { .. }) {
+            state.state = RingState::Draining { then: Then::Restart };
+            return Ok(vec![]);
+        }
+        state.packed = layout.packed;
+        state.state = RingState::Gated;
+        Ok(vec![Effect::Gate(ring)])
+    }
+
+    /// GET_VRING_BASE: stops the ring. The answer comes as [`Effect::Reply`], now or once the
+    /// ring has drained.
+    ///
+    /// # Errors
+    /// No such ring.
+    pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
+        let negotiated = (self.features != 0).then(|| self.layout().packed);
+        let state = self.ring_mut(ring)?;
+        Ok(match state.state {
+            RingState::Stopped => {
+                // RESET_OWNER has taken the features, not what the ring was.
+                let packed = negotiated.unwrap_or(state.packed);
+                vec![Effect::Reply(ring, answer(packed, state.base))]
+            }
+            RingState::Gated | RingState::GatedReply => {
+                state.state = RingState::GatedReply;
+                vec![]
+            }
+            RingState::Opening | RingState::OpeningReply => {
+                state.state = RingState::OpeningReply;
+                vec![]
+            }
+            RingState::Live => {
+                state.state = RingState::Draining { then: Then::Reply };
+                vec![Effect::Stop(ring)]
+            }
+            RingState::Draining { then } => {
+                let anew = matches!(then, Then::Restart | Then::RestartReply);
+                let then = if anew { Then::RestartReply } else { Then::Reply };
+                state.state = RingState::Draining { then };
+                vec![]
+            }
+        })
+    }
+
+    /// RESET_OWNER: stops all rings.
+    pub fn reset_owner(&mut self) -> Vec<Effect> {
+        let effects = self.stop_all();
+        self.features = 0;
+        self.device.set_features(0);
+        (self.inflight, self.log) = (None, None);
+        effects
+    }
+
+    /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features, memory, log.
+    /// Not the in-flight area: it says where rings went on that begin anew now.
+    pub fn reset_device(&mut self) -> Vec<Effect> {
+        self.stop_all();
+        self.inflight = None;
+        let mut effects = vec![];
+        for (n, ring) in self.rings.iter().enumerate() {
+            if matches!(ring.state, RingState::Draining { .. }) {
+                effects.push(Effect::Reset(n));
+            }
+        }
+        effects
+    }
+
+    /// The front end waits until the reset that it has just sent is complete: until all I/O that
+    /// uses its guest's memory has ended, including I/O of closed connections (`earlier_io`: there
+    /// is some). The answer is sent by [`Effect::Acknowledge`], now or then.
+    pub fn await_reset(&mut self, earlier_io: bool) -> Vec<Effect> {
+        self.reset_owed = true;
+        self.earlier_io = earlier_io;
+        self.acknowledge()
+    }
+
+    /// Whether the session has to know when I/O of a closed connection that may use its guest's
+    /// memory ends.
+    #[must_use]
+    pub fn minds_earlier_io(&self) -> bool {
+        self.reset_owed || self.log().is_some()
+    }
+
+    /// All I/O of a closed connection that shared this guest's memory has ended. `late`: some of it
+    /// ended after the connection was closed. `more`: another closed connection still has such I/O.
+    pub fn earlier_io_ended(&mut self, late: bool, more: bool) -> Vec<Effect> {
+        let mut effects = if late { self.mark_all() } else { vec![] };
+        self.earlier_io = more;
+        effects.extend(self.acknowledge());
+        effects
+    }
+
+    fn acknowledge(&mut self) -> Vec<Effect> {
+        if !self.reset_owed || self.earlier_io || self.undrained() {
+            return vec![];
+        }
+        self.reset_owed = false;
+        vec![Effect::Acknowledge]
+    }
+
+    /// The connection is gone.
+    pub fn close(&mut self) -> Vec<Effect> {
+        self.closed = true;
+        self.reset_owed = false;
+        self.backend_channel = None;
+        let effects = self.stop_all();
+        (self.inflight, self.log) = (None, None);
+        effects
+    }
+
+    /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
+    pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
+        // Rings that drain after a reset are marked for together, when the last of them has
+        // drained: the front end must wait for that one anyway before all memory is copied.
+        let last = !self.rings.iter().enumerate().any(|(n, other)| n != ring && other.was_reset);
+        let mark_all = if last { self.mark_all() } else { vec![] };
+        let layout = self.layout();
+        let state = &mut self.rings[ring];
+        let RingState::Draining { then } = state.state else { return vec![] };
+        state.state = RingState::Stopped;
+        if matches!(then, Then::Restart | Then::RestartReply) {
+            state.packed = layout.packed;
+        }
+        let mut effects = if state.was_reset { mark_all } else { vec![] };
+        state.was_reset = false;
+        match then {
+            // What the front end has set since the reset stays.
+            Then::Stop => effects.extend(self.acknowledge()),
+            Then::Reply => {
+                state.base = base;
+                effects.push(Effect::Reply(ring, answer(state.packed, base)));
+            }
+            Then::Restart => {
+                state.state = RingState::Gated;
+                effects.push(Effect::Gate(ring));
+            }
+            Then::RestartReply => {
+                state.state = RingState::GatedReply;
+                effects.push(Effect::Gate(ring));
+            }
+        }
+        effects
+    }
+
+    /// Whether the device is being opened for a ring.
+    #[must_use]
+    pub fn is_opening(&self, ring: usize) -> bool {
+        let state = self.rings.get(ring).map(|ring| ring.state);
+        matches!(state, Some(RingState::Opening | RingState::OpeningReply))
+    }
+
+    /// The device was opened for a ring. Returns whether the ring waits for that.
+    pub fn opened(&mut self, ring: usize) -> bool {
+        let Some(state) = self.rings.get_mut(ring).map(|ring| &mut ring.state) else {
+            return false;
+        };
+        *state = match state {
+            RingState::Opening => RingState::Live,
+            RingState::OpeningReply => RingState::Draining { then: Then::Reply },
+            _ => return false,
+        };
+        true
+    }
+
+    /// A ring could not be attached.
+    pub fn start_failed(&mut self, ring: usize) {
+        self.rings[ring].state = RingState::Stopped;
+    }
+
+    /// No conflicting I/O is left for a gated ring. `None` if the ring is not gated.
+    pub fn open_gate(&mut self, ring: usize) -> Option<Effect> {
+        let state = &mut self.rings[ring].state;
+        *state = match state {
+            RingState::Gated => RingState::Opening,
+            // Only a reactor can read how far the earlier I/O has advanced the ring.
+            RingState::GatedReply => RingState::OpeningReply,
+            _ => return None,
+        };
+        Some(Effect::Start(ring))
+    }
+
+    /// Rings that wait for [`Session::open_gate`].
+    pub fn gated(&self) -> impl Iterator<Item = usize> {
+        let rings = self.rings.iter().enumerate();
+        let waits = |ring: &Ring| matches!(ring.state, RingState::Gated | RingState::GatedReply);
+        rings.filter(move |(_, ring)| waits(ring)).map(|(n, _)| n)
+    }
+
+    fn mark_all(&self) -> Vec<Effect> {
+        self.log().map(|_| Effect::MarkAll).into_iter().collect()
+    }
+
+    fn stop_all(&mut self) -> Vec<Effect> {
+        let mut effects = vec![];
+        for (n, ring) in self.rings.iter_mut().enumerate() {
+            match ring.state {
+                RingState::Stopped => {}
+                RingState::Gated
+                | RingState::GatedReply
+                | RingState::Opening
+                | RingState::OpeningReply => ring.state = RingState::Stopped,
+                RingState::Draining { .. } => {
+                    ring.state = RingState::Draining { then: Then::Stop };
+                    ring.was_reset = true;
+                }
+                RingState::Live => {
+                    ring.state = RingState::Draining { then: Then::Stop };
+                    ring.was_reset = true;
+                    effects.push(Effect::Stop(n));
+                }
+            }
+        }
+        effects
+    }
+
+    /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names, but
+    /// for those that drain after a reset.
+    pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
+        let rings = self.rings.iter().enumerate();
+        rings
+            .filter(|(n, ring)| ring.is_wanted() && which(*n))
+            .map(|(n, _)| Effect::Publish(n))
+            .collect()
+    }
+}
+
+/// What GET_VRING_BASE says of a ring that stands at `base` with nothing in flight ("Vring state
+/// description" in the specification): packed, where both the available and the used ring are.
+fn answer(packed: bool, base: u16) -> u32 {
+    let base = u32::from(base);
+    if packed { base << 16 | base } else { base }
+}

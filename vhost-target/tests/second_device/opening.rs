@@ -1,0 +1,153 @@
+//! A device that takes long to open, or never ends to, holds up its own guest and nobody else.
+
+use std::sync::atomic::Ordering;
+
+use vhost_target::Verdict;
+use vhost_target::protocol::request;
+use vhost_target::session::{DRAIN_LIMIT_S, Phase};
+
+use super::guest::{NoSockets, World, until};
+
+/// Ticks after which an opening is given up, and then some.
+const TICKS: u64 = DRAIN_LIMIT_S + 2;
+
+#[test]
+fn an_opening_that_hangs_holds_up_nobody_else() {
+    let world = World::new();
+    let (slow, _quick) = (world.controller("slow"), world.controller("quick"));
+    slow.state().hangs = true;
+    let mut waits = world.connect("slow").unwrap();
+    waits.start();
+    waits.offer();
+    until(|| slow.state().opening == 1);
+    assert_eq!(waits.phase("slow"), Some(Phase::Starting));
+    // Another guest comes, is served, and leaves.
+    let mut guest = world.connect("quick").unwrap();
+    guest.start();
+    guest.serves();
+    guest.stop();
+    world.settle(|| guest.phase("quick") == Some(Phase::Suspended));
+    world.target.closed(guest.id);
+    // The operator works on both.
+    world.target.set_coalescing("slow", 1, 1000).unwrap();
+    world.target.begin_delete("quick", false).unwrap();
+    world.target.finish_delete("quick", &NoSockets);
+    // The front end's own messages go on, and what they say is in effect when it starts.
+    waits.tell(request::SET_VRING_CALL, &[1 << 8], None);
+    assert_eq!(waits.answered(), 0);
+    slow.open();
+    until(|| waits.answered() == 1);
+}
+
+#[test]
+fn its_guest_can_leave_and_its_controller_can_be_deleted() {
+    let world = World::new();
+    let slow = world.controller("slow");
+    slow.state().hangs = true;
+    let guest = world.connect("slow").unwrap();
+    guest.start();
+    until(|| slow.state().opening == 1);
+    world.target.closed(guest.id);
+    assert_eq!(world.target.connections(), 0, "nothing is left to drain");
+    world.target.begin_delete("slow", false).unwrap();
+    assert_eq!(world.target.delete_progress("slow").unwrap().connected, 0);
+    world.target.finish_delete("slow", &NoSockets);
+    assert!(world.target.controllers().is_empty());
+    slow.open();
+    until(|| slow.state().opening == 0);
+}
+
+#[test]
+fn a_ring_that_is_stopped_meanwhile_answers_when_it_ends() {
+    let world = World::new();
+    let slow = world.controller("slow");
+    slow.state().hangs = true;
+    let mut guest = world.connect("slow").unwrap();
+    guest.offer();
+    guest.start();
+    until(|| slow.state().opening == 1);
+    guest.stop();
+    assert_eq!(guest.phase("slow"), Some(Phase::Quiescing));
+    assert!(guest.wire.sent.lock().unwrap().is_empty());
+    slow.open();
+    world.settle(|| guest.wire.sent.lock().unwrap().len() == 1);
+    assert_eq!(guest.phase("slow"), Some(Phase::Suspended));
+    assert_eq!(guest.answered(), 0, "it was never served");
+}
+
+/// The opening of before comes to nothing: only the last one is for the ring.
+#[test]
+fn a_ring_that_was_reset_and_started_again_opens_again() {
+    let world = World::new();
+    let slow = world.controller("slow");
+    slow.state().hangs = true;
+    let mut guest = world.connect("slow").unwrap();
+    guest.start();
+    until(|| slow.state().opening == 1);
+    guest.tell(request::RESET_DEVICE, &[], None);
+    guest.start();
+    guest.offer();
+    slow.open();
+    until(|| guest.answered() == 1);
+    assert_eq!(slow.state().opening, 0);
+}
+
+#[test]
+fn an_opening_that_takes_too_long_ends_the_connection() {
+    let world = World::new();
+    let slow = world.controller("slow");
+    slow.state().hangs = true;
+    let guest = world.connect("slow").unwrap();
+    guest.start();
+    until(|| slow.state().opening == 1);
+    (0..TICKS - 2).for_each(|_| world.target.tick());
+    assert_eq!(guest.wire.ended.load(Ordering::Relaxed), 0);
+    (0..2).for_each(|_| world.target.tick());
+    assert_eq!(guest.wire.ended.load(Ordering::Relaxed), 1);
+    world.target.closed(guest.id);
+    // It may come back while the first opening still hangs.
+    let mut again = world.connect("slow").unwrap();
+    again.start();
+    again.offer();
+    until(|| slow.state().opening == 2);
+    slow.open();
+    until(|| again.answered() == 1);
+}
+
+#[test]
+fn an_opening_that_fails_ends_the_connection() {
+    let world = World::new();
+    let device = world.controller("c");
+    device.state().fails = true;
+    let guest = world.connect("c").unwrap();
+    guest.start();
+    until(|| guest.wire.ended.load(Ordering::Relaxed) == 1);
+    assert_eq!(guest.phase("c"), Some(Phase::Suspended));
+}
+
+/// Each opening that hangs keeps a thread: a controller has a limited number of them.
+#[test]
+fn openings_that_hang_are_bounded() {
+    let world = World::new();
+    let slow = world.controller("slow");
+    slow.state().hangs = true;
+    let mut taken = 0;
+    while let Some(guest) = world.connect("slow") {
+        guest.start();
+        taken += 1;
+        until(|| slow.state().opening == taken);
+        world.target.closed(guest.id);
+    }
+    assert_eq!(taken, 16);
+    slow.open();
+    until(|| slow.state().opening == 0);
+    let mut guest = None;
+    until(|| {
+        guest = guest.take().or_else(|| world.connect("slow"));
+        guest.is_some()
+    });
+    let mut guest = guest.unwrap();
+    guest.start();
+    guest.serves();
+    assert!(matches!(guest.send(request::GET_VRING_BASE, &[0], None), Verdict::Deferred));
+}

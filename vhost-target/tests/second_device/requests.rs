@@ -1,0 +1,86 @@
+//! Requests of a device that is not a disk.
+
+use std::os::unix::fs::FileExt;
+
+use vhost_target::session::Phase;
+
+use super::guest::{DATA, DATA_BYTES, World};
+use crate::entropy::FILL;
+
+#[test]
+fn buffers_are_filled_and_returned() {
+    let world = World::new();
+    world.controller("c");
+    let mut guest = world.connect("c").unwrap();
+    guest.start();
+    for _ in 0..3 {
+        guest.serves();
+    }
+    let len = DATA_BYTES as u32;
+    assert_eq!(guest.used(), [(0, len), (1, len), (2, len)]);
+    let mut data = vec![0; 4 * DATA_BYTES as usize];
+    guest.ram.read_exact_at(&mut data, DATA).unwrap();
+    assert!(data[..3 * DATA_BYTES as usize].iter().all(|byte| *byte == FILL));
+    assert!(data[3 * DATA_BYTES as usize..].iter().all(|byte| *byte == 0));
+}
+
+/// The end of a request is announced by the device's own eventfd.
+#[test]
+fn requests_end_later_and_a_stop_waits_for_them() {
+    let world = World::new();
+    let device = world.controller("c");
+    device.state().keeps = true;
+    let mut guest = world.connect("c").unwrap();
+    guest.start();
+    guest.offer();
+    guest.offer();
+    until_in_flight(&world, 2);
+    assert_eq!(guest.answered(), 0);
+    guest.stop();
+    assert_eq!(guest.phase("c"), Some(Phase::Quiescing));
+    device.complete();
+    world.settle(|| guest.phase("c") == Some(Phase::Suspended));
+    assert_eq!(guest.answered(), 2);
+    // The reply to GET_VRING_BASE: ring 0 stands at 2.
+    let sent = guest.wire.sent.lock().unwrap();
+    assert_eq!(sent[0][12..], [0, 0, 0, 0, 2, 0, 0, 0]);
+}
+
+#[test]
+fn requests_wait_for_room_in_their_order() {
+    let world = World::new();
+    let device = world.controller("c");
+    device.state().room = Some(1);
+    let mut guest = world.connect("c").unwrap();
+    for _ in 0..4 {
+        guest.offer();
+    }
+    guest.start();
+    super::guest::until(|| guest.answered() == 1);
+    for room in 2..=4 {
+        device.state().room = Some(1);
+        super::guest::until(|| guest.answered() == room);
+    }
+    assert_eq!(guest.used().iter().map(|used| used.0).collect::<Vec<_>>(), [0, 1, 2, 3]);
+}
+
+/// Counters of a session include its stopped rings.
+#[test]
+fn what_was_counted_stays_when_a_ring_stops() {
+    let world = World::new();
+    world.controller("c");
+    let mut guest = world.connect("c").unwrap();
+    guest.start();
+    guest.serves();
+    guest.stop();
+    world.settle(|| guest.phase("c") == Some(Phase::Suspended));
+    let requests = || world.target.controllers()[0].sessions[0].requests;
+    assert_eq!(requests(), 1);
+    guest.start();
+    guest.serves();
+    super::guest::until(|| requests() == 2);
+}
+
+fn until_in_flight(world: &World, count: u64) {
+    super::guest::until(|| world.target.controllers()[0].sessions[0].inflight == count);
+}

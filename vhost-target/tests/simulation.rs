@@ -1,0 +1,89 @@
+//! A seeded simulation of the target: reactors in steps, front ends, an operator, disks, faults.
+//!
+//! Everything happens in one thread and in an order that the seed decides, but for the freeing of
+//! memory and channels, which the target's own threads do. Faults are named at the top of
+//! `simulation/disk.rs` (disks) and `simulation/transport.rs` (sockets); front ends also lose
+//! their connection, die, speak out of turn, talk nonsense, and come back. They switch the dirty log
+//! and the write cache while requests run, and give memory as a whole or in slots. Controllers are
+//! deleted by force while I/O hangs, and their machines continue with the same rings on other
+//! controllers.
+//!
+//! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs that many, `SIM_FIRST=n` begins there.
+
+#[path = "../../virtqueue/tests/packed_ring/driver.rs"]
+mod driver;
+
+mod simulation {
+    pub(crate) mod dirty;
+    pub(crate) mod disk;
+    pub(crate) mod front;
+    pub(crate) mod message;
+    pub(crate) mod operator;
+    pub(crate) mod probe;
+    pub(crate) mod rng;
+    pub(crate) mod settle;
+    pub(crate) mod switch;
+    pub(crate) mod transport;
+    pub(crate) mod vm;
+    pub(crate) mod world;
+}
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use simulation::world::{Counts, World};
+
+const STEPS: usize = 300;
+const SEEDS: u64 = 1_800;
+/// Kinds of events that are counted, and that so many seeds all reach.
+const KINDS: usize = 32;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().expect("a number"))
+}
+
+#[test]
+fn whatever_happens_nothing_is_lost_and_nothing_is_left() {
+    if let Some(seed) = number("SIM_SEED") {
+        World::new(seed, true).run(STEPS);
+        return;
+    }
+    let first = number("SIM_FIRST").unwrap_or(0);
+    let end = first + number("SIM_SEEDS").unwrap_or(SEEDS);
+    let next = AtomicU64::new(first);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let counts = thread::scope(|scope| {
+        let worker = || {
+            let stop_others = OnFailure(&next, end);
+            let mut counts = Counts::new();
+            loop {
+                let seed = stop_others.0.fetch_add(1, Ordering::Relaxed);
+                if seed >= end {
+                    return counts;
+                }
+                for (what, n) in World::new(seed, false).run(STEPS) {
+                    *counts.entry(what).or_default() += n;
+                }
+            }
+        };
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let mut sum = Counts::new();
+        for worker in workers {
+            for (what, n) in worker.join().expect("a simulation failed") {
+                *sum.entry(what).or_default() += n;
+            }
+        }
+        sum
+    });
+    eprintln!("{counts:#?}");
+    assert!(end - first < SEEDS || counts.len() >= KINDS, "something was never reached");
+}
+
+/// Where one simulation fails, the other threads begin no further one.
+struct OnFailure<'a>(&'a AtomicU64, u64);
+
+impl Drop for OnFailure<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_max(self.1, Ordering::Relaxed);
+    }
+}

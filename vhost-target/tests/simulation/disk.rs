@@ -1,0 +1,303 @@
+//! A disk that does what the simulation tells it to, and notes what it is asked.
+//!
+//! Faults it shows: I/O that completes late, in any order, in error or not before the end;
+//! channels that are full for a while; a device that cannot be opened; an `open` that takes so long
+//! that something else happens meanwhile; and a lease that another process gives up late.
+#![expect(unsafe_code, reason = "a channel gets addresses")]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bdev::{
+    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Stats, Status, Submit, Wait,
+    WakeFds,
+};
+
+use reactor::EventFd;
+
+use super::probe;
+
+/// Sectors between requests: an I/O's place on the disk says which request it is.
+pub(crate) const REQUEST_SECTORS: u64 = 16;
+
+/// What happens while a device is being opened.
+pub(crate) type Meanwhile = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// What an I/O is of its request: what was asked, or the flush that makes it durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) request: u64,
+    pub(crate) flush: bool,
+}
+
+/// What a channel has seen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Seen {
+    /// It came, whether or not there was room.
+    Fetched(Part),
+    DoneAtOnce(Part),
+}
+
+/// An I/O in flight.
+pub(crate) struct Flying {
+    pub(crate) part: Part,
+    /// Completes only at the end.
+    pub(crate) stuck: bool,
+    channel: u64,
+    io: Io,
+}
+
+/// What simulation and channels share.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) flying: Vec<Flying>,
+    /// Since the simulation last looked, in order.
+    pub(crate) seen: Vec<Seen>,
+    pub(crate) full: bool,
+    pub(crate) at_once: bool,
+    pub(crate) open_fails: bool,
+    pub(crate) channels: usize,
+    /// Other processes may have the disk: it is used under a lease.
+    pub(crate) leased: bool,
+    users: usize,
+    held: bool,
+    granted: Vec<Granted>,
+    /// What the target has done wrong.
+    pub(crate) wrong: Option<String>,
+    channels_made: u64,
+    /// Requests for which there was no room.
+    parked: BTreeSet<u64>,
+    /// What tells a sleeping reactor of completions.
+    wakes: BTreeMap<u64, Arc<EventFd>>,
+    done: BTreeMap<u64, VecDeque<Completion>>,
+}
+
+impl State {
+    /// Ends the `n`th I/O in flight.
+    pub(crate) fn complete(&mut self, n: usize, status: Status) {
+        let Flying { part, channel, io, .. } = self.flying.swap_remove(n);
+        if status == Status::Ok {
+            self.transfer(&io, part.request);
+        }
+        self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
+        self.wakes[&channel].signal();
+    }
+
+    /// Whether somebody has or wants the lease.
+    pub(crate) fn has_users(&self) -> bool {
+        self.users > 0
+    }
+
+    /// Whether somebody waits for the lease.
+    pub(crate) fn waits(&self) -> bool {
+        self.users > 0 && !self.held
+    }
+
+    /// The target may use the disk. What is returned has to be called then.
+    pub(crate) fn grant(&mut self) -> Vec<Granted> {
+        self.held = true;
+        std::mem::take(&mut self.granted)
+    }
+
+    /// Whether the target may do what it does, which is `what`.
+    fn check_lease(&mut self, what: &str) {
+        if self.leased && !self.held {
+            self.wrong = Some(format!("{what} without the lease"));
+        }
+    }
+
+    /// The target has discarded a request that was not in flight.
+    pub(crate) fn forget(&mut self, request: u64) {
+        self.parked.remove(&request);
+    }
+
+    fn transfer(&mut self, io: &Io, request: u64) {
+        // SAFETY: not completed yet.
+        for segment in unsafe { io.segments() } {
+            let (base, len) = (segment.base(), segment.len());
+            let pattern = vec![pattern(request); len];
+            let ok = match io.op {
+                Op::Read => probe::write(base, &pattern).is_some(),
+                Op::Write => probe::read(base, len) == Some(pattern),
+                _ => true,
+            };
+            if !ok {
+                self.wrong = Some(format!("request {request}: its memory is not what it was"));
+            }
+        }
+    }
+}
+
+/// The byte that a request's data is made of.
+pub(crate) fn pattern(request: u64) -> u8 {
+    (request % 251) as u8 + 1
+}
+
+pub(crate) struct SimDisk {
+    name: String,
+    state: Arc<Mutex<State>>,
+    meanwhile: Meanwhile,
+    stats: Stats,
+}
+
+impl SimDisk {
+    pub(crate) fn new(name: String, meanwhile: &Meanwhile) -> (Arc<Self>, Arc<Mutex<State>>) {
+        let state = Arc::default();
+        let (meanwhile, stats) = (Arc::clone(meanwhile), Stats::default());
+        (Arc::new(Self { name, state: Arc::clone(&state), meanwhile, stats }), state)
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Bdev for SimDisk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn product_name(&self) -> &'static str {
+        "Simulated disk"
+    }
+    fn uuid(&self) -> uuid::Uuid {
+        uuid::Uuid::nil()
+    }
+    fn block_size(&self) -> u32 {
+        512
+    }
+    fn num_blocks(&self) -> u64 {
+        1 << 40
+    }
+    fn features(&self) -> Features {
+        Features { flush: true, write_zeroes: true, ..Features::default() }
+    }
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+    fn lease(&self) -> Option<Arc<dyn Lease>> {
+        let lease = SimLease(Arc::clone(&self.state));
+        lock(&self.state).leased.then(|| Arc::new(lease) as Arc<dyn Lease>)
+    }
+    fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
+        // What happens meanwhile may end the start: then nobody needs the lease any more.
+        lock(&self.state).check_lease("the disk is opened");
+        let meanwhile = lock(&self.meanwhile).take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+        let mut state = lock(&self.state);
+        if state.open_fails {
+            return Err(bdev::Error::NoMemory("simulated".into()));
+        }
+        state.channels += 1;
+        state.channels_made += 1;
+        let number = state.channels_made;
+        let wake = Arc::new(EventFd::new().expect("an fd"));
+        state.wakes.insert(number, Arc::clone(&wake));
+        drop(state);
+        Ok(Box::new(SimChannel { number, wake, disk: self, tags: BTreeMap::new() }))
+    }
+}
+
+struct SimLease(Arc<Mutex<State>>);
+
+impl std::fmt::Debug for SimLease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimLease").finish_non_exhaustive()
+    }
+}
+
+impl Lease for SimLease {
+    fn add_user(&self, granted: &Granted) -> bool {
+        let mut state = lock(&self.0);
+        state.users += 1;
+        if !state.held {
+            state.granted.push(Arc::clone(granted));
+        }
+        state.held
+    }
+
+    fn remove_user(&self) {
+        let mut state = lock(&self.0);
+        state.users -= 1;
+        if state.users > 0 {
+            return;
+        }
+        if !state.flying.is_empty() {
+            state.wrong = Some("the lease is given back with I/O in flight".into());
+        }
+        state.held = false;
+        state.granted.clear();
+    }
+
+    fn is_held(&self) -> bool {
+        lock(&self.0).held
+    }
+}
+
+struct SimChannel {
+    number: u64,
+    wake: Arc<EventFd>,
+    disk: Arc<SimDisk>,
+    /// The requests that tags were last of: a flush says nothing else of whose it is.
+    tags: BTreeMap<u16, u64>,
+}
+
+impl Channel for SimChannel {
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        let mut state = lock(&self.disk.state);
+        state.check_lease("I/O is submitted");
+        // No guest asks for one itself.
+        let flush = io.op == Op::Flush;
+        if !flush {
+            self.tags.insert(io.tag.0, io.offset / 512 / REQUEST_SECTORS);
+        }
+        let request = self.tags.get(&io.tag.0).copied();
+        let request = request.expect("a flush comes after what it is to make durable");
+        let part = Part { request, flush };
+        if !state.parked.remove(&request) {
+            state.seen.push(Seen::Fetched(part));
+        }
+        if state.full {
+            state.parked.insert(request);
+            return Submit::Full(io);
+        }
+        if state.at_once {
+            state.transfer(&io, request);
+            state.seen.push(Seen::DoneAtOnce(part));
+            return Submit::Done(Status::Ok);
+        }
+        state.flying.push(Flying { part, stuck: false, channel: self.number, io });
+        Submit::Queued
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        [self.wake.as_fd()].into_iter().collect()
+    }
+
+    fn wait(&self) -> Wait {
+        Wait::Event
+    }
+
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        let mut state = lock(&self.disk.state);
+        let Some(mine) = state.done.get_mut(&self.number) else { return 0 };
+        let n = mine.len().min(done.len());
+        for (to, from) in done.iter_mut().zip(mine.drain(..n)) {
+            *to = from;
+        }
+        n
+    }
+}
+
+impl Drop for SimChannel {
+    fn drop(&mut self) {
+        let mut state = lock(&self.disk.state);
+        state.channels -= 1;
+        let waiting = state.done.get(&self.number).is_some_and(|done| !done.is_empty());
+        if waiting || state.flying.iter().any(|f| f.channel == self.number) {
+            state.wrong = Some("a channel was dropped with I/O in flight".into());
+        }
+    }
+}

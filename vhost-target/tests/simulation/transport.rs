@@ -1,0 +1,122 @@
+//! A transport without sockets: connections are records, and closing takes its time.
+//!
+//! Faults it shows: a socket that cannot be made; a front end that does not read its answer; and,
+//! as rte_vhost does it, an `unlisten` that closes connections without a word.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use closer::Account;
+use vhost_target::{Connection, Transport};
+
+use super::disk::lock;
+
+/// One connection, as the target sees it.
+#[derive(Debug, Default)]
+pub(crate) struct FakeConnection {
+    vid: i32,
+    state: Mutex<ConnectionState>,
+}
+
+#[derive(Debug, Default)]
+struct ConnectionState {
+    sent: Vec<Vec<u8>>,
+    shut: bool,
+    deaf: bool,
+}
+
+impl FakeConnection {
+    pub(crate) fn new(vid: usize) -> Arc<Self> {
+        Arc::new(Self { vid: vid as i32, state: Mutex::default() })
+    }
+
+    /// Whether either side has ended it. The target hears of that later.
+    pub(crate) fn is_shut(&self) -> bool {
+        lock(&self.state).shut
+    }
+
+    /// The front end reads no more.
+    pub(crate) fn go_deaf(&self) {
+        lock(&self.state).deaf = true;
+    }
+
+    /// What the target has sent since this was last asked.
+    pub(crate) fn take_sent(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut lock(&self.state).sent)
+    }
+}
+
+impl Connection for FakeConnection {
+    fn vid(&self) -> i32 {
+        self.vid
+    }
+
+    fn send(&self, message: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        if state.shut {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if state.deaf {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        state.sent.push(message.to_vec());
+        Ok(())
+    }
+
+    fn hung_up(&self) -> bool {
+        self.is_shut()
+    }
+
+    fn shut_down(&self) {
+        lock(&self.state).shut = true;
+    }
+}
+
+/// All sockets.
+#[derive(Default)]
+pub(crate) struct FakeTransport {
+    state: Mutex<TransportState>,
+}
+
+#[derive(Default)]
+struct TransportState {
+    listening: BTreeSet<PathBuf>,
+    fails: bool,
+    /// What the event thread still does while `unlisten` waits for it.
+    meanwhile: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl FakeTransport {
+    pub(crate) fn fail(&self, fails: bool) {
+        lock(&self.state).fails = fails;
+    }
+
+    pub(crate) fn at_unlisten(&self, meanwhile: impl FnOnce() + Send + 'static) {
+        lock(&self.state).meanwhile = Some(Box::new(meanwhile));
+    }
+
+    pub(crate) fn listening(&self) -> usize {
+        lock(&self.state).listening.len()
+    }
+}
+
+impl Transport for FakeTransport {
+    fn listen(&self, path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        if state.fails {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        assert!(state.listening.insert(path.into()), "{} is listened on twice", path.display());
+        Ok(())
+    }
+
+    fn unlisten(&self, path: &Path) {
+        let meanwhile = lock(&self.state).meanwhile.take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+        assert!(lock(&self.state).listening.remove(path), "{} is not open", path.display());
+    }
+}

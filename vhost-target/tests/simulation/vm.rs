@@ -1,0 +1,614 @@
+//! A virtual machine: its memory, and the driver's side of its rings.
+//!
+//! It checks what it sees as a driver would like to: each chain comes back once, with the status
+//! that the disk gave, and the data that the disk has read.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+
+use bdev::Status;
+use closer::ForeignFd;
+use guest_memory::Unmapper;
+use guest_memory::{GuestMemory, RegionSpec};
+use virtqueue::inflight::{Area, AreaSpec};
+use virtqueue::{Buffer, RingAddrs};
+use vm_memory::Bytes;
+
+use super::dirty::Logs;
+use super::disk::{REQUEST_SECTORS, pattern};
+use super::probe;
+use crate::driver::Driver;
+use guest_memory::testing::memfd;
+
+/// Rings of a machine.
+pub(crate) const RINGS: usize = 4;
+/// Where the front end has the machine's memory.
+const USER: u64 = 0x7000_0000;
+const MAIN_LEN: u64 = 0x1_0000;
+/// The part that no table leaves out: all rings, and the data of the first two.
+const SMALL_LEN: u64 = 0x9000;
+pub(super) const EXTRA: u64 = 0x10_0000;
+/// From here on each table has a page of its own, which tells whether that table is still mapped.
+const MARKS: u64 = 0x20_0000;
+pub(super) const PAGE: u64 = 0x1000;
+/// What a status byte holds until somebody writes it.
+const UNTOUCHED: u8 = 0xee;
+
+/// Descriptors of a ring, at the most.
+const RING_SIZE_MAX: u16 = 16;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Zeroes,
+    GetId,
+    Unknown,
+    ShortHeader,
+}
+
+/// How far a request has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    Offered,
+    /// With the disk, fetched for this connection.
+    Flying(usize),
+    /// Written; not flushed yet, which has to be before it comes back.
+    Written(usize),
+    Done(Status),
+}
+
+impl Progress {
+    /// With the disk, for this connection.
+    pub(crate) fn is_flying_for(self, front: usize) -> bool {
+        matches!(self, Self::Flying(n) | Self::Written(n) if n == front)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) id: u64,
+    pub(crate) progress: Progress,
+    /// The table that it was fetched under.
+    pub(crate) table: Option<usize>,
+    /// It is durable when it comes back.
+    pub(crate) durable: bool,
+    pub(crate) kind: Kind,
+    /// A request that a back end fetched and did not complete is served again by the next one.
+    pub(crate) again: bool,
+    /// Its position in the available ring, if that is split.
+    position: u16,
+    data: u64,
+    len: u32,
+}
+
+impl Request {
+    /// Whether its data lies in `memory`.
+    pub(crate) fn has_data_in(&self, memory: &[RegionSpec]) -> bool {
+        let inside = |s: &RegionSpec| self.data.wrapping_sub(s.gpa) < s.size;
+        memory.iter().any(inside)
+    }
+
+    /// Where the disk's data for it is, and how long it is; of a read that the disk has done.
+    pub(super) fn read(&self) -> Option<(u64, u32)> {
+        let read = self.kind == Kind::Read && self.progress == Progress::Done(Status::Ok);
+        read.then_some((self.data, self.len))
+    }
+}
+
+/// One ring, as its driver keeps it.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    pub(crate) size: u16,
+    pub(crate) slots: Vec<Option<Request>>,
+    avail: u16,
+    seen: u16,
+    /// What the used ring and the statuses held when the back end said that it had stopped.
+    pub(crate) quiet: Option<Vec<u8>>,
+    /// Some connection has started it since it was made.
+    pub(crate) started: bool,
+    /// The fetched requests are not recorded anywhere: the driver has to offer them again.
+    pub(crate) lossy: bool,
+    /// What the driver kicks, if the back end wants it.
+    pub(crate) kick: Option<File>,
+    packed: Option<Packed>,
+}
+
+/// A packed ring's driver, and the slot of each buffer id.
+#[derive(Debug)]
+struct Packed {
+    driver: Driver,
+    slots: Vec<usize>,
+}
+
+/// How a memory table is made up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Whole,
+    Split,
+    WholeAndExtra,
+    SplitAndExtra,
+    Small,
+    /// Without the rings.
+    NoRings,
+}
+
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) controller: usize,
+    pub(crate) event_idx: bool,
+    pub(crate) packed: bool,
+    /// It has its memory in slots.
+    pub(crate) slots: bool,
+    /// Features that its driver does not know.
+    pub(crate) declined: u64,
+    pub(crate) rings: Vec<Ring>,
+    pub(super) logs: Logs,
+    /// The pages that mark the tables.
+    marks: Vec<OwnedFd>,
+    main: OwnedFd,
+    extra: OwnedFd,
+    memory: Arc<GuestMemory>,
+    /// How often it had a new in-flight area, and the area.
+    area: Option<(usize, AreaSpec, OwnedFd)>,
+}
+
+// What the target writes has pages of its own: descriptors, used rings, statuses, data. Those of
+// ring 0 lie across the ends of pages.
+
+/// Bytes from a ring's part to the next ring's.
+const STRIDE: u64 = 0x100;
+
+fn desc_gpa(ring: usize) -> u64 {
+    0xf80 + STRIDE * ring as u64
+}
+
+/// The index is in another page than the elements.
+fn used_gpa(ring: usize) -> u64 {
+    0x1ffc + STRIDE * ring as u64
+}
+
+fn avail_gpa(ring: usize) -> u64 {
+    0x3000 + STRIDE * ring as u64
+}
+
+fn header_gpa(ring: usize, slot: usize) -> u64 {
+    0x3400 + STRIDE * ring as u64 + 16 * slot as u64
+}
+
+/// An indirect table.
+fn table_gpa(ring: usize, slot: usize) -> u64 {
+    0x3800 + 2 * STRIDE * ring as u64 + 0x40 * slot as u64
+}
+
+fn status_gpa(ring: usize, slot: usize) -> u64 {
+    0x4000 + STRIDE * ring as u64 + slot as u64
+}
+
+fn data_gpa(ring: usize, slot: usize) -> u64 {
+    0x5000 + 0x2000 * ring as u64 + 0x400 * slot as u64
+}
+
+/// A ring's parts in the front end's addresses: descriptors, available, used.
+pub(crate) fn user_addrs(ring: usize) -> (u64, u64, u64) {
+    (USER + desc_gpa(ring), USER + avail_gpa(ring), USER + used_gpa(ring))
+}
+
+fn dup(fd: &OwnedFd) -> OwnedFd {
+    fd.try_clone().expect("an fd")
+}
+
+fn spec(gpa: u64, size: u64, offset: u64) -> RegionSpec {
+    RegionSpec { gpa, size, user_addr: USER + gpa, offset }
+}
+
+/// The number of the table that a region is the mark of.
+pub(crate) fn table_of(region: &RegionSpec) -> Option<usize> {
+    Some((region.gpa.checked_sub(MARKS)? / PAGE) as usize)
+}
+
+fn new_area(number: usize, packed: bool) -> (usize, AreaSpec, OwnedFd) {
+    let (spec, fd) = Area::create(RINGS as u16, RING_SIZE_MAX, packed).expect("an area");
+    (number, spec, fd)
+}
+
+impl Vm {
+    /// With `tracked`, the back end writes down what it has in flight.
+    pub(crate) fn new(controller: usize, event_idx: bool, packed: bool, tracked: bool) -> Self {
+        static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
+        let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
+        let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
+        let part = |gpa, fd| (spec(gpa, MAIN_LEN, 0), ForeignFd::alone(dup(fd)));
+        let table = vec![part(0, &main), part(EXTRA, &extra)];
+        let memory = Arc::new(GuestMemory::map(table, None, unmapper).expect("memory"));
+        let ring = || Ring {
+            size: 0,
+            slots: vec![],
+            avail: 0,
+            seen: 0,
+            quiet: None,
+            started: false,
+            lossy: false,
+            kick: None,
+            packed: None,
+        };
+        let rings = (0..RINGS).map(|_| ring()).collect();
+        let marks = vec![];
+        let area = tracked.then(|| new_area(0, packed));
+        Self {
+            controller,
+            event_idx,
+            packed,
+            slots: false,
+            declined: 0,
+            rings,
+            logs: Logs::default(),
+            marks,
+            main,
+            extra,
+            memory,
+            area,
+        }
+    }
+
+    /// What the front end gives for the back end to write down what is in flight.
+    pub(crate) fn area(&self) -> Option<(usize, AreaSpec, OwnedFd)> {
+        self.area.as_ref().map(|(number, spec, fd)| (*number, *spec, dup(fd)))
+    }
+
+    /// Whether no back end uses a ring.
+    fn is_at_rest(&self, ring: usize) -> bool {
+        let Ring { ref quiet, started, .. } = self.rings[ring];
+        quiet.is_some() || !started
+    }
+
+    /// Whether the front end knows where a ring goes on, or the back end does.
+    pub(crate) fn may_start(&self, ring: usize) -> bool {
+        !self.packed || self.area.is_some() || self.is_at_rest(ring)
+    }
+
+    /// Whether a ring may be made anew. An area is made anew as a whole.
+    pub(crate) fn may_reset(&self, ring: usize) -> bool {
+        let needs_area = |other: usize| {
+            let again = self.rings[other].slots.iter().flatten().any(|request| request.again);
+            !self.is_at_rest(other) || other != ring && again
+        };
+        self.is_at_rest(ring) && (self.area.is_none() || !(0..RINGS).any(needs_area))
+    }
+
+    /// Where a ring begins, as the front end says it.
+    pub(crate) fn base(&self, ring: usize) -> u16 {
+        match &self.rings[ring].packed {
+            Some(packed) => packed.driver.used_position(),
+            None => self.used_idx(ring),
+        }
+    }
+
+    /// No back end uses its rings any more, whatever was fetched. Returns the fetched requests,
+    /// with the memory table and the owner of each.
+    pub(crate) fn abandon(&mut self) -> Vec<(u64, usize, Request)> {
+        let mut fetched = vec![];
+        for ring in 0..RINGS {
+            if !self.rings[ring].started {
+                continue;
+            }
+            for request in self.rings[ring].slots.iter_mut().flatten() {
+                if request.progress != Progress::Offered {
+                    fetched.push((request.id, ring, request.clone()));
+                    let (table, durable) = (None, false);
+                    let progress = Progress::Offered;
+                    let again = true;
+                    *request = Request { progress, table, durable, again, ..request.clone() };
+                }
+            }
+            let any = fetched.iter().any(|(_, of, _)| *of == ring);
+            self.rings[ring].lossy |= any && self.area.is_none();
+            self.rings[ring].quiet = Some(self.used_part(ring));
+        }
+        fetched
+    }
+
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        let slice = self.memory.slice(gpa, bytes.len()).expect("in memory");
+        slice.write_slice(bytes, 0).expect("as long");
+    }
+
+    fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.get_into(gpa, &mut bytes);
+        bytes
+    }
+
+    pub(super) fn get_into(&self, gpa: u64, bytes: &mut [u8]) {
+        let slice = self.memory.slice(gpa, bytes.len()).expect("in memory");
+        slice.read_slice(bytes, 0).expect("as long");
+    }
+
+    fn get_u16(&self, gpa: u64) -> u16 {
+        let bytes = self.get(gpa, 2);
+        u16::from_le_bytes([bytes[0], bytes[1]])
+    }
+
+    /// A new memory table; its mark comes last.
+    pub(crate) fn table(&mut self, layout: Layout) -> Vec<(RegionSpec, OwnedFd)> {
+        let mark = memfd(PAGE);
+        let main = |gpa: u64, size: u64| (spec(gpa, size, gpa), dup(&self.main));
+        let mut table = match layout {
+            Layout::Whole | Layout::WholeAndExtra => vec![main(0, MAIN_LEN)],
+            Layout::Split | Layout::SplitAndExtra => {
+                vec![main(SMALL_LEN, MAIN_LEN - SMALL_LEN), main(0, SMALL_LEN)]
+            }
+            Layout::Small => vec![main(0, SMALL_LEN)],
+            Layout::NoRings => vec![main(SMALL_LEN, MAIN_LEN - SMALL_LEN)],
+        };
+        if matches!(layout, Layout::WholeAndExtra | Layout::SplitAndExtra) {
+            table.push((spec(EXTRA, MAIN_LEN, 0), dup(&self.extra)));
+        }
+        table.push((spec(MARKS + PAGE * self.marks.len() as u64, PAGE, 0), dup(&mark)));
+        self.marks.push(mark);
+        table
+    }
+
+    /// How many tables there ever were.
+    pub(crate) fn tables(&self) -> usize {
+        self.marks.len()
+    }
+
+    /// Whether the back end has a table mapped.
+    pub(crate) fn is_mapped(&self, table: usize) -> bool {
+        probe::is_mapped(&self.marks[table])
+    }
+
+    /// Makes a ring anew, which the back end does not use, and begins at `base`. Answers with the
+    /// requests that are dropped with it.
+    pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
+        let slots = vec![None; usize::from(size) / 3];
+        let kick = self.rings[ring].kick.take();
+        for part in [desc_gpa(ring), avail_gpa(ring), used_gpa(ring)] {
+            self.put(part, &[0; STRIDE as usize]);
+        }
+        let packed = self.packed.then(|| {
+            let (desc, avail, used) = (desc_gpa(ring), avail_gpa(ring), used_gpa(ring));
+            let addrs = RingAddrs { desc, avail, used };
+            let driver = Driver::new(&self.memory, addrs, size, self.event_idx, base.into());
+            Packed { driver, slots: vec![0; size.into()] }
+        });
+        if packed.is_none() {
+            self.put(avail_gpa(ring) + 2, &base.to_le_bytes());
+            self.put(used_gpa(ring) + 2, &base.to_le_bytes());
+        }
+        let (avail, seen, quiet, started) = (base, base, None, false);
+        let lossy = false;
+        let new = Ring { size, slots, avail, seen, quiet, started, lossy, kick, packed };
+        let old = std::mem::replace(&mut self.rings[ring], new);
+        if old.size > 0
+            && let Some((number, ..)) = self.area
+        {
+            self.area = Some(new_area(number + 1, self.packed));
+        }
+        self.want_calls(ring);
+        self.has_written();
+        old.slots.into_iter().flatten().map(|request| request.id).collect()
+    }
+
+    fn want_calls(&mut self, ring: usize) {
+        if let Some(packed) = &mut self.rings[ring].packed {
+            assert!(!packed.driver.ask_for_call(), "ring {ring}: something came back meanwhile");
+            return;
+        }
+        let Ring { size, seen, .. } = self.rings[ring];
+        self.put(avail_gpa(ring) + 4 + 2 * u64::from(size), &seen.to_le_bytes());
+    }
+
+    pub(crate) fn free_slot(&self, ring: usize) -> Option<usize> {
+        self.rings[ring].slots.iter().position(Option::is_none)
+    }
+
+    /// Makes a request available.
+    pub(crate) fn offer(&mut self, id: u64, kind: Kind, ring: usize, slot: usize, far: bool) {
+        let len = if kind == Kind::GetId { 20 } else { 512 * (1 + (id % 2) as u32) };
+        let near = data_gpa(ring, slot);
+        let data = if far { EXTRA + near } else { near };
+        let header = header_gpa(ring, slot);
+        let number: u32 = match kind {
+            Kind::Read | Kind::ShortHeader => 0,
+            Kind::Write => 1,
+            Kind::Zeroes => 13,
+            Kind::GetId => 8,
+            Kind::Unknown => 99,
+        };
+        let sector = id * REQUEST_SECTORS;
+        self.put(header, &number.to_le_bytes());
+        self.put(header + 8, &sector.to_le_bytes());
+        let mut data_len = len;
+        match kind {
+            Kind::Write => self.put(data, &vec![pattern(id); len as usize]),
+            Kind::Zeroes => {
+                data_len = 16;
+                self.put(data, &sector.to_le_bytes());
+                self.put(data + 8, &1_u32.to_le_bytes());
+                self.put(data + 12, &0_u32.to_le_bytes());
+            }
+            _ => self.put(data, &vec![0; len as usize]),
+        }
+        self.put(status_gpa(ring, slot), &[UNTOUCHED]);
+        let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
+        let to_guest = matches!(kind, Kind::Read | Kind::GetId | Kind::ShortHeader);
+        let buffers = [
+            Buffer { gpa: header, len: header_len, write: false },
+            Buffer { gpa: data, len: data_len, write: to_guest },
+            Buffer { gpa: status_gpa(ring, slot), len: 1, write: true },
+        ];
+        let position = self.rings[ring].avail;
+        let progress = Progress::Offered;
+        let (table, durable) = (None, false);
+        let again = false;
+        let request = Request { id, progress, table, durable, kind, again, position, data, len };
+        self.rings[ring].slots[slot] = Some(request);
+        if let Some(packed) = &mut self.rings[ring].packed {
+            let table = id.is_multiple_of(3).then(|| table_gpa(ring, slot));
+            let buffer_id = packed.driver.add(&buffers, table);
+            packed.slots[usize::from(buffer_id)] = slot;
+        } else {
+            self.offer_split(ring, slot, &buffers);
+        }
+        if self.rings[ring].quiet.is_some() {
+            self.rings[ring].quiet = Some(self.used_part(ring));
+        }
+        self.has_written();
+        self.kick(ring, position);
+    }
+
+    fn offer_split(&mut self, ring: usize, slot: usize, buffers: &[Buffer; 3]) {
+        let head = 3 * slot as u16;
+        for (index, buffer) in (head..).zip(buffers) {
+            let next = if index < head + 2 { NEXT } else { 0 };
+            let write = if buffer.write { WRITE } else { 0 };
+            self.desc(ring, index, buffer.gpa, buffer.len, next | write);
+        }
+        let state = &mut self.rings[ring];
+        let position = state.avail;
+        state.avail = position.wrapping_add(1);
+        let at = u64::from(position % state.size);
+        self.put(avail_gpa(ring) + 4 + 2 * at, &head.to_le_bytes());
+        self.put(avail_gpa(ring) + 2, &position.wrapping_add(1).to_le_bytes());
+    }
+
+    /// Kicks for the request at `position` if the back end wants it (virtio 1.2, 2.7.10).
+    fn kick(&mut self, ring: usize, position: u16) {
+        let wanted = if let Some(packed) = &mut self.rings[ring].packed {
+            packed.driver.wants_kick()
+        } else if self.event_idx {
+            let event = used_gpa(ring) + 4 + 8 * u64::from(self.rings[ring].size);
+            self.get_u16(event) == position
+        } else {
+            self.get_u16(used_gpa(ring)) & 1 == 0
+        };
+        if let (true, Some(mut kick)) = (wanted, self.rings[ring].kick.as_ref()) {
+            kick.write_all(&1_u64.to_ne_bytes()).expect("an eventfd");
+        }
+    }
+
+    fn desc(&self, ring: usize, index: u16, addr: u64, len: u32, flags: u16) {
+        let at = desc_gpa(ring) + 16 * u64::from(index);
+        self.put(at, &addr.to_le_bytes());
+        self.put(at + 8, &len.to_le_bytes());
+        self.put(at + 12, &flags.to_le_bytes());
+        self.put(at + 14, &(index + 1).to_le_bytes());
+    }
+
+    fn used_idx(&self, ring: usize) -> u16 {
+        self.get_u16(used_gpa(ring) + 2)
+    }
+
+    /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone,
+    /// and `memory` is what there is of it.
+    pub(crate) fn consume(&mut self, ring: usize, bereft: bool, memory: &[RegionSpec]) -> Vec<u64> {
+        let mut ids = vec![];
+        while let Some((slot, written)) = self.take_used(ring) {
+            let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
+            let request = request.unwrap_or_else(|| {
+                panic!("ring {ring}: slot {slot} came back but is not outstanding")
+            });
+            let may_fail = bereft || !request.has_data_in(memory);
+            self.check_answer(ring, slot, &request, written, may_fail);
+            ids.push(request.id);
+        }
+        if !ids.is_empty() {
+            self.want_calls(ring);
+            self.has_written();
+        }
+        ids
+    }
+
+    /// The next chain that came back: its slot, and the length written.
+    fn take_used(&mut self, ring: usize) -> Option<(usize, u32)> {
+        if let Some(packed) = &mut self.rings[ring].packed {
+            let (id, written) = packed.driver.take()?;
+            return Some((packed.slots[usize::from(id)], written));
+        }
+        let Ring { size, seen, .. } = self.rings[ring];
+        if seen == self.used_idx(ring) {
+            return None;
+        }
+        let element = self.get(used_gpa(ring) + 4 + 8 * u64::from(seen % size), 8);
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| element[at + i]));
+        let (head, written) = (word(0), word(4));
+        assert!(head.is_multiple_of(3), "ring {ring}: chain {head} was never offered");
+        self.rings[ring].seen = seen.wrapping_add(1);
+        Some((head as usize / 3, written))
+    }
+
+    fn check_answer(
+        &self,
+        ring: usize,
+        slot: usize,
+        request: &Request,
+        written: u32,
+        may_fail: bool,
+    ) {
+        let status = self.get(status_gpa(ring, slot), 1)[0];
+        let expected = match (request.kind, request.progress) {
+            (_, Progress::Flying(_) | Progress::Written(_)) => {
+                panic!("{request:?} came back before the disk was done")
+            }
+            (_, Progress::Done(Status::Ok)) => 0,
+            (_, Progress::Done(Status::IoError)) | (Kind::ShortHeader, _) => 1,
+            (_, Progress::Done(Status::Unsupported)) => 2,
+            (Kind::GetId | Kind::Unknown, _) if status == 1 && may_fail => 1,
+            (Kind::GetId, _) => 0,
+            (Kind::Unknown, _) => 2,
+            (_, Progress::Offered) => {
+                assert!(may_fail, "{request:?} came back but never was with the disk");
+                1
+            }
+        };
+        assert_eq!(status, expected, "the status of {request:?}");
+        let with_data = match request.kind {
+            Kind::Read => matches!(request.progress, Progress::Done(_)),
+            Kind::GetId => expected == 0,
+            _ => false,
+        };
+        let expected = if with_data { request.len + 1 } else { 1 };
+        assert_eq!(written, expected, "the length written for {request:?}");
+        if let Some((data, len)) = request.read() {
+            self.check_read_marked(request, data, len);
+            let data = self.get(data, len as usize);
+            assert!(data.iter().all(|b| *b == pattern(request.id)), "the data of {request:?}");
+        }
+    }
+
+    /// All that a back end that has stopped may not change: used index, elements, statuses; of a
+    /// packed ring, descriptors and statuses.
+    pub(crate) fn used_part(&self, ring: usize) -> Vec<u8> {
+        let Ring { size, ref slots, .. } = self.rings[ring];
+        let mut bytes = if self.packed {
+            self.get(desc_gpa(ring), 16 * usize::from(size))
+        } else {
+            self.get(used_gpa(ring) + 2, 2 + 8 * usize::from(size))
+        };
+        bytes.extend(self.get(status_gpa(ring, 0), slots.len()));
+        bytes
+    }
+
+    /// Checks that the answer to GET_VRING_BASE is right: all before `base` came back.
+    pub(crate) fn check_base(&self, ring: usize, base: u16) {
+        assert_eq!(base, self.base(ring), "ring {ring}: the base and what was used");
+        for request in self.rings[ring].slots.iter().flatten() {
+            let ahead = self.packed || request.position.wrapping_sub(base) < 1 << 15;
+            let untouched = request.progress == Progress::Offered;
+            assert!(ahead && untouched, "ring {ring}: base {base} answered before {request:?}");
+        }
+    }
+
+    /// Requests that have not come back.
+    pub(crate) fn outstanding(&self, ring: usize) -> impl Iterator<Item = &Request> {
+        self.rings[ring].slots.iter().flatten()
+    }
+}

@@ -1,0 +1,688 @@
+//! All that there is in a simulation, and what must be true of it after every step.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+
+use bdev::Status;
+use guest_memory::RegionSpec;
+use reactor::EventFd;
+use vhost_target::Moving;
+use vhost_target::SteppedReactor;
+use vhost_target::protocol::{self, request};
+use vhost_target::session::DRAIN_LIMIT_S;
+use vhost_target::session::VHOST_F_LOG_ALL;
+use vhost_target::{ConnId, Connection, Mode, Target};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use super::disk::{Meanwhile, Part, Seen, SimDisk, State, lock};
+use super::message::Message;
+use super::operator::Deletion;
+use super::rng::Rng;
+use super::transport::{FakeConnection, FakeTransport};
+use super::vm::{self, Kind, Progress, RINGS, Request, Vm};
+
+/// Actions that a failure shows.
+const TRACE: usize = 60;
+
+/// What happened last; says so when the test fails.
+pub(crate) struct Trace {
+    seed: u64,
+    step: usize,
+    loud: bool,
+    lines: VecDeque<String>,
+}
+
+impl Trace {
+    pub(crate) fn add(&mut self, line: String) {
+        if self.lines.len() == TRACE {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(format!("{:4} {line}", self.step));
+        if self.loud {
+            eprintln!("{:4} {line}", self.step);
+        }
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let lines: Vec<&str> = self.lines.iter().map(String::as_str).collect();
+            eprintln!("{}\nreplay with SIM_SEED={}", lines.join("\n"), self.seed);
+        }
+    }
+}
+
+pub(crate) struct Disk {
+    /// `None` once it was removed.
+    pub(crate) bdev: Option<Arc<SimDisk>>,
+    pub(crate) weak: Weak<SimDisk>,
+    pub(crate) state: Arc<Mutex<State>>,
+}
+
+/// A controller, from its making to its deletion; the next one of the same name is another.
+pub(crate) struct Controller {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) disk: usize,
+    /// It offers packed rings.
+    pub(crate) packed: bool,
+    /// One of its guests has asked for that.
+    pub(crate) write_through: bool,
+    pub(crate) exists: bool,
+    pub(crate) deleting: bool,
+}
+
+/// A ring as its front end sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// Not started on this connection.
+    #[default]
+    Not,
+    Yes,
+    /// Before the last RESET_OWNER or RESET_DEVICE.
+    Reset,
+    /// Stopped, and GET_VRING_BASE answered.
+    Stopped,
+}
+
+/// What a front end waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owed {
+    /// GET_VRING_BASE of a ring.
+    Base(usize),
+    /// RESET_DEVICE.
+    Reset,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct FrontRing {
+    pub(crate) served: Served,
+    pub(crate) call: Option<EventFd>,
+    /// Requests came back and no call since was noticed.
+    pub(crate) uncalled: bool,
+    /// It may still drain after a reset.
+    pub(crate) drains: bool,
+    /// Connections that were closed when it was started.
+    pub(crate) behind: Vec<usize>,
+}
+
+/// An I/O in flight of a request whose controller was deleted: its completion is not reported.
+#[derive(Debug)]
+pub(crate) struct Lost {
+    pub(crate) front: usize,
+    pub(crate) vm: usize,
+    pub(crate) ring: usize,
+    /// The place of its data.
+    pub(crate) table: usize,
+}
+
+impl FrontRing {
+    /// Takes note of calls.
+    pub(crate) fn look(&mut self) {
+        self.uncalled &= self.call.as_ref().is_some_and(|call| call.take() == 0);
+    }
+}
+
+/// A connection and its front end.
+#[derive(Debug)]
+pub(crate) struct Front {
+    pub(crate) id: ConnId,
+    pub(crate) fake: Arc<FakeConnection>,
+    pub(crate) controller: usize,
+    pub(crate) vm: usize,
+    /// The front end says no more.
+    pub(crate) gone: bool,
+    /// The target knows that it is closed.
+    pub(crate) closed: bool,
+    /// What it has accepted; 0 if it has not said.
+    pub(crate) features: u64,
+    /// What it has written there, or another before it.
+    pub(crate) write_cache: Option<bool>,
+    /// It has sent a reset: what was in flight then is told on the call fds of then.
+    pub(crate) was_reset: bool,
+    /// The memory that it has given.
+    pub(crate) memory: Vec<RegionSpec>,
+    /// The numbers of the in-flight area and of the dirty log that it has given.
+    pub(crate) area: Option<usize>,
+    pub(crate) log: Option<usize>,
+    pub(crate) rings: [FrontRing; RINGS],
+    /// What is not answered.
+    pub(crate) owed: Option<Owed>,
+    pub(crate) script: VecDeque<Message>,
+    /// Connections of the same controller, or of the same machine, that were closed when this one
+    /// was made.
+    pub(crate) before: Vec<usize>,
+    /// Connections that were closed had not drained then, and have not all drained since.
+    pub(crate) gated: bool,
+}
+
+impl Front {
+    /// Whether it is served and nobody wants to end it.
+    pub(crate) fn is_well(&self) -> bool {
+        !self.gone && !self.closed && !self.fake.is_shut()
+    }
+
+    pub(crate) fn has_accepted(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// The memory tables that it has given, or what there is of them.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = usize> {
+        self.memory.iter().filter_map(vm::table_of)
+    }
+
+    /// The latest one.
+    pub(crate) fn table(&self) -> Option<usize> {
+        self.tables().max()
+    }
+
+    /// Where it was promised that writes are logged.
+    pub(crate) fn logging(&self) -> Option<usize> {
+        self.log.filter(|_| self.has_accepted(VHOST_F_LOG_ALL))
+    }
+
+    /// It can switch the cache but not flush it: then that is off at first (section 5.2.5.2).
+    pub(crate) fn cannot_flush(&self) -> bool {
+        self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && !self.has_accepted(VIRTIO_BLK_F_FLUSH)
+    }
+
+    /// What the config space says.
+    pub(crate) fn write_cache(&self) -> bool {
+        self.write_cache.unwrap_or(!self.cannot_flush())
+    }
+
+    /// Whether writes are to be durable when they are answered (virtio 1.2, section 5.2.6.2).
+    fn writes_through(&self) -> bool {
+        if self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) {
+            !self.write_cache()
+        } else {
+            !self.has_accepted(VIRTIO_BLK_F_FLUSH)
+        }
+    }
+
+    /// Whether it is the one for whom a ring of `vm` is served.
+    fn serves(&self, vm: usize, ring: usize) -> bool {
+        self.vm == vm && !self.closed && self.rings[ring].served == Served::Yes
+    }
+}
+
+/// How often what was reached, over all simulations: a test that reaches nothing finds nothing.
+pub(crate) type Counts = BTreeMap<&'static str, u64>;
+
+pub(crate) struct World {
+    pub(crate) trace: Trace,
+    pub(crate) counts: Counts,
+    pub(crate) rng: Rng,
+    pub(crate) reactors: Vec<SteppedReactor>,
+    pub(crate) asleep: Vec<bool>,
+    pub(crate) target: Arc<Target>,
+    pub(crate) transport: Arc<FakeTransport>,
+    pub(crate) meanwhile: Meanwhile,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) controllers: Vec<Controller>,
+    pub(crate) vms: Vec<Vm>,
+    pub(crate) fronts: Vec<Front>,
+    pub(crate) deletions: Vec<Deletion>,
+    pub(crate) moves: Vec<Moving>,
+    /// Where each request is: machine and ring.
+    pub(crate) requests: BTreeMap<u64, (usize, usize)>,
+    pub(crate) lost: BTreeMap<u64, Lost>,
+    pub(crate) request_ids: u64,
+}
+
+impl World {
+    /// With `loud` every action is told at once.
+    pub(crate) fn new(seed: u64, loud: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let count = 1 + rng.below(3);
+        let mode = if rng.one_in(2) { Mode::Poll } else { Mode::Sleep { after_us: 0 } };
+        let (target, reactors) = Target::in_steps(count, mode, Arc::new(|| {})).expect("a target");
+        let trace = Trace { seed, step: 0, loud, lines: VecDeque::new() };
+        Self {
+            trace,
+            counts: Counts::new(),
+            rng,
+            asleep: vec![false; reactors.len()],
+            reactors,
+            target,
+            transport: Arc::default(),
+            meanwhile: Meanwhile::default(),
+            disks: vec![],
+            controllers: vec![],
+            vms: vec![],
+            fronts: vec![],
+            deletions: vec![],
+            moves: vec![],
+            requests: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            request_ids: 0,
+        }
+    }
+
+    /// Lives through `steps` steps and then an orderly end.
+    pub(crate) fn run(mut self, steps: usize) -> Counts {
+        self.create();
+        for step in 0..steps {
+            self.trace.step = step;
+            self.act();
+            self.check();
+        }
+        self.trace.step = steps;
+        self.settle();
+        self.counts
+    }
+
+    pub(crate) fn count(&mut self, what: &'static str) {
+        *self.counts.entry(what).or_default() += 1;
+    }
+
+    fn act(&mut self) {
+        match self.rng.below(100) {
+            0..20 => self.step_a_reactor(),
+            20..24 => self.leases_are_granted(2),
+            24..34 => self.process_events(),
+            34..48 => self.complete_some(),
+            48..86 => self.front_end_acts(),
+            86..90 => self.event_thread_notices(),
+            90..93 => self.operator_acts(),
+            93..97 => self.queues_move(),
+            97..99 => self.disk_changes(),
+            _ => self.tick(),
+        }
+    }
+
+    fn step_a_reactor(&mut self) {
+        let n = self.rng.below(self.reactors.len());
+        self.trace.add(format!("reactor {n}"));
+        self.step(n);
+        if self.asleep[n] {
+            self.count("sleeps");
+        }
+    }
+
+    pub(crate) fn step(&mut self, reactor: usize) {
+        self.asleep[reactor] = self.reactors[reactor].step();
+    }
+
+    pub(crate) fn process_events(&mut self) {
+        self.trace.add("process events".into());
+        let planned = self.plan_for_control_thread();
+        self.target.process_events();
+        self.finish_plan(planned);
+    }
+
+    /// Other processes give up one in `part` of the leases that are waited for.
+    pub(crate) fn leases_are_granted(&mut self, part: usize) {
+        for disk in 0..self.disks.len() {
+            if !lock(&self.disks[disk].state).waits() || !self.rng.one_in(part) {
+                continue;
+            }
+            self.trace.add(format!("disk {disk}: the lease is granted"));
+            self.count("leases granted");
+            let granted = lock(&self.disks[disk].state).grant();
+            let planned = self.plan_for_control_thread();
+            granted.iter().for_each(|granted| granted());
+            self.finish_plan(planned);
+        }
+    }
+
+    fn complete_some(&mut self) {
+        let Some(disk) = self.pick_disk() else { return };
+        let flying: Vec<usize> = {
+            let mut state = lock(&self.disks[disk].state);
+            if let Some(last) = state.flying.last_mut() {
+                last.stuck |= self.rng.one_in(16);
+            }
+            let all = state.flying.iter().enumerate();
+            all.filter(|(_, f)| !f.stuck).map(|(n, _)| n).collect()
+        };
+        for _ in 0..1 + self.rng.below(4) {
+            if let Some(n) = self.rng.pick(&flying)
+                && n < lock(&self.disks[disk].state).flying.len()
+            {
+                self.complete(disk, n);
+            }
+        }
+    }
+
+    fn pick_disk(&mut self) -> Option<usize> {
+        (!self.disks.is_empty()).then(|| self.rng.below(self.disks.len()))
+    }
+
+    /// Ends an I/O, whose memory must still be there.
+    pub(crate) fn complete(&mut self, disk: usize, n: usize) {
+        let status = match self.rng.below(8) {
+            0 => Status::IoError,
+            1 => Status::Unsupported,
+            _ => Status::Ok,
+        };
+        let part = lock(&self.disks[disk].state).flying[n].part;
+        if let Some(lost) = self.lost.remove(&part.request) {
+            return self.complete_lost(disk, n, &lost);
+        }
+        self.trace.add(format!("disk {disk} completes {part:?}: {status:?}"));
+        let (vm, _) = self.requests[&part.request];
+        let table = self.request(part.request).table.expect("a request in flight has a table");
+        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        lock(&self.disks[disk].state).complete(n, status);
+        self.ended(part, status);
+        self.count("I/O completed");
+    }
+
+    /// Completes an I/O of a deleted controller. Its memory must still be mapped.
+    fn complete_lost(&mut self, disk: usize, n: usize, lost: &Lost) {
+        let part = lock(&self.disks[disk].state).flying[n].part;
+        self.trace.add(format!("disk {disk} completes {part:?}, which is lost: {lost:?}"));
+        let Lost { vm, table, .. } = *lost;
+        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        // The driver may use its memory for something else by now.
+        let known = self.requests.contains_key(&part.request);
+        let status = if known { Status::Ok } else { Status::IoError };
+        lock(&self.disks[disk].state).complete(n, status);
+        self.count("I/O of a deleted controller completed");
+    }
+
+    /// Records what a deleted controller has left in flight.
+    pub(crate) fn abandon(&mut self, controller: usize) {
+        let disk = self.controllers[controller].disk;
+        for vm in 0..self.vms.len() {
+            if self.vms[vm].controller != controller {
+                continue;
+            }
+            for (id, ring, request) in self.vms[vm].abandon() {
+                let mut state = lock(&self.disks[disk].state);
+                let front = match request.progress {
+                    Progress::Flying(front) | Progress::Written(front) => Some(front),
+                    _ => None,
+                };
+                match front.filter(|_| state.flying.iter().any(|f| f.part.request == id)) {
+                    Some(front) => {
+                        let table = request.table.expect("a request in flight has a table");
+                        self.lost.insert(id, Lost { front, vm, ring, table });
+                    }
+                    None => state.forget(id),
+                }
+            }
+        }
+    }
+
+    /// A request that has not come back.
+    fn request(&mut self, id: u64) -> &mut Request {
+        let place = self.requests.get(&id);
+        let (vm, ring) = *place.unwrap_or_else(|| panic!("request {id} had come back already"));
+        let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
+        let request = slots.into_iter().find(|r| r.id == id);
+        request.unwrap_or_else(|| panic!("request {id} had come back already"))
+    }
+
+    /// The disk is done with a part of a request.
+    fn ended(&mut self, part: Part, status: Status) {
+        let request = self.request(part.request);
+        request.progress = match request.progress {
+            Progress::Flying(front) if request.durable && !part.flush && status == Status::Ok => {
+                Progress::Written(front)
+            }
+            _ => Progress::Done(status),
+        };
+    }
+
+    fn disk_changes(&mut self) {
+        let Some(disk) = self.pick_disk() else { return };
+        let what = self.rng.below(6);
+        let mut state = lock(&self.disks[disk].state);
+        match what {
+            0 | 1 => state.full = !state.full,
+            2 => state.at_once = !state.at_once,
+            3 => state.open_fails = !state.open_fails,
+            _ => {
+                state.full = false;
+                state.open_fails = false;
+            }
+        }
+        let now = (state.full, state.at_once, state.open_fails);
+        drop(state);
+        self.trace.add(format!("disk {disk}: full, at once, open fails: {now:?}"));
+    }
+
+    fn tick(&mut self) {
+        let late = self.rng.one_in(6);
+        let seconds = if late { DRAIN_LIMIT_S + 1 } else { 1 };
+        self.trace.add(format!("{seconds} s pass"));
+        // A drain that it has processed before the check does not count as late.
+        self.process_events();
+        self.check();
+        let well: Vec<bool> = self.fronts.iter().map(Front::is_well).collect();
+        (0..seconds).for_each(|_| self.target.tick());
+        for (front, well) in self.fronts.iter().zip(well) {
+            if well && late {
+                assert_eq!(front.fake.is_shut(), front.owed.is_some(), "the limit of a drain");
+            } else if well && front.owed.is_none() {
+                assert!(!front.fake.is_shut(), "nothing was waited for");
+            }
+        }
+    }
+
+    /// The event thread hears of a connection's end.
+    fn event_thread_notices(&mut self) {
+        let ended = |f: &Front| !f.closed && f.fake.is_shut();
+        let ended: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| ended(&self.fronts[*n])).collect();
+        if let Some(n) = self.rng.pick(&ended) {
+            self.close(n);
+        }
+    }
+
+    pub(crate) fn close(&mut self, n: usize) {
+        self.trace.add(format!("front {n}: closed"));
+        if self.flying_of(n).is_some() {
+            self.count("closed with I/O in flight");
+        }
+        let planned = self.plan_for_event_thread();
+        self.target.closed(self.fronts[n].id);
+        self.is_closed(n);
+        self.finish_plan(planned);
+    }
+
+    /// Notes that the target was told of a connection's end.
+    pub(crate) fn is_closed(&mut self, n: usize) {
+        let front = &mut self.fronts[n];
+        front.fake.shut_down();
+        front.closed = true;
+        front.gone = true;
+        front.owed = None;
+        front.script.clear();
+    }
+
+    /// What must be true after every step.
+    pub(crate) fn check(&mut self) {
+        for disk in 0..self.disks.len() {
+            let seen = std::mem::take(&mut lock(&self.disks[disk].state).seen);
+            for seen in seen {
+                match seen {
+                    Seen::Fetched(Part { request, flush: false }) => self.check_fetched(request),
+                    Seen::Fetched(Part { request, flush: true }) => self.check_flush(request),
+                    Seen::DoneAtOnce(part) => self.ended(part, Status::Ok),
+                }
+            }
+            let wrong = lock(&self.disks[disk].state).wrong.take();
+            assert_eq!(wrong, None, "disk {disk}");
+        }
+        self.notice_drains();
+        for vm in 0..self.vms.len() {
+            self.check_marks(vm);
+            for ring in 0..RINGS {
+                self.check_ring(vm, ring);
+            }
+        }
+        for n in 0..self.fronts.len() {
+            for message in self.fronts[n].fake.take_sent() {
+                self.check_sent(n, &message);
+            }
+        }
+    }
+
+    /// A request has reached a disk.
+    fn check_fetched(&mut self, id: u64) {
+        let (vm, ring) =
+            *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
+        // Requests that were found in flight are done, even if the connection has ended meanwhile.
+        let again = self.request(id).again;
+        let ends = |f: &Front| again && f.vm == vm && f.rings[ring].served == Served::Yes;
+        let front = self.fronts.iter().rposition(|f| f.serves(vm, ring) || ends(f));
+        let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
+        let stops = self.fronts[front].owed == Some(Owed::Base(ring));
+        assert!(!stops || again, "request {id} was fetched after the stop");
+        self.check_gate(front, vm, ring);
+        let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
+        let memory = self.fronts[front].memory.clone();
+        // What was before a reset fetches no more.
+        self.fronts[front].rings[ring].drains = false;
+        self.count("I/O fetched");
+        let request = self.request(id);
+        assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
+        request.table = table;
+        request.durable = through && matches!(request.kind, Kind::Write | Kind::Zeroes);
+        request.progress = Progress::Flying(front);
+        let there = request.has_data_in(&memory);
+        assert!(there, "request {id} was fetched although its data is not in memory");
+    }
+
+    /// A ring was served: nothing that it had to wait for may be in flight.
+    fn check_gate(&self, front: usize, vm: usize, ring: usize) {
+        let Front { controller, ref rings, .. } = self.fronts[front];
+        let disk = |controller: usize| self.controllers[controller].disk;
+        for &before in &rings[ring].behind {
+            let of = self.fronts[before].controller;
+            let rings = (0..RINGS).filter(|n| self.flies(before, *n));
+            for other in rings {
+                let same_ring = self.fronts[before].vm == vm && other == ring;
+                assert!(
+                    of != controller && disk(of) != disk(controller) && !same_ring,
+                    "front {front}, ring {ring} was served before ring {other} of front {before}"
+                );
+            }
+        }
+    }
+
+    /// Whether I/O of a connection's ring is in flight.
+    fn flies(&self, front: usize, ring: usize) -> bool {
+        let mut known = self.vms[self.fronts[front].vm].outstanding(ring);
+        let mut lost = self.lost.values();
+        known.any(|r| r.progress.is_flying_for(front))
+            || lost.any(|lost| lost.front == front && lost.ring == ring)
+    }
+
+    /// The flush after a request has reached a disk.
+    fn check_flush(&mut self, id: u64) {
+        let progress = self.request(id).progress;
+        let due = matches!(progress, Progress::Written(_));
+        assert!(due, "request {id} was flushed out of turn: {progress:?}");
+        self.count("writes flushed");
+    }
+
+    /// A request that a connection has in flight.
+    pub(crate) fn flying_of(&self, front: usize) -> Option<u64> {
+        let vm = &self.vms[self.fronts[front].vm];
+        let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
+        all.find(|r| r.progress.is_flying_for(front)).map(|r| r.id)
+    }
+
+    /// Takes what has come back, and sees that nothing did where nothing may.
+    fn check_ring(&mut self, vm: usize, ring: usize) {
+        if self.vms[vm].rings[ring].size == 0 {
+            return;
+        }
+        if let Some(quiet) = &self.vms[vm].rings[ring].quiet {
+            let now = self.vms[vm].used_part(ring);
+            assert!(*quiet == now, "machine {vm}: ring {ring} was written to after its stop");
+        }
+        let controller = self.vms[vm].controller;
+        let disk = &self.disks[self.controllers[controller].disk];
+        let bereft = disk.bdev.is_none() || !self.controllers[controller].exists;
+        let front = self.fronts.iter().rfind(|f| f.serves(vm, ring));
+        let memory = front.map_or(&[][..], |front| &front.memory);
+        let back = self.vms[vm].consume(ring, bereft, memory);
+        for id in &back {
+            self.requests.remove(id);
+            self.count("requests came back");
+        }
+        for front in self.fronts.iter_mut().filter(|f| f.vm == vm) {
+            let ring = &mut front.rings[ring];
+            ring.uncalled |= !back.is_empty() && ring.call.is_some();
+            // An fd that is replaced before anybody looked has called in vain.
+            if self.rng.one_in(4) {
+                ring.look();
+            }
+        }
+    }
+
+    /// The target has sent something of its own accord.
+    fn check_sent(&mut self, n: usize, message: &[u8]) {
+        let front = &self.fronts[n];
+        assert!(!front.closed, "front {n}: a message after its end");
+        let ring = match front.owed {
+            Some(Owed::Base(ring)) => ring,
+            Some(Owed::Reset) => {
+                let expected = protocol::reply(request::RESET_DEVICE, &protocol::SUCCESS);
+                assert_eq!(message, expected, "front {n}: the acknowledgement");
+                self.trace.add(format!("front {n}: reset, deferred"));
+                self.count("RESET_DEVICE acknowledged later");
+                return self.is_reset(n);
+            }
+            None => panic!("front {n}: an answer to no question"),
+        };
+        let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
+        let payload = protocol::vring_base(ring, self.both(n, base));
+        let expected = protocol::reply(request::GET_VRING_BASE, &payload);
+        assert_eq!(message, expected, "front {n}: the answer");
+        self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
+        self.count("GET_VRING_BASE answered later");
+        self.answered(n, ring, base);
+    }
+
+    /// A position as GET_VRING_BASE tells it: a packed ring has two, which are one as nothing is in
+    /// flight. That a reset takes the features away does not matter.
+    pub(crate) fn both(&self, n: usize, base: u16) -> u32 {
+        let packed = self.vms[self.fronts[n].vm].packed;
+        u32::from(base) * if packed { 0x1_0001 } else { 1 }
+    }
+
+    /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
+    pub(crate) fn is_reset(&mut self, n: usize) {
+        // That it belongs to the same machine, on another controller, is known only when it sends
+        // its memory.
+        let front = &self.fronts[n];
+        let known = |before: &&usize| {
+            front.controller == self.fronts[**before].controller || !front.memory.is_empty()
+        };
+        let mine = std::iter::once(&n).chain(front.before.iter().filter(known));
+        let flying = |front: &&usize| (0..RINGS).any(|ring| self.flies(**front, ring));
+        let flying: Vec<_> = mine.filter(flying).collect();
+        assert!(flying.is_empty(), "front {n}: reset with I/O of fronts {flying:?} in flight");
+        let front = &mut self.fronts[n];
+        front.owed = None;
+        let vm = &mut self.vms[front.vm];
+        for (ring, _) in front.rings.iter().enumerate().filter(|(_, r)| r.served == Served::Reset) {
+            vm.rings[ring].quiet = Some(vm.used_part(ring));
+        }
+    }
+
+    /// GET_VRING_BASE was answered.
+    pub(crate) fn answered(&mut self, n: usize, ring: usize, base: u16) {
+        let front = &mut self.fronts[n];
+        front.owed = None;
+        let vm = &mut self.vms[front.vm];
+        let served = std::mem::replace(&mut front.rings[ring].served, Served::Stopped);
+        if served == Served::Yes {
+            vm.check_base(ring, base);
+            front.rings[ring].look();
+            let uncalled = front.rings[ring].uncalled && !front.was_reset;
+            assert!(!uncalled, "ring {ring} stopped without a call");
+            vm.rings[ring].quiet = Some(vm.used_part(ring));
+        } else if served != Served::Stopped {
+            front.rings[ring].served = served;
+        }
+    }
+}
