@@ -15,7 +15,6 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost::{VhostBackend, VringConfigData};
 
-use crate::any_queue::AnyQueue;
 use crate::config_space::{BlkConfig, CONFIG_BYTES};
 use crate::error::{Error, Result};
 use crate::features::{
@@ -24,10 +23,10 @@ use crate::features::{
 use crate::guest::{GuestRam, RegionInfo};
 use crate::link::{Killer, Link, clone};
 use crate::packed::FIRST_BASE;
+use crate::queue::{AnyQueue, Queue};
 use crate::raw::{RawConnection, VERSION};
 use crate::request::QueueOptions;
 use crate::ring::Ring;
-use crate::split::Queue;
 
 /// The one message that is sent without the `vhost` crate.
 const SET_LOG_BASE: u32 = 6;

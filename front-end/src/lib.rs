@@ -7,9 +7,10 @@
 //!    part of it as atomic integers.
 //! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields;
 //!    [`event`]: the eventfds for kicks and calls.
-//! 3. [`request`]: virtio-blk requests; [`split`] and [`packed`]: drivers that take any request, one
-//!    for each ring layout; [`any_queue`]: either of them.
-//! 4. [`prepared`]: drivers for requests that are laid out once, for measuring.
+//! 3. `split` and [`packed`]: the driver's side of a ring, one for each layout, which both of the
+//!    following use.
+//! 4. [`request`] and [`queue`]: queues that take any virtio-blk requests; [`prepared`]: queues of
+//!    requests that are laid out once, for measuring.
 //! 5. [`features`] and [`config_space`]: what is agreed on, and what the device says about itself.
 //! 6. `front_end`: [`FrontEnd`], the protocol: negotiation, start, stop, memory tables, reconnection;
 //!    `link`: one connection, with a limit on each wait (`watchdog`).
@@ -34,7 +35,6 @@
 //! # }
 //! ```
 
-pub mod any_queue;
 pub mod config_space;
 pub mod deaf;
 pub mod error;
@@ -46,14 +46,14 @@ pub mod lingering;
 mod link;
 pub mod packed;
 pub mod prepared;
+pub mod queue;
 pub mod raw;
 pub mod request;
 pub mod ring;
-pub mod split;
+mod split;
 mod watchdog;
 mod words;
 
-pub use any_queue::AnyQueue;
 pub use config_space::BlkConfig;
 pub use deaf::Deaf;
 pub use error::{Error, LIMIT, Result};
@@ -62,8 +62,7 @@ pub use front_end::FrontEnd;
 pub use guest::{Backing, GuestRam, Segment};
 pub use lingering::Lingering;
 pub use link::Killer;
-pub use packed::PackedQueue;
+pub use queue::{AnyQueue, PackedQueue, Queue};
 pub use raw::RawConnection;
 pub use request::{Completion, QueueOptions, Request, STATUS_OK, Tag};
 pub use ring::RingLayout;
-pub use split::Queue;

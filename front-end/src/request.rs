@@ -1,6 +1,11 @@
 //! Virtio-blk requests as a driver lays them out (virtio 1.2, 5.2.6): header, data, status byte.
 
-use crate::guest::Segment;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::error::Result;
+use crate::guest::{GuestRam, Segment, Window};
+use crate::ring::WRITE;
 
 /// Status byte: done.
 pub const STATUS_OK: u8 = 0;
@@ -11,9 +16,12 @@ pub const STATUS_UNSUPP: u8 = 2;
 /// What the status byte holds until the device writes it: no status of the specification.
 pub const STATUS_UNWRITTEN: u8 = 0xee;
 
-/// The header, then the status byte, in a cache line of their own.
+/// The header, then the status byte, in a cache line of their own, which travels to the device and
+/// back once a request.
 pub(crate) const HEAD_BYTES: u32 = 64;
-const STATUS_AT: usize = 16;
+pub(crate) const STATUS_AT: usize = HEADER_BYTES as usize;
+/// A request's header: type, priority, sector.
+pub(crate) const HEADER_BYTES: u32 = 16;
 
 /// How a queue is made and driven.
 #[derive(Clone, Copy, Debug)]
@@ -105,8 +113,44 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     (u128::from(sector) | u128::from(sectors) << 64 | u128::from(flags) << 96).to_le_bytes()
 }
 
-pub(crate) fn status_at(head: u16) -> usize {
-    usize::from(head) * HEAD_BYTES as usize + STATUS_AT
+/// Memory for the headers and status bytes of a queue's requests, a cache line for each.
+#[derive(Debug)]
+pub(crate) struct Heads(Window);
+
+impl Heads {
+    /// Takes memory for `count` requests.
+    pub(crate) fn new(ram: &Arc<GuestRam>, count: u16) -> Result<Self> {
+        ram.window(HEAD_BYTES * u32::from(count), u64::from(HEAD_BYTES)).map(Self)
+    }
+
+    /// Writes the header of `request` into line `index`, and returns the request's buffers in
+    /// order, each with [`WRITE`] or 0.
+    pub(crate) fn lay<'r>(
+        &self,
+        index: u16,
+        request: &Request<'r>,
+    ) -> impl Iterator<Item = (Segment, u16)> + use<'r> {
+        let at = usize::from(index) * HEAD_BYTES as usize;
+        self.0.store(at, u64::from(request.kind), Relaxed);
+        self.0.store(at + 8, request.sector, Relaxed);
+        self.0.store(at + STATUS_AT, STATUS_UNWRITTEN, Relaxed);
+        let (header, status) = self.addrs(index);
+        let data_flags = if request.device_writes { WRITE } else { 0 };
+        std::iter::once((Segment { gpa: header, len: HEADER_BYTES }, 0))
+            .chain(request.data.iter().map(move |&segment| (segment, data_flags)))
+            .chain(std::iter::once((Segment { gpa: status, len: 1 }, WRITE)))
+    }
+
+    /// Where the header and the status byte of line `index` lie.
+    pub(crate) fn addrs(&self, index: u16) -> (u64, u64) {
+        let header = self.0.gpa() + u64::from(index) * u64::from(HEAD_BYTES);
+        (header, header + STATUS_AT as u64)
+    }
+
+    /// The status byte in line `index`.
+    pub(crate) fn status(&self, index: u16) -> u8 {
+        self.0.load(usize::from(index) * HEAD_BYTES as usize + STATUS_AT, Relaxed)
+    }
 }
 
 #[cfg(test)]

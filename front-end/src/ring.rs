@@ -1,11 +1,12 @@
-//! One split virtqueue in guest memory (virtio 1.2, section 2.7), field by field.
+//! Where one virtqueue lies in guest memory, its eventfds, and raw access to a split ring's fields.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::event::{EventFd, event_fd};
 use crate::guest::{GuestRam, Window};
+use crate::packed::PackedFields;
+use crate::split::SplitFields;
 
 /// Descriptor flag: another one follows.
 pub const NEXT: u16 = 1;
@@ -35,6 +36,21 @@ pub struct Descriptor {
     pub flags: u16,
     /// Index of the next one, if [`NEXT`] is set.
     pub next: u16,
+}
+
+impl Descriptor {
+    /// The two words of a split ring's descriptor.
+    #[inline]
+    pub(crate) fn split(self) -> [u64; 2] {
+        let Self { addr, len, flags, next } = self;
+        [addr, u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48]
+    }
+
+    /// What the two words of a split ring's descriptor say.
+    pub(crate) fn from_split([addr, rest]: [u64; 2]) -> Self {
+        let [flags, next] = [32, 48].map(|bit| (rest >> bit) as u16);
+        Self { addr, len: rest as u32, flags, next }
+    }
 }
 
 /// An element of the used ring.
@@ -145,83 +161,77 @@ impl Ring {
         Ok(std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), new))
     }
 
-    /// Reads descriptor `index`.
-    #[must_use]
-    pub fn descriptor(&self, index: u16) -> Descriptor {
-        let at = 16 * usize::from(index);
-        Descriptor {
-            addr: self.descriptors.load(at, Relaxed),
-            len: self.descriptors.load(at + 8, Relaxed),
-            flags: self.descriptors.load(at + 12, Relaxed),
-            next: self.descriptors.load(at + 14, Relaxed),
-        }
+    /// Its fields as those of a split ring.
+    #[inline]
+    pub(crate) fn split(&self) -> SplitFields<'_> {
+        SplitFields::new(self.windows(), self.size)
     }
 
-    /// Writes descriptor `index`.
+    /// Its fields as those of a packed ring.
     #[inline]
+    pub(crate) fn packed(&self) -> PackedFields<'_> {
+        PackedFields::new(self.windows(), self.size)
+    }
+
+    /// Reads descriptor `index` of a split ring.
+    #[must_use]
+    pub fn descriptor(&self, index: u16) -> Descriptor {
+        self.split().descriptor(index)
+    }
+
+    /// Writes descriptor `index` of a split ring.
     pub fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
-        put(&self.descriptors, index, descriptor);
+        self.split().set_descriptor(index, descriptor);
     }
 
     /// The available ring's flags: 1 asks the device for no calls.
-    #[inline]
     pub fn set_available_flags(&self, flags: u16) {
-        self.available.store(0, flags, Relaxed);
+        self.split().set_available_flags(flags);
     }
 
     /// The available ring's index, which only the driver writes.
     #[must_use]
     pub fn available_index(&self) -> u16 {
-        self.available.load(2, Relaxed)
+        self.split().available_index()
     }
 
     /// Publishes the available ring up to `index`, with all that was written before.
-    #[inline]
     pub fn set_available_index(&self, index: u16) {
-        // Release: the device that loads this index sees descriptors and elements.
-        self.available.store(2, index, Release);
+        self.split().set_available_index(index);
     }
 
     /// Writes the element of the available ring for position `index` (taken modulo the size).
-    #[inline]
     pub fn set_available_element(&self, index: u16, head: u16) {
-        self.available.store(4 + 2 * usize::from(index % self.size), head, Relaxed);
+        self.split().set_available_element(index, head);
     }
 
     /// With EVENT_IDX: the used index after which the driver wants a call.
-    #[inline]
     pub fn set_used_event(&self, index: u16) {
-        self.available.store(4 + 2 * usize::from(self.size), index, Relaxed);
+        self.split().set_used_event(index);
     }
 
     /// The used ring's flags: 1 says that the device wants no kicks.
     #[must_use]
-    #[inline]
     pub fn used_flags(&self) -> u16 {
-        self.used.load(0, Relaxed)
+        self.split().used_flags()
     }
 
     /// The used ring's index, and with it all that the device wrote before.
     #[must_use]
-    #[inline]
     pub fn used_index(&self) -> u16 {
-        // Acquire: pairs with the device's store after it has written data, status and element.
-        self.used.load(2, Acquire)
+        self.split().used_index()
     }
 
     /// The element of the used ring for position `index` (taken modulo the size).
     #[must_use]
-    #[inline]
     pub fn used_element(&self, index: u16) -> Used {
-        let at = 4 + 8 * usize::from(index % self.size);
-        Used { id: self.used.load(at, Relaxed), len: self.used.load(at + 4, Relaxed) }
+        self.split().used_element(index)
     }
 
     /// With EVENT_IDX: the available index after which the device wants a kick.
     #[must_use]
-    #[inline]
     pub fn available_event(&self) -> u16 {
-        self.used.load(4 + 8 * usize::from(self.size), Relaxed)
+        self.split().available_event()
     }
 
     /// Makes all three zero, as a guest that boots again does.
@@ -230,17 +240,6 @@ impl Ring {
         self.available.clear();
         self.used.clear();
     }
-}
-
-/// Writes descriptor `index` of a table.
-#[inline]
-pub(crate) fn put(table: &Window, index: u16, descriptor: Descriptor) {
-    let at = 16 * usize::from(index);
-    table.store(at, descriptor.addr, Relaxed);
-    let rest = u64::from(descriptor.len)
-        | u64::from(descriptor.flags) << 32
-        | u64::from(descriptor.next) << 48;
-    table.store(at + 8, rest, Relaxed);
 }
 
 #[cfg(test)]

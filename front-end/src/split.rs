@@ -1,295 +1,202 @@
-//! The driver's side of a split ring: requests in, completions out (virtio 1.2, 2.7.13 and 5.2.6).
+//! The driver's side of a split ring (virtio 1.2, 2.7), for any kind of requests.
+//!
+//! `SplitFields` is the ring's memory, `SplitDriver` what the driver keeps beside it. Who drives a
+//! ring decides what lies in its descriptors, and which chains are free.
 
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
-use crate::any_queue::{self, Calls};
-use crate::error::{Error, Result};
-use crate::guest::{GuestRam, Segment, Window};
-use crate::request::{
-    Completion, HEAD_BYTES, QueueOptions, Request, STATUS_UNWRITTEN, Tag, status_at,
-};
-use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring, WRITE};
+use crate::guest::Window;
+use crate::ring::{Descriptor, Used};
+use crate::words::words;
 
-/// Drives one [`Ring`]: keeps its free descriptors, its indices and what is in flight.
-#[derive(Debug)]
-pub struct Queue {
-    ring: Arc<Ring>,
-    options: QueueOptions,
+/// A split ring in guest memory, field by field. The other side may write it at any time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SplitFields<'a> {
+    /// Two words for each.
+    descriptors: &'a [AtomicU64],
+    /// Flags, index, an element for each descriptor, `used_event`.
+    available: &'a [AtomicU16],
+    /// Flags, index, four of these for each descriptor, `avail_event`.
+    used: &'a [AtomicU16],
+    /// The same memory as `used`, for its elements: id and length, from the second one on.
+    elements: &'a [AtomicU32],
+    mask: u16,
+}
+
+impl<'a> SplitFields<'a> {
+    /// A ring of `size` descriptors in these windows: descriptors, available ring, used ring.
+    pub(crate) fn new([descriptors, available, used]: [&'a Window; 3], size: u16) -> Self {
+        Self {
+            descriptors: words(descriptors),
+            available: words(available),
+            used: words(used),
+            elements: words(used),
+            mask: size - 1,
+        }
+    }
+
+    /// The words of `count` descriptors from `first` on, two for each.
+    #[inline]
+    pub(crate) fn descriptors(&self, first: usize, count: usize) -> &'a [AtomicU64] {
+        &self.descriptors[2 * first..][..2 * count]
+    }
+
+    /// Reads descriptor `index`.
+    pub(crate) fn descriptor(&self, index: u16) -> Descriptor {
+        let at = 2 * usize::from(index);
+        Descriptor::from_split([at, at + 1].map(|word| self.descriptors[word].load(Relaxed)))
+    }
+
+    /// Writes descriptor `index`.
+    #[inline]
+    pub(crate) fn set_descriptor(&self, index: u16, descriptor: Descriptor) {
+        put(self.descriptors, index.into(), descriptor.split());
+    }
+
+    /// The available ring's flags: 1 asks the device for no calls.
+    pub(crate) fn set_available_flags(&self, flags: u16) {
+        self.available[0].store(flags, Relaxed);
+    }
+
+    /// The available ring's index, which only the driver writes.
+    pub(crate) fn available_index(&self) -> u16 {
+        self.available[1].load(Relaxed)
+    }
+
+    /// Publishes the available ring up to `index`, with all that was written before.
+    #[inline]
+    pub(crate) fn set_available_index(&self, index: u16) {
+        // Release: the device that loads this index sees elements, headers and descriptors.
+        self.available[1].store(index, Release);
+    }
+
+    /// Writes the element of the available ring for position `index` (taken modulo the size).
+    #[inline]
+    pub(crate) fn set_available_element(&self, index: u16, head: u16) {
+        self.available[2 + usize::from(index & self.mask)].store(head, Relaxed);
+    }
+
+    /// With EVENT_IDX: the used index after which the driver wants a call.
+    pub(crate) fn set_used_event(&self, index: u16) {
+        self.available[2 + self.size()].store(index, Relaxed);
+    }
+
+    /// The used ring's flags: 1 says that the device wants no kicks.
+    #[inline]
+    pub(crate) fn used_flags(&self) -> u16 {
+        self.used[0].load(Relaxed)
+    }
+
+    /// The used ring's index, and with it all that the device wrote before.
+    #[inline]
+    pub(crate) fn used_index(&self) -> u16 {
+        // Acquire: pairs with the device's store after it has written data, status and element.
+        self.used[1].load(Acquire)
+    }
+
+    /// The id in the element of the used ring for position `index` (taken modulo the size).
+    #[inline]
+    pub(crate) fn used_id(&self, index: u16) -> u32 {
+        self.elements[1 + 2 * usize::from(index & self.mask)].load(Relaxed)
+    }
+
+    /// The element of the used ring for position `index` (taken modulo the size).
+    pub(crate) fn used_element(&self, index: u16) -> Used {
+        let len = self.elements[2 + 2 * usize::from(index & self.mask)].load(Relaxed);
+        Used { id: self.used_id(index), len }
+    }
+
+    /// With EVENT_IDX: the available index after which the device wants a kick.
+    #[inline]
+    pub(crate) fn available_event(&self) -> u16 {
+        self.used[2 + 4 * self.size()].load(Relaxed)
+    }
+
+    #[inline]
+    fn size(&self) -> usize {
+        usize::from(self.mask) + 1
+    }
+}
+
+/// The driver's indices of one split ring.
+///
+/// Nothing here has a fence between publishing and looking at what the other side wants: the caller
+/// has one, or looks again.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SplitDriver {
     event_idx: bool,
-    heads: Window,
-    tables: Vec<Window>,
-    /// Descriptors that no request uses; the last one is taken first.
-    free: Vec<u16>,
-    /// Of each descriptor that heads a chain in flight: the whole chain.
-    chains: Vec<Vec<u16>>,
-    available: u16,
-    kicked: u16,
-    used: u16,
-    in_flight: usize,
+    /// Where the next chain goes in the available ring.
+    pub(crate) next: u16,
+    /// Up to where the used ring has been read.
+    pub(crate) taken: u16,
 }
 
-impl Queue {
-    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
-    /// been agreed on. [`crate::FrontEnd::start_new`] makes queues that fit the negotiation.
-    ///
-    /// # Errors
-    /// No memory, no eventfd, or a bad size.
-    pub fn new(
-        ram: &Arc<GuestRam>,
-        index: usize,
-        options: QueueOptions,
-        event_idx: bool,
-    ) -> Result<Self> {
-        let ring = Arc::new(Ring::new(ram, index, options.size)?);
-        let heads = ram.window(HEAD_BYTES * u32::from(options.size), 64)?;
-        let table_bytes = 16 * (options.segments_max as u32 + 2);
-        let table = |_| ram.window(table_bytes, 16);
-        let tables = if options.indirect { options.size } else { 0 };
-        let mut queue = Self {
-            ring,
-            options,
-            event_idx,
-            heads,
-            tables: (0..tables).map(table).collect::<Result<_>>()?,
-            free: Vec::new(),
-            chains: vec![Vec::new(); usize::from(options.size)],
-            available: 0,
-            kicked: 0,
-            used: 0,
-            in_flight: 0,
-        };
-        queue.boot();
-        Ok(queue)
+impl SplitDriver {
+    /// A driver of an empty ring. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has been agreed
+    /// on.
+    pub(crate) fn new(event_idx: bool) -> Self {
+        Self { event_idx, ..Self::default() }
     }
 
-    /// The ring, for a front end to start, and for raw access.
-    #[must_use]
-    pub fn ring(&self) -> &Arc<Ring> {
-        &self.ring
+    /// Makes the chains that begin at `heads` available to the device, with all that was written
+    /// before.
+    #[inline]
+    pub(crate) fn publish(&mut self, ring: &SplitFields<'_>, heads: impl Iterator<Item = u16>) {
+        let mut next = self.next;
+        for head in heads {
+            ring.set_available_element(next, head);
+            next = next.wrapping_add(1);
+        }
+        self.next = next;
+        ring.set_available_index(next);
     }
 
-    /// Requests that the device holds.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
+    /// Takes what the device has given back, at most `most`: positions in the used ring from the
+    /// first value on, as many as the second one says. What the device wrote before is seen.
+    #[inline]
+    pub(crate) fn take(&mut self, ring: &SplitFields<'_>, most: usize) -> (u16, usize) {
+        let first = self.taken;
+        let count = usize::from(ring.used_index().wrapping_sub(first)).min(most);
+        self.taken = first.wrapping_add(count as u16);
+        (first, count)
     }
 
-    /// Hands `request` to the device, without a kick: see [`Queue::kick`].
-    ///
-    /// # Errors
-    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
-    pub fn submit(&mut self, request: &Request) -> Result<Tag> {
-        let head = self.fill(request)?;
-        self.make_available(head);
-        Ok(Tag(head))
+    /// Whether the device has given back what was not taken.
+    #[inline]
+    pub(crate) fn has_completion(&self, ring: &SplitFields<'_>) -> bool {
+        self.taken != ring.used_index()
     }
 
-    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
-    /// Returns whether it did.
-    ///
-    /// # Errors
-    /// The eventfd cannot be written.
-    pub fn kick(&mut self) -> Result<bool> {
-        // If our index comes first, a device that then asks for kicks sees the requests; if its
-        // asking comes first, we see that. Without the fence, both may miss the other.
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            need_event(self.ring.available_event(), self.available, self.kicked)
+    /// Whether the device wants a kick for the last `unkicked` chains that were published.
+    #[inline]
+    pub(crate) fn wants_kick(&self, ring: &SplitFields<'_>, unkicked: u16) -> bool {
+        if self.event_idx {
+            need_event(ring.available_event(), self.next, self.next.wrapping_sub(unkicked))
         } else {
-            self.ring.used_flags() & 1 == 0
-        };
-        let wanted = wanted && self.kicked != self.available;
-        self.kicked = self.available;
-        if wanted {
-            self.kick_anyway()?;
+            unkicked > 0 && ring.used_flags() & 1 == 0
         }
-        Ok(wanted)
     }
 
-    /// Kicks the device, wanted or not.
-    ///
-    /// # Errors
-    /// The eventfd cannot be written.
-    pub fn kick_anyway(&self) -> Result<()> {
-        self.ring.kick()
+    /// Asks the device for a call at the next completion.
+    pub(crate) fn ask_for_call(&self, ring: &SplitFields<'_>) {
+        ring.set_available_flags(0);
+        ring.set_used_event(self.taken);
     }
 
-    /// Takes the next request that the device has given back, in its order.
-    ///
-    /// # Errors
-    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
-    pub fn poll(&mut self) -> Result<Option<Completion>> {
-        let Some(used) = self.poll_raw() else { return Ok(None) };
-        let not_held = Error::NotHeld { id: used.id };
-        let Ok(head) = u16::try_from(used.id) else { return Err(not_held) };
-        let Some(chain) = self.chains.get_mut(usize::from(head)) else { return Err(not_held) };
-        if chain.is_empty() {
-            return Err(not_held);
-        }
-        self.free.extend(chain.drain(..).rev());
-        self.in_flight -= 1;
-        let status = self.heads.load(status_at(head), Ordering::Relaxed);
-        Ok(Some(Completion { tag: Tag(head), status, used_len: used.len }))
-    }
-
-    /// Takes the next element of the used ring as it is, and frees nothing.
-    pub fn poll_raw(&mut self) -> Option<ring::Used> {
-        if self.ring.used_index() == self.used {
-            return None;
-        }
-        let used = self.ring.used_element(self.used);
-        self.used = self.used.wrapping_add(1);
-        Some(used)
-    }
-
-    /// Waits on the call eventfd for the next completion.
-    ///
-    /// # Errors
-    /// [`Error::Stalled`] after [`LIMIT`], and as [`Queue::poll`].
-    ///
-    /// [`LIMIT`]: crate::LIMIT
-    pub fn wait(&mut self) -> Result<Completion> {
-        any_queue::wait(self)
-    }
-
-    /// Submits `request`, kicks, and waits for the next completion, which is its own if nothing
-    /// else is in flight.
-    ///
-    /// # Errors
-    /// As [`Queue::submit`], [`Queue::kick`] and [`Queue::wait`].
-    pub fn run(&mut self, request: &Request) -> Result<Completion> {
-        self.submit(request)?;
-        self.kick()?;
-        self.wait()
-    }
-
-    /// Lays `request` out in descriptors, as [`Queue::submit`] does, but does not make it
-    /// available: a test may spoil it first. Returns the head.
-    ///
-    /// # Errors
-    /// As [`Queue::submit`].
-    pub fn fill(&mut self, request: &Request) -> Result<u16> {
-        let segments = request.data.len();
-        let most = self.options.segments_max;
-        let parts = segments + 2;
-        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
-            return Err(Error::Segments { have: segments, most });
-        }
-        let needed = if self.options.indirect { 1 } else { parts };
-        let Some(rest) = self.free.len().checked_sub(needed) else { return Err(Error::Full) };
-        let Some(&head) = self.free.last() else { return Err(Error::Full) };
-        let chain = &mut self.chains[usize::from(head)];
-        chain.extend(self.free.drain(rest..).rev());
-        self.in_flight += 1;
-
-        let at = usize::from(head) * HEAD_BYTES as usize;
-        self.heads.store(at, u64::from(request.kind), Ordering::Relaxed);
-        self.heads.store(at + 8, request.sector, Ordering::Relaxed);
-        self.heads.store(status_at(head), STATUS_UNWRITTEN, Ordering::Relaxed);
-
-        let header = Segment { gpa: self.heads.gpa() + at as u64, len: 16 };
-        let status = Segment { gpa: self.heads.gpa() + status_at(head) as u64, len: 1 };
-        let data_flags = if request.device_writes { WRITE } else { 0 };
-        let buffers = std::iter::once((header, NEXT))
-            .chain(request.data.iter().map(|&segment| (segment, data_flags | NEXT)))
-            .chain(std::iter::once((status, WRITE)));
-        let chain = &self.chains[usize::from(head)];
-        if let Some(table) = self.tables.get(usize::from(head)) {
-            for (i, (Segment { gpa: addr, len }, flags)) in (0..).zip(buffers) {
-                ring::put(table, i, Descriptor { addr, len, flags, next: i + 1 });
-            }
-            let (addr, len) = (table.gpa(), 16 * parts as u32);
-            self.ring.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
-        } else {
-            for (i, (Segment { gpa: addr, len }, flags)) in buffers.enumerate() {
-                let next = chain.get(i + 1).copied().unwrap_or(0);
-                self.ring.set_descriptor(chain[i], Descriptor { addr, len, flags, next });
-            }
-        }
-        Ok(head)
-    }
-
-    /// Makes the chain that begins at `head` available, whatever it is.
-    pub fn make_available(&mut self, head: u16) {
-        self.ring.set_available_element(self.available, head);
-        self.available = self.available.wrapping_add(1);
-        self.ring.set_available_index(self.available);
-    }
-
-    /// Takes `n` free descriptors for a test to write as it likes (through [`Queue::ring`]), so
-    /// that requests do not use them.
-    ///
-    /// # Errors
-    /// [`Error::Full`].
-    pub fn take_descriptors(&mut self, n: usize) -> Result<Vec<u16>> {
-        let rest = self.free.len().checked_sub(n).ok_or(Error::Full)?;
-        Ok(self.free.split_off(rest))
-    }
-
-    /// Where the header of the request at `head` lies, and where its status byte does.
-    #[must_use]
-    pub fn head_addrs(&self, head: u16) -> (u64, u64) {
-        let gpa = self.heads.gpa();
-        (gpa + u64::from(head) * u64::from(HEAD_BYTES), gpa + status_at(head) as u64)
-    }
-
-    /// Where the indirect table of the request at `head` lies, if the queue uses them.
-    #[must_use]
-    pub fn table_addr(&self, head: u16) -> Option<u64> {
-        self.tables.get(usize::from(head)).map(Window::gpa)
-    }
-
-    /// Begins anew, as a guest that boots again does: zero rings, nothing in flight. Only while
-    /// no back end uses the ring.
-    pub fn reset(&mut self) {
-        self.ring.clear();
-        self.boot();
-    }
-
-    fn boot(&mut self) {
-        self.free = (0..self.options.size).rev().collect();
-        self.chains.iter_mut().for_each(Vec::clear);
-        (self.available, self.kicked, self.used, self.in_flight) = (0, 0, 0, 0);
-        self.refuse_calls();
-    }
-
-    /// How far it has taken back what the device has done.
-    pub(crate) fn base(&self) -> u16 {
-        self.used
+    /// Tells the device that nobody waits for its calls. With EVENT_IDX this holds for the next
+    /// 65,535 completions.
+    pub(crate) fn refuse_calls(&self, ring: &SplitFields<'_>) {
+        ring.set_available_flags(u16::from(!self.event_idx));
+        ring.set_used_event(self.taken.wrapping_sub(1));
     }
 }
 
-impl Calls for Queue {
-    fn ring(&self) -> &Arc<Ring> {
-        &self.ring
-    }
-
-    fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    fn poll(&mut self) -> Result<Option<Completion>> {
-        self.poll()
-    }
-
-    fn ask_for_call(&self) {
-        self.ring.set_available_flags(0);
-        self.ring.set_used_event(self.used);
-        // If our asking comes first, the device sees it and calls; if its index comes first, the
-        // caller's look at it sees the completion.
-        fence(Ordering::SeqCst);
-    }
-
-    fn refuse_calls(&self) {
-        self.ring.set_available_flags(u16::from(!self.event_idx));
-        // An index that is passed again only after 65,535 completions.
-        self.ring.set_used_event(self.used.wrapping_sub(1));
-    }
-
-    fn has_completion(&self) -> bool {
-        self.ring.used_index() != self.used
-    }
+/// Writes the two words of descriptor `index` of a table.
+#[inline]
+pub(crate) fn put(table: &[AtomicU64], index: usize, [addr, rest]: [u64; 2]) {
+    table[2 * index].store(addr, Relaxed);
+    table[2 * index + 1].store(rest, Relaxed);
 }
 
 /// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
@@ -303,79 +210,11 @@ pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
 mod tests {
     use super::*;
 
-    /// A queue whose device is the test.
-    fn queue(event_idx: bool) -> Queue {
-        let ram = GuestRam::new(&[1 << 20]).unwrap();
-        let options = QueueOptions { size: 8, ..QueueOptions::default() };
-        Queue::new(&ram, 0, options, event_idx).unwrap()
-    }
-
-    /// Does what a device does to give back `id` as the element before used index `index`.
-    fn give_back(queue: &Queue, index: u16, id: u16) {
-        let ring = queue.ring();
-        let used = ring.addrs()[2];
-        let element = [u32::from(id).to_le_bytes(), 1_u32.to_le_bytes()].concat();
-        ring.ram().write(used + 4 + u64::from((index - 1) % 8) * 8, &element).unwrap();
-        ring.ram().write(used + 2, &index.to_le_bytes()).unwrap();
-    }
-
-    #[test]
-    fn a_buffer_given_back_twice_or_out_of_range_is_an_error_once() {
-        let mut queue = queue(false);
-        let tag = queue.submit(&Request::flush()).unwrap();
-        give_back(&queue, 1, tag.0);
-        let done = queue.poll().unwrap().unwrap();
-        assert_eq!((done.tag, done.status), (tag, STATUS_UNWRITTEN));
-        give_back(&queue, 2, tag.0);
-        assert!(matches!(queue.poll(), Err(Error::NotHeld { .. })));
-        give_back(&queue, 3, 8);
-        assert!(matches!(queue.poll(), Err(Error::NotHeld { id: 8 })));
-        assert!(queue.poll().unwrap().is_none());
-        assert_eq!(queue.in_flight(), 0);
-    }
-
-    #[test]
-    fn kicks_are_sent_as_the_device_wants_them() {
-        let mut queue = queue(false);
-        queue.submit(&Request::flush()).unwrap();
-        assert!(queue.kick().unwrap());
-        assert!(!queue.kick().unwrap(), "nothing new");
-        queue.ring().ram().write(queue.ring().addrs()[2], &[1, 0]).unwrap();
-        queue.submit(&Request::flush()).unwrap();
-        assert!(!queue.kick().unwrap(), "not wanted");
-    }
-
-    #[test]
-    fn kicks_are_sent_at_the_index_that_the_device_names() {
-        let mut queue = queue(true);
-        let want_at = |queue: &Queue, index: u16| {
-            let at = queue.ring().addrs()[2] + 4 + 8 * 8;
-            queue.ring().ram().write(at, &index.to_le_bytes()).unwrap();
-        };
-        want_at(&queue, 1);
-        queue.submit(&Request::flush()).unwrap();
-        assert!(!queue.kick().unwrap(), "index 0 is not what it waits for");
-        queue.submit(&Request::flush()).unwrap();
-        queue.submit(&Request::flush()).unwrap();
-        assert!(queue.kick().unwrap(), "index 1 is among these two");
-    }
-
     #[test]
     fn events_are_counted_modulo_65536() {
         assert!(need_event(0xffff, 0, 0xffff));
         assert!(need_event(0, 1, 0xfffe));
         assert!(!need_event(1, 1, 0xfffe));
         assert!(!need_event(0xfffd, 1, 0xfffe));
-    }
-
-    #[test]
-    fn requests_that_do_not_fit_are_refused_and_take_nothing() {
-        let mut queue = queue(false);
-        let data = [Segment::new(0, 512); 33];
-        assert!(matches!(queue.submit(&Request::read(0, &data)), Err(Error::Segments { .. })));
-        assert!(matches!(queue.submit(&Request::read(0, &data[..7])), Err(Error::Segments { .. })));
-        queue.submit(&Request::read(0, &data[..6])).unwrap();
-        assert!(matches!(queue.submit(&Request::flush()), Err(Error::Full)));
-        assert_eq!(queue.in_flight(), 1);
     }
 }

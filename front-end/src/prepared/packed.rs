@@ -1,12 +1,9 @@
 //! The driver's side of a packed ring (virtio 1.2, 2.8).
 
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-
-use crate::packed::{AVAILABLE, EVENTS_OFF, EVENTS_ON, FIRST_BASE, Position, USED, wants_kick};
+use crate::packed::{PackedDriver, PackedFields, descriptor};
 use crate::prepared::Virtqueue;
 use crate::prepared::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
-use crate::words::words;
 
 /// A packed ring. The descriptors of each slot's request are made once and copied into the ring
 /// wherever the next free place is.
@@ -15,18 +12,13 @@ use crate::words::words;
 /// the driver's events, the device's events.
 #[derive(Debug)]
 pub struct Packed<'a> {
+    ring: PackedFields<'a>,
+    driver: PackedDriver,
     slots: &'a Slots,
-    size: u16,
-    event_idx: bool,
-    descriptors: &'a [AtomicU64],
-    ours: &'a [AtomicU16],
-    theirs: &'a [AtomicU16],
     /// Each slot's descriptors as two words, the flags without those of the position.
     made: Vec<[u64; 2]>,
     /// Descriptors of one request in the ring.
     parts: u16,
-    next: Position,
-    used: Position,
     /// Descriptors since the last kick, and descriptors that the device holds.
     unkicked: u16,
     held: u16,
@@ -36,20 +28,14 @@ impl<'a> Packed<'a> {
     /// Makes the requests of `slots` reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
     /// been agreed on.
     pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
-        let [descriptors, ours, theirs] = ring.windows();
         let parts = if slots.is_indirect() { 1 } else { slots.parts() };
         assert!(slots.count() * parts <= usize::from(ring.size()), "all requests fit in the ring");
         let mut packed = Self {
+            ring: ring.packed(),
+            driver: PackedDriver::new(event_idx),
             slots,
-            size: ring.size(),
-            event_idx,
-            descriptors: words(descriptors),
-            ours: words(ours),
-            theirs: words(theirs),
             made: vec![[0; 2]; slots.count() * parts],
             parts: parts as u16,
-            next: Position::FIRST,
-            used: Position::FIRST,
             unkicked: 0,
             held: 0,
         };
@@ -66,38 +52,30 @@ impl<'a> Packed<'a> {
         packed
     }
 
-    /// The second word of the descriptor at `position`: length, buffer id and flags.
-    #[inline]
-    fn word(&self, position: Position) -> &AtomicU64 {
-        &self.descriptors[2 * usize::from(position.at) + 1]
-    }
-
     fn make(slot: usize, part: Descriptor) -> [u64; 2] {
-        let rest = u64::from(part.len) | (slot as u64) << 32 | u64::from(part.flags) << 48;
-        [part.addr, rest]
+        descriptor(part.addr, part.len, slot as u16, part.flags)
     }
 }
 
 impl Virtqueue for Packed<'_> {
     #[inline]
     fn take(&mut self, slots: &mut [u16]) -> usize {
+        // Copies stay in registers.
+        let (ring, mut driver, parts) = (self.ring, self.driver, self.parts);
         let mut count = 0;
         for slot in slots {
-            // Acquire: pairs with the device's store of the flags after it has written all else.
-            let word = self.word(self.used).load(Ordering::Acquire);
-            if !self.used.is_used((word >> 48) as u16) {
-                break;
-            }
-            *slot = (word >> 32) as u16;
-            self.used.advance(self.parts, self.size);
+            let Some(rest) = driver.given_back(&ring) else { break };
+            *slot = (rest >> 32) as u16;
+            driver.take(&ring, parts);
             count += 1;
         }
+        self.driver = driver;
         self.held = self.held.saturating_sub(self.parts * count as u16);
         count
     }
 
     fn has_completion(&self) -> bool {
-        self.used.is_used((self.word(self.used).load(Ordering::Acquire) >> 48) as u16)
+        self.driver.given_back(&self.ring).is_some()
     }
 
     fn set_kind(&mut self, slot: usize, write: bool) {
@@ -113,26 +91,14 @@ impl Virtqueue for Packed<'_> {
 
     #[inline]
     fn give(&mut self, slots: &[u16]) {
-        let first = self.next;
-        let mut first_rest = 0;
+        let mut batch = self.driver.begin();
         let parts = usize::from(self.parts);
         for slot in slots {
             for made in &self.made[usize::from(*slot) * parts..][..parts] {
-                let [addr, rest] = *made;
-                let state = if self.next.wrap { AVAILABLE } else { USED };
-                let rest = rest | u64::from(state) << 48;
-                self.descriptors[2 * usize::from(self.next.at)].store(addr, Ordering::Relaxed);
-                // The device waits for the first one's flags, and looks at no other before.
-                if first_rest == 0 {
-                    first_rest = rest;
-                } else {
-                    self.word(self.next).store(rest, Ordering::Relaxed);
-                }
-                self.next.advance(1, self.size);
+                self.driver.put(&self.ring, &mut batch, *made);
             }
         }
-        // Release: the device that sees these flags sees headers and all other descriptors.
-        self.word(first).store(first_rest, Ordering::Release);
+        self.driver.publish(&self.ring, batch);
         let added = self.parts * slots.len() as u16;
         self.unkicked += added;
         self.held += added;
@@ -142,9 +108,7 @@ impl Virtqueue for Packed<'_> {
     fn take_kick(&mut self) -> bool {
         // What has come back has been seen, so it needs no kick.
         self.unkicked = self.unkicked.min(self.held);
-        let events = [0, 1].map(|i: usize| self.theirs[i].load(Ordering::Relaxed));
-        let since = (self.next, self.unkicked);
-        let wanted = self.unkicked > 0 && wants_kick(events, self.event_idx, since, self.size);
+        let wanted = self.driver.wants_kick(&self.ring, self.unkicked);
         if wanted {
             self.unkicked = 0;
         }
@@ -152,15 +116,15 @@ impl Virtqueue for Packed<'_> {
     }
 
     fn ask_for_call(&mut self) {
-        self.ours[1].store(EVENTS_ON, Ordering::Relaxed);
+        self.driver.ask_for_call(&self.ring);
     }
 
     fn refuse_calls(&mut self) {
-        self.ours[1].store(EVENTS_OFF, Ordering::Relaxed);
+        self.driver.refuse_calls(&self.ring);
     }
 
     fn base(&self) -> u16 {
-        self.used.at | if self.used.wrap { FIRST_BASE } else { 0 }
+        self.driver.base()
     }
 }
 
@@ -171,7 +135,7 @@ mod tests {
 
     use super::*;
     use crate::guest::GuestRam;
-    use crate::packed::EVENTS_AT;
+    use crate::packed::{AVAILABLE, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Position, USED};
     use crate::ring::NEXT;
 
     /// A device that follows the specification, with state of its own.

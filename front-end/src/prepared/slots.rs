@@ -5,17 +5,16 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment, Window};
-use crate::request::STATUS_UNWRITTEN;
+use crate::packed::put_entry;
+use crate::request::{HEAD_BYTES, HEADER_BYTES, STATUS_AT, STATUS_UNWRITTEN};
 use crate::ring::{Descriptor, NEXT, RingLayout, WRITE};
+use crate::split::put;
 use crate::words::words;
 
 /// Where the flags begin in the second word of a split ring's descriptor, and of a packed one's.
 pub(crate) const SPLIT_FLAGS_AT: u32 = 32;
 pub(crate) const PACKED_FLAGS_AT: u32 = 48;
-/// Header and status byte share a cache line: it travels to the device and back once a request.
-const HEAD_BYTES: u32 = 64;
 const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
-const STATUS_AT: usize = 16;
 const DESCRIPTOR_BYTES: u32 = 16;
 /// A whole page where blocks are that large, so that no block lies in more pages than it must.
 const PAGE: u64 = 4096;
@@ -90,7 +89,7 @@ impl Slots {
         let data = (0..len).step_by(self.segment_bytes as usize).map(move |from| {
             part(gpa + u64::from(from), self.segment_bytes.min(len - from), data_flags)
         });
-        let header = part(head, 16, NEXT);
+        let header = part(head, HEADER_BYTES, NEXT);
         let status = part(head + STATUS_AT as u64, 1, WRITE);
         std::iter::once(header).chain(data).chain(std::iter::once(status))
     }
@@ -103,11 +102,14 @@ impl Slots {
         let first = slot * parts.next_power_of_two();
         for (i, mut part) in self.descriptors(slot, false).enumerate() {
             match layout {
-                RingLayout::Split => part.next = if i + 1 < parts { i as u16 + 1 } else { 0 },
-                // Entries follow one another, and the flags are where a split one's next is.
-                RingLayout::Packed => (part.flags, part.next) = (0, part.flags & WRITE),
+                RingLayout::Split => {
+                    part.next = if i + 1 < parts { i as u16 + 1 } else { 0 };
+                    put(words(tables), first + i, part.split());
+                }
+                RingLayout::Packed => {
+                    put_entry(words(tables), first + i, part.addr, part.len, part.flags & WRITE);
+                }
             }
-            crate::ring::put(tables, (first + i) as u16, part);
         }
         let addr = tables.gpa() + first as u64 * u64::from(DESCRIPTOR_BYTES);
         Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })

@@ -1,12 +1,9 @@
 //! The driver's side of a split ring (virtio 1.2, 2.7).
 
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-
 use crate::prepared::Virtqueue;
 use crate::prepared::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
-use crate::split::need_event;
-use crate::words::words;
+use crate::split::{SplitDriver, SplitFields};
 
 /// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
 /// index comes round again, after 65,536.
@@ -20,21 +17,12 @@ pub fn stride(slots: &Slots) -> usize {
 /// A split ring in which the chain of slot `n` always begins at descriptor `n` times the stride.
 #[derive(Debug)]
 pub struct Split<'a> {
-    ring: &'a Ring,
+    ring: SplitFields<'a>,
+    driver: SplitDriver,
     slots: &'a Slots,
     shift: u32,
-    event_idx: bool,
-    descriptors: &'a [AtomicU64],
-    available: &'a [AtomicU16],
-    used: &'a [AtomicU16],
-    /// The same as `used`, for its elements.
-    elements: &'a [AtomicU32],
-    mask: u16,
-    /// Where the next request goes, and up to where the device has been kicked.
-    next: u16,
+    /// Up to where the device has been kicked.
     kicked: u16,
-    /// Up to where the used ring has been read.
-    taken: u16,
     /// What the device was last told not to call for.
     refused: u16,
 }
@@ -43,25 +31,17 @@ impl<'a> Split<'a> {
     /// Lays out the requests of `slots` as reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX
     /// has been agreed on.
     pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
-        let [descriptors, available, used] = ring.windows();
         let stride = stride(slots);
         assert!(
             slots.count() * stride <= usize::from(ring.size()),
             "each slot has its descriptors"
         );
         let mut split = Self {
-            ring,
+            ring: ring.split(),
+            driver: SplitDriver::new(event_idx),
             slots,
             shift: stride.trailing_zeros(),
-            event_idx,
-            descriptors: words(descriptors),
-            available: words(available),
-            used: words(used),
-            elements: words(used),
-            mask: ring.size() - 1,
-            next: 0,
             kicked: 0,
-            taken: 0,
             refused: 0,
         };
         (0..slots.count()).for_each(|slot| split.lay(slot));
@@ -82,38 +62,30 @@ impl<'a> Split<'a> {
         }
     }
 
-    #[inline]
-    fn used_index(&self) -> u16 {
-        // Acquire: pairs with the device's store after it has written data, status and element.
-        self.used[1].load(Ordering::Acquire)
-    }
-
     #[cold]
     fn refuse_again(&mut self) {
-        self.refused = self.taken;
-        self.ring.set_used_event(self.taken.wrapping_sub(1));
+        self.refused = self.driver.taken;
+        self.ring.set_used_event(self.refused.wrapping_sub(1));
     }
 }
 
 impl Virtqueue for Split<'_> {
     #[inline]
     fn take(&mut self, slots: &mut [u16]) -> usize {
-        let filled = self.used_index().wrapping_sub(self.taken);
-        let slots = slots.iter_mut().take(filled.into());
-        let count = slots.len();
-        let mut index = self.taken;
-        for slot in slots {
-            let id = self.elements[1 + 2 * usize::from(index & self.mask)].load(Ordering::Relaxed);
+        let (first, count) = self.driver.take(&self.ring, slots.len());
+        let mut index = first;
+        for slot in &mut slots[..count] {
+            let id = self.ring.used_id(index);
             // What is no head comes out as a slot that is not there.
             *slot = u16::try_from(id.rotate_right(self.shift)).unwrap_or(u16::MAX);
             index = index.wrapping_add(1);
         }
-        self.taken = index;
         count
     }
 
+    #[inline]
     fn has_completion(&self) -> bool {
-        self.taken != self.used_index()
+        self.driver.has_completion(&self.ring)
     }
 
     #[inline]
@@ -121,23 +93,15 @@ impl Virtqueue for Split<'_> {
         let first = slot << self.shift;
         let words = match self.slots.table(slot) {
             Some(table) => table,
-            None => &self.descriptors[2 * first..][..2 * self.slots.parts()],
+            None => self.ring.descriptors(first, self.slots.parts()),
         };
         set_data_kind(words, SPLIT_FLAGS_AT, write);
     }
 
     #[inline]
     fn give(&mut self, slots: &[u16]) {
-        let mut next = self.next;
-        for slot in slots {
-            let element = 2 + usize::from(next & self.mask);
-            self.available[element].store(slot << self.shift, Ordering::Relaxed);
-            next = next.wrapping_add(1);
-        }
-        self.next = next;
-        // Release: the device that loads this index sees elements, headers and descriptors.
-        self.available[1].store(next, Ordering::Release);
-        if self.taken.wrapping_sub(self.refused) > REFUSAL_AGE {
+        self.driver.publish(&self.ring, slots.iter().map(|slot| slot << self.shift));
+        if self.driver.taken.wrapping_sub(self.refused) > REFUSAL_AGE {
             self.refuse_again();
         }
     }
@@ -146,31 +110,26 @@ impl Virtqueue for Split<'_> {
     fn take_kick(&mut self) -> bool {
         // What has come back has been seen, so it needs no kick; without this, a device that never
         // wants one would leave `kicked` behind until indices have come round.
-        let in_flight = self.next.wrapping_sub(self.taken);
-        let unkicked = self.next.wrapping_sub(self.kicked).min(in_flight);
-        let wanted = if self.event_idx {
-            let event = self.used[2 + 4 * (usize::from(self.mask) + 1)].load(Ordering::Relaxed);
-            need_event(event, self.next, self.next.wrapping_sub(unkicked))
-        } else {
-            unkicked > 0 && self.used[0].load(Ordering::Relaxed) & 1 == 0
-        };
-        self.kicked = if wanted { self.next } else { self.next.wrapping_sub(unkicked) };
+        let SplitDriver { next, taken, .. } = self.driver;
+        let in_flight = next.wrapping_sub(taken);
+        let unkicked = next.wrapping_sub(self.kicked).min(in_flight);
+        let wanted = self.driver.wants_kick(&self.ring, unkicked);
+        self.kicked = if wanted { next } else { next.wrapping_sub(unkicked) };
         wanted
     }
 
     fn ask_for_call(&mut self) {
-        self.ring.set_available_flags(0);
-        self.ring.set_used_event(self.taken);
+        self.driver.ask_for_call(&self.ring);
     }
 
     fn refuse_calls(&mut self) {
-        self.ring.set_available_flags(u16::from(!self.event_idx));
-        self.refuse_again();
+        self.driver.refuse_calls(&self.ring);
+        self.refused = self.driver.taken;
     }
 
     /// As QEMU has it: what the device has published, whether or not it was taken.
     fn base(&self) -> u16 {
-        self.used_index()
+        self.ring.used_index()
     }
 }
 
@@ -180,6 +139,7 @@ mod tests {
 
     use super::*;
     use crate::guest::GuestRam;
+    use crate::split::need_event;
 
     /// A ring of 8 descriptors for two requests, whose device is the test.
     fn parts(indirect: bool) -> (Arc<GuestRam>, Ring, Slots) {

@@ -1,0 +1,194 @@
+//! A queue of any requests on a packed ring (virtio 1.2, 2.8 and 5.2.6).
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::{Calls, wait};
+use crate::error::{Error, Result};
+use crate::guest::{GuestRam, Window};
+use crate::packed::{PackedDriver, descriptor, put_entry};
+use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
+use crate::ring::{INDIRECT, NEXT, Ring};
+use crate::words::words;
+
+/// Drives one packed ring, as [`crate::Queue`] drives a split one. To be started from
+/// [`crate::packed::FIRST_BASE`].
+///
+/// It lies in the memory of a split [`Ring`], whose three parts are all large enough: descriptors,
+/// the driver's events, the device's events.
+#[derive(Debug)]
+pub struct PackedQueue {
+    ring: Arc<Ring>,
+    options: QueueOptions,
+    driver: PackedDriver,
+    heads: Heads,
+    tables: Vec<Window>,
+    /// Buffer ids that no request uses.
+    free: Vec<u16>,
+    /// Of each buffer id: its descriptors in the ring, 0 unless the device holds it.
+    parts: Vec<u16>,
+    /// Descriptors since the last look at whether a kick is wanted, and descriptors that are free.
+    unkicked: u16,
+    room: u16,
+}
+
+impl PackedQueue {
+    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
+    /// been agreed on.
+    ///
+    /// # Errors
+    /// No memory, no eventfd, or a bad size.
+    pub fn new(
+        ram: &Arc<GuestRam>,
+        index: usize,
+        options: QueueOptions,
+        event_idx: bool,
+    ) -> Result<Self> {
+        let ring = Arc::new(Ring::new(ram, index, options.size)?);
+        let table_bytes = 16 * (options.segments_max as u32 + 2);
+        let tables = if options.indirect { options.size } else { 0 };
+        let queue = Self {
+            ring,
+            options,
+            driver: PackedDriver::new(event_idx),
+            heads: Heads::new(ram, options.size)?,
+            tables: (0..tables).map(|_| ram.window(table_bytes, 16)).collect::<Result<_>>()?,
+            free: (0..options.size).rev().collect(),
+            parts: vec![0; options.size.into()],
+            unkicked: 0,
+            room: options.size,
+        };
+        queue.refuse_calls();
+        Ok(queue)
+    }
+
+    /// The ring, for a front end to start.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    /// Requests that the device holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        usize::from(self.options.size) - self.free.len()
+    }
+
+    /// Hands `request` to the device, without a kick: see [`PackedQueue::kick`].
+    ///
+    /// # Errors
+    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
+    pub fn submit(&mut self, request: &Request<'_>) -> Result<Tag> {
+        let (segments, most) = (request.data.len(), self.options.segments_max);
+        let parts = segments + 2;
+        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
+            return Err(Error::Segments { have: segments, most });
+        }
+        let in_ring = if self.options.indirect { 1 } else { parts as u16 };
+        if in_ring > self.room {
+            return Err(Error::Full);
+        }
+        let id = self.free.pop().ok_or(Error::Full)?;
+        self.room -= in_ring;
+        self.parts[usize::from(id)] = in_ring;
+
+        let (ring, mut batch) = (self.ring.packed(), self.driver.begin());
+        let buffers = self.heads.lay(id, request);
+        if let Some(table) = self.tables.get(usize::from(id)) {
+            for (i, (segment, flags)) in buffers.enumerate() {
+                put_entry(words(table), i, segment.gpa, segment.len, flags);
+            }
+            let whole = descriptor(table.gpa(), 16 * parts as u32, id, INDIRECT);
+            self.driver.put(&ring, &mut batch, whole);
+        } else {
+            for (i, (segment, flags)) in buffers.enumerate() {
+                let flags = flags | if i + 1 < parts { NEXT } else { 0 };
+                let part = descriptor(segment.gpa, segment.len, id, flags);
+                self.driver.put(&ring, &mut batch, part);
+            }
+        }
+        self.driver.publish(&ring, batch);
+        self.unkicked = self.options.size.min(self.unkicked + in_ring);
+        Ok(Tag(id))
+    }
+
+    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
+    /// Returns whether it did.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick(&mut self) -> Result<bool> {
+        // If our flags come first, a device that then asks for kicks sees the requests; if its
+        // asking comes first, we see that. Without the fence, both may miss the other.
+        fence(Ordering::SeqCst);
+        let unkicked = std::mem::take(&mut self.unkicked);
+        let wanted = self.driver.wants_kick(&self.ring.packed(), unkicked);
+        if wanted {
+            self.ring.kick()?;
+        }
+        Ok(wanted)
+    }
+
+    /// Takes the next request that the device has given back, in its order.
+    ///
+    /// # Errors
+    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
+    pub fn poll(&mut self) -> Result<Option<Completion>> {
+        let ring = self.ring.packed();
+        let Some(rest) = self.driver.given_back(&ring) else { return Ok(None) };
+        let (id, used_len) = ((rest >> 32) as u16, rest as u32);
+        let parts = self.parts.get_mut(usize::from(id)).map_or(0, std::mem::take);
+        if parts == 0 {
+            return Err(Error::NotHeld { id: id.into() });
+        }
+        self.driver.take(&ring, parts);
+        self.room += parts;
+        self.free.push(id);
+        let status = self.heads.status(id);
+        Ok(Some(Completion { tag: Tag(id), status, used_len }))
+    }
+
+    /// Waits on the call eventfd for the next completion.
+    ///
+    /// # Errors
+    /// [`Error::Stalled`] after [`LIMIT`], and as [`PackedQueue::poll`].
+    ///
+    /// [`LIMIT`]: crate::LIMIT
+    pub fn wait(&mut self) -> Result<Completion> {
+        wait(self)
+    }
+
+    /// How far it has taken back what the device has done: the position, and its wrap counter above.
+    pub(crate) fn base(&self) -> u16 {
+        self.driver.base()
+    }
+}
+
+impl Calls for PackedQueue {
+    fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight()
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>> {
+        self.poll()
+    }
+
+    fn ask_for_call(&self) {
+        self.driver.ask_for_call(&self.ring.packed());
+        // If our asking comes first, the device sees it and calls; if its flags come first, the
+        // caller's look at them sees the completion.
+        fence(Ordering::SeqCst);
+    }
+
+    fn refuse_calls(&self) {
+        self.driver.refuse_calls(&self.ring.packed());
+    }
+
+    fn has_completion(&self) -> bool {
+        self.driver.given_back(&self.ring.packed()).is_some()
+    }
+}

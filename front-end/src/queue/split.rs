@@ -1,0 +1,346 @@
+//! A queue of any requests on a split ring (virtio 1.2, 2.7.13 and 5.2.6).
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use super::{Calls, wait};
+use crate::error::{Error, Result};
+use crate::guest::{GuestRam, Segment, Window};
+use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
+use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring};
+use crate::split::{SplitDriver, put};
+use crate::words::words;
+
+/// Drives one [`Ring`]: keeps its free descriptors, its indices and what is in flight.
+#[derive(Debug)]
+pub struct Queue {
+    ring: Arc<Ring>,
+    options: QueueOptions,
+    driver: SplitDriver,
+    heads: Heads,
+    tables: Vec<Window>,
+    /// Descriptors that no request uses; the last one is taken first.
+    free: Vec<u16>,
+    /// Of each descriptor that heads a chain in flight: the whole chain.
+    chains: Vec<Vec<u16>>,
+    /// Up to where the device was last kicked, or did not want to be.
+    kicked: u16,
+    in_flight: usize,
+}
+
+impl Queue {
+    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
+    /// been agreed on. [`crate::FrontEnd::start_new`] makes queues that fit the negotiation.
+    ///
+    /// # Errors
+    /// No memory, no eventfd, or a bad size.
+    pub fn new(
+        ram: &Arc<GuestRam>,
+        index: usize,
+        options: QueueOptions,
+        event_idx: bool,
+    ) -> Result<Self> {
+        let ring = Arc::new(Ring::new(ram, index, options.size)?);
+        let heads = Heads::new(ram, options.size)?;
+        let table_bytes = 16 * (options.segments_max as u32 + 2);
+        let table = |_| ram.window(table_bytes, 16);
+        let tables = if options.indirect { options.size } else { 0 };
+        let mut queue = Self {
+            ring,
+            options,
+            driver: SplitDriver::new(event_idx),
+            heads,
+            tables: (0..tables).map(table).collect::<Result<_>>()?,
+            free: Vec::new(),
+            chains: vec![Vec::new(); usize::from(options.size)],
+            kicked: 0,
+            in_flight: 0,
+        };
+        queue.boot();
+        Ok(queue)
+    }
+
+    /// The ring, for a front end to start, and for raw access.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    /// Requests that the device holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Hands `request` to the device, without a kick: see [`Queue::kick`].
+    ///
+    /// # Errors
+    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
+    pub fn submit(&mut self, request: &Request) -> Result<Tag> {
+        let head = self.fill(request)?;
+        self.make_available(head);
+        Ok(Tag(head))
+    }
+
+    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
+    /// Returns whether it did.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick(&mut self) -> Result<bool> {
+        // If our index comes first, a device that then asks for kicks sees the requests; if its
+        // asking comes first, we see that. Without the fence, both may miss the other.
+        fence(Ordering::SeqCst);
+        let unkicked = self.driver.next.wrapping_sub(self.kicked);
+        let wanted = self.driver.wants_kick(&self.ring.split(), unkicked);
+        self.kicked = self.driver.next;
+        if wanted {
+            self.kick_anyway()?;
+        }
+        Ok(wanted)
+    }
+
+    /// Kicks the device, wanted or not.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub fn kick_anyway(&self) -> Result<()> {
+        self.ring.kick()
+    }
+
+    /// Takes the next request that the device has given back, in its order.
+    ///
+    /// # Errors
+    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
+    pub fn poll(&mut self) -> Result<Option<Completion>> {
+        let Some(used) = self.poll_raw() else { return Ok(None) };
+        let not_held = Error::NotHeld { id: used.id };
+        let Ok(head) = u16::try_from(used.id) else { return Err(not_held) };
+        let Some(chain) = self.chains.get_mut(usize::from(head)) else { return Err(not_held) };
+        if chain.is_empty() {
+            return Err(not_held);
+        }
+        self.free.extend(chain.drain(..).rev());
+        self.in_flight -= 1;
+        let status = self.heads.status(head);
+        Ok(Some(Completion { tag: Tag(head), status, used_len: used.len }))
+    }
+
+    /// Takes the next element of the used ring as it is, and frees nothing.
+    pub fn poll_raw(&mut self) -> Option<ring::Used> {
+        let ring = self.ring.split();
+        let (first, count) = self.driver.take(&ring, 1);
+        (count == 1).then(|| ring.used_element(first))
+    }
+
+    /// Waits on the call eventfd for the next completion.
+    ///
+    /// # Errors
+    /// [`Error::Stalled`] after [`LIMIT`], and as [`Queue::poll`].
+    ///
+    /// [`LIMIT`]: crate::LIMIT
+    pub fn wait(&mut self) -> Result<Completion> {
+        wait(self)
+    }
+
+    /// Submits `request`, kicks, and waits for the next completion, which is its own if nothing
+    /// else is in flight.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`], [`Queue::kick`] and [`Queue::wait`].
+    pub fn run(&mut self, request: &Request) -> Result<Completion> {
+        self.submit(request)?;
+        self.kick()?;
+        self.wait()
+    }
+
+    /// Lays `request` out in descriptors, as [`Queue::submit`] does, but does not make it
+    /// available: a test may spoil it first. Returns the head.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`].
+    pub fn fill(&mut self, request: &Request) -> Result<u16> {
+        let segments = request.data.len();
+        let most = self.options.segments_max;
+        let parts = segments + 2;
+        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
+            return Err(Error::Segments { have: segments, most });
+        }
+        let needed = if self.options.indirect { 1 } else { parts };
+        let Some(rest) = self.free.len().checked_sub(needed) else { return Err(Error::Full) };
+        let Some(&head) = self.free.last() else { return Err(Error::Full) };
+        let chain = &mut self.chains[usize::from(head)];
+        chain.extend(self.free.drain(rest..).rev());
+        self.in_flight += 1;
+
+        let buffers = self.heads.lay(head, request);
+        let next_flag = |i: usize| if i + 1 < parts { NEXT } else { 0 };
+        let part = |i: usize, segment: Segment, flags: u16, next: u16| {
+            let Segment { gpa: addr, len } = segment;
+            Descriptor { addr, len, flags: flags | next_flag(i), next }
+        };
+        if let Some(table) = self.tables.get(usize::from(head)) {
+            for (i, (segment, flags)) in buffers.enumerate() {
+                put(words(table), i, part(i, segment, flags, i as u16 + 1).split());
+            }
+            let (addr, len) = (table.gpa(), 16 * parts as u32);
+            self.ring.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
+        } else {
+            let chain = &self.chains[usize::from(head)];
+            for (i, (segment, flags)) in buffers.enumerate() {
+                let next = chain.get(i + 1).copied().unwrap_or(0);
+                self.ring.set_descriptor(chain[i], part(i, segment, flags, next));
+            }
+        }
+        Ok(head)
+    }
+
+    /// Makes the chain that begins at `head` available, whatever it is.
+    pub fn make_available(&mut self, head: u16) {
+        self.driver.publish(&self.ring.split(), std::iter::once(head));
+    }
+
+    /// Takes `n` free descriptors for a test to write as it likes (through [`Queue::ring`]), so
+    /// that requests do not use them.
+    ///
+    /// # Errors
+    /// [`Error::Full`].
+    pub fn take_descriptors(&mut self, n: usize) -> Result<Vec<u16>> {
+        let rest = self.free.len().checked_sub(n).ok_or(Error::Full)?;
+        Ok(self.free.split_off(rest))
+    }
+
+    /// Where the header of the request at `head` lies, and where its status byte does.
+    #[must_use]
+    pub fn head_addrs(&self, head: u16) -> (u64, u64) {
+        self.heads.addrs(head)
+    }
+
+    /// Where the indirect table of the request at `head` lies, if the queue uses them.
+    #[must_use]
+    pub fn table_addr(&self, head: u16) -> Option<u64> {
+        self.tables.get(usize::from(head)).map(Window::gpa)
+    }
+
+    /// Begins anew, as a guest that boots again does: zero rings, nothing in flight. Only while
+    /// no back end uses the ring.
+    pub fn reset(&mut self) {
+        self.ring.clear();
+        self.boot();
+    }
+
+    fn boot(&mut self) {
+        self.free = (0..self.options.size).rev().collect();
+        self.chains.iter_mut().for_each(Vec::clear);
+        (self.driver.next, self.driver.taken, self.kicked, self.in_flight) = (0, 0, 0, 0);
+        self.refuse_calls();
+    }
+
+    /// How far it has taken back what the device has done.
+    pub(crate) fn base(&self) -> u16 {
+        self.driver.taken
+    }
+}
+
+impl Calls for Queue {
+    fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>> {
+        self.poll()
+    }
+
+    fn ask_for_call(&self) {
+        self.driver.ask_for_call(&self.ring.split());
+        // If our asking comes first, the device sees it and calls; if its index comes first, the
+        // caller's look at it sees the completion.
+        fence(Ordering::SeqCst);
+    }
+
+    fn refuse_calls(&self) {
+        self.driver.refuse_calls(&self.ring.split());
+    }
+
+    fn has_completion(&self) -> bool {
+        self.driver.has_completion(&self.ring.split())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::STATUS_UNWRITTEN;
+
+    /// A queue whose device is the test.
+    fn queue(event_idx: bool) -> Queue {
+        let ram = GuestRam::new(&[1 << 20]).unwrap();
+        let options = QueueOptions { size: 8, ..QueueOptions::default() };
+        Queue::new(&ram, 0, options, event_idx).unwrap()
+    }
+
+    /// Does what a device does to give back `id` as the element before used index `index`.
+    fn give_back(queue: &Queue, index: u16, id: u16) {
+        let ring = queue.ring();
+        let used = ring.addrs()[2];
+        let element = [u32::from(id).to_le_bytes(), 1_u32.to_le_bytes()].concat();
+        ring.ram().write(used + 4 + u64::from((index - 1) % 8) * 8, &element).unwrap();
+        ring.ram().write(used + 2, &index.to_le_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_buffer_given_back_twice_or_out_of_range_is_an_error_once() {
+        let mut queue = queue(false);
+        let tag = queue.submit(&Request::flush()).unwrap();
+        give_back(&queue, 1, tag.0);
+        let done = queue.poll().unwrap().unwrap();
+        assert_eq!((done.tag, done.status), (tag, STATUS_UNWRITTEN));
+        give_back(&queue, 2, tag.0);
+        assert!(matches!(queue.poll(), Err(Error::NotHeld { .. })));
+        give_back(&queue, 3, 8);
+        assert!(matches!(queue.poll(), Err(Error::NotHeld { id: 8 })));
+        assert!(queue.poll().unwrap().is_none());
+        assert_eq!(queue.in_flight(), 0);
+    }
+
+    #[test]
+    fn kicks_are_sent_as_the_device_wants_them() {
+        let mut queue = queue(false);
+        queue.submit(&Request::flush()).unwrap();
+        assert!(queue.kick().unwrap());
+        assert!(!queue.kick().unwrap(), "nothing new");
+        queue.ring().ram().write(queue.ring().addrs()[2], &[1, 0]).unwrap();
+        queue.submit(&Request::flush()).unwrap();
+        assert!(!queue.kick().unwrap(), "not wanted");
+    }
+
+    #[test]
+    fn kicks_are_sent_at_the_index_that_the_device_names() {
+        let mut queue = queue(true);
+        let want_at = |queue: &Queue, index: u16| {
+            let at = queue.ring().addrs()[2] + 4 + 8 * 8;
+            queue.ring().ram().write(at, &index.to_le_bytes()).unwrap();
+        };
+        want_at(&queue, 1);
+        queue.submit(&Request::flush()).unwrap();
+        assert!(!queue.kick().unwrap(), "index 0 is not what it waits for");
+        queue.submit(&Request::flush()).unwrap();
+        queue.submit(&Request::flush()).unwrap();
+        assert!(queue.kick().unwrap(), "index 1 is among these two");
+    }
+
+    #[test]
+    fn requests_that_do_not_fit_are_refused_and_take_nothing() {
+        let mut queue = queue(false);
+        let data = [Segment::new(0, 512); 33];
+        assert!(matches!(queue.submit(&Request::read(0, &data)), Err(Error::Segments { .. })));
+        assert!(matches!(queue.submit(&Request::read(0, &data[..7])), Err(Error::Segments { .. })));
+        queue.submit(&Request::read(0, &data[..6])).unwrap();
+        assert!(matches!(queue.submit(&Request::flush()), Err(Error::Full)));
+        assert_eq!(queue.in_flight(), 1);
+    }
+}
