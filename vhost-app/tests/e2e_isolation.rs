@@ -9,8 +9,6 @@ mod harness;
 mod isolation;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -43,24 +41,16 @@ cases! {
     sigterm_ends_with_io_that_never_completes,
 }
 
-/// Builds the library that makes an unmapping slow; see its source.
-fn slow_munmap(dir: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/slow_munmap.c");
-    let library = dir.join("slow_munmap.so");
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-O2", "-o"]).arg(&library).arg(&source);
-    assert!(cc.status().unwrap().success());
-    library
-}
-
 /// The seed's own case: B is shut down and its memory takes four seconds to unmap.
 fn a_slow_unmap_holds_up_nobody(form: Form) {
     let launch = form.launch();
     let dir = launch.dir().to_owned();
-    let library = slow_munmap(&dir);
     // The library renames files, which the sandbox refuses to the threads that unmap.
-    let launch = launch.args(&["--no-sandbox"]).env("LD_PRELOAD", library.to_str().unwrap());
-    let vhost = form.start_as(launch.env("SLOW_MUNMAP", dir.to_str().unwrap()));
+    let mut launch = launch.args(&["--no-sandbox"]);
+    for (name, value) in slow_munmap::environment(&dir) {
+        launch = launch.env(name, value.to_str().unwrap());
+    }
+    let vhost = form.start_as(launch);
     let a = vhost.neighbour();
     let mut b = vhost.vm(&vhost.malloc_controller("b", "MB"));
     b.goes_on();
@@ -68,9 +58,9 @@ fn a_slow_unmap_holds_up_nobody(form: Form) {
     b.stop_loads();
 
     let is = |name: &str| dir.join(name).exists();
-    fs::write(dir.join("armed"), "").unwrap();
+    fs::write(dir.join(slow_munmap::ARMED), "").unwrap();
     b.front_end.disconnect().unwrap();
-    wait_until("the slow unmap", || is("sleeping"));
+    wait_until("the slow unmap", || is(slow_munmap::SLEEPING));
 
     let mut delete = vhost.connect();
     delete.send("vhost_delete_controller", json!({"ctrlr": "b"}));
@@ -85,10 +75,10 @@ fn a_slow_unmap_holds_up_nobody(form: Form) {
     vhost.ok("vhost_delete_controller", json!({"ctrlr": "c"}));
     vhost.ok("bdev_malloc_delete", json!({"name": "MC"}));
     a.goes_on();
-    assert!(is("sleeping"), "all of that came while B's memory was being unmapped");
+    assert!(is(slow_munmap::SLEEPING), "all of that came while B's memory was being unmapped");
 
     assert_eq!(delete.receive().1, Ok(json!(true)));
-    wait_until("the end of the unmap", || is("slept"));
+    wait_until("the end of the unmap", || is(slow_munmap::SLEPT));
     a.end();
     assert_eq!(vhost.stop(), 0);
 }

@@ -323,8 +323,10 @@ impl<'a> Case<'a> {
                 }
             }
             Event::SlowUnmap => {
-                wait_until("the end of the slow unmap", || self.armory.join("slept").exists())?;
-                fs::remove_file(self.armory.join("slept"))?;
+                wait_until("the end of the slow unmap", || {
+                    self.armory.join(slow_munmap::SLEPT).exists()
+                })?;
+                fs::remove_file(self.armory.join(slow_munmap::SLEPT))?;
                 self.server.controller(&controller(0), OTHER)?;
             }
             Event::HungIo => {
@@ -450,12 +452,12 @@ impl<'a> Case<'a> {
 
     /// The control plane is used while the memory goes; its answers come when they come.
     fn leave_slowly(&mut self) -> Result<()> {
-        fs::write(self.armory.join("armed"), "")?;
+        fs::write(self.armory.join(slow_munmap::ARMED), "")?;
         for vm in self.vms.drain(..) {
             vm.front_end.kill();
             self.left.push((vm.queue, vm.ram));
         }
-        wait_until("the slow unmap", || self.armory.join("sleeping").exists())?;
+        wait_until("the slow unmap", || self.armory.join(slow_munmap::SLEEPING).exists())?;
         for (method, params) in
             [("vhost_get_controllers", json!({})), (DELETE, json!({"ctrlr": controller(0)}))]
         {

@@ -18,7 +18,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use bench::pin::pin;
 use bench::publish::{append, beside, progress, save};
 use bench::servers::{Interrupt, Kind, Server, Spec};
@@ -86,15 +86,11 @@ fn run(options: &Options) -> Result<()> {
 
 /// The same server with the library that makes an unmapping slow when it finds a file in `dir`.
 fn slowed(spec: &Spec, dir: &Path) -> Result<Spec> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vhost-app/tests/slow_munmap.c");
-    let library = dir.join("slow_munmap.so");
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-O2", "-o"]).arg(&library).arg(&source);
-    ensure!(cc.status().context("cc")?.success(), "cannot build {}", source.display());
-    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path that is no UTF-8");
     let mut spec = spec.clone();
-    spec.env.push(("LD_PRELOAD".into(), text(&library)?));
-    spec.env.push(("SLOW_MUNMAP".into(), text(dir)?));
+    for (name, value) in slow_munmap::environment(dir) {
+        let value = value.to_str().context("a path that is no UTF-8")?;
+        spec.env.push((name.into(), value.into()));
+    }
     if spec.kind == Kind::Ours {
         // A directory in which the library cannot rename its files.
         spec.args.push("--no-sandbox".into());

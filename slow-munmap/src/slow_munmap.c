@@ -1,6 +1,6 @@
-/* Preloaded by a test: makes one unmapping of 1 MiB or more take four seconds.
+/* Preloaded into a server: makes one unmapping of 1 MiB or more take four seconds.
  *
- * SLOW_MUNMAP names a directory. When the test puts a file "armed" there, the next such unmapping
+ * SLOW_MUNMAP names a directory. When somebody puts a file "armed" there, the next such unmapping
  * renames it to "sleeping", sleeps, renames it to "slept", and goes on.
  */
 #define _GNU_SOURCE
