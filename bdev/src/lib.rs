@@ -31,30 +31,24 @@ mod available;
 mod pages;
 mod shortcut;
 
-mod malloc;
-mod null;
-
-mod file;
-
-mod delay;
-mod error;
+mod modules;
 
 pub use available::control_group_mounts;
-pub use delay::{Delay, DelayOptions, Latency, LatencyKind};
-pub use error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
-pub use file::{
-    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
-    account_name, not_a_disk, open_file,
-};
 pub use geometry::BLOCK_SIZE_MIN;
 pub use io::{
     Bdev, Channel, Completion, Error, Features, Granted, Io, Lease, OPS, Op, Segment, Status,
     Storage, Submit, Tag, Wait, WakeFds,
 };
-pub use malloc::{Malloc, MallocOptions};
 pub use memory::Stores;
-pub use null::{Null, NullOptions};
+pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
+pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
+pub use modules::file::{
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
+    account_name, not_a_disk, open_file,
+};
+pub use modules::malloc::{Malloc, MallocOptions};
+pub use modules::null::{Null, NullOptions};
 pub use pages::Backing;
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};

@@ -91,18 +91,18 @@ impl Level {
 /// event whose target is the flag's own name belongs to it as well. The names of components
 /// that do not exist here are accepted, since SPDK's `vhost` accepts them.
 const FLAGS: &[(&str, &[&str])] = &[
-    ("aio", &["bdev::file"]),
+    ("aio", &["bdev::modules::file"]),
     ("app_rpc", &["vhost"]),
     ("bdev", &["bdev"]),
-    ("bdev_malloc", &["bdev::malloc"]),
-    ("bdev_null", &["bdev::null"]),
+    ("bdev_malloc", &["bdev::modules::malloc"]),
+    ("bdev_null", &["bdev::modules::null"]),
     ("json_util", &["rpc::decode"]),
     ("log_rpc", &[]),
     ("reactor", &["reactor"]),
     ("rpc", &["rpc"]),
     ("thread", &[]),
-    ("uring", &["bdev::file"]),
-    ("vbdev_delay", &["bdev::delay"]),
+    ("uring", &["bdev::modules::file"]),
+    ("vbdev_delay", &["bdev::modules::delay"]),
     ("vhost", &["dpdk", "rte_vhost", "vhost", "vhost_blk", "vhost_target"]),
     ("vhost_blk", &["vhost_blk", "vhost_target"]),
     ("vhost_blk_data", &["vhost_blk::request"]),

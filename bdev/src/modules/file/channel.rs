@@ -347,7 +347,7 @@ impl<E> Drop for FileChannel<E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::file::FileOptions;
+    use crate::modules::file::FileOptions;
 
     /// As when another process has used up what AIO and io_uring need, after the disk was made.
     #[test]

@@ -325,7 +325,7 @@ impl Channel for DelayChannel {
 mod tests {
     use super::*;
     use crate::io::Status;
-    use crate::null::{Null, NullOptions};
+    use crate::modules::null::{Null, NullOptions};
 
     fn delay(latency: Latency) -> Result<Arc<Delay>, Error> {
         let null = NullOptions { name: "n".into(), num_blocks: 8, block_size: 512, uuid: None };

@@ -446,8 +446,8 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
-    use crate::file::{FileDisk, FileOptions, Flavour};
     use crate::io::Bdev;
+    use crate::modules::file::{FileDisk, FileOptions, Flavour};
 
     fn disk(path: &Path, name: &str, readonly: bool) -> Arc<FileDisk> {
         FileDisk::create(FileOptions {
