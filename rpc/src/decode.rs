@@ -8,6 +8,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::de::value::StringDeserializer;
 use serde::de::{
@@ -20,7 +21,16 @@ use crate::request::members;
 
 /// Reads one JSON value. `relaxed` allows unknown names in the outermost object.
 pub(crate) fn decode<'de, T: Deserialize<'de>>(text: &'de str, relaxed: bool) -> Result<T, Error> {
-    T::deserialize(Text { text: text.trim_ascii(), relaxed })
+    decode_seed(PhantomData, text, relaxed)
+}
+
+/// As [`decode`], with a seed in place of a type.
+pub(crate) fn decode_seed<'de, S: DeserializeSeed<'de>>(
+    seed: S,
+    text: &'de str,
+    relaxed: bool,
+) -> Result<S::Value, Error> {
+    seed.deserialize(Text { text: text.trim_ascii(), relaxed })
 }
 
 /// Why a value could not be read; for the log, since the answer only says that it failed.

@@ -5,10 +5,11 @@ use std::fmt;
 use std::rc::Rc;
 
 use serde::Deserialize;
+use serde::de::DeserializeSeed;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::decode::decode;
+use crate::decode::{Error, decode, decode_seed};
 use crate::error::RpcError;
 use crate::pace::{Load, Pace, Paused};
 use crate::registry::{Phase, Registry};
@@ -34,7 +35,7 @@ impl Params {
         &self,
         failure: DecodeFailure,
     ) -> Result<T, RpcError> {
-        self.decode_as(failure, false)
+        self.refuse(failure, decode(self.json().unwrap_or("{}"), false))
     }
 
     /// Like [`decode`](Self::decode), but unknown names in the outermost object are ignored.
@@ -42,15 +43,21 @@ impl Params {
         &self,
         failure: DecodeFailure,
     ) -> Result<T, RpcError> {
-        self.decode_as(failure, true)
+        self.refuse(failure, decode(self.json().unwrap_or("{}"), true))
     }
 
-    fn decode_as<T: for<'de> Deserialize<'de>>(
+    /// Like [`decode`](Self::decode), with a seed in place of a type: for callers that have the
+    /// type only behind a trait object.
+    pub fn decode_seed<S: for<'de> DeserializeSeed<'de, Value = ()>>(
         &self,
+        seed: S,
         failure: DecodeFailure,
-        relaxed: bool,
-    ) -> Result<T, RpcError> {
-        decode(self.json().unwrap_or("{}"), relaxed).map_err(|reason| {
+    ) -> Result<(), RpcError> {
+        self.refuse(failure, decode_seed(seed, self.json().unwrap_or("{}"), false))
+    }
+
+    fn refuse<T>(&self, failure: DecodeFailure, read: Result<T, Error>) -> Result<T, RpcError> {
+        read.map_err(|reason| {
             tracing::error!("{}: invalid parameters: {reason}", self.method);
             failure.error()
         })
