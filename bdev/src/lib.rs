@@ -17,6 +17,12 @@
 //! Wrappers ([`Delay`], [`ErrorDisk`]) are bdevs round another bdev: the I/O passes through them
 //! in both directions, and they hold it, fail it or spoil it on the way.
 //!
+//! Each kind of bdev is a module ([`BdevModule`], one folder below [`modules`]): its RPC methods make
+//! bdevs, which the [`Registry`] knows by name, with [`Claim`]s on their bases; [`life`] is how they
+//! come and go. The program that runs the modules is their [`Host`].
+//!
+//! Forbidden here: an async runtime, DPDK, and any JSON-RPC server ([`method`] stands in for it).
+//!
 //! `tests/conformance` is one suite that every device and wrapper passes.
 
 mod failure;
@@ -31,16 +37,31 @@ mod available;
 mod pages;
 mod shortcut;
 
-mod modules;
+pub mod method;
+pub mod module;
+
+mod claims;
+mod host;
+pub mod life;
+mod registry;
+
+pub mod modules;
+mod wrapper;
+
+#[cfg(test)]
+mod test_host;
 
 pub use available::control_group_mounts;
+pub use claims::{Claim, ClaimKind, Claimed};
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use geometry::BLOCK_SIZE_MIN;
+pub use host::{Host, OpenFile};
 pub use io::{
     Bdev, Channel, Completion, Error, Features, Granted, Io, Lease, OPS, Op, Segment, Status,
     Storage, Submit, Tag, Wait, WakeFds,
 };
 pub use memory::Stores;
+pub use module::BdevModule;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
@@ -50,6 +71,8 @@ pub use modules::file::{
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};
 pub use pages::Backing;
+pub use registry::{BdevId, Errno, Live, Registry, Reservation};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
 pub use topology::Topology;
+pub use wrapper::{Wrapped, Wrapper};

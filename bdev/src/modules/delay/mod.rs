@@ -1,6 +1,8 @@
 //! A wrapper that makes a disk slow: completions are held back for a set time.
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
+pub(crate) mod module;
+
 use std::cmp::{self, Reverse};
 use std::collections::BinaryHeap;
 use std::sync::Arc;
@@ -10,9 +12,8 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::failure::Failure;
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Submit, Tag, Wait, WakeFds};
-use crate::stats::Stats;
-use crate::topology::Topology;
+use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Submit, Tag, Wait, WakeFds};
+use crate::wrapper::{Wrapped, Wrapper};
 
 /// Out of this many reads and writes on a channel, one has the p99 latency.
 const P99_INTERVAL: u32 = 100;
@@ -51,11 +52,8 @@ pub enum LatencyKind {
 /// The base does the I/O at once and the completion waits, as in SPDK; flush, unmap and
 /// write-zeroes are not delayed. A new latency applies to what completes from then on.
 pub struct Delay {
-    name: String,
-    uuid: Uuid,
-    base: Arc<dyn Bdev>,
+    wrapped: Wrapped,
     latencies_us: [AtomicU64; 4],
-    stats: Stats,
 }
 
 /// What [`Delay::create`] makes.
@@ -78,27 +76,20 @@ impl Delay {
     /// [`Error::Invalid`] if a p99 latency is below its average, or the name is empty.
     pub fn create(options: DelayOptions) -> Result<Arc<Self>, Error> {
         let DelayOptions { name, base, latency, uuid } = options;
-        if name.is_empty() {
-            return Err(Error::Invalid("the name is empty".into()));
-        }
+        let wrapped = Wrapped::new(name, base, uuid)?;
         let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
         for (avg, p99, what) in
             [(avg_read_us, p99_read_us, "read"), (avg_write_us, p99_write_us, "write")]
         {
             if p99 < avg {
                 return Err(Error::Invalid(format!(
-                    "{name}: p99 {what} latency {p99} us is below the average, {avg} us"
+                    "{}: p99 {what} latency {p99} us is below the average, {avg} us",
+                    wrapped.name()
                 )));
             }
         }
         let latencies_us = [avg_read_us, p99_read_us, avg_write_us, p99_write_us];
-        Ok(Arc::new(Self {
-            name,
-            uuid: uuid.unwrap_or_else(Uuid::new_v4),
-            base,
-            latencies_us: latencies_us.map(AtomicU64::new),
-            stats: Stats::default(),
-        }))
+        Ok(Arc::new(Self { wrapped, latencies_us: latencies_us.map(AtomicU64::new) }))
     }
 
     /// Changes one latency, while in use. As in SPDK the p99 may fall below the average here,
@@ -123,7 +114,7 @@ impl Delay {
     /// The disk with the bytes.
     #[must_use]
     pub fn base(&self) -> &Arc<dyn Bdev> {
-        &self.base
+        self.wrapped.base()
     }
 
     fn delay(&self, kind: LatencyKind) -> Option<Duration> {
@@ -132,45 +123,17 @@ impl Delay {
     }
 }
 
-impl Bdev for Delay {
-    fn name(&self) -> &str {
-        &self.name
+impl Wrapper for Delay {
+    fn wrapped(&self) -> &Wrapped {
+        &self.wrapped
     }
 
-    fn product_name(&self) -> &'static str {
+    fn product(&self) -> &'static str {
         "delay"
     }
 
-    fn uuid(&self) -> Uuid {
-        self.uuid
-    }
-
-    fn block_size(&self) -> u32 {
-        self.base.block_size()
-    }
-
-    fn num_blocks(&self) -> u64 {
-        self.base.num_blocks()
-    }
-
-    fn features(&self) -> Features {
-        self.base.features()
-    }
-
-    fn topology(&self) -> Topology {
-        self.base.topology()
-    }
-
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        std::slice::from_ref(&self.base)
-    }
-
-    fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(&self.base).open(depth)?;
+    fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let base = Arc::clone(self.base()).open(depth)?;
         Ok(Box::new(DelayChannel {
             base,
             kinds: vec![None; depth.into()].into_boxed_slice(),

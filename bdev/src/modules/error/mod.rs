@@ -1,15 +1,15 @@
 //! A wrapper that makes a disk fail, on demand: errors, silence, and spoiled data.
 
 mod channel;
+pub(crate) mod module;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-use crate::io::{Bdev, Channel, Error, Features, Op};
-use crate::stats::Stats;
-use crate::topology::Topology;
+use crate::io::{Bdev, Channel, Error, Op};
+use crate::wrapper::{Wrapped, Wrapper};
 
 use channel::ErrorChannel;
 
@@ -70,15 +70,12 @@ pub struct Injection {
 /// Channels look at the injections without a lock. While one is being changed, an I/O
 /// that runs at the same time may get the old or the new one.
 pub struct ErrorDisk {
-    name: String,
-    uuid: Uuid,
-    base: Arc<dyn Bdev>,
+    wrapped: Wrapped,
     /// For the operation with this [`rule_index`].
     rules: [Rule; 4],
     /// How often pending I/Os were resumed, and aborted.
     resumes: AtomicU64,
     aborts: AtomicU64,
-    stats: Stats,
 }
 
 /// What [`ErrorDisk::create`] makes.
@@ -126,17 +123,11 @@ impl ErrorDisk {
     /// [`Error::Invalid`] if the name is empty.
     pub fn create(options: ErrorOptions) -> Result<Arc<Self>, Error> {
         let ErrorOptions { name, base, uuid } = options;
-        if name.is_empty() {
-            return Err(Error::Invalid("the name is empty".into()));
-        }
         Ok(Arc::new(Self {
-            name,
-            uuid: uuid.unwrap_or_else(Uuid::new_v4),
-            base,
+            wrapped: Wrapped::new(name, base, uuid)?,
             rules: Default::default(),
             resumes: AtomicU64::new(0),
             aborts: AtomicU64::new(0),
-            stats: Stats::default(),
         }))
     }
 
@@ -147,7 +138,7 @@ impl ErrorDisk {
     pub fn inject(&self, injection: Injection) -> Result<(), Error> {
         let Injection { op, error, count, queue_depth } = injection;
         if let InjectedError::CorruptData { value: 0, .. } = error {
-            return Err(Error::Invalid(format!("{}: corrupt_value is 0", self.name)));
+            return Err(Error::Invalid(format!("{}: corrupt_value is 0", self.name())));
         }
         let rules = match op {
             InjectedOp::Clear => {
@@ -186,7 +177,7 @@ impl ErrorDisk {
     /// The disk with the bytes.
     #[must_use]
     pub fn base(&self) -> &Arc<dyn Bdev> {
-        &self.base
+        self.wrapped.base()
     }
 }
 
@@ -234,45 +225,17 @@ impl Rule {
     }
 }
 
-impl Bdev for ErrorDisk {
-    fn name(&self) -> &str {
-        &self.name
+impl Wrapper for ErrorDisk {
+    fn wrapped(&self) -> &Wrapped {
+        &self.wrapped
     }
 
-    fn product_name(&self) -> &'static str {
+    fn product(&self) -> &'static str {
         "Error Injection Disk"
     }
 
-    fn uuid(&self) -> Uuid {
-        self.uuid
-    }
-
-    fn block_size(&self) -> u32 {
-        self.base.block_size()
-    }
-
-    fn num_blocks(&self) -> u64 {
-        self.base.num_blocks()
-    }
-
-    fn features(&self) -> Features {
-        self.base.features()
-    }
-
-    fn topology(&self) -> Topology {
-        self.base.topology()
-    }
-
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        std::slice::from_ref(&self.base)
-    }
-
-    fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(&self.base).open(depth)?;
+    fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let base = Arc::clone(self.base()).open(depth)?;
         Ok(Box::new(ErrorChannel::new(self, base, depth)))
     }
 }

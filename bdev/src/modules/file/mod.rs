@@ -9,6 +9,7 @@ mod blocking;
 mod channel;
 mod engine;
 mod lease;
+pub(crate) mod module;
 mod uring;
 mod workers;
 

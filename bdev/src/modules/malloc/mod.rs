@@ -1,6 +1,8 @@
 //! A disk in this process's memory.
 #![expect(unsafe_code, reason = "copies between the disk's memory and the guest's")]
 
+pub(crate) mod module;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 

@@ -1,5 +1,7 @@
 //! A disk that is nowhere: it takes writes and forgets them, for measuring everything else.
 
+pub(crate) mod module;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 

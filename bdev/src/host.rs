@@ -1,0 +1,64 @@
+//! What the program offers to the modules.
+
+use std::fs::File;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+
+use crate::io::{Bdev, Error};
+use crate::method::LocalFuture;
+use crate::module::BdevModule;
+use crate::registry::Registry;
+
+/// Opens a file or block device as [`crate::open_file`] does, read-only if the second argument says
+/// so. May block.
+pub type OpenFile = Box<dyn Fn(&Path, bool) -> Result<File, Error> + Send>;
+
+/// The program that the modules run in.
+///
+/// Lives on the control thread, as the modules do. The implementer owes: no method waits on that
+/// thread, and the futures end once what they wait for has happened.
+pub trait Host {
+    /// All bdevs.
+    fn registry(&self) -> &Registry;
+
+    /// All modules, in the order in which they are offered new bdevs.
+    fn modules(&self) -> &[Rc<dyn BdevModule>];
+
+    /// Runs `work` on a thread that may block; [`blocking`](dyn Host::blocking) is the convenient
+    /// form.
+    fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
+
+    /// What opens files, for use on a thread that may block.
+    fn open_file(&self) -> OpenFile;
+
+    /// Whether several bdevs may write to the same file.
+    fn shares_files(&self) -> bool;
+
+    /// Tells those who use this bdev that its size has changed.
+    fn bdev_resized(&self, bdev: &Arc<dyn Bdev>);
+
+    /// Takes bdevs away from those who use them, first all at once, then waits for each in turn
+    /// until nobody has it any more.
+    fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()>;
+
+    /// The caller has dropped a bdev that it had for a while: whoever waits for its last user looks
+    /// again.
+    fn released(&self);
+}
+
+impl dyn Host {
+    /// Runs `work` on a thread that may block and returns what it returns.
+    pub async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        let (sender, result) = mpsc::channel();
+        self.run_blocking(Box::new(move || {
+            // The receiver waits; it is gone only if the call was given up.
+            let _ = sender.send(work());
+        }))
+        .await;
+        result.try_recv().expect("run_blocking ends after the work")
+    }
+}

@@ -1,0 +1,156 @@
+//! How bdevs come and go: what the modules' create and delete methods have in common.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tracing::error;
+
+use crate::claims::ClaimKind;
+use crate::host::Host;
+use crate::io::{Bdev, Error};
+use crate::method::{Answer, DecodeFailure, MethodError, Named, Params};
+use crate::module::{Base, Entry, Waiting};
+use crate::registry::{BdevId, Due, Errno, Reservation};
+
+/// A bdev is made: registers it, and has what waits for it come to life.
+///
+/// # Errors
+/// ENODEV if a base of it was deleted meanwhile.
+pub async fn add(
+    host: &Rc<dyn Host>,
+    reserved: Reservation,
+    entry: Rc<dyn Entry>,
+) -> Result<(), MethodError> {
+    reserved.complete(entry).map_err(MethodError::errno)?;
+    settle(host).await;
+    Ok(())
+}
+
+/// Makes bdevs on a base, now or when the base comes. Returns those that there are now.
+///
+/// # Errors
+/// EPERM if the base is claimed or a controller serves it, EEXIST if a name or UUID is taken; the
+/// module's error if it cannot be made on a base that exists.
+pub async fn attach(
+    host: &Rc<dyn Host>,
+    method: &str,
+    waiting: Rc<dyn Waiting>,
+) -> Result<Vec<Arc<dyn Bdev>>, Errno> {
+    let registry = host.registry();
+    let base = match registry.bdev(waiting.base()) {
+        Some(bdev) => Some(claim(host, method, bdev, &*waiting)?),
+        None => None,
+    };
+    let id = registry.add_waiting(Rc::clone(&waiting))?;
+    let made = match base {
+        Some(base) => wake(host, id, &waiting, base).await.map_err(|e| {
+            drop(registry.remove(&[id]));
+            error!("{method}: {e}");
+            e.errno()
+        })?,
+        None => vec![],
+    };
+    settle(host).await;
+    Ok(made)
+}
+
+/// Claims a base for what is created now.
+fn claim(
+    host: &Rc<dyn Host>,
+    method: &str,
+    bdev: Arc<dyn Bdev>,
+    waiting: &dyn Waiting,
+) -> Result<Base, Errno> {
+    match host.registry().claim(&bdev, waiting.claims(), waiting.module()) {
+        Ok(claim) => Ok(Base { bdev, claim }),
+        Err(other) => {
+            if other.kind == ClaimKind::Served {
+                // Another bdev on it would write to the same blocks, and the controller of such a
+                // configuration could not be created when it is loaded.
+                let (name, controller) = (bdev.name(), other.owner);
+                error!("{method}: bdev {name} is served by controller {controller}");
+            }
+            Err(libc::EPERM)
+        }
+    }
+}
+
+/// Has what waits make its bdevs, and registers them.
+async fn wake(
+    host: &Rc<dyn Host>,
+    id: BdevId,
+    waiting: &Rc<dyn Waiting>,
+    base: Base,
+) -> Result<Vec<Arc<dyn Bdev>>, Error> {
+    let _under_way = host.registry().examining();
+    let made = Rc::clone(waiting).wake(host, base).await?;
+    host.registry().come_to_life(id, &made).map_err(|errno| Error::System {
+        what: waiting.name().unwrap_or(waiting.base()).to_owned(),
+        source: std::io::Error::from_raw_os_error(errno),
+    })?;
+    Ok(made.iter().map(|entry| entry.bdev()).collect())
+}
+
+/// Has everything come to life for which the bdevs are there: what waits for a base, and what the
+/// modules find on new bdevs. To be called after a bdev has come or a claim is given up.
+pub async fn settle(host: &Rc<dyn Host>) {
+    let registry = host.registry();
+    loop {
+        if let Some(due) = registry.next_to_wake() {
+            wake_due(host, due).await;
+        } else if let Some(bdev) = registry.next_to_examine() {
+            let _under_way = registry.examining();
+            for module in host.modules() {
+                module.examine(host, &bdev).await;
+            }
+        } else {
+            break;
+        }
+    }
+    registry.changed();
+}
+
+async fn wake_due(host: &Rc<dyn Host>, Due { id, waiting, base }: Due) {
+    let registry = host.registry();
+    let woken = match registry.claim(&base, waiting.claims(), waiting.module()) {
+        Ok(claim) => wake(host, id, &waiting, Base { bdev: Arc::clone(&base), claim }).await,
+        Err(other) => Err(Error::Busy(format!("the base is claimed by {}", other.owner))),
+    };
+    if let Err(e) = woken {
+        error!("bdev {}: {e}", waiting.name().unwrap_or(waiting.base()));
+        registry.refuse(id, &base);
+    }
+}
+
+/// Deletes a bdev of this module and what is on it; answers when nobody uses it any more.
+///
+/// # Errors
+/// ENODEV if there is none, or it is of another module.
+pub async fn delete(host: Rc<dyn Host>, params: Params, module: &str) -> Answer {
+    let named: Named = params.decode(DecodeFailure::INTERNAL)?;
+    let Some(id) = host.registry().of_module(&named.name, module) else {
+        error!("{}: no such bdev of this kind: {:?}", params.method(), named.name);
+        return Err(MethodError::errno(libc::ENODEV));
+    };
+    remove(&host, &[id]).await;
+    Ok(true.into())
+}
+
+/// Deletes these bdevs and what is on them, and what waits under these ids; returns when nobody
+/// uses the bdevs any more.
+pub async fn remove(host: &Rc<dyn Host>, ids: &[BdevId]) {
+    let registry = host.registry();
+    ids.iter().filter_map(|id| registry.live(*id)).for_each(|live| live.entry.deleting());
+    let bdevs = registry.remove(ids);
+    // The bases are free now, for which others may have waited.
+    settle(host).await;
+    host.retire(bdevs).await;
+}
+
+/// Tells everybody that a bdev has another size, and so may what is on it.
+pub fn resized(host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) {
+    host.registry().resized(bdev).iter().for_each(|bdev| host.bdev_resized(bdev));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,223 @@
+//! A module's RPC methods: their names, their parameters, and how they answer.
+//!
+//! This crate knows no JSON-RPC server. The program that runs one hands each call's parameters over
+//! as [`Parameters`] and sends what the method returns.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, de};
+use serde_json::{Map, Value};
+use tracing::error;
+use uuid::Uuid;
+
+use crate::host::Host;
+use crate::io::Error;
+
+/// A future that runs on the control thread.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What a method answers.
+pub type Answer = Result<Value, MethodError>;
+
+type Handler = Rc<dyn Fn(Rc<dyn Host>, Params) -> LocalFuture<'static, Answer>>;
+
+/// An RPC method of a module. It may be called once the program runs, not during its start.
+#[derive(Clone)]
+pub struct Method {
+    /// Its name in the RPC.
+    pub name: &'static str,
+    handler: Handler,
+}
+
+impl Method {
+    /// A method that `handler` answers.
+    pub fn new<F, R>(name: &'static str, handler: F) -> Self
+    where
+        F: Fn(Rc<dyn Host>, Params) -> R + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        Self { name, handler: Rc::new(move |host, params| Box::pin(handler(host, params))) }
+    }
+
+    /// Calls it.
+    pub fn call(&self, host: Rc<dyn Host>, params: Params) -> LocalFuture<'static, Answer> {
+        (self.handler)(host, params)
+    }
+}
+
+/// A call with its parameters, as `save_config` writes it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Call {
+    /// The method's name.
+    pub method: &'static str,
+    /// Its parameters.
+    pub params: Map<String, Value>,
+}
+
+/// Reads one value from a deserializer.
+pub type Reader<'a> =
+    dyn FnMut(&mut dyn erased_serde::Deserializer<'_>) -> Result<(), erased_serde::Error> + 'a;
+
+/// The parameters of one call, as the program has them.
+pub trait Parameters {
+    /// The method's name.
+    fn method(&self) -> &'static str;
+
+    /// Calls `read` with the parameters, once.
+    ///
+    /// The deserializer that it gets is as strict as SPDK's decoder: an object that becomes a
+    /// struct may hold no unknown and no repeated name, and `null` is no value. It takes integers
+    /// in any notation, such as `1e2`.
+    ///
+    /// # Errors
+    /// What `failure` says, if `read` fails. The implementer logs the reason.
+    fn read(&self, failure: DecodeFailure, read: &mut Reader<'_>) -> Result<(), MethodError>;
+}
+
+/// The parameters of one call.
+pub struct Params(Box<dyn Parameters>);
+
+impl Params {
+    /// Wraps the program's own.
+    pub fn new(parameters: impl Parameters + 'static) -> Self {
+        Self(Box::new(parameters))
+    }
+
+    /// The method's name.
+    #[must_use]
+    pub fn method(&self) -> &'static str {
+        self.0.method()
+    }
+
+    /// Reads them strictly, as a struct of named fields: see [`Parameters::read`].
+    ///
+    /// # Errors
+    /// What `failure` says; the reason is in the log.
+    pub fn decode<T: DeserializeOwned>(&self, failure: DecodeFailure) -> Result<T, MethodError> {
+        let mut value = None;
+        self.0.read(failure, &mut |deserializer| {
+            value = Some(erased_serde::deserialize(deserializer)?);
+            Ok(())
+        })?;
+        value.ok_or_else(|| failure.error())
+    }
+
+    /// The parameters as they were given, for `save_config`. Integers are written without a
+    /// fraction, however they were given.
+    #[must_use]
+    pub fn as_given(&self) -> Map<String, Value> {
+        self.decode(DecodeFailure::INTERNAL).unwrap_or_default()
+    }
+
+    /// The same, with the name and the UUID that the bdev got.
+    #[must_use]
+    pub fn as_named(&self, name: &str, uuid: Uuid) -> Map<String, Value> {
+        let mut params = self.as_given();
+        params.insert("name".into(), name.into());
+        params.insert("uuid".into(), uuid.to_string().into());
+        params
+    }
+}
+
+/// What a method answers when its parameters cannot be read; SPDK's methods differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeFailure {
+    /// The JSON-RPC code.
+    pub code: i64,
+    /// The text.
+    pub text: &'static str,
+}
+
+impl DecodeFailure {
+    /// -32603 "spdk_json_decode_object failed": most bdev methods.
+    pub const INTERNAL: Self =
+        Self { code: MethodError::INTERNAL, text: "spdk_json_decode_object failed" };
+    /// -32602 "spdk_json_decode_object failed": the error bdev's methods.
+    pub const PARAMS: Self =
+        Self { code: MethodError::INVALID_PARAMS, text: "spdk_json_decode_object failed" };
+    /// -32602 "Invalid parameters": the split bdev's methods.
+    pub const INVALID_PARAMETERS: Self =
+        Self { code: MethodError::INVALID_PARAMS, text: "Invalid parameters" };
+
+    fn error(self) -> MethodError {
+        MethodError { code: self.code, text: self.text.to_owned() }
+    }
+}
+
+/// What a method answers when it fails.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MethodError {
+    /// A JSON-RPC code or a negative errno.
+    pub code: i64,
+    /// The text.
+    pub text: String,
+}
+
+impl MethodError {
+    const INVALID_PARAMS: i64 = -32602;
+    const INTERNAL: i64 = -32603;
+
+    /// Code `-errno` with glibc's text; `errno` is positive.
+    #[must_use]
+    pub fn errno(errno: i32) -> Self {
+        Self { code: -i64::from(errno), text: strerror(errno) }
+    }
+
+    /// Code -32602.
+    #[must_use]
+    pub fn invalid_params(text: impl Into<String>) -> Self {
+        Self { code: Self::INVALID_PARAMS, text: text.into() }
+    }
+
+    /// Code -32603.
+    #[must_use]
+    pub fn internal(text: impl Into<String>) -> Self {
+        Self { code: Self::INTERNAL, text: text.into() }
+    }
+
+    /// Logs why a bdev operation failed and answers with its errno.
+    #[must_use]
+    pub fn of(method: &str, e: &Error) -> Self {
+        error!("{method}: {e}");
+        Self::errno(e.errno())
+    }
+}
+
+/// glibc's text for a positive errno: "File exists" for 17.
+pub(crate) fn strerror(errno: i32) -> String {
+    let mut text = std::io::Error::from_raw_os_error(errno).to_string();
+    // std appends the number to what strerror_r gave.
+    let suffix = format!(" (os error {errno})");
+    if text.ends_with(&suffix) {
+        text.truncate(text.len() - suffix.len());
+    }
+    text
+}
+
+/// The parameters of a method that only needs a name.
+#[derive(Deserialize)]
+pub(crate) struct Named {
+    pub(crate) name: String,
+}
+
+/// A UUID in the form with hyphens. The null UUID counts as none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GivenUuid(Option<Uuid>);
+
+impl<'de> Deserialize<'de> for GivenUuid {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        const HYPHENATED: usize = 36;
+        let text = String::deserialize(deserializer)?;
+        let uuid = Uuid::try_parse(&text).ok().filter(|_| text.len() == HYPHENATED);
+        let uuid = uuid.ok_or_else(|| de::Error::custom("not a UUID"))?;
+        Ok(Self((!uuid.is_nil()).then_some(uuid)))
+    }
+}
+
+/// The UUID of an optional parameter.
+pub(crate) fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
+    uuid.and_then(|uuid| uuid.0)
+}

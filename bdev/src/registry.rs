@@ -1,0 +1,445 @@
+//! The bdevs by name, in the order of their creation.
+//!
+//! Lives on the control thread and never blocks it: bdevs are made elsewhere while their name is
+//! reserved here. No module's code runs while the registry is borrowed, and none is dropped then.
+
+mod examine;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tracing::{debug, error};
+use uuid::Uuid;
+
+use crate::claims::{Claim, ClaimKind, Claimed, Claims};
+use crate::io::Bdev;
+use crate::method::Call;
+use crate::module::{Entry, Waiting};
+
+pub(crate) use examine::Due;
+
+/// A positive errno, as SPDK's RPCs answer it.
+pub type Errno = i32;
+
+/// Identifies a bdev, or what waits to become one; never used again after it is deleted. Ordered
+/// by creation, the bdevs that one call makes one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BdevId {
+    call: u64,
+    part: u32,
+}
+
+impl BdevId {
+    pub(crate) const fn new(call: u64) -> Self {
+        Self { call, part: 0 }
+    }
+}
+
+/// A bdev's name or UUID, as a caller gave it. Parsed once, then compared with many bdevs.
+#[derive(Clone, Copy)]
+struct Name<'a> {
+    text: &'a str,
+    uuid: Option<Uuid>,
+}
+
+impl<'a> From<&'a str> for Name<'a> {
+    fn from(text: &'a str) -> Self {
+        Self { text, uuid: Uuid::try_parse(text).ok() }
+    }
+}
+
+#[derive(Clone)]
+enum State {
+    /// It is being made.
+    Reserved,
+    /// Its base does not exist, or it was not possible on this one.
+    Waiting {
+        waiting: Rc<dyn Waiting>,
+        refused: Option<BdevId>,
+    },
+    Live(Live),
+}
+
+/// A live bdev.
+#[derive(Clone)]
+pub struct Live {
+    /// The bdev.
+    pub bdev: Arc<dyn Bdev>,
+    /// As its module knows it.
+    pub entry: Rc<dyn Entry>,
+    /// The modules have examined it, or are about to.
+    examined: bool,
+}
+
+struct Row {
+    id: BdevId,
+    /// None if what waits does not know its names yet.
+    name: Option<String>,
+    /// None if what waits does not know it yet.
+    uuid: Option<Uuid>,
+    state: State,
+}
+
+impl Row {
+    fn live(&self) -> Option<&Live> {
+        match &self.state {
+            State::Live(live) => Some(live),
+            State::Reserved | State::Waiting { .. } => None,
+        }
+    }
+
+    fn has_name<'a>(&self, name: impl Into<Name<'a>>) -> bool {
+        let Name { text, uuid } = name.into();
+        self.name.as_deref() == Some(text) || (uuid.is_some() && uuid == self.uuid)
+    }
+
+    /// None if it is being made.
+    fn module(&self) -> Option<&'static str> {
+        match &self.state {
+            State::Reserved => None,
+            State::Waiting { waiting, .. } => Some(waiting.module()),
+            State::Live(live) => Some(live.entry.module()),
+        }
+    }
+}
+
+pub(crate) struct Inner {
+    /// By ascending id.
+    rows: RefCell<Vec<Row>>,
+    ids: Cell<u64>,
+    claims: Rc<Claims>,
+    /// Names given to `bdev_examine`: these bdevs are examined.
+    examined: RefCell<Vec<String>>,
+    /// Whether all bdevs are examined (`bdev_auto_examine`).
+    auto_examine: Cell<bool>,
+    /// Examinations under way.
+    examining: Cell<usize>,
+    changed: Box<dyn Fn()>,
+}
+
+/// All bdevs, and what waits to become one. Clones are the same registry.
+#[derive(Clone)]
+pub struct Registry(Rc<Inner>);
+
+/// A name that nobody else can take while its bdev is made. Dropping it gives the name up.
+pub struct Reservation {
+    registry: Registry,
+    id: BdevId,
+    /// The bdev's name.
+    pub name: String,
+    /// The bdev's identity.
+    pub uuid: Uuid,
+}
+
+impl Registry {
+    /// An empty registry that calls `changed` when a bdev has come or gone, or examinations have
+    /// ended.
+    pub fn new(changed: impl Fn() + 'static) -> Self {
+        Self(Rc::new(Inner {
+            rows: RefCell::default(),
+            ids: Cell::new(0),
+            claims: Rc::default(),
+            examined: RefCell::default(),
+            auto_examine: Cell::new(true),
+            examining: Cell::new(0),
+            changed: Box::new(changed),
+        }))
+    }
+
+    /// Reserves a name, and a UUID, a random one if there is none.
+    ///
+    /// # Errors
+    /// EEXIST if the name or the UUID is in use, also by a bdev that is being made; EBUSY while
+    /// closing the file of a deleted bdev of this name blocks.
+    pub fn reserve(&self, name: String, uuid: Option<Uuid>) -> Result<Reservation, Errno> {
+        let account = crate::account_name(&name);
+        if closer::stuck().iter().any(|stuck| stuck.name == account) {
+            error!("{account}: the file of the deleted device of this name is still being closed");
+            return Err(libc::EBUSY);
+        }
+        let uuid = uuid.unwrap_or_else(Uuid::new_v4);
+        let id = self.add(Some(&name), Some(uuid), State::Reserved)?;
+        Ok(Reservation { registry: self.clone(), id, name, uuid })
+    }
+
+    /// Adds what waits for its base.
+    ///
+    /// # Errors
+    /// EEXIST if its name or UUID is in use.
+    pub(crate) fn add_waiting(&self, waiting: Rc<dyn Waiting>) -> Result<BdevId, Errno> {
+        let (name, uuid) = (waiting.name().map(str::to_owned), waiting.uuid());
+        self.add(name.as_deref(), uuid, State::Waiting { waiting, refused: None })
+    }
+
+    fn add(&self, name: Option<&str>, uuid: Option<Uuid>, state: State) -> Result<BdevId, Errno> {
+        self.check_free(name, uuid, None)?;
+        self.0.ids.set(self.0.ids.get() + 1);
+        let id = BdevId::new(self.0.ids.get());
+        let name = name.map(str::to_owned);
+        self.0.rows.borrow_mut().push(Row { id, name, uuid, state });
+        Ok(id)
+    }
+
+    /// Fails if another row than `own` has the name or the UUID.
+    fn check_free(
+        &self,
+        name: Option<&str>,
+        uuid: Option<Uuid>,
+        own: Option<BdevId>,
+    ) -> Result<(), Errno> {
+        let text = uuid.map(|uuid| uuid.to_string());
+        let names = [name, text.as_deref()].map(|name| name.map(Name::from));
+        let taken = |row: &&Row| names.iter().flatten().any(|name| row.has_name(*name));
+        let rows = self.0.rows.borrow();
+        let Some(other) = rows.iter().filter(|row| Some(row.id) != own).find(taken) else {
+            return Ok(());
+        };
+        let (name, other) = (name.unwrap_or_default(), other.name.as_deref().unwrap_or_default());
+        let text = text.unwrap_or_default();
+        error!("bdev {name}: the name or the UUID {text} is taken by {other}");
+        Err(libc::EEXIST)
+    }
+
+    /// Whether a bdev has this name or UUID, or will have it.
+    #[must_use]
+    pub fn is_taken(&self, name: &str) -> bool {
+        self.0.rows.borrow().iter().any(|row| row.has_name(name))
+    }
+
+    /// The id of the live bdev with this name or UUID.
+    #[must_use]
+    pub fn id(&self, name: &str) -> Option<BdevId> {
+        let (rows, name) = (self.0.rows.borrow(), Name::from(name));
+        rows.iter().find(|row| row.live().is_some() && row.has_name(name)).map(|row| row.id)
+    }
+
+    /// All ids, for callers that process a few at a time. They must not hold a bdev between two
+    /// steps: it may be deleted, and must not be dropped by them.
+    #[must_use]
+    pub fn ids(&self) -> Vec<BdevId> {
+        self.0.rows.borrow().iter().map(|row| row.id).collect()
+    }
+
+    /// This bdev; `None` if it is not live or does not exist any more.
+    #[must_use]
+    pub fn live(&self, id: BdevId) -> Option<Live> {
+        let rows = self.0.rows.borrow();
+        let at = rows.binary_search_by_key(&id, |row| row.id).ok()?;
+        rows[at].live().cloned()
+    }
+
+    /// The live bdev with this name or UUID.
+    #[must_use]
+    pub fn bdev(&self, name: &str) -> Option<Arc<dyn Bdev>> {
+        self.live(self.id(name)?).map(|live| live.bdev)
+    }
+
+    /// The entry of the live bdev with this name or UUID, if it is of this type.
+    #[must_use]
+    pub fn entry<E: Entry>(&self, name: &str) -> Option<Rc<E>> {
+        let entry: Rc<dyn Any> = self.live(self.id(name)?)?.entry;
+        entry.downcast().ok()
+    }
+
+    /// What waits under this name or UUID, if it is of this type.
+    #[must_use]
+    pub fn waiting_named<W: Waiting>(&self, name: &str) -> Option<Rc<W>> {
+        let (rows, name) = (self.0.rows.borrow(), Name::from(name));
+        rows.iter().filter(|row| row.has_name(name)).find_map(|row| {
+            let State::Waiting { waiting, .. } = &row.state else { return None };
+            let waiting: Rc<dyn Any> = Rc::clone(waiting) as _;
+            waiting.downcast().ok()
+        })
+    }
+
+    /// All live bdevs.
+    #[must_use]
+    pub fn all(&self) -> Vec<Live> {
+        self.0.rows.borrow().iter().filter_map(Row::live).cloned().collect()
+    }
+
+    /// All that waits.
+    #[must_use]
+    pub fn waiting(&self) -> Vec<(BdevId, Rc<dyn Waiting>)> {
+        let waiting = |row: &Row| match &row.state {
+            State::Waiting { waiting, .. } => Some((row.id, Rc::clone(waiting))),
+            State::Reserved | State::Live(_) => None,
+        };
+        self.0.rows.borrow().iter().filter_map(waiting).collect()
+    }
+
+    /// Whether this very bdev is registered.
+    #[must_use]
+    pub fn holds(&self, bdev: &Arc<dyn Bdev>) -> bool {
+        self.id_of(bdev).is_some()
+    }
+
+    fn id_of(&self, bdev: &Arc<dyn Bdev>) -> Option<BdevId> {
+        let is_it = |row: &&Row| row.live().is_some_and(|live| Arc::ptr_eq(&live.bdev, bdev));
+        self.0.rows.borrow().iter().find(is_it).map(|row| row.id)
+    }
+
+    /// Takes a claim on a bdev. `owner` is the module, or the controller's name.
+    ///
+    /// # Errors
+    /// The claim that is in the way. A bdev that is not registered any more has none.
+    pub fn claim(
+        &self,
+        bdev: &Arc<dyn Bdev>,
+        kind: ClaimKind,
+        owner: &str,
+    ) -> Result<Claim, Claimed> {
+        // No other bdev has this id.
+        let id = self.id_of(bdev).unwrap_or(BdevId::new(0));
+        self.0.claims.take(id, kind, owner)
+    }
+
+    /// The claim on this bdev as `bdev_get_bdevs` shows it.
+    #[must_use]
+    pub fn claim_type(&self, id: BdevId) -> Option<&'static str> {
+        self.0.claims.shown(id)
+    }
+
+    /// The calls that make this bdev again; none if it is being made or does not exist any more.
+    #[must_use]
+    pub fn config(&self, id: BdevId) -> Vec<Call> {
+        let state = {
+            let rows = self.0.rows.borrow();
+            rows.binary_search_by_key(&id, |row| row.id).ok().map(|at| rows[at].state.clone())
+        };
+        match state {
+            Some(State::Live(live)) => live.entry.config(),
+            Some(State::Waiting { waiting, .. }) => waiting.config(),
+            Some(State::Reserved) | None => vec![],
+        }
+    }
+
+    /// The bdevs that have this one as a base.
+    fn uppers(&self, bdev: &Arc<dyn Bdev>) -> Vec<Live> {
+        let is_base = |base: &Arc<dyn Bdev>| Arc::ptr_eq(base, bdev);
+        self.all().into_iter().filter(|live| live.bdev.bases().iter().any(is_base)).collect()
+    }
+
+    /// Adds the bdev and what is on it, the uppermost first, each once.
+    fn add_with_uppers(
+        &self,
+        bdev: &Arc<dyn Bdev>,
+        follow: &dyn Fn(&Live) -> bool,
+        all: &mut Vec<Arc<dyn Bdev>>,
+    ) {
+        if all.iter().any(|known| Arc::ptr_eq(known, bdev)) {
+            return;
+        }
+        for upper in self.uppers(bdev).iter().filter(|upper| follow(upper)) {
+            self.add_with_uppers(&upper.bdev, follow, all);
+        }
+        all.push(Arc::clone(bdev));
+    }
+
+    /// A bdev has another size: tells the entries on it. Gives all whose size has changed, the
+    /// uppermost first.
+    pub(crate) fn resized(&self, bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
+        let mut all = vec![];
+        self.add_with_uppers(bdev, &|upper| upper.entry.base_resized(), &mut all);
+        all
+    }
+
+    /// The bdev of this module, live or waiting, with this name or UUID.
+    pub(crate) fn of_module(&self, name: &str, module: &str) -> Option<BdevId> {
+        let (rows, name) = (self.0.rows.borrow(), Name::from(name));
+        let is_it = |row: &&Row| row.has_name(name) && row.module() == Some(module);
+        rows.iter().find(is_it).map(|row| row.id)
+    }
+
+    /// Takes bdevs out, and what is on them, and what waits under these ids. Gives the bdevs that
+    /// were live, the uppermost first; somebody may still use them.
+    pub(crate) fn remove(&self, ids: &[BdevId]) -> Vec<Arc<dyn Bdev>> {
+        let mut all = vec![];
+        for live in ids.iter().filter_map(|id| self.live(*id)) {
+            self.add_with_uppers(&live.bdev, &|_| true, &mut all);
+        }
+        let named = self.take_rows(|row| ids.contains(&row.id));
+        for id in all.iter().filter_map(|bdev| self.id_of(bdev)).collect::<Vec<_>>() {
+            self.base_gone(id);
+        }
+        drop(named);
+        all
+    }
+
+    /// The base of this bdev is gone.
+    fn base_gone(&self, id: BdevId) {
+        let Some(live) = self.live(id) else { return };
+        debug!("bdev {}: removed with its base", live.bdev.name());
+        let Some(waiting) = live.entry.base_gone() else {
+            drop(self.take_rows(|row| row.id == id));
+            return;
+        };
+        let mut rows = self.0.rows.borrow_mut();
+        if let Some(row) = rows.iter_mut().find(|row| row.id == id) {
+            row.name = waiting.name().map(str::to_owned);
+            row.uuid = waiting.uuid();
+            row.state = State::Waiting { waiting, refused: None };
+        }
+        // `live` keeps the entry until the registry is not borrowed any more.
+        drop(rows);
+    }
+
+    fn take_rows(&self, which: impl Fn(&Row) -> bool) -> Vec<Row> {
+        self.0.rows.borrow_mut().extract_if(.., |row| which(row)).collect()
+    }
+
+    /// What waited has become bdevs.
+    ///
+    /// # Errors
+    /// EEXIST if a name or a UUID of theirs is taken, ENODEV if what waited or a base is gone.
+    pub(crate) fn come_to_life(&self, id: BdevId, made: &[Rc<dyn Entry>]) -> Result<(), Errno> {
+        let mut new = vec![];
+        for (part, entry) in (0..).zip(made) {
+            let bdev = entry.bdev();
+            self.check_free(Some(bdev.name()), Some(bdev.uuid()), Some(id))?;
+            if !bdev.bases().iter().all(|base| self.holds(base)) {
+                return Err(libc::ENODEV);
+            }
+            let (name, uuid) = (Some(bdev.name().to_owned()), Some(bdev.uuid()));
+            let state = State::Live(Live { bdev, entry: Rc::clone(entry), examined: false });
+            new.push(Row { id: BdevId { part, ..id }, name, uuid, state });
+        }
+        // Dropped when the registry is not borrowed any more.
+        let before = self.take_rows(|row| row.id == id);
+        if before.is_empty() {
+            return Err(libc::ENODEV);
+        }
+        let mut rows = self.0.rows.borrow_mut();
+        let at = rows.partition_point(|row| row.id < id);
+        rows.splice(at..at, new);
+        Ok(())
+    }
+}
+
+impl Reservation {
+    /// The bdev is made.
+    ///
+    /// # Errors
+    /// ENODEV if one of its bases was deleted meanwhile.
+    pub(crate) fn complete(self, entry: Rc<dyn Entry>) -> Result<(), Errno> {
+        let bdev = entry.bdev();
+        if !bdev.bases().iter().all(|base| self.registry.holds(base)) {
+            return Err(libc::ENODEV);
+        }
+        let mut rows = self.registry.0.rows.borrow_mut();
+        if let Some(row) = rows.iter_mut().find(|row| row.id == self.id) {
+            row.state = State::Live(Live { bdev, entry, examined: false });
+        }
+        drop(rows);
+        Ok(())
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let reserved = |row: &Row| row.id == self.id && matches!(row.state, State::Reserved);
+        drop(self.registry.take_rows(reserved));
+    }
+}

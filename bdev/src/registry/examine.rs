@@ -1,0 +1,125 @@
+//! Which bdevs are examined, and what comes to life by itself. [`crate::life::settle`] does it.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::{BdevId, Errno, Name, Registry, Row, State};
+use crate::claims::ClaimKind;
+use crate::io::Bdev;
+use crate::module::Waiting;
+
+impl Registry {
+    /// Whether all bdevs are examined.
+    #[must_use]
+    pub fn auto_examine(&self) -> bool {
+        self.0.auto_examine.get()
+    }
+
+    /// Sets whether all bdevs are examined, or only those that [`Registry::examine`] has named.
+    pub fn set_auto_examine(&self, auto_examine: bool) {
+        self.0.auto_examine.set(auto_examine);
+    }
+
+    /// Lets the bdev of this name be examined, when it comes or with the next
+    /// [`settle`](crate::life::settle).
+    ///
+    /// # Errors
+    /// EEXIST if the name was given before.
+    pub fn examine(&self, name: &str) -> Result<(), Errno> {
+        let mut examined = self.0.examined.borrow_mut();
+        if examined.iter().any(|known| known == name) {
+            return Err(libc::EEXIST);
+        }
+        examined.push(name.to_owned());
+        Ok(())
+    }
+
+    /// The names that [`examine`](Self::examine) was given.
+    #[must_use]
+    pub fn examined(&self) -> Vec<String> {
+        self.0.examined.borrow().clone()
+    }
+
+    /// Whether examinations are under way.
+    #[must_use]
+    pub fn is_examining(&self) -> bool {
+        self.0.examining.get() > 0
+    }
+
+    /// Counts an examination until the value is dropped.
+    pub(crate) fn examining(&self) -> Examining {
+        self.0.examining.set(self.0.examining.get() + 1);
+        Examining(self.clone())
+    }
+
+    fn may_examine(&self, row: &Row) -> bool {
+        let examined = || self.0.examined.borrow().iter().any(|name| row.has_name(name.as_str()));
+        self.auto_examine() || examined()
+    }
+
+    /// The first that waits for a bdev that is there and free, with that bdev.
+    pub(crate) fn next_to_wake(&self) -> Option<Due> {
+        let rows = self.0.rows.borrow();
+        rows.iter().find_map(|row| {
+            let State::Waiting { waiting, refused } = &row.state else { return None };
+            let name = Name::from(waiting.base());
+            let base = rows.iter().find(|row| row.live().is_some() && row.has_name(name))?;
+            let free = || {
+                let claims = &self.0.claims;
+                claims.in_the_way(base.id, waiting.claims(), waiting.module()).is_none()
+            };
+            let wakes = *refused != Some(base.id) && self.may_examine(base) && free();
+            let live = base.live().filter(|_| wakes)?;
+            let (waiting, base) = (Rc::clone(waiting), Arc::clone(&live.bdev));
+            Some(Due { id: row.id, waiting, base })
+        })
+    }
+
+    /// What waits does not come to life on this base.
+    pub(crate) fn refuse(&self, id: BdevId, base: &Arc<dyn Bdev>) {
+        let base = self.id_of(base);
+        let mut rows = self.0.rows.borrow_mut();
+        if let Some(row) = rows.iter_mut().find(|row| row.id == id)
+            && let State::Waiting { refused, .. } = &mut row.state
+        {
+            *refused = base;
+        }
+    }
+
+    /// The first bdev that the modules have not examined and may examine; it counts as examined
+    /// from then on.
+    pub(crate) fn next_to_examine(&self) -> Option<Arc<dyn Bdev>> {
+        let mut rows = self.0.rows.borrow_mut();
+        let is_due = |row: &Row| {
+            row.live().is_some_and(|live| !live.examined)
+                && self.may_examine(row)
+                && self.0.claims.in_the_way(row.id, ClaimKind::Served, "").is_none()
+        };
+        let at = rows.iter().position(is_due)?;
+        let State::Live(live) = &mut rows[at].state else { return None };
+        live.examined = true;
+        Some(Arc::clone(&live.bdev))
+    }
+
+    /// Tells the program that bdevs have come or gone.
+    pub(crate) fn changed(&self) {
+        (self.0.changed)();
+    }
+}
+
+/// What can come to life on a base that is there.
+pub(crate) struct Due {
+    pub(crate) id: BdevId,
+    pub(crate) waiting: Rc<dyn Waiting>,
+    pub(crate) base: Arc<dyn Bdev>,
+}
+
+/// An examination under way.
+pub(crate) struct Examining(Registry);
+
+impl Drop for Examining {
+    fn drop(&mut self) {
+        self.0.0.examining.set(self.0.0.examining.get() - 1);
+        self.0.changed();
+    }
+}

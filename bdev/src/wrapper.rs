@@ -1,0 +1,103 @@
+//! What the bdevs that stand on one other bdev have in common.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::io::{Bdev, Channel, Error, Features};
+use crate::stats::Stats;
+use crate::topology::Topology;
+
+/// The parts that every wrapper has.
+pub struct Wrapped {
+    name: String,
+    uuid: Uuid,
+    base: Arc<dyn Bdev>,
+    stats: Stats,
+}
+
+impl Wrapped {
+    /// A wrapper's parts; the UUID is random if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the name is empty.
+    pub fn new(name: String, base: Arc<dyn Bdev>, uuid: Option<Uuid>) -> Result<Self, Error> {
+        if name.is_empty() {
+            return Err(Error::Invalid("the name is empty".into()));
+        }
+        let uuid = uuid.unwrap_or_else(Uuid::new_v4);
+        Ok(Self { name, uuid, base, stats: Stats::default() })
+    }
+
+    /// The bdev's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The bdev below.
+    #[must_use]
+    pub fn base(&self) -> &Arc<dyn Bdev> {
+        &self.base
+    }
+}
+
+/// A bdev that stands on one other and says of itself what that says, unless it knows better. Every
+/// wrapper is a [`Bdev`].
+pub trait Wrapper: Send + Sync + 'static {
+    /// The common parts.
+    fn wrapped(&self) -> &Wrapped;
+    /// As [`Bdev::product_name`].
+    fn product(&self) -> &'static str;
+    /// As [`Bdev::num_blocks`].
+    fn size_blocks(&self) -> u64 {
+        self.wrapped().base.num_blocks()
+    }
+    /// As [`Bdev::open`].
+    ///
+    /// # Errors
+    /// As [`Bdev::open`].
+    fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error>;
+}
+
+impl<W: Wrapper> Bdev for W {
+    fn name(&self) -> &str {
+        &self.wrapped().name
+    }
+
+    fn product_name(&self) -> &'static str {
+        self.product()
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.wrapped().uuid
+    }
+
+    fn block_size(&self) -> u32 {
+        self.wrapped().base.block_size()
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.size_blocks()
+    }
+
+    fn features(&self) -> Features {
+        self.wrapped().base.features()
+    }
+
+    fn topology(&self) -> Topology {
+        self.wrapped().base.topology()
+    }
+
+    fn bases(&self) -> &[Arc<dyn Bdev>] {
+        std::slice::from_ref(&self.wrapped().base)
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.wrapped().stats
+    }
+
+    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        self.open_channel(depth)
+    }
+}
