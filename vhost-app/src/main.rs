@@ -5,7 +5,6 @@
 //! pass, the RPC socket, initialisation, the second pass. From then on the control thread serves
 //! RPCs until a signal.
 
-mod bdevs;
 mod cli;
 mod config_file;
 mod control;
@@ -22,10 +21,8 @@ use std::convert::Infallible;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bdev::{Bdev, FileDisk};
 use rpc::{Phase, Registry, Server};
 use rte_vhost::eal::{self, EalInfo, EalOptions, EalStart};
 use sandbox::{Sandbox, Thread};
@@ -211,8 +208,10 @@ async fn serve(
     let (served, io_errors) = (Rc::clone(app), RefCell::new(IoErrors::default()));
     spawn_local(async move {
         let log_troubles = |now| {
-            io_errors.borrow_mut().log(&served.bdevs.all(), now);
-            served.bdevs.files().iter().filter(|file| file.tick_lease()).for_each(warn_of_lock);
+            let live = served.bdevs.all();
+            let bdevs: Vec<_> = live.iter().map(|live| live.bdev.clone()).collect();
+            io_errors.borrow_mut().log(&bdevs, now);
+            live.iter().for_each(|live| live.entry.each_second());
         };
         if let Err(e) = served.control.run(log_troubles).await {
             error!("the reactors' events cannot be read: {e}");
@@ -241,15 +240,6 @@ async fn serve(
     };
     stop(app, server).await;
     result
-}
-
-fn warn_of_lock(disk: &Arc<FileDisk>) {
-    let filename = disk.filename().display();
-    warn!(
-        "bdev {}: locking or unlocking {filename} takes long; check its file system or file \
-         server; rings of this bdev may wait for it",
-        disk.name()
-    );
 }
 
 /// The configuration and the RPC socket.

@@ -1,9 +1,7 @@
 //! A device as `bdev_get_bdevs` shows it.
 
-use bdev::{Bdev, LeaseState};
+use bdev::{Bdev, Live};
 use serde_json::{Map, Value, json};
-
-use crate::bdevs::{Disk, Shown, latency_params};
 
 /// SPDK's operations that no device has here: nothing in a guest or in this program asks for them.
 const NEVER_SUPPORTED: [&str; 13] = [
@@ -23,11 +21,11 @@ const NEVER_SUPPORTED: [&str; 13] = [
 ];
 
 /// The device in SPDK's shape.
-pub(super) fn describe(shown: &Shown) -> Value {
-    let bdev = &*shown.bdev;
+pub(super) fn describe(live: &Live, claim_type: Option<&str>) -> Value {
+    let (bdev, about) = (&*live.bdev, live.entry.describe());
     let uuid = bdev.uuid().to_string();
     let aliases: Vec<&str> = if uuid == bdev.name() { vec![] } else { vec![uuid.as_str()] };
-    let hint = |name: &str| shown.params.get(name).cloned().unwrap_or(0.into());
+    let hint = |name: &str| about.hints.get(name).cloned().unwrap_or(0.into());
     let mut object = Map::new();
     let mut put = |name: &str, value: Value| drop(object.insert(name.to_owned(), value));
     put("name", bdev.name().into());
@@ -45,8 +43,8 @@ pub(super) fn describe(shown: &Shown) -> Value {
         put(name, hint(name));
     }
     put("uuid", uuid.as_str().into());
-    if matches!(shown.disk, Disk::Malloc(_)) {
-        put("numa_id", shown.params.get("numa_id").cloned().unwrap_or((-1).into()));
+    for (name, value) in about.fields {
+        put(&name, value);
     }
     put(
         "assigned_rate_limits",
@@ -57,13 +55,13 @@ pub(super) fn describe(shown: &Shown) -> Value {
             "w_mbytes_per_sec": 0,
         }),
     );
-    put("claimed", shown.claimed.into());
-    if shown.claimed {
-        put("claim_type", "exclusive_write".into());
+    put("claimed", claim_type.is_some().into());
+    if let Some(claim_type) = claim_type {
+        put("claim_type", claim_type.into());
     }
     put("zoned", false.into());
     put("supported_io_types", supported_io_types(bdev));
-    put("driver_specific", driver_specific(shown));
+    put("driver_specific", about.driver_specific.into());
     object.into()
 }
 
@@ -83,69 +81,4 @@ fn supported_io_types(bdev: &dyn Bdev) -> Value {
     let never = NEVER_SUPPORTED.iter().map(|name| (*name, false));
     let all = known.into_iter().chain(never).map(|(name, is)| (name.to_owned(), is.into()));
     Value::Object(all.collect())
-}
-
-/// Not in SPDK: how a file is served.
-fn io_path(service: bdev::Service) -> Value {
-    let bdev::Service { engine, direct, nowait, workers } = service;
-    json!({
-        "engine": engine.name(),
-        "direct": direct,
-        "nowait": nowait,
-        "workers": {
-            "max": workers.max,
-            "threads": workers.threads,
-            "busy": workers.busy,
-            "queued": workers.queued,
-            "longest_s": workers.longest_s,
-        },
-    })
-}
-
-/// Whether rings may use the file, and which other process they wait for.
-fn show_lease(module: &mut Value, lease: LeaseState) {
-    module["lease"] = match lease {
-        LeaseState::None => "none",
-        LeaseState::Waiting(_) => "waiting",
-        LeaseState::Held => "held",
-    }
-    .into();
-    if let LeaseState::Waiting(Some(holder)) = lease {
-        module["waits_for"] = holder.to_string().into();
-    }
-}
-
-fn driver_specific(shown: &Shown) -> Value {
-    match &shown.disk {
-        Disk::Malloc(_) | Disk::Null(_) => json!({}),
-        Disk::File(file) => {
-            let filename = file.filename().display().to_string();
-            let (module, mut about) = match file.flavour() {
-                bdev::Flavour::Aio => {
-                    let nowait = shown.params.get("nowait").is_some_and(|nowait| nowait == true);
-                    let about = json!({
-                        "filename": filename,
-                        "block_size_override": file.block_size_override(),
-                        "readonly": file.readonly(),
-                        "fallocate": file.fallocate(),
-                        "nowait": nowait,
-                    });
-                    ("aio", about)
-                }
-                bdev::Flavour::Uring => ("uring", json!({ "filename": filename })),
-            };
-            about["io_path"] = io_path(file.service());
-            show_lease(&mut about, file.lease_state());
-            json!({ module: about })
-        }
-        Disk::Delay(delay) => {
-            let mut about = Map::new();
-            about.insert("name".into(), delay.name().into());
-            about.insert("base_bdev_name".into(), delay.base().name().into());
-            about.insert("uuid".into(), delay.uuid().to_string().into());
-            about.extend(latency_params(delay.latency()));
-            json!({ "delay": about })
-        }
-        Disk::Error(disk) => json!({ "error_disk": { "base_bdev": disk.base().name() } }),
-    }
 }

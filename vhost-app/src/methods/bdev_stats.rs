@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use bdev::{FailureKind, Op, OpCounts};
+use bdev::{BdevId, FailureKind, Live, Op, OpCounts};
 use reactor::{read_tsc, ticks_per_second};
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -10,7 +10,6 @@ use serde_json::{Map, Value, json};
 use tracing::error;
 
 use super::{Answer, App, Methods};
-use crate::bdevs::{BdevId, Shown};
 
 /// JSON values of a device's counters.
 const BDEV_VALUES: usize = 25;
@@ -32,10 +31,10 @@ enum Reset {
 }
 
 impl Reset {
-    fn apply(self, shown: &Shown) {
+    fn apply(self, live: &Live) {
         match self {
-            Self::All => shown.bdev.stats().reset(),
-            Self::Error => shown.bdev.stats().reset_failures(),
+            Self::All => live.bdev.stats().reset(),
+            Self::Error => live.bdev.stats().reset_failures(),
             Self::Maxmin | Self::None => {}
         }
     }
@@ -62,9 +61,9 @@ async fn get_iostat(app: Rc<App>, params: Params) -> Answer {
     }
     let mut bdevs = vec![];
     for id in all {
-        if let Some(shown) = app.bdevs.shown_by_id(id) {
-            bdevs.push(describe(&shown));
-            wanted.reset_mode.unwrap_or(Reset::None).apply(&shown);
+        if let Some(live) = app.bdevs.live(id) {
+            bdevs.push(describe(&live));
+            wanted.reset_mode.unwrap_or(Reset::None).apply(&live);
         }
         pace.spend(BDEV_VALUES).await;
     }
@@ -81,8 +80,8 @@ async fn reset_iostat(app: Rc<App>, params: Params) -> Answer {
     let names = wanted.name.map(|name| vec![name]);
     let mut pace = params.pace();
     for id in find(&app, params.method(), names.as_deref(), &mut pace).await? {
-        if let Some(shown) = app.bdevs.shown_by_id(id) {
-            wanted.mode.unwrap_or(Reset::All).apply(&shown);
+        if let Some(live) = app.bdevs.live(id) {
+            wanted.mode.unwrap_or(Reset::All).apply(&live);
         }
         pace.spend(BDEV_VALUES).await;
     }
@@ -111,8 +110,8 @@ async fn find(
 }
 
 /// In SPDK's shape and order. As there, operations that failed are counted under `io_error` only.
-fn describe(shown: &Shown) -> Value {
-    let totals = shown.bdev.stats().totals();
+fn describe(live: &Live) -> Value {
+    let totals = live.bdev.stats().totals();
     let of = |op: Op| totals[op as usize];
     let kinds = [
         ("read", "read", of(Op::Read)),
@@ -121,7 +120,7 @@ fn describe(shown: &Shown) -> Value {
         ("copied", "copy", OpCounts::default()),
     ];
     let mut object = Map::new();
-    object.insert("name".into(), shown.bdev.name().into());
+    object.insert("name".into(), live.bdev.name().into());
     for (bytes, ops, counts) in kinds {
         object.insert(format!("bytes_{bytes}"), counts.bytes.into());
         object.insert(format!("num_{ops}_ops"), counts.count.saturating_sub(counts.errors).into());
@@ -134,7 +133,7 @@ fn describe(shown: &Shown) -> Value {
     }
     // Kinds that have not occurred are omitted.
     let kinds = [(FailureKind::Failed, "failed"), (FailureKind::Aio, "aio_error")];
-    let failures = shown.bdev.stats().failures();
+    let failures = live.bdev.stats().failures();
     let of = |(kind, name): (FailureKind, &str)| (name.to_owned(), failures[kind as usize].into());
     let occurred = kinds.into_iter().filter(|(kind, _)| failures[*kind as usize] > 0);
     object.insert("io_error".into(), Value::Object(occurred.map(of).collect()));

@@ -1,13 +1,12 @@
 //! The RPC methods, one file per family, and what they work on.
 //!
-//! A method decodes its parameters, asks [`Control`] or [`Bdevs`], and answers in SPDK's shape, with
-//! SPDK's code and text where it fails; the reason goes to the log. Methods run on the control
-//! thread: what can block goes to the blocking pool ([`blocking`]).
+//! A method decodes its parameters, asks [`Control`] or the [`Registry`](bdev::Registry) of bdevs, and
+//! answers in SPDK's shape, with SPDK's code and text where it fails; the reason goes to the log.
+//! Methods run on the control thread: what can block goes to the blocking pool ([`blocking`]). The
+//! methods of each kind of bdev are in crate `bdev`.
 
 mod bdev;
-mod bdev_error;
-mod bdev_file;
-mod bdev_memory;
+mod bdev_host;
 mod bdev_show;
 mod bdev_stats;
 mod framework;
@@ -17,17 +16,15 @@ mod threads;
 mod vhost;
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::rc::Rc;
 
-use rpc::{DecodeFailure, Params, Phases, Registry, RpcError};
+use ::bdev::{BdevModule, Claim};
+use rpc::{Params, Phases, Registry, RpcError};
 use sandbox::Opener;
-use serde::{Deserialize, Deserializer, de};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::watch;
-use tracing::error;
-use uuid::Uuid;
 
-use crate::bdevs::Bdevs;
 use crate::control::Control;
 use crate::logging::Log;
 
@@ -37,7 +34,13 @@ pub(crate) use options::SubsystemOptions;
 /// What the methods work on.
 pub(crate) struct App {
     pub(crate) control: Rc<Control>,
-    pub(crate) bdevs: Bdevs,
+    pub(crate) bdevs: ::bdev::Registry,
+    /// Told when a bdev has come or gone.
+    pub(crate) bdevs_changed: watch::Sender<()>,
+    /// The kinds of bdevs.
+    modules: Vec<Rc<dyn BdevModule>>,
+    /// The claim of each controller on its bdev.
+    served: RefCell<HashMap<String, Rc<Claim>>>,
     pub(crate) log: Log,
     /// Opens the files of disks.
     pub(crate) opener: Opener,
@@ -58,9 +61,14 @@ type Answer = Result<Value, RpcError>;
 
 impl App {
     pub(crate) fn new(control: Rc<Control>, log: Log, opener: Opener, share: bool) -> Self {
+        let bdevs_changed = watch::Sender::new(());
+        let changed = bdevs_changed.clone();
         Self {
             control,
-            bdevs: Bdevs::default(),
+            bdevs: ::bdev::Registry::new(move || changed.send_replace(())),
+            bdevs_changed,
+            modules: ::bdev::modules::all(),
+            served: RefCell::default(),
             log,
             opener,
             share,
@@ -80,9 +88,7 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     log::register(&mut methods);
     options::register(&mut methods);
     bdev::register(&mut methods);
-    bdev_memory::register(&mut methods);
-    bdev_file::register(&mut methods);
-    bdev_error::register(&mut methods);
+    bdev_host::register(&mut methods);
     bdev_stats::register(&mut methods);
     vhost::register(&mut methods);
 }
@@ -120,37 +126,6 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         Ok(result) => result,
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }
-}
-
-/// Logs why a device operation failed and answers with its errno.
-fn bdev_error(method: &str, e: &::bdev::Error) -> RpcError {
-    error!("{method}: {e}");
-    RpcError::errno(e.errno())
-}
-
-/// A UUID in the form with hyphens. The null UUID counts as none.
-#[derive(Clone, Copy, Debug)]
-struct GivenUuid(Option<Uuid>);
-
-impl<'de> Deserialize<'de> for GivenUuid {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        const HYPHENATED: usize = 36;
-        let text = String::deserialize(deserializer)?;
-        let uuid = Uuid::try_parse(&text).ok().filter(|_| text.len() == HYPHENATED);
-        let uuid = uuid.ok_or_else(|| de::Error::custom("not a UUID"))?;
-        Ok(Self((!uuid.is_nil()).then_some(uuid)))
-    }
-}
-
-/// The UUID of an optional parameter.
-fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
-    uuid.and_then(|uuid| uuid.0)
-}
-
-/// The parameters as they were given, for `save_config`; whole numbers without a fraction,
-/// however they were written.
-fn as_given(params: &Params) -> Map<String, Value> {
-    params.decode(DecodeFailure::INTERNAL).unwrap_or_default()
 }
 
 /// Cores as SPDK writes a mask: lower-case hexadecimal without leading zeroes and without 0x.

@@ -79,7 +79,7 @@ fn set_bdev(app: &App, params: &Params) -> Answer {
         error!("bdev_set_options: {text}");
         return Err(RpcError::invalid_params(text));
     }
-    app.bdevs.auto_examine.set(options.bdev_auto_examine);
+    app.bdevs.set_auto_examine(options.bdev_auto_examine);
     all.bdev = options;
     Ok(true.into())
 }

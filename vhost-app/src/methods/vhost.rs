@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bdev::{Claim, ClaimKind};
 use reactor::Cause;
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -60,13 +61,13 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     if !transport.eq_ignore_ascii_case(TRANSPORT) {
         return Err(refused(method, libc::EINVAL, format_args!("no transport {transport:?}")));
     }
-    let Some(bdev) = app.bdevs.disk(&p.dev_name).map(|disk| disk.bdev()) else {
+    let Some(bdev) = app.bdevs.bdev(&p.dev_name) else {
         return Err(refused(method, libc::ENODEV, format_args!("no bdev {:?}", p.dev_name)));
     };
-    if app.bdevs.is_claimed(&bdev) {
+    let claim = app.bdevs.claim(&bdev, ClaimKind::Served, &p.ctrlr).map_err(|_| {
         let reason = format_args!("bdev {} has another bdev on it", bdev.name());
-        return Err(refused(method, libc::EPERM, reason));
-    }
+        refused(method, libc::EPERM, reason)
+    })?;
     let cores = match p.cpumask.as_deref().map(|text| (text, parse_cores(text))) {
         None => None,
         Some((_, Some(cores))) => Some(cores.into_iter().map(Core).collect()),
@@ -77,7 +78,7 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
         device: Blk::new(Arc::clone(&bdev), p.readonly),
-        name: p.ctrlr,
+        name: p.ctrlr.clone(),
         cores,
         packed_ring: p.packed_ring,
     };
@@ -89,6 +90,7 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     drop(bdev);
     app.control.notify();
     created.map_err(|e| refused(method, e.errno(), e))?;
+    app.served.borrow_mut().insert(p.ctrlr, Rc::new(claim));
     Ok(true.into())
 }
 
@@ -106,10 +108,14 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
     let p: Delete = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
     let timeout = Duration::from_millis(p.timeout_ms.unwrap_or(DELETE_TIMEOUT_MS).min(MAX_MS));
     let options = DeleteOptions { timeout, force: p.force };
+    let claim = app.served.borrow().get(&p.ctrlr).cloned();
     app.control
         .delete_controller(&p.ctrlr, options, params.client().gone())
         .await
         .map_err(|e| refused(params.method(), e.errno(), e))?;
+    // A controller that was made anew meanwhile has a claim of its own.
+    let is_its = |now: &Rc<Claim>| claim.as_ref().is_some_and(|claim| Rc::ptr_eq(claim, now));
+    app.served.borrow_mut().retain(|name, now| *name != p.ctrlr || !is_its(now));
     Ok(true.into())
 }
 

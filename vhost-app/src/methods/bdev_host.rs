@@ -1,0 +1,95 @@
+//! The program as the bdev modules see it.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bdev::method::{self, LocalFuture, MethodError, Parameters, Reader};
+use bdev::{Bdev, BdevModule, Host, OpenFile, Registry};
+use rpc::{DecodeFailure, Params, Phases, RpcError};
+use serde::de::{DeserializeSeed, Deserializer, Error};
+
+use super::{App, Methods, blocking};
+
+/// Registers the modules' methods, in the modules' order.
+pub(super) fn register(methods: &mut Methods<'_>) {
+    for module in methods.app.modules.clone() {
+        for method in module.methods() {
+            methods.add(method.name, Phases::Runtime, move |app, params| {
+                let answer = method.call(app, method::Params::new(Given(params)));
+                async { answer.await.map_err(|e| RpcError::new(e.code, e.text)) }
+            });
+        }
+    }
+}
+
+impl Host for App {
+    fn registry(&self) -> &Registry {
+        &self.bdevs
+    }
+
+    fn modules(&self) -> &[Rc<dyn BdevModule>] {
+        &self.modules
+    }
+
+    fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
+        Box::pin(blocking(work))
+    }
+
+    fn open_file(&self) -> OpenFile {
+        let opener = self.opener.clone();
+        Box::new(move |path, readonly| opener.open(path, readonly))
+    }
+
+    fn shares_files(&self) -> bool {
+        self.share
+    }
+
+    fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
+        vhost_blk::bdev_resized(self.control.target(), bdev);
+    }
+
+    fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()> {
+        Box::pin(async {
+            // All first, so that none waits for another to be taken away from the guests.
+            bdevs.iter().for_each(|bdev| vhost_blk::remove_bdev(self.control.target(), bdev));
+            for bdev in bdevs {
+                self.control.remove_bdev(bdev).await;
+            }
+        })
+    }
+
+    fn released(&self) {
+        self.control.notify();
+    }
+}
+
+/// The parameters of a call, for a module.
+struct Given(Params);
+
+impl Parameters for Given {
+    fn method(&self) -> &'static str {
+        self.0.method()
+    }
+
+    fn read(
+        &self,
+        failure: method::DecodeFailure,
+        read: &mut Reader<'_>,
+    ) -> Result<(), MethodError> {
+        let failure = DecodeFailure::new(failure.code, failure.text);
+        let decoded = self.0.decode_seed(Seed(read), failure);
+        decoded.map_err(|RpcError { code, message: text }| MethodError { code, text })
+    }
+}
+
+/// Hands a deserializer over to a module.
+struct Seed<'a, 'r>(&'a mut Reader<'r>);
+
+impl<'de> DeserializeSeed<'de> for Seed<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        let mut erased = <dyn erased_serde::Deserializer<'_>>::erase(deserializer);
+        (self.0)(&mut erased).map_err(D::Error::custom)
+    }
+}
