@@ -14,8 +14,8 @@
 //! A channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds
 //! it to the bdev's counters ([`Stats`]), and the control side logs it.
 //! While rings use a disk in a file, a [`Lease`] keeps other processes of this program from it.
-//! Wrappers ([`Delay`], [`ErrorDisk`]) are bdevs round another bdev: the I/O passes through them
-//! in both directions, and they hold it, fail it or spoil it on the way.
+//! Wrappers ([`Delay`], [`ErrorDisk`], [`Passthru`]) are bdevs round another bdev: the I/O passes
+//! through them in both directions, and they hold it, fail it or spoil it on the way.
 //!
 //! Each kind of bdev is a module ([`BdevModule`], one folder below [`modules`]): its RPC methods make
 //! bdevs, which the [`Registry`] knows by name, with [`Claim`]s on their bases; [`life`] is how they
@@ -70,6 +70,7 @@ pub use modules::file::{
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};
+pub use modules::passthru::Passthru;
 pub use pages::Backing;
 pub use registry::{BdevId, Errno, Live, Registry, Reservation};
 pub use shortcut::Shortcut;

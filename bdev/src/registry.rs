@@ -90,6 +90,13 @@ impl Row {
         }
     }
 
+    fn waiting(&self) -> Option<Rc<dyn Any>> {
+        match &self.state {
+            State::Waiting { waiting, .. } => Some(Rc::clone(waiting) as _),
+            State::Reserved | State::Live(_) => None,
+        }
+    }
+
     fn has_name<'a>(&self, name: impl Into<Name<'a>>) -> bool {
         let Name { text, uuid } = name.into();
         self.name.as_deref() == Some(text) || (uuid.is_some() && uuid == self.uuid)
@@ -247,11 +254,8 @@ impl Registry {
     #[must_use]
     pub fn waiting_named<W: Waiting>(&self, name: &str) -> Option<Rc<W>> {
         let (rows, name) = (self.0.rows.borrow(), Name::from(name));
-        rows.iter().filter(|row| row.has_name(name)).find_map(|row| {
-            let State::Waiting { waiting, .. } = &row.state else { return None };
-            let waiting: Rc<dyn Any> = Rc::clone(waiting) as _;
-            waiting.downcast().ok()
-        })
+        let mut named = rows.iter().filter(|row| row.has_name(name));
+        named.find_map(|row| row.waiting()?.downcast().ok())
     }
 
     /// All live bdevs.
@@ -260,14 +264,23 @@ impl Registry {
         self.0.rows.borrow().iter().filter_map(Row::live).cloned().collect()
     }
 
-    /// All that waits.
+    /// All live bdevs whose entries are of this type.
     #[must_use]
-    pub fn waiting(&self) -> Vec<(BdevId, Rc<dyn Waiting>)> {
-        let waiting = |row: &Row| match &row.state {
-            State::Waiting { waiting, .. } => Some((row.id, Rc::clone(waiting))),
-            State::Reserved | State::Live(_) => None,
+    pub fn entries_of<E: Entry>(&self) -> Vec<(BdevId, Rc<E>)> {
+        let rows = self.0.rows.borrow();
+        let of_type = |row: &Row| {
+            let entry: Rc<dyn Any> = Rc::clone(&row.live()?.entry) as _;
+            Some((row.id, entry.downcast().ok()?))
         };
-        self.0.rows.borrow().iter().filter_map(waiting).collect()
+        rows.iter().filter_map(of_type).collect()
+    }
+
+    /// All of this type that waits.
+    #[must_use]
+    pub fn waiting_of<W: Waiting>(&self) -> Vec<(BdevId, Rc<W>)> {
+        let rows = self.0.rows.borrow();
+        let of_type = |row: &Row| Some((row.id, row.waiting()?.downcast().ok()?));
+        rows.iter().filter_map(of_type).collect()
     }
 
     /// Whether this very bdev is registered.

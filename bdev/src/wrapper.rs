@@ -42,6 +42,12 @@ impl Wrapped {
     }
 }
 
+/// The UUID that SPDK gives a wrapper when the operator gives none: version 5 (SHA-1) of the module's
+/// namespace and the base's UUID, followed by what tells the wrappers on one base apart.
+pub(crate) fn derived_uuid(namespace: Uuid, base: &dyn Bdev, more: &[u8]) -> Uuid {
+    Uuid::new_v5(&namespace, &[base.uuid().as_bytes(), more].concat())
+}
+
 /// A bdev that stands on one other and says of itself what that says, unless it knows better. Every
 /// wrapper is a [`Bdev`].
 pub trait Wrapper: Send + Sync + 'static {

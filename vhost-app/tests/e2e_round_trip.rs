@@ -26,7 +26,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`].
-const METHODS: [(&str, Effect); 52] = [
+const METHODS: [(&str, Effect); 54] = [
     ("accel_set_options", Saved),
     ("bdev_aio_create", Saved),
     ("bdev_aio_delete", Saved),
@@ -46,6 +46,8 @@ const METHODS: [(&str, Effect); 52] = [
     ("bdev_null_create", Saved),
     ("bdev_null_delete", Saved),
     ("bdev_null_resize", Saved),
+    ("bdev_passthru_create", Saved),
+    ("bdev_passthru_delete", Saved),
     ("bdev_reset_iostat", Unsaved),
     ("bdev_set_options", Saved),
     ("bdev_uring_create", Saved),
@@ -119,7 +121,8 @@ impl<'a> Operator<'a> {
     }
 
     fn base(&mut self) -> Value {
-        let names = ["A", "B", "C", "F", "G", "D0", "D1", "EE_A", "EE_D0", UUIDS[0], UUIDS[1]];
+        let names =
+            ["A", "B", "C", "F", "G", "D0", "D1", "EE_A", "EE_D0", "P0", UUIDS[0], UUIDS[1]];
         self.one_of(&names).into()
     }
 
@@ -224,6 +227,13 @@ impl<'a> Operator<'a> {
             self.call("bdev_error_create", params);
             return;
         }
+        if self.below(3) == 0 {
+            let name = self.one_of(&["P0", "P1"]);
+            let mut params = json!({ "name": name, "base_bdev_name": base });
+            self.uuid(&mut params);
+            self.call("bdev_passthru_create", params);
+            return;
+        }
         let name = self.one_of(&["D0", "D1", "D2"]);
         let mut params = json!({
             "name": name,
@@ -245,6 +255,7 @@ impl<'a> Operator<'a> {
             ("bdev_uring_delete", &["F", "G"][..]),
             ("bdev_delay_delete", &["D0", "D1", "D2"][..]),
             ("bdev_error_delete", &["EE_A", "EE_B", "EE_D0"][..]),
+            ("bdev_passthru_delete", &["P0", "P1"][..]),
         ]);
         let name = self.one_of(names);
         self.call(method, json!({ "name": name }));

@@ -54,7 +54,8 @@ fn the_real_client_drives_every_method() {
     run("bdev_error_create M1");
     run("bdev_error_inject_error EE_M1 read failure -n 3");
     run("bdev_error_resume_pending EE_M1");
-    let all = ["Malloc0", "M1", "N0", "A0", "U0", "D0", "EE_M1"];
+    assert_eq!(run("bdev_passthru_create -b A0 -p P0"), "P0");
+    let all = ["Malloc0", "M1", "N0", "A0", "U0", "D0", "EE_M1", "P0"];
     assert_eq!(vhost.bdev_names(), all);
     assert!(run("bdev_get_bdevs -b D0").contains("\"p99_write_latency\": 99"));
     assert!(run("bdev_get_bdevs -b N0").contains("\"num_blocks\": 4096"));
@@ -70,6 +71,7 @@ fn the_real_client_drives_every_method() {
     assert!(vhost.spdk_rpc(&["virtio_blk_create_transport", "vhost_user_blk"]).is_err());
     run("vhost_delete_controller c.0");
     run("vhost_delete_controller c.1");
+    run("bdev_passthru_delete P0");
     run("bdev_delay_delete D0");
     run("bdev_error_delete EE_M1");
     run("bdev_uring_delete U0");

@@ -11,6 +11,7 @@ pub(crate) mod error;
 pub(crate) mod file;
 pub(crate) mod malloc;
 pub(crate) mod null;
+pub(crate) mod passthru;
 
 /// All modules. A new one is a folder and a line here.
 #[must_use]
@@ -22,5 +23,6 @@ pub fn all() -> Vec<Rc<dyn BdevModule>> {
         Rc::new(file::module::Module(file::Flavour::Uring)),
         Rc::new(delay::module::Module),
         Rc::new(error::module::Module),
+        Rc::new(passthru::module::Module),
     ]
 }

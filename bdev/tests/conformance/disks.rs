@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub(crate) use bdev::Flavour;
 use bdev::{
     Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
-    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, open_file,
+    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Passthru, open_file,
 };
 use tempfile::TempDir;
 
@@ -167,6 +167,10 @@ pub(crate) fn delay(base: Fixture) -> Fixture {
     let latency = Latency { avg_read_us: 0, p99_read_us: 300, avg_write_us: 50, p99_write_us: 100 };
     let options = DelayOptions { name: "Delay0".into(), base: base.disk, latency, uuid: None };
     Fixture { disk: Delay::create(options).unwrap(), ..base }
+}
+
+pub(crate) fn passthru(base: Fixture) -> Fixture {
+    Fixture { disk: Passthru::create("P0".into(), base.disk, None).unwrap(), ..base }
 }
 
 pub(crate) fn error_disk(base: Arc<dyn Bdev>) -> Arc<ErrorDisk> {

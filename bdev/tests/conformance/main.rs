@@ -66,6 +66,9 @@ conformance! {
     error_file => error(file(Flavour::Aio, 4096));
     error_that_retries => retrying(file(Flavour::Uring, 512));
     delay_error_delay => delay(error(delay(malloc(4096))));
+    passthru_malloc => passthru(malloc(512));
+    passthru_file => passthru(file(Flavour::Uring, 4096));
+    passthru_delay_passthru => passthru(delay(passthru(malloc(4096))));
     resized_null => resized(null(512));
     resized_file => grown_file(512);
 }

@@ -1,0 +1,97 @@
+//! A bdev that passes everything on to its base, unchanged. It is the example of a wrapper.
+#![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
+
+pub(crate) mod module;
+
+use std::sync::Arc;
+
+use uuid::{Uuid, uuid};
+
+use crate::failure::Failure;
+use crate::io::{Bdev, Channel, Completion, Error, Io, Submit, Tag, Wait, WakeFds};
+use crate::shortcut::Shortcut;
+use crate::wrapper::{Wrapped, Wrapper, derived_uuid};
+
+/// SPDK's namespace for the UUIDs of passthru bdevs.
+const NAMESPACE: Uuid = uuid!("7e25812e-c8c0-4d3f-8599-16d790555b85");
+
+/// A bdev that passes everything on to its base.
+pub struct Passthru(Wrapped);
+
+impl Passthru {
+    /// Wraps a bdev. The UUID is derived from the base's if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the name is empty.
+    pub fn create(
+        name: String,
+        base: Arc<dyn Bdev>,
+        uuid: Option<Uuid>,
+    ) -> Result<Arc<Self>, Error> {
+        let uuid = uuid.unwrap_or_else(|| derived_uuid(NAMESPACE, &*base, &[]));
+        Ok(Arc::new(Self(Wrapped::new(name, base, Some(uuid))?)))
+    }
+}
+
+impl Wrapper for Passthru {
+    fn wrapped(&self) -> &Wrapped {
+        &self.0
+    }
+
+    fn product(&self) -> &'static str {
+        "passthru"
+    }
+
+    fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let base = Arc::clone(self.0.base()).open(depth)?;
+        Ok(Box::new(PassthruChannel { base, _disk: self }))
+    }
+}
+
+struct PassthruChannel {
+    base: Box<dyn Channel>,
+    /// The bdev is in use while the channel is open.
+    _disk: Arc<Passthru>,
+}
+
+impl Channel for PassthruChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        unsafe { self.base.submit(io) }
+    }
+
+    fn shortcut(&self) -> Shortcut {
+        self.base.shortcut()
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.base.wake_fds()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.base.set_wakes(wakes);
+    }
+
+    fn wait(&self) -> Wait {
+        self.base.wait()
+    }
+
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        self.base.failure(tag)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.base.kick();
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        self.base.poll(done)
+    }
+
+    fn abandon(&mut self) {
+        self.base.abandon();
+    }
+}

@@ -1,0 +1,192 @@
+//! `bdev_passthru_*`.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tracing::error;
+use uuid::Uuid;
+
+use super::Passthru;
+use crate::claims::Claim;
+use crate::host::Host;
+use crate::io::{Bdev, Error};
+use crate::life;
+use crate::method::{
+    Answer, Call, DecodeFailure, GivenUuid, LocalFuture, Method, MethodError, Params, given,
+};
+use crate::module::{Base, BdevModule, Description, Entry, Waiting};
+
+const NAME: &str = "passthru";
+const CREATE: &str = "bdev_passthru_create";
+
+/// SPDK's module `passthru`.
+pub(crate) struct Module;
+
+impl BdevModule for Module {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn methods(self: Rc<Self>) -> Vec<Method> {
+        vec![
+            Method::new(CREATE, create),
+            Method::new("bdev_passthru_delete", |host, params| life::delete(host, params, NAME)),
+        ]
+    }
+}
+
+/// A passthru bdev as it was asked for.
+struct Request {
+    name: String,
+    base: String,
+    /// As it was given; otherwise it comes with the base.
+    uuid: Option<Uuid>,
+    params: Map<String, Value>,
+}
+
+async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Create {
+        base_bdev_name: String,
+        name: String,
+        uuid: Option<GivenUuid>,
+    }
+    let p: Create = params.decode(DecodeFailure::INTERNAL)?;
+    if p.name.is_empty() {
+        error!("{CREATE}: the name is empty");
+        return Err(MethodError::errno(libc::EINVAL));
+    }
+    let request = Rc::new(Request {
+        name: p.name.clone(),
+        base: p.base_bdev_name,
+        uuid: given(p.uuid),
+        params: params.as_given(),
+    });
+    life::attach(&host, params.method(), request).await.map_err(MethodError::errno)?;
+    Ok(p.name.into())
+}
+
+impl Waiting for Request {
+    fn module(&self) -> &'static str {
+        NAME
+    }
+
+    fn name(&self) -> Option<&str> {
+        Some(&self.name)
+    }
+
+    fn uuid(&self) -> Option<Uuid> {
+        self.uuid
+    }
+
+    fn base(&self) -> &str {
+        &self.base
+    }
+
+    fn config(&self) -> Vec<Call> {
+        vec![Call { method: CREATE, params: self.params.clone() }]
+    }
+
+    fn wake<'a>(
+        self: Rc<Self>,
+        _host: &'a Rc<dyn Host>,
+        Base { bdev, claim }: Base,
+    ) -> LocalFuture<'a, Result<Vec<Rc<dyn Entry>>, Error>> {
+        Box::pin(async move {
+            let disk = Passthru::create(self.name.clone(), bdev, self.uuid)?;
+            Ok(vec![Rc::new(PassthruEntry { disk, request: self, _claim: claim }) as _])
+        })
+    }
+}
+
+struct PassthruEntry {
+    disk: Arc<Passthru>,
+    request: Rc<Request>,
+    /// On the base.
+    _claim: Claim,
+}
+
+impl Entry for PassthruEntry {
+    fn module(&self) -> &'static str {
+        NAME
+    }
+
+    fn bdev(&self) -> Arc<dyn Bdev> {
+        Arc::clone(&self.disk) as _
+    }
+
+    fn describe(&self) -> Description {
+        let (name, base) = (self.disk.0.name(), self.disk.0.base().name());
+        let about = json!({ "name": name, "base_bdev_name": base });
+        let driver_specific = Map::from_iter([(NAME.to_owned(), about)]);
+        Description { driver_specific, ..Description::default() }
+    }
+
+    fn config(&self) -> Vec<Call> {
+        self.request.config()
+    }
+
+    fn base_gone(&self) -> Option<Rc<dyn Waiting>> {
+        Some(Rc::clone(&self.request) as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_host::TestHost;
+
+    fn params(uuid: Option<&str>) -> Value {
+        let mut params = json!({ "base_bdev_name": "A", "name": "P" });
+        uuid.into_iter().for_each(|uuid| params["uuid"] = uuid.into());
+        params
+    }
+
+    #[test]
+    fn it_is_shown_as_spdks_and_saved_as_it_was_given() {
+        let host = TestHost::new([]);
+        host.null("A", 1);
+        assert_eq!(host.call(CREATE, params(None)), Ok("P".into()));
+        let about = json!({ "passthru": { "name": "P", "base_bdev_name": "A" } });
+        assert_eq!(host.driver_specific("P"), about);
+        assert_eq!(host.claim_type("A"), Some("exclusive_write"));
+        assert_eq!(host.config()[1], json!([CREATE, params(None)]));
+        let base = json!({ "base_bdev_name": "A" });
+        let code = host.call(CREATE, base).map_err(|e| (e.code, e.text));
+        assert_eq!(code, Err((-32603, "spdk_json_decode_object failed".into())));
+    }
+
+    /// The derived one is what SHA-1 gives for the namespace and the 16 bytes of UUID 1.
+    #[test]
+    fn its_uuid_is_given_or_derived_from_that_of_the_base_that_came() {
+        const DERIVED: &str = "d5f2acf0-bee6-5315-99d6-b610207ad5d3";
+        const GIVEN: &str = "11111111-2222-4333-8444-555555555555";
+        for (uuid, expected) in [(None, DERIVED), (Some(GIVEN), GIVEN)] {
+            let host = TestHost::new([]);
+            host.call(CREATE, params(uuid)).unwrap();
+            assert_eq!(host.registry().is_taken(GIVEN), uuid.is_some());
+            host.null("A", 1);
+            assert_eq!(host.registry().bdev(expected).unwrap().name(), "P");
+        }
+    }
+
+    #[test]
+    fn it_waits_for_its_base_and_for_the_next_one() {
+        let host = TestHost::new([]);
+        host.call(CREATE, params(None)).unwrap();
+        assert_eq!(host.call(CREATE, params(None)), Err(MethodError::errno(libc::EEXIST)));
+        for uuid in [1, 2] {
+            host.null("A", uuid);
+            assert_eq!(host.names(), ["P", "A"]);
+            host.call("bdev_null_delete", json!({ "name": "A" })).unwrap();
+            assert!(host.names().is_empty());
+        }
+        let named = json!({ "name": "P" });
+        assert_eq!(host.call("bdev_passthru_delete", named.clone()), Ok(true.into()));
+        assert!(host.config().is_empty());
+        let none = Err(MethodError::errno(libc::ENODEV));
+        assert_eq!(host.call("bdev_passthru_delete", named), none);
+    }
+}
