@@ -71,6 +71,7 @@ pub use modules::file::{
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};
 pub use modules::passthru::Passthru;
+pub use modules::split::Part;
 pub use pages::Backing;
 pub use registry::{BdevId, Errno, Live, Registry, Reservation};
 pub use shortcut::Shortcut;

@@ -26,7 +26,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`].
-const METHODS: [(&str, Effect); 54] = [
+const METHODS: [(&str, Effect); 56] = [
     ("accel_set_options", Saved),
     ("bdev_aio_create", Saved),
     ("bdev_aio_delete", Saved),
@@ -50,6 +50,8 @@ const METHODS: [(&str, Effect); 54] = [
     ("bdev_passthru_delete", Saved),
     ("bdev_reset_iostat", Unsaved),
     ("bdev_set_options", Saved),
+    ("bdev_split_create", Saved),
+    ("bdev_split_delete", Saved),
     ("bdev_uring_create", Saved),
     ("bdev_uring_delete", Saved),
     ("bdev_uring_rescan", Unsaved),
@@ -122,7 +124,7 @@ impl<'a> Operator<'a> {
 
     fn base(&mut self) -> Value {
         let names =
-            ["A", "B", "C", "F", "G", "D0", "D1", "EE_A", "EE_D0", "P0", UUIDS[0], UUIDS[1]];
+            ["A", "B", "C", "F", "G", "D0", "D1", "EE_A", "EE_D0", "P0", "Fp1", UUIDS[0], UUIDS[1]];
         self.one_of(&names).into()
     }
 
@@ -220,6 +222,14 @@ impl<'a> Operator<'a> {
     }
 
     fn make_wrapper(&mut self) {
+        if self.below(4) == 0 {
+            // Bdevs that keep their size: parts that were made before it changed are others
+            // afterwards, as in SPDK.
+            let (base, count) = (self.one_of(&["F", "G"]), self.one_of(&[1, 2, 3]));
+            let params = json!({ "base_bdev": base, "split_count": count });
+            self.call("bdev_split_create", params);
+            return;
+        }
         let base = self.base();
         if self.below(3) == 0 {
             let mut params = json!({ "base_name": base });
@@ -256,9 +266,11 @@ impl<'a> Operator<'a> {
             ("bdev_delay_delete", &["D0", "D1", "D2"][..]),
             ("bdev_error_delete", &["EE_A", "EE_B", "EE_D0"][..]),
             ("bdev_passthru_delete", &["P0", "P1"][..]),
+            ("bdev_split_delete", &["F", "G"][..]),
         ]);
         let name = self.one_of(names);
-        self.call(method, json!({ "name": name }));
+        let parameter = if method == "bdev_split_delete" { "base_bdev" } else { "name" };
+        self.call(method, json!({ parameter: name }));
     }
 
     fn make_controller(&mut self) {

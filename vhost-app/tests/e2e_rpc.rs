@@ -55,7 +55,8 @@ fn the_real_client_drives_every_method() {
     run("bdev_error_inject_error EE_M1 read failure -n 3");
     run("bdev_error_resume_pending EE_M1");
     assert_eq!(run("bdev_passthru_create -b A0 -p P0"), "P0");
-    let all = ["Malloc0", "M1", "N0", "A0", "U0", "D0", "EE_M1", "P0"];
+    assert_eq!(run("bdev_split_create N0 2 -s 4"), "N0p0 N0p1");
+    let all = ["Malloc0", "M1", "N0", "A0", "U0", "D0", "EE_M1", "P0", "N0p0", "N0p1"];
     assert_eq!(vhost.bdev_names(), all);
     assert!(run("bdev_get_bdevs -b D0").contains("\"p99_write_latency\": 99"));
     assert!(run("bdev_get_bdevs -b N0").contains("\"num_blocks\": 4096"));
@@ -72,6 +73,7 @@ fn the_real_client_drives_every_method() {
     run("vhost_delete_controller c.0");
     run("vhost_delete_controller c.1");
     run("bdev_passthru_delete P0");
+    run("bdev_split_delete N0");
     run("bdev_delay_delete D0");
     run("bdev_error_delete EE_M1");
     run("bdev_uring_delete U0");
@@ -407,6 +409,50 @@ fn deleting_an_error_bdev_fails_what_it_kept_pending() {
     // What it was on is as before.
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "d", "dev_name": "M"}));
     front_end.disconnect().unwrap();
+}
+
+/// A part's blocks are those of its base from its offset on, through a passthru bdev as well.
+#[test]
+fn parts_and_passthru_bdevs_serve_guests_their_range_of_the_base() {
+    let vhost = Vhost::start(&[]);
+    let split = json!({"base_bdev": "M", "split_count": 2});
+    assert_eq!(vhost.ok("bdev_split_create", split.clone()), json!([]));
+    vhost.ok("bdev_passthru_create", json!({"name": "P", "base_bdev_name": "Mp1"}));
+    vhost.malloc("M");
+    assert_eq!(vhost.bdev_names(), ["Mp0", "Mp1", "P", "M"]);
+    let exists = "Failed to create 2 split bdevs from 'M': File exists";
+    assert_eq!(vhost.err("bdev_split_create", split), Refusal::new(-32602, exists));
+    for (name, product, about) in [
+        ("Mp1", "Split Disk", json!({"split": {"base_bdev": "M", "offset_blocks": 1024}})),
+        ("P", "passthru", json!({"passthru": {"name": "P", "base_bdev_name": "Mp1"}})),
+    ] {
+        let shown = vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0].clone();
+        assert_eq!((&shown["product_name"], &shown["num_blocks"]), (&json!(product), &json!(1024)));
+        assert_eq!(shown["driver_specific"], about);
+    }
+    let run = |bdev: &str, write: bool, sector, bytes: [u8; 4096]| {
+        vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": bdev}));
+        let ram = GuestRam::new(&[4 << 20]).unwrap();
+        let buffer = [ram.alloc(4096, 4096).unwrap()];
+        ram.write(buffer[0].gpa, &bytes).unwrap();
+        let socket = vhost.socket("c");
+        let mut front_end = FrontEnd::connect(&socket, ram.clone(), Options::default()).unwrap();
+        let mut queue = front_end.start_new(1, QueueOptions::default()).unwrap().remove(0);
+        let request = if write { Request::write } else { Request::read };
+        let status = queue.run(&request(sector, &buffer)).unwrap().status;
+        let mut data = [0; 4096];
+        ram.read(buffer[0].gpa, &mut data).unwrap();
+        front_end.disconnect().unwrap();
+        vhost.ok("vhost_delete_controller", json!({"ctrlr": "c"}));
+        (status, data)
+    };
+    let (write, read, none) = (true, false, [1; 4096]);
+    assert_eq!(run("P", write, 16, [7; 4096]).0, STATUS_OK);
+    assert_ne!(run("P", write, 1020, [7; 4096]).0, STATUS_OK, "past the end");
+    assert_eq!(run("Mp0", read, 16, none), (STATUS_OK, [0; 4096]));
+    vhost.ok("bdev_passthru_delete", json!({"name": "P"}));
+    vhost.ok("bdev_split_delete", json!({"base_bdev": "M"}));
+    assert_eq!(run("M", read, 1024 + 16, none), (STATUS_OK, [7; 4096]));
 }
 
 /// One of everything, in another order than that of the dependencies.

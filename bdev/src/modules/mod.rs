@@ -12,6 +12,7 @@ pub(crate) mod file;
 pub(crate) mod malloc;
 pub(crate) mod null;
 pub(crate) mod passthru;
+pub(crate) mod split;
 
 /// All modules. A new one is a folder and a line here.
 #[must_use]
@@ -24,5 +25,6 @@ pub fn all() -> Vec<Rc<dyn BdevModule>> {
         Rc::new(delay::module::Module),
         Rc::new(error::module::Module),
         Rc::new(passthru::module::Module),
+        Rc::new(split::module::Module),
     ]
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 pub(crate) use bdev::Flavour;
 use bdev::{
     Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
-    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Passthru, open_file,
+    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Part, Passthru,
+    open_file,
 };
 use tempfile::TempDir;
 
@@ -38,7 +39,11 @@ impl Fixture {
 }
 
 pub(crate) fn malloc(block_size: u32) -> Fixture {
-    let num_blocks = SIZE / u64::from(block_size);
+    malloc_of(SIZE, block_size)
+}
+
+pub(crate) fn malloc_of(size: u64, block_size: u32) -> Fixture {
+    let num_blocks = size / u64::from(block_size);
     let options = MallocOptions { name: "Malloc0".into(), num_blocks, block_size, uuid: None };
     Fixture::of(Malloc::create(options).unwrap())
 }
@@ -50,7 +55,11 @@ pub(crate) fn null_disk(size: u64, block_size: u32) -> Arc<Null> {
 }
 
 pub(crate) fn null(block_size: u32) -> Fixture {
-    Fixture { disk: null_disk(SIZE, block_size), keeps: false, _below: None }
+    null_of(SIZE, block_size)
+}
+
+pub(crate) fn null_of(size: u64, block_size: u32) -> Fixture {
+    Fixture { disk: null_disk(size, block_size), keeps: false, _below: None }
 }
 
 /// Half the size at first.
@@ -81,16 +90,20 @@ pub(crate) fn make_file(dir: &TempDir, size: u64) -> PathBuf {
 }
 
 pub(crate) fn file(flavour: Flavour, block_size: u32) -> Fixture {
-    in_dir(TempDir::new().unwrap(), flavour, block_size)
+    file_of(SIZE, flavour, block_size)
+}
+
+pub(crate) fn file_of(size: u64, flavour: Flavour, block_size: u32) -> Fixture {
+    in_dir(TempDir::new().unwrap(), size, flavour, block_size)
 }
 
 /// On tmpfs, which cannot zero a range, so that zeroes have to be written.
 pub(crate) fn tmpfs(block_size: u32) -> Fixture {
-    in_dir(TempDir::new_in("/dev/shm").unwrap(), Flavour::Uring, block_size)
+    in_dir(TempDir::new_in("/dev/shm").unwrap(), SIZE, Flavour::Uring, block_size)
 }
 
-fn in_dir(dir: TempDir, flavour: Flavour, block_size: u32) -> Fixture {
-    let name = make_file(&dir, SIZE);
+fn in_dir(dir: TempDir, size: u64, flavour: Flavour, block_size: u32) -> Fixture {
+    let name = make_file(&dir, size);
     let disk = FileDisk::create(file_options(name, flavour, block_size)).unwrap();
     Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
 }
@@ -171,6 +184,12 @@ pub(crate) fn delay(base: Fixture) -> Fixture {
 
 pub(crate) fn passthru(base: Fixture) -> Fixture {
     Fixture { disk: Passthru::create("P0".into(), base.disk, None).unwrap(), ..base }
+}
+
+/// The middle third.
+pub(crate) fn part(base: Fixture) -> Fixture {
+    let third = base.disk.num_blocks() / 3;
+    Fixture { disk: Part::create("p1".into(), base.disk, third, third).unwrap(), ..base }
 }
 
 pub(crate) fn error_disk(base: Arc<dyn Bdev>) -> Arc<ErrorDisk> {

@@ -69,6 +69,10 @@ conformance! {
     passthru_malloc => passthru(malloc(512));
     passthru_file => passthru(file(Flavour::Uring, 4096));
     passthru_delay_passthru => passthru(delay(passthru(malloc(4096))));
+    part_of_malloc => part(malloc_of(3 * SIZE, 512));
+    part_of_null => part(null_of(3 * SIZE, 4096));
+    part_of_file => part(file_of(3 * SIZE, Flavour::Uring, 512));
+    delayed_part_of_part => delay(part(part(malloc_of(9 * SIZE, 512))));
     resized_null => resized(null(512));
     resized_file => grown_file(512);
 }

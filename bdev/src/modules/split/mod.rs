@@ -1,0 +1,154 @@
+//! Parts of a bdev that follow one another: SPDK's `split`.
+#![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
+
+pub(crate) mod module;
+
+use std::sync::Arc;
+
+use uuid::{Uuid, uuid};
+
+use crate::failure::Failure;
+use crate::geometry::within;
+use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Status, Submit, Tag, Wait, WakeFds};
+use crate::shortcut::Shortcut;
+use crate::wrapper::{Wrapped, Wrapper, derived_uuid};
+
+/// SPDK's namespace for the UUIDs of parts.
+const NAMESPACE: Uuid = uuid!("976b899e-3e1e-4d71-ab69-c2b08e9df8b8");
+
+/// A range of another bdev.
+pub struct Part {
+    wrapped: Wrapped,
+    offset_blocks: u64,
+    num_blocks: u64,
+}
+
+impl Part {
+    /// Makes a bdev of `num_blocks` blocks from block `offset_blocks` of the base on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the name or the range is empty, or the range not within the base.
+    pub fn create(
+        name: String,
+        base: Arc<dyn Bdev>,
+        offset_blocks: u64,
+        num_blocks: u64,
+    ) -> Result<Arc<Self>, Error> {
+        let end = offset_blocks.checked_add(num_blocks);
+        if num_blocks == 0 || end.is_none_or(|end| end > base.num_blocks()) {
+            let (blocks, base) = (base.num_blocks(), base.name());
+            return Err(Error::Invalid(format!(
+                "{name}: invalid range of {base}, which has {blocks} blocks: offset \
+                 {offset_blocks}, length {num_blocks}"
+            )));
+        }
+        let range = [offset_blocks.to_le_bytes(), num_blocks.to_le_bytes()].concat();
+        let uuid = derived_uuid(NAMESPACE, &*base, &range);
+        let wrapped = Wrapped::new(name, base, Some(uuid))?;
+        Ok(Arc::new(Self { wrapped, offset_blocks, num_blocks }))
+    }
+
+    /// Its first block on the base.
+    #[must_use]
+    pub fn offset_blocks(&self) -> u64 {
+        self.offset_blocks
+    }
+}
+
+impl Wrapper for Part {
+    fn wrapped(&self) -> &Wrapped {
+        &self.wrapped
+    }
+
+    fn product(&self) -> &'static str {
+        "Split Disk"
+    }
+
+    fn size_blocks(&self) -> u64 {
+        self.num_blocks
+    }
+
+    fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let base = Arc::clone(self.wrapped.base()).open(depth)?;
+        // In range: `create` has compared it with the size of the base.
+        let offset = self.offset_blocks * u64::from(self.block_size());
+        Ok(Box::new(PartChannel { base, offset, size: self.size_bytes(), _part: self }))
+    }
+}
+
+struct PartChannel {
+    base: Box<dyn Channel>,
+    /// First byte on the base.
+    offset: u64,
+    /// Bytes.
+    size: u64,
+    /// The bdev is in use while the channel is open.
+    _part: Arc<Part>,
+}
+
+impl Channel for PartChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        // A flush has no range, and is for the whole base.
+        let offset = if io.op == Op::Flush { 0 } else { self.offset };
+        if !within(&io, self.size) {
+            return Submit::Done(Status::IoError);
+        }
+        let mut on_base = io;
+        on_base.offset += offset;
+        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        match unsafe { self.base.submit(on_base) } {
+            Submit::Full(_) => Submit::Full(io),
+            submit => submit,
+        }
+    }
+
+    fn shortcut(&self) -> Shortcut {
+        match self.base.shortcut() {
+            Shortcut::Memory { base, size, stores } => {
+                let rest = size.saturating_sub(self.offset);
+                // Within the base's memory, so within a usize.
+                let base = base.wrapping_add(self.offset as usize);
+                Shortcut::Memory { base, size: self.size.min(rest), stores }
+            }
+            other => other,
+        }
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.base.wake_fds()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.base.set_wakes(wakes);
+    }
+
+    fn wait(&self) -> Wait {
+        self.base.wait()
+    }
+
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        let mut failure = self.base.failure(tag)?;
+        if failure.op != Op::Flush {
+            failure.offset = failure.offset.map(|offset| offset.saturating_sub(self.offset));
+        }
+        Some(failure)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.base.kick();
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        self.base.poll(done)
+    }
+
+    fn abandon(&mut self) {
+        self.base.abandon();
+    }
+}
+
+#[cfg(test)]
+mod tests;

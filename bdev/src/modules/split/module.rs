@@ -1,0 +1,197 @@
+//! `bdev_split_*`.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tracing::{error, warn};
+use uuid::Uuid;
+
+use super::Part;
+use crate::claims::Claim;
+use crate::host::Host;
+use crate::io::{Bdev, Error};
+use crate::life;
+use crate::method::{
+    Answer, Call, DecodeFailure, LocalFuture, Method, MethodError, Params, strerror,
+};
+use crate::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::registry::{BdevId, Errno};
+
+const NAME: &str = "split";
+pub(super) const CREATE: &str = "bdev_split_create";
+
+/// SPDK's module `split`.
+pub(crate) struct Module;
+
+impl BdevModule for Module {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn methods(self: Rc<Self>) -> Vec<Method> {
+        vec![Method::new(CREATE, create), Method::new("bdev_split_delete", delete)]
+    }
+}
+
+/// How a bdev is to be split.
+#[derive(Debug, Deserialize)]
+struct Request {
+    base_bdev: String,
+    split_count: u32,
+    /// 0: all parts together are as large as possible.
+    #[serde(default)]
+    split_size_mb: u64,
+}
+
+async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+    let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let (count, base) = (request.split_count, request.base_bdev.clone());
+    let parts = split(&host, request).await.map_err(|errno| {
+        let reason = strerror(errno);
+        let text = format!("Failed to create {count} split bdevs from '{base}': {reason}");
+        MethodError::invalid_params(text)
+    })?;
+    Ok(parts.iter().map(|part| Value::from(part.name())).collect())
+}
+
+async fn split(host: &Rc<dyn Host>, request: Request) -> Result<Vec<Arc<dyn Bdev>>, Errno> {
+    let base = &request.base_bdev;
+    if request.split_count == 0 {
+        error!("{CREATE}: split_count is 0");
+        return Err(libc::EINVAL);
+    }
+    if !find(&**host, base).is_empty() {
+        error!("{CREATE}: {base:?} is split already, or will be when it comes");
+        return Err(libc::EEXIST);
+    }
+    life::attach(host, CREATE, Rc::new(request)).await
+}
+
+async fn delete(host: Rc<dyn Host>, params: Params) -> Answer {
+    #[derive(Deserialize)]
+    struct Delete {
+        base_bdev: String,
+    }
+    let Delete { base_bdev } = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let ids = find(&*host, &base_bdev);
+    if ids.is_empty() {
+        error!("{}: {base_bdev:?} is not split", params.method());
+        return Err(MethodError::invalid_params(strerror(libc::ENOENT)));
+    }
+    life::remove(&host, &ids).await;
+    Ok(true.into())
+}
+
+/// The parts of a base, by the name with which it was split, or what waits for it.
+fn find(host: &dyn Host, base: &str) -> Vec<BdevId> {
+    let registry = host.registry();
+    let waiting = registry.waiting_of::<Request>().into_iter();
+    let parts = registry.entries_of::<PartEntry>().into_iter();
+    let all = waiting.chain(parts.map(|(id, part)| (id, Rc::clone(&part.request))));
+    all.filter(|(_, request)| request.base_bdev == base).map(|(id, _)| id).collect()
+}
+
+impl Request {
+    /// How many parts the base gets, and of how many blocks each.
+    fn geometry(&self, base: &dyn Bdev) -> Result<(u32, u64), Error> {
+        let (name, block_size) = (base.name(), u64::from(base.block_size()));
+        let invalid =
+            |reason: &str| Err(Error::Invalid(format!("{name} cannot be split: {reason}")));
+        let size = match self.split_size_mb.checked_mul(1 << 20) {
+            Some(0) => base.num_blocks() / u64::from(self.split_count),
+            Some(bytes) if bytes.is_multiple_of(block_size) => bytes / block_size,
+            Some(_) => return invalid("split_size_mb is not a multiple of the block size"),
+            None => return invalid("split_size_mb is out of range"),
+        };
+        // SPDK makes no part of too large a size, and keeps the base from being split again.
+        let Some(max @ 1..) = base.num_blocks().checked_div(size) else {
+            return invalid("it is too small");
+        };
+        let count = u32::try_from(max).unwrap_or(u32::MAX).min(self.split_count);
+        if count < self.split_count {
+            warn!("{name}: only {count} of {} parts fit", self.split_count);
+        }
+        Ok((count, size))
+    }
+}
+
+impl Waiting for Request {
+    fn module(&self) -> &'static str {
+        NAME
+    }
+
+    fn name(&self) -> Option<&str> {
+        None
+    }
+
+    fn uuid(&self) -> Option<Uuid> {
+        None
+    }
+
+    fn base(&self) -> &str {
+        &self.base_bdev
+    }
+
+    fn config(&self) -> Vec<Call> {
+        let params = [
+            ("base_bdev", self.base_bdev.as_str().into()),
+            ("split_count", self.split_count.into()),
+            ("split_size_mb", self.split_size_mb.into()),
+        ];
+        let params = params.map(|(name, value): (&str, Value)| (name.to_owned(), value));
+        vec![Call { method: CREATE, params: Map::from_iter(params) }]
+    }
+
+    fn wake<'a>(
+        self: Rc<Self>,
+        _host: &'a Rc<dyn Host>,
+        Base { bdev, claim }: Base,
+    ) -> LocalFuture<'a, Result<Vec<Rc<dyn Entry>>, Error>> {
+        Box::pin(async move {
+            let (count, size) = self.geometry(&*bdev)?;
+            let claim = Rc::new(claim);
+            let part = |number: u32| {
+                let (name, offset) = (format!("{}p{number}", self.base_bdev), u64::from(number));
+                let part = Part::create(name, Arc::clone(&bdev), offset * size, size)?;
+                let (request, _claim) = (Rc::clone(&self), Rc::clone(&claim));
+                Ok(Rc::new(PartEntry { part, request, _claim }) as _)
+            };
+            (0..count).map(part).collect()
+        })
+    }
+}
+
+struct PartEntry {
+    part: Arc<Part>,
+    request: Rc<Request>,
+    /// On the base; all parts share it.
+    _claim: Rc<Claim>,
+}
+
+impl Entry for PartEntry {
+    fn module(&self) -> &'static str {
+        NAME
+    }
+
+    fn bdev(&self) -> Arc<dyn Bdev> {
+        Arc::clone(&self.part) as _
+    }
+
+    fn describe(&self) -> Description {
+        let base = self.part.wrapped.base().name();
+        let about = json!({ "base_bdev": base, "offset_blocks": self.part.offset_blocks });
+        let driver_specific = Map::from_iter([(NAME.to_owned(), about)]);
+        Description { driver_specific, ..Description::default() }
+    }
+
+    fn config(&self) -> Vec<Call> {
+        // One call makes all parts.
+        if self.part.offset_blocks == 0 { self.request.config() } else { vec![] }
+    }
+
+    fn base_resized(&self) -> bool {
+        false
+    }
+}
