@@ -21,12 +21,12 @@ pub async fn add(
     reserved: Reservation,
     entry: Rc<dyn Entry>,
 ) -> Result<(), MethodError> {
-    reserved.complete(entry).map_err(MethodError::errno)?;
+    let done = reserved.complete(entry).map_err(MethodError::errno);
     settle(host).await;
-    Ok(())
+    done
 }
 
-/// Makes bdevs on a base, now or when the base comes. Returns those that there are now.
+/// Makes bdevs on a base, now or when the base comes. Returns the names of those made now.
 ///
 /// # Errors
 /// EPERM if the base is claimed or a controller serves it, EEXIST if a name or UUID is taken; the
@@ -35,7 +35,7 @@ pub async fn attach(
     host: &Rc<dyn Host>,
     method: &str,
     waiting: Rc<dyn Waiting>,
-) -> Result<Vec<Arc<dyn Bdev>>, Errno> {
+) -> Result<Vec<String>, Errno> {
     let registry = host.registry();
     let base = match registry.bdev(waiting.base()) {
         Some(bdev) => Some(claim(host, method, bdev, &*waiting)?),
@@ -43,15 +43,18 @@ pub async fn attach(
     };
     let id = registry.add_waiting(Rc::clone(&waiting))?;
     let made = match base {
-        Some(base) => wake(host, id, &waiting, base).await.map_err(|e| {
-            drop(registry.remove(&[id]));
-            error!("{method}: {e}");
-            e.errno()
-        })?,
-        None => vec![],
+        Some(base) => wake(host, id, &waiting, base).await,
+        None => Ok(vec![]),
     };
+    if made.is_err() {
+        drop(registry.remove(&[id]));
+    }
+    // Even then: others may have come meanwhile and wait for the base.
     settle(host).await;
-    Ok(made)
+    made.map_err(|e| {
+        error!("{method}: {e}");
+        e.errno()
+    })
 }
 
 /// Claims a base for what is created now.
@@ -81,14 +84,14 @@ async fn wake(
     id: BdevId,
     waiting: &Rc<dyn Waiting>,
     base: Base,
-) -> Result<Vec<Arc<dyn Bdev>>, Error> {
+) -> Result<Vec<String>, Error> {
     let _under_way = host.registry().examining();
     let made = Rc::clone(waiting).wake(host, base).await?;
     host.registry().come_to_life(id, &made).map_err(|errno| Error::System {
         what: waiting.name().unwrap_or(waiting.base()).to_owned(),
         source: std::io::Error::from_raw_os_error(errno),
     })?;
-    Ok(made.iter().map(|entry| entry.bdev()).collect())
+    Ok(made.iter().map(|entry| entry.bdev().name().to_owned()).collect())
 }
 
 /// Has everything come to life for which the bdevs are there: what waits for a base, and what the

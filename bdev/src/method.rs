@@ -57,6 +57,18 @@ pub struct Call {
     pub params: Map<String, Value>,
 }
 
+impl Call {
+    /// A call with a JSON object of parameters; anything else counts as none.
+    #[must_use]
+    pub fn new(method: &'static str, params: Value) -> Self {
+        let params = match params {
+            Value::Object(params) => params,
+            _ => Map::new(),
+        };
+        Self { method, params }
+    }
+}
+
 /// Reads one value from a deserializer.
 pub type Reader<'a> =
     dyn FnMut(&mut dyn erased_serde::Deserializer<'_>) -> Result<(), erased_serde::Error> + 'a;

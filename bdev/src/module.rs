@@ -83,6 +83,15 @@ pub struct Description {
     pub driver_specific: Map<String, Value>,
 }
 
+impl Description {
+    /// With this object under `driver_specific`, and nothing else.
+    #[must_use]
+    pub fn specific(name: &str, about: Value) -> Self {
+        let driver_specific = Map::from_iter([(name.to_owned(), about)]);
+        Self { driver_specific, ..Self::default() }
+    }
+}
+
 /// A base with the claim on it.
 pub struct Base {
     /// The bdev.
@@ -96,12 +105,16 @@ pub trait Waiting: Any {
     /// The module's name.
     fn module(&self) -> &'static str;
 
-    /// The name that the bdev will have; nobody else can take it meanwhile. `None` if the names
-    /// depend on the base.
-    fn name(&self) -> Option<&str>;
+    /// The name that the bdev will have; nobody else can take it meanwhile. `None` if there may be
+    /// several bdevs.
+    fn name(&self) -> Option<&str> {
+        None
+    }
 
     /// The UUID that it will have, if that is known.
-    fn uuid(&self) -> Option<Uuid>;
+    fn uuid(&self) -> Option<Uuid> {
+        None
+    }
 
     /// The name or UUID of the base.
     fn base(&self) -> &str;

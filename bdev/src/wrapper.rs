@@ -2,11 +2,61 @@
 
 use std::sync::Arc;
 
-use uuid::Uuid;
+use uuid::{Uuid, uuid};
 
 use crate::io::{Bdev, Channel, Error, Features};
 use crate::stats::Stats;
 use crate::topology::Topology;
+
+/// The methods of [`Channel`] that a wrapper's channel leaves to its field `base`.
+macro_rules! forward_to_base {
+    (@ shortcut) => {
+        fn shortcut(&self) -> $crate::Shortcut {
+            self.base.shortcut()
+        }
+    };
+    (@ wake_fds) => {
+        fn wake_fds(&self) -> $crate::WakeFds<'_> {
+            self.base.wake_fds()
+        }
+    };
+    (@ set_wakes) => {
+        fn set_wakes(&mut self, wakes: bool) {
+            self.base.set_wakes(wakes);
+        }
+    };
+    (@ wait) => {
+        fn wait(&self) -> $crate::Wait {
+            self.base.wait()
+        }
+    };
+    (@ failure) => {
+        fn failure(&mut self, tag: $crate::Tag) -> Option<$crate::Failure> {
+            self.base.failure(tag)
+        }
+    };
+    (@ kick) => {
+        #[inline]
+        fn kick(&mut self) {
+            self.base.kick();
+        }
+    };
+    (@ poll) => {
+        #[inline]
+        fn poll(&mut self, done: &mut [$crate::Completion]) -> usize {
+            self.base.poll(done)
+        }
+    };
+    (@ abandon) => {
+        fn abandon(&mut self) {
+            self.base.abandon();
+        }
+    };
+    ($($method:ident),*) => {
+        $(forward_to_base!(@ $method);)*
+    };
+}
+pub(crate) use forward_to_base;
 
 /// The parts that every wrapper has.
 pub struct Wrapped {
@@ -41,6 +91,9 @@ impl Wrapped {
         &self.base
     }
 }
+
+/// SPDK's namespace for the UUIDs of the parts of a bdev.
+pub(crate) const PARTS: Uuid = uuid!("976b899e-3e1e-4d71-ab69-c2b08e9df8b8");
 
 /// The UUID that SPDK gives a wrapper when the operator gives none: version 5 (SHA-1) of the module's
 /// namespace and the base's UUID, followed by what tells the wrappers on one base apart.

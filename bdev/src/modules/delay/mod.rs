@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::failure::Failure;
-use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Submit, Tag, Wait, WakeFds};
-use crate::wrapper::{Wrapped, Wrapper};
+use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Submit, Wait};
+use crate::wrapper::{Wrapped, Wrapper, forward_to_base};
 
 /// Out of this many reads and writes on a channel, one has the p99 latency.
 const P99_INTERVAL: u32 = 100;
@@ -231,29 +230,9 @@ impl Channel for DelayChannel {
         }
     }
 
-    fn wake_fds(&self) -> WakeFds<'_> {
-        self.base.wake_fds()
-    }
-
-    fn set_wakes(&mut self, wakes: bool) {
-        self.base.set_wakes(wakes);
-    }
-
     fn wait(&self) -> Wait {
         let held = self.held.peek().map_or(Wait::Event, |top| Wait::Until(top.0.due));
         if self.with_base > 0 { held.sooner(self.base.wait()) } else { held }
-    }
-
-    fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        self.base.failure(tag)
-    }
-
-    fn kick(&mut self) {
-        self.base.kick();
-    }
-
-    fn abandon(&mut self) {
-        self.base.abandon();
     }
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {
@@ -282,12 +261,14 @@ impl Channel for DelayChannel {
         }
         n
     }
+
+    forward_to_base!(wake_fds, set_wakes, failure, kick, abandon);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::Status;
+    use crate::io::{Status, Tag};
     use crate::modules::null::{Null, NullOptions};
 
     fn delay(latency: Latency) -> Result<Arc<Delay>, Error> {

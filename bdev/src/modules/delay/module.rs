@@ -62,12 +62,11 @@ impl Request {
             ("p99_write", latency.avg_write_us, latency.p99_write_us),
         ] {
             if p99_us < average_us {
-                let params = Map::from_iter([
-                    ("delay_bdev_name".to_owned(), self.name.as_str().into()),
-                    ("latency_type".to_owned(), kind.into()),
-                    ("latency_us".to_owned(), p99_us.into()),
-                ]);
-                calls.push(Call { method: "bdev_delay_update_latency", params });
+                let name = &self.name;
+                calls.push(Call::new(
+                    "bdev_delay_update_latency",
+                    json!({"delay_bdev_name": name, "latency_type": kind, "latency_us": p99_us}),
+                ));
             }
         }
         calls
@@ -166,8 +165,7 @@ impl Entry for DelayEntry {
         about.insert("base_bdev_name".into(), self.disk.base().name().into());
         about.insert("uuid".into(), self.disk.uuid().to_string().into());
         about.extend(latency_params(self.disk.latency()));
-        let driver_specific = Map::from_iter([(NAME.to_owned(), about.into())]);
-        Description { driver_specific, ..Description::default() }
+        Description::specific(NAME, about.into())
     }
 
     fn config(&self) -> Vec<Call> {

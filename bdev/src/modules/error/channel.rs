@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
 use crate::failure::{Failure, Failures};
-use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait, WakeFds};
+use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
 use crate::memory;
+use crate::wrapper::forward_to_base;
 
 /// How often a sleeping owner looks whether the operator has released pending I/Os, which nothing
 /// announces.
@@ -181,14 +182,6 @@ impl Channel for ErrorChannel {
         unsafe { self.pass_on(io, spoiled) }
     }
 
-    fn wake_fds(&self) -> WakeFds<'_> {
-        self.base.wake_fds()
-    }
-
-    fn set_wakes(&mut self, wakes: bool) {
-        self.base.set_wakes(wakes);
-    }
-
     fn wait(&self) -> Wait {
         if !self.ended.is_empty() || !self.retries.is_empty() {
             return Wait::Poll;
@@ -202,11 +195,6 @@ impl Channel for ErrorChannel {
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
         self.failures.take(tag).or_else(|| self.base.failure(tag))
-    }
-
-    #[inline]
-    fn kick(&mut self) {
-        self.base.kick();
     }
 
     fn abandon(&mut self) {
@@ -245,4 +233,6 @@ impl Channel for ErrorChannel {
         }
         n + from_base
     }
+
+    forward_to_base!(wake_fds, set_wakes, kick);
 }

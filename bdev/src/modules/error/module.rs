@@ -98,9 +98,7 @@ impl Entry for ErrorEntry {
     }
 
     fn describe(&self) -> Description {
-        let about = json!({ "base_bdev": self.disk.base().name() });
-        let driver_specific = Map::from_iter([("error_disk".to_owned(), about)]);
-        Description { driver_specific, ..Description::default() }
+        Description::specific("error_disk", json!({ "base_bdev": self.disk.base().name() }))
     }
 
     fn config(&self) -> Vec<Call> {

@@ -83,8 +83,7 @@ impl Entry for FileEntry {
         };
         about["io_path"] = io_path(self.disk.service());
         show_lease(&mut about, self.disk.lease_state());
-        let driver_specific = Map::from_iter([(self.module().to_owned(), about)]);
-        Description { driver_specific, ..Description::default() }
+        Description::specific(self.module(), about)
     }
 
     fn config(&self) -> Vec<Call> {

@@ -7,10 +7,8 @@ use std::sync::Arc;
 
 use uuid::{Uuid, uuid};
 
-use crate::failure::Failure;
-use crate::io::{Bdev, Channel, Completion, Error, Io, Submit, Tag, Wait, WakeFds};
-use crate::shortcut::Shortcut;
-use crate::wrapper::{Wrapped, Wrapper, derived_uuid};
+use crate::io::{Bdev, Channel, Error, Io, Submit};
+use crate::wrapper::{Wrapped, Wrapper, derived_uuid, forward_to_base};
 
 /// SPDK's namespace for the UUIDs of passthru bdevs.
 const NAMESPACE: Uuid = uuid!("7e25812e-c8c0-4d3f-8599-16d790555b85");
@@ -61,37 +59,5 @@ impl Channel for PassthruChannel {
         unsafe { self.base.submit(io) }
     }
 
-    fn shortcut(&self) -> Shortcut {
-        self.base.shortcut()
-    }
-
-    fn wake_fds(&self) -> WakeFds<'_> {
-        self.base.wake_fds()
-    }
-
-    fn set_wakes(&mut self, wakes: bool) {
-        self.base.set_wakes(wakes);
-    }
-
-    fn wait(&self) -> Wait {
-        self.base.wait()
-    }
-
-    fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        self.base.failure(tag)
-    }
-
-    #[inline]
-    fn kick(&mut self) {
-        self.base.kick();
-    }
-
-    #[inline]
-    fn poll(&mut self, done: &mut [Completion]) -> usize {
-        self.base.poll(done)
-    }
-
-    fn abandon(&mut self) {
-        self.base.abandon();
-    }
+    forward_to_base!(shortcut, wake_fds, set_wakes, wait, failure, kick, poll, abandon);
 }

@@ -120,8 +120,7 @@ impl Entry for PassthruEntry {
     fn describe(&self) -> Description {
         let (name, base) = (self.disk.0.name(), self.disk.0.base().name());
         let about = json!({ "name": name, "base_bdev_name": base });
-        let driver_specific = Map::from_iter([(NAME.to_owned(), about)]);
-        Description { driver_specific, ..Description::default() }
+        Description::specific(NAME, about)
     }
 
     fn config(&self) -> Vec<Call> {

@@ -5,16 +5,11 @@ pub(crate) mod module;
 
 use std::sync::Arc;
 
-use uuid::{Uuid, uuid};
-
 use crate::failure::Failure;
 use crate::geometry::within;
-use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Status, Submit, Tag, Wait, WakeFds};
+use crate::io::{Bdev, Channel, Error, Io, Op, Status, Submit, Tag};
 use crate::shortcut::Shortcut;
-use crate::wrapper::{Wrapped, Wrapper, derived_uuid};
-
-/// SPDK's namespace for the UUIDs of parts.
-const NAMESPACE: Uuid = uuid!("976b899e-3e1e-4d71-ab69-c2b08e9df8b8");
+use crate::wrapper::{PARTS, Wrapped, Wrapper, derived_uuid, forward_to_base};
 
 /// A range of another bdev.
 pub struct Part {
@@ -43,15 +38,9 @@ impl Part {
             )));
         }
         let range = [offset_blocks.to_le_bytes(), num_blocks.to_le_bytes()].concat();
-        let uuid = derived_uuid(NAMESPACE, &*base, &range);
+        let uuid = derived_uuid(PARTS, &*base, &range);
         let wrapped = Wrapped::new(name, base, Some(uuid))?;
         Ok(Arc::new(Self { wrapped, offset_blocks, num_blocks }))
-    }
-
-    /// Its first block on the base.
-    #[must_use]
-    pub fn offset_blocks(&self) -> u64 {
-        self.offset_blocks
     }
 }
 
@@ -115,39 +104,13 @@ impl Channel for PartChannel {
         }
     }
 
-    fn wake_fds(&self) -> WakeFds<'_> {
-        self.base.wake_fds()
-    }
-
-    fn set_wakes(&mut self, wakes: bool) {
-        self.base.set_wakes(wakes);
-    }
-
-    fn wait(&self) -> Wait {
-        self.base.wait()
-    }
-
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        let mut failure = self.base.failure(tag)?;
-        if failure.op != Op::Flush {
-            failure.offset = failure.offset.map(|offset| offset.saturating_sub(self.offset));
-        }
-        Some(failure)
+        let failure = self.base.failure(tag)?;
+        let offset = failure.offset.map(|offset| offset.saturating_sub(self.offset));
+        Some(Failure { offset, ..failure })
     }
 
-    #[inline]
-    fn kick(&mut self) {
-        self.base.kick();
-    }
-
-    #[inline]
-    fn poll(&mut self, done: &mut [Completion]) -> usize {
-        self.base.poll(done)
-    }
-
-    fn abandon(&mut self) {
-        self.base.abandon();
-    }
+    forward_to_base!(wake_fds, set_wakes, wait, kick, poll, abandon);
 }
 
 #[cfg(test)]

@@ -4,9 +4,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use tracing::{error, warn};
-use uuid::Uuid;
 
 use super::Part;
 use crate::claims::Claim;
@@ -49,14 +48,13 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
     let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
     let (count, base) = (request.split_count, request.base_bdev.clone());
     let parts = split(&host, request).await.map_err(|errno| {
-        let reason = strerror(errno);
-        let text = format!("Failed to create {count} split bdevs from '{base}': {reason}");
-        MethodError::invalid_params(text)
+        let failed = format!("Failed to create {count} split bdevs from '{base}'");
+        MethodError::invalid_params(format!("{failed}: {}", strerror(errno)))
     })?;
-    Ok(parts.iter().map(|part| Value::from(part.name())).collect())
+    Ok(parts.into())
 }
 
-async fn split(host: &Rc<dyn Host>, request: Request) -> Result<Vec<Arc<dyn Bdev>>, Errno> {
+async fn split(host: &Rc<dyn Host>, request: Request) -> Result<Vec<String>, Errno> {
     let base = &request.base_bdev;
     if request.split_count == 0 {
         error!("{CREATE}: split_count is 0");
@@ -86,9 +84,8 @@ async fn delete(host: Rc<dyn Host>, params: Params) -> Answer {
 
 /// The parts of a base, by the name with which it was split, or what waits for it.
 fn find(host: &dyn Host, base: &str) -> Vec<BdevId> {
-    let registry = host.registry();
-    let waiting = registry.waiting_of::<Request>().into_iter();
-    let parts = registry.entries_of::<PartEntry>().into_iter();
+    let waiting = host.registry().waiting_of::<Request>().into_iter();
+    let parts = host.registry().entries_of::<PartEntry>().into_iter();
     let all = waiting.chain(parts.map(|(id, part)| (id, Rc::clone(&part.request))));
     all.filter(|(_, request)| request.base_bdev == base).map(|(id, _)| id).collect()
 }
@@ -122,26 +119,16 @@ impl Waiting for Request {
         NAME
     }
 
-    fn name(&self) -> Option<&str> {
-        None
-    }
-
-    fn uuid(&self) -> Option<Uuid> {
-        None
-    }
-
     fn base(&self) -> &str {
         &self.base_bdev
     }
 
     fn config(&self) -> Vec<Call> {
-        let params = [
-            ("base_bdev", self.base_bdev.as_str().into()),
-            ("split_count", self.split_count.into()),
-            ("split_size_mb", self.split_size_mb.into()),
-        ];
-        let params = params.map(|(name, value): (&str, Value)| (name.to_owned(), value));
-        vec![Call { method: CREATE, params: Map::from_iter(params) }]
+        let Self { base_bdev, split_count, split_size_mb } = self;
+        let params = json!({
+            "base_bdev": base_bdev, "split_count": split_count, "split_size_mb": split_size_mb,
+        });
+        vec![Call::new(CREATE, params)]
     }
 
     fn wake<'a>(
@@ -180,10 +167,8 @@ impl Entry for PartEntry {
     }
 
     fn describe(&self) -> Description {
-        let base = self.part.wrapped.base().name();
-        let about = json!({ "base_bdev": base, "offset_blocks": self.part.offset_blocks });
-        let driver_specific = Map::from_iter([(NAME.to_owned(), about)]);
-        Description { driver_specific, ..Description::default() }
+        let (base, offset) = (self.part.wrapped.base().name(), self.part.offset_blocks);
+        Description::specific(NAME, json!({ "base_bdev": base, "offset_blocks": offset }))
     }
 
     fn config(&self) -> Vec<Call> {

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::module::CREATE;
 use super::*;
 use crate::host::Host;
+use crate::io::Completion;
 use crate::method::{Answer, MethodError};
 use crate::test_host::TestHost;
 
