@@ -25,7 +25,7 @@ pub trait Host {
     /// All modules, in the order in which they are offered new bdevs.
     fn modules(&self) -> &[Rc<dyn BdevModule>];
 
-    /// Runs `work` on a thread that may block; [`blocking`](dyn Host::blocking) is the convenient
+    /// Runs `work` on a thread that may block; `blocking` of `dyn Host` is the convenient
     /// form.
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
 

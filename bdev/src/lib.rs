@@ -77,4 +77,4 @@ pub use registry::{BdevId, Errno, Live, Registry, Reservation};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
 pub use topology::Topology;
-pub use wrapper::{Wrapped, Wrapper};
+pub use wrapper::{Wrapped, Wrapper, derived_uuid};

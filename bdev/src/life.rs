@@ -111,6 +111,8 @@ pub async fn settle(host: &Rc<dyn Host>) {
         }
     }
     registry.changed();
+    // Bdevs were held here meanwhile.
+    host.released();
 }
 
 async fn wake_due(host: &Rc<dyn Host>, Due { id, waiting, base }: Due) {

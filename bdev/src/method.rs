@@ -199,7 +199,8 @@ impl MethodError {
 }
 
 /// glibc's text for a positive errno: "File exists" for 17.
-pub(crate) fn strerror(errno: i32) -> String {
+#[must_use]
+pub fn strerror(errno: i32) -> String {
     let mut text = std::io::Error::from_raw_os_error(errno).to_string();
     // std appends the number to what strerror_r gave.
     let suffix = format!(" (os error {errno})");
@@ -211,13 +212,14 @@ pub(crate) fn strerror(errno: i32) -> String {
 
 /// The parameters of a method that only needs a name.
 #[derive(Deserialize)]
-pub(crate) struct Named {
-    pub(crate) name: String,
+pub struct Named {
+    /// The name.
+    pub name: String,
 }
 
 /// A UUID in the form with hyphens. The null UUID counts as none.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct GivenUuid(Option<Uuid>);
+pub struct GivenUuid(Option<Uuid>);
 
 impl<'de> Deserialize<'de> for GivenUuid {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -230,6 +232,7 @@ impl<'de> Deserialize<'de> for GivenUuid {
 }
 
 /// The UUID of an optional parameter.
-pub(crate) fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
+#[must_use]
+pub fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
     uuid.and_then(|uuid| uuid.0)
 }

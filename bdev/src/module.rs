@@ -19,7 +19,7 @@ use crate::method::{Call, LocalFuture, Method};
 /// A kind of bdev.
 ///
 /// Lives on the control thread. The implementer owes: a method that can take time does it with
-/// [`blocking`](dyn Host::blocking) or on threads of its own; claims on bases are taken before
+/// `blocking` of `dyn Host` or on threads of its own; claims on bases are taken before
 /// anything is made.
 pub trait BdevModule {
     /// SPDK's name for it. No two modules share one.

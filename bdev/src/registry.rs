@@ -54,9 +54,10 @@ impl<'a> From<&'a str> for Name<'a> {
 enum State {
     /// It is being made.
     Reserved,
-    /// Its base does not exist, or it was not possible on this one.
+    /// Its base does not exist, or is claimed.
     Waiting {
         waiting: Rc<dyn Waiting>,
+        /// The base on which it could not be made.
         refused: Option<BdevId>,
     },
     Live(Live),

@@ -97,7 +97,8 @@ pub(crate) const PARTS: Uuid = uuid!("976b899e-3e1e-4d71-ab69-c2b08e9df8b8");
 
 /// The UUID that SPDK gives a wrapper when the operator gives none: version 5 (SHA-1) of the module's
 /// namespace and the base's UUID, followed by what tells the wrappers on one base apart.
-pub(crate) fn derived_uuid(namespace: Uuid, base: &dyn Bdev, more: &[u8]) -> Uuid {
+#[must_use]
+pub fn derived_uuid(namespace: Uuid, base: &dyn Bdev, more: &[u8]) -> Uuid {
     Uuid::new_v5(&namespace, &[base.uuid().as_bytes(), more].concat())
 }
 
