@@ -1,9 +1,9 @@
 //! The RPC methods, one file per family, and what they work on.
 //!
-//! A method decodes its parameters, asks [`Control`] or the [`Registry`](bdev::Registry) of bdevs, and
-//! answers in SPDK's shape, with SPDK's code and text where it fails; the reason goes to the log.
-//! Methods run on the control thread: what can block goes to the blocking pool ([`blocking`]). The
-//! methods of each kind of bdev are in crate `bdev`.
+//! A method decodes its parameters, asks [`Control`] or the [`Registry`](::bdev::Registry) of
+//! bdevs, and answers in SPDK's shape, with SPDK's code and text where it fails; the reason goes to
+//! the log. Methods run on the control thread: what can block goes to the blocking pool
+//! ([`blocking`]). The methods of each kind of bdev are in crate `bdev`.
 
 mod bdev;
 mod bdev_host;
