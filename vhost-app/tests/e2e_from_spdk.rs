@@ -53,8 +53,8 @@ const fn kind(bdev: &'static str) -> Kind {
 /// What a uring disk has besides.
 const URING: u64 = EVENT_IDX | CONFIG_WCE | FLUSH | DISCARD;
 
-/// Virtio features that SPDK offers, and those that are offered here besides: the README's table of
-/// differences has these. There is no feature of SPDK's that is not offered.
+/// Virtio features that SPDK offers, and those that are offered here besides: the table of differences
+/// in `docs/src/replacing-spdk.md` has these. There is no feature of SPDK's that is not offered.
 const FEATURES: [(Kind, u64, u64); 8] = [
     (kind("malloc"), 0x1_5c00_7646, EVENT_IDX | CONFIG_WCE),
     (

@@ -1,7 +1,7 @@
 //! The real `vhost` under other people's front ends: what each of them can ask for, on split and on
 //! packed rings.
 //!
-//! Each test is a cell of the matrix in the README.
+//! Each test is a cell of the table in `docs/src/front-ends.md`.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod front_ends;

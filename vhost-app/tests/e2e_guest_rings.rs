@@ -1,5 +1,5 @@
 //! What a Linux guest under QEMU does with its disk, on split and on packed rings: QEMU's columns of
-//! the README's table.
+//! the table in `docs/src/front-ends.md`.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;

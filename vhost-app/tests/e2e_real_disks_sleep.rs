@@ -18,7 +18,7 @@ use slow_files::{Kind, Op, SlowFiles};
 const MODES: [&[&str]; 2] = [&["--interrupt-mode"], &["--reactor-idle-us", "20"]];
 const KINDS: [Kind; 3] = [Kind::Direct, Kind::PageCache, Kind::Uncached];
 
-/// What the README says a turn can consist of.
+/// The causes that `docs/src/reactors.md` lists.
 const CAUSES: [&str; 6] = ["fetch", "complete", "call", "adopt", "stop", "poll_set"];
 
 fn turns(vhost: &Vhost) -> Vec<Value> {

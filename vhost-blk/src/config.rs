@@ -42,8 +42,8 @@ impl std::fmt::Debug for Disk {
 
 impl Disk {
     /// The virtio and vhost features offered: SPDK's for the same device and options, plus
-    /// EVENT_IDX and, with FLUSH, CONFIG_WCE (see the README's table of differences). RING_PACKED is
-    /// the controller's to add.
+    /// EVENT_IDX and, with FLUSH, CONFIG_WCE (see `docs/src/replacing-spdk.md`). RING_PACKED is the
+    /// controller's to add.
     ///
     /// CONFIG_WCE where there is no FLUSH would have Linux send flushes that are refused.
     #[must_use]

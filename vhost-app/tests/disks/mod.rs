@@ -63,7 +63,7 @@ pub(crate) fn controller_of(vhost: &Vhost, name: &str, bdev: &str, packed: bool)
     vhost.socket(name)
 }
 
-/// What the README's table calls such rings.
+/// What the table in `docs/src/front-ends.md` calls such rings.
 pub(crate) fn rings(packed: bool) -> &'static str {
     if packed { "packed" } else { "split" }
 }

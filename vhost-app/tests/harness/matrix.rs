@@ -1,4 +1,4 @@
-//! The cells of the README's matrix of front ends that tests have run; `ci/matrix` makes a table of them.
+//! The cells of the table of front ends (`docs/src/front-ends.md`) that tests have run; `ci/matrix` writes it.
 
 use std::fs::File;
 use std::io::Write;
