@@ -4,6 +4,8 @@
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$repo/target}
 venv=${VHOST_VENV:-$repo/target/venv}
+# Programs that are compiled because no package has them.
+tools=$target/tools
 # What is costly to make and may be thrown away: guest images, decisions about this machine.
 cache=$repo/target/ci
 export PATH=$PATH:/usr/sbin:/sbin

@@ -10,7 +10,7 @@ use super::model::{self, Chain, Taken};
 use super::{ADDRS, LOG_BYTES, PAGE, STATUSES, Scene, trace};
 use crate::guest::{FILE_BYTES, Place, within};
 
-/// The limits of a visit, as in `queue/core/requests.rs`.
+/// The limits of a visit, as the queue engine has them.
 const VISIT_REQUESTS_MAX: usize = 32;
 const VISIT_BYTES_MAX: usize = 512 << 10;
 const VISIT_PIECES_MAX: usize = 1024;
