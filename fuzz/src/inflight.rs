@@ -442,7 +442,7 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
     reader.online();
     let disk = Arc::new(Disk { bdev: model.clone(), read_only: false });
     let layout = Layout { packed, event_idx: false };
-    let device = Some(BlkView::new(&disk, false));
+    let device = Some(BlkView::erased(&disk, false));
     let view = ViewSpec::new(stage.guest.table(0), size, addrs, layout, device);
     let tracked = Some(Tracked { area, ring });
     let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());

@@ -358,7 +358,7 @@ fn view(
     generation: u64,
 ) -> ViewSpec {
     let memory = stage.guest.table(shown.table);
-    let device = shown.disk.then(|| BlkView::new(disk, shown.write_through));
+    let device = shown.disk.then(|| BlkView::erased(disk, shown.write_through));
     ViewSpec {
         generation,
         call: Some(Arc::clone(&stage.call)),

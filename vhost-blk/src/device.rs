@@ -235,7 +235,7 @@ impl Negotiated for BlkSession {
 
     fn view(&self) -> Option<DeviceView> {
         let disk = self.device.disk()?;
-        Some(BlkView::new(&disk, self.write_through()))
+        Some(BlkView::erased(&disk, self.write_through()))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The virtio-blk device (virtio 1.2, section 5.2), for the target's queue engine.
 //!
-//! * [`config`]: feature bits and the configuration space.
-//! * [`request`]: from a descriptor chain to an I/O or an answer.
+//! * [`mod@config`]: feature bits and the configuration space.
+//! * [`mod@request`]: from a descriptor chain to an I/O or an answer.
 //! * `device`: the control side ([`Blk`]).
 //! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers.
 //!

@@ -31,9 +31,9 @@ pub struct BlkView {
 }
 
 impl BlkView {
-    /// A view of the disk as it is now.
+    /// A view of the disk as it is now, without its type.
     #[must_use]
-    pub fn new(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
+    pub fn erased(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
         let (disk, limits) = (Arc::clone(disk), disk.limits());
         Arc::new(Self { disk, limits, write_through })
     }
@@ -226,7 +226,7 @@ impl BlkQueue {
                     state.rest = Rest::Nothing;
                     (Op::Flush, 0, 0)
                 }
-                Rest::Ranges | Rest::RangesThenFlush => match ranges.next() {
+                Rest::Ranges | Rest::RangesThenFlush => match ranges.take_next() {
                     Some((offset, len)) => (state.op, offset, len),
                     None if state.rest == Rest::RangesThenFlush => {
                         state.rest = Rest::Nothing;

@@ -143,7 +143,7 @@ impl Ranges {
 
     /// The next range, in bytes of the disk: offset and length.
     #[must_use]
-    pub fn next(&mut self) -> Option<(u64, u64)> {
+    pub fn take_next(&mut self) -> Option<(u64, u64)> {
         self.left.pop()
     }
 

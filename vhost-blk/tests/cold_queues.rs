@@ -44,7 +44,7 @@ impl Scene {
         let queue = |n: usize| {
             let at = STRIDE * n as u64;
             let addrs = RingAddrs { desc: at, avail: at + 0x1000, used: at + 0x2000 };
-            let device = Some(BlkView::new(&disk, false));
+            let device = Some(BlkView::erased(&disk, false));
             let view = ViewSpec::new(&memory, SIZE, addrs, Layout::default(), device);
             let (id, coalescing) = (QueueId(n as u64), Arc::default());
             let new = NewQueue { id, domain: &domain, view, base: 0, coalescing, tracked: None };

@@ -85,7 +85,7 @@ impl Bench {
         let call_fd =
             CallFd::from_front_end(ForeignFd::alone(call.as_fd().try_clone_to_owned().unwrap()));
         let call_fd = Arc::new(call_fd.unwrap());
-        let device = Some(BlkView::new(&disk, false));
+        let device = Some(BlkView::erased(&disk, false));
         let view = ViewSpec {
             call: Some(Arc::clone(&call_fd)),
             ..ViewSpec::new(&memory, SIZE, ADDRS, Layout::default(), device)
@@ -206,7 +206,7 @@ impl Bench {
     fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
         self.generation += 1;
         let call = Some(Arc::clone(&self.call_fd));
-        let device = disk.map(|disk| BlkView::new(&disk, false));
+        let device = disk.map(|disk| BlkView::erased(&disk, false));
         let view = ViewSpec {
             generation: self.generation,
             call,

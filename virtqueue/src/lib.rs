@@ -5,9 +5,9 @@
 //! * `ring`: what both layouts have in common, above all the trait [`Ring`]; `split` and `packed`:
 //!   the layouts (virtio 1.2, sections 2.7 and 2.8); `any_ring`: either of them.
 //! * `desc`: descriptors and indirect tables.
-//! * [`chain`]: the memory of a chain, collected.
-//! * [`inflight`]: which requests are in flight, in memory that outlives the process.
-//! * [`cache`]: prefetches.
+//! * [`mod@chain`]: the memory of a chain, collected.
+//! * [`mod@inflight`]: which requests are in flight, in memory that outlives the process.
+//! * [`mod@cache`]: prefetches of cache lines.
 //!
 //! This crate never depends on a device or a reactor. The guest writes into a ring at any time: each
 //! value is read once, every chain is bounded, and every index is checked.

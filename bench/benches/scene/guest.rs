@@ -192,7 +192,7 @@ fn view(
     disk: &Arc<Disk>,
 ) -> ViewSpec {
     let (size, addrs) = driver.addrs();
-    let device = Some(BlkView::new(disk, false));
+    let device = Some(BlkView::erased(disk, false));
     ViewSpec { generation, ..ViewSpec::new(memory, size, addrs, form.layout(), device) }
 }
 

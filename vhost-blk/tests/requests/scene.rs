@@ -193,7 +193,7 @@ impl Scene {
     pub(crate) fn view(&mut self, memory: &Arc<GuestMemory>) -> ViewSpec {
         self.generation += 1;
         let layout = Layout { packed: self.packed, event_idx: false };
-        let device = Some(BlkView::new(&self.disk, self.write_through));
+        let device = Some(BlkView::erased(&self.disk, self.write_through));
         ViewSpec {
             generation: self.generation,
             call: self.call.clone(),
