@@ -78,6 +78,10 @@ impl Scene {
         let queue = |n| Queue::new(&ram, n, QueueOptions::default(), true).unwrap();
         let scene = Self { target, conn, queues: (0..queues).map(queue).collect() };
         scene.set_up(&ram);
+        // The disk is opened for each queue on another thread.
+        while scene.target.controllers()[0].sessions[0].queues.len() < queues {
+            thread::yield_now();
+        }
         scene
     }
 
