@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bdev::Bdev;
 use vhost_target::Target;
 use vhost_target::device::{
-    Device, DeviceChange, DeviceView, Granted, Lease, Negotiated, OpenError, OpenedQueue,
-    StorageId, StorageUse,
+    Device, DeviceChange, Granted, Lease, Negotiated, OpenError, Opened, OpenedQueue, StorageId,
+    StorageUse,
 };
-use vhost_target::queue::Opened;
+use vhost_target::device_queue::DeviceView;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use crate::config::{Disk, config_space, written_write_cache};

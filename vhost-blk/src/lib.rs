@@ -6,7 +6,7 @@
 //! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers.
 //!
 //! This crate never depends on DPDK, nor on a session or a controller: what it knows of them is in
-//! [`vhost_target::device`].
+//! [`vhost_target::device`] and [`vhost_target::device_queue`].
 
 pub mod config;
 pub mod request;

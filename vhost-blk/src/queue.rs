@@ -7,7 +7,7 @@ use bdev::{
     Channel, Completion, Counters, Failure, FailureKind, Io, Op, Shortcut, Status, Submit, Tag,
 };
 use reactor::{Cause, Iteration, Wait};
-use vhost_target::device::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
+use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
 use virtqueue::chain::Chain;
 
 use crate::config::Disk;

@@ -182,17 +182,17 @@ pub struct QueueInfo {
 }
 
 /// Whether a controller may have this name and socket.
-pub(crate) fn check_name(name: &str, socket: &Path) -> Result<(), crate::control::Error> {
+pub(crate) fn check_name(name: &str, socket: &Path) -> Result<(), crate::error::Error> {
     use std::path::Component;
     /// `sun_path` less its final zero.
     const SOCKET_PATH_MAX: usize = 107;
     let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
     if name.is_empty() || name.contains('\0') || !Path::new(name).components().all(plain) {
-        return Err(crate::control::Error::Name(name.into()));
+        return Err(crate::error::Error::Name(name.into()));
     }
     let len = socket.as_os_str().len();
     if len > SOCKET_PATH_MAX {
-        return Err(crate::control::Error::SocketPath(socket.into(), len));
+        return Err(crate::error::Error::SocketPath(socket.into(), len));
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ use virtqueue::{AnyRing, Layout, RingAddrs, RingError};
 
 use self::core::Core;
 pub(crate) use self::core::DEPTH_MAX;
-use crate::device::{DeviceQueue, DeviceView, OpenedQueue};
+use crate::device_queue::{DeviceQueue, DeviceView};
 use crate::notify::CallFd;
 
 /// The identity of a queue, never reused.
@@ -463,16 +463,6 @@ impl<D: DeviceQueue> Pollable<Event> for Queue<D> {
         // SAFETY: as for `visit`.
         let generation = unsafe { self.view.load(reader) }.generation;
         generation != hint.generation || self.control.stop.load(Ordering::Acquire) != hint.stop
-    }
-}
-
-/// A device that was opened for a queue.
-#[derive(Debug)]
-pub struct Opened<D>(pub D);
-
-impl<D: DeviceQueue> OpenedQueue for Opened<D> {
-    fn start(self: Box<Self>, new: NewQueue<'_>) -> Result<Arc<dyn TargetQueue>, StartError> {
-        Ok(Queue::new(self.0, new)?)
     }
 }
 

@@ -29,7 +29,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtqueue::inflight::Area;
 use virtqueue::{Layout, RING_SIZE_MAX, RingAddrs, RingError};
 
-use crate::device::{DeviceView, Negotiated};
+use crate::device::Negotiated;
+use crate::device_queue::DeviceView;
 use crate::notify::{BackendChannel, CallFd, KickFd};
 
 /// vhost: writes to guest memory are logged, for a migration.

@@ -7,11 +7,12 @@ use guest_memory::SLOTS_MAX;
 use reactor::{Cause, Core, ReactorInfo, ticks_per_second};
 use tracing::{info, warn};
 
-use super::{Attached, Connected, Error, Inner, Reactor, Target};
+use super::{Attached, Connected, Inner, Reactor, Target};
 use crate::controller::{
     Controller, ControllerId, ControllerInfo, ControllerSpec, QueueInfo, SessionInfo, check_name,
 };
 use crate::device::{Device, DeviceChange};
+use crate::error::Error;
 use crate::transport::{ConnId, Transport};
 
 /// Mappings that the connections of one controller may have together: logs and in-flight areas too,

@@ -18,7 +18,8 @@ use qsbr::Epoch;
 use reactor::{Core, active_time};
 use tracing::{info, warn};
 
-use super::{Attached, Connected, Error, Inner, Target};
+use super::{Attached, Connected, Inner, Target};
+use crate::error::Error;
 use crate::queue::QueueId;
 use crate::transport::ConnId;
 

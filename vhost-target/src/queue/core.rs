@@ -16,7 +16,7 @@ use virtqueue::{AnyRing, Look, Ring};
 
 use super::fetch::Serve;
 use super::{Coalescing, Control, Event, Leftover, QueueState, StartError, Tracked, View};
-use crate::device::DeviceQueue;
+use crate::device_queue::DeviceQueue;
 
 /// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
 /// 2 KiB, and a front end may start 128 rings.

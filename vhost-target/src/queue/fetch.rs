@@ -14,7 +14,7 @@ use virtqueue::{
 use super::core::{At, Core, Expected, RingCore, Slot};
 use super::requests::Visit;
 use super::{Event, View};
-use crate::device::DeviceQueue;
+use crate::device_queue::DeviceQueue;
 
 /// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
 const VISIT_REQUESTS_MAX: usize = 32;

@@ -11,7 +11,7 @@ use virtqueue::chain::Chain;
 use super::View;
 use super::core::{At, Core, RingCore, Slot, add};
 use super::fetch::Serve;
-use crate::device::{Answer, Became, DeviceQueue, Progress, Request};
+use crate::device_queue::{Answer, Became, DeviceQueue, Progress, Request};
 
 /// The engine while it starts requests or goes on with them, one after the other.
 pub(super) struct Visit<'c, 'v, R, D: DeviceQueue> {

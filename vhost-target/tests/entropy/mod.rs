@@ -1,5 +1,6 @@
 //! A second device for the target: virtio entropy (virtio 1.2, section 5.4). It fills the writable
-//! buffers of each chain. It shows that a device needs nothing but [`vhost_target::device`].
+//! buffers of each chain. It shows that a device needs nothing but [`vhost_target::device`]
+//! and [`vhost_target::device_queue`].
 //!
 //! Its opening can be held up, and its requests can be held back. Faults it may show: an opening that
 //! does not end, or fails; requests that do not complete; a device without room.
@@ -8,11 +9,8 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use reactor::{EventFd, Iteration, Wait};
-use vhost_target::device::{
-    Answer, Device, DeviceQueue, DeviceView, Negotiated, OpenError, OpenedQueue, Progress, Request,
-    WakeFds,
-};
-use vhost_target::queue::Opened;
+use vhost_target::device::{Device, Negotiated, OpenError, Opened, OpenedQueue};
+use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtqueue::chain::Chain;
 
