@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::io::Error;
+use crate::error::Error;
 
 /// What has to be left over. The kernel's figure is an estimate, and a process that is killed for
 /// lack of memory takes every disk with it.

@@ -21,6 +21,14 @@ pub struct Failure {
     pub errno: i32,
 }
 
+impl Io {
+    /// The [`Failure`] of this I/O, for the log and the counters.
+    #[must_use]
+    pub fn failed(&self, kind: FailureKind, errno: i32) -> Failure {
+        Failure { kind, op: self.op, offset: Some(self.offset), len: self.len, errno }
+    }
+}
+
 /// Those of SPDK's failure kinds in `io_error` that can occur here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {

@@ -1,6 +1,7 @@
 //! What a device's name, size, block size and ranges have to satisfy.
 
-use crate::io::{Error, Io};
+use crate::error::Error;
+use crate::io::Io;
 
 /// Smallest block: the unit of virtio-blk and of Linux.
 pub const BLOCK_SIZE_MIN: u32 = 512;

@@ -25,6 +25,8 @@
 //!
 //! `tests/conformance` is one suite that every device and wrapper passes.
 
+mod contract;
+mod error;
 mod failure;
 pub mod io;
 pub mod memory;
@@ -37,43 +39,34 @@ mod available;
 mod pages;
 mod shortcut;
 
-pub mod method;
-pub mod module;
-
-mod claims;
-mod host;
-pub mod life;
-mod registry;
+pub mod control;
 
 pub mod modules;
 mod wrapper;
 
-#[cfg(test)]
-mod test_host;
-
 pub use available::control_group_mounts;
-pub use claims::{Claim, ClaimKind, Claimed};
+pub use contract::{Bdev, Channel, Features, Granted, Lease, Storage, Wait, WakeFds};
+pub use control::module::BdevModule;
+pub use control::{
+    BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry, Reservation,
+    account_name, life, method, module,
+};
+pub use error::Error;
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use geometry::BLOCK_SIZE_MIN;
-pub use host::{Host, OpenFile};
-pub use io::{
-    Bdev, Channel, Completion, Error, Features, Granted, Io, Lease, OPS, Op, Segment, Status,
-    Storage, Submit, Tag, Wait, WakeFds,
-};
+pub use io::{Completion, Io, OPS, Op, Segment, Status, Submit, Tag};
 pub use memory::Stores;
-pub use module::BdevModule;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
     Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
-    account_name, not_a_disk, open_file,
+    not_a_disk, open_file,
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};
 pub use modules::passthru::Passthru;
 pub use modules::split::Part;
 pub use pages::Backing;
-pub use registry::{BdevId, Errno, Live, Registry, Reservation};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
 pub use topology::Topology;

@@ -5,7 +5,7 @@ use std::io;
 use std::ptr;
 
 use crate::available;
-use crate::io::Error;
+use crate::error::Error;
 
 /// Unit of populating and unmapping. An address-space call holds up every other one in
 /// the process for as long as it takes: pieces of this size cannot be told from noise.

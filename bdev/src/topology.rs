@@ -1,7 +1,7 @@
 //! Which I/Os suit a device best, for guests that lay out their data by it.
 
+use crate::error::Error;
 use crate::geometry::BLOCK_SIZE_MIN;
-use crate::io::Error;
 
 /// What a device says of the I/Os that suit it; 0 where it says nothing.
 ///

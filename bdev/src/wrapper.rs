@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use uuid::{Uuid, uuid};
 
-use crate::io::{Bdev, Channel, Error, Features};
+use crate::contract::{Bdev, Channel, Features};
+use crate::error::Error;
 use crate::stats::Stats;
 use crate::topology::Topology;
 

@@ -2,8 +2,8 @@
 
 use tracing::{error, warn};
 
-use crate::io::Bdev;
-use crate::method::MethodError;
+use crate::contract::Bdev;
+use crate::control::method::MethodError;
 
 /// Parameters that would change how data is laid out. They are known, and refused unless they ask
 /// for what is so anyway.

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use crate::module::BdevModule;
+use crate::control::module::BdevModule;
 
 mod blocks;
 

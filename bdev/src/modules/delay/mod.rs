@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::io::{Bdev, Channel, Completion, Error, Io, Op, Submit, Wait};
+use crate::contract::{Bdev, Channel, Wait};
+use crate::error::Error;
+use crate::io::{Completion, Io, Op, Submit};
 use crate::wrapper::{Wrapped, Wrapper, forward_to_base};
 
 /// Out of this many reads and writes on a channel, one has the p99 latency.

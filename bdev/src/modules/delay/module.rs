@@ -10,14 +10,15 @@ use tracing::error;
 use uuid::Uuid;
 
 use super::{Delay, DelayOptions, Latency, LatencyKind};
-use crate::claims::Claim;
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::life;
-use crate::method::{
+use crate::contract::Bdev;
+use crate::control::Claim;
+use crate::control::Host;
+use crate::control::life;
+use crate::control::method::{
     Answer, Call, DecodeFailure, GivenUuid, LocalFuture, Method, MethodError, Params, given,
 };
-use crate::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::control::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::error::Error;
 
 const NAME: &str = "delay";
 

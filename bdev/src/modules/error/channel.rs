@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
+use crate::contract::{Channel, Wait};
 use crate::failure::{Failure, Failures};
-use crate::io::{Channel, Completion, Io, Op, Status, Submit, Tag, Wait};
+use crate::io::{Completion, Io, Op, Status, Submit, Tag};
 use crate::memory;
 use crate::wrapper::forward_to_base;
 

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-use crate::io::{Bdev, Channel, Error, Op};
+use crate::contract::{Bdev, Channel};
+use crate::error::Error;
+use crate::io::Op;
 use crate::wrapper::{Wrapped, Wrapper};
 
 use channel::ErrorChannel;

@@ -7,8 +7,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use crate::contract::Storage;
+use crate::error::Error;
 use crate::geometry::check_block_size;
-use crate::io::{Error, Storage};
 use crate::topology::Topology;
 
 /// What direct I/O asks of each segment. Powers of two.

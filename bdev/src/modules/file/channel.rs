@@ -16,9 +16,10 @@ use super::engine::{Engine, NoEngine, Submitter};
 use super::uring::Uring;
 use super::workers::Line;
 use super::{FileDisk, Flavour};
+use crate::contract::{Bdev, Channel, Wait, WakeFds};
 use crate::failure::{Failure, FailureKind, Failures};
 use crate::geometry::within;
-use crate::io::{Bdev, Channel, Completion, Io, Op, Segment, Status, Submit, Tag, Wait, WakeFds};
+use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
 
 /// The kernel makes no larger io_uring (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;

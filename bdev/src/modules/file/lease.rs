@@ -33,7 +33,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use crate::io::{Error, Granted, Lease};
+use crate::contract::{Granted, Lease};
+use crate::error::Error;
 
 /// The byte that the lease is a lock on. QEMU's locks are on bytes 100 to 300.
 const LEASE_BYTE: i64 = i64::MAX - 2;
@@ -446,7 +447,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
-    use crate::io::Bdev;
+    use crate::contract::Bdev;
     use crate::modules::file::{FileDisk, FileOptions, Flavour};
 
     fn disk(path: &Path, name: &str, readonly: bool) -> Arc<FileDisk> {

@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use closer::Account;
 use uuid::Uuid;
 
+use crate::contract::{Bdev, Channel, Features, Lease, Storage};
+use crate::error::Error;
 use crate::geometry::checked_size;
-use crate::io::{Bdev, Channel, Error, Features, Lease, Storage};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -141,7 +142,7 @@ impl FileDisk {
         let system = |what| move |source| Error::System { what, source };
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
             .map_err(system(format!("{}: cannot start a worker thread", filename.display())))?;
-        let closer = Account::new(account_name(&name));
+        let closer = Account::new(crate::account_name(&name));
         let preferred = match flavour {
             Flavour::Aio if readonly || opened.storage.is_block_device() => Engine::Aio,
             // `io_submit` blocks in a write to a regular file on a frozen file system.
@@ -273,12 +274,6 @@ impl Drop for FileDisk {
         // Closing a file on FUSE or NFS writes back dirty data, which can take arbitrarily long.
         self.closer.drop_later((self.file.take(), self.lease.take().map(lease::FileLease::end)));
     }
-}
-
-/// The name of the [`closer::Account`] that closes the file of the disk `name`.
-#[must_use]
-pub fn account_name(name: &str) -> String {
-    format!("bdev {name}")
 }
 
 impl Bdev for FileDisk {

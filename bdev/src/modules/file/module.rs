@@ -9,14 +9,15 @@ use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
 
 use super::{Engine, FileDisk, FileOptions, Flavour, LeaseState, Service};
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::life;
-use crate::method::{
+use crate::contract::Bdev;
+use crate::control::Host;
+use crate::control::Live;
+use crate::control::life;
+use crate::control::method::{
     Answer, Call, DecodeFailure, GivenUuid, Method, MethodError, Named, Params, given,
 };
-use crate::module::{BdevModule, Description, Entry};
-use crate::registry::Live;
+use crate::control::module::{BdevModule, Description, Entry};
+use crate::error::Error;
 
 /// SPDK's module `aio` or `uring`.
 pub(crate) struct Module(pub(crate) Flavour);

@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use crate::contract::{Bdev, Channel, Features, Wait};
+use crate::error::Error;
 use crate::geometry::{checked_size, within};
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit, Wait};
+use crate::io::{Completion, Io, Op, Status, Submit};
 use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
 use crate::shortcut::{AT_ONCE, Shortcut, copy};

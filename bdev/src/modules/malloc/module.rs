@@ -8,13 +8,15 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Malloc, MallocOptions};
-use crate::host::Host;
-use crate::io::Bdev;
-use crate::life;
-use crate::method::{Answer, Call, DecodeFailure, GivenUuid, Method, MethodError, Params, given};
-use crate::module::{BdevModule, Description, Entry};
+use crate::contract::Bdev;
+use crate::control::Host;
+use crate::control::Registry;
+use crate::control::life;
+use crate::control::method::{
+    Answer, Call, DecodeFailure, GivenUuid, Method, MethodError, Params, given,
+};
+use crate::control::module::{BdevModule, Description, Entry};
 use crate::modules::blocks::{Metadata, tell_of_topology};
-use crate::registry::Registry;
 use crate::topology::Topology;
 
 const NAME: &str = "malloc";

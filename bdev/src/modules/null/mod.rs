@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
+use crate::contract::{Bdev, Channel, Features};
+use crate::error::Error;
 use crate::geometry::{checked_size, within};
-use crate::io::{Bdev, Channel, Completion, Error, Features, Io, Op, Status, Submit};
+use crate::io::{Completion, Io, Op, Status, Submit};
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 use crate::topology::Topology;

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use uuid::{Uuid, uuid};
 
-use crate::io::{Bdev, Channel, Error, Io, Submit};
+use crate::contract::{Bdev, Channel};
+use crate::error::Error;
+use crate::io::{Io, Submit};
 use crate::wrapper::{Wrapped, Wrapper, derived_uuid, forward_to_base};
 
 /// SPDK's namespace for the UUIDs of passthru bdevs.

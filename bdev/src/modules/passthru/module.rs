@@ -9,14 +9,15 @@ use tracing::error;
 use uuid::Uuid;
 
 use super::Passthru;
-use crate::claims::Claim;
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::life;
-use crate::method::{
+use crate::contract::Bdev;
+use crate::control::Claim;
+use crate::control::Host;
+use crate::control::life;
+use crate::control::method::{
     Answer, Call, DecodeFailure, GivenUuid, LocalFuture, Method, MethodError, Params, given,
 };
-use crate::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::control::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::error::Error;
 
 const NAME: &str = "passthru";
 const CREATE: &str = "bdev_passthru_create";
@@ -135,7 +136,7 @@ impl Entry for PassthruEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_host::TestHost;
+    use crate::control::test_host::TestHost;
 
     fn params(uuid: Option<&str>) -> Value {
         let mut params = json!({ "base_bdev_name": "A", "name": "P" });

@@ -5,9 +5,11 @@ pub(crate) mod module;
 
 use std::sync::Arc;
 
+use crate::contract::{Bdev, Channel};
+use crate::error::Error;
 use crate::failure::Failure;
 use crate::geometry::within;
-use crate::io::{Bdev, Channel, Error, Io, Op, Status, Submit, Tag};
+use crate::io::{Io, Op, Status, Submit, Tag};
 use crate::shortcut::Shortcut;
 use crate::wrapper::{PARTS, Wrapped, Wrapper, derived_uuid, forward_to_base};
 

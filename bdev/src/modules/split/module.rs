@@ -8,15 +8,16 @@ use serde_json::json;
 use tracing::{error, warn};
 
 use super::Part;
-use crate::claims::Claim;
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::life;
-use crate::method::{
+use crate::contract::Bdev;
+use crate::control::Claim;
+use crate::control::Host;
+use crate::control::life;
+use crate::control::method::{
     Answer, Call, DecodeFailure, LocalFuture, Method, MethodError, Params, strerror,
 };
-use crate::module::{Base, BdevModule, Description, Entry, Waiting};
-use crate::registry::{BdevId, Errno};
+use crate::control::module::{Base, BdevModule, Description, Entry, Waiting};
+use crate::control::{BdevId, Errno};
+use crate::error::Error;
 
 const NAME: &str = "split";
 pub(super) const CREATE: &str = "bdev_split_create";

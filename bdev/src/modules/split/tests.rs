@@ -4,10 +4,10 @@ use serde_json::{Value, json};
 
 use super::module::CREATE;
 use super::*;
-use crate::host::Host;
+use crate::control::Host;
+use crate::control::method::{Answer, MethodError};
+use crate::control::test_host::TestHost;
 use crate::io::Completion;
-use crate::method::{Answer, MethodError};
-use crate::test_host::TestHost;
 
 fn params(count: u32, size_mb: u64) -> Value {
     json!({ "base_bdev": "A", "split_count": count, "split_size_mb": size_mb })

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::claims::{Claim, ClaimKind};
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::method::{Call, LocalFuture, Method};
+use crate::contract::Bdev;
+use crate::control::claims::{Claim, ClaimKind};
+use crate::control::host::Host;
+use crate::control::method::{Call, LocalFuture, Method};
+use crate::error::Error;
 
 /// A kind of bdev.
 ///

@@ -4,10 +4,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::*;
-use crate::io::Bdev;
-use crate::method::{Call, LocalFuture, Method};
-use crate::module::{BdevModule, Description};
-use crate::test_host::{TestHost, run};
+use crate::contract::Bdev;
+use crate::control::method::{Call, LocalFuture, Method};
+use crate::control::module::{BdevModule, Description};
+use crate::control::test_host::{TestHost, run};
 
 fn host() -> Rc<TestHost> {
     TestHost::new([])

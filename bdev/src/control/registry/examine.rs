@@ -1,12 +1,12 @@
-//! Which bdevs are examined, and what comes to life by itself. [`crate::life::settle`] does it.
+//! Which bdevs are examined, and what comes to life by itself. [`crate::control::life::settle`] does it.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::{BdevId, Errno, Name, Registry, Row, State};
-use crate::claims::ClaimKind;
-use crate::io::Bdev;
-use crate::module::Waiting;
+use crate::contract::Bdev;
+use crate::control::claims::ClaimKind;
+use crate::control::module::Waiting;
 
 impl Registry {
     /// Whether all bdevs are examined.
@@ -21,7 +21,7 @@ impl Registry {
     }
 
     /// Lets the bdev of this name be examined, when it comes or with the next
-    /// [`settle`](crate::life::settle).
+    /// [`settle`](crate::control::life::settle).
     ///
     /// # Errors
     /// EEXIST if the name was given before.

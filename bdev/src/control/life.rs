@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use tracing::error;
 
-use crate::claims::ClaimKind;
-use crate::host::Host;
-use crate::io::{Bdev, Error};
-use crate::method::{Answer, DecodeFailure, MethodError, Named, Params};
-use crate::module::{Base, Entry, Waiting};
-use crate::registry::{BdevId, Due, Errno, Reservation};
+use crate::contract::Bdev;
+use crate::control::claims::ClaimKind;
+use crate::control::host::Host;
+use crate::control::method::{Answer, DecodeFailure, MethodError, Named, Params};
+use crate::control::module::{Base, Entry, Waiting};
+use crate::control::registry::{BdevId, Due, Errno, Reservation};
+use crate::error::Error;
 
 /// A bdev is made: registers it, and has what waits for it come to life.
 ///

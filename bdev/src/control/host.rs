@@ -5,10 +5,11 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 
-use crate::io::{Bdev, Error};
-use crate::method::LocalFuture;
-use crate::module::BdevModule;
-use crate::registry::Registry;
+use crate::contract::Bdev;
+use crate::control::method::LocalFuture;
+use crate::control::module::BdevModule;
+use crate::control::registry::Registry;
+use crate::error::Error;
 
 /// Opens a file or block device as [`crate::open_file`] does, read-only if the second argument says
 /// so. May block.

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use tracing::{debug, error};
 use uuid::Uuid;
 
-use crate::claims::{Claim, ClaimKind, Claimed, Claims};
-use crate::io::Bdev;
-use crate::method::Call;
-use crate::module::{Entry, Waiting};
+use crate::contract::Bdev;
+use crate::control::claims::{Claim, ClaimKind, Claimed, Claims};
+use crate::control::method::Call;
+use crate::control::module::{Entry, Waiting};
 
 pub(crate) use examine::Due;
 
@@ -162,7 +162,7 @@ impl Registry {
     /// EEXIST if the name or the UUID is in use, also by a bdev that is being made; EBUSY while
     /// closing the file of a deleted bdev of this name blocks.
     pub fn reserve(&self, name: String, uuid: Option<Uuid>) -> Result<Reservation, Errno> {
-        let account = crate::account_name(&name);
+        let account = account_name(&name);
         if closer::stuck().iter().any(|stuck| stuck.name == account) {
             error!("{account}: the file of the deleted device of this name is still being closed");
             return Err(libc::EBUSY);
@@ -456,4 +456,10 @@ impl Drop for Reservation {
         let reserved = |row: &Row| row.id == self.id && matches!(row.state, State::Reserved);
         drop(self.registry.take_rows(reserved));
     }
+}
+
+/// The name of the [`closer::Account`] that closes the file of the disk `name`.
+#[must_use]
+pub fn account_name(name: &str) -> String {
+    format!("bdev {name}")
 }

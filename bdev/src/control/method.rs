@@ -13,8 +13,8 @@ use serde_json::{Map, Value};
 use tracing::error;
 use uuid::Uuid;
 
-use crate::host::Host;
-use crate::io::Error;
+use crate::control::host::Host;
+use crate::error::Error;
 
 /// A future that runs on the control thread.
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;

@@ -11,13 +11,13 @@ use std::task::{Context, Poll, Waker};
 
 use serde_json::{Value, json};
 
-use crate::host::{Host, OpenFile};
-use crate::io::Bdev;
-use crate::method::{
+use crate::contract::Bdev;
+use crate::control::host::{Host, OpenFile};
+use crate::control::method::{
     Answer, DecodeFailure, LocalFuture, Method, MethodError, Parameters, Params, Reader,
 };
-use crate::module::BdevModule;
-use crate::registry::Registry;
+use crate::control::module::BdevModule;
+use crate::control::registry::Registry;
 
 pub(crate) struct TestHost {
     registry: Registry,

@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use crate::registry::BdevId;
+use crate::control::registry::BdevId;
 
 /// What a claim lets its holder do, and others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
