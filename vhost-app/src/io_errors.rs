@@ -1,5 +1,5 @@
-//! Logs I/O errors of block devices. A reactor stores them with the device's counters; the control
-//! thread looks there once a second.
+//! Logs I/O errors of bdevs. Reactors count them with the bdev's statistics; the control thread
+//! reads the counts once a second.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,16 +8,15 @@ use std::time::{Duration, Instant};
 use bdev::Bdev;
 use tracing::error;
 
-/// The shortest interval between two log lines about one device.
+/// The shortest interval between two log lines about one bdev.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// The time of each device's last log line, by name.
+/// The time of each bdev's last log line, by name.
 #[derive(Debug, Default)]
 pub(crate) struct IoErrors(HashMap<String, Instant>);
 
 impl IoErrors {
-    /// Logs the I/O errors of `bdevs`, one line for each device that has had none for
-    /// [`LINE_EVERY`].
+    /// Logs the I/O errors of `bdevs`: at most one line for each bdev in [`LINE_EVERY`].
     pub(crate) fn log(&mut self, bdevs: &[Arc<dyn Bdev>], now: Instant) {
         for line in self.lines(bdevs, now) {
             error!("{line}");
@@ -49,7 +48,7 @@ mod tests {
     use bdev::{Failure, FailureKind, Null, NullOptions, Op};
 
     #[test]
-    fn a_device_has_a_line_at_once_and_then_one_in_a_while() {
+    fn a_bdev_has_a_line_at_once_and_then_one_per_interval() {
         let null = |name: &str| {
             let options =
                 NullOptions { name: name.into(), num_blocks: 8, block_size: 512, uuid: None };

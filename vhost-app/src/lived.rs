@@ -1,16 +1,16 @@
-//! Sleeps and timeouts that do not count time in which the process was stopped.
+//! Sleeps and timeouts that exclude time in which the process was stopped.
 //!
-//! While a process is stopped, or its control group is frozen, none of its threads runs, but clocks
-//! go on. A thread that waits for other threads of the process for a limited time must not count
+//! While a process is stopped, or its control group is frozen, its threads do not run, but clocks
+//! continue. A thread that waits a limited time for other threads of the process must not count
 //! that time.
 
 use std::time::{Duration, Instant};
 
-/// A wait is made of such pieces; a stop of any length counts as one piece.
+/// A wait consists of pieces of this length. A stop of any length counts as one piece.
 const PIECE: Duration = Duration::from_millis(100);
 
-/// Sleeps for `time`; after a stop at its end it sleeps one piece more, so that other tasks can
-/// catch up.
+/// Sleeps for `time`. If the process was stopped in the last piece, sleeps for one more, so that
+/// other tasks run before the wait ends.
 pub(crate) async fn sleep(time: Duration) {
     let mut left = time;
     loop {

@@ -1,19 +1,19 @@
-//! Log lines as SPDK prints them, with levels and flags that change at run time.
+//! Log lines in SPDK's format, with levels and flags that RPCs change at run time.
 //!
-//! SPDK has one level more than its names suggest: INFO and DEBUG lines appear only if their
-//! component's *flag* is set as well. tracing's five levels map to SPDK's five one to one:
+//! In SPDK, INFO and DEBUG lines also need their component's *flag*. tracing's five levels map to
+//! SPDK's five levels:
 //!
 //! | tracing | SPDK | appears if |
 //! |---|---|---|
 //! | `error!` | ERROR | the level allows it |
 //! | `warn!` | WARNING | the level allows it |
-//! | `info!` | NOTICE | the level allows it (the default for what an operator should see) |
+//! | `info!` | NOTICE | the level allows it |
 //! | `debug!` | INFO | the level allows it and a flag covers the event's target |
 //! | `trace!` | DEBUG | the level allows it and a flag covers the event's target |
 //!
-//! So the default print level, INFO, shows what SPDK shows by default: notices and worse, and
-//! more for the flags given with `-L`. A line goes to stderr if the *print level* allows it
-//! and to syslog if the *log level* does. Both are written by a thread of their own.
+//! So the default print level, INFO, shows errors, warnings and notices, and INFO lines of the
+//! flags given with `-L`, as in SPDK. A line goes to stderr if the *print level* allows it, and to
+//! syslog if the *log level* allows it. The log thread writes both.
 #![expect(unsafe_code, reason = "local time and syslog exist in libc only")]
 
 use std::ffi::CString;
@@ -37,15 +37,15 @@ use writer::{Entry, Writer};
 /// SPDK's log levels, the most important first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
-    /// Something failed.
+    /// An operation failed.
     Error,
-    /// Something is odd.
+    /// An operation succeeded with a limitation, or a condition needs attention.
     Warning,
-    /// Something an operator should see.
+    /// Normal operation, for operators.
     Notice,
-    /// Something for who looks closer; needs a flag.
+    /// Details for operators; needs a flag.
     Info,
-    /// Something for who debugs; needs a flag.
+    /// Details for developers; needs a flag.
     Debug,
 }
 
@@ -57,7 +57,7 @@ impl Level {
         ["ERROR", "WARNING", "NOTICE", "INFO", "DEBUG"][self as usize]
     }
 
-    /// The level of this name; case counts.
+    /// The level of this name, in upper case.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|level| level.name() == name)
     }
@@ -87,9 +87,9 @@ impl Level {
     }
 }
 
-/// Flags by name, sorted, with the modules whose INFO and DEBUG lines they let through. An
-/// event whose target is the flag's own name belongs to it as well. The names of components
-/// that do not exist here are accepted, since SPDK's `vhost` accepts them.
+/// Flags, sorted by name, with the modules whose INFO and DEBUG lines they enable. A flag also
+/// enables events whose target is the flag's name. Flags without modules are names of SPDK
+/// components that this program does not have; SPDK's `vhost` accepts them.
 const FLAGS: &[(&str, &[&str])] = &[
     ("aio", &["bdev::modules::file"]),
     ("app_rpc", &["vhost"]),
@@ -116,7 +116,7 @@ const FLAGS: &[(&str, &[&str])] = &[
 // One bit each in `State::flags`.
 const _: () = assert!(FLAGS.len() <= 64);
 
-/// Whether `-L` and `log_set_flag` know this name; `all` is one.
+/// Whether `-L` and `log_set_flag` accept this name; they accept `all`.
 pub(crate) fn is_flag(name: &str) -> bool {
     name == "all" || FLAGS.iter().any(|(flag, _)| *flag == name)
 }
@@ -140,7 +140,7 @@ impl Default for Log {
 }
 
 impl Log {
-    /// SPDK's defaults: INFO to stderr, NOTICE to syslog, time stamps, no flags.
+    /// With SPDK's defaults: INFO to stderr, NOTICE to syslog, timestamps, no flags.
     pub(crate) fn new() -> Self {
         Self(Arc::new(State {
             print_level: AtomicU8::new(Level::Info as u8),
@@ -151,15 +151,15 @@ impl Log {
         }))
     }
 
-    /// Makes this the log of the process, on stderr and in syslog.
+    /// Starts the log thread and makes this the log of the process, on stderr and in syslog.
     ///
     /// # Errors
-    /// If the process has one already, or no thread can be had.
+    /// The process already has a log, or the thread cannot be started.
     pub(crate) fn install(&self) -> io::Result<()> {
         open_syslog();
         let writer = Writer::start(syslog)?;
         if self.0.writer.set(writer).is_err() {
-            return Err(io::Error::other("the log is installed already"));
+            return Err(io::Error::other("the log is already installed"));
         }
         let (print, log) = (self.clone(), self.clone());
         let layer = Lines {
@@ -179,8 +179,7 @@ impl Log {
         }
     }
 
-    /// Waits, for a bounded time, until what was logged so far is written. For the end of the
-    /// process.
+    /// Waits, for a bounded time, until all earlier lines are written. For the exit of the process.
     pub(crate) fn flush(&self) {
         if let Some(writer) = self.0.writer.get() {
             writer.flush();
@@ -207,12 +206,12 @@ impl Log {
         self.0.syslog_level.store(level as u8, Relaxed);
     }
 
-    /// Whether lines on stderr start with the time.
+    /// Sets whether lines on stderr start with the time.
     pub(crate) fn set_timestamps(&self, enabled: bool) {
         self.0.timestamps.store(enabled, Relaxed);
     }
 
-    /// Sets or clears a flag, or `all`. False if the name is unknown.
+    /// Sets or clears a flag, or `all`. Returns false if the name is unknown.
     pub(crate) fn set_flag(&self, name: &str, enabled: bool) -> bool {
         let bits = match FLAGS.iter().position(|(flag, _)| *flag == name) {
             Some(index) => 1 << index,
@@ -227,7 +226,7 @@ impl Log {
         true
     }
 
-    /// All flags by name and whether they are set.
+    /// All flags by name, and whether each is set.
     pub(crate) fn flags(&self) -> impl Iterator<Item = (&'static str, bool)> {
         let bits = self.0.flags.load(Relaxed);
         FLAGS.iter().enumerate().map(move |(index, (flag, _))| (*flag, bits & (1 << index) != 0))
@@ -264,7 +263,7 @@ struct Lines {
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn register_callsite(&self, _: &'static Metadata<'static>) -> Interest {
-        // Ask each time: the levels change.
+        // tracing must call `enabled` for each event, because levels and flags change.
         Interest::sometimes()
     }
 
@@ -297,8 +296,8 @@ impl<S: Subscriber> Layer<S> for Lines {
     }
 }
 
-/// `file.rs:  42:module`: the file without its directories, and the module's path as a word,
-/// where SPDK has a function.
+/// Appends `file.rs:  42:module`: the file without its directories, the line, and the module's path
+/// with underscores in place of SPDK's function.
 fn push_place(line: &mut String, metadata: &Metadata<'_>) {
     let file = metadata.file().unwrap_or("?");
     let file = Path::new(file).file_name().map_or("?".into(), |name| name.to_string_lossy());
@@ -306,13 +305,13 @@ fn push_place(line: &mut String, metadata: &Metadata<'_>) {
     let _ = write!(line, "{file}:{:4}:{module}", metadata.line().unwrap_or(0));
 }
 
-/// `[YYYY-MM-DD HH:MM:SS.uuuuuu] ` in local time.
+/// Appends `[YYYY-MM-DD HH:MM:SS.uuuuuu] ` in local time.
 fn push_time(line: &mut String, now: SystemTime) {
     let since = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = since.as_secs() as libc::time_t;
-    // SAFETY: all of `tm` are integers and a pointer that may be null, so zeroes are valid.
+    let seconds = libc::time_t::try_from(since.as_secs()).unwrap_or(libc::time_t::MAX);
+    // SAFETY: `tm` consists of integers and a pointer that may be null, so zeroes are valid.
     let mut tm: libc::tm = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are to live locals, and localtime_r keeps neither.
+    // SAFETY: both pointers are to live locals, and `localtime_r` keeps neither.
     unsafe { libc::localtime_r(&seconds, &mut tm) };
     let _ = write!(
         line,
@@ -327,8 +326,8 @@ fn push_time(line: &mut String, now: SystemTime) {
     );
 }
 
-/// Appends an event's message and its other fields as ` name=value`. Control characters become
-/// spaces, so a text that came from outside cannot make a line of its own.
+/// Appends an event's message and its other fields as ` name=value`. Replaces control characters by
+/// spaces, so that a text from a client cannot forge a log line.
 struct Text<'a>(&'a mut String);
 
 impl Visit for Text<'_> {
@@ -354,13 +353,13 @@ impl fmt::Write for OneLine<'_> {
 }
 
 fn open_syslog() {
-    // SAFETY: the name is a literal, which lives as long as the process; syslog keeps it.
+    // SAFETY: syslog keeps the name, which is a static string.
     unsafe { libc::openlog(c"spdk".as_ptr(), libc::LOG_PID, libc::LOG_LOCAL7) };
 }
 
 fn syslog(priority: libc::c_int, line: &str) {
     let Ok(line) = CString::new(line) else { return };
-    // SAFETY: the format takes one string, and both are terminated and live.
+    // SAFETY: the format takes one string; both strings are terminated and live.
     unsafe { libc::syslog(priority, c"%s".as_ptr(), line.as_ptr()) };
 }
 
@@ -369,7 +368,7 @@ mod tests {
     use super::*;
     use std::sync::Mutex;
 
-    /// Runs `body` with a log that collects its lines; gives stderr's and syslog's.
+    /// Runs `body` with a log that collects its lines. Returns the lines for stderr and for syslog.
     fn collect(log: &Log, body: impl FnOnce()) -> (Vec<String>, Vec<String>) {
         let printed = Arc::new(Mutex::new(Vec::new()));
         let logged = Arc::new(Mutex::new(Vec::new()));
@@ -396,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_spdks_form() {
+    fn a_line_has_spdks_format() {
         let (printed, logged) = collect(&Log::new(), || {
             tracing::error!(vid = 3, name = "a\nb", "it {}", "broke\x1b[31m\r\n");
         });
@@ -419,12 +418,12 @@ mod tests {
     fn the_time_is_local_time() {
         let mut line = String::new();
         push_time(&mut line, UNIX_EPOCH + std::time::Duration::from_micros(1_500_000));
-        // Whatever the zone, seconds of zone offsets are zero since 1970.
+        // In every zone, offsets since 1970 are whole minutes.
         assert!(line.ends_with(":01.500000] "), "{line}");
     }
 
     #[test]
-    fn levels_and_flags_decide_and_change_at_run_time() {
+    fn levels_and_flags_select_lines_and_change_at_run_time() {
         let log = Log::new();
         assert_eq!((log.print_level(), log.log_level()), (Level::Info, Level::Notice));
         let (printed, logged) = collect(&log, one_of_each);
@@ -435,7 +434,7 @@ mod tests {
         let (printed, logged) = collect(&log, one_of_each);
         assert_eq!((levels(&printed), levels(&logged)), ("ew".into(), "e".into()));
 
-        // The same call sites, inside one subscriber.
+        // The same call sites, within one subscriber.
         let (printed, _) = collect(&log, || {
             log.set_print_level(Level::Error);
             one_of_each();

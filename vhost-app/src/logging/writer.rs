@@ -1,5 +1,5 @@
-//! Writes log lines on a thread of its own: whoever logs never waits for a terminal, a pipe that
-//! nobody reads, or syslog. Some log while they hold a lock, or on the thread that serves every VM.
+//! The log thread, which writes log lines. A thread that logs never waits for a terminal, a full
+//! pipe, or syslog: it may hold a lock, or be the event thread, which serves all VMs.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -8,51 +8,52 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Lines that wait to be written; what comes while there are so many is counted and lost.
+/// Limit on lines that wait to be written. Further lines are counted and dropped.
 const LINES_MAX: usize = 4096;
 
-/// How long [`Writer::flush`] waits for a reader that does not read.
+/// Limit on the wait of [`Writer::flush`].
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
-/// Something to be written.
+/// A message to the log thread.
 pub(super) enum Entry {
     /// A line for stderr.
     Print(String),
     /// A line for syslog, with its priority.
     Syslog(libc::c_int, String),
-    /// Everything before it has been written.
+    /// Asks for an answer after all earlier entries are written.
     Flushed(SyncSender<()>),
 }
 
-/// The way to the thread.
+/// The queue to the log thread.
 pub(super) struct Writer {
     entries: SyncSender<Entry>,
-    lost: Arc<AtomicU64>,
+    /// Entries that did not fit into the queue since the last line that reports them.
+    dropped: Arc<AtomicU64>,
 }
 
 impl Writer {
-    /// Starts the thread; `syslog` writes a line there.
+    /// Starts the thread; `syslog` writes a line to syslog.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// The thread cannot be started.
     pub(super) fn start(syslog: fn(libc::c_int, &str)) -> io::Result<Self> {
         let (entries, receiver) = sync_channel(LINES_MAX);
-        let lost = Arc::new(AtomicU64::new(0));
-        let losses = Arc::clone(&lost);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&dropped);
         thread::Builder::new()
             .name("vhost-log".into())
-            .spawn(move || write(&receiver, &losses, syslog))?;
-        Ok(Self { entries, lost })
+            .spawn(move || write(&receiver, &counter, syslog))?;
+        Ok(Self { entries, dropped })
     }
 
-    /// Hands an entry over, or counts it as lost.
+    /// Queues an entry. If the queue is full, counts the entry as dropped.
     pub(super) fn send(&self, entry: Entry) {
         if self.entries.try_send(entry).is_err() {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Waits, for a bounded time, until what was logged so far is written.
+    /// Waits, for a bounded time, until all earlier entries are written.
     pub(super) fn flush(&self) {
         let (done, flushed) = sync_channel(1);
         let deadline = Instant::now() + FLUSH_LIMIT;
@@ -71,11 +72,11 @@ impl Writer {
     }
 }
 
-fn write(entries: &Receiver<Entry>, lost: &AtomicU64, syslog: fn(libc::c_int, &str)) {
+fn write(entries: &Receiver<Entry>, dropped: &AtomicU64, syslog: fn(libc::c_int, &str)) {
     for entry in entries {
         match entry {
             Entry::Print(line) => {
-                // There is nobody to tell.
+                // An error cannot be reported anywhere.
                 let _ = io::stderr().write_all(line.as_bytes());
             }
             Entry::Syslog(priority, line) => syslog(priority, &line),
@@ -83,10 +84,12 @@ fn write(entries: &Receiver<Entry>, lost: &AtomicU64, syslog: fn(libc::c_int, &s
                 let _ = done.try_send(());
             }
         }
-        let lost = lost.swap(0, Ordering::Relaxed);
-        if lost > 0 {
-            let _ =
-                writeln!(io::stderr(), "{lost} log lines were lost: nobody reads this fast enough");
+        let dropped = dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            let _ = writeln!(
+                io::stderr(),
+                "{dropped} log lines were dropped, because stderr or syslog is too slow"
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `framework_*` and `spdk_*`: the program itself and its start.
+//! `framework_*` and `spdk_*`: version, startup, subsystems, signals.
 
 use std::rc::Rc;
 
@@ -10,21 +10,21 @@ use super::{Answer, App, Methods, bdev, vhost};
 use crate::cli::{SPDK_VERSION, VERSION};
 use crate::process;
 
-/// How far the start has come.
+/// The state of startup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Startup {
-    /// For `framework_start_init`, or for the first pass over the configuration.
+    /// Waits for `framework_start_init`, or for the first pass over the configuration.
     Waiting,
-    /// `framework_start_init` has been called.
+    /// A client has called `framework_start_init`.
     Requested,
-    /// All methods may be called.
+    /// Runtime methods may be called.
     Running,
-    /// The configuration could not be carried out; the process ends.
+    /// An entry of the configuration failed, and the process exits.
     Failed,
 }
 
-/// SPDK's subsystems in the order of their initialisation, and what each depends on. Those without
-/// a counterpart here have an empty configuration.
+/// SPDK's subsystems in the order of their initialisation, each with the subsystems that it depends
+/// on. Subsystems that this program does not have show an empty configuration.
 pub(crate) const SUBSYSTEMS: [(&str, &[&str]); 12] = [
     ("scheduler", &[]),
     ("sock", &[]),
@@ -128,14 +128,14 @@ async fn until_running(app: &App) -> Answer {
 
 async fn get_config(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
-    #[expect(dead_code, reason = "there are no batches to keep")]
-    struct Wanted {
+    #[expect(dead_code, reason = "`with_batches` has no effect: a configuration has no batches")]
+    struct Request {
         name: String,
         with_batches: Option<bool>,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INVALID_ARGUMENTS)?;
+    let request: Request = params.decode(DecodeFailure::INVALID_ARGUMENTS)?;
     let options = || app.options.borrow();
-    let entries = match wanted.name.as_str() {
+    let entries = match request.name.as_str() {
         "bdev" => bdev::config(&app, &mut params.pace()).await,
         "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
         "iobuf" => options().iobuf.iter().map(|iobuf| iobuf.config()).collect(),
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_that_of_the_spdk_it_stands_in_for() {
+    fn the_version_is_that_of_the_spdk_that_it_replaces() {
         let version = version();
         assert_eq!(version["fields"]["major"], 26);
         assert_eq!(version["fields"]["minor"], 9);
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn subsystems_come_after_what_they_depend_on() {
+    fn subsystems_come_after_their_dependencies() {
         for (n, (name, needs)) in SUBSYSTEMS.iter().enumerate() {
             for need in *needs {
                 assert!(SUBSYSTEMS[..n].iter().any(|(earlier, _)| earlier == need), "{name}");

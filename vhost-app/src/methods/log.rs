@@ -1,4 +1,4 @@
-//! `log_*`: what is printed, and what goes to syslog.
+//! `log_*`: levels and flags of the log on stderr and in syslog.
 
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -42,35 +42,35 @@ fn no_parameters(params: &Params) -> Result<(), RpcError> {
 
 fn level(params: &Params) -> Result<Level, RpcError> {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         level: String,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
-    Level::from_name(&wanted.level).ok_or_else(|| {
-        error!("{}: no level {:?}", params.method(), wanted.level);
+    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    Level::from_name(&request.level).ok_or_else(|| {
+        error!("{}: unknown log level {:?}", params.method(), request.level);
         DecodeFailure::INTERNAL.error()
     })
 }
 
 fn set_flag(app: &App, params: &Params, enabled: bool) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         flag: String,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
-    if app.log.set_flag(&wanted.flag, enabled) {
+    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    if app.log.set_flag(&request.flag, enabled) {
         return Ok(true.into());
     }
-    error!("{}: no flag {:?}", params.method(), wanted.flag);
+    error!("{}: unknown log flag {:?}", params.method(), request.flag);
     Err(RpcError::invalid_params("invalid log flag"))
 }
 
 fn enable_timestamps(app: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         enabled: bool,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL)?;
-    app.log.set_timestamps(wanted.enabled);
+    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    app.log.set_timestamps(request.enabled);
     Ok(true.into())
 }

@@ -1,8 +1,7 @@
-//! Options of SPDK's subsystems that are taken, checked and saved, and what they mean here.
+//! Options of SPDK's subsystems: accepted, checked, and written to a saved configuration.
 //!
-//! `bdev_auto_examine` has an effect. The pools and caches are SPDK's: here memory for requests is
-//! taken when a queue starts, so their sizes change nothing, but a configuration that is saved
-//! holds them as they were given.
+//! Only `bdev_auto_examine` has an effect. The other options size pools and caches of SPDK; this
+//! program allocates the memory for requests when a queue starts.
 
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::{Deserialize, Serialize};
@@ -17,7 +16,8 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("accel_set_options", Phases::Startup, set_accel);
 }
 
-/// What the subsystems were given. `bdev_set_options` is always saved, the others if given.
+/// The subsystems' options. `bdev_set_options` is always saved, the others only if a client set
+/// them.
 #[derive(Debug, Default)]
 pub(crate) struct SubsystemOptions {
     pub(super) bdev: BdevOptions,
@@ -55,25 +55,30 @@ impl BdevOptions {
 
 fn set_bdev(app: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Given {
+    struct Request {
         bdev_io_pool_size: Option<u32>,
         bdev_io_cache_size: Option<u32>,
         bdev_auto_examine: Option<bool>,
         iobuf_small_cache_size: Option<u32>,
         iobuf_large_cache_size: Option<u32>,
     }
-    let given: Given = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
     let mut all = app.options.borrow_mut();
-    let now = &all.bdev;
+    let old = &all.bdev;
     let options = BdevOptions {
-        bdev_io_pool_size: given.bdev_io_pool_size.unwrap_or(now.bdev_io_pool_size),
-        bdev_io_cache_size: given.bdev_io_cache_size.unwrap_or(now.bdev_io_cache_size),
-        bdev_auto_examine: given.bdev_auto_examine.unwrap_or(now.bdev_auto_examine),
-        iobuf_small_cache_size: given.iobuf_small_cache_size.unwrap_or(now.iobuf_small_cache_size),
-        iobuf_large_cache_size: given.iobuf_large_cache_size.unwrap_or(now.iobuf_large_cache_size),
+        bdev_io_pool_size: request.bdev_io_pool_size.unwrap_or(old.bdev_io_pool_size),
+        bdev_io_cache_size: request.bdev_io_cache_size.unwrap_or(old.bdev_io_cache_size),
+        bdev_auto_examine: request.bdev_auto_examine.unwrap_or(old.bdev_auto_examine),
+        iobuf_small_cache_size: request
+            .iobuf_small_cache_size
+            .unwrap_or(old.iobuf_small_cache_size),
+        iobuf_large_cache_size: request
+            .iobuf_large_cache_size
+            .unwrap_or(old.iobuf_large_cache_size),
     };
     let (pool, cache) = (options.bdev_io_pool_size, options.bdev_io_cache_size);
-    // SPDK wants a cache for each of its threads, of which there is one then, and one to spare.
+    // As in SPDK: the pool must hold a cache for each thread, of which SPDK has one at this time,
+    // and one more.
     if u64::from(pool) < 2 * u64::from(cache) {
         let text = format!("Pool size {pool} too small for cache size {cache}");
         error!("bdev_set_options: {text}");
@@ -102,20 +107,20 @@ impl IobufOptions {
 
 fn set_iobuf(app: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Given {
+    struct Request {
         small_pool_count: Option<u64>,
         large_pool_count: Option<u64>,
         small_bufsize: Option<u32>,
         large_bufsize: Option<u32>,
         enable_numa: Option<bool>,
     }
-    let given: Given = params.decode(DecodeFailure::PARSE)?;
+    let request: Request = params.decode(DecodeFailure::PARSE)?;
     let options = IobufOptions {
-        small_pool_count: given.small_pool_count.unwrap_or(8192),
-        large_pool_count: given.large_pool_count.unwrap_or(1024),
-        small_bufsize: given.small_bufsize.unwrap_or(8192),
-        large_bufsize: given.large_bufsize.unwrap_or(135_168),
-        enable_numa: given.enable_numa.unwrap_or(false),
+        small_pool_count: request.small_pool_count.unwrap_or(8192),
+        large_pool_count: request.large_pool_count.unwrap_or(1024),
+        small_bufsize: request.small_bufsize.unwrap_or(8192),
+        large_bufsize: request.large_bufsize.unwrap_or(135_168),
+        enable_numa: request.enable_numa.unwrap_or(false),
     };
     let minima = [
         ("small_pool_count", options.small_pool_count, 64),
@@ -123,11 +128,11 @@ fn set_iobuf(app: &App, params: &Params) -> Answer {
         ("small_bufsize", options.small_bufsize.into(), 4096),
         ("large_bufsize", options.large_bufsize.into(), 8192),
     ];
-    if let Some((name, value, least)) = minima.into_iter().find(|(_, value, least)| value < least) {
-        error!("iobuf_set_options: {name} {value} is less than {least}");
+    if let Some((name, value, min)) = minima.into_iter().find(|(_, value, min)| value < min) {
+        error!("iobuf_set_options: {name} is {value}, but must be at least {min}");
         return Err(RpcError::errno(libc::EINVAL));
     }
-    info!("iobuf_set_options: kept; there are no such pools here");
+    info!("iobuf_set_options: saved, but without effect: vhost has no iobuf pools");
     app.options.borrow_mut().iobuf = Some(options);
     Ok(true.into())
 }
@@ -150,21 +155,21 @@ impl AccelOptions {
 
 fn set_accel(app: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Given {
+    struct Request {
         small_cache_size: Option<u32>,
         large_cache_size: Option<u32>,
         task_count: Option<u32>,
         sequence_count: Option<u32>,
         buf_count: Option<u32>,
     }
-    let given: Given = params.decode(DecodeFailure::PARSE)?;
-    info!("accel_set_options: kept; there is no acceleration framework here");
+    let request: Request = params.decode(DecodeFailure::PARSE)?;
+    info!("accel_set_options: saved, but without effect: vhost has no acceleration framework");
     app.options.borrow_mut().accel = Some(AccelOptions {
-        small_cache_size: given.small_cache_size.unwrap_or(128),
-        large_cache_size: given.large_cache_size.unwrap_or(16),
-        task_count: given.task_count.unwrap_or(2048),
-        sequence_count: given.sequence_count.unwrap_or(2048),
-        buf_count: given.buf_count.unwrap_or(2048),
+        small_cache_size: request.small_cache_size.unwrap_or(128),
+        large_cache_size: request.large_cache_size.unwrap_or(16),
+        task_count: request.task_count.unwrap_or(2048),
+        sequence_count: request.sequence_count.unwrap_or(2048),
+        buf_count: request.buf_count.unwrap_or(2048),
     });
     Ok(true.into())
 }

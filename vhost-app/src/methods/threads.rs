@@ -1,9 +1,9 @@
 //! Reactors and threads: `framework_get_reactors`, `thread_*`.
 //!
-//! SPDK runs everything on threads of its own that reactors take turns with, one for each controller.
-//! Here queues are what reactors serve. So that an operator finds what SPDK's tools show, there is a
-//! thread for each reactor, which has the times, and one for each controller, which stands for its
-//! queues: it is on each reactor that serves one, and where it may be is where they may be.
+//! SPDK runs a thread for each controller, which a reactor schedules. Here, reactors serve queues.
+//! To fit SPDK's tools, the answers show one thread for each reactor, with the reactor's times, and
+//! one for each controller, which represents its queues: it appears on each reactor that serves one
+//! of them, and its mask is the set of cores that may serve them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -20,7 +20,7 @@ use super::vhost::controller_mask;
 use super::{Answer, App, Methods, mask};
 use crate::cli::parse_cores;
 
-/// SPDK's number for the thread that serves the RPCs; the reactors' follow, then the controllers'.
+/// SPDK's id of the thread that serves RPCs. The reactors' ids follow, then the controllers' ids.
 const APP_THREAD_ID: u64 = 1;
 
 /// JSON values of a thread, approximately.
@@ -78,7 +78,7 @@ async fn get_reactors(app: Rc<App>, params: Params) -> Answer {
         "tick_rate": ticks_per_second(),
         "pid": std::process::id(),
         "reactors": shown,
-        // The accounts whose fds or files cannot be closed.
+        // Accounts with an fd whose close blocks.
         "stuck_closes": stuck_closes(),
     }))
 }
@@ -124,7 +124,7 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
             "name": controller.name,
             "id": controller_ids(reactors.len()) + controller.number,
             "cpumask": controller_mask(&controller),
-            // Time is counted for each reactor, as a whole.
+            // Time is counted for each reactor, not for each controller.
             "busy": 0,
             "idle": 0,
             "active_pollers_count": queues(&controller).count(),
@@ -138,14 +138,14 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
     Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
 }
 
-/// Has a controller's queues served on the cores of a mask, and answers when they are.
+/// Moves a controller's queues to the cores of a mask, and answers after the move.
 async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         id: u64,
         cpumask: String,
     }
-    let p: Wanted = params.decode(DecodeFailure::PARAMS)?;
+    let p: Request = params.decode(DecodeFailure::PARAMS)?;
     let reactors = app.control.target().reactors();
     let first = controller_ids(reactors.len());
     let controllers = app.control.target().controllers();
@@ -153,18 +153,18 @@ async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
     if found.is_none() && !(APP_THREAD_ID..first).contains(&p.id) {
         return Err(RpcError::invalid_params(format!("Thread {} does not exist", p.id)));
     }
-    let Some(wanted) = parse_cores(&p.cpumask) else {
+    let Some(requested) = parse_cores(&p.cpumask) else {
         return Err(RpcError::internal(format!("Invalid cpumask {}", p.cpumask)));
     };
-    // As in SPDK, cores without a reactor do not count.
+    // As in SPDK, cores without a reactor are ignored.
     let has_reactor = |core: &usize| reactors.iter().any(|reactor| reactor.core.0 == *core);
-    let cores: Vec<Core> = wanted.into_iter().filter(has_reactor).map(Core).collect();
+    let cores: Vec<Core> = requested.into_iter().filter(has_reactor).map(Core).collect();
     if cores.is_empty() {
         let all = mask(reactors.iter().map(|reactor| reactor.core.0));
         return Err(RpcError::internal(format!("No CPU is selected from reactor mask {all}")));
     }
     let Some(controller) = found else {
-        error!("thread_set_cpumask: thread {} stays where it is", p.id);
+        error!("thread_set_cpumask: thread {} cannot move; only controllers' threads can", p.id);
         return Err(RpcError::with_strerror(RpcError::INVALID_PARAMS, libc::EOPNOTSUPP));
     };
     app.control.set_cores(controller.name, cores).await.map_err(|e| {
@@ -178,7 +178,7 @@ fn reactor_id(n: usize) -> u64 {
     APP_THREAD_ID + 1 + n as u64
 }
 
-/// The number of the first controller's thread.
+/// The id of the first controller's thread.
 fn controller_ids(reactors: usize) -> u64 {
     reactor_id(reactors)
 }
@@ -187,8 +187,8 @@ fn queues(controller: &ControllerInfo) -> impl Iterator<Item = &QueueInfo> {
     controller.sessions.iter().flat_map(|session| &session.queues)
 }
 
-/// Whether the reactor serves a queue of the controller. One without queues counts as being on its
-/// first core.
+/// Whether the reactor serves a queue of the controller. A controller without queues is shown on
+/// its first core.
 fn is_on(controller: &ControllerInfo, core: Core) -> bool {
     match queues(controller).next() {
         Some(_) => queues(controller).any(|queue| queue.core == core),
@@ -205,7 +205,7 @@ fn ticks_since(then: u64) -> u64 {
 pub(crate) struct CpuTimes(HashMap<usize, [u64; 3]>);
 
 impl CpuTimes {
-    /// As they are now.
+    /// Reads the current times.
     pub(crate) fn read() -> Self {
         Self::parse(&fs::read_to_string("/proc/stat").unwrap_or_default())
     }
@@ -233,7 +233,7 @@ fn own_busy_ticks() -> u64 {
     let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let nanoseconds = stat.split_ascii_whitespace().next().and_then(|word| word.parse().ok());
     let ticks = nanoseconds.unwrap_or(0u128) * u128::from(ticks_per_second()) / 1_000_000_000;
-    ticks as u64
+    u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
 /// The processors that this thread may run on.
@@ -243,7 +243,7 @@ fn allowed_cpus() -> Vec<usize> {
     list.and_then(|list| crate::cli::parse_cores(&format!("[{}]", list.trim()))).unwrap_or_default()
 }
 
-/// The memory node of a processor; 0 where there is only one.
+/// The NUMA node of a processor; 0 on a machine with one node.
 fn numa_node(cpu: usize) -> u32 {
     let entries = fs::read_dir(format!("/sys/devices/system/cpu/cpu{cpu}"));
     let names = entries.into_iter().flatten().flatten().map(|entry| entry.file_name());

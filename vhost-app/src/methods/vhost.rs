@@ -22,7 +22,7 @@ use crate::control::DeleteOptions;
 /// The one transport.
 const TRANSPORT: &str = "vhost_user_blk";
 
-/// How long `vhost_delete_controller` waits for front ends to leave, unless told otherwise.
+/// Default of `timeout_ms` of `vhost_delete_controller`.
 const DELETE_TIMEOUT_MS: u64 = 5000;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -36,7 +36,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("virtio_blk_get_transports", Phases::Runtime, get_transports);
 }
 
-/// SPDK answers -32602 with the errno's text.
+/// Logs the reason and returns SPDK's answer: -32602 with the errno's text.
 fn refused(method: &str, errno: i32, reason: impl std::fmt::Display) -> RpcError {
     error!("{method}: {reason}");
     RpcError::with_strerror(RpcError::INVALID_PARAMS, errno)
@@ -59,13 +59,13 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     let p: Create = params.decode_relaxed(DecodeFailure::INVALID_ARGUMENT)?;
     let transport = p.transport.as_deref().unwrap_or(TRANSPORT);
     if !transport.eq_ignore_ascii_case(TRANSPORT) {
-        return Err(refused(method, libc::EINVAL, format_args!("no transport {transport:?}")));
+        return Err(refused(method, libc::EINVAL, format_args!("unknown transport {transport:?}")));
     }
     let Some(bdev) = app.bdevs.bdev(&p.dev_name) else {
-        return Err(refused(method, libc::ENODEV, format_args!("no bdev {:?}", p.dev_name)));
+        return Err(refused(method, libc::ENODEV, format_args!("unknown bdev {:?}", p.dev_name)));
     };
     let claim = app.bdevs.claim(&bdev, ClaimKind::Served, &p.ctrlr).map_err(|_| {
-        let reason = format_args!("bdev {} has another bdev on it", bdev.name());
+        let reason = format_args!("bdev {} is claimed by a bdev on top of it", bdev.name());
         refused(method, libc::EPERM, reason)
     })?;
     let cores = match p.cpumask.as_deref().map(|text| (text, parse_cores(text))) {
@@ -84,7 +84,8 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     };
     let created = app.control.create_controller(spec).await;
     if !app.bdevs.holds(&bdev) {
-        // It was deleted meanwhile, when the controller was not there to lose it.
+        // The bdev was deleted before the controller existed, so the deletion did not remove it
+        // from the controller.
         vhost_blk::remove_bdev(app.control.target(), &bdev);
     }
     drop(bdev);
@@ -97,9 +98,9 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
 #[derive(Deserialize)]
 struct Delete {
     ctrlr: String,
-    /// Not in SPDK: how long to wait for front ends to leave; 0 for not at all.
+    /// Not in SPDK: limit on the wait for front ends to disconnect; 0 does not wait.
     timeout_ms: Option<u64>,
-    /// Not in SPDK: end the connections instead of waiting for their ends.
+    /// Not in SPDK: close the connections instead of waiting for front ends to disconnect.
     #[serde(default)]
     force: bool,
 }
@@ -119,17 +120,17 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
     Ok(true.into())
 }
 
-/// A hundred years: longer is added to no time without overflow.
+/// A hundred years. Longer times may overflow when they are added to the current time.
 const MAX_MS: u64 = 100 * 365 * 24 * 3600 * 1000;
 
 async fn get(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         name: Option<String>,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INTERNAL_ARGUMENT)?;
+    let request: Request = params.decode(DecodeFailure::INTERNAL_ARGUMENT)?;
     let all = app.control.target().controllers();
-    let Some(name) = wanted.name else {
+    let Some(name) = request.name else {
         let mut pace = params.pace();
         let mut described = vec![];
         for controller in all {
@@ -144,16 +145,16 @@ async fn get(app: Rc<App>, params: Params) -> Answer {
     }
 }
 
-/// Not in SPDK: each reactor's longest turn so far, and what happened in it.
+/// Not in SPDK: each reactor's longest poll iteration, and what the reactor did in it.
 fn reactor_turns(app: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
-        /// Let the next answer be about what comes after this one.
+    struct Request {
+        /// Restrict the next answer to the iterations after this one.
         #[serde(default)]
         reset: bool,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    let reactors = app.control.target().longest_iterations(wanted.reset).into_iter();
+    let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let reactors = app.control.target().longest_iterations(request.reset).into_iter();
     let describe = |(reactor, longest_us, causes): (ReactorInfo, f64, Vec<Cause>)| {
         json!({
             "lcore": reactor.core.0,
@@ -166,12 +167,12 @@ fn reactor_turns(app: &App, params: &Params) -> Answer {
     Ok(reactors.map(describe).collect())
 }
 
-/// Not in SPDK: has a queue served on another core, and answers when it is.
+/// Not in SPDK: moves a queue to another core, and answers after the move.
 async fn move_queue(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Move {
         ctrlr: String,
-        /// The session's `id`, where there is more than one.
+        /// The session's `id`; required if the controller has several.
         session: Option<u32>,
         queue: usize,
         core: usize,
@@ -258,21 +259,21 @@ fn set_coalescing(app: &App, params: &Params) -> Answer {
 
 fn create_transport(_: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Named {
+    struct Request {
         name: String,
     }
-    let p: Named = params.decode_relaxed(DecodeFailure::EINVAL)?;
+    let p: Request = params.decode_relaxed(DecodeFailure::EINVAL)?;
     let is_ours = p.name.eq_ignore_ascii_case(TRANSPORT);
     Err(RpcError::errno(if is_ours { libc::EEXIST } else { libc::ENOENT }))
 }
 
 fn get_transports(_: &App, params: &Params) -> Answer {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         name: Option<String>,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    if wanted.name.is_some_and(|name| !name.eq_ignore_ascii_case(TRANSPORT)) {
+    let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    if request.name.is_some_and(|name| !name.eq_ignore_ascii_case(TRANSPORT)) {
         return Err(RpcError::errno(libc::ENODEV));
     }
     Ok(json!([{ "name": TRANSPORT }]))
@@ -281,8 +282,8 @@ fn get_transports(_: &App, params: &Params) -> Answer {
 /// JSON values in a controller's part of a configuration, approximately.
 const CONFIG_VALUES: usize = 16;
 
-/// The entries of `save_config` that make the controllers again. One whose disk is gone cannot be
-/// made again and is left out, as in SPDK.
+/// The entries of a saved configuration that recreate the controllers. A controller whose bdev was
+/// removed is left out, as in SPDK.
 pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     let mut entries = vec![];
     for controller in app.control.target().controllers() {
@@ -297,8 +298,8 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
                 "ctrlr": controller.name,
                 "dev_name": bdev,
                 "cpumask": controller_mask(&controller),
-                "readonly": blk.read_only(),
-                // Not saved by SPDK, which loses it.
+                "readonly": controller.read_only,
+                // Not in SPDK, whose saved configurations lose it.
                 "packed_ring": controller.packed_ring,
                 "transport": TRANSPORT,
             }
