@@ -1,7 +1,7 @@
-//! What RPC methods and signals ask for, with everything that can block on a thread of its own.
+//! Operations of RPC methods and signals on the target. Calls that can block run on other threads.
 //!
-//! Lives on the control thread. Whoever has to wait for something to become true waits for
-//! [`Control::changed`] and looks again.
+//! [`Control`] lives on the control thread. A task that waits for a condition waits for
+//! [`Control::changed`] and checks the condition again.
 
 use std::future::Future;
 use std::io;
@@ -22,13 +22,28 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
 use vhost_target::{ControllerSpec, Core, Error, Mode, Target};
 
+use rte_vhost::eal::EalError;
 use crate::lived;
 
 /// Interval of checks for operations that take long.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How long the end of the process waits for I/O in flight, in all.
+/// Limit on the wait for I/O in flight at shutdown, for all connections together.
 const SHUTDOWN_DRAIN: Duration = Duration::from_secs(2);
+
+/// Why the control side cannot start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error("cannot start the reactors: {0}")]
+    Reactors(#[source] io::Error),
+    /// The text of [`EalError`] names EAL.
+    #[error("{0}")]
+    Eal(#[from] EalError),
+    #[error("cannot start the vhost-user transport: {0}")]
+    Transport(#[source] io::Error),
+    #[error("cannot start the thread for DPDK calls: {0}")]
+    DpdkThread(#[source] io::Error),
+}
 
 /// The control side of the target.
 #[derive(Debug)]
@@ -39,16 +54,16 @@ pub(crate) struct Control {
     socket_dir: PathBuf,
 }
 
-/// How a deletion is meant.
+/// How to delete a controller that front ends use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DeleteOptions {
-    /// How long to wait for front ends to leave and I/O to complete.
+    /// Limit on the wait for front ends to disconnect and I/O to complete.
     pub timeout: Duration,
-    /// End the connections first; leave I/O that does not complete behind.
+    /// Close the connections first, and do not wait for I/O longer than `timeout`.
     pub force: bool,
 }
 
-/// Why a deletion ended.
+/// Why [`Control::wait`] ended.
 enum Wait {
     Done,
     TimedOut,
@@ -56,55 +71,55 @@ enum Wait {
 }
 
 impl Control {
-    /// Starts the reactors and, once `eal` has brought DPDK up, the transport, which uses and
-    /// removes `private_dir`. Blocks. The threads are restricted by `sandbox`.
+    /// Starts the reactors, and the transport after `eal` has returned. The transport uses and
+    /// removes `private_dir`. Blocks. `sandbox` restricts the threads.
     pub(crate) fn start(
         cores: &[usize],
         mode: Mode,
         socket_dir: PathBuf,
         sandbox: &Sandbox,
         private_dir: TempDir,
-        eal: impl FnOnce() -> Result<(), String>,
-    ) -> Result<Self, String> {
+        eal: impl FnOnce() -> Result<(), EalError>,
+    ) -> Result<Self, StartError> {
         let changed = watch::Sender::new(());
         let hook = changed.clone();
         let cores: Vec<Core> = cores.iter().copied().map(Core).collect();
         let (changes, of_reactor) = (Arc::new(move || hook.send_replace(())), sandbox.clone());
         let on_start = Arc::new(move || of_reactor.narrow(Thread::Reactor));
         let target = on_worker(sandbox, || Target::start_with(&cores, mode, changes, on_start))
-            .map_err(|e| format!("cannot start the reactors: {e}"))?;
+            .map_err(StartError::Reactors)?;
         eal()?;
         let of_front_ends = sandbox.clone();
         let on_thread = Arc::new(move || of_front_ends.narrow(Thread::Worker));
-        let transport = DpdkTransport::start(&target, private_dir, on_thread)
-            .map_err(|e| format!("cannot start the vhost-user transport: {e}"))?;
-        let dpdk = DpdkThread::start(transport).map_err(|e| e.to_string())?;
+        let transport =
+            DpdkTransport::start(&target, private_dir, on_thread).map_err(StartError::Transport)?;
+        let dpdk = DpdkThread::start(transport).map_err(StartError::DpdkThread)?;
         Ok(Self { target, dpdk, changed, socket_dir })
     }
 
-    /// The target, for what does not block.
+    /// The target, for calls that do not block.
     pub(crate) fn target(&self) -> &Target {
         &self.target
     }
 
-    /// Where a controller's socket is: SPDK puts the directory of `-S` before the name.
+    /// The path of a controller's socket: the directory of `-S` and the name, as in SPDK.
     pub(crate) fn socket_path(&self, controller: &str) -> PathBuf {
         self.socket_dir.join(controller)
     }
 
-    /// Something to look at again has happened, from the moment of this call on.
+    /// Reports changes of the target that happen after this call.
     pub(crate) fn changed(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// Makes whoever waits for something look again.
+    /// Makes the tasks that wait for a condition check it again.
     pub(crate) fn notify(&self) {
         self.changed.send_replace(());
     }
 
-    /// Serves the reactors' events, and calls `each_second`. Ends only if the system fails.
+    /// Processes the reactors' events, and calls `each_second`. Returns only on a system error.
     pub(crate) async fn run(&self, each_second: impl Fn(Instant)) -> io::Result<()> {
-        // An eventfd is read as a pipe is.
+        // tokio has no type for an eventfd, but its pipes read any fd.
         let wake = self.target.events().wake().as_fd().try_clone_to_owned()?;
         let wake = pipe::Receiver::from_owned_fd_unchecked(wake)?;
         let mut tick = tokio::time::interval(TICK);
@@ -114,13 +129,14 @@ impl Control {
             tokio::select! {
                 ready = wake.readable() => {
                     ready?;
-                    // Emptied first: what comes after this wakes us again.
+                    // Before the events are processed: an event that arrives later wakes us again.
                     let _ = wake.try_read(&mut [0; 8]);
                     self.target.process_events();
                 }
                 _ = tick.tick() => {
-                    // If a tick is very late, the process was stopped: that time must not count. But of
-                    // two in a row the second counts: on some hosts all ticks are late.
+                    // A late tick means that the process was stopped, and that time must not count.
+                    // Of two late ticks in a row the second counts: on some hosts all ticks are
+                    // late.
                     let passed = std::mem::replace(&mut last, Instant::now()).elapsed();
                     counted = !counted || passed < TICK * 3 / 2;
                     if counted {
@@ -128,21 +144,21 @@ impl Control {
                         closer::tick().iter().for_each(warn_of_stuck);
                     }
                     each_second(Instant::now());
-                    // A bdev's last user may have gone without a word.
+                    // No event reports that the last user of a bdev has dropped it.
                     self.notify();
                 }
             }
         }
     }
 
-    /// Makes a controller and opens its socket.
+    /// Creates a controller and its socket.
     pub(crate) async fn create_controller(&self, spec: ControllerSpec) -> Result<(), Error> {
         let target = Arc::clone(&self.target);
         self.dpdk.run(move |transport| target.create_controller(spec, transport)).await
     }
 
-    /// Deletes a controller; `cancelled` gives it up. While another deletion of it is under way,
-    /// waits for that.
+    /// Deletes a controller. Waits first for another deletion of it that is in progress. If
+    /// `cancelled` completes earlier, the controller stays.
     pub(crate) async fn delete_controller(
         &self,
         name: &str,
@@ -152,14 +168,14 @@ impl Control {
         let mut deadline = pin!(lived::sleep(options.timeout));
         let mut changed = self.changed();
         tokio::pin!(cancelled);
-        // Another deletion goes first. A controller made anew since then is not the one meant.
-        let meant = self.target.controller_id(name);
+        // After another deletion, the name may belong to a new controller, which must stay.
+        let requested = self.target.controller_id(name);
         let wait = self
             .wait(&mut changed, &mut deadline, &mut cancelled, || !self.target.is_deleting(name));
         if !matches!(wait.await, Wait::Done) {
             return Err(Error::Busy(name.into()));
         }
-        if self.target.controller_id(name) != meant {
+        if self.target.controller_id(name) != requested {
             return Err(Error::NoController(name.into()));
         }
         self.target.begin_delete(name, options.force)?;
@@ -168,7 +184,7 @@ impl Control {
         let wait = self.wait(&mut changed, &mut deadline, &mut cancelled, gone).await;
         match wait {
             Wait::Done => {}
-            // `finish_delete` logs what is left.
+            // `finish_delete` logs the I/O that has not completed.
             Wait::TimedOut if options.force => {}
             Wait::TimedOut | Wait::Cancelled => {
                 self.target.cancel_delete(name);
@@ -180,7 +196,7 @@ impl Control {
         Ok(())
     }
 
-    /// Waits until `done`, looking again at each change.
+    /// Waits until `done` returns true. Calls it at first and after each change.
     async fn wait(
         &self,
         changed: &mut watch::Receiver<()>,
@@ -201,7 +217,7 @@ impl Control {
         }
     }
 
-    /// Moves a queue of a controller to another core; once under way it is not given up.
+    /// Moves a queue of a controller to another core. Dropping the future does not cancel the move.
     pub(crate) async fn move_queue(
         &self,
         controller: String,
@@ -212,7 +228,7 @@ impl Control {
         self.place(move |target| target.move_queue(&controller, session, queue, core)).await
     }
 
-    /// Has a controller served on other cores; once under way it is not given up.
+    /// Moves all queues of a controller to other cores. Dropping the future does not cancel it.
     pub(crate) async fn set_cores(
         &self,
         controller: String,
@@ -221,7 +237,7 @@ impl Control {
         self.place(move |target| target.set_cores(&controller, &cores)).await
     }
 
-    /// Does what waits for reactors' turns to end.
+    /// Runs a change that waits for poll iterations of reactors, on the blocking pool.
     async fn place(
         &self,
         change: impl FnOnce(&Target) -> Result<(), Error> + Send + 'static,
@@ -231,21 +247,21 @@ impl Control {
         changed.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
     }
 
-    /// Takes a disk out of the target and waits until nobody uses it any more. I/O that never
-    /// completes makes this wait for ever, and nobody else.
+    /// Removes a bdev from the target and waits until its last user has dropped it. If an I/O never
+    /// completes, this waits for ever; other operations go on.
     pub(crate) async fn remove_bdev(&self, bdev: Arc<dyn Bdev>) {
         let mut changed = self.changed();
         vhost_blk::remove_bdev(&self.target, &bdev);
         let weak = Arc::downgrade(&bdev);
-        // Ours may be the last, and a disk's memory takes a while to give back.
+        // This reference may be the last, and to free a disk's memory may take long.
         let _ = tokio::task::spawn_blocking(move || drop(bdev)).await;
         while weak.strong_count() > 0 {
             let _ = changed.changed().await;
         }
     }
 
-    /// Ends all connections, waits a bounded time for their I/O, removes all sockets and stops the
-    /// reactors.
+    /// Closes all connections, waits a bounded time for their I/O, removes all sockets and stops
+    /// the reactors.
     pub(crate) async fn shut_down(&self) {
         let mut deadline = pin!(lived::sleep(SHUTDOWN_DRAIN));
         let mut changed = self.changed();
@@ -254,7 +270,7 @@ impl Control {
         let gone = || self.target.connections() == 0;
         if matches!(self.wait(&mut changed, &mut deadline, never, gone).await, Wait::TimedOut) {
             let (sessions, ios, _) = self.target.quarantine();
-            warn!("ending with {ios} I/Os of {sessions} connections in flight");
+            warn!("shutting down with {ios} I/Os of {sessions} connections still in flight");
         }
         let target = Arc::clone(&self.target);
         self.dpdk
@@ -269,12 +285,12 @@ impl Control {
 }
 
 fn warn_of_stuck(Stuck { name, waiting }: &Stuck) {
-    warn!("{name}: a close takes long; {waiting} file descriptors are not closed");
+    warn!("{name}: a close takes long; {waiting} file descriptors wait to be closed");
 }
 
 type Job = Box<dyn FnOnce(&DpdkTransport) + Send>;
 
-/// The one thread that calls `rte_vhost_driver_*`, one job at a time, in order.
+/// The only thread that calls `rte_vhost_driver_*`. Runs one job at a time, in order.
 #[derive(Debug)]
 struct DpdkThread(mpsc::Sender<Job>);
 
@@ -296,14 +312,14 @@ impl DpdkThread {
             let _ = result_in.send(job(transport));
         });
         if self.0.send(job).is_err() {
-            error!("the DPDK thread is gone");
+            error!("the thread for DPDK calls has ended");
         }
-        result.await.expect("the DPDK thread ends only with the process")
+        result.await.expect("the thread for DPDK calls ends only with the process")
     }
 }
 
-/// Calls `start` on a thread with the restrictions of workers, which the threads that it starts
-/// inherit.
+/// Calls `start` on a thread with the sandbox's restrictions of workers. Threads that `start`
+/// starts inherit them.
 fn on_worker<R: Send>(sandbox: &Sandbox, start: impl FnOnce() -> R + Send) -> R {
     let starter = || {
         sandbox.narrow(Thread::Worker);
@@ -313,7 +329,7 @@ fn on_worker<R: Send>(sandbox: &Sandbox, start: impl FnOnce() -> R + Send) -> R 
     result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// The directory of `-S` as SPDK takes it: a prefix, relative to where the process was started.
+/// The directory of `-S` as SPDK uses it: a prefix, relative to the working directory.
 pub(crate) fn socket_dir(option: Option<&Path>) -> PathBuf {
     option.unwrap_or(Path::new("")).to_path_buf()
 }

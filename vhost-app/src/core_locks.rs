@@ -1,29 +1,56 @@
-//! Locks on cores, so that two targets do not poll on one: SPDK's files, which SPDK honours too.
+//! Lock files for cores, so that no two targets poll on one core. They are SPDK's, so they exclude
+//! SPDK's targets, too.
 #![expect(unsafe_code, reason = "record locks exist in libc only")]
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Where SPDK keeps them.
+/// The directory of SPDK's lock files.
 pub(crate) const DIR: &str = "/var/tmp";
+
+/// Why a core cannot be locked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CoreLockError {
+    /// The file cannot be created, locked or written.
+    #[error("cannot create lock {} on core {core}: {source}", path.display())]
+    File { path: PathBuf, core: usize, source: io::Error },
+    /// Another process holds the lock. The text is SPDK's.
+    #[error("Cannot create lock on core {core}, probably {holder} has claimed it.")]
+    Claimed { core: usize, holder: Holder },
+}
+
+/// The process that holds a lock.
+#[derive(Debug)]
+pub(crate) enum Holder {
+    Process(i32),
+    /// The file contains no process id.
+    Unknown,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(pid) => write!(f, "process {pid}"),
+            Self::Unknown => f.write_str("another process"),
+        }
+    }
+}
 
 /// Locked cores. Dropping it removes the files; the end of the process releases the locks.
 #[derive(Debug, Default)]
 pub(crate) struct CoreLocks(Vec<(PathBuf, File)>);
 
 impl CoreLocks {
-    /// Locks `cores`, all or none.
-    ///
-    /// # Errors
-    /// The text names the core, and who holds it.
-    pub(crate) fn take(cores: &[usize]) -> Result<Self, String> {
+    /// Locks all of `cores`; on an error, none.
+    pub(crate) fn take(cores: &[usize]) -> Result<Self, CoreLockError> {
         Self::take_in(Path::new(DIR), cores)
     }
 
-    fn take_in(dir: &Path, cores: &[usize]) -> Result<Self, String> {
+    fn take_in(dir: &Path, cores: &[usize]) -> Result<Self, CoreLockError> {
         let mut locks = Self::default();
         for core in cores {
             let path = dir.join(format!("spdk_cpu_lock_{core:03}"));
@@ -42,9 +69,13 @@ impl Drop for CoreLocks {
     }
 }
 
-fn lock(path: &Path, core: usize) -> Result<File, String> {
-    let failed =
-        |e: io::Error| format!("cannot create lock {} on core {core}: {e}", path.display());
+#[expect(clippy::cast_possible_truncation, reason = "libc's constants are 1 and 0")]
+const WRITE_LOCK: libc::c_short = libc::F_WRLCK as libc::c_short;
+#[expect(clippy::cast_possible_truncation, reason = "libc's constants are 1 and 0")]
+const FROM_START: libc::c_short = libc::SEEK_SET as libc::c_short;
+
+fn lock(path: &Path, core: usize) -> Result<File, CoreLockError> {
+    let failed = |source| CoreLockError::File { path: path.into(), core, source };
     let mut file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -53,10 +84,10 @@ fn lock(path: &Path, core: usize) -> Result<File, String> {
         .mode(0o600)
         .open(path)
         .map_err(failed)?;
-    // SAFETY: all zeroes is a lock of the whole file from its start.
+    // SAFETY: `flock` consists of integers, so zeroes are valid. They stand for the whole file.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    range.l_type = libc::F_WRLCK as libc::c_short;
-    range.l_whence = libc::SEEK_SET as libc::c_short;
+    range.l_type = WRITE_LOCK;
+    range.l_whence = FROM_START;
     // SAFETY: the kernel reads one flock.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const range) };
     if result != 0 {
@@ -66,12 +97,10 @@ fn lock(path: &Path, core: usize) -> Result<File, String> {
         }
         let mut pid = [0; 4];
         let holder = match file.read_exact(&mut pid) {
-            Ok(()) => format!("process {}", i32::from_ne_bytes(pid)),
-            Err(_) => "another process".into(),
+            Ok(()) => Holder::Process(i32::from_ne_bytes(pid)),
+            Err(_) => Holder::Unknown,
         };
-        return Err(format!(
-            "Cannot create lock on core {core}, probably {holder} has claimed it."
-        ));
+        return Err(CoreLockError::Claimed { core, holder });
     }
     file.set_len(4).map_err(failed)?;
     file.write_all(&std::process::id().to_ne_bytes()).map_err(failed)?;
@@ -83,14 +112,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_hold_the_process_id_and_go_with_the_locks() {
+    fn files_hold_the_process_id_and_are_removed_with_the_locks() {
         let dir = tempfile::tempdir().unwrap();
         let locks = CoreLocks::take_in(dir.path(), &[1, 12]).unwrap();
         let path = dir.path().join("spdk_cpu_lock_012");
         assert_eq!(fs::read(&path).unwrap(), std::process::id().to_ne_bytes());
         drop(locks);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        // A stale one is taken over.
+        // A stale file is reused.
         fs::write(&path, [1, 2, 3, 4, 5]).unwrap();
         let locks = CoreLocks::take_in(dir.path(), &[12]).unwrap();
         assert_eq!(fs::read(&path).unwrap(), std::process::id().to_ne_bytes());
@@ -101,7 +130,7 @@ mod tests {
     fn an_error_names_the_file_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("spdk_cpu_lock_002")).unwrap();
-        let error = CoreLocks::take_in(dir.path(), &[1, 2]).unwrap_err();
+        let error = CoreLocks::take_in(dir.path(), &[1, 2]).unwrap_err().to_string();
         assert!(error.contains("spdk_cpu_lock_002") && error.contains("core 2"), "{error}");
         assert!(!dir.path().join("spdk_cpu_lock_001").exists());
     }

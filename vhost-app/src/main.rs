@@ -1,9 +1,11 @@
-//! `vhost`: serves block devices to virtual machines over vhost-user sockets, in place of SPDK's.
+//! `vhost`: serves block devices to virtual machines over vhost-user sockets, as SPDK's `vhost`
+//! does.
 //!
-//! The start, in order: options; what has to be done before the second thread starts (`prepare`);
-//! log, signals, EAL on a thread of its own while the reactors start, the configuration's first
-//! pass, the RPC socket, initialisation, the second pass. From then on the control thread serves
-//! RPCs until a signal.
+//! Startup, in order: options; steps that must precede the second thread (`prepare`); log; signals;
+//! EAL on its own thread, while the reactors start; first pass over the configuration; RPC socket;
+//! initialisation; second pass. Then the control thread serves RPCs until a signal arrives.
+
+#![warn(clippy::cast_possible_truncation)]
 
 mod cli;
 mod config_file;
@@ -18,7 +20,7 @@ mod process;
 
 use std::cell::RefCell;
 use std::convert::Infallible;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,14 +41,32 @@ use io_errors::IoErrors;
 use methods::{App, Startup};
 use prepare::Prepared;
 
-/// How long the end may take, should a part of it hang: [`Control::shut_down`] waits 2 s for I/O.
+/// Limit on the shutdown of the target, in case a thread is blocked. [`Control::shut_down`] itself
+/// waits 2 s for I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long finished answers may take on their way to clients at the end.
+/// Limit on the time to send finished answers to RPC clients at shutdown.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
-/// An exit code; the reason is in the log.
+/// An exit code, whose reason has been logged.
 type Failure = u8;
+
+/// Why the process cannot start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{0}")]
+    Prepare(#[from] prepare::PrepareError),
+    #[error("{0}")]
+    CoreLock(#[from] core_locks::CoreLockError),
+    #[error("{0}")]
+    Control(#[from] control::StartError),
+    #[error("cannot start the async runtime: {0}")]
+    Runtime(#[source] io::Error),
+    #[error("cannot install signal handlers: {0}")]
+    Signals(#[source] io::Error),
+    #[error("cannot create a directory for a private socket: {0}")]
+    PrivateDir(#[source] io::Error),
+}
 
 fn main() {
     let options = match Options::parse(std::env::args_os()) {
@@ -61,77 +81,70 @@ fn main() {
     let code = match start_log(&log, &options) {
         Ok(()) => run(&options, prepared, &log),
         Err(e) => {
-            eprintln!("{e}");
+            let _ = writeln!(io::stderr(), "cannot start the log: {e}");
             1
         }
     };
-    end(&log, code);
+    exit(&log, code);
 }
 
-/// Ends the process. Sockets and locks are removed by then, and memory goes with the process: there
-/// is nothing left that could be worth waiting for a thread that does not come back.
-fn end(log: &logging::Log, code: u8) -> ! {
+/// Ends the process after the log is written. The caller has removed sockets and lock files. Does
+/// not wait for other threads, which may be blocked for ever.
+fn exit(log: &logging::Log, code: u8) -> ! {
     log.flush();
     process::exit_now(code);
 }
 
-fn start_log(log: &logging::Log, options: &Options) -> Result<(), String> {
+fn start_log(log: &logging::Log, options: &Options) -> io::Result<()> {
     if options.silence_noticelog {
         log.set_print_level(logging::Level::Warning);
     }
     for flag in &options.log_flags {
         log.set_flag(flag, true);
     }
-    log.install().map_err(|e| e.to_string())
+    log.install()
 }
 
-/// Everything between the log and the exit code. Returns only if the start fails early.
+/// Runs from the start of the log to the exit. Returns only if the process cannot start.
 fn run(options: &Options, prepared: Prepared, log: &logging::Log) -> Failure {
     match start(options, prepared, log) {
         Ok(never) => match never {},
-        Err(code) => code,
+        Err(e) => {
+            error!("{e}");
+            1
+        }
     }
 }
 
-fn start(options: &Options, prepared: Prepared, log: &logging::Log) -> Result<Infallible, Failure> {
-    let failed = |e: &dyn std::fmt::Display| {
-        error!("{e}");
-        1
-    };
+fn start(
+    options: &Options,
+    prepared: Prepared,
+    log: &logging::Log,
+) -> Result<Infallible, StartError> {
     info!("Starting {} / {} initialization...", cli::VERSION, eal::dpdk_version());
-    prepared.pid_file.map_err(|e| failed(&e))?;
+    prepared.pid_file?;
     if let Err(e) = prepared.pinned {
         warn!("{e}");
     }
-    let sandbox = prepare::report(prepared.sandbox, options).map_err(|e| failed(&e))?;
+    let sandbox = prepare::report(prepared.sandbox, options)?;
     if options.core_dump {
         process::allow_core_dumps();
     }
     process::raise_file_limit();
-    name_unused(options);
+    log_ignored_arguments(options);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|e| failed(&format_args!("cannot start the runtime: {e}")))?;
+        .map_err(StartError::Runtime)?;
     let signals = {
         let _inside = runtime.enter();
-        Signals::new().map_err(|e| failed(&format_args!("cannot take signals: {e}")))?
+        Signals::new().map_err(StartError::Signals)?
     };
     let cores = reactor_cores(options);
-    let locks = prepared.locks.map_err(|e| failed(&e))?;
-    let private_dir = prepared
-        .private_dir
-        .map_err(|e| failed(&format_args!("cannot make a directory for a private socket: {e}")))?;
-    let control = start_control(options, &cores, &sandbox, private_dir).map_err(|e| failed(&e))?;
-    info!("Total cores available: {}", cores.len());
-    for core in &cores {
-        info!("Reactor started on core {core}");
-    }
-    match options.reactor_mode {
-        Mode::Poll => {}
-        Mode::Sleep { after_us: 0 } => info!("Reactors sleep whenever there is nothing to do"),
-        Mode::Sleep { after_us } => info!("Reactors sleep after {after_us} us without work"),
-    }
+    let locks = prepared.locks?;
+    let private_dir = prepared.private_dir.map_err(StartError::PrivateDir)?;
+    let control = start_control(options, &cores, &sandbox, private_dir)?;
+    log_reactors(options, &cores);
     let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
     let mut registry = Registry::new();
     methods::register(&mut registry, &app);
@@ -142,24 +155,34 @@ fn start(options: &Options, prepared: Prepared, log: &logging::Log) -> Result<In
     LocalSet::new().block_on(&runtime, async move {
         let code = serve(options, &app, &registry, signals).await.err().unwrap_or(0);
         drop(locks);
-        // In here: the end of the runtime would wait for calls that block, and that of the bdevs
-        // for their memory.
-        end(log, code)
+        // Exits inside the runtime: dropping the runtime waits for calls that block, and dropping
+        // the bdevs frees their memory, which takes long.
+        exit(log, code)
     })
 }
 
-/// Options that were given and change nothing here, in one line.
-fn name_unused(options: &Options) {
-    let mut unused = options.unused.clone();
-    if options.huge_dir.is_some() {
-        unused.push("--huge-dir (hugepages are taken without a mount)");
+fn log_ignored_arguments(options: &Options) {
+    if !options.without_effect.is_empty() {
+        info!("ignoring options that have no effect: {}", options.without_effect.join(", "));
     }
-    if !unused.is_empty() {
-        info!("options without a meaning here: {}", unused.join(", "));
+    if !options.positional.is_empty() {
+        warn!("ignoring arguments that are not options: {}", options.positional.join(" "));
     }
 }
 
-/// The CPU of each reactor. With `--lcores` a reactor is known by the CPU that it runs on.
+fn log_reactors(options: &Options, cores: &[usize]) {
+    info!("Total cores available: {}", cores.len());
+    for core in cores {
+        info!("Reactor started on core {core}");
+    }
+    match options.reactor_mode {
+        Mode::Poll => {}
+        Mode::Sleep { after_us: 0 } => info!("Reactors sleep as soon as they have no work"),
+        Mode::Sleep { after_us } => info!("Reactors sleep after {after_us} us without work"),
+    }
+}
+
+/// The CPU of each reactor. With `--lcores`, the number of that CPU identifies the reactor.
 fn reactor_cores(options: &Options) -> Vec<usize> {
     let Some(lcores) = &options.lcores else { return options.cores.clone() };
     let mut cpus: Vec<usize> =
@@ -167,7 +190,8 @@ fn reactor_cores(options: &Options) -> Vec<usize> {
     cpus.sort_unstable();
     cpus.dedup();
     if cpus != options.cores {
-        warn!("--lcores: reactors run on CPUs {cpus:?} and go by these numbers in RPCs");
+        let cpus = process::list(&cpus);
+        warn!("--lcores: reactors run on CPUs {cpus}; use these numbers as core numbers in RPCs");
     }
     cpus
 }
@@ -177,19 +201,19 @@ fn start_control(
     cores: &[usize],
     sandbox: &Sandbox,
     private_dir: TempDir,
-) -> Result<Rc<Control>, String> {
+) -> Result<Rc<Control>, control::StartError> {
     let eal = EalStart::spawn(EalOptions {
         reactor_cores: cores.to_vec(),
         no_huge: options.no_huge,
         mem_mb: options.mem_size_mib.map(u64::from),
         extra_args: vec![],
     });
-    // EAL may load libraries. No other thread does.
+    // EAL's thread, which may load libraries, has started. This thread and later ones may not.
     sandbox.narrow(Thread::Control);
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let wait = || {
-        let EalInfo { version, memory, housekeeping } = eal.wait().map_err(|e| e.to_string())?;
-        debug!("{version} is up on CPUs {housekeeping:?} with {memory:?}");
+        let EalInfo { version, memory, housekeeping } = eal.wait()?;
+        debug!("{version} runs on CPUs {} with {memory:?}", process::list(&housekeeping));
         Ok(())
     };
     let control =
@@ -198,7 +222,7 @@ fn start_control(
     Ok(Rc::new(control))
 }
 
-/// Serves RPCs until a signal comes, and ends in order.
+/// Serves RPCs until a signal arrives, and shuts down.
 async fn serve(
     options: &Options,
     app: &Rc<App>,
@@ -207,32 +231,32 @@ async fn serve(
 ) -> Result<(), Failure> {
     let (served, io_errors) = (Rc::clone(app), RefCell::new(IoErrors::default()));
     spawn_local(async move {
-        let log_troubles = |now| {
+        let each_second = |now| {
             let live = served.bdevs.all();
             let bdevs: Vec<_> = live.iter().map(|live| live.bdev.clone()).collect();
             io_errors.borrow_mut().log(&bdevs, now);
             live.iter().for_each(|live| live.entry.each_second());
         };
-        if let Err(e) = served.control.run(log_troubles).await {
-            error!("the reactors' events cannot be read: {e}");
+        if let Err(e) = served.control.run(each_second).await {
+            error!("cannot read the reactors' events: {e}; restart vhost");
         }
     });
     let mut server = None;
     let result = tokio::select! {
-        // First, so that a signal that came during the start is seen.
+        // The signal is checked first, as it may have arrived during startup.
         biased;
         name = signals.next() => {
-            info!("{name}: ending");
+            info!("{name}: shutting down");
             Ok(())
         }
         result = initialise(options, app, registry, &mut server) => match result {
             Ok(()) => {
                 let name = signals.next().await;
-                info!("{name}: ending");
+                info!("{name}: shutting down");
                 Ok(())
             }
             Err(code) => {
-                // framework_start_init answers while `stop` waits, and its answer is flushed there.
+                // framework_start_init answers while `stop` waits; `stop` flushes the answer.
                 app.startup.send_replace(Startup::Failed);
                 Err(code)
             }
@@ -242,7 +266,7 @@ async fn serve(
     result
 }
 
-/// The configuration and the RPC socket.
+/// Loads the configuration and opens the RPC socket.
 async fn initialise(
     options: &Options,
     app: &App,
@@ -252,7 +276,7 @@ async fn initialise(
     let config = match options.config.clone() {
         Some(path) => {
             let ignore_errors = options.ignore_config_errors;
-            // It may be a pipe, and a signal has to get through meanwhile.
+            // On the blocking pool: the file may be a pipe, and signals must be handled meanwhile.
             let read = spawn_blocking(move || ConfigFile::read(&path, ignore_errors)).await;
             let read = read.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
             Some(read.map_err(|e| config_file::report(&e))?)
@@ -293,20 +317,20 @@ async fn replay(
 fn bind(path: &Path, registry: &Rc<Registry>) -> Result<Server, Failure> {
     Server::bind(path, Rc::clone(registry)).map_err(|e| {
         error!("{e}");
-        // SPDK's EINVAL.
-        libc::EINVAL.wrapping_neg() as u8
+        config_file::errno_exit_code(libc::EINVAL)
     })
 }
 
-/// Ends controllers, reactors and the RPC server, in bounded time.
+/// Stops controllers, reactors and the RPC server, in bounded time.
 async fn stop(app: &App, server: Option<Server>) {
     if let Some(server) = &server {
-        // What would be made from here on would be left behind.
+        // No new requests: nothing would remove the sockets of a controller created from here on.
         server.pause();
     }
     let control = &app.control;
     if lived::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
-        warn!("the transport does not stop; leaving it");
+        let limit = SHUTDOWN_LIMIT.as_secs();
+        warn!("the vhost-user transport did not stop within {limit} s; exiting without it");
         rte_vhost::transport::remove_sockets();
     }
     if let Some(server) = server {
@@ -314,7 +338,7 @@ async fn stop(app: &App, server: Option<Server>) {
     }
 }
 
-/// The signals that end the process in order. SIGPIPE is ignored, as in every Rust program.
+/// The signals that start the shutdown. The Rust runtime ignores SIGPIPE.
 struct Signals {
     interrupt: Signal,
     terminate: Signal,

@@ -1,9 +1,9 @@
-//! What has to be done before the second thread starts: files that cannot be made later, and the
-//! sandbox.
+//! Startup steps that must precede the second thread: files that the sandbox forbids to create, and
+//! the sandbox itself, which applies to threads that start later.
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rte_vhost::eal::housekeeping_cpus;
 use rte_vhost::transport;
@@ -13,25 +13,46 @@ use tracing::{info, warn};
 
 use crate::cli::{Options, SandboxMode};
 use crate::control;
-use crate::core_locks::{self, CoreLocks};
+use crate::core_locks::{self, CoreLockError, CoreLocks};
 use crate::{process, reactor_cores};
 
-/// The results, which are reported once there is a log.
+/// Why a step before the second thread failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PrepareError {
+    /// The file for the process id cannot be written.
+    #[error("cannot write the process id to {0}: {1}")]
+    PidFile(PathBuf, #[source] io::Error),
+    /// Other threads may run on the reactors' CPUs.
+    #[error("cannot keep other threads off the reactors' CPUs (affinity {cpus}): {source}")]
+    Affinity {
+        /// A list of numbers.
+        cpus: String,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// No part of the sandbox is in effect, and the options require it.
+    #[error("cannot enter the sandbox: {0}")]
+    NoSandbox(#[source] sandbox::Error),
+    /// A part of the sandbox is not in effect, and `--sandbox` requires it.
+    #[error("incomplete sandbox: {0}; without --sandbox, vhost starts with the other parts")]
+    IncompleteSandbox(String),
+}
+
+/// The results, which are reported when the log is available.
 pub(crate) struct Prepared {
-    pub(crate) pid_file: Result<(), String>,
-    pub(crate) locks: Result<CoreLocks, String>,
-    pub(crate) pinned: Result<(), String>,
-    /// For the transport.
+    pub(crate) pid_file: Result<(), PrepareError>,
+    pub(crate) locks: Result<CoreLocks, CoreLockError>,
+    pub(crate) pinned: Result<(), PrepareError>,
+    /// The transport's directory for its private socket.
     pub(crate) private_dir: io::Result<TempDir>,
     pub(crate) sandbox: Result<Sandbox, sandbox::Error>,
 }
 
 impl Prepared {
-    /// Does it all. To be called while the process has one thread.
+    /// Runs all steps. The process must have one thread.
     pub(crate) fn new(options: &Options) -> Self {
         let locked = if options.cpumask_locks { &options.cores[..] } else { &[] };
-        // First, so that all threads, and the process that opens disks, start on CPUs without
-        // reactors.
+        // The first step: threads, and the process that opens disks, inherit the affinity.
         let pinned = keep_away(&reactor_cores(options));
         let private_dir = transport::private_dir();
         Self {
@@ -49,14 +70,16 @@ impl Prepared {
     }
 }
 
-fn keep_away(reactor_cores: &[usize]) -> Result<(), String> {
+/// Keeps this thread and its descendants off the CPUs of reactors.
+fn keep_away(reactor_cores: &[usize]) -> Result<(), PrepareError> {
     let Ok(cpus) = housekeeping_cpus(reactor_cores) else { return Ok(()) };
-    process::pin_to(&cpus).map_err(|e| format!("cannot set the CPU affinity to {cpus:?}: {e}"))
+    process::pin_to(&cpus)
+        .map_err(|source| PrepareError::Affinity { cpus: process::list(&cpus), source })
 }
 
-fn write_pid(path: &Path) -> Result<(), String> {
+fn write_pid(path: &Path) -> Result<(), PrepareError> {
     fs::write(path, std::process::id().to_string())
-        .map_err(|e| format!("cannot write {}: {e}", path.display()))
+        .map_err(|e| PrepareError::PidFile(path.into(), e))
 }
 
 fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
@@ -77,25 +100,25 @@ fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
 /// Logs which parts of the sandbox are in effect.
 ///
 /// # Errors
-/// A part is not, and the operator requires it.
+/// The options require a part that is not in effect.
 pub(crate) fn report(
     entered: Result<Sandbox, sandbox::Error>,
     options: &Options,
-) -> Result<Sandbox, String> {
+) -> Result<Sandbox, PrepareError> {
     let required = options.sandbox == SandboxMode::Required;
     let sandbox = match entered {
         Ok(sandbox) => sandbox,
         Err(e) if required || !options.disk_dirs.is_empty() => {
-            return Err(format!("no sandbox: {e}"));
+            return Err(PrepareError::NoSandbox(e));
         }
         Err(e) => {
-            warn!("no sandbox: {e}");
+            warn!("cannot enter the sandbox: {e}; continuing without it");
             Sandbox::none()
         }
     };
     for reason in sandbox.missing() {
         if required {
-            return Err(format!("incomplete sandbox: {reason}"));
+            return Err(PrepareError::IncompleteSandbox(reason.clone()));
         }
         warn!("incomplete sandbox: {reason}");
     }
@@ -106,7 +129,7 @@ pub(crate) fn report(
         );
     }
     match sandbox.in_effect() {
-        text if text.is_empty() => info!("no sandbox"),
+        text if text.is_empty() => info!("sandbox: none"),
         text => info!("sandbox: {text}"),
     }
     Ok(sandbox)

@@ -42,20 +42,34 @@ fn exit_codes_of_the_command_line() {
     assert!(ended.log.contains("core 103"), "{}", ended.log);
 }
 
+/// As in `vhost -h | head -1`, whose reader exits before it has read the whole text.
+#[test]
+fn help_into_a_closed_pipe_is_no_error() {
+    for option in ["-h", "-v"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost"));
+        let ended = command.arg(option).stdout(writer).output().unwrap();
+        assert_eq!(ended.status.code(), Some(0), "{option}");
+        assert_eq!(String::from_utf8_lossy(&ended.stderr), "", "{option}");
+    }
+}
+
 #[test]
 fn the_first_lines_are_spdks() {
-    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--enforce-numa"]);
+    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--enforce-numa", "stray"]);
     vhost.wait_for_log("Reactor started on core");
     let log = vhost.log();
     let mut lines = log.lines();
     let first = lines.next().unwrap();
     assert!(first.contains("*NOTICE*: Starting SPDK v26.09-pre"), "{first}");
     assert!(first.contains(" / DPDK ") && first.ends_with("initialization..."), "{first}");
-    let unused: Vec<&str> = log.lines().filter(|line| line.contains("without a meaning")).collect();
-    assert_eq!(unused.len(), 1);
+    let ignored: Vec<&str> = log.lines().filter(|line| line.contains("have no effect")).collect();
+    assert_eq!(ignored.len(), 1);
     for option in ["--mem-channels", "--env-context", "--enforce-numa"] {
-        assert!(unused[0].contains(option), "{}", unused[0]);
+        assert!(ignored[0].contains(option), "{}", ignored[0]);
     }
+    assert!(log.contains("*WARNING*: ignoring arguments that are not options: stray"), "{log}");
     let core = core_mask().trim_start_matches("0x").parse::<u32>().unwrap().trailing_zeros();
     assert!(log.contains("Total cores available: 1"));
     assert!(log.contains(&format!("Reactor started on core {core}")));
@@ -204,7 +218,7 @@ fn bad_configurations_end_the_start_with_spdks_codes() {
     let startup_only = json!({"method": "iobuf_set_options", "params": {"small_pool_count": 1}});
     for (text, code, named) in [
         (String::new(), 234, "config.json"),
-        ("[]".into(), 234, "not an object"),
+        ("[]".into(), 234, "expected an object"),
         ("{\"subsystems\": [".into(), 234, "line 1"),
         (r#"{"subsystems": [{"subsystem": "bdev"}]}"#.into(), 234, "bdev"),
         (twice, 234, "bdev_null_create (subsystem bdev, entry 2) failed: File exists"),

@@ -1,14 +1,13 @@
 //! Sets of cores as SPDK and DPDK write them: masks, lists, and maps from cores to CPUs.
 
-/// The highest core number a mask may name, plus one. DPDK's builds stop at 128 or less; this
-/// is a bound for the parser.
+/// Limit on core numbers, which bounds the parser's work. DPDK's own limit is 128 or less.
 const CORES_MAX: usize = 1024;
 
-/// Longest text of a set of cores: twice what it takes to name each of them. RPC clients send such
-/// sets, too, and must not send one that takes long to parse.
+/// Limit on the text of a set of cores, which bounds the parser's work: RPC clients send such
+/// texts. It is twice the length of a list of all cores.
 const TEXT_MAX: usize = 16 * 1024;
 
-/// A logical core of `--lcores` and the CPUs its thread may run on.
+/// A logical core of `--lcores` and the CPUs that its thread may run on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Lcore {
     /// The core's number.
@@ -17,8 +16,8 @@ pub(crate) struct Lcore {
     pub(crate) cpus: Vec<usize>,
 }
 
-/// Cores of a mask (`0x1d`, `1d`) or a list (`[0,2-4]`), ascending; none if there are none or
-/// it is neither.
+/// Parses a mask (`0x1d`, `1d`) or a list (`[0,2-4]`) of cores. Returns them in ascending order, or
+/// `None` if the text is invalid or names no core.
 pub(crate) fn parse_cores(text: &str) -> Option<Vec<usize>> {
     if text.len() > TEXT_MAX {
         return None;
@@ -43,9 +42,9 @@ fn mask(text: &str) -> Option<Vec<usize>> {
     cores.iter().all(|&core| core < CORES_MAX).then_some(cores)
 }
 
-/// `0,2-4` as ascending numbers without repetition.
+/// Parses `0,2-4`. Returns ascending numbers without repetition.
 fn core_set(text: &str) -> Option<Vec<usize>> {
-    // A number may be repeated any number of times, so the numbers are not collected.
+    // A table has a bounded size, even if the text repeats a range many times.
     let mut named = [false; CORES_MAX];
     for item in text.split(',').map(str::trim) {
         let (first, last) = item.split_once('-').unwrap_or((item, item));
@@ -61,8 +60,8 @@ fn core_number(text: &str) -> Option<usize> {
     text.parse().ok().filter(|&core| is_decimal && core < CORES_MAX)
 }
 
-/// DPDK's map: items `cores` or `cores@cpus`, each side a number, a range, or either in
-/// parentheses; every core of an item may run on every CPU of it.
+/// Parses DPDK's core map: a list of `cores` or `cores@cpus`. Each side is a number, a range, or a
+/// list of those in parentheses. Each core of an item may run on each CPU of the item.
 pub(super) fn parse_lcores(text: &str) -> Option<Vec<Lcore>> {
     let mut lcores: Vec<Lcore> = Vec::new();
     for item in split_outside_parentheses(text) {
@@ -122,7 +121,7 @@ mod tests {
         let long = format!("0x{}", "f".repeat(10_000));
         let all = vec!["0-1023"; 2000].join(",");
         assert_eq!(parse_cores(&format!("[{all}]")).unwrap().len(), 1024);
-        // 36 million numbers, in a request of the longest size.
+        // 36 million numbers in a request of the maximum size.
         let many = format!("[{}]", vec!["0-1023"; 36_000].join(","));
         assert!(many.len() < 256 * 1024);
         assert_eq!(parse_cores(&many), None);

@@ -298,7 +298,7 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
                 "ctrlr": controller.name,
                 "dev_name": bdev,
                 "cpumask": controller_mask(&controller),
-                "readonly": controller.read_only,
+                "readonly": blk.read_only(),
                 // Not in SPDK, whose saved configurations lose it.
                 "packed_ring": controller.packed_ring,
                 "transport": TRANSPORT,
