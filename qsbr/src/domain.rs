@@ -1,4 +1,4 @@
-//! The epoch, and the readers who announce that they have seen it.
+//! The epoch counter, and the readers, each of which announces the last epoch that it has seen.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -11,24 +11,25 @@ use crate::ordering::{
 };
 use crate::sync::{AtomicBool, AtomicU64, fence};
 
-/// What a slot holds while its reader is offline. Epochs start at 1.
+/// The value of a slot while its reader is offline. Epochs start at 1.
 const OFFLINE: u64 = 0;
 
-/// A point in the order of retirements.
+/// The number of an epoch. Each retirement ends an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(u64);
 
-/// A set of readers and what is published to them.
+/// A set of readers. Each [`crate::Published`] value belongs to a domain.
 #[derive(Debug)]
 pub struct Domain {
     epoch: AtomicU64,
     slots: Box<[Slot]>,
 }
 
-/// One reader's announcement, alone on its pair of cache lines: it is written every turn.
+/// One reader's announcement, on its own pair of cache lines, because the reader writes it often.
 #[derive(Debug)]
 #[repr(align(128))]
 struct Slot {
+    /// The epoch that the reader has seen, or [`OFFLINE`].
     seen: AtomicU64,
     claimed: AtomicBool,
 }
@@ -44,10 +45,10 @@ impl Domain {
         })
     }
 
-    /// A new reader, offline; `None` if there are `readers_max` already.
+    /// A new reader, offline. `None` if there are already `readers_max` readers.
     #[must_use]
     pub fn reader(self: &Arc<Self>) -> Option<Reader> {
-        // AcqRel: a slot's next owner comes after the last one's `offline`.
+        // AcqRel: the slot's new owner is ordered after the `offline` of its last owner.
         let free = |slot: &Slot| {
             slot.claimed.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
@@ -55,14 +56,14 @@ impl Domain {
         Some(Reader { domain: Arc::clone(self), slot, seen: OFFLINE, not_sync: PhantomData })
     }
 
-    /// Ends an epoch: what was unpublished before this call is out of every reader's reach once
-    /// [`Domain::passed`] says so for the answer.
+    /// Ends an epoch, and returns the one that begins. When [`Domain::passed`] returns true for it,
+    /// no reader holds a value that was unpublished before this call.
     #[must_use]
     pub fn advance(&self) -> Epoch {
         let epoch = self.epoch.fetch_add(1, epoch_advance()) + 1;
-        // A reader that is coming online stores its slot, fences, and loads the pointer. If its
-        // fence comes first, `passed` sees the slot and waits for it. If ours comes first, the
-        // reader's load sees the new pointer and there is nothing to wait for.
+        // A reader that goes online stores its slot, executes a fence, and loads the pointer. If
+        // its fence comes first, `passed` sees the slot and waits for the reader. If the fence here
+        // comes first, the reader loads the new pointer, and the writer need not wait for it.
         if fence_advance() {
             fence(Ordering::SeqCst);
         }
@@ -79,30 +80,29 @@ impl Domain {
     }
 }
 
-/// A thread that follows published pointers. Starts offline.
+/// A thread that loads published pointers. Starts offline.
 #[derive(Debug)]
 pub struct Reader {
     domain: Arc<Domain>,
     slot: usize,
-    /// What the slot holds.
+    /// The value of the slot.
     seen: u64,
     not_sync: PhantomData<Cell<()>>,
 }
 
 impl Reader {
-    /// Announces that no published value is held, and that the next turn begins. One load, and
-    /// one store when an epoch has ended since the last time.
+    /// Announces a quiescent state, and begins the next iteration. Costs one load, and one store if
+    /// an epoch has ended since the last call.
     ///
-    /// Answers with whether one has. If not, nothing that was published at any time in the turn
-    /// before has been freed nor will be in this one, and a reader may go on with what it loaded
-    /// then: the announcement that would allow it has not been made. If so, everything has to be
-    /// loaded anew. A writer who wants to be noticed without retiring anything calls
-    /// [`Domain::advance`] after it has written.
+    /// Returns whether an epoch has ended. If not, the reader may keep using the values that it
+    /// loaded in the last iteration: they are not freed before the announcement that this call did
+    /// not make. If so, the reader must load every value again. A writer that only wants to signal
+    /// the readers writes, and then calls [`Domain::advance`].
     ///
-    /// Takes `&mut self`, so that the compiler sees to the first half.
+    /// Takes `&mut self`, so that no reference from [`crate::Published::load`] is live.
     #[inline]
     pub fn quiesce(&mut self) -> bool {
-        debug_assert!(self.is_online(), "a sleeping reader has no turns");
+        debug_assert!(self.is_online(), "an offline reader has no iterations");
         let epoch = self.domain.epoch.load(epoch_read());
         if epoch == self.seen {
             return false;
@@ -112,24 +112,24 @@ impl Reader {
         true
     }
 
-    /// Begins the first turn, at the start or after a sleep.
+    /// Goes online, and begins an iteration.
     pub fn online(&mut self) {
         self.seen = self.domain.epoch.load(epoch_read());
         self.slot().store(self.seen, slot_online());
-        // The other half of the pair in `Domain::advance`.
+        // Pairs with the fence in `Domain::advance`.
         if fence_online() {
             fence(Ordering::SeqCst);
         }
     }
 
-    /// Announces that no published value is held nor will be until [`Reader::online`]: what a
-    /// reader does before it sleeps, as nobody should wait for it meanwhile.
+    /// Announces that the reader holds no published value until it calls [`Reader::online`]. A
+    /// reader goes offline before it sleeps, so that writers do not wait for it.
     pub fn offline(&mut self) {
         self.seen = OFFLINE;
         self.slot().store(OFFLINE, slot_offline());
     }
 
-    /// Whether a turn is under way.
+    /// Whether the reader is online.
     #[must_use]
     pub fn is_online(&self) -> bool {
         self.seen != OFFLINE
@@ -147,7 +147,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         self.offline();
-        // Release: the next owner of the slot comes after the store above.
+        // Release: orders the slot's next owner after the store in `offline`.
         self.domain.slots[self.slot].claimed.store(false, Ordering::Release);
     }
 }
@@ -167,11 +167,11 @@ mod tests {
     }
 
     #[test]
-    fn an_offline_reader_holds_up_nobody() {
+    fn a_grace_period_does_not_wait_for_an_offline_reader() {
         let domain = Domain::new(2);
         let mut busy = domain.reader().unwrap();
         let mut asleep = domain.reader().unwrap();
-        assert!(!asleep.is_online(), "before its first turn");
+        assert!(!asleep.is_online(), "a new reader");
         busy.online();
         asleep.online();
         assert!(asleep.is_online());
@@ -182,6 +182,6 @@ mod tests {
         busy.quiesce();
         assert!(domain.passed(epoch));
         asleep.online();
-        assert!(domain.passed(epoch), "it came online after the epoch began");
+        assert!(domain.passed(epoch), "it went online after the epoch began");
     }
 }

@@ -1,15 +1,17 @@
-//! Two sides that must not miss each other: each says something, then looks at what the other said.
+//! A handshake of two threads: each stores a flag, then loads the other's flag, and at least one of
+//! them sees the other's store.
 #![cfg_attr(
     all(target_arch = "x86_64", not(loom)),
-    expect(unsafe_code, reason = "an instruction that Rust has no name for")
+    expect(unsafe_code, reason = "a locked instruction as a fence")
 )]
 
-/// Says something, then looks at what the other side has said, which does the same the other way
-/// round. At least one of the two sees what the other has said.
+/// Calls `say`, which stores, then `look`, which loads what the other side stores. If both sides do
+/// this, at least one of them sees the other's store.
 ///
-/// If our saying comes first in the order of the fences, the other side's look sees it. If theirs
-/// comes first, our look sees that. A driver and a device agree in this way whether one has to wake
-/// the other (virtio 1.2, 2.7.7 and 2.7.10): what is said is "I sleep" and "here is work".
+/// If this side's fence comes first, the other side's load sees this side's store. If the other
+/// side's fence comes first, this side's load sees the other's store. A virtio driver and a device
+/// decide in this way whether a notification is necessary (virtio 1.2, 2.7.7 and 2.7.10): one side
+/// stores "I sleep", the other "there is work".
 #[inline]
 pub fn say_then_look<T>(say: impl FnOnce(), look: impl FnOnce() -> T) -> T {
     say();
@@ -17,10 +19,10 @@ pub fn say_then_look<T>(say: impl FnOnce(), look: impl FnOnce() -> T) -> T {
     look()
 }
 
-/// The fence of [`say_then_look`], for where other things are done between the two.
+/// The fence of [`say_then_look`], for callers that have other work between the store and the load.
 ///
-/// Sequentially consistent. On x86-64 it is a locked instruction, which orders as much as the
-/// `mfence` that the compiler makes of one and takes less time. (Linux's `smp_mb` is the same.)
+/// It is sequentially consistent. On x86-64 it is a locked instruction, which orders as much as the
+/// compiler's `mfence` and takes less time. (Linux's `smp_mb` is the same.)
 #[inline(always)]
 pub fn full_fence() {
     #[cfg(loom)]
@@ -28,8 +30,8 @@ pub fn full_fence() {
         crate::sync::fence(std::sync::atomic::Ordering::SeqCst);
     }
     #[cfg(all(target_arch = "x86_64", not(loom)))]
-    // SAFETY: changes no bit of a word of our own stack. The compiler moves no access across it, as
-    // it may touch memory for all that is said here.
+    // The compiler moves no access across the instruction, because `asm!` may access any memory.
+    // SAFETY: the instruction ORs zero into a word of this thread's stack, which changes nothing.
     unsafe {
         core::arch::asm!("lock or dword ptr [rsp - 4], 0");
     }

@@ -1,15 +1,15 @@
-//! When may this be freed? Quiescent-state based reclamation (QSBR) for reactors.
+//! Quiescent-state-based reclamation (QSBR) for reactors: when may a replaced value be freed?
 //!
-//! A *reader* runs in turns. While a turn lasts it may follow published pointers; between two
-//! turns it says, with one load and one store, that it holds none: a *quiescent state*. A writer
-//! swaps a pointer, takes a ticket, and may free the old value once every reader has been
-//! quiescent since. Nobody waits in a lock, readers least of all: they neither know nor notice
-//! that somebody waits for them.
+//! A *reader* runs in iterations. Within an iteration, it may load published pointers. Between two
+//! iterations it announces, with one load and at most one store, that it holds none: a *quiescent
+//! state*. A writer swaps a pointer and ends an epoch. It may free the old value after the *grace
+//! period*, when every reader has been quiescent since. Neither side takes a lock, and a reader's
+//! work does not depend on how many writers wait.
 //!
 //! The modules in the order of use: [`domain`] holds the epoch and the readers, [`published`] the
-//! pointer and its retired values, [`handshake`] how a reader that sleeps and whoever has work for
-//! it do not miss each other. The atomic orderings, each with its reason, are in `ordering`;
-//! `sync` swaps std for loom.
+//! pointer and its retired values, [`handshake`] the wake-up protocol of a reader that sleeps. The
+//! atomic orderings, each with its reason, are in `ordering`; `sync` replaces std's atomics by
+//! loom's.
 //!
 //! ```
 //! let domain = qsbr::Domain::new(1);
@@ -24,6 +24,7 @@
 //! reader.quiesce();
 //! assert_eq!(old.try_into_inner().ok().map(|v| v.len()), Some(3));
 //! ```
+#![warn(clippy::cast_possible_truncation)]
 
 pub mod domain;
 pub mod handshake;

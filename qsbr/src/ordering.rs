@@ -1,7 +1,7 @@
-//! Every memory ordering of this crate, with its reason, and the mutants that must not survive.
+//! Every memory ordering of this crate, with its reason, and its mutant.
 //!
-//! In the loom build the environment variable `QSBR_MUTANT` names one to weaken; `qsbr/mutants`
-//! checks that the loom tests fail for each.
+//! In the loom build, the environment variable `QSBR_MUTANT` names an ordering to weaken;
+//! `qsbr/mutants` checks that the loom tests fail for each.
 
 use std::sync::atomic::Ordering::{self, AcqRel, Acquire, Relaxed, Release};
 
@@ -27,54 +27,55 @@ macro_rules! ordering {
 }
 
 ordering! {
-    /// Acquire: a reader that sees the epoch of a retirement also sees the pointer swapped before
-    /// it, so it cannot load the old value in the turn that it is about to begin.
+    /// Acquire: a reader that sees the epoch of a retirement also sees the pointer swap before it.
+    /// So it cannot load the old value in the iteration that begins.
     epoch_read = Acquire, or Relaxed
 }
 ordering! {
-    /// Release: the uses of the turn that ended come before the announcement that it has ended.
+    /// Release: orders the uses in the last iteration before the announcement of its end.
     slot_quiesce = Release, or Relaxed
 }
 ordering! {
-    /// Release: as for a quiescent state; without it a writer may see "online at the new epoch"
-    /// and not the uses that came before the reader went offline.
+    /// Release: as for a quiescent state. Without it, a writer may see "online at the new epoch"
+    /// but not the uses before the reader went offline.
     slot_online = Release, or Relaxed
 }
 ordering! {
-    /// Release: the uses of the last turn come before the announcement that the reader sleeps.
+    /// Release: orders the uses in the last iteration before the announcement that the reader
+    /// sleeps.
     slot_offline = Release, or Relaxed
 }
 ordering! {
-    /// Acquire: the writer that sees a reader's announcement also sees the end of its uses, so
-    /// freeing comes after them.
+    /// Acquire: a writer that sees a reader's announcement also sees the end of its uses, so it
+    /// frees after them.
     slot_check = Acquire, or Relaxed
 }
 ordering! {
-    /// AcqRel: Release publishes the new value's contents, Acquire takes over the old value from
-    /// whichever writer published it.
+    /// AcqRel: Release publishes the new value's contents; Acquire makes the old value's contents,
+    /// which another writer may have published, visible to this writer.
     ptr_swap = AcqRel, or Relaxed
 }
 ordering! {
-    /// Acquire: a reader that loads a pointer sees what it points to.
+    /// Acquire: a reader that loads a pointer sees the value's contents.
     ptr_load = Acquire, or Relaxed
 }
 ordering! {
-    /// AcqRel: Release puts the swap before the new epoch; Acquire chains several writers, so that
-    /// a reader that sees a later epoch sees the earlier swaps too.
+    /// AcqRel: Release orders the swap before the new epoch; Acquire chains writers, so that a
+    /// reader that sees a later epoch also sees the earlier swaps.
     epoch_advance = AcqRel, or Relaxed
 }
 
-/// Whether the fence of [`crate::Reader::online`] stays.
+/// Whether [`crate::Reader::online`] has its fence.
 pub(crate) fn fence_online() -> bool {
     !weakened("fence_online")
 }
 
-/// Whether the fence of [`crate::Domain::advance`] stays.
+/// Whether [`crate::Domain::advance`] has its fence.
 pub(crate) fn fence_advance() -> bool {
     !weakened("fence_advance")
 }
 
-/// Whether the fence of [`crate::handshake`] stays.
+/// Whether [`crate::handshake`] has its fence.
 #[cfg(loom)]
 pub(crate) fn fence_handshake() -> bool {
     !weakened("fence_handshake")

@@ -1,5 +1,5 @@
-//! A pointer that readers follow without blocking, and the values that it pointed to before.
-#![expect(unsafe_code, reason = "frees what other threads may have been reading")]
+//! A pointer that readers load without blocking, and its earlier values.
+#![expect(unsafe_code, reason = "frees values that other threads have read")]
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,7 +15,8 @@ pub struct Published<T> {
     domain: Arc<Domain>,
 }
 
-// SAFETY: it gives `&T` to several threads and, through `Retired`, a `T` to another one.
+// SAFETY: several threads get a `&T`, which needs `Sync`, and one thread gets the `T` through
+// `Retired`, which needs `Send`.
 unsafe impl<T: Send + Sync> Send for Published<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send + Sync> Sync for Published<T> {}
@@ -27,43 +28,43 @@ impl<T> Published<T> {
         Self { ptr: AtomicPtr::new(Box::into_raw(value)), domain: Arc::clone(domain) }
     }
 
-    /// The current value, good until the reader's turn ends. Costs one load.
+    /// The current value, valid until the reader's iteration ends. Costs one load.
     ///
     /// # Safety
-    /// `reader` is online and of this value's domain. (Debug builds assert it.)
+    /// `reader` must be online and belong to this value's domain. (Debug builds assert it.)
     #[inline]
     pub unsafe fn load<'r>(&'r self, reader: &'r Reader) -> &'r T {
-        debug_assert!(reader.is_online(), "a sleeping reader may not load");
+        debug_assert!(reader.is_online(), "an offline reader may not load");
         debug_assert!(Arc::ptr_eq(&self.domain, reader.domain()), "a reader of another domain");
         let ptr = self.ptr.load(ptr_load());
-        // SAFETY: `ptr` came from a box and was current after this turn began. It is freed only
-        // when this reader has been quiescent after it was replaced, which needs `&mut Reader`,
-        // and the borrow of `reader` lasts as long as the answer.
+        // SAFETY: `ptr` came from a box and was current after this iteration began. It is freed
+        // only when this reader has been quiescent after the replacement, which needs `&mut
+        // Reader`, and the returned reference borrows `reader`.
         unsafe { &*ptr }
     }
 
-    /// Publishes `value` and returns the one before, which readers may still be using.
+    /// Publishes `value` and returns the last value, which readers may still use.
     pub fn replace(&self, value: Box<T>) -> Retired<T> {
         let old = self.ptr.swap(Box::into_raw(value), ptr_swap());
         let epoch = self.domain.advance();
-        let old = NonNull::new(old).expect("only boxes are ever stored");
+        let old = NonNull::new(old).expect("only pointers from boxes are stored");
         Retired { value: Some(old), epoch, domain: Arc::clone(&self.domain) }
     }
 }
 
 impl<T> Drop for Published<T> {
     fn drop(&mut self) {
-        // Relaxed will do: `&mut self` says that no reader and no writer is left.
+        // Relaxed: `&mut self` means that no other thread uses the pointer.
         let ptr = self.ptr.load(std::sync::atomic::Ordering::Relaxed);
-        // SAFETY: `ptr` came from a box, and with the last borrow of `self` the last use of it
-        // that `load` gave out has ended.
+        // SAFETY: `ptr` came from a box. References from `load` borrow `self`, so none is left.
         drop(unsafe { Box::from_raw(ptr) });
     }
 }
 
-/// A value that is no longer published but may still be in use.
+/// A retired value: no longer published, but readers may still use it.
 ///
-/// Dropped before it is ready it leaks: losing memory is better than freeing it under a reader.
+/// If it is dropped before its grace period has ended, the value leaks, because a reader may use
+/// it.
 #[derive(Debug)]
 pub struct Retired<T> {
     value: Option<NonNull<T>>,
@@ -71,34 +72,34 @@ pub struct Retired<T> {
     domain: Arc<Domain>,
 }
 
-// SAFETY: it owns the value, of which readers on other threads may hold a `&T` at first.
+// SAFETY: it owns the value, and readers on other threads may hold a `&T`.
 unsafe impl<T: Send + Sync> Send for Retired<T> {}
 
 impl<T> Retired<T> {
-    /// Whether the last reader is done with it. Never blocks.
+    /// Whether the grace period has ended, so that no reader uses the value. Never blocks.
     #[must_use]
     pub fn ready(&self) -> bool {
         self.domain.passed(self.epoch)
     }
 
-    /// The value, which readers may be using too.
+    /// The value, which readers may also use.
     #[must_use]
     pub fn get(&self) -> &T {
-        let value = self.value.as_ref().expect("taken only where self ends");
-        // SAFETY: not freed before self ends, and never borrowed mutably.
+        let value = self.value.as_ref().expect("taken only when self is consumed");
+        // SAFETY: the value lives as long as `self`, and is never borrowed mutably.
         unsafe { value.as_ref() }
     }
 
-    /// The value, if no reader uses it any more.
+    /// The value, if the grace period has ended.
     ///
     /// # Errors
-    /// Gives itself back when it is too early.
+    /// Returns `self` if the grace period has not ended.
     pub fn try_into_inner(mut self) -> Result<Box<T>, Self> {
         if !self.ready() {
             return Err(self);
         }
-        let value = self.value.take().expect("taken only here, where self ends");
-        // SAFETY: it came from a box, is no longer published, and no reader uses it.
+        let value = self.value.take().expect("taken only here, where self is consumed");
+        // SAFETY: `value` came from a box, is no longer published, and no reader uses it.
         Ok(unsafe { Box::from_raw(value.as_ptr()) })
     }
 }
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_outlives_the_turn_that_loaded_it() {
+    fn a_value_outlives_the_iteration_that_loaded_it() {
         let domain = Domain::new(1);
         let mut reader = domain.reader().unwrap();
         let published = Published::new(&domain, Box::new(Arc::new(1)));
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_current_value_goes_with_what_published_it() {
+    fn the_current_value_is_dropped_with_the_pointer() {
         let domain = Domain::new(1);
         let value = Arc::new(1);
         let published = Published::new(&domain, Box::new(Arc::clone(&value)));

@@ -1,4 +1,4 @@
-//! The one place where std's atomics are swapped for loom's.
+//! The atomics of this crate: those of std, or of loom in the loom build.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, fence};

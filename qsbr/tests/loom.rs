@@ -1,7 +1,7 @@
-//! Model checks of every ordering: with `--cfg loom` these run all interleavings that matter.
+//! Model checks of every ordering. With `--cfg loom`, loom runs all relevant interleavings.
 //!
-//! The published value is a loom cell: reading it as a reader and writing it as the one who frees
-//! it must never overlap, and loom says so if they do. `qsbr/mutants` runs these tests once for
+//! The published value is a loom cell. A read by a reader and the write that represents freeing
+//! must not overlap; loom reports an overlap as an error. `qsbr/mutants` runs these tests once for
 //! each weakened ordering and expects a failure.
 #![cfg(loom)]
 #![expect(unsafe_code, reason = "calls `Published::load`")]
@@ -12,10 +12,10 @@ use qsbr::handshake::say_then_look;
 use qsbr::{Domain, Published, Reader, Retired};
 use std::sync::Arc;
 
-/// A value whose every use loom watches.
+/// A value whose every use loom checks.
 struct Watched(UnsafeCell<u64>);
 
-// SAFETY: loom checks the very thing that this asserts.
+// SAFETY: loom checks that accesses do not overlap.
 unsafe impl Sync for Watched {}
 
 impl Watched {
@@ -25,18 +25,18 @@ impl Watched {
 }
 
 fn use_it(published: &Published<Watched>, reader: &Reader) -> u64 {
-    // SAFETY: callers are online, in the one domain that there is.
+    // SAFETY: callers are online, and the test has one domain.
     let watched = unsafe { published.load(reader) };
-    // SAFETY: loom checks that nobody writes meanwhile.
+    // SAFETY: loom checks that no other thread writes at the same time.
     watched.0.with(|n| unsafe { *n })
 }
 
-/// Waits for the grace period and then writes the value, as freeing it would.
+/// Waits for the grace period, and then writes the value, which represents freeing it.
 fn free(mut retired: Retired<Watched>) {
     loop {
         match retired.try_into_inner() {
             Ok(watched) => {
-                // SAFETY: loom checks that nobody reads meanwhile.
+                // SAFETY: loom checks that no other thread reads at the same time.
                 watched.0.with_mut(|n| unsafe { *n = u64::MAX });
                 return;
             }
@@ -72,9 +72,9 @@ fn a_busy_reader() {
     });
 }
 
-/// A reader that keeps what it loaded for as long as `quiesce` says that no epoch has ended.
+/// A reader that keeps using a loaded value while `quiesce` returns that no epoch has ended.
 #[test]
-fn a_reader_that_keeps_what_it_has() {
+fn a_reader_that_keeps_a_value_between_epochs() {
     loom::model(|| {
         let (domain, published) = setup(1);
         let mut reader = domain.reader().expect("free");
@@ -82,16 +82,16 @@ fn a_reader_that_keeps_what_it_has() {
         let turns = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
-                // SAFETY: online, in the one domain that there is.
+                // SAFETY: online, and the test has one domain.
                 let load = |reader: &Reader| std::ptr::from_ref(unsafe { published.load(reader) });
                 let mut kept = load(&reader);
                 for _ in 0..3 {
                     if reader.quiesce() {
                         kept = load(&reader);
                     }
-                    // SAFETY: what `quiesce` promises, which loom checks.
+                    // SAFETY: `quiesce` guarantees that the value is not freed; loom checks it.
                     let watched = unsafe { &*kept };
-                    // SAFETY: loom checks that nobody writes meanwhile.
+                    // SAFETY: loom checks that no other thread writes at the same time.
                     assert_ne!(watched.0.with(|n| unsafe { *n }), u64::MAX);
                 }
             })
@@ -101,7 +101,7 @@ fn a_reader_that_keeps_what_it_has() {
     });
 }
 
-/// What is written before an epoch is ended is seen by the reader that notices it.
+/// A reader that sees a new epoch also sees the writes before its start.
 #[test]
 fn an_epoch_as_a_signal() {
     loom::model(|| {
@@ -238,17 +238,17 @@ fn epochs_chain_writers() {
     });
 }
 
-/// Something with one owner at a time goes from one reader's list to another's: whoever finds it in
-/// its list writes it, as does the one who hands it over, in between. The mutant of this one does not
-/// wait for the first reader.
+/// A value with one owner at a time moves from one reader's list to another's. The reader that
+/// finds it in its list writes it; between the two, the thread that moves it writes it. The mutant
+/// of this test does not wait for the first reader.
 #[test]
-fn what_changes_hands() {
+fn a_value_that_moves_between_readers() {
     type List = Published<Option<Arc<Watched>>>;
     let mutant = std::env::var("QSBR_MUTANT").is_ok_and(|mutant| mutant == "hand_over_at_once");
     loom::model(move || {
         let domain = Domain::new(2);
         let owned = Arc::new(Watched(UnsafeCell::new(0)));
-        // SAFETY: loom checks that this is the only use meanwhile.
+        // SAFETY: loom checks that no other thread uses it at the same time.
         let write = |owned: &Watched| owned.0.with_mut(|n| unsafe { *n += 1 });
         let from: Arc<List> = Arc::new(Published::new(&domain, Box::new(Some(Arc::clone(&owned)))));
         let to: Arc<List> = Arc::new(Published::new(&domain, Box::new(None)));
@@ -258,7 +258,7 @@ fn what_changes_hands() {
             thread::spawn(move || {
                 reader.online();
                 for _ in 0..turns {
-                    // SAFETY: online, in the one domain that there is.
+                    // SAFETY: online, and the test has one domain.
                     if let Some(owned) = unsafe { list.load(&reader) } {
                         write(owned);
                     }
@@ -278,26 +278,26 @@ fn what_changes_hands() {
     });
 }
 
-/// A bell as epoll and an eventfd make one: rung once, it wakes whoever waits then or later.
-struct Bell(loom::sync::Mutex<bool>, loom::sync::Condvar);
+/// A waker like epoll with an eventfd: one wake-up ends the current or the next wait.
+struct Waker(loom::sync::Mutex<bool>, loom::sync::Condvar);
 
-impl Bell {
-    fn ring(&self) {
-        *self.0.lock().expect("nobody panics") = true;
+impl Waker {
+    fn wake(&self) {
+        *self.0.lock().expect("no thread panics") = true;
         self.1.notify_one();
     }
 
     fn wait(&self) {
-        let mut rung = self.0.lock().expect("nobody panics");
-        while !std::mem::take(&mut *rung) {
-            rung = self.1.wait(rung).expect("nobody panics");
+        let mut woken = self.0.lock().expect("no thread panics");
+        while !std::mem::take(&mut *woken) {
+            woken = self.1.wait(woken).expect("no thread panics");
         }
     }
 }
 
-/// A reactor falls asleep while a driver makes a request available and looks whether to kick, and
-/// the control side replaces what the reactor reads. Loom reports a reactor that never wakes as a
-/// deadlock, and one that uses what was freed as a race.
+/// A reactor goes to sleep while a driver makes a request available and decides whether to kick,
+/// and while the control side replaces a value that the reactor reads. Loom reports a reactor that
+/// never wakes as a deadlock, and a use after free as a race.
 #[test]
 fn a_sleeper_misses_no_kick() {
     use loom::sync::atomic::{AtomicBool, AtomicUsize};
@@ -306,12 +306,12 @@ fn a_sleeper_misses_no_kick() {
         let (domain, published) = setup(1);
         let index = Arc::new(AtomicUsize::new(0));
         let wants_kick = Arc::new(AtomicBool::new(false));
-        let bell = Arc::new(Bell(loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let waker = Arc::new(Waker(loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
         let mut reader = domain.reader().expect("free");
         reader.online();
         let reactor = {
             let (index, wants_kick) = (Arc::clone(&index), Arc::clone(&wants_kick));
-            let (bell, published) = (Arc::clone(&bell), Arc::clone(&published));
+            let (waker, published) = (Arc::clone(&waker), Arc::clone(&published));
             thread::spawn(move || {
                 loop {
                     reader.quiesce();
@@ -321,7 +321,7 @@ fn a_sleeper_misses_no_kick() {
                         break;
                     }
                     reader.offline();
-                    bell.wait();
+                    waker.wait();
                     reader.online();
                 }
                 reader.offline();
@@ -330,7 +330,7 @@ fn a_sleeper_misses_no_kick() {
         let driver = thread::spawn(move || {
             let publish = || index.store(1, Release);
             if say_then_look(publish, || wants_kick.load(Relaxed)) {
-                bell.ring();
+                waker.wake();
             }
         });
         free(published.replace(Watched::boxed(2)));
