@@ -1,4 +1,4 @@
-//! Accounts, and the threads that close what is charged to them.
+//! Accounts, and the threads that close the values charged to them.
 //!
 //! Each account has a queue. An account with a non-empty queue is in the pool's list once, whatever
 //! the length of its queue. A thread takes the account from the list, closes one entry, and puts
@@ -16,35 +16,38 @@ use std::thread;
 
 use crate::receive;
 
-/// Idle threads that are kept; a further thread ends when it finds no work.
+/// Idle threads that are kept; a further thread exits when it finds no work.
 const IDLE_MAX: usize = 2;
 
-/// Limit on threads. An account occupies one of them while a close of its blocks.
+/// Limit on threads. An account occupies one thread while one of its closes blocks.
 const THREADS_MAX: usize = 1024;
 
-/// Ticks (seconds, in the product) that one close may take before its account counts as stuck.
+/// Ticks of about one second that one close may take before its account counts as stuck.
 const STUCK_TICKS: u32 = 2;
 
-/// Fds that one account may have open: twice the call and kick fds of 128 rings, the memory slots
-/// of a guest in messages, and some fds of earlier front ends. A process that may have few fds
-/// gives an account one part in [`ACCOUNTS_PART`] of them, but room for two messages.
+/// Limit on the open fds of one account: twice the call and kick fds of 128 rings, the memory slots
+/// of a guest in messages, and some fds of earlier front ends. If the process may have few fds, the
+/// limit is one in [`ACCOUNTS_PART`] of them, but at least [`ACCOUNT_FDS_MIN`].
 const ACCOUNT_FDS_MAX: usize = 2048;
+/// Room for two messages.
 const ACCOUNT_FDS_MIN: usize = 2 * receive::FDS_MAX;
+/// See [`ACCOUNT_FDS_MAX`].
 const ACCOUNTS_PART: usize = 4;
 
-/// One part in so many of all foreign fds is reserved for operator accounts.
+/// One in so many of all foreign fds is reserved for operators' accounts.
 const OPERATORS_PART: usize = 8;
 
 /// Open foreign fds in the process, and the limit on them.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 static FDS_MAX: AtomicUsize = AtomicUsize::new(1 << 16);
 
-/// Sets the limit on open foreign fds: the process's limit on open files less what it needs itself.
-pub fn set_fds_max(most: usize) {
-    FDS_MAX.store(most, Ordering::Relaxed);
+/// Sets the limit on open foreign fds: the process's limit on open files less the fds of its own.
+pub fn set_fds_max(max: usize) {
+    FDS_MAX.store(max, Ordering::Relaxed);
 }
 
-/// The owner of fds and files that have to be closed. Clones refer to the same account.
+/// An account: the fds and files of one owner that have to be closed. Clones refer to the same
+/// account.
 #[derive(Clone)]
 pub struct Account(Arc<Inner>);
 
@@ -53,20 +56,30 @@ struct Inner {
     /// Open fds, including those that wait to be closed.
     open: AtomicUsize,
     queue: Mutex<Queue>,
-    /// May use the reserved fds.
-    operator: bool,
+    owner: Owner,
     /// Dropped when the account has no fds and no clones left.
-    _held: Option<Box<dyn Any + Send + Sync>>,
+    _guard: Option<Box<dyn Any + Send + Sync>>,
+}
+
+/// Whose account it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// An untrusted process.
+    Untrusted,
+    /// An operator, who may use the reserved fds.
+    Operator,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Box<dyn Send>>,
-    /// It is in the pool's list, or a thread is closing one of its entries.
+    /// The account is in the pool's list, or a thread is closing one of its entries.
     scheduled: bool,
+    /// A thread is closing an entry.
     closing: bool,
     /// Ticks since the current close began.
     ticks: u32,
+    /// [`tick`] has returned the current close as stuck.
     reported: bool,
 }
 
@@ -89,23 +102,22 @@ impl Account {
     /// A new account. `name` is for the log.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
-        Self::with(name.into(), false, None)
+        Self::with(name.into(), Owner::Untrusted, None)
     }
 
-    /// An operator's account: it may use the reserved fds. It keeps `guard` until everything that
-    /// is charged to it has been closed and its last clone is dropped; a semaphore permit, for
-    /// example.
+    /// An operator's account, which may use the reserved fds. It keeps `guard`, such as a semaphore
+    /// permit, until everything that is charged to it is closed and its last clone is dropped.
     #[must_use]
     pub fn operator(name: impl Into<String>, guard: impl Any + Send + Sync) -> Self {
-        Self::with(name.into(), true, Some(Box::new(guard)))
+        Self::with(name.into(), Owner::Operator, Some(Box::new(guard)))
     }
 
-    fn with(name: String, operator: bool, held: Option<Box<dyn Any + Send + Sync>>) -> Self {
+    fn with(name: String, owner: Owner, guard: Option<Box<dyn Any + Send + Sync>>) -> Self {
         let (open, queue) = (AtomicUsize::new(0), Mutex::default());
-        Self(Arc::new(Inner { name, open, queue, operator, _held: held }))
+        Self(Arc::new(Inner { name, open, queue, owner, _guard: guard }))
     }
 
-    /// Drops `value` on a thread where blocking is harmless. Does not block.
+    /// Drops `value` on a thread that may block. Does not block.
     pub fn drop_later(&self, value: impl Send + 'static) {
         let mut queue = self.0.queue();
         queue.waiting.push_back(Box::new(value));
@@ -124,26 +136,29 @@ impl Account {
     /// Entries that are not closed yet, including the current one.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.0.queue().in_all()
+        self.0.queue().unclosed()
     }
 
-    /// Whether a close has been in progress for some seconds. Until it ends, the account's owner (a
-    /// front end or client) should get nothing new.
+    /// Whether a close has been in progress for some seconds. Until it ends, the caller should
+    /// refuse new requests of the account's owner (a front end or a client).
     #[must_use]
     pub fn is_stuck(&self) -> bool {
         self.0.queue().is_stuck()
     }
 
-    /// Whether `count` more fds can be opened within the account's own limit and the process's,
-    /// without using fds that are reserved for operators.
+    /// Whether `count` more fds fit into the limits of the account and of the process. Only an
+    /// operator's account may use the reserved fds.
     #[must_use]
     pub fn has_room(&self, count: usize) -> bool {
-        let most = FDS_MAX.load(Ordering::Relaxed);
-        let most = if self.0.operator { most } else { most - most / OPERATORS_PART };
-        // Two threads may claim the same room; the fds that are set aside for the process itself
-        // absorb that.
-        let of_account = (most / ACCOUNTS_PART).clamp(ACCOUNT_FDS_MIN, ACCOUNT_FDS_MAX);
-        OPEN.load(Ordering::Relaxed) + count <= most && self.open() + count <= of_account
+        let all = FDS_MAX.load(Ordering::Relaxed);
+        let max = match self.0.owner {
+            Owner::Operator => all,
+            Owner::Untrusted => all - all / OPERATORS_PART,
+        };
+        // Two threads may both find the last room free. The limit leaves fds for the process
+        // itself, which absorb the excess.
+        let account_max = (max / ACCOUNTS_PART).clamp(ACCOUNT_FDS_MIN, ACCOUNT_FDS_MAX);
+        OPEN.load(Ordering::Relaxed) + count <= max && self.open() + count <= account_max
     }
 
     pub(crate) fn opened(&self) {
@@ -177,7 +192,7 @@ impl Inner {
 }
 
 impl Queue {
-    fn in_all(&self) -> usize {
+    fn unclosed(&self) -> usize {
         self.waiting.len() + usize::from(self.closing)
     }
 
@@ -187,8 +202,7 @@ impl Queue {
 }
 
 /// Counts a tick for every close in progress, and returns the accounts that have become stuck since
-/// the last call. To be called once a second, by the same clock that counts the process's other
-/// time limits, so that time in which the process was stopped does not count.
+/// the last call. Call it once a second, but not for time in which the process was stopped.
 pub fn tick() -> Vec<Stuck> {
     let newly_stuck = |account: Arc<Inner>| {
         let mut queue = account.queue();
@@ -197,17 +211,17 @@ pub fn tick() -> Vec<Stuck> {
             return None;
         }
         queue.reported = true;
-        Some(Stuck { name: account.name.clone(), waiting: queue.in_all() })
+        Some(Stuck { name: account.name.clone(), waiting: queue.unclosed() })
     };
     POOL.busy().into_iter().filter_map(newly_stuck).collect()
 }
 
-/// The accounts that are stuck now, including those with no other handle.
+/// The accounts that are stuck now, including those without clones.
 #[must_use]
 pub fn stuck() -> Vec<Stuck> {
     let if_stuck = |account: Arc<Inner>| {
         let queue = account.queue();
-        queue.is_stuck().then(|| Stuck { name: account.name.clone(), waiting: queue.in_all() })
+        queue.is_stuck().then(|| Stuck { name: account.name.clone(), waiting: queue.unclosed() })
     };
     POOL.busy().into_iter().filter_map(if_stuck).collect()
 }
@@ -251,7 +265,7 @@ impl Pool {
             self.ready.notify_one();
         } else if state.threads < THREADS_MAX {
             state.threads += 1;
-            // Starting a thread takes time; the lock is not held meanwhile.
+            // Starting a thread takes long, so the lock is released first.
             drop(state);
             let started = thread::Builder::new().name("vhost-close".into()).spawn(|| self.close());
             if started.is_err() {
@@ -284,7 +298,7 @@ impl Pool {
             if more {
                 state.ready.push_back(account);
             } else {
-                // It may hold the last reference to the account's guard.
+                // This may drop the account's guard, so the lock is released first.
                 drop(state);
                 drop(account);
                 state = self.state();
@@ -294,7 +308,7 @@ impl Pool {
 }
 
 impl Inner {
-    /// Closes one entry; true if there are more.
+    /// Closes one entry. Returns whether there are more.
     fn close_one(&self) -> bool {
         let mut queue = self.queue();
         let next = queue.waiting.pop_front();
@@ -303,7 +317,7 @@ impl Inner {
         drop(next);
         let mut queue = self.queue();
         if std::mem::take(&mut queue.reported) {
-            tracing::info!("{}: the close that took long has returned", self.name);
+            tracing::info!("{}: the close that took long has completed", self.name);
         }
         queue.closing = false;
         queue.scheduled = !queue.waiting.is_empty();
@@ -316,7 +330,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
-    /// Reports when its drop has begun, and blocks in it until told to end.
+    /// Sends a message when its drop begins, and blocks in it until a message arrives.
     struct Hanging(Sender<()>, Receiver<()>);
 
     impl Drop for Hanging {
@@ -332,36 +346,36 @@ mod tests {
         (Hanging(begun_in, end_out), begun, end)
     }
 
-    /// Reports that it was dropped.
-    struct Telling(Sender<u32>, u32);
+    /// Sends its number when it is dropped.
+    struct Notifying(Sender<u32>, u32);
 
-    impl Drop for Telling {
+    impl Drop for Notifying {
         fn drop(&mut self) {
             self.0.send(self.1).unwrap();
         }
     }
 
     #[test]
-    fn a_close_that_hangs_holds_up_its_own_account_only() {
+    fn a_close_that_blocks_delays_only_its_own_account() {
         let (bad, good) = (Account::new("bad"), Account::new("good"));
         let (value, begun, end) = hanging();
         bad.drop_later(value);
         begun.recv().unwrap();
-        let (told_in, told) = channel();
-        bad.drop_later(Telling(told_in.clone(), 1));
+        let (dropped_in, dropped) = channel();
+        bad.drop_later(Notifying(dropped_in.clone(), 1));
         for n in 2..100 {
-            good.drop_later(Telling(told_in.clone(), n));
+            good.drop_later(Notifying(dropped_in.clone(), n));
         }
         for n in 2..100 {
-            assert_eq!(told.recv().unwrap(), n, "in order");
+            assert_eq!(dropped.recv().unwrap(), n, "in order");
         }
         assert_eq!(bad.waiting(), 2);
         end.send(()).unwrap();
-        assert_eq!(told.recv().unwrap(), 1);
+        assert_eq!(dropped.recv().unwrap(), 1);
     }
 
     #[test]
-    fn each_of_many_stuck_accounts_costs_one_thread_and_says_so_once() {
+    fn each_of_many_stuck_accounts_is_reported_once() {
         let mut ends = vec![];
         let mut accounts = vec![];
         for n in 0..20 {
@@ -375,10 +389,10 @@ mod tests {
             accounts.push((account, more_begun));
         }
         let mine = |stuck: &Stuck| stuck.name.starts_with("stuck ");
-        let mut said: Vec<Stuck> = (0..4).flat_map(|_| tick()).filter(mine).collect();
-        said.sort_by(|a, b| a.name.cmp(&b.name));
-        assert_eq!(said.len(), 20);
-        assert_eq!(said[0], Stuck { name: "stuck 0".into(), waiting: 2 });
+        let mut reported: Vec<Stuck> = (0..4).flat_map(|_| tick()).filter(mine).collect();
+        reported.sort_by(|a, b| a.name.cmp(&b.name));
+        assert_eq!(reported.len(), 20);
+        assert_eq!(reported[0], Stuck { name: "stuck 0".into(), waiting: 2 });
         assert!(accounts.iter().all(|(account, _)| account.is_stuck()));
         assert_eq!(stuck().iter().filter(|stuck| mine(stuck)).count(), 20);
         for end in ends {
@@ -393,14 +407,14 @@ mod tests {
 
     #[test]
     fn a_guard_is_held_until_the_last_close_has_ended() {
-        let (told_in, told) = channel();
-        let account = Account::operator("with a guard", Mutex::new(Telling(told_in, 7)));
+        let (dropped_in, dropped) = channel();
+        let account = Account::operator("with a guard", Mutex::new(Notifying(dropped_in, 7)));
         let (value, begun, end) = hanging();
         account.drop_later(value);
         begun.recv().unwrap();
         drop(account);
-        assert!(told.try_recv().is_err());
+        assert!(dropped.try_recv().is_err());
         end.send(()).unwrap();
-        assert_eq!(told.recv().unwrap(), 7);
+        assert_eq!(dropped.recv().unwrap(), 7);
     }
 }

@@ -1,19 +1,19 @@
-//! An fd that an untrusted process has sent: its type is checked without relying on that process,
-//! and it is closed on another thread.
+//! Fds from untrusted processes: checks of the fd's type that do not depend on the sender, and
+//! closing on another thread.
 //!
-//! The sender may send anything: a file of a FUSE file system that it serves itself, a TCP socket
-//! with `SO_LINGER`, the last reference to a huge memory file. `fstat`, and even `close`, can then
-//! block for as long as the sender likes. So the type is checked only with system calls that the
-//! kernel answers by itself.
-#![expect(unsafe_code, reason = "system calls that tell what an fd is")]
+//! The sender may send any fd: a file of a FUSE file system that it serves, a TCP socket with
+//! `SO_LINGER`, the last reference to a huge memory file. `fstat` and `close` can then block for as
+//! long as the sender likes. So the checks use only system calls that do not involve the file's
+//! server or peer.
+#![expect(unsafe_code, reason = "getsockopt and fcntl on any fd")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use crate::account::Account;
 
-/// An fd that came from an untrusted process, or a socket that may have fds in unread messages.
-/// When it is dropped, its account closes it on another thread.
+/// An fd from an untrusted process, or a socket that may have fds in unread messages. When it is
+/// dropped, its account closes it on another thread.
 #[derive(Debug)]
 pub struct ForeignFd {
     /// Taken when `self` is dropped.
@@ -24,29 +24,29 @@ pub struct ForeignFd {
 /// Why an fd was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// something else than an eventfd
+    /// the call or kick fd is not an eventfd
     #[error("the call or kick fd is not an eventfd")]
     NotEventFd,
-    /// something else than a Unix socket
-    #[error("the backend channel is not a Unix socket")]
+    /// the backend channel is not a Unix stream socket
+    #[error("the backend channel is not a Unix stream socket")]
     NotSocket,
-    /// something else than memory
+    /// the memory fd is not a memfd or a file on tmpfs or hugetlbfs
     #[error("the memory fd is not a memfd or a file on tmpfs or hugetlbfs")]
     NotMemory,
-    /// the system refused
-    #[error("fd: {0}")]
+    /// the type of the fd cannot be read
+    #[error("cannot read the type of an fd: {0}")]
     System(#[from] io::Error),
 }
 
 impl ForeignFd {
-    /// Takes `fd`; it is closed by `account`.
+    /// Takes `fd`, which `account` closes.
     #[must_use]
     pub fn new(fd: OwnedFd, account: &Account) -> Self {
         account.opened();
         Self { fd: Some(fd), account: account.clone() }
     }
 
-    /// Takes `fd`, with an account of its own.
+    /// Takes `fd`, with a new account for it alone. For tests and fuzz targets.
     #[must_use]
     pub fn alone(fd: OwnedFd) -> Self {
         Self::new(fd, &Account::new("an fd"))
@@ -60,26 +60,27 @@ impl ForeignFd {
         Ok(Self::new(self.as_fd().try_clone_to_owned()?, &self.account))
     }
 
-    /// Checks that it is an eventfd. It stays foreign: to close even an eventfd can take as long as a
-    /// front end likes, if it is the last to be closed and an epoll instance of theirs watches it.
+    /// Checks that the fd is an eventfd. It must stay a `ForeignFd`: closing the last reference to
+    /// an eventfd takes long if the sender's epoll instances watch it.
     ///
     /// # Errors
-    /// It is something else.
+    /// [`Error::NotEventFd`], or an error of reading the type.
     pub fn check_eventfd(&self) -> Result<(), Error> {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()))?;
         if link.as_os_str() == "anon_inode:[eventfd]" { Ok(()) } else { Err(Error::NotEventFd) }
     }
 
-    /// Checks that it is a Unix stream socket.
+    /// Checks that the fd is a Unix stream socket.
     ///
     /// # Errors
-    /// It is something else.
+    /// [`Error::NotSocket`].
     pub fn check_unix_socket(&self) -> Result<(), Error> {
         let option = |name| {
-            let mut value: libc::c_int = 0;
-            let mut len = size_of_val(&value) as libc::socklen_t;
+            const INT_BYTES: libc::socklen_t = 4;
+            const _: () = assert!(size_of::<libc::c_int>() == INT_BYTES as usize);
+            let (mut value, mut len): (libc::c_int, _) = (0, INT_BYTES);
             let (fd, to) = (self.as_fd().as_raw_fd(), (&raw mut value).cast());
-            // SAFETY: the value is ours and as long as it says. The fd may be anything.
+            // SAFETY: the kernel writes at most `len` bytes to `value`, and `len` is its size.
             let got = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, to, &raw mut len) };
             (got == 0).then_some(value)
         };
@@ -91,12 +92,12 @@ impl ForeignFd {
         }
     }
 
-    /// Checks that it is a file of memory: seals are something that only such files have.
+    /// Checks that the fd is a memory file: only memory files have seals.
     ///
     /// # Errors
-    /// It is something else.
+    /// [`Error::NotMemory`].
     pub fn check_memory(&self) -> Result<(), Error> {
-        // SAFETY: a query. The fd may be anything.
+        // SAFETY: this command of `fcntl` takes no argument and has no precondition.
         let seals = unsafe { libc::fcntl(self.as_fd().as_raw_fd(), libc::F_GET_SEALS) };
         if seals < 0 { Err(Error::NotMemory) } else { Ok(()) }
     }
@@ -129,13 +130,13 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn kinds_are_told_apart() {
+    fn types_are_distinguished() {
         let account = Account::new("test");
         let foreign = |fd: OwnedFd| ForeignFd::new(fd, &account);
         let memory = || {
-            // SAFETY: a name of ours, and flags.
+            // SAFETY: the name is static.
             let fd = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC) };
-            // SAFETY: just made.
+            // SAFETY: `memfd_create` has just created the fd, and nothing else owns it.
             foreign(unsafe { OwnedFd::from_raw_fd(fd) })
         };
         let (pipe, _) = io::pipe().unwrap();

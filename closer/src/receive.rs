@@ -1,5 +1,5 @@
-//! Reads bytes from an untrusted process, and keeps every fd that comes with them.
-#![expect(unsafe_code, reason = "recvmsg, and the fds that it makes")]
+//! Receives bytes from an untrusted process, with every fd in their messages.
+#![expect(unsafe_code, reason = "recvmsg, and the fds that it creates")]
 
 use std::ffi::c_int;
 use std::io;
@@ -8,8 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use crate::account::Account;
 use crate::foreign::ForeignFd;
 
-/// The most fds that one call can receive: the kernel's limit for one message (`SCM_MAX_FD`). A
-/// call does not read past a message with fds.
+/// The maximum number of fds that one call receives: the kernel's limit for one message
+/// (`SCM_MAX_FD`). A call does not read past a message with fds.
 pub const FDS_MAX: usize = 253;
 
 /// The control buffer: a header, and the fds.
@@ -19,12 +19,12 @@ struct Control {
     fds: [c_int; FDS_MAX],
 }
 
-/// Reads into `bytes` from a Unix socket, with `flags` of `recvmsg`. Fds in the message are charged
-/// to `account`; a plain `read` would have the kernel close them on the calling thread.
+/// Reads into `bytes` from a Unix socket, with `flags` of `recvmsg`. Charges the message's fds to
+/// `account`. (With a plain `read`, the kernel closes them on the calling thread.)
 ///
 /// # Errors
-/// As `recvmsg`; `EMFILE` if the message's fds could exceed the limits ([`Account::has_room`]);
-/// nothing was read then.
+/// As `recvmsg`. `EMFILE` if the message's fds could exceed the limits ([`Account::has_room`]);
+/// nothing is read then.
 pub fn receive(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
@@ -35,16 +35,16 @@ pub fn receive(
         return Err(io::Error::from_raw_os_error(libc::EMFILE));
     }
     let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: an all-zero header is valid, and carries no fds.
+    // SAFETY: an all-zero `Control` is valid: a header without fds.
     let mut control: Control = unsafe { std::mem::zeroed() };
-    // SAFETY: an all-zero message is valid, and empty.
+    // SAFETY: an all-zero message is valid and empty.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = size_of::<Control>();
     let flags = flags | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: the message refers to our own memory, which the kernel fills in.
+    // SAFETY: the kernel writes to `bytes` and `control`, which are live, within the given lengths.
     let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
     let is_fds = |header: &libc::cmsghdr| {
@@ -56,7 +56,7 @@ pub fn receive(
     let len = control.header.cmsg_len.saturating_sub(size_of::<libc::cmsghdr>());
     let count = (len / size_of::<c_int>()).min(FDS_MAX);
     let own = |fd: &c_int| {
-        // SAFETY: the kernel has just made the fd for this process; nothing else owns it.
+        // SAFETY: the kernel has just created the fd for this process; nothing else owns it.
         ForeignFd::new(unsafe { OwnedFd::from_raw_fd(*fd) }, account)
     };
     Ok((got, control.fds[..count].iter().map(own).collect()))
@@ -79,13 +79,13 @@ mod tests {
             cmsg_type: libc::SCM_RIGHTS,
         };
         let mut control = Control { header, fds: [fd; FDS_MAX] };
-        // SAFETY: all zeroes is an empty message.
+        // SAFETY: an all-zero message is valid and empty.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = &raw mut part;
         message.msg_iovlen = 1;
         message.msg_control = (&raw mut control).cast();
         message.msg_controllen = control.header.cmsg_len.next_multiple_of(8);
-        // SAFETY: the message names memory of this function, which is only read.
+        // SAFETY: the kernel only reads the message's memory, which is live.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
         assert_eq!(sent, bytes.len() as isize, "{}", io::Error::last_os_error());
     }
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_where_fds_would_find_no_room() {
+    fn nothing_is_read_if_fds_could_exceed_the_limits() {
         let account = Account::new("full");
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let mut kept = vec![];
