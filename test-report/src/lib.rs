@@ -1,12 +1,13 @@
 //! Records which tests were skipped or retried, and why.
 //!
-//! A test that returns early, or that tries again, passes like any other. With this crate it writes
-//! a line to the file that the environment variable `VHOST_SKIPS` names, which `ci/run` lists at
-//! its end, and to standard error. `VHOST_REQUIRE` lists what the machine must provide, separated
-//! by commas: a test that would be skipped for lack of one of these fails instead.
+//! The test runner reports a test that returns early or retries as passed. With this crate, the
+//! test also writes a line to standard error and to the file that the environment variable
+//! `VHOST_SKIPS` names; `ci/run` prints that file when it ends. `VHOST_REQUIRE` lists features that
+//! the machine must have, separated by commas. A test that needs a missing one of these fails.
 //!
-//! `skip` in `ci/lib.sh` does the same for scripts. A line has `skipped` or `retried`, the test,
-//! and the reason, separated by tabs.
+//! `skip` in `ci/lib.sh` does the same for scripts. A line consists of `skipped` or `retried`, the
+//! test's name, and the reason, separated by tabs.
+#![warn(clippy::cast_possible_truncation)]
 
 use std::env;
 use std::fs::File;
@@ -14,8 +15,8 @@ use std::io::Write;
 use std::panic::Location;
 use std::thread;
 
-/// Records that the calling test is skipped, or ends early, because the machine lacks `need`: a
-/// name for `VHOST_REQUIRE`, such as `io-uring`. The caller returns next.
+/// Records that the calling test is skipped, or returns early, because the machine lacks `need`, a
+/// name for `VHOST_REQUIRE` such as `io-uring`. The caller must return next.
 ///
 /// # Panics
 /// `VHOST_REQUIRE` lists `need`.
@@ -26,8 +27,8 @@ pub fn skipped(need: &str, reason: &str) {
     write("skipped", Location::caller(), &format!("no {need}: {reason}"));
 }
 
-/// Records that the calling test has failed for a `reason` that is no fault of what it tests, and
-/// is retried.
+/// Records that the calling test retries, because an attempt failed for a `reason` outside of the
+/// code under test.
 #[track_caller]
 pub fn retried(reason: &str) {
     write("retried", Location::caller(), reason);
@@ -41,14 +42,14 @@ fn write(what: &str, caller: &Location<'_>, reason: &str) {
     let line = line(what, thread::current().name(), caller.file(), reason);
     eprint!("{line}");
     let Some(path) = env::var_os("VHOST_SKIPS") else { return };
-    // In one write, as tests of several processes append to the file.
+    // With a single write, because several processes append to the file.
     let file = File::options().create(true).append(true).open(&path);
     let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
     written.unwrap_or_else(|e| panic!("VHOST_SKIPS={}: {e}", path.display()));
 }
 
-/// The harness names a test's thread after the test, but with a single thread it runs tests on the
-/// main thread: then the file's name is used.
+/// The test's name is the name of its thread. On the main thread, where the harness runs tests if
+/// it uses one thread, it is the file's name.
 fn line(what: &str, thread: Option<&str>, file: &str, reason: &str) -> String {
     let test = thread.filter(|name| *name != "main").unwrap_or(file);
     let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
