@@ -6,29 +6,29 @@ use std::fs;
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// Prevents the calling thread, and threads that it starts, from gaining privileges by starting a
-/// program, irrevocably.
+/// Prevents the calling thread, and threads that it starts, from gaining privileges through
+/// `execve`. This cannot be undone.
 ///
 /// # Errors
 /// The system's error.
 pub(crate) fn no_new_privileges() -> std::io::Result<()> {
-    // SAFETY: sets a flag of the calling thread.
+    // SAFETY: this option of `prctl` has no precondition.
     let rc = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// The capabilities that the main process keeps, of those that it has: it makes sockets in
-/// directories of other users. Landlock limits which directories.
+/// The capabilities that the main process keeps if it has them: it creates sockets in directories
+/// of other users. Landlock restricts the directories.
 pub(crate) fn of_process() -> Vec<Capability> {
     [vec![Capability::CAP_DAC_OVERRIDE], of_workers()].concat()
 }
 
-/// The capabilities that workers keep: they make io_urings and open no files.
+/// The capabilities that workers keep: they create io_urings and open no files.
 pub(crate) fn of_workers() -> Vec<Capability> {
     // Without it, the kernel counts the memory of io_urings against RLIMIT_MEMLOCK.
     let mut kept = vec![Capability::CAP_IPC_LOCK];
-    // 1: only with CAP_SYS_ADMIN, or in a certain group. Without io_uring, worker threads do all
-    // writes to regular files, and calls to guests are writes to eventfds.
+    // With the value 1, io_uring needs CAP_SYS_ADMIN or membership in a group. Without io_uring,
+    // worker threads do all writes to regular files, and calls to guests are writes to eventfds.
     let restricted = fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     if restricted.is_ok_and(|text| text.trim() == "1") {
         kept.push(Capability::CAP_SYS_ADMIN);
@@ -36,7 +36,7 @@ pub(crate) fn of_workers() -> Vec<Capability> {
     kept
 }
 
-/// The capabilities that the process that opens disks keeps: the files may belong to other users.
+/// The capabilities of the process that opens disks, whose files may belong to other users.
 pub(crate) const OF_OPENER: &[Capability] =
     &[Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH];
 
@@ -45,9 +45,9 @@ pub(crate) const OF_OPENER: &[Capability] =
 /// # Errors
 /// The system's error.
 pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
-    // Needs privileges; without any, the bounding set does not matter.
+    // Fails without privileges, and then the bounding set has no effect.
     let _ = caps::clear(None, CapSet::Bounding);
-    // Ambient capabilities need kernel 4.3.
+    // Fails before kernel 4.3, which has no ambient capabilities.
     let _ = caps::clear(None, CapSet::Ambient);
     let now: CapsHashSet = caps::read(None, CapSet::Permitted)?;
     let left: CapsHashSet = kept.iter().copied().filter(|cap| now.contains(cap)).collect();
@@ -57,11 +57,11 @@ pub(crate) fn keep(kept: &[Capability]) -> Result<Vec<Capability>, CapsError> {
     Ok(kept.iter().copied().filter(|cap| left.contains(cap)).collect())
 }
 
-/// Removes the limit on locked memory while that is allowed: the kernel counts the memory of io_urings
-/// as locked, unless the thread has CAP_IPC_LOCK, which containers often lack.
+/// Removes the limit on locked memory, if that is permitted. The kernel counts the memory of
+/// io_urings as locked unless the thread has CAP_IPC_LOCK, which containers often lack.
 pub(crate) fn raise_locked_memory_limit() {
     let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-    // SAFETY: the kernel reads the structure. If it is refused, the limit stays as it is.
+    // SAFETY: the kernel reads `limit`, which is live. A failure leaves the limit unchanged.
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
 }
 
@@ -71,7 +71,7 @@ mod tests {
 
     /// Root starts with all capabilities; other users have none to lose.
     #[test]
-    fn a_thread_keeps_what_it_is_to_keep_and_gets_nothing_back() {
+    fn a_thread_keeps_the_given_capabilities_and_regains_none() {
         std::thread::spawn(|| {
             let kept = keep(OF_OPENER).unwrap();
             no_new_privileges().unwrap();

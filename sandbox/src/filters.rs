@@ -1,10 +1,10 @@
 //! The system calls that each kind of thread may make, as seccomp filters.
 //!
-//! Filters add up: a thread has those of the thread that started it and its own, and the strictest
-//! verdict counts. A call that is not on a list fails with EPERM and is in the kernel's audit log,
-//! so a new libc that tries a new call uses its fallback and no disk is lost. Calls that only an
-//! attacker makes end the process: the code that runs then is not this program's any more.
-#![expect(unsafe_code, reason = "installs the programs")]
+//! A thread has its own filters and those of the thread that started it; the strictest action
+//! applies. A call that is not on a list fails with EPERM and appears in the kernel's audit log. A
+//! new libc that tries a new call then uses its fallback. Calls that only an attacker makes kill
+//! the process.
+#![expect(unsafe_code, reason = "the seccomp system call")]
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,30 +18,31 @@ mod calls;
 
 use calls::{Call, Check};
 
-/// The filters, compiled while the process may still allocate and fail.
+/// The compiled filters. Compiling allocates and can fail, so it happens once, at startup.
 #[derive(Debug)]
 pub(crate) struct Programs {
     /// For all threads of the process.
     pub(crate) process: Vec<BpfProgram>,
-    /// For all threads but EAL's, which may load libraries, and the log thread, which already runs.
+    /// For all threads but EAL's, which load libraries, and the log thread, which starts earlier.
     pub(crate) no_code: BpfProgram,
-    /// For threads that need no new sockets and no files by name.
+    /// For threads that create no sockets and no files.
     pub(crate) worker: BpfProgram,
+    /// For reactors.
     pub(crate) reactor: BpfProgram,
 }
 
 impl Programs {
-    /// Compiles the filters for the calling process, whose id they contain: it may send signals
-    /// only to itself.
+    /// Compiles the filters for the calling process. They contain its id, because it may send
+    /// signals only to itself.
     ///
     /// # Errors
     /// seccompiler does not support this processor.
     pub(crate) fn compile() -> Result<Self, BackendError> {
         let process = allow(&[calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL])?;
         Ok(Self {
-            process: vec![no_clone3()?, kill(calls::INTRUDER)?, process],
-            no_code: answer(calls::NEW_CODE, libc::EPERM)?,
-            worker: answer(calls::NOT_A_WORKERS, libc::EPERM)?,
+            process: vec![no_clone3()?, kill(calls::KILL)?, process],
+            no_code: refuse(calls::NEW_CODE, EPERM)?,
+            worker: refuse(calls::NOT_FOR_WORKERS, EPERM)?,
             reactor: allow(&[calls::LIBC, calls::REACTOR])?,
         })
     }
@@ -53,31 +54,34 @@ impl Programs {
 /// As [`Programs::compile`].
 pub(crate) fn of_opener() -> Result<Vec<BpfProgram>, BackendError> {
     let opener = allow(&[calls::LIBC, calls::THREADS, calls::OPENER])?;
-    Ok(vec![no_clone3()?, kill(calls::INTRUDER)?, answer(calls::NEW_CODE, libc::EPERM)?, opener])
+    Ok(vec![no_clone3()?, kill(calls::KILL)?, refuse(calls::NEW_CODE, EPERM)?, opener])
 }
 
 fn no_clone3() -> Result<BpfProgram, BackendError> {
-    answer(&[calls::CLONE3], libc::ENOSYS)
+    refuse(&[calls::CLONE3], ENOSYS)
 }
+
+const EPERM: u32 = libc::EPERM.cast_unsigned();
+const ENOSYS: u32 = libc::ENOSYS.cast_unsigned();
 
 fn allow(lists: &[&[Call]]) -> Result<BpfProgram, BackendError> {
     let calls = lists.iter().flat_map(|list| list.iter());
-    program(calls, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+    program(calls, SeccompAction::Errno(EPERM), SeccompAction::Allow)
 }
 
-fn answer(calls: &[Call], errno: i32) -> Result<BpfProgram, BackendError> {
-    program(calls.iter(), SeccompAction::Allow, SeccompAction::Errno(errno as u32))
+fn refuse(calls: &[Call], errno: u32) -> Result<BpfProgram, BackendError> {
+    program(calls.iter(), SeccompAction::Allow, SeccompAction::Errno(errno))
 }
 
 fn kill(calls: &[Call]) -> Result<BpfProgram, BackendError> {
     program(calls.iter(), SeccompAction::Allow, SeccompAction::KillProcess)
 }
 
-/// A filter with the action `these` for `calls` and `rest` for all others.
+/// A filter with the action `on_match` for `calls`, and `on_mismatch` for all other calls.
 fn program<'a>(
     calls: impl Iterator<Item = &'a Call>,
-    rest: SeccompAction,
-    these: SeccompAction,
+    on_mismatch: SeccompAction,
+    on_match: SeccompAction,
 ) -> Result<BpfProgram, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for (number, checks) in calls {
@@ -87,7 +91,7 @@ fn program<'a>(
         }
     }
     let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(rules, rest, these, arch)?.try_into()
+    SeccompFilter::new(rules, on_mismatch, on_match, arch)?.try_into()
 }
 
 fn rule(check: Check) -> Result<SeccompRule, BackendError> {
@@ -101,32 +105,43 @@ fn rule(check: Check) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(argument, Dword, operator, value.into())?])
 }
 
+/// Whether the kernel's audit log shows the calls that a filter refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Audit {
+    Log,
+    Silent,
+}
+
 /// Adds a filter to the calling thread. Threads that it starts inherit it.
 ///
 /// # Errors
 /// The kernel has no seccomp, or the thread may still gain privileges.
 pub(crate) fn install(program: &BpfProgram) -> io::Result<()> {
-    install_as(program, false)
+    install_with(program, Audit::Log)
 }
 
-/// Adds several filters; the first is the one for `clone3`.
+/// Adds several filters. The first must be the filter for `clone3`: it is not logged, because libc
+/// tries `clone3` for each thread that it starts.
 ///
 /// # Errors
 /// As [`install`].
 pub(crate) fn install_all(programs: &[BpfProgram]) -> io::Result<()> {
-    (0..).zip(programs).try_for_each(|(n, program)| install_as(program, n == 0))
+    let audits = std::iter::once(Audit::Silent).chain(std::iter::repeat(Audit::Log));
+    programs.iter().zip(audits).try_for_each(|(program, audit)| install_with(program, audit))
 }
 
-fn install_as(program: &BpfProgram, is_quiet: bool) -> io::Result<()> {
+fn install_with(program: &BpfProgram, audit: Audit) -> io::Result<()> {
     let len = u16::try_from(program.len()).map_err(io::Error::other)?;
     let program = libc::sock_fprog { len, filter: program.as_ptr().cast_mut().cast() };
-    // SPEC_ALLOW: otherwise kernels before 5.16 turn on a mitigation that slows the whole thread
-    // down and is meant for untrusted programs. LOG: refused calls are in the audit log, but for
-    // the `clone3` of each thread that starts.
-    let log = if is_quiet { 0 } else { libc::SECCOMP_FILTER_FLAG_LOG };
+    let log = match audit {
+        Audit::Log => libc::SECCOMP_FILTER_FLAG_LOG,
+        Audit::Silent => 0,
+    };
+    // Without SPEC_ALLOW, kernels before 5.16 enable a mitigation for untrusted programs, which
+    // slows down the whole thread.
     let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW | log;
     let set = libc::SECCOMP_SET_MODE_FILTER;
-    // SAFETY: the kernel copies the instructions, which outlive the call.
+    // SAFETY: the kernel copies the instructions during the call; `program` is live.
     let rc = unsafe { libc::syscall(libc::SYS_seccomp, set, flags, &raw const program) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -2,50 +2,52 @@
 //!
 //! # Threat model
 //! A front end or a guest exploits a fault in this program or in rte_vhost to run its own code on
-//! one of the threads. Threads share memory, so such code soon has the rights of all threads
-//! together. Narrowing a single thread makes that harder; what counts is what the *process* cannot
-//! do. So the main restrictions hold for every thread from its start: [`enter`] is called while
-//! there is one thread, and later threads inherit them.
+//! one of the threads. Threads share memory, so such code can gain the rights of all threads. The
+//! restrictions of a single thread only make that harder; the restrictions of the *process* count.
+//! So the main restrictions hold for every thread from its start: [`enter`] is called while the
+//! process has one thread, and later threads inherit them.
 //!
 //! # Restrictions
 //! | | all threads | some threads |
 //! |---|---|---|
-//! | privileges | no new ones; of capabilities only CAP_DAC_OVERRIDE and those for io_uring (see below) are kept | workers keep only those for io_uring, reactors none |
-//! | Landlock | refuses files by name except those of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; as far as the kernel can, also TCP, and abstract sockets of, and signals to, other processes | |
-//! | seccomp | refuses all calls that are not on a list, and `socket` except for Unix sockets; calls about other programs, processes, namespaces and identities end the process | further filters, see [`Thread`] |
-//! | io_uring | | from kernel 5.10 on, those of reactors are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
+//! | privileges | no new privileges; of the capabilities, only CAP_DAC_OVERRIDE and those for io_uring (see below) are kept | workers keep only those for io_uring, reactors none |
+//! | Landlock | allows only the paths of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; if the kernel supports it, also refuses TCP, abstract sockets of other processes, and signals to them | |
+//! | seccomp | refuses all system calls that are not on a list, and `socket` except for Unix sockets; calls that start programs, control other processes, or change namespaces or identities kill the process | further filters, see [`Thread`] |
+//! | io_uring | | with kernel 5.10 or newer, reactors' rings are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
-//! - Disks may be anywhere, so a separate process opens them and sends the fd ([`Opener`]). It gets
-//!   a path and returns only regular files and block devices; with `--disk-dir`, only those beneath
-//!   the given directories. Without `--disk-dir` it does not protect the files of the host, but an
-//!   attacker still cannot run programs or create files in most places, and reaches less of the
-//!   kernel.
+//! - Disks may be in any directory, so a separate process opens them and sends the fd ([`Opener`]).
+//!   It opens only regular files and block devices; with `--disk-dir`, only those in the given
+//!   directories. Without `--disk-dir` it does not protect the files of the host, but an attacker
+//!   still cannot run programs or create files in most directories, and can make fewer system
+//!   calls.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
-//! - Creating io_urings needs CAP_IPC_LOCK, without which their memory counts against
-//!   RLIMIT_MEMLOCK, and CAP_SYS_ADMIN, which is dropped unless `kernel.io_uring_disabled` is 1 when
-//!   the process starts. Workers create those of disks and of calls to guests.
-//! - seccomp sees system calls, not what is submitted to an io_uring. An attacker on any thread but
-//!   a reactor can create an io_uring and do through it what the filters refuse, such as sending
-//!   UDP or, on a worker, removing files: only Landlock and capabilities apply there. A reactor can
-//!   create no io_uring and use only restricted ones. With Linux AIO (`io_submit`) it can read and
-//!   write every file that the process has open, as with every disk's ring: the memory is shared.
+//! - An io_uring needs CAP_IPC_LOCK, without which its memory counts against RLIMIT_MEMLOCK, and
+//!   CAP_SYS_ADMIN if `kernel.io_uring_disabled` is 1. CAP_SYS_ADMIN is kept only if the setting is
+//!   1 when the process starts. Workers create the rings of disks and of calls to guests.
+//! - seccomp filters system calls, not the requests in an io_uring. An attacker on any thread but a
+//!   reactor can create an io_uring and send requests that the filters refuse as system calls, such
+//!   as UDP or, on a worker, removing files: only Landlock and capabilities restrict these. A
+//!   reactor cannot create an io_uring and can use only restricted rings. Through Linux AIO
+//!   (`io_submit`) and the disks' rings, a reactor can read and write every disk of the process.
 //! - Landlock restricts neither UDP nor connecting to Unix sockets by path.
-//! - A thread that closes fds (`vhost-close`), or does I/O for a file disk (`vhost-disk`), has the
+//! - A thread that closes fds (`vhost-close`) or does I/O for a file disk (`vhost-disk`) has the
 //!   restrictions of the thread that started it.
-//! - A call that is on no list fails with EPERM, as a library may try something new and fall back;
-//!   ending the process would take all disks down. Calls that no library tries do end it.
-//! - The lists include what EAL's start needs, since it starts threads that stay.
+//! - A call that is on no list fails with EPERM instead of killing the process: a library may try a
+//!   new call and fall back to an old one. Calls that no library tries kill the process.
+//! - The lists include the calls of EAL's initialisation, because its threads stay.
 //!
-//! # What works without it
-//! A front end sends fds, for which no path is needed. If the kernel lacks a part, the process runs
-//! without that part, and [`Sandbox::missing`] lists it.
+//! # Kernels without a part
+//! If the kernel lacks a part, the process runs without that part, and [`Sandbox::missing`] lists
+//! it.
+#![warn(clippy::cast_possible_truncation)]
 
 mod capabilities;
 mod filters;
 mod opener;
 mod paths;
 
+use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,35 +58,36 @@ use paths::Entered;
 
 pub use opener::Opener;
 
-/// What the process needs of the file system after its start.
+/// The paths that the process uses after it has entered the sandbox.
 #[derive(Clone, Debug)]
 pub struct Needs {
-    /// Where the vhost sockets are made and removed.
+    /// The directory in which the vhost-user sockets are created and removed.
     pub socket_dir: PathBuf,
-    /// The RPC socket; its lock file is beside it.
+    /// The RPC socket; its lock file is in the same directory.
     pub rpc_socket: Option<PathBuf>,
-    /// A directory of the process's own, in which it makes a socket, and which it then removes.
+    /// A directory in which the process creates a private socket, and which it then removes.
     pub private_dir: Option<PathBuf>,
     /// The configuration file, which is read later.
     pub config: Option<PathBuf>,
-    /// A directory whose existing files the process removes when it ends.
+    /// A directory whose existing files the process removes at exit.
     pub removes_in: Option<PathBuf>,
     /// Directories whose files the process reads, besides those that every process reads.
     pub reads_in: Vec<PathBuf>,
-    /// Directories of disks; if empty, disks may be anywhere.
+    /// Directories of disks; if empty, disks may be in any directory.
     pub disk_dirs: Vec<PathBuf>,
 }
 
-/// Kinds of threads that are restricted further than the process.
+/// Kinds of threads that have restrictions besides those of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// All that start after EAL's: no new executable memory.
+    /// A thread that starts after EAL's threads: no new executable memory.
     Control,
-    /// Serves front ends, reclaims and unmaps: creates no sockets but pairs, connects to none,
-    /// creates, renames and removes no files, does not call `kill`, has no capabilities but those
-    /// for creating io_urings.
+    /// A thread that serves front ends, reclaims or unmaps: no sockets but pairs, no `connect`, no
+    /// creating, renaming or removing of files, no `kill`, no capabilities but those for creating
+    /// io_urings.
     Worker,
-    /// Serves queues: submits to io_urings, writes to eventfds, sleeps, has no capabilities.
+    /// A thread that serves queues: it may submit to io_urings, write to eventfds, and sleep. It
+    /// has no capabilities.
     Reactor,
 }
 
@@ -99,13 +102,22 @@ pub struct Sandbox {
     absent: Vec<PathBuf>,
 }
 
-/// Why there is no sandbox at all.
+/// Why no part of the sandbox is in effect.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Error(String);
+pub enum Error {
+    /// seccompiler does not support this processor.
+    #[error("cannot compile the system call filters: {0}")]
+    Filters(#[source] seccompiler::BackendError),
+    /// The process that opens disks could not be started.
+    #[error("cannot start the process that opens disks: {0}")]
+    Opener(#[source] io::Error),
+    /// The process that opens disks could not restrict itself. The text comes from that process.
+    #[error("cannot restrict the process that opens disks: {0}")]
+    OpenerRestrictions(String),
+}
 
 impl Sandbox {
-    /// No sandbox.
+    /// A sandbox without restrictions.
     #[must_use]
     pub fn none() -> Self {
         Self {
@@ -118,32 +130,34 @@ impl Sandbox {
         }
     }
 
-    /// Opens the files of disks.
+    /// A handle to the process that opens files for disks.
     #[must_use]
     pub fn opener(&self) -> Opener {
         self.opener.clone()
     }
 
-    /// The parts that are in effect, for the operator; empty if there are none.
+    /// The parts that are in effect, as a text for operators; empty without a sandbox.
     #[must_use]
     pub fn in_effect(&self) -> String {
         self.in_effect.join(", ")
     }
 
-    /// The parts that the kernel lacks or does not allow, with the reason.
+    /// The parts that the kernel lacks or refuses, each with the reason.
     #[must_use]
     pub fn missing(&self) -> &[String] {
         &self.missing
     }
 
-    /// Paths among the [`Needs`] that do not exist. What is made there later cannot be accessed.
+    /// Paths among the [`Needs`] that did not exist. The process cannot access them even if they
+    /// are created later.
     #[must_use]
     pub fn absent(&self) -> &[PathBuf] {
         &self.absent
     }
 
-    /// Restricts the calling thread, and those that it starts from now on, further. Errors are
-    /// ignored: the kernel has refused the same at the start, and [`Sandbox::missing`] lists it.
+    /// Adds the restrictions of a kind of thread to the calling thread and to threads that it
+    /// starts later. Ignores errors: the kernel refused the same at startup, and
+    /// [`Sandbox::missing`] lists it.
     pub fn narrow(&self, thread: Thread) {
         let Some(programs) = &self.programs else { return };
         let (program, kept) = match thread {
@@ -158,16 +172,15 @@ impl Sandbox {
     }
 }
 
-/// Drops the rights that the process does not need. To be called while it has one thread, after
-/// what only its start needs: raised limits, new files.
+/// Drops the rights that the process does not need. The process must have one thread, and must
+/// already have raised its limits and created its files.
 ///
 /// # Errors
-/// The process that opens disks cannot be started, or cannot be restricted to `disk_dirs`; no
-/// restriction is in effect then.
+/// On an error, no restriction is in effect.
 pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
-    let programs = Programs::compile().map_err(|e| Error(format!("system call filters: {e}")))?;
-    let (opener, pid) = opener::fork(&needs.disk_dirs).map_err(Error)?;
+    let programs = Programs::compile().map_err(Error::Filters)?;
+    let (opener, pid) = opener::fork(&needs.disk_dirs)?;
     let of_workers = capabilities::of_workers();
     let mut sandbox = Sandbox { opener, of_workers, ..Sandbox::none() };
     sandbox.note("no new privileges", capabilities::no_new_privileges());
@@ -180,9 +193,9 @@ pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
         Err(e) => sandbox.missing.push(format!("capabilities: {e}")),
     }
     match paths::enter(needs) {
-        Ok(Entered { absent, lacking }) => {
+        Ok(Entered { absent, unsupported }) => {
             sandbox.in_effect.push("Landlock".into());
-            sandbox.missing.extend(lacking);
+            sandbox.missing.extend(unsupported);
             sandbox.absent = absent.into_iter().filter(|path| needs.names(path)).collect();
         }
         Err(e) => sandbox.missing.push(format!("Landlock: {e}")),
@@ -196,16 +209,16 @@ pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
 }
 
 impl Sandbox {
-    fn note(&mut self, what: &str, result: io::Result<()>) {
+    fn note(&mut self, part: &str, result: Result<(), impl Display>) {
         match result {
-            Ok(()) => self.in_effect.push(what.into()),
-            Err(e) => self.missing.push(format!("{what}: {e}")),
+            Ok(()) => self.in_effect.push(part.into()),
+            Err(e) => self.missing.push(format!("{part}: {e}")),
         }
     }
 }
 
 impl Needs {
-    /// Whether a path was given by the operator, unlike those that every process needs.
+    /// Whether the operator named this path.
     fn names(&self, path: &PathBuf) -> bool {
         *path == self.socket_dir || self.config.as_ref() == Some(path)
     }

@@ -1,15 +1,17 @@
 //! The process that opens disks for the main process.
 //!
-//! A thread would not do: threads share memory, and code that takes over one has the rights of all.
-//! So it is a process, forked while there is one thread, and connected by a socket. A request is a
-//! path, and carries one end of a socket pair for its answer, so that requests need no numbers and
-//! none waits for another. Each is served by a thread, as opening can block for ever (a FUSE file
-//! system whose server hangs), and there are at most [`OPENS_MAX`] of them.
+//! It is a process, not a thread, because threads share memory: an attacker on one thread has the
+//! rights of all threads. The main process forks it while it has one thread. A socket connects the
+//! two. A request is a path with one end of a socket pair for the answer, so requests need no
+//! numbers and do not wait for each other. A thread serves each request, because opening can block
+//! for ever (a FUSE file system whose server hangs). The process runs at most [`OPENS_MAX`]
+//! threads.
 //!
-//! It ends with the main process, however that ends, as its socket then reaches end of file.
-//! (PR_SET_PDEATHSIG would not work: the main process's Landlock domain stops the signal.) It ignores
-//! signals that are sent to both (Ctrl-C, a service manager), since requests may be in progress.
-#![expect(unsafe_code, reason = "fork and what comes after it")]
+//! The process exits when its socket reaches end of file, so it exits with the main process, even
+//! after a crash. (PR_SET_PDEATHSIG would not work: the main process's Landlock domain blocks the
+//! signal.) It ignores signals that are sent to both processes (Ctrl-C, a service manager), because
+//! requests may be in progress.
+#![expect(unsafe_code, reason = "fork, and setting up the new process")]
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -26,23 +28,25 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 
-use crate::{capabilities, filters, paths};
+use crate::{Error, capabilities, filters, paths};
 
-/// Limit on requests in progress, and so on threads; further ones are refused while that many hang.
+/// Limit on requests in progress, each of which has a thread. Further requests are refused.
 const OPENS_MAX: usize = 64;
 
-/// Bytes of a request: a flag and a path. The kernel accepts no longer path.
+/// Limit on the bytes of a request: a flag and a path of the maximum length.
 const REQUEST_MAX: usize = 1 + libc::PATH_MAX as usize;
 
-/// Stack of a thread that opens, which calls little.
+/// Stack of a thread that serves a request. Its call depth is small.
 const STACK_BYTES: usize = 64 << 10;
 
-/// Codes that are no errno; code 0 comes with the fd. This one: neither a file nor a block device.
+/// Answer codes: 0 with an fd, a positive errno, or one of these. The path is neither a file nor a
+/// block device.
 const NOT_A_DISK: i32 = -1;
 /// [`OPENS_MAX`] requests are in progress.
 const TOO_MANY: i32 = -2;
 
-/// Opens the files of disks.
+/// Opens the files of disks: a handle to the process that opens disks, or none to open in this
+/// process.
 #[derive(Clone, Debug)]
 pub struct Opener(Option<Arc<OwnedFd>>);
 
@@ -56,16 +60,16 @@ impl Opener {
     /// Opens a file or block device as [`bdev::open_file`] does. May block.
     ///
     /// # Errors
-    /// As [`bdev::open_file`], and `Busy` while many other opens hang.
+    /// As [`bdev::open_file`], and `Busy` while 64 other opens are blocked.
     pub fn open(&self, path: &Path, readonly: bool) -> Result<File, bdev::Error> {
         let Some(socket) = &self.0 else { return bdev::open_file(path, readonly) };
         let system = |source| bdev::Error::System { what: path.display().to_string(), source };
         if path.as_os_str().len() >= REQUEST_MAX {
             return Err(system(io::Error::from_raw_os_error(libc::ENAMETOOLONG)));
         }
-        let (code, file) = ask(socket.as_fd(), path, readonly).map_err(|e| {
-            let what = format!("{}: {}", path.display(), e.text());
-            bdev::Error::System { what, source: e.source() }
+        let (code, file) = request(socket.as_fd(), path, readonly).map_err(|e| {
+            let what = format!("{}: {e}", path.display());
+            bdev::Error::System { what, source: e.into_source() }
         })?;
         match (code, file) {
             (0, Some(file)) => Ok(file.into()),
@@ -87,30 +91,24 @@ impl Opener {
 }
 
 /// Why a request has no answer.
-#[derive(Debug)]
-enum Unanswered {
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
     /// The process that opens disks has ended.
-    Gone(io::Error),
+    #[error("the process that opens disks has ended; restart vhost to add disks")]
+    Gone(#[source] io::Error),
     /// The request could not be sent.
-    NotSent(io::Error),
-    /// The process that opens disks has dropped it: it could not start a thread or receive the fd,
-    /// or has ended.
+    #[error("cannot send a request to the process that opens disks")]
+    NotSent(#[source] io::Error),
+    /// The process that opens disks could not start a thread or receive the fd, or has ended.
+    #[error(
+        "no answer from the process that opens disks; try again, and if that fails, restart vhost \
+         to add disks"
+    )]
     Dropped,
 }
 
-impl Unanswered {
-    fn text(&self) -> &'static str {
-        match self {
-            Self::Gone(_) => "the process that opens disks is gone; restart vhost to add disks",
-            Self::NotSent(_) => "cannot ask the process that opens disks",
-            Self::Dropped => {
-                "no answer from the process that opens disks; try again, and if that fails, \
-                 restart vhost to add disks"
-            }
-        }
-    }
-
-    fn source(self) -> io::Error {
+impl RequestError {
+    fn into_source(self) -> io::Error {
         let errno = match self {
             Self::Gone(e) | Self::NotSent(e) => e.raw_os_error().unwrap_or(libc::EIO),
             Self::Dropped => libc::ECONNRESET,
@@ -120,69 +118,74 @@ impl Unanswered {
 }
 
 /// Sends a request and waits for its answer.
-fn ask(
+fn request(
     socket: BorrowedFd<'_>,
     path: &Path,
     readonly: bool,
-) -> Result<(i32, Option<OwnedFd>), Unanswered> {
-    let (answers, theirs) = pair().map_err(Unanswered::NotSent)?;
+) -> Result<(i32, Option<OwnedFd>), RequestError> {
+    let (answers, theirs) = pair().map_err(RequestError::NotSent)?;
     let request = [&[u8::from(readonly)], path.as_os_str().as_bytes()].concat();
     send(socket, &request, Some(theirs.as_fd())).map_err(|e| match e.kind() {
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Unanswered::Gone(e),
-        _ => Unanswered::NotSent(e),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => RequestError::Gone(e),
+        _ => RequestError::NotSent(e),
     })?;
-    // Otherwise `receive` would never see the end of the answers.
+    // While this process holds their end, `receive` would not return when they drop it.
     drop(theirs);
     let mut code = [0; 4];
     match receive(answers.as_fd(), &mut code) {
         Ok((len, file)) if len == code.len() => Ok((i32::from_ne_bytes(code), file)),
-        _ => Err(Unanswered::Dropped),
+        _ => Err(RequestError::Dropped),
     }
 }
 
 /// Forks the process that opens disks; `dirs` as in [`crate::Needs`]. Returns its handle and its
 /// id.
 ///
-/// To be called while the process has one thread.
-///
-/// # Errors
-/// The reason: it cannot be started, or not restricted.
-pub(crate) fn fork(dirs: &[PathBuf]) -> Result<(Opener, u32), String> {
-    let text = |e: io::Error| format!("cannot start the process that opens disks: {e}");
-    let (ours, theirs) = pair().map_err(text)?;
-    // SAFETY: there is one thread, as the caller says, so that no lock is held in the new process.
+/// The calling process must have one thread.
+pub(crate) fn fork(dirs: &[PathBuf]) -> Result<(Opener, u32), Error> {
+    let (ours, theirs) = pair().map_err(Error::Opener)?;
+    // SAFETY: the caller guarantees one thread, so no lock is held in the new process.
     let pid = unsafe { libc::fork() };
     if pid < 0 {
-        return Err(text(io::Error::last_os_error()));
+        return Err(Error::Opener(io::Error::last_os_error()));
     }
     if pid == 0 {
         drop(ours);
-        serve_or_tell(&theirs, dirs);
-        // SAFETY: ends the process at once, without the exit handlers of its parent.
+        run(&theirs, dirs);
+        // SAFETY: `_exit` has no precondition. It skips the exit handlers, which are the parent's.
         unsafe { libc::_exit(0) };
     }
     drop(theirs);
-    let mut said = [0; 512];
-    let (len, _) = receive(ours.as_fd(), &mut said).map_err(text)?;
-    // It sends one zero byte when it is ready, or the reason why it ends.
-    match &said[..len] {
+    let mut message = [0; 512];
+    let (len, _) = receive(ours.as_fd(), &mut message).map_err(Error::Opener)?;
+    // One zero byte means that the process is ready. Otherwise it sends the reason of its exit.
+    match &message[..len] {
         [0] => Ok((Opener(Some(Arc::new(ours))), pid.unsigned_abs())),
-        [] => Err(text(io::ErrorKind::UnexpectedEof.into())),
-        reason => Err(String::from_utf8_lossy(reason).into_owned()),
+        [] => Err(Error::Opener(io::ErrorKind::UnexpectedEof.into())),
+        reason => Err(Error::OpenerRestrictions(String::from_utf8_lossy(reason).into_owned())),
     }
 }
 
+/// Why the process that opens disks could not restrict itself.
+#[derive(Debug, thiserror::Error)]
+enum RestrictError {
+    #[error("cannot compile the system call filters: {0}")]
+    Filters(#[from] seccompiler::BackendError),
+    #[error("--disk-dir: {0}")]
+    DiskDirs(#[source] paths::LandlockError),
+}
+
 /// The main function of the process that opens disks.
-fn serve_or_tell(socket: &OwnedFd, dirs: &[PathBuf]) {
+fn run(socket: &OwnedFd, dirs: &[PathBuf]) {
     let Ok(socket) = detach(socket.as_raw_fd()) else { return };
-    match give_up(dirs) {
+    match restrict(dirs) {
         Ok(()) => {
             if send(socket.as_fd(), &[0], None).is_ok() {
                 serve(&socket);
             }
         }
-        Err(reason) => {
-            let _ = send(socket.as_fd(), reason.as_bytes(), None);
+        Err(e) => {
+            let _ = send(socket.as_fd(), e.to_string().as_bytes(), None);
         }
     }
 }
@@ -191,64 +194,65 @@ fn serve_or_tell(socket: &OwnedFd, dirs: &[PathBuf]) {
 fn detach(socket: i32) -> io::Result<OwnedFd> {
     const SOCKET: i32 = 3;
     let check = |rc: i32| if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) };
-    // SAFETY: a name that outlives the call.
+    // SAFETY: the name is static.
     check(unsafe { libc::prctl(libc::PR_SET_NAME, c"vhost-open".as_ptr()) })?;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        // SAFETY: no handler is involved.
+        // SAFETY: installs no handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
-    // SAFETY: a path that outlives the call. The standard fds are replaced, so that a reader of the
-    // parent's output sees its end when the parent ends.
+    // The standard fds are replaced, so that a reader of the parent's output reaches end of file
+    // when the parent exits. SAFETY: the path is static.
     let null = check(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) })?;
-    // Above the numbers that are set next.
-    // SAFETY: fds of this process; nobody else uses the numbers.
+    // The duplicate is above the numbers that are replaced next.
+    // SAFETY: duplicates an fd; no number is closed.
     let socket = check(unsafe { libc::fcntl(socket, libc::F_DUPFD_CLOEXEC, 16) })?;
     for fd in 0..SOCKET {
-        // SAFETY: as above.
+        // SAFETY: closes a standard fd; this process has one thread and no owner of that number.
         check(unsafe { libc::dup2(null, fd) })?;
     }
-    // SAFETY: as above.
+    // SAFETY: closes fd 3; this process has one thread and uses no fd of its parent but `socket`.
     check(unsafe { libc::dup3(socket, SOCKET, libc::O_CLOEXEC) })?;
-    // SAFETY: nothing here refers to any of these any more. Kernels before 5.9 keep them open.
+    // Kernels before 5.9 have no `close_range`; the fds then stay open.
+    // SAFETY: this process uses none of these fds from here on.
     unsafe { libc::syscall(libc::SYS_close_range, SOCKET + 1, libc::c_uint::MAX, 0) };
-    // SAFETY: just made, and nobody else owns it.
+    // SAFETY: `dup3` has just created the fd, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(SOCKET) })
 }
 
-/// Restricts this process to what opening needs. The parent finds out by itself what the kernel
-/// lacks, and reports it.
-fn give_up(dirs: &[PathBuf]) -> Result<(), String> {
-    // Compiled here, as filters contain the process's id.
-    let programs = filters::of_opener().map_err(|e| format!("system call filters: {e}"))?;
+/// Drops the rights that opening does not need. Ignores parts that the kernel lacks: the parent
+/// lacks them, too, and reports them.
+fn restrict(dirs: &[PathBuf]) -> Result<(), RestrictError> {
+    // Compiled in this process, because filters contain the process id.
+    let programs = filters::of_opener()?;
     let _ = capabilities::no_new_privileges();
     let _ = capabilities::keep(capabilities::OF_OPENER);
     match paths::enter_opener(dirs) {
-        Err(reason) if !dirs.is_empty() => return Err(format!("--disk-dir: {reason}")),
+        Err(e) if !dirs.is_empty() => return Err(RestrictError::DiskDirs(e)),
         _ => {}
     }
     let _ = filters::install_all(&programs);
     Ok(())
 }
 
-/// Serves requests until the parent is gone.
+/// Serves requests until the parent has closed its end of the socket.
 fn serve(socket: &OwnedFd) {
-    let under_way = Arc::new(AtomicUsize::new(0));
+    let in_progress = Arc::new(AtomicUsize::new(0));
     let mut request = [0; REQUEST_MAX];
     loop {
         let Ok((len, answers)) = receive(socket.as_fd(), &mut request) else { return };
-        let [how, path @ ..] = &request[..len] else { return };
+        let [readonly, path @ ..] = &request[..len] else { return };
         let Some(answers) = answers else { continue };
         let (readonly, path) =
-            (*how != 0, PathBuf::from(std::ffi::OsString::from_vec(path.into())));
-        // Relaxed: only this thread adds, and a count that is too high for a moment does no harm.
-        if under_way.load(Ordering::Relaxed) >= OPENS_MAX {
+            (*readonly != 0, PathBuf::from(std::ffi::OsString::from_vec(path.into())));
+        // Relaxed: only this thread increments, and a stale count is only too high.
+        if in_progress.load(Ordering::Relaxed) >= OPENS_MAX {
             answer(&answers, TOO_MANY, None);
             continue;
         }
-        under_way.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted(Arc::clone(&under_way));
+        in_progress.fetch_add(1, Ordering::Relaxed);
+        let guard = InProgress(Arc::clone(&in_progress));
         let open = move || {
-            let _counted = counted;
+            let _guard = guard;
             match bdev::open_file(&path, readonly) {
                 Ok(file) => answer(&answers, 0, Some(file.as_fd())),
                 Err(bdev::Error::System { source, .. }) => {
@@ -257,22 +261,22 @@ fn serve(socket: &OwnedFd) {
                 Err(_) => answer(&answers, NOT_A_DISK, None),
             }
         };
-        // If no thread can be started, the answer's socket is closed without an answer.
+        // If no thread can be started, the client's socket is closed, which the client reports.
         let _ = thread::Builder::new().stack_size(STACK_BYTES).spawn(open);
     }
 }
 
-/// A request in progress.
-struct Counted(Arc<AtomicUsize>);
+/// Counts one request until it is dropped.
+struct InProgress(Arc<AtomicUsize>);
 
-impl Drop for Counted {
+impl Drop for InProgress {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 fn answer(answers: &OwnedFd, code: i32, file: Option<BorrowedFd<'_>>) {
-    // If the client is gone, nobody needs the answer.
+    // An error means that the client has gone and needs no answer.
     let _ = send(answers.as_fd(), &code.to_ne_bytes(), file);
 }
 
@@ -294,7 +298,7 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io:
     Ok(())
 }
 
-/// Receives a message and the fd that came with it. 0 bytes: the other end is gone.
+/// Receives a message and its fd. 0 bytes mean that the other end is closed.
 fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -174,7 +174,7 @@ fn without_the_process_that_opens_disks_those_that_are_there_go_on() {
     vm.goes_on();
     let refusal = vhost.err("bdev_aio_create", aio("B", &file));
     assert!([-libc_epipe(), -libc_econnreset()].contains(&refusal.code), "{refusal:?}");
-    vhost.wait_for_log("the process that opens disks is gone; restart vhost to add disks");
+    vhost.wait_for_log("the process that opens disks has ended; restart vhost to add disks");
     vhost.malloc("M");
     vhost.ok("bdev_aio_rescan", json!({"name": "A"}));
     vm.goes_on();

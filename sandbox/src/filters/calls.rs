@@ -2,17 +2,18 @@
 
 use libc::*;
 
-/// A system call and the checks of its arguments, of which one must hold; with none, any arguments.
+/// A system call and checks of its arguments. One check must hold; without checks, the call matches
+/// with any arguments.
 pub(super) type Call = (i64, &'static [Check]);
 
-/// A check of one argument, by its number from 0.
+/// A check of one argument. The first field is the argument's index.
 #[derive(Clone, Copy)]
 pub(super) enum Check {
-    /// It has this value.
+    /// The argument has this value.
     Is(u8, u32),
-    /// After masking with the first number, it has the value of the second.
+    /// The argument, masked with the first number, has the value of the second.
     Masked(u8, u32, u32),
-    /// It is this process's id.
+    /// The argument is this process's id.
     OwnProcess(u8),
 }
 
@@ -22,11 +23,12 @@ const ANY: &[Check] = &[];
 const OWN_PROCESS: &[Check] = &[OwnProcess(0)];
 const UNIX_SOCKETS: &[Check] = &[Is(0, AF_UNIX as u32)];
 
-/// Its flags are in memory, which a filter cannot read. On ENOSYS, libc falls back to `clone`.
+/// A filter cannot check the flags of `clone3`, which are in memory. On ENOSYS, libc falls back to
+/// `clone`.
 pub(super) const CLONE3: Call = (SYS_clone3, ANY);
 
-/// Calls that libc's allocator, std, a failing assertion, the end of a thread, or the SIGBUS
-/// handler may make on any thread.
+/// Calls that any thread may make: of libc's allocator, of std, of a failing assertion, at the exit
+/// of a thread, and of the SIGBUS handler.
 pub(super) const LIBC: &[Call] = &[
     (SYS_mmap, ANY),
     (SYS_munmap, ANY),
@@ -64,7 +66,7 @@ pub(super) const LIBC: &[Call] = &[
     (SYS_time, ANY),
 ];
 
-/// Starting threads, but no processes.
+/// Calls that start threads, but no processes.
 pub(super) const THREADS: &[Call] = &[
     (SYS_clone, &[Masked(0, CLONE_THREAD as u32, CLONE_THREAD as u32)]),
     (SYS_clone3, ANY),
@@ -73,7 +75,7 @@ pub(super) const THREADS: &[Call] = &[
         &[
             Is(0, PR_SET_NAME as u32),
             Is(0, PR_GET_NAME as u32),
-            // libc names its mappings.
+            // libc sets names of its mappings.
             Is(0, PR_SET_VMA as u32),
             Is(0, PR_CAPBSET_READ as u32),
             Is(0, PR_CAP_AMBIENT as u32),
@@ -89,7 +91,8 @@ pub(super) const THREADS: &[Call] = &[
 pub(super) const REACTOR: &[Call] = &[
     (SYS_io_uring_enter, ANY),
     (SYS_io_submit, ANY),
-    // A no-op call: it makes the kernel finish I/O of an io_uring that has moved to another thread.
+    // A call without effect, which makes the kernel run completions of an io_uring after a move to
+    // another thread.
     (SYS_getppid, ANY),
     (SYS_epoll_pwait2, ANY),
     (SYS_epoll_pwait, ANY),
@@ -97,7 +100,7 @@ pub(super) const REACTOR: &[Call] = &[
     (SYS_epoll_wait, ANY),
 ];
 
-/// I/O and mappings of open files, waiting, and I/O on open sockets.
+/// I/O on open files and sockets, mappings, and waiting.
 pub(super) const DATA: &[Call] = &[
     (SYS_read, ANY),
     (SYS_readv, ANY),
@@ -187,8 +190,9 @@ pub(super) const DATA: &[Call] = &[
 
 const OWN_PAGES: &[Check] = &[Is(0, 0), OwnProcess(0)];
 
-/// For terminals and sockets, those that query and those that std uses; for block devices all, as
-/// the only ones that are open are disks. Not TIOCSTI, which injects terminal input.
+/// Requests of `ioctl`: for terminals and sockets, queries and those that std uses; for block
+/// devices, all, because only disks are open. TIOCSTI, which injects terminal input, is refused.
+#[expect(clippy::cast_possible_truncation, reason = "the kernel's ioctl requests have 32 bits")]
 const IOCTLS: &[Check] = &[
     Is(1, TCGETS as u32),
     Is(1, TIOCGWINSZ as u32),
@@ -200,7 +204,7 @@ const IOCTLS: &[Check] = &[
     Masked(1, 0xff00, 0x1200),
 ];
 
-/// Files and sockets by name (Landlock limits which), and the process's own settings.
+/// Calls on paths (Landlock restricts the paths), and on the process's own attributes.
 pub(super) const CONTROL: &[Call] = &[
     (SYS_openat, ANY),
     (SYS_openat2, ANY),
@@ -234,7 +238,7 @@ pub(super) const CONTROL: &[Call] = &[
     (SYS_geteuid, ANY),
     (SYS_getgid, ANY),
     (SYS_getegid, ANY),
-    // To narrow threads further.
+    // To restrict threads further.
     (SYS_capget, ANY),
     (SYS_capset, ANY),
     (SYS_seccomp, ANY),
@@ -276,15 +280,15 @@ pub(super) const NEW_CODE: &[Call] =
 
 const EXECUTABLE: &[Check] = &[Masked(2, PROT_EXEC as u32, PROT_EXEC as u32)];
 
-/// Calls refused to threads that serve front ends, reclaim or unmap: making sockets other than pairs,
-/// connecting, creating, renaming and removing files, signals, other process settings.
-pub(super) const NOT_A_WORKERS: &[Call] = &[
+/// Calls that are refused to workers: creating sockets other than pairs, connecting, creating,
+/// renaming and removing files, signals, and process attributes.
+pub(super) const NOT_FOR_WORKERS: &[Call] = &[
     (SYS_socket, ANY),
     (SYS_bind, ANY),
     (SYS_listen, ANY),
     (SYS_connect, ANY),
     (SYS_openat, &[MAKES_FILE_AT, MAKES_UNNAMED_FILE_AT]),
-    // Its flags are in memory.
+    // A filter cannot check its flags, which are in memory.
     (SYS_openat2, ANY),
     (SYS_unlinkat, ANY),
     (SYS_mkdirat, ANY),
@@ -305,7 +309,7 @@ pub(super) const NOT_A_WORKERS: &[Call] = &[
 ];
 
 const CREAT: u32 = O_CREAT as u32;
-/// `O_TMPFILE` includes `O_DIRECTORY`, which opens nothing new by itself.
+/// `O_TMPFILE` without `O_DIRECTORY`, which it includes and which creates no file by itself.
 const TMPFILE: u32 = (O_TMPFILE & !O_DIRECTORY) as u32;
 
 const MAKES_FILE_AT: Check = Masked(2, CREAT, CREAT);
@@ -315,9 +319,9 @@ const MAKES_FILE: Check = Masked(1, CREAT, CREAT);
 #[cfg(target_arch = "x86_64")]
 const MAKES_UNNAMED_FILE: Check = Masked(1, TMPFILE, TMPFILE);
 
-/// Calls that no library has a reason to make: other programs, processes or identities, kernel
-/// code, and changes of mounts.
-pub(super) const INTRUDER: &[Call] = &[
+/// Calls that kill the process. No library has a reason to make them: they start programs, access
+/// other processes, change identities or mounts, or load kernel code.
+pub(super) const KILL: &[Call] = &[
     (SYS_execve, ANY),
     (SYS_execveat, ANY),
     (SYS_ptrace, ANY),

@@ -1,5 +1,5 @@
-//! Each kind of thread tries what it must not do. A call that a filter refuses returns EPERM; one
-//! that passes returns the kernel's error for invalid arguments.
+//! Each kind of thread makes calls that it may not make. A call that a filter refuses returns
+//! EPERM; a call that passes returns the kernel's error for invalid arguments.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -10,12 +10,12 @@ use super::calls::{self, Call};
 use super::*;
 use crate::capabilities;
 
-/// More than the number of system calls that there are.
+/// A range of numbers that includes all system calls.
 const NUMBERS: std::ops::Range<i64> = 0..500;
 
 /// `uretprobe` and `uprobe` of x86-64: the kernel runs no filter for them, and kills a process that
 /// makes them outside of a probe.
-const NOT_ASKED_ABOUT: [i64; 2] = [335, 336];
+const NOT_FILTERED: [i64; 2] = [335, 336];
 
 /// The result of `f` on a thread with these filters.
 fn with<R: Send>(programs: &[&BpfProgram], f: impl FnOnce() -> R + Send) -> R {
@@ -59,13 +59,13 @@ fn refused(number: i64, arguments: [u64; 4]) -> bool {
 /// arguments.
 fn let_through(lists: &[&[Call]]) -> Vec<i64> {
     let listed: BTreeSet<i64> =
-        lists.iter().chain(&[calls::INTRUDER]).flat_map(|list| list.iter()).map(|c| c.0).collect();
-    let tried = NUMBERS.filter(|n| !listed.contains(n) && !NOT_ASKED_ABOUT.contains(n));
+        lists.iter().chain(&[calls::KILL]).flat_map(|list| list.iter()).map(|c| c.0).collect();
+    let tried = NUMBERS.filter(|n| !listed.contains(n) && !NOT_FILTERED.contains(n));
     tried.filter(|n| !refused(*n, [0; 4])).collect()
 }
 
 #[test]
-fn what_is_on_no_list_is_refused() {
+fn calls_that_are_on_no_list_are_refused() {
     let programs = Programs::compile().unwrap();
     let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL];
     assert_eq!(with(&process(&programs), || let_through(&lists)), [] as [i64; 0]);
@@ -106,7 +106,7 @@ fn a_reactor_opens_nothing_connects_nowhere_and_starts_nothing() {
 }
 
 #[test]
-fn a_reactor_does_its_work_allocates_and_ends() {
+fn a_reactor_may_do_its_work_allocate_and_exit() {
     let programs = Programs::compile().unwrap();
     let no_fd = u64::MAX;
     with(&reactor(&programs), || {
@@ -142,11 +142,11 @@ fn no_thread_makes_memory_executable() {
 }
 
 #[test]
-fn workers_make_no_sockets_move_no_files_and_send_no_signals() {
+fn workers_create_no_sockets_rename_no_files_and_send_no_signals() {
     let programs = Programs::compile().unwrap();
     let no_fd = u64::MAX;
     with(&worker(&programs), || {
-        for (number, _) in calls::NOT_A_WORKERS {
+        for (number, _) in calls::NOT_FOR_WORKERS {
             assert!(refused(*number, [no_fd; 4]), "{number}");
         }
         let here = libc::AT_FDCWD as u64;
@@ -157,7 +157,7 @@ fn workers_make_no_sockets_move_no_files_and_send_no_signals() {
             #[cfg(target_arch = "x86_64")]
             assert!(refused(libc::SYS_open, [0, flags, 0, 0]), "{flags:#o}");
         }
-        // The path is no memory.
+        // The calls pass the filter; their path is a null pointer.
         for flags in [libc::O_RDWR, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC] {
             assert_eq!(errno(libc::SYS_openat, [here, 0, flags as u64, 0]), libc::EFAULT);
         }
@@ -170,7 +170,7 @@ fn workers_make_no_sockets_move_no_files_and_send_no_signals() {
 }
 
 #[test]
-fn the_process_signals_itself_only_and_speaks_to_no_network() {
+fn the_process_signals_only_itself_and_opens_no_network_socket() {
     let programs = Programs::compile().unwrap();
     let (me, init) = (u64::from(std::process::id()), 1);
     with(&control(&programs), || {
@@ -194,10 +194,10 @@ fn the_process_signals_itself_only_and_speaks_to_no_network() {
 }
 
 #[test]
-fn what_only_an_intruder_calls_ends_the_process() {
+fn calls_that_no_library_makes_kill_the_process() {
     let programs = Programs::compile().unwrap();
     let opener = of_opener().unwrap();
-    for (number, _) in calls::INTRUDER {
+    for (number, _) in calls::KILL {
         for programs in [process(&programs), opener.iter().collect()] {
             assert_eq!(signal_of(&programs, *number), Some(libc::SIGSYS), "{number}");
         }
@@ -205,7 +205,7 @@ fn what_only_an_intruder_calls_ends_the_process() {
     assert_eq!(signal_of(&process(&programs), libc::SYS_getuid), None);
 }
 
-/// The signal that kills a process with these filters that makes a call.
+/// The signal that kills a process with these filters when it makes a call.
 fn signal_of(programs: &[&BpfProgram], number: i64) -> Option<i32> {
     // SAFETY: the new process only makes system calls, as this one has other threads.
     let pid = unsafe { libc::fork() };
@@ -224,7 +224,7 @@ fn signal_of(programs: &[&BpfProgram], number: i64) -> Option<i32> {
         unsafe { libc::_exit(0) };
     }
     let mut status = 0;
-    // SAFETY: our own child, and a number of ours.
+    // SAFETY: `status` is live.
     assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
     libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
 }

@@ -11,27 +11,27 @@ struct Helper {
 }
 
 impl Helper {
-    /// The test harness has a thread besides this one. It holds no lock that the new process needs,
-    /// as it waits for this one.
+    /// The test harness has another thread. It holds no lock that the new process needs, because it
+    /// waits for this thread.
     fn start(dirs: &[PathBuf]) -> Self {
         let (opener, pid) = fork(dirs).unwrap();
-        Self { opener, pid: pid as i32 }
+        Self { opener, pid: pid.try_into().unwrap() }
     }
 
     fn socket(&self) -> BorrowedFd<'_> {
         self.opener.0.as_ref().unwrap().as_fd()
     }
 
-    /// Waits for its end, and returns the signal that ended it.
+    /// Waits for the process's exit, and returns the signal that killed it.
     fn wait(&self) -> Option<i32> {
         let mut status = 0;
-        // SAFETY: our own child, and a number of ours.
+        // SAFETY: `status` is live.
         assert_eq!(unsafe { libc::waitpid(self.pid, &raw mut status, 0) }, self.pid);
         libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status))
     }
 
     fn signal(&self, signal: i32) {
-        // SAFETY: our own child, which has not been waited for.
+        // SAFETY: `kill` has no precondition; the child has not been waited for.
         assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
     }
 }
@@ -96,12 +96,12 @@ fn with_directories_nothing_outside_is_opened() {
     for path in [&secret, &link, &inside.join("../out/secret")] {
         assert_eq!(errno(helper.opener.open(path, true)), libc::EACCES, "{}", path.display());
     }
-    let refusal = fork(&[inside, dir.path().join("none")]).unwrap_err();
+    let refusal = fork(&[inside, dir.path().join("none")]).unwrap_err().to_string();
     assert!(refusal.contains("--disk-dir") && refusal.contains("none"), "{refusal}");
 }
 
 #[test]
-fn it_ends_with_the_last_socket_and_takes_no_signal_that_is_meant_for_both() {
+fn it_exits_with_the_last_socket_and_ignores_signals_to_both_processes() {
     let helper = Helper::start(&[]);
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         helper.signal(signal);
@@ -113,7 +113,7 @@ fn it_ends_with_the_last_socket_and_takes_no_signal_that_is_meant_for_both() {
 }
 
 #[test]
-fn when_it_is_gone_whoever_asks_is_told() {
+fn an_open_after_its_exit_fails_with_advice() {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), "disk");
     let helper = Helper::start(&[]);
@@ -137,11 +137,11 @@ fn error_of(answers: impl FnOnce(Option<OwnedFd>) + Send) -> bdev::Error {
 }
 
 #[test]
-fn a_lost_answer_is_not_taken_for_the_end_of_the_process() {
+fn a_lost_answer_is_not_mistaken_for_the_exit_of_the_process() {
     let e = error_of(drop);
     assert_eq!(e.errno(), libc::ECONNRESET);
     let text = e.to_string();
-    assert!(text.contains("no answer") && !text.contains("gone"), "{text}");
+    assert!(text.contains("no answer") && !text.contains("has ended"), "{text}");
     let e = error_of(|socket| answer(&socket.unwrap(), 0, None));
     assert_eq!(e.errno(), libc::EMFILE, "{e}");
     // open(2) itself may say so.
@@ -151,7 +151,7 @@ fn a_lost_answer_is_not_taken_for_the_end_of_the_process() {
 
 /// A lease makes `open` in other processes block until it is given back.
 #[test]
-fn opens_that_hang_hold_up_no_other_and_are_bounded() {
+fn blocked_opens_delay_no_others_and_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let (hangs, path) = (file(dir.path(), "hangs"), file(dir.path(), "disk"));
     let lease = File::options().read(true).write(true).open(&hangs).unwrap();
@@ -163,7 +163,7 @@ fn opens_that_hang_hold_up_no_other_and_are_bounded() {
     };
     set_lease(libc::F_WRLCK);
     let request = [&[0], hangs.as_os_str().as_bytes()].concat();
-    let ask_only = |helper: &Helper| {
+    let request_only = |helper: &Helper| {
         let (answers, theirs) = pair().unwrap();
         send(helper.socket(), &request, Some(theirs.as_fd())).unwrap();
         answers
@@ -174,11 +174,11 @@ fn opens_that_hang_hold_up_no_other_and_are_bounded() {
         len == 4 && i32::from_ne_bytes(code) == 0 && file.is_some()
     };
     let helper = Helper::start(&[]);
-    let one = ask_only(&helper);
+    let one = request_only(&helper);
     helper.opener.open(&path, false).unwrap();
 
     let full = Helper::start(&[]);
-    let all: Vec<OwnedFd> = (0..OPENS_MAX).map(|_| ask_only(&full)).collect();
+    let all: Vec<OwnedFd> = (0..OPENS_MAX).map(|_| request_only(&full)).collect();
     // Requests are received in order.
     let refusal = full.opener.open(&path, false).unwrap_err();
     assert!(matches!(refusal, bdev::Error::Busy(_)), "{refusal}");
@@ -190,7 +190,7 @@ fn opens_that_hang_hold_up_no_other_and_are_bounded() {
 }
 
 #[test]
-fn a_request_that_is_none_does_no_harm() {
+fn an_invalid_request_is_refused_or_ignored() {
     let helper = Helper::start(&[]);
     send(helper.socket(), b"no answer wanted", None).unwrap();
     let (answers, theirs) = pair().unwrap();
