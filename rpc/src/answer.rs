@@ -1,7 +1,7 @@
-//! The text of an answer: compact JSON in ASCII, keys in SPDK's order.
+//! Encodes answers: compact JSON in ASCII, keys in SPDK's order.
 //!
-//! An answer may be tens of megabytes long, so it is encoded in turns, and is stored and sent in
-//! pieces: no step takes longer than one piece.
+//! An answer may have tens of megabytes. So it is encoded in time slices, and stored and sent in
+//! pieces; no step takes longer than one piece.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -15,16 +15,16 @@ use crate::pace::Pace;
 use crate::params::Client;
 use crate::request::Id;
 
-/// Limit on the bytes of one answer; a longer one is replaced by an error. SPDK's number.
+/// Limit on the bytes of one answer, as in SPDK. An error replaces a longer answer.
 pub const ANSWER_MAX: usize = 32 * 1024 * 1024;
 
-/// Size from which a piece is full. A single long string may exceed it.
+/// The length at which a piece is full. A piece with a long string may exceed it.
 const PIECE: usize = 64 * 1024;
 
-/// Bytes of a string that take about as long to write as one value.
+/// The length of a string that takes about as long to write as one value.
 const BYTES_PER_VALUE: usize = 64;
 
-/// Text in pieces.
+/// A text in pieces.
 #[derive(Debug, Default)]
 pub(crate) struct Pieces {
     pieces: VecDeque<Vec<u8>>,
@@ -45,7 +45,7 @@ impl Pieces {
         self.pieces.front().map(Vec::as_slice)
     }
 
-    /// Removes the first piece, which has been sent.
+    /// Removes the first piece.
     pub(crate) fn pop_front(&mut self) {
         self.len -= self.pieces.pop_front().map_or(0, |piece| piece.len());
     }
@@ -87,8 +87,8 @@ impl Pieces {
     }
 }
 
-/// The answer to one request, without a newline: an error if it would be longer than
-/// [`ANSWER_MAX`].
+/// Encodes the answer to one request, without a newline. An answer longer than [`ANSWER_MAX`]
+/// becomes an error.
 pub(crate) async fn encode(
     id: Option<&Id>,
     outcome: Result<Value, RpcError>,
@@ -105,7 +105,7 @@ pub(crate) async fn encode(
     if out.len() > ANSWER_MAX { encode_error(id, &too_long()) } else { out }
 }
 
-/// The answer to a request that failed.
+/// Encodes the answer to a request that failed.
 pub(crate) fn encode_error(id: Option<&Id>, error: &RpcError) -> Pieces {
     let mut out = head(id);
     out.push(br#","error":{"code":"#);
@@ -116,7 +116,7 @@ pub(crate) fn encode_error(id: Option<&Id>, error: &RpcError) -> Pieces {
     out
 }
 
-/// The error in place of an answer that is longer than [`ANSWER_MAX`].
+/// The error that replaces an answer longer than [`ANSWER_MAX`].
 pub(crate) fn too_long() -> RpcError {
     RpcError::internal("The answer is too long")
 }
@@ -132,13 +132,13 @@ fn head(id: Option<&Id>) -> Pieces {
     out
 }
 
-/// A list or an object that is partly written.
+/// A list or an object that is partially written.
 enum Open {
     List(std::vec::IntoIter<Value>),
     Object(map::IntoIter),
 }
 
-/// Writes a value and frees it on the way. Beyond [`ANSWER_MAX`] it only frees.
+/// Writes a value, and frees each part after writing it. Beyond [`ANSWER_MAX`], only frees.
 async fn write(out: &mut Pieces, value: Value, pace: &mut Pace) {
     let mut open: Vec<Open> = Vec::new();
     let mut next = Some(value);
@@ -258,24 +258,24 @@ mod tests {
         String::from_utf8(bytes).unwrap()
     }
 
-    /// The answer's text, and how many times it yielded to other tasks.
+    /// The answer's text, and how many times encoding it yielded to other tasks.
     fn text(id: Option<Id>, outcome: Result<Value, RpcError>) -> (String, usize) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            let mut turns = 0;
+            let mut polls = 0;
             let client = Client::local();
             let mut answer = pin!(encode(id.as_ref(), outcome, &client));
             let answer = poll_fn(|context| {
-                turns += 1;
+                polls += 1;
                 answer.as_mut().poll(context)
             });
             let text = whole(answer.await);
-            (text, turns - 1)
+            (text, polls - 1)
         })
     }
 
     #[test]
-    fn keys_come_in_order_and_numbers_stay() {
+    fn keys_are_in_order_and_numbers_keep_their_notation() {
         assert_eq!(
             text(Some(Id::Number("1.50".into())), Ok(json!({"b": 1, "a": [true, null]}))).0,
             r#"{"jsonrpc":"2.0","id":1.50,"result":{"b":1,"a":[true,null]}}"#
@@ -318,24 +318,24 @@ mod tests {
     }
 
     #[test]
-    fn a_long_answer_takes_turns_and_a_short_one_does_not() {
+    fn encoding_a_long_answer_yields_and_a_short_one_does_not() {
         assert_eq!(text(None, Ok(json!([1, 2, 3]))).1, 0);
         let disks: Vec<Value> = (0..5000).map(|n| json!({"name": n, "more": [n, {}]})).collect();
-        let (written, turns) = text(None, Ok(disks.clone().into()));
+        let (written, yields) = text(None, Ok(disks.clone().into()));
         let back: Value = serde_json::from_str(&written).unwrap();
         assert_eq!(back["result"], Value::from(disks));
         // Five values each.
-        assert_eq!(turns, 5000 * 5 / crate::pace::TURN_VALUES);
+        assert_eq!(yields, 5000 * 5 / crate::pace::SLICE_VALUES);
         let strings: Vec<Value> = (0..100).map(|_| "x".repeat(64_000).into()).collect();
         assert_eq!(text(None, Ok(strings.into())).1, 100);
     }
 
     #[test]
-    fn an_answer_that_is_too_long_is_an_error_and_takes_turns_to_be_thrown_away() {
+    fn an_answer_that_is_too_long_is_an_error_and_freeing_it_yields() {
         let strings: Vec<Value> = (0..40_000).map(|_| "x".repeat(1000).into()).collect();
-        let (written, turns) = text(Some(Id::Number("7".into())), Ok(strings.into()));
+        let (written, yields) = text(Some(Id::Number("7".into())), Ok(strings.into()));
         let back: Value = serde_json::from_str(&written).unwrap();
         assert_eq!((&back["id"], &back["error"]["code"]), (&json!(7), &json!(-32603)));
-        assert!(turns > 600, "{turns}");
+        assert!(yields > 600, "{yields}");
     }
 }

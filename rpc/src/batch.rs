@@ -1,4 +1,4 @@
-//! Runs a batch request: its members in order, with other clients served in between.
+//! Runs a batch request: starts its members in order, and yields to other clients between them.
 
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -15,19 +15,18 @@ use crate::params::Client;
 use crate::registry::Registry;
 use crate::request::{Id, Member};
 
-/// Runs a batch's members. They start in order, before the next request of their client; other
-/// tasks of the thread run between two of them. Answers come in the order in which the members
-/// finish; nothing is answered if all are notifications.
+/// Runs a batch's members. They start in order, and before the next request of their client. Other
+/// tasks of the thread run between two members. The answers are in the order in which the members
+/// finish. A batch of notifications that succeed has no answer.
 ///
-/// Once the answers are longer than [`ANSWER_MAX`], further members are not run, and each gets an
-/// error that says so.
+/// When the answers exceed [`ANSWER_MAX`], further members do not run, and each gets an error.
 pub(crate) async fn answer_batch(
     members: Vec<Member>,
     registry: &Rc<Registry>,
     client: Client,
     load: Rc<Load>,
 ) -> Option<Pieces> {
-    let mut answers = Answers { text: Pieces::default(), is_full: false, held: 0, load };
+    let mut answers = Answers { text: Pieces::default(), is_full: false, buffered: 0, load };
     let mut running: JoinSet<Ended> = JoinSet::new();
     for member in members {
         while running.len() >= OUTSTANDING_MAX {
@@ -42,8 +41,8 @@ pub(crate) async fn answer_batch(
         let id = member.id.clone();
         let mut future =
             Box::pin(async move { answer_member(member, &registry, client_of_member).await });
-        // A member that only yields is run to its end here, so that few members hold half an answer
-        // at a time.
+        // A member that only yields runs to its end here, so that few members hold part of an
+        // answer at a time.
         let first = poll_fn(|context| match future.as_mut().poll(context) {
             Poll::Pending if paused.is_paused() => Poll::Pending,
             polled => Poll::Ready(polled),
@@ -53,7 +52,7 @@ pub(crate) async fn answer_batch(
             Poll::Ready(None) => {}
             Poll::Pending => drop(running.spawn_local(async move { (id, future.await) })),
         }
-        client.give_way().await;
+        client.yield_now().await;
     }
     while !running.is_empty() {
         answers.join(running.join_next().await);
@@ -61,25 +60,25 @@ pub(crate) async fn answer_batch(
     answers.finish()
 }
 
-/// A member that had to wait: its id and its answer.
+/// A member that has waited: its id and its answer.
 type Ended = (Option<Id>, Option<Pieces>);
 
 fn not_run() -> RpcError {
     RpcError::internal("Not run: the answers to this batch are too long")
 }
 
-/// The answers to a batch, as they come in.
+/// The answers to a batch that have arrived.
 struct Answers {
     text: Pieces,
     /// An answer did not fit.
     is_full: bool,
     /// Bytes that are counted in `load`.
-    held: usize,
+    buffered: usize,
     load: Rc<Load>,
 }
 
 impl Answers {
-    /// A member that had to wait has ended.
+    /// Adds the answer of a member that has waited.
     fn join(&mut self, ended: Option<Result<Ended, JoinError>>) {
         match ended {
             Some(Ok((id, Some(answer)))) => self.add_or_refuse(id.as_ref(), answer),
@@ -95,14 +94,15 @@ impl Answers {
             self.add(answer);
         } else {
             self.is_full = true;
-            // An id is a part of the request, so these errors cannot add up to much.
+            // The length of these errors is bounded by the request's length, which includes the
+            // ids.
             self.add(answer::encode_error(id, &too_long()));
         }
     }
 
     fn add(&mut self, answer: Pieces) {
-        self.held += answer.len();
-        self.load.hold(answer.len());
+        self.buffered += answer.len();
+        self.load.add_buffered(answer.len());
         self.text.push(if self.text.is_empty() { b"[" } else { b"," });
         self.text.append(answer);
     }
@@ -118,6 +118,6 @@ impl Answers {
 
 impl Drop for Answers {
     fn drop(&mut self) {
-        self.load.let_go(self.held);
+        self.load.remove_buffered(self.buffered);
     }
 }

@@ -1,10 +1,9 @@
-//! Parameters as Rust values, read as strictly as SPDK reads them.
+//! Decodes parameters into Rust values, as strictly as SPDK does.
 //!
-//! A serde deserializer over JSON text that differs from serde_json's: an object that
-//! becomes a struct may hold no unknown and no repeated name, `1e2` and `512.0` are integers,
-//! a string may not hold a NUL, and `null` is no value for an optional field (leave it out
-//! instead). Strictness belongs to the call, not to the type, so types need no serde
-//! attributes for it.
+//! This is a serde deserializer over JSON text that differs from serde_json's: an object that
+//! becomes a struct may have neither unknown nor repeated names, `1e2` and `512.0` are integers, a
+//! string may not contain a NUL, and `null` is not a value of an optional field (which must be left
+//! out instead). The caller chooses the strictness, so types need no serde attributes for it.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,26 +18,36 @@ use serde_json::value::RawValue;
 
 use crate::request::members;
 
-/// Reads one JSON value. `relaxed` allows unknown names in the outermost object.
-pub(crate) fn decode<'de, T: Deserialize<'de>>(text: &'de str, relaxed: bool) -> Result<T, Error> {
-    decode_seed(PhantomData, text, relaxed)
+/// Whether the outermost object may have unknown names. Inner objects may not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UnknownNames {
+    Refused,
+    Ignored,
+}
+
+/// Decodes one JSON value.
+pub(crate) fn decode<'de, T: Deserialize<'de>>(
+    text: &'de str,
+    unknown_names: UnknownNames,
+) -> Result<T, Error> {
+    decode_seed(PhantomData, text, unknown_names)
 }
 
 /// As [`decode`], with a seed in place of a type.
 pub(crate) fn decode_seed<'de, S: DeserializeSeed<'de>>(
     seed: S,
     text: &'de str,
-    relaxed: bool,
+    unknown_names: UnknownNames,
 ) -> Result<S::Value, Error> {
-    seed.deserialize(Text { text: text.trim_ascii(), relaxed })
+    seed.deserialize(Text { text: text.trim_ascii(), unknown_names })
 }
 
-/// Why a value could not be read; for the log, since the answer only says that it failed.
+/// Why a value cannot be decoded. It goes to the log; SPDK's answers have no details.
 #[derive(Debug)]
 pub(crate) struct Error(String);
 
 impl Error {
-    /// The reason, at most 200 characters and printable, as clients choose parts of it.
+    /// Truncates the reason to 200 printable characters, because clients choose parts of it.
     fn new(text: impl fmt::Display) -> Self {
         let text: String = text.to_string();
         let printable = |c: char| if c.is_control() { '?' } else { c };
@@ -67,16 +76,16 @@ impl From<serde_json::Error> for Error {
     }
 }
 
-/// The text of one JSON value, without space round it.
+/// The text of one JSON value, without surrounding white space.
 #[derive(Clone, Copy)]
 struct Text<'de> {
     text: &'de str,
-    relaxed: bool,
+    unknown_names: UnknownNames,
 }
 
 impl<'de> Text<'de> {
     fn inner(raw: &'de RawValue) -> Self {
-        Self { text: raw.get(), relaxed: false }
+        Self { text: raw.get(), unknown_names: UnknownNames::Refused }
     }
 
     fn first(&self) -> u8 {
@@ -89,7 +98,7 @@ impl<'de> Text<'de> {
         }
         let string: String = serde_json::from_str(self.text)?;
         if string.contains('\0') {
-            return Err(Error::new("a string holds a NUL"));
+            return Err(Error::new("a string contains a NUL character"));
         }
         Ok(string)
     }
@@ -98,15 +107,16 @@ impl<'de> Text<'de> {
         matches!(self.first(), b'-' | b'0'..=b'9')
     }
 
-    /// Whether the number is an integer that fits into a Rust integer type, as `5`, `5.0` and `5e0`
-    /// do. A plain integer that does not fit is not taken as a floating-point number.
+    /// Whether the number is an integer that fits into `u64` or `i64`, such as `5`, `5.0` and
+    /// `5e0`. A plain integer that does not fit counts as an integer, too, and not as a
+    /// floating-point number.
     fn is_whole(&self) -> bool {
         let limit = |negative| if negative { i64::MIN.unsigned_abs() } else { u64::MAX };
         let fits = |(negative, size)| size <= u128::from(limit(negative));
         !self.text.contains(['.', 'e', 'E']) || integer(self.text).is_ok_and(fits)
     }
 
-    fn unexpected(&self, wanted: &str) -> Error {
+    fn unexpected(&self, expected: &str) -> Error {
         let found = match self.first() {
             b'{' => "an object",
             b'[' => "an array",
@@ -115,7 +125,7 @@ impl<'de> Text<'de> {
             b'n' => "null",
             _ => "a number",
         };
-        Error::new(format_args!("{found} instead of {wanted}"))
+        Error::new(format_args!("expected {expected}, found {found}"))
     }
 
     fn integer<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -152,7 +162,7 @@ impl<'de> Text<'de> {
         let mut members = members(self.text)?;
         if let Some(known) = known {
             let is_known = |name: &str| known.contains(&name);
-            if self.relaxed {
+            if self.unknown_names == UnknownNames::Ignored {
                 members.retain(|(name, _)| is_known(name));
             } else if let Some((name, _)) = members.iter().find(|(name, _)| !is_known(name)) {
                 return Err(Error::new(format_args!("unknown name '{name}'")));
@@ -160,7 +170,7 @@ impl<'de> Text<'de> {
         }
         let mut seen = HashSet::new();
         if let Some((name, _)) = members.iter().find(|(name, _)| !seen.insert(name.as_str())) {
-            return Err(Error::new(format_args!("'{name}' is given twice")));
+            return Err(Error::new(format_args!("duplicate name '{name}'")));
         }
         visitor.visit_map(Members { rest: members.into_iter(), current: None })
     }
@@ -174,7 +184,8 @@ impl<'de> Text<'de> {
     }
 }
 
-/// The sign and the size of an integer however it is written; a fraction of zero is allowed.
+/// Parses an integer in any notation of JSON: whether it is negative, and its absolute value. Its
+/// fraction must be zero.
 fn integer(text: &str) -> Result<(bool, u128), Error> {
     let range = || Error::new("an integer is out of range");
     let (negative, text) = text.strip_prefix('-').map_or((false, text), |text| (true, text));
@@ -188,9 +199,10 @@ fn integer(text: &str) -> Result<(bool, u128), Error> {
         return Ok((negative, 0));
     }
     let exponent: i64 = exponent.parse().map_err(|_| range())?;
+    // Both lengths are far below `i64::MAX`: a request has at most 256 KiB.
     let exponent = exponent.checked_add(dropped as i64).ok_or_else(range)? - fraction.len() as i64;
     if exponent < 0 {
-        return Err(Error::new("a fraction instead of an integer"));
+        return Err(Error::new("expected an integer, found a fraction"));
     }
     let power = u32::try_from(exponent).ok().and_then(|power| 10u128.checked_pow(power));
     let size: u128 = significant.parse().map_err(|_| range())?;
@@ -270,7 +282,7 @@ impl<'de> Deserializer<'de> for Text<'de> {
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         if self.first() == b'n' {
-            return Err(Error::new("null instead of a value"));
+            return Err(Error::new("expected a value, found null"));
         }
         visitor.visit_some(self)
     }
@@ -397,7 +409,7 @@ mod tests {
     }
 
     fn strict(text: &str) -> Result<Sample, Error> {
-        decode(text, false)
+        decode(text, UnknownNames::Refused)
     }
 
     #[test]
@@ -424,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn integers_in_every_spelling() {
+    fn integers_in_every_notation() {
         for (text, value) in [
             ("0", Some(0)),
             ("-0", Some(0)),
@@ -449,12 +461,15 @@ mod tests {
             ("true", None),
             ("\"1\"", None),
         ] {
-            assert_eq!(decode::<u32>(text, false).ok(), value, "{text}");
+            assert_eq!(decode::<u32>(text, UnknownNames::Refused).ok(), value, "{text}");
         }
-        assert_eq!(decode::<i64>("-9223372036854775808", false).ok(), Some(i64::MIN));
-        assert_eq!(decode::<i64>("-9223372036854775809", false).ok(), None);
-        assert_eq!(decode::<u64>("18446744073709551616", false).ok(), None);
-        assert_eq!(decode::<f64>("1e999", false).ok(), None);
+        fn number<T: for<'de> Deserialize<'de>>(text: &str) -> Option<T> {
+            decode(text, UnknownNames::Refused).ok()
+        }
+        assert_eq!(number("-9223372036854775808"), Some(i64::MIN));
+        assert_eq!(number::<i64>("-9223372036854775809"), None);
+        assert_eq!(number::<u64>("18446744073709551616"), None);
+        assert_eq!(number::<f64>("1e999"), None);
     }
 
     #[test]
@@ -485,30 +500,28 @@ mod tests {
     }
 
     #[test]
-    fn relaxed_allows_unknown_names_outside_only() {
-        let relaxed = |text| decode::<Sample>(text, true);
+    fn unknown_names_are_ignored_in_the_outermost_object_only() {
+        let relaxed = |text| decode::<Sample>(text, UnknownNames::Ignored);
         assert!(relaxed(r#"{"name":"a","x":1,"x":2,"y":{"z":null}}"#).is_ok());
         assert!(relaxed(r#"{"name":"a","name":"b"}"#).is_err());
         assert!(relaxed(r#"{"name":"a","nested":{"a":1,"b":2}}"#).is_err());
     }
 
     #[test]
-    fn any_value_can_be_kept_as_it_is() {
+    fn any_value_decodes_as_a_json_value() {
+        let value = |text| decode::<Value>(text, UnknownNames::Refused);
         let text = r#"{"a":[1,-2,1.5,"x",null,true,{"b":{}}]}"#;
-        assert_eq!(
-            decode::<Value>(text, false).unwrap(),
-            json!({"a":[1,-2,1.5,"x",null,true,{"b":{}}]})
-        );
-        let numbers = decode::<Value>("[2.0,1e3,-5.0e0,18446744073709551615.0,1e20,0.5]", false);
+        assert_eq!(value(text).unwrap(), json!({"a":[1,-2,1.5,"x",null,true,{"b":{}}]}));
+        let numbers = value("[2.0,1e3,-5.0e0,18446744073709551615.0,1e20,0.5]");
         assert_eq!(numbers.unwrap(), json!([2, 1000, -5, u64::MAX, 1e20, 0.5]));
-        assert!(decode::<Value>("18446744073709551616", false).is_err());
-        assert!(decode::<Value>(r#"{"a":1,"a":1}"#, false).is_err());
+        assert!(value("18446744073709551616").is_err());
+        assert!(value(r#"{"a":1,"a":1}"#).is_err());
     }
 
     #[test]
     fn the_reason_names_the_member_and_is_short_and_printable() {
         let reason = strict(r#"{"name":"a","nested":{"a":"x"}}"#).unwrap_err().to_string();
-        assert_eq!(reason, "'nested': 'a': a string instead of an integer");
+        assert_eq!(reason, "'nested': 'a': expected an integer, found a string");
         let long = format!(r#"{{"{}\n\u001b":1}}"#, "é".repeat(5000));
         let reason = strict(&long).unwrap_err().to_string();
         assert!(reason.chars().count() <= 200 && !reason.contains(char::is_control));

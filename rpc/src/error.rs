@@ -1,32 +1,32 @@
-//! What a method answers when it fails: a code and a text, as SPDK gives them.
+//! The error of a call: a code and a text, as SPDK answers them.
 
 use thiserror::Error;
 
-/// {message} ({code})
+/// The error that a method answers.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{message} ({code})")]
 pub struct RpcError {
     /// A JSON-RPC code (-32768..=-32000), a negative errno, or -1 for the wrong phase.
     pub code: i64,
-    /// The text clients see, and in some cases compare.
+    /// The text that clients see. Some clients compare it.
     pub message: String,
 }
 
 impl RpcError {
-    /// The request is not JSON.
+    /// The bytes are not JSON.
     pub const PARSE_ERROR: i64 = -32700;
-    /// The request is JSON, but no request.
+    /// The JSON value is not a request.
     pub const INVALID_REQUEST: i64 = -32600;
-    /// No such method, or it is not on the allow-list.
+    /// There is no such method, or it is not allowed.
     pub const METHOD_NOT_FOUND: i64 = -32601;
-    /// The parameters do not fit the method.
+    /// The parameters are invalid for the method.
     pub const INVALID_PARAMS: i64 = -32602;
     /// The method failed.
     pub const INTERNAL: i64 = -32603;
-    /// The method exists, but not in this phase.
+    /// The method may not be called in this phase.
     pub const INVALID_STATE: i64 = -1;
 
-    /// An error with any code.
+    /// An error with this code and text.
     pub fn new(code: i64, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
@@ -46,22 +46,22 @@ impl RpcError {
         Self::new(-i64::from(errno), strerror(errno))
     }
 
-    /// A JSON-RPC code with glibc's text for a positive `errno`, as the vhost methods answer.
+    /// This code with glibc's text for a positive `errno`, as the vhost methods answer.
     pub fn with_strerror(code: i64, errno: i32) -> Self {
         Self::new(code, strerror(errno))
     }
 
-    /// The request is not JSON.
+    /// The bytes are not JSON.
     pub fn parse_error() -> Self {
         Self::new(Self::PARSE_ERROR, "Parse error")
     }
 
-    /// The request is JSON, but no request.
+    /// The JSON value is not a request.
     pub fn invalid_request() -> Self {
         Self::new(Self::INVALID_REQUEST, "Invalid request")
     }
 
-    /// No such method, or it is not on the allow-list.
+    /// There is no such method, or it is not allowed.
     pub fn method_not_found() -> Self {
         Self::new(Self::METHOD_NOT_FOUND, "Method not found")
     }
@@ -70,7 +70,7 @@ impl RpcError {
 /// glibc's text for a positive errno: "File exists" for 17.
 pub fn strerror(errno: i32) -> String {
     let mut text = std::io::Error::from_raw_os_error(errno).to_string();
-    // std appends the number to what strerror_r gave.
+    // std appends the number to the text of `strerror_r`.
     let suffix = format!(" (os error {errno})");
     if text.ends_with(&suffix) {
         text.truncate(text.len() - suffix.len());

@@ -1,9 +1,9 @@
-//! Tells when a client has closed both directions of its socket.
+//! Detects that a client has closed both directions of its socket.
 //!
-//! End of file does not: a client that only shut down its sending side still reads answers.
-//! The kernel does, as EPOLLHUP, but tokio reports that with "writable", which a socket is
-//! nearly always. So this watches a second handle of the socket and throws "writable" away
-//! there, which would make the first handle refuse to write.
+//! End of file is not sufficient: a client that has only shut down its sending direction still
+//! reads answers. The kernel reports the hang-up as EPOLLHUP, which tokio reports together with
+//! "writable", and a socket is nearly always writable. So this module watches a second handle of
+//! the socket and clears "writable" there. On the first handle, clearing it would make writes fail.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::stream::Stream;
 
-/// The second handle.
+/// The second handle of a client's socket.
 pub(crate) struct HangUp(AsyncFd<ForeignFd>);
 
 impl HangUp {
@@ -26,7 +26,7 @@ impl HangUp {
         loop {
             match self.0.writable().await {
                 Ok(guard) if guard.ready().is_write_closed() => return,
-                // Readiness is remembered until it is cleared; then wait for the next change.
+                // tokio keeps readiness until it is cleared. The next call waits for a change.
                 Ok(mut guard) => guard.clear_ready(),
                 Err(_) => return,
             }

@@ -1,4 +1,4 @@
-//! Which clients have been idle for long, and so may be disconnected when another client waits.
+//! Idle times of clients. The client that has been idle longest is disconnected if another waits.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// How long a client has to be idle before it may be disconnected for another.
+/// The minimum idle time of a client that is disconnected for another.
 const IDLE_MIN: Duration = Duration::from_secs(300);
 
 /// The idle state of one connection, and the request to close it.
@@ -18,19 +18,20 @@ pub(crate) struct Idle {
 }
 
 impl Idle {
-    /// Nothing runs for the client, every answer is sent, and no request is being received.
+    /// Starts the idle time, unless it has started: no request runs or is being received, and all
+    /// answers are sent.
     pub(crate) fn begin(&self) {
         if self.since.get().is_none() {
             self.since.set(Some(Instant::now()));
         }
     }
 
-    /// The client has sent something.
+    /// Ends the idle time: the client has sent bytes.
     pub(crate) fn end(&self) {
         self.since.set(None);
     }
 
-    /// Waits until the connection is to be closed for another client.
+    /// Waits for a request to close the connection for another client.
     pub(crate) async fn closed(&self) {
         loop {
             self.close.notified().await;
@@ -46,7 +47,7 @@ impl Idle {
 pub(crate) struct Connections(RefCell<Vec<Weak<Idle>>>);
 
 impl Connections {
-    /// A new one.
+    /// Adds a connection.
     pub(crate) fn add(&self) -> Rc<Idle> {
         let idle = Rc::new(Idle::default());
         let mut all = self.0.borrow_mut();
@@ -78,7 +79,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_one_idle_longest_makes_way_and_not_too_soon() {
+    async fn the_connection_that_is_idle_longest_is_closed_after_the_minimum() {
         let connections = Connections::default();
         let [busy, later, first] = [(); 3].map(|()| connections.add());
         busy.begin();
@@ -96,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_that_have_ended_are_forgotten() {
+    fn connections_that_have_ended_are_removed() {
         let connections = Connections::default();
         for _ in 0..3 {
             drop(connections.add());

@@ -1,4 +1,4 @@
-//! Bytes that were received and not yet parsed.
+//! The receive buffer of a connection, from which requests are parsed.
 
 use std::io;
 
@@ -6,30 +6,31 @@ use crate::request::Request;
 use crate::scan::{self, Scan, Scanner};
 use crate::stream::Stream;
 
-/// Limit on the bytes of one request; a longer one is refused. SPDK's number.
+/// Limit on the bytes of one request, as in SPDK. A longer request is refused.
 pub const REQUEST_MAX: usize = 256 * 1024;
 
 /// Bytes requested from the socket in one read.
 pub(crate) const READ_SIZE: usize = 16 << 10;
 
-/// Bytes that were received and not yet parsed.
+/// Received bytes that are not yet parsed.
 pub(crate) struct Input {
     bytes: Vec<u8>,
     /// Start of the value that is being scanned.
     start: usize,
-    /// How far it has been scanned.
+    /// End of the bytes that have been scanned.
     scanned: usize,
     scanner: Scanner,
 }
 
-/// What the next bytes are.
+/// The result of [`Input::next`].
 pub(crate) enum Next {
+    /// A request.
     Request(Request),
-    /// The request is not complete yet.
+    /// The next request is incomplete.
     Incomplete,
-    /// [`REQUEST_MAX`] bytes without a complete request.
+    /// The buffer holds [`REQUEST_MAX`] bytes without a complete request.
     TooLong,
-    /// Not JSON.
+    /// The bytes are not JSON.
     Invalid,
 }
 
@@ -38,10 +39,10 @@ impl Input {
         Self { bytes: Vec::new(), start: 0, scanned: 0, scanner: Scanner::new() }
     }
 
-    /// The next request. [`Next::Incomplete`] means that there is room to read more.
+    /// Parses the next request. After [`Next::Incomplete`], the buffer has room to read more.
     pub(crate) fn next(&mut self) -> Next {
         if self.scanner.is_idle() {
-            // Whitespace before a request does not count towards it.
+            // White space before a request does not count towards its length.
             let space = self.bytes[self.scanned..].iter().take_while(|b| scan::is_space(**b));
             self.scanned += space.count();
             self.start = self.scanned;
@@ -69,14 +70,14 @@ impl Input {
         }
     }
 
-    /// Reads once, after [`Next::Incomplete`]; 0 is the end of the stream.
+    /// Reads once. Call it after [`Next::Incomplete`]. 0 means end of file.
     pub(crate) fn read(&mut self, stream: &mut Stream) -> io::Result<usize> {
         self.bytes.drain(..self.start);
         self.scanned -= self.start;
         self.start = 0;
         let filled = self.bytes.len();
         if filled == 0 {
-            // An idle client keeps no buffer.
+            // Frees the buffer of an idle client.
             self.bytes = Vec::new();
         }
         self.bytes.resize(filled + READ_SIZE.min(REQUEST_MAX - filled), 0);

@@ -1,9 +1,9 @@
-//! JSON-RPC 2.0 on a Unix socket, framed as SPDK frames it; knows no device.
+//! JSON-RPC 2.0 on a Unix socket, with SPDK's framing. This crate knows no device.
 //!
-//! A [`Registry`] holds the methods, a [`Server`] offers them on a socket, and
-//! [`Registry::call`] runs one in process (for the replay of a configuration file).
-//! Everything lives on one thread, inside a `tokio::task::LocalSet`, so a method may use
-//! `Rc` and `RefCell` and its future need not be `Send`.
+//! A [`Registry`] holds the methods, a [`Server`] serves them on a socket, and [`Registry::call`]
+//! calls one from within the process (for the entries of a configuration file). All run on one
+//! thread, inside a `tokio::task::LocalSet`, so a method may use `Rc` and `RefCell`, and its future
+//! need not be `Send`.
 //!
 //! ```no_run
 //! # use std::rc::Rc;
@@ -34,14 +34,15 @@
 //! # }
 //! ```
 //!
-//! The data flows: bytes → `scan` (where does a request end?) → `request` (what does it
-//! ask?) → `registry` (who answers?) → `params` and `decode` (with what?) → `answer` (the
-//! reply's text). `connection` moves the bytes of one client, `server` the clients.
+//! The data flow: `scan` finds the end of a request in the received bytes, `request` parses it,
+//! `registry` finds the method, `params` and `decode` decode its parameters, and `answer` encodes
+//! the answer. `connection` receives and sends the bytes of one client; `server` accepts clients.
 //!
-//! Other tasks share the thread, so neither this crate nor a method may run for long at a time.
-//! Work that grows with a request or an answer is done in turns: `batch` runs one member per turn,
-//! `answer` encodes a long result piece by piece, and a method that builds one counts its work
-//! ([`Params::pace`]). Sockets are closed on other threads (`stream`).
+//! Other tasks share the thread, so neither this crate nor a method may run for long without a
+//! yield. Work that grows with a request or an answer runs in time slices: `batch` yields after
+//! each member, `answer` encodes a long result piece by piece, and a method that builds one counts
+//! its work ([`Params::pace`]). Other threads close the sockets (`stream`).
+#![warn(clippy::cast_possible_truncation)]
 
 mod answer;
 mod batch;
@@ -65,7 +66,7 @@ pub use answer::ANSWER_MAX;
 pub use error::{RpcError, strerror};
 pub use input::REQUEST_MAX;
 pub use link::OUTSTANDING_MAX;
-pub use pace::{Pace, TURN_VALUES};
+pub use pace::{Pace, SLICE_VALUES};
 pub use params::{Client, DecodeFailure, Params};
 pub use registry::{Phase, Phases, Registry};
 pub use server::{CONNECTIONS_MAX, Server};

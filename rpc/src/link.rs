@@ -13,27 +13,37 @@ use crate::pace::Load;
 use crate::params::Client;
 use crate::stream::Stream;
 
-/// Requests of one connection (and members of one batch) that may run at a time; further ones stay
-/// unread until one of them ends. SPDK has no limit. A client that waits for each answer needs one,
-/// and scripts that pipeline use tens.
+/// Limit on the running requests of one connection, and on the running members of one batch.
+/// Further requests stay unread until one ends. SPDK has no limit. A client that waits for each
+/// answer needs 1, and scripts that pipeline use tens.
 pub const OUTSTANDING_MAX: usize = 128;
 
-/// Bytes of answers, unsent or of unfinished batches, above which no further request is started, so
-/// that a client that does not read its answers gets no more of them.
+/// Bytes of answers, unsent or in unfinished batches, from which on no further request starts. This
+/// bounds the memory of a client that does not read its answers.
 const UNSENT_HIGH: usize = 1024 * 1024;
 
-/// Bytes of unsent answers above which the connection is closed. Only requests that ran at the same
-/// time can reach it; twice the longest answer.
+/// Bytes of unsent answers above which the connection is closed: twice the longest answer. Only
+/// requests that run at the same time can exceed it.
 const UNSENT_MAX: usize = 2 * ANSWER_MAX;
 
-/// Bytes sent in one turn.
+/// Limit on the bytes that one iteration sends.
 const SEND_MAX: usize = 256 * 1024;
 
-/// The answers that are not sent yet, and the requests that are still running.
+/// How much [`Link::flush`] has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flushed {
+    /// Everything, or as much as the socket takes.
+    Everything,
+    /// [`SEND_MAX`] bytes; the socket may take more.
+    Some,
+}
+
+/// The unsent answers of a connection, and the count of its running requests.
 pub(crate) struct Link {
     unsent: RefCell<Pieces>,
     /// Bytes of the first piece that are sent.
     sent: Cell<usize>,
+    /// Running requests.
     outstanding: Cell<usize>,
     /// No further answers are accepted.
     closed: Cell<bool>,
@@ -61,7 +71,8 @@ impl Link {
         *self.gone.borrow()
     }
 
-    /// The client cannot read answers any more.
+    /// Records that the client has disconnected. Drops the unsent answers, and tells the running
+    /// requests.
     pub(crate) fn set_gone(&self) {
         self.close();
         self.unsent.take();
@@ -69,7 +80,7 @@ impl Link {
         self.gone.send_replace(true);
     }
 
-    /// Accepts no further answers.
+    /// Stops accepting answers.
     pub(crate) fn close(&self) {
         self.closed.set(true);
     }
@@ -78,29 +89,33 @@ impl Link {
         self.unsent.borrow().len() - self.sent.get()
     }
 
+    /// Whether the limits allow another request.
     pub(crate) fn may_start(&self) -> bool {
         self.outstanding.get() < OUTSTANDING_MAX
-            && self.unsent_len() + self.load.held() < UNSENT_HIGH
+            && self.unsent_len() + self.load.buffered() < UNSENT_HIGH
     }
 
+    /// Whether the connection must be closed because of its unsent answers.
     pub(crate) fn is_overfull(&self) -> bool {
         self.unsent_len() > UNSENT_MAX
     }
 
+    /// Whether all answers are sent.
     pub(crate) fn is_done_sending(&self) -> bool {
         self.unsent_len() == 0
     }
 
-    /// No request of this client runs, and all answers are sent.
+    /// Whether no request of this client runs and all answers are sent.
     pub(crate) fn is_idle(&self) -> bool {
         self.is_done_sending() && self.outstanding.get() == 0
     }
 
-    /// No request of this client runs or is waited for, and all answers are sent.
+    /// Whether all answers are sent, and no request runs or its client has disconnected.
     pub(crate) fn is_done(&self) -> bool {
         self.is_idle() || (self.is_done_sending() && self.is_gone())
     }
 
+    /// Queues an answer, unless the link is closed or overfull.
     pub(crate) fn push(&self, answer: Pieces) {
         if self.closed.get() || self.is_overfull() {
             return;
@@ -111,16 +126,16 @@ impl Link {
         self.load.changed.notify_one();
     }
 
-    /// Sends what the socket takes in one turn; true if it may take more at once.
+    /// Sends answers until the socket is full or [`SEND_MAX`] bytes are sent.
     ///
     /// # Errors
-    /// The client cannot be written to any more.
-    pub(crate) fn flush(&self, stream: &Stream) -> io::Result<bool> {
+    /// The client has disconnected.
+    pub(crate) fn flush(&self, stream: &Stream) -> io::Result<Flushed> {
         let mut unsent = self.unsent.borrow_mut();
         let mut left = SEND_MAX;
         while let Some(piece) = unsent.front() {
             if left == 0 {
-                return Ok(true);
+                return Ok(Flushed::Some);
             }
             let rest = &piece[self.sent.get()..];
             match stream.try_write(&rest[..rest.len().min(left)]) {
@@ -132,16 +147,16 @@ impl Link {
                         self.sent.set(0);
                     }
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
-        Ok(false)
+        Ok(Flushed::Everything)
     }
 
-    /// Waits until the client can be read if `wants_read`, can be written if there is something to
-    /// write, or is gone. What a client has sent before it left can still be read: the two handles
-    /// of its socket may report the hang-up at different times.
+    /// Waits until the client can be read, if `wants_read`; or can be written, if there are unsent
+    /// answers; or has disconnected. After that, this still waits for reads: the client's last
+    /// bytes may become readable after the second handle has reported the hang-up.
     pub(crate) async fn ready(&self, stream: &Stream, hang_up: &HangUp, wants_read: bool) {
         if self.is_gone() {
             return if wants_read {
@@ -163,16 +178,16 @@ impl Link {
     }
 }
 
-/// Marks the link as gone when its task ends.
-pub(crate) struct EndOfLink(pub(crate) Rc<Link>);
+/// Calls [`Link::set_gone`] when the connection's task ends.
+pub(crate) struct GoneOnDrop(pub(crate) Rc<Link>);
 
-impl Drop for EndOfLink {
+impl Drop for GoneOnDrop {
     fn drop(&mut self) {
         self.0.set_gone();
     }
 }
 
-/// Counts a request while it runs, however it ends.
+/// Counts a running request until it is dropped.
 pub(crate) struct Running(pub(crate) Rc<Link>);
 
 impl Running {
@@ -203,7 +218,7 @@ mod tests {
         text
     }
 
-    /// What the client can read now.
+    /// The number of bytes that the client can read now.
     fn read(client: &mut UnixStream) -> usize {
         client.set_nonblocking(true).unwrap();
         let mut bytes = Vec::new();
@@ -214,9 +229,9 @@ mod tests {
     }
 
     #[test]
-    fn a_link_holds_twice_the_longest_answer_and_takes_nothing_beyond() {
+    fn a_link_holds_twice_the_longest_answer_and_drops_further_ones() {
         let link = Link::new();
-        // With its newline, each is as long as an answer may be.
+        // Each has the maximum length with its newline.
         link.push(text(ANSWER_MAX - 1));
         link.push(text(ANSWER_MAX - 1));
         assert!(!link.is_overfull());
@@ -227,19 +242,19 @@ mod tests {
     }
 
     #[test]
-    fn no_request_starts_while_a_megabyte_waits_to_be_sent_or_for_its_batch() {
+    fn no_request_starts_while_a_megabyte_is_unsent_or_in_unfinished_batches() {
         let link = Link::new();
-        link.load.hold(UNSENT_HIGH / 2);
+        link.load.add_buffered(UNSENT_HIGH / 2);
         link.push(text(UNSENT_HIGH / 2 - 2));
         assert!(link.may_start());
         link.push(text(0));
         assert!(!link.may_start());
-        link.load.let_go(1);
+        link.load.remove_buffered(1);
         assert!(link.may_start());
     }
 
     #[test]
-    fn a_link_is_idle_with_nothing_to_run_or_send_and_done_if_nobody_waits() {
+    fn a_link_is_idle_without_requests_and_answers_and_done_without_a_client() {
         let link = Rc::new(Link::new());
         assert!(link.is_idle() && link.is_done());
         let running = Running::new(Rc::clone(&link));
@@ -254,13 +269,13 @@ mod tests {
         assert!(!link.is_idle() && !link.is_done());
         link.set_gone();
         link.push(text(1));
-        assert!(link.is_idle(), "nothing is kept for a client that is gone");
+        assert!(link.is_idle(), "no answers are kept for a client that has disconnected");
     }
 
     #[tokio::test]
-    async fn a_turn_sends_so_much_and_what_is_sent_is_not_unsent() {
+    async fn a_flush_sends_a_bounded_number_of_bytes() {
         let (stream, mut client) = Stream::pair();
-        // Room for more than a turn sends.
+        // Room for more than a flush sends.
         set_socket_send_buffer_size(stream.as_fd(), 2 * SEND_MAX).unwrap();
         let link = Link::new();
         let all = 2 * SEND_MAX + 1000;
@@ -268,7 +283,8 @@ mod tests {
         for left in [SEND_MAX + 1000, 1000, 0] {
             stream.ready(Interest::WRITABLE).await;
             let sent = link.unsent_len() - left;
-            assert_eq!(link.flush(&stream).unwrap(), left > 0, "whether the socket may take more");
+            let expected = if left > 0 { Flushed::Some } else { Flushed::Everything };
+            assert_eq!(link.flush(&stream).unwrap(), expected);
             assert_eq!(read(&mut client), sent);
             assert_eq!(link.unsent_len(), left);
         }
@@ -276,7 +292,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_cannot_be_written_to_is_an_error() {
+    async fn flushing_to_a_client_that_has_disconnected_is_an_error() {
         let (stream, client) = Stream::pair();
         drop(client);
         let link = Link::new();
@@ -285,9 +301,9 @@ mod tests {
         assert_eq!(link.flush(&stream).unwrap_err().kind(), ErrorKind::BrokenPipe);
     }
 
-    /// The second handle may report that a client is gone before the first has read its last bytes.
+    /// The second handle may report the hang-up before the first has read the client's last bytes.
     #[tokio::test]
-    async fn a_client_that_is_gone_is_read_to_its_end() {
+    async fn a_client_that_has_disconnected_is_read_to_its_end() {
         let (mut stream, client) = Stream::pair();
         let link = Link::new();
         let hang_up = HangUp::new(&stream).unwrap();

@@ -1,8 +1,8 @@
-//! Long work in turns, so that one call does not block the thread that serves all clients.
+//! Time slices for long work, so that one call does not block the thread that serves all clients.
 //!
-//! A call that builds or writes much counts its work and yields after every [`TURN_VALUES`]. Until
-//! it resumes, its connection starts no further request, as if the call had not been interrupted:
-//! calls that need not wait, long ones included, are answered in the order in which they came.
+//! A call that builds or writes a long result counts its work and yields after [`SLICE_VALUES`].
+//! Until it resumes, its connection starts no further request. So requests that only yield are
+//! answered in the order in which they arrive.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -11,37 +11,37 @@ use tokio::sync::Notify;
 
 use crate::params::Client;
 
-/// JSON values that are built or written in one turn: about a tenth of a millisecond.
-pub const TURN_VALUES: usize = 1000;
+/// JSON values that a call builds or writes in one slice: about a tenth of a millisecond.
+pub const SLICE_VALUES: usize = 1000;
 
 /// The state of one connection's running requests.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
-    /// Calls that have yielded and will resume by themselves.
+    /// Calls that have yielded and resume without an event.
     paused: Cell<usize>,
-    /// Bytes of answers that wait for the rest of their batch.
-    held: Cell<usize>,
-    /// An answer was added, or a request resumes, waits or has ended.
+    /// Bytes of answers in unfinished batches.
+    buffered: Cell<usize>,
+    /// Notified when an answer is queued, and when a request resumes or ends.
     pub(crate) changed: Notify,
 }
 
 impl Load {
-    /// Whether a call has yielded and will resume by itself.
+    /// Whether a call has yielded and resumes without an event.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get() > 0
     }
 
-    /// Bytes of answers that wait for the rest of their batch.
-    pub(crate) fn held(&self) -> usize {
-        self.held.get()
+    /// Bytes of answers in unfinished batches.
+    pub(crate) fn buffered(&self) -> usize {
+        self.buffered.get()
     }
 
-    pub(crate) fn hold(&self, bytes: usize) {
-        self.held.update(|held| held + bytes);
+    pub(crate) fn add_buffered(&self, bytes: usize) {
+        self.buffered.update(|buffered| buffered + bytes);
     }
 
-    pub(crate) fn let_go(&self, bytes: usize) {
-        self.held.update(|held| held - bytes);
+    pub(crate) fn remove_buffered(&self, bytes: usize) {
+        self.buffered.update(|buffered| buffered - bytes);
     }
 }
 
@@ -67,7 +67,7 @@ impl Drop for Paused {
     }
 }
 
-/// Counts the work of one call, and yields in between.
+/// Counts the work of one call, and yields after each slice.
 ///
 /// ```
 /// # use rpc::{Params, RpcError};
@@ -83,7 +83,7 @@ impl Drop for Paused {
 /// }
 /// ```
 ///
-/// State that a method borrows or relies on may have changed after `spend`.
+/// Other tasks may change state that the method relies on during `spend`.
 #[derive(Debug)]
 pub struct Pace {
     client: Client,
@@ -92,16 +92,16 @@ pub struct Pace {
 
 impl Pace {
     pub(crate) fn new(client: Client) -> Self {
-        Self { client, left: TURN_VALUES }
+        Self { client, left: SLICE_VALUES }
     }
 
-    /// Records that `values` were built, or that other work of the same duration was done. Yields
-    /// if the turn is over.
+    /// Counts `values` that were built, or other work of the same duration. Yields if the slice has
+    /// ended.
     pub async fn spend(&mut self, values: usize) {
         self.left = self.left.saturating_sub(values);
         if self.left == 0 {
-            self.left = TURN_VALUES;
-            self.client.give_way().await;
+            self.left = SLICE_VALUES;
+            self.client.yield_now().await;
         }
     }
 }
@@ -111,13 +111,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_batch_lets_go_is_held_no_longer_and_what_others_hold_is() {
+    fn bytes_of_unfinished_batches_add_up() {
         let load = Load::default();
-        load.hold(3000);
-        load.hold(600);
-        load.let_go(600);
-        assert_eq!(load.held(), 3000);
-        load.let_go(3000);
-        assert_eq!(load.held(), 0);
+        load.add_buffered(3000);
+        load.add_buffered(600);
+        load.remove_buffered(600);
+        assert_eq!(load.buffered(), 3000);
+        load.remove_buffered(3000);
+        assert_eq!(load.buffered(), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! What a method gets: its parameters, and whether its client is still there.
+//! The arguments of a method: its parameters, and its client.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,12 +9,12 @@ use serde::de::DeserializeSeed;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::decode::{Error, decode, decode_seed};
+use crate::decode::{Error, UnknownNames, decode, decode_seed};
 use crate::error::RpcError;
 use crate::pace::{Load, Pace, Paused};
 use crate::registry::{Phase, Registry};
 
-/// One call's parameters and surroundings; a method takes it by value.
+/// The parameters and the context of one call. A method takes it by value.
 pub struct Params {
     pub(crate) method: &'static str,
     pub(crate) raw: Option<Box<RawValue>>,
@@ -24,26 +24,26 @@ pub struct Params {
 }
 
 impl Params {
-    /// Reads the parameters strictly, as a struct of named fields.
+    /// Decodes the parameters strictly, as a struct of named fields.
     ///
-    /// Unknown and repeated names, wrong types, `null` and missing required fields all fail,
-    /// with what `failure` says for an answer and the reason in the log. An integer may be
-    /// written `1e2` or `512.0`. No parameters at all are read as `{}`. `Option<T>` and
-    /// `#[serde(default)]` fields may be left out; enums are matched by exact case. Types with
-    /// `#[serde(flatten)]` lose the check for unknown names.
+    /// Unknown and repeated names, wrong types, `null` and missing required fields are errors. The
+    /// answer is `failure`, and the reason goes to the log. An integer may be written `1e2` or
+    /// `512.0`. A call without parameters decodes as `{}`. `Option<T>` and `#[serde(default)]`
+    /// fields may be missing. Enums must match in case. Unknown names are not checked in types with
+    /// `#[serde(flatten)]`.
     pub fn decode<T: for<'de> Deserialize<'de>>(
         &self,
         failure: DecodeFailure,
     ) -> Result<T, RpcError> {
-        self.refuse(failure, decode(self.json().unwrap_or("{}"), false))
+        self.refuse(failure, decode(self.json().unwrap_or("{}"), UnknownNames::Refused))
     }
 
-    /// Like [`decode`](Self::decode), but unknown names in the outermost object are ignored.
+    /// Like [`decode`](Self::decode), but ignores unknown names in the outermost object.
     pub fn decode_relaxed<T: for<'de> Deserialize<'de>>(
         &self,
         failure: DecodeFailure,
     ) -> Result<T, RpcError> {
-        self.refuse(failure, decode(self.json().unwrap_or("{}"), true))
+        self.refuse(failure, decode(self.json().unwrap_or("{}"), UnknownNames::Ignored))
     }
 
     /// Like [`decode`](Self::decode), with a seed in place of a type: for callers that have the
@@ -53,7 +53,7 @@ impl Params {
         seed: S,
         failure: DecodeFailure,
     ) -> Result<(), RpcError> {
-        self.refuse(failure, decode_seed(seed, self.json().unwrap_or("{}"), false))
+        self.refuse(failure, decode_seed(seed, self.json().unwrap_or("{}"), UnknownNames::Refused))
     }
 
     fn refuse<T>(&self, failure: DecodeFailure, read: Result<T, Error>) -> Result<T, RpcError> {
@@ -63,9 +63,9 @@ impl Params {
         })
     }
 
-    /// Fails with code -32602 and `text` unless there are no parameters, or empty ones.
+    /// Fails with code -32602 and `text` unless the parameters are missing or empty.
     ///
-    /// SPDK refuses an empty object too, but some clients always send one.
+    /// SPDK also refuses an empty object, but some clients always send one.
     pub fn none(&self, text: &str) -> Result<(), RpcError> {
         let bare: String =
             self.json().unwrap_or_default().split(|c: char| c.is_ascii_whitespace()).collect();
@@ -75,12 +75,12 @@ impl Params {
         Err(RpcError::invalid_params(text))
     }
 
-    /// The parameters' JSON text, an object or an array; none if there are none.
+    /// The parameters as JSON text, an object or an array. `None` if the call has none.
     pub fn json(&self) -> Option<&str> {
         self.raw.as_deref().map(RawValue::get)
     }
 
-    /// The method's name; for an alias, the name it stands for.
+    /// The method's name. For an alias, the name of the aliased method.
     pub fn method(&self) -> &'static str {
         self.method
     }
@@ -90,7 +90,7 @@ impl Params {
         &self.client
     }
 
-    /// Counts the work of this call, for methods whose work grows with what they answer.
+    /// Counts the work of this call, for a method whose work grows with its answer.
     pub fn pace(&self) -> Pace {
         Pace::new(self.client.clone())
     }
@@ -100,15 +100,15 @@ impl Params {
         self.phase
     }
 
-    /// The registry the method was found in.
+    /// The registry that holds the method.
     pub fn registry(&self) -> &Rc<Registry> {
         &self.registry
     }
 }
 
-/// The other end of a call, which may go away before the answer is ready.
+/// The client of a call, which may disconnect before the answer is ready.
 ///
-/// A method whose work nobody wants any more may stop:
+/// A method may stop when its client has disconnected:
 ///
 /// ```
 /// # use rpc::{Params, RpcError};
@@ -123,7 +123,7 @@ impl Params {
 /// ```
 #[derive(Clone)]
 pub struct Client {
-    /// None if the call was made in process.
+    /// `None` for a call from within the process.
     gone: Option<watch::Receiver<bool>>,
     load: Rc<Load>,
     /// Whether this call has yielded.
@@ -131,7 +131,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// A caller inside the process, which never goes away.
+    /// The client of a call from within the process, which never disconnects.
     pub(crate) fn local() -> Self {
         Self { gone: None, load: Rc::default(), paused: Rc::default() }
     }
@@ -145,27 +145,27 @@ impl Client {
         Self { paused: Rc::default(), ..self.clone() }
     }
 
-    /// Lets other tasks run. The client's next request waits meanwhile.
-    pub(crate) async fn give_way(&self) {
+    /// Yields to other tasks. The client's next request does not start before this returns.
+    pub(crate) async fn yield_now(&self) {
         let _paused = Paused::new(&self.paused, &self.load);
         tokio::task::yield_now().await;
     }
 
-    /// Whether this call has yielded and will resume by itself.
+    /// Whether this call has yielded and resumes without an event.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get()
     }
 
-    /// True once the client closed its connection, or the server did. A client that only
-    /// shut down its sending side is still there.
+    /// Whether the client or the server has closed the connection. A client that has only shut down
+    /// its sending direction is still connected.
     pub fn is_gone(&self) -> bool {
         self.gone.as_ref().is_some_and(|gone| *gone.borrow() || gone.has_changed().is_err())
     }
 
-    /// Waits until the client is gone; for ever if the call was made in process.
+    /// Waits until the client has disconnected. Never returns for a call from within the process.
     pub async fn gone(&self) {
         match self.gone.clone() {
-            // The sender is dropped only with its connection: gone as well.
+            // An error means that the sender was dropped with its connection.
             Some(mut gone) => drop(gone.wait_for(|gone| *gone).await),
             None => std::future::pending().await,
         }
@@ -178,7 +178,7 @@ impl fmt::Debug for Client {
     }
 }
 
-/// What a method answers when its parameters cannot be read; SPDK's methods differ.
+/// The answer to a call whose parameters cannot be decoded. It differs between SPDK's methods.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeFailure {
     code: i64,
@@ -203,12 +203,12 @@ impl DecodeFailure {
     /// -22 "Invalid argument": virtio_blk_create_transport.
     pub const EINVAL: Self = Self::new(-22, "Invalid argument");
 
-    /// Any other answer.
+    /// Another answer.
     pub const fn new(code: i64, message: &'static str) -> Self {
         Self { code, message }
     }
 
-    /// The answer.
+    /// The answer as an error.
     pub fn error(self) -> RpcError {
         RpcError::new(self.code, self.message)
     }

@@ -1,4 +1,4 @@
-//! The methods by name, and who may call them when.
+//! The methods by name, and the phases in which they may be called.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -12,12 +12,12 @@ use serde_json::value::RawValue;
 use crate::error::RpcError;
 use crate::params::{Client, DecodeFailure, Params};
 
-/// How far the application's start has come.
+/// The state of the application's startup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Before the subsystems are initialised.
     Startup,
-    /// From the initialisation of the subsystems on.
+    /// After the initialisation of the subsystems has begun.
     Runtime,
 }
 
@@ -57,7 +57,7 @@ enum Kind {
         phases: Phases,
         handler: Box<Handler>,
     },
-    /// An older name of the method at this index.
+    /// A deprecated name of the method at this index.
     Alias {
         of: usize,
         warned: Cell<bool>,
@@ -69,7 +69,7 @@ pub struct Registry {
     /// In the order of their registration.
     entries: Vec<Entry>,
     index: HashMap<&'static str, usize>,
-    /// Names that may be called; all if none.
+    /// Names that may be called. `None` allows all.
     allowed: Option<HashSet<String>>,
     phase: Cell<Phase>,
 }
@@ -81,7 +81,7 @@ impl Default for Registry {
 }
 
 impl Registry {
-    /// A registry in [`Phase::Startup`] that holds `rpc_get_methods` alone.
+    /// A registry in [`Phase::Startup`] with one method, `rpc_get_methods`.
     pub fn new() -> Self {
         let mut registry = Self {
             entries: Vec::new(),
@@ -93,10 +93,10 @@ impl Registry {
         registry
     }
 
-    /// Adds a method. Its future runs on the server's thread; it must not block it.
+    /// Adds a method. Its future runs on the server's thread and must not block.
     ///
     /// # Panics
-    /// If the name is taken.
+    /// The name is already registered.
     pub fn register<F, R>(&mut self, name: &'static str, phases: Phases, handler: F)
     where
         F: Fn(Params) -> R + 'static,
@@ -106,10 +106,10 @@ impl Registry {
         self.add(name, Kind::Method { phases, handler });
     }
 
-    /// Adds an older name for a method. Its first use is logged as deprecated.
+    /// Adds a deprecated name of a method. Its first use is logged.
     ///
     /// # Panics
-    /// If the name is taken, or `of` is not a registered method.
+    /// The name is already registered, or `of` is not a registered method.
     pub fn alias(&mut self, name: &'static str, of: &str) {
         let of = *self.index.get(of).expect("an alias names a registered method");
         assert!(matches!(self.entries[of].kind, Kind::Method { .. }), "an alias of an alias");
@@ -122,43 +122,44 @@ impl Registry {
         self.entries.push(Entry { name, kind });
     }
 
-    /// Lets only these names be called (`--rpcs-allowed`), here and in process.
+    /// Allows only these names (`--rpcs-allowed`), for calls from sockets and from within the
+    /// process.
     pub fn allow_only(&mut self, names: impl IntoIterator<Item = String>) {
         self.allowed = Some(names.into_iter().collect());
     }
 
-    /// The phase in which calls from the socket are made.
+    /// The phase of calls from sockets.
     pub fn phase(&self) -> Phase {
         self.phase.get()
     }
 
-    /// Changes the phase in which calls from the socket are made from now on.
+    /// Sets the phase of later calls from sockets.
     pub fn set_phase(&self, phase: Phase) {
         self.phase.set(phase);
     }
 
-    /// The phases in which `name` may be called; none if there is no such method.
+    /// The phases in which `name` may be called. `None` if there is no such method.
     pub fn phases(&self, name: &str) -> Option<Phases> {
         let (_, phases, _) = self.resolve(name)?;
         Some(phases)
     }
 
-    /// Names of allowed methods, the last registered first. `current`: only those of this
-    /// phase. `aliases`: older names too.
+    /// Names of allowed methods, the last registered first. With `current`, only those of this
+    /// phase; with `aliases`, also deprecated names.
     pub fn names(&self, current: Option<Phase>, aliases: bool) -> Vec<&'static str> {
-        let wanted = |entry: &&Entry| {
+        let is_listed = |entry: &&Entry| {
             let is_alias = matches!(entry.kind, Kind::Alias { .. });
             let phases = self.phases(entry.name);
             (aliases || !is_alias)
                 && phases.is_some_and(|phases| current.is_none_or(|phase| phases.contains(phase)))
         };
-        self.entries.iter().rev().filter(wanted).map(|entry| entry.name).collect()
+        self.entries.iter().rev().filter(is_listed).map(|entry| entry.name).collect()
     }
 
-    /// Calls a method in process, as if the application were in `phase`.
+    /// Calls a method from within the process, as if the application were in `phase`.
     ///
-    /// `params` are an object or an array; null and none mean no parameters. The result and
-    /// the errors are those a client on the socket would see.
+    /// `params` must be an object or an array; null and `None` mean no parameters. The result and
+    /// the errors are those of a call from a socket.
     pub async fn call(
         self: &Rc<Self>,
         name: &str,
@@ -233,13 +234,13 @@ fn wrong_phase(phase: Phase) -> &'static str {
 
 async fn rpc_get_methods(params: Params) -> Result<Value, RpcError> {
     #[derive(Deserialize)]
-    struct Wanted {
+    struct Request {
         #[serde(default)]
         current: bool,
         #[serde(default)]
         include_aliases: bool,
     }
-    let wanted: Wanted = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    let current = wanted.current.then_some(params.phase());
-    Ok(params.registry().names(current, wanted.include_aliases).into())
+    let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let current = request.current.then_some(params.phase());
+    Ok(params.registry().names(current, request.include_aliases).into())
 }

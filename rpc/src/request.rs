@@ -1,14 +1,14 @@
-//! What a JSON value asks for: a call, a batch of calls, or nothing sensible.
+//! Parses a JSON value as a request: a call, a batch of calls, or an invalid request.
 
 use std::fmt;
 
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// A whole JSON value from a client.
+/// A JSON value from a client.
 #[derive(Debug)]
 pub(crate) enum Request {
-    /// One member; also what is neither object nor array, and the empty batch.
+    /// One member. A value that is neither object nor array, and an empty batch, is an invalid one.
     Single(Member),
     /// A JSON array with at least one member.
     Batch(Vec<Member>),
@@ -17,13 +17,14 @@ pub(crate) enum Request {
 /// One request object.
 #[derive(Debug)]
 pub(crate) struct Member {
-    /// The id as the answer repeats it; none for a notification, and where SPDK does not look.
+    /// The id, which the answer repeats. `None` for a notification, and for invalid requests whose
+    /// id SPDK does not read.
     pub(crate) id: Option<Id>,
-    /// The call; none when the member is not a valid request.
+    /// The call. `None` if the member is not a valid request.
     pub(crate) call: Option<Call>,
 }
 
-/// A valid request object, less its id.
+/// A valid request object without its id.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) method: String,
@@ -34,14 +35,14 @@ pub(crate) struct Call {
 /// A request's id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Id {
-    /// Repeated byte for byte, so `1.50` stays `1.50`.
+    /// The number's text: `1.50` stays `1.50` in the answer.
     Number(Box<str>),
-    /// Written again, so that the answer is ASCII.
+    /// The decoded string: the answer encodes it in ASCII.
     Text(String),
 }
 
 impl Request {
-    /// Reads one JSON value. Fails if `text` is none.
+    /// Parses one JSON value. Fails if `text` is not a JSON value.
     pub(crate) fn parse(text: &str) -> Result<Self, serde_json::Error> {
         let text = text.trim_ascii();
         if !text.starts_with('[') {
@@ -61,8 +62,8 @@ impl Member {
         Self { id, call: None }
     }
 
-    /// SPDK checks the keys, the version and the method before it looks at the id, so the
-    /// answer to those mistakes has no id, and only a mistake in `params` has one.
+    /// SPDK checks the keys, the version and the method before it reads the id. So the answer to an
+    /// error in those has no id, and only the answer to an error in `params` has one.
     fn parse(text: &str) -> Result<Self, serde_json::Error> {
         if !text.starts_with('{') {
             return Ok(Self::invalid(None));
@@ -103,7 +104,7 @@ fn string(raw: &RawValue) -> Option<String> {
     serde_json::from_str(raw.get()).ok()
 }
 
-/// The members of the JSON object `text` in their order, repeated names included.
+/// The members of the JSON object `text` in order, with repeated names.
 pub(crate) fn members(text: &str) -> Result<Vec<(String, &RawValue)>, serde_json::Error> {
     struct Members;
     impl<'de> Visitor<'de> for Members {
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_lose_the_id_except_in_params() {
+    fn errors_lose_the_id_except_in_params() {
         for text in [
             "5 ",
             "\"x\"",
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_keeps_its_bad_members() {
+    fn a_batch_keeps_its_invalid_members() {
         let Ok(Request::Batch(members)) = Request::parse(r#"[1,{"method":"m","id":2},[]]"#) else {
             panic!("no batch");
         };

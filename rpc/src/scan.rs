@@ -1,24 +1,26 @@
-//! Finds where a JSON value ends in a stream, byte by byte, without recursion.
+//! Finds the end of a JSON value in a stream, byte by byte, without recursion.
 //!
-//! The scanner accepts exactly the grammar of RFC 8259 (less UTF-8, which is checked on the
-//! whole value), so a wrong byte is noticed at once and not when the brackets happen to
-//! balance. It keeps its state between reads: a request that arrives one byte at a time
-//! costs no more than one that arrives whole.
+//! The scanner accepts exactly the grammar of RFC 8259, except that the caller checks UTF-8 on the
+//! whole value. So it reports an invalid byte at once, and not only when the brackets balance. It
+//! keeps its state between reads, so a request that arrives one byte at a time costs no more than
+//! one that arrives whole.
 
-/// Nesting depth at which a request counts as a parse error; SPDK's limit. One bit each.
+/// Limit on the nesting depth, as in SPDK. A deeper request is a parse error. The scanner's stack
+/// has one bit for each level.
 pub(crate) const DEPTH_MAX: u32 = 64;
 
-/// Tokens in one request (names, values, and both brackets of each container); SPDK's limit.
+/// Limit on the tokens of one request (names, values, and both brackets of each container), as in
+/// SPDK.
 pub(crate) const TOKENS_MAX: u32 = 8192;
 
-/// What [`Scanner::feed`] found.
+/// The result of [`Scanner::feed`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Scan {
-    /// The value goes on past these bytes.
+    /// The value continues after these bytes.
     Incomplete,
-    /// The value ends after this many of these bytes (0: before them).
+    /// The value ends after this number of these bytes. 0: it ended before them.
     Complete(usize),
-    /// No JSON value starts like this.
+    /// The bytes are not the start of a JSON value.
     Invalid,
 }
 
@@ -26,7 +28,7 @@ pub(crate) enum Scan {
 #[derive(Debug)]
 pub(crate) struct Scanner {
     state: State,
-    /// The containers that are open, innermost in bit 0: 1 is an object, 0 an array.
+    /// The open containers, the innermost in bit 0: 1 for an object, 0 for an array.
     stack: u64,
     depth: u32,
     tokens: u32,
@@ -34,7 +36,7 @@ pub(crate) struct Scanner {
 
 #[derive(Clone, Copy, Debug)]
 enum State {
-    /// Nothing but white space so far.
+    /// Only white space so far.
     Idle,
     Value,
     FirstElement,
@@ -50,7 +52,7 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Text {
     is_name: bool,
-    /// A high surrogate was read, and a low one must follow.
+    /// A high surrogate was read, so a low one must follow.
     needs_low: bool,
     at: TextAt,
 }
@@ -86,13 +88,13 @@ impl Scanner {
         Self { state: State::Idle, stack: 0, depth: 0, tokens: 0 }
     }
 
-    /// True until the first byte of a value was seen.
+    /// Whether no byte of a value has been read.
     pub(crate) fn is_idle(&self) -> bool {
         matches!(self.state, State::Idle)
     }
 
-    /// Takes the bytes that follow those of the last call. After anything but
-    /// [`Scan::Incomplete`] the scanner is spent.
+    /// Scans the bytes that follow those of the last call. After a result other than
+    /// [`Scan::Incomplete`], the scanner must not be used again.
     pub(crate) fn feed(&mut self, bytes: &[u8]) -> Scan {
         for (index, &byte) in bytes.iter().enumerate() {
             match self.step(byte) {
@@ -114,8 +116,8 @@ impl Scanner {
         match self.state {
             State::Text(text) => text_step(text, byte),
             State::Literal(rest) => match rest.split_first() {
-                Some((&want, [])) if want == byte => Step::Next(State::AfterValue),
-                Some((&want, rest)) if want == byte => Step::Next(State::Literal(rest)),
+                Some((&next, [])) if next == byte => Step::Next(State::AfterValue),
+                Some((&next, rest)) if next == byte => Step::Next(State::Literal(rest)),
                 _ => Step::Invalid,
             },
             State::Number(number) => match number_step(number, byte) {
@@ -213,8 +215,9 @@ fn text_step(text: Text, byte: u8) -> Step {
             _ => Step::Invalid,
         },
         TextAt::Hex { left, code } => {
-            let Some(digit) = char::from(byte).to_digit(16) else { return Step::Invalid };
-            let code = (code << 4) | digit as u16;
+            let digit = char::from(byte).to_digit(16).and_then(|digit| u16::try_from(digit).ok());
+            let Some(digit) = digit else { return Step::Invalid };
+            let code = (code << 4) | digit;
             if left > 1 {
                 return next(needs_low, TextAt::Hex { left: left - 1, code });
             }
@@ -251,7 +254,7 @@ fn number_may_end(number: Number) -> bool {
 mod tests {
     use super::*;
 
-    /// Scans `text` whole, then byte by byte; both must agree.
+    /// Scans `text` as a whole, then byte by byte. Both results must be equal.
     fn scan(text: impl AsRef<[u8]>) -> Scan {
         let text = text.as_ref();
         let whole = Scanner::new().feed(text);

@@ -1,4 +1,4 @@
-//! The listening socket and its clients.
+//! The server: accepts clients on a Unix socket.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -13,28 +13,28 @@ use crate::registry::Registry;
 use crate::socket::{BindError, SocketFile};
 use crate::stream::{Listener, Slots, Stream};
 
-/// Clients served at once; further ones wait in the kernel's backlog. SPDK's number.
+/// Limit on clients, as in SPDK. Further clients wait in the kernel's backlog.
 pub const CONNECTIONS_MAX: usize = 64;
 
-/// How long to wait after a failed accept, which mostly means that the process is out of
-/// file descriptors.
+/// The wait after a failed `accept`. The usual reason is that the process is out of file
+/// descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// How often the server checks, while all slots are taken, whether a client waits for one.
+/// Interval of checks, while all slots are taken, whether a client waits.
 const WAITING_CHECK: Duration = Duration::from_secs(5);
 
-/// What the server asks of its connections.
+/// The mode of all connections of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Requests are served.
+    /// Requests run.
     Serving,
-    /// Connections are accepted, requests wait.
+    /// Connections are accepted, but requests wait.
     Paused,
-    /// Finished answers are sent, then connections close.
+    /// Finished answers are sent, and then the connections are closed.
     Stopping,
 }
 
-/// A server on a Unix socket. Dropping it closes all connections at once and removes the socket.
+/// A server on a Unix socket. Dropping it closes all connections and removes the socket.
 pub struct Server {
     mode: watch::Sender<Mode>,
     accept: JoinHandle<()>,
@@ -42,12 +42,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on `path` and serves `registry` from the next turn of the runtime on.
+    /// Listens on `path`, and serves `registry` when the runtime next runs its tasks.
     ///
     /// Must be called inside a `tokio::task::LocalSet`.
     ///
     /// # Errors
-    /// See [`BindError`]; in particular if another process serves this path.
+    /// See [`BindError`], in particular [`BindError::InUse`].
     pub fn bind(path: impl AsRef<Path>, registry: Rc<Registry>) -> Result<Self, BindError> {
         let (socket, listener) = SocketFile::listen(path.as_ref())?;
         let (mode, modes) = watch::channel(Mode::Serving);
@@ -60,23 +60,23 @@ impl Server {
         self.socket.path()
     }
 
-    /// Lets further requests wait; connections are still accepted, and what runs goes on.
+    /// Makes further requests wait. Running requests continue, and connections are still accepted.
     pub fn pause(&self) {
         self.mode.send_replace(Mode::Paused);
     }
 
-    /// Serves requests again.
+    /// Runs requests again.
     pub fn resume(&self) {
         self.mode.send_replace(Mode::Serving);
     }
 
-    /// Stops accepting, sends what is answered (as far as the sockets take it at once), closes
-    /// the connections, and removes the socket and its lock. Calls that still run are told that
-    /// their client is gone.
+    /// Stops accepting, sends finished answers (as much as the sockets take without blocking),
+    /// closes the connections, and removes the socket and its lock file. Running calls see that
+    /// their client is gone ([`crate::Client::gone`]).
     pub async fn shutdown(mut self) {
         self.mode.send_replace(Mode::Stopping);
         if let Err(error) = (&mut self.accept).await {
-            tracing::error!("RPC server: {error}");
+            tracing::error!("the RPC server's task failed: {error}");
         }
     }
 }
@@ -96,7 +96,7 @@ async fn accept(listener: Listener, registry: Rc<Registry>, modes: watch::Receiv
             () = stopping(modes.clone()) => break,
             Some(ended) = clients.join_next() => {
                 if let Err(error) = ended {
-                    tracing::error!("RPC connection: {error}");
+                    tracing::error!("the task of an RPC connection failed: {error}");
                 }
             }
             stream = next_client(&listener, &slots, &connections) => {
@@ -109,12 +109,13 @@ async fn accept(listener: Listener, registry: Rc<Registry>, modes: watch::Receiv
     while clients.join_next().await.is_some() {}
 }
 
-/// Waits until the server stops, or is dropped.
+/// Waits until the server stops or is dropped.
 pub(crate) async fn stopping(mut modes: watch::Receiver<Mode>) {
     let _ = modes.wait_for(|mode| *mode == Mode::Stopping).await;
 }
 
-/// Takes a slot before it accepts, so that a client without a slot stays in the backlog.
+/// Accepts the next client. It acquires a slot first, so that a client without a slot stays in the
+/// backlog.
 async fn next_client(listener: &Listener, slots: &Slots, connections: &Connections) -> Stream {
     let mut failed = false;
     loop {
@@ -137,7 +138,7 @@ async fn next_client(listener: &Listener, slots: &Slots, connections: &Connectio
             Ok(None) => {}
             Err(error) => {
                 if !std::mem::replace(&mut failed, true) {
-                    tracing::warn!("cannot accept an RPC connection: {error}; will retry");
+                    tracing::warn!("cannot accept an RPC connection: {error}; retrying");
                 }
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }

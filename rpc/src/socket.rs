@@ -1,4 +1,4 @@
-//! The socket's file and the lock file beside it: who may listen, and who cleans up.
+//! The socket's file, and the lock file that makes its owner exclusive.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -9,14 +9,14 @@ use thiserror::Error;
 
 use crate::stream::Listener;
 
-/// Bytes that fit into `sun_path` before its terminating NUL.
+/// Limit on the bytes of a path: the size of `sun_path` without the terminating NUL.
 const PATH_MAX: usize = 107;
 
-/// Why a server could not listen.
+/// Why a server cannot listen.
 #[derive(Debug, Error)]
 pub enum BindError {
     /// The path does not fit into a socket address.
-    #[error("RPC socket path {path} is {length} bytes long; at most {PATH_MAX} fit")]
+    #[error("RPC socket path {path} is {length} bytes long; the limit is {PATH_MAX}")]
     PathTooLong {
         /// The path.
         path: PathBuf,
@@ -24,31 +24,32 @@ pub enum BindError {
         length: usize,
     },
     /// Another process holds the lock.
-    #[error("RPC socket path {0} is in use by another process; specify another")]
+    #[error("RPC socket path {0} is in use by another process; specify another path with -r")]
     InUse(PathBuf),
-    /// The lock file could not be opened or locked.
-    #[error("cannot lock {0}: {1}")]
+    /// The lock file cannot be opened or locked.
+    #[error("cannot lock {0} for the RPC socket: {1}")]
     Lock(PathBuf, #[source] io::Error),
-    /// The socket could not be created.
-    #[error("cannot listen on {0}: {1}")]
+    /// The socket cannot be created.
+    #[error("cannot listen on RPC socket {0}: {1}")]
     Listen(PathBuf, #[source] io::Error),
 }
 
-/// A socket this process listens on; dropping it removes the socket and its lock file.
+/// The file of a listening socket. Dropping it removes the socket and its lock file.
 pub(crate) struct SocketFile {
     path: PathBuf,
     _lock: Lock,
 }
 
 impl SocketFile {
-    /// Locks `<path>.lock`, removes what an earlier process left at `path`, and listens.
+    /// Locks `<path>.lock`, removes the socket of an earlier process at `path`, and listens.
     pub(crate) fn listen(path: &Path) -> Result<(Self, Listener), BindError> {
         let length = path.as_os_str().len();
         if length > PATH_MAX {
             return Err(BindError::PathTooLong { path: path.into(), length });
         }
         let lock = Lock::take(path)?;
-        // Whoever made it is gone, since we hold the lock. What cannot be removed fails in bind.
+        // This process holds the lock, so the owner of an existing socket has exited. If the file
+        // cannot be removed, `bind` reports an error.
         let _ = fs::remove_file(path);
         let listener =
             Listener::bind(path).map_err(|error| BindError::Listen(path.into(), error))?;
@@ -62,14 +63,14 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The lock's own drop removes its file after this, so nobody can bind in between.
+        // The lock is released after this, so no other process can have bound the path.
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
 
-/// An exclusive lock on a file of its own, which is removed when the lock is dropped.
+/// An exclusive lock on a lock file. Dropping it removes the file.
 struct Lock {
     path: PathBuf,
     _file: File,
@@ -95,11 +96,11 @@ impl Lock {
                 Err(TryLockError::WouldBlock) => return Err(BindError::InUse(socket.into())),
                 Err(TryLockError::Error(error)) => return Err(failed(error)),
             }
-            // The holder before us may have removed the file after we opened it; then our lock
-            // is on a file that nobody else will find.
-            let ours = file.metadata().map_err(failed)?;
+            // The previous owner may have removed the file after this process opened it. Then the
+            // lock excludes nobody, because other processes create a new file.
+            let locked = file.metadata().map_err(failed)?;
             match fs::metadata(&path) {
-                Ok(now) if (now.dev(), now.ino()) == (ours.dev(), ours.ino()) => {
+                Ok(now) if (now.dev(), now.ino()) == (locked.dev(), locked.ino()) => {
                     return Ok(Self { path, _file: file });
                 }
                 _ => continue,
@@ -110,7 +111,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Removed while still locked: the file closes, and so unlocks, after this.
+        // The file is removed while it is locked; closing it afterwards releases the lock.
         let _ = fs::remove_file(&self.path);
     }
 }

@@ -1,9 +1,9 @@
-//! A client's socket, and the socket that clients connect to.
+//! Sockets of clients, and the listening socket.
 //!
 //! A client may send fds whose close blocks for as long as it likes (see the crate `closer`). Such
 //! fds may also be in unread messages of its socket, or in the backlog of the listening socket. So
-//! bytes are read with [`closer::receive`], and none of these sockets is closed on this thread.
-#![expect(unsafe_code, reason = "tokio trusts its caller that a watched fd stays open")]
+//! this module reads with [`closer::receive`], and other threads close these sockets.
+#![expect(unsafe_code, reason = "tokio requires that a registered fd stays open")]
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,14 +20,14 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Backlog of connections that wait while all slots are taken; SPDK's number.
+/// Backlog of connections that wait while all slots are taken, as in SPDK.
 const BACKLOG: i32 = 512;
 
-/// Fds that a client may send before it is disconnected. No request needs any.
+/// Limit on the fds that a client sends. No request needs an fd, so they are closed.
 const FDS_MAX: usize = 16;
 
-/// Clients whose fds have not all been closed, those that are gone included: a client that is gone may
-/// have sent fds whose close hangs, and each of these clients costs a thread.
+/// Limit on clients with fds that are not closed, including clients that have disconnected: the
+/// close of an fd that a client has sent may block, and each such client occupies a thread.
 const UNCLOSED_MAX: usize = 512;
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
@@ -39,27 +39,27 @@ pub(crate) struct Slots {
     unclosed: Arc<Semaphore>,
 }
 
-/// The right to accept one more client.
+/// The right to accept one client.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    /// Free again when the client is gone.
+    /// Released when the client disconnects.
     served: OwnedSemaphorePermit,
-    /// Free again when all of its fds have been closed.
+    /// Released when all fds of the client are closed.
     unclosed: OwnedSemaphorePermit,
 }
 
 impl Slots {
-    /// For so many clients at a time.
+    /// Slots for at most `served` clients at a time.
     pub(crate) fn new(served: usize) -> Self {
         let [served, unclosed] = [served, UNCLOSED_MAX].map(|n| Arc::new(Semaphore::new(n)));
         Self { served, unclosed }
     }
 
-    /// Waits until there is room for one more.
+    /// Waits for a free slot.
     pub(crate) async fn acquire(&self) -> Slot {
         let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).acquire_owned();
         let (served, unclosed) = (of(&self.served).await, of(&self.unclosed).await);
-        let expected = "it is never closed";
+        let expected = "the semaphore is never closed";
         Slot { served: served.expect(expected), unclosed: unclosed.expect(expected) }
     }
 }
@@ -69,7 +69,7 @@ impl Slots {
 pub(crate) struct Stream {
     fd: AsyncFd<ForeignFd>,
     account: Account,
-    /// Fds that were received and refused.
+    /// Number of fds that the client has sent.
     fds: usize,
     _served: OwnedSemaphorePermit,
 }
@@ -98,15 +98,15 @@ impl Stream {
 
     /// Waits until the socket is ready for `interest`.
     pub(crate) async fn ready(&self, interest: Interest) {
-        // An error of the socket shows when it is read or written.
+        // Reading or writing reports an error of the socket.
         let _ = self.fd.ready(interest).await;
     }
 
-    /// Reads what is available. Fds that come with it are refused.
+    /// Reads available bytes. Fds in their messages are closed.
     ///
     /// # Errors
-    /// `WouldBlock` if nothing is available; any other error ends the connection, including too
-    /// many fds.
+    /// `WouldBlock` if no bytes are available. After any other error, such as too many fds, the
+    /// connection must be closed.
     pub(crate) fn try_read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         let read =
             |fd: &ForeignFd| closer::receive(fd.as_fd(), bytes, libc::MSG_DONTWAIT, &self.account);
@@ -115,7 +115,7 @@ impl Stream {
             return Ok(count);
         }
         if self.fds == 0 {
-            tracing::warn!("an RPC client has sent file descriptors; they are closed");
+            tracing::warn!("closing file descriptors that an RPC client has sent");
         }
         self.fds += fds.len();
         if self.fds > FDS_MAX {
@@ -124,11 +124,10 @@ impl Stream {
         Ok(count)
     }
 
-    /// Writes what the socket takes.
+    /// Writes as many bytes as the socket takes.
     ///
     /// # Errors
-    /// `WouldBlock` if it takes nothing; any other error if the client cannot be written to any
-    /// more.
+    /// `WouldBlock` if the socket is full. Any other error means that the client has disconnected.
     pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         self.fd.try_io(Interest::WRITABLE, |fd| Ok(send(fd, bytes, flags)?))
@@ -136,22 +135,22 @@ impl Stream {
 
     /// Shuts down the direction towards the client.
     pub(crate) fn shut_down_write(&self) {
-        // Fails only if the client is gone already.
+        // An error means that the client has disconnected.
         let _ = shutdown(self.fd.get_ref(), Shutdown::Write);
     }
 
-    /// A second handle, which keeps its own readiness while that of the first is cleared.
+    /// A second handle, whose readiness tokio tracks separately.
     pub(crate) fn second_handle(&self) -> io::Result<AsyncFd<ForeignFd>> {
         watched(self.fd.get_ref().try_clone()?, Interest::WRITABLE)
     }
 }
 
 fn watched(fd: ForeignFd, interest: Interest) -> io::Result<AsyncFd<ForeignFd>> {
-    // SAFETY: a `ForeignFd` refers to one open fd, the same one for as long as it lives.
+    // SAFETY: a `ForeignFd` refers to the same open fd until it is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
-/// The socket that clients connect to.
+/// The listening socket.
 #[derive(Debug)]
 pub(crate) struct Listener(AsyncFd<ForeignFd>);
 
@@ -164,12 +163,12 @@ impl Listener {
         watched(ForeignFd::new(fd, &account), Interest::READABLE).map(Self)
     }
 
-    /// Waits until a client may be waiting.
+    /// Waits until a client may wait to be accepted.
     pub(crate) async fn readable(&self) -> io::Result<()> {
         self.0.readable().await.map(drop)
     }
 
-    /// Accepts a client; `None` if none waits, which frees `slot`.
+    /// Accepts a client. Returns `None` and releases `slot` if no client waits.
     pub(crate) fn accept(&self, slot: Slot) -> io::Result<Option<Stream>> {
         match self.0.try_io(Interest::READABLE, |fd| Ok(accept_with(fd, FLAGS)?)) {
             Ok(fd) => Stream::new(fd, slot).map(Some),

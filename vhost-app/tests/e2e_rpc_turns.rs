@@ -142,7 +142,7 @@ fn fds_whose_close_waits_hold_up_nobody() {
     let mut peers = vec![send_lingering(&vhost, &client, request)];
     assert!(client.read(&mut [0; 4096]).unwrap() > 0);
     vhost.ok("spdk_get_version", Value::Null);
-    vhost.wait_for_log("an RPC client has sent file descriptors");
+    vhost.wait_for_log("closing file descriptors that an RPC client has sent");
     // After an error that ends the connection.
     let mut client = connect(&vhost);
     client.write_all(b"x").unwrap();

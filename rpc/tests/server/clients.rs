@@ -1,10 +1,10 @@
-//! Clients that come, go, err and attack, over a real socket.
+//! Clients that disconnect, send invalid bytes, or exceed limits, over a real socket.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
-use crate::fixture::{Fixture, run, run_with_hasty_clock};
+use crate::fixture::{Fixture, run, run_with_paused_clock};
 use rpc::{CONNECTIONS_MAX, OUTSTANDING_MAX, REQUEST_MAX};
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ const PARSE_ERROR: &str =
 
 /// SPDK loses both the error and the answers before it.
 #[test]
-fn a_parse_error_is_answered_after_what_came_before() {
+fn a_parse_error_is_answered_after_earlier_requests() {
     run(async {
         let fixture = Fixture::new();
         for garbage in
@@ -32,7 +32,7 @@ fn a_parse_error_is_answered_after_what_came_before() {
 }
 
 #[test]
-fn what_follows_garbage_is_not_run_and_a_long_answer_before_it_arrives_whole() {
+fn requests_after_invalid_bytes_do_not_run_and_earlier_answers_arrive_whole() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -47,7 +47,7 @@ fn what_follows_garbage_is_not_run_and_a_long_answer_before_it_arrives_whole() {
 
 /// In SPDK each of these connections keeps its slot for ever.
 #[test]
-fn a_connection_closed_by_an_error_gives_its_slot_back() {
+fn a_connection_closed_by_an_error_releases_its_slot() {
     run(async {
         let fixture = Fixture::new();
         let count = CONNECTIONS_MAX + 6;
@@ -59,7 +59,7 @@ fn a_connection_closed_by_an_error_gives_its_slot_back() {
         }
         fixture.client().await.sync().await;
         fixture.probe.until(|probe| probe.gone.get() == count).await;
-        // The operations themselves ran on, and their late answers hurt nobody.
+        // The calls continue, and their late answers are dropped.
         fixture.release(count);
         fixture.probe.until(|probe| probe.started.borrow().len() == 2 * count).await;
         fixture.client().await.sync().await;
@@ -67,8 +67,8 @@ fn a_connection_closed_by_an_error_gives_its_slot_back() {
 }
 
 #[test]
-fn a_client_that_stays_silent_after_an_error_gives_its_slot_back() {
-    run_with_hasty_clock(async {
+fn a_client_that_stays_silent_after_an_error_releases_its_slot() {
+    run_with_paused_clock(async {
         let fixture = Fixture::new();
         let mut silent = Vec::new();
         for _ in 0..CONNECTIONS_MAX {
@@ -82,9 +82,10 @@ fn a_client_that_stays_silent_after_an_error_gives_its_slot_back() {
     });
 }
 
-/// Its bytes are discarded up to a limit of 1 GiB, as it may have to write all of them before it reads.
+/// The limit on discarded bytes is 1 GiB, because a client may write all of its request before it
+/// reads.
 #[test]
-fn a_client_that_writes_on_after_an_error_is_closed_in_the_end() {
+fn a_client_that_writes_without_end_after_an_error_is_disconnected() {
     run(async {
         let fixture = Fixture::new();
         let mut stream = UnixStream::connect(fixture.path()).unwrap();
@@ -96,13 +97,13 @@ fn a_client_that_writes_on_after_an_error_is_closed_in_the_end() {
             written
         });
         let written = writing.await.unwrap();
-        // Some of it may be in the socket's buffer.
+        // Some of the bytes may be in the socket's buffer.
         assert!((1 << 30..(1 << 30) + (1 << 23)).contains(&written), "{written}");
     });
 }
 
 #[test]
-fn clients_that_vanish_give_their_slots_back_while_their_requests_run_on() {
+fn clients_that_disconnect_release_their_slots_while_their_requests_continue() {
     run(async {
         let fixture = Fixture::new();
         let count = CONNECTIONS_MAX + 6;
@@ -140,7 +141,7 @@ fn the_next_client_waits_for_a_slot() {
 }
 
 #[test]
-fn a_half_closed_client_gets_its_answers_the_slow_one_too() {
+fn a_half_closed_client_gets_its_answers_even_late_ones() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -153,7 +154,7 @@ fn a_half_closed_client_gets_its_answers_the_slow_one_too() {
         assert!(client.line().await.unwrap().contains(r#""id":1,"result":"waited""#));
         assert_eq!(client.line().await, None);
 
-        // Closing the other half makes it gone.
+        // A client that closes the other half has disconnected.
         let mut client = fixture.client().await;
         client.send(r#"{"method":"wait","id":1}"#).await;
         client.half_close().await;
@@ -164,7 +165,7 @@ fn a_half_closed_client_gets_its_answers_the_slow_one_too() {
 }
 
 #[test]
-fn requests_of_a_client_that_sends_and_leaves_are_run() {
+fn requests_of_a_client_that_sends_and_disconnects_run() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -185,12 +186,12 @@ fn a_request_may_fill_the_buffer_but_not_more() {
         let mut client = fixture.client().await;
         client.send(format!(" \n{}", request(REQUEST_MAX))).await;
         assert!(client.line().await.unwrap().contains("true"));
-        // White space is no part of a request.
+        // White space before a request does not count towards its length.
         client.send(vec![b' '; 2 * REQUEST_MAX]).await;
         client.sync().await;
 
-        // A request that is too long gets an error, whatever its size, even if the client writes
-        // all of it before it reads; so do the requests before it.
+        // A request of any length over the limit gets an error, even if the client writes all of it
+        // before it reads. Earlier requests are answered first.
         for size in [REQUEST_MAX + 1, 1 << 20, 30 << 20] {
             let mut client = fixture.client().await;
             client.send(r#"{"method":"big","id":1,"params":[900000]}"#).await;
@@ -207,7 +208,7 @@ fn a_request_may_fill_the_buffer_but_not_more() {
 }
 
 #[test]
-fn hostile_bytes_end_in_a_parse_error() {
+fn invalid_bytes_are_a_parse_error() {
     run(async {
         let fixture = Fixture::new();
         let cases: Vec<Vec<u8>> = vec![
@@ -260,7 +261,7 @@ fn odd_but_valid_bytes_are_answered() {
 }
 
 #[test]
-fn a_client_that_never_reads_is_not_served_further_and_stops_nobody() {
+fn a_client_that_does_not_read_starts_no_further_requests_and_delays_no_others() {
     run(async {
         let fixture = Fixture::new();
         let (mut deaf, total) = (fixture.client().await, 2000);
@@ -276,11 +277,10 @@ fn a_client_that_never_reads_is_not_served_further_and_stops_nobody() {
                 other.sync().await;
             }
         }
-        // A megabyte waits here, and some of it in the kernel.
+        // A megabyte of answers waits in the server, and some of them in the kernel.
         assert!((10..100).contains(&started()), "{}", started());
         drop(other);
         let read = async {
-            // Another handle on the socket could not share the buffer, so take turns.
             for _ in 0..total / 2 {
                 assert!(deaf.line().await.unwrap().len() > size);
             }
@@ -305,7 +305,8 @@ fn requests_beyond_the_limit_wait_until_others_end() {
         for _ in 0..OUTSTANDING_MAX + 10 {
             assert!(client.line().await.is_some());
         }
-        // A client that leaves with its share still running is noticed all the same.
+        // The server detects the disconnect of a client with the maximum number of running
+        // requests.
         client.send(r#"{"method":"wait","id":1}"#.repeat(OUTSTANDING_MAX + 10)).await;
         let all = 2 * (OUTSTANDING_MAX + 10) + OUTSTANDING_MAX;
         fixture.probe.until(|probe| probe.started.borrow().len() == all).await;
@@ -343,7 +344,7 @@ fn an_answer_that_is_too_long_is_an_error() {
         assert_eq!(answer[0]["result"], true);
         assert_eq!(answer[1]["result"].as_str().unwrap().len(), 20_000_000);
         assert_eq!((&answer[2]["id"], &answer[2]["error"]["code"]), (&json!(1), &json!(-32603)));
-        // The members after it are not run, and get an error.
+        // Later members do not run, and get an error.
         let not_run = json!({
             "code": -32603,
             "message": "Not run: the answers to this batch are too long",
@@ -364,10 +365,10 @@ fn while_paused_connects_succeed_and_requests_wait() {
         fixture.server.pause();
         let mut client = fixture.client().await;
         client.send(r#"{"method":"note","id":2}"#).await;
-        // What runs already goes on and is answered.
+        // Running requests continue and are answered.
         fixture.release(1);
         assert!(running.line().await.unwrap().contains("waited"));
-        // A client that gives up meanwhile does no harm; its request still counts.
+        // The request of a client that disconnects meanwhile runs later.
         let mut other = fixture.client().await;
         other.send(r#"{"method":"note","id":3}"#).await;
         drop(other);
@@ -401,7 +402,7 @@ fn a_panic_in_a_method_ends_its_connection_only() {
             client.write_all(br#"{"method":"now","id":1}"#).await.unwrap();
             assert_eq!(client.read(&mut [0; 10]).await.unwrap(), 0);
         }
-        // One that panics later leaves its client without an answer, but not without others.
+        // A method that panics after a yield has no answer, but other answers of its client arrive.
         let mut client = connect().await;
         client.write_all(br#"{"method":"later","id":1}{"method":"nope","id":2}"#).await.unwrap();
         client.shutdown().await.unwrap();
@@ -419,7 +420,7 @@ fn a_panic_in_a_member_of_a_batch_is_an_error_among_its_answers() {
         let mut client = fixture.client().await;
         let answer = client.ask(r#"[{"method":"panic","id":1},{"method":"echo","id":2}]"#).await;
         assert_eq!(answer[0]["id"], 2);
-        // The id is lost with the call.
+        // The id is lost with the panic.
         let error = json!({"code": -32603, "message": "Internal error"});
         assert_eq!(answer[1], json!({"jsonrpc": "2.0", "id": null, "error": error}));
     });

@@ -1,4 +1,4 @@
-//! A server in a directory of its own with methods that tests control, and a raw client.
+//! A server in a temporary directory, with methods that tests control, and a raw client.
 #![expect(clippy::unwrap_used, reason = "a fixture fails its test by panicking")]
 
 use std::cell::{Cell, RefCell};
@@ -12,16 +12,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore};
 
-/// What the methods did, and what the test lets them do.
+/// The state that the methods and the test share.
 #[derive(Default)]
 pub(crate) struct Probe {
     /// Calls of `note`, `wait` and `big`, in the order in which they started.
     pub(crate) started: RefCell<Vec<String>>,
-    /// How many `wait` calls learnt that their client is gone.
+    /// Number of `wait` calls whose client has disconnected.
     pub(crate) gone: Cell<usize>,
-    /// Told whenever `started` or `gone` changes.
+    /// Notified when `started` or `gone` changes.
     pub(crate) changed: Notify,
-    /// One permit ends one `wait`.
+    /// One permit ends one call of `wait`.
     pub(crate) permits: Permits,
 }
 
@@ -34,7 +34,7 @@ impl Default for Permits {
 }
 
 impl Probe {
-    /// Waits until `done` holds; progress of the methods wakes it.
+    /// Waits until `done` returns true. Calls it at first and after each change.
     pub(crate) async fn until(&self, done: impl Fn(&Self) -> bool) {
         while !done(self) {
             self.changed.notified().await;
@@ -81,8 +81,28 @@ fn registry(probe: &Rc<Probe>) -> Registry {
     registry.register("fail", Phases::Both, |_| async { Err(RpcError::errno(17)) });
     registry.register("early", Phases::Startup, |_| async { Ok(json!(true)) });
     registry.register("late", Phases::Runtime, |_| async { Ok(json!(true)) });
+    register_recorded(&mut registry, probe);
+    registry.register("panic", Phases::Both, |_| async {
+        tokio::task::yield_now().await;
+        panic!("a method that panics")
+    });
+    // Answers with a list of params[0] numbers, and yields while it builds the list.
+    registry.register("list", Phases::Both, |params: Params| async move {
+        let (count,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
+        let (mut pace, mut list) = (params.pace(), vec![]);
+        for number in 0..count {
+            list.push(Value::from(number));
+            pace.spend(1).await;
+        }
+        Ok(list.into())
+    });
+    registry
+}
+
+/// Registers the methods that record their calls in `started`.
+fn register_recorded(registry: &mut Registry, probe: &Rc<Probe>) {
     let shared = Rc::clone(probe);
-    // Notes its parameters.
+    // Records its parameters.
     registry.register("note", Phases::Both, move |params| {
         let probe = Rc::clone(&shared);
         async move {
@@ -92,7 +112,7 @@ fn registry(probe: &Rc<Probe>) -> Registry {
         }
     });
     let shared = Rc::clone(probe);
-    // Notes its parameters, then waits for the test, or for its client to go.
+    // Records its parameters, then waits for a permit. Counts its client's disconnect.
     registry.register("wait", Phases::Both, move |params| {
         let probe = Rc::clone(&shared);
         async move {
@@ -123,24 +143,9 @@ fn registry(probe: &Rc<Probe>) -> Registry {
             Ok(Value::String("x".repeat(size)))
         }
     });
-    registry.register("panic", Phases::Both, |_| async {
-        tokio::task::yield_now().await;
-        panic!("a method that panics")
-    });
-    // Answers with a list of params[0] numbers, which is built in turns.
-    registry.register("list", Phases::Both, |params: Params| async move {
-        let (count,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
-        let (mut pace, mut list) = (params.pace(), vec![]);
-        for number in 0..count {
-            list.push(Value::from(number));
-            pace.spend(1).await;
-        }
-        Ok(list.into())
-    });
-    registry
 }
 
-/// A client that writes and reads bytes as it is told.
+/// A client that writes and reads bytes.
 pub(crate) struct RawClient {
     pub(crate) stream: UnixStream,
     bytes: Vec<u8>,
@@ -151,7 +156,7 @@ impl RawClient {
         self.stream.write_all(bytes.as_ref()).await.unwrap();
     }
 
-    /// The next line without its newline; none at end of file or after a reset.
+    /// The next line without its newline. `None` at end of file or after a reset.
     pub(crate) async fn line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
@@ -169,13 +174,13 @@ impl RawClient {
         }
     }
 
-    /// Sends a request and takes the next line as JSON.
+    /// Sends a request, and reads the next line as JSON.
     pub(crate) async fn ask(&mut self, request: impl AsRef<[u8]>) -> Value {
         self.send(request).await;
         serde_json::from_str(&self.line().await.expect("an answer")).unwrap()
     }
 
-    /// A round trip, after which the server has seen all that was sent to it before.
+    /// A round trip, after which the server has read everything that was sent before.
     pub(crate) async fn sync(&mut self) {
         let answer = self.ask(r#"{"method":"echo","id":"sync"}"#).await;
         assert_eq!(answer["id"], "sync");
@@ -187,14 +192,14 @@ impl RawClient {
     }
 }
 
-/// Runs a test on the runtime the server needs.
+/// Runs a test on the runtime that the server needs.
 pub(crate) fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, test);
 }
 
-/// The same with a clock that jumps to the next timer as soon as all tasks are idle.
-pub(crate) fn run_with_hasty_clock(test: impl Future<Output = ()>) {
+/// As [`run`], with a clock that advances to the next timer when all tasks are idle.
+pub(crate) fn run_with_paused_clock(test: impl Future<Output = ()>) {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().start_paused(true).build().unwrap();
     tokio::task::LocalSet::new().block_on(&runtime, test);

@@ -4,4 +4,4 @@ mod clients;
 mod fixture;
 mod framing;
 mod socket;
-mod turns;
+mod yields;

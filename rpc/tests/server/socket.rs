@@ -12,7 +12,7 @@ fn bind(path: impl AsRef<std::path::Path>) -> Result<Server, BindError> {
 }
 
 #[test]
-fn the_lock_is_exclusive_and_private_and_both_files_go() {
+fn the_lock_is_exclusive_and_private_and_both_files_are_removed() {
     run(async {
         let fixture = Fixture::new();
         let path = fixture.path();
@@ -32,7 +32,7 @@ fn the_lock_is_exclusive_and_private_and_both_files_go() {
 }
 
 #[test]
-fn what_a_dead_process_left_is_replaced() {
+fn files_of_a_process_that_crashed_are_replaced() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
@@ -45,7 +45,7 @@ fn what_a_dead_process_left_is_replaced() {
 }
 
 #[test]
-fn paths_that_cannot_be_served_are_refused_and_leave_nothing() {
+fn invalid_paths_are_refused_and_leave_no_files() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
         let space = 107 - dir.path().as_os_str().len() - 1;
@@ -53,7 +53,7 @@ fn paths_that_cannot_be_served_are_refused_and_leave_nothing() {
         bind(&fits).unwrap().shutdown().await;
         let error = bind(dir.path().join("a".repeat(space + 1))).err().unwrap();
         assert!(matches!(error, BindError::PathTooLong { length: 108, .. }), "{error}");
-        assert!(error.to_string().contains("108 bytes long; at most 107 fit"));
+        assert!(error.to_string().contains("108 bytes long; the limit is 107"));
         assert!(matches!(bind(dir.path().join("no/such")), Err(BindError::Lock(..))));
         std::fs::create_dir(dir.path().join("directory")).unwrap();
         assert!(matches!(bind(dir.path().join("directory")), Err(BindError::Listen(..))));
@@ -63,7 +63,7 @@ fn paths_that_cannot_be_served_are_refused_and_leave_nothing() {
 }
 
 #[test]
-fn shutdown_delivers_what_is_answered_and_tells_what_runs() {
+fn shutdown_sends_finished_answers_and_running_calls_see_that_their_client_is_gone() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;

@@ -1,4 +1,4 @@
-//! Whatever a client requests, other clients are served in between; over a real socket.
+//! Long requests yield to other clients, over a real socket.
 #![expect(clippy::unwrap_used, reason = "a helper fails its test by panicking")]
 
 use std::io::Write;
@@ -6,13 +6,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use crate::fixture::{Fixture, RawClient, run, run_with_hasty_clock};
+use crate::fixture::{Fixture, RawClient, run, run_with_paused_clock};
 use rpc::CONNECTIONS_MAX;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
-/// Sends until a request of the second client is answered; returns what the first had started by
-/// then.
+/// Waits until a request of a second client is answered. Returns how many calls of the first client
+/// had started by then.
 async fn started_when_another_is_answered(fixture: &Fixture, first: &mut RawClient) -> usize {
     fixture.probe.until(|probe| !probe.started.borrow().is_empty()).await;
     fixture.client().await.sync().await;
@@ -22,7 +22,7 @@ async fn started_when_another_is_answered(fixture: &Fixture, first: &mut RawClie
 }
 
 #[test]
-fn the_members_of_a_batch_let_others_have_turns() {
+fn a_batch_yields_between_its_members() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -35,7 +35,7 @@ fn the_members_of_a_batch_let_others_have_turns() {
 }
 
 #[test]
-fn requests_sent_at_once_let_others_have_turns() {
+fn a_connection_yields_between_requests() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -49,7 +49,7 @@ fn requests_sent_at_once_let_others_have_turns() {
 }
 
 #[test]
-fn a_long_answer_lets_others_have_turns_but_not_the_next_request_of_its_client() {
+fn a_long_answer_yields_to_other_clients_but_not_to_the_next_request_of_its_client() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -74,9 +74,9 @@ fn a_long_answer_lets_others_have_turns_but_not_the_next_request_of_its_client()
     });
 }
 
-/// Answers that wait for the rest of their batch count as unsent.
+/// Answers in unfinished batches count as unsent.
 #[test]
-fn half_answered_batches_cannot_pile_up() {
+fn the_answers_in_unfinished_batches_are_bounded() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -95,7 +95,7 @@ fn half_answered_batches_cannot_pile_up() {
 }
 
 #[test]
-fn a_client_that_sends_without_end_lets_others_have_turns() {
+fn a_client_that_sends_without_end_does_not_delay_others() {
     run(async {
         let fixture = Fixture::new();
         for endless in [" ", "x"] {
@@ -123,7 +123,7 @@ fn send_with_fd(client: &RawClient, bytes: &[u8]) {
 }
 
 #[test]
-fn fds_are_refused_and_many_end_the_connection() {
+fn fds_are_closed_and_too_many_close_the_connection() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
@@ -140,8 +140,8 @@ fn fds_are_refused_and_many_end_the_connection() {
 }
 
 #[test]
-fn a_client_that_is_idle_for_long_makes_way_for_one_that_waits() {
-    run_with_hasty_clock(async {
+fn the_client_that_is_idle_longest_is_disconnected_if_another_waits() {
+    run_with_paused_clock(async {
         let fixture = Fixture::new();
         let mut clients = Vec::new();
         for index in 0..CONNECTIONS_MAX {
