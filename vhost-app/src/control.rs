@@ -22,8 +22,8 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
 use vhost_target::{ControllerSpec, Core, Error, Mode, Target};
 
-use rte_vhost::eal::EalError;
 use crate::lived;
+use rte_vhost::eal::EalError;
 
 /// Interval of checks for operations that take long.
 const TICK: Duration = Duration::from_secs(1);

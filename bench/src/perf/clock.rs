@@ -1,17 +1,16 @@
-//! The time in ticks: the processor's time-stamp counter where it keeps time, else nanoseconds.
-#![cfg_attr(
-    target_arch = "x86_64",
-    expect(unsafe_code, reason = "the counter's instruction has no safe function")
-)]
+//! A clock whose ticks are the processor's time-stamp counter if it has a constant rate, or else
+//! nanoseconds.
+#![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "RDTSCP is an unsafe intrinsic"))]
 
 use std::time::{Duration, Instant};
 
-/// How long the counter is compared with the system's clock: its error is some 50 ns of this.
+/// Duration of the calibration of the counter against the system's clock. The error is about 50 ns
+/// of this duration.
 const CALIBRATION: Duration = Duration::from_millis(20);
-/// Looks at both clocks, of which the one with the least time between counts.
-const LOOKS: usize = 16;
+/// Samples of both clocks, of which the one with the shortest duration counts.
+const SAMPLES: usize = 16;
 
-/// Tells the time in ticks since some moment before it was made.
+/// A clock that counts ticks since a fixed time before its creation.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     counter: bool,
@@ -20,18 +19,18 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Finds out what the processor has and how fast that runs, which takes some 20 ms.
+    /// A calibrated clock. Calibration takes about 20 ms.
     #[must_use]
     pub fn calibrated() -> Self {
         let mut clock = Self { counter: has_counter(), base: Instant::now(), ns_per_tick: 1.0 };
         if clock.counter {
-            let (ticks, at) = clock.look();
+            let (ticks, at) = clock.sample();
             let end = at + CALIBRATION;
             while Instant::now() < end {
                 std::hint::spin_loop();
             }
-            let (more, later) = clock.look();
-            clock.ns_per_tick = (later - at).as_nanos() as f64 / (more - ticks) as f64;
+            let (end_ticks, end) = clock.sample();
+            clock.ns_per_tick = (end - at).as_nanos() as f64 / (end_ticks - ticks) as f64;
         }
         clock
     }
@@ -42,14 +41,14 @@ impl Clock {
         Self { counter: false, base: Instant::now(), ns_per_tick: 1.0 }
     }
 
-    /// Now. All loads before it in the program have been done by then.
+    /// The current time. Loads before this call in program order precede it.
     #[inline]
     #[must_use]
     pub fn now(&self) -> u64 {
-        if self.counter { counter() } else { self.base.elapsed().as_nanos() as u64 }
+        if self.counter { counter() } else { saturating_ns(self.base.elapsed()) }
     }
 
-    /// Whether ticks are those of the time-stamp counter.
+    /// Whether the clock uses the time-stamp counter.
     #[must_use]
     pub fn is_counter(&self) -> bool {
         self.counter
@@ -57,12 +56,14 @@ impl Clock {
 
     /// `ticks` in nanoseconds.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "casts from f64 saturate")]
     pub fn ns(&self, ticks: u64) -> u64 {
         (ticks as f64 * self.ns_per_tick).round() as u64
     }
 
     /// `duration` in ticks.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "casts from f64 saturate")]
     pub fn ticks(&self, duration: Duration) -> u64 {
         (duration.as_nanos() as f64 / self.ns_per_tick).round() as u64
     }
@@ -73,27 +74,31 @@ impl Clock {
         ns / self.ns_per_tick
     }
 
-    /// Both clocks at one moment, as nearly as can be had.
-    fn look(&self) -> (u64, Instant) {
-        let looks = (0..LOOKS).map(|_| {
+    /// Both clocks at about the same time.
+    fn sample(&self) -> (u64, Instant) {
+        let samples = (0..SAMPLES).map(|_| {
             let before = self.now();
             let at = Instant::now();
             let after = self.now();
             (after - before, before + (after - before) / 2, at)
         });
-        let (_, ticks, at) = looks.min_by_key(|look| look.0).expect("there are several");
+        let (_, ticks, at) = samples.min_by_key(|sample| sample.0).expect("SAMPLES is not 0");
         (ticks, at)
     }
 }
 
-/// Whether the counter runs at one rate in every state of the processor, on all cores together.
+fn saturating_ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Whether the counter has the same constant rate on all cores and in all power states.
 #[cfg(target_arch = "x86_64")]
 fn has_counter() -> bool {
-    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = told.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     ["constant_tsc", "nonstop_tsc", "rdtscp"]
         .iter()
-        .all(|wanted| flags.split_whitespace().any(|flag| flag == *wanted))
+        .all(|needed| flags.split_whitespace().any(|flag| flag == *needed))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -101,18 +106,18 @@ fn has_counter() -> bool {
     false
 }
 
-/// The counter, once all loads before have been done: RDTSC alone may run ahead of them.
+/// Reads the counter after earlier loads. (RDTSC may execute before them.)
 #[cfg(target_arch = "x86_64")]
 #[inline]
 fn counter() -> u64 {
     let mut processor = 0;
-    // SAFETY: only called where `has_counter` has found the instruction.
+    // SAFETY: called only if `has_counter` has found the instruction.
     unsafe { std::arch::x86_64::__rdtscp(&raw mut processor) }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn counter() -> u64 {
-    unreachable!("no processor of this kind is said to have one")
+    unreachable!("`has_counter` returns false")
 }
 
 #[cfg(test)]
@@ -120,11 +125,11 @@ mod tests {
     use super::*;
 
     fn keeps_time(clock: Clock) {
-        let (start, at) = clock.look();
+        let (start, at) = clock.sample();
         while at.elapsed() < Duration::from_millis(50) {}
-        let (end, later) = clock.look();
-        let (told, true_ns) = (clock.ns(end - start) as f64, (later - at).as_nanos() as f64);
-        assert!((told / true_ns - 1.0).abs() < 0.01, "{told} of {true_ns} ns");
+        let (end, later) = clock.sample();
+        let (ns, true_ns) = (clock.ns(end - start) as f64, (later - at).as_nanos() as f64);
+        assert!((ns / true_ns - 1.0).abs() < 0.01, "{ns} of {true_ns} ns");
         assert!(clock.ns(clock.ticks(Duration::from_secs(100))).abs_diff(100_000_000_000) < 10);
     }
 

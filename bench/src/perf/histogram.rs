@@ -1,16 +1,17 @@
-//! Latencies by the million: counted in a fixed table while they come, in an HDR histogram after.
+//! Distributions of latencies: a fixed table during the measurement, an HDR histogram afterwards.
 
 use hdrhistogram::Histogram;
 
-/// Cells that each power of two is divided into, as a power of two: values are known to 1/128.
+/// Each power of two is divided into 2^CELL_BITS cells: values have a relative error of at most
+/// 1/128.
 const CELL_BITS: u32 = 7;
 const CELLS: usize = 1 << CELL_BITS;
-/// Values from here on share the last cell: 2^44 ticks are an hour and more on any processor.
+/// Values of 2^VALUE_BITS and more share the last cell. 2^44 ticks are more than an hour.
 const VALUE_BITS: u32 = 44;
-/// One row of cells for the values below `CELLS`, and one for each power of two above.
+/// One row of cells for the values below `CELLS`, and one row for each larger power of two.
 const ROWS: usize = (VALUE_BITS - CELL_BITS + 1) as usize;
 
-/// Counts values in cells whose width grows with the value. Recording costs some ten instructions.
+/// Counts values in cells whose width grows with the value. Recording takes about ten instructions.
 #[derive(Clone, Debug)]
 pub struct Counts {
     cells: Box<[u64]>,
@@ -38,19 +39,19 @@ impl Counts {
         self.max = self.max.max(value);
     }
 
-    /// How many values there are.
+    /// The number of values.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// Forgets all values.
+    /// Removes all values.
     pub fn clear(&mut self) {
         self.cells.fill(0);
         (self.total, self.sum, self.min, self.max) = (0, 0, u64::MAX, 0);
     }
 
-    /// Adds what `other` has counted.
+    /// Adds the values of `other`.
     pub fn add(&mut self, other: &Self) {
         self.cells.iter_mut().zip(&other.cells).for_each(|(sum, more)| *sum += more);
         self.total += other.total;
@@ -59,40 +60,43 @@ impl Counts {
         self.max = self.max.max(other.max);
     }
 
-    /// What was counted, in the unit that `scale` turns values into.
+    /// The distribution of the values, converted by `scale`.
     #[must_use]
     pub fn distribution(&self, scale: impl Fn(u64) -> u64) -> Distribution {
         let mut values = Histogram::new(3).expect("three digits are allowed");
         for (index, &times) in self.cells.iter().enumerate().filter(|(_, times)| **times > 0) {
-            // A cell's middle, but nothing that lies outside of what was seen.
+            // The middle of the cell, within the range of the recorded values.
             let value = middle(index).clamp(self.min, self.max);
             values.record_n(scale(value), times).expect("it grows with its values");
         }
-        // A mean with a fraction, though `scale` knows none: that of a sum is small enough.
+        // `scale` rounds to integers. Scaling the sum gives a mean with a fraction.
         let mean = match u64::try_from(self.sum) {
             Ok(sum) => scale(sum) as f64 / self.total.max(1) as f64,
-            Err(_) => scale((self.sum / u128::from(self.total)) as u64) as f64,
+            Err(_) => {
+                let mean = self.sum / u128::from(self.total);
+                scale(u64::try_from(mean).unwrap_or(u64::MAX)) as f64
+            }
         };
         let min = if self.total == 0 { 0 } else { scale(self.min) };
         Distribution { values, min, mean, max: scale(self.max) }
     }
 }
 
-/// What was counted, as an HDR histogram, and exactly where that only knows three digits.
+/// A distribution: an HDR histogram with three digits, and the exact extremes and mean.
 #[derive(Clone, Debug)]
 pub struct Distribution {
-    /// Each value to three digits.
+    /// The values, with three digits.
     pub values: Histogram<u64>,
-    /// The smallest one, or 0 if there is none.
+    /// The smallest value. 0 if there are no values.
     pub min: u64,
-    /// The mean, or 0.
+    /// The mean. 0 if there are no values.
     pub mean: f64,
-    /// The greatest one, or 0.
+    /// The largest value. 0 if there are no values.
     pub max: u64,
 }
 
 impl Distribution {
-    /// The value that `percent` of all values are not above.
+    /// The value that `percent` of all values do not exceed.
     #[must_use]
     pub fn percentile(&self, percent: f64) -> u64 {
         if self.values.is_empty() {
@@ -102,16 +106,17 @@ impl Distribution {
     }
 }
 
-/// Where `value` is counted: its eight highest bits say which cell, the number of those below how
-/// wide it is.
+/// The index of the cell of `value`. Its eight highest bits select the cell in the row; the number
+/// of lower bits selects the row.
 #[inline]
+#[expect(clippy::cast_possible_truncation, reason = "`value >> shift` has eight bits")]
 fn cell(value: u64) -> usize {
     let shift = 63 - CELL_BITS - (value | (2 * CELLS as u64 - 1)).leading_zeros();
     let at = (value >> shift) as usize + shift as usize * CELLS;
     at.min(ROWS * CELLS - 1)
 }
 
-/// The middle of the values that cell `index` counts.
+/// The middle of the values of cell `index`.
 fn middle(index: usize) -> u64 {
     let shift = (index / CELLS).saturating_sub(1);
     let low = (index - shift * CELLS) as u64;
@@ -149,24 +154,24 @@ mod tests {
             if value % 2 == 0 { counts.record(value, 1) } else { other.record(value, 1) }
         }
         counts.add(&other);
-        let told = counts.distribution(|v| 10 * v);
+        let scaled = counts.distribution(|v| 10 * v);
         for (percent, true_value) in [(50.0, 500_000.0), (99.0, 990_000.0), (99.99, 999_900.0)] {
-            let off = told.percentile(percent) as f64 / true_value - 1.0;
-            assert!(off.abs() < 0.006, "{percent}: {}", told.percentile(percent));
+            let off = scaled.percentile(percent) as f64 / true_value - 1.0;
+            assert!(off.abs() < 0.006, "{percent}: {}", scaled.percentile(percent));
         }
-        assert_eq!((told.min, told.max, counts.total()), (10, 1_000_000, 100_000));
-        assert!((told.mean - 500_005.0).abs() < 1e-6, "{}", told.mean);
-        assert_eq!(told.percentile(100.0), told.max);
+        assert_eq!((scaled.min, scaled.max, counts.total()), (10, 1_000_000, 100_000));
+        assert!((scaled.mean - 500_005.0).abs() < 1e-6, "{}", scaled.mean);
+        assert_eq!(scaled.percentile(100.0), scaled.max);
     }
 
     #[test]
-    fn nothing_is_zero_and_clear_forgets() {
+    fn an_empty_distribution_is_zero_and_clear_removes_all() {
         let mut counts = Counts::default();
         counts.record(5, 3);
         assert_eq!(counts.distribution(|v| v).percentile(50.0), 5);
         counts.clear();
-        let told = counts.distribution(|v| v);
-        assert_eq!((told.min, told.max, told.percentile(99.0), counts.total()), (0, 0, 0, 0));
-        assert_eq!(told.mean, 0.0);
+        let empty = counts.distribution(|v| v);
+        assert_eq!((empty.min, empty.max, empty.percentile(99.0), counts.total()), (0, 0, 0, 0));
+        assert_eq!(empty.mean, 0.0);
     }
 }

@@ -1,4 +1,4 @@
-//! One queue under load: what has completed is counted, and what is free is submitted again.
+//! One queue under load: counts completed requests, and submits free slots again.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,11 +14,11 @@ use crate::perf::pace::Pace;
 use crate::perf::timeline::Timeline;
 use crate::perf::work::{Io, SECTOR, Work};
 
-/// Completions that share a look at the clock, and requests that are published together: enough
-/// to share the costs, few enough for the device not to wait for the rest.
+/// Limit on completions that share a reading of the clock, and on requests that are published
+/// together. A larger batch shares costs; a smaller one lets the device start earlier.
 const BATCH: usize = 16;
 
-/// What a thread has seen while it measured.
+/// The measurements of a thread.
 #[derive(Clone, Debug)]
 pub(crate) struct Tally {
     /// Latencies in ticks, of reads and of writes.
@@ -26,7 +26,7 @@ pub(crate) struct Tally {
     pub(crate) timeline: Timeline,
     pub(crate) errors: u64,
     pub(crate) mismatches: u64,
-    /// The first error or mismatch, in words.
+    /// The first error or mismatch, as a text.
     pub(crate) first_problem: Option<String>,
 }
 
@@ -36,7 +36,7 @@ impl Tally {
         Self { latencies, timeline, errors: 0, mismatches: 0, first_problem: None }
     }
 
-    /// Adds what another thread has seen.
+    /// Adds the measurements of another thread.
     pub(crate) fn add(&mut self, other: Self) {
         self.latencies.iter_mut().zip(&other.latencies).for_each(|(sum, more)| sum.add(more));
         self.timeline.add(&other.timeline);
@@ -46,8 +46,8 @@ impl Tally {
     }
 }
 
-/// When a request was submitted, or should have been, and whether it writes: in one number, as
-/// requests that completed together and are alike in both are counted together.
+/// The time at which a request was submitted or was due, and whether it writes. Both are in one
+/// number, because requests that complete together and agree in both are counted together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Kind(u64);
 
@@ -68,7 +68,7 @@ impl Kind {
     }
 }
 
-/// A request's place in memory, and what it was last used for.
+/// A request's header and status byte, and its last use.
 #[derive(Clone, Copy, Debug)]
 struct Slot<'a> {
     head: Head<'a>,
@@ -76,7 +76,7 @@ struct Slot<'a> {
 }
 
 impl Slot<'_> {
-    /// Notes that the request came back with `status`, which is not OK.
+    /// Records that the request completed with `status`, which is not OK.
     #[cold]
     #[inline(never)]
     fn note_failure(&self, status: u8, tally: &mut Tally) {
@@ -84,13 +84,13 @@ impl Slot<'_> {
         let at = self.head.sector() * u64::from(SECTOR);
         tally.errors += 1;
         tally.first_problem.get_or_insert_with(|| match status {
-            STATUS_UNWRITTEN => format!("a {kind} at byte {at} came back without a status"),
-            _ => format!("a {kind} at byte {at} came back with status {status}"),
+            STATUS_UNWRITTEN => format!("a {kind} at byte {at} completed without a status"),
+            _ => format!("a {kind} at byte {at} completed with status {status}"),
         });
     }
 }
 
-/// A queue, its requests, and the work they do.
+/// A queue with its requests and its work.
 pub(crate) struct Lane<'a, V, W> {
     ring: &'a Ring,
     queue: V,
@@ -99,7 +99,7 @@ pub(crate) struct Lane<'a, V, W> {
     slots: Box<[Slot<'a>]>,
     /// Slots that the device does not hold.
     free: Free,
-    /// When something last completed, or was submitted while the device held nothing.
+    /// The time of the last completion, or of a submission while the device held no request.
     last: u64,
 }
 
@@ -119,9 +119,9 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         self.slots.len() - self.free.count
     }
 
-    /// When the next request is due, if there is a schedule.
+    /// The due time of the next request, if there is a schedule and a free slot.
     pub(crate) fn due(&self) -> Option<u64> {
-        // What is due already waits for a slot, that is for the device.
+        // Without a free slot, a due request waits for a completion.
         self.pace.filter(|_| self.free.count > 0).map(|pace| pace.due())
     }
 
@@ -130,34 +130,34 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         self.pace.map_or(0, |pace| pace.due_before(end))
     }
 
-    /// Submits from now on as `pace` says, or whenever there is room.
+    /// Starts to submit, on the schedule `pace`, or whenever a slot is free.
     pub(crate) fn begin(&mut self, now: u64, pace: Option<Pace>) {
         (self.last, self.pace) = (now, pace);
     }
 
-    /// Counts gaps from `now` on.
+    /// Starts a gap at `now`.
     pub(crate) fn begin_gap(&mut self, now: u64) {
         self.last = now;
     }
 
-    /// Counts the gap that has not ended.
+    /// Records the current gap.
     pub(crate) fn end(&self, now: u64, tally: &mut Tally) {
         if self.in_flight() > 0 {
             tally.timeline.note(now, self.last, 0);
         }
     }
 
-    /// Takes and counts what has completed, a batch at most. Returns how many that was, and when.
+    /// Takes and counts completed requests, at most a batch. Returns their number and the time.
     ///
     /// # Errors
-    /// [`Error::NotHeld`]: a device that returns what it does not hold cannot be worked with.
+    /// [`Error::NotHeld`] if the device returns a request that it does not hold.
     #[inline]
     pub(crate) fn reap(&mut self, clock: &Clock, tally: &mut Tally) -> Result<(usize, u64)> {
         let (free, held) = self.free.split();
         let room = held.len().min(BATCH);
         let taken = self.queue.take(&mut held[..room]);
         if taken == 0 {
-            // Whatever it gives back while it holds nothing is none of ours.
+            // While the device holds nothing, a completion is an error.
             return if room == 0 { self.expect_none() } else { Ok((0, 0)) };
         }
         let now = clock.now();
@@ -191,7 +191,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         Ok((taken, now))
     }
 
-    /// Submits what is free, or what of it is due, and kicks the device if it wants that.
+    /// Submits free slots, or those that are due, and kicks the device if it wants a kick.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -219,7 +219,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         self.kick()
     }
 
-    /// Gives `count` free slots to the device, with requests that count from `since`.
+    /// Makes `count` free slots available to the device. Their latencies count from `since`.
     #[inline]
     fn give(&mut self, count: usize, since: u64) -> Result<()> {
         let rest = self.free.count - count;
@@ -238,7 +238,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         Ok(())
     }
 
-    /// Kicks the device if it wants that for what was published.
+    /// Kicks the device if it wants a kick.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -250,7 +250,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
         Ok(())
     }
 
-    /// What a device has done that gives back a request while it holds none.
+    /// Checks that the device, which holds no request, returns none.
     #[cold]
     fn expect_none(&mut self) -> Result<(usize, u64)> {
         let mut slots = [0];
@@ -263,7 +263,7 @@ fn not_held(id: usize) -> Error {
     front_end::Error::NotHeld { id: id as u32 }.into()
 }
 
-/// Counts `times` requests that completed together and are alike.
+/// Counts `times` requests that completed together and have the same kind.
 #[inline]
 fn record(tally: &mut Tally, now: u64, alike: Kind, times: u64) {
     if times > 0 {
@@ -272,8 +272,8 @@ fn record(tally: &mut Tally, now: u64, alike: Kind, times: u64) {
     }
 }
 
-/// Slots that are free: the first `count`. The last of these is used first, as its memory is the
-/// warmest. Behind them is room for those that the device holds.
+/// The free slots: the first `count`. The last one is used first, because its memory is most likely
+/// in the cache. The rest of the table is room for the slots that the device holds.
 #[derive(Clone, Debug)]
 struct Free {
     slots: Box<[u16]>,
@@ -282,10 +282,11 @@ struct Free {
 
 impl Free {
     fn all(count: usize) -> Self {
-        Self { slots: (0..count as u16).rev().collect(), count }
+        let end = u16::try_from(count).expect("the depth of a queue has 16 bits");
+        Self { slots: (0..end).rev().collect(), count }
     }
 
-    /// Those that are free, and the room for the others.
+    /// The free slots, and the room for the others.
     #[inline]
     fn split(&mut self) -> (&[u16], &mut [u16]) {
         let (free, held) = self.slots.split_at_mut(self.count);
@@ -293,19 +294,19 @@ impl Free {
     }
 }
 
-/// A number that one thread writes often and others read, on a cache line of its own.
+/// A number that one thread writes often and others read, on a separate cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Shown(AtomicU64);
 
 impl Shown {
-    /// Shows `value`; only one thread may.
+    /// Stores `value`. Only one thread may store.
     #[inline]
     pub(crate) fn show(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// What was last shown.
+    /// The last value.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -321,7 +322,7 @@ mod tests {
 
     const DEPTH: usize = 4;
 
-    /// What a lane lies in; its device is the test.
+    /// The memory of a lane, whose device is the test.
     struct Parts {
         ring: Ring,
         slots: Slots,
@@ -346,21 +347,25 @@ mod tests {
             Tally::new(Timeline::new(self.clock.now(), 1 << 40, 1))
         }
 
-        /// Gives the request in `slot` back with `status`, as the one that makes the used index
-        /// `index`.
+        /// Completes the request in `slot` with `status`. The used index becomes `index`.
         fn give_back(&self, index: u16, slot: usize, status: u8) {
             let status_at = self.slots.descriptors(slot, false).last().unwrap().addr;
             let used = self.ring.addrs()[2];
             let ram = self.ring.ram();
             ram.write(status_at, &[status]).unwrap();
             let element = used + 4 + u64::from((index - 1) % 16) * 8;
-            ram.write(element, &(4 * slot as u32).to_le_bytes()).unwrap();
+            ram.write(element, &head(slot).to_le_bytes()).unwrap();
             ram.write(used + 2, &index.to_le_bytes()).unwrap();
         }
     }
 
+    /// The first descriptor of the request in `slot`.
+    fn head(slot: usize) -> u32 {
+        4 * u32::try_from(slot).unwrap()
+    }
+
     #[test]
-    fn what_completes_is_counted_by_kind_and_submitted_again() {
+    fn completions_are_counted_by_kind_and_submitted_again() {
         let parts = Parts::new();
         let (mut lane, mut tally) = (parts.lane(), parts.tally());
         lane.submit(&parts.clock).unwrap();
@@ -382,25 +387,25 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_status_is_told_with_its_place() {
+    fn a_bad_status_is_reported_with_its_offset() {
         let parts = Parts::new();
         let (mut lane, mut tally) = (parts.lane(), parts.tally());
         lane.submit(&parts.clock).unwrap();
         let kind = if lane.slots[2].kind.write() { "write" } else { "read" };
-        // Slots are taken from the last of the free ones on: the third block is in the second slot.
+        // Free slots are used from the last one on: the third block is in the second slot.
         let at = lane.slots[2].head.sector() * 512;
         parts.give_back(1, 2, 1);
         lane.reap(&parts.clock, &mut tally).unwrap();
-        let told = tally.first_problem.take().unwrap();
-        assert_eq!(told, format!("a {kind} at byte {at} came back with status 1"));
+        let problem = tally.first_problem.take().unwrap();
+        assert_eq!(problem, format!("a {kind} at byte {at} completed with status 1"));
         parts.give_back(2, 1, STATUS_UNWRITTEN);
         lane.reap(&parts.clock, &mut tally).unwrap();
-        assert!(tally.first_problem.unwrap().ends_with("came back without a status"));
+        assert!(tally.first_problem.unwrap().ends_with("completed without a status"));
         assert_eq!(tally.errors, 2);
     }
 
     #[test]
-    fn what_the_device_does_not_hold_ends_the_run() {
+    fn a_completion_that_the_device_does_not_hold_is_an_error() {
         let not_held = |slots: &[usize]| {
             let parts = Parts::new();
             let (mut lane, mut tally) = (parts.lane(), parts.tally());
@@ -409,7 +414,7 @@ mod tests {
                 let status = if slots[..usize::from(index) - 1].contains(slot) { 0xee } else { 0 };
                 parts.give_back(index, (*slot).min(3), status);
                 let id = parts.ring.addrs()[2] + 4 + u64::from(index - 1) * 8;
-                parts.ring.ram().write(id, &(4 * *slot as u32).to_le_bytes()).unwrap();
+                parts.ring.ram().write(id, &head(*slot).to_le_bytes()).unwrap();
             });
             let first = lane.reap(&parts.clock, &mut tally);
             first.and_then(|_| lane.reap(&parts.clock, &mut tally)).map(|(n, _)| n)
@@ -431,11 +436,11 @@ mod tests {
     }
 
     #[test]
-    fn an_open_loop_counts_from_when_requests_were_due() {
+    fn latencies_of_an_open_loop_count_from_the_due_times() {
         let parts = Parts::new();
         let (mut lane, mut tally) = (parts.lane(), parts.tally());
         let begin = parts.clock.now();
-        // Ten are due by now, and there is room for four: a device that has stalled.
+        // Ten requests are due, and there are four slots, because the device stalls.
         let interval = parts.clock.ticks(std::time::Duration::from_millis(2));
         lane.begin(begin, Some(Pace::new(begin, interval as f64)));
         while parts.clock.now() < begin + 9 * interval {}
@@ -448,33 +453,33 @@ mod tests {
             parts.give_back(index, 4 - usize::from(index), STATUS_OK);
         }
         assert_eq!(lane.reap(&parts.clock, &mut tally).unwrap().0, 4);
-        let told = tally.latencies[0].clone();
+        let reads = tally.latencies[0].clone();
         let mut all = tally.latencies[1].clone();
-        all.add(&told);
+        all.add(&reads);
         let ticks = all.distribution(|ticks| ticks);
         assert!(ticks.max >= 9 * interval && ticks.min >= 6 * interval, "{ticks:?}");
-        // What is due next goes first, with its own time.
+        // The next request has its own due time.
         lane.submit(&parts.clock).unwrap();
         let next = lane.slots.iter().map(|slot| slot.kind.since()).min();
         assert_eq!(next, Some((begin + 4 * interval) & (u64::MAX >> 1)));
     }
 
     #[test]
-    fn a_gap_is_a_time_in_which_the_device_held_something() {
+    fn a_gap_is_a_time_in_which_the_device_held_a_request() {
         let parts = Parts::new();
         let (mut lane, mut tally) = (parts.lane(), parts.tally());
         let begin = parts.clock.now();
         lane.begin(begin, Some(Pace::new(begin + 1, 1e15)));
         let far = parts.clock.ticks(std::time::Duration::from_millis(20));
         while parts.clock.now() < begin + far {}
-        // Nobody asked for anything until now.
+        // No request was submitted until now.
         lane.submit(&parts.clock).unwrap();
         assert_eq!(lane.in_flight(), 1);
         parts.give_back(1, 0, STATUS_OK);
         lane.reap(&parts.clock, &mut tally).unwrap();
         let gap = tally.timeline.longest_gaps().next().unwrap();
         assert!(gap.from >= begin + far, "{gap:?}, from {begin}");
-        // A device that holds something at the end has a gap that does not end.
+        // A device that holds a request at the end has a gap up to the end.
         lane.pace = None;
         lane.submit(&parts.clock).unwrap();
         lane.end(gap.from + 1000 * far, &mut tally);

@@ -1,9 +1,10 @@
-//! A load that measures: as cheap for each request as can be, so that the server is the limit.
+//! A load generator that measures. It spends little time on a request, so that the server is the
+//! bottleneck.
 //!
-//! [`run`] connects and does what a [`Plan`] says; an [`Outcome`] is what came of it. In the order
-//! the data flows:
+//! [`run`] connects and runs the load of a [`Plan`], and returns an [`Outcome`]. In the order of
+//! the data flow:
 //!
-//! 1. [`plan`]: what to do.
+//! 1. [`plan`]: the parameters of the load.
 //! 2. [`session`]: the connection, the memory, the threads.
 //! 3. `worker`: a thread's loop; `lane`: one queue in it.
 //! 4. `work` and `verify`: which block is next, and what it should hold.

@@ -1,4 +1,4 @@
-//! The figures of a run.
+//! The results of a run.
 
 use std::time::Duration;
 
@@ -7,63 +7,64 @@ use crate::perf::histogram::{Counts, Distribution};
 use crate::perf::lane::Tally;
 use crate::perf::worker::Finding;
 
-/// Latencies in nanoseconds, and how many requests they are of.
+/// The number of requests, and their latencies in nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Latencies {
-    /// Requests that came back, whatever their status.
+    /// Requests that completed, with any status.
     pub completed: u64,
-    /// How long each took.
+    /// Their latencies.
     pub ns: Distribution,
 }
 
-/// A part of the time measured.
+/// A stretch of the time line.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stretch {
-    /// When it began, in seconds from the beginning of the measurement.
+    /// Its start, in seconds since the start of the measurement.
     pub at_s: f64,
-    /// Requests completed in it, by second.
+    /// Requests per second that completed in it.
     pub iops: f64,
-    /// The longest gap of which any part lies in it.
+    /// The longest gap that overlaps it.
     pub longest_gap_ns: u64,
 }
 
-/// What a run has measured, the ramp left out.
+/// The results of a run, without the ramp.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// From the ramp's end until the last request came back, or was given up.
+    /// From the end of the ramp until the last request completed or was given up.
     pub elapsed: Duration,
     /// All requests.
     pub all: Latencies,
-    /// The reads of these.
+    /// The reads.
     pub reads: Latencies,
-    /// The writes of these.
+    /// The writes.
     pub writes: Latencies,
-    /// Requests that came back with a status other than OK.
+    /// Requests that completed with a status other than OK.
     pub errors: u64,
-    /// Blocks read that did not hold what they should.
+    /// Blocks that were read with wrong contents.
     pub mismatches: u64,
-    /// The first error or mismatch, in words.
+    /// The first error or mismatch, as a text.
     pub first_problem: Option<String>,
-    /// Requests that had not come back at the end.
+    /// Requests that had not completed at the end.
     pub outstanding: usize,
-    /// Requests that a rate made due and for which there was no room before the end.
+    /// Requests of a rate that were due but not submitted before the end.
     pub unsubmitted: u64,
     /// The time line.
     pub timeline: Vec<Stretch>,
-    /// The longest gaps: seconds from the beginning, and nanoseconds; longest first, at most ten.
+    /// The longest gaps, at most ten, longest first: their start in seconds, their length in
+    /// nanoseconds.
     pub longest_gaps: Vec<(f64, u64)>,
     /// Whether the server closed the connection before the end.
     pub closed: bool,
-    /// The disk's size in bytes, as the server told it.
+    /// The disk's size in bytes, as reported by the server.
     pub disk_bytes: u64,
-    /// The first byte used, and how many were.
+    /// The first byte that was used, and the number of bytes.
     pub range: (u64, u64),
-    /// Whether time was taken from the processor's time-stamp counter.
+    /// Whether the clock is the processor's time-stamp counter.
     pub counter: bool,
 }
 
 impl Outcome {
-    /// Puts together what several threads have found from `start` on.
+    /// Combines the results of several threads since `start`.
     pub(crate) fn new(findings: Vec<Finding>, start: u64, clock: &Clock, empty: Tally) -> Self {
         let ended = findings.iter().map(|finding| finding.ended).max().unwrap_or(start);
         let outstanding = findings.iter().map(|finding| finding.outstanding).sum();
@@ -96,20 +97,20 @@ impl Outcome {
         }
     }
 
-    /// Requests completed by second.
+    /// Completed requests per second.
     #[must_use]
     pub fn iops(&self) -> f64 {
         let seconds = self.elapsed.as_secs_f64();
         if seconds > 0.0 { self.all.completed as f64 / seconds } else { 0.0 }
     }
 
-    /// The longest gap: seconds from the beginning, and nanoseconds.
+    /// The longest gap: its start in seconds, and its length in nanoseconds.
     #[must_use]
     pub fn longest_gap(&self) -> Option<&(f64, u64)> {
         self.longest_gaps.first()
     }
 
-    /// Whether every request came back well, with what it should hold.
+    /// Whether every request succeeded with the right contents.
     #[must_use]
     pub fn is_good(&self) -> bool {
         let bad = self.errors + self.mismatches + self.outstanding as u64;
@@ -121,8 +122,8 @@ fn latencies(counts: &Counts, clock: &Clock) -> Latencies {
     Latencies { completed: counts.total(), ns: counts.distribution(|ticks| clock.ns(ticks)) }
 }
 
-/// The time line up to `elapsed` ticks. A rest of less than half a bucket is the one before's, as
-/// rates over very short times say nothing.
+/// The time line up to `elapsed` ticks. A last bucket of less than half the width is merged with
+/// the one before, because rates over very short times mean nothing.
 fn stretches(tally: &Tally, elapsed: u64, clock: &Clock) -> Vec<Stretch> {
     let (buckets, width) = tally.timeline.buckets();
     let mut buckets = buckets.to_vec();
@@ -153,22 +154,22 @@ mod tests {
     use crate::perf::timeline::Timeline;
 
     #[test]
-    fn a_short_rest_of_the_time_is_the_last_stretch_s() {
+    fn a_short_last_bucket_is_merged() {
         let clock = Clock::nanoseconds();
         let ms = |ms: u64| clock.ticks(Duration::from_millis(ms));
         let mut tally = Tally::new(Timeline::new(0, ms(100), 3));
         tally.timeline.note(ms(50), ms(49), 10);
         tally.timeline.note(ms(150), ms(149), 20);
         tally.timeline.note(ms(220), ms(215), 4);
-        let told = |elapsed| {
+        let merged = |elapsed| {
             let parts = stretches(&tally, ms(elapsed), &clock);
             parts.iter().map(|s| (s.at_s, s.iops.round(), s.longest_gap_ns)).collect::<Vec<_>>()
         };
-        let long = told(240);
+        let long = merged(240);
         assert_eq!((long.len(), long[0]), (2, (0.0, 100.0, 1_000_000)));
         // 24 in 140 ms.
         assert_eq!((long[1].1, long[1].2), (171.0, 5_000_000));
-        let three = told(280);
+        let three = merged(280);
         assert_eq!((three.len(), three[2].1), (3, 50.0));
         assert!((three[2].0 - 0.2).abs() < 1e-6 && (long[1].0 - 0.1).abs() < 1e-6);
     }

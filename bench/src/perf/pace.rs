@@ -1,35 +1,37 @@
-//! An open loop's schedule: when each request is due, whatever became of the ones before.
+//! The schedule of an open loop: the due times of requests, independent of completions.
 
-/// Hands out due times at an even distance, without drift.
+/// Generates due times at a constant interval, without drift.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     due: u64,
-    /// 2^32 times the part of a tick that `due` leaves out.
+    /// The fraction of a tick that `due` omits, times 2^32.
     fraction: u64,
     step: u64,
     step_fraction: u64,
 }
 
 impl Pace {
-    /// The first request is due at `start`, each further one `interval` ticks after.
+    /// A schedule whose first request is due at `start`, and each further one `interval` ticks
+    /// later.
     ///
     /// # Panics
-    /// With an interval that is no positive number.
+    /// `interval` is not a positive number.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "splits the number at its point")]
     pub fn new(start: u64, interval: f64) -> Self {
-        assert!(interval > 0.0 && interval.is_finite(), "requests are due one after another");
+        assert!(interval > 0.0 && interval.is_finite(), "the interval is a positive number");
         let step_fraction = (interval.fract() * 4_294_967_296.0) as u64;
         Self { due: start, fraction: 0, step: interval as u64, step_fraction }
     }
 
-    /// When the next request is due.
+    /// The due time of the next request.
     #[inline]
     #[must_use]
     pub fn due(&self) -> u64 {
         self.due
     }
 
-    /// When the next request was due, if that is not after `now`; then the one after it is next.
+    /// Returns the due time of the next request and advances, if the time is not after `now`.
     #[inline]
     pub fn take(&mut self, now: u64) -> Option<u64> {
         let due = self.due;
@@ -42,12 +44,13 @@ impl Pace {
         Some(due)
     }
 
-    /// How many requests are due before `end`.
+    /// The number of requests that are due before `end`.
     #[must_use]
     pub fn due_before(&self, end: u64) -> u64 {
         let left = u128::from(end.saturating_sub(self.due)) << 32;
         let step = u128::from(self.step) << 32 | u128::from(self.step_fraction);
-        left.saturating_sub(u128::from(self.fraction)).div_ceil(step.max(1)) as u64
+        let count = left.saturating_sub(u128::from(self.fraction)).div_ceil(step.max(1));
+        u64::try_from(count).unwrap_or(u64::MAX)
     }
 }
 
@@ -67,22 +70,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_late_is_due_at_its_own_time() {
+    fn late_requests_keep_their_due_times() {
         let mut pace = Pace::new(0, 10.0);
         assert_eq!(pace.take(5), Some(0));
-        // Nobody looked for a long time: each request keeps the time at which it was due.
+        // Long after the due times.
         assert_eq!((pace.take(1000), pace.take(1000)), (Some(10), Some(20)));
     }
 
     #[test]
-    fn what_is_left_can_be_counted() {
+    fn requests_before_the_end_can_be_counted() {
         for (start, interval, end) in [(100, 2.5, 112), (100, 2.5, 115), (7, 3.0, 7), (0, 0.3, 50)]
         {
             let mut pace = Pace::new(start, interval);
             pace.take(start);
-            let told = pace.due_before(end);
+            let due = pace.due_before(end);
             let counted = std::iter::from_fn(|| pace.take(end - 1)).count() as u64;
-            assert_eq!(told, counted, "from {start} by {interval} to {end}");
+            assert_eq!(due, counted, "from {start} by {interval} to {end}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a run is to do.
+//! The parameters of a run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,13 +7,13 @@ use front_end::{Backing, RingLayout};
 
 use crate::load::Idle;
 
-/// In which order blocks are visited.
+/// The order of the blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// Each block as likely as any other.
+    /// Random, with a uniform distribution.
     #[default]
     Random,
-    /// One after another, and from the first again after the last.
+    /// Ascending, and again from the first block after the last.
     Sequential,
 }
 
@@ -24,47 +24,47 @@ pub struct Plan {
     pub socket: PathBuf,
     /// The order of blocks.
     pub order: Order,
-    /// How many of a hundred requests are reads.
+    /// Percentage of reads.
     pub reads: u8,
-    /// Bytes in a request: a multiple of 512.
+    /// Bytes of a request, a multiple of 512.
     pub block_bytes: u32,
     /// Requests in flight on each queue.
     pub depth: u16,
-    /// Queues. Each works on a part of the range of its own.
+    /// Number of queues. Each uses a separate part of the range.
     pub queues: usize,
-    /// Threads, which share the queues out among themselves.
+    /// Number of threads, among which the queues are distributed.
     pub threads: usize,
-    /// The cores that the threads run on, one after another; any with none named.
+    /// The cores of the threads, in their order. If empty, threads run on any core.
     pub cores: Vec<usize>,
-    /// How long to measure.
+    /// Duration of the measurement.
     pub runtime: Duration,
-    /// How long to run before that.
+    /// Time to run before the measurement.
     pub ramp: Duration,
-    /// Write a pattern that names block and version, and compare what is read with it.
+    /// Write a pattern with the block's number and version, and compare it when reading.
     pub verify: bool,
-    /// Requests a second on each queue, at even distance, whatever became of the ones before.
+    /// Requests per second on each queue, at a constant interval, independent of completions.
     pub rate: Option<f64>,
     /// The first byte of the disk to use.
     pub offset: u64,
-    /// How many bytes to use; up to the disk's end without it.
+    /// The number of bytes to use. `None` uses the disk up to its end.
     pub size: Option<u64>,
-    /// The kind of rings.
+    /// The layout of the rings.
     pub rings: RingLayout,
-    /// Descriptors in each ring; without it 256, or more if depth and block size need it.
+    /// Descriptors of each ring. `None` is 256, or more if depth and block size need it.
     pub ring_size: Option<u16>,
-    /// Put each request's descriptors in a table of its own.
+    /// Put each request's descriptors into an indirect table.
     pub indirect: bool,
-    /// Agree on VIRTIO_RING_F_EVENT_IDX.
+    /// Negotiate VIRTIO_RING_F_EVENT_IDX.
     pub event_idx: bool,
-    /// What guest memory is made of.
+    /// The kind of guest memory.
     pub backing: Backing,
-    /// Bytes of guest memory; what is needed without it.
+    /// Bytes of guest memory. `None` allocates as much as the load needs.
     pub ram_bytes: Option<u64>,
-    /// What to do when nothing has completed.
+    /// What a thread does without completions.
     pub idle: Idle,
-    /// How long to wait for the server's answers, and for requests in flight at the end.
+    /// Limit on the wait for an answer of the server, and for requests in flight at the end.
     pub limit: Duration,
-    /// Chooses blocks and kinds, and is part of the pattern: the same seed makes the same sequence.
+    /// Seed of the sequence of requests, and of the pattern.
     pub seed: u64,
 }
 

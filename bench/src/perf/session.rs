@@ -1,4 +1,4 @@
-//! A run from the connection to the figures.
+//! A run: connects, starts the threads, measures, and returns the results.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, OnceLock};
@@ -23,56 +23,58 @@ use crate::perf::work::{Area, Chooser, SECTOR, Work};
 use crate::perf::worker::{Finding, Orders, Schedule, Worker};
 use crate::pin::pin;
 
-/// Feature bit: there is a limit on the bytes in a segment.
+/// VIRTIO_BLK_F_SIZE_MAX: there is a limit on the bytes of a segment.
 const SIZE_MAX: u64 = 1 << 1;
-/// Feature bit: the disk is read-only.
+/// VIRTIO_BLK_F_RO: the disk is read-only.
 const READ_ONLY: u64 = 1 << 5;
-/// Feature bit: the disk's blocks are larger than a sector.
+/// VIRTIO_BLK_F_BLK_SIZE: the disk reports its block size.
 const BLK_SIZE: u64 = 1 << 6;
-/// Feature bit: there is a limit on the segments in a request.
+/// VIRTIO_BLK_F_SEG_MAX: there is a limit on the segments of a request.
 const SEG_MAX: u64 = 1 << 2;
-/// Descriptors in a ring that nobody has asked to be larger: what QEMU's guests have, and twice.
+/// Default of descriptors in a ring: twice QEMU's default.
 const RING_SIZE: u16 = 256;
-/// The most that servers take.
-const RING_SIZE_MAX: usize = 1024;
-/// Stretches of the time line, and the most of them: longer runs have longer ones.
+/// Limit on descriptors in a ring, as in QEMU.
+const RING_SIZE_MAX: u16 = 1024;
+/// The minimum length of a stretch of the time line.
 const STRETCH: Duration = Duration::from_millis(100);
+/// Limit on stretches: longer runs have longer stretches.
 const STRETCHES_MAX: u32 = 36_000;
-/// Guest memory is a multiple of this.
+/// The size of guest memory is a multiple of this.
 const RAM_UNIT: u64 = 2 << 20;
-/// How often the caller's thread looks round.
+/// Interval of progress reports.
 const TICK: Duration = Duration::from_millis(200);
 
-/// What is told while a run goes on.
+/// A progress report.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress {
-    /// The ramp is over, and measuring begins.
+    /// The ramp is over, and the measurement begins.
     Started,
-    /// Now and then: how long it has run, ramp included, and how much has completed.
+    /// The load runs.
     Running {
-        /// Since the first request.
+        /// The time since the first request, with the ramp.
         elapsed: Duration,
-        /// Requests.
+        /// Requests that have completed.
         completed: u64,
     },
 }
 
-/// Connects to the server and does what `plan` says, until that is done or `stop` is set.
+/// Connects to the server, and runs the load of `plan` until its end or until `stop` is set. Calls
+/// `report` with progress reports.
 ///
 /// # Errors
-/// The server does not answer or offers too little, or something broke off. Requests that went
-/// wrong are no error, but figures.
+/// The server does not answer or lacks a feature, or the system or the server failed. Failed
+/// requests are not errors, but counted in the outcome.
 ///
 /// # Panics
-/// With a plan of no queue, no thread, no request, or a block size that is no multiple of 512.
-pub fn run(plan: &Plan, stop: &AtomicBool, tell: &mut dyn FnMut(Progress)) -> Result<Outcome> {
-    assert!(plan.queues > 0 && plan.threads > 0 && plan.depth > 0, "there is something to do");
+/// `plan` has no queue, no thread, depth 0, or a block size that is not a multiple of 512.
+pub fn run(plan: &Plan, stop: &AtomicBool, report: &mut dyn FnMut(Progress)) -> Result<Outcome> {
+    assert!(plan.queues > 0 && plan.threads > 0 && plan.depth > 0, "the load has requests");
     assert!(
         plan.block_bytes > 0 && plan.block_bytes.is_multiple_of(SECTOR),
-        "blocks are whole sectors"
+        "a block is a number of sectors"
     );
     let mut session = Session::open(plan)?;
-    let mut outcome = session.measure(plan, stop, tell)?;
+    let mut outcome = session.measure(plan, stop, report)?;
     outcome.closed = session.front_end.is_closed();
     if !outcome.closed && outcome.outstanding == 0 {
         session.front_end.stop()?;
@@ -82,7 +84,7 @@ pub fn run(plan: &Plan, stop: &AtomicBool, tell: &mut dyn FnMut(Progress)) -> Re
     Ok(outcome)
 }
 
-/// A connection whose rings run, and what they work on.
+/// A connection with running rings, and their memory.
 struct Session {
     front_end: FrontEnd,
     ram: Arc<GuestRam>,
@@ -97,23 +99,25 @@ impl Session {
         let mut front_end = connect(plan, ram.clone())?;
         let config = front_end.config()?;
         let offered = front_end.offered();
-        // Nought says nothing, as qemu-storage-daemon's size_max does.
-        let limit = |bit, most| if offered & bit != 0 && most > 0 { most } else { u32::MAX };
+        // A limit of 0, as qemu-storage-daemon's size_max, means no limit.
+        let limit = |bit, max| if offered & bit != 0 && max > 0 { max } else { u32::MAX };
         let blk_size = if offered & BLK_SIZE != 0 { config.blk_size.max(SECTOR) } else { SECTOR };
         if !plan.block_bytes.is_multiple_of(blk_size)
             || !plan.offset.is_multiple_of(blk_size.into())
         {
-            let (have, at) = (plan.block_bytes, plan.offset);
+            let (block, offset) = (plan.block_bytes, plan.offset);
             return too_little(format!(
-                "the disk has blocks of {blk_size} bytes: {have} bytes from byte {at} on are not whole ones"
+                "the disk has blocks of {blk_size} bytes: block size {block} and offset {offset} \
+                 must be multiples of it"
             ));
         }
         let segment_bytes = limit(SIZE_MAX, config.size_max).min(plan.block_bytes);
         let segments = plan.block_bytes.div_ceil(segment_bytes);
-        let most = limit(SEG_MAX, config.seg_max);
-        if segments > most {
+        let segments_max = limit(SEG_MAX, config.seg_max);
+        if segments > segments_max {
             return too_little(format!(
-                "the disk takes {most} segments of {segment_bytes} bytes in a request, not {segments}"
+                "a request needs {segments} segments of {segment_bytes} bytes, but the disk takes at \
+                 most {segments_max}: reduce the block size"
             ));
         }
         let disk_bytes = config.capacity.saturating_mul(SECTOR.into());
@@ -129,7 +133,7 @@ impl Session {
         &self,
         plan: &Plan,
         stop: &AtomicBool,
-        tell: &mut dyn FnMut(Progress),
+        report: &mut dyn FnMut(Progress),
     ) -> Result<Outcome> {
         let event_idx = plan.event_idx;
         let split = |ring, slots| Split::new(ring, slots, event_idx);
@@ -142,14 +146,14 @@ impl Session {
         };
         let crew = Crew { session: self, plan, clock: Clock::calibrated(), stop };
         match (plan.rings, plan.verify) {
-            (RingLayout::Split, false) => crew.work(split, chooser, tell),
-            (RingLayout::Split, true) => crew.work(split, verified, tell),
-            (RingLayout::Packed, false) => crew.work(packed, chooser, tell),
-            (RingLayout::Packed, true) => crew.work(packed, verified, tell),
+            (RingLayout::Split, false) => crew.work(split, chooser, report),
+            (RingLayout::Split, true) => crew.work(split, verified, report),
+            (RingLayout::Packed, false) => crew.work(packed, chooser, report),
+            (RingLayout::Packed, true) => crew.work(packed, verified, report),
         }
     }
 
-    /// The part of the range that queue `index` works on.
+    /// The part of the range that queue `index` uses.
     fn area(&self, plan: &Plan, index: usize) -> Area {
         let block_bytes = plan.block_bytes;
         let (first, blocks) =
@@ -159,10 +163,10 @@ impl Session {
     }
 }
 
-/// Guest memory for all that `plan` needs.
+/// Guest memory for the rings and requests of `plan`.
 fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
-    let ring = u64::from(plan.ring_size.unwrap_or(RING_SIZE_MAX as u16)) * 32 + 4096;
-    // Segments are hardly ever smaller than a page, and then there is some room left.
+    let ring = u64::from(plan.ring_size.unwrap_or(RING_SIZE_MAX)) * 32 + 4096;
+    // The size of segments is not known yet. They are rarely smaller than a page.
     let slots = Slots::bytes(plan.depth.into(), plan.block_bytes, plan.block_bytes.min(4096));
     let needed = (plan.queues as u64 * (ring + slots)).next_multiple_of(RAM_UNIT);
     let bytes = plan.ram_bytes.unwrap_or(needed);
@@ -171,23 +175,23 @@ fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
     Ok(GuestRam::with(&[bytes], 0, plan.backing)?)
 }
 
-/// Connects, and sees to it that the server has what `plan` wants.
+/// Connects, and checks that the server offers what `plan` needs.
 fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
     let mut features = DRIVER_FEATURES & !(INDIRECT_DESC | EVENT_IDX);
-    let mut need = Vec::new();
-    for (wanted, bit, name) in [
+    let mut needed = Vec::new();
+    for (is_needed, bit, name) in [
         (plan.indirect, INDIRECT_DESC, "indirect descriptors"),
         (plan.event_idx, EVENT_IDX, "EVENT_IDX"),
         (plan.rings == RingLayout::Packed, RING_PACKED, "packed rings"),
     ] {
-        if wanted {
+        if is_needed {
             features |= bit;
-            need.push((bit, name));
+            needed.push((bit, name));
         }
     }
     let options = Options { features, limit: plan.limit, ..Options::default() };
     let front_end = FrontEnd::connect(&plan.socket, ram, options)?;
-    let missing = need.iter().find(|(bit, _)| front_end.offered() & bit == 0);
+    let missing = needed.iter().find(|(bit, _)| front_end.offered() & bit == 0);
     if let Some((_, name)) = missing {
         return Err(front_end::Error::NotOffered(name).into());
     }
@@ -196,11 +200,13 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
         return Err(front_end::Error::NotOffered(what).into());
     }
     if front_end.offered() & READ_ONLY != 0 && plan.reads < 100 {
-        return too_little("the disk is read-only, and the load writes".into());
+        return too_little("the disk is read-only, but the load writes".into());
     }
-    let (have, want) = (front_end.queues_offered(), plan.queues as u64);
-    if have < want {
-        return too_little(format!("the back end has {have} queues, not {want}"));
+    let (offered, needed) = (front_end.queues_offered(), plan.queues as u64);
+    if offered < needed {
+        return too_little(format!(
+            "the back end has {offered} queues, but the load needs {needed}"
+        ));
     }
     Ok(front_end)
 }
@@ -209,32 +215,32 @@ fn too_little<T>(what: String) -> Result<T> {
     Err(Error::TooLittle(what))
 }
 
-/// The bytes of the disk to use: the first one, and how many.
+/// The bytes of the disk to use: the first byte and the number of bytes.
 fn range(plan: &Plan, disk_bytes: u64) -> Result<(u64, u64)> {
     let block = u64::from(plan.block_bytes);
     let left = disk_bytes.saturating_sub(plan.offset);
     let size = plan.size.unwrap_or(left);
     if size > left {
         return too_little(format!(
-            "the disk has {disk_bytes} bytes, and {size} from byte {} are more",
+            "the disk has {disk_bytes} bytes, fewer than offset {} plus size {size}",
             plan.offset
         ));
     }
-    // A request of each queue, and where blocks must not be in flight twice, one more than those.
-    let least = if plan.verify { u64::from(plan.depth) + 1 } else { 1 };
+    // With verification, a block must not be in flight twice. One more block keeps the choice free.
+    let per_queue = if plan.verify { u64::from(plan.depth) + 1 } else { 1 };
     let first = plan.offset.div_ceil(block);
     let blocks = ((plan.offset + size) / block).saturating_sub(first);
-    let wanted = least * plan.queues as u64;
-    if blocks < wanted {
+    let needed = per_queue * plan.queues as u64;
+    if blocks < needed {
         return too_little(format!(
-            "{size} of the disk's {disk_bytes} bytes are {blocks} blocks of {block}, and the load needs \
-             {wanted}"
+            "{size} of the disk's {disk_bytes} bytes are {blocks} blocks of {block} bytes, but the \
+             load needs {needed}"
         ));
     }
     Ok((first * block, blocks * block))
 }
 
-/// A ring and the requests for it, the data filled so that writes do not write zeroes.
+/// Allocates a ring and its requests. Fills the buffers, so that writes do not write zeroes.
 fn queue(
     plan: &Plan,
     ram: &Arc<GuestRam>,
@@ -244,7 +250,7 @@ fn queue(
     let depth = usize::from(plan.depth);
     let slots = Slots::new(ram, depth, plan.block_bytes, segment_bytes, plan.indirect)?;
     let needed = (depth * stride(&slots)).next_power_of_two();
-    let most = plan.ring_size.map_or(RING_SIZE_MAX, usize::from);
+    let most = plan.ring_size.map_or(usize::from(RING_SIZE_MAX), usize::from);
     if needed > most {
         let parts = slots.parts();
         return too_little(format!(
@@ -262,7 +268,7 @@ fn queue(
     Ok((ring, slots))
 }
 
-/// The threads of one run, and who waits for them.
+/// The threads of one run, and the thread that waits for them.
 struct Crew<'s> {
     session: &'s Session,
     plan: &'s Plan,
@@ -270,7 +276,7 @@ struct Crew<'s> {
     stop: &'s AtomicBool,
 }
 
-/// When a run begins and ends, and an empty time line for it.
+/// The begin and the end of a run, and an empty time line for it.
 struct Timing {
     begin: u64,
     schedule: Schedule,
@@ -278,13 +284,14 @@ struct Timing {
 }
 
 impl Timing {
-    /// A run that begins now.
+    /// The times of a run that begins now.
     fn new(plan: &Plan, clock: &Clock) -> Self {
         let begin = clock.now();
         let start = begin + clock.ticks(plan.ramp);
         let end = start + clock.ticks(plan.runtime);
         let width = STRETCH.max(plan.runtime / STRETCHES_MAX);
-        let stretches = plan.runtime.as_nanos().div_ceil(width.as_nanos()).max(1) as usize;
+        let stretches = plan.runtime.as_nanos().div_ceil(width.as_nanos()).max(1);
+        let stretches = usize::try_from(stretches).expect("at most STRETCHES_MAX");
         let timeline = Timeline::new(start, clock.ticks(width), stretches);
         let patience = clock.ticks(plan.limit);
         Self { begin, schedule: Schedule { start, end, patience }, timeline }
@@ -292,12 +299,12 @@ impl Timing {
 }
 
 impl<'s> Crew<'s> {
-    /// Has every thread work on its queues, and puts together what they found.
+    /// Runs the threads, each with its queues, and combines their results.
     fn work<V: Virtqueue, W: Work>(
         &self,
         make_queue: impl Fn(&'s Ring, &'s Slots) -> V + Sync,
         make_work: impl Fn(Area, &'s Slots) -> W + Sync,
-        tell: &mut dyn FnMut(Progress),
+        report: &mut dyn FnMut(Progress),
     ) -> Result<Outcome> {
         let (plan, queues) = (self.plan, &self.session.queues);
         let count = plan.threads.min(plan.queues);
@@ -330,7 +337,7 @@ impl<'s> Crew<'s> {
         };
         let work = |thread: usize| {
             let finding = work(thread);
-            // The others need not go on.
+            // After an error, the other threads must end.
             abandon.fetch_or(finding.is_err(), Ordering::Relaxed);
             watcher.unpark();
             finding
@@ -340,7 +347,7 @@ impl<'s> Crew<'s> {
             let threads: Vec<_> = (0..count).map(|i| scope.spawn(move || work(i))).collect();
             ready.wait();
             let timing = timing.get_or_init(|| Timing::new(plan, &self.clock));
-            self.watch(&threads, timing, &completed, &abandon, tell);
+            self.watch(&threads, timing, &completed, &abandon, report);
             let join = |thread: ScopedJoinHandle<'_, _>| thread.join().expect("it does not panic");
             let findings = threads.into_iter().map(join).collect::<Result<Vec<_>>>()?;
             let empty = Tally::new(timing.timeline.clone());
@@ -348,37 +355,42 @@ impl<'s> Crew<'s> {
         })
     }
 
-    /// When the requests of queue `index` are due, if there is a rate. The queues take turns.
+    /// The schedule of queue `index`, if there is a rate. The queues' schedules are interleaved.
     fn pace(&self, begin: u64, index: usize) -> Option<Pace> {
         let interval = self.clock.ticks_exactly(1e9 / self.plan.rate?);
         let offset = interval * index as f64 / self.plan.queues as f64;
-        Some(Pace::new(begin + offset as u64, interval))
+        #[expect(clippy::cast_possible_truncation, reason = "whole ticks")]
+        let offset = offset as u64;
+        Some(Pace::new(begin + offset, interval))
     }
 
-    /// Tells of progress until all threads have ended, and has them end if the server has.
+    /// Reports progress until all threads have ended, and ends them when the server disconnects.
     fn watch(
         &self,
         threads: &[ScopedJoinHandle<'_, Result<Finding>>],
         timing: &Timing,
         completed: &[Shown],
         abandon: &AtomicBool,
-        tell: &mut dyn FnMut(Progress),
+        report: &mut dyn FnMut(Progress),
     ) {
         let mut started = false;
         while !threads.iter().all(ScopedJoinHandle::is_finished) {
             let now = self.clock.now();
             if !started && now >= timing.schedule.start {
                 started = true;
-                tell(Progress::Started);
+                report(Progress::Started);
             }
             if self.session.front_end.is_closed() {
                 abandon.store(true, Ordering::Relaxed);
             }
             let elapsed = Duration::from_nanos(self.clock.ns(now.saturating_sub(timing.begin)));
-            tell(Progress::Running { elapsed, completed: completed.iter().map(Shown::get).sum() });
+            report(Progress::Running {
+                elapsed,
+                completed: completed.iter().map(Shown::get).sum(),
+            });
             let left = timing.schedule.start.saturating_sub(now);
             let left = Duration::from_nanos(self.clock.ns(left));
-            // Seldom: this thread may have to take a core from one that measures.
+            // Sleeps long, because this thread may share a core with a thread that measures.
             thread::park_timeout(if started { TICK } else { left.min(TICK) });
         }
     }

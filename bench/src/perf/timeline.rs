@@ -1,48 +1,49 @@
-//! What happened when: completions over time, and the longest times without any.
+//! Completions over time, and the longest times without completions.
 
-/// Gaps that are kept, longest first.
+/// Number of gaps that are kept, longest first.
 const LONGEST: usize = 10;
 
-/// A time in which a queue that had requests in flight completed none.
+/// A time in which a queue with requests in flight completed none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gap {
-    /// When it began, in ticks.
+    /// Its start, in ticks.
     pub from: u64,
-    /// Ticks.
+    /// Its length, in ticks.
     pub length: u64,
 }
 
-/// One stretch of the time line.
+/// One bucket of the time line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bucket {
     /// Requests that completed in it.
     pub completed: u64,
-    /// The longest gap of which any part lies in it, in ticks.
+    /// The longest gap that overlaps it, in ticks.
     pub longest_gap: u64,
 }
 
-/// Buckets of one width from a start on. Made once with room for all; noting costs two comparisons.
+/// A time line of buckets of equal width. All buckets are allocated at the start; recording usually
+/// costs two comparisons.
 #[derive(Clone, Debug)]
 pub struct Timeline {
     start: u64,
     width: u64,
     buckets: Vec<Bucket>,
     at: usize,
-    /// When bucket `at` ends.
+    /// The end of bucket `at`.
     end: u64,
     gaps: [Gap; LONGEST],
-    /// Gaps up to this length change nothing.
-    dull: u64,
+    /// Gaps up to this length change neither the bucket nor `gaps`.
+    threshold: u64,
 }
 
 impl Timeline {
-    /// `count` buckets of `width` ticks from `start`; what comes after counts in the last one.
+    /// `count` buckets of `width` ticks from `start`. Later completions count in the last bucket.
     ///
     /// # Panics
-    /// With no bucket or no width.
+    /// `count` or `width` is 0.
     #[must_use]
     pub fn new(start: u64, width: u64, count: usize) -> Self {
-        assert!(width > 0 && count > 0, "a bucket has room");
+        assert!(width > 0 && count > 0, "there is a bucket, and it has a width");
         let mut timeline = Self {
             start,
             width,
@@ -50,25 +51,26 @@ impl Timeline {
             at: 0,
             end: 0,
             gaps: [Gap::default(); LONGEST],
-            dull: 0,
+            threshold: 0,
         };
         timeline.enter(0);
         timeline
     }
 
-    /// The same buckets, with nothing noted in them.
+    /// The same buckets without contents.
     #[must_use]
     pub fn emptied(&self) -> Self {
         Self::new(self.start, self.width, self.buckets.len())
     }
 
-    /// When the first bucket begins.
+    /// The start of the first bucket.
     #[must_use]
     pub fn start(&self) -> u64 {
         self.start
     }
 
-    /// Notes that `completed` requests of a queue completed at `now`, the ones before at `last`.
+    /// Records that `completed` requests of a queue completed at `now`, and the ones before at
+    /// `last`.
     #[inline]
     pub fn note(&mut self, now: u64, last: u64, completed: u64) {
         if now >= self.end {
@@ -76,12 +78,12 @@ impl Timeline {
         }
         self.buckets[self.at].completed += completed;
         let length = now.saturating_sub(last);
-        if length > self.dull {
+        if length > self.threshold {
             self.note_gap(Gap { from: last, length });
         }
     }
 
-    /// Adds what another time line of the same buckets has noted.
+    /// Adds the contents of another time line with the same buckets.
     pub fn add(&mut self, other: &Self) {
         for (sum, more) in self.buckets.iter_mut().zip(&other.buckets) {
             sum.completed += more.completed;
@@ -91,26 +93,26 @@ impl Timeline {
         other.gaps.iter().for_each(|&gap| self.keep(gap));
     }
 
-    /// The buckets up to the last one that anything was noted in, and their width in ticks.
+    /// The buckets up to the last one with contents, and their width in ticks.
     #[must_use]
     pub fn buckets(&self) -> (&[Bucket], u64) {
         (&self.buckets[..=self.at], self.width)
     }
 
-    /// The longest gaps, longest first, at most ten.
+    /// The longest gaps, at most ten, longest first.
     pub fn longest_gaps(&self) -> impl Iterator<Item = Gap> {
         self.gaps.into_iter().filter(|gap| gap.length > 0)
     }
 
     fn index(&self, now: u64) -> usize {
         let index = now.saturating_sub(self.start) / self.width;
-        (index as usize).min(self.buckets.len() - 1)
+        usize::try_from(index).unwrap_or(usize::MAX).min(self.buckets.len() - 1)
     }
 
     fn enter(&mut self, index: usize) {
         self.at = index;
         self.end = self.start + (index as u64 + 1) * self.width;
-        self.find_dull();
+        self.set_threshold();
     }
 
     #[cold]
@@ -120,7 +122,7 @@ impl Timeline {
             bucket.longest_gap = bucket.longest_gap.max(gap.length);
         }
         self.keep(gap);
-        self.find_dull();
+        self.set_threshold();
     }
 
     fn keep(&mut self, gap: Gap) {
@@ -131,8 +133,8 @@ impl Timeline {
         }
     }
 
-    fn find_dull(&mut self) {
-        self.dull = self.buckets[self.at].longest_gap.min(self.gaps[LONGEST - 1].length);
+    fn set_threshold(&mut self) {
+        self.threshold = self.buckets[self.at].longest_gap.min(self.gaps[LONGEST - 1].length);
     }
 }
 
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_marks_each_bucket_that_it_touches() {
+    fn a_gap_counts_in_each_bucket_that_it_overlaps() {
         let mut timeline = Timeline::new(0, 100, 5);
         timeline.note(10, 0, 1);
         timeline.note(350, 150, 1);

@@ -1,4 +1,4 @@
-//! Data that says which block it is and how often that was written, and its comparison.
+//! Verification: data that contains the block's number and version, and its comparison.
 
 use std::sync::Arc;
 
@@ -11,28 +11,29 @@ use crate::perf::work::{Chooser, Io, Work};
 /// The first word of every block.
 const MAGIC: u64 = 0x6676_7265_6b6c_6276;
 
-/// Chooses as its [`Chooser`] does, but no block that is in flight, and none to read of which it
-/// has to know, and does not, what it holds.
+/// Chooses as its [`Chooser`], except that it skips blocks in flight, and writes blocks with
+/// unknown contents instead of reading them.
 ///
-/// If nothing is ever written, a block may have been written by a run before: then what it says
-/// of itself must hold together.
+/// In a run that only reads, an earlier run must have written the blocks. Then a block's contents
+/// must agree with the number and version in it.
 pub(crate) struct Verified {
     chooser: Chooser,
     ram: Arc<GuestRam>,
     seed: u64,
     writes: bool,
     buffers: Vec<Segment>,
-    /// Of each block: how often it was written, 0 if what it holds is not known.
+    /// The version of each block: how often it was written. 0 if its contents are unknown.
     versions: Vec<u32>,
+    /// Whether each block is in flight.
     busy: Vec<bool>,
-    /// Of each slot: block and direction of the request in it.
+    /// The block and the direction of each slot's request.
     slots: Vec<(usize, bool)>,
     bytes: Vec<u8>,
 }
 
 impl Verified {
-    /// Verifies what `chooser` chooses, in `buffers`, one of each slot. `writes` says whether it
-    /// ever chooses to write.
+    /// Verifies the requests that `chooser` chooses. `buffers` has one buffer for each slot.
+    /// `writes` is whether the load has writes.
     pub(crate) fn new(
         chooser: Chooser,
         ram: Arc<GuestRam>,
@@ -41,8 +42,8 @@ impl Verified {
         writes: bool,
     ) -> Self {
         let area = chooser.area();
-        let blocks = area.count as usize;
-        assert!(blocks > buffers.len(), "each request takes a block of its own");
+        let blocks = index(area.count);
+        assert!(blocks > buffers.len(), "a block is in flight at most once");
         Self {
             chooser,
             ram,
@@ -56,7 +57,7 @@ impl Verified {
         }
     }
 
-    /// From now on reads one block after another; one that was never written is written.
+    /// Reads the blocks sequentially from now on, and writes those that were never written.
     pub(crate) fn read_through(&mut self) {
         self.chooser = Chooser::new(self.chooser.area(), Order::Sequential, 100, self.seed);
     }
@@ -66,11 +67,11 @@ impl Verified {
         self.chooser.area().first + block as u64
     }
 
-    /// What the request in `slot` is to do.
-    fn next_in(&mut self, slot: usize) -> Result<Io> {
+    /// Chooses the request in `slot`.
+    fn choose_for(&mut self, slot: usize) -> Result<Io> {
         let (block, write) = self.chooser.choose();
-        let mut block = block as usize;
-        // The order of two requests that overlap is not defined.
+        let mut block = index(block);
+        // The order of overlapping requests in flight is undefined.
         while self.busy[block] {
             block = (block + 1) % self.busy.len();
         }
@@ -86,30 +87,33 @@ impl Verified {
         Ok(Io { sector: self.chooser.sector(block as u64), write })
     }
 
-    /// What is wrong with `bytes`, if anything is.
+    /// Compares `bytes` with the contents of `block`. Returns a text if they differ.
     fn compare(&self, block: usize) -> Option<String> {
         let number = self.number(block);
         let at = number * u64::from(self.chooser.area().block_bytes);
-        let place = || format!("block {number} (at byte {at} of the disk)");
+        let place = || format!("block {number} (offset {at})");
         let bytes = &self.bytes;
         let known = self.versions[block];
-        let [magic, says_block, says_version] = [0, 8, 16].map(|from| word(bytes, from));
+        let [magic, found_block, found_version] = [0, 8, 16].map(|from| word(bytes, from));
         if magic != MAGIC {
-            return Some(format!("{} holds no pattern", place()));
+            return Some(format!("{} does not contain the pattern", place()));
         }
-        if says_block != number || known != 0 && says_version != u64::from(known) {
-            let expected = if known == 0 { String::new() } else { format!(" of version {known}") };
+        if found_block != number || known != 0 && found_version != u64::from(known) {
+            let version = if known == 0 { String::new() } else { format!(" version {known}") };
             return Some(format!(
-                "{} should hold block {number}{expected}; it says that it is block {says_block} of version \
-                 {says_version}",
+                "{}: expected block {number}{version}, found block {found_block} version \
+                 {found_version}",
                 place()
             ));
         }
-        let expected = pattern(self.seed, number, says_version);
+        let expected = pattern(self.seed, number, found_version);
         let mut words = bytes.as_chunks().0.iter().zip(expected);
         let wrong = words.position(|(word, expected)| u64::from_le_bytes(*word) != expected)?;
         let wrong = 8 * wrong;
-        Some(format!("{} of version {says_version} is wrong in the 8 bytes at {wrong}", place()))
+        Some(format!(
+            "{} version {found_version} has wrong data in the 8 bytes at {wrong}",
+            place()
+        ))
     }
 }
 
@@ -118,7 +122,7 @@ impl Work for Verified {
 
     fn next(&mut self, slots: &[u16], mut put: impl FnMut(usize, Io)) -> Result<()> {
         for slot in slots.iter().map(|slot| usize::from(*slot)) {
-            put(slot, self.next_in(slot)?);
+            put(slot, self.choose_for(slot)?);
         }
         Ok(())
     }
@@ -127,7 +131,7 @@ impl Work for Verified {
         let (block, write) = self.slots[slot];
         self.busy[block] = false;
         if write && !ok {
-            // The old data, the new data, or a mixture.
+            // The block may contain the old data, the new data, or a mixture.
             self.versions[block] = 0;
         }
         if write || !ok {
@@ -138,7 +142,8 @@ impl Work for Verified {
     }
 }
 
-/// What a block holds: a mark, block and version, and words that follow from these and the seed.
+/// The contents of a block: a magic number, the block's number and version, and pseudo-random words
+/// that depend on these and the seed.
 fn pattern(seed: u64, block: u64, version: u64) -> impl Iterator<Item = u64> {
     let mut random = seed ^ block.rotate_left(32) ^ version;
     let words = std::iter::repeat_with(move || {
@@ -151,11 +156,16 @@ fn pattern(seed: u64, block: u64, version: u64) -> impl Iterator<Item = u64> {
     [MAGIC, block, version].into_iter().chain(words)
 }
 
-/// Writes the pattern over `bytes`, whose number is a multiple of eight.
+/// Fills `bytes`, whose length is a multiple of eight, with the pattern.
 pub(crate) fn fill(bytes: &mut [u8], seed: u64, block: u64, version: u64) {
     for (to, word) in bytes.as_chunks_mut().0.iter_mut().zip(pattern(seed, block, version)) {
         *to = word.to_le_bytes();
     }
+}
+
+/// A block's index in a table. The table has an entry for each block, so the number fits.
+fn index(block: u64) -> usize {
+    usize::try_from(block).expect("a block of the area")
 }
 
 fn word(bytes: &[u8], from: usize) -> u64 {
@@ -169,7 +179,7 @@ mod tests {
 
     const AREA: Area = Area { first: 8, count: 4, block_bytes: 512 };
 
-    /// Work on a disk that the test plays.
+    /// Work on a disk in the test's memory.
     struct Bench {
         work: Verified,
         ram: Arc<GuestRam>,
@@ -185,10 +195,10 @@ mod tests {
             Self { work, ram, disk: vec![0; 16 * 512] }
         }
 
-        /// Does the next request; returns its block, its direction, and the complaint.
+        /// Runs the next request. Returns its block, its direction, and the problem.
         fn step(&mut self) -> (u64, bool, Option<String>) {
-            let Io { sector, write } = self.work.next_in(0).unwrap();
-            let at = sector as usize * 512;
+            let Io { sector, write } = self.work.choose_for(0).unwrap();
+            let at = index(sector) * 512;
             let (buffer, block) = (self.work.buffers[0].gpa, &mut self.disk[at..at + 512]);
             if write {
                 self.ram.read(buffer, block).unwrap();
@@ -200,72 +210,62 @@ mod tests {
     }
 
     #[test]
-    fn a_good_disk_holds_what_was_written_and_each_block_is_written_first() {
+    fn a_good_disk_has_no_mismatches_and_each_block_is_written_first() {
         let mut bench = Bench::new(50, 1);
         let mut written = [false; 16];
         let mut reads = 0;
         for _ in 0..200 {
-            let (block, write, complaint) = bench.step();
-            assert_eq!(complaint, None);
-            assert!(write || written[block as usize], "block {block} was not written");
-            written[block as usize] |= write;
+            let (block, write, problem) = bench.step();
+            assert_eq!(problem, None);
+            assert!(write || written[index(block)], "block {block} was not written");
+            written[index(block)] |= write;
             reads += u32::from(!write);
         }
         assert!(reads > 50, "{reads}");
     }
 
-    /// Spoils block 9 and runs until it is read.
-    fn complaint(spoil: impl FnOnce(&mut Vec<u8>)) -> String {
+    /// Corrupts block 9, and runs until it is read. Returns the problem.
+    fn problem_after(corrupt: impl FnOnce(&mut Vec<u8>)) -> String {
         let mut bench = Bench::new(50, 1);
         for _ in 0..100 {
             bench.step();
         }
         let version = bench.work.versions[1];
-        spoil(&mut bench.disk);
+        corrupt(&mut bench.disk);
         loop {
-            let (block, write, complaint) = bench.step();
-            if let Some(complaint) = complaint {
+            let (block, write, problem) = bench.step();
+            if let Some(problem) = problem {
                 assert_eq!(block, 9);
-                return complaint.replace(&format!("version {version}"), "version N");
+                return problem.replace(&format!("version {version}"), "version N");
             }
-            // Start over if it was written before it was read.
             assert!(!(block == 9 && write), "choose another seed for this test");
         }
     }
 
     #[test]
     fn a_bad_block_is_named() {
-        let flipped = complaint(|disk| disk[9 * 512 + 500] ^= 1);
-        assert_eq!(
-            flipped,
-            "block 9 (at byte 4608 of the disk) of version N is wrong in the 8 bytes at 496"
-        );
-        let zeroed = complaint(|disk| disk[9 * 512..10 * 512].fill(0));
-        assert_eq!(zeroed, "block 9 (at byte 4608 of the disk) holds no pattern");
-        let other = complaint(|disk| disk.copy_within(10 * 512..11 * 512, 9 * 512));
-        assert!(
-            other.contains("should hold block 9 of version N; it says that it is block 10"),
-            "{other}"
-        );
-        let old = complaint(|disk| fill(&mut disk[9 * 512..10 * 512], 1, 9, 1));
-        assert!(
-            old.contains("should hold block 9 of version N") && old.contains("of version 1"),
-            "{old}"
-        );
+        let flipped = problem_after(|disk| disk[9 * 512 + 500] ^= 1);
+        assert_eq!(flipped, "block 9 (offset 4608) version N has wrong data in the 8 bytes at 496");
+        let zeroed = problem_after(|disk| disk[9 * 512..10 * 512].fill(0));
+        assert_eq!(zeroed, "block 9 (offset 4608) does not contain the pattern");
+        let other = problem_after(|disk| disk.copy_within(10 * 512..11 * 512, 9 * 512));
+        assert!(other.contains("expected block 9 version N, found block 10 version"), "{other}");
+        let old = problem_after(|disk| fill(&mut disk[9 * 512..10 * 512], 1, 9, 1));
+        assert!(old.contains("expected block 9 version N, found block 9 version 1"), "{old}");
     }
 
     #[test]
-    fn reads_alone_take_what_an_earlier_run_wrote() {
+    fn a_run_of_reads_verifies_what_an_earlier_run_wrote() {
         let mut bench = Bench::new(100, 1);
         for block in 8..12 {
             fill(&mut bench.disk[block * 512..][..512], 1, block as u64, 40 + block as u64);
         }
         for _ in 0..50 {
-            let (_, write, complaint) = bench.step();
-            assert_eq!((write, complaint), (false, None));
+            let (_, write, problem) = bench.step();
+            assert_eq!((write, problem), (false, None));
         }
         bench.disk[8 * 512..12 * 512].fill(7);
-        assert!(bench.step().2.unwrap().contains("holds no pattern"));
+        assert!(bench.step().2.unwrap().contains("does not contain the pattern"));
     }
 
     #[test]
@@ -281,11 +281,11 @@ mod tests {
     }
 
     #[test]
-    fn requests_in_flight_have_blocks_of_their_own_and_a_failed_write_is_forgotten() {
+    fn requests_in_flight_have_distinct_blocks_and_a_failed_write_makes_its_block_unknown() {
         let mut bench = Bench::new(50, 3);
         for _ in 0..100 {
             let sectors: Vec<_> =
-                (0..3).map(|slot| bench.work.next_in(slot).unwrap().sector).collect();
+                (0..3).map(|slot| bench.work.choose_for(slot).unwrap().sector).collect();
             assert!(
                 sectors[0] != sectors[1] && sectors[1] != sectors[2] && sectors[0] != sectors[2]
             );

@@ -1,19 +1,19 @@
-//! Which block comes next, and in which direction.
+//! The choice of the next request's block and direction.
 
 use crate::error::Result;
 use crate::perf::plan::Order;
 
-/// Sectors of the disk, which requests count in.
+/// Bytes of a sector, the unit of offsets in requests.
 pub(crate) const SECTOR: u32 = 512;
 
-/// The blocks that one queue works on.
+/// The blocks that one queue uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Area {
     /// Number of the first block, counted from the disk's offset 0.
     pub(crate) first: u64,
-    /// How many.
+    /// Number of blocks.
     pub(crate) count: u64,
-    /// Bytes in each.
+    /// Bytes of a block.
     pub(crate) block_bytes: u32,
 }
 
@@ -24,32 +24,34 @@ pub(crate) struct Io {
     pub(crate) write: bool,
 }
 
-/// Decides what each request does, and looks at what came of it.
+/// Chooses requests, and checks their results.
 pub(crate) trait Work {
-    /// Whether there is anything to look at in a request that has completed.
+    /// Whether [`done`](Self::done) checks anything. If not, it need not be called.
     const CHECKS: bool;
 
-    /// Says what the request in each of `slots` is to do, by calling `put` with it. For a write, the
-    /// slot's buffer holds the data by then.
+    /// Chooses a request for each of `slots`, and calls `put` with it. For a write, it fills the
+    /// slot's buffer before.
     ///
     /// # Errors
     /// The buffer is not in guest memory.
     fn next(&mut self, slots: &[u16], put: impl FnMut(usize, Io)) -> Result<()>;
 
-    /// The request in `slot` has completed, well or not. Returns what is wrong with the data.
+    /// Checks the request in `slot`, which has completed; `ok` is whether it succeeded. Returns a
+    /// text if the data is wrong.
     ///
     /// # Errors
     /// The buffer is not in guest memory.
     fn done(&mut self, slot: usize, ok: bool) -> Result<Option<String>>;
 }
 
-/// A generator whose high bits are good and cheap: Knuth's 64-bit linear congruential one.
+/// Knuth's 64-bit linear congruential generator. It is fast, and its high bits are good.
 #[derive(Clone, Copy, Debug)]
 struct Random(u64);
 
 impl Random {
-    /// A number below `count`, and what is left of the randomness.
+    /// A number below `count`, and a random number from the remaining bits.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "splits the product in two words")]
     fn below(&mut self, count: u64) -> (u64, u64) {
         self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         let wide = u128::from(self.0) * u128::from(count);
@@ -57,7 +59,7 @@ impl Random {
     }
 }
 
-/// Chooses blocks and directions, and does not care what they hold.
+/// Chooses blocks and directions without checking contents.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chooser {
     area: Area,
@@ -66,16 +68,16 @@ pub(crate) struct Chooser {
     at: u64,
     random: Random,
     mixed: bool,
-    /// Of 2^64 random numbers, this many mean a read; if not mixed, all or none.
+    /// If mixed, a random number below this one means a read. Otherwise, 0 means writes only.
     reads: u64,
 }
 
 impl Chooser {
-    /// Chooses in `area`; `reads` of a hundred requests are reads.
+    /// Chooses in `area`, with a percentage of `reads`.
     pub(crate) fn new(area: Area, order: Order, reads: u8, seed: u64) -> Self {
         let mixed = !matches!(reads, 0 | 100);
-        let reads = (u128::from(reads) * (1 << 64) / 100).min(u64::MAX.into()) as u64;
-        // Seeds that differ little should not make sequences that do.
+        let reads = u64::try_from(u128::from(reads) * (1 << 64) / 100).unwrap_or(u64::MAX);
+        // Mixes the seed, so that similar seeds give different sequences.
         let start = (seed ^ area.first).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let random = Random(start ^ start >> 32);
         let sectors = u64::from(area.block_bytes / SECTOR);
@@ -87,7 +89,7 @@ impl Chooser {
         self.area
     }
 
-    /// The next block, counted from the area's first one, and whether to write it.
+    /// Chooses a block, counted from the area's first block, and whether to write it.
     pub(crate) fn choose(&mut self) -> (u64, bool) {
         match (self.order, self.mixed) {
             (Order::Random, false) => self.choose_as::<true, false>(),
@@ -109,7 +111,7 @@ impl Chooser {
         (block, if MIXED { rest >= self.reads } else { self.reads == 0 })
     }
 
-    /// As [`Work::next`], in a loop that has its state in registers.
+    /// As [`Work::next`]. A copy of the state lets the compiler keep it in registers.
     #[inline]
     fn next_as<const RANDOM: bool, const MIXED: bool>(
         &mut self,
@@ -163,16 +165,16 @@ mod tests {
     }
 
     #[test]
-    fn each_slot_has_its_own_block_and_many_are_as_one_after_another() {
+    fn choosing_for_many_slots_equals_choosing_one_by_one() {
         for (order, reads) in [(Order::Random, 100), (Order::Random, 50), (Order::Sequential, 50)] {
             let mut one = Chooser::new(AREA, order, reads, 1);
             let mut many = one;
-            let mut told = Vec::new();
+            let mut chosen = Vec::new();
             for slots in [&[3, 1, 2][..], &[0], &[2, 3]] {
-                many.next(slots, |slot, io| told.push((slot, io))).unwrap();
+                many.next(slots, |slot, io| chosen.push((slot, io))).unwrap();
             }
             let expected: Vec<_> = [3, 1, 2, 0, 2, 3].map(|slot| (slot, next(&mut one))).into();
-            assert_eq!(told, expected);
+            assert_eq!(chosen, expected);
             assert_eq!(next(&mut one), next(&mut many));
         }
     }
@@ -192,7 +194,7 @@ mod tests {
         for _ in 0..100_000 {
             let io = next(&mut chooser);
             assert!(!io.write && io.sector.is_multiple_of(4));
-            seen[(io.sector / 4 - 100) as usize] += 1;
+            seen[usize::try_from(io.sector / 4 - 100).unwrap()] += 1;
         }
         assert!(seen.iter().all(|n| (9_500..10_500).contains(n)), "{seen:?}");
     }

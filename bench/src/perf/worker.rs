@@ -1,4 +1,4 @@
-//! A thread that keeps its queues under load until the time is over.
+//! A thread of the load, which serves its queues until the end of the run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -15,42 +15,42 @@ use crate::perf::clock::Clock;
 use crate::perf::lane::{Lane, Shown, Tally};
 use crate::perf::work::Work;
 
-/// Turns without a completion between two looks at the clock and at who wants the load to end.
+/// Iterations without a completion between two readings of the clock and of the stop flags.
 const SPINS: u32 = 256;
-/// How long a sleeping load takes at most to notice that it should stop.
-const NAP: Duration = Duration::from_millis(50);
+/// The longest sleep: the time that a sleeping thread takes to see a stop flag.
+const SLEEP_MAX: Duration = Duration::from_millis(50);
 
-/// When things happen, in ticks.
+/// The times of a run, in ticks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule {
-    /// The ramp is over, measuring begins.
+    /// The end of the ramp, and start of the measurement.
     pub(crate) start: u64,
-    /// No more is submitted.
+    /// The end of submissions.
     pub(crate) end: u64,
-    /// How long nothing may complete after the end.
+    /// Limit on the time without completions after the end.
     pub(crate) patience: u64,
 }
 
-/// What all workers are told.
+/// The parameters of all workers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Orders<'a> {
-    /// When to do what.
+    /// The times of the run.
     pub(crate) schedule: Schedule,
-    /// What to do when nothing has completed.
+    /// What to do without completions.
     pub(crate) idle: Idle,
-    /// Submit no more, and wait for what is in flight.
+    /// Stop submitting, and wait for requests in flight.
     pub(crate) stop: &'a AtomicBool,
-    /// Do not wait either.
+    /// End without waiting for requests in flight.
     pub(crate) abandon: &'a AtomicBool,
 }
 
-/// What came of it.
+/// The result of a worker.
 #[derive(Debug)]
 pub(crate) struct Finding {
     pub(crate) tally: Tally,
-    /// When the last request came back or was given up.
+    /// The time at which the last request completed or was given up.
     pub(crate) ended: u64,
-    /// Requests that have not come back.
+    /// Requests that have not completed.
     pub(crate) outstanding: usize,
     /// Requests that were due and were not submitted.
     pub(crate) unsubmitted: u64,
@@ -63,6 +63,7 @@ enum Phase {
     Drain,
 }
 
+/// The state of a thread.
 pub(crate) struct Worker<'a, V, W> {
     lanes: Vec<Lane<'a, V, W>>,
     clock: Clock,
@@ -72,16 +73,17 @@ pub(crate) struct Worker<'a, V, W> {
     calls: &'a [Arc<EventFd>],
     waits: Vec<PollFd<'a>>,
     phase: Phase,
-    /// When the phase ends by itself.
+    /// The scheduled end of the phase.
     phase_end: u64,
+    /// The time at which the drain phase began.
     stopped: u64,
-    /// All completions since the beginning.
+    /// All completions, with those in the ramp.
     total: u64,
 }
 
 impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
-    /// Counts into `tally`, whose time line begins where the schedule says that measuring does, and
-    /// shows in `completed` how much has completed so far. `calls` are the call fds of the lanes.
+    /// A worker that counts into `tally`, whose time line starts at `orders.schedule.start`. It
+    /// shows the number of completions in `completed`. `calls` are the call fds of the lanes.
     pub(crate) fn new(
         lanes: Vec<Lane<'a, V, W>>,
         calls: &'a [Arc<EventFd>],
@@ -108,15 +110,15 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         }
     }
 
-    /// Runs to the end.
+    /// Runs until the end of the run.
     ///
     /// # Errors
-    /// The system or the device broke off.
+    /// A system call failed, or the device returned an invalid completion.
     pub(crate) fn run(mut self) -> Result<Finding> {
         let mut spins = 0_u32;
         let mut last = self.clock.now();
         loop {
-            let (completed, seen) = self.turn()?;
+            let (completed, seen) = self.poll_once()?;
             let now = if completed > 0 {
                 spins = 0;
                 last = seen;
@@ -127,8 +129,8 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 self.sleep()?;
                 self.clock.now()
             } else {
-                // Without a pause, which takes as long as half a request to a near core does. What is
-                // looked at is in this core's cache until the device writes it.
+                // No PAUSE instruction: it takes as long as half a request to a near core. The
+                // polled cache lines stay in this core's cache until the device writes to them.
                 spins = spins.wrapping_add(1);
                 if !spins.is_multiple_of(SPINS) {
                     continue;
@@ -141,10 +143,10 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         }
     }
 
-    /// Visits each queue once: takes what has completed, which makes room for what is submitted
-    /// then. Returns how many requests have completed, and when that was last seen.
+    /// Visits each queue once: takes completed requests first, which frees slots, and then submits.
+    /// Returns the number of completed requests, and the time of the last ones.
     #[inline]
-    fn turn(&mut self) -> Result<(usize, u64)> {
+    fn poll_once(&mut self) -> Result<(usize, u64)> {
         let mut sum = 0;
         let mut when = 0;
         for lane in &mut self.lanes {
@@ -153,7 +155,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 sum += completed;
                 when = seen;
             } else {
-                // The device may want a kick after all: see `Virtqueue`.
+                // The device may want a kick now: see `Virtqueue`.
                 lane.kick()?;
             }
             if self.phase != Phase::Drain {
@@ -163,7 +165,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         Ok((sum, when))
     }
 
-    /// Goes on to the next phase if it is time. Whether all is over.
+    /// Enters the next phase if it is time. Returns whether the run has ended.
     #[inline]
     fn is_over(&mut self, now: u64, last: u64) -> Result<bool> {
         if self.phase != Phase::Drain {
@@ -183,13 +185,13 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
     #[cold]
     fn next_phase(&mut self, now: u64) -> Result<()> {
         if self.phase == Phase::Ramp && now >= self.phase_end {
-            self.forget();
+            self.reset_tally();
             self.lanes.iter_mut().for_each(|lane| lane.begin_gap(now));
             (self.phase, self.phase_end) = (Phase::Measure, self.orders.schedule.end);
         }
         let stop = self.orders.stop.load(Ordering::Relaxed);
         if stop || self.phase == Phase::Measure && now >= self.phase_end {
-            // What was due by now, as far as there is room.
+            // Submits the requests that are due, as far as slots are free.
             for lane in &mut self.lanes {
                 lane.submit(&self.clock)?;
             }
@@ -198,8 +200,8 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         Ok(())
     }
 
-    /// Forgets all that was counted.
-    fn forget(&mut self) {
+    /// Resets the counters.
+    fn reset_tally(&mut self) {
         self.tally = Tally::new(self.tally.timeline.emptied());
     }
 
@@ -211,7 +213,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         self.lanes.iter().for_each(|lane| lane.end(now, &mut self.tally));
         if now < self.orders.schedule.start {
             // Stopped in the ramp.
-            self.forget();
+            self.reset_tally();
         }
         let stopped = if self.phase == Phase::Drain { self.stopped } else { now };
         Finding {
@@ -222,30 +224,31 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         }
     }
 
-    /// Sleeps until a device calls, or something is to be done at a certain time.
+    /// Sleeps until a device calls, or until the next scheduled time.
     fn sleep(&mut self) -> Result<()> {
         self.lanes.iter_mut().for_each(|lane| lane.queue().ask_for_call());
-        // If our asking comes first, the device sees it and calls; if its completion comes first,
-        // the look below sees that. The same goes for what was published and its wish for a kick.
+        // If the store of the event flags comes first, the device sees it and calls. If the
+        // device's completion comes first, `has_completion` sees it. The same holds for published
+        // requests and the device's wish for a kick.
         fence(Ordering::SeqCst);
         for lane in &mut self.lanes {
             lane.kick()?;
         }
         if !self.lanes.iter_mut().any(|lane| lane.queue().has_completion()) {
-            let nap = self.nap();
-            self.wait_for_calls(nap)?;
+            let time = self.sleep_time();
+            self.wait_for_calls(time)?;
         }
         self.lanes.iter_mut().for_each(|lane| lane.queue().refuse_calls());
         Ok(())
     }
 
     /// How long nothing has to be done unless a device calls.
-    fn nap(&self) -> Duration {
+    fn sleep_time(&self) -> Duration {
         let now = self.clock.now();
         let due = self.lanes.iter().filter_map(Lane::due).min();
         let due = due.filter(|_| self.phase != Phase::Drain).unwrap_or(u64::MAX);
         let ticks = due.min(self.phase_end).saturating_sub(now);
-        Duration::from_nanos(self.clock.ns(ticks)).min(NAP)
+        Duration::from_nanos(self.clock.ns(ticks)).min(SLEEP_MAX)
     }
 
     fn wait_for_calls(&mut self, limit: Duration) -> Result<()> {

@@ -143,7 +143,7 @@ fn a_block_that_was_changed_is_found_by_a_later_run() {
         let found = count(&figures, "mismatches") > 0;
         let told = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(i32::from(found)), "{told}");
-        let place = "block 263 (at byte 1077248 of the disk) of version";
+        let place = "block 263 (offset 1077248) version";
         assert_eq!(found, told.contains(place), "{told}");
         assert_eq!(found, figures["first_problem"].as_str().is_some_and(|p| p.contains(place)));
         assert_eq!(count(&figures, "errors"), 0);
@@ -218,7 +218,7 @@ fn a_server_that_hangs_is_told_of_and_its_gap_counts() {
     daemon.freeze();
     let (code, figures, complaints) = running.finish();
     assert_eq!(code, Some(1));
-    assert_eq!(complaints, "vhost-perf: 4 requests have not come back");
+    assert_eq!(complaints, "vhost-perf: 4 requests have not completed");
     assert_eq!(count(&figures, "outstanding"), 4);
     // It waits for so long after the end before it gives up.
     assert!(count(&figures, "longest_gap_ns") > 5_000_000_000, "{figures}");

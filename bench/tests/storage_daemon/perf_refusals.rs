@@ -39,7 +39,8 @@ fn nobody_answers() {
     let told = refusal(&socket, "--timeout 0.2");
     assert_eq!(
         told,
-        "SOCKET: GET_FEATURES: no answer within 200ms (no vhost-user server, or its log says why)"
+        "SOCKET: GET_FEATURES: no answer within 200ms (not a vhost-user server, or see the server's \
+         log)"
     );
 }
 
@@ -56,22 +57,26 @@ fn the_other_side_closes() {
 fn too_little() {
     let daemon = Daemon::start(2);
     for (options, expected) in [
-        ("--numjobs 3", "SOCKET: the back end has 2 queues, not 3"),
+        ("--numjobs 3", "SOCKET: the back end has 2 queues, but the load needs 3"),
         ("--packed", "SOCKET: the back end does not offer packed rings"),
-        ("--size 65m", "SOCKET: the disk has 67108864 bytes, and 68157440 from byte 0 are more"),
+        (
+            "--size 65m",
+            "SOCKET: the disk has 67108864 bytes, fewer than offset 0 plus size 68157440",
+        ),
         (
             "--offset 64m",
-            "SOCKET: 0 of the disk's 67108864 bytes are 0 blocks of 4096, and the load needs 1",
+            "SOCKET: 0 of the disk's 67108864 bytes are 0 blocks of 4096 bytes, but the load needs \
+             1",
         ),
         (
             "--size 4m --bs 1m --verify --iodepth 4",
-            "SOCKET: 4194304 of the disk's 67108864 bytes are 4 blocks of 1048576, and the load \
-             needs 5",
+            "SOCKET: 4194304 of the disk's 67108864 bytes are 4 blocks of 1048576 bytes, but the \
+             load needs 5",
         ),
         (
             "--iodepth 300",
-            "SOCKET: 300 requests of 3 descriptors need a ring of 2048, and it has 1024: fewer \
-             requests, or indirect descriptors",
+            "SOCKET: 300 requests of 3 descriptors need a ring of 2048 descriptors, but the limit \
+             is 1024: reduce the depth or use --indirect",
         ),
         (
             "--mem-size 64k --iodepth 64",
@@ -88,7 +93,7 @@ fn a_read_only_disk_takes_no_writes() {
     let daemon = Daemon::start_with(1, "writable=off");
     for rw in ["randwrite", "randrw", "write"] {
         let told = refusal(&daemon.socket(), &format!("--rw {rw}"));
-        assert_eq!(told, "SOCKET: the disk is read-only, and the load writes");
+        assert_eq!(told, "SOCKET: the disk is read-only, but the load writes");
     }
     assert!(run(&daemon.socket(), "--runtime 0.1").status.success());
 }
@@ -124,7 +129,7 @@ fn features_that_are_missing_are_named() {
         ("--indirect", "indirect descriptors"),
         ("--event-idx", "EVENT_IDX"),
         ("--packed", "packed rings"),
-        ("", "its configuration space, which says how large the disk is"),
+        ("", "the configuration space, which holds the disk's size"),
     ] {
         let told = refusal(&socket, options);
         assert_eq!(told, format!("SOCKET: the back end does not offer {missing}"));

@@ -1,8 +1,10 @@
-//! `vhost-perf`: the load generator for any vhost-user-blk socket.
+//! `vhost-perf`: a load generator for vhost-user-blk sockets.
+#![warn(clippy::cast_possible_truncation)]
 
 mod args;
 mod plot;
 mod report;
+mod values;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -18,7 +20,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::args::{Args, Command, FloorArgs, Output};
 
-/// How often the progress line changes.
+/// Interval of updates of the progress line.
 const REFRESH: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -39,8 +41,8 @@ fn print_floor(args: &FloorArgs) -> AnyResult<ExitCode> {
     let (a, b) = args.cores();
     let ns = round_trip_ns(a, b).map_err(|e| format!("cores {a} and {b}: {e}"))?;
     match args.output_format {
-        Output::Normal => say(&format!("cache-line round trip, cores {a} and {b}: {ns:.1} ns"))?,
-        Output::Json => say(&serde_json::json!({ "round_trip_ns": ns }).to_string())?,
+        Output::Normal => print(&format!("cache-line round trip, cores {a} and {b}: {ns:.1} ns"))?,
+        Output::Json => print(&serde_json::json!({ "round_trip_ns": ns }).to_string())?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -48,18 +50,18 @@ fn print_floor(args: &FloorArgs) -> AnyResult<ExitCode> {
 fn load(args: &Args) -> AnyResult<ExitCode> {
     let plan = args.plan();
     if let Some(file) = &args.plot {
-        // Not after a long run.
-        let made = std::fs::File::create(file);
-        made.map_err(|error| format!("cannot write {}: {error}", file.display()))?;
+        // Reports an error before the run, not after it.
+        let created = std::fs::File::create(file);
+        created.map_err(|error| format!("cannot write {}: {error}", file.display()))?;
     }
     let stop = interruptible()?;
     let mut line = ProgressLine::new(args.start_line);
-    let outcome = perf::run(&plan, &stop, &mut |progress| line.tell(progress));
+    let outcome = perf::run(&plan, &stop, &mut |progress| line.update(progress));
     line.clear();
     let outcome = outcome.map_err(|error| explain(&plan, &error))?;
     match args.output_format {
-        Output::Normal => say(report::text(&plan, &outcome).trim_end())?,
-        Output::Json => say(&report::json(&plan, &outcome).to_string())?,
+        Output::Normal => print(report::text(&plan, &outcome).trim_end())?,
+        Output::Json => print(&report::json(&plan, &outcome).to_string())?,
     }
     if let Some(file) = &args.plot {
         plot::draw(&plan, &outcome, file)
@@ -71,26 +73,26 @@ fn load(args: &Args) -> AnyResult<ExitCode> {
     Ok(if outcome.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Prints a line, or says why it cannot: `println` would panic on a full disk or a closed pipe.
-fn say(text: &str) -> AnyResult<()> {
+/// Prints a line. Unlike `println`, returns an error if the disk is full or the pipe is closed.
+fn print(text: &str) -> AnyResult<()> {
     writeln!(std::io::stdout().lock(), "{text}").map_err(|e| format!("cannot print: {e}").into())
 }
 
-/// A flag that Ctrl-C or a SIGTERM sets; a second one ends the program at once.
+/// A flag that SIGINT or SIGTERM sets. A second signal exits at once.
 fn interruptible() -> AnyResult<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        // In this order: the first signal finds the flag unset, and sets it.
+        // In this order: at the first signal the conditional shutdown finds the flag unset.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())?;
         signal_hook::flag::register(signal, stop.clone())?;
     }
     Ok(stop)
 }
 
-/// What a server that is none does not answer.
+/// The first message. A process that is not a vhost-user server does not answer it.
 const FIRST_MESSAGE: &str = "GET_FEATURES";
 
-/// What went wrong, in a line that says what to do about it.
+/// The error as a text that says what to do.
 fn explain(plan: &perf::Plan, error: &Error) -> String {
     let socket = plan.socket.display();
     match error {
@@ -111,20 +113,20 @@ fn explain_front_end(plan: &perf::Plan, error: &front_end::Error) -> String {
         Error::NoRam(_) => format!("{error}: --mem-size is too small for this load"),
         Error::Protocol { message: FIRST_MESSAGE, .. }
         | Error::NoAnswer { message: FIRST_MESSAGE, .. } => {
-            format!("{socket}: {error} (no vhost-user server, or its log says why)")
+            format!("{socket}: {error} (not a vhost-user server, or see the server's log)")
         }
         _ => format!("{socket}: {error}"),
     }
 }
 
-/// What was wrong with a run that came to its end.
+/// The problems of a run that has ended.
 fn problems(outcome: &Outcome) -> Vec<String> {
     let mut problems = Vec::new();
     if outcome.closed {
         problems.push("the server closed the connection before the end".into());
     }
     if outcome.outstanding > 0 {
-        problems.push(format!("{} requests have not come back", outcome.outstanding));
+        problems.push(format!("{} requests have not completed", outcome.outstanding));
     }
     if let Some(first) = &outcome.first_problem {
         let (errors, mismatches) = (outcome.errors, outcome.mismatches);
@@ -132,15 +134,15 @@ fn problems(outcome: &Outcome) -> Vec<String> {
     }
     if outcome.unsubmitted > 0 {
         let late = outcome.unsubmitted;
-        problems.push(format!("the rate was not reached: {late} requests were due and never sent"));
+        problems.push(format!("the rate was not reached: {late} due requests were not submitted"));
     }
     if problems.is_empty() && outcome.all.completed == 0 {
-        problems.push("nothing was measured: no request completed after the ramp".into());
+        problems.push("nothing was measured: no request completed after the ramp time".into());
     }
     problems
 }
 
-/// A line on the terminal that changes while the load runs.
+/// The progress line on the terminal.
 struct ProgressLine {
     shown: bool,
     start_line: bool,
@@ -149,12 +151,12 @@ struct ProgressLine {
 
 impl ProgressLine {
     fn new(start_line: bool) -> Self {
-        // One or the other, as a script that waits for a line wants no other text before it.
+        // A script that waits for the start line needs stderr without other text before it.
         let shown = std::io::stderr().is_terminal() && !start_line;
         Self { shown, start_line, last: (Duration::ZERO, 0) }
     }
 
-    fn tell(&mut self, progress: Progress) {
+    fn update(&mut self, progress: Progress) {
         match progress {
             Progress::Started if self.start_line => eprintln!("started"),
             Progress::Running { elapsed, completed } if self.shown => self.show(elapsed, completed),
@@ -170,7 +172,7 @@ impl ProgressLine {
         let iops = completed.saturating_sub(self.last.1) as f64 / since.as_secs_f64();
         self.last = (elapsed, completed);
         let iops = report::count(iops);
-        // Erase what the last one may have been longer by.
+        // The escape sequence erases the rest of a longer line.
         eprint!("\r{:.0} s: {iops} IOPS, {completed} requests\x1b[K", elapsed.as_secs_f64());
     }
 

@@ -1,4 +1,4 @@
-//! The figures as a picture: how latencies are distributed, and IOPS and longest gap over time.
+//! The results as an SVG: the distribution of latencies, and IOPS and longest gap over time.
 
 use std::error::Error;
 use std::path::Path;
@@ -16,9 +16,9 @@ const WRITES: RGBColor = RGBColor(0xd8, 0x6a, 0x1c);
 const GAPS: RGBColor = RGBColor(0xb0, 0x2a, 0x37);
 const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
 const TEXT: RGBColor = RGBColor(0x33, 0x33, 0x33);
-/// Points in a line of the distribution.
+/// Points of a line of the distribution.
 const POINTS: u32 = 480;
-/// Nines on the percentile axis: fewer say nothing, more are too few requests each.
+/// Nines on the percentile axis. More nines would stand for too few requests.
 const NINES: std::ops::RangeInclusive<f64> = 2.0..=7.0;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -60,7 +60,7 @@ fn headline(outcome: &Outcome) -> String {
     )
 }
 
-/// Latency by percentile, each further nine as wide as the one before.
+/// Draws latency by percentile. Each nine has the same width.
 fn draw_distribution(area: &Area<'_>, outcome: &Outcome) -> Result<()> {
     let nines = (outcome.all.completed.max(1) as f64).log10().ceil();
     let nines = nines.clamp(*NINES.start(), *NINES.end());
@@ -69,27 +69,27 @@ fn draw_distribution(area: &Area<'_>, outcome: &Outcome) -> Result<()> {
             .into_iter()
             .filter(|(_, _, latencies)| latencies.completed > 0)
             .collect();
-    let (least, most) = (outcome.all.ns.min.max(1) as f64, outcome.all.ns.max.max(2) as f64);
+    let (min, max) = (outcome.all.ns.min.max(1) as f64, outcome.all.ns.max.max(2) as f64);
     let mut chart = ChartBuilder::on(area)
         .caption("Latency by percentile", (FONT, 17).into_font().color(&TEXT))
         .margin(12)
         .margin_right(44)
         .x_label_area_size(34)
         .y_label_area_size(78)
-        .build_cartesian_2d(0.0..nines, (least / 1.2..most * 1.3).log_scale())?;
+        .build_cartesian_2d(0.0..nines, (min / 1.2..max * 1.3).log_scale())?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
         .bold_line_style(GRID)
         .axis_style(TEXT)
         .label_style((FONT, 14).into_font().color(&TEXT))
-        .x_labels(nines as usize + 1)
+        .x_labels(whole(nines) + 1)
         .y_labels(6)
         .x_label_formatter(&|x| percentile_label(*x))
         .y_label_formatter(&|ns| report::time(*ns))
         .draw()?;
     for (name, color, latencies) in lines {
-        // As far as there are requests: a single one is no percentile of its own.
+        // Up to the percentile of a single request.
         let end = (latencies.completed as f64).log10().clamp(0.0, nines);
         let points = (0..=POINTS).map(|i| {
             let x = end * f64::from(i) / f64::from(POINTS);
@@ -111,9 +111,14 @@ fn draw_distribution(area: &Area<'_>, outcome: &Outcome) -> Result<()> {
     Ok(())
 }
 
-/// 0, 1, 2, 3 nines and so on.
+#[expect(clippy::cast_possible_truncation, reason = "0 to 7 nines")]
+fn whole(nines: f64) -> usize {
+    nines.round() as usize
+}
+
+/// The percentile that a number of nines stands for.
 fn percentile_label(nines: f64) -> String {
-    match nines.round() as usize {
+    match whole(nines) {
         0 => "0 %".into(),
         1 => "90 %".into(),
         2 => "99 %".into(),
@@ -121,7 +126,7 @@ fn percentile_label(nines: f64) -> String {
     }
 }
 
-/// One value of each stretch of the time line, from zero up.
+/// Draws one value of each stretch of the time line, on an axis from zero.
 fn draw_over_time(
     area: &Area<'_>,
     caption: &str,
@@ -130,14 +135,14 @@ fn draw_over_time(
     (color, label): (RGBColor, fn(f64) -> String),
 ) -> Result<()> {
     let seconds = outcome.elapsed.as_secs_f64().max(0.001);
-    let most = outcome.timeline.iter().map(&value).fold(1.0, f64::max);
+    let max = outcome.timeline.iter().map(&value).fold(1.0, f64::max);
     let mut chart = ChartBuilder::on(area)
         .caption(caption, (FONT, 17).into_font().color(&TEXT))
         .margin(12)
         .margin_right(44)
         .x_label_area_size(34)
         .y_label_area_size(78)
-        .build_cartesian_2d(0.0..seconds, 0.0..most * 1.1)?;
+        .build_cartesian_2d(0.0..seconds, 0.0..max * 1.1)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -150,7 +155,7 @@ fn draw_over_time(
         .x_label_formatter(&|s| format!("{} s", (s * 100.0).round() / 100.0))
         .y_label_formatter(&|value| label(*value))
         .draw()?;
-    // Steps, as each value is that of a whole stretch.
+    // The line consists of steps, because each value holds for a whole stretch.
     let ends = outcome.timeline.iter().skip(1).map(|s| s.at_s).chain([seconds]);
     let steps = outcome.timeline.iter().zip(ends);
     let points = steps.flat_map(|(s, end)| [(s.at_s, value(s)), (end, value(s))]);

@@ -1,4 +1,4 @@
-//! The figures in words, and as JSON.
+//! The results as text and as JSON.
 
 use std::fmt::Write;
 
@@ -7,11 +7,11 @@ use bench::perf::{Latencies, Order, Outcome, Plan};
 use front_end::{Backing, RingLayout};
 use serde_json::{Value, json};
 
-/// The percentiles that are told, with the names that JSON has for them.
+/// The percentiles that are reported, with their names in JSON.
 pub(crate) const PERCENTILES: [(&str, f64); 5] =
     [("p50", 50.0), ("p90", 90.0), ("p99", 99.0), ("p99.9", 99.9), ("p99.99", 99.99)];
 
-/// The figures as one JSON object.
+/// The results as one JSON object.
 pub(crate) fn json(plan: &Plan, outcome: &Outcome) -> Value {
     let stretch = |s: &bench::perf::Stretch| json!({"at_s": s.at_s, "iops": s.iops, "longest_gap_ns": s.longest_gap_ns});
     let longest = outcome.longest_gap().copied().unwrap_or_default();
@@ -79,7 +79,7 @@ fn options(plan: &Plan, outcome: &Outcome) -> Value {
     })
 }
 
-/// The figures for people.
+/// The results as text.
 pub(crate) fn text(plan: &Plan, outcome: &Outcome) -> String {
     let mut text = format!("{}: {}\n", plan.socket.display(), title(plan));
     let seconds = outcome.elapsed.as_secs_f64();
@@ -105,7 +105,7 @@ pub(crate) fn text(plan: &Plan, outcome: &Outcome) -> String {
     text
 }
 
-/// What the load is, in a line.
+/// A line that describes the load.
 pub(crate) fn title(plan: &Plan) -> String {
     let mut title = rw(plan).to_owned();
     if (1..100).contains(&plan.reads) {
@@ -162,7 +162,7 @@ fn latency(text: &mut String, name: &str, latencies: &Latencies) {
     line(text, &format!("  {}", percentiles.join(", ")));
 }
 
-/// A time in the unit that leaves one to three digits before the point.
+/// A time in the unit that gives one to three digits before the point.
 pub(crate) fn time(ns: f64) -> String {
     match ns {
         ns if ns < 1e3 => format!("{ns:.0} ns"),
@@ -172,7 +172,7 @@ pub(crate) fn time(ns: f64) -> String {
     }
 }
 
-/// A number, in thousands or millions where it is that large.
+/// A number; a large one in thousands or millions.
 pub(crate) fn count(n: f64) -> String {
     match n {
         n if n < 1e3 => three_digits(n),
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_title_says_what_is_not_the_default() {
+    fn a_title_names_options_that_differ_from_the_default() {
         let mut plan = Plan::new("/tmp/s".into());
         assert_eq!(title(&plan), "randread, 4 KiB, depth 1, 1 queue");
         (plan.reads, plan.block_bytes, plan.queues) = (70, 512, 4);
