@@ -10,26 +10,26 @@ use clap::ValueEnum;
 /// A kind of disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 pub(crate) enum DiskKind {
-    /// Does nothing.
+    /// A disk without data
     Null,
-    /// In the server's memory.
+    /// A disk in the server's memory
     Malloc,
-    /// A file full of data, O_DIRECT, through `bdev_aio_create` or qemu's `aio=native`.
+    /// A file with data, O_DIRECT, through `bdev_aio_create` or qemu's `aio=native`
     Aio,
-    /// Another such file, through `bdev_uring_create` or qemu's `aio=io_uring`.
+    /// A file with data, O_DIRECT, through `bdev_uring_create` or qemu's `aio=io_uring`
     #[value(alias = "file")]
     Uring,
-    /// A block device, by io_uring: a loop device over such a file, or the one of --block-device.
+    /// A block device through io_uring: a loop device over such a file, or --block-device
     Block,
 }
 
 impl DiskKind {
     pub(crate) const ALL: [Self; 5] =
         [Self::Null, Self::Malloc, Self::Aio, Self::Uring, Self::Block];
-    /// What is measured unless others are named: a block device wants root's rights.
+    /// The default kinds. A block device needs root's privileges.
     pub(crate) const USUAL: [Self; 4] = [Self::Null, Self::Malloc, Self::Aio, Self::Uring];
 
-    /// The disk to serve; `path` is behind it, where it is one on a file or device.
+    /// The disk to serve. A disk on a file or device uses `path`.
     pub(crate) fn disk(self, path: &Path) -> Disk {
         match self {
             Self::Null => Disk::Null,
@@ -48,13 +48,13 @@ impl DiskKind {
         }
     }
 
-    /// Its name, which is that of its controller.
+    /// The name of the disk and of its controller.
     pub(crate) fn name(self) -> &'static str {
         self.disk(Path::new("")).name()
     }
 }
 
-/// A kind of load, in fio's words.
+/// A kind of load, with fio's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
 pub(crate) enum Workload {
     Randread,
@@ -68,7 +68,7 @@ impl Workload {
     pub(crate) const ALL: [Self; 5] =
         [Self::Randread, Self::Randwrite, Self::Randrw, Self::Read, Self::Write];
 
-    /// fio's word.
+    /// fio's name.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Randread => "randread",
@@ -80,7 +80,7 @@ impl Workload {
     }
 }
 
-/// Bytes in a request: a number with `k` or `m`, as fio has it.
+/// Bytes of a request: a number with `k` or `m`, as fio takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Size(pub(crate) u32);
 
@@ -90,10 +90,15 @@ impl Size {
     pub(crate) const ALL: [Self; 2] = [Self::K4, Self::K64];
 }
 
-impl FromStr for Size {
-    type Err = String;
+/// Why a text is not a [`Size`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected a multiple of 512, such as 4k")]
+pub(crate) struct InvalidSize;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl FromStr for Size {
+    type Err = InvalidSize;
+
+    fn from_str(text: &str) -> Result<Self, InvalidSize> {
         let lower = text.to_ascii_lowercase();
         let (number, unit) = match lower.strip_suffix('k') {
             Some(number) => (number, 1 << 10),
@@ -102,7 +107,7 @@ impl FromStr for Size {
         let bytes = number.parse::<u32>().ok().and_then(|number| number.checked_mul(unit));
         match bytes {
             Some(bytes) if bytes >= 512 && bytes % 512 == 0 => Ok(Self(bytes)),
-            _ => Err("a multiple of 512, like 4k".into()),
+            _ => Err(InvalidSize),
         }
     }
 }
@@ -130,8 +135,8 @@ pub(crate) struct Cell {
 impl Cell {
     pub(crate) const DEPTHS: [usize; 5] = [1, 4, 16, 64, 128];
 
-    /// The cells of a run without options: each aim is among them, with enough around it to see
-    /// where it comes from.
+    /// The cells of a run without options: those of the aims, and neighbouring cells for
+    /// comparison.
     pub(crate) fn subset() -> Vec<Self> {
         use DiskKind::{Aio, Malloc, Null, Uring};
         use Workload::{Randread, Randrw, Randwrite, Read, Write};

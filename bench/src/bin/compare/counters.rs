@@ -1,5 +1,5 @@
-//! Events of a server's threads, counted by `perf stat` where the machine counts them: instructions and
-//! cycles.
+//! Events of a server's threads, such as instructions and cycles, counted by `perf stat` if the
+//! machine supports it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +10,16 @@ use bench::servers::setpriv;
 /// Instructions in user mode, and cycles.
 pub(crate) const WORK: [&str; 2] = ["instructions:u", "cycles"];
 
-/// A way to count some events.
+/// Why events cannot be counted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CountersError {
+    #[error("cannot run perf: {0}")]
+    Perf(#[source] std::io::Error),
+    #[error("the machine does not count {0}")]
+    Unsupported(String),
+}
+
+/// Counts some events.
 #[derive(Debug)]
 pub(crate) struct Counters {
     events: &'static [&'static str],
@@ -18,21 +27,23 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// Tries whether this machine counts `events`; why not, if it does not. What is counted goes
-    /// through a file in `dir`.
-    pub(crate) fn probe(events: &'static [&'static str], dir: &Path) -> Result<Self, String> {
+    /// Checks that this machine counts `events`. `perf stat` writes the counts to a file in `dir`.
+    pub(crate) fn probe(
+        events: &'static [&'static str],
+        dir: &Path,
+    ) -> Result<Self, CountersError> {
         let trial = Command::new("perf")
             .args(["stat", "-x", ",", "-e", &events.join(","), "--", "true"])
             .stdin(Stdio::null())
             .output();
-        let output = trial.map_err(|e| format!("perf: {e}"))?;
+        let output = trial.map_err(CountersError::Perf)?;
         match parse(&String::from_utf8_lossy(&output.stderr), events) {
             Some(_) => Ok(Self { events, output: dir.join("perf-stat") }),
-            None => Err(format!("the machine does not count {}", events.join(" and "))),
+            None => Err(CountersError::Unsupported(events.join(" and "))),
         }
     }
 
-    /// A command that runs `program` and counts what the threads `tids` do meanwhile.
+    /// A command that runs `program` and counts the events of the threads `tids` meanwhile.
     pub(crate) fn around(&self, program: &Path, tids: &[u32]) -> Command {
         let tids: Vec<String> = tids.iter().map(u32::to_string).collect();
         let mut command = self.stat();
@@ -40,7 +51,7 @@ impl Counters {
         command
     }
 
-    /// A command that runs `program` and counts what all of its threads do.
+    /// A command that runs `program` and counts the events of all of its threads.
     pub(crate) fn of(&self, program: &Path) -> Command {
         let mut command = self.stat();
         command.arg("--").arg(program);
@@ -53,14 +64,14 @@ impl Counters {
         command
     }
 
-    /// What the last such command has counted, in the order of the events.
+    /// The counts of the last command, in the order of the events.
     pub(crate) fn read(&self) -> Result<Vec<f64>> {
-        let text = std::fs::read_to_string(&self.output).context("perf stat left nothing")?;
-        parse(&text, self.events).context("perf stat counted nothing")
+        let text = std::fs::read_to_string(&self.output).context("perf stat wrote no file")?;
+        parse(&text, self.events).context("perf stat wrote no counts")
     }
 }
 
-/// Finds the counts in lines of `value,unit,event,…`; a count that is not supported is no number.
+/// Parses lines of `value,unit,event,…`. The value of an unsupported event is not a number.
 fn parse(text: &str, events: &[&str]) -> Option<Vec<f64>> {
     let value = |event: &str| {
         text.lines().find_map(|line| {
@@ -77,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_are_read_and_their_absence_is_seen() {
+    fn counts_are_parsed_and_unsupported_events_detected() {
         let text = "# started on Mon\n\n1234,,instructions:u,500,100.00,,\n99,,cycles,5,100.00,,\n";
         assert_eq!(parse(text, &WORK), Some(vec![1234.0, 99.0]));
         let calls = "29,,raw_syscalls:sys_enter,1099298,100.00,,\n";

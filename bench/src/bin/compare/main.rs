@@ -1,10 +1,11 @@
-//! `compare`: servers of vhost-user-blk disks against one another, in alternation.
+//! `compare`: compares vhost-user-blk servers in alternation.
 //!
-//! In the order the data flows: [`options`] says which [`cells`] are to be measured on which
-//! servers; [`backing`] makes the files and devices behind their disks; [`measure`] runs [`perf`] on
-//! each, one after the other, and [`fio`] without a server; [`idle`] and [`neighbours`] measure what no
-//! cell shows; [`report`] makes tables, [`aims`] holds them against what was aimed at, and [`plot`]
-//! draws them.
+//! In the order of the data flow: [`options`] selects the [`cells`] and the servers; [`backing`]
+//! creates the files and devices of their disks; [`measure`] runs [`perf`] on each server, one
+//! after the other, and [`fio`] without a server; [`idle`] and [`neighbours`] measure what cells do
+//! not show; [`report`] makes tables, [`aims`] compares the results with the aims, and [`plot`]
+//! draws charts.
+#![warn(clippy::cast_possible_truncation)]
 
 mod aims;
 mod backing;
@@ -21,6 +22,7 @@ mod plot;
 mod report;
 mod syscalls;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -40,13 +42,13 @@ use crate::options::{Case, Options};
 use crate::perf::Perf;
 use crate::syscalls::Tracer;
 
-/// All that was measured.
+/// All results.
 #[derive(Debug, Default)]
 struct Findings {
     servers: Vec<Spec>,
-    /// Those of fio's engines that take part; contenders after the servers.
+    /// The engines of fio that are measured. In the list of contenders, they follow the servers.
     engines: Vec<Engine>,
-    /// What was left out, or done in a way that a reader should know.
+    /// Notes for the report, such as omissions.
     notes: Vec<String>,
     cells: Vec<Measured>,
     neighbours: Vec<Neighbours>,
@@ -55,7 +57,7 @@ struct Findings {
 }
 
 impl Findings {
-    /// Names of all that is compared, in order: servers, then fio's engines.
+    /// Names of all contenders: servers, then fio's engines.
     fn contenders(&self) -> Vec<&str> {
         let servers = self.servers.iter().map(|spec| spec.name.as_str());
         servers.chain(self.engines.iter().map(|engine| engine.title())).collect()
@@ -79,7 +81,7 @@ fn run(options: &Options) -> Result<()> {
     let found = find(&mut findings, options, &interrupt);
     interrupt.check()?;
     if let Err(error) = &found {
-        findings.notes.push(format!("not measured to the end: {error:#}"));
+        findings.notes.push(format!("the measurement failed before its end: {error:#}"));
     }
     let text = report::markdown(&findings, options)?;
     print!("{text}");
@@ -103,7 +105,7 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Measures what `options` ask for.
+/// Measures the selected cases.
 fn find(findings: &mut Findings, options: &Options, interrupt: &Interrupt) -> Result<()> {
     let perf = Perf {
         program: options.perf()?,
@@ -147,43 +149,19 @@ fn measure_cells(
         }
     }
     let mut fleet = Fleet::start(&findings.servers, options.server_core, &disks)?;
-    let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let (mut counters, mut tracer, mut fio) = (None, None, None);
-    if disks.iter().any(|disk| disk.path().is_some()) {
-        for index in 0..fleet.len() {
-            let server = fleet.get(index);
-            for (disk, driver) in &server.drivers {
-                findings.notes.push(format!("{}'s {disk} disk: {driver}", server.spec.name));
-            }
-        }
-        counters = Counters::probe(&counters::WORK, dir.path())
-            .map_err(|why| findings.notes.push(format!("no instructions per I/O: {why}")))
-            .ok();
-        match Tracer::probe(dir.path()) {
-            Ok(way) => {
-                findings.notes.push(format!("system calls per I/O: {}", way.describe()));
-                tracer = Some(way);
-            }
-            Err(why) => findings.notes.push(format!("no system calls per I/O: {why}")),
-        }
-        fio = options.fio();
-        if fio.is_some() {
-            findings.engines = Engine::ALL.to_vec();
-            findings.notes.push(
-                "fio does the I/O itself, on the servers' core, as many requests together as there \
-                 is room for; its system calls are those of its engine"
-                    .into(),
-            );
-        }
-    }
+    let dir = tempfile::tempdir().context("cannot create a directory")?;
     let (runs, server_core) = (options.runs(), options.server_core);
-    let means = Means { perf, counters, tracer, fio, backing, runs, server_core };
+    let (counters, tracer, fio) = (None, None, None);
+    let mut means = Means { perf, counters, tracer, fio, backing, runs, server_core };
+    if disks.iter().any(|disk| disk.path().is_some()) {
+        add_costs(&mut means, findings, options, &fleet, dir.path());
+    }
     if findings.servers.iter().any(|spec| spec.kind == Kind::StorageDaemon)
         && disks.contains(&Disk::Malloc)
     {
         findings.notes.push(
-            "qemu has no disk in memory: its malloc is null-co with read-zeroes=on, which fills \
-             the guest's buffer on a read and does nothing on a write"
+            "qemu has no memory disk: its malloc is null-co with read-zeroes=on, which fills the \
+             guest's buffer on a read and does nothing on a write"
                 .into(),
         );
     }
@@ -195,4 +173,41 @@ fn measure_cells(
     }
     progress("");
     Ok(())
+}
+
+/// Adds fio and the counters of instructions and system calls, which are measured on files and
+/// devices.
+fn add_costs(
+    means: &mut Means<'_>,
+    findings: &mut Findings,
+    options: &Options,
+    fleet: &Fleet,
+    dir: &Path,
+) {
+    for index in 0..fleet.len() {
+        let server = fleet.get(index);
+        for (disk, driver) in &server.drivers {
+            findings.notes.push(format!("{}'s {disk} disk: {driver}", server.spec.name));
+        }
+    }
+    match Counters::probe(&counters::WORK, dir) {
+        Ok(counters) => means.counters = Some(counters),
+        Err(why) => findings.notes.push(format!("no instructions per I/O: {why}")),
+    }
+    match Tracer::probe(dir) {
+        Ok(tracer) => {
+            findings.notes.push(format!("system calls per I/O: {}", tracer.describe()));
+            means.tracer = Some(tracer);
+        }
+        Err(why) => findings.notes.push(format!("no system calls per I/O: {why}")),
+    }
+    means.fio = options.fio();
+    if means.fio.is_some() {
+        findings.engines = Engine::ALL.to_vec();
+        findings.notes.push(
+            "fio does the I/O itself, on the servers' core, and submits as many requests together \
+             as the depth allows; its system calls are those of its engine"
+                .into(),
+        );
+    }
 }

@@ -1,4 +1,4 @@
-//! The command line: which servers, which cells, how often.
+//! The command line.
 
 use std::path::PathBuf;
 
@@ -10,17 +10,18 @@ use clap::{Parser, ValueEnum};
 use crate::cells::{Cell, DiskKind, Size, Workload};
 use crate::fio::Fio;
 
-/// Compares servers of vhost-user-blk disks: ours, qemu-storage-daemon's and SPDK's, in alternation,
-/// and with --fio what the kernel does without any.
+/// Compare vhost-user-blk servers in alternation: vhost, qemu-storage-daemon and SPDK's vhost, and,
+/// with --fio, the kernel without a server.
 ///
-/// One server runs at a time, the others are stopped (SIGSTOP). Ratios are formed within an
-/// alternation, and their median is printed with the least and the greatest. Markdown goes to
-/// standard output; everything measured goes to a JSON file, and a picture to an SVG file.
+/// One server runs at a time; the others are stopped (SIGSTOP). A ratio is that of two runs of one
+/// alternation; the median, minimum and maximum of the ratios are printed. The report is printed to
+/// standard output as Markdown. All measurements are written to a JSON file, and charts to an SVG
+/// file.
 #[derive(Debug, Parser)]
 #[command(name = "compare", max_term_width = 100)]
 pub(crate) struct Options {
-    /// Our vhost; given more than once, builds of it are compared with one another. The first one
-    /// is what the others are compared with [default: the one built along with this program].
+    /// This project's vhost; repeatable, to compare builds. The other servers are compared with the
+    /// first one [default: the vhost in this program's directory].
     #[arg(long, value_name = "[NAME=]PATH")]
     pub(crate) vhost: Vec<String>,
     /// SPDK's vhost.
@@ -29,23 +30,23 @@ pub(crate) struct Options {
     /// An argument for SPDK's vhost; repeatable.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     pub(crate) spdk_arg: Vec<String>,
-    /// The qemu-storage-daemon; left out if there is none.
+    /// qemu-storage-daemon; omitted if the program does not exist.
     #[arg(long, value_name = "PATH", default_value = "qemu-storage-daemon")]
     pub(crate) qemu: PathBuf,
-    /// Leave qemu-storage-daemon out.
+    /// Omit qemu-storage-daemon.
     #[arg(long)]
     pub(crate) no_qemu: bool,
-    /// Leave ours out.
+    /// Omit this project's vhost.
     #[arg(long, conflicts_with = "vhost")]
     no_ours: bool,
-    /// Measure fio on files and devices too, by libaio and by io_uring: a floor without server and
-    /// guest, on the core of the servers.
+    /// Also measure fio on files and devices, with libaio and io_uring, on the servers' core: a
+    /// baseline without a server and a guest.
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "fio")]
     pub(crate) fio: Option<PathBuf>,
     /// An argument for fio; repeatable.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true, requires = "fio")]
     pub(crate) fio_arg: Vec<String>,
-    /// The load generator [default: vhost-perf beside this program].
+    /// The load generator [default: vhost-perf in this program's directory].
     #[arg(long, value_name = "PATH")]
     pub(crate) perf: Option<PathBuf>,
 
@@ -58,7 +59,7 @@ pub(crate) struct Options {
     /// Requests in flight on each queue [default: 1,64].
     #[arg(long, value_delimiter = ',')]
     pub(crate) depths: Vec<usize>,
-    /// Bytes in a request [default: 4k].
+    /// Bytes of a request [default: 4k].
     #[arg(long, value_delimiter = ',')]
     pub(crate) bs: Vec<Size>,
     /// Kinds of load [default: randread].
@@ -67,20 +68,20 @@ pub(crate) struct Options {
     /// Numbers of queues [default: 1].
     #[arg(long, value_delimiter = ',')]
     pub(crate) queues: Vec<usize>,
-    /// Every cell, of those that the options above leave.
+    /// Measure every cell that the options above select.
     #[arg(long)]
     pub(crate) full: bool,
-    /// A few cells, three short runs: to see that it works.
+    /// Measure a few cells in three short runs, as a test of this program.
     #[arg(long, conflicts_with = "full")]
     pub(crate) quick: bool,
 
-    /// Alternations [default: 5].
+    /// Number of alternations [default: 5].
     #[arg(long)]
     pub(crate) runs: Option<usize>,
     /// Seconds of each run [default: 0.4].
     #[arg(long, value_name = "SECONDS")]
     pub(crate) runtime: Option<f64>,
-    /// Seconds before each run that do not count, on disks in memory.
+    /// Seconds before each measurement, on disks in memory.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.1)]
     pub(crate) ramp_time: f64,
     /// The core of the load.
@@ -89,47 +90,47 @@ pub(crate) struct Options {
     /// The core of each server's polling thread.
     #[arg(long, value_name = "CORE", default_value_t = 1)]
     pub(crate) server_core: usize,
-    /// Where the files behind aio, uring and block disks are made: not on tmpfs.
+    /// Directory for the files of aio, uring and block disks; must not be on tmpfs.
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     pub(crate) file_dir: PathBuf,
-    /// The device behind the block disk; what it holds is overwritten by loads that write [default:
-    /// a loop device over a file].
+    /// Device of the block disk; loads that write overwrite its data [default: a loop device over a
+    /// file].
     #[arg(long, value_name = "PATH")]
     pub(crate) block_device: Option<PathBuf>,
-    /// The size of each of the files.
+    /// Size of each file.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     pub(crate) file_mib: u64,
-    /// Idle neighbours of the case idle-neighbours.
+    /// Number of idle controllers in the case idle-neighbours.
     #[arg(long, value_name = "N", default_value_t = 255)]
     pub(crate) neighbours: usize,
 
-    /// Where compare.json and compare.svg go [default: the build's directory].
+    /// Directory for compare.json and compare.svg [default: the build's directory].
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Append what is printed to this file too.
+    /// Also append the report to this file.
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "bench/RESULTS.md")]
     pub(crate) results: Option<PathBuf>,
 }
 
-/// What can be measured.
+/// A measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Case {
-    /// Throughput and latency of each cell; on files and devices CPU time and system calls too.
+    /// Throughput and latency of each cell; on files and devices also CPU time and system calls
     Cells,
-    /// One busy controller beside many connected idle ones, and alone.
+    /// One busy controller with many connected idle ones, and alone
     IdleNeighbours,
-    /// CPU share of an idle reactor, polling, in interrupt mode and in adaptive mode.
+    /// CPU share of an idle reactor in poll mode, interrupt mode and adaptive mode
     IdleCpu,
-    /// Latency of a request after a pause, in the same modes.
+    /// Latency of a request after a pause, in the same modes
     IdleLatency,
-    /// All of these.
+    /// All of these
     All,
 }
 
 impl Options {
-    /// Whether `case` is to be measured.
+    /// Whether `case` is selected.
     pub(crate) fn wants(&self, case: Case) -> bool {
-        self.cases.iter().any(|&asked| asked == case || asked == Case::All)
+        self.cases.iter().any(|&selected| selected == case || selected == Case::All)
     }
 
     /// Alternations.
@@ -142,15 +143,15 @@ impl Options {
         self.runtime.unwrap_or(if self.quick { 0.1 } else { 0.4 })
     }
 
-    /// Disks of the special cases: those that were selected.
+    /// The selected disks, or the default.
     pub(crate) fn disks_or(&self, default: &[DiskKind]) -> Vec<DiskKind> {
         if self.disks.is_empty() { default.to_vec() } else { self.disks.clone() }
     }
 
-    /// The cells that are selected: without any option that selects, a subset that says much.
+    /// The selected cells. Without an option that selects cells, a subset.
     ///
     /// # Errors
-    /// Options that contradict one another.
+    /// A depth or a number of queues is out of range.
     pub(crate) fn cells(&self) -> Result<Vec<Cell>> {
         let selective = !self.disks.is_empty()
             || !self.depths.is_empty()
@@ -167,10 +168,10 @@ impl Options {
         } else {
             Cell::subset()
         };
-        let most = bench::servers::QUEUES_MAX;
+        let max = bench::servers::QUEUES_MAX;
         for cell in &cells {
-            ensure!(cell.depth > 0, "a depth is at least 1");
-            ensure!((1..=most).contains(&cell.queues), "between 1 and {most} queues");
+            ensure!(cell.depth > 0, "--depths must be at least 1");
+            ensure!((1..=max).contains(&cell.queues), "--queues must be between 1 and {max}");
         }
         Ok(cells)
     }
@@ -198,11 +199,11 @@ impl Options {
         cells
     }
 
-    /// The servers, the one that the others are compared with first, and a note for each that is
-    /// left out.
+    /// The servers, and a note for each server that is omitted. The others are compared with the
+    /// first server.
     ///
     /// # Errors
-    /// One that was named is not there, or none is, or two have one name.
+    /// A server on the command line does not exist, there is no server, or two have the same name.
     pub(crate) fn servers(&self) -> Result<(Vec<Spec>, Vec<String>)> {
         let (mut specs, mut notes) = (Vec::new(), Vec::new());
         for given in &self.vhost {
@@ -219,32 +220,33 @@ impl Options {
         if !self.no_qemu {
             specs.push(Spec::new("qemu", Kind::StorageDaemon, &self.qemu));
         }
-        let mut there = Vec::new();
+        let mut present = Vec::new();
         for spec in specs {
-            ensure!(there.iter().all(|s: &Spec| s.name != spec.name), "two named {}", spec.name);
+            let is_new = present.iter().all(|s: &Spec| s.name != spec.name);
+            ensure!(is_new, "two servers have the name {}", spec.name);
             if is_program(&spec.program) {
-                there.push(spec);
+                present.push(spec);
                 continue;
             }
-            let missing = format!("no {}", spec.program.display());
+            let missing = format!("{} does not exist", spec.program.display());
             let named = match spec.kind {
                 Kind::Ours => !self.vhost.is_empty(),
                 Kind::Spdk => true,
                 Kind::StorageDaemon => false,
             };
             ensure!(!named, "{}: {missing}", spec.name);
-            notes.push(format!("{} is left out: {missing}", spec.name));
+            notes.push(format!("{} is omitted: {missing}", spec.name));
         }
         if let Some(fio) = &self.fio {
-            ensure!(is_program(fio), "no {}", fio.display());
+            ensure!(is_program(fio), "--fio: {} does not exist", fio.display());
         }
-        if there.is_empty() {
+        if present.is_empty() {
             bail!("no server to measure: {}", notes.join("; "));
         }
-        Ok((there, notes))
+        Ok((present, notes))
     }
 
-    /// fio, if it takes part.
+    /// fio, if it is selected.
     pub(crate) fn fio(&self) -> Option<Fio> {
         Some(Fio {
             program: self.fio.clone()?,
@@ -257,7 +259,7 @@ impl Options {
     /// The load generator.
     ///
     /// # Errors
-    /// This program does not know where it is.
+    /// The path of this program is unknown.
     pub(crate) fn perf(&self) -> Result<PathBuf> {
         Ok(self.perf.clone().map_or_else(|| beside("vhost-perf"), Ok)?)
     }
@@ -267,7 +269,7 @@ fn selected<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
     if given.is_empty() { default } else { given }
 }
 
-/// Whether `program` is there, on the PATH if it is a mere name.
+/// Whether `program` exists. A name without a directory is looked up in PATH.
 fn is_program(program: &std::path::Path) -> bool {
     if program.components().count() > 1 {
         return program.is_file();
@@ -303,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn full_is_everything_that_selectors_leave() {
+    fn full_is_every_selected_cell() {
         assert_eq!(names(&["--full"]).len(), 4 * 5 * 2 * 5 * 2);
         assert_eq!(names(&["--full", "--disks", "block", "--bs", "64k"]).len(), 5 * 5 * 2);
         assert_eq!(names(&["--quick"]).len(), 4);
@@ -316,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_on_files_are_named_after_how_they_are_reached() {
+    fn disks_on_files_are_named_after_their_engines() {
         let args = ["--disks", "aio,file,block", "--depths", "64", "--rw", "read,write"];
         let expected = [
             "aio read 4k d64 q1",
@@ -330,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn fio_takes_part_when_it_is_asked_to() {
+    fn fio_is_optional() {
         assert!(options(&[]).fio().is_none());
         let fio = options(&["--fio", "--fio-arg", "--fixedbufs", "--server-core", "3"]).fio();
         let fio = fio.unwrap();
@@ -340,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_server_can_do_is_refused() {
+    fn cells_that_no_server_supports_are_refused() {
         assert!(options(&["--queues", "5"]).cells().is_err());
         assert!(options(&["--depths", "0"]).cells().is_err());
         assert!(Options::try_parse_from(["compare", "--bs", "4x"]).is_err());
@@ -356,7 +358,7 @@ mod tests {
         let (specs, notes) = options(&args).servers().unwrap();
         let names: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
         assert_eq!(names, ["new", "old"]);
-        assert_eq!(notes, ["qemu is left out: no /no/such"]);
+        assert_eq!(notes, ["qemu is omitted: /no/such does not exist"]);
         assert!(options(&["--vhost", me, "--spdk", "/no/such"]).servers().is_err(), "named");
         assert!(options(&["--vhost", me, "--vhost", me]).servers().is_err(), "one name twice");
         assert!(options(&["--vhost", "/no/such", "--no-qemu"]).servers().is_err());

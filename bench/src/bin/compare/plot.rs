@@ -1,5 +1,5 @@
-//! One picture of a comparison: latency and throughput over depth for each disk, and beneath, how
-//! many times another server's throughput each cell reaches.
+//! The results of a comparison as an SVG: latency and throughput over depth for each disk, and
+//! below, the throughput of each cell relative to each other server.
 
 use std::ops::Range;
 
@@ -19,14 +19,14 @@ use crate::perf::Figures;
 const WIDTH: u32 = 1120;
 const HEADER: u32 = 76;
 const PANEL: u32 = 290;
-/// Above and below the lines of the ratios.
+/// The space above and below the lines of the ratios.
 const RATIO_FRAME: u32 = 92;
 const RATIO_LINE: u32 = 24;
 
 const INK: RGBColor = RGBColor(31, 41, 55);
 const PALE: RGBColor = RGBColor(107, 114, 128);
 const GRID: RGBColor = RGBColor(229, 231, 235);
-/// Of the contenders in their order.
+/// Colours of the contenders, in their order.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(37, 99, 235),
     RGBColor(234, 88, 12),
@@ -41,17 +41,17 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 /// Draws `findings`.
 ///
 /// # Errors
-/// None that a drawing into memory has.
+/// Those of plotters; drawing into memory has none.
 pub(crate) fn svg(findings: &Findings) -> Result<String> {
     let disks: Vec<Vec<&Measured>> =
         DiskKind::ALL.iter().map(|&disk| over_depth(findings, disk)).collect();
     let disks: Vec<_> = disks.into_iter().filter(|cells| !cells.is_empty()).collect();
     let ratios = if findings.contenders().len() > 1 {
-        RATIO_FRAME + RATIO_LINE * findings.cells.len() as u32
+        RATIO_FRAME + RATIO_LINE * u32::try_from(findings.cells.len())?
     } else {
         0
     };
-    let height = HEADER + PANEL * disks.len() as u32 + ratios;
+    let height = HEADER + PANEL * u32::try_from(disks.len())? + ratios;
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, (WIDTH, height)).into_drawing_area();
@@ -82,7 +82,7 @@ fn over_depth(findings: &Findings, disk: DiskKind) -> Vec<&Measured> {
         let like = |cell: Cell| Cell { depth: first.cell.depth, ..cell } == first.cell;
         of_disk.iter().copied().filter(|measured| like(measured.cell)).collect::<Vec<_>>()
     };
-    // Of equals the first, which is the plainest.
+    // Of groups of equal size, the first one, whose options are closest to the defaults.
     let mut best = Vec::new();
     for first in &of_disk {
         let cells = group(first);
@@ -102,25 +102,25 @@ fn colour(server: usize) -> RGBColor {
     COLOURS[server % COLOURS.len()]
 }
 
-/// The title, and what each colour means.
+/// The title and the legend.
 fn header(area: &Area<'_>, findings: &Findings) -> Result<()> {
     area.draw(&Text::new("vhost-user-blk servers compared", (24, 16), font(22, INK)))?;
     let mut x = 26;
     for (index, name) in findings.contenders().into_iter().enumerate() {
         area.draw(&Circle::new((x, 58), 6, colour(index).filled()))?;
         area.draw(&Text::new(name.to_owned(), (x + 12, 50), font(16, INK)))?;
-        x += 44 + 9 * name.chars().count() as i32;
+        x += 44 + 9 * i32::try_from(name.chars().count())?;
     }
     let trips = findings.cells.iter().flat_map(|m| &m.alternations).map(|a| a.round_trip_ns);
     let trip = Spread::of(trips).map_or(0.0, |spread| spread.median);
     let note =
         format!("medians; bars: least to greatest; one cache-line round trip is {trip:.0} ns");
     let right = font(14, PALE).pos(Pos::new(HPos::Right, VPos::Top));
-    area.draw(&Text::new(note, (WIDTH as i32 - 24, 51), right))?;
+    area.draw(&Text::new(note, (i32::try_from(WIDTH)? - 24, 51), right))?;
     Ok(())
 }
 
-/// The range of `values`, with room on both sides, on a logarithmic axis.
+/// The range of `values` with a margin, for a logarithmic axis.
 fn around(values: impl Iterator<Item = Spread>) -> Range<f64> {
     let (low, high) =
         values.fold((f64::MAX, f64::MIN), |(low, high), s| (low.min(s.min), high.max(s.max)));
@@ -135,13 +135,14 @@ fn logarithmic(
     range.log_scale().with_key_points(lines)
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "logarithms of f64 are below 400")]
 fn ticks(range: &Range<f64>) -> Vec<f64> {
     let powers = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
     let of_power = |power| [1.0, 2.0, 5.0].map(|digit| digit * 10_f64.powi(power));
     powers.flat_map(of_power).filter(|tick| range.contains(tick)).collect()
 }
 
-/// A figure over depth, a line for each server.
+/// Draws a figure over depth, with a line for each server.
 fn panel(
     area: &Area<'_>,
     findings: &Findings,
@@ -163,7 +164,7 @@ fn panel(
         .margin_right(24)
         .x_label_area_size(40)
         .y_label_area_size(72)
-        .build_cartesian_2d(-1..cells.len() as i32, logarithmic(around(all)))?;
+        .build_cartesian_2d(-1..i32::try_from(cells.len())?, logarithmic(around(all)))?;
     let depth = |x: &i32| {
         let cell = usize::try_from(*x).ok().and_then(|x| cells.get(x));
         cell.map_or_else(String::new, |cell| cell.cell.depth.to_string())
@@ -182,7 +183,7 @@ fn panel(
     Ok(())
 }
 
-/// Grid and labels as every panel has them.
+/// Draws the grid and the labels of a panel.
 fn mesh<Y>(
     chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<RangedCoordi32, Y>>,
     x_desc: &str,
@@ -210,7 +211,7 @@ where
     Ok(())
 }
 
-/// For each cell, the first server's throughput divided by each other's.
+/// Draws, for each cell, the first server's throughput divided by each other server's.
 fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
     let others = 1..findings.contenders().len();
     let ratio =
@@ -220,8 +221,8 @@ fn ratio_panel(area: &Area<'_>, findings: &Findings) -> Result<()> {
     let range = range.start.min(0.7)..range.end.max(1.4);
     let caption =
         format!("IOPS of {} ÷ IOPS of the other, in one alternation", findings.servers[0].name);
-    // Lines are counted from the top, where 0 is.
-    let lines = findings.cells.len() as i32;
+    // The top of the panel is 0, and the first line -1.
+    let lines = i32::try_from(findings.cells.len())?;
     let mut chart = ChartBuilder::on(area)
         .caption(caption, font(16, INK))
         .margin(14)

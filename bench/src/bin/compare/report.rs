@@ -1,4 +1,4 @@
-//! What was measured, as Markdown for people and as JSON for programs.
+//! The results as Markdown and as JSON.
 
 use std::fmt::Write;
 
@@ -10,13 +10,14 @@ use serde_json::{Value, json};
 
 use crate::Findings;
 use crate::aims;
+use crate::idle::Modes;
 use crate::measure::{Measured, Sample};
 use crate::options::Options;
 
-/// Per cent of the time for which other processes may keep servers from running.
+/// Limit, in percent, on the time in which other processes keep servers from running.
 const QUIET_MAX: f64 = 1.0;
 
-/// A section that stands by itself: where and how, then the tables.
+/// The report: machine and options, then the tables.
 pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "## Compared on {}\n", date())?;
@@ -24,8 +25,8 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
     let args: Vec<String> = std::env::args().skip(1).collect();
     writeln!(text, "`bench/compare {}`\n", args.join(" "))?;
     let (runs, seconds) = (options.runs(), options.runtime_s());
-    writeln!(text, "{runs} alternations, {seconds} s each; figures are medians, ratios those of")?;
-    writeln!(text, "one alternation: their median (least–greatest).\n")?;
+    writeln!(text, "{runs} alternations, {seconds} s each. Figures are medians. Ratios are those")?;
+    writeln!(text, "within one alternation: median (minimum–maximum).\n")?;
     for note in &findings.notes {
         writeln!(text, "- {note}")?;
     }
@@ -37,10 +38,10 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         writeln!(text, "{}", cells(findings))?;
     }
     for (title, table) in [
-        ("What an I/O of a file or device costs", costs(findings)),
-        ("Beside idle controllers", neighbours(findings)),
+        ("Cost of an I/O on a file or device", costs(findings)),
+        ("With idle controllers", neighbours(findings)),
         ("Idle", idle(findings)),
-        ("Failed", findings.failures.table()),
+        ("Failures", findings.failures.table()),
     ] {
         if !table.is_empty() {
             writeln!(text, "### {title}\n\n{table}")?;
@@ -53,24 +54,27 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
     Ok(text)
 }
 
-/// How steady the machine was.
+/// How much other processes disturbed the measurement.
 fn conditions(cells: &[Measured]) -> String {
     let alternations = || cells.iter().flat_map(|measured| &measured.alternations);
     let trips = Spread::of(alternations().map(|a| a.round_trip_ns));
     let waits = alternations().flat_map(|a| a.samples.iter().flatten());
     let waits = waits.map(|sample| 100.0 * sample.kept_waiting);
     let (Some(trip), Some(wait)) = (trips, Spread::of(waits)) else { return String::new() };
-    let verdict =
-        if wait.median > QUIET_MAX { " **It was not: these figures say little.**" } else { "" };
+    let verdict = if wait.median > QUIET_MAX {
+        " **The machine was busy: do not rely on these figures.**"
+    } else {
+        ""
+    };
     let Spread { median, min, max } = trip;
     format!(
-        "Round trip: {median:.0} ns ({min:.0}–{max:.0}). If the machine did nothing else, servers' \
-         polling threads were never kept from running; they were for {} % of the time.{verdict}",
+        "Round trip: {median:.0} ns ({min:.0}–{max:.0}). Other processes kept the servers' polling \
+         threads from running for {} % of the time.{verdict}",
         ratio(Some(wait))
     )
 }
 
-/// A line for each contender of each cell; the last columns compare the first server with it.
+/// A row for each contender of each cell. The last columns compare the first server with it.
 fn cells(findings: &Findings) -> Table {
     let contenders = findings.contenders();
     let Some(first) = contenders.first() else { return Table::new(&["cell"]) };
@@ -111,7 +115,7 @@ fn cells(findings: &Findings) -> Table {
     table
 }
 
-/// Something that an I/O costs: its heading, and how a sample tells it.
+/// A cost of an I/O: its heading, and its value in a sample.
 type Cost = (&'static str, fn(&Sample) -> Option<f64>);
 
 const COSTS: [Cost; 5] = [
@@ -122,7 +126,7 @@ const COSTS: [Cost; 5] = [
     ("cycles", |sample| sample.counts.as_ref()?.get(1).copied()),
 ];
 
-/// What an I/O of a file or device costs each server's polling thread, and its other threads.
+/// The costs of an I/O on a file or device, in each server's polling thread and its other threads.
 fn costs(findings: &Findings) -> Table {
     let contenders = findings.contenders();
     let Some(first) = contenders.first() else { return Table::new(&["cell"]) };
@@ -221,52 +225,12 @@ fn idle(findings: &Findings) -> Table {
     table
 }
 
-/// Everything, each run with all that `vhost-perf` said of it.
+/// All results, with the whole output of `vhost-perf` for each run.
 pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
-    let sample = |sample: &Sample| {
-        json!({
-            "cpu_s": sample.cpu.map(|cpu| cpu.as_secs_f64()),
-            "busy_s": sample.busy.map(|busy| busy.as_secs_f64()),
-            "cpu_of_others_s": sample.others.map(|cpu| cpu.as_secs_f64()),
-            "instructions": sample.counts.as_ref().map(|counts| counts[0]),
-            "cycles": sample.counts.as_ref().map(|counts| counts[1]),
-            "kept_waiting": sample.kept_waiting,
-            "perf": sample.figures.raw,
-        })
-    };
-    let cell = |measured: &Measured| {
-        let alternations = measured.alternations.iter().map(|a| {
-            let samples: Vec<Value> =
-                a.samples.iter().map(|s| s.as_ref().map_or(Value::Null, sample)).collect();
-            json!({"round_trip_ns": a.round_trip_ns, "servers": samples})
-        });
-        json!({
-            "cell": measured.cell.to_string(),
-            "disk": measured.cell.disk.name(),
-            "rw": measured.cell.rw.name(),
-            "bs": measured.cell.bs.0,
-            "depth": measured.cell.depth,
-            "queues": measured.cell.queues,
-            "alternations": alternations.collect::<Vec<_>>(),
-            "syscalls_per_io": measured.syscalls,
-        })
-    };
     let neighbours = findings.neighbours.iter().map(|found| {
         json!({
             "server": found.server.name, "disk": found.disk.name(), "idle": found.count,
             "iops_beside_alone": found.iops, "p50_ns_beside_alone": found.p50_ns,
-        })
-    });
-    let modes = findings.modes.iter().map(|modes| {
-        let disks = modes.disks.iter().map(|disk| {
-            json!({
-                "disk": disk.disk.name(), "idle_cpu": disk.cpu,
-                "p50_ns_guest_polls": disk.polling_ns, "p50_ns_guest_sleeps": disk.sleeping_ns,
-            })
-        });
-        json!({
-            "server": modes.server.name, "mode": modes.mode.name(),
-            "unsupported": modes.unsupported, "disks": disks.collect::<Vec<_>>(),
         })
     });
     let servers = findings
@@ -282,10 +246,53 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         "notes": findings.notes,
         "servers": servers.collect::<Vec<_>>(),
         "contenders": findings.contenders(),
-        "cells": findings.cells.iter().map(cell).collect::<Vec<_>>(),
+        "cells": findings.cells.iter().map(cell_json).collect::<Vec<_>>(),
         "idle_neighbours": neighbours.collect::<Vec<_>>(),
-        "idle": modes.collect::<Vec<_>>(),
+        "idle": findings.modes.iter().map(modes_json).collect::<Vec<_>>(),
         "failed": findings.failures.json(),
+    })
+}
+
+fn cell_json(measured: &Measured) -> Value {
+    let alternations = measured.alternations.iter().map(|a| {
+        let samples: Vec<Value> =
+            a.samples.iter().map(|s| s.as_ref().map_or(Value::Null, sample_json)).collect();
+        json!({"round_trip_ns": a.round_trip_ns, "servers": samples})
+    });
+    json!({
+        "cell": measured.cell.to_string(),
+        "disk": measured.cell.disk.name(),
+        "rw": measured.cell.rw.name(),
+        "bs": measured.cell.bs.0,
+        "depth": measured.cell.depth,
+        "queues": measured.cell.queues,
+        "alternations": alternations.collect::<Vec<_>>(),
+        "syscalls_per_io": measured.syscalls,
+    })
+}
+
+fn sample_json(sample: &Sample) -> Value {
+    json!({
+        "cpu_s": sample.cpu.map(|cpu| cpu.as_secs_f64()),
+        "busy_s": sample.busy.map(|busy| busy.as_secs_f64()),
+        "cpu_of_others_s": sample.others.map(|cpu| cpu.as_secs_f64()),
+        "instructions": sample.counts.as_ref().map(|counts| counts[0]),
+        "cycles": sample.counts.as_ref().map(|counts| counts[1]),
+        "kept_waiting": sample.kept_waiting,
+        "perf": sample.figures.raw,
+    })
+}
+
+fn modes_json(modes: &Modes) -> Value {
+    let disks = modes.disks.iter().map(|disk| {
+        json!({
+            "disk": disk.disk.name(), "idle_cpu": disk.cpu,
+            "p50_ns_guest_polls": disk.polling_ns, "p50_ns_guest_sleeps": disk.sleeping_ns,
+        })
+    });
+    json!({
+        "server": modes.server.name, "mode": modes.mode.name(),
+        "unsupported": modes.unsupported, "disks": disks.collect::<Vec<_>>(),
     })
 }
 
@@ -297,7 +304,7 @@ mod tests {
     use crate::perf::Figures;
 
     #[test]
-    fn a_machine_that_does_something_else_is_named() {
+    fn a_busy_machine_is_reported() {
         let cell = |kept_waiting| {
             let figures =
                 Figures { p50_ns: 1.0, p999_ns: 1.0, iops: 1.0, completed: 1.0, raw: Value::Null };
@@ -307,6 +314,6 @@ mod tests {
         };
         let quiet = conditions(&[cell(0.002)]);
         assert!(quiet.starts_with("Round trip: 125 ns") && quiet.ends_with("% of the time."));
-        assert!(conditions(&[cell(0.3)]).contains("It was not"));
+        assert!(conditions(&[cell(0.3)]).contains("The machine was busy"));
     }
 }

@@ -1,4 +1,4 @@
-//! System calls of a server's threads, in runs of their own: counting them costs time in each.
+//! System calls of a server's threads, counted in separate runs, because counting slows them down.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use bench::servers::setpriv;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cells::Cell;
-use crate::counters::Counters;
+use crate::counters::{Counters, CountersError};
 use crate::perf::Perf;
 
 /// All system calls, by the tracepoint at their entry.
 const ALL: [&str; 1] = ["raw_syscalls:sys_enter"];
-/// Those that fio's engines make, in the order of [`ENGINE_CALLS`].
+/// The tracepoints of the system calls of fio's engines, in the order of [`ENGINE_CALLS`].
 const OF_ENGINES: [&str; 3] = [
     "syscalls:sys_enter_io_submit",
     "syscalls:sys_enter_io_getevents",
@@ -23,25 +23,37 @@ const OF_ENGINES: [&str; 3] = [
 ];
 const ENGINE_CALLS: [&str; 3] = ["io_submit", "io_getevents", "io_uring_enter"];
 
-/// How long strace may take to attach.
+/// Limit on the time that strace takes to attach.
 const ATTACH_MAX: Duration = Duration::from_secs(10);
 
-/// A way to count them.
+/// A method of counting system calls.
 #[derive(Debug)]
 pub(crate) enum Tracer {
-    /// `perf stat` on tracepoints: some 0.1 µs a call.
+    /// `perf stat` on tracepoints, which takes about 0.1 µs per call.
     Perf { all: Counters, of_engines: Counters },
-    /// `strace -c`, which stops the thread at each call, for longer than an I/O takes: the sizes of
-    /// batches, and with them the calls per I/O, are not those of a run without it.
+    /// `strace -c`, which stops the thread at each call for longer than an I/O takes. This changes
+    /// the sizes of batches, and so the calls per I/O.
     Strace { output: PathBuf },
 }
 
+/// Why no method works on this machine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TracerError {
+    #[error("{0}; strace is not permitted to trace")]
+    Denied(CountersError),
+    #[error("{0}; cannot run strace: {1}")]
+    NoStrace(CountersError, #[source] std::io::Error),
+}
+
 impl Tracer {
-    /// The first way that works here; why none does. What is counted goes through a file in `dir`.
-    pub(crate) fn probe(dir: &Path) -> Result<Self, String> {
+    /// Selects the first method that works on this machine. It writes its counts to files in `dir`.
+    pub(crate) fn probe(dir: &Path) -> Result<Self, TracerError> {
         let perf = Counters::probe(&ALL, dir)
             .and_then(|all| Ok(Self::Perf { all, of_engines: Counters::probe(&OF_ENGINES, dir)? }));
-        let Err(why) = perf else { return perf };
+        let why = match perf {
+            Ok(perf) => return Ok(perf),
+            Err(why) => why,
+        };
         let output = dir.join("strace");
         let trial = Command::new("strace")
             .args(["-c", "-o"])
@@ -51,18 +63,18 @@ impl Tracer {
             .status();
         match trial {
             Ok(status) if status.success() => Ok(Self::Strace { output }),
-            Ok(_) => Err(format!("perf: {why}; strace may not trace")),
-            Err(e) => Err(format!("perf: {why}; strace: {e}")),
+            Ok(_) => Err(TracerError::Denied(why)),
+            Err(e) => Err(TracerError::NoStrace(why, e)),
         }
     }
 
-    /// In words for a reader.
+    /// A description for the report.
     pub(crate) fn describe(&self) -> &'static str {
         match self {
-            Self::Perf { .. } => "perf stat on tracepoints, in a run of its own",
+            Self::Perf { .. } => "perf stat on tracepoints, in a separate run",
             Self::Strace { .. } => {
-                "strace -c, in a run of its own, which stops the thread at each call and changes \
-                 the sizes of batches"
+                "strace -c, in a separate run, which stops the thread at each call and changes the \
+                 sizes of batches"
             }
         }
     }
@@ -94,7 +106,7 @@ impl Tracer {
         }
     }
 
-    /// A command that runs `program` and counts what all of its threads do.
+    /// A command that runs `program` and counts the system calls of all of its threads.
     pub(crate) fn of(&self, program: &Path) -> Command {
         match self {
             Self::Perf { of_engines, .. } => of_engines.of(program),
@@ -106,11 +118,10 @@ impl Tracer {
         }
     }
 
-    /// How many of the system calls `names`, of those in [`ENGINE_CALLS`], the last such command has
-    /// made.
+    /// The number of system calls `names`, which are among [`ENGINE_CALLS`], in the last command.
     ///
     /// # Errors
-    /// Nothing was counted.
+    /// There are no counts.
     pub(crate) fn count_of(&self, names: &[&str]) -> Result<f64> {
         match self {
             Self::Perf { of_engines, .. } => {
@@ -126,7 +137,7 @@ impl Tracer {
     }
 }
 
-/// `strace` that has attached to threads. Dropping it kills it, and the threads go on.
+/// A `strace` that is attached to threads. Dropping it kills strace; the threads continue.
 #[derive(Debug)]
 struct Strace {
     child: Child,
@@ -144,16 +155,16 @@ impl Strace {
         let start = Instant::now();
         while !tids.iter().all(|&tid| is_traced(pid, tid)) {
             ensure!(strace.child.try_wait()?.is_none(), "strace cannot attach");
-            ensure!(start.elapsed() < ATTACH_MAX, "strace does not attach");
+            ensure!(start.elapsed() < ATTACH_MAX, "timed out waiting for strace to attach");
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(strace)
     }
 
-    /// Has it detach and write down what it has counted.
+    /// Makes strace detach and write its counts.
     fn end(mut self) -> Result<()> {
         kill_process(Pid::from_child(&self.child), Signal::INT)?;
-        self.child.wait().map(drop).context("strace does not end")
+        self.child.wait().map(drop).context("cannot wait for strace")
     }
 }
 
@@ -170,12 +181,12 @@ fn is_traced(pid: u32, tid: u32) -> bool {
     tracer.is_some_and(|tracer| tracer.trim() != "0")
 }
 
-/// Adds up the calls whose name is `wanted` in the table that `strace -c` writes: share, seconds,
-/// microseconds per call, calls, errors if there were any, name.
-fn parse(text: &str, wanted: impl Fn(&str) -> bool) -> f64 {
+/// Sums the calls whose name is `selected` in the table of `strace -c`. Its columns are: share,
+/// seconds, microseconds per call, calls, errors if there were any, name.
+fn parse(text: &str, selected: impl Fn(&str) -> bool) -> f64 {
     let calls = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        let name = fields.last().filter(|name| **name != "total" && wanted(name));
+        let name = fields.last().filter(|name| **name != "total" && selected(name));
         name.and(fields.get(3)?.parse::<f64>().ok())
     };
     text.lines().filter_map(calls).sum()
