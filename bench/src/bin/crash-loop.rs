@@ -1,4 +1,5 @@
-//! `crash-loop`: kills `vhost` again and again under a load that checks every request.
+//! `crash-loop`: kills `vhost` repeatedly under a load that checks every request.
+#![warn(clippy::cast_possible_truncation)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,35 +9,35 @@ use bench::publish::beside;
 use clap::Parser;
 use front_end::RingLayout;
 
-/// Kills vhost with SIGKILL at random points under load and starts it again with the same
-/// configuration, again and again. A guest that goes on meanwhile checks that each of its requests
-/// comes back exactly once, and that each read has what was written last. Prints one line; status
-/// 0 if nothing was lost, duplicated or stale.
+/// Kill vhost with SIGKILL at random times under load, and restart it with the same configuration,
+/// repeatedly. A guest that runs meanwhile checks that each request completes exactly once, and
+/// that each read returns the last written data. Prints one line; exit status 0 if no request was
+/// lost or duplicated and no data was stale.
 #[derive(Debug, Parser)]
 #[command(name = "crash-loop", max_term_width = 100)]
 struct Options {
-    /// How often it is killed.
+    /// Number of kills.
     #[arg(long, value_name = "N", default_value_t = 200)]
     kills: u64,
-    /// Packed rings instead of split ones.
+    /// Use packed rings instead of split rings.
     #[arg(long)]
     packed: bool,
-    /// Queues.
+    /// Number of queues.
     #[arg(long, value_name = "N", default_value_t = 2)]
     queues: usize,
     /// Requests in flight on each queue.
     #[arg(long, value_name = "N", default_value_t = 32)]
     depth: u16,
-    /// Chooses blocks, kinds, and when to kill.
+    /// Seed of blocks, kinds of requests, and times of kills.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// The vhost to kill [default: the one built along with this program].
+    /// The vhost to kill [default: the vhost in this program's directory].
     #[arg(long, value_name = "PATH")]
     vhost: Option<PathBuf>,
-    /// The core of its reactor.
+    /// The core of vhost's reactor.
     #[arg(long, value_name = "CORE", default_value_t = 1)]
     server_core: usize,
-    /// An argument for it; repeatable.
+    /// An argument for vhost; repeatable.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     arg: Vec<String>,
 }

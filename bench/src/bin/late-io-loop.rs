@@ -1,4 +1,5 @@
-//! `late-io-loop`: ends `vhost` again and again while its disk is slow.
+//! `late-io-loop`: ends `vhost` repeatedly while its disk is slow.
+#![warn(clippy::cast_possible_truncation)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,30 +9,30 @@ use bench::publish::beside;
 use clap::Parser;
 use front_end::RingLayout;
 
-/// Ends vhost while its disk holds back I/O, starts it again with the same configuration, and lets
-/// the I/O go when the next vhost could have overtaken it, again and again. A guest that goes on
-/// checks that what it has written and flushed stays, and that nothing is written to its memory after
-/// a request has completed. Prints one line; status 0 if all is well. Needs root: it makes a loop
-/// device and a control group.
+/// End vhost while its disk delays I/O, restart it with the same configuration, and let the I/O
+/// complete when the next vhost could have overtaken it, repeatedly. A guest that runs meanwhile
+/// checks that flushed data stays, and that its memory does not change after a request has
+/// completed. Prints one line; exit status 0 on success. Needs root, to create a loop device and a
+/// control group.
 #[derive(Debug, Parser)]
 #[command(name = "late-io-loop", max_term_width = 100)]
 struct Options {
-    /// How often it ends.
+    /// Number of rounds.
     #[arg(long, value_name = "N", default_value_t = 50)]
     rounds: u64,
-    /// Packed rings instead of split ones.
+    /// Use packed rings instead of split rings.
     #[arg(long)]
     packed: bool,
-    /// SIGTERM instead of SIGKILL.
+    /// End vhost with SIGTERM instead of SIGKILL.
     #[arg(long)]
     terminate: bool,
-    /// The vhost to end [default: the one built along with this program].
+    /// The vhost to end [default: the vhost in this program's directory].
     #[arg(long, value_name = "PATH")]
     vhost: Option<PathBuf>,
-    /// The core of its reactor.
+    /// The core of vhost's reactor.
     #[arg(long, value_name = "CORE", default_value_t = 1)]
     server_core: usize,
-    /// An argument for it; repeatable. With --share the test must fail.
+    /// An argument for vhost; repeatable. With --share, the test must fail.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     arg: Vec<String>,
 }

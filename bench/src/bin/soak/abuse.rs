@@ -1,4 +1,4 @@
-//! What a front end or an RPC client should not send: half messages, odd fds, and no ears.
+//! Misbehaviour of front ends and RPC clients: half messages, unexpected fds, and unread answers.
 
 use std::io::{BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,13 +17,13 @@ use crate::vm::memfd;
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
-/// Requests with fds or without, known or not.
+/// vhost-user requests with and without fds, and an unknown one.
 const REQUESTS: [u32; 12] = [2, 3, 5, 6, 7, 12, 13, 14, 21, 32, 37, 4242];
-/// Questions whose answers nobody reads: more than a socket takes.
+/// Number of messages whose answers are not read: more than the socket's buffer holds.
 const QUESTIONS: usize = 5000;
-/// Fds of one message: more than the longest has (8), and what [`RawConnection`] sends.
+/// Limit on the fds of a message: more than the 8 of the longest valid message.
 const FDS_MAX: usize = 20;
-/// RPC methods that change nothing.
+/// RPC methods without side effects.
 const METHODS: [&str; 6] = [
     "bdev_get_bdevs",
     "bdev_get_iostat",
@@ -33,7 +33,7 @@ const METHODS: [&str; 6] = [
     "vhost_get_controllers",
 ];
 
-/// The server may close a connection at any time.
+/// Ignores that the server has closed the connection, which it may do at any time.
 fn sent(result: front_end::Result<()>) -> Result<()> {
     match result {
         Ok(()) | Err(Error::Closed) => Ok(()),
@@ -41,7 +41,7 @@ fn sent(result: front_end::Result<()>) -> Result<()> {
     }
 }
 
-/// A connection with the beginning of a message.
+/// Opens a connection and sends part of a message.
 pub(crate) fn half(socket: &Path, rng: &mut Rng) -> Result<RawConnection> {
     let mut connection = RawConnection::connect(socket)?;
     let whole = message(SET_FEATURES, VERSION, &[0; 8]);
@@ -49,22 +49,22 @@ pub(crate) fn half(socket: &Path, rng: &mut Rng) -> Result<RawConnection> {
     Ok(connection)
 }
 
-/// A connection with questions until there is no room for further ones.
+/// Opens a connection and sends messages until the socket is full.
 pub(crate) fn unread(socket: &Path) -> Result<RawConnection> {
     let connection = RawConnection::connect(socket)?;
     connection.flood(&message(GET_FEATURES, VERSION, &[]), QUESTIONS)?;
     Ok(connection)
 }
 
-/// A message of any kind with fds of any kind.
+/// Sends a random message with random fds.
 pub(crate) fn odd_fds(connection: &mut RawConnection, rng: &mut Rng) -> Result<()> {
     let count = rng.usize(1..=FDS_MAX);
     let fds: Vec<OwnedFd> = (0..count).map(|_| odd_fd(rng)).collect::<Result<_>>()?;
     send(connection, rng, fds.iter().map(AsFd::as_fd).collect())
 }
 
-/// A message of any kind with a socket whose close hangs. The server is stopped until our own
-/// reference is gone: only the last one hangs.
+/// Sends a random message with a socket whose close hangs. Only closing the last reference hangs,
+/// so the server is stopped until this process has closed its reference.
 pub(crate) fn lingering(
     connection: &mut RawConnection,
     rng: &mut Rng,
@@ -84,9 +84,9 @@ pub(crate) fn lingering(
     Ok(lingering)
 }
 
-/// The fds come with the header, or with the payload.
+/// Sends a message with fds in the header or in the payload.
 fn send(connection: &mut RawConnection, rng: &mut Rng, fds: Vec<BorrowedFd<'_>>) -> Result<()> {
-    let request = *rng.choice(&REQUESTS).context("there are some")?;
+    let request = *rng.choice(&REQUESTS).context("REQUESTS is not empty")?;
     let payload: Vec<u8> = (0..rng.usize(0..300)).map(|_| rng.u8(0..4)).collect();
     let whole = message(request, VERSION, &payload);
     if rng.bool() || payload.is_empty() {
@@ -105,7 +105,7 @@ fn odd_fd(rng: &mut Rng) -> Result<OwnedFd> {
     })
 }
 
-/// A batch of requests, the answers to which are read, or left to whoever sends them.
+/// Sends a batch of requests, and randomly reads the answers or leaves them unread.
 pub(crate) fn batch(socket: &Path, rng: &mut Rng) -> Result<UnixStream> {
     let mut client = UnixStream::connect(socket)?;
     client.set_read_timeout(Some(LIMIT))?;
@@ -117,14 +117,14 @@ pub(crate) fn batch(socket: &Path, rng: &mut Rng) -> Result<UnixStream> {
     if rng.bool() {
         let reader = BufReader::new(&client);
         let answer = serde_json::Deserializer::from_reader(reader).into_iter::<Value>().next();
-        let answer = answer.context("a batch without an answer")??;
+        let answer = answer.context("no answer to a batch")??;
         let answers = answer.as_array().map_or(0, Vec::len);
-        ensure!(answers == count, "{answers} answers to a batch of {count}");
+        ensure!(answers == count, "{answers} answers to a batch of {count} requests");
     }
     Ok(client)
 }
 
-/// An RPC client to send fds with.
+/// Opens an RPC connection that can send fds.
 pub(crate) fn rpc_client(socket: &Path) -> Result<RawConnection> {
     Ok(RawConnection::over(UnixStream::connect(socket)?)?)
 }

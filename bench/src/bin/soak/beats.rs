@@ -1,9 +1,8 @@
-//! Time as a thread has it that needs nothing of the server.
+//! A clock whose unit is the time of a thread that does not depend on the server.
 //!
-//! How long something takes says little on a machine that is slow or busy. So waits are counted in
-//! beats: a beat is a nap of a millisecond, and a question to another thread and its answer, as a
-//! request to the server is. A machine that keeps everybody waiting keeps the beat waiting too; a
-//! server that does so alone is found out.
+//! On a slow or busy machine, real time says little. So waits are counted in beats: a beat is a
+//! sleep of a millisecond and a round trip to another thread, like a request to the server. A busy
+//! machine delays the beats as it delays the server, so only delays by the server count.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +12,7 @@ use std::time::Duration;
 
 const NAP: Duration = Duration::from_millis(1);
 
-/// The count, and what raises it.
+/// The beat counter and its threads.
 #[derive(Debug)]
 pub(crate) struct Beats {
     count: Arc<AtomicU64>,
@@ -22,7 +21,7 @@ pub(crate) struct Beats {
 }
 
 impl Beats {
-    /// Begins to count.
+    /// Starts to count.
     pub(crate) fn start() -> std::io::Result<Self> {
         let beats = Self { count: Arc::default(), held: Arc::default(), ended: Arc::default() };
         let (ask, asked) = sync_channel(0);
@@ -45,17 +44,17 @@ impl Beats {
         Ok(beats)
     }
 
-    /// The count so far.
+    /// The current count.
     pub(crate) fn now(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// The count, for others to look at.
+    /// A handle to the counter.
     pub(crate) fn count(&self) -> Arc<AtomicU64> {
         self.count.clone()
     }
 
-    /// Does not count while `during` runs, in which the server is stopped.
+    /// Suspends the counter while `during` runs, which stops the server.
     pub(crate) fn without<T>(&self, during: impl FnOnce() -> T) -> T {
         self.held.store(true, Ordering::Relaxed);
         let result = during();
@@ -79,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn beats_are_counted_but_while_they_are_held() {
+    fn beats_are_counted_until_they_are_dropped() {
         let beats = Beats::start().unwrap();
         while beats.now() < 3 {
             thread::yield_now();

@@ -1,5 +1,5 @@
-//! What a process holds: fds, threads, mappings and memory, as the kernel counts them, and what it
-//! says itself.
+//! The resources of the server: fds, threads, mappings and memory as the kernel reports them, and
+//! sessions and fds as the server reports them.
 
 use std::fmt;
 use std::fs;
@@ -13,27 +13,27 @@ use serde_json::{Value, json};
 use crate::neighbours::{NEIGHBOURS, name as neighbour};
 use crate::newcomers;
 
-/// Threads that may be left over: closers that wait for work (two at most, `closer`).
+/// Limit on additional threads: idle threads of `closer`.
 const IDLE_THREADS: usize = 2;
-/// Anonymous mappings that may come: the stacks of those threads and of ended ones (libc keeps 40 MiB,
-/// 20 stacks with a guard page each), and what the allocator keeps.
+/// Limit on additional anonymous mappings: the stacks of these threads and of ended ones (libc
+/// caches 40 MiB, 20 stacks with a guard page each), and the allocator's.
 const ANONYMOUS: usize = 64;
-/// Memory that may come after the warm-up, as the allocator gives back what it likes.
+/// Limit on additional memory after the warm-up, because the allocator caches freed memory.
 const RSS_KIB: usize = 32 << 10;
 
-/// What a process holds at one time.
+/// The resources of a process at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Footprint {
     fds: usize,
     threads: usize,
-    /// Mappings of files, guests' memory among them.
+    /// Mappings of files, including guests' memory.
     files: usize,
     anonymous: usize,
     rss_kib: usize,
 }
 
 impl Footprint {
-    /// What process `pid` holds now.
+    /// The current resources of process `pid`.
     pub(crate) fn of(pid: u32) -> Result<Self> {
         let count = |what| -> Result<usize> {
             let dir = format!("/proc/{pid}/{what}");
@@ -51,17 +51,17 @@ impl Footprint {
         self.rss_kib >> 10
     }
 
-    /// The same, but with the memory of `warm`.
+    /// The same resources with the memory of `warm`.
     pub(crate) fn with_rss_of(self, warm: &Self) -> Self {
         Self { rss_kib: warm.rss_kib, ..self }
     }
 
-    /// The same, but with as much memory as one likes.
+    /// The same resources without a limit on memory.
     pub(crate) fn with_any_rss(self) -> Self {
         Self { rss_kib: usize::MAX - RSS_KIB, ..self }
     }
 
-    /// What there is more of than at `before`, and than is allowed.
+    /// The resources that exceed those of `before` by more than their limits.
     pub(crate) fn grown(&self, before: &Self) -> Vec<String> {
         let bounds = [
             ("fds", self.fds, before.fds, 0),
@@ -72,7 +72,7 @@ impl Footprint {
         ];
         let over = bounds.iter().filter(|(_, now, before, more)| *now > before + more);
         let words = |(what, now, before, more): &(&str, usize, usize, usize)| {
-            format!("{now} {what}, {before} before, at most {more} more are allowed")
+            format!("{now} {what}, {before} before; at most {more} more are allowed")
         };
         over.map(words).collect()
     }
@@ -89,8 +89,8 @@ impl fmt::Display for Footprint {
     }
 }
 
-/// Waits until the server holds no more than `before`, and says that it serves the neighbours only.
-/// Also says what came back last.
+/// Waits until the server's resources do not exceed `before`, and it reports only the neighbours'
+/// sessions. Returns the resources, and a description of those that were released last.
 pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<(Footprint, String)> {
     let start = Instant::now();
     let mut last = String::from("nothing");
@@ -104,13 +104,13 @@ pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<(Footprin
         }
         last = wrong.join("; ");
         if start.elapsed() > LIMIT {
-            bail!("not come back after {LIMIT:?}: {last}");
+            bail!("resources were not released within {LIMIT:?}: {last}");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// What `vhost_get_controllers` shows beside the neighbours' sessions.
+/// The problems in the answer of `vhost_get_controllers`: everything but the neighbours' sessions.
 fn left_behind(shown: &Value) -> Vec<String> {
     let controllers = shown.as_array().into_iter().flatten();
     controllers.filter_map(|controller| is_alone(controller).err()).map(|e| e.to_string()).collect()
@@ -129,7 +129,7 @@ fn is_alone(controller: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Mappings of files, and the others.
+/// Counts mappings of files, and anonymous mappings.
 fn mappings(maps: &str) -> (usize, usize) {
     let of_file = |line: &&str| line.split_ascii_whitespace().nth(4).is_some_and(|i| i != "0");
     let files = maps.lines().filter(of_file).count();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_behind_is_named() {
+    fn resources_that_are_not_released_are_named() {
         let session = json!({"quarantined_bytes": 0});
         let controller = |name: &str, sessions: &[&Value], closing| {
             let fds = json!({"open": 9, "closing": closing, "stuck": false});
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_grown_beyond_its_bound_is_named() {
+    fn resources_beyond_their_limits_are_named() {
         let before = Footprint { fds: 5, threads: 3, files: 7, anonymous: 9, rss_kib: 100 };
         let idle = Footprint { threads: 5, rss_kib: 100 + RSS_KIB, ..before };
         assert_eq!(idle.grown(&before), [""; 0]);

@@ -1,10 +1,11 @@
-//! `soak`: one `vhost` that anything may happen to, VMs that must not notice it, and a look at
-//! whether all comes back.
+//! `soak`: random operations on one `vhost`, VMs whose I/O must not be affected, and a check that
+//! the process releases all resources.
 //!
-//! In the order of use: [`beats`] is what waits are counted in; [`neighbours`] start; [`world`] does
-//! things at random, with [`vm`]s as they should be and with [`abuse`] of every socket, while
-//! [`newcomers`] come and go; after each round it lets go of everything, and the [`footprint`] of the
-//! process must be what it was at the beginning. [`rounds`] is only controllers that come and go.
+//! In the order of use: [`beats`] is the unit of waits; [`neighbours`] start; [`world`] runs random
+//! operations, with correct [`vm`]s and with [`abuse`] of every socket, while [`newcomers`] connect
+//! and disconnect. After each round it releases everything, and the [`footprint`] of the process
+//! must be that of the beginning. [`rounds`] only creates and deletes controllers.
+#![warn(clippy::cast_possible_truncation)]
 
 mod abuse;
 mod beats;
@@ -32,39 +33,39 @@ use crate::neighbours::Neighbours;
 use crate::newcomers::Newcomers;
 use crate::world::World;
 
-/// What is done before the process must have come back to where it was.
+/// Steps of a round. After a round, the process must have released its resources.
 const STEPS: usize = 250;
-/// Rounds before the memory in use is taken for what is to stay.
+/// Rounds before the memory in use is recorded.
 const WARM_UP: u64 = 2;
 
-/// Does everything to one vhost that clients, guests and disks may do, at random, for some minutes.
+/// Run random operations of clients, guests and disks on one vhost for some minutes.
 ///
-/// Two VMs that check every block run beside it, and a third one starts and ends again and again. After
-/// every 250 steps everything is let go, and the process must hold what it held at the start: fds,
-/// threads (two more may be idle), mappings of files, anonymous mappings (64 more), and memory (32 MiB
-/// more than after the first two rounds); no I/O, session or fd of anybody else may be left by its own
-/// account. No wait may be above the bound, which is in beats: a beat is a millisecond and a hand-over
-/// between two threads of this program, while vhost is not stopped. Prints a line; status 0 if all of
-/// it held.
+/// Meanwhile, two VMs verify every block, and a third one connects and disconnects repeatedly.
+/// Every 250 steps, everything is released, and the process must not have more resources than at
+/// the start: fds, threads (two more may be idle), mappings of files, anonymous mappings (64 more),
+/// and memory (32 MiB more than after the first two rounds). It must not report I/O, sessions or
+/// fds of others. No wait may exceed the limit, which is in beats: a beat is a millisecond plus a
+/// hand-over between two threads of this program, while vhost is not stopped. Prints the results;
+/// exit status 0 on success.
 #[derive(Debug, Parser)]
 #[command(name = "soak", max_term_width = 100)]
 struct Options {
-    /// How long; at least three rounds are done.
+    /// Minutes to run; at least three rounds run.
     #[arg(default_value_t = 1.0)]
     minutes: f64,
-    /// Chooses what happens [default: by the clock].
+    /// Seed of the operations [default: the current time].
     #[arg(long)]
     seed: Option<u64>,
-    /// Create and delete a controller this many times instead, however long it takes.
+    /// Only create and delete a controller this many times.
     #[arg(long, value_name = "N", conflicts_with = "minutes")]
     rounds: Option<u64>,
-    /// The longest that a VM's request, a VM's start and end, or an RPC may take beside all that.
+    /// Limit on a VM's request, on a VM's connection to its disconnection, and on an RPC.
     #[arg(long, value_name = "BEATS", default_value_t = 1000)]
     wait_max: u64,
-    /// The vhost [default: the one built along with this program].
+    /// The vhost to test [default: the vhost in this program's directory].
     #[arg(long, value_name = "PATH")]
     vhost: Option<PathBuf>,
-    /// An argument for it; repeatable.
+    /// An argument for vhost; repeatable.
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     arg: Vec<String>,
 }
@@ -91,7 +92,8 @@ fn run(options: &Options, seed: u64) -> Result<String> {
     let interrupt = Interrupt::install()?;
     let vhost = options.vhost.clone().map_or_else(|| beside("vhost"), Ok)?;
     let mut spec = Spec::new("vhost", Kind::Ours, vhost);
-    // The last of each counts. The reactors sleep, as clients and server share these cores.
+    // Later arguments override these. The reactors sleep, because clients and server share the
+    // cores.
     spec.args = ["-m", "0x3", "--interrupt-mode"].map(String::from).into();
     spec.args.extend(options.arg.iter().cloned());
     let mut server = Server::start(&spec, 0, &[])?;
@@ -106,33 +108,33 @@ fn run(options: &Options, seed: u64) -> Result<String> {
         let seen = neighbours.end()?;
         within("a neighbour's request", seen.wait_beats, options)?;
         Ok(format!(
-            "{line}\nneighbours: {} requests, all right, each within {} beats (bound {}); {}",
+            "{line}\nneighbours: {} requests without errors, each within {} beats (limit {}); {}",
             seen.completed,
             seen.wait_beats,
             options.wait_max,
             longest_turns(&server)?
         ))
     });
-    seen.with_context(|| format!("the end of the server's log:\n{}", server.process.log()))
+    seen.with_context(|| format!("the last lines of the server's log:\n{}", server.process.log()))
 }
 
 fn within(what: &str, beats: u64, options: &Options) -> Result<()> {
     let max = options.wait_max;
-    ensure!(beats <= max, "{what} took {beats} beats, bound {max}");
+    ensure!(beats <= max, "{what} took {beats} beats, more than the limit of {max}");
     Ok(())
 }
 
-/// For people: microseconds are as fast as the machine is.
+/// For information only: these times depend on the machine.
 fn longest_turns(server: &Server) -> Result<String> {
     let turns = server.call("vhost_get_reactor_turns", json!({}))?;
     let of = |turn: &serde_json::Value| {
         format!("{:.0} µs", turn["longest_turn_us"].as_f64().unwrap_or(0.0))
     };
     let each: Vec<String> = turns.as_array().into_iter().flatten().map(of).collect();
-    Ok(format!("longest turns of the reactors {}", each.join(" and ")))
+    Ok(format!("longest poll iterations of the reactors {}", each.join(" and ")))
 }
 
-/// Rounds of [`STEPS`] steps until the minutes are over.
+/// Runs rounds of [`STEPS`] steps until the time is over.
 fn soak(
     options: &Options,
     server: &mut Server,
@@ -169,16 +171,16 @@ fn soak(
         slowest = slowest.max(slow);
         before = if rounds == WARM_UP { start.with_rss_of(&now) } else { before };
     }
-    within("a newcomer's life", seen.life_beats, options)?;
+    within("a newcomer's session", seen.life_beats, options)?;
     within("an RPC", seen.rpc_beats, options)?;
     let (tally, (step, what)) = (world.tally(), world.slowest());
     let (back, release, waited_for) = slowest;
     Ok(format!(
         "{rounds} rounds of {STEPS} steps ({tally})\nthe longest step took {step} beats: {what}; \
-         \
-         all came back within {back}, {release} of them to let go; what was left last: {waited_for}\n\
+         all resources were released within {back} beats, {release} of them in this program; the \
+         last to be released: {waited_for}\n\
          at the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}\n\
-         newcomers: {} lives, each within {} beats; an RPC after each, within {}",
+         newcomers: {} sessions, each within {} beats; an RPC after each, within {}",
         before.rss_mib(),
         seen.lives,
         seen.life_beats,
@@ -186,7 +188,7 @@ fn soak(
     ))
 }
 
-/// All that there is to say of a failure: it may not happen again.
+/// The state at a failure, in detail, because it may be hard to reproduce.
 fn shown(world: &World<'_>, round: u64, step: usize) -> String {
     let controllers = world.server.call("vhost_get_controllers", json!({}));
     let controllers = controllers.map_or_else(|e| e.to_string(), |shown| shown.to_string());

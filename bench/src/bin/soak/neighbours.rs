@@ -1,4 +1,4 @@
-//! The VMs that must notice nothing: each checks every block that it reads.
+//! The neighbours: VMs that the operations must not affect. They verify every block that they read.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -9,14 +9,14 @@ use bench::servers::Server;
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 
-/// How many there are.
+/// Number of neighbours.
 pub(crate) const NEIGHBOURS: usize = 2;
-/// Queues of each.
+/// Queues of a neighbour.
 pub(crate) const QUEUES: usize = 2;
-/// Theirs after each completion. Without one they take all there is of two cores, and the kernel's own
-/// threads, to which a file's I/O is left, have been seen to wait for a minute then.
+/// The pause after each completion. Without it, neighbours use two cores completely, and the
+/// kernel's threads for file I/O did not run for up to a minute.
 const PAUSE: Duration = Duration::from_micros(100);
-/// What each has to complete to count as going on.
+/// Requests that each neighbour must complete to prove that it makes progress.
 const GOES_ON: u64 = 50;
 
 /// The name of a neighbour's controller, and of its disk.
@@ -24,21 +24,21 @@ pub(crate) fn name(n: usize) -> String {
     format!("neighbour.{n}")
 }
 
-/// All of them.
+/// All neighbours.
 pub(crate) struct Neighbours {
     vms: Vec<(FrontEnd, Load)>,
 }
 
-/// What they have seen.
+/// Their measurements.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) completed: u64,
-    /// The longest that a request took, in beats.
+    /// The longest request, in beats.
     pub(crate) wait_beats: u64,
 }
 
 impl Neighbours {
-    /// Starts a verifying load on a new disk for each.
+    /// Starts a neighbour with a verifying load on each of the new disks.
     pub(crate) fn start(server: &Server, seed: u64, beats: &Arc<AtomicU64>) -> Result<Self> {
         let start = |n| -> Result<_> {
             server.bdev("malloc", &name(n))?;
@@ -54,7 +54,7 @@ impl Neighbours {
         Ok(Self { vms: (0..NEIGHBOURS).map(start).collect::<Result<_>>()? })
     }
 
-    /// Waits until each has completed some more.
+    /// Waits until each neighbour has completed [`GOES_ON`] more requests.
     pub(crate) fn go_on(&self) -> Result<()> {
         for (_, load) in &self.vms {
             load.wait_for(GOES_ON)?;
@@ -62,7 +62,7 @@ impl Neighbours {
         Ok(())
     }
 
-    /// Ends them. An error if one of them has noticed something.
+    /// Ends the neighbours. Returns an error if a request failed or read wrong data.
     pub(crate) fn end(self) -> Result<Seen> {
         let mut seen = Seen::default();
         for (n, (front_end, load)) in self.vms.into_iter().enumerate() {

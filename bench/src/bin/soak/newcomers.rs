@@ -1,5 +1,5 @@
-//! A VM that comes and goes, and an operator that asks, beside everything else: neither may be kept
-//! waiting by others.
+//! Newcomers: a VM that connects and disconnects repeatedly, and an operator that calls RPCs. Other
+//! clients must not delay them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,24 +14,25 @@ use serde_json::json;
 
 use crate::beats::Beats;
 
-/// Its controller, and its disk.
+/// The name of the controller and of its disk.
 pub(crate) const NAME: &str = "newcomer";
 
-/// Between two of them, for others to have the cores.
+/// The pause between two newcomers, in which other threads have the cores.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// What they have seen.
+/// The measurements of newcomers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
+    /// Number of sessions.
     pub(crate) lives: u64,
-    /// The longest life of a VM, from connection to GET_VRING_BASE, in beats.
+    /// The longest session of a VM, from connection to GET_VRING_BASE, in beats.
     pub(crate) life_beats: u64,
-    /// The longest time that an RPC took, in beats.
+    /// The longest RPC, in beats.
     pub(crate) rpc_beats: u64,
 }
 
 impl Seen {
-    /// The more of each.
+    /// Adds other measurements.
     pub(crate) fn add(&mut self, other: Self) {
         self.lives += other.lives;
         self.life_beats = self.life_beats.max(other.life_beats);
@@ -39,21 +40,21 @@ impl Seen {
     }
 }
 
-/// One after the other, for as long as this lives.
+/// Runs newcomers, one after the other, until it is dropped.
 pub(crate) struct Newcomers {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Seen>>>,
 }
 
 impl Newcomers {
-    /// Makes what they need.
+    /// Creates the disk and the controller.
     pub(crate) fn prepare(server: &Server) -> Result<()> {
         server.bdev("malloc", NAME)?;
         server.controller(NAME, NAME)?;
         Ok(())
     }
 
-    /// Has the first one come.
+    /// Starts the thread.
     pub(crate) fn start(server: &Server, beats: &Arc<Beats>) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, beats) = (stop.clone(), beats.clone());
@@ -63,10 +64,10 @@ impl Newcomers {
         Ok(Self { stop, thread: Some(thread) })
     }
 
-    /// Waits until the last one has gone.
+    /// Waits until the last newcomer has disconnected.
     pub(crate) fn end(mut self) -> Result<Seen> {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.take().ok_or_else(|| anyhow!("it is ended once"))?;
+        let thread = self.thread.take().ok_or_else(|| anyhow!("the thread has been joined"))?;
         thread.join().map_err(|_| anyhow!("the newcomers' thread has panicked"))?
     }
 }
@@ -91,7 +92,7 @@ fn come(socket: &Path, rpc: &Path, beats: &Beats, stop: &AtomicBool) -> Result<S
     Ok(seen)
 }
 
-/// What each VM does.
+/// One session of a VM, with one read.
 fn live(socket: &Path) -> Result<()> {
     let ram = GuestRam::new(&[4 << 20])?;
     let mut front_end = FrontEnd::connect(socket, ram.clone(), Options::default())?;

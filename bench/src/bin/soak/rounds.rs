@@ -1,4 +1,4 @@
-//! Controllers that are made and deleted, and nothing else.
+//! Creates and deletes controllers repeatedly.
 
 use anyhow::{Context, Result};
 use bench::publish::progress;
@@ -8,13 +8,13 @@ use serde_json::json;
 
 use crate::footprint::{Footprint, come_back};
 
-/// Rounds before the memory in use is taken for what is to stay.
+/// Rounds before the memory in use is recorded.
 const WARM_UP: u64 = 1000;
-/// Every so many rounds a VM reads once and is killed, and the delete is by force.
+/// In every round of this number, a VM reads once, and the delete is forced.
 const VM: u64 = 16;
 const NAME: &str = "round";
 
-/// Makes and deletes a controller `rounds` times.
+/// Creates and deletes a controller `rounds` times.
 pub(crate) fn run(server: &Server, rounds: u64, interrupt: &Interrupt) -> Result<String> {
     server.bdev("null", "null")?;
     let start = Footprint::of(server.process.pid())?;
@@ -50,7 +50,7 @@ fn round(server: &Server, rpc: &mut Rpc, with_vm: bool) -> Result<()> {
     Ok(())
 }
 
-/// One that has read something.
+/// A VM that has read a block.
 fn vm(server: &Server) -> Result<FrontEnd> {
     let ram = GuestRam::new(&[4 << 20])?;
     let mut front_end = FrontEnd::connect(&server.socket(NAME), ram.clone(), Options::default())?;

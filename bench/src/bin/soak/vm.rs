@@ -1,4 +1,4 @@
-//! A VM in small, whose disk may hang and whose controller may go.
+//! A VM whose disk may hang and whose controller may be deleted.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,9 +12,9 @@ use front_end::features::{DRIVER_FEATURES, RING_PACKED};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 
 const RAM_BYTES: u64 = 8 << 20;
-/// More than one bit for each page of that.
+/// Bytes of the dirty log: more than one bit for each page of the memory.
 const LOG_BYTES: u64 = 4096;
-/// How long the server may take to answer a message.
+/// Limit on the time that the server takes to answer a message.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// A front end and its load.
@@ -22,12 +22,12 @@ pub(crate) struct Vm {
     front_end: FrontEnd,
     load: Load,
     ram: Arc<GuestRam>,
-    /// Where the server logs what it writes.
+    /// The dirty log, while it is enabled.
     log: Option<File>,
 }
 
 impl Vm {
-    /// Connects, and starts some queues with some load on them.
+    /// Connects, and starts a random number of queues with a random load.
     pub(crate) fn start(socket: &Path, rng: &mut Rng) -> bench::Result<Self> {
         let ram = GuestRam::new(&[RAM_BYTES])?;
         let packed = if rng.bool() { RING_PACKED } else { 0 };
@@ -40,7 +40,7 @@ impl Vm {
             depth: rng.usize(1..=8),
             verify: false,
             seed: rng.u64(..),
-            // Most are idle when something happens to them, and leave the cores to others.
+            // Most loads end before the next operation, so that other threads have the cores.
             limit: Some(rng.u64(10..2000)),
             ..LoadOptions::default()
         };
@@ -48,26 +48,28 @@ impl Vm {
         Ok(Self { front_end, load, ram, log: None })
     }
 
-    /// Ends as a VM that is killed does.
+    /// Closes the connection, as a VM does that is killed.
     pub(crate) fn kill(self) -> Result<()> {
         self.front_end.kill();
         self.load.abandon()?;
         Ok(())
     }
 
-    /// Ends as a VM that is shut down does. Its requests must have come back, without errors.
+    /// Stops the queues and disconnects, as a VM does that is shut down. All requests must have
+    /// completed without errors.
     pub(crate) fn stop(self) -> Result<()> {
         let Self { front_end, load, .. } = self;
         let (summary, _) = load.stop()?;
         if let Some(problem) = summary.first_problem {
-            bail!("a VM has {} errors: {problem}", summary.errors);
+            bail!("{} requests of a VM failed; the first: {problem}", summary.errors);
         }
-        ensure!(summary.outstanding == 0, "{} requests of a VM are lost", summary.outstanding);
+        let lost = summary.outstanding;
+        ensure!(lost == 0, "{lost} requests of a VM did not complete");
         front_end.disconnect()?;
         Ok(())
     }
 
-    /// Begins to migrate, or gives it up.
+    /// Enables or disables the dirty log, as a migration does.
     pub(crate) fn toggle_log(&mut self) -> Result<()> {
         if self.log.take().is_some() {
             self.front_end.stop_log()?;
@@ -79,7 +81,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Gives the server the same memory again.
+    /// Sends the same memory table again.
     pub(crate) fn repeat_table(&mut self) -> Result<()> {
         Ok(self.front_end.set_memory_table(&self.ram.table())?)
     }

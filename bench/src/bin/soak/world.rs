@@ -1,4 +1,4 @@
-//! Everything that is done to the server, at random, and all that has to be let go after it.
+//! The random operations on the server, and the resources that they hold.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -17,32 +17,33 @@ use crate::beats::Beats;
 use crate::neighbours::{NEIGHBOURS, QUEUES, name as neighbour};
 use crate::vm::Vm;
 
-/// Controllers that come and go.
+/// Number of controllers that are created and deleted.
 const SLOTS: usize = 6;
-/// VMs of one controller.
+/// Limit on VMs of one controller.
 const VMS: usize = 3;
-/// Connections of one controller that are no VM's. With the VMs fewer than a controller takes.
+/// Limit on misbehaving connections of one controller. A controller accepts more than these and
+/// VMS.
 const RAW: usize = 8;
-/// Sockets whose close hangs, at one time.
+/// Limit on sockets whose close hangs.
 const LINGERING: usize = 4;
-/// RPC clients that are not closed, at one time.
+/// Limit on RPC clients that stay connected.
 const CLIENTS: usize = 8;
-/// Cores that queues are moved to and fro between.
+/// Number of cores between which queues move.
 const CORES: usize = 2;
-/// Steps that are shown of a soak that failed.
+/// Number of steps that the report of a failure shows.
 const RECENT: usize = 25;
 const MIB: u64 = 1 << 20;
-/// The disk that hangs, on a malloc disk of this name without the prefix.
+/// The disk that hangs: an error bdev on the malloc bdev `hangs`.
 const HANGS: &str = "EE_hangs";
-/// The code of a controller that is busy, among others.
+/// The error code of a busy controller, and of other refusals.
 const INVALID: i64 = -32602;
-/// For how long a delete may wait for the I/O of VMs that were killed: nearly as long as the answer is
-/// waited for.
+/// `timeout_ms` of a delete that must succeed. It is shorter than this program's wait for an
+/// answer.
 const DELETE_MS: u64 = 50_000;
-/// A socket among those of controllers that a stopped process listens on.
+/// The name of a controller whose socket a stopped process listens on.
 const DEAF: &str = "deaf";
 
-/// What can be done next.
+/// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Action {
     Create,
@@ -68,7 +69,7 @@ enum Action {
     LetGo,
 }
 
-/// How often each is done, for its part.
+/// The operations with their weights.
 const WEIGHTS: [(Action, u32); 21] = [
     (Action::Create, 12),
     (Action::Delete, 4),
@@ -93,16 +94,16 @@ const WEIGHTS: [(Action, u32); 21] = [
     (Action::LetGo, 8),
 ];
 
-/// A controller that comes and goes.
+/// A controller that is created and deleted.
 #[derive(Default)]
 struct Slot {
-    /// Its disk, while there is a controller.
+    /// Its disk. `None` while there is no controller.
     disk: Option<String>,
     vms: Vec<Vm>,
     raw: Vec<RawConnection>,
 }
 
-/// The server, and all that is held of it.
+/// The server, and the connections to it.
 pub(crate) struct World<'a> {
     pub(crate) server: &'a mut Server,
     beats: Arc<Beats>,
@@ -112,7 +113,7 @@ pub(crate) struct World<'a> {
     lingering: Vec<Lingering>,
     clients: Vec<UnixStream>,
     hung: bool,
-    /// Size of the null disk, and of the file.
+    /// The size of the null disk and of the file.
     mib: u64,
     file: PathBuf,
     tally: BTreeMap<Action, u64>,
@@ -122,7 +123,7 @@ pub(crate) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    /// Makes the disks.
+    /// Creates the disks.
     pub(crate) fn new(server: &'a mut Server, seed: u64, beats: Arc<Beats>) -> Result<Self> {
         let deaf = Deaf::bind(&server.socket(DEAF))?;
         let mib = 64;
@@ -150,7 +151,7 @@ impl<'a> World<'a> {
         })
     }
 
-    /// Does one thing.
+    /// Runs one random operation.
     pub(crate) fn step(&mut self) -> Result<()> {
         let mut at = self.rng.u32(0..WEIGHTS.iter().map(|(_, weight)| weight).sum());
         let chosen = WEIGHTS.iter().find(|(_, weight)| {
@@ -158,7 +159,7 @@ impl<'a> World<'a> {
             at = at.saturating_sub(*weight);
             here
         });
-        let action = chosen.context("less than the sum")?.0;
+        let action = chosen.context("the number is less than the sum of the weights")?.0;
         let slot = self.rng.usize(0..SLOTS);
         if self.recent.len() == RECENT {
             self.recent.pop_front();
@@ -176,23 +177,23 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// What was done, and how often.
+    /// The number of each operation.
     pub(crate) fn tally(&self) -> String {
         let counts: Vec<String> = self.tally.iter().map(|(a, n)| format!("{n} {a:?}")).collect();
         counts.join(", ")
     }
 
-    /// Beats of the longest step, and what it was. It may have waited for a disk that hangs.
+    /// The longest step: its beats and its operation. It may have waited for the disk that hangs.
     pub(crate) fn slowest(&self) -> &(u64, String) {
         &self.slowest
     }
 
-    /// What was tried last.
+    /// The last operations.
     pub(crate) fn recent(&self) -> String {
         self.recent.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 
-    /// Whether there was anything to do.
+    /// Runs an operation. Returns false if it was not possible.
     fn act(&mut self, action: Action, slot: usize) -> Result<bool> {
         match action {
             Action::Create => self.create(slot),
@@ -272,13 +273,13 @@ impl<'a> World<'a> {
     }
 
     fn connect(&mut self, slot: usize) -> Result<bool> {
-        let there = &mut self.slots[slot];
-        if there.disk.is_none() || there.vms.len() == VMS {
+        let controller = &mut self.slots[slot];
+        if controller.disk.is_none() || controller.vms.len() == VMS {
             return Ok(false);
         }
         match Vm::start(&self.server.socket(&name(slot)), &mut self.rng) {
-            Ok(vm) => there.vms.push(vm),
-            // A controller whose closes hang takes nobody, but it says so at once.
+            Ok(vm) => controller.vms.push(vm),
+            // A controller whose closes hang refuses connections, but without a delay.
             Err(error) if self.lingering.is_empty() || is_silence(&error) => {
                 return Err(error.into());
             }
@@ -363,7 +364,7 @@ impl<'a> World<'a> {
         Ok(true)
     }
 
-    /// Has a VM do something, unless its disk hangs or its close does.
+    /// Runs `act` on a random VM of the controller, unless its disk hangs.
     fn with_vm(&mut self, slot: usize, act: fn(&mut Vm) -> Result<()>) -> Result<bool> {
         if self.hangs(slot) || self.slots[slot].vms.is_empty() {
             return Ok(false);
@@ -397,8 +398,9 @@ impl<'a> World<'a> {
     }
 
     fn linger(&mut self, slot: usize) -> Result<bool> {
-        let there = &self.slots[slot];
-        if there.disk.is_none() || self.lingering.len() == LINGERING || there.raw.len() == RAW {
+        let controller = &self.slots[slot];
+        let is_full = self.lingering.len() == LINGERING || controller.raw.len() == RAW;
+        if controller.disk.is_none() || is_full {
             return Ok(false);
         }
         let mut connection = RawConnection::connect(&self.server.socket(&name(slot)))?;
@@ -425,17 +427,18 @@ impl<'a> World<'a> {
         Ok(true)
     }
 
-    /// A name whose socket is another process's: that is refused, and at once.
+    /// Creates a controller whose socket belongs to another process. The server must refuse it
+    /// without a delay.
     fn create_over_deaf_socket(&self) -> Result<bool> {
         let params = json!({"ctrlr": DEAF, "dev_name": "null"});
         match self.server.call("vhost_create_blk_controller", params) {
             Err(Error::Refused { refusal: Refusal { code: INVALID, .. }, .. }) => Ok(true),
             Err(error) => Err(error.into()),
-            Ok(_) => bail!("the socket of another process was taken away from it"),
+            Ok(_) => bail!("vhost replaced a socket on which another process listens"),
         }
     }
 
-    /// Gives up one thing of each kind.
+    /// Closes one connection of each kind.
     fn let_go(&mut self, slot: usize) -> bool {
         self.slots[slot].raw.pop();
         self.lingering.pop();
@@ -443,7 +446,7 @@ impl<'a> World<'a> {
         true
     }
 
-    /// Gives up everything, so that only the neighbours are left.
+    /// Closes all connections and deletes all controllers but the neighbours'.
     pub(crate) fn release(&mut self) -> Result<()> {
         self.recent.push_back("release".into());
         self.lingering.clear();
@@ -464,7 +467,7 @@ impl<'a> World<'a> {
         (!vms.is_empty()).then(|| vms.swap_remove(self.rng.usize(0..vms.len())))
     }
 
-    /// Whether the controller's disk does not answer.
+    /// Whether the controller's disk hangs.
     fn hangs(&self, slot: usize) -> bool {
         self.hung && self.slots[slot].disk.as_deref() == Some(HANGS)
     }

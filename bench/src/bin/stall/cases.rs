@@ -1,6 +1,6 @@
-//! What another VM on the same reactors goes through while the neighbours work.
+//! The events that another VM on the same reactors goes through while the neighbours do I/O.
 //!
-//! All that can be done before is done before ([`Case::prepare`]), so that a stretch holds the
+//! [`Case::prepare`] does as much as possible before a stretch, so that the stretch contains the
 //! event ([`Case::strike`]) and little else.
 
 use std::fs;
@@ -19,40 +19,40 @@ use serde_json::json;
 use crate::newcomers;
 use crate::strangers::{Strangers, Trick};
 
-/// VMs that come or go in one stretch.
+/// VMs that connect or leave in one stretch.
 pub(crate) const VMS: usize = 8;
-/// Memory of each.
+/// Memory of each VM.
 const RAM_BYTES: u64 = 32 << 20;
 /// Requests in flight of a VM that is killed.
 const IN_FLIGHT: usize = 16;
-/// Latency of the hung disk: longer than a stretch, so that its I/O is in flight all the while.
+/// Latency of the hung disk: longer than a stretch, so that its I/O is in flight during all of it.
 const HANG: Duration = Duration::from_secs(2);
-/// For how long the control keeps the client's core busy at a time.
+/// How long the control case keeps the client's core busy at a time.
 const BURN: Duration = Duration::from_millis(2);
-/// Where a second memory lies.
+/// Guest-physical address of a second memory.
 const FAR: u64 = 1 << 40;
-/// Controller, and bdev, of the disk that hangs.
+/// Name of the controller and of the bdev that hang.
 const HUNG: &str = "hung";
 /// The bdev of the other VMs.
 pub(crate) const OTHER: &str = "other";
 const DELETE: &str = "vhost_delete_controller";
 
-/// One thing to go through.
+/// An event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// Nothing on the server's side: the client's core is kept busy.
+    /// Nothing in the server: the client's core is kept busy.
     Control,
     Connected,
     Loaded,
     Killed,
     Deleted,
-    /// The memory table gets and loses so many GiB.
+    /// The memory table gains and loses this many GiB.
     Table(u64),
     SlowUnmap,
     HungIo,
     HungKilled,
     HungStopped,
-    /// Strangers try to hold what others need.
+    /// Other clients try to block resources that VMs share.
     Strangers(Trick),
 }
 
@@ -95,20 +95,20 @@ impl Event {
         }
     }
 
-    /// What happens, in words.
+    /// A description for tables.
     pub(crate) fn words(self) -> &'static str {
         match self {
-            Self::Control => "none: only the clients' core is kept busy, 8 times for 2 ms",
+            Self::Control => "no event: only the clients' core is kept busy, 8 times for 2 ms",
             Self::Connected => "8 VMs connect and start",
             Self::Loaded => "a VM reads and writes at depth 32",
             Self::Killed => "8 VMs with I/O in flight are killed",
             Self::Deleted => "8 controllers with a VM are deleted by force",
-            Self::Table(1) => "a VM gets and loses 1 GiB of 4 KiB pages",
-            Self::Table(_) => "a VM gets and loses 8 GiB of 4 KiB pages",
-            Self::SlowUnmap => "a VM leaves, its unmap takes 4 s, its controller is deleted",
-            Self::HungIo => "a VM's 16 requests hang",
-            Self::HungKilled => "a VM is killed whose 16 requests hang",
-            Self::HungStopped => "a VM is stopped whose 16 requests hang",
+            Self::Table(1) => "a VM gains and loses 1 GiB of 4 KiB pages",
+            Self::Table(_) => "a VM gains and loses 8 GiB of 4 KiB pages",
+            Self::SlowUnmap => "a VM disconnects, its unmap takes 4 s, its controller is deleted",
+            Self::HungIo => "16 requests of a VM hang",
+            Self::HungKilled => "a VM with 16 hung requests is killed",
+            Self::HungStopped => "a VM with 16 hung requests is stopped",
             Self::Strangers(trick) => trick.words(),
         }
     }
@@ -118,22 +118,22 @@ impl Event {
         self == Self::SlowUnmap
     }
 
-    /// Whether it is aimed at other threads than reactors, on which newcomers and operators wait.
+    /// Whether it disturbs threads other than reactors, on which newcomers and operators wait.
     pub(crate) fn wants_newcomers(self) -> bool {
         matches!(self, Self::Strangers(_))
     }
 }
 
-/// A guest beside the neighbours. It must not outlive its server by much: nobody stops it.
+/// A guest beside the neighbours.
 struct Vm {
     front_end: FrontEnd,
-    /// None while a load has it.
+    /// `None` while a load has the queue.
     queue: Option<Queue>,
     ram: Arc<GuestRam>,
 }
 
 impl Vm {
-    /// One whose disk has worked.
+    /// Connects and starts a guest.
     fn start(server: &Server, controller: &str, ram: Arc<GuestRam>) -> Result<Self> {
         let socket = server.socket(controller);
         let mut front_end = FrontEnd::connect(&socket, ram.clone(), Options::default())?;
@@ -141,14 +141,14 @@ impl Vm {
         Ok(Self { front_end, queue, ram })
     }
 
-    /// Reads once, so that the server has seen all of it.
+    /// Reads once, so that the server has touched its memory.
     fn read(&mut self) -> Result<()> {
         let buffer = self.ram.alloc(4096, 4096)?;
         self.queue()?.run(&Request::read(0, &[buffer]))?;
         Ok(())
     }
 
-    /// Submits several reads and waits for none.
+    /// Submits several reads without waiting for them.
     fn submit(&mut self) -> Result<()> {
         let buffer = self.ram.alloc(4096, 4096)?;
         for sector in 0..IN_FLIGHT as u64 {
@@ -167,14 +167,14 @@ impl Vm {
 pub(crate) struct Case<'a> {
     pub(crate) event: Event,
     server: &'a Server,
-    /// Where the slow unmap is armed.
+    /// The directory whose files trigger the slow unmap.
     armory: PathBuf,
     length: Duration,
     rams: Vec<Arc<GuestRam>>,
-    /// What a memory table gets besides.
+    /// Memory that the memory table gains.
     more: Option<Arc<GuestRam>>,
     vms: Vec<Vm>,
-    /// What must be kept until a stretch is over, as giving it up costs time.
+    /// Kept until the stretch ends, because dropping takes time.
     left: Vec<(Option<Queue>, Arc<GuestRam>)>,
     load: Option<Load>,
     stopping: Option<JoinHandle<front_end::Result<Vec<u16>>>>,
@@ -183,7 +183,7 @@ pub(crate) struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    /// Makes what `event` needs on `server`, whose stretches take `length`.
+    /// Creates the objects that `event` needs on `server`. A stretch takes `length`.
     pub(crate) fn new(
         event: Event,
         server: &'a Server,
@@ -212,10 +212,10 @@ impl<'a> Case<'a> {
         if event.wants_newcomers() && !server.socket(newcomers::NAME).exists() {
             server.controller(newcomers::NAME, OTHER)?;
         }
-        // Another case of these may have made it.
+        // Another case may have created it.
         let hangs = matches!(event, Event::HungIo | Event::HungKilled | Event::HungStopped);
         if hangs && !server.socket(HUNG).exists() {
-            let us = HANG.as_micros() as u64;
+            let us = HANG.as_secs() * 1_000_000;
             let params = json!({
                 "name": HUNG, "base_bdev_name": OTHER,
                 "avg_read_latency": us, "p99_read_latency": us,
@@ -227,7 +227,7 @@ impl<'a> Case<'a> {
         Ok(case)
     }
 
-    /// Brings everything to where the event can happen.
+    /// Prepares the event.
     pub(crate) fn prepare(&mut self) -> Result<()> {
         match self.event {
             Event::Control => {}
@@ -257,7 +257,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Lets it happen. Returns before the stretch is over.
+    /// Triggers the event. Returns before the stretch ends.
     pub(crate) fn strike(&mut self) -> Result<()> {
         match self.event {
             Event::Control => {
@@ -304,7 +304,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Clears away what is left of it, so that it can happen again.
+    /// Cleans up, so that the event can happen again.
     pub(crate) fn settle(&mut self) -> Result<()> {
         if let Some(load) = self.load.take() {
             load.stop()?;
@@ -350,12 +350,12 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Waits until the server has finished with all VMs but the neighbours.
+    /// Waits until the server has no sessions but the neighbours'.
     fn wait_for_peace(&self) -> Result<()> {
         self.wait_for("the sessions' end", |name| !name.starts_with("neighbour"))
     }
 
-    /// Waits until it has finished with the VMs of these controllers.
+    /// Waits until these controllers have no sessions.
     fn wait_for_ends(&self, controllers: Range<usize>) -> Result<()> {
         let names: Vec<String> = controllers.map(controller).collect();
         self.wait_for("the VMs' end beside closes that hang", |name| {
@@ -388,16 +388,16 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Leaves time between two events, so that all of a stretch has some.
+    /// Pauses between two events, so that they are spread over the stretch.
     fn pace(&self) {
         std::thread::sleep(self.pause());
     }
 
     fn pause(&self) -> Duration {
-        self.length / (VMS as u32 + 2)
+        self.length.div_f64(VMS as f64 + 2.0)
     }
 
-    /// A load on each VM's queue, whose front end stays as it is.
+    /// Starts a load on each VM's queue.
     fn load(&mut self) -> Result<()> {
         for vm in &mut self.vms {
             let options =
@@ -408,7 +408,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// One after the other, each in the middle of something.
+    /// Kills the VMs one after the other, each with I/O in flight.
     fn kill(&mut self) -> Result<()> {
         for mut vm in std::mem::take(&mut self.vms) {
             vm.submit()?;
@@ -425,7 +425,7 @@ impl<'a> Case<'a> {
             if self.server.spec.kind == Kind::Ours {
                 params["force"] = true.into();
             } else {
-                // SPDK waits for the VM for ever, so that it must leave first.
+                // SPDK waits for ever until the VM disconnects, so the VM is killed first.
                 let vm = self.vms.remove(0);
                 vm.front_end.kill();
                 self.left.push((vm.queue, vm.ram));
@@ -438,7 +438,7 @@ impl<'a> Case<'a> {
 
     fn change_table(&mut self) -> Result<()> {
         let Event::Table(gib) = self.event else { return Ok(()) };
-        let mut more = self.more.as_ref().context("made for this event")?.table();
+        let mut more = self.more.as_ref().context("allocated for this event")?.table();
         more.truncate(if gib == 1 { 1 } else { 2 });
         for vm in &mut self.vms {
             let table = vm.ram.table();
@@ -450,7 +450,7 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// The control plane is used while the memory goes; its answers come when they come.
+    /// Calls RPCs while the memory is unmapped. `settle` receives the answers.
     fn leave_slowly(&mut self) -> Result<()> {
         fs::write(self.armory.join(slow_munmap::ARMED), "")?;
         for vm in self.vms.drain(..) {
@@ -469,14 +469,13 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Name of the other VMs' controllers.
+/// Name of the `n`th controller of the other VMs.
 pub(crate) fn controller(n: usize) -> String {
     format!("other.{n}")
 }
 
-/// The memory that memory tables get besides, for the largest of `events`: a region of 1 GiB, and
-/// one that makes it 8. That all of its pages are there takes long where the host has to find them
-/// first.
+/// Memory that memory tables gain, for the largest of `events`: a region of 1 GiB, and another for
+/// 8 GiB. Populating it takes long if the host has to allocate the pages first.
 pub(crate) fn more_memory(events: &[Event]) -> Result<Option<Arc<GuestRam>>> {
     let sizes: &[u64] = match events {
         events if events.contains(&Event::Table(8)) => &[1 << 30, 7 << 30],
@@ -488,7 +487,7 @@ pub(crate) fn more_memory(events: &[Event]) -> Result<Option<Arc<GuestRam>>> {
     Ok(Some(ram))
 }
 
-/// Memory all of whose pages are there.
+/// Populated memory.
 fn touched_ram() -> Result<Arc<GuestRam>> {
     let ram = GuestRam::new(&[RAM_BYTES])?;
     touch(&ram, 0..RAM_BYTES)?;
@@ -505,7 +504,7 @@ fn touch(ram: &GuestRam, range: Range<u64>) -> Result<()> {
 fn wait_until(what: &str, mut is: impl FnMut() -> bool) -> Result<()> {
     let start = Instant::now();
     while !is() {
-        ensure!(start.elapsed() < LIMIT, "{what} does not come");
+        ensure!(start.elapsed() < LIMIT, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
@@ -516,7 +515,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn events_have_names_of_their_own() {
+    fn names_of_events_are_distinct() {
         let mut names: Vec<&str> = Event::ALL.iter().map(|event| event.name()).collect();
         names.sort_unstable();
         names.dedup();

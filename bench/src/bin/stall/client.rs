@@ -1,9 +1,9 @@
-//! The neighbours: guests at depth 1, all in one thread, that note how long each request took.
+//! The neighbours: guests at depth 1, in one thread, which measures the latency of each request.
 //!
-//! They share a core with whatever disturbs them, and with the server's own threads that are not
-//! reactors. So the thread asks for a real-time priority, and sleeps a little between two rounds of
-//! requests, so that the others get on: a wait that is seen is then the reactor's, or the host's.
-//! The host's show as turns of the loop that took long, and are counted apart.
+//! They share a core with the disturbance and with the server's threads that are not reactors. So
+//! the thread asks for a real-time priority, and sleeps between two rounds of requests so that the
+//! other threads run. A long latency is then caused by the reactor or by the host. The thread
+//! counts long iterations of its loop, which the host causes, separately.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -20,21 +20,21 @@ use front_end::{
 };
 use hdrhistogram::Histogram;
 
-/// Bytes in a request.
+/// Bytes of a request.
 const BLOCK: u32 = 4096;
-/// A turn of the loop that takes longer than this was interrupted: by the host, or by the kernel.
+/// An iteration of the loop that takes longer was interrupted by the host or the kernel.
 const AWAY: Duration = Duration::from_micros(10);
 /// The stretch number that ends the thread.
 const END: u64 = u64::MAX;
 
-/// What the neighbours saw in one stretch.
+/// The neighbours' measurements in one stretch.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
-    /// Of every request, in ns.
+    /// The latencies of all requests, in ns.
     pub(crate) latencies: Histogram<u64>,
-    /// The longest of them.
+    /// The longest latency.
     pub(crate) longest: Duration,
-    /// How long the thread itself did not run during that one.
+    /// How long the thread did not run during that request.
     pub(crate) longest_away: Duration,
     /// The longest time that the thread did not run while it waited for a request.
     pub(crate) away_max: Duration,
@@ -42,9 +42,8 @@ pub(crate) struct Seen {
 
 impl Seen {
     fn new() -> Self {
-        let limit = 2 * LIMIT.as_nanos() as u64;
         Self {
-            latencies: Histogram::new_with_bounds(1, limit, 3).expect("sound bounds"),
+            latencies: Histogram::new_with_bounds(1, ns(2 * LIMIT), 3).expect("valid bounds"),
             longest: Duration::ZERO,
             longest_away: Duration::ZERO,
             away_max: Duration::ZERO,
@@ -52,19 +51,23 @@ impl Seen {
     }
 
     fn record(&mut self, latency: Duration, away: Duration) {
-        self.latencies.saturating_record(latency.as_nanos() as u64);
+        self.latencies.saturating_record(ns(latency));
         if latency > self.longest {
             (self.longest, self.longest_away) = (latency, away);
         }
     }
 }
 
-/// The neighbours, while they run.
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The running neighbours.
 #[derive(Debug)]
 pub(crate) struct Clients {
-    /// Their thread.
+    /// The id of their thread.
     pub(crate) tid: u32,
-    /// Whether it has a real-time priority.
+    /// Whether the thread has a real-time priority.
     pub(crate) real_time: bool,
     stretch: Arc<AtomicU64>,
     seen: Receiver<Seen>,
@@ -73,7 +76,7 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
-    /// Connects one guest to each of `sockets`, and lets them read with `pause` between two rounds.
+    /// Connects one guest to each of `sockets`. The guests read, with `pause` between two rounds.
     pub(crate) fn start(sockets: &[&Path], core: usize, pause: Duration) -> Result<Self> {
         let (mut guests, mut front_ends) = (Vec::new(), Vec::new());
         for socket in sockets {
@@ -91,8 +94,8 @@ impl Clients {
         let current = stretch.clone();
         let work = move || -> Result<()> {
             pin(core)?;
-            let tid = rustix::thread::gettid().as_raw_nonzero().get() as u32;
-            say_tid.send(tid).map_err(|_| anyhow!("nobody waits for it"))?;
+            let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+            say_tid.send(tid).map_err(|_| anyhow!("the starting thread has ended"))?;
             run(guests, &current, &tell, pause)
         };
         let thread = std::thread::Builder::new().name("neighbours".into()).spawn(work)?;
@@ -101,15 +104,15 @@ impl Clients {
         Ok(Self { tid, real_time, stretch, seen, thread: Some(thread), front_ends })
     }
 
-    /// What is seen while `during` runs.
+    /// Runs `during`, and returns the measurements meanwhile.
     pub(crate) fn watch<T>(&mut self, during: impl FnOnce() -> Result<T>) -> Result<(Seen, T)> {
-        // What was before is not wanted.
+        // Discards earlier measurements.
         self.next()?;
         let result = during()?;
         Ok((self.next()?, result))
     }
 
-    /// Begins a new stretch, and returns what was seen in the one before.
+    /// Begins a new stretch, and returns the measurements of the one before.
     fn next(&mut self) -> Result<Seen> {
         self.stretch.fetch_add(1, Ordering::Relaxed);
         match self.seen.recv() {
@@ -120,7 +123,7 @@ impl Clients {
         }
     }
 
-    /// Ends them in order.
+    /// Stops and disconnects them.
     pub(crate) fn stop(mut self) -> Result<()> {
         self.join()?;
         for front_end in std::mem::take(&mut self.front_ends) {
@@ -138,7 +141,7 @@ impl Clients {
 
 impl Drop for Clients {
     fn drop(&mut self) {
-        // An error on the way out was not the first one.
+        // An earlier error has been reported.
         drop(self.join());
     }
 }
@@ -165,7 +168,7 @@ fn run(
         }
         if now != current {
             current = now;
-            // Nobody listens any more only when all of it ends.
+            // An error means that the program ends.
             drop(tell.send(std::mem::replace(&mut seen, Seen::new())));
         }
         if !pause.is_zero() {
@@ -191,8 +194,7 @@ fn round(guests: &mut [Guest], seen: &mut Seen, random: &mut u64) -> Result<()> 
                 ensure!(done.status == STATUS_OK, "a neighbour's read has status {}", done.status);
                 guest.waiting = false;
                 pending -= 1;
-                // The look at the clock comes after, so that no wait is taken for shorter than
-                // it was.
+                // Reads the clock after the completion, so that no latency is too short.
                 let latency = start.elapsed();
                 let absent = away + absence(latency, last - start);
                 seen.record(latency, absent);
@@ -202,19 +204,19 @@ fn round(guests: &mut [Guest], seen: &mut Seen, random: &mut u64) -> Result<()> 
         let absent = absence(now - start, last - start);
         away += absent;
         seen.away_max = seen.away_max.max(absent);
-        ensure!(now - start < LIMIT, "a neighbour's read does not come back");
+        ensure!(now - start < LIMIT, "a neighbour's read has not completed within {LIMIT:?}");
         last = now;
     }
     Ok(())
 }
 
-/// How much of a turn of the loop, from `last` to `now`, this thread was elsewhere.
+/// How long this thread did not run in the iteration from `last` to `now`.
 fn absence(now: Duration, last: Duration) -> Duration {
     let turn = now.saturating_sub(last);
     if turn > AWAY { turn } else { Duration::ZERO }
 }
 
-/// Whether thread `tid` now runs before all ordinary ones.
+/// Gives thread `tid` a real-time priority. Returns whether that succeeded.
 fn ask_for_real_time(tid: u32) -> bool {
     let mut command = Command::new("chrt");
     command.args(["--fifo", "--pid", "1", &tid.to_string()]);
@@ -227,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_wait_keeps_its_own_absence() {
+    fn the_longest_latency_keeps_its_absence() {
         let us = Duration::from_micros;
         let mut seen = Seen::new();
         seen.record(us(5), us(0));
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn short_turns_are_no_absence() {
+    fn short_iterations_are_no_absence() {
         assert_eq!(absence(AWAY, Duration::ZERO), Duration::ZERO);
         assert_eq!(absence(AWAY * 3, AWAY), AWAY * 2);
     }

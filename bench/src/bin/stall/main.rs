@@ -1,8 +1,10 @@
-//! `stall`: what one VM's end costs the others, in stretches that are quiet and disturbed in turn.
+//! `stall`: measures how the exit of a VM and other events delay the I/O of other VMs, in
+//! alternating quiet and disturbed stretches.
 //!
-//! In the order the data flows: [`options`] says which [`cases`] are gone through on which servers,
-//! those of [`strangers`] with [`newcomers`] beside them; [`client`] is the neighbours; [`stretch`] is
-//! what they, the kernel and the server tell of a stretch; [`report`] makes tables.
+//! In the order of the data flow: [`options`] selects the [`cases`] and the servers; the cases of
+//! [`strangers`] run with [`newcomers`]; [`client`] is the neighbours; [`stretch`] collects the
+//! data of the neighbours, the kernel and the server in one stretch; [`report`] makes tables.
+#![warn(clippy::cast_possible_truncation)]
 
 mod cases;
 mod client;
@@ -30,10 +32,10 @@ use crate::client::Clients;
 use crate::options::Options;
 use crate::stretch::Found;
 
-/// Memory that must be available beside what a case takes.
+/// Memory that must be available besides the memory of a case.
 const SPARE_KIB: u64 = 4 << 20;
 
-/// All that was found.
+/// All results.
 #[derive(Debug, Default)]
 struct Findings {
     notes: Vec<String>,
@@ -60,11 +62,12 @@ fn run(options: &Options) -> Result<()> {
             options.events().iter().partition(|event| event.wants_slow_unmap());
         for (events, spec) in [(plain, spec.clone()), (slow, slowed(spec, dir.path())?)] {
             if !events.is_empty() {
-                // Servers are started by a thread that may use every core, as they inherit that.
+                // This thread may use every core, which the servers inherit. The measuring thread
+                // is pinned.
                 let server = serve(&spec, options, &mut findings)?;
-                let go =
-                    || go_through(&mut findings, options, &server, &events, dir.path(), &interrupt);
-                std::thread::scope(|scope| scope.spawn(go).join())
+                let measure =
+                    || measure(&mut findings, options, &server, &events, dir.path(), &interrupt);
+                std::thread::scope(|scope| scope.spawn(measure).join())
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             }
         }
@@ -84,7 +87,7 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The same server with the library that makes an unmapping slow when it finds a file in `dir`.
+/// The same server with the library that delays an unmapping when there is a file in `dir`.
 fn slowed(spec: &Spec, dir: &Path) -> Result<Spec> {
     let mut spec = spec.clone();
     for (name, value) in slow_munmap::environment(dir) {
@@ -92,13 +95,13 @@ fn slowed(spec: &Spec, dir: &Path) -> Result<Spec> {
         spec.env.push((name.into(), value.into()));
     }
     if spec.kind == Kind::Ours {
-        // A directory in which the library cannot rename its files.
+        // In the sandbox, the library cannot rename its files in the directory.
         spec.args.push("--no-sandbox".into());
     }
     Ok(spec)
 }
 
-/// A server with a disk for each neighbour, and controllers for the VMs that come and go.
+/// Starts a server with a disk for each neighbour, and controllers for the other VMs.
 fn serve(spec: &Spec, options: &Options, findings: &mut Findings) -> Result<Server> {
     let server = Server::start(spec, options.server_core, &[])?;
     for n in 0..options.clients {
@@ -114,8 +117,7 @@ fn serve(spec: &Spec, options: &Options, findings: &mut Findings) -> Result<Serv
     Ok(server)
 }
 
-/// Keeps other processes of this machine off the reactors as far as that goes: they have cores of
-/// their own where it matters.
+/// Raises the priority of the reactors over other processes of this machine.
 fn prefer(server: &Server, findings: &mut Findings) {
     let tids = server.workers.iter().map(u32::to_string);
     let mut renice = Command::new("renice");
@@ -130,8 +132,8 @@ fn neighbour(n: usize) -> String {
     format!("neighbour.{n}")
 }
 
-/// Goes through `events`, with everything but the reactor on the clients' core.
-fn go_through(
+/// Measures `events`, with all threads of this program on the clients' core.
+fn measure(
     findings: &mut Findings,
     options: &Options,
     server: &Server,
@@ -139,17 +141,17 @@ fn go_through(
     armory: &Path,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    // Threads that are started from here on inherit it.
+    // Threads that start later inherit the affinity.
     pin(options.client_core)?;
     let why_not = |event| no_room(event).or_else(|| foreign(event, server.spec.kind));
     let (events, left_out): (Vec<Event>, Vec<Event>) =
         events.iter().partition(|&&event| why_not(event).is_none());
     for event in left_out {
         let why = why_not(event).unwrap_or_default();
-        findings.notes.push(format!("{} is left out: {why}", event.name()));
+        findings.notes.push(format!("{} is omitted: {why}", event.name()));
     }
     progress(&format!("{}: guest memory", server.spec.name));
-    // Before the clients start, which would have to wait while the host finds it.
+    // Before the clients start, because allocating it delays them.
     let more = more_memory(&events)?;
     let sockets: Vec<PathBuf> =
         (0..options.clients).map(|n| server.socket(&neighbour(n))).collect();
@@ -158,8 +160,8 @@ fn go_through(
     let mut clients = Clients::start(&sockets, options.client_core, pause)?;
     if !clients.real_time {
         findings.notes.push(
-            "the neighbours have no real-time priority (chrt refused), so that whatever runs on \
-             their core keeps them waiting"
+            "the neighbours have no real-time priority (chrt refused), so other threads on their \
+             core delay them"
                 .into(),
         );
     }
@@ -171,7 +173,7 @@ fn go_through(
     clients.stop()
 }
 
-/// Disturbed stretches, each with a quiet one of the same length after it.
+/// Measures disturbed stretches, each followed by a quiet one of the same length.
 fn pairs(
     options: &Options,
     server: &Server,
@@ -195,7 +197,7 @@ fn pairs(
             std::thread::sleep(length.saturating_sub(start.elapsed()));
             Ok(())
         })?;
-        // Some events take longer than a stretch should.
+        // Some events take longer than the configured length.
         let length = start.elapsed().max(length);
         case.settle()?;
         let quiet = stretch::watch(server, clients, &cores, newcomers, || {
@@ -208,19 +210,20 @@ fn pairs(
     Ok(Found { server, case, words, pairs })
 }
 
-/// Why `event` says nothing of such a server.
+/// Why `event` cannot be measured on a server of this kind.
 fn foreign(event: Event, kind: Kind) -> Option<String> {
     (event.wants_newcomers() && kind != Kind::Ours)
-        .then(|| "it may stop this server for good".into())
+        .then(|| "it may block this server for ever".into())
 }
 
-/// Why this machine has no room for `event`.
+/// Why this machine has not enough memory for `event`.
 fn no_room(event: Event) -> Option<String> {
     let Event::Table(gib) = event else { return None };
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
     let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = available.trim().trim_end_matches(" kB").parse().ok()?;
-    let wanted = (gib << 20) + SPARE_KIB;
-    (kib < wanted)
-        .then(|| format!("{} GiB of memory wanted, {} available", wanted >> 20, kib >> 20))
+    let needed = (gib << 20) + SPARE_KIB;
+    (kib < needed).then(|| {
+        format!("it needs {} GiB of memory, but {} GiB are available", needed >> 20, kib >> 20)
+    })
 }

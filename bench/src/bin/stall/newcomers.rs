@@ -1,5 +1,5 @@
-//! A VM that starts and ends again and again beside everything else, and an operator who asks: what
-//! their set-up and their answers wait for is on other threads than the reactors.
+//! Newcomers: a VM that connects and disconnects repeatedly, and an operator who calls RPCs. They
+//! wait for threads other than the reactors.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +12,10 @@ use serde_json::json;
 
 /// Their controller.
 pub(crate) const NAME: &str = "newcomer";
-/// Between two of them.
+/// The pause between two newcomers.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The longest that each took.
+/// The longest times.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Waits {
     /// From connection to the answer to GET_VRING_BASE, with one request in between.
@@ -24,7 +24,7 @@ pub(crate) struct Waits {
     pub(crate) rpc: Duration,
 }
 
-/// Runs `during` with newcomers beside it, if there is a server for them.
+/// Runs `during`, with newcomers at the same time if there is a server for them.
 pub(crate) fn beside(
     server: Option<&Server>,
     during: impl FnOnce() -> Result<()>,

@@ -1,4 +1,4 @@
-//! What was found, as Markdown for people and as JSON for programs.
+//! The results as Markdown and as JSON.
 
 use std::fmt::Write;
 
@@ -12,10 +12,11 @@ use crate::newcomers::Waits;
 use crate::options::Options;
 use crate::stretch::{Found, Stretch};
 
-/// The aim: a neighbour's longest wait in a disturbed stretch over that in a quiet one.
+/// The aim for the ratio of a neighbour's longest wait in a disturbed stretch to that in a quiet
+/// one.
 const LONGEST_RATIO_MAX: f64 = 1.5;
 
-/// A section that stands by itself.
+/// The report: machine and options, then the tables.
 pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "## Stalls on {}\n", date())?;
@@ -25,11 +26,11 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
     let Options { clients, length, pause_us, .. } = options;
     writeln!(
         text,
-        "{clients} neighbours at depth 1, random reads of 4 KiB, a round every {pause_us} µs and \
-         its own time; {} pairs of stretches of {length} s or as long as the event takes, a quiet one and a \
-         disturbed one; medians, and ratios within a pair: their median (least–greatest). A longest wait is that \
-         of any neighbour; \"away\" is how much of it the neighbours' own thread did not run, in \
-         the disturbed stretches.\n",
+        "{clients} neighbours at depth 1, random reads of 4 KiB, with a pause of {pause_us} µs \
+         between rounds; {} pairs of a quiet and a disturbed stretch of {length} s, or as long as \
+         the event takes. Figures are medians; ratios are those within a pair: median \
+         (minimum–maximum). The longest wait is that of any neighbour; \"away\" is the part of it in \
+         which the neighbours' own thread did not run, in the disturbed stretches.\n",
         options.runs
     )?;
     for note in &findings.notes {
@@ -41,9 +42,9 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
     writeln!(text, "{}", waits(&findings.found))?;
     if findings.found.iter().any(|found| found.case_has_newcomers()) {
         let table = newcomers(&findings.found);
-        writeln!(text, "### What newcomers and operators waited for\n\n{table}")?;
+        writeln!(text, "### Waits of newcomers and operators\n\n{table}")?;
     }
-    writeln!(text, "### Who was kept from running\n\n{}", absences(&findings.found))?;
+    writeln!(text, "### Threads that did not run\n\n{}", absences(&findings.found))?;
     Ok(text)
 }
 
@@ -81,7 +82,7 @@ fn waits(found: &[Found]) -> Table {
     table
 }
 
-/// The longest of each stretch: a VM's whole life, and an RPC.
+/// The longest waits of each stretch: of a VM from connection to disconnection, and of an RPC.
 fn newcomers(found: &[Found]) -> Table {
     let mut table = Table::new(&[
         "strangers",
@@ -110,7 +111,7 @@ fn shown(ns: Option<f64>) -> String {
     ns.map_or_else(|| "-".into(), time)
 }
 
-/// By the host, or by one another: what is not the reactor's doing.
+/// Delays that the host or other threads cause, not the reactor.
 fn absences(found: &[Found]) -> Table {
     let mut table = Table::new(&[
         "case: quiet, disturbed",

@@ -1,4 +1,4 @@
-//! What strangers send to hold a thread, a table or a socket that others need.
+//! Strangers: clients that try to block a thread, a table or a socket that other clients need.
 
 use std::fs;
 use std::io::{BufReader, Write};
@@ -17,31 +17,31 @@ use crate::cases::{OTHER, VMS, controller};
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
-/// Front ends at a time that do nothing right.
+/// Number of misbehaving front ends at a time.
 const FRONT_ENDS: usize = 16;
-/// Questions whose answers nobody reads: more than a socket takes.
+/// Number of messages whose answers are not read: more than the socket's buffer holds.
 const QUESTIONS: usize = 5000;
-/// Disks that a batch asks for.
+/// Number of disks in an answer to the batch's requests.
 const DISKS: usize = 500;
-/// How often it asks.
+/// Number of requests in the batch.
 const BATCH: usize = 2000;
-/// A socket that a stopped process listens on.
+/// The socket of a stopped process.
 const DEAF: &str = "deaf";
 
-/// What they do.
+/// A kind of misbehaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trick {
-    /// Sockets whose close hangs come with the payload of messages.
+    /// Messages whose payload carries a socket whose close hangs.
     Lingering,
-    /// The same, but before: their closes hang all the while.
+    /// The same before the stretch, so that the closes hang during all of it.
     SlowCloses,
-    /// More questions at once than can be answered soon.
+    /// A batch of many RPC requests.
     Batch,
-    /// Front ends begin a message, and leave.
+    /// Front ends send half a message and disconnect.
     Half,
-    /// Front ends ask, and do not read.
+    /// Front ends do not read the answers.
     Unread,
-    /// A stopped process listens where a controller is to be.
+    /// A stopped process listens on the socket of a new controller.
     DeafSocket,
 }
 
@@ -58,20 +58,22 @@ impl Trick {
         }
     }
 
-    /// What happens, in words.
+    /// A description for tables.
     pub(crate) fn words(self) -> &'static str {
         match self {
-            Self::Lingering => "8 messages bring a socket whose close hangs",
-            Self::SlowCloses => "4 VMs are killed while closes of 4 others' fds hang",
-            Self::Batch => "a batch asks 2,000 times for 500 disks",
-            Self::Half => "16 front ends send half a message and leave, 8 times",
-            Self::Unread => "16 front ends ask and do not read the answers",
-            Self::DeafSocket => "a stopped process has the socket of a new controller, 8 times",
+            Self::Lingering => "8 messages carry a socket whose close hangs",
+            Self::SlowCloses => "4 VMs are killed while closes of 4 other VMs' fds hang",
+            Self::Batch => "a batch requests a list of 500 disks 2,000 times",
+            Self::Half => "16 front ends send half a message and disconnect, 8 times",
+            Self::Unread => "16 front ends do not read the answers to their messages",
+            Self::DeafSocket => {
+                "a stopped process listens on the socket of a new controller, 8 times"
+            }
         }
     }
 }
 
-/// Strangers, with all that they hold.
+/// Strangers, with their connections.
 pub(crate) struct Strangers<'a> {
     trick: Trick,
     server: &'a Server,
@@ -82,7 +84,7 @@ pub(crate) struct Strangers<'a> {
 }
 
 impl<'a> Strangers<'a> {
-    /// Makes what they need on `server`.
+    /// Creates the objects that they need on `server`.
     pub(crate) fn new(trick: Trick, server: &'a Server) -> Result<Self> {
         let is_there = |name| server.call("bdev_get_bdevs", json!({"name": name})).is_ok();
         if trick == Trick::Batch && !is_there("many.0") {
@@ -94,7 +96,7 @@ impl<'a> Strangers<'a> {
         Ok(Self { trick, server, connections, lingering, deaf: None, batch: None })
     }
 
-    /// Does what can be done before.
+    /// Prepares the misbehaviour before the stretch.
     pub(crate) fn prepare(&mut self) -> Result<()> {
         match self.trick {
             Trick::Lingering => self.bring_lingering(VMS),
@@ -110,7 +112,7 @@ impl<'a> Strangers<'a> {
         }
     }
 
-    /// Does it, with `pause` between two events.
+    /// Misbehaves, with `pause` between two events.
     pub(crate) fn strike(&mut self, pause: Duration) -> Result<()> {
         match self.trick {
             Trick::Lingering => self.complete_messages(pause),
@@ -122,7 +124,7 @@ impl<'a> Strangers<'a> {
         }
     }
 
-    /// Lets go of everything.
+    /// Closes all connections.
     pub(crate) fn settle(&mut self) -> Result<()> {
         self.lingering.clear();
         self.connections.clear();
@@ -135,8 +137,9 @@ impl<'a> Strangers<'a> {
         Ok(())
     }
 
-    /// Half a message with such a socket, on a connection of each of `count` controllers. The server
-    /// keeps the socket until the message is whole, so that our reference is never the last one.
+    /// Sends half a message with a lingering socket, on a connection to each of `count`
+    /// controllers. The server keeps the socket until the message is complete, so this process
+    /// never holds the last reference.
     fn bring_lingering(&mut self, count: usize) -> Result<()> {
         let whole = message(SET_FEATURES, VERSION, &[0; 8]);
         for n in 0..count {
@@ -207,7 +210,7 @@ impl<'a> Strangers<'a> {
             match self.server.controller(DEAF, OTHER) {
                 Err(Error::Refused { .. }) => {}
                 Err(error) => return Err(error.into()),
-                Ok(_) => bail!("the socket of another process was taken away from it"),
+                Ok(_) => bail!("vhost replaced a socket on which another process listens"),
             }
             std::thread::sleep(pause);
         }

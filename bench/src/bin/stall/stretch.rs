@@ -1,4 +1,4 @@
-//! One stretch of time: what the neighbours saw, and what the kernel and the server tell about it.
+//! One stretch of time: the data of the neighbours, the kernel and the server.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use crate::client::{Clients, Seen};
 use crate::newcomers::{self, Waits};
 
-/// The RPC that tells reactors' longest turns; not every server has it.
+/// The RPC for reactors' longest poll iterations. SPDK does not have it.
 const TURNS: &str = "vhost_get_reactor_turns";
 
-/// A reactor's longest turn of a stretch.
+/// A reactor's longest poll iteration in a stretch.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Turn {
     pub(crate) us: f64,
@@ -21,28 +21,28 @@ pub(crate) struct Turn {
     pub(crate) causes: Vec<String>,
 }
 
-/// What was found in one stretch.
+/// The data of one stretch.
 #[derive(Clone, Debug)]
 pub(crate) struct Stretch {
     pub(crate) requests: u64,
     pub(crate) p9999_ns: f64,
     /// The longest wait of any neighbour.
     pub(crate) longest_ns: f64,
-    /// Of that, for how long the neighbours' own thread did not run.
+    /// The part of it in which the neighbours' own thread did not run.
     pub(crate) longest_away_ns: f64,
     pub(crate) away_max_ns: f64,
-    /// Of all reactors the longest, if the server tells.
+    /// The longest of all reactors, if the server reports it.
     pub(crate) turn: Option<Turn>,
     pub(crate) reactors: ThreadTimes,
     pub(crate) clients: ThreadTimes,
-    /// What the host took of the clients' core and of the reactors'.
+    /// Time that the host stole from the clients' and the reactors' cores.
     pub(crate) stolen: Option<Duration>,
-    /// What newcomers and operators waited for, if there were some.
+    /// The waits of newcomers and operators, if there were any.
     pub(crate) waits: Option<Waits>,
 }
 
-/// Runs `during`, which takes as long as the stretch is to be, and says what was seen meanwhile, also
-/// by newcomers if there are to be some.
+/// Runs `during`, whose duration is that of the stretch, and returns the data meanwhile, with that
+/// of newcomers if `with_newcomers`.
 pub(crate) fn watch(
     server: &Server,
     clients: &mut Clients,
@@ -50,7 +50,7 @@ pub(crate) fn watch(
     with_newcomers: bool,
     during: impl FnOnce() -> Result<()>,
 ) -> Result<Stretch> {
-    // Before and after, so that the calls are in no stretch.
+    // The calls precede and follow the stretch.
     turns(server)?;
     let tid = clients.tid;
     let counters = || -> Result<_> {
@@ -77,7 +77,7 @@ pub(crate) fn watch(
     })
 }
 
-/// The longest turn since the last call, if the server tells.
+/// The longest poll iteration since the last call, if the server reports it.
 fn turns(server: &Server) -> Result<Option<Turn>> {
     match server.call(TURNS, json!({"reset": true})) {
         Ok(answer) => Ok(longest(&answer)),
@@ -121,7 +121,7 @@ impl Stretch {
     }
 }
 
-/// A quiet stretch, and the disturbed one of the same length right before it.
+/// A quiet stretch, and the preceding disturbed stretch of the same length.
 pub(crate) type Pair = (Stretch, Stretch);
 
 /// All pairs of one case.
@@ -134,25 +134,25 @@ pub(crate) struct Found {
 }
 
 impl Found {
-    /// The median of a figure, of the quiet stretches and of the disturbed ones.
+    /// The medians of a figure in the quiet and in the disturbed stretches.
     pub(crate) fn medians(&self, figure: impl Fn(&Stretch) -> Option<f64>) -> [Option<f64>; 2] {
         let quiet: Option<Vec<f64>> = self.pairs.iter().map(|(quiet, _)| figure(quiet)).collect();
         let disturbed: Option<Vec<f64>> = self.pairs.iter().map(|(_, d)| figure(d)).collect();
         [quiet, disturbed].map(|values| Some(Spread::of(values?)?.median))
     }
 
-    /// How many times that of the quiet stretch beside it a disturbed stretch's figure is.
+    /// The ratio of a figure in a disturbed stretch to that in the quiet stretch of its pair.
     pub(crate) fn ratio(&self, figure: impl Fn(&Stretch) -> f64) -> Option<Spread> {
         let pair = |(quiet, disturbed): &Pair| (figure(disturbed), figure(quiet));
         Spread::of_ratios(self.pairs.iter().map(pair))
     }
 
-    /// Whether newcomers came beside it.
+    /// Whether newcomers were measured.
     pub(crate) fn case_has_newcomers(&self) -> bool {
         self.pairs.iter().all(|(quiet, disturbed)| quiet.waits.and(disturbed.waits).is_some())
     }
 
-    /// What was in the longest turns of the disturbed stretches, the most frequent first.
+    /// The causes of the longest poll iterations in the disturbed stretches, most frequent first.
     pub(crate) fn causes(&self) -> Vec<String> {
         let mut counted: Vec<(usize, String)> = Vec::new();
         let turns = self.pairs.iter().filter_map(|(_, disturbed)| disturbed.turn.as_ref());
@@ -179,7 +179,7 @@ impl Found {
 pub(crate) mod tests {
     use super::*;
 
-    /// A stretch of which only these matter.
+    /// A stretch with these values.
     pub(crate) fn stretch(longest_ns: f64, turn: Option<(f64, &[&str])>) -> Stretch {
         Stretch {
             requests: 1,
