@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts of ci/ share: where things are, how they speak, and the guest's machine.
+# Shared by the scripts of ci/: paths, messages, and the guest's machine.
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$repo/target}
@@ -22,8 +22,8 @@ reactor_mask() {
     if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
 }
 
-# Reports that what needs $1 was skipped, for the reason $2; fails if VHOST_REQUIRE lists $1. The crate test-report
-# does the same for tests.
+# Reports that a script which needs $1 is skipped, with the reason $2; fails if VHOST_REQUIRE lists $1. The crate
+# test-report does the same for tests.
 skip() {
     case ,${VHOST_REQUIRE:-}, in
     *,"$1",*) die "VHOST_REQUIRE names $1: $2" ;;
@@ -32,16 +32,16 @@ skip() {
     [ -z "${VHOST_SKIPS:-}" ] || printf 'skipped\tci/%s\tno %s: %s\n' "${0##*/}" "$1" "$2" >>"$VHOST_SKIPS"
 }
 
-# What tests with a guest find in their environment: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL
-# (kvm or tcg), VHOST_VENV (its bin/spdk-rpc is the client).
+# Sets the environment of tests with a guest: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL (kvm or tcg),
+# VHOST_VENV (its bin/spdk-rpc is the RPC client).
 guest_environment() {
     VHOST_KERNEL=$("$repo/ci/guest-image")
     VHOST_ACCEL=$("$repo/ci/qemu-accel")
     export VHOST_KERNEL VHOST_ACCEL VHOST_INITRD=$cache/initrd VHOST_VENV=$venv
 }
 
-# The machine that every guest of these scripts has, without its disk.
-# $1: kvm or tcg; $2: kernel; $3: initramfs; $4: job; sets the array `machine`.
+# Sets the array `machine` to the command line of a guest without its disk.
+# $1: kvm or tcg; $2: kernel; $3: initramfs; $4: job.
 guest_machine() {
     machine=(
         qemu-system-x86_64 -nodefaults -display none -serial stdio -monitor none -no-reboot

@@ -1,4 +1,4 @@
-//! What was aimed at, held against what was measured.
+//! Compares the results with the aims.
 
 use bench::Spread;
 use bench::markdown::{Table, digits, ratio};
@@ -11,11 +11,11 @@ use crate::idle::Mode;
 use crate::measure::{Measured, Sample};
 use crate::perf::Figures;
 
-/// The round trips, in ns, at which aims in round trips were set; between them the nearer counts.
+/// The round trips, in ns, for which aims in round trips are defined. The nearest one applies.
 const TRIPS_NS: [f64; 2] = [125.0, 470.0];
 
-/// A table of aims: of each, what was measured, and whether it is reached. What was not measured is
-/// left out, or says so if `all` are wanted.
+/// A table of aims: the result of each, and whether the aim is reached. Aims without a result are
+/// omitted unless `all` is set.
 pub(crate) fn table(findings: &Findings, all: bool) -> Table {
     let mut table = Table::new(&["figure", "aim", "measured", "reached"]);
     for aim in aims(findings).into_iter().filter(|aim| all || aim.measured.is_some()) {
@@ -59,11 +59,11 @@ fn aims(findings: &Findings) -> Vec<Aim> {
     aims
 }
 
-/// One line of the table.
+/// A row of the table.
 struct Aim {
     figure: String,
     aim: String,
-    /// What was measured in words, and whether that is enough.
+    /// The result as a text, and whether the aim is reached.
     measured: Option<(String, &'static str)>,
 }
 
@@ -83,14 +83,15 @@ fn find(findings: &Findings, disk: DiskKind, rw: Workload, depth: usize) -> Opti
     findings.cells.iter().find(|measured| measured.cell == wanted)
 }
 
-/// Index of ours, the first server, and of the one of `kind` that it is compared with: of our own, another build.
+/// The index of this project's vhost, the first server, and that of the server of `kind` that it is
+/// compared with. If both are this project's, they are different builds.
 fn pair(findings: &Findings, kind: Kind) -> Option<(usize, usize)> {
     findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
     let other = findings.servers.iter().skip(1).position(|spec| spec.kind == kind)?;
     Some((0, other + 1))
 }
 
-/// The same, with an engine of fio.
+/// The index of this project's vhost, the first server, and that of an engine of fio.
 fn with_fio(findings: &Findings, engine: Engine) -> Option<(usize, usize)> {
     findings.servers.first().filter(|spec| spec.kind == Kind::Ours)?;
     let other = findings.engines.iter().position(|&e| e == engine)?;
@@ -114,7 +115,7 @@ fn latency(findings: &Findings, disk: DiskKind, limits: [f64; 2]) -> Aim {
     }
 }
 
-/// Which of [`TRIPS_NS`] is nearer to `trip`, as a factor.
+/// The index of the value in [`TRIPS_NS`] that is nearest to `trip` by ratio.
 fn nearer(trip: f64) -> usize {
     usize::from(trip * trip > TRIPS_NS[0] * TRIPS_NS[1])
 }
@@ -154,7 +155,7 @@ fn other_build(findings: &Findings) -> Aim {
     Aim { figure, aim: "≥ 1.25 × the other build".into(), measured }
 }
 
-/// Without SPDK, fio with as many requests together is what it is held against.
+/// Compares with SPDK, or without SPDK, with fio at the same depth.
 fn linux_aio(findings: &Findings, rw: Workload) -> Aim {
     let measured = find(findings, DiskKind::Aio, rw, 64).and_then(|measured| {
         let spdk = pair(findings, Kind::Spdk).map(|pair| (pair, "SPDK"));
@@ -178,7 +179,8 @@ fn io_uring_latency(findings: &Findings) -> Aim {
     Aim { figure, aim: "≤ 0.95 × SPDK's uring".into(), measured }
 }
 
-/// Where the device is the limit, nobody is 1.05 times as fast as fio.
+/// Compares with SPDK, or without SPDK, with fio. The device may be the bottleneck, so the aim against
+/// fio is equality.
 fn io_uring_throughput(findings: &Findings) -> Aim {
     let cell = find(findings, DiskKind::Uring, Workload::Randread, 64);
     let measured = cell.and_then(|measured| {
@@ -210,7 +212,7 @@ fn against_qemu(findings: &Findings, depth: usize) -> Aim {
     Aim { figure, aim: "not below qemu-storage-daemon".into(), measured }
 }
 
-/// The device is the limit, so that equals lie on either side of 1.
+/// Whether a ratio is at least 1. The device is the bottleneck, so equal servers vary around 1.
 fn not_below(spread: Spread) -> &'static str {
     if spread.median >= 1.0 {
         "yes"
@@ -221,7 +223,7 @@ fn not_below(spread: Spread) -> &'static str {
     }
 }
 
-/// What a read costs the polling thread, by the time that both servers count as work.
+/// Compares the polling thread's time per read, as the servers count it.
 fn cost(findings: &Findings, disk: DiskKind, depth: usize, kind: Kind, most: f64) -> Aim {
     let measured = find(findings, disk, Workload::Randread, depth).and_then(|measured| {
         let (ours, other) = pair(findings, kind)?;

@@ -1,5 +1,5 @@
-//! What is behind disks on files and devices: a file of its own for each kind, as a server may refuse
-//! to open one file for two disks, and a loop device over one.
+//! The files and devices of disks: a separate file for each kind of disk, because a server may
+//! refuse to open a file for two disks, and a loop device over one.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 use crate::cells::DiskKind;
 use crate::measure::noise;
 
-/// All that is behind the disks of a run. Files and loop devices are removed when it is dropped.
+/// The files and devices of a run's disks. Dropping it removes files and loop devices.
 #[derive(Debug, Default)]
 pub(crate) struct Backing {
     places: Vec<Place>,
@@ -23,16 +23,17 @@ pub(crate) struct Backing {
 struct Place {
     kind: DiskKind,
     path: PathBuf,
-    /// Before the file that it is over.
+    /// Dropped before its file.
     _loop_device: Option<LoopDevice>,
     _file: Option<NamedTempFile>,
 }
 
 impl Backing {
-    /// Makes what `kinds` need: files of `mib` MiB in `dir`, and a loop device if there is no `device`.
+    /// Creates the files of `kinds`, with `mib` MiB each in `dir`, and a loop device if there is no
+    /// `device`.
     ///
     /// # Errors
-    /// There is no room, or it is no directory; a loop device wants root's rights.
+    /// `dir` is not a directory or has not enough space. A loop device needs root's privileges.
     pub(crate) fn make(
         kinds: &[DiskKind],
         dir: &Path,
@@ -53,14 +54,14 @@ impl Backing {
             let device = (kind == DiskKind::Block)
                 .then(|| LoopDevice::over(file.path()))
                 .transpose()
-                .context("without --block-device")?;
+                .context("the block disk needs --block-device or a loop device")?;
             let path = device.as_ref().map_or(file.path(), |device| &device.0).to_owned();
             places.push(Place { kind, path, _loop_device: device, _file: Some(file) });
         }
         Ok(Self { places })
     }
 
-    /// The file or device behind disks of `kind`.
+    /// The file or device of disks of `kind`.
     pub(crate) fn path(&self, kind: DiskKind) -> Option<&Path> {
         Some(&self.places.iter().find(|place| place.kind == kind)?.path)
     }
@@ -76,7 +77,7 @@ impl Backing {
 struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// Past the page cache, as servers open it.
+    /// Creates a device with direct I/O, as servers use files.
     fn over(file: &Path) -> Result<Self> {
         let output = Command::new("losetup")
             .args(["--direct-io=on", "--find", "--show"])
@@ -85,7 +86,7 @@ impl LoopDevice {
             .output()
             .context("cannot start losetup")?;
         let words = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "cannot make a loop device: {}", words.trim());
+        ensure!(output.status.success(), "cannot create a loop device: {}", words.trim());
         Ok(Self(String::from_utf8(output.stdout)?.trim().into()))
     }
 }
@@ -96,12 +97,12 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Makes a file of `mib` MiB in `dir` that is full of data and on the disk.
+/// Creates a file of `mib` MiB in `dir` and writes all of it to the disk.
 ///
 /// # Errors
-/// There is no room, or it is no directory.
+/// `dir` is not a directory or has not enough space.
 fn data_file(dir: &Path, mib: u64) -> Result<NamedTempFile> {
-    let doing = || format!("cannot make a file of {mib} MiB in {}", dir.display());
+    let doing = || format!("cannot create a file of {mib} MiB in {}", dir.display());
     let file = tempfile::Builder::new().prefix("bench").tempfile_in(dir).with_context(doing)?;
     let write = |mut file: &File| -> std::io::Result<()> {
         for seed in 0..mib {
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_kind_has_a_file_of_its_own_that_is_removed() {
+    fn each_kind_has_a_separate_file_that_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let kinds = [DiskKind::Null, DiskKind::Aio, DiskKind::Uring, DiskKind::Aio];
         let backing = Backing::make(&kinds, dir.path(), 1, None).unwrap();
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_named_is_taken_as_it_is() {
+    fn a_given_device_is_used_directly() {
         let device = Path::new("/dev/null");
         let missing = Path::new("/no/such");
         let backing = Backing::make(&[DiskKind::Block], missing, 1, Some(device)).unwrap();

@@ -1,4 +1,4 @@
-//! Cases in which a server failed; the other cases are measured all the same.
+//! Cases in which a server failed. The other cases are measured nevertheless.
 
 use std::fmt::Display;
 
@@ -7,28 +7,28 @@ use bench::markdown::Table;
 use bench::servers::{Interrupt, Kind, Spec};
 use serde_json::{Value, json};
 
-/// Characters of a reason that fit into a row.
+/// Limit on the characters of a reason in a row.
 const WHY_MAX: usize = 300;
 
 /// A case that could not be measured.
 #[derive(Clone, Debug)]
 struct Failure {
     name: String,
-    /// It is our own server.
+    /// The server is this project's vhost.
     ours: bool,
     case: String,
     why: String,
 }
 
-/// All of them.
+/// All failures.
 #[derive(Debug, Default)]
 pub(crate) struct Failures(Vec<Failure>);
 
 impl Failures {
-    /// The result of a case, or `None` if `server` failed it; the failure is recorded.
+    /// The result of a case. If `server` failed, records the failure and returns `None`.
     ///
     /// # Errors
-    /// The run was interrupted: the failure may be due to that.
+    /// The run was interrupted, which may have caused the failure.
     pub(crate) fn keep<T>(
         &mut self,
         server: &Spec,
@@ -39,10 +39,10 @@ impl Failures {
         self.keep_of((&server.name, server.kind == Kind::Ours), case, result, interrupt)
     }
 
-    /// As [`Failures::keep`], of what has this name and may be our own server.
+    /// As [`Failures::keep`], for a contender with this name that may be this project's vhost.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Failures::keep`].
     pub(crate) fn keep_of<T>(
         &mut self,
         who: (&str, bool),
@@ -66,7 +66,7 @@ impl Failures {
         self.0.push(Failure { name: name.into(), ours, case: case.to_string(), why });
     }
 
-    /// The cases in which our own server failed. Failures of other servers are findings.
+    /// The cases in which this project's vhost failed. Failures of other servers are results.
     pub(crate) fn ours(&self) -> Vec<String> {
         let ours = self.0.iter().filter(|failure| failure.ours);
         ours.map(|failure| format!("{}: {}: {}", failure.name, failure.case, failure.why)).collect()

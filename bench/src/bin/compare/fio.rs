@@ -1,4 +1,5 @@
-//! fio on the file or device itself: what the kernel gives one core, without a server and a guest.
+//! Runs fio on the file or device directly: the kernel's performance on one core, without a server
+//! and a guest.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,7 @@ use crate::measure::Sample;
 use crate::perf::{Figures, json_of};
 use crate::syscalls::Tracer;
 
-/// How fio does I/O.
+/// An I/O engine of fio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Engine {
     Libaio,
@@ -23,7 +24,7 @@ pub(crate) enum Engine {
 impl Engine {
     pub(crate) const ALL: [Self; 2] = [Self::Libaio, Self::IoUring];
 
-    /// fio's word.
+    /// fio's name.
     fn name(self) -> &'static str {
         match self {
             Self::Libaio => "libaio",
@@ -39,7 +40,7 @@ impl Engine {
         }
     }
 
-    /// What it enters the kernel with for I/O.
+    /// The system calls that it makes for I/O.
     fn calls(self) -> &'static [&'static str] {
         match self {
             Self::Libaio => &["io_submit", "io_getevents"],
@@ -48,28 +49,28 @@ impl Engine {
     }
 }
 
-/// How each run is made.
+/// The parameters of the runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Fio {
     pub(crate) program: PathBuf,
-    /// That of the servers' polling threads.
+    /// The core of the servers' polling threads.
     pub(crate) core: usize,
     pub(crate) runtime_s: f64,
     pub(crate) args: Vec<String>,
 }
 
 impl Fio {
-    /// Loads `path` as `cell` says, by `engine`.
+    /// Runs the load of `cell` on `path` with `engine`.
     ///
     /// # Errors
-    /// fio fails, or an I/O does.
+    /// fio or an I/O fails.
     pub(crate) fn run(&self, engine: Engine, cell: &Cell, path: &Path) -> Result<Sample> {
         let mut command = setpriv(&self.program);
         self.complete(&mut command, engine, cell, path);
         read(json_of(command, "fio")?).with_context(|| cell.to_string())
     }
 
-    /// System calls of the engine per I/O.
+    /// Counts the system calls of the engine per I/O.
     ///
     /// # Errors
     /// As [`Fio::run`], or they cannot be counted.
@@ -86,8 +87,8 @@ impl Fio {
         Ok(tracer.count_of(engine.calls())? / completed)
     }
 
-    /// As many requests are submitted together as there is room for, as a guest's driver would, and
-    /// what is done is taken together.
+    /// Adds fio's arguments. Like a guest's driver, fio submits as many requests together as the
+    /// depth allows, and takes all completions together.
     fn complete(&self, command: &mut Command, engine: Engine, cell: &Cell, path: &Path) {
         let Cell { rw, bs, depth, queues, .. } = cell;
         command
@@ -111,7 +112,7 @@ impl Fio {
     }
 }
 
-/// Takes what is needed from what fio printed.
+/// Parses the output of fio.
 fn read(raw: Value) -> Result<Sample> {
     let job = &raw["jobs"][0];
     let number = |value: &Value, name: &str| {
@@ -127,8 +128,8 @@ fn read(raw: Value) -> Result<Sample> {
     };
     let [reads, writes] = both("total_ios")?;
     let completed = reads + writes;
-    ensure!(completed > 0.0, "nothing completed");
-    // Of a mix, that of the more frequent kind.
+    ensure!(completed > 0.0, "no request completed");
+    // With mixed requests, the latency of the more frequent kind.
     let latency = &job[if reads >= writes { "read" } else { "write" }]["lat_ns"]["percentile"];
     let figures = Figures {
         p50_ns: number(&latency["50.000000"], "median latency")?,
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_failed_or_did_nothing_is_no_run() {
+    fn a_run_that_failed_or_has_no_requests_is_refused() {
         let mut failed = printed();
         failed["jobs"][0]["error"] = 5.into();
         assert!(read(failed).is_err());

@@ -1,4 +1,4 @@
-//! What a reactor costs when there is nothing to do, and how fast it is when something comes.
+//! CPU time of an idle reactor, and the latency of a request after an idle time.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,18 +15,18 @@ use crate::measure::Fleet;
 use crate::options::{Case, Options};
 use crate::perf::Perf;
 
-/// For how long CPU time is counted.
+/// The duration in which CPU time is counted.
 const IDLE: Duration = Duration::from_secs(3);
-/// Requests in a second: a pause of 1 ms before each.
+/// Requests per second: a pause of 1 ms before each.
 const RATE: &str = "1000";
 
-/// A way to run reactors.
+/// A mode of reactors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Poll,
     Interrupt,
     Adaptive,
-    /// The only way that the server has.
+    /// The only mode of the server.
     Own,
 }
 
@@ -36,7 +36,7 @@ impl Mode {
             Self::Poll => "poll",
             Self::Interrupt => "interrupt",
             Self::Adaptive => "adaptive",
-            Self::Own => "as it is",
+            Self::Own => "default",
         }
     }
 
@@ -56,31 +56,31 @@ impl Mode {
     }
 }
 
-/// What was found of a server in one mode.
+/// The results of a server in one mode.
 #[derive(Clone, Debug)]
 pub(crate) struct Modes {
     pub(crate) server: Spec,
     pub(crate) mode: Mode,
-    /// Why it could not be started so.
+    /// Why the server does not start in this mode.
     pub(crate) unsupported: Option<String>,
-    /// Of each disk.
+    /// The results of each disk.
     pub(crate) disks: Vec<Idleness>,
 }
 
-/// Of one disk.
+/// The results of one disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Idleness {
     pub(crate) disk: DiskKind,
-    /// Share of a CPU that the reactor takes with one connected front end that is idle.
+    /// The reactor's share of a CPU with one connected idle front end.
     pub(crate) cpu: Option<f64>,
-    /// Median latency of a request after a pause, of each alternation; the guest polls.
+    /// The median latency of a request after a pause, for each alternation; the guest polls.
     pub(crate) polling_ns: Vec<f64>,
-    /// The same while the guest sleeps until it is called.
+    /// The same latency if the guest sleeps until it gets a call.
     pub(crate) sleeping_ns: Vec<f64>,
 }
 
 impl Modes {
-    /// How much longer a request takes than with `other` in the same alternations, in ns.
+    /// The difference of the latency to that of `other` in the same alternations, in ns.
     pub(crate) fn later_than(&self, other: &Self, disk: DiskKind) -> Option<Spread> {
         let of = |modes: &Self| Some(modes.disks.iter().find(|d| d.disk == disk)?.clone());
         let (ours, theirs) = (of(self)?.polling_ns, of(other)?.polling_ns);
@@ -91,7 +91,8 @@ impl Modes {
 /// Measures every mode of every server.
 ///
 /// # Errors
-/// A server does not start for another reason than an option that it refuses, or the run was interrupted.
+/// A server does not start, for a reason other than an unsupported option, or the run was
+/// interrupted.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,
@@ -150,7 +151,7 @@ pub(crate) fn measure(
     Ok(())
 }
 
-/// Why `spec` does not start, if it is for its command line.
+/// Why `spec` does not start, if it exits with a message.
 fn refusal(spec: &Spec, core: usize) -> Result<Option<String>> {
     match Server::start(spec, core, &[]) {
         Ok(_) => Ok(None),
@@ -161,7 +162,7 @@ fn refusal(spec: &Spec, core: usize) -> Result<Option<String>> {
     }
 }
 
-/// The share of a CPU that the server's workers take while one connected front end does nothing.
+/// The CPU share of the server's workers with one connected idle front end.
 fn idle_share(server: &Server, disk: &str, interrupt: &Interrupt) -> Result<f64> {
     let ram = GuestRam::new(&[2 << 20])?;
     let mut front_end = connect(&server.socket(disk), &ram)?;
@@ -182,7 +183,7 @@ fn connect(socket: &Path, ram: &std::sync::Arc<GuestRam>) -> front_end::Result<F
     FrontEnd::connect(socket, ram.clone(), Agreed::default())
 }
 
-/// Adds the latency after a pause of each disk.
+/// Measures the latency after a pause on each disk, and adds it to the results.
 fn latencies(
     server: &Server,
     perf: &Perf,

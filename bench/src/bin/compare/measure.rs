@@ -1,4 +1,4 @@
-//! Runs in alternation: one server at a time, the others stopped, then fio where it takes part.
+//! Measures cells in alternation: one server at a time, while the others are stopped, then fio.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,26 +16,26 @@ use crate::fio::{Engine, Fio};
 use crate::perf::{Figures, Perf};
 use crate::syscalls::Tracer;
 
-/// Bytes that a disk is filled with at once.
+/// Bytes of a write when a disk is filled.
 const FILL_BYTES: u32 = 64 << 10;
 
-/// Servers of which at most one runs.
+/// Servers, of which at most one runs at a time.
 #[derive(Debug)]
 pub(crate) struct Fleet {
     servers: Vec<Server>,
 }
 
 impl Fleet {
-    /// Starts `specs`, their polling threads all on `core`, and stops each once it serves `disks`.
+    /// Starts `specs` with their polling threads on `core`, and stops each when it serves `disks`.
     ///
     /// # Errors
-    /// One of them does not start, or cannot be written to.
+    /// A server does not start, or its disk cannot be written.
     pub(crate) fn start(specs: &[Spec], core: usize, disks: &[Disk]) -> Result<Self> {
         let mut servers = Vec::new();
         for spec in specs {
             let mut server = Server::start(spec, core, disks)?;
             if disks.contains(&Disk::Malloc) {
-                // Memory that was never written is one page of zeroes, which is in every cache.
+                // Memory that was never written maps the zero page, which is always cached.
                 fill(&server.socket(Disk::Malloc.name()))
                     .with_context(|| format!("cannot fill the malloc disk of {}", spec.name))?;
             }
@@ -53,19 +53,19 @@ impl Fleet {
         &self.servers[index]
     }
 
-    /// Runs `turn` while only server `index` does.
+    /// Runs `during` while only server `index` runs.
     ///
     /// # Errors
-    /// Those of `turn`, or the server is gone.
+    /// Those of `during`, or the server has ended.
     pub(crate) fn with<T>(
         &mut self,
         index: usize,
-        turn: impl FnOnce(&Server) -> Result<T>,
+        during: impl FnOnce(&Server) -> Result<T>,
     ) -> Result<T> {
         let server = &mut self.servers[index];
         server.process.resume()?;
-        let result = turn(server).with_context(|| server.spec.name.clone());
-        // A server that has failed is not asked.
+        let result = during(server).with_context(|| server.spec.name.clone());
+        // A server that has failed may not answer.
         let free = if result.is_ok() { server.let_go() } else { Ok(()) };
         server.process.pause()?;
         free?;
@@ -73,35 +73,35 @@ impl Fleet {
     }
 }
 
-/// What one run of one server found.
+/// The results of one run of one contender.
 #[derive(Clone, Debug)]
 pub(crate) struct Sample {
     pub(crate) figures: Figures,
-    /// CPU time of its polling thread, where it was looked at.
+    /// CPU time of the polling thread, if measured.
     pub(crate) cpu: Option<Duration>,
-    /// Of that, what it counts as work.
+    /// The part of it that the server counts as work.
     pub(crate) busy: Option<Duration>,
     /// CPU time of the server's other threads.
     pub(crate) others: Option<Duration>,
-    /// Of its polling thread, in the order of [`crate::counters::WORK`].
+    /// Events of the polling thread, in the order of [`crate::counters::WORK`].
     pub(crate) counts: Option<Vec<f64>>,
-    /// The share of the time in which its polling thread could have run, and others of this machine
-    /// did.
+    /// The share of the time in which the polling thread was runnable but did not run.
     pub(crate) kept_waiting: f64,
 }
 
 impl Sample {
-    /// Of a run at which nothing else was looked at.
+    /// A sample with only these figures.
     pub(crate) fn of(figures: Figures) -> Self {
         Self { figures, cpu: None, busy: None, others: None, counts: None, kept_waiting: 0.0 }
     }
 }
 
-/// One run of each contender, right after the other.
+/// One run of each contender, one after the other.
 #[derive(Clone, Debug)]
 pub(crate) struct Alternation {
     pub(crate) round_trip_ns: f64,
-    /// In the contenders' order; `None` for one that failed, or that has no such disk.
+    /// The samples in the contenders' order. `None` for a contender that failed or has no such
+    /// disk.
     pub(crate) samples: Vec<Option<Sample>>,
 }
 
@@ -110,18 +110,18 @@ pub(crate) struct Alternation {
 pub(crate) struct Measured {
     pub(crate) cell: Cell,
     pub(crate) alternations: Vec<Alternation>,
-    /// System calls per I/O of each contender's polling thread, where they were counted.
+    /// System calls per I/O of each contender's polling thread, if counted.
     pub(crate) syscalls: Vec<Option<f64>>,
 }
 
 impl Measured {
-    /// A figure of a contender, one from each alternation.
+    /// A figure of a contender over all alternations.
     pub(crate) fn of(&self, index: usize, figure: impl Fn(&Figures) -> f64) -> Option<Spread> {
         let of = |a: &Alternation| Some(figure(&a.samples.get(index)?.as_ref()?.figures));
         Spread::of(self.alternations.iter().filter_map(of))
     }
 
-    /// Its median latency in round trips.
+    /// The median latency of a server in round trips.
     pub(crate) fn trips(&self, server: usize) -> Option<Spread> {
         let pair =
             |a: &Alternation| Some((a.samples[server].as_ref()?.figures.p50_ns, a.round_trip_ns));
@@ -141,7 +141,7 @@ impl Measured {
         Spread::of_ratios(self.alternations.iter().filter_map(pair))
     }
 
-    /// Something of a contender that a request cost, where it is known in every run.
+    /// A cost per request of a contender, if it was measured in every run.
     pub(crate) fn cost(
         &self,
         index: usize,
@@ -155,7 +155,7 @@ impl Measured {
     }
 }
 
-/// What cells are measured with.
+/// The tools and parameters of a measurement.
 #[derive(Debug)]
 pub(crate) struct Means<'a> {
     pub(crate) perf: &'a Perf,
@@ -167,8 +167,8 @@ pub(crate) struct Means<'a> {
     pub(crate) server_core: usize,
 }
 
-/// Measures `cell` on each server, then by each of fio's engines, as often as the means say. One that fails, or whose
-/// run finds errors, is left out of the following runs.
+/// Measures `cell` on each server, then with each of fio's engines, in `means.runs` alternations. A
+/// contender that fails is omitted from later runs.
 ///
 /// # Errors
 /// The round trip cannot be measured, or the run was interrupted.
@@ -185,7 +185,7 @@ pub(crate) fn measure(
         let round_trip_ns = means.perf.round_trip_ns(means.server_core)?;
         let mut samples = vec![None; contenders.len()];
         for turn in 0..contenders.len() {
-            // Each is the first one now and then.
+            // The order rotates, so that each contender is the first one in some runs.
             let index = (run + turn) % contenders.len();
             let contender = &mut contenders[index];
             interrupt.check()?;
@@ -224,10 +224,10 @@ pub(crate) fn measure(
     Ok(Measured { cell, alternations, syscalls })
 }
 
-/// Who is measured.
+/// A contender.
 #[derive(Clone, Copy)]
 enum Who<'a> {
-    /// By index in the fleet.
+    /// The server with this index in the fleet.
     Server(usize),
     Fio(&'a Fio, Engine, &'a Path),
 }
@@ -240,7 +240,7 @@ struct Contender<'a> {
     out: bool,
 }
 
-/// Those that have a disk of the cell's kind.
+/// The contenders that have a disk of the cell's kind.
 fn contenders<'a>(fleet: &Fleet, means: &'a Means<'_>, cell: Cell) -> Vec<Contender<'a>> {
     let server = |(index, server): (usize, &Server)| Contender {
         who: Who::Server(index),
@@ -262,10 +262,10 @@ fn contenders<'a>(fleet: &Fleet, means: &'a Means<'_>, cell: Cell) -> Vec<Conten
 
 fn sample(server: &Server, means: &Means<'_>, cell: &Cell) -> Result<Sample> {
     let socket = server.socket(cell.disk.name());
-    // Read before and after the run, so that reading it disturbs nothing.
+    // The times are read before and after the run, not during it.
     let (start, before) = (Instant::now(), server.times()?);
     let (figures, costs) = if cell.disk.is_stored() {
-        // No ramp: what completes in it costs time, and is not counted.
+        // No ramp: requests in it would cost time without being counted.
         let perf = Perf { ramp_s: 0.0, ..means.perf.clone() };
         let counters = means.counters.as_ref().map(|counters| (counters, &server.workers[..]));
         let (busy, others) = (server.busy()?, server.cpu_of_others()?);
@@ -296,14 +296,15 @@ pub(crate) fn fill(socket: &Path) -> bench::Result<()> {
     for sector in (0..MEMORY_DISK_BYTES / 512).step_by(FILL_BYTES as usize / 512) {
         let done = queues[0].run(&Request::write(sector, &[buffer]))?;
         if done.status != STATUS_OK {
-            return Err(bench::Error::LoadEnded(format!("a write has status {}", done.status)));
+            let text = format!("a write completed with status {}", done.status);
+            return Err(bench::Error::LoadEnded(text));
         }
     }
     front_end.disconnect()?;
     Ok(())
 }
 
-/// Words that no disk compresses (xorshift64).
+/// Incompressible words (xorshift64).
 pub(crate) fn noise(seed: u64) -> impl Iterator<Item = [u8; 8]> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     std::iter::repeat_with(move || {

@@ -1,4 +1,4 @@
-//! What connected idle controllers cost a busy one on the same reactor.
+//! The cost of connected idle controllers for a busy controller on the same reactor.
 
 use std::path::Path;
 
@@ -20,35 +20,35 @@ const RAM_BYTES: u64 = 2 << 20;
 /// The bdev of the idle controllers.
 const IDLE_BDEV: &str = "idle";
 
-/// One busy controller, measured with idle ones beside it and alone.
+/// The results of a busy controller, with idle controllers and alone.
 #[derive(Clone, Debug)]
 pub(crate) struct Neighbours {
     pub(crate) server: Spec,
     pub(crate) disk: DiskKind,
     pub(crate) count: usize,
-    /// IOPS at depth 64, beside the others and alone.
+    /// IOPS at depth 64, with idle controllers and alone.
     pub(crate) iops: Vec<(f64, f64)>,
-    /// Median latency at depth 1, beside the others and alone.
+    /// Median latency at depth 1, with idle controllers and alone.
     pub(crate) p50_ns: Vec<(f64, f64)>,
 }
 
 impl Neighbours {
-    /// Of its throughput alone.
+    /// The ratio of the throughput with idle controllers to that alone.
     pub(crate) fn iops_ratio(&self) -> Option<Spread> {
         Spread::of_ratios(self.iops.iter().copied())
     }
 
-    /// Of its latency alone.
+    /// The ratio of the latency with idle controllers to that alone.
     pub(crate) fn p50_ratio(&self) -> Option<Spread> {
         Spread::of_ratios(self.p50_ns.iter().copied())
     }
 }
 
-/// Measures it for each server whose controllers can be made by RPC.
+/// Measures each server whose controllers are created by RPC.
 ///
 /// # Errors
-/// A server does not start, or the run was interrupted. A server that fails, or refuses that many connections, is a
-/// finding.
+/// A server does not start, or the run was interrupted. The failure of a server during the
+/// measurement is a result.
 pub(crate) fn measure(
     findings: &mut Findings,
     options: &Options,
@@ -118,13 +118,13 @@ fn busy(
     disks.iter().map(figures).collect()
 }
 
-/// Guests that do nothing.
+/// Idle guests.
 struct Idle {
     guests: Vec<(FrontEnd, Vec<Queue>)>,
 }
 
 impl Idle {
-    /// Each reads once, so that its queue is known to be served, and nothing after.
+    /// Connects the guests. Each reads once, which proves that its queue is served.
     fn connect(server: &Server, count: usize) -> Result<Self> {
         let guest = |n: usize| -> bench::Result<_> {
             let ram = GuestRam::new(&[RAM_BYTES])?;
@@ -152,7 +152,8 @@ fn name(n: usize) -> String {
     format!("idle.{n}")
 }
 
-/// Each guest takes a handful of files here, and in the server, which inherits the limit.
+/// Raises the limit on open files. Each guest needs several fds in this process, and in the server,
+/// which inherits the limit.
 fn raise_fd_limit() -> rustix::io::Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

@@ -1,4 +1,4 @@
-//! Runs of the load generator `vhost-perf`, each in a process of its own, and what they print.
+//! Runs the load generator `vhost-perf` and parses its output.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::cells::Cell;
 use crate::counters::Counters;
 
-/// How each run is made.
+/// The parameters of the runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Perf {
     pub(crate) program: PathBuf,
@@ -19,23 +19,23 @@ pub(crate) struct Perf {
     pub(crate) ramp_s: f64,
 }
 
-/// What a run found.
+/// The results of a run.
 #[derive(Clone, Debug)]
 pub(crate) struct Figures {
     pub(crate) p50_ns: f64,
     pub(crate) p999_ns: f64,
     pub(crate) iops: f64,
     pub(crate) completed: f64,
-    /// All that was printed.
+    /// The whole output.
     pub(crate) raw: Value,
 }
 
 impl Perf {
-    /// Loads the disk behind `socket` as `cell` says. With `counters`, the threads named are
-    /// counted meanwhile.
+    /// Runs the load of `cell` on the disk of `socket`. With `counters`, counts events of these
+    /// threads meanwhile.
     ///
     /// # Errors
-    /// The run fails, or it finds an error or a mismatch.
+    /// The run fails, or has an error or a mismatch.
     pub(crate) fn run(
         &self,
         socket: &Path,
@@ -62,17 +62,18 @@ impl Perf {
         Ok((figures, counts))
     }
 
-    /// The cache-line round trip between the cores of load and servers.
+    /// Measures the cache-line round trip between the cores of the load and of the servers.
     ///
     /// # Errors
     /// It cannot be measured.
     pub(crate) fn round_trip_ns(&self, other: usize) -> Result<f64> {
-        bench::round_trip_ns(self.core, other).context("the round trip between the cores")
+        bench::round_trip_ns(self.core, other)
+            .context("cannot measure the round trip between the cores")
     }
 }
 
 impl Figures {
-    /// Takes what is needed from what `vhost-perf` printed.
+    /// Parses the output of `vhost-perf`.
     fn read(raw: Value) -> Result<Self> {
         let number = |value: &Value, name: &str| {
             value.as_f64().with_context(|| format!("vhost-perf printed no {name}"))
@@ -82,7 +83,7 @@ impl Figures {
             ensure!(found == 0.0, "{found} {name}: {}", raw["first_problem"]);
         }
         let completed = number(&raw["completed"], "completed")?;
-        ensure!(completed > 0.0, "nothing completed");
+        ensure!(completed > 0.0, "no request completed");
         Ok(Self {
             p50_ns: number(&raw["lat_ns"]["p50"], "lat_ns.p50")?,
             p999_ns: number(&raw["lat_ns"]["p99.9"], "lat_ns.p99.9")?,
@@ -93,7 +94,7 @@ impl Figures {
     }
 }
 
-/// Runs `command` and parses what it prints.
+/// Runs `command`, and parses its output as JSON.
 pub(crate) fn json_of(mut command: Command, name: &str) -> Result<Value> {
     let output = command.stderr(Stdio::piped()).output();
     let output = output.with_context(|| format!("cannot start {name}"))?;
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_with_errors_or_without_requests_is_no_run() {
+    fn a_run_with_errors_or_without_requests_is_refused() {
         for (name, value) in [("errors", 1), ("mismatches", 1), ("completed", 0)] {
             let mut raw = printed();
             raw[name] = value.into();
