@@ -1,13 +1,15 @@
 //! `stall`: measures how the exit of a VM and other events delay the I/O of other VMs, in
 //! alternating quiet and disturbed stretches.
 //!
-//! In the order of the data flow: [`options`] selects the [`cases`] and the servers; the cases of
-//! [`strangers`] run with [`newcomers`]; [`client`] is the neighbours; [`stretch`] collects the
-//! data of the neighbours, the kernel and the server in one stretch; [`report`] makes tables.
+//! In the order of the data flow: [`options`] selects the [`event`]s and the servers; [`cases`] make
+//! an event happen repeatedly, those of [`strangers`] while [`newcomers`] run; [`client`] is the
+//! neighbours; [`stretch`] collects the data of the neighbours, the kernel and the server in one
+//! stretch; [`report`] makes tables.
 #![warn(clippy::cast_possible_truncation)]
 
 mod cases;
 mod client;
+mod event;
 mod newcomers;
 mod options;
 mod report;
@@ -27,8 +29,9 @@ use bench::servers::{Interrupt, Kind, Server, Spec};
 use clap::Parser;
 use front_end::GuestRam;
 
-use crate::cases::{Case, Event, OTHER, VMS, controller, more_memory};
+use crate::cases::{Case, OTHER, VMS, controller, more_memory};
 use crate::client::Clients;
+use crate::event::Event;
 use crate::options::Options;
 use crate::stretch::Found;
 

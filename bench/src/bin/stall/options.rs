@@ -7,7 +7,7 @@ use bench::publish::beside;
 use bench::servers::{Kind, Spec};
 use clap::Parser;
 
-use crate::cases::Event;
+use crate::event::Event;
 
 /// Measure how the exit of a VM, and other events, delay the I/O of its neighbours.
 ///
