@@ -297,12 +297,12 @@ impl Free {
 /// A number that one thread writes often and others read, on a separate cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(crate) struct Shown(AtomicU64);
+pub(crate) struct SharedCounter(AtomicU64);
 
-impl Shown {
+impl SharedCounter {
     /// Stores `value`. Only one thread may store.
     #[inline]
-    pub(crate) fn show(&self, value: u64) {
+    pub(crate) fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
     }
 

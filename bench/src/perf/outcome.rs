@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::perf::clock::Clock;
 use crate::perf::histogram::{Counts, Distribution};
 use crate::perf::lane::Tally;
-use crate::perf::worker::Finding;
+use crate::perf::worker::WorkerResult;
 
 /// The number of requests, and their latencies in nanoseconds.
 #[derive(Clone, Debug)]
@@ -65,12 +65,12 @@ pub struct Outcome {
 
 impl Outcome {
     /// Combines the results of several threads since `start`.
-    pub(crate) fn new(findings: Vec<Finding>, start: u64, clock: &Clock, empty: Tally) -> Self {
-        let ended = findings.iter().map(|finding| finding.ended).max().unwrap_or(start);
-        let outstanding = findings.iter().map(|finding| finding.outstanding).sum();
-        let unsubmitted = findings.iter().map(|finding| finding.unsubmitted).sum();
+    pub(crate) fn new(results: Vec<WorkerResult>, start: u64, clock: &Clock, empty: Tally) -> Self {
+        let ended = results.iter().map(|result| result.ended).max().unwrap_or(start);
+        let outstanding = results.iter().map(|result| result.outstanding).sum();
+        let unsubmitted = results.iter().map(|result| result.unsubmitted).sum();
         let mut tally = empty;
-        findings.into_iter().for_each(|finding| tally.add(finding.tally));
+        results.into_iter().for_each(|result| tally.add(result.tally));
         let seconds = |ticks: u64| clock.ns(ticks) as f64 / 1e9;
         let elapsed = ended.saturating_sub(start);
         let [reads, writes] = &tally.latencies;

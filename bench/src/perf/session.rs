@@ -13,14 +13,14 @@ use front_end::{Backing, FrontEnd, GuestRam, Options, ProtocolFeatures, RingLayo
 
 use crate::error::{Error, Result};
 use crate::perf::clock::Clock;
-use crate::perf::lane::{Lane, Shown, Tally};
+use crate::perf::lane::{Lane, SharedCounter, Tally};
 use crate::perf::outcome::Outcome;
 use crate::perf::pace::Pace;
 use crate::perf::plan::Plan;
 use crate::perf::timeline::Timeline;
 use crate::perf::verify::{self, Verified};
 use crate::perf::work::{Area, Chooser, SECTOR, Work};
-use crate::perf::worker::{Finding, Orders, Schedule, Worker};
+use crate::perf::worker::{Schedule, Worker, WorkerOptions, WorkerResult};
 use crate::pin::pin;
 
 /// VIRTIO_BLK_F_SIZE_MAX: there is a limit on the bytes of a segment.
@@ -144,12 +144,12 @@ impl Session {
             let buffers = slots.buffers().to_vec();
             Verified::new(chooser, self.ram.clone(), buffers, plan.seed, plan.reads < 100)
         };
-        let crew = Crew { session: self, plan, clock: Clock::calibrated(), stop };
+        let measurement = Measurement { session: self, plan, clock: Clock::calibrated(), stop };
         match (plan.rings, plan.verify) {
-            (RingLayout::Split, false) => crew.work(split, chooser, report),
-            (RingLayout::Split, true) => crew.work(split, verified, report),
-            (RingLayout::Packed, false) => crew.work(packed, chooser, report),
-            (RingLayout::Packed, true) => crew.work(packed, verified, report),
+            (RingLayout::Split, false) => measurement.work(split, chooser, report),
+            (RingLayout::Split, true) => measurement.work(split, verified, report),
+            (RingLayout::Packed, false) => measurement.work(packed, chooser, report),
+            (RingLayout::Packed, true) => measurement.work(packed, verified, report),
         }
     }
 
@@ -269,7 +269,7 @@ fn queue(
 }
 
 /// The threads of one run, and the thread that waits for them.
-struct Crew<'s> {
+struct Measurement<'s> {
     session: &'s Session,
     plan: &'s Plan,
     clock: Clock,
@@ -293,12 +293,12 @@ impl Timing {
         let stretches = plan.runtime.as_nanos().div_ceil(width.as_nanos()).max(1);
         let stretches = usize::try_from(stretches).expect("at most STRETCHES_MAX");
         let timeline = Timeline::new(start, clock.ticks(width), stretches);
-        let patience = clock.ticks(plan.limit);
-        Self { begin, schedule: Schedule { start, end, patience }, timeline }
+        let drain_limit = clock.ticks(plan.limit);
+        Self { begin, schedule: Schedule { start, end, drain_limit }, timeline }
     }
 }
 
-impl<'s> Crew<'s> {
+impl<'s> Measurement<'s> {
     /// Runs the threads, each with its queues, and combines their results.
     fn work<V: Virtqueue, W: Work>(
         &self,
@@ -316,9 +316,9 @@ impl<'s> Crew<'s> {
         let mine = |thread: usize| (thread..plan.queues).step_by(count);
         let (timing, ready) = (OnceLock::new(), Barrier::new(count + 1));
         let abandon = AtomicBool::new(false);
-        let completed: Vec<_> = (0..count).map(|_| Shown::default()).collect();
+        let completed: Vec<_> = (0..count).map(|_| SharedCounter::default()).collect();
         let watcher = thread::current();
-        let work = |thread: usize| -> Result<Finding> {
+        let work = |thread: usize| -> Result<WorkerResult> {
             let pinned =
                 plan.cores.get(thread % plan.cores.len().max(1)).map_or(Ok(()), |&c| pin(c));
             let calls: Vec<_> = mine(thread).map(|index| queues[index].0.call_fd()).collect();
@@ -330,17 +330,17 @@ impl<'s> Crew<'s> {
             }
             let Timing { schedule, ref timeline, .. } = *timing;
             let (stop, abandon) = (self.stop, &abandon);
-            let orders = Orders { schedule, idle: plan.idle, stop, abandon };
+            let options = WorkerOptions { schedule, idle: plan.idle, stop, abandon };
             let (shown, tally) = (&completed[thread], Tally::new(timeline.clone()));
             pinned?;
-            Worker::new(lanes, &calls, self.clock, orders, shown, tally).run()
+            Worker::new(lanes, &calls, self.clock, options, shown, tally).run()
         };
         let work = |thread: usize| {
-            let finding = work(thread);
+            let result = work(thread);
             // After an error, the other threads must end.
-            abandon.fetch_or(finding.is_err(), Ordering::Relaxed);
+            abandon.fetch_or(result.is_err(), Ordering::Relaxed);
             watcher.unpark();
-            finding
+            result
         };
         thread::scope(|scope| {
             let work = &work;
@@ -349,9 +349,9 @@ impl<'s> Crew<'s> {
             let timing = timing.get_or_init(|| Timing::new(plan, &self.clock));
             self.watch(&threads, timing, &completed, &abandon, report);
             let join = |thread: ScopedJoinHandle<'_, _>| thread.join().expect("it does not panic");
-            let findings = threads.into_iter().map(join).collect::<Result<Vec<_>>>()?;
+            let results = threads.into_iter().map(join).collect::<Result<Vec<_>>>()?;
             let empty = Tally::new(timing.timeline.clone());
-            Ok(Outcome::new(findings, timing.schedule.start, &self.clock, empty))
+            Ok(Outcome::new(results, timing.schedule.start, &self.clock, empty))
         })
     }
 
@@ -367,9 +367,9 @@ impl<'s> Crew<'s> {
     /// Reports progress until all threads have ended, and ends them when the server disconnects.
     fn watch(
         &self,
-        threads: &[ScopedJoinHandle<'_, Result<Finding>>],
+        threads: &[ScopedJoinHandle<'_, Result<WorkerResult>>],
         timing: &Timing,
-        completed: &[Shown],
+        completed: &[SharedCounter],
         abandon: &AtomicBool,
         report: &mut dyn FnMut(Progress),
     ) {
@@ -386,7 +386,7 @@ impl<'s> Crew<'s> {
             let elapsed = Duration::from_nanos(self.clock.ns(now.saturating_sub(timing.begin)));
             report(Progress::Running {
                 elapsed,
-                completed: completed.iter().map(Shown::get).sum(),
+                completed: completed.iter().map(SharedCounter::get).sum(),
             });
             let left = timing.schedule.start.saturating_sub(now);
             let left = Duration::from_nanos(self.clock.ns(left));

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::load::Idle;
 use crate::perf::clock::Clock;
-use crate::perf::lane::{Lane, Shown, Tally};
+use crate::perf::lane::{Lane, SharedCounter, Tally};
 use crate::perf::work::Work;
 
 /// Iterations without a completion between two readings of the clock and of the stop flags.
@@ -28,12 +28,12 @@ pub(crate) struct Schedule {
     /// The end of submissions.
     pub(crate) end: u64,
     /// Limit on the time without completions after the end.
-    pub(crate) patience: u64,
+    pub(crate) drain_limit: u64,
 }
 
 /// The parameters of all workers.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Orders<'a> {
+pub(crate) struct WorkerOptions<'a> {
     /// The times of the run.
     pub(crate) schedule: Schedule,
     /// What to do without completions.
@@ -46,7 +46,7 @@ pub(crate) struct Orders<'a> {
 
 /// The result of a worker.
 #[derive(Debug)]
-pub(crate) struct Finding {
+pub(crate) struct WorkerResult {
     pub(crate) tally: Tally,
     /// The time at which the last request completed or was given up.
     pub(crate) ended: u64,
@@ -67,8 +67,8 @@ enum Phase {
 pub(crate) struct Worker<'a, V, W> {
     lanes: Vec<Lane<'a, V, W>>,
     clock: Clock,
-    orders: Orders<'a>,
-    completed: &'a Shown,
+    options: WorkerOptions<'a>,
+    completed: &'a SharedCounter,
     tally: Tally,
     calls: &'a [Arc<EventFd>],
     waits: Vec<PollFd<'a>>,
@@ -82,20 +82,20 @@ pub(crate) struct Worker<'a, V, W> {
 }
 
 impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
-    /// A worker that counts into `tally`, whose time line starts at `orders.schedule.start`. It
+    /// A worker that counts into `tally`, whose time line starts at `options.schedule.start`. It
     /// shows the number of completions in `completed`. `calls` are the call fds of the lanes.
     pub(crate) fn new(
         lanes: Vec<Lane<'a, V, W>>,
         calls: &'a [Arc<EventFd>],
         clock: Clock,
-        orders: Orders<'a>,
-        completed: &'a Shown,
+        options: WorkerOptions<'a>,
+        completed: &'a SharedCounter,
         tally: Tally,
     ) -> Self {
         Self {
             lanes,
             clock,
-            orders,
+            options,
             completed,
             tally,
             calls,
@@ -104,7 +104,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 .map(|fd| PollFd::from_borrowed_fd(event::as_fd(fd), PollFlags::IN))
                 .collect(),
             phase: Phase::Ramp,
-            phase_end: orders.schedule.start,
+            phase_end: options.schedule.start,
             stopped: 0,
             total: 0,
         }
@@ -114,7 +114,7 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
     ///
     /// # Errors
     /// A system call failed, or the device returned an invalid completion.
-    pub(crate) fn run(mut self) -> Result<Finding> {
+    pub(crate) fn run(mut self) -> Result<WorkerResult> {
         let mut spins = 0_u32;
         let mut last = self.clock.now();
         loop {
@@ -123,9 +123,9 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
                 spins = 0;
                 last = seen;
                 self.total += completed as u64;
-                self.completed.show(self.total);
+                self.completed.set(self.total);
                 seen
-            } else if self.orders.idle == Idle::Sleep {
+            } else if self.options.idle == Idle::Sleep {
                 self.sleep()?;
                 self.clock.now()
             } else {
@@ -169,16 +169,16 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
     #[inline]
     fn is_over(&mut self, now: u64, last: u64) -> Result<bool> {
         if self.phase != Phase::Drain {
-            if now >= self.phase_end || self.orders.stop.load(Ordering::Relaxed) {
+            if now >= self.phase_end || self.options.stop.load(Ordering::Relaxed) {
                 self.next_phase(now)?;
             }
             if self.phase != Phase::Drain {
-                return Ok(self.orders.abandon.load(Ordering::Relaxed));
+                return Ok(self.options.abandon.load(Ordering::Relaxed));
             }
         }
         let over = self.in_flight() == 0
-            || self.orders.abandon.load(Ordering::Relaxed)
-            || now.saturating_sub(last.max(self.stopped)) > self.orders.schedule.patience;
+            || self.options.abandon.load(Ordering::Relaxed)
+            || now.saturating_sub(last.max(self.stopped)) > self.options.schedule.drain_limit;
         Ok(over)
     }
 
@@ -187,9 +187,9 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         if self.phase == Phase::Ramp && now >= self.phase_end {
             self.reset_tally();
             self.lanes.iter_mut().for_each(|lane| lane.begin_gap(now));
-            (self.phase, self.phase_end) = (Phase::Measure, self.orders.schedule.end);
+            (self.phase, self.phase_end) = (Phase::Measure, self.options.schedule.end);
         }
-        let stop = self.orders.stop.load(Ordering::Relaxed);
+        let stop = self.options.stop.load(Ordering::Relaxed);
         if stop || self.phase == Phase::Measure && now >= self.phase_end {
             // Submits the requests that are due, as far as slots are free.
             for lane in &mut self.lanes {
@@ -209,14 +209,14 @@ impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
         self.lanes.iter().map(Lane::in_flight).sum()
     }
 
-    fn finish(mut self, now: u64) -> Finding {
+    fn finish(mut self, now: u64) -> WorkerResult {
         self.lanes.iter().for_each(|lane| lane.end(now, &mut self.tally));
-        if now < self.orders.schedule.start {
+        if now < self.options.schedule.start {
             // Stopped in the ramp.
             self.reset_tally();
         }
         let stopped = if self.phase == Phase::Drain { self.stopped } else { now };
-        Finding {
+        WorkerResult {
             ended: now,
             outstanding: self.in_flight(),
             unsubmitted: self.lanes.iter().map(|lane| lane.due_before(stopped)).sum(),
