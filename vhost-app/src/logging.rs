@@ -296,7 +296,7 @@ impl<S: Subscriber> Layer<S> for Lines {
     }
 }
 
-/// Appends `name.rs:  42:module`: the file without its directories, the line, and the module's path
+/// Appends `FILE:  42:module`: the file without its directories, the line, and the module's path
 /// with underscores in place of SPDK's function.
 fn push_place(line: &mut String, metadata: &Metadata<'_>) {
     let file = metadata.file().unwrap_or("?");
