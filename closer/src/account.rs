@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
-use crate::receive;
+use crate::message;
 
 /// Idle threads that are kept; a further thread exits when it finds no work.
 const IDLE_MAX: usize = 2;
@@ -30,7 +30,7 @@ const STUCK_TICKS: u32 = 2;
 /// limit is one in [`ACCOUNTS_PART`] of them, but at least [`ACCOUNT_FDS_MIN`].
 const ACCOUNT_FDS_MAX: usize = 2048;
 /// Room for two messages.
-const ACCOUNT_FDS_MIN: usize = 2 * receive::FDS_MAX;
+const ACCOUNT_FDS_MIN: usize = 2 * message::FDS_MAX;
 /// See [`ACCOUNT_FDS_MAX`].
 const ACCOUNTS_PART: usize = 4;
 

@@ -20,8 +20,10 @@
 
 mod account;
 mod foreign;
+mod message;
 mod receive;
 
 pub use account::{Account, Stuck, set_fds_max, stuck, tick};
 pub use foreign::{Error, ForeignFd};
-pub use receive::{FDS_MAX, receive};
+pub use message::FDS_MAX;
+pub use receive::receive;

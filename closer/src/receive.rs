@@ -7,10 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::account::Account;
 use crate::foreign::ForeignFd;
-
-/// The maximum number of fds that one call receives: the kernel's limit for one message
-/// (`SCM_MAX_FD`). A call does not read past a message with fds.
-pub const FDS_MAX: usize = 253;
+use crate::message::FDS_MAX;
 
 /// The control buffer: a header, and the fds.
 #[repr(C)]
