@@ -5,8 +5,8 @@
 //!
 //! 1. [`guest`]: a guest's memory, made from memfds so that a back end can map it too; `words`: a
 //!    part of it as atomic integers.
-//! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields;
-//!    [`event`]: the eventfds for kicks and calls.
+//! 2. [`ring`]: where one virtqueue lies in that memory, and raw access to each of its fields, such
+//!    as a [`descriptor`]; [`event`]: the eventfds for kicks and calls.
 //! 3. `split` and [`packed`]: the driver's side of a ring, one for each layout, which both of the
 //!    following use.
 //! 4. [`request`] and [`queue`]: queues that take any virtio-blk requests; [`prepared`]: queues of
@@ -37,6 +37,7 @@
 
 pub mod config_space;
 pub mod deaf;
+pub mod descriptor;
 pub mod error;
 pub mod event;
 pub mod features;

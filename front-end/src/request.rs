@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use crate::descriptor::WRITE;
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment, Window};
-use crate::ring::WRITE;
 
 /// Status byte: done.
 pub const STATUS_OK: u8 = 0;

@@ -6,8 +6,8 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
+use crate::descriptor::{Descriptor, Used};
 use crate::guest::Window;
-use crate::ring::{Descriptor, Used};
 use crate::words::words;
 
 /// A split ring in guest memory, field by field. The other side may write it at any time.

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bench::{Load, LoadOptions};
-use front_end::ring::{Descriptor, NEXT, WRITE};
+use front_end::descriptor::{Descriptor, NEXT, WRITE};
 use front_end::{
     FrontEnd, GuestRam, Options, Queue, QueueOptions, RawConnection, Request, STATUS_OK,
 };

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
+use front_end::descriptor::{Descriptor, NEXT, WRITE};
 use front_end::features::{EVENT_IDX, INDIRECT_DESC};
 use front_end::request::{STATUS_IOERR, STATUS_UNSUPP, range};
 use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
@@ -194,11 +195,11 @@ fn a_chain_made_by_hand_works_and_is_no_request_of_the_driver_s() {
     let [header, id, status] = [16, 20, 1].map(|len| ram.alloc(len, 16).unwrap());
     ram.write(header.gpa, &8_u64.to_le_bytes()).unwrap();
     let descriptors = queue.take_descriptors(3).unwrap();
-    let parts = [(header, front_end::ring::NEXT), (id, 3), (status, front_end::ring::WRITE)];
+    let parts = [(header, NEXT), (id, 3), (status, WRITE)];
     for (i, (segment, flags)) in parts.into_iter().enumerate() {
         let next = descriptors.get(i + 1).copied().unwrap_or(0);
         let Segment { gpa: addr, len } = segment;
-        let descriptor = front_end::ring::Descriptor { addr, len, flags, next };
+        let descriptor = Descriptor { addr, len, flags, next };
         queue.ring().set_descriptor(descriptors[i], descriptor);
     }
     queue.make_available(descriptors[0]);

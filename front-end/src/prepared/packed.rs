@@ -1,9 +1,10 @@
 //! The driver's side of a packed ring (virtio 1.2, 2.8).
 
+use crate::descriptor::{Descriptor, INDIRECT};
 use crate::packed::{PackedDriver, PackedFields, descriptor};
 use crate::prepared::Virtqueue;
 use crate::prepared::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
-use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
+use crate::ring::{Ring, RingLayout};
 
 /// A packed ring. The descriptors of each slot's request are made once and copied into the ring
 /// wherever the next free place is.
@@ -134,9 +135,9 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::descriptor::NEXT;
     use crate::guest::GuestRam;
     use crate::packed::{AVAILABLE, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Position, USED};
-    use crate::ring::NEXT;
 
     /// A device that follows the specification, with state of its own.
     struct Device {
@@ -219,7 +220,7 @@ mod tests {
         /// An entry of a table of `parts`: they follow one another, and no flag says so.
         fn table_entry(&self, table: u64, i: u64, parts: u64) -> Descriptor {
             let mut part = self.descriptor(table + 16 * i);
-            assert_eq!(part.flags & !crate::ring::WRITE, 0);
+            assert_eq!(part.flags & !crate::descriptor::WRITE, 0);
             part.flags |= if i + 1 < parts { NEXT } else { 0 };
             part
         }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+use crate::descriptor::{Descriptor, NEXT, WRITE};
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment, Window};
 use crate::packed::put_entry;
 use crate::request::{HEAD_BYTES, HEADER_BYTES, STATUS_AT, STATUS_UNWRITTEN};
-use crate::ring::{Descriptor, NEXT, RingLayout, WRITE};
+use crate::ring::RingLayout;
 use crate::split::put;
 use crate::words::words;
 

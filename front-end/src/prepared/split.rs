@@ -1,8 +1,9 @@
 //! The driver's side of a split ring (virtio 1.2, 2.7).
 
+use crate::descriptor::{Descriptor, INDIRECT};
 use crate::prepared::Virtqueue;
 use crate::prepared::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
-use crate::ring::{Descriptor, INDIRECT, Ring, RingLayout};
+use crate::ring::{Ring, RingLayout};
 use crate::split::{SplitDriver, SplitFields};
 
 /// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
@@ -164,7 +165,7 @@ mod tests {
 
     fn chain(ring: &Ring, head: u16) -> Vec<Descriptor> {
         let mut chain = vec![ring.descriptor(head)];
-        while chain.last().unwrap().flags & crate::ring::NEXT != 0 {
+        while chain.last().unwrap().flags & crate::descriptor::NEXT != 0 {
             chain.push(ring.descriptor(chain.last().unwrap().next));
         }
         chain.iter_mut().for_each(|part| part.next = 0);

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::{Calls, wait};
+use crate::descriptor::{INDIRECT, NEXT};
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Window};
 use crate::packed::{PackedDriver, descriptor, put_entry};
 use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
-use crate::ring::{INDIRECT, NEXT, Ring};
+use crate::ring::Ring;
 use crate::words::words;
 
 /// Drives one packed ring, as [`crate::Queue`] drives a split one. To be started from

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::{Calls, wait};
+use crate::descriptor::{Descriptor, INDIRECT, NEXT, Used};
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
-use crate::ring::{self, Descriptor, INDIRECT, NEXT, Ring};
+use crate::ring::Ring;
 use crate::split::{SplitDriver, put};
 use crate::words::words;
 
@@ -127,7 +128,7 @@ impl Queue {
     }
 
     /// Takes the next element of the used ring as it is, and frees nothing.
-    pub fn poll_raw(&mut self) -> Option<ring::Used> {
+    pub fn poll_raw(&mut self) -> Option<Used> {
         let ring = self.ring.split();
         let (first, count) = self.driver.take(&ring, 1);
         (count == 1).then(|| ring.used_element(first))
