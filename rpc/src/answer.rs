@@ -10,9 +10,9 @@ use serde::Serialize;
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
 use serde_json::{Value, map};
 
+use crate::client::Client;
 use crate::error::RpcError;
 use crate::pace::Pace;
-use crate::params::Client;
 use crate::request::Id;
 
 /// Limit on the bytes of one answer, as in SPDK. An error replaces a longer answer.

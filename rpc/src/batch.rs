@@ -7,11 +7,11 @@ use std::task::Poll;
 use tokio::task::{JoinError, JoinSet};
 
 use crate::answer::{self, ANSWER_MAX, Pieces, too_long};
-use crate::connection::answer_member;
+use crate::client::Client;
 use crate::error::RpcError;
 use crate::link::OUTSTANDING_MAX;
-use crate::pace::Load;
-use crate::params::Client;
+use crate::load::Load;
+use crate::member::answer_member;
 use crate::registry::Registry;
 use crate::request::{Id, Member};
 

@@ -15,21 +15,20 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::{spawn_local, yield_now};
 
-use crate::answer::{self, Pieces};
+use crate::answer;
 use crate::batch::answer_batch;
 use crate::error::RpcError;
 use crate::hang_up::HangUp;
 use crate::idle::Idle;
 use crate::input::{Input, Next, READ_SIZE, REQUEST_MAX};
 use crate::link::{Flushed, GoneOnDrop, Link, Running};
-use crate::params::Client;
+use crate::member::answer_member;
+use crate::mode::{Mode, stopping};
 use crate::registry::Registry;
-use crate::request::{Member, Request};
-use crate::server::{Mode, stopping};
+use crate::request::Request;
 use crate::stream::Stream;
 
 /// Limit on the bytes that are discarded after an error that closes a connection. The client may
@@ -245,24 +244,4 @@ fn run(future: impl Future<Output = ()> + 'static) {
     if future.as_mut().poll(&mut context).is_pending() {
         spawn_local(future);
     }
-}
-
-/// Runs one member. Returns no answer for a notification that succeeded.
-pub(crate) async fn answer_member(
-    member: Member,
-    registry: &Rc<Registry>,
-    client: Client,
-) -> Option<Pieces> {
-    let Member { id, call } = member;
-    let outcome: Result<Value, RpcError> = match call {
-        None => Err(RpcError::invalid_request()),
-        Some(call) => {
-            let phase = registry.phase();
-            registry.dispatch(&call.method, call.params, client.clone(), phase).await
-        }
-    };
-    let is_silent = id.is_none() && outcome.is_ok();
-    // Encoded even if it is not sent: encoding frees a long result piece by piece.
-    let answer = answer::encode(id.as_ref(), outcome, &client).await;
-    (!is_silent).then_some(answer)
 }

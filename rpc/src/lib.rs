@@ -46,6 +46,7 @@
 
 mod answer;
 mod batch;
+mod client;
 mod connection;
 mod decode;
 mod error;
@@ -53,8 +54,12 @@ mod hang_up;
 mod idle;
 mod input;
 mod link;
+mod load;
+mod member;
+mod mode;
 mod pace;
 mod params;
+mod phase;
 mod registry;
 mod request;
 mod scan;
@@ -63,11 +68,13 @@ mod socket;
 mod stream;
 
 pub use answer::ANSWER_MAX;
+pub use client::Client;
 pub use error::{RpcError, strerror};
 pub use input::REQUEST_MAX;
 pub use link::OUTSTANDING_MAX;
 pub use pace::{Pace, SLICE_VALUES};
-pub use params::{Client, DecodeFailure, Params};
-pub use registry::{Phase, Phases, Registry};
+pub use params::{DecodeFailure, Params};
+pub use phase::{Phase, Phases};
+pub use registry::Registry;
 pub use server::{CONNECTIONS_MAX, Server};
 pub use socket::BindError;

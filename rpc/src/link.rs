@@ -8,9 +8,9 @@ use tokio::io::Interest;
 use tokio::sync::watch;
 
 use crate::answer::{ANSWER_MAX, Pieces};
+use crate::client::Client;
 use crate::hang_up::HangUp;
-use crate::pace::Load;
-use crate::params::Client;
+use crate::load::Load;
 use crate::stream::Stream;
 
 /// Limit on the running requests of one connection, and on the running members of one batch.

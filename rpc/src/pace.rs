@@ -4,68 +4,10 @@
 //! Until it resumes, its connection starts no further request. So requests that only yield are
 //! answered in the order in which they arrive.
 
-use std::cell::Cell;
-use std::rc::Rc;
-
-use tokio::sync::Notify;
-
-use crate::params::Client;
+use crate::client::Client;
 
 /// JSON values that a call builds or writes in one slice: about a tenth of a millisecond.
 pub const SLICE_VALUES: usize = 1000;
-
-/// The state of one connection's running requests.
-#[derive(Debug, Default)]
-pub(crate) struct Load {
-    /// Calls that have yielded and resume without an event.
-    paused: Cell<usize>,
-    /// Bytes of answers in unfinished batches.
-    buffered: Cell<usize>,
-    /// Notified when an answer is queued, and when a request resumes or ends.
-    pub(crate) changed: Notify,
-}
-
-impl Load {
-    /// Whether a call has yielded and resumes without an event.
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused.get() > 0
-    }
-
-    /// Bytes of answers in unfinished batches.
-    pub(crate) fn buffered(&self) -> usize {
-        self.buffered.get()
-    }
-
-    pub(crate) fn add_buffered(&self, bytes: usize) {
-        self.buffered.update(|buffered| buffered + bytes);
-    }
-
-    pub(crate) fn remove_buffered(&self, bytes: usize) {
-        self.buffered.update(|buffered| buffered - bytes);
-    }
-}
-
-/// Counts a call as paused until it resumes or is dropped.
-pub(crate) struct Paused {
-    own: Rc<Cell<bool>>,
-    load: Rc<Load>,
-}
-
-impl Paused {
-    pub(crate) fn new(own: &Rc<Cell<bool>>, load: &Rc<Load>) -> Self {
-        own.set(true);
-        load.paused.update(|count| count + 1);
-        Self { own: Rc::clone(own), load: Rc::clone(load) }
-    }
-}
-
-impl Drop for Paused {
-    fn drop(&mut self) {
-        self.own.set(false);
-        self.load.paused.update(|count| count - 1);
-        self.load.changed.notify_one();
-    }
-}
 
 /// Counts the work of one call, and yields after each slice.
 ///
@@ -103,21 +45,5 @@ impl Pace {
             self.left = SLICE_VALUES;
             self.client.yield_now().await;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_of_unfinished_batches_add_up() {
-        let load = Load::default();
-        load.add_buffered(3000);
-        load.add_buffered(600);
-        load.remove_buffered(600);
-        assert_eq!(load.buffered(), 3000);
-        load.remove_buffered(3000);
-        assert_eq!(load.buffered(), 0);
     }
 }

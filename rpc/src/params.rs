@@ -1,18 +1,14 @@
 //! The arguments of a method: its parameters, and its client.
 
-use std::cell::Cell;
-use std::fmt;
-use std::rc::Rc;
-
 use serde::Deserialize;
 use serde::de::DeserializeSeed;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
 
+use crate::client::Client;
 use crate::decode::{Error, UnknownNames, decode, decode_seed};
 use crate::error::RpcError;
-use crate::pace::{Load, Pace, Paused};
-use crate::registry::{Phase, Registry};
+use crate::pace::Pace;
+use crate::phase::Phase;
 
 /// The parameters and the context of one call. A method takes it by value.
 pub struct Params {
@@ -20,7 +16,6 @@ pub struct Params {
     pub(crate) raw: Option<Box<RawValue>>,
     pub(crate) client: Client,
     pub(crate) phase: Phase,
-    pub(crate) registry: Rc<Registry>,
 }
 
 impl Params {
@@ -98,83 +93,6 @@ impl Params {
     /// The phase in which the call was made.
     pub fn phase(&self) -> Phase {
         self.phase
-    }
-
-    /// The registry that holds the method.
-    pub fn registry(&self) -> &Rc<Registry> {
-        &self.registry
-    }
-}
-
-/// The client of a call, which may disconnect before the answer is ready.
-///
-/// A method may stop when its client has disconnected:
-///
-/// ```
-/// # use rpc::{Params, RpcError};
-/// # use serde_json::Value;
-/// # async fn drain() -> Result<Value, RpcError> { Ok(Value::Bool(true)) }
-/// async fn delete(params: Params) -> Result<Value, RpcError> {
-///     tokio::select! {
-///         done = drain() => done,
-///         () = params.client().gone() => Err(RpcError::errno(125)),
-///     }
-/// }
-/// ```
-#[derive(Clone)]
-pub struct Client {
-    /// `None` for a call from within the process.
-    gone: Option<watch::Receiver<bool>>,
-    load: Rc<Load>,
-    /// Whether this call has yielded.
-    paused: Rc<Cell<bool>>,
-}
-
-impl Client {
-    /// The client of a call from within the process, which never disconnects.
-    pub(crate) fn local() -> Self {
-        Self { gone: None, load: Rc::default(), paused: Rc::default() }
-    }
-
-    pub(crate) fn remote(gone: watch::Receiver<bool>, load: &Rc<Load>) -> Self {
-        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default() }
-    }
-
-    /// The same client, for another call.
-    pub(crate) fn for_member(&self) -> Self {
-        Self { paused: Rc::default(), ..self.clone() }
-    }
-
-    /// Yields to other tasks. The client's next request does not start before this returns.
-    pub(crate) async fn yield_now(&self) {
-        let _paused = Paused::new(&self.paused, &self.load);
-        tokio::task::yield_now().await;
-    }
-
-    /// Whether this call has yielded and resumes without an event.
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused.get()
-    }
-
-    /// Whether the client or the server has closed the connection. A client that has only shut down
-    /// its sending direction is still connected.
-    pub fn is_gone(&self) -> bool {
-        self.gone.as_ref().is_some_and(|gone| *gone.borrow() || gone.has_changed().is_err())
-    }
-
-    /// Waits until the client has disconnected. Never returns for a call from within the process.
-    pub async fn gone(&self) {
-        match self.gone.clone() {
-            // An error means that the sender was dropped with its connection.
-            Some(mut gone) => drop(gone.wait_for(|gone| *gone).await),
-            None => std::future::pending().await,
-        }
-    }
-}
-
-impl fmt::Debug for Client {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("gone", &self.is_gone()).finish_non_exhaustive()
     }
 }
 

@@ -9,43 +9,15 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::client::Client;
 use crate::error::RpcError;
-use crate::params::{Client, DecodeFailure, Params};
-
-/// The state of the application's startup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Before the subsystems are initialised.
-    Startup,
-    /// After the initialisation of the subsystems has begun.
-    Runtime,
-}
-
-/// The phases in which a method may be called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phases {
-    /// Only before initialisation.
-    Startup,
-    /// Only after it.
-    Runtime,
-    /// Always.
-    Both,
-}
-
-impl Phases {
-    /// Whether a method with these phases may be called in `phase`.
-    pub fn contains(self, phase: Phase) -> bool {
-        match self {
-            Self::Startup => phase == Phase::Startup,
-            Self::Runtime => phase == Phase::Runtime,
-            Self::Both => true,
-        }
-    }
-}
+use crate::params::{DecodeFailure, Params};
+use crate::phase::{Phase, Phases};
 
 type Answer = Pin<Box<dyn Future<Output = Result<Value, RpcError>>>>;
 
-type Handler = dyn Fn(Params) -> Answer;
+/// It gets the registry for `rpc_get_methods`.
+type Handler = dyn Fn(&Registry, Params) -> Answer;
 
 struct Entry {
     name: &'static str,
@@ -89,7 +61,10 @@ impl Registry {
             allowed: None,
             phase: Cell::new(Phase::Startup),
         };
-        registry.register("rpc_get_methods", Phases::Both, rpc_get_methods);
+        let handler = Box::new(|registry: &Registry, params| {
+            Box::pin(std::future::ready(rpc_get_methods(registry, &params))) as Answer
+        });
+        registry.add("rpc_get_methods", Kind::Method { phases: Phases::Both, handler });
         registry
     }
 
@@ -102,7 +77,7 @@ impl Registry {
         F: Fn(Params) -> R + 'static,
         R: Future<Output = Result<Value, RpcError>> + 'static,
     {
-        let handler = Box::new(move |params| Box::pin(handler(params)) as Answer);
+        let handler = Box::new(move |_: &Registry, params| Box::pin(handler(params)) as Answer);
         self.add(name, Kind::Method { phases, handler });
     }
 
@@ -191,8 +166,7 @@ impl Registry {
             return Err(RpcError::new(RpcError::INVALID_STATE, wrong_phase(phase)));
         }
         self.warn_if_alias(name, method);
-        let registry = Rc::clone(self);
-        handler(Params { method, raw, client, phase, registry }).await
+        handler(self, Params { method, raw, client, phase }).await
     }
 
     fn resolve(&self, name: &str) -> Option<(&'static str, Phases, &Handler)> {
@@ -232,7 +206,7 @@ fn wrong_phase(phase: Phase) -> &'static str {
     }
 }
 
-async fn rpc_get_methods(params: Params) -> Result<Value, RpcError> {
+fn rpc_get_methods(registry: &Registry, params: &Params) -> Result<Value, RpcError> {
     #[derive(Deserialize)]
     struct Request {
         #[serde(default)]
@@ -242,5 +216,5 @@ async fn rpc_get_methods(params: Params) -> Result<Value, RpcError> {
     }
     let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
     let current = request.current.then_some(params.phase());
-    Ok(params.registry().names(current, request.include_aliases).into())
+    Ok(registry.names(current, request.include_aliases).into())
 }

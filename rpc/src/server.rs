@@ -9,6 +9,7 @@ use tokio::task::{JoinHandle, JoinSet, spawn_local};
 
 use crate::connection;
 use crate::idle::Connections;
+use crate::mode::{Mode, stopping};
 use crate::registry::Registry;
 use crate::socket::{BindError, SocketFile};
 use crate::stream::{Listener, Slots, Stream};
@@ -22,17 +23,6 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Interval of checks, while all slots are taken, whether a client waits.
 const WAITING_CHECK: Duration = Duration::from_secs(5);
-
-/// The mode of all connections of a server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
-    /// Requests run.
-    Serving,
-    /// Connections are accepted, but requests wait.
-    Paused,
-    /// Finished answers are sent, and then the connections are closed.
-    Stopping,
-}
 
 /// A server on a Unix socket. Dropping it closes all connections and removes the socket.
 pub struct Server {
@@ -107,11 +97,6 @@ async fn accept(listener: Listener, registry: Rc<Registry>, modes: watch::Receiv
     }
     drop(listener);
     while clients.join_next().await.is_some() {}
-}
-
-/// Waits until the server stops or is dropped.
-pub(crate) async fn stopping(mut modes: watch::Receiver<Mode>) {
-    let _ = modes.wait_for(|mode| *mode == Mode::Stopping).await;
 }
 
 /// Accepts the next client. It acquires a slot first, so that a client without a slot stays in the
