@@ -3,47 +3,25 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
-use closer::Account;
 use spdk_sys as sys;
 use tracing::warn;
 use vhost_target::protocol::{self, HEADER_BYTES};
 use vhost_target::transport::SharedConnection;
-use vhost_target::{ConnId, Connection, OnStart, Target, Verdict};
+use vhost_target::{ConnId, Connection, Verdict};
 
 use crate::connection::{self, DpdkConnection};
-use crate::front_ends::{self, FrontEnds};
-use crate::listeners::Listeners;
+use crate::shared::shared;
 use crate::{interpose, self_test};
 
 /// Set in a message's flags: the front end wants an acknowledgement.
 const FLAG_NEED_REPLY: u32 = 1 << 3;
 
-/// rte_vhost's callbacks have no argument of ours, so there is one transport in the process.
-static SHARED: OnceLock<Shared> = OnceLock::new();
-
-pub(crate) struct Shared {
-    target: Arc<Target>,
-    anchor: PathBuf,
-    /// For the anchor's connections.
-    anchor_account: Account,
-    pub(crate) front_ends: FrontEnds,
-    pub(crate) listeners: Listeners,
-    /// Connections by rte_vhost's number. Held for moments only.
-    connections: Mutex<HashMap<c_int, Entry>>,
-    /// Whether answers to GET_VRING_BASE can be deferred.
-    deferral: AtomicBool,
-    /// Whether front ends' fds come to us and not to rte_vhost.
-    fds_arrive: AtomicBool,
-    /// Called on the event thread before its first message.
-    on_event_thread: OnStart,
-    begun: Once,
-}
+/// Connections by rte_vhost's number. Held for moments only.
+static CONNECTIONS: LazyLock<Mutex<HashMap<c_int, Entry>>> = LazyLock::new(Mutex::default);
 
 struct Entry {
     /// `None` for the anchor's connections.
@@ -52,64 +30,13 @@ struct Entry {
     conn: Arc<DpdkConnection>,
 }
 
-impl Shared {
-    fn connections(&self) -> MutexGuard<'_, HashMap<c_int, Entry>> {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Forgets the connections of a socket that was unregistered.
-    pub(crate) fn forget(&self, path: &Path) {
-        self.connections().retain(|_, entry| entry.path != path);
-    }
-
-    /// The account that owns the fds of front ends that connect to `path`.
-    pub(crate) fn account_of(&self, path: &Path) -> Account {
-        if path == self.anchor {
-            return self.anchor_account.clone();
-        }
-        // The controller is gone: an account of its own.
-        let account = self.target.account(path);
-        account.unwrap_or_else(|| Account::new(path.display().to_string()))
-    }
-
-    pub(crate) fn deferral(&self) -> bool {
-        self.deferral.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn set_deferral(&self, works: bool) {
-        self.deferral.store(works, Ordering::Relaxed);
-    }
-
-    pub(crate) fn fds_arrive(&self) -> bool {
-        self.fds_arrive.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn set_fds_arrive(&self, arrive: bool) {
-        self.fds_arrive.store(arrive, Ordering::Relaxed);
-    }
+fn connections() -> MutexGuard<'static, HashMap<c_int, Entry>> {
+    CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes the callbacks call `target`. The threads that serve front ends call `on_thread` when they
-/// start.
-pub(crate) fn begin(target: &Arc<Target>, anchor: &Path, on_thread: OnStart) -> io::Result<()> {
-    let shared = Shared {
-        target: Arc::clone(target),
-        anchor: anchor.to_owned(),
-        anchor_account: Account::new("the start-up self-test"),
-        front_ends: front_ends::start(Arc::clone(&on_thread))?,
-        listeners: Listeners::default(),
-        connections: Mutex::default(),
-        deferral: AtomicBool::new(true),
-        fds_arrive: AtomicBool::new(false),
-        on_event_thread: on_thread,
-        begun: Once::new(),
-    };
-    SHARED.set(shared).map_err(|_| io::Error::other("there is a transport already"))
-}
-
-/// What the callbacks know.
-pub(crate) fn shared() -> &'static Shared {
-    SHARED.get().expect("callbacks and methods come after `begin`")
+/// Forgets the connections of a socket that was unregistered.
+pub(crate) fn forget(path: &Path) {
+    connections().retain(|_, entry| entry.path != path);
 }
 
 /// A table of C function pointers.
@@ -140,11 +67,11 @@ extern "C" fn new_device(_vid: c_int) -> c_int {
 extern "C" fn destroy_device(_vid: c_int) {}
 
 extern "C" fn new_connection(vid: c_int) -> c_int {
-    shared().begun.call_once(|| (shared().on_event_thread)());
+    shared().begin_event_thread();
     interpose::forget_received();
     match accept(vid) {
         Some(entry) => {
-            shared().connections().insert(vid, entry);
+            connections().insert(vid, entry);
             0
         }
         None => -1,
@@ -191,7 +118,7 @@ fn socket_of(vid: c_int) -> Option<PathBuf> {
 
 extern "C" fn destroy_connection(vid: c_int) {
     interpose::forget_received();
-    let entry = shared().connections().remove(&vid);
+    let entry = connections().remove(&vid);
     if let Some(Entry { id, conn, .. }) = entry {
         conn.shut_down();
         if let Some(id) = id {
@@ -201,7 +128,7 @@ extern "C" fn destroy_connection(vid: c_int) {
 }
 
 extern "C" fn pre_msg_handle(vid: c_int, message: *mut c_void) -> sys::rte_vhost_msg_result {
-    let found = shared().connections().get(&vid).map(|e| (e.id, Arc::clone(&e.conn)));
+    let found = connections().get(&vid).map(|e| (e.id, Arc::clone(&e.conn)));
     let Some((id, conn)) = found else { return sys::RTE_VHOST_MSG_RESULT_ERR };
     let mut message = Context(message.cast());
     let request = message.word(0);

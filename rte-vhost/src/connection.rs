@@ -3,17 +3,18 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use closer::ForeignFd;
 use vhost_target::Connection;
 use vhost_target::protocol::HEADER_BYTES;
 
-use crate::front_ends::{Accepted, shut_down};
-use crate::{callbacks, interpose};
+use crate::front_ends::Accepted;
+use crate::interpose;
+use crate::shared::shared;
+use crate::socket::{send_with_fd, shut_down};
 
 /// A connection: the front end's socket, and the socket through which answers go to it.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl Connection for DpdkConnection {
     }
 
     fn send(&self, message: &[u8]) -> io::Result<()> {
-        if !callbacks::shared().deferral() {
+        if !shared().deferral() {
             self.give_answer(message[HEADER_BYTES..].to_vec());
             return Ok(());
         }
@@ -90,61 +91,10 @@ impl Drop for DpdkConnection {
     }
 }
 
-/// Sends `bytes`, and `fd` with them.
-pub(crate) fn send_with_fd(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    fd: BorrowedFd<'_>,
-    flags: c_int,
-) -> io::Result<()> {
-    /// A control message with one fd, aligned as its header.
-    #[repr(C)]
-    struct Control {
-        header: libc::cmsghdr,
-        fd: c_int,
-    }
-    let header = libc::cmsghdr {
-        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
-        cmsg_level: libc::SOL_SOCKET,
-        cmsg_type: libc::SCM_RIGHTS,
-    };
-    let mut control = Control { header, fd: fd.as_raw_fd() };
-    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all zeroes is an empty message.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = size_of::<Control>();
-    // SAFETY: the message names memory of ours, which it only reads.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
-    match usize::try_from(sent) {
-        Ok(n) if n == bytes.len() => Ok(()),
-        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
-}
-
 /// The connection to `path` that rte_vhost has just accepted on the calling thread.
 pub(crate) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
     let accepted = interpose::accepted().filter(|accepted| accepted.path == path);
     let Accepted { socket, answers, .. } = accepted
         .ok_or_else(|| io::Error::other("rte_vhost does not call this program's accept"))?;
     Ok(DpdkConnection { vid, socket, answers, answer: Mutex::default(), answered: Condvar::new() })
-}
-
-/// The path that a Unix socket is bound to.
-pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
-    // SAFETY: all zeroes is a value of this plain C struct.
-    let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    let mut len = size_of_val(&addr) as libc::socklen_t;
-    // SAFETY: the buffer is ours and has the given length.
-    let result =
-        unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };
-    if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {
-        return None;
-    }
-    let bytes: Vec<u8> =
-        addr.sun_path.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
-    (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
 }

@@ -13,24 +13,24 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use closer::{Account, FDS_MAX, ForeignFd};
 use spdk_sys as sys;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{debug, warn};
 use vhost_target::OnStart;
 use vhost_target::protocol::HEADER_BYTES;
 
-use crate::callbacks;
-use crate::connection::{bound_path, send_with_fd};
-use crate::interpose::Inbox;
+use crate::shared::shared;
+use crate::socket::{accept4, bound_path, send_with_fd, shut_down};
 
 /// The longest payload that rte_vhost accepts.
 const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_BYTES;
@@ -49,6 +49,26 @@ pub(crate) struct Accepted {
     /// A duplicate of rte_vhost's end of the socket pair: what is sent here goes to the front end,
     /// after what rte_vhost has sent before.
     pub(crate) answers: OwnedFd,
+}
+
+/// The fds of the message that is on its way to rte_vhost.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    fds: Mutex<Vec<ForeignFd>>,
+    /// rte_vhost has begun to read the message.
+    pub(crate) taken: Notify,
+}
+
+impl Inbox {
+    /// Stores the fds of the message that is sent next.
+    pub(crate) fn put(&self, fds: Vec<ForeignFd>) {
+        *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
+    }
+
+    /// Takes the fds of the message that rte_vhost reads.
+    pub(crate) fn take(&self) -> Vec<ForeignFd> {
+        std::mem::take(&mut *self.fds.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// A connection for the thread to serve.
@@ -78,20 +98,20 @@ enum Violation {
     Answer(io::Error),
 }
 
-/// Starts the thread, which calls `on_start` first. The returned handle passes connections to it.
-pub(crate) fn start(on_start: OnStart) -> io::Result<FrontEnds> {
+/// Passes connections to the thread. There is one in the process, as libc's `accept` has no argument
+/// of ours.
+static LINKS: OnceLock<UnboundedSender<Link>> = OnceLock::new();
+
+/// Starts the thread, which calls `on_start` first.
+pub(crate) fn start(on_start: OnStart) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let (sender, receiver) = unbounded_channel();
     thread::Builder::new().name("vhost-sockets".into()).spawn(move || {
         on_start();
         LocalSet::new().block_on(&runtime, serve(receiver));
     })?;
-    Ok(FrontEnds(sender))
+    LINKS.set(sender).map_err(|_| io::Error::other("there is a transport already"))
 }
-
-/// A handle of the thread.
-#[derive(Debug)]
-pub(crate) struct FrontEnds(UnboundedSender<Link>);
 
 async fn serve(mut links: UnboundedReceiver<Link>) {
     while let Some(link) = links.recv().await {
@@ -103,7 +123,7 @@ async fn serve(mut links: UnboundedReceiver<Link>) {
 /// the messages, and rte_vhost's end of the socket pair. `None`: the front end was refused.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, OwnedFd)> {
     let path = bound_path(listener)?;
-    let account = callbacks::shared().account_of(&path);
+    let account = shared().account_of(&path);
     let socket = Arc::new(accept_or_refuse(listener, &account)?);
     let connected = if account.is_stuck() {
         Err(format!(
@@ -137,7 +157,8 @@ fn connect(
     let inbox = Arc::<Inbox>::default();
     let (path, rte_vhost) = (path.to_owned(), ours.into());
     let link = Link { path, socket, account, rte_vhost, inbox: Arc::clone(&inbox) };
-    callbacks::shared().front_ends.0.send(link).map_err(|_| io::ErrorKind::BrokenPipe)?;
+    let links = LINKS.get().expect("connections come after `start`");
+    links.send(link).map_err(|_| io::ErrorKind::BrokenPipe)?;
     Ok((inbox, answers.into(), theirs.into()))
 }
 
@@ -166,25 +187,6 @@ fn accept_or_refuse(listener: BorrowedFd<'_>, account: &Account) -> Option<Forei
 
 fn reserve() -> Option<OwnedFd> {
     std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
-}
-
-/// Accepts a connection without blocking; it is non-blocking, too.
-pub(crate) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    let (nobody, none) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: an open fd; the peer's address is not asked for.
-    let fd = unsafe { libc::accept4(listener.as_raw_fd(), nobody, none, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made the fd; nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Ends a connection for both sides, even if the fd stays open.
-pub(crate) fn shut_down(socket: &impl AsRawFd) {
-    // SAFETY: an open fd; if it is no connected socket, nothing happens.
-    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
 /// Serves one connection until either side ends it. rte_vhost sees the end when the other end of

@@ -21,31 +21,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int};
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use closer::ForeignFd;
-use tokio::sync::Notify;
 
-use crate::front_ends::{self, Accepted};
-
-/// The fds of the message that is on its way to rte_vhost.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    fds: Mutex<Vec<ForeignFd>>,
-    /// rte_vhost has begun to read the message.
-    pub(crate) taken: Notify,
-}
-
-impl Inbox {
-    /// Stores the fds of the message that is sent next.
-    pub(crate) fn put(&self, fds: Vec<ForeignFd>) {
-        *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
-    }
-
-    fn take(&self) -> Vec<ForeignFd> {
-        std::mem::take(&mut *self.fds.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
+use crate::front_ends::{self, Accepted, Inbox};
 
 thread_local! {
     /// The inboxes of rte_vhost's sockets, by fd, on its event thread. Those of ended connections

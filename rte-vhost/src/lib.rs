@@ -5,9 +5,10 @@
 //!
 //! * [`eal`]: starts DPDK; `log`: takes DPDK's log lines into `tracing`.
 //! * [`transport`]: the sockets that rte_vhost listens on; `self_test`: tries at start what
-//!   rte_vhost allows but does not document; `listeners`: the end of listening sockets.
+//!   rte_vhost allows but does not document; `event_thread`: rte_vhost's thread, to wake it;
+//!   `listeners`: the end of listening sockets; `shared`: what all of these know.
 //! * `interpose`: replaces the libc functions through which rte_vhost would get a front end's
-//!   socket; `front_ends`: reads from and writes to front ends instead.
+//!   socket; `front_ends`: reads from and writes to front ends instead; `socket`: the system calls.
 //! * `callbacks`: rte_vhost's callbacks, which call the target; `connection`: one connection, as
 //!   the target uses it.
 //!
@@ -20,11 +21,14 @@
 mod callbacks;
 mod connection;
 pub mod eal;
+mod event_thread;
 mod front_ends;
 mod interpose;
 mod listeners;
 mod log;
 mod self_test;
+mod shared;
+mod socket;
 pub mod transport;
 
 pub use transport::DpdkTransport;

@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use closer::{Account, ForeignFd};
 
-use crate::front_ends::{accept4, shut_down};
+use crate::socket::{accept4, shut_down};
 
 /// All of them.
 #[derive(Debug, Default)]

@@ -1,9 +1,6 @@
 //! Tries at start what rte_vhost lets us do that is not documented: deferred answers, and fds that
 //! come to us.
-#![expect(unsafe_code, reason = "interrupts a thread")]
 
-use std::ffi::c_int;
-use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -15,9 +12,10 @@ use closer::ForeignFd;
 use vhost_target::protocol::{self, HEADER_BYTES};
 use vhost_target::{Connection, Verdict};
 
-use crate::callbacks;
-use crate::connection::{DpdkConnection, send_with_fd};
-use crate::transport::{EVENT_THREAD, POLLS};
+use crate::connection::DpdkConnection;
+use crate::event_thread;
+use crate::shared::shared;
+use crate::socket::send_with_fd;
 
 /// How long an answer may take, on a machine that is busy with something else.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -63,32 +61,14 @@ fn read_answer(client: &mut UnixStream) -> io::Result<[u8; HEADER_BYTES + 8]> {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(n) => got += n,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
-                if POLLS {
-                    interrupt_event_thread();
+                if event_thread::POLLS {
+                    event_thread::interrupt();
                 }
             }
             Err(e) => return Err(e),
         }
     }
     Ok(answer)
-}
-
-/// Interrupts the event thread's system call by a signal that does nothing.
-fn interrupt_event_thread() {
-    extern "C" fn nothing(_signal: c_int) {}
-    // SAFETY: the handler does nothing, and nobody else uses this signal.
-    unsafe { libc::signal(libc::SIGURG, nothing as *const () as libc::sighandler_t) };
-    let Ok(tasks) = fs::read_dir("/proc/self/task") else { return };
-    for task in tasks.flatten() {
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        let tid = task.file_name().to_str().and_then(|name| name.parse::<c_int>().ok());
-        if let (true, Some(tid)) =
-            (name.starts_with(EVENT_THREAD) || name.starts_with("dpdk-vhost-evt"), tid)
-        {
-            // SAFETY: a thread of this process, which never ends.
-            unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, libc::SIGURG) };
-        }
-    }
 }
 
 fn deferred_answer() -> &'static [u8; HEADER_BYTES + 8] {
@@ -105,7 +85,7 @@ pub(crate) fn answer(request: u32, fds: &[ForeignFd], conn: &Arc<DpdkConnection>
     if request != protocol::request::GET_VRING_BASE {
         return Verdict::Reject;
     }
-    callbacks::shared().set_fds_arrive(fds.len() == 1);
+    shared().set_fds_arrive(fds.len() == 1);
     let conn = Arc::clone(conn);
     let answer = move || conn.send(deferred_answer());
     match std::thread::Builder::new().name("vhost-selftest".into()).spawn(answer) {

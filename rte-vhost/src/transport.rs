@@ -32,15 +32,8 @@ use tracing::warn;
 use vhost_target::{OnStart, Target, Transport, protocol};
 
 use crate::callbacks::{self, DEVICE_OPS};
-use crate::{interpose, log, self_test};
-
-/// Whether the event thread uses poll() on a list that it reads anew only when it wakes, rather
-/// than epoll.
-pub(crate) const POLLS: bool =
-    sys::RTE_VER_YEAR < 24 || (sys::RTE_VER_YEAR == 24 && sys::RTE_VER_MONTH < 7);
-
-/// The name of rte_vhost's event thread in DPDK releases before 23.11.
-pub(crate) const EVENT_THREAD: &str = "vhost-events";
+use crate::shared::{self, shared};
+use crate::{event_thread, front_ends, interpose, log, self_test};
 
 /// The file name of the anchor, and the longest path of its directory's parent with which it fits
 /// into a socket address.
@@ -62,7 +55,8 @@ impl DpdkTransport {
     /// No socket can be made in `dir`, or rte_vhost refuses it.
     pub fn start(target: &Arc<Target>, dir: TempDir, on_thread: OnStart) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
-        callbacks::begin(target, &path, on_thread)?;
+        front_ends::start(Arc::clone(&on_thread))?;
+        shared::begin(target, &path, on_thread)?;
         register_first(&path, &Account::new("the start-up self-test"))?;
         let deferral = match self_test::run(&path) {
             Ok(()) => true,
@@ -74,8 +68,8 @@ impl DpdkTransport {
                 false
             }
         };
-        callbacks::shared().set_deferral(deferral);
-        if !callbacks::shared().fds_arrive() {
+        shared().set_deferral(deferral);
+        if !shared().fds_arrive() {
             return Err(io::Error::other(
                 "front ends' fds do not arrive: rte_vhost does not call this program's recvmsg",
             ));
@@ -88,7 +82,7 @@ impl DpdkTransport {
 
     /// Makes the event thread of releases that use poll() look at its list of sockets again.
     fn wake_event_thread(&self) {
-        if POLLS {
+        if event_thread::POLLS {
             drop(UnixStream::connect(format!("/proc/self/fd/{}", self.anchor.as_raw_fd())));
         }
     }
@@ -114,25 +108,25 @@ impl Transport for DpdkTransport {
             // that a callback takes is held.
             unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) }
         };
-        let shared = callbacks::shared();
+        let shared = shared();
         let (_, _) = log::errors_of(|| match shared.listeners.owns_file(path) {
             true => unregister(),
             false => interpose::keeping_files(unregister),
         });
         shared.listeners.end(path);
         // It has closed its connections without a word.
-        shared.forget(path);
+        callbacks::forget(path);
     }
 }
 
 /// Removes the files of all sockets, for a process that ends without unregistering them.
 pub fn remove_sockets() {
-    callbacks::shared().listeners.remove_files();
+    shared().listeners.remove_files();
 }
 
 /// What is offered: an area's fd is only ours to send if answers of our own are.
 fn protocol_features() -> u64 {
-    let area = if callbacks::shared().deferral() { 0 } else { protocol::INFLIGHT_SHMFD };
+    let area = if shared().deferral() { 0 } else { protocol::INFLIGHT_SHMFD };
     protocol::PROTOCOL_FEATURES & !area
 }
 
@@ -145,7 +139,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// thread inherits the name of the thread that starts it.
 fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
     thread::scope(|scope| {
-        let starter = thread::Builder::new().name(EVENT_THREAD.into());
+        let starter = thread::Builder::new().name(event_thread::NAME.into());
         let registered = starter.spawn_scoped(scope, || register(socket, 0, account))?.join();
         registered.unwrap_or_else(|payload| panic::resume_unwind(payload))
     })
@@ -163,7 +157,7 @@ fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
         unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
         return Err(io::Error::other("no file descriptor is left for a duplicate of the socket"));
     };
-    callbacks::shared().listeners.add(socket, listener, account.clone());
+    shared().listeners.add(socket, listener, account.clone());
     Ok(())
 }
 

@@ -1,0 +1,78 @@
+//! System calls on Unix sockets.
+#![expect(unsafe_code, reason = "system calls on sockets")]
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+/// The path that a Unix socket is bound to.
+pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
+    // SAFETY: all zeroes is a value of this plain C struct.
+    let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&addr) as libc::socklen_t;
+    // SAFETY: the buffer is ours and has the given length.
+    let result =
+        unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };
+    if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {
+        return None;
+    }
+    let bytes: Vec<u8> =
+        addr.sun_path.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
+    (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
+}
+
+/// Accepts a connection without blocking; it is non-blocking, too.
+pub(crate) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let (nobody, none) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: an open fd; the peer's address is not asked for.
+    let fd = unsafe { libc::accept4(listener.as_raw_fd(), nobody, none, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made the fd; nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Ends a connection for both sides, even if the fd stays open.
+pub(crate) fn shut_down(socket: &impl AsRawFd) {
+    // SAFETY: an open fd; if it is no connected socket, nothing happens.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
+/// Sends `bytes`, and `fd` with them.
+pub(crate) fn send_with_fd(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: BorrowedFd<'_>,
+    flags: c_int,
+) -> io::Result<()> {
+    /// A control message with one fd, aligned as its header.
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        fd: c_int,
+    }
+    let header = libc::cmsghdr {
+        cmsg_len: size_of::<libc::cmsghdr>() + size_of::<c_int>(),
+        cmsg_level: libc::SOL_SOCKET,
+        cmsg_type: libc::SCM_RIGHTS,
+    };
+    let mut control = Control { header, fd: fd.as_raw_fd() };
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeroes is an empty message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>();
+    // SAFETY: the message names memory of ours, which it only reads.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+    match usize::try_from(sent) {
+        Ok(n) if n == bytes.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
