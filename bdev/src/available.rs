@@ -1,25 +1,25 @@
-//! How much memory the system, and the control groups of this process, can spare.
+//! The memory that is available to this process: in the system, and in its control groups.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
-/// What has to be left over. The kernel's figure is an estimate, and a process that is killed for
-/// lack of memory takes every disk with it.
+/// The memory that must remain free. The kernel's number is an estimate, and all disks are lost
+/// when the kernel kills the process for lack of memory.
 const SPARE: u64 = 64 << 20;
 
-/// Checks that `size` bytes can be had, and some more.
+/// Checks that `size` bytes are available, and a reserve besides.
 ///
 /// # Errors
-/// [`Error::NoMemory`] with both numbers. If the kernel does not tell, that is no error.
+/// [`Error::NoMemory`] with both numbers. It is not an error if the kernel reports no number.
 pub(crate) fn check(size: u64) -> Result<(), Error> {
     let Some(available) = [system(), control_groups()].into_iter().flatten().min() else {
         return Ok(());
     };
     if size.saturating_add(SPARE) > available {
         return Err(Error::NoMemory(format!(
-            "{size} bytes wanted, {} available",
+            "{size} bytes requested, {} available",
             available.saturating_sub(SPARE)
         )));
     }
@@ -32,8 +32,9 @@ fn system() -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// Mount points of the cgroup hierarchies whose limits apply to a new [`Malloc`](crate::Malloc) disk.
-/// A process that restricts which files it can open must leave files beneath them readable.
+/// Returns the mount points of the cgroup hierarchies whose limits apply to a new
+/// [`Malloc`](crate::Malloc) disk. A process that restricts which files it can open must leave
+/// files beneath them readable.
 #[must_use]
 pub fn control_group_mounts() -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -41,8 +42,8 @@ pub fn control_group_mounts() -> Vec<PathBuf> {
     hierarchies.filter_map(|version| mount_of(version, &mounts)).map(|mount| mount.point).collect()
 }
 
-/// The least memory that this process's control group or one of its ancestors has left, in either
-/// cgroup version.
+/// Returns the least memory that is left in this process's control group and its ancestors, in
+/// either cgroup version.
 fn control_groups() -> Option<u64> {
     let read = |name: &str| fs::read_to_string(Path::new("/proc/self").join(name)).ok();
     least_left(&read("cgroup")?, &read("mountinfo")?)
@@ -66,8 +67,8 @@ enum Version {
     Two,
 }
 
-/// Where a cgroup hierarchy is mounted, and which group is mounted there: in a container it is not
-/// the root group.
+/// The mount point of a cgroup hierarchy, and the group that is mounted there: in a container it is
+/// not the root group.
 #[derive(Debug)]
 struct Mount {
     point: PathBuf,
@@ -75,8 +76,8 @@ struct Mount {
 }
 
 impl Mount {
-    /// The directory of a group. A group outside of the mount is taken for the mounted group, its
-    /// nearest ancestor that is visible.
+    /// Returns the directory of a group. For a group outside of the mount, returns the mounted
+    /// group, its nearest visible ancestor.
     fn directory_of(&self, group: &str) -> PathBuf {
         match Path::new(group).strip_prefix(&self.root) {
             Ok(below) if !group.split('/').any(|part| part == "..") => self.point.join(below),
@@ -115,8 +116,8 @@ fn group_in(version: Version, groups: &str) -> Option<&str> {
     })
 }
 
-/// The memory that a group has left; `own`: it is the process's own group. `None` if the group sets
-/// no limit for us.
+/// Returns the memory that a group has left. `own`: it is the process's own group. `None`: the
+/// group sets no limit for this process.
 fn left_in(version: Version, dir: &Path, own: bool) -> Option<u64> {
     let text = |name: &str| fs::read_to_string(dir.join(name)).ok();
     let number = |name: &str| text(name)?.trim().parse::<u64>().ok();
@@ -127,7 +128,8 @@ fn left_in(version: Version, dir: &Path, own: bool) -> Option<u64> {
             if !own && number("memory.use_hierarchy") == Some(0) {
                 return None;
             }
-            // The second is the minimum over all ancestors, some of which a container does not see.
+            // The second number is the minimum over all ancestors, including those that a container
+            // does not see.
             let limits = [
                 number("memory.limit_in_bytes"),
                 field(&stat, "hierarchical_memory_limit").filter(|_| own),
@@ -137,11 +139,11 @@ fn left_in(version: Version, dir: &Path, own: bool) -> Option<u64> {
         Version::Two => (number("memory.max")?, "memory.current", "inactive_file"),
     };
     let left = limit.saturating_sub(number(used)?);
-    // File pages that nobody uses are given up before anybody is killed.
+    // The kernel reclaims inactive file pages before it kills a process.
     Some(left.saturating_add(field(&stat, reclaimable).unwrap_or(0)))
 }
 
-/// The number after `name` at the start of a line.
+/// Returns the number after `name` at the start of a line.
 fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let mut words = line.split_whitespace();
@@ -154,7 +156,7 @@ mod tests {
     use super::*;
     use tempfile::TempDir;
 
-    /// The value with which version 1 says "no limit".
+    /// The value of an unlimited group in version 1.
     const NONE: &str = "9223372036854771712";
 
     #[test]
@@ -165,7 +167,7 @@ mod tests {
         assert!(matches!(check(u64::MAX), Err(Error::NoMemory(_))));
     }
 
-    /// A directory with what a kernel shows of groups.
+    /// A directory with files like the kernel's for control groups.
     struct Tree {
         dir: TempDir,
         mounts: String,
@@ -173,7 +175,7 @@ mod tests {
 
     impl Tree {
         fn new() -> Self {
-            // Other file systems are mounted, too.
+            // Other file systems are mounted too.
             let mounts = "24 29 0:22 / /proc rw,nosuid - proc proc rw\n\
                           31 30 0:27 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu\n";
             Self { dir: tempfile::tempdir().unwrap(), mounts: mounts.into() }

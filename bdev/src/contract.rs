@@ -19,10 +19,11 @@ use crate::topology::Topology;
 /// The fds that wake the owner of a [`Channel`].
 pub type WakeFds<'a> = ArrayVec<BorrowedFd<'a>, 2>;
 
-/// What the owner of a channel with I/O outstanding may do until the next [`Channel::poll`].
+/// The ways in which the owner of a channel with outstanding I/O may wait until the next
+/// [`Channel::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// Nothing else: poll again at once.
+    /// No wait: poll again at once.
     Poll,
     /// Sleep until one of [`Channel::wake_fds`] becomes readable.
     Event,
@@ -31,7 +32,7 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// What has to be done to miss neither.
+    /// Returns the wait that misses neither event.
     #[must_use]
     pub fn sooner(self, other: Self) -> Self {
         match (self, other) {
@@ -44,29 +45,29 @@ impl Wait {
 
 /// The I/O path to one [`Bdev`], for one owner.
 ///
-/// The implementer owes: no lock, no allocation, no wait, no address-space call in any method;
-/// bounds that hold even if the device was resized meanwhile (an I/O past the end is
-/// [`Status::IoError`]); a short transfer is [`Status::IoError`]; every queued I/O is reported
-/// exactly once. It may rely on at most `depth` I/Os being outstanding with distinct tags below
-/// `depth`, where `depth` is what [`Bdev::open`] was given.
+/// Obligations of the implementer. No method takes a lock, allocates, waits, or makes an
+/// address-space call. The checks of bounds hold even if the device was resized meanwhile: an I/O
+/// past the end is [`Status::IoError`]. A short transfer is [`Status::IoError`]. Every queued I/O
+/// is reported exactly once. The implementer may rely on at most `depth` outstanding I/Os, with
+/// distinct tags below `depth`, the value that [`Bdev::open`] was given.
 ///
-/// Dropping a channel happens off the reactors, when nothing is outstanding on it.
+/// A channel is dropped outside of the reactors, with no I/O outstanding.
 pub trait Channel: Send {
     /// Starts `io`.
     ///
     /// # Safety
-    /// If the answer is [`Submit::Queued`], the segment array and the memory that it names stay
+    /// If the result is [`Submit::Queued`], the segment array and the memory that it names stay
     /// valid until `poll` has reported the I/O; otherwise, until this returns.
     unsafe fn submit(&mut self, io: Io) -> Submit;
 
-    /// What the owner may do itself instead of calling `submit`, which stays the complete way.
+    /// Returns the I/O that the owner may do itself. `submit` accepts that I/O as well.
     fn shortcut(&self) -> Shortcut {
         Shortcut::None
     }
 
     /// The fds that signal completions, for edge-triggered polling: one of them gets a new event
-    /// whenever `poll` may have something to report. Empty if [`Channel::wait`] never answers
-    /// [`Wait::Event`] while I/O is outstanding. The fds do not change while the channel lives.
+    /// whenever `poll` may have a completion to report. Empty if [`Channel::wait`] never returns
+    /// [`Wait::Event`] while I/O is outstanding. The fds do not change while the channel exists.
     fn wake_fds(&self) -> WakeFds<'_> {
         WakeFds::new()
     }
@@ -75,133 +76,136 @@ pub trait Channel: Send {
     /// [`wake_fds`](Self::wake_fds). The initial value is true. Never called on a reactor.
     fn set_wakes(&mut self, _wakes: bool) {}
 
-    /// What to do until the next `poll`, for an owner that would rather sleep. Only asked while
-    /// I/O is outstanding, after a `poll` that found nothing.
+    /// Returns the way in which an owner that wants to sleep may wait for the next `poll`. Called
+    /// only while I/O is outstanding, after a `poll` that found no completion.
     fn wait(&self) -> Wait {
         Wait::Poll
     }
 
-    /// Why the I/O of `tag` failed, if known. The owner asks once for each I/O that did not end
-    /// with [`Status::Ok`], before it uses the tag again.
+    /// Returns the reason for which the I/O of `tag` failed, if known. The owner calls this once
+    /// for each I/O that did not end with [`Status::Ok`], before it reuses the tag.
     fn failure(&mut self, _tag: Tag) -> Option<Failure> {
         None
     }
 
-    /// Tells the device about what was queued since the last call. Called once per visit, after
-    /// the submits and before the poll, so that a batch costs one system call.
+    /// Submits the I/Os that were queued since the last call to the device. Called once per visit,
+    /// after the submits and before the poll, so that a batch costs one system call.
     fn kick(&mut self) {}
 
-    /// Fills `done` from the front with I/Os that have ended and returns how many; the rest
-    /// comes with the next call. Costs next to nothing when there is none.
+    /// Fills `done` from the front with I/Os that have ended, and returns their number. The next
+    /// call returns the rest. Costs almost nothing when no I/O has ended.
     fn poll(&mut self, done: &mut [Completion]) -> usize;
 
-    /// The data of outstanding I/Os is not wanted any more, and their memory may have another
-    /// owner. From now on the channel itself begins no copy, and need not start what it has not
-    /// started; what is under way, a copy of some KiB by another thread included, ends as the kernel's
-    /// transfers do. It still reports every I/O, with any status. Nothing is submitted after this.
+    /// Abandons the outstanding I/Os: their data is not needed any more, and their memory may get
+    /// another owner. From now on, the channel itself begins no copy, and need not start the I/Os
+    /// that it has not started. I/O under way, including a copy of some KiB by another thread, ends
+    /// like the kernel's transfers. The channel still reports every I/O, with any status. The owner
+    /// submits no I/O after this call.
     fn abandon(&mut self) {}
 }
 
-/// What holds a device's bytes, as the kernel identifies it.
+/// The storage of a device's data, as the kernel identifies it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// A regular file.
     File {
-        /// The device of its file system.
+        /// The device number of its file system.
         device: u64,
-        /// Its inode there.
+        /// Its inode number.
         inode: u64,
     },
-    /// A block device, by its number.
+    /// A block device, by its device number.
     BlockDevice(u64),
 }
 
-/// Called, on any thread and with no lock held, when a [`Lease`] that was asked for may be held.
+/// Called when a [`Lease`] that a user waits for may be held, on any thread and with no lock held.
 pub type Granted = Arc<dyn Fn() + Send + Sync>;
 
 /// Keeps other processes from a device's storage while rings use it.
 ///
-/// Whoever lets I/O start adds a user first, waits until the lease is held, and removes the user
-/// when all of that I/O has ended. The implementer owes: no method waits, nor makes a system call
-/// that can; `granted` is called after the lease has become held, unless its user was removed.
+/// A user that lets I/O start calls `add_user` first, waits until the lease is held, and calls
+/// `remove_user` when all of that I/O has ended. Obligations of the implementer: no method waits or
+/// makes a system call that can wait; `granted` is called after the lease has become held, unless
+/// its user was removed.
 pub trait Lease: fmt::Debug + Send + Sync {
-    /// Adds a user. Returns whether the lease is held; if not, calls `granted` when it is.
+    /// Adds a user. Returns whether the lease is held. If not, calls `granted` when it is.
     fn add_user(&self, granted: &Granted) -> bool;
-    /// Removes a user. The last one gives the storage back.
+    /// Removes a user. Removing the last user releases the lease.
     fn remove_user(&self);
-    /// Whether I/O may start.
+    /// Returns whether I/O may start.
     fn is_held(&self) -> bool;
 }
 
 impl Storage {
-    /// Whether it is a block device.
+    /// Returns whether it is a block device.
     #[must_use]
     pub fn is_block_device(self) -> bool {
         matches!(self, Self::BlockDevice(_))
     }
 }
 
-/// What a device can do, beyond reading.
+/// The operations that a device supports besides reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// Writes are refused.
     pub read_only: bool,
-    /// [`Op::Flush`] works.
+    /// [`Op::Flush`] is supported.
     pub flush: bool,
-    /// [`Op::Unmap`] works.
+    /// [`Op::Unmap`] is supported.
     pub unmap: bool,
-    /// [`Op::WriteZeroes`] works.
+    /// [`Op::WriteZeroes`] is supported.
     pub write_zeroes: bool,
-    /// SPDK's `supported_io_types.reset`; told to the operator and not used by us.
+    /// SPDK's `supported_io_types.reset`. It is shown to the operator and has no other effect.
     pub reset: bool,
-    /// Segments need no alignment for full speed (SPDK: buffer alignment 1). Otherwise requests
-    /// with segments that are not aligned to the block size work too, but take a slower way.
+    /// Segments need no alignment for full speed (SPDK: buffer alignment 1). Otherwise, requests
+    /// with segments that are not aligned to the block size also work, but are slower.
     pub any_alignment: bool,
 }
 
 /// A block device.
 ///
-/// Kept in an `Arc`; each channel holds one, so that the last user's drop frees the device.
+/// Kept in an `Arc`. Each channel holds a reference, so that dropping the last one frees the
+/// device.
 pub trait Bdev: Send + Sync + 'static {
     /// The name that the operator gave.
     fn name(&self) -> &str;
     /// SPDK's name for this kind of device, such as "Malloc disk".
     fn product_name(&self) -> &'static str;
-    /// Its identity.
+    /// The bdev's UUID.
     fn uuid(&self) -> Uuid;
-    /// Bytes in a block: a power of two, 512 or more.
+    /// The number of bytes in a block: a power of two, 512 or more.
     fn block_size(&self) -> u32;
-    /// Number of blocks. Changes when the device is resized.
+    /// The number of blocks. It changes when the device is resized.
     fn num_blocks(&self) -> u64;
-    /// What it can do. Does not change.
+    /// The supported operations. They do not change.
     fn features(&self) -> Features;
-    /// Which I/Os suit it. Does not change; a wrapper passes its base's on.
+    /// The preferred I/O sizes. They do not change; a wrapper returns those of its base.
     fn topology(&self) -> Topology {
         Topology::default()
     }
-    /// What stores its data, where other bdevs may use the same.
+    /// The storage of its data, if other bdevs could use the same storage.
     fn storage(&self) -> Option<Storage> {
         None
     }
-    /// The bdevs that this one is built on; none if it stores the data itself.
+    /// The bdevs that this one is built on. Empty if it stores the data itself.
     fn bases(&self) -> &[Arc<dyn Bdev>] {
         &[]
     }
-    /// What keeps other processes from its storage; `None` if nothing does, or if it has bases:
-    /// then theirs count.
+    /// The lease that keeps other processes from its storage. `None` if there is no such lease, or
+    /// if the bdev has bases, whose leases then apply.
     fn lease(&self) -> Option<Arc<dyn Lease>> {
         None
     }
-    /// Counters of this device, over all its channels, kept by the channels' owners.
+    /// The counters of this device over all its channels. The channels' owners update them.
     fn stats(&self) -> &Stats;
 
-    /// Makes the I/O path for one owner who will have at most `depth` I/Os outstanding.
+    /// Opens the I/O path for one owner, which will have at most `depth` I/Os outstanding.
     ///
     /// # Errors
     /// The system's error: no memory, too many open files, …
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error>;
 
-    /// Size in bytes.
+    /// The size in bytes.
     fn size_bytes(&self) -> u64 {
         self.num_blocks().saturating_mul(u64::from(self.block_size()))
     }

@@ -1,6 +1,6 @@
-//! Why a device could not be made, opened or changed.
+//! The reasons for which a device could not be created, opened or changed.
 
-/// Why a device could not be made, opened or changed.
+/// The reason for which a device could not be created, opened or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// a parameter is out of range, with the reason
@@ -12,24 +12,24 @@ pub enum Error {
     /// the device or its base does not exist
     #[error("no such device: {0}")]
     NoDevice(String),
-    /// in use
+    /// the device is in use
     #[error("busy: {0}")]
     Busy(String),
     /// the operation is not supported on this device
     #[error("not supported: {0}")]
     Unsupported(String),
-    /// a system call failed, with what it was about
+    /// a system call failed
     #[error("{what}: {source}")]
     System {
-        /// The thing, such as a file name.
+        /// The object, such as a file name.
         what: String,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
 
 impl Error {
-    /// The errno that SPDK's RPC answers with, positive.
+    /// Returns the positive errno that SPDK's RPC returns for this error.
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {

@@ -1,4 +1,4 @@
-//! Why an I/O failed, on its way from a channel on a reactor to the log and the counters.
+//! The reason of a failed I/O, passed from a channel on a reactor to the log and the counters.
 
 use std::fmt;
 use std::io;
@@ -9,49 +9,49 @@ use crate::io::{Io, OPS, Op, Tag};
 /// An I/O that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// The counter of `io_error` that it belongs to in SPDK.
+    /// The counter in SPDK's `io_error` that counts it.
     pub kind: FailureKind,
-    /// Its operation.
+    /// The operation.
     pub op: Op,
-    /// Its offset on the device in bytes, if known.
+    /// The offset on the device in bytes, if known.
     pub offset: Option<u64>,
-    /// Length in bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// The system's errno; 0 if only a part was transferred, for no stated reason.
+    /// The system's errno. 0: the transfer was partial, and the system gave no reason.
     pub errno: i32,
 }
 
 impl Io {
-    /// The [`Failure`] of this I/O, for the log and the counters.
+    /// Returns the [`Failure`] of this I/O, for the log and the counters.
     #[must_use]
     pub fn failed(&self, kind: FailureKind, errno: i32) -> Failure {
         Failure { kind, op: self.op, offset: Some(self.offset), len: self.len, errno }
     }
 }
 
-/// Those of SPDK's failure kinds in `io_error` that can occur here.
+/// SPDK's kinds of failure in `io_error`, as far as they can occur here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// `failed`.
     Failed,
-    /// `aio_error`: the system's answer to an I/O of a [`crate::Flavour::Aio`] disk.
+    /// `aio_error`: the system returned an error for an I/O of a [`crate::Flavour::Aio`] disk.
     Aio,
 }
 
 /// How many values [`FailureKind`] has.
 pub const FAILURE_KINDS: usize = 2;
 
-/// What a channel keeps to answer [`crate::Channel::failure`]: by tag, until somebody asks.
+/// A channel's failures by tag, for [`crate::Channel::failure`], until the owner takes them.
 #[derive(Debug)]
 pub(crate) struct Failures(Box<[Option<Failure>]>);
 
 impl Failures {
-    /// For the tags below `depth`.
+    /// Makes room for tags below `depth`.
     pub(crate) fn new(depth: u16) -> Self {
         Self(vec![None; depth.into()].into_boxed_slice())
     }
 
-    /// Records why an I/O fails.
+    /// Records the reason for which an I/O fails.
     #[cold]
     pub(crate) fn note(&mut self, io: &Io, errno: i32) {
         if let Some(failure) = self.0.get_mut(usize::from(io.tag.0)) {
@@ -59,7 +59,7 @@ impl Failures {
         }
     }
 
-    /// Why an I/O failed; only the first call gets the answer.
+    /// Takes the reason of a failed I/O. Only the first call for a tag returns it.
     pub(crate) fn take(&mut self, tag: Tag) -> Option<Failure> {
         self.0.get_mut(usize::from(tag.0))?.take()
     }
@@ -82,14 +82,14 @@ impl fmt::Display for Failure {
             }
         }
         match errno {
-            0 => f.write_str(": only a part was transferred"),
+            0 => f.write_str(": partial transfer"),
             errno => write!(f, ": {}", io::Error::from_raw_os_error(*errno)),
         }
     }
 }
 
-/// A slot for one failure, with one writer and one reader. The writer never waits: a failure that
-/// finds the slot full is only counted, so the reader gets the first failure since it last looked.
+/// A slot for one failure, with one writer and one reader. The writer never waits. A failure that
+/// finds the slot full is only counted, so the reader gets the first failure since its last read.
 #[derive(Debug, Default)]
 pub(crate) struct FirstFailure {
     taken: AtomicBool,
@@ -99,7 +99,8 @@ pub(crate) struct FirstFailure {
     len: AtomicU64,
 }
 
-/// In a [`FirstFailure`]: no offset. No device is that large.
+/// The value of [`FirstFailure`]'s offset for an I/O without a known offset. No device is that
+/// large.
 const NOWHERE: u64 = u64::MAX;
 
 const OP_OF: [Op; OPS] = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes];
@@ -178,6 +179,6 @@ mod tests {
         place.leave(&somewhere);
         let text_of = place.take().unwrap().to_string();
         assert_eq!(text_of, "unmap of 4096 bytes: Input/output error (os error 5)");
-        assert!(text(Op::Read, 0).ends_with(": only a part was transferred"));
+        assert!(text(Op::Read, 0).ends_with(": partial transfer"));
     }
 }

@@ -1,16 +1,16 @@
-//! What a device's name, size, block size and ranges have to satisfy.
+//! Checks of a device's name, size, block size and ranges.
 
 use crate::error::Error;
 use crate::io::Io;
 
-/// Smallest block: the unit of virtio-blk and of Linux.
+/// The smallest block size: the unit of virtio-blk and of Linux.
 pub const BLOCK_SIZE_MIN: u32 = 512;
 
-/// Bytes in `num_blocks` blocks of `block_size`, all checked.
+/// Checks all parameters, and returns the bytes in `num_blocks` blocks of `block_size`.
 ///
 /// # Errors
-/// `Invalid`: an empty name, no blocks, a block size that is not a power of two of 512 or
-/// more, or more bytes than an `i64` offset can reach.
+/// `Invalid`: the name is empty, the number of blocks is 0, the block size is not a power of two of
+/// 512 or more, or the size exceeds the largest `i64` offset.
 pub(crate) fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64, Error> {
     if name.is_empty() {
         return Err(Error::Invalid("the name is empty".into()));
@@ -23,13 +23,13 @@ pub(crate) fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Resu
         .checked_mul(u64::from(block_size))
         .filter(|&size| i64::try_from(size).is_ok())
         .ok_or_else(|| {
-            let text = format!("{name}: {num_blocks} blocks of {block_size} bytes are too many");
+            let text = format!("{name}: {num_blocks} blocks of {block_size} bytes are too large");
             Error::Invalid(text)
         })
 }
 
-/// Checks that a block size is a power of two and at least [`BLOCK_SIZE_MIN`]. `what` begins the
-/// error's text.
+/// Checks that a block size is a power of two and at least [`BLOCK_SIZE_MIN`]. The error's text
+/// begins with `what`.
 ///
 /// # Errors
 /// `Invalid`.
@@ -42,7 +42,7 @@ pub(crate) fn check_block_size(what: &str, block_size: u32) -> Result<(), Error>
     Ok(())
 }
 
-/// Whether the I/O's range lies within a device of `size` bytes.
+/// Returns whether the I/O's range lies within a device of `size` bytes.
 #[inline]
 pub(crate) fn within(io: &Io, size: u64) -> bool {
     io.offset.checked_add(io.len).is_some_and(|end| end <= size)

@@ -1,29 +1,28 @@
-//! Where the bytes are: block devices and the wrappers round them.
+//! Block devices (bdevs), and wrappers around them.
 //!
-//! A [`Bdev`] is shared: geometry, [`Topology`], features, and [`Bdev::open`]. I/O goes through a
-//! [`Channel`], which has one owner at a time (the virtqueue it was opened for) and therefore needs
-//! no lock.
-//! Channels are opened and dropped on the control side and used on a reactor, so the methods of
-//! `Bdev` may block and allocate, and the methods of `Channel` may not.
+//! A [`Bdev`] is shared: it has a geometry, a [`Topology`], features, and [`Bdev::open`]. I/O goes
+//! through a [`Channel`]. A channel has one owner at a time (the virtqueue that it was opened for)
+//! and therefore needs no lock. Channels are opened and dropped on the control side and used on a
+//! reactor. So the methods of `Bdev` may block and allocate, and the methods of `Channel` may not.
 //!
 //! An [`Io`] names a range of the device and [`Segment`]s of a guest's memory. Devices in memory
-//! ([`Malloc`], [`Null`]) finish it inside [`Channel::submit`], by a copy ([`memory`] is the
-//! one place that touches a guest's bytes) or by nothing at all; only a very long one they do in
-//! steps. Devices in files ([`FileDisk`]) queue it for the kernel, or for worker threads if it may
-//! block, submit the batch in [`Channel::kick`], and report it from [`Channel::poll`].
-//! A channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds
-//! it to the bdev's counters ([`Stats`]), and the control side logs it.
-//! While rings use a disk in a file, a [`Lease`] keeps other processes of this program from it.
-//! Wrappers ([`Delay`], [`ErrorDisk`], [`Passthru`]) are bdevs round another bdev: the I/O passes
-//! through them in both directions, and they hold it, fail it or spoil it on the way.
+//! ([`Malloc`], [`Null`]) complete it inside [`Channel::submit`], except for a very long I/O, which
+//! [`Malloc`] copies in steps. [`memory`] is the only place that accesses a guest's bytes. Devices
+//! in files ([`FileDisk`]) queue it for the kernel, or for worker threads if it may block. They
+//! submit the batch in [`Channel::kick`], and report its completions from [`Channel::poll`]. A
+//! channel keeps the reason of each failed I/O ([`Channel::failure`]). The channel's owner adds it
+//! to the bdev's counters ([`Stats`]), and the control side logs it. While rings use a disk in a
+//! file, a [`Lease`] keeps other processes of this program from using it. Wrappers ([`Delay`],
+//! [`ErrorDisk`], [`Passthru`]) are bdevs on another bdev: the I/O passes through them in both
+//! directions, and they can delay it, fail it or corrupt its data.
+//! Each kind of bdev is a module ([`BdevModule`], one folder below [`modules`]). Its RPC methods
+//! create bdevs. The [`Registry`] lists them by name, with [`Claim`]s on their bases. [`life`]
+//! creates and deletes them. The program that runs the modules is their [`Host`].
 //!
-//! Each kind of bdev is a module ([`BdevModule`], one folder below [`modules`]): its RPC methods make
-//! bdevs, which the [`Registry`] knows by name, with [`Claim`]s on their bases; [`life`] is how they
-//! come and go. The program that runs the modules is their [`Host`].
+//! Forbidden dependencies: an async runtime, DPDK, and a JSON-RPC server ([`method`] takes its
+//! place).
 //!
-//! Forbidden here: an async runtime, DPDK, and any JSON-RPC server ([`method`] stands in for it).
-//!
-//! `tests/conformance` is one suite that every device and wrapper passes.
+//! `tests/conformance` is one test suite that every device and wrapper passes.
 
 mod contract;
 mod error;

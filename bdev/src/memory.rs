@@ -1,47 +1,47 @@
-//! Copies between a device's memory and the segments of an I/O, the only place that touches either.
+//! Copies between a device's memory and the segments of an I/O. No other code accesses either.
 //!
-//! A guest changes its memory while it is being copied, and two channels may write the same
-//! blocks of a memory disk at the same time. Neither is ever a slice here, so no `&` or `&mut`
-//! promises that the bytes stand still: they move through raw pointers, by `memcpy`. The
-//! worst that a race can do is mix old and new bytes in the range that is being raced for, which is
-//! what a disk owes to overlapping requests that are outstanding together: no order, and no promise
-//! about the range that they share. No value read here decides anything.
+//! A guest changes its memory while it is being copied, and two channels may write the same blocks
+//! of a memory disk at the same time. Neither memory is ever a slice here, so no `&` or `&mut`
+//! promises that the bytes do not change: they are copied through raw pointers, by `memcpy`. A race
+//! can only mix old and new bytes in the range that is written concurrently. A disk guarantees no
+//! more for overlapping requests that are outstanding together: no order, and no content of the
+//! range that they share. No decision depends on a value that is read here.
 #![expect(unsafe_code, reason = "copies through addresses in a guest's memory")]
 
 use std::ptr;
 
 use crate::io::Segment;
 
-/// Copies `len` bytes at `from` into the segments, `skip` bytes in. Returns whether the
-/// segments were long enough; if not, what fitted was copied.
+/// Copies `len` bytes at `from` into the segments, `skip` bytes in. Returns whether the segments
+/// were long enough; if not, the bytes that fit have been copied.
 ///
 /// # Safety
 /// `from..from + len` is readable, the segments are writable, and they do not overlap.
 #[inline]
 pub unsafe fn scatter(segments: &[Segment], skip: u64, from: *const u8, len: usize) -> bool {
     for_each_piece(segments, skip, len, |at, done, n| {
-        // SAFETY: the caller vouches for both ranges; `done + n <= len`, and `at..at + n` lies
+        // SAFETY: the caller guarantees both ranges; `done + n <= len`, and `at..at + n` lies
         // within one segment.
         unsafe { ptr::copy_nonoverlapping(from.wrapping_add(done), at, n) }
     })
 }
 
-/// How bytes are stored where they go.
+/// The way in which bytes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stores {
-    /// As the processor does by itself: the lines are fetched, changed, and stay in the cache.
+    /// Normal stores: cache lines are fetched, changed, and stay in the cache.
     Cached,
-    /// Past the cache, whole lines at a time, which spares fetching what is about to be
-    /// overwritten. For targets that the cache could not hold anyway.
+    /// Non-temporal stores of whole lines, which bypass the cache and avoid fetching lines that are
+    /// about to be overwritten. For targets that are larger than the cache.
     Streamed,
 }
 
-/// A target of this size is not expected to be found in the cache: the third level's share of one
-/// core in the processors of the day is smaller, as is all of it in most.
+/// A target of at least this size is not expected to be in the cache: one core's share of the
+/// third-level cache is smaller in current processors, and in most of them the whole cache is.
 const STREAMED_FROM: u64 = 32 << 20;
 
 impl Stores {
-    /// What is best for copies to random places in `size` bytes.
+    /// Returns the best way for copies to random places in `size` bytes.
     #[must_use]
     pub fn for_target_of(size: u64) -> Self {
         if size >= STREAMED_FROM { Self::Streamed } else { Self::Cached }
@@ -49,7 +49,7 @@ impl Stores {
 }
 
 /// Copies `len` bytes from the segments, `skip` bytes in, to `to`. Returns whether the segments
-/// were long enough; if not, what there was has been copied.
+/// were long enough; if not, the available bytes have been copied.
 ///
 /// # Safety
 /// `to..to + len` is writable, the segments are readable, and they do not overlap.
@@ -64,10 +64,10 @@ pub unsafe fn gather(
     let whole = for_each_piece(segments, skip, len, |at, done, n| {
         let to = to.wrapping_add(done);
         if stores == Stores::Streamed && n.is_multiple_of(LINE) && to.align_offset(LINE) == 0 {
-            // SAFETY: as in `scatter`, the other way round; whole, aligned lines.
+            // SAFETY: as in `scatter`, in the other direction; whole, aligned lines.
             unsafe { stream(at.cast_const(), to, n) }
         } else {
-            // SAFETY: as in `scatter`, the other way round.
+            // SAFETY: as in `scatter`, in the other direction.
             unsafe { ptr::copy_nonoverlapping(at.cast_const(), to, n) }
         }
     });
@@ -80,7 +80,7 @@ pub unsafe fn gather(
 /// Bytes in a cache line.
 const LINE: usize = 64;
 
-/// Copies whole lines past the cache. They are in order with other stores after [`streamed`].
+/// Copies whole lines with non-temporal stores. [`streamed`] orders them with later stores.
 ///
 /// # Safety
 /// As [`ptr::copy_nonoverlapping`]; `to` is aligned to a line and `len` a multiple of one.
@@ -90,9 +90,9 @@ unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
     use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     for line in (0..len).step_by(LINE) {
         let (from, to) = (from.wrapping_add(line), to.wrapping_add(line));
-        // All of a line is loaded before any of it is stored, as it leaves in one piece then.
+        // Load a whole line before storing any of it, so that the line is written in one piece.
         let words: [__m128i; 4] = std::array::from_fn(|i| {
-            // SAFETY: 16 bytes of the caller's `len`.
+            // SAFETY: 16 bytes within the caller's `len`.
             unsafe { _mm_loadu_si128(from.cast::<__m128i>().wrapping_add(i)) }
         });
         for (i, word) in words.into_iter().enumerate() {
@@ -104,14 +104,14 @@ unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
 
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees that both ranges are valid.
     unsafe { ptr::copy_nonoverlapping(from, to, len) }
 }
 
-/// Lines that are fetched together: a sector, the least that is copied.
+/// Lines that are fetched together: one sector, the smallest copy.
 const SECTOR_LINES: usize = 8;
-/// Sectors that are fetched ahead at most. A copy waits for its first lines; then the processor sees
-/// the pattern and fetches the rest ahead by itself. More would keep the copy under way waiting.
+/// The most sectors that are prefetched. A copy waits for its first lines; then the processor
+/// detects the pattern and prefetches the rest itself. More would delay the copy under way.
 const AHEAD_SECTORS: usize = 4;
 
 /// Prefetches the beginning of the `len` bytes at `at` into the L2 cache, which allows more
@@ -123,7 +123,7 @@ pub(crate) fn prefetch(at: *const u8, len: u64) {
         use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         for line in 0..SECTOR_LINES {
             let at = at.wrapping_add((sector * SECTOR_LINES + line) * LINE);
-            // SAFETY: a hint, which does nothing where it can do nothing.
+            // SAFETY: a hint, which has no effect for an invalid address.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
         }
     }
@@ -131,11 +131,12 @@ pub(crate) fn prefetch(at: *const u8, len: u64) {
     let _ = (at, len);
 }
 
-/// Puts what was streamed in order before all later stores: a reader who sees one of those sees it.
+/// Orders streamed stores before all later stores: a reader that sees a later store also sees the
+/// streamed ones.
 #[inline]
 fn streamed() {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a fence.
+    // SAFETY: a fence has no precondition.
     unsafe {
         core::arch::x86_64::_mm_sfence();
     }
@@ -147,17 +148,17 @@ fn streamed() {
 /// The range is writable.
 #[inline]
 pub unsafe fn zero(to: *mut u8, len: usize) {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the caller guarantees that the range is writable.
     unsafe { ptr::write_bytes(to, 0, len) }
 }
 
-/// Flips the bits of `mask` in the byte at `at` bytes into the segments, if they reach that far.
+/// Flips the bits of `mask` in byte `at` of the segments, if they are long enough.
 ///
 /// # Safety
 /// The segments are readable and writable.
 pub unsafe fn flip(segments: &[Segment], at: u64, mask: u8) {
     for_each_piece(segments, at, 1, |byte, _, _| {
-        // SAFETY: the byte lies within a segment, for which the caller vouches.
+        // SAFETY: the byte lies within a segment, which the caller guarantees to be valid.
         let value = unsafe { byte.read_volatile() };
         // SAFETY: as above.
         unsafe { byte.write_volatile(value ^ mask) }
@@ -165,7 +166,7 @@ pub unsafe fn flip(segments: &[Segment], at: u64, mask: u8) {
 }
 
 /// Calls `piece(address, bytes done before, length)` for each contiguous part of the `len` bytes
-/// that lie `skip` bytes into the segments. Returns whether there were that many.
+/// from byte `skip` of the segments. Returns whether the segments were long enough.
 #[inline]
 fn for_each_piece(
     segments: &[Segment],
@@ -215,7 +216,7 @@ mod tests {
             for len in 0..=40 - skip {
                 let mut memory = [0; 40];
                 let list = segments(&mut memory, &[1, 0, 7, 3, 29]);
-                // SAFETY: both are 40 bytes of their own.
+                // SAFETY: both ranges are 40 bytes of separate arrays.
                 assert!(unsafe { scatter(&list, skip as u64, source.as_ptr(), len) });
                 let mut back = vec![0; len];
                 // SAFETY: as above.
@@ -254,13 +255,13 @@ mod tests {
         let mut memory = [0; 8];
         let list = segments(&mut memory, &[3, 5]);
         let source = [9; 16];
-        // SAFETY: 8 bytes of 16 are read; the copy stops where the segments end.
+        // SAFETY: reads 8 bytes of 16; the copy stops at the end of the segments.
         assert!(!unsafe { scatter(&list, 0, source.as_ptr(), 9) });
         // SAFETY: as above.
         assert!(!unsafe { scatter(&list, 8, source.as_ptr(), 1) });
         // SAFETY: 8 bytes of `memory`.
         unsafe { flip(&list, 4, 1) };
-        // SAFETY: past the end; touches nothing.
+        // SAFETY: the offset is past the end, so no byte is accessed.
         unsafe { flip(&list, 8, 1) };
         assert_eq!(memory, [9, 9, 9, 9, 8, 9, 9, 9]);
     }

@@ -1,4 +1,4 @@
-//! I/O counters of a device: each user writes its own, readers add them up.
+//! I/O counters of a device. Each user writes its own counters, and readers add them up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::failure::{FAILURE_KINDS, Failure, FirstFailure};
 use crate::io::{OPS, Op};
 
-/// A device's I/O counters, over all its users.
+/// A device's I/O counters, summed over all its users.
 ///
-/// A user (a virtqueue) takes its [`Counters`] with [`Stats::attach`] off the reactors and then
+/// A user (a virtqueue) takes its [`Counters`] with [`Stats::attach`], not on a reactor, and then
 /// counts without read-modify-write instructions.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -18,20 +18,20 @@ pub struct Stats {
 #[derive(Debug, Default)]
 struct Inner {
     users: Vec<Arc<Counters>>,
-    /// What users that are gone had counted.
+    /// The counts of users that are gone.
     gone: [OpCounts; OPS],
-    /// What all had counted at the last reset.
+    /// The counts of all users at the last reset.
     reset: [OpCounts; OPS],
-    /// The same two for failures, by kind.
+    /// The same two counts for failures, by kind.
     gone_failures: [u64; FAILURE_KINDS],
     reset_failures: [u64; FAILURE_KINDS],
     /// The first failure of users that are gone, since the last report.
     gone_first: Option<Failure>,
-    /// Failures up to the last report.
+    /// The number of failures up to the last report.
     reported: u64,
 }
 
-/// One user's counters. Only that user counts.
+/// One user's counters. Only that user writes them.
 #[derive(Debug, Default)]
 pub struct Counters {
     ops: [OpCounters; OPS],
@@ -50,18 +50,18 @@ struct OpCounters {
 /// Totals of one kind of operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OpCounts {
-    /// Operations completed, the failed ones included.
+    /// Completed operations, including failed ones.
     pub count: u64,
-    /// Bytes of those that succeeded.
+    /// Bytes of the successful operations.
     pub bytes: u64,
-    /// Operations that failed.
+    /// Failed operations.
     pub errors: u64,
-    /// Sum of their latencies, in ticks of the time-stamp counter.
+    /// Sum of the latencies, in ticks of the time-stamp counter.
     pub ticks: u64,
 }
 
 impl Stats {
-    /// Counters for a new user. They count for as long as the user keeps them.
+    /// Adds counters for a new user. They count as long as the user keeps them.
     #[must_use]
     pub fn attach(&self) -> Arc<Counters> {
         let counters = Arc::new(Counters::default());
@@ -71,7 +71,7 @@ impl Stats {
         counters
     }
 
-    /// Totals since the last [`Stats::reset`], indexed by `Op as usize`.
+    /// Returns the totals since the last [`Stats::reset`], indexed by `Op as usize`.
     #[must_use]
     pub fn totals(&self) -> [OpCounts; OPS] {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,7 +85,7 @@ impl Stats {
         totals
     }
 
-    /// Failures since the last reset, indexed by [`crate::FailureKind`] as usize.
+    /// Returns the failures since the last reset, indexed by [`crate::FailureKind`] as usize.
     #[must_use]
     pub fn failures(&self) -> [u64; FAILURE_KINDS] {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,8 +93,8 @@ impl Stats {
         std::array::from_fn(|kind| ever[kind].saturating_sub(inner.reset_failures[kind]))
     }
 
-    /// Failures since the last call that returned `Some`: the first one of some user, and the
-    /// number of all.
+    /// Returns the first failure of one of the users, and the number of all failures, since the
+    /// last call that returned `Some`.
     pub fn report_failures(&self) -> Option<(Failure, u64)> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let firsts: Vec<_> = inner.users.iter().filter_map(|user| user.first.take()).collect();
@@ -135,7 +135,7 @@ impl Inner {
         })
     }
 
-    /// Moves the counts of users that dropped their counters into `gone`.
+    /// Moves the counts of users that have dropped their counters into `gone`.
     fn fold_gone(&mut self) {
         let Self { users, gone, gone_failures, gone_first, .. } = self;
         users.retain(|user| {
@@ -162,7 +162,7 @@ impl Counters {
         self.first.leave(failure);
     }
 
-    /// Counts `count` operations that have succeeded, of `bytes` and `ticks` in all.
+    /// Counts `count` successful operations with a total of `bytes` and `ticks`.
     #[inline]
     pub fn record_batch(&self, op: Op, count: u64, bytes: u64, ticks: u64) {
         let counters = &self.ops[op as usize];
@@ -187,7 +187,7 @@ impl Counters {
     }
 }
 
-/// Relaxed: each counter has this one writer, and readers want no order among them.
+/// Relaxed suffices: each counter has one writer, and readers need no order among the counters.
 #[inline]
 fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
@@ -231,18 +231,22 @@ mod tests {
         let first = Failure { kind: FailureKind::Failed, ..failure(9) };
         assert_eq!(stats.report_failures(), Some((first, 4)));
         assert_eq!(stats.report_failures(), None);
-        // A user that is gone is still reported, and counted once.
+        // The failure of a user that is gone is still reported, and counted once.
         other.record_failure(1, &failure(5));
         drop(other);
         let _another = stats.attach();
         assert_eq!(stats.report_failures(), Some((failure(5), 1)));
         assert_eq!(stats.report_failures(), None);
         assert_eq!(stats.failures(), [1, 4]);
-        // A reset clears the counters, not what is still to be reported.
+        // A reset clears the counters, and keeps failures that are not reported yet.
         one.record_failure(1, &failure(6));
         stats.reset_failures();
         assert_eq!(stats.failures(), [0, 0]);
-        assert_eq!(stats.totals()[Op::Read as usize].errors, 6, "of the operations, all are known");
+        assert_eq!(
+            stats.totals()[Op::Read as usize].errors,
+            6,
+            "the operations' error counter is not reset"
+        );
         assert_eq!(stats.report_failures(), Some((failure(6), 1)));
         one.record_failure(1, &failure(7));
         assert_eq!((stats.failures(), stats.totals()[Op::Read as usize].errors), ([0, 1], 7));

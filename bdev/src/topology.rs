@@ -1,40 +1,40 @@
-//! Which I/Os suit a device best, for guests that lay out their data by it.
+//! The I/O sizes that suit a device best, for guests that lay out their data accordingly.
 
 use crate::error::Error;
 use crate::geometry::BLOCK_SIZE_MIN;
 
-/// What a device says of the I/Os that suit it; 0 where it says nothing.
+/// The I/O sizes that a device prefers. 0: no preference.
 ///
-/// These are hints: each single block can be read and written whatever they are.
+/// These are hints: any single block can be read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// Bytes that the device writes at once; less costs it a read first. A power of two, or guests
-    /// are not told.
+    /// Bytes that the device writes as one unit; a smaller write makes it read first. Guests are
+    /// told a power of two only.
     pub physical_block_size: u32,
-    /// Blocks in the smallest I/O that does not pay for more than itself.
+    /// Blocks in the smallest I/O that does no extra work.
     pub min_io_blocks: u32,
-    /// Blocks in the I/O that suits it best.
+    /// Blocks in the I/O that performs best.
     pub optimal_io_blocks: u32,
 }
 
 impl Topology {
-    /// Checks what an operator gave. `name` is the device's.
+    /// Checks the operator's values. `name` is the device's name.
     ///
     /// # Errors
-    /// `Invalid`: a physical block size that is no multiple of 512.
+    /// `Invalid`: the physical block size is not a multiple of 512.
     pub(crate) fn check(self, name: &str) -> Result<(), Error> {
         let size = self.physical_block_size;
         if !size.is_multiple_of(BLOCK_SIZE_MIN) {
             return Err(Error::Invalid(format!(
-                "{name}: physical block size {size} is no multiple of {BLOCK_SIZE_MIN}"
+                "{name}: physical block size {size} is not a multiple of {BLOCK_SIZE_MIN}"
             )));
         }
         Ok(())
     }
 
-    /// The same for a device with blocks of `block_size`, a power of two, without what makes no
-    /// sense: a physical block is a block or more, the smallest I/O is a physical block or more,
-    /// and an I/O size that is no multiple of a physical block counts as none.
+    /// Returns the values for a device with blocks of `block_size`, a power of two, without
+    /// inconsistent ones. A physical block is at least a block, the smallest I/O is at least a
+    /// physical block, and an I/O size that is not a multiple of a physical block becomes 0.
     #[must_use]
     pub fn settled(self, block_size: u32) -> Self {
         let physical = self.physical_block_size;
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_left_out() {
+    fn inconsistent_values_are_left_out() {
         for (block_size, said, settled) in [
             (512, topology(0, 0, 0), topology(512, 1, 0)),
             (512, topology(512, 3, 5), topology(512, 3, 5)),
@@ -88,12 +88,12 @@ mod tests {
             (1 << 31, topology(4096, 0, 0), topology(1 << 31, 1, 0)),
         ] {
             assert_eq!(said.settled(block_size), settled, "{block_size} {said:?}");
-            assert_eq!(settled.settled(block_size), settled, "{settled:?} is as it should be");
+            assert_eq!(settled.settled(block_size), settled, "{settled:?} is consistent already");
         }
     }
 
     #[test]
-    fn wrappers_say_what_their_base_says() {
+    fn wrappers_have_the_topology_of_their_base() {
         let null = NullOptions { name: "n".into(), num_blocks: 8, block_size: 512, uuid: None };
         let said = topology(4096, 16, 64);
         let base: Arc<dyn Bdev> = Null::with_topology(null, said).unwrap();

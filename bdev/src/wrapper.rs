@@ -1,4 +1,4 @@
-//! What the bdevs that stand on one other bdev have in common.
+//! The common parts of bdevs that have one base bdev.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-/// The methods of [`Channel`] that a wrapper's channel leaves to its field `base`.
+/// The methods of [`Channel`] that a wrapper's channel forwards to its field `base`.
 macro_rules! forward_to_base {
     (@ shortcut) => {
         fn shortcut(&self) -> $crate::Shortcut {
@@ -59,7 +59,7 @@ macro_rules! forward_to_base {
 }
 pub(crate) use forward_to_base;
 
-/// The parts that every wrapper has.
+/// The common parts of a wrapper.
 pub struct Wrapped {
     name: String,
     uuid: Uuid,
@@ -68,7 +68,7 @@ pub struct Wrapped {
 }
 
 impl Wrapped {
-    /// A wrapper's parts; the UUID is random if there is none.
+    /// Makes a wrapper's common parts. Without a UUID, the UUID is random.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the name is empty.
@@ -86,25 +86,26 @@ impl Wrapped {
         &self.name
     }
 
-    /// The bdev below.
+    /// The base bdev.
     #[must_use]
     pub fn base(&self) -> &Arc<dyn Bdev> {
         &self.base
     }
 }
 
-/// SPDK's namespace for the UUIDs of the parts of a bdev.
+/// SPDK's namespace for the UUIDs of the parts of a split bdev.
 pub(crate) const PARTS: Uuid = uuid!("976b899e-3e1e-4d71-ab69-c2b08e9df8b8");
 
-/// The UUID that SPDK gives a wrapper when the operator gives none: version 5 (SHA-1) of the module's
-/// namespace and the base's UUID, followed by what tells the wrappers on one base apart.
+/// Returns the UUID that SPDK gives a wrapper when the operator gives none: version 5 (SHA-1) of
+/// the module's namespace and the base's UUID, followed by `more`, which distinguishes the wrappers
+/// on one base.
 #[must_use]
 pub fn derived_uuid(namespace: Uuid, base: &dyn Bdev, more: &[u8]) -> Uuid {
     Uuid::new_v5(&namespace, &[base.uuid().as_bytes(), more].concat())
 }
 
-/// A bdev that stands on one other and says of itself what that says, unless it knows better. Every
-/// wrapper is a [`Bdev`].
+/// A bdev on one base bdev, which has the base's properties unless it overrides them. Every
+/// `Wrapper` is a [`Bdev`].
 pub trait Wrapper: Send + Sync + 'static {
     /// The common parts.
     fn wrapped(&self) -> &Wrapped;

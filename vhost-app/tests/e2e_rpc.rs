@@ -569,8 +569,8 @@ fn the_topology_that_an_operator_gives_reaches_front_ends() {
         let args: Vec<&str> = line.split_whitespace().collect();
         first.spdk_rpc(&args).unwrap_or_else(|e| panic!("{line}: {e}"));
     }
-    first.wait_for_log("odd: guests are told optimal I/O size 0, not 12");
-    first.wait_for_log("below: guests are told physical block size 4096, not 512");
+    first.wait_for_log("odd: optimal I/O size 12 is inconsistent: guests get 0");
+    first.wait_for_log("below: physical block size 512 is inconsistent: guests get 4096");
     // The exponent of a physical block, the smallest I/O and the best, in blocks.
     let expected = [
         ("plain", (0, 1, 0)),

@@ -1,14 +1,14 @@
-//! Claims: who may use a bdev beside whom.
+//! Claims: the rights of users of a bdev.
 //!
-//! A claim is a guard. It is taken on a bdev before anything is made of it, and dropped when the
-//! user is gone, so that two users that exclude each other never meet.
+//! A claim is a guard. A user takes it before it builds on the bdev, and drops it when it is gone,
+//! so that two users that exclude each other never use the bdev together.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use crate::control::registry::BdevId;
 
-/// What a claim lets its holder do, and others.
+/// The rights that a claim gives to its holder and leaves to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClaimKind {
     /// The holder and others may read; nobody may write.
@@ -17,13 +17,13 @@ pub enum ClaimKind {
     WriteExclusive,
     /// All holders with the same owner may write; nobody else may use the bdev.
     Shared,
-    /// A controller serves the bdev to guests. Any number of controllers may. As SPDK's vhost takes
-    /// no claim on a bdev that it opens, this one is not shown.
+    /// A controller serves the bdev to guests. Any number of controllers may. This claim is not
+    /// shown: SPDK's vhost takes no claim on a bdev that it opens.
     Served,
 }
 
 impl ClaimKind {
-    /// SPDK's name, for `bdev_get_bdevs`.
+    /// SPDK's name, for `bdev_get_bdevs`. `None` if the claim is not shown.
     #[must_use]
     pub fn claim_type(self) -> Option<&'static str> {
         match self {
@@ -35,12 +35,12 @@ impl ClaimKind {
     }
 }
 
-/// The claim that is in the way of another.
+/// The existing claim that excludes a new one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claimed {
     /// Its kind.
     pub kind: ClaimKind,
-    /// Who has it: a module, or a controller's name.
+    /// Its owner: a module's name, or a controller's.
     pub owner: String,
 }
 
@@ -57,9 +57,9 @@ pub(crate) struct Claims {
     ids: Cell<u64>,
 }
 
-/// A claim on a bdev. Dropping it gives it up.
+/// A claim on a bdev. Dropping it releases the claim.
 ///
-/// It does not keep the bdev: if that is deleted, the claim has no effect any more.
+/// It does not keep the bdev alive: when the bdev is deleted, the claim has no effect any more.
 pub struct Claim {
     claims: Rc<Claims>,
     id: u64,
@@ -82,7 +82,7 @@ impl Claims {
         Ok(Claim { claims: Rc::clone(self), id })
     }
 
-    /// What keeps this claim from being taken.
+    /// Returns the claim that excludes this one.
     pub(crate) fn in_the_way(&self, bdev: BdevId, kind: ClaimKind, owner: &str) -> Option<Claimed> {
         let agrees = |other: &Claimed| match (kind, other.kind) {
             (ClaimKind::ReadMany, ClaimKind::ReadMany) | (ClaimKind::Served, ClaimKind::Served) => {
@@ -96,7 +96,7 @@ impl Claims {
         others.find(|other| !agrees(other)).cloned()
     }
 
-    /// What `bdev_get_bdevs` shows.
+    /// Returns the claim type that `bdev_get_bdevs` shows.
     pub(crate) fn shown(&self, bdev: BdevId) -> Option<&'static str> {
         let held = self.held.borrow();
         held.iter().filter(|held| held.bdev == bdev).find_map(|held| held.by.kind.claim_type())
@@ -118,7 +118,7 @@ mod tests {
         [ClaimKind::ReadMany, ClaimKind::WriteExclusive, ClaimKind::Shared, ClaimKind::Served];
 
     #[test]
-    fn only_readers_controllers_and_sharers_of_one_owner_go_together() {
+    fn readers_controllers_and_sharers_of_one_owner_are_compatible() {
         let claims = Rc::new(Claims::default());
         for one in KINDS {
             let _held = claims.take(BDEV, one, "a").ok().unwrap();

@@ -1,4 +1,4 @@
-//! What the program offers to the modules.
+//! The services that the program offers to the modules.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,52 +11,51 @@ use crate::control::module::BdevModule;
 use crate::control::registry::Registry;
 use crate::error::Error;
 
-/// Opens a file or block device as [`crate::open_file`] does, read-only if the second argument says
-/// so. May block.
+/// Opens a file or block device as [`crate::open_file`] does, read-only if the second argument is
+/// true. May block.
 pub type OpenFile = Box<dyn Fn(&Path, bool) -> Result<File, Error> + Send>;
 
 /// The program that the modules run in.
 ///
-/// Lives on the control thread, as the modules do. The implementer owes: no method waits on that
-/// thread, and the futures end once what they wait for has happened.
+/// It is used on the control thread, like the modules. Obligations of the implementer: no method
+/// waits on that thread, and each future ends once the awaited event has happened.
 pub trait Host {
     /// All bdevs.
     fn registry(&self) -> &Registry;
 
-    /// All modules, in the order in which they are offered new bdevs.
+    /// All modules, in the order in which they examine new bdevs.
     fn modules(&self) -> &[Rc<dyn BdevModule>];
 
-    /// Runs `work` on a thread that may block; `blocking` of `dyn Host` is the convenient
-    /// form.
+    /// Runs `work` on a thread that may block. `blocking` of `dyn Host` is the convenient form.
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
 
-    /// What opens files, for use on a thread that may block.
+    /// Returns the function that opens files, for use on a thread that may block.
     fn open_file(&self) -> OpenFile;
 
-    /// Whether several bdevs may write to the same file.
+    /// Returns whether several bdevs may write to the same file.
     fn shares_files(&self) -> bool;
 
-    /// Tells those who use this bdev that its size has changed.
+    /// Tells the users of this bdev that its size has changed.
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>);
 
-    /// Takes bdevs away from those who use them, first all at once, then waits for each in turn
-    /// until nobody has it any more.
+    /// Takes bdevs away from their users, first all at once, and then waits for each of them until
+    /// it has no user any more.
     fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()>;
 
-    /// The caller has dropped a bdev that it had for a while: whoever waits for its last user looks
-    /// again.
+    /// The caller has dropped a bdev that it held for a while: tasks that wait for the bdev's last
+    /// user check again.
     fn released(&self);
 }
 
 impl dyn Host {
-    /// Runs `work` on a thread that may block and returns what it returns.
+    /// Runs `work` on a thread that may block, and returns its result.
     pub async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> T {
         let (sender, result) = mpsc::channel();
         self.run_blocking(Box::new(move || {
-            // The receiver waits; it is gone only if the call was given up.
+            // The receiver waits; it is gone only if the call was cancelled.
             let _ = sender.send(work());
         }))
         .await;

@@ -1,4 +1,4 @@
-//! How bdevs come and go: what the modules' create and delete methods have in common.
+//! Creation and deletion of bdevs: the common parts of the modules' create and delete methods.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,10 +13,10 @@ use crate::control::module::{Base, Entry, Waiting};
 use crate::control::registry::{BdevId, Due, Errno, Reservation};
 use crate::error::Error;
 
-/// A bdev is made: registers it, and has what waits for it come to life.
+/// Registers a new bdev, and creates the bdevs that wait for it.
 ///
 /// # Errors
-/// ENODEV if a base of it was deleted meanwhile.
+/// ENODEV if one of its bases was deleted meanwhile.
 pub async fn add(
     host: &Rc<dyn Host>,
     reserved: Reservation,
@@ -27,11 +27,11 @@ pub async fn add(
     done
 }
 
-/// Makes bdevs on a base, now or when the base comes. Returns the names of those made now.
+/// Creates bdevs on a base, now or when the base appears. Returns the names of those created now.
 ///
 /// # Errors
-/// EPERM if the base is claimed or a controller serves it, EEXIST if a name or UUID is taken; the
-/// module's error if it cannot be made on a base that exists.
+/// EPERM if the base is claimed or a controller serves it; EEXIST if a name or UUID is taken; the
+/// module's error if the bdevs cannot be created on an existing base.
 pub async fn attach(
     host: &Rc<dyn Host>,
     method: &str,
@@ -50,7 +50,7 @@ pub async fn attach(
     if made.is_err() {
         drop(registry.remove(&[id]));
     }
-    // Even then: others may have come meanwhile and wait for the base.
+    // Also after an error: other base bdevs and requests may have arrived meanwhile.
     settle(host).await;
     made.map_err(|e| {
         error!("{method}: {e}");
@@ -58,7 +58,7 @@ pub async fn attach(
     })
 }
 
-/// Claims a base for what is created now.
+/// Claims a base for a create call.
 fn claim(
     host: &Rc<dyn Host>,
     method: &str,
@@ -69,17 +69,17 @@ fn claim(
         Ok(claim) => Ok(Base { bdev, claim }),
         Err(other) => {
             if other.kind == ClaimKind::Served {
-                // Another bdev on it would write to the same blocks, and the controller of such a
-                // configuration could not be created when it is loaded.
+                // Another bdev on it would write to the same blocks. Loading such a configuration
+                // could not create the controller.
                 let (name, controller) = (bdev.name(), other.owner);
-                error!("{method}: bdev {name} is served by controller {controller}");
+                error!("{method}: bdev {name} is in use: controller {controller} serves it");
             }
             Err(libc::EPERM)
         }
     }
 }
 
-/// Has what waits make its bdevs, and registers them.
+/// Lets a waiting request create its bdevs, and registers them.
 async fn wake(
     host: &Rc<dyn Host>,
     id: BdevId,
@@ -95,8 +95,9 @@ async fn wake(
     Ok(made.iter().map(|entry| entry.bdev().name().to_owned()).collect())
 }
 
-/// Has everything come to life for which the bdevs are there: what waits for a base, and what the
-/// modules find on new bdevs. To be called after a bdev has come or a claim is given up.
+/// Creates all bdevs that can be created: those of waiting requests whose base exists, and those
+/// that the modules find on new bdevs. Must be called after a bdev was added or a claim was
+/// released.
 pub async fn settle(host: &Rc<dyn Host>) {
     let registry = host.registry();
     loop {
@@ -112,7 +113,7 @@ pub async fn settle(host: &Rc<dyn Host>) {
         }
     }
     registry.changed();
-    // Bdevs were held here meanwhile.
+    // This function held bdevs meanwhile.
     host.released();
 }
 
@@ -128,32 +129,32 @@ async fn wake_due(host: &Rc<dyn Host>, Due { id, waiting, base }: Due) {
     }
 }
 
-/// Deletes a bdev of this module and what is on it; answers when nobody uses it any more.
+/// Deletes a bdev of this module and the bdevs on it. Returns when they have no user any more.
 ///
 /// # Errors
-/// ENODEV if there is none, or it is of another module.
+/// ENODEV if it does not exist, or belongs to another module.
 pub async fn delete(host: Rc<dyn Host>, params: Params, module: &str) -> Answer {
     let named: Named = params.decode(DecodeFailure::INTERNAL)?;
     let Some(id) = host.registry().of_module(&named.name, module) else {
-        error!("{}: no such bdev of this kind: {:?}", params.method(), named.name);
+        error!("{}: no {module} bdev has this name: {:?}", params.method(), named.name);
         return Err(MethodError::errno(libc::ENODEV));
     };
     remove(&host, &[id]).await;
     Ok(true.into())
 }
 
-/// Deletes these bdevs and what is on them, and what waits under these ids; returns when nobody
-/// uses the bdevs any more.
+/// Deletes these bdevs, the bdevs on them, and the waiting requests with these ids. Returns when
+/// the bdevs have no user any more.
 pub async fn remove(host: &Rc<dyn Host>, ids: &[BdevId]) {
     let registry = host.registry();
     ids.iter().filter_map(|id| registry.live(*id)).for_each(|live| live.entry.deleting());
     let bdevs = registry.remove(ids);
-    // The bases are free now, for which others may have waited.
+    // The bases are released now, and other requests may wait for them.
     settle(host).await;
     host.retire(bdevs).await;
 }
 
-/// Tells everybody that a bdev has another size, and so may what is on it.
+/// Tells all users of a bdev, and of the bdevs on it, that its size has changed.
 pub fn resized(host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) {
     host.registry().resized(bdev).iter().for_each(|bdev| host.bdev_resized(bdev));
 }

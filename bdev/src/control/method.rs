@@ -1,7 +1,7 @@
-//! A module's RPC methods: their names, their parameters, and how they answer.
+//! A module's RPC methods: their names, parameters and results.
 //!
-//! This crate knows no JSON-RPC server. The program that runs one hands each call's parameters over
-//! as [`Parameters`] and sends what the method returns.
+//! This crate has no JSON-RPC server. The program that runs one passes each call's parameters as
+//! [`Parameters`] and sends the method's result.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -19,12 +19,12 @@ use crate::error::Error;
 /// A future that runs on the control thread.
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
-/// What a method answers.
+/// The result of a method.
 pub type Answer = Result<Value, MethodError>;
 
 type Handler = Rc<dyn Fn(Rc<dyn Host>, Params) -> LocalFuture<'static, Answer>>;
 
-/// An RPC method of a module. It may be called once the program runs, not during its start.
+/// An RPC method of a module. It may be called after the program's start, not during it.
 #[derive(Clone)]
 pub struct Method {
     /// Its name in the RPC.
@@ -33,7 +33,7 @@ pub struct Method {
 }
 
 impl Method {
-    /// A method that `handler` answers.
+    /// Makes a method that `handler` implements.
     pub fn new<F, R>(name: &'static str, handler: F) -> Self
     where
         F: Fn(Rc<dyn Host>, Params) -> R + 'static,
@@ -58,7 +58,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// A call with a JSON object of parameters; anything else counts as none.
+    /// Makes a call with a JSON object of parameters; any other value counts as no parameters.
     #[must_use]
     pub fn new(method: &'static str, params: Value) -> Self {
         let params = match params {
@@ -73,19 +73,19 @@ impl Call {
 pub type Reader<'a> =
     dyn FnMut(&mut dyn erased_serde::Deserializer<'_>) -> Result<(), erased_serde::Error> + 'a;
 
-/// The parameters of one call, as the program has them.
+/// The parameters of one call, as the program holds them.
 pub trait Parameters {
     /// The method's name.
     fn method(&self) -> &'static str;
 
     /// Calls `read` with the parameters, once.
     ///
-    /// The deserializer that it gets is as strict as SPDK's decoder: an object that becomes a
-    /// struct may hold no unknown and no repeated name, and `null` is no value. It takes integers
-    /// in any notation, such as `1e2`.
+    /// The deserializer is as strict as SPDK's decoder: an object that becomes a struct may hold no
+    /// unknown and no repeated name, and `null` is invalid. It accepts integers in any notation,
+    /// such as `1e2`.
     ///
     /// # Errors
-    /// What `failure` says, if `read` fails. The implementer logs the reason.
+    /// Returns `failure` if `read` fails. The implementer logs the reason.
     fn read(&self, failure: DecodeFailure, read: &mut Reader<'_>) -> Result<(), MethodError>;
 }
 
@@ -93,7 +93,7 @@ pub trait Parameters {
 pub struct Params(Box<dyn Parameters>);
 
 impl Params {
-    /// Wraps the program's own.
+    /// Wraps the program's parameters.
     pub fn new(parameters: impl Parameters + 'static) -> Self {
         Self(Box::new(parameters))
     }
@@ -104,10 +104,10 @@ impl Params {
         self.0.method()
     }
 
-    /// Reads them strictly, as a struct of named fields: see [`Parameters::read`].
+    /// Decodes them strictly into a struct of named fields: see [`Parameters::read`].
     ///
     /// # Errors
-    /// What `failure` says; the reason is in the log.
+    /// Returns `failure`; the reason is in the log.
     pub fn decode<T: DeserializeOwned>(&self, failure: DecodeFailure) -> Result<T, MethodError> {
         let mut value = None;
         self.0.read(failure, &mut |deserializer| {
@@ -117,14 +117,14 @@ impl Params {
         value.ok_or_else(|| failure.error())
     }
 
-    /// The parameters as they were given, for `save_config`. Integers are written without a
-    /// fraction, however they were given.
+    /// Returns the parameters as they were given, for `save_config`. Integers are written without a
+    /// fraction in any case.
     #[must_use]
     pub fn as_given(&self) -> Map<String, Value> {
         self.decode(DecodeFailure::INTERNAL).unwrap_or_default()
     }
 
-    /// The same, with the name and the UUID that the bdev got.
+    /// Returns the same, with the bdev's actual name and UUID.
     #[must_use]
     pub fn as_named(&self, name: &str, uuid: Uuid) -> Map<String, Value> {
         let mut params = self.as_given();
@@ -134,7 +134,7 @@ impl Params {
     }
 }
 
-/// What a method answers when its parameters cannot be read; SPDK's methods differ.
+/// The error of a method whose parameters cannot be decoded. SPDK's methods differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodeFailure {
     /// The JSON-RPC code.
@@ -159,7 +159,7 @@ impl DecodeFailure {
     }
 }
 
-/// What a method answers when it fails.
+/// The error of a method.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MethodError {
     /// A JSON-RPC code or a negative errno.
@@ -172,25 +172,25 @@ impl MethodError {
     const INVALID_PARAMS: i64 = -32602;
     const INTERNAL: i64 = -32603;
 
-    /// Code `-errno` with glibc's text; `errno` is positive.
+    /// Makes an error with code `-errno` and glibc's text; `errno` is positive.
     #[must_use]
     pub fn errno(errno: i32) -> Self {
         Self { code: -i64::from(errno), text: strerror(errno) }
     }
 
-    /// Code -32602.
+    /// Makes an error with code -32602.
     #[must_use]
     pub fn invalid_params(text: impl Into<String>) -> Self {
         Self { code: Self::INVALID_PARAMS, text: text.into() }
     }
 
-    /// Code -32603.
+    /// Makes an error with code -32603.
     #[must_use]
     pub fn internal(text: impl Into<String>) -> Self {
         Self { code: Self::INTERNAL, text: text.into() }
     }
 
-    /// Logs why a bdev operation failed and answers with its errno.
+    /// Logs the reason of a failed bdev operation, and returns its errno as an error.
     #[must_use]
     pub fn of(method: &str, e: &Error) -> Self {
         error!("{method}: {e}");
@@ -198,11 +198,11 @@ impl MethodError {
     }
 }
 
-/// glibc's text for a positive errno: "File exists" for 17.
+/// Returns glibc's text for a positive errno: "File exists" for 17.
 #[must_use]
 pub fn strerror(errno: i32) -> String {
     let mut text = std::io::Error::from_raw_os_error(errno).to_string();
-    // std appends the number to what strerror_r gave.
+    // std appends the number to the text from strerror_r.
     let suffix = format!(" (os error {errno})");
     if text.ends_with(&suffix) {
         text.truncate(text.len() - suffix.len());
@@ -210,14 +210,14 @@ pub fn strerror(errno: i32) -> String {
     text
 }
 
-/// The parameters of a method that only needs a name.
+/// The parameters of a method that takes only a name.
 #[derive(Deserialize)]
 pub struct Named {
     /// The name.
     pub name: String,
 }
 
-/// A UUID in the form with hyphens. The null UUID counts as none.
+/// A UUID in the form with hyphens. The null UUID counts as absent.
 #[derive(Clone, Copy, Debug)]
 pub struct GivenUuid(Option<Uuid>);
 
@@ -226,12 +226,12 @@ impl<'de> Deserialize<'de> for GivenUuid {
         const HYPHENATED: usize = 36;
         let text = String::deserialize(deserializer)?;
         let uuid = Uuid::try_parse(&text).ok().filter(|_| text.len() == HYPHENATED);
-        let uuid = uuid.ok_or_else(|| de::Error::custom("not a UUID"))?;
+        let uuid = uuid.ok_or_else(|| de::Error::custom("expected a UUID with hyphens"))?;
         Ok(Self((!uuid.is_nil()).then_some(uuid)))
     }
 }
 
-/// The UUID of an optional parameter.
+/// Returns the UUID of an optional parameter.
 #[must_use]
 pub fn given(uuid: Option<GivenUuid>) -> Option<Uuid> {
     uuid.and_then(|uuid| uuid.0)

@@ -1,11 +1,12 @@
-//! The control side of bdevs: modules that make them, what the program offers to the modules, names,
-//! and claims.
+//! The control side of bdevs: the modules that create them, the services that the program offers to
+//! the modules, names, and claims.
 //!
-//! * [`module`]: a kind of bdev ([`BdevModule`](module::BdevModule)), and a bdev as its module knows it.
+//! * [`module`]: a kind of bdev ([`BdevModule`](module::BdevModule)), and a bdev as seen by its
+//!   module.
 //! * [`method`]: a module's RPC methods.
 //! * `host`: the program that runs the modules.
-//! * `registry` and `claims`: names and UUIDs; who may use a bdev beside whom.
-//! * [`life`]: how bdevs come and go.
+//! * `registry` and `claims`: names and UUIDs; the rights of a bdev's users.
+//! * [`life`]: creation and deletion of bdevs.
 
 pub mod life;
 pub mod method;

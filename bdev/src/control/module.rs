@@ -1,8 +1,9 @@
-//! The contract between a kind of bdev and the program: [`BdevModule`], and what it gives for each
-//! bdev.
+//! The contract between a kind of bdev and the program: [`BdevModule`], and the objects that it
+//! returns for each bdev.
 //!
-//! A create method makes a bdev and hands the registry an [`Entry`] for it. A wrapper whose base
-//! may come later hands over a [`Waiting`] instead; the registry calls it when the base is there.
+//! A create method makes a bdev and gives the registry an [`Entry`] for it. If a wrapper's base may
+//! appear later, the method gives a [`Waiting`] instead. The registry calls it when the base
+//! exists.
 
 use std::any::Any;
 use std::rc::Rc;
@@ -19,17 +20,17 @@ use crate::error::Error;
 
 /// A kind of bdev.
 ///
-/// Lives on the control thread. The implementer owes: a method that can take time does it with
-/// `blocking` of `dyn Host` or on threads of its own; claims on bases are taken before
-/// anything is made.
+/// It is used on the control thread. Obligations of the implementer: a method that can take time
+/// uses `blocking` of `dyn Host` or threads of its own; claims on bases are taken before a bdev is
+/// made.
 pub trait BdevModule {
-    /// SPDK's name for it. No two modules share one.
+    /// SPDK's name for the module. It is unique.
     fn name(&self) -> &'static str;
 
     /// Its RPC methods.
     fn methods(self: Rc<Self>) -> Vec<Method>;
 
-    /// Looks at a new bdev that nobody has claimed exclusively, for a module that finds its
+    /// Examines a new bdev that is not claimed exclusively, for a module that stores its
     /// configuration on the bdev itself (a partition table, a superblock).
     fn examine<'a>(
         &'a self,
@@ -40,52 +41,54 @@ pub trait BdevModule {
     }
 }
 
-/// One live bdev, as its module knows it. It owns the claims on the bdev's bases.
+/// One live bdev, as seen by its module. It owns the claims on the bdev's bases.
 pub trait Entry: Any {
     /// The module's name.
     fn module(&self) -> &'static str;
 
-    /// The bdev. [`Bdev::bases`] tells its bases.
+    /// The bdev. [`Bdev::bases`] returns its bases.
     fn bdev(&self) -> Arc<dyn Bdev>;
 
-    /// What `bdev_get_bdevs` shows beyond what the bdev itself says.
+    /// The fields that `bdev_get_bdevs` shows in addition to the bdev's own properties.
     fn describe(&self) -> Description;
 
-    /// The calls that make it again; none if another entry's calls, or examine, do.
+    /// The calls that create it again. Empty if another entry's calls, or examine, create it.
     fn config(&self) -> Vec<Call>;
 
-    /// It is about to be deleted by name: whatever could keep I/O outstanding for ever ends.
+    /// Called before it is deleted by name: ends everything that could keep I/O outstanding for
+    /// ever.
     fn deleting(&self) {}
 
-    /// One of its bases is gone, and so is the bdev. What waits for the base to come back, if
-    /// anything does.
+    /// Called when one of its bases is gone, and so the bdev. Returns the request that waits for
+    /// the base to return, if the module has one.
     fn base_gone(&self) -> Option<Rc<dyn Waiting>> {
         None
     }
 
-    /// One of its bases has another size. Whether the bdev has another size too.
+    /// Called when the size of one of its bases has changed. Returns whether the bdev's size has
+    /// changed.
     fn base_resized(&self) -> bool {
         true
     }
 
-    /// Called about once a second, for what has to be looked at from time to time.
+    /// Called about once a second, for periodic checks.
     fn each_second(&self) {}
 }
 
-/// What `bdev_get_bdevs` shows of a bdev, in addition to what [`Bdev`] tells.
+/// The fields that `bdev_get_bdevs` shows in addition to the properties of [`Bdev`].
 #[derive(Debug, Default)]
 pub struct Description {
-    /// What the operator said about the I/Os that suit it, by SPDK's names
-    /// (`preferred_write_alignment`, …). Other names are ignored, and absent ones shown as 0.
+    /// The operator's preferred I/O sizes, by SPDK's names (`preferred_write_alignment`, …). Other
+    /// names are ignored, and absent ones are shown as 0.
     pub hints: Map<String, Value>,
-    /// Fields of this module beside the common ones.
+    /// Fields of this module, besides the common ones.
     pub fields: Map<String, Value>,
     /// The object `driver_specific`.
     pub driver_specific: Map<String, Value>,
 }
 
 impl Description {
-    /// With this object under `driver_specific`, and nothing else.
+    /// Makes a description with only this object, under `driver_specific`.
     #[must_use]
     pub fn specific(name: &str, about: Value) -> Self {
         let driver_specific = Map::from_iter([(name.to_owned(), about)]);
@@ -97,22 +100,22 @@ impl Description {
 pub struct Base {
     /// The bdev.
     pub bdev: Arc<dyn Bdev>,
-    /// Keeps others from it.
+    /// Excludes other users.
     pub claim: Claim,
 }
 
-/// What was configured and waits for its base.
+/// A configured bdev that waits for its base.
 pub trait Waiting: Any {
     /// The module's name.
     fn module(&self) -> &'static str;
 
-    /// The name that the bdev will have; nobody else can take it meanwhile. `None` if there may be
-    /// several bdevs.
+    /// The name that the bdev will have. It is reserved meanwhile. `None` if there may be several
+    /// bdevs.
     fn name(&self) -> Option<&str> {
         None
     }
 
-    /// The UUID that it will have, if that is known.
+    /// The UUID that it will have, if known.
     fn uuid(&self) -> Option<Uuid> {
         None
     }
@@ -120,7 +123,7 @@ pub trait Waiting: Any {
     /// The name or UUID of the base.
     fn base(&self) -> &str;
 
-    /// What has to be claimed on the base.
+    /// The claim to take on the base.
     fn claims(&self) -> ClaimKind {
         ClaimKind::WriteExclusive
     }
@@ -128,10 +131,11 @@ pub trait Waiting: Any {
     /// The calls that configure it again.
     fn config(&self) -> Vec<Call>;
 
-    /// Makes the bdevs on the base: at least one.
+    /// Creates the bdevs on the base: at least one.
     ///
     /// # Errors
-    /// As the module's create method. It goes on waiting then, for another base of this name.
+    /// As the module's create method. The request then continues to wait for another base of this
+    /// name.
     fn wake<'a>(
         self: Rc<Self>,
         host: &'a Rc<dyn Host>,

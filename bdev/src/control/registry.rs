@@ -1,7 +1,8 @@
 //! The bdevs by name, in the order of their creation.
 //!
-//! Lives on the control thread and never blocks it: bdevs are made elsewhere while their name is
-//! reserved here. No module's code runs while the registry is borrowed, and none is dropped then.
+//! It is used on the control thread and never blocks it: a bdev is created on another thread while
+//! its name is reserved here. No module's code runs, and no module's object is dropped, while the
+//! registry is borrowed.
 
 mod examine;
 
@@ -20,11 +21,11 @@ use crate::control::module::{Entry, Waiting};
 
 pub(crate) use examine::Due;
 
-/// A positive errno, as SPDK's RPCs answer it.
+/// A positive errno, as SPDK's RPCs return it.
 pub type Errno = i32;
 
-/// Identifies a bdev, or what waits to become one; never used again after it is deleted. Ordered
-/// by creation, the bdevs that one call makes one after the other.
+/// Identifies a bdev, or a request that waits to become one. It is never reused. Ordered by
+/// creation; the bdevs of one call are in the order in which the call creates them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BdevId {
     call: u64,
@@ -52,12 +53,12 @@ impl<'a> From<&'a str> for Name<'a> {
 
 #[derive(Clone)]
 enum State {
-    /// It is being made.
+    /// The bdev is being created.
     Reserved,
-    /// Its base does not exist, or is claimed.
+    /// The base does not exist, or is claimed.
     Waiting {
         waiting: Rc<dyn Waiting>,
-        /// The base on which it could not be made.
+        /// The base on which it could not be created.
         refused: Option<BdevId>,
     },
     Live(Live),
@@ -68,17 +69,17 @@ enum State {
 pub struct Live {
     /// The bdev.
     pub bdev: Arc<dyn Bdev>,
-    /// As its module knows it.
+    /// The module's entry for it.
     pub entry: Rc<dyn Entry>,
-    /// The modules have examined it, or are about to.
+    /// Set when the modules have examined it, or are about to.
     examined: bool,
 }
 
 struct Row {
     id: BdevId,
-    /// None if what waits does not know its names yet.
+    /// `None` if a waiting request does not know its names yet.
     name: Option<String>,
-    /// None if what waits does not know it yet.
+    /// `None` if a waiting request does not know it yet.
     uuid: Option<Uuid>,
     state: State,
 }
@@ -103,7 +104,7 @@ impl Row {
         self.name.as_deref() == Some(text) || (uuid.is_some() && uuid == self.uuid)
     }
 
-    /// None if it is being made.
+    /// `None` if it is being created.
     fn module(&self) -> Option<&'static str> {
         match &self.state {
             State::Reserved => None,
@@ -118,20 +119,20 @@ pub(crate) struct Inner {
     rows: RefCell<Vec<Row>>,
     ids: Cell<u64>,
     claims: Rc<Claims>,
-    /// Names given to `bdev_examine`: these bdevs are examined.
+    /// Names given to `bdev_examine`: the bdevs of these names are examined.
     examined: RefCell<Vec<String>>,
     /// Whether all bdevs are examined (`bdev_auto_examine`).
     auto_examine: Cell<bool>,
-    /// Examinations under way.
+    /// The number of examinations under way.
     examining: Cell<usize>,
     changed: Box<dyn Fn()>,
 }
 
-/// All bdevs, and what waits to become one. Clones are the same registry.
+/// All bdevs, and the requests that wait to become bdevs. Clones share one registry.
 #[derive(Clone)]
 pub struct Registry(Rc<Inner>);
 
-/// A name that nobody else can take while its bdev is made. Dropping it gives the name up.
+/// A name that is reserved while its bdev is created. Dropping the reservation releases the name.
 pub struct Reservation {
     registry: Registry,
     id: BdevId,
@@ -142,8 +143,8 @@ pub struct Reservation {
 }
 
 impl Registry {
-    /// An empty registry that calls `changed` when a bdev has come or gone, or examinations have
-    /// ended.
+    /// Makes an empty registry, which calls `changed` when a bdev was added or removed, or
+    /// examinations have ended.
     pub fn new(changed: impl Fn() + 'static) -> Self {
         Self(Rc::new(Inner {
             rows: RefCell::default(),
@@ -156,11 +157,11 @@ impl Registry {
         }))
     }
 
-    /// Reserves a name, and a UUID, a random one if there is none.
+    /// Reserves a name and a UUID; without a UUID, a random one.
     ///
     /// # Errors
-    /// EEXIST if the name or the UUID is in use, also by a bdev that is being made; EBUSY while
-    /// closing the file of a deleted bdev of this name blocks.
+    /// EEXIST if the name or the UUID is in use, also by a bdev that is being created; EBUSY while
+    /// the close of the file of a deleted bdev of this name blocks.
     pub fn reserve(&self, name: String, uuid: Option<Uuid>) -> Result<Reservation, Errno> {
         let account = account_name(&name);
         if closer::stuck().iter().any(|stuck| stuck.name == account) {
@@ -172,7 +173,7 @@ impl Registry {
         Ok(Reservation { registry: self.clone(), id, name, uuid })
     }
 
-    /// Adds what waits for its base.
+    /// Adds a request that waits for its base.
     ///
     /// # Errors
     /// EEXIST if its name or UUID is in use.
@@ -210,27 +211,27 @@ impl Registry {
         Err(libc::EEXIST)
     }
 
-    /// Whether a bdev has this name or UUID, or will have it.
+    /// Returns whether a bdev has this name or UUID, or will have it.
     #[must_use]
     pub fn is_taken(&self, name: &str) -> bool {
         self.0.rows.borrow().iter().any(|row| row.has_name(name))
     }
 
-    /// The id of the live bdev with this name or UUID.
+    /// Returns the id of the live bdev with this name or UUID.
     #[must_use]
     pub fn id(&self, name: &str) -> Option<BdevId> {
         let (rows, name) = (self.0.rows.borrow(), Name::from(name));
         rows.iter().find(|row| row.live().is_some() && row.has_name(name)).map(|row| row.id)
     }
 
-    /// All ids, for callers that process a few at a time. They must not hold a bdev between two
-    /// steps: it may be deleted, and must not be dropped by them.
+    /// Returns all ids, for callers that process a few at a time. Between two steps they must not
+    /// hold a bdev: it may be deleted, and they must not be the ones to drop it.
     #[must_use]
     pub fn ids(&self) -> Vec<BdevId> {
         self.0.rows.borrow().iter().map(|row| row.id).collect()
     }
 
-    /// This bdev; `None` if it is not live or does not exist any more.
+    /// Returns this bdev; `None` if it is not live or does not exist any more.
     #[must_use]
     pub fn live(&self, id: BdevId) -> Option<Live> {
         let rows = self.0.rows.borrow();
@@ -238,20 +239,20 @@ impl Registry {
         rows[at].live().cloned()
     }
 
-    /// The live bdev with this name or UUID.
+    /// Returns the live bdev with this name or UUID.
     #[must_use]
     pub fn bdev(&self, name: &str) -> Option<Arc<dyn Bdev>> {
         self.live(self.id(name)?).map(|live| live.bdev)
     }
 
-    /// The entry of the live bdev with this name or UUID, if it is of this type.
+    /// Returns the entry of the live bdev with this name or UUID, if it is of this type.
     #[must_use]
     pub fn entry<E: Entry>(&self, name: &str) -> Option<Rc<E>> {
         let entry: Rc<dyn Any> = self.live(self.id(name)?)?.entry;
         entry.downcast().ok()
     }
 
-    /// What waits under this name or UUID, if it is of this type.
+    /// Returns the waiting request with this name or UUID, if it is of this type.
     #[must_use]
     pub fn waiting_named<W: Waiting>(&self, name: &str) -> Option<Rc<W>> {
         let (rows, name) = (self.0.rows.borrow(), Name::from(name));
@@ -259,13 +260,13 @@ impl Registry {
         named.find_map(|row| row.waiting()?.downcast().ok())
     }
 
-    /// All live bdevs.
+    /// Returns all live bdevs.
     #[must_use]
     pub fn all(&self) -> Vec<Live> {
         self.0.rows.borrow().iter().filter_map(Row::live).cloned().collect()
     }
 
-    /// All live bdevs whose entries are of this type.
+    /// Returns all live bdevs whose entries are of this type.
     #[must_use]
     pub fn entries_of<E: Entry>(&self) -> Vec<(BdevId, Rc<E>)> {
         let rows = self.0.rows.borrow();
@@ -276,7 +277,7 @@ impl Registry {
         rows.iter().filter_map(of_type).collect()
     }
 
-    /// All of this type that waits.
+    /// Returns all waiting requests of this type.
     #[must_use]
     pub fn waiting_of<W: Waiting>(&self) -> Vec<(BdevId, Rc<W>)> {
         let rows = self.0.rows.borrow();
@@ -284,7 +285,7 @@ impl Registry {
         rows.iter().filter_map(of_type).collect()
     }
 
-    /// Whether this very bdev is registered.
+    /// Returns whether this bdev object is registered.
     #[must_use]
     pub fn holds(&self, bdev: &Arc<dyn Bdev>) -> bool {
         self.id_of(bdev).is_some()
@@ -295,10 +296,11 @@ impl Registry {
         self.0.rows.borrow().iter().find(is_it).map(|row| row.id)
     }
 
-    /// Takes a claim on a bdev. `owner` is the module, or the controller's name.
+    /// Takes a claim on a bdev. `owner` is the module's name, or the controller's.
     ///
     /// # Errors
-    /// The claim that is in the way. A bdev that is not registered any more has none.
+    /// Returns the claim that excludes this one. A bdev that is not registered any more has no
+    /// claims.
     pub fn claim(
         &self,
         bdev: &Arc<dyn Bdev>,
@@ -310,13 +312,14 @@ impl Registry {
         self.0.claims.take(id, kind, owner)
     }
 
-    /// The claim on this bdev as `bdev_get_bdevs` shows it.
+    /// Returns the claim on this bdev as `bdev_get_bdevs` shows it.
     #[must_use]
     pub fn claim_type(&self, id: BdevId) -> Option<&'static str> {
         self.0.claims.shown(id)
     }
 
-    /// The calls that make this bdev again; none if it is being made or does not exist any more.
+    /// Returns the calls that create this bdev again. Empty if it is being created or does not
+    /// exist any more.
     #[must_use]
     pub fn config(&self, id: BdevId) -> Vec<Call> {
         let state = {
@@ -330,13 +333,13 @@ impl Registry {
         }
     }
 
-    /// The bdevs that have this one as a base.
+    /// Returns the bdevs that have this one as a base.
     fn uppers(&self, bdev: &Arc<dyn Bdev>) -> Vec<Live> {
         let is_base = |base: &Arc<dyn Bdev>| Arc::ptr_eq(base, bdev);
         self.all().into_iter().filter(|live| live.bdev.bases().iter().any(is_base)).collect()
     }
 
-    /// Adds the bdev and what is on it, the uppermost first, each once.
+    /// Adds the bdev and the bdevs on it, the uppermost first, each once.
     fn add_with_uppers(
         &self,
         bdev: &Arc<dyn Bdev>,
@@ -352,23 +355,23 @@ impl Registry {
         all.push(Arc::clone(bdev));
     }
 
-    /// A bdev has another size: tells the entries on it. Gives all whose size has changed, the
-    /// uppermost first.
+    /// Tells the entries on a bdev that its size has changed. Returns all bdevs whose size has
+    /// changed, the uppermost first.
     pub(crate) fn resized(&self, bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
         let mut all = vec![];
         self.add_with_uppers(bdev, &|upper| upper.entry.base_resized(), &mut all);
         all
     }
 
-    /// The bdev of this module, live or waiting, with this name or UUID.
+    /// Returns the id of this module's bdev, live or waiting, with this name or UUID.
     pub(crate) fn of_module(&self, name: &str, module: &str) -> Option<BdevId> {
         let (rows, name) = (self.0.rows.borrow(), Name::from(name));
         let is_it = |row: &&Row| row.has_name(name) && row.module() == Some(module);
         rows.iter().find(is_it).map(|row| row.id)
     }
 
-    /// Takes bdevs out, and what is on them, and what waits under these ids. Gives the bdevs that
-    /// were live, the uppermost first; somebody may still use them.
+    /// Removes bdevs, the bdevs on them, and the waiting requests with these ids. Returns the bdevs
+    /// that were live, the uppermost first; they may still have users.
     pub(crate) fn remove(&self, ids: &[BdevId]) -> Vec<Arc<dyn Bdev>> {
         let mut all = vec![];
         for live in ids.iter().filter_map(|id| self.live(*id)) {
@@ -382,7 +385,7 @@ impl Registry {
         all
     }
 
-    /// The base of this bdev is gone.
+    /// Removes a bdev whose base is gone.
     fn base_gone(&self, id: BdevId) {
         let Some(live) = self.live(id) else { return };
         debug!("bdev {}: removed with its base", live.bdev.name());
@@ -404,10 +407,10 @@ impl Registry {
         self.0.rows.borrow_mut().extract_if(.., |row| which(row)).collect()
     }
 
-    /// What waited has become bdevs.
+    /// Replaces a waiting request by the bdevs that it has created.
     ///
     /// # Errors
-    /// EEXIST if a name or a UUID of theirs is taken, ENODEV if what waited or a base is gone.
+    /// EEXIST if a name or a UUID of the bdevs is taken; ENODEV if the request or a base is gone.
     pub(crate) fn come_to_life(&self, id: BdevId, made: &[Rc<dyn Entry>]) -> Result<(), Errno> {
         let mut new = vec![];
         for (part, entry) in (0..).zip(made) {
@@ -433,7 +436,7 @@ impl Registry {
 }
 
 impl Reservation {
-    /// The bdev is made.
+    /// Registers the created bdev.
     ///
     /// # Errors
     /// ENODEV if one of its bases was deleted meanwhile.
@@ -458,7 +461,7 @@ impl Drop for Reservation {
     }
 }
 
-/// The name of the [`closer::Account`] that closes the file of the disk `name`.
+/// Returns the name of the [`closer::Account`] that closes the file of the disk `name`.
 #[must_use]
 pub fn account_name(name: &str) -> String {
     format!("bdev {name}")

@@ -1,7 +1,7 @@
-//! A host for tests: one thread, no controllers, and calls as `bdev_*` methods get them.
+//! A host for tests: one thread, no controllers, and calls in the form of the `bdev_*` methods.
 //!
-//! It shows no fault of its own: blocking work runs at once, and a deletion ends at once, as the
-//! tests hold no bdev.
+//! It injects no faults: blocking work runs at once, and a deletion ends at once, as the tests hold
+//! no bdev.
 
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
@@ -23,15 +23,15 @@ pub(crate) struct TestHost {
     registry: Registry,
     modules: Vec<Rc<dyn BdevModule>>,
     methods: Vec<Method>,
-    /// How often the registry has told of a change.
+    /// The number of changes that the registry has reported.
     pub(crate) changes: Rc<Cell<u32>>,
-    /// Names of the bdevs whose users were told of another size, and of those taken away.
+    /// Names of the bdevs whose users were told of another size, and of the retired bdevs.
     pub(crate) resized: RefCell<Vec<String>>,
     pub(crate) retired: RefCell<Vec<String>>,
 }
 
 impl TestHost {
-    /// With all modules, and more.
+    /// Makes a host with all modules, and the given ones.
     pub(crate) fn new(more: impl IntoIterator<Item = Rc<dyn BdevModule>>) -> Rc<Self> {
         let mut modules = crate::modules::all();
         modules.extend(more);
@@ -47,54 +47,55 @@ impl TestHost {
         })
     }
 
-    /// Calls a method to its end.
+    /// Runs a method to its end.
     pub(crate) fn call(self: &Rc<Self>, method: &str, params: Value) -> Answer {
-        run(self.begin(method, params)).unwrap_or_else(|| panic!("{method} waits"))
+        run(self.begin(method, params))
+            .unwrap_or_else(|| panic!("{method} does not end: its future is pending"))
     }
 
-    /// The future of a call.
+    /// Returns the future of a call.
     pub(crate) fn begin(
         self: &Rc<Self>,
         method: &str,
         params: Value,
     ) -> LocalFuture<'static, Answer> {
         let method = self.methods.iter().find(|known| known.name == method);
-        let method = method.expect("a method of some module");
+        let method = method.expect("a module has this method");
         let params = Params::new(Json { method: method.name, params });
         method.call(Rc::clone(self) as _, params)
     }
 
-    /// A null bdev of 64 MiB with 512-byte blocks and this UUID number.
+    /// Creates a null bdev of 64 MiB with 512-byte blocks and this UUID number.
     pub(crate) fn null(self: &Rc<Self>, name: &str, uuid: u128) {
         let uuid = uuid::Uuid::from_u128(uuid).to_string();
         let params = json!({"name": name, "num_blocks": 131_072, "block_size": 512, "uuid": uuid});
         assert_eq!(self.call("bdev_null_create", params), Ok(name.into()));
     }
 
-    /// Names of the live bdevs, in order.
+    /// Returns the names of the live bdevs, in order.
     pub(crate) fn names(&self) -> Vec<String> {
         self.registry.all().iter().map(|live| live.bdev.name().to_owned()).collect()
     }
 
-    /// What `save_config` would write.
+    /// Returns the configuration that `save_config` would write.
     pub(crate) fn config(&self) -> Vec<Value> {
         let calls = self.registry.ids().into_iter().flat_map(|id| self.registry.config(id));
         calls.map(|call| json!([call.method, call.params])).collect()
     }
 
-    /// The claim on a bdev as it is shown.
+    /// Returns the claim on a bdev as it is shown.
     pub(crate) fn claim_type(&self, name: &str) -> Option<&'static str> {
         self.registry.claim_type(self.registry.id(name)?)
     }
 
-    /// What a bdev shows under `driver_specific`.
+    /// Returns a bdev's `driver_specific` object.
     pub(crate) fn driver_specific(&self, name: &str) -> Value {
         let live = self.registry.id(name).and_then(|id| self.registry.live(id));
         live.unwrap().entry.describe().driver_specific.into()
     }
 }
 
-/// Polls a future until it ends; `None` if it waits for something.
+/// Polls a future until it ends; `None` if it is pending.
 pub(crate) fn run<T>(future: impl Future<Output = T>) -> Option<T> {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => Some(value),
@@ -133,7 +134,7 @@ impl Host for TestHost {
         for bdev in bdevs {
             let weak = Arc::downgrade(&bdev);
             drop(bdev);
-            assert_eq!(weak.strong_count(), 0, "somebody still has a deleted bdev");
+            assert_eq!(weak.strong_count(), 0, "a deleted bdev still has a user");
         }
         Box::pin(std::future::ready(()))
     }
@@ -141,7 +142,7 @@ impl Host for TestHost {
     fn released(&self) {}
 }
 
-/// Parameters as serde_json reads them.
+/// Parameters that serde_json decodes.
 struct Json {
     method: &'static str,
     params: Value,

@@ -14,7 +14,7 @@ pub(crate) mod null;
 pub(crate) mod passthru;
 pub(crate) mod split;
 
-/// All modules. A new one is a folder and a line here.
+/// All modules. A new one needs a folder and a line here.
 #[must_use]
 pub fn all() -> Vec<Rc<dyn BdevModule>> {
     vec![

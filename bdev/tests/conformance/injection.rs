@@ -109,7 +109,7 @@ fn a_moment_without_memory_only_delays() {
 }
 
 #[test]
-fn one_byte_is_spoiled_and_a_writer_s_memory_is_as_it_was() {
+fn one_byte_is_corrupted_and_a_writer_s_memory_is_restored() {
     let xor = |mut data: Vec<u8>, at: usize| {
         data[at] ^= 0x81;
         data

@@ -79,16 +79,16 @@ fn a_base_has_one_wrapper_and_the_next_that_waits_follows() {
     host.call("bdev_delay_create", delay_params("D", "A")).unwrap();
     host.call("bdev_error_create", error_params("A")).unwrap();
     host.null("A", 1);
-    assert_eq!(host.names(), ["D", "A"], "the one that came first");
+    assert_eq!(host.names(), ["D", "A"], "the first request gets the base");
     assert_eq!(host.call("bdev_delay_create", delay_params("E", "A")), errno(libc::EPERM));
     host.call("bdev_delay_delete", named("D")).unwrap();
     assert_eq!(host.names(), ["EE_A", "A"]);
     assert_eq!(host.call("bdev_delay_create", delay_params("E", "A")), errno(libc::EPERM));
-    assert_eq!(host.config().len(), 2, "what failed is not kept");
+    assert_eq!(host.config().len(), 2, "a failed request is not kept");
 }
 
 #[test]
-fn what_stands_on_a_deleted_bdev_goes_first_and_a_delay_waits_again() {
+fn bdevs_on_a_deleted_bdev_are_deleted_first_and_a_delay_waits_again() {
     let host = host();
     host.null("A", 1);
     host.call("bdev_delay_create", delay_params("D", "A")).unwrap();
@@ -102,7 +102,7 @@ fn what_stands_on_a_deleted_bdev_goes_first_and_a_delay_waits_again() {
     let methods = |host: &TestHost| -> Vec<Value> {
         host.config().iter().map(|call| call[0].clone()).collect()
     };
-    // The p99 latency is below the average now, which takes a second call.
+    // The p99 latency is below the average now, which takes a second call to restore.
     assert_eq!(methods(&host), ["bdev_delay_create", "bdev_delay_update_latency"]);
     host.null("A", 2);
     assert_eq!(host.names(), ["D", "A"]);
@@ -129,7 +129,7 @@ fn a_served_bdev_gets_no_wrapper_and_a_wrapped_one_is_not_served() {
 }
 
 #[test]
-fn without_auto_examine_only_what_is_named_comes_to_life_by_itself() {
+fn without_auto_examine_waiting_bdevs_are_created_only_on_named_bases() {
     let host = host();
     host.registry().set_auto_examine(false);
     for base in ["A", "B", "C"] {
@@ -139,18 +139,18 @@ fn without_auto_examine_only_what_is_named_comes_to_life_by_itself() {
     assert_eq!(host.registry().examine("A"), Err(libc::EEXIST));
     ["A", "B", "C"].iter().zip(1..).for_each(|(name, uuid)| host.null(name, uuid));
     assert_eq!(host.names(), ["EE_A", "A", "B", "C"]);
-    // By its UUID.
+    // Examined by its UUID.
     host.registry().examine(&Uuid::from_u128(2).to_string()).unwrap();
     let dynamic: Rc<dyn Host> = Rc::clone(&host) as _;
     run(settle(&dynamic)).unwrap();
     assert_eq!(host.names(), ["EE_A", "EE_B", "A", "B", "C"]);
-    // What is made on a bdev that is there comes to life at once.
+    // A wrapper on an existing bdev is created at once.
     host.call("bdev_delay_create", delay_params("D", "C")).unwrap();
     assert_eq!(host.names(), ["EE_A", "EE_B", "A", "B", "C", "D"]);
 }
 
 #[test]
-fn a_new_size_is_told_of_all_that_stand_on_a_bdev() {
+fn a_new_size_is_reported_for_all_bdevs_on_a_bdev() {
     let host = host();
     host.null("A", 1);
     host.call("bdev_delay_create", delay_params("D", "A")).unwrap();
@@ -159,7 +159,7 @@ fn a_new_size_is_told_of_all_that_stand_on_a_bdev() {
     assert_eq!(host.config()[0][1]["num_blocks"], 204_800);
 }
 
-/// Makes its bdev on base "A" when `ready` says so, and knows which bdevs it was shown.
+/// Creates its bdev on base "A" when `ready` is set, and records the bdevs that it examined.
 struct Slow {
     ready: Cell<bool>,
     fails: Cell<bool>,
@@ -228,7 +228,7 @@ impl Waiting for SlowRequest {
             })
             .await;
             if self.0.fails.get() {
-                return Err(Error::Invalid("told to".into()));
+                return Err(Error::Invalid("requested by the test".into()));
             }
             let options = crate::ErrorOptions { name: "S".into(), base: bdev, uuid: None };
             Ok(vec![Rc::new(SlowEntry(crate::ErrorDisk::create(options)?, claim)) as _])
@@ -277,13 +277,13 @@ fn while_a_bdev_is_made_its_base_is_claimed_and_examination_is_under_way() {
 }
 
 #[test]
-fn a_base_that_is_deleted_while_a_bdev_is_made_on_it_takes_it_along() {
+fn deleting_a_base_while_a_bdev_is_created_on_it_deletes_that_bdev() {
     let (host, slow) = slow(false);
     host.null("A", 1);
     let mut create = host.begin("bdev_slow_create", Value::Null);
     assert!(run(create.as_mut()).is_none());
     let id = host.registry().id("A").unwrap();
-    // Whoever waits for the base's last user waits for the create call.
+    // A task that waits for the base's last user waits for the create call.
     let gone = host.registry().remove(&[id]);
     assert_eq!(gone.len(), 1);
     slow.ready.set(true);
@@ -292,7 +292,7 @@ fn a_base_that_is_deleted_while_a_bdev_is_made_on_it_takes_it_along() {
 }
 
 #[test]
-fn what_was_refused_by_a_base_waits_for_another() {
+fn a_request_that_failed_on_a_base_waits_for_another() {
     let (host, slow) = slow(true);
     host.call("bdev_slow_create", Value::Null).unwrap();
     slow.fails.set(true);
@@ -305,7 +305,7 @@ fn what_was_refused_by_a_base_waits_for_another() {
     host.call("bdev_null_delete", named("A")).unwrap();
     host.null("A", 3);
     assert_eq!(host.names(), ["S", "B", "A"]);
-    // With the base there, the create call fails, and nothing is left of it.
+    // With the base there, the create call fails and leaves no bdev.
     let (host, slow) = self::slow(true);
     slow.fails.set(true);
     host.null("A", 1);
@@ -314,12 +314,12 @@ fn what_was_refused_by_a_base_waits_for_another() {
 }
 
 #[test]
-fn modules_are_shown_each_new_bdev_once_unless_it_is_claimed() {
+fn modules_examine_each_new_bdev_once_unless_it_is_claimed() {
     let (host, slow) = slow(true);
     host.call("bdev_error_create", error_params("A")).unwrap();
     host.null("A", 1);
     host.null("B", 2);
-    assert_eq!(*slow.seen.borrow(), ["EE_A", "B"], "the claimed one is left alone");
+    assert_eq!(*slow.seen.borrow(), ["EE_A", "B"], "the claimed one is not examined");
     host.registry().set_auto_examine(false);
     host.null("C", 3);
     assert_eq!(slow.seen.borrow().len(), 2);

@@ -1,4 +1,5 @@
-//! Which bdevs are examined, and what comes to life by itself. [`crate::control::life::settle`] does it.
+//! The selection of the bdevs to examine, and of the waiting requests that can create their bdevs.
+//! [`crate::control::life::settle`] uses it.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,18 +10,18 @@ use crate::control::claims::ClaimKind;
 use crate::control::module::Waiting;
 
 impl Registry {
-    /// Whether all bdevs are examined.
+    /// Returns whether all bdevs are examined.
     #[must_use]
     pub fn auto_examine(&self) -> bool {
         self.0.auto_examine.get()
     }
 
-    /// Sets whether all bdevs are examined, or only those that [`Registry::examine`] has named.
+    /// Sets whether all bdevs are examined, or only those named with [`Registry::examine`].
     pub fn set_auto_examine(&self, auto_examine: bool) {
         self.0.auto_examine.set(auto_examine);
     }
 
-    /// Lets the bdev of this name be examined, when it comes or with the next
+    /// Lets the bdev of this name be examined, when it is added or with the next
     /// [`settle`](crate::control::life::settle).
     ///
     /// # Errors
@@ -34,13 +35,13 @@ impl Registry {
         Ok(())
     }
 
-    /// The names that [`examine`](Self::examine) was given.
+    /// Returns the names that [`examine`](Self::examine) was given.
     #[must_use]
     pub fn examined(&self) -> Vec<String> {
         self.0.examined.borrow().clone()
     }
 
-    /// Whether examinations are under way.
+    /// Returns whether examinations are under way.
     #[must_use]
     pub fn is_examining(&self) -> bool {
         self.0.examining.get() > 0
@@ -57,7 +58,7 @@ impl Registry {
         self.auto_examine() || examined()
     }
 
-    /// The first that waits for a bdev that is there and free, with that bdev.
+    /// Returns the first waiting request whose base exists and is free, with that base.
     pub(crate) fn next_to_wake(&self) -> Option<Due> {
         let rows = self.0.rows.borrow();
         rows.iter().find_map(|row| {
@@ -75,7 +76,7 @@ impl Registry {
         })
     }
 
-    /// What waits does not come to life on this base.
+    /// Records that a request could not create its bdevs on this base.
     pub(crate) fn refuse(&self, id: BdevId, base: &Arc<dyn Bdev>) {
         let base = self.id_of(base);
         let mut rows = self.0.rows.borrow_mut();
@@ -86,8 +87,8 @@ impl Registry {
         }
     }
 
-    /// The first bdev that the modules have not examined and may examine; it counts as examined
-    /// from then on.
+    /// Returns the first bdev that the modules have not examined and may examine, and marks it as
+    /// examined.
     pub(crate) fn next_to_examine(&self) -> Option<Arc<dyn Bdev>> {
         let mut rows = self.0.rows.borrow_mut();
         let is_due = |row: &Row| {
@@ -101,13 +102,13 @@ impl Registry {
         Some(Arc::clone(&live.bdev))
     }
 
-    /// Tells the program that bdevs have come or gone.
+    /// Tells the program that bdevs were added or removed.
     pub(crate) fn changed(&self) {
         (self.0.changed)();
     }
 }
 
-/// What can come to life on a base that is there.
+/// A waiting request with its base, which exists.
 pub(crate) struct Due {
     pub(crate) id: BdevId,
     pub(crate) waiting: Rc<dyn Waiting>,

@@ -1,4 +1,4 @@
-//! A wrapper that makes a disk slow: completions are held back for a set time.
+//! A wrapper that makes a disk slow: it delays completions by a set time.
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
 pub(crate) mod module;
@@ -16,57 +16,57 @@ use crate::error::Error;
 use crate::io::{Completion, Io, Op, Submit};
 use crate::wrapper::{Wrapped, Wrapper, forward_to_base};
 
-/// Out of this many reads and writes on a channel, one has the p99 latency.
+/// One of this many reads and writes on a channel has the p99 latency.
 const P99_INTERVAL: u32 = 100;
 
-/// Longer than anybody waits, and short enough to be added to a time: one year.
+/// The limit of a latency: one year, which can be added to a time without overflow.
 const LATENCY_MAX_US: u64 = 365 * 24 * 3600 * 1_000_000;
 
 /// Four latencies, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Latency {
-    /// Of most reads.
+    /// The latency of most reads.
     pub avg_read_us: u64,
-    /// Of one read in 100.
+    /// The latency of one read in 100.
     pub p99_read_us: u64,
-    /// Of most writes.
+    /// The latency of most writes.
     pub avg_write_us: u64,
-    /// Of one write in 100.
+    /// The latency of one write in 100.
     pub p99_write_us: u64,
 }
 
-/// Names one of the four latencies.
+/// Identifies one of the four latencies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LatencyKind {
-    /// Of most reads.
+    /// The latency of most reads.
     AvgRead,
-    /// Of one read in 100.
+    /// The latency of one read in 100.
     P99Read,
-    /// Of most writes.
+    /// The latency of most writes.
     AvgWrite,
-    /// Of one write in 100.
+    /// The latency of one write in 100.
     P99Write,
 }
 
 /// A disk whose reads and writes complete a set time after those of its base.
 ///
-/// The base does the I/O at once and the completion waits, as in SPDK; flush, unmap and
-/// write-zeroes are not delayed. A new latency applies to what completes from then on.
+/// The base does the I/O at once and the completion is delayed, as in SPDK; flush, unmap and
+/// write-zeroes are not delayed. A new latency applies to later completions.
 pub struct Delay {
     wrapped: Wrapped,
     latencies_us: [AtomicU64; 4],
 }
 
-/// What [`Delay::create`] makes.
+/// The options of [`Delay::create`].
 #[derive(Clone)]
 pub struct DelayOptions {
-    /// Name of the device; not empty.
+    /// The name of the device; not empty.
     pub name: String,
-    /// The disk with the bytes.
+    /// The base disk.
     pub base: Arc<dyn Bdev>,
-    /// Its delays; each p99 at least the average.
+    /// The latencies; each p99 is at least the average.
     pub latency: Latency,
-    /// Identity; random if absent.
+    /// The UUID; random if absent.
     pub uuid: Option<Uuid>,
 }
 
@@ -93,10 +93,10 @@ impl Delay {
         Ok(Arc::new(Self { wrapped, latencies_us: latencies_us.map(AtomicU64::new) }))
     }
 
-    /// Changes one latency, while in use. As in SPDK the p99 may fall below the average here,
-    /// since it takes two calls to raise both.
+    /// Changes one latency, while in use. As in SPDK, the p99 may fall below the average here,
+    /// since raising both takes two calls.
     pub fn update_latency(&self, kind: LatencyKind, latency_us: u64) {
-        // Relaxed: the number stands for itself.
+        // Relaxed suffices: no other data is published with the number.
         self.latencies_us[kind as usize].store(latency_us, Ordering::Relaxed);
     }
 
@@ -112,7 +112,7 @@ impl Delay {
         }
     }
 
-    /// The disk with the bytes.
+    /// The base disk.
     #[must_use]
     pub fn base(&self) -> &Arc<dyn Bdev> {
         self.wrapped.base()
@@ -149,13 +149,13 @@ impl Wrapper for Delay {
 struct DelayChannel {
     base: Box<dyn Channel>,
     disk: Arc<Delay>,
-    /// By tag: which latency an outstanding I/O has.
+    /// The kind of latency of each outstanding I/O, by tag.
     kinds: Box<[Option<LatencyKind>]>,
-    /// What the base has completed, the one that is due first on top.
+    /// Completions of the base that are delayed, the first one due on top.
     held: BinaryHeap<Reverse<Held>>,
     /// I/Os outstanding at the base.
     with_base: u64,
-    /// Reads and writes so far, modulo [`P99_INTERVAL`].
+    /// The number of reads and writes so far, modulo [`P99_INTERVAL`].
     count: [u32; 2],
 }
 
@@ -186,7 +186,7 @@ impl PartialEq for Held {
 impl Eq for Held {}
 
 impl DelayChannel {
-    // Lets the compiler inline it into callers in other codegen units, as the next one.
+    // Lets the compiler inline it into callers in other codegen units, as with `hold`.
     #[inline]
     fn kind(&mut self, op: Op) -> Option<LatencyKind> {
         let (count, avg, p99) = match op {
@@ -198,7 +198,7 @@ impl DelayChannel {
         Some(if *count == 0 { p99 } else { avg })
     }
 
-    /// Holds a completion back. `false`: it has no latency.
+    /// Delays a completion. Returns false if it has no latency.
     #[inline]
     fn hold(&mut self, completion: Completion, kind: Option<LatencyKind>) -> bool {
         let Some(delay) = kind.and_then(|kind| self.disk.delay(kind)) else { return false };
@@ -210,7 +210,7 @@ impl DelayChannel {
 impl Channel for DelayChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let (op, tag) = (io.op, io.tag);
-        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        // SAFETY: the caller's promise covers the base, which completes no later than this channel.
         match unsafe { self.base.submit(io) } {
             Submit::Done(status) => {
                 let kind = self.kind(op);
@@ -279,7 +279,7 @@ mod tests {
         Delay::create(DelayOptions { name: "d".into(), base, latency, uuid: None })
     }
 
-    /// What `n` empty I/Os of this kind did at submit: how many were held back.
+    /// Submits `n` empty I/Os of this kind. Returns the number that were delayed.
     fn held(channel: &mut dyn Channel, op: Op, n: u16) -> usize {
         (0..n)
             .filter(|&i| {
@@ -287,7 +287,7 @@ mod tests {
                     Op::Read | Op::Write => Io::rw(op, Tag(i), 0, 0, &[]),
                     _ => Io::plain(op, Tag(i), 0, 512),
                 };
-                // SAFETY: without segments.
+                // SAFETY: the I/O has no segments.
                 matches!(unsafe { channel.submit(io) }, Submit::Queued)
             })
             .count()
@@ -324,7 +324,7 @@ mod tests {
         disk.update_latency(LatencyKind::AvgRead, 10_000);
         let start = Instant::now();
         let io = Io::rw(Op::Read, Tag(7), 0, 0, &[]);
-        // SAFETY: without segments.
+        // SAFETY: the I/O has no segments.
         assert!(matches!(unsafe { channel.submit(io) }, Submit::Queued));
         let mut done = [Completion { tag: Tag(0), status: Status::IoError }];
         while channel.poll(&mut done) == 0 {

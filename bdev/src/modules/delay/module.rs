@@ -39,18 +39,18 @@ impl BdevModule for Module {
     }
 }
 
-/// A delay bdev as it was asked for.
+/// The parameters of a delay bdev.
 struct Request {
     name: String,
     uuid: Uuid,
     base: String,
-    /// Of the bdev when it was last there.
+    /// The latencies that the bdev had when it existed last.
     latency: Cell<Latency>,
     params: Map<String, Value>,
 }
 
 impl Request {
-    /// The calls that make it with these latencies.
+    /// Returns the calls that create it with these latencies.
     ///
     /// `bdev_delay_update_latency` may set a p99 latency below its average, which
     /// `bdev_delay_create` refuses. Then the p99 is raised, and further calls set it again.
@@ -73,7 +73,7 @@ impl Request {
         calls
     }
 
-    /// Makes the bdev, also with latencies that its create method refuses.
+    /// Makes the bdev, also with latencies that the create method rejects.
     fn make(&self, base: Arc<dyn Bdev>) -> Result<Arc<Delay>, Error> {
         let latency = self.latency.get();
         let disk = Delay::create(DelayOptions {
@@ -88,7 +88,7 @@ impl Request {
     }
 }
 
-/// With no p99 below its average.
+/// Raises each p99 to at least its average.
 fn raised(latency: Latency) -> Latency {
     Latency {
         p99_read_us: latency.p99_read_us.max(latency.avg_read_us),
@@ -97,7 +97,7 @@ fn raised(latency: Latency) -> Latency {
     }
 }
 
-/// With the parameter names of `bdev_delay_create`.
+/// Returns the latencies under the parameter names of `bdev_delay_create`.
 fn latency_params(latency: Latency) -> Map<String, Value> {
     let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
     [
@@ -147,7 +147,7 @@ impl Waiting for Request {
 struct DelayEntry {
     disk: Arc<Delay>,
     request: Rc<Request>,
-    /// On the base.
+    /// The claim on the base.
     _claim: Claim,
 }
 
@@ -195,7 +195,7 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
         || p.p99_read_latency < p.avg_read_latency
         || p.p99_write_latency < p.avg_write_latency;
     if invalid {
-        error!("bdev_delay_create: an empty name, or a p99 latency below its average");
+        error!("bdev_delay_create: the name is empty, or a p99 latency is below the average");
         return Err(MethodError::errno(libc::EINVAL));
     }
     let latency = Latency {
@@ -242,8 +242,7 @@ async fn update_latency(host: Rc<dyn Host>, params: Params) -> Answer {
     if let Some(entry) = registry.entry::<DelayEntry>(&p.delay_bdev_name) {
         entry.disk.update_latency(kind, p.latency_us);
     } else if let Some(request) = registry.waiting_named::<Request>(&p.delay_bdev_name) {
-        // A delay bdev that waits for its base has latencies too, and a configuration may set
-        // them.
+        // A delay bdev that waits for its base has latencies too, and a configuration may set them.
         let mut latency = request.latency.get();
         *match p.latency_type {
             Type::AvgRead => &mut latency.avg_read_us,
@@ -253,7 +252,7 @@ async fn update_latency(host: Rc<dyn Host>, params: Params) -> Answer {
         } = p.latency_us;
         request.latency.set(latency);
     } else {
-        error!("bdev_delay_update_latency: no delay bdev {:?}", p.delay_bdev_name);
+        error!("bdev_delay_update_latency: no delay bdev has this name: {:?}", p.delay_bdev_name);
         return Err(MethodError::invalid_params("The requested bdev does not exist."));
     }
     Ok(true.into())

@@ -12,45 +12,45 @@ use crate::io::{Completion, Io, Op, Status, Submit, Tag};
 use crate::memory;
 use crate::wrapper::forward_to_base;
 
-/// How often a sleeping owner looks whether the operator has released pending I/Os, which nothing
-/// announces.
+/// The interval at which a sleeping owner checks whether the operator has released pending I/Os. No
+/// event signals this.
 const RELEASE_CHECK: Duration = Duration::from_millis(1);
 
 pub(super) struct ErrorChannel {
     base: Box<dyn Channel>,
     disk: Arc<ErrorDisk>,
-    /// I/Os that have been made to wait, in order.
+    /// Pending I/Os, in order.
     pending: VecDeque<Io>,
-    /// I/Os that the next poll begins.
+    /// I/Os that the next poll starts.
     retries: VecDeque<Io>,
     /// I/Os that ended without the base, or inside its submit.
     ended: VecDeque<Completion>,
-    /// By tag: what to do to the data when the base is done with it.
-    spoiled: Box<[Option<Spoiled>]>,
-    /// By tag: injected failures that nobody has asked about yet.
+    /// The data to corrupt when the base has completed an I/O, by tag.
+    corrupted: Box<[Option<Corrupted>]>,
+    /// Injected failures that the owner has not taken yet, by tag.
     failures: Failures,
     /// I/Os outstanding at the base.
     with_base: u64,
-    /// As the operator had released pending I/Os when the first of ours became one.
+    /// The release counters at the time when the first of this channel's I/Os became pending.
     released: Releases,
-    /// I/Os that wait need not be started any more.
+    /// Set when waiting I/Os need not be started any more.
     abandoned: bool,
 }
 
 #[derive(Clone, Copy)]
-struct Spoiled {
+struct Corrupted {
     io: Io,
     offset: u64,
     value: u8,
 }
 
-impl Spoiled {
-    /// Changes the byte, or changes it back.
+impl Corrupted {
+    /// Flips the byte's bits. A second call restores the byte.
     ///
     /// # Safety
     /// The I/O has not been reported.
     unsafe fn flip(&self) {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller guarantees that the I/O has not been reported.
         let segments = unsafe { self.io.segments() };
         // SAFETY: as above.
         unsafe { memory::flip(segments, self.offset, self.value) }
@@ -64,7 +64,7 @@ impl ErrorChannel {
             pending: VecDeque::with_capacity(depth.into()),
             retries: VecDeque::with_capacity(depth.into()),
             ended: VecDeque::with_capacity(depth.into()),
-            spoiled: vec![None; depth.into()].into_boxed_slice(),
+            corrupted: vec![None; depth.into()].into_boxed_slice(),
             failures: Failures::new(depth),
             with_base: 0,
             released: disk.releases(),
@@ -73,28 +73,28 @@ impl ErrorChannel {
         }
     }
 
-    /// Passes an I/O on, spoiled or not.
+    /// Passes an I/O on to the base, corrupted or not.
     ///
     /// # Safety
     /// As [`Channel::submit`].
     #[inline]
-    unsafe fn pass_on(&mut self, io: Io, spoiled: Option<Spoiled>) -> Submit {
-        let written = spoiled.filter(|_| io.op == Op::Write);
-        if let Some(spoiled) = written {
-            // SAFETY: the caller vouches for the memory.
-            unsafe { spoiled.flip() };
+    unsafe fn pass_on(&mut self, io: Io, corrupted: Option<Corrupted>) -> Submit {
+        let written = corrupted.filter(|_| io.op == Op::Write);
+        if let Some(corrupted) = written {
+            // SAFETY: the caller guarantees that the memory is valid.
+            unsafe { corrupted.flip() };
         }
-        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        // SAFETY: the caller's promise covers the base, which completes no later than this channel.
         let submit = unsafe { self.base.submit(io) };
-        match (&submit, spoiled) {
+        match (&submit, corrupted) {
             (Submit::Queued, _) => {
                 self.with_base += 1;
-                if let Some(slot) = self.spoiled.get_mut(usize::from(io.tag.0)) {
-                    *slot = spoiled;
+                if let Some(slot) = self.corrupted.get_mut(usize::from(io.tag.0)) {
+                    *slot = corrupted;
                 }
             }
-            // SAFETY: the I/O is still the caller's.
-            (Submit::Done(status), Some(spoiled)) => unsafe { finish(&spoiled, *status) },
+            // SAFETY: the caller still owns the I/O.
+            (Submit::Done(status), Some(corrupted)) => unsafe { finish(&corrupted, *status) },
             // SAFETY: as above.
             (Submit::Full(_), Some(_)) => written.iter().for_each(|s| unsafe { s.flip() }),
             _ => {}
@@ -102,7 +102,7 @@ impl ErrorChannel {
         submit
     }
 
-    /// Takes over what the operator has decided about pending I/Os.
+    /// Applies the operator's releases to the pending I/Os.
     fn release_pending(&mut self) {
         let now = self.disk.releases();
         if now.aborts != self.released.aborts {
@@ -116,7 +116,7 @@ impl ErrorChannel {
         self.released = now;
     }
 
-    /// Begins what waits to be begun, each I/O once.
+    /// Starts the waiting I/Os, each once.
     fn retry(&mut self) {
         for _ in 0..self.retries.len() {
             let Some(io) = self.retries.pop_front() else { break };
@@ -140,24 +140,25 @@ impl ErrorChannel {
     }
 }
 
-/// Spoils what was read, and gives the caller's data back as it was if it was written.
+/// Corrupts the data that was read, or restores the caller's data that was written.
 ///
 /// # Safety
 /// The I/O has not been reported.
-unsafe fn finish(spoiled: &Spoiled, status: Status) {
-    if spoiled.io.op == Op::Write || status == Status::Ok {
-        // SAFETY: the caller vouches for it.
-        unsafe { spoiled.flip() };
+unsafe fn finish(corrupted: &Corrupted, status: Status) {
+    if corrupted.io.op == Op::Write || status == Status::Ok {
+        // SAFETY: the caller guarantees that the I/O has not been reported.
+        unsafe { corrupted.flip() };
     }
 }
 
 impl Channel for ErrorChannel {
     #[inline]
     unsafe fn submit(&mut self, io: Io) -> Submit {
-        // Before the rule: whoever clears the rules and then resumes leaves nothing pending.
+        // Before the rule is applied: an operator that clears the rules and then resumes leaves no
+        // I/O pending.
         let released = self.disk.releases();
         let rule = rule_index(io.op).map(|i| &self.disk.rules[i]);
-        let spoiled = match rule.and_then(|rule| rule.take(self.with_base)) {
+        let corrupted = match rule.and_then(|rule| rule.take(self.with_base)) {
             None => None,
             Some(InjectedError::Failure) => {
                 self.failures.note(&io, libc::EIO);
@@ -175,12 +176,12 @@ impl Channel for ErrorChannel {
                 return Submit::Queued;
             }
             Some(InjectedError::CorruptData { offset, value }) => {
-                Some(Spoiled { io, offset, value })
+                Some(Corrupted { io, offset, value })
                     .filter(|_| matches!(io.op, Op::Read | Op::Write))
             }
         };
-        // SAFETY: the caller's promise.
-        unsafe { self.pass_on(io, spoiled) }
+        // SAFETY: by the caller's promise.
+        unsafe { self.pass_on(io, corrupted) }
     }
 
     fn wait(&self) -> Wait {
@@ -200,8 +201,8 @@ impl Channel for ErrorChannel {
 
     fn abandon(&mut self) {
         self.abandoned = true;
-        // What was spoiled stays so.
-        self.spoiled.fill(None);
+        // Corrupted data stays corrupted.
+        self.corrupted.fill(None);
         self.base.abandon();
     }
 
@@ -226,10 +227,10 @@ impl Channel for ErrorChannel {
         let from_base = self.base.poll(&mut done[n..]);
         self.with_base -= from_base as u64;
         for completion in &done[n..n + from_base] {
-            let slot = self.spoiled.get_mut(usize::from(completion.tag.0));
-            if let Some(spoiled) = slot.and_then(Option::take) {
-                // SAFETY: it is reported when this returns.
-                unsafe { finish(&spoiled, completion.status) };
+            let slot = self.corrupted.get_mut(usize::from(completion.tag.0));
+            if let Some(corrupted) = slot.and_then(Option::take) {
+                // SAFETY: the I/O is reported when this returns.
+                unsafe { finish(&corrupted, completion.status) };
             }
         }
         n + from_base

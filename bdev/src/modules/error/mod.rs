@@ -1,4 +1,5 @@
-//! A wrapper that makes a disk fail, on demand: errors, silence, and spoiled data.
+//! A wrapper that makes a disk fail on demand: errors, I/O without a completion, and corrupted
+//! data.
 
 mod channel;
 pub(crate) mod module;
@@ -15,11 +16,11 @@ use crate::wrapper::{Wrapped, Wrapper};
 
 use channel::ErrorChannel;
 
-/// Which I/Os an injection is for. As in SPDK there is none for write-zeroes, nor does `All`
-/// include it.
+/// The I/Os that an injection applies to. As in SPDK, write-zeroes are never included, not even in
+/// `All`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InjectedOp {
-    /// Takes all injections back. I/Os that are pending stay so.
+    /// Removes all injections. Pending I/Os stay pending.
     Clear,
     /// Reads.
     Read,
@@ -33,68 +34,68 @@ pub enum InjectedOp {
     All,
 }
 
-/// What happens to an I/O.
+/// The effect on an I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InjectedError {
-    /// It fails at once and does nothing. SPDK's `nvme_failure` is the same here, as virtio has
-    /// one error for both.
+    /// The I/O fails at once and has no effect. SPDK's `nvme_failure` is the same here, as virtio
+    /// has one error for both.
     Failure,
-    /// It does nothing and stays outstanding until [`ErrorDisk::resume_pending`] or
+    /// The I/O is not started and stays outstanding until [`ErrorDisk::resume_pending`] or
     /// [`ErrorDisk::abort_pending`].
     Pending,
-    /// It is begun one poll later, as after a moment without memory.
+    /// The I/O starts one poll later, as after a temporary lack of memory.
     NoMemory,
-    /// One byte is changed on its way between disk and memory: that at `offset` in the I/O's data
-    /// is combined with `value` by exclusive or. Flushes and unmaps are left alone, but count.
+    /// One byte is changed between disk and memory: the byte at `offset` in the I/O's data is XORed
+    /// with `value`. Flushes and unmaps are not changed, but count.
     CorruptData {
-        /// In bytes, into the data of the I/O. Past its end nothing is changed.
+        /// An offset in bytes into the data of the I/O. Past its end, no byte is changed.
         offset: u64,
         /// Not 0.
         value: u8,
     },
 }
 
-/// What [`ErrorDisk::inject`] does.
+/// The parameters of [`ErrorDisk::inject`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Injection {
-    /// To which I/Os.
+    /// The I/Os that it applies to.
     pub op: InjectedOp,
-    /// What happens to them.
+    /// The effect on them.
     pub error: InjectedError,
-    /// To how many of each kind, over all channels. 0 takes an injection back.
+    /// The number of I/Os of each kind, over all channels. 0 removes an injection.
     pub count: u32,
-    /// Only while at least so many I/Os of the same channel are with the base.
+    /// It applies only while at least this many I/Os of the same channel are at the base.
     pub queue_depth: u64,
 }
 
-/// A disk that fails when told to.
+/// A disk that fails on demand.
 ///
-/// Channels look at the injections without a lock. While one is being changed, an I/O
-/// that runs at the same time may get the old or the new one.
+/// Channels read the injections without a lock. An I/O that runs while an injection is changed may
+/// get the old or the new one.
 pub struct ErrorDisk {
     wrapped: Wrapped,
-    /// For the operation with this [`rule_index`].
+    /// The rule for the operation with this [`rule_index`].
     rules: [Rule; 4],
-    /// How often pending I/Os were resumed, and aborted.
+    /// The numbers of times that pending I/Os were resumed, and aborted.
     resumes: AtomicU64,
     aborts: AtomicU64,
 }
 
-/// What [`ErrorDisk::create`] makes.
+/// The options of [`ErrorDisk::create`].
 #[derive(Clone)]
 pub struct ErrorOptions {
-    /// Name of the device; SPDK's is `EE_` and the base's.
+    /// The name of the device; SPDK's is `EE_` followed by the base's name.
     pub name: String,
-    /// The disk with the bytes.
+    /// The base disk.
     pub base: Arc<dyn Bdev>,
-    /// Identity; random if absent.
+    /// The UUID; random if absent.
     pub uuid: Option<Uuid>,
 }
 
 /// The injection for one kind of I/O.
 #[derive(Debug, Default)]
 struct Rule {
-    /// How many I/Os are still to be hit.
+    /// The number of I/Os that are still to be affected.
     count: AtomicU32,
     error: AtomicU8,
     queue_depth: AtomicU64,
@@ -107,7 +108,7 @@ const PENDING: u8 = 1;
 const NO_MEMORY: u8 = 2;
 const CORRUPT_DATA: u8 = 3;
 
-/// Index of the rule for an operation.
+/// Returns the index of the rule for an operation.
 fn rule_index(op: Op) -> Option<usize> {
     match op {
         Op::Read => Some(0),
@@ -133,14 +134,17 @@ impl ErrorDisk {
         }))
     }
 
-    /// Makes I/Os fail from now on. Replaces what was injected for the same kind of I/O.
+    /// Makes I/Os fail from now on. Replaces an injection for the same kind of I/O.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if data is to be corrupted with 0, which would not.
+    /// [`Error::Invalid`] if data is to be corrupted with 0, which changes nothing.
     pub fn inject(&self, injection: Injection) -> Result<(), Error> {
         let Injection { op, error, count, queue_depth } = injection;
         if let InjectedError::CorruptData { value: 0, .. } = error {
-            return Err(Error::Invalid(format!("{}: corrupt_value is 0", self.name())));
+            return Err(Error::Invalid(format!(
+                "{}: invalid corrupt_value: 0 changes no data",
+                self.name()
+            )));
         }
         let rules = match op {
             InjectedOp::Clear => {
@@ -157,9 +161,10 @@ impl ErrorDisk {
         Ok(())
     }
 
-    /// Begins all pending I/Os anew; injections may hit them again.
+    /// Restarts all pending I/Os; injections may affect them again.
     pub fn resume_pending(&self) {
-        // Release: a channel that sees the number sees the injections that were cleared before it.
+        // Release: a channel that sees the number also sees the injections that were cleared
+        // before.
         self.resumes.fetch_add(1, Ordering::Release);
     }
 
@@ -168,7 +173,7 @@ impl ErrorDisk {
         self.aborts.fetch_add(1, Ordering::Release);
     }
 
-    /// How often pending I/Os were released.
+    /// Returns how often pending I/Os were released.
     #[inline]
     fn releases(&self) -> Releases {
         // Acquire: pairs with the Release in `resume_pending` and `abort_pending`.
@@ -176,7 +181,7 @@ impl ErrorDisk {
         Releases { resumes: load(&self.resumes), aborts: load(&self.aborts) }
     }
 
-    /// The disk with the bytes.
+    /// The base disk.
     #[must_use]
     pub fn base(&self) -> &Arc<dyn Bdev> {
         self.wrapped.base()
@@ -185,7 +190,7 @@ impl ErrorDisk {
 
 impl Rule {
     fn set(&self, error: InjectedError, count: u32, queue_depth: u64) {
-        // Nobody is hit by a half-written rule, unless it loaded a count before this store.
+        // No I/O sees a partly written rule, unless it has loaded the count before this store.
         self.count.store(0, Ordering::Relaxed);
         let kind = match error {
             InjectedError::Failure => FAILURE,
@@ -199,11 +204,11 @@ impl Rule {
         };
         self.error.store(kind, Ordering::Relaxed);
         self.queue_depth.store(queue_depth, Ordering::Relaxed);
-        // Release: who loads this count with Acquire sees the rest of the rule.
+        // Release: a thread that loads this count with Acquire sees the rest of the rule.
         self.count.store(count, Ordering::Release);
     }
 
-    /// What hits the next I/O, which counts as one.
+    /// Returns the injection for the next I/O, and counts the I/O.
     #[inline]
     fn take(&self, with_base: u64) -> Option<InjectedError> {
         // Acquire: pairs with the Release in `set`.

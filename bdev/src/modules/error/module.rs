@@ -40,7 +40,7 @@ impl BdevModule for Module {
     }
 }
 
-/// An error bdev as it was asked for.
+/// The parameters of an error bdev.
 struct Request {
     name: String,
     uuid: Uuid,
@@ -85,7 +85,7 @@ impl Waiting for Request {
 struct ErrorEntry {
     disk: Arc<ErrorDisk>,
     request: Rc<Request>,
-    /// On the base.
+    /// The claim on the base.
     _claim: Claim,
 }
 
@@ -129,7 +129,7 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
 
 fn find(host: &dyn Host, method: &str, name: &str) -> Result<Rc<ErrorEntry>, MethodError> {
     host.registry().entry(name).ok_or_else(|| {
-        error!("{method}: no error bdev {name:?}");
+        error!("{method}: no error bdev has this name: {name:?}");
         MethodError::errno(libc::ENODEV)
     })
 }

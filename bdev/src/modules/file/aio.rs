@@ -1,11 +1,12 @@
-//! Linux AIO, as far as a disk needs it.
+//! Linux AIO for the reads and writes of a file disk.
 //!
 //! The kernel maps a completion ring into the process and may fill it from interrupt context, so
-//! completions are read without a system call. A context belongs to the process: a channel may
-//! change threads at any time. aio(7), io_submit(2); the ring's layout is what libaio and fio read.
+//! completions are read without a system call. A context belongs to the process, so a channel may
+//! change threads at any time. See aio(7) and io_submit(2). The ring's layout is the one that
+//! libaio and fio read.
 //!
 //! A write to a regular file may block in spite of `RWF_NOWAIT`: while the file system is frozen,
-//! `io_submit` waits for the thaw (observed on Linux 6.18). Writes to a block device do not.
+//! `io_submit` waits for the thaw (observed on Linux 6.18). A write to a block device does not.
 #![expect(unsafe_code, reason = "system calls without a wrapper, and a ring that the kernel fills")]
 
 use std::io;
@@ -26,7 +27,7 @@ const CMD_PREADV: u16 = 7;
 const CMD_PWRITEV: u16 = 8;
 /// `IOCB_FLAG_RESFD`: the completion adds one to an eventfd.
 const FLAG_RESFD: u32 = 1;
-/// What the kernel writes to [`Header::magic`].
+/// The value that the kernel writes to [`Header::magic`].
 const MAGIC: u32 = 0xa10a_10a1;
 
 /// `struct iocb` of `linux/aio_abi.h`, little endian.
@@ -57,13 +58,13 @@ struct Event {
     result2: i64,
 }
 
-/// `struct aio_ring` of the kernel, which the events follow.
+/// The kernel's `struct aio_ring`; the events follow it.
 #[repr(C)]
 struct Header {
     id: u32,
-    /// Number of events that follow.
+    /// The number of events that follow.
     count: u32,
-    /// The next event to read; only we write it.
+    /// The next event to read. Only this process writes it.
     head: AtomicU32,
     /// The next event that the kernel writes.
     tail: AtomicU32,
@@ -76,14 +77,14 @@ struct Header {
 /// A context of Linux AIO.
 struct Context(NonNull<Header>);
 
-// SAFETY: the mapping belongs to the process; its fields are atomic or constant, and each event is
-// read by the one owner.
+// SAFETY: the mapping belongs to the process; its fields are atomic or constant, and only the owner
+// reads each event.
 unsafe impl Send for Context {}
 
 impl Context {
     fn new(depth: u16) -> io::Result<Self> {
         let mut id: libc::c_ulong = 0;
-        // SAFETY: stores a context's address.
+        // SAFETY: the kernel stores a context's address in a local variable.
         let rc = unsafe { libc::syscall(libc::SYS_io_setup, u32::from(depth), &raw mut id) };
         if rc < 0 {
             return Err(io::Error::last_os_error());
@@ -101,7 +102,7 @@ impl Context {
     }
 
     fn header(&self) -> &Header {
-        // SAFETY: the kernel has mapped it, until `drop`.
+        // SAFETY: the kernel has mapped it, and it stays mapped until `drop`.
         unsafe { self.0.as_ref() }
     }
 
@@ -111,15 +112,15 @@ impl Context {
 
     fn next(&mut self) -> Option<Event> {
         let header = self.header();
-        // Relaxed: nobody else writes it.
+        // Relaxed suffices: no other thread writes it.
         let head = header.head.load(Ordering::Relaxed);
         // Acquire: the kernel has written the event before it moved the tail.
         if head == header.tail.load(Ordering::Acquire) {
             return None;
         }
         let events: *const Event = self.0.as_ptr().wrapping_add(1).cast();
-        // SAFETY: `head` is below `count`, as it only ever takes the values below, and the kernel
-        // writes the event no more until the head has passed it.
+        // SAFETY: `head` is below `count`, as only the values below `count` are stored in it, and
+        // the kernel does not write the event again before the head has passed it.
         let event = unsafe { events.wrapping_add(head as usize).read() };
         let next = if head + 1 == header.count { 0 } else { head + 1 };
         // Release: the event was read before the kernel may write it again.
@@ -130,7 +131,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // Nothing can be done about a failure. SAFETY: the context is this value's own.
+        // A failure cannot be handled here. SAFETY: this value owns the context.
         unsafe { libc::syscall(libc::SYS_io_destroy, self.id()) };
     }
 }
@@ -139,28 +140,29 @@ impl Drop for Context {
 pub(super) struct Aio {
     /// Taken when `self` is dropped.
     context: Option<Context>,
-    /// Ends it.
+    /// The account that destroys the context.
     closer: Account,
-    /// The file is a block device.
+    /// Whether the file is a block device.
     is_device: bool,
-    /// By tag; does not move.
+    /// The iocbs by tag. Their addresses do not change.
     iocbs: Box<[Iocb]>,
-    /// What the kernel has not taken yet, the oldest first: addresses in `iocbs`, which only the
-    /// kernel follows.
+    /// Requests that the kernel has not taken yet, the oldest first: addresses in `iocbs`, which
+    /// only the kernel dereferences.
     batch: Box<[*mut Iocb]>,
-    /// How many of `batch` are valid.
+    /// The number of valid entries in `batch`.
     queued: usize,
     /// An I/O that the kernel has refused.
     refused: Option<(Tag, i32)>,
-    /// Completions signal `line`'s eventfd.
+    /// Whether completions signal `line`'s eventfd.
     wakes: bool,
-    /// I/Os that were submitted while they did not.
+    /// The number of I/Os that were submitted without such a signal.
     quiet: usize,
     /// Keeps the eventfd open.
     _line: Arc<Line>,
 }
 
-// SAFETY: the addresses in `batch` are of `iocbs`, which moves along without changing its place.
+// SAFETY: the addresses in `batch` are of `iocbs`, which moves together with them and keeps its
+// address.
 unsafe impl Send for Aio {}
 
 impl Aio {
@@ -196,7 +198,7 @@ impl Aio {
     fn ended(&mut self, tag: Tag) {
         let iocb = self.iocbs.get(usize::from(tag.0));
         if iocb.is_some_and(|iocb| iocb.flags & FLAG_RESFD == 0) {
-            debug_assert!(self.quiet > 0, "as many as were submitted");
+            debug_assert!(self.quiet > 0, "more quiet completions than quiet submissions");
             self.quiet -= 1;
         }
     }
@@ -204,7 +206,7 @@ impl Aio {
 
 impl Drop for Aio {
     fn drop(&mut self) {
-        // `io_destroy` takes some 30 ms.
+        // `io_destroy` takes about 30 ms.
         self.closer.drop_later(self.context.take());
     }
 }
@@ -217,7 +219,7 @@ impl Submitter for Aio {
     #[inline]
     unsafe fn push(&mut self, io: &Io) {
         let iocb = &mut self.iocbs[usize::from(io.tag.0)];
-        // SAFETY: the caller vouches for the segments.
+        // SAFETY: the caller guarantees that the segments are valid.
         let segments = unsafe { io.segments() };
         let reads = io.op == Op::Read;
         if let Some(one) = joined(segments) {
@@ -230,7 +232,7 @@ impl Submitter for Aio {
         iocb.offset = io.offset as i64;
         iocb.flags = if self.wakes { FLAG_RESFD } else { 0 };
         self.quiet += usize::from(!self.wakes);
-        // There is room: no more than the depth are outstanding.
+        // The batch has room: at most `depth` I/Os are outstanding.
         self.batch[self.queued] = &raw mut *iocb;
         self.queued += 1;
     }
@@ -242,8 +244,8 @@ impl Submitter for Aio {
         }
         let Some(context) = &self.context else { return };
         let (id, at) = (context.id(), self.batch.as_mut_ptr());
-        // SAFETY: addresses of iocbs of ours; what these refer to is valid until the I/O has ended,
-        // by the contract of `push`.
+        // SAFETY: addresses of this channel's iocbs; the memory that they refer to is valid until
+        // the I/O has ended, by the contract of `push`.
         let rc = unsafe { libc::syscall(libc::SYS_io_submit, id, self.queued, at) };
         match usize::try_from(rc) {
             Ok(n) => self.took(n),
@@ -286,8 +288,8 @@ impl Aio {
         self.queued -= n;
     }
 
-    /// The kernel has taken nothing: it is short of something for a while, or does not want the
-    /// first one.
+    /// Handles an `io_submit` that took no request: the kernel is temporarily short of a resource,
+    /// or refuses the first request.
     #[cold]
     fn refuse(&mut self) {
         let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);

@@ -1,4 +1,4 @@
-//! Opening a file or block device: its kind, its size, and what direct I/O asks for.
+//! Opens a file or block device: its kind, its size, and the alignment that direct I/O needs.
 #![expect(unsafe_code, reason = "ioctls, statx, and a read for a probe")]
 
 use std::fs::{File, OpenOptions};
@@ -12,12 +12,12 @@ use crate::error::Error;
 use crate::geometry::check_block_size;
 use crate::topology::Topology;
 
-/// What direct I/O asks of each segment. Powers of two.
+/// The alignment of each segment that direct I/O needs. Powers of two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alignment {
-    /// Of its address, in bytes.
+    /// Alignment of the address, in bytes.
     pub memory: usize,
-    /// Of its length, in bytes.
+    /// Alignment of the length, in bytes.
     pub length: usize,
 }
 
@@ -32,7 +32,7 @@ pub(super) struct Opened {
     pub(super) topology: Topology,
 }
 
-/// Opens a file or block device for a disk, with `O_DIRECT` where its file system supports that.
+/// Opens a file or block device for a disk, with `O_DIRECT` if its file system supports that.
 ///
 /// # Errors
 /// [`Error::System`] with the file's name; [`not_a_disk`] if it is neither a file nor a block
@@ -43,19 +43,19 @@ pub fn open_file(filename: &Path, readonly: bool) -> Result<File, Error> {
     reopen(&path, readonly, libc::O_DIRECT).or_else(|_| reopen(&path, readonly, 0)).map_err(system)
 }
 
-/// The error for a path that is neither a file nor a block device.
+/// Returns the error for a path that is neither a file nor a block device.
 #[must_use]
 pub fn not_a_disk(filename: &Path) -> Error {
     Error::Invalid(format!("{}: neither a file nor a block device", filename.display()))
 }
 
-/// Checks that a file from [`open_file`] suits the block size.
+/// Checks that a file from [`open_file`] is compatible with the block size.
 pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Result<Opened, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
     let device_block = logical_block_size(&file).map_err(system)?;
     let Some(block_size) = block_size.or(device_block) else {
-        return Err(Error::Invalid(format!("{what}: a file needs a block size")));
+        return Err(Error::Invalid(format!("{what}: a regular file needs a block_size")));
     };
     check_block_size(&what.to_string(), block_size)?;
     if let Some(device_block) = device_block
@@ -93,15 +93,15 @@ fn storage(file: &File) -> io::Result<Storage> {
 /// Turns direct I/O off, if it is on.
 fn use_page_cache(file: &File) -> io::Result<()> {
     let fd = file.as_raw_fd();
-    // SAFETY: asks for the flags of an open file.
+    // SAFETY: reads the flags of an open file.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
-    // SAFETY: sets those flags without one, on a file that nobody does I/O on yet.
+    // SAFETY: sets those flags without O_DIRECT, on a file without I/O in flight.
     let rc = unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_DIRECT) };
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Finds the file without opening it for I/O, since opening a fifo waits and opening some
-/// character devices does things, and refuses everything but files and block devices.
+/// Finds the file without opening it for I/O, and refuses anything but files and block devices.
+/// Opening a fifo waits, and opening some character devices has side effects.
 fn open_kind_checked(filename: &Path) -> Result<File, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
@@ -129,7 +129,7 @@ fn reopen(path: &File, readonly: bool, flags: i32) -> io::Result<File> {
         .open(format!("/proc/self/fd/{}", path.as_raw_fd()))
 }
 
-/// Size in bytes of a file or block device.
+/// Returns the size in bytes of a file or block device.
 pub(super) fn size(file: &File) -> io::Result<u64> {
     let metadata = file.metadata()?;
     if !metadata.file_type().is_block_device() {
@@ -143,7 +143,7 @@ pub(super) fn size(file: &File) -> io::Result<u64> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(size) }
 }
 
-/// A block device's own block size; `None` for a file.
+/// Returns a block device's logical block size; `None` for a file.
 fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
     if !file.metadata()?.file_type().is_block_device() {
         return Ok(None);
@@ -151,7 +151,7 @@ fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
     limit(file, Limit::LogicalBlock).map(Some)
 }
 
-/// What a block device says of itself in one 32-bit number of bytes.
+/// The limits that a block device reports as a 32-bit number of bytes.
 #[derive(Clone, Copy)]
 enum Limit {
     LogicalBlock,
@@ -173,8 +173,9 @@ fn limit(file: &File, limit: Limit) -> io::Result<u32> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(bytes) }
 }
 
-/// What a block device says of the I/Os that suit it. A file says no more than what direct I/O has
-/// to be aligned to, and nothing if the kernel does not tell: its `st_blksize` is the page cache's.
+/// Returns the I/O sizes that a block device prefers. For a file, this is only the alignment that
+/// direct I/O needs, and 0 if the kernel does not report it: the file's `st_blksize` describes the
+/// page cache.
 fn topology(file: &File, block_size: u32, is_device: bool) -> Topology {
     if !is_device {
         let physical_block_size = told(file.as_raw_fd()).map_or(0, |(_, offset)| offset);
@@ -192,10 +193,11 @@ fn topology(file: &File, block_size: u32, is_device: bool) -> Topology {
     }
 }
 
-/// What direct I/O asks for on this file; `None` if it does not work, or not for every block.
+/// Returns the alignment that direct I/O needs on this file; `None` if it does not work, or not for
+/// every block.
 fn alignment(file: &File, block_size: u32) -> Option<Alignment> {
     let fd = file.as_raw_fd();
-    // SAFETY: asks for the flags of an open file.
+    // SAFETY: reads the flags of an open file.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
     if flags & libc::O_DIRECT == 0 {
         return None;
@@ -203,7 +205,8 @@ fn alignment(file: &File, block_size: u32) -> Option<Alignment> {
     let block = block_size as usize;
     let alignment = match told(fd) {
         Some((memory, offset)) => Alignment { memory: memory as usize, length: offset as usize },
-        // Kernels before 6.1 and some file systems do not tell: see whether a block works.
+        // Kernels before 6.1 and some file systems do not report it: test whether a block can be
+        // read.
         None => Alignment { memory: block, length: block },
     };
     let fits = alignment.memory.is_power_of_two()
@@ -213,29 +216,30 @@ fn alignment(file: &File, block_size: u32) -> Option<Alignment> {
     (fits && reads_one_block(fd, block)).then_some(alignment)
 }
 
-/// Alignment of memory and of offsets, as the kernel tells; zeroes if direct I/O does not work.
+/// Returns the alignment of memory and of offsets that the kernel reports; zeroes if direct I/O
+/// does not work.
 fn told(fd: RawFd) -> Option<(u32, u32)> {
-    // SAFETY: all zeroes is a value of this plain C structure.
+    // SAFETY: all zeroes is a valid value of this plain C structure.
     let mut statx: libc::statx = unsafe { std::mem::zeroed() };
     let flags = libc::AT_EMPTY_PATH;
-    // SAFETY: an empty, terminated name and a structure of the right type.
+    // SAFETY: passes an empty, NUL-terminated name and a structure of the right type.
     let rc = unsafe { libc::statx(fd, c"".as_ptr(), flags, libc::STATX_DIOALIGN, &raw mut statx) };
     (rc == 0 && statx.stx_mask & libc::STATX_DIOALIGN != 0)
         .then_some((statx.stx_dio_mem_align, statx.stx_dio_offset_align))
 }
 
-/// Reads the first block directly, to see whether it works.
+/// Reads the first block directly, to test whether this works.
 fn reads_one_block(fd: RawFd, block: usize) -> bool {
     let mut memory = vec![0u8; block * 2];
     let start = memory.as_ptr().align_offset(block);
     let at = memory.as_mut_ptr().wrapping_add(start);
-    // SAFETY: `start < block`, so that a block fits behind it.
+    // SAFETY: `start < block`, so a block fits behind it.
     let n = unsafe { libc::pread(fd, at.cast(), block, 0) };
     usize::try_from(n) == Ok(block)
 }
 
 impl Opened {
-    /// Whether a hole can be punched, found out without changing a byte of the disk.
+    /// Returns whether the file system can punch a hole. The test changes no byte of the disk.
     pub(super) fn punches_holes(&self) -> bool {
         if let Storage::BlockDevice(number) = self.storage {
             return zeroes_by_command(number);
@@ -243,16 +247,16 @@ impl Opened {
         let Ok(past) = i64::try_from(self.size) else { return false };
         let len = i64::from(self.block_size);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: punches behind the end of the file, where there is nothing.
+        // SAFETY: punches behind the end of the file, where there is no data.
         unsafe { libc::fallocate(self.file.as_raw_fd(), mode, past, len) == 0 }
     }
 }
 
-/// Whether the block device can zero a range without being sent the zeroes, which is how the
-/// kernel punches a hole in it.
+/// Returns whether the block device can zero a range without being sent the zeroes. The kernel
+/// punches a hole in a device by this command.
 fn zeroes_by_command(device: u64) -> bool {
     let (major, minor) = (libc::major(device), libc::minor(device));
-    // A partition has its queue one level up.
+    // For a partition, the queue is in the parent directory.
     ["queue", "../queue"].into_iter().any(|queue| {
         let name = format!("/sys/dev/block/{major}:{minor}/{queue}/write_zeroes_max_bytes");
         std::fs::read_to_string(name)

@@ -1,4 +1,4 @@
-//! One I/O on a file, done by a thread that may wait.
+//! Does one I/O on a file, on a thread that may block.
 #![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
 
 use std::io;
@@ -9,41 +9,43 @@ use super::backing::Alignment;
 use crate::io::{Io, Op, Segment};
 use crate::memory::{self, Stores};
 
-/// Bytes of a piece that goes through a worker's own buffer.
+/// Bytes of a piece that goes through a worker's bounce buffer.
 const BOUNCE: usize = 64 << 10;
 
-/// Alignment of that buffer: enough for every device (kernel: at most a page).
+/// Alignment of that buffer: sufficient for every device (in the kernel: at most a page).
 pub(super) const BOUNCE_ALIGN: usize = 4096;
 
-/// The kernel takes no more segments at once (`UIO_MAXIOV`).
+/// The most segments that the kernel accepts in one call (`UIO_MAXIOV`).
 const SEGMENTS_MAX: u32 = 1024;
 
-/// The kernel transfers no more at once (`MAX_RW_COUNT`), so that more would come back short.
+/// The most bytes that the kernel transfers in one call (`MAX_RW_COUNT`). A longer transfer would
+/// be short.
 const TRANSFER_MAX: u64 = 0x7fff_f000;
 
-/// Bytes that are discarded or zeroed by one system call: a file system may lock the file for as
-/// long as it takes.
+/// The most bytes that one system call discards or zeroes: a file system may lock the file during
+/// the call.
 const RANGE_MAX: u64 = 1 << 30;
 
 #[derive(Clone)]
 #[repr(C, align(4096))]
 struct Page([u8; BOUNCE_ALIGN]);
 
-/// Zeroes to write where the file system cannot make any itself.
+/// Zeroes to write if the file system cannot zero a range.
 static ZEROES: [Page; BOUNCE / BOUNCE_ALIGN] = [const { Page([0; BOUNCE_ALIGN]) }; _];
 
-/// How an I/O ended that a worker did.
+/// The result of an I/O that a worker has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// All of it was done.
+    /// It completed in full.
     Ok,
-    /// It failed with this errno, or was done in part: 0.
+    /// It failed with this errno. 0: it was done in part.
     Failed(i32),
-    /// The file system or device has no such operation.
+    /// The file system or device does not support the operation.
     Unsupported,
 }
 
-/// A buffer for what cannot go to or from the guest's memory directly; made when first needed.
+/// A buffer for transfers that direct I/O cannot do in the guest's memory. Allocated when first
+/// needed.
 #[derive(Default)]
 pub(super) struct Bounce(Box<[Page]>);
 
@@ -60,38 +62,38 @@ impl Bounce {
 pub(super) struct Slow {
     pub(super) fd: RawFd,
     pub(super) direct: Option<Alignment>,
-    /// The file system can zero a range, as far as is known.
+    /// Whether the file system can zero a range, as far as is known.
     pub(super) zeroes_ranges: AtomicBool,
 }
 
-/// Whether the kernel can take a read or write as it is.
+/// Returns whether the kernel can take a read or write as it is.
 ///
 /// # Safety
-/// The segments are alive.
+/// The segments are valid.
 #[inline]
 pub(super) unsafe fn goes_whole(io: &Io, direct: Option<Alignment>) -> bool {
     if io.iovecs().1 > SEGMENTS_MAX || io.len > TRANSFER_MAX {
         return false;
     }
     let Some(Alignment { memory, length }) = direct else { return true };
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees that the segments are valid.
     let segments = unsafe { io.segments() };
     let odd = |s: &Segment| s.base() as usize & (memory - 1) | s.len() & (length - 1);
     segments.iter().all(|segment| odd(segment) == 0)
 }
 
 impl Slow {
-    /// Does an I/O. Between two pieces it looks whether its data is still wanted.
+    /// Does an I/O. Checks between two pieces whether its data is still wanted.
     ///
     /// # Safety
-    /// As [`crate::Channel::submit`] where it answers `Queued`; the fd is open.
+    /// As for [`crate::Channel::submit`] when it returns `Queued`; the fd is open.
     pub(super) unsafe fn perform(
         &self,
         io: &Io,
         bounce: &mut Bounce,
         abandoned: &AtomicBool,
     ) -> Ended {
-        // Relaxed: what is begun before this is seen is as good as with the kernel.
+        // Relaxed suffices: an I/O that begins before this is seen counts as in the kernel already.
         let wanted = || !abandoned.load(Ordering::Relaxed);
         if !wanted() {
             return Ended::Failed(libc::ECANCELED);
@@ -105,7 +107,7 @@ impl Slow {
             Op::Unmap => self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE, &wanted),
             Op::WriteZeroes => self.write_zeroes(io, &wanted),
             Op::Read | Op::Write => {
-                // SAFETY: the caller vouches for the segments.
+                // SAFETY: the caller guarantees that the segments are valid.
                 if unsafe { goes_whole(io, self.direct) } {
                     // SAFETY: as above.
                     unsafe { self.transfer(io) }
@@ -123,7 +125,7 @@ impl Slow {
         let ((iovecs, count), at) = (io.iovecs(), io.offset as i64);
         let (fd, count) = (self.fd, count as i32);
         let done = if io.op == Op::Read {
-            // SAFETY: the caller vouches for fd and segments.
+            // SAFETY: the caller guarantees that the fd and the segments are valid.
             result_of(|| unsafe { libc::preadv(fd, iovecs, count, at) })
         } else {
             // SAFETY: as above.
@@ -132,7 +134,7 @@ impl Slow {
         complete(done, io.len)
     }
 
-    /// A read or write through the worker's own buffer.
+    /// Does a read or write through the worker's bounce buffer.
     ///
     /// # Safety
     /// As for `perform`.
@@ -140,10 +142,10 @@ impl Slow {
         let (buffer, fd) = (bounce.start(), self.fd);
         in_pieces(io, BOUNCE as u64, wanted, |done, len| {
             let (at, len) = ((io.offset + done) as i64, len as usize);
-            // SAFETY: the caller vouches for the segments.
+            // SAFETY: the caller guarantees that the segments are valid.
             let segments = unsafe { io.segments() };
             if io.op == Op::Write {
-                // SAFETY: the buffer is larger than a piece, and this thread's own.
+                // SAFETY: the buffer is at least as large as a piece, and only this thread uses it.
                 unsafe { memory::gather(segments, done, buffer, len, Stores::Cached) };
                 // SAFETY: as above.
                 let result = result_of(|| unsafe { libc::pwrite(fd, buffer.cast(), len, at) });
@@ -160,7 +162,7 @@ impl Slow {
         })
     }
 
-    /// Punches holes or zeroes, by `mode`.
+    /// Punches holes or zeroes ranges, according to `mode`.
     fn ranges(&self, io: &Io, mode: i32, wanted: &impl Fn() -> bool) -> Ended {
         let (fd, mode) = (self.fd, mode | libc::FALLOC_FL_KEEP_SIZE);
         in_pieces(io, RANGE_MAX, wanted, |done, len| {
@@ -180,7 +182,7 @@ impl Slow {
         if io.may_unmap && self.ranges(io, libc::FALLOC_FL_PUNCH_HOLE, wanted) == Ended::Ok {
             return Ended::Ok;
         }
-        // Relaxed: whoever does not see it yet finds it out by itself.
+        // Relaxed suffices: a thread that does not see the change yet finds it out itself.
         if self.zeroes_ranges.load(Ordering::Relaxed) {
             match self.ranges(io, libc::FALLOC_FL_ZERO_RANGE, wanted) {
                 Ended::Unsupported => self.zeroes_ranges.store(false, Ordering::Relaxed),
@@ -190,14 +192,14 @@ impl Slow {
         let (fd, zeroes) = (self.fd, ZEROES.as_ptr().cast());
         in_pieces(io, BOUNCE as u64, wanted, |done, len| {
             let at = (io.offset + done) as i64;
-            // SAFETY: a piece of the zeroes, to a file that is open.
+            // SAFETY: writes a part of the zeroes to a file that is open.
             complete(result_of(|| unsafe { libc::pwrite(fd, zeroes, len as usize, at) }), len)
         })
     }
 }
 
-/// Does an I/O in pieces of at most `most` bytes, up to the first that does not end well. `piece`
-/// gets the bytes that are done and those of the piece.
+/// Does an I/O in pieces of at most `most` bytes, up to the first one that fails. `piece` gets the
+/// number of bytes done and the length of the piece.
 fn in_pieces(
     io: &Io,
     most: u64,
@@ -218,7 +220,7 @@ fn in_pieces(
     Ended::Ok
 }
 
-/// The result of a system call, repeated where a signal interrupted it.
+/// Returns the result of a system call, which is repeated if a signal interrupted it.
 fn result_of(call: impl Fn() -> isize) -> Result<u64, i32> {
     loop {
         if let Ok(result) = u64::try_from(call()) {
@@ -231,7 +233,7 @@ fn result_of(call: impl Fn() -> isize) -> Result<u64, i32> {
     }
 }
 
-/// A short transfer is an error.
+/// Treats a short transfer as an error.
 fn complete(done: Result<u64, i32>, len: u64) -> Ended {
     match done {
         Ok(done) if done == len => Ended::Ok,

@@ -1,4 +1,5 @@
-//! The I/O path to a file: an engine for what does not wait, the disk's workers for the rest.
+//! The I/O path to a file: an engine for I/O that does not wait, and the disk's workers for the
+//! rest.
 #![expect(unsafe_code, reason = "passes a guest's memory on")]
 
 use std::fs::File;
@@ -21,12 +22,12 @@ use crate::failure::{Failure, FailureKind, Failures};
 use crate::geometry::within;
 use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
 
-/// The kernel makes no larger io_uring (`IORING_MAX_ENTRIES`).
+/// The largest io_uring that the kernel makes (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;
 
-/// Opens the I/O path for one owner: by the disk's engine, by another if the system has no room for
-/// that (as many AIO requests as `fs.aio-max-nr` allows, no memory), and by worker threads alone in
-/// the last resort.
+/// Opens the I/O path for one owner, with the disk's engine. If the system has no resources for it
+/// (`fs.aio-max-nr` is reached, no memory), uses another engine, and in the last resort worker
+/// threads only.
 pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channel>> {
     if depth == 0 || depth > DEPTH_MAX {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -48,7 +49,7 @@ pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channe
 struct Source<'a> {
     file: &'a File,
     is_device: bool,
-    /// Where what takes time is dropped.
+    /// The account in which objects are dropped whose drop takes time.
     closer: &'a Account,
 }
 
@@ -70,18 +71,18 @@ impl AnyEngine {
     }
 }
 
-/// The first of these engines that the system allows, if the file can be read without waiting;
-/// found out by a read of its first block.
+/// Returns the first of these engines that the system allows, if the file can be read without
+/// waiting. Tests this with a read of the file's first block.
 pub(super) fn first_that_works(file: &Opened, closer: &Account, engines: &[Engine]) -> Engine {
     let works = |engine: &&Engine| match probe(**engine, file, closer) {
-        // It would have had to wait, or the block is bad: either is no fault of the engine.
+        // The read would have waited, or the block is bad. Neither is a fault of the engine.
         Ok(result) => -result != libc::EOPNOTSUPP && -result != libc::EINVAL,
         Err(_) => false,
     };
     engines.iter().find(works).copied().unwrap_or(Engine::Threads)
 }
 
-/// Reads the first block through an engine: bytes, or an errno below 0.
+/// Reads the first block through an engine. Returns the number of bytes, or a negative errno.
 fn probe(engine: Engine, file: &Opened, closer: &Account) -> io::Result<i32> {
     let line = Line::new(1)?;
     let source = Source { file: &file.file, is_device: file.storage.is_block_device(), closer };
@@ -98,7 +99,7 @@ fn read_first_block(mut engine: impl Submitter, line: &Line, file: &Opened) -> i
     let start = memory.as_ptr().align_offset(alignment);
     let segments = [Segment::new(memory.as_mut_ptr().wrapping_add(start), len)];
     let read = Io::rw(Op::Read, Tag(0), 0, len as u64, &segments);
-    // SAFETY: the memory lives until the read has ended, below.
+    // SAFETY: the memory is valid until the read has ended, below.
     unsafe { engine.push(&read) };
     loop {
         engine.kick();
@@ -109,12 +110,13 @@ fn read_first_block(mut engine: impl Submitter, line: &Line, file: &Opened) -> i
         let wake = engine.wake_fd();
         let fds = [Some(line.wake_fd()), wake].into_iter().flatten();
         let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-        // An error (a signal) is as good as an event. What the kernel has not taken is offered again.
+        // An error (a signal) counts as an event. The engine resubmits I/O that the kernel has not
+        // taken.
         let _ = poll(&mut fds, engine.is_behind().then_some(&RETRY));
     }
 }
 
-/// How long a probe waits before it offers the kernel again what it has not taken.
+/// How long a probe waits before it resubmits I/O that the kernel has not taken.
 const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
 /// The I/O path to a file.
@@ -122,15 +124,15 @@ struct FileChannel<E> {
     engine: E,
     line: Arc<Line>,
     disk: Arc<FileDisk>,
-    /// The I/Os that are outstanding, by tag.
+    /// The outstanding I/Os, by tag.
     slots: Box<[Option<Io>]>,
     failures: Failures,
-    /// How many of them are with the engine, and how many with the workers.
+    /// The numbers of outstanding I/Os in the engine and at the workers.
     fast: usize,
     slow: usize,
-    /// Of the latter, those that the workers have not been told of.
+    /// The number of I/Os at the workers that are not announced to them yet.
     unannounced: u64,
-    /// Reads and writes may be tried without waiting.
+    /// Whether reads and writes may be tried without waiting.
     nowait_reads: bool,
     nowait_writes: bool,
 }
@@ -170,7 +172,7 @@ impl<E: Submitter> Channel for FileChannel<E> {
         }
         match self.slots.get_mut(usize::from(io.tag.0)) {
             Some(slot @ None) => *slot = Some(io),
-            // The caller owes us not to use such a tag.
+            // The contract forbids such a tag.
             _ => return Submit::Done(Status::IoError),
         }
         let nowait = match io.op {
@@ -178,10 +180,11 @@ impl<E: Submitter> Channel for FileChannel<E> {
             Op::Write => self.nowait_writes,
             Op::Flush | Op::Unmap | Op::WriteZeroes => false,
         };
-        // SAFETY: the caller vouches for the segments.
+        // SAFETY: the caller guarantees that the segments are valid.
         if nowait && unsafe { goes_whole(&io, self.disk.direct) } {
             self.fast += 1;
-            // SAFETY: the caller vouches for the memory until the I/O is reported, and for the tag.
+            // SAFETY: the caller guarantees that the memory is valid until the I/O is reported, and
+            // the tag unique.
             unsafe { self.engine.push(&io) };
         } else {
             self.hand_over(io);
@@ -199,7 +202,7 @@ impl<E: Submitter> Channel for FileChannel<E> {
     }
 
     fn wait(&self) -> Wait {
-        // What the kernel would not take is offered again with the next poll.
+        // The next poll resubmits I/O that the kernel has not taken.
         let poll = self.engine.is_behind() || self.engine.is_quiet() || self.unannounced > 0;
         if poll { Wait::Poll } else { Wait::Event }
     }
@@ -250,7 +253,7 @@ impl<E: Submitter> Channel for FileChannel<E> {
 }
 
 impl<E> FileChannel<E> {
-    /// Gives an I/O to the workers.
+    /// Passes an I/O to the workers.
     #[cold]
     fn hand_over(&mut self, io: Io) {
         self.line.push(io);
@@ -263,7 +266,7 @@ impl<E> FileChannel<E> {
         self.disk.workers.announce(std::mem::take(&mut self.unannounced));
     }
 
-    /// What became of an I/O that the engine has tried; `None` if the workers are to do it.
+    /// Returns the status of an I/O that the engine has tried; `None` if the workers must do it.
     #[inline]
     fn judge(&mut self, tag: Tag, result: i32) -> Option<Status> {
         self.fast -= 1;
@@ -290,7 +293,7 @@ impl<E> FileChannel<E> {
                 self.hand_over(io);
                 None
             }
-            // The file system never does it without waiting.
+            // The file system never does this I/O without waiting.
             libc::EOPNOTSUPP => {
                 let nowait = if io.op == Op::Read {
                     &mut self.nowait_reads
@@ -330,7 +333,7 @@ impl<E> FileChannel<E> {
         n
     }
 
-    /// Ends an I/O that the disk does not support.
+    /// Fails an I/O that the disk does not support.
     #[cold]
     fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
         self.failures.note(io, errno);
@@ -350,9 +353,10 @@ mod tests {
     use super::*;
     use crate::modules::file::FileOptions;
 
-    /// As when another process has used up what AIO and io_uring need, after the disk was made.
+    /// Simulates that other processes have used up the resources for AIO and io_uring after the
+    /// disk was made.
     #[test]
-    fn a_channel_that_gets_no_engine_leaves_all_to_the_workers() {
+    fn a_channel_without_an_engine_passes_all_io_to_the_workers() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         let disk = FileDisk::create(FileOptions {

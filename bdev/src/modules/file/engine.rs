@@ -1,26 +1,26 @@
-//! How whole, aligned reads and writes reach the kernel without waiting.
+//! The interface to the kernel for whole, aligned reads and writes that do not wait.
 #![expect(unsafe_code, reason = "an I/O carries addresses in a guest's memory")]
 
 use std::os::fd::BorrowedFd;
 
 use crate::io::{Io, Segment, Tag};
 
-/// The kernel interface for a file disk's reads and writes. I/O that may block goes to the disk's
-/// worker threads with each of them.
+/// The kernel interface for a file disk's reads and writes. With each of them, I/O that may block
+/// goes to the disk's worker threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
-    /// Linux AIO: `io_submit`; completions are read from a ring that the kernel fills. A process
-    /// that ends, however it ends, waits for its I/O.
+    /// Linux AIO: `io_submit`; completions are read from a ring that the kernel fills. The end of a
+    /// process, for any reason, waits for its I/O.
     Aio,
-    /// An io_uring. What a process has submitted may end after the process.
+    /// An io_uring. I/O that a process has submitted may end after the process.
     IoUring,
-    /// The worker threads do all I/O: the file is not open with `O_DIRECT`, does not support
-    /// `RWF_NOWAIT`, or the system allows neither of the others.
+    /// Worker threads do all I/O: the file is not open with `O_DIRECT`, it does not support
+    /// `RWF_NOWAIT`, or the system allows neither of the other engines.
     Threads,
 }
 
 impl Engine {
-    /// Itself, and then the other one that submits to the kernel.
+    /// Returns this engine, followed by the other one that submits to the kernel.
     pub(super) fn and_other(self) -> &'static [Self] {
         match self {
             Self::Aio => &[Self::Aio, Self::IoUring],
@@ -29,7 +29,7 @@ impl Engine {
         }
     }
 
-    /// As `bdev_get_bdevs` shows it.
+    /// The name that `bdev_get_bdevs` shows.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -40,49 +40,49 @@ impl Engine {
     }
 }
 
-/// A queue of reads and writes in the kernel, all with `RWF_NOWAIT`: what would wait comes back with
-/// `EAGAIN`, what the file system cannot do without waiting with `EOPNOTSUPP`.
+/// A queue of reads and writes in the kernel, all with `RWF_NOWAIT`. I/O that would wait fails with
+/// `EAGAIN`, and I/O that the file system cannot do without waiting with `EOPNOTSUPP`.
 ///
-/// No method waits for I/O, locks or allocates. What the kernel makes of `RWF_NOWAIT` is up to the file
-/// system and the block layer: on ext4, for example, a write that changes the file's times takes part
-/// in a transaction of the journal.
+/// No method waits for I/O, locks or allocates. The effect of `RWF_NOWAIT` depends on the file
+/// system and the block layer: on ext4, for example, a write that changes the file's times takes
+/// part in a transaction of the journal.
 pub(super) trait Submitter: Send {
-    /// Whether reads, and writes, can be tried without waiting.
+    /// Returns whether reads, and whether writes, can be tried without waiting.
     fn nowait(&self) -> (bool, bool);
 
     /// Queues a read or write of at most `UIO_MAXIOV` segments.
     ///
     /// # Safety
-    /// As [`crate::Channel::submit`] where it answers `Queued`. At most the depth that the engine
-    /// was opened with is outstanding, with distinct tags below it.
+    /// As for [`crate::Channel::submit`] when it returns `Queued`. At most `depth` I/Os are
+    /// outstanding, with distinct tags below `depth`, the value that the engine was opened with.
     unsafe fn push(&mut self, io: &Io);
 
-    /// Hands over what was queued. What the kernel does not take is offered again next time.
+    /// Submits the queued I/Os. The next call resubmits I/O that the kernel does not take.
     fn kick(&mut self);
 
-    /// Whether something is left that the kernel has not taken.
+    /// Returns whether the kernel has not taken all submitted I/O.
     fn is_behind(&self) -> bool;
 
-    /// Looks for completions, which [`next`](Self::next) then gives.
+    /// Looks for completions, which [`next`](Self::next) then returns.
     fn refresh(&mut self);
 
-    /// A completion: bytes transferred, or an errno below 0.
+    /// Returns a completion: the bytes transferred, or a negative errno.
     fn next(&mut self) -> Option<(Tag, i32)>;
 
-    /// Becomes readable with each completion, besides the worker threads' eventfd.
+    /// Becomes readable with each completion, in addition to the worker threads' eventfd.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Whether the owner may sleep, as [`crate::Channel::set_wakes`] says it.
+    /// Sets whether the owner may sleep: see [`crate::Channel::set_wakes`].
     fn set_wakes(&mut self, _wakes: bool) {}
 
-    /// Whether a completion may come that wakes nobody.
+    /// Returns whether a completion may come without a wake-up.
     fn is_quiet(&self) -> bool {
         false
     }
 }
 
-/// The range of memory that the segments are together, if they are one: the kernel has less to do
-/// for a range than for a list.
+/// Returns the range of memory that the segments form, if they are contiguous: a range costs the
+/// kernel less than a list.
 #[inline]
 pub(super) fn joined(segments: &[Segment]) -> Option<Segment> {
     let (first, rest) = segments.split_first()?;
@@ -105,7 +105,7 @@ impl Submitter for NoEngine {
     }
 
     unsafe fn push(&mut self, _io: &Io) {
-        unreachable!("there is nothing that may be tried without waiting");
+        unreachable!("`nowait` excludes all I/O, so none is pushed");
     }
 
     fn kick(&mut self) {}

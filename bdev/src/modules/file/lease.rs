@@ -1,23 +1,22 @@
-//! The lease of a disk in a file: while rings use it, other processes of this program wait.
+//! The lease of a disk in a file: while rings use the disk, other processes of this program wait.
 //!
-//! io_uring does not wait for direct I/O when its process ends: after SIGKILL, a write may reach the
-//! disk when the next process has already done the same request again and has answered it. So a disk
-//! that may be written holds a lock on one byte of its file, far beyond any data, while rings use
-//! it. The lock belongs to the disk's open file description (`F_OFD_SETLK`), and every request in
-//! the kernel holds a reference to that description. The lock of a process that has ended is
-//! therefore free only when the last of its I/O has ended, and until then the next process does not
-//! start its rings. Linux AIO and threads that are inside a system call delay the end of the process
-//! itself, and with it the end of the lock.
+//! io_uring does not wait for direct I/O when its process ends: after SIGKILL, a write may reach
+//! the disk when the next process has already done the same request again and has completed it. So
+//! a disk that may be written holds a lock on one byte of its file, far beyond any data, while
+//! rings use it. The lock belongs to the disk's open file description (`F_OFD_SETLK`), and every
+//! request in the kernel holds a reference to that description. Therefore the lock of a process
+//! that has ended is free only when the last of its I/O has ended, and until then the next process
+//! does not start its rings. Linux AIO, and threads that are inside a system call, delay the end of
+//! the process itself, and with it the release of the lock.
 //!
 //! `F_GETLK` does not report the owner of such a lock. So the process also takes a process-owned
-//! lock (`F_SETLK`) on a second byte, which is released when the process exits, before its I/O ends:
-//! if it is free while the lease is taken, only I/O is left. The kernel also releases it if the
-//! process closes any other file descriptor of the same file; then the owner is unknown.
+//! lock (`F_SETLK`) on a second byte. The kernel releases it when the process exits, before its I/O
+//! ends. If it is free while the lease is taken, only I/O is left. The kernel also releases it if
+//! the process closes any other file descriptor of the same file; then the owner is unknown.
 //!
-//! A lock call waits for the server on NFS and FUSE. So all of them are made on a thread of the disk
-//! that exists only while there is something to do, and that another thread starts: those who ask
-//! ([`Lease::add_user`]) may be any thread, and starting a thread waits for the lock of the address
-//! space.
+//! A lock call waits for the server on NFS and FUSE. So a thread of the disk makes all of them. The
+//! thread exists only while it has work, and another thread starts it: any thread may call
+//! [`Lease::add_user`], and starting a thread waits for the lock of the address space.
 #![expect(unsafe_code, reason = "locks with fcntl")]
 
 use std::fmt;
@@ -36,26 +35,26 @@ use tracing::{info, warn};
 use crate::contract::{Granted, Lease};
 use crate::error::Error;
 
-/// The byte that the lease is a lock on. QEMU's locks are on bytes 100 to 300.
+/// The byte that the lease locks. QEMU locks bytes 100 to 300.
 const LEASE_BYTE: i64 = i64::MAX - 2;
-/// The byte whose lock tells which process has the lease.
+/// The byte whose lock shows which process has the lease.
 const OWNER_BYTE: i64 = i64::MAX - 1;
 
-/// How long to wait before the next try: a part of the time that was waited already, within limits.
-/// The end of I/O is noticed late by that much at most.
+/// The pause before the next try: a fraction of the time waited so far, within limits. The end of
+/// the I/O is detected late by at most this pause.
 const PAUSE_PART: u32 = 16;
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// A wait as long as this is logged. In a live migration, one side may wait for the other's last
+/// A wait of this length is logged. In a live migration, one side may wait for the other's last
 /// system call.
 const WARN_AFTER: Duration = Duration::from_millis(100);
 
-/// Calls of [`FileDisk::tick_lease`](super::FileDisk::tick_lease), one a second, after which a lock
-/// call is reported as slow.
+/// The number of calls of [`FileDisk::tick_lease`](super::FileDisk::tick_lease), one a second,
+/// after which a lock call is reported as slow.
 const STUCK_TICKS: u32 = 3;
 
-/// How long to wait before a thread that could not be started is started again.
+/// The pause before the next try to start a thread.
 const START_AGAIN: Duration = Duration::from_millis(10);
 
 /// The lease of one disk.
@@ -63,43 +62,44 @@ const START_AGAIN: Duration = Duration::from_millis(10);
 pub(super) struct FileLease(Arc<Inner>);
 
 struct Inner {
-    /// The disk's.
+    /// The name of the disk.
     name: String,
     filename: PathBuf,
     state: Mutex<State>,
-    /// The thread has something to do other than to wait.
+    /// Signals the thread to stop waiting and look for work.
     news: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// The disk's; `None` when the disk is gone.
+    /// The disk's file; `None` when the disk is gone.
     file: Option<Arc<File>>,
-    /// Nobody asks for it, or the file has no locks.
+    /// No lock is needed: the lease is not requested, or the file has no locks.
     off: bool,
     users: usize,
     held: bool,
-    /// Being given back: not held any more, and not free for others yet.
+    /// Being released: not held any more, and not free for other processes yet.
     returning: bool,
-    /// A thread has been asked for or exists.
+    /// A thread has been requested or exists.
     has_thread: bool,
     /// Ticks since the lock call under way began; `None` if there is none.
     calling: Option<u32>,
-    /// Who had it at the last try.
+    /// The holder at the last try.
     holder: Option<Holder>,
-    /// What the log says about the present wait.
+    /// The part of the present wait that is logged already.
     warned: Option<Holder>,
     granted: Vec<Granted>,
 }
 
-/// Who keeps a lease that another process waits for.
+/// The holder of a lease that another process waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
     /// A process, by its id.
     Process(i32),
-    /// A process that has no id here.
+    /// A process without an id in this PID namespace.
     Elsewhere,
-    /// I/O of a process that has ended. A process that has lost its mark looks the same.
+    /// I/O of a process that has ended. A process that has lost its owner lock is reported like
+    /// this too.
     Ended,
 }
 
@@ -113,19 +113,20 @@ impl fmt::Display for Holder {
     }
 }
 
-/// What a disk's lease is doing.
+/// The state of a disk's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseState {
-    /// Other processes may use the disk: no ring does, or it is shared, read-only, or on a file system without locks.
+    /// Other processes may use the disk: no ring uses it, or it is shared, read-only, or on a file
+    /// system without locks.
     None,
-    /// Rings wait for it; for whom, if that is known yet.
+    /// Rings wait for it; with the holder, if known.
     Waiting(Option<Holder>),
     /// Rings may use the disk.
     Held,
 }
 
 impl super::FileDisk {
-    /// Lets other processes use the file at the same time, also for writing. To be called before
+    /// Lets other processes use the file at the same time, also for writing. Must be called before
     /// the disk is used.
     pub fn share(&self) {
         if let Some(FileLease(inner)) = &self.lease {
@@ -133,8 +134,8 @@ impl super::FileDisk {
         }
     }
 
-    /// Counts a tick for a lock call under way, and says whether it takes long by now: once for
-    /// each. To be called once a second.
+    /// Counts a tick for a lock call under way. Returns true once for each call that has become
+    /// slow. Must be called once a second.
     pub fn tick_lease(&self) -> bool {
         let Some(FileLease(inner)) = &self.lease else { return false };
         let mut state = inner.state();
@@ -143,7 +144,7 @@ impl super::FileDisk {
         *ticks == STUCK_TICKS
     }
 
-    /// What its lease is doing.
+    /// Returns the state of its lease.
     #[must_use]
     pub fn lease_state(&self) -> LeaseState {
         let Some(FileLease(inner)) = &self.lease else { return LeaseState::None };
@@ -159,7 +160,7 @@ impl super::FileDisk {
 }
 
 impl FileLease {
-    /// The lease of the disk `name` on `file`, which nobody holds yet.
+    /// Makes the lease of the disk `name` on `file`; it is not held yet.
     pub(super) fn new(name: &str, filename: &Path, file: &Arc<File>) -> Result<Self, Error> {
         let what = || format!("{}: cannot start a thread for file locks", filename.display());
         start_starter().map_err(|source| Error::System { what: what(), source })?;
@@ -169,12 +170,12 @@ impl FileLease {
         Ok(Self(Arc::new(Inner { name, filename, state, news })))
     }
 
-    /// For those who use the disk; `None` if it is shared.
+    /// Returns the lease for the users of the disk; `None` if the disk is shared.
     pub(super) fn shown(&self) -> Option<Arc<dyn Lease>> {
         (!self.0.state().off).then(|| Arc::new(self.clone()) as Arc<dyn Lease>)
     }
 
-    /// The disk is gone. What is returned has to be dropped where that may block.
+    /// The disk is gone. The caller must drop the returned value where that may block.
     pub(super) fn end(self) -> impl Send + 'static {
         let mut state = self.0.state();
         // Rings that wait may start now, and their requests fail.
@@ -220,10 +221,10 @@ impl Lease for FileLease {
     }
 }
 
-/// What the thread has to do.
+/// The thread's next task.
 enum Task {
     Take(Arc<File>),
-    /// Tells those who asked that they may use the disk.
+    /// Tells the waiting users that they may use the disk.
     Tell(Vec<Granted>),
     GiveBack(Arc<File>),
     Nothing,
@@ -250,7 +251,7 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the thread look at what has changed.
+    /// Wakes or starts the thread, so that it handles the changed state.
     fn call_thread(self: &Arc<Self>, state: &mut State) {
         if !std::mem::replace(&mut state.has_thread, true) {
             start_thread(Arc::clone(self));
@@ -259,7 +260,7 @@ impl Inner {
         }
     }
 
-    /// All that the thread does.
+    /// The thread's main function.
     fn run(&self) {
         let mut waiting = None;
         let mut state = self.state();
@@ -275,14 +276,14 @@ impl Inner {
                     state = self.state();
                 }
                 Task::GiveBack(file) => {
-                    // From here on a new user has to wait.
+                    // From here on, a new user must wait.
                     (state.held, state.returning, state.calling) = (false, true, Some(0));
                     drop(state);
                     let unlocked = unlock(&file);
                     drop(file);
                     if let Err(e) = unlocked {
                         warn!(
-                            "bdev {}: cannot unlock {}: {e}; other processes that use it wait until \
+                            "bdev {}: cannot unlock {}: {e}; other processes wait for it until \
                              this bdev is deleted",
                             self.name,
                             self.filename.display()
@@ -295,7 +296,7 @@ impl Inner {
                     state.calling = Some(0);
                     drop(state);
                     let locked = lock(&file);
-                    // It may be the last reference, and a close may block.
+                    // This may be the last reference, and a close may block.
                     drop(file);
                     state = self.state();
                     state.calling = None;
@@ -346,8 +347,8 @@ impl Inner {
         state.off = true;
         let filename = self.filename.display();
         warn!(
-            "bdev {}: cannot lock {filename}: {e}; other processes may use it at the same time, and \
-             I/O of a process that has ended may still reach it",
+            "bdev {}: cannot lock {filename}: {e}; other processes may use it at the same time, \
+             and I/O of a process that has ended may still reach it",
             self.name,
         );
     }
@@ -358,12 +359,12 @@ enum Locked {
     No(Holder),
 }
 
-/// Takes the lease, or says who has it.
+/// Takes the lease, or returns its holder.
 fn lock(file: &File) -> io::Result<Locked> {
     let busy = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
     match fcntl(file, libc::F_OFD_SETLK, &mut byte(LEASE_BYTE, libc::F_WRLCK)) {
         Ok(()) => {
-            // It tells others who has it, and nothing depends on it.
+            // The owner lock is informative only: nothing depends on it.
             let _ = fcntl(file, libc::F_SETLK, &mut byte(OWNER_BYTE, libc::F_WRLCK));
             Ok(Locked::Yes)
         }
@@ -392,7 +393,7 @@ fn byte(at: i64, kind: i32) -> libc::flock {
         l_whence: libc::SEEK_SET as i16,
         l_start: at,
         l_len: 1,
-        // The kernel wants 0 for locks of a file description.
+        // The kernel requires pid 0 for locks of an open file description.
         l_pid: 0,
     }
 }
@@ -403,7 +404,7 @@ fn fcntl(file: &File, command: i32, lock: &mut libc::flock) -> io::Result<()> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// To the thread that starts those of the leases.
+/// The channel to the thread that starts the leases' threads.
 static STARTER: Mutex<Option<Sender<Arc<Inner>>>> = Mutex::new(None);
 
 fn starter() -> MutexGuard<'static, Option<Sender<Arc<Inner>>>> {
@@ -418,7 +419,7 @@ fn start_starter() -> io::Result<()> {
     let (sender, leases) = mpsc::channel();
     let start_all = move || leases.into_iter().for_each(start_now);
     thread::Builder::new().name("vhost-lease-0".into()).spawn(start_all)?;
-    // If somebody else was faster, the new thread ends.
+    // If another thread has started one meanwhile, the new thread ends.
     starter().get_or_insert(sender);
     Ok(())
 }
@@ -429,15 +430,15 @@ fn start_now(lease: Arc<Inner>) {
         if thread::Builder::new().name("vhost-lease".into()).spawn(move || mine.run()).is_ok() {
             return;
         }
-        // Too many threads; the system may have room later.
+        // Too many threads exist; the system may allow one later.
         thread::sleep(START_AGAIN);
     }
 }
 
 fn start_thread(lease: Arc<Inner>) {
     let starter = starter();
-    let sender = starter.as_ref().expect("started with the first lease");
-    // The thread never ends: the sender is never dropped.
+    let sender = starter.as_ref().expect("the first lease has started it");
+    // The thread never ends, as the sender is never dropped.
     let _ = sender.send(lease);
 }
 
@@ -502,10 +503,10 @@ mod tests {
         assert_eq!(one.lease_state(), LeaseState::Held);
         let (granted, told) = telling();
         assert!(!second.add_user(&granted));
-        // Its own process's mark tells nothing, and it knows only that it is not the owner.
+        // A process does not conflict with its own owner lock, so the holder is unknown.
         until(|| other.lease_state() == LeaseState::Waiting(Some(Holder::Ended)));
         first.remove_user();
-        assert!(!second.is_held() && told.try_recv().is_err(), "the other user is there");
+        assert!(!second.is_held() && told.try_recv().is_err(), "the other user still holds it");
         first.remove_user();
         told.recv().unwrap();
         assert_eq!(other.lease_state(), LeaseState::Held);
@@ -520,7 +521,7 @@ mod tests {
         let [one, other] = ["one", "other"].map(|name| disk(file.path(), name, false));
         let lease = one.lease().unwrap();
         use_it(&*lease);
-        // As a request in the kernel has one.
+        // A request in the kernel holds such a reference.
         let reference = one.file().try_clone().unwrap();
         drop((one, lease));
         let (granted, told) = telling();
@@ -533,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_is_told_when_the_disk_goes_or_gives_up() {
+    fn a_waiting_user_is_told_when_the_disk_is_gone_or_released() {
         let file = file();
         let [one, other] = ["one", "other"].map(|name| disk(file.path(), name, false));
         use_it(&*one.lease().unwrap());
@@ -560,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_locks_is_used_without() {
+    fn a_file_without_locks_is_used_without_a_lease() {
         let file = file();
         // Locks on such a file descriptor fail.
         let path = File::options().read(true).custom_flags(libc::O_PATH).open(file.path()).unwrap();

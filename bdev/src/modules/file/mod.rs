@@ -1,7 +1,7 @@
 //! Disks in a file or on a block device: SPDK's `aio` and `uring`.
 //!
-//! A channel's submissions never wait: what the kernel can start without waiting goes through an
-//! [`Engine`], everything else to the disk's own worker threads.
+//! A channel's submissions never wait. I/O that the kernel can start without waiting goes through
+//! an [`Engine`], all other I/O to the disk's own worker threads.
 
 mod aio;
 mod backing;
@@ -34,24 +34,25 @@ pub use lease::{Holder, LeaseState};
 pub use workers::WorkerCounts;
 use workers::Workers;
 
-/// Which of SPDK's modules a file disk stands for.
+/// The SPDK module that a file disk replaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
     /// `bdev_aio`: prefers [`Engine::Aio`] for block devices and read-only files, and
     /// [`Engine::IoUring`] for writable regular files. Offers unmap only with `fallocate`.
     Aio,
-    /// `bdev_uring`: prefers [`Engine::IoUring`]. Offers flush, and unmap where the file can do it;
-    /// SPDK's offers neither.
+    /// `bdev_uring`: prefers [`Engine::IoUring`]. Offers flush, and unmap if the file supports it;
+    /// SPDK's module offers neither.
     Uring,
 }
 
 /// A disk in a regular file or on a block device.
 ///
-/// The file is opened once, with `O_DIRECT` if it can serve every block of this disk that way,
-/// else through the page cache; never both, since the kernel promises nothing to a file that is
-/// written both ways ("possible data corruption due to collision with buffered I/O"). A request
-/// whose segments do not have the alignment that direct I/O wants goes piece by piece through an
-/// aligned buffer of a worker thread. All others go straight to and from the guest's memory.
+/// The file is opened once: with `O_DIRECT` if every block of this disk can be accessed that way,
+/// otherwise through the page cache. Never both, since the kernel guarantees nothing for a file
+/// that is written both ways ("possible data corruption due to collision with buffered I/O"). A
+/// request whose segments do not have the alignment that direct I/O needs goes piece by piece
+/// through a bounce buffer of a worker thread. All others transfer directly to and from the guest's
+/// memory.
 #[derive(Debug)]
 pub struct FileDisk {
     name: String,
@@ -67,11 +68,11 @@ pub struct FileDisk {
     storage: Storage,
     /// Taken when `self` is dropped.
     file: Option<Arc<File>>,
-    /// Closes it.
+    /// The account that closes the file.
     closer: Account,
-    /// Keeps other processes from the file; `None` if it is read-only.
+    /// Keeps other processes from the file; `None` if the disk is read-only.
     lease: Option<lease::FileLease>,
-    /// What direct I/O asks for; `None` if the file is buffered.
+    /// The alignment that direct I/O needs; `None` if the file uses the page cache.
     direct: Option<Alignment>,
     topology: Topology,
     engine: Engine,
@@ -79,38 +80,38 @@ pub struct FileDisk {
     stats: Stats,
 }
 
-/// How a file disk serves its I/O.
+/// The way in which a file disk does its I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// The way of reads and writes.
+    /// The engine for reads and writes.
     pub engine: Engine,
-    /// They bypass the page cache.
+    /// Reads and writes bypass the page cache.
     pub direct: bool,
-    /// They are tried without waiting (`RWF_NOWAIT`).
+    /// Reads and writes are tried without waiting (`RWF_NOWAIT`).
     pub nowait: bool,
-    /// The threads that do what may wait.
+    /// The threads for I/O that may wait.
     pub workers: WorkerCounts,
 }
 
-/// What [`FileDisk::create`] makes.
+/// The options of [`FileDisk::create`].
 #[derive(Clone, Debug)]
 pub struct FileOptions {
-    /// Name of the device; not empty.
+    /// The name of the device; not empty.
     pub name: String,
-    /// The file or block device. Must exist.
+    /// The file or block device. It must exist.
     pub filename: PathBuf,
-    /// Bytes in a block: a power of two, 512 or more, not less than the device's own. Needed for
-    /// a file; a block device knows its own.
+    /// The block size in bytes: a power of two, at least 512 and at least the device's own.
+    /// Required for a file; a block device has its own.
     pub block_size: Option<u32>,
-    /// Open it for reading only, and refuse writes.
+    /// Open it read-only, and refuse writes.
     pub readonly: bool,
     /// For [`Flavour::Aio`]: offer unmap.
     pub fallocate: bool,
-    /// Identity; random if absent.
+    /// The UUID; random if absent.
     pub uuid: Option<Uuid>,
-    /// Which of SPDK's modules it stands for.
+    /// The SPDK module that it replaces.
     pub flavour: Flavour,
-    /// Instead of the flavour's own engine, or the other if that does not work.
+    /// Use this engine instead of the flavour's own, or the other one if it does not work.
     pub engine: Option<Engine>,
 }
 
@@ -119,13 +120,13 @@ impl FileDisk {
     ///
     /// # Errors
     /// [`Error::System`] with the file's name if it cannot be opened; [`Error::Invalid`] if it is
-    /// neither a file nor a block device, or the block size does not go with it.
+    /// neither a file nor a block device, or the block size is incompatible with it.
     pub fn create(options: FileOptions) -> Result<Arc<Self>, Error> {
         let file = open_file(&options.filename, options.readonly)?;
         Self::on(file, options)
     }
 
-    /// Makes a disk of a file that [`open_file`] has opened by the name in `options`.
+    /// Makes a disk of a file that [`open_file`] has opened under the name in `options`.
     ///
     /// # Errors
     /// As [`FileDisk::create`].
@@ -151,7 +152,7 @@ impl FileDisk {
         let engines = engine.as_ref().map_or(preferred.and_other(), std::slice::from_ref);
         let engine = match opened.direct {
             Some(_) => channel::first_that_works(&opened, &closer, engines),
-            // Reading through the page cache may wait for the disk even with RWF_NOWAIT.
+            // A read through the page cache may wait for the disk even with RWF_NOWAIT.
             None => Engine::Threads,
         };
         let features = Features {
@@ -187,69 +188,69 @@ impl FileDisk {
         }))
     }
 
-    /// Looks at the size of the file again and takes over a larger one. Returns the number of
-    /// blocks; what is over a whole block is left out.
+    /// Checks the size of the file, and adopts a larger one. Returns the number of blocks; a
+    /// partial block at the end is ignored.
     ///
     /// # Errors
-    /// [`Error::Busy`] if the file has become smaller: the disk keeps its size, and what is past
-    /// the end of the file fails.
+    /// [`Error::Busy`] if the file has become smaller: the disk keeps its size, and I/O past the
+    /// end of the file fails.
     pub fn rescan(&self) -> Result<u64, Error> {
         let size = backing::size(self.file()).map_err(|source| self.system(source))?;
         let now = size / u64::from(self.block_size);
-        // Relaxed: the number stands for itself.
+        // Relaxed suffices: no other data is published with the number.
         let before = self.num_blocks.fetch_max(now, Ordering::Relaxed);
         if now < before {
             return Err(Error::Busy(format!(
-                "{}: shrank from {before} to {now} blocks",
+                "{}: the file shrank from {before} to {now} blocks; the bdev keeps its size",
                 self.filename.display()
             )));
         }
         Ok(now)
     }
 
-    /// The file or block device.
+    /// Returns the path of the file or block device.
     #[must_use]
     pub fn filename(&self) -> &Path {
         &self.filename
     }
 
-    /// Which of SPDK's modules it stands for.
+    /// Returns the SPDK module that it replaces.
     #[must_use]
     pub fn flavour(&self) -> Flavour {
         self.flavour
     }
 
-    /// Whether the block size was given and not the device's own.
+    /// Returns whether the operator gave a block size.
     #[must_use]
     pub fn block_size_override(&self) -> bool {
         self.block_size_override
     }
 
-    /// Whether it was opened for reading only.
+    /// Returns whether it was opened read-only.
     #[must_use]
     pub fn readonly(&self) -> bool {
         self.readonly
     }
 
-    /// Whether it is a block device.
+    /// Returns whether it is a block device.
     #[must_use]
     pub fn is_block_device(&self) -> bool {
         self.storage.is_block_device()
     }
 
-    /// Whether unmap was asked for ([`Flavour::Aio`]).
+    /// Returns whether unmap was requested ([`Flavour::Aio`]).
     #[must_use]
     pub fn fallocate(&self) -> bool {
         self.fallocate
     }
 
-    /// What direct I/O asks of memory; `None` if the file goes through the page cache.
+    /// Returns the alignment that direct I/O needs; `None` if the file uses the page cache.
     #[must_use]
     pub fn direct(&self) -> Option<Alignment> {
         self.direct
     }
 
-    /// How it serves its I/O, and what its worker threads do right now.
+    /// Returns the way in which it does its I/O, and the present work of its worker threads.
     #[must_use]
     pub fn service(&self) -> Service {
         Service {
@@ -261,7 +262,7 @@ impl FileDisk {
     }
 
     fn file(&self) -> &File {
-        self.file.as_ref().expect("taken only where self ends")
+        self.file.as_ref().expect("the file is taken only in drop")
     }
 
     fn system(&self, source: std::io::Error) -> Error {
@@ -321,7 +322,7 @@ impl Bdev for FileDisk {
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let what = format!("cannot serve {}", self.filename.display());
+        let what = format!("cannot open an I/O path to {}", self.filename.display());
         channel::open(self, depth).map_err(|source| Error::System { what, source })
     }
 }

@@ -107,7 +107,7 @@ impl Entry for FileEntry {
     }
 }
 
-/// Not in SPDK: how a file is served.
+/// The way in which a file is served. Not in SPDK.
 fn io_path(service: Service) -> Value {
     let Service { engine, direct, nowait, workers } = service;
     json!({
@@ -124,7 +124,7 @@ fn io_path(service: Service) -> Value {
     })
 }
 
-/// Whether rings may use the file, and which other process they wait for.
+/// Whether rings may use the file, and the process that they wait for.
 fn show_lease(module: &mut Value, lease: LeaseState) {
     module["lease"] = match lease {
         LeaseState::None => "none",
@@ -156,7 +156,7 @@ async fn aio_create(host: Rc<dyn Host>, params: Params) -> Answer {
     let options = FileOptions {
         name: p.name,
         filename: p.filename,
-        // SPDK's client and its saved configurations say 0 for "the device's own".
+        // SPDK's client and its saved configurations give 0 for "the device's own".
         block_size: p.block_size.filter(|size| *size != 0),
         readonly: p.readonly,
         fallocate: p.fallocate,
@@ -186,7 +186,7 @@ async fn uring_create(host: Rc<dyn Host>, params: Params) -> Answer {
         flavour: Flavour::Uring,
         engine: None,
     };
-    // SPDK tells no reason.
+    // SPDK gives no reason.
     create(&host, &params, options, false)
         .await
         .map_err(|_| MethodError::internal("Unable to create URING bdev."))
@@ -207,7 +207,7 @@ async fn create(
         let file = open_file(&options.filename, options.readonly)?;
         let disk = FileDisk::on(file, options)?;
         if nowait && !disk.is_block_device() {
-            let text = format!("nowait on {}, no block device", disk.filename().display());
+            let text = format!("nowait on {}: not a block device", disk.filename().display());
             return Err(Error::Unsupported(text));
         }
         Ok(disk)
@@ -239,7 +239,7 @@ fn tell_of_engine(disk: &FileDisk) {
 }
 
 /// Fails if both this disk and another one may write to the same file or block device: two guests
-/// that do not know of each other would destroy each other's data.
+/// that do not know of each other would corrupt each other's data.
 fn check_alone(host: &dyn Host, disk: &FileDisk) -> Result<(), Error> {
     let writes_there = |other: &Live| {
         !other.bdev.features().read_only
@@ -263,11 +263,11 @@ async fn rescan(host: Rc<dyn Host>, params: Params, flavour: Flavour) -> Answer 
     let method = params.method();
     let named: Named = params.decode(DecodeFailure::INTERNAL)?;
     let Some(entry) = host.registry().entry::<FileEntry>(&named.name) else {
-        error!("{method}: no such bdev of this kind: {:?}", named.name);
+        error!("{method}: no aio or uring bdev has this name: {:?}", named.name);
         return Err(MethodError::errno(libc::ENODEV));
     };
     if entry.disk.flavour() != flavour {
-        error!("{method}: bdev {:?} is of another kind", named.name);
+        error!("{method}: bdev {:?} is not of this module", named.name);
         return Err(MethodError::errno(libc::ENODEV));
     }
     let disk = Arc::clone(&entry.disk);
@@ -280,7 +280,7 @@ async fn rescan(host: Rc<dyn Host>, params: Params, flavour: Flavour) -> Answer 
         life::resized(&host, &(Arc::clone(&disk) as _));
     }
     drop(disk);
-    // Somebody may wait for the disk's last user.
+    // A task may wait for the disk's last user.
     host.released();
     now.map_err(|e| MethodError::of(method, &e))?;
     Ok(true.into())

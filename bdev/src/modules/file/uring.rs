@@ -1,7 +1,8 @@
-//! An io_uring, as far as a disk needs it.
+//! io_uring for the reads and writes of a file disk.
 //!
-//! Where the kernel can, the ring is restricted to reads and writes of the disk's own file: seccomp
-//! does not see what a thread submits to an io_uring, and reactors cannot make other rings.
+//! If the kernel supports it, the ring is restricted to reads and writes of the disk's own file:
+//! seccomp does not filter the submissions of a thread to an io_uring, and reactors cannot create
+//! other rings.
 #![expect(unsafe_code, reason = "hands a guest's memory to the kernel")]
 
 use std::io;
@@ -13,13 +14,12 @@ use io_uring::{Builder, IoUring, cqueue, opcode, squeue, types};
 use super::engine::{Submitter, joined};
 use crate::io::{Io, Op, Tag};
 
-/// The file, in the ring's table.
+/// The index of the file in the ring's table.
 const FILE: types::Fixed = types::Fixed(0);
 
 /// Reads and writes of one channel through an io_uring.
-///
-/// The kernel ties an I/O to the thread that submitted it: the channel may change threads, best
-/// while nothing is outstanding, and the I/Os of a thread that ends fail.
+/// The kernel ties an I/O to the thread that submitted it. The channel may change threads,
+/// preferably while no I/O is outstanding; the I/Os of a thread that ends fail.
 pub(super) struct Uring {
     ring: IoUring,
     /// Entries in the ring that the kernel has not taken.
@@ -39,7 +39,7 @@ impl Submitter for Uring {
 
     #[inline]
     unsafe fn push(&mut self, io: &Io) {
-        // SAFETY: the caller vouches for the segments.
+        // SAFETY: the caller guarantees that the segments are valid.
         let segments = unsafe { io.segments() };
         let (iovecs, count) = io.iovecs();
         let nowait = libc::RWF_NOWAIT;
@@ -60,9 +60,10 @@ impl Submitter for Uring {
             }
         };
         let entry = entry.user_data(u64::from(io.tag.0));
-        // SAFETY: what the entry refers to stays valid until the I/O is reported, by the contract.
+        // SAFETY: by the contract, the memory that the entry refers to stays valid until the I/O is
+        // reported.
         let pushed = unsafe { self.ring.submission().push(&entry) };
-        // An I/O has one entry, and the ring has room for the depth.
+        // An I/O has one entry, and the ring has `depth` entries.
         debug_assert!(pushed.is_ok(), "the ring is smaller than the depth");
         self.unsubmitted += 1;
     }
@@ -72,7 +73,7 @@ impl Submitter for Uring {
         if self.unsubmitted == 0 {
             return;
         }
-        // Never waits. An error (no memory for a request, say) leaves the entries in the
+        // Never waits. After an error (such as no memory for a request), the entries stay in the
         // ring, and the next poll tries again.
         if let Ok(n) = self.ring.submit() {
             self.unsubmitted = self.unsubmitted.saturating_sub(n);
@@ -86,9 +87,9 @@ impl Submitter for Uring {
     fn refresh(&mut self) {
         let (submitter, sq, mut cq) = self.ring.split();
         if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
-            // The kernel has completions that it writes to the ring when we enter it. A failure
-            // leaves them there for the next poll. It also retries entries that the kernel did not
-            // take before.
+            // The kernel holds completions that it writes to the ring when this thread enters it.
+            // After a failure they stay there for the next poll. The call also retries entries that
+            // the kernel has not taken before.
             if let Ok(n) = submitter.submit() {
                 self.unsubmitted = self.unsubmitted.saturating_sub(n);
             }
@@ -103,21 +104,21 @@ impl Submitter for Uring {
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        // SAFETY: the ring's own fd, open for as long as the ring.
+        // SAFETY: the ring's own fd, which is open as long as the ring exists.
         Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 }
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        // Closing the ring would let go of the file some time later; a block device would stay
-        // busy until then. Nothing can be done about a failure.
+        // Closing the ring would release the file some time later, and a block device would stay
+        // busy until then. A failure cannot be handled here.
         let _ = self.ring.submitter().unregister_files();
     }
 }
 
-/// An io_uring whose only registered file is `file`. Where the kernel can, completions do not
-/// interrupt the thread (5.19) and the ring is restricted (5.10).
+/// Makes an io_uring whose only registered file is `file`. If the kernel supports it, completions
+/// do not interrupt the thread (5.19) and the ring is restricted (5.10).
 fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
     let files = [file.as_raw_fd()];
     let restricted = |builder: &mut Builder<squeue::Entry, cqueue::Entry>| {
@@ -137,7 +138,7 @@ fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
     )
 }
 
-/// Has the kernel refuse everything but reads and writes of the ring's own file from now on.
+/// Makes the kernel refuse everything but reads and writes of the ring's own file from now on.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     /// `IORING_UNREGISTER_FILES`, which `drop` calls.
     const UNREGISTER_FILES: u8 = 3;
@@ -164,12 +165,12 @@ mod tests {
     use crate::io::Segment;
 
     #[test]
-    fn a_ring_reads_and_writes_its_file_and_does_nothing_else() {
+    fn a_ring_only_reads_and_writes_its_file() {
         let [file, other] = [(); 2].map(|()| tempfile::tempfile().unwrap());
         file.set_len(512).unwrap();
         let mut ring = make_ring(4, file.as_fd()).unwrap();
         let mut result = |entry: Entry| {
-            // SAFETY: what it refers to outlives the wait.
+            // SAFETY: the memory that it refers to outlives the wait.
             unsafe { ring.submission().push(&entry) }.unwrap();
             ring.submit_and_wait(1).unwrap();
             ring.completion().next().unwrap().result()
@@ -191,16 +192,16 @@ mod tests {
         ring.submitter().unregister_files().unwrap();
     }
 
-    /// A reactor that sleeps would otherwise poll for ever.
+    /// Otherwise, a reactor that could sleep would poll for ever.
     #[test]
-    fn what_the_kernel_takes_on_the_way_to_completions_was_submitted() {
+    fn entries_that_the_kernel_takes_while_it_writes_completions_are_submitted() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let mut uring = Uring::open(file.as_fd(), 1).unwrap();
         let mut bytes = vec![0_u8; 512];
         let segments = [Segment::new(bytes.as_mut_ptr(), bytes.len())];
         let read = Io::rw(Op::Read, Tag(0), 0, 512, &segments);
-        // More completions than the ring has places: the last one waits in the kernel.
+        // More completions than the ring has entries: the last one waits in the kernel.
         for _ in 0..3 {
             // SAFETY: the memory outlives the ring's last completion, below.
             unsafe { uring.push(&read) };
@@ -212,10 +213,9 @@ mod tests {
         // SAFETY: as above.
         unsafe { uring.push(&read) };
         assert!(uring.is_behind());
-        // The kernel has not taken the entry when the ring is polled, as if it had refused it
-        // before.
+        // The kernel has not taken the entry when the ring is polled, as after an earlier refusal.
         uring.refresh();
-        assert_eq!(uring.next(), Some((Tag(0), 512)), "the waiting one");
+        assert_eq!(uring.next(), Some((Tag(0), 512)), "the completion that waited in the kernel");
         assert!(!uring.is_behind());
         uring.ring.submit_and_wait(1).unwrap();
         assert_eq!(uring.next(), Some((Tag(0), 512)), "the read itself");

@@ -1,10 +1,11 @@
-//! The threads of one file disk that do what may wait: they are the disk's own, so that a file that
-//! hangs holds up no other disk.
+//! The worker threads of one file disk, for I/O that may wait. Each disk has its own, so that a
+//! file that hangs delays no other disk.
 //!
-//! Each channel has a [`Line`]: the reactor puts I/Os in and takes results out, and waits for no
-//! worker in either. The workers share a lock among themselves and with the control side. While I/Os
-//! are under way, one more worker waits for the next, as long as the disk has fewer than
-//! [`WORKERS_MAX`] and all disks together have fewer than [`EXTRA_MAX`] beyond their first.
+//! Each channel has a [`Line`]. The reactor puts I/Os into it and takes results out, and waits for
+//! no worker in either case. The workers share a lock among themselves and with the control side.
+//! While I/Os are under way, one additional worker waits for the next one, as long as the disk has
+//! fewer than [`WORKERS_MAX`] and all disks together have fewer than [`EXTRA_MAX`] beyond their
+//! first.
 
 use std::fmt;
 use std::io;
@@ -21,33 +22,34 @@ use super::backing::Alignment;
 use super::blocking::{Bounce, Ended, Slow};
 use crate::io::{Io, Tag};
 
-/// Worker threads of a disk, and so what it can have hanging in the kernel at a time.
+/// The most worker threads of a disk, and so the most I/Os that can hang in the kernel at a time.
 pub(super) const WORKERS_MAX: usize = 32;
 
-/// Worker threads of all disks together, beyond the first of each. A thread takes three mappings, of
-/// which a process may have 65,530 (`vm.max_map_count`); guest memory needs them more.
+/// The most worker threads of all disks together, beyond the first of each. A thread takes three
+/// mappings, of which a process may have 65,530 (`vm.max_map_count`); guest memory needs most of
+/// them.
 const EXTRA_MAX: usize = 2048;
 
-/// How many of these there are.
+/// The number of these threads.
 static EXTRA: AtomicUsize = AtomicUsize::new(0);
 
-/// How long a worker beyond the first waits for work before it ends.
+/// How long a worker beyond the first waits for an I/O before it ends.
 const IDLE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// The submission and completion queues between a channel and the workers.
 pub(super) struct Line {
-    /// I/Os to be done.
+    /// I/Os to do.
     jobs: ArrayQueue<Io>,
-    /// How they ended.
+    /// The results.
     done: Results,
-    /// Signalled for each of these.
+    /// Signalled for each result.
     wake: OwnedFd,
-    /// I/Os that no worker has started must not be started.
+    /// Set when I/Os that no worker has started must not be started.
     abandoned: AtomicBool,
 }
 
 impl Line {
-    /// For a channel of this depth.
+    /// Makes a line for a channel of this depth.
     pub(super) fn new(depth: u16) -> io::Result<Arc<Self>> {
         let depth = usize::from(depth).max(1);
         Ok(Arc::new(Self {
@@ -58,41 +60,42 @@ impl Line {
         }))
     }
 
-    /// Becomes readable when an I/O has ended. Never read.
+    /// Becomes readable when an I/O has ended. It is never read.
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
     /// Cancels the I/Os that no worker has started.
     pub(super) fn abandon(&self) {
-        // Relaxed: a flag that stands for itself.
+        // Relaxed suffices: the flag publishes no other data.
         self.abandoned.store(true, Ordering::Relaxed);
     }
 
-    /// Puts an I/O in; [`Workers::announce`] tells the workers. There is room for the depth.
+    /// Adds an I/O; [`Workers::announce`] tells the workers. The line has room for `depth` I/Os.
     #[inline]
     pub(super) fn push(&self, io: Io) {
         let pushed = self.jobs.push(io);
-        debug_assert!(pushed.is_ok(), "more I/Os than the depth");
+        debug_assert!(pushed.is_ok(), "more I/Os are outstanding than the depth");
     }
 
-    /// An I/O that has ended.
+    /// Takes an I/O that has ended.
     #[inline]
     pub(super) fn pop(&self) -> Option<(Tag, Ended)> {
         self.done.take()
     }
 }
 
-/// Results by tag. A queue would have its reader wait for a writer that the system has interrupted
-/// between two steps; here nobody waits.
+/// Results by tag. With a queue, the reader could wait for a writer that the system has interrupted
+/// between two steps; here no thread waits.
 struct Results {
-    /// Valid where `ready` says so.
+    /// Valid if the tag's bit in `ready` is set.
     results: Box<[AtomicI32]>,
-    /// A bit for each tag.
+    /// One bit for each tag.
     ready: Box<[AtomicU64]>,
 }
 
-/// What [`Results`] keeps for [`Ended::Ok`] and [`Ended::Unsupported`]; errnos are from 0 on.
+/// The values that [`Results`] stores for [`Ended::Ok`] and [`Ended::Unsupported`]; errnos are not
+/// negative.
 const OK: i32 = -1;
 const UNSUPPORTED: i32 = -2;
 
@@ -104,7 +107,7 @@ impl Results {
         }
     }
 
-    /// Stores the result of an I/O, which has none there.
+    /// Stores the result of an I/O that has no result there.
     fn put(&self, tag: Tag, ended: Ended) {
         let value = match ended {
             Ended::Ok => OK,
@@ -113,12 +116,12 @@ impl Results {
         };
         let tag = usize::from(tag.0);
         self.results[tag].store(value, Ordering::Relaxed);
-        // Release: whoever sees the bit sees the result, and the data of a read.
+        // Release: a thread that sees the bit also sees the result, and the data of a read.
         let before = self.ready[tag / 64].fetch_or(1 << (tag % 64), Ordering::Release);
-        debug_assert_eq!(before >> (tag % 64) & 1, 0, "a result per I/O");
+        debug_assert_eq!(before >> (tag % 64) & 1, 0, "an I/O has only one result");
     }
 
-    /// Takes one of the results that are there.
+    /// Takes one of the available results.
     fn take(&self) -> Option<(Tag, Ended)> {
         for (n, ready) in self.ready.iter().enumerate() {
             let bits = ready.load(Ordering::Relaxed);
@@ -126,7 +129,7 @@ impl Results {
                 continue;
             }
             let bit = bits.trailing_zeros() as usize;
-            // Acquire: as said in `put`.
+            // Acquire: pairs with the Release in `put`.
             ready.fetch_and(!(1 << bit), Ordering::Acquire);
             let tag = n * 64 + bit;
             let ended = match self.results[tag].load(Ordering::Relaxed) {
@@ -140,14 +143,14 @@ impl Results {
     }
 }
 
-/// How many worker threads there are, and what they do.
+/// The number of worker threads, and their work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkerCounts {
-    /// Limit of `threads`.
+    /// The limit of `threads`.
     pub max: usize,
     /// Worker threads that exist.
     pub threads: usize,
-    /// Those that do an I/O.
+    /// Worker threads that do an I/O.
     pub busy: usize,
     /// I/Os that wait for a worker.
     pub queued: usize,
@@ -175,16 +178,17 @@ struct Shared {
 #[derive(Default)]
 struct State {
     lines: Vec<Arc<Line>>,
-    /// The line that is looked at first next time.
+    /// The line to look at first next time.
     next: usize,
     threads: usize,
     idle: usize,
-    /// When each I/O under way began.
+    /// The start time of each I/O under way.
     begun: Vec<Instant>,
 }
 
 impl Workers {
-    /// Starts the first worker for a file that stays open while a channel has I/O outstanding.
+    /// Starts the first worker for a file. The file must stay open while a channel has I/O
+    /// outstanding.
     pub(super) fn start(fd: RawFd, direct: Option<Alignment>) -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
         let workers = Self(Arc::new(Shared {
@@ -198,19 +202,19 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Has them serve a channel.
+    /// Makes the workers serve a channel.
     pub(super) fn add(&self, line: &Arc<Line>) {
         self.0.state().lines.push(Arc::clone(line));
     }
 
-    /// The channel has nothing outstanding and is closed.
+    /// Removes a channel that has no outstanding I/O and is closed.
     pub(super) fn remove(&self, line: &Arc<Line>) {
         self.0.state().lines.retain(|other| !Arc::ptr_eq(line, other));
     }
 
-    /// Tells the workers of so many I/Os more. Does not wait.
+    /// Tells the workers of `count` more I/Os. Does not wait.
     pub(super) fn announce(&self, count: u64) {
-        // Fails only if the counter is full, with 2^64 I/Os.
+        // Fails only if the counter is full, after 2^64 I/Os.
         let _ = rustix::io::write(&self.0.announced, &count.to_ne_bytes());
     }
 
@@ -228,7 +232,7 @@ impl Workers {
 }
 
 impl Drop for Workers {
-    /// Ends the workers. Nothing is under way: all channels are closed.
+    /// Ends the workers. No I/O is under way: all channels are closed.
     fn drop(&mut self) {
         self.0.ending.store(true, Ordering::Release);
         self.announce(WORKERS_MAX as u64);
@@ -243,20 +247,20 @@ impl Shared {
     /// Starts a worker that has been counted.
     fn add_worker(self: &Arc<Self>) -> io::Result<()> {
         let shared = Arc::clone(self);
-        // Not with a small stack: libc keeps 40 MiB of stacks of ended threads, and counts what is
-        // reserved and not what was used.
+        // The stack has the default size: libc keeps 40 MiB of stacks of ended threads for reuse,
+        // and counts reserved memory, not used memory.
         let builder = thread::Builder::new().name("vhost-disk".into());
         builder.spawn(move || shared.work()).map(drop).inspect_err(|_| self.state().lose_worker())
     }
 
-    /// What a worker does.
+    /// A worker's main function.
     fn work(self: Arc<Self>) {
         let mut bounce = Bounce::default();
         loop {
             let claimed = self.claim();
             let mut state = self.state();
             if self.ending.load(Ordering::Acquire) || claimed == Claim::TimedOut && state.idle > 1 {
-                // One more than is busy stays.
+                // One more worker stays than is busy.
                 return state.lose_worker();
             }
             if claimed != Claim::Io {
@@ -272,7 +276,8 @@ impl Shared {
             }
             drop(state);
             if alone {
-                // Without another thread (no memory, say), what comes next waits for this one.
+                // If the thread cannot be started (no memory, for example), the next I/O waits for
+                // this worker.
                 let _ = self.add_worker();
             }
             // SAFETY: the I/O came through a channel and is not reported before this has ended; the
@@ -296,13 +301,13 @@ impl Shared {
         match poll(&mut fds, Some(&IDLE)) {
             Ok(0) => Claim::TimedOut,
             Ok(_) if rustix::io::read(&self.announced, &mut [0; 8]).is_ok() => Claim::Io,
-            // Another worker was faster, or a signal came.
+            // Another worker was faster, or a signal arrived.
             Ok(_) | Err(_) => Claim::Nothing,
         }
     }
 }
 
-/// What a worker's wait for an I/O has come to.
+/// The result of a worker's wait for an I/O.
 #[derive(PartialEq, Eq)]
 enum Claim {
     Io,
@@ -311,9 +316,9 @@ enum Claim {
 }
 
 impl State {
-    /// Whether the disk may have one worker more.
+    /// Returns whether the disk may have one more worker.
     fn may_add_worker(&self) -> bool {
-        // Relaxed: a limit that several threads may exceed by a few.
+        // Relaxed suffices: several threads may exceed the limit by a few.
         self.threads < WORKERS_MAX && EXTRA.load(Ordering::Relaxed) < EXTRA_MAX
     }
 
@@ -333,7 +338,7 @@ impl State {
         }
     }
 
-    /// The next I/O, from each channel in turn.
+    /// Takes the next I/O, from the channels in rotation.
     fn take(&mut self) -> Option<(Arc<Line>, Io)> {
         for _ in 0..self.lines.len() {
             let at = self.next % self.lines.len();

@@ -18,11 +18,11 @@ use crate::shortcut::{AT_ONCE, Shortcut, copy};
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-/// A disk in memory. All of it is allocated when it is made, and reads as zeroes.
+/// A disk in memory. All of its memory is allocated when it is created, and reads as zeroes.
 ///
-/// Channels copy without a lock. Requests that are outstanding together and overlap have no
-/// order, as on any disk, and may leave a mixture of both in the blocks that they share;
-/// everybody else sees whole writes. [`crate::memory`] says why the copying itself is sound.
+/// Channels copy without a lock. Overlapping requests that are outstanding together have no order,
+/// as on any disk, and may leave a mixture of both in the blocks that they share; other requests
+/// see whole writes. [`crate::memory`] explains why the copies are sound.
 #[derive(Debug)]
 pub struct Malloc {
     name: String,
@@ -34,33 +34,33 @@ pub struct Malloc {
     stats: Stats,
 }
 
-/// What [`Malloc::create`] makes.
+/// The options of [`Malloc::create`].
 #[derive(Clone, Debug)]
 pub struct MallocOptions {
-    /// Name of the device; not empty.
+    /// The name of the device; not empty.
     pub name: String,
-    /// Number of blocks; not 0.
+    /// The number of blocks; not 0.
     pub num_blocks: u64,
-    /// Bytes in a block: a power of two, 512 or more.
+    /// The block size in bytes: a power of two, 512 or more.
     pub block_size: u32,
-    /// Identity; random if absent.
+    /// The UUID; random if absent.
     pub uuid: Option<Uuid>,
 }
 
 impl Malloc {
-    /// Makes a disk and allocates its memory, which takes a second or so per few gigabytes.
+    /// Creates a disk and allocates its memory, which takes about a second per few gigabytes.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if an option is out of range, [`Error::NoMemory`] if the system
-    /// cannot spare so much.
+    /// [`Error::Invalid`] if an option is out of range; [`Error::NoMemory`] if the system does not
+    /// have enough free memory.
     pub fn create(options: MallocOptions) -> Result<Arc<Self>, Error> {
         Self::with_topology(options, Topology::default())
     }
 
-    /// As [`Malloc::create`], with what the operator says of the I/Os that suit it.
+    /// As [`Malloc::create`], with the operator's preferred I/O sizes.
     ///
     /// # Errors
-    /// As [`Malloc::create`]; [`Error::Invalid`] too if the physical block size is no multiple
+    /// As [`Malloc::create`]; also [`Error::Invalid`] if the physical block size is not a multiple
     /// of 512.
     pub fn with_topology(options: MallocOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let MallocOptions { name, num_blocks, block_size, uuid } = options;
@@ -75,7 +75,7 @@ impl Malloc {
         Ok(Arc::new(Self { name, uuid, block_size, num_blocks, topology, pages, stats }))
     }
 
-    /// What kind of memory it got.
+    /// Returns the kind of its pages.
     #[must_use]
     pub fn backing(&self) -> Backing {
         self.pages.backing()
@@ -134,8 +134,8 @@ struct MallocChannel {
     disk: Arc<Malloc>,
     size: u64,
     stores: Stores,
-    /// I/Os longer than [`AT_ONCE`], with how much of each is done; the front one is worked on,
-    /// this much per poll.
+    /// I/Os longer than [`AT_ONCE`], with the number of bytes done. Each poll does one step of the
+    /// front one.
     long: VecDeque<(Io, u64)>,
 }
 
@@ -149,7 +149,7 @@ impl Channel for MallocChannel {
             self.long.push_back((io, 0));
             return Submit::Queued;
         }
-        // SAFETY: the range was checked; the caller vouches for the segments.
+        // SAFETY: the range was checked, and the caller guarantees that the segments are valid.
         Submit::Done(unsafe { self.transfer(&io, 0, io.len as usize) })
     }
 
@@ -179,19 +179,19 @@ impl Channel for MallocChannel {
 }
 
 impl MallocChannel {
-    /// Does `len` bytes of `io`, beginning `at` bytes into it.
+    /// Does `len` bytes of `io`, from `at` bytes into it.
     ///
     /// # Safety
-    /// The range of `io` lies within the disk and `at + len` within its length, and its segments
+    /// The range of `io` lies within the disk, `at + len` is within its length, and its segments
     /// are valid.
     #[inline]
     unsafe fn transfer(&self, io: &Io, at: u64, len: usize) -> Status {
-        // Within the mapping, so within a usize.
+        // The offset lies within the mapping, so it fits into a usize.
         let device = self.disk.pages.base().wrapping_add((io.offset + at) as usize);
         let whole = match io.op {
             // SAFETY: `device..device + len` lies within the mapping.
             Op::Read | Op::Write => unsafe { copy(io, at, device, len, self.stores) },
-            // Giving the pages back would be an address-space call.
+            // Unmap keeps the pages: releasing them would be an address-space call.
             Op::Unmap | Op::WriteZeroes => {
                 // SAFETY: the range lies within the mapping.
                 unsafe { memory::zero(device, len) };
@@ -229,12 +229,12 @@ mod tests {
     }
 
     #[test]
-    fn says_what_it_was_told_of_its_topology() {
+    fn it_has_the_topology_that_it_was_given() {
         let topology =
             Topology { physical_block_size: 4096, min_io_blocks: 0, optimal_io_blocks: 64 };
         let disk = Malloc::with_topology(options(8, 512), topology).unwrap();
         assert_eq!(disk.topology(), topology);
-        // Refused before its memory is asked for.
+        // Rejected before the memory is allocated.
         let wrong = Topology { physical_block_size: 100, ..topology };
         let e = Malloc::with_topology(options(1 << 38, 4096), wrong).map(|_| ()).unwrap_err();
         assert_eq!(e.errno(), libc::EINVAL);
@@ -247,7 +247,7 @@ mod tests {
         let mut channel = disk.open(4).unwrap();
         let mut done = [Completion { tag: Tag(9), status: Status::IoError }];
         let zeroes = Io::plain(Op::WriteZeroes, Tag(3), 0, size);
-        // SAFETY: without segments.
+        // SAFETY: the I/O has no segments.
         let submit = unsafe { channel.submit(zeroes) };
         assert!(matches!(submit, Submit::Queued));
         assert_eq!(

@@ -25,7 +25,7 @@ const CREATE: &str = "bdev_malloc_create";
 /// SPDK's module `malloc`.
 #[derive(Default)]
 pub(crate) struct Module {
-    /// Number of the next bdev without a name.
+    /// The number of the next bdev without a name.
     next_number: Cell<u64>,
 }
 

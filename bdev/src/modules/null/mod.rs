@@ -1,4 +1,4 @@
-//! A disk that is nowhere: it takes writes and forgets them, for measuring everything else.
+//! A disk without storage: it accepts writes and discards them. For measuring everything else.
 
 pub(crate) mod module;
 
@@ -15,11 +15,11 @@ use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-/// A disk without bytes.
+/// A disk without data.
 ///
-/// As with SPDK's null bdev a read succeeds and leaves the memory it was given as it is: what
-/// the guest finds there is what it had there before, never anything of this process. There is no
-/// flush and no unmap; write-zeroes succeeds.
+/// As with SPDK's null bdev, a read succeeds and leaves the memory unchanged: the guest finds its
+/// own earlier data there, never data of this process. Flush and unmap are not supported;
+/// write-zeroes succeeds.
 #[derive(Debug)]
 pub struct Null {
     name: String,
@@ -30,21 +30,21 @@ pub struct Null {
     stats: Stats,
 }
 
-/// What [`Null::create`] makes.
+/// The options of [`Null::create`].
 #[derive(Clone, Debug)]
 pub struct NullOptions {
-    /// Name of the device; not empty.
+    /// The name of the device; not empty.
     pub name: String,
-    /// Number of blocks; not 0.
+    /// The number of blocks; not 0.
     pub num_blocks: u64,
-    /// Bytes in a block: a power of two, 512 or more.
+    /// The block size in bytes: a power of two, 512 or more.
     pub block_size: u32,
-    /// Identity; random if absent.
+    /// The UUID; random if absent.
     pub uuid: Option<Uuid>,
 }
 
 impl Null {
-    /// Makes a null disk.
+    /// Creates a null disk.
     ///
     /// # Errors
     /// [`Error::Invalid`] if an option is out of range.
@@ -52,11 +52,11 @@ impl Null {
         Self::with_topology(options, Topology::default())
     }
 
-    /// As [`Null::create`], with what the operator says of the I/Os that suit it.
+    /// As [`Null::create`], with the operator's preferred I/O sizes.
     ///
     /// # Errors
-    /// As [`Null::create`]; [`Error::Invalid`] too if the physical block size is no multiple
-    /// of 512.
+    /// As [`Null::create`]; also [`Error::Invalid`] if the physical block size is not a multiple of
+    /// 512.
     pub fn with_topology(options: NullOptions, topology: Topology) -> Result<Arc<Self>, Error> {
         let NullOptions { name, num_blocks, block_size, uuid } = options;
         checked_size(&name, num_blocks, block_size)?;
@@ -71,17 +71,17 @@ impl Null {
         }))
     }
 
-    /// Makes the disk larger, while in use. Its own size is accepted and changes nothing.
+    /// Makes the disk larger, while in use. The present size is accepted and has no effect.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it would get smaller or larger than offsets can reach.
+    /// [`Error::Invalid`] if the size would shrink or exceed the largest offset.
     pub fn resize(&self, num_blocks: u64) -> Result<(), Error> {
         checked_size(&self.name, num_blocks, self.block_size)?;
-        // Relaxed: the number stands for itself, nothing else is published with it.
+        // Relaxed suffices: no other data is published with the number.
         let before = self.num_blocks.fetch_max(num_blocks, Ordering::Relaxed);
         if num_blocks < before {
             return Err(Error::Invalid(format!(
-                "{}: {num_blocks} blocks are fewer than the {before} it has",
+                "{}: cannot shrink from {before} to {num_blocks} blocks",
                 self.name
             )));
         }
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_it_was_told_of_its_topology() {
+    fn it_has_the_topology_that_it_was_given() {
         let options = NullOptions { name: "n".into(), num_blocks: 10, block_size: 512, uuid: None };
         let topology =
             Topology { physical_block_size: 4096, min_io_blocks: 16, optimal_io_blocks: 64 };

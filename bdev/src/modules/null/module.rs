@@ -110,7 +110,7 @@ async fn resize(host: Rc<dyn Host>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Resize {
         name: String,
-        /// In MiB.
+        /// The new size in MiB.
         new_size: u64,
     }
     let method = params.method();

@@ -1,4 +1,4 @@
-//! A bdev that passes everything on to its base, unchanged. It is the example of a wrapper.
+//! A bdev that passes all I/O on to its base, unchanged. It is the example of a wrapper.
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
 pub(crate) mod module;
@@ -15,11 +15,11 @@ use crate::wrapper::{Wrapped, Wrapper, derived_uuid, forward_to_base};
 /// SPDK's namespace for the UUIDs of passthru bdevs.
 const NAMESPACE: Uuid = uuid!("7e25812e-c8c0-4d3f-8599-16d790555b85");
 
-/// A bdev that passes everything on to its base.
+/// A bdev that passes all I/O on to its base.
 pub struct Passthru(Wrapped);
 
 impl Passthru {
-    /// Wraps a bdev. The UUID is derived from the base's if there is none.
+    /// Wraps a bdev. Without a UUID, the UUID is derived from the base's.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the name is empty.
@@ -50,14 +50,14 @@ impl Wrapper for Passthru {
 
 struct PassthruChannel {
     base: Box<dyn Channel>,
-    /// The bdev is in use while the channel is open.
+    /// Keeps the bdev in use while the channel is open.
     _disk: Arc<Passthru>,
 }
 
 impl Channel for PassthruChannel {
     #[inline]
     unsafe fn submit(&mut self, io: Io) -> Submit {
-        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        // SAFETY: the caller's promise covers the base, which completes no later than this channel.
         unsafe { self.base.submit(io) }
     }
 

@@ -38,11 +38,11 @@ impl BdevModule for Module {
     }
 }
 
-/// A passthru bdev as it was asked for.
+/// The parameters of a passthru bdev.
 struct Request {
     name: String,
     base: String,
-    /// As it was given; otherwise it comes with the base.
+    /// The given UUID; without one, the UUID is derived when the base exists.
     uuid: Option<Uuid>,
     params: Map<String, Value>,
 }
@@ -105,7 +105,7 @@ impl Waiting for Request {
 struct PassthruEntry {
     disk: Arc<Passthru>,
     request: Rc<Request>,
-    /// On the base.
+    /// The claim on the base.
     _claim: Claim,
 }
 
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_shown_as_spdks_and_saved_as_it_was_given() {
+    fn it_is_shown_as_in_spdk_and_saved_as_it_was_given() {
         let host = TestHost::new([]);
         host.null("A", 1);
         assert_eq!(host.call(CREATE, params(None)), Ok("P".into()));
@@ -158,9 +158,9 @@ mod tests {
         assert_eq!(code, Err((-32603, "spdk_json_decode_object failed".into())));
     }
 
-    /// The derived one is what SHA-1 gives for the namespace and the 16 bytes of UUID 1.
+    /// The derived UUID is the SHA-1 result for the namespace and the 16 bytes of UUID 1.
     #[test]
-    fn its_uuid_is_given_or_derived_from_that_of_the_base_that_came() {
+    fn its_uuid_is_given_or_derived_from_the_base() {
         const DERIVED: &str = "d5f2acf0-bee6-5315-99d6-b610207ad5d3";
         const GIVEN: &str = "11111111-2222-4333-8444-555555555555";
         for (uuid, expected) in [(None, DERIVED), (Some(GIVEN), GIVEN)] {

@@ -21,10 +21,10 @@ pub struct Part {
 }
 
 impl Part {
-    /// Makes a bdev of `num_blocks` blocks from block `offset_blocks` of the base on.
+    /// Creates a bdev of `num_blocks` blocks, which begins at block `offset_blocks` of the base.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the name or the range is empty, or the range not within the base.
+    /// [`Error::Invalid`] if the name or the range is empty, or the range is not within the base.
     pub fn create(
         name: String,
         base: Arc<dyn Bdev>,
@@ -61,7 +61,7 @@ impl Wrapper for Part {
 
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
         let base = Arc::clone(self.wrapped.base()).open(depth)?;
-        // In range: `create` has compared it with the size of the base.
+        // No overflow: `create` has compared it with the size of the base.
         let offset = self.offset_blocks * u64::from(self.block_size());
         Ok(Box::new(PartChannel { base, offset, size: self.size_bytes(), _part: self }))
     }
@@ -69,25 +69,25 @@ impl Wrapper for Part {
 
 struct PartChannel {
     base: Box<dyn Channel>,
-    /// First byte on the base.
+    /// The offset of its first byte on the base.
     offset: u64,
-    /// Bytes.
+    /// The size in bytes.
     size: u64,
-    /// The bdev is in use while the channel is open.
+    /// Keeps the bdev in use while the channel is open.
     _part: Arc<Part>,
 }
 
 impl Channel for PartChannel {
     #[inline]
     unsafe fn submit(&mut self, io: Io) -> Submit {
-        // A flush has no range, and is for the whole base.
+        // A flush has no range, and applies to the whole base.
         let offset = if io.op == Op::Flush { 0 } else { self.offset };
         if !within(&io, self.size) {
             return Submit::Done(Status::IoError);
         }
         let mut on_base = io;
         on_base.offset += offset;
-        // SAFETY: the caller's promise covers the base, which completes no later than we do.
+        // SAFETY: the caller's promise covers the base, which completes no later than this channel.
         match unsafe { self.base.submit(on_base) } {
             Submit::Full(_) => Submit::Full(io),
             submit => submit,
@@ -98,7 +98,7 @@ impl Channel for PartChannel {
         match self.base.shortcut() {
             Shortcut::Memory { base, size, stores } => {
                 let rest = size.saturating_sub(self.offset);
-                // Within the base's memory, so within a usize.
+                // The offset lies within the base's memory, so it fits into a usize.
                 let base = base.wrapping_add(self.offset as usize);
                 Shortcut::Memory { base, size: self.size.min(rest), stores }
             }

@@ -35,7 +35,7 @@ impl BdevModule for Module {
     }
 }
 
-/// How a bdev is to be split.
+/// The parameters of a split.
 #[derive(Debug, Deserialize)]
 struct Request {
     base_bdev: String,
@@ -62,7 +62,7 @@ async fn split(host: &Rc<dyn Host>, request: Request) -> Result<Vec<String>, Err
         return Err(libc::EINVAL);
     }
     if !find(&**host, base).is_empty() {
-        error!("{CREATE}: {base:?} is split already, or will be when it comes");
+        error!("{CREATE}: {base:?} is split already, or a split waits for it");
         return Err(libc::EEXIST);
     }
     life::attach(host, CREATE, Rc::new(request)).await
@@ -83,7 +83,8 @@ async fn delete(host: Rc<dyn Host>, params: Params) -> Answer {
     Ok(true.into())
 }
 
-/// The parts of a base, by the name with which it was split, or what waits for it.
+/// Returns the parts of a base, by the name with which it was split, or the request that waits for
+/// it.
 fn find(host: &dyn Host, base: &str) -> Vec<BdevId> {
     let waiting = host.registry().waiting_of::<Request>().into_iter();
     let parts = host.registry().entries_of::<PartEntry>().into_iter();
@@ -92,7 +93,7 @@ fn find(host: &dyn Host, base: &str) -> Vec<BdevId> {
 }
 
 impl Request {
-    /// How many parts the base gets, and of how many blocks each.
+    /// Returns the number of parts of the base, and the number of blocks of each.
     fn geometry(&self, base: &dyn Bdev) -> Result<(u32, u64), Error> {
         let (name, block_size) = (base.name(), u64::from(base.block_size()));
         let invalid =
@@ -103,13 +104,13 @@ impl Request {
             Some(_) => return invalid("split_size_mb is not a multiple of the block size"),
             None => return invalid("split_size_mb is out of range"),
         };
-        // SPDK makes no part of too large a size, and keeps the base from being split again.
+        // SPDK creates no part if the size is too large, and blocks another split of the base.
         let Some(max @ 1..) = base.num_blocks().checked_div(size) else {
-            return invalid("it is too small");
+            return invalid("the base is too small for one part");
         };
         let count = u32::try_from(max).unwrap_or(u32::MAX).min(self.split_count);
         if count < self.split_count {
-            warn!("{name}: only {count} of {} parts fit", self.split_count);
+            warn!("{name}: only {count} of {} split parts fit", self.split_count);
         }
         Ok((count, size))
     }
@@ -154,7 +155,7 @@ impl Waiting for Request {
 struct PartEntry {
     part: Arc<Part>,
     request: Rc<Request>,
-    /// On the base; all parts share it.
+    /// The claim on the base, which all parts share.
     _claim: Rc<Claim>,
 }
 
@@ -173,7 +174,7 @@ impl Entry for PartEntry {
     }
 
     fn config(&self) -> Vec<Call> {
-        // One call makes all parts.
+        // One call creates all parts.
         if self.part.offset_blocks == 0 { self.request.config() } else { vec![] }
     }
 

@@ -48,7 +48,7 @@ fn parts_follow_one_another_and_share_a_claim() {
 }
 
 #[test]
-fn what_cannot_be_split_so_is_refused_and_not_kept() {
+fn an_invalid_split_is_refused_and_not_kept() {
     let host = TestHost::new([]);
     let invalid = "Invalid argument";
     host.null("A", 1);
@@ -90,7 +90,7 @@ fn a_split_waits_for_its_base_and_goes_with_it() {
     assert_eq!(host.names(), ["A"]);
 }
 
-/// A base that notes where I/Os go, and takes none.
+/// A base that records the offsets of I/Os, and takes none.
 struct Full(Arc<Mutex<Vec<(Op, u64)>>>);
 
 impl Channel for Full {
@@ -105,7 +105,7 @@ impl Channel for Full {
 }
 
 #[test]
-fn an_io_moves_by_the_offset_and_comes_back_as_it_was() {
+fn an_io_is_shifted_by_the_offset_and_returned_unchanged() {
     let host = TestHost::new([]);
     host.null("A", 1);
     let part = Part::create("p".into(), host.registry().bdev("A").unwrap(), 8, 8).unwrap();
@@ -117,7 +117,7 @@ fn an_io_moves_by_the_offset_and_comes_back_as_it_was() {
         (Io::plain(Op::Unmap, Tag(2), 0, 4096), 4096),
         (Io::plain(Op::Flush, Tag(3), 0, 0), 0),
     ] {
-        // SAFETY: without segments.
+        // SAFETY: the I/O has no segments.
         let Submit::Full(back) = (unsafe { channel.submit(io) }) else { panic!("{io:?}") };
         assert_eq!((back.tag, back.offset), (io.tag, io.offset));
         assert_eq!(seen.lock().unwrap().pop(), Some((io.op, at)));
@@ -126,7 +126,7 @@ fn an_io_moves_by_the_offset_and_comes_back_as_it_was() {
         Io::plain(Op::WriteZeroes, Tag(0), 512, 4096),
         Io::plain(Op::Unmap, Tag(0), u64::MAX - 511, 512),
     ] {
-        // SAFETY: without segments.
+        // SAFETY: the I/O has no segments.
         let submit = unsafe { channel.submit(io) };
         assert!(matches!(submit, Submit::Done(Status::IoError)), "{io:?}");
     }
