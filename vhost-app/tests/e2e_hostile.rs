@@ -431,7 +431,7 @@ fn rings_that_lie() {
     wait_until("it comes back", || queue.poll_raw().is_some_and(|used| used.id == 60000));
     // An index that jumps: the queue stops alone, and can be stopped and started again.
     ring.set_available_index(ring.available_index().wrapping_add(10_000));
-    scene.vhost.wait_for_log("broke ring 0");
+    scene.vhost.wait_for_log("made ring 0 of front end");
     scene.neighbour.wait_for(500).unwrap();
     front_end.disconnect().unwrap();
     drop((queue, ring));

@@ -294,7 +294,9 @@ impl Parser<'_> {
             let n = segment.len().min(limits.id.len() - put);
             // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
             let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };
-            piece.write_slice(&limits.id[put..put + n], 0).expect("both are `n` bytes long");
+            piece
+                .write_slice(&limits.id[put..put + n], 0)
+                .expect("source and destination are `n` bytes long");
             put += n;
         }
         Parsed::Answer(STATUS_OK, put as u32)

@@ -1,56 +1,56 @@
-//! Why an operation on a controller failed.
+//! Errors of operations on controllers.
 
 use std::io;
 use std::path::PathBuf;
 
 use reactor::Core;
 
-/// Why an operation on a controller failed.
+/// The reason why an operation on a controller failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// there is none with this name
-    #[error("no controller {0}")]
+    /// no controller has this name
+    #[error("controller {0} does not exist")]
     NoController(String),
-    /// the name is taken
-    #[error("controller {0} exists")]
+    /// another controller has this name
+    #[error("controller {0} exists already")]
     Exists(String),
-    /// the name cannot be a socket's
-    #[error("{0:?} cannot be the name of a controller")]
+    /// the name is not usable as the name of a socket
+    #[error("invalid controller name {0:?}: it must be a relative path without `.` and `..`")]
     Name(String),
     /// the path does not fit into a socket address
-    #[error("socket path {0} has {1} bytes, a socket address holds 107")]
+    #[error("socket path {0} is {1} bytes long; the limit is 107")]
     SocketPath(PathBuf, usize),
-    /// no core, or one without a reactor
-    #[error("the cpumask names no core, or one without a reactor")]
+    /// no core, or a core without a reactor
+    #[error("invalid cpumask: it names no core, or a core without a reactor")]
     Cpumask,
     /// a coalescing parameter is out of range
     #[error("coalescing parameter out of range")]
     Coalescing,
-    /// no session of this number, or several where one would do without a number
-    #[error("controller {0} has no such session, or more than one")]
+    /// no session with this id, or several sessions where the request names none
+    #[error("controller {0} has no such session, or has several: pass the id of one session")]
     NoSession(String),
-    /// no ring of this number is served
-    #[error("ring {0} is not served")]
+    /// no reactor serves a ring with this number
+    #[error("ring {0} is not started")]
     NoQueue(usize),
     /// another move is under way
-    #[error("ring {0} is being moved already")]
+    #[error("ring {0} is being moved to another reactor; try again later")]
     Moving(usize),
-    /// a reactor is stuck in a turn
-    #[error("the reactor on core {0:?} does not end its turn")]
+    /// a reactor does not finish a poll iteration
+    #[error("timed out waiting for the reactor on core {n} to finish a poll iteration", n = .0.0)]
     Stuck(Core),
-    /// the system has no room for another watch
-    #[error("cannot watch a disk for completions on core {0:?}: {1}")]
-    Watch(Core, io::Error),
-    /// a virtual machine is connected
+    /// the system has no room for another wake source
+    #[error("cannot register a disk's completion eventfd with the reactor on core {n}: {1}", n = .0.0)]
+    WakeSource(Core, io::Error),
+    /// a front end is connected
     #[error("controller {0} has a connected front end")]
     Busy(String),
-    /// the socket cannot be made
+    /// the socket cannot be created
     #[error("cannot listen on {0}: {1}")]
     Listen(PathBuf, io::Error),
 }
 
 impl Error {
-    /// SPDK's errno for it, positive.
+    /// SPDK's errno for this error, positive.
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {
@@ -60,7 +60,7 @@ impl Error {
             Self::Busy(_) | Self::Moving(_) => libc::EBUSY,
             Self::NoSession(_) | Self::NoQueue(_) => libc::ENOENT,
             Self::Stuck(_) => libc::ETIMEDOUT,
-            Self::Watch(_, e) => e.raw_os_error().unwrap_or(libc::EIO),
+            Self::WakeSource(_, e) => e.raw_os_error().unwrap_or(libc::EIO),
             Self::Name(_) | Self::SocketPath(..) | Self::Listen(..) => libc::EIO,
         }
     }

@@ -205,16 +205,16 @@ impl ConfigHead {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// the payload is shorter or longer than the request has it
-    #[error("request {0} with a payload of {1} bytes")]
+    #[error("request {0} has an invalid payload size: {1} bytes")]
     Size(u32, usize),
     /// too many or too few fds
-    #[error("request {0} with {1} fds")]
+    #[error("request {0} has an invalid number of fds: {1}")]
     Fds(u32, usize),
     /// a count or a size in the payload is out of range
-    #[error("request {0} with a value out of range")]
+    #[error("request {0} has a value that is out of range")]
     Value(u32),
     /// postcopy and the like, which are not offered
-    #[error("request {0} was not negotiated")]
+    #[error("request {0} is not supported")]
     NotOffered(u32),
 }
 

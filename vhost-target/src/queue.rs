@@ -111,7 +111,8 @@ impl<V: Clone + Send + Sync + 'static> View<V> {
         // SAFETY: the view keeps the memory for as long as it keeps the ring.
         let ring = unsafe { AnyRing::new(&memory, size, addrs, layout) }?;
         let device = device.map(|view| {
-            let view: &V = view.downcast_ref().expect("a device's views are of its queues' type");
+            let view: &V =
+                view.downcast_ref().expect("a device's view has the type that its queues expect");
             view.clone()
         });
         if let Some(call) = &call {
@@ -199,17 +200,17 @@ pub struct NewQueue<'a> {
     pub tracked: Option<Tracked<'a>>,
 }
 
-/// Why a queue cannot start.
+/// The reason why a queue cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// the ring's size or addresses are invalid
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// a packed ring has no such position
-    #[error("the ring has no position {0:#x}")]
+    /// the position is invalid for a packed ring of this size
+    #[error("invalid position {0:#x} for the packed ring (SET_VRING_BASE)")]
     Base(u16),
-    /// the in-flight area is for fewer or for smaller rings
-    #[error("the in-flight area has no room for the ring")]
+    /// the in-flight area has too few rings, or its rings are too small
+    #[error("the in-flight area is too small for the ring")]
     NoRoom,
 }
 

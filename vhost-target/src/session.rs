@@ -143,16 +143,16 @@ pub enum Violation {
     #[error("ring {0} does not exist")]
     NoSuchRing(usize),
     /// a message while an answer is owed: the protocol is synchronous
-    #[error("a message before the answer to the one before")]
-    OutOfTurn,
+    #[error("the front end sent a message before the reply to the previous one")]
+    ReplyPending,
     /// a running ring's parameters cannot change
-    #[error("ring {0} is running")]
+    #[error("the parameters of ring {0} cannot change while it is started")]
     RingRunning(usize),
     /// features cannot change while a ring is running, LOG_ALL excepted
-    #[error("features {0:#x} changed to {1:#x} while running")]
+    #[error("features changed from {0:#x} to {1:#x} while a ring is started")]
     FeaturesRunning(u64, u64),
     /// the in-flight area cannot change while a ring is running
-    #[error("a new in-flight area while running")]
+    #[error("SET_INFLIGHT_FD while a ring is started")]
     AreaRunning,
     /// features that were not offered
     #[error("features {0:#x} were not offered")]
@@ -395,8 +395,8 @@ impl Session {
     ///
     /// # Errors
     /// The front end speaks out of turn.
-    pub fn check_turn(&self) -> Result<(), Violation> {
-        if self.phase() == Phase::Quiescing { Err(Violation::OutOfTurn) } else { Ok(()) }
+    pub fn check_no_pending_reply(&self) -> Result<(), Violation> {
+        if self.phase() == Phase::Quiescing { Err(Violation::ReplyPending) } else { Ok(()) }
     }
 
     fn ring_mut(&mut self, ring: usize) -> Result<&mut Ring, Violation> {

@@ -86,7 +86,7 @@ fn a_life() {
     assert_eq!(session.phase(), Phase::Running);
     assert_eq!(session.get_base(0).unwrap(), [Effect::Stop(0)]);
     assert_eq!(session.phase(), Phase::Quiescing);
-    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert_eq!(session.drained(0, 42), [Effect::Reply(0, 42)]);
     assert_eq!(session.phase(), Phase::Running, "each ring stops on its own");
     assert_eq!(session.get_base(1).unwrap(), [Effect::Stop(1)]);
@@ -138,7 +138,7 @@ fn rings_wait_at_the_gate() {
     // A front end that gives up while it waits has to wait too: the ring is still written to.
     assert_eq!(session.get_base(1).unwrap(), []);
     assert_eq!(session.phase(), Phase::Quiescing);
-    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert_eq!(session.gated().collect::<Vec<_>>(), [0, 1]);
     for ring in 0..2 {
         assert_eq!(session.open_gate(ring), Some(Effect::Start(ring)));
@@ -190,7 +190,7 @@ fn what_ends_an_opening() {
     assert_eq!(session.set_memory(memory(0x10000)).unwrap().1, []);
     assert_eq!(session.get_base(0).unwrap(), [], "only a reactor may look into the ring");
     assert_eq!(session.phase(), Phase::Quiescing);
-    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert!(session.opened(0) && !session.opened(0));
     assert_eq!(session.ring(0).state, RingState::Draining { then: Then::Reply });
     assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)]);
@@ -203,7 +203,7 @@ fn what_ends_an_opening() {
 fn a_reset_and_a_restart_while_draining() {
     let mut session = running();
     assert_eq!(session.reset_owner(), [Effect::Stop(0), Effect::Stop(1)]);
-    assert!(session.check_turn().is_ok(), "no answer is owed");
+    assert!(session.check_no_pending_reply().is_ok(), "no answer is owed");
     session.set_num(0, 64).unwrap();
     session.set_base(0, 0).unwrap();
     session.set_addrs(0, addrs(0)).unwrap();
@@ -546,7 +546,7 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)], "once more");
     assert_eq!(session.await_reset(false), []);
     assert_eq!(session.phase(), Phase::Quiescing);
-    assert!(matches!(session.check_turn(), Err(Violation::OutOfTurn)));
+    assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert_eq!(session.drained(1, 9), []);
     assert_eq!(session.drained(0, 9), [Effect::Acknowledge]);
     assert_eq!(session.drained(0, 9), [], "once");
@@ -557,7 +557,7 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     set_up(&mut session, 0);
     start(&mut session, 0);
     assert_eq!(session.reset_device(), [Effect::Reset(0)]);
-    assert!(session.check_turn().is_ok());
+    assert!(session.check_no_pending_reply().is_ok());
     assert_eq!(session.drained(0, 9), []);
     // One that goes meanwhile is owed nothing.
     start(&mut session, 0);

@@ -39,7 +39,8 @@ impl Target {
         let connected = connections.values().filter(|c| c.controller == of).count();
         if connected >= CONNECTIONS_MAX {
             warn!(
-                "controller {}: refused a front end: it has {connected} connections",
+                "controller {}: refused a front end: the controller has {connected} connections, the \
+                 limit",
                 controller.name
             );
             return None;
@@ -99,7 +100,10 @@ impl Target {
         if connected.conn.take().is_none() {
             return;
         }
-        debug!("controller {}: front end {} left", connected.controller_name, connected.number);
+        debug!(
+            "controller {}: front end {} disconnected",
+            connected.controller_name, connected.number
+        );
         connected.pending_reply = None;
         let effects = connected.session.close();
         connected.left_io = connected.session.undrained();
@@ -178,8 +182,8 @@ impl Target {
             && let Some(connected) = inner.connections.get(conn)
         {
             warn!(
-                "controller {}: the guest broke ring {ring} of front end {}; it is not served until \
-                 the guest resets the device",
+                "controller {}: the guest made ring {ring} of front end {} invalid; the ring is not \
+                 served until the guest resets the device",
                 connected.controller_name, connected.number
             );
         }
@@ -197,7 +201,7 @@ impl Connected {
         let name = &self.controller_name;
         if whole_s >= limit_s {
             warn!(
-                "controller {name}: I/O still in flight after {limit_s} s, ending the connection"
+                "controller {name}: I/O still in flight after {limit_s} s; closing the connection"
             );
             if let Some(conn) = &self.conn {
                 conn.shut_down();
@@ -221,10 +225,10 @@ impl Connected {
         self.opening_s += 1;
         let name = &self.controller_name;
         if whole_s == WARN_S {
-            warn!("controller {name}: its device has been opening for {whole_s} s");
+            warn!("controller {name}: its device is still being opened after {whole_s} s");
         } else if whole_s == OPEN_LIMIT_S {
             warn!(
-                "controller {name}: its device did not open in {whole_s} s, ending the connection"
+                "controller {name}: its device was not opened within {whole_s} s; closing the connection"
             );
             if let Some(conn) = &self.conn {
                 conn.shut_down();

@@ -49,18 +49,22 @@ enum Refusal {
     #[error(transparent)]
     Fd(#[from] closer::Error),
     /// the transport has no such connection
-    #[error("unknown connection")]
+    #[error("the connection is closed or unknown")]
     UnknownConnection,
     /// REM_MEM_REG before any memory was given
-    #[error("there is no memory region to remove")]
+    #[error("REM_MEM_REG without any memory region")]
     NoMemory,
-    #[error("a dirty log of {0} bytes is too large: the limit is {LOG_BYTES_MAX}")]
+    #[error("the dirty log is too large: {0} bytes, the limit is {LOG_BYTES_MAX}")]
     LogSize(u64),
-    #[error("too many memory regions in all connections of the controller: {0}")]
+    #[error(
+        "too many memory regions in all connections of the controller: {0}, the limit is {SLOTS_OF_CONTROLLER_MAX}"
+    )]
     Slots(usize),
-    #[error("too many started rings in all connections of the controller: {0}")]
+    #[error(
+        "too many started rings in all connections of the controller: {0}, the limit is {RINGS_OF_CONTROLLER_MAX}"
+    )]
     Rings(usize),
-    #[error("timed out waiting for the reactors to apply a change")]
+    #[error("timed out waiting for the reactors to apply the message")]
     NotSettled,
 }
 
@@ -118,7 +122,7 @@ impl Target {
             Err(reason) => {
                 let inner = self.lock();
                 let name = inner.connections.get(&conn).map(|c| c.controller_name.as_str());
-                warn!("controller {}: connection ended: {reason}", name.unwrap_or("?"));
+                warn!("controller {}: closing the connection: {reason}", name.unwrap_or("?"));
                 Verdict::Reject
             }
         }
@@ -246,7 +250,7 @@ impl Target {
         let inner = self.lock();
         let connected = inner.connections.get(&conn).filter(|c| c.conn.is_some());
         let connected = connected.ok_or(Refusal::UnknownConnection)?;
-        connected.session.check_turn()?;
+        connected.session.check_no_pending_reply()?;
         let mine = inner.connections.values().filter(|c| c.controller == connected.controller);
         Ok(Facts {
             memory: connected.session.memory().cloned(),
@@ -372,7 +376,7 @@ impl Connected {
         let effects = self.session.set_features(features)?;
         if had_area && self.session.inflight().is_none() {
             warn!(
-                "controller {}: ignoring the in-flight area, which is for rings of another layout",
+                "controller {}: ignoring the in-flight area: it was used with the other ring layout",
                 self.controller_name
             );
         }

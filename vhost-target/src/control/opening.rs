@@ -128,7 +128,7 @@ impl Target {
             connected.to_open.drain(..).collect()
         };
         for (ring, id) in rings {
-            let error = io::Error::new(error.kind(), format!("no thread for it: {error}"));
+            let error = io::Error::new(error.kind(), format!("cannot start a thread: {error}"));
             self.opened(conn, ring, id, Err(OpenError(Box::new(error))));
         }
     }
@@ -144,7 +144,7 @@ pub(super) fn too_many(count: &Arc<()>, name: &str) -> bool {
     let stuck = openers(count);
     if stuck >= CONNECTIONS_MAX {
         warn!(
-            "controller {name}: refused a front end: its device is still being opened {stuck} times"
+            "controller {name}: refused a front end: {stuck} threads are still opening its device"
         );
     }
     stuck >= CONNECTIONS_MAX

@@ -149,7 +149,7 @@ impl Target {
         });
         drop(inner);
         (self.changed)();
-        aimed.map_err(|e| Error::Watch(self.reactors[to].core(), e))
+        aimed.map_err(|e| Error::WakeSource(self.reactors[to].core(), e))
     }
 
     /// Puts a queue that nobody owns into a reactor's set.
@@ -197,7 +197,11 @@ impl Target {
         }
         // Its reactor has not let go of it, and may have it back at any time.
         let core = self.reactors[moving.from].core();
-        warn!("reactor {} does not end its turn: a queue stays with it", core.0);
+        warn!(
+            "timed out waiting for the reactor on core {} to finish a poll iteration; the ring stays \
+                 on that core",
+            core.0
+        );
         let mut inner = self.lock();
         if let Some((conn, ring)) = inner.queues.get(&moving.queue).copied() {
             self.attach(&mut inner, conn, ring, moving.from, |_| None);
@@ -231,7 +235,7 @@ impl Target {
             queues.into_iter().zip(places).map(|((conn, ring, _), to)| (conn, ring, to)).collect()
         };
         info!(
-            "controller {name}: now on cores {:?}",
+            "controller {name}: moving its rings to cores {:?}",
             cores.iter().map(|c| c.0).collect::<Vec<_>>()
         );
         self.carry_out(plan)

@@ -210,8 +210,9 @@ impl Target {
     ) -> Result<Arc<dyn TargetQueue>, String> {
         let waker = self.reactors[reactor].waker().map(|waker| &**waker);
         // SAFETY: no reactor has it yet.
-        unsafe { queue.set_waker(None, waker) }
-            .map_err(|e| format!("cannot watch a device for completions: {e}"))?;
+        unsafe { queue.set_waker(None, waker) }.map_err(|e| {
+            format!("cannot register the device's completion eventfd with a reactor: {e}")
+        })?;
         Ok(queue)
     }
 }
@@ -264,7 +265,9 @@ fn watch_kicks(reactor: &Reactor, kick: &Arc<KickFd>) -> Option<WakeSource<KickF
     match WakeSource::new(reactor.waker()?, kick) {
         Ok(source) => Some(source),
         Err(e) => {
-            warn!("cannot watch a ring's kick fd, polling the ring instead: {e}");
+            warn!(
+                "cannot register a ring's kick eventfd with its reactor, which polls the ring: {e}"
+            );
             None
         }
     }

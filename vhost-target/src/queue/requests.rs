@@ -219,7 +219,7 @@ impl<D: DeviceQueue> RingCore<D> {
     #[inline]
     fn unpin(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
-        let pinned = slot.view.take().expect("a device reports each pending request once");
+        let pinned = slot.view.take().expect("the device reports each pending request once");
         // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
         unsafe { pinned.as_ref() }.unpin();
         self.inflight -= 1;
