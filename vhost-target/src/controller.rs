@@ -1,4 +1,4 @@
-//! A controller: a device under a name, served on a socket, and what the operator sees of it.
+//! A controller: a device with a name and a socket; and the information about it for the operator.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,16 +17,16 @@ pub const IOPS_THRESHOLD_DEFAULT: u32 = 60_000;
 /// SPDK's lower bound for `iops_threshold`: one request per coalescing window of 10 ms.
 pub(crate) const IOPS_THRESHOLD_MIN: u32 = 100;
 
-/// What a controller is made of.
+/// The parameters of a new controller.
 #[derive(Clone, Debug)]
 pub struct ControllerSpec {
-    /// Its name, and the socket's below the socket directory.
+    /// Its name, and the name of the socket in the socket directory.
     pub name: String,
-    /// Where its socket is.
+    /// The path of its socket.
     pub socket: PathBuf,
     /// Its device.
     pub device: Arc<dyn Device>,
-    /// Cores whose reactors may serve it, sorted; all of them when `None`.
+    /// Cores whose reactors may serve it, sorted. `None`: all cores.
     pub cores: Option<Vec<Core>>,
     /// Whether packed rings are offered.
     pub packed_ring: bool,
@@ -39,7 +39,7 @@ pub(crate) struct ControllerId(pub u64);
 #[derive(Debug)]
 pub(crate) struct Controller {
     pub id: ControllerId,
-    /// Counts up over all controllers.
+    /// The number of controllers created before it.
     pub number: u64,
     pub made_ticks: u64,
     pub name: String,
@@ -48,13 +48,14 @@ pub(crate) struct Controller {
     /// Sorted; never empty.
     pub cores: Vec<Core>,
     pub device: Arc<dyn Device>,
-    /// Offered features; do not change, as a front end compares them when it reconnects.
+    /// Offered features. They do not change, because a front end compares them when it reconnects.
     pub features: u64,
     pub coalescing: Arc<Coalescing>,
     pub delay_base_us: u32,
     pub iops_threshold: u32,
     pub sessions_made: u32,
-    /// The configuration space has changed: a guest whose front end reconnects may know an old one.
+    /// The configuration space has changed: the guest of a front end that reconnects may know an
+    /// old one.
     pub config_changed: bool,
     /// Counts the mappings of its front ends.
     pub unmapper: Unmapper,
@@ -99,7 +100,7 @@ impl Controller {
         }
     }
 
-    /// Sets coalescing; `false` if a value is out of SPDK's range.
+    /// Sets coalescing. Returns false if a value is out of SPDK's range.
     pub(crate) fn set_coalescing(&mut self, delay_base_us: u32, iops_threshold: u32) -> bool {
         use std::sync::atomic::Ordering::Relaxed;
         let ticks = u64::from(delay_base_us) * ticks_per_second() / 1_000_000;
@@ -114,22 +115,22 @@ impl Controller {
     }
 }
 
-/// A controller as the operator sees it.
+/// Information about a controller for the operator.
 #[derive(Clone, Debug)]
 pub struct ControllerInfo {
     /// Its name.
     pub name: String,
-    /// How many controllers were made before it.
+    /// The number of controllers created before it.
     pub number: u64,
-    /// When it was made, in ticks of the time-stamp counter.
+    /// When it was created, in ticks of the time-stamp counter.
     pub made_ticks: u64,
     /// Cores whose reactors may serve it.
     pub cores: Vec<Core>,
     /// Coalescing: base delay in microseconds.
     pub delay_base_us: u32,
-    /// Coalescing: requests per second above which it sets in.
+    /// Coalescing: requests per second above which calls are delayed.
     pub iops_threshold: u32,
-    /// Where its socket is.
+    /// The path of its socket.
     pub socket: PathBuf,
     /// Whether packed rings are offered.
     pub packed_ring: bool,
@@ -137,54 +138,54 @@ pub struct ControllerInfo {
     pub device: Arc<dyn Device>,
     /// Whether it is being deleted.
     pub deleting: bool,
-    /// Open fds that its front ends, present and past, have sent, the connections included.
+    /// Open fds that its present and past front ends have sent, including the connections.
     pub fds: usize,
-    /// Of those, the ones that wait to be closed.
+    /// The number of these fds that wait to be closed.
     pub fds_closing: usize,
-    /// A close has been in progress for seconds: no front end is accepted until it returns.
+    /// A close has been in progress for some seconds. No front end is accepted until it returns.
     pub fds_stuck: bool,
-    /// Its connections, those that are gone but still have I/O in flight included.
+    /// Its connections, including closed ones that still have I/O in flight.
     pub sessions: Vec<SessionInfo>,
 }
 
-/// A connection as the operator sees it.
+/// Information about a connection for the operator.
 #[derive(Clone, Debug)]
 pub struct SessionInfo {
-    /// The transport's number.
+    /// The transport's number of the connection.
     pub vid: i32,
-    /// Counts up per controller.
+    /// The number of connections of the controller before it.
     pub id: u32,
-    /// What it is doing.
+    /// The phase of the session.
     pub phase: Phase,
-    /// Rings that the front end has named.
+    /// The number of rings that the front end has set up at least in part.
     pub rings: usize,
     /// I/Os that have not completed.
     pub inflight: u64,
-    /// Bytes of guest memory that are kept only for I/O in flight.
+    /// Bytes of guest memory that stay mapped only for I/O in flight.
     pub quarantined_bytes: u64,
-    /// Requests completed.
+    /// The number of completed requests.
     pub requests: u64,
-    /// Requests that were malformed, refused, or failed by the disk.
+    /// The number of requests that were malformed, refused, or failed by the disk.
     pub errors: u64,
-    /// Rings that are served, and where.
+    /// The rings that reactors serve.
     pub queues: Vec<QueueInfo>,
 }
 
-/// A queue as the operator sees it.
+/// Information about a queue for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueInfo {
-    /// Which ring of its session it is.
+    /// The number of its ring in the session.
     pub ring: usize,
-    /// Where it is served, or will be in a moment.
+    /// The core that serves it, or to which it is being moved.
     pub core: Core,
     /// I/Os that have not completed.
     pub inflight: u32,
 }
 
-/// Whether a controller may have this name and socket.
+/// Checks whether a controller may have this name and socket.
 pub(crate) fn check_name(name: &str, socket: &Path) -> Result<(), crate::error::Error> {
     use std::path::Component;
-    /// `sun_path` less its final zero.
+    /// The size of `sun_path`, without the final zero.
     const SOCKET_PATH_MAX: usize = 107;
     let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
     if name.is_empty() || name.contains('\0') || !Path::new(name).components().all(plain) {

@@ -1,7 +1,7 @@
-//! What a kind of virtio device is to the target: the control side of the device seam.
+//! The control side of a kind of virtio device.
 //!
-//! A [`Device`] is the control side: one for each controller. [`Negotiated`] is what one front end has
-//! negotiated with it. [`OpenedQueue`] makes a queue of an opened device. The reactor side is
+//! A [`Device`] is the device of one controller. [`Negotiated`] is what one front end has
+//! negotiated with it. [`OpenedQueue`] creates a queue of an opened device. The reactor side is
 //! [`crate::device_queue`].
 
 use std::any::Any;
@@ -13,33 +13,34 @@ use virtqueue::QUEUES_MAX;
 use crate::device_queue::{DeviceQueue, DeviceView};
 use crate::queue::{NewQueue, Queue, StartError, TargetQueue};
 
-/// A virtio device, as a controller offers it to front ends.
+/// A virtio device that a controller offers to front ends.
 ///
-/// The implementer owes: no method but [`Device::open_queue`] waits, or makes a system call that can;
-/// feature bits do not change. It may rely on being called on threads of the control side only.
+/// The implementer guarantees: no method but [`Device::open_queue`] waits or makes a system call
+/// that can wait, and feature bits do not change. It may rely on being called only by threads of
+/// the control side.
 pub trait Device: Any + Send + Sync + fmt::Debug {
-    /// Feature bits that it offers, the ring's and vhost's included; VIRTIO_F_RING_PACKED is the
-    /// controller's to add.
+    /// Returns the offered feature bits, including those of rings and vhost. The controller adds
+    /// VIRTIO_F_RING_PACKED.
     fn features(&self) -> u64;
 
-    /// Number of virtqueues, at most [`QUEUES_MAX`].
+    /// Returns the number of virtqueues, at most [`QUEUES_MAX`].
     fn queues(&self) -> u16 {
         QUEUES_MAX
     }
 
-    /// The state of a new connection.
+    /// Returns the state of a new connection.
     fn connect(self: Arc<Self>) -> Box<dyn Negotiated>;
 
-    /// The storage that its requests access.
+    /// Returns the storage that the device's requests access.
     fn storage(&self) -> StorageUse {
         StorageUse::default()
     }
 
-    /// Opens the device for virtqueue `index`, whose requests are at most `depth` at a time. May take
-    /// long: it is called on a thread that nobody waits for.
+    /// Opens the device for virtqueue `index`, which has at most `depth` requests at a time. May
+    /// take long: it is called on a thread for which no other thread waits.
     ///
     /// # Errors
-    /// The device's error. The connection is closed then.
+    /// The device's error. The connection is then closed.
     fn open_queue(
         self: Arc<Self>,
         index: usize,
@@ -47,45 +48,45 @@ pub trait Device: Any + Send + Sync + fmt::Debug {
     ) -> Result<Box<dyn OpenedQueue>, OpenError>;
 }
 
-/// Why a device could not be opened for a queue.
+/// The reason why a device could not be opened for a queue.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct OpenError(#[from] pub Box<dyn std::error::Error + Send + Sync>);
 
-/// What one front end has negotiated with a device, and what its driver has set.
+/// The state of one front end: what it has negotiated with a device, and what its driver has set.
 ///
-/// The implementer owes: no method waits.
+/// The implementer guarantees that no method waits.
 pub trait Negotiated: Send + Sync + fmt::Debug {
-    /// The driver has accepted these feature bits; 0 after a reset.
+    /// Sets the feature bits that the driver has accepted; 0 after a reset.
     fn set_features(&mut self, features: u64);
 
-    /// The device's configuration space.
+    /// Returns the device's configuration space.
     fn read_config(&self) -> Vec<u8>;
 
-    /// The driver writes to the configuration space. Returns whether queues need a new view.
+    /// Applies a write of the driver to the configuration space. Returns whether queues need a new
+    /// view.
     fn write_config(&mut self, offset: u32, contents: &[u8]) -> bool;
 
-    /// What the connection's queues need to know of the device: a
-    /// [`DeviceView`]. `None` if
-    /// the device cannot serve requests any more; then the engine refuses them, and releases the
-    /// device when nothing is in flight.
+    /// Returns what the connection's queues need to know of the device: a [`DeviceView`]. `None` if
+    /// the device cannot serve requests any more. The engine then refuses requests, and releases
+    /// the device when none is in flight.
     fn view(&self) -> Option<DeviceView>;
 }
 
-/// What has become of a device, for [`crate::Target::update_devices`].
+/// A change of a device, for [`crate::Target::update_devices`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChange {
-    /// Nothing.
+    /// No change.
     None,
     /// Its storage was removed: requests are refused from now on.
     Removed,
-    /// Its configuration space has changed: guests are told.
+    /// Its configuration space has changed: guests are notified.
     Config,
 }
 
 /// A device that was opened for a queue.
 pub trait OpenedQueue: Send {
-    /// Makes the queue. Reads the ring and the in-flight area; does not wait.
+    /// Creates the queue. Reads the ring and the in-flight area, and does not wait.
     ///
     /// # Errors
     /// The ring or the area is invalid.
@@ -102,14 +103,14 @@ impl<D: DeviceQueue> OpenedQueue for Opened<D> {
     }
 }
 
-/// The storage that a device's requests access, for what must not run beside them.
+/// The storage that a device's requests access, for the detection of conflicting I/O.
 #[derive(Clone, Debug, Default)]
 pub struct StorageUse {
-    /// What stores the data: two devices that have one in common access the same data.
+    /// The places that store the data. Two devices that have one in common access the same data.
     pub storages: Vec<StorageId>,
-    /// What keeps other processes from it while rings use it.
+    /// The leases that exclude other processes while rings use the storage.
     pub leases: Vec<Arc<dyn Lease>>,
-    /// The guest may write.
+    /// Whether the guest may write.
     pub writes: bool,
 }
 
@@ -130,19 +131,20 @@ impl PartialEq for StorageId {
     }
 }
 
-/// Called, on any thread and with no lock held, when a [`Lease`] that was asked for may be held.
+/// The callback of a [`Lease`] that has become held. Called on any thread, with no lock held.
 pub type Granted = Arc<dyn Fn() + Send + Sync>;
 
-/// Keeps other processes from a storage while rings use it.
+/// Excludes other processes from a storage while rings use it.
 ///
-/// The user adds itself first, waits until the lease is held, and removes itself when all of its I/O
-/// has ended. The implementer owes: no method waits, nor makes a system call that can; `granted` is
-/// called after the lease has become held, unless its user was removed.
+/// The user adds itself first, waits until the lease is held, and removes itself when all of its
+/// I/O has ended. The implementer guarantees: no method waits or makes a system call that can wait,
+/// and `granted` is called after the lease has become held, unless its user was removed.
 pub trait Lease: fmt::Debug + Send + Sync {
-    /// Adds a user. Returns whether the lease is held; if not, calls `granted` when it is.
+    /// Adds a user. Returns whether the lease is held. If it is not, `granted` is called when it
+    /// is.
     fn add_user(&self, granted: &Granted) -> bool;
-    /// Removes a user. The last one releases the storage.
+    /// Removes a user. When the last user is removed, the storage is released.
     fn remove_user(&self);
-    /// Whether I/O may start.
+    /// Returns whether I/O may start.
     fn is_held(&self) -> bool;
 }

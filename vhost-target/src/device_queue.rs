@@ -1,7 +1,8 @@
-//! What a kind of virtio device is to the queue engine: the reactor side of the device seam.
+//! The reactor side of a kind of virtio device, as the queue engine uses it.
 //!
-//! A [`DeviceQueue`] serves one virtqueue and is owned by the queue. The engine ([`crate::queue`]) is
-//! generic over it: it takes chains from the ring, and returns them when the device has finished them.
+//! A [`DeviceQueue`] serves one virtqueue and is owned by the queue. The engine ([`crate::queue`])
+//! is generic over it: it takes chains from the ring, and returns them when the device has finished
+//! them.
 
 use std::any::Any;
 use std::fmt;
@@ -14,102 +15,104 @@ use virtqueue::chain::Chain;
 
 /// The reactor side of a device, for one virtqueue.
 ///
-/// The engine takes a chain from the ring and calls [`DeviceQueue::start`]. A request that is not
-/// finished then is pending: [`DeviceQueue::poll`] says later how many have made progress, and the
-/// engine calls [`DeviceQueue::advance`] for each. These methods get the [`Request`] by value and owe a
-/// [`Progress`], which is only made by consuming the request: so a device can neither finish a request
-/// twice nor forget one.
+/// The engine takes a chain from the ring and calls [`DeviceQueue::start`]. A request that this
+/// does not finish is pending. [`DeviceQueue::poll`] later returns how many pending requests have
+/// made progress, and the engine calls [`DeviceQueue::advance`] for each. These methods get the
+/// [`Request`] by value and return a [`Progress`], which only consuming the request produces. A
+/// device can therefore neither finish a request twice nor forget one.
 ///
-/// The implementer owes, in every method but the last two: no lock, no allocation, no system call that
-/// can wait. It may rely on one owner at a time. It is dropped off the reactors.
+/// In every method but the last two, the implementer takes no lock, allocates nothing, and makes no
+/// system call that can wait. It may rely on having one owner at a time. It is not dropped on a
+/// reactor.
 pub trait DeviceQueue: Send + Sized + 'static {
-    /// What the device keeps of a request. Kept beside the chain, so it should be small.
+    /// The device's state of a request. It is kept beside the chain, so it should be small.
     type Request: Default + Send + fmt::Debug;
-    /// What it needs to know of the device in one generation.
+    /// What the device's queues need to know of it in one generation.
     type View: Clone + Send + Sync + 'static;
 
-    /// The answer to a request when there is no view: the device was removed.
+    /// Returns the answer to a request without a view: the device was removed.
     fn refuse(chain: &Chain) -> Answer;
 
-    /// Begins a request, under the queue's current view. `again`: an earlier process may have begun
-    /// it.
+    /// Starts a request under the queue's current view. `again`: an earlier process may have
+    /// started it.
     fn start<R: Request<Self>>(&mut self, view: &Self::View, request: R, again: bool) -> Progress;
 
-    /// Goes on with a request for which there was no room.
+    /// Continues a request for which the device had no room.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress;
 
-    /// Whether it benefits from [`DeviceQueue::look_ahead`].
+    /// Returns whether the device benefits from [`DeviceQueue::look_ahead`].
     fn looks_ahead(&self) -> bool {
         false
     }
 
-    /// Prefetches what the request in `chain`, which starts after the next one, will access.
+    /// Prefetches what the request in `chain` will access. That request starts after the next one.
     fn look_ahead(&self, _chain: &Chain) {}
 
-    /// All requests of a visit were started.
+    /// Called when all requests of a visit were started.
     fn started(&mut self, _iteration: &mut Iteration) {}
 
-    /// Submits what was queued. Called once per visit that has started requests.
+    /// Submits the queued requests. Called once per visit that has started requests.
     fn kick(&mut self) {}
 
-    /// Looks for pending requests that have made progress. Returns their number.
+    /// Checks pending requests for progress. Returns the number of those that have made progress.
     fn poll(&mut self, iteration: &mut Iteration) -> usize;
 
-    /// The slot of the `n`th of these requests.
+    /// Returns the slot of the `n`th of these requests.
     fn progressed(&self, n: usize) -> u16;
 
-    /// Goes on with the `n`th of these requests.
+    /// Continues the `n`th of these requests.
     fn advance<R: Request<Self>>(&mut self, n: usize, request: R) -> Progress;
 
-    /// The same for a queue whose guest memory must not be accessed any more: the engine ends the
-    /// request and does not return its chain.
+    /// Ends the device's part of the `n`th of these requests, in a queue whose guest memory must
+    /// not be accessed any more. The engine ends the request and does not return its chain.
     fn discard<R: Request<Self>>(&mut self, n: usize, request: &mut R);
 
-    /// The data of pending requests is not wanted any more; see [`DeviceQueue::discard`].
+    /// Called when the data of pending requests is not needed any more; see
+    /// [`DeviceQueue::discard`].
     fn abandon(&mut self) {}
 
-    /// What to do until the next visit while requests are pending.
+    /// Returns what the owner does until the next visit while requests are pending.
     fn wait(&self) -> Wait {
         Wait::Poll
     }
 
-    /// Whether the device is open.
+    /// Returns whether the device is open.
     fn is_open(&self) -> bool;
 
-    /// Closes the device, for which nothing is pending. Returns what has to be dropped off the
-    /// reactor.
+    /// Closes the device, which has no pending requests. Returns the value that must not be dropped
+    /// on the reactor.
     fn release(&mut self) -> Option<Box<dyn Send>>;
 
-    /// The fds that signal progress, for edge-triggered polling.
+    /// Returns the fds that signal progress, for edge-triggered polling.
     fn wake_fds(&self) -> WakeFds<'_> {
         WakeFds::new()
     }
 
-    /// Sets whether the owner may sleep. Called on the control side, by the owner.
+    /// Sets whether the owner may sleep. Called by the owner, on the control side.
     fn set_wakes(&mut self, _wakes: bool) {}
 }
 
 /// The fds that wake the owner of a queue.
 pub type WakeFds<'a> = ArrayVec<BorrowedFd<'a>, 2>;
 
-/// A request that was taken from the ring. A device consumes it by one of the last three methods.
+/// A request that was taken from the ring. A device consumes it with one of the last three methods.
 #[must_use]
 pub trait Request<D: DeviceQueue>: Sized {
-    /// The number of its slot, below the depth that the device was opened with. No other request of
-    /// the queue has it at the same time.
+    /// Returns the number of its slot, which is below the depth that the device was opened with. No
+    /// other request of the queue has this number at the same time.
     fn slot(&self) -> u16;
 
-    /// The device's part, and the chain.
+    /// Returns the device's state of the request, and the chain.
     fn parts(&mut self) -> (&mut D::Request, &mut Chain);
 
-    /// The reactor's poll iteration.
+    /// Returns the reactor's poll iteration.
     fn iteration(&mut self) -> &mut Iteration;
 
-    /// Collects the chain once more, which replaces what was collected before. Only in
-    /// [`DeviceQueue::start`], and not for a request that an earlier process may have begun.
+    /// Collects the chain once more, which replaces the previous collection. Only allowed in
+    /// [`DeviceQueue::start`], and not for a request that an earlier process may have started.
     fn collect_again(&mut self);
 
-    /// Counts bytes that the request moves. After a number of them, the visit starts no further one.
+    /// Counts bytes that the request moves. Above a limit, the visit starts no further request.
     fn spend(&mut self, bytes: u64);
 
     /// Counts the request as malformed, refused or failed.
@@ -118,22 +121,22 @@ pub trait Request<D: DeviceQueue>: Sized {
     /// Returns the chain to the guest.
     fn finish(self, answer: Answer) -> Progress;
 
-    /// The device goes on with the request, and [`DeviceQueue::poll`] will report it.
+    /// Keeps the request pending: [`DeviceQueue::poll`] will report it.
     fn keep(self) -> Progress;
 
-    /// The device has no room. The engine calls [`DeviceQueue::retry`] at a later visit, and starts no
-    /// other request before.
+    /// Parks the request because the device has no room. The engine calls [`DeviceQueue::retry`] in
+    /// a later visit, and starts no other request before that.
     fn wait_for_room(self) -> Progress;
 }
 
-/// What has become of a request.
+/// What a method of a device has done with a request.
 #[must_use]
 #[derive(Debug)]
-pub struct Progress(pub(crate) Became);
+pub struct Progress(pub(crate) Outcome);
 
 /// See [`Request`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Became {
+pub(crate) enum Outcome {
     Finished,
     Pending,
     WaitsForRoom,
@@ -142,12 +145,12 @@ pub(crate) enum Became {
 /// How a chain is returned to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// The value of the chain's last writable byte, where many devices have their status.
+    /// The value of the chain's last writable byte, which is the status of many devices.
     pub last_byte: Option<u8>,
-    /// Bytes that the used ring says were written.
+    /// The number of written bytes that the used ring reports.
     pub written: u32,
-    /// Bytes from the chain's first writable one on that may have been written; the dirty log marks
-    /// them, and the last byte.
+    /// The number of bytes, from the chain's first writable byte, that may have been written. The
+    /// dirty log marks them, and the last byte.
     pub dirty: u64,
 }
 

@@ -1,22 +1,22 @@
-//! A vhost-user target: connections, sessions, controllers, and the engine that serves virtqueues for
-//! any kind of device.
+//! A vhost-user target: connections, sessions, controllers, and the engine that serves the
+//! virtqueues of any kind of device.
 //!
-//! Modules in the order in which a connection meets them:
+//! Modules, in the order in which a connection uses them:
 //!
-//! * [`transport`]: what carries messages between a front end and the target (a trait), and
-//!   [`protocol`]: what the messages say.
-//! * [`session`]: the state machine of one connection. Pure: events in, effects out.
-//! * [`device`]: what a kind of device is to the control side, and [`device_queue`]: to a reactor
-//!   (traits).
-//! * [`queue`]: a virtqueue as a reactor owns it, generic over the device; [`notify`]: notifying the
+//! * [`transport`]: the trait of what carries messages between a front end and the target.
+//!   [`protocol`]: the messages.
+//! * [`session`]: the state machine of one connection. Pure: it takes events and returns effects.
+//! * [`device`]: the control side of a kind of device. [`device_queue`]: its reactor side. Both are
+//!   traits.
+//! * [`queue`]: a virtqueue that a reactor owns, generic over the device. [`notify`]: notifies the
 //!   guest.
-//! * `controller`: a device with a name and a socket; `control`: all of them ([`Target`]).
+//! * `controller`: a device with a name and a socket. `control`: all controllers ([`Target`]).
 //!
-//! A *view* is all that a reactor needs to know of one queue, immutable, replaced as a whole; a *core*
-//! is what it keeps about the queue, with one owner at a time. Views are published through [`qsbr`]; a
-//! reactor waits for nothing here.
+//! A *view* is all that a reactor needs to know of one queue. It is immutable and replaced as a
+//! whole. A *core* is the state of a queue that its owner changes. It has one owner at a time.
+//! Views are published through [`qsbr`]. Reactors never wait here.
 //!
-//! This crate never depends on a bdev, on a device, or on DPDK, and never reads JSON.
+//! This crate depends neither on a bdev, nor on a device, nor on DPDK, and does not read JSON.
 
 mod control;
 mod controller;

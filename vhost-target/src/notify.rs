@@ -1,4 +1,4 @@
-//! Telling a guest that requests have completed, on an fd that a front end handed over.
+//! Notifies a guest that requests have completed, through an fd from a front end.
 #![expect(unsafe_code, reason = "system calls on eventfds and sockets")]
 
 use std::cell::UnsafeCell;
@@ -12,19 +12,19 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use closer::{Error, ForeignFd};
 use reactor::add_one;
 
-/// The eventfd by which a guest is told of completions, in a form that cannot block its user.
+/// The eventfd that notifies a guest of completions, in a form that cannot block its user.
 ///
-/// A write to an eventfd waits while its counter is full, unless the fd is non-blocking; but that
-/// flag is shared with the front end, which can clear it at any time and fill the counter. So the
-/// kernel is made to add the one: the eventfd is registered with an io_uring of its own, and an
-/// operation that does nothing completes there. That costs about 0.2 us more than a write and
-/// never waits. Where io_uring is not to be had, it is a write to a non-blocking fd after all.
+/// A write to an eventfd waits while its counter is full, unless the fd is non-blocking. That flag
+/// is shared with the front end, which can clear it at any time and fill the counter. Therefore the
+/// kernel adds the one: the eventfd is registered with an io_uring of its own, and a no-op
+/// operation completes there. That costs about 0.2 us more than a write and never waits. If
+/// io_uring is not available, the signal is a write to a non-blocking fd.
 ///
-/// The io_uring is made when a queue gets the fd ([`CallFd::arm`]): a front end may send fds for
-/// rings that it never starts, and only started rings are limited in number.
+/// The io_uring is created when a queue gets the fd ([`CallFd::arm`]): a front end may send fds for
+/// rings that it never starts, and only the number of started rings is limited.
 #[derive(Debug)]
 pub struct CallFd {
-    /// Until it is armed.
+    /// `Some` until it is armed.
     fd: Mutex<Option<ForeignFd>>,
     call: OnceLock<Call>,
 }
@@ -43,20 +43,20 @@ impl std::fmt::Debug for Call {
     }
 }
 
-// SAFETY: the cell is only entered in `CallFd::signal`, whose callers are one at a time.
+// SAFETY: only `CallFd::signal` uses the cell, and it has one caller at a time.
 unsafe impl Sync for Call {}
 
 impl CallFd {
     /// Takes an fd from a front end.
     ///
     /// # Errors
-    /// It is no eventfd.
+    /// The fd is not an eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
         fd.check_eventfd()?;
         Ok(Self { fd: Mutex::new(Some(fd)), call: OnceLock::new() })
     }
 
-    /// Makes what [`signal`](Self::signal) needs. Called again, it does nothing.
+    /// Creates what [`signal`](Self::signal) needs. A second call has no effect.
     pub fn arm(&self) {
         let fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(fd) = fd {
@@ -64,10 +64,11 @@ impl CallFd {
         }
     }
 
-    /// Tells the guest. `false` if the system could not right now and it is to be tried again.
+    /// Notifies the guest. Returns false if the system cannot do that now and the caller has to
+    /// retry.
     ///
     /// # Safety
-    /// No other call for the same value is under way. (A queue's owner is the one caller.)
+    /// No other call for the same value is in progress. (A queue's owner is the only caller.)
     #[must_use]
     pub unsafe fn signal(&self) -> bool {
         let ring = match self.call.get() {
@@ -78,9 +79,10 @@ impl CallFd {
             }
             None => return false,
         };
-        // SAFETY: the caller is the only one.
+        // SAFETY: this is the only caller.
         let ring = unsafe { &mut *ring.get() };
-        // SAFETY: the operation names no memory. If it does not fit, one is waiting already.
+        // SAFETY: the operation accesses no memory. If it does not fit, another one is already
+        // waiting.
         let _ = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
         let submitted = ring.submit().is_ok();
         ring.completion().for_each(drop);
@@ -96,7 +98,7 @@ impl Call {
             restrict(&ring)?;
             Ok(ring)
         };
-        // The ring's registration holds the eventfd; the fd itself is not needed any more.
+        // The ring's registration holds the eventfd. The fd itself is not needed any more.
         let registered = restricted().or_else(|_: io::Error| {
             let ring = IoUring::<squeue::Entry, cqueue::Entry>::builder().build(1)?;
             ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
@@ -105,7 +107,7 @@ impl Call {
         match registered {
             Ok(ring) => Self::Kernel(Box::new(UnsafeCell::new(ring))),
             Err(_) => {
-                // An eventfd refuses that never.
+                // Cannot fail on an eventfd.
                 let _ = set_nonblocking(fd.as_fd());
                 Self::Write(fd)
             }
@@ -113,16 +115,16 @@ impl Call {
     }
 }
 
-/// Has the kernel refuse all operations but the one from now on: seccomp does not see what a thread
-/// submits to an io_uring. Kernels before 5.10 cannot.
+/// Makes the kernel refuse all other operations from now on: seccomp does not see what a thread
+/// submits to an io_uring. Kernels before 5.10 do not support this.
 fn restrict(ring: &IoUring) -> io::Result<()> {
     let mut only_nop = [Restriction::sqe_op(opcode::Nop::CODE)];
     ring.submitter().register_restrictions(&mut only_nop)?;
     ring.submitter().register_enable_rings()
 }
 
-/// A guest's kick, which wakes a reactor that sleeps. Never read: see `reactor::bell`. A polled queue
-/// does not need it; it is kept open for the guest.
+/// The eventfd of a guest's kick, which wakes a sleeping reactor. It is never read: see
+/// `reactor::WakeSource`. A polled queue does not need it. It is kept open for the guest.
 #[derive(Debug)]
 pub struct KickFd(ForeignFd);
 
@@ -130,7 +132,7 @@ impl KickFd {
     /// Takes an fd from a front end.
     ///
     /// # Errors
-    /// It is no eventfd.
+    /// The fd is not an eventfd.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
         fd.check_eventfd()?;
         Ok(Self(fd))
@@ -144,12 +146,12 @@ impl AsFd for KickFd {
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: an open fd; the flag is one that eventfds have.
+    // SAFETY: the fd is open, and eventfds have this flag.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A front end's socket for messages that we begin (SET_BACKEND_REQ_FD).
+/// A front end's socket for messages that the target starts (SET_BACKEND_REQ_FD).
 #[derive(Debug)]
 pub struct BackendChannel(ForeignFd);
 
@@ -157,18 +159,18 @@ impl BackendChannel {
     /// Takes an fd from a front end and checks that it is a socket.
     ///
     /// # Errors
-    /// It is something else.
+    /// The fd is not a Unix socket.
     pub fn from_front_end(fd: ForeignFd) -> Result<Self, Error> {
         fd.check_unix_socket()?;
         Ok(Self(fd))
     }
 
-    /// Sends a message if there is room for it; `false` if there is not now. If the front end has
-    /// closed its end, nothing is sent, and the result is `true`.
+    /// Sends a message if there is room for it. Returns false if there is no room now. If the front
+    /// end has closed its end, nothing is sent and the result is true.
     pub fn send_nowait(&self, message: &[u8]) -> bool {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let (buffer, len) = (message.as_ptr().cast(), message.len());
-        // SAFETY: bytes of ours to an fd that we own.
+        // SAFETY: the buffer is valid, and this value owns the fd.
         let sent = unsafe { libc::send(self.0.as_fd().as_raw_fd(), buffer, len, flags) };
         sent >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock
     }
@@ -180,26 +182,26 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
 
     fn eventfd() -> OwnedFd {
-        // SAFETY: a plain system call; blocking, as a hostile front end makes it.
+        // SAFETY: a plain system call. The fd is blocking, as a hostile front end would make it.
         let fd = unsafe { libc::eventfd(0, 0) };
-        // SAFETY: just made.
+        // SAFETY: the fd was just created.
         unsafe { OwnedFd::from_raw_fd(fd) }
     }
 
     fn write(fd: &OwnedFd, value: u64) {
-        // SAFETY: eight bytes of ours.
+        // SAFETY: the buffer has eight bytes.
         assert_eq!(unsafe { libc::write(fd.as_raw_fd(), (&raw const value).cast(), 8) }, 8);
     }
 
     fn read(fd: &OwnedFd) -> u64 {
         let mut value = 0_u64;
-        // SAFETY: eight bytes of ours.
+        // SAFETY: the buffer has eight bytes.
         assert_eq!(unsafe { libc::read(fd.as_raw_fd(), (&raw mut value).cast(), 8) }, 8);
         value
     }
 
     #[test]
-    fn a_channel_that_is_full_says_so() {
+    fn sending_on_a_full_channel_returns_false() {
         use std::io::Read;
         use std::os::unix::net::UnixStream;
 
@@ -209,17 +211,17 @@ mod tests {
         (&ours).read_exact(&mut [0; 1 << 16]).unwrap();
         assert!(channel.send_nowait(&[7; 4096]), "there is room again");
         drop(ours);
-        assert!(channel.send_nowait(&[7]), "nobody is left who could be told");
+        assert!(channel.send_nowait(&[7]), "the front end has closed its end");
     }
 
     #[test]
-    fn an_fd_that_no_ring_uses_costs_no_io_uring() {
+    fn an_fd_that_is_not_armed_has_no_io_uring() {
         let call = CallFd::from_front_end(ForeignFd::alone(eventfd())).unwrap();
-        // SAFETY: the only caller.
-        assert!(!unsafe { call.signal() }, "not armed: to be tried again");
+        // SAFETY: this is the only caller.
+        assert!(!unsafe { call.signal() }, "not armed: the caller has to retry");
         assert!(call.call.get().is_none());
         call.arm();
-        // SAFETY: the only caller.
+        // SAFETY: this is the only caller.
         assert!(unsafe { call.signal() });
     }
 
@@ -229,14 +231,14 @@ mod tests {
         let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
         call.arm();
         for _ in 0..1000 {
-            // SAFETY: the only caller.
+            // SAFETY: this is the only caller.
             assert!(unsafe { call.signal() });
         }
         assert_eq!(read(&theirs), 1000);
     }
 
     #[test]
-    fn the_ring_does_nothing_else() {
+    fn the_io_uring_refuses_other_operations() {
         let call = CallFd::from_front_end(ForeignFd::alone(eventfd())).unwrap();
         call.arm();
         let Some(Call::Kernel(mut ring)) = call.call.into_inner() else { return };
@@ -250,23 +252,23 @@ mod tests {
         ring.submitter().unregister_eventfd().unwrap_err();
     }
 
-    /// Ends by itself only if signalling does not block on the full, blocking eventfd.
+    /// Ends only if signalling does not block on the full, blocking eventfd.
     #[test]
-    fn a_full_counter_blocks_nobody() {
+    fn a_full_counter_does_not_block() {
         let theirs = eventfd();
         let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
         call.arm();
         if !matches!(call.call.get(), Some(Call::Kernel(_))) {
-            // The fallback's drawback is documented.
+            // The limitation of the fallback is documented.
             return test_report::skipped("io-uring", "cannot register an eventfd with a ring");
         }
         write(&theirs, u64::MAX - 1);
         for _ in 0..3 {
-            // SAFETY: the only caller.
+            // SAFETY: this is the only caller.
             assert!(unsafe { call.signal() });
         }
         read(&theirs);
-        // SAFETY: the only caller.
+        // SAFETY: this is the only caller.
         assert!(unsafe { call.signal() });
         assert_eq!(read(&theirs), 1);
     }

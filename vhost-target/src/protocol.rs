@@ -1,4 +1,4 @@
-//! vhost-user messages (QEMU's `docs/interop/vhost-user.rst`): bytes and fds to values.
+//! vhost-user messages (QEMU's `docs/interop/vhost-user.rst`): parses bytes and fds into values.
 
 use closer::ForeignFd;
 use guest_memory::{REGIONS_MAX, RegionSpec};
@@ -8,19 +8,19 @@ use virtqueue::inflight::AreaSpec;
 pub const HEADER_BYTES: usize = 12;
 /// Header flags of a reply: version 1, reply.
 const FLAGS_REPLY: u32 = 0x1 | 0x4;
-/// Header flags of a message that we begin: version 1.
+/// Header flags of a message that the target starts: version 1.
 const FLAGS_MESSAGE: u32 = 0x1;
-/// Bit of the u64 in SET_VRING_KICK and its kin that says that no fd comes with it.
+/// Bit of the u64 in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR: the message has no fd.
 const NO_FD: u64 = 1 << 8;
 
 /// Largest config space that a message carries.
 pub const CONFIG_BYTES_MAX: usize = 256;
 
-/// Whether a request is left to the transport: negotiation, which touches no memory and no fd.
-/// Everything else is answered by the target, or refused because it was not offered.
+/// Returns whether the transport handles a request: negotiation, which uses no memory and no fd.
+/// The target replies to all other requests, or refuses those that it does not offer.
 ///
-/// The status is in it, 0 included: QEMU 7.2 says so before it stops the rings of a guest that is only
-/// paused, and relies on where they stop.
+/// SET_STATUS is included, even with status 0: QEMU 7.2 sends 0 before it stops the rings of a
+/// guest that is only paused, and relies on the positions at which they stop.
 #[must_use]
 pub fn is_negotiation(request: u32) -> bool {
     use request::{
@@ -39,11 +39,11 @@ pub fn is_negotiation(request: u32) -> bool {
     )
 }
 
-/// Protocol feature: the area of in-flight tracking is the back end's to make.
+/// Protocol feature: the back end creates the area of in-flight tracking.
 pub const INFLIGHT_SHMFD: u64 = 1 << 12;
 
-/// Protocol features that are offered: all of SPDK's, so that a front end that has negotiated with it
-/// may come back to us with what it has, and two more. RARP, NET_MTU, CRYPTO and HOST_NOTIFIER are
+/// Offered protocol features: all of SPDK's, so that a front end that has negotiated with SPDK may
+/// reconnect to this target with them, and two more. RARP, NET_MTU, CRYPTO and HOST_NOTIFIER are
 /// for other devices: no front end uses them with a disk.
 pub const PROTOCOL_FEATURES: u64 = {
     const MQ: u64 = 1 << 0;
@@ -74,7 +74,7 @@ pub const PROTOCOL_FEATURES: u64 = {
     spdk | RESET_DEVICE | CONFIGURE_MEM_SLOTS
 };
 
-/// Requests of the front end that are offered.
+/// Requests of the front end that the target supports.
 #[expect(missing_docs, reason = "the names are the protocol's")]
 pub mod request {
     pub const GET_FEATURES: u32 = 1;
@@ -110,7 +110,7 @@ pub mod request {
     pub const GET_STATUS: u32 = 40;
 }
 
-/// What a front end asks for.
+/// A request of a front end.
 #[derive(Debug)]
 #[expect(missing_docs, reason = "the names are the protocol's")]
 pub enum Message {
@@ -118,21 +118,21 @@ pub enum Message {
     SetMemTable(Vec<(RegionSpec, ForeignFd)>),
     GetMaxMemSlots,
     AddMemReg(RegionSpec, ForeignFd),
-    /// The region's offset means nothing.
+    /// The region's offset is ignored.
     RemMemReg(RegionSpec),
     SetLogBase {
         size: u64,
         offset: u64,
         fd: ForeignFd,
     },
-    /// What the front end asks for is in the two counts.
+    /// The front end sets only the two counts.
     GetInflightFd(AreaSpec),
     SetInflightFd(AreaSpec, ForeignFd),
     SetVringNum {
         ring: usize,
         num: u32,
     },
-    /// Addresses are the front end's own.
+    /// Addresses are in the front end's address space.
     SetVringAddr {
         ring: usize,
         desc: u64,
@@ -162,29 +162,29 @@ pub enum Message {
     },
     ResetOwner,
     ResetDevice,
-    /// Nothing follows from it: SET_VRING_ERR and SET_LOG_FD, as we tell nobody; SET_VRING_ENABLE, as
-    /// SPDK ignores it too; what is meant for a network device.
+    /// The target ignores the message: SET_VRING_ERR and SET_LOG_FD, because it does not signal
+    /// these fds; SET_VRING_ENABLE, because SPDK ignores it too; and messages for network devices.
     Ignored,
     /// See [`is_negotiation`].
     Negotiation,
 }
 
-/// What precedes the contents in GET_CONFIG: offset, size and flags.
+/// The header before the contents in GET_CONFIG: offset, size and flags.
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigHead([u8; 12]);
 
 impl ConfigHead {
-    /// As it was sent.
+    /// Returns the bytes that the front end sent.
     #[must_use]
     pub fn bytes(&self) -> &[u8; 12] {
         &self.0
     }
 
-    /// The first byte of the config space that is requested.
+    /// Returns the offset of the first requested byte of the config space.
     ///
-    /// No message reaches beyond [`CONFIG_BYTES_MAX`]. An offset from there on is taken as 0: old
-    /// versions of cloud-hypervisor send the offset of the config space on PCI, 0x100, which works
-    /// with SPDK as that ignores all offsets.
+    /// No message reaches beyond [`CONFIG_BYTES_MAX`]. A larger or equal offset is taken as 0: old
+    /// versions of cloud-hypervisor send the offset of the config space on PCI, 0x100. That works
+    /// with SPDK, which ignores all offsets.
     #[must_use]
     pub fn offset(&self) -> usize {
         let [a, b, c, d, ..] = self.0;
@@ -192,7 +192,7 @@ impl ConfigHead {
         if offset < CONFIG_BYTES_MAX { offset } else { 0 }
     }
 
-    /// Bytes of the config space that are asked for.
+    /// Returns the number of requested bytes of the config space.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a length in a message, not a container's")]
     pub fn len(&self) -> usize {
@@ -201,24 +201,24 @@ impl ConfigHead {
     }
 }
 
-/// A message that says something impossible.
+/// The reason why a message is malformed or not supported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// the payload is shorter or longer than the request has it
+    /// the size of the payload is invalid for the request
     #[error("request {0} has an invalid payload size: {1} bytes")]
     Size(u32, usize),
-    /// too many or too few fds
+    /// the number of fds is invalid for the request
     #[error("request {0} has an invalid number of fds: {1}")]
     Fds(u32, usize),
     /// a count or a size in the payload is out of range
     #[error("request {0} has a value that is out of range")]
     Value(u32),
-    /// postcopy and the like, which are not offered
+    /// a request that is not offered, such as those for postcopy
     #[error("request {0} is not supported")]
     NotOffered(u32),
 }
 
-/// Reads little-endian numbers off the front of a payload.
+/// Reads little-endian numbers from the front of a payload.
 struct Payload<'a>(&'a [u8]);
 
 impl Payload<'_> {
@@ -242,7 +242,7 @@ impl Payload<'_> {
 }
 
 impl Message {
-    /// Makes a message of a request's number, payload and fds. Fds that it does not use are
+    /// Creates a message from a request's number, payload and fds. Fds that it does not use are
     /// closed.
     ///
     /// # Errors
@@ -258,7 +258,7 @@ impl Message {
             request::REM_MEM_REG if fds.len() > 1 => {
                 return Err(ParseError::Fds(request, fds.len()));
             }
-            // An fd that comes with it, as some front ends send it, is closed.
+            // Some front ends send an fd with it. That fd is closed.
             request::REM_MEM_REG => Self::RemMemReg(one_region(p).ok_or(size)?),
             request::SET_LOG_BASE => {
                 let (bytes, offset) = (p.u64().ok_or(size)?, p.u64().ok_or(size)?);
@@ -352,7 +352,7 @@ fn area(mut p: Payload<'_>) -> Option<AreaSpec> {
     Some(AreaSpec { mmap_size, mmap_offset, num_queues: p.u16()?, queue_size: p.u16()? })
 }
 
-/// The one fd that a message has to come with.
+/// Returns the one fd that a message must have.
 fn one(request: u32, fds: Vec<ForeignFd>) -> Result<ForeignFd, ParseError> {
     let n = fds.len();
     let [fd] = <[ForeignFd; 1]>::try_from(fds).map_err(|_| ParseError::Fds(request, n))?;
@@ -381,13 +381,13 @@ fn vring_fd(
     if n != expected { Err(ParseError::Fds(request, n)) } else { Ok((ring, fd)) }
 }
 
-/// A whole reply message to `request`.
+/// Returns the message that replies to `request`.
 #[must_use]
 pub fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     message(request, FLAGS_REPLY, payload)
 }
 
-/// The payload of the acknowledgement of a message that was carried out.
+/// The payload of an acknowledgement of success.
 pub const SUCCESS: [u8; 8] = [0; 8];
 
 /// The payload of a reply to GET_VRING_BASE.
@@ -411,7 +411,8 @@ pub fn inflight(area: AreaSpec) -> [u8; 24] {
     payload
 }
 
-/// The message that tells a front end to read the config space again, for its backend channel.
+/// Returns the message for the backend channel that tells a front end to read the config space
+/// again.
 #[must_use]
 pub fn config_change() -> Vec<u8> {
     /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG.
@@ -453,13 +454,16 @@ mod tests {
         );
         let many = 9_u64.to_le_bytes();
         assert!(Message::parse(request::SET_MEM_TABLE, &many, vec![]).is_err());
-        assert!(Message::parse(request::SET_VRING_KICK, &two, vec![]).is_err(), "an fd is due");
+        assert!(
+            Message::parse(request::SET_VRING_KICK, &two, vec![]).is_err(),
+            "the fd is missing"
+        );
         let none = (2 | NO_FD).to_le_bytes();
         let message = Message::parse(request::SET_VRING_KICK, &none, vec![]).unwrap();
         assert!(matches!(message, Message::SetVringKick { ring: 2, fd: None }));
     }
 
-    /// A front end that comes back to us from SPDK does not ask what we offer.
+    /// A front end that reconnects after SPDK does not negotiate the features again.
     #[test]
     fn every_protocol_feature_of_spdk_is_offered() {
         assert_eq!(PROTOCOL_FEATURES & 0x1_1ebf, 0x1_1ebf);
@@ -467,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn replies_are_laid_out_as_the_protocol_has_it() {
+    fn replies_have_the_layout_of_the_protocol() {
         let reply = reply(request::GET_VRING_BASE, &vring_base(1, 0x1234));
         let words: Vec<u32> =
             reply.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();

@@ -1,6 +1,7 @@
-//! A virtqueue as others see it: what its reactor is told, and what its reactor says.
+//! A virtqueue as the control side uses it: what it tells the queue's reactor, and the events that
+//! it gets back.
 //!
-//! What the reactor keeps about it and does in a visit is in `core`, generic over the device.
+//! The state that the reactor keeps and the work of a visit are in `core`, generic over the device.
 #![expect(unsafe_code, reason = "hands the core from owner to owner")]
 
 mod core;
@@ -28,18 +29,18 @@ use crate::notify::CallFd;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QueueId(pub u64);
 
-/// What a queue tells the control side.
+/// An event of a queue for the control side.
 #[derive(Debug)]
 pub enum Event {
-    /// A queue was told to stop and has nothing in flight any more.
+    /// A queue that was told to stop has no requests in flight any more.
     Drained(QueueId),
-    /// A guest has broken its ring.
+    /// The guest has made its ring invalid.
     Broken(QueueId),
-    /// A removed device has nothing in flight any more. The receiver drops what it has left.
+    /// A removed device has no requests in flight any more. The receiver drops the leftover.
     Released(QueueId, Leftover),
 }
 
-/// Something to be dropped off the reactors.
+/// A value that must not be dropped on a reactor.
 pub struct Leftover(pub Box<dyn Send>);
 
 impl fmt::Debug for Leftover {
@@ -61,18 +62,18 @@ pub struct ViewSpec {
     pub addrs: RingAddrs,
     /// What was negotiated about rings.
     pub layout: Layout,
-    /// Where the guest is notified of completions.
+    /// Where the guest is notified of completions. `None`: it is not notified.
     pub call: Option<Arc<CallFd>>,
-    /// The guest's kicks wake the reactor; otherwise the ring has to be polled.
+    /// Whether the guest's kicks wake the reactor. If not, the ring has to be polled.
     pub kicks: bool,
-    /// Where written pages are marked while the guest migrates.
+    /// Where written pages are marked during a migration.
     pub log: Option<Arc<DirtyLog>>,
     /// The device's part; `None` if the device was removed.
     pub device: Option<DeviceView>,
 }
 
 impl ViewSpec {
-    /// The first view of a ring; without kicks, a dirty log or a call fd.
+    /// The first view of a ring, without kicks, a dirty log or a call fd.
     #[must_use]
     pub fn new(
         memory: &Arc<GuestMemory>,
@@ -87,8 +88,8 @@ impl ViewSpec {
     }
 }
 
-/// The same for a device's own queues. Immutable but for the number of requests that use its memory,
-/// which the queue's owner counts.
+/// A [`ViewSpec`] for a queue of a known device. Immutable, except for the number of requests that
+/// use its memory, which the queue's owner counts.
 pub(crate) struct View<V> {
     generation: u64,
     ring: AnyRing,
@@ -102,7 +103,7 @@ pub(crate) struct View<V> {
 }
 
 impl<V: Clone + Send + Sync + 'static> View<V> {
-    /// A view that no request uses yet.
+    /// Creates a view that no request uses yet.
     ///
     /// # Errors
     /// The ring's size or addresses are invalid in this memory.
@@ -125,23 +126,24 @@ impl<V: Clone + Send + Sync + 'static> View<V> {
 
 impl<V> View<V> {
     fn pin(&self) {
-        // Relaxed: only the queue's owner writes, and before the view is retired nobody frees it.
+        // Relaxed: only the queue's owner writes, and the view is not freed before it is retired.
         self.inflight.store(self.inflight.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     fn unpin(&self) {
-        // Release: the owner's last access to this memory comes before whoever frees it.
+        // Release: the owner's last access to this memory comes before the memory is freed.
         self.inflight.store(self.inflight.load(Ordering::Relaxed) - 1, Ordering::Release);
     }
 }
 
-/// A view that was replaced: freed when no reactor can adopt it and no request uses its memory.
+/// A view that was replaced. It is freed when no reactor can adopt it and no request uses its
+/// memory.
 struct RetiredView<V> {
     view: Retired<View<V>>,
-    /// The bytes that it keeps from being unmapped, for the operator to see.
+    /// Bytes that this view keeps mapped, for the operator.
     quarantine: Arc<AtomicU64>,
     counted: u64,
-    /// Views of this queue that are retired and not freed, this one included.
+    /// Views of this queue that are retired and not freed, including this one.
     past: Arc<AtomicU32>,
 }
 
@@ -182,7 +184,7 @@ pub struct Tracked<'a> {
     pub ring: usize,
 }
 
-/// What a queue is made from, besides its device.
+/// The parameters of a new queue, besides its device.
 #[derive(Debug)]
 pub struct NewQueue<'a> {
     /// Its identity.
@@ -191,12 +193,13 @@ pub struct NewQueue<'a> {
     pub domain: &'a Arc<Domain>,
     /// Its first view.
     pub view: ViewSpec,
-    /// The position that the front end gave. A packed ring starts there; a split ring starts where
-    /// its used ring is.
+    /// The position that the front end gave. A packed ring starts there. A split ring starts at the
+    /// position of its used ring.
     pub base: u16,
-    /// The controller's.
+    /// The controller's coalescing.
     pub coalescing: Arc<Coalescing>,
-    /// Where requests in flight are recorded. The queue continues what the record says.
+    /// Where requests in flight are recorded. The queue resubmits the requests that the record
+    /// lists.
     pub tracked: Option<Tracked<'a>>,
 }
 
@@ -214,19 +217,20 @@ pub enum StartError {
     NoRoom,
 }
 
-/// The state of a queue. Only ever moves forward.
+/// The state of a queue. It never goes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum QueueState {
     /// A reactor owns the core.
     Attached = 0,
-    /// The guest has broken the ring: no request is taken any more. A reactor still owns the core.
+    /// The guest has made the ring invalid: no request is taken any more. A reactor still owns the
+    /// core.
     Broken = 1,
-    /// It was told to stop, and has drained: the reactor does not touch the core again.
+    /// The queue was told to stop and has drained. The reactor does not access the core any more.
     Stopped = 2,
 }
 
-/// What the control side and a queue's owner tell each other.
+/// The state that the control side and a queue's owner share.
 #[derive(Debug)]
 pub struct Control {
     /// The queue's identity.
@@ -269,26 +273,27 @@ impl Control {
         }
     }
 
-    /// Tells the reactor to take no further request and to report when the last one has completed.
+    /// Tells the reactor to take no further request, and to report when the last one has completed.
     pub fn stop(&self) {
-        // Release: the visit that sees this sees whatever the front end did before.
+        // Release: the visit that sees the stop also sees what the front end did before it.
         self.stop.store(true, Ordering::Release);
-        // Reactors look at what is not in a ring only when an epoch has ended.
+        // Reactors check for changes outside of the rings only when an epoch has ended.
         let _ = self.domain.advance();
     }
 
-    /// As [`Control::stop`]; also drops requests of an earlier process that were not started again:
+    /// As [`Control::stop`]. Also drops requests of an earlier process that were not resubmitted:
     /// the guest has reset its device, and may use their memory for something else.
     pub fn reset(&self) {
-        // Relaxed: the visit that sees the stop sees it.
+        // Relaxed: the visit that sees the stop also sees the reset.
         self.reset.store(true, Ordering::Relaxed);
         self.stop();
     }
 
-    /// As [`Control::stop`]; the reactor does not access the ring any more from its next iteration
-    /// on, and discards what completes. Another queue may use the ring then.
+    /// As [`Control::stop`]. From its next poll iteration on, the reactor does not access the ring,
+    /// and discards completions. Another queue may then use the ring.
     pub fn abandon(&self) {
-        // Relaxed: the visit that sees the end of the epoch, which `stop` publishes, sees it.
+        // Relaxed: the visit that sees the end of the epoch, which `stop` publishes, also sees this
+        // flag.
         self.abandoned.store(true, Ordering::Relaxed);
         self.stop();
     }
@@ -296,7 +301,7 @@ impl Control {
     /// The queue's state.
     #[must_use]
     pub fn state(&self) -> QueueState {
-        // Acquire: whoever sees `Stopped` may read what the reactor left behind.
+        // Acquire: a thread that sees `Stopped` may read what the reactor wrote before.
         match self.state.load(Ordering::Acquire) {
             0 => QueueState::Attached,
             1 => QueueState::Broken,
@@ -304,7 +309,7 @@ impl Control {
         }
     }
 
-    /// The available index to answer GET_VRING_BASE with; final once stopped.
+    /// The available index for the reply to GET_VRING_BASE. Final once the queue is stopped.
     #[must_use]
     pub fn last_avail(&self) -> u16 {
         self.last_avail.load(Ordering::Relaxed)
@@ -316,7 +321,7 @@ impl Control {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// Requests that were completed, and how many of them were malformed, refused or failed.
+    /// The number of completed requests, and how many of them were malformed, refused or failed.
     #[must_use]
     pub fn requests(&self) -> (u64, u64) {
         (self.requests.load(Ordering::Relaxed), self.errors.load(Ordering::Relaxed))
@@ -328,28 +333,30 @@ impl Control {
         self.quarantine.load(Ordering::Relaxed)
     }
 
-    /// Views that were replaced and that a reactor or a request in flight may still use.
+    /// The number of views that were replaced and that a reactor or a request in flight may still
+    /// use.
     #[must_use]
     pub fn past_views(&self) -> u32 {
         self.past.load(Ordering::Relaxed)
     }
 }
 
-/// A virtqueue that is, was, or is about to be attached to a reactor.
+/// A virtqueue that is, was, or will be attached to a reactor.
 ///
-/// The core belongs to the reactor whose poll set has the queue, from the moment the set is published
-/// until it stores [`QueueState::Stopped`], or until that reactor has been quiescent since a set
-/// without the queue was published to it. Then it belongs to the thread that published that set, which
-/// may give it to another reactor: core, device and I/O in flight (`control::placement`).
+/// The core belongs to the reactor whose poll set has the queue, from the publication of that set
+/// until the reactor stores [`QueueState::Stopped`], or until the reactor has been quiescent since
+/// a set without the queue was published to it. Then the core belongs to the thread that published
+/// that set. That thread may give the queue to another reactor, with core, device and I/O in flight
+/// (`control::placement`).
 pub struct Queue<D: DeviceQueue> {
     control: Control,
     view: Published<View<D::View>>,
     core: UnsafeCell<Core<D>>,
 }
 
-// SAFETY: everything but the core is atomic or immutable; the core has one owner at a time, which is
-// handed on through the poll set's publication, its reactor's grace period, and the Release store of
-// `Stopped`.
+// SAFETY: everything but the core is atomic or immutable. The core has one owner at a time. It
+// changes owners through the publication of a poll set, the grace period of a reactor, and the
+// Release store of `Stopped`.
 unsafe impl<D: DeviceQueue> Sync for Queue<D> {}
 
 impl<D: DeviceQueue> fmt::Debug for Queue<D> {
@@ -360,28 +367,28 @@ impl<D: DeviceQueue> fmt::Debug for Queue<D> {
 
 /// A queue of any device, as the control side uses it.
 pub trait TargetQueue: Pollable<Event> + fmt::Debug {
-    /// What it is told, and what it says.
+    /// The state that the queue shares with the control side.
     fn control(&self) -> &Control;
 
-    /// Gives the reactor a new view, which it adopts at its next visit. Returns the view before.
+    /// Gives the reactor a new view, which it adopts at its next visit. Returns the previous view.
     ///
     /// # Errors
-    /// The ring is invalid in the new memory. Nothing has changed.
+    /// The ring is invalid in the new memory. Nothing has changed then.
     fn publish(&self, view: ViewSpec) -> Result<Box<dyn Garbage>, RingError>;
 
-    /// Makes ended requests signal the waker `to` and no longer `from`, for reactors that may sleep.
-    /// The reactor of `to` has to visit the queue once: earlier signals are not repeated.
+    /// Makes completions wake the waker `to` and no longer `from`, for reactors that may sleep. The
+    /// reactor of `to` has to visit the queue once, because earlier signals are not repeated.
     ///
     /// # Safety
     /// The caller owns the core.
     ///
     /// # Errors
-    /// The system has no room for another watch; then nothing has changed.
+    /// The system has no room for another wake source. Nothing has changed then.
     unsafe fn set_waker(&self, from: Option<&Waker>, to: Option<&Waker>) -> io::Result<()>;
 }
 
 impl<D: DeviceQueue> Queue<D> {
-    /// Makes a queue to attach to a reactor.
+    /// Creates a queue, which the caller attaches to a reactor.
     ///
     /// # Errors
     /// The ring, its position or the in-flight area is invalid.
@@ -394,7 +401,7 @@ impl<D: DeviceQueue> Queue<D> {
         Ok(Arc::new(Self { control, view, core: UnsafeCell::new(core) }))
     }
 
-    /// What it is told, and what it says.
+    /// The state that the queue shares with the control side.
     #[must_use]
     pub fn control(&self) -> &Control {
         &self.control
@@ -444,9 +451,9 @@ impl<D: DeviceQueue> Pollable<Event> for Queue<D> {
         events: &Events<Event>,
         hint: &mut PollHint,
     ) -> bool {
-        // SAFETY: the reader is of the view's domain and online, as the caller says.
+        // SAFETY: the caller guarantees that the reader is online and of the view's domain.
         let view = unsafe { self.view.load(reader) };
-        // SAFETY: the caller owns the core, and this is its one borrow in the visit.
+        // SAFETY: the caller owns the core, and this is its only borrow in the visit.
         let core = unsafe { &mut *self.core.get() };
         core.visit(&self.control, view, iteration, events, hint)
     }
@@ -467,7 +474,7 @@ impl<D: DeviceQueue> Pollable<Event> for Queue<D> {
     }
 }
 
-/// A queue that is not attached any more, to be freed when the poll sets that have it are.
+/// A queue that is not attached any more. It is freed when no poll set contains it.
 pub(crate) struct Detached(pub(crate) Arc<dyn TargetQueue>);
 
 impl Garbage for Detached {

@@ -1,7 +1,7 @@
-//! What carries vhost-user messages between front ends and the target.
+//! The transport of vhost-user messages between front ends and the target.
 //!
-//! The one implementation in the product is the crate `rte-vhost`. The trait keeps DPDK out of this
-//! crate, so that no reactor can take one of its locks, and lets a native transport replace it.
+//! The crate `rte-vhost` is the one implementation in the product. The trait keeps DPDK out of this
+//! crate: no reactor can take one of DPDK's locks, and a native transport can replace it.
 
 use std::fmt;
 use std::io;
@@ -17,59 +17,62 @@ pub struct ConnId(pub u64);
 
 /// The server side of vhost-user sockets.
 ///
-/// `listen` and `unlisten` may block and are called from one thread at a time. The implementer
-/// delivers each connection's messages in order, to the [`crate::Target`] it was made for.
+/// `listen` and `unlisten` may block, and are called by one thread at a time. The implementer
+/// delivers the messages of each connection in order, to the [`crate::Target`] that it was created
+/// for.
 pub trait Transport: Send + Sync {
     /// Opens a socket at `path` and starts to accept front ends. The sockets, and the fds that
     /// front ends send, are charged to `account`.
     ///
     /// # Errors
-    /// The socket cannot be made; nothing is left of it.
+    /// The socket cannot be created. Nothing is left of it then.
     fn listen(&self, path: &Path, features: u64, account: &Account) -> io::Result<()>;
 
-    /// Closes the socket and all its connections, removes the file. When it returns, no callback
-    /// for the path is running and none will follow.
+    /// Closes the socket and all its connections, and removes the file. When it returns, no
+    /// callback for the path is running, and none follows.
     fn unlisten(&self, path: &Path);
 }
 
-/// One connection, as the control side uses it when it is the one who speaks.
+/// One connection, for messages that the control side starts.
 ///
-/// Dropping it gives up the right to speak.
+/// Dropping it gives up the right to send messages.
 pub trait Connection: Send + Sync + fmt::Debug {
-    /// The transport's own number for it (rte_vhost: vid).
+    /// The transport's own number of the connection (rte_vhost: vid).
     fn vid(&self) -> i32;
 
-    /// Sends a message without blocking: header and payload in one.
+    /// Sends a message, header and payload, without blocking.
     ///
     /// # Errors
-    /// The front end does not read, or is gone.
+    /// The front end does not read, or has disconnected.
     fn send(&self, message: &[u8]) -> io::Result<()>;
 
-    /// Whether the front end has gone, although the transport has not reported it yet.
+    /// Returns whether the front end has disconnected, even if the transport has not reported it
+    /// yet.
     fn hung_up(&self) -> bool {
         false
     }
 
-    /// Ends the connection. The transport then reports it closed.
+    /// Closes the connection. The transport then reports it as closed.
     fn shut_down(&self);
 }
 
-/// What the transport is to do with a message that the target has looked at.
+/// What the target tells the transport to do with a message.
 #[derive(Debug)]
 pub enum Verdict {
-    /// Let the transport's own handler deal with it.
+    /// The transport's own handler processes the message.
     Pass,
-    /// Done. Acknowledge if the front end asked for that.
+    /// Handled. Acknowledge the message if the front end asked for that.
     Done,
-    /// Done. Send this payload.
+    /// Handled. Send this payload as the reply.
     Reply(Vec<u8>),
-    /// Done. Send this payload and this fd.
+    /// Handled. Send this payload and this fd as the reply.
     ReplyWithFd(Vec<u8>, OwnedFd),
-    /// The answer follows through [`Connection::send`]; send nothing, not even an acknowledgement.
+    /// The reply follows through [`Connection::send`]. Send nothing now, not even an
+    /// acknowledgement.
     Deferred,
     /// Refused: close the connection.
     Reject,
 }
 
-/// Boxed for sharing between the session and the control side.
+/// A connection that the session and the control side share.
 pub type SharedConnection = Arc<dyn Connection>;

@@ -1,5 +1,5 @@
-//! What the owner of a queue keeps about it, and what it does in a visit. How chains are taken from
-//! the ring is in `fetch`, how they are returned in `requests`.
+//! The state that the owner of a queue keeps, and the steps of a visit. `fetch` takes chains from
+//! the ring, `requests` returns them.
 #![expect(unsafe_code, reason = "signals")]
 
 use std::collections::VecDeque;
@@ -18,108 +18,109 @@ use super::fetch::Serve;
 use super::{Coalescing, Control, Event, Leftover, QueueState, StartError, Tracked, View};
 use crate::device_queue::DeviceQueue;
 
-/// Requests that a queue may have in flight. A larger ring waits; the memory for a request is some
-/// 2 KiB, and a front end may start 128 rings.
+/// Requests that a queue may have in flight. The further requests of a larger ring wait. A request
+/// needs about 2 KiB of memory, and a front end may start 128 rings.
 pub(crate) const DEPTH_MAX: u16 = 256;
-/// How long a sleeping reactor waits before it tries again what nothing announces.
+/// How long a sleeping reactor waits before it retries an operation whose readiness nothing
+/// signals.
 const RETRY: Duration = Duration::from_millis(1);
-/// Long chains that a queue may have in flight; some 16 KiB each. Further ones wait.
+/// Long chains that a queue may have in flight. Each needs about 16 KiB. Further ones wait.
 const LONG_CHAINS: usize = 4;
 
-/// A request that was taken from the ring. What every request uses comes first and together, the
-/// first segments of its chain included: three cache lines.
+/// A request that was taken from the ring. The fields that every request uses come first and
+/// together, including the first segments of its chain: three cache lines.
 #[repr(C)]
 #[derive(Debug)]
 pub(super) struct Slot<D: DeviceQueue> {
-    /// The view that it was submitted under, whose memory it uses.
+    /// The view that the request was submitted under, whose memory it uses.
     pub(super) view: Option<NonNull<View<D::View>>>,
-    /// What the used ring calls it: head (split) or buffer id (packed).
+    /// Its id in the used ring: the head (split) or the buffer id (packed).
     pub(super) id: u16,
-    /// Where its chain begins; packed only.
+    /// The position of its chain. Packed rings only.
     pub(super) position: u16,
-    /// Places that it takes in the used ring.
+    /// The number of places that it takes in the used ring.
     pub(super) span: u16,
-    /// What the in-flight area calls it.
+    /// Its entry in the in-flight area.
     pub(super) entry: u16,
-    /// The device's part.
+    /// The device's state of the request.
     pub(super) request: D::Request,
     pub(super) chain: Chain,
 }
 
-// SAFETY: the pointer is to a view that the slot has pinned; see `RetiredView`.
+// SAFETY: the pointer is to a view that the slot has pinned. See `RetiredView`.
 unsafe impl<D: DeviceQueue> Send for Slot<D> {}
 
-/// What the owner of a queue keeps about it.
+/// The state that the owner of a queue keeps.
 pub(super) struct Core<D: DeviceQueue> {
     pub(super) ring: RingCore<D>,
     pub(super) device: D,
 }
 
-/// The same without the device, which uses it.
+/// The state without the device. The device uses it during a visit.
 pub(super) struct RingCore<D: DeviceQueue> {
     generation: u64,
-    /// Position in the ring after the last chain that was taken.
+    /// The position in the ring after the last chain that was taken.
     pub(super) last_avail: u16,
-    /// Position in the used ring: everything before it was put.
+    /// The position in the used ring after the last chain that was put.
     pub(super) used: u16,
-    /// The position up to which the guest was told.
+    /// The position up to which the used ring was published to the guest.
     pub(super) published: u16,
-    /// Requests that were put since.
+    /// The number of requests that were put since then.
     pub(super) unpublished: u32,
     /// The position at the last decision whether to notify the guest.
     called: u16,
     pub(super) inflight: u32,
-    /// The control side wants a stop, as of the last visit.
+    /// The control side has told the queue to stop, as of the last visit.
     stopping: bool,
     stopped: bool,
     /// The ring must not be accessed any more.
     abandoned: bool,
     /// No request is taken any more: the ring is malformed or abandoned.
     pub(super) broken: bool,
-    /// The guest was asked for kicks, as its reactor was about to sleep.
+    /// The guest was asked for kicks, because the reactor was about to sleep.
     pub(super) armed: bool,
-    /// The guest wants a notification that it has not got, or may not have got.
+    /// The guest wants a notification that it has not received, or may not have received.
     call_wanted: bool,
-    /// The system could not send the last notification right then.
+    /// The system could not send the last notification.
     call_refused: bool,
     pub(super) call_due: CallDue,
-    /// Where in the guest's memory the last request was.
+    /// The memory region that the last request's address was in.
     pub(super) nearest: Nearest,
     pub(super) expected: Expected,
     pub(super) slots: Box<[Slot<D>]>,
     /// Free slots, most recently used last.
     pub(super) free: ArrayVec<u16, { DEPTH_MAX as usize }>,
-    /// Room for long chains that is not lent.
+    /// Free buffers for long chains.
     pub(super) long: Vec<LongSegments>,
-    /// The next chain is a long one, and there was no room for it.
+    /// The next chain is a long one, and no buffer was free for it.
     pub(super) room_wanted: bool,
     /// Requests that the device had no room for, oldest first.
     pub(super) parked: VecDeque<u16>,
-    /// The record of what is in flight, if the front end has asked for one.
+    /// The queue's part of the in-flight area, if the front end has requested one.
     pub(super) tracker: Option<Tracker>,
-    /// Requests of an earlier process that are to be done again, by their name in the record; the
-    /// oldest last. They come before anything new.
+    /// Entries of requests of an earlier process that are to be resubmitted; the oldest is last.
+    /// They are submitted before any new request.
     pub(super) again: Vec<u16>,
     /// An event that found the event queue full.
     pending_event: Option<Event>,
 }
 
-/// Where the next request is likely to be: in the place of the one before, as drivers keep free
-/// descriptors and headers on stacks. Fetching these lines while the available ring's is on its way
-/// spares a guest at depth 1 two round trips between the cores. Only ever prefetched.
+/// The expected place of the next request: that of the previous one, because drivers keep free
+/// descriptors and headers on stacks. Prefetching these lines while the available ring's line is in
+/// transfer saves two round trips between the cores for a guest at depth 1. Only ever prefetched.
 #[derive(Debug)]
 pub(super) struct Expected {
     pub(super) head: u16,
     pub(super) header: *const u8,
 }
 
-// SAFETY: an address that is only prefetched.
+// SAFETY: the address is only prefetched.
 unsafe impl Send for Expected {}
 
 /// The state of coalescing: when the next notification may be sent.
 #[derive(Debug, Default)]
 pub(super) struct CallDue {
-    /// There are completions that the guest may not have been told of.
+    /// There are completions of which the guest may not have been notified.
     pub(super) pending: bool,
     not_before_ticks: u64,
     delay_ticks: u64,
@@ -127,12 +128,12 @@ pub(super) struct CallDue {
     pub(super) window_requests: u32,
 }
 
-/// A queue in a visit: its control, its view, and the view's ring.
+/// A queue during a visit: its control, its view, and the view's ring.
 pub(super) struct At<'a, R, V> {
     pub(super) control: &'a Control,
     pub(super) view: &'a View<V>,
     pub(super) ring: &'a R,
-    /// Requests have to be recorded: in flight, or the pages that they dirty.
+    /// Whether requests in flight, or the pages that they write, have to be recorded.
     pub(super) recorded: bool,
 }
 
@@ -151,8 +152,8 @@ pub(super) fn add(counter: &AtomicU64, count: u64) {
 }
 
 impl<D: DeviceQueue> Core<D> {
-    /// For a queue that nobody serves: nobody else changes its ring or the record of what is in
-    /// flight.
+    /// Creates the core of a queue that no reactor serves: nothing else changes its ring or its
+    /// part of the in-flight area.
     pub(super) fn new(
         device: D,
         view: &View<D::View>,
@@ -163,18 +164,18 @@ impl<D: DeviceQueue> Core<D> {
         Ok(Self { ring: RingCore::new(view.ring.size().min(DEPTH_MAX), tracker, recovery), device })
     }
 
-    /// Position in the ring after the last chain that was taken.
+    /// Returns the position in the ring after the last chain that was taken.
     pub(super) fn last_avail(&self) -> u16 {
         self.ring.last_avail
     }
 
-    /// The device.
+    /// Returns the device.
     pub(super) fn device(&mut self) -> &mut D {
         &mut self.device
     }
 
-    /// One visit. Returns whether there was anything to do, and stores what to look at before the
-    /// next.
+    /// Performs one visit. Returns whether there was work, and stores the poll hint for the time
+    /// until the next visit.
     #[inline]
     pub(super) fn visit(
         &mut self,
@@ -199,11 +200,12 @@ impl<D: DeviceQueue> Core<D> {
         }
     }
 
-    /// The order: adopt first, as everything else uses the view. Adoption checks by itself whether
-    /// the ring may still be accessed, which keeps the common path free of values that are live
-    /// across a call; the check for the other steps follows. Complete before fetch, as it frees
-    /// slots; tell the device, then the guest, once for the batch; count before the guest is notified,
-    /// which is no part of a request; stop last, as it depends on what is left.
+    /// The order of the steps: adopt first, because every other step uses the view. `adopt` checks
+    /// by itself whether the ring may still be accessed: this keeps values from being live across a
+    /// call in the common path. The other steps follow a check of their own. Complete before fetch,
+    /// because completions free slots. Notify the device, then the guest, once for the batch. Read
+    /// the clock before the guest is notified, because the notification is not part of a request.
+    /// Stop last, because the stop depends on what is left.
     #[inline]
     fn serve<R: Serve>(
         &mut self,
@@ -254,7 +256,7 @@ impl<D: DeviceQueue> Core<D> {
         completed || fetched
     }
 
-    /// What to look at until the next visit, after one with `view`.
+    /// Returns the poll hint for the time after a visit with `view`.
     #[inline]
     fn hint(&self, view: &View<D::View>, ring: &impl Ring) -> PollHint {
         let core = &self.ring;
@@ -274,7 +276,7 @@ impl<D: DeviceQueue> Core<D> {
         }
     }
 
-    /// A visit of a queue that must not access its ring: completions are discarded.
+    /// A visit of a queue that must not access its ring: it discards completions.
     #[cold]
     fn discard<R: Serve>(
         &mut self,
@@ -289,7 +291,7 @@ impl<D: DeviceQueue> Core<D> {
             self.ring.call_due.pending = false;
             self.device.abandon();
         }
-        // Not adopted, as that would write to the ring.
+        // Not adopted, because adopting writes to the ring.
         self.ring.generation = view.generation;
         let worked = self.discard_ended(at, iteration);
         if self.ring.pending_event.is_some() {
@@ -315,7 +317,7 @@ impl<D: DeviceQueue> Core<D> {
         let core = &mut self.ring;
         let mut wait = Wait::Event;
         if core.pending_event.is_some() {
-            // Nothing announces that the event queue has room again.
+            // Nothing signals that the event queue has room again.
             wait = Wait::Until(Instant::now() + RETRY);
         }
         if core.stopped {
@@ -343,7 +345,8 @@ impl<D: DeviceQueue> Core<D> {
         if !core.parked.is_empty() {
             wait = wait.sooner(Wait::Until(Instant::now() + RETRY));
         }
-        // Without a slot for it, or room in it, nothing is fetched before a completion.
+        // Without a free slot, a free buffer or room in the device, nothing is fetched before a
+        // completion.
         let waits = core.free.is_empty() || core.room_wanted || !core.parked.is_empty();
         if !core.stopping && !core.broken && !waits && !core.armed {
             debug_assert!(view.kicks, "the poll set has looked at its hints first");
@@ -401,7 +404,7 @@ impl<D: DeviceQueue> RingCore<D> {
             free: (0..depth).rev().collect(),
             long: (0..LONG_CHAINS).map(|_| long_segments()).collect(),
             room_wanted: false,
-            // One more than there can be: a retry adds its request before it removes it.
+            // One more than can be parked: a retry adds its request before it removes it.
             parked: VecDeque::with_capacity(usize::from(depth) + 1),
             tracker,
             again,
@@ -409,7 +412,7 @@ impl<D: DeviceQueue> RingCore<D> {
         }
     }
 
-    /// Whether a queue that stops must not access its ring any more.
+    /// Returns whether a queue that stops must not access its ring any more.
     #[cold]
     fn is_abandoned(&mut self, control: &Control) -> bool {
         if control.reset.load(Ordering::Relaxed) {
@@ -418,8 +421,8 @@ impl<D: DeviceQueue> RingCore<D> {
         control.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Adopts a new view, unless the queue must not access its ring any more: then the visit goes on
-    /// with [`Core::discard`], as a stop is never taken back.
+    /// Adopts a new view, unless the queue must not access its ring any more. The visit then
+    /// continues with [`Core::discard`], because a stop is never withdrawn.
     #[cold]
     fn adopt<R: Ring>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
         let At { control, view, ring, .. } = at;
@@ -428,12 +431,12 @@ impl<D: DeviceQueue> RingCore<D> {
         }
         iteration.note(Cause::Adopt);
         self.generation = view.generation;
-        // Addresses of the memory before may not be mapped any more.
+        // Addresses in the previous memory may not be mapped any more.
         self.nearest = Nearest::default();
         self.expected.header = std::ptr::null();
         self.refuse_kicks(view, ring);
-        // The last notification may have gone to the call fd before this view's, on which nobody may
-        // listen.
+        // The last notification may have gone to the previous view's call fd, which the front end
+        // may not read any more.
         self.call_wanted = true;
         self.call_due.pending = true;
     }
@@ -456,8 +459,8 @@ impl<D: DeviceQueue> RingCore<D> {
         missed
     }
 
-    /// Notifies the guest if it wants that and the time has come. A queue that stops does not make the
-    /// guest wait for coalescing.
+    /// Notifies the guest if it wants that and coalescing allows it now. A queue that stops does
+    /// not make the guest wait for coalescing.
     #[inline]
     fn call_guest(
         &mut self,
@@ -467,8 +470,8 @@ impl<D: DeviceQueue> RingCore<D> {
         iteration: &mut Iteration,
         stop: bool,
     ) {
-        // Asked at once even if the notification has to wait: after a lap of the ring, the positions
-        // would say nothing.
+        // Read now, even if the notification has to wait: once the used ring has wrapped around,
+        // the positions would not give the answer.
         self.call_wanted |= ring.wants_call(self.called, self.used);
         self.called = self.used;
         if !stop && self.call_due.wait(&control.coalescing, iteration) {
@@ -478,7 +481,7 @@ impl<D: DeviceQueue> RingCore<D> {
             && let Some(call) = &view.call
         {
             iteration.note(Cause::Call);
-            // SAFETY: this queue's owner is the one user of its call fd, and this is it.
+            // SAFETY: the queue's owner is the only user of its call fd, and it is the caller.
             let called = unsafe { call.signal() };
             iteration.read_clock();
             self.call_refused = !called;
@@ -497,7 +500,7 @@ impl<D: DeviceQueue> RingCore<D> {
         }
         self.broken = true;
         control.state.store(QueueState::Broken as u8, Ordering::Release);
-        // The event only makes a line in the log; one that waits to be sent is more important.
+        // The event only causes a log line. An event that waits to be sent is more important.
         if self.pending_event.is_none() {
             self.send(Event::Broken(control.id), events);
         }
@@ -506,18 +509,18 @@ impl<D: DeviceQueue> RingCore<D> {
     #[cold]
     fn acknowledge_stop(&mut self, control: &Control, events: &Events<Event>) {
         if self.call_due.pending || !self.again.is_empty() && !self.broken {
-            // A notification that the system refused is sent first, and what was found in flight is
-            // done.
+            // A notification that the system refused is sent first, and the requests that were
+            // found in flight are completed first.
             return;
         }
         self.stopped = true;
         control.last_avail.store(self.last_avail, Ordering::Relaxed);
-        // Release: the indices and everything written for the guest come before it.
+        // Release: the indices and all writes for the guest come before it.
         control.state.store(QueueState::Stopped as u8, Ordering::Release);
         self.send(Event::Drained(control.id), events);
     }
 
-    /// Sends an event, or keeps it for the next iteration when there is no room.
+    /// Sends an event, or keeps it for the next poll iteration if the event queue is full.
     fn send(&mut self, event: Event, events: &Events<Event>) {
         if let Err(event) = events.push(event) {
             self.pending_event = Some(event);
@@ -532,8 +535,8 @@ impl<D: DeviceQueue> RingCore<D> {
     }
 }
 
-/// Where a queue begins, and what it has to do again, according to its ring and to the record of what
-/// is in flight.
+/// Returns where a queue begins and what it resubmits, according to its ring and to the record of
+/// the requests in flight.
 fn begin(
     ring: &AnyRing,
     base: u16,
@@ -542,9 +545,9 @@ fn begin(
     let size = ring.size();
     let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
     let tracker = match (ring, tracked) {
-        // What the guest was told counts. A front end that reconnects gives the used index that it
-        // saw when the connection ended; requests that completed after that would be fetched and
-        // completed again.
+        // The used index in memory is what the guest was told. A front end that reconnects gives
+        // the used index that it saw when the connection ended: requests that completed after that
+        // would be fetched and completed again.
         (AnyRing::Split(ring), None) => return Ok(untracked(ring.used_idx())),
         (AnyRing::Packed(ring), _) if !ring.valid(base) => return Err(StartError::Base(base)),
         (AnyRing::Packed(_), None) => return Ok(untracked(base)),
@@ -566,8 +569,8 @@ fn begin(
 }
 
 impl CallDue {
-    /// Whether the notification has to wait. SPDK's rule: every 10 ms, if there were more requests
-    /// than the threshold, the delay becomes the base times the excess over the threshold.
+    /// Returns whether the notification has to wait. SPDK's rule: every 10 ms, if there were more
+    /// requests than the threshold, the delay becomes the base times the excess over the threshold.
     fn wait(&mut self, coalescing: &Coalescing, iteration: &mut Iteration) -> bool {
         let base = coalescing.delay_base_ticks.load(Ordering::Relaxed);
         if base == 0 {

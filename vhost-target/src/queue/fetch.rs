@@ -16,27 +16,29 @@ use super::requests::Visit;
 use super::{Event, View};
 use crate::device_queue::DeviceQueue;
 
-/// New requests taken in one visit, so that one queue cannot keep a reactor; SPDK's number.
+/// New requests that one visit takes at most, so that a queue cannot monopolize a reactor. SPDK's
+/// number.
 const VISIT_REQUESTS_MAX: usize = 32;
 /// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
-/// largest size that Linux makes would be 40 MiB of copying for a memory disk.
+/// largest size that Linux sends would be 40 MiB of copying for a memory disk.
 const VISIT_BYTES_MAX: u64 = 512 << 10;
-/// Pieces of memory after which a visit takes no further request: chains that lead nowhere cost time
-/// too.
+/// Pieces of memory after which a visit takes no further request: chains with invalid addresses
+/// cost time too.
 const VISIT_PIECES_MAX: usize = 1024;
 
-/// Slots with chains that were collected in a visit.
+/// Slots whose chains were collected in a visit.
 type Batch = ArrayVec<u16, VISIT_REQUESTS_MAX>;
 
-/// A ring that a core can serve: how chains are found in it.
+/// A ring that a core can serve: finds chains in it.
 pub(super) trait Serve: Ring + Sized {
     /// Whether a chain takes as many places of the ring as it has descriptors.
     const SPANS: bool;
 
-    /// Collects chains that are available, `pending` of them at least, up to the limits of a visit.
+    /// Collects available chains, up to the limits of a visit. At least `pending` chains are
+    /// available.
     ///
     /// # Errors
-    /// The ring makes no sense any more; what is in the batch does.
+    /// The ring is invalid. The chains in the batch are valid.
     fn collect<D: DeviceQueue>(
         core: &mut RingCore<D>,
         at: At<'_, Self, D::View>,
@@ -44,30 +46,31 @@ pub(super) trait Serve: Ring + Sized {
         batch: &mut Batch,
     ) -> Result<(), RingError>;
 
-    /// Collects the chain of a request that is to be done again. `false` if there is no room for it
-    /// right now.
+    /// Collects the chain of a request that is resubmitted. Returns false if there is no room for
+    /// it now.
     ///
     /// # Errors
-    /// The record of it makes no sense.
-    fn collect_again<D: DeviceQueue>(
+    /// The record of the request is invalid.
+    fn collect_resubmission<D: DeviceQueue>(
         core: &mut RingCore<D>,
         at: At<'_, Self, D::View>,
         index: u16,
         entry: u16,
     ) -> Result<bool, RingError>;
 
-    /// Collects a new request's chain once more.
-    fn collect_anew<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>);
+    /// Collects the chain of a new request once more.
+    fn recollect<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>);
 
-    /// Writes down that the request of `slot` is about to be submitted. `false` if that cannot be.
+    /// Records that the request of `slot` is about to be submitted. Returns false if the record has
+    /// no room.
     fn record<D: DeviceQueue>(&self, tracker: &mut Tracker, slot: &mut Slot<D>) -> bool;
 }
 
 impl Serve for SplitRing {
     const SPANS: bool = false;
 
-    /// Heads twice, the first time only to have their descriptors fetched, so that the lines of one
-    /// pass are on their way while those of the other are used.
+    /// Reads the heads twice. The first pass only prefetches their descriptors, so that these cache
+    /// lines arrive while the second pass uses others.
     #[inline]
     fn collect<D: DeviceQueue>(
         core: &mut RingCore<D>,
@@ -79,7 +82,7 @@ impl Serve for SplitRing {
         for n in 0..count {
             at.ring.prefetch_desc(at.ring.head(core.last_avail.wrapping_add(n)));
         }
-        // SAFETY: the nearest place is of this view's memory: `adopt` forgets that of another.
+        // SAFETY: `nearest` is of this view's memory: `adopt` clears it when the view changes.
         let mut near = unsafe { at.view.memory.near(core.nearest) };
         let mut limit = Limit::default();
         for n in 0..count {
@@ -108,7 +111,7 @@ impl Serve for SplitRing {
         Ok(())
     }
 
-    fn collect_again<D: DeviceQueue>(
+    fn collect_resubmission<D: DeviceQueue>(
         core: &mut RingCore<D>,
         at: At<'_, Self, D::View>,
         index: u16,
@@ -117,11 +120,11 @@ impl Serve for SplitRing {
         let slot = &mut core.slots[usize::from(index)];
         (slot.id, slot.entry) = (entry, entry);
         let chain = SplitChain { ring: at.ring, head: entry };
-        Ok(core.collect(index, &mut near_anything(at.view), chain).is_some())
+        Ok(core.collect(index, &mut near_default(at.view), chain).is_some())
     }
 
-    fn collect_anew<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>) {
-        collect_anew(slot, at.view, SplitChain { ring: at.ring, head: slot.id });
+    fn recollect<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>) {
+        recollect(slot, at.view, SplitChain { ring: at.ring, head: slot.id });
     }
 
     #[inline]
@@ -135,8 +138,8 @@ impl Serve for SplitRing {
 impl Serve for PackedRing {
     const SPANS: bool = true;
 
-    /// One after the other: only a chain's end tells where the next one begins, and descriptors lie
-    /// side by side as it is.
+    /// Collects one chain after the other: only the end of a chain shows where the next one begins.
+    /// A prefetch pass is not needed, as descriptors are adjacent.
     #[inline]
     fn collect<D: DeviceQueue>(
         core: &mut RingCore<D>,
@@ -180,7 +183,7 @@ impl Serve for PackedRing {
         result
     }
 
-    fn collect_again<D: DeviceQueue>(
+    fn collect_resubmission<D: DeviceQueue>(
         core: &mut RingCore<D>,
         at: At<'_, Self, D::View>,
         index: u16,
@@ -188,7 +191,7 @@ impl Serve for PackedRing {
     ) -> Result<bool, RingError> {
         let Some(tracker) = core.tracker.take() else { return Ok(false) };
         let chain = KeptChain { ring: at.ring, tracker: &tracker, entry };
-        let taken = core.collect(index, &mut near_anything(at.view), chain);
+        let taken = core.collect(index, &mut near_default(at.view), chain);
         core.tracker = Some(tracker);
         let Some(taken) = taken else { return Ok(false) };
         let slot = &mut core.slots[usize::from(index)];
@@ -197,9 +200,9 @@ impl Serve for PackedRing {
         Ok(true)
     }
 
-    fn collect_anew<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>) {
+    fn recollect<D: DeviceQueue>(slot: &mut Slot<D>, at: At<'_, Self, D::View>) {
         let chain = PackedChain { ring: at.ring, position: slot.position, room: slot.span };
-        collect_anew(slot, at.view, chain);
+        recollect(slot, at.view, chain);
     }
 
     #[inline]
@@ -220,7 +223,7 @@ impl Serve for PackedRing {
     }
 }
 
-/// How much one visit takes.
+/// Counts what one visit takes.
 #[derive(Default)]
 struct Limit {
     pieces: usize,
@@ -228,7 +231,7 @@ struct Limit {
 }
 
 impl Limit {
-    /// Whether a visit that has taken `slot` too takes no more.
+    /// Adds `slot`. Returns whether the visit takes no further request.
     #[inline]
     fn reached_with<D: DeviceQueue>(&mut self, slot: &Slot<D>) -> bool {
         self.pieces += slot.chain.pieces();
@@ -237,23 +240,24 @@ impl Limit {
     }
 }
 
-/// Collects a chain that has been collected once, in the room that it has.
-fn collect_anew<D: DeviceQueue, C: Chained>(slot: &mut Slot<D>, view: &View<D::View>, chain: C) {
-    let mut near = near_anything(view);
+/// Collects a chain that was collected before, into the room that its slot has.
+fn recollect<D: DeviceQueue, C: Chained>(slot: &mut Slot<D>, view: &View<D::View>, chain: C) {
+    let mut near = near_default(view);
     match slot.chain.take_long() {
         Some(long) => drop(slot.chain.collect_long(&mut near, chain, long)),
         None => drop(slot.chain.collect(&mut near, chain)),
     }
 }
 
-/// A translator for a chain that may be anywhere.
-fn near_anything<V>(view: &View<V>) -> Near<'_> {
-    // SAFETY: the default is of every memory.
+/// Returns a translator for a chain at any address.
+fn near_default<V>(view: &View<V>) -> Near<'_> {
+    // SAFETY: the default is valid for every memory.
     unsafe { view.memory.near(Nearest::default()) }
 }
 
 impl<D: DeviceQueue> RingCore<D> {
-    /// Collects a chain into a slot. `None` if it is a long one and there is no room for it right now.
+    /// Collects a chain into a slot. Returns `None` if it is a long chain and there is no room for
+    /// one now.
     #[inline(always)]
     fn collect<C: Chained + Copy>(
         &mut self,
@@ -292,16 +296,16 @@ impl<D: DeviceQueue> RingCore<D> {
         self.room_wanted = false;
     }
 
-    /// Places in the ring that the chains of `batch` have taken.
+    /// Returns the number of places in the ring that the chains of `batch` take.
     fn spans(&self, batch: &[u16]) -> u16 {
         batch.iter().fold(0, |sum, &index| sum + self.slots[usize::from(index)].span)
     }
 }
 
 impl<D: DeviceQueue> Core<D> {
-    /// Takes requests and submits them: those that are to be done again first, then new ones, in
-    /// passes over the batch, so that the lines of one pass are on their way while those of another
-    /// are used.
+    /// Takes requests and submits them: first the ones that are resubmitted, then new ones. The
+    /// batch is processed in passes, so that the cache lines of one pass arrive while those of
+    /// another are used.
     #[inline]
     pub(super) fn fetch<R: Serve>(
         &mut self,
@@ -321,7 +325,7 @@ impl<D: DeviceQueue> Core<D> {
             }
         };
         if !self.ring.again.is_empty() {
-            return self.fetch_again(at, iteration, events);
+            return self.fetch_resubmissions(at, iteration, events);
         }
         cache::prefetch_write(self.ring.expected.header);
         ring.prefetch_avail(self.ring.last_avail, self.ring.expected.head);
@@ -334,7 +338,7 @@ impl<D: DeviceQueue> Core<D> {
         let before = self.ring.last_avail;
         let by = if R::SPANS { self.ring.spans(&batch[..taken]) } else { taken as u16 };
         self.ring.last_avail = ring.advance(before, by);
-        // Those that did not fit are looked at again, in their order, at the next visit.
+        // The next visit collects the requests that did not fit again, in the same order.
         batch[taken..].iter().rev().for_each(|&index| self.ring.release(index));
         control.last_avail.store(self.ring.last_avail, Ordering::Relaxed);
         control.inflight.store(self.ring.inflight, Ordering::Relaxed);
@@ -342,16 +346,16 @@ impl<D: DeviceQueue> Core<D> {
             self.ring.refuse_kicks(view, view.ring.as_dyn());
         }
         self.kick_device();
-        // The chains in front of the invalid one are served first.
+        // The chains before the invalid one are served first.
         if collected.is_err() && taken == batch.len() {
             self.ring.break_queue(control, events);
         }
         taken > 0
     }
 
-    /// Takes requests that are to be done again, oldest first, and submits them.
+    /// Takes requests that are resubmitted, oldest first, and submits them.
     #[cold]
-    fn fetch_again<R: Serve>(
+    fn fetch_resubmissions<R: Serve>(
         &mut self,
         at: At<'_, R, D::View>,
         iteration: &mut Iteration,
@@ -367,7 +371,7 @@ impl<D: DeviceQueue> Core<D> {
         {
             let Some(&entry) = self.ring.again.last() else { break };
             let Some(index) = self.ring.free.pop() else { break };
-            match R::collect_again(&mut self.ring, at, index, entry) {
+            match R::collect_resubmission(&mut self.ring, at, index, entry) {
                 Ok(true) => {}
                 Ok(false) => {
                     self.ring.release(index);
@@ -381,7 +385,7 @@ impl<D: DeviceQueue> Core<D> {
             }
             self.ring.again.pop();
             pieces += self.ring.slots[usize::from(index)].chain.pieces();
-            bytes += self.start_again(at, index, iteration);
+            bytes += self.start_resubmission(at, index, iteration);
             taken += 1;
         }
         at.control.inflight.store(self.ring.inflight, Ordering::Relaxed);
@@ -390,7 +394,7 @@ impl<D: DeviceQueue> Core<D> {
     }
 
     #[inline(never)]
-    fn start_again<R: Serve>(
+    fn start_resubmission<R: Serve>(
         &mut self,
         at: At<'_, R, D::View>,
         index: u16,
@@ -408,9 +412,9 @@ impl<D: DeviceQueue> Core<D> {
         }
     }
 
-    /// The last pass: starts the requests. Returns how many were taken: fewer than there are if the
-    /// device is full, or enough bytes were moved.
-    // A function of its own, to have the registers to itself.
+    /// The last pass: starts the requests. Returns how many were taken, which are not all if the
+    /// device is full or enough bytes were moved.
+    // A function of its own, so that it has all registers.
     #[inline(never)]
     fn submit_batch<R: Serve>(
         &mut self,
@@ -437,8 +441,8 @@ impl<D: DeviceQueue> Core<D> {
         batch.len()
     }
 
-    /// As [`Core::submit_batch`]; while one request is served, the processor fetches the beginning of
-    /// what the next one accesses.
+    /// As [`Core::submit_batch`]. While one request is served, the processor prefetches the
+    /// beginning of what the next one accesses.
     #[inline(never)]
     fn submit_looking_ahead<R: Serve>(
         &mut self,

@@ -1,4 +1,4 @@
-//! Starts requests, goes on with them, and returns their chains to the guest.
+//! Starts and continues requests, and returns their chains to the guest.
 #![expect(unsafe_code, reason = "unpins views; an index that was checked")]
 
 use std::ptr::NonNull;
@@ -11,22 +11,22 @@ use virtqueue::chain::Chain;
 use super::View;
 use super::core::{At, Core, RingCore, Slot, add};
 use super::fetch::Serve;
-use crate::device_queue::{Answer, Became, DeviceQueue, Progress, Request};
+use crate::device_queue::{Answer, DeviceQueue, Outcome, Progress, Request};
 
-/// The engine while it starts requests or goes on with them, one after the other.
+/// The state of the engine while it starts or continues requests, one after the other.
 pub(super) struct Visit<'c, 'v, R, D: DeviceQueue> {
     pub(super) core: &'c mut RingCore<D>,
     at: At<'v, R, D::View>,
     iteration: &'c mut Iteration,
-    /// The slot of the current request: its number, and where it is.
+    /// The slot of the current request: its number and its address.
     index: u16,
     slot: NonNull<Slot<D>>,
     /// Bytes that the requests move.
     pub(super) bytes: u64,
 }
 
-/// The current request of a visit, as its device sees it. One pointer, so that it stays in a register
-/// when it is passed on.
+/// The current request of a visit, as its device sees it. It is one pointer, so that it is passed
+/// in a register.
 struct Current<'a, 'c, 'v, R, D: DeviceQueue>(&'a mut Visit<'c, 'v, R, D>);
 
 impl<R: Serve, D: DeviceQueue> Request<D> for Current<'_, '_, '_, R, D> {
@@ -64,20 +64,20 @@ impl<R: Serve, D: DeviceQueue> Request<D> for Current<'_, '_, '_, R, D> {
     #[inline(always)]
     fn finish(self, answer: Answer) -> Progress {
         let Visit { core, at, index, slot, .. } = self.0;
-        // SAFETY: as in `slot_mut`; `put` borrows no other slot.
+        // SAFETY: as in `slot_mut`. `put` borrows no other slot.
         core.put(*at, *index, unsafe { slot.as_ref() }, answer);
-        Progress(Became::Finished)
+        Progress(Outcome::Finished)
     }
 
     #[inline(always)]
     fn keep(self) -> Progress {
-        Progress(Became::Pending)
+        Progress(Outcome::Pending)
     }
 
     #[inline(always)]
     fn wait_for_room(self) -> Progress {
         self.0.core.parked.push_back(self.0.index);
-        Progress(Became::WaitsForRoom)
+        Progress(Outcome::WaitsForRoom)
     }
 }
 
@@ -101,22 +101,22 @@ impl<'c, 'v, R: Serve, D: DeviceQueue> Visit<'c, 'v, R, D> {
 
     #[inline(always)]
     fn slot_mut(&mut self) -> &mut Slot<D> {
-        // SAFETY: `current` has stored the address, slots never move, and until the request is finished
-        // nothing else borrows one.
+        // SAFETY: `current` has stored the address, slots never move, and nothing else borrows a
+        // slot until the request is finished.
         unsafe { self.slot.as_mut() }
     }
 
     #[cold]
     #[inline(never)]
     fn collect_again(&mut self) {
-        R::collect_anew(&mut self.core.slots[usize::from(self.index)], self.at);
+        R::recollect(&mut self.core.slots[usize::from(self.index)], self.at);
     }
 
     /// Starts the request in slot `index`.
     #[inline(always)]
     pub(super) fn start(&mut self, device: &mut D, index: u16, again: bool) {
         let Some(view) = &self.at.view.device else { return self.refuse(index) };
-        if device.start(view, self.current(index), again).0 != Became::Finished {
+        if device.start(view, self.current(index), again).0 != Outcome::Finished {
             self.core.pin(self.at.view, index);
         }
     }
@@ -130,7 +130,7 @@ impl<'c, 'v, R: Serve, D: DeviceQueue> Visit<'c, 'v, R, D> {
         self.core.put(self.at, index, unsafe { slot.as_ref() }, answer);
     }
 
-    /// Records that a request is in flight; `false` if the record has no room for it.
+    /// Records that a request is in flight. Returns false if the record has no room for it.
     #[inline]
     pub(super) fn record_fetched(&mut self, index: u16) -> bool {
         let slot = &mut self.core.slots[usize::from(index)];
@@ -139,7 +139,7 @@ impl<'c, 'v, R: Serve, D: DeviceQueue> Visit<'c, 'v, R, D> {
 }
 
 impl<D: DeviceQueue> Core<D> {
-    /// Goes on with the requests that have made progress.
+    /// Continues the requests that have made progress.
     #[inline]
     pub(super) fn complete<R: Serve>(
         &mut self,
@@ -153,7 +153,7 @@ impl<D: DeviceQueue> Core<D> {
         let mut visit = Visit::new(&mut self.ring, at, iteration);
         for n in 0..count {
             let index = self.device.progressed(n);
-            if self.device.advance(n, visit.current(index)).0 == Became::Finished {
+            if self.device.advance(n, visit.current(index)).0 == Outcome::Finished {
                 visit.core.unpin(index);
             }
         }
@@ -161,8 +161,8 @@ impl<D: DeviceQueue> Core<D> {
         true
     }
 
-    /// Ends the requests that have made progress, and those that the device had no room for, without
-    /// returning their chains.
+    /// Ends the requests that have made progress, and the parked requests. Does not return their
+    /// chains.
     #[cold]
     pub(super) fn discard_ended<R: Serve>(
         &mut self,
@@ -184,19 +184,19 @@ impl<D: DeviceQueue> Core<D> {
         self.ring.inflight < before
     }
 
-    /// Tries the requests again that the device had no room for.
+    /// Retries the parked requests.
     #[cold]
     pub(super) fn retry<R: Serve>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
         let mut visit = Visit::new(&mut self.ring, at, iteration);
-        // No more than there are now: what follows one of them may wait for room as well.
+        // No more than are parked now: a retried request may be parked again for its next I/O.
         for _ in 0..visit.core.parked.len() {
             let Some(&index) = visit.core.parked.front() else { break };
             let waiting = visit.core.parked.len();
             match self.device.retry(visit.current(index)).0 {
-                Became::Finished => visit.core.unpin(index),
-                Became::Pending => {}
-                // It has been put at the end, and keeps its place instead.
-                Became::WaitsForRoom => {
+                Outcome::Finished => visit.core.unpin(index),
+                Outcome::Pending => {}
+                // The device has parked it at the end of the list. It keeps its place instead.
+                Outcome::WaitsForRoom => {
                     visit.core.parked.truncate(waiting);
                     break;
                 }
@@ -208,7 +208,7 @@ impl<D: DeviceQueue> Core<D> {
 }
 
 impl<D: DeviceQueue> RingCore<D> {
-    /// Keeps the view that a request was submitted under.
+    /// Pins the view that a request was submitted under.
     #[inline]
     fn pin(&mut self, view: &View<D::View>, index: u16) {
         view.pin();
@@ -220,18 +220,18 @@ impl<D: DeviceQueue> RingCore<D> {
     fn unpin(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
         let pinned = slot.view.take().expect("the device reports each pending request once");
-        // SAFETY: a view with pins is not freed, and this one was pinned for this slot.
+        // SAFETY: a view with pins is not freed, and this view was pinned for this slot.
         unsafe { pinned.as_ref() }.unpin();
         self.inflight -= 1;
     }
 
-    /// Frees the slot of a pending request, and unpins its view.
+    /// Frees the slot of a pending request and unpins its view.
     fn forget(&mut self, index: u16) {
         self.release(index);
         self.unpin(index);
     }
 
-    /// Puts a chain into the used ring and frees its slot, which is number `index`.
+    /// Puts a chain into the used ring and frees its slot, which has the number `index`.
     #[inline(always)]
     fn put<R: Serve>(
         &mut self,
@@ -240,7 +240,8 @@ impl<D: DeviceQueue> RingCore<D> {
         slot: &Slot<D>,
         answer: Answer,
     ) {
-        // Read before guest memory is written, after which the compiler would read them again.
+        // Read before guest memory is written: after that, the compiler would have to read them
+        // again.
         let (id, span, entry) = (slot.id, slot.span, slot.entry);
         let long = slot.chain.is_long();
         if let Some(value) = answer.last_byte {
@@ -263,11 +264,11 @@ impl<D: DeviceQueue> RingCore<D> {
         self.free.push(index);
     }
 
-    /// Marks the pages that a request has dirtied.
+    /// Marks the pages that a request has written.
     #[inline(never)]
     fn log_written(&self, log: &DirtyLog, view: &View<D::View>, index: u16, dirty: u64) {
         let slot = &self.slots[usize::from(index)];
-        // SAFETY: a view with pins is not freed; without, the request was of this visit's view.
+        // SAFETY: a view with pins is not freed. A request without one is of this visit's view.
         let of: &View<D::View> = slot.view.map_or(view, |pinned| unsafe { pinned.as_ref() });
         slot.chain.written(dirty, |host, len| {
             if let Some(gpa) = of.memory.gpa_of_host(host) {
@@ -276,7 +277,7 @@ impl<D: DeviceQueue> RingCore<D> {
         });
     }
 
-    /// Tells the guest about everything that was put.
+    /// Publishes to the guest all chains that were put into the used ring.
     #[inline]
     pub(super) fn publish<R: Serve>(&mut self, at: At<'_, R, D::View>) {
         let (from, to) = (self.published, self.used);
