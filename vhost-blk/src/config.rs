@@ -1,4 +1,4 @@
-//! What a controller tells a guest about its disk: feature bits and the config space.
+//! The feature bits and the config space that a controller shows to a guest.
 
 use std::sync::Arc;
 
@@ -15,20 +15,21 @@ use virtqueue::QUEUES_MAX;
 
 use crate::request::{Limits, RANGES_MAX, SECTOR_BYTES};
 
-/// Bytes of `struct virtio_blk_config` up to and including write-zeroes; SPDK's size.
+/// Size of `struct virtio_blk_config` in bytes, up to and including the write-zeroes fields. SPDK's
+/// size.
 pub const CONFIG_BYTES: usize = 60;
 
 /// Sectors in one discard or write-zeroes request; SPDK's number.
 const RANGE_SECTORS_MAX: u32 = 32768;
 
-/// Where `min_io_size` is in the config space.
+/// Offset of `min_io_size` in the config space.
 const MIN_IO_SIZE_AT: usize = 26;
-/// Where `wce` is in the config space.
+/// Offset of `wce` in the config space.
 const WCE_AT: usize = 32;
 
-/// A block device as one controller shows it.
+/// A block device that a controller shows to guests.
 pub struct Disk {
-    /// The device.
+    /// The block device.
     pub bdev: Arc<dyn Bdev>,
     /// Whether the operator made the controller read-only.
     pub read_only: bool,
@@ -41,11 +42,11 @@ impl std::fmt::Debug for Disk {
 }
 
 impl Disk {
-    /// The virtio and vhost features offered: SPDK's for the same device and options, plus
-    /// EVENT_IDX and, with FLUSH, CONFIG_WCE (see `docs/src/replacing-spdk.md`). RING_PACKED is the
-    /// controller's to add.
+    /// Returns the virtio and vhost features that are offered: SPDK's for the same device and
+    /// options, plus EVENT_IDX and, with FLUSH, CONFIG_WCE (see `docs/src/replacing-spdk.md`). The
+    /// controller adds RING_PACKED.
     ///
-    /// CONFIG_WCE where there is no FLUSH would have Linux send flushes that are refused.
+    /// With CONFIG_WCE and without FLUSH, Linux would send flushes, which are refused.
     #[must_use]
     pub fn features(&self) -> u64 {
         let bdev = self.bdev.features();
@@ -69,7 +70,8 @@ impl Disk {
             | when(bdev.write_zeroes, VIRTIO_BLK_F_WRITE_ZEROES)
     }
 
-    /// What a request is checked against: a view keeps it, and a disk that grows makes a new view.
+    /// Returns the limits that requests are checked against. A view keeps them, and a disk that
+    /// grows gets a new view.
     #[must_use]
     pub fn limits(&self) -> Limits {
         let mut features = self.bdev.features();
@@ -87,9 +89,9 @@ impl Disk {
     }
 }
 
-/// The config space (virtio 1.2, section 5.2.4) of `disk`, or of a disk that was removed: then
-/// everything is zero but what keeps a rebooting QEMU alive, as with SPDK. `write_cache` is the one
-/// field that the guest sets.
+/// Returns the config space (virtio 1.2, section 5.2.4) of `disk`, or of a disk that was removed.
+/// Then all fields are zero except those that a rebooting QEMU needs, as with SPDK. The guest can
+/// only set `write_cache`.
 #[must_use]
 pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
@@ -123,7 +125,7 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
     config
 }
 
-/// `struct virtio_blk_topology`, less its `alignment_offset`: block 0 is aligned.
+/// `struct virtio_blk_topology`, without its `alignment_offset`: block 0 is aligned.
 struct Topology {
     physical_block_exp: u8,
     /// In blocks.
@@ -140,19 +142,19 @@ impl Topology {
         let optimal = topology.optimal_io_blocks;
         let fits = optimal.checked_mul(block_bytes).is_some();
         Self {
-            // Of two powers of two of 32 bits: 22 at most.
+            // The ratio of two powers of two of 32 bits: the exponent is at most 22.
             physical_block_exp: (topology.physical_block_size / block_bytes).trailing_zeros() as u8,
-            // What does not fit is cut to a power of two. Drivers take a physical block for the
-            // least that it can be.
+            // A value that does not fit is cut to a power of two. Drivers take a physical block as
+            // the lower limit.
             min_io_size: topology.min_io_blocks.min(1 << 15) as u16,
             opt_io_size: if fits { optimal } else { 0 },
         }
     }
 }
 
-/// What SET_CONFIG of `contents` at `offset` makes of `wce`: `None` if it is not written, or to
-/// something that it cannot be. Nothing else can be written, and such a write is ignored, as SPDK
-/// does.
+/// Returns the value of `wce` after SET_CONFIG of `contents` at `offset`. `None` if `wce` is not
+/// written, or the value is invalid. No other field can be written: such a write is ignored, as
+/// with SPDK.
 #[must_use]
 pub fn written_write_cache(offset: u32, contents: &[u8]) -> Option<bool> {
     let at = WCE_AT.checked_sub(offset as usize)?;
@@ -168,16 +170,17 @@ mod tests {
     use super::*;
     use bdev::{Malloc, MallocOptions, Null, NullOptions, Topology};
 
-    /// Nobody who has negotiated with SPDK misses anything here.
+    /// A guest that has negotiated with SPDK keeps all of its features.
     #[test]
-    fn all_that_spdk_offers_is_offered() {
+    fn all_features_of_spdk_are_offered() {
         let (num_blocks, block_size) = (64, 512);
         let options = MallocOptions { name: "m".into(), num_blocks, block_size, uuid: None };
         let malloc: Arc<dyn Bdev> = Malloc::create(options).unwrap();
         let options = NullOptions { name: "n".into(), num_blocks, block_size, uuid: None };
         let null: Arc<dyn Bdev> = Null::create(options).unwrap();
         let event_idx = 1 << VIRTIO_RING_F_EVENT_IDX;
-        // The disk, whether it is read-only, what SPDK offers, and what we do beyond.
+        // The disk, whether it is read-only, the features that SPDK offers, and our additional
+        // features.
         for (bdev, read_only, spdk, more) in [
             (&malloc, false, 0x1_5c00_7646, event_idx | 1 << VIRTIO_BLK_F_CONFIG_WCE),
             (&malloc, true, 0x1_5c00_7666, event_idx | 1 << VIRTIO_BLK_F_CONFIG_WCE),
@@ -188,10 +191,10 @@ mod tests {
         }
     }
 
-    /// Virtio 1.2, section 5.2.3: RO says that the device is read-only, whether the controller or
-    /// the bdev is.
+    /// Virtio 1.2, section 5.2.3: RO is offered if the device is read-only, because of the
+    /// controller or of the bdev.
     #[test]
-    fn a_disk_that_takes_no_writes_is_offered_as_read_only() {
+    fn a_read_only_disk_offers_ro() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         for (of_bdev, of_controller) in [(false, false), (true, false), (false, true), (true, true)]
@@ -208,16 +211,24 @@ mod tests {
             });
             let disk = Disk { bdev: bdev.unwrap(), read_only: of_controller };
             let offered = disk.features() & 1 << VIRTIO_BLK_F_RO != 0;
-            assert_eq!(offered, of_bdev || of_controller, "{of_bdev}, {of_controller}");
-            assert_eq!(disk.limits().features.read_only, offered, "and refuses writes");
+            assert_eq!(
+                offered,
+                of_bdev || of_controller,
+                "bdev {of_bdev}, controller {of_controller}"
+            );
+            assert_eq!(
+                disk.limits().features.read_only,
+                offered,
+                "RO is offered exactly if writes are refused"
+            );
         }
     }
 
-    /// Bytes 24 to 32 are what virtio 1.2, 5.2.4 calls topology.
+    /// Bytes 24 to 32 are the topology of virtio 1.2, section 5.2.4.
     #[test]
-    fn a_guest_is_told_the_topology_of_the_disk() {
-        // The size of a block; what the disk says of physical blocks, of the smallest I/O and of
-        // the best; log2 of blocks in a physical block, and both I/Os in blocks.
+    fn the_config_space_has_the_topology_of_the_disk() {
+        // The block size. The disk's topology: physical block, minimum I/O and optimal I/O. The
+        // expected fields: log2 of the blocks in a physical block, and both I/Os in blocks.
         for (block_size, [physical, min, optimal], (exp, min_io_size, opt_io_size)) in [
             (512, [0, 0, 0], (0, 1_u16, 0_u32)),
             (512, [512, 0, 0], (0, 1, 0)),
@@ -225,7 +236,7 @@ mod tests {
             (512, [4096, 128, 1024], (3, 128, 1024)),
             (4096, [4096, 0, 8], (0, 1, 8)),
             (4096, [16384, 0, 32], (2, 4, 32)),
-            // What does not go together, or into the fields.
+            // Inconsistent values, and values that do not fit into the fields.
             (4096, [512, 0, 3], (0, 1, 3)),
             (512, [4096, 0, 12], (3, 8, 0)),
             (512, [512, 100_000, 0], (0, 32768, 0)),

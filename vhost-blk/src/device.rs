@@ -19,19 +19,19 @@ use crate::queue::{BlkQueue, BlkView};
 /// A virtio-blk device.
 #[derive(Debug)]
 pub struct Blk {
-    /// `None` once the bdev was removed.
+    /// `None` if the bdev was removed.
     disk: Mutex<Option<Arc<Disk>>>,
     bdev_configured: String,
     read_only: bool,
     features: u64,
-    /// A driver has switched the write cache off. Its front end does not say so again when it
-    /// reconnects, as its guest notices nothing of that, and nobody can tell who reconnects. So later
-    /// connections begin with the cache off.
+    /// A driver has switched the write cache off. Its front end does not send this again when it
+    /// reconnects, because the guest does not notice the reconnection. The target cannot tell which
+    /// guest reconnects. So later connections begin with the cache off.
     cache_off: AtomicBool,
 }
 
 impl Blk {
-    /// A device that shows `bdev`. `read_only`: guests may not write.
+    /// Creates a device that shows `bdev`. `read_only`: guests may not write.
     #[must_use]
     pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Arc<Self> {
         let disk = Disk { bdev, read_only };
@@ -44,7 +44,7 @@ impl Blk {
         })
     }
 
-    /// The device of a controller, if it is a virtio-blk device.
+    /// Returns the device of a controller, if it is a virtio-blk device.
     #[must_use]
     pub fn of(device: &Arc<dyn Device>) -> Option<&Self> {
         (&**device as &dyn Any).downcast_ref()
@@ -54,19 +54,19 @@ impl Blk {
         self.disk.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The name of its bdev; `None` once that was removed.
+    /// Returns the name of its bdev, or `None` if the bdev was removed.
     #[must_use]
     pub fn bdev(&self) -> Option<String> {
         self.disk().map(|disk| disk.bdev.name().to_owned())
     }
 
-    /// The name of the bdev that it was made with.
+    /// Returns the name of the bdev that it was created with.
     #[must_use]
     pub fn bdev_configured(&self) -> &str {
         &self.bdev_configured
     }
 
-    /// Whether guests may not write.
+    /// Returns whether the operator has made the controller read-only.
     #[must_use]
     pub fn read_only(&self) -> bool {
         self.read_only
@@ -77,7 +77,7 @@ impl Blk {
     }
 }
 
-/// Removes a bdev from all controllers that show it: their requests fail from here on, and the
+/// Removes a bdev from all controllers that show it. Their requests fail from now on, and the
 /// channels are closed once their I/O has completed.
 pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
     target.update_devices(|device| match Blk::of(device) {
@@ -89,8 +89,8 @@ pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
     });
 }
 
-/// Tells reactors, and then guests, that a bdev's size has changed. A guest that cannot be notified
-/// now is notified later.
+/// Notifies reactors, and then guests, of a bdev's new size. A guest that cannot be notified now is
+/// notified later.
 pub fn bdev_resized(target: &Target, bdev: &Arc<dyn Bdev>) {
     target.update_devices(|device| match Blk::of(device) {
         Some(blk) if blk.shows(bdev) => DeviceChange::Config,
@@ -137,14 +137,15 @@ impl Device for Blk {
     }
 }
 
-/// The identity of a bdev without a base.
+/// Returns the identity of a bdev without a base.
 fn identity(bdev: &Arc<dyn Bdev>) -> StorageId {
     let address = Arc::as_ptr(bdev).cast::<()>() as u64;
     // A weak reference keeps the address from being reused.
     StorageId { kind: "bdev", number: (address, 0), keeps: Some(Arc::new(Arc::downgrade(bdev))) }
 }
 
-/// The identity of what a bdev stores its data in: several bdevs may be on the same file.
+/// Returns the identity of the place where a bdev stores its data. Several bdevs may use the same
+/// file.
 fn storage_id(storage: bdev::Storage) -> StorageId {
     let (kind, number) = match storage {
         bdev::Storage::File { device, inode } => ("file", (device, inode)),
@@ -153,7 +154,7 @@ fn storage_id(storage: bdev::Storage) -> StorageId {
     StorageId { kind, number, keeps: None }
 }
 
-/// A bdev's lease, as the target uses it.
+/// Adapts a bdev's lease to the target's trait.
 #[derive(Debug)]
 struct BdevLease(Arc<dyn bdev::Lease>);
 
@@ -169,12 +170,12 @@ impl Lease for BdevLease {
     }
 }
 
-/// What one front end has negotiated.
+/// The state of one front end's negotiation.
 #[derive(Debug)]
 struct BlkSession {
     device: Arc<Blk>,
     features: u64,
-    /// The config space's `wce`, once it was set: the driver flushes.
+    /// The config space's `wce`, if it was set. True means that the driver flushes.
     write_cache: Option<bool>,
 }
 
@@ -187,19 +188,19 @@ impl BlkSession {
         self.device.features & (1 << feature) != 0
     }
 
-    /// The config space's `wce` (virtio 1.2, section 5.2.4); 0 where it is not offered, and at first
-    /// for a driver that cannot flush (section 5.2.5.2).
+    /// Returns the config space's `wce` (virtio 1.2, section 5.2.4). It is 0 if it is not offered,
+    /// and initially 0 for a driver that cannot flush (section 5.2.5.2).
     fn write_cache(&self) -> bool {
         self.offers(VIRTIO_BLK_F_CONFIG_WCE) && self.write_cache.unwrap_or(!self.cannot_flush())
     }
 
-    /// Whether the driver can switch the cache, but not flush it.
+    /// Returns whether the driver can switch the cache, but not flush it.
     fn cannot_flush(&self) -> bool {
         self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) && !self.negotiated(VIRTIO_BLK_F_FLUSH)
     }
 
-    /// Whether writes have to be durable when they are answered: the driver has said so, or it does
-    /// not know of a cache that it has to flush (virtio 1.2, section 5.2.6.2).
+    /// Returns whether writes have to be durable when they are answered: the driver has switched
+    /// the cache off, or it has not negotiated FLUSH (virtio 1.2, section 5.2.6.2).
     fn write_through(&self) -> bool {
         if self.negotiated(VIRTIO_BLK_F_CONFIG_WCE) {
             !self.write_cache()
@@ -222,7 +223,7 @@ impl Negotiated for BlkSession {
         config_space(self.device.disk().as_deref(), self.write_cache()).into()
     }
 
-    /// A write to `wce` has no effect before CONFIG_WCE is negotiated, but is kept.
+    /// A write to `wce` has no effect before CONFIG_WCE is negotiated, but its value is kept.
     fn write_config(&mut self, offset: u32, contents: &[u8]) -> bool {
         let Some(write_cache) = written_write_cache(offset, contents) else { return false };
         if !write_cache {
@@ -248,7 +249,7 @@ mod tests {
     const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
     const BOTH: u64 = FLUSH | CONFIG_WCE;
 
-    /// A device that offers both, and one that offers neither.
+    /// Returns a device that offers both FLUSH and CONFIG_WCE, and one that offers neither.
     fn devices() -> [Arc<Blk>; 2] {
         let (num_blocks, block_size, uuid) = (64, 512, None);
         let malloc = MallocOptions { name: "m".into(), num_blocks, block_size, uuid };
@@ -271,9 +272,9 @@ mod tests {
     }
 
     #[test]
-    fn who_flushes() {
-        // Whether both are offered, what is negotiated, the cache as it was set; whether writes are
-        // durable at once.
+    fn writes_are_durable_unless_the_driver_flushes() {
+        // Whether both are offered, the negotiated features, the cache setting, and the expected
+        // result: whether writes have to be durable when they are answered.
         for (offers, negotiated, cache, expected) in [
             (true, BOTH, None, false),
             (true, BOTH, Some(true), false),
@@ -295,8 +296,8 @@ mod tests {
         }
     }
 
-    /// A driver that cannot flush begins without a cache (virtio 1.2, 5.2.5.2), whatever the one before
-    /// it has set.
+    /// A driver that cannot flush begins without a cache (virtio 1.2, 5.2.5.2), whatever the
+    /// previous driver has set.
     #[test]
     fn a_driver_that_cannot_flush_begins_without_a_cache() {
         let [device, _] = devices();
@@ -314,12 +315,12 @@ mod tests {
         let [device, _] = devices();
         let mut session = device.clone().connect();
         session.set_features(BOTH);
-        assert!(!set(&mut *session, true), "it was on");
+        assert!(!set(&mut *session, true), "the cache was on already");
         assert!(set(&mut *session, false));
         assert!(!write_cache(&*session));
         assert!(set(&mut *session, true) && write_cache(&*session));
         assert!(!session.write_config(31, &[0]) && !session.write_config(32, &[2]));
-        // A front end that reconnects does not say again what its guest has set.
+        // A front end that reconnects does not send its guest's setting again.
         set(&mut *session, false);
         let mut later = device.connect();
         later.set_features(BOTH);

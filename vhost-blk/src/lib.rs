@@ -1,11 +1,12 @@
 //! The virtio-blk device (virtio 1.2, section 5.2), for the target's queue engine.
 //!
 //! * [`mod@config`]: feature bits and the configuration space.
-//! * [`mod@request`]: from a descriptor chain to an I/O or an answer.
+//! * [`mod@request`]: parses a descriptor chain into an I/O or an answer.
 //! * `device`: the control side ([`Blk`]).
-//! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers.
+//! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers
+//!   requests.
 //!
-//! This crate never depends on DPDK, nor on a session or a controller: what it knows of them is in
+//! This crate depends neither on DPDK, nor on a session or a controller. It uses them through
 //! [`vhost_target::device`] and [`vhost_target::device_queue`].
 
 pub mod config;

@@ -1,4 +1,5 @@
-//! The virtio-blk device of one virtqueue, on a reactor: from requests to I/Os and back.
+//! The virtio-blk device of one virtqueue, on a reactor: submits the I/Os of requests, and answers
+//! requests.
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::request::{
     written_by_read,
 };
 
-/// Completions taken from a channel at a time.
+/// Completions that one poll takes from a channel at most.
 const COMPLETIONS: usize = 32;
 
 /// What a queue needs to know of the disk in one generation.
@@ -24,14 +25,14 @@ const COMPLETIONS: usize = 32;
 pub struct BlkView {
     /// The disk.
     pub(crate) disk: Arc<Disk>,
-    /// What it allowed when the view was made: a disk that grows makes a new view.
+    /// The disk's limits when the view was created. A disk that grows gets a new view.
     pub(crate) limits: Limits,
-    /// Writes are durable when they are answered.
+    /// Whether writes have to be durable when they are answered.
     pub(crate) write_through: bool,
 }
 
 impl BlkView {
-    /// A view of the disk as it is now, without its type.
+    /// Returns a view of the disk as it is now, without its type.
     #[must_use]
     pub fn erased(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
         let (disk, limits) = (Arc::clone(disk), disk.limits());
@@ -39,23 +40,23 @@ impl BlkView {
     }
 }
 
-/// What is left to do of a request when its I/O has succeeded.
+/// What a request still has to do when its I/O has succeeded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Rest {
     #[default]
     Nothing,
-    /// A flush: the guest wants writes to be durable when they are answered.
+    /// A flush: the guest requires writes to be durable when they are answered.
     Flush,
-    /// The further ranges of its chain.
+    /// The remaining ranges of its chain.
     Ranges,
-    /// The same, and then [`Rest::Flush`].
+    /// The remaining ranges, and then [`Rest::Flush`].
     RangesThenFlush,
 }
 
 /// A request in flight.
 #[derive(Debug)]
 pub struct BlkRequest {
-    /// Bytes of the I/O under way.
+    /// Bytes of the I/O in flight.
     len: u64,
     /// When that I/O was submitted.
     started_ticks: u64,
@@ -69,16 +70,16 @@ impl Default for BlkRequest {
     }
 }
 
-/// Reads or writes of one visit that were done by the shortcut, to be counted at its end.
+/// Reads or writes that the shortcut has done in one visit. They are counted at its end.
 #[derive(Debug, Default)]
 struct Tally {
     count: u64,
     bytes: u64,
 }
 
-/// A bdev as this queue has opened it.
+/// A bdev that this queue has opened.
 struct Open {
-    /// Of `channel`, and valid for as long as that is open.
+    /// The shortcut of `channel`, valid while that is open.
     shortcut: Shortcut,
     channel: Box<dyn Channel>,
     counters: Arc<Counters>,
@@ -88,13 +89,13 @@ struct Open {
 pub struct BlkQueue {
     /// `None` if the disk was removed.
     open: Option<Open>,
-    /// Of the channel before it was released: dropped with the queue.
+    /// The counters of a channel that was released. Dropped with the queue.
     counters: Option<Arc<Counters>>,
-    /// The further ranges of each request.
+    /// The remaining ranges of each request.
     ranges: Box<[Ranges]>,
-    /// The I/O of each request that the channel had no room for.
+    /// The parked I/O of each request.
     parked: Box<[Option<Io>]>,
-    /// Reads and writes.
+    /// Of reads and of writes.
     tallies: [Tally; 2],
     done: [Completion; COMPLETIONS],
 }
@@ -106,7 +107,7 @@ impl std::fmt::Debug for BlkQueue {
 }
 
 impl BlkQueue {
-    /// Opens the disk for a queue with `depth` requests at a time.
+    /// Opens the disk for a queue with at most `depth` requests in flight.
     ///
     /// # Errors
     /// The bdev cannot be opened.
@@ -126,7 +127,7 @@ impl BlkQueue {
         })
     }
 
-    /// Submits an I/O whose request is filled in.
+    /// Submits an I/O. The request's operation and length are set.
     #[inline(never)]
     fn submit<R: Request<Self>>(&mut self, view: &BlkView, mut request: R, io: Io) -> Progress {
         let index = usize::from(request.slot());
@@ -158,7 +159,7 @@ impl BlkQueue {
         }
     }
 
-    /// Starts a request that is not a read or a write that the disk can do.
+    /// Starts a request that is not a valid read or write.
     #[cold]
     #[inline(never)]
     fn start_other<R: Request<Self>>(
@@ -171,8 +172,8 @@ impl BlkQueue {
         let mut limits = &view.limits;
         let now = view.disk.limits();
         if !again && now.sectors != limits.sectors {
-            // The disk has grown: the guest may have been told before this view's successor, which
-            // says so, was adopted.
+            // The disk has grown. The guest may have been told before this queue adopted the view
+            // with the new size.
             limits = &now;
             request.collect_again();
             parsed = parse(request.parts().1, limits);
@@ -201,7 +202,7 @@ impl BlkQueue {
         }
     }
 
-    /// Counts an I/O that has ended, and goes on with its request.
+    /// Counts an I/O that has ended, and continues its request.
     #[inline]
     fn io_ended<R: Request<Self>>(&mut self, mut request: R, status: Status) -> Progress {
         self.count(&mut request, status);
@@ -209,12 +210,16 @@ impl BlkQueue {
         if state.rest == Rest::Nothing {
             return finished(request, status);
         }
-        self.go_on(request, status)
+        self.continue_request(request, status)
     }
 
-    /// Does what is left of a request, whose last I/O has ended with `status`.
+    /// Continues a request whose last I/O has ended with `status`.
     #[cold]
-    fn go_on<R: Request<Self>>(&mut self, mut request: R, mut status: Status) -> Progress {
+    fn continue_request<R: Request<Self>>(
+        &mut self,
+        mut request: R,
+        mut status: Status,
+    ) -> Progress {
         let index = request.slot();
         while status == Status::Ok {
             let now = request.iteration().now_ticks();
@@ -236,13 +241,13 @@ impl BlkQueue {
                 },
             };
             (state.op, state.len, state.started_ticks) = (op, len, now);
-            // What the guest is told was written is the same for all operations but reads.
+            // The used ring reports the same number of written bytes for all operations but reads.
             let io = Io::plain(op, Tag(index), offset, len).unmapping(ranges.may_unmap());
             let Some(open) = &mut self.open else {
                 request.count_error();
                 return finished(request, Status::IoError);
             };
-            // SAFETY: it names no memory.
+            // SAFETY: the I/O uses no memory.
             status = match unsafe { open.channel.submit(io) } {
                 Submit::Done(status) => {
                     request.iteration().read_clock();
@@ -262,7 +267,7 @@ impl BlkQueue {
         finished(request, status)
     }
 
-    /// Counts an I/O that has ended by the time of the iteration's clock.
+    /// Counts an I/O that has ended, at the time of the poll iteration's clock.
     #[inline]
     fn count<R: Request<Self>>(&mut self, request: &mut R, status: Status) {
         let now = request.iteration().now_ticks();
@@ -281,7 +286,7 @@ impl BlkQueue {
 }
 
 impl Open {
-    /// Stores the reason of a failure for the control side, which logs it.
+    /// Records the reason of a failure for the control side, which logs it.
     #[cold]
     #[inline(never)]
     fn count_failure(&mut self, (tag, op, len): (u16, Op, u64), ticks: u64, status: Status) {
@@ -293,7 +298,7 @@ impl Open {
     }
 }
 
-/// The end of a request whose last I/O has ended with `status`.
+/// Finishes a request whose last I/O has ended with `status`.
 #[inline(always)]
 fn finished<R: Request<BlkQueue>>(mut request: R, status: Status) -> Progress {
     let (state, chain) = request.parts();
@@ -309,8 +314,8 @@ fn finished<R: Request<BlkQueue>>(mut request: R, status: Status) -> Progress {
     request.finish(Answer { last_byte: Some(status), written, dirty })
 }
 
-/// The end of a request that causes no I/O: its status and the bytes written before that, unless it has
-/// no place for a status.
+/// Finishes a request that causes no I/O. `answer`: its status and the number of bytes written
+/// before the status byte; `None` if it has no place for a status.
 #[cold]
 #[inline(never)]
 fn finished_at_once<R: Request<BlkQueue>>(mut request: R, answer: Option<(u8, u32)>) -> Progress {
@@ -321,7 +326,8 @@ fn finished_at_once<R: Request<BlkQueue>>(mut request: R, answer: Option<(u8, u3
     if status != STATUS_OK {
         request.count_error();
     }
-    // GET_ID's data; a refused request may claim that all of its data was written.
+    // For GET_ID, its data. For a refused request, the used ring may report all of its data as
+    // written.
     let dirty = if status == STATUS_OK { u64::from(written) } else { 0 };
     request.finish(Answer { last_byte: Some(status), written: written + 1, dirty })
 }
@@ -348,10 +354,11 @@ impl DeviceQueue for BlkQueue {
             (state.op, state.len) = (op, len);
             let io = Io::rw(op, tag, offset, len, chain.data(first, count));
             request.spend(len);
-            // No shortcut for a request with a rest.
-            let alone = op == Op::Read || !view.write_through;
-            // SAFETY: the channel is open, and segments and memory stay as they are meanwhile.
-            let done = alone && self.open.as_ref().is_some_and(|o| unsafe { o.shortcut.run(&io) });
+            // The shortcut does not serve a request that needs a flush afterwards.
+            let is_only_io = op == Op::Read || !view.write_through;
+            // SAFETY: the channel is open, and segments and memory do not change meanwhile.
+            let done =
+                is_only_io && self.open.as_ref().is_some_and(|o| unsafe { o.shortcut.run(&io) });
             if !done {
                 return self.submit(view, request, io);
             }
@@ -369,7 +376,7 @@ impl DeviceQueue for BlkQueue {
         let (Some(open), Some(io)) = (&mut self.open, self.parked[index].take()) else {
             return finished(request, Status::IoError);
         };
-        // SAFETY: as in `submit`; the engine has pinned the view when the request was parked.
+        // SAFETY: as in `submit`. The engine has pinned the view when the request was parked.
         match unsafe { open.channel.submit(io) } {
             Submit::Done(status) => self.io_ended(request, status),
             Submit::Queued => {
@@ -397,8 +404,8 @@ impl DeviceQueue for BlkQueue {
         }
     }
 
-    /// Counts the I/Os of the shortcut. They were done one after the other, so the time of the visit
-    /// is shared among them.
+    /// Counts the I/Os of the shortcut. They were done one after the other, so the time of the
+    /// visit is shared among them.
     #[inline]
     fn started(&mut self, iteration: &mut Iteration) {
         let Some(open) = &self.open else { return };
@@ -441,7 +448,7 @@ impl DeviceQueue for BlkQueue {
 
     #[cold]
     fn discard<R: Request<Self>>(&mut self, n: usize, request: &mut R) {
-        // A failure may only be due to the abandonment.
+        // A failure may only be due to the abandoning.
         if self.done[n].status == Status::Ok {
             self.count(request, Status::Ok);
         }

@@ -1,8 +1,9 @@
-//! virtio-blk requests (virtio 1.2, section 5.2.6): from a descriptor chain to an I/O or an answer.
+//! virtio-blk requests (virtio 1.2, section 5.2.6): parses a descriptor chain into an I/O or an
+//! answer.
 //!
-//! Any layout is taken: the first 16 readable bytes are the header, the last writable byte is the
-//! status, the rest is data. A request that cannot be served gets a status as long as it has a
-//! place for one.
+//! Every layout is accepted: the first 16 readable bytes are the header, the last writable byte is
+//! the status, the rest is data. A request that cannot be served gets a status if it has a place
+//! for one.
 #![expect(unsafe_code, reason = "copies headers out of guest memory")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,83 +18,83 @@ use virtio_bindings::virtio_blk::{
 use virtqueue::chain::{Chain, Parts};
 use vm_memory::{Bytes, VolatileSlice};
 
-/// Ranges of a discard or write-zeroes request.
+/// Ranges of a discard or write-zeroes request at most.
 pub const RANGES_MAX: usize = 16;
 
 /// The unit of `sector` and of every length in a request, in bytes, whatever the block size is.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// It went well.
+/// Success.
 pub const STATUS_OK: u8 = VIRTIO_BLK_S_OK as u8;
-/// The device failed, or the request makes no sense.
+/// The device failed, or the request is invalid.
 pub const STATUS_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
-/// The device has no such request.
+/// The device does not support the request.
 pub const STATUS_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
-/// Sectors of the largest read or write, a GiB. No driver makes one that is nearly so large; what a
-/// request names costs time, which is the neighbours' too.
+/// Sectors of the largest read or write: 1 GiB. Drivers send far smaller ones. A larger limit would
+/// let one request take the neighbours' time.
 pub const DATA_SECTORS_MAX: u64 = (1 << 30) / SECTOR_BYTES;
 
 const HEADER_BYTES: usize = 16;
 /// Bytes of a discard or write-zeroes segment.
 const RANGE_BYTES: usize = 16;
-/// Obsolete barrier bit, which SPDK masks off too.
+/// The obsolete barrier bit, which SPDK masks off too.
 const TYPE_BARRIER: u32 = 1 << 31;
 
-/// What a request may do on its disk.
+/// The limits of requests on a disk.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Size of the disk in sectors.
     pub sectors: u64,
-    /// Block size in sectors: ranges are multiples of it.
+    /// Block size in sectors. Ranges are multiples of it.
     pub block_sectors: u64,
-    /// What the device can do; `read_only` if the controller or the device is.
+    /// The device's features; `read_only` if the controller or the device is read-only.
     pub features: bdev::Features,
     /// The disk's name, padded with spaces, for GET_ID.
     pub id: [u8; VIRTIO_BLK_ID_BYTES as usize],
 }
 
-/// What came out of a chain. The I/O's memory is what [`Chain::data`] says of `first` and `count`.
+/// The result of parsing a chain. [`Chain::data`] of `first` and `count` is the I/O's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// To be submitted. Ranges are in bytes.
+    /// An I/O to submit. Ranges are in bytes.
     Io {
-        /// What to do.
+        /// The operation.
         op: Op,
-        /// Where on the disk.
+        /// The offset on the disk.
         offset: u64,
-        /// How much.
+        /// The length.
         len: u64,
-        /// The first data segment.
+        /// The index of the first data segment.
         first: usize,
-        /// How many there are.
+        /// The number of data segments.
         count: usize,
     },
     /// A discard or write-zeroes: see [`Ranges::parse`].
     Ranges {
-        /// What to do.
+        /// The operation.
         op: Op,
-        /// The segment that the ranges begin with.
+        /// The index of the segment in which the ranges begin.
         first: usize,
     },
-    /// Answered already: the status byte, and the bytes written before it.
+    /// An answer without I/O: the status byte, and the number of bytes written before it.
     Answer(u8, u32),
-    /// It has no place for a status: returned with nothing written.
+    /// The chain has no place for a status. It is returned with nothing written.
     NoStatus,
 }
 
 /// The ranges of a discard or write-zeroes.
 #[derive(Debug, Default)]
 pub struct Ranges {
-    /// Bytes of the disk that are still to be done: offset and length, the next one last.
+    /// The remaining byte ranges on the disk: offset and length. The next one is last.
     left: ArrayVec<(u64, u64), RANGES_MAX>,
-    /// Of a write-zeroes: all of its ranges have the unmap flag, and the disk unmaps.
+    /// For a write-zeroes: all of its ranges have the unmap flag, and the disk supports unmap.
     may_unmap: bool,
 }
 
 impl Ranges {
-    /// Parses the ranges of a request that [`parse`] has made a [`Parsed::Ranges`] of. Returns an I/O for
-    /// the first range, or an answer.
+    /// Parses the ranges of a request for which [`parse`] has returned [`Parsed::Ranges`]. Returns
+    /// an I/O for the first range, or an answer.
     pub fn parse(
         &mut self,
         chain: &mut Chain,
@@ -109,7 +110,7 @@ impl Ranges {
             return Parsed::Answer(STATUS_IOERR, 0);
         }
         // Section 5.2.6.2: a discard with the unmap flag, or any request with an unknown flag, is
-        // unsupported, whatever else is wrong with it.
+        // unsupported, even if it has other errors.
         let known = if op == Op::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let mut status = if limits.features.read_only { STATUS_IOERR } else { STATUS_OK };
         self.left.clear();
@@ -127,7 +128,7 @@ impl Ranges {
             } else if bytes.is_none() && status == STATUS_OK {
                 status = STATUS_IOERR;
             }
-            // `fits` has made sure of the room.
+            // There is room: `fits` was checked.
             self.left.extend(bytes.filter(|(_, len)| *len > 0));
         }
         if status != STATUS_OK {
@@ -141,28 +142,28 @@ impl Ranges {
         }
     }
 
-    /// The next range, in bytes of the disk: offset and length.
+    /// Removes and returns the next byte range on the disk: offset and length.
     #[must_use]
     pub fn take_next(&mut self) -> Option<(u64, u64)> {
         self.left.pop()
     }
 
-    /// Whether a write-zeroes may give up the space of its ranges.
+    /// Returns whether a write-zeroes may release the space of its ranges.
     #[must_use]
     pub fn may_unmap(&self) -> bool {
         self.may_unmap
     }
 
-    /// Whether there is a next one.
+    /// Returns whether a range remains.
     #[must_use]
     pub fn any_left(&self) -> bool {
         !self.left.is_empty()
     }
 }
 
-/// Offset on the disk and length of the request's data, in bytes, if the request is a read in the
-/// layout of common drivers. Only good for prefetching, as the guest may change its header before it is
-/// parsed.
+/// Returns the offset on the disk and the length of the request's data, in bytes, if the request is
+/// a read in the layout of common drivers. Only valid for prefetching, because the guest may change
+/// its header before it is parsed.
 #[inline]
 #[must_use]
 pub fn peek_read(chain: &Chain) -> Option<(u64, u64)> {
@@ -170,7 +171,7 @@ pub fn peek_read(chain: &Chain) -> Option<(u64, u64)> {
     if !at.is_aligned() {
         return None;
     }
-    // SAFETY: 16 bytes of guest memory that is mapped now, aligned to their words.
+    // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
     let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
     // SAFETY: as above.
     let sector = u64::from_le(unsafe { &*at.wrapping_add(1) }.load(Ordering::Relaxed));
@@ -178,14 +179,14 @@ pub fn peek_read(chain: &Chain) -> Option<(u64, u64)> {
     (kind == VIRTIO_BLK_T_IN).then(|| (sector.wrapping_mul(SECTOR_BYTES), len))
 }
 
-/// Bytes that the guest is told were written by a read, whether it succeeded or not.
+/// Returns the number of written bytes that the used ring reports for a read, successful or not.
 #[inline]
 #[must_use]
 pub fn written_by_read(chain: &Chain) -> u32 {
     u32::try_from(chain.writable_bytes()).unwrap_or(u32::MAX)
 }
 
-/// Parses what was collected.
+/// Parses a collected chain.
 #[inline(always)]
 #[must_use]
 pub fn parse(chain: &mut Chain, limits: &Limits) -> Parsed {
@@ -237,18 +238,19 @@ impl Parser<'_> {
         let segment = self.chain.segments[0];
         let at: *mut AtomicU64 = segment.base().cast();
         if segment.len() != HEADER_BYTES || !at.is_aligned() {
-            return self.take_odd_header();
+            return self.take_uncommon_header();
         }
-        // SAFETY: 16 bytes of guest memory that is mapped now, aligned to their words.
+        // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
         let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
         // SAFETY: as above.
         let sector = u64::from_le(unsafe { &*at.wrapping_add(1) }.load(Ordering::Relaxed));
         (kind & !TYPE_BARRIER, sector, 1)
     }
 
-    /// The header as no driver lays it out: in parts, with data behind it, or at an odd address.
+    /// Reads a header in a layout that no known driver uses: in parts, followed by data, or
+    /// misaligned.
     #[cold]
-    fn take_odd_header(&mut self) -> (u32, u64, usize) {
+    fn take_uncommon_header(&mut self) -> (u32, u64, usize) {
         let (header, first) = self.chain.take_front::<HEADER_BYTES>(0);
         let kind = u32::from_le_bytes(std::array::from_fn(|i| header[i]));
         let sector = u64::from_le_bytes(std::array::from_fn(|i| header[8 + i]));
@@ -292,7 +294,7 @@ impl Parser<'_> {
         let mut put = 0;
         for segment in &self.chain.segments[first..first + count] {
             let n = segment.len().min(limits.id.len() - put);
-            // SAFETY: `n` bytes of a segment, which is guest memory that is mapped now.
+            // SAFETY: these are `n` bytes of a segment, which is guest memory that is mapped now.
             let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };
             piece
                 .write_slice(&limits.id[put..put + n], 0)
@@ -314,12 +316,13 @@ fn flush(sector: u64, limits: &Limits) -> Parsed {
     Parsed::Io { op: Op::Flush, offset: 0, len: 0, first: 0, count: 0 }
 }
 
-/// Sectors to bytes, if they are no more than `most`, lie on the disk and are whole blocks of it.
+/// Converts sectors to bytes, if there are at most `most`, they are on the disk, and they are whole
+/// blocks.
 #[inline]
 fn byte_range(sector: u64, sectors: u64, most: u64, limits: &Limits) -> Option<(u64, u64)> {
     let end = sector.checked_add(sectors)?;
     let whole = (sector | sectors) & (limits.block_sectors - 1) == 0;
-    // No overflow: the disk's size in bytes fits, and the range lies on it.
+    // No overflow: the disk's size in bytes fits, and the range is on the disk.
     (end <= limits.sectors && sectors <= most && whole)
         .then(|| (sector * SECTOR_BYTES, sectors * SECTOR_BYTES))
 }
@@ -346,14 +349,14 @@ mod tests {
     struct Buffers<'b>(&'b [Buffer]);
 
     #[test]
-    fn only_reads_as_drivers_lay_them_out_are_peeked_at() {
+    fn peek_read_accepts_only_the_layout_of_common_drivers() {
         let memory = flat(0x2000);
         let header = |kind: u32, sector: u64| {
             let at = memory.slice(0, HEADER_BYTES).unwrap();
             at.write_slice(&u64::from(kind).to_le_bytes(), 0).unwrap();
             at.write_slice(&sector.to_le_bytes(), 8).unwrap();
         };
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { memory.near(Nearest::default()) };
         let data = |write| Buffer { gpa: 0x1000, len: 1024, write };
         let status = Buffer { gpa: 0x1800, len: 1, write: true };
@@ -365,12 +368,12 @@ mod tests {
         };
         header(VIRTIO_BLK_T_IN, 3);
         assert_eq!(peek(0, 16, true), Some((3 * SECTOR_BYTES, 1025)));
-        assert_eq!(peek(4, 16, true), None, "at an odd address");
-        assert_eq!(peek(0, 24, true), None, "with data behind it");
-        assert_eq!(peek(0, 16, false), None, "in parts, or a write");
+        assert_eq!(peek(4, 16, true), None, "misaligned header");
+        assert_eq!(peek(0, 24, true), None, "data follows the header");
+        assert_eq!(peek(0, 16, false), None, "header in parts, or a write");
         header(VIRTIO_BLK_T_FLUSH, 3);
         assert_eq!(peek(0, 16, true), None);
         header(VIRTIO_BLK_T_IN, u64::MAX);
-        assert!(peek(0, 16, true).is_some(), "nobody relies on it");
+        assert!(peek(0, 16, true).is_some(), "the range is not checked");
     }
 }

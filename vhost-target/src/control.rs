@@ -1,8 +1,8 @@
-//! The target: all controllers, connections and reactors, and the lock that binds them.
+//! The target: all controllers, connections and reactors, and the lock that protects them.
 //!
 //! The lock is held for bounded work on memory only: never across a system call that can wait, a
-//! transport call, the opening of a device, or the mapping or unmapping of guest memory. Reactors
-//! never take it. Whoever waits for something to become true does so on the `changed` hook.
+//! call of the transport, the opening of a device, or the mapping or unmapping of guest memory.
+//! Reactors never take it. Code that waits for a condition waits for the `changed` hook.
 
 mod connections;
 mod gate;
@@ -37,7 +37,7 @@ use gate::{Hold, Place};
 use opening::Opener;
 use placement::Orphan;
 
-/// The reactors of a target, and their events.
+/// A reactor of a target, with the target's events.
 pub type Reactor = reactor::Reactor<Event>;
 /// See [`Reactor`].
 pub type SteppedReactor = reactor::SteppedReactor<Event>;
@@ -47,7 +47,7 @@ pub type Events = reactor::Events<Event>;
 pub use operator::DeleteProgress;
 pub use placement::Moving;
 
-/// All of it.
+/// The target; see the module's documentation.
 pub struct Target {
     inner: Mutex<Inner>,
     domain: Arc<Domain>,
@@ -59,13 +59,13 @@ pub struct Target {
     reclaim: Reclaim,
     unmapper: Unmapper,
     changed: Arc<dyn Fn() + Send + Sync>,
-    /// What a device's lease calls when it has become held.
+    /// The callback for a device's lease that has become held.
     granted: Granted,
     drain_limit_s: AtomicU64,
     opener: Opener,
-    /// This target, for the threads that open devices.
+    /// A reference to this target, for the threads that open devices.
     weak: Weak<Self>,
-    /// Held by whoever changes where queues are served, over all of the changes.
+    /// Held by a thread that moves queues between reactors, until it has finished.
     placing: Mutex<()>,
 }
 
@@ -75,7 +75,7 @@ impl std::fmt::Debug for Target {
     }
 }
 
-/// Otherwise the reactors would run for ever.
+/// Without this, the reactors would run forever.
 impl Drop for Target {
     fn drop(&mut self) {
         self.stop_reactors();
@@ -86,18 +86,18 @@ impl Drop for Target {
 struct Inner {
     controllers: BTreeMap<String, Controller>,
     connections: BTreeMap<ConnId, Connected>,
-    /// Which ring of which connection a queue is.
+    /// The connection and the ring number of each queue.
     queues: HashMap<QueueId, (ConnId, usize)>,
-    /// What each reactor polls.
+    /// The queues that each reactor polls.
     attached: Vec<Vec<Arc<dyn TargetQueue>>>,
-    /// What queues that were moved have left in flight.
+    /// Orphan I/O of queues that were moved.
     orphans: Vec<Orphan>,
-    /// By controller name, including names of deleted controllers whose fds are not all closed: a
+    /// By controller name. Includes names of deleted controllers whose fds are not all closed: a
     /// new controller of the same name continues the account.
     accounts: BTreeMap<String, Account>,
-    /// Controllers made so far.
+    /// The number of controllers created so far.
     controllers_made: u64,
-    /// No connection is taken any more, whatever becomes of deletions.
+    /// No connection is accepted any more, even if a deletion is cancelled.
     ending: bool,
     ids: u64,
 }
@@ -105,62 +105,63 @@ struct Inner {
 struct Connected {
     controller: ControllerId,
     controller_name: String,
-    /// Counts up per controller.
+    /// The number of connections of the controller before it.
     number: u32,
     vid: i32,
     session: Session,
-    /// `None` once the connection is gone.
+    /// `None` once the connection is closed.
     conn: Option<SharedConnection>,
     /// It had, or may have had, I/O in flight when its end was reported.
     left_io: bool,
     /// The storage that its guest accesses.
     storage: StorageUse,
-    /// Its use of the leases of that; `None` while no ring needs them.
+    /// Its use of the leases of that storage; `None` while no ring needs them.
     hold: Option<Hold>,
     /// The leases were not held when it began to use them.
-    waited: bool,
+    waited_for_lease: bool,
     queues: Vec<Option<Attached>>,
-    /// Requests that its stopped rings had completed, and how many of them had failed.
+    /// The number of requests that its stopped rings had completed, and how many of them had
+    /// failed.
     past_requests: (u64, u64),
     /// The latest start of each ring whose device is being opened.
     opening: HashMap<usize, QueueId>,
     /// Starts whose device is still to be opened.
     to_open: VecDeque<(usize, QueueId)>,
-    /// A thread opens devices for this connection.
+    /// Whether a thread is opening devices for this connection.
     opens: bool,
-    /// Seconds for which devices have been opened: see [`Target::tick`].
+    /// Seconds for which a device has been opening: see [`Target::tick`].
     opening_s: u64,
     /// The reply that the front end waits for.
     pending_reply: Option<PendingReply>,
-    /// The controller's, which may be gone before the connection is.
+    /// The controller's. It may outlive the controller.
     unmapper: Unmapper,
 }
 
 /// A reply that is sent when I/O has completed.
 struct PendingReply {
-    /// The request that it answers.
+    /// The request that it replies to.
     request: u32,
     /// Seconds since the request: see [`Target::tick`].
     waited_s: u64,
-    /// A warning was logged.
+    /// Whether a warning was logged.
     warned: bool,
 }
 
 struct Attached {
     queue: Arc<dyn TargetQueue>,
-    /// Whose set has it, or will have it when it has been moved.
+    /// The reactor whose poll set has it, or will have it when it has been moved.
     reactor: usize,
-    /// Nobody's set has it right now: see [`placement`].
+    /// No poll set has it at present: see [`placement`].
     moving: bool,
     /// The place in memory of the ring that it serves.
     place: Option<Place>,
-    /// The guest's kicks, where they wake the reactor.
+    /// The wake source of the guest's kicks, if they wake the reactor.
     kicks: Option<WakeSource<KickFd>>,
 }
 
 impl Connected {
-    /// Notifies the front end of a config change, if that is due. To be called whenever it may have
-    /// become due, and periodically: a front end that does not read its socket has to be notified
+    /// Notifies the front end of a config change, if that is due. Call this when it may have become
+    /// due, and periodically, because a front end that does not read its socket has to be notified
     /// later.
     fn announce_config(&mut self) {
         let due = self.session.config_to_announce();
@@ -176,7 +177,7 @@ impl Inner {
         self.ids
     }
 
-    /// The account of the controller with this name.
+    /// Returns the account of the controller with this name.
     fn account(&mut self, name: &str) -> Account {
         let controllers = &self.controllers;
         self.accounts.retain(|name, account| {
@@ -198,11 +199,11 @@ impl Inner {
 }
 
 impl Target {
-    /// Starts a reactor on each of `cores`. `changed` is called, on any thread and possibly with
-    /// locks held, when something may have changed that somebody waits for.
+    /// Starts a reactor on each of `cores`. `changed` is called when a condition that a caller
+    /// waits for may have changed, on any thread and possibly with locks held.
     ///
     /// # Errors
-    /// A core that cannot be used, or no threads or fds.
+    /// A core cannot be used, or the system has no threads or fds left.
     pub fn start(
         cores: &[Core],
         mode: Mode,
@@ -211,7 +212,8 @@ impl Target {
         Self::start_with(cores, mode, changed, Arc::new(|| {}))
     }
 
-    /// As [`Target::start`]; each reactor's thread calls `on_start` before its first turn.
+    /// As [`Target::start`]. Each reactor's thread calls `on_start` before its first poll
+    /// iteration.
     ///
     /// # Errors
     /// As [`Target::start`].
@@ -237,11 +239,11 @@ impl Target {
         Self::with(domain, events, reactors, threads, changed)
     }
 
-    /// A target whose `count` reactors make a turn only when they are told to: for simulations,
-    /// which want the same order of events for the same seed.
+    /// Creates a target whose `count` reactors perform poll iterations only when they are told to.
+    /// For simulations, which need the same order of events for the same seed.
     ///
     /// # Errors
-    /// No threads or fds.
+    /// The system has no threads or fds left.
     pub fn in_steps(
         count: usize,
         mode: Mode,
@@ -296,32 +298,33 @@ impl Target {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets how long a front end that stops a ring waits for its I/O, in whole seconds, instead of
-    /// [`DRAIN_LIMIT_S`].
+    /// Sets how long a front end that stops a ring waits for the ring's I/O, in whole seconds. The
+    /// default is [`DRAIN_LIMIT_S`].
     pub fn set_drain_limit(&self, limit: Duration) {
         self.drain_limit_s.store(limit.as_secs(), Ordering::Relaxed);
     }
 
-    /// Cores that have a reactor, in the order of `-m`.
+    /// Returns the cores that have a reactor, in the order of `-m`.
     #[must_use]
     pub fn cores(&self) -> Vec<Core> {
         self.reactors.iter().map(|reactor| reactor.core()).collect()
     }
 
-    /// Where reactors' events arrive; when it becomes readable, call [`Target::process_events`].
+    /// Returns the event queue of the reactors. When it becomes readable, call
+    /// [`Target::process_events`].
     #[must_use]
     pub fn events(&self) -> &Events {
         &self.events
     }
 
-    /// Refuses new connections and ends those that are there.
+    /// Refuses new connections and closes the existing ones.
     pub fn begin_shutdown(&self) {
         let mut inner = self.lock();
         inner.ending = true;
         inner.connections.values().filter_map(|c| c.conn.as_ref()).for_each(|c| c.shut_down());
     }
 
-    /// The account that owns the fds of front ends on this socket.
+    /// Returns the account that owns the fds of front ends on this socket.
     #[must_use]
     pub fn account(&self, socket: &Path) -> Option<Account> {
         let inner = self.lock();
@@ -329,13 +332,13 @@ impl Target {
         Some(controller.account.clone())
     }
 
-    /// Connections that are left, drained or not.
+    /// Returns the number of connections, including closed ones that have not drained.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.lock().connections.len()
     }
 
-    /// Stops the reactors and waits for their turns to end, which nothing can hold up.
+    /// Stops the reactors and waits for the end of their poll iterations, which nothing can delay.
     pub fn stop_reactors(&self) {
         self.reactors.iter().for_each(|reactor| reactor.shut_down());
         let threads =

@@ -1,8 +1,8 @@
-//! The state machine of one connection, and nothing else: events in, effects out.
+//! The state machine of one connection: it takes events and returns effects.
 //!
-//! It knows no thread, no reactor and no transport, so tests, fuzzers and simulations drive it
-//! directly. vhost-user starts and stops each ring on its own ("Ring states" in the
-//! specification), so the state is kept per ring; what the operator sees of a session
+//! It uses no thread, no reactor and no transport, so tests, fuzzers and simulations drive it
+//! directly. In vhost-user, each ring starts and stops separately ("Ring states" in the
+//! specification), so the state is kept per ring. The state of a session that the operator sees
 //! ([`Phase`]) follows from its rings.
 //!
 //! ```text
@@ -12,14 +12,15 @@
 //!    └───────────────────────┴───────────────────┴───◀── drained ── Draining
 //! ```
 //!
-//! A ring is gated while I/O in flight of a closed connection conflicts with it; the target decides
+//! A ring is gated while I/O in flight of a closed connection conflicts with it. The target decides
 //! which connections conflict (`control::gate`). Then its device is opened, which may take long. If
-//! GET_VRING_BASE stops a ring that is gated or whose device is being opened, its answer is delayed
-//! until it has been attached to a reactor, which reads the ring's position and stops at once.
+//! GET_VRING_BASE stops a ring that is gated or whose device is being opened, the reply is delayed
+//! until the ring has been attached to a reactor, which reads the ring's position and stops at
+//! once.
 //!
 //! I/O of a closed connection, and I/O of a ring that was reset, does not mark pages in a dirty log
-//! that was set later. When it has ended, all memory is marked. (A migration that begins only then
-//! copies all memory anyway.)
+//! that was set later. When this I/O has ended, all memory is marked. (A migration that begins only
+//! then copies all memory anyway.)
 
 use std::sync::Arc;
 
@@ -38,11 +39,11 @@ pub const VHOST_F_LOG_ALL: u32 = 26;
 /// vhost-user: protocol features can be negotiated.
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
-/// Seconds that a front end waits for its GET_VRING_BASE before its connection is ended, which it
-/// survives without losing data; a wrong answer it would not.
+/// Seconds that a front end waits for the reply to GET_VRING_BASE before its connection is closed.
+/// The front end loses no data then, as it would with a wrong reply.
 pub const DRAIN_LIMIT_S: u64 = 30;
 
-/// What a session as a whole is doing.
+/// The phase of a session as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// No ring was started yet.
@@ -55,12 +56,12 @@ pub enum Phase {
     Quiescing,
     /// All rings were stopped by the front end.
     Suspended,
-    /// The connection is gone.
+    /// The connection is closed.
     Closed,
 }
 
 impl Phase {
-    /// In lower case, for the operator.
+    /// Returns the phase in lower case, for the operator.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -74,27 +75,27 @@ impl Phase {
     }
 }
 
-/// Where a ring is.
+/// The state of a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RingState {
     /// Not served.
     #[default]
     Stopped,
-    /// Started by the front end, and waiting.
+    /// Started by the front end, and waiting for the gate to open.
     Gated,
-    /// Stopped by the front end while it was waiting: the answer to GET_VRING_BASE has to wait too,
-    /// as the earlier connection's I/O still completes in this ring.
+    /// Stopped by the front end while it was gated. The reply to GET_VRING_BASE has to wait too,
+    /// because the earlier connection's I/O still completes in this ring.
     GatedReply,
     /// Its device is being opened.
     Opening,
-    /// As [`RingState::Opening`], and the front end has stopped it: only a reactor may look where the
-    /// ring stands.
+    /// As [`RingState::Opening`], and stopped by the front end. Only a reactor may read the ring's
+    /// position.
     OpeningReply,
     /// Served by a reactor.
     Live,
     /// Told to stop, with I/O in flight.
     Draining {
-        /// What is due when it has drained.
+        /// What follows when it has drained.
         then: Then,
     },
 }
@@ -102,56 +103,58 @@ pub enum RingState {
 /// What follows a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
-    /// Nothing: the connection is gone or reset.
+    /// Nothing: the connection was closed or reset.
     Stop,
-    /// The answer to GET_VRING_BASE, for which the front end waits.
+    /// The reply to GET_VRING_BASE, for which the front end waits.
     Reply,
-    /// A start: the front end has reset the ring and kicked it again meanwhile.
+    /// A start: the front end has reset the ring and started it again meanwhile.
     Restart,
-    /// As before, and the front end has stopped it again: the answer to GET_VRING_BASE is about the
-    /// new ring, not about the one that drains.
+    /// As [`Then::Restart`], and the front end has stopped the ring again. The reply to
+    /// GET_VRING_BASE is about the new ring, not about the one that drains.
     RestartReply,
 }
 
-/// What a session wants done. Rings are given by number.
+/// An action that a session requests. Rings are given by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// The ring wants to start: [`Session::open_gate`], now or when no conflicting I/O is left.
+    /// Check the gate for the ring. Call [`Session::open_gate`] when no conflicting I/O is left.
     Gate(usize),
-    /// Open the device for the ring: [`Session::opened`]. Then attach the ring to a reactor, and let
-    /// that stop at once if the ring is not live. If it fails: [`Session::start_failed`].
+    /// Open the device for the ring and call [`Session::opened`]. Then attach the ring to a
+    /// reactor, and stop it at once if the ring is not live. If this fails, call
+    /// [`Session::start_failed`].
     Start(usize),
-    /// Give the ring's reactor a view made anew from [`Session::ring`].
+    /// Give the ring's reactor a new view from [`Session::ring`].
     Publish(usize),
-    /// Let the ring's reactor stop. Answered by [`Session::drained`].
+    /// Stop the ring. Call [`Session::drained`] when it has drained.
     Stop(usize),
-    /// The same, and what an earlier owner has left to be done again is dropped where it was not
-    /// begun: the guest has reset its device.
+    /// As [`Effect::Stop`]. Requests of an earlier process that were not resubmitted yet are
+    /// dropped: the guest has reset its device.
     Reset(usize),
-    /// Mark all of the guest's memory in its dirty log: I/O has ended that marked nothing there.
+    /// Mark all of the guest's memory in its dirty log: I/O that did not mark pages there has
+    /// ended.
     MarkAll,
-    /// Answer GET_VRING_BASE for the ring with this number.
+    /// Reply to GET_VRING_BASE for the ring with this number.
     Reply(usize, u32),
-    /// Answer the reset that [`Session::await_reset`] was called for.
+    /// Reply to the reset that [`Session::await_reset`] was called for.
     Acknowledge,
 }
 
-/// Why a message is refused; the connection ends.
+/// The reason why a message is refused. The connection is then closed.
 #[derive(Debug, thiserror::Error)]
 pub enum Violation {
-    /// a ring number that the device does not have
+    /// the device has no ring with this number
     #[error("ring {0} does not exist")]
     NoSuchRing(usize),
-    /// a message while an answer is owed: the protocol is synchronous
+    /// a message while a reply is pending: the protocol is synchronous
     #[error("the front end sent a message before the reply to the previous one")]
     ReplyPending,
-    /// a running ring's parameters cannot change
+    /// the parameters of a started ring cannot change
     #[error("the parameters of ring {0} cannot change while it is started")]
     RingRunning(usize),
-    /// features cannot change while a ring is running, LOG_ALL excepted
+    /// features cannot change while a ring is started, LOG_ALL excepted
     #[error("features changed from {0:#x} to {1:#x} while a ring is started")]
     FeaturesRunning(u64, u64),
-    /// the in-flight area cannot change while a ring is running
+    /// the in-flight area cannot change while a ring is started
     #[error("SET_INFLIGHT_FD while a ring is started")]
     AreaRunning,
     /// features that were not offered
@@ -160,7 +163,7 @@ pub enum Violation {
     /// a ring was started without memory or addresses
     #[error("ring {0} was started before it was set up")]
     NotSetUp(usize),
-    /// the ring does not do
+    /// the ring's size or addresses are invalid
     #[error(transparent)]
     Ring(#[from] RingError),
 }
@@ -168,51 +171,51 @@ pub enum Violation {
 /// A ring as the front end has set it up.
 #[derive(Debug, Default)]
 pub struct Ring {
-    /// Where it is in its life.
+    /// Its state.
     pub state: RingState,
     /// Number of descriptors.
     pub num: u16,
-    /// The position to begin with, or where it stopped ([`ring::Ring`] says what a position is).
+    /// The position at which it starts, or has stopped ([`ring::Ring`] explains positions).
     pub base: u16,
-    /// Where its parts are, in the front end's address space.
+    /// The addresses of its parts, in the front end's address space.
     user: Option<RingAddrs>,
-    /// The same, guest-physical; set when it is started.
+    /// The guest-physical addresses of its parts. Set when it is started.
     pub addrs: Option<RingAddrs>,
-    /// Where the guest wants to be told of completions.
+    /// Where the guest is notified of completions.
     pub call: Option<Arc<CallFd>>,
-    /// What the guest kicks, unless it is asked not to.
+    /// The eventfd of the guest's kicks.
     pub kick: Option<Arc<KickFd>>,
-    /// It was served at some time.
-    was_live: bool,
-    /// It drains after a reset, with the view that it has: its parameters may be new.
+    /// It was started at some time.
+    was_started: bool,
+    /// It drains after a reset, with the view that it has. Its parameters may be new.
     was_reset: bool,
     /// It was last started as a packed ring.
     packed: bool,
 }
 
 impl Ring {
-    /// Whether its parameters are in use. (Those of a ring that drains after a reset are not: its
-    /// reactor has a view of its own.)
+    /// Returns whether its parameters are in use. (The parameters of a ring that drains after a
+    /// reset are not, because its reactor has a view of its own.)
     fn running(&self) -> bool {
         !matches!(self.state, RingState::Stopped | RingState::Draining { then: Then::Stop })
     }
 
-    /// Whether a reactor is to serve it, or to look where it stands for an answer that is owed, by
-    /// what the front end says now.
+    /// Returns whether a reactor has to serve it, or to read its position for a pending reply,
+    /// according to the front end's latest messages.
     pub(crate) fn is_wanted(&self) -> bool {
         let wanted =
             matches!(self.state, RingState::Live | RingState::Draining { then: Then::Reply });
         wanted && !self.was_reset
     }
 
-    /// Whether a reactor serves it, or will, with the parameters that it has now.
+    /// Returns whether a reactor serves it, or will serve it, with its current parameters.
     fn has_parameters_in_use(&self) -> bool {
         let own_view = self.was_reset && self.state == RingState::Draining { then: Then::Reply };
         self.running() && !own_view
     }
 }
 
-/// A connection.
+/// The state of a connection.
 #[derive(Debug)]
 pub struct Session {
     offered: u64,
@@ -221,22 +224,23 @@ pub struct Session {
     rings: Vec<Ring>,
     backend_channel: Option<BackendChannel>,
     /// The front end does not know the disk's new size yet.
-    config_owed: bool,
+    config_change_pending: bool,
     inflight: Option<Arc<Area>>,
     log: Option<Arc<DirtyLog>>,
     /// What the front end has negotiated with the device.
     device: Box<dyn Negotiated>,
-    /// Virtqueues of the device.
+    /// The number of virtqueues of the device.
     queues: u16,
-    /// The front end waits for the end of a reset.
-    reset_owed: bool,
+    /// The front end waits for the completion of a reset.
+    reset_pending: bool,
     /// It also waits for I/O of closed connections.
     earlier_io: bool,
     closed: bool,
 }
 
 impl Session {
-    /// A new connection to a device of so many virtqueues, with the features in `offered`.
+    /// Creates the state of a new connection to a device with `queues` virtqueues that offers the
+    /// features in `offered`.
     #[must_use]
     pub fn new(offered: u64, queues: u16, device: Box<dyn Negotiated>) -> Self {
         Self {
@@ -245,28 +249,28 @@ impl Session {
             memory: None,
             rings: Vec::new(),
             backend_channel: None,
-            config_owed: false,
+            config_change_pending: false,
             inflight: None,
             log: None,
             device,
             queues,
-            reset_owed: false,
+            reset_pending: false,
             earlier_io: false,
             closed: false,
         }
     }
 
-    /// What the session is doing.
+    /// Returns the phase of the session.
     #[must_use]
     pub fn phase(&self) -> Phase {
         let any = |state: fn(&RingState) -> bool| self.rings.iter().any(|r| state(&r.state));
         if self.closed {
             Phase::Closed
-        } else if self.reset_owed
+        } else if self.reset_pending
             || any(|s| {
                 use RingState::{Draining, GatedReply, OpeningReply};
-                let owes = matches!(s, Draining { then: Then::Reply | Then::RestartReply });
-                owes || matches!(s, GatedReply | OpeningReply)
+                let pending = matches!(s, Draining { then: Then::Reply | Then::RestartReply });
+                pending || matches!(s, GatedReply | OpeningReply)
             })
         {
             Phase::Quiescing
@@ -274,26 +278,26 @@ impl Session {
             Phase::Running
         } else if any(|s| matches!(s, RingState::Gated | RingState::Opening)) {
             Phase::Starting
-        } else if self.rings.iter().any(|ring| ring.was_live) {
+        } else if self.rings.iter().any(|ring| ring.was_started) {
             Phase::Suspended
         } else {
             Phase::Negotiating
         }
     }
 
-    /// Rings that the front end has named.
+    /// Returns the rings that the front end has set up at least in part.
     #[must_use]
     pub fn rings(&self) -> &[Ring] {
         &self.rings
     }
 
-    /// One ring. It must be one that an effect has named.
+    /// Returns a ring. It must be one that an effect has named.
     #[must_use]
     pub fn ring(&self, ring: usize) -> &Ring {
         &self.rings[ring]
     }
 
-    /// The guest's memory, if the front end has given it.
+    /// Returns the guest's memory, if the front end has set it up.
     #[must_use]
     pub fn memory(&self) -> Option<&Arc<GuestMemory>> {
         self.memory.as_ref()
@@ -303,7 +307,7 @@ impl Session {
         self.features & (1 << feature) != 0
     }
 
-    /// What was negotiated about rings.
+    /// Returns what was negotiated about rings.
     #[must_use]
     pub fn layout(&self) -> Layout {
         Layout {
@@ -312,89 +316,93 @@ impl Session {
         }
     }
 
-    /// Whether rings are packed, or may turn out to be, as no features were negotiated yet.
+    /// Returns whether rings are packed, or may become packed because no features were negotiated
+    /// yet.
     #[must_use]
     pub fn may_be_packed(&self) -> bool {
         let features = if self.features == 0 { self.offered } else { self.features };
         features & (1 << VIRTIO_F_RING_PACKED) != 0
     }
 
-    /// Where requests in flight are recorded, if the front end wants it.
+    /// Returns the in-flight area, if the front end has set one.
     #[must_use]
     pub fn inflight(&self) -> Option<&Arc<Area>> {
         self.inflight.as_ref()
     }
 
-    /// Where writes to the guest's memory are recorded, if that is switched on.
+    /// Returns the dirty log, if logging is switched on.
     #[must_use]
     pub fn log(&self) -> Option<&Arc<DirtyLog>> {
         self.log.as_ref().filter(|_| self.negotiated(VHOST_F_LOG_ALL))
     }
 
-    /// The device's configuration space.
+    /// Returns the device's configuration space.
     #[must_use]
     pub fn config(&self) -> Vec<u8> {
         self.device.read_config()
     }
 
-    /// What queues need to know of the device; see [`Negotiated::view`].
+    /// Returns what queues need to know of the device; see [`Negotiated::view`].
     #[must_use]
     pub fn device_view(&self) -> Option<DeviceView> {
         self.device.view()
     }
 
-    /// The features that the front end has accepted.
+    /// Returns the features that the front end has accepted.
     #[must_use]
     pub fn features(&self) -> u64 {
         self.features
     }
 
-    /// The config space has changed. A notification of the front end is pending until
+    /// Records that the config space has changed. A notification of the front end is pending until
     /// [`Session::config_announced`].
     pub fn config_changed(&mut self) {
-        self.config_owed = true;
+        self.config_change_pending = true;
     }
 
-    /// The channel on which to notify the front end of a config change now, if one is due. A front
-    /// end may ignore the message while no ring is started, or while it stops one (QEMU does).
+    /// Returns the channel on which to notify the front end of a config change now, if one is
+    /// pending. A front end may ignore the message while no ring is started, or while it stops one
+    /// (QEMU does).
     #[must_use]
     pub fn config_to_announce(&self) -> Option<&BackendChannel> {
-        let heeds = self.config_owed && matches!(self.phase(), Phase::Starting | Phase::Running);
-        self.backend_channel.as_ref().filter(|_| heeds)
+        let is_read =
+            self.config_change_pending && matches!(self.phase(), Phase::Starting | Phase::Running);
+        self.backend_channel.as_ref().filter(|_| is_read)
     }
 
-    /// The front end was notified.
+    /// Records that the front end was notified.
     pub fn config_announced(&mut self) {
-        self.config_owed = false;
+        self.config_change_pending = false;
     }
 
-    /// Takes the channel for messages that we begin.
+    /// Sets the channel for messages that the target starts.
     pub fn set_backend_channel(&mut self, channel: BackendChannel) {
         self.backend_channel = Some(channel);
     }
 
-    /// Rings that were started and have not stopped.
+    /// Returns the number of rings that were started and have not stopped.
     #[must_use]
     pub fn started(&self) -> usize {
         self.rings.iter().filter(|ring| ring.state != RingState::Stopped).count()
     }
 
-    /// Whether starting the ring would add to [`Session::started`].
+    /// Returns whether starting the ring would increase [`Session::started`].
     #[must_use]
     pub fn is_stopped(&self, ring: usize) -> bool {
         self.rings.get(ring).is_none_or(|ring| ring.state == RingState::Stopped)
     }
 
-    /// Whether some ring is with a reactor.
+    /// Returns whether a reactor owns one of the rings.
     #[must_use]
     pub fn undrained(&self) -> bool {
         self.rings.iter().any(|r| matches!(r.state, RingState::Live | RingState::Draining { .. }))
     }
 
-    /// To be called before any other method that a message leads to.
+    /// Checks that no reply is pending. To be called before any other method that handles a
+    /// message.
     ///
     /// # Errors
-    /// The front end speaks out of turn.
+    /// The front end has sent a message while a reply is pending.
     pub fn check_no_pending_reply(&self) -> Result<(), Violation> {
         if self.phase() == Phase::Quiescing { Err(Violation::ReplyPending) } else { Ok(()) }
     }
@@ -414,10 +422,10 @@ impl Session {
         if state.running() { Err(Violation::RingRunning(ring)) } else { Ok(state) }
     }
 
-    /// SET_FEATURES. While rings run, only logging can be switched.
+    /// SET_FEATURES. While a ring is started, only logging can be switched.
     ///
     /// # Errors
-    /// Features that were not offered, or another change while running.
+    /// Features were not offered, or other features change while a ring is started.
     pub fn set_features(&mut self, features: u64) -> Result<Vec<Effect>, Violation> {
         if features & !self.offered != 0 {
             return Err(Violation::FeaturesNotOffered(features & !self.offered));
@@ -428,7 +436,7 @@ impl Session {
             return Err(Violation::FeaturesRunning(self.features, features));
         }
         if changed & (1 << VIRTIO_F_RING_PACKED) != 0 {
-            // What rings of the other layout have written there makes no sense.
+            // What rings of the other layout have recorded there is invalid for these rings.
             self.inflight.take_if(|area| area.was_used());
         }
         self.features = features;
@@ -448,7 +456,7 @@ impl Session {
     /// SET_INFLIGHT_FD.
     ///
     /// # Errors
-    /// A ring runs.
+    /// A ring is started.
     pub fn set_inflight(&mut self, area: Arc<Area>) -> Result<(), Violation> {
         if self.rings.iter().any(Ring::running) {
             return Err(Violation::AreaRunning);
@@ -464,10 +472,10 @@ impl Session {
     }
 
     /// SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG. Stops nothing: live rings get a view of the new
-    /// memory. Answers with the memory before, which may be the last reference to it.
+    /// memory. Returns the previous memory, which may be the last reference to it.
     ///
     /// # Errors
-    /// A ring that runs is not in the new memory.
+    /// A started ring is not in the new memory.
     pub fn set_memory(
         &mut self,
         memory: Arc<GuestMemory>,
@@ -481,10 +489,10 @@ impl Session {
         Ok((before, self.publish_where(|_| true)))
     }
 
-    /// SET_VRING_NUM. Whether the size does for the ring's layout is seen when it starts.
+    /// SET_VRING_NUM. The start checks whether the size is valid for the ring's layout.
     ///
     /// # Errors
-    /// The ring runs, or no ring can have this size.
+    /// The ring is started, or the size is invalid for every layout.
     pub fn set_num(&mut self, ring: usize, num: u32) -> Result<(), Violation> {
         let state = self.stopped_ring_mut(ring)?;
         let size = u16::try_from(num).ok().filter(|n| (1..=RING_SIZE_MAX).contains(n));
@@ -493,21 +501,21 @@ impl Session {
     }
 
     /// SET_VRING_BASE. A packed ring has two positions, and that of the used ring is in the upper
-    /// half; but a ring that was stopped has nothing in flight, so they are one. (Where rte_vhost
-    /// had it before, the upper half is zero.)
+    /// half. Both are equal for a ring that was stopped, because it has nothing in flight. (If
+    /// rte_vhost served the ring before, the upper half is zero.)
     ///
     /// # Errors
-    /// The ring runs.
+    /// The ring is started.
     pub fn set_base(&mut self, ring: usize, base: u32) -> Result<(), Violation> {
         self.stopped_ring_mut(ring)?.base = base as u16;
         Ok(())
     }
 
-    /// SET_VRING_ADDR, in the front end's address space. On a running ring only the same
-    /// addresses are taken (QEMU sends them again to switch logging).
+    /// SET_VRING_ADDR, in the front end's address space. For a started ring, only the same
+    /// addresses are accepted (QEMU sends them again to switch logging).
     ///
     /// # Errors
-    /// Other addresses for a ring that runs.
+    /// The ring is started, and the addresses differ.
     pub fn set_addrs(&mut self, ring: usize, addrs: RingAddrs) -> Result<(), Violation> {
         let state = self.ring_mut(ring)?;
         if state.running() && state.user != Some(addrs) {
@@ -520,7 +528,7 @@ impl Session {
     /// SET_VRING_CALL.
     ///
     /// # Errors
-    /// No such ring.
+    /// The device has no such ring.
     pub fn set_call(
         &mut self,
         ring: usize,
@@ -533,7 +541,7 @@ impl Session {
     /// SET_VRING_KICK: starts the ring.
     ///
     /// # Errors
-    /// The ring is not set up or does not do.
+    /// The ring is not set up, or its size or addresses are invalid.
     pub fn set_kick(
         &mut self,
         ring: usize,
@@ -554,7 +562,7 @@ impl Session {
             RingAddrs { desc: gpa(user.desc)?, avail: gpa(user.avail)?, used: gpa(user.used)? };
         virtqueue::check(&memory, state.num, addrs, layout)?;
         state.addrs = Some(addrs);
-        state.was_live = true;
+        state.was_started = true;
         if matches!(state.state, RingState::Draining { .. }) {
             state.state = RingState::Draining { then: Then::Restart };
             return Ok(vec![]);
@@ -564,17 +572,17 @@ impl Session {
         Ok(vec![Effect::Gate(ring)])
     }
 
-    /// GET_VRING_BASE: stops the ring. The answer comes as [`Effect::Reply`], now or once the
-    /// ring has drained.
+    /// GET_VRING_BASE: stops the ring. [`Effect::Reply`] is the reply, now or when the ring has
+    /// drained.
     ///
     /// # Errors
-    /// No such ring.
+    /// The device has no such ring.
     pub fn get_base(&mut self, ring: usize) -> Result<Vec<Effect>, Violation> {
         let negotiated = (self.features != 0).then(|| self.layout().packed);
         let state = self.ring_mut(ring)?;
         Ok(match state.state {
             RingState::Stopped => {
-                // RESET_OWNER has taken the features, not what the ring was.
+                // RESET_OWNER has cleared the features, but not the layout that the ring had.
                 let packed = negotiated.unwrap_or(state.packed);
                 vec![Effect::Reply(ring, answer(packed, state.base))]
             }
@@ -591,8 +599,8 @@ impl Session {
                 vec![Effect::Stop(ring)]
             }
             RingState::Draining { then } => {
-                let anew = matches!(then, Then::Restart | Then::RestartReply);
-                let then = if anew { Then::RestartReply } else { Then::Reply };
+                let restarts = matches!(then, Then::Restart | Then::RestartReply);
+                let then = if restarts { Then::RestartReply } else { Then::Reply };
                 state.state = RingState::Draining { then };
                 vec![]
             }
@@ -608,8 +616,9 @@ impl Session {
         effects
     }
 
-    /// RESET_DEVICE: as RESET_OWNER, but what is between the two ends stays: features, memory, log.
-    /// Not the in-flight area: it says where rings went on that begin anew now.
+    /// RESET_DEVICE: as RESET_OWNER, but what was negotiated stays: features, memory, dirty log.
+    /// The in-flight area does not stay: it records where rings continued that now start from the
+    /// beginning.
     pub fn reset_device(&mut self) -> Vec<Effect> {
         self.stop_all();
         self.inflight = None;
@@ -622,24 +631,25 @@ impl Session {
         effects
     }
 
-    /// The front end waits until the reset that it has just sent is complete: until all I/O that
-    /// uses its guest's memory has ended, including I/O of closed connections (`earlier_io`: there
-    /// is some). The answer is sent by [`Effect::Acknowledge`], now or then.
+    /// Delays the reply to a reset until the reset is complete: until all I/O that uses the guest's
+    /// memory has ended, including I/O of closed connections (`earlier_io`: there is some). The
+    /// reply is [`Effect::Acknowledge`], now or later.
     pub fn await_reset(&mut self, earlier_io: bool) -> Vec<Effect> {
-        self.reset_owed = true;
+        self.reset_pending = true;
         self.earlier_io = earlier_io;
         self.acknowledge()
     }
 
-    /// Whether the session has to know when I/O of a closed connection that may use its guest's
-    /// memory ends.
+    /// Returns whether the session has to be told when I/O of a closed connection that may use its
+    /// guest's memory ends.
     #[must_use]
     pub fn minds_earlier_io(&self) -> bool {
-        self.reset_owed || self.log().is_some()
+        self.reset_pending || self.log().is_some()
     }
 
-    /// All I/O of a closed connection that shared this guest's memory has ended. `late`: some of it
-    /// ended after the connection was closed. `more`: another closed connection still has such I/O.
+    /// Handles the end of all I/O of a closed connection that shared this guest's memory. `late`:
+    /// some of it ended after the connection was closed. `more`: another closed connection still
+    /// has such I/O.
     pub fn earlier_io_ended(&mut self, late: bool, more: bool) -> Vec<Effect> {
         let mut effects = if late { self.mark_all() } else { vec![] };
         self.earlier_io = more;
@@ -648,27 +658,28 @@ impl Session {
     }
 
     fn acknowledge(&mut self) -> Vec<Effect> {
-        if !self.reset_owed || self.earlier_io || self.undrained() {
+        if !self.reset_pending || self.earlier_io || self.undrained() {
             return vec![];
         }
-        self.reset_owed = false;
+        self.reset_pending = false;
         vec![Effect::Acknowledge]
     }
 
-    /// The connection is gone.
+    /// Handles the end of the connection.
     pub fn close(&mut self) -> Vec<Effect> {
         self.closed = true;
-        self.reset_owed = false;
+        self.reset_pending = false;
         self.backend_channel = None;
         let effects = self.stop_all();
         (self.inflight, self.log) = (None, None);
         effects
     }
 
-    /// A ring that was told to stop has nothing in flight any more, and would go on at `base`.
+    /// Handles a ring that was told to stop and has nothing in flight any more. Its position is
+    /// `base`.
     pub fn drained(&mut self, ring: usize, base: u16) -> Vec<Effect> {
-        // Rings that drain after a reset are marked for together, when the last of them has
-        // drained: the front end must wait for that one anyway before all memory is copied.
+        // For rings that drain after a reset, memory is marked once, when the last of them has
+        // drained. The front end has to wait for that one anyway before it copies all memory.
         let last = !self.rings.iter().enumerate().any(|(n, other)| n != ring && other.was_reset);
         let mark_all = if last { self.mark_all() } else { vec![] };
         let layout = self.layout();
@@ -681,7 +692,7 @@ impl Session {
         let mut effects = if state.was_reset { mark_all } else { vec![] };
         state.was_reset = false;
         match then {
-            // What the front end has set since the reset stays.
+            // The parameters that the front end has set since the reset stay.
             Then::Stop => effects.extend(self.acknowledge()),
             Then::Reply => {
                 state.base = base;
@@ -699,14 +710,14 @@ impl Session {
         effects
     }
 
-    /// Whether the device is being opened for a ring.
+    /// Returns whether the device is being opened for a ring.
     #[must_use]
     pub fn is_opening(&self, ring: usize) -> bool {
         let state = self.rings.get(ring).map(|ring| ring.state);
         matches!(state, Some(RingState::Opening | RingState::OpeningReply))
     }
 
-    /// The device was opened for a ring. Returns whether the ring waits for that.
+    /// Handles the opening of a ring's device. Returns whether the ring waits for that.
     pub fn opened(&mut self, ring: usize) -> bool {
         let Some(state) = self.rings.get_mut(ring).map(|ring| &mut ring.state) else {
             return false;
@@ -719,12 +730,13 @@ impl Session {
         true
     }
 
-    /// A ring could not be attached.
+    /// Handles a ring that could not be attached.
     pub fn start_failed(&mut self, ring: usize) {
         self.rings[ring].state = RingState::Stopped;
     }
 
-    /// No conflicting I/O is left for a gated ring. `None` if the ring is not gated.
+    /// Opens the gate of a ring: no conflicting I/O is left. Returns `None` if the ring is not
+    /// gated.
     pub fn open_gate(&mut self, ring: usize) -> Option<Effect> {
         let state = &mut self.rings[ring].state;
         *state = match state {
@@ -736,7 +748,7 @@ impl Session {
         Some(Effect::Start(ring))
     }
 
-    /// Rings that wait for [`Session::open_gate`].
+    /// Returns the rings that wait for [`Session::open_gate`].
     pub fn gated(&self) -> impl Iterator<Item = usize> {
         let rings = self.rings.iter().enumerate();
         let waits = |ring: &Ring| matches!(ring.state, RingState::Gated | RingState::GatedReply);
@@ -770,8 +782,8 @@ impl Session {
         effects
     }
 
-    /// [`Effect::Publish`] for the rings that reactors serve, among those that `which` names, but
-    /// for those that drain after a reset.
+    /// Returns [`Effect::Publish`] for the rings that reactors serve and for which `which` is true,
+    /// except for those that drain after a reset.
     pub fn publish_where(&self, which: impl Fn(usize) -> bool) -> Vec<Effect> {
         let rings = self.rings.iter().enumerate();
         rings
@@ -781,8 +793,9 @@ impl Session {
     }
 }
 
-/// What GET_VRING_BASE says of a ring that stands at `base` with nothing in flight ("Vring state
-/// description" in the specification): packed, where both the available and the used ring are.
+/// Returns the payload of the reply to GET_VRING_BASE for a ring at position `base` with nothing in
+/// flight ("Vring state description" in the specification). For a packed ring, it has the positions
+/// of both the available and the used ring.
 fn answer(packed: bool, base: u16) -> u32 {
     let base = u32::from(base);
     if packed { base << 16 | base } else { base }

@@ -1,4 +1,4 @@
-//! Connections of front ends: they come, go, and drain; what reactors say of them.
+//! Connections of front ends: connect, disconnect and drain; events of the reactors.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -11,22 +11,24 @@ use crate::queue::{Detached, Event, Leftover, QueueId};
 use crate::session::Session;
 use crate::transport::{ConnId, SharedConnection};
 
-/// Connections of one controller, those that still drain included: a VM, its successor in a
-/// migration, and a few that died with I/O in flight. rte_vhost has 1,024 for all controllers.
+/// Connections of one controller, including those that still drain: a VM, its successor in a
+/// migration, and a few that closed with I/O in flight. rte_vhost supports 1,024 connections of all
+/// controllers.
 pub(super) const CONNECTIONS_MAX: usize = 16;
 
-/// Seconds after which the log mentions that a front end waits for a drain, or for a device to be
-/// opened.
+/// Seconds after which a warning is logged that a front end waits for a drain, or for a device to
+/// be opened.
 const WARN_S: u64 = 3;
 
-/// Seconds after which a connection whose device is still being opened is ended. Its front end can
+/// Seconds after which a connection is closed whose device is still being opened. Its front end can
 /// connect again.
 const OPEN_LIMIT_S: u64 = 30;
 
 impl Target {
-    /// A front end has connected to `socket`. `None` refuses it.
+    /// Adds the connection of a front end to `socket`. Returns `None` if it is refused.
     pub fn connected(&self, socket: &Path, conn: SharedConnection) -> Option<ConnId> {
-        // A VM that comes back may be seen before its end was: its I/O comes first all the same.
+        // A VM may reconnect before the transport has reported its old connection as closed. The
+        // I/O of that connection must still come first.
         self.gone_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
         let mut inner = self.lock();
         let id = ConnId(inner.id());
@@ -68,7 +70,7 @@ impl Target {
             left_io: false,
             storage: device.storage(),
             hold: None,
-            waited: false,
+            waited_for_lease: false,
             queues: Vec::new(),
             past_requests: (0, 0),
             opening: Default::default(),
@@ -82,7 +84,8 @@ impl Target {
         Some(id)
     }
 
-    /// Connections to `socket` whose front ends have gone, which nobody has said yet.
+    /// Returns the connections to `socket` whose front ends have disconnected, but which the
+    /// transport has not reported yet.
     fn gone_unreported(&self, socket: &Path) -> Vec<ConnId> {
         let inner = self.lock();
         let gone = |(id, c): (&ConnId, &Connected)| {
@@ -93,7 +96,7 @@ impl Target {
         inner.connections.iter().filter_map(gone).collect()
     }
 
-    /// The connection is gone. Its I/O completes in the background.
+    /// Marks the connection as closed. Its I/O completes in the background.
     pub fn closed(&self, conn: ConnId) {
         let mut inner = self.lock();
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
@@ -114,9 +117,9 @@ impl Target {
         (self.changed)();
     }
 
-    // The reactors' side.
+    // Events of the reactors.
 
-    /// Takes what the reactors have sent. For the control thread.
+    /// Processes the events of the reactors. Called by the control thread.
     pub fn process_events(&self) {
         self.events.wake().take();
         let mut any = false;
@@ -133,11 +136,11 @@ impl Target {
         }
     }
 
-    /// Counts a second of running time. Warns of drains that take long, and ends connections whose
-    /// drain takes too long. For the control thread.
+    /// Counts one second of active time. Warns of drains that take long, and closes connections
+    /// whose drain takes too long. Called by the control thread.
     ///
-    /// Must not be called for time in which the process was stopped or its control group frozen:
-    /// the reactors did not run then.
+    /// Must not be called for time in which the process was stopped or its control group was
+    /// frozen, because the reactors did not run then.
     pub fn tick(&self) {
         // Completed drains must not be reported as late below.
         self.process_events();
@@ -156,7 +159,7 @@ impl Target {
         let Some((conn, ring)) = inner.queues.remove(&queue) else { return };
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let Some(attached) = connected.queues[ring].take() else { return };
-        // If it is on its way to this reactor, the move comes to nothing.
+        // If the queue is being moved to this reactor, the move has no effect.
         let Attached { queue, reactor, .. } = attached;
         let control = queue.control();
         let (requests, errors) = control.requests();
@@ -191,11 +194,11 @@ impl Target {
 }
 
 impl Connected {
-    /// Counts a second of waiting for a reply. Warns if it takes long, and ends the connection if it
-    /// takes too long.
+    /// Counts a second of waiting for a pending reply. Warns if the wait is long, and closes the
+    /// connection if it is too long.
     fn tick_reply(&mut self, limit_s: u64) {
         let Some(PendingReply { waited_s, warned, .. }) = &mut self.pending_reply else { return };
-        // The first second was not a whole one.
+        // The first second was not a complete one.
         let whole_s = *waited_s;
         *waited_s += 1;
         let name = &self.controller_name;
@@ -215,7 +218,7 @@ impl Connected {
         }
     }
 
-    /// The same for a device that is being opened.
+    /// Counts a second of opening devices, with the same consequences.
     fn tick_opening(&mut self) {
         if !self.is_opening() {
             self.opening_s = 0;
@@ -237,7 +240,7 @@ impl Connected {
     }
 }
 
-/// Something to be dropped on the reclaim thread.
+/// A value to be dropped on the reclaim thread.
 struct DropLater(Leftover);
 
 impl Garbage for DropLater {

@@ -1,20 +1,21 @@
-//! The gate: a ring is not started while I/O of closed connections conflicts with it, nor while
-//! another process has the disk.
+//! The gate: a ring does not start while I/O of closed connections conflicts with it, or while
+//! another process uses the disk.
 //!
-//! I/O of a closed connection may still write to the guest's memory, where its data and its ring are, and to the
-//! disk. A ring waits for a closed connection that has not drained if
+//! I/O of a closed connection may still write to the guest's memory, where its data and its ring
+//! are, and to the disk. A ring waits for a closed connection that has not drained if
 //!
-//! * it is of the same controller: most likely of the same guest, whose requests must be served in
-//!   order;
+//! * the connection is of the same controller: most likely of the same guest, whose requests must
+//!   be served in order;
 //! * one of its rings overlaps the new ring in the same memory file: two queues would write there;
 //! * it may write to the same disk: it could overwrite what the new ring's guest has written since.
 //!
 //! A ring elsewhere in the same guest's memory, for another disk, does not wait.
 //!
-//! The bdevs' leases ([`Lease`]) protect against other processes and against I/O that a process left
-//! in flight when it ended. A connection uses the leases of its disk from the first request to start
-//! a ring until its last ring has stopped and drained. While a lease is not held, rings do not start
-//! and a reset does not complete, as with closed connections. A read-only disk needs no lease.
+//! The bdevs' leases ([`Lease`]) protect against other processes and against I/O that a process
+//! left in flight when it ended. A connection uses the leases of its disk from the first request to
+//! start a ring until its last ring has stopped and drained. While a lease is not held, rings do
+//! not start and a reset does not complete, as with closed connections. A read-only disk needs no
+//! lease.
 
 use std::sync::Arc;
 
@@ -27,7 +28,7 @@ use crate::device::{Granted, Lease, StorageUse};
 use crate::session::Session;
 use crate::transport::ConnId;
 
-/// The place of a ring's parts in files: front ends may map the same memory at other addresses.
+/// The place of a ring's parts in files. Front ends may map the same memory at different addresses.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place([FileRange; 3]);
 
@@ -38,7 +39,7 @@ impl Place {
         Some(Self([at(desc)?, at(avail)?, at(used)?]))
     }
 
-    /// The place of a ring with its current addresses.
+    /// Returns the place of a ring with its current addresses.
     pub(super) fn now(session: &Session, ring: usize) -> Option<Self> {
         let state = session.rings().get(ring)?;
         Self::of(session.memory()?, state.num, state.addrs?, session.layout())
@@ -49,13 +50,13 @@ impl Place {
     }
 }
 
-/// Whether two devices have storage in common.
+/// Returns whether two devices have storage in common.
 fn share_storage(one: &StorageUse, other: &StorageUse) -> bool {
     // Both lists are short.
     one.storages.iter().any(|mine| other.storages.contains(mine))
 }
 
-/// A connection's use of the leases of its disk. Dropping it ends that.
+/// A connection's use of the leases of its disk. Dropping it ends the use.
 #[derive(Debug)]
 pub(super) struct Hold(Vec<Arc<dyn Lease>>);
 
@@ -78,8 +79,8 @@ impl Drop for Hold {
 }
 
 impl Connected {
-    /// Whether its rings wait for a lease, or would if they were not stopped: another process, or
-    /// I/O that it has left, may still access the disk and the guest's memory.
+    /// Returns whether its rings wait for a lease, or would if they were started: another process,
+    /// or I/O that it has left, may still access the disk and the guest's memory.
     fn waits_for_lease(&self) -> bool {
         self.hold.as_ref().is_some_and(|hold| !hold.is_granted())
     }
@@ -92,12 +93,12 @@ impl Connected {
         }
     }
 
-    /// Whether the connection is closed, reported as such or not, and may still have I/O in flight.
-    fn lingers(&self) -> bool {
+    /// Returns whether the connection is closed, reported or not, and may still have I/O in flight.
+    fn may_have_late_io(&self) -> bool {
         self.session.undrained() && self.conn.as_ref().is_none_or(|conn| conn.hung_up())
     }
 
-    /// Whether its I/O may use the memory of the guest of `other`.
+    /// Returns whether its I/O may use the memory of the guest of `other`.
     fn shares_memory(&self, other: &Self) -> bool {
         self.controller == other.controller
             || match (self.session.memory(), other.session.memory()) {
@@ -106,34 +107,35 @@ impl Connected {
             }
     }
 
-    /// Whether a new ring of `other` at `place` must not run while its I/O does.
-    fn stands_in_the_way(&self, other: &Self, place: Option<&Place>) -> bool {
+    /// Returns whether a new ring of `other` at `place` must not run while this connection's I/O
+    /// does.
+    fn conflicts_with(&self, other: &Self, place: Option<&Place>) -> bool {
         let same_ring = |queue: &Attached| {
             queue.place.as_ref().zip(place).is_some_and(|(mine, theirs)| mine.overlaps(theirs))
         };
         let related = self.controller == other.controller
             || self.storage.writes && share_storage(&self.storage, &other.storage)
             || self.queues.iter().flatten().any(same_ring);
-        related && self.lingers()
+        related && self.may_have_late_io()
     }
 }
 
 impl Target {
-    /// Whether a ring has to wait.
+    /// Returns whether a ring has to wait.
     fn is_gated(inner: &Inner, conn: ConnId, ring: usize) -> bool {
         let Some(this) = inner.connections.get(&conn) else { return false };
         let place = Place::now(&this.session, ring);
         let mut others = inner.connections.iter().filter(|(other, _)| **other != conn);
-        others.any(|(_, other)| other.stands_in_the_way(this, place.as_ref()))
+        others.any(|(_, other)| other.conflicts_with(this, place.as_ref()))
     }
 
-    /// Opens the gate for a ring that wants to start, if there is no conflict. Returns whether it
-    /// has to be started now.
+    /// Opens the gate for a ring that is to start, if there is no conflict. Returns whether it has
+    /// to be started now.
     pub(super) fn pass_gate(&self, inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
         let Some(connected) = inner.connections.get_mut(&conn) else { return false };
         let of = || Hold::of(&connected.storage, &self.granted);
         connected.hold.get_or_insert_with(of);
-        connected.waited |= connected.waits_for_lease();
+        connected.waited_for_lease |= connected.waits_for_lease();
         if connected.waits_for_lease() || Self::is_gated(inner, conn, ring) {
             return false;
         }
@@ -141,18 +143,18 @@ impl Target {
         connected.is_some_and(|c| c.session.open_gate(ring).is_some())
     }
 
-    /// Whether I/O of a closed connection, or of another process, may use the memory of this
-    /// connection's guest.
+    /// Returns whether I/O of a closed connection, or of another process, may use the memory of
+    /// this connection's guest.
     pub(super) fn has_earlier_io(inner: &Inner, conn: ConnId) -> bool {
         let Some(this) = inner.connections.get(&conn) else { return false };
         if this.waits_for_lease() {
             return true;
         }
         let mut others = inner.connections.iter().filter(|(other, _)| **other != conn);
-        others.any(|(_, other)| other.lingers() && other.shares_memory(this))
+        others.any(|(_, other)| other.may_have_late_io() && other.shares_memory(this))
     }
 
-    /// Removes a connection that is closed and drained, and opens the gate for rings that waited
+    /// Removes a connection if it is closed and drained, and opens the gate for rings that waited
     /// for it. Returns the rings that have to be started.
     pub(super) fn reap(&self, inner: &mut Inner, conn: ConnId) -> Starts {
         let done = |c: &Connected| c.conn.is_none() && !c.session.undrained();
@@ -163,14 +165,14 @@ impl Target {
         let left: Vec<ConnId> = inner.connections.keys().copied().collect();
         let mut starts = Starts::default();
         for conn in left {
-            let minds = |c: &Connected| gone.shares_memory(c);
-            starts.extend(self.earlier_io_ended(inner, conn, minds, gone.left_io));
+            let affected = |c: &Connected| gone.shares_memory(c);
+            starts.extend(self.earlier_io_ended(inner, conn, affected, gone.left_io));
             starts.extend(self.open_gates(inner, conn));
         }
         starts
     }
 
-    /// A lease that connections wait for may be held now: opens their gates.
+    /// Opens the gates of connections whose leases are held now.
     pub(super) fn leases_granted(&self) {
         let mut inner = self.lock();
         let granted = |c: &Connected| c.hold.as_ref().is_some_and(Hold::is_granted);
@@ -178,7 +180,11 @@ impl Target {
         let conns: Vec<ConnId> = conns.map(|(conn, _)| *conn).collect();
         let mut starts = Starts::default();
         for conn in conns {
-            if inner.connections.get_mut(&conn).is_some_and(|c| std::mem::take(&mut c.waited)) {
+            if inner
+                .connections
+                .get_mut(&conn)
+                .is_some_and(|c| std::mem::take(&mut c.waited_for_lease))
+            {
                 // No dirty log has recorded what the other process's reads wrote to guest memory.
                 starts.extend(self.earlier_io_ended(&mut inner, conn, |_| true, true));
             }
@@ -189,7 +195,8 @@ impl Target {
         (self.changed)();
     }
 
-    /// Opens the gate for the rings of a connection that need not wait any more, and returns them.
+    /// Opens the gate for the rings of a connection that do not have to wait any more, and returns
+    /// them.
     fn open_gates(&self, inner: &mut Inner, conn: ConnId) -> Starts {
         let Some(connected) = inner.connections.get(&conn) else { return Starts::default() };
         let mut gated: Vec<usize> = connected.session.gated().collect();
@@ -197,8 +204,8 @@ impl Target {
         Starts::of(conn, gated)
     }
 
-    /// Tells a connection for which `may_use` holds that earlier I/O on its guest's memory has ended.
-    /// `late`: that I/O may have written memory that no dirty log has recorded.
+    /// Tells a connection for which `may_use` is true that earlier I/O on its guest's memory has
+    /// ended. `late`: that I/O may have written memory that no dirty log has recorded.
     fn earlier_io_ended(
         &self,
         inner: &mut Inner,

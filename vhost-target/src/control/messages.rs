@@ -1,4 +1,5 @@
-//! Messages of front ends: checked, mapped, given to the session, answered.
+//! Handles the messages of front ends: checks them, maps memory, passes them to the session, and
+//! replies.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -17,23 +18,24 @@ use crate::protocol::{self, ConfigHead, Message, ParseError};
 use crate::session::{Effect, Violation};
 use crate::transport::{ConnId, Verdict};
 
-/// Memory regions that the connections of one controller may have together, where they come one by
-/// one: a VM's and its successor's in a migration.
+/// Memory regions that all connections of one controller may have together, where they are added
+/// one by one: those of a VM and of its successor in a migration.
 const SLOTS_OF_CONTROLLER_MAX: usize = 2 * SLOTS_MAX;
 
-/// Rings that the connections of one controller may have started together: a VM's and its
-/// successor's in a migration. Each costs half a MiB and some fds.
+/// Rings that all connections of one controller may have started together: those of a VM and of its
+/// successor in a migration. Each needs half a MiB and some fds.
 const RINGS_OF_CONTROLLER_MAX: usize = 2 * QUEUES_MAX as usize;
 
-/// Bytes of a dirty log: enough for 32 TiB of guest-physical addresses, holes included.
+/// Size limit of a dirty log in bytes: enough for 32 TiB of guest-physical addresses, including
+/// holes.
 const LOG_BYTES_MAX: u64 = 1 << 30;
 
-/// How long the reactors may take to apply a change that a front end relies on, and the interval of
-/// the checks. Reactors wait for nobody, so it takes some microseconds unless the system gives them no
-/// time; meanwhile all other front ends wait.
+/// The time limit for the reactors to apply a change that a front end relies on, and the interval
+/// of the checks. Reactors never wait, so this takes some microseconds unless the system gives them
+/// no CPU time. All other front ends wait meanwhile.
 const SETTLE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_micros(20));
 
-/// Why a message is refused; the connection ends.
+/// The reason why a message is refused. The connection is then closed.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error(transparent)]
@@ -48,10 +50,10 @@ enum Refusal {
     Area(#[from] virtqueue::inflight::Error),
     #[error(transparent)]
     Fd(#[from] closer::Error),
-    /// the transport has no such connection
+    /// the connection is closed, or the transport has no such connection
     #[error("the connection is closed or unknown")]
     UnknownConnection,
-    /// REM_MEM_REG before any memory was given
+    /// REM_MEM_REG before any memory was added
     #[error("REM_MEM_REG without any memory region")]
     NoMemory,
     #[error("the dirty log is too large: {0} bytes, the limit is {LOG_BYTES_MAX}")]
@@ -68,17 +70,17 @@ enum Refusal {
     NotSettled,
 }
 
-/// Whether the answer to a message has to wait until every reactor has applied what it has changed.
+/// Whether the reply to a message has to wait until every reactor has applied the change.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Settles {
     No,
-    /// Otherwise guests see an error for what they do in between.
+    /// Without waiting, guests get errors for requests that they submit right after the reply.
     Should,
-    /// Otherwise data is lost.
+    /// Without waiting, data is lost.
     Must,
 }
 
-/// What becomes of a message.
+/// The result of a message.
 struct Handled {
     effects: Vec<Effect>,
     verdict: Verdict,
@@ -104,8 +106,8 @@ impl Handled {
 }
 
 impl Target {
-    /// A message has arrived. `need_reply`: the front end waits for an acknowledgement if there is
-    /// no other answer. Called on the transport's thread, in the connection's order.
+    /// Handles a message. `need_reply`: the front end waits for an acknowledgement if there is no
+    /// other reply. Called on the transport's thread, in the order of the connection's messages.
     pub fn message(
         &self,
         conn: ConnId,
@@ -135,7 +137,7 @@ impl Target {
         need_reply: bool,
         message: Message,
     ) -> Result<Verdict, Refusal> {
-        // What takes system calls comes before the lock.
+        // Work that makes system calls comes before the lock is taken.
         let message = self.prepare(conn, message)?;
         let mut inner = self.lock();
         let earlier_io = message.is_reset() && Self::has_earlier_io(&inner, conn);
@@ -172,12 +174,12 @@ impl Target {
         Ok(reply.map_or(verdict, Verdict::Reply))
     }
 
-    /// Waits until every reactor goes by the views that have been published: what the front end will
-    /// take for done then is. A migration must miss no write, a guest that wants its writes durable
-    /// relies on it from the answer on, and a request may use new memory, or none that is gone.
-    /// `false` if a reactor takes too long.
+    /// Waits until every reactor uses the views that have been published, because the front end
+    /// relies on the change from the reply on. A migration must miss no write, a guest must be able
+    /// to rely on durable writes, and a request may use new memory, or must not use removed memory.
+    /// Returns false if a reactor takes too long.
     pub(super) fn settle(&self) -> bool {
-        // Whoever steps reactors would wait for itself.
+        // Waiting would be a deadlock: the same thread steps the reactors.
         let limit = if self.stepped { Duration::ZERO } else { SETTLE.0 };
         let (epoch, mut waited) = (self.domain.advance(), Duration::ZERO);
         while !self.domain.passed(epoch) {
@@ -189,7 +191,8 @@ impl Target {
         true
     }
 
-    /// Turns what a front end hands over into what it has to be. Takes no lock while it maps.
+    /// Converts what a front end sent into what the session needs. Maps memory without holding the
+    /// lock.
     fn prepare(&self, conn: ConnId, message: Message) -> Result<Prepared, Refusal> {
         let Facts { memory: before, unmapper, may_be_packed, slots } = self.facts(conn)?;
         Ok(match message {
@@ -212,7 +215,8 @@ impl Target {
                 return Err(Refusal::LogSize(size));
             }
             Message::SetLogBase { size, offset, fd } => {
-                // QEMU waits for an answer, whatever is in it; rust-vmm's front end for this one.
+                // QEMU waits for a reply and ignores its payload. rust-vmm's front end checks for
+                // this payload.
                 let answer = [size, offset].map(u64::to_le_bytes).concat();
                 Prepared::Log(Arc::new(DirtyLog::map(&fd, offset, size, &unmapper)?), answer)
             }
@@ -242,10 +246,11 @@ impl Target {
         })
     }
 
-    /// What has to be known of a connection to prepare a message, taken under the lock at once.
+    /// Returns what the preparation of a message needs to know of a connection, taken under the
+    /// lock at once.
     ///
     /// # Errors
-    /// The connection has ended, or its front end does not wait for an answer that it has to wait for.
+    /// The connection is closed, or its front end has sent a message before a pending reply.
     fn facts(&self, conn: ConnId) -> Result<Facts, Refusal> {
         let inner = self.lock();
         let connected = inner.connections.get(&conn).filter(|c| c.conn.is_some());
@@ -268,7 +273,7 @@ impl Target {
 
 /// See [`Target::facts`].
 struct Facts {
-    /// The memory that the front end has given.
+    /// The memory that the front end has set up.
     memory: Option<Arc<GuestMemory>>,
     /// Counts its mappings.
     unmapper: Unmapper,
@@ -277,7 +282,7 @@ struct Facts {
     slots: usize,
 }
 
-/// Fails if the controller's connections have as many started rings as they may have.
+/// Fails if the controller's connections have started as many rings as the limit allows.
 fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), Refusal> {
     let connected = inner.connections.get(&conn).ok_or(Refusal::UnknownConnection)?;
     if !connected.session.is_stopped(ring) {
@@ -288,13 +293,13 @@ fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), Refusal> 
     if started < RINGS_OF_CONTROLLER_MAX { Ok(()) } else { Err(Refusal::Rings(started)) }
 }
 
-/// A message whose fds and files were checked, mapped, and made ours.
+/// A message whose fds and files were checked, mapped, and taken over.
 enum Prepared {
     Memory(Arc<GuestMemory>),
     Call(usize, Option<CallFd>),
     Kick(usize, Option<KickFd>),
     BackendChannel(BackendChannel),
-    /// And the answer.
+    /// With the payload of the reply.
     Log(Arc<DirtyLog>, Vec<u8>),
     Area(Arc<Area>),
     NewArea(AreaSpec, OwnedFd),
@@ -308,7 +313,7 @@ impl Prepared {
 }
 
 impl Connected {
-    /// Handles what a front end has handed over.
+    /// Handles a message with fds or files.
     fn adopt(&mut self, prepared: Prepared) -> Result<Handled, Violation> {
         let session = &mut self.session;
         Ok(match prepared {
@@ -335,7 +340,7 @@ impl Connected {
         })
     }
 
-    /// Handles a message without fds, but for resets.
+    /// Handles a message without fds, except for resets.
     fn handle(&mut self, message: Message) -> Result<Handled, Violation> {
         let session = &mut self.session;
         Ok(match message {
@@ -366,7 +371,7 @@ impl Connected {
                 Handled::nothing().replying(Verdict::Reply(slots.into()))
             }
             Message::Negotiation => Handled::nothing().replying(Verdict::Pass),
-            // `prepare` has made something else of the others.
+            // `prepare` has converted the others.
             _ => Handled::nothing(),
         })
     }
@@ -383,8 +388,8 @@ impl Connected {
         Ok(Handled::done(effects).replying(Verdict::Pass).settling(Settles::Must))
     }
 
-    /// The reset that has led to `effects` was sent. `earlier_io`: I/O of closed connections may still
-    /// use the guest's memory.
+    /// Handles the reply to the reset that has caused `effects`. `earlier_io`: I/O of closed
+    /// connections may still use the guest's memory.
     fn await_reset(
         &mut self,
         mut effects: Vec<Effect>,
@@ -399,8 +404,9 @@ impl Connected {
     }
 }
 
-/// The payload of the answer to GET_CONFIG: the header as the front end sent it, then the contents,
-/// with zeroes beyond the config space. QEMU refuses an answer of another size than it requested.
+/// Returns the payload of the reply to GET_CONFIG: the header as the front end sent it, then the
+/// contents, with zeroes beyond the config space. QEMU refuses a reply of another size than it
+/// requested.
 fn config_reply(config: &[u8], head: ConfigHead) -> Vec<u8> {
     let mut payload = head.bytes().to_vec();
     let contents = config.iter().skip(head.offset()).copied().chain(std::iter::repeat(0));

@@ -1,8 +1,8 @@
-//! Opens devices for rings, off the event thread: a device may take long to open, or never end to.
+//! Opens devices for rings, not on the event thread: a device may take long to open, or forever.
 //!
-//! Each connection has at most one thread that opens, for one ring after the other. A connection that
-//! ends leaves its thread behind, if that is in the middle of opening; a controller that has too many
-//! such threads takes no new connection.
+//! Each connection has at most one thread that opens devices, for one ring after the other. If a
+//! connection is closed while its thread opens a device, the thread is left behind. A controller
+//! that has too many such threads accepts no new connection.
 
 use std::io;
 use std::sync::mpsc::{Sender, channel};
@@ -18,7 +18,7 @@ use crate::device::{Device, OpenError};
 use crate::queue::{DEPTH_MAX, QueueId};
 use crate::transport::ConnId;
 
-/// A handle on the thread that starts the ones that open, so that they all have its rights.
+/// A handle of the thread that starts the opening threads, so that all of them have its rights.
 #[derive(Debug)]
 pub(super) struct Opener(Sender<(Weak<Target>, ConnId)>);
 
@@ -42,17 +42,17 @@ impl Opener {
 }
 
 /// A ring whose device is to be opened.
-struct Next {
+struct NextOpening {
     ring: usize,
     id: QueueId,
     depth: u16,
     device: Arc<dyn Device>,
-    /// Counts the threads of a controller that open, while it is kept.
+    /// Counts the opening threads of a controller while it exists.
     _openers: Arc<()>,
 }
 
 impl Target {
-    /// Has the devices of rings opened, and their queues attached then.
+    /// Starts the opening of devices for rings. Their queues are then attached.
     pub(super) fn open(&self, starts: Starts) {
         for (conn, ring) in starts.0 {
             let mut inner = self.lock();
@@ -67,17 +67,18 @@ impl Target {
             if self.stepped {
                 while self.open_next(conn) {}
             } else {
-                // Its thread ends with the target.
+                // The receiving thread ends with the target.
                 let _ = self.opener.0.send((Weak::clone(&self.weak), conn));
             }
         }
     }
 
-    /// Opens what a connection has to open, on a thread of its own.
+    /// Opens all devices that a connection's rings need. Runs on a thread of its own.
     fn open_all(target: &Weak<Self>, conn: ConnId) {
-        // Not kept while a device is being opened: the target can be dropped meanwhile.
+        // No reference is kept while a device is being opened, so that the target can be dropped
+        // meanwhile.
         while let Some(next) = target.upgrade().and_then(|target| target.next_to_open(conn)) {
-            let Next { ring, id, depth, device, _openers } = next;
+            let NextOpening { ring, id, depth, device, _openers } = next;
             let opened = device.open_queue(ring, depth);
             let Some(target) = target.upgrade() else { return };
             target.opened(conn, ring, id, opened);
@@ -85,15 +86,16 @@ impl Target {
     }
 
     fn open_next(&self, conn: ConnId) -> bool {
-        let Some(Next { ring, id, depth, device, .. }) = self.next_to_open(conn) else {
+        let Some(NextOpening { ring, id, depth, device, .. }) = self.next_to_open(conn) else {
             return false;
         };
         self.opened(conn, ring, id, device.open_queue(ring, depth));
         true
     }
 
-    /// The next ring of a connection whose device is to be opened. `None`: its thread ends.
-    fn next_to_open(&self, conn: ConnId) -> Option<Next> {
+    /// Returns the next ring of a connection whose device has to be opened. `None`: the thread
+    /// ends.
+    fn next_to_open(&self, conn: ConnId) -> Option<NextOpening> {
         let mut inner = self.lock();
         loop {
             let Inner { controllers, connections, .. } = &mut *inner;
@@ -102,7 +104,7 @@ impl Target {
                 connected.opens = false;
                 return None;
             };
-            // It may have been stopped or reset since.
+            // The ring may have been stopped or reset since.
             if connected.opening.get(&ring) != Some(&id) || !connected.session.is_opening(ring) {
                 continue;
             }
@@ -115,11 +117,11 @@ impl Target {
             let depth = connected.session.ring(ring).num.min(DEPTH_MAX);
             let device = Arc::clone(&controller.device);
             let openers = Arc::clone(&controller.openers);
-            return Some(Next { ring, id, depth, device, _openers: openers });
+            return Some(NextOpening { ring, id, depth, device, _openers: openers });
         }
     }
 
-    /// No thread could be started to open a connection's devices.
+    /// Handles the failure to start a thread for a connection: its rings cannot start.
     fn cannot_open(&self, conn: ConnId, error: &io::Error) {
         let rings: Vec<(usize, QueueId)> = {
             let mut inner = self.lock();
@@ -134,12 +136,13 @@ impl Target {
     }
 }
 
-/// Threads that open devices of a controller.
+/// Returns the number of threads that open devices of a controller.
 pub(super) fn openers(count: &Arc<()>) -> usize {
     Arc::strong_count(count) - 1
 }
 
-/// Whether a controller has so many openings that never end that it takes no new connection.
+/// Returns whether a controller has so many stuck opening threads that it accepts no new
+/// connection.
 pub(super) fn too_many(count: &Arc<()>, name: &str) -> bool {
     let stuck = openers(count);
     if stuck >= CONNECTIONS_MAX {
@@ -151,7 +154,7 @@ pub(super) fn too_many(count: &Arc<()>, name: &str) -> bool {
 }
 
 impl Connected {
-    /// Rings whose device is being opened.
+    /// Returns whether a ring's device is being opened.
     pub(super) fn is_opening(&self) -> bool {
         self.opening.keys().any(|ring| self.session.is_opening(*ring))
     }

@@ -1,4 +1,4 @@
-//! The operator's side of the target: controllers come, go, and are looked at.
+//! The operator's side of the target: creates, deletes and lists controllers.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,25 +15,26 @@ use crate::device::{Device, DeviceChange};
 use crate::error::Error;
 use crate::transport::{ConnId, Transport};
 
-/// Mappings that the connections of one controller may have together: logs and in-flight areas too,
-/// and what is left of earlier ones, which I/O in flight keeps or which has still to be taken down.
-/// The process has room for ten times as many.
+/// Mappings that all connections of one controller may have together. Dirty logs and in-flight
+/// areas are included, and earlier mappings that I/O in flight still uses or that are not unmapped
+/// yet. The process has room for ten times as many.
 const MAPPINGS_OF_CONTROLLER_MAX: usize = 3 * SLOTS_MAX;
 
-/// How far a deletion has come.
+/// The progress of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeleteProgress {
-    /// Front ends that are connected.
+    /// The number of connected front ends.
     pub connected: usize,
-    /// Connections that are gone but have I/O in flight.
+    /// The number of closed connections with I/O in flight.
     pub draining: usize,
 }
 
 impl Target {
-    /// Makes a controller and opens its socket. Blocks in `transport`; not for the control thread.
+    /// Creates a controller and opens its socket. Blocks in `transport`. Not for the control
+    /// thread.
     ///
     /// # Errors
-    /// See [`Error`]; nothing is left behind.
+    /// See [`Error`]. Nothing is left behind then.
     pub fn create_controller(
         &self,
         spec: ControllerSpec,
@@ -75,11 +76,11 @@ impl Target {
         Ok(wanted.to_vec())
     }
 
-    /// Begins to delete a controller: it takes no new connection from here on. With `force` its
-    /// connections are ended.
+    /// Begins to delete a controller: it accepts no new connection from now on. With `force`, its
+    /// connections are closed.
     ///
     /// # Errors
-    /// There is no such controller.
+    /// The controller does not exist.
     pub fn begin_delete(&self, name: &str, force: bool) -> Result<(), Error> {
         let mut inner = self.lock();
         let controller = inner.controller(name)?;
@@ -92,29 +93,29 @@ impl Target {
         Ok(())
     }
 
-    /// Which controller has this name now, as a number that is never used again.
+    /// Returns the id of the controller that has this name now. The id is never reused.
     #[must_use]
     pub fn controller_id(&self, name: &str) -> Option<u64> {
         self.lock().controllers.get(name).map(|controller| controller.id.0)
     }
 
-    /// Whether a deletion of this controller is under way.
+    /// Returns whether this controller is being deleted.
     #[must_use]
     pub fn is_deleting(&self, name: &str) -> bool {
         self.lock().controllers.get(name).is_some_and(|c| c.deleting)
     }
 
-    /// Gives a deletion up: the controller takes connections again.
+    /// Cancels a deletion: the controller accepts connections again.
     pub fn cancel_delete(&self, name: &str) {
         if let Ok(controller) = self.lock().controller(name) {
             controller.deleting = false;
         }
     }
 
-    /// How many connections stand in a deletion's way.
+    /// Returns the number of connections that a deletion has to wait for.
     ///
     /// # Errors
-    /// There is no such controller (any more).
+    /// The controller does not exist (any more).
     pub fn delete_progress(&self, name: &str) -> Result<DeleteProgress, Error> {
         let mut inner = self.lock();
         let id = inner.controller(name)?.id;
@@ -123,15 +124,15 @@ impl Target {
         Ok(DeleteProgress { connected, draining: mine().count() - connected })
     }
 
-    /// Ends a deletion: closes the socket and forgets the controller. Connections that are left
-    /// drain in the background. Blocks in `transport`; not for the control thread.
+    /// Completes a deletion: closes the socket and removes the controller. The remaining
+    /// connections drain in the background. Blocks in `transport`. Not for the control thread.
     pub fn finish_delete(&self, name: &str, transport: &dyn Transport) {
         let (id, socket) = match self.lock().controller(name) {
             Ok(controller) => (controller.id, controller.socket.clone()),
             Err(_) => return,
         };
         transport.unlisten(&socket);
-        // rte_vhost tells nobody about the connections that it closes then.
+        // rte_vhost does not report the connections that it closes then.
         let left: Vec<ConnId> = {
             let inner = self.lock();
             let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
@@ -144,8 +145,8 @@ impl Target {
         (self.changed)();
     }
 
-    /// Makes the queues of a deleted controller's connections stop accessing their rings. After the
-    /// return, other queues may use these rings.
+    /// Makes the queues of a deleted controller's connections stop accessing their rings. After
+    /// this returns, other queues may use these rings.
     fn abandon_rings(&self, name: &str, id: ControllerId) {
         let left: Vec<u64> = {
             let inner = self.lock();
@@ -165,7 +166,7 @@ impl Target {
         }
     }
 
-    /// Returns the number of I/Os that the queue has in flight.
+    /// Abandons the ring of a queue. Returns the number of I/Os that the queue has in flight.
     fn abandon(&self, attached: &Attached) -> u64 {
         attached.queue.control().abandon();
         self.reactors[attached.reactor].wake();
@@ -175,22 +176,22 @@ impl Target {
     /// Sets interrupt coalescing.
     ///
     /// # Errors
-    /// No such controller, or a value out of range.
+    /// The controller does not exist, or a value is out of range.
     pub fn set_coalescing(&self, name: &str, delay_us: u32, iops: u32) -> Result<(), Error> {
         if !self.lock().controller(name)?.set_coalescing(delay_us, iops) {
             return Err(Error::Coalescing);
         }
-        // A reactor may be asleep until the time that the values before have led to.
+        // A reactor may sleep until a time that follows from the previous values.
         self.reactors.iter().for_each(|reactor| reactor.wake());
         Ok(())
     }
 
-    /// All controllers, by name.
+    /// Returns all controllers, by name.
     #[must_use]
     pub fn controllers(&self) -> Vec<ControllerInfo> {
         let (inner, cores) = (self.lock(), self.cores());
-        // What is left of a deleted controller of the same name shows here too: it is what the
-        // operator has to wait for.
+        // Closed connections of a deleted controller of the same name are listed here too: the
+        // operator has to wait for them.
         let mut sessions: HashMap<&str, Vec<SessionInfo>> = HashMap::new();
         for connected in inner.connections.values() {
             let of_name = sessions.entry(&connected.controller_name).or_default();
@@ -200,7 +201,8 @@ impl Target {
         inner.controllers.values().map(|c| controller_info(c, sessions_of(&c.name))).collect()
     }
 
-    /// Closed connections that still have I/O in flight, including those of deleted controllers.
+    /// Returns the closed connections that still have I/O in flight, including those of deleted
+    /// controllers.
     #[must_use]
     pub fn left_behind(&self) -> Vec<SessionInfo> {
         let (inner, cores) = (self.lock(), self.cores());
@@ -208,7 +210,8 @@ impl Target {
         gone.map(|c| session_info(c, &cores)).collect()
     }
 
-    /// Their number, their I/Os in flight, and their bytes of memory.
+    /// Returns the number of these connections, of their I/Os in flight, and of their bytes of
+    /// memory.
     #[must_use]
     pub fn quarantine(&self) -> (usize, u64, u64) {
         self.left_behind().iter().fold((0, 0, 0), |(n, ios, bytes), s| {
@@ -216,8 +219,8 @@ impl Target {
         })
     }
 
-    /// Each reactor's longest iteration so far in microseconds, and what happened in it. With `reset`, the
-    /// next answer is about what comes after.
+    /// Returns each reactor's longest poll iteration so far in microseconds, and what happened in
+    /// it. With `reset`, the next call covers the time after this one.
     #[must_use]
     pub fn longest_iterations(&self, reset: bool) -> Vec<(ReactorInfo, f64, Vec<Cause>)> {
         let of = |reactor: &Arc<Reactor>| {
@@ -227,7 +230,7 @@ impl Target {
         self.reactors.iter().map(of).collect()
     }
 
-    /// What the reactors have done.
+    /// Returns information about the reactors.
     #[must_use]
     pub fn reactors(&self) -> Vec<ReactorInfo> {
         let inner = self.lock();
@@ -238,8 +241,9 @@ impl Target {
         self.reactors.iter().zip(&inner.attached).map(with_queues).collect()
     }
 
-    /// Tells reactors and guests what has become of devices: `change` says it of each controller's. It
-    /// is called under a lock, so it must not wait, nor call the target.
+    /// Applies changes of devices: reactors get new views, and guests are notified. `change`
+    /// returns the change of a controller's device. It is called under a lock, so it must not wait
+    /// or call the target.
     ///
     /// A guest that cannot be notified of a new configuration space now is notified later.
     pub fn update_devices(&self, mut change: impl FnMut(&Arc<dyn Device>) -> DeviceChange) {
@@ -272,7 +276,7 @@ impl Target {
         let effects: Vec<_> =
             conns.map(|(id, c)| (*id, c.session.publish_where(|_| true))).collect();
         for (conn, effects) in effects {
-            // Views only: nothing starts.
+            // These effects only publish views. No ring starts.
             let _ = self.apply(inner, conn, effects, None);
         }
     }
@@ -297,7 +301,7 @@ fn controller_info(controller: &Controller, sessions: Vec<SessionInfo>) -> Contr
     }
 }
 
-/// `cores`: those of the reactors.
+/// `cores`: the cores of the reactors.
 fn session_info(connected: &Connected, cores: &[Core]) -> SessionInfo {
     let place = |(ring, attached): (usize, &Option<Attached>)| {
         let attached = attached.as_ref()?;

@@ -1,13 +1,15 @@
-//! Which reactor serves which queue, and how a queue changes over to another one while it is in use.
+//! Assigns queues to reactors, and moves a queue to another reactor while it is in use.
 //!
-//! A queue is handed over in two steps, between which nobody visits it:
+//! A queue is moved in two steps. No reactor visits it between them:
 //!
-//! 1. its reactor gets a poll set without it ([`Target::begin_move`]);
-//! 2. once that reactor has been quiescent, so that it cannot visit the queue again, the queue's core
-//!    is ours: its bells are tied to the new reactor, whose poll set gets it ([`Target::end_move`]).
+//! 1. Its reactor gets a poll set without it ([`Target::begin_move`]).
+//! 2. Once that reactor has been quiescent, it cannot visit the queue again, and this thread owns
+//!    the queue's core. The queue's wake sources are registered with the waker of the new reactor,
+//!    whose poll set then gets the queue ([`Target::end_move`]).
 //!
-//! I/O in flight goes with the core and its channel. What the front end or the operator publishes in
-//! between, and stops, are flags and views, which the new reactor sees at its first visit.
+//! I/O in flight moves with the core and its channel. What the front end or the operator publishes
+//! or stops between the two steps is in flags and views, which the new reactor sees at its first
+//! visit.
 #![expect(unsafe_code, reason = "owns a queue's core between two reactors")]
 
 use std::sync::{Arc, PoisonError};
@@ -23,15 +25,17 @@ use crate::error::Error;
 use crate::queue::QueueId;
 use crate::transport::ConnId;
 
-/// How long a reactor may take to end its turn before a move is given up. A turn takes microseconds;
-/// one that takes this long is stuck in the kernel.
+/// The time limit for a reactor to finish its poll iteration. After it, a move is given up. A poll
+/// iteration takes microseconds. One that takes this long is stuck in the kernel.
 const GRACE_MAX: Duration = Duration::from_secs(5);
 
-/// Looks at a reactor that still has its turn to end: so often at once, then with pauses.
-const LOOKS_AT_ONCE: u32 = 16;
+/// The number of checks, without a pause, whether a reactor has finished its poll iteration. The
+/// further checks pause.
+const CHECKS_WITHOUT_PAUSE: u32 = 16;
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// A queue between two reactors. Nobody serves it until [`Target::end_move`] has answered.
+/// A queue between two reactors. No reactor serves it until [`Target::end_move`] has returned a
+/// result.
 #[must_use]
 #[derive(Debug)]
 pub struct Moving {
@@ -41,24 +45,24 @@ pub struct Moving {
     epoch: Epoch,
 }
 
-/// I/O of a queue that the reactor has submitted that served it before.
+/// Orphan I/O of a queue: the reactor that served the queue before has submitted it.
 #[derive(Debug)]
 pub(super) struct Orphan {
     pub(super) reactor: usize,
     queue: QueueId,
-    /// The queue has got a new view with its new reactor, so that what is in flight under older ones
-    /// is the orphans. Otherwise, as it is being stopped, all that it has is.
+    /// The queue has got a new view with its new reactor, so the I/O in flight under older views is
+    /// the orphan I/O. If it has not, because it is being stopped, all of its I/O is.
     renewed: bool,
 }
 
 impl Target {
-    /// Moves a ring of a controller's session (its only one, if `session` is `None`) to the reactor
-    /// on `core`, and answers once it is served there. Waits for a reactor's turn to end: not for
-    /// the control thread.
+    /// Moves a ring of a controller's session to the reactor on `core`, and returns when that
+    /// reactor serves it. If `session` is `None`, the controller must have one session only. Waits
+    /// for a reactor's poll iteration to end. Not for the control thread.
     ///
     /// # Errors
-    /// There is no such controller, session, or ring that is served; `core` is none of the
-    /// controller's; or see [`Target::end_move`].
+    /// The controller, the session or the started ring does not exist, or `core` is not one of the
+    /// controller's. See also [`Target::end_move`].
     pub fn move_queue(
         &self,
         controller: &str,
@@ -73,11 +77,11 @@ impl Target {
         }
     }
 
-    /// The first half of [`Target::move_queue`], which does not wait; `None` if the ring is there
-    /// already.
+    /// The first half of [`Target::move_queue`]. Does not wait. Returns `None` if the reactor on
+    /// `core` serves the ring already.
     ///
     /// # Errors
-    /// As there; and it is being moved already.
+    /// As [`Target::move_queue`]. Also if the ring is being moved already.
     pub fn begin_move(
         &self,
         controller: &str,
@@ -125,11 +129,11 @@ impl Target {
         Ok(Some(Moving { queue, from, to, epoch: self.domain.advance() }))
     }
 
-    /// The second half of [`Target::move_queue`]; `None` if the reactor before is still in the turn
-    /// in which it had the queue.
+    /// The second half of [`Target::move_queue`]. Returns `None` if the previous reactor is still
+    /// in the poll iteration in which it had the queue.
     ///
     /// # Errors
-    /// The system has no room for another watch, and the queue stays where it was.
+    /// The system has no room for another wake source. The queue stays with its reactor then.
     pub fn end_move(&self, moving: &Moving) -> Option<Result<(), Error>> {
         self.domain.passed(moving.epoch).then(|| self.hand_over(moving))
     }
@@ -140,19 +144,29 @@ impl Target {
         let Some((conn, ring)) = inner.queues.get(&id).copied() else { return Ok(()) };
         let Some(Attached { queue, .. }) = inner.attached_mut(conn, ring) else { return Ok(()) };
         let waker = |n: usize| self.reactors[n].waker().map(|waker| &**waker);
-        // SAFETY: the reactor that had it has been quiescent since it lost it, and another one gets
-        // it only below, under the lock that we hold: we own the core.
-        let aimed = unsafe { queue.set_waker(waker(from), waker(to)) };
+        // SAFETY: the previous reactor has been quiescent since it lost the queue. Another one gets
+        // it only below, under the lock that this thread holds. So this thread owns the core.
+        let registered = unsafe { queue.set_waker(waker(from), waker(to)) };
         let orphans = queue.control().inflight() > 0;
-        self.attach(&mut inner, conn, ring, if aimed.is_ok() { to } else { from }, |renewed| {
-            (orphans && aimed.is_ok()).then_some(Orphan { reactor: from, queue: id, renewed })
-        });
+        self.attach(
+            &mut inner,
+            conn,
+            ring,
+            if registered.is_ok() { to } else { from },
+            |renewed| {
+                (orphans && registered.is_ok()).then_some(Orphan {
+                    reactor: from,
+                    queue: id,
+                    renewed,
+                })
+            },
+        );
         drop(inner);
         (self.changed)();
-        aimed.map_err(|e| Error::WakeSource(self.reactors[to].core(), e))
+        registered.map_err(|e| Error::WakeSource(self.reactors[to].core(), e))
     }
 
-    /// Puts a queue that nobody owns into a reactor's set.
+    /// Adds a queue that no reactor owns to a reactor's poll set.
     fn attach(
         &self,
         inner: &mut Inner,
@@ -165,7 +179,8 @@ impl Target {
         attached.reactor = reactor;
         attached.moving = false;
         let queue = Arc::clone(&attached.queue);
-        // The guest's kicks go to another bell, and it is not asked for any until the next sleep.
+        // The guest's kicks wake another waker. The guest is not asked for kicks before the
+        // reactor's next sleep.
         let view = inner.connections.get(&conn).map(|c| c.session.publish_where(|n| n == ring));
         let view = view.unwrap_or_default();
         if let Some(orphan) = orphan(!view.is_empty()) {
@@ -174,20 +189,20 @@ impl Target {
             inner.orphans.push(orphan);
             self.publish_set(inner, from);
         }
-        // Views only: nothing starts.
+        // These effects only publish views. No ring starts.
         let _ = self.apply(inner, conn, view, None);
         inner.attached[reactor].push(queue);
         self.publish_set(inner, reactor);
     }
 
-    /// Waits for a reactor's turn to end, and ends the move.
+    /// Waits for the end of a reactor's poll iteration, and completes the move.
     fn finish_move(&self, moving: &Moving) -> Result<(), Error> {
         let mut waited = Duration::ZERO;
-        for look in 0_u32.. {
+        for check in 0_u32.. {
             if let Some(result) = self.end_move(moving) {
                 return result;
             }
-            if look < LOOKS_AT_ONCE {
+            if check < CHECKS_WITHOUT_PAUSE {
                 thread::yield_now();
             } else if waited < GRACE_MAX {
                 waited += active_time::sleep(PAUSE);
@@ -195,7 +210,7 @@ impl Target {
                 break;
             }
         }
-        // Its reactor has not let go of it, and may have it back at any time.
+        // The reactor may still own the queue, so it can get it back at any time.
         let core = self.reactors[moving.from].core();
         warn!(
             "timed out waiting for the reactor on core {} to finish a poll iteration; the ring stays \
@@ -209,12 +224,12 @@ impl Target {
         Err(Error::Stuck(core))
     }
 
-    /// Has a controller served by the reactors on `cores` from now on: its queues move there, so that
-    /// each has as many, and answers once they are served there. Waits for reactors' turns to end:
-    /// not for the control thread.
+    /// Makes the reactors on `cores` serve a controller from now on. The controller's queues are
+    /// spread evenly over them. Returns when these reactors serve them. Waits for the end of
+    /// reactors' poll iterations. Not for the control thread.
     ///
     /// # Errors
-    /// There is no such controller; a core has no reactor; or see [`Target::end_move`].
+    /// The controller does not exist, or a core has no reactor. See also [`Target::end_move`].
     pub fn set_cores(&self, name: &str, cores: &[Core]) -> Result<(), Error> {
         let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
         let cores = self.choose_cores(Some(cores))?;
@@ -247,7 +262,7 @@ impl Target {
             let begun = self.begin(&mut self.lock(), conn, ring, to);
             result = result.and(match begun {
                 Ok(Some(moving)) => self.finish_move(&moving),
-                // It is there already, or is not served any more.
+                // The queue is there already, or is not served any more.
                 Ok(None) | Err(Error::NoQueue(_)) => Ok(()),
                 Err(e) => Err(e),
             });
@@ -255,7 +270,7 @@ impl Target {
         result
     }
 
-    /// Reactors on `cores`, the least loaded first.
+    /// Returns the reactors on `cores`, those with the fewest queues first.
     pub(super) fn reactors_on(&self, inner: &Inner, cores: &[Core]) -> Vec<usize> {
         let on = |n: &usize| cores.contains(&self.reactors[*n].core());
         let mut reactors: Vec<usize> = (0..self.reactors.len()).filter(on).collect();
@@ -263,21 +278,21 @@ impl Target {
         reactors
     }
 
-    /// The numbers of reactors on which I/O of queues that were moved away is in flight, as far as
-    /// [`Target::tick`] knows.
+    /// Returns the numbers of the reactors with orphan I/O in flight, as of the last
+    /// [`Target::tick`].
     #[must_use]
     pub fn reactors_with_orphans(&self) -> Vec<usize> {
         self.lock().orphans.iter().map(|orphan| orphan.reactor).collect()
     }
 
-    /// Publishes to a reactor what it polls.
+    /// Publishes the poll set of a reactor.
     pub(super) fn publish_set(&self, inner: &Inner, reactor: usize) {
         let orphans = inner.orphans.iter().any(|orphan| orphan.reactor == reactor);
         let queues = inner.attached[reactor].iter().map(|queue| Arc::clone(queue) as _).collect();
         self.reactors[reactor].publish_with(queues, orphans, &self.reclaim);
     }
 
-    /// Forgets orphans that have come home. To be called now and then.
+    /// Removes the records of orphan I/O that has completed. To be called periodically.
     pub(super) fn release_orphans(&self, inner: &mut Inner) {
         let mut orphans = std::mem::take(&mut inner.orphans);
         let had: Vec<usize> = orphans.iter().map(|orphan| orphan.reactor).collect();
@@ -302,8 +317,8 @@ impl Inner {
     }
 }
 
-/// Changes `places` so that each of the `allowed` has as many of them, to one, with as few changes
-/// as that takes. Those named first come first.
+/// Changes `places` so that each place in `allowed` has as many of them, to within one, with as few
+/// changes as possible. Earlier places in `allowed` are preferred.
 fn spread(places: &mut [usize], allowed: &[usize]) {
     let count = |places: &[usize], at: usize| places.iter().filter(|place| **place == at).count();
     for n in 0..places.len() {

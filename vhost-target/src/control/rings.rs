@@ -1,4 +1,4 @@
-//! What sessions want done with their rings, carried out: attach, publish, stop, answer.
+//! Carries out the effects of sessions on their rings: attach, publish, stop, reply.
 #![expect(unsafe_code, reason = "owns a new queue's core")]
 
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::transport::ConnId;
 use reactor::WakeSource;
 use virtqueue::inflight::Area;
 
-/// Rings whose device has to be opened, which is done without the lock: [`Target::open`].
+/// Rings whose device has to be opened. That is done without the lock: [`Target::open`].
 #[must_use]
 #[derive(Debug, Default)]
 pub(super) struct Starts(pub(super) Vec<(ConnId, usize)>);
 
 impl Starts {
-    /// Rings of one connection.
+    /// Returns the rings of one connection.
     pub(super) fn of(conn: ConnId, rings: Vec<usize>) -> Self {
         Self(rings.into_iter().map(|ring| (conn, ring)).collect())
     }
@@ -36,7 +36,7 @@ impl Starts {
     }
 }
 
-/// What a queue is made from, taken under the lock.
+/// The parameters of a new queue, taken under the lock.
 struct Plan {
     view: ViewSpec,
     base: u16,
@@ -45,8 +45,8 @@ struct Plan {
 }
 
 impl Target {
-    /// Carries out what a session wants, except for the starts, which it returns. A reply goes to
-    /// `reply` if the front end's message is being handled right now, otherwise to the connection.
+    /// Carries out the effects of a session, except for the starts, which it returns. A reply goes
+    /// to `reply` if the front end's message is being handled now, otherwise to the connection.
     pub(super) fn apply(
         &self,
         inner: &mut Inner,
@@ -92,7 +92,8 @@ impl Target {
         let view = view_of(&connected.session, ring, generation, served);
         let Some(mut view) = view else { return };
         let reactor = &self.reactors[attached.reactor];
-        // Watched before the reactor can ask for kicks there, and the fd before for as long.
+        // The kick fd is registered before the reactor can ask for kicks there, and the previous fd
+        // stays registered as long.
         let before = attached.kicks.take();
         let kick = connected.session.ring(ring).kick.as_ref();
         attached.kicks = match before {
@@ -101,15 +102,16 @@ impl Target {
         };
         view.kicks = attached.kicks.is_some();
         attached.place = Place::now(&connected.session, ring);
-        // The session has checked the ring.
+        // Cannot fail: the session has checked the ring.
         if let Ok(before) = attached.queue.publish(view) {
             self.reclaim.free_boxed(before);
         }
         reactor.wake();
     }
 
-    /// The device of a ring was opened, or could not be: makes the queue and attaches it to a reactor.
-    /// Nothing happens if the ring was stopped or reset meanwhile: `id` is of the start that is meant.
+    /// Handles the result of opening a ring's device: creates the queue and attaches it to a
+    /// reactor. Has no effect if the ring was stopped or reset meanwhile: `id` identifies the
+    /// start.
     pub(super) fn opened(
         &self,
         conn: ConnId,
@@ -138,7 +140,8 @@ impl Target {
         self.attach_new(conn, ring, id, queue);
     }
 
-    /// Attaches a new queue to a reactor, or ends a start that has failed or is not wanted any more.
+    /// Attaches a new queue to a reactor, or ends a start that has failed or is not wanted any
+    /// more.
     fn attach_new(
         &self,
         conn: ConnId,
@@ -147,7 +150,7 @@ impl Target {
         queue: Option<Result<Arc<dyn TargetQueue>, String>>,
     ) {
         let mut inner = self.lock();
-        // The cores as they are now: they may have changed while the device was being opened.
+        // The current cores: they may have changed while the device was being opened.
         let cores = inner.controller_of(conn).map(|c| c.cores.clone()).unwrap_or_default();
         let reactor = self.reactors_on(&inner, &cores).first().copied().unwrap_or(0);
         let queue = queue.map(|queue| queue.and_then(|queue| self.set_waker(queue, reactor)));
@@ -157,8 +160,8 @@ impl Target {
         match queue {
             Some(Ok(queue)) if wanted => {
                 if !live {
-                    // Stopped before it was served: only its reactor may look into the ring for
-                    // the answer.
+                    // Stopped before it was served. Only its reactor may read the ring's position
+                    // for the reply.
                     queue.control().stop();
                 }
                 if connected.queues.len() <= ring {
@@ -172,8 +175,8 @@ impl Target {
                     kicks: None,
                 });
                 inner.queues.insert(id, (conn, ring));
-                // What changed while the lock was not held is in the first view that the reactor
-                // sees: a front end may have been told that it is in effect.
+                // The first view that the reactor sees includes what changed while the lock was not
+                // held: a front end may have been told that the change is in effect.
                 self.publish(&mut inner, conn, ring);
                 inner.attached[reactor].push(queue);
                 self.publish_set(&inner, reactor);
@@ -188,7 +191,7 @@ impl Target {
             }
             None => {}
         }
-        // It cannot be served, or was stopped meanwhile: it never had anything in flight.
+        // The ring cannot be served, or was stopped meanwhile. It never had any I/O in flight.
         let base = connected.session.ring(ring).base;
         let effects = if live {
             connected.session.start_failed(ring);
@@ -202,14 +205,14 @@ impl Target {
         self.open(starts);
     }
 
-    /// Makes what the device of a new queue finishes wake its reactor, if that may sleep.
+    /// Makes completions of a new queue's device wake the queue's reactor, if that may sleep.
     fn set_waker(
         &self,
         queue: Arc<dyn TargetQueue>,
         reactor: usize,
     ) -> Result<Arc<dyn TargetQueue>, String> {
         let waker = self.reactors[reactor].waker().map(|waker| &**waker);
-        // SAFETY: no reactor has it yet.
+        // SAFETY: no reactor has the queue yet.
         unsafe { queue.set_waker(None, waker) }.map_err(|e| {
             format!("cannot register the device's completion eventfd with a reactor: {e}")
         })?;
@@ -217,7 +220,7 @@ impl Target {
     }
 }
 
-/// What a ring's queue is made from, if it is still wanted.
+/// Returns the parameters of a ring's queue, if the ring is still to be served.
 fn plan(inner: &mut Inner, conn: ConnId, ring: usize) -> Option<Plan> {
     let generation = inner.id();
     let coalescing = Arc::clone(&inner.controller_of(conn)?.coalescing);
@@ -235,7 +238,7 @@ fn mark_all(inner: &Inner, conn: ConnId) {
     }
 }
 
-/// Answers the message that is being handled, or the one whose reply is pending.
+/// Replies to the message that is being handled, or sends the pending reply.
 fn answer(
     inner: &mut Inner,
     conn: ConnId,
@@ -255,7 +258,7 @@ fn answer(
     }
 }
 
-/// Whether `kick`, as it is now, already wakes `reactor`.
+/// Returns whether `source` already connects `kick` with the waker of `reactor`.
 fn is_between(source: &WakeSource<KickFd>, kick: Option<&Arc<KickFd>>, reactor: &Reactor) -> bool {
     kick.zip(reactor.waker()).is_some_and(|(kick, waker)| source.is_between(kick, waker))
 }
@@ -273,7 +276,8 @@ fn watch_kicks(reactor: &Reactor, kick: &Arc<KickFd>) -> Option<WakeSource<KickF
     }
 }
 
-/// A view of a ring as the session has it now. `served`: its controller still exists.
+/// Returns a view of a ring with the session's current state. `served`: its controller still
+/// exists.
 fn view_of(session: &Session, ring: usize, generation: u64, served: bool) -> Option<ViewSpec> {
     let memory = Arc::clone(session.memory()?);
     let state = session.ring(ring);
