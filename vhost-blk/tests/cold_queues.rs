@@ -1,4 +1,4 @@
-//! Many idle queues on one reactor: each is looked at often enough, however long it was idle.
+//! Many idle queues on one reactor: each is visited often enough, however long it was idle.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::sync::Arc;
@@ -18,23 +18,24 @@ use vm_memory::Bytes;
 
 const QUEUES: usize = 40;
 const SIZE: u16 = 4;
-/// Guest memory of one queue: descriptors, available and used ring, header, status, data.
+/// Guest memory of one queue: descriptors, available ring, used ring, header, status, data.
 const STRIDE: u64 = 0x5000;
-/// Idle turns after which all queues are cold: twice as many as it takes.
+/// Idle poll iterations after which all queues are cold: twice the required number.
 const LONG: usize = 1 << 16;
-/// Turns in which all cold queues are looked at: 16 in each without work, 4 in each with some.
+/// Poll iterations in which all cold queues are visited: 16 in each without work, 4 in each with
+/// some.
 const PASS: usize = QUEUES.div_ceil(16) + 1;
 const BUSY_PASS: usize = QUEUES.div_ceil(4) + 1;
 
 struct Scene {
     memory: Arc<GuestMemory>,
     reactor: SteppedReactor,
-    /// Of each queue: requests made available so far.
+    /// For each queue, the number of requests made available so far.
     offered: Vec<u16>,
 }
 
 impl Scene {
-    /// With queues that have been idle for long.
+    /// Creates queues that have been idle for long.
     fn idle() -> Self {
         let domain = Domain::new(1);
         let events = Arc::new(Events::new().unwrap());
@@ -65,7 +66,7 @@ impl Scene {
         self.memory.slice(gpa, bytes.len()).unwrap().write_slice(bytes, 0).unwrap();
     }
 
-    /// Lays one read out in the queue's first three descriptors.
+    /// Writes the descriptors of one read into the queue's first three descriptors.
     fn set_up(&self, queue: usize) {
         let at = STRIDE * queue as u64;
         for (n, (offset, len, flags)) in
@@ -105,7 +106,7 @@ fn the_first_request_of_an_idle_queue_waits_for_one_pass() {
     for queue in 0..QUEUES {
         scene.offer(queue);
         assert!(!scene.answered(queue));
-        // The turn before may have been one with work.
+        // The previous poll iteration may have had work.
         scene.steps(PASS + 1);
         assert!(scene.answered(queue), "queue {queue}");
     }
@@ -125,7 +126,7 @@ fn idle_queues_that_begin_together_are_all_served() {
 }
 
 #[test]
-fn a_busy_queue_keeps_nobody_out() {
+fn a_busy_queue_does_not_starve_cold_queues() {
     for busy in [0, QUEUES / 2, QUEUES - 1] {
         let mut scene = Scene::idle();
         for queue in (0..QUEUES).filter(|queue| *queue != busy) {
@@ -133,7 +134,7 @@ fn a_busy_queue_keeps_nobody_out() {
             for _ in 0..BUSY_PASS {
                 scene.offer(busy);
                 scene.steps(1);
-                // Cold at first, and hot from its first request on.
+                // The queue is cold at first, and hot from its first request on.
                 assert!(queue == 0 || busy == 0 && queue == 1 || scene.answered(busy));
             }
             assert!(scene.answered(queue), "queue {queue} beside {busy}");

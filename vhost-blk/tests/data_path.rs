@@ -1,7 +1,8 @@
-//! A queue's visits in one thread: a guest's requests in, statuses and used elements out.
+//! Visits of a queue, in one thread: requests of a guest go in, statuses and used elements come
+//! out.
 //!
-//! The guest here is a page of helpers over [`GuestMemory`]; the disk is a real malloc disk, or
-//! [`Manual`], which completes what it is told to complete and is full when it is told to be.
+//! The guest is a set of helpers over [`GuestMemory`]. The disk is a real malloc disk, or
+//! [`Manual`], which completes I/O when the test says so and is full when the test says so.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -31,7 +32,7 @@ use vm_memory::Bytes;
 const SIZE: u16 = 16;
 const MEMORY: u64 = 0x4_0000;
 const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1000, used: 0x2000 };
-/// Where requests' headers, data and statuses are, by descriptor.
+/// Addresses of requests' headers, data and statuses, by descriptor.
 const HEADERS: u64 = 0x3000;
 const STATUSES: u64 = 0x3800;
 const DATA: u64 = 0x1_0000;
@@ -51,7 +52,7 @@ const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
-/// What a status byte holds until somebody writes it.
+/// The initial value of a status byte.
 const UNTOUCHED: u8 = 0xee;
 
 fn map() -> Arc<GuestMemory> {
@@ -61,7 +62,7 @@ fn map() -> Arc<GuestMemory> {
 /// A queue, its guest and its reactor.
 struct Bench {
     memory: Arc<GuestMemory>,
-    /// The guest's side of the call fd, and ours.
+    /// The guest's side of the call fd, and the target's.
     call: EventFd,
     call_fd: Arc<CallFd>,
     queue: Arc<Queue<BlkQueue>>,
@@ -115,7 +116,7 @@ impl Bench {
 
     fn visit(&mut self) -> bool {
         self.reader.quiesce();
-        // SAFETY: this is the queue's one visitor.
+        // SAFETY: this is the queue's only visitor.
         unsafe { self.queue.visit(&self.reader, &mut self.iteration, &self.events, &mut self.hint) }
     }
 
@@ -154,7 +155,7 @@ impl Bench {
         at
     }
 
-    /// Offers an ordinary request: header, `data`, status. It takes three descriptors.
+    /// Offers a request in the usual layout: header, `data`, status. It takes three descriptors.
     fn request(&mut self, kind: u32, sector: u64, data: Option<(u64, u32)>) -> u16 {
         let head = (self.avail * 3) % (SIZE - 3);
         let header = self.header(head, kind, sector);
@@ -170,7 +171,7 @@ impl Bench {
         head
     }
 
-    /// The next used element, if there is one: head and length.
+    /// Returns the next used element, if there is one: head and length.
     fn take_used(&mut self) -> Option<(u16, u32)> {
         let idx = u16::from_le_bytes(self.get(0x2002, 2).try_into().unwrap());
         if idx == self.used {
@@ -186,16 +187,16 @@ impl Bench {
         self.get(STATUSES + u64::from(head), 1)[0]
     }
 
-    /// Offers a request, visits, and returns status and used length.
+    /// Offers a request, visits the queue, and returns the status and the used length.
     fn answer(&mut self, kind: u32, sector: u64, data: Option<(u64, u32)>) -> (u8, u32) {
         let head = self.request(kind, sector, data);
         self.visit();
-        let (used, len) = self.take_used().expect("every request comes back");
+        let (used, len) = self.take_used().expect("the request was not completed");
         assert_eq!(used, head);
         (self.status(head), len)
     }
 
-    /// Puts a discard or write-zeroes range into the data area.
+    /// Writes a discard or write-zeroes range into the data area.
     fn range(&self, sector: u64, sectors: u32, flags: u32) -> Option<(u64, u32)> {
         self.put(DATA, &sector.to_le_bytes());
         self.put(DATA + 8, &sectors.to_le_bytes());
@@ -224,7 +225,7 @@ fn malloc(block_size: u32) -> Arc<dyn Bdev> {
 
 /// A disk whose I/O completes when the test says so.
 ///
-/// Faults it shows: I/O that does not complete, and a channel that is full.
+/// Faults that it may show: I/O that does not complete, and a channel that is full.
 #[derive(Default)]
 struct Manual {
     shared: Arc<Mutex<ManualState>>,
@@ -306,13 +307,13 @@ fn complete_all(shared: &Mutex<ManualState>, status: Status) {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn written_data_is_read_back() {
     let mut bench = Bench::malloc();
     bench.put(DATA, &[7; 1024]);
     assert_eq!(bench.answer(OUT, 3, Some((DATA, 1024))), (OK, 1));
     assert_eq!(bench.answer(IN, 3, Some((DATA + 0x1000, 1024))), (OK, 1025));
     assert_eq!(bench.get(DATA + 0x1000, 1024), [7; 1024]);
-    assert!(!bench.visit(), "nothing is left to do");
+    assert!(!bench.visit(), "there is no more work");
 }
 
 #[test]
@@ -333,7 +334,7 @@ fn ranges_are_checked_without_overflow() {
 }
 
 #[test]
-fn the_other_requests() {
+fn get_id_and_unsupported_requests() {
     let mut bench = Bench::malloc();
     assert_eq!(bench.answer(FLUSH, 0, None), (OK, 1));
     assert_eq!(bench.answer(FLUSH, 1, None).0, IOERR);
@@ -376,7 +377,7 @@ fn discard_and_write_zeroes() {
 }
 
 #[test]
-fn a_write_zeroes_may_unmap_if_all_its_ranges_say_so_and_the_disk_unmaps() {
+fn a_write_zeroes_may_unmap_if_all_ranges_have_the_flag_and_the_disk_supports_it() {
     for (unmap, flags, want) in
         [(true, [1, 1], true), (true, [1, 0], false), (true, [0, 1], false), (false, [1, 1], false)]
     {
@@ -397,7 +398,7 @@ fn a_write_zeroes_may_unmap_if_all_its_ranges_say_so_and_the_disk_unmaps() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_whatever_changes_it() {
+fn a_read_only_disk_refuses_all_requests_that_write() {
     let mut bench = Bench::new(malloc(512), true);
     assert_eq!(bench.answer(OUT, 0, Some((DATA, 512))).0, IOERR);
     let range = bench.range(0, 1, 0);
@@ -408,11 +409,11 @@ fn a_read_only_disk_refuses_whatever_changes_it() {
 }
 
 #[test]
-fn any_layout_is_taken() {
+fn any_layout_is_accepted() {
     let mut bench = Bench::malloc();
     bench.put(DATA, &[3; 512]);
     assert_eq!(bench.answer(OUT, 2, Some((DATA, 512))).0, OK);
-    // The header in three pieces, the last of them with data behind it... of a write.
+    // A write whose header is in three pieces. Data follows the header in the last piece.
     let header = bench.header(0, OUT, 4);
     bench.desc(0, header, 5, NEXT, 1);
     bench.desc(1, header + 5, 10, NEXT, 2);
@@ -436,7 +437,7 @@ fn any_layout_is_taken() {
 }
 
 #[test]
-fn malformed_chains_come_back() {
+fn malformed_chains_are_returned() {
     let mut bench = Bench::malloc();
     let header = bench.header(0, IN, 0);
     let mut answer = |descs: &[(u64, u32, u16, u16)]| {
@@ -446,34 +447,42 @@ fn malformed_chains_come_back() {
         bench.put(STATUSES, &[UNTOUCHED]);
         bench.offer(0);
         bench.visit();
-        (bench.take_used().expect("it comes back").1, bench.status(0))
+        (bench.take_used().expect("the chain was not returned").1, bench.status(0))
     };
     let status = (STATUSES, 1, WRITE, 0);
-    // With a place for the status: an error.
+    // With a place for the status: an error status.
     assert_eq!(answer(&[(header, 15, NEXT, 1), status]), (1, IOERR));
     assert_eq!(answer(&[(DATA, 512, NEXT | WRITE, 1), (header, 16, NEXT, 2), status]), (1, IOERR));
     assert_eq!(answer(&[(MEMORY, 16, NEXT, 1), status]), (1, IOERR));
-    // Without: returned as it is.
+    // Without one: returned with nothing written.
     assert_eq!(answer(&[(header, 16, 0, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 1), (MEMORY - 1, 2, WRITE, 0)]), (0, UNTOUCHED));
     assert_eq!(answer(&[(header, 16, NEXT, 0)]).1, UNTOUCHED, "a loop");
-    // Nor into the buffers before the place where the chain is invalid.
+    // Nothing is written to the buffers before the invalid descriptor either.
     let written = (STATUSES, 1, NEXT | WRITE, SIZE);
     assert_eq!(answer(&[(header, 16, NEXT, 1), written]), (0, UNTOUCHED), "out of range");
     let written = (STATUSES, 1, NEXT | WRITE, 1);
-    assert_eq!(answer(&[(header, 16, NEXT, 1), written]), (0, UNTOUCHED), "a loop of it");
+    assert_eq!(
+        answer(&[(header, 16, NEXT, 1), written]),
+        (0, UNTOUCHED),
+        "a loop with a writable buffer"
+    );
     let tables = (DATA, 15, INDIRECT, 0);
     let written = (STATUSES, 1, NEXT | WRITE, 2);
-    assert_eq!(answer(&[(header, 16, NEXT, 1), written, tables]), (0, UNTOUCHED), "a bad table");
+    assert_eq!(
+        answer(&[(header, 16, NEXT, 1), written, tables]),
+        (0, UNTOUCHED),
+        "an invalid indirect table"
+    );
     assert_eq!(bench.queue.control().requests(), (9, 9));
     bench.offer(SIZE + 5);
     bench.visit();
     assert_eq!(bench.take_used(), Some((SIZE + 5, 0)), "a head out of range");
-    assert_eq!(bench.answer(IN, 0, Some((DATA, 512))), (OK, 513), "and the queue goes on");
+    assert_eq!(bench.answer(IN, 0, Some((DATA, 512))), (OK, 513), "the queue continues");
 }
 
 #[test]
-fn a_broken_ring_stops_alone_and_can_be_stopped() {
+fn an_invalid_ring_stops_only_itself_and_can_be_stopped() {
     let mut bench = Bench::malloc();
     bench.put(0x1002, &(SIZE + 1).to_le_bytes());
     assert!(!bench.visit());
@@ -499,7 +508,7 @@ fn a_visit_is_bounded() {
     bench.desc(2, STATUSES, 1, WRITE, 0);
     bench.visit();
     assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
-    // The ring says that as many again are available: there is no slot for them.
+    // The ring offers as many requests again, for which there is no slot.
     for _ in 0..SIZE {
         bench.offer(0);
     }
@@ -524,22 +533,22 @@ fn stopping_waits_for_io_and_reports_the_index() {
     complete_all(&shared, Status::Ok);
     bench.visit();
     assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-    assert_eq!(bench.queue.control().last_avail(), 2, "the third was never fetched");
+    assert_eq!(bench.queue.control().last_avail(), 2, "the third request was not fetched");
     assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
     bench.visit();
-    assert!(bench.events.pop().is_none(), "said once");
+    assert!(bench.events.pop().is_none(), "the event is sent once");
     assert!(bench.take_used().is_some() && bench.take_used().is_some());
     assert!(bench.take_used().is_none());
 }
 
 #[test]
-fn an_abandoned_queue_does_not_touch_its_ring_whether_its_view_changed_or_not() {
+fn an_abandoned_queue_does_not_access_its_ring() {
     const USED_RING: usize = 4 + 8 * SIZE as usize + 2;
     for (abandoned, adopts) in [(false, true), (true, true), (true, false)] {
         let (mut bench, shared) = manual();
         bench.request(IN, 0, Some((DATA, 512)));
         bench.visit();
-        // Whoever takes the ring over has put this there.
+        // The next user of the ring has written this.
         bench.put(0x2000, &[UNTOUCHED; USED_RING]);
         let before = adopts.then(|| {
             let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
@@ -555,12 +564,15 @@ fn an_abandoned_queue_does_not_touch_its_ring_whether_its_view_changed_or_not() 
         assert_eq!(bench.queue.control().state(), QueueState::Stopped);
         let untouched = bench.get(0x2000, USED_RING) == [UNTOUCHED; USED_RING];
         assert_eq!(untouched, abandoned, "a new view: {adopts}");
-        assert!(before.is_none_or(|view| view.try_free().is_none()), "nothing uses it any more");
+        assert!(
+            before.is_none_or(|view| view.try_free().is_none()),
+            "the view is not used any more"
+        );
     }
 }
 
 #[test]
-fn a_drain_finds_the_event_queue_full_and_says_it_later() {
+fn a_drain_event_is_sent_later_if_the_event_queue_is_full() {
     let mut bench = Bench::malloc();
     while bench.events.push(Event::Broken(QueueId(9))).is_ok() {}
     bench.queue.control().stop();
@@ -609,14 +621,15 @@ fn memory_outlives_the_io_that_uses_it() {
     let disk = Some(Arc::clone(&bench.disk));
     let retired = bench.publish(&new, disk);
     let before = std::mem::replace(&mut bench.memory, new);
-    let retired = retired.try_free().expect("the reactor may be using it");
+    let retired = retired.try_free().expect("freed although the reactor may use it");
     bench.visit();
     bench.visit();
-    let retired = retired.try_free().expect("an I/O uses its memory");
+    let retired = retired.try_free().expect("freed although an I/O uses its memory");
     assert_eq!(bench.queue.control().quarantined_bytes(), MEMORY);
     complete_all(&shared, Status::Ok);
     bench.visit();
-    // Status into the memory that the request came from, used element into the new ring.
+    // The status goes into the memory that the request came from, the used element into the new
+    // ring.
     let mut status = [0];
     before.slice(STATUSES + u64::from(head), 1).unwrap().read_slice(&mut status, 0).unwrap();
     assert_eq!(status, [OK]);
@@ -624,12 +637,12 @@ fn memory_outlives_the_io_that_uses_it() {
     drop(before);
     assert!(old.upgrade().is_some());
     assert!(retired.try_free().is_none());
-    assert!(old.upgrade().is_none(), "and then it goes");
+    assert!(old.upgrade().is_none(), "the memory is unmapped now");
     assert_eq!(bench.queue.control().quarantined_bytes(), 0);
 }
 
 #[test]
-fn a_new_view_calls_once_unasked() {
+fn a_new_view_causes_one_call() {
     let mut bench = Bench::malloc();
     bench.visit();
     assert_eq!(bench.call.take(), 1, "at the start");
@@ -638,13 +651,13 @@ fn a_new_view_calls_once_unasked() {
     let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
     let retired = bench.publish(&memory, disk);
     bench.visit();
-    assert_eq!(bench.call.take(), 1, "the fd before it may have been told last");
+    assert_eq!(bench.call.take(), 1, "the previous fd may have been signalled last");
     bench.visit();
     assert!(retired.try_free().is_none());
 }
 
 #[test]
-fn a_batch_is_one_call() {
+fn a_batch_causes_one_call() {
     let mut bench = Bench::malloc();
     bench.visit();
     bench.call.take();
@@ -660,7 +673,7 @@ fn a_batch_is_one_call() {
 }
 
 #[test]
-fn a_removed_disk_fails_requests_and_gives_its_channel_back() {
+fn a_removed_disk_fails_requests_and_releases_its_channel() {
     let (mut bench, shared) = manual();
     let first = bench.request(IN, 0, Some((DATA, 512)));
     bench.visit();
@@ -689,9 +702,9 @@ fn requests_are_counted_for_the_disk() {
     assert_eq!((read.count, read.bytes, write.count, write.bytes), (1, 512, 1, 1024));
 }
 
-/// A guest may hear of a new size before the reactor does.
+/// A guest may learn of a new size before the reactor does.
 #[test]
-fn a_request_beyond_the_size_that_a_view_knows_is_looked_at_twice() {
+fn a_request_beyond_the_size_in_the_view_is_checked_again() {
     let options =
         NullOptions { name: "n".into(), num_blocks: DISK_SECTORS, block_size: 512, uuid: None };
     let null = Null::create(options).unwrap();

@@ -1,6 +1,6 @@
 //! Requests through a queue's core, in one thread and over rings of either layout: long chains,
-//! several ranges, durable writes, dirty pages, calls, what a killed process has left, and virtio's
-//! sentences one by one.
+//! several ranges, durable writes, dirty pages, calls, recovery after a kill, and the sentences of
+//! virtio 1.2 one by one.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does; takes io_uring from a thread")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 

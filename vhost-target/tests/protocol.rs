@@ -1,5 +1,5 @@
-//! Every message of the protocol in every state of a connection, as a table: what is answered, what
-//! becomes of the connection, and that nothing is left behind.
+//! Every message of the protocol in every state of a connection, as a table: the reply, the effect
+//! on the connection, and that all fds and mappings are released.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 #[path = "protocol/config_space.rs"]
@@ -50,12 +50,12 @@ fn log(size: u64) -> Vec<u8> {
     [number(size), number(0)].concat()
 }
 
-/// An in-flight area for a ring of 8.
+/// Returns the payload of an in-flight area for a ring of 8.
 fn area(mmap_size: u64) -> Vec<u8> {
     [number(mmap_size), number(0), vec![1, 0, 8, 0], vec![0; 4]].concat()
 }
 
-/// SET_CONFIG of `wce`.
+/// Returns the payload of SET_CONFIG of `wce`.
 fn wce(value: u8) -> Vec<u8> {
     [words(&[32, 1, 0]), vec![value]].concat()
 }
@@ -72,11 +72,11 @@ fn socket() -> OwnedFd {
     std::os::unix::net::UnixStream::pair().unwrap().0.into()
 }
 
-/// What becomes of a message, in the order of [`STATES`].
+/// The result of each message, in the order of [`STATES`].
 ///
-/// `ok`: done, and acknowledged if the front end wants that; `pass`: left to the transport; `re`:
-/// answered; `fd`: answered with an fd; `owed`: the answer comes later; `no`: the connection ends. After
-/// it comes what the connection is doing then, if that is something else than before.
+/// `ok`: done, and acknowledged if the front end wants that. `pass`: left to the transport. `re`: a
+/// reply. `fd`: a reply with an fd. `later`: the reply is sent later. `no`: the connection is
+/// closed. After it comes the phase of the connection, if it has changed.
 #[rustfmt::skip]
 fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
     let ram = || dup(&front.ram);
@@ -104,13 +104,13 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("a pipe as memory",        (SET_MEM_TABLE, table(&[0]), vec![pipe()]),                   ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("how many slots?",         plain(GET_MAX_MEM_SLOTS, none()),                             ["re",   "re",   "re",   "re",   "no", "re",   "no"]),
         ("a region more",           (ADD_MEM_REG, add(0x10_0000), vec![ram()]),                   ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("a region in the way",     (ADD_MEM_REG, add(0), vec![ram()]),                           ["ok",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("an overlapping region",     (ADD_MEM_REG, add(0), vec![ram()]),                           ["ok",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("a region without an fd",  (ADD_MEM_REG, add(0x10_0000), vec![]),                        ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("a region of a short file",(ADD_MEM_REG, add(0x10_0000), vec![memfd(RAM_BYTES - 1)]),    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("the ring's region gone",  plain(REM_MEM_REG, add(0)),                                   ["no",   "ok",   "no",   "no",   "no", "ok",   "no"]),
         ("… and an fd with that",   (REM_MEM_REG, add(0), vec![ram()]),                           ["no",   "ok",   "no",   "no",   "no", "ok",   "no"]),
         ("… and two",               (REM_MEM_REG, add(0), vec![ram(), ram()]),                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("a region gone that never was", plain(REM_MEM_REG, add(0x10_0000)),                      ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("an unknown region gone", plain(REM_MEM_REG, add(0x10_0000)),                      ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         // Migration, and recovery.
         ("a log",                   (SET_LOG_BASE, log(8), vec![memfd(8)]),                       ["re",   "re",   "re",   "re",   "no", "re",   "no"]),
         ("a log of a short file",   (SET_LOG_BASE, log(9), vec![memfd(8)]),                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
@@ -136,7 +136,7 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("a kick fd",               (SET_VRING_KICK, number(0), vec![eventfd()]),                 ["no",   "ok running", "ok", "ok", "no", "ok running", "no"]),
         ("a socket as kick fd",     (SET_VRING_KICK, number(0), vec![socket()]),                  ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("enabled",                 plain(SET_VRING_ENABLE, words(&[0, 1])),                      ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("stop",                    plain(GET_VRING_BASE, words(&[0, 0])),                        ["re",   "re",   "owed quiescing", "owed quiescing", "no", "re", "no"]),
+        ("stop",                    plain(GET_VRING_BASE, words(&[0, 0])),                        ["re",   "re",   "later quiescing", "later quiescing", "no", "re", "no"]),
         ("stop ring 128",           plain(GET_VRING_BASE, words(&[128, 0])),                      ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         // The device.
         ("config?",                 plain(GET_CONFIG, config()),                                  ["re",   "re",   "re",   "re",   "no", "re",   "no"]),
@@ -151,16 +151,16 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("status 0",                plain(SET_STATUS, number(0)),                                 ["pass", "pass", "pass", "pass", "no", "pass", "no"]),
         ("reset",                   plain(RESET_DEVICE, none()),                                  ["ok",   "ok",   "ok suspended", "ok suspended", "no", "ok", "no"]),
         ("no owner",                plain(RESET_OWNER, none()),                                   ["ok",   "ok",   "ok suspended", "ok suspended", "no", "ok", "no"]),
-        ("reset, and say so",       plain(RESET_DEVICE | NEED_REPLY, none()),                     ["re",   "re",   "owed quiescing", "owed quiescing", "no", "re", "no"]),
-        ("no owner, and say so",    plain(RESET_OWNER | NEED_REPLY, none()),                      ["re",   "re",   "owed quiescing", "owed quiescing", "no", "re", "no"]),
-        // What is for other devices.
+        ("reset, and say so",       plain(RESET_DEVICE | NEED_REPLY, none()),                     ["re",   "re",   "later quiescing", "later quiescing", "no", "re", "no"]),
+        ("no owner, and say so",    plain(RESET_OWNER | NEED_REPLY, none()),                      ["re",   "re",   "later quiescing", "later quiescing", "no", "re", "no"]),
+        // Messages for other devices.
         ("RARP",                    plain(SEND_RARP, number(0)),                                  ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
         ("an MTU",                  plain(NET_SET_MTU, number(1500)),                             ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
         ("a crypto session",        plain(26, vec![0; 96]),                                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("an IOTLB entry",          plain(22, vec![0; 40]),                                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("postcopy",                plain(28, none()),                                            ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("an in-band kick",         plain(35, words(&[0, 0])),                                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("something unheard of",    (4242, vec![7; 64], vec![ram(), pipe()]),                     ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("an unknown request",    (4242, vec![7; 64], vec![ram(), pipe()]),                     ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
     ]
 }
 
@@ -170,12 +170,12 @@ fn name(verdict: &Verdict) -> &'static str {
         Verdict::Pass => "pass",
         Verdict::Reply(_) => "re",
         Verdict::ReplyWithFd(..) => "fd",
-        Verdict::Deferred => "owed",
+        Verdict::Deferred => "later",
         Verdict::Reject => "no",
     }
 }
 
-/// How many rows the table has.
+/// Returns the number of rows of the table.
 fn rows(world: &World) -> usize {
     let front = world.front(State::New);
     let rows = messages(&front).len();
@@ -183,7 +183,7 @@ fn rows(world: &World) -> usize {
     rows
 }
 
-/// Has the tests of this file run one at a time, as they count the fds of the process.
+/// Makes the tests of this file run one at a time, because they count the fds of the process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -213,12 +213,12 @@ fn every_message_in_every_state() {
             if got != expected[column] {
                 wrong.push(format!("{what}, {state:?}: {got}, not {}", expected[column]));
             }
-            if got == "owed quiescing" {
+            if got == "later quiescing" {
                 let (answer, request) = (front.answer(), request & !NEED_REPLY);
                 assert_eq!(answer[..16], words(&[request, 5, 8, 0]), "{what}, {state:?}");
                 assert!(request == GET_VRING_BASE || answer[16..] == [0; 4], "{what}, {state:?}");
             }
-            // Fds and mappings are counted here.
+            // Checks the numbers of fds and mappings.
             front.end();
         }
     }
@@ -231,32 +231,36 @@ fn reply(verdict: Verdict) -> Vec<u8> {
 }
 
 #[test]
-fn what_answers_say() {
+fn payloads_of_replies() {
     let _alone = alone();
     let world = World::new();
     let front = world.front(State::Suspended);
     let ask = |request, payload| front.send(request, payload, vec![]);
     let base = reply(ask(GET_VRING_BASE, words(&[0, 0])));
-    assert_eq!(base, words(&[0, 1]), "where it stopped");
+    assert_eq!(base, words(&[0, 1]), "the position at which the ring stopped");
     assert_eq!(reply(ask(GET_MAX_MEM_SLOTS, vec![])), number(509));
     let log_payload = log(8);
     let answer = reply(front.send(SET_LOG_BASE, log_payload.clone(), vec![memfd(8)]));
-    assert_eq!(answer, log_payload, "rust-vmm's front end takes no other");
+    assert_eq!(answer, log_payload, "rust-vmm's front end accepts no other reply");
     let Verdict::ReplyWithFd(payload, fd) = ask(GET_INFLIGHT_FD, area(0)) else { panic!() };
     assert_eq!(payload.len(), 24);
-    assert_eq!(payload[8..20], area(0)[8..20], "offset 0, and the counts as they were asked for");
+    assert_eq!(payload[8..20], area(0)[8..20], "offset 0, and the requested counts");
     let size = u64::from_le_bytes(*payload.first_chunk().unwrap());
     assert!(File::from(fd).metadata().unwrap().len() >= size && size > 0);
     front.end();
 }
 
 #[test]
-fn the_cache_is_the_guests_to_switch() {
+fn the_guest_switches_the_cache() {
     let _alone = alone();
     let world = World::new();
     let shown = |front: &Front<'_>| {
         let payload = reply(front.send(GET_CONFIG, config(), vec![]));
-        assert_eq!(payload[12 + 34..12 + 36], [128, 0], "as many queues as GET_QUEUE_NUM says");
+        assert_eq!(
+            payload[12 + 34..12 + 36],
+            [128, 0],
+            "the number of queues in the reply to GET_QUEUE_NUM"
+        );
         payload[12 + 32]
     };
     let front = world.front(State::Live);
@@ -272,22 +276,23 @@ fn the_cache_is_the_guests_to_switch() {
         assert!(matches!(front.send(SET_CONFIG, payload, vec![]), Verdict::Done));
         assert_eq!(shown(&front), expected);
     }
-    // Its guest does not know that the connection is another one. Whether it is its guest or
-    // another one's cannot be told.
+    // The guest does not know that the connection is new. The target cannot tell whether it is the
+    // same guest.
     let other = world.front(State::New);
     assert_eq!(shown(&other), 0);
     other.tell(SET_CONFIG, wce(1), vec![]);
-    assert_eq!((shown(&other), shown(&front)), (1, 0), "each its own");
+    assert_eq!((shown(&other), shown(&front)), (1, 0), "each session has its own setting");
     front.leave();
     let front = world.front(State::New);
-    assert_eq!((shown(&other), shown(&front)), (1, 0), "as the guest was told");
+    assert_eq!((shown(&other), shown(&front)), (1, 0), "the setting that the guest has read");
     front.leave();
     other.end();
 }
 
-/// What a killed process has left in flight is not done for a guest that has reset its device.
+/// What a killed process has left in flight is not resubmitted for a guest that has reset its
+/// device.
 #[test]
-fn a_device_reset_drops_what_is_to_be_done_again() {
+fn a_device_reset_drops_requests_to_resubmit() {
     let _alone = alone();
     let world = World::in_steps();
     let front = world.front(State::Ready);
@@ -305,12 +310,12 @@ fn a_device_reset_drops_what_is_to_be_done_again() {
         world.step();
         world.target.process_events();
     }
-    // Had it been begun, the disk would have it.
+    // If it had been resubmitted, the disk would have it.
     assert_eq!(front.sent(), [words(&[RESET_DEVICE, 5, 8, 0, 0])]);
 }
 
 #[test]
-fn areas_that_are_asked_for_cost_nothing() {
+fn requested_areas_use_no_memory() {
     let _alone = alone();
     let world = World::new();
     let front = world.front(State::New);
@@ -319,7 +324,7 @@ fn areas_that_are_asked_for_cost_nothing() {
             front.tell(SET_FEATURES, number(front.features() | packed), vec![]);
         }
         let before = (fds(), mappings());
-        // The largest there is, which the front end keeps.
+        // The largest area, which the front end keeps.
         let payload = [number(0), number(0), vec![16, 0, 0, 128], vec![0; 4]].concat();
         let areas: Vec<File> = (0..64)
             .map(|_| match front.send(GET_INFLIGHT_FD, payload.clone(), vec![]) {
@@ -335,15 +340,15 @@ fn areas_that_are_asked_for_cost_nothing() {
     front.end();
 }
 
-/// Each table is kept by I/O that was submitted under it and hangs.
+/// I/O that was submitted under each table hangs and keeps the table mapped.
 #[test]
-fn mappings_that_io_keeps_are_bounded() {
+fn mappings_kept_by_io_are_bounded() {
     let _alone = alone();
     let world = World::new();
     let front = world.front(State::New);
     front.set_up();
     front.tell(SET_VRING_NUM, words(&[0, 256]), vec![]);
-    // Without a kick fd, so that it is polled.
+    // Without a kick fd, so that the ring is polled.
     front.tell(SET_VRING_KICK, number(0x100), vec![]);
     let mut most = 0;
     let refused = (1..=250).find(|&n| {
@@ -367,7 +372,7 @@ fn mappings_that_io_keeps_are_bounded() {
 }
 
 #[test]
-fn slots_are_many_and_bounded() {
+fn memory_slots_are_bounded() {
     let _alone = alone();
     let world = World::new();
     let front = world.front(State::Live);
@@ -383,9 +388,10 @@ fn slots_are_many_and_bounded() {
     front.end();
 }
 
-/// What is acknowledged is in effect: the one reactor makes no turn after its first, so it never is.
+/// The reply to a message waits until the change is in effect. The only reactor performs no poll
+/// iteration after its first, so the change never takes effect.
 #[test]
-fn a_change_that_no_reactor_heeds_is_refused() {
+fn a_change_that_no_reactor_applies_is_refused() {
     let _alone = alone();
     for request in [SET_FEATURES, SET_CONFIG] {
         let world = World::in_steps();

@@ -58,7 +58,7 @@ fn set_up(session: &mut Session, ring: usize) {
     session.set_addrs(ring, addrs(ring as u64)).unwrap();
 }
 
-/// Starts a ring that has no conflict.
+/// Starts a ring whose gate opens at once.
 fn start(session: &mut Session, ring: usize) {
     assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Gate(ring)]);
     assert_eq!(session.open_gate(ring), Some(Effect::Start(ring)));
@@ -66,7 +66,7 @@ fn start(session: &mut Session, ring: usize) {
     assert!(session.opened(ring));
 }
 
-/// A session with two rings, started.
+/// Returns a session with two started rings.
 fn running() -> Session {
     let mut session = session_of(OFFERED);
     session.set_features(OFFERED).unwrap();
@@ -79,7 +79,7 @@ fn running() -> Session {
 }
 
 #[test]
-fn a_life() {
+fn start_stop_and_restart() {
     let mut session = session_of(OFFERED);
     assert_eq!(session.phase(), Phase::Negotiating);
     session = running();
@@ -92,14 +92,14 @@ fn a_life() {
     assert_eq!(session.get_base(1).unwrap(), [Effect::Stop(1)]);
     assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)]);
     assert_eq!(session.phase(), Phase::Suspended);
-    assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 42)], "asked again");
+    assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 42)], "requested again");
     set_up(&mut session, 0);
     start(&mut session, 0);
     assert_eq!(session.ring(0).base, 7);
     assert_eq!(session.close(), [Effect::Stop(0)]);
     assert_eq!(session.phase(), Phase::Closed);
     assert!(session.undrained());
-    assert_eq!(session.drained(0, 8), [], "nobody is owed an answer");
+    assert_eq!(session.drained(0, 8), [], "no reply is pending");
     assert!(!session.undrained());
 }
 
@@ -113,7 +113,7 @@ fn a_drain_that_is_reported_twice_answers_once() {
 }
 
 #[test]
-fn closing_while_an_answer_is_owed_cancels_the_answer() {
+fn closing_cancels_a_pending_reply() {
     let mut session = running();
     session.get_base(0).unwrap();
     assert_eq!(session.close(), [Effect::Stop(1)]);
@@ -123,7 +123,7 @@ fn closing_while_an_answer_is_owed_cancels_the_answer() {
 }
 
 #[test]
-fn rings_wait_at_the_gate() {
+fn gated_rings_wait() {
     let mut session = session_of(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
     for ring in 0..3 {
@@ -131,11 +131,11 @@ fn rings_wait_at_the_gate() {
         assert_eq!(session.set_kick(ring, None).unwrap(), [Effect::Gate(ring)]);
     }
     assert_eq!(session.phase(), Phase::Starting);
-    assert_eq!(session.open_gate(2), Some(Effect::Start(2)), "each ring waits on its own");
+    assert_eq!(session.open_gate(2), Some(Effect::Start(2)), "each ring has its own gate");
     assert_eq!(session.phase(), Phase::Starting, "its device is not open");
     assert!(session.opened(2));
     assert_eq!(session.phase(), Phase::Running);
-    // A front end that gives up while it waits has to wait too: the ring is still written to.
+    // A gated ring that is stopped waits as well: earlier I/O still writes to the ring.
     assert_eq!(session.get_base(1).unwrap(), []);
     assert_eq!(session.phase(), Phase::Quiescing);
     assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
@@ -146,14 +146,18 @@ fn rings_wait_at_the_gate() {
         assert!(session.opened(ring));
     }
     assert_eq!(session.ring(1).state, RingState::Draining { then: Then::Reply });
-    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "what the reactor has found");
+    assert_eq!(
+        session.drained(1, 9),
+        [Effect::Reply(1, 9)],
+        "the position that the reactor has read"
+    );
     assert_eq!(session.phase(), Phase::Running);
     set_up(&mut session, 1);
     start(&mut session, 1);
 }
 
 #[test]
-fn closing_at_the_gate_leaves_nothing_to_drain() {
+fn closing_while_gated_leaves_nothing_to_drain() {
     let mut session = session_of(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
     set_up(&mut session, 0);
@@ -166,7 +170,7 @@ fn closing_at_the_gate_leaves_nothing_to_drain() {
 
 /// A ring whose device is being opened has nothing in flight.
 #[test]
-fn what_ends_an_opening() {
+fn messages_that_end_an_opening() {
     let opening = || {
         let mut session = session_of(OFFERED);
         session.set_memory(memory(0x10000)).unwrap();
@@ -179,16 +183,19 @@ fn what_ends_an_opening() {
     };
     let mut session = opening();
     assert_eq!(session.close(), []);
-    assert!(!session.undrained() && !session.opened(0), "nobody waits for it any more");
+    assert!(
+        !session.undrained() && !session.opened(0),
+        "the ring does not wait for the opening any more"
+    );
     let mut session = opening();
     assert_eq!(session.reset_device(), []);
     assert!(!session.is_opening(0));
-    assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Gate(0)], "it starts anew");
+    assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Gate(0)], "a new start");
     let mut session = opening();
     assert!(matches!(session.set_num(0, 64), Err(Violation::RingRunning(0))));
     assert_eq!(session.set_call(0, None).unwrap(), [], "there is no view to replace");
     assert_eq!(session.set_memory(memory(0x10000)).unwrap().1, []);
-    assert_eq!(session.get_base(0).unwrap(), [], "only a reactor may look into the ring");
+    assert_eq!(session.get_base(0).unwrap(), [], "only a reactor may read the ring");
     assert_eq!(session.phase(), Phase::Quiescing);
     assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert!(session.opened(0) && !session.opened(0));
@@ -203,25 +210,25 @@ fn what_ends_an_opening() {
 fn a_reset_and_a_restart_while_draining() {
     let mut session = running();
     assert_eq!(session.reset_owner(), [Effect::Stop(0), Effect::Stop(1)]);
-    assert!(session.check_no_pending_reply().is_ok(), "no answer is owed");
+    assert!(session.check_no_pending_reply().is_ok(), "no reply is pending");
     session.set_num(0, 64).unwrap();
     session.set_base(0, 0).unwrap();
     session.set_addrs(0, addrs(0)).unwrap();
     assert_eq!(session.set_kick(0, None).unwrap(), [], "the ring still drains");
     assert_eq!(session.ring(0).state, RingState::Draining { then: Then::Restart });
     let (_, effects) = session.set_memory(memory(0x10000)).unwrap();
-    assert_eq!(effects, [], "a ring that drains keeps the view that it has");
+    assert_eq!(effects, [], "a draining ring keeps its view");
     assert_eq!(session.drained(0, 99), [Effect::Gate(0)]);
     assert_eq!(session.open_gate(0), Some(Effect::Start(0)));
     assert!(session.opened(0));
-    assert_eq!(session.ring(0).base, 0, "what was set since the reset stays");
+    assert_eq!(session.ring(0).base, 0, "values set since the reset stay");
     assert_eq!(session.drained(1, 5), []);
 }
 
-/// GET_VRING_BASE is about the ring that was started last, even while the one before it still
-/// drains.
+/// The reply to GET_VRING_BASE is about the ring that was started last, even while the previous one
+/// still drains.
 #[test]
-fn a_restart_that_is_stopped_while_the_ring_before_drains() {
+fn a_restart_that_is_stopped_while_the_ring_still_drains() {
     for packed in [0, PACKED] {
         let mut session = session_of(OFFERED | PACKED);
         session.set_features(OFFERED).unwrap();
@@ -234,7 +241,7 @@ fn a_restart_that_is_stopped_while_the_ring_before_drains() {
         assert_eq!(session.set_kick(0, None).unwrap(), [], "the ring still drains");
         assert_eq!(session.get_base(0).unwrap(), []);
         assert_eq!(session.phase(), Phase::Quiescing);
-        assert_eq!(session.drained(0, 99), [Effect::Gate(0)], "nothing that was asked for");
+        assert_eq!(session.drained(0, 99), [Effect::Gate(0)], "the old position is not reported");
         assert_eq!(session.phase(), Phase::Quiescing);
         assert_eq!(session.open_gate(0), Some(Effect::Start(0)));
         assert!(session.opened(0));
@@ -246,8 +253,8 @@ fn a_restart_that_is_stopped_while_the_ring_before_drains() {
     session.reset_device();
     session.set_kick(0, None).unwrap();
     session.get_base(0).unwrap();
-    assert_eq!(session.close(), [], "it is told already");
-    assert_eq!(session.drained(0, 99), [], "nobody is owed an answer");
+    assert_eq!(session.close(), [], "the ring was told to stop already");
+    assert_eq!(session.drained(0, 99), [], "no reply is pending");
     assert!(session.undrained(), "ring 1");
 }
 
@@ -256,17 +263,21 @@ fn a_ring_that_was_reset_keeps_its_view_until_it_has_drained() {
     let mut session = running();
     assert_eq!(session.reset_owner(), [Effect::Stop(0), Effect::Stop(1)]);
     session.set_num(0, 64).unwrap();
-    assert_eq!(session.get_base(0).unwrap(), [], "the answer waits");
+    assert_eq!(session.get_base(0).unwrap(), [], "the reply waits");
     let (_, effects) = session.set_memory(memory(0x10000)).unwrap();
-    assert_eq!(effects, [], "nobody knows the parameters that it was started with");
+    assert_eq!(effects, [], "the view of the reset ring stays");
     assert_eq!(session.set_call(0, None).unwrap(), []);
     assert_eq!(session.drained(0, 99), [Effect::Reply(0, 99)]);
     start(&mut session, 0);
-    assert_eq!(session.set_call(0, None).unwrap(), [Effect::Publish(0)], "it begins anew");
+    assert_eq!(
+        session.set_call(0, None).unwrap(),
+        [Effect::Publish(0)],
+        "the ring is started again"
+    );
 }
 
 #[test]
-fn what_cannot_change_while_running() {
+fn parameters_that_cannot_change_while_started() {
     let mut session = running();
     assert!(matches!(session.set_num(0, 64), Err(Violation::RingRunning(0))));
     assert!(matches!(session.set_base(0, 0), Err(Violation::RingRunning(0))));
@@ -277,7 +288,7 @@ fn what_cannot_change_while_running() {
 }
 
 #[test]
-fn what_is_never_taken() {
+fn invalid_parameters_are_refused() {
     let mut session = session_of(OFFERED);
     assert!(matches!(session.set_features(1 << 60), Err(Violation::FeaturesNotOffered(_))));
     for ring in [128, 255, usize::MAX] {
@@ -317,7 +328,7 @@ fn memory_and_call_changes_reach_running_rings_only() {
     assert_eq!(session.set_kick(0, None).unwrap(), [Effect::Publish(0)], "kicked again");
     let smaller = session.set_memory(memory(0x2000));
     assert!(matches!(smaller, Err(Violation::Ring(_))), "ring 0 would be gone");
-    assert_eq!(session.memory().unwrap().size_bytes(), 0x20000, "the old one stays");
+    assert_eq!(session.memory().unwrap().size_bytes(), 0x20000, "the previous memory stays");
 }
 
 fn log() -> Arc<DirtyLog> {
@@ -339,7 +350,7 @@ fn only_logging_is_switched_while_running() {
     assert!(session.log().is_none());
     assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), [Effect::Publish(0)]);
     assert!(Arc::ptr_eq(session.log().unwrap(), &first));
-    assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), [], "nothing new");
+    assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), [], "no change");
     assert_eq!(session.set_log(Arc::clone(&second)), [Effect::Publish(0)]);
     assert!(Arc::ptr_eq(session.log().unwrap(), &second));
     session.get_base(0).unwrap();
@@ -349,13 +360,13 @@ fn only_logging_is_switched_while_running() {
     assert_eq!(session.set_features(OFFERED).unwrap(), []);
     assert!(session.log().is_none());
     session.set_features(OFFERED | LOG_ALL).unwrap();
-    assert!(session.log().is_some(), "switched on again without a new one");
+    assert!(session.log().is_some(), "logging is switched on again with the same log");
     session.reset_owner();
     session.set_features(OFFERED | LOG_ALL).unwrap();
-    assert!(session.log().is_none(), "there was another owner");
+    assert!(session.log().is_none(), "a reset of the owner drops the log");
 }
 
-/// I/O in flight of a closed connection marks nothing in a log that was set later.
+/// I/O in flight of a closed connection does not mark pages in a log that was set later.
 #[test]
 fn all_memory_is_marked_when_earlier_io_has_ended() {
     let with = |features| {
@@ -369,21 +380,21 @@ fn all_memory_is_marked_when_earlier_io_has_ended() {
     assert!(session.minds_earlier_io());
     assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll]);
     assert_eq!(session.earlier_io_ended(true, false), [Effect::MarkAll]);
-    assert_eq!(session.earlier_io_ended(false, false), [], "its own log has it all");
+    assert_eq!(session.earlier_io_ended(false, false), [], "its own log has all marks");
     let mut session = with(OFFERED);
     assert!(!session.minds_earlier_io());
-    assert_eq!(session.earlier_io_ended(true, false), [], "nobody logs");
+    assert_eq!(session.earlier_io_ended(true, false), [], "logging is off");
     session.reset_device();
     assert_eq!(session.await_reset(true), []);
     assert!(session.minds_earlier_io());
     let mut session = with(OFFERED | LOG_ALL);
     session.reset_device();
     assert_eq!(session.await_reset(true), []);
-    assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll], "some is left");
+    assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll], "some I/O is left");
     assert_eq!(session.earlier_io_ended(true, false), [Effect::MarkAll, Effect::Acknowledge]);
 }
 
-/// A ring that was reset keeps its view, and with it the log that it had.
+/// A ring that was reset keeps its view, and the log of that view.
 #[test]
 fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
     let mut session = session_of(OFFERED | LOG_ALL);
@@ -394,10 +405,10 @@ fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
         start(&mut session, ring);
     }
     session.reset_owner();
-    assert_eq!(session.drained(3, 9), [], "nobody logs");
+    assert_eq!(session.drained(3, 9), [], "logging is off");
     assert_eq!(session.set_log(log()), []);
     assert_eq!(session.set_features(OFFERED | LOG_ALL).unwrap(), []);
-    assert_eq!(session.drained(2, 9), [], "once for all of them");
+    assert_eq!(session.drained(2, 9), [], "once for all rings");
     session.set_kick(1, None).unwrap();
     assert_eq!(session.drained(1, 9), [Effect::Gate(1)]);
     session.open_gate(1);
@@ -405,12 +416,12 @@ fn all_memory_is_marked_when_a_ring_has_drained_that_was_reset() {
     session.get_base(0).unwrap();
     assert_eq!(session.drained(0, 9), [Effect::MarkAll, Effect::Reply(0, 9)]);
     session.get_base(1).unwrap();
-    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "it has begun anew");
+    assert_eq!(session.drained(1, 9), [Effect::Reply(1, 9)], "the ring was started again");
 }
 
-/// A disk that grows is announced once, whatever state the front end was in.
+/// A new size of the disk is announced once, in whatever state the front end was.
 #[test]
-fn a_new_config_space_is_owed_until_it_is_told() {
+fn a_config_change_is_pending_until_it_is_announced() {
     let channel = || {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let channel = BackendChannel::from_front_end(ForeignFd::alone(theirs.into())).unwrap();
@@ -427,7 +438,7 @@ fn a_new_config_space_is_owed_until_it_is_told() {
     assert!(!due(&session), "once");
     session.get_base(0).unwrap();
     session.config_changed();
-    assert!(!due(&session), "it waits for something else");
+    assert!(!due(&session), "the front end waits for a reply");
     session.drained(0, 1);
     assert!(due(&session), "ring 1 runs");
     session.get_base(1).unwrap();
@@ -435,11 +446,11 @@ fn a_new_config_space_is_owed_until_it_is_told() {
     assert!(!due(&session), "it is suspended");
     session.set_kick(0, None).unwrap();
     assert_eq!(session.phase(), Phase::Starting);
-    assert!(due(&session), "even at the gate");
+    assert!(due(&session), "also while a ring is gated");
     session.reset_device();
     assert!(!due(&session));
     start(&mut session, 0);
-    assert!(due(&session), "nothing of that has told it");
+    assert!(due(&session), "the change was not announced meanwhile");
     session.close();
     assert!(!due(&session));
 }
@@ -451,7 +462,7 @@ fn area() -> Arc<Area> {
 }
 
 #[test]
-fn an_area_stays_until_there_is_another() {
+fn an_area_stays_until_it_is_replaced() {
     let mut session = running();
     assert!(matches!(session.set_inflight(area()), Err(Violation::AreaRunning)));
     for ring in 0..2 {
@@ -462,7 +473,7 @@ fn an_area_stays_until_there_is_another() {
     start(&mut session, 0);
     session.reset_device();
     session.drained(0, 0);
-    assert!(session.inflight().is_none(), "rings begin anew");
+    assert!(session.inflight().is_none(), "a reset drops the in-flight area");
     session.set_inflight(area()).unwrap();
     session.reset_owner();
     assert!(session.inflight().is_none());
@@ -472,7 +483,7 @@ fn an_area_stays_until_there_is_another() {
 fn an_area_may_come_before_the_features() {
     for packed in [0, PACKED] {
         let mut session = session_of(OFFERED | PACKED);
-        assert!(session.may_be_packed(), "nothing is said yet");
+        assert!(session.may_be_packed(), "no features were negotiated");
         session.set_inflight(area()).unwrap();
         session.set_features(OFFERED | packed).unwrap();
         assert_eq!(session.may_be_packed(), packed != 0);
@@ -483,7 +494,7 @@ fn an_area_may_come_before_the_features() {
         session.set_features(packed ^ PACKED).unwrap();
         assert!(session.inflight().is_some(), "of the same layout");
         session.set_features(packed).unwrap();
-        assert!(session.inflight().is_none(), "what is in it is of another layout");
+        assert!(session.inflight().is_none(), "its contents are of the other layout");
     }
 }
 
@@ -507,7 +518,7 @@ fn a_packed_ring_has_two_positions() {
     assert_eq!(session.drained(0, 0x0007), [Effect::Reply(0, 0x0007_0007)]);
 }
 
-/// RESET_OWNER takes the features away, which say how its position is to be told.
+/// RESET_OWNER clears the features, which determine the format of the position.
 #[test]
 fn a_packed_ring_that_was_reset_has_two_positions() {
     let started = || {
@@ -522,12 +533,12 @@ fn a_packed_ring_that_was_reset_has_two_positions() {
     session.get_base(0).unwrap();
     session.drained(0, 0x8009);
     session.reset_owner();
-    assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 0x8009_8009)], "asked again");
+    assert_eq!(session.get_base(0).unwrap(), [Effect::Reply(0, 0x8009_8009)], "requested again");
     let mut session = started();
     session.reset_owner();
     assert_eq!(session.get_base(0).unwrap(), []);
     assert_eq!(session.drained(0, 0x8009), [Effect::Reply(0, 0x8009_8009)]);
-    // The front end may have said by then what comes next.
+    // The front end may have negotiated other features by then.
     let mut session = started();
     session.reset_owner();
     session.set_features(OFFERED).unwrap();
@@ -536,7 +547,7 @@ fn a_packed_ring_that_was_reset_has_two_positions() {
     assert_eq!(session.drained(0, 0x8009), [Effect::Gate(0)]);
     session.open_gate(0);
     assert!(session.opened(0));
-    assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "it was a split one");
+    assert_eq!(session.drained(0, 9), [Effect::Reply(0, 9)], "the ring was a split ring");
 }
 
 #[test]
@@ -553,13 +564,13 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     assert_eq!(session.phase(), Phase::Suspended);
     assert_eq!(session.reset_device(), [], "nothing runs");
     assert_eq!(session.await_reset(false), [Effect::Acknowledge]);
-    // A front end that does not wait is not waited for.
+    // A reset without NEED_REPLY is not acknowledged.
     set_up(&mut session, 0);
     start(&mut session, 0);
     assert_eq!(session.reset_device(), [Effect::Reset(0)]);
     assert!(session.check_no_pending_reply().is_ok());
     assert_eq!(session.drained(0, 9), []);
-    // One that goes meanwhile is owed nothing.
+    // A connection that is closed meanwhile gets no reply.
     start(&mut session, 0);
     session.reset_device();
     session.await_reset(false);
@@ -568,9 +579,9 @@ fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     assert_eq!(session.drained(0, 9), []);
 }
 
-/// What an earlier connection has in flight may be in this guest's memory.
+/// I/O in flight of an earlier connection may use this guest's memory.
 #[test]
-fn a_reset_waits_for_it() {
+fn a_reset_waits_for_earlier_io() {
     let mut session = session_of(OFFERED);
     session.set_memory(memory(0x10000)).unwrap();
     set_up(&mut session, 0);
@@ -583,15 +594,18 @@ fn a_reset_waits_for_it() {
 }
 
 #[test]
-fn memory_may_go_when_nothing_runs_in_it() {
+fn memory_may_be_removed_when_no_started_ring_is_in_it() {
     let mut session = running();
     let nothing = || {
         let spec = RegionSpec { gpa: 0, size: 0x10000, user_addr: USER, offset: 0 };
         Arc::new(memory(0x10000).without_region(spec).unwrap())
     };
-    assert!(session.set_memory(nothing()).is_err(), "two rings run in it");
+    assert!(session.set_memory(nothing()).is_err(), "two started rings are in the previous memory");
     assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)]);
-    session.set_memory(nothing()).expect("the reactors have their own view of it");
-    assert!(matches!(session.set_kick(0, None), Err(Violation::Ring(_))), "it is not there");
-    assert_eq!(session.features(), OFFERED, "a reset is not another negotiation");
+    session.set_memory(nothing()).expect("reset rings keep their views");
+    assert!(
+        matches!(session.set_kick(0, None), Err(Violation::Ring(_))),
+        "the ring is not in memory"
+    );
+    assert_eq!(session.features(), OFFERED, "RESET_DEVICE keeps the features");
 }

@@ -1,14 +1,14 @@
-//! A seeded simulation of the target: reactors in steps, front ends, an operator, disks, faults.
+//! A seeded simulation of the target: stepped reactors, front ends, an operator, disks and faults.
 //!
-//! Everything happens in one thread and in an order that the seed decides, but for the freeing of
-//! memory and channels, which the target's own threads do. Faults are named at the top of
-//! `simulation/disk.rs` (disks) and `simulation/transport.rs` (sockets); front ends also lose
-//! their connection, die, speak out of turn, talk nonsense, and come back. They switch the dirty log
-//! and the write cache while requests run, and give memory as a whole or in slots. Controllers are
-//! deleted by force while I/O hangs, and their machines continue with the same rings on other
-//! controllers.
+//! Everything happens in one thread, in an order that the seed determines, except for the freeing
+//! of memory and channels, which the target's own threads do. `simulation/disk.rs` (disks) and
+//! `simulation/transport.rs` (sockets) list their faults. Front ends also lose their connection,
+//! die, send messages before a pending reply, send invalid messages, and reconnect. They switch the
+//! dirty log and the write cache while requests are in flight, and set up memory as a whole or in
+//! slots. Controllers are deleted by force while I/O hangs, and their machines continue with the
+//! same rings on other controllers.
 //!
-//! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs that many, `SIM_FIRST=n` begins there.
+//! `SIM_SEED=n` replays one seed, `SIM_SEEDS=n` runs n seeds, `SIM_FIRST=n` starts at seed n.
 
 #[path = "../../virtqueue/tests/packed_ring/driver.rs"]
 mod driver;
@@ -35,7 +35,8 @@ use simulation::world::{Counts, World};
 
 const STEPS: usize = 300;
 const SEEDS: u64 = 1_800;
-/// Kinds of events that are counted, and that so many seeds all reach.
+/// The number of kinds of events that are counted, all of which the default number of seeds
+/// reaches.
 const KINDS: usize = 32;
 
 fn number(name: &str) -> Option<u64> {
@@ -76,10 +77,10 @@ fn whatever_happens_nothing_is_lost_and_nothing_is_left() {
         sum
     });
     eprintln!("{counts:#?}");
-    assert!(end - first < SEEDS || counts.len() >= KINDS, "something was never reached");
+    assert!(end - first < SEEDS || counts.len() >= KINDS, "a kind of event was never reached");
 }
 
-/// Where one simulation fails, the other threads begin no further one.
+/// If a simulation fails, the other threads start no further one.
 struct OnFailure<'a>(&'a AtomicU64, u64);
 
 impl Drop for OnFailure<'_> {

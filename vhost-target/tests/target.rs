@@ -1,5 +1,4 @@
-//! Queues that move, reactors that are woken, and leases that are waited for, with reactors that the
-//! test steps.
+//! Moves of queues, wake-ups of reactors, and waits for leases, with stepped reactors.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::fs::File;
@@ -29,7 +28,8 @@ const NAME: &str = "c";
 const RAM_BYTES: u64 = 0x1_0000;
 const USER: u64 = 0x7000_0000;
 
-/// A transport without sockets, and a front end that never hangs up and counts what it is sent.
+/// A transport without sockets, and a front end that never hangs up and counts the messages that it
+/// gets.
 #[derive(Debug, Default)]
 struct Nobody(Mutex<usize>);
 
@@ -51,7 +51,7 @@ impl Connection for Nobody {
     fn shut_down(&self) {}
 }
 
-/// A lease that the test grants: users, whether it is held, and who waits.
+/// A lease that the test grants: its users, whether it is held, and the callbacks that wait for it.
 #[derive(Clone, Default)]
 struct TestLease(Arc<Mutex<(usize, bool, Vec<Granted>)>>);
 
@@ -124,7 +124,7 @@ impl Bdev for Leased {
     }
 }
 
-/// Two reactors, and a controller whose ring 0 is on the first of them.
+/// Two reactors, and a controller whose ring 0 is on the first reactor.
 struct Scene {
     target: Arc<Target>,
     steps: Vec<SteppedReactor>,
@@ -188,13 +188,13 @@ impl Scene {
         self.say(request::SET_VRING_KICK, &[0], Some(kick));
     }
 
-    /// Sends a message whose answer is to come later.
-    fn ask(&self, message: u32, payload: &[u64]) {
+    /// Sends a message whose reply is deferred.
+    fn send_deferred(&self, message: u32, payload: &[u64]) {
         let verdict = self.target.message(self.conn, message, true, &words(payload), vec![]);
         assert!(matches!(verdict, Verdict::Deferred), "{message}: {verdict:?}");
     }
 
-    /// Answers that came later.
+    /// Returns the number of deferred replies.
     fn answers(&self) -> usize {
         *self.front_end.0.lock().unwrap()
     }
@@ -216,7 +216,7 @@ impl Scene {
         self.ram.write_all_at(&self.offered.to_le_bytes(), 0x1002).unwrap();
     }
 
-    /// Offers a read that the disk does not complete.
+    /// Offers a read that the disk keeps in flight.
     fn offer_io(&mut self) {
         let (op, error) = (InjectedOp::Read, InjectedError::Pending);
         self.disk.inject(Injection { op, error, count: 1, queue_depth: 0 }).unwrap();
@@ -234,29 +234,32 @@ impl Scene {
         self.target.controllers()[0].sessions[0].inflight
     }
 
-    /// Reactors on which the ring has left I/O in flight.
+    /// Returns the reactors with orphan I/O of the ring.
     fn orphans(&self) -> Vec<usize> {
         self.target.reactors_with_orphans()
     }
 
-    /// For each reactor, whether it was woken since the last call.
-    fn rung(&self, reactor: usize) -> bool {
-        let waker = self.steps[reactor].waker().expect("it sleeps");
+    /// Returns whether a reactor was woken since the last call.
+    fn was_woken(&self, reactor: usize) -> bool {
+        let waker = self.steps[reactor].waker().expect("the reactor may sleep");
         waker.wait(Some(Instant::now()))
     }
 }
 
 #[test]
-fn a_queue_is_handed_over_after_a_turn_of_the_reactor_that_had_it() {
+fn a_queue_is_moved_after_a_poll_iteration_of_its_reactor() {
     let mut scene = Scene::new(Mode::Poll);
     scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
     let moving = scene.target.begin_move(NAME, None, 0, Core(1)).unwrap().unwrap();
-    assert!(scene.target.end_move(&moving).is_none(), "it may be in a visit right now");
+    assert!(scene.target.end_move(&moving).is_none(), "the reactor may be in a visit");
     scene.steps[1].step();
-    assert!(scene.target.end_move(&moving).is_none(), "the other one's turn says nothing");
+    assert!(
+        scene.target.end_move(&moving).is_none(),
+        "a poll iteration of the other reactor does not count"
+    );
     scene.offer();
     scene.steps[0].step();
-    assert_eq!(scene.answered(), 0, "it has the queue no more");
+    assert_eq!(scene.answered(), 0, "the previous reactor does not have the queue any more");
     assert!(scene.target.end_move(&moving).unwrap().is_ok());
     scene.steps[0].step();
     assert_eq!(scene.answered(), 0);
@@ -267,7 +270,7 @@ fn a_queue_is_handed_over_after_a_turn_of_the_reactor_that_had_it() {
 }
 
 #[test]
-fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
+fn the_previous_reactor_polls_orphan_io() {
     let mut scene = Scene::new(Mode::Poll);
     scene.offer_io();
     scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
@@ -284,7 +287,7 @@ fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
     scene.disk.resume_pending();
     scene.steps[1].step();
     assert_eq!((scene.inflight(), scene.answered()), (0, 1));
-    // Until reclaim has freed the view that it was submitted under.
+    // Until the reclaim thread has freed the view that the I/O was submitted under.
     while !scene.orphans().is_empty() {
         thread::yield_now();
         scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
@@ -294,7 +297,7 @@ fn a_reactor_looks_after_the_io_that_a_moved_queue_has_left() {
 }
 
 #[test]
-fn a_queue_with_nothing_in_flight_leaves_nothing() {
+fn a_queue_without_io_in_flight_leaves_no_orphan_io() {
     let mut scene = Scene::new(Mode::Poll);
     scene.steps.iter_mut().for_each(|reactor| _ = reactor.step());
     let moving = scene.target.begin_move(NAME, None, 0, Core(1)).unwrap().unwrap();
@@ -307,20 +310,20 @@ fn a_queue_with_nothing_in_flight_leaves_nothing() {
 #[test]
 fn a_change_of_coalescing_wakes_reactors() {
     let mut scene = Scene::new(Mode::Sleep { after_us: 0 });
-    // Until earlier wake-ups are used up.
+    // Until earlier wake-ups are consumed.
     for reactor in &mut scene.steps {
         while !(reactor.step() && reactor.step()) {}
     }
-    let rung = |scene: &Scene| [0, 1].map(|reactor| scene.rung(reactor));
-    assert_eq!(rung(&scene), [false; 2]);
+    let woken = |scene: &Scene| [0, 1].map(|reactor| scene.was_woken(reactor));
+    assert_eq!(woken(&scene), [false; 2]);
     scene.target.set_coalescing(NAME, 1000, 1000).unwrap();
-    assert_eq!(rung(&scene), [true; 2]);
+    assert_eq!(woken(&scene), [true; 2]);
     assert!(scene.target.set_coalescing(NAME, 1000, 1).is_err());
-    assert_eq!(rung(&scene), [false; 2], "nothing has changed");
+    assert_eq!(woken(&scene), [false; 2], "nothing has changed");
 }
 
 #[test]
-fn rings_wait_for_the_lease_of_what_is_below_their_disk_and_give_it_back() {
+fn rings_wait_for_the_lease_of_the_base_bdev_and_release_it() {
     let lease = TestLease::default();
     let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
     scene.offer();
@@ -329,10 +332,10 @@ fn rings_wait_for_the_lease_of_what_is_below_their_disk_and_give_it_back() {
     lease.grant();
     scene.step();
     assert_eq!(scene.answered(), 1);
-    // It has a user until its I/O has ended.
+    // The lease has a user until the I/O has ended.
     scene.offer_io();
     scene.step();
-    scene.ask(request::GET_VRING_BASE, &[0]);
+    scene.send_deferred(request::GET_VRING_BASE, &[0]);
     scene.step();
     assert_eq!((lease.users(), scene.answers()), (1, 0));
     scene.disk.resume_pending();
@@ -341,10 +344,10 @@ fn rings_wait_for_the_lease_of_what_is_below_their_disk_and_give_it_back() {
 }
 
 #[test]
-fn a_ring_is_stopped_when_the_process_before_has_ended_its_io() {
+fn a_ring_is_stopped_when_the_previous_process_has_ended_its_io() {
     let lease = TestLease::default();
     let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
-    scene.ask(request::GET_VRING_BASE, &[0]);
+    scene.send_deferred(request::GET_VRING_BASE, &[0]);
     scene.step();
     assert_eq!((lease.users(), scene.answers()), (1, 0));
     lease.grant();
@@ -353,28 +356,32 @@ fn a_ring_is_stopped_when_the_process_before_has_ended_its_io() {
 }
 
 #[test]
-fn a_reset_ends_when_the_process_before_has_ended_its_io() {
+fn a_reset_ends_when_the_previous_process_has_ended_its_io() {
     let lease = TestLease::default();
     let mut scene = Scene::of(Mode::Poll, Some(&lease), false);
-    scene.ask(request::RESET_DEVICE, &[]);
+    scene.send_deferred(request::RESET_DEVICE, &[]);
     scene.step();
-    assert_eq!((lease.users(), scene.answers()), (1, 0), "its ring waits no more, the reset does");
+    assert_eq!(
+        (lease.users(), scene.answers()),
+        (1, 0),
+        "its ring does not wait any more, the reset does"
+    );
     lease.grant();
     assert_eq!((lease.users(), scene.answers()), (0, 1));
 }
 
 #[test]
-fn a_front_end_that_leaves_waits_no_more() {
+fn a_closed_connection_does_not_wait_for_the_lease() {
     let lease = TestLease::default();
     let scene = Scene::of(Mode::Poll, Some(&lease), false);
-    scene.ask(request::RESET_DEVICE, &[]);
+    scene.send_deferred(request::RESET_DEVICE, &[]);
     scene.target.closed(scene.conn);
     assert_eq!((lease.users(), scene.target.connections()), (0, 0));
     lease.grant();
 }
 
 #[test]
-fn a_guest_that_cannot_write_needs_no_lease() {
+fn a_read_only_guest_needs_no_lease() {
     let lease = TestLease::default();
     let mut scene = Scene::of(Mode::Poll, Some(&lease), true);
     scene.offer();

@@ -1,5 +1,5 @@
-//! A guest is notified eventually: after a call that the system has refused, and before a stop that
-//! comes while a call is delayed. And a reactor does not sleep while there is unseen work.
+//! A guest is notified eventually: after a call that the system has refused, and before a stop
+//! while a call is delayed. A reactor does not sleep while there is work that it has not seen.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use vm_memory::Bytes;
 use super::disk::{Hook, Manual};
 use super::scene::{ADDRS, DATA, IN, LAYOUTS, Scene};
 
-/// A scene whose guest is called on the eventfd, and a disk that answers at once.
+/// Creates a scene whose guest is called on the eventfd, and a disk that completes I/O at once.
 fn called(packed: bool) -> (Scene, EventFd, Arc<Manual>) {
     let disk = Manual::create();
     disk.state().at_once = true;
@@ -32,7 +32,7 @@ fn called(packed: bool) -> (Scene, EventFd, Arc<Manual>) {
 }
 
 /// Runs `visits` while the system refuses every call: on a thread that has closed the io_urings in
-/// its own fd table. `None` if there is no io_uring, and the test is skipped.
+/// its own fd table. Returns `None` if there is no io_uring. The test is skipped then.
 fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
     let run = || {
         // SAFETY: from here on this thread has its own table of fds.
@@ -47,7 +47,7 @@ fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
             .map(|entry| entry.file_name().to_str().unwrap().parse().unwrap())
             .collect();
         for ring in &rings {
-            // SAFETY: nobody but this thread uses this table, and it ends after `visits`.
+            // SAFETY: only this thread uses this table, and it ends after `visits`.
             assert_eq!(unsafe { libc::close(ring.as_raw_fd()) }, 0);
         }
         (!rings.is_empty()).then(visits)
@@ -61,7 +61,7 @@ fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
 }
 
 #[test]
-fn a_call_that_was_refused_is_made_at_the_next_visit() {
+fn a_refused_call_is_retried_at_the_next_visit() {
     for packed in LAYOUTS {
         let (mut scene, eventfd, _) = called(packed);
         scene.start().unwrap();
@@ -83,7 +83,7 @@ fn a_call_that_was_refused_is_made_at_the_next_visit() {
 }
 
 #[test]
-fn a_stop_waits_for_a_call_that_was_refused() {
+fn a_stop_waits_for_a_refused_call() {
     let (mut scene, eventfd, _) = called(false);
     scene.start().unwrap();
     scene.send(IN, 0, &[(DATA, 512)]);
@@ -102,14 +102,14 @@ fn a_stop_waits_for_a_call_that_was_refused() {
 }
 
 #[test]
-fn a_sleep_over_a_refused_call_has_an_end() {
+fn a_sleep_with_a_refused_call_is_limited() {
     let (mut scene, eventfd, _) = called(false);
     let (_reactor, mut steps) = scene.start_to_sleep();
-    // More than one turn: earlier wake-ups are used up.
+    // Several poll iterations: earlier wake-ups are consumed.
     let Some(asleep) = refusing(|| (0..4).map(|_| steps.step()).collect::<Vec<_>>()) else {
         return;
     };
-    assert_eq!(asleep, [true; 4], "it does not poll for it");
+    assert_eq!(asleep, [true; 4], "the reactor does not poll for the refused call");
     assert_eq!(eventfd.take(), 0);
     // A stepped reactor treats a sleep with a time limit as one that has ended.
     steps.step();
@@ -118,7 +118,8 @@ fn a_sleep_over_a_refused_call_has_an_end() {
     assert_eq!(eventfd.take(), 0);
 }
 
-/// Has coalescing delay a call by an hour, with completions that the guest was not notified of.
+/// Creates a scene in which coalescing delays a call by an hour. There are completions that the
+/// guest was not notified of.
 fn delayed(packed: bool) -> (Scene, EventFd) {
     let (mut scene, eventfd, _) = called(packed);
     scene.coalescing.delay_base_ticks.store(3600 * ticks_per_second(), Ordering::Relaxed);
@@ -138,7 +139,7 @@ fn delayed(packed: bool) -> (Scene, EventFd) {
 }
 
 #[test]
-fn a_queue_that_stops_makes_the_call_that_was_delayed() {
+fn a_stopping_queue_makes_the_delayed_call() {
     for packed in LAYOUTS {
         let (mut scene, eventfd) = delayed(packed);
         scene.queue().control().stop();
@@ -157,11 +158,11 @@ fn a_delayed_call_is_made_when_coalescing_is_switched_off() {
     assert_eq!(eventfd.take(), 1);
 }
 
-/// An action of the control side in the middle of a turn, after the queue was visited with the
-/// earlier state. In production the bell is rung too, and a reactor that fell asleep all the same
-/// would wake up; here it is not.
+/// The control side acts in the middle of a poll iteration, after the queue was visited with the
+/// earlier state. In production the waker is signalled too, and a reactor that fell asleep would
+/// wake up. Here it is not.
 #[test]
-fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
+fn a_change_during_the_last_visit_prevents_sleep() {
     for renewed in [false, true] {
         let disk = Manual::create();
         let mut scene = Scene::new(false, 32, disk.clone());
@@ -184,22 +185,22 @@ fn a_change_in_the_turn_before_a_sleep_keeps_it_awake() {
         disk.state().at_poll = Hook(Some(Box::new(change)));
         reactor.wake();
         assert!(!steps.step(), "a new view: {renewed}");
-        // The view that it replaces is not freed before the next turn.
+        // The replaced view is not freed before the next poll iteration.
         steps.step();
         drop(retired);
     }
 }
 
-/// A request that comes after the last look at the ring, and before the reactor asks for kicks.
+/// A request arrives after the last read of the ring, and before the reactor asks for kicks.
 #[test]
-fn a_request_in_the_turn_before_a_sleep_keeps_it_awake() {
+fn a_request_during_the_last_visit_prevents_sleep() {
     let disk = Manual::create();
     let mut scene = Scene::new(false, 32, disk.clone());
     let (_reactor, mut steps) = scene.start_to_sleep();
     scene.send(IN, 0, &[(DATA, 512)]);
-    assert!(!steps.step(), "it has had something to do");
+    assert!(!steps.step(), "the reactor had work");
     scene.send(IN, 1, &[(DATA, 512)]);
-    // The available index, which the driver advances in a moment.
+    // The available index, which the driver is about to advance.
     scene.put(ADDRS.avail + 2, &1_u16.to_le_bytes());
     let memory = Arc::clone(&scene.memory);
     let show = move || {

@@ -24,9 +24,9 @@ const SECTORS: u64 = 64;
 /// The contents of a driver's readable buffers.
 const WRITTEN: u8 = 0xd1;
 
-/// Where a request's header is.
+/// The address of a request's header.
 const HEADER: u64 = DATA + 8 * PAGE;
-/// Where a discard's segments are.
+/// The address of a discard's segments.
 const RANGES: u64 = DATA + 9 * PAGE;
 /// The guest memory that is checked for changes: all that the requests here use, and the adjacent
 /// pages.
@@ -86,10 +86,12 @@ impl On {
     }
 }
 
-/// A readable buffer, a writable one.
+/// Returns a readable buffer.
 fn r(gpa: u64, len: u32) -> Buffer {
     Buffer { gpa, len, write: false }
 }
+
+/// Returns a writable buffer.
 fn w(gpa: u64, len: u32) -> Buffer {
     Buffer { gpa, len, write: true }
 }
@@ -99,7 +101,7 @@ const H: Buffer = Buffer { gpa: HEADER, len: 16, write: false };
 
 /// The effect of a request.
 struct Did {
-    /// The status byte and where it is; `None`: none is written.
+    /// The address and value of the status byte; `None`: none is written.
     status: Option<(u64, u8)>,
     /// The used element's length.
     len: u32,
@@ -168,7 +170,7 @@ fn assert_row(packed: bool, indirect: bool, row: &Row) {
     for ((got, want), (gpa, _)) in watch(&scene).iter().zip(&expected).zip(WATCHED) {
         let differs = got.iter().zip(want).position(|(got, want)| got != want);
         let differs = differs.map(|at| (gpa + at as u64, got[at], want[at]));
-        assert_eq!(differs, None, "where, what is there and what was due; {what}");
+        assert_eq!(differs, None, "address, actual and expected value; {what}");
     }
     if on.keeps() {
         scene.indirect = false;
@@ -188,7 +190,7 @@ fn assert_rows(rows: &[Row]) {
     }
 }
 
-/// The segments of a discard or write-zeroes row, which its text names: "[sector, sectors, flags]".
+/// Parses the segments of a discard or write-zeroes row from its text: "[sector, sectors, flags]".
 fn ranges_of(says: &str) -> Vec<(u64, u32, u32)> {
     let segments = says.split('[').skip(1).map(|rest| rest.split(']').next().unwrap());
     let number = |text: &str| text.trim().parse::<u64>().unwrap();
@@ -224,7 +226,7 @@ fn reads_writes_and_flushes() {
         ("OUT of 511 bytes", Malloc, (OUT, 0), vec![H, r(DATA, 511), S], did(UNSUPP, 1)),
         ("OUT of no bytes", Malloc, (OUT, 0), vec![H, S], did(UNSUPP, 1)),
         // 5.2.6.1: "A driver MUST NOT submit a request which would cause a read or write beyond
-        // capacity." A read that fails says its length all the same, as SPDK's does.
+        // capacity." The used length of a read that fails includes the data, as SPDK's does.
         ("IN of the last sector", Malloc, (IN, SECTORS - 1), vec![H, data, S], did(OK, 513).puts(DATA, [0; 512])),
         ("IN across the end", Malloc, (IN, SECTORS - 1), vec![H, w(DATA, 1024), S], did(IOERR, 1025)),
         ("IN beyond the end", Malloc, (IN, SECTORS), vec![H, data, S], did(IOERR, 513)),
@@ -250,9 +252,9 @@ fn reads_writes_and_flushes() {
 
 #[test]
 #[rustfmt::skip]
-fn identity_and_what_is_unsupported() {
+fn get_id_and_unsupported_requests() {
     use On::{Bare, Malloc};
-    // SPDK's padding, where section 5.2.6 has zeroes: a guest sees the serial number that it had.
+    // Padded as by SPDK, where section 5.2.6 has zeroes: the guest's serial number stays the same.
     let id = b"Malloc0             ";
     assert_rows(&[
         // "GET_ID requests fetch the device ID string from the device into data. [It] is up to 20 bytes long."
@@ -272,7 +274,7 @@ fn identity_and_what_is_unsupported() {
         ("a type that nobody knows", Malloc, (0x7fff_ffff, 0), vec![H, w(DATA, 512), S], did(UNSUPP, 1)),
         ("DISCARD that is not offered", Bare, (DISCARD, 0), vec![H, r(RANGES, 16), S], did(UNSUPP, 1)),
         ("WRITE_ZEROES that is not offered", Bare, (WRITE_ZEROES, 0), vec![H, r(RANGES, 16), S], did(UNSUPP, 1)),
-        // Section 5.2.6.3's legacy barrier, which SPDK masks, too.
+        // Section 5.2.6.3's legacy barrier, which SPDK masks off too.
         ("IN with a barrier", Malloc, (IN | BARRIER, 0), vec![H, w(DATA, 512), S], did(OK, 513).puts(DATA, [0x51; 512])),
     ]);
 }
@@ -283,12 +285,12 @@ fn from_guest() -> Buffer {
 
 #[test]
 #[rustfmt::skip]
-fn discards_and_zeroes() {
+fn discards_and_write_zeroes() {
     use On::{Malloc, ReadOnly, ReadOnlyBdev};
     let segments = |n: u32| vec![H, r(RANGES, 16 * n), S];
     assert_rows(&[
         // "The data used for discard or write zeroes commands consists of one or more segments."
-        // What this device discards reads as zeroes.
+        // Discarded sectors of this device read as zeroes.
         ("DISCARD of [1, 1, 0]", Malloc, (DISCARD, 0), segments(1), did(OK, 1).sector(1, 0)),
         ("DISCARD of [1, 1, 0] [3, 2, 0]", Malloc, (DISCARD, 0), segments(2),
             did(OK, 1).sector(1, 0).sector(3, 0).sector(4, 0)),
@@ -320,7 +322,7 @@ fn discards_and_zeroes() {
         ("WRITE_ZEROES of [1, 1, 2147483648]", Malloc, (WRITE_ZEROES, 0), segments(1), did(UNSUPP, 1)),
         ("… whatever else is wrong: [64, 1, 0] [1, 1, 2]", Malloc, (WRITE_ZEROES, 0), segments(2), did(UNSUPP, 1)),
         ("… on a read-only disk: [1, 1, 2]", ReadOnly, (DISCARD, 0), segments(1), did(UNSUPP, 1)),
-        // Writes, in section 5.2.6.2's words, if they change what is read.
+        // Discards and write-zeroes count as writes (section 5.2.6.2) if they change what is read.
         ("DISCARD on a read-only controller, of [1, 1, 0]", ReadOnly, (DISCARD, 0), segments(1), did(IOERR, 1)),
         ("WRITE_ZEROES on it, of [1, 1, 0]", ReadOnly, (WRITE_ZEROES, 0), segments(1), did(IOERR, 1)),
         ("WRITE_ZEROES on a read-only device, of [1, 1, 0]", ReadOnlyBdev, (WRITE_ZEROES, 0), segments(1), did(IOERR, 1)),
@@ -347,7 +349,7 @@ fn framing() {
             did(OK, 513).puts(DATA, one)),
         ("room that a write does not fill", Malloc, (OUT, 0), vec![H, r(DATA + PAGE, 512), w(DATA, 512), S],
             did(OK, 1).sector(0, WRITTEN)),
-        // "The final status byte is written by the device": the last of those that it may write.
+        // "The final status byte is written by the device": it is the last writable byte.
         ("a header of 15 bytes", Malloc, (IN, 0), vec![r(HEADER, 15), w(DATA, 512), S], did(IOERR, 1)),
         ("no header", Malloc, (IN, 0), vec![w(DATA, 512), S], did(IOERR, 1)),
         ("no place for a status", Malloc, (OUT, 0), vec![H, r(DATA, 512)], nothing()),
@@ -356,11 +358,11 @@ fn framing() {
         ("a readable buffer after a writable one", Malloc, (IN, 0), vec![H, w(DATA, 512), r(DATA + PAGE, 1), S], did(IOERR, 1)),
         ("… and at the end", Malloc, (IN, 0), vec![H, w(DATA, 512), r(DATA + PAGE, 1)], did(IOERR, 1).at(DATA + 511)),
         // Buffers outside of memory.
-        ("data nowhere", Malloc, (IN, 0), vec![H, w(nowhere, 512), S], did(IOERR, 1)),
+        ("data outside of memory", Malloc, (IN, 0), vec![H, w(nowhere, 512), S], did(IOERR, 1)),
         ("the status nowhere", Malloc, (IN, 0), vec![H, w(DATA, 512), w(nowhere, 1)], nothing()),
         ("a header nowhere", Malloc, (IN, 0), vec![r(nowhere, 16), w(DATA, 512), S], did(IOERR, 1)),
-        // Buffers of no bytes, which no driver makes: the chain is refused, and its last writable byte
-        // is where it would be without them.
+        // Empty buffers, which no driver sends: the chain is refused. The status byte is where it
+        // would be without them.
         ("an empty buffer among the data", Malloc, (IN, 0), vec![H, w(DATA, 256), w(DATA + PAGE, 0), w(DATA + 256, 256), S], did(IOERR, 1)),
         ("… before it", Malloc, (IN, 0), vec![H, w(DATA, 0), w(DATA, 512), S], did(IOERR, 1)),
         ("… after it", Malloc, (IN, 0), vec![H, w(DATA, 512), w(DATA + 512, 0), S], did(IOERR, 1)),

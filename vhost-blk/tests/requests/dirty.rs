@@ -1,4 +1,4 @@
-//! The pages that a queue marks while its guest migrates: those that it writes, and no others.
+//! The pages that a queue marks during a migration: those that it writes, and no others.
 
 use std::sync::Arc;
 
@@ -14,15 +14,15 @@ fn page(gpa: u64) -> u64 {
 }
 
 fn migrating(packed: bool, bdev: Arc<dyn Bdev>) -> Scene {
-    // So large that the used ring has several pages.
+    // So large that the used ring spans several pages.
     let mut scene = Scene::new(packed, 1024, bdev);
     scene.migrate();
     scene.start().unwrap();
     scene
 }
 
-/// Asserts that `pages` were marked besides those of a request that was answered at `places` of the
-/// used ring.
+/// Asserts that exactly `pages` were marked, besides those of a request that was answered at
+/// `places` of the used ring.
 fn assert_dirty(scene: &mut Scene, places: std::ops::Range<u64>, pages: &[u64], what: &str) {
     let mut want = vec![page(STATUSES)];
     want.extend(pages);
@@ -41,7 +41,7 @@ fn assert_dirty(scene: &mut Scene, places: std::ops::Range<u64>, pages: &[u64], 
 }
 
 #[test]
-fn what_is_written_is_marked_and_nothing_else() {
+fn exactly_the_written_pages_are_marked() {
     for packed in LAYOUTS {
         let options = MallocOptions {
             name: "Malloc0".into(),
@@ -51,7 +51,7 @@ fn what_is_written_is_marked_and_nothing_else() {
         };
         let mut scene = migrating(packed, Malloc::create(options).unwrap());
         scene.visit();
-        // It has said that it wants no kicks.
+        // The queue has written that it wants no kicks.
         let event = if packed { ADDRS.used } else { ADDRS.used + 4 + 8 * 1024 };
         let mut want = vec![page(ADDRS.used), page(event)];
         want.dedup();
@@ -63,7 +63,8 @@ fn what_is_written_is_marked_and_nothing_else() {
             let at = DATA + (n * 3 % 64) * PAGE;
             let (kind, data, pages): (_, &[(u64, u32)], &[u64]) = match n % 5 {
                 0 => (IN, &[(at, 512)], &[page(at)]),
-                // A piece that ends with a page, and one that begins before the end of one.
+                // A piece that ends at the end of a page, and one that begins just before the end
+                // of one.
                 1 => (
                     IN,
                     &[(at, 4096), (at + 2 * PAGE + 4095, 1024)],
@@ -104,15 +105,15 @@ fn refused_requests_mark_their_status() {
 }
 
 #[test]
-fn io_of_an_earlier_memory_table_marks_its_own_pages() {
+fn io_under_an_earlier_memory_table_marks_its_pages() {
     for packed in LAYOUTS {
         let disk = Manual::create();
         let mut scene = Scene::started(packed, 1024, Arc::clone(&disk) as Arc<dyn Bdev>);
         scene.send(IN, 0, &[(FAR + 5 * PAGE, 512)]);
         scene.send(IN, 0, &[(DATA, 512)]);
         scene.settle();
-        // The second region is somewhere else now, and whatever was mapped there is new; what is
-        // marked is by the guest's addresses of then. The log is new, too.
+        // The second region is mapped at another address now, and other memory is where it was.
+        // Pages are marked by the guest-physical addresses at submission. The log is new, too.
         scene.migrate();
         let moved = scene.moved(FAR - 64 * PAGE);
         let retired = scene.publish(&moved);
@@ -123,7 +124,7 @@ fn io_of_an_earlier_memory_table_marks_its_own_pages() {
             retired = retired.and_then(|retired| retired.try_free());
             scene.visit();
         }
-        assert!(retired.is_some(), "I/O uses it");
+        assert!(retired.is_some(), "I/O uses the old view");
         disk.state().complete_all();
         scene.settle();
         let mut want = vec![page(STATUSES), page(DATA), page(FAR) + 5];

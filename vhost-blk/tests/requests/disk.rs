@@ -1,6 +1,6 @@
 //! A disk whose I/O completes at once or when the test says so.
 //!
-//! Faults it shows: I/O that does not complete, I/O that fails, and a channel that is full.
+//! Faults that it may show: I/O that does not complete, I/O that fails, and a channel that is full.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -9,20 +9,20 @@ use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, T
 
 pub(crate) const SECTORS: u64 = 8192;
 
-/// What it does.
+/// The disk's behaviour and its record of I/Os.
 #[derive(Debug, Default)]
 pub(crate) struct State {
-    /// I/O completes in `submit`.
+    /// Whether I/O completes in `submit`.
     pub(crate) at_once: bool,
-    /// How many more I/Os the channel takes, if there is a limit.
+    /// How many further I/Os the channel accepts, if there is a limit.
     pub(crate) room: Option<usize>,
-    /// Which I/O fails, counted as in `seen`.
+    /// The index in `seen` of the I/O that fails.
     pub(crate) failing: Option<usize>,
-    /// What was submitted: operation, offset, length.
+    /// The submitted I/Os: operation, offset, length.
     pub(crate) seen: Vec<(Op, u64, u64)>,
     /// Called at the next poll of a channel, in the middle of a visit.
     pub(crate) at_poll: Hook,
-    /// Called when a channel is next asked what to wait for, while the reactor is about to sleep.
+    /// Called at the next call of a channel's `wait`, while the reactor is about to sleep.
     pub(crate) at_wait: Hook,
     waiting: VecDeque<Completion>,
     done: Vec<Completion>,
@@ -39,22 +39,22 @@ impl std::fmt::Debug for Hook {
 }
 
 impl State {
-    /// I/Os under way.
+    /// Returns the number of I/Os in flight.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Completes the `nth` of the I/Os under way.
+    /// Completes the `nth` I/O in flight.
     pub(crate) fn complete(&mut self, nth: usize) {
         self.done.extend(self.waiting.remove(nth));
     }
 
-    /// Completes all of them.
+    /// Completes all I/Os in flight.
     pub(crate) fn complete_all(&mut self) {
         self.done.extend(self.waiting.drain(..));
     }
 
-    /// What a killed process has left: nothing.
+    /// Drops all I/Os in flight, as if the process was killed.
     pub(crate) fn forget(&mut self) {
         *self = Self { at_once: self.at_once, ..Self::default() };
     }
@@ -69,12 +69,12 @@ pub(crate) struct Manual {
 }
 
 impl Manual {
-    /// A disk that can do everything.
+    /// Creates a disk that supports everything.
     pub(crate) fn create() -> Arc<Self> {
         Self::with(Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() })
     }
 
-    /// A disk with these features.
+    /// Creates a disk with these features.
     pub(crate) fn with(features: Features) -> Arc<Self> {
         Arc::new(Self { state: Arc::default(), features, stats: Stats::default() })
     }
@@ -132,7 +132,7 @@ impl Channel for ManualChannel {
         Submit::Queued
     }
 
-    /// The test wakes whoever has slept.
+    /// The test wakes the reactor.
     fn wait(&self) -> Wait {
         if let Some(hook) = self.0.lock().unwrap().at_wait.0.take() {
             hook();

@@ -25,14 +25,14 @@ fn ops(disk: &Manual) -> Vec<Op> {
 const PIECE: [(u64, u32); 1] = [(DATA, 512)];
 
 #[test]
-fn a_write_is_answered_after_its_flush() {
+fn a_write_completes_after_its_flush() {
     everywhere(|scene, disk| {
         let n = scene.send(OUT, 0, &PIECE);
         scene.settle();
         disk.state().complete_all();
         scene.settle();
         assert_eq!(ops(disk), [Op::Write, Op::Flush]);
-        assert_eq!(scene.answers(), [], "the flush is under way");
+        assert_eq!(scene.answers(), [], "the flush is in flight");
         assert_eq!(scene.queue().control().inflight(), 1);
         disk.state().complete_all();
         scene.settle();
@@ -46,9 +46,9 @@ fn a_write_is_answered_after_its_flush() {
     });
 }
 
-/// Zeroes are written, too; what was discarded holds nothing that could be lost.
+/// Write-zeroes are writes, too. A discard writes no data that could be lost.
 #[test]
-fn zeroes_are_durable_after_their_last_range() {
+fn write_zeroes_are_flushed_after_their_last_range() {
     everywhere(|scene, disk| {
         let ranges = [(1, 1, 0), (5, 2, 0)];
         for at_once in [false, true] {
@@ -70,7 +70,7 @@ fn zeroes_are_durable_after_their_last_range() {
 }
 
 #[test]
-fn failures_are_told_and_end_it() {
+fn a_failure_is_reported_and_ends_the_request() {
     everywhere(|scene, disk| {
         for at_once in [false, true] {
             disk.state().at_once = at_once;
@@ -90,7 +90,7 @@ fn failures_are_told_and_end_it() {
 }
 
 #[test]
-fn others_are_followed_by_none() {
+fn other_requests_are_not_flushed() {
     everywhere(|scene, disk| {
         disk.state().at_once = true;
         scene.send(IN, 0, &PIECE);
@@ -102,7 +102,7 @@ fn others_are_followed_by_none() {
 }
 
 #[test]
-fn a_flush_that_finds_no_room_is_not_forgotten() {
+fn a_flush_without_room_is_retried() {
     everywhere(|scene, disk| {
         let n = scene.send(OUT, 0, &PIECE);
         disk.state().room = Some(1);
@@ -123,9 +123,9 @@ fn a_flush_that_finds_no_room_is_not_forgotten() {
     });
 }
 
-/// What is under way when the guest turns its cache off or on goes as it has begun.
+/// Requests in flight are not affected when the guest switches its cache.
 #[test]
-fn a_change_is_for_the_writes_after_it() {
+fn a_change_applies_to_later_writes() {
     everywhere(|scene, disk| {
         scene.send(OUT, 0, &PIECE);
         scene.settle();

@@ -1,4 +1,4 @@
-//! Chains of up to 1,024 pieces of data, as Windows' driver makes them.
+//! Chains of up to 1,024 pieces of data, as Windows' driver sends them.
 
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use virtqueue::Buffer;
 use super::disk::{Manual, SECTORS};
 use super::scene::{DATA, IN, IOERR, LAYOUTS, OK, OUT, Scene, UNTOUCHED};
 
-/// Long chains that a queue has in flight.
+/// Long chains that a queue may have in flight.
 const LONG_CHAINS: usize = 4;
-/// Pieces of a chain that is long, and not too long for several in a visit.
+/// Pieces of a chain that is long, but several of which fit into a visit.
 const PIECES: u32 = 140;
 
 fn malloc() -> Arc<dyn Bdev> {
@@ -20,12 +20,13 @@ fn malloc() -> Arc<dyn Bdev> {
     Malloc::create(options).unwrap()
 }
 
-/// Pieces of a sector each, with gaps between them.
+/// Returns pieces of one sector each, with gaps between them.
 fn pieces(at: u64, count: u32) -> Vec<(u64, u32)> {
     (0..u64::from(count)).map(|n| (at + 1024 * n, 512)).collect()
 }
 
-/// A scene whose requests go into the ring itself, which is large, or into tables longer than it.
+/// Creates a scene whose requests use the ring itself, which is large, or indirect tables larger
+/// than it.
 fn long(packed: bool, indirect: bool, bdev: Arc<dyn Bdev>) -> Scene {
     let mut scene = Scene::started(packed, if indirect { 64 } else { 2048 }, bdev);
     scene.indirect = indirect;
@@ -65,7 +66,7 @@ fn data_in_a_thousand_pieces_is_written_and_read_back() {
 }
 
 #[test]
-fn longer_ones_come_back_as_errors() {
+fn longer_chains_are_answered_with_errors() {
     for packed in LAYOUTS {
         // In the ring, pieces are counted: 1,034 with header and status.
         let mut scene = long(packed, false, malloc());
@@ -76,7 +77,7 @@ fn longer_ones_come_back_as_errors() {
             scene.settle();
             assert_eq!(scene.answers(), [(n, want.0, want.1)], "{count}, packed: {packed}");
         }
-        // In a table, descriptors are counted before any is looked at.
+        // In a table, descriptors are counted before any of them is read.
         let mut scene = long(packed, true, malloc());
         let n = scene.send(OUT, 0, &pieces(DATA, 1025));
         scene.settle();
@@ -87,12 +88,12 @@ fn longer_ones_come_back_as_errors() {
 }
 
 #[test]
-fn so_do_those_of_more_data_than_anybody_reads_at_once() {
+fn requests_with_too_much_data_are_answered_with_errors() {
     for packed in LAYOUTS {
         let options =
             NullOptions { name: "n".into(), num_blocks: 4 << 21, block_size: 512, uuid: None };
         let mut scene = long(packed, false, Null::create(options).unwrap());
-        // All of it at the same place.
+        // All pieces are at the same address.
         let mib = |count| vec![(DATA, 1 << 20); count];
         for kind in [IN, OUT] {
             let most = scene.send(kind, 0, &mib(1024));
@@ -106,7 +107,7 @@ fn so_do_those_of_more_data_than_anybody_reads_at_once() {
     }
 }
 
-/// Offers long and short writes, `true` for a long one, each at a sector of its own.
+/// Offers long (`true`) and short writes, each at its own sector.
 fn offer(scene: &mut Scene, kinds: &[bool]) -> Vec<usize> {
     let send = |(n, &long): (usize, &bool)| {
         let count = if long { PIECES } else { 1 };
@@ -115,14 +116,14 @@ fn offer(scene: &mut Scene, kinds: &[bool]) -> Vec<usize> {
     kinds.iter().enumerate().map(send).collect()
 }
 
-/// The requests that the disk has seen since the last time, by the places of [`offer`].
+/// Returns the requests that the disk has seen since the last call, by their index in [`offer`].
 fn seen(disk: &Manual) -> Vec<u64> {
     let seen = std::mem::take(&mut disk.state().seen);
     seen.into_iter().map(|(_, offset, _)| offset / 512 / 200).collect()
 }
 
 #[test]
-fn further_ones_wait_for_room_and_those_behind_them_too() {
+fn further_long_chains_wait_for_room_and_delay_later_requests() {
     everywhere(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
@@ -130,11 +131,15 @@ fn further_ones_wait_for_room_and_those_behind_them_too() {
             let kinds = [true, false, true, true, true, false, true, false, true];
             let sent = offer(&mut scene, &kinds);
             scene.settle();
-            assert_eq!(seen(&disk), [0, 1, 2, 3, 4, 5], "four long ones, and what is among them");
+            assert_eq!(
+                seen(&disk),
+                [0, 1, 2, 3, 4, 5],
+                "four long requests, and the short ones between them"
+            );
             disk.state().complete(1);
             scene.settle();
             assert_eq!(scene.answers(), [(sent[1], OK, 1)]);
-            assert_eq!(seen(&disk), [0; 0], "a short one gives no room");
+            assert_eq!(seen(&disk), [0; 0], "a short request frees no room for a long one");
             disk.state().complete(2);
             scene.settle();
             assert_eq!(scene.answers(), [(sent[3], OK, 1)]);
@@ -153,14 +158,14 @@ fn further_ones_wait_for_room_and_those_behind_them_too() {
 }
 
 #[test]
-fn a_reactor_sleeps_while_one_waits_for_room() {
+fn a_reactor_sleeps_while_a_long_chain_waits_for_room() {
     everywhere(|packed, indirect| {
         let disk = Manual::create();
         let size = if indirect { 64 } else { 2048 };
         let mut scene = Scene::new(packed, size, Arc::clone(&disk) as Arc<dyn Bdev>);
         scene.indirect = indirect;
         let (reactor, mut steps) = scene.start_to_sleep();
-        let mut settle = || assert!((0..100).any(|_| steps.step()), "it never sleeps");
+        let mut settle = || assert!((0..100).any(|_| steps.step()), "the reactor does not sleep");
         settle();
         let sent = offer(&mut scene, &[true; LONG_CHAINS + 1]);
         reactor.wake();
@@ -177,7 +182,7 @@ fn a_reactor_sleeps_while_one_waits_for_room() {
     });
 }
 
-/// Checks that as many long chains fit as ever.
+/// Checks that the queue has room for as many long chains as before.
 fn assert_room(scene: &mut Scene, disk: &Manual, after: &str) {
     seen(disk);
     offer(scene, &[true; LONG_CHAINS + 1]);
@@ -192,13 +197,13 @@ fn assert_room(scene: &mut Scene, disk: &Manual, after: &str) {
 }
 
 #[test]
-fn room_comes_back_whatever_has_become_of_them() {
+fn room_is_freed_however_a_request_ends() {
     everywhere(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
         let many = pieces(DATA, PIECES);
-        // Answered by us: an unknown type, a sector beyond the disk, too little data, no header, no
-        // place for a status.
+        // Answered without I/O: an unknown type, a sector beyond the disk, too little data, no
+        // header, no place for a status.
         for _ in 0..2 * LONG_CHAINS {
             scene.send(99, 0, &many);
             scene.send(OUT, SECTORS, &many);
@@ -232,7 +237,8 @@ fn room_comes_back_whatever_has_become_of_them() {
         }
         disk.state().failing = None;
         assert_room(&mut scene, &disk, "I/O that failed");
-        // The channel is full: the first is parked, those behind it go back into the ring.
+        // The channel is full: the first request is parked, the later ones are not taken from the
+        // ring.
         for _ in 0..LONG_CHAINS {
             seen(&disk);
             disk.state().room = Some(1);
@@ -251,7 +257,7 @@ fn room_comes_back_whatever_has_become_of_them() {
 }
 
 #[test]
-fn a_stop_waits_for_those_that_were_taken() {
+fn a_stop_waits_for_taken_requests() {
     everywhere(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
@@ -267,7 +273,7 @@ fn a_stop_waits_for_those_that_were_taken() {
         assert_eq!(scene.queue().control().state(), QueueState::Stopped);
         assert_eq!(scene.queue().control().last_avail(), position);
         assert_eq!((scene.answers().len(), scene.outstanding()), (LONG_CHAINS, 2));
-        // Whoever goes on there takes the rest.
+        // The next process that uses the ring takes the rest.
         scene.base = position;
         scene.start().unwrap();
         scene.settle();

@@ -1,16 +1,16 @@
-//! I/Os that a channel had no room for keep their order.
+//! Parked I/Os keep their order.
 
 use super::disk::Manual;
 use super::scene::{DISCARD, LAYOUTS, Scene};
 
-/// Offsets submitted so far, in sectors.
+/// Returns the offsets submitted so far, in sectors.
 fn seen(disk: &Manual) -> Vec<u64> {
     disk.state().seen.iter().map(|(_, offset, _)| offset / 512).collect()
 }
 
-/// Three requests of two ranges each: the second ranges are parked together.
+/// Three requests of two ranges each. The second ranges are parked together.
 #[test]
-fn they_go_out_oldest_first_however_often_there_is_no_room() {
+fn parked_ios_are_submitted_oldest_first() {
     for packed in LAYOUTS {
         let disk = Manual::create();
         let mut scene = Scene::started(packed, 32, disk.clone());
@@ -22,7 +22,7 @@ fn they_go_out_oldest_first_however_often_there_is_no_room() {
         disk.state().complete_all();
         disk.state().room = Some(0);
         scene.visit();
-        assert_eq!(seen(&disk), [0, 1, 2], "there is no room for what follows");
+        assert_eq!(seen(&disk), [0, 1, 2], "there is no room for the second ranges");
         for n in 0..3 {
             disk.state().room = Some(1);
             scene.visit();

@@ -7,11 +7,11 @@ use bdev::{Bdev, Op};
 use super::disk::{Manual, SECTORS};
 use super::scene::{Answer, DATA, DISCARD, IN, IOERR, LAYOUTS, OK, Scene, UNSUPP, WRITE_ZEROES};
 
-/// How the disk goes about it.
+/// How the disk completes I/O.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     at_once: bool,
-    /// The channel is full whenever an I/O has ended.
+    /// Whether the channel is full each time that an I/O has ended.
     full: bool,
 }
 
@@ -22,11 +22,11 @@ const PACES: [Pace; 4] = [
     Pace { at_once: false, full: true },
 ];
 
-/// Visits until `count` requests have come back.
+/// Visits until `count` requests have been answered.
 fn answers(scene: &mut Scene, disk: &Manual, pace: Pace, count: usize) -> Vec<Answer> {
     let mut answers = vec![];
-    for turn in 0..200 {
-        disk.state().room = pace.full.then_some(turn % 2);
+    for visit in 0..200 {
+        disk.state().room = pace.full.then_some(visit % 2);
         scene.visit();
         disk.state().complete_all();
         answers.extend(scene.answers());
@@ -52,7 +52,7 @@ fn everywhere(mut test: impl FnMut(&mut Scene, &Manual, Pace)) {
     }
 }
 
-/// What the disk has seen since the last time, in sectors.
+/// Returns the I/Os that the disk has seen since the last call, in sectors.
 fn seen(disk: &Manual) -> Vec<(Op, u64, u64)> {
     let seen = std::mem::take(&mut disk.state().seen);
     seen.into_iter().map(|(op, offset, len)| (op, offset / 512, len / 512)).collect()
@@ -60,13 +60,13 @@ fn seen(disk: &Manual) -> Vec<(Op, u64, u64)> {
 
 const KINDS: [(u32, Op); 2] = [(DISCARD, Op::Unmap), (WRITE_ZEROES, Op::WriteZeroes)];
 
-/// Ranges that differ in everything, in no order.
+/// Returns ranges that differ in place and length and are not sorted.
 fn ranges(count: usize) -> Vec<(u64, u32, u32)> {
     (0..count as u64).map(|n| ((n * 37 + 5) % 101, n as u32 + 1, 0)).collect()
 }
 
 #[test]
-fn all_are_done_in_order_and_answered_once() {
+fn all_ranges_are_done_in_order_and_answered_once() {
     everywhere(|scene, disk, pace| {
         for (kind, op) in KINDS {
             for count in 1..=16 {
@@ -82,7 +82,7 @@ fn all_are_done_in_order_and_answered_once() {
 }
 
 #[test]
-fn a_bad_one_refuses_all_of_them() {
+fn an_invalid_range_refuses_the_request() {
     everywhere(|scene, disk, pace| {
         let bad = [
             (DISCARD, (SECTORS, 1, 0), IOERR),
@@ -102,8 +102,8 @@ fn a_bad_one_refuses_all_of_them() {
         }
         let n = scene.send_ranges(DISCARD, &ranges(17));
         assert_eq!(answers(scene, disk, pace, 1), [(n, IOERR, 1)]);
-        assert_eq!(seen(disk), [], "nothing was begun");
-        // What was refused is not what the next request in the same slot does.
+        assert_eq!(seen(disk), [], "no range was submitted");
+        // The ranges of a refused request are not used by the next request in the same slot.
         let n = scene.send_ranges(DISCARD, &[(9, 1, 0)]);
         assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
         assert_eq!(seen(disk), [(Op::Unmap, 9, 1)]);
@@ -111,7 +111,7 @@ fn a_bad_one_refuses_all_of_them() {
 }
 
 #[test]
-fn empty_ones_are_passed_over() {
+fn empty_ranges_are_skipped() {
     everywhere(|scene, disk, pace| {
         for (kind, op) in KINDS {
             let n = scene.send_ranges(kind, &[(3, 0, 0), (4, 0, 0)]);
@@ -125,7 +125,7 @@ fn empty_ones_are_passed_over() {
 }
 
 #[test]
-fn after_a_failure_the_rest_is_not_done() {
+fn after_a_failure_the_remaining_ranges_are_not_done() {
     everywhere(|scene, disk, pace| {
         for (kind, op) in KINDS {
             for failing in 0..4 {
@@ -136,7 +136,7 @@ fn after_a_failure_the_rest_is_not_done() {
                 let want = ranges[..=failing].iter().map(|&(at, len, _)| (op, at, len.into()));
                 assert_eq!(seen(disk), want.collect::<Vec<_>>());
                 disk.state().failing = None;
-                // Nor by the next request.
+                // The next request does not submit them either.
                 let n = scene.send_ranges(kind, &[(50, 1, 0)]);
                 assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
                 assert_eq!(seen(disk), [(op, 50, 1)]);
@@ -146,7 +146,7 @@ fn after_a_failure_the_rest_is_not_done() {
 }
 
 #[test]
-fn many_at_a_time_do_not_lose_one_another() {
+fn concurrent_requests_keep_their_own_ranges() {
     everywhere(|scene, disk, pace| {
         let mut want = vec![];
         for n in 0..4 {
@@ -162,7 +162,7 @@ fn many_at_a_time_do_not_lose_one_another() {
 }
 
 #[test]
-fn a_stop_waits_for_all_of_them() {
+fn a_stop_waits_for_all_ranges() {
     everywhere(|scene, disk, pace| {
         let n = scene.send_ranges(DISCARD, &ranges(5));
         disk.state().room = Some(1);

@@ -1,4 +1,5 @@
-//! Queues that are thrown away in the middle of I/O, as by a kill, and those that go on after them.
+//! Queues that are discarded with I/O in flight, as by a kill, and the queues that continue after
+//! them.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ fn tracked(packed: bool, size: u16) -> (Scene, Arc<Manual>) {
     (scene, disk)
 }
 
-/// The next process, with a disk that knows of no I/O.
+/// Simulates a restart: the disk has no I/O in flight.
 fn restart(scene: &mut Scene, disk: &Manual) {
     scene.kill();
     disk.state().forget();
@@ -34,12 +35,12 @@ fn send(scene: &mut Scene, sectors: std::ops::Range<u64>) {
     }
 }
 
-/// The sectors that the disk has seen written since the last time.
+/// Returns the sectors of the writes that the disk has seen since the last call.
 fn seen(disk: &Manual) -> Vec<u64> {
     std::mem::take(&mut disk.state().seen).into_iter().map(|(_, at, _)| at / 512).collect()
 }
 
-/// The numbers of the requests that have come back well.
+/// Returns the numbers of the requests that were completed. Asserts that they succeeded.
 fn done(scene: &mut Scene) -> Vec<usize> {
     let answers = scene.answers();
     assert!(answers.iter().all(|&(_, status, _)| status == OK), "{answers:?}");
@@ -47,14 +48,14 @@ fn done(scene: &mut Scene) -> Vec<usize> {
 }
 
 #[test]
-fn what_was_in_flight_is_done_again_in_order_before_anything_new() {
+fn requests_in_flight_are_resubmitted_in_order_before_new_ones() {
     for packed in LAYOUTS {
         for indirect in [false, true] {
             let (mut scene, disk) = tracked(packed, 64);
             scene.indirect = indirect;
             send(&mut scene, 0..7);
             scene.settle();
-            // Out of order, in two batches.
+            // They complete out of order, in two batches.
             disk.state().complete(5);
             disk.state().complete(1);
             scene.settle();
@@ -69,7 +70,7 @@ fn what_was_in_flight_is_done_again_in_order_before_anything_new() {
             assert_eq!(done(&mut scene), [0; 0]);
             scene.settle();
             assert_eq!(seen(&disk), [7, 8, 9]);
-            // And once more, with some of each done.
+            // A second kill, after some requests of each batch have completed.
             disk.state().complete(5);
             disk.state().complete(0);
             scene.settle();
@@ -80,7 +81,7 @@ fn what_was_in_flight_is_done_again_in_order_before_anything_new() {
             disk.state().complete_all();
             scene.settle();
             assert_eq!(done(&mut scene), [2, 4, 6, 7, 9]);
-            // Nothing is left for the one after.
+            // Nothing is left for the next process to resubmit.
             restart(&mut scene, &disk);
             scene.settle();
             assert_eq!((seen(&disk), scene.outstanding()), (vec![], 0));
@@ -93,7 +94,7 @@ fn what_was_in_flight_is_done_again_in_order_before_anything_new() {
 }
 
 #[test]
-fn kills_at_every_turn_lose_and_repeat_nothing() {
+fn kills_after_every_visit_lose_and_repeat_nothing() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 32);
         let mut came = vec![0; 3000];
@@ -127,13 +128,13 @@ fn kills_at_every_turn_lose_and_repeat_nothing() {
                 restart(&mut scene, &disk);
             }
         }
-        // The driver has seen to it that nothing came twice.
+        // The driver asserts that no chain is returned twice.
         assert_eq!(came, vec![1; 3000]);
     }
 }
 
 #[test]
-fn long_chains_are_done_again_with_their_data() {
+fn long_chains_are_resubmitted_with_their_data() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 64);
         scene.indirect = true;
@@ -157,7 +158,7 @@ fn long_chains_are_done_again_with_their_data() {
 }
 
 #[test]
-fn a_channel_that_is_full_delays_them() {
+fn a_full_channel_delays_resubmission() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 64);
         send(&mut scene, 0..5);
@@ -177,7 +178,7 @@ fn a_channel_that_is_full_delays_them() {
 }
 
 #[test]
-fn a_stop_that_comes_first_waits_for_them() {
+fn a_stop_before_the_first_visit_waits_for_resubmission() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 64);
         send(&mut scene, 0..3);
@@ -194,14 +195,14 @@ fn a_stop_that_comes_first_waits_for_them() {
         assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().room = None;
         scene.settle();
-        assert_eq!(seen(&disk), [0, 1, 2], "and nothing new");
+        assert_eq!(seen(&disk), [0, 1, 2], "no new request is submitted");
         assert_eq!(scene.queue().control().state(), QueueState::Attached);
         disk.state().complete_all();
         scene.settle();
         assert_eq!(scene.queue().control().state(), QueueState::Stopped);
         assert_eq!(scene.queue().control().last_avail(), position);
         assert_eq!(done(&mut scene), [0, 1, 2]);
-        // The area is as it should be for whoever goes on.
+        // The area is valid for the next process.
         restart(&mut scene, &disk);
         scene.settle();
         assert_eq!(seen(&disk), [3, 4]);
@@ -209,7 +210,7 @@ fn a_stop_that_comes_first_waits_for_them() {
 }
 
 #[test]
-fn a_reset_drops_what_was_not_begun_again() {
+fn a_reset_drops_requests_that_were_not_resubmitted() {
     for packed in LAYOUTS {
         for begun in [0, 1] {
             let (mut scene, disk) = tracked(packed, 64);
@@ -231,15 +232,15 @@ fn a_reset_drops_what_was_not_begun_again() {
             }
             scene.settle();
             assert_eq!(scene.queue().control().state(), QueueState::Stopped);
-            // The second was with the channel, which had no room for it.
+            // The second request was parked.
             assert_eq!(seen(&disk), (0..2 * begun).collect::<Vec<_>>());
         }
     }
 }
 
-/// More than a visit takes, none of which is in flight afterwards.
+/// More requests than a visit takes, none of which is in flight afterwards.
 #[test]
-fn a_stop_waits_for_those_of_later_visits() {
+fn a_stop_waits_for_resubmissions_of_later_visits() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 256);
         send(&mut scene, 0..40);
@@ -255,7 +256,7 @@ fn a_stop_waits_for_those_of_later_visits() {
     }
 }
 
-/// As visits that take new ones are: by what a disk in memory has to copy.
+/// As for new requests: the limit is the number of bytes that a memory disk has to copy.
 #[test]
 fn a_visit_is_bounded_in_bytes() {
     for packed in LAYOUTS {
@@ -293,7 +294,7 @@ fn a_visit_is_bounded_in_pieces() {
 }
 
 #[test]
-fn one_that_fails_is_not_done_a_third_time() {
+fn a_failed_resubmission_is_not_repeated() {
     for packed in LAYOUTS {
         let (mut scene, disk) = tracked(packed, 64);
         send(&mut scene, 0..3);
@@ -306,16 +307,16 @@ fn one_that_fails_is_not_done_a_third_time() {
         disk.state().complete_all();
         scene.settle();
         let statuses: Vec<_> = scene.answers().iter().map(|&(_, status, _)| status).collect();
-        assert_eq!(statuses, [0, 1, 0], "it is answered");
+        assert_eq!(statuses, [0, 1, 0], "the failed request is answered");
         restart(&mut scene, &disk);
         scene.settle();
         assert_eq!(seen(&disk), [0; 0]);
     }
 }
 
-/// Whatever the area says, the queue does not trap, and it can be stopped.
+/// With any contents of the area, the queue does not panic, and it can be stopped.
 #[test]
-fn garbage_in_the_area_harms_its_own_queue_only() {
+fn invalid_contents_of_the_area_break_only_its_queue() {
     for packed in LAYOUTS {
         for seed in 1..400_u64 {
             let (mut scene, disk) = tracked(packed, 16);
@@ -327,7 +328,7 @@ fn garbage_in_the_area_harms_its_own_queue_only() {
             area.read_exact_at(&mut bytes, 0).unwrap();
             for (n, byte) in bytes.iter_mut().enumerate() {
                 word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(seed);
-                // Version and size stay, mostly, so that the rest is believed.
+                // Version and size mostly stay valid, so that the rest is used.
                 let kept = (8..12).contains(&n) && seed % 8 != 0;
                 if !kept && (word >> 40) % 8 < seed % 9 {
                     *byte = ((word >> 56) % (1 << (seed % 8 + 1))) as u8;
@@ -357,11 +358,11 @@ fn garbage_in_the_area_harms_its_own_queue_only() {
 }
 
 #[test]
-fn a_free_list_that_is_broken_breaks_the_queue() {
+fn an_invalid_free_list_breaks_the_queue() {
     let (mut scene, disk) = tracked(true, 16);
     send(&mut scene, 0..2);
     scene.settle();
-    // All entries but the first two chains' are free: their links lead out of the area.
+    // All entries but those of the first two chains are free: their links lead out of the area.
     let area = &scene.area.as_ref().unwrap().1;
     for entry in 6..16 {
         area.write_all_at(&[0xff; 2], 32 + 32 * entry + 2).unwrap();
@@ -373,7 +374,7 @@ fn a_free_list_that_is_broken_breaks_the_queue() {
     assert_eq!(seen(&disk), [0, 1]);
     disk.state().complete_all();
     scene.settle();
-    assert_eq!(done(&mut scene), [0, 1], "what was begun is answered");
+    assert_eq!(done(&mut scene), [0, 1], "started requests are answered");
     scene.queue().control().stop();
     scene.settle();
     assert_eq!(scene.queue().control().state(), QueueState::Stopped);
@@ -391,9 +392,9 @@ fn an_area_for_other_rings_is_refused() {
     }
 }
 
-/// GET_VRING_BASE of a ring that has gone round, and a queue that begins there.
+/// GET_VRING_BASE of a ring that has wrapped around, and a queue that starts at that position.
 #[test]
-fn a_position_is_where_the_driver_goes_on() {
+fn the_reported_position_is_the_driver_s() {
     for (packed, size) in [(false, 8), (true, 8), (true, 7)] {
         for track in [false, true] {
             let disk = Manual::create();

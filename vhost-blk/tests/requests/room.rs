@@ -1,4 +1,4 @@
-//! A chain in a packed ring ends before descriptors that the driver has not got back.
+//! A chain in a packed ring must end before descriptors that were not returned to the driver.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ const SIZE: u16 = 8;
 const NEXT: u16 = 1;
 const AVAIL: u16 = 1 << 7;
 
-/// A read in the first three descriptors, and then a chain that fills the ring and is unterminated:
-/// it would continue in those three.
+/// Creates a scene with a read in the first three descriptors, followed by an unterminated chain
+/// that fills the ring: it would continue in those three.
 fn overlapping() -> (Scene, Arc<Manual>) {
     let disk = Manual::create();
     let mut scene = Scene::started(true, SIZE, disk.clone());
@@ -25,7 +25,7 @@ fn overlapping() -> (Scene, Arc<Manual>) {
     (scene, disk)
 }
 
-/// Makes a chain without an end available in the descriptors at `positions`.
+/// Makes an unterminated chain available in the descriptors at `positions`.
 fn put_unterminated(scene: &Scene, positions: Range<u16>) {
     for position in positions {
         let at = 16 * u64::from(position);
@@ -42,19 +42,19 @@ fn assert_broken(scene: &mut Scene) {
 }
 
 #[test]
-fn a_chain_that_runs_into_one_in_flight_breaks_the_ring() {
+fn a_chain_that_overlaps_one_in_flight_breaks_the_ring() {
     let (mut scene, disk) = overlapping();
     scene.visit();
     assert_broken(&mut scene);
     assert_eq!(disk.state().waiting(), 1);
     disk.state().complete_all();
     scene.settle();
-    assert_eq!(scene.answers(), [(0, OK, 513)], "what it had before comes back");
+    assert_eq!(scene.answers(), [(0, OK, 513)], "earlier requests are completed");
 }
 
-/// A used descriptor that is written and not published is not the driver's yet.
+/// A used descriptor that is written and not published does not belong to the driver yet.
 #[test]
-fn so_does_one_that_runs_into_what_is_answered_in_the_same_visit() {
+fn a_chain_that_overlaps_one_answered_in_the_same_visit_breaks_the_ring() {
     let (mut scene, disk) = overlapping();
     disk.state().complete_all();
     scene.visit();
@@ -62,15 +62,15 @@ fn so_does_one_that_runs_into_what_is_answered_in_the_same_visit() {
     assert_eq!(scene.answers(), [(0, OK, 513)]);
 }
 
-/// The opposite case: a chain that fits exactly is taken.
+/// The opposite case: a chain that fits exactly is accepted.
 #[test]
-fn a_chain_as_long_as_the_room_is_taken() {
+fn a_chain_that_fits_exactly_is_accepted() {
     let (mut scene, disk) = overlapping();
     let last = 16 * u64::from(SIZE - 1);
     scene.put(last + 14, &(AVAIL | 2).to_le_bytes());
     scene.visit();
     assert_eq!(scene.queue().control().state(), QueueState::Attached);
-    assert_eq!(scene.queue().control().requests(), (1, 1), "it is no request");
+    assert_eq!(scene.queue().control().requests(), (1, 1), "it counts as an error");
     // Its status byte is the first of its last descriptor.
     assert_eq!(scene.get(DATA + 15, 1), [UNSUPP]);
     disk.state().complete_all();
@@ -78,10 +78,10 @@ fn a_chain_as_long_as_the_room_is_taken() {
     assert_eq!(scene.queue().control().requests(), (2, 1));
 }
 
-/// The ring breaks at the invalid chain, not at a valid one in front of it for which the visit had no
+/// The ring breaks at the invalid chain, not at a valid one before it for which the visit had no
 /// room.
 #[test]
-fn what_precedes_an_invalid_chain_is_served_before_the_ring_breaks() {
+fn chains_before_an_invalid_one_are_served() {
     let disk = Manual::create();
     let mut scene = Scene::started(true, SIZE, disk.clone());
     scene.send(IN, 0, &[(DATA, 512)]);

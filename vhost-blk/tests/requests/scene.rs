@@ -32,17 +32,17 @@ use crate::packed;
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const ADDRS: RingAddrs = RingAddrs { desc: 0, avail: 0x1_0000, used: 0x2_0000 };
-/// Where requests' headers and statuses are, by number.
+/// Addresses of requests' headers and statuses, by number.
 const HEADERS: u64 = 0x3_0000;
 pub(crate) const STATUSES: u64 = 0x4_0000;
-/// Where ranges of a discard are.
+/// Addresses of the ranges of discards.
 const RANGES: u64 = 0x5_0000;
-/// Indirect tables, used in turn.
+/// Addresses of indirect tables, used in rotation.
 const TABLES: u64 = 0x10_0000;
 const TABLE_BYTES: u64 = 0x8000;
 pub(crate) const DATA: u64 = 0x100_0000;
 const MEMORY: u64 = 0x200_0000;
-/// A second region.
+/// The address of a second region.
 pub(crate) const FAR: u64 = 0x1000_0000;
 const FAR_BYTES: u64 = 0x10_0000;
 
@@ -55,7 +55,7 @@ pub(crate) const WRITE_ZEROES: u32 = 13;
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
 pub(crate) const UNSUPP: u8 = 2;
-/// What a status byte holds until somebody writes it.
+/// The initial value of a status byte.
 pub(crate) const UNTOUCHED: u8 = 0xee;
 
 /// Both layouts.
@@ -67,21 +67,22 @@ enum Driver {
     Packed(packed::Driver),
 }
 
-/// How a request came back: its number, status, and the length that the ring says.
+/// A completed request: its number, its status, and the used length.
 pub(crate) type Answer = (usize, u8, u32);
 
-/// The scene.
+/// The fixture.
 pub(crate) struct Scene {
     pub(crate) memory: Arc<GuestMemory>,
     unmapper: Arc<Unmapper>,
     pub(crate) packed: bool,
     size: u16,
-    /// Requests go into indirect tables.
+    /// Whether requests use indirect tables.
     pub(crate) indirect: bool,
     driver: Driver,
-    /// Numbers of the requests that are with the device, by head or buffer id.
+    /// The numbers of the requests that the device has, by head or buffer id.
     sent: HashMap<u16, usize>,
-    /// Requests so far, and places that they have taken in the available ring.
+    /// The number of requests so far, and the number of places that they have taken in the
+    /// available ring.
     count: usize,
     places: u64,
     pub(crate) disk: Arc<Disk>,
@@ -91,7 +92,7 @@ pub(crate) struct Scene {
     pub(crate) call: Option<Arc<CallFd>>,
     pub(crate) coalescing: Arc<Coalescing>,
     pub(crate) area: Option<(Arc<Area>, File)>,
-    /// Where a packed ring without an area begins.
+    /// The position at which a packed ring without an area starts.
     pub(crate) base: u16,
     generation: u64,
     queue: Option<Arc<Queue<BlkQueue>>>,
@@ -118,7 +119,7 @@ fn online(domain: &Arc<Domain>) -> Reader {
 }
 
 impl Scene {
-    /// A guest and a disk, and no queue yet.
+    /// Creates a guest and a disk, without a queue.
     pub(crate) fn new(packed: bool, size: u16, bdev: Arc<dyn Bdev>) -> Self {
         let unmapper = Arc::new(Unmapper::start().unwrap());
         let table = vec![region(0, MEMORY), region(FAR, FAR_BYTES)];
@@ -156,14 +157,14 @@ impl Scene {
         }
     }
 
-    /// As [`Scene::new`], with a queue.
+    /// As [`Scene::new`], with a started queue.
     pub(crate) fn started(packed: bool, size: u16, bdev: Arc<dyn Bdev>) -> Self {
         let mut scene = Self::new(packed, size, bdev);
         scene.start().unwrap();
         scene
     }
 
-    /// Has what is in flight written down in an area for rings of `size`.
+    /// Records requests in flight in an area for rings of `size`.
     pub(crate) fn track(&mut self, size: u16) {
         let (spec, fd) = Area::create(2, size, self.packed).unwrap();
         let file = file(&fd);
@@ -171,7 +172,7 @@ impl Scene {
         self.area = Some((Arc::new(area), file));
     }
 
-    /// Has dirty pages marked, from the next view on.
+    /// Marks dirty pages, from the next view on.
     pub(crate) fn migrate(&mut self) {
         let bytes = (FAR + FAR_BYTES) / PAGE / 8;
         let fd = memfd(bytes);
@@ -180,7 +181,7 @@ impl Scene {
         self.log = Some((Arc::new(log), file));
     }
 
-    /// The pages that are marked, which no longer are.
+    /// Returns the marked pages and clears the marks.
     pub(crate) fn dirty(&self) -> Vec<u64> {
         let (_, file) = self.log.as_ref().unwrap();
         let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
@@ -202,12 +203,12 @@ impl Scene {
         }
     }
 
-    /// The disk, opened for a queue.
+    /// Opens the disk for a queue.
     fn open(&self) -> BlkQueue {
         BlkQueue::open(Some(&self.disk), self.size.min(256)).unwrap()
     }
 
-    /// Makes a queue, as a process that begins does.
+    /// Creates a queue, as a new process does.
     pub(crate) fn start(&mut self) -> Result<(), StartError> {
         self.domain = Domain::new(1);
         self.reader = online(&self.domain);
@@ -222,7 +223,7 @@ impl Scene {
         Ok(())
     }
 
-    /// As [`Scene::start`], for a reactor that sleeps when it can, and which it answers with.
+    /// As [`Scene::start`], for a reactor that sleeps when it can. Returns the reactor.
     pub(crate) fn start_to_sleep(&mut self) -> (Arc<Reactor>, SteppedReactor) {
         let domain = Domain::new(1);
         let mut view = self.view(&Arc::clone(&self.memory));
@@ -239,16 +240,16 @@ impl Scene {
         (reactor, stepped)
     }
 
-    /// Throws the queue away as it is.
+    /// Discards the queue as it is.
     pub(crate) fn kill(&mut self) {
         self.queue = None;
     }
 
     pub(crate) fn queue(&self) -> &Arc<Queue<BlkQueue>> {
-        self.queue.as_ref().expect("it was started")
+        self.queue.as_ref().expect("the queue is started")
     }
 
-    /// Gives the queue a view of `memory`, and of whatever else has changed.
+    /// Publishes a view of `memory`, and of other changes.
     pub(crate) fn publish(&mut self, memory: &Arc<GuestMemory>) -> Box<dyn Garbage> {
         let view = self.view(memory);
         self.queue().publish(view).unwrap()
@@ -256,15 +257,15 @@ impl Scene {
 
     pub(crate) fn visit(&mut self) -> bool {
         self.reader.quiesce();
-        let queue = self.queue.as_ref().expect("it was started");
-        // SAFETY: this is the queue's one visitor.
+        let queue = self.queue.as_ref().expect("the queue is started");
+        // SAFETY: this is the queue's only visitor.
         unsafe { queue.visit(&self.reader, &mut self.iteration, &self.events, &mut self.hint) }
     }
 
-    /// Visits until there is nothing to do.
+    /// Visits until there is no more work.
     pub(crate) fn settle(&mut self) {
         let visits = (0..10_000).take_while(|_| self.visit()).count();
-        assert!(visits < 10_000, "no end to it");
+        assert!(visits < 10_000, "the queue does not become idle");
     }
 
     pub(crate) fn put(&self, gpa: u64, bytes: &[u8]) {
@@ -277,7 +278,7 @@ impl Scene {
         bytes
     }
 
-    /// Offers a request with `data`, in pieces. Answers with its number.
+    /// Offers a request with `data` in pieces. Returns its number.
     pub(crate) fn send(&mut self, kind: u32, sector: u64, data: &[(u64, u32)]) -> usize {
         let n = self.count;
         let header = HEADERS + 16 * (n as u64 % 1024);
@@ -292,7 +293,7 @@ impl Scene {
         self.send_raw(&buffers)
     }
 
-    /// Offers a chain. Answers with its number.
+    /// Offers a chain. Returns its number.
     pub(crate) fn send_raw(&mut self, buffers: &[Buffer]) -> usize {
         let n = self.count;
         self.count += 1;
@@ -307,7 +308,7 @@ impl Scene {
         n
     }
 
-    /// Offers a discard or write-zeroes of ranges: sector, sectors, flags.
+    /// Offers a discard or write-zeroes of ranges (sector, sectors, flags). Returns its number.
     pub(crate) fn send_ranges(&mut self, kind: u32, ranges: &[(u64, u32, u32)]) -> usize {
         let at = RANGES + 1024 * (self.count as u64 % 64);
         for (n, (sector, sectors, flags)) in ranges.iter().enumerate() {
@@ -319,7 +320,7 @@ impl Scene {
         self.send(kind, 0, &[(at, 16 * ranges.len() as u32)])
     }
 
-    /// What has come back.
+    /// Returns the requests that were completed since the last call.
     pub(crate) fn answers(&mut self) -> Vec<Answer> {
         let mut answers = vec![];
         loop {
@@ -328,29 +329,29 @@ impl Scene {
                 Driver::Packed(driver) => driver.take(),
             };
             let Some((id, len)) = taken else { return answers };
-            let n = self.sent.remove(&id).expect("it comes back once");
+            let n = self.sent.remove(&id).expect("a chain was returned twice");
             answers.push((n, self.get(STATUSES + n as u64 % PAGE, 1)[0], len));
         }
     }
 
-    /// Makes the driver request calls; that of a split ring always does.
+    /// Makes the driver request calls. A split ring's driver always does.
     pub(crate) fn ask_for_calls(&mut self) {
         if let Driver::Packed(driver) = &mut self.driver {
             driver.ask_for_call();
         }
     }
 
-    /// Requests with the device.
+    /// Returns the number of requests that the device has.
     pub(crate) fn outstanding(&self) -> usize {
         self.sent.len()
     }
 
-    /// Where the driver will put its next chain.
+    /// Returns the position of the driver's next chain.
     pub(crate) fn position(&self) -> u16 {
         if self.packed { packed::position(self.places, self.size) } else { self.places as u16 }
     }
 
-    /// The guest's memory with other bytes in place of its second region, at `far`.
+    /// Returns the guest's memory with another file for its second region, at `far`.
     pub(crate) fn moved(&self, far: u64) -> Arc<GuestMemory> {
         let left = self.memory.without_region(region(FAR, FAR_BYTES).0).unwrap();
         let (spec, fd) = region(far, FAR_BYTES);

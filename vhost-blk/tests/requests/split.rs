@@ -39,7 +39,7 @@ impl Driver {
         bytes
     }
 
-    /// Writes the descriptor at `at`.
+    /// Writes the descriptor at address `at`.
     fn write(&self, at: u64, buffer: &Buffer, flags: u16, next: u16) {
         let write = if buffer.write { WRITE } else { 0 };
         self.put(at, &buffer.gpa.to_le_bytes());
@@ -48,7 +48,7 @@ impl Driver {
         self.put(at + 14, &next.to_le_bytes());
     }
 
-    /// Makes a chain available, in the ring or in a table at `table`. Answers with its head.
+    /// Makes a chain available, in the ring or in a table at `table`. Returns its head.
     pub(crate) fn add(&mut self, buffers: &[Buffer], table: Option<u64>) -> u16 {
         let mut chain = buffers.to_vec();
         let mut indirect = 0;
@@ -77,7 +77,7 @@ impl Driver {
         head
     }
 
-    /// Takes a chain that has come back: its head and the length written.
+    /// Takes a used chain: its head and the written length.
     pub(crate) fn take(&mut self) -> Option<(u16, u32)> {
         if u16::from_le_bytes(self.word(self.addrs.used + 2)) == self.used {
             return None;
@@ -86,7 +86,7 @@ impl Driver {
         self.used = self.used.wrapping_add(1);
         let head = u32::from_le_bytes(self.word(at)) as u16;
         let chain = std::mem::take(&mut self.chains[usize::from(head)]);
-        assert!(!chain.is_empty(), "chain {head} is not with the device");
+        assert!(!chain.is_empty(), "chain {head} was not offered");
         self.free.extend(chain);
         Some((head, u32::from_le_bytes(self.word(at + 4))))
     }

@@ -1,9 +1,9 @@
 //! A second device for the target: virtio entropy (virtio 1.2, section 5.4). It fills the writable
-//! buffers of each chain. It shows that a device needs nothing but [`vhost_target::device`]
-//! and [`vhost_target::device_queue`].
+//! buffers of each chain. It shows that a device needs only [`vhost_target::device`] and
+//! [`vhost_target::device_queue`].
 //!
-//! Its opening can be held up, and its requests can be held back. Faults it may show: an opening that
-//! does not end, or fails; requests that do not complete; a device without room.
+//! Faults that it may show: an opening that does not end or that fails, requests that do not
+//! complete, and a device without room.
 #![expect(unsafe_code, reason = "writes guest memory")]
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,24 +14,24 @@ use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Requ
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtqueue::chain::Chain;
 
-/// The byte that every buffer is filled with.
+/// The byte that fills every buffer.
 pub(crate) const FILL: u8 = 0xe7;
 
 /// VERSION_1, INDIRECT_DESC, EVENT_IDX.
 const FEATURES: u64 = 1 << 32 | 1 << 28 | 1 << 29;
 
-/// What the test decides.
+/// The behaviour that the test sets.
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// Openings do not end.
     pub(crate) hangs: bool,
     /// Openings fail.
     pub(crate) fails: bool,
-    /// Openings that are under way.
+    /// Openings in progress.
     pub(crate) opening: usize,
-    /// Requests are kept until the test completes them.
+    /// Requests stay in flight until the test completes them.
     pub(crate) keeps: bool,
-    /// Requests for which there is room.
+    /// The number of requests for which there is room.
     pub(crate) room: Option<usize>,
     kept: Vec<u16>,
     done: Vec<u16>,
@@ -55,13 +55,13 @@ impl Entropy {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets openings end.
+    /// Lets openings complete.
     pub(crate) fn open(&self) {
         self.state().hangs = false;
         self.changed.notify_all();
     }
 
-    /// Completes all requests that it has kept.
+    /// Completes all requests in flight.
     pub(crate) fn complete(&self) {
         let mut state = self.state();
         let kept = std::mem::take(&mut state.kept);

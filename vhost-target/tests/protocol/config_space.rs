@@ -1,5 +1,6 @@
-//! GET_CONFIG and SET_CONFIG by offset, size, flags and contents (vhost-user, "Virtio device config
-//! space"; virtio 1.2, section 5.2.4): what is read, and what a write changes.
+//! GET_CONFIG and SET_CONFIG with different offsets, sizes, flags and contents (vhost-user, "Virtio
+//! device config space"; virtio 1.2, section 5.2.4): the contents of replies, and the effect of
+//! writes.
 
 use vhost_target::Verdict;
 use vhost_target::protocol::request::{GET_CONFIG, SET_CONFIG};
@@ -7,7 +8,7 @@ use vhost_target::protocol::request::{GET_CONFIG, SET_CONFIG};
 use crate::scene::{Front, NEED_REPLY, State, World};
 use crate::{alone, words};
 
-/// `struct virtio_blk_config` of the disk here: 64 sectors of 512 bytes, which can do everything.
+/// Returns the `struct virtio_blk_config` of this disk: 64 sectors of 512 bytes, all features.
 fn space(wce: u8) -> [u8; 60] {
     let mut space = [0; 60];
     let fields: [(usize, &[u8]); 13] = [
@@ -31,7 +32,7 @@ fn space(wce: u8) -> [u8; 60] {
     space
 }
 
-/// The contents of the answer to a read; `None` if the connection ends.
+/// Returns the contents of the reply to a read; `None` if the connection is closed.
 fn read(front: &Front<'_>, offset: u32, size: u32, flags: u32, sent: usize) -> Option<Vec<u8>> {
     let head = words(&[offset, size, flags]);
     match front.send(GET_CONFIG, [head.clone(), vec![0xff; sent]].concat(), vec![]) {
@@ -48,7 +49,7 @@ fn read(front: &Front<'_>, offset: u32, size: u32, flags: u32, sent: usize) -> O
 
 #[test]
 #[rustfmt::skip]
-fn what_is_read() {
+fn contents_of_reads() {
     let _alone = alone();
     let world = World::in_steps();
     let front = world.front(State::New);
@@ -73,8 +74,8 @@ fn what_is_read() {
         (60, 12, zeroes(12)),
         (60, 256, zeroes(256)),
         (255, 1, zeroes(1)),
-        // No message reaches so far: old cloud-hypervisor sends the offset that the space has on
-        // PCI.
+        // Beyond the largest offset of a message: old cloud-hypervisor sends the offset of the
+        // config space on PCI.
         (0x100, 60, whole.to_vec()),
         (u32::MAX, 8, whole[..8].to_vec()),
         (1 << 31, 256, [whole.to_vec(), zeroes(196)].concat()),
@@ -84,7 +85,8 @@ fn what_is_read() {
         (0x100, 0, vec![]),
     ];
     for (offset, size, want) in rows {
-        // 0: by the front end; 1: for a migration, or what rust-vmm calls writable; 2: its migration.
+        // 0: sent by the front end. 1: a migration, or "writable" in rust-vmm. 2: a migration in
+        // rust-vmm.
         for flags in [0, 1, 2, 3, u32::MAX] {
             let got = read(&front, offset, size, flags, size as usize);
             assert_eq!(got.as_ref(), Some(&want), "offset {offset}, size {size}, flags {flags}");
@@ -101,25 +103,26 @@ fn what_is_read() {
 
 #[test]
 #[rustfmt::skip]
-fn what_a_write_changes() {
+fn effects_of_writes() {
     let _alone = alone();
     let world = World::in_steps();
     let mut whole_off = vec![0xff; 60];
     whole_off[32] = 0;
-    // Offset, contents, and `writeback` afterwards if it was the other way before; `None`: as before.
+    // Offset, contents, and `writeback` afterwards, if it had the other value before; `None`: it
+    // keeps its value.
     let rows: [(u32, &[u8], Option<u8>); 16] = [
         // 5.2.6.1: "by writing respectively 0 and 1 to the writeback field".
         (32, &[0], Some(0)),
         (32, &[1], Some(1)),
         (32, &[2], None),
         (32, &[0xff], None),
-        // "Back-ends MUST NOT accept SET_CONFIG for read-only configuration space fields", for a
-        // migration neither: they say what this disk is.
+        // "Back-ends MUST NOT accept SET_CONFIG for read-only configuration space fields". This
+        // includes migrations: the fields describe this disk.
         (0, &[0xff; 8], None),
         (8, &[0xff; 24], None),
         (33, &[0xff; 27], None),
         (60, &[0xff; 196], None),
-        // Of a write that covers others, writeback is taken.
+        // A write that covers other fields too sets writeback only.
         (0, &whole_off, Some(0)),
         (30, &[9, 9, 1, 9], Some(1)),
         (32, &[0, 9], Some(0)),

@@ -1,5 +1,5 @@
-//! A connection in a given state: a target with a reactor of its own, one controller, and a disk that
-//! keeps its I/O until it is told to give it back.
+//! A connection in a given state: a target with its own reactor, one controller, and a disk that
+//! keeps its I/O in flight until the test lets it complete.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -25,30 +25,30 @@ use vhost_target::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Trans
 use crate::{PACKED, words};
 use guest_memory::testing::memfd;
 
-/// Where the front end has the guest's memory.
+/// The address of the guest's memory in the front end.
 pub(crate) const USER: u64 = 0x7000_0000;
 pub(crate) const RAM_BYTES: u64 = 0x1_0000;
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-/// In a request's number here: the front end waits for an acknowledgement.
+/// A flag in a request's number in these tests: the front end waits for an acknowledgement.
 pub(crate) const NEED_REPLY: u32 = 1 << 31;
 const SIZE: u32 = 8;
 
-/// What a connection has come to when a message arrives.
+/// The state of a connection when a message arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Nothing was said.
+    /// No message was sent.
     New,
     /// Features, memory, and ring 0 are set up.
     Ready,
     /// Ring 0 was started, and an earlier connection has I/O in flight.
     Gated,
-    /// Ring 0 is served, and has I/O in flight.
+    /// Ring 0 is live, and has I/O in flight.
     Live,
-    /// It was stopped, and the answer is owed.
+    /// Ring 0 was stopped, and the reply is pending.
     Draining,
-    /// It was stopped, and has drained.
+    /// Ring 0 was stopped, and has drained.
     Suspended,
-    /// The connection is gone, with I/O in flight.
+    /// The connection is closed, with I/O in flight.
     Closed,
 }
 
@@ -75,7 +75,7 @@ impl State {
     }
 }
 
-/// A connection's other half, which keeps what it is sent.
+/// The test's end of a connection, which keeps the messages that it gets.
 #[derive(Debug, Default)]
 struct Wire {
     sent: Mutex<Vec<Vec<u8>>>,
@@ -113,16 +113,16 @@ pub(crate) struct World {
     steps: RefCell<Vec<SteppedReactor>>,
     disk: Arc<ErrorDisk>,
     socket: PathBuf,
-    /// What is offered.
+    /// The offered features.
     features: u64,
-    /// Open fds of the process when nobody is connected.
+    /// Open fds of the process without any connection.
     fds: usize,
     /// Last, so that it is dropped last.
     _leaves_nothing: LeavesNothing,
 }
 
 /// When dropped, waits until there are no more fds and mappings than before: a target releases them
-/// on threads of its own, and tests of one process follow each other.
+/// on its own threads, and one process runs several tests.
 struct LeavesNothing {
     fds: usize,
     mappings: usize,
@@ -148,19 +148,19 @@ impl World {
         let mode = Mode::Sleep { after_us: 0 };
         let target = Target::start(&[core()], mode, Arc::new(|| {})).unwrap();
         let world = Self::of(target, vec![], before);
-        // What is made once and kept: the closing thread, what the disk keeps.
+        // Creates what stays for the whole process: the closing thread, and what the disk keeps.
         world.front(State::Live).end();
         Self { fds: fds(), ..world }
     }
 
-    /// A scene whose reactor is stepped by the test.
+    /// Creates a scene whose reactor the test steps.
     pub(crate) fn in_steps() -> Self {
         let before = LeavesNothing::new();
         let (target, steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
         Self::of(target, steps, before)
     }
 
-    /// Steps that reactor.
+    /// Performs one poll iteration of that reactor.
     pub(crate) fn step(&self) {
         self.steps.borrow_mut()[0].step();
     }
@@ -191,7 +191,7 @@ impl World {
         }
     }
 
-    /// A front end whose connection is in `state`.
+    /// Creates a front end whose connection is in `state`.
     pub(crate) fn front(&self, state: State) -> Front<'_> {
         let mut earlier = None;
         if state == State::Gated {
@@ -251,7 +251,7 @@ pub(crate) struct Front<'w> {
 }
 
 impl Front<'_> {
-    /// All that is offered but LOG_ALL and packed rings.
+    /// Returns all offered features except LOG_ALL and packed rings.
     pub(crate) fn features(&self) -> u64 {
         self.world.features & !LOG_ALL & !PACKED
     }
@@ -280,14 +280,14 @@ impl Front<'_> {
         self.tell(request::SET_VRING_KICK, vec![0; 8], vec![eventfd()]);
     }
 
-    /// Starts ring 0 with a read in it, which the disk keeps.
+    /// Starts ring 0 with a read in it, which the disk keeps in flight.
     fn start_with_io(&mut self) {
         self.offer_io(1);
         self.start();
         self.wait_for_io(1);
     }
 
-    /// Offers a read in ring 0 for the `nth` time, counted from 1, which the disk will keep.
+    /// Offers the `nth` read in ring 0, counted from 1. The disk keeps it in flight.
     pub(crate) fn offer_io(&self, nth: u16) {
         let rule = Injection {
             op: InjectedOp::Read,
@@ -306,11 +306,11 @@ impl Front<'_> {
             let desc = [&desc[..], &next.to_le_bytes()].concat();
             ram.write_all_at(&desc, 16 * n as u64).unwrap();
         }
-        // Available: flags and index. The heads are all 0.
+        // Available ring: flags and index. All heads are 0.
         ram.write_all_at(&nth.to_le_bytes(), 0x1002).unwrap();
     }
 
-    /// Waits until the disk keeps so many.
+    /// Waits until the disk has `count` I/Os in flight.
     pub(crate) fn wait_for_io(&self, count: u64) {
         until(|| {
             let controllers = self.world.target.controllers();
@@ -320,15 +320,19 @@ impl Front<'_> {
 
     pub(crate) fn phase(&self) -> Phase {
         let controllers = self.world.target.controllers();
-        controllers[0].sessions.last().expect("it is connected, or has I/O in flight").phase
+        controllers[0]
+            .sessions
+            .last()
+            .expect("the session is connected, or has I/O in flight")
+            .phase
     }
 
-    /// What the target has sent of its own accord since the last time.
+    /// Returns the messages that the target has sent on its own since the last call.
     pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
         self.wire.sent()
     }
 
-    /// Lets all I/O complete, and waits for the answer that is owed.
+    /// Lets all I/O complete, and waits for the pending reply.
     pub(crate) fn answer(&self) -> Vec<u8> {
         self.world.disk.resume_pending();
         let mut sent = vec![];
@@ -341,12 +345,12 @@ impl Front<'_> {
         sent.remove(0)
     }
 
-    /// Ends the connection. Another one is still there.
+    /// Closes the connection. Another one is still open.
     pub(crate) fn leave(self) {
         self.world.target.closed(self.id);
     }
 
-    /// Ends everything, and waits until nothing is left of it.
+    /// Closes all connections, and waits until all resources are released.
     pub(crate) fn end(self) {
         let Self { world, id, wire, ram, earlier } = self;
         world.target.closed(id);
@@ -356,7 +360,7 @@ impl Front<'_> {
             world.target.process_events();
             world.target.connections() == 0
         });
-        // The thread that closes front ends' fds does so in turn.
+        // The thread that closes front ends' fds closes them in order.
         let (mut reader, writer) = io::pipe().unwrap();
         drop(ForeignFd::alone(writer.into()));
         reader.read_exact(&mut [0]).expect_err("closed");
@@ -365,7 +369,7 @@ impl Front<'_> {
     }
 }
 
-/// Something that other threads are about to bring about.
+/// Waits for a condition that other threads make true.
 pub(crate) fn until(mut done: impl FnMut() -> bool) {
     while !done() {
         thread::sleep(Duration::from_micros(50));
@@ -376,13 +380,13 @@ pub(crate) fn fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Mappings of memory files.
+/// Returns the number of mappings of memory files.
 pub(crate) fn mappings() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.contains("/memfd:")).count()
 }
 
-/// The first processor that this process may use.
+/// Returns the first core that this process may use.
 fn core() -> Core {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
@@ -398,19 +402,19 @@ pub(crate) fn dup(fd: &OwnedFd) -> OwnedFd {
     fd.try_clone().unwrap()
 }
 
-/// A region of the size of all memory at `gpa`: address, size, user address, offset.
+/// Returns a region of the size of all memory at `gpa`: address, size, user address, offset.
 pub(crate) fn region(gpa: u64) -> Vec<u8> {
     [gpa, RAM_BYTES, USER + gpa, 0].map(u64::to_le_bytes).concat()
 }
 
-/// A memory table of such regions.
+/// Returns a memory table of such regions.
 pub(crate) fn table(gpas: &[u64]) -> Vec<u8> {
     let mut payload = words(&[gpas.len() as u32, 0]);
     gpas.iter().for_each(|gpa| payload.extend(region(*gpa)));
     payload
 }
 
-/// SET_VRING_ADDR of ring 0, `by` bytes further than where it is.
+/// Returns SET_VRING_ADDR of ring 0, moved by `by` bytes.
 pub(crate) fn addrs(by: u64) -> Vec<u8> {
     let [desc, used, avail] = [0, 0x2000, 0x1000].map(|at| USER + at + by);
     [words(&[0, 0]), [desc, used, avail, 0].map(u64::to_le_bytes).concat()].concat()

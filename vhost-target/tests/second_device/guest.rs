@@ -33,7 +33,7 @@ pub(crate) struct World {
     pub(crate) target: Arc<Target>,
 }
 
-/// Nothing has to listen: the tests report connections.
+/// A transport without sockets: the tests report connections.
 pub(crate) struct NoSockets;
 
 impl Transport for NoSockets {
@@ -43,11 +43,11 @@ impl Transport for NoSockets {
     fn unlisten(&self, _: &Path) {}
 }
 
-/// The other half of a connection.
+/// The test's end of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Wire {
     pub(crate) sent: Mutex<Vec<Vec<u8>>>,
-    /// How often the target has ended the connection.
+    /// How often the target has closed the connection.
     pub(crate) ended: AtomicUsize,
 }
 
@@ -70,7 +70,7 @@ pub(crate) struct Guest {
     pub(crate) id: ConnId,
     pub(crate) wire: Arc<Wire>,
     pub(crate) ram: File,
-    /// Requests that were offered.
+    /// The number of requests that were offered.
     pub(crate) offered: u16,
 }
 
@@ -91,7 +91,7 @@ impl World {
         Self { target }
     }
 
-    /// A controller with a device of its own.
+    /// Creates a controller with its own device.
     pub(crate) fn controller(&self, name: &str) -> Arc<Entropy> {
         let device = Entropy::new();
         let spec = ControllerSpec {
@@ -105,7 +105,7 @@ impl World {
         device
     }
 
-    /// A front end that has given its guest's memory.
+    /// Connects a front end and sets up its guest's memory.
     pub(crate) fn connect(&self, controller: &str) -> Option<Guest> {
         let (wire, ram) = (Arc::<Wire>::default(), memfd(RAM_BYTES));
         let id = self.target.connected(controller.as_ref(), wire.clone())?;
@@ -117,7 +117,7 @@ impl World {
         Some(guest)
     }
 
-    /// The reactors' reports reach the sessions.
+    /// Processes the reactors' events until `done`.
     pub(crate) fn settle(&self, done: impl Fn() -> bool) {
         until(|| {
             self.target.process_events();
@@ -147,7 +147,7 @@ impl Guest {
         self.tell(request::SET_VRING_KICK, &[0], Some(kick));
     }
 
-    /// GET_VRING_BASE, whose answer comes later.
+    /// Sends GET_VRING_BASE, whose reply is deferred.
     pub(crate) fn stop(&self) {
         let verdict = self.send(request::GET_VRING_BASE, &[0], None);
         assert!(matches!(verdict, Verdict::Deferred), "{verdict:?}");
@@ -169,14 +169,14 @@ impl Guest {
         self.ram.write_all_at(&self.offered.to_le_bytes(), AVAIL + 2).unwrap();
     }
 
-    /// Requests that have come back.
+    /// Returns the number of completed requests.
     pub(crate) fn answered(&self) -> u16 {
         let mut used = [0; 2];
         self.ram.read_exact_at(&mut used, USED + 2).unwrap();
         u16::from_le_bytes(used)
     }
 
-    /// The heads and lengths in the used ring.
+    /// Returns the heads and lengths in the used ring.
     pub(crate) fn used(&self) -> Vec<(u32, u32)> {
         let element = |n: u16| {
             let mut bytes = [0; 8];
@@ -187,7 +187,7 @@ impl Guest {
         (0..self.answered()).map(element).collect()
     }
 
-    /// A request goes through.
+    /// Asserts that a request completes.
     pub(crate) fn serves(&mut self) {
         self.offer();
         until(|| self.answered() == self.offered);

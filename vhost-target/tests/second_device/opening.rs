@@ -1,4 +1,4 @@
-//! A device that takes long to open, or never ends to, holds up its own guest and nobody else.
+//! A device that takes long to open, or never opens, delays only its own guest.
 
 use std::sync::atomic::Ordering;
 
@@ -8,11 +8,11 @@ use vhost_target::session::{DRAIN_LIMIT_S, Phase};
 
 use super::guest::{NoSockets, World, until};
 
-/// Ticks after which an opening is given up, and then some.
+/// Ticks after which an opening has surely timed out.
 const TICKS: u64 = DRAIN_LIMIT_S + 2;
 
 #[test]
-fn an_opening_that_hangs_holds_up_nobody_else() {
+fn a_hanging_opening_delays_only_its_guest() {
     let world = World::new();
     let (slow, _quick) = (world.controller("slow"), world.controller("quick"));
     slow.state().hangs = true;
@@ -21,18 +21,18 @@ fn an_opening_that_hangs_holds_up_nobody_else() {
     waits.offer();
     until(|| slow.state().opening == 1);
     assert_eq!(waits.phase("slow"), Some(Phase::Starting));
-    // Another guest comes, is served, and leaves.
+    // Another guest connects, is served, and disconnects.
     let mut guest = world.connect("quick").unwrap();
     guest.start();
     guest.serves();
     guest.stop();
     world.settle(|| guest.phase("quick") == Some(Phase::Suspended));
     world.target.closed(guest.id);
-    // The operator works on both.
+    // The operator's methods work for both controllers.
     world.target.set_coalescing("slow", 1, 1000).unwrap();
     world.target.begin_delete("quick", false).unwrap();
     world.target.finish_delete("quick", &NoSockets);
-    // The front end's own messages go on, and what they say is in effect when it starts.
+    // The front end's own messages are handled, and are in effect when the ring starts.
     waits.tell(request::SET_VRING_CALL, &[1 << 8], None);
     assert_eq!(waits.answered(), 0);
     slow.open();
@@ -40,7 +40,7 @@ fn an_opening_that_hangs_holds_up_nobody_else() {
 }
 
 #[test]
-fn its_guest_can_leave_and_its_controller_can_be_deleted() {
+fn its_guest_can_disconnect_and_its_controller_can_be_deleted() {
     let world = World::new();
     let slow = world.controller("slow");
     slow.state().hangs = true;
@@ -48,7 +48,7 @@ fn its_guest_can_leave_and_its_controller_can_be_deleted() {
     guest.start();
     until(|| slow.state().opening == 1);
     world.target.closed(guest.id);
-    assert_eq!(world.target.connections(), 0, "nothing is left to drain");
+    assert_eq!(world.target.connections(), 0, "no connection is left");
     world.target.begin_delete("slow", false).unwrap();
     assert_eq!(world.target.delete_progress("slow").unwrap().connected, 0);
     world.target.finish_delete("slow", &NoSockets);
@@ -58,7 +58,7 @@ fn its_guest_can_leave_and_its_controller_can_be_deleted() {
 }
 
 #[test]
-fn a_ring_that_is_stopped_meanwhile_answers_when_it_ends() {
+fn a_ring_that_is_stopped_during_its_opening_replies_afterwards() {
     let world = World::new();
     let slow = world.controller("slow");
     slow.state().hangs = true;
@@ -72,10 +72,10 @@ fn a_ring_that_is_stopped_meanwhile_answers_when_it_ends() {
     slow.open();
     world.settle(|| guest.wire.sent.lock().unwrap().len() == 1);
     assert_eq!(guest.phase("slow"), Some(Phase::Suspended));
-    assert_eq!(guest.answered(), 0, "it was never served");
+    assert_eq!(guest.answered(), 0, "the ring was never served");
 }
 
-/// The opening of before comes to nothing: only the last one is for the ring.
+/// The result of an earlier opening is dropped: only the last one is for the ring.
 #[test]
 fn a_ring_that_was_reset_and_started_again_opens_again() {
     let world = World::new();
@@ -105,7 +105,7 @@ fn an_opening_that_takes_too_long_ends_the_connection() {
     (0..2).for_each(|_| world.target.tick());
     assert_eq!(guest.wire.ended.load(Ordering::Relaxed), 1);
     world.target.closed(guest.id);
-    // It may come back while the first opening still hangs.
+    // The front end may reconnect while the first opening still hangs.
     let mut again = world.connect("slow").unwrap();
     again.start();
     again.offer();
@@ -125,9 +125,9 @@ fn an_opening_that_fails_ends_the_connection() {
     assert_eq!(guest.phase("c"), Some(Phase::Suspended));
 }
 
-/// Each opening that hangs keeps a thread: a controller has a limited number of them.
+/// Each opening that hangs occupies a thread. The number of such threads per controller is limited.
 #[test]
-fn openings_that_hang_are_bounded() {
+fn hanging_openings_are_bounded() {
     let world = World::new();
     let slow = world.controller("slow");
     slow.state().hangs = true;

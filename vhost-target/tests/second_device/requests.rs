@@ -24,7 +24,7 @@ fn buffers_are_filled_and_returned() {
     assert!(data[3 * DATA_BYTES as usize..].iter().all(|byte| *byte == 0));
 }
 
-/// The end of a request is announced by the device's own eventfd.
+/// The device's own eventfd signals the completion of a request.
 #[test]
 fn requests_end_later_and_a_stop_waits_for_them() {
     let world = World::new();
@@ -41,7 +41,7 @@ fn requests_end_later_and_a_stop_waits_for_them() {
     device.complete();
     world.settle(|| guest.phase("c") == Some(Phase::Suspended));
     assert_eq!(guest.answered(), 2);
-    // The reply to GET_VRING_BASE: ring 0 stands at 2.
+    // The reply to GET_VRING_BASE: the position of ring 0 is 2.
     let sent = guest.wire.sent.lock().unwrap();
     assert_eq!(sent[0][12..], [0, 0, 0, 0, 2, 0, 0, 0]);
 }
@@ -66,7 +66,7 @@ fn requests_wait_for_room_in_their_order() {
 
 /// Counters of a session include its stopped rings.
 #[test]
-fn what_was_counted_stays_when_a_ring_stops() {
+fn counters_include_stopped_rings() {
     let world = World::new();
     world.controller("c");
     let mut guest = world.connect("c").unwrap();

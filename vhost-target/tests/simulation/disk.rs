@@ -1,8 +1,8 @@
-//! A disk that does what the simulation tells it to, and notes what it is asked.
+//! A disk that the simulation controls, and that records the I/O that it gets.
 //!
-//! Faults it shows: I/O that completes late, in any order, in error or not before the end;
-//! channels that are full for a while; a device that cannot be opened; an `open` that takes so long
-//! that something else happens meanwhile; and a lease that another process gives up late.
+//! Faults that it may show: I/O that completes late, in any order, with an error, or only at the
+//! end; channels that are full for a while; a device that cannot be opened; an `open` during which
+//! another event happens; and a lease that another process releases late.
 #![expect(unsafe_code, reason = "a channel gets addresses")]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -18,23 +18,23 @@ use reactor::EventFd;
 
 use super::probe;
 
-/// Sectors between requests: an I/O's place on the disk says which request it is.
+/// Sectors between requests: an I/O's offset identifies its request.
 pub(crate) const REQUEST_SECTORS: u64 = 16;
 
-/// What happens while a device is being opened.
+/// An event that happens while a device is being opened.
 pub(crate) type Meanwhile = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
 
-/// What an I/O is of its request: what was asked, or the flush that makes it durable.
+/// The part of a request that an I/O does: the request itself, or the flush that makes it durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) request: u64,
     pub(crate) flush: bool,
 }
 
-/// What a channel has seen.
+/// An event of a channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Seen {
-    /// It came, whether or not there was room.
+    /// The I/O was submitted, whether or not there was room.
     Fetched(Part),
     DoneAtOnce(Part),
 }
@@ -42,33 +42,33 @@ pub(crate) enum Seen {
 /// An I/O in flight.
 pub(crate) struct Flying {
     pub(crate) part: Part,
-    /// Completes only at the end.
+    /// The I/O completes only at the end of the simulation.
     pub(crate) stuck: bool,
     channel: u64,
     io: Io,
 }
 
-/// What simulation and channels share.
+/// The state that the simulation and channels share.
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) flying: Vec<Flying>,
-    /// Since the simulation last looked, in order.
+    /// The events since the simulation's last check, in order.
     pub(crate) seen: Vec<Seen>,
     pub(crate) full: bool,
     pub(crate) at_once: bool,
     pub(crate) open_fails: bool,
     pub(crate) channels: usize,
-    /// Other processes may have the disk: it is used under a lease.
+    /// Whether other processes may use the disk: the target uses it under a lease.
     pub(crate) leased: bool,
     users: usize,
     held: bool,
     granted: Vec<Granted>,
-    /// What the target has done wrong.
+    /// A defect of the target.
     pub(crate) wrong: Option<String>,
     channels_made: u64,
-    /// Requests for which there was no room.
+    /// Requests that were parked because there was no room.
     parked: BTreeSet<u64>,
-    /// What tells a sleeping reactor of completions.
+    /// The eventfds that wake a sleeping reactor on completions.
     wakes: BTreeMap<u64, Arc<EventFd>>,
     done: BTreeMap<u64, VecDeque<Completion>>,
 }
@@ -84,36 +84,36 @@ impl State {
         self.wakes[&channel].signal();
     }
 
-    /// Whether somebody has or wants the lease.
+    /// Returns whether the target holds the lease or waits for it.
     pub(crate) fn has_users(&self) -> bool {
         self.users > 0
     }
 
-    /// Whether somebody waits for the lease.
+    /// Returns whether the target waits for the lease.
     pub(crate) fn waits(&self) -> bool {
         self.users > 0 && !self.held
     }
 
-    /// The target may use the disk. What is returned has to be called then.
+    /// Grants the lease. Returns the callbacks, which the caller has to call.
     pub(crate) fn grant(&mut self) -> Vec<Granted> {
         self.held = true;
         std::mem::take(&mut self.granted)
     }
 
-    /// Whether the target may do what it does, which is `what`.
+    /// Records a defect if the target may not do `what` without the lease.
     fn check_lease(&mut self, what: &str) {
         if self.leased && !self.held {
             self.wrong = Some(format!("{what} without the lease"));
         }
     }
 
-    /// The target has discarded a request that was not in flight.
+    /// Records a defect if the target has discarded a request that was not in flight.
     pub(crate) fn forget(&mut self, request: u64) {
         self.parked.remove(&request);
     }
 
     fn transfer(&mut self, io: &Io, request: u64) {
-        // SAFETY: not completed yet.
+        // SAFETY: the I/O has not completed.
         for segment in unsafe { io.segments() } {
             let (base, len) = (segment.base(), segment.len());
             let pattern = vec![pattern(request); len];
@@ -129,7 +129,7 @@ impl State {
     }
 }
 
-/// The byte that a request's data is made of.
+/// Returns the byte that a request's data consists of.
 pub(crate) fn pattern(request: u64) -> u8 {
     (request % 251) as u8 + 1
 }
@@ -180,7 +180,7 @@ impl Bdev for SimDisk {
         lock(&self.state).leased.then(|| Arc::new(lease) as Arc<dyn Lease>)
     }
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
-        // What happens meanwhile may end the start: then nobody needs the lease any more.
+        // The event during the opening may end the start: no user needs the lease then.
         lock(&self.state).check_lease("the disk is opened");
         let meanwhile = lock(&self.meanwhile).take();
         if let Some(meanwhile) = meanwhile {
@@ -240,7 +240,7 @@ struct SimChannel {
     number: u64,
     wake: Arc<EventFd>,
     disk: Arc<SimDisk>,
-    /// The requests that tags were last of: a flush says nothing else of whose it is.
+    /// The last request of each tag: a flush does not identify its request in another way.
     tags: BTreeMap<u16, u64>,
 }
 
@@ -248,13 +248,13 @@ impl Channel for SimChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.disk.state);
         state.check_lease("I/O is submitted");
-        // No guest asks for one itself.
+        // No guest sends a flush itself.
         let flush = io.op == Op::Flush;
         if !flush {
             self.tags.insert(io.tag.0, io.offset / 512 / REQUEST_SECTORS);
         }
         let request = self.tags.get(&io.tag.0).copied();
-        let request = request.expect("a flush comes after what it is to make durable");
+        let request = request.expect("a flush without a previous write");
         let part = Part { request, flush };
         if !state.parked.remove(&request) {
             state.seen.push(Seen::Fetched(part));

@@ -1,4 +1,4 @@
-//! What front ends do: connect, set up, submit, change their mind, stop, die.
+//! The actions of front ends: connect, set up, submit, reconfigure, stop, die.
 
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
@@ -18,9 +18,9 @@ use super::disk::lock;
 use super::message::{Message, WRITE_CACHE_AT};
 use super::transport::FakeConnection;
 use super::vm::{Kind, RINGS, Vm};
-use super::world::{Front, Owed, Served, World};
+use super::world::{Front, Pending, Served, World};
 
-/// Something that another thread does while a device is being opened.
+/// An event on another thread while a device is being opened.
 pub(crate) struct Planned {
     what: What,
     verdict: Arc<Mutex<Option<Verdict>>>,
@@ -35,9 +35,9 @@ enum What {
 impl World {
     pub(crate) fn front_end_acts(&mut self) {
         let live: Vec<usize> = (0..self.fronts.len()).filter(|n| !self.fronts[*n].gone).collect();
-        // More often where a scenario needs it.
-        let seldom = if self.lost.is_empty() { 12 } else { 3 };
-        let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(seldom))
+        // More often if a scenario needs it.
+        let rarely = if self.lost.is_empty() { 12 } else { 3 };
+        let Some(n) = self.rng.pick(&live).filter(|_| live.len() > 4 || !self.rng.one_in(rarely))
         else {
             return self.connect();
         };
@@ -45,15 +45,15 @@ impl World {
             return self.guest_submits(n);
         }
         if self.fronts[n].fake.is_shut() && self.rng.one_in(2) {
-            // It notices that the target has ended the connection.
+            // The front end notices that the target has closed the connection.
             self.fronts[n].gone = true;
             return;
         }
-        if self.fronts[n].owed.is_some() {
+        if self.fronts[n].pending.is_some() {
             match self.rng.below(24) {
                 0 if self.fronts[n].is_well() => self.send(n, Message::GetConfig),
                 1 => self.die(n),
-                2 => self.fronts[n].fake.go_deaf(),
+                2 => self.fronts[n].fake.become_unresponsive(),
                 _ => {}
             }
             return;
@@ -62,7 +62,7 @@ impl World {
             self.write_script(n);
         }
         for _ in 0..1 + self.rng.below(8) {
-            if self.fronts[n].owed.is_none()
+            if self.fronts[n].pending.is_none()
                 && let Some(message) = self.fronts[n].script.pop_front()
                 && self.has_the_time(n, &message)
             {
@@ -71,7 +71,7 @@ impl World {
         }
     }
 
-    /// A front end connects: of a new machine, or again of one that has lost its connection.
+    /// Connects a front end: of a new machine, or of one that has lost its connection.
     fn connect(&mut self) {
         let existing: Vec<usize> =
             (0..self.controllers.len()).filter(|c| self.controllers[*c].exists).collect();
@@ -80,8 +80,8 @@ impl World {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
             let Vm { controller: had, packed, .. } = self.vms[*vm];
             let known = || (0..RINGS).all(|ring| self.vms[*vm].may_start(ring));
-            // A machine whose controller was deleted uses any other, with the same memory and
-            // rings.
+            // A machine whose controller was deleted uses any other controller, with the same
+            // memory and rings.
             let takes = had == controller
                 || !self.controllers[had].exists && self.controllers[controller].packed >= packed;
             takes && mine().all(|f| f.gone) && known()
@@ -94,13 +94,17 @@ impl World {
         let number = self.fronts.len();
         let fake = FakeConnection::new(number);
         let path = self.controllers[controller].path.clone();
-        // The target looks for itself who has gone.
-        let unheard = |f: &Front| f.controller == controller && !f.closed && f.fake.is_shut();
-        let unheard: Vec<usize> =
-            (0..self.fronts.len()).filter(|n| unheard(&self.fronts[*n])).collect();
+        // The target checks by itself which front ends have disconnected.
+        let unreported = |f: &Front| f.controller == controller && !f.closed && f.fake.is_shut();
+        let unreported: Vec<usize> =
+            (0..self.fronts.len()).filter(|n| unreported(&self.fronts[*n])).collect();
         let id = self.target.connected(&path, Arc::clone(&fake) as SharedConnection);
-        unheard.into_iter().for_each(|n| self.is_closed(n));
-        assert_eq!(id.is_none(), self.controllers[controller].deleting, "whether it may connect");
+        unreported.into_iter().for_each(|n| self.is_closed(n));
+        assert_eq!(
+            id.is_none(),
+            self.controllers[controller].deleting,
+            "a controller that is being deleted refuses connections"
+        );
         let Some(id) = id else { return };
         let vm = again.unwrap_or_else(|| {
             let event_idx = self.rng.one_in(2);
@@ -151,7 +155,7 @@ impl World {
             area: None,
             log: None,
             rings: Default::default(),
-            owed: None,
+            pending: None,
             script: [].into(),
             before,
             gated,
@@ -198,7 +202,7 @@ impl World {
         front.fake.shut_down();
     }
 
-    /// Decides what a front end says next.
+    /// Chooses the next messages of a front end.
     fn write_script(&mut self, n: usize) {
         let ring = self.rng.below(RINGS);
         let served = self.fronts[n].rings[ring].served;
@@ -242,7 +246,7 @@ impl World {
         (!self.rng.one_in(4)).then(|| EventFd::new().expect("an fd"))
     }
 
-    /// The messages that start a ring.
+    /// Returns the messages that start a ring.
     fn start(&mut self, n: usize, ring: usize) -> Vec<Message> {
         let (vm, event_idx) = (self.fronts[n].vm, self.vms[self.fronts[n].vm].event_idx);
         if !self.vms[vm].may_start(ring) {
@@ -263,14 +267,14 @@ impl World {
         let area = self.vms[vm].area().filter(|area| self.fronts[n].area != Some(area.0));
         let mut area = area.map(|(number, spec, fd)| Message::Inflight(number, spec, fd));
         if self.rng.one_in(4) {
-            // It may come before it is known what kind of rings there will be.
+            // It may come before the layout of the rings is negotiated.
             script.extend(area.take());
         }
         if self.fronts[n].features == 0 {
             let controller = &self.controllers[self.fronts[n].controller];
             let state = &self.disks[controller.disk];
             let no_event_idx = if event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
-            // What was offered does not change when the disk goes.
+            // The offered features do not change when the disk is removed.
             let features = state.bdev.as_ref().map(|bdev| {
                 let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
                 Disk { bdev, read_only: false }.features()
@@ -314,13 +318,13 @@ impl World {
         self.finish_plan(planned);
     }
 
-    /// What the driver has done by the time that a message is sent.
+    /// Records what the driver has done before a message is sent.
     fn before_message(&mut self, n: usize, message: &Message) {
         if let Message::Kick(ring, kick) = message {
             let ring = &mut self.vms[self.fronts[n].vm].rings[*ring];
             ring.quiet = None;
             ring.started = true;
-            // From now on the driver kicks there, noticed or not.
+            // From now on the driver kicks there, whether or not the target has noticed.
             let dup = |kick: &EventFd| kick.as_fd().try_clone_to_owned().expect("an fd").into();
             ring.kick = kick.as_ref().map(dup);
         }
@@ -332,25 +336,25 @@ impl World {
         let in_vain = self.is_in_vain(n, &message, rejected);
         let front = &mut self.fronts[n];
         let refused = in_vain
-            || front.owed.is_some()
+            || front.pending.is_some()
             || matches!(
                 message,
                 Message::Nonsense | Message::Table(_, false) | Message::RemRegion(_, false)
             );
         if refused || rejected {
-            // Where the target has given the connection up, its rings may be stopped already.
+            // If the target has closed the connection, its rings may be stopped already.
             let given_up = front.fake.is_shut();
             assert!(given_up || refused == rejected, "front {n}: {message:?}: {verdict:?}");
             if in_vain || !rejected {
                 self.take_effect(n, &message);
             }
             let front = &mut self.fronts[n];
-            // No promise holds any more.
+            // No promise of the target holds any more.
             front.log = None;
-            // The transport ends the connection.
+            // The transport closes the connection.
             front.fake.shut_down();
             front.gone = true;
-            front.owed = None;
+            front.pending = None;
             front.script.clear();
             return;
         }
@@ -410,7 +414,7 @@ impl World {
                     self.take_immediate_answer(n, ring, base);
                 } else {
                     assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
-                    front.owed = Some(Owed::Base(ring));
+                    front.pending = Some(Pending::Base(ring));
                 }
                 return;
             }
@@ -430,12 +434,12 @@ impl World {
     fn after_reset(&mut self, n: usize, verdict: &Verdict) {
         if let Verdict::Reply(payload) = verdict {
             assert_eq!(*payload, protocol::SUCCESS);
-            // What came back before it is to be counted.
+            // Requests that were completed before it have to be counted.
             self.check();
             self.is_reset(n);
         } else {
             assert!(matches!(verdict, Verdict::Deferred), "front {n}: {verdict:?}");
-            self.fronts[n].owed = Some(Owed::Reset);
+            self.fronts[n].pending = Some(Pending::Reset);
         }
     }
 
@@ -443,13 +447,13 @@ impl World {
         if self.fronts[n].fake.is_shut() {
             return; // It does not arrive.
         }
-        // What came back before it is to be counted.
+        // Requests that were completed before it have to be counted.
         self.check();
         self.count("GET_VRING_BASE answered at once");
         self.answered(n, ring, base);
     }
 
-    /// Lets the event thread do something in the middle of what the control thread does next.
+    /// Plans an event of the event thread during the next action of the control thread.
     pub(crate) fn plan_for_control_thread(&mut self) -> Option<Planned> {
         if !self.rng.one_in(2) {
             return None;
@@ -460,7 +464,7 @@ impl World {
         if front.fake.is_shut() {
             return Some(self.plan(What::Close(n)));
         }
-        if front.owed.is_some() || front.gone || !front.script.is_empty() {
+        if front.pending.is_some() || front.gone || !front.script.is_empty() {
             return None;
         }
         let ring = self.rng.below(RINGS);
@@ -479,7 +483,7 @@ impl World {
         Some(self.plan(What::Message(n, message)))
     }
 
-    /// Lets the control thread do something in the middle of what the event thread does next.
+    /// Plans an event of the control thread during the next action of the event thread.
     pub(crate) fn plan_for_event_thread(&mut self) -> Option<Planned> {
         if !self.rng.one_in(16) {
             return None;
@@ -507,7 +511,7 @@ impl World {
                 Box::new(move || target.closed(id))
             }
             What::RemoveDisk(disk) => {
-                let bdev = self.disks[*disk].bdev.clone().expect("it was there");
+                let bdev = self.disks[*disk].bdev.clone().expect("the disk exists");
                 let bdev = bdev as Arc<dyn bdev::Bdev>;
                 Box::new(move || vhost_blk::remove_bdev(&target, &bdev))
             }
@@ -516,7 +520,7 @@ impl World {
         Planned { what, verdict }
     }
 
-    /// Takes note of what was planned, if it came to that.
+    /// Records what a plan has done, if it was carried out.
     pub(crate) fn finish_plan(&mut self, planned: Option<Planned>) {
         let Some(Planned { what, verdict }) = planned else { return };
         if lock(&self.meanwhile).take().is_some() {
@@ -526,7 +530,7 @@ impl World {
         self.count("something happened while a device was opened");
         match what {
             What::Message(n, message) => {
-                let verdict = lock(&verdict).take().expect("it was sent");
+                let verdict = lock(&verdict).take().expect("the message was sent");
                 self.after_message(n, message, verdict);
             }
             What::Close(n) => {

@@ -1,4 +1,4 @@
-//! What front ends say, and how it looks on the wire.
+//! Messages of front ends, and their form on the socket.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,24 +12,24 @@ use virtqueue::inflight::AreaSpec;
 use super::dirty::{LOG_BYTES, LOG_OFFSET};
 use super::vm::user_addrs;
 
-/// Where the config space has the write cache (virtio 1.2, section 5.2.4).
+/// The offset of the write cache in the config space (virtio 1.2, section 5.2.4).
 pub(crate) const WRITE_CACHE_AT: u32 = 32;
 
-/// A message, ready to be sent.
+/// A message that can be sent.
 #[derive(Debug)]
 pub(crate) enum Message {
     Features(u64),
-    /// A memory table, and whether it is acceptable.
+    /// A memory table, and whether it is valid.
     Table(Vec<(RegionSpec, OwnedFd)>, bool),
-    /// A slot more.
+    /// Adds a memory region.
     AddRegion(RegionSpec, OwnedFd),
-    /// A slot less, and whether that is acceptable.
+    /// Removes a memory region, and whether that is valid.
     RemRegion(RegionSpec, bool),
-    /// The number of a dirty log, and the log.
+    /// The number of a dirty log, and its file.
     Log(usize, File),
     /// Whether the guest flushes for itself.
     WriteCache(bool),
-    /// The number of an area for what is in flight, and what it is.
+    /// The number of an in-flight area, its parameters and its file.
     Inflight(usize, AreaSpec, OwnedFd),
     Num(usize, u16),
     Base(usize, u16),
@@ -37,15 +37,15 @@ pub(crate) enum Message {
     /// With or without an fd.
     Call(usize, Option<EventFd>),
     Enable(usize),
-    /// With or without an fd: without one the ring has to be polled.
+    /// With or without an fd. Without one, the ring has to be polled.
     Kick(usize, Option<EventFd>),
     GetBase(usize),
     GetConfig,
     ResetOwner,
     ResetDevice,
-    /// The same, by a front end that waits for it.
+    /// As `ResetDevice`, by a front end that waits for the acknowledgement.
     ResetDeviceAndWait,
-    /// Something that is refused.
+    /// A message that is refused.
     Nonsense,
 }
 

@@ -1,4 +1,5 @@
-//! What the operator does: create, delete (as `vhost-app` does it), remove disks, set, list.
+//! The actions of the operator: create controllers, delete them (as `vhost-app` does), remove
+//! disks, set options, list.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use vhost_target::{Connection, ControllerSpec, Core, Error};
 use super::disk::{SimDisk, lock};
 use super::world::{Controller, Disk, World};
 
-/// A deletion under way.
+/// A deletion in progress.
 pub(crate) struct Deletion {
     pub(crate) controller: usize,
     force: bool,
-    /// How often it still looks before its time is up.
-    patience: usize,
+    /// How often it still checks before its time limit.
+    checks_left: usize,
 }
 
 impl World {
@@ -90,8 +91,8 @@ impl World {
         if deleting {
             return; // It waits for the first.
         }
-        let patience = self.rng.below(8);
-        self.start_deletion(controller, force, patience);
+        let checks_left = self.rng.below(8);
+        self.start_deletion(controller, force, checks_left);
     }
 
     /// Deletes a controller by force while it has I/O in flight on a disk that hangs.
@@ -109,15 +110,15 @@ impl World {
         self.finish_delete(controller);
     }
 
-    pub(crate) fn start_deletion(&mut self, controller: usize, force: bool, patience: usize) {
+    pub(crate) fn start_deletion(&mut self, controller: usize, force: bool, checks_left: usize) {
         let name = self.controllers[controller].name.clone();
         self.trace.add(format!("delete controller {controller} ({name}), force: {force}"));
-        self.target.begin_delete(&name, force).expect("it exists");
+        self.target.begin_delete(&name, force).expect("the controller exists");
         self.controllers[controller].deleting = true;
-        self.deletions.push(Deletion { controller, force, patience });
+        self.deletions.push(Deletion { controller, force, checks_left });
         if force {
             for front in self.fronts.iter().filter(|f| f.controller == controller && !f.closed) {
-                assert!(front.fake.is_shut(), "force ends the connections");
+                assert!(front.fake.is_shut(), "force closes the connections");
             }
         }
     }
@@ -129,13 +130,13 @@ impl World {
         let n = self.rng.below(self.deletions.len());
         let controller = self.deletions[n].controller;
         let name = self.controllers[controller].name.clone();
-        let progress = self.target.delete_progress(&name).expect("it exists");
+        let progress = self.target.delete_progress(&name).expect("the controller exists");
         let open = self.fronts.iter().filter(|f| f.controller == controller && !f.closed).count();
-        assert_eq!(progress.connected, open, "who is connected to {name}");
+        assert_eq!(progress.connected, open, "the number of connections to {name}");
         self.trace.add(format!("deletion of controller {controller}: {progress:?}"));
         let done = progress.connected + progress.draining == 0;
-        if !done && self.deletions[n].patience > 0 {
-            self.deletions[n].patience -= 1;
+        if !done && self.deletions[n].checks_left > 0 {
+            self.deletions[n].checks_left -= 1;
             return;
         }
         self.count(match (done, self.deletions[n].force) {
@@ -158,7 +159,8 @@ impl World {
             .filter(|n| self.fronts[*n].controller == controller && !self.fronts[*n].closed)
             .collect();
         self.trace.add(format!("controller {controller}: deleted, ends fronts {mine:?}"));
-        // Some of the ends are noticed before the socket is closed; of the others nobody is told.
+        // Some of the closed connections are reported before the socket is closed. The others are
+        // not reported.
         let noticed: Vec<_> = mine.iter().filter(|_| self.rng.one_in(2)).copied().collect();
         let noticed: Vec<_> = noticed.into_iter().map(|n| self.fronts[n].id).collect();
         let fakes: Vec<_> = mine.iter().map(|n| Arc::clone(&self.fronts[*n].fake)).collect();
@@ -170,7 +172,7 @@ impl World {
         let name = self.controllers[controller].name.clone();
         self.target.finish_delete(&name, &*self.transport);
         mine.into_iter().for_each(|n| self.is_closed(n));
-        // Requests that have completed so far completed before the answer.
+        // Requests that have completed so far completed before the reply.
         self.check();
         self.abandon(controller);
         self.controllers[controller].exists = false;
@@ -184,14 +186,14 @@ impl World {
         self.disk_is_removed(disk);
     }
 
-    /// Notes that a disk was removed: its requests fail from here on.
+    /// Records that a disk was removed: its requests fail from now on.
     pub(crate) fn disk_is_removed(&mut self, disk: usize) {
         self.trace.add(format!("disk {disk}: removed"));
         self.count("disks removed");
         self.disks[disk].bdev = None;
     }
 
-    /// The operator wants a queue elsewhere, or a move that has begun comes to its end.
+    /// The operator moves a queue, or a move in progress ends.
     pub(crate) fn queues_move(&mut self) {
         if !self.moves.is_empty() && self.rng.one_in(2) {
             return self.end_moves();
@@ -199,8 +201,8 @@ impl World {
         let Some(controller) = self.existing() else { return };
         let name = self.controllers[controller].name.clone();
         let listed = self.target.controllers();
-        let listed = listed.iter().find(|c| c.name == name).expect("it exists");
-        // What is left of an earlier controller of that name shows too, and stays where it is.
+        let listed = listed.iter().find(|c| c.name == name).expect("the controller exists");
+        // Closed connections of an earlier controller of that name are listed too, and do not move.
         let current: Vec<i32> = self
             .fronts
             .iter()
@@ -227,7 +229,7 @@ impl World {
         }
     }
 
-    /// Ends the moves of queues that the reactors before have let go of.
+    /// Ends the moves of queues whose previous reactors have been quiescent.
     pub(crate) fn end_moves(&mut self) {
         let under_way = self.moves.len();
         if under_way == 0 {
@@ -235,7 +237,7 @@ impl World {
         }
         let target = &self.target;
         self.moves.retain(|moving| {
-            target.end_move(moving).map(|end| end.expect("room for watches")).is_none()
+            target.end_move(moving).map(|end| end.expect("room for wake sources")).is_none()
         });
         self.trace.add(format!("{} of {under_way} moves end", under_way - self.moves.len()));
     }
@@ -243,7 +245,7 @@ impl World {
     fn set_coalescing(&mut self) {
         let Some(controller) = self.existing() else { return };
         let name = self.controllers[controller].name.clone();
-        // Delays would depend on the clock: with this threshold there are none.
+        // Delays would depend on the clock. With this threshold there are none.
         let (delay, threshold) = [(1000, u32::MAX), (0, 60_000), (1, 99)][self.rng.below(3)];
         let result = self.target.set_coalescing(&name, delay, threshold);
         assert_eq!(result.is_err(), threshold < 100);
@@ -265,6 +267,6 @@ impl World {
         assert_eq!(self.transport.listening(), listed.len());
         let queues: usize = self.target.reactors().iter().map(|r| r.queues).sum();
         let moving = !self.moves.is_empty();
-        assert!(queues > 0 || gone == 0 || moving, "what drains is attached");
+        assert!(queues > 0 || gone == 0 || moving, "draining queues are attached");
     }
 }

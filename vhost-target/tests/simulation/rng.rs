@@ -1,4 +1,4 @@
-//! Random numbers that are the same for the same seed, everywhere.
+//! Random numbers that are the same for the same seed on every machine.
 
 /// SplitMix64.
 #[derive(Debug)]
@@ -6,7 +6,7 @@ pub(crate) struct Rng(u64);
 
 impl Rng {
     pub(crate) fn new(seed: u64) -> Self {
-        // Mixed once, or else the numbers of one seed would be those of the next, one on.
+        // Mixed once. Otherwise the numbers of consecutive seeds would overlap.
         Self(Self(seed).next())
     }
 
@@ -18,17 +18,17 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// A number below `n`.
+    /// Returns a number below `n`.
     pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
 
-    /// True once in `n` times.
+    /// Returns true once in `n` times.
     pub(crate) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 
-    /// One of `from`, if there is any.
+    /// Returns one of `from`, if there is any.
     pub(crate) fn pick<T: Clone>(&mut self, from: &[T]) -> Option<T> {
         if from.is_empty() { None } else { Some(from[self.below(from.len())].clone()) }
     }

@@ -1,4 +1,4 @@
-//! The end of a simulation: the disks complete everything, and everything comes to its end.
+//! The end of a simulation: the disks complete all I/O, and all waits must end.
 
 use std::thread;
 use std::time::Duration;
@@ -8,25 +8,28 @@ use super::message::Message;
 use super::vm::{RINGS, Vm};
 use super::world::{Served, World};
 
-/// Rounds (all I/O completes, every reactor makes a turn, events are processed) in which whatever
-/// waits for I/O has to come to its end.
+/// Rounds after which all waits for I/O must have ended. In a round, all I/O completes, every
+/// reactor performs one poll iteration, and events are processed.
 const ROUNDS: usize = 24;
 
-/// Looks at a condition that other threads make true, about 0.1 ms apart, before the test gives
-/// up: those threads have nothing else to do.
-const LOOKS: usize = 100_000;
+/// Checks of a condition that other threads make true, about 0.1 ms apart, before the test fails.
+/// Those threads have no other work.
+const CHECKS: usize = 100_000;
 
 impl World {
-    /// Brings everything to its end.
+    /// Brings all I/O, moves and deletions to an end.
     pub(crate) fn settle(&mut self) {
         self.trace.add("the end begins".into());
-        self.turn_all();
+        self.step_all();
         self.end_moves();
-        assert!(self.moves.is_empty(), "every reactor has made a turn");
+        assert!(
+            self.moves.is_empty(),
+            "a move did not end although every reactor has performed an iteration"
+        );
         if self.rng.one_in(16) {
-            // Reclaim gets the chance to free what it should not.
+            // The reclaim thread has time to free memory that it must not free.
             for _ in 0..8 {
-                self.turn_all();
+                self.step_all();
                 thread::sleep(Duration::from_micros(200));
             }
         }
@@ -37,9 +40,9 @@ impl World {
         self.rounds("I/O completes", |world| {
             world.requests_of_served_rings() == 0 && world.fronts.iter().all(|f| !f.waits())
         });
-        // A ring that has just begun makes its first call in its first visit.
-        self.turn_all();
-        self.turn_all();
+        // A ring that has just started makes its first call in its first visit.
+        self.step_all();
+        self.step_all();
         self.check_calls();
         self.wait("removed disks are free", |world| {
             world.disks.iter().all(|d| d.bdev.is_some() || d.weak.strong_count() == 0)
@@ -69,14 +72,14 @@ impl World {
         assert_eq!(attached, 0, "queues are still polled");
     }
 
-    fn turn_all(&mut self) {
+    fn step_all(&mut self) {
         (0..self.reactors.len()).for_each(|n| self.step(n));
         self.check();
         self.target.process_events();
         self.check();
     }
 
-    /// Makes rounds until `done`.
+    /// Performs rounds until `done`.
     fn rounds(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
         for _ in 0..ROUNDS {
             for disk in 0..self.disks.len() {
@@ -85,18 +88,18 @@ impl World {
                     self.complete(disk, n);
                 }
             }
-            self.hear_of_ends();
+            self.report_ends();
             self.leases_are_granted(1);
-            self.turn_all();
+            self.step_all();
             if done(self) && self.disks.iter().all(|d| lock(&d.state).flying.is_empty()) {
                 return;
             }
         }
-        panic!("does not come to its end: {what}: {:#?}", self.target.controllers());
+        panic!("{what} does not end: {:#?}", self.target.controllers());
     }
 
-    /// Other connections wait for ended ones until the event thread has reported their end.
-    fn hear_of_ends(&mut self) {
+    /// Other connections wait for closed ones until the event thread has reported their end.
+    fn report_ends(&mut self) {
         for n in 0..self.fronts.len() {
             if !self.fronts[n].closed && self.fronts[n].fake.is_shut() {
                 self.close(n);
@@ -105,15 +108,15 @@ impl World {
         }
     }
 
-    /// Waits for what the threads of reclaim do.
+    /// Waits for the reclaim threads.
     fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
         self.trace.add(format!("wait until {what}"));
-        for look in 0..LOOKS {
-            self.turn_all();
+        for check in 0..CHECKS {
+            self.step_all();
             if done(self) {
                 return;
             }
-            if look > 4 {
+            if check > 4 {
                 thread::sleep(Duration::from_micros(100));
             } else {
                 thread::yield_now();
@@ -122,12 +125,12 @@ impl World {
         let mapped: Vec<_> = (0..self.vms.len()).map(|vm| self.mapped(vm)).collect();
         let left = (self.target.connections(), self.target.quarantine());
         panic!(
-            "does not come to its end: {what}: tables mapped: {mapped:?}, connections and \
+            "{what} does not end: tables mapped: {mapped:?}, connections and \
              quarantine: {left:?}"
         );
     }
 
-    /// Requests on rings that are served and have not come back.
+    /// Returns the number of outstanding requests on rings that are served.
     fn requests_of_served_rings(&self) -> usize {
         let fronts = self.fronts.iter().filter(|f| f.is_well());
         let on = |f: &super::world::Front| {
@@ -137,7 +140,7 @@ impl World {
         fronts.map(on).sum()
     }
 
-    /// Guests that asked for it have been called after the last request came back.
+    /// Checks that guests that requested calls were called after the last completion.
     fn check_calls(&mut self) {
         for (n, front) in self.fronts.iter_mut().enumerate().filter(|(_, f)| f.is_well()) {
             for (ring, state) in front.rings.iter_mut().enumerate() {
@@ -153,12 +156,12 @@ impl World {
         (0..vm.tables()).filter(|table| vm.is_mapped(*table)).collect()
     }
 
-    /// Whether a connection that is not closed has this table.
+    /// Returns whether a connection that is not closed has this table.
     fn is_current(&self, vm: usize, table: usize) -> bool {
         self.fronts.iter().any(|f| f.vm == vm && !f.closed && f.tables().any(|t| t == table))
     }
 
-    /// Half of the front ends stop their rings in good order before they leave.
+    /// Half of the front ends stop their rings before they disconnect.
     fn stop_some(&mut self) {
         for n in 0..self.fronts.len() {
             for ring in 0..RINGS {
@@ -166,7 +169,7 @@ impl World {
                 if n % 2 == 0 && front.is_well() && front.rings[ring].served == Served::Yes {
                     self.send(n, Message::GetBase(ring));
                     self.check();
-                    self.rounds("a ring stops", |world| world.fronts[n].owed.is_none());
+                    self.rounds("a ring stops", |world| world.fronts[n].pending.is_none());
                     assert_eq!(self.fronts[n].rings[ring].served, Served::Stopped);
                 }
             }
@@ -178,7 +181,7 @@ impl World {
             self.trace.add("shutdown".into());
             self.target.begin_shutdown();
             let open = self.fronts.iter().filter(|f| !f.closed);
-            assert!(open.into_iter().all(|f| f.fake.is_shut()), "shutdown ends connections");
+            assert!(open.into_iter().all(|f| f.fake.is_shut()), "shutdown closes connections");
             self.controllers.iter_mut().for_each(|c| c.deleting = true);
         }
         for n in 0..self.fronts.len() {
@@ -201,13 +204,13 @@ impl World {
             self.look_at_a_deletion();
             self.check();
         }
-        assert!(self.controllers.iter().all(|c| !c.exists), "a deletion was given up");
+        assert!(self.controllers.iter().all(|c| !c.exists), "a deletion was cancelled");
         assert!(self.target.controllers().is_empty());
     }
 }
 
 impl super::world::Front {
     fn waits(&self) -> bool {
-        self.owed.is_some() && self.is_well()
+        self.pending.is_some() && self.is_well()
     }
 }

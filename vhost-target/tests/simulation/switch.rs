@@ -1,7 +1,7 @@
-//! What front ends change while their rings run: memory, the dirty log, the guest's write cache.
+//! Changes while rings run: memory, the dirty log, the guest's write cache.
 //!
-//! A change of the last two has to be in effect when it is acknowledged, for which the target waits
-//! until no reactor goes by what was before. In a simulation it cannot wait: the change is refused
+//! A change of the last two has to be in effect when it is acknowledged. The target waits for that
+//! until no reactor uses the previous views. In a simulation it cannot wait: the change is refused
 //! unless all reactors sleep.
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
@@ -15,13 +15,13 @@ use super::world::{Front, Served, World};
 
 const LOG_ALL: u64 = 1 << VHOST_F_LOG_ALL;
 
-/// Turns in which a reactor falls asleep that has nothing to do.
-const TURNS: usize = 4;
+/// Poll iterations after which a reactor without work sleeps.
+const ITERATIONS: usize = 4;
 
 impl World {
-    /// The messages that give other memory.
+    /// Returns the messages that change memory.
     pub(crate) fn new_memory(&mut self, n: usize) -> Vec<Message> {
-        // Where memory comes in slots, that with the rings stays.
+        // If memory is set up in slots, the slot with the rings stays.
         let slots = [Layout::Split, Layout::SplitAndExtra, Layout::Small];
         let tables = [
             Layout::Whole,
@@ -40,14 +40,14 @@ impl World {
             return vec![Message::Table(table, !refused)];
         }
         let gone = front.memory.iter().filter(|had| table.iter().all(|(spec, _)| spec != *had));
-        // The rings' memory begins with address 0.
+        // The rings' memory begins at address 0.
         let gone: Vec<_> =
             gone.map(|spec| Message::RemRegion(*spec, !refused || spec.gpa != 0)).collect();
         let new = table.into_iter().filter(|(spec, _)| !front.memory.contains(spec));
         new.map(|(spec, fd)| Message::AddRegion(spec, fd)).chain(gone).collect()
     }
 
-    /// The messages that begin to log what is written, or end it.
+    /// Returns the messages that begin or end the logging of writes.
     pub(crate) fn switch_logging(&mut self, n: usize) -> Vec<Message> {
         let front = &self.fronts[n];
         let features = front.features;
@@ -59,7 +59,7 @@ impl World {
         }
         let (number, log) = self.vms[front.vm].new_log();
         let mut script = vec![Message::Log(number, log), Message::Features(features | LOG_ALL)];
-        // As QEMU does, which changes a flag there.
+        // QEMU sends the addresses again to change a flag.
         let served = (0..RINGS).filter(|ring| front.rings[*ring].served == Served::Yes);
         script.extend(served.map(Message::Addr));
         script
@@ -69,8 +69,8 @@ impl World {
         self.fronts[n].rings.iter().any(|ring| ring.served == Served::Yes)
     }
 
-    /// Whether a message changes what has to be in effect at once, and reactors may go by what was
-    /// before.
+    /// Returns whether a message changes what has to be in effect at once, while reactors may use
+    /// the previous views.
     pub(crate) fn comes_too_early(&self, n: usize, message: &Message) -> bool {
         let front = &self.fronts[n];
         let changes = match message {
@@ -84,10 +84,10 @@ impl World {
         changes && self.has_served_ring(n) && self.asleep.contains(&false)
     }
 
-    /// Has reactors fall asleep, if that makes a difference for a message. Says whether it is to be
-    /// sent.
+    /// Lets reactors fall asleep, if that makes a difference for a message. Returns whether the
+    /// message has to be sent.
     pub(crate) fn has_the_time(&mut self, n: usize, message: &Message) -> bool {
-        for _ in 0..TURNS {
+        for _ in 0..ITERATIONS {
             if !self.comes_too_early(n, message) {
                 return true;
             }
@@ -101,12 +101,12 @@ impl World {
         !self.comes_too_early(n, message) || self.rng.one_in(8)
     }
 
-    /// Whether a message that came too early was refused for that.
+    /// Returns whether a message that came too early was refused for that reason.
     pub(crate) fn is_in_vain(&mut self, n: usize, message: &Message, rejected: bool) -> bool {
         if !self.comes_too_early(n, message) {
             return false;
         }
-        // A ring that a reactor serves for certain.
+        // A ring that a reactor certainly serves.
         let served = self.flying_of(n).is_some() && !self.fronts[n].was_reset;
         assert!(rejected || !served, "front {n}: {message:?}: acknowledged before its effect");
         if rejected {
@@ -115,7 +115,7 @@ impl World {
         rejected
     }
 
-    /// Takes note of what a message has changed.
+    /// Records the change that a message has made.
     pub(crate) fn take_effect(&mut self, n: usize, message: &Message) {
         let front = &mut self.fronts[n];
         match message {
@@ -140,21 +140,21 @@ impl World {
         }
     }
 
-    /// Takes note of where the target has acknowledged that it marks what it writes.
+    /// Records in which log the target has acknowledged to mark its writes.
     pub(crate) fn logging_acknowledged(&mut self, n: usize, before: Option<usize>) {
         let front = &self.fronts[n];
         let (vm, now) = (front.vm, front.logging());
         if now == before {
             return;
         }
-        // What a reset left in flight goes on in the log that it had.
+        // I/O that a reset left in flight uses the log that it had.
         let in_use = front.rings.iter().any(|ring| ring.drains);
         let on = now.is_some() && self.has_served_ring(n);
         self.vms[vm].change_logs(before, now, in_use);
         self.count(if on { "logging begun while rings run" } else { "logging begun or ended" });
     }
 
-    /// Looks at what the target has written to a machine while it logs.
+    /// Checks what the target has written to a machine while it logs.
     pub(crate) fn check_marks(&mut self, vm: usize) {
         let logs = |f: &&Front| f.vm == vm && !f.closed;
         let front = self.fronts.iter().find(logs);
@@ -170,7 +170,7 @@ impl World {
         }
     }
 
-    /// Takes note of which earlier I/O has ended.
+    /// Records which earlier I/O has ended.
     pub(crate) fn notice_drains(&mut self) {
         for n in 0..self.fronts.len() {
             let front = &self.fronts[n];
@@ -188,7 +188,8 @@ impl World {
         }
     }
 
-    /// Whether I/O of closed connections may use the memory of a machine on this controller.
+    /// Returns whether I/O of closed connections may use the memory of a machine on this
+    /// controller.
     pub(crate) fn is_gate_closed(&self, controller: usize, vm: usize) -> bool {
         self.target.left_behind().iter().any(|s| {
             let front = &self.fronts[s.vid as usize];
@@ -202,8 +203,8 @@ impl World {
 }
 
 impl Front {
-    /// Whether I/O may be in flight that marks nothing in the log of now: of earlier connections,
-    /// or from before a reset.
+    /// Returns whether I/O may be in flight that does not mark pages in the current log: of earlier
+    /// connections, or from before a reset.
     fn has_older_io(&self) -> bool {
         self.gated || self.rings.iter().any(|ring| ring.drains)
     }

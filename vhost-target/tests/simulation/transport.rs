@@ -1,7 +1,7 @@
-//! A transport without sockets: connections are records, and closing takes its time.
+//! A transport without sockets: connections are records, and closing is delayed.
 //!
-//! Faults it shows: a socket that cannot be made; a front end that does not read its answer; and,
-//! as rte_vhost does it, an `unlisten` that closes connections without a word.
+//! Faults that it may show: a socket that cannot be created; a front end that does not read its
+//! reply; and, as with rte_vhost, an `unlisten` that closes connections without reporting it.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -13,7 +13,7 @@ use vhost_target::{Connection, Transport};
 
 use super::disk::lock;
 
-/// One connection, as the target sees it.
+/// One connection, as the target uses it.
 #[derive(Debug, Default)]
 pub(crate) struct FakeConnection {
     vid: i32,
@@ -24,7 +24,7 @@ pub(crate) struct FakeConnection {
 struct ConnectionState {
     sent: Vec<Vec<u8>>,
     shut: bool,
-    deaf: bool,
+    unresponsive: bool,
 }
 
 impl FakeConnection {
@@ -32,17 +32,17 @@ impl FakeConnection {
         Arc::new(Self { vid: vid as i32, state: Mutex::default() })
     }
 
-    /// Whether either side has ended it. The target hears of that later.
+    /// Returns whether either side has closed it. The target is told later.
     pub(crate) fn is_shut(&self) -> bool {
         lock(&self.state).shut
     }
 
-    /// The front end reads no more.
-    pub(crate) fn go_deaf(&self) {
-        lock(&self.state).deaf = true;
+    /// Makes the front end stop reading its socket.
+    pub(crate) fn become_unresponsive(&self) {
+        lock(&self.state).unresponsive = true;
     }
 
-    /// What the target has sent since this was last asked.
+    /// Returns the messages that the target has sent since the last call.
     pub(crate) fn take_sent(&self) -> Vec<Vec<u8>> {
         std::mem::take(&mut lock(&self.state).sent)
     }
@@ -58,7 +58,7 @@ impl Connection for FakeConnection {
         if state.shut {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        if state.deaf {
+        if state.unresponsive {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         state.sent.push(message.to_vec());

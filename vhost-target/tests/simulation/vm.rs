@@ -1,7 +1,7 @@
 //! A virtual machine: its memory, and the driver's side of its rings.
 //!
-//! It checks what it sees as a driver would like to: each chain comes back once, with the status
-//! that the disk gave, and the data that the disk has read.
+//! It checks what a driver relies on: each chain is returned once, with the status of the disk, and
+//! with the data that the disk has read.
 
 use std::fs::File;
 use std::io::Write;
@@ -24,25 +24,26 @@ use guest_memory::testing::memfd;
 
 /// Rings of a machine.
 pub(crate) const RINGS: usize = 4;
-/// Where the front end has the machine's memory.
+/// The address of the machine's memory in the front end.
 const USER: u64 = 0x7000_0000;
 const MAIN_LEN: u64 = 0x1_0000;
-/// The part that no table leaves out: all rings, and the data of the first two.
+/// The part that every table includes: all rings, and the data of the first two.
 const SMALL_LEN: u64 = 0x9000;
 pub(super) const EXTRA: u64 = 0x10_0000;
-/// From here on each table has a page of its own, which tells whether that table is still mapped.
+/// From this address on, each table has a page of its own, which shows whether that table is still
+/// mapped.
 const MARKS: u64 = 0x20_0000;
 pub(super) const PAGE: u64 = 0x1000;
-/// What a status byte holds until somebody writes it.
+/// The initial value of a status byte.
 const UNTOUCHED: u8 = 0xee;
 
-/// Descriptors of a ring, at the most.
+/// Descriptors of a ring at most.
 const RING_SIZE_MAX: u16 = 16;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
-/// What is asked.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Read,
@@ -53,19 +54,19 @@ pub(crate) enum Kind {
     ShortHeader,
 }
 
-/// How far a request has come.
+/// The progress of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
     Offered,
-    /// With the disk, fetched for this connection.
+    /// On the disk, fetched by this connection.
     Flying(usize),
-    /// Written; not flushed yet, which has to be before it comes back.
+    /// Written and not flushed yet. The flush has to come before the completion.
     Written(usize),
     Done(Status),
 }
 
 impl Progress {
-    /// With the disk, for this connection.
+    /// Returns whether it is on the disk, fetched by this connection.
     pub(crate) fn is_flying_for(self, front: usize) -> bool {
         matches!(self, Self::Flying(n) | Self::Written(n) if n == front)
     }
@@ -75,12 +76,12 @@ impl Progress {
 pub(crate) struct Request {
     pub(crate) id: u64,
     pub(crate) progress: Progress,
-    /// The table that it was fetched under.
+    /// The memory table that it was fetched under.
     pub(crate) table: Option<usize>,
-    /// It is durable when it comes back.
+    /// It has to be durable when it completes.
     pub(crate) durable: bool,
     pub(crate) kind: Kind,
-    /// A request that a back end fetched and did not complete is served again by the next one.
+    /// A request that a back end fetched and did not complete. The next back end resubmits it.
     pub(crate) again: bool,
     /// Its position in the available ring, if that is split.
     position: u16,
@@ -89,33 +90,34 @@ pub(crate) struct Request {
 }
 
 impl Request {
-    /// Whether its data lies in `memory`.
+    /// Returns whether its data is in `memory`.
     pub(crate) fn has_data_in(&self, memory: &[RegionSpec]) -> bool {
         let inside = |s: &RegionSpec| self.data.wrapping_sub(s.gpa) < s.size;
         memory.iter().any(inside)
     }
 
-    /// Where the disk's data for it is, and how long it is; of a read that the disk has done.
+    /// Returns the address and the length of the data that the disk has read for it.
     pub(super) fn read(&self) -> Option<(u64, u32)> {
         let read = self.kind == Kind::Read && self.progress == Progress::Done(Status::Ok);
         read.then_some((self.data, self.len))
     }
 }
 
-/// One ring, as its driver keeps it.
+/// The state that a driver keeps of a ring.
 #[derive(Debug)]
 pub(crate) struct Ring {
     pub(crate) size: u16,
     pub(crate) slots: Vec<Option<Request>>,
     avail: u16,
     seen: u16,
-    /// What the used ring and the statuses held when the back end said that it had stopped.
+    /// The contents of the used ring and the statuses when the back end replied that it had
+    /// stopped.
     pub(crate) quiet: Option<Vec<u8>>,
-    /// Some connection has started it since it was made.
+    /// A connection has started it since it was reset.
     pub(crate) started: bool,
-    /// The fetched requests are not recorded anywhere: the driver has to offer them again.
+    /// The fetched requests are not recorded: the driver has to offer them again.
     pub(crate) lossy: bool,
-    /// What the driver kicks, if the back end wants it.
+    /// The eventfd of the driver's kicks, if the back end has one.
     pub(crate) kick: Option<File>,
     packed: Option<Packed>,
 }
@@ -127,7 +129,7 @@ struct Packed {
     slots: Vec<usize>,
 }
 
-/// How a memory table is made up.
+/// The regions of a memory table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     Whole,
@@ -144,25 +146,25 @@ pub(crate) struct Vm {
     pub(crate) controller: usize,
     pub(crate) event_idx: bool,
     pub(crate) packed: bool,
-    /// It has its memory in slots.
+    /// Whether its memory is set up in slots.
     pub(crate) slots: bool,
-    /// Features that its driver does not know.
+    /// Features that its driver does not support.
     pub(crate) declined: u64,
     pub(crate) rings: Vec<Ring>,
     pub(super) logs: Logs,
-    /// The pages that mark the tables.
+    /// The pages that identify the tables.
     marks: Vec<OwnedFd>,
     main: OwnedFd,
     extra: OwnedFd,
     memory: Arc<GuestMemory>,
-    /// How often it had a new in-flight area, and the area.
+    /// The number of the in-flight area, and the area.
     area: Option<(usize, AreaSpec, OwnedFd)>,
 }
 
-// What the target writes has pages of its own: descriptors, used rings, statuses, data. Those of
-// ring 0 lie across the ends of pages.
+// The target writes to pages of their own: descriptors, used rings, statuses, data. Those of ring 0
+// cross page boundaries.
 
-/// Bytes from a ring's part to the next ring's.
+/// Bytes from a part of a ring to that of the next ring.
 const STRIDE: u64 = 0x100;
 
 fn desc_gpa(ring: usize) -> u64 {
@@ -182,7 +184,7 @@ fn header_gpa(ring: usize, slot: usize) -> u64 {
     0x3400 + STRIDE * ring as u64 + 16 * slot as u64
 }
 
-/// An indirect table.
+/// Returns the address of an indirect table.
 fn table_gpa(ring: usize, slot: usize) -> u64 {
     0x3800 + 2 * STRIDE * ring as u64 + 0x40 * slot as u64
 }
@@ -195,7 +197,7 @@ fn data_gpa(ring: usize, slot: usize) -> u64 {
     0x5000 + 0x2000 * ring as u64 + 0x400 * slot as u64
 }
 
-/// A ring's parts in the front end's addresses: descriptors, available, used.
+/// Returns the addresses of a ring's parts in the front end: descriptors, available, used.
 pub(crate) fn user_addrs(ring: usize) -> (u64, u64, u64) {
     (USER + desc_gpa(ring), USER + avail_gpa(ring), USER + used_gpa(ring))
 }
@@ -208,7 +210,7 @@ fn spec(gpa: u64, size: u64, offset: u64) -> RegionSpec {
     RegionSpec { gpa, size, user_addr: USER + gpa, offset }
 }
 
-/// The number of the table that a region is the mark of.
+/// Returns the number of the table that a region identifies.
 pub(crate) fn table_of(region: &RegionSpec) -> Option<usize> {
     Some((region.gpa.checked_sub(MARKS)? / PAGE) as usize)
 }
@@ -219,7 +221,7 @@ fn new_area(number: usize, packed: bool) -> (usize, AreaSpec, OwnedFd) {
 }
 
 impl Vm {
-    /// With `tracked`, the back end writes down what it has in flight.
+    /// Creates a machine. With `tracked`, the back end records requests in flight in an area.
     pub(crate) fn new(controller: usize, event_idx: bool, packed: bool, tracked: bool) -> Self {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
@@ -257,32 +259,32 @@ impl Vm {
         }
     }
 
-    /// What the front end gives for the back end to write down what is in flight.
+    /// Returns the in-flight area of the front end.
     pub(crate) fn area(&self) -> Option<(usize, AreaSpec, OwnedFd)> {
         self.area.as_ref().map(|(number, spec, fd)| (*number, *spec, dup(fd)))
     }
 
-    /// Whether no back end uses a ring.
-    fn is_at_rest(&self, ring: usize) -> bool {
+    /// Returns whether no back end uses a ring.
+    fn is_unused(&self, ring: usize) -> bool {
         let Ring { ref quiet, started, .. } = self.rings[ring];
         quiet.is_some() || !started
     }
 
-    /// Whether the front end knows where a ring goes on, or the back end does.
+    /// Returns whether the front end or the back end knows the position at which a ring continues.
     pub(crate) fn may_start(&self, ring: usize) -> bool {
-        !self.packed || self.area.is_some() || self.is_at_rest(ring)
+        !self.packed || self.area.is_some() || self.is_unused(ring)
     }
 
-    /// Whether a ring may be made anew. An area is made anew as a whole.
+    /// Returns whether a ring may be reset. An area can only be replaced as a whole.
     pub(crate) fn may_reset(&self, ring: usize) -> bool {
         let needs_area = |other: usize| {
             let again = self.rings[other].slots.iter().flatten().any(|request| request.again);
-            !self.is_at_rest(other) || other != ring && again
+            !self.is_unused(other) || other != ring && again
         };
-        self.is_at_rest(ring) && (self.area.is_none() || !(0..RINGS).any(needs_area))
+        self.is_unused(ring) && (self.area.is_none() || !(0..RINGS).any(needs_area))
     }
 
-    /// Where a ring begins, as the front end says it.
+    /// Returns the position at which a ring starts, as the front end sends it.
     pub(crate) fn base(&self, ring: usize) -> u16 {
         match &self.rings[ring].packed {
             Some(packed) => packed.driver.used_position(),
@@ -290,7 +292,7 @@ impl Vm {
         }
     }
 
-    /// No back end uses its rings any more, whatever was fetched. Returns the fetched requests,
+    /// Ends the use of its rings by a back end, whatever was fetched. Returns the fetched requests,
     /// with the memory table and the owner of each.
     pub(crate) fn abandon(&mut self) -> Vec<(u64, usize, Request)> {
         let mut fetched = vec![];
@@ -335,7 +337,7 @@ impl Vm {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    /// A new memory table; its mark comes last.
+    /// Returns a new memory table. The page that identifies it comes last.
     pub(crate) fn table(&mut self, layout: Layout) -> Vec<(RegionSpec, OwnedFd)> {
         let mark = memfd(PAGE);
         let main = |gpa: u64, size: u64| (spec(gpa, size, gpa), dup(&self.main));
@@ -355,18 +357,18 @@ impl Vm {
         table
     }
 
-    /// How many tables there ever were.
+    /// Returns the number of tables so far.
     pub(crate) fn tables(&self) -> usize {
         self.marks.len()
     }
 
-    /// Whether the back end has a table mapped.
+    /// Returns whether the back end has a table mapped.
     pub(crate) fn is_mapped(&self, table: usize) -> bool {
         probe::is_mapped(&self.marks[table])
     }
 
-    /// Makes a ring anew, which the back end does not use, and begins at `base`. Answers with the
-    /// requests that are dropped with it.
+    /// Resets a ring that the back end does not use. It begins at `base`. Returns the requests that
+    /// are dropped with it.
     pub(crate) fn reset_ring(&mut self, ring: usize, size: u16, base: u16) -> Vec<u64> {
         let slots = vec![None; usize::from(size) / 3];
         let kick = self.rings[ring].kick.take();
@@ -399,7 +401,7 @@ impl Vm {
 
     fn want_calls(&mut self, ring: usize) {
         if let Some(packed) = &mut self.rings[ring].packed {
-            assert!(!packed.driver.ask_for_call(), "ring {ring}: something came back meanwhile");
+            assert!(!packed.driver.ask_for_call(), "ring {ring}: a chain was completed meanwhile");
             return;
         }
         let Ring { size, seen, .. } = self.rings[ring];
@@ -507,16 +509,21 @@ impl Vm {
         self.get_u16(used_gpa(ring) + 2)
     }
 
-    /// Takes what came back; answers with the requests. `bereft` says that the disk may be gone,
-    /// and `memory` is what there is of it.
-    pub(crate) fn consume(&mut self, ring: usize, bereft: bool, memory: &[RegionSpec]) -> Vec<u64> {
+    /// Takes completed chains and returns their requests. `may_be_removed`: the disk may have been
+    /// removed. `memory`: the regions that the front end has set up.
+    pub(crate) fn consume(
+        &mut self,
+        ring: usize,
+        may_be_removed: bool,
+        memory: &[RegionSpec],
+    ) -> Vec<u64> {
         let mut ids = vec![];
         while let Some((slot, written)) = self.take_used(ring) {
             let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
             let request = request.unwrap_or_else(|| {
-                panic!("ring {ring}: slot {slot} came back but is not outstanding")
+                panic!("ring {ring}: slot {slot} was completed but is not outstanding")
             });
-            let may_fail = bereft || !request.has_data_in(memory);
+            let may_fail = may_be_removed || !request.has_data_in(memory);
             self.check_answer(ring, slot, &request, written, may_fail);
             ids.push(request.id);
         }
@@ -527,7 +534,7 @@ impl Vm {
         ids
     }
 
-    /// The next chain that came back: its slot, and the length written.
+    /// Returns the next completed chain: its slot, and the written length.
     fn take_used(&mut self, ring: usize) -> Option<(usize, u32)> {
         if let Some(packed) = &mut self.rings[ring].packed {
             let (id, written) = packed.driver.take()?;
@@ -556,7 +563,7 @@ impl Vm {
         let status = self.get(status_gpa(ring, slot), 1)[0];
         let expected = match (request.kind, request.progress) {
             (_, Progress::Flying(_) | Progress::Written(_)) => {
-                panic!("{request:?} came back before the disk was done")
+                panic!("{request:?} was completed before the disk was done")
             }
             (_, Progress::Done(Status::Ok)) => 0,
             (_, Progress::Done(Status::IoError)) | (Kind::ShortHeader, _) => 1,
@@ -565,7 +572,7 @@ impl Vm {
             (Kind::GetId, _) => 0,
             (Kind::Unknown, _) => 2,
             (_, Progress::Offered) => {
-                assert!(may_fail, "{request:?} came back but never was with the disk");
+                assert!(may_fail, "{request:?} was completed but never was on the disk");
                 1
             }
         };
@@ -584,7 +591,7 @@ impl Vm {
         }
     }
 
-    /// All that a back end that has stopped may not change: used index, elements, statuses; of a
+    /// Returns all that a stopped back end must not change: used index, elements and statuses; of a
     /// packed ring, descriptors and statuses.
     pub(crate) fn used_part(&self, ring: usize) -> Vec<u8> {
         let Ring { size, ref slots, .. } = self.rings[ring];
@@ -597,17 +604,17 @@ impl Vm {
         bytes
     }
 
-    /// Checks that the answer to GET_VRING_BASE is right: all before `base` came back.
+    /// Checks the reply to GET_VRING_BASE: all requests before `base` were completed.
     pub(crate) fn check_base(&self, ring: usize, base: u16) {
-        assert_eq!(base, self.base(ring), "ring {ring}: the base and what was used");
+        assert_eq!(base, self.base(ring), "ring {ring}: the base and the used position");
         for request in self.rings[ring].slots.iter().flatten() {
             let ahead = self.packed || request.position.wrapping_sub(base) < 1 << 15;
             let untouched = request.progress == Progress::Offered;
-            assert!(ahead && untouched, "ring {ring}: base {base} answered before {request:?}");
+            assert!(ahead && untouched, "ring {ring}: base {base} was replied before {request:?}");
         }
     }
 
-    /// Requests that have not come back.
+    /// Returns the requests that were not completed.
     pub(crate) fn outstanding(&self, ring: usize) -> impl Iterator<Item = &Request> {
         self.rings[ring].slots.iter().flatten()
     }

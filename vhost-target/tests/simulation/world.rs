@@ -1,4 +1,4 @@
-//! All that there is in a simulation, and what must be true of it after every step.
+//! The state of a simulation, and the conditions that hold after every step.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -22,10 +22,10 @@ use super::rng::Rng;
 use super::transport::{FakeConnection, FakeTransport};
 use super::vm::{self, Kind, Progress, RINGS, Request, Vm};
 
-/// Actions that a failure shows.
+/// The number of actions that a failure prints.
 const TRACE: usize = 60;
 
-/// What happened last; says so when the test fails.
+/// The last actions. They are printed when the test fails.
 pub(crate) struct Trace {
     seed: u64,
     step: usize,
@@ -55,41 +55,41 @@ impl Drop for Trace {
 }
 
 pub(crate) struct Disk {
-    /// `None` once it was removed.
+    /// `None` if it was removed.
     pub(crate) bdev: Option<Arc<SimDisk>>,
     pub(crate) weak: Weak<SimDisk>,
     pub(crate) state: Arc<Mutex<State>>,
 }
 
-/// A controller, from its making to its deletion; the next one of the same name is another.
+/// A controller, from its creation to its deletion. The next one of the same name is another value.
 pub(crate) struct Controller {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) disk: usize,
-    /// It offers packed rings.
+    /// Whether it offers packed rings.
     pub(crate) packed: bool,
-    /// One of its guests has asked for that.
+    /// One of its guests has switched the write cache off.
     pub(crate) write_through: bool,
     pub(crate) exists: bool,
     pub(crate) deleting: bool,
 }
 
-/// A ring as its front end sees it.
+/// The state of a ring, as its front end knows it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Served {
     /// Not started on this connection.
     #[default]
     Not,
     Yes,
-    /// Before the last RESET_OWNER or RESET_DEVICE.
+    /// Started before the last RESET_OWNER or RESET_DEVICE.
     Reset,
-    /// Stopped, and GET_VRING_BASE answered.
+    /// Stopped, with a reply to GET_VRING_BASE.
     Stopped,
 }
 
-/// What a front end waits for.
+/// The pending reply of a front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owed {
+pub(crate) enum Pending {
     /// GET_VRING_BASE of a ring.
     Base(usize),
     /// RESET_DEVICE.
@@ -100,7 +100,7 @@ pub(crate) enum Owed {
 pub(crate) struct FrontRing {
     pub(crate) served: Served,
     pub(crate) call: Option<EventFd>,
-    /// Requests came back and no call since was noticed.
+    /// Requests were completed, and no call was noticed since.
     pub(crate) uncalled: bool,
     /// It may still drain after a reset.
     pub(crate) drains: bool,
@@ -114,12 +114,12 @@ pub(crate) struct Lost {
     pub(crate) front: usize,
     pub(crate) vm: usize,
     pub(crate) ring: usize,
-    /// The place of its data.
+    /// The memory table that its data is in.
     pub(crate) table: usize,
 }
 
 impl FrontRing {
-    /// Takes note of calls.
+    /// Records calls.
     pub(crate) fn look(&mut self) {
         self.uncalled &= self.call.as_ref().is_some_and(|call| call.take() == 0);
     }
@@ -132,34 +132,35 @@ pub(crate) struct Front {
     pub(crate) fake: Arc<FakeConnection>,
     pub(crate) controller: usize,
     pub(crate) vm: usize,
-    /// The front end says no more.
+    /// The front end sends no more messages.
     pub(crate) gone: bool,
-    /// The target knows that it is closed.
+    /// The target was told that it is closed.
     pub(crate) closed: bool,
-    /// What it has accepted; 0 if it has not said.
+    /// The features that it has accepted; 0 if it has not sent any.
     pub(crate) features: u64,
-    /// What it has written there, or another before it.
+    /// The value that this front end, or an earlier one, has written.
     pub(crate) write_cache: Option<bool>,
-    /// It has sent a reset: what was in flight then is told on the call fds of then.
+    /// It has sent a reset: the target signals requests that were in flight then on the call fds of
+    /// that time.
     pub(crate) was_reset: bool,
-    /// The memory that it has given.
+    /// The memory that it has set up.
     pub(crate) memory: Vec<RegionSpec>,
-    /// The numbers of the in-flight area and of the dirty log that it has given.
+    /// The numbers of the in-flight area and of the dirty log that it has set.
     pub(crate) area: Option<usize>,
     pub(crate) log: Option<usize>,
     pub(crate) rings: [FrontRing; RINGS],
-    /// What is not answered.
-    pub(crate) owed: Option<Owed>,
+    /// The pending reply.
+    pub(crate) pending: Option<Pending>,
     pub(crate) script: VecDeque<Message>,
     /// Connections of the same controller, or of the same machine, that were closed when this one
-    /// was made.
+    /// was created.
     pub(crate) before: Vec<usize>,
-    /// Connections that were closed had not drained then, and have not all drained since.
+    /// Closed connections had not drained then, and have not all drained since.
     pub(crate) gated: bool,
 }
 
 impl Front {
-    /// Whether it is served and nobody wants to end it.
+    /// Returns whether it is served and not about to be closed.
     pub(crate) fn is_well(&self) -> bool {
         !self.gone && !self.closed && !self.fake.is_shut()
     }
@@ -168,32 +169,34 @@ impl Front {
         self.features & 1 << feature != 0
     }
 
-    /// The memory tables that it has given, or what there is of them.
+    /// Returns the memory tables that it has set up, or the current regions of them.
     pub(crate) fn tables(&self) -> impl Iterator<Item = usize> {
         self.memory.iter().filter_map(vm::table_of)
     }
 
-    /// The latest one.
+    /// Returns the latest table.
     pub(crate) fn table(&self) -> Option<usize> {
         self.tables().max()
     }
 
-    /// Where it was promised that writes are logged.
+    /// Returns the log in which the target has acknowledged to mark its writes.
     pub(crate) fn logging(&self) -> Option<usize> {
         self.log.filter(|_| self.has_accepted(VHOST_F_LOG_ALL))
     }
 
-    /// It can switch the cache but not flush it: then that is off at first (section 5.2.5.2).
+    /// Returns whether it can switch the cache but not flush it. The cache is initially off then
+    /// (section 5.2.5.2).
     pub(crate) fn cannot_flush(&self) -> bool {
         self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && !self.has_accepted(VIRTIO_BLK_F_FLUSH)
     }
 
-    /// What the config space says.
+    /// Returns the value in the config space.
     pub(crate) fn write_cache(&self) -> bool {
         self.write_cache.unwrap_or(!self.cannot_flush())
     }
 
-    /// Whether writes are to be durable when they are answered (virtio 1.2, section 5.2.6.2).
+    /// Returns whether writes have to be durable when they are answered (virtio 1.2, section
+    /// 5.2.6.2).
     fn writes_through(&self) -> bool {
         if self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) {
             !self.write_cache()
@@ -202,13 +205,14 @@ impl Front {
         }
     }
 
-    /// Whether it is the one for whom a ring of `vm` is served.
+    /// Returns whether it is the connection for which a ring of `vm` is served.
     fn serves(&self, vm: usize, ring: usize) -> bool {
         self.vm == vm && !self.closed && self.rings[ring].served == Served::Yes
     }
 }
 
-/// How often what was reached, over all simulations: a test that reaches nothing finds nothing.
+/// How often each kind of event was reached, over all simulations: a test that reaches nothing
+/// finds nothing.
 pub(crate) type Counts = BTreeMap<&'static str, u64>;
 
 pub(crate) struct World {
@@ -226,14 +230,14 @@ pub(crate) struct World {
     pub(crate) fronts: Vec<Front>,
     pub(crate) deletions: Vec<Deletion>,
     pub(crate) moves: Vec<Moving>,
-    /// Where each request is: machine and ring.
+    /// The machine and the ring of each request.
     pub(crate) requests: BTreeMap<u64, (usize, usize)>,
     pub(crate) lost: BTreeMap<u64, Lost>,
     pub(crate) request_ids: u64,
 }
 
 impl World {
-    /// With `loud` every action is told at once.
+    /// With `loud`, every action is printed at once.
     pub(crate) fn new(seed: u64, loud: bool) -> Self {
         let mut rng = Rng::new(seed);
         let count = 1 + rng.below(3);
@@ -261,7 +265,7 @@ impl World {
         }
     }
 
-    /// Lives through `steps` steps and then an orderly end.
+    /// Performs `steps` steps and then ends all activity.
     pub(crate) fn run(mut self, steps: usize) -> Counts {
         self.create();
         for step in 0..steps {
@@ -313,7 +317,7 @@ impl World {
         self.finish_plan(planned);
     }
 
-    /// Other processes give up one in `part` of the leases that are waited for.
+    /// Other processes release one in `part` of the leases that the target waits for.
     pub(crate) fn leases_are_granted(&mut self, part: usize) {
         for disk in 0..self.disks.len() {
             if !lock(&self.disks[disk].state).waits() || !self.rng.one_in(part) {
@@ -351,7 +355,7 @@ impl World {
         (!self.disks.is_empty()).then(|| self.rng.below(self.disks.len()))
     }
 
-    /// Ends an I/O, whose memory must still be there.
+    /// Completes an I/O. Its memory must still be mapped.
     pub(crate) fn complete(&mut self, disk: usize, n: usize) {
         let status = match self.rng.below(8) {
             0 => Status::IoError,
@@ -365,7 +369,10 @@ impl World {
         self.trace.add(format!("disk {disk} completes {part:?}: {status:?}"));
         let (vm, _) = self.requests[&part.request];
         let table = self.request(part.request).table.expect("a request in flight has a table");
-        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        assert!(
+            self.vms[vm].is_mapped(table),
+            "machine {vm}: table {table} was unmapped too early"
+        );
         lock(&self.disks[disk].state).complete(n, status);
         self.ended(part, status);
         self.count("I/O completed");
@@ -376,7 +383,10 @@ impl World {
         let part = lock(&self.disks[disk].state).flying[n].part;
         self.trace.add(format!("disk {disk} completes {part:?}, which is lost: {lost:?}"));
         let Lost { vm, table, .. } = *lost;
-        assert!(self.vms[vm].is_mapped(table), "machine {vm}: table {table} is gone too early");
+        assert!(
+            self.vms[vm].is_mapped(table),
+            "machine {vm}: table {table} was unmapped too early"
+        );
         // The driver may use its memory for something else by now.
         let known = self.requests.contains_key(&part.request);
         let status = if known { Status::Ok } else { Status::IoError };
@@ -384,7 +394,7 @@ impl World {
         self.count("I/O of a deleted controller completed");
     }
 
-    /// Records what a deleted controller has left in flight.
+    /// Records the I/O that a deleted controller has left in flight.
     pub(crate) fn abandon(&mut self, controller: usize) {
         let disk = self.controllers[controller].disk;
         for vm in 0..self.vms.len() {
@@ -408,16 +418,16 @@ impl World {
         }
     }
 
-    /// A request that has not come back.
+    /// Returns an outstanding request.
     fn request(&mut self, id: u64) -> &mut Request {
         let place = self.requests.get(&id);
-        let (vm, ring) = *place.unwrap_or_else(|| panic!("request {id} had come back already"));
+        let (vm, ring) = *place.unwrap_or_else(|| panic!("request {id} was completed already"));
         let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
         let request = slots.into_iter().find(|r| r.id == id);
-        request.unwrap_or_else(|| panic!("request {id} had come back already"))
+        request.unwrap_or_else(|| panic!("request {id} was completed already"))
     }
 
-    /// The disk is done with a part of a request.
+    /// Records that the disk has completed a part of a request.
     fn ended(&mut self, part: Part, status: Status) {
         let request = self.request(part.request);
         request.progress = match request.progress {
@@ -450,21 +460,25 @@ impl World {
         let late = self.rng.one_in(6);
         let seconds = if late { DRAIN_LIMIT_S + 1 } else { 1 };
         self.trace.add(format!("{seconds} s pass"));
-        // A drain that it has processed before the check does not count as late.
+        // A drain that the target has processed before the check does not count as late.
         self.process_events();
         self.check();
         let well: Vec<bool> = self.fronts.iter().map(Front::is_well).collect();
         (0..seconds).for_each(|_| self.target.tick());
         for (front, well) in self.fronts.iter().zip(well) {
             if well && late {
-                assert_eq!(front.fake.is_shut(), front.owed.is_some(), "the limit of a drain");
-            } else if well && front.owed.is_none() {
-                assert!(!front.fake.is_shut(), "nothing was waited for");
+                assert_eq!(
+                    front.fake.is_shut(),
+                    front.pending.is_some(),
+                    "the drain limit closes the connection"
+                );
+            } else if well && front.pending.is_none() {
+                assert!(!front.fake.is_shut(), "no reply was pending");
             }
         }
     }
 
-    /// The event thread hears of a connection's end.
+    /// The event thread reports the end of a connection.
     fn event_thread_notices(&mut self) {
         let ended = |f: &Front| !f.closed && f.fake.is_shut();
         let ended: Vec<usize> =
@@ -485,17 +499,17 @@ impl World {
         self.finish_plan(planned);
     }
 
-    /// Notes that the target was told of a connection's end.
+    /// Records that the target was told of a connection's end.
     pub(crate) fn is_closed(&mut self, n: usize) {
         let front = &mut self.fronts[n];
         front.fake.shut_down();
         front.closed = true;
         front.gone = true;
-        front.owed = None;
+        front.pending = None;
         front.script.clear();
     }
 
-    /// What must be true after every step.
+    /// Checks the conditions that hold after every step.
     pub(crate) fn check(&mut self) {
         for disk in 0..self.disks.len() {
             let seen = std::mem::take(&mut lock(&self.disks[disk].state).seen);
@@ -523,21 +537,21 @@ impl World {
         }
     }
 
-    /// A request has reached a disk.
+    /// Checks a request that has reached a disk.
     fn check_fetched(&mut self, id: u64) {
         let (vm, ring) =
-            *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} had come back already"));
-        // Requests that were found in flight are done, even if the connection has ended meanwhile.
+            *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} was completed already"));
+        // Resubmitted requests are done, even if the connection has ended meanwhile.
         let again = self.request(id).again;
         let ends = |f: &Front| again && f.vm == vm && f.rings[ring].served == Served::Yes;
         let front = self.fronts.iter().rposition(|f| f.serves(vm, ring) || ends(f));
         let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
-        let stops = self.fronts[front].owed == Some(Owed::Base(ring));
+        let stops = self.fronts[front].pending == Some(Pending::Base(ring));
         assert!(!stops || again, "request {id} was fetched after the stop");
         self.check_gate(front, vm, ring);
         let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
         let memory = self.fronts[front].memory.clone();
-        // What was before a reset fetches no more.
+        // Rings of before the reset fetch no more requests.
         self.fronts[front].rings[ring].drains = false;
         self.count("I/O fetched");
         let request = self.request(id);
@@ -549,7 +563,7 @@ impl World {
         assert!(there, "request {id} was fetched although its data is not in memory");
     }
 
-    /// A ring was served: nothing that it had to wait for may be in flight.
+    /// A ring is served: no I/O that it had to wait for may be in flight.
     fn check_gate(&self, front: usize, vm: usize, ring: usize) {
         let Front { controller, ref rings, .. } = self.fronts[front];
         let disk = |controller: usize| self.controllers[controller].disk;
@@ -566,7 +580,7 @@ impl World {
         }
     }
 
-    /// Whether I/O of a connection's ring is in flight.
+    /// Returns whether I/O of a connection's ring is in flight.
     fn flies(&self, front: usize, ring: usize) -> bool {
         let mut known = self.vms[self.fronts[front].vm].outstanding(ring);
         let mut lost = self.lost.values();
@@ -574,22 +588,22 @@ impl World {
             || lost.any(|lost| lost.front == front && lost.ring == ring)
     }
 
-    /// The flush after a request has reached a disk.
+    /// Checks the flush after a request, which has reached a disk.
     fn check_flush(&mut self, id: u64) {
         let progress = self.request(id).progress;
         let due = matches!(progress, Progress::Written(_));
-        assert!(due, "request {id} was flushed out of turn: {progress:?}");
+        assert!(due, "request {id} was flushed before its write: {progress:?}");
         self.count("writes flushed");
     }
 
-    /// A request that a connection has in flight.
+    /// Returns a request that a connection has in flight.
     pub(crate) fn flying_of(&self, front: usize) -> Option<u64> {
         let vm = &self.vms[self.fronts[front].vm];
         let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
         all.find(|r| r.progress.is_flying_for(front)).map(|r| r.id)
     }
 
-    /// Takes what has come back, and sees that nothing did where nothing may.
+    /// Takes the completed requests, and checks that a stopped ring has none.
     fn check_ring(&mut self, vm: usize, ring: usize) {
         if self.vms[vm].rings[ring].size == 0 {
             return;
@@ -600,10 +614,10 @@ impl World {
         }
         let controller = self.vms[vm].controller;
         let disk = &self.disks[self.controllers[controller].disk];
-        let bereft = disk.bdev.is_none() || !self.controllers[controller].exists;
+        let may_be_removed = disk.bdev.is_none() || !self.controllers[controller].exists;
         let front = self.fronts.iter().rfind(|f| f.serves(vm, ring));
         let memory = front.map_or(&[][..], |front| &front.memory);
-        let back = self.vms[vm].consume(ring, bereft, memory);
+        let back = self.vms[vm].consume(ring, may_be_removed, memory);
         for id in &back {
             self.requests.remove(id);
             self.count("requests came back");
@@ -611,48 +625,49 @@ impl World {
         for front in self.fronts.iter_mut().filter(|f| f.vm == vm) {
             let ring = &mut front.rings[ring];
             ring.uncalled |= !back.is_empty() && ring.call.is_some();
-            // An fd that is replaced before anybody looked has called in vain.
+            // An fd that is replaced before the guest reads it has signalled in vain.
             if self.rng.one_in(4) {
                 ring.look();
             }
         }
     }
 
-    /// The target has sent something of its own accord.
+    /// Checks a message that the target has sent on its own.
     fn check_sent(&mut self, n: usize, message: &[u8]) {
         let front = &self.fronts[n];
-        assert!(!front.closed, "front {n}: a message after its end");
-        let ring = match front.owed {
-            Some(Owed::Base(ring)) => ring,
-            Some(Owed::Reset) => {
+        assert!(!front.closed, "front {n}: a message after its connection was closed");
+        let ring = match front.pending {
+            Some(Pending::Base(ring)) => ring,
+            Some(Pending::Reset) => {
                 let expected = protocol::reply(request::RESET_DEVICE, &protocol::SUCCESS);
                 assert_eq!(message, expected, "front {n}: the acknowledgement");
                 self.trace.add(format!("front {n}: reset, deferred"));
                 self.count("RESET_DEVICE acknowledged later");
                 return self.is_reset(n);
             }
-            None => panic!("front {n}: an answer to no question"),
+            None => panic!("front {n}: a reply without a request"),
         };
         let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
         let payload = protocol::vring_base(ring, self.both(n, base));
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
-        assert_eq!(message, expected, "front {n}: the answer");
+        assert_eq!(message, expected, "front {n}: the reply");
         self.trace.add(format!("front {n}: ring {ring} stopped at {base}, deferred"));
         self.count("GET_VRING_BASE answered later");
         self.answered(n, ring, base);
     }
 
-    /// A position as GET_VRING_BASE tells it: a packed ring has two, which are one as nothing is in
-    /// flight. That a reset takes the features away does not matter.
+    /// Returns the position in the format of the reply to GET_VRING_BASE: a packed ring has two
+    /// positions, which are equal because nothing is in flight. The format stays although a reset
+    /// clears the features.
     pub(crate) fn both(&self, n: usize, base: u16) -> u32 {
         let packed = self.vms[self.fronts[n].vm].packed;
         u32::from(base) * if packed { 0x1_0001 } else { 1 }
     }
 
-    /// RESET_DEVICE was acknowledged: the guest does with its memory what it likes.
+    /// RESET_DEVICE was acknowledged: the guest may reuse all of its memory.
     pub(crate) fn is_reset(&mut self, n: usize) {
-        // That it belongs to the same machine, on another controller, is known only when it sends
-        // its memory.
+        // The target learns only from its memory table that a connection on another controller
+        // belongs to the same machine.
         let front = &self.fronts[n];
         let known = |before: &&usize| {
             front.controller == self.fronts[**before].controller || !front.memory.is_empty()
@@ -662,17 +677,17 @@ impl World {
         let flying: Vec<_> = mine.filter(flying).collect();
         assert!(flying.is_empty(), "front {n}: reset with I/O of fronts {flying:?} in flight");
         let front = &mut self.fronts[n];
-        front.owed = None;
+        front.pending = None;
         let vm = &mut self.vms[front.vm];
         for (ring, _) in front.rings.iter().enumerate().filter(|(_, r)| r.served == Served::Reset) {
             vm.rings[ring].quiet = Some(vm.used_part(ring));
         }
     }
 
-    /// GET_VRING_BASE was answered.
+    /// GET_VRING_BASE has got its reply.
     pub(crate) fn answered(&mut self, n: usize, ring: usize, base: u16) {
         let front = &mut self.fronts[n];
-        front.owed = None;
+        front.pending = None;
         let vm = &mut self.vms[front.vm];
         let served = std::mem::replace(&mut front.rings[ring].served, Served::Stopped);
         if served == Served::Yes {
