@@ -5,12 +5,12 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Duration of a measurement. Its error is a few nanoseconds: less than 1 in 10^5.
+/// Duration of a measurement. Its error is a few nanoseconds, less than 1 in 10^5.
 const MEASURED_FOR: Duration = Duration::from_millis(10);
-/// Readings of both clocks at either end of a measurement.
+/// Readings of both clocks at each end of a measurement.
 const READINGS: usize = 64;
-/// Plausible frequencies of a time-stamp counter in Hz; others are a mistake of CPUID or the
-/// hypervisor.
+/// Plausible frequencies of a time-stamp counter in Hz. A frequency outside the range is an error
+/// of CPUID or of the hypervisor.
 #[cfg(target_arch = "x86_64")]
 const PLAUSIBLE: std::ops::RangeInclusive<u64> = 100_000_000..=20_000_000_000;
 
@@ -19,11 +19,11 @@ const PLAUSIBLE: std::ops::RangeInclusive<u64> = 100_000_000..=20_000_000_000;
 #[inline]
 #[must_use]
 pub fn read_tsc() -> u64 {
-    // SAFETY: every x86-64 processor has the instruction, and user space may use it on Linux.
+    // SAFETY: every x86-64 processor has the instruction, and Linux allows it in user space.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Nanoseconds of the monotonic clock, for processors without a time-stamp counter.
+/// Returns nanoseconds of the monotonic clock, for processors without a time-stamp counter.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
 pub fn read_tsc() -> u64 {
@@ -31,37 +31,37 @@ pub fn read_tsc() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
-/// The frequency of [`read_tsc`]: as CPUID states it, else measured once.
+/// The frequency of [`read_tsc`]: as CPUID reports it, otherwise measured read_once.
 #[must_use]
 pub fn ticks_per_second() -> u64 {
     static TICKS: OnceLock<u64> = OnceLock::new();
-    *TICKS.get_or_init(|| stated().unwrap_or_else(|| measured(&mut System)))
+    *TICKS.get_or_init(|| reported().unwrap_or_else(|| measured(&mut System)))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn stated() -> Option<u64> {
+fn reported() -> Option<u64> {
     Some(1_000_000_000)
 }
 
 #[cfg(target_arch = "x86_64")]
-fn stated() -> Option<u64> {
-    stated_by(|leaf| {
+fn reported() -> Option<u64> {
+    reported_by(|leaf| {
         let core::arch::x86_64::CpuidResult { eax, ebx, ecx, .. } =
             core::arch::x86_64::__cpuid(leaf);
         [eax, ebx, ecx]
     })
 }
 
-/// The counter's frequency according to CPUID. `cpuid` returns EAX, EBX and ECX.
+/// The counter's frequency as CPUID reports it. `cpuid` returns EAX, EBX and ECX of a leaf.
 ///
-/// Leaf 0x16 is not used: it has the nominal frequency in whole megahertz, and a measurement is far
-/// more precise.
+/// Leaf 0x16 is not used: it reports the nominal frequency in whole megahertz, and a measurement is
+/// far more precise.
 #[cfg(target_arch = "x86_64")]
-fn stated_by(cpuid: impl Fn(u32) -> [u32; 3]) -> Option<u64> {
-    /// Ratio of the counter to the core crystal, and the crystal's frequency.
+fn reported_by(cpuid: impl Fn(u32) -> [u32; 3]) -> Option<u64> {
+    /// The ratio of the counter to the core crystal, and the crystal's frequency.
     const CRYSTAL: u32 = 0x15;
-    /// The highest hypervisor leaf, and the leaf with the counter's frequency in kHz (introduced by
-    /// VMware, adopted by others).
+    /// The highest hypervisor leaf, and the leaf with the counter's frequency in kHz. VMware
+    /// introduced the latter, and other hypervisors have it too.
     const HYPERVISOR: u32 = 0x4000_0000;
     const HYPERVISOR_KHZ: u32 = 0x4000_0010;
     const IS_GUEST: u32 = 1 << 31;
@@ -80,12 +80,12 @@ fn stated_by(cpuid: impl Fn(u32) -> [u32; 3]) -> Option<u64> {
             if highest < CRYSTAL { [0; 3] } else { cpuid(CRYSTAL) };
         (u64::from(hertz) * u64::from(numerator)).checked_div(denominator.into())
     };
-    // The hypervisor first: it may scale the counter.
+    // The hypervisor's value takes precedence, because the hypervisor may scale the counter.
     let plausible = |ticks: &u64| PLAUSIBLE.contains(ticks);
     by_hypervisor().filter(plausible).or_else(|| by_crystal().filter(plausible))
 }
 
-/// The two clocks that are compared.
+/// The two clocks that a measurement compares.
 trait Clocks {
     fn ticks(&mut self) -> u64;
     fn nanoseconds(&mut self) -> u64;
@@ -115,17 +115,17 @@ fn measured(clocks: &mut impl Clocks) -> u64 {
     clocks.sleep(MEASURED_FOR);
     let (last_ticks, last_ns) = reading(clocks);
     let (ticks, ns) = (last_ticks.saturating_sub(first_ticks), last_ns.saturating_sub(first_ns));
-    // Not 0, as callers divide by it.
+    // At least 1, because callers divide by it.
     ((u128::from(ticks) * 1_000_000_000 / u128::from(ns.max(1))) as u64).max(1)
 }
 
-/// A reading of both clocks at about the same time. A preemption between the two readings would
-/// make them differ: so the counter is read before and after the clock, and of several readings the
-/// one with the smallest difference between these two is taken.
+/// Reads both clocks at about the same time. A preemption between the readings would make them
+/// differ. The counter is therefore read before and after the clock, and of several such readings,
+/// the one with the smallest difference between its two counter values is used.
 fn reading(clocks: &mut impl Clocks) -> (u64, u64) {
-    let once = |_| [clocks.ticks(), clocks.nanoseconds(), clocks.ticks()];
-    let tightest = (0..READINGS).map(once).min_by_key(|[a, _, b]| b.wrapping_sub(*a));
-    let [before, nanoseconds, after] = tightest.expect("there are several");
+    let read_once = |_| [clocks.ticks(), clocks.nanoseconds(), clocks.ticks()];
+    let closest = (0..READINGS).map(read_once).min_by_key(|[a, _, b]| b.wrapping_sub(*a));
+    let [before, nanoseconds, after] = closest.expect("READINGS is not zero");
     (before + after.wrapping_sub(before) / 2, nanoseconds)
 }
 
@@ -135,11 +135,11 @@ mod tests {
 
     const HERTZ: u64 = 2_596_000_000;
 
-    /// A simulated time, which advances a little with each reading, and much with some.
+    /// A simulated time. Each reading advances it a little, and a preemption advances it much.
     struct Scripted {
         ns: u64,
         readings: u64,
-        /// There is a preemption of 5 ms at each reading for which this returns true.
+        /// A preemption of 5 ms occurs at each reading for which this returns true.
         preempted: fn(u64) -> bool,
     }
 
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_preemption_falsifies_nothing() {
+    fn a_preemption_does_not_change_the_result() {
         type When = fn(u64) -> bool;
         let scripts: [(&str, When); 5] = [
             ("none", |_| false),
@@ -178,15 +178,15 @@ mod tests {
         ];
         for (what, preempted) in scripts {
             let ticks = measured(&mut Scripted { ns: 1_000, readings: 0, preempted });
-            let off = ticks.abs_diff(HERTZ);
-            assert!(off < HERTZ / 100_000, "{what}: {ticks}");
+            let error = ticks.abs_diff(HERTZ);
+            assert!(error < HERTZ / 100_000, "{what}: {ticks}");
         }
     }
 
     #[test]
-    fn a_clock_that_stands_still_is_no_reason_to_divide_by_nothing() {
-        struct Still;
-        impl Clocks for Still {
+    fn a_stopped_clock_does_not_cause_a_division_by_zero() {
+        struct Stopped;
+        impl Clocks for Stopped {
             fn ticks(&mut self) -> u64 {
                 7
             }
@@ -195,16 +195,16 @@ mod tests {
             }
             fn sleep(&mut self, _time: Duration) {}
         }
-        assert_eq!(measured(&mut Still), 1);
+        assert_eq!(measured(&mut Stopped), 1);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn what_the_processor_and_the_hypervisor_say_counts_if_it_can_be_true() {
+    fn a_plausible_reported_frequency_is_used() {
         const GUEST: u32 = 1 << 31;
         type Leaves = [[u32; 3]; 5];
         let cpuid = |leaves: Leaves| {
-            stated_by(move |leaf| match leaf {
+            reported_by(move |leaf| match leaf {
                 0 => leaves[0],
                 1 => leaves[1],
                 0x15 => leaves[2],
@@ -221,7 +221,7 @@ mod tests {
             ([[0x16, 0, 0], [0, 0, 0], [2, 216, 0], [0; 3], [0; 3]], None),
             ([[0x16, 0, 0], [0, 0, 0], [0, 216, 24_000_000], [0; 3], [0; 3]], None),
             ([[0x14, 0, 0], [0, 0, 0], crystal, [0; 3], [0; 3]], None),
-            // What some processors return for a leaf that does not exist.
+            // Some processors return such values for a leaf that does not exist.
             ([[0x16, 0, 0], [0, 0, 0], [0; 3], vmware, [3_000_000, 0, 0]], None),
             // Guests.
             (
@@ -241,10 +241,10 @@ mod tests {
         }
     }
 
-    /// The stated frequency is the real one.
+    /// The reported frequency is the real one.
     #[test]
-    fn a_second_has_so_many_ticks() {
-        let (said, measured) = (ticks_per_second(), measured(&mut System));
-        assert!(said.abs_diff(measured) < said / 1_000, "{said}, and {measured} measured");
+    fn the_reported_frequency_matches_a_measurement() {
+        let (reported, measured) = (ticks_per_second(), measured(&mut System));
+        assert!(reported.abs_diff(measured) < reported / 1_000, "{reported}, measured {measured}");
     }
 }

@@ -1,4 +1,4 @@
-//! The way from the reactors to the control side.
+//! The event queue: from the reactors to the control side.
 
 use std::io;
 
@@ -6,10 +6,12 @@ use crossbeam_queue::ArrayQueue;
 
 use crate::event_fd::EventFd;
 
-/// Events that may be queued. A pollable keeps an event that does not fit, and sends it later.
+/// Capacity of the event queue. A pollable keeps an event that finds the queue full, and sends it
+/// later.
 const EVENTS_MAX: usize = 1024;
 
-/// What pollables tell the control side: a bounded queue, for which no reactor ever waits.
+/// The event queue: bounded, so that no reactor ever waits for it. Pollables send, and the control
+/// side receives.
 #[derive(Debug)]
 pub struct Events<E> {
     queue: ArrayQueue<E>,
@@ -17,7 +19,7 @@ pub struct Events<E> {
 }
 
 impl<E> Events<E> {
-    /// An empty one.
+    /// Creates an empty queue.
     ///
     /// # Errors
     /// The process has no fd left.
@@ -35,12 +37,12 @@ impl<E> Events<E> {
         Ok(())
     }
 
-    /// The next event.
+    /// Removes and returns the next event.
     pub fn pop(&self) -> Option<E> {
         self.queue.pop()
     }
 
-    /// Becomes readable when there are events. Read it before taking the events.
+    /// The eventfd that becomes readable when there are events. Read it before taking the events.
     #[must_use]
     pub fn wake(&self) -> &EventFd {
         &self.wake

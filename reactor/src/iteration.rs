@@ -1,25 +1,25 @@
-//! A reactor's clock, and what made its longest iteration.
+//! The clock of a reactor's poll iterations, and the causes of its longest iteration.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock::{read_tsc, ticks_per_second};
 
-/// Something in a iteration that can make it long. A iteration of none of these, and long all the same, was
-/// made so by somebody else: the system took the processor away, or a page of the guest's away.
+/// Something that can make an iteration long. If a long iteration has no cause, the delay came from
+/// outside: the scheduler preempted the reactor, or a page of guest memory was not present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Cause {
-    /// A queue took over a new view: it is new, or its memory, its call fd or its disk is.
+    /// A queue adopted a new view: the queue is new, or its memory, call fd or disk changed.
     Adopt = 0,
     /// Requests were taken from a ring.
     Fetch = 1,
-    /// I/O of a disk had completed.
+    /// I/O of a disk completed.
     Complete = 2,
-    /// A guest was called: a system call.
+    /// A guest was called, which takes a system call.
     Call = 3,
     /// A queue stopped.
     Stop = 4,
-    /// The list of queues was a new one.
+    /// The reactor got a new poll set.
     PollSet = 5,
 }
 
@@ -27,7 +27,7 @@ impl Cause {
     const ALL: [Self; 6] =
         [Self::Adopt, Self::Fetch, Self::Complete, Self::Call, Self::Stop, Self::PollSet];
 
-    /// In lower case, for the operator.
+    /// The name in lower case, for the operator.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -45,18 +45,19 @@ impl Cause {
     }
 }
 
-/// The time between two readings of the clock that was the longest so far: one iteration that did
-/// something, with the idle ones before it, of which there are a microsecond's worth at the most.
+/// The longest time so far between two readings of the clock. It contains one iteration with work,
+/// and the idle iterations before it, which take a microsecond at most.
 #[derive(Debug, Default)]
 pub struct LongestIteration(AtomicU64);
 
-/// Bits that causes have in a [`LongestIteration`]; the ticks are above.
+/// Bits for the causes in a [`LongestIteration`]. The bits above them hold the ticks.
 const CAUSE_BITS: u32 = 8;
 
 impl LongestIteration {
-    /// Its ticks and what happened in it. With `reset`, the next answer is about what comes after.
+    /// Returns the ticks of the longest iteration, and its causes. `reset` starts a new
+    /// measurement.
     pub fn read(&self, reset: bool) -> (u64, Vec<Cause>) {
-        // Relaxed: the word says all that there is to say.
+        // Relaxed: all of the state is in this one word.
         let word =
             if reset { self.0.swap(0, Ordering::Relaxed) } else { self.0.load(Ordering::Relaxed) };
         let causes = Cause::ALL.into_iter().filter(|cause| word & cause.bit() != 0).collect();
@@ -66,36 +67,38 @@ impl LongestIteration {
     #[inline]
     pub(crate) fn note(&self, ticks: u64, causes: u64) {
         if ticks > self.0.load(Ordering::Relaxed) >> CAUSE_BITS {
-            self.keep(ticks, causes);
+            self.store_maximum(ticks, causes);
         }
     }
 
     #[cold]
-    fn keep(&self, ticks: u64, causes: u64) {
-        // The maximum of the words is that of the ticks. A reset may come at any time.
+    fn store_maximum(&self, ticks: u64, causes: u64) {
+        // The maximum of the words is that of the ticks, because the ticks are in the high bits.
+        // `fetch_max`, because a reset may come at any time.
         self.0.fetch_max(ticks << CAUSE_BITS | causes, Ordering::Relaxed);
     }
 }
 
-/// A iteration's clock, read no more often than needed, and what has happened since the last booking.
+/// The clock of an iteration, and the causes since the last entry in the accounts. The clock is
+/// read only when necessary.
 #[derive(Debug)]
 pub struct Iteration {
     now: u64,
     ticks_per_second: u64,
-    /// When the last booking ended.
+    /// Time of the last entry in the accounts.
     pub(crate) since: u64,
-    /// When the last iteration with work ended, or the last sleep.
+    /// End of the last iteration with work, or of the last sleep.
     pub(crate) worked_ticks: u64,
-    /// Bits of [`Cause`] since then.
+    /// Bits of [`Cause`] since that entry.
     causes: u64,
-    /// The reactor has been offline since the last iteration.
+    /// The reactor was offline since the last iteration.
     woken: bool,
     pub(crate) idle_iterations: u32,
     pub(crate) iterations: u64,
 }
 
 impl Iteration {
-    /// A clock that has just been read.
+    /// Creates a clock, and reads it.
     #[must_use]
     pub fn new() -> Self {
         let now = read_tsc();
@@ -111,14 +114,14 @@ impl Iteration {
         }
     }
 
-    /// The time of the last reading, in ticks.
+    /// The time of the last reading of the clock, in ticks.
     #[inline]
     #[must_use]
     pub fn now_ticks(&self) -> u64 {
         self.now
     }
 
-    /// Reads the clock.
+    /// Reads the clock, and returns its ticks.
     #[inline]
     pub fn read_clock(&mut self) -> u64 {
         self.now = read_tsc();
@@ -131,24 +134,24 @@ impl Iteration {
         self.ticks_per_second
     }
 
-    /// Remembers that this happened in this iteration.
+    /// Records a cause for the current iteration.
     #[inline]
     pub fn note(&mut self, cause: Cause) {
         self.causes |= cause.bit();
     }
 
-    /// The reactor was offline: what it had loaded before may have been freed.
+    /// Records that the reactor was offline. Values that it loaded before may have been freed.
     pub(crate) fn woken(&mut self) {
         self.woken = true;
     }
 
-    /// Whether the reactor was offline since the last call.
+    /// Returns whether the reactor was offline since the last call.
     #[inline]
     pub(crate) fn take_woken(&mut self) -> bool {
         std::mem::take(&mut self.woken)
     }
 
-    /// Forgets what happened and answers with it.
+    /// Returns the recorded causes, and clears them.
     #[inline]
     pub(crate) fn take_causes(&mut self) -> u64 {
         std::mem::take(&mut self.causes)
@@ -166,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_turn_keeps_its_own_causes() {
+    fn the_longest_iteration_keeps_its_own_causes() {
         let longest = LongestIteration::default();
         longest.note(10, Cause::Adopt.bit() | Cause::Call.bit());
         longest.note(9, Cause::Stop.bit());

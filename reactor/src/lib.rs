@@ -1,19 +1,19 @@
-//! Reactors: threads that poll, each on a core of its own, or sleep when there is nothing to do.
+//! Reactors: threads that poll, each on its own core, or sleep while there is no work.
 //!
 //! Modules from the bottom up:
 //!
 //! * `clock`: the time-stamp counter. [`active_time`]: sleeps that do not count time in which the
 //!   process was stopped. `event_fd`: eventfds.
-//! * `iteration`: the clock and the books of a reactor's poll iterations.
-//! * `events`: what pollables tell the control side, through a bounded queue.
-//! * `waker`: what ends a reactor's sleep.
-//! * `pollable`: what a reactor polls ([`Pollable`]).
-//! * `reclaim`: the thread that frees what reactors may still be using.
-//! * `poll_set`: the pollables of one reactor, and which of them it visits in an iteration.
+//! * `iteration`: the clock and the accounts of a reactor's poll iterations.
+//! * `events`: the bounded event queue, from pollables to the control side.
+//! * `waker`: ends a reactor's sleep.
+//! * `pollable`: the trait of everything that a reactor polls ([`Pollable`]).
+//! * `reclaim`: the thread that frees what reactors may still use.
+//! * `poll_set`: the pollables of one reactor, and the choice of those that an iteration visits.
 //! * `reactor`: the thread.
 //!
 //! This crate never depends on a ring or a device. A reactor never locks, allocates, frees, maps,
-//! unmaps, logs or waits, and nobody waits for it but the reclaim thread.
+//! unmaps, logs or blocks. No thread waits for a reactor, except the reclaim thread.
 
 pub mod active_time;
 

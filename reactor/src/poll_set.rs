@@ -1,4 +1,4 @@
-//! The queues of one reactor, and which of them it looks at in a iteration.
+//! The poll set: the queues of one reactor, and the choice of those that an iteration checks.
 #![expect(
     unsafe_code,
     reason = "visits queues as their owner; a cell with one user; enters the kernel"
@@ -14,25 +14,26 @@ use crate::events::Events;
 use crate::iteration::{Cause, Iteration};
 use crate::pollable::{PollHint, Pollable, Wait};
 
-/// Cold queues that a iteration looks at, after a iteration with work and after one without. Together with the
-/// limit below this bounds how long the first request of an idle guest waits, and what idle guests
-/// cost a busy one: some nanoseconds per iteration.
+/// Cold queues that one iteration checks: after an iteration with work, and after one without.
+/// Together with the limit below, this bounds how long the first request of an idle guest waits,
+/// and what idle guests cost a busy one, which is some nanoseconds per iteration.
 const COLD_PER_ITERATION: (usize, usize) = (4, 16);
 
-/// Time after which all queues have been looked at, however busy some are, in microseconds.
+/// Time after which every queue has been checked, no matter how busy some are, in microseconds.
 const PASS_MAX_US: u64 = 20;
 
-/// Turns without work after which a queue counts as cold, at least. A power of two.
+/// Minimum number of iterations without work after which a queue is cold. A power of two.
 const COLD_AFTER: u32 = 1 << 14;
 
-/// Turns between two of a reactor's visits to the kernel while it has orphans. A power of two: a visit
-/// costs some 0.1 us, and what a stray has completed waits for the next.
+/// Iterations between two system calls of a reactor that has orphan I/O. A power of two. A system
+/// call costs some 0.1 us, and the completion of orphan I/O waits for the next one.
 const ORPHANS_AFTER: u32 = 16;
 
-/// The queues of one reactor. A change publishes a new one.
+/// The queues of one reactor. A change publishes a new set.
 ///
-/// What a reactor looks at for each queue lies side by side here, so that a iteration over hundreds of
-/// idle queues touches little memory: a [`PollHint`] and one line of the guest's for each.
+/// What a reactor reads for each queue is contiguous here, so that an iteration over hundreds of
+/// idle queues touches little memory: for each queue, a [`PollHint`] and one cache line of the
+/// guest's.
 pub(crate) struct PollSet<E> {
     queues: Vec<Arc<dyn Pollable<E>>>,
     orphans: bool,
@@ -51,44 +52,46 @@ impl<E> std::fmt::Debug for PollSet<E> {
     }
 }
 
-// SAFETY: the scan has one user, the reactor that the set was published to; see `PollSet::iteration`.
+// SAFETY: only one reactor uses the scan, the one that the set was published to; see
+// `PollSet::iteration`.
 unsafe impl<E> Sync for PollSet<E> {}
 
-/// Where a reactor is in its list.
+/// The state of a reactor's scan over its queues.
 #[derive(Debug, Default)]
 struct Scan {
-    /// Queues that have had work lately, then the others: the cold ones.
+    /// Hot queues first, then the cold ones.
     entries: Box<[Entry]>,
     hot: usize,
-    /// The next of the cold ones to look at.
+    /// The cold queue to check next.
     cursor: usize,
     iterations: u32,
-    /// Turns after which there is something else to do, less one: a power of two, less one.
+    /// Mask: every `round + 1` iterations, [`Scan::round`] runs. A power of two, minus one.
     round: u32,
     orphans: bool,
-    /// No iteration was made with it.
+    /// No iteration has used this set yet.
     new: bool,
-    /// When the last pass over the cold ones ended.
+    /// End of the last pass over the cold queues.
     passed_ticks: u64,
-    /// [`PASS_MAX_US`].
+    /// [`PASS_MAX_US`] in ticks.
     pass_max_ticks: u64,
 }
 
 #[derive(Debug)]
 struct Entry {
     hint: PollHint,
-    /// It was armed for a sleep and has had no visit since, nor has it anything in flight.
+    /// The queue was armed for a sleep, has no I/O in flight, and was not visited since.
     asleep: bool,
-    /// It was visited since hot queues were last told from cold ones.
+    /// The queue was visited since hot and cold queues were last separated.
     active: bool,
-    /// Its place in the list of queues.
+    /// Index in the list of queues.
     queue: u32,
 }
 
 impl<E: Send + 'static> PollSet<E> {
-    /// With `orphans` the reactor enters the kernel now and then. A disk's I/O completes on the thread
-    /// that submitted it, when that enters the kernel (`IORING_SETUP_COOP_TASKRUN`), and one that polls
-    /// may not for long: a queue that was moved away from it would wait for what it left in flight.
+    /// With `orphans`, the reactor makes a system call now and then. A disk's I/O completes on the
+    /// thread that submitted it, when that thread enters the kernel (`IORING_SETUP_COOP_TASKRUN`).
+    /// A polling thread may not enter it for a long time, and a queue that has moved to another
+    /// reactor would wait for the I/O that it left in flight here.
     pub(crate) fn new(queues: Vec<Arc<dyn Pollable<E>>>, orphans: bool) -> Self {
         let entry = |queue| Entry { hint: PollHint::default(), asleep: false, active: true, queue };
         let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
@@ -108,17 +111,18 @@ impl<E: Send + 'static> PollSet<E> {
         self.queues.is_empty()
     }
 
-    /// Whether it was made with `orphans`.
+    /// Whether the set was created with `orphans`.
     pub(crate) fn has_orphans(&self) -> bool {
         self.orphans
     }
 
-    /// One iteration: visits the queues that want it; says whether any had work. `changed`: what the
-    /// queues were made of may have been replaced since the iteration before.
+    /// Runs one iteration: visits the queues that need it. Returns whether any had work. `changed`:
+    /// what the hints were made from may have been replaced since the last iteration.
     ///
     /// # Safety
-    /// The caller is the reactor that this set was published to, `reader` is its reader, online,
-    /// and `changed` is what [`Reader::quiesce`] has answered since the last iteration, or `true`.
+    /// The caller is the reactor that this set was published to. `reader` is its reader, and
+    /// online. `changed` is what [`Reader::quiesce`] has returned since the last iteration, or
+    /// `true`.
     #[inline]
     pub(crate) unsafe fn iteration(
         &self,
@@ -127,7 +131,7 @@ impl<E: Send + 'static> PollSet<E> {
         iteration: &mut Iteration,
         events: &Events<E>,
     ) -> bool {
-        // SAFETY: one reactor, and this is its one borrow in the iteration.
+        // SAFETY: one reactor uses the set, and this is its only borrow during the iteration.
         let scan = unsafe { &mut *self.scan.get() };
         if changed {
             self.compare(scan, reader);
@@ -138,15 +142,15 @@ impl<E: Send + 'static> PollSet<E> {
         let mut worked = false;
         let (hot, cold) = scan.entries.split_at_mut(scan.hot);
         for entry in hot {
-            // SAFETY: compared above, if there was anything to compare.
+            // SAFETY: the hint was compared above, if anything changed.
             if unsafe { entry.hint.needs_visit() } {
-                // SAFETY: the caller says so.
+                // SAFETY: the caller upholds the contract of `visit`.
                 worked |= unsafe { self.visit(entry, reader, iteration, events) };
             }
         }
         if !cold.is_empty() {
             // SAFETY: as above.
-            worked |= unsafe { self.look_at_cold(scan, reader, iteration, events) };
+            worked |= unsafe { self.check_cold(scan, reader, iteration, events) };
         }
         scan.iterations = scan.iterations.wrapping_add(1);
         if scan.iterations & scan.round == 0 {
@@ -155,30 +159,30 @@ impl<E: Send + 'static> PollSet<E> {
         worked
     }
 
-    /// Prepares all queues for a sleep of the reactor and says what to wait for besides their kicks;
-    /// [`Wait::Poll`] if one has something to do.
+    /// Prepares all queues for a sleep of the reactor. Returns what ends the sleep, besides their
+    /// kicks, or [`Wait::Poll`] if a queue has work.
     ///
     /// # Safety
-    /// As for [`PollSet::iteration`], in the iteration that the reactor is in.
+    /// As for [`PollSet::iteration`], and in the same iteration.
     pub(crate) unsafe fn arm(&self, reader: &Reader, iteration: &Iteration) -> Wait {
-        // SAFETY: one reactor, and this is its one borrow meanwhile.
+        // SAFETY: one reactor uses the set, and this is its only borrow during the call.
         let scan = unsafe { &mut *self.scan.get() };
         if scan.entries.iter().any(|entry| !entry.hint.wakes) {
-            // Before others are asked for kicks that would only cost them time.
+            // Checked before other queues ask for kicks, which would only cost time.
             return Wait::Poll;
         }
         let mut wait = Wait::Event;
         for entry in &mut scan.entries {
             if entry.asleep {
-                // Its kick has woken us, and this iteration has not come to it.
-                // SAFETY: compared in this iteration.
+                // Its kick woke the reactor, and this iteration has not visited it.
+                // SAFETY: the hint was compared in this iteration.
                 if unsafe { entry.hint.needs_visit() } {
                     return Wait::Poll;
                 }
                 continue;
             }
             let queue = &self.queues[entry.queue as usize];
-            // SAFETY: the queue is in this reactor's set, and the caller has said the rest.
+            // SAFETY: the queue is in this reactor's set; the caller upholds the rest.
             let queue_wait = unsafe { queue.arm(reader, iteration) };
             if queue_wait == Wait::Poll {
                 entry.hint.due = true;
@@ -190,11 +194,11 @@ impl<E: Send + 'static> PollSet<E> {
         wait
     }
 
-    /// Looks at some of the cold queues; at all of them when the last pass was too long ago.
+    /// Checks some of the cold queues, or all of them if the last pass ended too long ago.
     ///
     /// # Safety
-    /// As for [`PollSet::iteration`]; the watches have been compared.
-    unsafe fn look_at_cold(
+    /// As for [`PollSet::iteration`], and the hints were compared.
+    unsafe fn check_cold(
         &self,
         scan: &mut Scan,
         reader: &Reader,
@@ -216,12 +220,13 @@ impl<E: Send + 'static> PollSet<E> {
             }
             scan.cursor = scan.cursor.max(scan.hot);
             let Some(entry) = scan.entries.get_mut(scan.cursor) else { break };
-            // SAFETY: the caller says so.
+            // SAFETY: the caller upholds the contract.
             if unsafe { entry.hint.needs_visit() } {
-                // SAFETY: the caller says so.
+                // SAFETY: as above.
                 worked |= unsafe { self.visit(entry, reader, iteration, events) };
-                // Not swapped with the first cold one, which was looked at long ago and would come
-                // to lie behind the cursor: the others keep their order, and none waits two passes.
+                // Not swapped with the first cold queue: that one was checked long ago, and would
+                // then be behind the cursor. The rotation keeps the order of the others, so that
+                // none waits for two passes.
                 scan.entries[scan.hot..=scan.cursor].rotate_right(1);
                 scan.hot += 1;
             }
@@ -230,10 +235,10 @@ impl<E: Send + 'static> PollSet<E> {
         worked
     }
 
-    /// Visits a queue; says whether it had work.
+    /// Visits a queue. Returns whether it had work.
     ///
     /// # Safety
-    /// That of [`Queue::visit`].
+    /// As for [`Pollable::visit`].
     // Lets the compiler inline it into callers in other codegen units.
     #[inline]
     unsafe fn visit(
@@ -244,22 +249,22 @@ impl<E: Send + 'static> PollSet<E> {
         events: &Events<E>,
     ) -> bool {
         let queue = &self.queues[entry.queue as usize];
-        // SAFETY: the queue is in this reactor's set, and the caller has said the rest.
+        // SAFETY: the queue is in this reactor's set; the caller upholds the rest.
         let worked = unsafe { queue.visit(reader, iteration, events, &mut entry.hint) };
         entry.asleep = false;
         entry.active = true;
         worked
     }
 
-    /// Makes the queues that the control side has changed something about wait for a visit.
+    /// Marks the queues that the control side has changed as due for a visit.
     #[cold]
     fn compare(&self, scan: &mut Scan, reader: &Reader) {
         for entry in &mut scan.entries {
             let queue = &self.queues[entry.queue as usize];
-            // SAFETY: queues of a set are of its reactor's domain; `iteration`'s caller has said the
-            // rest.
+            // SAFETY: the queues of a set belong to its reactor's domain; the caller of `iteration`
+            // upholds the rest.
             if unsafe { queue.changed_since(&entry.hint, reader) } {
-                // The address that it looked at may not be mapped any more.
+                // The hint's address may no longer be mapped.
                 entry.hint = PollHint::default();
                 entry.asleep = false;
             }
@@ -268,20 +273,21 @@ impl<E: Send + 'static> PollSet<E> {
 }
 
 impl Scan {
-    /// What is not done in every iteration.
+    /// The work that is not done in every iteration.
     #[cold]
     fn round(&mut self) {
         if self.orphans {
-            // SAFETY: a query without side effects, which no libc answers by itself.
+            // SAFETY: a query without side effects. It enters the kernel, because no libc caches
+            // its result.
             unsafe { libc::syscall(libc::SYS_getppid) };
         }
         if self.iterations.is_multiple_of(COLD_AFTER) {
-            self.tell_hot_from_cold();
+            self.separate_hot_and_cold();
         }
     }
 
-    /// Moves the hot queues that were not visited for a while to the cold ones.
-    fn tell_hot_from_cold(&mut self) {
+    /// Moves hot queues that were not visited lately to the cold ones.
+    fn separate_hot_and_cold(&mut self) {
         let mut n = 0;
         while n < self.hot {
             if std::mem::take(&mut self.entries[n].active) {

@@ -1,5 +1,5 @@
-//! The threads that serve queues: one per core, each with a list of queues that it owns. They poll,
-//! or sleep when there is nothing to do.
+//! Reactors: threads that serve queues, one per core. Each polls the queues that it owns, or sleeps
+//! while there is no work.
 #![expect(unsafe_code, reason = "visits queues as their owner; pins threads; reads the TSC")]
 
 use std::io;
@@ -20,39 +20,40 @@ use crate::pollable::{Pollable, Wait};
 use crate::reclaim::Reclaim;
 use crate::waker::Waker;
 
-/// What a reactor does when there is nothing to do.
+/// What a reactor does while there is no work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Look again, for as long as it has a queue.
+    /// Polls all the time, unless it has no queue.
     #[default]
     Poll,
-    /// Look again for so many microseconds, then sleep until a guest kicks, a disk has completed
-    /// something, or the control side has something new. 0 is SPDK's interrupt mode.
+    /// Polls for some microseconds, then sleeps until a guest kicks, I/O of a disk completes, or
+    /// the control side changes something. 0 is SPDK's interrupt mode.
     Sleep {
-        /// Microseconds without work after which it sleeps.
+        /// Microseconds without work before a sleep.
         after_us: u64,
     },
 }
 
-/// A processor, by the system's number.
+/// A CPU core, by its number in Linux.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Core(pub usize);
 
-/// A function that a thread calls before its work.
+/// A function that a reactor's thread calls before its first iteration.
 pub type OnStart = Arc<dyn Fn() + Send + Sync>;
 
-/// Idle iterations between two readings of the clock: at a few nanoseconds a iteration, about a microsecond.
+/// Idle iterations between two readings of the clock: at a few nanoseconds per iteration, about a
+/// microsecond.
 const IDLE_ITERATIONS_PER_CLOCK: u32 = 256;
 
-/// What others see of a reactor.
+/// A reactor, as other threads share it.
 #[derive(Debug)]
 pub struct Reactor<E> {
     core: Core,
     mode: Mode,
     poll_set: Published<PollSet<E>>,
-    /// Wakes it when it sleeps.
+    /// Wakes the reactor when it sleeps.
     waker: Arc<Waker>,
-    /// The control side's hand on the waker. Never read.
+    /// The wake source of the control side. Never read.
     wake: EventFd,
     asleep: AtomicBool,
     sleeps: AtomicU64,
@@ -67,37 +68,37 @@ pub struct Reactor<E> {
 /// A reactor as the operator sees it. Times are in ticks of the time-stamp counter.
 #[derive(Clone, Debug)]
 pub struct ReactorInfo {
-    /// Where it runs.
+    /// Its core.
     pub core: Core,
     /// Its thread's id.
     pub tid: u64,
-    /// Time in iterations that found something to do.
+    /// Time in iterations with work.
     pub busy_ticks: u64,
-    /// Time in the others, asleep included.
+    /// Time in iterations without work, and asleep.
     pub idle_ticks: u64,
-    /// Turns made.
+    /// Number of iterations.
     pub iterations: u64,
-    /// Times that it has gone to sleep.
+    /// Number of sleeps.
     pub sleeps: u64,
-    /// Whether it sleeps rather than polls: always so in interrupt mode, right now otherwise.
+    /// Whether it is in interrupt mode, or asleep at the moment.
     pub in_interrupt: bool,
-    /// Queues attached.
+    /// Number of queues that it polls.
     pub queues: usize,
 }
 
-/// What comes after a iteration.
+/// What follows an iteration.
 enum Next {
-    /// Another one.
+    /// Another iteration.
     Iteration,
-    /// A sleep, until then at the most.
+    /// A sleep, at most until the time, if there is one.
     Sleep(Option<Instant>),
 }
 
 impl<E: Send + 'static> Reactor<E> {
-    /// A reactor without a thread: see [`SteppedReactor`].
+    /// Creates a reactor without a thread; see [`SteppedReactor`].
     ///
     /// # Errors
-    /// Out of fds.
+    /// The process has no fd left.
     pub fn new(core: Core, domain: &Arc<Domain>, mode: Mode) -> io::Result<Self> {
         let (waker, wake) = (Waker::new()?, EventFd::new()?);
         waker.watch(wake.as_fd())?;
@@ -118,10 +119,10 @@ impl<E: Send + 'static> Reactor<E> {
         })
     }
 
-    /// Starts a reactor on `core`. `on_start` is called on its thread before its first iteration.
+    /// Starts a reactor on `core`. Its thread calls `on_start` before its first iteration.
     ///
     /// # Errors
-    /// The core does not exist, or may not be used, or the system has no thread to give.
+    /// The core does not exist, the process may not use it, or the system cannot start a thread.
     pub fn start(
         core: Core,
         domain: &Arc<Domain>,
@@ -132,7 +133,7 @@ impl<E: Send + 'static> Reactor<E> {
         let reactor = Arc::new(Self::new(core, domain, mode)?);
         let reader =
             domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
-        // Measured before the reactor runs.
+        // Measures the frequency now, so that the reactor does not.
         let _ = ticks_per_second();
         let (running, events) = (Arc::clone(&reactor), Arc::clone(events));
         let (result_in, result) = std::sync::mpsc::channel();
@@ -163,7 +164,7 @@ impl<E: Send + 'static> Reactor<E> {
         }
     }
 
-    /// One iteration, and what is to come after it.
+    /// Runs one iteration. Returns what follows it.
     #[inline]
     fn poll_once(
         &self,
@@ -172,9 +173,10 @@ impl<E: Send + 'static> Reactor<E> {
         events: &Events<E>,
     ) -> Next {
         let changed = reader.quiesce() | iteration.take_woken();
-        // SAFETY: the reader is online and of the one domain that there is.
+        // SAFETY: the reader is online, and there is only one domain.
         let set = unsafe { self.poll_set.load(reader) };
-        // SAFETY: the set was published to this reactor, and `changed` is about this iteration.
+        // SAFETY: the set was published to this reactor, and `changed` is up to date in this
+        // iteration.
         let worked = unsafe { set.iteration(changed, reader, iteration, events) };
         let read_clock = self.account(iteration, worked);
         if set.is_empty() {
@@ -183,19 +185,23 @@ impl<E: Send + 'static> Reactor<E> {
         match self.mode {
             Mode::Poll => Next::Iteration,
             Mode::Sleep { after_us: 0 } if worked => Next::Iteration,
-            Mode::Sleep { after_us: 0 } => self.rest(set, reader, iteration),
+            Mode::Sleep { after_us: 0 } => self.prepare_sleep(set, reader, iteration),
             Mode::Sleep { after_us } if read_clock && !worked => {
                 let idle = iteration.now_ticks().saturating_sub(iteration.worked_ticks);
                 let after = after_us.saturating_mul(iteration.ticks_per_second() / 1_000_000);
-                if idle < after { Next::Iteration } else { self.rest(set, reader, iteration) }
+                if idle < after {
+                    Next::Iteration
+                } else {
+                    self.prepare_sleep(set, reader, iteration)
+                }
             }
             Mode::Sleep { .. } => Next::Iteration,
         }
     }
 
-    /// Prepares a sleep, if nothing wants to be polled.
-    fn rest(&self, set: &PollSet<E>, reader: &Reader, iteration: &Iteration) -> Next {
-        // SAFETY: in the iteration of this set, on its reactor.
+    /// Prepares a sleep, unless a pollable needs to be polled.
+    fn prepare_sleep(&self, set: &PollSet<E>, reader: &Reader, iteration: &Iteration) -> Next {
+        // SAFETY: called in the iteration of this set, on its reactor.
         match unsafe { set.arm(reader, iteration) } {
             Wait::Poll => Next::Iteration,
             Wait::Event => Next::Sleep(None),
@@ -203,16 +209,17 @@ impl<E: Send + 'static> Reactor<E> {
         }
     }
 
-    /// Books the time since the last booking as busy or idle, if the clock was read.
+    /// If the clock was read, accounts the time since the last entry as busy or idle, and returns
+    /// true.
     #[inline]
     fn account(&self, iteration: &mut Iteration, worked: bool) -> bool {
         iteration.iterations += 1;
         iteration.idle_iterations = if worked { 0 } else { iteration.idle_iterations + 1 };
         if worked || iteration.idle_iterations == IDLE_ITERATIONS_PER_CLOCK {
-            // Work ends with a reading of the clock.
+            // An iteration with work has read the clock at its end.
             let now = if worked { iteration.now_ticks() } else { iteration.read_clock() };
-            let book = if worked { &self.busy_ticks } else { &self.idle_ticks };
-            let spent = enter(book, iteration, now);
+            let account = if worked { &self.busy_ticks } else { &self.idle_ticks };
+            let spent = account_time(account, iteration, now);
             self.iterations.store(iteration.iterations, Ordering::Relaxed);
             let causes = iteration.take_causes();
             self.longest.note(spent, causes);
@@ -225,12 +232,13 @@ impl<E: Send + 'static> Reactor<E> {
         false
     }
 
-    /// Sleeps until a guest kicks, a disk has something, the control side has changed something, or
-    /// `until`.
+    /// Sleeps until a guest kicks, I/O of a disk completes, the control side changes something, or
+    /// `until` has come.
     ///
-    /// What a guest publishes after [`PollSet::arm`] has looked comes with a kick. What the control
-    /// side publishes comes with a ring of the waker, and what it published before the last iteration was
-    /// seen in that; a ring that came in between makes this sleep a short one.
+    /// No work is missed. A chain that a guest makes available after [`PollSet::arm`] has checked
+    /// the ring comes with a kick. A change that the control side published before the last
+    /// iteration was seen in that iteration. A later change signals the wake source; if it did so
+    /// before the sleep, the sleep ends at once.
     #[cold]
     fn sleep(&self, reader: &mut Reader, iteration: &mut Iteration, until: Option<Instant>) {
         self.asleep.store(true, Ordering::Relaxed);
@@ -240,34 +248,34 @@ impl<E: Send + 'static> Reactor<E> {
         self.asleep.store(false, Ordering::Relaxed);
         self.sleeps.store(self.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         let now = iteration.read_clock();
-        enter(&self.idle_ticks, iteration, now);
+        account_time(&self.idle_ticks, iteration, now);
         iteration.worked_ticks = now;
         iteration.woken();
     }
 
-    /// Where it runs.
+    /// Its core.
     #[must_use]
     pub fn core(&self) -> Core {
         self.core
     }
 
-    /// Has it look at once at what was published to it, should it sleep.
+    /// Wakes the reactor if it sleeps, so that it sees what was published to it.
     pub fn wake(&self) {
         self.wake.signal();
     }
 
-    /// What wakes it, if it ever sleeps while it has queues.
+    /// The waker, if the reactor ever sleeps while it has queues.
     pub fn waker(&self) -> Option<&Arc<Waker>> {
         (self.mode != Mode::Poll).then_some(&self.waker)
     }
 
-    /// Publishes `queues` as what the reactor polls, and wakes it.
+    /// Replaces the reactor's poll set by one of `queues`, and wakes the reactor.
     pub fn publish(&self, queues: Vec<Arc<dyn Pollable<E>>>, reclaim: &Reclaim) {
         self.publish_with(queues, false, reclaim);
     }
 
-    /// As [`Reactor::publish`]. `orphans`: I/O that this reactor has submitted is in flight on queues
-    /// that have moved away; see [`PollSet::new`].
+    /// As [`Reactor::publish`]. `orphans`: the reactor has orphan I/O, I/O in flight that it
+    /// submitted for queues that have moved to another reactor; see [`PollSet::new`].
     pub fn publish_with(
         &self,
         queues: Vec<Arc<dyn Pollable<E>>>,
@@ -278,19 +286,20 @@ impl<E: Send + 'static> Reactor<E> {
         self.wake();
     }
 
-    /// Asks it to end after its iteration.
+    /// Requests that the reactor ends after its current iteration.
     pub fn shut_down(&self) {
         self.shutdown.store(true, Ordering::Relaxed);
         self.wake();
     }
 
-    /// Its longest iteration so far; with `reset`, the next answer is about what comes after.
+    /// Returns the ticks of the longest iteration so far, and its causes. `reset` starts a new
+    /// measurement.
     #[must_use]
     pub fn longest_iteration(&self, reset: bool) -> (u64, Vec<Cause>) {
         self.longest.read(reset)
     }
 
-    /// What it has done so far; `queues` is for the caller to fill in.
+    /// A snapshot of the counters. The caller fills in `queues`.
     #[must_use]
     pub fn info(&self) -> ReactorInfo {
         ReactorInfo {
@@ -307,29 +316,29 @@ impl<E: Send + 'static> Reactor<E> {
     }
 }
 
-/// Adds the time since the last entry to a book and answers with it.
+/// Adds the time since the last entry to `account`, and returns that time.
 #[inline]
-fn enter(book: &AtomicU64, iteration: &mut Iteration, now: u64) -> u64 {
+fn account_time(account: &AtomicU64, iteration: &mut Iteration, now: u64) -> u64 {
     let spent = now.saturating_sub(iteration.since);
-    // Relaxed: the reactor's thread is the only writer, and readers want no order.
-    book.store(book.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
+    // Relaxed: the reactor's thread is the only writer, and readers need no order.
+    account.store(account.load(Ordering::Relaxed) + spent, Ordering::Relaxed);
     iteration.since = now;
     spent
 }
 
-/// A reactor without a thread, which makes a iteration when it is told to.
+/// A reactor without a thread, whose iterations the caller runs one by one.
 #[derive(Debug)]
 pub struct SteppedReactor<E> {
     reactor: Arc<Reactor<E>>,
     reader: Reader,
     iteration: Iteration,
     events: Arc<Events<E>>,
-    /// It sleeps, until then at the most.
+    /// The reactor sleeps, at most until the inner time.
     sleeping: Option<Option<Instant>>,
 }
 
 impl<E: Send + 'static> SteppedReactor<E> {
-    /// Takes over `reactor`, which nobody else may step.
+    /// Creates a stepped reactor from `reactor`, which no other thread may run.
     ///
     /// # Errors
     /// The domain has no room for another reader.
@@ -345,10 +354,11 @@ impl<E: Send + 'static> SteppedReactor<E> {
         Ok(Self { reactor, reader, iteration: Iteration::new(), events, sleeping: None })
     }
 
-    /// Makes one iteration, unless it sleeps and nothing has woken it; says whether it sleeps now.
+    /// Runs one iteration, unless the reactor sleeps and nothing has woken it. Returns whether it
+    /// sleeps now.
     pub fn step(&mut self) -> bool {
         if let Some(until) = self.sleeping {
-            // A limit is one that has passed: here is no time.
+            // A sleep with a limit ends at once, because a stepped reactor has no clock.
             if until.is_none() && !self.reactor.waker.wait(Some(Instant::now())) {
                 return true;
             }
@@ -365,17 +375,17 @@ impl<E: Send + 'static> SteppedReactor<E> {
         self.sleeping.is_some()
     }
 
-    /// What wakes it, if it ever sleeps.
+    /// The waker, if the reactor ever sleeps.
     #[must_use]
     pub fn waker(&self) -> Option<&Arc<Waker>> {
         self.reactor.waker()
     }
 
-    /// Whether it knows of I/O in flight of queues that were moved to other reactors.
+    /// Returns whether the reactor has orphan I/O.
     #[must_use]
     pub fn has_orphans(&mut self) -> bool {
         self.reader.online();
-        // SAFETY: of its domain, and online.
+        // SAFETY: the reader is online and belongs to the reactor's domain.
         let orphans = unsafe { self.reactor.poll_set.load(&self.reader) }.has_orphans();
         if self.sleeping.is_some() {
             self.reader.offline();
@@ -386,14 +396,14 @@ impl<E: Send + 'static> SteppedReactor<E> {
 
 /// Pins the calling thread to one core.
 fn pin_to(core: Core) -> io::Result<()> {
-    // SAFETY: all zeroes is the empty set.
+    // SAFETY: all zeroes is a valid, empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     if core.0 >= libc::CPU_SETSIZE as usize {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     // SAFETY: the index was checked.
     unsafe { libc::CPU_SET(core.0, &mut set) };
-    // SAFETY: the set is ours; 0 is the calling thread.
+    // SAFETY: `set` is a local variable; 0 is the calling thread.
     let result = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,19 +1,19 @@
-//! The thread that frees what reactors may still be using.
+//! The reclaim thread, which frees values that reactors may still use.
 //!
-//! It holds values until their grace period has passed and their I/O has ended, then drops them. It
-//! never unmaps guest memory itself, as that can take seconds.
+//! It holds each value until its grace period and its I/O have ended, then drops it. It never
+//! unmaps guest memory itself, because that can take seconds.
 
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-/// How long the thread waits before it tries again to free something: at first, and at most.
+/// How long the thread waits before it tries again to free something: the first time, and at most.
 const BACKOFF: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(10));
 
-/// A value that is dropped once nobody uses it any more.
+/// A value that is dropped once nothing uses it any more.
 pub trait Garbage: Send {
-    /// Drops the value if nobody uses it any more, otherwise returns it. Never blocks.
+    /// Drops the value if nothing uses it any more, otherwise returns it. Never blocks.
     fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>>;
 }
 
@@ -23,7 +23,8 @@ impl<T: Send + Sync + 'static> Garbage for qsbr::Retired<T> {
     }
 }
 
-/// A handle on the reclaim thread, which ends when the last handle is dropped and everything is freed.
+/// A handle to the reclaim thread. The thread ends when the last handle is dropped and all garbage
+/// is freed.
 #[derive(Clone, Debug)]
 pub struct Reclaim(Sender<Box<dyn Garbage>>);
 
@@ -40,14 +41,14 @@ impl Reclaim {
         Ok(Self(sender))
     }
 
-    /// Frees `garbage` when nobody uses it any more.
+    /// Frees `garbage` once nothing uses it any more.
     pub fn free(&self, garbage: impl Garbage + 'static) {
         self.free_boxed(Box::new(garbage));
     }
 
     /// As [`Reclaim::free`].
     pub fn free_boxed(&self, garbage: Box<dyn Garbage>) {
-        // The thread outlives every sender, so this cannot fail.
+        // Cannot fail, because the thread runs as long as there is a sender.
         let _ = self.0.send(garbage);
     }
 }
@@ -69,7 +70,8 @@ fn reclaim(receiver: &Receiver<Box<dyn Garbage>>, freed: &dyn Fn()) {
             }
             Err(RecvTimeoutError::Timeout) => backoff = (backoff * 2).min(BACKOFF.1),
             Err(RecvTimeoutError::Disconnected) if waiting.is_empty() => return,
-            // The garbage is still in use: dropping it now would leak it, or free it under its I/O.
+            // The garbage is still in use. Dropping it now would leak it, or free memory that I/O
+            // still uses.
             Err(RecvTimeoutError::Disconnected) => {
                 thread::sleep(backoff);
                 backoff = (backoff * 2).min(BACKOFF.1);
@@ -90,44 +92,43 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     #[derive(Debug, PartialEq, Eq)]
-    enum Seen {
+    enum Observed {
         Tried,
-        /// Whether it was allowed to be freed.
+        /// Holds whether the value was free at that time.
         Dropped(bool),
     }
 
-    struct Used {
+    struct InUse {
         free: Arc<AtomicBool>,
-        seen: Sender<Seen>,
+        observed: Sender<Observed>,
     }
 
-    impl Garbage for Used {
+    impl Garbage for InUse {
         fn try_free(self: Box<Self>) -> Option<Box<dyn Garbage>> {
-            let _ = self.seen.send(Seen::Tried);
+            let _ = self.observed.send(Observed::Tried);
             if self.free.load(Ordering::Relaxed) { None } else { Some(self) }
         }
     }
 
-    impl Drop for Used {
+    impl Drop for InUse {
         fn drop(&mut self) {
-            let _ = self.seen.send(Seen::Dropped(self.free.load(Ordering::Relaxed)));
+            let _ = self.observed.send(Observed::Dropped(self.free.load(Ordering::Relaxed)));
         }
     }
 
     #[test]
-    fn what_is_in_use_outlives_the_last_handle() {
-        let (seen_in, seen) = channel();
+    fn garbage_in_use_outlives_the_last_handle() {
+        let (sender, observed) = channel();
         let free = Arc::new(AtomicBool::new(false));
         let reclaim = Reclaim::start(|| {}).unwrap();
-        reclaim.free(Used { free: Arc::clone(&free), seen: seen_in });
+        reclaim.free(InUse { free: Arc::clone(&free), observed: sender });
         drop(reclaim);
-        // The first attempt may have been before the handle was dropped, with the thread asleep
-        // then.
+        // The thread may have made one attempt, and begun to wait, before the handle was dropped.
         for _ in 0..3 {
-            assert_eq!(seen.recv(), Ok(Seen::Tried));
+            assert_eq!(observed.recv(), Ok(Observed::Tried));
         }
         free.store(true, Ordering::Relaxed);
-        assert_eq!(seen.iter().find(|s| *s != Seen::Tried), Some(Seen::Dropped(true)));
-        assert!(seen.recv().is_err());
+        assert_eq!(observed.iter().find(|s| *s != Observed::Tried), Some(Observed::Dropped(true)));
+        assert!(observed.recv().is_err());
     }
 }

@@ -1,4 +1,5 @@
-//! What wakes a sleeping reactor: guests' kicks, disks' completions, the control side.
+//! The waker: ends a reactor's sleep on a guest's kick, a completion of a disk, or a change by the
+//! control side.
 #![expect(unsafe_code, reason = "epoll")]
 
 use std::io;
@@ -6,55 +7,57 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Events taken in one wait. Those of more fds make the next wait a short one.
+/// Events that one wait takes. If there are more, the next wait returns at once.
 const EVENTS: usize = 64;
 
-/// An epoll instance.
+/// A waker: an epoll instance.
 ///
-/// Fds are watched for edges: each write to an eventfd wakes the reactor once, and nobody reads it. A
-/// front end's eventfd may be a blocking one, whatever it was when it came, so that reading it could
-/// wait.
+/// It is edge-triggered: each write to a registered eventfd wakes the reactor once, and no thread
+/// reads the eventfd. Reading could block, because a front end can make its eventfd blocking at any
+/// time.
 #[derive(Debug)]
 pub struct Waker(OwnedFd);
 
 impl Waker {
-    /// One that nothing rings.
+    /// Creates a waker without wake sources.
     ///
     /// # Errors
-    /// Out of fds.
+    /// The process has no fd left.
     pub fn new() -> io::Result<Self> {
-        // SAFETY: a plain system call.
+        // SAFETY: a system call without pointers.
         let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the fd was just made and nobody else owns it.
+        // SAFETY: the fd is new, and this is its only owner.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Has `fd` ring the waker whenever something arrives there, from now on and for what has arrived
-    /// already, until nobody has it open any more.
+    /// Registers `fd`, which then wakes the reactor whenever it becomes readable. If it is readable
+    /// already, it wakes the reactor once. The registration ends when all duplicates of the fd are
+    /// closed.
     ///
     /// # Errors
-    /// The system refuses: too many watches.
+    /// The system allows no more registrations.
     pub fn watch(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         let events = (libc::EPOLLIN | libc::EPOLLET) as u32;
         let mut event = libc::epoll_event { events, u64: 0 };
         let (epoll, fd) = (self.0.as_raw_fd(), fd.as_raw_fd());
-        // SAFETY: two open fds and an event of ours.
+        // SAFETY: both fds are open, and the event is a local variable.
         let rc = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) };
         if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Ends the watch on `fd`.
+    /// Ends the registration of `fd`.
     pub fn forget(&self, fd: BorrowedFd<'_>) {
         let (epoll, fd) = (self.0.as_raw_fd(), fd.as_raw_fd());
-        // SAFETY: two open fds. Nothing can be done about a failure, nor is there one.
+        // SAFETY: both fds are open. Failure is not expected, and could not be handled.
         unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
     }
 
-    /// Waits for the waker, at most until `until`, not at all if it has been rung since the last wait.
-    /// Says whether it was; may return without, before the time.
+    /// Waits until a wake source signals, at most until `until`. Returns at once if one has
+    /// signalled since the last wait. Returns whether one has signalled. May return false before
+    /// `until`.
     pub fn wait(&self, until: Option<Instant>) -> bool {
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
         let (epoll, at, most) = (self.0.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32);
@@ -65,15 +68,16 @@ impl Waker {
                 tv_nsec: libc::c_long::from(left.subsec_nanos() as i32),
             }
         });
-        let limit_at = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        let limit_ptr = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         let no_mask = std::ptr::null::<libc::sigset_t>();
-        // SAFETY: room for the events, and a limit that outlives the call.
+        // SAFETY: there is room for the events, and the limit outlives the call.
         let mut rc = unsafe {
-            libc::syscall(libc::SYS_epoll_pwait2, epoll, at, most, limit_at, no_mask, 0_usize)
+            libc::syscall(libc::SYS_epoll_pwait2, epoll, at, most, limit_ptr, no_mask, 0_usize)
         };
         let errno = || io::Error::last_os_error().raw_os_error();
         if rc < 0 && matches!(errno(), Some(libc::ENOSYS | libc::EPERM)) {
-            // Kernels before 5.11 count in milliseconds, and some sandboxes know no newer one.
+            // Kernels before 5.11 lack `epoll_pwait2`, and some sandboxes forbid it. `epoll_wait`
+            // counts in milliseconds.
             let ms = |limit: libc::timespec| limit.tv_sec * 1000 + limit.tv_nsec / 1_000_000 + 1;
             let limit_ms = limit.map_or(-1, |limit| i32::try_from(ms(limit)).unwrap_or(i32::MAX));
             // SAFETY: as above.
@@ -83,8 +87,8 @@ impl Waker {
     }
 }
 
-/// An fd that rings a reactor's waker for as long as this lives. The fd itself may be open elsewhere,
-/// in the hands of a front end, so that closing ours would not end the watch.
+/// An fd that is registered with a reactor's waker until this value is dropped. The front end may
+/// have a duplicate of the fd, so that closing the fd here would not end the registration.
 #[derive(Debug)]
 pub struct WakeSource<F: AsFd> {
     waker: Arc<Waker>,
@@ -92,16 +96,16 @@ pub struct WakeSource<F: AsFd> {
 }
 
 impl<F: AsFd> WakeSource<F> {
-    /// Has `fd` ring `waker`.
+    /// Registers `fd` with `waker`.
     ///
     /// # Errors
-    /// The system refuses: too many watches.
+    /// The system allows no more registrations.
     pub fn new(waker: &Arc<Waker>, fd: &Arc<F>) -> io::Result<Self> {
         waker.watch(fd.as_fd())?;
         Ok(Self { waker: Arc::clone(waker), fd: Arc::clone(fd) })
     }
 
-    /// Whether it is `fd` that rings `waker`.
+    /// Returns whether this value registers `fd` with `waker`.
     pub fn is_between(&self, fd: &Arc<F>, waker: &Arc<Waker>) -> bool {
         Arc::ptr_eq(&self.fd, fd) && Arc::ptr_eq(&self.waker, waker)
     }
@@ -118,28 +122,28 @@ mod tests {
     use super::*;
     use crate::event_fd::EventFd;
 
-    fn rung(waker: &Waker) -> bool {
+    fn woken(waker: &Waker) -> bool {
         waker.wait(Some(Instant::now()))
     }
 
     #[test]
-    fn each_ring_wakes_once_and_none_is_read() {
+    fn each_signal_wakes_once_and_is_not_read() {
         let waker = Arc::new(Waker::new().unwrap());
         let (one, other) = (Arc::new(EventFd::new().unwrap()), Arc::new(EventFd::new().unwrap()));
         one.signal();
-        let rope = WakeSource::new(&waker, &one).unwrap();
+        let source = WakeSource::new(&waker, &one).unwrap();
         let _other = WakeSource::new(&waker, &other).unwrap();
-        assert!(rung(&waker), "it had been signalled before it was watched");
-        assert!(!rung(&waker));
+        assert!(woken(&waker), "signalled before the registration");
+        assert!(!woken(&waker));
         for _ in 0..3 {
             one.signal();
-            assert!(rung(&waker));
+            assert!(woken(&waker));
         }
         other.signal();
-        assert!(rung(&waker));
+        assert!(woken(&waker));
         assert_eq!(one.take(), 4);
         one.signal();
-        drop(rope);
-        assert!(!rung(&waker), "no longer watched");
+        drop(source);
+        assert!(!woken(&waker), "no longer registered");
     }
 }
