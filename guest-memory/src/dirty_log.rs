@@ -1,5 +1,5 @@
-//! The dirty log of a live migration: a bitmap, shared with the front end, of the pages of guest
-//! memory that were written ("Migration" in the vhost-user specification).
+//! The dirty log of a live migration: a bitmap, shared with the front end, of the guest pages that
+//! the target has written ("Migration" in the vhost-user specification).
 #![expect(unsafe_code, reason = "the bitmap is shared with the front end")]
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -8,18 +8,19 @@ use crate::shared_file::{self, SharedFile};
 use crate::unmapper::Unmapper;
 use closer::ForeignFd;
 
-/// Bytes of guest memory to a bit; the specification's number, whatever pages the guest has.
+/// Bytes of guest memory for each bit. The specification sets this number, independent of the
+/// guest's page size.
 const PAGE_BYTES: u64 = 4096;
 
-/// A dirty log, mapped.
+/// A mapped dirty log.
 #[derive(Debug)]
 pub struct DirtyLog(SharedFile);
 
 impl DirtyLog {
-    /// Maps the log that SET_LOG_BASE names: `size` bytes at `offset` of the file.
+    /// Maps the log of a SET_LOG_BASE message: `size` bytes at `offset` of the file.
     ///
     /// # Errors
-    /// The file does not do.
+    /// The file or the range is invalid.
     pub fn map(
         fd: &ForeignFd,
         offset: u64,
@@ -29,8 +30,8 @@ impl DirtyLog {
         SharedFile::map(fd, offset, size, unmapper).map(Self)
     }
 
-    /// Marks the pages of `len` bytes at `gpa`, after they were written. Pages beyond the log are
-    /// the front end's own omission.
+    /// Marks the pages of `len` bytes at `gpa`. Call it after writing them. Pages beyond the end of
+    /// the log are ignored: the front end has made the log too short.
     pub fn mark(&self, gpa: u64, len: u64) {
         let Some(last) = len.checked_sub(1).and_then(|last| gpa.checked_add(last)) else { return };
         let pages = self.0.size_bytes().saturating_mul(8);
@@ -43,7 +44,7 @@ impl DirtyLog {
         }
     }
 
-    /// Marks the pages from `page` up to `end`, with one store per byte of the log.
+    /// Marks the pages `page..end`, with one store per byte of the log.
     fn mark_bytes(&self, mut page: u64, end: u64) {
         while page < end {
             let (at, first) = (page / 8, page % 8);
@@ -53,12 +54,12 @@ impl DirtyLog {
         }
     }
 
-    /// Marks many pages, with one store per word of the log: a request may be a GiB long, and a
+    /// Marks many pages, with one store per word of the log. A request may be a GiB long, and a
     /// reset marks all of a guest's memory. Returns the number of words.
     #[cold]
     fn mark_many(&self, page: u64, end: u64) -> u64 {
         let bits = u64::from(u64::BITS);
-        // The log may begin at any offset in its file.
+        // The log may begin at any offset in its file, so its first word may be unaligned.
         let at = self.0.host().wrapping_add((page / 8) as usize);
         let first = (page / 8 + at.align_offset(size_of::<AtomicU64>()) as u64) * 8;
         let first = if first < page { first + bits } else { first };
@@ -67,23 +68,24 @@ impl DirtyLog {
         for word in 0..words {
             let at = self.0.host().wrapping_add((first / 8 + 8 * word) as usize);
             let at: *const AtomicU64 = at.cast();
-            // SAFETY: eight bytes of the log, which is mapped, at an aligned address.
+            // SAFETY: eight bytes of the mapped log, at an aligned address.
             let word = unsafe { &*at };
-            // SeqCst: as in `mark_byte`. All bits are set, so no other bits can be lost.
+            // SeqCst: as in `mark_byte`. The store sets all bits, so it loses no other bits.
             word.store(u64::MAX, Ordering::SeqCst);
         }
         self.mark_bytes(first + words * bits, end);
         words
     }
 
-    /// Sets bits of the log's byte `at`, which is below its size.
+    /// Sets bits in byte `at` of the log. `at` is less than the log's size.
     fn mark_byte(&self, at: u64, bits: u8) {
         let at: *const AtomicU8 = self.0.host().wrapping_add(at as usize).cast();
-        // SAFETY: the caller says so, and the log is mapped.
+        // SAFETY: the caller guarantees that `at` is in the log, which is mapped.
         let byte = unsafe { &*at };
-        // SeqCst: the front end takes bits away by exchange and then reads the page. If its exchange
-        // comes first, the bits are there again; if ours comes first, it sees what was written. To
-        // look first whether they are there would let the write be overtaken by the look.
+        // SeqCst: the front end clears bits with an exchange and then reads the page. If its
+        // exchange comes first, this operation sets the bits again. If this operation comes first,
+        // the front end sees what was written. A load that skips bits already set would break this:
+        // the load could be ordered before the write of the page.
         byte.fetch_or(bits, Ordering::SeqCst);
     }
 }
@@ -98,7 +100,7 @@ mod tests {
         let unmapper = Unmapper::start().unwrap();
         let log = DirtyLog::map(&ForeignFd::alone(memfd(4096)), 8, 4, &unmapper).unwrap();
         let byte = |n: usize| {
-            // SAFETY: bytes of the mapped page that the log lies in.
+            // SAFETY: a byte of the mapped page that contains the log.
             unsafe { log.0.host().wrapping_add(n).read_volatile() }
         };
         log.mark(PAGE_BYTES - 1, 2);
@@ -122,7 +124,7 @@ mod tests {
                 let log = DirtyLog::map(&file, offset, BYTES, &unmapper).unwrap();
                 log.mark(page * PAGE_BYTES + 5, (end - page - 1) * PAGE_BYTES);
                 for n in 0..4096 - offset {
-                    // SAFETY: bytes of the page that contains the log, or its beginning.
+                    // SAFETY: a byte of the mapped page that contains the log or its first part.
                     let byte = unsafe { log.0.host().wrapping_add(n as usize).read_volatile() };
                     let expected = (0..8).filter(|bit| (page..end).contains(&(8 * n + bit)));
                     let expected = expected.fold(0, |byte, bit| byte | 1 << bit);
@@ -132,7 +134,7 @@ mod tests {
         }
     }
 
-    /// The cost of a reset with a guest of 63 GiB: some 260,000 stores, a millisecond.
+    /// Bounds the cost of a reset of a guest with 63 GiB: some 260,000 stores, a millisecond.
     #[test]
     fn all_memory_of_a_large_guest_is_marked_in_few_steps() {
         let (unmapper, pages) = (Unmapper::start().unwrap(), (63 << 30) / PAGE_BYTES);

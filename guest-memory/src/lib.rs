@@ -1,16 +1,16 @@
-//! A guest's memory as this process maps it, from its own duplicates of the front end's fds.
+//! Guest memory, as this process maps it from its own duplicates of the front end's fds.
 //!
-//! Modules in the order in which a memory table passes through them:
+//! Modules, in the order in which a memory table passes through them:
 //!
-//! * `shared_file`: a part of a front end's memory file, mapped ([`SharedFile`]).
+//! * `shared_file`: maps a range of a front end's memory file ([`SharedFile`]).
 //! * `memory`: a memory table ([`GuestMemory`]), and the translation of guest-physical addresses
 //!   ([`Near`]).
-//! * `segment`: a piece of that memory, in the kernel's layout ([`Segment`]).
-//! * `dirty_log`: the bitmap of written pages while a guest migrates ([`DirtyLog`]).
-//! * `sigbus`: survives a front end that truncates a file after it was mapped.
-//! * `unmapper`: unmaps, in pieces and on a thread of its own ([`Unmapper`]).
+//! * `segment`: a piece of that memory, as a `struct iovec` ([`Segment`]).
+//! * `dirty_log`: the bitmap of pages written during a live migration ([`DirtyLog`]).
+//! * `sigbus`: handles the access to a file that the front end has truncated after it was mapped.
+//! * `unmapper`: unmaps memory in pieces, on its own thread ([`Unmapper`]).
 //!
-//! This crate never depends on a ring, a device or a reactor. Nothing in it runs on a reactor but
+//! This crate never depends on a ring, a device or a reactor. Of its code, reactors run only
 //! address translation, marking in the dirty log, and the SIGBUS handler.
 
 mod dirty_log;

@@ -1,5 +1,5 @@
-//! A guest's memory as this program has mapped it, from its own duplicates of the front end's fds.
-#![expect(unsafe_code, reason = "maps what a front end hands over")]
+//! Guest memory, as this process maps it from its own duplicates of the front end's fds.
+#![expect(unsafe_code, reason = "maps the front end's files")]
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,83 +11,84 @@ use crate::sigbus;
 use crate::unmapper::Unmapper;
 use closer::ForeignFd;
 
-/// Memory regions that `VHOST_USER_SET_MEM_TABLE` can carry.
+/// Maximum number of memory regions in a `VHOST_USER_SET_MEM_TABLE` message.
 pub const REGIONS_MAX: usize = 8;
 
-/// Memory regions that a guest can have, where they come one by one: what KVM gives it, and QEMU asks
-/// for no more than 512.
+/// Maximum number of memory regions that a front end can add one by one. It is KVM's limit for user
+/// memory slots; QEMU asks for at most 512.
 pub const SLOTS_MAX: usize = 509;
 
-/// One line of a memory table, as the front end sent it.
+/// One region of a memory table, as the front end sent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionSpec {
     /// Guest-physical address of the first byte.
     pub gpa: u64,
     /// Length in bytes.
     pub size: u64,
-    /// Address of the first byte in the front end's own address space; ring addresses use it.
+    /// Address of the first byte in the front end's address space. Ring addresses are in this
+    /// space.
     pub user_addr: u64,
-    /// Where the region begins in its file.
+    /// Offset of the region in its file.
     pub offset: u64,
 }
 
 /// Why a memory table was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// no region, or more than there can be
-    #[error("{0} memory regions")]
+    /// no regions, or too many
+    #[error("invalid number of memory regions: {0}")]
     Count(usize),
-    /// a region to be removed that is not there
-    #[error("there is no memory region {0:x?}")]
+    /// the region to remove does not exist
+    #[error("no such memory region: {0:x?}")]
     NoSuchRegion(RegionSpec),
-    /// a region is empty or wraps round the address space
-    #[error("memory region {0:x?} is empty or wraps")]
+    /// a region is empty or exceeds the address space
+    #[error("memory region {0:x?} is empty or exceeds the address space")]
     Range(RegionSpec),
     /// two regions overlap
     #[error("memory regions overlap at {0:#x}")]
     Overlap(u64),
-    /// the regions add up to more than a machine of this size can back
-    #[error("{have} bytes of memory, at most {most} are taken")]
+    /// the regions together exceed the limit, which depends on the size of this machine
+    #[error("guest memory is too large: {have} bytes, the limit is {most}")]
     TooLarge {
         /// The sum of the regions.
         have: u64,
         /// The limit.
         most: u64,
     },
-    /// the region's file does not do
+    /// the region's file is invalid or could not be mapped
     #[error("guest memory: {0}")]
     File(#[from] shared_file::Error),
 }
 
-/// One mapped region. Shared by the tables that contain it.
+/// One mapped region, shared by the tables that contain it.
 #[derive(Debug)]
 pub struct Region {
     spec: RegionSpec,
     file: SharedFile,
 }
 
-/// The most that one table may map: guests may be overcommitted, but not without bound, as the
-/// process has one address space for all of them.
+/// The limit for the memory of one table. Guests may be overcommitted, but not without limit,
+/// because the process has one address space for all of them.
 fn table_bytes_max() -> u64 {
-    /// Enough for what a small host may be asked to overcommit.
+    /// Enough for the overcommitment of a small host.
     const FLOOR: u64 = 64 << 30;
-    // SAFETY: all zeroes is a value of this plain C struct.
+    // SAFETY: all zeroes is a valid value of this C struct.
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
-    // SAFETY: the struct is ours.
+    // SAFETY: the struct is a local variable.
     unsafe { libc::sysinfo(&raw mut info) };
     let total = info.totalram.saturating_mul(u64::from(info.mem_unit));
     total.saturating_mul(2).max(FLOOR)
 }
 
-/// A line of the translation table: what the data path needs of a region.
+/// An entry of the translation table: what the data path needs to know of a region.
 #[derive(Clone, Copy, Debug)]
-struct Line {
+struct Entry {
     gpa: u64,
     size: u64,
     host: *mut u8,
 }
 
-impl Line {
+impl Entry {
     #[inline]
     fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
         let offset = gpa.wrapping_sub(self.gpa);
@@ -95,24 +96,25 @@ impl Line {
     }
 }
 
-/// Translates addresses, first in the region where the last one was.
+/// Translates addresses. Tries the near region first: the one in which the previous address was
+/// found.
 #[derive(Debug)]
 pub struct Near<'m> {
     memory: &'m GuestMemory,
-    line: Line,
+    entry: Entry,
 }
 
-/// Where the last address was, between two uses of a [`Near`]. Belongs to one memory table.
+/// The near region, kept between two uses of a [`Near`]. It belongs to one memory table.
 #[derive(Clone, Copy, Debug)]
-pub struct Nearest(Line);
+pub struct Nearest(Entry);
 
-// SAFETY: an address, followed by nobody but a `Near` of the table that it belongs to.
+// SAFETY: an address, which only a `Near` of the memory table that it belongs to uses.
 unsafe impl Send for Nearest {}
 
 impl Default for Nearest {
     fn default() -> Self {
-        // Contains no address.
-        Self(Line { gpa: 0, size: 0, host: std::ptr::null_mut() })
+        // An empty region, which contains no address.
+        Self(Entry { gpa: 0, size: 0, host: std::ptr::null_mut() })
     }
 }
 
@@ -121,22 +123,22 @@ impl Near<'_> {
     #[inline]
     #[must_use]
     pub fn translate(&mut self, gpa: u64) -> Option<(*mut u8, u64)> {
-        if let Some(found) = self.line.translate(gpa) {
+        if let Some(found) = self.entry.translate(gpa) {
             return Some(found);
         }
-        self.line = self.memory.line_of(gpa)?;
-        self.line.translate(gpa)
+        self.entry = self.memory.entry_of(gpa)?;
+        self.entry.translate(gpa)
     }
 
-    /// Where the last address was.
+    /// The region in which the last address was found.
     #[inline]
     #[must_use]
     pub fn nearest(&self) -> Nearest {
-        Nearest(self.line)
+        Nearest(self.entry)
     }
 }
 
-/// A part of a memory file.
+/// A range of a memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileRange {
     /// Device and inode.
@@ -146,32 +148,33 @@ pub struct FileRange {
 }
 
 impl FileRange {
-    /// Whether the two ranges have a byte in common.
+    /// Returns whether the two ranges have a byte in common.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
         self.file == other.file && self.from < other.to && other.from < self.to
     }
 }
 
-/// One memory table, mapped. Immutable; a change makes a new one, which shares the regions that
-/// stayed.
+/// A mapped memory table. Immutable: a change creates a new table, which shares the unchanged
+/// regions.
 #[derive(Debug)]
 pub struct GuestMemory {
     /// Sorted by guest-physical address.
-    lines: Box<[Line]>,
+    entries: Box<[Entry]>,
     regions: Box<[Arc<Region>]>,
 }
 
-// SAFETY: the lines' pointers are those of the regions, which are kept alive beside them.
+// SAFETY: the entries' pointers point into the regions, which `self` keeps mapped.
 unsafe impl Send for GuestMemory {}
 // SAFETY: as above.
 unsafe impl Sync for GuestMemory {}
 
 impl GuestMemory {
-    /// Maps a table. Regions that `before` has too (same file, same place) are shared with it.
+    /// Maps a table. A region that `before` has too (same file, same addresses) is shared with it.
     ///
     /// # Errors
-    /// A table that is malformed, hostile, or does not fit; nothing stays mapped then.
+    /// The table is malformed or too large, or a file is invalid. Then no region of it stays
+    /// mapped.
     pub fn map(
         table: Vec<(RegionSpec, ForeignFd)>,
         before: Option<&Self>,
@@ -194,10 +197,10 @@ impl GuestMemory {
         Ok(Self::of(regions))
     }
 
-    /// The memory `before`, and one region more.
+    /// Maps one more region, in addition to the memory `before`.
     ///
     /// # Errors
-    /// As [`GuestMemory::map`], or there are [`SLOTS_MAX`] regions.
+    /// As for [`GuestMemory::map`], or there are [`SLOTS_MAX`] regions already.
     pub fn with_region(
         before: Option<&Self>,
         spec: RegionSpec,
@@ -215,8 +218,8 @@ impl GuestMemory {
         Ok(Self::of(regions))
     }
 
-    /// The same memory without a region, which is told by its addresses and its size. What is left
-    /// may be nothing.
+    /// The same memory without the region of `spec`, which is identified by its addresses and its
+    /// size. The result may have no regions.
     ///
     /// # Errors
     /// There is no such region.
@@ -230,16 +233,16 @@ impl GuestMemory {
     }
 
     fn of(regions: Vec<Arc<Region>>) -> Self {
-        let line =
-            |r: &Arc<Region>| Line { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
-        let mut lines: Box<[Line]> = regions.iter().map(line).collect();
-        lines.sort_unstable_by_key(|line| line.gpa);
-        Self { lines, regions: regions.into() }
+        let entry =
+            |r: &Arc<Region>| Entry { gpa: r.spec.gpa, size: r.spec.size, host: r.file.host() };
+        let mut entries: Box<[Entry]> = regions.iter().map(entry).collect();
+        entries.sort_unstable_by_key(|entry| entry.gpa);
+        Self { entries, regions: regions.into() }
     }
 
     /// The regions' first guest-physical addresses and lengths in bytes.
     pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.lines.iter().map(|line| (line.gpa, line.size))
+        self.entries.iter().map(|entry| (entry.gpa, entry.size))
     }
 
     /// Number of regions.
@@ -248,31 +251,31 @@ impl GuestMemory {
         self.regions.len()
     }
 
-    /// The host address of `gpa` and how many bytes follow it in its region.
+    /// The host address of `gpa`, and the number of bytes from there to the end of its region.
     #[inline]
     #[must_use]
     pub fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
-        self.line_of(gpa)?.translate(gpa)
+        self.entry_of(gpa)?.translate(gpa)
     }
 
     #[cold]
-    fn line_of(&self, gpa: u64) -> Option<Line> {
-        let after = self.lines.partition_point(|line| line.gpa <= gpa);
-        let line = self.lines.get(after.checked_sub(1)?)?;
-        line.translate(gpa).is_some().then_some(*line)
+    fn entry_of(&self, gpa: u64) -> Option<Entry> {
+        let after = self.entries.partition_point(|entry| entry.gpa <= gpa);
+        let entry = self.entries.get(after.checked_sub(1)?)?;
+        entry.translate(gpa).is_some().then_some(*entry)
     }
 
-    /// A translator that begins with the region of `line`.
+    /// A translator whose near region is `nearest`.
     ///
     /// # Safety
-    /// `line` comes from a translator of this table, or is the default.
+    /// `nearest` comes from a translator of this table, or is the default.
     #[inline]
     #[must_use]
-    pub unsafe fn near(&self, line: Nearest) -> Near<'_> {
-        Near { memory: self, line: line.0 }
+    pub unsafe fn near(&self, nearest: Nearest) -> Near<'_> {
+        Near { memory: self, entry: nearest.0 }
     }
 
-    /// The host address of `len` bytes at `gpa`, if they lie in one region.
+    /// The host address of `len` bytes at `gpa`, if they are in one region.
     #[inline]
     #[must_use]
     pub fn range(&self, gpa: u64, len: usize) -> Option<*mut u8> {
@@ -280,15 +283,15 @@ impl GuestMemory {
         (len as u64 <= room).then_some(host)
     }
 
-    /// `len` bytes at `gpa`, if they lie in one region.
+    /// `len` bytes at `gpa`, if they are in one region.
     #[must_use]
     pub fn slice(&self, gpa: u64, len: usize) -> Option<VolatileSlice<'_>> {
         let host = self.range(gpa, len)?;
-        // SAFETY: `len` bytes at `host` lie in a region that `self` keeps mapped.
+        // SAFETY: `len` bytes at `host` are in a region that `self` keeps mapped.
         Some(unsafe { VolatileSlice::new(host, len) })
     }
 
-    /// The guest-physical address of a byte in the front end's address space.
+    /// Translates an address in the front end's address space to a guest-physical address.
     #[must_use]
     pub fn gpa_of_user(&self, user: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
@@ -297,16 +300,16 @@ impl GuestMemory {
         })
     }
 
-    /// The guest-physical address of a byte in our mapping.
+    /// Translates an address in this process to a guest-physical address.
     #[must_use]
     pub fn gpa_of_host(&self, host: *const u8) -> Option<u64> {
-        self.lines.iter().find_map(|line| {
-            let offset = (host as u64).wrapping_sub(line.host as u64);
-            (offset < line.size).then(|| line.gpa + offset)
+        self.entries.iter().find_map(|entry| {
+            let offset = (host as u64).wrapping_sub(entry.host as u64);
+            (offset < entry.size).then(|| entry.gpa + offset)
         })
     }
 
-    /// The part of a memory file that `len` bytes at `gpa` are in, if they lie in one region.
+    /// The range of the memory file that contains `len` bytes at `gpa`, if they are in one region.
     #[must_use]
     pub fn file_range(&self, gpa: u64, len: usize) -> Option<FileRange> {
         let inside = |r: &&Arc<Region>| gpa.wrapping_sub(r.spec.gpa) < r.spec.size;
@@ -317,7 +320,7 @@ impl GuestMemory {
         Some(FileRange { file, from: offset.checked_add(at)?, to: offset.checked_add(end)? })
     }
 
-    /// Whether some file is part of both memories.
+    /// Returns whether the two memories have a file in common.
     #[must_use]
     pub fn shares_file(&self, other: &Self) -> bool {
         let files = |memory: &Self| -> HashSet<_> {
@@ -326,7 +329,7 @@ impl GuestMemory {
         !files(self).is_disjoint(&files(other))
     }
 
-    /// Whether a region's file was found to be shorter than it was when it was mapped.
+    /// Returns whether an access has found a region's file truncated.
     #[must_use]
     #[inline]
     pub fn truncated(&self) -> bool {
@@ -352,7 +355,8 @@ impl Region {
     }
 }
 
-/// Whether regions can be a guest's memory: none empty, no two at one place, and not too much.
+/// Checks that regions can be a guest's memory: none is empty, no two overlap, and together they
+/// are not too large.
 fn check(specs: impl Iterator<Item = RegionSpec>) -> Result<(), Error> {
     let (mut guest, mut user) = (vec![], vec![]);
     let mut have = 0_u64;
@@ -399,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn places_in_files_do_not_depend_on_addresses() {
+    fn file_ranges_do_not_depend_on_addresses() {
         let unmapper = Unmapper::start().unwrap();
         let (file, other) = (memfd(0x3000), memfd(0x3000));
         let at = |fd: &OwnedFd, gpa, offset| {
@@ -437,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_tables_are_refused() {
+    fn invalid_tables_are_refused() {
         let unmapper = Unmapper::start().unwrap();
         let map = |table| map(table, None, &unmapper).map(|_| ()).unwrap_err();
         assert!(matches!(map(vec![]), Error::Count(0)));
@@ -461,14 +465,14 @@ mod tests {
     }
 
     #[test]
-    fn regions_come_and_go_one_by_one() {
+    fn regions_are_added_and_removed_one_by_one() {
         let unmapper = Unmapper::start().unwrap();
         let file = memfd(0x1000);
         let fd = || ForeignFd::alone(file.try_clone().unwrap());
         let add = |before: Option<&GuestMemory>, gpa| {
             GuestMemory::with_region(before, spec(gpa, 0x1000), &fd(), &unmapper)
         };
-        // Every other page, in an order that is not theirs.
+        // Every other page, in an order different from that of the addresses.
         let gpa = |n: usize| 0x2000 * ((n * 100) % SLOTS_MAX) as u64;
         let mut memory = add(None, gpa(0)).unwrap();
         for n in 1..SLOTS_MAX {
@@ -517,11 +521,11 @@ mod tests {
         assert_eq!(before.translate(0), after.translate(0));
         let other = vec![(spec(0, 0x1000), memfd(0x1000))];
         let other = map(other, Some(&before), &unmapper).unwrap();
-        assert_ne!(before.translate(0), other.translate(0), "another file");
+        assert_ne!(before.translate(0), other.translate(0), "a different file");
     }
 
     #[test]
-    fn memory_cut_short_reads_as_zero_and_says_so() {
+    fn truncated_memory_reads_as_zero_and_is_reported() {
         let unmapper = Unmapper::start().unwrap();
         let fd = memfd(0x2000);
         let file = File::from(fd.try_clone().unwrap());

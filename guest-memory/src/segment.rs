@@ -1,12 +1,12 @@
 //! A piece of memory as the kernel's `struct iovec`.
-#![expect(unsafe_code, reason = "an address that is sent between threads")]
+#![expect(unsafe_code, reason = "sends an address between threads")]
 
 use std::fmt;
 
 /// A piece of memory that an I/O reads or writes, laid out as the kernel's `struct iovec`.
 ///
-/// The memory usually is a guest's, which the guest may change at any time. It is only passed to the
-/// kernel or copied through raw pointers, never turned into a slice.
+/// It usually is guest memory, which the guest may change at any time. The memory is only passed to
+/// the kernel or copied through raw pointers, and never becomes a slice.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct Segment(libc::iovec);
@@ -18,7 +18,7 @@ impl Segment {
         Self(libc::iovec { iov_base: base.cast(), iov_len: len })
     }
 
-    /// First byte.
+    /// Address of the first byte.
     #[must_use]
     pub fn base(&self) -> *mut u8 {
         self.0.iov_base.cast()
@@ -30,7 +30,7 @@ impl Segment {
         self.0.iov_len
     }
 
-    /// Whether there is nothing in it.
+    /// Whether the segment has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -43,8 +43,8 @@ impl fmt::Debug for Segment {
     }
 }
 
-// SAFETY: a segment is an address and a length. Only an access through the address is unsafe; whoever
-// makes one states the conditions.
+// SAFETY: a segment is an address and a length. Only an access through the address is unsafe, and
+// the code that accesses it justifies that.
 unsafe impl Send for Segment {}
 // SAFETY: as above.
 unsafe impl Sync for Segment {}

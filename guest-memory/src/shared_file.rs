@@ -1,6 +1,6 @@
-//! A front end's memory file, or a part of it, as this program has mapped it: guest memory, the
-//! dirty log, the in-flight area.
-#![expect(unsafe_code, reason = "maps what a front end hands over")]
+//! A front end's memory file, or a range of it, as this process maps it: guest memory, a dirty log,
+//! or an in-flight area.
+#![expect(unsafe_code, reason = "maps the front end's files")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -14,56 +14,58 @@ use closer::ForeignFd;
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// the fd is not a file of memory
+    /// the fd is not a memory file
     #[error(transparent)]
     Kind(#[from] closer::Error),
-    /// the part is empty, or its end is no number
-    #[error("{size} bytes at {offset:#x} of a memory file are no range")]
+    /// the range is empty, or its end exceeds 64 bits
+    #[error("invalid range in memory file: offset {offset:#x}, length {size}")]
     Range {
-        /// Where the part begins.
+        /// Offset of the range.
         offset: u64,
         /// Its length in bytes.
         size: u64,
     },
-    /// the file is shorter than its part
-    #[error("memory file has {have} bytes, the part in use ends at {want}")]
+    /// the file ends before the range does
+    #[error("memory file is too short: {have} bytes, the range in use ends at {want}")]
     Short {
         /// Size of the file.
         have: u64,
-        /// End of the part.
+        /// End of the range.
         want: u64,
     },
-    /// the system refused
+    /// a system call failed
     #[error("cannot map a memory file: {0}")]
     System(#[from] io::Error),
     /// too many mappings in the process
     #[error("too many mappings of memory files")]
     TooMany,
     /// too many mappings of one controller
-    #[error("{0} mappings of memory files in all connections of the controller, old ones included")]
+    #[error(
+        "too many memory file mappings in all connections of the controller, old ones included: {0}"
+    )]
     TooManyOfController(usize),
 }
 
-/// A part of a memory file, mapped. What happens when the front end cuts the file short is in
-/// `sigbus`. Dropping it unmaps it on another thread, as that can take seconds.
+/// A mapped range of a memory file. If the front end truncates the file, accesses do not fail: see
+/// `sigbus`. A drop unmaps the range on another thread, because that can take seconds.
 #[derive(Debug)]
 pub struct SharedFile {
     host: *mut u8,
     size: u64,
     /// Device and inode.
     identity: (u64, u64),
-    /// Set when part of the file was found missing after it had been mapped.
+    /// Set when an access has found the file truncated.
     truncated: Arc<AtomicBool>,
     base: *mut u8,
     len: usize,
     slot: sigbus::Slot,
     unmapper: Unmapper,
-    /// Until it is dropped.
+    /// Counts the mapping. `Some` until the drop.
     counted: Option<Counted>,
 }
 
-// SAFETY: the pointers are addresses in a shared mapping, which any thread may use as long as the
-// value lives; what they point to is only accessed as volatile memory or as atomics.
+// SAFETY: the pointers are addresses in a shared mapping. Any thread may use it while `self`
+// exists, and the memory is only accessed as volatile memory or as atomics.
 unsafe impl Send for SharedFile {}
 // SAFETY: as above.
 unsafe impl Sync for SharedFile {}
@@ -78,7 +80,8 @@ impl SharedFile {
     /// Maps `size` bytes at `offset` for reading and writing. The fd is not needed afterwards.
     ///
     /// # Errors
-    /// It is no file of memory, too short, or cannot be mapped; or `unmapper` counts too many.
+    /// The fd is not a memory file, the file is too short or cannot be mapped, or there are too
+    /// many mappings.
     pub fn map(fd: &ForeignFd, offset: u64, size: u64, unmapper: &Unmapper) -> Result<Self, Error> {
         let stat = stat(fd)?;
         let page = page_bytes(fd)?;
@@ -91,7 +94,7 @@ impl SharedFile {
         let len = (lead + size).next_multiple_of(page) as usize;
         let at = i64::try_from(offset - lead).map_err(|_| Error::Range { offset, size })?;
         let counted = Some(unmapper.count().map_err(Error::TooManyOfController)?);
-        // SAFETY: a new shared mapping of a file; nothing else is at the address the kernel picks.
+        // SAFETY: a new shared mapping of a file, at an address that the kernel chooses.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -105,12 +108,12 @@ impl SharedFile {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error().into());
         }
-        // SAFETY: advice on the mapping just made: a guest's memory is not for core dumps.
+        // SAFETY: sets an attribute of the new mapping: core dumps do not contain guest memory.
         unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
         let truncated = Arc::new(AtomicBool::new(false));
         let base = base.cast::<u8>();
         let Some(slot) = sigbus::register(base as usize, len, page as usize, &truncated) else {
-            // SAFETY: the mapping made above, which nobody knows of.
+            // SAFETY: the mapping made above, which nothing uses yet.
             unsafe { libc::munmap(base.cast(), len) };
             return Err(Error::TooMany);
         };
@@ -119,13 +122,13 @@ impl SharedFile {
         Ok(Self { host, size, identity, truncated, base, len, slot, unmapper, counted })
     }
 
-    /// Address of the part's first byte, good while `self` lives.
+    /// Address of the first byte of the range, valid while `self` exists.
     #[must_use]
     pub fn host(&self) -> *mut u8 {
         self.host
     }
 
-    /// Length of the part in bytes.
+    /// Length of the range in bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
         self.size
@@ -137,17 +140,17 @@ impl SharedFile {
         self.identity
     }
 
-    /// Whether part of it was found missing.
+    /// Returns whether an access has found the file truncated.
     #[must_use]
     pub fn truncated(&self) -> bool {
         self.truncated.load(Ordering::Relaxed)
     }
 }
 
-/// Device and inode of a memory file.
+/// Returns device and inode of a memory file.
 ///
 /// # Errors
-/// It is something else.
+/// The fd is not a memory file, or `fstat` failed.
 pub fn identity(fd: &ForeignFd) -> Result<(u64, u64), Error> {
     Ok(stat(fd)?.identity)
 }
@@ -157,12 +160,13 @@ struct Stat {
     size: u64,
 }
 
-/// Asks the kernel about an fd that is known to be memory, so that nobody else is asked.
+/// Calls `fstat` on a memory file. The fd is checked first: on other file systems, such as FUSE,
+/// `fstat` can block.
 fn stat(fd: &ForeignFd) -> Result<Stat, Error> {
     fd.check_memory()?;
-    // SAFETY: all zeroes is a value of this plain C struct.
+    // SAFETY: all zeroes is a valid value of this C struct.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: the fd is open and the struct is ours.
+    // SAFETY: the fd is open, and the struct is a local variable.
     if unsafe { libc::fstat(fd.as_fd().as_raw_fd(), &raw mut stat) } != 0 {
         return Err(io::Error::last_os_error().into());
     }
@@ -170,11 +174,11 @@ fn stat(fd: &ForeignFd) -> Result<Stat, Error> {
     Ok(Stat { identity: (stat.st_dev, stat.st_ino), size })
 }
 
-/// The size of a memory file's pages.
+/// The page size of a memory file.
 fn page_bytes(fd: &ForeignFd) -> Result<u64, Error> {
-    // SAFETY: all zeroes is a value of this plain C struct.
+    // SAFETY: all zeroes is a valid value of this C struct.
     let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the fd is open and the struct is ours.
+    // SAFETY: the fd is open, and the struct is a local variable.
     if unsafe { libc::fstatfs(fd.as_fd().as_raw_fd(), &raw mut fs) } != 0 {
         return Err(io::Error::last_os_error().into());
     }

@@ -1,6 +1,6 @@
-//! Guest memory for tests, in memfds as a front end hands them over.
+//! Guest memory for tests, in memfds, as front ends send them.
 #![expect(unsafe_code, reason = "a system call")]
-#![expect(clippy::unwrap_used, reason = "a test that cannot make its memory fails")]
+#![expect(clippy::unwrap_used, reason = "a test fails if it cannot create its memory")]
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -10,14 +10,14 @@ use closer::ForeignFd;
 
 use crate::{GuestMemory, RegionSpec, Unmapper};
 
-/// A memfd of `len` bytes, as a front end would hand it over. It may be sealed.
+/// A memfd of `len` bytes, as a front end would send it. It may be sealed.
 #[must_use]
 pub fn memfd(len: u64) -> OwnedFd {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // SAFETY: a plain system call with a constant name.
+    // SAFETY: a system call with a constant name.
     let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), flags) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the fd was just made and nobody else owns it.
+    // SAFETY: the fd is new, and this is its only owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len).unwrap();
     file.into()
@@ -29,7 +29,8 @@ pub fn flat(len: u64) -> Arc<GuestMemory> {
     flat_at(len, 0x7000_0000)
 }
 
-/// One region of `len` bytes at guest-physical 0, and at `user_addr` in the front end.
+/// One region of `len` bytes at guest-physical 0, and at `user_addr` in the front end's address
+/// space.
 #[must_use]
 pub fn flat_at(len: u64, user_addr: u64) -> Arc<GuestMemory> {
     let spec = RegionSpec { gpa: 0, size: len, user_addr, offset: 0 };
@@ -37,7 +38,7 @@ pub fn flat_at(len: u64, user_addr: u64) -> Arc<GuestMemory> {
     Arc::new(GuestMemory::map(vec![(spec, ForeignFd::alone(memfd(len)))], None, &unmapper).unwrap())
 }
 
-/// `count` regions of a page, one beside the other.
+/// `count` adjacent regions of one page each.
 #[must_use]
 pub fn pages(count: usize) -> GuestMemory {
     let unmapper = Unmapper::start().unwrap();

@@ -1,4 +1,4 @@
-//! The thread that unmaps guest memory, in pieces, and counts what there is to unmap.
+//! The unmapper: a thread that unmaps memory in pieces. Its handles also count and limit mappings.
 #![expect(unsafe_code, reason = "munmap")]
 
 use std::collections::VecDeque;
@@ -10,12 +10,12 @@ use std::thread;
 
 use crate::sigbus;
 
-/// Bytes that one system call unmaps. Another thread's mmap waits for such a call: 0.2 s for 4 GiB
-/// of 4 KiB pages at once (measured), an unnoticeable time for a piece of this size.
+/// Bytes that one system call unmaps. The mmap of another thread waits for such a call: 0.2 s for 4
+/// GiB of 4 KiB pages in one call (measured), a negligible time for a piece of this size.
 const UNMAP_PIECE_BYTES: usize = 2 << 20;
 
-/// Pieces of one mapping that are unmapped before the next mapping's turn.
-const UNMAP_TURN_PIECES: usize = 64;
+/// Pieces of one mapping that are unmapped before pieces of the next mapping.
+const UNMAP_ROUND_PIECES: usize = 64;
 
 /// A mapping to unmap.
 #[derive(Debug)]
@@ -26,10 +26,10 @@ struct Range {
     _counted: Option<Counted>,
 }
 
-// SAFETY: an address and a length, owned by whoever unmaps it.
+// SAFETY: an address and a length, and the thread that unmaps the range owns it.
 unsafe impl Send for Range {}
 
-/// A mapping, counted until it is unmapped.
+/// A mapping that counts until it is unmapped.
 #[derive(Debug)]
 pub(crate) struct Counted(Arc<AtomicUsize>);
 
@@ -39,7 +39,7 @@ impl Drop for Counted {
     }
 }
 
-/// A handle on the thread that unmaps guest memory, which also counts what there is to unmap.
+/// A handle to the unmapper, which also counts mappings.
 #[derive(Clone, Debug)]
 pub struct Unmapper {
     ranges: Sender<Range>,
@@ -51,15 +51,15 @@ impl Unmapper {
     /// Starts the thread, which ends when the last handle is dropped.
     ///
     /// # Errors
-    /// The system has no thread to give.
+    /// The system cannot start a thread.
     pub fn start() -> io::Result<Self> {
         let (sender, receiver) = channel();
         thread::Builder::new().name("vhost-unmap".into()).spawn(move || unmap(&receiver))?;
         Ok(Self { ranges: sender, mapped: Arc::default(), most: usize::MAX })
     }
 
-    /// A handle on the same thread that allows `most` mappings at a time. Mappings that only I/O in
-    /// flight still uses, and mappings that are queued to be unmapped, count too.
+    /// A handle to the same thread that allows `most` mappings at a time. Quarantined mappings,
+    /// which only I/O in flight still uses, and mappings that are still to be unmapped count too.
     #[must_use]
     pub fn limited(&self, most: usize) -> Self {
         Self { ranges: self.ranges.clone(), mapped: Arc::default(), most }
@@ -68,14 +68,14 @@ impl Unmapper {
     /// Counts one more mapping.
     ///
     /// # Errors
-    /// The limit, if it is reached.
+    /// Returns the number of mappings if the limit is reached.
     pub(crate) fn count(&self) -> Result<Counted, usize> {
         let add = |mapped| (mapped < self.most).then_some(mapped + 1);
         self.mapped.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)?;
         Ok(Counted(Arc::clone(&self.mapped)))
     }
 
-    /// Unmaps `len` bytes at `base`, which nobody uses any more, in the background.
+    /// Unmaps `len` bytes at `base` in the background. No thread may use them any more.
     pub(crate) fn unmap(
         &self,
         base: *mut u8,
@@ -87,7 +87,8 @@ impl Unmapper {
     }
 }
 
-/// Takes turns, so that a small guest's memory does not wait for a huge one's.
+/// The unmapper's thread. It alternates between mappings, so that those of a small guest do not
+/// wait for those of a huge one.
 fn unmap(receiver: &Receiver<Range>) {
     let mut waiting = VecDeque::new();
     loop {
@@ -99,24 +100,25 @@ fn unmap(receiver: &Receiver<Range>) {
             },
         };
         waiting.extend(receiver.try_iter().map(begin));
-        waiting.extend(next.unmap_some());
+        waiting.extend(next.unmap_round());
     }
 }
 
-/// Ends the guard first, so that the address cannot be somebody else's while it still stands.
+/// Ends the guard before the first piece is unmapped: from then on, the kernel may give the address
+/// to another mapping.
 fn begin(range: Range) -> Range {
     sigbus::unregister(range.slot);
     range
 }
 
 impl Range {
-    /// Unmaps up to [`UNMAP_TURN_PIECES`] pieces; answers with what is left.
-    fn unmap_some(mut self) -> Option<Self> {
-        for _ in 0..UNMAP_TURN_PIECES {
+    /// Unmaps up to [`UNMAP_ROUND_PIECES`] pieces. Returns the rest.
+    fn unmap_round(mut self) -> Option<Self> {
+        for _ in 0..UNMAP_ROUND_PIECES {
             let piece = UNMAP_PIECE_BYTES.min(self.len);
-            // SAFETY: part of a mapping whose owner is gone.
+            // SAFETY: part of a mapping that has no owner any more.
             if unsafe { libc::munmap(self.base.cast(), piece) } != 0 {
-                // Huge pages of 1 GiB come off only as a whole.
+                // A huge page of 1 GiB can only be unmapped as a whole.
                 // SAFETY: as above.
                 unsafe { libc::munmap(self.base.cast(), self.len) };
                 return None;
