@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
-/// Maximum number of mappings of memory files at a time, for all guests together. If each of them
-/// is truncated, it counts twice for Linux, and all of them are half of the mappings that Linux
-/// allows a process (65,530). The rest of the process can therefore always map memory.
+/// Maximum number of mappings of memory files at a time, for all guests together. A truncated one
+/// takes two of the process's mappings. Even if all are truncated, they take half of the mappings
+/// that Linux allows a process (65,530), so that the rest of the process can always map memory.
 const SLOTS: usize = 16 << 10;
 
 /// An entry of the table. `end` is 0 while it is free, and 1 while it is being filled.

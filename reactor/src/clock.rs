@@ -172,8 +172,8 @@ mod tests {
         let scripts: [(&str, When); 5] = [
             ("none", |_| false),
             ("in the first reading", |n| n == 2),
-            ("in all but one of either end", |n| (n - 1) / 3 % READINGS as u64 != 7),
-            ("between the ends", |n| n == 3 * READINGS as u64 + 1),
+            ("in all readings but one, at each end", |n| (n - 1) / 3 % READINGS as u64 != 7),
+            ("between the two ends", |n| n == 3 * READINGS as u64 + 1),
             ("in the last reading", |n| n == 6 * READINGS as u64),
         ];
         for (what, preempted) in scripts {

@@ -131,8 +131,9 @@ impl<E: Send + 'static> Reactor<E> {
         on_start: OnStart,
     ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
         let reactor = Arc::new(Self::new(core, domain, mode)?);
-        let reader =
-            domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
+        let reader = domain
+            .reader()
+            .ok_or_else(|| io::Error::other("no QSBR reader is free for another reactor"))?;
         // Measures the frequency now, so that the reactor does not.
         let _ = ticks_per_second();
         let (running, events) = (Arc::clone(&reactor), Arc::clone(events));
@@ -347,8 +348,9 @@ impl<E: Send + 'static> SteppedReactor<E> {
         domain: &Arc<Domain>,
         events: &Arc<Events<E>>,
     ) -> io::Result<Self> {
-        let mut reader =
-            domain.reader().ok_or_else(|| io::Error::other("more reactors than readers"))?;
+        let mut reader = domain
+            .reader()
+            .ok_or_else(|| io::Error::other("no QSBR reader is free for another reactor"))?;
         reader.online();
         let (reactor, events) = (Arc::clone(reactor), Arc::clone(events));
         Ok(Self { reactor, reader, iteration: Iteration::new(), events, sleeping: None })
