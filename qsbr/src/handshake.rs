@@ -5,21 +5,21 @@
     expect(unsafe_code, reason = "a locked instruction as a fence")
 )]
 
-/// Calls `say`, which stores, then `look`, which loads what the other side stores. If both sides do
-/// this, at least one of them sees the other's store.
+/// Calls `store`, which stores a flag, then `load`, which loads the other side's flag. If both
+/// sides do this, at least one of them sees the other's store.
 ///
 /// If this side's fence comes first, the other side's load sees this side's store. If the other
 /// side's fence comes first, this side's load sees the other's store. A virtio driver and a device
 /// decide in this way whether a notification is necessary (virtio 1.2, 2.7.7 and 2.7.10): one side
 /// stores "I sleep", the other "there is work".
 #[inline]
-pub fn say_then_look<T>(say: impl FnOnce(), look: impl FnOnce() -> T) -> T {
-    say();
+pub fn store_then_load<T>(store: impl FnOnce(), load: impl FnOnce() -> T) -> T {
+    store();
     full_fence();
-    look()
+    load()
 }
 
-/// The fence of [`say_then_look`], for callers that have other work between the store and the load.
+/// The fence of [`store_then_load`], for callers that do other work between the store and the load.
 ///
 /// It is sequentially consistent. On x86-64 it is a locked instruction, which orders as much as the
 /// compiler's `mfence` and takes less time. (Linux's `smp_mb` is the same.)

@@ -8,7 +8,7 @@
 
 use loom::cell::UnsafeCell;
 use loom::thread;
-use qsbr::handshake::say_then_look;
+use qsbr::handshake::store_then_load;
 use qsbr::{Domain, Published, Reader, Retired};
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ fn a_busy_reader() {
         let (domain, published) = setup(1);
         let mut reader = domain.reader().expect("free");
         reader.online();
-        let turns = {
+        let reader_thread = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
                 for _ in 0..2 {
@@ -68,7 +68,7 @@ fn a_busy_reader() {
             })
         };
         free(published.replace(Watched::boxed(2)));
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -79,7 +79,7 @@ fn a_reader_that_keeps_a_value_between_epochs() {
         let (domain, published) = setup(1);
         let mut reader = domain.reader().expect("free");
         reader.online();
-        let turns = {
+        let reader_thread = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
                 // SAFETY: online, and the test has one domain.
@@ -97,7 +97,7 @@ fn a_reader_that_keeps_a_value_between_epochs() {
             })
         };
         free(published.replace(Watched::boxed(2)));
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -109,7 +109,7 @@ fn an_epoch_as_a_signal() {
         let stop = Arc::new(loom::sync::atomic::AtomicBool::new(false));
         let mut reader = domain.reader().expect("free");
         reader.online();
-        let turns = {
+        let reader_thread = {
             let stop = Arc::clone(&stop);
             thread::spawn(move || {
                 while !reader.quiesce() {
@@ -120,7 +120,7 @@ fn an_epoch_as_a_signal() {
         };
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         let _ = domain.advance();
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -130,7 +130,7 @@ fn a_reader_that_sleeps() {
         let (domain, published) = setup(1);
         let mut reader = domain.reader().expect("free");
         reader.online();
-        let turns = {
+        let reader_thread = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
                 assert_ne!(use_it(&published, &reader), u64::MAX);
@@ -141,7 +141,7 @@ fn a_reader_that_sleeps() {
             })
         };
         free(published.replace(Watched::boxed(2)));
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -150,7 +150,7 @@ fn a_reader_that_wakes() {
     loom::model(|| {
         let (domain, published) = setup(1);
         let mut reader = domain.reader().expect("free");
-        let turns = {
+        let reader_thread = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
                 reader.online();
@@ -159,7 +159,7 @@ fn a_reader_that_wakes() {
             })
         };
         free(published.replace(Watched::boxed(2)));
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -167,7 +167,7 @@ fn a_reader_that_wakes() {
 fn two_readers() {
     loom::model(|| {
         let (domain, published) = setup(2);
-        let turns: Vec<_> = (0..2)
+        let reader_threads: Vec<_> = (0..2)
             .map(|_| {
                 let mut reader = domain.reader().expect("free");
                 reader.online();
@@ -180,7 +180,7 @@ fn two_readers() {
             })
             .collect();
         free(published.replace(Watched::boxed(2)));
-        turns.into_iter().for_each(|t| t.join().expect("reader"));
+        reader_threads.into_iter().for_each(|t| t.join().expect("reader"));
     });
 }
 
@@ -194,7 +194,7 @@ fn two_writers() {
             let published = Arc::clone(&published);
             thread::spawn(move || published.replace(Watched::boxed(2)))
         };
-        let turns = {
+        let reader_thread = {
             let published = Arc::clone(&published);
             thread::spawn(move || {
                 assert_ne!(use_it(&published, &reader), u64::MAX);
@@ -206,7 +206,7 @@ fn two_writers() {
         let theirs = writer.join().expect("writer");
         free(ours);
         free(theirs);
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
     });
 }
 
@@ -225,7 +225,7 @@ fn epochs_chain_writers() {
                 let _ = second.replace(Watched::boxed(2));
             })
         };
-        let turns = {
+        let reader_thread = {
             let first = Arc::clone(&first);
             thread::spawn(move || {
                 reader.quiesce();
@@ -233,7 +233,7 @@ fn epochs_chain_writers() {
             })
         };
         free(first.replace(Watched::boxed(2)));
-        turns.join().expect("reader");
+        reader_thread.join().expect("reader");
         writer.join().expect("writer");
     });
 }
@@ -252,12 +252,12 @@ fn a_value_that_moves_between_readers() {
         let write = |owned: &Watched| owned.0.with_mut(|n| unsafe { *n += 1 });
         let from: Arc<List> = Arc::new(Published::new(&domain, Box::new(Some(Arc::clone(&owned)))));
         let to: Arc<List> = Arc::new(Published::new(&domain, Box::new(None)));
-        let readers = [(&from, 2), (&to, 1)].map(|(list, turns)| {
+        let readers = [(&from, 2), (&to, 1)].map(|(list, iterations)| {
             let list = Arc::clone(list);
             let mut reader = domain.reader().expect("free");
             thread::spawn(move || {
                 reader.online();
-                for _ in 0..turns {
+                for _ in 0..iterations {
                     // SAFETY: online, and the test has one domain.
                     if let Some(owned) = unsafe { list.load(&reader) } {
                         write(owned);
@@ -317,7 +317,7 @@ fn a_sleeper_misses_no_kick() {
                     reader.quiesce();
                     assert_ne!(use_it(&published, &reader), u64::MAX);
                     let arm = || wants_kick.store(true, Relaxed);
-                    if say_then_look(arm, || index.load(Acquire)) == 1 {
+                    if store_then_load(arm, || index.load(Acquire)) == 1 {
                         break;
                     }
                     reader.offline();
@@ -329,7 +329,7 @@ fn a_sleeper_misses_no_kick() {
         };
         let driver = thread::spawn(move || {
             let publish = || index.store(1, Release);
-            if say_then_look(publish, || wants_kick.load(Relaxed)) {
+            if store_then_load(publish, || wants_kick.load(Relaxed)) {
                 waker.wake();
             }
         });

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use guest_memory::{DirtyLog, GuestMemory, Near};
-use qsbr::handshake::{full_fence, say_then_look};
+use qsbr::handshake::{full_fence, store_then_load};
 
 use crate::cache;
 use crate::desc::{
@@ -477,7 +477,7 @@ impl Ring for PackedRing {
 
     fn want_kicks(&self, position: u16) -> bool {
         let flags = if self.event_idx { EVENTS_DESC } else { EVENTS_ENABLE };
-        say_then_look(|| self.set_device_events(position, flags), || self.is_available(position))
+        store_then_load(|| self.set_device_events(position, flags), || self.is_available(position))
     }
 
     #[inline]

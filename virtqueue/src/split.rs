@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use guest_memory::{DirtyLog, GuestMemory, Near};
-use qsbr::handshake::{full_fence, say_then_look};
+use qsbr::handshake::{full_fence, store_then_load};
 
 use crate::cache;
 use crate::desc::{
@@ -313,7 +313,7 @@ impl Ring for SplitRing {
             }
             self.used_word(0).store(0, Ordering::Relaxed);
         };
-        say_then_look(say, || self.avail_idx() != position)
+        store_then_load(say, || self.avail_idx() != position)
     }
 
     #[inline]
