@@ -1,5 +1,5 @@
 //! A ring of either layout.
-#![expect(unsafe_code, reason = "rings are in memory that their owner keeps mapped")]
+#![expect(unsafe_code, reason = "a ring's owner keeps its memory mapped")]
 
 use guest_memory::GuestMemory;
 
@@ -10,17 +10,17 @@ use crate::split::SplitRing;
 /// A ring of either layout.
 #[derive(Debug)]
 pub enum AnyRing {
-    /// Section 2.7.
+    /// Virtio 1.2, section 2.7.
     Split(SplitRing),
-    /// Section 2.8.
+    /// Virtio 1.2, section 2.8.
     Packed(PackedRing),
 }
 
 impl AnyRing {
-    /// Checks the ring's parts and finds them in `memory`.
+    /// Validates the ring's addresses against `memory`, and creates the ring.
     ///
     /// # Errors
-    /// A size or an address that does not do.
+    /// The size or an address is invalid.
     ///
     /// # Safety
     /// `memory` outlives the ring.
@@ -32,10 +32,10 @@ impl AnyRing {
     ) -> Result<Self, RingError> {
         let event_idx = layout.event_idx;
         if layout.packed {
-            // SAFETY: the caller says so.
+            // SAFETY: the caller guarantees that `memory` outlives the ring.
             unsafe { PackedRing::new(memory, size, addrs, event_idx) }.map(Self::Packed)
         } else {
-            // SAFETY: the caller says so.
+            // SAFETY: as above.
             unsafe { SplitRing::new(memory, size, addrs, event_idx) }.map(Self::Split)
         }
     }
@@ -49,7 +49,7 @@ impl AnyRing {
         }
     }
 
-    /// For where a call costs nothing that matters.
+    /// The ring behind a trait object, for code that is not on the data path.
     #[must_use]
     pub fn as_dyn(&self) -> &dyn Ring {
         match self {
@@ -59,23 +59,23 @@ impl AnyRing {
     }
 }
 
-/// Guest-physical addresses and lengths of the parts of a ring: descriptors, what the driver writes,
-/// what the device writes.
+/// Guest-physical addresses and lengths of the parts of a ring: the descriptors, the part that the
+/// driver writes, and the part that the device writes.
 #[must_use]
 pub fn parts(size: u16, addrs: RingAddrs, packed: bool) -> [(u64, usize); 3] {
     if packed { PackedRing::parts(size, addrs) } else { SplitRing::parts(size, addrs) }
 }
 
-/// Whether a ring of `size` at `addrs` does, in `memory`.
+/// Validates the addresses of a ring of `size` against `memory`.
 ///
 /// # Errors
-/// A size or an address that does not do.
+/// The size or an address is invalid.
 pub fn check(
     memory: &GuestMemory,
     size: u16,
     addrs: RingAddrs,
     layout: Layout,
 ) -> Result<(), RingError> {
-    // SAFETY: the ring is dropped at once, while `memory` is borrowed.
+    // SAFETY: the ring is dropped immediately, while `memory` is borrowed.
     unsafe { AnyRing::new(memory, size, addrs, layout) }.map(drop)
 }

@@ -1,5 +1,5 @@
 //! Prefetches of cache lines.
-#![expect(unsafe_code, reason = "instructions that Rust has no name for")]
+#![expect(unsafe_code, reason = "prefetch instructions")]
 
 /// Bytes in a cache line.
 pub const LINE: usize = 64;
@@ -8,7 +8,7 @@ pub const LINE: usize = 64;
 #[inline(always)]
 pub fn prefetch_read(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which does nothing where it can do nothing.
+    // SAFETY: a prefetch is a hint and never faults.
     unsafe {
         core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
     }
@@ -16,12 +16,13 @@ pub fn prefetch_read(at: *const u8) {
     let _ = at;
 }
 
-/// Prefetches the line at `at` for writing: gets exclusive ownership in one step. The compiler's own
-/// prefetch for writing becomes one for reading unless a target processor is set.
+/// Prefetches the line at `at` for writing, which gets exclusive ownership in one step. The
+/// compiler's own prefetch for writing becomes one for reading unless a target processor is set.
 #[inline(always)]
 pub fn prefetch_write(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; processors without it take it for a no-op (Intel, 3.1.1, "PREFETCHW").
+    // SAFETY: a hint. Processors without the instruction execute it as a no-op (Intel, 3.1.1,
+    // "PREFETCHW").
     unsafe {
         core::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
     }

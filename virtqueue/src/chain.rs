@@ -1,5 +1,5 @@
-//! A chain's memory, collected: its buffers as pieces of memory that this process can access, and
-//! their totals. What the bytes mean is the device's business.
+//! Chains: the buffers of a chain as pieces of memory that this process can access, and their
+//! totals. Only the device interprets their contents.
 #![expect(unsafe_code, reason = "copies out of guest memory")]
 
 use std::ptr::NonNull;
@@ -11,34 +11,35 @@ use crate::cache;
 use crate::desc::Buffer;
 use crate::ring::Chained;
 
-/// Segments of a chain from a driver that respects `seg_max`: 126 of data, a header, a status, and some
-/// spare ones for buffers that cross from one memory region into the next.
+/// Maximum number of segments in a chain whose driver respects `seg_max`: 126 of data, a header, a
+/// status, and spare ones for buffers that extend across memory regions.
 pub const SEGMENTS_MAX: usize = 136;
 
-/// Segments of the longest chain that is accepted: 1,024 of data, for Windows' driver, which ignores
+/// Maximum number of segments in any chain: 1,024 of data, because Windows' driver ignores
 /// `seg_max` (SPDK issues 2330 and 3432), a header, a status, and spare ones.
 pub const LONG_SEGMENTS_MAX: usize = 1034;
 
-/// A chain's memory. The fields are in the order of use: a cache holds only the first lines of many
-/// chains.
+/// The memory of a chain. The fields are in the order of their use, because the cache holds only
+/// the first lines of many chains.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Chain {
     totals: Totals,
-    /// The segments of a chain that has more of them than fit into `segments`.
+    /// The segments of a chain that has more of them than `segments` has room for.
     long: Option<LongSegments>,
-    /// Readable segments, then writable ones, `totals.count` in all. The rest is left over from earlier
+    /// Readable segments, then writable ones, `totals.count` in all. The rest is left from earlier
     /// chains.
     segments: [Segment; SEGMENTS_MAX],
 }
 
-/// Room for the segments of a long chain. A queue has a few of them and lends them to its requests.
+/// Room for the segments of a long chain. A queue has a few of these and lends them to its
+/// requests.
 pub type LongSegments = Box<[Segment; LONG_SEGMENTS_MAX]>;
 
-/// A [`LongSegments`] whose segments are empty.
+/// A [`LongSegments`] of empty segments.
 #[must_use]
 pub fn long_segments() -> LongSegments {
-    Box::new([NOWHERE; LONG_SEGMENTS_MAX])
+    Box::new([EMPTY; LONG_SEGMENTS_MAX])
 }
 
 /// Cold and out of line: keeps the common path short.
@@ -55,28 +56,28 @@ fn long_part_mut(long: &mut LongSegments) -> &mut [Segment] {
     &mut long[..]
 }
 
-const NOWHERE: Segment = Segment::new(std::ptr::null_mut(), 0);
+const EMPTY: Segment = Segment::new(std::ptr::null_mut(), 0);
 
-// SAFETY: `last_writable` is an address in guest memory, as the segments are; only an access through it
-// is unsafe.
+// SAFETY: `last_writable` is an address in guest memory, as the segments are. Only an access
+// through it is unsafe.
 unsafe impl Send for Chain {}
 
-/// A chain's totals.
+/// Totals of a chain.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
-    /// The last writable byte; `None` if the chain has none, or was not walked to its end.
+    /// The last writable byte. `None` if the chain has none, or if the walk did not reach its end.
     pub last_writable: Option<NonNull<u8>>,
     /// Bytes of the readable buffers.
     pub readable_bytes: u64,
     /// Bytes of all buffers.
     pub bytes: u64,
-    /// Number of segments. In a malformed chain, segments that did not fit and buffers that are outside
-    /// guest memory count too.
+    /// Number of segments. In a malformed chain, this also counts segments that did not fit, and
+    /// buffers outside guest memory.
     pub count: usize,
     /// Number of readable segments.
     pub readable: usize,
-    /// The chain has a readable buffer after a writable one, an empty buffer, a buffer outside guest
-    /// memory, too many segments, or no end.
+    /// The chain has a readable buffer after a writable one, an empty buffer, a buffer outside
+    /// guest memory, too many segments, or no end.
     pub malformed: bool,
 }
 
@@ -88,7 +89,7 @@ impl Totals {
         self.bytes - self.readable_bytes
     }
 
-    /// Adds a buffer, as one segment if it is in one region of memory. Returns whether it fitted.
+    /// Adds a buffer, as one segment if it is in one memory region. Returns whether it fitted.
     #[inline(always)]
     fn push<const N: usize>(
         &mut self,
@@ -98,11 +99,11 @@ impl Totals {
     ) -> bool {
         let len = u64::from(buffer.len);
         match near.translate(buffer.gpa) {
-            // Not empty, and within the region.
+            // The buffer is not empty and is inside the region.
             Some((host, room)) if len.wrapping_sub(1) < room => {
                 self.push_piece(segments, host, len, buffer.write)
             }
-            // By value: the totals stay in registers, and the buffer need not be stored.
+            // By value: the totals stay in registers, and the buffer is not stored.
             _ => {
                 let Buffer { gpa, write, .. } = buffer;
                 *self = self.push_pieces(segments, near, gpa, len, write);
@@ -137,9 +138,9 @@ impl Totals {
         fits
     }
 
-    /// Adds a buffer that crosses into another region, is outside memory, or is empty. No driver makes
-    /// an empty one. A chain with one is malformed; its last writable byte is what it would be without
-    /// that buffer.
+    /// Adds a buffer that extends into another region, is outside guest memory, or is empty. No
+    /// driver uses empty buffers, and a chain with one is malformed. Its last writable byte is that
+    /// of the other buffers.
     #[cold]
     fn push_pieces<const N: usize>(
         mut self,
@@ -150,17 +151,18 @@ impl Totals {
         write: bool,
     ) -> Self {
         if left == 0 {
-            // It counts, since reading it took time.
+            // Counted, because reading it took time.
             self.count += 1;
             self.malformed = true;
         }
         while left > 0 {
-            // One segment for the rest of a chain that is too long: a buffer may span many small regions.
+            // One segment for the rest of a chain that is too long, because a buffer may extend
+            // across many small regions.
             let found = if self.count > LONG_SEGMENTS_MAX { None } else { near.translate(gpa) };
             let Some((host, room)) = found else {
                 self.count += 1;
                 self.malformed = true;
-                // The last byte that was found is not the chain's last.
+                // The chain's last byte is not known.
                 self.last_writable = None;
                 return self;
             };
@@ -175,13 +177,13 @@ impl Totals {
 
 impl Default for Chain {
     fn default() -> Self {
-        let segments = [NOWHERE; SEGMENTS_MAX];
+        let segments = [EMPTY; SEGMENTS_MAX];
         Self { totals: Totals::default(), segments, long: None }
     }
 }
 
 impl Chain {
-    /// `count` of the segments, from number `first` on.
+    /// `count` of the segments, beginning with segment `first`.
     #[inline]
     #[must_use]
     pub fn data(&self, first: usize, count: usize) -> &[Segment] {
@@ -196,22 +198,23 @@ impl Chain {
         }
     }
 
-    /// Collects a chain; replaces the one before.
-    // A function of its own, so that the totals stay in registers.
+    /// Collects a chain. Replaces the previous one.
+    // A separate function, so that the totals stay in registers.
     #[inline(never)]
     pub fn collect<C: Chained>(&mut self, near: &mut Near<'_>, chain: C) -> C::Taken {
-        debug_assert!(self.long.is_none(), "the request before has returned it");
+        debug_assert!(self.long.is_none(), "the previous request has returned its LongSegments");
         collect_into(&mut self.segments, &mut self.totals, near, &chain, false)
     }
 
-    /// Whether the chain may have more segments than fit: collect it with [`Chain::collect_long`] then.
+    /// Returns whether the chain may have more segments than fit. If so, collect it with
+    /// [`Chain::collect_long`].
     #[inline]
     #[must_use]
     pub fn overflown(&self) -> bool {
         self.totals.count > SEGMENTS_MAX && self.long.is_none()
     }
 
-    /// Collects a chain again, with more room. Replaces what the first walk has read.
+    /// Collects a chain again, with room for more segments. Replaces the result of the first walk.
     #[cold]
     pub fn collect_long<C: Chained>(
         &mut self,
@@ -224,14 +227,14 @@ impl Chain {
         taken
     }
 
-    /// Whether it holds a [`LongSegments`].
+    /// Returns whether the chain holds a [`LongSegments`].
     #[inline]
     #[must_use]
     pub fn is_long(&self) -> bool {
         self.long.is_some()
     }
 
-    /// Takes the [`LongSegments`] out.
+    /// Removes and returns the [`LongSegments`].
     #[must_use]
     pub fn take_long(&mut self) -> Option<LongSegments> {
         self.long.take()
@@ -270,14 +273,14 @@ impl Chain {
         self.totals.bytes
     }
 
-    /// The first readable byte, where requests have their header.
+    /// The first readable byte. Requests have their header there.
     #[inline]
     #[must_use]
     pub fn first_readable(&self) -> Option<*mut u8> {
         (self.totals.readable > 0).then(|| self.segments[0].base())
     }
 
-    /// The first byte of the readable part, if that is one segment of `len` bytes.
+    /// The first byte of the readable part, if that part is one segment of `len` bytes.
     #[inline]
     #[must_use]
     pub fn lone_readable(&self, len: usize) -> Option<*mut u8> {
@@ -292,15 +295,16 @@ impl Chain {
         self.totals.writable_bytes()
     }
 
-    /// Whether the chain has a last writable byte.
+    /// Returns whether the chain has a last writable byte.
     #[inline]
     #[must_use]
     pub fn has_last_byte(&self) -> bool {
         self.totals.last_writable.is_some()
     }
 
-    /// Prefetches the first readable byte's line, and the last writable byte's line for writing: header
-    /// and status of most requests. Linux and most other drivers have both in one line.
+    /// Prefetches the line of the first readable byte, and the line of the last writable byte for
+    /// writing: header and status of most requests. With Linux and most other drivers, both are in
+    /// one line.
     #[inline]
     pub fn prefetch(&self) {
         if let Some(last) = self.totals.last_writable {
@@ -318,8 +322,8 @@ impl Chain {
     #[inline]
     pub fn write_last_byte(&self, value: u8) {
         if let Some(at) = self.totals.last_writable {
-            // SAFETY: a byte of guest memory that `push` has translated. The request's owner keeps the
-            // memory mapped until the request is done.
+            // SAFETY: a byte of guest memory that `push` has translated. The request's owner keeps
+            // the memory mapped until the request has completed.
             unsafe { at.write_volatile(value) };
         }
     }
@@ -341,26 +345,27 @@ impl Chain {
 pub struct Parts<'c> {
     /// The totals.
     pub totals: &'c mut Totals,
-    /// Readable segments, then writable ones, [`Totals::count`] in all. The rest is left over from
+    /// Readable segments, then writable ones, [`Totals::count`] in all. The rest is left from
     /// earlier chains.
     pub segments: &'c mut [Segment],
 }
 
 impl Parts<'_> {
-    /// Removes `N` bytes from the front of segment `first` and the ones after it, which have that many.
-    /// Returns the bytes, and the number of the segment that the rest begins with.
+    /// Removes `N` bytes from the front of the segments that begin with segment `first`. Returns
+    /// the bytes, and the number of the segment that the rest begins with.
     ///
     /// # Panics
-    /// The segments have fewer bytes.
+    /// The segments have fewer than `N` bytes.
     pub fn take_front<const N: usize>(&mut self, mut first: usize) -> ([u8; N], usize) {
         let mut bytes = [0; N];
         let mut got = 0;
         while got < N {
             let segment = &mut self.segments[first];
             let n = segment.len().min(N - got);
-            // SAFETY: `n` bytes of a segment: guest memory that is mapped while its chain is in use.
+            // SAFETY: `n` bytes of a segment, which is guest memory that stays mapped while its
+            // chain is in use.
             let piece: VolatileSlice<'_> = unsafe { VolatileSlice::new(segment.base(), n) };
-            piece.read_slice(&mut bytes[got..got + n], 0).expect("both are `n` bytes long");
+            piece.read_slice(&mut bytes[got..got + n], 0).expect("both have `n` bytes");
             got += n;
             if n == segment.len() {
                 first += 1;
@@ -371,8 +376,8 @@ impl Parts<'_> {
         (bytes, first)
     }
 
-    /// Removes the last byte from the writable segments, of which there is at least one. Returns the
-    /// number of the first writable segment, and how many there are.
+    /// Removes the last byte from the writable segments. There must be at least one. Returns the
+    /// number of the first writable segment, and the number of writable segments.
     #[inline]
     #[must_use]
     pub fn take_last_byte(&mut self) -> (usize, usize) {
@@ -385,8 +390,8 @@ impl Parts<'_> {
     }
 }
 
-/// Collects a chain into `segments`. Buffers that do not fit are visited only if `to_its_end`, to find
-/// the last writable byte and the end of the chain.
+/// Collects a chain into `segments`. Buffers that do not fit are visited only if `to_its_end`, to
+/// find the last writable byte and the end of the chain.
 #[inline(always)]
 fn collect_into<const N: usize, C: Chained>(
     segments: &mut [Segment; N],
@@ -400,7 +405,7 @@ fn collect_into<const N: usize, C: Chained>(
     let (whole, taken) =
         chain.walk(near, |near, buffer| totals.push(segments, near, buffer) || to_its_end);
     if !whole {
-        // The last byte that was found is not the chain's last.
+        // The chain's last byte is not known.
         totals.last_writable = None;
     }
     let malformed = totals.malformed || !whole || totals.count > N;
@@ -427,21 +432,21 @@ mod tests {
     }
 
     #[test]
-    fn buffers_that_lead_nowhere_count() {
+    fn buffers_outside_guest_memory_are_counted() {
         let memory = flat(0x1000);
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { memory.near(Nearest::default()) };
         let buffers = [Buffer { gpa: 0x1000, len: 16, write: false }; 5];
         let mut chain = Chain::default();
         chain.collect(&mut near, &buffers[..]);
         assert_eq!(chain.pieces(), 5);
-        chain.written(u64::MAX, |_, _| panic!("nothing is written"));
+        chain.written(u64::MAX, |_, _| panic!("no memory was written"));
     }
 
     #[test]
     fn a_readable_buffer_after_a_writable_one_is_refused() {
         let memory = flat(0x1000);
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { memory.near(Nearest::default()) };
         let of = |writes: [bool; 3]| writes.map(|write| Buffer { gpa: 0, len: 16, write });
         let mut chain = Chain::default();
@@ -455,16 +460,16 @@ mod tests {
     /// A buffer may cover all regions of a guest that has many small ones, and a chain may have as
     /// many buffers as there are descriptors.
     #[test]
-    fn a_chain_has_no_more_pieces_than_buffers_once_it_is_too_long() {
+    fn a_chain_that_is_too_long_has_at_most_one_segment_per_buffer() {
         let memory = pages(SLOTS_MAX);
         let len = 4096 * memory.regions() as u32;
         let buffers = vec![Buffer { gpa: 0, len, write: false }; 65536];
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { memory.near(Nearest::default()) };
         let mut chain = Chain::default();
         chain.collect(&mut near, &buffers[..]);
         assert!(chain.overflown());
-        assert!(chain.pieces() <= SEGMENTS_MAX + memory.regions(), "it is not walked to its end");
+        assert!(chain.pieces() <= SEGMENTS_MAX + memory.regions(), "the walk stops before the end");
         chain.collect_long(&mut near, &buffers[..], long_segments());
         assert!(chain.totals.malformed);
         assert!(chain.pieces() <= LONG_SEGMENTS_MAX + buffers.len(), "{}", chain.pieces());

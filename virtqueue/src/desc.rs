@@ -1,4 +1,4 @@
-//! Descriptors: one of them as the guest wrote it, tables of them, and what they describe.
+//! Descriptors, descriptor tables, and the buffers that descriptors describe.
 #![expect(unsafe_code, reason = "descriptors are shared with the guest")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,40 +6,40 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use guest_memory::Near;
 use vm_memory::VolatileSlice;
 
-/// Largest ring that is accepted: the most that virtio has (sections 2.7 and 2.8.10.1).
+/// Maximum size of a ring, the limit of virtio (sections 2.7 and 2.8.10.1).
 pub const RING_SIZE_MAX: u16 = 1 << 15;
 
-/// Descriptors that an indirect table may have, whatever the ring's size is. No driver may make it
-/// longer than the ring (section 2.7.5.3.1), but some do: header, status and 1,024 pieces of data
-/// are accepted.
+/// Maximum number of descriptors in an indirect table, for a ring of any size. A driver must not
+/// make a table longer than the ring (section 2.7.5.3.1), but some drivers do. The limit allows a
+/// header, a status and 1,024 pieces of data.
 pub(crate) const INDIRECT_MAX: u32 = 1026;
 
-/// Descriptors of the ring that a chain may have, in a ring of any size: several times what any driver
-/// makes, and few enough that reading them all costs neighbours nothing that they notice.
+/// Maximum number of ring descriptors in a chain, for a ring of any size. It is several times what
+/// any driver uses, and low enough that reading all of them does not delay neighbours noticeably.
 pub(crate) const CHAIN_MAX: u16 = 4096;
 
 pub(crate) const DESC_F_NEXT: u16 = 1;
 pub(crate) const DESC_F_WRITE: u16 = 2;
 pub(crate) const DESC_F_INDIRECT: u16 = 4;
-/// Bytes of a descriptor, in either layout.
+/// Size of a descriptor in bytes, in either layout.
 pub(crate) const DESC_BYTES: usize = 16;
 
-/// A descriptor as the guest wrote it. Split: `tag` is the next descriptor's index and `flags` come
-/// before it. Packed: `tag` is the buffer id, and `flags` come after it.
+/// A descriptor as the guest wrote it. In memory, a split ring's descriptor has `flags` before
+/// `tag`, and a packed ring's has `tag` before `flags`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Desc {
     /// Guest-physical address.
     pub addr: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u32,
     /// VIRTQ_DESC_F_*.
     pub flags: u16,
-    /// Split: next. Packed: buffer id.
+    /// Split: the index of the next descriptor. Packed: the buffer id.
     pub tag: u16,
 }
 
 impl Desc {
-    /// A split ring's, from its two words, little-endian.
+    /// Decodes a split ring's descriptor from its two little-endian words.
     #[inline]
     pub(crate) fn split((addr, rest): (u64, u64)) -> Self {
         let rest = u64::from_le(rest);
@@ -51,7 +51,7 @@ impl Desc {
         }
     }
 
-    /// A packed ring's, from its two words, little-endian.
+    /// Decodes a packed ring's descriptor from its two little-endian words.
     #[inline]
     pub(crate) fn packed(words: (u64, u64)) -> Self {
         let split = Self::split(words);
@@ -59,7 +59,7 @@ impl Desc {
     }
 }
 
-/// A descriptor table in guest memory that is mapped for as long as it is used.
+/// A descriptor table in guest memory. The memory stays mapped while the table is used.
 pub(crate) struct Table {
     pub(crate) desc: *const AtomicU64,
     /// Number of descriptors.
@@ -68,8 +68,8 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Opens the indirect table (sections 2.7.5.3 and 2.8.7) that `desc` of `self` names, which ends
-    /// the chain that it is in.
+    /// Opens the indirect table (sections 2.7.5.3 and 2.8.7) that `desc`, a descriptor of `self`,
+    /// points to. The chain ends with that table.
     #[inline]
     pub(crate) fn open(&self, near: &mut Near<'_>, desc: Desc) -> Result<Self, ChainError> {
         if self.indirect || desc.flags & DESC_F_NEXT != 0 {
@@ -87,62 +87,64 @@ impl Table {
         Ok(Self { desc: host.cast(), len, indirect: true })
     }
 
-    /// The two words of a descriptor.
+    /// Reads the two words of a descriptor.
     ///
     /// # Safety
-    /// The index is below the table's length.
+    /// The index is less than the table's length.
     #[inline]
     pub(crate) unsafe fn read(&self, index: u32) -> (u64, u64) {
         let at = self.desc.wrapping_add(2 * index as usize);
         if !at.is_aligned() {
-            // SAFETY: the caller says so.
-            return unsafe { Self::read_odd(at.cast_mut().cast()) };
+            // SAFETY: the caller guarantees that the index is less than the table's length.
+            return unsafe { Self::read_unaligned(at.cast_mut().cast()) };
         }
-        // SAFETY: the table has `len` descriptors; this one is aligned to its words.
+        // SAFETY: the table has `len` descriptors, and this one is aligned for its words.
         let first = unsafe { &*at };
         // SAFETY: as above: a descriptor has two words.
         let second = unsafe { &*at.wrapping_add(1) };
         (first.load(Ordering::Relaxed), second.load(Ordering::Relaxed))
     }
 
-    /// No driver does so, but an indirect table may lie anywhere (section 2.7.5.3).
+    /// Reads an unaligned descriptor. No driver creates one, but an indirect table may have any
+    /// address (section 2.7.5.3).
     ///
     /// # Safety
-    /// `at` is a descriptor in guest memory.
+    /// `at` is the address of a descriptor in guest memory.
     #[cold]
-    unsafe fn read_odd(at: *mut u8) -> (u64, u64) {
+    unsafe fn read_unaligned(at: *mut u8) -> (u64, u64) {
         let mut words = [0; 2];
-        // SAFETY: the caller says so.
+        // SAFETY: the caller guarantees that `at` is the address of a descriptor.
         let slice: VolatileSlice<'_> = unsafe { VolatileSlice::new(at, DESC_BYTES) };
         slice.copy_to(&mut words[..]);
         (words[0], words[1])
     }
 }
 
-/// One buffer of a chain. Not checked against guest memory.
+/// One buffer of a chain. Its address is not checked against guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Guest-physical address.
     pub gpa: u64,
-    /// Length in bytes; may be zero.
+    /// Length in bytes. May be zero.
     pub len: u32,
-    /// Whether it is ours to write (and not to read).
+    /// Whether the device may write the buffer. Otherwise, it may only read it.
     pub write: bool,
 }
 
-/// What is wrong with a chain.
+/// The defect of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChainError {
     /// A descriptor index is out of range.
     Index,
-    /// More descriptors than the table has, or than a chain may have.
+    /// The chain has more descriptors than the table, or more than the limit.
     Loop,
-    /// Whoever looked at it wanted no more.
-    Left,
-    /// An indirect table within another, or one that does not end its chain.
+    /// The visitor stopped the walk.
+    Stopped,
+    /// An indirect table is inside another one, or does not end its chain.
     NestedIndirect,
-    /// An indirect table that is empty, no multiple of a descriptor, or too long.
+    /// The length of an indirect table is zero, not a multiple of a descriptor's size, or too
+    /// large.
     IndirectLength,
-    /// An indirect table that is not in guest memory.
+    /// An indirect table is not in guest memory.
     Address,
 }

@@ -1,10 +1,10 @@
-//! In-flight tracking: which requests a queue has taken and not finished, in memory that outlives
-//! this process ("Inflight I/O tracking" in the vhost-user specification).
+//! In-flight tracking: records the requests that a queue has taken and not completed, in memory
+//! that outlives this process ("Inflight I/O tracking" in the vhost-user specification).
 //!
-//! An [`Area`] belongs to a front end, which hands it to every process that serves it: to this one,
-//! to the next, and to SPDK's. A [`Tracker`] keeps one queue's part of it, of which `split` and
-//! `packed` have the format and the steps. The process may be killed between any two stores, so
-//! the order of stores is what matters there; nothing read from an area is trusted.
+//! An [`Area`] belongs to a front end, which passes it to every process that serves it: this one,
+//! the next one, and SPDK's. A [`Tracker`] writes one queue's part of it. The modules `split` and
+//! `packed` have the format of that part, and the order of the stores. The order matters, because
+//! the process may be killed between any two stores. Nothing read from an area is trusted.
 #![expect(unsafe_code, reason = "the area is shared with the front end")]
 
 #[cfg(test)]
@@ -28,57 +28,57 @@ use crate::desc::{Desc, RING_SIZE_MAX};
 
 use region::Region;
 
-/// Virtqueues that a device may have: what rte_vhost answers to GET_QUEUE_NUM.
+/// Maximum number of virtqueues of a device: rte_vhost's reply to GET_QUEUE_NUM.
 pub const QUEUES_MAX: u16 = 128;
 
-/// The most that an area may need: 128 queues of 4,096 packed descriptors of 32 bytes, or 16 of
-/// 32,768, and what each queue's part begins with. The thread that serves every VM begins it, which
-/// is some milliseconds for so much.
+/// Maximum size of an area: 128 queues of 4,096 packed descriptors of 32 bytes, or 16 queues of
+/// 32,768, and the header of each queue's part. The thread that serves every VM initialises the
+/// area, which takes some milliseconds for this size.
 const AREA_BYTES_MAX: u64 = (16 << 20) + QUEUES_MAX as u64 * REGION_ALIGN_BYTES;
-/// Queues' parts begin at multiples of it, as rte_vhost and libvhost-user have it.
+/// Alignment of a queue's part, as in rte_vhost and libvhost-user.
 const REGION_ALIGN_BYTES: u64 = 64;
-/// The one version of the format that there is.
+/// The only version of the format.
 const VERSION: u16 = 1;
 
-/// What GET_INFLIGHT_FD and SET_INFLIGHT_FD say of an area.
+/// The description of an area in GET_INFLIGHT_FD and SET_INFLIGHT_FD.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AreaSpec {
-    /// Its length in bytes.
+    /// Length of the area in bytes.
     pub mmap_size: u64,
-    /// Where it begins in its file.
+    /// Offset of the area in its file.
     pub mmap_offset: u64,
-    /// Queues that it has room for.
+    /// Number of queues that the area has room for.
     pub num_queues: u16,
-    /// Descriptors of each of them.
+    /// Number of descriptors of each queue.
     pub queue_size: u16,
 }
 
 /// Why an area was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// no queue or no descriptor, or more than there can be
+    /// the number of queues or descriptors is zero or too large
     #[error("invalid in-flight area: {0} queues of {1} descriptors")]
     Count(u16, u16),
-    /// it begins at an odd place in its file
+    /// the offset in the file is not aligned
     #[error("invalid in-flight area: offset {0:#x} is not a multiple of {REGION_ALIGN_BYTES}")]
     Alignment(u64),
-    /// shorter than its queues need
+    /// the area is shorter than its queues need
     #[error("in-flight area is too short: {have} bytes, its queues need {want}")]
     Short {
-        /// Its length.
+        /// Length of the area.
         have: u64,
-        /// What its queues need.
+        /// Length that the queues need.
         want: u64,
     },
-    /// the file does not do
+    /// the file is invalid or could not be mapped
     #[error("in-flight area: {0}")]
     File(#[from] FileError),
-    /// the system has no memory to share
+    /// the area's file could not be created
     #[error("in-flight area: {0}")]
     System(#[from] io::Error),
 }
 
-/// An in-flight area, mapped.
+/// A mapped in-flight area.
 #[derive(Debug)]
 pub struct Area {
     file: SharedFile,
@@ -87,12 +87,13 @@ pub struct Area {
 }
 
 impl Area {
-    /// Makes an area for GET_INFLIGHT_FD. The fd is for the front end, which hands it back with
-    /// SET_INFLIGHT_FD. It may ask for any number of them: so an area is all zeroes, which is
-    /// "uninitialized" in the specification, and takes no memory before a queue begins with it.
+    /// Creates an area for GET_INFLIGHT_FD. The fd is for the front end, which sends it back with
+    /// SET_INFLIGHT_FD. The area is all zeroes, "uninitialized" in the specification, and uses no
+    /// memory before a queue initialises its part. A front end may therefore request any number of
+    /// areas.
     ///
     /// # Errors
-    /// Counts out of range, or no memory.
+    /// A count is out of range, or a system call failed.
     pub fn create(
         num_queues: u16,
         queue_size: u16,
@@ -100,25 +101,25 @@ impl Area {
     ) -> Result<(AreaSpec, OwnedFd), Error> {
         let mmap_size = area_bytes(num_queues, queue_size, packed)?;
         let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        // SAFETY: a plain system call with a constant name.
+        // SAFETY: a system call with a constant name.
         let fd = unsafe { libc::memfd_create(c"vhost-inflight".as_ptr(), flags) };
         if fd < 0 {
             return Err(io::Error::last_os_error().into());
         }
-        // SAFETY: the fd was just made and nobody else owns it.
+        // SAFETY: the fd is new, and this is its only owner.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(mmap_size)?;
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: the fd is open. A file that cannot be sealed does as well.
+        // SAFETY: the fd is open. An unsealed file works too, so an error is ignored.
         unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) };
         Ok((AreaSpec { mmap_size, mmap_offset: 0, num_queues, queue_size }, file.into()))
     }
 
-    /// Maps the area of SET_INFLIGHT_FD. It may come before the features that say whether rings are
-    /// packed: how it is read, and whether that has room, is seen when one starts.
+    /// Maps the area of SET_INFLIGHT_FD. The message may come before the features that determine
+    /// the layout of the rings. The room for that layout is therefore checked when a ring starts.
     ///
     /// # Errors
-    /// Counts out of range, or a file that does not do.
+    /// A count is out of range, or the file is invalid.
     pub fn map(spec: AreaSpec, fd: &ForeignFd, unmapper: &Unmapper) -> Result<Self, Error> {
         let want = area_bytes(spec.num_queues, spec.queue_size, false)?;
         if spec.mmap_size < want {
@@ -132,25 +133,26 @@ impl Area {
         Ok(Self { file, spec, used: AtomicBool::new(false) })
     }
 
-    /// Whether a queue has begun with it: then it is for rings of that one's layout.
+    /// Returns whether a queue has used the area. From then on, the area is only for rings of that
+    /// queue's layout.
     #[must_use]
     pub fn was_used(&self) -> bool {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Descriptors of each queue.
+    /// Number of descriptors of each queue.
     #[must_use]
     pub fn queue_size(&self) -> u16 {
         self.spec.queue_size
     }
 
-    /// Queues that it has room for.
+    /// Number of queues that the area has room for.
     #[must_use]
     pub fn num_queues(&self) -> u16 {
         self.spec.num_queues
     }
 
-    /// The part of a queue of `size`, if there is one.
+    /// The part of a queue of `size` descriptors, if the area has room for it.
     fn region(self: &Arc<Self>, queue: usize, size: u16, packed: bool) -> Option<Region> {
         let AreaSpec { num_queues, queue_size, .. } = self.spec;
         let fits = queue < num_queues.into() && (1..=queue_size).contains(&size);
@@ -160,18 +162,19 @@ impl Area {
         }
         self.used.store(true, Ordering::Relaxed);
         let bytes = region_bytes(queue_size, packed) as usize;
-        // SAFETY: there is room for so many queues, and `map` has found an alignment of 64 bytes.
+        // SAFETY: the area has room for the queue's part, and `map` checked its alignment to 64
+        // bytes.
         Some(unsafe { Region::new(Arc::clone(self), queue * bytes, bytes) })
     }
 }
 
-/// Bytes of a queue's part.
+/// Size of a queue's part in bytes.
 fn region_bytes(queue_size: u16, packed: bool) -> u64 {
     let bytes = if packed { packed::bytes(queue_size) } else { split::bytes(queue_size) };
     (bytes as u64).next_multiple_of(REGION_ALIGN_BYTES)
 }
 
-/// Bytes that so many queues need.
+/// Size of an area in bytes.
 fn area_bytes(num_queues: u16, queue_size: u16, packed: bool) -> Result<u64, Error> {
     let bytes = u64::from(num_queues) * region_bytes(queue_size, packed);
     let counts =
@@ -183,46 +186,49 @@ fn area_bytes(num_queues: u16, queue_size: u16, packed: bool) -> Result<u64, Err
     }
 }
 
-/// Where a queue goes on, and what it has to do again first.
+/// Where a queue continues after a restart, and which requests it has to submit again first.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Recovery {
-    /// Position of the used ring to go on at.
+    /// Position of the used ring to continue at.
     pub used: u16,
-    /// Position of the available ring to go on at: after what is to be done again.
+    /// Position of the available ring to continue at, after the chains of `again`.
     pub last_avail: u16,
-    /// Entries to be done again, oldest first. Split: heads. Packed: entries of the area. They are
-    /// tracked already: they are put when they are done, and not fetched again.
+    /// Entries to submit again, oldest first. Split: heads. Packed: entries of the area. They are
+    /// tracked already: call [`Tracker::put`] when they complete, and do not call `fetched` again.
     pub again: Vec<u16>,
-    /// What was wrong with the area, if anything was: then requests may be done twice or not at all.
+    /// The damage that was found in the area, if any. Requests may then be done twice or not at
+    /// all.
     pub damage: Option<Damage>,
 }
 
-/// What is wrong with an area's contents. Nobody but the front end and its back ends writes there.
+/// Damage in an area's contents. Only the front end and its back ends write there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
-    /// of a version that is not known; it was begun anew
-    #[error("in-flight area of version {0}: begun anew")]
+    /// the version is unknown; the part was initialised again
+    #[error("in-flight area: unknown version {0}, initialised again")]
     Version(u16),
-    /// split: the last batch is none. rte_vhost leaves it so when it begins an area on a ring that
-    /// was in use; it was passed over
-    #[error("in-flight area: its last batch is of {0} requests and cannot be told; passed over")]
+    /// split: the last batch is inconsistent, and was ignored. rte_vhost leaves it in this state
+    /// when it initialises an area for a ring that was in use
+    #[error("in-flight area: the last batch of {0} requests is inconsistent, ignored")]
     LastBatch(u16),
-    /// a request at a descriptor that the ring does not have was dropped
-    #[error("in-flight area: request {0} is outside of the ring; dropped")]
+    /// a request's descriptor is outside of the ring; the request was dropped
+    #[error("in-flight area: request {0} is outside of the ring, dropped")]
     Outside(u16),
-    /// packed: a position outside of the ring; it was begun anew
-    #[error("in-flight area: position {0:#x} is outside of the ring; begun anew")]
+    /// packed: a position is outside of the ring; the part was initialised again
+    #[error("in-flight area: position {0:#x} is outside of the ring, initialised again")]
     Position(u16),
-    /// packed: a request's descriptors are no chain, or more than the ring has; it was begun anew
-    #[error("in-flight area: request {0} is no chain; begun anew")]
+    /// packed: a request's descriptors are not a chain, or are more than the ring has; the part was
+    /// initialised again
+    #[error("in-flight area: request {0} is not a valid chain, initialised again")]
     Chain(u16),
 }
 
-/// The tracking of one queue, kept by its owner.
+/// The tracker of one queue, which the queue's owner uses.
 ///
-/// Every chain that is taken is fetched here, in the order of the ring, before it is submitted or
-/// put, also one that is answered on the spot: where the ring goes on is counted from them. Nothing
-/// is fetched or put between [`Tracker::publishing`] and [`Tracker::published`].
+/// The owner must report every chain that it takes with a `fetched` call, in the order of the ring,
+/// before it submits or puts the chain. This includes chains that complete immediately, because the
+/// position of the available ring is computed from these calls. Between [`Tracker::publishing`] and
+/// [`Tracker::published`], no chain is fetched or put.
 #[derive(Debug)]
 pub struct Tracker(Format);
 
@@ -233,8 +239,8 @@ enum Format {
 }
 
 impl Tracker {
-    /// Begins to track a split queue whose used index, in its ring, is `used_idx`.
-    /// `None` if the area has no room for it.
+    /// Begins to track a split queue. `used_idx` is the used index in its ring. Returns `None` if
+    /// the area has no room for the queue.
     #[must_use]
     pub fn split(
         area: &Arc<Area>,
@@ -247,9 +253,9 @@ impl Tracker {
         Some((Self(Format::Split(split)), recovery))
     }
 
-    /// Begins to track a packed queue. `base` is the position that the front end gave, which counts
-    /// if the area is fresh; `flags` reads the flags of the descriptor at a position's index.
-    /// `None` if the area has no room for it, or if `base` is outside of the ring.
+    /// Begins to track a packed queue. `base` is the front end's position, which is used if the
+    /// area is uninitialised. `flags` reads the flags of the descriptor at a position. Returns
+    /// `None` if the area has no room for the queue, or if `base` is outside of the ring.
     #[must_use]
     pub fn packed(
         area: &Arc<Area>,
@@ -263,7 +269,7 @@ impl Tracker {
         Some((Self(Format::Packed(packed)), recovery))
     }
 
-    /// Split: the chain at `head` was taken from the available ring and is about to be submitted.
+    /// Split: the chain at `head` was taken from the available ring and will be submitted next.
     #[inline]
     pub fn fetched(&mut self, head: u16) {
         if let Format::Split(split) = &mut self.0 {
@@ -271,8 +277,9 @@ impl Tracker {
         }
     }
 
-    /// Packed: the chain of `descs`, in the ring's order, was taken and is about to be submitted.
-    /// Answers with its entry, `None` if the area's free list is broken or used up.
+    /// Packed: a chain of the descriptors `descs`, in the order of the ring, was taken and will be
+    /// submitted next. Returns its entry, or `None` if the area's free list is corrupt or
+    /// exhausted.
     #[inline]
     pub fn fetched_packed(&mut self, descs: impl Iterator<Item = Desc>) -> Option<u16> {
         match &mut self.0 {
@@ -281,7 +288,7 @@ impl Tracker {
         }
     }
 
-    /// The request of `entry` (split: head) was put into the used ring, not yet published.
+    /// The request of `entry` (split: head) was put into the used ring, but not published.
     #[inline]
     pub fn put(&mut self, entry: u16) {
         match &mut self.0 {
@@ -290,7 +297,7 @@ impl Tracker {
         }
     }
 
-    /// Everything put is about to be published; the next position will be `used`.
+    /// All requests that were put will be published next. The next position is then `used`.
     #[inline]
     pub fn publishing(&mut self, used: u16) {
         match &mut self.0 {
@@ -299,7 +306,7 @@ impl Tracker {
         }
     }
 
-    /// Everything put has been published, and the next position is `used`.
+    /// All requests that were put have been published, and the next position is `used`.
     #[inline]
     pub fn published(&mut self, used: u16) {
         match &mut self.0 {
@@ -308,8 +315,8 @@ impl Tracker {
         }
     }
 
-    /// Packed: calls `visit` with the descriptors of an entry that is to be done again, in order.
-    /// `false` if the entry is not in order.
+    /// Packed: calls `visit` with the descriptors of an entry to submit again, in order. Returns
+    /// false if the entry is inconsistent.
     #[must_use]
     pub fn descs(&self, entry: u16, visit: impl FnMut(Desc)) -> bool {
         match &self.0 {
@@ -319,8 +326,9 @@ impl Tracker {
     }
 }
 
-/// The entries that were put since the last publication. Entries of a queue in order differ from one
-/// another, so that there is room for all; what a guest or a front end has there twice is its own loss.
+/// The entries that were put since the last publication. The entries of a consistent queue are
+/// distinct, so that there is room for all. If a guest or a front end causes duplicates, some are
+/// not recorded, which harms only that guest.
 #[derive(Debug)]
 struct Batch(Vec<u16>);
 
@@ -337,8 +345,8 @@ impl Batch {
     }
 }
 
-/// Sorts what is to be done again, and says which counter comes next.
-fn in_order(mut again: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
+/// Sorts the requests to submit again. Returns their entries, and the next counter.
+fn sort_by_counter(mut again: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
     again.sort_unstable();
     let next = again.last().map_or(0, |&(counter, _)| counter.wrapping_add(1));
     (again.into_iter().map(|(_, entry)| entry).collect(), next)

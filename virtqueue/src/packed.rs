@@ -12,74 +12,75 @@ use crate::desc::{
     RING_SIZE_MAX, Table,
 };
 use crate::inflight::Tracker;
-use crate::ring::{Chained, Look, Ring, RingAddrs, RingError, part};
+use crate::ring::{Chained, Ring, RingAddrs, RingError, RingHint, part};
 
-/// Of a position: its wrap counter, which is 1 in the first round.
+/// The wrap counter of a position. It is 1 in the first round.
 const WRAP: u16 = 1 << 15;
-/// Whose a descriptor is: available if these two differ and the first is the position's wrap
-/// counter, used if both are.
+/// The two flags that determine who owns a descriptor. It is available if they differ and AVAIL
+/// equals the position's wrap counter. It is used if both equal the wrap counter.
 const DESC_F_AVAIL: u16 = 1 << 7;
 const DESC_F_USED: u16 = 1 << 15;
 const DESC_F_STATE: u16 = DESC_F_AVAIL | DESC_F_USED;
-/// Of an event suppression structure (section 2.8.14), whose flags are two bits.
+/// Flags of an event suppression structure (section 2.8.14), two bits.
 const EVENTS_ENABLE: u16 = 0;
 const EVENTS_DISABLE: u16 = 1;
 const EVENTS_DESC: u16 = 2;
 const EVENTS_MASK: u16 = 3;
 
-/// A packed ring in our mapping of the guest's memory.
+/// A packed ring in guest memory, as this process maps it.
 ///
-/// The guest writes there whenever it likes, so each field is an atomic, loaded once where it is
-/// used. Positions out of range are brought into it before they become addresses.
+/// The guest may write there at any time, so each field is an atomic, and is loaded once for each
+/// use. Positions out of range are clamped before they become addresses.
 #[derive(Debug)]
 pub struct PackedRing {
     size: u16,
     event_idx: bool,
     /// `size` descriptors of two words each.
     desc: *const AtomicU64,
-    /// The driver's event suppression: a position and flags.
+    /// The driver's event suppression structure: a position and flags.
     driver: *const AtomicU32,
-    /// Ours.
+    /// The device's event suppression structure.
     device: *const AtomicU32,
-    /// Where the parts are for the guest.
+    /// Guest-physical addresses of the parts.
     addrs: RingAddrs,
 }
 
-// SAFETY: addresses in guest memory, which is only accessed as atomics; who may do so is settled by
-// the queue's single owner.
+// SAFETY: addresses in guest memory, which is only accessed as atomics. The queue's single owner
+// determines who accesses it.
 unsafe impl Send for PackedRing {}
 // SAFETY: as above.
 unsafe impl Sync for PackedRing {}
 
-/// A chain that was walked.
+/// The result of a walk over a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
-    /// Its buffer id, below the ring's size.
+    /// The buffer id, less than the ring's size.
     pub id: u16,
-    /// Descriptors of the ring that it has taken.
+    /// Number of ring descriptors in the chain.
     pub span: u16,
-    /// What is wrong with it, if anything is; the walk has seen the part before the defect.
+    /// The defect, if the chain has one or was not walked to its end. The walk has seen the part
+    /// before the defect.
     pub defect: Option<ChainError>,
 }
 
-/// The flags of a descriptor that is used at `position`.
+/// The ownership flags of a used descriptor at `position`.
 #[inline]
 fn used(position: u16) -> u16 {
-    // All ones or all zeroes, from the wrap counter at the top.
+    // All ones or all zeroes, by shifting the wrap counter from the highest bit.
     (position.cast_signed() >> 15).cast_unsigned() & DESC_F_STATE
 }
 
-/// The flags of a descriptor that is available at `position`.
+/// The ownership flags of an available descriptor at `position`.
 #[inline]
 fn available(position: u16) -> u16 {
     used(position) ^ DESC_F_USED
 }
 
 impl PackedRing {
-    /// Checks the ring's parts and finds them in `memory`.
+    /// Validates the ring's addresses against `memory`, and creates the ring.
     ///
     /// # Errors
-    /// A size or an address that does not do.
+    /// The size or an address is invalid.
     ///
     /// # Safety
     /// `memory` outlives the ring.
@@ -103,7 +104,7 @@ impl PackedRing {
         })
     }
 
-    /// Addresses and lengths of its parts.
+    /// Addresses and lengths of the ring's parts.
     pub(crate) fn parts(size: u16, addrs: RingAddrs) -> [(u64, usize); 3] {
         [(addrs.desc, DESC_BYTES * usize::from(size)), (addrs.avail, 4), (addrs.used, 4)]
     }
@@ -114,28 +115,30 @@ impl PackedRing {
         self.size
     }
 
-    /// Whether `position` is one of this ring: what a front end says need not be.
+    /// Returns whether `position` is in range for this ring. A position from the front end may not
+    /// be.
     #[must_use]
     pub fn valid(&self, position: u16) -> bool {
         position & !WRAP < self.size
     }
 
-    /// The index of a descriptor. For a position that is not valid, some descriptor's.
+    /// The descriptor index of a position, clamped to the ring.
     #[inline]
     fn at(&self, position: u16) -> usize {
         usize::from((position & !WRAP).min(self.size - 1))
     }
 
-    /// A descriptor's words: its address; its length, buffer id and flags.
+    /// One of a descriptor's two words. Word 0 is the address. Word 1 is length, buffer id and
+    /// flags.
     #[inline]
     fn word(&self, position: u16, word: usize) -> &AtomicU64 {
         debug_assert!(word < 2);
         // SAFETY: `new` found `size` descriptors at this aligned address, in memory that outlives
-        // the ring, and the index is below that.
+        // the ring, and the index is less than `size`.
         unsafe { &*self.desc.wrapping_add(2 * self.at(position) + word) }
     }
 
-    /// Where a descriptor's flags are: the last of its eight half-words.
+    /// The cell of a descriptor's flags, the last of its eight half-words.
     #[inline]
     fn flags_cell(&self, position: u16) -> &AtomicU16 {
         let halves = self.desc.cast::<AtomicU16>();
@@ -147,11 +150,11 @@ impl PackedRing {
     #[inline]
     #[must_use]
     pub fn flags(&self, position: u16) -> u16 {
-        // Acquire: the rest of the descriptor and of its chain is read after it.
+        // Acquire: the rest of the descriptor and of its chain is read after the flags.
         u16::from_le(self.flags_cell(position).load(Ordering::Acquire))
     }
 
-    /// The descriptor at `position`, as the guest has it now.
+    /// Reads the descriptor at `position`.
     #[inline]
     #[must_use]
     pub fn desc(&self, position: u16) -> Desc {
@@ -159,28 +162,28 @@ impl PackedRing {
         Desc::packed((word(0), word(1)))
     }
 
-    /// How many descriptors `to` is after `from`: less than twice the size.
+    /// Number of descriptors from `from` up to `to`, less than twice the size.
     #[inline]
     fn distance(&self, from: u16, to: u16) -> u32 {
         let size = u32::from(self.size);
-        // Two rounds, the one with the wrap counter at 1 first.
+        // Counts through two rounds: first the one with the wrap counter at 1, then the other.
         let place = |position: u16| {
             u32::from(position & !WRAP) + if position & WRAP != 0 { 0 } else { size }
         };
         let (from, to) = (place(from), place(to));
         let round = if to < from { 2 * size } else { 0 };
-        // Of positions that are not valid, anything may come out.
+        // Wrapping, because positions may be out of range. The result is then meaningless.
         to.wrapping_sub(from).wrapping_add(round)
     }
 
-    /// Descriptors from `from` up to `to`, which is no more than there are.
+    /// Number of descriptors from `from` up to `to`, limited to the ring's size.
     #[inline]
     fn count(&self, from: u16, to: u16) -> u16 {
         self.distance(from, to).min(self.size.into()) as u16
     }
 
-    /// Makes the descriptors from `from` up to `to` look available again, which an earlier process
-    /// may have marked as used without having published them. All of them are ours.
+    /// Marks the descriptors from `from` up to `to` as available again. An earlier process may have
+    /// marked them as used without publishing them. The device must own all of them.
     pub fn take_back(&self, from: u16, to: u16) {
         let mut position = from;
         for _ in 0..self.count(from, to) {
@@ -191,21 +194,23 @@ impl PackedRing {
         }
     }
 
-    /// How many descriptors at `position` may be the driver's, if it has been given back everything
-    /// up to `published`.
+    /// Maximum number of descriptors that the driver can have made available at `position`, if
+    /// everything up to `published` was returned to it.
     #[inline]
     #[must_use]
     pub fn room(&self, published: u16, position: u16) -> u16 {
         self.size - self.count(published, position)
     }
 
-    /// Walks the chain at `position`, which is available, calling `visit` with each buffer in order,
-    /// until it says that it wants no more.
+    /// Walks the available chain at `position`. Calls `visit` with each buffer in order, until
+    /// `visit` returns false.
     ///
-    /// Each descriptor is read once. The walk ends after `room` of them, or as many as a chain may have.
+    /// Each descriptor is read once. The walk ends after `room` descriptors, or as many as a chain
+    /// may have.
     ///
     /// # Errors
-    /// Nobody knows where the next chain begins: the ring cannot be used any more.
+    /// The chain has no end within that limit, or its buffer id is invalid. The position of the
+    /// next chain is unknown, so the ring cannot be used any longer.
     #[inline]
     pub fn walk(
         &self,
@@ -220,13 +225,14 @@ impl PackedRing {
         let (mut id, mut span) = (0, 0);
         loop {
             left = left.checked_sub(1).ok_or(RingError::Chain(position))?;
-            // SAFETY: in the ring it begins below the size and goes round there; in a table it
-            // begins at 0, and as many are left as the table has.
+            // SAFETY: in the ring, the index begins below the size and wraps there. In an indirect
+            // table, it begins at 0, and `left` ends the walk at the end of the table.
             let desc = Desc::packed(unsafe { table.read(index) });
             let mut more = desc.flags & DESC_F_NEXT != 0;
             let mut defect = None;
             if table.indirect {
-                // One after the other: of a table's flags only WRITE means anything (2.8.7).
+                // The descriptors of a table are consecutive. Of their flags, only WRITE has a
+                // meaning (section 2.8.7).
                 more = left > 0;
             } else {
                 span += 1;
@@ -249,7 +255,7 @@ impl PackedRing {
             }
             let write = desc.flags & DESC_F_WRITE != 0;
             if !visit(near, Buffer { gpa: desc.addr, len: desc.len, write }) {
-                return self.taken(position, Taken { id, span, defect: Some(ChainError::Left) });
+                return self.taken(position, Taken { id, span, defect: Some(ChainError::Stopped) });
             }
             if !more {
                 return self.taken(position, Taken { id, span, defect: None });
@@ -261,14 +267,14 @@ impl PackedRing {
         }
     }
 
-    /// Checks the buffer id of a chain at `position`.
+    /// Validates the buffer id of a chain at `position`.
     #[inline]
     fn taken(&self, position: u16, taken: Taken) -> Result<Taken, RingError> {
         if taken.id < self.size { Ok(taken) } else { Err(RingError::Chain(position)) }
     }
 
-    /// Where a chain at `position` ends of which `span` descriptors were read, and more follow: its
-    /// buffer id and span.
+    /// Finds the end of a chain at `position`, after its first `span` descriptors. Returns its
+    /// buffer id and its span.
     #[cold]
     fn find_end(&self, position: u16, room: u16, span: u16) -> Result<(u16, u16), RingError> {
         for n in span..room {
@@ -280,8 +286,8 @@ impl PackedRing {
         Err(RingError::Chain(position))
     }
 
-    /// Calls `visit` with each buffer of a chain whose descriptors were kept elsewhere, as
-    /// [`PackedRing::walk`] would.
+    /// Walks a chain from a copy of its descriptors. Calls `visit` with each buffer of one
+    /// descriptor, as [`PackedRing::walk`] does.
     ///
     /// # Errors
     /// The chain is malformed; `visit` has seen the part before the defect.
@@ -292,37 +298,40 @@ impl PackedRing {
         desc: Desc,
         mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> Result<(), ChainError> {
-        let mut see = |near: &mut Near<'_>, desc: Desc| {
+        let mut visit_desc = |near: &mut Near<'_>, desc: Desc| {
             let write = desc.flags & DESC_F_WRITE != 0;
             let more = visit(near, Buffer { gpa: desc.addr, len: desc.len, write });
-            if more { Ok(()) } else { Err(ChainError::Left) }
+            if more { Ok(()) } else { Err(ChainError::Stopped) }
         };
         if desc.flags & DESC_F_INDIRECT == 0 {
-            return see(near, desc);
+            return visit_desc(near, desc);
         }
         let ring = Table { desc: self.desc, len: self.size.into(), indirect: false };
         let table = ring.open(near, desc)?;
-        // One after the other: of a table's flags only WRITE means anything (section 2.8.7).
+        // The descriptors of a table are consecutive. Of their flags, only WRITE has a meaning
+        // (section 2.8.7).
         for index in 0..table.len {
-            // SAFETY: the index is below the table's length.
-            see(near, Desc::packed(unsafe { table.read(index) }))?;
+            // SAFETY: the index is less than the table's length.
+            visit_desc(near, Desc::packed(unsafe { table.read(index) }))?;
         }
         Ok(())
     }
 
-    /// The driver's event suppression: position and flags, written together or in this order.
+    /// The driver's event suppression: position and flags. The driver writes them together, or in
+    /// this order.
     #[inline]
     fn driver_events(&self) -> (u16, u16) {
-        // SAFETY: `new` found it at this aligned address, in memory that outlives the ring.
+        // SAFETY: `new` found the structure at this aligned address, in memory that outlives the
+        // ring.
         let events = unsafe { &*self.driver }.load(Ordering::Relaxed);
         let events = u32::from_le(events);
         (events as u16, (events >> 16) as u16)
     }
 
-    /// Writes ours.
+    /// Writes the device's event suppression.
     fn set_device_events(&self, position: u16, flags: u16) {
         let events = u32::from(position) | u32::from(flags) << 16;
-        // SAFETY: as for the driver's.
+        // SAFETY: as for the driver's structure.
         let cell = unsafe { &*self.device };
         cell.store(events.to_le(), Ordering::Relaxed);
     }
@@ -333,14 +342,14 @@ impl PackedRing {
     }
 }
 
-/// The chain at a position of a packed ring, which is available.
+/// The available chain at a position of a packed ring.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedChain<'r> {
     /// The ring.
     pub ring: &'r PackedRing,
-    /// Where it begins.
+    /// The position of its first descriptor.
     pub position: u16,
-    /// The most descriptors that it may have: see [`PackedRing::room`].
+    /// Maximum number of its descriptors: visit_desc [`PackedRing::room`].
     pub room: u16,
 }
 
@@ -358,19 +367,20 @@ impl Chained for PackedChain<'_> {
     }
 }
 
-/// A chain whose descriptors the in-flight area has kept, as the ring's may be overwritten.
+/// A chain whose descriptors are kept in the in-flight area. The ring's copy may have been
+/// overwritten.
 #[derive(Clone, Copy, Debug)]
 pub struct KeptChain<'r> {
-    /// The ring that it was in.
+    /// The ring that the chain was in.
     pub ring: &'r PackedRing,
-    /// Who has kept it.
+    /// The tracker that has kept the chain.
     pub tracker: &'r Tracker,
-    /// What it is called there.
+    /// The chain's entry in the in-flight area.
     pub entry: u16,
 }
 
 impl Chained for KeptChain<'_> {
-    /// Its buffer id and the descriptors that it has taken; `None` if the area makes no sense.
+    /// Its buffer id and its span. `None` if the in-flight area is inconsistent.
     type Taken = Option<(u16, u16)>;
 
     fn walk(
@@ -379,14 +389,15 @@ impl Chained for KeptChain<'_> {
         mut visit: impl FnMut(&mut Near<'_>, Buffer) -> bool,
     ) -> (bool, Self::Taken) {
         let (mut whole, mut ended, mut id, mut span) = (true, false, 0, 0);
-        let known = self.tracker.descs(self.entry, |desc| {
-            // A table ends a chain, as a defect does: a table for each descriptor would take seconds.
+        let consistent = self.tracker.descs(self.entry, |desc| {
+            // A table or a defect ends the walk. A chain with a table for each descriptor would
+            // take seconds.
             whole = whole && !ended && self.ring.walk_kept(near, desc, &mut visit).is_ok();
             ended = desc.flags & DESC_F_INDIRECT != 0;
             (id, span) = (desc.tag, span + 1);
         });
-        let sound = known && span > 0 && id < self.ring.size();
-        (whole, sound.then_some((id, span)))
+        let valid = consistent && span > 0 && id < self.ring.size();
+        (whole, valid.then_some((id, span)))
     }
 }
 
@@ -406,12 +417,12 @@ impl Ring for PackedRing {
     }
 
     #[inline]
-    fn look(&self, position: u16) -> Look {
+    fn hint(&self, position: u16) -> RingHint {
         let cell = self.flags_cell(position);
-        // Relaxed: whoever takes the chain loads it again.
+        // Relaxed: the flags are loaded again before the chain is taken.
         let seen = cell.load(Ordering::Relaxed);
         let due = u16::from_le(seen) & DESC_F_STATE == available(position);
-        Look { cell, seen, due }
+        RingHint { cell, seen, due }
     }
 
     #[inline]
@@ -419,17 +430,17 @@ impl Ring for PackedRing {
         cache::prefetch_read(self.desc.wrapping_add(2 * self.at(position)).cast());
     }
 
-    /// Nothing: that is where the driver looks, and taking the line away would only send it to and
-    /// fro.
+    /// Prefetches nothing: the driver polls that line, and taking it away early would only move it
+    /// back and forth.
     #[inline]
     fn prefetch_used(&self, _position: u16) {}
 
-    /// The driver looks at the batch in order, so it does not get beyond the first one before that
-    /// is marked as used.
+    /// The driver reads a batch in order, so it stops at the first chain until that one is marked
+    /// as used.
     #[inline]
     fn put_used(&self, from: u16, position: u16, id: u16, len: u32) {
         let state = if position == from { available(position) } else { used(position) };
-        // Without WRITE the length means nothing (section 2.8.4).
+        // Without WRITE, the length has no meaning (section 2.8.4).
         let flags = if len > 0 { state | DESC_F_WRITE } else { state };
         let rest = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
         self.word(position, 1).store(rest.to_le(), Ordering::Relaxed);
@@ -439,7 +450,8 @@ impl Ring for PackedRing {
     fn publish_used(&self, from: u16, _to: u16) {
         let cell = self.flags_cell(from);
         let write = u16::from_le(cell.load(Ordering::Relaxed)) & DESC_F_WRITE;
-        // Release: the rest of the batch and the data are seen before it.
+        // Release: the driver sees the rest of the batch and the data before the first descriptor's
+        // flags.
         cell.store((used(from) | write).to_le(), Ordering::Release);
     }
 
@@ -457,11 +469,11 @@ impl Ring for PackedRing {
         log.mark(self.addrs.used, 4);
     }
 
-    /// Section 2.8.10.
+    /// Virtio 1.2, section 2.8.10.
     #[inline]
     fn wants_call(&self, old: u16, new: u16) -> bool {
-        // As for a split ring: the flags were published before the driver's wish is read, and the
-        // driver looks at the flags after storing its wish.
+        // As for a split ring: the fence orders the publication of the flags before the load of the
+        // driver's event suppression, and the driver loads the flags after its store of that.
         full_fence();
         let (event, flags) = self.driver_events();
         match flags & EVENTS_MASK {

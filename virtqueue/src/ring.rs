@@ -1,5 +1,4 @@
-//! What both layouts of a virtqueue have in common: the trait [`Ring`], chains that can be walked,
-//! addresses, and errors.
+//! What both layouts of a virtqueue have in common: the trait [`Ring`], chains, addresses, errors.
 
 use std::sync::atomic::AtomicU16;
 
@@ -7,68 +6,71 @@ use guest_memory::{DirtyLog, GuestMemory, Near};
 
 use crate::desc::{Buffer, RING_SIZE_MAX};
 
-/// A virtqueue as its owner uses it, whichever layout it has.
+/// A virtqueue of either layout, as its owner uses it.
 ///
 /// A *position* is where a ring stands. Split: a free-running index. Packed: the index of a
 /// descriptor in the lower 15 bits, and the wrap counter in the highest. Only [`Ring::advance`]
-/// computes with positions.
+/// does arithmetic on positions.
 pub trait Ring {
-    /// The position `by` places further: split, so many chains; packed, so many descriptors.
+    /// Returns the position `by` chains (split) or `by` descriptors (packed) after `position`.
     fn advance(&self, position: u16, by: u16) -> u16;
 
-    /// How many chains wait at `position`, at least. Split: all that do. Packed: 0 or 1, as only a
-    /// chain's end tells where the next one begins.
+    /// Returns a lower limit for the number of chains available at `position`. Split: their number.
+    /// Packed: 0 or 1, because only the end of a chain shows where the next one begins.
     ///
     /// # Errors
-    /// Split: more than the ring has room for.
+    /// Split: more chains are available than the ring has descriptors.
     fn pending(&self, position: u16) -> Result<u16, RingError>;
 
-    /// What changes when the next chain is made available at `position`, and whether one is already.
-    fn look(&self, position: u16) -> Look;
+    /// Returns the place where the driver makes the next chain available at `position`, and whether
+    /// one is available already.
+    fn hint(&self, position: u16) -> RingHint;
 
-    /// Has the processor fetch what the next chains will be read from, for one that likely begins
-    /// at descriptor `head` (split) and in any case is at `position`.
+    /// Prefetches what the next chains are read from. The next chain is at `position`, and its
+    /// first descriptor is probably `head` (split).
     fn prefetch_avail(&self, position: u16, head: u16);
 
-    /// Has the processor fetch the place of the used ring at `position` for writing.
+    /// Prefetches the element of the used ring at `position` for writing.
     fn prefetch_used(&self, position: u16);
 
-    /// Puts a chain into the used ring at `position`, to be seen by the driver once everything from
-    /// `from` on is published. `id` is the head (split) or the buffer id (packed).
+    /// Puts a chain into the used ring at `position`. The driver sees it only when everything from
+    /// position `from` on is published. `id` is the chain's head (split) or buffer id (packed).
     fn put_used(&self, from: u16, position: u16, id: u16, len: u32);
 
-    /// Tells the driver about all that was put from `from` up to `to`, which is something.
+    /// Publishes to the driver what was put from `from` up to `to`. The range is not empty.
     fn publish_used(&self, from: u16, to: u16);
 
-    /// Marks what [`Ring::publish_used`] and its puts have written.
+    /// Marks the memory that [`Ring::put_used`] and [`Ring::publish_used`] have written.
     fn log_used(&self, log: &DirtyLog, from: u16, to: u16);
 
-    /// Marks what [`Ring::suppress_kicks`] and [`Ring::want_kicks`] write.
+    /// Marks the memory that [`Ring::suppress_kicks`] and [`Ring::want_kicks`] write.
     fn log_events(&self, log: &DirtyLog);
 
-    /// Whether the driver wants a notification for what was published from `old` up to `new`.
+    /// Returns whether the driver wants a call for what was published from `old` up to `new`.
     fn wants_call(&self, old: u16, new: u16) -> bool;
 
-    /// Asks the driver not to kick, as the ring is polled. `position` is ours; called again whenever
-    /// [`Ring::kick_suppression_is_due`].
+    /// Asks the driver not to kick, because the ring is polled. `position` is that of the next
+    /// chain. To be repeated when [`Ring::kick_suppression_is_due`].
     fn suppress_kicks(&self, position: u16);
 
-    /// Asks the driver to kick for the next chain at `position`, and says whether one has been made
-    /// available meanwhile, for which no kick may come: then it has to be taken first.
+    /// Asks the driver to kick for the next chain at `position`. Returns whether a chain was made
+    /// available before that. No kick may come for that chain, so it must be taken first.
     fn want_kicks(&self, position: u16) -> bool;
 
-    /// Whether moving from `old` to `new` needs [`Ring::suppress_kicks`] again.
+    /// Returns whether the move from position `old` to `new` requires another
+    /// [`Ring::suppress_kicks`].
     fn kick_suppression_is_due(&self, old: u16, new: u16) -> bool;
 }
 
-/// A chain of buffers that can be walked.
+/// A chain of buffers to walk.
 pub trait Chained {
-    /// What else there is to know of it afterwards.
+    /// What a walk returns about the chain, in addition to the buffers.
     type Taken;
 
-    /// Calls `visit` with each buffer in order, until it says that it wants no more. Each descriptor is
-    /// read once, and there is an end to them whatever the guest does. Says whether all of the chain
-    /// was seen and is well-formed; if not, `visit` has seen the part before the defect.
+    /// Calls `visit` with each buffer in order, until `visit` returns false. Each descriptor is
+    /// read once, and the walk ends whatever the guest writes. Returns true if the chain is
+    /// well-formed and `visit` has seen all of it. Otherwise, `visit` has seen the part before the
+    /// defect.
     fn walk(
         &self,
         near: &mut Near<'_>,
@@ -76,18 +78,18 @@ pub trait Chained {
     ) -> (bool, Self::Taken);
 }
 
-/// What to look at until the next visit of a ring: see [`Ring::look`].
+/// The part of a poll hint that comes from the ring: see [`Ring::hint`].
 #[derive(Clone, Copy, Debug)]
-pub struct Look {
-    /// A word in the ring's memory.
+pub struct RingHint {
+    /// A half-word in the ring's memory.
     pub cell: *const AtomicU16,
-    /// What it is as long as there is nothing, as it is in memory.
+    /// The value of `cell` while no chain is available, in the byte order of the memory.
     pub seen: u16,
-    /// There is something already.
+    /// A chain is available already.
     pub due: bool,
 }
 
-/// What was negotiated about rings.
+/// The negotiated features that determine the layout of a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     /// VIRTIO_F_RING_PACKED.
@@ -96,8 +98,8 @@ pub struct Layout {
     pub event_idx: bool,
 }
 
-/// The host address of a part of a ring, given by guest-physical address and length. The
-/// guest-physical and the host address have to be multiples of `align`.
+/// Translates the guest-physical address of a part of a ring. The guest-physical and the host
+/// address must be multiples of `align`.
 pub(crate) fn part(
     memory: &GuestMemory,
     (gpa, len): (u64, usize),
@@ -113,38 +115,40 @@ pub(crate) fn part(
     Ok(host)
 }
 
-/// Where a ring's parts are, guest-physical.
+/// Guest-physical addresses of a ring's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddrs {
     /// Descriptor table.
     pub desc: u64,
-    /// Available ring, written by the driver.
+    /// Available ring, written by the driver. Packed: the driver's event suppression structure.
     pub avail: u64,
-    /// Used ring, written by us.
+    /// Used ring, written by the device. Packed: the device's event suppression structure.
     pub used: u64,
 }
 
-/// Why a ring cannot be used, or is not used any more.
+/// Why a ring cannot be used, or cannot be used any longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// the size is zero, no power of two, or above [`RING_SIZE_MAX`]
-    #[error("ring size {0} is not a power of two up to {RING_SIZE_MAX}")]
+    /// the size is zero, not a power of two (split), or greater than [`RING_SIZE_MAX`]
+    #[error(
+        "invalid ring size {0}: expected 1 to {RING_SIZE_MAX}, a power of two for a split ring"
+    )]
     Size(u32),
-    /// a part is not aligned as section 2.7 demands
+    /// a part is not aligned as section 2.7 requires
     #[error("ring address {0:#x} is not aligned")]
     Alignment(u64),
-    /// a part does not lie in one memory region
+    /// a part is not inside one memory region
     #[error("ring address {0:#x} is not in guest memory")]
     Address(u64),
-    /// a packed ring's buffer id is not below its size, or a chain has no end or a far one
-    #[error("chain at {0:#x} has no end, a far one, or a bad buffer id")]
+    /// packed: the chain at a position has no end, is too long, or has a buffer id outside the ring
+    #[error("descriptor chain at {0:#x} is unterminated, too long, or has an invalid buffer id")]
     Chain(u16),
-    /// the available index ran ahead by more than the ring's size
-    #[error("available index jumped from {from} to {to}")]
+    /// split: the available index is ahead by more than the ring's size
+    #[error("available index moved from {from} to {to}, by more than the ring's size")]
     AvailIndex {
-        /// What we had seen.
+        /// The position of the next chain.
         from: u16,
-        /// What the guest says.
+        /// The available index as the guest wrote it.
         to: u16,
     },
 }

@@ -11,18 +11,18 @@ use crate::desc::{
     Buffer, CHAIN_MAX, ChainError, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc,
     RING_SIZE_MAX, Table,
 };
-use crate::ring::{Chained, Look, Ring, RingAddrs, RingError, part};
+use crate::ring::{Chained, Ring, RingAddrs, RingError, RingHint, part};
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
-/// With EVENT_IDX a guest kicks when it passes `avail_event`. A polling device keeps that this far
-/// ahead and moves it before the guest can get there.
+/// With EVENT_IDX, a guest kicks when it passes `avail_event`. A polling device keeps `avail_event`
+/// this far ahead, and moves it before the guest can reach it.
 const AVAIL_EVENT_AHEAD: u16 = 1 << 15;
 
-/// A split ring in our mapping of the guest's memory.
+/// A split ring in guest memory, as this process maps it.
 ///
-/// The guest writes there whenever it likes, so each field is an atomic, loaded once where it is
-/// used. Positions are masked and indices checked before they become addresses.
+/// The guest may write there at any time, so each field is an atomic, and is loaded once for each
+/// use. Positions are masked and indices are checked before they become addresses.
 #[derive(Debug)]
 pub struct SplitRing {
     size: u16,
@@ -31,23 +31,24 @@ pub struct SplitRing {
     desc: *const AtomicU64,
     /// Flags, index, `size` heads, and the event index.
     avail: *const AtomicU16,
-    /// The same as halves: flags, index, `size` elements of two words each, and the event index.
+    /// An array of half-words: flags, index, `size` elements of two words each, and the event
+    /// index.
     used: *const AtomicU16,
-    /// Where that is for the guest.
+    /// Guest-physical address of the used ring.
     used_gpa: u64,
 }
 
-// SAFETY: addresses in guest memory, which is only accessed as atomics; who may do so is settled by
-// the queue's single owner.
+// SAFETY: addresses in guest memory, which is only accessed as atomics. The queue's single owner
+// determines who accesses it.
 unsafe impl Send for SplitRing {}
 // SAFETY: as above.
 unsafe impl Sync for SplitRing {}
 
 impl SplitRing {
-    /// Checks the ring's parts and finds them in `memory`.
+    /// Validates the ring's addresses against `memory`, and creates the ring.
     ///
     /// # Errors
-    /// A size or an address that does not do.
+    /// The size or an address is invalid.
     ///
     /// # Safety
     /// `memory` outlives the ring.
@@ -71,10 +72,10 @@ impl SplitRing {
         })
     }
 
-    /// Addresses and lengths of its parts.
+    /// Addresses and lengths of the ring's parts.
     pub(crate) fn parts(size: u16, addrs: RingAddrs) -> [(u64, usize); 3] {
         let n = usize::from(size);
-        // Flags and index before the entries, an event word after them.
+        // Flags and index come before the entries, and the event index after them.
         let (avail, used) = ((addrs.avail, 4 + 2 * n + 2), (addrs.used, 4 + 8 * n + 2));
         [(addrs.desc, DESC_BYTES * n), avail, used]
     }
@@ -85,7 +86,7 @@ impl SplitRing {
         self.size
     }
 
-    /// A position in the ring's arrays.
+    /// The index of a position in the ring's arrays.
     #[inline]
     fn at(&self, index: u16) -> usize {
         usize::from(index & (self.size - 1))
@@ -95,7 +96,7 @@ impl SplitRing {
     #[inline]
     fn avail_word(&self, word: usize) -> &AtomicU16 {
         debug_assert!(word < 3 + usize::from(self.size));
-        // SAFETY: `new` found so many half-words at this aligned address, in memory that outlives
+        // SAFETY: `new` found that many half-words at this aligned address, in memory that outlives
         // the ring.
         unsafe { &*self.avail.wrapping_add(word) }
     }
@@ -108,45 +109,45 @@ impl SplitRing {
         unsafe { &*self.used.wrapping_add(word) }
     }
 
-    /// Where the driver's index is: for a reactor that looks at many rings in turn.
+    /// The cell of the driver's available index, for a reactor that polls many rings.
     #[inline]
     #[must_use]
     pub fn avail_idx_cell(&self) -> &AtomicU16 {
         self.avail_word(1)
     }
 
-    /// The driver's index: how many chains it has made available, modulo 2^16.
+    /// The driver's available index: the number of chains that it has made available, modulo 2^16.
     #[inline]
     #[must_use]
     pub fn avail_idx(&self) -> u16 {
-        // Acquire: the entries and descriptors that it counts are read after it.
+        // Acquire: the entries and descriptors that the index counts are read after it.
         u16::from_le(self.avail_idx_cell().load(Ordering::Acquire))
     }
 
-    /// The head of the chain at position `index` of the available ring; may be out of range.
+    /// The head of the chain at position `index` of the available ring. It may be out of range.
     #[inline]
     #[must_use]
     pub fn head(&self, index: u16) -> u16 {
         u16::from_le(self.avail_word(2 + self.at(index)).load(Ordering::Relaxed))
     }
 
-    /// Has the processor fetch the descriptor of `head`, which may be out of range.
+    /// Prefetches the descriptor of `head`, which may be out of range.
     #[inline]
     pub fn prefetch_desc(&self, head: u16) {
         cache::prefetch_read(self.desc.wrapping_add(2 * self.at(head)).cast());
     }
 
-    /// What we last told the driver.
+    /// The used index that was published last.
     #[must_use]
     pub fn used_idx(&self) -> u16 {
         u16::from_le(self.used_word(1).load(Ordering::Relaxed))
     }
 
-    /// Walks the chain at `head`, calling `visit` with each buffer in order, until it says that it
-    /// wants no more.
+    /// Walks the chain at `head`. Calls `visit` with each buffer in order, until `visit` returns
+    /// false.
     ///
-    /// Each descriptor is read once. The walk ends after as many descriptors as the table has, or a
-    /// chain may have, so a loop in the chain is an error and not a trap.
+    /// Each descriptor is read once. The walk ends after as many descriptors as the table has, or
+    /// as a chain may have. A loop in the chain is therefore an error, and never an endless walk.
     ///
     /// # Errors
     /// The chain is malformed; `visit` has seen the part before the defect.
@@ -173,12 +174,12 @@ impl SplitRing {
             }
             let write = desc.flags & DESC_F_WRITE != 0;
             if !visit(near, Buffer { gpa: desc.addr, len: desc.len, write }) {
-                return Err(ChainError::Left);
+                return Err(ChainError::Stopped);
             }
             if desc.flags & DESC_F_NEXT == 0 {
                 return Ok(());
             }
-            // There was at least one.
+            // Not below zero, because the table has at least one descriptor.
             left -= 1;
             if left == 0 {
                 return Err(ChainError::Loop);
@@ -188,12 +189,12 @@ impl SplitRing {
     }
 }
 
-/// The chain at a head of a split ring.
+/// The chain at a head of the available ring.
 #[derive(Clone, Copy, Debug)]
 pub struct SplitChain<'r> {
     /// The ring.
     pub ring: &'r SplitRing,
-    /// The index of the first descriptor; may be out of range.
+    /// The index of the first descriptor. It may be out of range.
     pub head: u16,
 }
 
@@ -227,8 +228,8 @@ impl Ring for SplitRing {
     }
 
     #[inline]
-    fn look(&self, position: u16) -> Look {
-        Look { cell: self.avail_word(1), seen: position.to_le(), due: false }
+    fn hint(&self, position: u16) -> RingHint {
+        RingHint { cell: self.avail_word(1), seen: position.to_le(), due: false }
     }
 
     #[inline]
@@ -236,8 +237,8 @@ impl Ring for SplitRing {
         self.prefetch_desc(head);
     }
 
-    /// Not where the driver looks at the used index: taking that line away would only send it to
-    /// and fro.
+    /// Prefetches nothing in the line of the used index: the driver polls that line, and taking it
+    /// away early would only move it back and forth.
     #[inline]
     fn prefetch_used(&self, position: u16) {
         let at = self.used.wrapping_add(2 + 4 * self.at(position));
@@ -249,9 +250,10 @@ impl Ring for SplitRing {
     #[inline]
     fn put_used(&self, _from: u16, position: u16, head: u16, len: u32) {
         let elem = self.used.wrapping_add(2 + 4 * self.at(position)).cast::<AtomicU32>();
-        // SAFETY: the position is masked; `new` found all elements there, aligned to four bytes.
+        // SAFETY: the position is masked, and `new` found all elements there, aligned to four
+        // bytes.
         let id_cell = unsafe { &*elem };
-        // SAFETY: as above: an element has two words.
+        // SAFETY: as above; an element has two words.
         let len_cell = unsafe { &*elem.wrapping_add(1) };
         id_cell.store(u32::from(head).to_le(), Ordering::Relaxed);
         len_cell.store(len.to_le(), Ordering::Relaxed);
@@ -259,7 +261,7 @@ impl Ring for SplitRing {
 
     #[inline]
     fn publish_used(&self, _from: u16, to: u16) {
-        // Release: the elements and the data are seen before the index.
+        // Release: the driver sees the elements and the data before the index.
         self.used_word(1).store(to.to_le(), Ordering::Release);
     }
 
@@ -280,12 +282,13 @@ impl Ring for SplitRing {
         log.mark(self.used_gpa + 4 + 8 * u64::from(self.size), 2);
     }
 
-    /// Section 2.7.7.2.
+    /// Virtio 1.2, section 2.7.7.2.
     #[inline]
     fn wants_call(&self, old: u16, new: u16) -> bool {
-        // The index was published before the driver's wish is read. If the driver's store of its
-        // wish comes first, we see it; if ours comes first, the driver, which looks at the index
-        // after storing its wish, sees that.
+        // The fence orders the publication of the index before the load of the driver's event index
+        // or flags. If the driver's store of these comes first, the device sees it. If the
+        // publication comes first, the driver sees it, because it loads the used index after its
+        // store.
         full_fence();
         if self.event_idx {
             let event = self.avail_word(2 + usize::from(self.size));
@@ -306,14 +309,14 @@ impl Ring for SplitRing {
     }
 
     fn want_kicks(&self, position: u16) -> bool {
-        let say = || {
+        let store = || {
             if self.event_idx {
                 let event = self.used_word(2 + 4 * usize::from(self.size));
                 event.store(position.to_le(), Ordering::Relaxed);
             }
             self.used_word(0).store(0, Ordering::Relaxed);
         };
-        store_then_load(say, || self.avail_idx() != position)
+        store_then_load(store, || self.avail_idx() != position)
     }
 
     #[inline]

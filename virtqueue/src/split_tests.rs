@@ -1,4 +1,4 @@
-//! Tests of split rings: what a guest may write there, and what becomes of it.
+//! Tests of split rings: what a guest may write there, and how the device handles it.
 
 use super::*;
 use crate::any_ring::check;
@@ -15,7 +15,7 @@ const USED: u64 = 0x2000;
 const TABLE: u64 = 0x3000;
 const ADDRS: RingAddrs = RingAddrs { desc: DESC, avail: AVAIL, used: USED };
 
-/// A ring, and the guest's hand in it.
+/// A ring, and the guest's access to it.
 struct Guest {
     memory: std::sync::Arc<GuestMemory>,
     ring: SplitRing,
@@ -28,7 +28,7 @@ impl Guest {
 
     fn of_size(size: u16, addrs: RingAddrs, event_idx: bool) -> Self {
         let memory = flat(0x10_0000);
-        // SAFETY: the memory is kept beside the ring.
+        // SAFETY: `Self` keeps the memory with the ring.
         let ring = unsafe { SplitRing::new(&memory, size, addrs, event_idx) }.unwrap();
         Self { memory, ring }
     }
@@ -48,7 +48,7 @@ impl Guest {
 
     fn walk(&self, head: u16) -> (Vec<Buffer>, Result<(), ChainError>) {
         let mut buffers = vec![];
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
         let result = self.ring.walk(&mut near, head, |_, buffer| {
             buffers.push(buffer);
@@ -71,7 +71,7 @@ fn a_chain_is_walked_in_order() {
 }
 
 #[test]
-fn an_indirect_table_may_lie_at_an_odd_address() {
+fn an_indirect_table_may_be_unaligned() {
     let guest = Guest::new(false);
     guest.desc(DESC, 0, TABLE + 3, 32, DESC_F_INDIRECT, 0);
     guest.desc(TABLE + 3, 0, 0x4000, 16, DESC_F_NEXT, 1);
@@ -83,7 +83,7 @@ fn an_indirect_table_may_lie_at_an_odd_address() {
 }
 
 #[test]
-fn a_loop_ends_after_as_many_steps_as_the_table_has() {
+fn a_loop_ends_after_as_many_descriptors_as_the_table_has() {
     let guest = Guest::new(false);
     guest.desc(DESC, 0, 0x4000, 16, DESC_F_NEXT, 1);
     guest.desc(DESC, 1, 0x4000, 16, DESC_F_NEXT, 0);
@@ -92,7 +92,7 @@ fn a_loop_ends_after_as_many_steps_as_the_table_has() {
 }
 
 #[test]
-fn wild_descriptors_are_refused() {
+fn descriptor_indices_out_of_range_are_refused() {
     let guest = Guest::new(false);
     guest.desc(DESC, 0, 0x4000, 16, DESC_F_NEXT, SIZE);
     assert_eq!(guest.walk(0).1, Err(ChainError::Index));
@@ -123,13 +123,13 @@ fn indirect_tables() {
     assert_eq!(refused(TABLE, 32, DESC_F_INDIRECT | DESC_F_NEXT), ChainError::NestedIndirect);
     guest.desc(TABLE, 0, TABLE, 16, DESC_F_INDIRECT, 0);
     assert_eq!(refused(TABLE, 32, DESC_F_INDIRECT), ChainError::NestedIndirect);
-    // A loop inside the table ends after as many steps as it has.
+    // A loop inside the table ends after as many descriptors as the table has.
     guest.desc(TABLE, 0, 0x4000, 16, DESC_F_NEXT, 0);
     assert_eq!(refused(TABLE, 32, DESC_F_INDIRECT), ChainError::Loop);
 }
 
 #[test]
-fn a_chain_has_an_end_in_the_largest_ring() {
+fn the_length_of_a_chain_is_limited_in_the_largest_ring() {
     let addrs = RingAddrs { desc: 0, avail: 0x8_0000, used: 0xa_0000 };
     let guest = Guest::of_size(RING_SIZE_MAX, addrs, false);
     for n in 0..CHAIN_MAX {
@@ -144,22 +144,22 @@ fn a_chain_has_an_end_in_the_largest_ring() {
 }
 
 #[test]
-fn a_walk_ends_when_nobody_wants_more() {
+fn a_walk_ends_when_the_visitor_stops_it() {
     let guest = Guest::new(false);
     guest.desc(DESC, 0, 0x4000, 16, DESC_F_NEXT, 1);
     guest.desc(DESC, 1, 0x5000, 16, 0, 0);
-    // SAFETY: the default is of every memory.
+    // SAFETY: the default is valid for every memory.
     let mut near = unsafe { guest.memory.near(Nearest::default()) };
     let mut seen = 0;
     let result = guest.ring.walk(&mut near, 0, |_, _| {
         seen += 1;
         false
     });
-    assert_eq!((result, seen), (Err(ChainError::Left), 1));
+    assert_eq!((result, seen), (Err(ChainError::Stopped), 1));
 }
 
 #[test]
-fn a_table_may_lie_at_any_address() {
+fn an_indirect_table_may_have_any_address() {
     let guest = Guest::new(false);
     guest.desc(TABLE + 1, 0, 0x4000, 16, 0, 0);
     guest.desc(DESC, 0, TABLE + 1, 16, DESC_F_INDIRECT, 0);
@@ -167,7 +167,7 @@ fn a_table_may_lie_at_any_address() {
 }
 
 #[test]
-fn the_available_index_may_not_run_ahead() {
+fn the_available_index_may_not_be_ahead_by_more_than_the_ring() {
     let guest = Guest::new(false);
     guest.put::<u16>(AVAIL + 2, 3);
     assert_eq!(guest.ring.pending(u16::MAX), Ok(4), "indices wrap");
@@ -178,7 +178,7 @@ fn the_available_index_may_not_run_ahead() {
 }
 
 #[test]
-fn used_elements_are_seen_once_published() {
+fn the_driver_sees_used_elements_after_publication() {
     let guest = Guest::new(false);
     guest.ring.put_used(SIZE + 2, SIZE + 2, 5, 513);
     assert_eq!(guest.ring.used_idx(), 0);
@@ -190,7 +190,7 @@ fn used_elements_are_seen_once_published() {
 }
 
 #[test]
-fn calls_follow_the_drivers_wish() {
+fn calls_are_made_when_the_driver_wants_them() {
     let flags = Guest::new(false);
     assert!(flags.ring.wants_call(0, 1));
     flags.put::<u16>(AVAIL, AVAIL_F_NO_INTERRUPT);
@@ -198,18 +198,18 @@ fn calls_follow_the_drivers_wish() {
 
     let event = Guest::new(true);
     let used_event = AVAIL + 4 + 2 * u64::from(SIZE);
-    event.put::<u16>(AVAIL, AVAIL_F_NO_INTERRUPT); // means nothing with EVENT_IDX
+    event.put::<u16>(AVAIL, AVAIL_F_NO_INTERRUPT); // Ignored with EVENT_IDX.
     event.put::<u16>(used_event, 4);
-    assert!(!event.ring.wants_call(0, 4), "4 was not passed yet");
+    assert!(!event.ring.wants_call(0, 4), "the event index was not passed yet");
     assert!(event.ring.wants_call(4, 5));
     assert!(event.ring.wants_call(0, 8));
-    assert!(!event.ring.wants_call(5, 8), "it was passed before");
+    assert!(!event.ring.wants_call(5, 8), "the event index was passed before");
     event.put::<u16>(used_event, u16::MAX);
     assert!(event.ring.wants_call(u16::MAX, 1), "indices wrap");
 }
 
 #[test]
-fn kicks_stay_suppressed_all_the_way_round() {
+fn kicks_stay_suppressed_when_indices_wrap() {
     let guest = Guest::new(true);
     let avail_event = USED + 4 + 8 * u64::from(SIZE);
     let wants_kick = |old: u16, new: u16| {
@@ -220,7 +220,7 @@ fn kicks_stay_suppressed_all_the_way_round() {
     guest.ring.suppress_kicks(0);
     let mut seen = 0_u16;
     for _ in 0..3 * 65536 / 3 {
-        // The driver adds up to a ring's worth; the device then follows.
+        // The driver makes up to a full ring of chains available, then the device follows.
         assert!(!wants_kick(seen, seen.wrapping_add(SIZE)));
         let next = seen.wrapping_add(3);
         if guest.ring.kick_suppression_is_due(seen, next) {
@@ -244,7 +244,7 @@ fn rings_are_checked_before_use() {
     assert_eq!(check(8, DESC, AVAIL + 1, USED), Err(RingError::Alignment(AVAIL + 1)));
     assert_eq!(check(8, DESC, AVAIL, USED + 2), Err(RingError::Alignment(USED + 2)));
     assert_eq!(check(8, 0x2ff0, AVAIL, USED), Err(RingError::Address(0x2ff0)));
-    // The event word behind the used ring counts too: 4 + 8 * 8 + 2 bytes.
+    // The event index after the used ring counts too: 4 + 8 * 8 + 2 bytes.
     assert_eq!(check(8, DESC, AVAIL, 0x3000 - 68), Err(RingError::Address(0x3000 - 68)));
     assert_eq!(check(8, u64::MAX - 15, AVAIL, USED), Err(RingError::Address(u64::MAX - 15)));
 }

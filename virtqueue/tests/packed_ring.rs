@@ -1,5 +1,5 @@
-//! Packed rings against a driver that follows the specification: every chain arrives as it was made,
-//! in order, and comes back once; nobody sleeps through what the other does.
+//! Tests packed rings against a driver that follows the specification. Every chain arrives as the
+//! driver added it and in order, is returned once, and neither side misses a notification.
 
 #[path = "../../vhost-target/tests/simulation/rng.rs"]
 mod rng;
@@ -28,10 +28,10 @@ const TABLE_BYTES: u64 = 0x100;
 const DATA: u64 = 0x1_0000;
 const DATA_BYTES: u64 = 0x100;
 const MEMORY: u64 = 0x10_0000;
-/// Buffers of a chain, at the most.
+/// Maximum number of buffers in a chain.
 const BUFFERS: usize = 5;
 
-/// Both sides of a ring in one thread, and what either may see.
+/// Both sides of a ring in one thread, and what each of them may see.
 struct Pair {
     rng: Rng,
     driver: Driver,
@@ -39,17 +39,17 @@ struct Pair {
     /// Chains that the driver has added and the device has not taken.
     added: VecDeque<Held>,
     held: Vec<Held>,
-    /// Completions that were put, in order, and how many of them are published.
+    /// Chains that were put, in order, and how many of them are published.
     put: VecDeque<(u16, u32)>,
     published: usize,
-    /// The device was kicked, the driver was called, and nobody has noticed yet.
+    /// The device was kicked, or the driver was called, and has not seen it yet.
     kicked: bool,
     called: bool,
-    /// The driver has added something and not asked about a kick.
-    unasked: bool,
-    /// Chains ever added and taken back.
+    /// The driver has added a chain and not checked whether to kick.
+    kick_unchecked: bool,
+    /// Number of chains added, and of chains returned to the driver.
     count: (u64, u64),
-    /// Descriptors ever added.
+    /// Number of descriptors added.
     descriptors: u64,
 }
 
@@ -68,7 +68,7 @@ impl Pair {
             published: 0,
             kicked: false,
             called: false,
-            unasked: false,
+            kick_unchecked: false,
             count: (0, 0),
             descriptors: 0,
         }
@@ -77,7 +77,7 @@ impl Pair {
     fn step(&mut self) {
         match self.rng.below(16) {
             0..5 => self.add(),
-            5 => self.ask_about_kick(),
+            5 => self.check_kick(),
             6..8 => self.take_back(),
             8 => self.ask_for_call(),
             9..12 => self.take(),
@@ -95,7 +95,7 @@ impl Pair {
         let table = self.rng.one_in(3).then(|| {
             TABLES + TABLE_BYTES * self.rng.below(32) as u64 + 16 * self.rng.below(2) as u64
         });
-        // A table has to stay as it is as long as its chain is not taken.
+        // An indirect table must not change before its chain is taken.
         let table = table.filter(|_| self.added.is_empty());
         let most = if table.is_some() { BUFFERS } else { BUFFERS.min(room) };
         let buffers: Vec<Buffer> = (0..1 + self.rng.below(most))
@@ -110,21 +110,21 @@ impl Pair {
         self.added.push_back(Held { id, span, buffers });
         self.count.0 += 1;
         self.descriptors += u64::from(span);
-        self.unasked = true;
+        self.kick_unchecked = true;
     }
 
-    fn ask_about_kick(&mut self) {
+    fn check_kick(&mut self) {
         let kick = self.driver.wants_kick();
-        assert!(!kick || self.device.armed, "a kick that nobody wants");
+        assert!(!kick || self.device.armed, "an unwanted kick");
         let missed = self.device.armed && !self.added.is_empty() && !self.kicked && !kick;
-        assert!(!missed, "a kick that was wanted");
+        assert!(!missed, "a wanted kick is missing");
         self.kicked |= kick;
-        self.unasked = false;
+        self.kick_unchecked = false;
     }
 
     fn take(&mut self) {
         if self.device.armed && !self.kicked {
-            return; // It sleeps.
+            return; // It is asleep.
         }
         let held = self.device.take();
         assert_eq!(held, self.added.pop_front());
@@ -139,7 +139,7 @@ impl Pair {
             return;
         }
         let held = self.held.swap_remove(self.rng.below(self.held.len()));
-        let len = self.rng.pick(&[0, 1, 513, u32::MAX]).expect("one of them");
+        let len = self.rng.pick(&[0, 1, 513, u32::MAX]).expect("not empty");
         self.device.put(&held, len);
         self.put.push_back((held.id, len));
     }
@@ -150,9 +150,9 @@ impl Pair {
             return;
         };
         self.published = self.put.len();
-        assert!(!call || self.driver.calls, "a call that nobody wants");
+        assert!(!call || self.driver.calls, "an unwanted call");
         self.called |= call;
-        assert!(self.called || !self.driver.calls, "a call that was wanted");
+        assert!(self.called || !self.driver.calls, "a wanted call is missing");
     }
 
     fn arm(&mut self) {
@@ -165,7 +165,7 @@ impl Pair {
 
     fn take_back(&mut self) {
         if self.driver.calls && !self.called {
-            return; // It sleeps.
+            return; // It is asleep.
         }
         let expected = (self.published > 0).then(|| self.put.pop_front()).flatten();
         self.published = self.published.saturating_sub(1);
@@ -179,16 +179,16 @@ impl Pair {
 
     fn ask_for_call(&mut self) {
         self.called = false;
-        let back = self.driver.ask_for_call();
-        assert_eq!(back, self.published > 0);
-        if back {
+        let used = self.driver.ask_for_call();
+        assert_eq!(used, self.published > 0);
+        if used {
             self.driver.refuse_calls();
         }
     }
 
-    /// Everything comes back.
-    fn settle(&mut self) {
-        self.ask_about_kick();
+    /// Completes all chains.
+    fn complete_all(&mut self) {
+        self.check_kick();
         while self.count.0 > self.count.1 {
             let left = (self.added.len(), self.held.len(), self.put.len());
             while !self.added.is_empty() {
@@ -207,14 +207,14 @@ impl Pair {
 }
 
 #[test]
-fn in_any_order_all_the_way_round() {
+fn chains_complete_in_any_order_through_many_rounds() {
     for size in 1..=17_u16 {
         for event_idx in [false, true] {
             let mut pair = Pair::new(u64::from(size), size, event_idx);
             while pair.descriptors < 20_000 * u64::from(size) {
                 pair.step();
             }
-            pair.settle();
+            pair.complete_all();
         }
     }
 }
@@ -229,13 +229,13 @@ fn get_u64(memory: &GuestMemory, gpa: u64) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// What a device makes of a question.
+/// The device's answer to a question.
 fn answer(question: u64) -> u64 {
     question.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// The device's thread: answers until there is nothing left and `done` is set. It holds chains back
-/// and returns them in another order; it sleeps when it has none.
+/// The device's thread. It answers until no chain is left and `done` is set. It holds chains back,
+/// returns them in a different order, and sleeps when it has none.
 fn serve(memory: &GuestMemory, mut device: Device, done: &AtomicBool, call: impl Fn()) -> u64 {
     let mut rng = Rng::new(1);
     let mut held: Vec<Held> = vec![];
@@ -249,7 +249,7 @@ fn serve(memory: &GuestMemory, mut device: Device, done: &AtomicBool, call: impl
         for _ in 0..held.len().min(1 + rng.below(4)) {
             let chain = held.swap_remove(rng.below(held.len()));
             let question = get_u64(memory, chain.buffers[0].gpa);
-            put_u64(memory, chain.buffers.last().expect("two").gpa, answer(question));
+            put_u64(memory, chain.buffers.last().expect("two buffers").gpa, answer(question));
             device.put(&chain, 8);
             count += 1;
         }
@@ -267,7 +267,7 @@ fn serve(memory: &GuestMemory, mut device: Device, done: &AtomicBool, call: impl
     }
 }
 
-/// The driver's thread: asks `total` questions and sleeps when it has to wait.
+/// The driver's thread. It asks `total` questions, and sleeps when it has to wait.
 fn ask(memory: &GuestMemory, mut driver: Driver, total: u64, kick: impl Fn()) {
     let mut rng = Rng::new(2);
     let mut asked = BTreeMap::new();
@@ -280,8 +280,9 @@ fn ask(memory: &GuestMemory, mut driver: Driver, total: u64, kick: impl Fn()) {
             if count == total || driver.room() == 0 || parts < 2 {
                 break;
             }
-            // Places are the driver's own to give: as many as there are chains.
-            let place = (0..).find(|place| !asked.values().any(|(p, _)| p == place)).expect("one");
+            // The driver chooses a free place for the data. There are as many places as chains.
+            let place =
+                (0..).find(|place| !asked.values().any(|(p, _)| p == place)).expect("a free place");
             let at = DATA + DATA_BYTES * place;
             put_u64(memory, at, count);
             put_u64(memory, at + 8, 0);
@@ -289,26 +290,26 @@ fn ask(memory: &GuestMemory, mut driver: Driver, total: u64, kick: impl Fn()) {
             let reply = Buffer { gpa: at + 8, len: 8, write: true };
             let table = indirect.then_some(TABLES + TABLE_BYTES * place);
             let id = driver.add(&[question, reply], table);
-            assert_eq!(asked.insert(id, (place, count)), None, "an id is given once");
+            assert_eq!(asked.insert(id, (place, count)), None, "the id is in use");
             count += 1;
         }
         if driver.wants_kick() {
             kick();
         }
-        let mut came = false;
+        let mut returned = false;
         while let Some((id, len)) = driver.take() {
-            let (place, question) = asked.remove(&id).expect("it was asked");
+            let (place, question) = asked.remove(&id).expect("a question with this id");
             assert_eq!(len, 8);
             assert_eq!(get_u64(memory, DATA + DATA_BYTES * place + 8), answer(question));
             answered += 1;
-            came = true;
+            returned = true;
         }
         let full = driver.room() == 0 || count == total;
-        if !came && !asked.is_empty() && (full || rng.one_in(2)) {
-            let mut back = driver.ask_for_call();
-            while !back {
+        if !returned && !asked.is_empty() && (full || rng.one_in(2)) {
+            let mut used = driver.ask_for_call();
+            while !used {
                 thread::park();
-                back = driver.has_used();
+                used = driver.has_used();
             }
             driver.refuse_calls();
         }
@@ -317,7 +318,7 @@ fn ask(memory: &GuestMemory, mut driver: Driver, total: u64, kick: impl Fn()) {
 }
 
 #[test]
-fn two_threads_answer_each_other() {
+fn two_threads_exchange_chains() {
     const TOTAL: u64 = 40_000;
     for size in [2, 3, 8, 17] {
         for event_idx in [false, true] {
@@ -332,7 +333,7 @@ fn two_threads_answer_each_other() {
                 ask(&memory, driver, TOTAL, kick);
                 done.store(true, Ordering::Release);
                 kick();
-                assert_eq!(server.join().expect("a device"), TOTAL);
+                assert_eq!(server.join().expect("the device's thread"), TOTAL);
             });
         }
     }

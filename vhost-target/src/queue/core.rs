@@ -12,7 +12,7 @@ use guest_memory::Nearest;
 use reactor::{Cause, Events, Iteration, PollHint, Wait};
 use virtqueue::chain::{Chain, LongSegments, long_segments};
 use virtqueue::inflight::{Recovery, Tracker};
-use virtqueue::{AnyRing, Look, Ring};
+use virtqueue::{AnyRing, Ring, RingHint};
 
 use super::fetch::Serve;
 use super::{Coalescing, Control, Event, Leftover, QueueState, StartError, Tracked, View};
@@ -264,13 +264,14 @@ impl<D: DeviceQueue> Core<D> {
         let due = core.inflight > 0 || core.call_due.pending || core.pending_event.is_some();
         let released = view.device.is_none() && self.device.is_open();
         let (cell, seen) = PollHint::NEVER;
-        let look = if rings { ring.look(core.last_avail) } else { Look { cell, seen, due: false } };
+        let ring_hint =
+            if rings { ring.hint(core.last_avail) } else { RingHint { cell, seen, due: false } };
         let again = rings && !core.again.is_empty();
         PollHint {
-            cell: look.cell,
-            seen: look.seen,
+            cell: ring_hint.cell,
+            seen: ring_hint.seen,
             generation: view.generation,
-            due: due || look.due || again || released && !core.stopped,
+            due: due || ring_hint.due || again || released && !core.stopped,
             wakes: view.kicks || !rings,
             stop: core.stopping,
         }

@@ -1,4 +1,4 @@
-//! Ends the "process" of a test at a store of its choice.
+//! Kills the "process" of a test at a chosen store.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -8,26 +8,27 @@ thread_local! {
     static STORES: Cell<u64> = const { Cell::new(0) };
 }
 
-/// What unwinds a process that was killed.
+/// The payload of the unwinding that stands for a kill.
 struct Killed;
 
-/// Called before every store to an area, and by tests before those to a ring.
+/// Called before every store to an area, and by tests before stores to a ring.
 pub(super) fn store() {
     let left = LEFT.get();
     if left == 0 {
-        // Unlike a panic, this prints nothing.
+        // Unlike a panic, this prints no message.
         resume_unwind(Box::new(Killed));
     }
     LEFT.set(left - 1);
     STORES.set(STORES.get() + 1);
 }
 
-/// Stores on this thread so far.
+/// Number of stores by this thread so far.
 pub(super) fn stores() -> u64 {
     STORES.get()
 }
 
-/// Runs a process that is killed before its store number `at`, counted from 0. `None` if it was.
+/// Runs a process that is killed before store number `at`, counted from 0. Returns `None` if it was
+/// killed.
 pub(super) fn killed_at<T>(at: u64, process: impl FnOnce() -> T) -> Option<T> {
     LEFT.set(at);
     let end = catch_unwind(AssertUnwindSafe(process));

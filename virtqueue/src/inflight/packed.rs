@@ -1,34 +1,37 @@
-//! A packed queue's part of an in-flight area: `QueueRegionPacked` of the vhost-user specification.
+//! A packed queue's part of an in-flight area: `QueueRegionPacked` in the vhost-user specification.
 //!
-//! An entry is a descriptor, in flight or free; the ring's own descriptors are overwritten by used
-//! ones that belong to other requests. The head of the part says twice where the queue stands, now
-//! and before the last batch ("old"): whether that batch was published, the ring says.
+//! Each entry is a copy of a descriptor, in flight or free. The copies are necessary because the
+//! device overwrites the ring's descriptors with used ones, which belong to other requests. The
+//! header of the part has two positions and two heads of the free list: the current ones, and those
+//! before the last batch ("old"). The ring shows whether that batch was published.
 //!
-//! Positions and both wrap counters are stored as one word. The specification has them one by one,
-//! but a process that is killed in between leaves an index with the wrong wrap counter.
+//! Both positions with their wrap counters are stored as one word. The specification lists them as
+//! separate fields, but a process that is killed between two stores would leave an index with the
+//! wrong wrap counter.
 
 use super::region::Region;
-use super::{Batch, Damage, Recovery, VERSION, in_order};
+use super::{Batch, Damage, Recovery, VERSION, sort_by_counter};
 use crate::desc::{CHAIN_MAX, Desc};
 
-/// Offsets in the head of the part, which `ENTRY_BYTES` follow for each descriptor.
+/// Offsets in the header of the part. One entry of `ENTRY_BYTES` for each descriptor follows it.
 const FEATURES: usize = 0;
 const VERSION_AT: usize = 8;
 const DESC_NUM: usize = 10;
 /// `free_head` and `old_free_head`.
 const FREE_HEADS: usize = 12;
 const OLD_FREE_HEAD: usize = 14;
-/// `used_idx`, `old_used_idx`, `used_wrap_counter`, `old_used_wrap_counter` and two of padding.
+/// `used_idx`, `old_used_idx`, `used_wrap_counter`, `old_used_wrap_counter` and two bytes of
+/// padding.
 const POSITIONS: usize = 16;
 const HEAD_BYTES: usize = 32;
 
-/// Offsets in an entry. `inflight`, a byte of padding, `next`, `last` and `num` are a word.
+/// Offsets in an entry. `inflight`, a byte of padding, `next`, `last` and `num` form one word.
 const INFLIGHT: usize = 0;
 const NEXT: usize = 2;
 const LAST: usize = 4;
 const NUM: usize = 6;
 const COUNTER: usize = 8;
-/// `id`, `flags` and `len` are a word.
+/// `id`, `flags` and `len` form one word.
 const ID: usize = 16;
 const ADDR: usize = 24;
 const ENTRY_BYTES: usize = 32;
@@ -38,18 +41,18 @@ const DESC_F_USED: u16 = 1 << 15;
 /// The wrap counter of a position.
 const WRAP: u16 = 1 << 15;
 
-/// Bytes of the part of a queue of so many descriptors.
+/// Size of a queue's part in bytes.
 pub(super) fn bytes(entries: u16) -> usize {
     HEAD_BYTES + ENTRY_BYTES * usize::from(entries)
 }
 
-/// Where an entry's field is.
+/// The offset of a field of an entry.
 #[inline]
 fn at(entry: u16, field: usize) -> usize {
     HEAD_BYTES + ENTRY_BYTES * usize::from(entry) + field
 }
 
-/// A word of four halves in the order of memory.
+/// Joins four half-words, in the order of memory.
 #[inline]
 fn word(halves: [u16; 4]) -> u64 {
     let mut bytes = [0; 8];
@@ -59,21 +62,21 @@ fn word(halves: [u16; 4]) -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// Undoes [`word`].
+/// The inverse of [`word`].
 #[inline]
 fn halves(word: u64) -> [u16; 4] {
     let bytes = word.to_ne_bytes();
     std::array::from_fn(|n| u16::from_ne_bytes([bytes[2 * n], bytes[2 * n + 1]]))
 }
 
-/// The positions' word.
+/// The word of both positions.
 #[inline]
 fn positions(used: u16, old: u16) -> u64 {
     let wraps = u16::from_ne_bytes([u8::from(used & WRAP != 0), u8::from(old & WRAP != 0)]);
     word([used & !WRAP, old & !WRAP, wraps, 0])
 }
 
-/// Undoes [`positions`].
+/// The inverse of [`positions`].
 fn from_positions(word: u64) -> (u16, u16) {
     let [used, old, wraps, _] = halves(word);
     let [used_wrap, old_wrap] = wraps.to_ne_bytes();
@@ -81,22 +84,23 @@ fn from_positions(word: u64) -> (u16, u16) {
     (position(used, used_wrap), position(old, old_wrap))
 }
 
-/// The tracking of a packed queue.
+/// The tracker of a packed queue.
 #[derive(Debug)]
 pub(super) struct Packed {
     region: Region,
     counter: u64,
-    /// Where the free list begins: at no entry if it is empty.
+    /// The first entry of the free list. Not an entry if the list is empty.
     free_head: u16,
-    /// The position that was published last.
+    /// The position up to which requests are published.
     used: u16,
-    /// The area does not know of puts before they are published: fetching goes on meanwhile, and
-    /// is undone by going back to the old head of the free list.
+    /// Entries that were put and not published. The area does not record a put before its
+    /// publication: fetches continue to use the free list meanwhile, and a return to the old head
+    /// of the free list undoes an unpublished batch.
     batch: Batch,
 }
 
 impl Packed {
-    /// `None` if `base` is outside of the ring.
+    /// Returns `None` if `base` is outside of the ring.
     pub(super) fn begin(
         region: Region,
         size: u16,
@@ -109,7 +113,7 @@ impl Packed {
         let version = region.load_u16(VERSION_AT);
         let found = match version {
             0 => Ok(None),
-            VERSION => find(&region, size, base, flags).map(Some),
+            VERSION => recover(&region, size, base, flags).map(Some),
             _ => Err((Damage::Version(version), base)),
         };
         let (found, used, damage) = match found {
@@ -118,7 +122,7 @@ impl Packed {
             Err((damage, used)) => (Found::default(), Some(used), Some(damage)),
         };
         if let Some(used) = used {
-            // Killed from here on, it is a fresh one.
+            // If the process is killed from here on, the part is uninitialised.
             region.store_u16(VERSION_AT, 0);
             for entry in 0..region.entries() {
                 unmark(&region, entry);
@@ -126,21 +130,21 @@ impl Packed {
             region.store_u64(FEATURES, 0);
             region.store_u64(POSITIONS, positions(used, used));
         }
-        let free_head = link_free(&region, &found.taken);
+        let free_head = link_free_list(&region, &found.taken);
         region.store_u32(FREE_HEADS, heads(free_head, free_head));
         region.store_u16(DESC_NUM, region.entries());
         region.store_u16(VERSION_AT, VERSION);
 
         let used = used.unwrap_or(found.used);
-        let (again, counter) = in_order(found.again);
+        let (again, counter) = sort_by_counter(found.again);
         let last_avail = advance(used, found.descriptors, size);
         let batch = Batch::new(region.entries());
         let recovery = Recovery { used, last_avail, again, damage };
         Some((Self { region, counter, free_head, used, batch }, recovery))
     }
 
-    /// Nothing but the last store makes the entries ones that are not free. The mark is made just
-    /// before, as rte_vhost does not look for marks in the free list.
+    /// Only the last store removes the entries from the free list. The mark is stored just before
+    /// it, because rte_vhost does not look for marks in the free list.
     #[inline]
     pub(super) fn fetched(&mut self, descs: impl Iterator<Item = Desc>) -> Option<u16> {
         let region = &self.region;
@@ -181,15 +185,16 @@ impl Packed {
         }
     }
 
-    /// Up to the last store but one nothing has happened; from the last on, the ring says whether
-    /// the batch was published.
+    /// Until the last store but one, nothing has changed for the next process. After the last
+    /// store, the ring shows whether the batch was published.
     #[inline]
     pub(super) fn publishing(&mut self, used: u16) {
         let region = &self.region;
         let old = self.free_head;
         for &entry in &self.batch.0 {
             let last = region.load_u16(at(entry, LAST));
-            // Otherwise it is lost until the next process begins; the front end has written there.
+            // If it is out of range, the front end has corrupted it, and the entries are lost until
+            // the next process begins.
             if last < region.entries() {
                 region.store_u16(at(last, NEXT), self.free_head);
                 self.free_head = entry;
@@ -206,7 +211,7 @@ impl Packed {
             region.store_u8(at(entry, INFLIGHT), 0);
         }
         self.batch.0.clear();
-        // The positions last: as long as they differ, the ring is asked.
+        // The positions are stored last: while they differ, the next process checks the ring.
         region.store_u16(OLD_FREE_HEAD, self.free_head);
         region.store_u64(POSITIONS, positions(used, used));
         self.used = used;
@@ -243,27 +248,27 @@ fn heads(now: u16, old: u16) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// The position `by` descriptors, at the most `size`, after another.
+/// The position `by` descriptors, at most `size`, after `position`.
 fn advance(position: u16, by: u16, size: u16) -> u16 {
     let (index, wrap) = (position & !WRAP, position & WRAP);
     if by < size - index { (index + by) | wrap } else { (by - (size - index)) | (wrap ^ WRAP) }
 }
 
-/// What an area had in it.
+/// The contents of an area.
 #[derive(Default)]
 struct Found {
     used: u16,
-    /// Counters and heads of what is in flight.
+    /// Counters and heads of the chains in flight.
     again: Vec<(u64, u16)>,
-    /// All entries of that; empty if there is none.
+    /// For each entry, whether it is part of a chain in flight. Empty for an uninitialised part.
     taken: Vec<bool>,
-    /// How many these are.
+    /// Number of entries that are part of a chain in flight.
     descriptors: u16,
 }
 
-/// Finds out where the queue stands and what is in flight. If that cannot be told, answers with
-/// where a fresh area should begin.
-fn find(
+/// Reads the queue's position and the chains in flight. If they are damaged, returns the position
+/// at which to initialise the part again.
+fn recover(
     region: &Region,
     size: u16,
     base: u16,
@@ -275,20 +280,20 @@ fn find(
             return Err((Damage::Position(position), base));
         }
     }
-    // What the last batch did counts if it was published.
+    // The last batch is valid if it was published.
     let published = used != old && !is_available(flags(old), old);
     let [a, b, c, d] = region.load_u32(FREE_HEADS).to_ne_bytes();
     let (head, position) = if published { ([a, b], used) } else { ([c, d], old) };
     let free_head = u16::from_ne_bytes(head);
-    // The positions last: as long as they differ, the ring is asked.
+    // The positions are stored last: while they differ, the next process checks the ring.
     region.store_u32(FREE_HEADS, heads(free_head, free_head));
     region.store_u64(POSITIONS, positions(position, position));
-    unmark_free(region, free_head);
-    let found = in_flight(region, position, size);
+    unmark_free_list(region, free_head);
+    let found = find_marked(region, position, size);
     found.map_err(|damage| (damage, position))
 }
 
-/// Whether a descriptor with `flags` is available to a device that is at `position`.
+/// Returns whether a descriptor with `flags` is available to a device at `position`.
 fn is_available(flags: u16, position: u16) -> bool {
     let wrap = position & WRAP != 0;
     (flags & DESC_F_AVAIL != 0) == wrap && (flags & DESC_F_USED != 0) != wrap
@@ -300,9 +305,9 @@ fn unmark(region: &Region, entry: u16) {
     }
 }
 
-/// Takes the marks from the free list: of a batch that was published, and of a chain whose fetching
-/// was not finished. A list that comes back to itself ends there.
-fn unmark_free(region: &Region, head: u16) {
+/// Removes the marks from the entries of the free list. A mark may be left there by a batch that
+/// was published, or by a fetch that was not finished. The walk ends if the list loops.
+fn unmark_free_list(region: &Region, head: u16) {
     let mut seen = vec![false; region.entries().into()];
     let mut entry = head;
     while let Some(seen @ false) = seen.get_mut(usize::from(entry)) {
@@ -312,8 +317,8 @@ fn unmark_free(region: &Region, head: u16) {
     }
 }
 
-/// Finds the chains that are marked.
-fn in_flight(region: &Region, used: u16, size: u16) -> Result<Found, Damage> {
+/// Finds the marked chains.
+fn find_marked(region: &Region, used: u16, size: u16) -> Result<Found, Damage> {
     let taken = vec![false; region.entries().into()];
     let mut found = Found { used, taken, ..Found::default() };
     for head in 0..region.entries() {
@@ -339,9 +344,10 @@ fn in_flight(region: &Region, used: u16, size: u16) -> Result<Found, Damage> {
     Ok(found)
 }
 
-/// Links all entries that are not `taken`, and answers with the first. Killed in the middle, the
-/// list is neither the old nor the new one; but none of its entries is marked.
-fn link_free(region: &Region, taken: &[bool]) -> u16 {
+/// Links all entries that are not in flight to a free list. Returns its head. If the process is
+/// killed during this, the list is neither the old nor the new one, but none of its entries is
+/// marked.
+fn link_free_list(region: &Region, taken: &[bool]) -> u16 {
     let mut next = region.entries();
     for entry in (0..region.entries()).rev() {
         if taken.get(usize::from(entry)) != Some(&true) {

@@ -1,31 +1,31 @@
-//! Tests of packed queues' in-flight tracking.
+//! Tests of in-flight tracking for packed queues.
 
 use std::sync::Arc;
 
 use super::*;
-use crate::inflight::tests::{Rng, World, area, fill, garble, kill_everywhere};
+use crate::inflight::tests::{Rng, World, area, corrupt_area, fill, kill_everywhere};
 use crate::inflight::{Area, Tracker, crash};
 
 const DESC_F_NEXT: u16 = 1;
 
-/// A request of the guest, in the order in which they were made available.
+/// A request of the guest, in the order in which requests were requests available.
 #[derive(Clone)]
-struct Made {
+struct Request {
     id: u16,
     descs: Vec<Desc>,
-    /// Where its first descriptor is, counted from the beginning of time.
+    /// Number of descriptors requests available before its first descriptor.
     at: usize,
     done: bool,
 }
 
-/// A guest with a packed ring. Places are counted from the beginning of time.
+/// A guest with a packed ring. A place is the number of descriptors requests available before it.
 struct Guest {
     area: Arc<Area>,
     size: usize,
     ring: Vec<Desc>,
-    made: Vec<Made>,
+    requests: Vec<Request>,
     total: usize,
-    /// Where it makes available next, and where it looks for what is used.
+    /// The place of the next chain to make available, and of the next used descriptor.
     avail: usize,
     used: usize,
     free: Vec<u16>,
@@ -34,7 +34,7 @@ struct Guest {
     span_max: usize,
 }
 
-/// What a process knows that serves it.
+/// The state of a process that serves the guest.
 struct Process {
     tracker: Tracker,
     last_avail: usize,
@@ -52,7 +52,7 @@ impl Guest {
             area: Arc::clone(area),
             size,
             ring: vec![none; size],
-            made: vec![],
+            requests: vec![],
             total,
             avail: begin,
             used: begin,
@@ -60,7 +60,7 @@ impl Guest {
             request: vec![None; size],
             span_max,
         };
-        // What earlier laps have left there.
+        // The used descriptors of earlier rounds.
         for at in begin.saturating_sub(size)..begin {
             guest.ring[at % size].flags = guest.flags(at, true);
         }
@@ -72,14 +72,14 @@ impl Guest {
         (at % self.size) as u16 | if (at / self.size).is_multiple_of(2) { WRAP } else { 0 }
     }
 
-    /// The flags that a descriptor at a place has when it is available, or used.
+    /// The ownership flags of an available or a used descriptor at a place.
     fn flags(&self, at: usize, used: bool) -> u16 {
         let wrap = self.position(at) & WRAP != 0;
         let flag = |on, flag| if on { flag } else { 0 };
         flag(wrap, DESC_F_AVAIL) | flag(wrap == used, DESC_F_USED)
     }
 
-    /// The guest takes what is used.
+    /// The guest takes completed requests.
     fn observe(&mut self) {
         const BITS: u16 = DESC_F_AVAIL | DESC_F_USED;
         loop {
@@ -88,7 +88,7 @@ impl Guest {
                 return;
             }
             let request = self.request[usize::from(desc.tag)].take();
-            let request = &mut self.made[request.expect("completed and not in flight")];
+            let request = &mut self.requests[request.expect("completed, but not in flight")];
             assert!(!std::mem::replace(&mut request.done, true));
             self.used += request.descs.len();
             self.free.push(desc.tag);
@@ -132,7 +132,7 @@ impl World for Guest {
 
     fn begin(&mut self) -> Process {
         self.observe();
-        let base = self.position(self.made.first().map_or(self.avail, |made| made.at));
+        let base = self.position(self.requests.first().map_or(self.avail, |request| request.at));
         let flags = |at: u16| self.ring[usize::from(at & !WRAP)].flags;
         let (tracker, recovery) =
             Tracker::packed(&self.area, 1, self.size as u16, base, flags).unwrap();
@@ -143,20 +143,21 @@ impl World for Guest {
             let mut descs = vec![];
             assert!(tracker.descs(entry, |desc| descs.push(desc)));
             let id = descs[0].tag;
-            let request = self.request[usize::from(id)].expect("done again");
-            assert_eq!(descs, self.made[request].descs);
+            let request = self.request[usize::from(id)].expect("in flight");
+            assert_eq!(descs, self.requests[request].descs);
             last_avail += descs.len();
             again.push(request);
             inflight.push((entry, id, descs.len()));
         }
         assert_eq!(recovery.last_avail, self.position(last_avail));
         let open = |fetched: bool| {
-            let made = self.made.iter().enumerate();
-            made.filter(move |(_, made)| !made.done && (made.at < last_avail) == fetched)
+            let requests = self.requests.iter().enumerate();
+            requests
+                .filter(move |(_, request)| !request.done && (request.at < last_avail) == fetched)
         };
         assert_eq!(again, open(true).map(|(n, _)| n).collect::<Vec<_>>());
-        let ahead: usize = open(false).map(|(_, made)| made.descs.len()).sum();
-        assert_eq!(last_avail + ahead, self.avail, "a request would be lost");
+        let ahead: usize = open(false).map(|(_, request)| request.descs.len()).sum();
+        assert_eq!(last_avail + ahead, self.avail, "a request is lost");
         self.take_back(self.used, last_avail);
         let used = self.used;
         Process { tracker, last_avail, used, published: used, inflight }
@@ -197,7 +198,7 @@ impl World for Guest {
 
     fn drive(&mut self, rng: &mut Rng) {
         self.observe();
-        while self.made.len() < self.total && rng.below(4) > 0 {
+        while self.requests.len() < self.total && rng.below(4) > 0 {
             let span = 1 + rng.below(self.span_max);
             if self.avail + span > self.used + self.size {
                 break;
@@ -214,14 +215,14 @@ impl World for Guest {
                 descs.push(desc);
             }
             self.avail += span;
-            self.request[usize::from(id)] = Some(self.made.len());
-            self.made.push(Made { id, descs, at, done: false });
-            assert_eq!(self.made[self.request[usize::from(id)].unwrap()].id, id);
+            self.request[usize::from(id)] = Some(self.requests.len());
+            self.requests.push(Request { id, descs, at, done: false });
+            assert_eq!(self.requests[self.request[usize::from(id)].unwrap()].id, id);
         }
     }
 
     fn finished(&self) -> bool {
-        self.made.len() == self.total && self.made.iter().all(|made| made.done)
+        self.requests.len() == self.total && self.requests.iter().all(|request| request.done)
     }
 }
 
@@ -273,20 +274,20 @@ fn the_layout_is_that_of_rte_vhost() {
 }
 
 #[test]
-fn a_fresh_area_begins_where_the_front_end_says() {
+fn an_uninitialised_area_begins_at_the_front_ends_position() {
     let area = area(1, 5, true);
     let (mut tracker, recovery) = Tracker::packed(&area, 0, 5, 3, |_| 0).unwrap();
     assert_eq!(recovery, Recovery { used: 3, last_avail: 3, again: vec![], damage: None });
     let desc = Desc { addr: 0, len: 1, flags: 0, tag: 0 };
     assert_eq!(tracker.fetched_packed([desc; 3].into_iter()), Some(0));
-    // From then on the area says.
+    // From then on, the position comes from the area.
     let (_, recovery) = Tracker::packed(&area, 0, 5, 0, |_| 0).unwrap();
     let expected = Recovery { used: 3, last_avail: 1 | WRAP, again: vec![0], damage: None };
     assert_eq!(recovery, expected);
 }
 
 #[test]
-fn no_more_is_fetched_than_there_are_entries() {
+fn a_fetch_beyond_the_number_of_entries_fails() {
     let area = area(1, 4, true);
     let (mut tracker, _) = Tracker::packed(&area, 0, 4, WRAP, |_| 0).unwrap();
     let desc = Desc { addr: 0, len: 1, flags: 0, tag: 0 };
@@ -298,15 +299,15 @@ fn no_more_is_fetched_than_there_are_entries() {
 }
 
 #[test]
-fn damage_is_told() {
+fn damage_is_reported() {
     let area = area(1, 4, true);
     let region = area.region(0, 4, true).unwrap();
     let desc = Desc { addr: 0, len: 1, flags: 0, tag: 0 };
-    let again = |spoil: &dyn Fn()| {
+    let again = |corrupt: &dyn Fn()| {
         let (mut tracker, recovery) = Tracker::packed(&area, 0, 4, WRAP, |_| 0).unwrap();
         assert_eq!(recovery.damage, None);
         tracker.fetched_packed([desc; 2].into_iter()).unwrap();
-        spoil();
+        corrupt();
         let (_, recovery) = Tracker::packed(&area, 0, 4, WRAP, |_| 0).unwrap();
         assert_eq!((recovery.used, recovery.last_avail), (WRAP, WRAP));
         assert!(recovery.again.is_empty());
@@ -323,11 +324,11 @@ fn damage_is_told() {
 }
 
 #[test]
-fn whatever_is_in_an_area_does_no_harm() {
+fn corrupt_areas_do_no_harm() {
     let area = area(2, 11, true);
     let mut rng = Rng::new(8);
     for _ in 0..10_000 {
-        garble(&area, true, &mut rng);
+        corrupt_area(&area, true, &mut rng);
         let size = 1 + rng.below(11) as u16;
         let flags = rng.next() as u16;
         let base = rng.below(size.into()) as u16;
@@ -342,7 +343,7 @@ fn whatever_is_in_an_area_does_no_harm() {
         assert!(descriptors <= size);
         let desc = Desc { addr: 1, len: 2, flags: 3, tag: 4 };
         for _ in 0..3 {
-            garble(&area, true, &mut rng);
+            corrupt_area(&area, true, &mut rng);
             for _ in 0..20 {
                 let descs = std::iter::repeat_n(desc, rng.below(30));
                 if let Some(entry) = tracker.fetched_packed(descs) {
@@ -356,7 +357,7 @@ fn whatever_is_in_an_area_does_no_harm() {
                 tracker.fetched(entry);
             }
             tracker.publishing(rng.next() as u16);
-            garble(&area, true, &mut rng);
+            corrupt_area(&area, true, &mut rng);
             tracker.published(rng.next() as u16);
         }
     }

@@ -14,11 +14,11 @@ pub(super) struct Region {
     area: Arc<Area>,
 }
 
-// SAFETY: the address is in the mapping of the area, which it keeps, and is accessed as atomics.
+// SAFETY: the address is in the mapping of `area`, which `self` keeps. It is accessed as atomics.
 unsafe impl Send for Region {}
 
-/// Defines a load and a store of one width. Loads see what other processes have left, or what a
-/// front end writes meanwhile, whose own loss that is.
+/// Defines a load and a store of one width. A load returns what another process has stored, or what
+/// the front end stores at the same time, which harms only its own guest.
 macro_rules! access {
     ($load:ident, $store:ident, $plain:ty, $atomic:ty) => {
         #[inline]
@@ -26,7 +26,7 @@ macro_rules! access {
             self.cell::<$atomic>(at).load(Ordering::Relaxed)
         }
 
-        /// Release: what a killed process leaves is its stores up to some point, in their order.
+        /// Release: a killed process leaves a prefix of its stores, in their order.
         #[inline]
         pub(super) fn $store(&self, at: usize, value: $plain) {
             #[cfg(test)]
@@ -38,7 +38,7 @@ macro_rules! access {
 
 impl Region {
     /// # Safety
-    /// The area has a queue's part of `bytes` at `at`, aligned to [`REGION_ALIGN_BYTES`].
+    /// The area has a queue's part of `bytes` bytes at `at`, aligned to [`REGION_ALIGN_BYTES`].
     pub(super) unsafe fn new(area: Arc<Area>, at: usize, bytes: usize) -> Self {
         let base = area.file.host().wrapping_add(at);
         debug_assert!((base as u64).is_multiple_of(REGION_ALIGN_BYTES));
@@ -51,12 +51,12 @@ impl Region {
         self.area.queue_size()
     }
 
-    /// What lies at `at`, which is a field of the head, or of an entry that there is.
+    /// The field at `at`. It must be a field of the header or of an existing entry.
     #[inline]
     fn cell<T>(&self, at: usize) -> &T {
         debug_assert!(at + size_of::<T>() <= self.bytes && at.is_multiple_of(align_of::<T>()));
-        // SAFETY: a field of the part is in bounds and aligned, as the part itself is; the mapping
-        // lives as long as the area; `T` is an atomic, for which any content will do.
+        // SAFETY: a field of the part is in bounds and aligned, because the part is aligned. The
+        // mapping exists as long as the area. `T` is an atomic, for which any bit pattern is valid.
         unsafe { &*self.base.wrapping_add(at).cast() }
     }
 

@@ -1,9 +1,9 @@
-//! A split queue's part of an in-flight area: `QueueRegionSplit` of the vhost-user specification.
+//! A split queue's part of an in-flight area: `QueueRegionSplit` in the vhost-user specification.
 
 use super::region::Region;
-use super::{Batch, Damage, Recovery, VERSION, in_order};
+use super::{Batch, Damage, Recovery, VERSION, sort_by_counter};
 
-/// Offsets in the head of the part, which `ENTRY_BYTES` follow for each descriptor.
+/// Offsets in the header of the part. One entry of `ENTRY_BYTES` for each descriptor follows it.
 const FEATURES: usize = 0;
 const VERSION_AT: usize = 8;
 const DESC_NUM: usize = 10;
@@ -17,18 +17,18 @@ const NEXT: usize = 6;
 const COUNTER: usize = 8;
 const ENTRY_BYTES: usize = 16;
 
-/// Bytes of the part of a queue of so many descriptors.
+/// Size of a queue's part in bytes.
 pub(super) fn bytes(entries: u16) -> usize {
     HEAD_BYTES + ENTRY_BYTES * usize::from(entries)
 }
 
-/// Where an entry's field is.
+/// The offset of a field of an entry.
 #[inline]
 fn at(entry: u16, field: usize) -> usize {
     HEAD_BYTES + ENTRY_BYTES * usize::from(entry) + field
 }
 
-/// The tracking of a split queue.
+/// The tracker of a split queue.
 #[derive(Debug)]
 pub(super) struct Split {
     region: Region,
@@ -39,8 +39,9 @@ pub(super) struct Split {
 }
 
 impl Split {
-    /// `used_idx` is the ring's. What a killed process has published is in there; which of it is
-    /// still marked in the area, the area's own index says.
+    /// `used_idx` is the ring's used index, which includes all that a killed process has published.
+    /// Its difference to the area's own index is the number of published requests that may still be
+    /// marked.
     pub(super) fn begin(region: Region, size: u16, used_idx: u16) -> (Self, Recovery) {
         let mut damage = None;
         let version = region.load_u16(VERSION_AT);
@@ -51,10 +52,10 @@ impl Split {
         } else {
             if version != 0 {
                 damage = Some(Damage::Version(version));
-                // Killed from here on, it is a fresh one.
+                // If the process is killed from here on, the part is uninitialised.
                 region.store_u16(VERSION_AT, 0);
             }
-            fresh(&region, used_idx);
+            initialise(&region, used_idx);
         }
         let mut again = Vec::new();
         for entry in 0..region.entries() {
@@ -68,7 +69,7 @@ impl Split {
                 damage = Some(Damage::Outside(entry));
             }
         }
-        let (again, counter) = in_order(again);
+        let (again, counter) = sort_by_counter(again);
         let last_avail = used_idx.wrapping_add(again.len() as u16);
         let batch = Batch::new(region.entries());
         let recovery = Recovery { used: used_idx, last_avail, again, damage };
@@ -104,18 +105,18 @@ impl Split {
             self.region.store_u8(at(head, INFLIGHT), 0);
         }
         self.batch.0.clear();
-        // Until here the whole batch counts as marked.
+        // Until this store, the whole batch is considered marked.
         self.region.store_u16(USED_IDX, used);
     }
 }
 
-/// Takes the mark from what was published and never unmarked: so many of the last batch as the
-/// ring's index is ahead of the area's.
+/// Removes the marks of requests that were published and not unmarked. Their number is the
+/// difference between the ring's used index and the area's.
 fn unmark_last_batch(region: &Region, used_idx: u16) -> Result<(), Damage> {
     let count = used_idx.wrapping_sub(region.load_u16(USED_IDX));
-    let broken = Damage::LastBatch(count);
+    let inconsistent = Damage::LastBatch(count);
     if count > region.entries() {
-        return Err(broken);
+        return Err(inconsistent);
     }
     let mut batch = Vec::with_capacity(count.into());
     let mut seen = vec![false; region.entries().into()];
@@ -124,7 +125,7 @@ fn unmark_last_batch(region: &Region, used_idx: u16) -> Result<(), Damage> {
         let new =
             seen.get_mut(usize::from(head)).is_some_and(|seen| !std::mem::replace(seen, true));
         if !new {
-            return Err(broken);
+            return Err(inconsistent);
         }
         batch.push(head);
         head = region.load_u16(at(head, NEXT));
@@ -135,9 +136,9 @@ fn unmark_last_batch(region: &Region, used_idx: u16) -> Result<(), Damage> {
     Ok(())
 }
 
-/// Begins an area. Its index is the ring's, which may have been in use for long: rte_vhost leaves
-/// it at 0, and loses a request at descriptor 0 with the next process (SPDK's issue 3766).
-fn fresh(region: &Region, used_idx: u16) {
+/// Initialises the part. Its index is the ring's used index, which may be greater than zero.
+/// rte_vhost stores 0, and the next process loses a request at descriptor 0 (SPDK issue 3766).
+fn initialise(region: &Region, used_idx: u16) {
     for entry in 0..region.entries() {
         if region.load_u8(at(entry, INFLIGHT)) != 0 {
             region.store_u8(at(entry, INFLIGHT), 0);

@@ -1,24 +1,24 @@
-//! Tests of split queues' in-flight tracking.
+//! Tests of in-flight tracking for split queues.
 
 use std::sync::Arc;
 
 use super::*;
-use crate::inflight::tests::{Rng, World, area, fill, garble, kill_everywhere};
+use crate::inflight::tests::{Rng, World, area, corrupt_area, fill, kill_everywhere};
 use crate::inflight::{Area, Tracker, crash};
 
 /// A guest with a split ring. Its requests are numbered in the order of the available ring.
 struct Guest {
     area: Arc<Area>,
     size: u16,
-    /// The ring's index when the area was made.
+    /// The used index of the ring when the area was created.
     base: u16,
     /// Heads in the order in which they were made available.
     avail: Vec<u16>,
-    /// Requests that there will be.
+    /// Number of requests of the whole test.
     total: usize,
     used_ring: Vec<u16>,
     used_idx: u16,
-    /// What the guest has looked at of the used ring.
+    /// The used index up to which the guest has taken completed requests.
     seen: u16,
     free: Vec<u16>,
     /// The request of each head.
@@ -26,7 +26,7 @@ struct Guest {
     done: Vec<bool>,
 }
 
-/// What a process knows that serves it.
+/// The state of a process that serves the guest.
 struct Process {
     tracker: Tracker,
     last_avail: u16,
@@ -64,7 +64,7 @@ impl Guest {
         crash::store();
         while self.used_idx != process.used {
             let head = self.used_ring[usize::from(self.used_idx % self.size)];
-            let request = self.request[usize::from(head)].expect("completed and not in flight");
+            let request = self.request[usize::from(head)].expect("completed, but not in flight");
             assert!(!std::mem::replace(&mut self.done[request], true), "{request} twice");
             self.used_idx = self.used_idx.wrapping_add(1);
         }
@@ -151,7 +151,7 @@ fn the_layout_is_that_of_rte_vhost() {
 }
 
 #[test]
-fn a_fresh_area_goes_on_where_the_ring_is() {
+fn an_uninitialised_area_begins_at_the_rings_used_index() {
     let area = area(1, 4, false);
     let (mut tracker, recovery) = Tracker::split(&area, 0, 4, 1000).unwrap();
     assert_eq!(recovery, Recovery { used: 1000, last_avail: 1000, again: vec![], damage: None });
@@ -161,8 +161,8 @@ fn a_fresh_area_goes_on_where_the_ring_is() {
 }
 
 #[test]
-fn a_fresh_area_of_rte_vhost_loses_nothing() {
-    // Version 1, its index 0 whatever the ring's is, request 0 in flight.
+fn an_area_initialised_by_rte_vhost_loses_no_request() {
+    // Version 1, index 0 no matter what the ring's index is, request 0 in flight.
     let area = area(1, 4, false);
     fill(&area, |word| [0, 1, 1].get(word).copied().unwrap_or(0));
     let (_, recovery) = Tracker::split(&area, 0, 4, 3).unwrap();
@@ -174,8 +174,8 @@ fn a_fresh_area_of_rte_vhost_loses_nothing() {
 }
 
 #[test]
-fn what_rte_vhost_was_about_to_unmark_is_not_done_again() {
-    // Batches of one: `last_inflight_io` says which, and `next` is not set.
+fn requests_published_by_rte_vhost_are_not_resubmitted() {
+    // rte_vhost has batches of one request: `last_inflight_io` is its head, and `next` is not set.
     let area = area(1, 4, false);
     let (mut tracker, _) = Tracker::split(&area, 0, 4, 65535).unwrap();
     for head in [3, 1, 2] {
@@ -189,7 +189,7 @@ fn what_rte_vhost_was_about_to_unmark_is_not_done_again() {
 }
 
 #[test]
-fn damage_is_told() {
+fn damage_is_reported() {
     let area = area(1, 4, false);
     let (mut tracker, _) = Tracker::split(&area, 0, 4, 0).unwrap();
     tracker.fetched(1);
@@ -204,17 +204,17 @@ fn damage_is_told() {
 }
 
 #[test]
-fn whatever_is_in_an_area_does_no_harm() {
+fn corrupt_areas_do_no_harm() {
     let area = area(2, 11, false);
     let mut rng = Rng::new(7);
     for _ in 0..10_000 {
-        garble(&area, false, &mut rng);
+        corrupt_area(&area, false, &mut rng);
         let size = 1 + rng.below(11) as u16;
         let used = rng.below(12) as u16;
         let (mut tracker, recovery) = Tracker::split(&area, 1, size, used).unwrap();
         assert!(recovery.again.iter().all(|&head| head < size));
         assert_eq!(recovery.last_avail, used + recovery.again.len() as u16);
-        garble(&area, false, &mut rng);
+        corrupt_area(&area, false, &mut rng);
         for _ in 0..40 {
             tracker.fetched(rng.next() as u16 >> rng.below(16));
             tracker.put(rng.next() as u16 >> rng.below(16));

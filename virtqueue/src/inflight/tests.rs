@@ -1,9 +1,9 @@
-//! What the tests of both layouts share, and those of areas.
+//! Fixtures of the tests of both layouts, and tests of areas.
 
 use super::*;
 use guest_memory::testing::memfd;
 
-/// Numbers that look random and are the same for a seed.
+/// Pseudo-random numbers, the same for the same seed.
 pub(super) struct Rng(u64);
 
 impl Rng {
@@ -24,23 +24,23 @@ impl Rng {
     }
 }
 
-/// A new area, as a front end has it mapped for it.
+/// A new area, mapped as for a front end.
 pub(super) fn area(num_queues: u16, queue_size: u16, packed: bool) -> Arc<Area> {
     let (spec, fd) = Area::create(num_queues, queue_size, packed).unwrap();
     let unmapper = Unmapper::start().unwrap();
     Arc::new(Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap())
 }
 
-/// Has `next` say what is in each word of the area.
+/// Sets each word of the area to the value that `next` returns for it.
 pub(super) fn fill(area: &Area, mut next: impl FnMut(usize) -> u64) {
     for word in 0..area.file.size_bytes() as usize / 8 {
-        // SAFETY: a word of the mapping, which is aligned and used by this thread alone.
+        // SAFETY: a word of the mapping. It is aligned, and only this thread uses it.
         unsafe { area.file.host().cast::<u64>().wrapping_add(word).write_volatile(next(word)) };
     }
 }
 
-/// Puts random bytes into the area, or such as look sound at first sight.
-pub(super) fn garble(area: &Area, packed: bool, rng: &mut Rng) {
+/// Fills the area with random bytes, or with random contents that look plausible.
+pub(super) fn corrupt_area(area: &Area, packed: bool, rng: &mut Rng) {
     let kind = rng.below(4);
     let part = region_bytes(area.queue_size(), packed) as usize / 8;
     let small = u64::from(area.queue_size()) + 1;
@@ -61,18 +61,18 @@ pub(super) fn garble(area: &Area, packed: bool, rng: &mut Rng) {
 /// A guest with its ring, which outlives the processes that serve it.
 pub(super) trait World {
     type Process;
-    /// A process begins, and checks that it knows what there is to do.
+    /// Starts a process, and checks what it has recovered.
     fn begin(&mut self) -> Self::Process;
-    /// Does some work, as a reactor visits a queue.
+    /// Does some work, like a reactor's visit.
     fn visit(&mut self, process: &mut Self::Process, rng: &mut Rng);
-    /// The guest takes what is done, and makes more available.
+    /// The guest takes completed requests, and makes more available.
     fn drive(&mut self, rng: &mut Rng);
-    /// Whether all requests that there will be are done, each once.
+    /// Returns whether all requests have completed, each once.
     fn finished(&self) -> bool;
 }
 
-/// Lets processes serve `world`, the first killed at store `kills[0]`, the next at store `kills[1]`
-/// of its own, and so on, until one does all there is to do. Answers with the stores of that one.
+/// Lets processes serve `world`. The first is killed at store `kills[0]`, the next at its own store
+/// `kills[1]`, and so on. The last one completes all requests. Returns the number of its stores.
 pub(super) fn serve<W: World>(mut world: W, rng: &mut Rng, kills: &[u64]) -> u64 {
     for &at in kills.iter().chain(&[u64::MAX]) {
         let before = crash::stores();
@@ -93,24 +93,24 @@ pub(super) fn serve<W: World>(mut world: W, rng: &mut Rng, kills: &[u64]) -> u64
     unreachable!("the last process is not killed")
 }
 
-/// Kills a process at each of its stores, and the ones after it early in their lives.
+/// Kills a process at each of its stores, and its successors at one of their first stores.
 pub(super) fn kill_everywhere<W: World>(world: impl Fn(&mut Rng) -> W) {
-    let life = |seed, kills: &[u64]| {
+    let run = |seed, kills: &[u64]| {
         let mut rng = Rng::new(seed);
         serve(world(&mut rng), &mut rng, kills)
     };
     for seed in 0..4 {
         let mut early = Rng::new(!seed);
-        for at in 0..life(seed, &[]) {
-            life(seed, &[at]);
+        for at in 0..run(seed, &[]) {
+            run(seed, &[at]);
             let again = [(); 3].map(|()| early.below(40) as u64);
-            life(seed, &[at, again[0], again[1], again[2]]);
+            run(seed, &[at, again[0], again[1], again[2]]);
         }
     }
 }
 
 #[test]
-fn areas_have_bounds() {
+fn the_size_of_an_area_is_limited() {
     for (queues, size) in [(0, 1), (1, 0), (129, 1), (1, 32769), (128, 32768)] {
         for packed in [false, true] {
             assert!(matches!(Area::create(queues, size, packed), Err(Error::Count(..))));
@@ -122,7 +122,7 @@ fn areas_have_bounds() {
 }
 
 #[test]
-fn an_area_can_be_neither_cut_short_nor_too_short() {
+fn an_area_cannot_be_truncated_and_must_be_long_enough() {
     let unmapper = Unmapper::start().unwrap();
     let (spec, fd) = Area::create(3, 7, false).unwrap();
     assert_eq!(spec.mmap_size, 3 * 128);

@@ -1,12 +1,12 @@
-//! The device's side of a packed ring, as a queue's owner plays it with [`PackedRing`].
-#![expect(unsafe_code, reason = "rings lie in memory that is kept beside them")]
+//! The device's side of a packed ring: does what a queue's owner does with [`PackedRing`].
+#![expect(unsafe_code, reason = "the device keeps its ring's memory")]
 
 use std::sync::Arc;
 
 use guest_memory::{GuestMemory, Nearest};
 use virtqueue::{Buffer, PackedRing, Ring, RingAddrs};
 
-/// A chain that was taken.
+/// A chain that the device has taken.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Held {
     pub(crate) id: u16,
@@ -21,7 +21,7 @@ pub(crate) struct Device {
     avail: u16,
     used: u16,
     published: u16,
-    /// It has asked for a kick.
+    /// Whether the device has asked for a kick.
     pub(crate) armed: bool,
 }
 
@@ -33,19 +33,20 @@ impl Device {
         event_idx: bool,
         base: u16,
     ) -> Self {
-        // SAFETY: the memory is kept beside it.
-        let ring = unsafe { PackedRing::new(memory, size, addrs, event_idx) }.expect("a ring");
+        // SAFETY: `Self` keeps the memory with the ring.
+        let ring =
+            unsafe { PackedRing::new(memory, size, addrs, event_idx) }.expect("valid addresses");
         ring.suppress_kicks(base);
         let memory = Arc::clone(memory);
         Self { ring, memory, avail: base, used: base, published: base, armed: false }
     }
 
-    /// Whether there is a chain to take.
+    /// Returns whether there is a chain to take.
     pub(crate) fn pending(&self) -> bool {
-        let pending = self.ring.pending(self.avail).expect("no error");
-        let look = self.ring.look(self.avail);
-        // In one thread: another may add something between the two.
-        assert!(pending == 0 || look.due);
+        let pending = self.ring.pending(self.avail).expect("a packed ring has no index to check");
+        let hint = self.ring.hint(self.avail);
+        // With two threads, the driver may add a chain between the two calls.
+        assert!(pending == 0 || hint.due);
         pending > 0
     }
 
@@ -58,26 +59,27 @@ impl Device {
             self.ring.suppress_kicks(self.avail);
         }
         let mut buffers = vec![];
-        // SAFETY: the default is of every memory.
+        // SAFETY: the default is valid for every memory.
         let mut near = unsafe { self.memory.near(Nearest::default()) };
         let room = self.ring.room(self.published, self.avail);
         let taken = self.ring.walk(&mut near, self.avail, room, |_, buffer| {
             buffers.push(buffer);
             true
         });
-        let taken = taken.expect("a chain");
+        let taken = taken.expect("a valid chain");
         assert_eq!(taken.defect, None);
         self.avail = self.ring.advance(self.avail, taken.span);
         Some(Held { id: taken.id, span: taken.span, buffers })
     }
 
-    /// Puts a chain into the ring, not yet to be seen.
+    /// Puts a chain into the ring. The driver does not see it yet.
     pub(crate) fn put(&mut self, held: &Held, len: u32) {
         self.ring.put_used(self.published, self.used, held.id, len);
         self.used = self.ring.advance(self.used, held.span);
     }
 
-    /// Publishes all that was put; says whether the driver wants a call. `None` if there is nothing.
+    /// Publishes all chains that were put. Returns whether the driver wants a call, or `None` if no
+    /// chain was put.
     pub(crate) fn publish(&mut self) -> Option<bool> {
         let (from, to) = (self.published, self.used);
         if from == to {
@@ -88,7 +90,7 @@ impl Device {
         Some(self.ring.wants_call(from, to))
     }
 
-    /// Asks for a kick; `false` if something has come before it, or if there is no need.
+    /// Asks for a kick. Returns false if a chain came before that; then no kick is requested.
     pub(crate) fn arm(&mut self) -> bool {
         if self.ring.want_kicks(self.avail) {
             self.ring.suppress_kicks(self.avail);

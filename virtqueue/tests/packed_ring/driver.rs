@@ -1,8 +1,9 @@
-//! The driver's side of a packed ring, as Linux's `virtio_ring` plays it: buffer ids from a stack,
-//! chains published in order and completed in any, and notifications asked for one at a time.
+//! The driver's side of a packed ring: does what Linux's `virtio_ring` does. Buffer ids come from a
+//! stack, chains are published in order and complete in any order, and the driver asks for one
+//! notification at a time.
 //!
-//! Places are counted from the ring's beginning, without end, so that nothing here computes with
-//! wrap counters as the device does.
+//! Descriptors are counted from the first one ever, without wrapping, so that this code has no
+//! arithmetic with wrap counters, unlike the device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
@@ -21,34 +22,34 @@ const EVENTS_ENABLE: u16 = 0;
 const EVENTS_DISABLE: u16 = 1;
 const EVENTS_DESC: u16 = 2;
 
-/// The position of the `n`th descriptor ever, as the device has it.
+/// The position of descriptor number `n`, as the device computes it.
 pub(crate) fn position(n: u64, size: u16) -> u16 {
     let wrap = (n / u64::from(size)).is_multiple_of(2);
     (n % u64::from(size)) as u16 | u16::from(wrap) << 15
 }
 
-/// A driver.
+/// A driver of a packed ring.
 #[derive(Debug)]
 pub(crate) struct Driver {
     memory: Arc<GuestMemory>,
     addrs: RingAddrs,
     size: u16,
     event_idx: bool,
-    /// Descriptors made available, seen as used, and made available when a kick was last decided
-    /// on; ever.
+    /// Numbers of descriptors: made available so far, returned as used so far, and made available
+    /// at the last decision about a kick.
     added: u64,
     used: u64,
-    asked: u64,
-    /// Buffer ids that are free.
+    kick_decided: u64,
+    /// Free buffer ids.
     ids: Vec<u16>,
-    /// Descriptors of each buffer id's chain.
+    /// Number of descriptors of each buffer id's chain.
     spans: Vec<u16>,
-    /// It wants calls.
+    /// Whether the driver wants calls.
     pub(crate) calls: bool,
 }
 
 impl Driver {
-    /// A driver whose ring is empty, with `begin` descriptors of its past behind it. It wants no
+    /// A driver with an empty ring, in which `begin` descriptors have been used before. It wants no
     /// calls.
     pub(crate) fn new(
         memory: &Arc<GuestMemory>,
@@ -64,7 +65,7 @@ impl Driver {
             event_idx,
             added: begin,
             used: begin,
-            asked: begin,
+            kick_decided: begin,
             ids: (0..size).rev().collect(),
             spans: vec![0; size.into()],
             calls: false,
@@ -87,7 +88,7 @@ impl Driver {
         slice.get_atomic_ref::<T>(0).expect("aligned").load(order)
     }
 
-    /// Where the `n`th descriptor is.
+    /// The address of descriptor number `n`.
     fn desc(&self, n: u64) -> u64 {
         self.addrs.desc + 16 * (n % u64::from(self.size))
     }
@@ -99,14 +100,15 @@ impl Driver {
         self.store::<AtomicU16>(at + 12, id.to_le(), Ordering::Relaxed);
     }
 
-    /// Descriptors that are free.
+    /// Number of free descriptors.
     pub(crate) fn room(&self) -> usize {
         usize::from(self.size) - (self.added - self.used) as usize
     }
 
-    /// Makes a chain available, in the ring or in a table at `table`. Answers with its buffer id.
+    /// Makes a chain available, in the ring or in an indirect table at `table`. Returns its buffer
+    /// id.
     pub(crate) fn add(&mut self, buffers: &[Buffer], table: Option<u64>) -> u16 {
-        let id = self.ids.pop().expect("there are as many as descriptors");
+        let id = self.ids.pop().expect("as many ids as descriptors");
         let write = |buffer: &Buffer| if buffer.write { WRITE } else { 0 };
         let mut chain = buffers.to_vec();
         let mut indirect = 0;
@@ -126,7 +128,7 @@ impl Driver {
             let state = if position(self.added, self.size) >> 15 == 1 { AVAIL } else { USED };
             let next = if n + 1 < chain.len() { NEXT } else { 0 };
             let flags = write(buffer) | state | next | indirect;
-            // The id counts in the last one.
+            // Only the id in the last descriptor is valid.
             self.write(self.desc(self.added), buffer, if next == 0 { id } else { !id });
             if n == 0 {
                 head_flags = flags;
@@ -137,21 +139,21 @@ impl Driver {
             self.added += 1;
         }
         self.spans[usize::from(id)] = chain.len() as u16;
-        // Release: all else is seen before it.
+        // Release: the device sees everything else before these flags.
         self.store::<AtomicU16>(self.desc(head) + 14, head_flags.to_le(), Ordering::Release);
         id
     }
 
-    /// Whether the device wants a kick for what was added since this was last asked.
+    /// Returns whether the device wants a kick for the chains that were added since the last call.
     pub(crate) fn wants_kick(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let events = u32::from_le(self.load::<AtomicU32>(self.addrs.used, Ordering::Relaxed));
         let (event, flags) = (events as u16, (events >> 16) as u16);
-        let asked = std::mem::replace(&mut self.asked, self.added);
+        let kick_decided = std::mem::replace(&mut self.kick_decided, self.added);
         match flags {
             EVENTS_DESC => {
                 assert!(self.event_idx, "not negotiated");
-                (asked..self.added).any(|n| position(n, self.size) == event)
+                (kick_decided..self.added).any(|n| position(n, self.size) == event)
             }
             EVENTS_ENABLE => true,
             _ => {
@@ -166,7 +168,7 @@ impl Driver {
         position(self.used, self.size)
     }
 
-    /// Whether a chain has come back.
+    /// Returns whether a chain is used.
     pub(crate) fn has_used(&self) -> bool {
         // Acquire: the rest of the descriptor and the data are read after it.
         let flags = self.load::<AtomicU16>(self.desc(self.used) + 14, Ordering::Acquire);
@@ -175,7 +177,7 @@ impl Driver {
         (flags & AVAIL != 0) == wrap && (flags & USED != 0) == wrap
     }
 
-    /// Takes a chain that has come back: its buffer id and the length written.
+    /// Takes a used chain. Returns its buffer id and its written length.
     pub(crate) fn take(&mut self) -> Option<(u16, u32)> {
         if !self.has_used() {
             return None;
@@ -184,9 +186,9 @@ impl Driver {
         let len = u32::from_le(self.load::<AtomicU32>(at + 8, Ordering::Relaxed));
         let id = u16::from_le(self.load::<AtomicU16>(at + 12, Ordering::Relaxed));
         let flags = u16::from_le(self.load::<AtomicU16>(at + 14, Ordering::Relaxed));
-        assert_eq!(flags & WRITE != 0, len > 0, "a length counts if WRITE says so");
+        assert_eq!(flags & WRITE != 0, len > 0, "WRITE is set if the length is valid");
         let span = self.spans.get_mut(usize::from(id)).map(std::mem::take).unwrap_or_default();
-        assert!(span > 0, "buffer {id} is not with the device");
+        assert!(span > 0, "the device does not have buffer {id}");
         self.used += u64::from(span);
         self.ids.push(id);
         if self.calls && self.event_idx {
@@ -199,7 +201,7 @@ impl Driver {
         Some((id, len))
     }
 
-    /// Asks for a call for the next chain that comes back, and says whether one has already.
+    /// Asks for a call for the next used chain. Returns whether one is used already.
     pub(crate) fn ask_for_call(&mut self) -> bool {
         let flags = if self.event_idx { EVENTS_DESC } else { EVENTS_ENABLE };
         let position = self.used_position();
@@ -210,7 +212,7 @@ impl Driver {
         self.has_used()
     }
 
-    /// Wants no calls.
+    /// Asks for no calls.
     pub(crate) fn refuse_calls(&mut self) {
         self.calls = false;
         let flags = EVENTS_DISABLE.to_le();
