@@ -1,4 +1,5 @@
-//! rte_vhost's callbacks, on its event thread: they convert, call one method, and convert back.
+//! rte_vhost's callbacks. They run on its event thread. Each one converts its arguments, calls one
+//! method of the target and converts the result.
 #![expect(unsafe_code, reason = "called by rte_vhost, with pointers")]
 
 use std::collections::HashMap;
@@ -17,14 +18,14 @@ use crate::connection::{self, DpdkConnection};
 use crate::shared::shared;
 use crate::{interpose, self_test};
 
-/// Set in a message's flags: the front end wants an acknowledgement.
+/// Flag in a message's header: the front end wants an acknowledgement (`need_reply`).
 const FLAG_NEED_REPLY: u32 = 1 << 3;
 
-/// Connections by rte_vhost's number. Held for moments only.
+/// Connections by rte_vhost's connection number (`vid`). The lock is held only briefly.
 static CONNECTIONS: LazyLock<Mutex<HashMap<c_int, Entry>>> = LazyLock::new(Mutex::default);
 
 struct Entry {
-    /// `None` for the anchor's connections.
+    /// `None` for connections to the anchor socket.
     id: Option<ConnId>,
     path: PathBuf,
     conn: Arc<DpdkConnection>,
@@ -34,7 +35,7 @@ fn connections() -> MutexGuard<'static, HashMap<c_int, Entry>> {
     CONNECTIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Forgets the connections of a socket that was unregistered.
+/// Forgets the connections to a socket that was unregistered.
 pub(crate) fn forget(path: &Path) {
     connections().retain(|_, entry| entry.path != path);
 }
@@ -42,7 +43,7 @@ pub(crate) fn forget(path: &Path) {
 /// A table of C function pointers.
 pub(crate) struct Ops<T>(pub(crate) T);
 
-// SAFETY: immutable, and its pointers are to functions.
+// SAFETY: the table is immutable, and its pointers point to functions.
 unsafe impl<T> Sync for Ops<T> {}
 
 pub(crate) static DEVICE_OPS: Ops<sys::rte_vhost_device_ops> = Ops(sys::rte_vhost_device_ops {
@@ -50,7 +51,7 @@ pub(crate) static DEVICE_OPS: Ops<sys::rte_vhost_device_ops> = Ops(sys::rte_vhos
     destroy_device: Some(destroy_device),
     new_connection: Some(new_connection),
     destroy_connection: Some(destroy_connection),
-    // SAFETY: all zeroes is no callback.
+    // SAFETY: an all-zero table is valid: it has no callbacks.
     ..unsafe { std::mem::zeroed() }
 });
 
@@ -59,7 +60,8 @@ static EXTERN_OPS: Ops<sys::rte_vhost_user_extern_ops> = Ops(sys::rte_vhost_user
     post_msg_handle: None,
 });
 
-/// Never happens, as rte_vhost sees no ring; refusing keeps it from ever thinking that it runs.
+/// rte_vhost never calls this, as no ring is configured in it. The refusal keeps rte_vhost from
+/// treating a device as running if it ever does.
 extern "C" fn new_device(_vid: c_int) -> c_int {
     -1
 }
@@ -81,14 +83,15 @@ extern "C" fn new_connection(vid: c_int) -> c_int {
 fn accept(vid: c_int) -> Option<Entry> {
     let shared = shared();
     let path = socket_of(vid)?;
-    // SAFETY: the table is static; rte_vhost copies it.
+    // SAFETY: the table is static, and rte_vhost copies it.
     unsafe {
         sys::rte_vhost_extern_callback_register(vid, &raw const EXTERN_OPS.0, std::ptr::null_mut())
     };
     let conn = match connection::take_accepted(&path, vid) {
         Ok(conn) => Arc::new(conn),
         Err(e) => {
-            // Whoever only wakes us is gone already.
+            // A client that connects only to wake the event thread has already closed the
+            // connection.
             if path != shared.anchor {
                 warn!("{}: connection refused: {e}", path.display());
             }
@@ -103,15 +106,16 @@ fn accept(vid: c_int) -> Option<Entry> {
     Some(Entry { id, path, conn })
 }
 
-/// The socket that a connection came in on.
+/// Returns the path of the socket that a connection was accepted on.
 fn socket_of(vid: c_int) -> Option<PathBuf> {
     let mut name = [0; libc::PATH_MAX as usize];
-    // SAFETY: the buffer is ours and as long as it says; called on the event thread.
+    // SAFETY: the buffer belongs to this function and has the given length; the caller is on the
+    // event thread.
     let result = unsafe { sys::rte_vhost_get_ifname(vid, name.as_mut_ptr(), name.len()) };
     if result != 0 {
         return None;
     }
-    // SAFETY: rte_vhost has put a string there, with its final zero.
+    // SAFETY: rte_vhost has written a NUL-terminated string into the buffer.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) };
     Some(std::ffi::OsStr::from_bytes(name.to_bytes()).into())
 }
@@ -149,7 +153,8 @@ struct Context(*mut u8);
 
 impl Context {
     fn word(&self, offset: usize) -> u32 {
-        // SAFETY: offsets given lie inside the struct, which is ours while the handler runs.
+        // SAFETY: the offsets lie inside the struct, and this handler is its only user while it
+        // runs.
         unsafe { self.0.wrapping_add(offset).cast::<u32>().read_unaligned() }
     }
 
@@ -169,7 +174,7 @@ impl Context {
             Verdict::Pass => sys::RTE_VHOST_MSG_RESULT_NOT_HANDLED,
             Verdict::Done => sys::RTE_VHOST_MSG_RESULT_OK,
             Verdict::Reply(payload) => self.reply(&payload),
-            // rte_vhost would send an fd of ours only out of its private structures.
+            // rte_vhost has no public way to send an fd of the application with a reply.
             Verdict::ReplyWithFd(payload, fd) => {
                 let message = protocol::reply(self.word(0), &payload);
                 if !shared().deferral() || conn.send_with_fd(&message, &fd).is_err() {
@@ -187,13 +192,16 @@ impl Context {
     }
 
     fn answered_by_us(&mut self) -> sys::rte_vhost_msg_result {
-        // A front end that wants an acknowledgement as well would get two answers.
+        // A front end that also asks for an acknowledgement would otherwise get two replies.
         self.set_word(4, self.word(4) & !FLAG_NEED_REPLY);
         sys::RTE_VHOST_MSG_RESULT_OK
     }
 
     fn reply(&mut self, payload: &[u8]) -> sys::rte_vhost_msg_result {
-        assert!(payload.len() <= sys::FDS_OFFSET - HEADER_BYTES, "our own answers fit");
+        assert!(
+            payload.len() <= sys::FDS_OFFSET - HEADER_BYTES,
+            "a reply of the target fits in rte_vhost's message buffer"
+        );
         self.set_word(8, payload.len() as u32);
         let to = self.0.wrapping_add(HEADER_BYTES);
         // SAFETY: the payload lies between the header and the fds, and the length was checked.
@@ -202,7 +210,8 @@ impl Context {
     }
 
     fn reject(&self, conn: &DpdkConnection) -> sys::rte_vhost_msg_result {
-        // Where the front end wants an acknowledgement, an error alone would not end it.
+        // If the front end asked for an acknowledgement, an error result alone does not end the
+        // connection.
         conn.shut_down();
         sys::RTE_VHOST_MSG_RESULT_ERR
     }

@@ -1,4 +1,4 @@
-//! A front end's connection as the control side uses it.
+//! A front end's connection, as the control side uses it.
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
@@ -16,20 +16,21 @@ use crate::interpose;
 use crate::shared::shared;
 use crate::socket::{send_with_fd, shut_down};
 
-/// A connection: the front end's socket, and the socket through which answers go to it.
+/// A connection: the front end's socket, and the socket through which replies go to the front end.
 #[derive(Debug)]
 pub(crate) struct DpdkConnection {
     vid: c_int,
     socket: Arc<ForeignFd>,
     answers: OwnedFd,
-    /// Where deferral does not work: the answer for the handler that waits for it.
+    /// Used where replies cannot be deferred: passes the reply to the handler that waits for it.
     answer: Mutex<Option<Vec<u8>>>,
     answered: Condvar,
 }
 
 impl DpdkConnection {
-    /// Waits for the answer that the control side would otherwise send itself, or for the end of
-    /// the connection, which the control side sees to when it takes too long.
+    /// Waits for the reply that the control side would send itself if replies could be deferred, or
+    /// for the end of the connection. The control side ends a connection that waits longer than the
+    /// drain limit.
     pub(crate) fn wait_for_answer(&self) -> Option<Vec<u8>> {
         let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.answered.wait_while(answer, |answer| answer.is_none());
@@ -60,7 +61,7 @@ impl Connection for DpdkConnection {
         }
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         let (buffer, len) = (message.as_ptr().cast(), message.len());
-        // SAFETY: bytes of ours to a socket that we own.
+        // SAFETY: `send` only reads the given bytes, and the socket is owned and open.
         let sent = unsafe { libc::send(self.answers.as_raw_fd(), buffer, len, flags) };
         match usize::try_from(sent) {
             Ok(n) if n == len => Ok(()),
@@ -72,13 +73,13 @@ impl Connection for DpdkConnection {
     fn hung_up(&self) -> bool {
         let (fd, events) = (self.socket.as_raw_fd(), libc::POLLRDHUP);
         let mut poll = libc::pollfd { fd, events, revents: 0 };
-        // SAFETY: one pollfd of ours, and no wait.
+        // SAFETY: the array holds one pollfd, and the timeout is 0.
         let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
         n > 0 && poll.revents & (libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR) != 0
     }
 
     fn shut_down(&self) {
-        // The connection's task sees the end of the stream, and ends rte_vhost's side.
+        // The connection's task then reads the end of the stream and ends rte_vhost's side.
         shut_down(&self.socket);
         self.give_answer(Vec::new());
     }
@@ -86,12 +87,12 @@ impl Connection for DpdkConnection {
 
 impl Drop for DpdkConnection {
     fn drop(&mut self) {
-        // rte_vhost closes its end by itself; `answers` was a duplicate of that.
+        // rte_vhost closes its own end; `answers` was a duplicate of that end.
         shut_down(&self.socket);
     }
 }
 
-/// The connection to `path` that rte_vhost has just accepted on the calling thread.
+/// Returns the connection to `path` that rte_vhost has just accepted on the calling thread.
 pub(crate) fn take_accepted(path: &Path, vid: c_int) -> io::Result<DpdkConnection> {
     let accepted = interpose::accepted().filter(|accepted| accepted.path == path);
     let Accepted { socket, answers, .. } = accepted

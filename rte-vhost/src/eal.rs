@@ -1,5 +1,5 @@
-//! Starts DPDK's EAL on a thread of its own, with hugepages or without, away from the reactors'
-//! cores.
+//! Starts DPDK's EAL on a thread of its own, with or without hugepages, on CPUs that no reactor
+//! uses.
 #![expect(unsafe_code, reason = "CPU affinity, a trial mapping and DPDK's start are C calls")]
 
 use std::ffi::{CStr, CString, NulError, c_char, c_int};
@@ -11,113 +11,115 @@ use std::time::Instant;
 
 use crate::log;
 
-/// EAL's ordinary memory when the operator names no amount, in MiB. Pages that rte_vhost never uses
-/// cost 11 KiB of administration per MiB and nothing else.
+/// The size of EAL's ordinary memory, in MiB, if the operator gives none. Pages that rte_vhost
+/// never touches cost only 11 KiB of bookkeeping per MiB.
 const MEM_MB_DEFAULT: u64 = 256;
 
-/// The least: 16 MiB carried 64 controllers with 4 queues each, and rte_vhost has room for 1,024.
+/// The minimum. 16 MiB was enough for 64 controllers with 4 queues each; rte_vhost supports up to
+/// 1,024 connections.
 const MEM_MB_MIN: u64 = 64;
 
-/// The most: SPDK takes every disk's memory from here, so operators name gigabytes; here only
-/// rte_vhost's queues live in it, and its administration would be resident.
+/// The maximum. SPDK takes the memory of every disk from here, so operators give gigabytes. This
+/// program keeps only rte_vhost's queues there, and the bookkeeping for gigabytes would be
+/// resident.
 const MEM_MB_MAX: u64 = 1024;
 
-/// Free memory in hugepages of one size, in kB, from which EAL may use them: as much as carried 64
-/// controllers.
+/// EAL uses hugepages of one size only if this much memory, in kB, is free in them. It was enough
+/// for 64 controllers.
 const HUGE_KB_MIN: u64 = 16 << 10;
 
-/// The largest hugepage that EAL may take, in kB. rte_vhost needs a few MiB; a page of 1 GiB would
-/// be a VM's.
+/// The largest hugepage that EAL may take, in kB. rte_vhost needs a few MiB, and a page of 1 GiB is
+/// better left to a VM.
 const HUGE_PAGE_KB_MAX: u64 = 32 << 10;
 
-/// Where the kernel tells about its hugepages.
+/// The kernel's directory about hugepages.
 const HUGEPAGES: &str = "/sys/kernel/mm/hugepages";
 
-/// What the operator decides about EAL.
+/// The operator's options for EAL.
 #[derive(Clone, Debug, Default)]
 pub struct EalOptions {
-    /// CPUs that EAL's threads keep away from.
+    /// CPUs that EAL's threads must not use.
     pub reactor_cores: Vec<usize>,
-    /// `--no-huge`: ordinary memory even where hugepages are free.
+    /// `--no-huge`: use ordinary memory even if hugepages are free.
     pub no_huge: bool,
-    /// `-s`, in MiB: the size of EAL's ordinary memory, taken as at least 64 and at most 1,024;
-    /// hugepages are taken as they are needed, whatever this says.
+    /// `-s`, in MiB: the size of EAL's ordinary memory, limited to 64 to 1,024. It has no effect on
+    /// hugepages, which are taken as needed.
     pub mem_mb: Option<u64>,
-    /// `--env-context`: further arguments for EAL, at the end of its command line.
+    /// `--env-context`: further arguments, appended to EAL's command line.
     pub extra_args: Vec<String>,
 }
 
-/// What EAL's memory is made of.
+/// The kind of memory that EAL uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EalMemory {
-    /// Hugepages, taken when they are needed.
+    /// Hugepages, taken as needed.
     Huge {
         /// Size of a page, in kB.
         page_kb: u64,
-        /// How many were free at the start.
+        /// The number of free pages at the start.
         free: u64,
     },
     /// Ordinary pages, which become resident when they are used.
     Ordinary {
-        /// How much there is, in MiB.
+        /// The amount, in MiB.
         size_mb: u64,
         /// Why hugepages are not used.
         reason: String,
     },
 }
 
-/// EAL as it was started.
+/// Facts about EAL after its start.
 #[derive(Clone, Debug)]
 pub struct EalInfo {
-    /// DPDK's name for itself, such as `DPDK 22.11.11`.
+    /// DPDK's version string, such as `DPDK 22.11.11`.
     pub version: String,
-    /// What its memory is made of.
+    /// The kind of memory that it uses.
     pub memory: EalMemory,
     /// The CPUs that its threads run on.
     pub housekeeping: Vec<usize>,
 }
 
-/// Why EAL did not start. None of them can be tried again in the same process.
+/// The reason why EAL did not start. None of these errors can be retried in the same process.
 #[derive(Debug, thiserror::Error)]
 pub enum EalError {
-    /// Another release of the library than of the headers: its structures may differ.
-    #[error("built for DPDK {built}, but the library loaded is {loaded}")]
+    /// The library is of another DPDK release than the headers, so its structures may differ.
+    #[error("built for DPDK {built}, but DPDK {loaded} is loaded: install {built}, or rebuild")]
     Version {
-        /// Release of the headers.
+        /// The release of the headers.
         built: String,
-        /// Release of the library.
+        /// The release of the library.
         loaded: String,
     },
-    /// It was started before, with or without success.
+    /// EAL was started before, with or without success.
     #[error("EAL can be started only once in a process")]
     Again,
-    /// The thread that starts it.
-    #[error("cannot run EAL's start on CPUs {cpus}: {source}")]
+    /// The thread that starts EAL could not be created or pinned.
+    #[error("cannot start a thread for EAL on CPUs {cpus}: {source}")]
     Thread {
-        /// The CPUs it was to run on.
+        /// The CPUs that the thread was to run on.
         cpus: String,
-        /// What the kernel said.
+        /// The system's error.
         source: io::Error,
     },
-    /// An argument that C cannot take.
-    #[error("an argument for EAL contains a zero byte: {0}")]
+    /// An argument that cannot become a C string.
+    #[error("invalid EAL argument: contains a NUL byte: {0}")]
     Argument(#[from] NulError),
     /// `rte_eal_init` failed.
-    #[error("EAL cannot start: {0}")]
+    #[error("DPDK's EAL failed to start: {0}")]
     Init(String),
 }
 
-/// EAL while it starts.
+/// An EAL start in progress.
 #[derive(Debug)]
 pub struct EalStart {
     thread: io::Result<JoinHandle<Result<EalInfo, EalError>>>,
 }
 
 impl EalStart {
-    /// Begins to start EAL on a thread that ends when that is done, so that the caller can do
-    /// something else for the tenth of a second it takes (DPDK measures the clock).
+    /// Begins to start EAL on a thread of its own. The start takes about 0.1 s, because DPDK
+    /// measures the clock; the caller can do something else meanwhile.
     pub fn spawn(options: EalOptions) -> EalStart {
-        // Taken here: a caller that pins itself later does not narrow it.
+        // The set is read here, so that a caller that pins itself later does not narrow it.
         let cpus = housekeeping_cpus(&options.reactor_cores);
         EalStart {
             thread: thread::Builder::new()
@@ -138,22 +140,22 @@ impl EalStart {
     }
 }
 
-/// DPDK's name for itself, such as `DPDK 22.11.11`; callable before EAL is started.
+/// Returns DPDK's version string, such as `DPDK 22.11.11`. May be called before EAL is started.
 pub fn dpdk_version() -> String {
-    // SAFETY: returns a constant string, callable at any time.
+    // SAFETY: the function returns a constant string and may be called at any time.
     let version = unsafe { spdk_sys::rte_version() };
-    // SAFETY: it is a C string that lives as long as the process.
+    // SAFETY: it is a C string that is valid for the life of the process.
     unsafe { CStr::from_ptr(version) }.to_string_lossy().into_owned()
 }
 
-/// The CPUs that the calling thread may use and no reactor does; all that it may use where none is
-/// left.
+/// Returns the CPUs that the calling thread may use and no reactor uses. If none is left, returns
+/// all CPUs that the thread may use.
 ///
 /// # Errors
-/// The kernel does not tell the CPUs of the thread.
+/// The kernel does not report the thread's CPUs.
 pub fn housekeeping_cpus(reactor_cores: &[usize]) -> Result<Vec<usize>, EalError> {
     let mut set = no_cpus();
-    // SAFETY: the kernel fills a set of the size it is told.
+    // SAFETY: the kernel fills a set of the given size.
     let failed = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0;
     if failed {
         let source = io::Error::last_os_error();
@@ -170,7 +172,7 @@ pub fn housekeeping_cpus(reactor_cores: &[usize]) -> Result<Vec<usize>, EalError
     Ok(if rest.is_empty() { allowed } else { rest })
 }
 
-/// The whole start, on the thread that it may pin.
+/// Starts EAL. Runs on a thread of its own, which it may pin.
 fn init(options: &EalOptions, cpus: Vec<usize>) -> Result<EalInfo, EalError> {
     static STARTED: AtomicBool = AtomicBool::new(false);
     let version = version()?;
@@ -183,10 +185,10 @@ fn init(options: &EalOptions, cpus: Vec<usize>) -> Result<EalInfo, EalError> {
     let memory = choose_memory(options, Path::new(HUGEPAGES), hugepages_work);
     match &memory {
         EalMemory::Huge { page_kb, free } => {
-            tracing::info!("EAL: {free} free hugepages of {page_kb} kB, using them");
+            tracing::info!("EAL: using hugepages: {free} of {page_kb} kB are free");
         }
         EalMemory::Ordinary { reason, .. } => {
-            tracing::info!("EAL: {reason}, using ordinary memory");
+            tracing::info!("EAL: using ordinary memory: {reason}");
         }
     }
     let args = arguments(options, &memory, &cpus);
@@ -197,13 +199,14 @@ fn init(options: &EalOptions, cpus: Vec<usize>) -> Result<EalInfo, EalError> {
     Ok(EalInfo { version, memory, housekeeping: cpus })
 }
 
-/// The library's name for itself, if it is of the release that the headers are of. The minor number
-/// may differ: distributions update a stable release in place, and DPDK keeps its structures.
+/// Returns DPDK's version string if the library is of the same release as the headers. The minor
+/// number may differ: distributions update a stable release in place, and DPDK keeps its structures
+/// then.
 fn version() -> Result<String, EalError> {
     let loaded = dpdk_version();
-    // SAFETY: returns a constant.
+    // SAFETY: the function returns a constant.
     let year = unsafe { spdk_sys::rte_version_year() };
-    // SAFETY: returns a constant.
+    // SAFETY: the function returns a constant.
     let month = unsafe { spdk_sys::rte_version_month() };
     if (year, month) == (spdk_sys::RTE_VER_YEAR, spdk_sys::RTE_VER_MONTH) {
         return Ok(loaded);
@@ -212,14 +215,14 @@ fn version() -> Result<String, EalError> {
     Err(EalError::Version { built, loaded })
 }
 
-/// Keeps the calling thread, and with it every thread that DPDK makes from it, on `cpus`.
+/// Pins the calling thread, and so every thread that DPDK creates from it, to `cpus`.
 fn pin(cpus: &[usize]) -> Result<(), EalError> {
     let mut set = no_cpus();
     for cpu in cpus {
         // SAFETY: the CPUs come from a set of the same size.
         unsafe { libc::CPU_SET(*cpu, &mut set) };
     }
-    // SAFETY: the kernel reads a set of the size it is told.
+    // SAFETY: the kernel reads a set of the given size.
     let failed = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) } != 0;
     if failed {
         return Err(EalError::Thread { cpus: list(cpus), source: io::Error::last_os_error() });
@@ -227,19 +230,19 @@ fn pin(cpus: &[usize]) -> Result<(), EalError> {
     Ok(())
 }
 
-/// An empty CPU set.
+/// Returns an empty CPU set.
 fn no_cpus() -> libc::cpu_set_t {
     // SAFETY: it is an array of integers.
     unsafe { std::mem::zeroed() }
 }
 
-/// `cpus` as EAL and taskset write them: `0,2,3`.
+/// Formats `cpus` as EAL and taskset expect them: `0,2,3`.
 fn list(cpus: &[usize]) -> String {
     cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// Decides before EAL is asked, because it cannot be asked twice. `works` tries a mapping of so
-/// many kB.
+/// Chooses EAL's memory before EAL is started, as EAL cannot be started twice. `works` tries a
+/// hugepage mapping of the given size in kB.
 fn choose_memory(
     options: &EalOptions,
     hugepages: &Path,
@@ -256,12 +259,12 @@ fn choose_memory(
     if pools.is_empty() {
         return ordinary("no free hugepages".into());
     }
-    // EAL tries the smallest pages first, so those decide.
+    // EAL tries the smallest pages first, so the smallest size decides.
     let Some(&(page_kb, free)) = pools
         .iter()
         .find(|(page_kb, free)| *page_kb <= HUGE_PAGE_KB_MAX && page_kb * free >= HUGE_KB_MIN)
     else {
-        return ordinary("too few free hugepages of a suitable size".into());
+        return ordinary("not enough memory in free hugepages of a suitable size".into());
     };
     match works(page_kb) {
         Ok(()) => EalMemory::Huge { page_kb, free },
@@ -269,7 +272,8 @@ fn choose_memory(
     }
 }
 
-/// Size in kB and number of the hugepages that are free and not reserved, smallest size first.
+/// Returns the page size in kB and the number of hugepages that are free and not reserved, smallest
+/// size first.
 fn free_hugepages(dir: &Path) -> Vec<(u64, u64)> {
     let number =
         |file: &Path| -> Option<u64> { std::fs::read_to_string(file).ok()?.trim().parse().ok() };
@@ -282,7 +286,8 @@ fn free_hugepages(dir: &Path) -> Vec<(u64, u64)> {
             let page_kb =
                 name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
             let free = number(&entry.path().join("free_hugepages"))?;
-            // Promised to mappings that have not touched them yet, but still counted as free.
+            // Reserved pages belong to mappings that have not touched them yet, but the kernel
+            // counts them as free.
             let reserved = number(&entry.path().join("resv_hugepages")).unwrap_or(0);
             Some((page_kb, free.saturating_sub(reserved)))
         })
@@ -292,8 +297,8 @@ fn free_hugepages(dir: &Path) -> Vec<(u64, u64)> {
     pools
 }
 
-/// Takes one hugepage and gives it back: a control group may forbid what the kernel has free, and
-/// EAL's reservation of address space (134 GB) may be more than the process is allowed.
+/// Maps one hugepage and unmaps it again. A control group may forbid pages that the kernel reports
+/// as free, and the process's limit on address space may be below EAL's reservation (134 GB).
 fn hugepages_work(page_kb: u64) -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel fills the structure.
@@ -302,34 +307,35 @@ fn hugepages_work(page_kb: u64) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     if limit.rlim_cur != libc::RLIM_INFINITY {
-        return Err(io::Error::other("the address space is limited"));
+        return Err(io::Error::other("the process's address space is limited (RLIMIT_AS)"));
     }
 
     let len = (page_kb << 10) as usize;
     let size_flag = (len.trailing_zeros() as c_int) << libc::MAP_HUGE_SHIFT;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size_flag;
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping, where the kernel likes.
+    // SAFETY: creates a new mapping at an address of the kernel's choice.
     let page = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0) };
     if page == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // Unlike a write, this does not end in SIGBUS where no page may be had.
-    // SAFETY: the mapping is this function's, `len` bytes long.
+    // Unlike a write, this call fails instead of raising SIGBUS when no page is available.
+    // SAFETY: the mapping was made above and is `len` bytes long.
     let failed = unsafe { libc::madvise(page, len, libc::MADV_POPULATE_WRITE) } != 0;
     let error = io::Error::last_os_error();
-    // SAFETY: the mapping is this function's and nothing points into it.
+    // SAFETY: the mapping was made above, and nothing points into it.
     unsafe { libc::munmap(page, len) };
-    // EINVAL: a kernel older than 5.14; the mapping alone has shown that the pages are there.
+    // EINVAL: the kernel is older than 5.14. There, the success of the mapping shows that the pages
+    // are available.
     if failed && error.raw_os_error() != Some(libc::EINVAL) { Err(error) } else { Ok(()) }
 }
 
-/// EAL's command line.
+/// Builds EAL's command line.
 fn arguments(options: &EalOptions, memory: &EalMemory, cpus: &[usize]) -> Vec<String> {
     let mut args: Vec<String> =
         ["vhost", "--no-pci", "--no-telemetry", "--lcores"].map(Into::into).into();
     args.push(format!("0@({})", list(cpus)));
-    // 22.11 refuses the two together.
+    // DPDK 22.11 rejects the two options together.
     match memory {
         EalMemory::Huge { .. } => args.extend(["--in-memory", "--iova-mode=va"].map(Into::into)),
         EalMemory::Ordinary { size_mb, .. } => {
@@ -347,17 +353,17 @@ fn call_init(args: Vec<String>) -> Result<(), EalError> {
     let count = args.len() as c_int;
     let mut argv: Vec<*mut c_char> = args.into_iter().map(CString::into_raw).collect();
     argv.push(std::ptr::null_mut());
-    // EAL reorders the array and keeps pointers to the strings, so neither is ever freed.
+    // EAL reorders the array and keeps pointers to the strings, so both are leaked on purpose.
     let argv = argv.leak();
     let (result, errors) = log::errors_of(|| {
-        // SAFETY: `argv` holds `count` C strings and a null pointer, all of which live as long as
-        // the process.
+        // SAFETY: `argv` holds `count` C strings and a null pointer, all of which are valid for the
+        // life of the process.
         unsafe { spdk_sys::rte_eal_init(count, argv.as_mut_ptr()) }
     });
     if result >= 0 {
         return Ok(());
     }
-    let reason = if errors.is_empty() { "DPDK gives no reason".into() } else { errors.join("; ") };
+    let reason = if errors.is_empty() { "DPDK logged no reason".into() } else { errors.join("; ") };
     Err(EalError::Init(reason))
 }
 
@@ -367,7 +373,7 @@ mod tests {
     use std::fs;
     use std::sync::LazyLock;
 
-    /// EAL on ordinary memory, started once for all tests of the program that need it.
+    /// EAL on ordinary memory, started once for all tests that need it.
     fn eal() -> &'static EalInfo {
         static EAL: LazyLock<EalInfo> = LazyLock::new(|| {
             let options = EalOptions { no_huge: true, ..EalOptions::default() };
@@ -387,7 +393,7 @@ mod tests {
         assert!(matches!(again, Err(EalError::Again)), "{again:?}");
     }
 
-    /// A directory such as the kernel's, with `(page_kb, free, reserved)`.
+    /// Makes a directory like the kernel's, from `(page_kb, free, reserved)`.
     fn hugepages(pools: &[(u64, u64, u64)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (page_kb, free, reserved) in pools {

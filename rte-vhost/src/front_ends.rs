@@ -1,14 +1,14 @@
 //! The thread that reads from and writes to front ends in place of rte_vhost's event thread.
 //!
-//! A front end may send an incomplete message, may not read its answers, and may attach any fds.
-//! Here that blocks only its own task: a task per connection reads a whole message with all of its
-//! fds ([`closer::receive`]), and passes it to rte_vhost when that has taken the previous one. It
-//! also forwards the answers of rte_vhost and of the control side, in order. While a front end does
-//! not read its answers, none of its messages is handled. So the event thread spends no time on a
-//! front end but for handling its messages.
+//! A front end may send an incomplete message, may not read its replies, and may attach any fds.
+//! Here that blocks only the connection's own task. The task reads a whole message with all of its
+//! fds ([`closer::receive`]), and passes it to rte_vhost when rte_vhost has read the previous one.
+//! It also forwards the replies of rte_vhost and of the control side, in order. While a front end
+//! does not read its replies, none of its messages is handled. So the event thread spends time on a
+//! front end only to handle complete messages.
 //!
-//! The sockets of front ends are foreign fds: they may hold unread fds, which would be closed with
-//! them.
+//! The sockets of front ends are foreign fds: they may hold unread fds, which the last close of the
+//! socket also closes.
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
@@ -39,23 +39,23 @@ const MESSAGE_MAX: usize = sys::FDS_OFFSET;
 /// Fds that a message may carry: one for each region of a memory table.
 const MESSAGE_FDS_MAX: usize = 8;
 
-/// A new connection, as the event thread's callback needs it.
+/// A new connection, for the event thread's callback.
 #[derive(Debug)]
 pub(crate) struct Accepted {
-    /// The path of the socket that it has connected to.
+    /// The path of the socket that the front end has connected to.
     pub(crate) path: PathBuf,
     /// The front end's socket.
     pub(crate) socket: Arc<ForeignFd>,
-    /// A duplicate of rte_vhost's end of the socket pair: what is sent here goes to the front end,
-    /// after what rte_vhost has sent before.
+    /// A duplicate of rte_vhost's end of the socket pair: a message sent here goes to the front
+    /// end, after the messages that rte_vhost has sent before.
     pub(crate) answers: OwnedFd,
 }
 
-/// The fds of the message that is on its way to rte_vhost.
+/// The fds of the message that is being passed to rte_vhost.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     fds: Mutex<Vec<ForeignFd>>,
-    /// rte_vhost has begun to read the message.
+    /// Set when rte_vhost begins to read the message.
     pub(crate) taken: Notify,
 }
 
@@ -71,35 +71,35 @@ impl Inbox {
     }
 }
 
-/// A connection for the thread to serve.
+/// A connection that the thread serves.
 struct Link {
     path: PathBuf,
     socket: Arc<ForeignFd>,
     account: Account,
-    /// Our end of the socket pair, whose other end rte_vhost has.
+    /// This end of the socket pair; rte_vhost has the other end.
     rte_vhost: OwnedFd,
     inbox: Arc<Inbox>,
 }
 
-/// Why we end a connection.
+/// The reason for ending a connection.
 #[derive(Debug, thiserror::Error)]
 enum Violation {
-    #[error("payload of {0} bytes in a message, the limit is {PAYLOAD_MAX}")]
+    #[error("message payload is too long: {0} bytes, the limit is {PAYLOAD_MAX}")]
     Payload(usize),
-    #[error("more than {MESSAGE_FDS_MAX} fds in a message")]
+    #[error("message carries too many fds: the limit is {MESSAGE_FDS_MAX}")]
     Fds,
-    #[error("the stream ended in the middle of a message")]
+    #[error("the front end closed the connection in the middle of a message")]
     Half,
-    #[error("cannot receive: {0}")]
+    #[error("cannot receive a message: {0}")]
     Receive(io::Error),
-    #[error("cannot hand a message to rte_vhost: {0}")]
+    #[error("cannot pass a message to rte_vhost: {0}")]
     HandOver(io::Error),
-    #[error("cannot pass on an answer: {0}")]
+    #[error("cannot forward a reply: {0}")]
     Answer(io::Error),
 }
 
-/// Passes connections to the thread. There is one in the process, as libc's `accept` has no argument
-/// of ours.
+/// Passes connections to the thread. A process has one thread, as libc's `accept` takes no further
+/// argument.
 static LINKS: OnceLock<UnboundedSender<Link>> = OnceLock::new();
 
 /// Starts the thread, which calls `on_start` first.
@@ -110,7 +110,9 @@ pub(crate) fn start(on_start: OnStart) -> io::Result<()> {
         on_start();
         LocalSet::new().block_on(&runtime, serve(receiver));
     })?;
-    LINKS.set(sender).map_err(|_| io::Error::other("there is a transport already"))
+    LINKS
+        .set(sender)
+        .map_err(|_| io::Error::other("a process can have only one rte_vhost transport"))
 }
 
 async fn serve(mut links: UnboundedReceiver<Link>) {
@@ -119,15 +121,16 @@ async fn serve(mut links: UnboundedReceiver<Link>) {
     }
 }
 
-/// Accepts a connection for rte_vhost. Returns what the callback needs, the inbox with the fds of
-/// the messages, and rte_vhost's end of the socket pair. `None`: the front end was refused.
+/// Accepts a connection for rte_vhost. Returns the data for the callback, the inbox with the fds of
+/// the messages, and rte_vhost's end of the socket pair. Returns `None` if the connection was
+/// refused.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, OwnedFd)> {
     let path = bound_path(listener)?;
     let account = shared().account_of(&path);
     let socket = Arc::new(accept_or_refuse(listener, &account)?);
     let connected = if account.is_stuck() {
         Err(format!(
-            "closing the fds of earlier front ends is blocked ({} not closed)",
+            "closing fds of earlier front ends is blocked: {} are not closed",
             account.waiting()
         ))
     } else if !account.has_room(FDS_MAX) {
@@ -138,14 +141,14 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> Option<(Accepted, Arc<Inbox>, 
     match connected {
         Ok((inbox, answers, theirs)) => Some((Accepted { path, socket, answers }, inbox, theirs)),
         Err(reason) => {
-            warn!("{}: refused a front end: {reason}", path.display());
+            warn!("{}: refused a connection: {reason}", path.display());
             shut_down(&socket);
             None
         }
     }
 }
 
-/// Makes the socket pair for rte_vhost, and starts the task that feeds it.
+/// Makes the socket pair for rte_vhost, and starts the task that serves it.
 fn connect(
     path: &std::path::Path,
     socket: &Arc<ForeignFd>,
@@ -162,8 +165,8 @@ fn connect(
     Ok((inbox, answers.into(), theirs.into()))
 }
 
-/// Accepts even if the process has no fd left: a connection that stays in the backlog would keep
-/// waking the event thread. One fd is reserved for that.
+/// Accepts a connection. If the process has no free fd, uses a reserved one to accept and close it:
+/// a connection that stays in the backlog would keep waking the event thread.
 fn accept_or_refuse(listener: BorrowedFd<'_>, account: &Account) -> Option<ForeignFd> {
     static RESERVE: LazyLock<Mutex<Option<OwnedFd>>> = LazyLock::new(|| Mutex::new(reserve()));
     let mut spare = RESERVE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,7 +178,7 @@ fn accept_or_refuse(listener: BorrowedFd<'_>, account: &Account) -> Option<Forei
             Some(ForeignFd::new(fd, account))
         }
         Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-            warn!("refused a front end: {e}");
+            warn!("refused a connection: {e}");
             *spare = None;
             let socket = ForeignFd::new(accept4(listener).ok()?, account);
             shut_down(&socket);
@@ -189,17 +192,17 @@ fn reserve() -> Option<OwnedFd> {
     std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
 }
 
-/// Serves one connection until either side ends it. rte_vhost sees the end when the other end of
+/// Serves one connection until either side ends it. rte_vhost detects the end when the other end of
 /// its socket is closed.
 async fn relay(link: Link) {
     let Link { path, socket, account, rte_vhost, inbox } = link;
     let (socket, rte_vhost) = match (watch(socket), watch(rte_vhost)) {
         (Ok(socket), Ok(rte_vhost)) => (socket, rte_vhost),
         (Err(e), _) | (_, Err(e)) => {
-            return warn!("{}: refused a front end: {e}", path.display());
+            return warn!("{}: refused a connection: {e}", path.display());
         }
     };
-    // Held while an answer is being sent to the front end.
+    // Locked while a reply is sent to the front end.
     let answering = tokio::sync::Mutex::new(());
     let ended = tokio::select! {
         ended = pass_messages(&socket, &rte_vhost, &inbox, &account, &answering) => ended,
@@ -219,7 +222,7 @@ async fn relay(link: Link) {
 }
 
 fn watch<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
-    // SAFETY: `T` owns one open fd for as long as it lives, and always returns the same one.
+    // SAFETY: `T` owns one open fd for its whole life, and always returns the same fd.
     unsafe { AsyncFd::register(socket) }.map_err(|e| e.into_parts().1)
 }
 
@@ -240,7 +243,7 @@ async fn pass_messages(
         };
         drop(answering.lock().await);
         inbox.put(fds);
-        // There is room: rte_vhost has read all earlier messages.
+        // The send fits: rte_vhost has read all earlier messages.
         match send(rte_vhost, &message[..len]) {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             sent => sent.map_err(Violation::HandOver)?,
@@ -249,8 +252,8 @@ async fn pass_messages(
     }
 }
 
-/// Receives one message or reply and the fds that come with it, and returns its length. `None`: the
-/// stream ended before its first byte.
+/// Receives one message or reply with its fds, and returns its length. Returns `None` if the stream
+/// ends before its first byte.
 async fn receive_message(
     socket: &AsyncFd<impl AsFd + AsRawFd>,
     message: &mut [u8; MESSAGE_MAX],
@@ -268,8 +271,8 @@ async fn receive_message(
     Ok(Some(HEADER_BYTES + len))
 }
 
-/// Fills `bytes`, and collects the fds that come with them. `false`: the stream ended before the
-/// first byte.
+/// Fills `bytes`, and collects the fds that come with them. Returns `false` if the stream ends
+/// before the first byte.
 async fn receive_all(
     socket: &AsyncFd<impl AsFd + AsRawFd>,
     bytes: &mut [u8],
@@ -299,7 +302,7 @@ async fn receive_all(
     Ok(true)
 }
 
-/// Forwards answers to the front end. `Ok`: rte_vhost has ended the connection.
+/// Forwards replies to the front end. `Ok`: rte_vhost has ended the connection.
 async fn pass_answers(
     rte_vhost: &AsyncFd<OwnedFd>,
     socket: &AsyncFd<Arc<ForeignFd>>,
@@ -308,7 +311,7 @@ async fn pass_answers(
 ) -> Result<(), Violation> {
     let mut answer = [0; MESSAGE_MAX];
     loop {
-        // One at a time: an fd belongs to the answer that it comes with.
+        // One reply at a time: an fd belongs to the reply that it comes with.
         let mut fds = Vec::new();
         let Some(len) = receive_message(rte_vhost, &mut answer, &mut fds, account).await? else {
             return Ok(());
@@ -339,11 +342,11 @@ fn send(rte_vhost: &AsyncFd<OwnedFd>, message: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Sends as much as fits.
+/// Sends as many bytes as fit.
 fn send_some(socket: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
     const FLAGS: c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let (buffer, len) = (bytes.as_ptr().cast(), bytes.len());
-    // SAFETY: our own bytes, to an open fd.
+    // SAFETY: `send` only reads the given bytes, and the fd is open.
     let sent = unsafe { libc::send(socket.as_raw_fd(), buffer, len, FLAGS) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }

@@ -1,20 +1,20 @@
-//! Replacements of libc functions that rte_vhost calls, so that rte_vhost never has an fd that a
-//! front end controls.
+//! Replaces libc functions that rte_vhost calls, so that rte_vhost never holds an fd that a front
+//! end controls.
 //!
-//! rte_vhost would block in `read` for the rest of a message; close fds on its event thread (fds
-//! that come with the payload, fds that do not fit its buffer, and connections that it refuses);
-//! and leak those of messages that it refuses before any handler runs. So it never gets a front
-//! end's socket:
+//! With the front end's socket, rte_vhost would block in `read` for the rest of a message. It would
+//! close fds on its event thread: fds that come with the payload, fds that do not fit its buffer,
+//! and connections that it refuses. And it would leak the fds of messages that it refuses before
+//! any handler runs. So it never gets a front end's socket:
 //!
 //! * [`accept`] returns one end of a socket pair, to whose other end `front_ends` writes whole
 //!   messages;
 //! * [`recvmsg`] reads such a message and takes its fds from the connection's [`Inbox`];
-//! * [`listen`] keeps a duplicate of each listening socket, as its last close also closes the
-//!   connections in its backlog;
-//! * [`unlink`] does not remove a socket file that another process has put in the place of ours.
+//! * [`listen`] keeps a duplicate of each listening socket, as the socket's last close also closes
+//!   the connections in its backlog;
+//! * [`unlink`] keeps a socket file that another process has put at the path of this program's.
 //!
-//! This also makes the program independent of where a DPDK release stores fds in its private
-//! structures.
+//! This also makes the program independent of the place where a DPDK release stores fds in its
+//! private structures.
 #![expect(unsafe_code, reason = "stands in for functions of libc")]
 
 use std::cell::{Cell, RefCell};
@@ -31,24 +31,24 @@ thread_local! {
     /// The inboxes of rte_vhost's sockets, by fd, on its event thread. Those of ended connections
     /// stay until their fd number is used again.
     static INBOXES: RefCell<HashMap<c_int, Weak<Inbox>>> = RefCell::default();
-    /// The fds of the message that is being handled.
+    /// The fds of the message that the thread is handling.
     static RECEIVED: RefCell<Vec<ForeignFd>> = const { RefCell::new(Vec::new()) };
-    /// The connection that this thread has accepted last, until it is taken.
+    /// The connection that this thread has accepted last, until [`accepted`] takes it.
     static ACCEPTED: RefCell<Option<Accepted>> = const { RefCell::new(None) };
-    /// `listen` on this thread keeps a duplicate of its socket.
+    /// Whether `listen` on this thread keeps a duplicate of its socket.
     static KEEPS_LISTENER: Cell<bool> = const { Cell::new(false) };
-    /// That duplicate.
+    /// The duplicate that `listen` has kept.
     static LISTENER: RefCell<Option<OwnedFd>> = const { RefCell::new(None) };
-    /// `unlink` on this thread removes nothing.
+    /// Whether `unlink` on this thread keeps the file.
     static KEEPS_FILES: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The connection that the calling thread has just accepted.
+/// Takes the connection that the calling thread has just accepted.
 pub(crate) fn accepted() -> Option<Accepted> {
     ACCEPTED.take()
 }
 
-/// Runs `f`; returns also a duplicate of the socket on which it has called `listen`.
+/// Runs `f`. Also returns a duplicate of the socket on which `f` has called `listen`.
 pub(crate) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
     KEEPS_LISTENER.set(true);
     let result = f();
@@ -61,12 +61,12 @@ pub(crate) fn forget_received() {
     RECEIVED.take();
 }
 
-/// The fds that came with the message that the calling thread is handling.
+/// Takes the fds that came with the message that the calling thread is handling.
 pub(crate) fn received() -> Vec<ForeignFd> {
     RECEIVED.take()
 }
 
-/// Runs `f` without letting it remove files.
+/// Runs `f`, whose calls of `unlink` then remove no file.
 pub(crate) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
     KEEPS_FILES.set(true);
     let result = f();
@@ -74,7 +74,7 @@ pub(crate) fn keeping_files<R>(f: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Replaces libc's `accept` for the whole process; only rte_vhost calls it by this name.
+/// Overrides libc's `accept` for the whole process. Only rte_vhost calls it by this name.
 ///
 /// # Safety
 /// As libc's.
@@ -84,7 +84,7 @@ pub(crate) unsafe extern "C" fn accept(
     _address: *mut libc::sockaddr,
     _len: *mut libc::socklen_t,
 ) -> c_int {
-    // SAFETY: the caller's listening socket stays open during the call.
+    // SAFETY: the caller keeps its listening socket open during the call.
     let listener = unsafe { BorrowedFd::borrow_raw(socket) };
     let Some((accepted, inbox, theirs)) = front_ends::accept(listener) else { return -1 };
     ACCEPTED.set(Some(accepted));
@@ -93,7 +93,7 @@ pub(crate) unsafe extern "C" fn accept(
     fd
 }
 
-/// Replaces libc's `recvmsg` for the whole process.
+/// Overrides libc's `recvmsg` for the whole process.
 ///
 /// # Safety
 /// As libc's.
@@ -103,37 +103,38 @@ pub(crate) unsafe extern "C" fn recvmsg(
     message: *mut libc::msghdr,
     flags: c_int,
 ) -> libc::ssize_t {
-    // SAFETY: the caller's arguments, passed on unchanged; the caller guarantees that they are
+    // SAFETY: passes on the caller's arguments unchanged; the caller guarantees that they are
     // valid.
     let got = unsafe { libc::syscall(libc::SYS_recvmsg, socket, message, flags) };
     let inbox = INBOXES.with_borrow(|inboxes| inboxes.get(&socket).and_then(Weak::upgrade));
     if let Some(inbox) = inbox {
         RECEIVED.set(inbox.take());
         inbox.taken.notify_one();
-        // SAFETY: the kernel has just filled it in. Fds do not come this way.
+        // SAFETY: the kernel has just filled it in. The message carries no fds: they go through the
+        // inbox.
         unsafe { (*message).msg_controllen = 0 };
     }
     got as libc::ssize_t
 }
 
-/// Replaces libc's `listen` for the whole process.
+/// Overrides libc's `listen` for the whole process.
 ///
 /// # Safety
 /// As libc's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
-    // SAFETY: the caller's arguments, passed on unchanged; the caller guarantees that they are
+    // SAFETY: passes on the caller's arguments unchanged; the caller guarantees that they are
     // valid.
     let result = unsafe { libc::syscall(libc::SYS_listen, socket, backlog) };
     if result == 0 && KEEPS_LISTENER.get() {
-        // SAFETY: the caller's socket stays open during the call.
+        // SAFETY: the caller keeps its socket open during the call.
         let listener = unsafe { BorrowedFd::borrow_raw(socket) };
         LISTENER.set(listener.try_clone_to_owned().ok());
     }
     result as c_int
 }
 
-/// Replaces libc's `unlink` for the whole process.
+/// Overrides libc's `unlink` for the whole process.
 ///
 /// # Safety
 /// As libc's.
@@ -142,6 +143,6 @@ pub(crate) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     if KEEPS_FILES.get() {
         return 0;
     }
-    // SAFETY: the caller's argument, passed on unchanged; the caller guarantees that it is valid.
+    // SAFETY: passes on the caller's argument unchanged; the caller guarantees that it is valid.
     unsafe { libc::syscall(libc::SYS_unlink, path) as c_int }
 }

@@ -1,9 +1,9 @@
-//! The sockets that this program listens on, by path, for work at their end that rte_vhost must not
-//! do.
+//! The sockets that this program listens on, by path. This module does the part of their closing
+//! that rte_vhost must not do.
 //!
 //! The last close of a listening socket closes the connections in its backlog, and the fds that
-//! were sent on them, on the closing thread. And rte_vhost removes the file at a socket's path even
-//! if another process has put it there.
+//! were sent on them, on the closing thread. rte_vhost also removes the file at a socket's path
+//! even if another process has put it there.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +16,7 @@ use closer::{Account, ForeignFd};
 
 use crate::socket::{accept4, shut_down};
 
-/// All of them.
+/// All listening sockets.
 #[derive(Debug, Default)]
 pub(crate) struct Listeners(Mutex<HashMap<PathBuf, Listener>>);
 
@@ -24,11 +24,11 @@ pub(crate) struct Listeners(Mutex<HashMap<PathBuf, Listener>>);
 struct Listener {
     socket: ForeignFd,
     account: Account,
-    /// The file that was made for it.
+    /// The file that `bind` made for it.
     file: Option<FileId>,
 }
 
-/// Device and inode.
+/// A file's device and inode.
 type FileId = (u64, u64);
 
 impl Listeners {
@@ -36,19 +36,19 @@ impl Listeners {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers the socket that was just bound to `path`.
+    /// Records the socket that was just bound to `path`.
     pub(crate) fn add(&self, path: &Path, socket: ForeignFd, account: Account) {
         let listener = Listener { socket, account, file: file_id(path) };
         self.all().insert(path.to_owned(), listener);
     }
 
-    /// Whether the file at `path` is the one that was made for our socket.
+    /// Whether the file at `path` is the one that this program's socket made.
     pub(crate) fn owns_file(&self, path: &Path) -> bool {
         let file = file_id(path);
         file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)
     }
 
-    /// Ends a socket that rte_vhost has closed: no new connections are possible, and those in the
+    /// Ends a socket that rte_vhost has closed: new connections are refused, and those in the
     /// backlog are shut down.
     pub(crate) fn end(&self, path: &Path) {
         let Some(Listener { socket, account, .. }) = self.all().remove(path) else { return };
@@ -59,7 +59,7 @@ impl Listeners {
         }
     }
 
-    /// Removes the files of all sockets, unless other processes have replaced them.
+    /// Removes the files of all sockets, except those that other processes have replaced.
     pub(crate) fn remove_files(&self) {
         let paths: Vec<PathBuf> = self.all().keys().cloned().collect();
         for path in paths.iter().filter(|path| self.owns_file(path)) {

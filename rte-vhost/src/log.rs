@@ -1,4 +1,4 @@
-//! Takes DPDK's log lines into `tracing`, target `dpdk`.
+//! Sends DPDK's log lines to `tracing`, target `dpdk`.
 #![expect(unsafe_code, reason = "a C stream whose write function is in Rust")]
 
 use std::ffi::{c_char, c_int, c_long, c_void};
@@ -8,43 +8,42 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use tracing::Level;
 
-/// The longest line, in bytes; what is longer is told in pieces. DPDK's own lines are shorter than
-/// 1,024.
+/// The length limit of a line, in bytes; a longer line is logged in pieces. DPDK's own lines are
+/// shorter than 1,024.
 const LINE_BYTES_MAX: usize = 4096;
 
-/// Parts of lines that DPDK calls notices, warnings or errors although nothing is wrong in the way
-/// this program uses it. They are told at debug.
+/// Parts of lines that DPDK logs as notices, warnings or errors although this program is
+/// unaffected. They are logged at debug.
 const HARMLESS: [&str; 3] = [
-    // A plain user may lack the run-time directory; nothing is put there (`--no-shconf`,
-    // `--in-memory`).
+    // An unprivileged user may lack the run-time directory. `--no-shconf` and `--in-memory` put
+    // nothing there.
     "Error creating '",
     // `--in-memory` needs no mount.
     "but no mounted hugetlbfs found for that size",
-    // Said for every size but the one that is used, 1 GiB for example. That some are free was seen
-    // before EAL was asked to use them.
+    // DPDK logs this for every page size that it does not use, for example 1 GiB. Free pages of the
+    // used size were found before EAL was started.
     " kB hugepages reported on node ",
 ];
 
-/// Text on its way to becoming whole lines.
+/// Text that is collected until it forms whole lines.
 static PENDING: Mutex<Lines> = Mutex::new(Lines::new());
 
 /// Sends every line that DPDK logs from now on to `tracing`.
 ///
-/// To be called before `rte_eal_init`, whose lines are then taken too; further calls do nothing.
-/// Levels become `tracing`'s like this: emergency to error → error, warning → warn, notice → info,
-/// info → debug, debug → trace. rte_vhost tells every message of every front end at info, so an
-/// operator who sees info does not see those. Where libc refuses the stream, DPDK goes on writing
-/// to stderr.
+/// Must be called before `rte_eal_init` to get its lines; further calls have no effect. Levels:
+/// emergency to error → error, warning → warn, notice → info, info → debug, debug → trace.
+/// rte_vhost logs every message of every front end at info, so an operator at level info does not
+/// see those lines. If libc refuses the stream, DPDK continues to log to stderr.
 pub(crate) fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
         let functions =
             spdk_sys::cookie_io_functions_t { write: Some(write), ..Default::default() };
         // SAFETY: the mode is a C string, the cookie is never dereferenced, and `write` has the
-        // type that fopencookie calls.
+        // type that `fopencookie` calls.
         let stream = unsafe { spdk_sys::fopencookie(null_mut(), c"w".as_ptr(), functions) };
         if stream.is_null() {
-            tracing::warn!(target: "dpdk", "no memory for DPDK's log stream; it logs to stderr");
+            tracing::warn!(target: "dpdk", "cannot open a log stream; DPDK logs to stderr");
             return;
         }
         // SAFETY: the stream is valid and never closed, so DPDK may keep it for the life of the
@@ -56,8 +55,8 @@ pub(crate) fn install() {
     });
 }
 
-/// Runs `call` and returns, beside its result, the lines that DPDK logged as errors meanwhile, on
-/// any thread: its functions say in the log why they failed, and nowhere else.
+/// Runs `call`. Returns its result and the lines that DPDK logged as errors meanwhile, on any
+/// thread: DPDK's functions report the reason of a failure only in the log.
 pub(crate) fn errors_of<T>(call: impl FnOnce() -> T) -> (T, Vec<String>) {
     let errors = || PENDING.lock().unwrap_or_else(PoisonError::into_inner).errors.take();
     PENDING.lock().unwrap_or_else(PoisonError::into_inner).errors = Some(Vec::new());
@@ -69,9 +68,11 @@ pub(crate) fn errors_of<T>(call: impl FnOnce() -> T) -> (T, Vec<String>) {
 unsafe extern "C" fn write(_cookie: *mut c_void, text: *const c_char, len: usize) -> c_long {
     // SAFETY: stdio passes its own buffer with the number of bytes in it, and waits for this call.
     let text = unsafe { std::slice::from_raw_parts(text.cast::<u8>(), len) };
-    // SAFETY: it only reads a thread-local variable, set by DPDK before it writes to the stream.
+    // SAFETY: the function only reads a thread-local variable, which DPDK sets before it writes to
+    // the stream.
     let level = unsafe { spdk_sys::rte_log_cur_msg_loglevel() };
-    // A log subscriber may panic, for example when stderr is gone; no panic may go back into C.
+    // A log subscriber may panic, for example when stderr is closed. A panic must not unwind into
+    // C.
     let _ = catch_unwind(AssertUnwindSafe(|| {
         let mut pending = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
         pending.push(text, level_of(level), tell);
@@ -79,7 +80,7 @@ unsafe extern "C" fn write(_cookie: *mut c_void, text: *const c_char, len: usize
     len as c_long
 }
 
-/// Tells one line to `tracing`.
+/// Logs one line through `tracing`.
 fn tell(level: Level, line: &str) {
     match level {
         Level::ERROR => tracing::error!(target: "dpdk", "{line}"),
@@ -90,7 +91,7 @@ fn tell(level: Level, line: &str) {
     }
 }
 
-/// The `tracing` level of DPDK's `level`; a text that DPDK gave no level counts as info.
+/// Returns the `tracing` level of DPDK's `level`; text without a level counts as info.
 fn level_of(level: c_int) -> Level {
     match u32::try_from(level).unwrap_or(spdk_sys::RTE_LOG_INFO) {
         0 => Level::DEBUG,
@@ -102,12 +103,12 @@ fn level_of(level: c_int) -> Level {
     }
 }
 
-/// Cuts a stream of text into lines.
+/// Splits a stream of text into lines.
 struct Lines {
     line: Vec<u8>,
     /// The level that came with the first part of `line`.
     level: Option<Level>,
-    /// The lines that were errors, while somebody wants them.
+    /// The lines at level error, while [`errors_of`] collects them.
     errors: Option<Vec<String>>,
 }
 
@@ -116,8 +117,8 @@ impl Lines {
         Lines { line: Vec::new(), level: None, errors: None }
     }
 
-    /// Adds `text`, logged at `level`, and calls `tell` for each line that it ends. Empty lines are
-    /// left out.
+    /// Adds `text`, logged at `level`, and calls `tell` for each line that it completes. Skips
+    /// empty lines.
     fn push(&mut self, text: &[u8], level: Level, mut tell: impl FnMut(Level, &str)) {
         for part in text.split_inclusive(|byte| *byte == b'\n') {
             self.level.get_or_insert(level);
@@ -138,7 +139,7 @@ impl Lines {
         }
     }
 
-    /// Tells what is in `line` and empties it.
+    /// Passes `line` to `tell`, and empties it.
     fn end_line(&mut self, tell: &mut impl FnMut(Level, &str)) {
         let level = self.level.take().unwrap_or(Level::DEBUG);
         let line = String::from_utf8_lossy(&self.line);

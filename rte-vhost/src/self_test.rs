@@ -1,5 +1,5 @@
-//! Tries at start what rte_vhost lets us do that is not documented: deferred answers, and fds that
-//! come to us.
+//! Tests at start the behaviour of rte_vhost that this program uses and DPDK does not document:
+//! deferred replies, and fds that arrive in this program's `recvmsg`.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -17,14 +17,14 @@ use crate::event_thread;
 use crate::shared::shared;
 use crate::socket::send_with_fd;
 
-/// How long an answer may take, on a machine that is busy with something else.
+/// The limit for a reply, long enough for a busy machine.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// What the self-test answers with: no ring ever stands at this index by itself.
+/// The ring position in the self-test's reply. No ring has this position by itself.
 const SELF_TEST_BASE: u32 = 0x5a5a;
 
-/// Sends GET_VRING_BASE, with an fd, to the anchor and expects our deferred answer, once, and
-/// the connection alive after it.
+/// Sends GET_VRING_BASE with an fd to the anchor socket. Succeeds if exactly one reply arrives,
+/// which is the deferred one, and the connection then still works.
 pub(crate) fn run(anchor: &Path) -> io::Result<()> {
     let mut client = UnixStream::connect(anchor)?;
     let message = |request: u32, payload: &[u8]| {
@@ -32,24 +32,25 @@ pub(crate) fn run(anchor: &Path) -> io::Result<()> {
         [header.as_slice(), payload].concat()
     };
     let with_fd = message(protocol::request::GET_VRING_BASE, &[0; 8]);
-    // The client's own fd is something to send.
+    // The client's own socket serves as the fd to send.
     send_with_fd(client.as_fd(), &with_fd, client.as_fd(), libc::MSG_NOSIGNAL)?;
     if read_answer(&mut client)? != *deferred_answer() {
-        return Err(io::Error::other("not our answer"));
+        return Err(io::Error::other("rte_vhost sent a reply of its own to GET_VRING_BASE"));
     }
     client.write_all(&message(protocol::request::GET_FEATURES, &[]))?;
     let request = read_answer(&mut client)?;
     let request = u32::from_le_bytes(std::array::from_fn(|i| request[i]));
     if request != protocol::request::GET_FEATURES {
-        return Err(io::Error::other("a second answer"));
+        return Err(io::Error::other("rte_vhost sent a second reply to GET_VRING_BASE"));
     }
     Ok(())
 }
 
-/// Reads an answer of the self-test: a header and eight bytes.
+/// Reads a reply of the self-test: a header and eight bytes.
 ///
-/// The event thread of releases that use poll() does not notice its first listener before a second
-/// has passed, unless its poll is interrupted. There is no VM yet that this could disturb.
+/// In DPDK releases that use poll(), the event thread notices its first listener only after a
+/// second, unless its poll is interrupted. No VM is connected yet that the interruption could
+/// disturb.
 fn read_answer(client: &mut UnixStream) -> io::Result<[u8; HEADER_BYTES + 8]> {
     const NUDGE_EVERY: Duration = Duration::from_millis(1);
     client.set_read_timeout(Some(NUDGE_EVERY))?;
@@ -76,11 +77,11 @@ fn deferred_answer() -> &'static [u8; HEADER_BYTES + 8] {
     ANSWER.get_or_init(|| {
         let payload = protocol::vring_base(0, SELF_TEST_BASE);
         let answer = protocol::reply(protocol::request::GET_VRING_BASE, &payload);
-        answer.try_into().expect("a header and eight bytes")
+        answer.try_into().expect("the reply has a header and eight bytes")
     })
 }
 
-/// The self-test's side of the event thread.
+/// The self-test's handler on the event thread.
 pub(crate) fn answer(request: u32, fds: &[ForeignFd], conn: &Arc<DpdkConnection>) -> Verdict {
     if request != protocol::request::GET_VRING_BASE {
         return Verdict::Reject;

@@ -10,18 +10,18 @@ use vhost_target::{OnStart, Target};
 
 use crate::listeners::Listeners;
 
-/// rte_vhost's callbacks have no argument of ours, so there is one transport in the process.
+/// rte_vhost's callbacks take no argument of the application, so a process has one transport.
 static SHARED: OnceLock<Shared> = OnceLock::new();
 
 pub(crate) struct Shared {
     pub(crate) target: Arc<Target>,
     pub(crate) anchor: PathBuf,
-    /// For the anchor's connections.
+    /// The account that owns the fds of connections to the anchor socket.
     anchor_account: Account,
     pub(crate) listeners: Listeners,
-    /// Whether answers to GET_VRING_BASE can be deferred.
+    /// Whether replies to GET_VRING_BASE can be deferred.
     deferral: AtomicBool,
-    /// Whether front ends' fds come to us and not to rte_vhost.
+    /// Whether fds from front ends arrive in this program's `recvmsg` instead of rte_vhost's.
     fds_arrive: AtomicBool,
     /// Called on the event thread before its first message.
     on_event_thread: OnStart,
@@ -39,7 +39,7 @@ impl Shared {
         if path == self.anchor {
             return self.anchor_account.clone();
         }
-        // The controller is gone: an account of its own.
+        // The controller was deleted meanwhile: its late connections get an account of their own.
         let account = self.target.account(path);
         account.unwrap_or_else(|| Account::new(path.display().to_string()))
     }
@@ -77,10 +77,12 @@ pub(crate) fn begin(
         on_event_thread,
         begun: Once::new(),
     };
-    SHARED.set(shared).map_err(|_| io::Error::other("there is a transport already"))
+    SHARED
+        .set(shared)
+        .map_err(|_| io::Error::other("a process can have only one rte_vhost transport"))
 }
 
-/// What the callbacks know.
+/// The state that the callbacks share.
 pub(crate) fn shared() -> &'static Shared {
-    SHARED.get().expect("callbacks and methods come after `begin`")
+    SHARED.get().expect("`begin` runs before every callback and method")
 }

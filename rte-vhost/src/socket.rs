@@ -7,12 +7,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-/// The path that a Unix socket is bound to.
+/// Returns the path that a Unix socket is bound to.
 pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
-    // SAFETY: all zeroes is a value of this plain C struct.
+    // SAFETY: all zeroes is a valid value of this plain C struct.
     let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     let mut len = size_of_val(&addr) as libc::socklen_t;
-    // SAFETY: the buffer is ours and has the given length.
+    // SAFETY: the buffer is a local variable and has the given length.
     let result =
         unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };
     if result != 0 || c_int::from(addr.sun_family) != libc::AF_UNIX {
@@ -23,11 +23,11 @@ pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
 }
 
-/// Accepts a connection without blocking; it is non-blocking, too.
+/// Accepts a connection without blocking. The new socket is non-blocking.
 pub(crate) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     let (nobody, none) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: an open fd; the peer's address is not asked for.
+    // SAFETY: the fd is open, and the peer's address is not requested.
     let fd = unsafe { libc::accept4(listener.as_raw_fd(), nobody, none, flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
@@ -36,20 +36,20 @@ pub(crate) fn accept4(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Ends a connection for both sides, even if the fd stays open.
+/// Ends a connection in both directions, even if the fd stays open.
 pub(crate) fn shut_down(socket: &impl AsRawFd) {
-    // SAFETY: an open fd; if it is no connected socket, nothing happens.
+    // SAFETY: the fd is open; on a socket that is not connected, the call has no effect.
     unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
-/// Sends `bytes`, and `fd` with them.
+/// Sends `bytes` together with `fd`.
 pub(crate) fn send_with_fd(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     fd: BorrowedFd<'_>,
     flags: c_int,
 ) -> io::Result<()> {
-    /// A control message with one fd, aligned as its header.
+    /// A control message with one fd, aligned as its header needs.
     #[repr(C)]
     struct Control {
         header: libc::cmsghdr,
@@ -62,13 +62,13 @@ pub(crate) fn send_with_fd(
     };
     let mut control = Control { header, fd: fd.as_raw_fd() };
     let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: all zeroes is an empty message.
+    // SAFETY: an all-zero msghdr is an empty message.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut part;
     message.msg_iovlen = 1;
     message.msg_control = (&raw mut control).cast();
     message.msg_controllen = size_of::<Control>();
-    // SAFETY: the message names memory of ours, which it only reads.
+    // SAFETY: the message points to local memory, and `sendmsg` only reads it.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
     match usize::try_from(sent) {
         Ok(n) if n == bytes.len() => Ok(()),

@@ -1,17 +1,19 @@
-//! rte_vhost as a [`Transport`]: sockets, the event thread's callbacks, and answers of our own.
+//! rte_vhost as a [`Transport`]: sockets, the event thread's callbacks, and replies of the
+//! application.
 //!
-//! rte_vhost accepts, reads, negotiates and acknowledges. All that touches memory, rings or fds is
-//! answered in the *pre* handler, so rte_vhost never sees a guest's memory: it maps and unmaps
-//! nothing, and the event thread, which serves every VM, cannot be held up by one VM's unmapping.
+//! rte_vhost accepts, reads, negotiates and acknowledges. The *pre* handler answers every message
+//! that concerns memory, rings or fds, so rte_vhost never sees a guest's memory: it maps and unmaps
+//! nothing, and one VM's unmapping cannot block the event thread, which serves every VM.
 //!
-//! The answer to GET_VRING_BASE is *deferred*: the pre handler says "done" and sends nothing, and
-//! the control side sends the answer on its own duplicate of the connection's fd once the I/O has
-//! completed. That rte_vhost allows it is not documented, so [`DpdkTransport::start`] tries it on
-//! a private socket, the *anchor*, and falls back to waiting in the handler for a bounded time.
+//! The reply to GET_VRING_BASE is *deferred*: the pre handler returns "done" and sends nothing, and
+//! the control side sends the reply on its own duplicate of the connection's fd when the I/O has
+//! completed. DPDK does not document that rte_vhost allows this, so [`DpdkTransport::start`] tests
+//! it on a private socket, the *anchor*. If it fails, handlers wait for a bounded time.
 //!
-//! The anchor is registered first and never unregistered. It also spares the wait for the event
-//! thread's end that unregistering the last socket means, and connecting to it wakes the event
-//! thread of releases before 24.07, which would notice a new listener only after up to a second.
+//! The anchor is registered first and never unregistered. This avoids waiting for the end of the
+//! event thread, which unregistering the last socket would cause. In DPDK releases before 24.07,
+//! connecting to the anchor also wakes the event thread, which would otherwise notice a new
+//! listener only after up to a second.
 #![expect(unsafe_code, reason = "calls rte_vhost")]
 
 use std::ffi::{CStr, CString, c_int};
@@ -35,24 +37,25 @@ use crate::callbacks::{self, DEVICE_OPS};
 use crate::shared::{self, shared};
 use crate::{event_thread, front_ends, interpose, log, self_test};
 
-/// The file name of the anchor, and the longest path of its directory's parent with which it fits
-/// into a socket address.
+/// The file name of the anchor. Below: the path length limit for its directory's parent, so that
+/// the anchor's path fits into a socket address.
 const ANCHOR: &str = "anchor";
 const BASE_BYTES_MAX: usize = 80;
 
-/// The transport. There is one in a process.
+/// The transport. A process has one.
 #[derive(Debug)]
 pub struct DpdkTransport {
-    /// The file of the anchor's socket, which has no name any more.
+    /// The file of the anchor's socket, which is removed from its directory.
     anchor: File,
 }
 
 impl DpdkTransport {
-    /// Opens the anchor in `dir`, removes `dir`, and tests which answers rte_vhost lets us send.
-    /// EAL must be up. The threads that serve front ends call `on_thread` when they start.
+    /// Opens the anchor in `dir`, removes `dir`, and tests whether rte_vhost allows deferred
+    /// replies. EAL must be started. Each thread that serves front ends calls `on_thread` when it
+    /// starts.
     ///
     /// # Errors
-    /// No socket can be made in `dir`, or rte_vhost refuses it.
+    /// The socket cannot be created in `dir`, or rte_vhost refuses it.
     pub fn start(target: &Arc<Target>, dir: TempDir, on_thread: OnStart) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
         front_ends::start(Arc::clone(&on_thread))?;
@@ -71,16 +74,16 @@ impl DpdkTransport {
         shared().set_deferral(deferral);
         if !shared().fds_arrive() {
             return Err(io::Error::other(
-                "front ends' fds do not arrive: rte_vhost does not call this program's recvmsg",
+                "fds from front ends do not arrive: rte_vhost does not call this program's recvmsg",
             ));
         }
-        // The file is removed now, so that a killed process leaves nothing behind.
+        // The file is removed here, so that a killed process leaves no file behind.
         let anchor = File::options().read(true).custom_flags(libc::O_PATH).open(&path)?;
         dir.close()?;
         Ok(Self { anchor })
     }
 
-    /// Makes the event thread of releases that use poll() look at its list of sockets again.
+    /// In releases that use poll(), makes the event thread read its list of sockets again.
     fn wake_event_thread(&self) {
         if event_thread::POLLS {
             drop(UnixStream::connect(format!("/proc/self/fd/{}", self.anchor.as_raw_fd())));
@@ -104,8 +107,8 @@ impl Transport for DpdkTransport {
     fn unlisten(&self, path: &Path) {
         let Ok(c_path) = c_path(path) else { return };
         let unregister = || {
-            // SAFETY: a string that outlives the call; this is not the event thread, and no lock
-            // that a callback takes is held.
+            // SAFETY: the string outlives the call; this is not the event thread, and the caller
+            // holds no lock that a callback takes.
             unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) }
         };
         let shared = shared();
@@ -114,17 +117,18 @@ impl Transport for DpdkTransport {
             false => interpose::keeping_files(unregister),
         });
         shared.listeners.end(path);
-        // It has closed its connections without a word.
+        // rte_vhost has closed the socket's connections without calling the callbacks.
         callbacks::forget(path);
     }
 }
 
-/// Removes the files of all sockets, for a process that ends without unregistering them.
+/// Removes the files of all sockets. For a process that ends without unregistering them.
 pub fn remove_sockets() {
     shared().listeners.remove_files();
 }
 
-/// What is offered: an area's fd is only ours to send if answers of our own are.
+/// Returns the protocol features to offer. An in-flight area needs replies of the application,
+/// which carry its fd.
 fn protocol_features() -> u64 {
     let area = if shared().deferral() { 0 } else { protocol::INFLIGHT_SHMFD };
     protocol::PROTOCOL_FEATURES & !area
@@ -134,9 +138,9 @@ fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Registers the first socket, at which rte_vhost starts its event thread. rte_vhost cannot name that
-/// thread under the sandbox, which refuses to write the thread's `comm` file in /proc. But a new
-/// thread inherits the name of the thread that starts it.
+/// Registers the first socket, which makes rte_vhost start its event thread. rte_vhost cannot name
+/// that thread under the sandbox, which forbids writing the thread's `comm` file in /proc. A new
+/// thread inherits the name of the thread that starts it, so a thread of that name does it.
 fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
     thread::scope(|scope| {
         let starter = thread::Builder::new().name(event_thread::NAME.into());
@@ -145,7 +149,7 @@ fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
     })
 }
 
-/// Registers a socket and starts to listen.
+/// Registers a socket, and starts to listen.
 fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
     let c_path = c_path(socket)?;
     let (registered, listener) =
@@ -153,9 +157,9 @@ fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
     let listener = listener.map(|listener| ForeignFd::new(listener, account));
     registered?;
     let Some(listener) = listener else {
-        // SAFETY: a string that outlives the call.
+        // SAFETY: the string outlives the call.
         unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
-        return Err(io::Error::other("no file descriptor is left for a duplicate of the socket"));
+        return Err(io::Error::other("cannot duplicate the listening socket: too many open files"));
     };
     shared().listeners.add(socket, listener, account.clone());
     Ok(())
@@ -165,10 +169,10 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
     let path = path.as_ptr();
     let steps: [(&str, &dyn Fn() -> c_int); 5] = [
         ("register", &|| {
-            // SAFETY: a string that outlives the call.
+            // SAFETY: the string outlives the call.
             unsafe { sys::rte_vhost_driver_register(path, 0) }
         }),
-        // This also turns off rte_vhost's own network device.
+        // This also disables rte_vhost's built-in network device.
         ("set features of", &|| {
             // SAFETY: as above.
             unsafe { sys::rte_vhost_driver_set_features(path, features) }
@@ -196,7 +200,7 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
             unsafe { sys::rte_vhost_driver_unregister(path) };
         }
         let said = errors.join("; ");
-        return Err(io::Error::other(format!("rte_vhost cannot {what} the socket: {said}")));
+        return Err(io::Error::other(format!("rte_vhost failed to {what} the socket: {said}")));
     }
     Ok(())
 }
@@ -224,8 +228,8 @@ pub fn private_dir() -> io::Result<TempDir> {
     made
 }
 
-/// Removes a socket that nobody listens on. Anything else in the way is an error: rte_vhost, and
-/// SPDK, would take a live socket away from another process.
+/// Removes a socket that no process listens on. Any other file at the path is an error: rte_vhost,
+/// like SPDK, would replace a socket that another process serves.
 fn remove_stale_socket(path: &Path) -> io::Result<()> {
     let meta = match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -234,17 +238,20 @@ fn remove_stale_socket(path: &Path) -> io::Result<()> {
     if !meta.file_type().is_socket() {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            "a file that is no socket is there",
+            "the path exists and is not a socket: remove it or use another -S directory",
         ));
     }
     if is_listened_on(path)? {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
+        return Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another process listens on this socket",
+        ));
     }
     fs::remove_file(path)
 }
 
-/// Whether a process listens on the socket at `path`. Does not block if that process is stopped and
-/// its backlog is full.
+/// Returns whether a process listens on the socket at `path`. Does not block if that process is
+/// stopped and its backlog is full.
 fn is_listened_on(path: &Path) -> io::Result<bool> {
     use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
