@@ -39,7 +39,7 @@ pub enum Error {
     #[error("timed out waiting for the reactor on core {n} to finish a poll iteration", n = .0.0)]
     Stuck(Core),
     /// the system has no room for another wake source
-    #[error("cannot register a disk's completion eventfd with the reactor on core {n}: {1}", n = .0.0)]
+    #[error("cannot register a completion eventfd with the reactor on core {n}: {1}", n = .0.0)]
     WakeSource(Core, io::Error),
     /// a front end is connected
     #[error("controller {0} has a connected front end")]

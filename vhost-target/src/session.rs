@@ -175,7 +175,7 @@ pub struct Ring {
     pub state: RingState,
     /// Number of descriptors.
     pub num: u16,
-    /// The position at which it starts, or has stopped ([`ring::Ring`] explains positions).
+    /// The position at which it starts, or has stopped ([`virtqueue::Ring`] explains positions).
     pub base: u16,
     /// The addresses of its parts, in the front end's address space.
     user: Option<RingAddrs>,

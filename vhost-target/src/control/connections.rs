@@ -41,8 +41,7 @@ impl Target {
         let connected = connections.values().filter(|c| c.controller == of).count();
         if connected >= CONNECTIONS_MAX {
             warn!(
-                "controller {}: refused a front end: the controller has {connected} connections, the \
-                 limit",
+                "controller {}: refused a front end: {connected} connections is the limit",
                 controller.name
             );
             return None;
@@ -185,7 +184,7 @@ impl Target {
             && let Some(connected) = inner.connections.get(conn)
         {
             warn!(
-                "controller {}: the guest made ring {ring} of front end {} invalid; the ring is not \
+                "controller {}: the guest made ring {ring} of front end {} invalid; it is not \
                  served until the guest resets the device",
                 connected.controller_name, connected.number
             );
@@ -213,7 +212,8 @@ impl Connected {
         } else if whole_s >= WARN_S && !*warned {
             *warned = true;
             warn!(
-                "controller {name}: the front end has been waiting {whole_s} s for its I/O to complete"
+                "controller {name}: the front end has been waiting {whole_s} s for its I/O to \
+                 complete"
             );
         }
     }
@@ -231,7 +231,7 @@ impl Connected {
             warn!("controller {name}: its device is still being opened after {whole_s} s");
         } else if whole_s == OPEN_LIMIT_S {
             warn!(
-                "controller {name}: its device was not opened within {whole_s} s; closing the connection"
+                "controller {name}: its device did not open in {whole_s} s; closing the connection"
             );
             if let Some(conn) = &self.conn {
                 conn.shut_down();

@@ -59,11 +59,11 @@ enum Refusal {
     #[error("the dirty log is too large: {0} bytes, the limit is {LOG_BYTES_MAX}")]
     LogSize(u64),
     #[error(
-        "too many memory regions in all connections of the controller: {0}, the limit is {SLOTS_OF_CONTROLLER_MAX}"
+        "too many memory regions of the controller: {0}, the limit is {SLOTS_OF_CONTROLLER_MAX}"
     )]
     Slots(usize),
     #[error(
-        "too many started rings in all connections of the controller: {0}, the limit is {RINGS_OF_CONTROLLER_MAX}"
+        "too many started rings of the controller: {0}, the limit is {RINGS_OF_CONTROLLER_MAX}"
     )]
     Rings(usize),
     #[error("timed out waiting for the reactors to apply the message")]
@@ -381,7 +381,7 @@ impl Connected {
         let effects = self.session.set_features(features)?;
         if had_area && self.session.inflight().is_none() {
             warn!(
-                "controller {}: ignoring the in-flight area: it was used with the other ring layout",
+                "controller {}: ignoring the in-flight area: it is of the other ring layout",
                 self.controller_name
             );
         }

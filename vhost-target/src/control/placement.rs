@@ -146,24 +146,14 @@ impl Target {
         let waker = |n: usize| self.reactors[n].waker().map(|waker| &**waker);
         // SAFETY: the previous reactor has been quiescent since it lost the queue. Another one gets
         // it only below, under the lock that this thread holds. So this thread owns the core.
-        let registered = unsafe { queue.set_waker(waker(from), waker(to)) };
+        let moved = unsafe { queue.set_waker(waker(from), waker(to)) };
         let orphans = queue.control().inflight() > 0;
-        self.attach(
-            &mut inner,
-            conn,
-            ring,
-            if registered.is_ok() { to } else { from },
-            |renewed| {
-                (orphans && registered.is_ok()).then_some(Orphan {
-                    reactor: from,
-                    queue: id,
-                    renewed,
-                })
-            },
-        );
+        self.attach(&mut inner, conn, ring, if moved.is_ok() { to } else { from }, |renewed| {
+            (orphans && moved.is_ok()).then_some(Orphan { reactor: from, queue: id, renewed })
+        });
         drop(inner);
         (self.changed)();
-        registered.map_err(|e| Error::WakeSource(self.reactors[to].core(), e))
+        moved.map_err(|e| Error::WakeSource(self.reactors[to].core(), e))
     }
 
     /// Adds a queue that no reactor owns to a reactor's poll set.
@@ -213,8 +203,7 @@ impl Target {
         // The reactor may still own the queue, so it can get it back at any time.
         let core = self.reactors[moving.from].core();
         warn!(
-            "timed out waiting for the reactor on core {} to finish a poll iteration; the ring stays \
-                 on that core",
+            "timed out waiting for reactor {} to finish a poll iteration; the ring stays there",
             core.0
         );
         let mut inner = self.lock();
