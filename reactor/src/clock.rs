@@ -31,7 +31,7 @@ pub fn read_tsc() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
-/// The frequency of [`read_tsc`]: as CPUID reports it, otherwise measured read_once.
+/// The frequency of [`read_tsc`]: as CPUID reports it, otherwise measured once.
 #[must_use]
 pub fn ticks_per_second() -> u64 {
     static TICKS: OnceLock<u64> = OnceLock::new();

@@ -276,7 +276,8 @@ impl<E: Send + 'static> Reactor<E> {
     }
 
     /// As [`Reactor::publish`]. `orphans`: the reactor has orphan I/O, I/O in flight that it
-    /// submitted for queues that have moved to another reactor; see [`PollSet::new`].
+    /// submitted for queues that have moved to another reactor. It then makes a system call now and
+    /// then, so that this I/O completes.
     pub fn publish_with(
         &self,
         queues: Vec<Arc<dyn Pollable<E>>>,

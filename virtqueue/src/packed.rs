@@ -115,8 +115,7 @@ impl PackedRing {
         self.size
     }
 
-    /// Returns whether `position` is in range for this ring. A position from the front end may not
-    /// be.
+    /// Returns whether `position` is in range. A front end's position may not be.
     #[must_use]
     pub fn valid(&self, position: u16) -> bool {
         position & !WRAP < self.size
@@ -128,8 +127,7 @@ impl PackedRing {
         usize::from((position & !WRAP).min(self.size - 1))
     }
 
-    /// One of a descriptor's two words. Word 0 is the address. Word 1 is length, buffer id and
-    /// flags.
+    /// One of a descriptor's two words: 0 is the address, 1 is length, buffer id and flags.
     #[inline]
     fn word(&self, position: u16, word: usize) -> &AtomicU64 {
         debug_assert!(word < 2);
@@ -231,8 +229,7 @@ impl PackedRing {
             let mut more = desc.flags & DESC_F_NEXT != 0;
             let mut defect = None;
             if table.indirect {
-                // The descriptors of a table are consecutive. Of their flags, only WRITE has a
-                // meaning (section 2.8.7).
+                // The chain ends with the table: of its flags, only WRITE has a meaning (2.8.7).
                 more = left > 0;
             } else {
                 span += 1;
@@ -308,8 +305,7 @@ impl PackedRing {
         }
         let ring = Table { desc: self.desc, len: self.size.into(), indirect: false };
         let table = ring.open(near, desc)?;
-        // The descriptors of a table are consecutive. Of their flags, only WRITE has a meaning
-        // (section 2.8.7).
+        // The chain ends with the table: of its flags, only WRITE has a meaning (section 2.8.7).
         for index in 0..table.len {
             // SAFETY: the index is less than the table's length.
             visit_desc(near, Desc::packed(unsafe { table.read(index) }))?;
@@ -317,12 +313,10 @@ impl PackedRing {
         Ok(())
     }
 
-    /// The driver's event suppression: position and flags. The driver writes them together, or in
-    /// this order.
+    /// The driver's event suppression: position and flags, written together or in this order.
     #[inline]
     fn driver_events(&self) -> (u16, u16) {
-        // SAFETY: `new` found the structure at this aligned address, in memory that outlives the
-        // ring.
+        // SAFETY: `new` found it at this aligned address, in memory that outlives the ring.
         let events = unsafe { &*self.driver }.load(Ordering::Relaxed);
         let events = u32::from_le(events);
         (events as u16, (events >> 16) as u16)
@@ -349,7 +343,7 @@ pub struct PackedChain<'r> {
     pub ring: &'r PackedRing,
     /// The position of its first descriptor.
     pub position: u16,
-    /// Maximum number of its descriptors: visit_desc [`PackedRing::room`].
+    /// Maximum number of its descriptors: see [`PackedRing::room`].
     pub room: u16,
 }
 
@@ -367,8 +361,7 @@ impl Chained for PackedChain<'_> {
     }
 }
 
-/// A chain whose descriptors are kept in the in-flight area. The ring's copy may have been
-/// overwritten.
+/// A chain whose descriptors are kept in the in-flight area: the ring's may be overwritten.
 #[derive(Clone, Copy, Debug)]
 pub struct KeptChain<'r> {
     /// The ring that the chain was in.
@@ -435,8 +428,7 @@ impl Ring for PackedRing {
     #[inline]
     fn prefetch_used(&self, _position: u16) {}
 
-    /// The driver reads a batch in order, so it stops at the first chain until that one is marked
-    /// as used.
+    /// The driver reads a batch in order, and stops at its first chain until that is marked used.
     #[inline]
     fn put_used(&self, from: u16, position: u16, id: u16, len: u32) {
         let state = if position == from { available(position) } else { used(position) };

@@ -8,17 +8,17 @@ use crate::inflight::{Area, Tracker, crash};
 
 const DESC_F_NEXT: u16 = 1;
 
-/// A request of the guest, in the order in which requests were requests available.
+/// A request of the guest, in the order in which requests were made available.
 #[derive(Clone)]
 struct Request {
     id: u16,
     descs: Vec<Desc>,
-    /// Number of descriptors requests available before its first descriptor.
+    /// Number of descriptors made available before its first descriptor.
     at: usize,
     done: bool,
 }
 
-/// A guest with a packed ring. A place is the number of descriptors requests available before it.
+/// A guest with a packed ring. A place is the number of descriptors made available before it.
 struct Guest {
     area: Arc<Area>,
     size: usize,
