@@ -191,6 +191,11 @@ pub trait Bdev: Send + Sync + 'static {
     fn bases(&self) -> &[Arc<dyn Bdev>] {
         &[]
     }
+    /// The position in its only base, in bytes, of its first byte, if its bytes follow one another
+    /// there. `None`: an access may go anywhere on the bases.
+    fn base_offset(&self) -> Option<u64> {
+        None
+    }
     /// The lease that keeps other processes from its storage. `None` if there is no such lease, or
     /// if the bdev has bases, whose leases then apply.
     fn lease(&self) -> Option<Arc<dyn Lease>> {

@@ -115,6 +115,10 @@ pub trait Wrapper: Send + Sync + 'static {
     fn size_blocks(&self) -> u64 {
         self.wrapped().base.num_blocks()
     }
+    /// As [`Bdev::base_offset`].
+    fn offset_bytes(&self) -> u64 {
+        0
+    }
     /// As [`Bdev::open`].
     ///
     /// # Errors
@@ -153,6 +157,10 @@ impl<W: Wrapper> Bdev for W {
 
     fn bases(&self) -> &[Arc<dyn Bdev>] {
         std::slice::from_ref(&self.wrapped().base)
+    }
+
+    fn base_offset(&self) -> Option<u64> {
+        Some(self.offset_bytes())
     }
 
     fn stats(&self) -> &Stats {

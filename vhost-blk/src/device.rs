@@ -1,6 +1,7 @@
 //! The virtio-blk device of a controller, on the control side.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -112,16 +113,22 @@ impl Device for Blk {
         let Some(disk) = self.disk() else { return StorageUse::default() };
         let writes = !disk.read_only && !disk.bdev.features().read_only;
         let mut storage = StorageUse { writes, ..StorageUse::default() };
-        let mut left = vec![Arc::clone(&disk.bdev)];
-        while let Some(bdev) = left.pop() {
+        // A bdev may grow: the range of a complete bdev has no end.
+        let mut left = vec![(Arc::clone(&disk.bdev), 0..u64::MAX)];
+        while let Some((bdev, bytes)) = left.pop() {
             match bdev.bases() {
                 [] => {
-                    storage.storages.push(identity(&bdev));
-                    storage.storages.extend(bdev.storage().map(storage_id));
+                    let place = bdev.storage().map(|storage| storage_id(storage, bytes.clone()));
+                    storage.storages.extend(place);
+                    storage.storages.push(identity(&bdev, bytes));
                     let lease = bdev.lease().filter(|_| writes);
                     storage.leases.extend(lease.map(|lease| Arc::new(BdevLease(lease)) as _));
                 }
-                bases => left.extend_from_slice(bases),
+                bases => left.extend(
+                    bases
+                        .iter()
+                        .map(|base| (Arc::clone(base), range_on_base(&*bdev, &**base, &bytes))),
+                ),
             }
         }
         storage
@@ -137,21 +144,31 @@ impl Device for Blk {
     }
 }
 
+/// Returns the bytes of a base that accesses to `bytes` of the bdev use.
+fn range_on_base(bdev: &dyn Bdev, base: &dyn Bdev, bytes: &Range<u64>) -> Range<u64> {
+    let Some(offset) = bdev.base_offset() else { return 0..u64::MAX };
+    // A bdev as large as its base may grow with it.
+    let is_part = bdev.size_bytes() < base.size_bytes();
+    let end = if is_part { bytes.end.min(bdev.size_bytes()) } else { bytes.end };
+    offset.saturating_add(bytes.start)..offset.saturating_add(end)
+}
+
 /// Returns the identity of a bdev without a base.
-fn identity(bdev: &Arc<dyn Bdev>) -> StorageId {
+fn identity(bdev: &Arc<dyn Bdev>, bytes: Range<u64>) -> StorageId {
     let address = Arc::as_ptr(bdev).cast::<()>() as u64;
     // A weak reference keeps the address from being reused.
-    StorageId { kind: "bdev", number: (address, 0), keeps: Some(Arc::new(Arc::downgrade(bdev))) }
+    let keeps: Arc<dyn Any + Send + Sync> = Arc::new(Arc::downgrade(bdev));
+    StorageId { kind: "bdev", number: (address, 0), bytes, keeps: Some(keeps) }
 }
 
 /// Returns the identity of the place where a bdev stores its data. Several bdevs may use the same
 /// file.
-fn storage_id(storage: bdev::Storage) -> StorageId {
+fn storage_id(storage: bdev::Storage, bytes: Range<u64>) -> StorageId {
     let (kind, number) = match storage {
         bdev::Storage::File { device, inode } => ("file", (device, inode)),
         bdev::Storage::BlockDevice(number) => ("block device", (number, 0)),
     };
-    StorageId { kind, number, keeps: None }
+    StorageId { kind, number, bytes, keeps: None }
 }
 
 /// Adapts a bdev's lease to the target's trait.
@@ -243,7 +260,7 @@ impl Negotiated for BlkSession {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bdev::{Malloc, MallocOptions, Null, NullOptions};
+    use bdev::{Malloc, MallocOptions, Null, NullOptions, Part, Passthru};
 
     const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
     const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
@@ -328,13 +345,37 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_a_bdev_overlap_with_the_bdev_and_not_with_each_other() {
+        let base = devices()[0].disk().unwrap().bdev.clone();
+        let part = |offset| Part::create("p".into(), Arc::clone(&base), offset, 4);
+        let bdevs: [Arc<dyn Bdev>; 5] = [
+            Arc::clone(&base),
+            part(0).unwrap(),
+            part(4).unwrap(),
+            Passthru::create("on part".into(), part(4).unwrap(), None).unwrap(),
+            part(3).unwrap(),
+        ];
+        let storages = bdevs.map(|bdev| Blk::new(bdev, false).storage().storages);
+        let overlap = |one: usize, other: usize| {
+            storages[one].iter().any(|mine| storages[other].iter().any(|o| mine.overlaps(o)))
+        };
+        for (one, other, expected) in
+            [(1, 2, false), (1, 3, false), (2, 3, true), (1, 4, true), (4, 2, true)]
+        {
+            assert_eq!(overlap(one, other), expected, "{one} {other}");
+            assert_eq!(overlap(other, one), expected, "{other} {one}");
+            assert!(overlap(0, one) && overlap(other, 0));
+        }
+    }
+
+    #[test]
     fn a_device_whose_bdev_was_removed_has_no_view() {
         let [device, _] = devices();
         let session = Arc::clone(&device).connect();
         *device.disk.lock().unwrap() = None;
         assert!(session.view().is_none() && device.bdev().is_none());
         assert_eq!(device.bdev_configured(), "m");
-        assert_eq!(device.storage().storages, []);
+        assert!(device.storage().storages.is_empty());
         assert_eq!(session.read_config()[..8], [0; 8]);
     }
 }

@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use virtqueue::QUEUES_MAX;
@@ -106,7 +107,7 @@ impl<D: DeviceQueue> OpenedQueue for Opened<D> {
 /// The storage that a device's requests access, for the detection of conflicting I/O.
 #[derive(Clone, Debug, Default)]
 pub struct StorageUse {
-    /// The places that store the data. Two devices that have one in common access the same data.
+    /// The places that store the data. Two devices whose places overlap may access the same data.
     pub storages: Vec<StorageId>,
     /// The leases that exclude other processes while rings use the storage.
     pub leases: Vec<Arc<dyn Lease>>,
@@ -114,20 +115,26 @@ pub struct StorageUse {
     pub writes: bool,
 }
 
-/// The identity of a place where data is stored. Equal identities mean the same data.
+/// A place where data is stored: a range of something that `kind` and `number` identify.
 #[derive(Clone, Debug)]
 pub struct StorageId {
     /// The kind of `number`.
     pub kind: &'static str,
     /// The number.
     pub number: (u64, u64),
+    /// The bytes of it that the device may access.
+    pub bytes: Range<u64>,
     /// Keeps `number` from being used for something else.
     pub keeps: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-impl PartialEq for StorageId {
-    fn eq(&self, other: &Self) -> bool {
+impl StorageId {
+    /// Returns whether an access to one may be an access to the other.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
         (self.kind, self.number) == (other.kind, other.number)
+            && self.bytes.start < other.bytes.end
+            && other.bytes.start < self.bytes.end
     }
 }
 

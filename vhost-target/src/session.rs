@@ -119,10 +119,6 @@ pub enum Then {
 pub enum Effect {
     /// Check the gate for the ring. Call [`Session::open_gate`] when no conflicting I/O is left.
     Gate(usize),
-    /// Open the device for the ring and call [`Session::opened`]. Then attach the ring to a
-    /// reactor, and stop it at once if the ring is not live. If this fails, call
-    /// [`Session::start_failed`].
-    Start(usize),
     /// Give the ring's reactor a new view from [`Session::ring`].
     Publish(usize),
     /// Stop the ring. Call [`Session::drained`] when it has drained.
@@ -735,17 +731,21 @@ impl Session {
         self.rings[ring].state = RingState::Stopped;
     }
 
-    /// Opens the gate of a ring: no conflicting I/O is left. Returns `None` if the ring is not
+    /// Opens the gate of a ring: no conflicting I/O is left. Returns `false` if the ring is not
     /// gated.
-    pub fn open_gate(&mut self, ring: usize) -> Option<Effect> {
+    ///
+    /// The caller then opens the device for the ring and calls [`opened`](Self::opened). Then it
+    /// attaches the ring to a reactor, and stops it at once if the ring is not live. If this fails,
+    /// it calls [`start_failed`](Self::start_failed).
+    pub fn open_gate(&mut self, ring: usize) -> bool {
         let state = &mut self.rings[ring].state;
         *state = match state {
             RingState::Gated => RingState::Opening,
             // Only a reactor can read how far the earlier I/O has advanced the ring.
             RingState::GatedReply => RingState::OpeningReply,
-            _ => return None,
+            _ => return false,
         };
-        Some(Effect::Start(ring))
+        true
     }
 
     /// Returns the rings that wait for [`Session::open_gate`].

@@ -96,6 +96,11 @@ impl Claims {
         others.find(|other| !agrees(other)).cloned()
     }
 
+    /// Ends the claims on a bdev that was removed. A bdev that is created anew may have its id.
+    pub(crate) fn end_all(&self, bdev: BdevId) {
+        self.held.borrow_mut().retain(|held| held.bdev != bdev);
+    }
+
     /// Returns the claim type that `bdev_get_bdevs` shows.
     pub(crate) fn shown(&self, bdev: BdevId) -> Option<&'static str> {
         let held = self.held.borrow();

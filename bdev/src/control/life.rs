@@ -147,7 +147,6 @@ pub async fn delete(host: Rc<dyn Host>, params: Params, module: &str) -> Answer 
 /// the bdevs have no user any more.
 pub async fn remove(host: &Rc<dyn Host>, ids: &[BdevId]) {
     let registry = host.registry();
-    ids.iter().filter_map(|id| registry.live(*id)).for_each(|live| live.entry.deleting());
     let bdevs = registry.remove(ids);
     // The bases are released now, and other requests may wait for them.
     settle(host).await;

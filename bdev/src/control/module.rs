@@ -55,8 +55,8 @@ pub trait Entry: Any {
     /// The calls that create it again. Empty if another entry's calls, or examine, create it.
     fn config(&self) -> Vec<Call>;
 
-    /// Called before it is deleted by name: ends everything that could keep I/O outstanding for
-    /// ever.
+    /// Called before it is deleted, by name or with its base: ends everything that could keep I/O
+    /// outstanding for ever.
     fn deleting(&self) {}
 
     /// Called when one of its bases is gone, and so the bdev. Returns the request that waits for

@@ -24,7 +24,8 @@ pub(crate) use examine::Due;
 /// A positive errno, as SPDK's RPCs return it.
 pub type Errno = i32;
 
-/// Identifies a bdev, or a request that waits to become one. It is never reused. Ordered by
+/// Identifies a bdev, or a request that waits to become one. It is never reused, except by a bdev
+/// that is created anew because its base has returned. Ordered by
 /// creation; the bdevs of one call are in the order in which the call creates them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BdevId {
@@ -377,6 +378,8 @@ impl Registry {
         for live in ids.iter().filter_map(|id| self.live(*id)) {
             self.add_with_uppers(&live.bdev, &|_| true, &mut all);
         }
+        let lives = all.iter().filter_map(|bdev| self.live(self.id_of(bdev)?));
+        lives.for_each(|live| live.entry.deleting());
         let named = self.take_rows(|row| ids.contains(&row.id));
         for id in all.iter().filter_map(|bdev| self.id_of(bdev)).collect::<Vec<_>>() {
             self.base_gone(id);
@@ -389,6 +392,7 @@ impl Registry {
     fn base_gone(&self, id: BdevId) {
         let Some(live) = self.live(id) else { return };
         debug!("bdev {}: removed with its base", live.bdev.name());
+        self.0.claims.end_all(id);
         let Some(waiting) = live.entry.base_gone() else {
             drop(self.take_rows(|row| row.id == id));
             return;

@@ -131,12 +131,14 @@ impl Host for TestHost {
     fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()> {
         let names = bdevs.iter().map(|bdev| bdev.name().to_owned());
         self.retired.borrow_mut().extend(names);
-        for bdev in bdevs {
-            let weak = Arc::downgrade(&bdev);
-            drop(bdev);
-            assert_eq!(weak.strong_count(), 0, "a deleted bdev still has a user");
-        }
-        Box::pin(std::future::ready(()))
+        let left: Vec<_> = bdevs.iter().map(Arc::downgrade).collect();
+        drop(bdevs);
+        Box::pin(std::future::poll_fn(move |_| {
+            match left.iter().all(|bdev| bdev.strong_count() == 0) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        }))
     }
 
     fn released(&self) {}

@@ -40,7 +40,7 @@ pub(crate) struct App {
     /// The kinds of bdevs.
     modules: Vec<Rc<dyn BdevModule>>,
     /// The claim of each controller on its bdev.
-    served: RefCell<HashMap<String, Rc<Claim>>>,
+    served: RefCell<HashMap<String, Claim>>,
     pub(crate) log: Log,
     /// Opens the files of disks.
     pub(crate) opener: Opener,

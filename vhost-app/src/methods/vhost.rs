@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bdev::{Claim, ClaimKind};
+use bdev::ClaimKind;
 use reactor::Cause;
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tracing::error;
 use vhost_blk::Blk;
 use vhost_target::IOPS_THRESHOLD_DEFAULT;
+use vhost_target::device::Device;
 use vhost_target::session::Phase;
 use vhost_target::{ControllerInfo, ControllerSpec, Core, QueueInfo, ReactorInfo, SessionInfo};
 
@@ -75,9 +76,10 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
             return Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}")));
         }
     };
+    let device: Arc<dyn Device> = Blk::new(Arc::clone(&bdev), p.readonly);
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
-        device: Blk::new(Arc::clone(&bdev), p.readonly),
+        device: Arc::clone(&device),
         name: p.ctrlr.clone(),
         cores,
         packed_ring: p.packed_ring,
@@ -91,7 +93,11 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     drop(bdev);
     app.control.notify();
     created.map_err(|e| refused(method, e.errno(), e))?;
-    app.served.borrow_mut().insert(p.ctrlr, Rc::new(claim));
+    // Another client may have deleted it since.
+    let exists = app.control.target().controllers().iter().any(|c| Arc::ptr_eq(&c.device, &device));
+    if exists {
+        app.served.borrow_mut().insert(p.ctrlr, claim);
+    }
     Ok(true.into())
 }
 
@@ -109,14 +115,14 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
     let p: Delete = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
     let timeout = Duration::from_millis(p.timeout_ms.unwrap_or(DELETE_TIMEOUT_MS).min(MAX_MS));
     let options = DeleteOptions { timeout, force: p.force };
-    let claim = app.served.borrow().get(&p.ctrlr).cloned();
     app.control
         .delete_controller(&p.ctrlr, options, params.client().gone())
         .await
         .map_err(|e| refused(params.method(), e.errno(), e))?;
-    // A controller that was made anew meanwhile has a claim of its own.
-    let is_its = |now: &Rc<Claim>| claim.as_ref().is_some_and(|claim| Rc::ptr_eq(claim, now));
-    app.served.borrow_mut().retain(|name, now| *name != p.ctrlr || !is_its(now));
+    // A controller that was created anew meanwhile has a claim of its own.
+    if app.control.target().controller_id(&p.ctrlr).is_none() {
+        app.served.borrow_mut().remove(&p.ctrlr);
+    }
     Ok(true.into())
 }
 

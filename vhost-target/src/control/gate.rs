@@ -25,6 +25,7 @@ use virtqueue::{Layout, RingAddrs};
 use super::rings::Starts;
 use super::{Attached, Connected, Inner, Target};
 use crate::device::{Granted, Lease, StorageUse};
+use crate::queue::QueueId;
 use crate::session::Session;
 use crate::transport::ConnId;
 
@@ -53,7 +54,7 @@ impl Place {
 /// Returns whether two devices have storage in common.
 fn share_storage(one: &StorageUse, other: &StorageUse) -> bool {
     // Both lists are short.
-    one.storages.iter().any(|mine| other.storages.contains(mine))
+    one.storages.iter().any(|mine| other.storages.iter().any(|theirs| mine.overlaps(theirs)))
 }
 
 /// A connection's use of the leases of its disk. Dropping it ends the use.
@@ -129,8 +130,8 @@ impl Target {
         others.any(|(_, other)| other.conflicts_with(this, place.as_ref()))
     }
 
-    /// Opens the gate for a ring that is to start, if there is no conflict. Returns whether it has
-    /// to be started now.
+    /// Opens the gate for a ring that is to start, if there is no conflict, and adds the ring to
+    /// those whose device has to be opened. Returns whether it did.
     pub(super) fn pass_gate(&self, inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
         let Some(connected) = inner.connections.get_mut(&conn) else { return false };
         let of = || Hold::of(&connected.storage, &self.granted);
@@ -139,8 +140,13 @@ impl Target {
         if connected.waits_for_lease() || Self::is_gated(inner, conn, ring) {
             return false;
         }
-        let connected = inner.connections.get_mut(&conn);
-        connected.is_some_and(|c| c.session.open_gate(ring).is_some())
+        let id = QueueId(inner.id());
+        let Some(connected) = inner.connections.get_mut(&conn) else { return false };
+        let opens = connected.session.open_gate(ring);
+        if opens {
+            connected.add_opening(ring, id);
+        }
+        opens
     }
 
     /// Returns whether I/O of a closed connection, or of another process, may use the memory of
@@ -195,13 +201,13 @@ impl Target {
         (self.changed)();
     }
 
-    /// Opens the gate for the rings of a connection that do not have to wait any more, and returns
-    /// them.
+    /// Opens the gate for the rings of a connection that do not have to wait any more.
     fn open_gates(&self, inner: &mut Inner, conn: ConnId) -> Starts {
         let Some(connected) = inner.connections.get(&conn) else { return Starts::default() };
-        let mut gated: Vec<usize> = connected.session.gated().collect();
-        gated.retain(|ring| self.pass_gate(inner, conn, *ring));
-        Starts::of(conn, gated)
+        let gated: Vec<usize> = connected.session.gated().collect();
+        let any =
+            gated.into_iter().fold(false, |any, ring| self.pass_gate(inner, conn, ring) | any);
+        Starts::of(conn, any)
     }
 
     /// Tells a connection for which `may_use` is true that earlier I/O on its guest's memory has

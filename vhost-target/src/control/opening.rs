@@ -52,15 +52,12 @@ struct NextOpening {
 }
 
 impl Target {
-    /// Starts the opening of devices for rings. Their queues are then attached.
+    /// Starts the opening of devices for the rings of connections. Their queues are then attached.
     pub(super) fn open(&self, starts: Starts) {
-        for (conn, ring) in starts.0 {
+        for conn in starts.0 {
             let mut inner = self.lock();
-            let id = QueueId(inner.id());
             let Some(connected) = inner.connections.get_mut(&conn) else { continue };
-            connected.opening.insert(ring, id);
-            connected.to_open.push_back((ring, id));
-            if std::mem::replace(&mut connected.opens, true) {
+            if connected.to_open.is_empty() || std::mem::replace(&mut connected.opens, true) {
                 continue;
             }
             drop(inner);
@@ -154,6 +151,14 @@ pub(super) fn too_many(count: &Arc<()>, name: &str) -> bool {
 }
 
 impl Connected {
+    /// Adds a ring to those whose device has to be opened. An earlier start of the ring, whose
+    /// device may still be being opened with other parameters, has no effect any more.
+    pub(super) fn add_opening(&mut self, ring: usize, id: QueueId) {
+        self.opening.insert(ring, id);
+        self.to_open.retain(|(other, _)| *other != ring);
+        self.to_open.push_back((ring, id));
+    }
+
     /// Returns whether a ring's device is being opened.
     pub(super) fn is_opening(&self) -> bool {
         self.opening.keys().any(|ring| self.session.is_opening(*ring))

@@ -19,15 +19,16 @@ use crate::transport::ConnId;
 use reactor::WakeSource;
 use virtqueue::inflight::Area;
 
-/// Rings whose device has to be opened. That is done without the lock: [`Target::open`].
+/// Connections with rings whose device has to be opened. That is done without the lock:
+/// [`Target::open`].
 #[must_use]
 #[derive(Debug, Default)]
-pub(super) struct Starts(pub(super) Vec<(ConnId, usize)>);
+pub(super) struct Starts(pub(super) Vec<ConnId>);
 
 impl Starts {
-    /// Returns the rings of one connection.
-    pub(super) fn of(conn: ConnId, rings: Vec<usize>) -> Self {
-        Self(rings.into_iter().map(|ring| (conn, ring)).collect())
+    /// Returns the connection if any of its rings passed the gate.
+    pub(super) fn of(conn: ConnId, any: bool) -> Self {
+        Self(any.then_some(conn).into_iter().collect())
     }
 
     /// Adds others.
@@ -54,12 +55,10 @@ impl Target {
         effects: Vec<Effect>,
         mut reply: Option<&mut Option<Vec<u8>>>,
     ) -> Starts {
-        let mut starts = vec![];
+        let mut starts = false;
         for effect in effects {
             match effect {
-                Effect::Start(ring) => starts.push(ring),
-                Effect::Gate(ring) if self.pass_gate(inner, conn, ring) => starts.push(ring),
-                Effect::Gate(_) => {}
+                Effect::Gate(ring) => starts |= self.pass_gate(inner, conn, ring),
                 Effect::Publish(ring) => self.publish(inner, conn, ring),
                 Effect::Stop(ring) => self.stop(inner, conn, ring, Control::stop),
                 Effect::Reset(ring) => self.stop(inner, conn, ring, Control::reset),
@@ -125,6 +124,7 @@ impl Target {
             return;
         }
         connected.opening.remove(&ring);
+        connected.opening_s = 0;
         let plan = plan(&mut inner, conn, ring);
         drop(inner);
         let queue = match (opened, plan) {
@@ -213,10 +213,14 @@ impl Target {
     ) -> Result<Arc<dyn TargetQueue>, String> {
         let waker = self.reactors[reactor].waker().map(|waker| &**waker);
         // SAFETY: no reactor has the queue yet.
-        unsafe { queue.set_waker(None, waker) }.map_err(|e| {
-            format!("cannot register the device's completion eventfd with a reactor: {e}")
-        })?;
-        Ok(queue)
+        match unsafe { queue.set_waker(None, waker) } {
+            Ok(()) => Ok(queue),
+            Err(e) => {
+                // Not dropped here, under the lock: that closes a device's queue.
+                self.reclaim.free(Detached(queue));
+                Err(format!("cannot register the device's completion eventfd with a reactor: {e}"))
+            }
+        }
     }
 }
 

@@ -1,3 +1,5 @@
+#![expect(unsafe_code, reason = "submits I/O")]
+
 use std::cell::Cell;
 
 use serde_json::{Value, json};
@@ -8,6 +10,7 @@ use crate::contract::Bdev;
 use crate::control::method::{Call, LocalFuture, Method};
 use crate::control::module::{BdevModule, Description};
 use crate::control::test_host::{TestHost, run};
+use crate::io::{Completion, Io, Op, Status, Submit, Tag};
 
 fn host() -> Rc<TestHost> {
     TestHost::new([])
@@ -126,6 +129,43 @@ fn a_served_bdev_gets_no_wrapper_and_a_wrapped_one_is_not_served() {
     drop(two);
     host.call("bdev_error_create", error_params("A")).unwrap();
     assert_eq!(serve("c").err().map(|other| other.owner), Some("error".into()));
+}
+
+#[test]
+fn claims_on_a_bdev_end_with_it_also_if_it_is_created_anew() {
+    let host = host();
+    host.null("A", 1);
+    host.call("bdev_delay_create", delay_params("D", "A")).unwrap();
+    let bdev = host.registry().bdev("D").unwrap();
+    let served = host.registry().claim(&bdev, ClaimKind::Served, "c").ok().unwrap();
+    drop(bdev);
+    host.call("bdev_null_delete", named("A")).unwrap();
+    host.null("A", 1);
+    assert_eq!(host.names(), ["D", "A"]);
+    host.call("bdev_error_create", error_params("D")).unwrap();
+    drop(served);
+    assert_eq!(host.claim_type("D"), Some("exclusive_write"), "a claim of the new bdev stays");
+}
+
+#[test]
+fn pending_io_ends_when_a_base_is_deleted() {
+    let host = host();
+    host.null("A", 1);
+    host.call("bdev_error_create", error_params("A")).unwrap();
+    let pending = json!({"name": "EE_A", "io_type": "all", "error_type": "pending", "num": 1});
+    host.call("bdev_error_inject_error", pending).unwrap();
+    let mut channel = host.registry().bdev("EE_A").unwrap().open(1).unwrap();
+    let unmap = Io::plain(Op::Unmap, Tag(0), 0, 512);
+    // SAFETY: the I/O has no segments.
+    assert!(matches!(unsafe { channel.submit(unmap) }, Submit::Queued));
+    let mut done = [Completion { tag: Tag(9), status: Status::Ok }];
+    assert_eq!(channel.poll(&mut done), 0);
+    let mut deletion = host.begin("bdev_null_delete", named("A"));
+    assert_eq!(run(&mut deletion), None, "the channel is open");
+    assert_eq!(channel.poll(&mut done), 1);
+    assert_eq!(done, [Completion { tag: Tag(0), status: Status::IoError }]);
+    drop(channel);
+    assert_eq!(run(deletion), Some(Ok(true.into())));
 }
 
 #[test]

@@ -59,10 +59,14 @@ impl Wrapper for Part {
         self.num_blocks
     }
 
+    fn offset_bytes(&self) -> u64 {
+        // No overflow: `create` has compared it with the size of the base.
+        self.offset_blocks * u64::from(self.block_size())
+    }
+
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
         let base = Arc::clone(self.wrapped.base()).open(depth)?;
-        // No overflow: `create` has compared it with the size of the base.
-        let offset = self.offset_blocks * u64::from(self.block_size());
+        let offset = self.offset_bytes();
         Ok(Box::new(PartChannel { base, offset, size: self.size_bytes(), _part: self }))
     }
 }

@@ -20,6 +20,8 @@ use crate::control::{BdevId, Errno};
 use crate::error::Error;
 
 const NAME: &str = "split";
+/// Limit on the parts of a base, so that creating and removing them is quick.
+const PARTS_MAX: u32 = 1024;
 pub(super) const CREATE: &str = "bdev_split_create";
 
 /// SPDK's module `split`.
@@ -109,6 +111,9 @@ impl Request {
             return invalid("the base is too small for one part");
         };
         let count = u32::try_from(max).unwrap_or(u32::MAX).min(self.split_count);
+        if count > PARTS_MAX {
+            return invalid("too many parts; the limit is 1024");
+        }
         if count < self.split_count {
             warn!("{name}: only {count} of {} split parts fit", self.split_count);
         }

@@ -64,6 +64,9 @@ fn an_invalid_split_is_refused_and_not_kept() {
     host.call("bdev_error_delete", json!({ "name": "EE_A" })).unwrap();
     assert_eq!(host.call(CREATE, params(4, 30)), Ok(json!(["Ap0", "Ap1"])), "as many as fit");
     assert_eq!(host.call(CREATE, params(1, 0)), failed(1, "File exists"));
+    host.call("bdev_split_delete", json!({ "base_bdev": "A" })).unwrap();
+    assert_eq!(host.call(CREATE, params(1025, 0)), failed(1025, invalid), "too many parts");
+    assert!(host.call(CREATE, params(1024, 0)).is_ok());
     let wrong = host.call(CREATE, json!({ "base_bdev": "A" }));
     assert_eq!(wrong, Err(MethodError::invalid_params("Invalid parameters")));
     // 1 MiB is not a whole number of such blocks.
