@@ -203,9 +203,9 @@ impl<D: DeviceQueue> Core<D> {
     /// The order of the steps: adopt first, because every other step uses the view. `adopt` checks
     /// by itself whether the ring may still be accessed: this keeps values from being live across a
     /// call in the common path. The other steps follow a check of their own. Complete before fetch,
-    /// because completions free slots. Notify the device, then the guest, once for the batch. Read
-    /// the clock before the guest is notified, because the notification is not part of a request.
-    /// Stop last, because the stop depends on what is left.
+    /// because completions free slots. Notify the device, then the guest, once for the batch.
+    /// Count before the guest is notified, because the notification is not part of a request. Stop
+    /// last, because the stop depends on what is left.
     #[inline]
     fn serve<R: Serve>(
         &mut self,
@@ -546,9 +546,9 @@ fn begin(
     let size = ring.size();
     let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
     let tracker = match (ring, tracked) {
-        // The used index in memory is what the guest was told. A front end that reconnects gives
-        // the used index that it saw when the connection ended: requests that completed after that
-        // would be fetched and completed again.
+        // The queue starts at the ring's used index, which the guest reads, and not at `base`. A
+        // front end that reconnects sends as `base` the used index that it saw when the connection
+        // ended: requests that completed after that would be fetched and completed again.
         (AnyRing::Split(ring), None) => return Ok(untracked(ring.used_idx())),
         (AnyRing::Packed(ring), _) if !ring.valid(base) => return Err(StartError::Base(base)),
         (AnyRing::Packed(_), None) => return Ok(untracked(base)),

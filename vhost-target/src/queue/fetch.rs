@@ -22,8 +22,8 @@ const VISIT_REQUESTS_MAX: usize = 32;
 /// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
 /// largest size that Linux sends would be 40 MiB of copying for a memory disk.
 const VISIT_BYTES_MAX: u64 = 512 << 10;
-/// Pieces of memory after which a visit takes no further request: chains with invalid addresses
-/// cost time too.
+/// Pieces of memory after which a visit takes no further request: invalid chains cost time
+/// too.
 const VISIT_PIECES_MAX: usize = 1024;
 
 /// Slots whose chains were collected in a visit.
