@@ -596,13 +596,16 @@ fn a_reset_waits_for_earlier_io() {
 #[test]
 fn memory_may_be_removed_when_no_started_ring_is_in_it() {
     let mut session = running();
-    let nothing = || {
+    let no_memory = || {
         let spec = RegionSpec { gpa: 0, size: 0x10000, user_addr: USER, offset: 0 };
         Arc::new(memory(0x10000).without_region(spec).unwrap())
     };
-    assert!(session.set_memory(nothing()).is_err(), "two started rings are in the previous memory");
+    assert!(
+        session.set_memory(no_memory()).is_err(),
+        "two started rings are in the previous memory"
+    );
     assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)]);
-    session.set_memory(nothing()).expect("reset rings keep their views");
+    session.set_memory(no_memory()).expect("reset rings keep their views");
     assert!(
         matches!(session.set_kick(0, None), Err(Violation::Ring(_))),
         "the ring is not in memory"

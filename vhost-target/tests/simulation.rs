@@ -44,7 +44,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn whatever_happens_nothing_is_lost_and_nothing_is_left() {
+fn no_request_is_lost_and_no_resource_is_left() {
     if let Some(seed) = number("SIM_SEED") {
         World::new(seed, true).run(STEPS);
         return;

@@ -130,7 +130,7 @@ impl Did {
     }
 }
 
-fn nothing() -> Did {
+fn no_effect() -> Did {
     Did { status: None, len: 0, data: vec![], disk: BEFORE }
 }
 
@@ -334,7 +334,7 @@ fn discards_and_write_zeroes() {
 fn framing() {
     use On::Malloc;
     let one = [0x51; 512];
-    let nowhere = 0x800_0000;
+    let outside = 0x800_0000;
     assert_rows(&[
         // 2.7.4.1: "The device MUST NOT make assumptions about the particular arrangement of
         // descriptors."
@@ -352,15 +352,15 @@ fn framing() {
         // "The final status byte is written by the device": it is the last writable byte.
         ("a header of 15 bytes", Malloc, (IN, 0), vec![r(HEADER, 15), w(DATA, 512), S], did(IOERR, 1)),
         ("no header", Malloc, (IN, 0), vec![w(DATA, 512), S], did(IOERR, 1)),
-        ("no place for a status", Malloc, (OUT, 0), vec![H, r(DATA, 512)], nothing()),
+        ("no place for a status", Malloc, (OUT, 0), vec![H, r(DATA, 512)], no_effect()),
         // 2.7.4.2: "The driver MUST place any device-writable descriptor elements after any
         // device-readable descriptor elements."
         ("a readable buffer after a writable one", Malloc, (IN, 0), vec![H, w(DATA, 512), r(DATA + PAGE, 1), S], did(IOERR, 1)),
         ("… and at the end", Malloc, (IN, 0), vec![H, w(DATA, 512), r(DATA + PAGE, 1)], did(IOERR, 1).at(DATA + 511)),
         // Buffers outside of memory.
-        ("data outside of memory", Malloc, (IN, 0), vec![H, w(nowhere, 512), S], did(IOERR, 1)),
-        ("the status nowhere", Malloc, (IN, 0), vec![H, w(DATA, 512), w(nowhere, 1)], nothing()),
-        ("a header nowhere", Malloc, (IN, 0), vec![r(nowhere, 16), w(DATA, 512), S], did(IOERR, 1)),
+        ("data outside of memory", Malloc, (IN, 0), vec![H, w(outside, 512), S], did(IOERR, 1)),
+        ("the status outside of memory", Malloc, (IN, 0), vec![H, w(DATA, 512), w(outside, 1)], no_effect()),
+        ("a header outside of memory", Malloc, (IN, 0), vec![r(outside, 16), w(DATA, 512), S], did(IOERR, 1)),
         // Empty buffers, which no driver sends: the chain is refused. The status byte is where it
         // would be without them.
         ("an empty buffer among the data", Malloc, (IN, 0), vec![H, w(DATA, 256), w(DATA + PAGE, 0), w(DATA + 256, 256), S], did(IOERR, 1)),
@@ -368,8 +368,8 @@ fn framing() {
         ("… after it", Malloc, (IN, 0), vec![H, w(DATA, 512), w(DATA + 512, 0), S], did(IOERR, 1)),
         ("… where memory begins", Malloc, (IN, 0), vec![H, w(DATA, 512), w(FAR, 0), S], did(IOERR, 1)),
         ("… at the end", Malloc, (IN, 0), vec![H, w(DATA, 512), S, w(DATA + PAGE, 0)], did(IOERR, 1)),
-        ("… at the end, nowhere", Malloc, (IN, 0), vec![H, w(DATA, 513), w(nowhere, 0)], did(IOERR, 1).at(DATA + 512)),
-        ("… and nothing else to write", Malloc, (IN, 0), vec![H, w(STATUSES, 0)], nothing()),
+        ("… at the end, outside of memory", Malloc, (IN, 0), vec![H, w(DATA, 513), w(outside, 0)], did(IOERR, 1).at(DATA + 512)),
+        ("… and nothing else to write", Malloc, (IN, 0), vec![H, w(STATUSES, 0)], no_effect()),
         ("… of data to write", Malloc, (OUT, 0), vec![H, r(DATA, 256), r(DATA, 0), r(DATA, 256), S], did(IOERR, 1)),
         ("… in the header's place", Malloc, (OUT, 0), vec![r(HEADER, 0), H, r(DATA, 512), S], did(IOERR, 1)),
         ("… of a GET_ID", Malloc, (GET_ID, 0), vec![H, w(DATA, 20), w(DATA + 64, 0), S], did(IOERR, 1)),

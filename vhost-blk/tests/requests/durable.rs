@@ -8,7 +8,7 @@ use vhost_target::queue::QueueState;
 use super::disk::Manual;
 use super::scene::{DATA, DISCARD, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene, WRITE_ZEROES};
 
-fn everywhere(mut test: impl FnMut(&mut Scene, &Manual)) {
+fn in_every_case(mut test: impl FnMut(&mut Scene, &Manual)) {
     for packed in LAYOUTS {
         let disk = Manual::create();
         let mut scene = Scene::new(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
@@ -26,7 +26,7 @@ const PIECE: [(u64, u32); 1] = [(DATA, 512)];
 
 #[test]
 fn a_write_completes_after_its_flush() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         let n = scene.send(OUT, 0, &PIECE);
         scene.settle();
         disk.state().complete_all();
@@ -49,7 +49,7 @@ fn a_write_completes_after_its_flush() {
 /// Write-zeroes are writes, too. A discard writes no data that could be lost.
 #[test]
 fn write_zeroes_are_flushed_after_their_last_range() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         let ranges = [(1, 1, 0), (5, 2, 0)];
         for at_once in [false, true] {
             disk.state().at_once = at_once;
@@ -71,7 +71,7 @@ fn write_zeroes_are_flushed_after_their_last_range() {
 
 #[test]
 fn a_failure_is_reported_and_ends_the_request() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         for at_once in [false, true] {
             disk.state().at_once = at_once;
             for (failing, want) in [(0, &[Op::Write][..]), (1, &[Op::Write, Op::Flush])] {
@@ -91,7 +91,7 @@ fn a_failure_is_reported_and_ends_the_request() {
 
 #[test]
 fn other_requests_are_not_flushed() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         disk.state().at_once = true;
         scene.send(IN, 0, &PIECE);
         scene.send(FLUSH, 0, &[]);
@@ -103,7 +103,7 @@ fn other_requests_are_not_flushed() {
 
 #[test]
 fn a_flush_without_room_is_retried() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         let n = scene.send(OUT, 0, &PIECE);
         disk.state().room = Some(1);
         scene.settle();
@@ -126,7 +126,7 @@ fn a_flush_without_room_is_retried() {
 /// Requests in flight are not affected when the guest switches its cache.
 #[test]
 fn a_change_applies_to_later_writes() {
-    everywhere(|scene, disk| {
+    in_every_case(|scene, disk| {
         scene.send(OUT, 0, &PIECE);
         scene.settle();
         scene.write_through = false;

@@ -33,7 +33,7 @@ fn long(packed: bool, indirect: bool, bdev: Arc<dyn Bdev>) -> Scene {
     scene
 }
 
-fn everywhere(mut test: impl FnMut(bool, bool)) {
+fn in_every_case(mut test: impl FnMut(bool, bool)) {
     for packed in LAYOUTS {
         test(packed, false);
         test(packed, true);
@@ -42,7 +42,7 @@ fn everywhere(mut test: impl FnMut(bool, bool)) {
 
 #[test]
 fn data_in_a_thousand_pieces_is_written_and_read_back() {
-    everywhere(|packed, indirect| {
+    in_every_case(|packed, indirect| {
         let mut scene = long(packed, indirect, malloc());
         let (from, to) = (pieces(DATA, 1024), pieces(DATA + 0x40_0000, 1024));
         for (n, &(gpa, len)) in from.iter().enumerate() {
@@ -124,7 +124,7 @@ fn seen(disk: &Manual) -> Vec<u64> {
 
 #[test]
 fn further_long_chains_wait_for_room_and_delay_later_requests() {
-    everywhere(|packed, indirect| {
+    in_every_case(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
         for _ in 0..3 {
@@ -159,7 +159,7 @@ fn further_long_chains_wait_for_room_and_delay_later_requests() {
 
 #[test]
 fn a_reactor_sleeps_while_a_long_chain_waits_for_room() {
-    everywhere(|packed, indirect| {
+    in_every_case(|packed, indirect| {
         let disk = Manual::create();
         let size = if indirect { 64 } else { 2048 };
         let mut scene = Scene::new(packed, size, Arc::clone(&disk) as Arc<dyn Bdev>);
@@ -198,7 +198,7 @@ fn assert_room(scene: &mut Scene, disk: &Manual, after: &str) {
 
 #[test]
 fn room_is_freed_however_a_request_ends() {
-    everywhere(|packed, indirect| {
+    in_every_case(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
         let many = pieces(DATA, PIECES);
@@ -258,7 +258,7 @@ fn room_is_freed_however_a_request_ends() {
 
 #[test]
 fn a_stop_waits_for_taken_requests() {
-    everywhere(|packed, indirect| {
+    in_every_case(|packed, indirect| {
         let disk = Manual::create();
         let mut scene = long(packed, indirect, Arc::clone(&disk) as Arc<dyn Bdev>);
         offer(&mut scene, &[true; LONG_CHAINS]);

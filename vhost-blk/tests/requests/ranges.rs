@@ -41,7 +41,7 @@ fn answers(scene: &mut Scene, disk: &Manual, pace: Pace, count: usize) -> Vec<An
     answers
 }
 
-fn everywhere(mut test: impl FnMut(&mut Scene, &Manual, Pace)) {
+fn in_every_case(mut test: impl FnMut(&mut Scene, &Manual, Pace)) {
     for packed in LAYOUTS {
         for pace in PACES {
             let disk = Manual::create();
@@ -67,7 +67,7 @@ fn ranges(count: usize) -> Vec<(u64, u32, u32)> {
 
 #[test]
 fn all_ranges_are_done_in_order_and_answered_once() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         for (kind, op) in KINDS {
             for count in 1..=16 {
                 let ranges = ranges(count);
@@ -83,7 +83,7 @@ fn all_ranges_are_done_in_order_and_answered_once() {
 
 #[test]
 fn an_invalid_range_refuses_the_request() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         let bad = [
             (DISCARD, (SECTORS, 1, 0), IOERR),
             (DISCARD, (u64::MAX, 1, 0), IOERR),
@@ -112,7 +112,7 @@ fn an_invalid_range_refuses_the_request() {
 
 #[test]
 fn empty_ranges_are_skipped() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         for (kind, op) in KINDS {
             let n = scene.send_ranges(kind, &[(3, 0, 0), (4, 0, 0)]);
             assert_eq!(answers(scene, disk, pace, 1), [(n, OK, 1)]);
@@ -126,7 +126,7 @@ fn empty_ranges_are_skipped() {
 
 #[test]
 fn after_a_failure_the_remaining_ranges_are_not_done() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         for (kind, op) in KINDS {
             for failing in 0..4 {
                 disk.state().failing = Some(failing);
@@ -147,7 +147,7 @@ fn after_a_failure_the_remaining_ranges_are_not_done() {
 
 #[test]
 fn concurrent_requests_keep_their_own_ranges() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         let mut want = vec![];
         for n in 0..4 {
             want.push((scene.send_ranges(DISCARD, &ranges(3 + n)), OK, 1));
@@ -163,7 +163,7 @@ fn concurrent_requests_keep_their_own_ranges() {
 
 #[test]
 fn a_stop_waits_for_all_ranges() {
-    everywhere(|scene, disk, pace| {
+    in_every_case(|scene, disk, pace| {
         let n = scene.send_ranges(DISCARD, &ranges(5));
         disk.state().room = Some(1);
         scene.visit();

@@ -29,7 +29,7 @@ impl Target {
     pub fn connected(&self, socket: &Path, conn: SharedConnection) -> Option<ConnId> {
         // A VM may reconnect before the transport has reported its old connection as closed. The
         // I/O of that connection must still come first.
-        self.gone_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
+        self.hung_up_unreported(socket).into_iter().for_each(|conn| self.closed(conn));
         let mut inner = self.lock();
         let id = ConnId(inner.id());
         let Inner { controllers, connections, ending, .. } = &mut *inner;
@@ -37,11 +37,11 @@ impl Target {
         if controller.deleting || *ending {
             return None;
         }
-        let of = controller.id;
-        let connected = connections.values().filter(|c| c.controller == of).count();
+        let controller_id = controller.id;
+        let connected = connections.values().filter(|c| c.controller == controller_id).count();
         if connected >= CONNECTIONS_MAX {
             warn!(
-                "controller {}: refused a front end: {connected} connections is the limit",
+                "controller {}: refused a front end: it has {connected} connections, the limit",
                 controller.name
             );
             return None;
@@ -60,7 +60,7 @@ impl Target {
         }
         debug!("controller {name}: front end {number} connected");
         let connected = Connected {
-            controller: of,
+            controller: controller_id,
             controller_name: name,
             number,
             vid: conn.vid(),
@@ -85,14 +85,14 @@ impl Target {
 
     /// Returns the connections to `socket` whose front ends have disconnected, but which the
     /// transport has not reported yet.
-    fn gone_unreported(&self, socket: &Path) -> Vec<ConnId> {
+    fn hung_up_unreported(&self, socket: &Path) -> Vec<ConnId> {
         let inner = self.lock();
-        let gone = |(id, c): (&ConnId, &Connected)| {
+        let unreported = |(id, c): (&ConnId, &Connected)| {
             let controller = inner.controllers.get(&c.controller_name)?;
-            let here = controller.id == c.controller && controller.socket == socket;
-            (here && c.conn.as_ref().is_some_and(|conn| conn.hung_up())).then_some(*id)
+            let is_same = controller.id == c.controller && controller.socket == socket;
+            (is_same && c.conn.as_ref().is_some_and(|conn| conn.hung_up())).then_some(*id)
         };
-        inner.connections.iter().filter_map(gone).collect()
+        inner.connections.iter().filter_map(unreported).collect()
     }
 
     /// Marks the connection as closed. Its I/O completes in the background.

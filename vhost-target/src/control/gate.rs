@@ -134,8 +134,8 @@ impl Target {
     /// those whose device has to be opened. Returns whether it did.
     pub(super) fn pass_gate(&self, inner: &mut Inner, conn: ConnId, ring: usize) -> bool {
         let Some(connected) = inner.connections.get_mut(&conn) else { return false };
-        let of = || Hold::of(&connected.storage, &self.granted);
-        connected.hold.get_or_insert_with(of);
+        let new_hold = || Hold::of(&connected.storage, &self.granted);
+        connected.hold.get_or_insert_with(new_hold);
         connected.waited_for_lease |= connected.waits_for_lease();
         if connected.waits_for_lease() || Self::is_gated(inner, conn, ring) {
             return false;

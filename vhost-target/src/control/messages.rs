@@ -256,12 +256,13 @@ impl Target {
         let connected = inner.connections.get(&conn).filter(|c| c.conn.is_some());
         let connected = connected.ok_or(Refusal::UnknownConnection)?;
         connected.session.check_no_pending_reply()?;
-        let mine = inner.connections.values().filter(|c| c.controller == connected.controller);
+        let of_controller =
+            inner.connections.values().filter(|c| c.controller == connected.controller);
         Ok(Facts {
             memory: connected.session.memory().cloned(),
             unmapper: connected.unmapper.clone(),
             may_be_packed: connected.session.may_be_packed(),
-            slots: mine.filter_map(|c| Some(c.session.memory()?.regions())).sum(),
+            slots: of_controller.filter_map(|c| Some(c.session.memory()?.regions())).sum(),
         })
     }
 
@@ -288,8 +289,8 @@ fn check_rings(inner: &Inner, conn: ConnId, ring: usize) -> Result<(), Refusal> 
     if !connected.session.is_stopped(ring) {
         return Ok(());
     }
-    let mine = inner.connections.values().filter(|c| c.controller == connected.controller);
-    let started: usize = mine.map(|c| c.session.started()).sum();
+    let of_controller = inner.connections.values().filter(|c| c.controller == connected.controller);
+    let started: usize = of_controller.map(|c| c.session.started()).sum();
     if started < RINGS_OF_CONTROLLER_MAX { Ok(()) } else { Err(Refusal::Rings(started)) }
 }
 

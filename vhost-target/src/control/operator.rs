@@ -87,8 +87,8 @@ impl Target {
         controller.deleting = true;
         let id = controller.id;
         if force {
-            let mine = inner.connections.values().filter(|c| c.controller == id);
-            mine.filter_map(|c| c.conn.as_ref()).for_each(|conn| conn.shut_down());
+            let of_controller = inner.connections.values().filter(|c| c.controller == id);
+            of_controller.filter_map(|c| c.conn.as_ref()).for_each(|conn| conn.shut_down());
         }
         Ok(())
     }
@@ -119,9 +119,9 @@ impl Target {
     pub fn delete_progress(&self, name: &str) -> Result<DeleteProgress, Error> {
         let mut inner = self.lock();
         let id = inner.controller(name)?.id;
-        let mine = || inner.connections.values().filter(|c| c.controller == id);
-        let connected = mine().filter(|c| c.conn.is_some()).count();
-        Ok(DeleteProgress { connected, draining: mine().count() - connected })
+        let of_controller = || inner.connections.values().filter(|c| c.controller == id);
+        let connected = of_controller().filter(|c| c.conn.is_some()).count();
+        Ok(DeleteProgress { connected, draining: of_controller().count() - connected })
     }
 
     /// Completes a deletion: closes the socket and removes the controller. The remaining
@@ -135,8 +135,8 @@ impl Target {
         // rte_vhost does not report the connections that it closes then.
         let left: Vec<ConnId> = {
             let inner = self.lock();
-            let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
-            mine.map(|(conn, _)| *conn).collect()
+            let of_controller = inner.connections.iter().filter(|(_, c)| c.controller == id);
+            of_controller.map(|(conn, _)| *conn).collect()
         };
         left.into_iter().for_each(|conn| self.closed(conn));
         self.abandon_rings(name, id);
@@ -150,8 +150,8 @@ impl Target {
     fn abandon_rings(&self, name: &str, id: ControllerId) {
         let left: Vec<u64> = {
             let inner = self.lock();
-            let mine = inner.connections.values().filter(|c| c.controller == id);
-            let queues = mine.flat_map(|c| c.queues.iter().flatten());
+            let of_controller = inner.connections.values().filter(|c| c.controller == id);
+            let queues = of_controller.flat_map(|c| c.queues.iter().flatten());
             queues.map(|attached| self.abandon(attached)).collect()
         };
         let ios: u64 = left.iter().sum();
@@ -206,8 +206,8 @@ impl Target {
     #[must_use]
     pub fn left_behind(&self) -> Vec<SessionInfo> {
         let (inner, cores) = (self.lock(), self.cores());
-        let gone = inner.connections.values().filter(|c| c.conn.is_none());
-        gone.map(|c| session_info(c, &cores)).collect()
+        let closed = inner.connections.values().filter(|c| c.conn.is_none());
+        closed.map(|c| session_info(c, &cores)).collect()
     }
 
     /// Returns the number of these connections, of their I/Os in flight, and of their bytes of
@@ -223,11 +223,11 @@ impl Target {
     /// it. With `reset`, the next call covers the time after this one.
     #[must_use]
     pub fn longest_iterations(&self, reset: bool) -> Vec<(ReactorInfo, f64, Vec<Cause>)> {
-        let of = |reactor: &Arc<Reactor>| {
+        let longest_of = |reactor: &Arc<Reactor>| {
             let (ticks, causes) = reactor.longest_iteration(reset);
             (reactor.info(), ticks as f64 * 1e6 / ticks_per_second() as f64, causes)
         };
-        self.reactors.iter().map(of).collect()
+        self.reactors.iter().map(longest_of).collect()
     }
 
     /// Returns information about the reactors.

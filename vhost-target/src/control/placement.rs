@@ -227,13 +227,14 @@ impl Target {
             let controller = inner.controller(name)?;
             controller.cores.clone_from(&cores);
             let id = controller.id;
-            let mine = inner.connections.iter().filter(|(_, c)| c.controller == id);
-            let of = |(conn, c): (&ConnId, &Connected)| {
+            let of_controller = inner.connections.iter().filter(|(_, c)| c.controller == id);
+            let queues_of = |(conn, c): (&ConnId, &Connected)| {
                 let queues = c.queues.iter().enumerate();
                 let conn = *conn;
                 queues.filter_map(move |(n, q)| Some((conn, n, q.as_ref()?.reactor))).collect()
             };
-            let queues: Vec<(ConnId, usize, usize)> = mine.flat_map::<Vec<_>, _>(of).collect();
+            let queues: Vec<(ConnId, usize, usize)> =
+                of_controller.flat_map::<Vec<_>, _>(queues_of).collect();
             let mut places: Vec<usize> = queues.iter().map(|queue| queue.2).collect();
             spread(&mut places, &self.reactors_on(&inner, &cores));
             queues.into_iter().zip(places).map(|((conn, ring, _), to)| (conn, ring, to)).collect()
