@@ -435,7 +435,7 @@ fn a_config_change_is_pending_until_it_is_announced() {
     session.set_backend_channel(theirs);
     assert!(due(&session));
     session.config_announced();
-    assert!(!due(&session), "once");
+    assert!(!due(&session), "announced only once");
     session.get_base(0).unwrap();
     session.config_changed();
     assert!(!due(&session), "the front end waits for a reply");
@@ -443,7 +443,7 @@ fn a_config_change_is_pending_until_it_is_announced() {
     assert!(due(&session), "ring 1 runs");
     session.get_base(1).unwrap();
     session.drained(1, 1);
-    assert!(!due(&session), "it is suspended");
+    assert!(!due(&session), "the session is suspended");
     session.set_kick(0, None).unwrap();
     assert_eq!(session.phase(), Phase::Starting);
     assert!(due(&session), "also while a ring is gated");
@@ -554,13 +554,13 @@ fn a_packed_ring_that_was_reset_has_two_positions() {
 fn a_reset_is_acknowledged_when_all_rings_have_drained() {
     let mut session = running();
     session.reset_owner();
-    assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)], "once more");
+    assert_eq!(session.reset_device(), [Effect::Reset(0), Effect::Reset(1)], "a second reset");
     assert_eq!(session.await_reset(false), []);
     assert_eq!(session.phase(), Phase::Quiescing);
     assert!(matches!(session.check_no_pending_reply(), Err(Violation::ReplyPending)));
     assert_eq!(session.drained(1, 9), []);
     assert_eq!(session.drained(0, 9), [Effect::Acknowledge]);
-    assert_eq!(session.drained(0, 9), [], "once");
+    assert_eq!(session.drained(0, 9), [], "the reset is acknowledged once");
     assert_eq!(session.phase(), Phase::Suspended);
     assert_eq!(session.reset_device(), [], "nothing runs");
     assert_eq!(session.await_reset(false), [Effect::Acknowledge]);

@@ -78,7 +78,7 @@ fn a_refused_call_is_retried_at_the_next_visit() {
         scene.visit();
         assert_eq!(eventfd.take(), 1);
         scene.visit();
-        assert_eq!(eventfd.take(), 0, "once");
+        assert_eq!(eventfd.take(), 0, "the call is made once");
     }
 }
 
