@@ -22,7 +22,7 @@ pub enum Error {
     /// this process may not use the core, or there is none such
     #[error("cannot run on core {0}: {1}")]
     Core(usize, io::Error),
-    /// what the back end offers does not do for what is wanted
+    /// the back end offers less than the load needs
     #[error("{0}")]
     TooLittle(String),
     /// the load's thread has ended early

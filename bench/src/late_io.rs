@@ -70,7 +70,7 @@ pub struct Toll {
     /// Blocks that have something else than what was written and flushed last.
     pub stale: u64,
     /// Buffers that changed after their reads had completed.
-    pub spoiled: u64,
+    pub corrupted: u64,
     /// Requests that came back with an error.
     pub errors: u64,
     /// The first of these.
@@ -95,13 +95,13 @@ impl Toll {
 
 impl fmt::Display for Toll {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rounds, in_flight, overtaken, stale, spoiled, errors, .. } = self;
+        let Self { rounds, in_flight, overtaken, stale, corrupted, errors, .. } = self;
         let delay = self.delay / u32::try_from(*rounds).unwrap_or(u32::MAX).max(1);
         write!(
             f,
-            "{rounds} ends with {in_flight} requests in flight: {overtaken} overtaken, {stale} blocks \
-             stale, {spoiled} buffers spoiled, {errors} errors; answered {} ms after the old I/O could \
-             go on, at most {} ms",
+            "{rounds} ends with {in_flight} requests in flight: {overtaken} overtaken, {stale} \
+             blocks stale, {corrupted} buffers corrupted, {errors} errors; answered {} ms after \
+             the old I/O could continue, at most {} ms",
             delay.as_millis(),
             self.delay_max.as_millis()
         )?;

@@ -17,7 +17,7 @@ pub const BLOCK: u32 = 4096;
 const SECTORS: u64 = BLOCK as u64 / 512;
 /// How long a sleeping load takes to notice that it should stop if nothing completes.
 const NAP: Duration = Duration::from_millis(50);
-/// Empty turns of a spinning load between two looks at the clock.
+/// Empty iterations of a spinning load between two reads of the clock.
 const SPINS: u32 = 4096;
 
 /// What a load does when nothing has completed.
@@ -54,9 +54,9 @@ pub struct LoadOptions {
     pub latencies: bool,
     /// Sleep so long whenever something has completed, for a load that leaves the cores to others.
     pub pause: Duration,
-    /// A count that somebody raises as time goes by, to tell waits in, for
-    /// [`Summary::longest_wait_beats`].
-    pub beats: Option<Arc<AtomicU64>>,
+    /// A counter that another thread increments, the unit of waits in
+    /// [`Summary::longest_wait_heartbeats`].
+    pub heartbeats: Option<Arc<AtomicU64>>,
 }
 
 impl Default for LoadOptions {
@@ -73,7 +73,7 @@ impl Default for LoadOptions {
             limit: None,
             latencies: false,
             pause: Duration::ZERO,
-            beats: None,
+            heartbeats: None,
         }
     }
 }
@@ -94,8 +94,8 @@ pub struct Summary {
     pub outstanding: usize,
     /// The longest time in which nothing completed, from start to end.
     pub longest_gap: Duration,
-    /// The longest that a request took which came back, in [`LoadOptions::beats`].
-    pub longest_wait_beats: u64,
+    /// The longest time of a completed request, in [`LoadOptions::heartbeats`].
+    pub longest_wait_heartbeats: u64,
     /// From start to end.
     pub elapsed: Duration,
     /// Of each request in order of completion, if asked for: from before it was submitted until
@@ -264,8 +264,8 @@ struct Slot {
     write: bool,
     /// Before it was submitted, if that is to be known.
     since: Option<Instant>,
-    /// The beat at that time.
-    beat: u64,
+    /// The heartbeat counter at that time.
+    heartbeat: u64,
 }
 
 struct Worker {
@@ -389,9 +389,9 @@ impl Worker {
         self.summary.completed += 1;
         let slot = self.slots[queue][usize::from(done.tag.0)].take();
         let slot = slot.expect("the queue knows what it holds");
-        let Slot { buffer, block, write, since, beat } = slot;
-        let wait = self.beat() - beat;
-        self.summary.longest_wait_beats = self.summary.longest_wait_beats.max(wait);
+        let Slot { buffer, block, write, since, heartbeat } = slot;
+        let wait = self.heartbeat() - heartbeat;
+        self.summary.longest_wait_heartbeats = self.summary.longest_wait_heartbeats.max(wait);
         if let Some(since) = since {
             self.summary.latencies_ns.push(since.elapsed().as_nanos() as u32);
         }
@@ -433,10 +433,10 @@ impl Worker {
             }
             let data = [buffer];
             let request = if write { Request::write } else { Request::read };
-            let (since, beat) = (self.options.latencies.then(Instant::now), self.beat());
+            let (since, heartbeat) = (self.options.latencies.then(Instant::now), self.heartbeat());
             let tag = self.queues[queue].submit(&request(block * SECTORS, &data))?;
             self.slots[queue][usize::from(tag.0)] =
-                Some(Slot { buffer, block, write, since, beat });
+                Some(Slot { buffer, block, write, since, heartbeat });
             self.busy[at] = true;
             self.submitted += 1;
         }
@@ -444,8 +444,8 @@ impl Worker {
         Ok(())
     }
 
-    fn beat(&self) -> u64 {
-        self.options.beats.as_ref().map_or(0, |beats| beats.load(Ordering::Relaxed))
+    fn heartbeat(&self) -> u64 {
+        self.options.heartbeats.as_ref().map_or(0, |heartbeats| heartbeats.load(Ordering::Relaxed))
     }
 
     /// A block that no request uses, as the order of two that overlap is not defined.

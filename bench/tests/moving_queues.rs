@@ -146,7 +146,7 @@ fn moves_under_load(mode: Mode, bdev: Arc<dyn Bdev>, moves: usize) {
             load.wait_for(100).unwrap();
         }
     }
-    // Neither is where it began: what wakes its reactor there is of no use here.
+    // Neither queue is on its first reactor: the wake sources of that reactor do not apply here.
     (0..2).for_each(|queue| scene.switch(queue));
     load.wait_for(1000).unwrap();
     let (summary, _) = load.stop().unwrap();

@@ -3,36 +3,36 @@
 /// Size of virtio-blk's configuration space up to the end of the write-zeroes fields.
 pub(crate) const CONFIG_BYTES: u32 = 60;
 
-/// The fields of virtio-blk's configuration space that drivers look at (virtio 1.2, 5.2.4).
+/// The fields of virtio-blk's configuration space that drivers read (virtio 1.2, 5.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlkConfig {
-    /// Size in units of 512 bytes.
+    /// The size in units of 512 bytes.
     pub capacity: u64,
-    /// Most bytes in one segment.
+    /// The most bytes in one segment.
     pub size_max: u32,
-    /// Most segments in one request.
+    /// The most segments in one request.
     pub seg_max: u32,
-    /// Bytes in a logical block.
+    /// The bytes in a logical block.
     pub blk_size: u32,
-    /// Logical blocks in a physical one, as a power of two.
+    /// The logical blocks in a physical block, as a power of two.
     pub physical_block_exp: u8,
-    /// Logical block that the first physical one begins with.
+    /// The logical block with which the first physical block begins.
     pub alignment_offset: u8,
-    /// Logical blocks in the smallest I/O that is worth while.
+    /// The logical blocks in the smallest efficient I/O.
     pub min_io_size: u16,
-    /// Logical blocks in the best I/O; 0 if none is better than others.
+    /// The logical blocks in the optimal I/O; 0 if there is no preference.
     pub opt_io_size: u32,
-    /// Queues that the device has.
+    /// The number of queues of the device.
     pub num_queues: u16,
-    /// Most sectors in one discard range.
+    /// The most sectors in one discard range.
     pub max_discard_sectors: u32,
-    /// Most ranges in one discard request.
+    /// The most ranges in one discard request.
     pub max_discard_seg: u32,
-    /// Sectors that a discard range should be a multiple of.
+    /// The alignment of discard ranges, in sectors.
     pub discard_sector_alignment: u32,
-    /// Most sectors in one write-zeroes range.
+    /// The most sectors in one write-zeroes range.
     pub max_write_zeroes_sectors: u32,
-    /// Most ranges in one write-zeroes request.
+    /// The most ranges in one write-zeroes request.
     pub max_write_zeroes_seg: u32,
     /// Whether write-zeroes may unmap.
     pub write_zeroes_may_unmap: bool,

@@ -8,10 +8,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
 use crate::error::{Error, Result};
 
-/// Makes an eventfd that never blocks.
+/// Makes a non-blocking eventfd.
 ///
 /// # Errors
-/// The system has none.
+/// The eventfd cannot be created.
 pub fn event_fd() -> Result<EventFd> {
     EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("cannot make an eventfd"))
 }

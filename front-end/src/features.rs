@@ -1,4 +1,4 @@
-//! What a front end and a back end agree on: feature bits of virtio and of the protocol.
+//! The feature bits of virtio and of the protocol that front end and back end negotiate.
 
 use std::time::Duration;
 
@@ -10,18 +10,18 @@ use crate::error::LIMIT;
 pub const LOG_ALL: u64 = 1 << 26;
 /// Feature bit: requests may be in indirect tables.
 pub const INDIRECT_DESC: u64 = 1 << 28;
-/// Feature bit: kicks and calls at named indices.
+/// Feature bit: the driver and the device name the indices at which they want a kick or a call.
 pub const EVENT_IDX: u64 = 1 << 29;
-/// Feature bit: the vhost-user protocol has features of its own, and rings are enabled by message.
+/// Feature bit: protocol features are negotiated, and messages enable rings.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Feature bit: virtio 1.
 pub const VERSION_1: u64 = 1 << 32;
 /// Feature bit: the ring is packed: [`crate::PackedQueue`] and [`crate::prepared`] drive one.
 pub const RING_PACKED: u64 = 1 << 34;
-/// The features that Linux's virtio-blk driver accepts, and what the protocol adds: SIZE_MAX, SEG_MAX,
-/// GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, ANY_LAYOUT and the
-/// ones above but [`LOG_ALL`] and [`RING_PACKED`]. Not NOTIFY_ON_EMPTY, which asks for calls that
-/// nobody wants.
+/// The features that Linux's virtio-blk driver accepts, and those that the protocol adds: SIZE_MAX,
+/// SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES,
+/// ANY_LAYOUT and those above except [`LOG_ALL`] and [`RING_PACKED`]. Not NOTIFY_ON_EMPTY, which
+/// requests calls that no driver uses.
 pub const DRIVER_FEATURES: u64 = 1 << 1
     | 1 << 2
     | 1 << 4
@@ -39,23 +39,24 @@ pub const DRIVER_FEATURES: u64 = 1 << 1
     | PROTOCOL_FEATURES
     | VERSION_1;
 
-/// What to agree on.
+/// The features to negotiate.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Virtio features to accept of those that are offered.
+    /// The virtio features to accept if offered.
     pub features: u64,
-    /// Protocol features to accept of those that are offered.
+    /// The protocol features to accept if offered.
     pub protocol: ProtocolFeatures,
-    /// Ask for an answer to every message, if REPLY_ACK is agreed on: refusals become errors.
+    /// Request an acknowledgement of every message, if REPLY_ACK is negotiated: refusals become
+    /// errors.
     pub acks: bool,
-    /// Use an in-flight area: starting is an error if INFLIGHT_SHMFD is not agreed on.
+    /// Use an in-flight area. Starting fails if INFLIGHT_SHMFD is not negotiated.
     pub inflight: bool,
-    /// How long the back end may take to answer a message. Then the connection is shut down.
+    /// The limit for the back end's reply to a message. After it, the connection is shut down.
     pub limit: Duration,
 }
 
 impl Default for Options {
-    /// [`DRIVER_FEATURES`], and the protocol features that are used here.
+    /// [`DRIVER_FEATURES`], and the protocol features that this crate uses.
     fn default() -> Self {
         use ProtocolFeatures as P;
         Self {

@@ -1,6 +1,6 @@
 //! The front end's side of the vhost-user protocol for a block device.
 //!
-//! It says what QEMU says, in QEMU's order, and changes things under a running device when asked.
+//! It sends QEMU's messages, in QEMU's order, and changes a running device on request.
 
 use std::fmt;
 use std::fs::File;
@@ -28,9 +28,9 @@ use crate::raw::{RawConnection, VERSION};
 use crate::request::QueueOptions;
 use crate::ring::Ring;
 
-/// The one message that is sent without the `vhost` crate.
+/// The only message that is sent without the `vhost` crate.
 const SET_LOG_BASE: u32 = 6;
-/// An area that a back end records its requests in flight in, and finds them again after a crash.
+/// An area in which a back end records its requests in flight, and finds them again after a crash.
 struct Inflight {
     info: VhostUserInflight,
     file: File,
@@ -42,11 +42,11 @@ impl fmt::Debug for Inflight {
     }
 }
 
-/// A connection to a back end that has been negotiated.
+/// A negotiated connection to a back end.
 ///
-/// Each answer is waited for at most [`Options::limit`]; then the connection is shut down and the
-/// call fails. The guest's memory and queues are not owned by it: queues go on (and other
-/// threads may drive them) while memory tables and call fds change, and survive reconnection.
+/// The limit for each reply is [`Options::limit`]. After it, the connection is shut down and the
+/// call fails. The connection does not own the guest's memory and queues: queues continue (also on
+/// other threads) while memory tables and call fds change, and they survive a reconnection.
 #[derive(Debug)]
 pub struct FrontEnd {
     path: PathBuf,
@@ -60,10 +60,11 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Connects to the socket at `path`, and agrees on the features of `options` with the back end.
+    /// Connects to the socket at `path`, and negotiates the features of `options` with the back
+    /// end.
     ///
     /// # Errors
-    /// [`Error::Connect`], or what the back end's answers lead to.
+    /// [`Error::Connect`], or the error of a reply of the back end.
     pub fn connect(path: &Path, ram: Arc<GuestRam>, options: Options) -> Result<Self> {
         let link = Link::connect(path, options.limit)?;
         let path = path.to_owned();
@@ -81,25 +82,25 @@ impl FrontEnd {
         Ok(front_end)
     }
 
-    /// The virtio features that the back end offers.
+    /// Returns the virtio features that the back end offers.
     #[must_use]
     pub fn offered(&self) -> u64 {
         self.offered
     }
 
-    /// The virtio features that both sides accept.
+    /// Returns the negotiated virtio features.
     #[must_use]
     pub fn features(&self) -> u64 {
         self.offered & self.options.features
     }
 
-    /// The protocol features that both sides accept.
+    /// Returns the negotiated protocol features.
     #[must_use]
     pub fn protocol_features(&self) -> ProtocolFeatures {
         self.link.protocol
     }
 
-    /// How many queues the back end says it has: 1 without the protocol feature MQ.
+    /// Returns the number of queues that the back end offers: 1 without the protocol feature MQ.
     #[must_use]
     pub fn queues_offered(&self) -> u64 {
         self.queues_offered
@@ -108,7 +109,7 @@ impl FrontEnd {
     /// Reads `len` bytes of configuration space.
     ///
     /// # Errors
-    /// The protocol feature CONFIG is not agreed on, or the back end refuses.
+    /// The protocol feature CONFIG is not negotiated, or the back end refuses.
     pub fn config_bytes(&mut self, offset: u32, len: u32) -> Result<Vec<u8>> {
         let space = vec![0; len as usize];
         let flags = VhostUserConfigFlags::empty();
@@ -122,7 +123,8 @@ impl FrontEnd {
     /// As [`FrontEnd::config_bytes`].
     pub fn config(&mut self) -> Result<BlkConfig> {
         let bytes = self.config_bytes(0, CONFIG_BYTES)?;
-        let bytes = bytes.first_chunk().ok_or(Error::Nonsense("a short configuration space"))?;
+        let bytes =
+            bytes.first_chunk().ok_or(Error::Nonsense("its configuration space is too short"))?;
         Ok(BlkConfig::parse(bytes))
     }
 
@@ -135,10 +137,11 @@ impl FrontEnd {
         self.link.tell("SET_CONFIG", |n| n.set_config(offset, flags, bytes))
     }
 
-    /// Makes `n` queues that fit what is agreed on, and starts them from index 0.
+    /// Makes `n` queues that match the negotiated features, and starts them from index 0.
     ///
     /// # Errors
-    /// No memory for them, [`Error::NotOffered`] for indirect tables, or as [`FrontEnd::start`].
+    /// No guest memory is left, [`Error::NotOffered`] for indirect tables, or as
+    /// [`FrontEnd::start`].
     pub fn start_new(&mut self, n: usize, options: QueueOptions) -> Result<Vec<Queue>> {
         self.check(options)?;
         let event_idx = self.features() & EVENT_IDX != 0;
@@ -149,7 +152,7 @@ impl FrontEnd {
         Ok(queues)
     }
 
-    /// Makes `n` queues of the kind that is agreed on, packed ones if RING_PACKED is, and starts them
+    /// Makes `n` queues of the negotiated layout, packed ones with RING_PACKED, and starts them
     /// from index 0.
     ///
     /// # Errors
@@ -171,13 +174,14 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Tells the back end about memory and rings and starts it: each ring from the available index
-    /// beside it. After a stop or on a new connection that is what [`FrontEnd::stop`] returned.
+    /// Configures memory and rings in the back end, and starts each ring from the given available
+    /// index. After a stop or on a new connection, that is the index that [`FrontEnd::stop`]
+    /// returned.
     ///
     /// # Errors
-    /// The back end refuses a message (which shows here only if [`Options::acks`]).
+    /// The back end refuses a message (an error only with [`Options::acks`]).
     pub fn start(&mut self, rings: Vec<(Arc<Ring>, u16)>) -> Result<()> {
-        // Known from the beginning, so that a reconnection after a failure finds them all.
+        // Recorded first, so that a reconnection after a failure finds all rings.
         self.rings = rings.iter().map(|(ring, _)| ring.clone()).collect();
         let features = self.features();
         self.link.tell("SET_FEATURES", |n| n.set_features(features))?;
@@ -195,7 +199,7 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Tells the back end about one ring, up to its kick fd, and does not enable it.
+    /// Configures one ring in the back end, up to its kick fd, and does not enable it.
     ///
     /// # Errors
     /// As [`FrontEnd::start`].
@@ -212,19 +216,22 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Brings an in-flight area that another back end has made for `num_queues` rings of
-    /// `queue_size`: the next start hands it over instead of asking for one.
+    /// Adopts an in-flight area that another back end has made for `num_queues` rings of
+    /// `queue_size`. The next start passes it to the back end instead of requesting a new one.
     ///
     /// # Errors
-    /// The file's length cannot be told.
+    /// The length of the file cannot be read.
     pub fn bring_inflight(&mut self, file: File, num_queues: u16, queue_size: u16) -> Result<()> {
-        let len = file.metadata().map_err(Error::system("cannot measure an in-flight area"))?.len();
+        let len = file
+            .metadata()
+            .map_err(Error::system("cannot read the length of an in-flight area"))?
+            .len();
         let info = VhostUserInflight::new(len, 0, num_queues, queue_size);
         self.inflight = Some(Inflight { info, file });
         Ok(())
     }
 
-    /// Lets the back end use ring `index`, or forbids it.
+    /// Enables or disables ring `index` in the back end.
     ///
     /// # Errors
     /// As [`FrontEnd::start`].
@@ -232,11 +239,11 @@ impl FrontEnd {
         self.link.tell("SET_VRING_ENABLE", |n| n.set_vring_enable(index, on))
     }
 
-    /// Stops every ring that was started, and returns each ring's available index: where the back
-    /// end has got to. The back end answers once nothing of the ring is in flight.
+    /// Stops every ring that was started, and returns each ring's available index, up to which the
+    /// back end has taken chains. The back end replies once the ring has no request in flight.
     ///
     /// # Errors
-    /// The back end does not answer; some rings may have been stopped.
+    /// The back end does not reply; some rings may have been stopped.
     pub fn stop(&mut self) -> Result<Vec<u16>> {
         if self.features() & PROTOCOL_FEATURES != 0 {
             for i in 0..self.rings.len() {
@@ -256,7 +263,7 @@ impl FrontEnd {
         Ok(self.link.ask("GET_VRING_BASE", |n| n.get_vring_base(index))? as u16)
     }
 
-    /// Gives the back end a memory table, which takes the place of the one before. Rings may run.
+    /// Sends a memory table to the back end, which replaces the previous one. Rings may run.
     ///
     /// # Errors
     /// As [`FrontEnd::start`].
@@ -264,15 +271,15 @@ impl FrontEnd {
         self.link.tell("SET_MEM_TABLE", |n| n.set_mem_table(table).map(drop))
     }
 
-    /// Asks how many regions of memory the back end takes one by one.
+    /// Returns the number of memory slots of the back end.
     ///
     /// # Errors
-    /// The protocol feature CONFIGURE_MEM_SLOTS is not agreed on, or as [`FrontEnd::start`].
+    /// The protocol feature CONFIGURE_MEM_SLOTS is not negotiated, or as [`FrontEnd::start`].
     pub fn memory_slots(&mut self) -> Result<u64> {
         self.link.ask("GET_MAX_MEM_SLOTS", VhostUserFrontend::get_max_mem_slots)
     }
 
-    /// Gives the back end one more region of memory. Rings may run.
+    /// Adds one region of memory in the back end. Rings may run.
     ///
     /// # Errors
     /// As [`FrontEnd::memory_slots`].
@@ -280,7 +287,7 @@ impl FrontEnd {
         self.link.tell("ADD_MEM_REG", |n| n.add_mem_region(region).map(drop))
     }
 
-    /// Takes a region of memory away from the back end. Rings may run.
+    /// Removes a region of memory from the back end. Rings may run.
     ///
     /// # Errors
     /// As [`FrontEnd::memory_slots`].
@@ -288,10 +295,11 @@ impl FrontEnd {
         self.link.tell("REM_MEM_REG", |n| n.remove_mem_region(region))
     }
 
-    /// Gives the back end a new call fd for ring `index`. Whoever waits for the old one is woken.
+    /// Sends a new call fd for ring `index` to the back end. Wakes the waiters on the old one.
     ///
     /// # Errors
-    /// No such ring has been started, no eventfd, or as [`FrontEnd::start`].
+    /// No ring with this index is started, the eventfd cannot be created, or as
+    /// [`FrontEnd::start`].
     pub fn change_call_fd(&mut self, index: usize) -> Result<()> {
         let ring = self.rings.iter().find(|ring| ring.index() == index).cloned();
         let ring = ring.ok_or(Error::NotOffered("a ring of this index"))?;
@@ -301,22 +309,22 @@ impl FrontEnd {
         told
     }
 
-    /// Has the back end log the pages that it writes to in the first `len` bytes of `log`, a bit
-    /// for each 4 KiB page of guest memory, from now on. [`FrontEnd::stop_log`] ends it.
+    /// Makes the back end log the pages that it writes in the first `len` bytes of `log` from now
+    /// on: one bit for each 4 KiB page of guest memory. [`FrontEnd::stop_log`] ends it.
     ///
     /// # Errors
-    /// The protocol feature LOG_SHMFD is not agreed on, or as [`FrontEnd::start`].
+    /// The protocol feature LOG_SHMFD is not negotiated, or as [`FrontEnd::start`].
     pub fn start_log(&mut self, log: &File, len: u64) -> Result<()> {
         if !self.link.protocol.contains(ProtocolFeatures::LOG_SHMFD) {
             return Err(Error::NotOffered("a shared log"));
         }
-        // The vhost crate takes no answer but one of the request's own size, which neither
-        // rte_vhost nor libvhost-user sends.
+        // The `vhost` crate accepts only a reply with the size of the request, and neither
+        // rte_vhost nor libvhost-user sends one.
         let mut raw = self.raw()?;
         let payload = [len, 0].map(u64::to_le_bytes).concat();
         raw.send_message(SET_LOG_BASE, VERSION, &payload, &[log.as_fd()])?;
         if raw.receive()?.request != SET_LOG_BASE {
-            return Err(Error::Nonsense("it does not answer SET_LOG_BASE"));
+            return Err(Error::Nonsense("the reply to SET_LOG_BASE is invalid"));
         }
         self.set_logging(true)
     }
@@ -340,46 +348,47 @@ impl FrontEnd {
         Ok(())
     }
 
-    /// Gives the back end a channel for messages of its own, and returns our end: what arrives is
-    /// request 2 when the configuration space has changed.
+    /// Opens the back-end channel, for requests of the back end, and returns this side's end. The
+    /// back end sends request 2 when the configuration space has changed.
     ///
     /// # Errors
-    /// The protocol feature BACKEND_REQ is not agreed on, or as [`FrontEnd::start`].
+    /// The protocol feature BACKEND_REQ is not negotiated, or as [`FrontEnd::start`].
     pub fn open_backend_channel(&mut self) -> Result<RawConnection> {
-        let (ours, theirs) = UnixStream::pair().map_err(Error::system("cannot make a channel"))?;
+        let (ours, theirs) = UnixStream::pair()
+            .map_err(Error::system("cannot make a socket pair for the back-end channel"))?;
         self.link.tell("SET_BACKEND_REQ_FD", |n| n.set_backend_request_fd(&theirs))?;
         RawConnection::over(ours)
     }
 
-    /// The same socket, to say anything on it between messages.
+    /// Returns the same socket, for sending any bytes between messages.
     ///
     /// # Errors
-    /// The system has no fd left.
+    /// No fd is left.
     pub fn raw(&self) -> Result<RawConnection> {
         RawConnection::over(clone(&self.link.socket)?)
     }
 
-    /// Something that ends this connection from another thread, even in the middle of a call.
+    /// Returns a handle that ends this connection from another thread, even during a call.
     ///
     /// # Errors
-    /// The system has no fd left.
+    /// No fd is left.
     pub fn killer(&self) -> Result<Killer> {
         Ok(Killer { socket: clone(&self.link.socket)? })
     }
 
-    /// Closes the socket at once and stops nothing before, as a VMM that is killed does.
+    /// Closes the socket at once without stopping rings, like a VMM that is killed.
     pub fn kill(self) {
         drop(self);
     }
 
-    /// Whether the back end has closed the connection. Its rings are then nobody's.
+    /// Returns whether the back end has closed the connection. Its rings then have no user.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         let mut wait = [PollFd::new(&self.link.socket, PollFlags::RDHUP)];
         poll(&mut wait, Some(&Timespec::default())).is_ok() && !wait[0].revents().is_empty()
     }
 
-    /// Stops the rings, then closes the socket, as a VMM that ends does.
+    /// Stops the rings, then closes the socket, like a VMM that ends.
     ///
     /// # Errors
     /// As [`FrontEnd::stop`].
@@ -387,11 +396,12 @@ impl FrontEnd {
         self.stop()
     }
 
-    /// Connects again, wherever the last connection was and whether or not it lives, and goes on
-    /// with the rings that were started: each from its used index, as QEMU does it. With an in-flight
-    /// area ([`Options::inflight`]) the back end finds there what it had begun; without one, it sees
-    /// again what was available after that index, which is right only if it works in order. A packed
-    /// ring has no such index: only the area knows, and what is said here counts for a new ring.
+    /// Connects to the same path again, whether or not the last connection is open, and continues
+    /// the rings that were started, each from its used index, like QEMU. With an in-flight area
+    /// ([`Options::inflight`]), the back end finds the requests there that it had taken. Without
+    /// one, it takes the chains after that index again, which is correct only if it completes in
+    /// order. A packed ring has no such index: only the area has the position, and the base that is
+    /// sent here applies to a new ring.
     ///
     /// # Errors
     /// As [`FrontEnd::connect`] and [`FrontEnd::start`].
@@ -400,13 +410,13 @@ impl FrontEnd {
         self.reconnect_at(|ring| if packed { FIRST_BASE } else { ring.used_index() })
     }
 
-    /// As [`FrontEnd::reconnect`], each ring from what `base` says of it: packed rings have no index
-    /// in memory.
+    /// As [`FrontEnd::reconnect`], with each ring's base from `base`: packed rings have no index in
+    /// memory.
     ///
     /// # Errors
     /// As [`FrontEnd::reconnect`].
     pub fn reconnect_at(&mut self, base: impl Fn(&Ring) -> u16) -> Result<()> {
-        // What one shuts down, another connection's clone shares.
+        // A shutdown also affects clones of the socket in other connections.
         drop(self.link.socket.shutdown(Shutdown::Both));
         self.link = Link::connect(&self.path, self.options.limit)?;
         self.negotiate()?;
@@ -414,8 +424,8 @@ impl FrontEnd {
         self.start(rings)
     }
 
-    /// Gives the back end all memory: one by one where that is agreed on, as QEMU does, and once on
-    /// a connection.
+    /// Sends all memory to the back end: one region at a time if that is negotiated, like QEMU, and
+    /// once per connection.
     fn give_memory(&mut self) -> Result<()> {
         let table = self.ram.table();
         if !self.link.protocol.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
@@ -445,7 +455,8 @@ impl FrontEnd {
         link.tell("SET_OWNER", |n| n.set_owner())
     }
 
-    /// Gets an area for `rings` from the back end if there is none yet, and hands it over.
+    /// Gets an area for `rings` from the back end if there is none yet, and passes it to the back
+    /// end.
     fn set_up_inflight(&mut self, rings: &[(Arc<Ring>, u16)]) -> Result<()> {
         let size = rings.iter().map(|(ring, _)| ring.size()).max();
         let (true, Some(size)) = (self.options.inflight, size) else { return Ok(()) };
@@ -466,7 +477,8 @@ impl FrontEnd {
     }
 }
 
-/// Where `ring` lies, as SET_VRING_ADDR tells it; with `log`, writes to its used ring are logged.
+/// Returns the addresses of `ring` for SET_VRING_ADDR. With `log`, writes to its used ring are
+/// logged.
 fn addrs(ring: &Ring, log: bool) -> VringConfigData {
     let [desc_table_addr, avail_ring_addr, used_ring_addr] = ring.user_addrs();
     VringConfigData {

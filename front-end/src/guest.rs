@@ -1,4 +1,4 @@
-//! A guest's memory: memfds that are mapped here and handed to the back end.
+//! A guest's memory: memfds that are mapped here and passed to the back end.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -12,17 +12,17 @@ use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory, Vol
 
 use crate::error::{Error, Result};
 
-/// Bytes on either side of a boundary between regions that [`GuestRam::alloc`] never hands out, so
-/// that tests can lay buffers across it.
+/// The bytes on either side of a boundary between regions that [`GuestRam::alloc`] never allocates,
+/// so that tests can place buffers across the boundary.
 pub const SEAM: u64 = 64 << 10;
 
-/// What the memory is made of.
+/// The kind of pages of the memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backing {
     /// Ordinary pages.
     #[default]
     Pages,
-    /// Hugepages of 2 MiB: each region is a multiple of that.
+    /// Hugepages of 2 MiB. The size of each region is a multiple of that.
     Hugepages,
 }
 
@@ -31,23 +31,23 @@ pub enum Backing {
 pub struct Segment {
     /// Guest-physical address of the first byte.
     pub gpa: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub len: u32,
 }
 
 impl Segment {
-    /// `len` bytes from `gpa`.
+    /// Makes a segment of `len` bytes from `gpa`.
     #[must_use]
     pub fn new(gpa: u64, len: u32) -> Self {
         Self { gpa, len }
     }
 }
 
-/// A guest's memory: regions that follow one another in guest-physical space, and an allocator
-/// that only goes forward.
+/// A guest's memory: regions that follow one another in guest-physical space, and an allocator that
+/// never frees.
 ///
-/// Shared by the front end, its queues and the tests, hence always in an [`Arc`]. Memory is only
-/// ever accessed as volatile, as the back end may write it at any time.
+/// The front end, its queues and the tests share it, so it is always in an [`Arc`]. All accesses
+/// are volatile, as the back end may write the memory at any time.
 #[derive(Debug)]
 pub struct GuestRam {
     regions: Vec<Region>,
@@ -68,19 +68,19 @@ impl Region {
 }
 
 impl GuestRam {
-    /// Makes one region of ordinary pages for each of `sizes` (bytes), from address 0.
+    /// Makes one region of ordinary pages for each of `sizes` (in bytes), from address 0.
     ///
     /// # Errors
-    /// The system has no memory, or an address space too small.
+    /// No memory or address space is left.
     pub fn new(sizes: &[u64]) -> Result<Arc<Self>> {
         Self::with(sizes, 0, Backing::Pages)
     }
 
-    /// As [`GuestRam::new`], from address `base` and made of `backing`. With a `base` past another
-    /// memory's end, the tables of both can be joined into one.
+    /// As [`GuestRam::new`], from address `base` and made of `backing`. With a `base` past the end
+    /// of another memory, the tables of both can be joined into one.
     ///
     /// # Errors
-    /// The system has no memory (or no hugepages), or an address space too small.
+    /// No memory, hugepages or address space is left.
     pub fn with(sizes: &[u64], base: u64, backing: Backing) -> Result<Arc<Self>> {
         let mut regions = Vec::with_capacity(sizes.len());
         let mut gpa = base;
@@ -91,8 +91,8 @@ impl GuestRam {
         Ok(Arc::new(Self { regions, next: AtomicU64::new(base) }))
     }
 
-    /// Takes `len` bytes at a multiple of `align` (a power of two). They lie in one region, are
-    /// zero, and are never given back.
+    /// Allocates `len` bytes at a multiple of `align` (a power of two). They lie in one region, are
+    /// zero, and are never freed.
     ///
     /// # Errors
     /// [`Error::NoRam`].
@@ -107,15 +107,15 @@ impl GuestRam {
         Ok(Segment { gpa: from, len })
     }
 
-    /// Where region `index` ends and the next one begins. [`SEAM`] bytes on either side are
-    /// the caller's.
+    /// Returns the address at which region `index` ends and the next one begins. The caller may use
+    /// [`SEAM`] bytes on either side.
     #[must_use]
     pub fn boundary(&self, index: usize) -> u64 {
         self.regions[index].end()
     }
 
-    /// The memory table, as [`crate::FrontEnd::set_memory_table`] takes it. Its fds are borrowed:
-    /// the table is of use while the memory lives.
+    /// Returns the memory table, as [`crate::FrontEnd::set_memory_table`] takes it. Its fds are
+    /// borrowed: the table is valid as long as the memory exists.
     #[must_use]
     pub fn table(&self) -> Vec<RegionInfo> {
         let line = |region: &Region| RegionInfo {
@@ -128,13 +128,13 @@ impl GuestRam {
         self.regions.iter().map(line).collect()
     }
 
-    /// The file of region `index`: to shorten it, seal it, or hand it over otherwise.
+    /// Returns the file of region `index`, so that a test can shorten it, seal it, or pass it on.
     #[must_use]
     pub fn file(&self, index: usize) -> &File {
         &self.regions[index].file
     }
 
-    /// The address in this process, as ring addresses are given to a back end.
+    /// Returns the address in this process, as a back end expects ring addresses.
     ///
     /// # Errors
     /// [`Error::Address`].
@@ -146,7 +146,7 @@ impl GuestRam {
     /// Copies guest memory at `gpa` to `to`; it may cross regions.
     ///
     /// # Errors
-    /// [`Error::Address`]; part of `to` may have been filled by then.
+    /// [`Error::Address`]; a part of `to` may have been filled.
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < to.len() {
@@ -160,7 +160,7 @@ impl GuestRam {
     /// Copies `from` to guest memory at `gpa`; it may cross regions.
     ///
     /// # Errors
-    /// [`Error::Address`]; part of it may have been written by then.
+    /// [`Error::Address`]; a part of the memory may have been written.
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < from.len() {
@@ -171,7 +171,7 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Takes memory as [`GuestRam::alloc`] does, for repeated access without a look-up.
+    /// Allocates memory as [`GuestRam::alloc`] does, for repeated access without a look-up.
     pub(crate) fn window(self: &Arc<Self>, len: u32, align: u64) -> Result<Window> {
         let at = self.alloc(len, align)?;
         let (region, offset) =
@@ -179,7 +179,7 @@ impl GuestRam {
         Ok(Window { ram: self.clone(), region, offset, len: len as usize, gpa: at.gpa })
     }
 
-    /// The first place from `next` on for `len` bytes, away from the seams.
+    /// Returns the first place from `next` on for `len` bytes, outside of the seams.
     fn place(&self, next: u64, len: u64, align: u64) -> Option<u64> {
         let last = self.regions.len().checked_sub(1)?;
         self.regions.iter().enumerate().find_map(|(i, region)| {
@@ -195,7 +195,7 @@ impl GuestRam {
         Some((index, (gpa - self.regions[index].gpa) as usize))
     }
 
-    /// What lies in one region of the bytes `done..len` from `gpa`.
+    /// Returns the part of the bytes `done..len` from `gpa` that lies in one region.
     fn piece(
         &self,
         gpa: u64,
@@ -212,7 +212,7 @@ impl GuestRam {
 }
 
 fn map(gpa: u64, size: u64, backing: Backing) -> Result<Region> {
-    // A mapping with MAP_NORESERVE on hugepages that are not there would end in SIGBUS.
+    // Without available hugepages, an access to a mapping with MAP_NORESERVE would raise SIGBUS.
     let (kind, flags) = match backing {
         Backing::Pages => (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE),
         Backing::Hugepages => (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED),
@@ -230,7 +230,7 @@ fn map(gpa: u64, size: u64, backing: Backing) -> Result<Region> {
 
 /// A piece of guest memory in one region, for repeated access.
 ///
-/// An access outside is a mistake of this crate's: it panics.
+/// An access outside is a bug of this crate: it panics.
 #[derive(Clone, Debug)]
 pub(crate) struct Window {
     ram: Arc<GuestRam>,
@@ -241,44 +241,48 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// Guest-physical address of the first byte.
+    /// Returns the guest-physical address of the first byte.
     pub(crate) fn gpa(&self) -> u64 {
         self.gpa
     }
 
-    /// Bytes.
+    /// Returns its length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// The memory it is a piece of.
+    /// Returns the guest memory that it is a part of.
     pub(crate) fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
-    /// Its address in this process.
+    /// Returns its address in this process.
     pub(crate) fn user_addr(&self) -> u64 {
         self.ram.regions[self.region].map.as_ptr() as u64 + self.offset as u64
     }
 
-    /// Reads the naturally aligned value `at` bytes from the start.
+    /// Reads the naturally aligned value at offset `at`.
     #[inline]
     pub(crate) fn load<T: AtomicAccess>(&self, at: usize, order: Ordering) -> T {
         self.check(at, size_of::<T>());
-        self.slice().load(self.offset + at, order).expect("aligned, and inside the window")
+        self.slice()
+            .load(self.offset + at, order)
+            .expect("the access is aligned and inside the window")
     }
 
-    /// Writes the naturally aligned value `at` bytes from the start.
+    /// Writes the naturally aligned value at offset `at`.
     #[inline]
     pub(crate) fn store<T: AtomicAccess>(&self, at: usize, value: T, order: Ordering) {
         self.check(at, size_of::<T>());
-        self.slice().store(value, self.offset + at, order).expect("aligned, and inside the window");
+        self.slice()
+            .store(value, self.offset + at, order)
+            .expect("the access is aligned and inside the window");
     }
 
-    /// Makes every byte zero.
+    /// Sets every byte to zero.
     pub(crate) fn clear(&self) {
         let zeroes = vec![0; self.len];
-        self.slice().write_slice(&zeroes, self.offset).expect("inside the window");
+        self.slice().write_slice(&zeroes, self.offset).expect("the bytes are inside the window");
     }
 
     #[inline]

@@ -1,4 +1,4 @@
-//! A socket whose close takes as long as its owner likes, to be sent to where it is closed.
+//! A socket whose close blocks until its owner permits it, to be sent to the process under test.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
-/// How long the kernel waits for the bytes to be delivered: longer than anybody else waits.
+/// How long the kernel waits for the delivery of the bytes: longer than any test.
 const LINGER: Duration = Duration::from_secs(60_000);
 
-/// One end of a TCP connection with bytes that its other end does not read, and which lingers for
-/// longer than anybody waits. The last close of [`Lingering::fd`] hangs until this is dropped.
+/// One end of a TCP connection that holds undelivered bytes and lingers for longer than any test.
+/// The last close of [`Lingering::fd`] blocks until this is dropped.
 #[derive(Debug)]
 pub struct Lingering {
-    /// Resets the connection when it is dropped, as it has unread bytes; before our own end is.
+    /// Has unread bytes, so dropping it resets the connection. Dropped before this end of the
+    /// connection.
     _peer: TcpStream,
     fd: Option<TcpStream>,
 }
@@ -23,14 +24,14 @@ impl Lingering {
     /// Makes one over the loopback interface.
     ///
     /// # Errors
-    /// The system has no socket, or no loopback interface.
+    /// No socket, or no loopback interface, is available.
     pub fn new() -> Result<Self> {
         Self::make().map_err(Error::system("cannot make a lingering socket"))
     }
 
     fn make() -> std::io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
-        // Less than the sender keeps: some bytes can never be delivered.
+        // Smaller than the sender's buffer, so that some bytes can never be delivered.
         rustix::net::sockopt::set_socket_recv_buffer_size(&listener, 4096)?;
         let mut fd = TcpStream::connect(listener.local_addr()?)?;
         let (peer, _) = listener.accept()?;
@@ -40,17 +41,17 @@ impl Lingering {
         Ok(Self { _peer: peer, fd: Some(fd) })
     }
 
-    /// What to send.
+    /// Returns the fd to send.
     ///
     /// # Panics
     /// After [`Lingering::is_sent`].
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_ref().expect("not yet sent").as_fd()
+        self.fd.as_ref().expect("`fd` is not called after `is_sent`").as_fd()
     }
 
-    /// Leaves the last reference to whoever it was sent to. It must not have been closed there: the
-    /// close would hang here.
+    /// Drops this process's reference, so that the receiver has the last one. The receiver must not
+    /// have closed its fd yet: otherwise the close blocks here.
     pub fn is_sent(&mut self) {
         self.fd = None;
     }

@@ -1,4 +1,5 @@
-//! One connection to a back end: vhost-user messages out, answers in, each within a limit of time.
+//! One connection to a back end: sends vhost-user messages and receives replies, each with a time
+//! limit.
 
 use std::fmt;
 use std::net::Shutdown;
@@ -15,10 +16,10 @@ use crate::features::ProtocolFeatures;
 use crate::raw::connect_stream;
 use crate::watchdog::Watchdog;
 
-/// Rings that can be named before the back end has said how many it has.
+/// The number of rings that can be addressed before the back end has sent its number of queues.
 const QUEUES_MAX: u64 = 256;
 
-/// One connection, and what has been agreed on it.
+/// One connection, and its negotiated state.
 #[derive(Debug)]
 pub(crate) struct Link {
     node: Node,
@@ -27,7 +28,7 @@ pub(crate) struct Link {
     limit: Duration,
     pub(crate) protocol: ProtocolFeatures,
     pub(crate) acks: bool,
-    /// Regions have been added one by one.
+    /// Set when regions have been added one by one.
     pub(crate) has_memory: bool,
 }
 
@@ -38,9 +39,9 @@ pub struct Killer {
 }
 
 impl Killer {
-    /// Shuts the socket down: the back end sees its end, and a call that waits fails.
+    /// Shuts the socket down: the back end sees the end of the stream, and a call that waits fails.
     pub fn kill(&self) {
-        // A socket that is down already is what was wanted.
+        // A socket that is shut down already is in the wanted state.
         drop(self.socket.shutdown(Shutdown::Both));
     }
 }
@@ -59,7 +60,7 @@ impl Link {
         })
     }
 
-    /// Sends a message that has an answer of its own.
+    /// Sends a message whose reply carries data.
     pub(crate) fn ask<T>(
         &mut self,
         message: &'static str,
@@ -75,7 +76,7 @@ impl Link {
         })
     }
 
-    /// Sends a message that is only answered if we ask for it.
+    /// Sends a message that is acknowledged only if the front end requests it.
     pub(crate) fn tell(
         &mut self,
         message: &'static str,
@@ -92,12 +93,12 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // Clones of the socket may live on in a Killer or a RawConnection.
+        // Clones of the socket may exist in a Killer or a RawConnection.
         drop(self.socket.shutdown(Shutdown::Both));
     }
 }
 
-/// The `vhost` crate's front end, with a `Debug`.
+/// The `vhost` crate's front end, with a `Debug` implementation.
 struct Node(Frontend);
 
 impl fmt::Debug for Node {

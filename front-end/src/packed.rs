@@ -1,7 +1,7 @@
-//! The driver's side of a packed ring (virtio 1.2, 2.8), for any kind of requests.
+//! The driver's side of a packed ring (virtio 1.2, 2.8), for any kind of request.
 //!
-//! `PackedFields` is the ring's memory, `PackedDriver` what the driver keeps beside it. Who drives
-//! a ring decides what lies in its descriptors, and which buffer ids are free.
+//! `PackedFields` is the ring's memory, and `PackedDriver` the driver's state beside it. The user
+//! of both decides what the descriptors refer to, and which buffer ids are free.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU16, AtomicU64};
@@ -10,14 +10,14 @@ use crate::guest::Window;
 use crate::split::{need_event, put};
 use crate::words::words;
 
-/// Descriptor flags: what the side that wrote it last has its wrap counter at.
+/// Descriptor flags: the wrap counter of the side that wrote the descriptor last.
 pub(crate) const AVAILABLE: u16 = 1 << 7;
 pub(crate) const USED: u16 = 1 << 15;
-/// Event flags: always, never, or at the position that is named beside them.
+/// Event flags: always, never, or at the position that stands beside them.
 pub(crate) const EVENTS_ON: u16 = 0;
 pub(crate) const EVENTS_OFF: u16 = 1;
 pub(crate) const EVENTS_AT: u16 = 2;
-/// Where both sides begin, as SET_VRING_BASE says it: position 0, wrap counter 1.
+/// The first position of both sides in SET_VRING_BASE's format: index 0, wrap counter 1.
 pub const FIRST_BASE: u16 = 1 << 15;
 
 /// A place in the ring, and the wrap counter there.
@@ -30,7 +30,7 @@ pub(crate) struct Position {
 impl Position {
     pub(crate) const FIRST: Self = Self { at: 0, wrap: true };
 
-    /// Moves on by `n`, which is at most `size`.
+    /// Advances by `n`, which is at most `size`.
     #[inline]
     pub(crate) fn advance(&mut self, n: u16, size: u16) {
         self.at += n;
@@ -40,13 +40,13 @@ impl Position {
         }
     }
 
-    /// Whether flags say that the descriptor here has been used.
+    /// Returns whether flags show that the device has used the descriptor here.
     #[inline]
     pub(crate) fn is_used(self, flags: u16) -> bool {
         (flags & AVAILABLE != 0) == self.wrap && (flags & USED != 0) == self.wrap
     }
 
-    /// As SET_VRING_BASE and event suppression say it.
+    /// Returns the position in the format of SET_VRING_BASE and of event suppression.
     fn base(self) -> u16 {
         self.at | if self.wrap { FIRST_BASE } else { 0 }
     }
@@ -54,55 +54,54 @@ impl Position {
 
 /// A packed ring in guest memory. The other side may write it at any time.
 ///
-/// It lies in the memory of a split [`crate::ring::Ring`], whose three parts are all large enough:
-/// descriptors, the driver's events, the device's events.
+/// It lies in the memory of a split [`crate::ring::Ring`], whose three parts are all large enough
+/// for the descriptors, the driver's events and the device's events.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PackedFields<'a> {
-    /// Two words for each.
+    /// Two words for each descriptor.
     descriptors: &'a [AtomicU64],
-    /// The position that is named, and flags.
+    /// A position, and flags.
     ours: &'a [AtomicU16],
     theirs: &'a [AtomicU16],
     size: u16,
 }
 
 impl<'a> PackedFields<'a> {
-    /// A ring of `size` descriptors in these windows.
+    /// Makes a ring of `size` descriptors in these windows.
     pub(crate) fn new([descriptors, ours, theirs]: [&'a Window; 3], size: u16) -> Self {
         Self { descriptors: words(descriptors), ours: words(ours), theirs: words(theirs), size }
     }
 
-    /// The second word of the descriptor at `position`: length, buffer id and flags.
+    /// Returns the second word of the descriptor at `position`: length, buffer id and flags.
     #[inline]
     fn rest(&self, position: Position) -> &AtomicU64 {
         &self.descriptors[2 * usize::from(position.at) + 1]
     }
 }
 
-/// Descriptors that are written and not yet published.
+/// Descriptors that are written and not published yet.
 #[derive(Debug)]
 pub(crate) struct Batch {
     first: Position,
-    /// The second word of the first one, 0 without any.
+    /// The second word of the first descriptor; 0 if there is none.
     first_rest: u64,
 }
 
 /// The driver's positions in one packed ring.
 ///
-/// Nothing here has a fence between publishing and looking at what the other side wants: the caller
-/// has one, or looks again.
+/// No method has a fence between publishing and reading what the other side wants. The caller has a
+/// fence, or reads again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PackedDriver {
     event_idx: bool,
-    /// Where the next descriptor goes.
+    /// The position of the next descriptor to write.
     next: Position,
-    /// Where the device gives back the next request.
+    /// The position of the next request that the device returns.
     used: Position,
 }
 
 impl PackedDriver {
-    /// A driver of an empty ring. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has been agreed
-    /// on.
+    /// Makes a driver of an empty ring. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
     pub(crate) fn new(event_idx: bool) -> Self {
         Self { event_idx, next: Position::FIRST, used: Position::FIRST }
     }
@@ -113,7 +112,7 @@ impl PackedDriver {
         Batch { first: self.next, first_rest: 0 }
     }
 
-    /// Writes the next descriptor: its two words, without the flags of the position.
+    /// Writes the next descriptor: its two words, without the flags that depend on the position.
     #[inline]
     pub(crate) fn put(
         &mut self,
@@ -124,7 +123,7 @@ impl PackedDriver {
         let state = if self.next.wrap { AVAILABLE } else { USED };
         let rest = rest | u64::from(state) << 48;
         ring.descriptors[2 * usize::from(self.next.at)].store(addr, Relaxed);
-        // The device waits for the first one's flags, and looks at no other before.
+        // The device waits for the first descriptor's flags, and reads no other descriptor before.
         if batch.first_rest == 0 {
             batch.first_rest = rest;
         } else {
@@ -133,30 +132,30 @@ impl PackedDriver {
         self.next.advance(1, ring.size);
     }
 
-    /// Makes the descriptors of `batch`, at least one, available to the device, with all that was
-    /// written before.
+    /// Makes the descriptors of `batch`, at least one, available to the device, with all data that
+    /// was written before.
     #[inline]
     pub(crate) fn publish(&self, ring: &PackedFields<'_>, batch: Batch) {
-        // Release: the device that sees these flags sees headers and all other descriptors.
+        // Release: a device that sees these flags sees the headers and all other descriptors.
         ring.rest(batch.first).store(batch.first_rest, Release);
     }
 
-    /// The request that the device has given back next: length and buffer id in the lower 48 bits.
-    /// What the device wrote before is seen.
+    /// Returns the next request that the device has used: length and buffer id in the lower 48
+    /// bits. The data that the device wrote before is visible.
     #[inline]
     pub(crate) fn given_back(&self, ring: &PackedFields<'_>) -> Option<u64> {
-        // Acquire: pairs with the device's store of the flags after it has written all else.
+        // Acquire: pairs with the device's store of the flags, which follows all its other writes.
         let rest = ring.rest(self.used).load(Acquire);
         self.used.is_used((rest >> 48) as u16).then_some(rest)
     }
 
-    /// Takes the request that was given back, of `parts` descriptors in the ring.
+    /// Takes the request that the device has used, which has `parts` descriptors in the ring.
     #[inline]
     pub(crate) fn take(&mut self, ring: &PackedFields<'_>, parts: u16) {
         self.used.advance(parts, ring.size);
     }
 
-    /// Whether the device wants a kick for the last `unkicked` descriptors that were published.
+    /// Returns whether the device wants a kick for the last `unkicked` published descriptors.
     #[inline]
     pub(crate) fn wants_kick(&self, ring: &PackedFields<'_>, unkicked: u16) -> bool {
         let [named, flags] = [0, 1].map(|i: usize| ring.theirs[i].load(Relaxed));
@@ -166,7 +165,7 @@ impl PackedDriver {
                 EVENTS_AT if self.event_idx => {
                     let mut event = named & !FIRST_BASE;
                     if (named & FIRST_BASE != 0) != self.next.wrap {
-                        // A round behind.
+                        // The event's position is one round behind.
                         event = event.wrapping_sub(ring.size);
                     }
                     need_event(event, self.next.at, self.next.at.wrapping_sub(unkicked))
@@ -179,28 +178,29 @@ impl PackedDriver {
     pub(crate) fn ask_for_call(&self, ring: &PackedFields<'_>) {
         ring.ours[0].store(self.used.base(), Relaxed);
         let flags = if self.event_idx { EVENTS_AT } else { EVENTS_ON };
-        // Release: the device that sees these flags sees the position that they are about.
+        // Release: a device that sees these flags sees the position that they refer to.
         ring.ours[1].store(flags, Release);
     }
 
-    /// Tells the device that nobody waits for its calls.
+    /// Tells the device that it need not call.
     pub(crate) fn refuse_calls(&self, ring: &PackedFields<'_>) {
         ring.ours[1].store(EVENTS_OFF, Relaxed);
     }
 
-    /// How far it has taken back what the device has done: the position, and its wrap counter above.
+    /// Returns how far the driver has taken used descriptors: the position, with its wrap counter
+    /// above.
     pub(crate) fn base(&self) -> u16 {
         self.used.base()
     }
 }
 
-/// The two words of a descriptor: flags without those of the position.
+/// Returns the two words of a descriptor. The flags are without those of the position.
 #[inline]
 pub(crate) fn descriptor(addr: u64, len: u32, id: u16, flags: u16) -> [u64; 2] {
     [addr, u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48]
 }
 
-/// Writes entry `index` of an indirect table: entries follow one another, and no flag says so.
+/// Writes entry `index` of an indirect table. Entries follow one another, without a NEXT flag.
 pub(crate) fn put_entry(table: &[AtomicU64], index: usize, addr: u64, len: u32, flags: u16) {
     put(table, index, descriptor(addr, len, 0, flags));
 }

@@ -1,8 +1,8 @@
-//! Requests that are laid out once and submitted many times: drivers for measuring.
+//! Requests that are laid out once and submitted many times, for measurements.
 //!
-//! [`Slots`] holds the memory of a queue's requests, all of one size; [`Split`] and [`Packed`] drive
-//! a ring with them. Submitting a request writes what has changed and nothing else. For requests of
-//! any form there are [`crate::Queue`] and [`crate::PackedQueue`].
+//! [`Slots`] holds the memory of a queue's requests, all of one size. [`Split`] and [`Packed`]
+//! drive a ring with them. Submitting a request writes only the fields that have changed. For
+//! requests of any form, use [`crate::Queue`] and [`crate::PackedQueue`].
 
 mod packed;
 mod slots;
@@ -12,39 +12,39 @@ pub use packed::Packed;
 pub use slots::{Head, Slots};
 pub use split::{Split, stride};
 
-/// The driver's side of a virtqueue whose requests lie in slots, laid out in advance.
+/// The driver's side of a virtqueue whose requests are laid out in advance, in slots.
 ///
-/// Nothing here needs a fence but sleeping: if a look at what the device wants (a kick) comes before
-/// the device sees what was published, the next look makes that good, and the loop looks again
-/// whenever nothing completes.
+/// Only sleeping needs a fence. If the check for a wanted kick comes before the device sees the
+/// published requests, the next check corrects it, and the loop checks again whenever no request
+/// completes.
 pub trait Virtqueue {
-    /// Puts the slots of requests that the device has given back into `slots`, in the device's order
-    /// and as many as fit, and returns how many those are. What the device wrote before is seen.
-    /// They may be any numbers: check them.
+    /// Stores the slots of requests that the device has used in `slots`, in the device's order and
+    /// as many as fit, and returns their number. The data that the device wrote before is visible.
+    /// The values are not validated: the caller must check them.
     fn take(&mut self, slots: &mut [u16]) -> usize;
 
-    /// Whether the device has given back a request that was not taken.
+    /// Returns whether the device has used a request that was not taken.
     fn has_completion(&self) -> bool;
 
     /// Makes the request in `slot` a read or a write. Only while the device does not hold it.
     fn set_kind(&mut self, slot: usize, write: bool);
 
-    /// Makes the requests in `slots`, at least one, available to the device, with all that was
+    /// Makes the requests in `slots`, at least one, available to the device, with all data that was
     /// written before.
     fn give(&mut self, slots: &[u16]);
 
-    /// Whether the device wants to be kicked for what was published since it last was. If so, the
-    /// caller kicks it.
+    /// Returns whether the device wants a kick for the requests published since the last kick. If
+    /// so, the caller kicks it.
     fn take_kick(&mut self) -> bool;
 
-    /// Asks the device for a call at the next completion. Whoever sleeps for it has a fence after
-    /// this, and then looks once more for completions and kicks.
+    /// Asks the device for a call at the next completion. A caller that sleeps for it issues a
+    /// fence after this, and then checks once more for completions and kicks.
     fn ask_for_call(&mut self);
 
-    /// Tells the device that nobody waits for its calls.
+    /// Tells the device that it need not call.
     fn refuse_calls(&mut self);
 
-    /// Where another device begins that takes over and has nothing else to go by, as SET_VRING_BASE
-    /// says it.
+    /// Returns the position, in SET_VRING_BASE's format, from which another device must continue
+    /// that has no other source for it.
     fn base(&self) -> u16;
 }

@@ -1,4 +1,4 @@
-//! Queues that take any requests: each is laid out when it is submitted.
+//! Queues for any requests. Each request is laid out when it is submitted.
 
 mod any;
 mod packed;
@@ -18,7 +18,7 @@ use crate::event;
 use crate::request::Completion;
 use crate::ring::Ring;
 
-/// A queue whose completions can be slept for.
+/// A queue whose completions can be waited for.
 trait Calls {
     fn ring(&self) -> &Arc<Ring>;
 
@@ -26,17 +26,17 @@ trait Calls {
 
     fn poll(&mut self) -> Result<Option<Completion>>;
 
-    /// Asks the device for a call at the next completion. One that has come meanwhile is not
-    /// announced, so look once more.
+    /// Asks the device for a call at the next completion. The device does not call for one that has
+    /// come meanwhile, so check again afterwards.
     fn ask_for_call(&self);
 
-    /// Tells the device that nobody waits for its calls.
+    /// Tells the device that it need not call.
     fn refuse_calls(&self);
 
     fn has_completion(&self) -> bool;
 }
 
-/// Waits for the next completion, at most [`LIMIT`].
+/// Waits for the next completion, at most for [`LIMIT`].
 fn wait(queue: &mut impl Calls) -> Result<Completion> {
     let end = Instant::now() + LIMIT;
     loop {
@@ -50,11 +50,11 @@ fn wait(queue: &mut impl Calls) -> Result<Completion> {
     }
 }
 
-/// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
+/// Sleeps until the device calls for one of `queues`, at most for `limit`; not at all if one has
 /// completions already. Returns whether one has.
 ///
 /// # Errors
-/// The system refuses to wait.
+/// The system call fails.
 fn wait_any<Q: Calls>(queues: &[Q], limit: Duration) -> Result<bool> {
     queues.iter().for_each(Q::ask_for_call);
     let ready = || queues.iter().any(Q::has_completion);
@@ -70,7 +70,7 @@ fn wait_any<Q: Calls>(queues: &[Q], limit: Duration) -> Result<bool> {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(Error::system("cannot wait for a call")(e)),
         }
-        // Empty eventfds are fine: most have not been called.
+        // Empty eventfds are expected: most were not called.
         fds.iter().for_each(|fd| drop(fd.read()));
     }
     queues.iter().for_each(Q::refuse_calls);

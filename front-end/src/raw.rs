@@ -1,4 +1,4 @@
-//! A connection that says what it is told to: any bytes, any fds, in any order.
+//! A connection that sends what a test gives it: any bytes and any fds, in any order.
 
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,14 +15,14 @@ use rustix::net::{
 
 use crate::error::{Error, LIMIT, Result};
 
-/// Header flags: version 1 of the protocol, as every message carries it.
+/// Header flags: version 1 of the protocol, which every message carries.
 pub const VERSION: u32 = 1;
-/// Header flag: the sender wants an answer.
+/// Header flag: the sender requests a reply.
 pub const NEED_REPLY: u32 = 1 << 3;
-/// Fds that one message can carry here.
+/// The most fds that one message can carry here.
 const FDS_MAX: usize = 64;
 
-/// The bytes of a message with a well-formed header. The flags are [`VERSION`] and more.
+/// Returns the bytes of a message with a well-formed header. The flags are [`VERSION`] and others.
 #[must_use]
 pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let header = [request, flags, payload.len() as u32];
@@ -31,28 +31,28 @@ pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A message that came in.
+/// A received message.
 #[derive(Debug)]
 pub struct Message {
-    /// Number of the request it is, or answers.
+    /// The number of the request, or of the request that it replies to.
     pub request: u32,
-    /// Flags of its header.
+    /// The flags of its header.
     pub flags: u32,
-    /// What follows the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
-    /// Fds that came with it.
+    /// The fds that came with it.
     pub fds: Vec<OwnedFd>,
 }
 
 impl Message {
-    /// The payload's first eight bytes as a number, as many answers have it.
+    /// Returns the payload's first eight bytes as a number, as in many replies.
     #[must_use]
     pub fn value(&self) -> Option<u64> {
         Some(u64::from_le_bytes(*self.payload.first_chunk()?))
     }
 }
 
-/// A socket to a back end with no protocol on it. Every read and write ends after [`LIMIT`].
+/// A socket to a back end without a protocol. Every read and write fails after [`LIMIT`].
 #[derive(Debug)]
 pub struct RawConnection {
     stream: UnixStream,
@@ -67,22 +67,22 @@ impl RawConnection {
         Self::over(connect_stream(path, LIMIT)?)
     }
 
-    /// Speaks over `stream`.
+    /// Uses `stream` as the connection.
     ///
     /// # Errors
-    /// The limits on reading and writing cannot be set.
+    /// The timeouts of the socket cannot be set.
     pub fn over(stream: UnixStream) -> Result<Self> {
         stream
             .set_read_timeout(Some(LIMIT))
             .and_then(|()| stream.set_write_timeout(Some(LIMIT)))
-            .map_err(Error::system("cannot limit a socket's waiting"))?;
+            .map_err(Error::system("cannot set the timeouts of a socket"))?;
         Ok(Self { stream })
     }
 
-    /// Sends `bytes` as they are; `fds` go with the first of them.
+    /// Sends `bytes` unchanged. `fds` go with the first byte.
     ///
     /// # Errors
-    /// [`Error::Closed`], or the system's refusal.
+    /// [`Error::Closed`], or the system's error.
     ///
     /// # Panics
     /// With more than 64 fds.
@@ -90,7 +90,10 @@ impl RawConnection {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
-            assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)), "at most 64 fds");
+            assert!(
+                ancillary.push(SendAncillaryMessage::ScmRights(fds)),
+                "a message can carry at most 64 fds"
+            );
         }
         let mut sent = 0;
         while sent < bytes.len() {
@@ -108,7 +111,7 @@ impl RawConnection {
         Ok(())
     }
 
-    /// Sends a well-formed header, `payload` and `fds`. The flags are [`VERSION`] and more.
+    /// Sends a well-formed header, `payload` and `fds`. The flags are [`VERSION`] and others.
     ///
     /// # Errors
     /// As [`RawConnection::send`].
@@ -122,11 +125,11 @@ impl RawConnection {
         self.send(&message(request, flags, payload), fds)
     }
 
-    /// Sends `bytes` again and again, at most `times`, until there is no room for them or the back end
-    /// has closed the connection. The last ones may be cut.
+    /// Sends `bytes` repeatedly, at most `times`, until the socket buffer is full or the back end
+    /// has closed the connection. The last copy may be truncated.
     ///
     /// # Errors
-    /// The system's refusal.
+    /// The system's error.
     pub fn flood(&self, bytes: &[u8], times: usize) -> Result<()> {
         use std::io::ErrorKind::{BrokenPipe, ConnectionReset, WouldBlock};
         let system = |e| Error::system("cannot flood a socket")(e);
@@ -145,28 +148,28 @@ impl RawConnection {
     /// Reads one message.
     ///
     /// # Errors
-    /// [`Error::Closed`] at the end, [`Error::NoAnswer`] after [`LIMIT`], [`Error::Nonsense`] for a
-    /// message of more than 64 KiB.
+    /// [`Error::Closed`] at the end of the stream, [`Error::NoAnswer`] after [`LIMIT`],
+    /// [`Error::Nonsense`] for a message of more than 64 KiB.
     pub fn receive(&mut self) -> Result<Message> {
         let mut header = [0; 12];
         let fds = self.receive_first(&mut header)?;
         let mut words = header
             .chunks_exact(4)
-            .map(|word| u32::from_le_bytes(word.try_into().expect("chunks of four bytes")));
-        let mut next = || words.next().expect("three of them");
+            .map(|word| u32::from_le_bytes(word.try_into().expect("each chunk has four bytes")));
+        let mut next = || words.next().expect("the header has three words");
         let (request, flags, size) = (next(), next(), next());
         if size > 1 << 16 {
-            return Err(Error::Nonsense("its size is over 64 KiB"));
+            return Err(Error::Nonsense("the payload is larger than 64 KiB"));
         }
         let mut payload = vec![0; size as usize];
         self.stream.read_exact(&mut payload).map_err(broken)?;
         Ok(Message { request, flags, payload, fds })
     }
 
-    /// Waits until the back end closes the connection; messages before that are thrown away.
+    /// Waits until the back end closes the connection. Discards the messages before that.
     ///
     /// # Errors
-    /// [`Error::NoAnswer`] if it does not within [`LIMIT`] of its last message.
+    /// [`Error::NoAnswer`] if the back end does not close it within [`LIMIT`] of its last message.
     pub fn wait_for_close(&mut self) -> Result<()> {
         loop {
             match self.receive() {
@@ -177,7 +180,7 @@ impl RawConnection {
         }
     }
 
-    /// The socket itself.
+    /// Returns the socket.
     #[must_use]
     pub fn stream(&self) -> &UnixStream {
         &self.stream
@@ -209,12 +212,12 @@ impl RawConnection {
     }
 }
 
-/// Connects to the socket at `path`; gives up after `limit` if nobody accepts.
+/// Connects to the socket at `path`. Fails after `limit` if the back end does not accept.
 pub(crate) fn connect_stream(path: &Path, limit: Duration) -> Result<UnixStream> {
     let error = |e: rustix::io::Errno| Error::Connect { path: path.to_owned(), source: e.into() };
     let flags = SocketFlags::CLOEXEC;
     let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(error)?;
-    // A full backlog makes connect wait; the limit on sending covers it.
+    // With a full backlog, connect waits; the send timeout limits it.
     sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, Some(limit)).map_err(error)?;
     connect(&fd, &SocketAddrUnix::new(path).map_err(error)?).map_err(error)?;
     sockopt::set_socket_timeout(&fd, sockopt::Timeout::Send, None).map_err(error)?;

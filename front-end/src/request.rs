@@ -7,30 +7,30 @@ use crate::descriptor::WRITE;
 use crate::error::Result;
 use crate::guest::{GuestRam, Segment, Window};
 
-/// Status byte: done.
+/// Status byte: success.
 pub const STATUS_OK: u8 = 0;
-/// Status byte: the disk failed.
+/// Status byte: I/O error.
 pub const STATUS_IOERR: u8 = 1;
-/// Status byte: there is no such request, or not in this form.
+/// Status byte: the request, or its form, is not supported.
 pub const STATUS_UNSUPP: u8 = 2;
-/// What the status byte holds until the device writes it: no status of the specification.
+/// The status byte before the device writes it: not a status of the specification.
 pub const STATUS_UNWRITTEN: u8 = 0xee;
 
-/// The header, then the status byte, in a cache line of their own, which travels to the device and
-/// back once a request.
+/// The header, then the status byte, in a cache line of their own, which moves to the device and
+/// back once per request.
 pub(crate) const HEAD_BYTES: u32 = 64;
 pub(crate) const STATUS_AT: usize = HEADER_BYTES as usize;
 /// A request's header: type, priority, sector.
 pub(crate) const HEADER_BYTES: u32 = 16;
 
-/// How a queue is made and driven.
+/// The parameters of a queue.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueOptions {
-    /// Descriptors: a power of two up to 32768.
+    /// The number of descriptors: a power of two up to 32768.
     pub size: u16,
-    /// Put each request in an indirect table. The back end must have been asked for it.
+    /// Put each request in an indirect table. The feature must be negotiated.
     pub indirect: bool,
-    /// Data segments that a request may have.
+    /// The most data segments of a request.
     pub segments_max: usize,
 }
 
@@ -40,18 +40,18 @@ impl Default for QueueOptions {
     }
 }
 
-/// Names a request in flight: the index of the first descriptor of its chain.
+/// Identifies a request in flight: the index of the first descriptor of its chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tag(pub u16);
 
-/// A request that the device has given back.
+/// A request that the device has used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Which one.
+    /// The tag of the request.
     pub tag: Tag,
-    /// The status byte; [`STATUS_UNWRITTEN`] if the device left it alone.
+    /// The status byte; [`STATUS_UNWRITTEN`] if the device did not write it.
     pub status: u8,
-    /// Bytes that the device says it has written.
+    /// The number of bytes that the device reports as written.
     pub used_len: u32,
 }
 
@@ -64,50 +64,50 @@ pub struct Request<'a> {
     pub sector: u64,
     /// The data.
     pub data: &'a [Segment],
-    /// Whether the device writes the data, or reads it.
+    /// Whether the device writes the data; otherwise it reads it.
     pub device_writes: bool,
 }
 
 impl<'a> Request<'a> {
-    /// Reads into `data`.
+    /// Makes a read into `data`.
     #[must_use]
     pub fn read(sector: u64, data: &'a [Segment]) -> Self {
         Self { kind: 0, sector, data, device_writes: true }
     }
 
-    /// Writes `data`.
+    /// Makes a write of `data`.
     #[must_use]
     pub fn write(sector: u64, data: &'a [Segment]) -> Self {
         Self { kind: 1, sector, data, device_writes: false }
     }
 
-    /// Makes what was written stay.
+    /// Makes a flush, which makes completed writes durable.
     #[must_use]
     pub fn flush() -> Self {
         Self { kind: 4, sector: 0, data: &[], device_writes: false }
     }
 
-    /// Asks for the device's name, up to 20 bytes of it.
+    /// Makes a request for the device's name, up to 20 bytes.
     #[must_use]
     pub fn id(data: &'a [Segment]) -> Self {
         Self { kind: 8, sector: 0, data, device_writes: true }
     }
 
-    /// Discards the ranges that `data` lists (see [`range`]).
+    /// Makes a discard of the ranges that `data` lists (see [`range`]).
     #[must_use]
     pub fn discard(data: &'a [Segment]) -> Self {
         Self { kind: 11, sector: 0, data, device_writes: false }
     }
 
-    /// Zeroes the ranges that `data` lists (see [`range`]).
+    /// Makes a write-zeroes request for the ranges that `data` lists (see [`range`]).
     #[must_use]
     pub fn write_zeroes(data: &'a [Segment]) -> Self {
         Self { kind: 13, sector: 0, data, device_writes: false }
     }
 }
 
-/// One range of a DISCARD or WRITE_ZEROES request, as it lies in memory: first sector and number
-/// of sectors, of 512 bytes each, and flags (1: unmap).
+/// Returns one range of a DISCARD or WRITE_ZEROES request as it lies in memory: first sector and
+/// number of sectors, in units of 512 bytes, and flags (1: unmap).
 #[must_use]
 pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     (u128::from(sector) | u128::from(sectors) << 64 | u128::from(flags) << 96).to_le_bytes()
@@ -118,7 +118,7 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 pub(crate) struct Heads(Window);
 
 impl Heads {
-    /// Takes memory for `count` requests.
+    /// Allocates memory for `count` requests.
     pub(crate) fn new(ram: &Arc<GuestRam>, count: u16) -> Result<Self> {
         ram.window(HEAD_BYTES * u32::from(count), u64::from(HEAD_BYTES)).map(Self)
     }
@@ -141,13 +141,13 @@ impl Heads {
             .chain(std::iter::once((Segment { gpa: status, len: 1 }, WRITE)))
     }
 
-    /// Where the header and the status byte of line `index` lie.
+    /// Returns the addresses of the header and the status byte of line `index`.
     pub(crate) fn addrs(&self, index: u16) -> (u64, u64) {
         let header = self.0.gpa() + u64::from(index) * u64::from(HEAD_BYTES);
         (header, header + STATUS_AT as u64)
     }
 
-    /// The status byte in line `index`.
+    /// Returns the status byte in line `index`.
     pub(crate) fn status(&self, index: u16) -> u8 {
         self.0.load(usize::from(index) * HEAD_BYTES as usize + STATUS_AT, Relaxed)
     }
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_lies_in_memory_as_the_specification_says() {
+    fn the_layout_of_a_range_follows_the_specification() {
         assert_eq!(range(0x0102, 3, 1), [2, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0]);
     }
 }

@@ -1,4 +1,5 @@
-//! Where one virtqueue lies in guest memory, its eventfds, and raw access to a split ring's fields.
+//! The place of one virtqueue in guest memory, its eventfds, and raw access to a split ring's
+//! fields.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,18 +10,18 @@ use crate::guest::{GuestRam, Window};
 use crate::packed::PackedFields;
 use crate::split::SplitFields;
 
-/// How the rings lie in memory.
+/// The layout of a ring in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RingLayout {
     /// Descriptors, an available ring and a used ring (virtio 1.2, 2.7).
     #[default]
     Split,
-    /// One ring of descriptors that both sides write (virtio 1.2, 2.8).
+    /// One ring of descriptors, which both sides write (virtio 1.2, 2.8).
     Packed,
 }
 
-/// A virtqueue's rings and eventfds. [`crate::Queue`] drives it, the front end tells the back end
-/// about it, and a test may write anything anywhere in it.
+/// A virtqueue's rings and eventfds. [`crate::Queue`] drives it, the front end announces it to the
+/// back end, and a test may write any value anywhere in it.
 #[derive(Debug)]
 pub struct Ring {
     index: usize,
@@ -33,10 +34,10 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Takes memory for queue `index` with `size` descriptors, all zero.
+    /// Allocates memory for queue `index` with `size` descriptors, all zero.
     ///
     /// # Errors
-    /// A size that is not a power of two, no memory, or no eventfd.
+    /// The size is not a power of two, no memory is left, or the eventfd cannot be created.
     pub fn new(ram: &Arc<GuestRam>, index: usize, size: u16) -> Result<Self> {
         if !size.is_power_of_two() {
             return Err(Error::Size(size));
@@ -46,7 +47,7 @@ impl Ring {
             index,
             size,
             descriptors: ram.window(16 * n, 16)?,
-            // Lines of their own, as the two sides write one ring each.
+            // Separate cache lines, as each side writes one of the rings.
             available: ram.window(6 + 2 * n, 64)?,
             used: ram.window(6 + 8 * n, 64)?,
             kick: event_fd()?,
@@ -54,42 +55,44 @@ impl Ring {
         })
     }
 
-    /// Which queue of the device it is.
+    /// Returns its queue index.
     #[must_use]
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// How many descriptors it has.
+    /// Returns its number of descriptors.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Addresses in this process of the descriptors, the available ring and the used ring.
+    /// Returns the addresses in this process of the descriptors, the available ring and the used
+    /// ring.
     #[must_use]
     pub fn user_addrs(&self) -> [u64; 3] {
         [&self.descriptors, &self.available, &self.used].map(Window::user_addr)
     }
 
-    /// Guest-physical addresses of the descriptors, the available ring and the used ring.
+    /// Returns the guest-physical addresses of the descriptors, the available ring and the used
+    /// ring.
     #[must_use]
     pub fn addrs(&self) -> [u64; 3] {
         [&self.descriptors, &self.available, &self.used].map(Window::gpa)
     }
 
-    /// The descriptors, the available ring and the used ring.
+    /// Returns the windows of the descriptors, the available ring and the used ring.
     pub(crate) fn windows(&self) -> [&Window; 3] {
         [&self.descriptors, &self.available, &self.used]
     }
 
-    /// The memory it lies in.
+    /// Returns the guest memory that it lies in.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {
         self.descriptors.ram()
     }
 
-    /// The eventfd that the driver writes.
+    /// Returns the kick eventfd, which the driver writes.
     #[must_use]
     pub fn kick_fd(&self) -> &EventFd {
         &self.kick
@@ -103,28 +106,28 @@ impl Ring {
         self.kick.write(1).map_err(Error::system("cannot kick"))
     }
 
-    /// The eventfd that the device writes.
+    /// Returns the call eventfd, which the device writes.
     #[must_use]
     pub fn call_fd(&self) -> Arc<EventFd> {
         self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Puts a new eventfd in the place of the call fd and returns the old one.
+    /// Replaces the call fd with a new eventfd, and returns the old one.
     ///
     /// # Errors
-    /// No eventfd.
+    /// The eventfd cannot be created.
     pub(crate) fn renew_call_fd(&self) -> Result<Arc<EventFd>> {
         let new = Arc::new(event_fd()?);
         Ok(std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), new))
     }
 
-    /// Its fields as those of a split ring.
+    /// Returns its fields as those of a split ring.
     #[inline]
     pub(crate) fn split(&self) -> SplitFields<'_> {
         SplitFields::new(self.windows(), self.size)
     }
 
-    /// Its fields as those of a packed ring.
+    /// Returns its fields as those of a packed ring.
     #[inline]
     pub(crate) fn packed(&self) -> PackedFields<'_> {
         PackedFields::new(self.windows(), self.size)
@@ -141,57 +144,57 @@ impl Ring {
         self.split().set_descriptor(index, descriptor);
     }
 
-    /// The available ring's flags: 1 asks the device for no calls.
+    /// Sets the available ring's flags. 1: the driver wants no calls.
     pub fn set_available_flags(&self, flags: u16) {
         self.split().set_available_flags(flags);
     }
 
-    /// The available ring's index, which only the driver writes.
+    /// Returns the available ring's index, which only the driver writes.
     #[must_use]
     pub fn available_index(&self) -> u16 {
         self.split().available_index()
     }
 
-    /// Publishes the available ring up to `index`, with all that was written before.
+    /// Publishes the available ring up to `index`, with all data that was written before.
     pub fn set_available_index(&self, index: u16) {
         self.split().set_available_index(index);
     }
 
-    /// Writes the element of the available ring for position `index` (taken modulo the size).
+    /// Writes the element of the available ring at position `index` (modulo the size).
     pub fn set_available_element(&self, index: u16, head: u16) {
         self.split().set_available_element(index, head);
     }
 
-    /// With EVENT_IDX: the used index after which the driver wants a call.
+    /// With EVENT_IDX: sets the used index after which the driver wants a call.
     pub fn set_used_event(&self, index: u16) {
         self.split().set_used_event(index);
     }
 
-    /// The used ring's flags: 1 says that the device wants no kicks.
+    /// Returns the used ring's flags. 1: the device wants no kicks.
     #[must_use]
     pub fn used_flags(&self) -> u16 {
         self.split().used_flags()
     }
 
-    /// The used ring's index, and with it all that the device wrote before.
+    /// Returns the used ring's index. All data that the device wrote before is visible.
     #[must_use]
     pub fn used_index(&self) -> u16 {
         self.split().used_index()
     }
 
-    /// The element of the used ring for position `index` (taken modulo the size).
+    /// Returns the element of the used ring at position `index` (modulo the size).
     #[must_use]
     pub fn used_element(&self, index: u16) -> Used {
         self.split().used_element(index)
     }
 
-    /// With EVENT_IDX: the available index after which the device wants a kick.
+    /// With EVENT_IDX: returns the available index after which the device wants a kick.
     #[must_use]
     pub fn available_event(&self) -> u16 {
         self.split().available_event()
     }
 
-    /// Makes all three zero, as a guest that boots again does.
+    /// Zeroes all three parts, as a guest that boots again does.
     pub(crate) fn clear(&self) {
         self.descriptors.clear();
         self.available.clear();
@@ -205,7 +208,7 @@ mod tests {
     use crate::descriptor::{NEXT, WRITE};
 
     #[test]
-    fn the_layout_is_the_specification_s() {
+    fn the_layout_follows_the_specification() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let ring = Ring::new(&ram, 0, 8).unwrap();
         let [descriptors, available, used] = ring.addrs();

@@ -1,7 +1,7 @@
-//! The driver's side of a split ring (virtio 1.2, 2.7), for any kind of requests.
+//! The driver's side of a split ring (virtio 1.2, 2.7), for any kind of request.
 //!
-//! `SplitFields` is the ring's memory, `SplitDriver` what the driver keeps beside it. Who drives a
-//! ring decides what lies in its descriptors, and which chains are free.
+//! `SplitFields` is the ring's memory, and `SplitDriver` the driver's state beside it. The user of
+//! both decides what the descriptors refer to, and which chains are free.
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
@@ -13,19 +13,19 @@ use crate::words::words;
 /// A split ring in guest memory, field by field. The other side may write it at any time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SplitFields<'a> {
-    /// Two words for each.
+    /// Two words for each descriptor.
     descriptors: &'a [AtomicU64],
     /// Flags, index, an element for each descriptor, `used_event`.
     available: &'a [AtomicU16],
-    /// Flags, index, four of these for each descriptor, `avail_event`.
+    /// Flags, index, four 16-bit values for each descriptor, `avail_event`.
     used: &'a [AtomicU16],
-    /// The same memory as `used`, for its elements: id and length, from the second one on.
+    /// The same memory as `used`, for its elements: id and length, from the second word on.
     elements: &'a [AtomicU32],
     mask: u16,
 }
 
 impl<'a> SplitFields<'a> {
-    /// A ring of `size` descriptors in these windows: descriptors, available ring, used ring.
+    /// Makes a ring of `size` descriptors in these windows: descriptors, available ring, used ring.
     pub(crate) fn new([descriptors, available, used]: [&'a Window; 3], size: u16) -> Self {
         Self {
             descriptors: words(descriptors),
@@ -36,7 +36,7 @@ impl<'a> SplitFields<'a> {
         }
     }
 
-    /// The words of `count` descriptors from `first` on, two for each.
+    /// Returns the words of `count` descriptors from `first` on, two for each.
     #[inline]
     pub(crate) fn descriptors(&self, first: usize, count: usize) -> &'a [AtomicU64] {
         &self.descriptors[2 * first..][..2 * count]
@@ -54,60 +54,61 @@ impl<'a> SplitFields<'a> {
         put(self.descriptors, index.into(), descriptor.split());
     }
 
-    /// The available ring's flags: 1 asks the device for no calls.
+    /// Sets the available ring's flags. 1: the driver wants no calls.
     pub(crate) fn set_available_flags(&self, flags: u16) {
         self.available[0].store(flags, Relaxed);
     }
 
-    /// The available ring's index, which only the driver writes.
+    /// Returns the available ring's index, which only the driver writes.
     pub(crate) fn available_index(&self) -> u16 {
         self.available[1].load(Relaxed)
     }
 
-    /// Publishes the available ring up to `index`, with all that was written before.
+    /// Publishes the available ring up to `index`, with all data that was written before.
     #[inline]
     pub(crate) fn set_available_index(&self, index: u16) {
-        // Release: the device that loads this index sees elements, headers and descriptors.
+        // Release: a device that loads this index sees elements, headers and descriptors.
         self.available[1].store(index, Release);
     }
 
-    /// Writes the element of the available ring for position `index` (taken modulo the size).
+    /// Writes the element of the available ring at position `index` (modulo the size).
     #[inline]
     pub(crate) fn set_available_element(&self, index: u16, head: u16) {
         self.available[2 + usize::from(index & self.mask)].store(head, Relaxed);
     }
 
-    /// With EVENT_IDX: the used index after which the driver wants a call.
+    /// With EVENT_IDX: sets the used index after which the driver wants a call.
     pub(crate) fn set_used_event(&self, index: u16) {
         self.available[2 + self.size()].store(index, Relaxed);
     }
 
-    /// The used ring's flags: 1 says that the device wants no kicks.
+    /// Returns the used ring's flags. 1: the device wants no kicks.
     #[inline]
     pub(crate) fn used_flags(&self) -> u16 {
         self.used[0].load(Relaxed)
     }
 
-    /// The used ring's index, and with it all that the device wrote before.
+    /// Returns the used ring's index. All data that the device wrote before is visible.
     #[inline]
     pub(crate) fn used_index(&self) -> u16 {
-        // Acquire: pairs with the device's store after it has written data, status and element.
+        // Acquire: pairs with the device's store, which follows its writes of data, status and
+        // element.
         self.used[1].load(Acquire)
     }
 
-    /// The id in the element of the used ring for position `index` (taken modulo the size).
+    /// Returns the id in the element of the used ring at position `index` (modulo the size).
     #[inline]
     pub(crate) fn used_id(&self, index: u16) -> u32 {
         self.elements[1 + 2 * usize::from(index & self.mask)].load(Relaxed)
     }
 
-    /// The element of the used ring for position `index` (taken modulo the size).
+    /// Returns the element of the used ring at position `index` (modulo the size).
     pub(crate) fn used_element(&self, index: u16) -> Used {
         let len = self.elements[2 + 2 * usize::from(index & self.mask)].load(Relaxed);
         Used { id: self.used_id(index), len }
     }
 
-    /// With EVENT_IDX: the available index after which the device wants a kick.
+    /// With EVENT_IDX: returns the available index after which the device wants a kick.
     #[inline]
     pub(crate) fn available_event(&self) -> u16 {
         self.used[2 + 4 * self.size()].load(Relaxed)
@@ -121,26 +122,25 @@ impl<'a> SplitFields<'a> {
 
 /// The driver's indices of one split ring.
 ///
-/// Nothing here has a fence between publishing and looking at what the other side wants: the caller
-/// has one, or looks again.
+/// No method has a fence between publishing and reading what the other side wants. The caller has a
+/// fence, or reads again.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct SplitDriver {
     event_idx: bool,
-    /// Where the next chain goes in the available ring.
+    /// The position of the next chain in the available ring.
     pub(crate) next: u16,
-    /// Up to where the used ring has been read.
+    /// The position up to which the used ring was read.
     pub(crate) taken: u16,
 }
 
 impl SplitDriver {
-    /// A driver of an empty ring. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has been agreed
-    /// on.
+    /// Makes a driver of an empty ring. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
     pub(crate) fn new(event_idx: bool) -> Self {
         Self { event_idx, ..Self::default() }
     }
 
-    /// Makes the chains that begin at `heads` available to the device, with all that was written
-    /// before.
+    /// Makes the chains that begin at `heads` available to the device, with all data that was
+    /// written before.
     #[inline]
     pub(crate) fn publish(&mut self, ring: &SplitFields<'_>, heads: impl Iterator<Item = u16>) {
         let mut next = self.next;
@@ -152,8 +152,8 @@ impl SplitDriver {
         ring.set_available_index(next);
     }
 
-    /// Takes what the device has given back, at most `most`: positions in the used ring from the
-    /// first value on, as many as the second one says. What the device wrote before is seen.
+    /// Takes at most `most` used requests. Returns the first position in the used ring, and the
+    /// number of positions. The data that the device wrote before is visible.
     #[inline]
     pub(crate) fn take(&mut self, ring: &SplitFields<'_>, most: usize) -> (u16, usize) {
         let first = self.taken;
@@ -162,13 +162,13 @@ impl SplitDriver {
         (first, count)
     }
 
-    /// Whether the device has given back what was not taken.
+    /// Returns whether the device has used a request that was not taken.
     #[inline]
     pub(crate) fn has_completion(&self, ring: &SplitFields<'_>) -> bool {
         self.taken != ring.used_index()
     }
 
-    /// Whether the device wants a kick for the last `unkicked` chains that were published.
+    /// Returns whether the device wants a kick for the last `unkicked` published chains.
     #[inline]
     pub(crate) fn wants_kick(&self, ring: &SplitFields<'_>, unkicked: u16) -> bool {
         if self.event_idx {
@@ -184,8 +184,8 @@ impl SplitDriver {
         ring.set_used_event(self.taken);
     }
 
-    /// Tells the device that nobody waits for its calls. With EVENT_IDX this holds for the next
-    /// 65,535 completions.
+    /// Tells the device that it need not call. With EVENT_IDX this holds for the next 65,535
+    /// completions.
     pub(crate) fn refuse_calls(&self, ring: &SplitFields<'_>) {
         ring.set_available_flags(u16::from(!self.event_idx));
         ring.set_used_event(self.taken.wrapping_sub(1));
@@ -199,8 +199,8 @@ pub(crate) fn put(table: &[AtomicU64], index: usize, [addr, rest]: [u64; 2]) {
     table[2 * index + 1].store(rest, Relaxed);
 }
 
-/// Whether the other side wants to hear of the step from `old` to `new`, having named `event`
-/// (virtio 1.2, 2.7.10).
+/// Returns whether the other side, which has named `event`, wants a notification for the step from
+/// `old` to `new` (virtio 1.2, 2.7.10).
 #[inline]
 pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)

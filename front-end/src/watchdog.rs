@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
-/// Shuts a socket down when a guarded wait has taken too long.
+/// Shuts down a socket when a guarded wait has taken too long.
 ///
-/// A limit on the socket's own reads does not do: the `vhost` crate tries again when it passes.
+/// A timeout on the socket's reads is not enough: the `vhost` crate repeats a read that timed out.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     limit: Duration,
@@ -32,7 +32,7 @@ struct State {
 }
 
 impl Watchdog {
-    /// Watches over `socket`: each wait may take `limit`.
+    /// Guards `socket`: each wait may take `limit`.
     pub(crate) fn new(socket: UnixStream, limit: Duration) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = shared.clone();
@@ -43,7 +43,8 @@ impl Watchdog {
         Ok(Self { limit, shared, thread: Some(thread) })
     }
 
-    /// Runs `wait` under the limit. The second value says whether the limit has ever passed.
+    /// Runs `wait` under the limit. The second value tells whether a wait has ever exceeded the
+    /// limit.
     pub(crate) fn guard<T>(&self, wait: impl FnOnce() -> T) -> (T, bool) {
         self.shared.set(|state| state.deadline = Some(Instant::now() + self.limit));
         let result = wait();
@@ -60,7 +61,7 @@ impl Drop for Watchdog {
     fn drop(&mut self) {
         self.shared.set(|state| state.ended = true);
         if let Some(thread) = self.thread.take() {
-            // It cannot have panicked, and a drop could do nothing about it.
+            // The thread cannot have panicked, and drop could not handle it.
             drop(thread.join());
         }
     }
@@ -86,7 +87,7 @@ impl Shared {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 (state.deadline, state.expired) = (None, true);
-                // A socket that is down already will not keep anybody waiting either.
+                // A socket that is shut down already ends the wait as well.
                 drop(socket.shutdown(Shutdown::Both));
                 continue;
             }

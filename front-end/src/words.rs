@@ -1,21 +1,22 @@
-//! Guest memory as atomic integers, for what is looked at millions of times a second.
+//! Guest memory as atomic integers, for fields that are read millions of times a second.
 #![expect(unsafe_code, reason = "vm-memory hands out one atomic at a time, and checks each")]
 
 use vm_memory::AtomicInteger;
 
 use crate::guest::Window;
 
-/// The window's memory as atomics, as many as fit. The other side may write them at any time.
+/// Returns the window's memory as atomics, as many as fit. The other side may write them at any
+/// time.
 ///
 /// # Panics
-/// If the window begins at no multiple of the atomic's size: a mistake of this crate's.
+/// If the window's address is not a multiple of the atomic's size: a bug of this crate.
 pub(crate) fn words<T: AtomicInteger>(window: &Window) -> &[T] {
     let first = window.user_addr() as *const T;
     assert!(first.is_aligned(), "{first:?} is not aligned");
     let len = window.len() / size_of::<T>();
-    // SAFETY: the window lies in a mapping that lives as long as the window's `GuestRam`, which the
-    // borrow keeps; `len` values fit in it, and the first is aligned. Atomics may be shared with
-    // anybody who writes them, and every bit pattern is an integer.
+    // SAFETY: the window lies in a mapping that is valid as long as the window's `GuestRam`, which
+    // the borrow keeps; `len` values fit in it, and the first one is aligned. Atomics may be shared
+    // with any writer, and every bit pattern is an integer.
     unsafe { std::slice::from_raw_parts(first, len) }
 }
 
@@ -27,7 +28,7 @@ mod tests {
     use crate::guest::GuestRam;
 
     #[test]
-    fn they_are_the_window_s_bytes_and_no_more() {
+    fn they_cover_exactly_the_bytes_of_the_window() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let window = ram.window(20, 8).unwrap();
         let wide: &[AtomicU64] = words(&window);
@@ -42,7 +43,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "not aligned")]
-    fn an_odd_place_is_refused() {
+    fn an_unaligned_window_is_refused() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         ram.alloc(1, 1).unwrap();
         words::<AtomicU64>(&ram.window(16, 1).unwrap());

@@ -15,7 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use front_end::{
-    Deaf, FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK,
+    FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK,
+    UnresponsiveSocket,
 };
 use harness::{Launch, Vhost, wait_until};
 use rustix::event::{EventfdFlags, eventfd};
@@ -335,7 +336,7 @@ fn call_fds_of_rings_that_are_not_started_cost_no_io_uring() {
 fn a_foreign_socket_is_left_alone_and_holds_up_nobody() {
     let vhost = target();
     let path = vhost.socket("f");
-    let _deaf = Deaf::bind(&path).unwrap();
+    let _unresponsive = UnresponsiveSocket::bind(&path).unwrap();
     let inode = fs::symlink_metadata(&path).unwrap().ino();
     let create = json!({"ctrlr": "f", "dev_name": "Mb"});
     let refusal = vhost.err("vhost_create_blk_controller", create);

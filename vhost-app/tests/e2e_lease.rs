@@ -285,9 +285,9 @@ fn rings_wait_for_io_of_a_process_that_did_not() {
     nothing_is_late(RingLayout::Packed, End::Terminate, 1, &[]);
 }
 
-/// What the others would see if nobody waited.
+/// Without waiting, other processes would see this.
 #[test]
 fn without_a_lease_old_io_lands_over_what_is_newer() {
     let Some(toll) = ends(RingLayout::Split, End::Kill, 1, &["--share"]) else { return };
-    assert!(toll.overtaken == 1 && toll.stale > 0 && toll.spoiled > 0, "{toll}");
+    assert!(toll.overtaken == 1 && toll.stale > 0 && toll.corrupted > 0, "{toll}");
 }

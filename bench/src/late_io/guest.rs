@@ -163,7 +163,7 @@ impl Guest {
             }
             self.ram.read(self.reads[block].gpa, &mut bytes)?;
             if bytes.iter().any(|byte| *byte != REUSED) {
-                toll.spoiled += 1;
+                toll.corrupted += 1;
                 toll.note(|| format!("the buffer of read {block} changed after its completion"));
             }
         }

@@ -1,4 +1,4 @@
-//! `vhost-perf` and sockets that are of no use to it: one line, and status 1.
+//! `vhost-perf` and unusable sockets: one line, and status 1.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -39,7 +39,7 @@ fn nobody_answers() {
     let told = refusal(&socket, "--timeout 0.2");
     assert_eq!(
         told,
-        "SOCKET: GET_FEATURES: no answer within 200ms (not a vhost-user server, or see the server's \
+        "SOCKET: GET_FEATURES: no reply within 200ms (not a vhost-user server, or see the server's \
          log)"
     );
 }
@@ -80,7 +80,7 @@ fn too_little() {
         ),
         (
             "--mem-size 64k --iodepth 64",
-            "no 4096 bytes of guest memory left: --mem-size is too small for this load",
+            "guest memory is used up: 4096 bytes requested: --mem-size is too small for this load",
         ),
         ("--cpus_allowed 1000", "cannot run on core 1000: Invalid argument (os error 22)"),
     ] {

@@ -6,19 +6,19 @@ use crate::prepared::Virtqueue;
 use crate::prepared::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Ring, RingLayout};
 
-/// A packed ring. The descriptors of each slot's request are made once and copied into the ring
-/// wherever the next free place is.
+/// A packed ring. The descriptors of each slot's request are made once, and copied to the next free
+/// place of the ring.
 ///
-/// It lies in the memory of a split [`Ring`], whose three parts are all large enough: descriptors,
-/// the driver's events, the device's events.
+/// It lies in the memory of a split [`Ring`], whose three parts are all large enough for the
+/// descriptors, the driver's events and the device's events.
 #[derive(Debug)]
 pub struct Packed<'a> {
     ring: PackedFields<'a>,
     driver: PackedDriver,
     slots: &'a Slots,
-    /// Each slot's descriptors as two words, the flags without those of the position.
+    /// Each slot's descriptors as two words. The flags are without those of the position.
     made: Vec<[u64; 2]>,
-    /// Descriptors of one request in the ring.
+    /// The number of descriptors of one request in the ring.
     parts: u16,
     /// Descriptors since the last kick, and descriptors that the device holds.
     unkicked: u16,
@@ -26,11 +26,13 @@ pub struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    /// Makes the requests of `slots` reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
-    /// been agreed on.
+    /// Makes the requests of `slots` reads. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
     pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
         let parts = if slots.is_indirect() { 1 } else { slots.parts() };
-        assert!(slots.count() * parts <= usize::from(ring.size()), "all requests fit in the ring");
+        assert!(
+            slots.count() * parts <= usize::from(ring.size()),
+            "the requests do not fit in the ring"
+        );
         let mut packed = Self {
             ring: ring.packed(),
             driver: PackedDriver::new(event_idx),
@@ -61,7 +63,7 @@ impl<'a> Packed<'a> {
 impl Virtqueue for Packed<'_> {
     #[inline]
     fn take(&mut self, slots: &mut [u16]) -> usize {
-        // Copies stay in registers.
+        // Local copies stay in registers.
         let (ring, mut driver, parts) = (self.ring, self.driver, self.parts);
         let mut count = 0;
         for slot in slots {
@@ -107,7 +109,7 @@ impl Virtqueue for Packed<'_> {
 
     #[inline]
     fn take_kick(&mut self) -> bool {
-        // What has come back has been seen, so it needs no kick.
+        // The device has seen the descriptors that it has returned, so they need no kick.
         self.unkicked = self.unkicked.min(self.held);
         let wanted = self.driver.wants_kick(&self.ring, self.unkicked);
         if wanted {
@@ -139,18 +141,19 @@ mod tests {
     use crate::guest::GuestRam;
     use crate::packed::{AVAILABLE, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Position, USED};
 
-    /// A device that follows the specification, with state of its own.
+    /// A device that follows the specification, with its own state.
     struct Device {
         ram: Arc<GuestRam>,
         addrs: [u64; 3],
         size: u16,
         available: Position,
         used: Position,
-        /// Of each request taken: its buffer id, its descriptors in the ring, and those it means.
+        /// For each request taken: its buffer id, its descriptors in the ring, and its descriptors
+        /// in total.
         held: VecDeque<(u16, u16, Vec<Descriptor>)>,
     }
 
-    /// `position` and `n` further on, in a ring of `size`.
+    /// Returns `position` advanced by `n`, in a ring of `size`.
     fn further(position: Position, n: u16, size: u16) -> Position {
         let sum = position.at + n;
         Position { at: sum % size, wrap: position.wrap ^ (sum / size % 2 == 1) }
@@ -174,7 +177,7 @@ mod tests {
             bytes
         }
 
-        /// A descriptor, with the buffer id in place of `next`.
+        /// Reads a descriptor. `next` holds the buffer id.
         fn descriptor(&self, gpa: u64) -> Descriptor {
             let bytes: [u8; 16] = self.read(gpa);
             let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
@@ -186,7 +189,7 @@ mod tests {
             }
         }
 
-        /// Takes what is available; returns how many requests that was.
+        /// Takes the available requests. Returns their number.
         fn poll(&mut self) -> usize {
             let before = self.held.len();
             loop {
@@ -199,7 +202,7 @@ mod tests {
                     if chain.is_empty() && !available {
                         return self.held.len() - before;
                     }
-                    assert!(available, "the rest of a chain is there when its head is");
+                    assert!(available, "the whole chain is available when its head is");
                     at = further(at, 1, self.size);
                     chain.push(Descriptor { flags: part.flags & !(AVAILABLE | USED), ..part });
                     if part.flags & NEXT == 0 {
@@ -217,7 +220,7 @@ mod tests {
             }
         }
 
-        /// An entry of a table of `parts`: they follow one another, and no flag says so.
+        /// Reads an entry of a table of `parts`. Entries follow one another, without a NEXT flag.
         fn table_entry(&self, table: u64, i: u64, parts: u64) -> Descriptor {
             let mut part = self.descriptor(table + 16 * i);
             assert_eq!(part.flags & !crate::descriptor::WRITE, 0);
@@ -225,7 +228,7 @@ mod tests {
             part
         }
 
-        /// Gives the `n`th request that it holds back with a status byte.
+        /// Returns the `n`th request that it holds, with a status byte.
         fn complete(&mut self, n: usize, status: u8) {
             let (id, in_ring, chain) = self.held.remove(n).unwrap();
             self.ram.write(chain.last().unwrap().addr, &[status]).unwrap();
@@ -237,7 +240,7 @@ mod tests {
             self.used = further(self.used, in_ring, self.size);
         }
 
-        /// Says which kicks it wants.
+        /// Sets which kicks it wants.
         fn want(&self, flags: u16, at: Position) {
             let event = at.at | u16::from(at.wrap) << 15;
             self.ram.write(self.addrs[2], &event.to_le_bytes()).unwrap();
@@ -257,8 +260,9 @@ mod tests {
         (ring, slots)
     }
 
-    /// Thousands of requests in a ring whose size is no multiple of a chain, returned out of order.
-    fn goes_round(size: u16, depth: usize, indirect: bool) {
+    /// Runs thousands of requests through a ring whose size is not a multiple of a chain's length.
+    /// They return out of order.
+    fn wraps_around(size: u16, depth: usize, indirect: bool) {
         let (ring, slots) = memory(size, depth, indirect);
         let heads: Vec<_> = slots.heads().collect();
         let mut device = Device::new(&ring);
@@ -295,32 +299,32 @@ mod tests {
     }
 
     #[test]
-    fn chains_go_round() {
-        goes_round(16, 5, false);
-        goes_round(8, 2, false);
-        goes_round(4, 1, false);
+    fn chains_wrap_around() {
+        wraps_around(16, 5, false);
+        wraps_around(8, 2, false);
+        wraps_around(4, 1, false);
     }
 
     #[test]
-    fn tables_go_round() {
-        goes_round(8, 8, true);
-        goes_round(1, 1, true);
+    fn tables_wrap_around() {
+        wraps_around(8, 8, true);
+        wraps_around(1, 1, true);
     }
 
     #[test]
-    fn kicks_follow_the_device_s_flags() {
+    fn kicks_follow_the_flags_of_the_device() {
         let (ring, slots) = memory(16, 4, false);
         let mut packed = Packed::new(&ring, &slots, false);
         let mut device = Device::new(&ring);
-        assert!(!packed.take_kick(), "nothing to kick for");
+        assert!(!packed.take_kick(), "no request is published");
         packed.give(&[0]);
         assert!(packed.take_kick());
-        assert!(!packed.take_kick(), "nothing new");
+        assert!(!packed.take_kick(), "no new request");
         device.want(EVENTS_OFF, Position::FIRST);
         packed.give(&[1]);
         assert!(!packed.take_kick());
         device.want(EVENTS_ON, Position::FIRST);
-        assert!(packed.take_kick(), "wanted after all");
+        assert!(packed.take_kick(), "the device wants kicks now");
         device.poll();
         device.want(EVENTS_OFF, Position::FIRST);
         packed.give(&[2]);
@@ -328,7 +332,7 @@ mod tests {
         (0..3).for_each(|_| device.complete(0, 0));
         assert_eq!((0..3).filter_map(|_| next(&mut packed)).count(), 3);
         device.want(EVENTS_ON, Position::FIRST);
-        assert!(!packed.take_kick(), "it has come back without");
+        assert!(!packed.take_kick(), "the request has returned without a kick");
     }
 
     #[test]
@@ -337,7 +341,7 @@ mod tests {
         let mut packed = Packed::new(&ring, &slots, true);
         let mut device = Device::new(&ring);
         for round in 0..1000 {
-            // The device asks for the request after the next one.
+            // The device asks for a kick at the request after the next one.
             device.want(EVENTS_AT, further(device.available, 3, 8));
             for (slot, wanted) in [(0, false), (1, true)] {
                 packed.give(&[slot]);
@@ -350,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_asked_for_and_refused() {
+    fn calls_are_requested_and_disabled() {
         let (ring, slots) = memory(8, 2, false);
         let mut packed = Packed::new(&ring, &slots, false);
         let device = Device::new(&ring);

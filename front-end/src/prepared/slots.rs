@@ -12,15 +12,17 @@ use crate::ring::RingLayout;
 use crate::split::put;
 use crate::words::words;
 
-/// Where the flags begin in the second word of a split ring's descriptor, and of a packed one's.
+/// The bit at which the flags begin in the second word of a split ring's descriptor, and of a
+/// packed one's.
 pub(crate) const SPLIT_FLAGS_AT: u32 = 32;
 pub(crate) const PACKED_FLAGS_AT: u32 = 48;
 const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
 const DESCRIPTOR_BYTES: u32 = 16;
-/// A whole page where blocks are that large, so that no block lies in more pages than it must.
+/// Blocks of at least a page begin at a page boundary, so that each block lies in as few pages as
+/// possible.
 const PAGE: u64 = 4096;
 
-/// As many requests as may be in flight, made once.
+/// The memory of all requests that may be in flight, laid out once.
 #[derive(Debug)]
 pub struct Slots {
     heads: Window,
@@ -30,11 +32,11 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Takes memory for `count` requests of `block_bytes`, in data segments of at most
+    /// Allocates memory for `count` requests of `block_bytes`, in data segments of at most
     /// `segment_bytes`; with an indirect table for each if `indirect`.
     ///
     /// # Errors
-    /// No memory left.
+    /// No guest memory is left.
     pub fn new(
         ram: &Arc<GuestRam>,
         count: usize,
@@ -51,7 +53,7 @@ impl Slots {
         Ok(Self { heads, tables, buffers, segment_bytes })
     }
 
-    /// The most memory that [`Slots::new`] takes for these requests.
+    /// Returns the most memory that [`Slots::new`] takes for these requests.
     pub fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
         let parts = parts(block_bytes, segment_bytes).next_power_of_two() as u64;
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
@@ -60,28 +62,28 @@ impl Slots {
         count as u64 * each + 3 * PAGE
     }
 
-    /// How many there are.
+    /// Returns the number of slots.
     pub fn count(&self) -> usize {
         self.buffers.len()
     }
 
-    /// Each slot's data.
+    /// Returns each slot's data.
     pub fn buffers(&self) -> &[Segment] {
         &self.buffers
     }
 
-    /// Whether requests are in indirect tables.
+    /// Returns whether requests are in indirect tables.
     pub(crate) fn is_indirect(&self) -> bool {
         self.tables.is_some()
     }
 
-    /// Descriptors of one request: header, data, status.
+    /// Returns the number of descriptors of one request: header, data, status.
     pub fn parts(&self) -> usize {
         self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes))
     }
 
-    /// The descriptors of the request in `slot`, with NEXT in all but the last; who lays them out
-    /// says where the next one is.
+    /// Returns the descriptors of the request in `slot`, with NEXT in all but the last one. The
+    /// caller sets `next`.
     pub fn descriptors(&self, slot: usize, write: bool) -> impl Iterator<Item = Descriptor> {
         let head = self.heads.gpa() + slot as u64 * u64::from(HEAD_BYTES);
         let part = |addr, len, flags| Descriptor { addr, len, flags, next: 0 };
@@ -96,7 +98,7 @@ impl Slots {
     }
 
     /// Writes the indirect table of a read in `slot`, and returns a descriptor for it without
-    /// flags. None if requests are in no tables.
+    /// flags. Returns `None` if requests are not in tables.
     pub(crate) fn lay_table(&self, slot: usize, layout: RingLayout) -> Option<Descriptor> {
         let tables = self.tables.as_ref()?;
         let parts = self.parts();
@@ -116,14 +118,14 @@ impl Slots {
         Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
     }
 
-    /// The descriptors in the table of `slot`, if there are tables, as two words each.
+    /// Returns the descriptors in the table of `slot`, if there are tables, as two words each.
     #[inline]
     pub(crate) fn table(&self, slot: usize) -> Option<&[AtomicU64]> {
         let first = slot * self.parts().next_power_of_two();
         Some(&words(self.tables.as_ref()?)[2 * first..][..2 * self.parts()])
     }
 
-    /// The headers and status bytes, for the loop, of reads.
+    /// Returns the headers and status bytes of reads, for the measuring loop.
     pub fn heads(&self) -> impl Iterator<Item = Head<'_>> {
         let (words, bytes) = (words(&self.heads), words(&self.heads));
         (0..self.count()).map(move |slot| {
@@ -137,13 +139,14 @@ impl Slots {
     }
 }
 
-/// Makes the data of a request the device's to read, for a write, or to write: in `words`, the
-/// request's descriptors of two words each, whose flags begin at bit `flags_at` of the second one.
+/// Makes the data of a request readable for the device (a write request) or writable (a read
+/// request). `words` are the request's descriptors, two words each, whose flags begin at bit
+/// `flags_at` of the second word.
 #[inline]
 pub(crate) fn set_data_kind(words: &[AtomicU64], flags_at: u32, write: bool) {
     let flag = u64::from(WRITE) << flags_at;
     let (descriptors, _) = words.as_chunks::<2>();
-    // All but header and status.
+    // All descriptors but header and status.
     let data = descriptors.get(1..descriptors.len().saturating_sub(1)).unwrap_or_default();
     for [_, rest] in data {
         let others = rest.load(Ordering::Relaxed) & !flag;
@@ -170,18 +173,18 @@ impl Head<'_> {
         self.kind.store(u64::from(write), Ordering::Relaxed);
     }
 
-    /// Says where on the disk the request begins.
+    /// Sets the sector at which the request begins on the disk.
     #[inline]
     pub fn set_sector(&self, sector: u64) {
         self.sector.store(sector, Ordering::Relaxed);
     }
 
-    /// Where on the disk the request begins.
+    /// Returns the sector at which the request begins on the disk.
     pub fn sector(&self) -> u64 {
         self.sector.load(Ordering::Relaxed)
     }
 
-    /// The status that the device has written, which is made unwritten again.
+    /// Returns the status that the device has written, and resets it to the unwritten value.
     #[inline]
     pub fn take_status(&self) -> u8 {
         let written = self.status.load(Ordering::Relaxed);
@@ -195,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_is_header_data_and_status() {
+    fn a_request_has_header_data_and_status() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 3, 10_240, 4096, false).unwrap();
         assert_eq!((slots.parts(), slots.lay_table(0, RingLayout::Split)), (5, None));
@@ -230,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_what_the_device_reads_and_its_status_is_taken_once() {
+    fn the_device_reads_the_head_and_its_status_is_taken_once() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 2, 512, 512, false).unwrap();
         let head = slots.heads().nth(1).unwrap();

@@ -6,11 +6,12 @@ use crate::prepared::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Ring, RingLayout};
 use crate::split::{SplitDriver, SplitFields};
 
-/// Completions after which a refusal of calls is renewed: with EVENT_IDX the device calls when an
+/// After this many completions, calls are disabled again: with EVENT_IDX the device calls when an
 /// index comes round again, after 65,536.
 const REFUSAL_AGE: u16 = 1 << 14;
 
-/// How far apart the chains of two slots are: a power of two, as numbers are then shifted.
+/// Returns the distance between the chains of two slots: a power of two, so that numbers can be
+/// shifted.
 pub fn stride(slots: &Slots) -> usize {
     if slots.is_indirect() { 1 } else { slots.parts().next_power_of_two() }
 }
@@ -22,20 +23,20 @@ pub struct Split<'a> {
     driver: SplitDriver,
     slots: &'a Slots,
     shift: u32,
-    /// Up to where the device has been kicked.
+    /// The index up to which the device was kicked.
     kicked: u16,
-    /// What the device was last told not to call for.
+    /// The used index at which the driver has disabled calls last.
     refused: u16,
 }
 
 impl<'a> Split<'a> {
-    /// Lays out the requests of `slots` as reads. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX
-    /// has been agreed on.
+    /// Lays out the requests of `slots` as reads. `event_idx`: VIRTIO_RING_F_EVENT_IDX is
+    /// negotiated.
     pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
         let stride = stride(slots);
         assert!(
             slots.count() * stride <= usize::from(ring.size()),
-            "each slot has its descriptors"
+            "the slots' descriptors do not fit in the ring"
         );
         let mut split = Self {
             ring: ring.split(),
@@ -77,7 +78,7 @@ impl Virtqueue for Split<'_> {
         let mut index = first;
         for slot in &mut slots[..count] {
             let id = self.ring.used_id(index);
-            // What is no head comes out as a slot that is not there.
+            // An id that is not the head of a slot becomes a slot number that does not exist.
             *slot = u16::try_from(id.rotate_right(self.shift)).unwrap_or(u16::MAX);
             index = index.wrapping_add(1);
         }
@@ -109,8 +110,9 @@ impl Virtqueue for Split<'_> {
 
     #[inline]
     fn take_kick(&mut self) -> bool {
-        // What has come back has been seen, so it needs no kick; without this, a device that never
-        // wants one would leave `kicked` behind until indices have come round.
+        // The device has seen the requests that it has returned, so they need no kick. Without
+        // this, for a device that never wants a kick, `kicked` would stay behind until the indices
+        // have wrapped around.
         let SplitDriver { next, taken, .. } = self.driver;
         let in_flight = next.wrapping_sub(taken);
         let unkicked = next.wrapping_sub(self.kicked).min(in_flight);
@@ -128,7 +130,7 @@ impl Virtqueue for Split<'_> {
         self.refused = self.driver.taken;
     }
 
-    /// As QEMU has it: what the device has published, whether or not it was taken.
+    /// Like QEMU, returns the index that the device has published, whether or not it was taken.
     fn base(&self) -> u16 {
         self.ring.used_index()
     }
@@ -142,7 +144,7 @@ mod tests {
     use crate::guest::GuestRam;
     use crate::split::need_event;
 
-    /// A ring of 8 descriptors for two requests, whose device is the test.
+    /// A ring of 8 descriptors for two requests. The test is the device.
     fn parts(indirect: bool) -> (Arc<GuestRam>, Ring, Slots) {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let ring = Ring::new(&ram, 0, 8).unwrap();
@@ -150,7 +152,7 @@ mod tests {
         (ram, ring, slots)
     }
 
-    /// Gives `id` back as the element before used index `index`.
+    /// Returns `id` to the driver in the element before used index `index`.
     fn give_back(ring: &Ring, index: u16, id: u32) {
         let used = ring.addrs()[2];
         let element = used + 4 + u64::from(index.wrapping_sub(1) % 8) * 8;
@@ -173,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn each_slot_s_chain_is_the_slot_s_descriptors() {
+    fn each_chain_has_the_descriptors_of_its_slot() {
         let (_ram, ring, slots) = parts(false);
         let mut split = Split::new(&ring, &slots, false);
         split.set_kind(1, true);
@@ -188,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_go_round_many_times_and_come_back_as_their_slots() {
+    fn requests_wrap_around_many_times_and_return_as_their_slots() {
         let (ram, ring, slots) = parts(false);
         let mut split = Split::new(&ring, &slots, false);
         let available = ring.addrs()[1];
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn many_are_taken_and_given_at_once_as_far_as_they_fit() {
+    fn a_batch_is_taken_and_given_as_far_as_it_fits() {
         let (_ram, ring, slots) = parts(false);
         let mut split = Split::new(&ring, &slots, false);
         split.give(&[1, 0]);
@@ -221,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_head_is_no_slot() {
+    fn an_id_that_is_not_a_head_is_not_a_slot() {
         let (_ram, ring, slots) = parts(false);
         let mut split = Split::new(&ring, &slots, false);
         for (index, id) in [(1, 5), (2, 6), (3, 8), (4, u32::MAX), (5, 1 << 16)] {
@@ -231,19 +233,19 @@ mod tests {
     }
 
     #[test]
-    fn kicks_follow_the_flag_and_a_change_of_mind_is_seen() {
+    fn kicks_follow_the_flag_and_its_changes() {
         let (ram, ring, slots) = parts(false);
         let used = ring.addrs()[2];
         let mut split = Split::new(&ring, &slots, false);
-        assert!(!split.take_kick(), "nothing to kick for");
+        assert!(!split.take_kick(), "no request is published");
         split.give(&[0]);
         assert!(split.take_kick());
-        assert!(!split.take_kick(), "nothing new");
+        assert!(!split.take_kick(), "no new request");
         ram.write(used, &[1, 0]).unwrap();
         split.give(&[1]);
-        assert!(!split.take_kick(), "not wanted");
+        assert!(!split.take_kick(), "the device wants no kicks");
         ram.write(used, &[0, 0]).unwrap();
-        assert!(split.take_kick(), "wanted after all");
+        assert!(split.take_kick(), "the device wants kicks now");
         give_back(&ring, 1, 0);
         give_back(&ring, 2, 4);
         ram.write(used, &[1, 0]).unwrap();
@@ -253,11 +255,11 @@ mod tests {
         give_back(&ring, 3, 0);
         assert_eq!(next(&mut split), Some(0));
         ram.write(used, &[0, 0]).unwrap();
-        assert!(!split.take_kick(), "it has come back without");
+        assert!(!split.take_kick(), "the request has returned without a kick");
     }
 
     #[test]
-    fn with_event_idx_kicks_follow_the_index_even_if_none_was_wanted_for_long() {
+    fn with_event_idx_kicks_follow_the_index_even_after_a_long_time_without() {
         let (ram, ring, slots) = parts(false);
         let event_at = ring.addrs()[2] + 4 + 64;
         let mut split = Split::new(&ring, &slots, true);
@@ -273,13 +275,13 @@ mod tests {
         ram.write(event_at, &next.to_le_bytes()).unwrap();
         assert!(split.take_kick());
         split.give(&[1]);
-        assert!(!split.take_kick(), "it named the request before");
+        assert!(!split.take_kick(), "the device named the request before");
         ram.write(event_at, &next.wrapping_add(1).to_le_bytes()).unwrap();
         assert!(split.take_kick());
     }
 
     #[test]
-    fn calls_are_refused_for_good_and_asked_for_by_index() {
+    fn calls_stay_disabled_and_are_requested_by_index() {
         let (ram, ring, slots) = parts(false);
         let mut split = Split::new(&ring, &slots, true);
         let used_event = || {

@@ -1,4 +1,4 @@
-//! A queue of either kind, for whoever drives both alike.
+//! A queue of either layout, for code that drives both alike.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::ring::Ring;
 
 /// A split or a packed ring's driver. The methods are those of [`Queue`] and [`PackedQueue`].
 #[derive(Debug)]
-#[expect(missing_docs, reason = "as their types say")]
+#[expect(missing_docs, reason = "the variants' types are documented")]
 pub enum AnyQueue {
     Split(Queue),
     Packed(PackedQueue),
@@ -30,7 +30,7 @@ impl AnyQueue {
     /// As [`Queue::new`], or as [`PackedQueue::new`].
     ///
     /// # Errors
-    /// No memory, no eventfd, or a bad size.
+    /// No memory is left, the eventfd cannot be created, or the size is invalid.
     pub fn new(
         ram: &Arc<GuestRam>,
         index: usize,
@@ -45,26 +45,27 @@ impl AnyQueue {
         }
     }
 
-    /// The ring, for a front end to start.
+    /// Returns the ring, for a front end to start.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
         of_either!(self, queue => queue.ring())
     }
 
-    /// How far it has taken back what the device has done, as SET_VRING_BASE and GET_VRING_BASE say
-    /// it: where a new queue begins, and where the device stops if everything has been taken back.
+    /// Returns how far it has taken used requests, in the format of SET_VRING_BASE and
+    /// GET_VRING_BASE. A new queue begins here, and the device stops here if all requests have been
+    /// taken.
     #[must_use]
     pub fn base(&self) -> u16 {
         of_either!(self, queue => queue.base())
     }
 
-    /// Requests that the device holds.
+    /// Returns the number of requests that the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         of_either!(self, queue => queue.in_flight())
     }
 
-    /// Hands `request` to the device, without a kick.
+    /// Submits `request` to the device, without a kick.
     ///
     /// # Errors
     /// As [`Queue::submit`].
@@ -72,7 +73,7 @@ impl AnyQueue {
         of_either!(self, queue => queue.submit(request))
     }
 
-    /// Kicks the device if it wants to be kicked, and returns whether it did.
+    /// Kicks the device if it wants a kick, and returns whether it did.
     ///
     /// # Errors
     /// As [`Queue::kick`].
@@ -80,7 +81,7 @@ impl AnyQueue {
         of_either!(self, queue => queue.kick())
     }
 
-    /// Takes the next request that the device has given back.
+    /// Takes the next request that the device has used.
     ///
     /// # Errors
     /// As [`Queue::poll`].
@@ -96,11 +97,11 @@ impl AnyQueue {
         of_either!(self, queue => queue.wait())
     }
 
-    /// Sleeps until the device calls for one of `queues`, at most `limit`; not at all if one has
-    /// completions already. Returns whether one has.
+    /// Sleeps until the device calls for one of `queues`, at most for `limit`; not at all if one
+    /// has completions already. Returns whether one has.
     ///
     /// # Errors
-    /// The system refuses to wait.
+    /// The system call fails.
     pub fn wait_any(queues: &[Self], limit: Duration) -> Result<bool> {
         wait_any(queues, limit)
     }

@@ -12,11 +12,11 @@ use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
 use crate::ring::Ring;
 use crate::words::words;
 
-/// Drives one packed ring, as [`crate::Queue`] drives a split one. To be started from
+/// Drives one packed ring, as [`crate::Queue`] drives a split one. It must be started from
 /// [`crate::packed::FIRST_BASE`].
 ///
-/// It lies in the memory of a split [`Ring`], whose three parts are all large enough: descriptors,
-/// the driver's events, the device's events.
+/// It lies in the memory of a split [`Ring`], whose three parts are all large enough for the
+/// descriptors, the driver's events and the device's events.
 #[derive(Debug)]
 pub struct PackedQueue {
     ring: Arc<Ring>,
@@ -24,21 +24,21 @@ pub struct PackedQueue {
     driver: PackedDriver,
     heads: Heads,
     tables: Vec<Window>,
-    /// Buffer ids that no request uses.
+    /// Free buffer ids.
     free: Vec<u16>,
-    /// Of each buffer id: its descriptors in the ring, 0 unless the device holds it.
+    /// For each buffer id, the number of its descriptors in the ring; 0 if the device does not hold
+    /// it.
     parts: Vec<u16>,
-    /// Descriptors since the last look at whether a kick is wanted, and descriptors that are free.
+    /// Descriptors since the last check for a wanted kick, and free descriptors.
     unkicked: u16,
     room: u16,
 }
 
 impl PackedQueue {
-    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
-    /// been agreed on.
+    /// Makes a queue on a ring of its own. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
     ///
     /// # Errors
-    /// No memory, no eventfd, or a bad size.
+    /// No memory is left, the eventfd cannot be created, or the size is invalid.
     pub fn new(
         ram: &Arc<GuestRam>,
         index: usize,
@@ -63,22 +63,23 @@ impl PackedQueue {
         Ok(queue)
     }
 
-    /// The ring, for a front end to start.
+    /// Returns the ring, for a front end to start.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
         &self.ring
     }
 
-    /// Requests that the device holds.
+    /// Returns the number of requests that the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         usize::from(self.options.size) - self.free.len()
     }
 
-    /// Hands `request` to the device, without a kick: see [`PackedQueue::kick`].
+    /// Submits `request` to the device, without a kick: see [`PackedQueue::kick`].
     ///
     /// # Errors
-    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
+    /// [`Error::Full`] if too few descriptors are free; [`Error::Segments`] if the request never
+    /// fits.
     pub fn submit(&mut self, request: &Request<'_>) -> Result<Tag> {
         let (segments, most) = (request.data.len(), self.options.segments_max);
         let parts = segments + 2;
@@ -113,14 +114,15 @@ impl PackedQueue {
         Ok(Tag(id))
     }
 
-    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
-    /// Returns whether it did.
+    /// Kicks the device if it wants a kick for the requests submitted since the last call. Returns
+    /// whether it did.
     ///
     /// # Errors
     /// The eventfd cannot be written.
     pub fn kick(&mut self) -> Result<bool> {
-        // If our flags come first, a device that then asks for kicks sees the requests; if its
-        // asking comes first, we see that. Without the fence, both may miss the other.
+        // If the driver's flags come first, a device that then asks for kicks sees the requests; if
+        // the device's request comes first, this sees it. Without the fence, both may miss the
+        // other.
         fence(Ordering::SeqCst);
         let unkicked = std::mem::take(&mut self.unkicked);
         let wanted = self.driver.wants_kick(&self.ring.packed(), unkicked);
@@ -130,10 +132,11 @@ impl PackedQueue {
         Ok(wanted)
     }
 
-    /// Takes the next request that the device has given back, in its order.
+    /// Takes the next request that the device has used, in the device's order.
     ///
     /// # Errors
-    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
+    /// [`Error::NotHeld`] for a request that the device does not hold: returned twice, or never
+    /// submitted.
     pub fn poll(&mut self) -> Result<Option<Completion>> {
         let ring = self.ring.packed();
         let Some(rest) = self.driver.given_back(&ring) else { return Ok(None) };
@@ -159,7 +162,7 @@ impl PackedQueue {
         wait(self)
     }
 
-    /// How far it has taken back what the device has done: the position, and its wrap counter above.
+    /// Returns how far it has taken used requests: the position, with its wrap counter above.
     pub(crate) fn base(&self) -> u16 {
         self.driver.base()
     }
@@ -180,8 +183,8 @@ impl Calls for PackedQueue {
 
     fn ask_for_call(&self) {
         self.driver.ask_for_call(&self.ring.packed());
-        // If our asking comes first, the device sees it and calls; if its flags come first, the
-        // caller's look at them sees the completion.
+        // If the driver's request for a call comes first, the device sees it and calls; if the
+        // device's flags come first, the caller's next check sees the completion.
         fence(Ordering::SeqCst);
     }
 

@@ -12,7 +12,7 @@ use crate::ring::Ring;
 use crate::split::{SplitDriver, put};
 use crate::words::words;
 
-/// Drives one [`Ring`]: keeps its free descriptors, its indices and what is in flight.
+/// Drives one [`Ring`]: keeps its free descriptors, its indices and the requests in flight.
 #[derive(Debug)]
 pub struct Queue {
     ring: Arc<Ring>,
@@ -20,21 +20,21 @@ pub struct Queue {
     driver: SplitDriver,
     heads: Heads,
     tables: Vec<Window>,
-    /// Descriptors that no request uses; the last one is taken first.
+    /// Free descriptors. The last one is taken first.
     free: Vec<u16>,
-    /// Of each descriptor that heads a chain in flight: the whole chain.
+    /// For each descriptor that heads a chain in flight, the whole chain.
     chains: Vec<Vec<u16>>,
-    /// Up to where the device was last kicked, or did not want to be.
+    /// The index up to which the device was kicked, or wanted no kick.
     kicked: u16,
     in_flight: usize,
 }
 
 impl Queue {
-    /// Makes a queue on a ring of its own. `event_idx` says whether VIRTIO_RING_F_EVENT_IDX has
-    /// been agreed on. [`crate::FrontEnd::start_new`] makes queues that fit the negotiation.
+    /// Makes a queue on a ring of its own. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
+    /// [`crate::FrontEnd::start_new`] makes queues that match the negotiation.
     ///
     /// # Errors
-    /// No memory, no eventfd, or a bad size.
+    /// No memory is left, the eventfd cannot be created, or the size is invalid.
     pub fn new(
         ram: &Arc<GuestRam>,
         index: usize,
@@ -61,36 +61,38 @@ impl Queue {
         Ok(queue)
     }
 
-    /// The ring, for a front end to start, and for raw access.
+    /// Returns the ring, for a front end to start, and for raw access.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
         &self.ring
     }
 
-    /// Requests that the device holds.
+    /// Returns the number of requests that the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Hands `request` to the device, without a kick: see [`Queue::kick`].
+    /// Submits `request` to the device, without a kick: see [`Queue::kick`].
     ///
     /// # Errors
-    /// [`Error::Full`] if too few descriptors are free, [`Error::Segments`] if they never will do.
+    /// [`Error::Full`] if too few descriptors are free; [`Error::Segments`] if the request never
+    /// fits.
     pub fn submit(&mut self, request: &Request) -> Result<Tag> {
         let head = self.fill(request)?;
         self.make_available(head);
         Ok(Tag(head))
     }
 
-    /// Kicks the device if it wants to be kicked for what was submitted since the last call.
-    /// Returns whether it did.
+    /// Kicks the device if it wants a kick for the requests submitted since the last call. Returns
+    /// whether it did.
     ///
     /// # Errors
     /// The eventfd cannot be written.
     pub fn kick(&mut self) -> Result<bool> {
-        // If our index comes first, a device that then asks for kicks sees the requests; if its
-        // asking comes first, we see that. Without the fence, both may miss the other.
+        // If the driver's index comes first, a device that then asks for kicks sees the requests;
+        // if the device's request comes first, this sees it. Without the fence, both may miss the
+        // other.
         fence(Ordering::SeqCst);
         let unkicked = self.driver.next.wrapping_sub(self.kicked);
         let wanted = self.driver.wants_kick(&self.ring.split(), unkicked);
@@ -101,7 +103,7 @@ impl Queue {
         Ok(wanted)
     }
 
-    /// Kicks the device, wanted or not.
+    /// Kicks the device, whether or not it wants a kick.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -109,10 +111,11 @@ impl Queue {
         self.ring.kick()
     }
 
-    /// Takes the next request that the device has given back, in its order.
+    /// Takes the next request that the device has used, in the device's order.
     ///
     /// # Errors
-    /// [`Error::NotHeld`] for one that it does not hold: given back twice, or never submitted here.
+    /// [`Error::NotHeld`] for a request that the device does not hold: returned twice, or never
+    /// submitted.
     pub fn poll(&mut self) -> Result<Option<Completion>> {
         let Some(used) = self.poll_raw() else { return Ok(None) };
         let not_held = Error::NotHeld { id: used.id };
@@ -127,7 +130,7 @@ impl Queue {
         Ok(Some(Completion { tag: Tag(head), status, used_len: used.len }))
     }
 
-    /// Takes the next element of the used ring as it is, and frees nothing.
+    /// Takes the next element of the used ring unchecked, and frees no descriptors.
     pub fn poll_raw(&mut self) -> Option<Used> {
         let ring = self.ring.split();
         let (first, count) = self.driver.take(&ring, 1);
@@ -144,8 +147,8 @@ impl Queue {
         wait(self)
     }
 
-    /// Submits `request`, kicks, and waits for the next completion, which is its own if nothing
-    /// else is in flight.
+    /// Submits `request`, kicks, and waits for the next completion. It is the request's own if no
+    /// other request is in flight.
     ///
     /// # Errors
     /// As [`Queue::submit`], [`Queue::kick`] and [`Queue::wait`].
@@ -156,7 +159,7 @@ impl Queue {
     }
 
     /// Lays `request` out in descriptors, as [`Queue::submit`] does, but does not make it
-    /// available: a test may spoil it first. Returns the head.
+    /// available, so that a test may corrupt it first. Returns the head.
     ///
     /// # Errors
     /// As [`Queue::submit`].
@@ -196,13 +199,13 @@ impl Queue {
         Ok(head)
     }
 
-    /// Makes the chain that begins at `head` available, whatever it is.
+    /// Makes the chain that begins at `head` available, valid or not.
     pub fn make_available(&mut self, head: u16) {
         self.driver.publish(&self.ring.split(), std::iter::once(head));
     }
 
-    /// Takes `n` free descriptors for a test to write as it likes (through [`Queue::ring`]), so
-    /// that requests do not use them.
+    /// Takes `n` free descriptors, which a test writes through [`Queue::ring`] and requests do not
+    /// use.
     ///
     /// # Errors
     /// [`Error::Full`].
@@ -211,20 +214,21 @@ impl Queue {
         Ok(self.free.split_off(rest))
     }
 
-    /// Where the header of the request at `head` lies, and where its status byte does.
+    /// Returns the addresses of the header and the status byte of the request at `head`.
     #[must_use]
     pub fn head_addrs(&self, head: u16) -> (u64, u64) {
         self.heads.addrs(head)
     }
 
-    /// Where the indirect table of the request at `head` lies, if the queue uses them.
+    /// Returns the address of the indirect table of the request at `head`, if the queue uses
+    /// tables.
     #[must_use]
     pub fn table_addr(&self, head: u16) -> Option<u64> {
         self.tables.get(usize::from(head)).map(Window::gpa)
     }
 
-    /// Begins anew, as a guest that boots again does: zero rings, nothing in flight. Only while
-    /// no back end uses the ring.
+    /// Resets the queue, as a guest that boots again does: zero rings, no request in flight. Only
+    /// while no back end uses the ring.
     pub fn reset(&mut self) {
         self.ring.clear();
         self.boot();
@@ -237,7 +241,7 @@ impl Queue {
         self.refuse_calls();
     }
 
-    /// How far it has taken back what the device has done.
+    /// Returns how far it has taken used requests.
     pub(crate) fn base(&self) -> u16 {
         self.driver.taken
     }
@@ -258,8 +262,8 @@ impl Calls for Queue {
 
     fn ask_for_call(&self) {
         self.driver.ask_for_call(&self.ring.split());
-        // If our asking comes first, the device sees it and calls; if its index comes first, the
-        // caller's look at it sees the completion.
+        // If the driver's request for a call comes first, the device sees it and calls; if the
+        // device's index comes first, the caller's next check sees the completion.
         fence(Ordering::SeqCst);
     }
 
@@ -277,14 +281,14 @@ mod tests {
     use super::*;
     use crate::request::STATUS_UNWRITTEN;
 
-    /// A queue whose device is the test.
+    /// Makes a queue. The test is the device.
     fn queue(event_idx: bool) -> Queue {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let options = QueueOptions { size: 8, ..QueueOptions::default() };
         Queue::new(&ram, 0, options, event_idx).unwrap()
     }
 
-    /// Does what a device does to give back `id` as the element before used index `index`.
+    /// Returns `id` to the driver in the element before used index `index`, as a device does.
     fn give_back(queue: &Queue, index: u16, id: u16) {
         let ring = queue.ring();
         let used = ring.addrs()[2];
@@ -294,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_given_back_twice_or_out_of_range_is_an_error_once() {
+    fn a_buffer_returned_twice_or_out_of_range_is_an_error_once() {
         let mut queue = queue(false);
         let tag = queue.submit(&Request::flush()).unwrap();
         give_back(&queue, 1, tag.0);
@@ -309,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn kicks_are_sent_as_the_device_wants_them() {
+    fn kicks_follow_the_flag_of_the_device() {
         let mut queue = queue(false);
         queue.submit(&Request::flush()).unwrap();
         assert!(queue.kick().unwrap());
-        assert!(!queue.kick().unwrap(), "nothing new");
+        assert!(!queue.kick().unwrap(), "no new request");
         queue.ring().ram().write(queue.ring().addrs()[2], &[1, 0]).unwrap();
         queue.submit(&Request::flush()).unwrap();
-        assert!(!queue.kick().unwrap(), "not wanted");
+        assert!(!queue.kick().unwrap(), "the device wants no kicks");
     }
 
     #[test]
@@ -328,14 +332,14 @@ mod tests {
         };
         want_at(&queue, 1);
         queue.submit(&Request::flush()).unwrap();
-        assert!(!queue.kick().unwrap(), "index 0 is not what it waits for");
+        assert!(!queue.kick().unwrap(), "the device waits for index 1, not 0");
         queue.submit(&Request::flush()).unwrap();
         queue.submit(&Request::flush()).unwrap();
-        assert!(queue.kick().unwrap(), "index 1 is among these two");
+        assert!(queue.kick().unwrap(), "index 1 is one of these two");
     }
 
     #[test]
-    fn requests_that_do_not_fit_are_refused_and_take_nothing() {
+    fn requests_that_do_not_fit_are_refused_and_take_no_descriptors() {
         let mut queue = queue(false);
         let data = [Segment::new(0, 512); 33];
         assert!(matches!(queue.submit(&Request::read(0, &data)), Err(Error::Segments { .. })));

@@ -184,9 +184,9 @@ pub(crate) fn measure(
     for run in 0..means.runs {
         let round_trip_ns = means.perf.round_trip_ns(means.server_core)?;
         let mut samples = vec![None; contenders.len()];
-        for turn in 0..contenders.len() {
+        for place in 0..contenders.len() {
             // The order rotates, so that each contender is the first one in some runs.
-            let index = (run + turn) % contenders.len();
+            let index = (run + place) % contenders.len();
             let contender = &mut contenders[index];
             interrupt.check()?;
             let sample = match contender.who {

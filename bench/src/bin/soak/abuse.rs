@@ -12,7 +12,7 @@ use front_end::raw::{VERSION, message};
 use front_end::{Error, LIMIT, Lingering, RawConnection};
 use serde_json::{Value, json};
 
-use crate::beats::Beats;
+use crate::heartbeats::Heartbeats;
 use crate::vm::memfd;
 
 const GET_FEATURES: u32 = 1;
@@ -69,10 +69,10 @@ pub(crate) fn lingering(
     connection: &mut RawConnection,
     rng: &mut Rng,
     process: &mut Process,
-    beats: &Beats,
+    heartbeats: &Heartbeats,
 ) -> Result<Lingering> {
     let mut lingering = Lingering::new()?;
-    beats.without(|| {
+    heartbeats.without(|| {
         process.pause()?;
         let result = send(connection, rng, vec![lingering.fd()]);
         if result.is_ok() {

@@ -11,7 +11,7 @@ use front_end::LIMIT;
 use serde_json::{Value, json};
 
 use crate::neighbours::{NEIGHBOURS, name as neighbour};
-use crate::newcomers;
+use crate::new_vms;
 
 /// Limit on additional threads: idle threads of `closer`.
 const IDLE_THREADS: usize = 2;
@@ -119,7 +119,7 @@ fn left_behind(shown: &Value) -> Vec<String> {
 fn is_alone(controller: &Value) -> Result<()> {
     let name = controller["ctrlr"].as_str().context("a controller without a name")?;
     let of_neighbour = (0..NEIGHBOURS).any(|n| name == neighbour(n));
-    ensure!(of_neighbour || name == newcomers::NAME, "controller {name} is left");
+    ensure!(of_neighbour || name == new_vms::NAME, "controller {name} is left");
     let sessions = controller["sessions"].as_array().context("a controller without sessions")?;
     ensure!(sessions.len() == usize::from(of_neighbour), "{name}: {} sessions", sessions.len());
     let pinned = sessions.iter().find(|session| session["quarantined_bytes"] != 0);
@@ -162,13 +162,13 @@ mod tests {
             json!({"ctrlr": name, "sessions": sessions, "fds": fds})
         };
         let neighbour = controller("neighbour.0", &[&session], 0);
-        assert_eq!(left_behind(&json!([neighbour, controller("newcomer", &[], 0)])), [""; 0]);
+        assert_eq!(left_behind(&json!([neighbour, controller("new-vm", &[], 0)])), [""; 0]);
         let pinned = json!({"quarantined_bytes": 4096});
         let wrong = json!([
             controller("neighbour.0", &[], 0),
             controller("neighbour.1", &[&pinned], 0),
-            controller("newcomer", &[&session], 0),
-            controller("newcomer", &[], 1),
+            controller("new-vm", &[&session], 0),
+            controller("new-vm", &[], 1),
             controller("soak.0", &[], 0),
         ]);
         assert_eq!(left_behind(&wrong).len(), 5);

@@ -1,17 +1,17 @@
 //! `soak`: random operations on one `vhost`, VMs whose I/O must not be affected, and a check that
 //! the process releases all resources.
 //!
-//! In the order of use: [`beats`] is the unit of waits; [`neighbours`] start; [`world`] runs random
-//! operations, with correct [`vm`]s and with [`abuse`] of every socket, while [`newcomers`] connect
-//! and disconnect. After each round it releases everything, and the [`footprint`] of the process
-//! must be that of the beginning. [`rounds`] only creates and deletes controllers.
+//! In the order of use: [`heartbeats`] is the unit of waits; [`neighbours`] start; [`world`] runs
+//! random operations, with correct [`vm`]s and with [`abuse`] of every socket, while [`new_vms`]
+//! connect and disconnect. After each round it releases everything, and the [`footprint`] of the
+//! process must be that of the beginning. [`rounds`] only creates and deletes controllers.
 #![warn(clippy::cast_possible_truncation)]
 
 mod abuse;
-mod beats;
 mod footprint;
+mod heartbeats;
 mod neighbours;
-mod newcomers;
+mod new_vms;
 mod rounds;
 mod vm;
 mod world;
@@ -27,10 +27,10 @@ use bench::servers::{Interrupt, Kind, Server, Spec};
 use clap::Parser;
 use serde_json::json;
 
-use crate::beats::Beats;
 use crate::footprint::{Footprint, come_back};
+use crate::heartbeats::Heartbeats;
 use crate::neighbours::Neighbours;
-use crate::newcomers::Newcomers;
+use crate::new_vms::NewVms;
 use crate::world::World;
 
 /// Steps of a round. After a round, the process must have released its resources.
@@ -44,9 +44,9 @@ const WARM_UP: u64 = 2;
 /// Every 250 steps, everything is released, and the process must not have more resources than at
 /// the start: fds, threads (two more may be idle), mappings of files, anonymous mappings (64 more),
 /// and memory (32 MiB more than after the first two rounds). It must not report I/O, sessions or
-/// fds of others. No wait may exceed the limit, which is in beats: a beat is a millisecond plus a
-/// hand-over between two threads of this program, while vhost is not stopped. Prints the results;
-/// exit status 0 on success.
+/// fds of others. No wait may exceed the limit, which is in heartbeats: a heartbeat is a
+/// millisecond plus a hand-over between two threads of this program, while vhost is not stopped.
+/// Prints the results; exit status 0 on success.
 #[derive(Debug, Parser)]
 #[command(name = "soak", max_term_width = 100)]
 struct Options {
@@ -60,7 +60,7 @@ struct Options {
     #[arg(long, value_name = "N", conflicts_with = "minutes")]
     rounds: Option<u64>,
     /// Limit on a VM's request, on a VM's connection to its disconnection, and on an RPC.
-    #[arg(long, value_name = "BEATS", default_value_t = 1000)]
+    #[arg(long, value_name = "HEARTBEATS", default_value_t = 1000)]
     wait_max: u64,
     /// The vhost to test [default: the vhost in this program's directory].
     #[arg(long, value_name = "PATH")]
@@ -97,40 +97,41 @@ fn run(options: &Options, seed: u64) -> Result<String> {
     spec.args = ["-m", "0x3", "--interrupt-mode"].map(String::from).into();
     spec.args.extend(options.arg.iter().cloned());
     let mut server = Server::start(&spec, 0, &[])?;
-    let beats = Arc::new(Beats::start()?);
-    let neighbours = Neighbours::start(&server, seed, &beats.count())?;
+    let heartbeats = Arc::new(Heartbeats::start()?);
+    let neighbours = Neighbours::start(&server, seed, &heartbeats.count())?;
     let work = match options.rounds {
         Some(rounds) => rounds::run(&server, rounds, &interrupt),
-        None => soak(options, &mut server, &neighbours, seed, &beats, &interrupt),
+        None => soak(options, &mut server, &neighbours, seed, &heartbeats, &interrupt),
     };
     progress("");
     let seen = work.and_then(|line| {
         let seen = neighbours.end()?;
-        within("a neighbour's request", seen.wait_beats, options)?;
+        within("a neighbour's request", seen.wait_heartbeats, options)?;
         Ok(format!(
-            "{line}\nneighbours: {} requests without errors, each within {} beats (limit {}); {}",
+            "{line}\n\
+             neighbours: {} requests without errors, each within {} heartbeats (limit {}); {}",
             seen.completed,
-            seen.wait_beats,
+            seen.wait_heartbeats,
             options.wait_max,
-            longest_turns(&server)?
+            longest_iterations(&server)?
         ))
     });
     seen.with_context(|| format!("the last lines of the server's log:\n{}", server.process.log()))
 }
 
-fn within(what: &str, beats: u64, options: &Options) -> Result<()> {
+fn within(what: &str, heartbeats: u64, options: &Options) -> Result<()> {
     let max = options.wait_max;
-    ensure!(beats <= max, "{what} took {beats} beats, more than the limit of {max}");
+    ensure!(heartbeats <= max, "{what} took {heartbeats} heartbeats, more than the limit of {max}");
     Ok(())
 }
 
 /// For information only: these times depend on the machine.
-fn longest_turns(server: &Server) -> Result<String> {
-    let turns = server.call("vhost_get_reactor_turns", json!({}))?;
-    let of = |turn: &serde_json::Value| {
-        format!("{:.0} µs", turn["longest_turn_us"].as_f64().unwrap_or(0.0))
+fn longest_iterations(server: &Server) -> Result<String> {
+    let reactors = server.call("vhost_get_reactor_turns", json!({}))?;
+    let of = |reactor: &serde_json::Value| {
+        format!("{:.0} µs", reactor["longest_turn_us"].as_f64().unwrap_or(0.0))
     };
-    let each: Vec<String> = turns.as_array().into_iter().flatten().map(of).collect();
+    let each: Vec<String> = reactors.as_array().into_iter().flatten().map(of).collect();
     Ok(format!("longest poll iterations of the reactors {}", each.join(" and ")))
 }
 
@@ -140,51 +141,52 @@ fn soak(
     server: &mut Server,
     neighbours: &Neighbours,
     seed: u64,
-    beats: &Arc<Beats>,
+    heartbeats: &Arc<Heartbeats>,
     interrupt: &Interrupt,
 ) -> Result<String> {
-    Newcomers::prepare(server)?;
+    NewVms::prepare(server)?;
     let end = Instant::now() + Duration::from_secs_f64(options.minutes * 60.0);
-    let mut world = World::new(server, seed, beats.clone())?;
+    let mut world = World::new(server, seed, heartbeats.clone())?;
     let start = Footprint::of(world.server.process.pid())?;
     let (mut before, mut now, mut rounds) = (start, start, 0);
-    let mut seen = newcomers::Seen::default();
+    let mut seen = new_vms::Seen::default();
     let mut slowest = (0, 0, String::new());
     while rounds <= WARM_UP || Instant::now() < end {
         rounds += 1;
-        let newcomers = Newcomers::start(world.server, beats)?;
+        let new_vms = NewVms::start(world.server, heartbeats)?;
         for step in 1..=STEPS {
             interrupt.check()?;
             progress(&format!("round {rounds}, step {step}: {now}"));
             world.step().with_context(|| shown(&world, rounds, step))?;
         }
-        seen.add(newcomers.end().with_context(|| shown(&world, rounds, STEPS))?);
-        let ended = beats.now();
+        seen.add(new_vms.end().with_context(|| shown(&world, rounds, STEPS))?);
+        let ended = heartbeats.now();
         world.release().with_context(|| shown(&world, rounds, STEPS))?;
-        let released = beats.now();
+        let released = heartbeats.now();
         neighbours.go_on()?;
         before = if rounds <= WARM_UP { start.with_any_rss() } else { before };
         let waited_for;
         (now, waited_for) =
             come_back(world.server, &before).with_context(|| shown(&world, rounds, STEPS))?;
-        let slow = (beats.now() - ended, released - ended, waited_for);
+        let slow = (heartbeats.now() - ended, released - ended, waited_for);
         slowest = slowest.max(slow);
         before = if rounds == WARM_UP { start.with_rss_of(&now) } else { before };
     }
-    within("a newcomer's session", seen.life_beats, options)?;
-    within("an RPC", seen.rpc_beats, options)?;
+    within("a new VM's session", seen.life_heartbeats, options)?;
+    within("an RPC", seen.rpc_heartbeats, options)?;
     let (tally, (step, what)) = (world.tally(), world.slowest());
     let (back, release, waited_for) = slowest;
     Ok(format!(
-        "{rounds} rounds of {STEPS} steps ({tally})\nthe longest step took {step} beats: {what}; \
-         all resources were released within {back} beats, {release} of them in this program; the \
-         last to be released: {waited_for}\n\
+        "{rounds} rounds of {STEPS} steps ({tally})\n\
+         the longest step took {step} heartbeats: {what}; \
+         all resources were released within {back} heartbeats, {release} of them in this program; \
+         the last to be released: {waited_for}\n\
          at the start {start}; after {WARM_UP} rounds {} MiB; at the end {now}\n\
-         newcomers: {} sessions, each within {} beats; an RPC after each, within {}",
+         new VMs: {} sessions, each within {} heartbeats; an RPC after each, within {}",
         before.rss_mib(),
         seen.lives,
-        seen.life_beats,
-        seen.rpc_beats
+        seen.life_heartbeats,
+        seen.rpc_heartbeats
     ))
 }
 

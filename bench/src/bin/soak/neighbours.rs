@@ -33,22 +33,22 @@ pub(crate) struct Neighbours {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) completed: u64,
-    /// The longest request, in beats.
-    pub(crate) wait_beats: u64,
+    /// The longest request, in heartbeats.
+    pub(crate) wait_heartbeats: u64,
 }
 
 impl Neighbours {
     /// Starts a neighbour with a verifying load on each of the new disks.
-    pub(crate) fn start(server: &Server, seed: u64, beats: &Arc<AtomicU64>) -> Result<Self> {
+    pub(crate) fn start(server: &Server, seed: u64, heartbeats: &Arc<AtomicU64>) -> Result<Self> {
         let start = |n| -> Result<_> {
             server.bdev("malloc", &name(n))?;
             let socket = server.controller(&name(n), &name(n))?;
             let ram = GuestRam::new(&[16 << 20])?;
             let mut front_end = FrontEnd::connect(&socket, ram, Options::default())?;
             let queues = front_end.start_any(QUEUES, QueueOptions::default())?;
-            let (seed, beats) = (seed ^ n as u64, Some(beats.clone()));
+            let (seed, heartbeats) = (seed ^ n as u64, Some(heartbeats.clone()));
             let options =
-                LoadOptions { depth: 2, pause: PAUSE, seed, beats, ..LoadOptions::default() };
+                LoadOptions { depth: 2, pause: PAUSE, seed, heartbeats, ..LoadOptions::default() };
             Ok((front_end, Load::start(queues, options)?))
         };
         Ok(Self { vms: (0..NEIGHBOURS).map(start).collect::<Result<_>>()? })
@@ -73,7 +73,7 @@ impl Neighbours {
             }
             ensure!(summary.outstanding == 0, "{name}: {} requests lost", summary.outstanding);
             seen.completed += summary.completed;
-            seen.wait_beats = seen.wait_beats.max(summary.longest_wait_beats);
+            seen.wait_heartbeats = seen.wait_heartbeats.max(summary.longest_wait_heartbeats);
             front_end.disconnect()?;
         }
         Ok(seen)

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use bench::servers::{Error, Refusal, Server};
 use fastrand::Rng;
-use front_end::{Deaf, Lingering, RawConnection};
+use front_end::{Lingering, RawConnection, UnresponsiveSocket};
 use serde_json::{Value, json};
 
 use crate::abuse;
-use crate::beats::Beats;
+use crate::heartbeats::Heartbeats;
 use crate::neighbours::{NEIGHBOURS, QUEUES, name as neighbour};
 use crate::vm::Vm;
 
@@ -41,7 +41,7 @@ const INVALID: i64 = -32602;
 /// answer.
 const DELETE_MS: u64 = 50_000;
 /// The name of a controller whose socket a stopped process listens on.
-const DEAF: &str = "deaf";
+const UNRESPONSIVE: &str = "unresponsive";
 
 /// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,7 +65,7 @@ enum Action {
     OddFds,
     Lingering,
     RpcFds,
-    DeafSocket,
+    UnresponsiveSocket,
     LetGo,
 }
 
@@ -90,7 +90,7 @@ const WEIGHTS: [(Action, u32); 21] = [
     (Action::OddFds, 6),
     (Action::Lingering, 2),
     (Action::RpcFds, 2),
-    (Action::DeafSocket, 2),
+    (Action::UnresponsiveSocket, 2),
     (Action::LetGo, 8),
 ];
 
@@ -106,9 +106,9 @@ struct Slot {
 /// The server, and the connections to it.
 pub(crate) struct World<'a> {
     pub(crate) server: &'a mut Server,
-    beats: Arc<Beats>,
+    heartbeats: Arc<Heartbeats>,
     rng: Rng,
-    _deaf: Deaf,
+    _unresponsive: UnresponsiveSocket,
     slots: Vec<Slot>,
     lingering: Vec<Lingering>,
     clients: Vec<UnixStream>,
@@ -118,14 +118,18 @@ pub(crate) struct World<'a> {
     file: PathBuf,
     tally: BTreeMap<Action, u64>,
     recent: VecDeque<String>,
-    /// The longest step so far, in beats.
+    /// The longest step so far, in heartbeats.
     slowest: (u64, String),
 }
 
 impl<'a> World<'a> {
     /// Creates the disks.
-    pub(crate) fn new(server: &'a mut Server, seed: u64, beats: Arc<Beats>) -> Result<Self> {
-        let deaf = Deaf::bind(&server.socket(DEAF))?;
+    pub(crate) fn new(
+        server: &'a mut Server,
+        seed: u64,
+        heartbeats: Arc<Heartbeats>,
+    ) -> Result<Self> {
+        let unresponsive = UnresponsiveSocket::bind(&server.socket(UNRESPONSIVE))?;
         let mib = 64;
         let file = server.dir().join("file.img");
         File::create(&file)?.set_len(mib * MIB)?;
@@ -136,9 +140,9 @@ impl<'a> World<'a> {
         server.call("bdev_aio_create", aio)?;
         Ok(Self {
             server,
-            beats,
+            heartbeats,
             rng: Rng::with_seed(seed),
-            _deaf: deaf,
+            _unresponsive: unresponsive,
             slots: (0..SLOTS).map(|_| Slot::default()).collect(),
             lingering: Vec::new(),
             clients: Vec::new(),
@@ -165,14 +169,14 @@ impl<'a> World<'a> {
             self.recent.pop_front();
         }
         self.recent.push_back(format!("{action:?} of {}", name(slot)));
-        let start = self.beats.now();
+        let start = self.heartbeats.now();
         if self.act(action, slot).with_context(|| format!("{action:?} of {}", name(slot)))? {
             *self.tally.entry(action).or_default() += 1;
         }
-        let beats = self.beats.now() - start;
-        if beats > self.slowest.0 {
+        let heartbeats = self.heartbeats.now() - start;
+        if heartbeats > self.slowest.0 {
             let disk = self.slots[slot].disk.as_deref().unwrap_or("no disk");
-            self.slowest = (beats, format!("{action:?} of {} ({disk})", name(slot)));
+            self.slowest = (heartbeats, format!("{action:?} of {} ({disk})", name(slot)));
         }
         Ok(())
     }
@@ -183,7 +187,7 @@ impl<'a> World<'a> {
         counts.join(", ")
     }
 
-    /// The longest step: its beats and its operation. It may have waited for the disk that hangs.
+    /// The longest step: its heartbeats and its operation. It may have waited for the hanging disk.
     pub(crate) fn slowest(&self) -> &(u64, String) {
         &self.slowest
     }
@@ -219,7 +223,7 @@ impl<'a> World<'a> {
             }),
             Action::Lingering => self.linger(slot),
             Action::RpcFds => self.rpc_fds(),
-            Action::DeafSocket => self.create_over_deaf_socket(),
+            Action::UnresponsiveSocket => self.create_over_unresponsive_socket(),
             Action::LetGo => Ok(self.let_go(slot)),
         }
     }
@@ -405,7 +409,8 @@ impl<'a> World<'a> {
         }
         let mut connection = RawConnection::connect(&self.server.socket(&name(slot)))?;
         let process = &mut self.server.process;
-        let lingering = abuse::lingering(&mut connection, &mut self.rng, process, &self.beats)?;
+        let lingering =
+            abuse::lingering(&mut connection, &mut self.rng, process, &self.heartbeats)?;
         self.lingering.push(lingering);
         self.slots[slot].raw.push(connection);
         Ok(true)
@@ -421,7 +426,7 @@ impl<'a> World<'a> {
                 &mut connection,
                 &mut self.rng,
                 process,
-                &self.beats,
+                &self.heartbeats,
             )?);
         }
         Ok(true)
@@ -429,8 +434,8 @@ impl<'a> World<'a> {
 
     /// Creates a controller whose socket belongs to another process. The server must refuse it
     /// without a delay.
-    fn create_over_deaf_socket(&self) -> Result<bool> {
-        let params = json!({"ctrlr": DEAF, "dev_name": "null"});
+    fn create_over_unresponsive_socket(&self) -> Result<bool> {
+        let params = json!({"ctrlr": UNRESPONSIVE, "dev_name": "null"});
         match self.server.call("vhost_create_blk_controller", params) {
             Err(Error::Refused { refusal: Refusal { code: INVALID, .. }, .. }) => Ok(true),
             Err(error) => Err(error.into()),

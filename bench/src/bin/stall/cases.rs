@@ -17,8 +17,8 @@ use front_end::{Backing, FrontEnd, GuestRam, LIMIT, Options, Queue, QueueOptions
 use serde_json::json;
 
 use crate::event::Event;
-use crate::newcomers;
-use crate::strangers::{Strangers, Trick};
+use crate::new_vms;
+use crate::untrusted_clients::{Trick, UntrustedClients};
 
 /// VMs that connect or leave in one stretch.
 pub(crate) const VMS: usize = 8;
@@ -93,7 +93,7 @@ pub(crate) struct Case<'a> {
     load: Option<Load>,
     stopping: Option<JoinHandle<front_end::Result<Vec<u16>>>>,
     calls: Vec<(Rpc, &'static str)>,
-    strangers: Option<Strangers<'a>>,
+    untrusted_clients: Option<UntrustedClients<'a>>,
 }
 
 impl<'a> Case<'a> {
@@ -105,8 +105,8 @@ impl<'a> Case<'a> {
         length: Duration,
         more: Option<Arc<GuestRam>>,
     ) -> Result<Self> {
-        let strangers = match event {
-            Event::Strangers(trick) => Some(Strangers::new(trick, server)?),
+        let untrusted_clients = match event {
+            Event::UntrustedClients(trick) => Some(UntrustedClients::new(trick, server)?),
             _ => None,
         };
         let case = Self {
@@ -121,10 +121,10 @@ impl<'a> Case<'a> {
             load: None,
             stopping: None,
             calls: Vec::new(),
-            strangers,
+            untrusted_clients,
         };
-        if event.wants_newcomers() && !server.socket(newcomers::NAME).exists() {
-            server.controller(newcomers::NAME, OTHER)?;
+        if event.wants_new_vms() && !server.socket(new_vms::NAME).exists() {
+            server.controller(new_vms::NAME, OTHER)?;
         }
         // Another case may have created it.
         let hangs = matches!(event, Event::HungIo | Event::HungKilled | Event::HungStopped);
@@ -161,8 +161,8 @@ impl<'a> Case<'a> {
                 vm.submit()?;
                 self.vms.push(vm);
             }
-            Event::Strangers(trick) => {
-                self.strangers.iter_mut().try_for_each(Strangers::prepare)?;
+            Event::UntrustedClients(trick) => {
+                self.untrusted_clients.iter_mut().try_for_each(UntrustedClients::prepare)?;
                 if trick == Trick::SlowCloses {
                     self.connect(VMS / 2..VMS)?;
                 }
@@ -209,9 +209,9 @@ impl<'a> Case<'a> {
                     self.stopping = Some(std::thread::spawn(move || front_end.stop()));
                 }
             }
-            Event::Strangers(_) => {
+            Event::UntrustedClients(_) => {
                 let pause = self.pause();
-                self.strangers.iter_mut().try_for_each(|strangers| strangers.strike(pause))?;
+                self.untrusted_clients.iter_mut().try_for_each(|clients| clients.strike(pause))?;
                 self.kill()?;
             }
         }
@@ -255,10 +255,10 @@ impl<'a> Case<'a> {
         for vm in self.vms.drain(..) {
             vm.front_end.disconnect()?;
         }
-        if self.event == Event::Strangers(Trick::SlowCloses) {
+        if self.event == Event::UntrustedClients(Trick::SlowCloses) {
             self.wait_for_ends(VMS / 2..VMS)?;
         }
-        self.strangers.iter_mut().try_for_each(Strangers::settle)?;
+        self.untrusted_clients.iter_mut().try_for_each(UntrustedClients::settle)?;
         self.wait_for_peace()?;
         self.left.clear();
         Ok(())

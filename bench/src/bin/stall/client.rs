@@ -212,8 +212,8 @@ fn round(guests: &mut [Guest], seen: &mut Seen, random: &mut u64) -> Result<()> 
 
 /// How long this thread did not run in the iteration from `last` to `now`.
 fn absence(now: Duration, last: Duration) -> Duration {
-    let turn = now.saturating_sub(last);
-    if turn > AWAY { turn } else { Duration::ZERO }
+    let iteration = now.saturating_sub(last);
+    if iteration > AWAY { iteration } else { Duration::ZERO }
 }
 
 /// Gives thread `tid` a real-time priority. Returns whether that succeeded.

@@ -1,6 +1,6 @@
 //! The events that are measured, with their names and descriptions.
 
-use crate::strangers::Trick;
+use crate::untrusted_clients::Trick;
 
 /// An event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) enum Event {
     HungKilled,
     HungStopped,
     /// Other clients try to block resources that VMs share.
-    Strangers(Trick),
+    UntrustedClients(Trick),
 }
 
 impl Event {
@@ -33,12 +33,12 @@ impl Event {
         Self::HungIo,
         Self::HungKilled,
         Self::HungStopped,
-        Self::Strangers(Trick::Lingering),
-        Self::Strangers(Trick::SlowCloses),
-        Self::Strangers(Trick::Batch),
-        Self::Strangers(Trick::Half),
-        Self::Strangers(Trick::Unread),
-        Self::Strangers(Trick::DeafSocket),
+        Self::UntrustedClients(Trick::Lingering),
+        Self::UntrustedClients(Trick::SlowCloses),
+        Self::UntrustedClients(Trick::Batch),
+        Self::UntrustedClients(Trick::Half),
+        Self::UntrustedClients(Trick::Unread),
+        Self::UntrustedClients(Trick::UnresponsiveSocket),
         Self::SlowUnmap,
     ];
 
@@ -56,7 +56,7 @@ impl Event {
             Self::HungIo => "hung-io",
             Self::HungKilled => "hung-killed",
             Self::HungStopped => "hung-stopped",
-            Self::Strangers(trick) => trick.name(),
+            Self::UntrustedClients(trick) => trick.name(),
         }
     }
 
@@ -74,7 +74,7 @@ impl Event {
             Self::HungIo => "16 requests of a VM hang",
             Self::HungKilled => "a VM with 16 hung requests is killed",
             Self::HungStopped => "a VM with 16 hung requests is stopped",
-            Self::Strangers(trick) => trick.words(),
+            Self::UntrustedClients(trick) => trick.words(),
         }
     }
 
@@ -83,9 +83,9 @@ impl Event {
         self == Self::SlowUnmap
     }
 
-    /// Whether it disturbs threads other than reactors, on which newcomers and operators wait.
-    pub(crate) fn wants_newcomers(self) -> bool {
-        matches!(self, Self::Strangers(_))
+    /// Whether it disturbs threads other than reactors, on which new VMs and operators wait.
+    pub(crate) fn wants_new_vms(self) -> bool {
+        matches!(self, Self::UntrustedClients(_))
     }
 }
 

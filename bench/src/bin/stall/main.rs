@@ -1,20 +1,20 @@
 //! `stall`: measures how the exit of a VM and other events delay the I/O of other VMs, in
 //! alternating quiet and disturbed stretches.
 //!
-//! In the order of the data flow: [`options`] selects the [`event`]s and the servers; [`cases`] make
-//! an event happen repeatedly, those of [`strangers`] while [`newcomers`] run; [`client`] is the
-//! neighbours; [`stretch`] collects the data of the neighbours, the kernel and the server in one
-//! stretch; [`report`] makes tables.
+//! In the order of the data flow: [`options`] selects the [`event`]s and the servers; [`cases`]
+//! make an event happen repeatedly, those of [`untrusted_clients`] while [`new_vms`] run;
+//! [`client`] is the neighbours; [`stretch`] collects the data of the neighbours, the kernel and
+//! the server in one stretch; [`report`] makes tables.
 #![warn(clippy::cast_possible_truncation)]
 
 mod cases;
 mod client;
 mod event;
-mod newcomers;
+mod new_vms;
 mod options;
 mod report;
-mod strangers;
 mod stretch;
+mod untrusted_clients;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -189,13 +189,13 @@ fn pairs(
     let length = Duration::from_secs_f64(options.length);
     let cores = [options.client_core, options.server_core];
     let mut case = Case::new(event, server, armory.to_owned(), length, more)?;
-    let (mut pairs, newcomers) = (Vec::new(), event.wants_newcomers());
+    let (mut pairs, new_vms) = (Vec::new(), event.wants_new_vms());
     for run in 1..=options.runs {
         progress(&format!("{}: {}, {run}/{}", server.spec.name, event.name(), options.runs));
         interrupt.check()?;
         case.prepare()?;
         let start = Instant::now();
-        let disturbed = stretch::watch(server, clients, &cores, newcomers, || {
+        let disturbed = stretch::watch(server, clients, &cores, new_vms, || {
             case.strike()?;
             std::thread::sleep(length.saturating_sub(start.elapsed()));
             Ok(())
@@ -203,7 +203,7 @@ fn pairs(
         // Some events take longer than the configured length.
         let length = start.elapsed().max(length);
         case.settle()?;
-        let quiet = stretch::watch(server, clients, &cores, newcomers, || {
+        let quiet = stretch::watch(server, clients, &cores, new_vms, || {
             std::thread::sleep(length);
             Ok(())
         })?;
@@ -215,7 +215,7 @@ fn pairs(
 
 /// Why `event` cannot be measured on a server of this kind.
 fn foreign(event: Event, kind: Kind) -> Option<String> {
-    (event.wants_newcomers() && kind != Kind::Ours)
+    (event.wants_new_vms() && kind != Kind::Ours)
         .then(|| "it may block this server for ever".into())
 }
 

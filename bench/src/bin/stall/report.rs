@@ -8,7 +8,7 @@ use bench::servers::{date, machine};
 use serde_json::{Value, json};
 
 use crate::Findings;
-use crate::newcomers::Waits;
+use crate::new_vms::Waits;
 use crate::options::Options;
 use crate::stretch::{Found, Stretch};
 
@@ -40,9 +40,9 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
         writeln!(text)?;
     }
     writeln!(text, "{}", waits(&findings.found))?;
-    if findings.found.iter().any(|found| found.case_has_newcomers()) {
-        let table = newcomers(&findings.found);
-        writeln!(text, "### Waits of newcomers and operators\n\n{table}")?;
+    if findings.found.iter().any(|found| found.case_has_new_vms()) {
+        let table = new_vms(&findings.found);
+        writeln!(text, "### Waits of new VMs and operators\n\n{table}")?;
     }
     writeln!(text, "### Threads that did not run\n\n{}", absences(&findings.found))?;
     Ok(text)
@@ -60,7 +60,7 @@ fn waits(found: &[Found]) -> Table {
         "of it away",
         "ratio",
         "≤ 1.5",
-        "longest turn quiet",
+        "longest iteration quiet",
         "disturbed",
         "its causes",
     ]);
@@ -74,7 +74,7 @@ fn waits(found: &[Found]) -> Table {
         row.push(ratio(longest));
         let reached = longest.map(|s| if s.median <= LONGEST_RATIO_MAX { "yes" } else { "no" });
         row.push(reached.unwrap_or("-").into());
-        row.extend(found.medians(|stretch| Some(stretch.turn.as_ref()?.us * 1e3)).map(shown));
+        row.extend(found.medians(|stretch| Some(stretch.iteration.as_ref()?.us * 1e3)).map(shown));
         let causes = found.causes().join(", ");
         row.push(if causes.is_empty() { "-".into() } else { causes });
         table.row(row);
@@ -83,9 +83,9 @@ fn waits(found: &[Found]) -> Table {
 }
 
 /// The longest waits of each stretch: of a VM from connection to disconnection, and of an RPC.
-fn newcomers(found: &[Found]) -> Table {
+fn new_vms(found: &[Found]) -> Table {
     let mut table = Table::new(&[
-        "strangers",
+        "untrusted clients",
         "server",
         "a VM from connection to GET_VRING_BASE, quiet",
         "disturbed",
@@ -94,7 +94,7 @@ fn newcomers(found: &[Found]) -> Table {
         "disturbed",
         "ratio",
     ]);
-    for found in found.iter().filter(|found| found.case_has_newcomers()) {
+    for found in found.iter().filter(|found| found.case_has_new_vms()) {
         let mut row = vec![found.words.to_owned(), found.server.clone()];
         let figures: [fn(&Waits) -> f64; 2] =
             [|waits| waits.life.as_nanos() as f64, |waits| waits.rpc.as_nanos() as f64];
@@ -166,7 +166,7 @@ mod tests {
     use crate::stretch::tests::stretch;
 
     #[test]
-    fn a_case_is_judged_by_the_ratio_and_a_server_without_turns_has_a_dash() {
+    fn a_case_is_judged_by_the_ratio_and_a_server_without_iterations_has_a_dash() {
         let found = |disturbed| Found {
             server: "vhost".into(),
             case: "killed",
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn only_cases_with_newcomers_are_in_their_table() {
+    fn only_cases_with_new_vms_are_in_their_table() {
         let with = |life| {
             let (life, rpc) = (Duration::from_millis(life), Duration::from_millis(1));
             Stretch { waits: Some(Waits { life, rpc }), ..stretch(1.0, None) }
@@ -189,7 +189,7 @@ mod tests {
         let found =
             |words, pair| Found { server: "vhost".into(), case: "", words, pairs: vec![pair] };
         let quiet = found("not this", (stretch(1.0, None), stretch(1.0, None)));
-        let table = newcomers(&[quiet, found("halves", (with(2), with(6)))]).to_string();
+        let table = new_vms(&[quiet, found("halves", (with(2), with(6)))]).to_string();
         assert_eq!(table.lines().count(), 3, "{table}");
         assert!(table.contains("halves") && table.contains("3.00"), "{table}");
     }

@@ -8,14 +8,14 @@ use bench::servers::{Error, Refusal, Server, ThreadTimes, core_steal, thread_tim
 use serde_json::{Value, json};
 
 use crate::client::{Clients, Seen};
-use crate::newcomers::{self, Waits};
+use crate::new_vms::{self, Waits};
 
 /// The RPC for reactors' longest poll iterations. SPDK does not have it.
-const TURNS: &str = "vhost_get_reactor_turns";
+const ITERATIONS: &str = "vhost_get_reactor_turns";
 
 /// A reactor's longest poll iteration in a stretch.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Turn {
+pub(crate) struct Iteration {
     pub(crate) us: f64,
     /// What the reactor did in it.
     pub(crate) causes: Vec<String>,
@@ -32,36 +32,36 @@ pub(crate) struct Stretch {
     pub(crate) longest_away_ns: f64,
     pub(crate) away_max_ns: f64,
     /// The longest of all reactors, if the server reports it.
-    pub(crate) turn: Option<Turn>,
+    pub(crate) iteration: Option<Iteration>,
     pub(crate) reactors: ThreadTimes,
     pub(crate) clients: ThreadTimes,
     /// Time that the host stole from the clients' and the reactors' cores.
     pub(crate) stolen: Option<Duration>,
-    /// The waits of newcomers and operators, if there were any.
+    /// The waits of new VMs and operators, if there were any.
     pub(crate) waits: Option<Waits>,
 }
 
 /// Runs `during`, whose duration is that of the stretch, and returns the data meanwhile, with that
-/// of newcomers if `with_newcomers`.
+/// of new VMs if `with_new_vms`.
 pub(crate) fn watch(
     server: &Server,
     clients: &mut Clients,
     cores: &[usize],
-    with_newcomers: bool,
+    with_new_vms: bool,
     during: impl FnOnce() -> Result<()>,
 ) -> Result<Stretch> {
     // The calls precede and follow the stretch.
-    turns(server)?;
+    iterations(server)?;
     let tid = clients.tid;
     let counters = || -> Result<_> {
         let stolen: Option<Duration> = cores.iter().map(|&core| core_steal(core)).sum();
         Ok((server.times()?, thread_times(std::process::id(), tid)?, stolen))
     };
     let (reactors, own, stolen) = counters()?;
-    let newcomers = with_newcomers.then_some(server);
-    let (seen, waits) = clients.watch(|| newcomers::beside(newcomers, during))?;
+    let new_vms = with_new_vms.then_some(server);
+    let (seen, waits) = clients.watch(|| new_vms::beside(new_vms, during))?;
     let (reactors_after, own_after, stolen_after) = counters()?;
-    let turn = turns(server)?;
+    let iteration = iterations(server)?;
     let Seen { latencies, longest, longest_away, away_max } = seen;
     Ok(Stretch {
         requests: latencies.len(),
@@ -69,7 +69,7 @@ pub(crate) fn watch(
         longest_ns: longest.as_nanos() as f64,
         longest_away_ns: longest_away.as_nanos() as f64,
         away_max_ns: away_max.as_nanos() as f64,
-        turn,
+        iteration,
         reactors: reactors_after - reactors,
         clients: own_after - own,
         stolen: stolen.zip(stolen_after).map(|(before, after)| after.saturating_sub(before)),
@@ -78,21 +78,21 @@ pub(crate) fn watch(
 }
 
 /// The longest poll iteration since the last call, if the server reports it.
-fn turns(server: &Server) -> Result<Option<Turn>> {
-    match server.call(TURNS, json!({"reset": true})) {
+fn iterations(server: &Server) -> Result<Option<Iteration>> {
+    match server.call(ITERATIONS, json!({"reset": true})) {
         Ok(answer) => Ok(longest(&answer)),
         Err(Error::Refused { refusal, .. }) if refusal.code == Refusal::NO_SUCH_METHOD => Ok(None),
         Err(error) => Err(error.into()),
     }
 }
 
-fn longest(answer: &Value) -> Option<Turn> {
-    let turn = |reactor: &Value| {
+fn longest(answer: &Value) -> Option<Iteration> {
+    let iteration = |reactor: &Value| {
         let causes = reactor["causes"].as_array().into_iter().flatten();
         let causes = causes.filter_map(|cause| Some(cause.as_str()?.to_owned())).collect();
-        Some(Turn { us: reactor["longest_turn_us"].as_f64()?, causes })
+        Some(Iteration { us: reactor["longest_turn_us"].as_f64()?, causes })
     };
-    answer.as_array()?.iter().filter_map(turn).max_by(|a, b| a.us.total_cmp(&b.us))
+    answer.as_array()?.iter().filter_map(iteration).max_by(|a, b| a.us.total_cmp(&b.us))
 }
 
 impl Stretch {
@@ -110,12 +110,12 @@ impl Stretch {
             "longest_ns": self.longest_ns,
             "longest_away_ns": self.longest_away_ns,
             "away_max_ns": self.away_max_ns,
-            "longest_turn_us": self.turn.as_ref().map(|turn| turn.us),
-            "causes": self.turn.as_ref().map(|turn| turn.causes.clone()),
+            "longest_turn_us": self.iteration.as_ref().map(|iteration| iteration.us),
+            "causes": self.iteration.as_ref().map(|iteration| iteration.causes.clone()),
             "reactors": times(&self.reactors),
             "clients": times(&self.clients),
             "stolen_s": self.stolen.map(|stolen| stolen.as_secs_f64()),
-            "newcomer_s": self.waits.map(|waits| waits.life.as_secs_f64()),
+            "new_vm_s": self.waits.map(|waits| waits.life.as_secs_f64()),
             "rpc_s": self.waits.map(|waits| waits.rpc.as_secs_f64()),
         })
     }
@@ -147,16 +147,17 @@ impl Found {
         Spread::of_ratios(self.pairs.iter().map(pair))
     }
 
-    /// Whether newcomers were measured.
-    pub(crate) fn case_has_newcomers(&self) -> bool {
+    /// Whether new VMs were measured.
+    pub(crate) fn case_has_new_vms(&self) -> bool {
         self.pairs.iter().all(|(quiet, disturbed)| quiet.waits.and(disturbed.waits).is_some())
     }
 
     /// The causes of the longest poll iterations in the disturbed stretches, most frequent first.
     pub(crate) fn causes(&self) -> Vec<String> {
         let mut counted: Vec<(usize, String)> = Vec::new();
-        let turns = self.pairs.iter().filter_map(|(_, disturbed)| disturbed.turn.as_ref());
-        for cause in turns.flat_map(|turn| &turn.causes) {
+        let iterations =
+            self.pairs.iter().filter_map(|(_, disturbed)| disturbed.iteration.as_ref());
+        for cause in iterations.flat_map(|iteration| &iteration.causes) {
             match counted.iter_mut().find(|(_, known)| known == cause) {
                 Some((count, _)) => *count += 1,
                 None => counted.push((1, cause.clone())),
@@ -180,14 +181,14 @@ pub(crate) mod tests {
     use super::*;
 
     /// A stretch with these values.
-    pub(crate) fn stretch(longest_ns: f64, turn: Option<(f64, &[&str])>) -> Stretch {
+    pub(crate) fn stretch(longest_ns: f64, iteration: Option<(f64, &[&str])>) -> Stretch {
         Stretch {
             requests: 1,
             p9999_ns: 1.0,
             longest_ns,
             longest_away_ns: 0.0,
             away_max_ns: 0.0,
-            turn: turn.map(|(us, causes)| Turn {
+            iteration: iteration.map(|(us, causes)| Iteration {
                 us,
                 causes: causes.iter().map(|&cause| cause.into()).collect(),
             }),
@@ -199,21 +200,24 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_longest_turn_is_that_of_the_slowest_reactor() {
+    fn the_longest_iteration_is_that_of_the_slowest_reactor() {
         let answer = json!([
             {"lcore": 1, "turns": 5, "longest_turn_us": 3.5, "causes": ["complete"]},
             {"lcore": 2, "turns": 5, "longest_turn_us": 12, "causes": ["adopt", "complete"]},
         ]);
-        let turn = longest(&answer).unwrap();
-        assert_eq!(turn, Turn { us: 12.0, causes: vec!["adopt".into(), "complete".into()] });
+        let iteration = longest(&answer).unwrap();
+        assert_eq!(
+            iteration,
+            Iteration { us: 12.0, causes: vec!["adopt".into(), "complete".into()] }
+        );
         assert_eq!(longest(&json!([])), None);
     }
 
     #[test]
     fn each_disturbed_stretch_is_held_against_the_quiet_one_beside_it() {
         let pair = |quiet, disturbed| {
-            let turn: Option<(f64, &[&str])> = Some((1.0, &["adopt"]));
-            (stretch(quiet, None), stretch(disturbed, turn))
+            let iteration: Option<(f64, &[&str])> = Some((1.0, &["adopt"]));
+            (stretch(quiet, None), stretch(disturbed, iteration))
         };
         let mut found = Found {
             server: "vhost".into(),
@@ -224,7 +228,7 @@ pub(crate) mod tests {
         let spread = found.ratio(|stretch| stretch.longest_ns).unwrap();
         assert_eq!((spread.median, spread.min), (2.0, 1.0));
         assert_eq!(found.medians(|stretch| Some(stretch.longest_ns)), [Some(10.0), Some(20.0)]);
-        assert_eq!(found.medians(|s| Some(s.turn.as_ref()?.us)), [None, Some(1.0)]);
+        assert_eq!(found.medians(|s| Some(s.iteration.as_ref()?.us)), [None, Some(1.0)]);
         found.pairs[0].1 = stretch(1.0, Some((1.0, &["complete", "adopt"])));
         assert_eq!(found.causes(), ["adopt", "complete"]);
     }

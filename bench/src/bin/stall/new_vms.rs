@@ -1,4 +1,4 @@
-//! Newcomers: a VM that connects and disconnects repeatedly, and an operator who calls RPCs. They
+//! New VMs: a VM that connects and disconnects repeatedly, and an operator who calls RPCs. They
 //! wait for threads other than the reactors.
 
 use std::path::Path;
@@ -11,8 +11,8 @@ use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request};
 use serde_json::json;
 
 /// Their controller.
-pub(crate) const NAME: &str = "newcomer";
-/// The pause between two newcomers.
+pub(crate) const NAME: &str = "new-vm";
+/// The pause between two new VMs.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// The longest times.
@@ -24,7 +24,7 @@ pub(crate) struct Waits {
     pub(crate) rpc: Duration,
 }
 
-/// Runs `during`, with newcomers at the same time if there is a server for them.
+/// Runs `during`, with new VMs at the same time if there is a server for them.
 pub(crate) fn beside(
     server: Option<&Server>,
     during: impl FnOnce() -> Result<()>,
@@ -32,10 +32,10 @@ pub(crate) fn beside(
     let Some(server) = server else { return during().map(|()| None) };
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let newcomers = scope.spawn(|| come(server, &ended));
+        let new_vms = scope.spawn(|| come(server, &ended));
         let result = during();
         ended.store(true, Ordering::Relaxed);
-        let waits = newcomers.join().map_err(|_| anyhow!("the newcomers have panicked"))?;
+        let waits = new_vms.join().map_err(|_| anyhow!("the new VMs have panicked"))?;
         result.and(waits).map(Some)
     })
 }

@@ -1,8 +1,9 @@
 //! A clock whose unit is the time of a thread that does not depend on the server.
 //!
-//! On a slow or busy machine, real time says little. So waits are counted in beats: a beat is a
-//! sleep of a millisecond and a round trip to another thread, like a request to the server. A busy
-//! machine delays the beats as it delays the server, so only delays by the server count.
+//! On a slow or busy machine, real time says little. So waits are counted in heartbeats: a
+//! heartbeat is a sleep of a millisecond and a round trip to another thread, like a request to the
+//! server. A busy machine delays the heartbeats as it delays the server, so only delays by the
+//! server count.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,24 +13,25 @@ use std::time::Duration;
 
 const NAP: Duration = Duration::from_millis(1);
 
-/// The beat counter and its threads.
+/// The heartbeat counter and its threads.
 #[derive(Debug)]
-pub(crate) struct Beats {
+pub(crate) struct Heartbeats {
     count: Arc<AtomicU64>,
     held: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
 }
 
-impl Beats {
+impl Heartbeats {
     /// Starts to count.
     pub(crate) fn start() -> std::io::Result<Self> {
-        let beats = Self { count: Arc::default(), held: Arc::default(), ended: Arc::default() };
+        let heartbeats =
+            Self { count: Arc::default(), held: Arc::default(), ended: Arc::default() };
         let (ask, asked) = sync_channel(0);
         let (answer, answered) = sync_channel(0);
         thread::Builder::new().name("echo".into()).spawn(move || echo(&asked, &answer))?;
-        let (count, held) = (beats.count.clone(), beats.held.clone());
-        let ended = beats.ended.clone();
-        let beat = move || {
+        let (count, held) = (heartbeats.count.clone(), heartbeats.held.clone());
+        let ended = heartbeats.ended.clone();
+        let heartbeat = move || {
             while !ended.load(Ordering::Relaxed) {
                 thread::sleep(NAP);
                 if ask.send(()).is_err() || answered.recv().is_err() {
@@ -40,8 +42,8 @@ impl Beats {
                 }
             }
         };
-        thread::Builder::new().name("beats".into()).spawn(beat)?;
-        Ok(beats)
+        thread::Builder::new().name("heartbeats".into()).spawn(heartbeat)?;
+        Ok(heartbeats)
     }
 
     /// The current count.
@@ -63,7 +65,7 @@ impl Beats {
     }
 }
 
-impl Drop for Beats {
+impl Drop for Heartbeats {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
     }
@@ -78,13 +80,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn beats_are_counted_until_they_are_dropped() {
-        let beats = Beats::start().unwrap();
-        while beats.now() < 3 {
+    fn heartbeats_are_counted_until_they_are_dropped() {
+        let heartbeats = Heartbeats::start().unwrap();
+        while heartbeats.now() < 3 {
             thread::yield_now();
         }
-        let ended = beats.ended.clone();
-        drop(beats);
+        let ended = heartbeats.ended.clone();
+        drop(heartbeats);
         assert!(ended.load(Ordering::Relaxed));
     }
 }

@@ -1,5 +1,5 @@
-//! A socket whose owner accepts nobody, with a backlog that is full, as that of a process that is
-//! stopped. Whoever connects to it and waits does so for ever.
+//! A socket whose owner never accepts and whose backlog is full, like that of a stopped process. A
+//! client that connects to it and waits blocks for ever.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -11,18 +11,18 @@ use rustix::net::{
 
 use crate::error::{Error, Result};
 
-/// The socket, and those who wait to be accepted. Its file stays when this is dropped.
+/// The socket, and the clients in its backlog. Its file stays when this is dropped.
 #[derive(Debug)]
-pub struct Deaf {
+pub struct UnresponsiveSocket {
     _listener: OwnedFd,
     _waiting: Vec<OwnedFd>,
 }
 
-impl Deaf {
+impl UnresponsiveSocket {
     /// Binds to `path`, and fills the backlog.
     ///
     /// # Errors
-    /// There is such a file, or no such directory.
+    /// The file exists, or the directory does not.
     pub fn bind(path: &Path) -> Result<Self> {
         Self::make(path).map_err(Error::system("cannot make a socket with a full backlog"))
     }
@@ -54,10 +54,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_can_connect_without_waiting() {
+    fn a_non_blocking_connect_fails() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("deaf");
-        let _deaf = Deaf::bind(&path).unwrap();
+        let path = dir.path().join("unresponsive");
+        let _unresponsive = UnresponsiveSocket::bind(&path).unwrap();
         let client = socket(SocketFlags::NONBLOCK).unwrap();
         let refused = connect(&client, &SocketAddrUnix::new(&path).unwrap());
         assert_eq!(refused, Err(Errno::AGAIN));

@@ -1,4 +1,4 @@
-//! Strangers: clients that try to block a thread, a table or a socket that other clients need.
+//! Untrusted clients, which try to block a thread, a table or a socket that other clients need.
 
 use std::fs;
 use std::io::{BufReader, Write};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use bench::servers::{Error, Server};
 use front_end::raw::{VERSION, message};
-use front_end::{Deaf, LIMIT, Lingering, RawConnection};
+use front_end::{LIMIT, Lingering, RawConnection, UnresponsiveSocket};
 use serde::de::IgnoredAny;
 use serde_json::{Deserializer, Value, json};
 
@@ -26,7 +26,7 @@ const DISKS: usize = 500;
 /// Number of requests in the batch.
 const BATCH: usize = 2000;
 /// The socket of a stopped process.
-const DEAF: &str = "deaf";
+const UNRESPONSIVE: &str = "unresponsive";
 
 /// A kind of misbehaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub(crate) enum Trick {
     /// Front ends do not read the answers.
     Unread,
     /// A stopped process listens on the socket of a new controller.
-    DeafSocket,
+    UnresponsiveSocket,
 }
 
 impl Trick {
@@ -54,7 +54,7 @@ impl Trick {
             Self::Batch => "batch",
             Self::Half => "half-messages",
             Self::Unread => "unread-answers",
-            Self::DeafSocket => "deaf-socket",
+            Self::UnresponsiveSocket => "unresponsive-socket",
         }
     }
 
@@ -66,24 +66,24 @@ impl Trick {
             Self::Batch => "a batch requests a list of 500 disks 2,000 times",
             Self::Half => "16 front ends send half a message and disconnect, 8 times",
             Self::Unread => "16 front ends do not read the answers to their messages",
-            Self::DeafSocket => {
+            Self::UnresponsiveSocket => {
                 "a stopped process listens on the socket of a new controller, 8 times"
             }
         }
     }
 }
 
-/// Strangers, with their connections.
-pub(crate) struct Strangers<'a> {
+/// Untrusted clients, with their connections.
+pub(crate) struct UntrustedClients<'a> {
     trick: Trick,
     server: &'a Server,
     connections: Vec<RawConnection>,
     lingering: Vec<Lingering>,
-    deaf: Option<Deaf>,
+    unresponsive: Option<UnresponsiveSocket>,
     batch: Option<JoinHandle<Result<()>>>,
 }
 
-impl<'a> Strangers<'a> {
+impl<'a> UntrustedClients<'a> {
     /// Creates the objects that they need on `server`.
     pub(crate) fn new(trick: Trick, server: &'a Server) -> Result<Self> {
         let is_there = |name| server.call("bdev_get_bdevs", json!({"name": name})).is_ok();
@@ -93,7 +93,7 @@ impl<'a> Strangers<'a> {
             }
         }
         let (connections, lingering) = (Vec::new(), Vec::new());
-        Ok(Self { trick, server, connections, lingering, deaf: None, batch: None })
+        Ok(Self { trick, server, connections, lingering, unresponsive: None, batch: None })
     }
 
     /// Prepares the misbehaviour before the stretch.
@@ -104,8 +104,9 @@ impl<'a> Strangers<'a> {
                 self.bring_lingering(VMS / 2)?;
                 self.complete_messages(Duration::ZERO)
             }
-            Trick::DeafSocket => {
-                self.deaf = Some(Deaf::bind(&self.server.socket(DEAF))?);
+            Trick::UnresponsiveSocket => {
+                self.unresponsive =
+                    Some(UnresponsiveSocket::bind(&self.server.socket(UNRESPONSIVE))?);
                 Ok(())
             }
             Trick::Batch | Trick::Half | Trick::Unread => Ok(()),
@@ -120,7 +121,7 @@ impl<'a> Strangers<'a> {
             Trick::Batch => self.send_batch(),
             Trick::Half => self.send_halves(pause),
             Trick::Unread => self.ask(),
-            Trick::DeafSocket => self.create_over_deaf_socket(pause),
+            Trick::UnresponsiveSocket => self.create_over_unresponsive_socket(pause),
         }
     }
 
@@ -131,8 +132,8 @@ impl<'a> Strangers<'a> {
         if let Some(batch) = self.batch.take() {
             batch.join().map_err(|_| anyhow!("a thread has panicked"))?.context("a batch")?;
         }
-        if self.deaf.take().is_some() {
-            fs::remove_file(self.server.socket(DEAF))?;
+        if self.unresponsive.take().is_some() {
+            fs::remove_file(self.server.socket(UNRESPONSIVE))?;
         }
         Ok(())
     }
@@ -205,9 +206,9 @@ impl<'a> Strangers<'a> {
         Ok(())
     }
 
-    fn create_over_deaf_socket(&mut self, pause: Duration) -> Result<()> {
+    fn create_over_unresponsive_socket(&mut self, pause: Duration) -> Result<()> {
         for _ in 0..VMS {
-            match self.server.controller(DEAF, OTHER) {
+            match self.server.controller(UNRESPONSIVE, OTHER) {
                 Err(Error::Refused { .. }) => {}
                 Err(error) => return Err(error.into()),
                 Ok(_) => bail!("vhost replaced a socket on which another process listens"),

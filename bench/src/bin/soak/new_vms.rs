@@ -1,4 +1,4 @@
-//! Newcomers: a VM that connects and disconnects repeatedly, and an operator that calls RPCs. Other
+//! New VMs: a VM that connects and disconnects repeatedly, and an operator that calls RPCs. Other
 //! clients must not delay them.
 
 use std::path::Path;
@@ -12,41 +12,41 @@ use bench::servers::{Rpc, Server};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::json;
 
-use crate::beats::Beats;
+use crate::heartbeats::Heartbeats;
 
 /// The name of the controller and of its disk.
-pub(crate) const NAME: &str = "newcomer";
+pub(crate) const NAME: &str = "new-vm";
 
-/// The pause between two newcomers, in which other threads have the cores.
+/// The pause between two new VMs, in which other threads have the cores.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// The measurements of newcomers.
+/// The measurements of new VMs.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
     /// Number of sessions.
     pub(crate) lives: u64,
-    /// The longest session of a VM, from connection to GET_VRING_BASE, in beats.
-    pub(crate) life_beats: u64,
-    /// The longest RPC, in beats.
-    pub(crate) rpc_beats: u64,
+    /// The longest session of a VM, from connection to GET_VRING_BASE, in heartbeats.
+    pub(crate) life_heartbeats: u64,
+    /// The longest RPC, in heartbeats.
+    pub(crate) rpc_heartbeats: u64,
 }
 
 impl Seen {
     /// Adds other measurements.
     pub(crate) fn add(&mut self, other: Self) {
         self.lives += other.lives;
-        self.life_beats = self.life_beats.max(other.life_beats);
-        self.rpc_beats = self.rpc_beats.max(other.rpc_beats);
+        self.life_heartbeats = self.life_heartbeats.max(other.life_heartbeats);
+        self.rpc_heartbeats = self.rpc_heartbeats.max(other.rpc_heartbeats);
     }
 }
 
-/// Runs newcomers, one after the other, until it is dropped.
-pub(crate) struct Newcomers {
+/// Runs new VMs, one after the other, until it is dropped.
+pub(crate) struct NewVms {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Seen>>>,
 }
 
-impl Newcomers {
+impl NewVms {
     /// Creates the disk and the controller.
     pub(crate) fn prepare(server: &Server) -> Result<()> {
         server.bdev("malloc", NAME)?;
@@ -55,38 +55,38 @@ impl Newcomers {
     }
 
     /// Starts the thread.
-    pub(crate) fn start(server: &Server, beats: &Arc<Beats>) -> Result<Self> {
+    pub(crate) fn start(server: &Server, heartbeats: &Arc<Heartbeats>) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, beats) = (stop.clone(), beats.clone());
+        let (stopped, heartbeats) = (stop.clone(), heartbeats.clone());
         let (socket, rpc) = (server.socket(NAME), server.rpc_socket());
-        let come = move || come(&socket, &rpc, &beats, &stopped);
-        let thread = std::thread::Builder::new().name("newcomers".into()).spawn(come)?;
+        let come = move || come(&socket, &rpc, &heartbeats, &stopped);
+        let thread = std::thread::Builder::new().name("new-vms".into()).spawn(come)?;
         Ok(Self { stop, thread: Some(thread) })
     }
 
-    /// Waits until the last newcomer has disconnected.
+    /// Waits until the last new VM has disconnected.
     pub(crate) fn end(mut self) -> Result<Seen> {
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take().ok_or_else(|| anyhow!("the thread has been joined"))?;
-        thread.join().map_err(|_| anyhow!("the newcomers' thread has panicked"))?
+        thread.join().map_err(|_| anyhow!("the new VMs' thread has panicked"))?
     }
 }
 
-impl Drop for Newcomers {
+impl Drop for NewVms {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
 
-fn come(socket: &Path, rpc: &Path, beats: &Beats, stop: &AtomicBool) -> Result<Seen> {
+fn come(socket: &Path, rpc: &Path, heartbeats: &Heartbeats, stop: &AtomicBool) -> Result<Seen> {
     let mut seen = Seen::default();
     while !stop.load(Ordering::Relaxed) {
-        let start = beats.now();
+        let start = heartbeats.now();
         live(socket)?;
-        let gone = beats.now();
+        let gone = heartbeats.now();
         Rpc::connect(rpc)?.call("vhost_get_controllers", json!({"name": NAME}))?;
-        let (life_beats, rpc_beats) = (gone - start, beats.now() - gone);
-        seen.add(Seen { lives: 1, life_beats, rpc_beats });
+        let (life_heartbeats, rpc_heartbeats) = (gone - start, heartbeats.now() - gone);
+        seen.add(Seen { lives: 1, life_heartbeats, rpc_heartbeats });
         std::thread::sleep(PAUSE);
     }
     Ok(seen)
@@ -99,7 +99,7 @@ fn live(socket: &Path) -> Result<()> {
     let mut queue = front_end.start_new(1, QueueOptions::default())?.remove(0);
     let buffer = ram.alloc(4096, 4096)?;
     let done = queue.run(&Request::read(0, &[buffer]))?;
-    ensure!(done.status == STATUS_OK, "a newcomer's read has status {}", done.status);
+    ensure!(done.status == STATUS_OK, "a new VM's read has status {}", done.status);
     front_end.disconnect()?;
     Ok(())
 }
