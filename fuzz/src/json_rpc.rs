@@ -207,7 +207,7 @@ impl Stage {
             }
             tokio::task::yield_now().await;
         }
-        // The rest, if its turn came late.
+        // The rest, if its task ran late.
         let _ = stream.shutdown().await;
         let _ = stream.read_to_end(answer).await;
     }

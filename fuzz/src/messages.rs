@@ -1,6 +1,6 @@
 //! A target whose front ends send messages and fds of any kind, and whose guests use their rings.
 //!
-//! The input is a [`script`]. The reactor makes a turn when the script says so. Invariants:
+//! The input is a [`script`]. The reactor runs a poll iteration when the script says so. Invariants:
 //!
 //! * Every pending answer comes once, when all I/O has completed, unless the connection has ended.
 //! * When all front ends have left and the disk is done, nothing of them is left: no connection, no channel, no fd,
@@ -32,10 +32,10 @@ use crate::input::Input;
 use crate::script::{self, FRONTS, Fd, Message, RAM_BYTES, RINGS, Step};
 
 const STEPS_MAX: usize = 64;
-/// Turns after which an idle reactor sleeps if it may.
-const TURNS: usize = 16;
-/// After so many times as many turns, a condition that is not met never will be.
-const TURNS_MAX: usize = 1000;
+/// Poll iterations after which an idle reactor sleeps if it may.
+const ITERATIONS: usize = 16;
+/// After this many times [`ITERATIONS`], a condition that is not met never will be.
+const ITERATIONS_MAX: usize = 1000;
 /// How often the process's mappings are checked: reading the list takes long.
 const MAPPINGS_EVERY: u64 = 16;
 
@@ -87,8 +87,8 @@ impl Transport for Sockets {
 struct Front {
     id: ConnId,
     wire: Arc<Wire>,
-    /// Pending answers, of those that were ever due.
-    owed: usize,
+    /// The number of replies that were ever pending.
+    pending: usize,
 }
 
 /// A guest's memory, which outlives its connections.
@@ -154,7 +154,7 @@ impl Stage {
         }
         let (wire, ram) = (Arc::<Wire>::default(), Ram::new());
         let id = target.connected(Path::new("/n"), Arc::clone(&wire) as SharedConnection);
-        let front = Front { id: id.expect("a connection"), wire, owed: 0 };
+        let front = Front { id: id.expect("a connection"), wire, pending: 0 };
         let mut stage = Self {
             target,
             steps,
@@ -177,13 +177,13 @@ impl Stage {
             let verdict = stage.target.message(id, message.request, false, &message.payload, fds);
             assert!(matches!(verdict, Verdict::Done | Verdict::Pass), "{verdict:?}");
         }
-        stage.turns(TURNS);
+        stage.poll(ITERATIONS);
         stage
     }
 
-    /// Steps the reactors until they sleep, or `most` turns: they never sleep with a ring without a kick fd, which
-    /// has to be polled.
-    fn turns(&mut self, most: usize) {
+    /// Steps the reactors until they sleep, or for `most` iterations. They never sleep with a
+    /// ring without a kick fd, which must be polled.
+    fn poll(&mut self, most: usize) {
         for _ in 0..most {
             let mut asleep = true;
             for reactor in &mut self.steps {
@@ -199,10 +199,10 @@ impl Stage {
     /// Lets everything in progress end; continues until `done`.
     fn settle(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
         self.disk.state().settle();
-        for _ in 0..TURNS_MAX {
+        for _ in 0..ITERATIONS_MAX {
             // The disk's completions wake no reactor.
             self.wake();
-            self.turns(TURNS);
+            self.poll(ITERATIONS);
             if done(self) {
                 return;
             }
@@ -219,7 +219,7 @@ impl Stage {
     fn neighbour_reads(&mut self) {
         self.neighbour.1.offer(0, 0, 1);
         self.wake();
-        self.turns(TURNS);
+        self.poll(ITERATIONS);
         let mut status = [0xff];
         let ram = &self.neighbour.1.file;
         ram.read_exact_at(&mut status, script::status_at(0)).expect("a memfd");
@@ -282,9 +282,9 @@ impl Play<'_> {
                     disk.complete(0);
                 }
             }
-            Step::Turns(count) => {
+            Step::Iterations(count) => {
                 self.stage.wake();
-                self.stage.turns(count.into());
+                self.stage.poll(count.into());
             }
             Step::Operate(what) => self.operate(what),
         }
@@ -299,7 +299,7 @@ impl Play<'_> {
             let (wire, socket) = (Arc::<Wire>::default(), if number == 0 { "/a" } else { "/b" });
             let connection = Arc::clone(&wire) as SharedConnection;
             let id = self.stage.target.connected(Path::new(socket), connection)?;
-            self.fronts[number] = Some(Front { id, wire, owed: 0 });
+            self.fronts[number] = Some(Front { id, wire, pending: 0 });
         }
         self.fronts[number].as_mut()
     }
@@ -333,7 +333,7 @@ impl Play<'_> {
             Verdict::ReplyWithFd(_, fd) => self.area = Some(fd),
             Verdict::Deferred => {
                 if let Some(front) = &mut self.fronts[number] {
-                    front.owed += 1;
+                    front.pending += 1;
                 }
             }
             Verdict::Reject => self.leave(number),
@@ -365,7 +365,7 @@ impl Play<'_> {
                 assert!(infos.len() <= 3);
             }
             5 => self.recreate(),
-            _ => self.stage.turns(TURNS),
+            _ => self.stage.poll(ITERATIONS),
         }
     }
 
@@ -383,10 +383,10 @@ impl Play<'_> {
 
     fn end(mut self) {
         let Self { stage, fronts, .. } = &mut self;
-        stage.settle("an answer that is owed does not come", |_| {
+        stage.settle("a pending reply does not arrive", |_| {
             fronts.iter().flatten().all(|front| {
                 let sent = front.wire.lock();
-                sent.shut || sent.count == front.owed
+                sent.shut || sent.count == front.pending
             })
         });
         stage.neighbour_reads();
@@ -395,7 +395,7 @@ impl Play<'_> {
         drop((rams, area));
         stage.settle("a connection is left", |stage| stage.target.connections() == 1);
         let sent = stage.neighbour.0.wire.lock();
-        assert!(sent.count == 0 && !sent.shut && stage.neighbour.0.owed == 0);
+        assert!(sent.count == 0 && !sent.shut && stage.neighbour.0.pending == 0);
         drop(sent);
         stage.disk.state().at_once = false;
         until(|| stage.disk.state().open == 1);

@@ -94,8 +94,8 @@ pub enum Step {
     Leave(usize),
     /// The disk completes one of its I/Os, by number, or all.
     Complete(Option<u8>),
-    /// The reactors make so many turns, and the control thread processes the results.
-    Turns(u8),
+    /// The reactors run so many poll iterations, and the control thread processes the results.
+    Iterations(u8),
     /// An operator's action.
     Operate(u8),
 }
@@ -125,7 +125,7 @@ pub fn step(input: &mut Input<'_>) -> Step {
             Step::Poke(front, at, input.bytes(len).to_vec())
         }
         12 => Step::Complete(Some(input.u8()).filter(|n| n & 1 == 0)),
-        13 => Step::Turns(input.u8() % 4),
+        13 => Step::Iterations(input.u8() % 4),
         14 if input.u8() < 8 => Step::Cut(front, u64::from(input.u16()) & !0xfff),
         14 => Step::Leave(front),
         _ => Step::Operate(input.u8()),

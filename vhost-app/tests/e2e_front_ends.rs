@@ -364,7 +364,7 @@ fn is_gone<F: FrontEnd>(scene: &Scene, front_end: &mut F, more: &GuestRam) {
     scene.holds(buffer, &pattern(1024, 512));
 }
 
-/// A front end that goes without a word, and comes again.
+/// A front end disconnects without stopping its rings, and connects again.
 fn reconnect<F: FrontEnd>(scene: &Scene) {
     let mut front_end = F::start(scene.setup());
     do_io(&mut front_end, Io::Write { sector: 0, data: &[scene.written(0, 4096)] });

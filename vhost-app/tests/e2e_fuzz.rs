@@ -151,8 +151,8 @@ impl<'s> Play<'s> {
                 Step::Cut(front, len) => self.rams[front].set_len(len).unwrap(),
                 Step::Leave(front) => self.fronts[front] = None,
                 Step::Operate(what) => self.operate(what),
-                // The process makes turns by itself.
-                Step::Complete(_) | Step::Turns(_) => {}
+                // The process runs poll iterations by itself.
+                Step::Complete(_) | Step::Iterations(_) => {}
             }
         }
     }

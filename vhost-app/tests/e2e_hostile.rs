@@ -394,7 +394,7 @@ fn memory_that_is_cut_short_under_a_running_queue() {
 #[test]
 fn rings_that_lie() {
     let scene = Scene::new();
-    // Chains that do not do come back, and the queue goes on.
+    // Invalid chains are returned, and the queue continues.
     let (front_end, mut queue) = scene.victim();
     let ring = std::sync::Arc::clone(queue.ring());
     let buffer = ring.ram().alloc(4096, 4096).unwrap();
@@ -417,9 +417,9 @@ fn rings_that_lie() {
         },
         &|d| ring.set_descriptor(d, Descriptor { addr: buffer.gpa, len: 16, flags: 4, next: 0 }),
     ];
-    for spoil in bad {
+    for write in bad {
         let descriptor = queue.take_descriptors(1).unwrap()[0];
-        spoil(descriptor);
+        write(descriptor);
         queue.make_available(descriptor);
         wait_until("it comes back", || {
             queue.poll_raw().is_some_and(|u| u.id == u32::from(descriptor))

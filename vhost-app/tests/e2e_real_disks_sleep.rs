@@ -1,5 +1,5 @@
-//! File disks and reactors that sleep: what an engine or a disk's thread has completed wakes them,
-//! and a disk that hangs keeps no reactor awake and makes no turn of one long.
+//! File disks and reactors that sleep: completions by an engine or by a disk's thread wake
+//! them, and a disk that hangs keeps no reactor awake and makes no poll iteration long.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
@@ -21,9 +21,9 @@ const KINDS: [Kind; 3] = [Kind::Direct, Kind::PageCache, Kind::Uncached];
 /// The causes that `docs/src/reactors.md` lists.
 const CAUSES: [&str; 6] = ["fetch", "complete", "call", "adopt", "stop", "poll_set"];
 
-fn turns(vhost: &Vhost) -> Vec<Value> {
-    let turns = vhost.ok("vhost_get_reactor_turns", json!({}));
-    turns.as_array().unwrap().clone()
+fn reactors(vhost: &Vhost) -> Vec<Value> {
+    let reactors = vhost.ok("vhost_get_reactor_turns", json!({}));
+    reactors.as_array().unwrap().clone()
 }
 
 fn number(reactor: &Value, field: &str) -> u64 {
@@ -34,11 +34,11 @@ fn number(reactor: &Value, field: &str) -> u64 {
 /// has to be woken.
 fn completions_wake(vhost: &Vhost, bdev: &str) {
     let mut guest = Guest::on(vhost, bdev);
-    let slept = number(&turns(vhost)[0], "sleeps");
+    let slept = number(&reactors(vhost)[0], "sleeps");
     for _ in 0..10 {
         guest.goes_on();
     }
-    assert!(number(&turns(vhost)[0], "sleeps") > slept, "it sleeps between requests");
+    assert!(number(&reactors(vhost)[0], "sleeps") > slept, "it sleeps between requests");
     // And many at once.
     for round in 0..50 {
         let begun: Vec<_> = (0..30)
@@ -109,8 +109,8 @@ fn a_disk_that_hangs_keeps_no_reactor_awake() {
             files.wait_for_held("disk", op, 1);
             neighbours.go_on();
             let sleeps = || {
-                let turns = turns(&vhost);
-                (number(&turns[0], "sleeps"), number(&turns[0], "turns"))
+                let reactors = reactors(&vhost);
+                (number(&reactors[0], "sleeps"), number(&reactors[0], "turns"))
             };
             // Calls of the operator alone do not wake it.
             wait_until("it stays asleep", || {
@@ -176,9 +176,10 @@ fn queues_move_under_load() {
     }
 }
 
-/// While a disk hangs, its reactor takes turn after turn, and what they consist of is known.
+/// While a disk hangs, its reactor continues to poll. It reports the causes of its longest poll
+/// iteration.
 #[test]
-fn turns_go_on_while_a_disk_hangs() {
+fn poll_iterations_continue_while_a_disk_hangs() {
     for flavour in FLAVOURS {
         let vhost = Vhost::start(&[]);
         let files = SlowFiles::mount(&[("disk", Kind::Direct, DISK_BYTES)]);
@@ -190,14 +191,16 @@ fn turns_go_on_while_a_disk_hangs() {
             files.hold("disk", op);
             let begun = guest.begin(io, 1000, 0x21);
             files.wait_for_held("disk", op, 1);
-            let before = number(&turns(&vhost)[0], "turns");
-            wait_until("a thousand turns", || number(&turns(&vhost)[0], "turns") > before + 1000);
+            let before = number(&reactors(&vhost)[0], "turns");
+            wait_until("a thousand poll iterations", || {
+                number(&reactors(&vhost)[0], "turns") > before + 1000
+            });
             assert_eq!(files.held("disk", op), 1);
             guest.has_nothing();
-            let during = turns(&vhost);
+            let during = reactors(&vhost);
             files.release("disk", op);
             guest.wait_for(&[begun]);
-            for reactor in during.iter().chain(&turns(&vhost)) {
+            for reactor in during.iter().chain(&reactors(&vhost)) {
                 assert!(
                     reactor["longest_turn_us"].as_f64().is_some_and(|us| us > 0.0),
                     "{reactor}"

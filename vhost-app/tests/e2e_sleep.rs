@@ -13,9 +13,9 @@ use serde_json::json;
 
 /// Times that a reactor goes to sleep in one test, at least; there are four such tests.
 const SWITCHES: u64 = 250_000;
-/// Requests between two looks at that number.
+/// Requests between two reads of that number.
 const AT_ONCE: usize = 10_000;
-/// The longest pause, in turns of an empty loop: some microseconds.
+/// The longest pause, in iterations of an empty loop: some microseconds.
 const PAUSE_MAX: u32 = 300;
 
 fn connect(vhost: &Vhost, controller: &str, event_idx: bool) -> (FrontEnd, Vec<Queue>) {
@@ -98,8 +98,8 @@ fn no_kick_is_lost_in_adaptive_mode_with_event_idx() {
     switches(&["--reactor-idle-us", "2"], true);
 }
 
-/// Each kind of disk says in its own way that something has completed: an io_uring's fd, a time, and
-/// work that goes on by itself.
+/// Each kind of disk signals completions differently: an io_uring's fd, a time, and work that
+/// continues by itself.
 #[test]
 fn no_completion_is_lost() {
     for args in [["--interrupt-mode", "-d"], ["--reactor-idle-us", "20"]] {

@@ -57,7 +57,7 @@ fn help_into_a_closed_pipe_is_no_error() {
 
 #[test]
 fn the_first_lines_are_spdks() {
-    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--enforce-numa", "stray"]);
+    let vhost = Vhost::start(&["-n", "4", "--env-context", "x", "--enforce-numa", "extra"]);
     vhost.wait_for_log("Reactor started on core");
     let log = vhost.log();
     let mut lines = log.lines();
@@ -69,7 +69,7 @@ fn the_first_lines_are_spdks() {
     for option in ["--mem-channels", "--env-context", "--enforce-numa"] {
         assert!(ignored[0].contains(option), "{}", ignored[0]);
     }
-    assert!(log.contains("*WARNING*: ignoring arguments that are not options: stray"), "{log}");
+    assert!(log.contains("*WARNING*: ignoring arguments that are not options: extra"), "{log}");
     let core = core_mask().trim_start_matches("0x").parse::<u32>().unwrap().trailing_zeros();
     assert!(log.contains("Total cores available: 1"));
     assert!(log.contains(&format!("Reactor started on core {core}")));

@@ -48,7 +48,7 @@ impl Driver {
         self.count = self.count.wrapping_add(1);
         let mut buffers = request(guest, table, n, input);
         let defect = input.u8();
-        spoil(&mut buffers, defect, input);
+        corrupt(&mut buffers, defect, input);
         // Some descriptors in the ring, the rest in a table.
         let direct = match input.u8() {
             how if how & 1 == 0 => buffers.len(),
@@ -187,7 +187,7 @@ fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Ve
 }
 
 /// Makes a request invalid, or at least unusual.
-fn spoil(buffers: &mut Vec<Buffer>, defect: u8, input: &mut Input<'_>) {
+fn corrupt(buffers: &mut Vec<Buffer>, defect: u8, input: &mut Input<'_>) {
     let at = usize::from(defect >> 4) % buffers.len();
     match defect & 0xf {
         1 => drop(buffers.remove(at)),

@@ -16,7 +16,7 @@ use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
-/// Without turns, 56 KB of requests delayed all other clients by 42 s.
+/// Without time slices, 56 KB of requests delayed all other clients by 42 s.
 #[test]
 fn a_huge_batch_holds_up_nobody() {
     let vhost = Vhost::start(&[]);
