@@ -1,5 +1,7 @@
 //! A thread that keeps queues busy with random I/O and checks every block that it reads.
 
+mod pattern;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use front_end::{AnyQueue, Completion, LIMIT, Request, STATUS_OK, Segment};
 
+use self::pattern::{Random, describe, pattern};
 use crate::error::{Error, Result};
 use crate::pin::pin;
 
@@ -464,42 +467,5 @@ impl Worker {
 
     fn problem(&mut self, what: impl FnOnce() -> String) {
         self.summary.first_problem.get_or_insert_with(what);
-    }
-}
-
-/// What a block holds: its number, its version, and words that follow from these and the seed.
-fn pattern(seed: u64, block: u64, version: u32) -> [u8; BLOCK as usize] {
-    let mut bytes = [0; BLOCK as usize];
-    let mut random = Random(seed ^ block.rotate_left(32) ^ u64::from(version));
-    let header = [block, u64::from(version)];
-    let words = header.into_iter().chain(std::iter::repeat_with(|| random.next()));
-    for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
-        to.copy_from_slice(&word.to_le_bytes());
-    }
-    bytes
-}
-
-fn describe(bytes: &[u8; BLOCK as usize], block: u64, version: u32) -> String {
-    let word = |at: usize| {
-        bytes[at..at + 8].iter().rev().fold(0, |word: u64, &byte| word << 8 | u64::from(byte))
-    };
-    format!(
-        "block {block} should hold version {version}; it says that it is block {} of version {}",
-        word(0),
-        word(8)
-    )
-}
-
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
     }
 }

@@ -4,9 +4,12 @@
 //! The state that the reactor keeps and the work of a visit are in `core`, generic over the device.
 #![expect(unsafe_code, reason = "hands the core from owner to owner")]
 
+mod call_due;
 mod core;
 mod fetch;
 mod requests;
+mod slot;
+mod start;
 
 use std::cell::UnsafeCell;
 use std::fmt;

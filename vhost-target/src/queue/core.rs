@@ -3,7 +3,6 @@
 #![expect(unsafe_code, reason = "signals")]
 
 use std::collections::VecDeque;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,8 +13,11 @@ use virtqueue::chain::{Chain, LongSegments, long_segments};
 use virtqueue::inflight::{Recovery, Tracker};
 use virtqueue::{AnyRing, Ring, RingHint};
 
+use super::call_due::CallDue;
 use super::fetch::Serve;
-use super::{Coalescing, Control, Event, Leftover, QueueState, StartError, Tracked, View};
+use super::slot::{Expected, Slot};
+use super::start::begin;
+use super::{Control, Event, Leftover, QueueState, StartError, Tracked, View};
 use crate::device_queue::DeviceQueue;
 
 /// Requests that a queue may have in flight. The further requests of a larger ring wait. A request
@@ -26,29 +28,6 @@ pub(crate) const DEPTH_MAX: u16 = 256;
 const RETRY: Duration = Duration::from_millis(1);
 /// Long chains that a queue may have in flight. Each needs about 16 KiB. Further ones wait.
 const LONG_CHAINS: usize = 4;
-
-/// A request that was taken from the ring. The fields that every request uses come first and
-/// together, including the first segments of its chain: three cache lines.
-#[repr(C)]
-#[derive(Debug)]
-pub(super) struct Slot<D: DeviceQueue> {
-    /// The view that the request was submitted under, whose memory it uses.
-    pub(super) view: Option<NonNull<View<D::View>>>,
-    /// Its id in the used ring: the head (split) or the buffer id (packed).
-    pub(super) id: u16,
-    /// The position of its chain. Packed rings only.
-    pub(super) position: u16,
-    /// The number of places that it takes in the used ring.
-    pub(super) span: u16,
-    /// Its entry in the in-flight area.
-    pub(super) entry: u16,
-    /// The device's state of the request.
-    pub(super) request: D::Request,
-    pub(super) chain: Chain,
-}
-
-// SAFETY: the pointer is to a view that the slot has pinned. See `RetiredView`.
-unsafe impl<D: DeviceQueue> Send for Slot<D> {}
 
 /// The state that the owner of a queue keeps.
 pub(super) struct Core<D: DeviceQueue> {
@@ -103,29 +82,6 @@ pub(super) struct RingCore<D: DeviceQueue> {
     pub(super) again: Vec<u16>,
     /// An event that found the event queue full.
     pending_event: Option<Event>,
-}
-
-/// The expected place of the next request: that of the previous one, because drivers keep free
-/// descriptors and headers on stacks. Prefetching these lines while the available ring's line is in
-/// transfer saves two round trips between the cores for a guest at depth 1. Only ever prefetched.
-#[derive(Debug)]
-pub(super) struct Expected {
-    pub(super) head: u16,
-    pub(super) header: *const u8,
-}
-
-// SAFETY: the address is only prefetched.
-unsafe impl Send for Expected {}
-
-/// The state of coalescing: when the next notification may be sent.
-#[derive(Debug, Default)]
-pub(super) struct CallDue {
-    /// There are completions of which the guest may not have been notified.
-    pub(super) pending: bool,
-    not_before_ticks: u64,
-    delay_ticks: u64,
-    window_end_ticks: u64,
-    pub(super) window_requests: u32,
 }
 
 /// A queue during a visit: its control, its view, and the view's ring.
@@ -533,63 +489,5 @@ impl<D: DeviceQueue> RingCore<D> {
         let Some(event) = self.pending_event.take() else { return false };
         self.send(event, events);
         self.pending_event.is_none()
-    }
-}
-
-/// Returns where a queue begins and what it resubmits, according to its ring and to the record of
-/// the requests in flight.
-fn begin(
-    ring: &AnyRing,
-    base: u16,
-    tracked: Option<Tracked<'_>>,
-) -> Result<(Option<Tracker>, Recovery), StartError> {
-    let size = ring.size();
-    let untracked = |at| (None, Recovery { used: at, last_avail: at, ..Recovery::default() });
-    let tracker = match (ring, tracked) {
-        // The queue starts at the ring's used index, which the guest reads, and not at `base`. A
-        // front end that reconnects sends as `base` the used index that it saw when the connection
-        // ended: requests that completed after that would be fetched and completed again.
-        (AnyRing::Split(ring), None) => return Ok(untracked(ring.used_idx())),
-        (AnyRing::Packed(ring), _) if !ring.valid(base) => return Err(StartError::Base(base)),
-        (AnyRing::Packed(_), None) => return Ok(untracked(base)),
-        (AnyRing::Split(ring), Some(Tracked { area, ring: n })) => {
-            Tracker::split(area, n, size, ring.used_idx())
-        }
-        (AnyRing::Packed(ring), Some(Tracked { area, ring: n })) => {
-            Tracker::packed(area, n, size, base, |position| ring.flags(position))
-        }
-    };
-    let (tracker, recovery) = tracker.ok_or(StartError::NoRoom)?;
-    if let Some(damage) = recovery.damage {
-        tracing::warn!("{damage}");
-    }
-    if let AnyRing::Packed(ring) = ring {
-        ring.take_back(recovery.used, recovery.last_avail);
-    }
-    Ok((Some(tracker), recovery))
-}
-
-impl CallDue {
-    /// Returns whether the notification has to wait. SPDK's rule: every 10 ms, if there were more
-    /// requests than the threshold, the delay becomes the base times the excess over the threshold.
-    fn wait(&mut self, coalescing: &Coalescing, iteration: &mut Iteration) -> bool {
-        let base = coalescing.delay_base_ticks.load(Ordering::Relaxed);
-        if base == 0 {
-            self.window_requests = 0;
-            return false;
-        }
-        let now = iteration.now_ticks();
-        if now >= self.window_end_ticks {
-            let threshold = coalescing.threshold.load(Ordering::Relaxed).max(1);
-            let excess = u64::from(self.window_requests.saturating_sub(threshold));
-            self.delay_ticks = base.saturating_mul(excess) / u64::from(threshold);
-            self.window_requests = 0;
-            self.window_end_ticks = now + iteration.ticks_per_second() / 100;
-        }
-        if now < self.not_before_ticks {
-            return true;
-        }
-        self.not_before_ticks = now + self.delay_ticks;
-        false
     }
 }

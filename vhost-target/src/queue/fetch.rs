@@ -11,8 +11,9 @@ use virtqueue::{
     Chained, KeptChain, PackedChain, PackedRing, Ring, RingError, SplitChain, SplitRing, cache,
 };
 
-use super::core::{At, Core, Expected, RingCore, Slot};
+use super::core::{At, Core, RingCore};
 use super::requests::Visit;
+use super::slot::{Expected, Slot};
 use super::{Event, View};
 use crate::device_queue::DeviceQueue;
 

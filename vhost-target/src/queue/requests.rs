@@ -9,8 +9,9 @@ use reactor::Iteration;
 use virtqueue::chain::Chain;
 
 use super::View;
-use super::core::{At, Core, RingCore, Slot, add};
+use super::core::{At, Core, RingCore, add};
 use super::fetch::Serve;
+use super::slot::Slot;
 use crate::device_queue::{Answer, DeviceQueue, Outcome, Progress, Request};
 
 /// The state of the engine while it starts or continues requests, one after the other.
