@@ -196,7 +196,7 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
         return Err(front_end::Error::NotOffered(name).into());
     }
     if !front_end.protocol_features().contains(ProtocolFeatures::CONFIG) {
-        let what = "its configuration space, which says how large the disk is";
+        let what = "the configuration space, which holds the disk's size";
         return Err(front_end::Error::NotOffered(what).into());
     }
     if front_end.offered() & READ_ONLY != 0 && plan.reads < 100 {
@@ -254,8 +254,8 @@ fn queue(
     if needed > most {
         let parts = slots.parts();
         return too_little(format!(
-            "{depth} requests of {parts} descriptors need a ring of {needed}, and it has {most}: \
-             fewer requests, or indirect descriptors"
+            "{depth} requests of {parts} descriptors need a ring of {needed} descriptors, but the \
+             limit is {most}: reduce the depth or use --indirect"
         ));
     }
     let size = plan.ring_size.unwrap_or(RING_SIZE.max(needed as u16));
