@@ -160,7 +160,7 @@ mod tests {
     const NONE: &str = "9223372036854771712";
 
     #[test]
-    fn more_than_the_system_has_is_refused() {
+    fn more_memory_than_available_is_refused() {
         let available = system().unwrap();
         assert!(available > 0);
         assert!(matches!(check(available), Err(Error::NoMemory(_))));
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_see_a_part_of_the_hierarchy() {
+    fn containers_see_only_a_part_of_the_hierarchy() {
         let mut tree = Tree::new();
         tree.mount("memory", "/docker/1", "cgroup", "rw,memory");
         let stat = ("memory.stat", "cache 1\nhierarchical_memory_limit 1500\n");

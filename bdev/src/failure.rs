@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_where_and_why() {
+    fn the_text_has_operation_offset_and_reason() {
         let text = |op, errno| failure(op, FailureKind::Aio, errno).to_string();
         assert_eq!(
             text(Op::Write, libc::ENOSPC),

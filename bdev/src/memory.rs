@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn streamed_copies_are_copies() {
+    fn streamed_copies_copy_all_bytes() {
         #[repr(align(64))]
         struct Aligned([u8; 512]);
         let mut memory: [u8; 600] = std::array::from_fn(|i| i as u8);
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_that_are_too_short_are_noticed() {
+    fn too_short_segments_are_detected() {
         let mut memory = [0; 8];
         let list = segments(&mut memory, &[3, 5]);
         let source = [9; 16];

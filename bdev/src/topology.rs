@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn inconsistent_values_are_left_out() {
+    fn inconsistent_values_are_removed() {
         for (block_size, said, settled) in [
             (512, topology(0, 0, 0), topology(512, 1, 0)),
             (512, topology(512, 3, 5), topology(512, 3, 5)),

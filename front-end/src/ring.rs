@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_size_is_refused() {
+    fn a_size_that_is_not_a_power_of_two_is_refused() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         assert!(matches!(Ring::new(&ram, 0, 100), Err(Error::Size(100))));
         assert!(matches!(Ring::new(&ram, 0, 0), Err(Error::Size(0))));

@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn the_operator_can_refuse_hugepages_and_so_can_the_kernel() {
+    fn the_operator_and_the_kernel_can_refuse_hugepages() {
         let pools = [(2048, 512, 0)];
         let no_huge = EalOptions { no_huge: true, ..EalOptions::default() };
         assert!(is_ordinary(&chosen(&no_huge, &pools)));
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn the_two_memory_modes_are_never_asked_for_together() {
+    fn the_two_memory_modes_are_never_requested_together() {
         let options =
             EalOptions { extra_args: vec!["-n".into(), "4".into()], ..EalOptions::default() };
         let huge = arguments(&options, &EalMemory::Huge { page_kb: 2048, free: 9 }, &[0, 3]);
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn housekeeping_is_what_the_reactors_leave_and_never_empty() {
+    fn housekeeping_cpus_exclude_the_reactors_and_are_never_empty() {
         let all = housekeeping_cpus(&[]).unwrap();
         assert_eq!(housekeeping_cpus(&all).unwrap(), all);
         assert_eq!(housekeeping_cpus(&all[1..]).unwrap(), all[..1]);

@@ -42,7 +42,7 @@ impl Listeners {
         self.all().insert(path.to_owned(), listener);
     }
 
-    /// Whether the file at `path` is the one that this program's socket made.
+    /// Returns whether the file at `path` is the one that this program's socket made.
     pub(crate) fn owns_file(&self, path: &Path) -> bool {
         let file = file_id(path);
         file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)

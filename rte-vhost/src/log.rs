@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_becomes_one_line_whatever_its_parts() {
+    fn parts_of_a_message_are_joined_to_one_line() {
         let (told, _) = told(&[
             ("EAL: Detected", Level::DEBUG),
             (" 2 NUMA nodes\nEAL: next\n\n", Level::WARN),
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_end_is_told_in_pieces_and_loses_nothing() {
+    fn a_long_line_is_logged_in_pieces_without_loss() {
         let text = "x".repeat(3 * LINE_BYTES_MAX / 2);
         let (told, _) = told(&[(&text, Level::WARN), (&text, Level::WARN), ("\n", Level::WARN)]);
         assert!(told.iter().all(|(level, _)| *level == Level::WARN));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_kept_and_a_harmless_one_is_none() {
+    fn errors_are_collected_except_harmless_ones() {
         let (told, errors) = told(&[
             ("EAL: FATAL: Cannot init memory\n", Level::ERROR),
             ("EAL: Error creating '/run/user/1000/dpdk': No such file\n", Level::ERROR),
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_dpdk_logs_comes_here_with_its_level() {
+    fn dpdk_messages_are_received_with_their_level() {
         install();
         let ((), errors) = errors_of(|| {
             for (level, format) in [
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_who_sees_info_does_not_see_what_dpdk_calls_info() {
+    fn dpdk_info_messages_are_not_shown_at_level_info() {
         assert_eq!(level_of(spdk_sys::RTE_LOG_INFO as c_int), Level::DEBUG);
         assert_eq!(level_of(spdk_sys::RTE_LOG_DEBUG as c_int), Level::TRACE);
         assert_eq!(level_of(spdk_sys::RTE_LOG_WARNING as c_int), Level::WARN);

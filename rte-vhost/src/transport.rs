@@ -65,8 +65,8 @@ impl DpdkTransport {
             Ok(()) => true,
             Err(e) => {
                 warn!(
-                    "rte_vhost sends answers of its own ({e}): stopping a ring with I/O in \
-                       flight holds up other VMs' control messages, up to the drain limit"
+                    "rte_vhost does not defer replies ({e}): stopping a ring with I/O in flight \
+                       delays other VMs' control messages, up to the drain limit"
                 );
                 false
             }

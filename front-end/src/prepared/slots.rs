@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_needed_is_enough() {
+    fn the_computed_memory_is_sufficient() {
         for (count, block, segment) in [(1, 512, 512), (256, 4096, 4096), (3, 1 << 20, 65536)] {
             let bytes = Slots::bytes(count, block, segment).next_multiple_of(4096);
             let ram = GuestRam::new(&[bytes]).unwrap();

@@ -36,7 +36,7 @@ fn errno(errno: i32) -> Answer {
 }
 
 #[test]
-fn modules_and_methods_have_names_of_their_own() {
+fn names_of_modules_and_methods_are_unique() {
     let modules = crate::modules::all();
     let mut names: Vec<_> = modules.iter().map(|module| module.name()).collect();
     names.extend(modules.iter().flat_map(|m| Rc::clone(m).methods()).map(|method| method.name));
@@ -47,7 +47,7 @@ fn modules_and_methods_have_names_of_their_own() {
 }
 
 #[test]
-fn a_name_and_a_uuid_are_taken_once_also_while_the_bdev_is_made() {
+fn a_name_and_a_uuid_are_unique_also_while_the_bdev_is_created() {
     let host = host();
     let registry = host.registry();
     let uuid = Uuid::from_u128(7);
@@ -77,7 +77,7 @@ fn a_wrapper_waits_for_its_base_and_holds_its_name() {
 }
 
 #[test]
-fn a_base_has_one_wrapper_and_the_next_that_waits_follows() {
+fn a_base_has_one_wrapper_and_the_next_waiting_one_follows() {
     let host = host();
     host.call("bdev_delay_create", delay_params("D", "A")).unwrap();
     host.call("bdev_error_create", error_params("A")).unwrap();
@@ -301,7 +301,7 @@ fn slow(ready: bool) -> (Rc<TestHost>, Rc<Slow>) {
 }
 
 #[test]
-fn while_a_bdev_is_made_its_base_is_claimed_and_examination_is_under_way() {
+fn while_a_bdev_is_created_its_base_is_claimed_and_examination_is_under_way() {
     let (host, slow) = slow(false);
     host.null("A", 1);
     let mut create = host.begin("bdev_slow_create", Value::Null);

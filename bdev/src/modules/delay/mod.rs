@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_p99_below_the_average_is_refused_but_may_come_later() {
+    fn a_p99_below_the_average_is_refused_at_creation_only() {
         let latency = Latency { avg_read_us: 2, p99_read_us: 1, ..Latency::default() };
         assert_eq!(delay(latency).map(|_| ()).unwrap_err().errno(), libc::EINVAL);
         let latency = Latency { avg_write_us: 2, p99_write_us: 1, ..Latency::default() };

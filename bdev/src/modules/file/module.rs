@@ -124,7 +124,7 @@ fn io_path(service: Service) -> Value {
     })
 }
 
-/// Whether rings may use the file, and the process that they wait for.
+/// Adds to `module` whether rings may use the file, and the process that they wait for.
 fn show_lease(module: &mut Value, lease: LeaseState) {
     module["lease"] = match lease {
         LeaseState::None => "none",

@@ -356,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_come_out_once_each_with_their_tags() {
+    fn each_result_is_taken_once_with_its_tag() {
         let results = Results::new(130);
         let all = [(0, Ended::Ok), (63, Ended::Failed(5)), (64, Ended::Failed(0))];
         let all = all.into_iter().chain([(129, Ended::Unsupported)]);
