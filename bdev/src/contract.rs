@@ -52,6 +52,8 @@ impl Wait {
 /// distinct tags below `depth`, the value that [`Bdev::open`] was given.
 ///
 /// A channel is dropped outside of the reactors, with no I/O outstanding.
+///
+/// [`Status::IoError`]: crate::Status::IoError
 pub trait Channel: Send {
     /// Starts `io`.
     ///
@@ -84,6 +86,8 @@ pub trait Channel: Send {
 
     /// Returns the reason for which the I/O of `tag` failed, if known. The owner calls this once
     /// for each I/O that did not end with [`Status::Ok`], before it reuses the tag.
+    ///
+    /// [`Status::Ok`]: crate::Status::Ok
     fn failure(&mut self, _tag: Tag) -> Option<Failure> {
         None
     }
@@ -150,10 +154,16 @@ pub struct Features {
     /// Writes are refused.
     pub read_only: bool,
     /// [`Op::Flush`] is supported.
+    ///
+    /// [`Op::Flush`]: crate::Op::Flush
     pub flush: bool,
     /// [`Op::Unmap`] is supported.
+    ///
+    /// [`Op::Unmap`]: crate::Op::Unmap
     pub unmap: bool,
     /// [`Op::WriteZeroes`] is supported.
+    ///
+    /// [`Op::WriteZeroes`]: crate::Op::WriteZeroes
     pub write_zeroes: bool,
     /// SPDK's `supported_io_types.reset`. It is shown to the operator and has no other effect.
     pub reset: bool,

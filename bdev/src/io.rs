@@ -109,12 +109,18 @@ impl Io {
 }
 
 /// The result of [`Channel::submit`].
+///
+/// [`Channel::submit`]: crate::Channel::submit
 #[derive(Debug)]
 #[must_use]
 pub enum Submit {
     /// The I/O has ended. [`Channel::poll`] does not report it.
+    ///
+    /// [`Channel::poll`]: crate::Channel::poll
     Done(Status),
     /// [`Channel::poll`] will report the I/O.
+    ///
+    /// [`Channel::poll`]: crate::Channel::poll
     Queued,
     /// The channel is full and did not take the I/O. Submit it again after a completion.
     Full(Io),
