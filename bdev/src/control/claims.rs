@@ -96,7 +96,7 @@ impl Claims {
         others.find(|other| !agrees(other)).cloned()
     }
 
-    /// Ends the claims on a bdev that was removed. A bdev that is created anew may have its id.
+    /// Ends the claims on a bdev that was removed. A bdev that is created again may have its id.
     pub(crate) fn end_all(&self, bdev: BdevId) {
         self.held.borrow_mut().retain(|held| held.bdev != bdev);
     }
