@@ -25,8 +25,8 @@ pub(crate) use examine::Due;
 pub type Errno = i32;
 
 /// Identifies a bdev, or a request that waits to become one. It is never reused, except by a bdev
-/// that is created again because its base has returned. Ordered by
-/// creation; the bdevs of one call are in the order in which the call creates them.
+/// that is created again because its base has returned. Ordered by creation; the bdevs of one call
+/// are in the order in which the call creates them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BdevId {
     call: u64,
