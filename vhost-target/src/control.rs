@@ -125,8 +125,8 @@ struct Connected {
     past_requests: (u64, u64),
     /// The latest start of each ring whose device is being opened.
     opening: HashMap<usize, QueueId>,
-    /// Starts whose device is still to be opened.
-    to_open: VecDeque<(usize, QueueId)>,
+    /// The rings in `opening` whose device no thread opens yet.
+    to_open: VecDeque<usize>,
     /// Whether a thread is opening devices for this connection.
     opens: bool,
     /// Seconds for which a device has been opening: see [`Target::tick`].

@@ -97,12 +97,13 @@ impl Target {
         loop {
             let Inner { controllers, connections, .. } = &mut *inner;
             let connected = connections.get_mut(&conn)?;
-            let Some((ring, id)) = connected.to_open.pop_front() else {
+            let Some(ring) = connected.to_open.pop_front() else {
                 connected.opens = false;
                 return None;
             };
-            // The ring may have been stopped or reset since.
-            if connected.opening.get(&ring) != Some(&id) || !connected.session.is_opening(ring) {
+            let Some(&id) = connected.opening.get(&ring) else { continue };
+            // The ring may have been reset since.
+            if !connected.session.is_opening(ring) {
                 continue;
             }
             let controller = controllers.get(&connected.controller_name);
@@ -124,7 +125,8 @@ impl Target {
             let mut inner = self.lock();
             let Some(connected) = inner.connections.get_mut(&conn) else { return };
             connected.opens = false;
-            connected.to_open.drain(..).collect()
+            let Connected { to_open, opening, .. } = connected;
+            to_open.drain(..).filter_map(|ring| Some((ring, *opening.get(&ring)?))).collect()
         };
         for (ring, id) in rings {
             let error = io::Error::new(error.kind(), format!("cannot start a thread: {error}"));
@@ -155,8 +157,8 @@ impl Connected {
     /// device may still be being opened with other parameters, has no effect any more.
     pub(super) fn add_opening(&mut self, ring: usize, id: QueueId) {
         self.opening.insert(ring, id);
-        self.to_open.retain(|(other, _)| *other != ring);
-        self.to_open.push_back((ring, id));
+        self.to_open.retain(|other| *other != ring);
+        self.to_open.push_back(ring);
     }
 
     /// Returns whether a ring's device is being opened.
