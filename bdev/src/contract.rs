@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::error::Error;
 use crate::failure::Failure;
 use crate::io::{Completion, Io, Submit, Tag};
+use crate::qos::{Limiting, Qos};
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 use crate::topology::Topology;
@@ -83,6 +84,12 @@ pub trait Channel: Send {
     fn wait(&self) -> Wait {
         Wait::Poll
     }
+
+    /// Sets how the rate limits of the bdevs below this channel treat its I/O. Called again when a
+    /// bdev's limits have been set or removed. Only wrappers implement it: they forward it to the
+    /// [`BdevChannel`](crate::BdevChannel) of each base. A [`Channel::shortcut`] from before the
+    /// call is not valid any more.
+    fn set_limiting(&mut self, _limiting: Limiting) {}
 
     /// Returns the reason for which the I/O of `tag` failed, if known. The owner calls this once
     /// for each I/O that did not end with [`Status::Ok`], before it reuses the tag.
@@ -213,11 +220,16 @@ pub trait Bdev: Send + Sync + 'static {
     }
     /// The counters of this device over all its channels. The channels' owners update them.
     fn stats(&self) -> &Stats;
+    /// The rate limits of this device. [`BdevChannel`](crate::BdevChannel) applies them.
+    fn qos(&self) -> &Qos;
 
-    /// Opens the I/O path for one owner, which will have at most `depth` I/Os outstanding.
+    /// Opens the module's channel for one owner, which will have at most `depth` I/Os outstanding.
+    /// The users of a bdev call [`BdevChannel::open`] instead, which also applies the rate limits.
     ///
     /// # Errors
     /// The system's error: no memory, too many open files, …
+    ///
+    /// [`BdevChannel::open`]: crate::BdevChannel::open
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error>;
 
     /// The size in bytes.

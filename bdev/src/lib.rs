@@ -24,6 +24,7 @@
 //!
 //! `tests/conformance` is one test suite that every device and wrapper passes.
 
+mod bdev_channel;
 mod contract;
 mod error;
 mod failure;
@@ -38,12 +39,16 @@ mod available;
 mod pages;
 mod shortcut;
 
+pub mod qos;
+mod sync;
+
 pub mod control;
 
 pub mod modules;
 mod wrapper;
 
 pub use available::control_group_mounts;
+pub use bdev_channel::BdevChannel;
 pub use contract::{Bdev, Channel, Features, Granted, Lease, Storage, Wait, WakeFds};
 pub use control::module::BdevModule;
 pub use control::{
@@ -66,6 +71,7 @@ pub use modules::null::{Null, NullOptions};
 pub use modules::passthru::Passthru;
 pub use modules::split::Part;
 pub use pages::Backing;
+pub use qos::{Limiting, Qos, QosUser, RateLimits};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, OpCounts, Stats};
 pub use topology::Topology;

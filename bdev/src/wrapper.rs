@@ -6,6 +6,7 @@ use uuid::{Uuid, uuid};
 
 use crate::contract::{Bdev, Channel, Features};
 use crate::error::Error;
+use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -24,6 +25,11 @@ macro_rules! forward_to_base {
     (@ set_wakes) => {
         fn set_wakes(&mut self, wakes: bool) {
             self.base.set_wakes(wakes);
+        }
+    };
+    (@ set_limiting) => {
+        fn set_limiting(&mut self, limiting: $crate::Limiting) {
+            self.base.set_limiting(limiting);
         }
     };
     (@ wait) => {
@@ -65,6 +71,7 @@ pub struct Wrapped {
     uuid: Uuid,
     base: Arc<dyn Bdev>,
     stats: Stats,
+    qos: Qos,
 }
 
 impl Wrapped {
@@ -77,7 +84,7 @@ impl Wrapped {
             return Err(Error::Invalid("the name is empty".into()));
         }
         let uuid = uuid.unwrap_or_else(Uuid::new_v4);
-        Ok(Self { name, uuid, base, stats: Stats::default() })
+        Ok(Self { name, uuid, base, stats: Stats::default(), qos: Qos::default() })
     }
 
     /// The bdev's name.
@@ -165,6 +172,10 @@ impl<W: Wrapper> Bdev for W {
 
     fn stats(&self) -> &Stats {
         &self.wrapped().stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.wrapped().qos
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {

@@ -15,7 +15,7 @@ use std::thread;
 
 use bdev::{
     Bdev, Channel, Completion, Features, FileDisk, FileOptions, Flavour, Io, Malloc, MallocOptions,
-    Op, Stats, Status, Submit,
+    Op, Qos, Stats, Status, Submit,
 };
 use bench::{Load, LoadOptions};
 use closer::{Account, ForeignFd};
@@ -225,6 +225,7 @@ fn a_cpumask_moves_all_queues_of_a_controller() {
 #[derive(Default)]
 struct Cached {
     stats: Stats,
+    qos: Qos,
     cached: Mutex<Vec<u64>>,
     stable: Mutex<HashSet<u64>>,
 }
@@ -264,6 +265,10 @@ impl Bdev for Cached {
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
     fn open(self: Arc<Self>, _: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         Ok(Box::new(CachedChannel { disk: self, flying: vec![] }))

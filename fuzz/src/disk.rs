@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::{
-    Bdev, Channel, Completion, Features, Io, Op, Segment, Stats, Status, Submit, Tag, Wait,
+    Bdev, Channel, Completion, Features, Io, Op, Qos, Segment, Stats, Status, Submit, Tag, Wait,
 };
 
 /// Its size in sectors.
@@ -49,6 +49,7 @@ pub struct ModelDisk {
     block_size: u32,
     features: Features,
     stats: Stats,
+    qos: Qos,
 }
 
 struct ModelChannel {
@@ -95,7 +96,7 @@ impl ModelDisk {
     pub fn new(block_size: u32) -> Arc<Self> {
         let features =
             Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() };
-        Arc::new(Self { state: Arc::default(), block_size, features, stats: Stats::default() })
+        Arc::new(Self { state: Arc::default(), block_size, features, stats: Stats::default(), qos: Qos::default() })
     }
 
     /// Its state.
@@ -125,6 +126,10 @@ impl Bdev for ModelDisk {
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         let mut state = self.state();

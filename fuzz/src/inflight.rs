@@ -440,7 +440,7 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
     let domain = Domain::new(1);
     let Some(mut reader) = domain.reader() else { return };
     reader.online();
-    let disk = Arc::new(Disk { bdev: model.clone(), read_only: false });
+    let disk = Arc::new(Disk::new(model.clone(), false));
     let layout = Layout { packed, event_idx: false };
     let device = Some(BlkView::erased(&disk, false));
     let view = ViewSpec::new(stage.guest.table(0), size, addrs, layout, device);

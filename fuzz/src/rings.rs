@@ -186,7 +186,7 @@ impl<'s> Scene<'s> {
             .map(|host| (host.map_or(0, |host| host as usize), FILE_BYTES))
             .into();
         let bdev = if options & 2 != 0 { Arc::clone(&stage.malloc) } else { model.clone() as _ };
-        let disk = Arc::new(Disk { bdev, read_only: options & 4 != 0 });
+        let disk = Arc::new(Disk::new(bdev, options & 4 != 0));
         let layout = Layout { packed, event_idx: options & 8 != 0 };
         let shown = Shown {
             table: 0,

@@ -1,8 +1,9 @@
 //! The feature bits and the config space that a controller shows to a guest.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use bdev::Bdev;
+use bdev::{Bdev, QosUser};
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -33,6 +34,8 @@ pub struct Disk {
     pub bdev: Arc<dyn Bdev>,
     /// Whether the operator made the controller read-only.
     pub read_only: bool,
+    /// The controller's guest, for the bdev's rate limits.
+    pub(crate) user: QosUser,
 }
 
 impl std::fmt::Debug for Disk {
@@ -42,6 +45,14 @@ impl std::fmt::Debug for Disk {
 }
 
 impl Disk {
+    /// Makes the disk of a controller. Its guest is a user of the bdev's rate limits of its own.
+    #[must_use]
+    pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Self {
+        static USERS: AtomicU32 = AtomicU32::new(1);
+        let user = QosUser::new(USERS.fetch_add(1, Ordering::Relaxed));
+        Self { bdev, read_only, user }
+    }
+
     /// Returns the virtio and vhost features that are offered: SPDK's for the same device and
     /// options, plus EVENT_IDX and, with FLUSH, CONFIG_WCE (see `docs/src/replacing-spdk.md`). The
     /// controller adds RING_PACKED.
@@ -186,7 +197,7 @@ mod tests {
             (&malloc, true, 0x1_5c00_7666, event_idx | 1 << VIRTIO_BLK_F_CONFIG_WCE),
             (&null, false, 0x1_5c00_5446, event_idx),
         ] {
-            let features = Disk { bdev: Arc::clone(bdev), read_only }.features();
+            let features = Disk::new(Arc::clone(bdev), read_only).features();
             assert_eq!(features, spdk | more, "{} {features:#x}", bdev.name());
         }
     }
@@ -209,7 +220,7 @@ mod tests {
                 flavour: bdev::Flavour::Aio,
                 engine: None,
             });
-            let disk = Disk { bdev: bdev.unwrap(), read_only: of_controller };
+            let disk = Disk::new(bdev.unwrap(), of_controller);
             let offered = disk.features() & 1 << VIRTIO_BLK_F_RO != 0;
             assert_eq!(
                 offered,
@@ -252,7 +263,7 @@ mod tests {
                 optimal_io_blocks: optimal,
             };
             let bdev = Null::with_topology(options, topology).unwrap();
-            let config = config_space(Some(&Disk { bdev, read_only: false }), true);
+            let config = config_space(Some(&Disk::new(bdev, false)), true);
             let mut expected = [exp, 0, 0, 0, 0, 0, 0, 0];
             expected[2..4].copy_from_slice(&min_io_size.to_le_bytes());
             expected[4..].copy_from_slice(&opt_io_size.to_le_bytes());

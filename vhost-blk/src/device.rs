@@ -35,7 +35,7 @@ impl Blk {
     /// Creates a device that shows `bdev`. `read_only`: guests may not write.
     #[must_use]
     pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Arc<Self> {
-        let disk = Disk { bdev, read_only };
+        let disk = Disk::new(bdev, read_only);
         Arc::new(Self {
             bdev_configured: disk.bdev.name().to_owned(),
             read_only,
@@ -97,6 +97,20 @@ pub fn bdev_resized(target: &Target, bdev: &Arc<dyn Bdev>) {
         Some(blk) if blk.shows(bdev) => DeviceChange::Config,
         _ => DeviceChange::None,
     });
+}
+
+/// Notifies reactors that rate limits of a bdev were set or removed. They apply to all controllers
+/// whose bdev is this one or is built on it.
+pub fn limits_changed(target: &Target, bdev: &Arc<dyn Bdev>) {
+    target.update_devices(|device| match Blk::of(device).and_then(Blk::disk) {
+        Some(disk) if uses(&disk.bdev, bdev) => DeviceChange::View,
+        _ => DeviceChange::None,
+    });
+}
+
+/// Returns whether a bdev is `base` or is built on it.
+fn uses(bdev: &Arc<dyn Bdev>, base: &Arc<dyn Bdev>) -> bool {
+    Arc::ptr_eq(bdev, base) || bdev.bases().iter().any(|below| uses(below, base))
 }
 
 impl Device for Blk {

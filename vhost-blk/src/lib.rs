@@ -11,9 +11,10 @@
 
 pub mod config;
 pub mod request;
+mod throttle;
 
 mod device;
 mod queue;
 
-pub use device::{Blk, bdev_resized, remove_bdev};
+pub use device::{Blk, bdev_resized, limits_changed, remove_bdev};
 pub use queue::{BlkQueue, BlkView};

@@ -3,9 +3,11 @@
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bdev::{
-    Channel, Completion, Counters, Failure, FailureKind, Io, Op, Shortcut, Status, Submit, Tag,
+    BdevChannel, Channel, Completion, Counters, Failure, FailureKind, Io, Limiting, Op, Shortcut,
+    Status, Submit, Tag,
 };
 use reactor::{Cause, Iteration, Wait};
 use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
@@ -16,7 +18,10 @@ use crate::request::{
     Limits, Parsed, Ranges, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, parse, peek_read,
     written_by_read,
 };
+use crate::throttle::Throttled;
 
+/// The time until a rate limit lets further I/O pass.
+const SLICE: Duration = Duration::from_millis(1);
 /// Completions that one poll takes from a channel at most.
 const COMPLETIONS: usize = 32;
 
@@ -79,9 +84,10 @@ struct Tally {
 
 /// A bdev that this queue has opened.
 struct Open {
-    /// The shortcut of `channel`, valid while that is open.
+    /// The shortcut of `channel`, valid while that is open. None before the first view.
     shortcut: Shortcut,
-    channel: Box<dyn Channel>,
+    /// In a box, so that it can be released without an allocation.
+    channel: Box<BdevChannel>,
     counters: Arc<Counters>,
 }
 
@@ -93,8 +99,10 @@ pub struct BlkQueue {
     counters: Option<Arc<Counters>>,
     /// The remaining ranges of each request.
     ranges: Box<[Ranges]>,
-    /// The parked I/O of each request.
+    /// The I/O of each request that waits for room, or for a rate limit.
     parked: Box<[Option<Io>]>,
+    throttled: Throttled,
+    abandoned: bool,
     /// Of reads and of writes.
     tallies: [Tally; 2],
     done: [Completion; COMPLETIONS],
@@ -113,15 +121,17 @@ impl BlkQueue {
     /// The bdev cannot be opened.
     pub fn open(disk: Option<&Disk>, depth: u16) -> Result<Self, bdev::Error> {
         let open = disk.map(|disk| {
-            let channel = Arc::clone(&disk.bdev).open(depth)?;
-            let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
-            Ok::<_, bdev::Error>(Open { shortcut, channel, counters })
+            let channel = Box::new(BdevChannel::open(&disk.bdev, depth)?);
+            let counters = disk.bdev.stats().attach();
+            Ok::<_, bdev::Error>(Open { shortcut: Shortcut::None, channel, counters })
         });
         Ok(Self {
             open: open.transpose()?,
             counters: None,
             ranges: (0..depth).map(|_| Ranges::default()).collect(),
             parked: (0..depth).map(|_| None).collect(),
+            throttled: Throttled::new(depth),
+            abandoned: false,
             tallies: Default::default(),
             done: [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS],
         })
@@ -156,7 +166,51 @@ impl BlkQueue {
                 self.parked[index] = Some(io);
                 request.wait_for_room()
             }
+            Submit::Throttled(io) => self.throttle(request, io),
         }
+    }
+
+    /// Keeps a request pending whose I/O waits for a rate limit.
+    #[cold]
+    #[inline(never)]
+    fn throttle<R: Request<Self>>(&mut self, request: R, io: Io) -> Progress {
+        self.throttled.push(&io);
+        self.parked[usize::from(request.slot())] = Some(io);
+        request.keep()
+    }
+
+    /// Submits the I/Os that waited for a rate limit and may pass now. Those that have ended at
+    /// once are added to the `count` entries of `done`. Returns the number of entries.
+    #[cold]
+    fn release_throttled(&mut self, mut count: usize) -> usize {
+        let Self { open, parked, throttled, abandoned, done, .. } = self;
+        let Some(open) = open else { return count };
+        throttled.release(|slot| {
+            if count == COMPLETIONS {
+                return false;
+            }
+            let (tag, place) = (Tag(slot), &mut parked[usize::from(slot)]);
+            let mut ended = |status| {
+                done[count] = Completion { tag, status };
+                count += 1;
+                true
+            };
+            let Some(io) = place.take() else { return ended(Status::IoError) };
+            if *abandoned {
+                return ended(Status::IoError);
+            }
+            // SAFETY: as in `submit`. The engine has pinned the view when the request was kept.
+            match unsafe { open.channel.submit(io) } {
+                Submit::Done(status) => ended(status),
+                Submit::Queued => true,
+                Submit::Full(io) | Submit::Throttled(io) => {
+                    *place = Some(io);
+                    false
+                }
+            }
+        });
+        open.channel.kick();
+        count
     }
 
     /// Starts a request that is not a valid read or write.
@@ -262,6 +316,7 @@ impl BlkQueue {
                     self.parked[usize::from(index)] = Some(io);
                     return request.wait_for_room();
                 }
+                Submit::Throttled(io) => return self.throttle(request, io),
             };
         }
         finished(request, status)
@@ -387,6 +442,22 @@ impl DeviceQueue for BlkQueue {
                 self.parked[index] = Some(io);
                 request.wait_for_room()
             }
+            Submit::Throttled(io) => self.throttle(request, io),
+        }
+    }
+
+    fn adopted(&mut self, view: Option<&BlkView>) {
+        let Some(open) = &mut self.open else { return };
+        // The I/O of a disk that was removed ends soon.
+        let apply = view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user));
+        open.channel.set_limiting(apply);
+        open.shortcut = open.channel.shortcut();
+    }
+
+    /// A stop does not wait for rate limits.
+    fn stopping(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.channel.set_limiting(Limiting::ChargeOnly);
         }
     }
 
@@ -428,7 +499,10 @@ impl DeviceQueue for BlkQueue {
     #[inline]
     fn poll(&mut self, iteration: &mut Iteration) -> usize {
         let Some(open) = &mut self.open else { return 0 };
-        let count = open.channel.poll(&mut self.done);
+        let mut count = open.channel.poll(&mut self.done);
+        if !self.throttled.is_empty() {
+            count = self.release_throttled(count);
+        }
         if count > 0 {
             iteration.note(Cause::Complete);
             iteration.read_clock();
@@ -462,17 +536,22 @@ impl DeviceQueue for BlkQueue {
     }
 
     fn abandon(&mut self) {
+        self.abandoned = true;
         if let Some(open) = &mut self.open {
             open.channel.abandon();
         }
     }
 
-    fn wait(&self) -> Wait {
-        match self.open.as_ref().map(|open| open.channel.wait()) {
-            None | Some(bdev::Wait::Poll) => Wait::Poll,
-            Some(bdev::Wait::Event) => Wait::Event,
-            Some(bdev::Wait::Until(until)) => Wait::Until(until),
-        }
+    fn wait(&self, pending: usize) -> Wait {
+        let Some(open) = &self.open else { return Wait::Poll };
+        let throttled = self.throttled.len();
+        let wait = match open.channel.wait() {
+            _ if pending <= throttled => Wait::Event,
+            bdev::Wait::Poll => Wait::Poll,
+            bdev::Wait::Event => Wait::Event,
+            bdev::Wait::Until(until) => Wait::Until(until),
+        };
+        if throttled == 0 { wait } else { wait.sooner(Wait::Until(Instant::now() + SLICE)) }
     }
 
     #[inline]

@@ -41,7 +41,7 @@ impl Scene {
         let events = Arc::new(Events::new().unwrap());
         let memory = flat_at(STRIDE * QUEUES as u64, 0);
         let options = NullOptions { name: "n".into(), num_blocks: 64, block_size: 512, uuid: None };
-        let disk = Arc::new(Disk { bdev: Null::create(options).unwrap(), read_only: false });
+        let disk = Arc::new(Disk::new(Null::create(options).unwrap(), false));
         let queue = |n: usize| {
             let at = STRIDE * n as u64;
             let addrs = RingAddrs { desc: at, avail: at + 0x1000, used: at + 0x2000 };

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use bdev::{
-    Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Null, NullOptions, Stats,
+    Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Null, NullOptions, Qos, Stats,
     Status, Submit,
 };
 use closer::ForeignFd;
@@ -81,7 +81,7 @@ impl Bench {
         let domain = Domain::new(1);
         let mut reader = domain.reader().unwrap();
         reader.online();
-        let disk = Arc::new(Disk { bdev, read_only });
+        let disk = Arc::new(Disk::new(bdev, read_only));
         let (memory, call) = (map(), EventFd::new().unwrap());
         let call_fd =
             CallFd::from_front_end(ForeignFd::alone(call.as_fd().try_clone_to_owned().unwrap()));
@@ -231,6 +231,7 @@ struct Manual {
     shared: Arc<Mutex<ManualState>>,
     features: Features,
     stats: Stats,
+    qos: Qos,
 }
 
 #[derive(Default)]
@@ -261,6 +262,10 @@ impl Bdev for Manual {
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         Ok(Box::new(ManualChannel(Arc::clone(&self.shared))))

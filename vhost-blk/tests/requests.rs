@@ -22,4 +22,5 @@ mod requests {
     mod ranges;
     mod recovery;
     mod room;
+    mod throttled;
 }

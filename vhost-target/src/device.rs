@@ -79,6 +79,8 @@ pub trait Negotiated: Send + Sync + fmt::Debug {
 pub enum DeviceChange {
     /// No change.
     None,
+    /// What its queues need to know of it: they get a new view.
+    View,
     /// Its storage was removed: requests are refused from now on.
     Removed,
     /// Its configuration space has changed: guests are notified.

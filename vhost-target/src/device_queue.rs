@@ -40,6 +40,13 @@ pub trait DeviceQueue: Send + Sized + 'static {
     /// Continues a request for which the device had no room.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress;
 
+    /// Called when the queue has adopted a new view, before anything else happens under it. `None`:
+    /// the device was removed.
+    fn adopted(&mut self, _view: Option<&Self::View>) {}
+
+    /// Called in each visit of a queue that was told to stop: pending requests should end soon.
+    fn stopping(&mut self) {}
+
     /// Returns whether the device benefits from [`DeviceQueue::look_ahead`].
     fn looks_ahead(&self) -> bool {
         false
@@ -71,8 +78,9 @@ pub trait DeviceQueue: Send + Sized + 'static {
     /// [`DeviceQueue::discard`].
     fn abandon(&mut self) {}
 
-    /// Returns what the owner does until the next visit while requests are pending.
-    fn wait(&self) -> Wait {
+    /// Returns what the owner does until the next visit while `pending` requests are pending, not
+    /// counting those that wait for room.
+    fn wait(&self, _pending: usize) -> Wait {
         Wait::Poll
     }
 

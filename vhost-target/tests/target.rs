@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use bdev::{
     Bdev, Channel, ErrorDisk, ErrorOptions, Features, Granted, InjectedError, InjectedOp,
-    Injection, Lease, Malloc, MallocOptions, Stats,
+    Injection, Lease, Malloc, MallocOptions, Qos, Stats,
 };
 use closer::ForeignFd;
 
@@ -118,6 +118,10 @@ impl Bdev for Leased {
     }
     fn stats(&self) -> &Stats {
         self.0.stats()
+    }
+
+    fn qos(&self) -> &Qos {
+        self.0.qos()
     }
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         Arc::clone(&self.0).open(depth)

@@ -9,7 +9,7 @@ pub(crate) use bdev::Flavour;
 use bdev::{
     Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
     InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Part, Passthru,
-    open_file,
+    RateLimits, open_file,
 };
 use tempfile::TempDir;
 
@@ -60,6 +60,14 @@ pub(crate) fn null(block_size: u32) -> Fixture {
 
 pub(crate) fn null_of(size: u64, block_size: u32) -> Fixture {
     Fixture { disk: null_disk(size, block_size), keeps: false, _below: None }
+}
+
+/// With a limit that is reached now and then.
+pub(crate) fn limited(fixture: Fixture) -> Fixture {
+    let limits =
+        RateLimits { rw_ios_per_sec: 20_000, rw_mbytes_per_sec: 2_000, ..Default::default() };
+    fixture.disk.qos().set_limits(limits);
+    fixture
 }
 
 /// Half the size at first.

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use bdev::{Bdev, Channel, Completion, Io, Op, Segment, Status, Submit, Tag};
+use bdev::{
+    Bdev, BdevChannel, Channel, Completion, Io, Limiting, Op, QosUser, Segment, Status, Submit, Tag,
+};
 
 /// Fills memory around and between segments, which nobody may touch.
 const GUARD: u8 = 0xe7;
@@ -99,14 +101,15 @@ impl Request {
 
 /// A channel with what is outstanding on it.
 pub(crate) struct Driver {
-    channel: Box<dyn Channel>,
+    channel: BdevChannel,
     outstanding: Vec<Option<Request>>,
     batch: usize,
 }
 
 impl Driver {
     pub(crate) fn new(disk: &Arc<dyn Bdev>, depth: u16) -> Self {
-        let channel = Arc::clone(disk).open(depth).unwrap();
+        let mut channel = BdevChannel::open(disk, depth).unwrap();
+        channel.set_limiting(Limiting::Apply(QosUser::new(1)));
         let outstanding = (0..depth).map(|_| None).collect();
         Self { channel, outstanding, batch: usize::from(depth) }
     }
@@ -133,18 +136,28 @@ impl Driver {
     ) -> Result<Option<(Request, Status)>, Request> {
         let slot = &mut self.outstanding[usize::from(tag.0)];
         assert!(slot.is_none());
-        // SAFETY: the request is kept, unmoved on the heap, until it has been reported.
-        match unsafe { self.channel.submit(request.io(tag)) } {
-            Submit::Done(status) => Ok(Some((request, status))),
-            Submit::Queued => {
-                *slot = Some(request);
-                Ok(None)
-            }
-            Submit::Full(io) => {
-                let same = (io.op, io.tag, io.offset, io.len);
-                assert_eq!(same, (request.op, tag, request.offset, request.len));
-                Err(request)
-            }
+        let is_same = |io: &Io| {
+            let same = (io.op, io.tag, io.offset, io.len);
+            assert_eq!(same, (request.op, tag, request.offset, request.len));
+        };
+        loop {
+            // SAFETY: the request is kept, unmoved on the heap, until it has been reported.
+            return match unsafe { self.channel.submit(request.io(tag)) } {
+                Submit::Done(status) => Ok(Some((request, status))),
+                Submit::Queued => {
+                    *slot = Some(request);
+                    Ok(None)
+                }
+                Submit::Full(io) => {
+                    is_same(&io);
+                    Err(request)
+                }
+                Submit::Throttled(io) => {
+                    is_same(&io);
+                    std::thread::yield_now();
+                    continue;
+                }
+            };
         }
     }
 

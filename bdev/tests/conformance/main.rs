@@ -73,6 +73,11 @@ conformance! {
     part_of_null => part(null_of(3 * SIZE, 4096));
     part_of_file => part(file_of(3 * SIZE, Flavour::Uring, 512));
     delayed_part_of_part => delay(part(part(malloc_of(9 * SIZE, 512))));
+    limited_malloc => limited(malloc(512));
+    limited_file => limited(file(Flavour::Uring, 4096));
+    passthru_on_limited_malloc => passthru(limited(malloc(4096)));
+    limited_part_of_limited_malloc => limited(part(limited(malloc_of(3 * SIZE, 512))));
+    error_on_limited_malloc => retrying(limited(malloc(512)));
     resized_null => resized(null(512));
     resized_file => grown_file(512);
 }

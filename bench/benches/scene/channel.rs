@@ -51,7 +51,9 @@ impl Line {
                     left -= 1;
                 }
                 Submit::Queued => {}
-                Submit::Full(_) => unreachable!("the channel was opened for so many"),
+                Submit::Full(_) | Submit::Throttled(_) => {
+                    unreachable!("the channel was opened for so many")
+                }
             }
         }
         self.channel.kick();

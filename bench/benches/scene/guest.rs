@@ -150,7 +150,7 @@ impl Guest {
         let domain = Domain::new(1);
         let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
         let memory = map(&ram);
-        let disk = Arc::new(Disk { bdev: Arc::clone(bdev), read_only: false });
+        let disk = Arc::new(Disk::new(Arc::clone(bdev), false));
         let driver = Driver::new(&ram, 0, form);
         let view = |driver: &Driver| view(driver, form, 1, &memory, &disk);
         let queue = |n: usize, view| {

@@ -61,7 +61,7 @@ impl Rings {
         let (size, addrs) = driver.addrs();
         // SAFETY: both are in `Self`, and the ring is used in its methods only.
         let ring = unsafe { AnyRing::new(&memory, size, addrs, form.layout()) }.unwrap();
-        let limits = Disk { bdev: disks::null(), read_only: false }.limits();
+        let limits = Disk::new(disks::null(), false).limits();
         let chains = (0..ROUND).map(|_| Taken::default()).collect();
         Self {
             driver,

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tracing::error;
 
 use super::bdev_show::describe;
-use super::{Answer, App, Methods};
+use super::{Answer, App, Methods, bdev_qos};
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("bdev_get_bdevs", Phases::Runtime, get_bdevs);
@@ -124,6 +124,10 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     for id in app.bdevs.ids() {
         let calls = app.bdevs.config(id).into_iter();
         entries.extend(calls.map(|call| json!({ "method": call.method, "params": call.params })));
+        pace.spend(CONFIG_VALUES).await;
+    }
+    for id in app.bdevs.ids() {
+        entries.extend(app.bdevs.live(id).and_then(|live| bdev_qos::config(&*live.bdev)));
         pace.spend(CONFIG_VALUES).await;
     }
     entries.push(json!({ "method": "bdev_wait_for_examine" }));

@@ -3,6 +3,8 @@
 use bdev::{Bdev, Live};
 use serde_json::{Map, Value, json};
 
+use super::bdev_qos;
+
 /// SPDK's operations that no device has here: nothing in a guest or in this program asks for them.
 const NEVER_SUPPORTED: [&str; 13] = [
     "zcopy",
@@ -46,15 +48,7 @@ pub(super) fn describe(live: &Live, claim_type: Option<&str>) -> Value {
     for (name, value) in about.fields {
         put(&name, value);
     }
-    put(
-        "assigned_rate_limits",
-        json!({
-            "rw_ios_per_sec": 0,
-            "rw_mbytes_per_sec": 0,
-            "r_mbytes_per_sec": 0,
-            "w_mbytes_per_sec": 0,
-        }),
-    );
+    put("assigned_rate_limits", bdev_qos::object(bdev.qos().limits()).into());
     put("claimed", claim_type.is_some().into());
     if let Some(claim_type) = claim_type {
         put("claim_type", claim_type.into());

@@ -7,6 +7,7 @@
 
 mod bdev;
 mod bdev_host;
+mod bdev_qos;
 mod bdev_show;
 mod bdev_stats;
 mod framework;
@@ -89,6 +90,7 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     options::register(&mut methods);
     bdev::register(&mut methods);
     bdev_host::register(&mut methods);
+    bdev_qos::register(&mut methods);
     bdev_stats::register(&mut methods);
     vhost::register(&mut methods);
 }

@@ -74,7 +74,7 @@ impl On {
         }
         if self == Self::ReadOnly {
             let bdev = Arc::clone(&scene.disk.bdev);
-            scene.disk = Arc::new(Disk { bdev, read_only: true });
+            scene.disk = Arc::new(Disk::new(bdev, true));
             let memory = Arc::clone(&scene.memory);
             drop(scene.publish(&memory));
         }

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bdev::{Bdev, Channel, Completion, Features, Io, Op, Stats, Status, Submit, Tag, Wait};
+use bdev::{Bdev, Channel, Completion, Features, Io, Op, Qos, Stats, Status, Submit, Tag, Wait};
 
 pub(crate) const SECTORS: u64 = 8192;
 
@@ -66,6 +66,8 @@ pub(crate) struct Manual {
     state: Arc<Mutex<State>>,
     features: Features,
     stats: Stats,
+    qos: Qos,
+    sectors: u64,
 }
 
 impl Manual {
@@ -76,7 +78,24 @@ impl Manual {
 
     /// Creates a disk with these features.
     pub(crate) fn with(features: Features) -> Arc<Self> {
-        Arc::new(Self { state: Arc::default(), features, stats: Stats::default() })
+        Self::of_size(features, SECTORS)
+    }
+
+    /// Creates a disk that supports everything, for requests of any length.
+    pub(crate) fn large() -> Arc<Self> {
+        let features =
+            Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() };
+        Self::of_size(features, 1 << 32)
+    }
+
+    fn of_size(features: Features, sectors: u64) -> Arc<Self> {
+        Arc::new(Self {
+            sectors,
+            state: Arc::default(),
+            features,
+            stats: Stats::default(),
+            qos: Qos::default(),
+        })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -98,13 +117,17 @@ impl Bdev for Manual {
         512
     }
     fn num_blocks(&self) -> u64 {
-        SECTORS
+        self.sectors
     }
     fn features(&self) -> Features {
         self.features
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
         Ok(Box::new(ManualChannel(Arc::clone(&self.state))))

@@ -86,6 +86,8 @@ pub(crate) struct Scene {
     count: usize,
     places: u64,
     pub(crate) disk: Arc<Disk>,
+    /// The disk was removed: the next view has none.
+    pub(crate) removed: bool,
     pub(crate) write_through: bool,
     pub(crate) log: Option<(Arc<DirtyLog>, File)>,
     /// The eventfd of the guest's calls.
@@ -140,7 +142,8 @@ impl Scene {
             sent: HashMap::new(),
             count: 0,
             places: 0,
-            disk: Arc::new(Disk { bdev, read_only: false }),
+            disk: Arc::new(Disk::new(bdev, false)),
+            removed: false,
             write_through: false,
             log: None,
             call: None,
@@ -194,7 +197,7 @@ impl Scene {
     pub(crate) fn view(&mut self, memory: &Arc<GuestMemory>) -> ViewSpec {
         self.generation += 1;
         let layout = Layout { packed: self.packed, event_idx: false };
-        let device = Some(BlkView::erased(&self.disk, self.write_through));
+        let device = (!self.removed).then(|| BlkView::erased(&self.disk, self.write_through));
         ViewSpec {
             generation: self.generation,
             call: self.call.clone(),

@@ -252,6 +252,7 @@ impl Target {
         for controller in inner.controllers.values_mut() {
             match change(&controller.device) {
                 DeviceChange::None => continue,
+                DeviceChange::View => {}
                 DeviceChange::Removed => {
                     warn!("controller {}: its bdev was removed", controller.name);
                 }

@@ -174,11 +174,11 @@ impl<D: DeviceQueue> Core<D> {
             return self.ring.pending_event.is_some() && self.ring.send_pending(events);
         }
         if view.generation != self.ring.generation {
-            self.ring.adopt(at, iteration);
+            self.adopt(at, iteration);
         }
         let stop = control.stop.load(Ordering::Acquire);
         self.ring.stopping = stop;
-        if stop && self.ring.is_abandoned(control) {
+        if stop && self.is_abandoned(control) {
             return self.discard(at, iteration, events);
         }
         let completed = self.ring.inflight > 0 && self.complete(at, iteration);
@@ -295,7 +295,9 @@ impl<D: DeviceQueue> Core<D> {
             wait = wait.sooner(Wait::Until(Instant::now() + at_least));
         }
         if core.inflight > 0 && self.device.is_open() {
-            wait = wait.sooner(self.device.wait());
+            // No overflow: a parked request is in flight.
+            let pending = core.inflight as usize - core.parked.len();
+            wait = wait.sooner(self.device.wait(pending));
         } else if !core.again.is_empty() && !core.broken {
             return Wait::Poll;
         }
@@ -313,6 +315,28 @@ impl<D: DeviceQueue> Core<D> {
             }
         }
         wait
+    }
+
+    /// Adopts a new view, unless the queue must not access its ring any more. The visit then
+    /// continues with [`Core::discard`], because a stop is never withdrawn.
+    #[cold]
+    fn adopt<R: Ring>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
+        let At { control, view, .. } = at;
+        if control.stop.load(Ordering::Acquire) && control.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
+        self.ring.adopt(at, iteration);
+        self.device.adopted(view.device.as_ref());
+    }
+
+    /// Returns whether a queue that stops must not access its ring any more.
+    #[cold]
+    fn is_abandoned(&mut self, control: &Control) -> bool {
+        self.device.stopping();
+        if control.reset.load(Ordering::Relaxed) {
+            self.ring.again.clear();
+        }
+        control.abandoned.load(Ordering::Relaxed)
     }
 
     #[cold]
@@ -369,23 +393,8 @@ impl<D: DeviceQueue> RingCore<D> {
         }
     }
 
-    /// Returns whether a queue that stops must not access its ring any more.
-    #[cold]
-    fn is_abandoned(&mut self, control: &Control) -> bool {
-        if control.reset.load(Ordering::Relaxed) {
-            self.again.clear();
-        }
-        control.abandoned.load(Ordering::Relaxed)
-    }
-
-    /// Adopts a new view, unless the queue must not access its ring any more. The visit then
-    /// continues with [`Core::discard`], because a stop is never withdrawn.
-    #[cold]
     fn adopt<R: Ring>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
-        let At { control, view, ring, .. } = at;
-        if control.stop.load(Ordering::Acquire) && control.abandoned.load(Ordering::Relaxed) {
-            return;
-        }
+        let At { view, ring, .. } = at;
         iteration.note(Cause::Adopt);
         self.generation = view.generation;
         // Addresses in the previous memory may not be mapped any more.

@@ -177,7 +177,7 @@ impl DeviceQueue for EntropyQueue {
 
     fn discard<R: Request<Self>>(&mut self, _: usize, _: &mut R) {}
 
-    fn wait(&self) -> Wait {
+    fn wait(&self, _: usize) -> Wait {
         Wait::Event
     }
 

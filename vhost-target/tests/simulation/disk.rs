@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::{
-    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Stats, Status, Submit, Wait,
+    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Qos, Stats, Status, Submit, Wait,
     WakeFds,
 };
 
@@ -139,13 +139,14 @@ pub(crate) struct SimDisk {
     state: Arc<Mutex<State>>,
     meanwhile: Meanwhile,
     stats: Stats,
+    qos: Qos,
 }
 
 impl SimDisk {
     pub(crate) fn new(name: String, meanwhile: &Meanwhile) -> (Arc<Self>, Arc<Mutex<State>>) {
         let state = Arc::default();
-        let (meanwhile, stats) = (Arc::clone(meanwhile), Stats::default());
-        (Arc::new(Self { name, state: Arc::clone(&state), meanwhile, stats }), state)
+        let (meanwhile, stats, qos) = (Arc::clone(meanwhile), Stats::default(), Qos::default());
+        (Arc::new(Self { name, state: Arc::clone(&state), meanwhile, stats, qos }), state)
     }
 }
 
@@ -174,6 +175,10 @@ impl Bdev for SimDisk {
     }
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
     fn lease(&self) -> Option<Arc<dyn Lease>> {
         let lease = SimLease(Arc::clone(&self.state));

@@ -277,7 +277,7 @@ impl World {
             // The offered features do not change when the disk is removed.
             let features = state.bdev.as_ref().map(|bdev| {
                 let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
-                Disk { bdev, read_only: false }.features()
+                Disk::new(bdev, false).features()
             });
             let features = features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX);
             let packed = if packed { 1 << VIRTIO_F_RING_PACKED } else { 0 };

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel, Wait};
 use crate::error::Error;
 use crate::io::{Completion, Io, Op, Submit};
@@ -134,7 +135,7 @@ impl Wrapper for Delay {
     }
 
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(self.base()).open(depth)?;
+        let base = BdevChannel::open(self.base(), depth)?;
         Ok(Box::new(DelayChannel {
             base,
             kinds: vec![None; depth.into()].into_boxed_slice(),
@@ -147,7 +148,7 @@ impl Wrapper for Delay {
 }
 
 struct DelayChannel {
-    base: Box<dyn Channel>,
+    base: BdevChannel,
     disk: Arc<Delay>,
     /// The kind of latency of each outstanding I/O, by tag.
     kinds: Box<[Option<LatencyKind>]>,
@@ -228,7 +229,7 @@ impl Channel for DelayChannel {
                 self.with_base += 1;
                 Submit::Queued
             }
-            Submit::Full(io) => Submit::Full(io),
+            refused @ (Submit::Full(_) | Submit::Throttled(_)) => refused,
         }
     }
 
@@ -264,7 +265,7 @@ impl Channel for DelayChannel {
         n
     }
 
-    forward_to_base!(wake_fds, set_wakes, failure, kick, abandon);
+    forward_to_base!(wake_fds, set_wakes, set_limiting, failure, kick, abandon);
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ErrorDisk, InjectedError, Releases, rule_index};
+use crate::bdev_channel::BdevChannel;
 use crate::contract::{Channel, Wait};
 use crate::failure::{Failure, Failures};
 use crate::io::{Completion, Io, Op, Status, Submit, Tag};
@@ -17,7 +18,7 @@ use crate::wrapper::forward_to_base;
 const RELEASE_CHECK: Duration = Duration::from_millis(1);
 
 pub(super) struct ErrorChannel {
-    base: Box<dyn Channel>,
+    base: BdevChannel,
     disk: Arc<ErrorDisk>,
     /// Pending I/Os, in order.
     pending: VecDeque<Io>,
@@ -58,7 +59,7 @@ impl Corrupted {
 }
 
 impl ErrorChannel {
-    pub(super) fn new(disk: Arc<ErrorDisk>, base: Box<dyn Channel>, depth: u16) -> Self {
+    pub(super) fn new(disk: Arc<ErrorDisk>, base: BdevChannel, depth: u16) -> Self {
         Self {
             base,
             pending: VecDeque::with_capacity(depth.into()),
@@ -95,8 +96,10 @@ impl ErrorChannel {
             }
             // SAFETY: the caller still owns the I/O.
             (Submit::Done(status), Some(corrupted)) => unsafe { finish(&corrupted, *status) },
-            // SAFETY: as above.
-            (Submit::Full(_), Some(_)) => written.iter().for_each(|s| unsafe { s.flip() }),
+            (Submit::Full(_) | Submit::Throttled(_), Some(_)) => {
+                // SAFETY: as above.
+                written.iter().for_each(|s| unsafe { s.flip() });
+            }
             _ => {}
         }
         submit
@@ -130,7 +133,7 @@ impl ErrorChannel {
                     self.ended.push_back(Completion { tag: io.tag, status });
                 }
                 Submit::Queued => {}
-                Submit::Full(io) => {
+                Submit::Full(io) | Submit::Throttled(io) => {
                     self.retries.push_front(io);
                     break;
                 }
@@ -236,5 +239,5 @@ impl Channel for ErrorChannel {
         n + from_base
     }
 
-    forward_to_base!(wake_fds, set_wakes, kick);
+    forward_to_base!(wake_fds, set_wakes, set_limiting, kick);
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use uuid::Uuid;
 
+use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
 use crate::error::Error;
 use crate::io::Op;
@@ -242,7 +243,7 @@ impl Wrapper for ErrorDisk {
     }
 
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(self.base()).open(depth)?;
+        let base = BdevChannel::open(self.base(), depth)?;
         Ok(Box::new(ErrorChannel::new(self, base, depth)))
     }
 }

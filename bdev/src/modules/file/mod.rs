@@ -25,6 +25,7 @@ use uuid::Uuid;
 use crate::contract::{Bdev, Channel, Features, Lease, Storage};
 use crate::error::Error;
 use crate::geometry::checked_size;
+use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
@@ -78,6 +79,7 @@ pub struct FileDisk {
     engine: Engine,
     workers: Workers,
     stats: Stats,
+    qos: Qos,
 }
 
 /// The way in which a file disk does its I/O.
@@ -185,6 +187,7 @@ impl FileDisk {
             engine,
             workers,
             stats: Stats::default(),
+            qos: Qos::default(),
         }))
     }
 
@@ -319,6 +322,10 @@ impl Bdev for FileDisk {
 
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {

@@ -14,6 +14,7 @@ use crate::geometry::{checked_size, within};
 use crate::io::{Completion, Io, Op, Status, Submit};
 use crate::memory::{self, Stores};
 use crate::pages::{Backing, Pages};
+use crate::qos::Qos;
 use crate::shortcut::{AT_ONCE, Shortcut, copy};
 use crate::stats::Stats;
 use crate::topology::Topology;
@@ -32,6 +33,7 @@ pub struct Malloc {
     topology: Topology,
     pages: Pages,
     stats: Stats,
+    qos: Qos,
 }
 
 /// The options of [`Malloc::create`].
@@ -71,8 +73,8 @@ impl Malloc {
             other => other,
         })?;
         let uuid = uuid.unwrap_or_else(Uuid::new_v4);
-        let stats = Stats::default();
-        Ok(Arc::new(Self { name, uuid, block_size, num_blocks, topology, pages, stats }))
+        let (stats, qos) = (Stats::default(), Qos::default());
+        Ok(Arc::new(Self { name, uuid, block_size, num_blocks, topology, pages, stats, qos }))
     }
 
     /// Returns the kind of its pages.
@@ -120,6 +122,10 @@ impl Bdev for Malloc {
 
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {

@@ -11,6 +11,7 @@ use crate::contract::{Bdev, Channel, Features};
 use crate::error::Error;
 use crate::geometry::{checked_size, within};
 use crate::io::{Completion, Io, Op, Status, Submit};
+use crate::qos::Qos;
 use crate::shortcut::Shortcut;
 use crate::stats::Stats;
 use crate::topology::Topology;
@@ -28,6 +29,7 @@ pub struct Null {
     num_blocks: AtomicU64,
     topology: Topology,
     stats: Stats,
+    qos: Qos,
 }
 
 /// The options of [`Null::create`].
@@ -68,6 +70,7 @@ impl Null {
             num_blocks: AtomicU64::new(num_blocks),
             topology,
             stats: Stats::default(),
+            qos: Qos::default(),
         }))
     }
 
@@ -127,6 +130,10 @@ impl Bdev for Null {
 
     fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
     }
 
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, Error> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use uuid::{Uuid, uuid};
 
+use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
 use crate::error::Error;
 use crate::io::{Io, Submit};
@@ -43,13 +44,13 @@ impl Wrapper for Passthru {
     }
 
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(self.0.base()).open(depth)?;
+        let base = BdevChannel::open(self.0.base(), depth)?;
         Ok(Box::new(PassthruChannel { base, _disk: self }))
     }
 }
 
 struct PassthruChannel {
-    base: Box<dyn Channel>,
+    base: BdevChannel,
     /// Keeps the bdev in use while the channel is open.
     _disk: Arc<Passthru>,
 }
@@ -61,5 +62,15 @@ impl Channel for PassthruChannel {
         unsafe { self.base.submit(io) }
     }
 
-    forward_to_base!(shortcut, wake_fds, set_wakes, wait, failure, kick, poll, abandon);
+    forward_to_base!(
+        shortcut,
+        wake_fds,
+        set_wakes,
+        set_limiting,
+        wait,
+        failure,
+        kick,
+        poll,
+        abandon
+    );
 }

@@ -5,6 +5,7 @@ pub(crate) mod module;
 
 use std::sync::Arc;
 
+use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
 use crate::error::Error;
 use crate::failure::Failure;
@@ -65,14 +66,14 @@ impl Wrapper for Part {
     }
 
     fn open_channel(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        let base = Arc::clone(self.wrapped.base()).open(depth)?;
+        let base = BdevChannel::open(self.wrapped.base(), depth)?;
         let offset = self.offset_bytes();
         Ok(Box::new(PartChannel { base, offset, size: self.size_bytes(), _part: self }))
     }
 }
 
 struct PartChannel {
-    base: Box<dyn Channel>,
+    base: BdevChannel,
     /// The offset of its first byte on the base.
     offset: u64,
     /// The size in bytes.
@@ -94,6 +95,7 @@ impl Channel for PartChannel {
         // SAFETY: the caller's promise covers the base, which completes no later than this channel.
         match unsafe { self.base.submit(on_base) } {
             Submit::Full(_) => Submit::Full(io),
+            Submit::Throttled(_) => Submit::Throttled(io),
             submit => submit,
         }
     }
@@ -116,7 +118,7 @@ impl Channel for PartChannel {
         Some(Failure { offset, ..failure })
     }
 
-    forward_to_base!(wake_fds, set_wakes, wait, kick, poll, abandon);
+    forward_to_base!(wake_fds, set_wakes, set_limiting, wait, kick, poll, abandon);
 }
 
 #[cfg(test)]

@@ -113,7 +113,7 @@ fn an_io_is_shifted_by_the_offset_and_returned_unchanged() {
     host.null("A", 1);
     let part = Part::create("p".into(), host.registry().bdev("A").unwrap(), 8, 8).unwrap();
     let seen = Arc::<Mutex<Vec<_>>>::default();
-    let base = Box::new(Full(Arc::clone(&seen)));
+    let base = BdevChannel::on(Box::new(Full(Arc::clone(&seen))), part.wrapped.base());
     let mut channel = PartChannel { base, offset: 4096, size: 4096, _part: part };
     for (io, at) in [
         (Io::rw(Op::Read, Tag(1), 512, 0, &[]), 4608),

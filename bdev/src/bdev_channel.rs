@@ -1,0 +1,149 @@
+//! A user's I/O path to a bdev: the module's channel, and the rate limits in front of it.
+#![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
+
+use std::sync::Arc;
+
+use crate::contract::{Bdev, Channel, Wait, WakeFds};
+use crate::error::Error;
+use crate::failure::Failure;
+use crate::io::{Completion, Io, Submit, Tag};
+use crate::qos::Limiting;
+use crate::qos::budget::UserSlot;
+use crate::shortcut::Shortcut;
+
+/// The channel through which a bdev is used. Wrappers use their bases through it as well, so that
+/// every bdev's limits apply to all I/O that it gets.
+///
+/// Limits do not apply before the first [`Channel::set_limiting`].
+pub struct BdevChannel {
+    channel: Box<dyn Channel>,
+    limited: Limited,
+    bdev: Arc<dyn Bdev>,
+}
+
+/// Which I/Os the limits are applied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Limited {
+    /// None: there is no limit.
+    No,
+    /// All. Each is charged to this user, or refused.
+    Yes(UserSlot),
+    /// None is refused; each is charged.
+    ChargeOnly(UserSlot),
+}
+
+impl BdevChannel {
+    /// Opens a bdev for one owner, which will have at most `depth` I/Os outstanding.
+    ///
+    /// # Errors
+    /// As [`Bdev::open`].
+    pub fn open(bdev: &Arc<dyn Bdev>, depth: u16) -> Result<Self, Error> {
+        Ok(Self::on(Arc::clone(bdev).open(depth)?, bdev))
+    }
+
+    /// Puts a bdev's limits in front of a channel.
+    pub(crate) fn on(channel: Box<dyn Channel>, bdev: &Arc<dyn Bdev>) -> Self {
+        Self { channel, limited: Limited::No, bdev: Arc::clone(bdev) }
+    }
+
+    /// Submits an I/O if the limits let it pass.
+    ///
+    /// # Safety
+    /// As [`Channel::submit`].
+    #[cold]
+    #[inline(never)]
+    unsafe fn submit_limited(&mut self, io: Io) -> Submit {
+        let (Limited::Yes(slot) | Limited::ChargeOnly(slot), Some(budgets)) =
+            (self.limited, self.bdev.qos().any())
+        else {
+            // SAFETY: by the caller's promise.
+            return unsafe { self.channel.submit(io) };
+        };
+        match self.limited {
+            Limited::Yes(_) if !budgets.admit(slot, &io) => return Submit::Throttled(io),
+            Limited::ChargeOnly(_) => budgets.charge_anyway(slot, &io),
+            _ => {}
+        }
+        // SAFETY: by the caller's promise.
+        let submit = unsafe { self.channel.submit(io) };
+        if let Submit::Full(io) | Submit::Throttled(io) = &submit {
+            budgets.give_back(slot, io);
+        }
+        submit
+    }
+
+    fn leave_budgets(&mut self) {
+        if let Limited::Yes(slot) | Limited::ChargeOnly(slot) = self.limited
+            && let Some(budgets) = self.bdev.qos().any()
+        {
+            budgets.remove(slot);
+        }
+        self.limited = Limited::No;
+    }
+}
+
+impl Drop for BdevChannel {
+    fn drop(&mut self) {
+        self.leave_budgets();
+    }
+}
+
+impl Channel for BdevChannel {
+    #[inline]
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        if self.limited == Limited::No {
+            // SAFETY: by the caller's promise.
+            return unsafe { self.channel.submit(io) };
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { self.submit_limited(io) }
+    }
+
+    /// There is none while limits apply.
+    fn shortcut(&self) -> Shortcut {
+        if self.limited == Limited::No { self.channel.shortcut() } else { Shortcut::None }
+    }
+
+    fn set_limiting(&mut self, limiting: Limiting) {
+        self.channel.set_limiting(limiting);
+        self.limited = match (limiting, self.limited, self.bdev.qos().active()) {
+            (Limiting::Apply(user), Limited::No, Some(budgets)) => Limited::Yes(budgets.add(user)),
+            (Limiting::Apply(_), Limited::Yes(slot) | Limited::ChargeOnly(slot), Some(_)) => {
+                Limited::Yes(slot)
+            }
+            (Limiting::Apply(_), _, None) => return self.leave_budgets(),
+            (Limiting::ChargeOnly, Limited::Yes(slot), _) => Limited::ChargeOnly(slot),
+            (Limiting::ChargeOnly, other, _) => other,
+        };
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        self.channel.wake_fds()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        self.channel.set_wakes(wakes);
+    }
+
+    fn wait(&self) -> Wait {
+        self.channel.wait()
+    }
+
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        self.channel.failure(tag)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.channel.kick();
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        self.channel.poll(done)
+    }
+
+    fn abandon(&mut self) {
+        self.channel.abandon();
+    }
+}

@@ -1,0 +1,191 @@
+//! Rate limits of a bdev (SPDK: QoS), as `bdev_set_qos_limit` sets them.
+//!
+//! All users of a bdev share one budget per limit, which is renewed every millisecond. What is not
+//! used of it is lost, so there are no bursts. An I/O passes as long as something is left, and may
+//! take more than is left; the debt is paid from the following milliseconds. If several users want
+//! more than the budget, each gets the same share ([`budget`]).
+//!
+//! A user is whoever serves one virtual machine: all queues of a controller are one user.
+
+pub(crate) mod budget;
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use self::budget::{Budgets, LIMITS, UserSlot};
+use crate::io::{Io, Op};
+
+/// Bytes in the unit of the operator's bandwidth limits.
+const MIB: u64 = 1 << 20;
+/// The largest rate that is distinguished from an unlimited one: 1 PiB/s or 2^50 I/Os per second.
+const RATE_MAX: u64 = 1 << 50;
+/// The number of users with a share of their own. Further ones share one.
+const USERS: usize = 256;
+
+/// The limits of a bdev, in the operator's units; 0 means unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimits {
+    /// Reads and writes per second.
+    pub rw_ios_per_sec: u64,
+    /// Reads and writes, in MiB per second.
+    pub rw_mbytes_per_sec: u64,
+    /// Reads, in MiB per second.
+    pub r_mbytes_per_sec: u64,
+    /// Writes, in MiB per second.
+    pub w_mbytes_per_sec: u64,
+}
+
+impl RateLimits {
+    /// Returns whether there is no limit.
+    #[must_use]
+    pub fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The limits in I/Os or bytes per second, in the order in which an I/O is charged.
+    fn rates(&self) -> [u64; LIMITS] {
+        let bytes = |mib: u64| mib.saturating_mul(MIB).min(RATE_MAX);
+        [
+            self.rw_ios_per_sec.min(RATE_MAX),
+            bytes(self.rw_mbytes_per_sec),
+            bytes(self.r_mbytes_per_sec),
+            bytes(self.w_mbytes_per_sec),
+        ]
+    }
+}
+
+/// Returns what an I/O costs of each limit: I/Os or bytes. Only reads and writes cost anything.
+fn costs(io: &Io) -> [u64; LIMITS] {
+    match io.op {
+        Op::Read => [1, io.len, io.len, 0],
+        Op::Write => [1, io.len, 0, io.len],
+        Op::Flush | Op::Unmap | Op::WriteZeroes => [0; LIMITS],
+    }
+}
+
+/// Identifies the virtual machine that a channel serves. Users of one bdev get equal shares of its
+/// limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct QosUser(u32);
+
+impl QosUser {
+    /// Makes the user with this number, which is unique among those that exist.
+    #[must_use]
+    pub fn new(number: u32) -> Self {
+        Self(number)
+    }
+}
+
+/// How a channel treats the rate limits of its bdev and of the bdevs below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limiting {
+    /// I/O that exceeds a limit is refused with [`crate::Submit::Throttled`].
+    Apply(QosUser),
+    /// No I/O is refused: its user wants to end its I/O. The I/O is charged, and later I/O pays.
+    ChargeOnly,
+}
+
+/// The rate limits of one bdev, and the budgets that its users share.
+#[derive(Default)]
+pub struct Qos {
+    /// Present from the first limit on. Without it, limits cost nothing.
+    state: OnceLock<State>,
+}
+
+struct State {
+    limits: std::sync::Mutex<RateLimits>,
+    budgets: Budgets,
+    /// The beginning of the first slice.
+    start: Instant,
+}
+
+impl fmt::Debug for Qos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.limits().fmt(f)
+    }
+}
+
+impl Qos {
+    /// Returns the limits. Not for reactors.
+    #[must_use]
+    pub fn limits(&self) -> RateLimits {
+        let lock =
+            |state: &State| *state.limits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.state.get().map(lock).unwrap_or_default()
+    }
+
+    /// Sets the limits. Channels that are open notice new limits, and the end of all limits, when
+    /// [`crate::Channel::set_limiting`] is called; other changes apply from the next millisecond on.
+    /// Not for reactors.
+    pub fn set_limits(&self, limits: RateLimits) {
+        if limits.is_unlimited() && self.state.get().is_none() {
+            return;
+        }
+        let state = self.state.get_or_init(|| State {
+            limits: std::sync::Mutex::default(),
+            budgets: Budgets::new(USERS),
+            start: Instant::now(),
+        });
+        let mut current = state.limits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *current = limits;
+        state.budgets.set_rates(limits.rates(), state.slice());
+    }
+
+    /// Returns the budgets if there is a limit.
+    pub(crate) fn active(&self) -> Option<Active<'_>> {
+        self.state.get().filter(|state| state.budgets.is_limited()).map(Active)
+    }
+
+    /// Returns the budgets, also if there is no limit any more.
+    pub(crate) fn any(&self) -> Option<Active<'_>> {
+        self.state.get().map(Active)
+    }
+}
+
+impl State {
+    /// Returns the number of the current slice, which lasts a millisecond. The first is 1.
+    fn slice(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+/// Budgets that a channel uses. No method locks, allocates or waits.
+#[derive(Clone, Copy)]
+pub(crate) struct Active<'a>(&'a State);
+
+impl Active<'_> {
+    /// Adds a channel of this user.
+    pub(crate) fn add(self, user: QosUser) -> UserSlot {
+        self.0.budgets.add_user(user.0)
+    }
+
+    /// Removes a channel of a user. Its debt remains.
+    pub(crate) fn remove(self, slot: UserSlot) {
+        self.0.budgets.remove_user(slot);
+    }
+
+    /// Returns whether an I/O may pass now. It is charged then.
+    #[inline]
+    pub(crate) fn admit(self, slot: UserSlot, io: &Io) -> bool {
+        let (budgets, costs) = (&self.0.budgets, costs(io));
+        match budgets.charge(slot, costs) {
+            Ok(()) => true,
+            Err(refused) => {
+                budgets.renew(slot, refused, self.0.slice()) && {
+                    budgets.charge(slot, costs).is_ok()
+                }
+            }
+        }
+    }
+
+    /// Charges an I/O that passes in any case.
+    pub(crate) fn charge_anyway(self, slot: UserSlot, io: &Io) {
+        self.0.budgets.charge_anyway(slot, costs(io));
+    }
+
+    /// Returns the cost of an I/O that was admitted and that the device did not take.
+    pub(crate) fn give_back(self, slot: UserSlot, io: &Io) {
+        self.0.budgets.give_back(slot, costs(io));
+    }
+}

@@ -1,0 +1,50 @@
+//! Requests whose I/O waits for a rate limit of the disk.
+
+use std::collections::VecDeque;
+
+use bdev::{Io, Op};
+
+/// The requests of a queue that wait for a rate limit, by slot. Reads and the other operations wait
+/// separately: a limit of one kind does not hold up the other. Within a kind, the oldest is first.
+#[derive(Debug)]
+pub(crate) struct Throttled {
+    reads: VecDeque<u16>,
+    others: VecDeque<u16>,
+}
+
+impl Throttled {
+    /// Makes room for `depth` requests of each kind, so that adding one does not allocate.
+    pub(crate) fn new(depth: u16) -> Self {
+        let empty = || VecDeque::with_capacity(depth.into());
+        Self { reads: empty(), others: empty() }
+    }
+
+    /// Returns whether no request waits.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.reads.is_empty() && self.others.is_empty()
+    }
+
+    /// Returns the number of requests that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.reads.len() + self.others.len()
+    }
+
+    /// Adds the request with this I/O, behind those of its kind.
+    pub(crate) fn push(&mut self, io: &Io) {
+        let kind = if io.op == Op::Read { &mut self.reads } else { &mut self.others };
+        kind.push_back(io.tag.0);
+    }
+
+    /// Calls `submit` for the requests of each kind, oldest first, until it returns false. Removes
+    /// those for which it returned true.
+    pub(crate) fn release(&mut self, mut submit: impl FnMut(u16) -> bool) {
+        for kind in [&mut self.reads, &mut self.others] {
+            while let Some(&slot) = kind.front()
+                && submit(slot)
+            {
+                kind.pop_front();
+            }
+        }
+    }
+}
