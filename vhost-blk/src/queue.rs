@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bdev::{
-    BdevChannel, Channel, Completion, Counters, Failure, FailureKind, Io, Limiting, Op, Shortcut,
-    Status, Submit, Tag,
+    Bdev, BdevChannel, Channel, Completion, Counters, Failure, FailureKind, Io, Limiting, Op,
+    Shortcut, Status, Submit, Tag,
 };
 use reactor::{Cause, Iteration, Wait};
 use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
@@ -34,15 +34,21 @@ pub struct BlkView {
     pub(crate) limits: Limits,
     /// Whether writes have to be durable when they are answered.
     pub(crate) write_through: bool,
+    /// The bdev, or one that it is built on, has rate limits.
+    pub(crate) limited: bool,
 }
 
 impl BlkView {
     /// Returns a view of the disk as it is now, without its type.
     #[must_use]
     pub fn erased(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
-        let (disk, limits) = (Arc::clone(disk), disk.limits());
-        Arc::new(Self { disk, limits, write_through })
+        let (disk, limits, limited) = (Arc::clone(disk), disk.limits(), is_limited(&*disk.bdev));
+        Arc::new(Self { disk, limits, write_through, limited })
     }
+}
+
+fn is_limited(bdev: &dyn Bdev) -> bool {
+    !bdev.qos().limits().is_unlimited() || bdev.bases().iter().any(|base| is_limited(&**base))
 }
 
 /// What a request still has to do when its I/O has succeeded.
@@ -84,8 +90,10 @@ struct Tally {
 
 /// A bdev that this queue has opened.
 struct Open {
-    /// The shortcut of `channel`, valid while that is open. None before the first view.
+    /// The shortcut of `channel`, valid while that is open and its limits stay as they are.
     shortcut: Shortcut,
+    /// Limits apply to the channel's I/O.
+    limited: bool,
     /// In a box, so that it can be released without an allocation.
     channel: Box<BdevChannel>,
     counters: Arc<Counters>,
@@ -122,8 +130,8 @@ impl BlkQueue {
     pub fn open(disk: Option<&Disk>, depth: u16) -> Result<Self, bdev::Error> {
         let open = disk.map(|disk| {
             let channel = Box::new(BdevChannel::open(&disk.bdev, depth)?);
-            let counters = disk.bdev.stats().attach();
-            Ok::<_, bdev::Error>(Open { shortcut: Shortcut::None, channel, counters })
+            let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
+            Ok::<_, bdev::Error>(Open { shortcut, limited: false, channel, counters })
         });
         Ok(Self {
             open: open.transpose()?,
@@ -341,6 +349,13 @@ impl BlkQueue {
 }
 
 impl Open {
+    #[cold]
+    fn set_limiting(&mut self, limiting: Limiting, limited: bool) {
+        self.channel.set_limiting(limiting);
+        self.shortcut = self.channel.shortcut();
+        self.limited = limited;
+    }
+
     /// Records the reason of a failure for the control side, which logs it.
     #[cold]
     #[inline(never)]
@@ -446,18 +461,23 @@ impl DeviceQueue for BlkQueue {
         }
     }
 
+    #[inline]
     fn adopted(&mut self, view: Option<&BlkView>) {
         let Some(open) = &mut self.open else { return };
-        // The I/O of a disk that was removed ends soon.
-        let apply = view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user));
-        open.channel.set_limiting(apply);
-        open.shortcut = open.channel.shortcut();
+        let limited = view.is_some_and(|view| view.limited);
+        if limited || open.limited {
+            // The I/O of a disk that was removed ends soon.
+            let apply = view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user));
+            open.set_limiting(apply, limited);
+        }
     }
 
     /// A stop does not wait for rate limits.
     fn stopping(&mut self) {
-        if let Some(open) = &mut self.open {
-            open.channel.set_limiting(Limiting::ChargeOnly);
+        if let Some(open) = &mut self.open
+            && open.limited
+        {
+            open.set_limiting(Limiting::ChargeOnly, true);
         }
     }
 
