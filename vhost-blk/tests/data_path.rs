@@ -2,30 +2,26 @@
 //! out.
 //!
 //! The guest is a set of helpers over [`GuestMemory`]. The disk is a real malloc disk, or
-//! [`Manual`], which completes I/O when the test says so and is full when the test says so.
+//! [`Manual`], which completes I/O when the test says so.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
 use bdev::{
     Bdev, Channel, Completion, Features, Io, Malloc, MallocOptions, Null, NullOptions, Qos, Stats,
     Status, Submit,
 };
-use closer::ForeignFd;
 use guest_memory::GuestMemory;
 use guest_memory::testing::flat_at;
 use qsbr::{Domain, Reader};
-use reactor::EventFd;
 use reactor::Garbage;
 use reactor::{Iteration, PollHint, Pollable};
 use vhost_blk::config::Disk;
 use vhost_blk::{BlkQueue, BlkView};
 use vhost_target::Events;
-use vhost_target::notify::CallFd;
 use vhost_target::queue::Event;
-use vhost_target::queue::{NewQueue, Queue, QueueId, QueueState, TargetQueue, ViewSpec};
+use vhost_target::queue::{NewQueue, Queue, QueueId, TargetQueue, ViewSpec};
 use virtqueue::{Layout, RingAddrs};
 use vm_memory::Bytes;
 
@@ -55,16 +51,9 @@ const UNSUPP: u8 = 2;
 /// The initial value of a status byte.
 const UNTOUCHED: u8 = 0xee;
 
-fn map() -> Arc<GuestMemory> {
-    flat_at(MEMORY, 0)
-}
-
 /// A queue, its guest and its reactor.
 struct Bench {
     memory: Arc<GuestMemory>,
-    /// The guest's side of the call fd, and the target's.
-    call: EventFd,
-    call_fd: Arc<CallFd>,
     queue: Arc<Queue<BlkQueue>>,
     disk: Arc<Disk>,
     reader: Reader,
@@ -82,22 +71,14 @@ impl Bench {
         let mut reader = domain.reader().unwrap();
         reader.online();
         let disk = Arc::new(Disk::new(bdev, read_only));
-        let (memory, call) = (map(), EventFd::new().unwrap());
-        let call_fd =
-            CallFd::from_front_end(ForeignFd::alone(call.as_fd().try_clone_to_owned().unwrap()));
-        let call_fd = Arc::new(call_fd.unwrap());
+        let memory = flat_at(MEMORY, 0);
         let device = Some(BlkView::erased(&disk, false));
-        let view = ViewSpec {
-            call: Some(Arc::clone(&call_fd)),
-            ..ViewSpec::new(&memory, SIZE, ADDRS, Layout::default(), device)
-        };
+        let view = ViewSpec::new(&memory, SIZE, ADDRS, Layout::default(), device);
         let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());
         let new = NewQueue { id, domain, view, base: 0, coalescing, tracked: None };
         let queue = Queue::new(BlkQueue::open(Some(&disk), SIZE).unwrap(), new).unwrap();
         Self {
             memory,
-            call,
-            call_fd,
             queue,
             disk,
             reader,
@@ -204,14 +185,12 @@ impl Bench {
         Some((DATA, 16))
     }
 
-    fn publish(&mut self, memory: &Arc<GuestMemory>, disk: Option<Arc<Disk>>) -> Box<dyn Garbage> {
+    /// Publishes a view without the disk, which was removed.
+    fn publish_removed(&mut self) -> Box<dyn Garbage> {
         self.generation += 1;
-        let call = Some(Arc::clone(&self.call_fd));
-        let device = disk.map(|disk| BlkView::erased(&disk, false));
         let view = ViewSpec {
             generation: self.generation,
-            call,
-            ..ViewSpec::new(memory, SIZE, ADDRS, Layout::default(), device)
+            ..ViewSpec::new(&self.memory, SIZE, ADDRS, Layout::default(), None)
         };
         self.queue.publish(view).unwrap()
     }
@@ -225,7 +204,7 @@ fn malloc(block_size: u32) -> Arc<dyn Bdev> {
 
 /// A disk whose I/O completes when the test says so.
 ///
-/// Faults that it may show: I/O that does not complete, and a channel that is full.
+/// Fault that it may show: I/O that does not complete.
 #[derive(Default)]
 struct Manual {
     shared: Arc<Mutex<ManualState>>,
@@ -238,7 +217,6 @@ struct Manual {
 struct ManualState {
     submitted: Vec<Io>,
     done: Vec<Completion>,
-    full: bool,
 }
 
 impl Bdev for Manual {
@@ -277,9 +255,6 @@ struct ManualChannel(Arc<Mutex<ManualState>>);
 impl Channel for ManualChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = self.0.lock().unwrap();
-        if state.full {
-            return Submit::Full(io);
-        }
         state.submitted.push(io);
         Submit::Queued
     }
@@ -487,203 +462,11 @@ fn malformed_chains_are_returned() {
 }
 
 #[test]
-fn an_invalid_ring_stops_only_itself_and_can_be_stopped() {
-    let mut bench = Bench::malloc();
-    bench.put(0x1002, &(SIZE + 1).to_le_bytes());
-    assert!(!bench.visit());
-    assert_eq!(bench.queue.control().state(), QueueState::Broken);
-    assert!(matches!(bench.events.pop(), Some(Event::Broken(QueueId(1)))));
-    bench.put(0x1002, &1_u16.to_le_bytes());
-    bench.visit();
-    assert_eq!(bench.take_used(), None, "nothing is fetched any more");
-    bench.queue.control().stop();
-    bench.visit();
-    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-}
-
-#[test]
-fn a_visit_is_bounded() {
-    let (mut bench, shared) = manual();
-    for _ in 0..SIZE {
-        bench.offer(0);
-    }
-    let header = bench.header(0, IN, 0);
-    bench.desc(0, header, 16, NEXT, 1);
-    bench.desc(1, DATA, 512, NEXT | WRITE, 2);
-    bench.desc(2, STATUSES, 1, WRITE, 0);
-    bench.visit();
-    assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
-    // The ring offers as many requests again, for which there is no slot.
-    for _ in 0..SIZE {
-        bench.offer(0);
-    }
-    assert!(!bench.visit());
-    assert_eq!(shared.lock().unwrap().submitted.len(), usize::from(SIZE));
-    complete_all(&shared, Status::Ok);
-    bench.visit();
-    assert_eq!(bench.queue.control().inflight(), u32::from(SIZE), "slots were free again");
-}
-
-#[test]
-fn stopping_waits_for_io_and_reports_the_index() {
-    let (mut bench, shared) = manual();
-    bench.request(IN, 0, Some((DATA, 512)));
-    bench.request(OUT, 1, Some((DATA, 512)));
-    bench.visit();
-    bench.queue.control().stop();
-    bench.request(IN, 2, Some((DATA, 512)));
-    bench.visit();
-    assert_eq!(bench.queue.control().state(), QueueState::Attached);
-    assert!(bench.events.pop().is_none());
-    complete_all(&shared, Status::Ok);
-    bench.visit();
-    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-    assert_eq!(bench.queue.control().last_avail(), 2, "the third request was not fetched");
-    assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
-    bench.visit();
-    assert!(bench.events.pop().is_none(), "the event is sent once");
-    assert!(bench.take_used().is_some() && bench.take_used().is_some());
-    assert!(bench.take_used().is_none());
-}
-
-#[test]
-fn an_abandoned_queue_does_not_access_its_ring() {
-    const USED_RING: usize = 4 + 8 * SIZE as usize + 2;
-    for (abandoned, adopts) in [(false, true), (true, true), (true, false)] {
-        let (mut bench, shared) = manual();
-        bench.request(IN, 0, Some((DATA, 512)));
-        bench.visit();
-        // The next user of the ring has written this.
-        bench.put(0x2000, &[UNTOUCHED; USED_RING]);
-        let before = adopts.then(|| {
-            let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
-            bench.publish(&memory, disk)
-        });
-        if abandoned {
-            bench.queue.control().abandon();
-        } else {
-            bench.queue.control().stop();
-        }
-        complete_all(&shared, Status::Ok);
-        bench.visit();
-        assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-        let untouched = bench.get(0x2000, USED_RING) == [UNTOUCHED; USED_RING];
-        assert_eq!(untouched, abandoned, "a new view: {adopts}");
-        assert!(
-            before.is_none_or(|view| view.try_free().is_none()),
-            "the view is not used any more"
-        );
-    }
-}
-
-#[test]
-fn a_drain_event_is_sent_later_if_the_event_queue_is_full() {
-    let mut bench = Bench::malloc();
-    while bench.events.push(Event::Broken(QueueId(9))).is_ok() {}
-    bench.queue.control().stop();
-    bench.visit();
-    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-    bench.visit();
-    while let Some(event) = bench.events.pop() {
-        assert!(matches!(event, Event::Broken(QueueId(9))));
-    }
-    bench.visit();
-    assert!(matches!(bench.events.pop(), Some(Event::Drained(QueueId(1)))));
-}
-
-#[test]
-fn a_full_channel_delays_and_loses_nothing() {
-    let (mut bench, shared) = manual();
-    shared.lock().unwrap().full = true;
-    let first = bench.request(IN, 0, Some((DATA, 512)));
-    let second = bench.request(IN, 1, Some((DATA, 512)));
-    bench.visit();
-    assert_eq!(bench.queue.control().inflight(), 1, "the first is parked, the second not fetched");
-    bench.queue.control().stop();
-    bench.visit();
-    assert_eq!(
-        bench.queue.control().state(),
-        QueueState::Attached,
-        "a parked request is in flight"
-    );
-    shared.lock().unwrap().full = false;
-    bench.visit();
-    assert_eq!(shared.lock().unwrap().submitted.len(), 1);
-    complete_all(&shared, Status::IoError);
-    bench.visit();
-    assert_eq!(bench.take_used(), Some((first, 513)));
-    assert_eq!((bench.status(first), bench.status(second)), (IOERR, UNTOUCHED));
-    assert_eq!(bench.queue.control().state(), QueueState::Stopped);
-}
-
-#[test]
-fn memory_outlives_the_io_that_uses_it() {
-    let (mut bench, shared) = manual();
-    let head = bench.request(IN, 0, Some((DATA, 512)));
-    bench.visit();
-    let old = Arc::downgrade(&bench.memory);
-    let new = map();
-    let disk = Some(Arc::clone(&bench.disk));
-    let retired = bench.publish(&new, disk);
-    let before = std::mem::replace(&mut bench.memory, new);
-    let retired = retired.try_free().expect("freed although the reactor may use it");
-    bench.visit();
-    bench.visit();
-    let retired = retired.try_free().expect("freed although an I/O uses its memory");
-    assert_eq!(bench.queue.control().quarantined_bytes(), MEMORY);
-    complete_all(&shared, Status::Ok);
-    bench.visit();
-    // The status goes into the memory that the request came from, the used element into the new
-    // ring.
-    let mut status = [0];
-    before.slice(STATUSES + u64::from(head), 1).unwrap().read_slice(&mut status, 0).unwrap();
-    assert_eq!(status, [OK]);
-    assert_eq!(bench.take_used(), Some((head, 513)));
-    drop(before);
-    assert!(old.upgrade().is_some());
-    assert!(retired.try_free().is_none());
-    assert!(old.upgrade().is_none(), "the memory is unmapped now");
-    assert_eq!(bench.queue.control().quarantined_bytes(), 0);
-}
-
-#[test]
-fn a_new_view_causes_one_call() {
-    let mut bench = Bench::malloc();
-    bench.visit();
-    assert_eq!(bench.call.take(), 1, "at the start");
-    bench.visit();
-    assert_eq!(bench.call.take(), 0);
-    let (memory, disk) = (Arc::clone(&bench.memory), Some(Arc::clone(&bench.disk)));
-    let retired = bench.publish(&memory, disk);
-    bench.visit();
-    assert_eq!(bench.call.take(), 1, "the previous fd may have been signalled last");
-    bench.visit();
-    assert!(retired.try_free().is_none());
-}
-
-#[test]
-fn a_batch_causes_one_call() {
-    let mut bench = Bench::malloc();
-    bench.visit();
-    bench.call.take();
-    for sector in 0..4 {
-        bench.request(IN, sector, Some((DATA, 512)));
-    }
-    bench.visit();
-    assert_eq!(bench.call.take(), 1);
-    bench.put(0x1000, &1_u16.to_le_bytes()); // NO_INTERRUPT
-    bench.request(IN, 0, Some((DATA, 512)));
-    bench.visit();
-    assert_eq!(bench.call.take(), 0);
-}
-
-#[test]
 fn a_removed_disk_fails_requests_and_releases_its_channel() {
     let (mut bench, shared) = manual();
     let first = bench.request(IN, 0, Some((DATA, 512)));
     bench.visit();
-    let memory = Arc::clone(&bench.memory);
-    let _retired = bench.publish(&memory, None);
+    let _retired = bench.publish_removed();
     let second = bench.request(IN, 1, Some((DATA, 512)));
     bench.visit();
     assert_eq!(bench.take_used(), Some((second, 1)));

@@ -1,4 +1,5 @@
 //! A seeded simulation of the target: stepped reactors, front ends, an operator, disks and faults.
+//! The seed decides which controllers have a block device, and which have an entropy device.
 //!
 //! Everything happens in one thread, in an order that the seed determines, except for the freeing
 //! of memory and channels, which the target's own threads do. `simulation/disk.rs` (disks) and
@@ -12,17 +13,24 @@
 
 #[path = "../../virtqueue/tests/packed_ring/driver.rs"]
 mod driver;
+mod entropy;
 
 mod simulation {
+    pub(crate) mod backend;
+    pub(crate) mod connection;
     pub(crate) mod dirty;
     pub(crate) mod disk;
+    pub(crate) mod fetched;
     pub(crate) mod front;
     pub(crate) mod message;
     pub(crate) mod operator;
+    pub(crate) mod plan;
     pub(crate) mod probe;
+    pub(crate) mod request;
     pub(crate) mod rng;
     pub(crate) mod settle;
     pub(crate) mod switch;
+    pub(crate) mod trace;
     pub(crate) mod transport;
     pub(crate) mod vm;
     pub(crate) mod world;
@@ -37,7 +45,7 @@ const STEPS: usize = 300;
 const SEEDS: u64 = 1_800;
 /// The number of kinds of events that are counted, all of which the default number of seeds
 /// reaches.
-const KINDS: usize = 32;
+const KINDS: usize = 35;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))

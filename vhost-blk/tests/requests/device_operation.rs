@@ -63,7 +63,7 @@ impl On {
             Self::ReadOnlyBdev => Manual::with(Features { read_only: true, ..all }),
             Self::Bare => Manual::with(Features::default()),
         };
-        let mut scene = Scene::started(packed, 64, bdev);
+        let mut scene = Scene::started_on(packed, 64, bdev);
         if self.keeps() {
             for (sector, byte) in BEFORE.into_iter().enumerate() {
                 scene.put(DATA + 512 * sector as u64, &[byte; 512]);
@@ -73,8 +73,8 @@ impl On {
             assert_eq!(scene.answers(), [(n, OK, 1)]);
         }
         if self == Self::ReadOnly {
-            let bdev = Arc::clone(&scene.disk.bdev);
-            scene.disk = Arc::new(Disk::new(bdev, true));
+            let bdev = Arc::clone(&scene.device.disk.bdev);
+            scene.device.disk = Arc::new(Disk::new(bdev, true));
             let memory = Arc::clone(&scene.memory);
             drop(scene.publish(&memory));
         }

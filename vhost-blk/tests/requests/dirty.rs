@@ -15,7 +15,7 @@ fn page(gpa: u64) -> u64 {
 
 fn migrating(packed: bool, bdev: Arc<dyn Bdev>) -> Scene {
     // So large that the used ring spans several pages.
-    let mut scene = Scene::new(packed, 1024, bdev);
+    let mut scene = Scene::on(packed, 1024, bdev);
     scene.migrate();
     scene.start().unwrap();
     scene
@@ -101,35 +101,5 @@ fn refused_requests_mark_their_status() {
         scene.send(IN, SECTORS, &[(DATA, 512)]);
         scene.settle();
         assert_dirty(&mut scene, 2 * span..3 * span, &[], "a read beyond the end");
-    }
-}
-
-#[test]
-fn io_under_an_earlier_memory_table_marks_its_pages() {
-    for packed in LAYOUTS {
-        let disk = Manual::create();
-        let mut scene = Scene::started(packed, 1024, Arc::clone(&disk) as Arc<dyn Bdev>);
-        scene.send(IN, 0, &[(FAR + 5 * PAGE, 512)]);
-        scene.send(IN, 0, &[(DATA, 512)]);
-        scene.settle();
-        // The second region is mapped at another address now, and other memory is where it was.
-        // Pages are marked by the guest-physical addresses at submission. The log is new, too.
-        scene.migrate();
-        let moved = scene.moved(FAR - 64 * PAGE);
-        let retired = scene.publish(&moved);
-        scene.visit();
-        scene.dirty();
-        let mut retired = Some(retired);
-        for _ in 0..3 {
-            retired = retired.and_then(|retired| retired.try_free());
-            scene.visit();
-        }
-        assert!(retired.is_some(), "I/O uses the old view");
-        disk.state().complete_all();
-        scene.settle();
-        let mut want = vec![page(STATUSES), page(DATA), page(FAR) + 5];
-        want.push(if packed { page(ADDRS.desc) } else { page(ADDRS.used) });
-        want.sort_unstable();
-        assert_eq!(scene.dirty(), want);
     }
 }

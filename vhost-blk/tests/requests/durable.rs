@@ -11,8 +11,8 @@ use super::scene::{DATA, DISCARD, FLUSH, IN, IOERR, LAYOUTS, OK, OUT, Scene, WRI
 fn in_every_case(mut test: impl FnMut(&mut Scene, &Manual)) {
     for packed in LAYOUTS {
         let disk = Manual::create();
-        let mut scene = Scene::new(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
-        scene.write_through = true;
+        let mut scene = Scene::on(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
+        scene.device.write_through = true;
         scene.start().unwrap();
         test(&mut scene, &disk);
     }
@@ -129,7 +129,7 @@ fn a_change_applies_to_later_writes() {
     in_every_case(|scene, disk| {
         scene.send(OUT, 0, &PIECE);
         scene.settle();
-        scene.write_through = false;
+        scene.device.write_through = false;
         let memory = Arc::clone(&scene.memory);
         let _retired = scene.publish(&memory);
         scene.send(OUT, 0, &PIECE);

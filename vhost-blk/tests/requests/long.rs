@@ -28,7 +28,7 @@ fn pieces(at: u64, count: u32) -> Vec<(u64, u32)> {
 /// Creates a scene whose requests use the ring itself, which is large, or indirect tables larger
 /// than it.
 fn long(packed: bool, indirect: bool, bdev: Arc<dyn Bdev>) -> Scene {
-    let mut scene = Scene::started(packed, if indirect { 64 } else { 2048 }, bdev);
+    let mut scene = Scene::started_on(packed, if indirect { 64 } else { 2048 }, bdev);
     scene.indirect = indirect;
     scene
 }
@@ -162,7 +162,7 @@ fn a_reactor_sleeps_while_a_long_chain_waits_for_room() {
     in_every_case(|packed, indirect| {
         let disk = Manual::create();
         let size = if indirect { 64 } else { 2048 };
-        let mut scene = Scene::new(packed, size, Arc::clone(&disk) as Arc<dyn Bdev>);
+        let mut scene = Scene::on(packed, size, Arc::clone(&disk) as Arc<dyn Bdev>);
         scene.indirect = indirect;
         let (reactor, mut steps) = scene.start_to_sleep();
         let mut settle = || assert!((0..100).any(|_| steps.step()), "the reactor does not sleep");

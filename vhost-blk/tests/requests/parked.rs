@@ -13,7 +13,7 @@ fn seen(disk: &Manual) -> Vec<u64> {
 fn parked_ios_are_submitted_oldest_first() {
     for packed in LAYOUTS {
         let disk = Manual::create();
-        let mut scene = Scene::started(packed, 32, disk.clone());
+        let mut scene = Scene::started_on(packed, 32, disk.clone());
         for n in 0..3 {
             scene.send_ranges(DISCARD, &[(n, 1, 0), (100 + n, 1, 0)]);
         }

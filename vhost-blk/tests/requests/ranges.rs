@@ -46,7 +46,7 @@ fn in_every_case(mut test: impl FnMut(&mut Scene, &Manual, Pace)) {
         for pace in PACES {
             let disk = Manual::create();
             disk.state().at_once = pace.at_once;
-            let mut scene = Scene::started(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
+            let mut scene = Scene::started_on(packed, 64, Arc::clone(&disk) as Arc<dyn Bdev>);
             test(&mut scene, &disk, pace);
         }
     }

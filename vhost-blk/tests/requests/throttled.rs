@@ -27,7 +27,7 @@ const SECTOR: &[(u64, u32)] = &[(DATA, 512)];
 fn scene(packed: bool) -> (Scene, Arc<Manual>) {
     let disk = Manual::large();
     disk.state().at_once = true;
-    (Scene::started(packed, 64, disk.clone()), disk)
+    (Scene::started_on(packed, 64, disk.clone()), disk)
 }
 
 /// Sets limits on a disk, while the guest's queue runs.
@@ -115,7 +115,7 @@ fn a_limit_applies_to_disks_that_need_no_channel() {
         let malloc: Arc<dyn Bdev> = Malloc::create(options).unwrap();
         let passthru = Passthru::create("p".into(), Arc::clone(&malloc), None).unwrap();
         let part = Part::create("part".into(), passthru, 0, BLOCKS).unwrap();
-        let mut scene = Scene::started(packed, 64, part);
+        let mut scene = Scene::started_on(packed, 64, part);
         scene.put(DATA, &[7; 512]);
         scene.send(OUT, 1, SECTOR);
         scene.settle();
@@ -184,8 +184,8 @@ fn requests_of_a_removed_disk_end_without_waiting() {
         exhaust(&mut scene, OUT);
         let waits = scene.send(OUT, 1, SECTOR);
         scene.visit();
-        scene.removed = true;
-        limit(&mut scene, &*disk, BOTH);
+        let memory = Arc::clone(&scene.memory);
+        scene.publish_removed(&memory);
         let refused = scene.send(OUT, 1, SECTOR);
         scene.settle();
         assert_eq!(scene.answers(), [(waits, OK, 1), (refused, IOERR, 1)]);
@@ -221,7 +221,7 @@ fn requests_that_wait_for_a_limit_may_find_the_disk_full() {
 fn a_write_that_waited_is_flushed_when_it_has_to_be_durable() {
     for packed in LAYOUTS {
         let (mut scene, disk) = scene(packed);
-        scene.write_through = true;
+        scene.device.write_through = true;
         limit(&mut scene, &*disk, WRITES);
         exhaust(&mut scene, OUT);
         let waits = scene.send(OUT, 1, SECTOR);
@@ -242,7 +242,7 @@ fn a_reactor_that_sleeps_wakes_for_the_next_slice() {
     disk.state().at_once = true;
     // An I/O in 4 slices.
     disk.qos().set_limits(RateLimits { rw_ios_per_sec: 250, ..NONE });
-    let mut scene = Scene::new(false, 64, disk);
+    let mut scene = Scene::on(false, 64, disk);
     let (_reactor, mut stepped) = scene.start_to_sleep();
     let sent = [(); 4].map(|()| scene.send(OUT, 1, SECTOR));
     let (mut answers, mut sleeps) = (vec![], 0);

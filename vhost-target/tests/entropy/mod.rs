@@ -1,72 +1,77 @@
 //! A second device for the target: virtio entropy (virtio 1.2, section 5.4). It fills the writable
-//! buffers of each chain. It shows that a device needs only [`vhost_target::device`] and
-//! [`vhost_target::device_queue`].
-//!
-//! Faults that it may show: an opening that does not end or that fails, requests that do not
-//! complete, and a device without room.
-#![expect(unsafe_code, reason = "writes guest memory")]
-use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+//! buffers of each chain when its source has supplied the bytes. It shows that a device needs only
+//! [`vhost_target::device`] and [`vhost_target::device_queue`].
+#![expect(unsafe_code, reason = "accesses guest memory")]
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use reactor::{EventFd, Iteration, Wait};
-use vhost_target::device::{Device, Negotiated, OpenError, Opened, OpenedQueue};
+use reactor::{Iteration, Wait};
+use vhost_target::device::{Device, Negotiated, OpenError, Opened, OpenedQueue, StorageUse};
 use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtqueue::chain::Chain;
 
 /// The byte that fills every buffer.
 pub(crate) const FILL: u8 = 0xe7;
-
 /// VERSION_1, INDIRECT_DESC, EVENT_IDX.
 const FEATURES: u64 = 1 << 32 | 1 << 28 | 1 << 29;
+/// The answer to a request that gets no bytes.
+const NOTHING: Answer = Answer { last_byte: None, written: 0, dirty: 0 };
 
-/// The behaviour that the test sets.
-#[derive(Debug, Default)]
-pub(crate) struct State {
-    /// Openings do not end.
-    pub(crate) hangs: bool,
-    /// Openings fail.
-    pub(crate) fails: bool,
-    /// Openings in progress.
-    pub(crate) opening: usize,
-    /// Requests stay in flight until the test completes them.
-    pub(crate) keeps: bool,
-    /// The number of requests for which there is room.
-    pub(crate) room: Option<usize>,
-    kept: Vec<u16>,
-    done: Vec<u16>,
+/// A source of entropy.
+pub(crate) trait Source: fmt::Debug + Send + Sync {
+    /// Opens the source for one virtqueue. May wait.
+    fn open(self: Arc<Self>) -> Result<Box<dyn Stream>, OpenError>;
+
+    /// See [`Device::storage`].
+    fn storage(self: Arc<Self>) -> StorageUse {
+        StorageUse::default()
+    }
+}
+
+/// A source that was opened for one virtqueue.
+pub(crate) trait Stream: Send {
+    /// Requests bytes for the request in `slot`, whose buffer begins with the number `tag`.
+    fn request(&mut self, slot: u16, tag: u64, bytes: u64) -> Supply;
+
+    /// Appends the slots of the requests that have ended since, and whether there are bytes.
+    fn poll(&mut self, ended: &mut Vec<(u16, bool)>);
+
+    /// See [`DeviceQueue::wait`].
+    fn wait(&self) -> Wait {
+        Wait::Event
+    }
+
+    /// See [`DeviceQueue::wake_fds`].
+    fn wake_fds(&self) -> WakeFds<'_>;
+}
+
+/// The answer of a source.
+pub(crate) enum Supply {
+    /// There is no room for the request.
+    Full,
+    /// [`Stream::poll`] will report it.
+    Later,
+    /// The request has ended. Whether there are bytes.
+    Ended(bool),
 }
 
 /// The device.
 #[derive(Debug)]
-pub(crate) struct Entropy {
-    state: Mutex<State>,
-    changed: Condvar,
-    wake: EventFd,
-}
+pub(crate) struct Entropy(Mutex<Option<Arc<dyn Source>>>);
 
 impl Entropy {
-    pub(crate) fn new() -> Arc<Self> {
-        let wake = EventFd::new().expect("an fd");
-        Arc::new(Self { state: Mutex::default(), changed: Condvar::new(), wake })
+    pub(crate) fn new(source: Arc<dyn Source>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(source))))
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Removes the source. Queues get new views when the target is told.
+    pub(crate) fn remove(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Lets openings complete.
-    pub(crate) fn open(&self) {
-        self.state().hangs = false;
-        self.changed.notify_all();
-    }
-
-    /// Completes all requests in flight.
-    pub(crate) fn complete(&self) {
-        let mut state = self.state();
-        let kept = std::mem::take(&mut state.kept);
-        state.done.extend(kept);
-        self.wake.signal();
+    pub(crate) fn source(&self) -> Option<Arc<dyn Source>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -76,30 +81,22 @@ impl Device for Entropy {
     }
 
     fn connect(self: Arc<Self>) -> Box<dyn Negotiated> {
-        Box::new(Connected)
+        Box::new(Connected(self))
     }
 
-    fn open_queue(
-        self: Arc<Self>,
-        _index: usize,
-        _depth: u16,
-    ) -> Result<Box<dyn OpenedQueue>, OpenError> {
-        let mut state = self.state();
-        state.opening += 1;
-        let waited = self.changed.wait_while(state, |state| state.hangs);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-        state.opening -= 1;
-        if state.fails {
-            return Err(OpenError("no entropy".into()));
-        }
-        drop(state);
-        Ok(Box::new(Opened(EntropyQueue { device: Some(self), done: vec![] })))
+    fn storage(&self) -> StorageUse {
+        self.source().map(Source::storage).unwrap_or_default()
+    }
+
+    fn open_queue(self: Arc<Self>, _: usize, _: u16) -> Result<Box<dyn OpenedQueue>, OpenError> {
+        let stream = self.source().map(Source::open).transpose()?;
+        Ok(Box::new(Opened(EntropyQueue { stream, ended: vec![] })))
     }
 }
 
 /// A connection: it negotiates nothing, and has no configuration space.
 #[derive(Debug)]
-struct Connected;
+struct Connected(Arc<Entropy>);
 
 impl Negotiated for Connected {
     fn set_features(&mut self, _: u64) {}
@@ -110,27 +107,42 @@ impl Negotiated for Connected {
         false
     }
     fn view(&self) -> Option<DeviceView> {
-        Some(Arc::new(()))
+        self.0.source().map(|_| Arc::new(()) as DeviceView)
     }
 }
 
-struct EntropyQueue {
-    device: Option<Arc<Entropy>>,
-    done: Vec<u16>,
+/// A virtqueue, with the requests that have ended since the last visit.
+pub(crate) struct EntropyQueue {
+    pub(crate) stream: Option<Box<dyn Stream>>,
+    pub(crate) ended: Vec<(u16, bool)>,
 }
 
-/// Fills the buffers of a request.
-fn fill<R: Request<EntropyQueue>>(mut request: R) -> Progress {
-    let (_, chain) = request.parts();
+/// Returns the number at the beginning of a request's first writable buffer, and the bytes of all.
+/// `None` if there is no buffer to fill.
+fn parse(chain: &mut Chain) -> Option<(u64, u64)> {
     let parts = chain.parts();
-    let whole = !parts.totals.malformed;
-    let written = if whole { parts.totals.writable_bytes() } else { 0 };
-    let writable = parts.totals.readable..if whole { parts.totals.count } else { 0 };
-    for segment in parts.segments.get(writable).unwrap_or_default() {
-        // SAFETY: a segment of a request that is not finished is mapped guest memory.
+    let bytes = parts.totals.writable_bytes();
+    let first = parts.segments.get(parts.totals.readable).filter(|_| bytes > 0)?;
+    let mut tag = [0; 8];
+    let len = first.len().min(8);
+    // SAFETY: a segment of a request that is not finished is mapped guest memory.
+    unsafe { std::ptr::copy_nonoverlapping(first.base(), tag.as_mut_ptr(), len) };
+    Some((u64::from_le_bytes(tag), bytes))
+}
+
+/// Ends a request: fills its buffers if there are bytes.
+fn end<R: Request<EntropyQueue>>(mut request: R, supplied: bool) -> Progress {
+    if !supplied {
+        request.count_error();
+        return request.finish(NOTHING);
+    }
+    let parts = request.parts().1.parts();
+    let bytes = parts.totals.writable_bytes();
+    for segment in &parts.segments[parts.totals.readable..parts.totals.count] {
+        // SAFETY: as in `parse`.
         unsafe { segment.base().write_bytes(FILL, segment.len()) };
     }
-    request.finish(Answer { last_byte: None, written: written as u32, dirty: written })
+    request.finish(Answer { last_byte: None, written: bytes as u32, dirty: bytes })
 }
 
 impl DeviceQueue for EntropyQueue {
@@ -138,58 +150,48 @@ impl DeviceQueue for EntropyQueue {
     type View = ();
 
     fn refuse(_: &Chain) -> Answer {
-        Answer { last_byte: None, written: 0, dirty: 0 }
+        NOTHING
     }
-
     fn start<R: Request<Self>>(&mut self, _: &(), request: R, _: bool) -> Progress {
         self.retry(request)
     }
-
-    fn retry<R: Request<Self>>(&mut self, request: R) -> Progress {
-        let Some(device) = &self.device else { return fill(request) };
-        let mut state = device.state();
-        match &mut state.room {
-            Some(0) => return request.wait_for_room(),
-            Some(room) => *room -= 1,
-            None => {}
+    fn retry<R: Request<Self>>(&mut self, mut request: R) -> Progress {
+        let (slot, chain) = (request.slot(), request.parts().1);
+        let parsed = if chain.parts().totals.malformed { None } else { parse(chain) };
+        let (Some((tag, bytes)), Some(stream)) = (parsed, &mut self.stream) else {
+            return end(request, false);
+        };
+        match stream.request(slot, tag, bytes) {
+            Supply::Full => request.wait_for_room(),
+            Supply::Later => request.keep(),
+            Supply::Ended(supplied) => {
+                request.spend(bytes);
+                end(request, supplied)
+            }
         }
-        if state.keeps {
-            state.kept.push(request.slot());
-            return request.keep();
-        }
-        drop(state);
-        fill(request)
     }
-
     fn poll(&mut self, _: &mut Iteration) -> usize {
-        let Some(device) = &self.device else { return 0 };
-        self.done = std::mem::take(&mut device.state().done);
-        self.done.len()
+        self.ended.clear();
+        self.stream.iter_mut().for_each(|stream| stream.poll(&mut self.ended));
+        self.ended.len()
     }
-
     fn progressed(&self, n: usize) -> u16 {
-        self.done[n]
+        self.ended[n].0
     }
-
-    fn advance<R: Request<Self>>(&mut self, _: usize, request: R) -> Progress {
-        fill(request)
+    fn advance<R: Request<Self>>(&mut self, n: usize, request: R) -> Progress {
+        end(request, self.ended[n].1)
     }
-
     fn discard<R: Request<Self>>(&mut self, _: usize, _: &mut R) {}
-
     fn wait(&self, _: usize) -> Wait {
-        Wait::Event
+        self.stream.as_ref().map_or(Wait::Event, |stream| stream.wait())
     }
-
     fn is_open(&self) -> bool {
-        self.device.is_some()
+        self.stream.is_some()
     }
-
     fn release(&mut self) -> Option<Box<dyn Send>> {
-        Some(Box::new(self.device.take()?))
+        Some(Box::new(self.stream.take()?))
     }
-
     fn wake_fds(&self) -> WakeFds<'_> {
-        self.device.iter().map(|device| device.wake.as_fd()).collect()
+        self.stream.iter().flat_map(|stream| stream.wake_fds()).collect()
     }
 }

@@ -17,6 +17,7 @@ use vhost_target::protocol::request;
 use vhost_target::session::Phase;
 use vhost_target::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Transport, Verdict};
 
+use super::source::HeldSource;
 use crate::entropy::Entropy;
 
 pub(crate) const RAM_BYTES: u64 = 0x2_0000;
@@ -91,9 +92,15 @@ impl World {
         Self { target }
     }
 
-    /// Creates a controller with its own device.
-    pub(crate) fn controller(&self, name: &str) -> Arc<Entropy> {
-        let device = Entropy::new();
+    /// Creates a controller with its own device. Returns the device's source.
+    pub(crate) fn controller(&self, name: &str) -> Arc<HeldSource> {
+        self.controller_and_device(name).0
+    }
+
+    /// As [`World::controller`]. Returns the device, too.
+    pub(crate) fn controller_and_device(&self, name: &str) -> (Arc<HeldSource>, Arc<Entropy>) {
+        let source = HeldSource::new(true);
+        let device = Entropy::new(source.clone());
         let spec = ControllerSpec {
             name: name.into(),
             socket: name.into(),
@@ -102,7 +109,7 @@ impl World {
             packed_ring: false,
         };
         self.target.create_controller(spec, &NoSockets).unwrap();
-        device
+        (source, device)
     }
 
     /// Connects a front end and sets up its guest's memory.

@@ -15,11 +15,11 @@ const TICKS: u64 = DRAIN_LIMIT_S + 2;
 fn a_hanging_opening_delays_only_its_guest() {
     let world = World::new();
     let (slow, _quick) = (world.controller("slow"), world.controller("quick"));
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let mut waits = world.connect("slow").unwrap();
     waits.start();
     waits.offer();
-    until(|| slow.state().opening == 1);
+    until(|| slow.openings().count == 1);
     assert_eq!(waits.phase("slow"), Some(Phase::Starting));
     // Another guest connects, is served, and disconnects.
     let mut guest = world.connect("quick").unwrap();
@@ -43,10 +43,10 @@ fn a_hanging_opening_delays_only_its_guest() {
 fn its_guest_can_disconnect_and_its_controller_can_be_deleted() {
     let world = World::new();
     let slow = world.controller("slow");
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let guest = world.connect("slow").unwrap();
     guest.start();
-    until(|| slow.state().opening == 1);
+    until(|| slow.openings().count == 1);
     world.target.closed(guest.id);
     assert_eq!(world.target.connections(), 0, "no connection is left");
     world.target.begin_delete("slow", false).unwrap();
@@ -54,18 +54,18 @@ fn its_guest_can_disconnect_and_its_controller_can_be_deleted() {
     world.target.finish_delete("slow", &NoSockets);
     assert!(world.target.controllers().is_empty());
     slow.open();
-    until(|| slow.state().opening == 0);
+    until(|| slow.openings().count == 0);
 }
 
 #[test]
 fn a_ring_that_is_stopped_during_its_opening_replies_afterwards() {
     let world = World::new();
     let slow = world.controller("slow");
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let mut guest = world.connect("slow").unwrap();
     guest.offer();
     guest.start();
-    until(|| slow.state().opening == 1);
+    until(|| slow.openings().count == 1);
     guest.stop();
     assert_eq!(guest.phase("slow"), Some(Phase::Quiescing));
     assert!(guest.wire.sent.lock().unwrap().is_empty());
@@ -80,26 +80,26 @@ fn a_ring_that_is_stopped_during_its_opening_replies_afterwards() {
 fn a_ring_that_was_reset_and_started_again_opens_again() {
     let world = World::new();
     let slow = world.controller("slow");
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let mut guest = world.connect("slow").unwrap();
     guest.start();
-    until(|| slow.state().opening == 1);
+    until(|| slow.openings().count == 1);
     guest.tell(request::RESET_DEVICE, &[], None);
     guest.start();
     guest.offer();
     slow.open();
     until(|| guest.answered() == 1);
-    assert_eq!(slow.state().opening, 0);
+    assert_eq!(slow.openings().count, 0);
 }
 
 #[test]
 fn an_opening_that_takes_too_long_ends_the_connection() {
     let world = World::new();
     let slow = world.controller("slow");
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let guest = world.connect("slow").unwrap();
     guest.start();
-    until(|| slow.state().opening == 1);
+    until(|| slow.openings().count == 1);
     (0..TICKS - 2).for_each(|_| world.target.tick());
     assert_eq!(guest.wire.ended.load(Ordering::Relaxed), 0);
     (0..2).for_each(|_| world.target.tick());
@@ -109,7 +109,7 @@ fn an_opening_that_takes_too_long_ends_the_connection() {
     let mut again = world.connect("slow").unwrap();
     again.start();
     again.offer();
-    until(|| slow.state().opening == 2);
+    until(|| slow.openings().count == 2);
     slow.open();
     until(|| again.answered() == 1);
 }
@@ -118,7 +118,7 @@ fn an_opening_that_takes_too_long_ends_the_connection() {
 fn an_opening_that_fails_ends_the_connection() {
     let world = World::new();
     let device = world.controller("c");
-    device.state().fails = true;
+    device.openings().fail = true;
     let guest = world.connect("c").unwrap();
     guest.start();
     until(|| guest.wire.ended.load(Ordering::Relaxed) == 1);
@@ -130,17 +130,17 @@ fn an_opening_that_fails_ends_the_connection() {
 fn hanging_openings_are_bounded() {
     let world = World::new();
     let slow = world.controller("slow");
-    slow.state().hangs = true;
+    slow.openings().hang = true;
     let mut taken = 0;
     while let Some(guest) = world.connect("slow") {
         guest.start();
         taken += 1;
-        until(|| slow.state().opening == taken);
+        until(|| slow.openings().count == taken);
         world.target.closed(guest.id);
     }
     assert_eq!(taken, 16);
     slow.open();
-    until(|| slow.state().opening == 0);
+    until(|| slow.openings().count == 0);
     let mut guest = None;
     until(|| {
         guest = guest.take().or_else(|| world.connect("slow"));

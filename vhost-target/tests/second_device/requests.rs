@@ -1,7 +1,9 @@
 //! Requests of a device that is not a disk.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use vhost_target::device::DeviceChange;
 use vhost_target::session::Phase;
 
 use super::guest::{DATA, DATA_BYTES, World};
@@ -29,7 +31,7 @@ fn buffers_are_filled_and_returned() {
 fn requests_end_later_and_a_stop_waits_for_them() {
     let world = World::new();
     let device = world.controller("c");
-    device.state().keeps = true;
+    device.state().at_once = false;
     let mut guest = world.connect("c").unwrap();
     guest.start();
     guest.offer();
@@ -79,6 +81,22 @@ fn counters_include_stopped_rings() {
     guest.start();
     guest.serves();
     super::guest::until(|| requests() == 2);
+}
+
+/// The requests of a device without a source are answered, and get no bytes.
+#[test]
+fn a_removed_source_refuses_requests() {
+    let world = World::new();
+    let (source, device) = world.controller_and_device("c");
+    let mut guest = world.connect("c").unwrap();
+    guest.start();
+    guest.serves();
+    device.remove();
+    world.target.update_devices(|_| DeviceChange::Removed);
+    guest.serves();
+    assert_eq!(guest.used(), [(0, DATA_BYTES as u32), (1, 0)]);
+    // A queue that is released gives up its stream.
+    world.settle(|| Arc::strong_count(&source) == 1);
 }
 
 fn until_in_flight(world: &World, count: u64) {

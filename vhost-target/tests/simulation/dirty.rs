@@ -11,7 +11,8 @@ use std::os::unix::fs::FileExt;
 use guest_memory::RegionSpec;
 
 use super::probe;
-use super::vm::{EXTRA, PAGE, RINGS, Request, Vm};
+use super::request::Request;
+use super::vm::{EXTRA, PAGE, RINGS, Vm};
 use guest_memory::testing::memfd;
 
 /// The offset of a log in its file. The log is long enough for all that is written.

@@ -1,4 +1,5 @@
-//! A disk that the simulation controls, and that records the I/O that it gets.
+//! A disk that the simulation controls, and that records the I/O that it gets. A source of entropy
+//! has the same state.
 //!
 //! Faults that it may show: I/O that completes late, in any order, with an error, or only at the
 //! end; channels that are full for a while; a device that cannot be opened; an `open` during which
@@ -10,8 +11,8 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::{
-    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Qos, Stats, Status, Submit, Wait,
-    WakeFds,
+    Bdev, Channel, Completion, Features, Granted, Io, Lease, Op, Qos, Stats, Status, Submit, Tag,
+    Wait, WakeFds,
 };
 
 use reactor::EventFd;
@@ -39,13 +40,21 @@ pub(crate) enum Seen {
     DoneAtOnce(Part),
 }
 
+/// What an I/O in flight is.
+pub(crate) enum Job {
+    /// An I/O of a disk.
+    Io(Io),
+    /// A request for entropy, by its slot.
+    Supply(u16),
+}
+
 /// An I/O in flight.
 pub(crate) struct Flying {
     pub(crate) part: Part,
     /// The I/O completes only at the end of the simulation.
     pub(crate) stuck: bool,
     channel: u64,
-    io: Io,
+    job: Job,
 }
 
 /// The state that the simulation and channels share.
@@ -76,11 +85,17 @@ pub(crate) struct State {
 impl State {
     /// Ends the `n`th I/O in flight.
     pub(crate) fn complete(&mut self, n: usize, status: Status) {
-        let Flying { part, channel, io, .. } = self.flying.swap_remove(n);
-        if status == Status::Ok {
-            self.transfer(&io, part.request);
-        }
-        self.done.entry(channel).or_default().push_back(Completion { tag: io.tag, status });
+        let Flying { part, channel, job, .. } = self.flying.swap_remove(n);
+        let tag = match job {
+            Job::Io(io) => {
+                if status == Status::Ok {
+                    self.transfer(&io, part.request);
+                }
+                io.tag
+            }
+            Job::Supply(slot) => Tag(slot),
+        };
+        self.done.entry(channel).or_default().push_back(Completion { tag, status });
         self.wakes[&channel].signal();
     }
 
@@ -110,6 +125,41 @@ impl State {
     /// Records a defect if the target has discarded a request that was not in flight.
     pub(crate) fn forget(&mut self, request: u64) {
         self.parked.remove(&request);
+    }
+
+    /// Records that a part of a request was submitted. Returns whether there is room for it.
+    pub(super) fn accept(&mut self, part: Part) -> bool {
+        self.check_lease("I/O is submitted");
+        if !self.parked.remove(&part.request) {
+            self.seen.push(Seen::Fetched(part));
+        }
+        if self.full {
+            self.parked.insert(part.request);
+        }
+        !self.full
+    }
+
+    pub(super) fn done_at_once(&mut self, part: Part) {
+        self.seen.push(Seen::DoneAtOnce(part));
+    }
+
+    /// Records an I/O in flight.
+    pub(super) fn fly(&mut self, part: Part, channel: u64, job: Job) {
+        self.flying.push(Flying { part, stuck: false, channel, job });
+    }
+
+    /// Returns the completions for a channel.
+    pub(super) fn done(&mut self, channel: u64) -> Option<&mut VecDeque<Completion>> {
+        self.done.get_mut(&channel)
+    }
+
+    /// Records that a channel is closed, which must have no I/O in flight.
+    pub(super) fn close(&mut self, channel: u64) {
+        self.channels -= 1;
+        let waiting = self.done.get(&channel).is_some_and(|done| !done.is_empty());
+        if waiting || self.flying.iter().any(|f| f.channel == channel) {
+            self.wrong = Some("a channel was dropped with I/O in flight".into());
+        }
     }
 
     fn transfer(&mut self, io: &Io, request: u64) {
@@ -143,11 +193,30 @@ pub(crate) struct SimDisk {
 }
 
 impl SimDisk {
-    pub(crate) fn new(name: String, meanwhile: &Meanwhile) -> (Arc<Self>, Arc<Mutex<State>>) {
-        let state = Arc::default();
-        let (meanwhile, stats, qos) = (Arc::clone(meanwhile), Stats::default(), Qos::default());
-        (Arc::new(Self { name, state: Arc::clone(&state), meanwhile, stats, qos }), state)
+    pub(crate) fn new(name: String, state: Arc<Mutex<State>>, meanwhile: Meanwhile) -> Arc<Self> {
+        Arc::new(Self { name, state, meanwhile, stats: Stats::default(), qos: Qos::default() })
     }
+}
+
+/// Opens a channel. Returns its number and the eventfd that signals its completions, or `None` if
+/// that fails.
+pub(super) fn open(state: &Mutex<State>, meanwhile: &Meanwhile) -> Option<(u64, Arc<EventFd>)> {
+    // The event during the opening may end the start: no user needs the lease then.
+    lock(state).check_lease("the disk is opened");
+    let meanwhile = lock(meanwhile).take();
+    if let Some(meanwhile) = meanwhile {
+        meanwhile();
+    }
+    let mut state = lock(state);
+    if state.open_fails {
+        return None;
+    }
+    state.channels += 1;
+    state.channels_made += 1;
+    let number = state.channels_made;
+    let wake = Arc::new(EventFd::new().expect("an fd"));
+    state.wakes.insert(number, Arc::clone(&wake));
+    Some((number, wake))
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -185,27 +254,13 @@ impl Bdev for SimDisk {
         lock(&self.state).leased.then(|| Arc::new(lease) as Arc<dyn Lease>)
     }
     fn open(self: Arc<Self>, _depth: u16) -> Result<Box<dyn Channel>, bdev::Error> {
-        // The event during the opening may end the start: no user needs the lease then.
-        lock(&self.state).check_lease("the disk is opened");
-        let meanwhile = lock(&self.meanwhile).take();
-        if let Some(meanwhile) = meanwhile {
-            meanwhile();
-        }
-        let mut state = lock(&self.state);
-        if state.open_fails {
-            return Err(bdev::Error::NoMemory("simulated".into()));
-        }
-        state.channels += 1;
-        state.channels_made += 1;
-        let number = state.channels_made;
-        let wake = Arc::new(EventFd::new().expect("an fd"));
-        state.wakes.insert(number, Arc::clone(&wake));
-        drop(state);
+        let opened = open(&self.state, &self.meanwhile);
+        let (number, wake) = opened.ok_or_else(|| bdev::Error::NoMemory("simulated".into()))?;
         Ok(Box::new(SimChannel { number, wake, disk: self, tags: BTreeMap::new() }))
     }
 }
 
-struct SimLease(Arc<Mutex<State>>);
+pub(super) struct SimLease(pub(super) Arc<Mutex<State>>);
 
 impl std::fmt::Debug for SimLease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -252,7 +307,6 @@ struct SimChannel {
 impl Channel for SimChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let mut state = lock(&self.disk.state);
-        state.check_lease("I/O is submitted");
         // No guest sends a flush itself.
         let flush = io.op == Op::Flush;
         if !flush {
@@ -261,19 +315,15 @@ impl Channel for SimChannel {
         let request = self.tags.get(&io.tag.0).copied();
         let request = request.expect("a flush without a previous write");
         let part = Part { request, flush };
-        if !state.parked.remove(&request) {
-            state.seen.push(Seen::Fetched(part));
-        }
-        if state.full {
-            state.parked.insert(request);
+        if !state.accept(part) {
             return Submit::Full(io);
         }
         if state.at_once {
             state.transfer(&io, request);
-            state.seen.push(Seen::DoneAtOnce(part));
+            state.done_at_once(part);
             return Submit::Done(Status::Ok);
         }
-        state.flying.push(Flying { part, stuck: false, channel: self.number, io });
+        state.fly(part, self.number, Job::Io(io));
         Submit::Queued
     }
 
@@ -287,7 +337,7 @@ impl Channel for SimChannel {
 
     fn poll(&mut self, done: &mut [Completion]) -> usize {
         let mut state = lock(&self.disk.state);
-        let Some(mine) = state.done.get_mut(&self.number) else { return 0 };
+        let Some(mine) = state.done(self.number) else { return 0 };
         let n = mine.len().min(done.len());
         for (to, from) in done.iter_mut().zip(mine.drain(..n)) {
             *to = from;
@@ -298,11 +348,6 @@ impl Channel for SimChannel {
 
 impl Drop for SimChannel {
     fn drop(&mut self) {
-        let mut state = lock(&self.disk.state);
-        state.channels -= 1;
-        let waiting = state.done.get(&self.number).is_some_and(|done| !done.is_empty());
-        if waiting || state.flying.iter().any(|f| f.channel == self.number) {
-            state.wrong = Some("a channel was dropped with I/O in flight".into());
-        }
+        lock(&self.disk.state).close(self.number);
     }
 }

@@ -1,10 +1,9 @@
 //! The actions of front ends: connect, set up, submit, reconfigure, stop, die.
 
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use reactor::EventFd;
-use vhost_blk::config::Disk;
 use vhost_target::protocol;
 use vhost_target::session::VHOST_F_LOG_ALL;
 use vhost_target::transport::SharedConnection;
@@ -13,24 +12,14 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::backend::DeviceKind;
+use super::connection::{Front, Pending, Served};
 use super::dirty::{LOG_BYTES, LOG_OFFSET};
-use super::disk::lock;
 use super::message::{Message, WRITE_CACHE_AT};
+use super::request::Kind;
 use super::transport::FakeConnection;
-use super::vm::{Kind, RINGS, Vm};
-use super::world::{Front, Pending, Served, World};
-
-/// An event on another thread while a device is being opened.
-pub(crate) struct Planned {
-    what: What,
-    verdict: Arc<Mutex<Option<Verdict>>>,
-}
-
-enum What {
-    Message(usize, Message),
-    Close(usize),
-    RemoveDisk(usize),
-}
+use super::vm::{RINGS, Vm};
+use super::world::World;
 
 impl World {
     pub(crate) fn front_end_acts(&mut self) {
@@ -78,13 +67,13 @@ impl World {
         let Some(controller) = self.rng.pick(&existing) else { return };
         let orphan = |vm: &usize| {
             let mine = || self.fronts.iter().filter(|f| f.vm == *vm);
-            let Vm { controller: had, packed, .. } = self.vms[*vm];
+            let Vm { controller: had, packed, device, .. } = self.vms[*vm];
             let known = || (0..RINGS).all(|ring| self.vms[*vm].may_start(ring));
-            // A machine whose controller was deleted uses any other controller, with the same
-            // memory and rings.
+            // A machine whose controller was deleted uses any other controller with such a device,
+            // with the same memory and rings.
             let takes = had == controller
                 || !self.controllers[had].exists && self.controllers[controller].packed >= packed;
-            takes && mine().all(|f| f.gone) && known()
+            takes && device == self.kind_of(controller) && mine().all(|f| f.gone) && known()
         };
         let orphans: Vec<usize> = (0..self.vms.len()).filter(orphan).collect();
         let lost = |vm: &usize| self.lost.values().any(|lost| lost.vm == *vm);
@@ -110,7 +99,8 @@ impl World {
             let event_idx = self.rng.one_in(2);
             let packed = self.controllers[controller].packed && !self.rng.one_in(3);
             let tracked = self.rng.one_in(2);
-            let mut vm = Vm::new(controller, event_idx, packed, tracked);
+            let device = self.kind_of(controller);
+            let mut vm = Vm::new(controller, device, event_idx, packed, tracked);
             vm.slots = self.rng.one_in(2);
             let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
             vm.declined = [0, 0, wce, flush | wce][self.rng.below(4)];
@@ -130,6 +120,9 @@ impl World {
             self.count("a machine connected again");
             if self.vms[vm].packed {
                 self.count("a machine with packed rings connected again");
+            }
+            if self.vms[vm].device == DeviceKind::Entropy {
+                self.count("a machine with an entropy device connected again");
             }
             if std::mem::replace(&mut self.vms[vm].controller, controller) != controller {
                 let lost = self.lost.values().any(|lost| lost.vm == vm);
@@ -174,14 +167,7 @@ impl World {
         }
         for _ in 0..1 + self.rng.below(5) {
             let Some(slot) = self.vms[vm].free_slot(ring) else { return };
-            let kind = match self.rng.below(12) {
-                0 => Kind::GetId,
-                1 => Kind::Unknown,
-                2 => Kind::ShortHeader,
-                3 => Kind::Zeroes,
-                4..8 => Kind::Write,
-                _ => Kind::Read,
-            };
+            let kind = Kind::of(self.vms[vm].device, self.rng.below(12));
             self.request_ids += 1;
             let id = self.request_ids;
             let far = self.rng.one_in(3);
@@ -229,7 +215,7 @@ impl World {
         self.fronts[n].script = script.into();
     }
 
-    fn reset(&mut self) -> Message {
+    pub(crate) fn reset(&mut self) -> Message {
         match self.rng.below(4) {
             0 | 1 => Message::ResetOwner,
             2 => Message::ResetDevice,
@@ -237,12 +223,12 @@ impl World {
         }
     }
 
-    fn may_stop(&self, n: usize, ring: usize) -> bool {
+    pub(crate) fn may_stop(&self, n: usize, ring: usize) -> bool {
         let front = &self.fronts[n];
         front.rings[ring].served != Served::Not
     }
 
-    fn call(&mut self) -> Option<EventFd> {
+    pub(crate) fn call(&mut self) -> Option<EventFd> {
         (!self.rng.one_in(4)).then(|| EventFd::new().expect("an fd"))
     }
 
@@ -275,10 +261,7 @@ impl World {
             let state = &self.disks[controller.disk];
             let no_event_idx = if event_idx { 0 } else { 1 << VIRTIO_RING_F_EVENT_IDX };
             // The offered features do not change when the disk is removed.
-            let features = state.bdev.as_ref().map(|bdev| {
-                let bdev = Arc::clone(bdev) as Arc<dyn bdev::Bdev>;
-                Disk::new(bdev, false).features()
-            });
+            let features = state.backend.as_ref().map(|backend| backend.device().features());
             let features = features.unwrap_or(1 << 32 | 1 << VIRTIO_RING_F_EVENT_IDX);
             let packed = if packed { 1 << VIRTIO_F_RING_PACKED } else { 0 };
             let mut declined = no_event_idx | self.vms[vm].declined;
@@ -330,7 +313,7 @@ impl World {
         }
     }
 
-    fn after_message(&mut self, n: usize, message: Message, verdict: Verdict) {
+    pub(crate) fn after_message(&mut self, n: usize, message: Message, verdict: Verdict) {
         self.trace.add(format!("front {n}: {message:?}: {verdict:?}"));
         let rejected = matches!(verdict, Verdict::Reject);
         let in_vain = self.is_in_vain(n, &message, rejected);
@@ -358,7 +341,7 @@ impl World {
             front.script.clear();
             return;
         }
-        let logging = self.fronts[n].logging();
+        let (logging, view) = (self.fronts[n].logging(), self.fronts[n].view());
         self.take_effect(n, &message);
         self.logging_acknowledged(n, logging);
         let front = &mut self.fronts[n];
@@ -398,6 +381,11 @@ impl World {
                 front.was_reset = true;
                 for ring in &mut front.rings {
                     ring.drains = true;
+                    if !matches!(message, Message::ResetOwner) {
+                        ring.kept = None;
+                    } else if ring.served == Served::Yes && ring.kept.is_none() {
+                        ring.kept = Some(view.clone());
+                    }
                     if ring.served == Served::Yes {
                         ring.served = Served::Reset;
                     }
@@ -422,7 +410,8 @@ impl World {
                 let Verdict::Reply(payload) = &verdict else { panic!("front {n}: {verdict:?}") };
                 assert_eq!(payload.len(), 12 + 60);
                 let disk = &self.disks[self.controllers[front.controller].disk];
-                let write_cache = u8::from(front.write_cache() && disk.bdev.is_some());
+                let cached = front.write_cache() && disk.backend.is_some();
+                let write_cache = u8::from(cached && disk.kind == DeviceKind::Block);
                 assert_eq!(payload[12 + WRITE_CACHE_AT as usize], write_cache, "the write cache");
                 return;
             }
@@ -451,93 +440,5 @@ impl World {
         self.check();
         self.count("GET_VRING_BASE answered at once");
         self.answered(n, ring, base);
-    }
-
-    /// Plans an event of the event thread during the next action of the control thread.
-    pub(crate) fn plan_for_control_thread(&mut self) -> Option<Planned> {
-        if !self.rng.one_in(2) {
-            return None;
-        }
-        let open: Vec<usize> = (0..self.fronts.len()).filter(|n| !self.fronts[*n].closed).collect();
-        let n = self.rng.pick(&open)?;
-        let front = &self.fronts[n];
-        if front.fake.is_shut() {
-            return Some(self.plan(What::Close(n)));
-        }
-        if front.pending.is_some() || front.gone || !front.script.is_empty() {
-            return None;
-        }
-        let ring = self.rng.below(RINGS);
-        let message = match self.rng.below(6) {
-            0 => Message::Call(ring, self.call()),
-            1 => self.new_memory(n).into_iter().next()?,
-            2 => self.reset(),
-            3 => self.switch_logging(n).into_iter().next()?,
-            4 => Message::WriteCache(self.rng.one_in(2)),
-            _ if self.may_stop(n, ring) => Message::GetBase(ring),
-            _ => return None,
-        };
-        if matches!(message, Message::Table(_, false)) || self.comes_too_early(n, &message) {
-            return None;
-        }
-        Some(self.plan(What::Message(n, message)))
-    }
-
-    /// Plans an event of the control thread during the next action of the event thread.
-    pub(crate) fn plan_for_event_thread(&mut self) -> Option<Planned> {
-        if !self.rng.one_in(16) {
-            return None;
-        }
-        let there = |n: &usize| self.disks[*n].bdev.is_some();
-        let disks: Vec<usize> = (0..self.disks.len()).filter(there).collect();
-        let disk = self.rng.pick(&disks)?;
-        Some(self.plan(What::RemoveDisk(disk)))
-    }
-
-    fn plan(&mut self, what: What) -> Planned {
-        let verdict = Arc::new(Mutex::new(None));
-        let target = Arc::clone(&self.target);
-        let act: Box<dyn FnOnce() + Send> = match &what {
-            What::Message(n, message) => {
-                let (id, (request, payload, fds)) = (self.fronts[*n].id, message.encode());
-                let (verdict, need_reply) = (Arc::clone(&verdict), message.needs_reply());
-                Box::new(move || {
-                    let answer = target.message(id, request, need_reply, &payload, fds);
-                    *lock(&verdict) = Some(answer);
-                })
-            }
-            What::Close(n) => {
-                let id = self.fronts[*n].id;
-                Box::new(move || target.closed(id))
-            }
-            What::RemoveDisk(disk) => {
-                let bdev = self.disks[*disk].bdev.clone().expect("the disk exists");
-                let bdev = bdev as Arc<dyn bdev::Bdev>;
-                Box::new(move || vhost_blk::remove_bdev(&target, &bdev))
-            }
-        };
-        *lock(&self.meanwhile) = Some(act);
-        Planned { what, verdict }
-    }
-
-    /// Records what a plan has done, if it was carried out.
-    pub(crate) fn finish_plan(&mut self, planned: Option<Planned>) {
-        let Some(Planned { what, verdict }) = planned else { return };
-        if lock(&self.meanwhile).take().is_some() {
-            return;
-        }
-        self.trace.add("  meanwhile:".into());
-        self.count("something happened while a device was opened");
-        match what {
-            What::Message(n, message) => {
-                let verdict = lock(&verdict).take().expect("the message was sent");
-                self.after_message(n, message, verdict);
-            }
-            What::Close(n) => {
-                self.trace.add(format!("front {n}: closed"));
-                self.is_closed(n);
-            }
-            What::RemoveDisk(disk) => self.disk_is_removed(disk),
-        }
     }
 }

@@ -4,11 +4,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bdev::Bdev;
-use vhost_blk::Blk;
 use vhost_target::{Connection, ControllerSpec, Core, Error};
 
-use super::disk::{SimDisk, lock};
+use super::backend::{Backend, DeviceKind, has_backend};
+use super::disk::lock;
 use super::world::{Controller, Disk, World};
 
 /// A deletion in progress.
@@ -33,6 +32,11 @@ impl World {
         }
     }
 
+    /// Returns the kind of a controller's device.
+    pub(crate) fn kind_of(&self, controller: usize) -> DeviceKind {
+        self.disks[self.controllers[controller].disk].kind
+    }
+
     fn existing(&mut self) -> Option<usize> {
         let all: Vec<usize> =
             (0..self.controllers.len()).filter(|c| self.controllers[*c].exists).collect();
@@ -43,19 +47,22 @@ impl World {
         let name = format!("c{}", self.rng.below(3));
         let path = PathBuf::from(format!("/run/{name}"));
         if self.disks.is_empty() || (self.disks.len() < 4 && self.rng.one_in(2)) {
-            let (bdev, state) = SimDisk::new(format!("disk{}", self.disks.len()), &self.meanwhile);
+            let (block, entropy) = (DeviceKind::Block, DeviceKind::Entropy);
+            let kind = if self.rng.one_in(3) { entropy } else { block };
+            let name = format!("disk{}", self.disks.len());
+            let (backend, state) = Backend::new(kind, name, &self.meanwhile);
             lock(&state).leased = self.rng.one_in(4);
-            self.disks.push(Disk { weak: Arc::downgrade(&bdev), bdev: Some(bdev), state });
+            self.disks.push(Disk { kind, weak: backend.weak(), backend: Some(backend), state });
         }
         let disk = self.rng.below(self.disks.len());
-        let Some(bdev) = self.disks[disk].bdev.clone() else { return };
+        let Some(backend) = self.disks[disk].backend.clone() else { return };
         let cores = (0..self.reactors.len()).map(Core).collect::<Vec<_>>();
         let cores = self.rng.one_in(2).then(|| vec![cores[self.rng.below(cores.len())]]);
         let packed = self.rng.one_in(2);
         let spec = ControllerSpec {
             name: name.clone(),
             socket: path.clone(),
-            device: Blk::new(bdev, false),
+            device: backend.device(),
             cores,
             packed_ring: packed,
         };
@@ -107,6 +114,9 @@ impl World {
         self.start_deletion(controller, true, 0);
         self.deletions.pop();
         self.count("deleted with I/O in flight");
+        if self.kind_of(controller) == DeviceKind::Entropy {
+            self.count("an entropy device deleted with requests in flight");
+        }
         self.finish_delete(controller);
     }
 
@@ -181,8 +191,9 @@ impl World {
 
     fn remove_disk(&mut self) {
         let disk = self.rng.below(self.disks.len().max(1));
-        let Some(bdev) = self.disks.get(disk).and_then(|disk| disk.bdev.clone()) else { return };
-        vhost_blk::remove_bdev(&self.target, &(bdev as Arc<dyn Bdev>));
+        let backend = self.disks.get(disk).and_then(|disk| disk.backend.clone());
+        let Some(backend) = backend else { return };
+        backend.remove_from(&self.target);
         self.disk_is_removed(disk);
     }
 
@@ -190,7 +201,7 @@ impl World {
     pub(crate) fn disk_is_removed(&mut self, disk: usize) {
         self.trace.add(format!("disk {disk}: removed"));
         self.count("disks removed");
-        self.disks[disk].bdev = None;
+        self.disks[disk].backend = None;
     }
 
     /// The operator moves a queue, or a move in progress ends.
@@ -258,8 +269,8 @@ impl World {
         assert_eq!(listed.len(), expected.len());
         for (is, should) in listed.iter().zip(expected) {
             assert_eq!((&is.name, is.deleting), (&should.name, should.deleting));
-            let bdev = Blk::of(&is.device).expect("a disk").bdev();
-            assert_eq!(bdev.is_some(), self.disks[should.disk].bdev.is_some());
+            let there = self.disks[should.disk].backend.is_some();
+            assert_eq!(has_backend(&is.device), there);
         }
         let (gone, _, _) = self.target.quarantine();
         let open = self.fronts.iter().filter(|f| !f.closed).count();

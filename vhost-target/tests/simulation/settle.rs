@@ -3,10 +3,11 @@
 use std::thread;
 use std::time::Duration;
 
+use super::connection::Served;
 use super::disk::lock;
 use super::message::Message;
 use super::vm::{RINGS, Vm};
-use super::world::{Served, World};
+use super::world::World;
 
 /// Rounds after which all waits for I/O must have ended. In a round, all I/O completes, every
 /// reactor performs one poll iteration, and events are processed.
@@ -45,7 +46,7 @@ impl World {
         self.step_all();
         self.check_calls();
         self.wait("removed disks are free", |world| {
-            world.disks.iter().all(|d| d.bdev.is_some() || d.weak.strong_count() == 0)
+            world.disks.iter().all(|d| d.backend.is_some() || d.weak.strong_count() == 0)
         });
         self.wait("replaced memory is unmapped", |world| {
             (0..world.vms.len()).all(|vm| world.mapped(vm).iter().all(|t| world.is_current(vm, *t)))
@@ -63,7 +64,7 @@ impl World {
         self.vms.iter().for_each(Vm::check_logs_given_up);
         self.wait("all channels are closed, all disks are free", |world| {
             world.disks.iter().all(|disk| {
-                let ours = usize::from(disk.bdev.is_some());
+                let ours = usize::from(disk.backend.is_some());
                 lock(&disk.state).channels == 0 && disk.weak.strong_count() == ours
             })
         });
@@ -133,7 +134,7 @@ impl World {
     /// Returns the number of outstanding requests on rings that are served.
     fn requests_of_served_rings(&self) -> usize {
         let fronts = self.fronts.iter().filter(|f| f.is_well());
-        let on = |f: &super::world::Front| {
+        let on = |f: &super::connection::Front| {
             let served = (0..RINGS).filter(|ring| f.rings[*ring].served == Served::Yes);
             served.map(|ring| self.vms[f.vm].outstanding(ring).count()).sum::<usize>()
         };
@@ -209,7 +210,7 @@ impl World {
     }
 }
 
-impl super::world::Front {
+impl super::connection::Front {
     fn waits(&self) -> bool {
         self.pending.is_some() && self.is_well()
     }

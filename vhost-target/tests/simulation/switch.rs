@@ -9,9 +9,10 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 use vhost_target::SessionInfo;
 use vhost_target::session::VHOST_F_LOG_ALL;
 
+use super::connection::{Front, Served};
 use super::message::Message;
 use super::vm::{Layout, RINGS};
-use super::world::{Front, Served, World};
+use super::world::World;
 
 const LOG_ALL: u64 = 1 << VHOST_F_LOG_ALL;
 
@@ -184,6 +185,7 @@ impl World {
             front.gated &= gate_closed;
             for (ring, state) in front.rings.iter_mut().enumerate() {
                 state.drains &= queues.iter().any(|queue| queue.ring == ring);
+                state.kept = state.kept.take().filter(|_| state.drains);
             }
         }
     }

@@ -8,7 +8,6 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
-use bdev::Status;
 use closer::ForeignFd;
 use guest_memory::Unmapper;
 use guest_memory::{GuestMemory, RegionSpec};
@@ -16,9 +15,10 @@ use virtqueue::inflight::{Area, AreaSpec};
 use virtqueue::{Buffer, RingAddrs};
 use vm_memory::Bytes;
 
+use super::backend::DeviceKind;
 use super::dirty::Logs;
-use super::disk::{REQUEST_SECTORS, pattern};
 use super::probe;
+use super::request::{Kind, Place, Progress, Request};
 use crate::driver::Driver;
 use guest_memory::testing::memfd;
 
@@ -34,74 +34,11 @@ pub(super) const EXTRA: u64 = 0x10_0000;
 /// mapped.
 const MARKS: u64 = 0x20_0000;
 pub(super) const PAGE: u64 = 0x1000;
-/// The initial value of a status byte.
-const UNTOUCHED: u8 = 0xee;
-
 /// Descriptors of a ring at most.
 const RING_SIZE_MAX: u16 = 16;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-
-/// The kind of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    Read,
-    Write,
-    Zeroes,
-    GetId,
-    Unknown,
-    ShortHeader,
-}
-
-/// The progress of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    Offered,
-    /// On the disk, fetched by this connection.
-    Flying(usize),
-    /// Written and not flushed yet. The flush has to come before the completion.
-    Written(usize),
-    Done(Status),
-}
-
-impl Progress {
-    /// Returns whether it is on the disk, fetched by this connection.
-    pub(crate) fn is_flying_for(self, front: usize) -> bool {
-        matches!(self, Self::Flying(n) | Self::Written(n) if n == front)
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct Request {
-    pub(crate) id: u64,
-    pub(crate) progress: Progress,
-    /// The memory table that it was fetched under.
-    pub(crate) table: Option<usize>,
-    /// It has to be durable when it completes.
-    pub(crate) durable: bool,
-    pub(crate) kind: Kind,
-    /// A request that a back end fetched and did not complete. The next back end resubmits it.
-    pub(crate) again: bool,
-    /// Its position in the available ring, if that is split.
-    position: u16,
-    data: u64,
-    len: u32,
-}
-
-impl Request {
-    /// Returns whether its data is in `memory`.
-    pub(crate) fn has_data_in(&self, memory: &[RegionSpec]) -> bool {
-        let inside = |s: &RegionSpec| self.data.wrapping_sub(s.gpa) < s.size;
-        memory.iter().any(inside)
-    }
-
-    /// Returns the address and the length of the data that the disk has read for it.
-    pub(super) fn read(&self) -> Option<(u64, u32)> {
-        let read = self.kind == Kind::Read && self.progress == Progress::Done(Status::Ok);
-        read.then_some((self.data, self.len))
-    }
-}
 
 /// The state that a driver keeps of a ring.
 #[derive(Debug)]
@@ -144,6 +81,7 @@ pub(crate) enum Layout {
 #[derive(Debug)]
 pub(crate) struct Vm {
     pub(crate) controller: usize,
+    pub(crate) device: DeviceKind,
     pub(crate) event_idx: bool,
     pub(crate) packed: bool,
     /// Whether its memory is set up in slots.
@@ -189,7 +127,7 @@ fn table_gpa(ring: usize, slot: usize) -> u64 {
     0x3800 + 2 * STRIDE * ring as u64 + 0x40 * slot as u64
 }
 
-fn status_gpa(ring: usize, slot: usize) -> u64 {
+pub(super) fn status_gpa(ring: usize, slot: usize) -> u64 {
     0x4000 + STRIDE * ring as u64 + slot as u64
 }
 
@@ -222,7 +160,13 @@ fn new_area(number: usize, packed: bool) -> (usize, AreaSpec, OwnedFd) {
 
 impl Vm {
     /// Creates a machine. With `tracked`, the back end records requests in flight in an area.
-    pub(crate) fn new(controller: usize, event_idx: bool, packed: bool, tracked: bool) -> Self {
+    pub(crate) fn new(
+        controller: usize,
+        device: DeviceKind,
+        event_idx: bool,
+        packed: bool,
+        tracked: bool,
+    ) -> Self {
         static UNMAPPER: OnceLock<Unmapper> = OnceLock::new();
         let unmapper = UNMAPPER.get_or_init(|| Unmapper::start().expect("a thread"));
         let (main, extra) = (memfd(MAIN_LEN), memfd(MAIN_LEN));
@@ -245,6 +189,7 @@ impl Vm {
         let area = tracked.then(|| new_area(0, packed));
         Self {
             controller,
+            device,
             event_idx,
             packed,
             slots: false,
@@ -316,12 +261,12 @@ impl Vm {
         fetched
     }
 
-    fn put(&self, gpa: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, gpa: u64, bytes: &[u8]) {
         let slice = self.memory.slice(gpa, bytes.len()).expect("in memory");
         slice.write_slice(bytes, 0).expect("as long");
     }
 
-    fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
+    pub(super) fn get(&self, gpa: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.get_into(gpa, &mut bytes);
         bytes
@@ -414,39 +359,11 @@ impl Vm {
 
     /// Makes a request available.
     pub(crate) fn offer(&mut self, id: u64, kind: Kind, ring: usize, slot: usize, far: bool) {
-        let len = if kind == Kind::GetId { 20 } else { 512 * (1 + (id % 2) as u32) };
         let near = data_gpa(ring, slot);
         let data = if far { EXTRA + near } else { near };
-        let header = header_gpa(ring, slot);
-        let number: u32 = match kind {
-            Kind::Read | Kind::ShortHeader => 0,
-            Kind::Write => 1,
-            Kind::Zeroes => 13,
-            Kind::GetId => 8,
-            Kind::Unknown => 99,
-        };
-        let sector = id * REQUEST_SECTORS;
-        self.put(header, &number.to_le_bytes());
-        self.put(header + 8, &sector.to_le_bytes());
-        let mut data_len = len;
-        match kind {
-            Kind::Write => self.put(data, &vec![pattern(id); len as usize]),
-            Kind::Zeroes => {
-                data_len = 16;
-                self.put(data, &sector.to_le_bytes());
-                self.put(data + 8, &1_u32.to_le_bytes());
-                self.put(data + 12, &0_u32.to_le_bytes());
-            }
-            _ => self.put(data, &vec![0; len as usize]),
-        }
-        self.put(status_gpa(ring, slot), &[UNTOUCHED]);
-        let header_len = if kind == Kind::ShortHeader { 15 } else { 16 };
-        let to_guest = matches!(kind, Kind::Read | Kind::GetId | Kind::ShortHeader);
-        let buffers = [
-            Buffer { gpa: header, len: header_len, write: false },
-            Buffer { gpa: data, len: data_len, write: to_guest },
-            Buffer { gpa: status_gpa(ring, slot), len: 1, write: true },
-        ];
+        let len = kind.bytes(id);
+        let place = Place { header: header_gpa(ring, slot), data, status: status_gpa(ring, slot) };
+        let buffers = self.prepare(id, kind, &place);
         let position = self.rings[ring].avail;
         let progress = Progress::Offered;
         let (table, durable) = (None, false);
@@ -509,22 +426,16 @@ impl Vm {
         self.get_u16(used_gpa(ring) + 2)
     }
 
-    /// Takes completed chains and returns their requests. `may_be_removed`: the disk may have been
-    /// removed. `memory`: the regions that the front end has set up.
-    pub(crate) fn consume(
-        &mut self,
-        ring: usize,
-        may_be_removed: bool,
-        memory: &[RegionSpec],
-    ) -> Vec<u64> {
+    /// Takes completed chains and returns their requests. `may_fail`: whether a request may have
+    /// failed without its device.
+    pub(crate) fn consume(&mut self, ring: usize, may_fail: impl Fn(&Request) -> bool) -> Vec<u64> {
         let mut ids = vec![];
         while let Some((slot, written)) = self.take_used(ring) {
             let request = self.rings[ring].slots.get_mut(slot).and_then(Option::take);
             let request = request.unwrap_or_else(|| {
                 panic!("ring {ring}: slot {slot} was completed but is not outstanding")
             });
-            let may_fail = may_be_removed || !request.has_data_in(memory);
-            self.check_answer(ring, slot, &request, written, may_fail);
+            self.check_answer(ring, slot, &request, written, may_fail(&request));
             ids.push(request.id);
         }
         if !ids.is_empty() {
@@ -550,45 +461,6 @@ impl Vm {
         assert!(head.is_multiple_of(3), "ring {ring}: chain {head} was never offered");
         self.rings[ring].seen = seen.wrapping_add(1);
         Some((head as usize / 3, written))
-    }
-
-    fn check_answer(
-        &self,
-        ring: usize,
-        slot: usize,
-        request: &Request,
-        written: u32,
-        may_fail: bool,
-    ) {
-        let status = self.get(status_gpa(ring, slot), 1)[0];
-        let expected = match (request.kind, request.progress) {
-            (_, Progress::Flying(_) | Progress::Written(_)) => {
-                panic!("{request:?} was completed before the disk was done")
-            }
-            (_, Progress::Done(Status::Ok)) => 0,
-            (_, Progress::Done(Status::IoError)) | (Kind::ShortHeader, _) => 1,
-            (_, Progress::Done(Status::Unsupported)) => 2,
-            (Kind::GetId | Kind::Unknown, _) if status == 1 && may_fail => 1,
-            (Kind::GetId, _) => 0,
-            (Kind::Unknown, _) => 2,
-            (_, Progress::Offered) => {
-                assert!(may_fail, "{request:?} was completed but never was on the disk");
-                1
-            }
-        };
-        assert_eq!(status, expected, "the status of {request:?}");
-        let with_data = match request.kind {
-            Kind::Read => matches!(request.progress, Progress::Done(_)),
-            Kind::GetId => expected == 0,
-            _ => false,
-        };
-        let expected = if with_data { request.len + 1 } else { 1 };
-        assert_eq!(written, expected, "the length written for {request:?}");
-        if let Some((data, len)) = request.read() {
-            self.check_read_marked(request, data, len);
-            let data = self.get(data, len as usize);
-            assert!(data.iter().all(|b| *b == pattern(request.id)), "the data of {request:?}");
-        }
     }
 
     /// Returns all that a stopped back end must not change: used index, elements and statuses; of a

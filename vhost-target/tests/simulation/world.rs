@@ -1,63 +1,33 @@
 //! The state of a simulation, and the conditions that hold after every step.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::any::Any;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use bdev::Status;
-use guest_memory::RegionSpec;
-use reactor::EventFd;
 use vhost_target::Moving;
 use vhost_target::SteppedReactor;
 use vhost_target::protocol::{self, request};
 use vhost_target::session::DRAIN_LIMIT_S;
-use vhost_target::session::VHOST_F_LOG_ALL;
-use vhost_target::{ConnId, Connection, Mode, Target};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vhost_target::{Connection, Mode, Target};
 
-use super::disk::{Meanwhile, Part, Seen, SimDisk, State, lock};
-use super::message::Message;
+use super::backend::{Backend, DeviceKind};
+use super::connection::{Front, Lost, Pending, Served};
+use super::disk::{Meanwhile, Part, Seen, State, lock};
 use super::operator::Deletion;
+use super::request::{Progress, Request};
 use super::rng::Rng;
-use super::transport::{FakeConnection, FakeTransport};
-use super::vm::{self, Kind, Progress, RINGS, Request, Vm};
+use super::trace::Trace;
+use super::transport::FakeTransport;
+use super::vm::{RINGS, Vm};
 
-/// The number of actions that a failure prints.
-const TRACE: usize = 60;
-
-/// The last actions. They are printed when the test fails.
-pub(crate) struct Trace {
-    seed: u64,
-    step: usize,
-    loud: bool,
-    lines: VecDeque<String>,
-}
-
-impl Trace {
-    pub(crate) fn add(&mut self, line: String) {
-        if self.lines.len() == TRACE {
-            self.lines.pop_front();
-        }
-        self.lines.push_back(format!("{:4} {line}", self.step));
-        if self.loud {
-            eprintln!("{:4} {line}", self.step);
-        }
-    }
-}
-
-impl Drop for Trace {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let lines: Vec<&str> = self.lines.iter().map(String::as_str).collect();
-            eprintln!("{}\nreplay with SIM_SEED={}", lines.join("\n"), self.seed);
-        }
-    }
-}
-
+/// A disk, or a source of entropy.
 pub(crate) struct Disk {
+    pub(crate) kind: DeviceKind,
     /// `None` if it was removed.
-    pub(crate) bdev: Option<Arc<SimDisk>>,
-    pub(crate) weak: Weak<SimDisk>,
+    pub(crate) backend: Option<Backend>,
+    pub(crate) weak: Weak<dyn Any + Send + Sync>,
     pub(crate) state: Arc<Mutex<State>>,
 }
 
@@ -72,143 +42,6 @@ pub(crate) struct Controller {
     pub(crate) write_through: bool,
     pub(crate) exists: bool,
     pub(crate) deleting: bool,
-}
-
-/// The state of a ring, as its front end knows it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Served {
-    /// Not started on this connection.
-    #[default]
-    Not,
-    Yes,
-    /// Started before the last RESET_OWNER or RESET_DEVICE.
-    Reset,
-    /// Stopped, with a reply to GET_VRING_BASE.
-    Stopped,
-}
-
-/// The pending reply of a front end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Pending {
-    /// GET_VRING_BASE of a ring.
-    Base(usize),
-    /// RESET_DEVICE.
-    Reset,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct FrontRing {
-    pub(crate) served: Served,
-    pub(crate) call: Option<EventFd>,
-    /// Requests were completed, and no call was noticed since.
-    pub(crate) uncalled: bool,
-    /// It may still drain after a reset.
-    pub(crate) drains: bool,
-    /// Connections that were closed when it was started.
-    pub(crate) behind: Vec<usize>,
-}
-
-/// An I/O in flight of a request whose controller was deleted: its completion is not reported.
-#[derive(Debug)]
-pub(crate) struct Lost {
-    pub(crate) front: usize,
-    pub(crate) vm: usize,
-    pub(crate) ring: usize,
-    /// The memory table that its data is in.
-    pub(crate) table: usize,
-}
-
-impl FrontRing {
-    /// Records calls.
-    pub(crate) fn look(&mut self) {
-        self.uncalled &= self.call.as_ref().is_some_and(|call| call.take() == 0);
-    }
-}
-
-/// A connection and its front end.
-#[derive(Debug)]
-pub(crate) struct Front {
-    pub(crate) id: ConnId,
-    pub(crate) fake: Arc<FakeConnection>,
-    pub(crate) controller: usize,
-    pub(crate) vm: usize,
-    /// The front end sends no more messages.
-    pub(crate) gone: bool,
-    /// The target was told that it is closed.
-    pub(crate) closed: bool,
-    /// The features that it has accepted; 0 if it has not sent any.
-    pub(crate) features: u64,
-    /// The value that this front end, or an earlier one, has written.
-    pub(crate) write_cache: Option<bool>,
-    /// It has sent a reset: the target signals requests that were in flight then on the call fds of
-    /// that time.
-    pub(crate) was_reset: bool,
-    /// The memory that it has set up.
-    pub(crate) memory: Vec<RegionSpec>,
-    /// The numbers of the in-flight area and of the dirty log that it has set.
-    pub(crate) area: Option<usize>,
-    pub(crate) log: Option<usize>,
-    pub(crate) rings: [FrontRing; RINGS],
-    /// The pending reply.
-    pub(crate) pending: Option<Pending>,
-    pub(crate) script: VecDeque<Message>,
-    /// Connections of the same controller, or of the same machine, that were closed when this one
-    /// was created.
-    pub(crate) before: Vec<usize>,
-    /// Closed connections had not drained then, and have not all drained since.
-    pub(crate) gated: bool,
-}
-
-impl Front {
-    /// Returns whether it is served and not about to be closed.
-    pub(crate) fn is_well(&self) -> bool {
-        !self.gone && !self.closed && !self.fake.is_shut()
-    }
-
-    pub(crate) fn has_accepted(&self, feature: u32) -> bool {
-        self.features & 1 << feature != 0
-    }
-
-    /// Returns the memory tables that it has set up, or the current regions of them.
-    pub(crate) fn tables(&self) -> impl Iterator<Item = usize> {
-        self.memory.iter().filter_map(vm::table_of)
-    }
-
-    /// Returns the latest table.
-    pub(crate) fn table(&self) -> Option<usize> {
-        self.tables().max()
-    }
-
-    /// Returns the log in which the target has acknowledged to mark its writes.
-    pub(crate) fn logging(&self) -> Option<usize> {
-        self.log.filter(|_| self.has_accepted(VHOST_F_LOG_ALL))
-    }
-
-    /// Returns whether it can switch the cache but not flush it. The cache is initially off then
-    /// (section 5.2.5.2).
-    pub(crate) fn cannot_flush(&self) -> bool {
-        self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) && !self.has_accepted(VIRTIO_BLK_F_FLUSH)
-    }
-
-    /// Returns the value in the config space.
-    pub(crate) fn write_cache(&self) -> bool {
-        self.write_cache.unwrap_or(!self.cannot_flush())
-    }
-
-    /// Returns whether writes have to be durable when they are answered (virtio 1.2, section
-    /// 5.2.6.2).
-    fn writes_through(&self) -> bool {
-        if self.has_accepted(VIRTIO_BLK_F_CONFIG_WCE) {
-            !self.write_cache()
-        } else {
-            !self.has_accepted(VIRTIO_BLK_F_FLUSH)
-        }
-    }
-
-    /// Returns whether it is the connection for which a ring of `vm` is served.
-    fn serves(&self, vm: usize, ring: usize) -> bool {
-        self.vm == vm && !self.closed && self.rings[ring].served == Served::Yes
-    }
 }
 
 /// How often each kind of event was reached, over all simulations: a test that reaches nothing
@@ -243,9 +76,8 @@ impl World {
         let count = 1 + rng.below(3);
         let mode = if rng.one_in(2) { Mode::Poll } else { Mode::Sleep { after_us: 0 } };
         let (target, reactors) = Target::in_steps(count, mode, Arc::new(|| {})).expect("a target");
-        let trace = Trace { seed, step: 0, loud, lines: VecDeque::new() };
         Self {
-            trace,
+            trace: Trace::new(seed, loud),
             counts: Counts::new(),
             rng,
             asleep: vec![false; reactors.len()],
@@ -419,7 +251,7 @@ impl World {
     }
 
     /// Returns an outstanding request.
-    fn request(&mut self, id: u64) -> &mut Request {
+    pub(crate) fn request(&mut self, id: u64) -> &mut Request {
         let place = self.requests.get(&id);
         let (vm, ring) = *place.unwrap_or_else(|| panic!("request {id} was completed already"));
         let slots = self.vms[vm].rings[ring].slots.iter_mut().flatten();
@@ -537,72 +369,6 @@ impl World {
         }
     }
 
-    /// Checks a request that has reached a disk.
-    fn check_fetched(&mut self, id: u64) {
-        let (vm, ring) =
-            *self.requests.get(&id).unwrap_or_else(|| panic!("request {id} was completed already"));
-        // Resubmitted requests are done, even if the connection has ended meanwhile.
-        let again = self.request(id).again;
-        let ends = |f: &Front| again && f.vm == vm && f.rings[ring].served == Served::Yes;
-        let front = self.fronts.iter().rposition(|f| f.serves(vm, ring) || ends(f));
-        let front = front.unwrap_or_else(|| panic!("request {id} was fetched from a stopped ring"));
-        let stops = self.fronts[front].pending == Some(Pending::Base(ring));
-        assert!(!stops || again, "request {id} was fetched after the stop");
-        self.check_gate(front, vm, ring);
-        let (table, through) = (self.fronts[front].table(), self.fronts[front].writes_through());
-        let memory = self.fronts[front].memory.clone();
-        // Rings of before the reset fetch no more requests.
-        self.fronts[front].rings[ring].drains = false;
-        self.count("I/O fetched");
-        let request = self.request(id);
-        assert_eq!(request.progress, Progress::Offered, "request {id} was fetched twice");
-        request.table = table;
-        request.durable = through && matches!(request.kind, Kind::Write | Kind::Zeroes);
-        request.progress = Progress::Flying(front);
-        let there = request.has_data_in(&memory);
-        assert!(there, "request {id} was fetched although its data is not in memory");
-    }
-
-    /// A ring is served: no I/O that it had to wait for may be in flight.
-    fn check_gate(&self, front: usize, vm: usize, ring: usize) {
-        let Front { controller, ref rings, .. } = self.fronts[front];
-        let disk = |controller: usize| self.controllers[controller].disk;
-        for &before in &rings[ring].behind {
-            let of = self.fronts[before].controller;
-            let rings = (0..RINGS).filter(|n| self.flies(before, *n));
-            for other in rings {
-                let same_ring = self.fronts[before].vm == vm && other == ring;
-                assert!(
-                    of != controller && disk(of) != disk(controller) && !same_ring,
-                    "front {front}, ring {ring} was served before ring {other} of front {before}"
-                );
-            }
-        }
-    }
-
-    /// Returns whether I/O of a connection's ring is in flight.
-    fn flies(&self, front: usize, ring: usize) -> bool {
-        let mut known = self.vms[self.fronts[front].vm].outstanding(ring);
-        let mut lost = self.lost.values();
-        known.any(|r| r.progress.is_flying_for(front))
-            || lost.any(|lost| lost.front == front && lost.ring == ring)
-    }
-
-    /// Checks the flush after a request, which has reached a disk.
-    fn check_flush(&mut self, id: u64) {
-        let progress = self.request(id).progress;
-        let due = matches!(progress, Progress::Written(_));
-        assert!(due, "request {id} was flushed before its write: {progress:?}");
-        self.count("writes flushed");
-    }
-
-    /// Returns a request that a connection has in flight.
-    pub(crate) fn flying_of(&self, front: usize) -> Option<u64> {
-        let vm = &self.vms[self.fronts[front].vm];
-        let mut all = (0..RINGS).flat_map(|ring| vm.outstanding(ring));
-        all.find(|r| r.progress.is_flying_for(front)).map(|r| r.id)
-    }
-
     /// Takes the completed requests, and checks that a stopped ring has none.
     fn check_ring(&mut self, vm: usize, ring: usize) {
         if self.vms[vm].rings[ring].size == 0 {
@@ -614,13 +380,21 @@ impl World {
         }
         let controller = self.vms[vm].controller;
         let disk = &self.disks[self.controllers[controller].disk];
-        let may_be_removed = disk.bdev.is_none() || !self.controllers[controller].exists;
+        let may_be_removed = disk.backend.is_none() || !self.controllers[controller].exists;
         let front = self.fronts.iter().rfind(|f| f.serves(vm, ring));
         let memory = front.map_or(&[][..], |front| &front.memory);
-        let back = self.vms[vm].consume(ring, may_be_removed, memory);
+        let kept = self.fronts.iter().filter(|f| f.vm == vm).filter_map(|f| f.kept(ring));
+        let kept: Vec<_> = kept.collect();
+        let back = self.vms[vm].consume(ring, |request| {
+            let was_there = kept.iter().all(|view| request.has_data_in(&view.memory));
+            may_be_removed || !request.has_data_in(memory) || request.again && !was_there
+        });
         for id in &back {
             self.requests.remove(id);
-            self.count("requests came back");
+            self.count(match self.vms[vm].device {
+                DeviceKind::Block => "requests came back",
+                DeviceKind::Entropy => "requests of an entropy device came back",
+            });
         }
         for front in self.fronts.iter_mut().filter(|f| f.vm == vm) {
             let ring = &mut front.rings[ring];

@@ -1,5 +1,6 @@
 //! A guest is notified eventually: after a call that the system has refused, and before a stop
 //! while a call is delayed. A reactor does not sleep while there is work that it has not seen.
+#![expect(unsafe_code, reason = "takes io_uring from a thread")]
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -16,19 +17,18 @@ use vhost_target::queue::QueueState;
 use vhost_target::queue::TargetQueue;
 use vm_memory::Bytes;
 
-use super::disk::{Hook, Manual};
-use super::scene::{ADDRS, DATA, IN, LAYOUTS, Scene};
+use super::device::{Hook, TestDevice};
+use super::scene::{ADDRS, LAYOUTS, Scene};
 
-/// Creates a scene whose guest is called on the eventfd, and a disk that completes I/O at once.
-fn called(packed: bool) -> (Scene, EventFd, Arc<Manual>) {
-    let disk = Manual::create();
-    disk.state().at_once = true;
-    let mut scene = Scene::new(packed, 32, disk.clone());
+/// Creates a scene whose guest is called on the eventfd, and whose device completes I/O at once.
+pub(super) fn called<D: TestDevice>(packed: bool) -> (Scene<D>, EventFd) {
+    let mut scene = Scene::new(packed, 32, D::create());
+    scene.device.state().at_once = true;
     let eventfd = EventFd::new().unwrap();
     let theirs = ForeignFd::alone(eventfd.as_fd().try_clone_to_owned().unwrap());
     scene.ask_for_calls();
     scene.call = Some(Arc::new(CallFd::from_front_end(theirs).unwrap()));
-    (scene, eventfd, disk)
+    (scene, eventfd)
 }
 
 /// Runs `visits` while the system refuses every call: on a thread that has closed the io_urings in
@@ -60,21 +60,20 @@ fn refusing<T: Send>(visits: impl FnOnce() -> T + Send) -> Option<T> {
     result
 }
 
-#[test]
-fn a_refused_call_is_retried_at_the_next_visit() {
+pub(crate) fn a_refused_call_is_retried_at_the_next_visit<D: TestDevice>() {
     for packed in LAYOUTS {
-        let (mut scene, eventfd, _) = called(packed);
+        let (mut scene, eventfd) = called::<D>(packed);
         scene.start().unwrap();
         scene.visit();
         eventfd.take();
-        scene.send(IN, 0, &[(DATA, 512)]);
+        scene.submit_one();
         let Some(()) = refusing(|| {
             scene.visit();
             scene.visit();
         }) else {
             return;
         };
-        assert_eq!((scene.answers().len(), eventfd.take()), (1, 0));
+        assert_eq!((scene.done().len(), eventfd.take()), (1, 0));
         scene.visit();
         assert_eq!(eventfd.take(), 1);
         scene.visit();
@@ -82,11 +81,10 @@ fn a_refused_call_is_retried_at_the_next_visit() {
     }
 }
 
-#[test]
-fn a_stop_waits_for_a_refused_call() {
-    let (mut scene, eventfd, _) = called(false);
+pub(crate) fn a_stop_waits_for_a_refused_call<D: TestDevice>() {
+    let (mut scene, eventfd) = called::<D>(false);
     scene.start().unwrap();
-    scene.send(IN, 0, &[(DATA, 512)]);
+    scene.submit_one();
     let Some(()) = refusing(|| {
         scene.visit();
         scene.queue().control().stop();
@@ -101,9 +99,8 @@ fn a_stop_waits_for_a_refused_call() {
     assert!(matches!(scene.events.pop(), Some(Event::Drained(_))));
 }
 
-#[test]
-fn a_sleep_with_a_refused_call_is_limited() {
-    let (mut scene, eventfd, _) = called(false);
+pub(crate) fn a_sleep_with_a_refused_call_is_limited<D: TestDevice>() {
+    let (mut scene, eventfd) = called::<D>(false);
     let (_reactor, mut steps) = scene.start_to_sleep();
     // Several poll iterations: earlier wake-ups are consumed.
     let Some(asleep) = refusing(|| (0..4).map(|_| steps.step()).collect::<Vec<_>>()) else {
@@ -120,16 +117,16 @@ fn a_sleep_with_a_refused_call_is_limited() {
 
 /// Creates a scene in which coalescing delays a call by an hour. There are completions that the
 /// guest was not notified of.
-fn delayed(packed: bool) -> (Scene, EventFd) {
-    let (mut scene, eventfd, _) = called(packed);
+fn delayed<D: TestDevice>(packed: bool) -> (Scene<D>, EventFd) {
+    let (mut scene, eventfd) = called::<D>(packed);
     scene.coalescing.delay_base_ticks.store(3600 * ticks_per_second(), Ordering::Relaxed);
     scene.coalescing.threshold.store(1, Ordering::Relaxed);
     scene.start().unwrap();
     // Until a window of 10 ms with more than one completion has ended.
     loop {
-        scene.send(IN, 0, &[(DATA, 512)]);
+        scene.submit_one();
         scene.visit();
-        assert_eq!(scene.answers().len(), 1);
+        assert_eq!(scene.done().len(), 1);
         if eventfd.take() == 0 {
             scene.visit();
             assert_eq!(eventfd.take(), 0);
@@ -138,10 +135,9 @@ fn delayed(packed: bool) -> (Scene, EventFd) {
     }
 }
 
-#[test]
-fn a_stopping_queue_makes_the_delayed_call() {
+pub(crate) fn a_stopping_queue_makes_the_delayed_call<D: TestDevice>() {
     for packed in LAYOUTS {
-        let (mut scene, eventfd) = delayed(packed);
+        let (mut scene, eventfd) = delayed::<D>(packed);
         scene.queue().control().stop();
         scene.visit();
         assert_eq!(eventfd.take(), 1);
@@ -150,9 +146,8 @@ fn a_stopping_queue_makes_the_delayed_call() {
     }
 }
 
-#[test]
-fn a_delayed_call_is_made_when_coalescing_is_switched_off() {
-    let (mut scene, eventfd) = delayed(false);
+pub(crate) fn a_delayed_call_is_made_when_coalescing_is_switched_off<D: TestDevice>() {
+    let (mut scene, eventfd) = delayed::<D>(false);
     scene.coalescing.delay_base_ticks.store(0, Ordering::Relaxed);
     scene.visit();
     assert_eq!(eventfd.take(), 1);
@@ -161,15 +156,13 @@ fn a_delayed_call_is_made_when_coalescing_is_switched_off() {
 /// The control side acts in the middle of a poll iteration, after the queue was visited with the
 /// earlier state. In production the waker is signalled too, and a reactor that fell asleep would
 /// wake up. Here it is not.
-#[test]
-fn a_change_during_the_last_visit_prevents_sleep() {
+pub(crate) fn a_change_during_the_last_visit_prevents_sleep<D: TestDevice>() {
     for renewed in [false, true] {
-        let disk = Manual::create();
-        let mut scene = Scene::new(false, 32, disk.clone());
+        let mut scene = Scene::new(false, 32, D::create());
         let (reactor, mut steps) = scene.start_to_sleep();
-        scene.send(IN, 0, &[(DATA, 512)]);
+        scene.submit_one();
         steps.step();
-        assert_eq!(disk.state().waiting(), 1);
+        assert_eq!(scene.device.state().waiting(), 1);
         while !(steps.step() && steps.step()) {}
         reactor.wake();
         let asleep = steps.step();
@@ -182,7 +175,7 @@ fn a_change_during_the_last_visit_prevents_sleep() {
             Some(view) => retired_in.send(queue.publish(view).unwrap()).unwrap(),
             None => queue.control().stop(),
         };
-        disk.state().at_poll = Hook(Some(Box::new(change)));
+        scene.device.state().at_poll = Hook(Some(Box::new(change)));
         reactor.wake();
         assert!(!steps.step(), "a new view: {renewed}");
         // The replaced view is not freed before the next poll iteration.
@@ -192,24 +185,22 @@ fn a_change_during_the_last_visit_prevents_sleep() {
 }
 
 /// A request arrives after the last read of the ring, and before the reactor asks for kicks.
-#[test]
-fn a_request_during_the_last_visit_prevents_sleep() {
-    let disk = Manual::create();
-    let mut scene = Scene::new(false, 32, disk.clone());
+pub(crate) fn a_request_during_the_last_visit_prevents_sleep<D: TestDevice>() {
+    let mut scene = Scene::new(false, 32, D::create());
     let (_reactor, mut steps) = scene.start_to_sleep();
-    scene.send(IN, 0, &[(DATA, 512)]);
+    scene.submit_one();
     assert!(!steps.step(), "the reactor had work");
-    scene.send(IN, 1, &[(DATA, 512)]);
+    scene.submit_one();
     // The available index, which the driver is about to advance.
     scene.put(ADDRS.avail + 2, &1_u16.to_le_bytes());
     let memory = Arc::clone(&scene.memory);
     let show = move || {
         memory.slice(ADDRS.avail + 2, 2).unwrap().write_slice(&2_u16.to_le_bytes(), 0).unwrap();
     };
-    disk.state().at_wait = Hook(Some(Box::new(show)));
+    scene.device.state().at_wait = Hook(Some(Box::new(show)));
     assert!(!steps.step());
-    assert_eq!(disk.state().waiting(), 1);
+    assert_eq!(scene.device.state().waiting(), 1);
     steps.step();
-    assert_eq!(disk.state().waiting(), 2);
+    assert_eq!(scene.device.state().waiting(), 2);
     while !(steps.step() && steps.step()) {}
 }
