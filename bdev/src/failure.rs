@@ -130,7 +130,7 @@ impl FirstFailure {
         let what = self.what.load(Ordering::Relaxed);
         let failure = Failure {
             kind: if what >> 8 & 1 == 0 { FailureKind::Failed } else { FailureKind::Aio },
-            op: OP_OF[what as usize & 0xff],
+            op: OP_OF[(what & 0xff) as usize],
             offset: Some(self.offset.load(Ordering::Relaxed)).filter(|&offset| offset != NOWHERE),
             len: self.len.load(Ordering::Relaxed),
             errno: (what >> 32) as i32,

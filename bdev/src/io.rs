@@ -68,6 +68,10 @@ impl Io {
     pub fn rw(op: Op, tag: Tag, offset: u64, len: u64, segments: &[Segment]) -> Self {
         debug_assert!(matches!(op, Op::Read | Op::Write));
         debug_assert_eq!(len, segments.iter().map(|s| s.len() as u64).sum::<u64>());
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "`virtqueue` limits a chain to some 1,000 segments"
+        )]
         let segment_count = segments.len() as u32;
         let (segments, may_unmap) = (segments.as_ptr(), false);
         Self { op, tag, offset, len, may_unmap, segments, segment_count }

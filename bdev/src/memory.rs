@@ -10,6 +10,8 @@
 
 use std::ptr;
 
+use guest_memory::usize_of;
+
 use crate::io::Segment;
 
 /// Copies `len` bytes at `from` into the segments, `skip` bytes in. Returns whether the segments
@@ -119,7 +121,7 @@ const AHEAD_SECTORS: usize = 4;
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8, len: u64) {
     #[cfg(target_arch = "x86_64")]
-    for sector in 0..(len as usize / (SECTOR_LINES * LINE)).min(AHEAD_SECTORS) {
+    for sector in 0..(usize_of(len) / (SECTOR_LINES * LINE)).min(AHEAD_SECTORS) {
         use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         for line in 0..SECTOR_LINES {
             let at = at.wrapping_add((sector * SECTOR_LINES + line) * LINE);
@@ -184,8 +186,7 @@ fn for_each_piece(
             skip -= size as u64;
             continue;
         }
-        // Below the segment's length, which is a usize.
-        let start = skip as usize;
+        let start = usize_of(skip);
         let n = (size - start).min(len - done);
         piece(segment.base().wrapping_add(start), done, n);
         done += n;
@@ -234,7 +235,7 @@ mod tests {
     fn streamed_copies_copy_all_bytes() {
         #[repr(align(64))]
         struct Aligned([u8; 512]);
-        let mut memory: [u8; 600] = std::array::from_fn(|i| i as u8);
+        let mut memory: [u8; 600] = std::array::from_fn(|i| i.to_le_bytes()[0]);
         let list = segments(&mut memory, &[64, 1, 200, 335]);
         for (skip, to, len) in [(0, 0, 512), (0, 64, 128), (1, 0, 256), (65, 3, 64), (0, 0, 63)] {
             let mut target = Aligned([0xee; 512]);
@@ -243,7 +244,7 @@ mod tests {
             assert!(unsafe { gather(&list, skip, at, len, Stores::Streamed) });
             let expected: Vec<u8> = (0..512)
                 .map(|i| {
-                    if (to..to + len).contains(&i) { memory[skip as usize + i - to] } else { 0xee }
+                    if (to..to + len).contains(&i) { memory[usize_of(skip) + i - to] } else { 0xee }
                 })
                 .collect();
             assert_eq!(target.0[..], expected[..], "{skip} {to} {len}");

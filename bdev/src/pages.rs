@@ -140,6 +140,8 @@ impl Drop for Pages {
 
 #[cfg(test)]
 mod tests {
+    use guest_memory::usize_of;
+
     use super::*;
 
     #[test]
@@ -147,7 +149,7 @@ mod tests {
         let size = 3 * PIECE as u64 + 512;
         let pages = Pages::allocate(size).unwrap();
         assert_eq!(pages.base() as usize % PIECE, 0);
-        for at in (0..size as usize).step_by(512) {
+        for at in (0..usize_of(size)).step_by(512) {
             // SAFETY: the address is within the mapping.
             assert_eq!(unsafe { pages.base().wrapping_add(at).read() }, 0);
         }

@@ -1,6 +1,8 @@
 //! I/O that the owner of a channel may do itself, instead of calling the channel.
 #![expect(unsafe_code, reason = "copies between a disk's memory and the guest's")]
 
+use guest_memory::usize_of;
+
 use crate::geometry::within;
 use crate::io::{Io, Op};
 use crate::memory::{self, Stores};
@@ -48,7 +50,7 @@ impl Shortcut {
             // Prefetch only addresses inside the disk: a guest must not choose any other address.
             && offset < size
         {
-            memory::prefetch(base.wrapping_add(offset as usize), len);
+            memory::prefetch(base.wrapping_add(usize_of(offset)), len);
         }
     }
 
@@ -68,11 +70,11 @@ impl Shortcut {
             Self::None => false,
             Self::Nothing => true,
             Self::Memory { base, size, stores } => {
-                let at = base.wrapping_add(io.offset as usize);
+                let at = base.wrapping_add(usize_of(io.offset));
                 io.len <= AT_ONCE
                     && within(io, size)
                     // SAFETY: the range lies within the disk, and the caller guarantees the rest.
-                    && unsafe { copy(io, 0, at, io.len as usize, stores) }
+                    && unsafe { copy(io, 0, at, usize_of(io.len), stores) }
             }
         }
     }

@@ -295,8 +295,10 @@ impl Worker {
                 .map(|_| ram.alloc(BLOCK, u64::from(BLOCK)))
                 .collect::<front_end::Result<_>>()
         });
-        let blocks = (options.blocks.end - options.blocks.start) as usize;
-        let latencies = if options.latencies { options.limit.unwrap_or(0) as usize } else { 0 };
+        let blocks = options.blocks.end - options.blocks.start;
+        let blocks = usize::try_from(blocks).expect("each block takes memory here");
+        let latencies = options.limit.filter(|_| options.latencies).unwrap_or(0);
+        let latencies = usize::try_from(latencies).expect("each latency takes memory here");
         Ok(Self {
             buffers: buffers.collect::<front_end::Result<_>>()?,
             slots: queues.iter().map(|q| vec![None; usize::from(q.ring().size())]).collect(),
@@ -396,10 +398,11 @@ impl Worker {
         let wait = self.heartbeat() - heartbeat;
         self.summary.longest_wait_heartbeats = self.summary.longest_wait_heartbeats.max(wait);
         if let Some(since) = since {
-            self.summary.latencies_ns.push(since.elapsed().as_nanos() as u32);
+            let latency_ns = since.elapsed().as_nanos().try_into().unwrap_or(u32::MAX);
+            self.summary.latencies_ns.push(latency_ns);
         }
         self.buffers[queue].push(buffer);
-        let at = (block - self.options.blocks.start) as usize;
+        let at = usize::try_from(block - self.options.blocks.start).expect("an index into `busy`");
         self.busy[at] = false;
         if done.status != STATUS_OK {
             self.summary.errors += 1;
@@ -453,7 +456,8 @@ impl Worker {
 
     /// A block that no request uses, as the order of two that overlap is not defined.
     fn choose_block(&mut self) -> usize {
-        let mut at = (self.random.next() % self.busy.len() as u64) as usize;
+        let at = self.random.next() % self.busy.len() as u64;
+        let mut at = usize::try_from(at).expect("an index into `busy`");
         while self.busy[at] {
             at = (at + 1) % self.busy.len();
         }

@@ -16,7 +16,6 @@
 //! ([`Account::has_room`]).
 //!
 //! This crate depends on no other crate of the workspace.
-#![warn(clippy::cast_possible_truncation)]
 
 mod account;
 mod foreign;

@@ -40,20 +40,18 @@ pub struct BlkConfig {
 
 impl BlkConfig {
     pub(crate) fn parse(bytes: &[u8; CONFIG_BYTES as usize]) -> Self {
-        let number = |at: usize, len: usize| {
-            bytes[at..at + len].iter().rev().fold(0, |n: u64, &b| n << 8 | u64::from(b))
-        };
-        let word = |at| number(at, 4) as u32;
+        let half = |at| u16::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let word = |at| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         Self {
-            capacity: number(0, 8),
+            capacity: u64::from_le_bytes(std::array::from_fn(|i| bytes[i])),
             size_max: word(8),
             seg_max: word(12),
             blk_size: word(20),
             physical_block_exp: bytes[24],
             alignment_offset: bytes[25],
-            min_io_size: number(26, 2) as u16,
+            min_io_size: half(26),
             opt_io_size: word(28),
-            num_queues: number(34, 2) as u16,
+            num_queues: half(34),
             max_discard_sectors: word(36),
             max_discard_seg: word(40),
             discard_sector_alignment: word(44),

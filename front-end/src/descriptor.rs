@@ -29,6 +29,7 @@ impl Descriptor {
     }
 
     /// Parses the two words of a split ring's descriptor.
+    #[expect(clippy::cast_possible_truncation, reason = "splits a word into its fields")]
     pub(crate) fn from_split([addr, rest]: [u64; 2]) -> Self {
         let [flags, next] = [32, 48].map(|bit| (rest >> bit) as u16);
         Self { addr, len: rest as u32, flags, next }

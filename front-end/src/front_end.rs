@@ -260,7 +260,9 @@ impl FrontEnd {
     /// As [`FrontEnd::stop`].
     pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
         self.rings.retain(|ring| ring.index() != index);
-        Ok(self.link.ask("GET_VRING_BASE", |n| n.get_vring_base(index))? as u16)
+        let base = self.link.ask("GET_VRING_BASE", |n| n.get_vring_base(index))?;
+        // A packed ring has a second position in the upper half.
+        Ok((base & 0xffff) as u16)
     }
 
     /// Sends a memory table to the back end, which replaces the previous one. Rings may run.
@@ -466,7 +468,8 @@ impl FrontEnd {
         let inflight = match self.inflight.take() {
             Some(inflight) => inflight,
             None => {
-                let wanted = VhostUserInflight::new(0, 0, rings.len() as u16, size);
+                let queues = rings.len().try_into().expect("a device has at most 65,535 rings");
+                let wanted = VhostUserInflight::new(0, 0, queues, size);
                 let (info, file) =
                     self.link.ask("GET_INFLIGHT_FD", |n| n.get_inflight_fd(&wanted))?;
                 Inflight { info, file }

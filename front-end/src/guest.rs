@@ -192,7 +192,7 @@ impl GuestRam {
 
     fn find(&self, gpa: u64) -> Option<(usize, usize)> {
         let index = self.regions.iter().position(|r| (r.gpa..r.end()).contains(&gpa))?;
-        Some((index, (gpa - self.regions[index].gpa) as usize))
+        Some((index, usize::try_from(gpa - self.regions[index].gpa).ok()?))
     }
 
     /// Returns the part of the bytes `done..len` from `gpa` that lies in one region.
@@ -223,7 +223,8 @@ fn map(gpa: u64, size: u64, backing: Backing) -> Result<Region> {
     let file = Arc::new(File::from(fd));
     let offset = FileOffset::from_arc(file.clone(), 0);
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let map = MmapRegion::build(Some(offset), size as usize, protection, flags)
+    let size = usize::try_from(size).map_err(|e| Error::Map(e.to_string()))?;
+    let map = MmapRegion::build(Some(offset), size, protection, flags)
         .map_err(|e| Error::Map(e.to_string()))?;
     Ok(Region { gpa, map, file })
 }

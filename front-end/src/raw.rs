@@ -25,7 +25,8 @@ const FDS_MAX: usize = 64;
 /// Returns the bytes of a message with a well-formed header. The flags are [`VERSION`] and others.
 #[must_use]
 pub fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
-    let header = [request, flags, payload.len() as u32];
+    let size = payload.len().try_into().expect("a payload has less than 4 GiB");
+    let header = [request, flags, size];
     let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
     bytes.extend(payload);
     bytes

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::descriptor::WRITE;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 
 /// Status byte: success.
@@ -32,6 +32,14 @@ pub struct QueueOptions {
     pub indirect: bool,
     /// The most data segments of a request.
     pub segments_max: usize,
+}
+
+impl QueueOptions {
+    /// Returns the size of an indirect table for the largest request: header, data, status.
+    pub(crate) fn table_bytes(&self) -> Result<u32> {
+        let bytes = 16 * (self.segments_max as u64 + 2);
+        u32::try_from(bytes).map_err(|_| Error::NoRam(bytes))
+    }
 }
 
 impl Default for QueueOptions {

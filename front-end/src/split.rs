@@ -158,7 +158,9 @@ impl SplitDriver {
     pub(crate) fn take(&mut self, ring: &SplitFields<'_>, most: usize) -> (u16, usize) {
         let first = self.taken;
         let count = usize::from(ring.used_index().wrapping_sub(first)).min(most);
-        self.taken = first.wrapping_add(count as u16);
+        #[expect(clippy::cast_possible_truncation, reason = "at most a difference of two `u16`")]
+        let taken = count as u16;
+        self.taken = first.wrapping_add(taken);
         (first, count)
     }
 

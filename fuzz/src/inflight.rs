@@ -197,7 +197,7 @@ impl<'a> Story<'a> {
         };
         check(&tracker, &recovery, size, packed, area);
         let live: Vec<_> =
-            recovery.again.iter().map(|&entry| Live { entry, ..Live::default() }).collect();
+            recovery.resubmissions.iter().map(|&entry| Live { entry, ..Live::default() }).collect();
         let mut story = Self {
             area,
             offset,
@@ -210,7 +210,7 @@ impl<'a> Story<'a> {
             used: recovery.used,
             last_avail: recovery.last_avail,
             flags,
-            trusted: recovery.again.is_empty(),
+            trusted: recovery.resubmissions.is_empty(),
         };
         story.measure();
         for _ in 0..200 {
@@ -336,7 +336,7 @@ impl<'a> Story<'a> {
         };
         check(&tracker, &recovery, self.size, self.packed, self.area);
         if self.trusted {
-            let mut found = recovery.again.clone();
+            let mut found = recovery.resubmissions.clone();
             let mut live: Vec<u16> = self.live.iter().map(|live| live.entry).collect();
             found.sort_unstable();
             live.sort_unstable();
@@ -351,12 +351,15 @@ impl<'a> Story<'a> {
                 );
             }
         } else {
-            self.live =
-                recovery.again.iter().map(|&entry| Live { entry, ..Live::default() }).collect();
+            self.live = recovery
+                .resubmissions
+                .iter()
+                .map(|&entry| Live { entry, ..Live::default() })
+                .collect();
         }
         (self.tracker, self.used, self.last_avail) = (tracker, recovery.used, recovery.last_avail);
         if !self.trusted {
-            self.trusted = recovery.again.is_empty();
+            self.trusted = recovery.resubmissions.is_empty();
             self.measure();
         }
         self.take_back();
@@ -389,10 +392,10 @@ fn advance(position: u16, by: u16, size: u16) -> u16 {
 
 /// Invariants of every recovery.
 fn check(tracker: &Tracker, recovery: &Recovery, size: u16, packed: bool, area: &Arc<Area>) {
-    let Recovery { used, last_avail, again, .. } = recovery;
+    let Recovery { used, last_avail, resubmissions, .. } = recovery;
     let mut seen = vec![false; area.queue_size().into()];
     let mut total = 0;
-    for &entry in again {
+    for &entry in resubmissions {
         assert!(entry < if packed { area.queue_size() } else { size }, "entry {entry}");
         assert!(!std::mem::replace(&mut seen[usize::from(entry)], true), "entry {entry} twice");
         let mut span = 0;
@@ -469,11 +472,14 @@ fn serve(stage: &mut Stage, area: &Arc<Area>, packed: bool, input: &mut Input<'_
     assert_eq!(queue.control().state(), QueueState::Stopped);
     assert_eq!(queue.control().inflight(), 0);
     if !packed {
-        let again = u64::from(begun.wrapping_sub(used));
+        let resubmitted = u64::from(begun.wrapping_sub(used));
         let fetched = u64::from(queue.control().last_avail().wrapping_sub(begun));
         let requests = queue.control().requests().0;
         // A queue that broke may have left requests that had to be resubmitted.
-        assert!((fetched..=fetched + again).contains(&requests), "{requests}: {again} + {fetched}");
+        assert!(
+            (fetched..=fetched + resubmitted).contains(&requests),
+            "{requests}: {resubmitted} + {fetched}"
+        );
     }
     drop(queue);
     assert_eq!(model.state().open, 0, "a channel is open");

@@ -3,6 +3,10 @@
 //!
 //! The fuzz target runs a script against a target in its own process; an end-to-end test of `vhost-app` includes this
 //! file and runs it against the server.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "cuts numbers of the input to the fields of messages"
+)]
 
 use crate::input::Input;
 

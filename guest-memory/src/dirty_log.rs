@@ -4,6 +4,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+use crate::address_space::usize_of;
 use crate::shared_file::{self, SharedFile};
 use crate::unmapper::Unmapper;
 use closer::ForeignFd;
@@ -60,13 +61,13 @@ impl DirtyLog {
     fn mark_many(&self, page: u64, end: u64) -> u64 {
         let bits = u64::from(u64::BITS);
         // The log may begin at any offset in its file, so its first word may be unaligned.
-        let at = self.0.host().wrapping_add((page / 8) as usize);
+        let at = self.0.host().wrapping_add(usize_of(page / 8));
         let first = (page / 8 + at.align_offset(size_of::<AtomicU64>()) as u64) * 8;
         let first = if first < page { first + bits } else { first };
         let words = (end - first) / bits;
         self.mark_bytes(page, first);
         for word in 0..words {
-            let at = self.0.host().wrapping_add((first / 8 + 8 * word) as usize);
+            let at = self.0.host().wrapping_add(usize_of(first / 8 + 8 * word));
             let at: *const AtomicU64 = at.cast();
             // SAFETY: eight bytes of the mapped log, at an aligned address.
             let word = unsafe { &*at };
@@ -79,7 +80,7 @@ impl DirtyLog {
 
     /// Sets bits in byte `at` of the log. `at` is less than the log's size.
     fn mark_byte(&self, at: u64, bits: u8) {
-        let at: *const AtomicU8 = self.0.host().wrapping_add(at as usize).cast();
+        let at: *const AtomicU8 = self.0.host().wrapping_add(usize_of(at)).cast();
         // SAFETY: the caller guarantees that `at` is in the log, which is mapped.
         let byte = unsafe { &*at };
         // SeqCst: the front end clears bits with an exchange and then reads the page. If its
@@ -125,7 +126,7 @@ mod tests {
                 log.mark(page * PAGE_BYTES + 5, (end - page - 1) * PAGE_BYTES);
                 for n in 0..4096 - offset {
                     // SAFETY: a byte of the mapped page that contains the log or its first part.
-                    let byte = unsafe { log.0.host().wrapping_add(n as usize).read_volatile() };
+                    let byte = unsafe { log.0.host().wrapping_add(usize_of(n)).read_volatile() };
                     let expected = (0..8).filter(|bit| (page..end).contains(&(8 * n + bit)));
                     let expected = expected.fold(0, |byte, bit| byte | 1 << bit);
                     assert_eq!(byte, expected, "offset {offset}, {page}..{end}: byte {n}");
@@ -143,7 +144,7 @@ mod tests {
         let words = log.mark_many(0, pages);
         assert!(words <= pages / 64 && pages - words * 64 < 128, "{words} words");
         // SAFETY: the last byte of the log.
-        let last = unsafe { log.0.host().wrapping_add((pages / 8 - 1) as usize).read_volatile() };
+        let last = unsafe { log.0.host().wrapping_add(usize_of(pages / 8 - 1)).read_volatile() };
         assert_eq!(last, 0xff);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Modules, in the order in which a memory table passes through them:
 //!
+//! * `address_space`: the process's address space, of 64 bits ([`usize_of`]).
 //! * `shared_file`: maps a range of a front end's memory file ([`SharedFile`]).
 //! * `memory`: a memory table ([`GuestMemory`]), and the translation of guest-physical addresses
 //!   ([`Near`]).
@@ -13,6 +14,7 @@
 //! This crate never depends on a ring, a device or a reactor. Of its code, reactors run only
 //! address translation, marking in the dirty log, and the SIGBUS handler.
 
+mod address_space;
 mod dirty_log;
 mod memory;
 mod segment;
@@ -22,6 +24,7 @@ mod sigbus;
 pub mod testing;
 mod unmapper;
 
+pub use address_space::usize_of;
 pub use dirty_log::DirtyLog;
 pub use memory::{
     Error, FileRange, GuestMemory, Near, Nearest, REGIONS_MAX, Region, RegionSpec, SLOTS_MAX,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+use crate::address_space::usize_of;
 use crate::shared_file::{self, SharedFile};
 use crate::sigbus;
 use crate::unmapper::Unmapper;
@@ -92,7 +93,7 @@ impl Entry {
     #[inline]
     fn translate(&self, gpa: u64) -> Option<(*mut u8, u64)> {
         let offset = gpa.wrapping_sub(self.gpa);
-        (offset < self.size).then(|| (self.host.wrapping_add(offset as usize), self.size - offset))
+        (offset < self.size).then(|| (self.host.wrapping_add(usize_of(offset)), self.size - offset))
     }
 }
 

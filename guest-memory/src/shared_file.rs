@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::address_space::usize_of;
 use crate::sigbus;
 use crate::unmapper::{Counted, Unmapper};
 use closer::ForeignFd;
@@ -91,7 +92,7 @@ impl SharedFile {
             return Err(Error::Short { have: stat.size, want: end });
         }
         let lead = offset % page;
-        let len = (lead + size).next_multiple_of(page) as usize;
+        let len = usize_of((lead + size).next_multiple_of(page));
         let at = i64::try_from(offset - lead).map_err(|_| Error::Range { offset, size })?;
         let counted = Some(unmapper.count().map_err(Error::TooManyOfController)?);
         // SAFETY: a new shared mapping of a file, at an address that the kernel chooses.
@@ -112,12 +113,12 @@ impl SharedFile {
         unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
         let truncated = Arc::new(AtomicBool::new(false));
         let base = base.cast::<u8>();
-        let Some(slot) = sigbus::register(base as usize, len, page as usize, &truncated) else {
+        let Some(slot) = sigbus::register(base as usize, len, usize_of(page), &truncated) else {
             // SAFETY: the mapping made above, which nothing uses yet.
             unsafe { libc::munmap(base.cast(), len) };
             return Err(Error::TooMany);
         };
-        let host = base.wrapping_add(lead as usize);
+        let host = base.wrapping_add(usize_of(lead));
         let (identity, unmapper) = (stat.identity, unmapper.clone());
         Ok(Self { host, size, identity, truncated, base, len, slot, unmapper, counted })
     }

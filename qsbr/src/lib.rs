@@ -24,7 +24,6 @@
 //! reader.quiesce();
 //! assert_eq!(old.try_into_inner().ok().map(|v| v.len()), Some(3));
 //! ```
-#![warn(clippy::cast_possible_truncation)]
 
 pub mod domain;
 pub mod handshake;

@@ -26,6 +26,7 @@ pub fn read_tsc() -> u64 {
 /// Returns nanoseconds of the monotonic clock, for processors without a time-stamp counter.
 #[cfg(not(target_arch = "x86_64"))]
 #[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "2^64 ns are 584 years")]
 pub fn read_tsc() -> u64 {
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
@@ -101,7 +102,8 @@ impl Clocks for System {
 
     fn nanoseconds(&mut self) -> u64 {
         static START: OnceLock<Instant> = OnceLock::new();
-        START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+        let elapsed = START.get_or_init(Instant::now).elapsed();
+        elapsed.as_nanos().try_into().expect("2^64 ns are 584 years")
     }
 
     fn sleep(&mut self, time: Duration) {
@@ -115,8 +117,9 @@ fn measured(clocks: &mut impl Clocks) -> u64 {
     clocks.sleep(MEASURED_FOR);
     let (last_ticks, last_ns) = reading(clocks);
     let (ticks, ns) = (last_ticks.saturating_sub(first_ticks), last_ns.saturating_sub(first_ns));
+    let ticks_per_second = u128::from(ticks) * 1_000_000_000 / u128::from(ns.max(1));
     // At least 1, because callers divide by it.
-    ((u128::from(ticks) * 1_000_000_000 / u128::from(ns.max(1))) as u64).max(1)
+    u64::try_from(ticks_per_second).unwrap_or(u64::MAX).max(1)
 }
 
 /// Reads both clocks at about the same time. A preemption between the readings would make them
@@ -153,7 +156,8 @@ mod tests {
     impl Clocks for Scripted {
         fn ticks(&mut self) -> u64 {
             self.pass();
-            (u128::from(self.ns) * u128::from(HERTZ) / 1_000_000_000) as u64
+            let ticks = u128::from(self.ns) * u128::from(HERTZ) / 1_000_000_000;
+            ticks.try_into().unwrap()
         }
 
         fn nanoseconds(&mut self) -> u64 {
@@ -162,7 +166,7 @@ mod tests {
         }
 
         fn sleep(&mut self, time: Duration) {
-            self.ns += time.as_nanos() as u64;
+            self.ns += u64::try_from(time.as_nanos()).unwrap();
         }
     }
 

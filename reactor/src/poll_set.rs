@@ -94,6 +94,7 @@ impl<E: Send + 'static> PollSet<E> {
     /// reactor would wait for the I/O that it left in flight here.
     pub(crate) fn new(queues: Vec<Arc<dyn Pollable<E>>>, orphans: bool) -> Self {
         let entry = |queue| Entry { hint: PollHint::default(), asleep: false, active: true, queue };
+        #[expect(clippy::cast_possible_truncation, reason = "2^32 queues do not fit in memory")]
         let entries: Box<[_]> = (0..queues.len() as u32).map(entry).collect();
         let scan = Scan {
             hot: entries.len(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Events that one wait takes. If there are more, the next wait returns at once.
-const EVENTS: usize = 64;
+const EVENTS: i32 = 64;
 
 /// A waker: an epoll instance.
 ///
@@ -59,8 +59,8 @@ impl Waker {
     /// signalled since the last wait. Returns whether one has signalled. May return false before
     /// `until`.
     pub fn wait(&self, until: Option<Instant>) -> bool {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
-        let (epoll, at, most) = (self.0.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32);
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS as usize];
+        let (epoll, at, most) = (self.0.as_raw_fd(), events.as_mut_ptr(), EVENTS);
         let limit = until.map(|until| {
             let left = until.saturating_duration_since(Instant::now());
             libc::timespec {

@@ -42,7 +42,6 @@
 //! yield. Work that grows with a request or an answer runs in time slices: `batch` yields after
 //! each member, `answer` encodes a long result piece by piece, and a method that builds one counts
 //! its work ([`Params::pace`]). Other threads close the sockets (`stream`).
-#![warn(clippy::cast_possible_truncation)]
 
 mod answer;
 mod batch;

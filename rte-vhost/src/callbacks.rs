@@ -202,7 +202,8 @@ impl Context {
             payload.len() <= sys::FDS_OFFSET - HEADER_BYTES,
             "a reply of the target fits in rte_vhost's message buffer"
         );
-        self.set_word(8, payload.len() as u32);
+        let size = payload.len().try_into().expect("the message buffer is far smaller than 4 GiB");
+        self.set_word(8, size);
         let to = self.0.wrapping_add(HEADER_BYTES);
         // SAFETY: the payload lies between the header and the fds, and the length was checked.
         unsafe { to.copy_from_nonoverlapping(payload.as_ptr(), payload.len()) };

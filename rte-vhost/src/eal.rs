@@ -310,7 +310,7 @@ fn hugepages_work(page_kb: u64) -> io::Result<()> {
         return Err(io::Error::other("the process's address space is limited (RLIMIT_AS)"));
     }
 
-    let len = (page_kb << 10) as usize;
+    let len = usize::try_from(page_kb << 10).map_err(io::Error::other)?;
     let size_flag = (len.trailing_zeros() as c_int) << libc::MAP_HUGE_SHIFT;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size_flag;
     let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -350,7 +350,7 @@ fn arguments(options: &EalOptions, memory: &EalMemory, cpus: &[usize]) -> Vec<St
 /// Calls `rte_eal_init`.
 fn call_init(args: Vec<String>) -> Result<(), EalError> {
     let args: Vec<CString> = args.into_iter().map(CString::new).collect::<Result<_, _>>()?;
-    let count = args.len() as c_int;
+    let count = args.len().try_into().expect("the kernel limits the size of a command line");
     let mut argv: Vec<*mut c_char> = args.into_iter().map(CString::into_raw).collect();
     argv.push(std::ptr::null_mut());
     // EAL reorders the array and keeps pointers to the strings, so both are leaked on purpose.

@@ -114,7 +114,7 @@ pub(crate) unsafe extern "C" fn recvmsg(
         // inbox.
         unsafe { (*message).msg_controllen = 0 };
     }
-    got as libc::ssize_t
+    libc::ssize_t::try_from(got).unwrap_or(-1)
 }
 
 /// Overrides libc's `listen` for the whole process.
@@ -131,7 +131,7 @@ pub(crate) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
         let listener = unsafe { BorrowedFd::borrow_raw(socket) };
         LISTENER.set(listener.try_clone_to_owned().ok());
     }
-    result as c_int
+    c_int::try_from(result).unwrap_or(-1)
 }
 
 /// Overrides libc's `unlink` for the whole process.
@@ -144,5 +144,6 @@ pub(crate) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
         return 0;
     }
     // SAFETY: passes on the caller's argument unchanged; the caller guarantees that it is valid.
-    unsafe { libc::syscall(libc::SYS_unlink, path) as c_int }
+    let result = unsafe { libc::syscall(libc::SYS_unlink, path) };
+    c_int::try_from(result).unwrap_or(-1)
 }

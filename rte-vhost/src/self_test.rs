@@ -28,7 +28,8 @@ const SELF_TEST_BASE: u32 = 0x5a5a;
 pub(crate) fn run(anchor: &Path) -> io::Result<()> {
     let mut client = UnixStream::connect(anchor)?;
     let message = |request: u32, payload: &[u8]| {
-        let header = [request, 1, payload.len() as u32].map(u32::to_le_bytes).concat();
+        let size = u32::try_from(payload.len()).expect("eight bytes or none");
+        let header = [request, 1, size].map(u32::to_le_bytes).concat();
         [header.as_slice(), payload].concat()
     };
     let with_fd = message(protocol::request::GET_VRING_BASE, &[0; 8]);

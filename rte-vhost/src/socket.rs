@@ -11,7 +11,7 @@ use std::path::PathBuf;
 pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     // SAFETY: all zeroes is a valid value of this plain C struct.
     let mut addr: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    let mut len = size_of_val(&addr) as libc::socklen_t;
+    let mut len = libc::socklen_t::try_from(size_of_val(&addr)).expect("110 bytes");
     // SAFETY: the buffer is a local variable and has the given length.
     let result =
         unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut addr).cast(), &raw mut len) };

@@ -40,7 +40,6 @@
 //! # Kernels without a part
 //! If the kernel lacks a part, the process runs without that part, and [`Sandbox::missing`] lists
 //! it.
-#![warn(clippy::cast_possible_truncation)]
 
 mod capabilities;
 mod filters;

@@ -7,7 +7,6 @@
 //!
 //! `skip` in `ci/lib.sh` does the same for scripts. A line consists of `skipped` or `retried`, the
 //! test's name, and the reason, separated by tabs.
-#![warn(clippy::cast_possible_truncation)]
 
 use std::env;
 use std::fs::File;

@@ -91,7 +91,7 @@ fn fail(disk: &str, at_mib: &str, e: &dyn Error) -> ! {
 
 fn shares(disk: &str, at_mib: &str, mib: &str) -> Outcome<Vec<Share>> {
     let (at_mib, mib): (usize, usize) = (at_mib.parse()?, mib.parse()?);
-    let run = UNIX_EPOCH.elapsed()?.as_nanos() as u64;
+    let run = u64::try_from(UNIX_EPOCH.elapsed()?.as_nanos())?;
     let blocks = mib * MIB / BLOCK_BYTES / DEPTH;
     (0..DEPTH)
         .map(|n| {
@@ -194,7 +194,7 @@ impl Share {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        self.random as usize % end
+        usize::try_from(self.random % end as u64).expect("less than `end`")
     }
 }
 

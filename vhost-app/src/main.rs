@@ -5,8 +5,6 @@
 //! EAL on its own thread, while the reactors start; first pass over the configuration; RPC socket;
 //! initialisation; second pass. Then the control thread serves RPCs until a signal arrives.
 
-#![warn(clippy::cast_possible_truncation)]
-
 mod cli;
 mod config_file;
 mod control;

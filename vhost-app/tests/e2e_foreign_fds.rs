@@ -77,7 +77,7 @@ fn fds_of(vhost: &Vhost, name: &str) -> Value {
 }
 
 fn message(request: u32, payload: &[u8]) -> Vec<u8> {
-    let header = [request, VERSION, payload.len() as u32];
+    let header = [request, VERSION, payload.len().try_into().unwrap()];
     let mut bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
     bytes.extend(payload);
     bytes

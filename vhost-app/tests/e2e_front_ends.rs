@@ -2,6 +2,7 @@
 //! packed rings.
 //!
 //! Each test is a cell of the table in `docs/src/front-ends.md`.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod front_ends;

@@ -491,7 +491,7 @@ fn random_messages() {
             let request = (random() % 45) as u32;
             let len = [0, 4, 8, 12, 16, 40, 72, 264][(random() % 8) as usize];
             let small = random() % 2 == 0;
-            let byte = |r: u64| if small { (r % 3) as u8 } else { r as u8 };
+            let byte = |r: u64| if small { (r % 3) as u8 } else { (r & 0xff) as u8 };
             let payload: Vec<u8> = (0..len).map(|_| byte(random())).collect();
             let fds = vec![memory.as_fd(); (random() % 4) as usize];
             let flags = VERSION | if random() % 2 == 0 { NEED_REPLY } else { 0 };

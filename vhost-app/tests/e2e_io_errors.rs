@@ -36,7 +36,7 @@ impl Scene {
         vhost.ok(method, json!({"name": "Disk0", "filename": file, "block_size": 512}));
         vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "a", "dev_name": "Disk0"}));
         let ram = GuestRam::new(&[4 << 20]).unwrap();
-        let data = ram.alloc(BLOCK as u32, BLOCK).unwrap();
+        let data = ram.alloc(BLOCK.try_into().unwrap(), BLOCK).unwrap();
         let mut front_end = FrontEnd::connect(&vhost.socket("a"), ram, Options::default()).unwrap();
         let queue = front_end.start_new(1, QueueOptions::default()).unwrap().remove(0);
         Self { vhost, _front_end: front_end, queue, data, failed: 0 }

@@ -99,7 +99,7 @@ fn guests_of_one_bdev_get_the_same_rate_and_no_more_than_the_limit_together() {
         set(&vhost, json!({"name": "M0", "rw_ios_per_sec": 2000}));
         let (one, other) = (guest(&vhost, "vhost.0", 1, 0), guest(&vhost, "vhost.1", 4, 256));
         // From here on, both have started.
-        [&one.1, &other.1].map(|load| load.wait_for(1).unwrap());
+        [&one.1, &other.1].into_iter().for_each(|load| load.wait_for(1).unwrap());
         let ((ops, begun), before) =
             (counts(&vhost, "M0"), [&one, &other].map(|g| g.1.completed()));
         one.1.wait_for(1000).unwrap();

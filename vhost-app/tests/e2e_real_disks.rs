@@ -4,6 +4,7 @@
 //! that reactor do all kinds of requests, stop, come and go, and the operator is answered. Nothing
 //! here is about time: what has to go on does so many requests while the operation hangs, which is
 //! known to have arrived, and not to be answered, at both ends of that.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;

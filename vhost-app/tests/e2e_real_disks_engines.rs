@@ -1,4 +1,5 @@
 //! Which engine serves a file disk, on hosts that forbid io_uring, Linux AIO, or both.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;

@@ -109,7 +109,7 @@ impl Scene {
 }
 
 fn byte(file: &Path, block: u64) -> u8 {
-    fs::read(file).unwrap()[(block * BLOCK) as usize]
+    fs::read(file).unwrap()[usize::try_from(block * BLOCK).unwrap()]
 }
 
 fn a_frozen_file_system(flavour: Flavour) {

@@ -1,5 +1,6 @@
 //! File disks and reactors that sleep: completions by an engine or by a disk's thread wake
 //! them, and a disk that hangs keeps no reactor awake and makes no poll iteration long.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;

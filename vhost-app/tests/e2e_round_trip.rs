@@ -112,7 +112,7 @@ impl<'a> Operator<'a> {
     }
 
     fn one_of<T: Clone>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len() as u64) as usize].clone()
+        all[usize::try_from(self.below(all.len() as u64)).unwrap()].clone()
     }
 
     /// Often refused, as there are few names.

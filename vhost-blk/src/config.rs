@@ -125,12 +125,14 @@ pub fn config_space(disk: Option<&Disk>, write_cache: bool) -> [u8; CONFIG_BYTES
     put(WCE_AT, &[write_cache.into()]);
     if features.unmap {
         put(36, &RANGE_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
-        put(40, &(RANGES_MAX as u32).to_le_bytes()); // max_discard_seg
-        put(44, &(block_bytes / SECTOR_BYTES as u32).to_le_bytes()); // discard_sector_alignment
+        put(40, &RANGES_MAX.to_le_bytes()); // max_discard_seg
+        #[expect(clippy::cast_possible_truncation, reason = "`SECTOR_BYTES` is 512")]
+        let sector_bytes = SECTOR_BYTES as u32;
+        put(44, &(block_bytes / sector_bytes).to_le_bytes()); // discard_sector_alignment
     }
     if features.write_zeroes {
         put(48, &RANGE_SECTORS_MAX.to_le_bytes()); // max_write_zeroes_sectors
-        put(52, &(RANGES_MAX as u32).to_le_bytes()); // max_write_zeroes_seg
+        put(52, &RANGES_MAX.to_le_bytes()); // max_write_zeroes_seg
         put(56, &[features.unmap.into()]); // write_zeroes_may_unmap
     }
     config
@@ -152,9 +154,10 @@ impl Topology {
         // Linux multiplies by the size of a block in 32 bits.
         let optimal = topology.optimal_io_blocks;
         let fits = optimal.checked_mul(block_bytes).is_some();
+        // Both sizes are powers of two.
+        let physical_block_exp = (topology.physical_block_size / block_bytes).trailing_zeros();
         Self {
-            // The ratio of two powers of two of 32 bits: the exponent is at most 22.
-            physical_block_exp: (topology.physical_block_size / block_bytes).trailing_zeros() as u8,
+            physical_block_exp: physical_block_exp.try_into().expect("a `u32` has 32 bits"),
             // A value that does not fit is cut to a power of two. Drivers take a physical block as
             // the lower limit.
             min_io_size: topology.min_io_blocks.min(1 << 15) as u16,

@@ -229,15 +229,15 @@ impl BlkQueue {
         view: &BlkView,
         mut request: R,
         mut parsed: Parsed,
-        again: bool,
+        resubmitted: bool,
     ) -> Progress {
         let mut limits = &view.limits;
         let now = view.disk.limits();
-        if !again && now.sectors != limits.sectors {
+        if !resubmitted && now.sectors != limits.sectors {
             // The disk has grown. The guest may have been told before this queue adopted the view
             // with the new size.
             limits = &now;
-            request.collect_again();
+            request.recollect_chain();
             parsed = parse(request.parts().1, limits);
         }
         let slot = usize::from(request.slot());
@@ -251,10 +251,7 @@ impl BlkQueue {
                 (state.op, state.len) = (op, len);
                 let io = match op {
                     Op::Read | Op::Write => Io::rw(op, tag, offset, len, chain.data(first, count)),
-                    _ => {
-                        let may_unmap = self.ranges[slot].may_unmap();
-                        Io::plain(op, tag, offset, len).unmapping(may_unmap)
-                    }
+                    _ => Io::plain(op, tag, offset, len).unmapping(self.ranges[slot].may_unmap()),
                 };
                 request.spend(len);
                 self.submit(view, request, io)
@@ -407,15 +404,18 @@ impl DeviceQueue for BlkQueue {
     type View = BlkView;
 
     fn refuse(chain: &Chain) -> Answer {
-        if chain.has_last_byte() {
-            Answer { last_byte: Some(STATUS_IOERR), written: 1, dirty: 0 }
-        } else {
-            Answer { last_byte: None, written: 0, dirty: 0 }
-        }
+        let (last_byte, written) =
+            if chain.has_last_byte() { (Some(STATUS_IOERR), 1) } else { (None, 0) };
+        Answer { last_byte, written, dirty: 0 }
     }
 
     #[inline(always)]
-    fn start<R: Request<Self>>(&mut self, view: &BlkView, mut request: R, again: bool) -> Progress {
+    fn start<R: Request<Self>>(
+        &mut self,
+        view: &BlkView,
+        mut request: R,
+        resubmitted: bool,
+    ) -> Progress {
         let (_, chain) = request.parts();
         let parsed = parse(chain, &view.limits);
         if let Parsed::Io { op: op @ (Op::Read | Op::Write), offset, len, first, count } = parsed {
@@ -437,7 +437,7 @@ impl DeviceQueue for BlkQueue {
             tally.bytes += len;
             return finished(request, Status::Ok);
         }
-        self.start_other(view, request, parsed, again)
+        self.start_other(view, request, parsed, resubmitted)
     }
 
     #[cold]

@@ -19,17 +19,22 @@ use virtqueue::chain::{Chain, Parts};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Ranges of a discard or write-zeroes request at most.
-pub const RANGES_MAX: usize = 16;
+pub const RANGES_MAX: u32 = 16;
 
 /// The unit of `sector` and of every length in a request, in bytes, whatever the block size is.
 pub const SECTOR_BYTES: u64 = 512;
 
 /// Success.
-pub const STATUS_OK: u8 = VIRTIO_BLK_S_OK as u8;
+pub const STATUS_OK: u8 = status(VIRTIO_BLK_S_OK);
 /// The device failed, or the request is invalid.
-pub const STATUS_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+pub const STATUS_IOERR: u8 = status(VIRTIO_BLK_S_IOERR);
 /// The device does not support the request.
-pub const STATUS_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+pub const STATUS_UNSUPP: u8 = status(VIRTIO_BLK_S_UNSUPP);
+
+#[expect(clippy::cast_possible_truncation, reason = "the three constants are 0 to 2")]
+const fn status(constant: u32) -> u8 {
+    constant as u8
+}
 
 /// Sectors of the largest read or write: 1 GiB. Drivers send far smaller ones. A larger limit would
 /// let one request take the neighbours' time.
@@ -87,7 +92,7 @@ pub enum Parsed {
 #[derive(Debug, Default)]
 pub struct Ranges {
     /// The remaining byte ranges on the disk: offset and length. The next one is last.
-    left: ArrayVec<(u64, u64), RANGES_MAX>,
+    left: ArrayVec<(u64, u64), { RANGES_MAX as usize }>,
     /// For a write-zeroes: all of its ranges have the unmap flag, and the disk supports unmap.
     may_unmap: bool,
 }
@@ -105,7 +110,7 @@ impl Ranges {
         let mut chain = chain.parts();
         let len = chain.totals.readable_bytes - HEADER_BYTES as u64;
         let count = len / RANGE_BYTES as u64;
-        let fits = (1..=RANGES_MAX as u64).contains(&count);
+        let fits = (1..=u64::from(RANGES_MAX)).contains(&count);
         if !len.is_multiple_of(RANGE_BYTES as u64) || !fits {
             return Parsed::Answer(STATUS_IOERR, 0);
         }
@@ -171,6 +176,7 @@ pub fn peek_read(chain: &Chain) -> Option<(u64, u64)> {
     if !at.is_aligned() {
         return None;
     }
+    #[expect(clippy::cast_possible_truncation, reason = "the first half of the word")]
     // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
     let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
     // SAFETY: as above.
@@ -240,6 +246,7 @@ impl Parser<'_> {
         if segment.len() != HEADER_BYTES || !at.is_aligned() {
             return self.take_uncommon_header();
         }
+        #[expect(clippy::cast_possible_truncation, reason = "the first half of the word")]
         // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
         let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
         // SAFETY: as above.
@@ -301,7 +308,9 @@ impl Parser<'_> {
                 .expect("source and destination are `n` bytes long");
             put += n;
         }
-        Parsed::Answer(STATUS_OK, put as u32)
+        #[expect(clippy::cast_possible_truncation, reason = "at most the 20 bytes of the ID")]
+        let put = put as u32;
+        Parsed::Answer(STATUS_OK, put)
     }
 }
 

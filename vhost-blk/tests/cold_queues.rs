@@ -76,7 +76,7 @@ impl Scene {
             self.put(desc, &(at + offset).to_le_bytes());
             self.put(desc + 8, &len.to_le_bytes());
             self.put(desc + 12, &flags.to_le_bytes());
-            self.put(desc + 14, &(n as u16 + 1).to_le_bytes());
+            self.put(desc + 14, &u16::try_from(n + 1).unwrap().to_le_bytes());
         }
     }
 

@@ -161,7 +161,7 @@ impl Bench {
         let at = 0x2004 + 8 * u64::from(self.used % SIZE);
         self.used = self.used.wrapping_add(1);
         let word = |at| u32::from_le_bytes(self.get(at, 4).try_into().unwrap());
-        Some((word(at) as u16, word(at + 4)))
+        Some((word(at).try_into().unwrap(), word(at + 4)))
     }
 
     fn status(&self, head: u16) -> u8 {
@@ -421,8 +421,8 @@ fn malformed_chains_are_returned() {
     let mut bench = Bench::malloc();
     let header = bench.header(0, IN, 0);
     let mut answer = |descs: &[(u64, u32, u16, u16)]| {
-        for (n, (addr, len, flags, next)) in descs.iter().enumerate() {
-            bench.desc(n as u16, *addr, *len, *flags, *next);
+        for (n, (addr, len, flags, next)) in (0..).zip(descs) {
+            bench.desc(n, *addr, *len, *flags, *next);
         }
         bench.put(STATUSES, &[UNTOUCHED]);
         bench.offer(0);

@@ -33,9 +33,14 @@ pub trait DeviceQueue: Send + Sized + 'static {
     /// Returns the answer to a request without a view: the device was removed.
     fn refuse(chain: &Chain) -> Answer;
 
-    /// Starts a request under the queue's current view. `again`: an earlier process may have
-    /// started it.
-    fn start<R: Request<Self>>(&mut self, view: &Self::View, request: R, again: bool) -> Progress;
+    /// Starts a request under the queue's current view. `resubmitted`: an earlier process may
+    /// have started it.
+    fn start<R: Request<Self>>(
+        &mut self,
+        view: &Self::View,
+        request: R,
+        resubmitted: bool,
+    ) -> Progress;
 
     /// Continues a request for which the device had no room.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress;
@@ -118,7 +123,7 @@ pub trait Request<D: DeviceQueue>: Sized {
 
     /// Collects the chain once more, which replaces the previous collection. Only allowed in
     /// [`DeviceQueue::start`], and not for a request that an earlier process may have started.
-    fn collect_again(&mut self);
+    fn recollect_chain(&mut self);
 
     /// Counts bytes that the request moves. Above a limit, the visit starts no further request.
     fn spend(&mut self, bytes: u64);

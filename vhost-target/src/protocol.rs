@@ -268,46 +268,16 @@ impl Message {
             request::SET_INFLIGHT_FD => {
                 Self::SetInflightFd(area(p).ok_or(size)?, one(request, fds)?)
             }
-            request::SET_VRING_NUM => {
-                let (ring, num) = vring_state(&mut p).ok_or(size)?;
-                Self::SetVringNum { ring, num }
-            }
-            request::SET_VRING_BASE => {
-                let (ring, base) = vring_state(&mut p).ok_or(size)?;
-                Self::SetVringBase { ring, base }
-            }
-            request::GET_VRING_BASE => {
-                let (ring, _) = vring_state(&mut p).ok_or(size)?;
-                Self::GetVringBase { ring }
-            }
-            request::SET_VRING_ADDR => vring_addr(&mut p).ok_or(size)?,
-            request::SET_VRING_KICK => {
-                let (ring, fd) = vring_fd(request, p.u64().ok_or(size)?, fds)?;
-                Self::SetVringKick { ring, fd }
-            }
-            request::SET_VRING_CALL => {
-                let (ring, fd) = vring_fd(request, p.u64().ok_or(size)?, fds)?;
-                Self::SetVringCall { ring, fd }
-            }
-            request::SET_VRING_ERR => {
-                vring_fd(request, p.u64().ok_or(size)?, fds)?;
-                Self::Ignored
+            request::SET_VRING_NUM
+            | request::SET_VRING_ADDR
+            | request::SET_VRING_BASE
+            | request::GET_VRING_BASE => return vring(request, p, size),
+            request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {
+                return vring_fd(request, p, fds, size);
             }
             request::SET_BACKEND_REQ_FD => Self::SetBackendReqFd(one(request, fds)?),
-            request::GET_CONFIG => {
-                let head = ConfigHead(*payload.first_chunk().ok_or(size)?);
-                if head.len() > CONFIG_BYTES_MAX || payload.len() < head.0.len() + head.len() {
-                    return Err(ParseError::Value(request));
-                }
-                Self::GetConfig(head)
-            }
-            request::SET_CONFIG => {
-                let (offset, len) = (p.u32().ok_or(size)?, p.u32().ok_or(size)? as usize);
-                let _flags = p.u32().ok_or(size)?;
-                let contents = p.0.get(..len).filter(|_| len <= CONFIG_BYTES_MAX);
-                let contents = contents.ok_or(ParseError::Value(request))?.to_vec();
-                Self::SetConfig { offset, contents }
-            }
+            request::GET_CONFIG => Self::GetConfig(config_head(payload, size)?),
+            request::SET_CONFIG => return set_config(p, size),
             request::RESET_OWNER => Self::ResetOwner,
             request::RESET_DEVICE => Self::ResetDevice,
             request::SET_VRING_ENABLE
@@ -359,26 +329,58 @@ fn one(request: u32, fds: Vec<ForeignFd>) -> Result<ForeignFd, ParseError> {
     Ok(fd)
 }
 
-fn vring_state(p: &mut Payload<'_>) -> Option<(usize, u32)> {
-    Some((p.u32()? as usize, p.u32()?))
+/// Parses a message with a ring's number and a value.
+fn vring(request: u32, mut p: Payload<'_>, size: ParseError) -> Result<Message, ParseError> {
+    let (ring, value) = (p.u32().ok_or(size)? as usize, p.u32().ok_or(size)?);
+    Ok(match request {
+        request::SET_VRING_NUM => Message::SetVringNum { ring, num: value },
+        request::SET_VRING_BASE => Message::SetVringBase { ring, base: value },
+        request::GET_VRING_BASE => Message::GetVringBase { ring },
+        // SET_VRING_ADDR. The value has the flags, and the addresses follow.
+        _ => vring_addr(ring, p).ok_or(size)?,
+    })
 }
 
-fn vring_addr(p: &mut Payload<'_>) -> Option<Message> {
-    let (ring, _flags) = (p.u32()? as usize, p.u32()?);
+fn vring_addr(ring: usize, mut p: Payload<'_>) -> Option<Message> {
     let (desc, used, avail) = (p.u64()?, p.u64()?, p.u64()?);
     Some(Message::SetVringAddr { ring, desc, avail, used })
 }
 
+/// Parses a message with an eventfd of a ring.
 fn vring_fd(
     request: u32,
-    value: u64,
+    mut p: Payload<'_>,
     fds: Vec<ForeignFd>,
-) -> Result<(usize, Option<ForeignFd>), ParseError> {
-    let ring = (value & 0xff) as usize;
-    let n = fds.len();
+    size: ParseError,
+) -> Result<Message, ParseError> {
+    let value = p.u64().ok_or(size)?;
+    let (ring, n) = ((value & 0xff) as usize, fds.len());
+    if n != usize::from(value & NO_FD == 0) {
+        return Err(ParseError::Fds(request, n));
+    }
     let fd = fds.into_iter().next();
-    let expected = usize::from(value & NO_FD == 0);
-    if n != expected { Err(ParseError::Fds(request, n)) } else { Ok((ring, fd)) }
+    Ok(match request {
+        request::SET_VRING_KICK => Message::SetVringKick { ring, fd },
+        request::SET_VRING_CALL => Message::SetVringCall { ring, fd },
+        // SET_VRING_ERR.
+        _ => Message::Ignored,
+    })
+}
+
+fn config_head(payload: &[u8], size: ParseError) -> Result<ConfigHead, ParseError> {
+    let head = ConfigHead(*payload.first_chunk().ok_or(size)?);
+    if head.len() > CONFIG_BYTES_MAX || payload.len() < head.0.len() + head.len() {
+        return Err(ParseError::Value(request::GET_CONFIG));
+    }
+    Ok(head)
+}
+
+fn set_config(mut p: Payload<'_>, size: ParseError) -> Result<Message, ParseError> {
+    let (offset, len) = (p.u32().ok_or(size)?, p.u32().ok_or(size)? as usize);
+    let _flags = p.u32().ok_or(size)?;
+    let contents = p.0.get(..len).filter(|_| len <= CONFIG_BYTES_MAX);
+    let contents = contents.ok_or(ParseError::Value(request::SET_CONFIG))?.to_vec();
+    Ok(Message::SetConfig { offset, contents })
 }
 
 /// Returns the message that replies to `request`.
@@ -394,7 +396,8 @@ pub const SUCCESS: [u8; 8] = [0; 8];
 #[must_use]
 pub fn vring_base(ring: usize, base: u32) -> [u8; 8] {
     let mut payload = [0; 8];
-    payload[..4].copy_from_slice(&(ring as u32).to_le_bytes());
+    let ring = u32::try_from(ring).expect("a device has at most 65,535 rings");
+    payload[..4].copy_from_slice(&ring.to_le_bytes());
     payload[4..].copy_from_slice(&base.to_le_bytes());
     payload
 }
@@ -422,7 +425,8 @@ pub fn config_change() -> Vec<u8> {
 
 fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let mut message = Vec::with_capacity(HEADER_BYTES + payload.len());
-    for word in [request, flags, payload.len() as u32] {
+    let size = payload.len().try_into().expect("at most a config space and its header");
+    for word in [request, flags, size] {
         message.extend_from_slice(&word.to_le_bytes());
     }
     message.extend_from_slice(payload);

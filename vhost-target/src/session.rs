@@ -340,7 +340,7 @@ impl Session {
     /// # Errors
     /// The ring is started.
     pub fn set_base(&mut self, ring: usize, base: u32) -> Result<(), Violation> {
-        self.stopped_ring_mut(ring)?.base = base as u16;
+        self.stopped_ring_mut(ring)?.base = (base & 0xffff) as u16;
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 
 use std::ptr::NonNull;
 
-use guest_memory::{Near, Segment};
+use guest_memory::{Near, Segment, usize_of};
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::cache;
@@ -124,7 +124,7 @@ impl Totals {
         self.count += 1;
         self.bytes += len;
         if write {
-            self.last_writable = NonNull::new(host.wrapping_add(len as usize - 1));
+            self.last_writable = NonNull::new(host.wrapping_add(usize_of(len) - 1));
         } else {
             // Section 2.7.4.2: readable buffers come before writable ones.
             self.malformed |= self.last_writable.is_some();
@@ -133,7 +133,7 @@ impl Totals {
         }
         let fits = room.is_some();
         if let Some(segment) = room {
-            *segment = Segment::new(host, len as usize);
+            *segment = Segment::new(host, usize_of(len));
         }
         fits
     }
@@ -462,7 +462,7 @@ mod tests {
     #[test]
     fn a_chain_that_is_too_long_has_at_most_one_segment_per_buffer() {
         let memory = pages(SLOTS_MAX);
-        let len = 4096 * memory.regions() as u32;
+        let len = 4096 * u32::try_from(memory.regions()).unwrap();
         let buffers = vec![Buffer { gpa: 0, len, write: false }; 65536];
         // SAFETY: the default is valid for every memory.
         let mut near = unsafe { memory.near(Nearest::default()) };

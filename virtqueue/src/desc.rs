@@ -41,6 +41,7 @@ pub struct Desc {
 impl Desc {
     /// Decodes a split ring's descriptor from its two little-endian words.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "splits a word into its fields")]
     pub(crate) fn split((addr, rest): (u64, u64)) -> Self {
         let rest = u64::from_le(rest);
         Self {
@@ -76,6 +77,7 @@ impl Table {
             return Err(ChainError::NestedIndirect);
         }
         let bytes = desc.len as usize;
+        #[expect(clippy::cast_possible_truncation, reason = "`DESC_BYTES` is 16")]
         let len = desc.len / DESC_BYTES as u32;
         if len == 0 || !bytes.is_multiple_of(DESC_BYTES) || len > INDIRECT_MAX {
             return Err(ChainError::IndirectLength);

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use closer::ForeignFd;
-use guest_memory::{FileError, SharedFile, Unmapper};
+use guest_memory::{FileError, SharedFile, Unmapper, usize_of};
 
 use crate::desc::{Desc, RING_SIZE_MAX};
 
@@ -161,7 +161,7 @@ impl Area {
             return None;
         }
         self.used.store(true, Ordering::Relaxed);
-        let bytes = region_bytes(queue_size, packed) as usize;
+        let bytes = usize_of(region_bytes(queue_size, packed));
         // SAFETY: the area has room for the queue's part, and `map` checked its alignment to 64
         // bytes.
         Some(unsafe { Region::new(Arc::clone(self), queue * bytes, bytes) })
@@ -186,16 +186,18 @@ fn area_bytes(num_queues: u16, queue_size: u16, packed: bool) -> Result<u64, Err
     }
 }
 
-/// Where a queue continues after a restart, and which requests it has to submit again first.
+/// Where a queue continues after a restart, and which requests it has to resubmit first.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Recovery {
     /// Position of the used ring to continue at.
     pub used: u16,
-    /// Position of the available ring to continue at, after the chains of `again`.
+    /// Position of the available ring to continue at, after the chains of the
+    /// resubmissions.
     pub last_avail: u16,
-    /// Entries to submit again, oldest first. Split: heads. Packed: entries of the area. They are
-    /// tracked already: call [`Tracker::put`] when they complete, and do not call `fetched` again.
-    pub again: Vec<u16>,
+    /// Entries of the requests to resubmit, oldest first. Split: heads. Packed: entries of the area.
+    /// They are tracked already: call [`Tracker::put`] when they complete, and do not call
+    /// `fetched` again.
+    pub resubmissions: Vec<u16>,
     /// The damage that was found in the area, if any. Requests may then be done twice or not at
     /// all.
     pub damage: Option<Damage>,
@@ -315,7 +317,7 @@ impl Tracker {
         }
     }
 
-    /// Packed: calls `visit` with the descriptors of an entry to submit again, in order. Returns
+    /// Packed: calls `visit` with the descriptors of an entry to resubmit, in order. Returns
     /// false if the entry is inconsistent.
     #[must_use]
     pub fn descs(&self, entry: u16, visit: impl FnMut(Desc)) -> bool {
@@ -345,9 +347,9 @@ impl Batch {
     }
 }
 
-/// Sorts the requests to submit again. Returns their entries, and the next counter.
-fn sort_by_counter(mut again: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
-    again.sort_unstable();
-    let next = again.last().map_or(0, |&(counter, _)| counter.wrapping_add(1));
-    (again.into_iter().map(|(_, entry)| entry).collect(), next)
+/// Sorts the requests to resubmit. Returns their entries, and the next counter.
+fn sort_by_counter(mut requests: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
+    requests.sort_unstable();
+    let next = requests.last().map_or(0, |&(counter, _)| counter.wrapping_add(1));
+    (requests.into_iter().map(|(_, entry)| entry).collect(), next)
 }

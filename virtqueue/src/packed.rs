@@ -123,8 +123,8 @@ impl PackedRing {
 
     /// The descriptor index of a position, clamped to the ring.
     #[inline]
-    fn at(&self, position: u16) -> usize {
-        usize::from((position & !WRAP).min(self.size - 1))
+    fn at(&self, position: u16) -> u16 {
+        (position & !WRAP).min(self.size - 1)
     }
 
     /// One of a descriptor's two words: 0 is the address, 1 is length, buffer id and flags.
@@ -133,7 +133,7 @@ impl PackedRing {
         debug_assert!(word < 2);
         // SAFETY: `new` found `size` descriptors at this aligned address, in memory that outlives
         // the ring, and the index is less than `size`.
-        unsafe { &*self.desc.wrapping_add(2 * self.at(position) + word) }
+        unsafe { &*self.desc.wrapping_add(2 * usize::from(self.at(position)) + word) }
     }
 
     /// The cell of a descriptor's flags, the last of its eight half-words.
@@ -141,7 +141,7 @@ impl PackedRing {
     fn flags_cell(&self, position: u16) -> &AtomicU16 {
         let halves = self.desc.cast::<AtomicU16>();
         // SAFETY: as for `word`.
-        unsafe { &*halves.wrapping_add(8 * self.at(position) + 7) }
+        unsafe { &*halves.wrapping_add(8 * usize::from(self.at(position)) + 7) }
     }
 
     /// The flags of the descriptor at `position`.
@@ -176,6 +176,7 @@ impl PackedRing {
 
     /// Number of descriptors from `from` up to `to`, limited to the ring's size.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "the size is a `u16`")]
     fn count(&self, from: u16, to: u16) -> u16 {
         self.distance(from, to).min(self.size.into()) as u16
     }
@@ -219,7 +220,7 @@ impl PackedRing {
     ) -> Result<Taken, RingError> {
         let room = room.min(CHAIN_MAX);
         let mut table = Table { desc: self.desc, len: self.size.into(), indirect: false };
-        let (mut index, mut left) = (self.at(position) as u32, u32::from(room));
+        let (mut index, mut left) = (u32::from(self.at(position)), u32::from(room));
         let (mut id, mut span) = (0, 0);
         loop {
             left = left.checked_sub(1).ok_or(RingError::Chain(position))?;
@@ -315,6 +316,7 @@ impl PackedRing {
 
     /// The driver's event suppression: position and flags, written together or in this order.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "splits the word into its two halves")]
     fn driver_events(&self) -> (u16, u16) {
         // SAFETY: `new` found it at this aligned address, in memory that outlives the ring.
         let events = unsafe { &*self.driver }.load(Ordering::Relaxed);
@@ -396,6 +398,7 @@ impl Chained for KeptChain<'_> {
 
 impl Ring for PackedRing {
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "an index, if `position` is valid")]
     fn advance(&self, position: u16, by: u16) -> u16 {
         let (index, wrap) = (u32::from(position & !WRAP) + u32::from(by), position & WRAP);
         match index.checked_sub(self.size.into()) {
@@ -420,7 +423,7 @@ impl Ring for PackedRing {
 
     #[inline]
     fn prefetch_avail(&self, position: u16, _head: u16) {
-        cache::prefetch_read(self.desc.wrapping_add(2 * self.at(position)).cast());
+        cache::prefetch_read(self.desc.wrapping_add(2 * usize::from(self.at(position))).cast());
     }
 
     /// Prefetches nothing: the driver polls that line, and taking it away early would only move it
@@ -448,7 +451,7 @@ impl Ring for PackedRing {
     }
 
     fn log_used(&self, log: &DirtyLog, from: u16, to: u16) {
-        let (first, count) = (self.at(from), usize::from(self.count(from, to)));
+        let (first, count) = (usize::from(self.at(from)), usize::from(self.count(from, to)));
         let before_end = count.min(usize::from(self.size) - first);
         let descriptors = |at: usize, count: usize| {
             log.mark(self.addrs.desc + (DESC_BYTES * at) as u64, (DESC_BYTES * count) as u64);

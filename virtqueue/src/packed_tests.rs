@@ -1,4 +1,5 @@
 //! Tests of packed rings: what a guest may write there, and how the device handles it.
+#![expect(clippy::cast_possible_truncation, reason = "positions of small rings")]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

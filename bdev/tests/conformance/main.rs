@@ -1,4 +1,5 @@
 //! One suite for every disk and every wrapper, and what is particular to some.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks, and random numbers")]
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 mod block_device;

@@ -29,7 +29,7 @@ pub(crate) fn bench(c: &mut Criterion) {
         memory("malloc write", &malloc, Op::Write, len);
     }
     let mut data = NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    data.write_all(&vec![0x5a; DISK_BYTES as usize]).unwrap();
+    data.write_all(&vec![0x5a; DISK_BYTES.try_into().unwrap()]).unwrap();
     data.as_file().sync_all().unwrap();
     let file = disks::file(data.path());
     for (depth, len) in [(1, SMALL), (16, SMALL), (16, LARGE)] {

@@ -13,7 +13,7 @@ pub(crate) fn bench(c: &mut Criterion) {
     let options = MallocOptions {
         name: "copy".into(),
         num_blocks: (DISK / BLOCK) as u64,
-        block_size: BLOCK as u32,
+        block_size: BLOCK.try_into().unwrap(),
         uuid: None,
     };
     // Kept open, so that its memory stays.
@@ -22,6 +22,7 @@ pub(crate) fn bench(c: &mut Criterion) {
     let mut buffer = vec![1_u8; BLOCK];
     let segments = [Segment::new(buffer.as_mut_ptr(), BLOCK)];
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    #[expect(clippy::cast_possible_truncation, reason = "a random number, of which half is enough")]
     let mut block = || {
         random ^= random << 13;
         random ^= random >> 7;

@@ -29,10 +29,11 @@ pub(crate) struct Line {
 impl Line {
     /// For `depth` I/Os of `len` bytes, whole pages, at a time.
     pub(crate) fn new(bdev: &Arc<dyn Bdev>, depth: u16, len: u64) -> Self {
-        let pages = len as usize / size_of::<Page>();
+        let bytes = usize::try_from(len).unwrap();
+        let pages = bytes / size_of::<Page>();
         let mut memory = vec![Page([0x5a; 4096]); pages * usize::from(depth)];
         let segments =
-            memory.chunks_mut(pages).map(|at| [Segment::new(at.as_mut_ptr().cast(), len as usize)]);
+            memory.chunks_mut(pages).map(|at| [Segment::new(at.as_mut_ptr().cast(), bytes)]);
         let (segments, none) = (segments.collect(), Completion { tag: Tag(0), status: Status::Ok });
         let channel = Arc::clone(bdev).open(depth).unwrap();
         Self { channel, segments, done: vec![none; depth.into()], len, _memory: memory }

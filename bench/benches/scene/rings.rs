@@ -122,7 +122,9 @@ impl Rings {
 }
 
 fn pop_split(ring: &SplitRing, from: u16, chains: &mut [Taken], near: &mut Near<'_>) {
-    assert_eq!(ring.pending(from), Ok(ROUND as u16));
+    #[expect(clippy::cast_possible_truncation, reason = "a round fits in the ring")]
+    let round = ROUND as u16;
+    assert_eq!(ring.pending(from), Ok(round));
     for (taken, at) in chains.iter_mut().zip((0..).map(|n| from.wrapping_add(n))) {
         (taken.id, taken.span) = (ring.head(at), 1);
         taken.chain.collect(near, SplitChain { ring, head: taken.id });

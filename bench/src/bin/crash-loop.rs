@@ -1,5 +1,4 @@
 //! `crash-loop`: kills `vhost` repeatedly under a load that checks every request.
-#![warn(clippy::cast_possible_truncation)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;

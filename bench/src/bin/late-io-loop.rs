@@ -1,5 +1,4 @@
 //! `late-io-loop`: ends `vhost` repeatedly while its disk is slow.
-#![warn(clippy::cast_possible_truncation)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -54,7 +54,9 @@ impl Guest {
             let indirect = index % 2 == 1;
             let slots = Slots::new(&ram, depth, BLOCK_BYTES, SEGMENT_BYTES, indirect)?;
             let size = (depth * stride(&slots)).next_power_of_two();
-            Ok((Arc::new(Ring::new(&ram, index, size as u16)?), slots))
+            // `Ring::new` refuses the maximum, as it is not a power of two.
+            let size = u16::try_from(size).unwrap_or(u16::MAX);
+            Ok((Arc::new(Ring::new(&ram, index, size)?), slots))
         };
         let queues = (0..plan.queues).map(queue).collect::<Result<_>>()?;
         Ok(Self { plan: plan.clone(), ram, queues, connection: None })
@@ -206,13 +208,13 @@ impl<'a, V: Virtqueue> Lane<'a, V> {
             work,
             blocks: BLOCKS_EACH * slots.count() as u64,
             held: vec![false; slots.count()],
-            free: (0..slots.count() as u16).collect(),
+            free: (0..).take(slots.count()).collect(),
             left: u64::MAX,
         }
     }
 
     fn give(&mut self) -> Result<()> {
-        let count = (self.free.len() as u64).min(self.left) as usize;
+        let count = self.free.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         if count > 0 {
             self.left -= count as u64;
             let slots = self.free.split_off(self.free.len() - count);

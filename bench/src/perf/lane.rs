@@ -260,7 +260,7 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
 
 #[cold]
 fn not_held(id: usize) -> Error {
-    front_end::Error::NotHeld { id: id as u32 }.into()
+    front_end::Error::NotHeld { id: id.try_into().unwrap_or(u32::MAX) }.into()
 }
 
 /// Counts `times` requests that completed together and have the same kind.

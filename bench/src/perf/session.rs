@@ -250,15 +250,15 @@ fn queue(
     let depth = usize::from(plan.depth);
     let slots = Slots::new(ram, depth, plan.block_bytes, segment_bytes, plan.indirect)?;
     let needed = (depth * stride(&slots)).next_power_of_two();
-    let most = plan.ring_size.map_or(usize::from(RING_SIZE_MAX), usize::from);
-    if needed > most {
+    let most = plan.ring_size.unwrap_or(RING_SIZE_MAX);
+    let Some(size) = u16::try_from(needed).ok().filter(|&needed| needed <= most) else {
         let parts = slots.parts();
         return too_little(format!(
             "{depth} requests of {parts} descriptors need a ring of {needed} descriptors, but the \
              limit is {most}: reduce the depth or use --indirect"
         ));
-    }
-    let size = plan.ring_size.unwrap_or(RING_SIZE.max(needed as u16));
+    };
+    let size = plan.ring_size.unwrap_or(RING_SIZE.max(size));
     let ring = Arc::new(Ring::new(ram, index, size)?);
     let mut bytes = vec![0; plan.block_bytes as usize];
     for (slot, buffer) in slots.buffers().iter().enumerate() {

@@ -10,7 +10,8 @@ use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATU
 use crate::fixture::Daemon;
 
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (0..len as u64).map(|i| (i.wrapping_mul(0x9e37_79b9).wrapping_add(seed) >> 7) as u8).collect()
+    let byte = |i: u64| (i.wrapping_mul(0x9e37_79b9).wrapping_add(seed) >> 7 & 0xff) as u8;
+    (0..len as u64).map(byte).collect()
 }
 
 fn read_back(ram: &GuestRam, segment: Segment) -> Vec<u8> {

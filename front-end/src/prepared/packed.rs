@@ -38,7 +38,7 @@ impl<'a> Packed<'a> {
             driver: PackedDriver::new(event_idx),
             slots,
             made: vec![[0; 2]; slots.count() * parts],
-            parts: parts as u16,
+            parts: parts.try_into().expect("at most the size of the ring"),
             unkicked: 0,
             held: 0,
         };
@@ -55,6 +55,10 @@ impl<'a> Packed<'a> {
         packed
     }
 
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the ring has at least as many descriptors as slots"
+    )]
     fn make(slot: usize, part: Descriptor) -> [u64; 2] {
         descriptor(part.addr, part.len, slot as u16, part.flags)
     }
@@ -68,12 +72,17 @@ impl Virtqueue for Packed<'_> {
         let mut count = 0;
         for slot in slots {
             let Some(rest) = driver.given_back(&ring) else { break };
-            *slot = (rest >> 32) as u16;
+            *slot = ((rest >> 32) & 0xffff) as u16;
             driver.take(&ring, parts);
             count += 1;
         }
         self.driver = driver;
-        self.held = self.held.saturating_sub(self.parts * count as u16);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "at most one for each slot, whose number is a `u16`"
+        )]
+        let returned = self.parts * count as u16;
+        self.held = self.held.saturating_sub(returned);
         count
     }
 
@@ -102,6 +111,10 @@ impl Virtqueue for Packed<'_> {
             }
         }
         self.driver.publish(&self.ring, batch);
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "at most one for each slot, whose number is a `u16`"
+        )]
         let added = self.parts * slots.len() as u16;
         self.unkicked += added;
         self.held += added;
@@ -132,6 +145,7 @@ impl Virtqueue for Packed<'_> {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "sizes of small rings")]
 mod tests {
     use std::collections::VecDeque;
     use std::sync::Arc;

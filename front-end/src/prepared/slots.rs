@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::descriptor::{Descriptor, NEXT, WRITE};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::packed::put_entry;
 use crate::request::{HEAD_BYTES, HEADER_BYTES, STATUS_AT, STATUS_UNWRITTEN};
@@ -46,16 +46,17 @@ impl Slots {
     ) -> Result<Self> {
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
         let buffers = (0..count).map(|_| ram.alloc(block_bytes, align)).collect::<Result<_>>()?;
-        let parts = parts(block_bytes, segment_bytes) as u32;
-        let table_bytes = parts.next_power_of_two() * DESCRIPTOR_BYTES;
-        let tables = indirect.then(|| ram.window(table_bytes * count as u32, PAGE)).transpose()?;
-        let heads = ram.window(HEAD_BYTES * count as u32, u64::from(HEAD_BYTES))?;
+        let too_many = |_| Error::NoRam(Self::bytes(count, block_bytes, segment_bytes));
+        let count = u32::try_from(count).map_err(too_many)?;
+        let table_bytes = parts(block_bytes, segment_bytes).next_power_of_two() * DESCRIPTOR_BYTES;
+        let tables = indirect.then(|| ram.window(table_bytes * count, PAGE)).transpose()?;
+        let heads = ram.window(HEAD_BYTES * count, u64::from(HEAD_BYTES))?;
         Ok(Self { heads, tables, buffers, segment_bytes })
     }
 
     /// Returns the most memory that [`Slots::new`] takes for these requests.
     pub fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
-        let parts = parts(block_bytes, segment_bytes).next_power_of_two() as u64;
+        let parts = u64::from(parts(block_bytes, segment_bytes).next_power_of_two());
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
         let block = u64::from(block_bytes).next_multiple_of(align);
         let each = block + parts * u64::from(DESCRIPTOR_BYTES) + u64::from(HEAD_BYTES);
@@ -79,7 +80,7 @@ impl Slots {
 
     /// Returns the number of descriptors of one request: header, data, status.
     pub fn parts(&self) -> usize {
-        self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes))
+        self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes) as usize)
     }
 
     /// Returns the descriptors of the request in `slot`, with NEXT in all but the last one. The
@@ -101,12 +102,12 @@ impl Slots {
     /// flags. Returns `None` if requests are not in tables.
     pub(crate) fn lay_table(&self, slot: usize, layout: RingLayout) -> Option<Descriptor> {
         let tables = self.tables.as_ref()?;
-        let parts = self.parts();
-        let first = slot * parts.next_power_of_two();
-        for (i, mut part) in self.descriptors(slot, false).enumerate() {
+        let count = parts(self.buffers[slot].len, self.segment_bytes);
+        let first = slot * count.next_power_of_two() as usize;
+        for (next, (i, mut part)) in (1..).zip(self.descriptors(slot, false).enumerate()) {
             match layout {
                 RingLayout::Split => {
-                    part.next = if i + 1 < parts { i as u16 + 1 } else { 0 };
+                    part.next = if u32::from(next) < count { next } else { 0 };
                     put(words(tables), first + i, part.split());
                 }
                 RingLayout::Packed => {
@@ -115,7 +116,7 @@ impl Slots {
             }
         }
         let addr = tables.gpa() + first as u64 * u64::from(DESCRIPTOR_BYTES);
-        Some(Descriptor { addr, len: parts as u32 * DESCRIPTOR_BYTES, flags: 0, next: 0 })
+        Some(Descriptor { addr, len: count * DESCRIPTOR_BYTES, flags: 0, next: 0 })
     }
 
     /// Returns the descriptors in the table of `slot`, if there are tables, as two words each.
@@ -154,8 +155,8 @@ pub(crate) fn set_data_kind(words: &[AtomicU64], flags_at: u32, write: bool) {
     }
 }
 
-fn parts(block_bytes: u32, segment_bytes: u32) -> usize {
-    block_bytes.div_ceil(segment_bytes) as usize + 2
+fn parts(block_bytes: u32, segment_bytes: u32) -> u32 {
+    block_bytes.div_ceil(segment_bytes) + 2
 }
 
 /// A request's header and status byte.
@@ -224,10 +225,11 @@ mod tests {
             for (i, part) in slots.descriptors(slot, write).enumerate() {
                 let mut bytes = [0; 16];
                 ram.read(table.addr + 16 * i as u64, &mut bytes).unwrap();
-                let next = if i < 3 { i as u8 + 1 } else { 0 };
+                let next = [1, 2, 3, 0][i];
                 assert_eq!(bytes[..8], part.addr.to_le_bytes());
                 assert_eq!(bytes[8..12], part.len.to_le_bytes());
-                assert_eq!(bytes[12..], [part.flags as u8, 0, next, 0]);
+                assert_eq!(bytes[12..14], part.flags.to_le_bytes());
+                assert_eq!(bytes[14..], [next, 0]);
             }
         }
     }

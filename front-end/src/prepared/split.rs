@@ -53,11 +53,12 @@ impl<'a> Split<'a> {
 
     /// Lays out the descriptors of a read.
     fn lay(&self, slot: usize) {
-        let head = (slot << self.shift) as u16;
+        let fits = "`new` has compared the slots with the size of the ring";
+        let head = u16::try_from(slot << self.shift).expect(fits);
         if let Some(table) = self.slots.lay_table(slot, RingLayout::Split) {
             return self.ring.set_descriptor(head, Descriptor { flags: INDIRECT, ..table });
         }
-        let parts = self.slots.parts() as u16;
+        let parts = u16::try_from(self.slots.parts()).expect(fits);
         for (i, mut part) in (0..).zip(self.slots.descriptors(slot, false)) {
             part.next = if i + 1 < parts { head + i + 1 } else { 0 };
             self.ring.set_descriptor(head + i, part);
@@ -137,6 +138,7 @@ impl Virtqueue for Split<'_> {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "positions wrap at 2^16")]
 mod tests {
     use std::sync::Arc;
 

@@ -46,7 +46,7 @@ impl PackedQueue {
         event_idx: bool,
     ) -> Result<Self> {
         let ring = Arc::new(Ring::new(ram, index, options.size)?);
-        let table_bytes = 16 * (options.segments_max as u32 + 2);
+        let table_bytes = options.table_bytes()?;
         let tables = if options.indirect { options.size } else { 0 };
         let queue = Self {
             ring,
@@ -86,7 +86,8 @@ impl PackedQueue {
         if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
             return Err(Error::Segments { have: segments, most });
         }
-        let in_ring = if self.options.indirect { 1 } else { parts as u16 };
+        let in_ring = if self.options.indirect { 1 } else { parts };
+        let in_ring = u16::try_from(in_ring).expect("at most the size of the ring");
         if in_ring > self.room {
             return Err(Error::Full);
         }
@@ -100,7 +101,8 @@ impl PackedQueue {
             for (i, (segment, flags)) in buffers.enumerate() {
                 put_entry(words(table), i, segment.gpa, segment.len, flags);
             }
-            let whole = descriptor(table.gpa(), 16 * parts as u32, id, INDIRECT);
+            let len = u32::try_from(16 * parts).expect("at most the size of a table");
+            let whole = descriptor(table.gpa(), len, id, INDIRECT);
             self.driver.put(&ring, &mut batch, whole);
         } else {
             for (i, (segment, flags)) in buffers.enumerate() {
@@ -140,6 +142,7 @@ impl PackedQueue {
     pub fn poll(&mut self) -> Result<Option<Completion>> {
         let ring = self.ring.packed();
         let Some(rest) = self.driver.given_back(&ring) else { return Ok(None) };
+        #[expect(clippy::cast_possible_truncation, reason = "splits a word into its fields")]
         let (id, used_len) = ((rest >> 32) as u16, rest as u32);
         let parts = self.parts.get_mut(usize::from(id)).map_or(0, std::mem::take);
         if parts == 0 {

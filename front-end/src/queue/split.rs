@@ -43,7 +43,7 @@ impl Queue {
     ) -> Result<Self> {
         let ring = Arc::new(Ring::new(ram, index, options.size)?);
         let heads = Heads::new(ram, options.size)?;
-        let table_bytes = 16 * (options.segments_max as u32 + 2);
+        let table_bytes = options.table_bytes()?;
         let table = |_| ram.window(table_bytes, 16);
         let tables = if options.indirect { options.size } else { 0 };
         let mut queue = Self {
@@ -184,10 +184,11 @@ impl Queue {
             Descriptor { addr, len, flags: flags | next_flag(i), next }
         };
         if let Some(table) = self.tables.get(usize::from(head)) {
-            for (i, (segment, flags)) in buffers.enumerate() {
-                put(words(table), i, part(i, segment, flags, i as u16 + 1).split());
+            for (next, (i, (segment, flags))) in (1..).zip(buffers.enumerate()) {
+                put(words(table), i, part(i, segment, flags, next).split());
             }
-            let (addr, len) = (table.gpa(), 16 * parts as u32);
+            let len = u32::try_from(16 * parts).expect("at most the size of a table");
+            let addr = table.gpa();
             self.ring.set_descriptor(head, Descriptor { addr, len, flags: INDIRECT, next: 0 });
         } else {
             let chain = &self.chains[usize::from(head)];

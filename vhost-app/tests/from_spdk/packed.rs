@@ -39,7 +39,7 @@ pub(crate) struct Packed {
 fn position(n: u64) -> u16 {
     let place = n * u64::from(CHAIN);
     let wrap = (place / u64::from(SIZE)).is_multiple_of(2);
-    (place % u64::from(SIZE)) as u16 | u16::from(wrap) << 15
+    u16::try_from(place % u64::from(SIZE)).unwrap() | u16::from(wrap) << 15
 }
 
 /// The position `by` descriptors after one.
@@ -209,7 +209,7 @@ impl Life for Packed {
             part.put(part.entry(entry), [0]);
             part.put(14, part.half(12).to_le_bytes());
             part.put(18, part.half(16).to_le_bytes());
-            part.put(21, [part.half(20) as u8]);
+            part.put(21, [(part.half(20) & 0xff) as u8]);
         }
     }
 }

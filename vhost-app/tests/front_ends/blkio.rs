@@ -1,4 +1,5 @@
 //! The crate `blkio`, libblkio's inside: its driver `virtio-blk-vhost-user`.
+#![expect(clippy::cast_possible_truncation, reason = "sizes in memory, and small counts")]
 #![expect(unsafe_code, reason = "it fills in completions where it is told to")]
 
 use std::mem::MaybeUninit;

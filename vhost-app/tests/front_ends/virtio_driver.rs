@@ -1,4 +1,5 @@
 //! The crate `virtio-driver`: its vhost-user transport, its rings, its virtio-blk.
+#![expect(clippy::cast_possible_truncation, reason = "sizes in memory, and small counts")]
 #![expect(unsafe_code, reason = "its scattered reads and writes take pointers")]
 
 use std::ffi::c_void;

@@ -1,4 +1,5 @@
 //! Guests of file disks: one whose disk hangs, and neighbours that have to go on meanwhile.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 

@@ -1,4 +1,5 @@
 //! The file system's side of the FUSE protocol.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small files")]
 
 use std::ffi::OsStr;
 use std::io;

@@ -17,6 +17,7 @@
 //! reaped before the answer. Dropping a `SlowFiles` answers everything, then and later: let it be
 //! dropped before a [`Vhost`](crate::harness::Vhost), which waits for the end of its process. No
 //! thread of the test itself may use what is held.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small files")]
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 

@@ -1,5 +1,6 @@
 //! Virtio 1.2, sections 5.2.6 (device operation) and 2.7.4 (message framing), sentence by sentence:
 //! the answer to each request, and the bytes of guest memory that it changes.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks and rings")]
 
 use std::sync::Arc;
 

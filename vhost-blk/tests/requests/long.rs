@@ -1,4 +1,5 @@
 //! Chains of up to 1,024 pieces of data, as Windows' driver sends them.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small buffers")]
 
 use std::sync::Arc;
 

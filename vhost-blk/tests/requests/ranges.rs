@@ -62,7 +62,7 @@ const KINDS: [(u32, Op); 2] = [(DISCARD, Op::Unmap), (WRITE_ZEROES, Op::WriteZer
 
 /// Returns ranges that differ in place and length and are not sorted.
 fn ranges(count: usize) -> Vec<(u64, u32, u32)> {
-    (0..count as u64).map(|n| ((n * 37 + 5) % 101, n as u32 + 1, 0)).collect()
+    (0_u32..).take(count).map(|n| ((u64::from(n) * 37 + 5) % 101, n + 1, 0)).collect()
 }
 
 #[test]

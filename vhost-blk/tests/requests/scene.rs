@@ -65,7 +65,7 @@ impl Scene {
             self.put(at + 8, &sectors.to_le_bytes());
             self.put(at + 12, &flags.to_le_bytes());
         }
-        self.send(kind, 0, &[(at, 16 * ranges.len() as u32)])
+        self.send(kind, 0, &[(at, 16 * u32::try_from(ranges.len()).unwrap())])
     }
 
     /// Returns the requests that were completed since the last call.

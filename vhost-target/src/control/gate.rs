@@ -88,7 +88,7 @@ impl Connected {
 
     /// Ends the use of the leases if no ring needs them any more.
     pub(super) fn end_unused_hold(&mut self) {
-        let waits = self.waits_for_lease() && self.session.minds_earlier_io();
+        let waits = self.waits_for_lease() && self.session.is_affected_by_earlier_io();
         if self.session.started() == 0 && !waits {
             self.hold = None;
         }
@@ -220,7 +220,7 @@ impl Target {
         late: bool,
     ) -> Starts {
         let Some(connected) = inner.connections.get(&conn) else { return Starts::default() };
-        if !connected.session.minds_earlier_io() || !may_use(connected) {
+        if !connected.session.is_affected_by_earlier_io() || !may_use(connected) {
             return Starts::default();
         }
         let more = Self::has_earlier_io(inner, conn);

@@ -1,7 +1,7 @@
 //! Carries out the effects of sessions on their rings: attach, publish, stop, reply.
 #![expect(unsafe_code, reason = "owns a new queue's core")]
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use tracing::warn;
 use virtqueue::Layout;
@@ -14,7 +14,7 @@ use crate::protocol;
 use crate::queue::{
     Coalescing, Control, Detached, NewQueue, QueueId, TargetQueue, Tracked, ViewSpec,
 };
-use crate::session::{Effect, RingState, Session};
+use crate::session::{Effect, Ring, RingState, Session};
 use crate::transport::ConnId;
 use reactor::WakeSource;
 use virtqueue::inflight::Area;
@@ -191,13 +191,20 @@ impl Target {
             }
             None => {}
         }
-        // The ring cannot be served, or was stopped meanwhile. It never had any I/O in flight.
-        let base = connected.session.ring(ring).base;
-        let effects = if live {
-            connected.session.start_failed(ring);
+        self.end_start(inner, conn, ring);
+    }
+
+    /// Ends the start of a ring that cannot be served, or was stopped meanwhile. The ring never had
+    /// any I/O in flight.
+    fn end_start(&self, mut inner: MutexGuard<'_, Inner>, conn: ConnId, ring: usize) {
+        let Some(connected) = inner.connections.get_mut(&conn) else { return };
+        let session = &mut connected.session;
+        let Ring { state, base, .. } = *session.ring(ring);
+        let effects = if state == RingState::Live {
+            session.start_failed(ring);
             vec![]
         } else {
-            connected.session.drained(ring, base)
+            session.drained(ring, base)
         };
         let mut starts = self.apply(&mut inner, conn, effects, None);
         starts.extend(self.reap(&mut inner, conn));

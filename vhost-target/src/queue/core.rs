@@ -79,7 +79,7 @@ pub(super) struct RingCore<D: DeviceQueue> {
     pub(super) tracker: Option<Tracker>,
     /// Entries of requests of an earlier process that are to be resubmitted; the oldest is last.
     /// They are submitted before any new request.
-    pub(super) again: Vec<u16>,
+    pub(super) resubmissions: Vec<u16>,
     /// An event that found the event queue full.
     pending_event: Option<Event>,
 }
@@ -185,7 +185,7 @@ impl<D: DeviceQueue> Core<D> {
         if !self.ring.parked.is_empty() {
             self.retry(at, iteration);
         }
-        let wanted = !stop || !self.ring.again.is_empty();
+        let wanted = !stop || !self.ring.resubmissions.is_empty();
         let fetched = wanted
             && !self.ring.broken
             && self.ring.parked.is_empty()
@@ -222,12 +222,12 @@ impl<D: DeviceQueue> Core<D> {
         let (cell, seen) = PollHint::NEVER;
         let ring_hint =
             if rings { ring.hint(core.last_avail) } else { RingHint { cell, seen, due: false } };
-        let again = rings && !core.again.is_empty();
+        let resubmits = rings && !core.resubmissions.is_empty();
         PollHint {
             cell: ring_hint.cell,
             seen: ring_hint.seen,
             generation: view.generation,
-            due: due || ring_hint.due || again || released && !core.stopped,
+            due: due || ring_hint.due || resubmits || released && !core.stopped,
             wakes: view.kicks || !rings,
             stop: core.stopping,
         }
@@ -244,7 +244,7 @@ impl<D: DeviceQueue> Core<D> {
         let At { control, view, .. } = at;
         if !std::mem::replace(&mut self.ring.abandoned, true) {
             self.ring.broken = true;
-            self.ring.again.clear();
+            self.ring.resubmissions.clear();
             self.ring.call_due.pending = false;
             self.device.abandon();
         }
@@ -298,7 +298,7 @@ impl<D: DeviceQueue> Core<D> {
             // No overflow: a parked request is in flight.
             let pending = core.inflight as usize - core.parked.len();
             wait = wait.sooner(self.device.wait(pending));
-        } else if !core.again.is_empty() && !core.broken {
+        } else if !core.resubmissions.is_empty() && !core.broken {
             return Wait::Poll;
         }
         if !core.parked.is_empty() {
@@ -334,7 +334,7 @@ impl<D: DeviceQueue> Core<D> {
     fn is_abandoned(&mut self, control: &Control) -> bool {
         self.device.stopping();
         if control.reset.load(Ordering::Relaxed) {
-            self.ring.again.clear();
+            self.ring.resubmissions.clear();
         }
         control.abandoned.load(Ordering::Relaxed)
     }
@@ -352,8 +352,8 @@ impl<D: DeviceQueue> Core<D> {
 
 impl<D: DeviceQueue> RingCore<D> {
     fn new(depth: u16, tracker: Option<Tracker>, recovery: Recovery) -> Self {
-        let Recovery { used, last_avail, mut again, .. } = recovery;
-        again.reverse();
+        let Recovery { used, last_avail, mut resubmissions, .. } = recovery;
+        resubmissions.reverse();
         let slot = || Slot {
             view: None,
             id: 0,
@@ -388,7 +388,7 @@ impl<D: DeviceQueue> RingCore<D> {
             // One more than can be parked: a retry adds its request before it removes it.
             parked: VecDeque::with_capacity(usize::from(depth) + 1),
             tracker,
-            again,
+            resubmissions,
             pending_event: None,
         }
     }
@@ -474,7 +474,7 @@ impl<D: DeviceQueue> RingCore<D> {
 
     #[cold]
     fn acknowledge_stop(&mut self, control: &Control, events: &Events<Event>) {
-        if self.call_due.pending || !self.again.is_empty() && !self.broken {
+        if self.call_due.pending || !self.resubmissions.is_empty() && !self.broken {
             // A notification that the system refused is sent first, and the requests that were
             // found in flight are completed first.
             return;

@@ -19,7 +19,7 @@ use crate::device_queue::DeviceQueue;
 
 /// New requests that one visit takes at most, so that a queue cannot monopolize a reactor. SPDK's
 /// number.
-const VISIT_REQUESTS_MAX: usize = 32;
+const VISIT_REQUESTS_MAX: u16 = 32;
 /// Bytes after which a visit takes no further request, for the same reason: 32 requests of the
 /// largest size that Linux sends would be 40 MiB of copying for a memory disk.
 const VISIT_BYTES_MAX: u64 = 512 << 10;
@@ -28,7 +28,7 @@ const VISIT_BYTES_MAX: u64 = 512 << 10;
 const VISIT_PIECES_MAX: usize = 1024;
 
 /// Slots whose chains were collected in a visit.
-type Batch = ArrayVec<u16, VISIT_REQUESTS_MAX>;
+type Batch = ArrayVec<u16, { VISIT_REQUESTS_MAX as usize }>;
 
 /// A ring that a core can serve: finds chains in it.
 pub(super) trait Serve: Ring + Sized {
@@ -79,7 +79,7 @@ impl Serve for SplitRing {
         pending: u16,
         batch: &mut Batch,
     ) -> Result<(), RingError> {
-        let count = pending.min(VISIT_REQUESTS_MAX as u16);
+        let count = pending.min(VISIT_REQUESTS_MAX);
         for n in 0..count {
             at.ring.prefetch_desc(at.ring.head(core.last_avail.wrapping_add(n)));
         }
@@ -315,8 +315,11 @@ impl<D: DeviceQueue> Core<D> {
         events: &Events<Event>,
     ) -> bool {
         let At { control, view, ring, .. } = at;
-        let available =
-            if self.ring.again.is_empty() { ring.pending(self.ring.last_avail) } else { Ok(1) };
+        let available = if self.ring.resubmissions.is_empty() {
+            ring.pending(self.ring.last_avail)
+        } else {
+            Ok(1)
+        };
         let pending = match available {
             Ok(0) => return false,
             Ok(pending) if !view.memory.truncated() => pending,
@@ -325,7 +328,7 @@ impl<D: DeviceQueue> Core<D> {
                 return false;
             }
         };
-        if !self.ring.again.is_empty() {
+        if !self.ring.resubmissions.is_empty() {
             return self.fetch_resubmissions(at, iteration, events);
         }
         cache::prefetch_write(self.ring.expected.header);
@@ -337,6 +340,7 @@ impl<D: DeviceQueue> Core<D> {
         let collected = R::collect(&mut self.ring, at, pending, &mut batch);
         let taken = self.submit_batch(at, &batch, iteration, events);
         let before = self.ring.last_avail;
+        #[expect(clippy::cast_possible_truncation, reason = "at most the 32 of a batch")]
         let by = if R::SPANS { self.ring.spans(&batch[..taken]) } else { taken as u16 };
         self.ring.last_avail = ring.advance(before, by);
         // The next visit collects the requests that did not fit again, in the same order.
@@ -370,7 +374,7 @@ impl<D: DeviceQueue> Core<D> {
             && pieces <= VISIT_PIECES_MAX
             && self.ring.parked.is_empty()
         {
-            let Some(&entry) = self.ring.again.last() else { break };
+            let Some(&entry) = self.ring.resubmissions.last() else { break };
             let Some(index) = self.ring.free.pop() else { break };
             match R::collect_resubmission(&mut self.ring, at, index, entry) {
                 Ok(true) => {}
@@ -384,7 +388,7 @@ impl<D: DeviceQueue> Core<D> {
                     break;
                 }
             }
-            self.ring.again.pop();
+            self.ring.resubmissions.pop();
             pieces += self.ring.slots[usize::from(index)].chain.pieces();
             bytes += self.start_resubmission(at, index, iteration);
             taken += 1;

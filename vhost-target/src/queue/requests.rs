@@ -48,8 +48,8 @@ impl<R: Serve, D: DeviceQueue> Request<D> for Current<'_, '_, '_, R, D> {
     }
 
     #[inline(always)]
-    fn collect_again(&mut self) {
-        self.0.collect_again();
+    fn recollect_chain(&mut self) {
+        self.0.recollect_chain();
     }
 
     #[inline(always)]
@@ -109,15 +109,15 @@ impl<'c, 'v, R: Serve, D: DeviceQueue> Visit<'c, 'v, R, D> {
 
     #[cold]
     #[inline(never)]
-    fn collect_again(&mut self) {
+    fn recollect_chain(&mut self) {
         R::recollect(&mut self.core.slots[usize::from(self.index)], self.at);
     }
 
     /// Starts the request in slot `index`.
     #[inline(always)]
-    pub(super) fn start(&mut self, device: &mut D, index: u16, again: bool) {
+    pub(super) fn start(&mut self, device: &mut D, index: u16, resubmitted: bool) {
         let Some(view) = &self.at.view.device else { return self.refuse(index) };
-        if device.start(view, self.current(index), again).0 != Outcome::Finished {
+        if device.start(view, self.current(index), resubmitted).0 != Outcome::Finished {
             self.core.pin(self.at.view, index);
         }
     }

@@ -71,10 +71,10 @@ impl Session {
         self.acknowledge()
     }
 
-    /// Returns whether the session has to be told when I/O of a closed connection that may use its
-    /// guest's memory ends.
+    /// Returns whether I/O of a closed connection that may use the guest's memory affects the
+    /// session. If so, [`Session::earlier_io_ended`] must be called when it has ended.
     #[must_use]
-    pub fn minds_earlier_io(&self) -> bool {
+    pub fn is_affected_by_earlier_io(&self) -> bool {
         self.reset_pending || self.log().is_some()
     }
 

@@ -142,7 +142,8 @@ fn end<R: Request<EntropyQueue>>(mut request: R, supplied: bool) -> Progress {
         // SAFETY: as in `parse`.
         unsafe { segment.base().write_bytes(FILL, segment.len()) };
     }
-    request.finish(Answer { last_byte: None, written: bytes as u32, dirty: bytes })
+    let written = bytes.try_into().unwrap_or(u32::MAX);
+    request.finish(Answer { last_byte: None, written, dirty: bytes })
 }
 
 impl DeviceQueue for EntropyQueue {

@@ -141,7 +141,8 @@ fn effects_of_writes() {
                 let before = want.map_or(1, |on| 1 - on);
                 front.tell(SET_CONFIG, [words(&[32, 1, 0]), vec![before]].concat(), vec![]);
                 assert_eq!(read(&front, 0, 60, 0, 60).unwrap(), space(before));
-                let payload = [words(&[offset, contents.len() as u32, flags]), contents.to_vec()].concat();
+                let len = contents.len().try_into().unwrap();
+                let payload = [words(&[offset, len, flags]), contents.to_vec()].concat();
                 let verdict = front.send(SET_CONFIG | need_reply, payload, vec![]);
                 assert!(matches!(verdict, Verdict::Done), "offset {offset}: {verdict:?}");
                 let after = space(want.unwrap_or(before));

@@ -301,7 +301,7 @@ impl Front<'_> {
         for (n, (addr, len, flags)) in
             [(0x4000_u64, 16_u32, 1_u16), (0x5000, 512, 3), (0x6000, 1, 2)].into_iter().enumerate()
         {
-            let next = n as u16 + 1;
+            let next = u16::try_from(n + 1).unwrap();
             let desc = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes()].concat();
             let desc = [&desc[..], &next.to_le_bytes()].concat();
             ram.write_all_at(&desc, 16 * n as u64).unwrap();
@@ -409,7 +409,7 @@ pub(crate) fn region(gpa: u64) -> Vec<u8> {
 
 /// Returns a memory table of such regions.
 pub(crate) fn table(gpas: &[u64]) -> Vec<u8> {
-    let mut payload = words(&[gpas.len() as u32, 0]);
+    let mut payload = words(&[gpas.len().try_into().unwrap(), 0]);
     gpas.iter().for_each(|gpa| payload.extend(region(*gpa)));
     payload
 }

@@ -168,10 +168,11 @@ impl Guest {
 
     /// Offers a request with one writable buffer.
     pub(crate) fn offer(&mut self) {
-        let n = u64::from(self.offered % SIZE);
+        let id = self.offered % SIZE;
+        let n = u64::from(id);
         let rest = DATA_BYTES | 2 << 32;
         self.ram.write_all_at(&words(&[DATA + DATA_BYTES * n, rest]), 16 * n).unwrap();
-        self.ram.write_all_at(&(n as u16).to_le_bytes(), AVAIL + 4 + 2 * n).unwrap();
+        self.ram.write_all_at(&id.to_le_bytes(), AVAIL + 4 + 2 * n).unwrap();
         self.offered += 1;
         self.ram.write_all_at(&self.offered.to_le_bytes(), AVAIL + 2).unwrap();
     }

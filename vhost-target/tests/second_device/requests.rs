@@ -1,4 +1,5 @@
 //! Requests of a device that is not a disk.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small buffers")]
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;

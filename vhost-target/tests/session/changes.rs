@@ -112,16 +112,16 @@ pub(crate) fn all_memory_is_marked_when_earlier_io_has_ended<D: Offered>() {
         session
     };
     let mut session = with(OFFERED | LOG_ALL);
-    assert!(session.minds_earlier_io());
+    assert!(session.is_affected_by_earlier_io());
     assert_eq!(session.earlier_io_ended(true, true), [Effect::MarkAll]);
     assert_eq!(session.earlier_io_ended(true, false), [Effect::MarkAll]);
     assert_eq!(session.earlier_io_ended(false, false), [], "its own log has all marks");
     let mut session = with(OFFERED);
-    assert!(!session.minds_earlier_io());
+    assert!(!session.is_affected_by_earlier_io());
     assert_eq!(session.earlier_io_ended(true, false), [], "logging is off");
     session.reset_device();
     assert_eq!(session.await_reset(true), []);
-    assert!(session.minds_earlier_io());
+    assert!(session.is_affected_by_earlier_io());
     let mut session = with(OFFERED | LOG_ALL);
     session.reset_device();
     assert_eq!(session.await_reset(true), []);

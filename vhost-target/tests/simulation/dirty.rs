@@ -2,6 +2,7 @@
 //!
 //! From one check to the next, only the target and the disks write to a machine's memory, except
 //! for the driver's writes, which are reported here.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small memories")]
 
 use std::collections::BTreeSet;
 use std::fs::File;

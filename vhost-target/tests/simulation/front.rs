@@ -244,7 +244,11 @@ impl World {
         if fresh || lossy || (self.vms[vm].may_reset(ring) && self.rng.one_in(3)) {
             let sizes = if packed { [3, 7, 16] } else { [4, 8, 16] };
             let size = sizes[self.rng.below(3)];
-            let base = if self.rng.one_in(2) { 0 } else { 65530 + self.rng.below(6) as u16 };
+            let base = if self.rng.one_in(2) {
+                0
+            } else {
+                65530 + u16::try_from(self.rng.below(6)).expect("below 6")
+            };
             for id in self.vms[vm].reset_ring(ring, size, base) {
                 self.requests.remove(&id);
             }

@@ -60,7 +60,9 @@ impl Message {
     }
 
     fn plainly(&self) -> (u32, Vec<u8>, Vec<OwnedFd>) {
-        let words = |a: usize, b: u32| [(a as u32).to_le_bytes(), b.to_le_bytes()].concat();
+        let words = |a: usize, b: u32| {
+            [u32::try_from(a).expect("a small number").to_le_bytes(), b.to_le_bytes()].concat()
+        };
         let plain = |request: u32, payload: Vec<u8>| (request, payload, vec![]);
         match self {
             Self::Features(features) => {

@@ -1,4 +1,5 @@
 //! Random numbers that are the same for the same seed on every machine.
+#![expect(clippy::cast_possible_truncation, reason = "random numbers below a small limit")]
 
 /// SplitMix64.
 #[derive(Debug)]

@@ -29,7 +29,7 @@ struct ConnectionState {
 
 impl FakeConnection {
     pub(crate) fn new(vid: usize) -> Arc<Self> {
-        Arc::new(Self { vid: vid as i32, state: Mutex::default() })
+        Arc::new(Self { vid: vid.try_into().expect("a small number"), state: Mutex::default() })
     }
 
     /// Returns whether either side has closed it. The target is told later.

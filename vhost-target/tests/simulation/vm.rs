@@ -2,6 +2,7 @@
 //!
 //! It checks what a driver relies on: each chain is returned once, with the status of the disk, and
 //! with the data that the disk has read.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small memories")]
 
 use std::fs::File;
 use std::io::Write;

@@ -421,7 +421,7 @@ impl World {
             }
             None => panic!("front {n}: a reply without a request"),
         };
-        let base = u32::from_le_bytes(std::array::from_fn(|i| message[16 + i])) as u16;
+        let base = u16::from_le_bytes([message[16], message[17]]);
         let payload = protocol::vring_base(ring, self.both(n, base));
         let expected = protocol::reply(request::GET_VRING_BASE, &payload);
         assert_eq!(message, expected, "front {n}: the reply");

@@ -1,5 +1,6 @@
 //! Rings and chains that no correct driver makes: loops, descriptors and heads out of range, memory
 //! that is not there, indices that jump, and rings with random contents.
+#![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
 
 use vhost_target::queue::QueueState;
 use virtqueue::Buffer;

@@ -1,5 +1,6 @@
 //! Queues that are discarded with I/O in flight, as by a kill, and the queues that continue after
 //! them.
+#![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
 
 use std::ops::Range;
 

@@ -1,5 +1,6 @@
 //! A guest with a ring of either layout, a queue of a device, and the reactor that visits it.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
+#![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -1,4 +1,5 @@
 //! The driver's side of a split ring.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small disks and rings")]
 
 use std::sync::Arc;
 

@@ -136,10 +136,10 @@ impl Packed {
         region.store_u16(VERSION_AT, VERSION);
 
         let used = used.unwrap_or(found.used);
-        let (again, counter) = sort_by_counter(found.again);
+        let (resubmissions, counter) = sort_by_counter(found.chains);
         let last_avail = advance(used, found.descriptors, size);
         let batch = Batch::new(region.entries());
-        let recovery = Recovery { used, last_avail, again, damage };
+        let recovery = Recovery { used, last_avail, resubmissions, damage };
         Some((Self { region, counter, free_head, used, batch }, recovery))
     }
 
@@ -259,7 +259,7 @@ fn advance(position: u16, by: u16, size: u16) -> u16 {
 struct Found {
     used: u16,
     /// Counters and heads of the chains in flight.
-    again: Vec<(u64, u16)>,
+    chains: Vec<(u64, u16)>,
     /// For each entry, whether it is part of a chain in flight. Empty for an uninitialised part.
     taken: Vec<bool>,
     /// Number of entries that are part of a chain in flight.
@@ -339,7 +339,7 @@ fn find_marked(region: &Region, used: u16, size: u16) -> Result<Found, Damage> {
         if num == 0 {
             return Err(Damage::Chain(head));
         }
-        found.again.push((region.load_u64(at(head, COUNTER)), head));
+        found.chains.push((region.load_u64(at(head, COUNTER)), head));
     }
     Ok(found)
 }

@@ -1,4 +1,5 @@
 //! Tests of in-flight tracking for packed queues.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small areas, and random numbers")]
 
 use std::sync::Arc;
 
@@ -138,15 +139,15 @@ impl World for Guest {
             Tracker::packed(&self.area, 1, self.size as u16, base, flags).unwrap();
         assert_eq!((recovery.damage, recovery.used), (None, self.position(self.used)));
         let mut last_avail = self.used;
-        let (mut inflight, mut again) = (vec![], vec![]);
-        for &entry in &recovery.again {
+        let (mut inflight, mut resubmitted) = (vec![], vec![]);
+        for &entry in &recovery.resubmissions {
             let mut descs = vec![];
             assert!(tracker.descs(entry, |desc| descs.push(desc)));
             let id = descs[0].tag;
             let request = self.request[usize::from(id)].expect("in flight");
             assert_eq!(descs, self.requests[request].descs);
             last_avail += descs.len();
-            again.push(request);
+            resubmitted.push(request);
             inflight.push((entry, id, descs.len()));
         }
         assert_eq!(recovery.last_avail, self.position(last_avail));
@@ -155,7 +156,7 @@ impl World for Guest {
             requests
                 .filter(move |(_, request)| !request.done && (request.at < last_avail) == fetched)
         };
-        assert_eq!(again, open(true).map(|(n, _)| n).collect::<Vec<_>>());
+        assert_eq!(resubmitted, open(true).map(|(n, _)| n).collect::<Vec<_>>());
         let ahead: usize = open(false).map(|(_, request)| request.descs.len()).sum();
         assert_eq!(last_avail + ahead, self.avail, "a request is lost");
         self.take_back(self.used, last_avail);
@@ -277,12 +278,12 @@ fn the_layout_is_that_of_rte_vhost() {
 fn an_uninitialised_area_begins_at_the_front_ends_position() {
     let area = area(1, 5, true);
     let (mut tracker, recovery) = Tracker::packed(&area, 0, 5, 3, |_| 0).unwrap();
-    assert_eq!(recovery, Recovery { used: 3, last_avail: 3, again: vec![], damage: None });
+    assert_eq!(recovery, Recovery { used: 3, last_avail: 3, resubmissions: vec![], damage: None });
     let desc = Desc { addr: 0, len: 1, flags: 0, tag: 0 };
     assert_eq!(tracker.fetched_packed([desc; 3].into_iter()), Some(0));
     // From then on, the position comes from the area.
     let (_, recovery) = Tracker::packed(&area, 0, 5, 0, |_| 0).unwrap();
-    let expected = Recovery { used: 3, last_avail: 1 | WRAP, again: vec![0], damage: None };
+    let expected = Recovery { used: 3, last_avail: 1 | WRAP, resubmissions: vec![0], damage: None };
     assert_eq!(recovery, expected);
 }
 
@@ -310,7 +311,7 @@ fn damage_is_reported() {
         corrupt();
         let (_, recovery) = Tracker::packed(&area, 0, 4, WRAP, |_| 0).unwrap();
         assert_eq!((recovery.used, recovery.last_avail), (WRAP, WRAP));
-        assert!(recovery.again.is_empty());
+        assert!(recovery.resubmissions.is_empty());
         recovery.damage
     };
     assert_eq!(again(&|| region.store_u16(VERSION_AT, 2)), Some(Damage::Version(2)));
@@ -337,7 +338,7 @@ fn corrupt_areas_do_no_harm() {
             assert!(position & !WRAP < size);
         }
         let mut descriptors = 0;
-        for &entry in &recovery.again {
+        for &entry in &recovery.resubmissions {
             assert!(tracker.descs(entry, |_| descriptors += 1));
         }
         assert!(descriptors <= size);

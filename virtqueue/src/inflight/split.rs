@@ -57,22 +57,24 @@ impl Split {
             }
             initialise(&region, used_idx);
         }
-        let mut again = Vec::new();
+        let mut requests = Vec::new();
         for entry in 0..region.entries() {
             if region.load_u8(at(entry, INFLIGHT)) != 1 {
                 continue;
             }
             if entry < size {
-                again.push((region.load_u64(at(entry, COUNTER)), entry));
+                requests.push((region.load_u64(at(entry, COUNTER)), entry));
             } else {
                 region.store_u8(at(entry, INFLIGHT), 0);
                 damage = Some(Damage::Outside(entry));
             }
         }
-        let (again, counter) = sort_by_counter(again);
-        let last_avail = used_idx.wrapping_add(again.len() as u16);
+        let (resubmissions, counter) = sort_by_counter(requests);
+        let count =
+            u16::try_from(resubmissions.len()).expect("the part has at most 65,535 entries");
+        let last_avail = used_idx.wrapping_add(count);
         let batch = Batch::new(region.entries());
-        let recovery = Recovery { used: used_idx, last_avail, again, damage };
+        let recovery = Recovery { used: used_idx, last_avail, resubmissions, damage };
         (Self { region, counter, last: 0, batch }, recovery)
     }
 

@@ -1,4 +1,5 @@
 //! Tests of in-flight tracking for split queues.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small areas, and random numbers")]
 
 use std::sync::Arc;
 
@@ -80,11 +81,12 @@ impl World for Guest {
         assert_eq!((recovery.damage, recovery.used), (None, self.used_idx));
         let fetched = usize::from(recovery.last_avail.wrapping_sub(self.base));
         let expected: Vec<usize> = (0..fetched).filter(|&n| !self.done[n]).collect();
-        let again = recovery.again.iter().map(|&head| self.request[usize::from(head)].unwrap());
-        assert_eq!(again.collect::<Vec<_>>(), expected);
+        let resubmitted =
+            recovery.resubmissions.iter().map(|&head| self.request[usize::from(head)].unwrap());
+        assert_eq!(resubmitted.collect::<Vec<_>>(), expected);
         assert!((fetched..self.avail.len()).all(|n| !self.done[n]));
-        let Recovery { used, last_avail, again, .. } = recovery;
-        Process { tracker, last_avail, used, inflight: again }
+        let Recovery { used, last_avail, resubmissions, .. } = recovery;
+        Process { tracker, last_avail, used, inflight: resubmissions }
     }
 
     fn visit(&mut self, process: &mut Process, rng: &mut Rng) {
@@ -154,10 +156,13 @@ fn the_layout_is_that_of_rte_vhost() {
 fn an_uninitialised_area_begins_at_the_rings_used_index() {
     let area = area(1, 4, false);
     let (mut tracker, recovery) = Tracker::split(&area, 0, 4, 1000).unwrap();
-    assert_eq!(recovery, Recovery { used: 1000, last_avail: 1000, again: vec![], damage: None });
+    assert_eq!(
+        recovery,
+        Recovery { used: 1000, last_avail: 1000, resubmissions: vec![], damage: None }
+    );
     tracker.fetched(0);
     let (_, recovery) = Tracker::split(&area, 0, 4, 1000).unwrap();
-    assert_eq!((recovery.last_avail, recovery.again), (1001, vec![0]));
+    assert_eq!((recovery.last_avail, recovery.resubmissions), (1001, vec![0]));
 }
 
 #[test]
@@ -166,11 +171,11 @@ fn an_area_initialised_by_rte_vhost_loses_no_request() {
     let area = area(1, 4, false);
     fill(&area, |word| [0, 1, 1].get(word).copied().unwrap_or(0));
     let (_, recovery) = Tracker::split(&area, 0, 4, 3).unwrap();
-    assert_eq!((recovery.last_avail, recovery.again), (4, vec![0]));
+    assert_eq!((recovery.last_avail, recovery.resubmissions), (4, vec![0]));
     assert_eq!(recovery.damage, Some(Damage::LastBatch(3)));
     fill(&area, |word| [0, 1, 1].get(word).copied().unwrap_or(0));
     let (_, recovery) = Tracker::split(&area, 0, 4, 1000).unwrap();
-    assert_eq!((recovery.last_avail, recovery.again), (1001, vec![0]));
+    assert_eq!((recovery.last_avail, recovery.resubmissions), (1001, vec![0]));
 }
 
 #[test]
@@ -184,7 +189,7 @@ fn requests_published_by_rte_vhost_are_not_resubmitted() {
     let region = area.region(0, 4, false).unwrap();
     region.store_u16(LAST_BATCH_HEAD, 1);
     let (_, recovery) = Tracker::split(&area, 0, 4, 0).unwrap();
-    let expected = Recovery { used: 0, last_avail: 2, again: vec![3, 2], damage: None };
+    let expected = Recovery { used: 0, last_avail: 2, resubmissions: vec![3, 2], damage: None };
     assert_eq!(recovery, expected);
 }
 
@@ -195,10 +200,10 @@ fn damage_is_reported() {
     tracker.fetched(1);
     tracker.fetched(3);
     let (_, recovery) = Tracker::split(&area, 0, 2, 0).unwrap();
-    assert_eq!((recovery.again, recovery.damage), (vec![1], Some(Damage::Outside(3))));
+    assert_eq!((recovery.resubmissions, recovery.damage), (vec![1], Some(Damage::Outside(3))));
     area.region(0, 4, false).unwrap().store_u16(VERSION_AT, 7);
     let (_, recovery) = Tracker::split(&area, 0, 4, 5).unwrap();
-    assert_eq!((recovery.again, recovery.damage), (vec![], Some(Damage::Version(7))));
+    assert_eq!((recovery.resubmissions, recovery.damage), (vec![], Some(Damage::Version(7))));
     let (_, recovery) = Tracker::split(&area, 0, 4, 5).unwrap();
     assert_eq!(recovery.damage, None);
 }
@@ -212,8 +217,8 @@ fn corrupt_areas_do_no_harm() {
         let size = 1 + rng.below(11) as u16;
         let used = rng.below(12) as u16;
         let (mut tracker, recovery) = Tracker::split(&area, 1, size, used).unwrap();
-        assert!(recovery.again.iter().all(|&head| head < size));
-        assert_eq!(recovery.last_avail, used + recovery.again.len() as u16);
+        assert!(recovery.resubmissions.iter().all(|&head| head < size));
+        assert_eq!(recovery.last_avail, used + recovery.resubmissions.len() as u16);
         corrupt_area(&area, false, &mut rng);
         for _ in 0..40 {
             tracker.fetched(rng.next() as u16 >> rng.below(16));

@@ -1,4 +1,5 @@
 //! Fixtures of the tests of both layouts, and tests of areas.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of small areas, and random numbers")]
 
 use super::*;
 use guest_memory::testing::memfd;

@@ -4,6 +4,7 @@
 //!
 //! Descriptors are counted from the first one ever, without wrapping, so that this code has no
 //! arithmetic with wrap counters, unlike the device.
+#![expect(clippy::cast_possible_truncation, reason = "sizes and positions of small rings")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};

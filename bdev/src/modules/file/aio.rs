@@ -261,6 +261,10 @@ impl Submitter for Aio {
 
     #[inline]
     fn next(&mut self) -> Option<(Tag, i32)> {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "`push` stored the tag; a result is an errno or at most `MAX_RW_COUNT`"
+        )]
         let (tag, result) = match self.context.as_mut()?.next() {
             Some(event) => (Tag(event.data as u16), event.result as i32),
             None => self.refused.take()?,
@@ -297,7 +301,12 @@ impl Aio {
             return;
         }
         let at = self.batch[0] as usize - self.iocbs.as_ptr() as usize;
-        self.refused = Some((Tag((at / size_of::<Iocb>()) as u16), -errno));
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "an index into `iocbs`, one for each tag"
+        )]
+        let tag = Tag((at / size_of::<Iocb>()) as u16);
+        self.refused = Some((tag, -errno));
         self.took(1);
     }
 }

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use guest_memory::usize_of;
+
 use super::backing::Alignment;
 use crate::io::{Io, Op, Segment};
 use crate::memory::{self, Stores};
@@ -141,7 +143,7 @@ impl Slow {
     unsafe fn bounced(&self, io: &Io, bounce: &mut Bounce, wanted: &impl Fn() -> bool) -> Ended {
         let (buffer, fd) = (bounce.start(), self.fd);
         in_pieces(io, BOUNCE as u64, wanted, |done, len| {
-            let (at, len) = ((io.offset + done) as i64, len as usize);
+            let (at, len) = ((io.offset + done) as i64, usize_of(len));
             // SAFETY: the caller guarantees that the segments are valid.
             let segments = unsafe { io.segments() };
             if io.op == Op::Write {
@@ -191,9 +193,9 @@ impl Slow {
         }
         let (fd, zeroes) = (self.fd, ZEROES.as_ptr().cast());
         in_pieces(io, BOUNCE as u64, wanted, |done, len| {
-            let at = (io.offset + done) as i64;
+            let (at, count) = ((io.offset + done) as i64, usize_of(len));
             // SAFETY: writes a part of the zeroes to a file that is open.
-            complete(result_of(|| unsafe { libc::pwrite(fd, zeroes, len as usize, at) }), len)
+            complete(result_of(|| unsafe { libc::pwrite(fd, zeroes, count, at) }), len)
         })
     }
 }

@@ -387,6 +387,7 @@ fn unlock(file: &File) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut byte(LEASE_BYTE, libc::F_UNLCK))
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "libc's constants are 0 to 2")]
 fn byte(at: i64, kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as i16,

@@ -43,6 +43,10 @@ impl Submitter for Uring {
         let segments = unsafe { io.segments() };
         let (iovecs, count) = io.iovecs();
         let nowait = libc::RWF_NOWAIT;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "`goes_whole` has limited the I/O to `TRANSFER_MAX`"
+        )]
         let entry = match (io.op, joined(segments)) {
             (Op::Read, Some(one)) => opcode::Read::new(FILE, one.base(), one.len() as u32)
                 .offset(io.offset)
@@ -100,7 +104,9 @@ impl Submitter for Uring {
     #[inline]
     fn next(&mut self) -> Option<(Tag, i32)> {
         let entry = self.ring.completion().next()?;
-        Some((Tag(entry.user_data() as u16), entry.result()))
+        #[expect(clippy::cast_possible_truncation, reason = "`push` stored the tag there")]
+        let tag = Tag(entry.user_data() as u16);
+        Some((tag, entry.result()))
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {

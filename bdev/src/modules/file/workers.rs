@@ -137,6 +137,10 @@ impl Results {
                 UNSUPPORTED => Ended::Unsupported,
                 errno => Ended::Failed(errno),
             };
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "an index into `results`, one for each tag"
+            )]
             return Some((Tag(tag as u16), ended));
         }
         None

@@ -6,6 +6,7 @@ pub(crate) mod module;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use guest_memory::usize_of;
 use uuid::Uuid;
 
 use crate::contract::{Bdev, Channel, Features, Wait};
@@ -156,7 +157,7 @@ impl Channel for MallocChannel {
             return Submit::Queued;
         }
         // SAFETY: the range was checked, and the caller guarantees that the segments are valid.
-        Submit::Done(unsafe { self.transfer(&io, 0, io.len as usize) })
+        Submit::Done(unsafe { self.transfer(&io, 0, usize_of(io.len)) })
     }
 
     fn wait(&self) -> Wait {
@@ -192,8 +193,7 @@ impl MallocChannel {
     /// are valid.
     #[inline]
     unsafe fn transfer(&self, io: &Io, at: u64, len: usize) -> Status {
-        // The offset lies within the mapping, so it fits into a usize.
-        let device = self.disk.pages.base().wrapping_add((io.offset + at) as usize);
+        let device = self.disk.pages.base().wrapping_add(usize_of(io.offset + at));
         let whole = match io.op {
             // SAFETY: `device..device + len` lies within the mapping.
             Op::Read | Op::Write => unsafe { copy(io, at, device, len, self.stores) },

@@ -5,6 +5,8 @@ pub(crate) mod module;
 
 use std::sync::Arc;
 
+use guest_memory::usize_of;
+
 use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
 use crate::error::Error;
@@ -104,8 +106,7 @@ impl Channel for PartChannel {
         match self.base.shortcut() {
             Shortcut::Memory { base, size, stores } => {
                 let rest = size.saturating_sub(self.offset);
-                // The offset lies within the base's memory, so it fits into a usize.
-                let base = base.wrapping_add(self.offset as usize);
+                let base = base.wrapping_add(usize_of(self.offset));
                 Shortcut::Memory { base, size: self.size.min(rest), stores }
             }
             other => other,

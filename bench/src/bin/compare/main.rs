@@ -5,7 +5,6 @@
 //! after the other, and [`fio`] without a server; [`idle`] and [`neighbours`] measure what cells do
 //! not show; [`report`] makes tables, [`aims`] compares the results with the aims, and [`plot`]
 //! draws charts.
-#![warn(clippy::cast_possible_truncation)]
 
 mod aims;
 mod backing;

@@ -5,7 +5,6 @@
 //! random operations, with correct [`vm`]s and with [`abuse`] of every socket, while [`new_vms`]
 //! connect and disconnect. After each round it releases everything, and the [`footprint`] of the
 //! process must be that of the beginning. [`rounds`] only creates and deletes controllers.
-#![warn(clippy::cast_possible_truncation)]
 
 mod abuse;
 mod footprint;

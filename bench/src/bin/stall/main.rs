@@ -5,7 +5,6 @@
 //! make an event happen repeatedly, those of [`untrusted_clients`] while [`new_vms`] run;
 //! [`client`] is the neighbours; [`stretch`] collects the data of the neighbours, the kernel and
 //! the server in one stretch; [`report`] makes tables.
-#![warn(clippy::cast_possible_truncation)]
 
 mod cases;
 mod client;

@@ -1,5 +1,4 @@
 //! `vhost-perf`: a load generator for vhost-user-blk sockets.
-#![warn(clippy::cast_possible_truncation)]
 
 mod args;
 mod plot;
