@@ -124,7 +124,7 @@ impl Scene {
             self.target.process_events();
             thread::yield_now();
         }
-        self.target.finish_delete(NAME, &Nobody);
+        self.target.begin_delete(NAME, false).unwrap().finish(&Nobody);
         self.target.stop_reactors();
     }
 }

@@ -96,7 +96,13 @@ impl ModelDisk {
     pub fn new(block_size: u32) -> Arc<Self> {
         let features =
             Features { flush: true, unmap: true, write_zeroes: true, ..Features::default() };
-        Arc::new(Self { state: Arc::default(), block_size, features, stats: Stats::default(), qos: Qos::default() })
+        Arc::new(Self {
+            state: Arc::default(),
+            block_size,
+            features,
+            stats: Stats::default(),
+            qos: Qos::default(),
+        })
     }
 
     /// Its state.

@@ -372,8 +372,8 @@ impl Play<'_> {
     /// Deletes a controller with its connections, and creates it anew.
     fn recreate(&mut self) {
         let (target, sockets) = (&self.stage.target, &self.stage.sockets);
-        if target.begin_delete("b", true).is_ok() {
-            target.finish_delete("b", sockets);
+        if let Ok(deletion) = target.begin_delete("b", true) {
+            deletion.finish(sockets);
         }
         // Its connections are gone.
         (self.fronts[1], self.fronts[2]) = (None, None);

@@ -178,21 +178,19 @@ impl Control {
         if self.target.controller_id(name) != requested {
             return Err(Error::NoController(name.into()));
         }
-        self.target.begin_delete(name, options.force)?;
-        let gone =
-            || self.target.delete_progress(name).is_ok_and(|p| p.connected + p.draining == 0);
+        let deletion = self.target.begin_delete(name, options.force)?;
+        let gone = || {
+            let progress = deletion.progress();
+            progress.connected + progress.draining == 0
+        };
         let wait = self.wait(&mut changed, &mut deadline, &mut cancelled, gone).await;
         match wait {
             Wait::Done => {}
-            // `finish_delete` logs the I/O that has not completed.
+            // `finish` logs the I/O that has not completed.
             Wait::TimedOut if options.force => {}
-            Wait::TimedOut | Wait::Cancelled => {
-                self.target.cancel_delete(name);
-                return Err(Error::Busy(name.into()));
-            }
+            Wait::TimedOut | Wait::Cancelled => return Err(Error::Busy(name.into())),
         }
-        let (target, name) = (Arc::clone(&self.target), name.to_owned());
-        self.dpdk.run(move |transport| target.finish_delete(&name, transport)).await;
+        self.dpdk.run(move |transport| deletion.finish(transport)).await;
         Ok(())
     }
 
@@ -275,9 +273,7 @@ impl Control {
         let target = Arc::clone(&self.target);
         self.dpdk
             .run(move |transport| {
-                for controller in target.controllers() {
-                    target.finish_delete(&controller.name, transport);
-                }
+                target.remove_controllers(transport);
                 target.stop_reactors();
             })
             .await;

@@ -15,7 +15,8 @@ use vhost_target::device_queue::DeviceView;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use crate::config::{Disk, config_space, written_write_cache};
-use crate::queue::{BlkQueue, BlkView};
+use crate::queue::BlkQueue;
+use crate::view::BlkView;
 
 /// A virtio-blk device.
 #[derive(Debug)]

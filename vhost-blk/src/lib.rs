@@ -3,6 +3,8 @@
 //! * [`mod@config`]: feature bits and the configuration space.
 //! * [`mod@request`]: parses a descriptor chain into an I/O or an answer.
 //! * `device`: the control side ([`Blk`]).
+//! * `view`, `opened`, `throttle`, `tally`: what a queue knows of the disk, the bdev that it has
+//!   opened, its requests that wait for a rate limit, and its counts of a visit.
 //! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers
 //!   requests.
 //!
@@ -11,10 +13,14 @@
 
 pub mod config;
 pub mod request;
+mod tally;
 mod throttle;
+mod view;
 
 mod device;
+mod opened;
 mod queue;
 
 pub use device::{Blk, bdev_resized, limits_changed, remove_bdev};
-pub use queue::{BlkQueue, BlkView};
+pub use queue::BlkQueue;
+pub use view::BlkView;

@@ -1,55 +1,24 @@
-//! The virtio-blk device of one virtqueue, on a reactor: submits the I/Os of requests, and answers
-//! requests.
+//! The virtio-blk device of one virtqueue, on a reactor: submits I/Os, and answers requests.
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use bdev::{
-    Bdev, BdevChannel, Channel, Completion, Counters, Failure, FailureKind, Io, Limiting, Op,
-    Shortcut, Status, Submit, Tag,
-};
+use bdev::{Channel, Completion, Counters, Io, Limiting, Op, Status, Submit, Tag};
 use reactor::{Cause, Iteration, Wait};
-use vhost_target::device_queue::{Answer, DeviceQueue, DeviceView, Progress, Request, WakeFds};
+use vhost_target::device_queue::{Answer, DeviceQueue, Progress, Request, WakeFds};
 use virtqueue::chain::Chain;
 
 use crate::config::Disk;
+use crate::opened::Opened;
 use crate::request::{
-    Limits, Parsed, Ranges, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, parse, peek_read,
-    written_by_read,
+    Parsed, Ranges, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, parse, peek_read, written_by_read,
 };
+use crate::tally::Tallies;
 use crate::throttle::Throttled;
+use crate::view::BlkView;
 
-/// The time until a rate limit lets further I/O pass.
-const SLICE: Duration = Duration::from_millis(1);
 /// Completions that one poll takes from a channel at most.
 const COMPLETIONS: usize = 32;
-
-/// What a queue needs to know of the disk in one generation.
-#[derive(Clone, Debug)]
-pub struct BlkView {
-    /// The disk.
-    pub(crate) disk: Arc<Disk>,
-    /// The disk's limits when the view was created. A disk that grows gets a new view.
-    pub(crate) limits: Limits,
-    /// Whether writes have to be durable when they are answered.
-    pub(crate) write_through: bool,
-    /// The bdev, or one that it is built on, has rate limits.
-    pub(crate) limited: bool,
-}
-
-impl BlkView {
-    /// Returns a view of the disk as it is now, without its type.
-    #[must_use]
-    pub fn erased(disk: &Arc<Disk>, write_through: bool) -> DeviceView {
-        let (disk, limits, limited) = (Arc::clone(disk), disk.limits(), is_limited(&*disk.bdev));
-        Arc::new(Self { disk, limits, write_through, limited })
-    }
-}
-
-fn is_limited(bdev: &dyn Bdev) -> bool {
-    !bdev.qos().limits().is_unlimited() || bdev.bases().iter().any(|base| is_limited(&**base))
-}
 
 /// What a request still has to do when its I/O has succeeded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,28 +50,10 @@ impl Default for BlkRequest {
     }
 }
 
-/// Reads or writes that the shortcut has done in one visit. They are counted at its end.
-#[derive(Debug, Default)]
-struct Tally {
-    count: u64,
-    bytes: u64,
-}
-
-/// A bdev that this queue has opened.
-struct Open {
-    /// The shortcut of `channel`, valid while that is open and its limits stay as they are.
-    shortcut: Shortcut,
-    /// Limits apply to the channel's I/O.
-    limited: bool,
-    /// In a box, so that it can be released without an allocation.
-    channel: Box<BdevChannel>,
-    counters: Arc<Counters>,
-}
-
 /// The device of one virtqueue.
 pub struct BlkQueue {
     /// `None` if the disk was removed.
-    open: Option<Open>,
+    open: Option<Opened>,
     /// The counters of a channel that was released. Dropped with the queue.
     counters: Option<Arc<Counters>>,
     /// The remaining ranges of each request.
@@ -111,8 +62,7 @@ pub struct BlkQueue {
     parked: Box<[Option<Io>]>,
     throttled: Throttled,
     abandoned: bool,
-    /// Of reads and of writes.
-    tallies: [Tally; 2],
+    tallies: Tallies,
     done: [Completion; COMPLETIONS],
 }
 
@@ -128,19 +78,14 @@ impl BlkQueue {
     /// # Errors
     /// The bdev cannot be opened.
     pub fn open(disk: Option<&Disk>, depth: u16) -> Result<Self, bdev::Error> {
-        let open = disk.map(|disk| {
-            let channel = Box::new(BdevChannel::open(&disk.bdev, depth)?);
-            let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
-            Ok::<_, bdev::Error>(Open { shortcut, limited: false, channel, counters })
-        });
         Ok(Self {
-            open: open.transpose()?,
+            open: disk.map(|disk| Opened::open(disk, depth)).transpose()?,
             counters: None,
             ranges: (0..depth).map(|_| Ranges::default()).collect(),
             parked: (0..depth).map(|_| None).collect(),
             throttled: Throttled::new(depth),
             abandoned: false,
-            tallies: Default::default(),
+            tallies: Tallies::default(),
             done: [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS],
         })
     }
@@ -203,10 +148,9 @@ impl BlkQueue {
                 count += 1;
                 true
             };
-            let Some(io) = place.take() else { return ended(Status::IoError) };
-            if *abandoned {
+            let Some(io) = place.take().filter(|_| !*abandoned) else {
                 return ended(Status::IoError);
-            }
+            };
             // SAFETY: as in `submit`. The engine has pinned the view when the request was kept.
             match unsafe { open.channel.submit(io) } {
                 Submit::Done(status) => ended(status),
@@ -345,26 +289,6 @@ impl BlkQueue {
     }
 }
 
-impl Open {
-    #[cold]
-    fn set_limiting(&mut self, limiting: Limiting, limited: bool) {
-        self.channel.set_limiting(limiting);
-        self.shortcut = self.channel.shortcut();
-        self.limited = limited;
-    }
-
-    /// Records the reason of a failure for the control side, which logs it.
-    #[cold]
-    #[inline(never)]
-    fn count_failure(&mut self, (tag, op, len): (u16, Op, u64), ticks: u64, status: Status) {
-        let unsupported = status == Status::Unsupported;
-        let errno = if unsupported { libc::EOPNOTSUPP } else { libc::EIO };
-        let unknown = Failure { kind: FailureKind::Failed, op, offset: None, len, errno };
-        let failure = self.channel.failure(Tag(tag)).unwrap_or(unknown);
-        self.counters.record_failure(ticks, &failure);
-    }
-}
-
 /// Finishes a request whose last I/O has ended with `status`.
 #[inline(always)]
 fn finished<R: Request<BlkQueue>>(mut request: R, status: Status) -> Progress {
@@ -432,9 +356,7 @@ impl DeviceQueue for BlkQueue {
             if !done {
                 return self.submit(view, request, io);
             }
-            let tally = &mut self.tallies[usize::from(op == Op::Write)];
-            tally.count += 1;
-            tally.bytes += len;
+            self.tallies.add(op == Op::Write, len);
             return finished(request, Status::Ok);
         }
         self.start_other(view, request, parsed, resubmitted)
@@ -495,25 +417,12 @@ impl DeviceQueue for BlkQueue {
         }
     }
 
-    /// Counts the I/Os of the shortcut. They were done one after the other, so the time of the
-    /// visit is shared among them.
     #[inline]
     fn started(&mut self, iteration: &mut Iteration) {
         let Some(open) = &self.open else { return };
         let begun = iteration.now_ticks();
         let ticks = iteration.read_clock().saturating_sub(begun);
-        let [reads, writes] = std::mem::take(&mut self.tallies);
-        let of_writes = match (reads.count, writes.count) {
-            (_, 0) => 0,
-            (0, _) => ticks,
-            (r, w) => ticks * w / (r + w),
-        };
-        if reads.count > 0 {
-            open.counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
-        }
-        if writes.count > 0 {
-            open.counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
-        }
+        self.tallies.record(&open.counters, ticks);
     }
 
     #[inline]
@@ -563,15 +472,9 @@ impl DeviceQueue for BlkQueue {
     }
 
     fn wait(&self, pending: usize) -> Wait {
-        let Some(open) = &self.open else { return Wait::Poll };
         let throttled = self.throttled.len();
-        let wait = match open.channel.wait() {
-            _ if pending <= throttled => Wait::Event,
-            bdev::Wait::Poll => Wait::Poll,
-            bdev::Wait::Event => Wait::Event,
-            bdev::Wait::Until(until) => Wait::Until(until),
-        };
-        if throttled == 0 { wait } else { wait.sooner(Wait::Until(Instant::now() + SLICE)) }
+        let queued = pending.saturating_sub(throttled);
+        self.open.as_ref().map_or(Wait::Poll, |open| open.wait(queued, throttled))
     }
 
     #[inline]
@@ -580,7 +483,7 @@ impl DeviceQueue for BlkQueue {
     }
 
     fn release(&mut self) -> Option<Box<dyn Send>> {
-        let Open { channel, counters, .. } = self.open.take()?;
+        let Opened { channel, counters, .. } = self.open.take()?;
         self.counters = Some(counters);
         Some(channel)
     }

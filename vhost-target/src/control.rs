@@ -5,6 +5,7 @@
 //! Reactors never take it. Code that waits for a condition waits for the `changed` hook.
 
 mod connections;
+mod deletion;
 mod gate;
 mod messages;
 mod opening;
@@ -44,7 +45,7 @@ pub type SteppedReactor = reactor::SteppedReactor<Event>;
 /// See [`Reactor`].
 pub type Events = reactor::Events<Event>;
 
-pub use operator::DeleteProgress;
+pub use deletion::{DeleteProgress, Deletion};
 pub use placement::Moving;
 
 /// The target; see the module's documentation.

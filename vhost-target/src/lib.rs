@@ -29,7 +29,7 @@ pub mod queue;
 pub mod session;
 pub mod transport;
 
-pub use control::{DeleteProgress, Events, Moving, Reactor, SteppedReactor, Target};
+pub use control::{DeleteProgress, Deletion, Events, Moving, Reactor, SteppedReactor, Target};
 pub use controller::{
     ControllerInfo, ControllerSpec, IOPS_THRESHOLD_DEFAULT, QueueInfo, SessionInfo,
 };

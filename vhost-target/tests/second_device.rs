@@ -9,6 +9,7 @@ mod second_device {
     pub(crate) mod guest;
     pub(crate) mod source;
 
+    mod deletion;
     mod opening;
     mod requests;
 }

@@ -13,21 +13,12 @@ use crate::controller::{
 };
 use crate::device::{Device, DeviceChange};
 use crate::error::Error;
-use crate::transport::{ConnId, Transport};
+use crate::transport::Transport;
 
 /// Mappings that all connections of one controller may have together. Dirty logs and in-flight
 /// areas are included, and earlier mappings that I/O in flight still uses or that are not unmapped
 /// yet. The process has room for ten times as many.
 const MAPPINGS_OF_CONTROLLER_MAX: usize = 3 * SLOTS_MAX;
-
-/// The progress of a deletion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeleteProgress {
-    /// The number of connected front ends.
-    pub connected: usize,
-    /// The number of closed connections with I/O in flight.
-    pub draining: usize,
-}
 
 impl Target {
     /// Creates a controller and opens its socket. Blocks in `transport`. Not for the control
@@ -76,101 +67,10 @@ impl Target {
         Ok(wanted.to_vec())
     }
 
-    /// Begins to delete a controller: it accepts no new connection from now on. With `force`, its
-    /// connections are closed.
-    ///
-    /// # Errors
-    /// The controller does not exist.
-    pub fn begin_delete(&self, name: &str, force: bool) -> Result<(), Error> {
-        let mut inner = self.lock();
-        let controller = inner.controller(name)?;
-        controller.deleting = true;
-        let id = controller.id;
-        if force {
-            let of_controller = inner.connections.values().filter(|c| c.controller == id);
-            of_controller.filter_map(|c| c.conn.as_ref()).for_each(|conn| conn.shut_down());
-        }
-        Ok(())
-    }
-
     /// Returns the id of the controller that has this name now. The id is never reused.
     #[must_use]
     pub fn controller_id(&self, name: &str) -> Option<u64> {
         self.lock().controllers.get(name).map(|controller| controller.id.0)
-    }
-
-    /// Returns whether this controller is being deleted.
-    #[must_use]
-    pub fn is_deleting(&self, name: &str) -> bool {
-        self.lock().controllers.get(name).is_some_and(|c| c.deleting)
-    }
-
-    /// Cancels a deletion: the controller accepts connections again.
-    pub fn cancel_delete(&self, name: &str) {
-        if let Ok(controller) = self.lock().controller(name) {
-            controller.deleting = false;
-        }
-    }
-
-    /// Returns the number of connections that a deletion has to wait for.
-    ///
-    /// # Errors
-    /// The controller does not exist (any more).
-    pub fn delete_progress(&self, name: &str) -> Result<DeleteProgress, Error> {
-        let mut inner = self.lock();
-        let id = inner.controller(name)?.id;
-        let of_controller = || inner.connections.values().filter(|c| c.controller == id);
-        let connected = of_controller().filter(|c| c.conn.is_some()).count();
-        Ok(DeleteProgress { connected, draining: of_controller().count() - connected })
-    }
-
-    /// Completes a deletion: closes the socket and removes the controller. The remaining
-    /// connections drain in the background. Blocks in `transport`. Not for the control thread.
-    pub fn finish_delete(&self, name: &str, transport: &dyn Transport) {
-        let (id, socket) = match self.lock().controller(name) {
-            Ok(controller) => (controller.id, controller.socket.clone()),
-            Err(_) => return,
-        };
-        transport.unlisten(&socket);
-        // rte_vhost does not report the connections that it closes then.
-        let left: Vec<ConnId> = {
-            let inner = self.lock();
-            let of_controller = inner.connections.iter().filter(|(_, c)| c.controller == id);
-            of_controller.map(|(conn, _)| *conn).collect()
-        };
-        left.into_iter().for_each(|conn| self.closed(conn));
-        self.abandon_rings(name, id);
-        self.lock().controllers.remove(name);
-        info!("controller {name}: deleted");
-        (self.changed)();
-    }
-
-    /// Makes the queues of a deleted controller's connections stop accessing their rings. After
-    /// this returns, other queues may use these rings.
-    fn abandon_rings(&self, name: &str, id: ControllerId) {
-        let left: Vec<u64> = {
-            let inner = self.lock();
-            let of_controller = inner.connections.values().filter(|c| c.controller == id);
-            let queues = of_controller.flat_map(|c| c.queues.iter().flatten());
-            queues.map(|attached| self.abandon(attached)).collect()
-        };
-        let ios: u64 = left.iter().sum();
-        if ios > 0 {
-            warn!(
-                "controller {name}: deleted with {ios} I/Os in flight, which may still write into \
-                 guest memory and to the disk; the memory stays mapped until they complete"
-            );
-        }
-        if !left.is_empty() && !self.settle() {
-            warn!("controller {name}: timed out waiting for a reactor to stop accessing its rings");
-        }
-    }
-
-    /// Abandons the ring of a queue. Returns the number of I/Os that the queue has in flight.
-    fn abandon(&self, attached: &Attached) -> u64 {
-        attached.queue.control().abandon();
-        self.reactors[attached.reactor].wake();
-        attached.queue.control().inflight().into()
     }
 
     /// Sets interrupt coalescing.

@@ -296,8 +296,7 @@ impl<D: DeviceQueue> Core<D> {
         }
         if core.inflight > 0 && self.device.is_open() {
             // No overflow: a parked request is in flight.
-            let pending = core.inflight as usize - core.parked.len();
-            wait = wait.sooner(self.device.wait(pending));
+            wait = wait.sooner(self.device.wait(core.inflight as usize - core.parked.len()));
         } else if !core.resubmissions.is_empty() && !core.broken {
             return Wait::Poll;
         }
@@ -322,11 +321,10 @@ impl<D: DeviceQueue> Core<D> {
     #[cold]
     fn adopt<R: Ring>(&mut self, at: At<'_, R, D::View>, iteration: &mut Iteration) {
         let At { control, view, .. } = at;
-        if control.stop.load(Ordering::Acquire) && control.abandoned.load(Ordering::Relaxed) {
-            return;
+        if !(control.stop.load(Ordering::Acquire) && control.abandoned.load(Ordering::Relaxed)) {
+            self.ring.adopt(at, iteration);
+            self.device.adopted(view.device.as_ref());
         }
-        self.ring.adopt(at, iteration);
-        self.device.adopted(view.device.as_ref());
     }
 
     /// Returns whether a queue that stops must not access its ring any more.

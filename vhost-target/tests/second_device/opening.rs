@@ -30,8 +30,7 @@ fn a_hanging_opening_delays_only_its_guest() {
     world.target.closed(guest.id);
     // The operator's methods work for both controllers.
     world.target.set_coalescing("slow", 1, 1000).unwrap();
-    world.target.begin_delete("quick", false).unwrap();
-    world.target.finish_delete("quick", &NoSockets);
+    world.target.begin_delete("quick", false).unwrap().finish(&NoSockets);
     // The front end's own messages are handled, and are in effect when the ring starts.
     waits.tell(request::SET_VRING_CALL, &[1 << 8], None);
     assert_eq!(waits.answered(), 0);
@@ -49,9 +48,9 @@ fn its_guest_can_disconnect_and_its_controller_can_be_deleted() {
     until(|| slow.openings().count == 1);
     world.target.closed(guest.id);
     assert_eq!(world.target.connections(), 0, "no connection is left");
-    world.target.begin_delete("slow", false).unwrap();
-    assert_eq!(world.target.delete_progress("slow").unwrap().connected, 0);
-    world.target.finish_delete("slow", &NoSockets);
+    let deletion = world.target.begin_delete("slow", false).unwrap();
+    assert_eq!(deletion.progress().connected, 0);
+    deletion.finish(&NoSockets);
     assert!(world.target.controllers().is_empty());
     slow.open();
     until(|| slow.openings().count == 0);

@@ -13,6 +13,7 @@ use super::world::{Controller, Disk, World};
 /// A deletion in progress.
 pub(crate) struct Deletion {
     pub(crate) controller: usize,
+    begun: vhost_target::Deletion,
     force: bool,
     /// How often it still checks before its time limit.
     checks_left: usize,
@@ -96,7 +97,9 @@ impl World {
         let deleting = self.controllers[controller].deleting;
         assert_eq!(self.target.is_deleting(&name), deleting);
         if deleting {
-            return; // It waits for the first.
+            let result = self.target.begin_delete(&name, force);
+            assert!(matches!(result, Err(Error::Busy(_))));
+            return;
         }
         let checks_left = self.rng.below(8);
         self.start_deletion(controller, force, checks_left);
@@ -112,20 +115,20 @@ impl World {
         let busy: Vec<usize> = (0..self.controllers.len()).filter(busy).collect();
         let Some(controller) = self.rng.pick(&busy) else { return };
         self.start_deletion(controller, true, 0);
-        self.deletions.pop();
+        let deletion = self.deletions.pop().expect("it was just added");
         self.count("deleted with I/O in flight");
         if self.kind_of(controller) == DeviceKind::Entropy {
             self.count("an entropy device deleted with requests in flight");
         }
-        self.finish_delete(controller);
+        self.finish_delete(deletion);
     }
 
     pub(crate) fn start_deletion(&mut self, controller: usize, force: bool, checks_left: usize) {
         let name = self.controllers[controller].name.clone();
         self.trace.add(format!("delete controller {controller} ({name}), force: {force}"));
-        self.target.begin_delete(&name, force).expect("the controller exists");
+        let begun = self.target.begin_delete(&name, force).expect("the controller exists");
         self.controllers[controller].deleting = true;
-        self.deletions.push(Deletion { controller, force, checks_left });
+        self.deletions.push(Deletion { controller, begun, force, checks_left });
         if force {
             for front in self.fronts.iter().filter(|f| f.controller == controller && !f.closed) {
                 assert!(front.fake.is_shut(), "force closes the connections");
@@ -140,7 +143,7 @@ impl World {
         let n = self.rng.below(self.deletions.len());
         let controller = self.deletions[n].controller;
         let name = self.controllers[controller].name.clone();
-        let progress = self.target.delete_progress(&name).expect("the controller exists");
+        let progress = self.deletions[n].begun.progress();
         let open = self.fronts.iter().filter(|f| f.controller == controller && !f.closed).count();
         assert_eq!(progress.connected, open, "the number of connections to {name}");
         self.trace.add(format!("deletion of controller {controller}: {progress:?}"));
@@ -156,15 +159,16 @@ impl World {
         });
         let deletion = self.deletions.swap_remove(n);
         if done || deletion.force {
-            self.finish_delete(controller);
+            self.finish_delete(deletion);
         } else {
             self.trace.add(format!("controller {controller}: not deleted"));
-            self.target.cancel_delete(&name);
+            drop(deletion);
             self.controllers[controller].deleting = false;
         }
     }
 
-    fn finish_delete(&mut self, controller: usize) {
+    fn finish_delete(&mut self, deletion: Deletion) {
+        let Deletion { controller, begun, .. } = deletion;
         let mine: Vec<usize> = (0..self.fronts.len())
             .filter(|n| self.fronts[*n].controller == controller && !self.fronts[*n].closed)
             .collect();
@@ -179,8 +183,7 @@ impl World {
             noticed.into_iter().for_each(|id| target.closed(id));
             fakes.iter().for_each(|fake| fake.shut_down());
         });
-        let name = self.controllers[controller].name.clone();
-        self.target.finish_delete(&name, &*self.transport);
+        begun.finish(&*self.transport);
         mine.into_iter().for_each(|n| self.is_closed(n));
         // Requests that have completed so far completed before the reply.
         self.check();

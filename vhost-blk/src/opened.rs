@@ -1,0 +1,69 @@
+//! The bdev that a queue has opened.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bdev::{
+    BdevChannel, Channel, Counters, Failure, FailureKind, Limiting, Op, Shortcut, Status, Tag,
+};
+use reactor::Wait;
+
+use crate::config::Disk;
+
+/// The time until a rate limit lets further I/O pass.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// A bdev that a queue has opened.
+pub(crate) struct Opened {
+    /// The shortcut of `channel`, valid while that is open and its limits stay as they are.
+    pub(crate) shortcut: Shortcut,
+    /// Rate limits apply to the channel's I/O.
+    pub(crate) limited: bool,
+    /// In a box, so that it can be released without an allocation.
+    pub(crate) channel: Box<BdevChannel>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Opened {
+    /// Opens a disk for a queue with at most `depth` requests in flight.
+    pub(crate) fn open(disk: &Disk, depth: u16) -> Result<Self, bdev::Error> {
+        let channel = Box::new(BdevChannel::open(&disk.bdev, depth)?);
+        let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
+        Ok(Self { shortcut, limited: false, channel, counters })
+    }
+
+    #[cold]
+    pub(crate) fn set_limiting(&mut self, limiting: Limiting, limited: bool) {
+        self.channel.set_limiting(limiting);
+        self.shortcut = self.channel.shortcut();
+        self.limited = limited;
+    }
+
+    /// Returns what the owner does until the next visit, while `queued` I/Os are in the channel and
+    /// `throttled` ones wait for a rate limit.
+    pub(crate) fn wait(&self, queued: usize, throttled: usize) -> Wait {
+        let wait = match self.channel.wait() {
+            _ if queued == 0 => Wait::Event,
+            bdev::Wait::Poll => Wait::Poll,
+            bdev::Wait::Event => Wait::Event,
+            bdev::Wait::Until(until) => Wait::Until(until),
+        };
+        if throttled == 0 { wait } else { wait.sooner(Wait::Until(Instant::now() + SLICE)) }
+    }
+
+    /// Records the reason of a failure for the control side, which logs it.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn count_failure(
+        &mut self,
+        (tag, op, len): (u16, Op, u64),
+        ticks: u64,
+        status: Status,
+    ) {
+        let unsupported = status == Status::Unsupported;
+        let errno = if unsupported { libc::EOPNOTSUPP } else { libc::EIO };
+        let unknown = Failure { kind: FailureKind::Failed, op, offset: None, len, errno };
+        let failure = self.channel.failure(Tag(tag)).unwrap_or(unknown);
+        self.counters.record_failure(ticks, &failure);
+    }
+}

@@ -1,0 +1,41 @@
+//! Counts the I/Os that the shortcut has done in a visit.
+
+use bdev::{Counters, Op};
+
+#[derive(Debug, Default)]
+struct Tally {
+    count: u64,
+    bytes: u64,
+}
+
+/// Reads and writes that the shortcut has done in one visit. They are counted at its end.
+#[derive(Debug, Default)]
+pub(crate) struct Tallies([Tally; 2]);
+
+impl Tallies {
+    /// Counts a read, or a write.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, write: bool, bytes: u64) {
+        let tally = &mut self.0[usize::from(write)];
+        tally.count += 1;
+        tally.bytes += bytes;
+    }
+
+    /// Adds the I/Os to the counters and begins anew. They were done one after the other, so the
+    /// time of the visit is shared among them.
+    #[inline]
+    pub(crate) fn record(&mut self, counters: &Counters, ticks: u64) {
+        let [reads, writes] = std::mem::take(&mut self.0);
+        let of_writes = match (reads.count, writes.count) {
+            (_, 0) => 0,
+            (0, _) => ticks,
+            (r, w) => ticks * w / (r + w),
+        };
+        if reads.count > 0 {
+            counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
+        }
+        if writes.count > 0 {
+            counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
+        }
+    }
+}
