@@ -1,5 +1,5 @@
 //! A user's I/O path to a bdev: the module's channel, and the rate limits in front of it.
-#![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
+#![expect(unsafe_code, reason = "forwards I/O to `Channel::submit`")]
 
 use std::sync::Arc;
 
@@ -21,14 +21,14 @@ pub struct BdevChannel {
     bdev: Arc<dyn Bdev>,
 }
 
-/// Which I/Os the limits are applied to.
+/// How the channel treats its I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Limited {
-    /// None: there is no limit.
+    /// Limits are not applied.
     No,
-    /// All. Each is charged to this user, or refused.
+    /// Each I/O is charged to this user, or refused.
     Yes(UserSlot),
-    /// None is refused; each is charged.
+    /// Each I/O is charged to this user, and none is refused.
     ChargeOnly(UserSlot),
 }
 
@@ -99,7 +99,7 @@ impl Channel for BdevChannel {
         unsafe { self.submit_limited(io) }
     }
 
-    /// There is none while limits apply.
+    /// Returns [`Shortcut::None`] while limits apply.
     fn shortcut(&self) -> Shortcut {
         if self.limited == Limited::No { self.channel.shortcut() } else { Shortcut::None }
     }

@@ -85,10 +85,10 @@ pub trait Channel: Send {
         Wait::Poll
     }
 
-    /// Sets how the rate limits of the bdevs below this channel treat its I/O. Called again when a
-    /// bdev's limits have been set or removed. Only wrappers implement it: they forward it to the
-    /// [`BdevChannel`](crate::BdevChannel) of each base. A [`Channel::shortcut`] from before the
-    /// call is not valid any more.
+    /// Sets how the rate limits of this channel's bdev and of its bases treat its I/O. Called again
+    /// when limits are set or removed. A module with bases forwards the call to the
+    /// [`BdevChannel`](crate::BdevChannel) of each; other modules keep the default. The call
+    /// invalidates shortcuts that were returned before.
     fn set_limiting(&mut self, _limiting: Limiting) {}
 
     /// Returns the reason for which the I/O of `tag` failed, if known. The owner calls this once

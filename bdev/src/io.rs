@@ -128,9 +128,9 @@ pub enum Submit {
     Queued,
     /// The channel is full and did not take the I/O. Submit it again after a completion.
     Full(Io),
-    /// A rate limit does not let the I/O pass now. Submit it again later: at the next poll, or a
-    /// millisecond later when the owner sleeps meanwhile. A channel refuses an I/O so only between
-    /// [`Channel::set_limiting`] with [`Limiting::Apply`] and with [`Limiting::ChargeOnly`].
+    /// A rate limit refused the I/O. Submit it again at the next poll, or after a millisecond if
+    /// the owner sleeps. A channel returns this only after [`Channel::set_limiting`] with
+    /// [`Limiting::Apply`], and not after [`Limiting::ChargeOnly`].
     ///
     /// [`Channel::set_limiting`]: crate::Channel::set_limiting
     /// [`Limiting::Apply`]: crate::Limiting::Apply

@@ -3,7 +3,7 @@
 //! In the place of a transport there is a front end that calls the target. Asserts counts and
 //! contents: no request is lost, none is done twice, no completion goes untold.
 #![expect(clippy::unwrap_used, reason = "tests")]
-#![expect(unsafe_code, reason = "a channel gets addresses")]
+#![expect(unsafe_code, reason = "accesses guest memory by address")]
 
 use std::collections::HashSet;
 use std::fs::File;

@@ -108,7 +108,7 @@ fn guests_of_one_bdev_get_the_same_rate_and_no_more_than_the_limit_together() {
         let of = [after[0] - before[0], after[1] - before[1]];
         let share = of[0] as f64 / (of[0] + of[1]) as f64;
         assert!((0.45..=0.55).contains(&share), "{of:?}");
-        // Two I/Os in a slice, and the slice at either end.
+        // At most two I/Os per slice, and one more slice at each end of the measurement.
         assert!(ops <= 2 * (ended - begun + 2), "{ops} in {} ms", ended - begun);
         end(one.0, one.1);
         end(other.0, other.1);
@@ -116,7 +116,8 @@ fn guests_of_one_bdev_get_the_same_rate_and_no_more_than_the_limit_together() {
     }
 }
 
-/// Limits come, change and go, on a bdev and on its base, while guests verify what they read.
+/// Limits are set, changed and removed, on a bdev and on its base, while a guest verifies what it
+/// reads.
 #[test]
 fn limits_change_under_load_and_hold_nothing_up() {
     for disk in ["malloc", "uring"] {
@@ -142,7 +143,7 @@ fn limits_change_under_load_and_hold_nothing_up() {
             set(&vhost, limits[n % 4].clone());
             load.wait_for(100).unwrap();
         }
-        // All that is in flight waits for ever, as a guest sees it.
+        // From here on, the guest's requests wait.
         set(&vhost, json!({"name": "B", "rw_ios_per_sec": 1}));
         vhost.ok("bdev_get_bdevs", json!({"name": "P"}));
         // The load ends only when its requests have come back: the removal releases them.
@@ -153,7 +154,7 @@ fn limits_change_under_load_and_hold_nothing_up() {
     }
 }
 
-/// One I/O in a second: what waits would take minutes.
+/// With a limit of one I/O per second, the 29 waiting requests would take half a minute.
 #[test]
 fn a_limit_holds_up_neither_a_stop_nor_a_delete() {
     let vhost = Vhost::start(&[]);

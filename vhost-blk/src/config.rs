@@ -34,7 +34,7 @@ pub struct Disk {
     pub bdev: Arc<dyn Bdev>,
     /// Whether the operator made the controller read-only.
     pub read_only: bool,
-    /// The controller's guest, for the bdev's rate limits.
+    /// Identifies the controller to the bdev's rate limits.
     pub(crate) user: QosUser,
 }
 
@@ -45,7 +45,8 @@ impl std::fmt::Debug for Disk {
 }
 
 impl Disk {
-    /// Makes the disk of a controller. Its guest is a user of the bdev's rate limits of its own.
+    /// Creates the disk of a controller. Each call creates a separate user of the bdev's rate
+    /// limits.
     #[must_use]
     pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Self {
         static USERS: AtomicU32 = AtomicU32::new(1);
@@ -157,7 +158,7 @@ impl Topology {
         // Both sizes are powers of two.
         let physical_block_exp = (topology.physical_block_size / block_bytes).trailing_zeros();
         Self {
-            physical_block_exp: physical_block_exp.try_into().expect("a `u32` has 32 bits"),
+            physical_block_exp: physical_block_exp.try_into().expect("at most 32 trailing zeros"),
             // A value that does not fit is cut to a power of two. Drivers take a physical block as
             // the lower limit.
             min_io_size: topology.min_io_blocks.min(1 << 15) as u16,

@@ -10,12 +10,12 @@ use reactor::Wait;
 
 use crate::config::Disk;
 
-/// The time until a rate limit lets further I/O pass.
+/// The length of a slice of a rate limit: throttled I/O is submitted again after this time.
 const SLICE: Duration = Duration::from_millis(1);
 
 /// A bdev that a queue has opened.
 pub(crate) struct Opened {
-    /// The shortcut of `channel`, valid while that is open and its limits stay as they are.
+    /// The shortcut of `channel`. Renewed by `set_limiting`, valid until the channel is closed.
     pub(crate) shortcut: Shortcut,
     /// Rate limits apply to the channel's I/O.
     pub(crate) limited: bool,
@@ -39,7 +39,7 @@ impl Opened {
         self.limited = limited;
     }
 
-    /// Returns what the owner does until the next visit, while `queued` I/Os are in the channel and
+    /// Returns how the owner waits for the next visit, while `queued` I/Os are in the channel and
     /// `throttled` ones wait for a rate limit.
     pub(crate) fn wait(&self, queued: usize, throttled: usize) -> Wait {
         let wait = match self.channel.wait() {

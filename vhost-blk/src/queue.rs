@@ -132,8 +132,8 @@ impl BlkQueue {
         request.keep()
     }
 
-    /// Submits the I/Os that waited for a rate limit and may pass now. Those that have ended at
-    /// once are added to the `count` entries of `done`. Returns the number of entries.
+    /// Submits throttled I/Os that the limits now admit. `done` already has `count` entries; I/Os
+    /// that complete at once are appended. Returns the new number of entries.
     #[cold]
     fn release_throttled(&mut self, mut count: usize) -> usize {
         let Self { open, parked, throttled, abandoned, done, .. } = self;
@@ -388,13 +388,13 @@ impl DeviceQueue for BlkQueue {
         let Some(open) = &mut self.open else { return };
         let limited = view.is_some_and(|view| view.limited);
         if limited || open.limited {
-            // The I/O of a disk that was removed ends soon.
+            // When the disk was removed, throttled requests pass at once.
             let apply = view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user));
             open.set_limiting(apply, limited);
         }
     }
 
-    /// A stop does not wait for rate limits.
+    /// Lets throttled requests pass, so that a stop does not wait for a rate limit.
     fn stopping(&mut self) {
         if let Some(open) = &mut self.open
             && open.limited

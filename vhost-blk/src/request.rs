@@ -176,7 +176,10 @@ pub fn peek_read(chain: &Chain) -> Option<(u64, u64)> {
     if !at.is_aligned() {
         return None;
     }
-    #[expect(clippy::cast_possible_truncation, reason = "the first half of the word")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "takes the low 32 bits, the header's `type`"
+    )]
     // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
     let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
     // SAFETY: as above.
@@ -246,7 +249,10 @@ impl Parser<'_> {
         if segment.len() != HEADER_BYTES || !at.is_aligned() {
             return self.take_uncommon_header();
         }
-        #[expect(clippy::cast_possible_truncation, reason = "the first half of the word")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "takes the low 32 bits, the header's `type`"
+        )]
         // SAFETY: these are 16 bytes of guest memory that is mapped now, aligned for `u64`.
         let kind = u64::from_le(unsafe { &*at }.load(Ordering::Relaxed)) as u32;
         // SAFETY: as above.

@@ -21,8 +21,8 @@ impl Tallies {
         tally.bytes += bytes;
     }
 
-    /// Adds the I/Os to the counters and begins anew. They were done one after the other, so the
-    /// time of the visit is shared among them.
+    /// Adds the tallies to `counters` and resets them. `ticks`, the time of the visit, is divided
+    /// between reads and writes by their number.
     #[inline]
     pub(crate) fn record(&mut self, counters: &Counters, ticks: u64) {
         let [reads, writes] = std::mem::take(&mut self.0);

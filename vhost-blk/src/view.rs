@@ -1,4 +1,4 @@
-//! What a queue needs to know of its disk, and adopts when it changes.
+//! What a queue needs to know of its disk. When this changes, the queue adopts a new view.
 
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ use crate::request::Limits;
 pub struct BlkView {
     /// The disk.
     pub(crate) disk: Arc<Disk>,
-    /// The disk's limits when the view was created. A disk that grows gets a new view.
+    /// The disk's size, block size and features when the view was created, against which requests
+    /// are checked. A disk that grows gets a new view.
     pub(crate) limits: Limits,
     /// Whether writes have to be durable when they are answered.
     pub(crate) write_through: bool,

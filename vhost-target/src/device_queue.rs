@@ -49,7 +49,8 @@ pub trait DeviceQueue: Send + Sized + 'static {
     /// the device was removed.
     fn adopted(&mut self, _view: Option<&Self::View>) {}
 
-    /// Called in each visit of a queue that was told to stop: pending requests should end soon.
+    /// Called in each visit of a queue that stops. From now on the device must not delay requests,
+    /// for example because of a rate limit.
     fn stopping(&mut self) {}
 
     /// Returns whether the device benefits from [`DeviceQueue::look_ahead`].

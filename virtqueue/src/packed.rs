@@ -398,7 +398,10 @@ impl Chained for KeptChain<'_> {
 
 impl Ring for PackedRing {
     #[inline]
-    #[expect(clippy::cast_possible_truncation, reason = "an index, if `position` is valid")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "with a valid `position`, the index is below the ring size, a `u16`"
+    )]
     fn advance(&self, position: u16, by: u16) -> u16 {
         let (index, wrap) = (u32::from(position & !WRAP) + u32::from(by), position & WRAP);
         match index.checked_sub(self.size.into()) {

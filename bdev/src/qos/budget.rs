@@ -6,21 +6,21 @@
 //! of the slice's quota becomes spare; if several were, it is divided among them, so that a user
 //! that asks more often does not get more. A user's debt is paid from its own shares.
 //!
-//! Amounts are in thousandths of an I/O or of a byte, so that a quota per millisecond is the rate
-//! per second.
+//! Amounts are in thousandths of an I/O or byte. In this unit, the quota of a slice has the same
+//! number as the rate per second.
 //!
-//! Every amount is changed by additions and subtractions only, never stored. So what users take in
-//! total is what the slices' quotas have given, plus at most one I/O per user and limit that
-//! overruns.
+//! Amounts are only added to and subtracted from, never stored, so no concurrent change is lost.
+//! Admitted I/O exceeds an amount by at most one I/O per reactor that charges it at the same time.
+//! The excess is a debt. [`Budgets::charge_anyway`] may add any debt.
 
 use crate::sync::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
 /// The number of limits that a bdev has.
 pub(crate) const LIMITS: usize = 4;
-/// Amounts per I/O or byte.
+/// Units in an I/O or byte.
 const UNIT: u64 = 1000;
-/// The slices whose quotas are given at once after nobody has renewed the budgets, for example
-/// because the reactors slept or were preempted.
+/// The maximum number of slices whose quotas one renewal gives. Several slices pass without a
+/// renewal when the reactors sleep or are preempted.
 const CATCH_UP: u64 = 100;
 /// Limits the amount of one I/O, so that sums do not overflow.
 const COST_MAX: u64 = 1 << 50;
@@ -77,14 +77,14 @@ impl Budgets {
         for (limit, rate) in rates.into_iter().enumerate() {
             // Relaxed: the rates are independent of each other, and apply from the next renewal on.
             if self.rates[limit].swap(rate, Ordering::Relaxed) != 0 && rate == 0 {
-                self.forgive(limit);
+                self.clear(limit);
             }
         }
         self.slice.fetch_max(slice.saturating_sub(1), Ordering::Relaxed);
     }
 
-    /// Clears what is left of a limit that was removed, so that a later limit begins anew.
-    fn forgive(&self, limit: usize) {
+    /// Clears the amounts of a limit that was removed, so that a later limit starts from zero.
+    fn clear(&self, limit: usize) {
         let users = self.users.iter().map(|user| &user.credit[limit]);
         for amount in users.chain([&self.spare[limit]]) {
             amount.fetch_sub(amount.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -123,8 +123,8 @@ impl Budgets {
         }
     }
 
-    /// Removes a channel of a user. With its last channel, its debt becomes everybody's, so that
-    /// nobody gets rid of a debt by closing.
+    /// Removes a channel of a user. When the user's last channel is removed, its debt moves to
+    /// `spare`, so that closing a channel does not cancel a debt.
     pub(crate) fn remove_user(&self, slot: UserSlot) {
         let user = &self.users[slot.0];
         let only_number = |owner: u64| owner & u64::from(u32::MAX) == 1;
@@ -181,7 +181,7 @@ impl Budgets {
         });
     }
 
-    /// Takes a charge back.
+    /// Reverses a charge.
     pub(crate) fn give_back(&self, slot: UserSlot, costs: [u64; LIMITS]) {
         self.change_credit(slot, costs, |credit, amount| {
             credit.fetch_add(amount, Ordering::Relaxed);
@@ -206,7 +206,8 @@ impl Budgets {
     #[cold]
     pub(crate) fn renew(&self, slot: UserSlot, refused: Refused, now: u64) -> bool {
         let since = &self.users[slot.0].refused[refused.0];
-        // Relaxed: the reactor that renews the budgets reads it in this renewal or in the next one.
+        // Relaxed: a renewal that runs at the same time may clear the mark without reading it. The
+        // user sets it again at its next refusal.
         if since.load(Ordering::Relaxed) == 0 {
             since.store(now, Ordering::Relaxed);
         }
@@ -235,32 +236,33 @@ impl Budgets {
             return;
         }
         let users = &self.users[..self.users_end.load(Ordering::Relaxed)];
-        let (mut hungry, mut debtors, mut since) = (0, 0, now);
+        let (mut waiting, mut debtors, mut since) = (0, 0, now);
         for user in users {
             match user.refused[limit].load(Ordering::Relaxed) {
                 0 => debtors += i64::from(user.credit[limit].load(Ordering::Relaxed) < 0),
-                first => (hungry, since) = (hungry + 1, since.min(first)),
+                first => (waiting, since) = (waiting + 1, since.min(first)),
             }
         }
-        // Slices in which nobody was refused are not made up for: their quota is lost.
+        // Quotas are given for the slices since the first refusal. The quotas of the slices before
+        // it are lost.
         let slices = (now - since).clamp(1, CATCH_UP);
-        // The spare amount of the last slice is lost, too, and a debt is not.
+        // A positive spare amount expires. A negative one is subtracted from the new quota.
         let spare = self.spare[limit].load(Ordering::Relaxed);
         self.spare[limit].fetch_sub(spare, Ordering::Relaxed);
         let quota = signed(quota.saturating_mul(slices));
         let mut left = quota.saturating_add(spare.min(0));
         if left > 0 {
-            left -= self.pay_debts(limit, users, quota / (hungry + debtors).max(1));
+            left -= self.pay_debts(limit, users, quota / (waiting + debtors).max(1));
         }
         if left > 0 {
-            left = self.give_shares(limit, users, left, hungry, now);
+            left = self.give_shares(limit, users, left, waiting, now);
         }
         self.spare[limit].fetch_add(left, Ordering::Relaxed);
         users.iter().for_each(|user| user.refused[limit].store(0, Ordering::Relaxed));
     }
 
-    /// Pays the debts of users that do not want anything now, each from its own share. Returns what
-    /// was paid.
+    /// Pays the debts of users that were not refused, each from its own share. Returns the amount
+    /// paid.
     fn pay_debts(&self, limit: usize, users: &[User], share: i64) -> i64 {
         let mut sum = 0;
         for user in users {
@@ -280,12 +282,12 @@ impl Budgets {
         limit: usize,
         users: &[User],
         mut left: i64,
-        hungry: i64,
+        waiting: i64,
         now: u64,
     ) -> i64 {
         let wants = |user: &&User| user.refused[limit].load(Ordering::Relaxed) != 0;
-        if hungry <= 1 {
-            // Nobody competes with this user: all that its debt leaves is for everybody.
+        if waiting <= 1 {
+            // Only this user was refused: its debt is paid first, and the rest becomes spare.
             if let Some(user) = users.iter().find(wants) {
                 let debt = user.credit[limit].load(Ordering::Relaxed).min(0).saturating_neg();
                 user.credit[limit].fetch_add(debt.min(left), Ordering::Relaxed);
@@ -293,11 +295,11 @@ impl Budgets {
             }
             return left;
         }
-        let share = left / hungry;
-        // The remainder goes to other users each time.
-        let first = usize::try_from(now % hungry.unsigned_abs()).unwrap_or(0);
-        let remainder = usize::try_from(left % hungry).unwrap_or(0);
-        let count = usize::try_from(hungry).unwrap_or(usize::MAX);
+        let share = left / waiting;
+        // The remainder starts at another user in each slice.
+        let first = usize::try_from(now % waiting.unsigned_abs()).unwrap_or(0);
+        let remainder = usize::try_from(left % waiting).unwrap_or(0);
+        let count = usize::try_from(waiting).unwrap_or(usize::MAX);
         for (n, user) in users.iter().filter(wants).take(count).enumerate() {
             let gets_more = (n + first) % count < remainder;
             let given = share + i64::from(gets_more);

@@ -1,11 +1,11 @@
 //! Rate limits of a bdev (SPDK: QoS), as `bdev_set_qos_limit` sets them.
 //!
-//! All users of a bdev share one budget per limit, which is renewed every millisecond. What is not
-//! used of it is lost, so there are no bursts. An I/O passes as long as something is left, and may
-//! take more than is left; the debt is paid from the following milliseconds. If several users want
-//! more than the budget, each gets the same share ([`budget`]).
+//! All users of a bdev share one budget per limit, which is renewed every millisecond. Quota that
+//! is not used is lost, so an idle disk saves up no burst. An I/O is admitted if anything is left,
+//! even if it needs more. The excess is a debt, which is subtracted from the following quotas. If
+//! several users ask for more than the budget together, each gets an equal share (`budget`).
 //!
-//! A user is whoever serves one virtual machine: all queues of a controller are one user.
+//! A user is a controller: all its queues share one credit for each limit.
 
 pub(crate) mod budget;
 
@@ -18,7 +18,8 @@ use crate::io::{Io, Op};
 
 /// Bytes in the unit of the operator's bandwidth limits.
 const MIB: u64 = 1 << 20;
-/// The largest rate that is distinguished from an unlimited one: 1 PiB/s or 2^50 I/Os per second.
+/// The largest rate that is enforced: 2^50 I/Os per second or 1 PiB/s. Higher rates are reduced to
+/// it, so that amounts do not overflow.
 const RATE_MAX: u64 = 1 << 50;
 /// The number of users with a share of their own. Further ones share one.
 const USERS: usize = 256;
@@ -64,7 +65,7 @@ fn costs(io: &Io) -> [u64; LIMITS] {
     }
 }
 
-/// Identifies the virtual machine that a channel serves. Users of one bdev get equal shares of its
+/// Identifies the controller that a channel serves. Users of one bdev get equal shares of its
 /// limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QosUser(u32);
@@ -82,7 +83,8 @@ impl QosUser {
 pub enum Limiting {
     /// I/O that exceeds a limit is refused with [`crate::Submit::Throttled`].
     Apply(QosUser),
-    /// No I/O is refused: its user wants to end its I/O. The I/O is charged, and later I/O pays.
+    /// No I/O is refused, because the owner is about to stop. I/O is still charged, and the debt
+    /// delays later I/O.
     ChargeOnly,
 }
 
@@ -107,7 +109,7 @@ impl fmt::Debug for Qos {
 }
 
 impl Qos {
-    /// Returns the limits. Not for reactors.
+    /// Returns the limits. Locks: reactors must not call it.
     #[must_use]
     pub fn limits(&self) -> RateLimits {
         let lock =
@@ -115,9 +117,9 @@ impl Qos {
         self.state.get().map(lock).unwrap_or_default()
     }
 
-    /// Sets the limits. Channels that are open notice new limits, and the end of all limits, when
-    /// [`crate::Channel::set_limiting`] is called; other changes apply from the next millisecond on.
-    /// Not for reactors.
+    /// Sets the limits. An open channel applies the first limit of a bdev, and the removal of the
+    /// last one, from the next [`crate::Channel::set_limiting`] on. Other changes need no call.
+    /// Locks: reactors must not call it.
     pub fn set_limits(&self, limits: RateLimits) {
         if limits.is_unlimited() && self.state.get().is_none() {
             return;
@@ -184,7 +186,7 @@ impl Active<'_> {
         self.0.budgets.charge_anyway(slot, costs(io));
     }
 
-    /// Returns the cost of an I/O that was admitted and that the device did not take.
+    /// Reverses the charge for an I/O that the channel did not accept.
     pub(crate) fn give_back(self, slot: UserSlot, io: &Io) {
         self.0.budgets.give_back(slot, costs(io));
     }

@@ -8,8 +8,8 @@ use tracing::{error, info, warn};
 
 use super::{Answer, App, Methods};
 
-/// The largest bandwidth in MiB/s whose number of bytes fits into 64 bits. SPDK shows it for larger
-/// ones.
+/// The largest bandwidth, in MiB/s, whose number of bytes fits into 64 bits. As in SPDK, a larger
+/// value is stored and shown as this one.
 const MBYTES_MAX: u64 = u64::MAX >> 20;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -42,12 +42,26 @@ fn set_limit(app: &App, params: &Params) -> Answer {
         return Err(RpcError::new(-i64::from(libc::EINVAL), "No rate limits specified"));
     }
     let current = bdev.qos().limits();
-    let mbytes = |given: Option<u64>, current| given.map_or(current, clamp);
+    let mbytes = |parameter, given: Option<u64>, current| {
+        given.map_or(current, |mbytes| clamp(bdev.name(), parameter, mbytes))
+    };
     let limits = RateLimits {
         rw_ios_per_sec: request.rw_ios_per_sec.unwrap_or(current.rw_ios_per_sec),
-        rw_mbytes_per_sec: mbytes(request.rw_mbytes_per_sec, current.rw_mbytes_per_sec),
-        r_mbytes_per_sec: mbytes(request.r_mbytes_per_sec, current.r_mbytes_per_sec),
-        w_mbytes_per_sec: mbytes(request.w_mbytes_per_sec, current.w_mbytes_per_sec),
+        rw_mbytes_per_sec: mbytes(
+            "rw_mbytes_per_sec",
+            request.rw_mbytes_per_sec,
+            current.rw_mbytes_per_sec,
+        ),
+        r_mbytes_per_sec: mbytes(
+            "r_mbytes_per_sec",
+            request.r_mbytes_per_sec,
+            current.r_mbytes_per_sec,
+        ),
+        w_mbytes_per_sec: mbytes(
+            "w_mbytes_per_sec",
+            request.w_mbytes_per_sec,
+            current.w_mbytes_per_sec,
+        ),
     };
     bdev.qos().set_limits(limits);
     vhost_blk::limits_changed(app.control.target(), &bdev);
@@ -55,9 +69,9 @@ fn set_limit(app: &App, params: &Params) -> Answer {
     Ok(true.into())
 }
 
-fn clamp(mbytes: u64) -> u64 {
+fn clamp(bdev: &str, parameter: &str, mbytes: u64) -> u64 {
     if mbytes > MBYTES_MAX {
-        warn!("bdev_set_qos_limit: {mbytes} MiB/s is too large, using {MBYTES_MAX}");
+        warn!("bdev {bdev}: {parameter} {mbytes} MiB/s is too large; stored as {MBYTES_MAX}");
     }
     mbytes.min(MBYTES_MAX)
 }

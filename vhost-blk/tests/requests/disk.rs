@@ -1,7 +1,7 @@
 //! A disk whose I/O completes at once or when the test says so.
 //!
 //! Faults that it may show: those of [`State`].
-#![expect(unsafe_code, reason = "a channel gets addresses")]
+#![expect(unsafe_code, reason = "accesses guest memory by address")]
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

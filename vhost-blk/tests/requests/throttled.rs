@@ -1,7 +1,7 @@
 //! Rate limits that come, go and are reached while requests are in flight.
 //!
-//! Each test first sends one request of a gigabyte, which is in debt for a quarter of an hour under
-//! a limit of 1 MiB/s. What happens later does not depend on the time that the test takes.
+//! Most tests first send one request of 1 GiB. At 1 MiB/s it takes 17 minutes to pay its debt, so
+//! later requests stay throttled however long the test takes.
 
 use std::sync::Arc;
 
@@ -73,7 +73,7 @@ fn requests_wait_until_the_limit_goes_and_keep_their_order() {
         assert_eq!(worked, [true, false, false]);
         assert_eq!(numbers(&mut scene), [0; 0]);
         assert_eq!(scene.queue().control().inflight(), 3);
-        // Of one limit only the rate is changed: nothing passes yet.
+        // Setting the same limit again releases nothing.
         limit(&mut scene, &*disk, BOTH);
         assert_eq!(numbers(&mut scene), [0; 0]);
         limit(&mut scene, &*disk, NONE);
@@ -101,7 +101,7 @@ fn a_limit_of_reads_does_not_hold_writes_up_and_nothing_holds_up_a_flush() {
     }
 }
 
-/// The shortcut of a disk in memory gives way to the limit, and returns.
+/// A memory disk's shortcut is off while a limit applies, and is used again afterwards.
 #[test]
 fn a_limit_applies_to_disks_that_need_no_channel() {
     const BLOCKS: u64 = 1 << 19;
@@ -120,7 +120,7 @@ fn a_limit_applies_to_disks_that_need_no_channel() {
         scene.send(OUT, 1, SECTOR);
         scene.settle();
         assert_eq!(numbers(&mut scene).len(), 1);
-        // Of the bdev two floors below.
+        // The limit is on the malloc bdev, two levels below the split part.
         limit(&mut scene, &*malloc, READS);
         exhaust_mib(&mut scene, IN, 256);
         scene.put(DATA, &[0; 512]);
@@ -154,7 +154,7 @@ fn a_stop_does_not_wait_for_a_limit_and_the_debt_remains() {
         scene.send(OUT, 1, SECTOR);
         scene.visit();
         scene.visit();
-        assert_eq!(numbers(&mut scene), [0; 0], "the next start does not pay the debt");
+        assert_eq!(numbers(&mut scene), [0; 0], "the debt remains after a restart of the queue");
     }
 }
 
@@ -240,7 +240,7 @@ fn a_write_that_waited_is_flushed_when_it_has_to_be_durable() {
 fn a_reactor_that_sleeps_wakes_for_the_next_slice() {
     let disk = Manual::large();
     disk.state().at_once = true;
-    // An I/O in 4 slices.
+    // One I/O every 4 slices.
     disk.qos().set_limits(RateLimits { rw_ios_per_sec: 250, ..NONE });
     let mut scene = Scene::on(false, 64, disk);
     let (_reactor, mut stepped) = scene.start_to_sleep();
@@ -251,5 +251,5 @@ fn a_reactor_that_sleeps_wakes_for_the_next_slice() {
         answers.extend(numbers(&mut scene));
     }
     assert_eq!(answers, sent);
-    assert!(sleeps > 0, "the reactor polls");
+    assert!(sleeps > 0, "the reactor never slept");
 }

@@ -67,7 +67,7 @@ impl Target {
             _ => return,
         };
         transport.unlisten(&socket);
-        // rte_vhost does not report the connections that it closes then.
+        // `unlisten` closes the remaining connections, and rte_vhost does not report that.
         let left: Vec<ConnId> = {
             let inner = self.lock();
             let of_controller = inner.connections.iter().filter(|(_, c)| c.controller == id);
@@ -97,7 +97,10 @@ impl Target {
             );
         }
         if !left.is_empty() && !self.settle() {
-            warn!("controller {name}: timed out waiting for a reactor to stop accessing its rings");
+            warn!(
+                "controller {name}: timed out waiting for the reactors to stop accessing the \
+                 controller's rings"
+            );
         }
     }
 
@@ -127,7 +130,7 @@ impl Deletion {
 }
 
 impl Drop for Deletion {
-    /// A controller that was removed is not found any more.
+    /// Cancels the deletion, unless the controller was removed.
     fn drop(&mut self) {
         let cancelled = match self.target.lock().controller(&self.name) {
             Ok(controller) if controller.id == self.id => {

@@ -194,8 +194,8 @@ impl Target {
         self.end_start(inner, conn, ring);
     }
 
-    /// Ends the start of a ring that cannot be served, or was stopped meanwhile. The ring never had
-    /// any I/O in flight.
+    /// Handles a ring whose device could not be opened, or that was stopped during the opening. The
+    /// ring never had I/O in flight.
     fn end_start(&self, mut inner: MutexGuard<'_, Inner>, conn: ConnId, ring: usize) {
         let Some(connected) = inner.connections.get_mut(&conn) else { return };
         let session = &mut connected.session;

@@ -178,7 +178,7 @@ impl<D: DeviceQueue> Core<D> {
         }
         let stop = control.stop.load(Ordering::Acquire);
         self.ring.stopping = stop;
-        if stop && self.is_abandoned(control) {
+        if stop && self.begin_stop(control) {
             return self.discard(at, iteration, events);
         }
         let completed = self.ring.inflight > 0 && self.complete(at, iteration);
@@ -295,7 +295,7 @@ impl<D: DeviceQueue> Core<D> {
             wait = wait.sooner(Wait::Until(Instant::now() + at_least));
         }
         if core.inflight > 0 && self.device.is_open() {
-            // No overflow: a parked request is in flight.
+            // Cannot underflow: `inflight` counts the parked requests too.
             wait = wait.sooner(self.device.wait(core.inflight as usize - core.parked.len()));
         } else if !core.resubmissions.is_empty() && !core.broken {
             return Wait::Poll;
@@ -327,9 +327,9 @@ impl<D: DeviceQueue> Core<D> {
         }
     }
 
-    /// Returns whether a queue that stops must not access its ring any more.
+    /// Begins a stop. Returns whether the queue must not access its ring any more.
     #[cold]
-    fn is_abandoned(&mut self, control: &Control) -> bool {
+    fn begin_stop(&mut self, control: &Control) -> bool {
         self.device.stopping();
         if control.reset.load(Ordering::Relaxed) {
             self.ring.resubmissions.clear();

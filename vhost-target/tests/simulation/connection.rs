@@ -35,7 +35,7 @@ pub(crate) enum Pending {
     Reset,
 }
 
-/// What the view of a ring that was reset has of its front end.
+/// The front end's state as the view of a reset ring keeps it.
 #[derive(Clone, Debug)]
 pub(crate) struct KeptView {
     pub(crate) memory: Vec<RegionSpec>,

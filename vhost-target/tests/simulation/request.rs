@@ -11,7 +11,7 @@ use crate::entropy::FILL;
 
 /// The initial value of a status byte.
 const UNTOUCHED: u8 = 0xee;
-/// The defect that an answer shows which comes while the I/O is in flight.
+/// The failure message for a request that is completed while its I/O is in flight.
 const TOO_EARLY: &str = "it was completed before the disk was done";
 
 /// The kind of a request.

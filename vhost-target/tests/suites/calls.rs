@@ -122,7 +122,7 @@ fn delayed<D: TestDevice>(packed: bool) -> (Scene<D>, EventFd) {
     scene.coalescing.delay_base_ticks.store(3600 * ticks_per_second(), Ordering::Relaxed);
     scene.coalescing.threshold.store(1, Ordering::Relaxed);
     scene.start().unwrap();
-    // Until a window of 10 ms with more than one completion has ended.
+    // Submits until coalescing delays a call, after a 10 ms window with more than one completion.
     loop {
         scene.submit_one();
         scene.visit();

@@ -59,12 +59,15 @@ pub(crate) fn chains_with_invalid_buffers_are_returned<D: TestDevice>() {
     let cases: [(&str, Vec<Buffer>); 8] = [
         ("the first buffer is outside of memory", vec![readable(OUTSIDE, 16), data]),
         ("the last buffer is outside of memory", vec![header, data, writable(OUTSIDE, 1)]),
-        ("a buffer in the middle is", vec![header, writable(OUTSIDE, 512), data]),
+        ("a buffer in the middle is outside of memory", vec![header, writable(OUTSIDE, 512), data]),
         ("a buffer ends outside", vec![header, data, writable(FAR + 0x10_0000 - 1, 2)]),
         ("a buffer begins at the highest address", vec![header, data, writable(u64::MAX, 2)]),
         ("an empty buffer", vec![header, writable(BUFFERS + 256, 0), data]),
         ("a readable buffer follows a writable one", vec![header, data, readable(BUFFERS, 1)]),
-        ("… in the first place", vec![data, header, writable(BUFFERS + 2048, 512)]),
+        (
+            "the first buffer is writable and a readable one follows",
+            vec![data, header, writable(BUFFERS + 2048, 512)],
+        ),
     ];
     for packed in LAYOUTS {
         for indirect in [false, true] {
@@ -203,7 +206,10 @@ pub(crate) fn invalid_indirect_tables_are_returned<D: TestDevice>() {
     let written = (0, BUFFERS, 1, NEXT | WRITE, 1);
     for (what, descs) in [
         ("a length that is no multiple of 16", vec![(0, table, 31, INDIRECT, 0)]),
-        ("… in the second place", vec![written, (1, table, 15, INDIRECT, 0)]),
+        (
+            "an indirect second descriptor with an invalid length",
+            vec![written, (1, table, 15, INDIRECT, 0)],
+        ),
         ("no descriptor", vec![(0, table, 0, INDIRECT, 0)]),
         ("a table outside of memory", vec![(0, OUTSIDE, 32, INDIRECT, 0)]),
         ("a table that ends outside of memory", vec![(0, FAR + 0x10_0000 - 16, 32, INDIRECT, 0)]),
@@ -251,7 +257,7 @@ pub(crate) fn a_visit_is_bounded<D: TestDevice>() {
     raw.scene.device.state().complete_all();
     raw.scene.visit();
     let inflight = raw.scene.queue().control().inflight();
-    assert_eq!(inflight, u32::from(SIZE), "slots were free again");
+    assert_eq!(inflight, u32::from(SIZE), "the slots were reused");
 }
 
 pub(crate) fn an_index_that_jumps_stops_only_its_ring<D: TestDevice>() {

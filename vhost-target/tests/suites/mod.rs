@@ -1,6 +1,6 @@
 //! The suites of the queue engine, generic over devices: recovery from an in-flight area, hostile
-//! rings, stops, calls, dirty pages, and packed rings. Each test runs over rings of both layouts
-//! where both have what it is about.
+//! rings, stops, calls, dirty pages, and packed rings. Each test runs on split and on packed rings,
+//! unless it tests a feature of one layout.
 //!
 //! A device implements [`device::TestDevice`] in a test of its own crate, which includes this file
 //! by its path and calls `device_suites!`.

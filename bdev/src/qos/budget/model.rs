@@ -1,5 +1,5 @@
-//! Model checks: reactors that charge, renew and leave at the same time neither lose nor invent
-//! amounts.
+//! Model checks: reactors that charge, renew and remove users at the same time never get more than
+//! the slices' quotas, and lose no debt.
 
 use loom::sync::Arc;
 use loom::thread;
@@ -25,14 +25,14 @@ fn submit(budgets: &Budgets, slot: UserSlot, now: u64) -> i64 {
     i64::from(admitted)
 }
 
-/// What is left in all places.
+/// Returns the sum of all credits and the spare amount.
 fn left(budgets: &Budgets) -> i64 {
     let credits = budgets.users.iter().map(|user| user.credit[0].load(Ordering::Relaxed));
     credits.sum::<i64>() + budgets.spare[0].load(Ordering::Relaxed)
 }
 
-/// Asserts that users took what the quotas of `slices` slices gave, except for what was lost at the
-/// end of a slice.
+/// Asserts that users got no more than the quotas of `slices` slices. Less is allowed: unused quota
+/// is lost.
 fn assert_conserved(budgets: &Budgets, quota: i64, slices: i64, admitted: i64) {
     let (given, accounted) = (slices * quota * ONE, admitted * ONE + left(budgets));
     assert!(accounted <= given, "{accounted} of {given}");
@@ -71,7 +71,7 @@ fn slices_that_reactors_see_in_any_order_are_given_once() {
     });
 }
 
-/// What a user owes when it leaves is not forgotten.
+/// The debt of a removed user is moved to `spare` exactly once.
 #[test]
 fn a_debt_moves_once() {
     loom::model(|| {
