@@ -59,17 +59,31 @@ impl BdevChannel {
             // SAFETY: by the caller's promise.
             return unsafe { self.channel.submit(io) };
         };
-        match self.limited {
-            Limited::Yes(_) if !budgets.admit(slot, &io) => return Submit::Throttled(io),
+        let charge = match self.limited {
             Limited::ChargeOnly(_) => budgets.charge_anyway(slot, &io),
-            _ => {}
-        }
+            _ => match budgets.admit(slot, &io) {
+                Some(charge) => charge,
+                // A guest must not evade a limit by stopping its rings again and again: the owner
+                // takes no further request before the debt is paid.
+                None if budgets.has_forced_debt(slot) => return Submit::Full(io),
+                None => return Submit::Throttled(io),
+            },
+        };
         // SAFETY: by the caller's promise.
         let submit = unsafe { self.channel.submit(io) };
-        if let Submit::Full(io) | Submit::Throttled(io) = &submit {
-            budgets.give_back(slot, io);
+        if let Submit::Full(_) | Submit::Throttled(_) = &submit {
+            budgets.give_back(slot, charge);
         }
         submit
+    }
+
+    /// Ends the wait for limits: what was refused is not submitted again under the limits.
+    fn stop_waiting(&self) {
+        if let Limited::Yes(slot) | Limited::ChargeOnly(slot) = self.limited
+            && let Some(budgets) = self.bdev.qos().any()
+        {
+            budgets.stop_waiting(slot);
+        }
     }
 
     fn leave_budgets(&mut self) {
@@ -112,7 +126,10 @@ impl Channel for BdevChannel {
                 Limited::Yes(slot)
             }
             (Limiting::Apply(_), _, None) => return self.leave_budgets(),
-            (Limiting::ChargeOnly, Limited::Yes(slot), _) => Limited::ChargeOnly(slot),
+            (Limiting::ChargeOnly, Limited::Yes(slot), _) => {
+                self.stop_waiting();
+                Limited::ChargeOnly(slot)
+            }
             (Limiting::ChargeOnly, other, _) => other,
         };
     }
@@ -144,6 +161,7 @@ impl Channel for BdevChannel {
     }
 
     fn abandon(&mut self) {
+        self.stop_waiting();
         self.channel.abandon();
     }
 }

@@ -132,14 +132,15 @@ impl BlkQueue {
         request.keep()
     }
 
-    /// Submits throttled I/Os that the limits now admit. `done` already has `count` entries; I/Os
-    /// that complete at once are appended. Returns the new number of entries.
+    /// Submits throttled I/Os that the limits now admit. Fills `done` with those that complete at
+    /// once, and leaves half of it to others. Returns their number.
     #[cold]
-    fn release_throttled(&mut self, mut count: usize) -> usize {
+    fn release_throttled(&mut self) -> usize {
         let Self { open, parked, throttled, abandoned, done, .. } = self;
-        let Some(open) = open else { return count };
+        let Some(open) = open else { return 0 };
+        let mut count = 0;
         throttled.release(|slot| {
-            if count == COMPLETIONS {
+            if count == COMPLETIONS / 2 {
                 return false;
             }
             let (tag, place) = (Tag(slot), &mut parked[usize::from(slot)]);
@@ -427,11 +428,9 @@ impl DeviceQueue for BlkQueue {
 
     #[inline]
     fn poll(&mut self, iteration: &mut Iteration) -> usize {
+        let released = if self.throttled.is_empty() { 0 } else { self.release_throttled() };
         let Some(open) = &mut self.open else { return 0 };
-        let mut count = open.channel.poll(&mut self.done);
-        if !self.throttled.is_empty() {
-            count = self.release_throttled(count);
-        }
+        let count = released + open.channel.poll(&mut self.done[released..]);
         if count > 0 {
             iteration.note(Cause::Complete);
             iteration.read_clock();

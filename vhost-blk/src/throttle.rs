@@ -5,18 +5,21 @@ use std::collections::VecDeque;
 use bdev::{Io, Op};
 
 /// The requests of a queue that wait for a rate limit, by slot. Reads and the other operations wait
-/// separately: a limit of one kind does not hold up the other. Within a kind, the oldest is first.
+/// separately: a limit of one kind does not hold up the other. Within a kind, the oldest is first;
+/// a new request may pass before those that wait.
 #[derive(Debug)]
 pub(crate) struct Throttled {
     reads: VecDeque<u16>,
     others: VecDeque<u16>,
+    /// The other operations are released first next time.
+    others_first: bool,
 }
 
 impl Throttled {
     /// Makes room for `depth` requests of each kind, so that adding one does not allocate.
     pub(crate) fn new(depth: u16) -> Self {
         let empty = || VecDeque::with_capacity(depth.into());
-        Self { reads: empty(), others: empty() }
+        Self { reads: empty(), others: empty(), others_first: false }
     }
 
     /// Returns whether no request waits.
@@ -37,9 +40,12 @@ impl Throttled {
     }
 
     /// Calls `submit` for the requests of each kind, oldest first, until it returns false. Removes
-    /// those for which it returned true.
+    /// those for which it returned true. The kinds take turns in being first.
     pub(crate) fn release(&mut self, mut submit: impl FnMut(u16) -> bool) {
-        for kind in [&mut self.reads, &mut self.others] {
+        let Self { reads, others, others_first } = self;
+        let kinds = if *others_first { [others, reads] } else { [reads, others] };
+        *others_first = !*others_first;
+        for kind in kinds {
             while let Some(&slot) = kind.front()
                 && submit(slot)
             {

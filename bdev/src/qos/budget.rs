@@ -1,17 +1,15 @@
 //! The budgets of a bdev's limits, shared by reactors without a lock.
 //!
 //! Time is divided into slices of a millisecond. Each limit has a budget, `spare`, from which any
-//! user may take, and each user has a `credit` from which only that user takes. The first user that
-//! is refused in a new slice renews the budgets ([`Budgets::renew`]): if one user was refused, all
-//! of the slice's quota becomes spare; if several were, it is divided among them, so that a user
-//! that asks more often does not get more. A user's debt is paid from its own shares.
+//! user may take, and each user has a `credit` from which only that user takes. What an I/O costs
+//! above what is left becomes a negative credit, a debt of its user. The first user that is refused
+//! in a new slice renews the budgets ([`Budgets::renew`]): if one user waits, the slice's quota
+//! becomes spare; if several wait, it is divided among them, so that a user that asks more often
+//! does not get more. A user's debt is paid from its own shares.
 //!
 //! Amounts are in thousandths of an I/O or byte. In this unit, the quota of a slice has the same
-//! number as the rate per second.
-//!
-//! Amounts are only added to and subtracted from, never stored, so no concurrent change is lost.
-//! Admitted I/O exceeds an amount by at most one I/O per reactor that charges it at the same time.
-//! The excess is a debt. [`Budgets::charge_anyway`] may add any debt.
+//! number as the rate per second. Amounts are only added to and subtracted from, never stored, so no
+//! concurrent change is lost.
 
 use crate::sync::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
@@ -22,6 +20,11 @@ const UNIT: u64 = 1000;
 /// The maximum number of slices whose quotas one renewal gives. Several slices pass without a
 /// renewal when the reactors sleep or are preempted.
 const CATCH_UP: u64 = 100;
+/// The maximum credit of a user that waits, in shares of a renewal. More than one, for users whose
+/// reactor does not ask in every slice.
+const SHARES_MAX: i64 = 16;
+/// The user's number in [`User::owner`].
+const NUMBER: u64 = !0 << 32;
 /// Limits the amount of one I/O, so that sums do not overflow.
 const COST_MAX: u64 = 1 << 50;
 
@@ -39,25 +42,52 @@ pub(crate) struct Budgets {
     users_end: AtomicUsize,
 }
 
-/// A user's part of the budgets, on a cache line of its own.
+/// A user's part of the budgets, on cache lines of its own.
 #[repr(align(64))]
 #[derive(Default)]
 struct User {
     /// The user's number in the upper half, and the number of its channels in the lower half. 0 if
-    /// the slot is free.
+    /// the slot was never used. A user without channels keeps its slot while it has a debt.
     owner: AtomicU64,
     credit: [AtomicI64; LIMITS],
-    /// The slice in which the user was refused first since the last renewal; 0 if it was not.
-    refused: [AtomicU64; LIMITS],
+    /// The slice of the first refusal, or of the last renewal, since the user waits; 0 if it does
+    /// not.
+    waits_since: AtomicU64,
+    /// It has a debt for I/O that was charged without being admitted.
+    forced: AtomicBool,
 }
 
 /// The slot of a user. It is valid until [`Budgets::remove_user`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UserSlot(usize);
 
-/// The limit that has refused an I/O.
+/// A refusal: nothing is left of a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Refused(usize);
+pub(crate) struct Refused;
+
+/// What an I/O was charged, by limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Charge {
+    credit: [i64; LIMITS],
+    spare: [i64; LIMITS],
+}
+
+impl User {
+    fn has_debt(&self) -> bool {
+        self.credit.iter().any(|credit| credit.load(Ordering::Relaxed) < 0)
+    }
+
+    fn waits(&self) -> bool {
+        self.waits_since.load(Ordering::Relaxed) != 0
+    }
+
+    /// Ends a wait. Relaxed: a renewal at the same time may count the user once more.
+    fn stop_waiting(&self) {
+        if self.waits() {
+            self.waits_since.store(0, Ordering::Relaxed);
+        }
+    }
+}
 
 impl Budgets {
     /// Makes budgets without a limit, for `users` users.
@@ -80,6 +110,9 @@ impl Budgets {
                 self.clear(limit);
             }
         }
+        if !self.is_limited() {
+            self.users.iter().for_each(User::stop_waiting);
+        }
         self.slice.fetch_max(slice.saturating_sub(1), Ordering::Relaxed);
     }
 
@@ -100,103 +133,119 @@ impl Budgets {
     /// Adds a channel of a user. Returns the user's slot; the last slot is shared by all users that
     /// find no other.
     pub(crate) fn add_user(&self, number: u32) -> UserSlot {
+        let number = u64::from(number) << 32;
+        let is_own = |owner: u64| owner != 0 && owner & NUMBER == number;
         let last = self.users.len() - 1;
         loop {
-            let owned = |owner: u64| owner != 0 && owner >> 32 == u64::from(number);
-            let is_own = |user: &User| owned(user.owner.load(Ordering::Relaxed));
-            let is_free = |user: &User| user.owner.load(Ordering::Relaxed) == 0;
+            let owner_of = |user: &User| user.owner.load(Ordering::Relaxed);
+            let is_free = |user: &User| owner_of(user) & !NUMBER == 0 && !user.has_debt();
             let users = &self.users[..last];
-            let found = users.iter().position(is_own).or_else(|| users.iter().position(is_free));
-            let slot = found.unwrap_or(last);
+            let own = users.iter().position(|user| is_own(owner_of(user)));
+            let slot = own.or_else(|| users.iter().position(is_free)).unwrap_or(last);
             let owner = &self.users[slot].owner;
             let seen = owner.load(Ordering::Relaxed);
-            if slot != last && seen != 0 && !owned(seen) {
+            let is_used = seen & !NUMBER != 0;
+            if slot != last && is_used && !is_own(seen) {
                 continue; // another user has taken it
             }
-            let next = if seen == 0 { u64::from(number) << 32 | 1 } else { seen + 1 };
-            // Relaxed: the amounts in the slot are only added to and subtracted from. A failure
-            // means that another channel was added or removed.
-            if owner.compare_exchange(seen, next, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let next = if is_used { seen + 1 } else { number | 1 };
+            // Acquire: pairs with the Release in `remove_user`. A failure means that another
+            // channel was added or removed.
+            let (order, failure) = (Ordering::Acquire, Ordering::Relaxed);
+            if owner.compare_exchange(seen, next, order, failure).is_ok() {
                 self.users_end.fetch_max(slot + 1, Ordering::Relaxed);
                 return UserSlot(slot);
             }
         }
     }
 
-    /// Removes a channel of a user. When the user's last channel is removed, its debt moves to
-    /// `spare`, so that closing a channel does not cancel a debt.
+    /// Removes a channel of a user. A user without channels loses its credit and keeps its debt,
+    /// so that closing a channel does not cancel a debt.
     pub(crate) fn remove_user(&self, slot: UserSlot) {
         let user = &self.users[slot.0];
-        let only_number = |owner: u64| owner & u64::from(u32::MAX) == 1;
-        let mut seen = user.owner.load(Ordering::Relaxed);
-        loop {
-            let next = if only_number(seen) { 0 } else { seen - 1 };
-            // Release, and Acquire: the user's last channel sees what the others have charged.
-            let (order, failure) = (Ordering::AcqRel, Ordering::Relaxed);
-            match user.owner.compare_exchange(seen, next, order, failure) {
-                Ok(_) if next == 0 => break,
-                Ok(_) => return,
-                Err(now) => seen = now,
-            }
+        // Release, and Acquire: the user's last channel sees what the others have charged.
+        if user.owner.fetch_sub(1, Ordering::AcqRel) & !NUMBER > 1 {
+            return;
         }
-        for (credit, spare) in user.credit.iter().zip(&self.spare) {
-            let left = credit.load(Ordering::Relaxed);
-            credit.fetch_sub(left, Ordering::Relaxed);
-            spare.fetch_add(left.min(0), Ordering::Relaxed);
+        user.stop_waiting();
+        for credit in &user.credit {
+            credit.fetch_sub(credit.load(Ordering::Relaxed).max(0), Ordering::Relaxed);
         }
+    }
+
+    /// Ends a user's wait: it does not ask again.
+    pub(crate) fn stop_waiting(&self, slot: UserSlot) {
+        self.users[slot.0].stop_waiting();
     }
 
     /// Charges an I/O to its user, for each limit that applies.
     ///
     /// # Errors
-    /// The first limit with nothing left. Nothing is charged then.
+    /// Nothing is left of a limit. Nothing is charged then.
     #[inline]
-    pub(crate) fn charge(&self, slot: UserSlot, costs: [u64; LIMITS]) -> Result<(), Refused> {
+    pub(crate) fn charge(&self, slot: UserSlot, costs: [u64; LIMITS]) -> Result<Charge, Refused> {
         let user = &self.users[slot.0];
-        let mut taken: [Option<&AtomicI64>; LIMITS] = [None; LIMITS];
+        let mut charge = Charge::default();
         for limit in 0..LIMITS {
             if costs[limit] == 0 || self.rates[limit].load(Ordering::Relaxed) == 0 {
                 continue;
             }
             // Relaxed: nothing else depends on the amounts. Another reactor may take from the same
-            // amount between the load and the subtraction; the overrun is a debt.
-            let has_some = |amount: &&AtomicI64| amount.load(Ordering::Relaxed) > 0;
-            let Some(amount) = [&user.credit[limit], &self.spare[limit]].into_iter().find(has_some)
-            else {
-                for (amount, cost) in taken.into_iter().zip(costs) {
-                    let _ = amount.map(|amount| amount.fetch_add(milli(cost), Ordering::Relaxed));
+            // amount between the load and the subtraction; the excess is a debt of this user.
+            let credit = user.credit[limit].load(Ordering::Relaxed);
+            let cost = milli(costs[limit]);
+            if credit == 0 && self.spare[limit].load(Ordering::Relaxed) > 0 {
+                let had = self.spare[limit].fetch_sub(cost, Ordering::Relaxed);
+                let short = (cost - had.max(0)).max(0);
+                if short > 0 {
+                    self.spare[limit].fetch_add(short, Ordering::Relaxed);
+                    user.credit[limit].fetch_sub(short, Ordering::Relaxed);
                 }
-                return Err(Refused(limit));
-            };
-            amount.fetch_sub(milli(costs[limit]), Ordering::Relaxed);
-            taken[limit] = Some(amount);
+                (charge.spare[limit], charge.credit[limit]) = (cost - short, short);
+            } else if credit > 0 {
+                user.credit[limit].fetch_sub(cost, Ordering::Relaxed);
+                charge.credit[limit] = cost;
+            } else {
+                self.give_back(slot, charge);
+                return Err(Refused);
+            }
         }
-        Ok(())
+        user.stop_waiting();
+        if user.forced.load(Ordering::Relaxed) {
+            user.forced.store(false, Ordering::Relaxed); // it is paid
+        }
+        Ok(charge)
     }
 
     /// Charges an I/O in any case, as a debt if nothing is left.
-    pub(crate) fn charge_anyway(&self, slot: UserSlot, costs: [u64; LIMITS]) {
-        self.change_credit(slot, costs, |credit, amount| {
-            credit.fetch_sub(amount, Ordering::Relaxed);
-        });
+    pub(crate) fn charge_anyway(&self, slot: UserSlot, costs: [u64; LIMITS]) -> Charge {
+        let user = &self.users[slot.0];
+        let mut charge = Charge::default();
+        for (limit, cost) in costs.into_iter().enumerate() {
+            if cost > 0 && self.rates[limit].load(Ordering::Relaxed) != 0 {
+                charge.credit[limit] = milli(cost);
+                user.credit[limit].fetch_sub(milli(cost), Ordering::Relaxed);
+            }
+        }
+        user.forced.store(true, Ordering::Relaxed);
+        charge
+    }
+
+    /// Returns whether a user still has a debt after [`Budgets::charge_anyway`].
+    pub(crate) fn has_forced_debt(&self, slot: UserSlot) -> bool {
+        self.users[slot.0].forced.load(Ordering::Relaxed)
     }
 
     /// Reverses a charge.
-    pub(crate) fn give_back(&self, slot: UserSlot, costs: [u64; LIMITS]) {
-        self.change_credit(slot, costs, |credit, amount| {
-            credit.fetch_add(amount, Ordering::Relaxed);
-        });
-    }
-
-    fn change_credit(
-        &self,
-        slot: UserSlot,
-        costs: [u64; LIMITS],
-        change: impl Fn(&AtomicI64, i64),
-    ) {
-        for (limit, cost) in costs.into_iter().enumerate() {
-            if cost > 0 && self.rates[limit].load(Ordering::Relaxed) != 0 {
-                change(&self.users[slot.0].credit[limit], milli(cost));
+    pub(crate) fn give_back(&self, slot: UserSlot, charge: Charge) {
+        for limit in 0..LIMITS {
+            for (amount, taken) in [
+                (&self.users[slot.0].credit[limit], charge.credit[limit]),
+                (&self.spare[limit], charge.spare[limit]),
+            ] {
+                if taken > 0 {
+                    amount.fetch_add(taken, Ordering::Relaxed);
+                }
             }
         }
     }
@@ -204,12 +253,10 @@ impl Budgets {
     /// Called after a refusal, in slice `now`: renews the budgets if a new slice has begun. Returns
     /// whether it did. A reactor that finds another one renewing them does not wait for it.
     #[cold]
-    pub(crate) fn renew(&self, slot: UserSlot, refused: Refused, now: u64) -> bool {
-        let since = &self.users[slot.0].refused[refused.0];
-        // Relaxed: a renewal that runs at the same time may clear the mark without reading it. The
-        // user sets it again at its next refusal.
-        if since.load(Ordering::Relaxed) == 0 {
-            since.store(now, Ordering::Relaxed);
+    pub(crate) fn renew(&self, slot: UserSlot, now: u64) -> bool {
+        let user = &self.users[slot.0];
+        if !user.waits() {
+            user.waits_since.store(now, Ordering::Relaxed);
         }
         let begin = || {
             let (acquire, relaxed) = (Ordering::Acquire, Ordering::Relaxed);
@@ -221,7 +268,7 @@ impl Budgets {
         }
         let is_new = now > self.slice.load(Ordering::Relaxed);
         if is_new {
-            (0..LIMITS).for_each(|limit| self.renew_limit(limit, now));
+            self.renew_all(now);
             self.slice.store(now, Ordering::Relaxed);
         }
         // Release: the next reactor that renews the budgets sees the slice.
@@ -229,84 +276,72 @@ impl Budgets {
         is_new
     }
 
-    /// Divides the quota of a slice.
-    fn renew_limit(&self, limit: usize, now: u64) {
-        let quota = self.rates[limit].load(Ordering::Relaxed);
-        if quota == 0 {
-            return;
-        }
+    /// Divides the quotas of the slices up to `now`.
+    fn renew_all(&self, now: u64) {
         let users = &self.users[..self.users_end.load(Ordering::Relaxed)];
-        let (mut waiting, mut debtors, mut since) = (0, 0, now);
+        let (mut waiting, mut first) = (0, now);
         for user in users {
-            match user.refused[limit].load(Ordering::Relaxed) {
-                0 => debtors += i64::from(user.credit[limit].load(Ordering::Relaxed) < 0),
-                first => (waiting, since) = (waiting + 1, since.min(first)),
+            let since = user.waits_since.load(Ordering::Relaxed);
+            if since == 0 {
+                continue;
+            }
+            (waiting, first) = (waiting + 1, first.min(since));
+            // Fails if the user stops waiting at the same time.
+            let (order, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+            let _ = user.waits_since.compare_exchange(since, now, order, failure);
+        }
+        // The quotas of slices in which nobody waited are lost.
+        let slices = (now - first).clamp(1, CATCH_UP);
+        for limit in 0..LIMITS {
+            let quota = self.rates[limit].load(Ordering::Relaxed);
+            if quota > 0 {
+                self.renew_limit(limit, users, signed(quota.saturating_mul(slices)), waiting, now);
             }
         }
-        // Quotas are given for the slices since the first refusal. The quotas of the slices before
-        // it are lost.
-        let slices = (now - since).clamp(1, CATCH_UP);
-        // A positive spare amount expires. A negative one is subtracted from the new quota.
-        let spare = self.spare[limit].load(Ordering::Relaxed);
-        self.spare[limit].fetch_sub(spare, Ordering::Relaxed);
-        let quota = signed(quota.saturating_mul(slices));
-        let mut left = quota.saturating_add(spare.min(0));
-        if left > 0 {
-            left -= self.pay_debts(limit, users, quota / (waiting + debtors).max(1));
-        }
-        if left > 0 {
-            left = self.give_shares(limit, users, left, waiting, now);
-        }
-        self.spare[limit].fetch_add(left, Ordering::Relaxed);
-        users.iter().for_each(|user| user.refused[limit].store(0, Ordering::Relaxed));
     }
 
-    /// Pays the debts of users that were not refused, each from its own share. Returns the amount
-    /// paid.
-    fn pay_debts(&self, limit: usize, users: &[User], share: i64) -> i64 {
-        let mut sum = 0;
-        for user in users {
-            let credit = user.credit[limit].load(Ordering::Relaxed);
-            if user.refused[limit].load(Ordering::Relaxed) == 0 && credit < 0 {
-                let paid = share.min(credit.saturating_neg());
-                user.credit[limit].fetch_add(paid, Ordering::Relaxed);
-                sum += paid;
+    fn renew_limit(&self, limit: usize, users: &[User], quota: i64, waiting: i64, now: u64) {
+        // What is left of the last slice is lost.
+        let expired = self.spare[limit].load(Ordering::Relaxed);
+        self.spare[limit].fetch_sub(expired, Ordering::Relaxed);
+        let credit_of = |user: &User| user.credit[limit].load(Ordering::Relaxed);
+        let debtors = users.iter().filter(|user| !user.waits() && credit_of(user) < 0).count();
+        let share = quota / (waiting + i64::try_from(debtors).unwrap_or(i64::MAX)).max(1);
+        let mut left = quota;
+        for user in users.iter().filter(|user| !user.waits()) {
+            // A debt is paid from the user's share. A credit above a share expires.
+            let change =
+                credit_of(user).saturating_neg().clamp(0, share) - (credit_of(user) - share).max(0);
+            if change != 0 {
+                user.credit[limit].fetch_add(change, Ordering::Relaxed);
+                left -= change.max(0);
             }
+        }
+        left -= self.give_shares(limit, users, left.max(0), waiting, now);
+        self.spare[limit].fetch_add(left, Ordering::Relaxed);
+    }
+
+    /// Gives users that wait equal shares. Returns what was given.
+    fn give_shares(&self, limit: usize, users: &[User], of: i64, waiting: i64, now: u64) -> i64 {
+        let share = of / waiting.max(1);
+        // The remainder starts at another user in each slice.
+        let count = usize::try_from(waiting.max(1)).unwrap_or(usize::MAX);
+        let first = usize::try_from(now % waiting.max(1).unsigned_abs()).unwrap_or(0);
+        let remainder = usize::try_from(of % waiting.max(1)).unwrap_or(0);
+        let mut sum = 0;
+        for (n, user) in users.iter().filter(|user| user.waits()).take(count).enumerate() {
+            let credit = user.credit[limit].load(Ordering::Relaxed);
+            let share = share + i64::from((n + first) % count < remainder);
+            let room = if waiting == 1 {
+                // Nobody competes with it: its debt is paid, and the rest is for everybody.
+                credit.min(0).saturating_neg()
+            } else {
+                (share.saturating_mul(SHARES_MAX) - credit).max(0)
+            };
+            user.credit[limit].fetch_add(share.min(room), Ordering::Relaxed);
+            sum += share.min(room);
         }
         sum
-    }
-
-    /// Gives users that were refused equal shares. Returns what is left.
-    fn give_shares(
-        &self,
-        limit: usize,
-        users: &[User],
-        mut left: i64,
-        waiting: i64,
-        now: u64,
-    ) -> i64 {
-        let wants = |user: &&User| user.refused[limit].load(Ordering::Relaxed) != 0;
-        if waiting <= 1 {
-            // Only this user was refused: its debt is paid first, and the rest becomes spare.
-            if let Some(user) = users.iter().find(wants) {
-                let debt = user.credit[limit].load(Ordering::Relaxed).min(0).saturating_neg();
-                user.credit[limit].fetch_add(debt.min(left), Ordering::Relaxed);
-                left -= debt.min(left);
-            }
-            return left;
-        }
-        let share = left / waiting;
-        // The remainder starts at another user in each slice.
-        let first = usize::try_from(now % waiting.unsigned_abs()).unwrap_or(0);
-        let remainder = usize::try_from(left % waiting).unwrap_or(0);
-        let count = usize::try_from(waiting).unwrap_or(usize::MAX);
-        for (n, user) in users.iter().filter(wants).take(count).enumerate() {
-            let gets_more = (n + first) % count < remainder;
-            let given = share + i64::from(gets_more);
-            user.credit[limit].fetch_add(given, Ordering::Relaxed);
-            left -= given;
-        }
-        left
     }
 }
 

@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use self::budget::{Budgets, LIMITS, UserSlot};
+use self::budget::{Budgets, Charge, LIMITS, UserSlot};
 use crate::io::{Io, Op};
 
 /// Bytes in the unit of the operator's bandwidth limits.
@@ -167,27 +167,33 @@ impl Active<'_> {
         self.0.budgets.remove_user(slot);
     }
 
-    /// Returns whether an I/O may pass now. It is charged then.
+    /// Charges an I/O if it may pass now.
     #[inline]
-    pub(crate) fn admit(self, slot: UserSlot, io: &Io) -> bool {
+    pub(crate) fn admit(self, slot: UserSlot, io: &Io) -> Option<Charge> {
         let (budgets, costs) = (&self.0.budgets, costs(io));
-        match budgets.charge(slot, costs) {
-            Ok(()) => true,
-            Err(refused) => {
-                budgets.renew(slot, refused, self.0.slice()) && {
-                    budgets.charge(slot, costs).is_ok()
-                }
-            }
-        }
+        budgets.charge(slot, costs).ok().or_else(|| {
+            let renewed = budgets.renew(slot, self.0.slice());
+            renewed.then(|| budgets.charge(slot, costs).ok()).flatten()
+        })
     }
 
     /// Charges an I/O that passes in any case.
-    pub(crate) fn charge_anyway(self, slot: UserSlot, io: &Io) {
-        self.0.budgets.charge_anyway(slot, costs(io));
+    pub(crate) fn charge_anyway(self, slot: UserSlot, io: &Io) -> Charge {
+        self.0.budgets.charge_anyway(slot, costs(io))
+    }
+
+    /// Returns whether a user has a debt for I/O that passed in any case.
+    pub(crate) fn has_forced_debt(self, slot: UserSlot) -> bool {
+        self.0.budgets.has_forced_debt(slot)
     }
 
     /// Reverses the charge for an I/O that the channel did not accept.
-    pub(crate) fn give_back(self, slot: UserSlot, io: &Io) {
-        self.0.budgets.give_back(slot, costs(io));
+    pub(crate) fn give_back(self, slot: UserSlot, charge: Charge) {
+        self.0.budgets.give_back(slot, charge);
+    }
+
+    /// Ends a user's wait: it does not submit again what was refused.
+    pub(crate) fn stop_waiting(self, slot: UserSlot) {
+        self.0.budgets.stop_waiting(slot);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bdev::{Bdev, ErrorDisk, InjectedError, InjectedOp, Injection, Op, Status, Tag};
+use bdev::{Bdev, ErrorDisk, InjectedError, InjectedOp, Injection, Op, RateLimits, Status, Tag};
 
 use crate::disks::{Fixture, Flavour, error_disk, file, malloc};
 use crate::driver::{Driver, Memory, Request, pattern};
@@ -156,4 +156,16 @@ fn a_queue_depth_spares_those_that_come_first() {
         assert!(done.iter().all(|(_, status)| *status == Status::Ok));
         ended += done.len();
     }
+}
+
+#[test]
+fn a_throttled_io_does_not_use_up_an_injection() {
+    let base = malloc(512);
+    base.disk.qos().set_limits(RateLimits { rw_ios_per_sec: 20, ..RateLimits::default() });
+    let disk = error_disk(Arc::clone(&base.disk));
+    let mut driver = driver(&disk);
+    driver.write(0, &[0; 512]);
+    inject(&disk, InjectedOp::Read, InjectedError::CorruptData { offset: 0, value: 0x81 }, 1);
+    assert_eq!(driver.read(0, 512).0[0], 0x81);
+    assert_eq!(driver.read(0, 512).0[0], 0);
 }

@@ -151,10 +151,44 @@ fn a_stop_does_not_wait_for_a_limit_and_the_debt_remains() {
         scene.base = scene.position();
         scene.kill();
         scene.start().unwrap();
-        scene.send(OUT, 1, SECTOR);
+        let sent = [(); 3].map(|()| scene.send(OUT, 1, SECTOR));
         scene.visit();
         scene.visit();
         assert_eq!(numbers(&mut scene), [0; 0], "the debt remains after a restart of the queue");
+        scene.queue().control().stop();
+        scene.settle();
+        assert_eq!(numbers(&mut scene), sent[..1], "stops let all requests pass");
+    }
+}
+
+/// A write that may pass again is submitted although the disk always has completions.
+#[test]
+fn a_busy_disk_does_not_hold_up_what_waited() {
+    for packed in LAYOUTS {
+        let disk = Manual::large();
+        disk.state().at_once = true;
+        let mut scene = Scene::started_on(packed, 256, disk.clone());
+        limit(&mut scene, &*disk, WRITES);
+        exhaust(&mut scene, OUT);
+        let waits = scene.send(OUT, 1, SECTOR);
+        scene.visit();
+        disk.state().at_once = false;
+        scene.indirect = true;
+        (0..72).for_each(|_| {
+            scene.send(IN, 2, SECTOR);
+        });
+        let worked = [(); 3].map(|()| scene.visit());
+        assert!(worked[0]);
+        disk.state().complete_all();
+        disk.qos().set_limits(NONE);
+        let memory = Arc::clone(&scene.memory);
+        scene.publish(&memory);
+        scene.visit();
+        let writes = disk.state().seen.iter().filter(|io| io.0 == Op::Write).count();
+        assert_eq!(writes, 2);
+        disk.state().complete_all();
+        scene.settle();
+        assert!(numbers(&mut scene).contains(&waits));
     }
 }
 

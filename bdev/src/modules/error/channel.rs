@@ -13,8 +13,8 @@ use crate::io::{Completion, Io, Op, Status, Submit, Tag};
 use crate::memory;
 use crate::wrapper::forward_to_base;
 
-/// The interval at which a sleeping owner checks whether the operator has released pending I/Os. No
-/// event signals this.
+/// The interval at which a sleeping owner checks whether the operator has released pending I/Os, and
+/// whether the base accepts I/Os again. No event signals this.
 const RELEASE_CHECK: Duration = Duration::from_millis(1);
 
 pub(super) struct ErrorChannel {
@@ -184,12 +184,23 @@ impl Channel for ErrorChannel {
             }
         };
         // SAFETY: by the caller's promise.
-        unsafe { self.pass_on(io, corrupted) }
+        let submit = unsafe { self.pass_on(io, corrupted) };
+        if corrupted.is_some()
+            && matches!(submit, Submit::Full(_) | Submit::Throttled(_))
+            && let Some(i) = rule_index(io.op)
+        {
+            self.disk.rules[i].put_back();
+        }
+        submit
     }
 
     fn wait(&self) -> Wait {
-        if !self.ended.is_empty() || !self.retries.is_empty() {
+        if !self.ended.is_empty() {
             return Wait::Poll;
+        }
+        if !self.retries.is_empty() {
+            // Nothing signals that the base accepts I/O again.
+            return Wait::Until(Instant::now() + RELEASE_CHECK);
         }
         let base = if self.with_base > 0 { self.base.wait() } else { Wait::Event };
         if self.pending.is_empty() {

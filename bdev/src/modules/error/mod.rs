@@ -231,6 +231,13 @@ impl Rule {
             _ => InjectedError::Failure,
         })
     }
+
+    /// Takes the count of an I/O back that the base did not accept. If the operator changes the
+    /// rule at the same time, one I/O more may get the new injection.
+    #[cold]
+    fn put_back(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl Wrapper for ErrorDisk {
