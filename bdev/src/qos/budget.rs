@@ -186,35 +186,42 @@ impl Budgets {
     pub(crate) fn charge(&self, slot: UserSlot, costs: [u64; LIMITS]) -> Result<Charge, Refused> {
         let user = &self.users[slot.0];
         let mut charge = Charge::default();
-        for limit in 0..LIMITS {
-            if costs[limit] == 0 || self.rates[limit].load(Ordering::Relaxed) == 0 {
+        for (limit, cost) in costs.into_iter().enumerate() {
+            if cost == 0 || self.rates[limit].load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            // Relaxed: nothing else depends on the amounts. Another reactor may take from the same
-            // amount between the load and the subtraction; the excess is a debt of this user.
+            // Relaxed: nothing else depends on the amounts. Another channel of the user may take from
+            // the credit between the load and the subtraction; the excess is a debt.
             let credit = user.credit[limit].load(Ordering::Relaxed);
-            let cost = milli(costs[limit]);
-            if credit == 0 && self.spare[limit].load(Ordering::Relaxed) > 0 {
-                let had = self.spare[limit].fetch_sub(cost, Ordering::Relaxed);
-                let short = (cost - had.max(0)).max(0);
-                if short > 0 {
-                    self.spare[limit].fetch_add(short, Ordering::Relaxed);
-                    user.credit[limit].fetch_sub(short, Ordering::Relaxed);
-                }
-                (charge.spare[limit], charge.credit[limit]) = (cost - short, short);
-            } else if credit > 0 {
-                user.credit[limit].fetch_sub(cost, Ordering::Relaxed);
-                charge.credit[limit] = cost;
-            } else {
+            let cost = milli(cost);
+            let spare = match credit {
+                0 => self.take_spare(limit, cost),
+                _ => 0,
+            };
+            if spare == 0 && credit <= 0 {
                 self.give_back(slot, charge);
                 return Err(Refused);
             }
+            if spare < cost {
+                user.credit[limit].fetch_sub(cost - spare, Ordering::Relaxed);
+            }
+            (charge.spare[limit], charge.credit[limit]) = (spare, cost - spare);
         }
         user.stop_waiting();
         if user.forced.load(Ordering::Relaxed) {
             user.forced.store(false, Ordering::Relaxed); // it is paid
         }
         Ok(charge)
+    }
+
+    /// Takes up to `cost` of what all users share. Returns the amount. `spare` is never negative.
+    #[inline]
+    fn take_spare(&self, limit: usize, cost: i64) -> i64 {
+        let (order, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+        let take = |spare: i64| (spare > 0).then(|| (spare - cost).max(0));
+        // Repeated only if another reactor has changed the amount meanwhile.
+        let had = self.spare[limit].fetch_update(order, failure, take);
+        had.map_or(0, |had| had.min(cost))
     }
 
     /// Charges an I/O in any case, as a debt if nothing is left.

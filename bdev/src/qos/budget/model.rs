@@ -10,10 +10,10 @@ const IO: [u64; LIMITS] = [1, 0, 0, 0];
 /// Amount of one I/O.
 const ONE: i64 = 1000;
 
-/// Budgets of `quota` I/Os per slice.
-fn budgets(quota: u64) -> Arc<Budgets> {
+/// Budgets with a quota of half an I/O per slice.
+fn budgets() -> Arc<Budgets> {
     let budgets = Budgets::new(3);
-    budgets.set_rates([quota * 1000, 0, 0, 0], 1);
+    budgets.set_rates([500, 0, 0, 0], 1);
     Arc::new(budgets)
 }
 
@@ -32,8 +32,8 @@ fn left(budgets: &Budgets) -> i64 {
 
 /// Asserts that users got no more than the quotas of `slices` slices. Less is allowed: unused quota
 /// is lost.
-fn assert_conserved(budgets: &Budgets, quota: i64, slices: i64, admitted: i64) {
-    let (given, accounted) = (slices * quota * ONE, admitted * ONE + left(budgets));
+fn assert_conserved(budgets: &Budgets, slices: i64, admitted: i64) {
+    let (given, accounted) = (slices * ONE / 2, admitted * ONE + left(budgets));
     assert!(accounted <= given, "{accounted} of {given}");
     assert!(!budgets.renewing.load(Ordering::Relaxed));
 }
@@ -41,7 +41,7 @@ fn assert_conserved(budgets: &Budgets, quota: i64, slices: i64, admitted: i64) {
 #[test]
 fn a_slice_s_quota_is_given_once() {
     loom::model(|| {
-        let budgets = budgets(1);
+        let budgets = budgets();
         let users = [1, 2].map(|user| budgets.add_user(user));
         let other = thread::spawn({
             let budgets = Arc::clone(&budgets);
@@ -49,24 +49,24 @@ fn a_slice_s_quota_is_given_once() {
         });
         let own = submit(&budgets, users[0], 1);
         let admitted = own + other.join().unwrap();
-        assert_conserved(&budgets, 1, 1, admitted);
+        assert_conserved(&budgets, 1, admitted);
         // A reactor that was refused is served in the next slice.
         let admitted = admitted + submit(&budgets, users[0], 2);
-        assert_conserved(&budgets, 1, 2, admitted);
+        assert_conserved(&budgets, 2, admitted);
     });
 }
 
 #[test]
 fn slices_that_reactors_see_in_any_order_are_given_once() {
     loom::model(|| {
-        let budgets = budgets(1);
+        let budgets = budgets();
         let users = [1, 2].map(|user| budgets.add_user(user));
         let other = thread::spawn({
             let budgets = Arc::clone(&budgets);
             move || submit(&budgets, users[1], 2)
         });
         let own = submit(&budgets, users[0], 1);
-        assert_conserved(&budgets, 1, 2, own + other.join().unwrap());
+        assert_conserved(&budgets, 2, own + other.join().unwrap());
     });
 }
 
@@ -74,7 +74,7 @@ fn slices_that_reactors_see_in_any_order_are_given_once() {
 #[test]
 fn a_debt_stays_with_its_user() {
     loom::model(|| {
-        let budgets = budgets(1);
+        let budgets = budgets();
         let user = budgets.add_user(1);
         assert_eq!(budgets.add_user(1), user);
         let leave = move |budgets: &Budgets| {
@@ -96,7 +96,7 @@ fn a_debt_stays_with_its_user() {
 #[test]
 fn users_that_come_at_the_same_time_get_slots_of_their_own() {
     loom::model(|| {
-        let budgets = budgets(1);
+        let budgets = budgets();
         let other = thread::spawn({
             let budgets = Arc::clone(&budgets);
             move || [2, 2].map(|user| budgets.add_user(user))
