@@ -40,7 +40,7 @@ impl Throttled {
     }
 
     /// Calls `submit` for the requests of each kind, oldest first, until it returns false. Removes
-    /// those for which it returned true. The kinds take turns in being first.
+    /// those for which it returned true. The kinds alternate in being first.
     pub(crate) fn release(&mut self, mut submit: impl FnMut(u16) -> bool) {
         let Self { reads, others, others_first } = self;
         let kinds = if *others_first { [others, reads] } else { [reads, others] };
