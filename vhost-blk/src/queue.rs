@@ -132,10 +132,11 @@ impl BlkQueue {
         request.keep()
     }
 
-    /// Submits throttled I/Os that the limits now admit. Fills `done` with those that complete at
-    /// once, and leaves half of it to others. Returns their number.
+    /// Submits throttled I/Os that the limits now admit, and polls the channel. Those that complete
+    /// at once take half of `done` at most. Returns the number of completions.
     #[cold]
-    fn release_throttled(&mut self) -> usize {
+    #[inline(never)]
+    fn poll_throttled(&mut self) -> usize {
         let Self { open, parked, throttled, abandoned, done, .. } = self;
         let Some(open) = open else { return 0 };
         let mut count = 0;
@@ -163,7 +164,7 @@ impl BlkQueue {
             }
         });
         open.channel.kick();
-        count
+        count + open.channel.poll(&mut done[count..])
     }
 
     /// Starts a request that is not a valid read or write.
@@ -428,9 +429,9 @@ impl DeviceQueue for BlkQueue {
 
     #[inline]
     fn poll(&mut self, iteration: &mut Iteration) -> usize {
-        let released = if self.throttled.is_empty() { 0 } else { self.release_throttled() };
         let Some(open) = &mut self.open else { return 0 };
-        let count = released + open.channel.poll(&mut self.done[released..]);
+        let none = self.throttled.is_empty();
+        let count = if none { open.channel.poll(&mut self.done) } else { self.poll_throttled() };
         if count > 0 {
             iteration.note(Cause::Complete);
             iteration.read_clock();

@@ -99,6 +99,7 @@ impl ErrorChannel {
             (Submit::Full(_) | Submit::Throttled(_), Some(_)) => {
                 // SAFETY: as above.
                 written.iter().for_each(|s| unsafe { s.flip() });
+                rule_index(io.op).iter().for_each(|i| self.disk.rules[*i].put_back());
             }
             _ => {}
         }
@@ -184,14 +185,7 @@ impl Channel for ErrorChannel {
             }
         };
         // SAFETY: by the caller's promise.
-        let submit = unsafe { self.pass_on(io, corrupted) };
-        if corrupted.is_some()
-            && matches!(submit, Submit::Full(_) | Submit::Throttled(_))
-            && let Some(i) = rule_index(io.op)
-        {
-            self.disk.rules[i].put_back();
-        }
-        submit
+        unsafe { self.pass_on(io, corrupted) }
     }
 
     fn wait(&self) -> Wait {
