@@ -26,7 +26,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`].
-const METHODS: [(&str, Effect); 56] = [
+const METHODS: [(&str, Effect); 57] = [
     ("accel_set_options", Saved),
     ("bdev_aio_create", Saved),
     ("bdev_aio_delete", Saved),
@@ -50,6 +50,7 @@ const METHODS: [(&str, Effect); 56] = [
     ("bdev_passthru_delete", Saved),
     ("bdev_reset_iostat", Unsaved),
     ("bdev_set_options", Saved),
+    ("bdev_set_qos_limit", Saved),
     ("bdev_split_create", Saved),
     ("bdev_split_delete", Saved),
     ("bdev_uring_create", Saved),
@@ -151,6 +152,16 @@ impl<'a> Operator<'a> {
         }
     }
 
+    /// Sets a limit of each disk, or removes it.
+    fn limit_some(&mut self) {
+        for (n, name) in ["A", "B", "C", "F", "G", "D0", "P0", "Fp1"].into_iter().enumerate() {
+            let kinds = ["rw_ios_per_sec", "rw_mbytes_per_sec", "w_mbytes_per_sec"];
+            let kind = kinds[n % kinds.len()];
+            let limit = [json!(0), json!(5), json!(2000.0)][(self.done.len() + n) % 3].clone();
+            self.call("bdev_set_qos_limit", json!({ "name": name, kind: limit }));
+        }
+    }
+
     fn act(&mut self) {
         match self.below(12) {
             0 | 1 => self.make_memory_disk(),
@@ -169,6 +180,7 @@ impl<'a> Operator<'a> {
                 let params =
                     json!({"delay_bdev_name": name, "latency_type": kind, "latency_us": us});
                 self.call("bdev_delay_update_latency", params);
+                self.limit_some();
             }
             8 => {
                 let name = self.base();
