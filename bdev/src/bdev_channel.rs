@@ -7,8 +7,8 @@ use crate::contract::{Bdev, Channel, Wait, WakeFds};
 use crate::error::Error;
 use crate::failure::Failure;
 use crate::io::{Completion, Io, Submit, Tag};
-use crate::qos::Limiting;
 use crate::qos::budget::UserSlot;
+use crate::qos::{Active, Limiting};
 use crate::shortcut::Shortcut;
 
 /// The channel through which a bdev is used. Wrappers use their bases through it as well, so that
@@ -32,6 +32,16 @@ enum Limited {
     ChargeOnly(UserSlot),
 }
 
+impl Limited {
+    /// Returns the budgets that I/O is charged to, and the user's slot in them.
+    fn budgets(self, bdev: &dyn Bdev) -> Option<(Active<'_>, UserSlot)> {
+        match self {
+            Self::No => None,
+            Self::Yes(slot) | Self::ChargeOnly(slot) => Some((bdev.qos().any()?, slot)),
+        }
+    }
+}
+
 impl BdevChannel {
     /// Opens a bdev for one owner, which will have at most `depth` I/Os outstanding.
     ///
@@ -53,9 +63,7 @@ impl BdevChannel {
     #[cold]
     #[inline(never)]
     unsafe fn submit_limited(&mut self, io: Io) -> Submit {
-        let (Limited::Yes(slot) | Limited::ChargeOnly(slot), Some(budgets)) =
-            (self.limited, self.bdev.qos().any())
-        else {
+        let Some((budgets, slot)) = self.limited.budgets(&*self.bdev) else {
             // SAFETY: by the caller's promise.
             return unsafe { self.channel.submit(io) };
         };
@@ -79,17 +87,13 @@ impl BdevChannel {
 
     /// Ends the wait for limits: what was refused is not submitted again under the limits.
     fn stop_waiting(&self) {
-        if let Limited::Yes(slot) | Limited::ChargeOnly(slot) = self.limited
-            && let Some(budgets) = self.bdev.qos().any()
-        {
+        if let Some((budgets, slot)) = self.limited.budgets(&*self.bdev) {
             budgets.stop_waiting(slot);
         }
     }
 
     fn leave_budgets(&mut self) {
-        if let Limited::Yes(slot) | Limited::ChargeOnly(slot) = self.limited
-            && let Some(budgets) = self.bdev.qos().any()
-        {
+        if let Some((budgets, slot)) = self.limited.budgets(&*self.bdev) {
             budgets.remove(slot);
         }
         self.limited = Limited::No;
