@@ -1,6 +1,7 @@
-//! Runs a batch request: starts its members in order, and yields to other clients between them.
+//! Runs a batch request: one member after the other, and yields to other clients between them.
 
 use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::task::Poll;
 
@@ -15,9 +16,10 @@ use crate::member::answer_member;
 use crate::registry::Registry;
 use crate::request::{Id, Member};
 
-/// Runs a batch's members. They start in order, and before the next request of their client. Other
-/// tasks of the thread run between two members. The answers are in the order in which the members
-/// finish. A batch of notifications that succeed has no answer.
+/// Runs a batch's members. Each starts when the one before it has ended or passed its turn, and all
+/// start before the next request of their client. Other tasks of the thread run between two members.
+/// The answers are in the order in which the members finish. A batch of notifications that succeed
+/// has no answer.
 ///
 /// When the answers exceed [`ANSWER_MAX`], further members do not run, and each gets an error.
 pub(crate) async fn answer_batch(
@@ -36,24 +38,29 @@ pub(crate) async fn answer_batch(
             answers.add(answer::encode_error(member.id.as_ref(), &not_run()));
             continue;
         }
-        let (registry, client_of_member) = (Rc::clone(registry), client.for_member());
+        let (registry, (client_of_member, has_turn)) = (Rc::clone(registry), client.for_member());
         let paused = client_of_member.clone();
         let id = member.id.clone();
         let mut future =
             Box::pin(async move { answer_member(member, &registry, client_of_member).await });
-        // A member that only yields runs to its end here, so that few members hold part of an
-        // answer at a time.
-        let first = poll_fn(|context| match future.as_mut().poll(context) {
-            Poll::Pending if paused.is_paused() => Poll::Pending,
-            polled => Poll::Ready(polled),
+        // A member that only yields, after it has passed its turn, runs to its end here too, so
+        // that few members hold part of an answer at a time.
+        let first = poll_fn(|context| {
+            // A member that panics is not polled again, and what it has left behind is its own.
+            match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
+                Ok(Poll::Pending) if has_turn.get() || paused.is_paused() => Poll::Pending,
+                polled => Poll::Ready(polled),
+            }
         });
         match first.await {
-            Poll::Ready(Some(answer)) => answers.add_or_refuse(id.as_ref(), answer),
-            Poll::Ready(None) => {}
-            Poll::Pending => drop(running.spawn_local(async move { (id, future.await) })),
+            Ok(Poll::Ready(Some(answer))) => answers.add_or_refuse(id.as_ref(), answer),
+            Ok(Poll::Ready(None)) => {}
+            Ok(Poll::Pending) => drop(running.spawn_local(async move { (id, future.await) })),
+            Err(_) => answers.add(answer::encode_error(id.as_ref(), &panicked())),
         }
         client.yield_now().await;
     }
+    client.pass_turn();
     while !running.is_empty() {
         answers.join(running.join_next().await);
     }
@@ -65,6 +72,10 @@ type Ended = (Option<Id>, Option<Pieces>);
 
 fn not_run() -> RpcError {
     RpcError::internal("Not run: the answers to this batch are too long")
+}
+
+fn panicked() -> RpcError {
+    RpcError::internal("Internal error")
 }
 
 /// The answers to a batch that have arrived.
@@ -83,7 +94,7 @@ impl Answers {
         match ended {
             Some(Ok((id, Some(answer)))) => self.add_or_refuse(id.as_ref(), answer),
             Some(Err(_)) => {
-                self.add(answer::encode_error(None, &RpcError::internal("Internal error")));
+                self.add(answer::encode_error(None, &panicked()));
             }
             Some(Ok((_, None))) | None => {}
         }

@@ -1,12 +1,12 @@
 //! The client of a call, for methods.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
 
 use tokio::sync::watch;
 
-use crate::load::{Load, Paused};
+use crate::load::{Load, Paused, Turn};
 
 /// The client of a call, which may disconnect before the answer is ready.
 ///
@@ -30,27 +30,43 @@ pub struct Client {
     load: Rc<Load>,
     /// Whether this call has yielded.
     paused: Rc<Cell<bool>>,
+    /// The call's turn, until it is passed.
+    turn: Rc<RefCell<Option<Turn>>>,
 }
 
 impl Client {
     /// The client of a call from within the process, which never disconnects.
     pub(crate) fn local() -> Self {
-        Self { gone: None, load: Rc::default(), paused: Rc::default() }
+        Self { gone: None, load: Rc::default(), paused: Rc::default(), turn: Rc::default() }
     }
 
     pub(crate) fn remote(gone: watch::Receiver<bool>, load: &Rc<Load>) -> Self {
-        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default() }
+        let turn = Rc::new(RefCell::new(Some(Turn::of_connection(load))));
+        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default(), turn }
     }
 
-    /// The same client, for another call.
-    pub(crate) fn for_member(&self) -> Self {
-        Self { paused: Rc::default(), ..self.clone() }
+    /// The same client, for a member of its batch. The second value is true until the member passes
+    /// its turn or ends.
+    pub(crate) fn for_member(&self) -> (Self, Rc<Cell<bool>>) {
+        let turn = Turn::of_member(&self.load);
+        let taken = turn.taken();
+        let turn = Rc::new(RefCell::new(Some(turn)));
+        (Self { paused: Rc::default(), turn, ..self.clone() }, taken)
     }
 
     /// Yields to other tasks. The client's next request does not start before this returns.
     pub(crate) async fn yield_now(&self) {
         let _paused = Paused::new(&self.paused, &self.load);
         tokio::task::yield_now().await;
+    }
+
+    /// Lets the client's next request start before this call ends.
+    ///
+    /// The requests of one connection run one after the other, so that each sees the effects of
+    /// those before it, as in SPDK. A method that waits where SPDK's method would let the next
+    /// request start, for example for a front end to disconnect, calls this before it waits.
+    pub fn pass_turn(&self) {
+        self.turn.take();
     }
 
     /// Whether this call has yielded and resumes without an event.

@@ -5,8 +5,9 @@
 //! answer before its next request starts. An iteration is bounded, and the task yields after it, so
 //! a client that sends much or requests much does not delay other clients.
 //!
-//! A request is polled once in this task. So requests start in order, and requests that do not wait
-//! are answered in order. A request that waits becomes a separate task, which outlives the
+//! A request starts when the one before it has ended or passed its turn
+//! ([`Client::pass_turn`](crate::Client::pass_turn)), so that it sees the effects of the earlier ones.
+//! It is polled once in this task. A request that waits becomes a separate task, which outlives the
 //! connection.
 
 use std::future::Future;
@@ -72,6 +73,9 @@ pub(crate) async fn serve(
         let Connection { stream, hang_up, link, .. } = &connection;
         if mode == Mode::Serving && link.is_idle() {
             idle.begin();
+        } else if link.is_gone() {
+            // Nobody waits for its requests, but the one that has the turn may take for ever.
+            idle.begin_expired();
         }
         tokio::select! {
             () = link.ready(stream, hang_up, wants_read) => {}
@@ -125,7 +129,7 @@ impl Connection {
         if mode == Mode::Serving && !is_paused && link.may_start() {
             return self.next_request(idle);
         }
-        if link.is_gone() && !is_paused && !link.may_start() {
+        if link.is_gone() && !is_paused && !link.has_room() {
             // The maximum number of requests runs, and no client waits for their answers.
             return Step::Close;
         }

@@ -26,6 +26,12 @@ impl Idle {
         }
     }
 
+    /// Makes the connection the first one to be closed when another client waits.
+    pub(crate) fn begin_expired(&self) {
+        let now = Instant::now();
+        self.since.set(Some(now.checked_sub(IDLE_MIN).unwrap_or(now)));
+    }
+
     /// Ends the idle time: the client has sent bytes.
     pub(crate) fn end(&self) {
         self.since.set(None);

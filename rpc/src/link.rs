@@ -89,8 +89,13 @@ impl Link {
         self.unsent.borrow().len() - self.sent.get()
     }
 
-    /// Whether the limits allow another request.
+    /// Whether the next request may start: none has the turn, and the limits allow another.
     pub(crate) fn may_start(&self) -> bool {
+        !self.load.turn_is_taken() && self.has_room()
+    }
+
+    /// Whether the limits allow another request.
+    pub(crate) fn has_room(&self) -> bool {
         self.outstanding.get() < OUTSTANDING_MAX
             && self.unsent_len() + self.load.buffered() < UNSENT_HIGH
     }

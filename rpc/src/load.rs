@@ -12,7 +12,9 @@ pub(crate) struct Load {
     paused: Cell<usize>,
     /// Bytes of answers in unfinished batches.
     buffered: Cell<usize>,
-    /// Notified when an answer is queued, and when a request resumes or ends.
+    /// Whether a request has the turn: the next one does not start.
+    turn: Rc<Cell<bool>>,
+    /// Notified when an answer is queued, and when a request resumes, ends or passes its turn.
     pub(crate) changed: Notify,
 }
 
@@ -20,6 +22,11 @@ impl Load {
     /// Whether a call has yielded and resumes without an event.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused.get() > 0
+    }
+
+    /// Whether a request has the turn.
+    pub(crate) fn turn_is_taken(&self) -> bool {
+        self.turn.get()
     }
 
     /// Bytes of answers in unfinished batches.
@@ -33,6 +40,43 @@ impl Load {
 
     pub(crate) fn remove_buffered(&self, bytes: usize) {
         self.buffered.update(|buffered| buffered - bytes);
+    }
+}
+
+/// The turn of a request among those of its connection, or of a member of a batch among those of
+/// its batch, until it is dropped.
+pub(crate) struct Turn {
+    taken: Rc<Cell<bool>>,
+    load: Rc<Load>,
+}
+
+impl Turn {
+    /// Takes the turn of a connection, which must be free.
+    pub(crate) fn of_connection(load: &Rc<Load>) -> Self {
+        Self::take(Rc::clone(&load.turn), load)
+    }
+
+    /// Takes the turn of a member. [`Turn::taken`] tells its batch when it is over.
+    pub(crate) fn of_member(load: &Rc<Load>) -> Self {
+        Self::take(Rc::default(), load)
+    }
+
+    fn take(taken: Rc<Cell<bool>>, load: &Rc<Load>) -> Self {
+        let before = taken.replace(true);
+        debug_assert!(!before, "two requests have the turn");
+        Self { taken, load: Rc::clone(load) }
+    }
+
+    /// True until the turn is over.
+    pub(crate) fn taken(&self) -> Rc<Cell<bool>> {
+        Rc::clone(&self.taken)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.taken.set(false);
+        self.load.changed.notify_one();
     }
 }
 

@@ -85,6 +85,11 @@ impl Params {
         &self.client
     }
 
+    /// Lets the client's next request start: see [`Client::pass_turn`].
+    pub fn pass_turn(&self) {
+        self.client.pass_turn();
+    }
+
     /// Counts the work of this call, for a method whose work grows with its answer.
     pub fn pace(&self) -> Pace {
         Pace::new(self.client.clone())

@@ -48,9 +48,7 @@ fn a_disk_whose_file_does_not_close_holds_up_its_own_name_only() {
     });
     vhost.wait_for_log("bdev F: a close takes long");
     assert_eq!(vhost.err("bdev_aio_create", create.clone()).code, -i64::from(libc::EBUSY));
-    vhost.wait_for_log(
-        "bdev F: the file of the deleted device of this name is still being closed",
-    );
+    vhost.wait_for_log("bdev F: the file of the deleted device of this name is still being closed");
     a_vm_comes_and_goes(&vhost);
     files.release("disk", Op::Close);
     wait_until("the close has ended", || stuck() == json!([]));

@@ -139,17 +139,19 @@ pub async fn delete(host: Rc<dyn Host>, params: Params, module: &str) -> Answer 
         error!("{}: no {module} bdev has this name: {:?}", params.method(), named.name);
         return Err(MethodError::errno(libc::ENODEV));
     };
-    remove(&host, &[id]).await;
+    remove(&host, &params, &[id]).await;
     Ok(true.into())
 }
 
 /// Deletes these bdevs, the bdevs on them, and the waiting requests with these ids. Returns when
 /// the bdevs have no user any more.
-pub async fn remove(host: &Rc<dyn Host>, ids: &[BdevId]) {
+pub async fn remove(host: &Rc<dyn Host>, params: &Params, ids: &[BdevId]) {
     let registry = host.registry();
     let bdevs = registry.remove(ids);
     // The bases are released now, and other requests may wait for them.
     settle(host).await;
+    // The names are free. The I/O of guests may take long.
+    params.pass_turn();
     host.retire(bdevs).await;
 }
 

@@ -87,6 +87,9 @@ pub trait Parameters {
     /// # Errors
     /// Returns `failure` if `read` fails. The implementer logs the reason.
     fn read(&self, failure: DecodeFailure, read: &mut Reader<'_>) -> Result<(), MethodError>;
+
+    /// Lets the client's next call start before this one ends.
+    fn pass_turn(&self);
 }
 
 /// The parameters of one call.
@@ -102,6 +105,13 @@ impl Params {
     #[must_use]
     pub fn method(&self) -> &'static str {
         self.0.method()
+    }
+
+    /// Lets the client's next call start before this one ends. The calls of one client run one after
+    /// the other; a method calls this before it waits for something that other calls need not wait
+    /// for, such as the I/O of a deleted bdev.
+    pub fn pass_turn(&self) {
+        self.0.pass_turn();
     }
 
     /// Decodes them strictly into a struct of named fields: see [`Parameters::read`].

@@ -419,9 +419,8 @@ fn a_panic_in_a_member_of_a_batch_is_an_error_among_its_answers() {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;
         let answer = client.ask(r#"[{"method":"panic","id":1},{"method":"echo","id":2}]"#).await;
-        assert_eq!(answer[0]["id"], 2);
-        // The id is lost with the panic.
         let error = json!({"code": -32603, "message": "Internal error"});
-        assert_eq!(answer[1], json!({"jsonrpc": "2.0", "id": null, "error": error}));
+        assert_eq!(answer[0], json!({"jsonrpc": "2.0", "id": 1, "error": error}));
+        assert_eq!(answer[1]["id"], 2);
     });
 }

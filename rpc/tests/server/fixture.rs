@@ -15,13 +15,13 @@ use tokio::sync::{Notify, Semaphore};
 /// The state that the methods and the test share.
 #[derive(Default)]
 pub(crate) struct Probe {
-    /// Calls of `note`, `wait` and `big`, in the order in which they started.
+    /// Calls of `note`, `wait`, `hold` and `big`, in the order in which they started.
     pub(crate) started: RefCell<Vec<String>>,
-    /// Number of `wait` calls whose client has disconnected.
+    /// Number of `wait` and `hold` calls whose client has disconnected.
     pub(crate) gone: Cell<usize>,
     /// Notified when `started` or `gone` changes.
     pub(crate) changed: Notify,
-    /// One permit ends one call of `wait`.
+    /// One permit ends one call of `wait` or `hold`.
     pub(crate) permits: Permits,
 }
 
@@ -67,7 +67,7 @@ impl Fixture {
         RawClient { stream: UnixStream::connect(self.path()).await.unwrap(), bytes: Vec::new() }
     }
 
-    /// Lets `count` calls of `wait` end.
+    /// Lets `count` calls of `wait` or `hold` end.
     pub(crate) fn release(&self, count: usize) {
         self.probe.permits.0.add_permits(count);
     }
@@ -111,13 +111,32 @@ fn register_recorded(registry: &mut Registry, probe: &Rc<Probe>) {
             Ok(json!(true))
         }
     });
+    register_wait(registry, probe, "wait", false);
+    register_wait(registry, probe, "hold", true);
     let shared = Rc::clone(probe);
-    // Records its parameters, then waits for a permit. Counts its client's disconnect.
-    registry.register("wait", Phases::Both, move |params| {
+    // Answers with a string of params[0] bytes.
+    registry.register("big", Phases::Both, move |params: Params| {
+        let probe = Rc::clone(&shared);
+        async move {
+            probe.started.borrow_mut().push("big".into());
+            let (size,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
+            Ok(Value::String("x".repeat(size)))
+        }
+    });
+}
+
+/// Registers a method that records its parameters, waits for a permit, and counts its client's
+/// disconnect. It passes its turn before it waits, unless it `holds` it.
+fn register_wait(registry: &mut Registry, probe: &Rc<Probe>, name: &'static str, holds: bool) {
+    let shared = Rc::clone(probe);
+    registry.register(name, Phases::Both, move |params| {
         let probe = Rc::clone(&shared);
         async move {
             probe.started.borrow_mut().push(params.json().unwrap_or_default().into());
             probe.changed.notify_one();
+            if !holds {
+                params.pass_turn();
+            }
             let gone = async {
                 params.client().gone().await;
                 probe.gone.update(|count| count + 1);
@@ -131,16 +150,6 @@ fn register_recorded(registry: &mut Registry, probe: &Rc<Probe>) {
             probe.started.borrow_mut().push("done".into());
             probe.changed.notify_one();
             Ok(json!("waited"))
-        }
-    });
-    let shared = Rc::clone(probe);
-    // Answers with a string of params[0] bytes.
-    registry.register("big", Phases::Both, move |params: Params| {
-        let probe = Rc::clone(&shared);
-        async move {
-            probe.started.borrow_mut().push("big".into());
-            let (size,): (usize,) = params.decode(rpc::DecodeFailure::INTERNAL)?;
-            Ok(Value::String("x".repeat(size)))
         }
     });
 }

@@ -149,6 +149,52 @@ fn requests_start_in_order_and_slow_ones_are_overtaken() {
 }
 
 #[test]
+fn a_request_that_holds_its_turn_ends_before_the_next_one_starts() {
+    run(async {
+        let fixture = Fixture::new();
+        let members = [
+            r#"{"method":"hold","id":1,"params":[1]}"#,
+            r#"{"method":"note","id":2,"params":[2]}"#,
+            r#"{"method":"hold","id":3,"params":[3]}"#,
+        ];
+        // One after the other, and as a batch with a request behind it.
+        for sent in [members.concat(), format!("[{}]{}", members.join(","), members[1])] {
+            let mut client = fixture.client().await;
+            fixture.probe.started.borrow_mut().clear();
+            client.send(sent).await;
+            fixture.probe.until(|probe| probe.started.borrow().len() == 1).await;
+            // Other clients are served meanwhile.
+            fixture.client().await.sync().await;
+            fixture.release(1);
+            fixture.probe.until(|probe| probe.started.borrow().len() == 4).await;
+            assert_eq!(*fixture.probe.started.borrow(), ["[1]", "done", "[2]", "[3]"]);
+            fixture.release(1);
+            fixture.probe.until(|probe| probe.started.borrow().len() >= 5).await;
+            assert!(client.line().await.is_some());
+        }
+    });
+}
+
+/// What a client sent before it disconnected still runs, in order.
+#[test]
+fn requests_behind_one_with_the_turn_run_after_their_client_has_gone() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        client
+            .send(r#"{"method":"hold","id":1,"params":[1]}{"method":"note","id":2,"params":[2]}"#)
+            .await;
+        fixture.probe.until(|probe| probe.started.borrow().len() == 1).await;
+        drop(client);
+        fixture.probe.until(|probe| probe.gone.get() == 1).await;
+        assert_eq!(*fixture.probe.started.borrow(), ["[1]"]);
+        fixture.release(1);
+        fixture.probe.until(|probe| probe.started.borrow().len() == 3).await;
+        assert_eq!(*fixture.probe.started.borrow(), ["[1]", "done", "[2]"]);
+    });
+}
+
+#[test]
 fn phases_and_in_process_calls() {
     run(async {
         use rpc::Phase::{Runtime, Startup};

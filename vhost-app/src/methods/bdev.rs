@@ -42,10 +42,13 @@ async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
     let id = match app.bdevs.id(&name) {
         Some(id) => Some(id),
         None if limit.is_zero() => None,
-        None => tokio::select! {
-            id = wait_for(&app, &name, limit) => id,
-            () = params.client().gone() => None,
-        },
+        None => {
+            params.pass_turn();
+            tokio::select! {
+                id = wait_for(&app, &name, limit) => id,
+                () = params.client().gone() => None,
+            }
+        }
     };
     let shown = id.and_then(|id| show(&app, id)).ok_or_else(|| {
         error!("bdev_get_bdevs: no bdev {name:?}");
@@ -75,6 +78,7 @@ async fn wait_for(app: &App, name: &str, limit: Duration) -> Option<BdevId> {
 
 async fn wait_for_examine(app: Rc<App>, params: Params) -> Answer {
     params.none("bdev_wait_for_examine requires no parameters")?;
+    params.pass_turn();
     let mut changed = app.bdevs_changed.subscribe();
     while app.bdevs.is_examining() {
         let _ = changed.changed().await;

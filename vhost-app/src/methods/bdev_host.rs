@@ -80,6 +80,10 @@ impl Parameters for Given {
         let decoded = self.0.decode_seed(Seed(read), failure);
         decoded.map_err(|RpcError { code, message: text }| MethodError { code, text })
     }
+
+    fn pass_turn(&self) {
+        self.0.pass_turn();
+    }
 }
 
 /// Hands a deserializer over to a module.

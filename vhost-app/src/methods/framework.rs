@@ -110,10 +110,12 @@ async fn start_init(app: Rc<App>, params: Params) -> Answer {
         }
         first
     });
+    params.pass_turn();
     until_running(&app).await
 }
 
-async fn wait_init(app: Rc<App>, _: Params) -> Answer {
+async fn wait_init(app: Rc<App>, params: Params) -> Answer {
+    params.pass_turn();
     until_running(&app).await
 }
 

@@ -167,6 +167,7 @@ async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
         error!("thread_set_cpumask: thread {} cannot move; only controllers' threads can", p.id);
         return Err(RpcError::with_strerror(RpcError::INVALID_PARAMS, libc::EOPNOTSUPP));
     };
+    params.pass_turn();
     app.control.set_cores(controller.name, cores).await.map_err(|e| {
         error!("thread_set_cpumask: {e}");
         RpcError::with_strerror(RpcError::INTERNAL, e.errno())

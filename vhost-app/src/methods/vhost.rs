@@ -115,8 +115,14 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
     let p: Delete = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
     let timeout = Duration::from_millis(p.timeout_ms.unwrap_or(DELETE_TIMEOUT_MS).min(MAX_MS));
     let options = DeleteOptions { timeout, force: p.force };
+    // Polled only if the deletion has to wait for front ends. Without them, it ends before the
+    // client's next request, which may create a controller of this name.
+    let waiting_and_gone = async {
+        params.pass_turn();
+        params.client().gone().await;
+    };
     app.control
-        .delete_controller(&p.ctrlr, options, params.client().gone())
+        .delete_controller(&p.ctrlr, options, waiting_and_gone)
         .await
         .map_err(|e| refused(params.method(), e.errno(), e))?;
     // A controller that was created anew meanwhile has a claim of its own.
@@ -184,6 +190,7 @@ async fn move_queue(app: Rc<App>, params: Params) -> Answer {
         core: usize,
     }
     let p: Move = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
+    params.pass_turn();
     app.control
         .move_queue(p.ctrlr, p.session, p.queue, Core(p.core))
         .await

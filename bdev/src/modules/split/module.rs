@@ -81,7 +81,7 @@ async fn delete(host: Rc<dyn Host>, params: Params) -> Answer {
         error!("{}: {base_bdev:?} is not split", params.method());
         return Err(MethodError::invalid_params(strerror(libc::ENOENT)));
     }
-    life::remove(&host, &ids).await;
+    life::remove(&host, &params, &ids).await;
     Ok(true.into())
 }
 
