@@ -52,8 +52,8 @@ pub use bdev_channel::BdevChannel;
 pub use contract::{Bdev, Channel, Features, Granted, Lease, Storage, Wait, WakeFds};
 pub use control::module::BdevModule;
 pub use control::{
-    BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry, Reservation,
-    account_name, life, method, module,
+    BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
+    Reservation, account_name, life, method, module,
 };
 pub use error::Error;
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};

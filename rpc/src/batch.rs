@@ -16,7 +16,7 @@ use crate::member::answer_member;
 use crate::registry::Registry;
 use crate::request::{Id, Member};
 
-/// Runs a batch's members. Each starts when the one before it has ended or passed its turn, and all
+/// Runs a batch's members. Each starts when the one before it has ended or lets it start, and all
 /// start before the next request of their client. Other tasks of the thread run between two members.
 /// The answers are in the order in which the members finish. A batch of notifications that succeed
 /// has no answer.
@@ -38,17 +38,17 @@ pub(crate) async fn answer_batch(
             answers.add(answer::encode_error(member.id.as_ref(), &not_run()));
             continue;
         }
-        let (registry, (client_of_member, has_turn)) = (Rc::clone(registry), client.for_member());
+        let (registry, (client_of_member, is_held)) = (Rc::clone(registry), client.for_member());
         let paused = client_of_member.clone();
         let id = member.id.clone();
         let mut future =
             Box::pin(async move { answer_member(member, &registry, client_of_member).await });
-        // A member that only yields, after it has passed its turn, runs to its end here too, so
+        // A member that only yields, after it has let the next one start, runs to its end here, so
         // that few members hold part of an answer at a time.
         let first = poll_fn(|context| {
             // A member that panics is not polled again, and what it has left behind is its own.
             match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context))) {
-                Ok(Poll::Pending) if has_turn.get() || paused.is_paused() => Poll::Pending,
+                Ok(Poll::Pending) if is_held.get() || paused.is_paused() => Poll::Pending,
                 polled => Poll::Ready(polled),
             }
         });
@@ -60,7 +60,7 @@ pub(crate) async fn answer_batch(
         }
         client.yield_now().await;
     }
-    client.pass_turn();
+    client.let_next_start();
     while !running.is_empty() {
         answers.join(running.join_next().await);
     }

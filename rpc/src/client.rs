@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use tokio::sync::watch;
 
-use crate::load::{Load, Paused, Turn};
+use crate::load::{Hold, Load, Paused};
 
 /// The client of a call, which may disconnect before the answer is ready.
 ///
@@ -30,28 +30,28 @@ pub struct Client {
     load: Rc<Load>,
     /// Whether this call has yielded.
     paused: Rc<Cell<bool>>,
-    /// The call's turn, until it is passed.
-    turn: Rc<RefCell<Option<Turn>>>,
+    /// Holds back the next request, until the call lets it start.
+    hold: Rc<RefCell<Option<Hold>>>,
 }
 
 impl Client {
     /// The client of a call from within the process, which never disconnects.
     pub(crate) fn local() -> Self {
-        Self { gone: None, load: Rc::default(), paused: Rc::default(), turn: Rc::default() }
+        Self { gone: None, load: Rc::default(), paused: Rc::default(), hold: Rc::default() }
     }
 
     pub(crate) fn remote(gone: watch::Receiver<bool>, load: &Rc<Load>) -> Self {
-        let turn = Rc::new(RefCell::new(Some(Turn::of_connection(load))));
-        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default(), turn }
+        let hold = Rc::new(RefCell::new(Some(Hold::of_connection(load))));
+        Self { gone: Some(gone), load: Rc::clone(load), paused: Rc::default(), hold }
     }
 
-    /// The same client, for a member of its batch. The second value is true until the member passes
-    /// its turn or ends.
+    /// The same client, for a member of its batch. The second value is true until the member ends
+    /// or lets the next one start.
     pub(crate) fn for_member(&self) -> (Self, Rc<Cell<bool>>) {
-        let turn = Turn::of_member(&self.load);
-        let taken = turn.taken();
-        let turn = Rc::new(RefCell::new(Some(turn)));
-        (Self { paused: Rc::default(), turn, ..self.clone() }, taken)
+        let hold = Hold::of_member(&self.load);
+        let taken = hold.taken();
+        let hold = Rc::new(RefCell::new(Some(hold)));
+        (Self { paused: Rc::default(), hold, ..self.clone() }, taken)
     }
 
     /// Yields to other tasks. The client's next request does not start before this returns.
@@ -65,8 +65,8 @@ impl Client {
     /// The requests of one connection run one after the other, so that each sees the effects of
     /// those before it, as in SPDK. A method that waits where SPDK's method would let the next
     /// request start, for example for a front end to disconnect, calls this before it waits.
-    pub fn pass_turn(&self) {
-        self.turn.take();
+    pub fn let_next_start(&self) {
+        self.hold.take();
     }
 
     /// Whether this call has yielded and resumes without an event.

@@ -5,8 +5,8 @@
 //! answer before its next request starts. An iteration is bounded, and the task yields after it, so
 //! a client that sends much or requests much does not delay other clients.
 //!
-//! A request starts when the one before it has ended or passed its turn
-//! ([`Client::pass_turn`](crate::Client::pass_turn)), so that it sees the effects of the earlier ones.
+//! A request starts when the one before it has ended or lets it start
+//! ([`Client::let_next_start`](crate::Client::let_next_start)), so that it sees the effects of the earlier ones.
 //! It is polled once in this task. A request that waits becomes a separate task, which outlives the
 //! connection.
 
@@ -74,7 +74,7 @@ pub(crate) async fn serve(
         if mode == Mode::Serving && link.is_idle() {
             idle.begin();
         } else if link.is_gone() {
-            // Nobody waits for its requests, but the one that has the turn may take for ever.
+            // Nobody waits for its requests, but the one that holds the connection may take for ever.
             idle.begin_expired();
         }
         tokio::select! {

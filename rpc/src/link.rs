@@ -89,9 +89,10 @@ impl Link {
         self.unsent.borrow().len() - self.sent.get()
     }
 
-    /// Whether the next request may start: none has the turn, and the limits allow another.
+    /// Whether the next request may start: none holds the connection, and the limits allow
+    /// another.
     pub(crate) fn may_start(&self) -> bool {
-        !self.load.turn_is_taken() && self.has_room()
+        !self.load.is_held() && self.has_room()
     }
 
     /// Whether the limits allow another request.

@@ -12,9 +12,9 @@ pub(crate) struct Load {
     paused: Cell<usize>,
     /// Bytes of answers in unfinished batches.
     buffered: Cell<usize>,
-    /// Whether a request has the turn: the next one does not start.
-    turn: Rc<Cell<bool>>,
-    /// Notified when an answer is queued, and when a request resumes, ends or passes its turn.
+    /// Whether a request holds the connection: the next one does not start.
+    held: Rc<Cell<bool>>,
+    /// Notified when an answer is queued, and when a request resumes, ends or lets the next one start.
     pub(crate) changed: Notify,
 }
 
@@ -24,9 +24,9 @@ impl Load {
         self.paused.get() > 0
     }
 
-    /// Whether a request has the turn.
-    pub(crate) fn turn_is_taken(&self) -> bool {
-        self.turn.get()
+    /// Whether a request holds the connection.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.get()
     }
 
     /// Bytes of answers in unfinished batches.
@@ -43,37 +43,36 @@ impl Load {
     }
 }
 
-/// The turn of a request among those of its connection, or of a member of a batch among those of
-/// its batch, until it is dropped.
-pub(crate) struct Turn {
+/// Holds back the next request of a connection, or the next member of a batch, until it is dropped.
+pub(crate) struct Hold {
     taken: Rc<Cell<bool>>,
     load: Rc<Load>,
 }
 
-impl Turn {
-    /// Takes the turn of a connection, which must be free.
+impl Hold {
+    /// Holds a connection, which no request holds yet.
     pub(crate) fn of_connection(load: &Rc<Load>) -> Self {
-        Self::take(Rc::clone(&load.turn), load)
+        Self::take(Rc::clone(&load.held), load)
     }
 
-    /// Takes the turn of a member. [`Turn::taken`] tells its batch when it is over.
+    /// Holds a member's batch. [`Hold::taken`] tells the batch when it is over.
     pub(crate) fn of_member(load: &Rc<Load>) -> Self {
         Self::take(Rc::default(), load)
     }
 
     fn take(taken: Rc<Cell<bool>>, load: &Rc<Load>) -> Self {
         let before = taken.replace(true);
-        debug_assert!(!before, "two requests have the turn");
+        debug_assert!(!before, "two requests hold a connection");
         Self { taken, load: Rc::clone(load) }
     }
 
-    /// True until the turn is over.
+    /// True until this is dropped.
     pub(crate) fn taken(&self) -> Rc<Cell<bool>> {
         Rc::clone(&self.taken)
     }
 }
 
-impl Drop for Turn {
+impl Drop for Hold {
     fn drop(&mut self) {
         self.taken.set(false);
         self.load.changed.notify_one();

@@ -85,9 +85,9 @@ impl Params {
         &self.client
     }
 
-    /// Lets the client's next request start: see [`Client::pass_turn`].
-    pub fn pass_turn(&self) {
-        self.client.pass_turn();
+    /// Lets the client's next request start: see [`Client::let_next_start`].
+    pub fn let_next_start(&self) {
+        self.client.let_next_start();
     }
 
     /// Counts the work of this call, for a method whose work grows with its answer.

@@ -30,9 +30,13 @@ use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
+mod flags;
 mod writer;
 
+use flags::FLAGS;
 use writer::{Entry, Writer};
+
+pub(crate) use flags::is_flag;
 
 /// SPDK's log levels, the most important first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,44 +85,10 @@ impl Level {
             Self::Error => libc::LOG_ERR,
             Self::Warning => libc::LOG_WARNING,
             Self::Notice => libc::LOG_NOTICE,
-            Self::Info => libc::LOG_INFO,
-            Self::Debug => libc::LOG_DEBUG,
+            // As in SPDK, which does not use LOG_DEBUG.
+            Self::Info | Self::Debug => libc::LOG_INFO,
         }
     }
-}
-
-/// Flags, sorted by name, with the modules whose INFO and DEBUG lines they enable. A flag also
-/// enables events whose target is the flag's name. Flags without modules are names of SPDK
-/// components that this program does not have; SPDK's `vhost` accepts them.
-const FLAGS: &[(&str, &[&str])] = &[
-    ("aio", &["bdev::modules::file"]),
-    ("app_rpc", &["vhost"]),
-    ("bdev", &["bdev"]),
-    ("bdev_malloc", &["bdev::modules::malloc"]),
-    ("bdev_null", &["bdev::modules::null"]),
-    ("json_util", &["rpc::decode"]),
-    ("log_rpc", &[]),
-    ("reactor", &["reactor"]),
-    ("rpc", &["rpc"]),
-    ("thread", &[]),
-    ("uring", &["bdev::modules::file"]),
-    ("vbdev_delay", &["bdev::modules::delay"]),
-    ("vhost", &["dpdk", "rte_vhost", "vhost", "vhost_blk", "vhost_target"]),
-    ("vhost_blk", &["vhost_blk", "vhost_target"]),
-    ("vhost_blk_data", &["vhost_blk::request"]),
-    ("vhost_ring", &["vhost_target::queue", "virtqueue"]),
-    ("vhost_rpc", &["rpc"]),
-    ("vhost_scsi", &[]),
-    ("vhost_scsi_data", &[]),
-    ("vhost_scsi_queue", &[]),
-];
-
-// One bit each in `State::flags`.
-const _: () = assert!(FLAGS.len() <= 64);
-
-/// Whether `-L` and `log_set_flag` accept this name; they accept `all`.
-pub(crate) fn is_flag(name: &str) -> bool {
-    name == "all" || FLAGS.iter().any(|(flag, _)| *flag == name)
 }
 
 /// The settings of the log, shared by all clones.
@@ -129,7 +99,8 @@ struct State {
     print_level: AtomicU8,
     syslog_level: AtomicU8,
     timestamps: AtomicBool,
-    flags: AtomicU64,
+    /// A bit for each flag, the lower 64 first.
+    flags: [AtomicU64; 2],
     writer: OnceLock<Writer>,
 }
 
@@ -146,7 +117,7 @@ impl Log {
             print_level: AtomicU8::new(Level::Info as u8),
             syslog_level: AtomicU8::new(Level::Notice as u8),
             timestamps: AtomicBool::new(true),
-            flags: AtomicU64::new(0),
+            flags: Default::default(),
             writer: OnceLock::new(),
         }))
     }
@@ -211,38 +182,32 @@ impl Log {
         self.0.timestamps.store(enabled, Relaxed);
     }
 
-    /// Sets or clears a flag, or `all`. Returns false if the name is unknown.
-    pub(crate) fn set_flag(&self, name: &str, enabled: bool) -> bool {
-        let bits = match FLAGS.iter().position(|(flag, _)| *flag == name) {
-            Some(index) => 1 << index,
-            None if name == "all" => u64::MAX,
-            None => return false,
-        };
-        if enabled {
-            self.0.flags.fetch_or(bits, Relaxed);
-        } else {
-            self.0.flags.fetch_and(!bits, Relaxed);
+    /// Sets or clears the flags that a pattern matches. Returns false if it matches none.
+    pub(crate) fn set_flag(&self, pattern: &str, enabled: bool) -> bool {
+        let bits = flags::matching(pattern);
+        for (half, flags) in halves(bits).into_iter().zip(&self.0.flags) {
+            if enabled {
+                flags.fetch_or(half, Relaxed);
+            } else {
+                flags.fetch_and(!half, Relaxed);
+            }
         }
-        true
+        bits != 0
     }
 
     /// All flags by name, and whether each is set.
     pub(crate) fn flags(&self) -> impl Iterator<Item = (&'static str, bool)> {
-        let bits = self.0.flags.load(Relaxed);
-        FLAGS.iter().enumerate().map(move |(index, (flag, _))| (*flag, bits & (1 << index) != 0))
+        let bits = self.flag_bits();
+        (0..).zip(FLAGS).map(move |(bit, (flag, _)): (u32, _)| (flag, bits & (1 << bit) != 0))
+    }
+
+    fn flag_bits(&self) -> u128 {
+        let [low, high] = &self.0.flags;
+        u128::from(low.load(Relaxed)) | u128::from(high.load(Relaxed)) << 64
     }
 
     fn flag_covers(&self, target: &str) -> bool {
-        let bits = self.0.flags.load(Relaxed);
-        let covers = |module: &&str| {
-            target
-                .strip_prefix(*module)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
-        };
-        bits != 0
-            && FLAGS.iter().enumerate().any(|(index, (flag, modules))| {
-                bits & (1 << index) != 0 && (*flag == target || modules.iter().any(covers))
-            })
+        flags::cover(self.flag_bits(), target)
     }
 
     fn wants(&self, metadata: &Metadata<'_>) -> bool {
@@ -250,6 +215,10 @@ impl Log {
         level <= self.print_level().max(self.log_level())
             && (level <= Level::Notice || self.flag_covers(metadata.target()))
     }
+}
+
+fn halves(bits: u128) -> [u64; 2] {
+    [bits, bits >> 64].map(|half| (half & u128::from(u64::MAX)).try_into().unwrap_or(0))
 }
 
 type Sink<T> = Box<dyn Fn(T) + Send + Sync>;
@@ -474,7 +443,6 @@ mod tests {
 
     #[test]
     fn names() {
-        assert!(FLAGS.is_sorted_by_key(|(flag, _)| *flag));
         assert!(is_flag("all") && is_flag("vhost_blk_data") && !is_flag("nope") && !is_flag(""));
         assert!(!Log::new().set_flag("nope", true));
         assert_eq!(Level::from_name("WARNING"), Some(Level::Warning));

@@ -73,7 +73,7 @@ fn others_are_served(vhost: &Vhost) {
 }
 
 fn fds_of(vhost: &Vhost, name: &str) -> Value {
-    vhost.ok("vhost_get_controllers", json!({"name": name}))[0]["fds"].clone()
+    vhost.ok("vhost_get_controller_stats", json!({"name": name}))[0]["fds"].clone()
 }
 
 fn message(request: u32, payload: &[u8]) -> Vec<u8> {

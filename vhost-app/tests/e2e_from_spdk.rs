@@ -375,7 +375,7 @@ fn swap<L: Life>(kind: Kind, features: u64, requests: u64, end: End) {
     }
     lanes.iter_mut().for_each(Lane::drain);
     let ours = lanes.iter().map(|lane| lane.done).sum::<u64>() - before - published;
-    let session = vhost.ok("vhost_get_controllers", json!({}))[0]["sessions"][0].take();
+    let session = vhost.ok("vhost_get_controller_stats", json!({}))[0]["sessions"][0].take();
     assert_eq!(session["requests"], ours, "none is done twice");
     assert_eq!(session["errors"], 0);
     let positions = front_end.disconnect().unwrap();

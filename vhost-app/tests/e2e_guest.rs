@@ -269,7 +269,7 @@ fn a_disk_grows_and_a_disk_goes_under_a_running_guest() {
     vhost.ok("bdev_malloc_delete", json!({"name": "Goes"}));
     guest.io_fails("vdb");
     assert_ne!(guest.run("dd if=/dev/vdb of=/dev/null bs=64k count=1 iflag=direct").rc, 0);
-    let shown = vhost.ok("vhost_get_controllers", json!({"name": "goes"}));
+    let shown = vhost.ok("vhost_get_controller_stats", json!({"name": "goes"}));
     assert_eq!(shown[0]["backend_specific"]["block"]["bdev"], Value::Null);
     guest.io_goes_on("vda", 0);
     other.io_goes_on("vda", 0);

@@ -81,7 +81,7 @@ impl Scene {
         wait_until(&format!("mappings back after {after}"), || {
             mappings(&self.vhost) == self.mappings
         });
-        let b = || self.vhost.ok("vhost_get_controllers", json!({"name": "b"}))[0].clone();
+        let b = || self.vhost.ok("vhost_get_controller_stats", json!({"name": "b"}))[0].clone();
         wait_until(&format!("no session after {after}"), || b()["sessions"] == json!([]));
         wait_until(&format!("nothing to be closed after {after}"), || {
             b()["fds"] == json!({"open": 1, "closing": 0, "stuck": false})
@@ -526,5 +526,5 @@ fn a_socket_is_not_taken_from_another_process() {
         assert_eq!(create(name).unwrap_err().message, "Input/output error", "{name:?}");
     }
     assert!(!Path::new(vhost.dir()).with_extension("x").exists());
-    assert_eq!(vhost.ok("vhost_get_controllers", json!({})).as_array().unwrap().len(), 1);
+    assert_eq!(vhost.ok("vhost_get_controller_stats", json!({})).as_array().unwrap().len(), 1);
 }

@@ -72,7 +72,7 @@ impl Scene {
     fn is_known(&self, kind: &str, first: u64, why: &str) {
         let io_error = &self.iostat()["io_error"];
         assert_eq!(*io_error, json!({kind: self.failed}), "and no other kind");
-        let shown = self.vhost.ok("vhost_get_controllers", json!({"name": "a"}));
+        let shown = self.vhost.ok("vhost_get_controller_stats", json!({"name": "a"}));
         assert_eq!(shown[0]["sessions"][0]["errors"], self.failed);
         let text = format!("ERROR*: bdev Disk0: write of 4096 bytes at offset {first}: {why}");
         self.vhost.wait_for_log(&text);

@@ -65,7 +65,7 @@ fn a_slow_unmap_holds_up_nobody(form: Form) {
     let mut delete = vhost.connect();
     delete.send("vhost_delete_controller", json!({"ctrlr": "b"}));
     let coalescing = json!({"ctrlr": "a", "delay_base_us": 0, "iops_threshold": 1000});
-    vhost.ok("vhost_get_controllers", json!({}));
+    vhost.ok("vhost_get_controller_stats", json!({}));
     vhost.ok("vhost_controller_set_coalescing", coalescing);
     vhost.ok("framework_get_reactors", Value::Null);
     vhost.ok("bdev_get_iostat", json!({}));
@@ -306,7 +306,7 @@ fn removing_and_resizing_a_disk_disturbs_nobody_else(form: Form) {
     let b = vhost.vm(&vhost.malloc_controller("b", "MB"));
     b.goes_on();
     assert_eq!(vhost.ok("bdev_malloc_delete", json!({"name": "MB"})), json!(true));
-    let answer = vhost.ok("vhost_get_controllers", json!({"name": "b"}));
+    let answer = vhost.ok("vhost_get_controller_stats", json!({"name": "b"}));
     assert_eq!(answer[0]["backend_specific"]["block"]["bdev"], Value::Null);
     b.goes_on(); // with errors, and without a hang
     for load in b.loads {

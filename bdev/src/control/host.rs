@@ -15,6 +15,17 @@ use crate::error::Error;
 /// true. May block.
 pub type OpenFile = Box<dyn Fn(&Path, bool) -> Result<File, Error> + Send>;
 
+/// What has happened to a bdev, for operators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BdevEvent {
+    /// It has been created and examined.
+    Registered,
+    /// It has been deleted and has no user any more.
+    Unregistered,
+    /// Its size has changed. Its users are told next.
+    Resized,
+}
+
 /// The program that the modules run in.
 ///
 /// It is used on the control thread, like the modules. Obligations of the implementer: no method
@@ -34,6 +45,9 @@ pub trait Host {
 
     /// Returns whether several bdevs may write to the same file.
     fn shares_files(&self) -> bool;
+
+    /// Reports an event of a bdev to operators.
+    fn bdev_event(&self, event: BdevEvent, name: &str);
 
     /// Tells the users of this bdev that its size has changed.
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>);

@@ -7,7 +7,7 @@ use tracing::error;
 
 use crate::contract::Bdev;
 use crate::control::claims::ClaimKind;
-use crate::control::host::Host;
+use crate::control::host::{BdevEvent, Host};
 use crate::control::method::{Answer, DecodeFailure, MethodError, Named, Params};
 use crate::control::module::{Base, Entry, Waiting};
 use crate::control::registry::{BdevId, Due, Errno, Reservation};
@@ -112,6 +112,9 @@ pub async fn settle(host: &Rc<dyn Host>) {
             break;
         }
     }
+    for name in registry.take_new() {
+        host.bdev_event(BdevEvent::Registered, &name);
+    }
     registry.changed();
     // This function held bdevs meanwhile.
     host.released();
@@ -151,13 +154,20 @@ pub async fn remove(host: &Rc<dyn Host>, params: &Params, ids: &[BdevId]) {
     // The bases are released now, and other requests may wait for them.
     settle(host).await;
     // The names are free. The I/O of guests may take long.
-    params.pass_turn();
+    params.let_next_start();
+    let names: Vec<String> = bdevs.iter().map(|bdev| bdev.name().to_owned()).collect();
     host.retire(bdevs).await;
+    for name in names {
+        host.bdev_event(BdevEvent::Unregistered, &name);
+    }
 }
 
 /// Tells all users of a bdev, and of the bdevs on it, that its size has changed.
 pub fn resized(host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) {
-    host.registry().resized(bdev).iter().for_each(|bdev| host.bdev_resized(bdev));
+    for bdev in host.registry().resized(bdev) {
+        host.bdev_event(BdevEvent::Resized, bdev.name());
+        host.bdev_resized(&bdev);
+    }
 }
 
 #[cfg(test)]

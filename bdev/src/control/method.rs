@@ -89,7 +89,7 @@ pub trait Parameters {
     fn read(&self, failure: DecodeFailure, read: &mut Reader<'_>) -> Result<(), MethodError>;
 
     /// Lets the client's next call start before this one ends.
-    fn pass_turn(&self);
+    fn let_next_start(&self);
 }
 
 /// The parameters of one call.
@@ -110,8 +110,8 @@ impl Params {
     /// Lets the client's next call start before this one ends. The calls of one client run one after
     /// the other; a method calls this before it waits for something that other calls need not wait
     /// for, such as the I/O of a deleted bdev.
-    pub fn pass_turn(&self) {
-        self.0.pass_turn();
+    pub fn let_next_start(&self) {
+        self.0.let_next_start();
     }
 
     /// Decodes them strictly into a struct of named fields: see [`Parameters::read`].

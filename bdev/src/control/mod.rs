@@ -20,5 +20,5 @@ mod registry;
 pub(crate) mod test_host;
 
 pub use claims::{Claim, ClaimKind, Claimed};
-pub use host::{Host, OpenFile};
+pub use host::{BdevEvent, Host, OpenFile};
 pub use registry::{BdevId, Errno, Live, Registry, Reservation, account_name};

@@ -74,6 +74,8 @@ pub struct Live {
     pub entry: Rc<dyn Entry>,
     /// Set when the modules have examined it, or are about to.
     examined: bool,
+    /// Set when operators have been told of it.
+    announced: bool,
 }
 
 struct Row {
@@ -424,7 +426,12 @@ impl Registry {
                 return Err(libc::ENODEV);
             }
             let (name, uuid) = (Some(bdev.name().to_owned()), Some(bdev.uuid()));
-            let state = State::Live(Live { bdev, entry: Rc::clone(entry), examined: false });
+            let state = State::Live(Live {
+                bdev,
+                entry: Rc::clone(entry),
+                examined: false,
+                announced: false,
+            });
             new.push(Row { id: BdevId { part, ..id }, name, uuid, state });
         }
         // Dropped when the registry is not borrowed any more.
@@ -451,7 +458,7 @@ impl Reservation {
         }
         let mut rows = self.registry.0.rows.borrow_mut();
         if let Some(row) = rows.iter_mut().find(|row| row.id == self.id) {
-            row.state = State::Live(Live { bdev, entry, examined: false });
+            row.state = State::Live(Live { bdev, entry, examined: false, announced: false });
         }
         drop(rows);
         Ok(())

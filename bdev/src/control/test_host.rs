@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 use serde_json::{Value, json};
 
 use crate::contract::Bdev;
-use crate::control::host::{Host, OpenFile};
+use crate::control::host::{BdevEvent, Host, OpenFile};
 use crate::control::method::{
     Answer, DecodeFailure, LocalFuture, Method, MethodError, Parameters, Params, Reader,
 };
@@ -28,6 +28,8 @@ pub(crate) struct TestHost {
     /// Names of the bdevs whose users were told of another size, and of the retired bdevs.
     pub(crate) resized: RefCell<Vec<String>>,
     pub(crate) retired: RefCell<Vec<String>>,
+    /// The events of bdevs, with their names.
+    pub(crate) events: RefCell<Vec<(BdevEvent, String)>>,
 }
 
 impl TestHost {
@@ -44,6 +46,7 @@ impl TestHost {
             changes,
             resized: RefCell::default(),
             retired: RefCell::default(),
+            events: RefCell::default(),
         })
     }
 
@@ -124,6 +127,10 @@ impl Host for TestHost {
         false
     }
 
+    fn bdev_event(&self, event: BdevEvent, name: &str) {
+        self.events.borrow_mut().push((event, name.to_owned()));
+    }
+
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
         self.resized.borrow_mut().push(bdev.name().to_owned());
     }
@@ -160,4 +167,6 @@ impl Parameters for Json {
         let failed = |_| MethodError { code: failure.code, text: failure.text.into() };
         read(&mut deserializer).map_err(failed)
     }
+
+    fn let_next_start(&self) {}
 }

@@ -126,7 +126,8 @@ fn register_recorded(registry: &mut Registry, probe: &Rc<Probe>) {
 }
 
 /// Registers a method that records its parameters, waits for a permit, and counts its client's
-/// disconnect. It passes its turn before it waits, unless it `holds` it.
+/// disconnect. It lets the next request start before it waits, unless it `holds` the
+/// connection.
 fn register_wait(registry: &mut Registry, probe: &Rc<Probe>, name: &'static str, holds: bool) {
     let shared = Rc::clone(probe);
     registry.register(name, Phases::Both, move |params| {
@@ -135,7 +136,7 @@ fn register_wait(registry: &mut Registry, probe: &Rc<Probe>, name: &'static str,
             probe.started.borrow_mut().push(params.json().unwrap_or_default().into());
             probe.changed.notify_one();
             if !holds {
-                params.pass_turn();
+                params.let_next_start();
             }
             let gone = async {
                 params.client().gone().await;

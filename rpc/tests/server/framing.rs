@@ -149,7 +149,7 @@ fn requests_start_in_order_and_slow_ones_are_overtaken() {
 }
 
 #[test]
-fn a_request_that_holds_its_turn_ends_before_the_next_one_starts() {
+fn a_request_that_holds_the_connection_ends_before_the_next_one_starts() {
     run(async {
         let fixture = Fixture::new();
         let members = [
@@ -177,7 +177,7 @@ fn a_request_that_holds_its_turn_ends_before_the_next_one_starts() {
 
 /// What a client sent before it disconnected still runs, in order.
 #[test]
-fn requests_behind_one_with_the_turn_run_after_their_client_has_gone() {
+fn requests_behind_one_that_holds_the_connection_run_after_their_client_has_gone() {
     run(async {
         let fixture = Fixture::new();
         let mut client = fixture.client().await;

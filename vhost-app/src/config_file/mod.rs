@@ -5,9 +5,8 @@
 //! first pass makes the calls that are allowed before the subsystems are initialised, the second
 //! pass makes the other calls. Both keep the file's order and make one call at a time.
 //!
-//! A file that SPDK saved also sets options of SPDK's other components. Calls that only tune
-//! ([`TUNING`]) are skipped with a log line. Each other unknown method of one of SPDK's subsystems
-//! is an error, because the guest would miss a device.
+//! Each unknown method of one of SPDK's subsystems is an error, because a guest would miss a device.
+//! Options of components that this program does not have are known methods, which keep them.
 
 use std::fmt;
 use std::fs;
@@ -25,30 +24,6 @@ use crate::methods::SUBSYSTEMS;
 mod syntax;
 
 use syntax::{SyntaxError, parse};
-
-/// Methods that tune components of SPDK which this program does not have. SPDK's `save_config`
-/// writes most of them by default. Skipping them changes nothing that a guest can see.
-const TUNING: [&str; 19] = [
-    "accel_assign_opc",
-    "accel_set_driver",
-    "bdev_iscsi_set_options",
-    "bdev_nvme_set_hotplug",
-    "bdev_nvme_set_options",
-    "bdev_raid_set_options",
-    "dpdk_cryptodev_scan_accel_module",
-    "dsa_scan_accel_module",
-    "framework_set_scheduler",
-    "fsdev_set_opts",
-    "iaa_scan_accel_module",
-    "ioat_scan_accel_module",
-    "keyring_linux_set_options",
-    "scheduler_set_options",
-    "sock_impl_set_options",
-    "sock_set_default_impl",
-    "trace_enable_tpoint_group",
-    "trace_set_tpoint_mask",
-    "vmd_enable",
-];
 
 /// Interval of log lines about a call that has not returned.
 const SLOW: Duration = Duration::from_secs(10);
@@ -175,10 +150,6 @@ async fn run(registry: &Rc<Registry>, call: &Call, phase: Phase) -> Result<(), E
 }
 
 fn unknown(place: &Place) -> Result<(), Error> {
-    if TUNING.contains(&place.method.as_str()) {
-        info!("configuration: ignoring {place}, which has no effect");
-        return Ok(());
-    }
     if SUBSYSTEMS.iter().any(|(name, _)| *name == place.subsystem) {
         return Err(Error::Unknown(place.clone()));
     }
@@ -206,13 +177,12 @@ mod tests {
     }
 
     #[test]
-    fn tuning_is_skipped_devices_are_not() {
+    fn unknown_methods_of_known_subsystems_are_errors() {
         let place = |subsystem: &str, method: &str| Place {
             subsystem: subsystem.into(),
             entry: 1,
             method: method.into(),
         };
-        assert!(unknown(&place("sock", "sock_impl_set_options")).is_ok());
         assert!(unknown(&place("bdev", "bdev_nvme_attach_controller")).is_err());
         assert!(unknown(&place("vhost_scsi", "vhost_create_scsi_controller")).is_err());
         assert!(unknown(&place("nvmf", "nvmf_create_subsystem")).is_ok());

@@ -43,7 +43,7 @@ async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
         Some(id) => Some(id),
         None if limit.is_zero() => None,
         None => {
-            params.pass_turn();
+            params.let_next_start();
             tokio::select! {
                 id = wait_for(&app, &name, limit) => id,
                 () = params.client().gone() => None,
@@ -78,7 +78,7 @@ async fn wait_for(app: &App, name: &str, limit: Duration) -> Option<BdevId> {
 
 async fn wait_for_examine(app: Rc<App>, params: Params) -> Answer {
     params.none("bdev_wait_for_examine requires no parameters")?;
-    params.pass_turn();
+    params.let_next_start();
     let mut changed = app.bdevs_changed.subscribe();
     while app.bdevs.is_examining() {
         let _ = changed.changed().await;
@@ -125,6 +125,7 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     let mut entries = vec![app.options.borrow().bdev.config()];
     let examine = |name| json!({ "method": "bdev_examine", "params": { "name": name } });
     entries.extend(app.bdevs.examined().into_iter().map(examine));
+    entries.extend(app.options.borrow().kept.config("bdev"));
     for id in app.bdevs.ids() {
         let calls = app.bdevs.config(id).into_iter();
         entries.extend(calls.map(|call| json!({ "method": call.method, "params": call.params })));

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bdev::method::{self, LocalFuture, MethodError, Parameters, Reader};
-use bdev::{Bdev, BdevModule, Host, OpenFile, Registry};
+use bdev::{Bdev, BdevEvent, BdevModule, Host, OpenFile, Registry};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::de::{DeserializeSeed, Deserializer, Error};
 
@@ -44,6 +44,10 @@ impl Host for App {
         self.share
     }
 
+    fn bdev_event(&self, event: BdevEvent, name: &str) {
+        self.notifications.add(event, name);
+    }
+
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
         vhost_blk::bdev_resized(self.control.target(), bdev);
     }
@@ -81,8 +85,8 @@ impl Parameters for Given {
         decoded.map_err(|RpcError { code, message: text }| MethodError { code, text })
     }
 
-    fn pass_turn(&self) {
-        self.0.pass_turn();
+    fn let_next_start(&self) {
+        self.0.let_next_start();
     }
 }
 

@@ -110,12 +110,12 @@ async fn start_init(app: Rc<App>, params: Params) -> Answer {
         }
         first
     });
-    params.pass_turn();
+    params.let_next_start();
     until_running(&app).await
 }
 
 async fn wait_init(app: Rc<App>, params: Params) -> Answer {
-    params.pass_turn();
+    params.let_next_start();
     until_running(&app).await
 }
 
@@ -140,9 +140,15 @@ async fn get_config(app: Rc<App>, params: Params) -> Answer {
     let entries = match request.name.as_str() {
         "bdev" => bdev::config(&app, &mut params.pace()).await,
         "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
+        "scheduler" => options().scheduler.config(),
         "iobuf" => options().iobuf.iter().map(|iobuf| iobuf.config()).collect(),
-        "accel" => options().accel.iter().map(|accel| accel.config()).collect(),
-        name if SUBSYSTEMS.iter().any(|(known, _)| *known == name) => vec![],
+        "accel" => {
+            let accel = options().accel.iter().map(|accel| accel.config()).collect::<Vec<_>>();
+            [accel, options().kept.config("accel")].concat()
+        }
+        // In SPDK, this subsystem saves nothing, which is not the same as an empty list.
+        "scsi" => return Ok(Value::Null),
+        name if SUBSYSTEMS.iter().any(|(known, _)| *known == name) => options().kept.config(name),
         name => {
             return Err(RpcError::invalid_params(format!("Subsystem '{name}' not found")));
         }

@@ -70,7 +70,7 @@ fn enable_timestamps(app: &App, params: &Params) -> Answer {
     struct Request {
         enabled: bool,
     }
-    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    let request: Request = params.decode(DecodeFailure::PARAMS)?;
     app.log.set_timestamps(request.enabled);
     Ok(true.into())
 }

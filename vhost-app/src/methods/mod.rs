@@ -5,6 +5,7 @@
 //! the log. Methods run on the control thread: what can block goes to the blocking pool
 //! ([`blocking`]). The methods of each kind of bdev are in crate `bdev`.
 
+mod absent;
 mod bdev;
 mod bdev_host;
 mod bdev_qos;
@@ -12,8 +13,11 @@ mod bdev_show;
 mod bdev_stats;
 mod framework;
 mod log;
+mod notify;
 mod options;
+mod scheduler;
 mod threads;
+mod trace;
 mod vhost;
 
 use std::cell::RefCell;
@@ -30,7 +34,10 @@ use crate::control::Control;
 use crate::logging::Log;
 
 pub(crate) use framework::{SUBSYSTEMS, Startup};
+use notify::Notifications;
+
 pub(crate) use options::SubsystemOptions;
+pub(crate) use trace::is_group_list;
 
 /// What the methods work on.
 pub(crate) struct App {
@@ -49,6 +56,8 @@ pub(crate) struct App {
     pub(crate) share: bool,
     /// Options that subsystems were given.
     pub(crate) options: RefCell<SubsystemOptions>,
+    /// The last events of bdevs.
+    notifications: Notifications,
     /// How far the start has come.
     pub(crate) startup: watch::Sender<Startup>,
     /// When the program was started, in ticks.
@@ -74,6 +83,7 @@ impl App {
             opener,
             share,
             options: RefCell::default(),
+            notifications: Notifications::default(),
             startup: watch::Sender::new(Startup::Waiting),
             began: reactor::read_tsc(),
             cpu_times: threads::CpuTimes::read(),
@@ -88,6 +98,10 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     threads::register(&mut methods);
     log::register(&mut methods);
     options::register(&mut methods);
+    scheduler::register(&mut methods);
+    trace::register(&mut methods);
+    notify::register(&mut methods);
+    absent::register(&mut methods);
     bdev::register(&mut methods);
     bdev_host::register(&mut methods);
     bdev_qos::register(&mut methods);

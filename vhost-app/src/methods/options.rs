@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::{error, info};
 
+use super::absent::Kept;
+use super::scheduler::Scheduler;
+use super::trace::Trace;
 use super::{Answer, App, Methods};
 
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -16,13 +19,33 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("accel_set_options", Phases::Startup, set_accel);
 }
 
-/// The subsystems' options. `bdev_set_options` is always saved, the others only if a client set
-/// them.
-#[derive(Debug, Default)]
+/// The subsystems' options. `bdev_set_options` and the scheduler are always saved, the others only
+/// if a client set them.
+#[derive(Debug)]
 pub(crate) struct SubsystemOptions {
     pub(super) bdev: BdevOptions,
     pub(super) iobuf: Option<IobufOptions>,
     pub(super) accel: Option<AccelOptions>,
+    pub(super) scheduler: Scheduler,
+    pub(super) trace: Trace,
+    /// Whether `framework_monitor_context_switch` is on: shown, but nothing is monitored.
+    pub(super) monitors_context_switches: bool,
+    /// Options of components that this program does not have.
+    pub(super) kept: Kept,
+}
+
+impl Default for SubsystemOptions {
+    fn default() -> Self {
+        Self {
+            bdev: BdevOptions::default(),
+            iobuf: None,
+            accel: None,
+            scheduler: Scheduler::default(),
+            trace: Trace::default(),
+            monitors_context_switches: true,
+            kept: Kept::default(),
+        }
+    }
 }
 
 /// `bdev_set_options`, with SPDK's defaults.
@@ -99,6 +122,18 @@ pub(super) struct IobufOptions {
     enable_numa: bool,
 }
 
+impl Default for IobufOptions {
+    fn default() -> Self {
+        Self {
+            small_pool_count: 8192,
+            large_pool_count: 1024,
+            small_bufsize: 8192,
+            large_bufsize: 135_168,
+            enable_numa: false,
+        }
+    }
+}
+
 impl IobufOptions {
     pub(super) fn config(&self) -> Value {
         json!({ "method": "iobuf_set_options", "params": self })
@@ -114,13 +149,14 @@ fn set_iobuf(app: &App, params: &Params) -> Answer {
         large_bufsize: Option<u32>,
         enable_numa: Option<bool>,
     }
-    let request: Request = params.decode(DecodeFailure::PARSE)?;
+    let request: Request = params.decode(DecodeFailure::PARAMS)?;
+    let old = app.options.borrow().iobuf.clone().unwrap_or_default();
     let options = IobufOptions {
-        small_pool_count: request.small_pool_count.unwrap_or(8192),
-        large_pool_count: request.large_pool_count.unwrap_or(1024),
-        small_bufsize: request.small_bufsize.unwrap_or(8192),
-        large_bufsize: request.large_bufsize.unwrap_or(135_168),
-        enable_numa: request.enable_numa.unwrap_or(false),
+        small_pool_count: request.small_pool_count.unwrap_or(old.small_pool_count),
+        large_pool_count: request.large_pool_count.unwrap_or(old.large_pool_count),
+        small_bufsize: request.small_bufsize.unwrap_or(old.small_bufsize),
+        large_bufsize: request.large_bufsize.unwrap_or(old.large_bufsize),
+        enable_numa: request.enable_numa.unwrap_or(old.enable_numa),
     };
     let minima = [
         ("small_pool_count", options.small_pool_count, 64),
@@ -147,6 +183,18 @@ pub(super) struct AccelOptions {
     buf_count: u32,
 }
 
+impl Default for AccelOptions {
+    fn default() -> Self {
+        Self {
+            small_cache_size: 128,
+            large_cache_size: 16,
+            task_count: 2048,
+            sequence_count: 2048,
+            buf_count: 2048,
+        }
+    }
+}
+
 impl AccelOptions {
     pub(super) fn config(&self) -> Value {
         json!({ "method": "accel_set_options", "params": self })
@@ -164,12 +212,14 @@ fn set_accel(app: &App, params: &Params) -> Answer {
     }
     let request: Request = params.decode(DecodeFailure::PARSE)?;
     info!("accel_set_options: saved, but without effect: vhost has no acceleration framework");
-    app.options.borrow_mut().accel = Some(AccelOptions {
-        small_cache_size: request.small_cache_size.unwrap_or(128),
-        large_cache_size: request.large_cache_size.unwrap_or(16),
-        task_count: request.task_count.unwrap_or(2048),
-        sequence_count: request.sequence_count.unwrap_or(2048),
-        buf_count: request.buf_count.unwrap_or(2048),
+    let mut all = app.options.borrow_mut();
+    let old = all.accel.clone().unwrap_or_default();
+    all.accel = Some(AccelOptions {
+        small_cache_size: request.small_cache_size.unwrap_or(old.small_cache_size),
+        large_cache_size: request.large_cache_size.unwrap_or(old.large_cache_size),
+        task_count: request.task_count.unwrap_or(old.task_count),
+        sequence_count: request.sequence_count.unwrap_or(old.sequence_count),
+        buf_count: request.buf_count.unwrap_or(old.buf_count),
     });
     Ok(true.into())
 }

@@ -5,7 +5,7 @@
 //! one for each controller, which represents its queues: it appears on each reactor that serves one
 //! of them, and its mask is the set of cores that may serve them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::rc::Rc;
 
@@ -15,6 +15,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
 use vhost_target::{ControllerInfo, Core, QueueInfo};
+
+mod pollers;
 
 use super::vhost::controller_mask;
 use super::{Answer, App, Methods, mask};
@@ -30,6 +32,9 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("framework_get_reactors", Phases::Runtime, get_reactors);
     methods.add("thread_get_stats", Phases::Runtime, thread_stats);
     methods.add("thread_set_cpumask", Phases::Runtime, set_cpumask);
+    methods.add("thread_get_pollers", Phases::Runtime, pollers::get_pollers);
+    methods.add("thread_get_io_channels", Phases::Runtime, pollers::get_io_channels);
+    methods.add_plain("framework_monitor_context_switch", Phases::Runtime, pollers::monitor);
 }
 
 async fn get_reactors(app: Rc<App>, params: Params) -> Answer {
@@ -95,7 +100,7 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
     let mut threads = vec![json!({
         "name": "app_thread",
         "id": APP_THREAD_ID,
-        "cpumask": mask(allowed_cpus()),
+        "cpumask": mask(first_core(&app)),
         "busy": busy,
         "idle": elapsed - busy,
         "active_pollers_count": 0,
@@ -117,9 +122,6 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
         }));
     }
     for controller in app.control.target().controllers() {
-        let mut on = BTreeMap::<usize, usize>::new();
-        queues(&controller).for_each(|queue| *on.entry(queue.core.0).or_default() += 1);
-        let on = on.iter().map(|(core, count)| json!({"core": core, "count": count}));
         threads.push(json!({
             "name": controller.name,
             "id": controller_ids(reactors.len()) + controller.number,
@@ -130,8 +132,6 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
             "active_pollers_count": queues(&controller).count(),
             "timed_pollers_count": 0,
             "paused_pollers_count": 0,
-            // Not in SPDK.
-            "queues": on.collect::<Vec<_>>(),
         }));
         pace.spend(THREAD_VALUES + queues(&controller).count()).await;
     }
@@ -164,10 +164,14 @@ async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
         return Err(RpcError::internal(format!("No CPU is selected from reactor mask {all}")));
     }
     let Some(controller) = found else {
+        if p.id == APP_THREAD_ID {
+            // In SPDK, this sets where the scheduler may put the thread. Here it has no core.
+            return Ok(true.into());
+        }
         error!("thread_set_cpumask: thread {} cannot move; only controllers' threads can", p.id);
         return Err(RpcError::with_strerror(RpcError::INVALID_PARAMS, libc::EOPNOTSUPP));
     };
-    params.pass_turn();
+    params.let_next_start();
     app.control.set_cores(controller.name, cores).await.map_err(|e| {
         error!("thread_set_cpumask: {e}");
         RpcError::with_strerror(RpcError::INTERNAL, e.errno())
@@ -237,11 +241,9 @@ fn own_busy_ticks() -> u64 {
     u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
-/// The processors that this thread may run on.
-fn allowed_cpus() -> Vec<usize> {
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    list.and_then(|list| crate::cli::parse_cores(&format!("[{}]", list.trim()))).unwrap_or_default()
+/// The core that SPDK calls the main core, on which its thread for RPCs runs.
+fn first_core(app: &App) -> Option<usize> {
+    app.control.target().reactors().first().map(|reactor| reactor.core.0)
 }
 
 /// The NUMA node of a processor; 0 on a machine with one node.

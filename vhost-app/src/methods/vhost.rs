@@ -29,7 +29,10 @@ const DELETE_TIMEOUT_MS: u64 = 5000;
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("vhost_create_blk_controller", Phases::Runtime, create);
     methods.add("vhost_delete_controller", Phases::Runtime, delete);
-    methods.add("vhost_get_controllers", Phases::Runtime, get);
+    methods.add("vhost_get_controllers", Phases::Runtime, |app, params| get(app, params, describe));
+    methods.add("vhost_get_controller_stats", Phases::Runtime, |app, params| {
+        get(app, params, describe_whole)
+    });
     methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
     methods.add_plain("vhost_get_reactor_turns", Phases::Runtime, reactor_turns);
     methods.add("vhost_move_queue", Phases::Runtime, move_queue);
@@ -118,7 +121,7 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
     // Polled only if the deletion has to wait for front ends. Without them, it ends before the
     // client's next request, which may create a controller of this name.
     let waiting_and_gone = async {
-        params.pass_turn();
+        params.let_next_start();
         params.client().gone().await;
     };
     app.control
@@ -135,7 +138,8 @@ async fn delete(app: Rc<App>, params: Params) -> Answer {
 /// A hundred years. Longer times may overflow when they are added to the current time.
 const MAX_MS: u64 = 100 * 365 * 24 * 3600 * 1000;
 
-async fn get(app: Rc<App>, params: Params) -> Answer {
+/// Describes all controllers, or the one of a name.
+async fn get(app: Rc<App>, params: Params, describe: fn(&ControllerInfo) -> Value) -> Answer {
     #[derive(Deserialize)]
     struct Request {
         name: Option<String>,
@@ -190,7 +194,7 @@ async fn move_queue(app: Rc<App>, params: Params) -> Answer {
         core: usize,
     }
     let p: Move = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
-    params.pass_turn();
+    params.let_next_start();
     app.control
         .move_queue(p.ctrlr, p.session, p.queue, Core(p.core))
         .await
@@ -198,6 +202,7 @@ async fn move_queue(app: Rc<App>, params: Params) -> Answer {
     Ok(true.into())
 }
 
+/// In SPDK's shape, without further keys: clients exist that read 8 KiB of the answer.
 fn describe(controller: &ControllerInfo) -> Value {
     let session = |s| describe_session(&controller.name, s);
     let blk = Blk::of(&controller.device);
@@ -215,13 +220,29 @@ fn describe(controller: &ControllerInfo) -> Value {
                 "transport": TRANSPORT,
             }
         },
-        // Not in SPDK.
-        "fds": {
-            "open": controller.fds,
-            "closing": controller.fds_closing,
-            "stuck": controller.fds_stuck,
-        },
     })
+}
+
+/// Not in SPDK: the same, with the state of each session and its queues, counters, and the file
+/// descriptors that the front ends have sent.
+fn describe_whole(controller: &ControllerInfo) -> Value {
+    let mut shown = describe(controller);
+    shown["fds"] = json!({
+        "open": controller.fds,
+        "closing": controller.fds_closing,
+        "stuck": controller.fds_stuck,
+    });
+    let whole = controller.sessions.iter().map(|session| {
+        let mut shown = describe_session(&controller.name, session);
+        shown["state"] = session.phase.as_str().into();
+        shown["quarantined_bytes"] = session.quarantined_bytes.into();
+        shown["requests"] = session.requests.into();
+        shown["errors"] = session.errors.into();
+        shown["queues"] = session.queues.iter().map(describe_queue).collect();
+        shown
+    });
+    shown["sessions"] = whole.collect();
+    shown
 }
 
 /// JSON values in a controller's description, approximately.
@@ -242,12 +263,6 @@ fn describe_session(controller: &str, session: &SessionInfo) -> Value {
         "started": matches!(session.phase, Phase::Running | Phase::Quiescing),
         "max_queues": session.rings,
         "inflight_task_cnt": session.inflight,
-        // Not in SPDK.
-        "state": session.phase.as_str(),
-        "quarantined_bytes": session.quarantined_bytes,
-        "requests": session.requests,
-        "errors": session.errors,
-        "queues": session.queues.iter().map(describe_queue).collect::<Vec<_>>(),
     })
 }
 

@@ -69,7 +69,7 @@ pub(crate) fn rings(packed: bool) -> &'static str {
 }
 
 pub(crate) fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
-    let shown = vhost.ok("vhost_get_controllers", json!({"name": controller}));
+    let shown = vhost.ok("vhost_get_controller_stats", json!({"name": controller}));
     shown[0]["sessions"].as_array().unwrap().clone()
 }
 

@@ -133,7 +133,7 @@ impl Host {
     }
 
     pub(crate) fn sessions(&self, controller: &str) -> Vec<Value> {
-        let answer = self.ok("vhost_get_controllers", json!({"name": controller}));
+        let answer = self.ok("vhost_get_controller_stats", json!({"name": controller}));
         answer[0]["sessions"].as_array().unwrap().clone()
     }
 

@@ -342,7 +342,7 @@ pub(crate) fn queues_move(vhost: &Vhost, bdev: &str, moves: usize) {
     let (summary, _) = load.stop().unwrap();
     assert_eq!(summary.first_problem, None);
     assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
-    let session = vhost.ok("vhost_get_controllers", json!({"name": controller}));
+    let session = vhost.ok("vhost_get_controller_stats", json!({"name": controller}));
     let requests = &session[0]["sessions"][0]["requests"];
     assert_eq!(*requests, summary.completed, "none is lost, none is done twice");
     front_end.disconnect().unwrap();

@@ -102,6 +102,20 @@ impl Registry {
         Some(Arc::clone(&live.bdev))
     }
 
+    /// Returns the names of the bdevs that operators have not been told of, and marks them as told.
+    pub(crate) fn take_new(&self) -> Vec<String> {
+        let mut rows = self.0.rows.borrow_mut();
+        let lives = rows.iter_mut().filter_map(|row| match &mut row.state {
+            State::Live(live) => Some(live),
+            State::Reserved | State::Waiting { .. } => None,
+        });
+        let new = lives.filter_map(|live| {
+            let told = std::mem::replace(&mut live.announced, true);
+            (!told).then(|| live.bdev.name().to_owned())
+        });
+        new.collect()
+    }
+
     /// Tells the program that bdevs were added or removed.
     pub(crate) fn changed(&self) {
         (self.0.changed)();

@@ -95,7 +95,7 @@ pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<(Footprin
     let start = Instant::now();
     let mut last = String::from("nothing");
     loop {
-        let shown = server.call("vhost_get_controllers", json!({}))?;
+        let shown = server.call("vhost_get_controller_stats", json!({}))?;
         let mut wrong = left_behind(&shown);
         let now = Footprint::of(server.process.pid())?;
         wrong.extend(now.grown(before));
@@ -110,7 +110,7 @@ pub(crate) fn come_back(server: &Server, before: &Footprint) -> Result<(Footprin
     }
 }
 
-/// The problems in the answer of `vhost_get_controllers`: everything but the neighbours' sessions.
+/// The problems in the answer of `vhost_get_controller_stats`: everything but the neighbours' sessions.
 fn left_behind(shown: &Value) -> Vec<String> {
     let controllers = shown.as_array().into_iter().flatten();
     controllers.filter_map(|controller| is_alone(controller).err()).map(|e| e.to_string()).collect()

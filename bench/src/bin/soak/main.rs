@@ -191,7 +191,7 @@ fn soak(
 
 /// The state at a failure, in detail, because it may be hard to reproduce.
 fn shown(world: &World<'_>, round: u64, step: usize) -> String {
-    let controllers = world.server.call("vhost_get_controllers", json!({}));
+    let controllers = world.server.call("vhost_get_controller_stats", json!({}));
     let controllers = controllers.map_or_else(|e| e.to_string(), |shown| shown.to_string());
     let recent = world.recent();
     format!("round {round}, step {step}; controllers: {controllers}; the last steps:\n{recent}\n")

@@ -342,7 +342,7 @@ impl<'a> World<'a> {
         if self.slots[slot].vms.is_empty() {
             return Ok(false);
         }
-        let shown = self.server.call("vhost_get_controllers", json!({"name": name(slot)}))?;
+        let shown = self.server.call("vhost_get_controller_stats", json!({"name": name(slot)}))?;
         let sessions: Vec<Value> = shown[0]["sessions"].as_array().cloned().unwrap_or_default();
         let Some(session) = self.rng.choice(&sessions) else { return Ok(false) };
         let queues = session["queues"].as_array().map_or(0, Vec::len);

@@ -1,0 +1,173 @@
+//! `trace_*`: SPDK records trace points to a file in /dev/shm. This program records none, but keeps
+//! and shows the masks, so that scripts and `spdk_trace` find what they ask for. `spdk_trace` reports
+//! the missing file by its name.
+
+use rpc::{DecodeFailure, Params, Phases};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tracing::info;
+
+use super::{Answer, App, Methods};
+
+/// The groups of an SPDK vhost process, each with its bit.
+const GROUPS: [(&str, u32); 10] = [
+    ("scsi", 2),
+    ("bdev", 3),
+    ("thread", 10),
+    ("nvme_pcie", 11),
+    ("nvme_tcp", 13),
+    ("bdev_nvme", 14),
+    ("sock", 15),
+    ("blob", 16),
+    ("bdev_raid", 17),
+    ("scheduler", 18),
+];
+
+/// The mask of enabled trace points, for each group.
+#[derive(Debug, Default)]
+pub(super) struct Trace([u64; GROUPS.len()]);
+
+impl Trace {
+    /// Changes the masks of the group of this name, or of `all`. Returns false if there is no such
+    /// group.
+    fn change(&mut self, name: &str, change: impl Fn(u64) -> u64) -> bool {
+        let mut found = false;
+        for ((group, _), mask) in GROUPS.iter().zip(&mut self.0) {
+            if *group == name || name == "all" {
+                *mask = change(*mask);
+                found = true;
+            }
+        }
+        found
+    }
+
+    /// The bits of the groups with enabled trace points.
+    fn group_mask(&self) -> u64 {
+        let enabled = GROUPS.iter().zip(self.0).filter(|(_, mask)| *mask != 0);
+        enabled.map(|((_, bit), _)| 1 << bit).sum()
+    }
+}
+
+pub(super) fn register(methods: &mut Methods<'_>) {
+    methods.add_plain("trace_enable_tpoint_group", Phases::Both, |app, params| {
+        change_group(app, params, u64::MAX)
+    });
+    methods.add_plain("trace_disable_tpoint_group", Phases::Both, |app, params| {
+        change_group(app, params, 0)
+    });
+    methods.add_plain("trace_set_tpoint_mask", Phases::Both, |app, params| {
+        change_mask(app, params, |old, mask| old | mask)
+    });
+    methods.add_plain("trace_clear_tpoint_mask", Phases::Both, |app, params| {
+        change_mask(app, params, |old, mask| old & !mask)
+    });
+    methods.add_plain("trace_clear", Phases::Runtime, |_, params| {
+        params.none("trace_clear requires no parameters")?;
+        Ok(true.into())
+    });
+    methods.add_plain("trace_get_tpoint_group_mask", Phases::Both, |app, params| {
+        params.none("trace_get_tpoint_group_mask requires no parameters")?;
+        Ok(show(
+            app,
+            None,
+            |bit, mask| json!({ "enabled": mask != 0, "mask": hex(1 << bit), "tpoints": [] }),
+        ))
+    });
+    methods.add_plain("trace_get_info", Phases::Both, |app, params| {
+        params.none("trace_get_info requires no parameters")?;
+        let path = format!("/dev/shm/vhost_trace.pid{}", std::process::id());
+        Ok(show(
+            app,
+            Some(path),
+            |bit, mask| json!({ "mask": hex(1 << bit), "tpoint_mask": hex(mask) }),
+        ))
+    });
+}
+
+fn hex(mask: u64) -> String {
+    format!("{mask:#x}")
+}
+
+/// The answer of a getter, with an object for each group.
+fn show(app: &App, path: Option<String>, group: impl Fn(u32, u64) -> Value) -> Value {
+    let options = app.options.borrow();
+    let mut shown = Map::new();
+    shown.extend(path.map(|path| ("tpoint_shm_path".to_owned(), path.into())));
+    shown.insert("tpoint_group_mask".into(), hex(options.trace.group_mask()).into());
+    for ((name, bit), mask) in GROUPS.into_iter().zip(options.trace.0) {
+        shown.insert(name.into(), group(bit, mask));
+    }
+    shown.into()
+}
+
+fn change_group(app: &App, params: &Params, mask: u64) -> Answer {
+    #[derive(Deserialize)]
+    struct Request {
+        name: String,
+    }
+    let p: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    change(app, params, &p.name, |_| mask)
+}
+
+fn change_mask(app: &App, params: &Params, new: fn(u64, u64) -> u64) -> Answer {
+    #[derive(Deserialize)]
+    struct Request {
+        name: String,
+        tpoint_mask: u64,
+    }
+    let p: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    change(app, params, &p.name, |old| new(old, p.tpoint_mask))
+}
+
+fn change(app: &App, params: &Params, name: &str, new: impl Fn(u64) -> u64) -> Answer {
+    if !app.options.borrow_mut().trace.change(name, new) {
+        tracing::error!("{}: no trace point group {name:?}", params.method());
+        return Err(DecodeFailure::INVALID_PARAMETERS.error());
+    }
+    info!("{}: saved, but without effect: vhost records no trace points", params.method());
+    Ok(true.into())
+}
+
+/// Whether SPDK accepts this value of `--tpoint-group`: groups, separated by commas, each with an
+/// optional mask or list of trace points.
+pub(crate) fn is_group_list(text: &str) -> bool {
+    text.split(',').all(|item| {
+        let (group, points) = item.split_once(':').unwrap_or((item, "0x1"));
+        let is_mask =
+            points.strip_prefix("0x").is_some_and(|hex| u64::from_str_radix(hex, 16).is_ok());
+        let is_name = |name: &str| {
+            !name.is_empty()
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        };
+        let known = group == "all" || GROUPS.iter().any(|(name, _)| *name == group);
+        known && (is_mask || points.split('+').all(is_name))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_change_for_one_group_or_for_all() {
+        let mut trace = Trace::default();
+        assert!(trace.change("bdev", |old| old | 0b101));
+        assert_eq!(trace.group_mask(), 0x8);
+        assert!(trace.change("all", |old| old & !0b100));
+        assert_eq!(trace.0[1], 1);
+        assert!(!trace.change("nope", |_| 1) && !trace.change("BDEV", |_| 1));
+        assert!(trace.change("all", |_| u64::MAX));
+        assert_eq!(hex(trace.group_mask()), "0x7ec0c");
+    }
+
+    #[test]
+    fn lists_of_groups_are_checked() {
+        for good in ["bdev", "all", "bdev,sock", "bdev:0x3", "bdev:BDEV_IO_START+BDEV_IO_DONE,blob"]
+        {
+            assert!(is_group_list(good), "{good}");
+        }
+        for bad in ["", "nonsense", "bdev,", "bdev:", "bdev:0xzz:", "bdev:A++B", "vhost"] {
+            assert!(!is_group_list(bad), "{bad}");
+        }
+    }
+}

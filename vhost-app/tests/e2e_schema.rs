@@ -1,0 +1,414 @@
+//! All methods of SPDK's `vhost`: each is implemented, or kept, or answers as an SPDK without such
+//! objects does, or is on the list of those that do not exist here. And all methods refuse bad input.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod harness;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use harness::{Launch, Refusal, Vhost};
+use serde_json::{Map, Value, json};
+
+/// SPDK's methods, with their parameters.
+const METHODS: &str = include_str!("schema/methods.tsv");
+
+/// Methods that create objects of kinds that do not exist here, or work on such objects. They are
+/// unknown, as in an SPDK that was built without the module.
+const ABSENT: &str = "
+    accel_crypto_key_create accel_error_inject_error
+    bdev_ftl_create bdev_ftl_delete bdev_ftl_get_properties bdev_ftl_get_stats
+    bdev_ftl_set_property bdev_ftl_unmap
+    bdev_lvol_check_shallow_copy bdev_lvol_clone bdev_lvol_clone_bdev bdev_lvol_create
+    bdev_lvol_create_lvstore bdev_lvol_decouple_parent bdev_lvol_grow_lvstore bdev_lvol_inflate
+    bdev_lvol_rename bdev_lvol_rename_lvstore bdev_lvol_resize bdev_lvol_set_parent
+    bdev_lvol_set_parent_bdev bdev_lvol_set_read_only bdev_lvol_snapshot
+    bdev_lvol_start_shallow_copy
+    bdev_nvme_add_error_injection bdev_nvme_apply_firmware bdev_nvme_attach_controller
+    bdev_nvme_cuse_register bdev_nvme_cuse_unregister bdev_nvme_disable_controller
+    bdev_nvme_enable_controller bdev_nvme_opal_init bdev_nvme_opal_revert
+    bdev_nvme_remove_error_injection bdev_nvme_reset_controller bdev_nvme_send_cmd
+    bdev_nvme_set_keys bdev_nvme_set_multipath_policy bdev_nvme_set_preferred_path
+    bdev_nvme_start_discovery bdev_nvme_start_mdns_discovery bdev_nvme_stop_discovery
+    bdev_nvme_stop_mdns_discovery
+    bdev_opal_create bdev_opal_delete bdev_opal_get_info bdev_opal_new_user
+    bdev_opal_set_lock_state
+    bdev_raid_add_base_bdev bdev_raid_create bdev_raid_remove_base_bdev
+    bdev_virtio_attach_controller bdev_zone_block_create bdev_zone_block_delete
+    env_dpdk_get_mem_stats
+    fsdev_aio_create fsdev_aio_delete
+    keyring_file_add_key keyring_file_remove_key
+    nbd_start_disk
+    vhost_create_scsi_controller vhost_scsi_controller_add_target
+    vhost_scsi_controller_remove_target vhost_start_scsi_controller
+    vmd_rescan vmd_remove_device";
+
+/// Options without effect: with parameters, and where a saved configuration has them.
+fn kept() -> Vec<(&'static str, &'static str, Value)> {
+    vec![
+        ("scheduler", "scheduler_set_options", json!({"isolated_core_mask": "4"})),
+        ("scheduler", "framework_set_scheduler", json!({"name": "dynamic", "period": 500_000})),
+        ("sock", "sock_set_default_impl", json!({"impl_name": "posix"})),
+        (
+            "sock",
+            "sock_impl_set_options",
+            json!({"impl_name": "posix", "recv_buf_size": 4096, "enable_quickack": true}),
+        ),
+        ("vmd", "vmd_enable", json!({})),
+        (
+            "fsdev",
+            "fsdev_set_opts",
+            json!({"fsdev_io_pool_size": 1000, "fsdev_io_cache_size": 100}),
+        ),
+        ("accel", "accel_assign_opc", json!({"opname": "copy", "module": "software"})),
+        ("accel", "accel_set_driver", json!({"name": "x"})),
+        ("accel", "ioat_scan_accel_module", json!({})),
+        ("accel", "ae4dma_scan_accel_module", json!({})),
+        ("bdev", "bdev_raid_set_options", json!({"process_window_size_kb": 1024})),
+        (
+            "bdev",
+            "bdev_nvme_set_options",
+            json!({"timeout_us": 1, "ctrlr_loss_timeout_sec": -1, "reconnect_delay_sec": 1,
+                "dhchap_digests": ["sha256"], "multipath_opts": {"policy": "active_active"}}),
+        ),
+        ("bdev", "bdev_nvme_set_hotplug", json!({"enable": true, "period_us": 100_000})),
+        ("bdev", "bdev_virtio_blk_set_hotplug", json!({"enable": false})),
+    ]
+}
+
+/// Options that are kept but not saved, as in SPDK.
+fn unsaved() -> Vec<(&'static str, Value)> {
+    vec![
+        ("framework_monitor_context_switch", json!({"enabled": true})),
+        ("trace_enable_tpoint_group", json!({"name": "bdev"})),
+        ("trace_set_tpoint_mask", json!({"name": "sock", "tpoint_mask": 3})),
+        ("trace_clear_tpoint_mask", json!({"name": "sock", "tpoint_mask": 1})),
+        ("trace_disable_tpoint_group", json!({"name": "bdev"})),
+        ("trace_clear", Value::Null),
+    ]
+}
+
+/// What an SPDK without objects of these kinds answers.
+fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
+    let refused = |code, text: &str| Err(Refusal::new(code, text));
+    let no_device = || refused(-19, "No such device");
+    let x = || json!({"name": "x"});
+    vec![
+        (
+            "accel_crypto_key_destroy",
+            json!({"key_name": "x"}),
+            refused(-32602, "No key object found"),
+        ),
+        ("accel_crypto_keys_get", Value::Null, Ok(json!([]))),
+        ("accel_crypto_keys_get", json!({"key_name": "x"}), refused(-32602, "key was not found")),
+        ("bdev_lvol_delete", x(), no_device()),
+        ("bdev_lvol_delete_lvstore", json!({"lvs_name": "x"}), no_device()),
+        ("bdev_lvol_get_lvols", json!({"lvs_name": "x"}), no_device()),
+        ("bdev_lvol_get_lvols", json!({}), Ok(json!([]))),
+        ("bdev_lvol_get_lvstores", json!({"uuid": "x"}), no_device()),
+        ("bdev_lvol_get_lvstores", Value::Null, Ok(json!([]))),
+        ("bdev_nvme_detach_controller", x(), no_device()),
+        ("bdev_nvme_get_controller_health_info", x(), refused(-32603, "Device not found")),
+        ("bdev_nvme_get_controllers", x(), refused(-22, "Controller x does not exist")),
+        ("bdev_nvme_get_controllers", Value::Null, Ok(json!([]))),
+        ("bdev_nvme_get_discovery_info", Value::Null, Ok(json!([]))),
+        ("bdev_nvme_get_io_paths", Value::Null, Ok(json!({"poll_groups": []}))),
+        ("bdev_nvme_get_mdns_discovery_info", Value::Null, refused(-95, "Operation not supported")),
+        (
+            "bdev_nvme_get_path_iostat",
+            x(),
+            refused(-1, "RPC not enabled if enable_io_path_stat is false"),
+        ),
+        ("bdev_nvme_get_transport_statistics", Value::Null, Ok(json!({"poll_groups": []}))),
+        ("bdev_raid_delete", x(), refused(-19, "raid bdev x not found")),
+        ("bdev_raid_get_bdevs", json!({"category": "all"}), Ok(json!([]))),
+        ("bdev_virtio_detach_controller", x(), no_device()),
+        ("bdev_virtio_scsi_get_devices", Value::Null, Ok(json!([]))),
+        ("framework_get_governor", Value::Null, Ok(json!({}))),
+        ("framework_get_pci_devices", Value::Null, Ok(json!([]))),
+        ("keyring_get_keys", Value::Null, Ok(json!([]))),
+        ("nbd_get_disks", Value::Null, Ok(json!([]))),
+        ("nbd_stop_disk", json!({"nbd_device": "/dev/nbd0"}), no_device()),
+        ("scsi_get_devices", Value::Null, Ok(json!([]))),
+    ]
+}
+
+/// The state of components that do not exist here, with a key that clients read.
+const STATE: [(&str, &str); 8] = [
+    ("accel_get_module_info", "/1/supported ops/16"),
+    ("accel_get_opc_assignments", "/dix_verify"),
+    ("accel_get_stats", "/operations"),
+    ("framework_get_scheduler", "/scheduler_period"),
+    ("fsdev_get_opts", "/fsdev_io_pool_size"),
+    ("iobuf_get_stats", "/1/large_pool/cache_size"),
+    ("sock_get_default_impl", "/impl_name"),
+    ("trace_get_info", "/bdev/tpoint_mask"),
+];
+
+/// A server that waits for `framework_start_init`.
+fn waiting() -> Vhost {
+    Launch::new().args(&["--wait-for-rpc"]).start()
+}
+
+fn methods(vhost: &Vhost) -> BTreeSet<String> {
+    let names = vhost.ok("rpc_get_methods", json!({}));
+    names.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()).collect()
+}
+
+fn names() -> impl Iterator<Item = &'static str> {
+    let lines = METHODS.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| line.split('\t').next().unwrap())
+}
+
+#[test]
+fn each_method_of_spdk_is_explained() {
+    let vhost = waiting();
+    let here = methods(&vhost);
+    let absent: BTreeSet<&str> = ABSENT.split_whitespace().collect();
+    let kept: BTreeSet<&str> = kept().iter().map(|(_, method, _)| *method).collect();
+    let unsaved: BTreeSet<&str> = unsaved().iter().map(|(method, _)| *method).collect();
+    let mut empty: BTreeSet<&str> = empty().iter().map(|(method, ..)| *method).collect();
+    empty.extend(STATE.map(|(method, _)| method));
+    empty.extend(["sock_impl_get_options", "trace_get_tpoint_group_mask"]);
+    let mut counts = BTreeMap::<&str, u32>::new();
+    for name in names() {
+        let groups = [
+            ("absent", &absent),
+            ("kept", &kept),
+            ("kept, not saved", &unsaved),
+            ("as without objects", &empty),
+        ];
+        let of = groups.iter().filter(|(_, group)| group.contains(name));
+        let of: Vec<&str> = of.map(|(group, _)| *group).collect();
+        assert!(of.len() <= 1, "{name} is in several groups: {of:?}");
+        let group = of.first().copied().unwrap_or("implemented");
+        assert_eq!(here.contains(name), group != "absent", "{name} is unexplained");
+        *counts.entry(group).or_default() += 1;
+    }
+    println!("SPDK's methods: {counts:?}");
+    assert_eq!(counts.values().sum::<u32>(), 185);
+    assert!(absent.iter().all(|name| names().any(|known| known == *name)), "no such method");
+    for name in absent {
+        assert_eq!(vhost.err(name, Value::Null).code, -32601, "{name}");
+    }
+}
+
+/// The options are in the saved configuration, and one that is loaded gives the same one again.
+#[test]
+fn options_without_effect_are_kept_and_saved() {
+    let (first, all) = (waiting(), kept());
+    let phase = |vhost: &Vhost, kept: &[(&str, &str, Value)]| {
+        let now: BTreeSet<String> =
+            serde_json::from_value(vhost.ok("rpc_get_methods", json!({"current": true}))).unwrap();
+        for (_, method, params) in kept.iter().filter(|(_, method, _)| now.contains(*method)) {
+            assert_eq!(vhost.ok(method, params.clone()), true, "{method}");
+        }
+    };
+    phase(&first, &all);
+    first.ok("framework_start_init", Value::Null);
+    phase(&first, &all);
+    for (subsystem, method, params) in &all {
+        let saved = first.ok("framework_get_config", json!({"name": subsystem}));
+        let call = match params.as_object().unwrap().is_empty() {
+            true => json!({"method": method}),
+            false => json!({"method": method, "params": params}),
+        };
+        assert!(saved.as_array().unwrap().contains(&call), "{method}: {saved}");
+    }
+    let saved = first.spdk_rpc(&["save_config"]).unwrap();
+    // With the client, before the start and while it runs, and with -c.
+    let second = waiting();
+    second.spdk_rpc_with_input(&["load_config"], &saved).unwrap();
+    assert_eq!(second.spdk_rpc(&["save_config"]).unwrap(), saved, "load_config");
+    let third = Launch::new().config(&saved).start();
+    third.ok("framework_wait_init", Value::Null);
+    assert_eq!(third.spdk_rpc(&["save_config"]).unwrap(), saved, "-c");
+    // Parameters that are not given keep their values.
+    third.ok("bdev_raid_set_options", json!({"process_max_bandwidth_mb_sec": 7}));
+    let config = third.ok("framework_get_config", json!({"name": "bdev"}));
+    let merged = json!({"process_window_size_kb": 1024, "process_max_bandwidth_mb_sec": 7});
+    let call = json!({"method": "bdev_raid_set_options", "params": merged});
+    assert!(config.as_array().unwrap().contains(&call), "{config}");
+    // Getters show them.
+    let shown = third.ok("framework_get_scheduler", Value::Null);
+    assert_eq!(
+        shown,
+        json!({"scheduler_name": "dynamic", "scheduler_period": 500_000,
+            "isolated_core_mask": "4", "scheduling_core": shown["scheduling_core"],
+            "load_limit": 20, "core_limit": 80, "core_busy": 95})
+    );
+    let shown = third.ok("sock_impl_get_options", json!({"impl_name": "posix"}));
+    assert_eq!(
+        (&shown["recv_buf_size"], &shown["send_buf_size"]),
+        (&json!(4096), &json!(2_097_152))
+    );
+    assert_eq!(third.ok("fsdev_get_opts", Value::Null)["fsdev_io_pool_size"], 1000);
+}
+
+#[test]
+fn getters_answer_as_spdk_does_without_such_objects() {
+    let vhost = Vhost::start(&[]);
+    for (method, params, expected) in empty() {
+        assert_eq!(vhost.rpc(method, params.clone()), expected, "{method} {params}");
+    }
+    for (method, key) in STATE {
+        let shown = vhost.ok(method, Value::Null);
+        assert!(shown.pointer(key).is_some(), "{method}: {shown}");
+    }
+    for (method, params) in unsaved() {
+        vhost.ok(method, params);
+    }
+    let trace = vhost.ok("trace_get_info", Value::Null);
+    assert_eq!(
+        (&trace["tpoint_group_mask"], &trace["sock"]["tpoint_mask"]),
+        (&json!("0x8000"), &json!("0x2"))
+    );
+    let groups = vhost.ok("trace_get_tpoint_group_mask", Value::Null);
+    assert_eq!(groups["sock"], json!({"enabled": true, "mask": "0x8000", "tpoints": []}));
+    assert_eq!(
+        vhost.err("trace_enable_tpoint_group", json!({"name": "nope"})),
+        Refusal::new(-32602, "Invalid parameters")
+    );
+}
+
+/// A parameter of SPDK's schema.
+struct Parameter {
+    name: &'static str,
+    of: &'static str,
+    required: bool,
+}
+
+impl Parameter {
+    fn parse(text: &'static str) -> Self {
+        let (name, of) = text.split_once(':').unwrap();
+        let stripped = of.strip_prefix('*');
+        Self { name, of: stripped.unwrap_or(of), required: stripped.is_some() }
+    }
+
+    /// A value of its type.
+    fn good(&self) -> Value {
+        match self.of {
+            "boolean" => json!(false),
+            "string" => json!("x"),
+            "uuid" => json!("12345678-1234-4234-8234-123456789abc"),
+            "array" | "flags" => json!([]),
+            "object" => json!({}),
+            of if of.starts_with("one(") => {
+                let first = of.trim_start_matches("one(").split(['|', ')']).next().unwrap();
+                json!(first)
+            }
+            _ => json!(1),
+        }
+    }
+
+    /// Values that are not of its type, or out of its range.
+    fn bad(&self) -> Vec<Value> {
+        let mut bad = vec![Value::Null, json!({"a": 1})];
+        match self.of {
+            "boolean" => bad.extend([json!(1), json!("true")]),
+            "string" | "uuid" => bad.extend([json!(1), json!(["x"])]),
+            "array" | "flags" => bad.extend([json!(1), json!("x")]),
+            "object" => bad.push(json!([])),
+            of if of.starts_with("one(") => bad.extend([json!(-77), json!("no such name")]),
+            of => {
+                bad.extend([json!("1"), json!(1.5), json!(1e30)]);
+                if let Some(bits) = of.strip_prefix("uint") {
+                    bad.push(json!(-1));
+                    let bits: u32 = bits.parse().unwrap();
+                    bad.extend(1_u64.checked_shl(bits).filter(|_| bits < 64).map(Value::from));
+                } else {
+                    bad.push(json!(1_u64 << 32));
+                }
+            }
+        }
+        bad
+    }
+}
+
+/// Methods that ignore their parameters, as in SPDK.
+const IGNORES_ALL: [&str; 5] = [
+    "accel_get_stats",
+    "bdev_wait_for_examine",
+    "framework_wait_init",
+    "iobuf_get_stats",
+    "keyring_get_keys",
+];
+
+/// Methods that ignore unknown parameters, as in SPDK.
+const IGNORES_UNKNOWN: [&str; 3] =
+    ["framework_set_scheduler", "vhost_create_blk_controller", "virtio_blk_create_transport"];
+
+/// Parameters that this program checks differently: their values are opaque to it, or it takes more
+/// of them than the schema says.
+const OTHERWISE: [(&str, &str); 0] = [];
+
+/// What a method answers to bad parameters, each time the same.
+fn refuses(vhost: &Vhost, method: &str, parameters: &[Parameter]) -> Vec<String> {
+    let sample = || -> Map<String, Value> {
+        let required = parameters.iter().filter(|p| p.required);
+        required.map(|p| (p.name.to_owned(), p.good())).collect()
+    };
+    let mut cases: Vec<Map<String, Value>> = vec![];
+    if !IGNORES_UNKNOWN.contains(&method) {
+        let mut extra = sample();
+        extra.insert("no_such_parameter".into(), json!(1));
+        cases.push(extra);
+    }
+    for p in parameters {
+        if OTHERWISE.contains(&(method, p.name)) {
+            continue;
+        }
+        if p.required {
+            let mut missing = sample();
+            missing.remove(p.name);
+            cases.push(missing);
+        }
+        for value in p.bad() {
+            let mut bad = sample();
+            bad.insert(p.name.into(), value);
+            cases.push(bad);
+        }
+    }
+    let mut answers = BTreeMap::new();
+    for params in cases {
+        let answer = match vhost.rpc(method, Value::from(params.clone())) {
+            Ok(result) => format!("{result}"),
+            Err(refusal) => format!("{refusal:?}"),
+        };
+        answers.entry(answer).or_insert_with(|| json!(params).to_string());
+    }
+    let differ = answers.len() > 1 || answers.keys().any(|answer| !answer.starts_with("Refusal"));
+    let shown = answers.iter().map(|(answer, params)| format!("{method} {params}: {answer}"));
+    if differ { shown.collect() } else { vec![] }
+}
+
+/// Each parameter of each method: missing, unknown, of another type, out of range. The answer is
+/// always the same error, and nothing changes.
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let (starting, running) = (waiting(), Vhost::start(&[]));
+    let current = |vhost: &Vhost| -> BTreeSet<String> {
+        serde_json::from_value(vhost.ok("rpc_get_methods", json!({"current": true}))).unwrap()
+    };
+    let (at_start, later) = (current(&starting), current(&running));
+    let save = |vhost: &Vhost| vhost.spdk_rpc(&["save_config"]).unwrap();
+    let before = save(&running);
+    let mut problems = vec![];
+    for line in METHODS.lines().filter(|line| !line.starts_with('#')) {
+        let mut words = line.split('\t');
+        let method = words.next().unwrap();
+        let parameters: Vec<Parameter> = words.map(Parameter::parse).collect();
+        let vhost = match (later.contains(method), at_start.contains(method)) {
+            (true, _) => &running,
+            (false, true) => &starting,
+            (false, false) => continue,
+        };
+        if IGNORES_ALL.contains(&method) || method == "framework_start_init" {
+            continue;
+        }
+        problems.extend(refuses(vhost, method, &parameters));
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+    assert_eq!(save(&running), before);
+    starting.ok("framework_start_init", Value::Null);
+    assert_eq!(save(&starting), before);
+}
