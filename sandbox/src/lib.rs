@@ -68,8 +68,8 @@ pub struct Needs {
     pub private_dir: Option<PathBuf>,
     /// The configuration file, which is read later.
     pub config: Option<PathBuf>,
-    /// A directory whose existing files the process removes at exit.
-    pub removes_in: Option<PathBuf>,
+    /// A directory in which the process creates and removes lock files.
+    pub locks_in: Option<PathBuf>,
     /// Directories whose files the process reads, besides those that every process reads.
     pub reads_in: Vec<PathBuf>,
     /// Directories of disks; if empty, disks may be in any directory.

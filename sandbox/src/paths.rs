@@ -103,7 +103,8 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     }
     grants.extend(needs.config.iter().map(|path| (path.clone(), AccessFs::ReadFile.into())));
     grants.extend(needs.reads_in.iter().map(|dir| (dir.clone(), read)));
-    grants.extend(needs.removes_in.iter().map(|dir| (dir.clone(), AccessFs::RemoveFile.into())));
+    let locks = lock | make_bitflags!(AccessFs::{RemoveFile | Truncate});
+    grants.extend(needs.locks_in.iter().map(|dir| (dir.clone(), locks)));
     grants
 }
 

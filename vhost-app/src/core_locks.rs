@@ -23,6 +23,15 @@ pub(crate) enum CoreLockError {
     Claimed { core: usize, holder: Holder },
 }
 
+impl CoreLockError {
+    /// The core.
+    pub(crate) fn core(&self) -> usize {
+        match self {
+            Self::File { core, .. } | Self::Claimed { core, .. } => *core,
+        }
+    }
+}
+
 /// The process that holds a lock.
 #[derive(Debug)]
 pub(crate) enum Holder {
@@ -45,6 +54,11 @@ impl fmt::Display for Holder {
 pub(crate) struct CoreLocks(Vec<(PathBuf, File)>);
 
 impl CoreLocks {
+    /// Whether no core is locked.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Locks all of `cores`; on an error, none.
     pub(crate) fn take(cores: &[usize]) -> Result<Self, CoreLockError> {
         Self::take_in(Path::new(DIR), cores)

@@ -45,7 +45,7 @@ impl IoErrors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bdev::{Failure, FailureKind, Null, NullOptions, Op};
+    use bdev::{Failure, FailureKind, Null, NullOptions, Op, QosUser};
 
     #[test]
     fn a_bdev_has_a_line_at_once_and_then_one_per_interval() {
@@ -55,7 +55,7 @@ mod tests {
             Null::create(options).unwrap() as Arc<dyn Bdev>
         };
         let bdevs = [null("a"), null("b")];
-        let users = bdevs.each_ref().map(|bdev| bdev.stats().attach());
+        let users = bdevs.each_ref().map(|bdev| bdev.stats().attach(QosUser::new(0)));
         let fail = |n: usize, offset| {
             let (kind, op, len) = (FailureKind::Failed, Op::Write, 512);
             let failure = Failure { kind, op, offset: Some(offset), len, errno: libc::EIO };

@@ -144,6 +144,7 @@ fn start(
     let control = start_control(options, &cores, &sandbox, private_dir)?;
     log_reactors(options, &cores);
     let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
+    *app.core_locks.borrow_mut() = locks;
     let mut registry = Registry::new();
     methods::register(&mut registry, &app);
     if let Some(names) = &options.rpcs_allowed {
@@ -152,7 +153,7 @@ fn start(
     let registry = Rc::new(registry);
     LocalSet::new().block_on(&runtime, async move {
         let code = serve(options, &app, &registry, signals).await.err().unwrap_or(0);
-        drop(locks);
+        drop(app.core_locks.take());
         // Exits inside the runtime: dropping the runtime waits for calls that block, and dropping
         // the bdevs frees their memory, which takes long.
         exit(log, code)

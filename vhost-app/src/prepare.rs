@@ -90,7 +90,7 @@ fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
         rpc_socket: options.rpc_socket.clone(),
         private_dir: private_dir.map(|dir| dir.path().to_owned()),
         config: options.config.clone(),
-        removes_in: options.cpumask_locks.then(|| core_locks::DIR.into()),
+        locks_in: options.cpumask_locks.then(|| core_locks::DIR.into()),
         // Usually beneath /sys.
         reads_in: bdev::control_group_mounts(),
         disk_dirs: options.disk_dirs.clone(),

@@ -25,44 +25,93 @@ enum Effect {
 }
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
-/// [`Operator::act`].
-const METHODS: [(&str, Effect); 57] = [
+/// [`Operator::act`] or [`Operator::keep`].
+const METHODS: [(&str, Effect); 127] = [
+    ("accel_assign_opc", Saved),
+    ("accel_crypto_key_destroy", Read),
+    ("accel_crypto_keys_get", Read),
+    ("accel_get_module_info", Read),
+    ("accel_get_opc_assignments", Read),
+    ("accel_get_stats", Read),
+    ("accel_set_driver", Saved),
     ("accel_set_options", Saved),
+    ("ae4dma_scan_accel_module", Saved),
     ("bdev_aio_create", Saved),
     ("bdev_aio_delete", Saved),
     ("bdev_aio_rescan", Unsaved),
     ("bdev_delay_create", Saved),
     ("bdev_delay_delete", Saved),
     ("bdev_delay_update_latency", Saved),
+    ("bdev_enable_histogram", Saved),
     ("bdev_error_create", Saved),
     ("bdev_error_delete", Saved),
     ("bdev_error_inject_error", Unsaved),
     ("bdev_error_resume_pending", Unsaved),
     ("bdev_examine", Saved),
     ("bdev_get_bdevs", Read),
+    ("bdev_get_histogram", Read),
+    ("bdev_get_histogram_borders", Read),
     ("bdev_get_iostat", Unsaved),
+    ("bdev_iscsi_set_options", Saved),
+    ("bdev_lvol_delete", Read),
+    ("bdev_lvol_delete_lvstore", Read),
+    ("bdev_lvol_get_lvols", Read),
+    ("bdev_lvol_get_lvstores", Read),
     ("bdev_malloc_create", Saved),
     ("bdev_malloc_delete", Saved),
     ("bdev_null_create", Saved),
     ("bdev_null_delete", Saved),
     ("bdev_null_resize", Saved),
+    ("bdev_nvme_detach_controller", Read),
+    ("bdev_nvme_get_controller_health_info", Read),
+    ("bdev_nvme_get_controllers", Read),
+    ("bdev_nvme_get_discovery_info", Read),
+    ("bdev_nvme_get_io_paths", Read),
+    ("bdev_nvme_get_mdns_discovery_info", Read),
+    ("bdev_nvme_get_path_iostat", Read),
+    ("bdev_nvme_get_transport_statistics", Read),
+    ("bdev_nvme_set_hotplug", Saved),
+    ("bdev_nvme_set_options", Saved),
     ("bdev_passthru_create", Saved),
     ("bdev_passthru_delete", Saved),
+    ("bdev_raid_delete", Read),
+    ("bdev_raid_get_bdevs", Read),
+    ("bdev_raid_set_options", Saved),
     ("bdev_reset_iostat", Unsaved),
     ("bdev_set_options", Saved),
+    ("bdev_set_qd_sampling_period", Unsaved),
     ("bdev_set_qos_limit", Saved),
     ("bdev_split_create", Saved),
     ("bdev_split_delete", Saved),
     ("bdev_uring_create", Saved),
     ("bdev_uring_delete", Saved),
     ("bdev_uring_rescan", Unsaved),
+    ("bdev_virtio_blk_set_hotplug", Saved),
+    ("bdev_virtio_detach_controller", Read),
+    ("bdev_virtio_scsi_get_devices", Read),
     ("bdev_wait_for_examine", Read),
+    ("dpdk_cryptodev_scan_accel_module", Saved),
+    ("dsa_scan_accel_module", Saved),
+    ("framework_disable_cpumask_locks", Unsaved),
+    ("framework_enable_cpumask_locks", Unsaved),
     ("framework_get_config", Read),
+    ("framework_get_governor", Read),
+    ("framework_get_pci_devices", Read),
     ("framework_get_reactors", Read),
+    ("framework_get_scheduler", Read),
     ("framework_get_subsystems", Read),
+    ("framework_monitor_context_switch", Unsaved),
+    ("framework_set_scheduler", Saved),
     ("framework_start_init", Unsaved),
     ("framework_wait_init", Read),
+    ("fsdev_get_opts", Read),
+    ("fsdev_set_opts", Saved),
+    ("iaa_scan_accel_module", Saved),
+    ("ioat_scan_accel_module", Saved),
+    ("iobuf_get_stats", Read),
     ("iobuf_set_options", Saved),
+    ("keyring_get_keys", Read),
+    ("keyring_linux_set_options", Saved),
     ("log_clear_flag", Unsaved),
     ("log_enable_timestamps", Unsaved),
     ("log_get_flags", Read),
@@ -71,19 +120,40 @@ const METHODS: [(&str, Effect); 57] = [
     ("log_set_flag", Unsaved),
     ("log_set_level", Unsaved),
     ("log_set_print_level", Unsaved),
+    ("nbd_get_disks", Read),
+    ("nbd_stop_disk", Read),
+    ("notify_get_notifications", Read),
+    ("notify_get_types", Read),
     ("rpc_get_methods", Read),
+    ("scheduler_set_options", Saved),
+    ("scsi_get_devices", Read),
+    ("sock_get_default_impl", Read),
+    ("sock_impl_get_options", Read),
+    ("sock_impl_set_options", Saved),
+    ("sock_set_default_impl", Saved),
     ("spdk_get_version", Read),
     ("spdk_kill_instance", Unsaved),
+    ("thread_get_io_channels", Read),
+    ("thread_get_pollers", Read),
     ("thread_get_stats", Read),
     ("thread_set_cpumask", Saved),
+    ("trace_clear", Unsaved),
+    ("trace_clear_tpoint_mask", Unsaved),
+    ("trace_disable_tpoint_group", Unsaved),
+    ("trace_enable_tpoint_group", Unsaved),
+    ("trace_get_info", Read),
+    ("trace_get_tpoint_group_mask", Read),
+    ("trace_set_tpoint_mask", Unsaved),
     ("vhost_controller_set_coalescing", Saved),
     ("vhost_create_blk_controller", Saved),
     ("vhost_delete_controller", Saved),
+    ("vhost_get_controller_stats", Read),
     ("vhost_get_controllers", Read),
     ("vhost_get_reactor_turns", Unsaved),
     ("vhost_move_queue", Unsaved),
     ("virtio_blk_create_transport", Read),
     ("virtio_blk_get_transports", Read),
+    ("vmd_enable", Saved),
 ];
 
 fn saved_methods() -> BTreeSet<&'static str> {
@@ -149,6 +219,46 @@ impl<'a> Operator<'a> {
         }
         if self.below(2) == 0 {
             self.call("accel_set_options", json!({"task_count": self.state % 1000}));
+        }
+    }
+
+    /// Sets options that have no effect, before the start.
+    fn keep_at_start(&mut self) {
+        let socket = json!({"impl_name": "ssl", "recv_buf_size": self.state % 1000});
+        let calls = [
+            ("accel_assign_opc", json!({"opname": "crc32c", "module": "software"})),
+            ("accel_set_driver", json!({"name": "x"})),
+            ("ae4dma_scan_accel_module", json!({})),
+            ("bdev_iscsi_set_options", json!({"timeout_sec": 30.0})),
+            ("dpdk_cryptodev_scan_accel_module", json!({})),
+            ("dsa_scan_accel_module", json!({"config_kernel_mode": false})),
+            ("iaa_scan_accel_module", json!({})),
+            ("ioat_scan_accel_module", json!({})),
+            ("keyring_linux_set_options", json!({"enable": true})),
+            ("scheduler_set_options", json!({"isolated_core_mask": "8"})),
+            ("sock_impl_set_options", socket),
+            ("sock_set_default_impl", json!({"impl_name": "posix"})),
+            ("vmd_enable", json!({})),
+        ];
+        calls.into_iter().for_each(|(method, params)| self.call(method, params));
+    }
+
+    /// Sets options that have no effect, and enables a histogram.
+    fn keep(&mut self) {
+        let count = self.done.len();
+        let scheduler = ["static", "dynamic"][count % 2];
+        let calls = [
+            ("framework_set_scheduler", json!({ "name": scheduler })),
+            ("bdev_nvme_set_hotplug", json!({"enable": count.is_multiple_of(2)})),
+            ("bdev_nvme_set_options", json!({"bdev_retry_count": -1, "timeout_us": count})),
+            ("bdev_raid_set_options", json!({"process_window_size_kb": count})),
+            ("bdev_virtio_blk_set_hotplug", json!({"enable": true, "period_us": count})),
+            ("fsdev_set_opts", json!({"fsdev_io_pool_size": 999, "fsdev_io_cache_size": count})),
+        ];
+        calls.into_iter().for_each(|(method, params)| self.call(method, params));
+        for name in self.vhost.bdev_names().iter().take(2) {
+            let params = json!({"name": name, "enable": true, "min_nsec": count});
+            self.call("bdev_enable_histogram", params);
         }
     }
 
@@ -389,9 +499,11 @@ fn any_sequence_of_methods_can_be_saved_and_loaded() {
         let vhost = start(seed);
         let mut operator = Operator::new(&vhost, seed);
         operator.prepare();
+        operator.keep_at_start();
         vhost.ok("framework_start_init", Value::Null);
         for _ in 0..4 {
             (0..25).for_each(|_| operator.act());
+            operator.keep();
             check(&vhost);
         }
         done.append(&mut operator.done);

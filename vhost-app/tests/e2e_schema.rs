@@ -412,3 +412,44 @@ fn bad_input_is_refused_and_changes_nothing() {
     starting.ok("framework_start_init", Value::Null);
     assert_eq!(save(&starting), before);
 }
+
+/// SPDK's log flags, all of them, as patterns whose case is ignored.
+#[test]
+fn log_flags_match_as_spdks() {
+    let vhost = waiting();
+    let flags = vhost.ok("log_get_flags", Value::Null);
+    assert_eq!(flags.as_object().unwrap().len(), 72);
+    assert!(flags.as_object().unwrap().keys().is_sorted());
+    let set = || -> Vec<String> {
+        let flags = vhost.ok("log_get_flags", Value::Null);
+        let set = flags.as_object().unwrap().iter().filter(|(_, set)| **set == json!(true));
+        set.map(|(name, _)| name.clone()).collect()
+    };
+    vhost.ok("log_set_flag", json!({"flag": "VHOST_[BR]*"}));
+    assert_eq!(set(), ["vhost_blk", "vhost_blk_data", "vhost_ring", "vhost_rpc"]);
+    vhost.ok("log_clear_flag", json!({"flag": "All"}));
+    assert!(set().is_empty());
+    let refused = Refusal::new(-32602, "invalid log flag");
+    assert_eq!(vhost.err("log_set_flag", json!({"flag": "vhost_nope*"})), refused);
+    let started = Launch::new().args(&["-L", "vhost*", "-L", "NVME", "-L", "all"]).start();
+    assert_eq!(started.ok("log_get_flags", Value::Null)["vmd"], true);
+    assert_eq!(Launch::new().args(&["-L", "nope"]).run_to_end().code, Some(2));
+}
+
+/// Another process may take the cores while the locks are given up.
+#[test]
+fn core_locks_are_given_up_and_taken_again() {
+    let first = Launch::new().core_locks().start();
+    let second = || Launch::new().core_locks().args(&["--wait-for-rpc"]);
+    assert_eq!(second().run_to_end().code, Some(1));
+    (0..2).for_each(|_| assert_eq!(first.ok("framework_disable_cpumask_locks", Value::Null), true));
+    let other = second().start();
+    let refusal = first.err("framework_enable_cpumask_locks", Value::Null);
+    assert!(refusal.message.starts_with("Failed to claim CPU core: "), "{refusal:?}");
+    other.ok("framework_disable_cpumask_locks", Value::Null);
+    (0..2).for_each(|_| assert_eq!(first.ok("framework_enable_cpumask_locks", Value::Null), true));
+    assert_eq!(other.err("framework_enable_cpumask_locks", Value::Null).code, -32603);
+    assert_eq!(other.stop(), 0);
+    assert_eq!(second().run_to_end().code, Some(1), "the first has the locks");
+    assert_eq!(first.stop(), 0);
+}

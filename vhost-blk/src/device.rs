@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bdev::Bdev;
+use bdev::{Bdev, QosUser};
 use vhost_target::Target;
 use vhost_target::device::{
     Device, DeviceChange, Granted, Lease, Negotiated, OpenError, Opened, OpenedQueue, StorageId,
@@ -74,6 +74,19 @@ impl Blk {
         self.read_only
     }
 
+    /// Returns the user whose counters and limits its queues have at the bdev. `None` if the bdev
+    /// was removed.
+    #[must_use]
+    pub fn user(&self) -> Option<QosUser> {
+        self.disk().map(|disk| disk.user)
+    }
+
+    /// Returns whether its bdev is this one or is built on it.
+    #[must_use]
+    pub fn uses(&self, bdev: &Arc<dyn Bdev>) -> bool {
+        self.disk().is_some_and(|disk| uses(&disk.bdev, bdev))
+    }
+
     fn shows(&self, bdev: &Arc<dyn Bdev>) -> bool {
         self.disk().is_some_and(|disk| Arc::ptr_eq(&disk.bdev, bdev))
     }
@@ -103,8 +116,8 @@ pub fn bdev_resized(target: &Target, bdev: &Arc<dyn Bdev>) {
 /// Notifies reactors that rate limits of a bdev were set or removed. They apply to all controllers
 /// whose bdev is this one or is built on it.
 pub fn limits_changed(target: &Target, bdev: &Arc<dyn Bdev>) {
-    target.update_devices(|device| match Blk::of(device).and_then(Blk::disk) {
-        Some(disk) if uses(&disk.bdev, bdev) => DeviceChange::View,
+    target.update_devices(|device| match Blk::of(device) {
+        Some(blk) if blk.uses(bdev) => DeviceChange::View,
         _ => DeviceChange::None,
     });
 }

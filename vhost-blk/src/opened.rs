@@ -28,7 +28,7 @@ impl Opened {
     /// Opens a disk for a queue with at most `depth` requests in flight.
     pub(crate) fn open(disk: &Disk, depth: u16) -> Result<Self, bdev::Error> {
         let channel = Box::new(BdevChannel::open(&disk.bdev, depth)?);
-        let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach());
+        let (shortcut, counters) = (channel.shortcut(), disk.bdev.stats().attach(disk.user));
         Ok(Self { shortcut, limited: false, channel, counters })
     }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tracing::error;
 
 use super::bdev_show::describe;
-use super::{Answer, App, Methods, bdev_qos};
+use super::{Answer, App, Methods, bdev_histogram, bdev_qos};
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("bdev_get_bdevs", Phases::Runtime, get_bdevs);
@@ -132,7 +132,10 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
         pace.spend(CONFIG_VALUES).await;
     }
     for id in app.bdevs.ids() {
-        entries.extend(app.bdevs.live(id).and_then(|live| bdev_qos::config(&*live.bdev)));
+        if let Some(live) = app.bdevs.live(id) {
+            entries.extend(bdev_qos::config(&*live.bdev));
+            entries.extend(bdev_histogram::config(app, &*live.bdev));
+        }
         pace.spend(CONFIG_VALUES).await;
     }
     entries.push(json!({ "method": "bdev_wait_for_examine" }));

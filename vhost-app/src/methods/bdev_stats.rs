@@ -2,17 +2,21 @@
 
 use std::rc::Rc;
 
-use bdev::{BdevId, FailureKind, Live, Op, OpCounts};
+use bdev::{BdevId, FailureKind, Live, OPS, Op, OpCounts, QosUser};
 use reactor::{read_tsc, ticks_per_second};
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::error;
+use vhost_blk::Blk;
+use vhost_target::ControllerInfo;
 
+use super::qd_sampling;
+use super::threads::controller_ids;
 use super::{Answer, App, Methods};
 
 /// JSON values of a device's counters.
-const BDEV_VALUES: usize = 25;
+pub(super) const BDEV_VALUES: usize = 25;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add("bdev_get_iostat", Phases::Runtime, get_iostat);
@@ -24,7 +28,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
 #[serde(rename_all = "lowercase")]
 enum Reset {
     All,
-    /// Longest and shortest latencies: they are not measured, so there is nothing to do.
+    /// The shortest and the longest latencies.
     Maxmin,
     Error,
     None,
@@ -35,7 +39,8 @@ impl Reset {
         match self {
             Self::All => live.bdev.stats().reset(),
             Self::Error => live.bdev.stats().reset_failures(),
-            Self::Maxmin | Self::None => {}
+            Self::Maxmin => live.bdev.stats().reset_extremes(),
+            Self::None => {}
         }
     }
 }
@@ -55,15 +60,21 @@ async fn get_iostat(app: Rc<App>, params: Params) -> Answer {
     }
     let mut pace = params.pace();
     let all = find(&app, params.method(), wanted.names.as_deref(), &mut pace).await?;
+    let reset = wanted.reset_mode.unwrap_or(Reset::None);
     if wanted.per_channel {
-        error!("bdev_get_iostat: counters are not kept per channel");
-        return Err(RpcError::errno(libc::EOPNOTSUPP));
+        let live = all.first().and_then(|id| app.bdevs.live(*id));
+        let live = live.ok_or_else(|| RpcError::errno(libc::ENODEV))?;
+        let shown = describe_channels(&app, &live);
+        reset.apply(&live);
+        return Ok(shown);
     }
     let mut bdevs = vec![];
     for id in all {
         if let Some(live) = app.bdevs.live(id) {
-            bdevs.push(describe(&live));
-            wanted.reset_mode.unwrap_or(Reset::None).apply(&live);
+            let mut shown = describe(&live);
+            shown.extend(qd_sampling::describe(&app, id));
+            bdevs.push(Value::from(shown));
+            reset.apply(&live);
         }
         pace.spend(BDEV_VALUES).await;
     }
@@ -109,33 +120,65 @@ async fn find(
     Ok(all)
 }
 
+/// One entry for each controller that has the device open, as SPDK has one for each thread. Errors
+/// are counted for the device only.
+fn describe_channels(app: &App, live: &Live) -> Value {
+    let mut channels: Vec<(QosUser, [OpCounts; OPS])> = vec![];
+    for (user, counts) in live.bdev.stats().per_channel() {
+        match channels.iter_mut().find(|(other, _)| *other == user) {
+            Some((_, sums)) => sums.iter_mut().zip(&counts).for_each(|(sum, more)| sum.add(more)),
+            None => channels.push((user, counts)),
+        }
+    }
+    let target = app.control.target();
+    let first = controller_ids(target.reactors().len());
+    let controllers = target.controllers();
+    let show = |(user, counts): (QosUser, [OpCounts; OPS])| {
+        let is_its = |c: &&ControllerInfo| Blk::of(&c.device).and_then(Blk::user) == Some(user);
+        let controller = controllers.iter().find(is_its)?;
+        let mut shown =
+            Map::from_iter([("thread_id".to_owned(), (first + controller.number).into())]);
+        insert_counts(&mut shown, &counts);
+        shown.insert("io_error".into(), json!({}));
+        Some(Value::from(shown))
+    };
+    json!({
+        "tick_rate": ticks_per_second(),
+        "ticks": read_tsc(),
+        "name": live.bdev.name(),
+        "channels": channels.into_iter().filter_map(show).collect::<Vec<_>>(),
+    })
+}
+
 /// In SPDK's shape and order. As there, operations that failed are counted under `io_error` only.
-fn describe(live: &Live) -> Value {
-    let totals = live.bdev.stats().totals();
-    let of = |op: Op| totals[op as usize];
-    let kinds = [
-        ("read", "read", of(Op::Read)),
-        ("written", "write", of(Op::Write)),
-        ("unmapped", "unmap", of(Op::Unmap)),
-        ("copied", "copy", OpCounts::default()),
-    ];
-    let mut object = Map::new();
-    object.insert("name".into(), live.bdev.name().into());
-    for (bytes, ops, counts) in kinds {
-        object.insert(format!("bytes_{bytes}"), counts.bytes.into());
-        object.insert(format!("num_{ops}_ops"), counts.count.saturating_sub(counts.errors).into());
-    }
-    for (_, ops, counts) in kinds {
-        object.insert(format!("{ops}_latency_ticks"), counts.ticks.into());
-        // Not measured.
-        object.insert(format!("max_{ops}_latency_ticks"), 0.into());
-        object.insert(format!("min_{ops}_latency_ticks"), 0.into());
-    }
+fn describe(live: &Live) -> Map<String, Value> {
+    let mut object = Map::from_iter([("name".to_owned(), live.bdev.name().into())]);
+    insert_counts(&mut object, &live.bdev.stats().totals());
     // Kinds that have not occurred are omitted.
     let kinds = [(FailureKind::Failed, "failed"), (FailureKind::Aio, "aio_error")];
     let failures = live.bdev.stats().failures();
     let of = |(kind, name): (FailureKind, &str)| (name.to_owned(), failures[kind as usize].into());
     let occurred = kinds.into_iter().filter(|(kind, _)| failures[*kind as usize] > 0);
     object.insert("io_error".into(), Value::Object(occurred.map(of).collect()));
-    object.into()
+    object
+}
+
+fn insert_counts(object: &mut Map<String, Value>, counts: &[OpCounts; OPS]) {
+    let of = |op: Op| counts[op as usize];
+    let kinds = [
+        ("read", "read", of(Op::Read)),
+        ("written", "write", of(Op::Write)),
+        ("unmapped", "unmap", of(Op::Unmap)),
+        ("copied", "copy", OpCounts::default()),
+    ];
+    for (bytes, ops, counts) in kinds {
+        object.insert(format!("bytes_{bytes}"), counts.bytes.into());
+        object.insert(format!("num_{ops}_ops"), counts.count.saturating_sub(counts.errors).into());
+    }
+    for (_, ops, counts) in kinds {
+        object.insert(format!("{ops}_latency_ticks"), counts.ticks.into());
+        object.insert(format!("max_{ops}_latency_ticks"), counts.max_ticks.into());
+        let min = counts.min_ticks.unwrap_or(0);
+        object.insert(format!("min_{ops}_latency_ticks"), min.into());
+    }
 }

@@ -5,9 +5,11 @@ use std::rc::Rc;
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tracing::error;
 
 use super::{Answer, App, Methods, bdev, vhost};
 use crate::cli::{SPDK_VERSION, VERSION};
+use crate::core_locks::CoreLocks;
 use crate::process;
 
 /// The state of startup.
@@ -53,6 +55,12 @@ pub(super) fn register(methods: &mut Methods<'_>) {
         let show =
             |(name, needs): &(&str, &[&str])| json!({"subsystem": name, "depends_on": needs});
         Ok(SUBSYSTEMS.iter().map(show).collect())
+    });
+    methods.add_plain("framework_enable_cpumask_locks", Phases::Both, enable_locks);
+    methods.add_plain("framework_disable_cpumask_locks", Phases::Both, |app, params| {
+        params.none("framework_disable_cpumask_locksrequires no arguments")?;
+        drop(app.core_locks.take());
+        Ok(true.into())
     });
     methods.add("framework_get_config", Phases::Runtime, get_config);
 }
@@ -126,6 +134,21 @@ async fn until_running(app: &App) -> Answer {
         Ok(Startup::Running) => Ok(true.into()),
         _ => Err(RpcError::internal("framework_initialization failed")),
     }
+}
+
+/// Locks all cores; on an error, none. The texts are SPDK's.
+fn enable_locks(app: &App, params: &Params) -> Answer {
+    params.none("framework_enable_cpumask_locksrequires no arguments")?;
+    if app.core_locks.borrow().is_empty() {
+        let reactors = app.control.target().reactors();
+        let cores: Vec<usize> = reactors.iter().map(|reactor| reactor.core.0).collect();
+        let locks = CoreLocks::take(&cores).map_err(|e| {
+            error!("framework_enable_cpumask_locks: {e}");
+            RpcError::internal(format!("Failed to claim CPU core: {}", e.core()))
+        })?;
+        *app.core_locks.borrow_mut() = locks;
+    }
+    Ok(true.into())
 }
 
 async fn get_config(app: Rc<App>, params: Params) -> Answer {

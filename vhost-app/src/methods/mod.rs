@@ -7,6 +7,7 @@
 
 mod absent;
 mod bdev;
+mod bdev_histogram;
 mod bdev_host;
 mod bdev_qos;
 mod bdev_show;
@@ -15,6 +16,7 @@ mod framework;
 mod log;
 mod notify;
 mod options;
+mod qd_sampling;
 mod scheduler;
 mod threads;
 mod trace;
@@ -31,10 +33,12 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::control::Control;
+use crate::core_locks::CoreLocks;
 use crate::logging::Log;
 
 pub(crate) use framework::{SUBSYSTEMS, Startup};
 use notify::Notifications;
+use qd_sampling::Samplings;
 
 pub(crate) use options::SubsystemOptions;
 pub(crate) use trace::is_group_list;
@@ -58,6 +62,12 @@ pub(crate) struct App {
     pub(crate) options: RefCell<SubsystemOptions>,
     /// The last events of bdevs.
     notifications: Notifications,
+    /// Bdevs whose queue depth is sampled.
+    samplings: RefCell<Samplings>,
+    /// The controllers' parts of the reactors' time.
+    busy_times: RefCell<threads::BusyTimes>,
+    /// The locks of the reactors' cores.
+    pub(crate) core_locks: RefCell<CoreLocks>,
     /// How far the start has come.
     pub(crate) startup: watch::Sender<Startup>,
     /// When the program was started, in ticks.
@@ -84,6 +94,9 @@ impl App {
             share,
             options: RefCell::default(),
             notifications: Notifications::default(),
+            samplings: RefCell::default(),
+            core_locks: RefCell::default(),
+            busy_times: RefCell::default(),
             startup: watch::Sender::new(Startup::Waiting),
             began: reactor::read_tsc(),
             cpu_times: threads::CpuTimes::read(),
@@ -104,6 +117,8 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     absent::register(&mut methods);
     bdev::register(&mut methods);
     bdev_host::register(&mut methods);
+    bdev_histogram::register(&mut methods);
+    qd_sampling::register(&mut methods);
     bdev_qos::register(&mut methods);
     bdev_stats::register(&mut methods);
     vhost::register(&mut methods);

@@ -58,7 +58,8 @@ impl Notifications {
             events.kept.pop_front();
             events.first += 1;
         }
-        let end = bdev.floor_char_boundary(CONTEXT_MAX);
+        let ends = (0..=CONTEXT_MAX.min(bdev.len())).rev();
+        let end = { ends }.find(|end| bdev.is_char_boundary(*end)).unwrap_or(0);
         events.kept.push_back((name(event), bdev[..end].to_owned()));
     }
 

@@ -3,12 +3,15 @@
 //! Only `bdev_auto_examine` has an effect. The other options size pools and caches of SPDK; this
 //! program allocates the memory for requests when a queue starts.
 
+use std::collections::BTreeMap;
+
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::{error, info};
 
 use super::absent::Kept;
+use super::bdev_histogram as histogram;
 use super::scheduler::Scheduler;
 use super::trace::Trace;
 use super::{Answer, App, Methods};
@@ -28,6 +31,8 @@ pub(crate) struct SubsystemOptions {
     pub(super) accel: Option<AccelOptions>,
     pub(super) scheduler: Scheduler,
     pub(super) trace: Trace,
+    /// The options of the enabled histograms, by bdev.
+    pub(super) histograms: BTreeMap<String, histogram::Given>,
     /// Whether `framework_monitor_context_switch` is on: shown, but nothing is monitored.
     pub(super) monitors_context_switches: bool,
     /// Options of components that this program does not have.
@@ -42,6 +47,7 @@ impl Default for SubsystemOptions {
             accel: None,
             scheduler: Scheduler::default(),
             trace: Trace::default(),
+            histograms: BTreeMap::new(),
             monitors_context_switches: true,
             kept: Kept::default(),
         }

@@ -16,7 +16,10 @@ use serde_json::{Value, json};
 use tracing::error;
 use vhost_target::{ControllerInfo, Core, QueueInfo};
 
+mod busy;
 mod pollers;
+
+pub(super) use busy::BusyTimes;
 
 use super::vhost::controller_mask;
 use super::{Answer, App, Methods, mask};
@@ -121,14 +124,17 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
             "paused_pollers_count": 0,
         }));
     }
-    for controller in app.control.target().controllers() {
+    let controllers = app.control.target().controllers();
+    app.busy_times.borrow_mut().update(&reactors, &controllers);
+    for controller in controllers {
+        let elapsed = ticks_since(controller.made_ticks);
+        let busy = app.busy_times.borrow().of(controller.number).min(elapsed);
         threads.push(json!({
             "name": controller.name,
             "id": controller_ids(reactors.len()) + controller.number,
             "cpumask": controller_mask(&controller),
-            // Time is counted for each reactor, not for each controller.
-            "busy": 0,
-            "idle": 0,
+            "busy": busy,
+            "idle": elapsed - busy,
             "active_pollers_count": queues(&controller).count(),
             "timed_pollers_count": 0,
             "paused_pollers_count": 0,
@@ -184,7 +190,7 @@ fn reactor_id(n: usize) -> u64 {
 }
 
 /// The id of the first controller's thread.
-fn controller_ids(reactors: usize) -> u64 {
+pub(super) fn controller_ids(reactors: usize) -> u64 {
     reactor_id(reactors)
 }
 

@@ -9,13 +9,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use uuid::Uuid;
+use uuid::{Uuid, uuid};
 
 use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel, Wait};
 use crate::error::Error;
 use crate::io::{Completion, Io, Op, Submit};
-use crate::wrapper::{Wrapped, Wrapper, forward_to_base};
+use crate::wrapper::{Wrapped, Wrapper, derived_uuid, forward_to_base};
+
+/// SPDK's namespace of the UUIDs of delay bdevs.
+const NAMESPACE: Uuid = uuid!("4009b574-6430-4f1b-bc40-ace811091027");
 
 /// One of this many reads and writes on a channel has the p99 latency.
 const P99_INTERVAL: u32 = 100;
@@ -78,7 +81,8 @@ impl Delay {
     /// [`Error::Invalid`] if a p99 latency is below its average, or the name is empty.
     pub fn create(options: DelayOptions) -> Result<Arc<Self>, Error> {
         let DelayOptions { name, base, latency, uuid } = options;
-        let wrapped = Wrapped::new(name, base, uuid)?;
+        let uuid = uuid.unwrap_or_else(|| derived_uuid(NAMESPACE, &*base, &[]));
+        let wrapped = Wrapped::new(name, base, Some(uuid))?;
         let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
         for (avg, p99, what) in
             [(avg_read_us, p99_read_us, "read"), (avg_write_us, p99_write_us, "write")]

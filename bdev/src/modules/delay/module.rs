@@ -42,7 +42,8 @@ impl BdevModule for Module {
 /// The parameters of a delay bdev.
 struct Request {
     name: String,
-    uuid: Uuid,
+    /// `None`: derived from the base's UUID.
+    uuid: Option<Uuid>,
     base: String,
     /// The latencies that the bdev had when it existed last.
     latency: Cell<Latency>,
@@ -80,7 +81,7 @@ impl Request {
             name: self.name.clone(),
             base,
             latency: raised(latency),
-            uuid: Some(self.uuid),
+            uuid: self.uuid,
         })?;
         disk.update_latency(LatencyKind::P99Read, latency.p99_read_us);
         disk.update_latency(LatencyKind::P99Write, latency.p99_write_us);
@@ -121,7 +122,7 @@ impl Waiting for Request {
     }
 
     fn uuid(&self) -> Option<Uuid> {
-        Some(self.uuid)
+        self.uuid
     }
 
     fn base(&self) -> &str {
@@ -204,12 +205,11 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
         avg_write_us: p.avg_write_latency,
         p99_write_us: p.p99_write_latency,
     };
-    let uuid = given(p.uuid).unwrap_or_else(Uuid::new_v4);
     let request = Request {
-        uuid,
+        uuid: given(p.uuid),
         base: p.base_bdev_name,
         latency: Cell::new(latency),
-        params: params.as_named(&p.name, uuid),
+        params: params.as_given(),
         name: p.name.clone(),
     };
     life::attach(&host, params.method(), Rc::new(request)).await.map_err(MethodError::errno)?;

@@ -13,7 +13,7 @@ use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
 use crate::error::Error;
 use crate::io::Op;
-use crate::wrapper::{Wrapped, Wrapper};
+use crate::wrapper::{PARTS, Wrapped, Wrapper, derived_uuid};
 
 use channel::ErrorChannel;
 
@@ -127,8 +127,11 @@ impl ErrorDisk {
     /// [`Error::Invalid`] if the name is empty.
     pub fn create(options: ErrorOptions) -> Result<Arc<Self>, Error> {
         let ErrorOptions { name, base, uuid } = options;
+        // As that of a part which is as large as its base.
+        let range = [0, base.num_blocks()].map(u64::to_le_bytes).concat();
+        let uuid = uuid.unwrap_or_else(|| derived_uuid(PARTS, &*base, &range));
         Ok(Arc::new(Self {
-            wrapped: Wrapped::new(name, base, uuid)?,
+            wrapped: Wrapped::new(name, base, Some(uuid))?,
             rules: Default::default(),
             resumes: AtomicU64::new(0),
             aborts: AtomicU64::new(0),

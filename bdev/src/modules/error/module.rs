@@ -43,7 +43,8 @@ impl BdevModule for Module {
 /// The parameters of an error bdev.
 struct Request {
     name: String,
-    uuid: Uuid,
+    /// `None`: derived from the base's UUID.
+    uuid: Option<Uuid>,
     base: String,
     params: Map<String, Value>,
 }
@@ -58,7 +59,7 @@ impl Waiting for Request {
     }
 
     fn uuid(&self) -> Option<Uuid> {
-        Some(self.uuid)
+        self.uuid
     }
 
     fn base(&self) -> &str {
@@ -75,7 +76,7 @@ impl Waiting for Request {
         Base { bdev, claim }: Base,
     ) -> LocalFuture<'a, Result<Vec<Rc<dyn Entry>>, Error>> {
         Box::pin(async move {
-            let (name, uuid) = (self.name.clone(), Some(self.uuid));
+            let (name, uuid) = (self.name.clone(), self.uuid);
             let disk = ErrorDisk::create(ErrorOptions { name, base: bdev, uuid })?;
             Ok(vec![Rc::new(ErrorEntry { disk, request: self, _claim: claim }) as _])
         })
@@ -118,11 +119,8 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
         uuid: Option<GivenUuid>,
     }
     let p: Create = params.decode(DecodeFailure::PARAMS)?;
-    let uuid = given(p.uuid).unwrap_or_else(Uuid::new_v4);
-    let mut saved = params.as_given();
-    saved.insert("uuid".into(), uuid.to_string().into());
-    let name = format!("EE_{}", p.base_name);
-    let request = Request { name, uuid, base: p.base_name, params: saved };
+    let (name, uuid) = (format!("EE_{}", p.base_name), given(p.uuid));
+    let request = Request { name, uuid, base: p.base_name, params: params.as_given() };
     life::attach(&host, params.method(), Rc::new(request)).await.map_err(MethodError::errno)?;
     Ok(true.into())
 }

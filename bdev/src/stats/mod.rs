@@ -1,0 +1,439 @@
+//! I/O counters of a device. Each user writes its own counters, and readers add them up.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::failure::{FAILURE_KINDS, Failure, FirstFailure};
+use crate::io::{OPS, Op};
+use crate::qos::QosUser;
+
+mod histogram;
+
+pub use histogram::{HistogramOptions, Latencies};
+
+use histogram::{Counts, Recorder};
+
+/// A device's I/O counters, summed over all its users.
+///
+/// A user (a virtqueue) takes its [`Counters`] with [`Stats::attach`], not on a reactor, and then
+/// counts without read-modify-write instructions.
+#[derive(Debug, Default)]
+pub struct Stats {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    users: Vec<Attached>,
+    /// The counts of users that are gone.
+    gone: [OpCounts; OPS],
+    /// The counts of all users at the last reset.
+    reset: [OpCounts; OPS],
+    /// The same two counts for failures, by kind.
+    gone_failures: [u64; FAILURE_KINDS],
+    reset_failures: [u64; FAILURE_KINDS],
+    /// The first failure of users that are gone, since the last report.
+    gone_first: Option<Failure>,
+    /// The number of failures up to the last report.
+    reported: u64,
+    /// The options of the histogram, while it is enabled.
+    histogram: Option<HistogramOptions>,
+    /// The histogram of users that are gone, and that of all users when it was enabled.
+    gone_latencies: Counts,
+    reset_latencies: Counts,
+}
+
+#[derive(Debug)]
+struct Attached {
+    user: QosUser,
+    counters: Arc<Counters>,
+    /// Its counts at the last reset.
+    reset: [OpCounts; OPS],
+}
+
+/// One user's counters. Only that user writes them.
+#[derive(Debug, Default)]
+pub struct Counters {
+    ops: [OpCounters; OPS],
+    failures: [AtomicU64; FAILURE_KINDS],
+    first: FirstFailure,
+    latencies: Recorder,
+}
+
+#[derive(Debug)]
+struct OpCounters {
+    count: AtomicU64,
+    bytes: AtomicU64,
+    errors: AtomicU64,
+    ticks: AtomicU64,
+    /// The shortest and the longest latency since the last reset of them. A reset at the same time
+    /// as a new value may be lost.
+    min: AtomicU64,
+    max: AtomicU64,
+}
+
+impl Default for OpCounters {
+    fn default() -> Self {
+        Self {
+            count: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            ticks: AtomicU64::new(0),
+            min: AtomicU64::new(u64::MAX),
+            max: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Totals of one kind of operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpCounts {
+    /// Completed operations, including failed ones.
+    pub count: u64,
+    /// Bytes of the successful operations.
+    pub bytes: u64,
+    /// Failed operations.
+    pub errors: u64,
+    /// Sum of the latencies, in ticks of the time-stamp counter.
+    pub ticks: u64,
+    /// The shortest latency of a successful operation, in ticks. `None` if there was none.
+    pub min_ticks: Option<u64>,
+    /// The longest latency of a successful operation, in ticks. Of operations that were done
+    /// together, both count their mean.
+    pub max_ticks: u64,
+}
+
+impl OpCounts {
+    /// Adds the counts of another user.
+    pub fn add(&mut self, other: &Self) {
+        self.count += other.count;
+        self.bytes += other.bytes;
+        self.errors += other.errors;
+        self.ticks += other.ticks;
+        self.min_ticks = match (self.min_ticks, other.min_ticks) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+        self.max_ticks = self.max_ticks.max(other.max_ticks);
+    }
+
+    /// Subtracts the counts at a reset. The extremes are reset on their own.
+    fn since(self, reset: &Self) -> Self {
+        Self {
+            count: self.count.saturating_sub(reset.count),
+            bytes: self.bytes.saturating_sub(reset.bytes),
+            errors: self.errors.saturating_sub(reset.errors),
+            ticks: self.ticks.saturating_sub(reset.ticks),
+            ..self
+        }
+    }
+}
+
+impl Stats {
+    /// Adds counters for a new channel of a user. They count as long as they are kept.
+    #[must_use]
+    pub fn attach(&self, user: QosUser) -> Arc<Counters> {
+        let counters = Arc::new(Counters::default());
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.fold_gone();
+        if let Some(options) = &inner.histogram {
+            counters.latencies.enable(options);
+        }
+        let attached =
+            Attached { user, counters: Arc::clone(&counters), reset: Default::default() };
+        inner.users.push(attached);
+        counters
+    }
+
+    /// Returns the totals since the last [`Stats::reset`], indexed by `Op as usize`.
+    #[must_use]
+    pub fn totals(&self) -> [OpCounts; OPS] {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let ever = inner.ever();
+        std::array::from_fn(|op| ever[op].since(&inner.reset[op]))
+    }
+
+    /// Returns the same for each channel that is open, with its user.
+    #[must_use]
+    pub fn per_channel(&self) -> Vec<(QosUser, [OpCounts; OPS])> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.fold_gone();
+        let counts = |attached: &Attached| {
+            let mut sum = Default::default();
+            attached.counters.add_to(&mut sum);
+            (attached.user, std::array::from_fn(|op| sum[op].since(&attached.reset[op])))
+        };
+        inner.users.iter().map(counts).collect()
+    }
+
+    /// Returns the failures since the last reset, indexed by [`crate::FailureKind`] as usize.
+    #[must_use]
+    pub fn failures(&self) -> [u64; FAILURE_KINDS] {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let ever = inner.failures_ever();
+        std::array::from_fn(|kind| ever[kind].saturating_sub(inner.reset_failures[kind]))
+    }
+
+    /// Returns the first failure of one of the users, and the number of all failures, since the
+    /// last call that returned `Some`.
+    pub fn report_failures(&self) -> Option<(Failure, u64)> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let firsts: Vec<_> =
+            inner.users.iter().filter_map(|user| user.counters.first.take()).collect();
+        let first = inner.gone_first.take().or(firsts.first().copied())?;
+        let ever: u64 = inner.failures_ever().iter().sum();
+        // A failure may have been counted before the last report and stored after it.
+        let count = (ever - inner.reported).max(1);
+        inner.reported = ever;
+        Some((first, count))
+    }
+
+    /// Starts counting from zero.
+    pub fn reset(&self) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.reset = inner.ever();
+        inner.reset_failures = inner.failures_ever();
+        for attached in &mut inner.users {
+            attached.reset = Default::default();
+            attached.counters.add_to(&mut attached.reset);
+        }
+        inner.reset_extremes();
+    }
+
+    /// Forgets the shortest and the longest latencies.
+    pub fn reset_extremes(&self) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.reset_extremes();
+    }
+
+    /// Sets the failure counters to zero.
+    pub fn reset_failures(&self) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.reset_failures = inner.failures_ever();
+    }
+}
+
+impl Inner {
+    fn ever(&self) -> [OpCounts; OPS] {
+        self.users.iter().fold(self.gone, |mut sum, user| {
+            user.counters.add_to(&mut sum);
+            sum
+        })
+    }
+
+    fn failures_ever(&self) -> [u64; FAILURE_KINDS] {
+        self.users.iter().fold(self.gone_failures, |mut sum, user| {
+            user.counters.add_failures_to(&mut sum);
+            sum
+        })
+    }
+
+    fn latencies_ever(&self) -> Counts {
+        self.users.iter().fold(self.gone_latencies.clone(), |mut sum, user| {
+            user.counters.latencies.add_to(&mut sum);
+            sum
+        })
+    }
+
+    fn reset_extremes(&mut self) {
+        for gone in &mut self.gone {
+            (gone.min_ticks, gone.max_ticks) = (None, 0);
+        }
+        for counters in self.users.iter().flat_map(|user| &user.counters.ops) {
+            counters.min.store(u64::MAX, Ordering::Relaxed);
+            counters.max.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Moves the counts of users that have dropped their counters into `gone`.
+    fn fold_gone(&mut self) {
+        let Self { users, gone, gone_failures, gone_first, gone_latencies, .. } = self;
+        users.retain(|Attached { counters: user, .. }| {
+            let live = Arc::strong_count(user) > 1;
+            if !live {
+                user.add_to(gone);
+                user.add_failures_to(gone_failures);
+                user.latencies.add_to(gone_latencies);
+                *gone_first = gone_first.or_else(|| user.first.take());
+            }
+            live
+        });
+    }
+}
+
+impl Counters {
+    /// Counts one failed operation, which took `ticks`.
+    #[cold]
+    pub fn record_failure(&self, ticks: u64, failure: &Failure) {
+        let counters = &self.ops[failure.op as usize];
+        add(&counters.count, 1);
+        add(&counters.ticks, ticks);
+        add(&counters.errors, 1);
+        add(&self.failures[failure.kind as usize], 1);
+        self.first.leave(failure);
+    }
+
+    /// Counts `count` successful operations, at least one, with a total of `bytes` and `ticks`.
+    #[inline]
+    pub fn record_batch(&self, op: Op, count: u64, bytes: u64, ticks: u64) {
+        let counters = &self.ops[op as usize];
+        add(&counters.count, count);
+        add(&counters.ticks, ticks);
+        add(&counters.bytes, bytes);
+        let latency = if count == 1 { ticks } else { ticks / count.max(1) };
+        if latency < counters.min.load(Ordering::Relaxed)
+            || latency > counters.max.load(Ordering::Relaxed)
+            || self.latencies.is_enabled()
+        {
+            self.note(op, count, latency);
+        }
+    }
+
+    /// Counts a latency that is shorter or longer than all before, or that goes to the histogram.
+    #[cold]
+    #[inline(never)]
+    fn note(&self, op: Op, count: u64, latency: u64) {
+        let counters = &self.ops[op as usize];
+        if latency < counters.min.load(Ordering::Relaxed) {
+            counters.min.store(latency, Ordering::Relaxed);
+        }
+        if latency > counters.max.load(Ordering::Relaxed) {
+            counters.max.store(latency, Ordering::Relaxed);
+        }
+        self.latencies.record(op, count, latency);
+    }
+
+    fn add_to(&self, sum: &mut [OpCounts; OPS]) {
+        for (sum, counters) in sum.iter_mut().zip(&self.ops) {
+            let min = counters.min.load(Ordering::Relaxed);
+            sum.add(&OpCounts {
+                count: counters.count.load(Ordering::Relaxed),
+                bytes: counters.bytes.load(Ordering::Relaxed),
+                errors: counters.errors.load(Ordering::Relaxed),
+                ticks: counters.ticks.load(Ordering::Relaxed),
+                min_ticks: (min < u64::MAX).then_some(min),
+                max_ticks: counters.max.load(Ordering::Relaxed),
+            });
+        }
+    }
+
+    fn add_failures_to(&self, sum: &mut [u64; FAILURE_KINDS]) {
+        for (sum, count) in sum.iter_mut().zip(&self.failures) {
+            *sum += count.load(Ordering::Relaxed);
+        }
+    }
+}
+
+/// Relaxed suffices: each counter has one writer, and readers need no order among the counters.
+#[inline]
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::FailureKind;
+
+    #[test]
+    fn counts_outlive_their_user_and_a_reset() {
+        let stats = Stats::default();
+        let user = stats.attach(QosUser::new(1));
+        user.record_batch(Op::Read, 1, 4096, 10);
+        user.record_failure(30, &failure(0));
+        drop(user);
+        let user = stats.attach(QosUser::new(1));
+        user.record_batch(Op::Read, 1, 512, 5);
+        let read = stats.totals()[Op::Read as usize];
+        let (min_ticks, max_ticks) = (Some(5), 10);
+        let expected =
+            OpCounts { count: 3, bytes: 4608, errors: 1, ticks: 45, min_ticks, max_ticks };
+        assert_eq!(read, expected);
+        stats.reset();
+        assert_eq!(stats.totals()[Op::Read as usize], OpCounts::default());
+        user.record_batch(Op::Read, 1, 512, 7);
+        assert_eq!(stats.totals()[Op::Read as usize].count, 1);
+    }
+
+    #[test]
+    fn extremes_are_those_of_successful_operations_since_their_reset() {
+        let stats = Stats::default();
+        let (one, other) = (stats.attach(QosUser::new(1)), stats.attach(QosUser::new(2)));
+        let read = || {
+            let read = stats.totals()[Op::Read as usize];
+            (read.min_ticks, read.max_ticks)
+        };
+        assert_eq!(read(), (None, 0));
+        one.record_batch(Op::Read, 1, 512, 7);
+        other.record_batch(Op::Read, 4, 2048, 42);
+        one.record_failure(1000, &failure(0));
+        assert_eq!(read(), (Some(7), 10));
+        drop(other);
+        let _another = stats.attach(QosUser::new(2));
+        assert_eq!(read(), (Some(7), 10));
+        stats.reset_extremes();
+        assert_eq!(read(), (None, 0));
+        assert_eq!(stats.totals()[Op::Read as usize].count, 6, "the counts stay");
+        one.record_batch(Op::Read, 1, 512, 8);
+        assert_eq!(read(), (Some(8), 8));
+    }
+
+    #[test]
+    fn each_channel_has_counts_of_its_own() {
+        let stats = Stats::default();
+        let (one, other) = (stats.attach(QosUser::new(1)), stats.attach(QosUser::new(2)));
+        one.record_batch(Op::Write, 2, 1024, 20);
+        other.record_batch(Op::Write, 1, 512, 5);
+        stats.reset();
+        one.record_batch(Op::Write, 3, 1536, 9);
+        let counts = |per_channel: Vec<(QosUser, [OpCounts; OPS])>| -> Vec<(QosUser, u64)> {
+            per_channel
+                .into_iter()
+                .map(|(user, ops)| (user, ops[Op::Write as usize].count))
+                .collect()
+        };
+        assert_eq!(counts(stats.per_channel()), [(QosUser::new(1), 3), (QosUser::new(2), 0)]);
+        drop(one);
+        assert_eq!(counts(stats.per_channel()), [(QosUser::new(2), 0)]);
+        assert_eq!(stats.totals()[Op::Write as usize].count, 3);
+    }
+
+    fn failure(offset: u64) -> Failure {
+        let (kind, errno) = (FailureKind::Aio, libc::ENOSPC);
+        Failure { kind, op: Op::Read, offset: Some(offset), len: 4096, errno }
+    }
+
+    #[test]
+    fn failures_are_counted_by_kind_and_the_first_is_reported() {
+        let stats = Stats::default();
+        assert_eq!(stats.report_failures(), None);
+        let (one, other) = (stats.attach(QosUser::new(1)), stats.attach(QosUser::new(1)));
+        (1..4).for_each(|offset| other.record_failure(1, &failure(offset)));
+        one.record_failure(1, &Failure { kind: FailureKind::Failed, ..failure(9) });
+        assert_eq!(stats.failures(), [1, 3]);
+        let first = Failure { kind: FailureKind::Failed, ..failure(9) };
+        assert_eq!(stats.report_failures(), Some((first, 4)));
+        assert_eq!(stats.report_failures(), None);
+        // The failure of a user that is gone is still reported, and counted once.
+        other.record_failure(1, &failure(5));
+        drop(other);
+        let _another = stats.attach(QosUser::new(1));
+        assert_eq!(stats.report_failures(), Some((failure(5), 1)));
+        assert_eq!(stats.report_failures(), None);
+        assert_eq!(stats.failures(), [1, 4]);
+        // A reset clears the counters, and keeps failures that are not reported yet.
+        one.record_failure(1, &failure(6));
+        stats.reset_failures();
+        assert_eq!(stats.failures(), [0, 0]);
+        assert_eq!(
+            stats.totals()[Op::Read as usize].errors,
+            6,
+            "the operations' error counter is not reset"
+        );
+        assert_eq!(stats.report_failures(), Some((failure(6), 1)));
+        one.record_failure(1, &failure(7));
+        assert_eq!((stats.failures(), stats.totals()[Op::Read as usize].errors), ([0, 1], 7));
+        stats.reset();
+        assert_eq!((stats.failures(), stats.totals()[Op::Read as usize].errors), ([0, 0], 0));
+    }
+}
