@@ -283,7 +283,7 @@ impl BlkQueue {
         let (op, len) = (state.op, state.len);
         let ticks = now.saturating_sub(state.started_ticks);
         if status == Status::Ok {
-            open.counters.record_batch(op, 1, len, ticks);
+            open.counters.record(op, len, ticks);
         } else {
             open.count_failure((tag, op, len), ticks, status);
             request.count_error();

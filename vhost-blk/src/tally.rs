@@ -1,5 +1,7 @@
 //! Counts the I/Os that the shortcut has done in a visit.
 
+use std::num::NonZeroU64;
+
 use bdev::{Counters, Op};
 
 #[derive(Debug, Default)]
@@ -31,11 +33,11 @@ impl Tallies {
             (0, _) => ticks,
             (r, w) => ticks * w / (r + w),
         };
-        if reads.count > 0 {
-            counters.record_batch(Op::Read, reads.count, reads.bytes, ticks - of_writes);
+        if let Some(count) = NonZeroU64::new(reads.count) {
+            counters.record_batch(Op::Read, count, reads.bytes, ticks - of_writes);
         }
-        if writes.count > 0 {
-            counters.record_batch(Op::Write, writes.count, writes.bytes, of_writes);
+        if let Some(count) = NonZeroU64::new(writes.count) {
+            counters.record_batch(Op::Write, count, writes.bytes, of_writes);
         }
     }
 }

@@ -119,7 +119,10 @@ impl Stats {
         if inner.histogram.is_none() {
             inner.reset_latencies = inner.latencies_ever();
         }
-        inner.users.iter().for_each(|user| user.counters.latencies.enable(&options));
+        for user in &inner.users {
+            user.counters.latencies.enable(&options);
+            user.counters.change();
+        }
         inner.histogram = Some(options);
     }
 
@@ -229,9 +232,9 @@ mod tests {
         stats.enable_histogram(options(7, 2600, 312_000_000_000));
         let late = stats.attach(QosUser::new(2));
         for user in [&early, &late] {
-            user.record_batch(Op::Read, 1, 512, 1);
-            user.record_batch(Op::Write, 10, 5120, 30_000);
-            user.record_batch(Op::Read, 1, 512, u64::MAX);
+            user.record(Op::Read, 512, 1);
+            user.record_batch(Op::Write, 10.try_into().unwrap(), 5120, 30_000);
+            user.record(Op::Read, 512, u64::MAX - 1);
         }
         let shown = stats.latencies().unwrap();
         assert_eq!((shown.ranges(), shown.count()), ((5, 32), 24));
@@ -253,7 +256,7 @@ mod tests {
         let user = stats.attach(QosUser::new(1));
         stats.enable_histogram(options(7, 0, u64::MAX));
         for ticks in [5, 100, 3000] {
-            user.record_batch(Op::Read, 1, 512, ticks);
+            user.record(Op::Read, 512, ticks);
         }
         let shown = stats.latencies().unwrap();
         let counts = [0, 4, 5, 100, 2999, 3007, u64::MAX].map(|ticks| shown.count_up_to(ticks));
@@ -265,25 +268,25 @@ mod tests {
         let stats = Stats::default();
         let user = stats.attach(QosUser::new(1));
         let count = || stats.latencies().map(|latencies| latencies.count());
-        user.record_batch(Op::Read, 1, 512, 10);
+        user.record(Op::Read, 512, 10);
         assert_eq!(count(), None);
         let writes = HistogramOptions { ops: 1 << (Op::Write as u8), ..options(7, 0, 1 << 30) };
         stats.enable_histogram(writes.clone());
-        user.record_batch(Op::Read, 1, 512, 10);
-        user.record_batch(Op::Write, 1, 512, 10);
+        user.record(Op::Read, 512, 10);
+        user.record(Op::Write, 512, 10);
         assert_eq!(count(), Some(1));
         // Enabled once more: the counts stay. They outlive their user.
         stats.enable_histogram(options(7, 0, 1 << 30));
-        user.record_batch(Op::Read, 1, 512, 10);
+        user.record(Op::Read, 512, 10);
         drop(user);
         let user = stats.attach(QosUser::new(1));
         assert_eq!(count(), Some(2));
         // Enabled after it was disabled: from zero.
         stats.disable_histogram();
-        user.record_batch(Op::Read, 1, 512, 10);
+        user.record(Op::Read, 512, 10);
         stats.enable_histogram(writes);
         assert_eq!(count(), Some(0));
-        user.record_batch(Op::Write, 1, 512, 10);
+        user.record(Op::Write, 512, 10);
         assert_eq!(count(), Some(1));
     }
 }

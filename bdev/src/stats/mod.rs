@@ -1,6 +1,7 @@
 //! I/O counters of a device. Each user writes its own counters, and readers add them up.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::failure::{FAILURE_KINDS, Failure, FirstFailure};
@@ -58,6 +59,8 @@ pub struct Counters {
     failures: [AtomicU64; FAILURE_KINDS],
     first: FirstFailure,
     latencies: Recorder,
+    /// Incremented when the extremes are reset and when the histogram is enabled.
+    changes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -66,10 +69,13 @@ struct OpCounters {
     bytes: AtomicU64,
     errors: AtomicU64,
     ticks: AtomicU64,
-    /// The shortest and the longest latency since the last reset of them. A reset at the same time
-    /// as a new value may be lost.
+    /// The shortest and the longest latency since the last reset of them.
     min: AtomicU64,
     max: AtomicU64,
+    /// Latencies from `low` to `low` + `span` change neither extreme, and are in no histogram: they
+    /// are not looked at. With `u64::MAX` and 0, all that occur are.
+    low: AtomicU64,
+    span: AtomicU64,
 }
 
 impl Default for OpCounters {
@@ -81,7 +87,21 @@ impl Default for OpCounters {
             ticks: AtomicU64::new(0),
             min: AtomicU64::new(u64::MAX),
             max: AtomicU64::new(0),
+            low: AtomicU64::new(u64::MAX),
+            span: AtomicU64::new(0),
         }
+    }
+}
+
+impl OpCounters {
+    fn look_at_all(&self) {
+        self.low.store(u64::MAX, Ordering::Relaxed);
+        self.span.store(0, Ordering::Relaxed);
+    }
+
+    fn reset_extremes(&self) {
+        self.min.store(u64::MAX, Ordering::Relaxed);
+        self.max.store(0, Ordering::Relaxed);
     }
 }
 
@@ -239,9 +259,9 @@ impl Inner {
         for gone in &mut self.gone {
             (gone.min_ticks, gone.max_ticks) = (None, 0);
         }
-        for counters in self.users.iter().flat_map(|user| &user.counters.ops) {
-            counters.min.store(u64::MAX, Ordering::Relaxed);
-            counters.max.store(0, Ordering::Relaxed);
+        for user in &self.users {
+            user.counters.change();
+            user.counters.ops.iter().for_each(OpCounters::reset_extremes);
         }
     }
 
@@ -273,34 +293,55 @@ impl Counters {
         self.first.leave(failure);
     }
 
-    /// Counts `count` successful operations, at least one, with a total of `bytes` and `ticks`.
+    /// Counts a successful operation of `bytes` that took `ticks`.
     #[inline]
-    pub fn record_batch(&self, op: Op, count: u64, bytes: u64, ticks: u64) {
+    pub fn record(&self, op: Op, bytes: u64, ticks: u64) {
+        self.record_batch(op, NonZeroU64::MIN, bytes, ticks);
+    }
+
+    /// Counts `count` successful operations with a total of `bytes` and `ticks`.
+    #[inline]
+    pub fn record_batch(&self, op: Op, count: NonZeroU64, bytes: u64, ticks: u64) {
         let counters = &self.ops[op as usize];
-        add(&counters.count, count);
+        add(&counters.count, count.get());
         add(&counters.ticks, ticks);
         add(&counters.bytes, bytes);
-        let latency = if count == 1 { ticks } else { ticks / count.max(1) };
-        if latency < counters.min.load(Ordering::Relaxed)
-            || latency > counters.max.load(Ordering::Relaxed)
-            || self.latencies.is_enabled()
-        {
-            self.note(op, count, latency);
+        let latency = if count == NonZeroU64::MIN { ticks } else { ticks / count };
+        let above_low = latency.wrapping_sub(counters.low.load(Ordering::Relaxed));
+        if above_low > counters.span.load(Ordering::Relaxed) {
+            self.look_at(op, count.get(), latency);
         }
     }
 
-    /// Counts a latency that is shorter or longer than all before, or that goes to the histogram.
+    /// Counts a latency that changes the extremes or goes to the histogram.
     #[cold]
     #[inline(never)]
-    fn note(&self, op: Op, count: u64, latency: u64) {
+    fn look_at(&self, op: Op, count: u64, latency: u64) {
         let counters = &self.ops[op as usize];
-        if latency < counters.min.load(Ordering::Relaxed) {
-            counters.min.store(latency, Ordering::Relaxed);
+        let changes = self.changes.load(Ordering::Relaxed);
+        let min = counters.min.load(Ordering::Relaxed).min(latency);
+        let max = counters.max.load(Ordering::Relaxed).max(latency);
+        counters.min.store(min, Ordering::Relaxed);
+        counters.max.store(max, Ordering::Relaxed);
+        if self.latencies.is_enabled() {
+            return self.latencies.record(op, count, latency);
         }
-        if latency > counters.max.load(Ordering::Relaxed) {
-            counters.max.store(latency, Ordering::Relaxed);
+        counters.low.store(min, Ordering::Relaxed);
+        counters.span.store(max - min, Ordering::Relaxed);
+        // With the fence of `change`: either this sees the change, or the stores of `change` come
+        // after those above.
+        fence(Ordering::SeqCst);
+        if self.changes.load(Ordering::Relaxed) != changes {
+            counters.reset_extremes();
+            counters.look_at_all();
         }
-        self.latencies.record(op, count, latency);
+    }
+
+    /// Makes the user look at all latencies again, after a change of what it does with them.
+    fn change(&self) {
+        add(&self.changes, 1);
+        fence(Ordering::SeqCst);
+        self.ops.iter().for_each(OpCounters::look_at_all);
     }
 
     fn add_to(&self, sum: &mut [OpCounts; OPS]) {
@@ -339,11 +380,11 @@ mod tests {
     fn counts_outlive_their_user_and_a_reset() {
         let stats = Stats::default();
         let user = stats.attach(QosUser::new(1));
-        user.record_batch(Op::Read, 1, 4096, 10);
+        user.record(Op::Read, 4096, 10);
         user.record_failure(30, &failure(0));
         drop(user);
         let user = stats.attach(QosUser::new(1));
-        user.record_batch(Op::Read, 1, 512, 5);
+        user.record(Op::Read, 512, 5);
         let read = stats.totals()[Op::Read as usize];
         let (min_ticks, max_ticks) = (Some(5), 10);
         let expected =
@@ -351,7 +392,7 @@ mod tests {
         assert_eq!(read, expected);
         stats.reset();
         assert_eq!(stats.totals()[Op::Read as usize], OpCounts::default());
-        user.record_batch(Op::Read, 1, 512, 7);
+        user.record(Op::Read, 512, 7);
         assert_eq!(stats.totals()[Op::Read as usize].count, 1);
     }
 
@@ -364,8 +405,8 @@ mod tests {
             (read.min_ticks, read.max_ticks)
         };
         assert_eq!(read(), (None, 0));
-        one.record_batch(Op::Read, 1, 512, 7);
-        other.record_batch(Op::Read, 4, 2048, 42);
+        one.record(Op::Read, 512, 7);
+        other.record_batch(Op::Read, n(4), 2048, 42);
         one.record_failure(1000, &failure(0));
         assert_eq!(read(), (Some(7), 10));
         drop(other);
@@ -374,7 +415,7 @@ mod tests {
         stats.reset_extremes();
         assert_eq!(read(), (None, 0));
         assert_eq!(stats.totals()[Op::Read as usize].count, 6, "the counts stay");
-        one.record_batch(Op::Read, 1, 512, 8);
+        one.record(Op::Read, 512, 8);
         assert_eq!(read(), (Some(8), 8));
     }
 
@@ -382,10 +423,10 @@ mod tests {
     fn each_channel_has_counts_of_its_own() {
         let stats = Stats::default();
         let (one, other) = (stats.attach(QosUser::new(1)), stats.attach(QosUser::new(2)));
-        one.record_batch(Op::Write, 2, 1024, 20);
-        other.record_batch(Op::Write, 1, 512, 5);
+        one.record_batch(Op::Write, n(2), 1024, 20);
+        other.record(Op::Write, 512, 5);
         stats.reset();
-        one.record_batch(Op::Write, 3, 1536, 9);
+        one.record_batch(Op::Write, n(3), 1536, 9);
         let counts = |per_channel: Vec<(QosUser, [OpCounts; OPS])>| -> Vec<(QosUser, u64)> {
             per_channel
                 .into_iter()
@@ -396,6 +437,10 @@ mod tests {
         drop(one);
         assert_eq!(counts(stats.per_channel()), [(QosUser::new(2), 0)]);
         assert_eq!(stats.totals()[Op::Write as usize].count, 3);
+    }
+
+    fn n(count: u64) -> NonZeroU64 {
+        NonZeroU64::new(count).unwrap()
     }
 
     fn failure(offset: u64) -> Failure {
