@@ -302,22 +302,29 @@ impl Vhost {
 
     /// Like [`Vhost::spdk_rpc`], with something to read (`load_config`).
     pub(crate) fn spdk_rpc_with_input(&self, args: &[&str], input: &str) -> Result<String, String> {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let venv = std::env::var_os("VHOST_VENV").map(PathBuf::from);
-        let client = venv.unwrap_or_else(|| repository.join("target/venv")).join("bin/spdk-rpc");
-        let mut child = Command::new(&client)
-            .arg("-s")
-            .arg(self.rpc_socket())
+        let mut child = self
+            .spdk_client()
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|e| panic!("{}: {e}; ci/setup installs it", client.display()));
+            .unwrap_or_else(|e| panic!("spdk-rpc: {e}; ci/setup installs it"));
         child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
         let output = child.wait_with_output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+    }
+
+    /// SPDK's own client, which finds this project's plugin.
+    pub(crate) fn spdk_client(&self) -> Command {
+        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let venv = std::env::var_os("VHOST_VENV").map(PathBuf::from);
+        let venv = venv.unwrap_or_else(|| repository.join("target/venv"));
+        let mut client = Command::new(venv.join("bin/spdk-rpc"));
+        client.arg("-s").arg(self.rpc_socket());
+        client.env("PYTHONPATH", repository.join("clients")).env("PYTHONDONTWRITEBYTECODE", "1");
+        client
     }
 
     /// Sends it a signal.
