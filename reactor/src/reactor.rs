@@ -82,6 +82,8 @@ pub struct ReactorInfo {
     pub sleeps: u64,
     /// Whether it is in interrupt mode, or asleep at the moment.
     pub in_interrupt: bool,
+    /// Whether it is asleep at the moment.
+    pub asleep: bool,
     /// Number of queues that it polls.
     pub queues: usize,
 }
@@ -304,6 +306,7 @@ impl<E: Send + 'static> Reactor<E> {
     /// A snapshot of the counters. The caller fills in `queues`.
     #[must_use]
     pub fn info(&self) -> ReactorInfo {
+        let asleep = self.asleep.load(Ordering::Relaxed);
         ReactorInfo {
             core: self.core,
             tid: self.tid.load(Ordering::Relaxed),
@@ -311,8 +314,8 @@ impl<E: Send + 'static> Reactor<E> {
             idle_ticks: self.idle_ticks.load(Ordering::Relaxed),
             iterations: self.iterations.load(Ordering::Relaxed),
             sleeps: self.sleeps.load(Ordering::Relaxed),
-            in_interrupt: self.mode == Mode::Sleep { after_us: 0 }
-                || self.asleep.load(Ordering::Relaxed),
+            in_interrupt: self.mode == Mode::Sleep { after_us: 0 } || asleep,
+            asleep,
             queues: 0,
         }
     }

@@ -1,5 +1,6 @@
 //! The server: accepts clients on a Unix socket.
 
+use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -39,7 +40,20 @@ impl Server {
     /// # Errors
     /// See [`BindError`], in particular [`BindError::InUse`].
     pub fn bind(path: impl AsRef<Path>, registry: Rc<Registry>) -> Result<Self, BindError> {
-        let (socket, listener) = SocketFile::listen(path.as_ref())?;
+        Self::bind_with(path, registry, |_| Ok(()))
+    }
+
+    /// As [`Server::bind`]. Calls `on_bound` with the path when the socket's file exists and no
+    /// client can connect yet, for example to change the file's mode. An error removes the file.
+    ///
+    /// # Errors
+    /// As [`Server::bind`], and [`BindError::File`] with the error of `on_bound`.
+    pub fn bind_with(
+        path: impl AsRef<Path>,
+        registry: Rc<Registry>,
+        on_bound: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<Self, BindError> {
+        let (socket, listener) = SocketFile::listen(path.as_ref(), on_bound)?;
         let (mode, modes) = watch::channel(Mode::Serving);
         let accept = spawn_local(accept(listener, registry, modes));
         Ok(Self { mode, accept, socket })

@@ -32,6 +32,9 @@ pub enum BindError {
     /// The socket cannot be created.
     #[error("cannot listen on RPC socket {0}: {1}")]
     Listen(PathBuf, #[source] io::Error),
+    /// The caller refused the file. The socket is removed.
+    #[error("RPC socket {0}: {1}")]
+    File(PathBuf, #[source] io::Error),
 }
 
 /// The file of a listening socket. Dropping it removes the socket and its lock file.
@@ -41,8 +44,12 @@ pub(crate) struct SocketFile {
 }
 
 impl SocketFile {
-    /// Locks `<path>.lock`, removes the socket of an earlier process at `path`, and listens.
-    pub(crate) fn listen(path: &Path) -> Result<(Self, Listener), BindError> {
+    /// Locks `<path>.lock`, removes the socket of an earlier process at `path`, binds a new one,
+    /// calls `on_bound`, and listens.
+    pub(crate) fn listen(
+        path: &Path,
+        on_bound: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<(Self, Listener), BindError> {
         let length = path.as_os_str().len();
         if length > PATH_MAX {
             return Err(BindError::PathTooLong { path: path.into(), length });
@@ -51,9 +58,12 @@ impl SocketFile {
         // This process holds the lock, so the owner of an existing socket has exited. If the file
         // cannot be removed, `bind` reports an error.
         let _ = fs::remove_file(path);
-        let listener =
-            Listener::bind(path).map_err(|error| BindError::Listen(path.into(), error))?;
-        Ok((Self { path: path.into(), _lock: lock }, listener))
+        let failed = |error| BindError::Listen(path.into(), error);
+        let bound = Listener::bind(path).map_err(failed)?;
+        // Removes the file on an error.
+        let file = Self { path: path.into(), _lock: lock };
+        on_bound(path).map_err(|error| BindError::File(path.into(), error))?;
+        Ok((file, Listener::listen(bound).map_err(failed)?))
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -155,9 +155,15 @@ fn watched(fd: ForeignFd, interest: Interest) -> io::Result<AsyncFd<ForeignFd>> 
 pub(crate) struct Listener(AsyncFd<ForeignFd>);
 
 impl Listener {
-    pub(crate) fn bind(path: &Path) -> io::Result<Self> {
+    /// Creates the socket's file. Clients cannot connect yet.
+    pub(crate) fn bind(path: &Path) -> io::Result<OwnedFd> {
         let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)?;
         bind(&fd, &SocketAddrUnix::new(path)?)?;
+        Ok(fd)
+    }
+
+    /// Listens on a socket of [`Listener::bind`].
+    pub(crate) fn listen(fd: OwnedFd) -> io::Result<Self> {
         listen(&fd, BACKLOG)?;
         let account = Account::operator("the RPC socket", ());
         watched(ForeignFd::new(fd, &account), Interest::READABLE).map(Self)

@@ -9,8 +9,8 @@
 //! * [`accept`] returns one end of a socket pair, to whose other end `front_ends` writes whole
 //!   messages;
 //! * [`recvmsg`] reads such a message and takes its fds from the connection's [`Inbox`];
-//! * [`listen`] keeps a duplicate of each listening socket, as the socket's last close also closes
-//!   the connections in its backlog;
+//! * [`listen`] calls the application before front ends can connect, and keeps a duplicate of each
+//!   listening socket, as the socket's last close also closes the connections in its backlog;
 //! * [`unlink`] keeps a socket file that another process has put at the path of this program's.
 //!
 //! This also makes the program independent of the place where a DPDK release stores fds in its
@@ -20,12 +20,20 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int};
+use std::fs;
+use std::io;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use closer::ForeignFd;
 
 use crate::front_ends::{self, Accepted, Inbox};
+use crate::socket::bound_path;
+
+/// A function that is called with the path of a socket when its file exists, and before a front end
+/// can connect. An error removes the file.
+pub type OnBound = Arc<dyn Fn(&Path) -> io::Result<()> + Send + Sync>;
 
 thread_local! {
     /// The inboxes of rte_vhost's sockets, by fd, on its event thread. Those of ended connections
@@ -35,10 +43,10 @@ thread_local! {
     static RECEIVED: RefCell<Vec<ForeignFd>> = const { RefCell::new(Vec::new()) };
     /// The connection that this thread has accepted last, until [`accepted`] takes it.
     static ACCEPTED: RefCell<Option<Accepted>> = const { RefCell::new(None) };
-    /// Whether `listen` on this thread keeps a duplicate of its socket.
-    static KEEPS_LISTENER: Cell<bool> = const { Cell::new(false) };
-    /// The duplicate that `listen` has kept.
-    static LISTENER: RefCell<Option<OwnedFd>> = const { RefCell::new(None) };
+    /// What the next `listen` on this thread calls. It then keeps a duplicate of its socket.
+    static ON_BOUND: RefCell<Option<OnBound>> = const { RefCell::new(None) };
+    /// The duplicate that `listen` has kept, or why the socket must not be used.
+    static LISTENER: RefCell<Option<io::Result<OwnedFd>>> = const { RefCell::new(None) };
     /// Whether `unlink` on this thread keeps the file.
     static KEEPS_FILES: Cell<bool> = const { Cell::new(false) };
 }
@@ -48,12 +56,27 @@ pub(crate) fn accepted() -> Option<Accepted> {
     ACCEPTED.take()
 }
 
-/// Runs `f`. Also returns a duplicate of the socket on which `f` has called `listen`.
-pub(crate) fn keeping_listener<R>(f: impl FnOnce() -> R) -> (R, Option<OwnedFd>) {
-    KEEPS_LISTENER.set(true);
+/// Runs `f`. Also returns a duplicate of the socket on which `f` has called `listen`. On an error,
+/// among them that of `on_bound`, the socket's file is removed, so that no front end finds it, but
+/// the socket is open.
+pub(crate) fn keeping_listener<R>(
+    on_bound: &OnBound,
+    f: impl FnOnce() -> R,
+) -> (R, Option<io::Result<OwnedFd>>) {
+    ON_BOUND.set(Some(Arc::clone(on_bound)));
     let result = f();
-    KEEPS_LISTENER.set(false);
+    ON_BOUND.take();
     (result, LISTENER.take())
+}
+
+/// What [`listen`] does before the system call.
+fn keep_listener(socket: BorrowedFd<'_>, on_bound: &OnBound) -> io::Result<OwnedFd> {
+    let path = bound_path(socket).ok_or(io::ErrorKind::AddrNotAvailable)?;
+    let kept = on_bound(&path).and_then(|()| socket.try_clone_to_owned());
+    if kept.is_err() {
+        let _ = fs::remove_file(&path);
+    }
+    kept
 }
 
 /// Drops the fds that no handler has taken.
@@ -123,14 +146,14 @@ pub(crate) unsafe extern "C" fn recvmsg(
 /// As libc's.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn listen(socket: c_int, backlog: c_int) -> c_int {
+    if let Some(on_bound) = ON_BOUND.take() {
+        // SAFETY: the caller keeps its socket open during the call.
+        let listener = unsafe { BorrowedFd::borrow_raw(socket) };
+        LISTENER.set(Some(keep_listener(listener, &on_bound)));
+    }
     // SAFETY: passes on the caller's arguments unchanged; the caller guarantees that they are
     // valid.
     let result = unsafe { libc::syscall(libc::SYS_listen, socket, backlog) };
-    if result == 0 && KEEPS_LISTENER.get() {
-        // SAFETY: the caller keeps its socket open during the call.
-        let listener = unsafe { BorrowedFd::borrow_raw(socket) };
-        LISTENER.set(listener.try_clone_to_owned().ok());
-    }
     c_int::try_from(result).unwrap_or(-1)
 }
 

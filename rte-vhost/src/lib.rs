@@ -32,4 +32,5 @@ mod shared;
 mod socket;
 pub mod transport;
 
+pub use interpose::OnBound;
 pub use transport::DpdkTransport;

@@ -17,6 +17,7 @@
 #![expect(unsafe_code, reason = "calls rte_vhost")]
 
 use std::ffi::{CStr, CString, c_int};
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -34,6 +35,7 @@ use tracing::warn;
 use vhost_target::{OnStart, Target, Transport, protocol};
 
 use crate::callbacks::{self, DEVICE_OPS};
+use crate::interpose::OnBound;
 use crate::shared::{self, shared};
 use crate::{event_thread, front_ends, interpose, log, self_test};
 
@@ -47,16 +49,31 @@ const BASE_BYTES_MAX: usize = 80;
 pub struct DpdkTransport {
     /// The file of the anchor's socket, which is removed from its directory.
     anchor: File,
+    on_bound: Bound,
+}
+
+/// [`OnBound`], with the [`fmt::Debug`] that functions do not have.
+struct Bound(OnBound);
+
+impl fmt::Debug for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnBound")
+    }
 }
 
 impl DpdkTransport {
     /// Opens the anchor in `dir`, removes `dir`, and tests whether rte_vhost allows deferred
     /// replies. EAL must be started. Each thread that serves front ends calls `on_thread` when it
-    /// starts.
+    /// starts. [`Transport::listen`] calls `on_bound`, and passes on its error.
     ///
     /// # Errors
     /// The socket cannot be created in `dir`, or rte_vhost refuses it.
-    pub fn start(target: &Arc<Target>, dir: TempDir, on_thread: OnStart) -> io::Result<Self> {
+    pub fn start(
+        target: &Arc<Target>,
+        dir: TempDir,
+        on_thread: OnStart,
+        on_bound: OnBound,
+    ) -> io::Result<Self> {
         let path = dir.path().join(ANCHOR);
         front_ends::start(Arc::clone(&on_thread))?;
         shared::begin(target, &path, on_thread)?;
@@ -80,7 +97,7 @@ impl DpdkTransport {
         // The file is removed here, so that a killed process leaves no file behind.
         let anchor = File::options().read(true).custom_flags(libc::O_PATH).open(&path)?;
         dir.close()?;
-        Ok(Self { anchor })
+        Ok(Self { anchor, on_bound: Bound(on_bound) })
     }
 
     /// In releases that use poll(), makes the event thread read its list of sockets again.
@@ -99,7 +116,7 @@ impl Transport for DpdkTransport {
             return Err(io::Error::new(io::ErrorKind::NotADirectory, what));
         }
         remove_stale_socket(path)?;
-        register(path, features, account)?;
+        register(path, features, account, &self.on_bound.0)?;
         self.wake_event_thread();
         Ok(())
     }
@@ -142,26 +159,30 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// that thread under the sandbox, which forbids writing the thread's `comm` file in /proc. A new
 /// thread inherits the name of the thread that starts it, so a thread of that name does it.
 fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
+    let unchanged: OnBound = Arc::new(|_| Ok(()));
     thread::scope(|scope| {
         let starter = thread::Builder::new().name(event_thread::NAME.into());
-        let registered = starter.spawn_scoped(scope, || register(socket, 0, account))?.join();
+        let register = || register(socket, 0, account, &unchanged);
+        let registered = starter.spawn_scoped(scope, register)?.join();
         registered.unwrap_or_else(|payload| panic::resume_unwind(payload))
     })
 }
 
 /// Registers a socket, and starts to listen.
-fn register(socket: &Path, features: u64, account: &Account) -> io::Result<()> {
+fn register(socket: &Path, features: u64, account: &Account, on_bound: &OnBound) -> io::Result<()> {
     let c_path = c_path(socket)?;
     let (registered, listener) =
-        interpose::keeping_listener(|| register_with_rte_vhost(&c_path, features));
-    let listener = listener.map(|listener| ForeignFd::new(listener, account));
+        interpose::keeping_listener(on_bound, || register_with_rte_vhost(&c_path, features));
     registered?;
-    let Some(listener) = listener else {
-        // SAFETY: the string outlives the call.
-        unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
-        return Err(io::Error::other("cannot duplicate the listening socket: too many open files"));
-    };
-    shared().listeners.add(socket, listener, account.clone());
+    let listener = listener.unwrap_or_else(|| Err(io::Error::other("rte_vhost does not listen")));
+    let listener = listener.inspect_err(|_| {
+        // The file is removed already, and another process may have put its own there.
+        interpose::keeping_files(|| {
+            // SAFETY: the string outlives the call.
+            unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
+        });
+    })?;
+    shared().listeners.add(socket, ForeignFd::new(listener, account), account.clone());
     Ok(())
 }
 

@@ -18,9 +18,13 @@ pub(crate) fn no_new_privileges() -> std::io::Result<()> {
 }
 
 /// The capabilities that the main process keeps if it has them: it creates sockets in directories
-/// of other users. Landlock restricts the directories.
-pub(crate) fn of_process() -> Vec<Capability> {
-    [vec![Capability::CAP_DAC_OVERRIDE], of_workers()].concat()
+/// of other users. Landlock restricts the directories. `gives_away`: the sockets get another owner.
+pub(crate) fn of_process(gives_away: bool) -> Vec<Capability> {
+    let mut kept = vec![Capability::CAP_DAC_OVERRIDE];
+    if gives_away {
+        kept.push(Capability::CAP_CHOWN);
+    }
+    [kept, of_workers()].concat()
 }
 
 /// The capabilities that workers keep: they create io_urings and open no files.

@@ -16,6 +16,8 @@ use seccompiler::{
 
 mod calls;
 
+use crate::SocketAccess;
+use calls::Check::IsNot;
 use calls::{Call, Check};
 
 /// The compiled filters. Compiling allocates and can fail, so it happens once, at startup.
@@ -37,10 +39,21 @@ impl Programs {
     ///
     /// # Errors
     /// seccompiler does not support this processor.
-    pub(crate) fn compile() -> Result<Self, BackendError> {
-        let process = allow(&[calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL])?;
+    pub(crate) fn compile(access: &SocketAccess) -> Result<Self, BackendError> {
+        let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL];
+        let mut process = vec![no_clone3()?, kill(calls::KILL)?];
+        match access_calls(access) {
+            needed if needed.is_empty() => process.push(allow(&lists)?),
+            needed => {
+                let any: Vec<Call> = needed.iter().map(|(number, _)| (*number, &[][..])).collect();
+                process.push(allow(&[&lists[..], &[&any]].concat())?);
+                let other: Vec<Call> =
+                    needed.iter().map(|(number, checks)| (*number, &checks[..])).collect();
+                process.push(refuse(&other, EPERM)?);
+            }
+        }
         Ok(Self {
-            process: vec![no_clone3()?, kill(calls::KILL)?, process],
+            process,
             no_code: refuse(calls::NEW_CODE, EPERM)?,
             worker: refuse(calls::NOT_FOR_WORKERS, EPERM)?,
             reactor: allow(&[calls::LIBC, calls::REACTOR])?,
@@ -57,6 +70,22 @@ pub(crate) fn of_opener() -> Result<Vec<BpfProgram>, BackendError> {
     Ok(vec![no_clone3()?, kill(calls::KILL)?, refuse(calls::NEW_CODE, EPERM)?, opener])
 }
 
+/// The calls, as rustix makes them, that give sockets this mode and owner, each with the checks of
+/// a call that gives a file another mode or owner.
+fn access_calls(access: &SocketAccess) -> Vec<(i64, Vec<Check>)> {
+    let SocketAccess { mode, owner, group } = *access;
+    let mut calls = vec![];
+    if let Some(mode) = mode {
+        calls.push((libc::SYS_fchmodat, vec![IsNot(2, mode)]));
+    }
+    if owner.or(group).is_some() {
+        // The kernel takes this number for an owner or group that stays.
+        let id = |id: Option<u32>| id.unwrap_or(u32::MAX);
+        calls.push((libc::SYS_fchownat, vec![IsNot(2, id(owner)), IsNot(3, id(group))]));
+    }
+    calls
+}
+
 fn no_clone3() -> Result<BpfProgram, BackendError> {
     refuse(&[calls::CLONE3], ENOSYS)
 }
@@ -69,7 +98,7 @@ fn allow(lists: &[&[Call]]) -> Result<BpfProgram, BackendError> {
     program(calls, SeccompAction::Errno(EPERM), SeccompAction::Allow)
 }
 
-fn refuse(calls: &[Call], errno: u32) -> Result<BpfProgram, BackendError> {
+fn refuse(calls: &[Call<'_>], errno: u32) -> Result<BpfProgram, BackendError> {
     program(calls.iter(), SeccompAction::Allow, SeccompAction::Errno(errno))
 }
 
@@ -79,7 +108,7 @@ fn kill(calls: &[Call]) -> Result<BpfProgram, BackendError> {
 
 /// A filter with the action `on_match` for `calls`, and `on_mismatch` for all other calls.
 fn program<'a>(
-    calls: impl Iterator<Item = &'a Call>,
+    calls: impl Iterator<Item = &'a Call<'a>>,
     on_mismatch: SeccompAction,
     on_match: SeccompAction,
 ) -> Result<BpfProgram, BackendError> {
@@ -97,6 +126,7 @@ fn program<'a>(
 fn rule(check: Check) -> Result<SeccompRule, BackendError> {
     let (argument, operator, value) = match check {
         Check::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
+        Check::IsNot(argument, value) => (argument, SeccompCmpOp::Ne, value),
         Check::Masked(argument, mask, value) => {
             (argument, SeccompCmpOp::MaskedEq(mask.into()), value)
         }

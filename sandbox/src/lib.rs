@@ -22,6 +22,9 @@
 //!   calls.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
+//! - The mode, owner and group of a file can be changed only if [`Needs::socket_access`] requires
+//!   it, and then only to those of [`SocketAccess`]. Landlock does not restrict such changes. For
+//!   another owner, CAP_CHOWN is kept: an attacker can then give files of any user to that owner.
 //! - An io_uring needs CAP_IPC_LOCK, without which its memory counts against RLIMIT_MEMLOCK, and
 //!   CAP_SYS_ADMIN if `kernel.io_uring_disabled` is 1. CAP_SYS_ADMIN is kept only if the setting is
 //!   1 when the process starts. Workers create the rings of disks and of calls to guests.
@@ -74,6 +77,20 @@ pub struct Needs {
     pub reads_in: Vec<PathBuf>,
     /// Directories of disks; if empty, disks may be in any directory.
     pub disk_dirs: Vec<PathBuf>,
+    /// What the process changes of the files of its sockets.
+    pub socket_access: SocketAccess,
+}
+
+/// The mode and owner that a process gives to the files of its sockets. `None` leaves an attribute
+/// as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The permission bits.
+    pub mode: Option<u32>,
+    /// The user id of the owner.
+    pub owner: Option<u32>,
+    /// The group id.
+    pub group: Option<u32>,
 }
 
 /// Kinds of threads that have restrictions besides those of the process.
@@ -178,12 +195,13 @@ impl Sandbox {
 /// On an error, no restriction is in effect.
 pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
-    let programs = Programs::compile().map_err(Error::Filters)?;
+    let access = &needs.socket_access;
+    let programs = Programs::compile(access).map_err(Error::Filters)?;
     let (opener, pid) = opener::fork(&needs.disk_dirs)?;
     let of_workers = capabilities::of_workers();
     let mut sandbox = Sandbox { opener, of_workers, ..Sandbox::none() };
     sandbox.note("no new privileges", capabilities::no_new_privileges());
-    match capabilities::keep(&capabilities::of_process()) {
+    match capabilities::keep(&capabilities::of_process(access.owner.is_some())) {
         Ok(kept) if kept.is_empty() => sandbox.in_effect.push("no capabilities".into()),
         Ok(kept) => {
             let names: Vec<String> = kept.iter().map(ToString::to_string).collect();

@@ -19,12 +19,16 @@ use vhost_target::Mode;
 use vhost_target::session::DRAIN_LIMIT_S;
 
 mod cores;
+mod tpoints;
 mod values;
 
 use cores::parse_lcores;
 pub(crate) use cores::{Lcore, parse_cores};
+pub(crate) use tpoints::TPOINT_GROUPS;
+use tpoints::is_group_list;
 use values::{
-    log_flag, mem_size, number, pci_address, positive, positive_decimal, shm_id, trace_entries,
+    log_flag, mem_size, mode, number, pci_address, positive, positive_decimal, shm_id,
+    trace_entries,
 };
 
 /// The SPDK release whose command line, RPCs and sockets this program implements.
@@ -44,6 +48,12 @@ pub(crate) struct Options {
     pub(crate) pid_file: Option<PathBuf>,
     /// Directory of the vhost sockets (`-S`); `None` is the working directory.
     pub(crate) socket_dir: Option<PathBuf>,
+    /// Permission bits of the vhost sockets and of the RPC socket.
+    pub(crate) socket_mode: Option<u32>,
+    /// Name or id of the user that owns these sockets.
+    pub(crate) socket_owner: Option<String>,
+    /// Name or id of the group that owns these sockets.
+    pub(crate) socket_group: Option<String>,
     /// Configuration to load at startup (`-c`).
     pub(crate) config: Option<PathBuf>,
     /// Continue after configuration entries that fail.
@@ -153,6 +163,7 @@ impl Options {
 }
 
 /// Serve block devices to virtual machines over vhost-user sockets
+// `vhost-app/examples/manual.rs` writes the manual from it.
 #[derive(Debug, Parser)]
 #[command(
     name = "vhost",
@@ -165,13 +176,24 @@ impl Options {
     version = VERSION,
     help_template = "{about}\n\nUsage: {usage}\n\n{options}\n"
 )]
-struct Args {
+pub(crate) struct Args {
     /// Write the process id to this file.
     #[arg(short = 'f', value_name = "PATH", allow_hyphen_values = true)]
     pid_file: Option<String>,
     /// Create the vhost-user sockets in this directory [default: the working directory].
     #[arg(short = 'S', value_name = "DIR", allow_hyphen_values = true)]
     socket_dir: Option<String>,
+    /// Give the vhost-user sockets and the RPC socket these permissions [default: by the umask] (not
+    /// in SPDK).
+    #[arg(long, value_name = "OCTAL", value_parser = mode, allow_hyphen_values = true)]
+    socket_mode: Option<u32>,
+    /// Give these sockets to this user; needs CAP_CHOWN (not in SPDK).
+    #[arg(long, value_name = "USER|UID")]
+    socket_owner: Option<String>,
+    /// Give these sockets to this group; unless started as root, vhost must be a member (not in
+    /// SPDK).
+    #[arg(long, value_name = "GROUP|GID")]
+    socket_group: Option<String>,
     /// Load this JSON configuration at startup; --json is an alias.
     #[arg(short, long, alias = "json", value_name = "FILE", allow_hyphen_values = true)]
     config: Option<String>,
@@ -292,7 +314,7 @@ struct Args {
     /// Accepted, no effect: VFIO VF token.
     #[arg(long, value_name = "UUID", allow_hyphen_values = true)]
     vfio_vf_token: Option<String>,
-    /// Accepted, no effect: trace point groups.
+    /// Checked, no effect: trace point groups, such as bdev,sock:0x3.
     #[arg(short = 'e', long, value_name = "GROUPS", allow_hyphen_values = true)]
     tpoint_group: Option<String>,
     /// Accepted, no effect: trace entries per core, a power of two or 0.
@@ -326,6 +348,9 @@ impl Args {
             positional: self.positional,
             pid_file: self.pid_file.map(PathBuf::from),
             socket_dir: self.socket_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from),
+            socket_mode: self.socket_mode,
+            socket_owner: self.socket_owner,
+            socket_group: self.socket_group,
             config: self.config.map(PathBuf::from),
             ignore_config_errors: self.json_ignore_init_errors,
             rpc_socket: (!self.no_rpc_server).then(|| self.rpc_socket.into()),
@@ -354,6 +379,11 @@ impl Args {
         }
         if self.no_rpc_server && self.wait_for_rpc {
             return Err(Exit::failed("--wait-for-rpc cannot be used with --no-rpc-server"));
+        }
+        if let Some(groups) = self.tpoint_group.as_deref().filter(|groups| !is_group_list(groups)) {
+            return Err(Exit::failed(format!(
+                "unknown trace point group in --tpoint-group {groups}"
+            )));
         }
         if self.no_sandbox && !self.disk_dir.is_empty() {
             return Err(Exit::failed("--disk-dir cannot be used with --no-sandbox"));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bdev::Bdev;
 use closer::Stuck;
-use rte_vhost::DpdkTransport;
+use rte_vhost::{DpdkTransport, OnBound};
 use sandbox::{Sandbox, Thread};
 use tempfile::TempDir;
 use tokio::net::unix::pipe;
@@ -54,6 +54,14 @@ pub(crate) struct Control {
     socket_dir: PathBuf,
 }
 
+/// Where and how the controllers' sockets are created.
+pub(crate) struct Sockets {
+    /// See [`socket_dir`].
+    pub(crate) dir: PathBuf,
+    /// Called before front ends can connect to a socket.
+    pub(crate) on_bound: OnBound,
+}
+
 /// How to delete a controller that front ends use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DeleteOptions {
@@ -72,11 +80,12 @@ enum Wait {
 
 impl Control {
     /// Starts the reactors, and the transport after `eal` has returned. The transport uses and
-    /// removes `private_dir`. Blocks. `sandbox` restricts the threads.
+    /// removes `private_dir`. Blocks. `sandbox` restricts the threads. The controllers' sockets are
+    /// created in `sockets`.
     pub(crate) fn start(
         cores: &[usize],
         mode: Mode,
-        socket_dir: PathBuf,
+        sockets: Sockets,
         sandbox: &Sandbox,
         private_dir: TempDir,
         eal: impl FnOnce() -> Result<(), EalError>,
@@ -91,10 +100,10 @@ impl Control {
         eal()?;
         let of_front_ends = sandbox.clone();
         let on_thread = Arc::new(move || of_front_ends.narrow(Thread::Worker));
-        let transport =
-            DpdkTransport::start(&target, private_dir, on_thread).map_err(StartError::Transport)?;
+        let transport = DpdkTransport::start(&target, private_dir, on_thread, sockets.on_bound)
+            .map_err(StartError::Transport)?;
         let dpdk = DpdkThread::start(transport).map_err(StartError::DpdkThread)?;
-        Ok(Self { target, dpdk, changed, socket_dir })
+        Ok(Self { target, dpdk, changed, socket_dir: sockets.dir })
     }
 
     /// The target, for calls that do not block.

@@ -13,7 +13,8 @@
 //!
 //! So the default print level, INFO, shows errors, warnings and notices, and INFO lines of the
 //! flags given with `-L`, as in SPDK. A line goes to stderr if the *print level* allows it, and to
-//! syslog if the *log level* allows it. The log thread writes both.
+//! syslog if the *log level* allows it. The log thread writes both. If stderr is systemd's journal, a
+//! line goes there once, on stderr, with the priority that it has in syslog and without a time.
 #![expect(unsafe_code, reason = "local time and syslog exist in libc only")]
 
 use std::ffi::CString;
@@ -31,6 +32,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
 mod flags;
+mod journal;
 mod writer;
 
 use flags::FLAGS;
@@ -133,11 +135,21 @@ impl Log {
             return Err(io::Error::other("the log is already installed"));
         }
         let (print, log) = (self.clone(), self.clone());
+        let in_journal = journal::is_stderr();
+        if in_journal {
+            self.set_timestamps(false);
+        }
         let layer = Lines {
             log: self.clone(),
-            print: Box::new(move |line| print.write(Entry::Print(line.to_owned()))),
+            print: Box::new(move |level, line| {
+                let priority = level.syslog_priority();
+                let line = if in_journal { format!("<{priority}>{line}") } else { line.to_owned() };
+                print.write(Entry::Print(line));
+            }),
             syslog: Box::new(move |(level, line)| {
-                log.write(Entry::Syslog(level.syslog_priority(), line));
+                if !in_journal || level > log.print_level() {
+                    log.write(Entry::Syslog(level.syslog_priority(), line));
+                }
             }),
         };
         tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))
@@ -221,12 +233,13 @@ fn halves(bits: u128) -> [u64; 2] {
     [bits, bits >> 64].map(|half| (half & u128::from(u64::MAX)).try_into().unwrap_or(0))
 }
 
+type Print = Box<dyn Fn(Level, &str) + Send + Sync>;
 type Sink<T> = Box<dyn Fn(T) + Send + Sync>;
 
 /// Turns events into lines.
 struct Lines {
     log: Log,
-    print: Box<dyn Fn(&str) + Send + Sync>,
+    print: Print,
     syslog: Sink<(Level, String)>,
 }
 
@@ -257,7 +270,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         event.record(&mut Text(&mut line));
         line.push('\n');
         if level <= self.log.print_level() {
-            (self.print)(&line);
+            (self.print)(level, &line);
         }
         if level <= self.log.log_level() {
             (self.syslog)((level, line[time_len..].trim_end().to_owned()));
@@ -344,7 +357,7 @@ mod tests {
         let (print, syslog) = (Arc::clone(&printed), Arc::clone(&logged));
         let layer = Lines {
             log: log.clone(),
-            print: Box::new(move |line| print.lock().unwrap().push(line.to_owned())),
+            print: Box::new(move |_, line| print.lock().unwrap().push(line.to_owned())),
             syslog: Box::new(move |(_, line)| syslog.lock().unwrap().push(line)),
         };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), body);

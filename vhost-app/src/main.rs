@@ -13,19 +13,22 @@ mod io_errors;
 mod lived;
 mod logging;
 mod methods;
+mod notify;
 mod prepare;
 mod process;
+mod socket_access;
 
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rpc::{Phase, Registry, Server};
 use rte_vhost::eal::{self, EalInfo, EalOptions, EalStart};
-use sandbox::{Sandbox, Thread};
+use sandbox::{Sandbox, SocketAccess, Thread};
 use tempfile::TempDir;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
@@ -34,9 +37,10 @@ use vhost_target::Mode;
 
 use cli::Options;
 use config_file::ConfigFile;
-use control::Control;
+use control::{Control, Sockets};
 use io_errors::IoErrors;
 use methods::{App, Startup};
+use notify::Notifier;
 use prepare::Prepared;
 
 /// Limit on the shutdown of the target, in case a thread is blocked. [`Control::shut_down`] itself
@@ -74,10 +78,11 @@ fn main() {
             std::process::exit(exit.code.into());
         }
     };
+    let notifier = Notifier::from_environment();
     let prepared = Prepared::new(&options);
     let log = logging::Log::new();
     let code = match start_log(&log, &options) {
-        Ok(()) => run(&options, prepared, &log),
+        Ok(()) => run(&options, prepared, notifier, &log),
         Err(e) => {
             let _ = writeln!(io::stderr(), "cannot start the log: {e}");
             1
@@ -104,8 +109,8 @@ fn start_log(log: &logging::Log, options: &Options) -> io::Result<()> {
 }
 
 /// Runs from the start of the log to the exit. Returns only if the process cannot start.
-fn run(options: &Options, prepared: Prepared, log: &logging::Log) -> Failure {
-    match start(options, prepared, log) {
+fn run(options: &Options, prepared: Prepared, notifier: Notifier, log: &logging::Log) -> Failure {
+    match start(options, prepared, notifier, log) {
         Ok(never) => match never {},
         Err(e) => {
             error!("{e}");
@@ -117,9 +122,11 @@ fn run(options: &Options, prepared: Prepared, log: &logging::Log) -> Failure {
 fn start(
     options: &Options,
     prepared: Prepared,
+    notifier: Notifier,
     log: &logging::Log,
 ) -> Result<Infallible, StartError> {
     info!("Starting {} / {} initialization...", cli::VERSION, eal::dpdk_version());
+    notifier.report();
     prepared.pid_file?;
     if let Err(e) = prepared.pinned {
         warn!("{e}");
@@ -141,7 +148,8 @@ fn start(
     let cores = reactor_cores(options);
     let locks = prepared.locks?;
     let private_dir = prepared.private_dir.map_err(StartError::PrivateDir)?;
-    let control = start_control(options, &cores, &sandbox, private_dir)?;
+    let access = prepared.socket_access?;
+    let control = start_control(options, &cores, &sandbox, private_dir, access)?;
     log_reactors(options, &cores);
     let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
     *app.core_locks.borrow_mut() = locks;
@@ -152,12 +160,21 @@ fn start(
     }
     let registry = Rc::new(registry);
     LocalSet::new().block_on(&runtime, async move {
-        let code = serve(options, &app, &registry, signals).await.err().unwrap_or(0);
+        let settings = Settings { options, access, notifier };
+        let code = serve(&settings, &app, &registry, signals).await.err().unwrap_or(0);
         drop(app.core_locks.take());
         // Exits inside the runtime: dropping the runtime waits for calls that block, and dropping
         // the bdevs frees their memory, which takes long.
         exit(log, code)
     })
+}
+
+/// What the process serves with.
+struct Settings<'a> {
+    options: &'a Options,
+    /// The mode and owner of sockets.
+    access: SocketAccess,
+    notifier: Notifier,
 }
 
 fn log_ignored_arguments(options: &Options) {
@@ -200,6 +217,7 @@ fn start_control(
     cores: &[usize],
     sandbox: &Sandbox,
     private_dir: TempDir,
+    access: SocketAccess,
 ) -> Result<Rc<Control>, control::StartError> {
     let eal = EalStart::spawn(EalOptions {
         reactor_cores: cores.to_vec(),
@@ -209,21 +227,23 @@ fn start_control(
     });
     // EAL's thread, which may load libraries, has started. This thread and later ones may not.
     sandbox.narrow(Thread::Control);
-    let socket_dir = control::socket_dir(options.socket_dir.as_deref());
+    let sockets = Sockets {
+        dir: control::socket_dir(options.socket_dir.as_deref()),
+        on_bound: Arc::new(move |path| socket_access::apply(&access, path)),
+    };
     let wait = || {
         let EalInfo { version, memory, housekeeping } = eal.wait()?;
         debug!("{version} runs on CPUs {} with {memory:?}", process::list(&housekeeping));
         Ok(())
     };
-    let control =
-        Control::start(cores, options.reactor_mode, socket_dir, sandbox, private_dir, wait)?;
+    let control = Control::start(cores, options.reactor_mode, sockets, sandbox, private_dir, wait)?;
     control.target().set_drain_limit(options.drain_limit);
     Ok(Rc::new(control))
 }
 
 /// Serves RPCs until a signal arrives, and shuts down.
 async fn serve(
-    options: &Options,
+    settings: &Settings<'_>,
     app: &Rc<App>,
     registry: &Rc<Registry>,
     mut signals: Signals,
@@ -248,9 +268,9 @@ async fn serve(
             info!("{name}: shutting down");
             Ok(())
         }
-        result = initialise(options, app, registry, &mut server) => match result {
+        result = initialise(settings, app, registry, &mut server) => match result {
             Ok(()) => {
-                let name = signals.next().await;
+                let name = until_signal(&settings.notifier, app, &mut signals).await;
                 info!("{name}: shutting down");
                 Ok(())
             }
@@ -261,17 +281,38 @@ async fn serve(
             }
         },
     };
+    // The service manager does not wait for it.
+    let _ = settings.notifier.send("STOPPING=1\nSTATUS=Shutting down");
     stop(app, server).await;
     result
 }
 
+/// Tells the service manager that the process is ready, and then that it is alive, until a signal
+/// arrives. Returns the signal's name.
+async fn until_signal(notifier: &Notifier, app: &App, signals: &mut Signals) -> &'static str {
+    let target = app.control.target();
+    let cores = target.cores().len();
+    let alive = async {
+        let reactors = if cores == 1 { "1 reactor".into() } else { format!("{cores} reactors") };
+        notifier.send_surely(&format!("READY=1\nSTATUS=Serving with {reactors}")).await;
+        notifier.feed_watchdog(|| target.reactors()).await;
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        biased;
+        name = signals.next() => name,
+        never = alive => match never {},
+    }
+}
+
 /// Loads the configuration and opens the RPC socket.
 async fn initialise(
-    options: &Options,
+    settings: &Settings<'_>,
     app: &App,
     registry: &Rc<Registry>,
     server: &mut Option<Server>,
 ) -> Result<(), Failure> {
+    let options = settings.options;
     let config = match options.config.clone() {
         Some(path) => {
             let ignore_errors = options.ignore_config_errors;
@@ -284,9 +325,10 @@ async fn initialise(
     };
     replay(config.as_ref(), registry, Phase::Startup).await?;
     if let Some(path) = &options.rpc_socket {
-        *server = Some(bind(path, registry)?);
+        *server = Some(bind(path, registry, &settings.access)?);
     }
     if options.wait_for_rpc {
+        let _ = settings.notifier.send("STATUS=Waiting for framework_start_init");
         let mut startup = app.startup.subscribe();
         let _ = startup.wait_for(|startup| *startup == Startup::Requested).await;
     }
@@ -313,8 +355,9 @@ async fn replay(
     }
 }
 
-fn bind(path: &Path, registry: &Rc<Registry>) -> Result<Server, Failure> {
-    Server::bind(path, Rc::clone(registry)).map_err(|e| {
+fn bind(path: &Path, registry: &Rc<Registry>, access: &SocketAccess) -> Result<Server, Failure> {
+    let on_bound = |path: &Path| socket_access::apply(access, path);
+    Server::bind_with(path, Rc::clone(registry), on_bound).map_err(|e| {
         error!("{e}");
         config_file::errno_exit_code(libc::EINVAL)
     })

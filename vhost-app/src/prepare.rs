@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use rte_vhost::eal::housekeeping_cpus;
 use rte_vhost::transport;
-use sandbox::{Needs, Sandbox};
+use sandbox::{Needs, Sandbox, SocketAccess};
 use tempfile::TempDir;
 use tracing::{info, warn};
 
 use crate::cli::{Options, SandboxMode};
 use crate::control;
 use crate::core_locks::{self, CoreLockError, CoreLocks};
+use crate::socket_access::{self, NameError};
 use crate::{process, reactor_cores};
 
 /// Why a step before the second thread failed.
@@ -30,6 +31,9 @@ pub(crate) enum PrepareError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// A user or a group does not exist.
+    #[error("{0}")]
+    Name(#[from] NameError),
     /// No part of the sandbox is in effect, and the options require it.
     #[error("cannot enter the sandbox: {0}")]
     NoSandbox(#[source] sandbox::Error),
@@ -43,6 +47,8 @@ pub(crate) struct Prepared {
     pub(crate) pid_file: Result<(), PrepareError>,
     pub(crate) locks: Result<CoreLocks, CoreLockError>,
     pub(crate) pinned: Result<(), PrepareError>,
+    /// The mode and owner of the sockets.
+    pub(crate) socket_access: Result<SocketAccess, PrepareError>,
     /// The transport's directory for its private socket.
     pub(crate) private_dir: io::Result<TempDir>,
     pub(crate) sandbox: Result<Sandbox, sandbox::Error>,
@@ -55,14 +61,18 @@ impl Prepared {
         // The first step: threads, and the process that opens disks, inherit the affinity.
         let pinned = keep_away(&reactor_cores(options));
         let private_dir = transport::private_dir();
+        let socket_access = socket_access::resolve(options);
+        let access = socket_access.as_ref().copied().unwrap_or_default();
+        socket_access::join_group(&access);
         Self {
             pinned,
+            socket_access: socket_access.map_err(PrepareError::from),
             pid_file: options.pid_file.as_deref().map_or(Ok(()), write_pid),
             locks: CoreLocks::take(locked),
             sandbox: match options.sandbox {
                 SandboxMode::Off => Ok(Sandbox::none()),
                 SandboxMode::Available | SandboxMode::Required => {
-                    sandbox::enter(&needs(options, private_dir.as_ref().ok()))
+                    sandbox::enter(&needs(options, private_dir.as_ref().ok(), access))
                 }
             },
             private_dir,
@@ -82,7 +92,7 @@ fn write_pid(path: &Path) -> Result<(), PrepareError> {
         .map_err(|e| PrepareError::PidFile(path.into(), e))
 }
 
-fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
+fn needs(options: &Options, private_dir: Option<&TempDir>, socket_access: SocketAccess) -> Needs {
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let here = socket_dir.as_os_str().is_empty();
     Needs {
@@ -94,6 +104,7 @@ fn needs(options: &Options, private_dir: Option<&TempDir>) -> Needs {
         // Usually beneath /sys.
         reads_in: bdev::control_group_mounts(),
         disk_dirs: options.disk_dirs.clone(),
+        socket_access,
     }
 }
 

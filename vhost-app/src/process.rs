@@ -1,6 +1,10 @@
-//! Attributes of the process: CPU affinity, core dumps, limits, signals, exit.
-#![expect(unsafe_code, reason = "affinity, limits, signals and _exit are libc calls")]
+//! Attributes of the process: CPU affinity, core dumps, limits, environment, signals, exit.
+#![expect(
+    unsafe_code,
+    reason = "affinity, limits, signals and _exit are libc calls; the environment belongs to all threads"
+)]
 
+use std::ffi::OsString;
 use std::io;
 
 /// The largest core dump that SPDK's applications allow.
@@ -11,6 +15,15 @@ const CORE_DUMP_BYTES: libc::rlim_t = 5 << 30;
 pub(crate) fn exit_now(code: u8) -> ! {
     // SAFETY: `_exit` has no precondition.
     unsafe { libc::_exit(code.into()) }
+}
+
+/// Removes a variable from the environment, which child processes inherit, and returns its value.
+/// The process must have one thread.
+pub(crate) fn take_variable(name: &str) -> Option<OsString> {
+    let value = std::env::var_os(name)?;
+    // SAFETY: the caller guarantees one thread, so no other reads the environment.
+    unsafe { std::env::remove_var(name) };
+    Some(value)
 }
 
 /// Restricts the calling thread, and threads that it starts later, to `cpus`.

@@ -75,3 +75,22 @@ fn shutdown_sends_finished_answers_and_running_calls_see_that_their_client_is_go
         fixture.probe.until(|probe| probe.gone.get() == 1).await;
     });
 }
+
+#[test]
+fn a_file_that_the_caller_refuses_is_removed() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let refuse = |bound: &std::path::Path| {
+            assert!(std::fs::metadata(bound).unwrap().file_type().is_socket());
+            // It does not listen yet.
+            assert!(std::os::unix::net::UnixStream::connect(bound).is_err());
+            Err(std::io::Error::other("not like this"))
+        };
+        let refused = Server::bind_with(&path, Rc::new(Registry::new()), refuse);
+        let error = refused.err().unwrap();
+        assert!(matches!(error, BindError::File(..)), "{error}");
+        assert!(error.to_string().ends_with("/s: not like this"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    });
+}

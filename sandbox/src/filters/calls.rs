@@ -4,13 +4,15 @@ use libc::*;
 
 /// A system call and checks of its arguments. One check must hold; without checks, the call matches
 /// with any arguments.
-pub(super) type Call = (i64, &'static [Check]);
+pub(super) type Call<'a> = (i64, &'a [Check]);
 
 /// A check of one argument. The first field is the argument's index.
 #[derive(Clone, Copy)]
 pub(super) enum Check {
     /// The argument has this value.
     Is(u8, u32),
+    /// The argument has another value.
+    IsNot(u8, u32),
     /// The argument, masked with the first number, has the value of the second.
     Masked(u8, u32, u32),
     /// The argument is this process's id.
@@ -294,6 +296,8 @@ pub(super) const NOT_FOR_WORKERS: &[Call] = &[
     (SYS_mkdirat, ANY),
     (SYS_renameat, ANY),
     (SYS_renameat2, ANY),
+    (SYS_fchmodat, ANY),
+    (SYS_fchownat, ANY),
     (SYS_kill, ANY),
     (SYS_umask, ANY),
     #[cfg(target_arch = "x86_64")]

@@ -28,6 +28,9 @@ fn defaults() {
     let expected = Options {
         pid_file: None,
         socket_dir: None,
+        socket_mode: None,
+        socket_owner: None,
+        socket_group: None,
         config: None,
         ignore_config_errors: false,
         rpc_socket: Some("/var/tmp/spdk.sock".into()),
@@ -212,4 +215,16 @@ fn sizes_and_numbers() {
 #[test]
 fn allowed_methods() {
     assert_eq!(ok("--rpcs-allowed a,b,,c").rpcs_allowed.unwrap(), ["a", "b", "c"]);
+}
+
+#[test]
+fn permissions_and_owners_of_sockets() {
+    let options = ok("--socket-mode 0660 --socket-owner qemu --socket-group 107");
+    assert_eq!(options.socket_mode, Some(0o660));
+    assert_eq!(options.socket_owner.as_deref(), Some("qemu"));
+    assert_eq!(options.socket_group.as_deref(), Some("107"));
+    assert_eq!(ok("--socket-mode 7").socket_mode, Some(7));
+    for mode in ["rw", "1777", "8", "+7", "-7", "0o7", "66666666666"] {
+        assert_eq!(code(&format!("--socket-mode {mode}")), 2, "{mode}");
+    }
 }

@@ -26,6 +26,9 @@ pub(super) enum ValueError {
     /// Neither a flag nor `all`.
     #[error("unknown log flag; log_get_flags lists the flags")]
     LogFlag,
+    /// Not octal, or more than permission bits.
+    #[error("expected permissions as an octal number of up to three digits, such as 660")]
+    Mode,
     /// Not a PCI address.
     #[error("expected a PCI address, such as 0000:01:00.0")]
     PciAddress,
@@ -73,6 +76,13 @@ pub(super) fn shm_id(text: &str) -> Result<i64, ValueError> {
     let size = number(digits).ok().and_then(|size| i32::try_from(size).ok());
     let size = size.ok_or(ValueError::Integer)?;
     Ok(i64::from(if negative { -size } else { size }))
+}
+
+/// Permission bits in octal, with or without a leading 0.
+pub(super) fn mode(text: &str) -> Result<u32, ValueError> {
+    let is_octal = text.bytes().all(|digit| matches!(digit, b'0'..=b'7'));
+    let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| is_octal && mode <= 0o777);
+    mode.ok_or(ValueError::Mode)
 }
 
 pub(super) fn trace_entries(text: &str) -> Result<u64, ValueError> {

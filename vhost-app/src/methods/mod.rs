@@ -41,7 +41,6 @@ use notify::Notifications;
 use qd_sampling::Samplings;
 
 pub(crate) use options::SubsystemOptions;
-pub(crate) use trace::is_group_list;
 
 /// What the methods work on.
 pub(crate) struct App {
