@@ -34,13 +34,19 @@ pub struct Disk {
     pub bdev: Arc<dyn Bdev>,
     /// Whether the operator made the controller read-only.
     pub read_only: bool,
-    /// Identifies the controller to the bdev's rate limits.
+    /// Identifies the controller to the bdev's rate limits and counters.
     pub(crate) user: QosUser,
 }
 
 impl std::fmt::Debug for Disk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Disk({})", self.bdev.name())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.bdev.stats().forget(self.user);
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bdev::{Bdev, QosUser};
+use bdev::{Bdev, QosUser, UserCounts};
 use vhost_target::Target;
 use vhost_target::device::{
     Device, DeviceChange, Granted, Lease, Negotiated, OpenError, Opened, OpenedQueue, StorageId,
@@ -79,6 +79,12 @@ impl Blk {
     #[must_use]
     pub fn user(&self) -> Option<QosUser> {
         self.disk().map(|disk| disk.user)
+    }
+
+    /// Returns what its queues have done at the bdev. `None` if the bdev was removed.
+    #[must_use]
+    pub fn counts(&self) -> Option<UserCounts> {
+        self.disk().map(|disk| disk.bdev.stats().of_user(disk.user))
     }
 
     /// Returns whether its bdev is this one or is built on it.

@@ -127,7 +127,7 @@ impl BlkQueue {
     #[cold]
     #[inline(never)]
     fn throttle<R: Request<Self>>(&mut self, request: R, io: Io) -> Progress {
-        self.throttled.push(&io);
+        self.throttled.push(&io, self.open.as_ref());
         self.parked[usize::from(request.slot())] = Some(io);
         request.keep()
     }

@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use bdev::{Io, Op};
 
+use crate::opened::Opened;
+
 /// The requests of a queue that wait for a rate limit, by slot. Reads and the other operations wait
 /// separately: a limit of one kind does not hold up the other. Within a kind, the oldest is first;
 /// a new request may pass before those that wait.
@@ -33,8 +35,11 @@ impl Throttled {
         self.reads.len() + self.others.len()
     }
 
-    /// Adds the request with this I/O, behind those of its kind.
-    pub(crate) fn push(&mut self, io: &Io) {
+    /// Adds the request with this I/O, behind those of its kind, and counts it.
+    pub(crate) fn push(&mut self, io: &Io, open: Option<&Opened>) {
+        if let Some(open) = open {
+            open.counters.record_throttled();
+        }
         let kind = if io.op == Op::Read { &mut self.reads } else { &mut self.others };
         kind.push_back(io.tag.0);
     }

@@ -1,5 +1,6 @@
 //! I/O counters of a device. Each user writes its own counters, and readers add them up.
 
+use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,6 +31,8 @@ struct Inner {
     gone: [OpCounts; OPS],
     /// The counts of all users at the last reset.
     reset: [OpCounts; OPS],
+    /// The counts of channels that are gone, for users that are not.
+    gone_users: HashMap<QosUser, UserCounts>,
     /// The same two counts for failures, by kind.
     gone_failures: [u64; FAILURE_KINDS],
     reset_failures: [u64; FAILURE_KINDS],
@@ -50,6 +53,17 @@ struct Attached {
     counters: Arc<Counters>,
     /// Its counts at the last reset.
     reset: [OpCounts; OPS],
+    /// Its counts need not outlive it.
+    forgotten: bool,
+}
+
+/// What one user has done, since its first channel was opened. A reset does not change it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UserCounts {
+    /// Totals, indexed by `Op as usize`.
+    pub ops: [OpCounts; OPS],
+    /// How often a rate limit has held back an I/O.
+    pub throttled: u64,
 }
 
 /// One user's counters. Only that user writes them.
@@ -58,6 +72,7 @@ pub struct Counters {
     ops: [OpCounters; OPS],
     failures: [AtomicU64; FAILURE_KINDS],
     first: FirstFailure,
+    throttled: AtomicU64,
     latencies: Recorder,
     /// Incremented when the extremes are reset and when the histogram is enabled.
     changes: AtomicU64,
@@ -159,9 +174,12 @@ impl Stats {
         if let Some(options) = &inner.histogram {
             counters.latencies.enable(options);
         }
-        let attached =
-            Attached { user, counters: Arc::clone(&counters), reset: Default::default() };
-        inner.users.push(attached);
+        inner.users.push(Attached {
+            user,
+            counters: Arc::clone(&counters),
+            reset: Default::default(),
+            forgotten: false,
+        });
         counters
     }
 
@@ -184,6 +202,25 @@ impl Stats {
             (attached.user, std::array::from_fn(|op| sum[op].since(&attached.reset[op])))
         };
         inner.users.iter().map(counts).collect()
+    }
+
+    /// Returns what a user has done, also through channels that are gone.
+    #[must_use]
+    pub fn of_user(&self, user: QosUser) -> UserCounts {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sum = inner.gone_users.get(&user).copied().unwrap_or_default();
+        for attached in inner.users.iter().filter(|attached| attached.user == user) {
+            attached.counters.add_to_user(&mut sum);
+        }
+        sum
+    }
+
+    /// Forgets a user, which opens no channel any more. Its counts stay in the totals.
+    pub fn forget(&self, user: QosUser) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.gone_users.remove(&user);
+        let its = inner.users.iter_mut().filter(|attached| attached.user == user);
+        its.for_each(|attached| attached.forgotten = true);
     }
 
     /// Returns the failures since the last reset, indexed by [`crate::FailureKind`] as usize.
@@ -267,11 +304,14 @@ impl Inner {
 
     /// Moves the counts of users that have dropped their counters into `gone`.
     fn fold_gone(&mut self) {
-        let Self { users, gone, gone_failures, gone_first, gone_latencies, .. } = self;
-        users.retain(|Attached { counters: user, .. }| {
+        let Self { users, gone, gone_users, gone_failures, gone_first, gone_latencies, .. } = self;
+        users.retain(|Attached { user: number, counters: user, forgotten, .. }| {
             let live = Arc::strong_count(user) > 1;
             if !live {
                 user.add_to(gone);
+                if !forgotten {
+                    user.add_to_user(gone_users.entry(*number).or_default());
+                }
                 user.add_failures_to(gone_failures);
                 user.latencies.add_to(gone_latencies);
                 *gone_first = gone_first.or_else(|| user.first.take());
@@ -311,6 +351,12 @@ impl Counters {
         if above_low > counters.span.load(Ordering::Relaxed) {
             self.look_at(op, count.get(), latency);
         }
+    }
+
+    /// Counts an I/O that a rate limit holds back.
+    #[cold]
+    pub fn record_throttled(&self) {
+        add(&self.throttled, 1);
     }
 
     /// Counts a latency that changes the extremes or goes to the histogram.
@@ -356,6 +402,11 @@ impl Counters {
                 max_ticks: counters.max.load(Ordering::Relaxed),
             });
         }
+    }
+
+    fn add_to_user(&self, sum: &mut UserCounts) {
+        self.add_to(&mut sum.ops);
+        sum.throttled += self.throttled.load(Ordering::Relaxed);
     }
 
     fn add_failures_to(&self, sum: &mut [u64; FAILURE_KINDS]) {
@@ -437,6 +488,26 @@ mod tests {
         drop(one);
         assert_eq!(counts(stats.per_channel()), [(QosUser::new(2), 0)]);
         assert_eq!(stats.totals()[Op::Write as usize].count, 3);
+    }
+
+    #[test]
+    fn what_a_user_has_done_outlives_its_channels_but_not_itself() {
+        let (stats, user) = (Stats::default(), QosUser::new(1));
+        let one = stats.attach(user);
+        one.record(Op::Read, 512, 5);
+        one.record_throttled();
+        drop(one);
+        let other = stats.attach(user);
+        other.record(Op::Read, 512, 5);
+        stats.reset();
+        let counts = stats.of_user(user);
+        assert_eq!((counts.ops[Op::Read as usize].count, counts.throttled), (2, 1));
+        assert_eq!(stats.of_user(QosUser::new(2)), UserCounts::default());
+        // Its last channel may be closed later.
+        stats.forget(user);
+        drop(other);
+        let _another = stats.attach(QosUser::new(2));
+        assert_eq!(stats.of_user(user), UserCounts::default());
     }
 
     fn n(count: u64) -> NonZeroU64 {

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bdev::ClaimKind;
+use bdev::{ClaimKind, Op, UserCounts};
 use reactor::Cause;
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -232,6 +232,8 @@ fn describe_whole(controller: &ControllerInfo) -> Value {
         "closing": controller.fds_closing,
         "stuck": controller.fds_stuck,
     });
+    let counts = Blk::of(&controller.device).and_then(Blk::counts).unwrap_or_default();
+    shown["io"] = describe_counts(&counts);
     let whole = controller.sessions.iter().map(|session| {
         let mut shown = describe_session(&controller.name, session);
         shown["state"] = session.phase.as_str().into();
@@ -245,10 +247,29 @@ fn describe_whole(controller: &ControllerInfo) -> Value {
     shown
 }
 
+/// What a controller's queues have done since it was created, also those that have stopped.
+fn describe_counts(counts: &UserCounts) -> Value {
+    let of = |op: Op| counts.ops[op as usize];
+    let (read, write) = (of(Op::Read), of(Op::Write));
+    json!({
+        "num_read_ops": read.count.saturating_sub(read.errors),
+        "bytes_read": read.bytes,
+        "read_latency_ticks": read.ticks,
+        "num_write_ops": write.count.saturating_sub(write.errors),
+        "bytes_written": write.bytes,
+        "write_latency_ticks": write.ticks,
+        "num_unmap_ops": of(Op::Unmap).count.saturating_sub(of(Op::Unmap).errors),
+        "num_write_zeroes_ops": of(Op::WriteZeroes).count.saturating_sub(of(Op::WriteZeroes).errors),
+        "num_flush_ops": of(Op::Flush).count.saturating_sub(of(Op::Flush).errors),
+        "failed": counts.ops.iter().map(|op| op.errors).sum::<u64>(),
+        "throttled": counts.throttled,
+    })
+}
+
 /// JSON values in a controller's description, approximately.
 fn values(controller: &ControllerInfo) -> usize {
     let of_session = |session: &SessionInfo| 12 + 4 * session.queues.len();
-    20 + controller.sessions.iter().map(of_session).sum::<usize>()
+    35 + controller.sessions.iter().map(of_session).sum::<usize>()
 }
 
 pub(super) fn controller_mask(controller: &ControllerInfo) -> String {
