@@ -419,7 +419,7 @@ impl DeviceQueue for BlkQueue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn started(&mut self, iteration: &mut Iteration) {
         let Some(open) = &self.open else { return };
         let begun = iteration.now_ticks();

@@ -25,7 +25,7 @@ impl Tallies {
 
     /// Adds the tallies to `counters` and resets them. `ticks`, the time of the visit, is divided
     /// between reads and writes by their number.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn record(&mut self, counters: &Counters, ticks: u64) {
         let [reads, writes] = std::mem::take(&mut self.0);
         let of_writes = match (reads.count, writes.count) {
