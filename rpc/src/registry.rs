@@ -28,12 +28,20 @@ enum Kind {
     Method {
         phases: Phases,
         handler: Box<Handler>,
+        calls: Calls,
     },
     /// A deprecated name of the method at this index.
     Alias {
         of: usize,
         warned: Cell<bool>,
     },
+}
+
+/// How often a method was called.
+#[derive(Default)]
+struct Calls {
+    all: Cell<u64>,
+    failed: Cell<u64>,
 }
 
 /// All methods of one server.
@@ -64,7 +72,10 @@ impl Registry {
         let handler = Box::new(|registry: &Registry, params| {
             Box::pin(std::future::ready(rpc_get_methods(registry, &params))) as Answer
         });
-        registry.add("rpc_get_methods", Kind::Method { phases: Phases::Both, handler });
+        registry.add(
+            "rpc_get_methods",
+            Kind::Method { phases: Phases::Both, handler, calls: Calls::default() },
+        );
         registry
     }
 
@@ -78,7 +89,7 @@ impl Registry {
         R: Future<Output = Result<Value, RpcError>> + 'static,
     {
         let handler = Box::new(move |_: &Registry, params| Box::pin(handler(params)) as Answer);
-        self.add(name, Kind::Method { phases, handler });
+        self.add(name, Kind::Method { phases, handler, calls: Calls::default() });
     }
 
     /// Adds a deprecated name of a method. Its first use is logged.
@@ -115,7 +126,7 @@ impl Registry {
 
     /// The phases in which `name` may be called. `None` if there is no such method.
     pub fn phases(&self, name: &str) -> Option<Phases> {
-        let (_, phases, _) = self.resolve(name)?;
+        let (_, phases, ..) = self.resolve(name)?;
         Some(phases)
     }
 
@@ -129,6 +140,17 @@ impl Registry {
                 && phases.is_some_and(|phases| current.is_none_or(|phase| phases.contains(phase)))
         };
         self.entries.iter().rev().filter(is_listed).map(|entry| entry.name).collect()
+    }
+
+    /// Name, calls and failed calls of each method that was called, also from within the process.
+    pub fn calls(&self) -> Vec<(&'static str, u64, u64)> {
+        let counts = |entry: &Entry| match &entry.kind {
+            Kind::Method { calls, .. } if calls.all.get() > 0 => {
+                Some((entry.name, calls.all.get(), calls.failed.get()))
+            }
+            Kind::Method { .. } | Kind::Alias { .. } => None,
+        };
+        self.entries.iter().filter_map(counts).collect()
     }
 
     /// Calls a method from within the process, as if the application were in `phase`.
@@ -159,17 +181,23 @@ impl Registry {
         client: Client,
         phase: Phase,
     ) -> Result<Value, RpcError> {
-        let Some((method, phases, handler)) = self.resolve(name) else {
+        let Some((method, phases, handler, calls)) = self.resolve(name) else {
             return Err(RpcError::method_not_found());
         };
+        calls.all.update(|calls| calls + 1);
         if !phases.contains(phase) {
+            calls.failed.update(|failed| failed + 1);
             return Err(RpcError::new(RpcError::INVALID_STATE, wrong_phase(phase)));
         }
         self.warn_if_alias(name, method);
-        handler(self, Params { method, raw, client, phase }).await
+        let answer = handler(self, Params { method, raw, client, phase }).await;
+        if answer.is_err() {
+            calls.failed.update(|failed| failed + 1);
+        }
+        answer
     }
 
-    fn resolve(&self, name: &str) -> Option<(&'static str, Phases, &Handler)> {
+    fn resolve(&self, name: &str) -> Option<(&'static str, Phases, &Handler, &Calls)> {
         if self.allowed.as_ref().is_some_and(|allowed| !allowed.contains(name)) {
             return None;
         }
@@ -178,7 +206,7 @@ impl Registry {
             entry = &self.entries[of];
         }
         match &entry.kind {
-            Kind::Method { phases, handler } => Some((entry.name, *phases, handler)),
+            Kind::Method { phases, handler, calls } => Some((entry.name, *phases, handler, calls)),
             Kind::Alias { .. } => None,
         }
     }

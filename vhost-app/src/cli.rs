@@ -18,10 +18,12 @@ use clap::{ArgAction, Parser};
 use vhost_target::Mode;
 use vhost_target::session::DRAIN_LIMIT_S;
 
+mod address;
 mod cores;
 mod tpoints;
 mod values;
 
+pub(crate) use address::Address;
 use cores::parse_lcores;
 pub(crate) use cores::{Lcore, parse_cores};
 pub(crate) use tpoints::TPOINT_GROUPS;
@@ -54,6 +56,8 @@ pub(crate) struct Options {
     pub(crate) socket_owner: Option<String>,
     /// Name or id of the group that owns these sockets.
     pub(crate) socket_group: Option<String>,
+    /// Where metrics are served; `None` is nowhere.
+    pub(crate) metrics: Option<Address>,
     /// Configuration to load at startup (`-c`).
     pub(crate) config: Option<PathBuf>,
     /// Continue after configuration entries that fail.
@@ -194,6 +198,10 @@ pub(crate) struct Args {
     /// SPDK).
     #[arg(long, value_name = "GROUP|GID")]
     socket_group: Option<String>,
+    /// Serve metrics for Prometheus over HTTP on this port of the loopback address, this address and
+    /// port, or this Unix socket (not in SPDK).
+    #[arg(long, value_name = "PORT|ADDR:PORT|PATH", allow_hyphen_values = true)]
+    metrics: Option<Address>,
     /// Load this JSON configuration at startup; --json is an alias.
     #[arg(short, long, alias = "json", value_name = "FILE", allow_hyphen_values = true)]
     config: Option<String>,
@@ -348,6 +356,7 @@ impl Args {
             positional: self.positional,
             pid_file: self.pid_file.map(PathBuf::from),
             socket_dir: self.socket_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from),
+            metrics: self.metrics,
             socket_mode: self.socket_mode,
             socket_owner: self.socket_owner,
             socket_group: self.socket_group,

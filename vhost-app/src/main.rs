@@ -13,6 +13,7 @@ mod io_errors;
 mod lived;
 mod logging;
 mod methods;
+mod metrics;
 mod notify;
 mod prepare;
 mod process;
@@ -60,6 +61,8 @@ enum StartError {
     Prepare(#[from] prepare::PrepareError),
     #[error("{0}")]
     CoreLock(#[from] core_locks::CoreLockError),
+    #[error("{0}")]
+    Metrics(#[from] metrics::BindError),
     #[error("{0}")]
     Control(#[from] control::StartError),
     #[error("cannot start the async runtime: {0}")]
@@ -147,6 +150,7 @@ fn start(
     };
     let cores = reactor_cores(options);
     let locks = prepared.locks?;
+    let metrics = prepared.metrics?;
     let private_dir = prepared.private_dir.map_err(StartError::PrivateDir)?;
     let access = prepared.socket_access?;
     let control = start_control(options, &cores, &sandbox, private_dir, access)?;
@@ -160,6 +164,11 @@ fn start(
     }
     let registry = Rc::new(registry);
     LocalSet::new().block_on(&runtime, async move {
+        if let Some(bound) = metrics
+            && let Err(e) = metrics::start(bound, &app, &registry)
+        {
+            error!("--metrics: cannot start a thread: {e}");
+        }
         let settings = Settings { options, access, notifier };
         let code = serve(&settings, &app, &registry, signals).await.err().unwrap_or(0);
         drop(app.core_locks.take());

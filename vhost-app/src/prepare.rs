@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use crate::cli::{Options, SandboxMode};
 use crate::control;
 use crate::core_locks::{self, CoreLockError, CoreLocks};
+use crate::metrics::{BindError, Bound};
 use crate::socket_access::{self, NameError};
 use crate::{process, reactor_cores};
 
@@ -49,6 +50,8 @@ pub(crate) struct Prepared {
     pub(crate) pinned: Result<(), PrepareError>,
     /// The mode and owner of the sockets.
     pub(crate) socket_access: Result<SocketAccess, PrepareError>,
+    /// The socket for metrics.
+    pub(crate) metrics: Result<Option<Bound>, BindError>,
     /// The transport's directory for its private socket.
     pub(crate) private_dir: io::Result<TempDir>,
     pub(crate) sandbox: Result<Sandbox, sandbox::Error>,
@@ -67,6 +70,7 @@ impl Prepared {
         Self {
             pinned,
             socket_access: socket_access.map_err(PrepareError::from),
+            metrics: options.metrics.as_ref().map(Bound::bind).transpose(),
             pid_file: options.pid_file.as_deref().map_or(Ok(()), write_pid),
             locks: CoreLocks::take(locked),
             sandbox: match options.sandbox {

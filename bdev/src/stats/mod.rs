@@ -191,7 +191,20 @@ impl Stats {
         std::array::from_fn(|op| ever[op].since(&inner.reset[op]))
     }
 
-    /// Returns the same for each channel that is open, with its user.
+    /// Returns the totals since the bdev was created, which no reset changes, except for the
+    /// extremes.
+    #[must_use]
+    pub fn ever(&self) -> [OpCounts; OPS] {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).ever()
+    }
+
+    /// Returns the failures since the bdev was created, indexed by [`crate::FailureKind`] as usize.
+    #[must_use]
+    pub fn failures_ever(&self) -> [u64; FAILURE_KINDS] {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).failures_ever()
+    }
+
+    /// Returns the totals since the last reset for each channel that is open, with its user.
     #[must_use]
     pub fn per_channel(&self) -> Vec<(QosUser, [OpCounts; OPS])> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

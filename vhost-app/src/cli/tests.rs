@@ -28,6 +28,7 @@ fn defaults() {
     let expected = Options {
         pid_file: None,
         socket_dir: None,
+        metrics: None,
         socket_mode: None,
         socket_owner: None,
         socket_group: None,
