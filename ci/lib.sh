@@ -8,7 +8,7 @@ venv=${VHOST_VENV:-$repo/target/venv}
 tools=$target/tools
 # What is costly to make and may be thrown away: guest images, decisions about this machine.
 cache=$repo/target/ci
-export PATH=$PATH:/usr/sbin:/sbin
+export PATH=$PATH:/usr/sbin:/sbin:$tools/bin
 
 say() { echo "${0##*/}: $*" >&2; }
 

@@ -56,6 +56,8 @@ pub(crate) struct Options {
     pub(crate) socket_owner: Option<String>,
     /// Name or id of the group that owns these sockets.
     pub(crate) socket_group: Option<String>,
+    /// Configuration to check instead of serving.
+    pub(crate) check: Option<PathBuf>,
     /// Where metrics are served; `None` is nowhere.
     pub(crate) metrics: Option<Address>,
     /// Configuration to load at startup (`-c`).
@@ -202,6 +204,10 @@ pub(crate) struct Args {
     /// port, or this Unix socket (not in SPDK).
     #[arg(long, value_name = "PORT|ADDR:PORT|PATH", allow_hyphen_values = true)]
     metrics: Option<Address>,
+    /// Only check this JSON configuration: print what would fail or would have no effect, and exit with
+    /// 1 if it cannot be loaded (not in SPDK).
+    #[arg(long, value_name = "FILE", allow_hyphen_values = true)]
+    check: Option<String>,
     /// Load this JSON configuration at startup; --json is an alias.
     #[arg(short, long, alias = "json", value_name = "FILE", allow_hyphen_values = true)]
     config: Option<String>,
@@ -356,6 +362,7 @@ impl Args {
             positional: self.positional,
             pid_file: self.pid_file.map(PathBuf::from),
             socket_dir: self.socket_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from),
+            check: self.check.map(PathBuf::from),
             metrics: self.metrics,
             socket_mode: self.socket_mode,
             socket_owner: self.socket_owner,

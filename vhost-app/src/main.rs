@@ -82,6 +82,9 @@ fn main() {
         }
     };
     let notifier = Notifier::from_environment();
+    if let Some(path) = &options.check {
+        std::process::exit(config_file::check(path, &options).into());
+    }
     let prepared = Prepared::new(&options);
     let log = logging::Log::new();
     let code = match start_log(&log, &options) {

@@ -1,5 +1,5 @@
 //! All methods of SPDK's `vhost`: each is implemented, or kept, or answers as an SPDK without such
-//! objects does, or is on the list of those that do not exist here. And all methods refuse bad input.
+//! objects does, or does not exist here. And all methods refuse bad input.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -9,38 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use harness::{Launch, Refusal, Vhost};
 use serde_json::{Map, Value, json};
 
-/// SPDK's methods, with their parameters.
-const METHODS: &str = include_str!("schema/methods.tsv");
-
-/// Methods that create objects of kinds that do not exist here, or work on such objects. They are
-/// unknown, as in an SPDK that was built without the module.
-const ABSENT: &str = "
-    accel_crypto_key_create accel_error_inject_error
-    bdev_ftl_create bdev_ftl_delete bdev_ftl_get_properties bdev_ftl_get_stats
-    bdev_ftl_set_property bdev_ftl_unmap
-    bdev_lvol_check_shallow_copy bdev_lvol_clone bdev_lvol_clone_bdev bdev_lvol_create
-    bdev_lvol_create_lvstore bdev_lvol_decouple_parent bdev_lvol_grow_lvstore bdev_lvol_inflate
-    bdev_lvol_rename bdev_lvol_rename_lvstore bdev_lvol_resize bdev_lvol_set_parent
-    bdev_lvol_set_parent_bdev bdev_lvol_set_read_only bdev_lvol_snapshot
-    bdev_lvol_start_shallow_copy
-    bdev_nvme_add_error_injection bdev_nvme_apply_firmware bdev_nvme_attach_controller
-    bdev_nvme_cuse_register bdev_nvme_cuse_unregister bdev_nvme_disable_controller
-    bdev_nvme_enable_controller bdev_nvme_opal_init bdev_nvme_opal_revert
-    bdev_nvme_remove_error_injection bdev_nvme_reset_controller bdev_nvme_send_cmd
-    bdev_nvme_set_keys bdev_nvme_set_multipath_policy bdev_nvme_set_preferred_path
-    bdev_nvme_start_discovery bdev_nvme_start_mdns_discovery bdev_nvme_stop_discovery
-    bdev_nvme_stop_mdns_discovery
-    bdev_opal_create bdev_opal_delete bdev_opal_get_info bdev_opal_new_user
-    bdev_opal_set_lock_state
-    bdev_raid_add_base_bdev bdev_raid_create bdev_raid_remove_base_bdev
-    bdev_virtio_attach_controller bdev_zone_block_create bdev_zone_block_delete
-    env_dpdk_get_mem_stats
-    fsdev_aio_create fsdev_aio_delete
-    keyring_file_add_key keyring_file_remove_key
-    nbd_start_disk
-    vhost_create_scsi_controller vhost_scsi_controller_add_target
-    vhost_scsi_controller_remove_target vhost_start_scsi_controller
-    vmd_rescan vmd_remove_device";
+/// SPDK's methods, what they do here, and their parameters.
+const METHODS: &str = include_str!("../src/config_file/methods.tsv");
 
 /// Options without effect: with parameters, and where a saved configuration has them.
 fn kept() -> Vec<(&'static str, &'static str, Value)> {
@@ -154,42 +124,38 @@ fn methods(vhost: &Vhost) -> BTreeSet<String> {
     names.as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_owned()).collect()
 }
 
-fn names() -> impl Iterator<Item = &'static str> {
+/// Name and kind of each of SPDK's methods.
+fn kinds() -> impl Iterator<Item = (&'static str, &'static str)> {
     let lines = METHODS.lines().filter(|line| !line.starts_with('#'));
-    lines.map(|line| line.split('\t').next().unwrap())
+    lines.map(|line| {
+        let mut words = line.split('\t');
+        (words.next().unwrap(), words.next().unwrap())
+    })
 }
 
 #[test]
 fn each_method_of_spdk_is_explained() {
     let vhost = waiting();
     let here = methods(&vhost);
-    let absent: BTreeSet<&str> = ABSENT.split_whitespace().collect();
     let kept: BTreeSet<&str> = kept().iter().map(|(_, method, _)| *method).collect();
     let unsaved: BTreeSet<&str> = unsaved().iter().map(|(method, _)| *method).collect();
     let mut empty: BTreeSet<&str> = empty().iter().map(|(method, ..)| *method).collect();
     empty.extend(STATE.map(|(method, _)| method));
     empty.extend(["sock_impl_get_options", "trace_get_tpoint_group_mask"]);
     let mut counts = BTreeMap::<&str, u32>::new();
-    for name in names() {
-        let groups = [
-            ("absent", &absent),
-            ("kept", &kept),
-            ("kept, not saved", &unsaved),
-            ("as without objects", &empty),
-        ];
-        let of = groups.iter().filter(|(_, group)| group.contains(name));
-        let of: Vec<&str> = of.map(|(group, _)| *group).collect();
-        assert!(of.len() <= 1, "{name} is in several groups: {of:?}");
-        let group = of.first().copied().unwrap_or("implemented");
-        assert_eq!(here.contains(name), group != "absent", "{name} is unexplained");
-        *counts.entry(group).or_default() += 1;
+    for (name, kind) in kinds() {
+        let tested = [("kept", &kept), ("unsaved", &unsaved), ("empty", &empty)];
+        for (group, methods) in tested {
+            assert_eq!(methods.contains(name), kind == group, "{name} is tested as {group}");
+        }
+        assert_eq!(here.contains(name), kind != "absent", "{name} is {kind}");
+        if kind == "absent" {
+            assert_eq!(vhost.err(name, Value::Null).code, -32601, "{name}");
+        }
+        *counts.entry(kind).or_default() += 1;
     }
     println!("SPDK's methods: {counts:?}");
     assert_eq!(counts.values().sum::<u32>(), 185);
-    assert!(absent.iter().all(|name| names().any(|known| known == *name)), "no such method");
-    for name in absent {
-        assert_eq!(vhost.err(name, Value::Null).code, -32601, "{name}");
-    }
 }
 
 /// The options are in the saved configuration, and one that is loaded gives the same one again.
@@ -337,10 +303,6 @@ const IGNORES_ALL: [&str; 5] = [
 const IGNORES_UNKNOWN: [&str; 3] =
     ["framework_set_scheduler", "vhost_create_blk_controller", "virtio_blk_create_transport"];
 
-/// Parameters that this program checks differently: their values are opaque to it, or it takes more
-/// of them than the schema says.
-const OTHERWISE: [(&str, &str); 0] = [];
-
 /// What a method answers to bad parameters, each time the same.
 fn refuses(vhost: &Vhost, method: &str, parameters: &[Parameter]) -> Vec<String> {
     let sample = || -> Map<String, Value> {
@@ -354,9 +316,6 @@ fn refuses(vhost: &Vhost, method: &str, parameters: &[Parameter]) -> Vec<String>
         cases.push(extra);
     }
     for p in parameters {
-        if OTHERWISE.contains(&(method, p.name)) {
-            continue;
-        }
         if p.required {
             let mut missing = sample();
             missing.remove(p.name);
@@ -396,6 +355,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     for line in METHODS.lines().filter(|line| !line.starts_with('#')) {
         let mut words = line.split('\t');
         let method = words.next().unwrap();
+        let _kind = words.next();
         let parameters: Vec<Parameter> = words.map(Parameter::parse).collect();
         let vhost = match (later.contains(method), at_start.contains(method)) {
             (true, _) => &running,
@@ -452,4 +412,39 @@ fn core_locks_are_given_up_and_taken_again() {
     assert_eq!(other.stop(), 0);
     assert_eq!(second().run_to_end().code, Some(1), "the first has the locks");
     assert_eq!(first.stop(), 0);
+}
+
+/// A configuration with every section, as SPDK saves it, and one that cannot be loaded.
+#[test]
+fn a_configuration_is_checked_without_loading_it() {
+    let vhost = waiting();
+    let now: BTreeSet<String> =
+        serde_json::from_value(vhost.ok("rpc_get_methods", json!({"current": true}))).unwrap();
+    for (_, method, params) in kept().into_iter().filter(|(_, method, _)| now.contains(*method)) {
+        vhost.ok(method, params);
+    }
+    vhost.ok("framework_start_init", Value::Null);
+    let disk = vhost.file("disk", 1 << 20);
+    vhost.ok("bdev_aio_create", json!({"name": "F", "filename": disk, "block_size": 512}));
+    vhost.ok("bdev_passthru_create", json!({"name": "P", "base_bdev_name": "F"}));
+    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "P"}));
+    let path = vhost.dir().join("config.json");
+    let mut saved = vhost.spdk_rpc(&["save_config"]).unwrap();
+    let check = |text: &str| {
+        std::fs::write(&path, text).unwrap();
+        Launch::new().args(&["--check", path.to_str().unwrap()]).run_to_end()
+    };
+    // The disk is in use by this process, which the check does not disturb.
+    let good = check(&saved);
+    assert_eq!(good.code, Some(0), "{}", good.log);
+    assert!(good.log.contains("bdev_nvme_set_options (subsystem bdev"), "{}", good.log);
+    assert!(good.log.contains("is kept, but has no effect"), "{}", good.log);
+    saved = saved.replace("\"dev_name\": \"P\"", "\"dev_name\": \"Q\"");
+    let bad = check(&saved);
+    assert_eq!(bad.code, Some(1), "{}", bad.log);
+    assert!(bad.log.contains(
+        "error: vhost_create_blk_controller (subsystem vhost_blk, entry 1): there is no bdev Q"
+    ));
+    assert_eq!(check("{").code, Some(1));
+    assert_eq!(vhost.stop(), 0);
 }

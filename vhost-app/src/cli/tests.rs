@@ -28,6 +28,7 @@ fn defaults() {
     let expected = Options {
         pid_file: None,
         socket_dir: None,
+        check: None,
         metrics: None,
         socket_mode: None,
         socket_owner: None,
@@ -207,7 +208,7 @@ fn sizes_and_numbers() {
     }
     let options =
         ok("-n 0 -i 0x10 --num-trace-entries 0 --base-virtaddr 0x200000000000 --enforce-numa \
-         --msg-mempool-size 1 -A 0000:01:00.0 -A 02:00.1 --vfio-vf-token x -e a:b,c \
+         --msg-mempool-size 1 -A 0000:01:00.0 -A 02:00.1 --vfio-vf-token x -e bdev:A,sock \
          --env-context --foo --iova-mode pa -p 00");
     assert_eq!(options.without_effect.len(), 12, "{:?}", options.without_effect);
     assert!(ok("-i -1 -u -R --iova-mode va").without_effect.is_empty());

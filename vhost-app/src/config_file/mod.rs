@@ -21,7 +21,11 @@ use tracing::{error, info, warn};
 
 use crate::methods::SUBSYSTEMS;
 
+mod check;
+mod schema;
 mod syntax;
+
+pub(crate) use check::check;
 
 use syntax::{SyntaxError, parse};
 

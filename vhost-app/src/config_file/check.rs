@@ -1,0 +1,349 @@
+//! `--check`: whether a configuration can be loaded, without loading it.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::schema::{self, Kind};
+use super::{Call, ConfigFile, Place};
+use crate::cli::{Options, parse_cores};
+use crate::methods::SUBSYSTEMS;
+
+/// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
+/// configuration can be loaded, 1 if not.
+///
+/// Files and block devices are looked at, but not opened, so that a server that uses them is not
+/// disturbed. What only an attempt can tell, such as whether they can be opened, is not found.
+pub(crate) fn check(path: &Path, options: &Options) -> u8 {
+    let mut out = io::stdout().lock();
+    let mut print = |line: &dyn Display| {
+        // Without a reader, the exit code still tells the result.
+        let _ = writeln!(out, "{line}");
+    };
+    let file = match ConfigFile::read(path, false) {
+        Ok(file) => file,
+        Err(e) => {
+            print(&format_args!("error: {e}"));
+            return 1;
+        }
+    };
+    let found = Check::of(&file.calls, &options.cores, options.share);
+    found.notes.iter().for_each(|note| print(&format_args!("note: {note}")));
+    found.errors.iter().for_each(|error| print(&format_args!("error: {error}")));
+    let (errors, calls) = (found.errors.len(), file.calls.len());
+    let ending = if errors == 1 { "" } else { "s" };
+    print(&format_args!("{}: {errors} error{ending} in {calls} calls", path.display()));
+    u8::from(errors > 0)
+}
+
+/// What was found in a configuration.
+#[derive(Default)]
+struct Check {
+    notes: Vec<String>,
+    errors: Vec<String>,
+    bdevs: Bdevs,
+    controllers: HashSet<String>,
+}
+
+/// The bdevs of a configuration.
+#[derive(Default)]
+struct Bdevs {
+    /// Names and UUIDs that are taken, also by wrappers whose base never comes.
+    taken: HashSet<String>,
+    /// The bdevs that exist once all are created, by name and by UUID.
+    live: HashSet<String>,
+    /// Names of wrappers with the names of their bases.
+    wrappers: Vec<(Vec<String>, String)>,
+    /// Files by device and inode.
+    files: HashMap<(u64, u64), String>,
+}
+
+impl Check {
+    fn of(calls: &[Call], cores: &[usize], share: bool) -> Self {
+        let mut check = Self::default();
+        let calls = calls.iter().filter(|call| check.is_possible(call)).collect::<Vec<_>>();
+        for call in &calls {
+            check.add_bdev(call, share);
+        }
+        check.bdevs.settle();
+        for (names, base) in &check.bdevs.wrappers {
+            if !names.iter().any(|name| check.bdevs.live.contains(name)) {
+                check.notes.push(format!("{}: waits for bdev {base}, which never comes", names[0]));
+            }
+        }
+        calls.iter().for_each(|call| check.add_other(call, cores));
+        check
+    }
+
+    fn error(&mut self, place: &Place, text: impl Display) {
+        self.errors.push(format!("{place}: {text}"));
+    }
+
+    /// Whether a method with these parameters exists.
+    fn is_possible(&mut self, call: &Call) -> bool {
+        let place = &call.place;
+        let known = SUBSYSTEMS.iter().any(|(name, _)| *name == place.subsystem);
+        let method = match schema::method(&place.method) {
+            Some(method) if method.kind != Kind::Absent => method,
+            _ if known => {
+                self.error(place, "no such method here; remove the entry");
+                return false;
+            }
+            _ => {
+                self.notes.push(format!("{place}: is ignored, as there is no such subsystem"));
+                return false;
+            }
+        };
+        if method.kind == Kind::Kept {
+            self.notes.push(format!("{place}: is kept, but has no effect"));
+        }
+        if let Some(problem) = method.problem(params(call)) {
+            self.error(place, problem);
+            return false;
+        }
+        true
+    }
+
+    fn add_bdev(&mut self, call: &Call, share: bool) {
+        let text = |name: &str| text(call, name);
+        let (names, base) = match call.place.method.as_str() {
+            "bdev_malloc_create" | "bdev_null_create" => (vec![text("name")], None),
+            "bdev_aio_create" | "bdev_uring_create" => {
+                if let Err(problem) = self.bdevs.add_file(call, share) {
+                    self.error(&call.place, problem);
+                }
+                (vec![text("name")], None)
+            }
+            "bdev_delay_create" | "bdev_passthru_create" => {
+                (vec![text("name")], Some(text("base_bdev_name")))
+            }
+            "bdev_error_create" => {
+                (vec![format!("EE_{}", text("base_name"))], Some(text("base_name")))
+            }
+            "bdev_split_create" => {
+                let base = text("base_bdev");
+                let count = params(call).get("split_count").and_then(Value::as_u64).unwrap_or(0);
+                // A larger number is refused for its size.
+                let parts = (0..count.min(10_000)).map(|n| format!("{base}p{n}"));
+                (parts.collect(), Some(base))
+            }
+            _ => return,
+        };
+        // A malloc bdev may get its name when it is created.
+        let names: Vec<String> = names.into_iter().filter(|name| !name.is_empty()).collect();
+        let uuid = Some(text("uuid").to_lowercase()).filter(|uuid| !uuid.is_empty());
+        for name in names.iter().chain(&uuid) {
+            if !self.bdevs.taken.insert(name.clone()) {
+                self.error(&call.place, format_args!("the name or UUID {name} is taken"));
+            }
+        }
+        let all: Vec<String> = names.into_iter().chain(uuid).collect();
+        match base {
+            Some(base) if !all.is_empty() => self.bdevs.wrappers.push((all, base)),
+            Some(_) => {}
+            None => self.bdevs.live.extend(all),
+        }
+    }
+
+    /// Checks a call that is about a bdev, or about a controller.
+    fn add_other(&mut self, call: &Call, cores: &[usize]) {
+        match call.place.method.as_str() {
+            "vhost_create_blk_controller" => self.add_controller(call, cores),
+            "vhost_controller_set_coalescing" => {
+                let name = text(call, "ctrlr");
+                if !self.controllers.contains(&name) {
+                    self.error(&call.place, format_args!("there is no controller {name}"));
+                }
+            }
+            "bdev_set_qos_limit" | "bdev_enable_histogram" => {
+                let name = text(call, "name");
+                if !self.bdevs.exists(&name) {
+                    self.error(&call.place, format_args!("there is no bdev {name}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn add_controller(&mut self, call: &Call, cores: &[usize]) {
+        let (name, bdev) = (text(call, "ctrlr"), text(call, "dev_name"));
+        if !self.bdevs.exists(&bdev) {
+            self.error(&call.place, format_args!("there is no bdev {bdev}"));
+        }
+        if let Some((wrapper, _)) =
+            self.bdevs.wrappers.iter().find(|(names, base)| {
+                *base == bdev && names.iter().any(|name| self.bdevs.exists(name))
+            })
+        {
+            let text = format!("bdev {bdev} is claimed by {}, which is built on it", wrapper[0]);
+            self.error(&call.place, text);
+        }
+        let mask = text(call, "cpumask");
+        let unserved = |core: &usize| !cores.contains(core);
+        match parse_cores(&mask) {
+            _ if mask.is_empty() => {}
+            None => self.error(&call.place, format_args!("invalid cpumask {mask:?}")),
+            Some(mask) => {
+                if let Some(core) = mask.into_iter().find(unserved) {
+                    let text =
+                        format!("core {core} has no reactor; pass the same -m as the server");
+                    self.error(&call.place, text);
+                }
+            }
+        }
+        if !self.controllers.insert(name.clone()) {
+            self.error(&call.place, format_args!("there is a controller {name} already"));
+        }
+    }
+}
+
+impl Bdevs {
+    fn exists(&self, name: &str) -> bool {
+        self.live.contains(name) || self.live.contains(&name.to_lowercase())
+    }
+
+    /// Adds the wrappers whose bases exist, and those on them.
+    fn settle(&mut self) {
+        loop {
+            let due = self.wrappers.iter().filter(|(_, base)| self.live.contains(base));
+            let new: Vec<String> = due.flat_map(|(names, _)| names.clone()).collect();
+            let before = self.live.len();
+            self.live.extend(new);
+            if self.live.len() == before {
+                return;
+            }
+        }
+    }
+
+    /// Adds the file of a bdev.
+    fn add_file(&mut self, call: &Call, share: bool) -> Result<(), String> {
+        let (name, file) = (text(call, "name"), text(call, "filename"));
+        let meta = std::fs::metadata(&file).map_err(|e| format!("{file}: {e}"))?;
+        let read_only = params(call).get("readonly") == Some(&Value::Bool(true));
+        if share || read_only {
+            return Ok(());
+        }
+        match self.files.insert((meta.dev(), meta.ino()), name) {
+            Some(other) => Err(format!("{file}: bdev {other} writes to it too; --share allows it")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn params(call: &Call) -> &Map<String, Value> {
+    static NONE: std::sync::LazyLock<Map<String, Value>> = std::sync::LazyLock::new(Map::new);
+    call.params.as_ref().and_then(Value::as_object).unwrap_or(&NONE)
+}
+
+/// A parameter; empty if it is not given.
+fn text(call: &Call, name: &str) -> String {
+    params(call).get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Notes and errors, without their places.
+    fn check(calls: Value) -> (Vec<String>, Vec<String>) {
+        let calls: Vec<Call> = calls
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|call| {
+                let subsystem = if call[0] == "nvmf_create_target" { "nvmf" } else { "bdev" };
+                let method = call[0].as_str().unwrap().to_owned();
+                let place = Place { subsystem: subsystem.into(), entry: 1, method };
+                Call { place, params: Some(call[1].clone()) }
+            })
+            .collect();
+        let found = Check::of(&calls, &[1], false);
+        let bare = |lines: Vec<String>| -> Vec<String> {
+            lines
+                .iter()
+                .map(|line| line.split_once("): ").map_or(&**line, |(_, t)| t).into())
+                .collect()
+        };
+        (bare(found.notes), bare(found.errors))
+    }
+
+    fn malloc(name: &str) -> Value {
+        json!(["bdev_malloc_create", {"name": name, "num_blocks": 8, "block_size": 512}])
+    }
+
+    fn controller(name: &str, bdev: &str, mask: &str) -> Value {
+        json!(["vhost_create_blk_controller", {"ctrlr": name, "dev_name": bdev, "cpumask": mask}])
+    }
+
+    #[test]
+    fn wrappers_may_come_before_their_bases() {
+        let passthru = json!(["bdev_passthru_create", {"name": "P", "base_bdev_name": "Mp1"}]);
+        let split = json!(["bdev_split_create", {"base_bdev": "M", "split_count": 2}]);
+        let (notes, errors) = check(json!([
+            passthru,
+            split,
+            malloc("M"),
+            controller("c", "P", "2"),
+            controller("d", "Mp0", "0x2"),
+            ["bdev_wait_for_examine", {}],
+        ]));
+        assert_eq!((notes, errors), (vec![], vec![]));
+    }
+
+    #[test]
+    fn what_would_fail_is_found() {
+        let nope = json!(["bdev_error_create", {"base_name": "nope"}]);
+        let wrapped = json!(["bdev_error_create", {"base_name": "M"}]);
+        let (notes, errors) = check(json!([
+            nope, wrapped, malloc("M"), malloc("M"),
+            controller("c", "M", "2"), controller("c", "EE_M", "1"), controller("d", "EE_nope", "x"),
+            ["bdev_set_qos_limit", {"name": "Z", "rw_ios_per_sec": 1}],
+            ["vhost_controller_set_coalescing", {"ctrlr": "z", "delay_base_us": 1, "iops_threshold": 1}],
+            ["bdev_nvme_attach_controller", {"name": "n", "trtype": "PCIe", "traddr": "x"}],
+            ["bdev_aio_create", {"name": "F", "filename": "/no/such/file"}],
+            ["bdev_null_create", {"name": "N"}],
+            ["nvmf_create_target", {}],
+            ["bdev_raid_set_options", {}],
+        ]));
+        assert_eq!(
+            notes,
+            [
+                "is ignored, as there is no such subsystem",
+                "is kept, but has no effect",
+                "EE_nope: waits for bdev nope, which never comes",
+            ]
+        );
+        assert_eq!(
+            errors,
+            [
+                "no such method here; remove the entry",
+                "the parameter \"block_size\" is missing",
+                "the name or UUID M is taken",
+                "/no/such/file: No such file or directory (os error 2)",
+                "bdev M is claimed by EE_M, which is built on it",
+                "core 0 has no reactor; pass the same -m as the server",
+                "there is a controller c already",
+                "there is no bdev EE_nope",
+                "invalid cpumask \"x\"",
+                "there is no bdev Z",
+                "there is no controller z",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_file_has_one_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let aio = |name: &str, readonly: bool| json!(["bdev_aio_create", {"name": name, "filename": path, "readonly": readonly}]);
+        assert!(check(json!([aio("A", false), aio("B", true)])).1.is_empty());
+        let (_, errors) = check(json!([aio("A", false), aio("B", false)]));
+        assert!(errors[0].ends_with("f: bdev A writes to it too; --share allows it"), "{errors:?}");
+    }
+}
