@@ -74,7 +74,7 @@ pub(crate) async fn serve(
         if mode == Mode::Serving && link.is_idle() {
             idle.begin();
         } else if link.is_gone() {
-            // Nobody waits for its requests, but the one that holds the connection may take for ever.
+            // Its client is gone, but the request that holds the connection may never end.
             idle.begin_expired();
         }
         tokio::select! {

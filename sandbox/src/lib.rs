@@ -10,7 +10,7 @@
 //! # Restrictions
 //! | | all threads | some threads |
 //! |---|---|---|
-//! | privileges | no new privileges; of the capabilities, only CAP_DAC_OVERRIDE and those for io_uring (see below) are kept | workers keep only those for io_uring, reactors none |
+//! | privileges | no new privileges; of the capabilities, only CAP_DAC_OVERRIDE, those for io_uring and, for another owner of sockets, CAP_CHOWN (see below) are kept | workers keep only those for io_uring, reactors none |
 //! | Landlock | allows only the paths of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; if the kernel supports it, also refuses TCP, abstract sockets of other processes, and signals to them | |
 //! | seccomp | refuses all system calls that are not on a list, and `socket` except for Unix sockets; calls that start programs, control other processes, or change namespaces or identities kill the process | further filters, see [`Thread`] |
 //! | io_uring | | with kernel 5.10 or newer, reactors' rings are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |

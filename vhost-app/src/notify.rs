@@ -18,11 +18,11 @@ use crate::process;
 /// Interval of attempts to send while the service manager does not read.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Part of the watchdog's time after which the process reports that it is alive. The service
-/// manager's documentation recommends half.
+/// Reports per watchdog time. The service manager's documentation recommends to report at half of
+/// that time.
 const FEEDS: u32 = 2;
 
-/// Part of the watchdog's time after which reactors without progress are looked at again.
+/// Checks per watchdog time while a reactor makes no progress.
 const LOOKS: u32 = 16;
 
 /// The service manager, if there is one.

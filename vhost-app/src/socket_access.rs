@@ -15,7 +15,7 @@ use sandbox::SocketAccess;
 
 use crate::cli::Options;
 
-/// Why a name of the command line stands for nobody.
+/// Why a user or group on the command line cannot be resolved.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NameError {
     #[error("{option}: unknown {kind} {name:?}")]

@@ -1,4 +1,4 @@
-//! What an operator's tools send: requests in one write, and the requests of `spdk_top`.
+//! What an operator's tools send: requests in one write, the requests of `spdk_top`, and `spdk-cli`.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
@@ -204,4 +204,45 @@ fn controllers_of_four_queues_are_shown_in_few_bytes() {
     assert_eq!(sessions.filter(|c| c["sessions"][0]["max_queues"] == 4).count(), CONTROLLERS);
     let answer = json!({"jsonrpc": "2.0", "id": 1, "result": shown}).to_string();
     assert!(answer.len() <= 8192, "{} bytes", answer.len());
+}
+
+/// `spdk-cli` in a pseudo-terminal: every command of its tree that has a counterpart here.
+#[test]
+fn spdk_cli_works_in_a_terminal() {
+    let vhost = Vhost::start(&[]);
+    let (aio, uring) = (vhost.file("aio", 2 << 20), vhost.file("uring", 2 << 20));
+    let saved = vhost.dir().join("saved.json");
+    let mask = harness::core_mask();
+    let commands = format!(
+        "/bdevs/malloc create 8 512 M1\n/bdevs/malloc create 8 512 M2\n\
+         /bdevs/malloc create 8 512 M3\n/bdevs/null create N 16 512\n\
+         /bdevs/aio create A {aio} 512\n/bdevs/uring create {uring} U 512\n\
+         /bdevs/error create M1\n/bdevs/split_disk bdev_split_create M2 2\n\
+         /vhost/block create c1 N {mask}\n/vhost/block create c2 A\n\
+         /vhost/block/c1 set_coalescing 10 1000\nrefresh\nls\n\
+         /vhost/block/c1 show_details\nsave_config {saved}\n\
+         /vhost/block delete c1\n/bdevs/error delete EE_M1\n\
+         /bdevs/split_disk bdev_split_delete M2\n\
+         /bdevs/malloc delete M1\n/bdevs/null delete N\n/bdevs/uring delete U\n\
+         /vhost/block delete c2\n/bdevs/aio delete A\n/bdevs/malloc delete_all\nls\nexit\n",
+        aio = aio.display(),
+        uring = uring.display(),
+        saved = saved.display(),
+    );
+    let screen = vhost.spdk_cli(&commands);
+    for part in [
+        "malloc ",
+        "[Bdevs: 3]",
+        "EE_M1",
+        "uring ",
+        "\"iops_threshold\": 1000",
+        "\"delay_base_us\": 10",
+        "c2",
+    ] {
+        assert!(screen.contains(part), "{part:?} is not on the screen:\n{screen}");
+    }
+    assert!(!screen.contains("error response"), "{screen}");
+    assert!(std::fs::read_to_string(&saved).unwrap().contains("bdev_uring_create"));
+    assert!(vhost.bdev_names().is_empty(), "{screen}");
+    assert_eq!(vhost.ok("vhost_get_controllers", Value::Null), json!([]));
 }

@@ -87,8 +87,8 @@ struct OpCounters {
     /// The shortest and the longest latency since the last reset of them.
     min: AtomicU64,
     max: AtomicU64,
-    /// Latencies from `low` to `low` + `span` change neither extreme, and are in no histogram: they
-    /// are not looked at. With `u64::MAX` and 0, all that occur are.
+    /// Latencies from `low` to `low` + `span` are skipped: they change neither extreme, and the
+    /// histogram is disabled. With `u64::MAX` and 0, no latency that occurs is skipped.
     low: AtomicU64,
     span: AtomicU64,
 }
@@ -133,8 +133,8 @@ pub struct OpCounts {
     pub ticks: u64,
     /// The shortest latency of a successful operation, in ticks. `None` if there was none.
     pub min_ticks: Option<u64>,
-    /// The longest latency of a successful operation, in ticks. Of operations that were done
-    /// together, both count their mean.
+    /// The longest latency of a successful operation, in ticks. Operations that
+    /// completed together count with their mean latency, for both extremes.
     pub max_ticks: u64,
 }
 

@@ -72,7 +72,7 @@ impl Check {
         check.bdevs.settle();
         for (names, base) in &check.bdevs.wrappers {
             if !names.iter().any(|name| check.bdevs.live.contains(name)) {
-                check.notes.push(format!("{}: waits for bdev {base}, which never comes", names[0]));
+                check.notes.push(format!("{}: waits for bdev {base}, which is missing", names[0]));
             }
         }
         calls.iter().for_each(|call| check.add_other(call, cores));
@@ -90,7 +90,7 @@ impl Check {
         let method = match schema::method(&place.method) {
             Some(method) if method.kind != Kind::Absent => method,
             _ if known => {
-                self.error(place, "no such method here; remove the entry");
+                self.error(place, "vhost does not have this method; remove the entry");
                 return false;
             }
             _ => {
@@ -315,13 +315,13 @@ mod tests {
             [
                 "is ignored, as there is no such subsystem",
                 "is kept, but has no effect",
-                "EE_nope: waits for bdev nope, which never comes",
+                "EE_nope: waits for bdev nope, which is missing",
             ]
         );
         assert_eq!(
             errors,
             [
-                "no such method here; remove the entry",
+                "vhost does not have this method; remove the entry",
                 "the parameter \"block_size\" is missing",
                 "the name or UUID M is taken",
                 "/no/such/file: No such file or directory (os error 2)",

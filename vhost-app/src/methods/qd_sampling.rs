@@ -76,7 +76,7 @@ async fn set_period(app: Rc<App>, params: Params) -> Answer {
         return Ok(true.into());
     }
     if p.period < PERIOD_MIN_US {
-        warn!("bdev {}: sampled each {PERIOD_MIN_US} us, not each {} us", p.name, p.period);
+        warn!("bdev {}: period {} us is too short; using {PERIOD_MIN_US} us", p.name, p.period);
     }
     let period = p.period.max(PERIOD_MIN_US);
     let task = spawn_local(sample(Rc::clone(&app), id, Duration::from_micros(period)));
@@ -85,7 +85,7 @@ async fn set_period(app: Rc<App>, params: Params) -> Answer {
     Ok(true.into())
 }
 
-/// Samples a bdev until it is deleted. Keeps it open between two samples only for others.
+/// Samples a bdev until it is deleted. Does not keep it open between two samples.
 async fn sample(app: Rc<App>, id: BdevId, period: Duration) {
     let mut ticks = tokio::time::interval(period);
     // After a delay of this thread, the missed samples are not made up for.

@@ -130,7 +130,7 @@ fn set(app: &App, params: &Params) -> Answer {
             })
         }
         name => {
-            error!("framework_set_scheduler: no scheduler {name:?} takes these options");
+            error!("framework_set_scheduler: unknown scheduler {name:?}, or invalid options");
             return Err(RpcError::with_strerror(RpcError::INTERNAL, libc::EINVAL));
         }
     };

@@ -111,7 +111,7 @@ fn change(app: &App, params: &Params, name: &str, new: impl Fn(u64) -> u64) -> A
         tracing::error!("{}: no trace point group {name:?}", params.method());
         return Err(DecodeFailure::INVALID_PARAMETERS.error());
     }
-    info!("{}: saved, but without effect: vhost records no trace points", params.method());
+    info!("{}: masks kept, but without effect: vhost records no trace points", params.method());
     Ok(true.into())
 }
 

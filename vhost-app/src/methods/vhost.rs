@@ -202,7 +202,7 @@ async fn move_queue(app: Rc<App>, params: Params) -> Answer {
     Ok(true.into())
 }
 
-/// In SPDK's shape, without further keys: clients exist that read 8 KiB of the answer.
+/// With SPDK's keys only: some clients read no more than 8 KiB of the answer.
 fn describe(controller: &ControllerInfo) -> Value {
     let session = |s| describe_session(&controller.name, s);
     let blk = Blk::of(&controller.device);

@@ -316,12 +316,30 @@ impl Vhost {
         if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
     }
 
+    /// Types commands into SPDK's `spdk-cli` in a pseudo-terminal, and returns what it shows.
+    pub(crate) fn spdk_cli(&self, commands: &str) -> String {
+        let (cli, socket) = (venv().join("bin/spdk-cli"), self.rpc_socket());
+        let cli = format!("{} -s {}", cli.display(), socket.display());
+        let mut terminal = Command::new("script")
+            .args(["-qec", &cli, "/dev/null"])
+            .env("TERM", "xterm")
+            // It keeps a history.
+            .env("HOME", self.dir())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        terminal.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
+        let output = terminal.wait_with_output().unwrap();
+        let screen = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{:?}:\n{screen}", output.status);
+        screen
+    }
+
     /// SPDK's own client, which finds this project's plugin.
     pub(crate) fn spdk_client(&self) -> Command {
         let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let venv = std::env::var_os("VHOST_VENV").map(PathBuf::from);
-        let venv = venv.unwrap_or_else(|| repository.join("target/venv"));
-        let mut client = Command::new(venv.join("bin/spdk-rpc"));
+        let mut client = Command::new(venv().join("bin/spdk-rpc"));
         client.arg("-s").arg(self.rpc_socket());
         client.env("PYTHONPATH", repository.join("clients")).env("PYTHONDONTWRITEBYTECODE", "1");
         client
@@ -495,6 +513,13 @@ impl Rpc {
         self.stream.read_to_string(&mut text).unwrap();
         text
     }
+}
+
+/// Where SPDK's clients are installed.
+fn venv() -> PathBuf {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let venv = std::env::var_os("VHOST_VENV").map(PathBuf::from);
+    venv.unwrap_or_else(|| repository.join("target/venv"))
 }
 
 /// Waits until `done`, looking now and then; panics with `what` after [`LIMIT`].

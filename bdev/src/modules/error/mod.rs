@@ -127,7 +127,7 @@ impl ErrorDisk {
     /// [`Error::Invalid`] if the name is empty.
     pub fn create(options: ErrorOptions) -> Result<Arc<Self>, Error> {
         let ErrorOptions { name, base, uuid } = options;
-        // As that of a part which is as large as its base.
+        // SPDK's UUID of a part of the base, here one that covers all of it.
         let range = [0, base.num_blocks()].map(u64::to_le_bytes).concat();
         let uuid = uuid.unwrap_or_else(|| derived_uuid(PARTS, &*base, &range));
         Ok(Arc::new(Self {

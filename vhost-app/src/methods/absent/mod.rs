@@ -3,8 +3,7 @@
 //! Every configuration that SPDK has saved sets options of such components, and monitoring tools
 //! ask for their state at each refresh. So options are checked, kept, shown and saved again
 //! (`setters`), and getters answer what an SPDK without such objects answers (`getters`). Methods
-//! that create objects of these components do not exist: `vhost` without them could not serve what
-//! a script asked for.
+//! that create or change such objects are not registered, so that a script that needs them fails.
 
 mod getters;
 mod setters;

@@ -252,7 +252,7 @@ fn check_nvme(options: &Map<String, Value>) -> Result<(), RpcError> {
     if timeouts_fit && admin_fits && retries_fit {
         return Ok(());
     }
-    error!("bdev_nvme_set_options: the time-outs or the retry count do not fit together");
+    error!("bdev_nvme_set_options: time-outs that contradict, or bdev_retry_count below -1");
     Err(RpcError::errno(libc::EINVAL))
 }
 
@@ -324,7 +324,7 @@ fn set(app: &App, params: &Params, setter: &Setter) -> Answer {
     all.extend(given);
     (setter.check)(&all)?;
     options.kept.keep(setter.method, all, setter.key);
-    info!("{}: saved, but without effect: vhost has nothing that it sets", setter.method);
+    info!("{}: saved, but without effect: vhost has no such component", setter.method);
     Ok(true.into())
 }
 

@@ -58,7 +58,7 @@ impl BusyTimes {
     }
 }
 
-/// Exact up to 2^53, which 28 days of ticks at 4 GHz do not reach; rounded above.
+/// Exact up to 2^53 ticks, which are 26 days at 4 GHz; rounded above.
 #[expect(clippy::cast_precision_loss, reason = "see above")]
 fn to_f64(number: u64) -> f64 {
     number as f64
