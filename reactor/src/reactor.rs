@@ -248,8 +248,9 @@ impl<E: Send + 'static> Reactor<E> {
         reader.offline();
         self.waker.wait(until);
         reader.online();
-        self.asleep.store(false, Ordering::Relaxed);
         self.sleeps.store(self.sleeps.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        // Whoever sees that it is awake sees that it has slept.
+        self.asleep.store(false, Ordering::Release);
         let now = iteration.read_clock();
         account_time(&self.idle_ticks, iteration, now);
         iteration.worked_ticks = now;
@@ -306,7 +307,7 @@ impl<E: Send + 'static> Reactor<E> {
     /// A snapshot of the counters. The caller fills in `queues`.
     #[must_use]
     pub fn info(&self) -> ReactorInfo {
-        let asleep = self.asleep.load(Ordering::Relaxed);
+        let asleep = self.asleep.load(Ordering::Acquire);
         ReactorInfo {
             core: self.core,
             tid: self.tid.load(Ordering::Relaxed),

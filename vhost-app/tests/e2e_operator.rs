@@ -225,8 +225,8 @@ fn spdk_cli_works_in_a_terminal() {
          /bdevs/split_disk bdev_split_delete M2\n\
          /bdevs/malloc delete M1\n/bdevs/null delete N\n/bdevs/uring delete U\n\
          /vhost/block delete c2\n/bdevs/aio delete A\n/bdevs/malloc delete_all\nls\nexit\n",
-        aio = aio.display(),
-        uring = uring.display(),
+        aio = aio,
+        uring = uring,
         saved = saved.display(),
     );
     let screen = vhost.spdk_cli(&commands);

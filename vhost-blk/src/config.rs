@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bdev::{Bdev, QosUser};
+use bdev::{Bdev, QosUser, UserCounts};
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -51,6 +51,11 @@ impl Drop for Disk {
 }
 
 impl Disk {
+    /// Returns what the controller's queues have done at the bdev.
+    pub(crate) fn counts(&self) -> UserCounts {
+        self.bdev.stats().of_user(self.user)
+    }
+
     /// Creates the disk of a controller. Each call creates a separate user of the bdev's rate
     /// limits.
     #[must_use]

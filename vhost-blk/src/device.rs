@@ -30,6 +30,8 @@ pub struct Blk {
     /// reconnects, because the guest does not notice the reconnection. The target cannot tell which
     /// guest reconnects. So later connections begin with the cache off.
     cache_off: AtomicBool,
+    /// What its queues had done when the bdev was removed.
+    counts_before: Mutex<UserCounts>,
 }
 
 impl Blk {
@@ -43,6 +45,7 @@ impl Blk {
             features: disk.features(),
             cache_off: AtomicBool::new(false),
             disk: Mutex::new(Some(Arc::new(disk))),
+            counts_before: Mutex::default(),
         })
     }
 
@@ -81,10 +84,13 @@ impl Blk {
         self.disk().map(|disk| disk.user)
     }
 
-    /// Returns what its queues have done at the bdev. `None` if the bdev was removed.
+    /// Returns what its queues have done at the bdev, or had done when the bdev was removed.
     #[must_use]
-    pub fn counts(&self) -> Option<UserCounts> {
-        self.disk().map(|disk| disk.bdev.stats().of_user(disk.user))
+    pub fn counts(&self) -> UserCounts {
+        match self.disk() {
+            Some(disk) => disk.counts(),
+            None => *self.counts_before.lock().unwrap_or_else(PoisonError::into_inner),
+        }
     }
 
     /// Returns whether its bdev is this one or is built on it.
@@ -103,7 +109,9 @@ impl Blk {
 pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
     target.update_devices(|device| match Blk::of(device) {
         Some(blk) if blk.shows(bdev) => {
-            *blk.disk.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let disk = blk.disk.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let counts = disk.map(|disk| disk.counts()).unwrap_or_default();
+            *blk.counts_before.lock().unwrap_or_else(PoisonError::into_inner) = counts;
             DeviceChange::Removed
         }
         _ => DeviceChange::None,

@@ -121,7 +121,7 @@ impl Stats {
         }
         for user in &inner.users {
             user.counters.latencies.enable(&options);
-            user.counters.change();
+            user.counters.look_at_all();
         }
         inner.histogram = Some(options);
     }
@@ -131,6 +131,12 @@ impl Stats {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.users.iter().for_each(|user| user.counters.latencies.disable());
         inner.histogram = None;
+    }
+
+    /// Returns whether the histogram is enabled.
+    #[must_use]
+    pub fn has_histogram(&self) -> bool {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).histogram.is_some()
     }
 
     /// Returns the latencies that were counted since the histogram was enabled; `None` while it is

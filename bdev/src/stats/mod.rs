@@ -74,8 +74,8 @@ pub struct Counters {
     first: FirstFailure,
     throttled: AtomicU64,
     latencies: Recorder,
-    /// Incremented when the extremes are reset and when the histogram is enabled.
-    changes: AtomicU64,
+    /// How often the extremes were reset.
+    resets: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -84,9 +84,10 @@ struct OpCounters {
     bytes: AtomicU64,
     errors: AtomicU64,
     ticks: AtomicU64,
-    /// The shortest and the longest latency since the last reset of them.
+    /// The shortest and the longest latency since the reset with this number.
     min: AtomicU64,
     max: AtomicU64,
+    extremes_of: AtomicU64,
     /// Latencies from `low` to `low` + `span` are skipped: they change neither extreme, and the
     /// histogram is disabled. With `u64::MAX` and 0, no latency that occurs is skipped.
     low: AtomicU64,
@@ -102,6 +103,7 @@ impl Default for OpCounters {
             ticks: AtomicU64::new(0),
             min: AtomicU64::new(u64::MAX),
             max: AtomicU64::new(0),
+            extremes_of: AtomicU64::new(0),
             low: AtomicU64::new(u64::MAX),
             span: AtomicU64::new(0),
         }
@@ -114,9 +116,26 @@ impl OpCounters {
         self.span.store(0, Ordering::Relaxed);
     }
 
-    fn reset_extremes(&self) {
-        self.min.store(u64::MAX, Ordering::Relaxed);
-        self.max.store(0, Ordering::Relaxed);
+    /// Takes a latency into the extremes, which begin anew after a reset. Only the user calls this.
+    fn extend(&self, latency: u64, resets: u64) -> (u64, u64) {
+        let (mut min, mut max) = (latency, latency);
+        if self.extremes_of.load(Ordering::Relaxed) == resets {
+            min = min.min(self.min.load(Ordering::Relaxed));
+            max = max.max(self.max.load(Ordering::Relaxed));
+        }
+        self.min.store(min, Ordering::Relaxed);
+        self.max.store(max, Ordering::Relaxed);
+        self.extremes_of.store(resets, Ordering::Release);
+        (min, max)
+    }
+
+    /// The extremes since the reset with this number, if there was an operation.
+    fn extremes(&self, resets: u64) -> (Option<u64>, u64) {
+        if self.extremes_of.load(Ordering::Acquire) != resets {
+            return (None, 0);
+        }
+        let min = self.min.load(Ordering::Relaxed);
+        ((min < u64::MAX).then_some(min), self.max.load(Ordering::Relaxed))
     }
 }
 
@@ -310,8 +329,8 @@ impl Inner {
             (gone.min_ticks, gone.max_ticks) = (None, 0);
         }
         for user in &self.users {
-            user.counters.change();
-            user.counters.ops.iter().for_each(OpCounters::reset_extremes);
+            add(&user.counters.resets, 1);
+            user.counters.look_at_all();
         }
     }
 
@@ -377,42 +396,39 @@ impl Counters {
     #[inline(never)]
     fn look_at(&self, op: Op, count: u64, latency: u64) {
         let counters = &self.ops[op as usize];
-        let changes = self.changes.load(Ordering::Relaxed);
-        let min = counters.min.load(Ordering::Relaxed).min(latency);
-        let max = counters.max.load(Ordering::Relaxed).max(latency);
-        counters.min.store(min, Ordering::Relaxed);
-        counters.max.store(max, Ordering::Relaxed);
+        let resets = self.resets.load(Ordering::Relaxed);
+        let (min, max) = counters.extend(latency, resets);
         if self.latencies.is_enabled() {
             return self.latencies.record(op, count, latency);
         }
         counters.low.store(min, Ordering::Relaxed);
         counters.span.store(max - min, Ordering::Relaxed);
-        // With the fence of `change`: either this sees the change, or the stores of `change` come
-        // after those above.
+        // With the fence of `look_at_all`: either this sees what has changed before it, or the
+        // stores of `look_at_all` come after those above.
         fence(Ordering::SeqCst);
-        if self.changes.load(Ordering::Relaxed) != changes {
-            counters.reset_extremes();
+        if self.latencies.is_enabled() || self.resets.load(Ordering::Relaxed) != resets {
             counters.look_at_all();
         }
     }
 
-    /// Makes the user look at all latencies again, after a change of what it does with them.
-    fn change(&self) {
-        add(&self.changes, 1);
+    /// Makes the user look at all latencies, after a reset of the extremes or after the histogram
+    /// was enabled.
+    fn look_at_all(&self) {
         fence(Ordering::SeqCst);
         self.ops.iter().for_each(OpCounters::look_at_all);
     }
 
     fn add_to(&self, sum: &mut [OpCounts; OPS]) {
+        let resets = self.resets.load(Ordering::Relaxed);
         for (sum, counters) in sum.iter_mut().zip(&self.ops) {
-            let min = counters.min.load(Ordering::Relaxed);
+            let (min_ticks, max_ticks) = counters.extremes(resets);
             sum.add(&OpCounts {
                 count: counters.count.load(Ordering::Relaxed),
                 bytes: counters.bytes.load(Ordering::Relaxed),
                 errors: counters.errors.load(Ordering::Relaxed),
                 ticks: counters.ticks.load(Ordering::Relaxed),
-                min_ticks: (min < u64::MAX).then_some(min),
-                max_ticks: counters.max.load(Ordering::Relaxed),
+                min_ticks,
+                max_ticks,
             });
         }
     }

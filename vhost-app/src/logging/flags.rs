@@ -80,6 +80,10 @@ pub(super) const FLAGS: [(&str, &[&str]); 72] = [
     ("vmd", &[]),
 ];
 
+/// Longer patterns match nothing: to match some patterns takes time that grows with the square of
+/// their length.
+const PATTERN_MAX: usize = 128;
+
 /// Whether `-L` and `log_set_flag` accept this pattern.
 pub(crate) fn is_flag(pattern: &str) -> bool {
     matching(pattern) != 0
@@ -89,6 +93,9 @@ pub(crate) fn is_flag(pattern: &str) -> bool {
 pub(super) fn matching(pattern: &str) -> u128 {
     if pattern.eq_ignore_ascii_case("all") {
         return u128::MAX >> (128 - FLAGS.len());
+    }
+    if pattern.len() > PATTERN_MAX {
+        return 0;
     }
     let Ok(pattern) = CString::new(pattern) else { return 0 };
     let matches = |flag: &str| CString::new(flag).is_ok_and(|flag| fnmatch(&pattern, &flag));
@@ -130,7 +137,9 @@ mod tests {
         assert_eq!(matched("[v-z]md"), ["vmd"]);
         assert_eq!(matched("All").len(), FLAGS.len());
         assert_eq!(matched("*").len(), FLAGS.len());
-        for bad in ["", "nope", "vhost_", "a\0b"] {
+        assert_eq!(matched(&"*".repeat(PATTERN_MAX)).len(), FLAGS.len());
+        let long = "*".repeat(PATTERN_MAX + 1);
+        for bad in ["", "nope", "vhost_", "a\0b", &long] {
             assert!(!is_flag(bad), "{bad:?}");
         }
         assert!(FLAGS.is_sorted());

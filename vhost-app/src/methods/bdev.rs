@@ -134,7 +134,7 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     for id in app.bdevs.ids() {
         if let Some(live) = app.bdevs.live(id) {
             entries.extend(bdev_qos::config(&*live.bdev));
-            entries.extend(bdev_histogram::config(app, &*live.bdev));
+            entries.extend(bdev_histogram::config(app, id, &*live.bdev));
         }
         pace.spend(CONFIG_VALUES).await;
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bdev::{Bdev, HistogramOptions, Latencies, Op};
+use bdev::{Bdev, BdevId, HistogramOptions, Latencies, Op};
 use reactor::ticks_per_second;
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -66,8 +66,9 @@ fn ticks(ns: u64) -> u64 {
     u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
-fn find(app: &App, params: &Params, name: &str) -> Result<Arc<dyn Bdev>, RpcError> {
-    app.bdevs.bdev(name).ok_or_else(|| {
+fn find(app: &App, params: &Params, name: &str) -> Result<(BdevId, Arc<dyn Bdev>), RpcError> {
+    let found = app.bdevs.id(name).and_then(|id| Some((id, app.bdevs.live(id)?.bdev)));
+    found.ok_or_else(|| {
         error!("{}: no bdev {name:?}", params.method());
         RpcError::errno(libc::ENODEV)
     })
@@ -84,7 +85,7 @@ fn enable(app: &App, params: &Params) -> Answer {
         max_nsec: Option<u64>,
     }
     let p: Request = params.decode(DecodeFailure::INTERNAL)?;
-    let bdev = find(app, params, &p.name)?;
+    let (id, bdev) = find(app, params, &p.name)?;
     let ops = match p.opc.as_deref().map(|opc| TYPES.iter().find(|(name, _)| *name == opc)) {
         None => HistogramOptions::ALL_OPS,
         Some(Some((_, op))) => op.map_or(0, |op| 1 << (op as u8)),
@@ -92,7 +93,7 @@ fn enable(app: &App, params: &Params) -> Answer {
     };
     if !p.enable {
         bdev.stats().disable_histogram();
-        app.options.borrow_mut().histograms.remove(bdev.name());
+        app.options.borrow_mut().histograms.remove(&id);
         return Ok(true.into());
     }
     let given = Given {
@@ -112,17 +113,17 @@ fn enable(app: &App, params: &Params) -> Answer {
         min_ticks: ticks(given.min_nsec),
         max_ticks: ticks(given.max_nsec),
     });
-    app.options.borrow_mut().histograms.insert(bdev.name().to_owned(), given);
+    let histograms = &mut app.options.borrow_mut().histograms;
+    histograms.retain(|id, _| app.bdevs.live(*id).is_some());
+    histograms.insert(id, given);
     Ok(true.into())
 }
 
 /// The call that enables a bdev's histogram again. Unlike SPDK's, it has the options that differ
 /// from the defaults.
-pub(super) fn config(app: &App, bdev: &dyn Bdev) -> Option<Value> {
-    // After a bdev was deleted and created again with the same name, it has none.
-    bdev.stats().latencies()?;
+pub(super) fn config(app: &App, id: BdevId, bdev: &dyn Bdev) -> Option<Value> {
     let options = app.options.borrow();
-    let given = options.histograms.get(bdev.name())?;
+    let given = options.histograms.get(&id)?;
     let mut params = Map::from_iter([
         ("name".to_owned(), bdev.name().into()),
         ("enable".to_owned(), true.into()),
@@ -139,7 +140,7 @@ pub(super) fn config(app: &App, bdev: &dyn Bdev) -> Option<Value> {
 }
 
 fn latencies(app: &App, params: &Params, name: &str) -> Result<Latencies, RpcError> {
-    find(app, params, name)?.stats().latencies().ok_or_else(|| {
+    find(app, params, name)?.1.stats().latencies().ok_or_else(|| {
         error!("{}: the histogram of bdev {name} is not enabled", params.method());
         RpcError::errno(libc::ENOMEM)
     })

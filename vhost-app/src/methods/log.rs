@@ -61,7 +61,8 @@ fn set_flag(app: &App, params: &Params, enabled: bool) -> Answer {
     if app.log.set_flag(&request.flag, enabled) {
         return Ok(true.into());
     }
-    error!("{}: unknown log flag {:?}", params.method(), request.flag);
+    let shown: String = request.flag.chars().take(128).collect();
+    error!("{}: unknown log flag {shown:?}", params.method());
     Err(RpcError::invalid_params("invalid log flag"))
 }
 

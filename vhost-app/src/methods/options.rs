@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use bdev::BdevId;
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,7 +33,7 @@ pub(crate) struct SubsystemOptions {
     pub(super) scheduler: Scheduler,
     pub(super) trace: Trace,
     /// The options of the enabled histograms, by bdev.
-    pub(super) histograms: BTreeMap<String, histogram::Given>,
+    pub(super) histograms: BTreeMap<BdevId, histogram::Given>,
     /// Whether `framework_monitor_context_switch` is on: shown, but nothing is monitored.
     pub(super) monitors_context_switches: bool,
     /// Options of components that this program does not have.

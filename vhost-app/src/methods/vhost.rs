@@ -232,7 +232,7 @@ fn describe_whole(controller: &ControllerInfo) -> Value {
         "closing": controller.fds_closing,
         "stuck": controller.fds_stuck,
     });
-    let counts = Blk::of(&controller.device).and_then(Blk::counts).unwrap_or_default();
+    let counts = Blk::of(&controller.device).map(Blk::counts).unwrap_or_default();
     shown["io"] = describe_counts(&counts);
     let whole = controller.sessions.iter().map(|session| {
         let mut shown = describe_session(&controller.name, session);

@@ -10,7 +10,6 @@ mod snapshot;
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -24,6 +23,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rpc::Registry;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
@@ -35,13 +36,13 @@ use encode::Format;
 use snapshot::Snapshot;
 
 /// Connections that are served at a time; more wait.
-const CONNECTIONS: usize = 8;
+const CONNECTIONS: usize = 64;
 
-/// Limit on the time of one connection, with all its requests.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(60);
+/// Limit on the time of one connection, which has one request.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(8);
 
-/// Limit on the time in which a client sends a request.
-const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// Limit on the time in which a client sends its request.
+const REQUEST_LIMIT: Duration = Duration::from_secs(4);
 
 /// Wait after an accept that failed, for example because no file descriptor was free.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -97,9 +98,13 @@ impl Bound {
 /// Removes a socket that an earlier process has left.
 fn remove_stale(path: &Path) {
     let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
-    let refused =
-        || UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
-    if is_socket && refused() {
+    // Without waiting: a live process may not accept.
+    let refused = || -> rustix::io::Result<bool> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        Ok(connect(&socket, &SocketAddrUnix::new(path)?) == Err(Errno::CONNREFUSED))
+    };
+    if is_socket && refused() == Ok(true) {
         let _ = std::fs::remove_file(path);
     }
 }
@@ -185,6 +190,8 @@ async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
+        // So that a client that does not read its answers does not keep its place.
+        .keep_alive(false)
         .header_read_timeout(REQUEST_LIMIT)
         .max_buf_size(16 * 1024)
         .serve_connection(TokioIo::new(stream), service)

@@ -39,7 +39,7 @@ pub(super) struct BdevRow {
 #[derive(Debug)]
 pub(super) struct ControllerRow {
     pub(super) name: String,
-    /// Empty if the bdev was removed.
+    /// The bdev that it was created with, which may have been removed.
     pub(super) bdev: String,
     pub(super) counts: UserCounts,
     pub(super) fds: usize,
@@ -52,8 +52,8 @@ impl From<ControllerInfo> for ControllerRow {
     fn from(controller: ControllerInfo) -> Self {
         let blk = Blk::of(&controller.device);
         Self {
-            bdev: blk.and_then(Blk::bdev).unwrap_or_default(),
-            counts: blk.and_then(Blk::counts).unwrap_or_default(),
+            bdev: blk.map(Blk::bdev_configured).unwrap_or_default().to_owned(),
+            counts: blk.map(Blk::counts).unwrap_or_default(),
             name: controller.name,
             fds: controller.fds,
             fds_closing: controller.fds_closing,
@@ -72,6 +72,10 @@ impl Snapshot {
         let mut bdevs = vec![];
         for (n, id) in app.bdevs.ids().into_iter().enumerate() {
             if let Some(live) = app.bdevs.live(id) {
+                // To sum up histograms takes long.
+                if live.bdev.stats().has_histogram() {
+                    tokio::task::yield_now().await;
+                }
                 let stats = live.bdev.stats();
                 bdevs.push(BdevRow {
                     name: live.bdev.name().to_owned(),
