@@ -35,6 +35,9 @@ mod perf;
 #[path = "../../bench/src/bin/vhost-perf/values.rs"]
 mod values;
 
+#[path = "../../vhost-top/src/args.rs"]
+mod top;
+
 /// A program with a manual page.
 struct Program {
     command: Command,
@@ -47,6 +50,7 @@ fn programs() -> Vec<Program> {
     vec![
         Program { command: vhost::cli::Args::command(), section: "8", more: VHOST },
         Program { command: perf::Args::command(), section: "1", more: VHOST_PERF },
+        Program { command: top::Args::command(), section: "1", more: VHOST_TOP },
     ]
 }
 
@@ -71,12 +75,25 @@ The RPC socket of the service.
 NOTIFY_SOCKET, WATCHDOG_USEC, WATCHDOG_PID
 Where and how often to report to the service manager: see \fBsd_notify\fR(3).
 .SH "SEE ALSO"
-\fBvhost\-perf\fR(1), and the book in /usr/share/doc/vhost
+\fBvhost\-perf\fR(1), \fBvhost\-top\fR(1), and the book in /usr/share/doc/vhost
 "#;
 
 const VHOST_PERF: &str = r#"
 .SH "SEE ALSO"
 \fBvhost\fR(8), and the book in /usr/share/doc/vhost
+"#;
+
+const VHOST_TOP: &str = r#"
+.SH FILES
+.TP
+/run/vhost\-rpc/rpc.sock
+The RPC socket of the service.
+.SH ENVIRONMENT
+.TP
+NO_COLOR
+If it is set and not empty, no colours are used.
+.SH "SEE ALSO"
+\fBvhost\fR(8), and the book in /usr/share/doc/vhost, whose chapter vhost\-top describes the columns and the keys of the JSON object
 "#;
 
 fn main() -> Result<(), Box<dyn Error>> {
