@@ -2,17 +2,19 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::failure::{FAILURE_KINDS, Failure, FirstFailure};
 use crate::io::{OPS, Op};
 use crate::qos::QosUser;
 
+mod extremes;
 mod histogram;
 
 pub use histogram::{HistogramOptions, Latencies};
 
+use extremes::Extremes;
 use histogram::{Counts, Recorder};
 
 /// A device's I/O counters, summed over all its users.
@@ -74,69 +76,15 @@ pub struct Counters {
     first: FirstFailure,
     throttled: AtomicU64,
     latencies: Recorder,
-    /// How often the extremes were reset.
-    resets: AtomicU64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct OpCounters {
     count: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
     ticks: AtomicU64,
-    /// The shortest and the longest latency since the reset with this number.
-    min: AtomicU64,
-    max: AtomicU64,
-    extremes_of: AtomicU64,
-    /// Latencies from `low` to `low` + `span` are skipped: they change neither extreme, and the
-    /// histogram is disabled. With `u64::MAX` and 0, no latency that occurs is skipped.
-    low: AtomicU64,
-    span: AtomicU64,
-}
-
-impl Default for OpCounters {
-    fn default() -> Self {
-        Self {
-            count: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-            errors: AtomicU64::new(0),
-            ticks: AtomicU64::new(0),
-            min: AtomicU64::new(u64::MAX),
-            max: AtomicU64::new(0),
-            extremes_of: AtomicU64::new(0),
-            low: AtomicU64::new(u64::MAX),
-            span: AtomicU64::new(0),
-        }
-    }
-}
-
-impl OpCounters {
-    fn look_at_all(&self) {
-        self.low.store(u64::MAX, Ordering::Relaxed);
-        self.span.store(0, Ordering::Relaxed);
-    }
-
-    /// Takes a latency into the extremes, which begin anew after a reset. Only the user calls this.
-    fn extend(&self, latency: u64, resets: u64) -> (u64, u64) {
-        let (mut min, mut max) = (latency, latency);
-        if self.extremes_of.load(Ordering::Relaxed) == resets {
-            min = min.min(self.min.load(Ordering::Relaxed));
-            max = max.max(self.max.load(Ordering::Relaxed));
-        }
-        self.min.store(min, Ordering::Relaxed);
-        self.max.store(max, Ordering::Relaxed);
-        self.extremes_of.store(resets, Ordering::Release);
-        (min, max)
-    }
-
-    /// The extremes since the reset with this number, if there was an operation.
-    fn extremes(&self, resets: u64) -> (Option<u64>, u64) {
-        if self.extremes_of.load(Ordering::Acquire) != resets {
-            return (None, 0);
-        }
-        let min = self.min.load(Ordering::Relaxed);
-        ((min < u64::MAX).then_some(min), self.max.load(Ordering::Relaxed))
-    }
+    extremes: Extremes,
 }
 
 /// Totals of one kind of operation.
@@ -328,10 +276,8 @@ impl Inner {
         for gone in &mut self.gone {
             (gone.min_ticks, gone.max_ticks) = (None, 0);
         }
-        for user in &self.users {
-            add(&user.counters.resets, 1);
-            user.counters.look_at_all();
-        }
+        let counters = self.users.iter().flat_map(|user| &user.counters.ops);
+        counters.for_each(|counters| counters.extremes.reset());
     }
 
     /// Moves the counts of users that have dropped their counters into `gone`.
@@ -379,8 +325,7 @@ impl Counters {
         add(&counters.ticks, ticks);
         add(&counters.bytes, bytes);
         let latency = if count == NonZeroU64::MIN { ticks } else { ticks / count };
-        let above_low = latency.wrapping_sub(counters.low.load(Ordering::Relaxed));
-        if above_low > counters.span.load(Ordering::Relaxed) {
+        if counters.extremes.wants(latency) {
             self.look_at(op, count.get(), latency);
         }
     }
@@ -395,33 +340,18 @@ impl Counters {
     #[cold]
     #[inline(never)]
     fn look_at(&self, op: Op, count: u64, latency: u64) {
-        let counters = &self.ops[op as usize];
-        let resets = self.resets.load(Ordering::Relaxed);
-        let (min, max) = counters.extend(latency, resets);
-        if self.latencies.is_enabled() {
-            return self.latencies.record(op, count, latency);
-        }
-        counters.low.store(min, Ordering::Relaxed);
-        counters.span.store(max - min, Ordering::Relaxed);
-        // With the fence of `look_at_all`: either this sees what has changed before it, or the
-        // stores of `look_at_all` come after those above.
-        fence(Ordering::SeqCst);
-        if self.latencies.is_enabled() || self.resets.load(Ordering::Relaxed) != resets {
-            counters.look_at_all();
-        }
+        self.ops[op as usize].extremes.extend(latency, || self.latencies.is_enabled());
+        self.latencies.record(op, count, latency);
     }
 
-    /// Makes the user look at all latencies, after a reset of the extremes or after the histogram
-    /// was enabled.
+    /// Makes the user look at all latencies, after the histogram was enabled.
     fn look_at_all(&self) {
-        fence(Ordering::SeqCst);
-        self.ops.iter().for_each(OpCounters::look_at_all);
+        self.ops.iter().for_each(|counters| counters.extremes.want_all());
     }
 
     fn add_to(&self, sum: &mut [OpCounts; OPS]) {
-        let resets = self.resets.load(Ordering::Relaxed);
         for (sum, counters) in sum.iter_mut().zip(&self.ops) {
-            let (min_ticks, max_ticks) = counters.extremes(resets);
+            let (min_ticks, max_ticks) = counters.extremes.get();
             sum.add(&OpCounts {
                 count: counters.count.load(Ordering::Relaxed),
                 bytes: counters.bytes.load(Ordering::Relaxed),
