@@ -171,6 +171,8 @@ fn a_controller_is_deleted_in_time_or_by_force() {
 #[test]
 fn a_queue_is_moved() {
     let vhost = Launch::new().mask(harness::two_cores()).start();
+    // The load reads what it has written.
+    vhost.ok("bdev_malloc_create", json!({"name": "N", "num_blocks": 16384, "block_size": 512}));
     controller(&vhost);
     let mut front_end = connect(&vhost);
     let queues = front_end.start_new(4, QueueOptions::default()).unwrap();
@@ -179,12 +181,12 @@ fn a_queue_is_moved() {
     load.wait_for(1000).unwrap();
     // How many queues are on each core.
     let places = || {
-        let stats = vhost.ok("thread_get_stats", json!({}));
-        let threads = stats["threads"].as_array().unwrap();
-        let thread = threads.iter().find(|thread| thread["name"] == "vhost.0").unwrap();
-        let places = thread["queues"].as_array().unwrap().iter();
-        let place = |p: &Value| (p["core"].as_u64().unwrap(), p["count"].as_u64().unwrap());
-        places.map(place).collect::<BTreeMap<_, _>>()
+        let stats = vhost.ok("vhost_get_controller_stats", json!({}));
+        let mut places = BTreeMap::<u64, u64>::new();
+        for queue in stats[0]["sessions"][0]["queues"].as_array().unwrap() {
+            *places.entry(queue["core"].as_u64().unwrap()).or_default() += 1;
+        }
+        places
     };
     for queue in 0..4 {
         assert_eq!(run(&vhost, &format!("vhost_move_queue vhost.0 {queue} 1")).ok(), "");

@@ -331,7 +331,14 @@ impl Vhost {
             .unwrap();
         terminal.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
         let output = terminal.wait_with_output().unwrap();
-        let screen = String::from_utf8_lossy(&output.stdout).into_owned();
+        let screen = String::from_utf8_lossy(&output.stdout);
+        // Without the codes for colours.
+        let mut parts = screen.split("\x1b[");
+        let first = parts.next().unwrap_or_default().to_owned();
+        let ends = |c: char| c.is_ascii_alphabetic();
+        let screen = parts.fold(first, |screen, part| {
+            screen + part.split_once(ends).map_or("", |(_, rest)| rest)
+        });
         assert!(output.status.success(), "{:?}:\n{screen}", output.status);
         screen
     }
