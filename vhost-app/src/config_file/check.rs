@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::schema::{self, Kind};
 use super::{Call, ConfigFile, Place};
 use crate::cli::{Options, parse_cores};
-use crate::methods::SUBSYSTEMS;
+use crate::methods::{SUBSYSTEMS, refuses};
 
 /// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
 /// configuration can be loaded, 1 if not.
@@ -103,6 +103,10 @@ impl Check {
         }
         if let Some(problem) = method.problem(params(call)) {
             self.error(place, problem);
+            return false;
+        }
+        if refuses(&place.method, params(call)) == Some(true) {
+            self.error(place, "the values are invalid, or do not fit together");
             return false;
         }
         true
@@ -309,11 +313,13 @@ mod tests {
             ["bdev_null_create", {"name": "N"}],
             ["nvmf_create_target", {}],
             ["bdev_raid_set_options", {}],
+            ["bdev_nvme_set_options", {"bdev_retry_count": -5}],
         ]));
         assert_eq!(
             notes,
             [
                 "is ignored, as there is no such subsystem",
+                "is kept, but has no effect",
                 "is kept, but has no effect",
                 "EE_nope: waits for bdev nope, which is missing",
             ]
@@ -323,6 +329,7 @@ mod tests {
             [
                 "vhost does not have this method; remove the entry",
                 "the parameter \"block_size\" is missing",
+                "the values are invalid, or do not fit together",
                 "the name or UUID M is taken",
                 "/no/such/file: No such file or directory (os error 2)",
                 "bdev M is claimed by EE_M, which is built on it",

@@ -36,6 +36,7 @@ use crate::control::Control;
 use crate::core_locks::CoreLocks;
 use crate::logging::Log;
 
+pub(crate) use absent::refuses;
 pub(crate) use framework::{SUBSYSTEMS, Startup};
 use notify::Notifications;
 use qd_sampling::Samplings;

@@ -14,6 +14,8 @@ use tracing::error;
 
 use super::Methods;
 
+pub(crate) use setters::refuses;
+
 pub(super) use setters::Kept;
 
 pub(super) fn register(methods: &mut Methods<'_>) {

@@ -316,6 +316,13 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     }
 }
 
+/// Whether a method that keeps options refuses these parameters as a first call. `None` if there is
+/// no such method.
+pub(crate) fn refuses(method: &str, given: &Map<String, Value>) -> Option<bool> {
+    let setter = SETTERS.iter().find(|setter| setter.method == method)?;
+    Some(super::wrong(setter.parameters, given).is_some() || (setter.check)(given).is_err())
+}
+
 fn set(app: &App, params: &Params, setter: &Setter) -> Answer {
     let given = decode(params, setter.parameters, setter.failure)?;
     let mut options = app.options.borrow_mut();
