@@ -102,6 +102,16 @@ mod tests {
         assert!(!has_to_close(&later).await && !has_to_close(&busy).await);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn the_connection_of_a_client_that_has_gone_is_closed_at_once() {
+        let connections = Connections::default();
+        let [idle, gone] = [(); 2].map(|()| connections.add());
+        idle.begin();
+        gone.begin_expired();
+        connections.close_idlest();
+        assert!(has_to_close(&gone).await && !has_to_close(&idle).await);
+    }
+
     #[test]
     fn connections_that_have_ended_are_removed() {
         let connections = Connections::default();
