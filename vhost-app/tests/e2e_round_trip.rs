@@ -533,6 +533,23 @@ fn a_p99_latency_below_its_average_is_saved() {
     assert!(seen(&vhost).contains(r#""avg_read_latency":1000,"p99_read_latency":6,"#));
 }
 
+/// A wrapper that waits while another has its base is not saved: loaded, it would be the first.
+#[test]
+fn a_wrapper_whose_base_is_taken_is_not_saved() {
+    let vhost = start(0);
+    vhost.ok("bdev_set_options", json!({"bdev_auto_examine": false}));
+    vhost.ok("framework_start_init", Value::Null);
+    vhost.ok("bdev_passthru_create", json!({"name": "P", "base_bdev_name": "A"}));
+    vhost.null("A");
+    vhost.ok("bdev_split_create", json!({"base_bdev": "A", "split_count": 2}));
+    vhost.ok("bdev_examine", json!({"name": "A"}));
+    assert_eq!(vhost.bdev_names(), ["A", "Ap0", "Ap1"]);
+    check(&vhost);
+    // It is saved again once it waits for nothing but its base.
+    vhost.ok("bdev_null_delete", json!({"name": "A"}));
+    assert!(save(&vhost).to_string().contains("bdev_passthru_create"));
+}
+
 #[test]
 fn what_was_examined_is_examined_again() {
     let vhost = start(0);

@@ -322,13 +322,20 @@ impl Registry {
     }
 
     /// Returns the calls that create this bdev again. Empty if it is being created or does not
-    /// exist any more.
+    /// exist any more. Empty too for a request whose base exists but is in use: loaded, it could
+    /// take the base before the present user does.
     #[must_use]
     pub fn config(&self, id: BdevId) -> Vec<Call> {
         let state = {
             let rows = self.0.rows.borrow();
             rows.binary_search_by_key(&id, |row| row.id).ok().map(|at| rows[at].state.clone())
         };
+        if let Some(State::Waiting { waiting, .. }) = &state
+            && let Some(base) = self.id(waiting.base())
+            && self.0.claims.in_the_way(base, waiting.claims(), waiting.module()).is_some()
+        {
+            return vec![];
+        }
         match state {
             Some(State::Live(live)) => live.entry.config(),
             Some(State::Waiting { waiting, .. }) => waiting.config(),

@@ -120,6 +120,12 @@ fn rule_index(op: Op) -> Option<usize> {
     }
 }
 
+/// Returns SPDK's UUID of a part of a base, here one that covers all of it.
+fn uuid_on(base: &dyn Bdev) -> Uuid {
+    let range = [0, base.num_blocks()].map(u64::to_le_bytes).concat();
+    derived_uuid(PARTS, base, &range)
+}
+
 impl ErrorDisk {
     /// Wraps a disk.
     ///
@@ -127,9 +133,7 @@ impl ErrorDisk {
     /// [`Error::Invalid`] if the name is empty.
     pub fn create(options: ErrorOptions) -> Result<Arc<Self>, Error> {
         let ErrorOptions { name, base, uuid } = options;
-        // SPDK's UUID of a part of the base, here one that covers all of it.
-        let range = [0, base.num_blocks()].map(u64::to_le_bytes).concat();
-        let uuid = uuid.unwrap_or_else(|| derived_uuid(PARTS, &*base, &range));
+        let uuid = uuid.unwrap_or_else(|| uuid_on(&*base));
         Ok(Arc::new(Self {
             wrapped: Wrapped::new(name, base, Some(uuid))?,
             rules: Default::default(),

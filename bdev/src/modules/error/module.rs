@@ -103,8 +103,14 @@ impl Entry for ErrorEntry {
         Description::specific("error_disk", json!({ "base_bdev": self.disk.base().name() }))
     }
 
+    /// With the UUID if the base's size has changed since it was derived.
     fn config(&self) -> Vec<Call> {
-        self.request.config()
+        let mut params = self.request.params.clone();
+        let uuid = self.disk.uuid();
+        if self.request.uuid.is_none() && uuid != super::uuid_on(&**self.disk.base()) {
+            params.insert("uuid".into(), uuid.to_string().into());
+        }
+        vec![Call { method: CREATE, params }]
     }
 
     fn deleting(&self) {
