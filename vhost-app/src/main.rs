@@ -5,6 +5,7 @@
 //! EAL on its own thread, while the reactors start; first pass over the configuration; RPC socket;
 //! initialisation; second pass. Then the control thread serves RPCs until a signal arrives.
 
+mod check;
 mod cli;
 mod config_file;
 mod control;
@@ -83,7 +84,7 @@ fn main() {
     };
     let notifier = Notifier::from_environment();
     if let Some(path) = &options.check {
-        std::process::exit(config_file::check(path, &options).into());
+        std::process::exit(check::check(path, &options).into());
     }
     let prepared = Prepared::new(&options);
     let log = logging::Log::new();

@@ -10,7 +10,7 @@ use harness::{Launch, Refusal, Vhost};
 use serde_json::{Map, Value, json};
 
 /// SPDK's methods, what they do here, and their parameters.
-const METHODS: &str = include_str!("../src/config_file/methods.tsv");
+const METHODS: &str = include_str!("../src/check/methods.tsv");
 
 /// Options without effect: with parameters, and where a saved configuration has them.
 fn kept() -> Vec<(&'static str, &'static str, Value)> {

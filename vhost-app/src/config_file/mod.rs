@@ -21,11 +21,7 @@ use tracing::{error, info, warn};
 
 use crate::methods::SUBSYSTEMS;
 
-mod check;
-mod schema;
 mod syntax;
-
-pub(crate) use check::check;
 
 use syntax::{SyntaxError, parse};
 
@@ -72,10 +68,10 @@ pub(crate) fn errno_exit_code(errno: i32) -> u8 {
 /// A call's place in the file, for log lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
-    subsystem: String,
+    pub(crate) subsystem: String,
     /// The first entry is 1.
-    entry: usize,
-    method: String,
+    pub(crate) entry: usize,
+    pub(crate) method: String,
 }
 
 impl fmt::Display for Place {
@@ -87,15 +83,15 @@ impl fmt::Display for Place {
 
 /// A call of the file.
 #[derive(Clone, Debug, PartialEq)]
-struct Call {
-    place: Place,
-    params: Option<Value>,
+pub(crate) struct Call {
+    pub(crate) place: Place,
+    pub(crate) params: Option<Value>,
 }
 
 /// A parsed configuration.
 #[derive(Debug, PartialEq)]
 pub(crate) struct ConfigFile {
-    calls: Vec<Call>,
+    pub(crate) calls: Vec<Call>,
     /// Continue after calls that fail or are unknown.
     ignore_errors: bool,
 }

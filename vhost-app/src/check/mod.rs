@@ -8,10 +8,13 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::schema::{self, Kind};
-use super::{Call, ConfigFile, Place};
 use crate::cli::{Options, parse_cores};
+use crate::config_file::{Call, ConfigFile, Place};
 use crate::methods::{SUBSYSTEMS, refuses};
+
+mod schema;
+
+use schema::Kind;
 
 /// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
 /// configuration can be loaded, 1 if not.
