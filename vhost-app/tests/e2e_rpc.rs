@@ -228,6 +228,9 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
 #[test]
 fn wrappers_wait_for_their_base_and_go_with_it() {
     let vhost = Vhost::start(&[]);
+    // The wrappers' UUIDs are derived from that of their base.
+    let malloc = json!({"name": "M", "num_blocks": 2048, "block_size": 512,
+        "uuid": "12345678-1234-4234-8234-123456789abc"});
     let delay = json!({"name": "D", "base_bdev_name": "EE_M", "avg_read_latency": 1,
         "p99_read_latency": 2, "avg_write_latency": 3, "p99_write_latency": 4});
     assert_eq!(vhost.ok("bdev_delay_create", delay.clone()), "D");
@@ -236,7 +239,7 @@ fn wrappers_wait_for_their_base_and_go_with_it() {
     assert_eq!(vhost.err("bdev_delay_create", delay.clone()).code, -17);
     assert_eq!(vhost.err("bdev_error_create", json!({"base_name": "M"})).code, -17);
 
-    vhost.malloc("M");
+    vhost.ok("bdev_malloc_create", malloc.clone());
     let mut all = vhost.bdev_names();
     all.sort();
     assert_eq!(all, ["D", "EE_M", "M"]);
@@ -258,7 +261,7 @@ fn wrappers_wait_for_their_base_and_go_with_it() {
     let uuid = shown[0]["uuid"].clone();
     vhost.ok("bdev_malloc_delete", json!({"name": "M"}));
     assert!(vhost.bdev_names().is_empty());
-    vhost.malloc("M");
+    vhost.ok("bdev_malloc_create", malloc);
     assert_eq!(vhost.bdev_names(), ["M"]);
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
     assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "D"}))[0]["uuid"], uuid);
