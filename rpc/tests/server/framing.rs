@@ -219,6 +219,8 @@ fn phases_and_in_process_calls() {
         assert_eq!(registry.call("echo", params, Startup).await, Ok(json!(r#"{"a":1}"#)));
         assert_eq!(registry.call("echo", Some(Value::Null), Startup).await, Ok(Value::Null));
         assert_eq!(registry.call("nope", None, Startup).await.unwrap_err().code, -32601);
+        let calls = registry.calls();
+        assert!(calls.contains(&("early", 2, 1)) && calls.contains(&("late", 3, 2)), "{calls:?}");
         assert_eq!(registry.call("echo", Some(json!(1)), Startup).await.unwrap_err().code, -32600);
     });
 }
