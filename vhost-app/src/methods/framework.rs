@@ -164,11 +164,6 @@ async fn get_config(app: Rc<App>, params: Params) -> Answer {
         "bdev" => bdev::config(&app, &mut params.pace()).await,
         "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
         "scheduler" => options().scheduler.config(),
-        "iobuf" => options().iobuf.iter().map(|iobuf| iobuf.config()).collect(),
-        "accel" => {
-            let accel = options().accel.iter().map(|accel| accel.config()).collect::<Vec<_>>();
-            [accel, options().kept.config("accel")].concat()
-        }
         // In SPDK, this subsystem saves nothing, which is not the same as an empty list.
         "scsi" => return Ok(Value::Null),
         name if SUBSYSTEMS.iter().any(|(known, _)| *known == name) => options().kept.config(name),

@@ -18,6 +18,7 @@ mod notify;
 mod options;
 mod qd_sampling;
 mod scheduler;
+pub(crate) mod schema;
 mod threads;
 mod trace;
 mod vhost;

@@ -4,122 +4,86 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde_json::{Map, Value, json};
 
 use super::super::{Answer, App, Methods};
-use super::setters::{OPERATIONS, SOCKETS};
-use super::{Parameter, Type, decode, optional, required};
+use super::decode;
+use super::setters::OPERATIONS;
 
 /// A method on objects of which there are none.
 struct Getter {
     method: &'static str,
     failure: DecodeFailure,
-    parameters: &'static [Parameter],
     /// The answer to these parameters.
     answer: fn(&Map<String, Value>) -> Answer,
 }
 
-const fn getter(
-    method: &'static str,
-    parameters: &'static [Parameter],
-    answer: fn(&Map<String, Value>) -> Answer,
-) -> Getter {
-    Getter { method, failure: DecodeFailure::INTERNAL, parameters, answer }
+const fn getter(method: &'static str, answer: fn(&Map<String, Value>) -> Answer) -> Getter {
+    Getter { method, failure: DecodeFailure::INTERNAL, answer }
 }
 
-const NAME: &[Parameter] = &[optional("name", Type::Text)];
-const NAMED: &[Parameter] = &[required("name", Type::Text)];
-const KEY_NAME: &[Parameter] = &[required("key_name", Type::Text)];
-const LVSTORE: &[Parameter] = &[optional("uuid", Type::Text), optional("lvs_name", Type::Text)];
-
 const GETTERS: [Getter; 22] = [
-    getter("bdev_nvme_get_controllers", NAME, |given| match text(given, "name") {
+    getter("bdev_nvme_get_controllers", |given| match text(given, "name") {
         None => no_objects(),
         Some(name) => {
             let text = format!("Controller {name} does not exist");
             Err(RpcError::new(-i64::from(libc::EINVAL), text))
         }
     }),
-    getter("bdev_nvme_get_discovery_info", &[], |_| no_objects()),
-    getter("bdev_nvme_get_mdns_discovery_info", &[], |_| Err(RpcError::errno(libc::EOPNOTSUPP))),
-    getter("bdev_nvme_get_io_paths", NAME, |_| no_poll_groups()),
-    getter("bdev_nvme_get_transport_statistics", &[], |_| no_poll_groups()),
-    getter("bdev_nvme_get_path_iostat", NAMED, |_| {
+    getter("bdev_nvme_get_discovery_info", |_| no_objects()),
+    getter("bdev_nvme_get_mdns_discovery_info", |_| Err(RpcError::errno(libc::EOPNOTSUPP))),
+    getter("bdev_nvme_get_io_paths", |_| no_poll_groups()),
+    getter("bdev_nvme_get_transport_statistics", |_| no_poll_groups()),
+    getter("bdev_nvme_get_path_iostat", |_| {
         let text = "RPC not enabled if enable_io_path_stat is false";
         Err(RpcError::new(-i64::from(libc::EPERM), text))
     }),
-    getter("bdev_nvme_get_controller_health_info", NAMED, |_| {
-        Err(RpcError::internal("Device not found"))
-    }),
-    getter("bdev_virtio_scsi_get_devices", &[], |_| no_objects()),
-    getter("scsi_get_devices", &[], |_| no_objects()),
-    getter("framework_get_pci_devices", &[], |_| no_objects()),
-    getter("bdev_lvol_get_lvstores", LVSTORE, |given| {
+    getter("bdev_nvme_get_controller_health_info", |_| Err(RpcError::internal("Device not found"))),
+    getter("bdev_virtio_scsi_get_devices", |_| no_objects()),
+    getter("scsi_get_devices", |_| no_objects()),
+    getter("framework_get_pci_devices", |_| no_objects()),
+    getter("bdev_lvol_get_lvstores", |given| {
         match ["uuid", "lvs_name"].map(|name| text(given, name)) {
             [None, None] => no_objects(),
             _ => no_device(),
         }
     }),
-    getter(
-        "bdev_lvol_get_lvols",
-        &[optional("lvs_uuid", Type::Text), optional("lvs_name", Type::Text)],
-        |given| match ["lvs_uuid", "lvs_name"].map(|name| text(given, name)) {
+    getter("bdev_lvol_get_lvols", |given| {
+        match ["lvs_uuid", "lvs_name"].map(|name| text(given, name)) {
             [None, None] => no_objects(),
             _ => no_device(),
-        },
-    ),
+        }
+    }),
+    Getter { failure: DecodeFailure::PARSE, ..getter("bdev_raid_get_bdevs", |_| no_objects()) },
     Getter {
         failure: DecodeFailure::PARSE,
-        ..getter(
-            "bdev_raid_get_bdevs",
-            &[required("category", Type::OneOf(&["all", "online", "configuring", "offline"]))],
-            |_| no_objects(),
-        )
-    },
-    Getter {
-        failure: DecodeFailure::PARSE,
-        ..getter("accel_crypto_keys_get", &[optional("key_name", Type::Text)], |given| {
-            match text(given, "key_name") {
-                None => no_objects(),
-                Some(_) => Err(RpcError::invalid_params("key was not found")),
-            }
+        ..getter("accel_crypto_keys_get", |given| match text(given, "key_name") {
+            None => no_objects(),
+            Some(_) => Err(RpcError::invalid_params("key was not found")),
         })
     },
     // Scripts destroy and detach what may be gone already, and expect these answers.
     Getter {
         failure: DecodeFailure::PARSE,
-        ..getter("accel_crypto_key_destroy", KEY_NAME, |_| {
+        ..getter("accel_crypto_key_destroy", |_| {
             Err(RpcError::invalid_params("No key object found"))
         })
     },
-    getter("bdev_nvme_detach_controller", DETACH, |_| no_device()),
-    getter("bdev_virtio_detach_controller", NAMED, |_| no_device()),
-    getter("bdev_raid_delete", NAMED, |given| {
+    getter("bdev_nvme_detach_controller", |_| no_device()),
+    getter("bdev_virtio_detach_controller", |_| no_device()),
+    getter("bdev_raid_delete", |given| {
         let name = text(given, "name").unwrap_or_default();
         Err(RpcError::new(-i64::from(libc::ENODEV), format!("raid bdev {name} not found")))
     }),
-    getter("bdev_lvol_delete", NAMED, |_| no_device()),
-    getter("bdev_lvol_delete_lvstore", LVSTORE, |given| {
+    getter("bdev_lvol_delete", |_| no_device()),
+    getter("bdev_lvol_delete_lvstore", |given| {
         match ["uuid", "lvs_name"].map(|name| text(given, name)) {
             [None, None] => Err(DecodeFailure::INTERNAL.error()),
             _ => no_device(),
         }
     }),
-    getter("nbd_get_disks", &[optional("nbd_device", Type::Text)], |given| {
-        match text(given, "nbd_device") {
-            None => no_objects(),
-            Some(_) => no_device(),
-        }
+    getter("nbd_get_disks", |given| match text(given, "nbd_device") {
+        None => no_objects(),
+        Some(_) => no_device(),
     }),
-    getter("nbd_stop_disk", &[required("nbd_device", Type::Text)], |_| no_device()),
-];
-
-const DETACH: &[Parameter] = &[
-    required("name", Type::Text),
-    optional("trtype", Type::Text),
-    optional("traddr", Type::Text),
-    optional("adrfam", Type::Text),
-    optional("trsvcid", Type::Text),
-    optional("subnqn", Type::Text),
-    optional("hostaddr", Type::Text),
-    optional("hostsvcid", Type::Text),
+    getter("nbd_stop_disk", |_| no_device()),
 ];
 
 fn text<'a>(given: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
@@ -141,7 +105,7 @@ fn no_device() -> Answer {
 pub(super) fn register(methods: &mut Methods<'_>) {
     for getter in &GETTERS {
         methods.add_plain(getter.method, Phases::Runtime, |_, params| {
-            (getter.answer)(&decode(params, getter.parameters, getter.failure)?)
+            (getter.answer)(&decode(params, getter.failure)?)
         });
     }
     methods.add_plain("sock_get_default_impl", Phases::Both, default_socket);
@@ -169,8 +133,7 @@ fn default_socket(app: &App, params: &Params) -> Answer {
 }
 
 fn socket_options(app: &App, params: &Params) -> Answer {
-    const NAMED: &[Parameter] = &[required("impl_name", Type::OneOf(&SOCKETS))];
-    let given = decode(params, NAMED, DecodeFailure::INVALID_PARAMETERS)?;
+    let given = decode(params, DecodeFailure::INVALID_PARAMETERS)?;
     let buffer = if text(&given, "impl_name") == Some("ssl") { 4096 } else { 2_097_152 };
     let mut shown = Map::from_iter(
         [
@@ -231,4 +194,9 @@ fn iobuf_stats() -> Value {
     let pool = json!({ "cache": 0, "main": 0, "retry": 0, "cache_size": 0 });
     let module = |name| json!({ "module": name, "small_pool": pool, "large_pool": pool });
     json!([module("accel"), module("bdev")])
+}
+
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    GETTERS.iter().map(|getter| getter.method).chain(["sock_impl_get_options"])
 }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use tracing::{error, info};
 
 use super::super::{Answer, App, Methods};
-use super::{Parameter, Type, decode, optional, required};
+use super::decode;
 
 /// A method that sets options.
 pub(super) struct Setter {
@@ -15,7 +15,8 @@ pub(super) struct Setter {
     phases: Phases,
     /// The answer to invalid parameters.
     failure: DecodeFailure,
-    parameters: &'static [Parameter],
+    /// The values of parameters that were never given, if they are saved.
+    defaults: fn() -> Value,
     /// The parameter whose values have options of their own.
     key: Option<&'static str>,
     /// Checks the kept parameters together with the new ones.
@@ -27,39 +28,24 @@ const SETTER: Setter = Setter {
     subsystem: "",
     phases: Phases::Startup,
     failure: DecodeFailure::PARSE,
-    parameters: &[],
+    defaults: || json!({}),
     key: None,
     check: |_| Ok(()),
 };
 
-const HOTPLUG: &[Parameter] = &[required("enable", Type::Bool), optional("period_us", Type::U64)];
-
-/// The methods. Phases, types and failures are SPDK's.
-const SETTERS: [Setter; 17] = [
+/// The methods. Phases, defaults and failures are SPDK's. Their parameters are in the table of
+/// methods.
+const SETTERS: [Setter; 19] = [
     Setter {
         method: "sock_set_default_impl",
         subsystem: "sock",
         failure: DecodeFailure::INVALID_PARAMETERS,
-        parameters: &[required("impl_name", Type::OneOf(&SOCKETS))],
         ..SETTER
     },
     Setter {
         method: "sock_impl_set_options",
         subsystem: "sock",
         failure: DecodeFailure::INVALID_PARAMETERS,
-        parameters: &[
-            required("impl_name", Type::OneOf(&SOCKETS)),
-            optional("recv_buf_size", Type::U32),
-            optional("send_buf_size", Type::U32),
-            optional("enable_recv_pipe", Type::Bool),
-            optional("enable_quickack", Type::Bool),
-            optional("enable_placement_id", Type::U32),
-            optional("enable_zerocopy_send_server", Type::Bool),
-            optional("enable_zerocopy_send_client", Type::Bool),
-            optional("zerocopy_threshold", Type::U32),
-            optional("tls_version", Type::U32),
-            optional("enable_ktls", Type::Bool),
-        ],
         key: Some("impl_name"),
         ..SETTER
     },
@@ -69,10 +55,6 @@ const SETTERS: [Setter; 17] = [
         subsystem: "fsdev",
         phases: Phases::Runtime,
         failure: DecodeFailure::PARAMS,
-        parameters: &[
-            required("fsdev_io_pool_size", Type::U32),
-            required("fsdev_io_cache_size", Type::U32),
-        ],
         check: |opts| {
             let size = |name| opts.get(name).and_then(Value::as_u64).unwrap_or(0);
             // As for bdev_set_options: a cache for each of two threads.
@@ -84,9 +66,38 @@ const SETTERS: [Setter; 17] = [
         ..SETTER
     },
     Setter {
+        method: "iobuf_set_options",
+        subsystem: "iobuf",
+        failure: DecodeFailure::PARAMS,
+        defaults: || {
+            json!({
+                "small_pool_count": 8192,
+                "large_pool_count": 1024,
+                "small_bufsize": 8192,
+                "large_bufsize": 135_168,
+                "enable_numa": false,
+            })
+        },
+        check: check_iobuf,
+        ..SETTER
+    },
+    Setter {
+        method: "accel_set_options",
+        subsystem: "accel",
+        defaults: || {
+            json!({
+                "small_cache_size": 128,
+                "large_cache_size": 16,
+                "task_count": 2048,
+                "sequence_count": 2048,
+                "buf_count": 2048,
+            })
+        },
+        ..SETTER
+    },
+    Setter {
         method: "accel_assign_opc",
         subsystem: "accel",
-        parameters: &[required("opname", Type::Text), required("module", Type::Text)],
         key: Some("opname"),
         check: |assigned| {
             let opname = assigned.get("opname").and_then(Value::as_str).unwrap_or_default();
@@ -97,45 +108,20 @@ const SETTERS: [Setter; 17] = [
         },
         ..SETTER
     },
-    Setter {
-        method: "accel_set_driver",
-        subsystem: "accel",
-        parameters: &[optional("name", Type::Text)],
-        ..SETTER
-    },
+    Setter { method: "accel_set_driver", subsystem: "accel", ..SETTER },
     // These ask for hardware. SPDK answers true without such hardware too.
     Setter { method: "ioat_scan_accel_module", subsystem: "accel", ..SETTER },
     Setter { method: "ae4dma_scan_accel_module", subsystem: "accel", ..SETTER },
     Setter { method: "iaa_scan_accel_module", subsystem: "accel", ..SETTER },
     Setter { method: "dpdk_cryptodev_scan_accel_module", subsystem: "accel", ..SETTER },
-    Setter {
-        method: "dsa_scan_accel_module",
-        subsystem: "accel",
-        parameters: &[optional("config_kernel_mode", Type::Bool)],
-        ..SETTER
-    },
-    Setter {
-        method: "keyring_linux_set_options",
-        subsystem: "keyring",
-        parameters: &[optional("enable", Type::Bool)],
-        ..SETTER
-    },
-    Setter {
-        method: "bdev_raid_set_options",
-        subsystem: "bdev",
-        phases: Phases::Both,
-        parameters: &[
-            optional("process_window_size_kb", Type::U32),
-            optional("process_max_bandwidth_mb_sec", Type::U32),
-        ],
-        ..SETTER
-    },
+    Setter { method: "dsa_scan_accel_module", subsystem: "accel", ..SETTER },
+    Setter { method: "keyring_linux_set_options", subsystem: "keyring", ..SETTER },
+    Setter { method: "bdev_raid_set_options", subsystem: "bdev", phases: Phases::Both, ..SETTER },
     Setter {
         method: "bdev_iscsi_set_options",
         subsystem: "bdev",
         phases: Phases::Both,
         failure: DecodeFailure::INTERNAL,
-        parameters: &[optional("timeout_sec", Type::U64)],
         ..SETTER
     },
     Setter {
@@ -143,7 +129,6 @@ const SETTERS: [Setter; 17] = [
         subsystem: "bdev",
         phases: Phases::Both,
         failure: DecodeFailure::INTERNAL,
-        parameters: &NVME_OPTIONS,
         check: check_nvme,
         ..SETTER
     },
@@ -152,7 +137,6 @@ const SETTERS: [Setter; 17] = [
         subsystem: "bdev",
         phases: Phases::Runtime,
         failure: DecodeFailure::INVALID_ARGUMENT,
-        parameters: HOTPLUG,
         ..SETTER
     },
     Setter {
@@ -160,13 +144,9 @@ const SETTERS: [Setter; 17] = [
         subsystem: "bdev",
         phases: Phases::Runtime,
         failure: DecodeFailure::INVALID_ARGUMENT,
-        parameters: HOTPLUG,
         ..SETTER
     },
 ];
-
-/// SPDK's socket implementations.
-pub(super) const SOCKETS: [&str; 3] = ["posix", "ssl", "uring"];
 
 /// The operations of SPDK's acceleration framework.
 pub(super) const OPERATIONS: [&str; 17] = [
@@ -189,47 +169,22 @@ pub(super) const OPERATIONS: [&str; 17] = [
     "dix_verify",
 ];
 
-const NVME_OPTIONS: [Parameter; 33] = [
-    optional("action_on_timeout", Type::OneOf(&["none", "reset", "abort"])),
-    optional("timeout_us", Type::U64),
-    optional("timeout_admin_us", Type::U64),
-    optional("keep_alive_timeout_ms", Type::U32),
-    optional("arbitration_burst", Type::U32),
-    optional("low_priority_weight", Type::U32),
-    optional("medium_priority_weight", Type::U32),
-    optional("high_priority_weight", Type::U32),
-    optional("nvme_adminq_poll_period_us", Type::U64),
-    optional("nvme_ioq_poll_period_us", Type::U64),
-    optional("io_queue_requests", Type::U32),
-    optional("delay_cmd_submit", Type::Bool),
-    optional("transport_retry_count", Type::U32),
-    optional("bdev_retry_count", Type::Signed),
-    optional("transport_ack_timeout", Type::U8),
-    optional("ctrlr_loss_timeout_sec", Type::Signed),
-    optional("reconnect_delay_sec", Type::U32),
-    optional("fast_io_fail_timeout_sec", Type::U32),
-    optional("disable_auto_failback", Type::Bool),
-    optional("generate_uuids", Type::Bool),
-    optional("transport_tos", Type::U8),
-    optional("nvme_error_stat", Type::Bool),
-    optional("rdma_srq_size", Type::U32),
-    optional("io_path_stat", Type::Bool),
-    optional("allow_accel_sequence", Type::Bool),
-    optional("rdma_max_cq_size", Type::U32),
-    optional("rdma_cm_event_timeout_ms", Type::U16),
-    optional("dhchap_digests", Type::Array(&Type::Text)),
-    optional("dhchap_dhgroups", Type::Array(&Type::Text)),
-    optional("rdma_umr_per_io", Type::Bool),
-    optional("tcp_connect_timeout_ms", Type::U32),
-    optional("enable_flush", Type::Bool),
-    optional("multipath_opts", Type::Object(&MULTIPATH)),
-];
-
-const MULTIPATH: [Parameter; 3] = [
-    optional("policy", Type::OneOf(&["active_passive", "active_active"])),
-    optional("selector", Type::OneOf(&["round_robin", "queue_depth"])),
-    optional("min_io", Type::U32),
-];
+/// SPDK's minima of the pools.
+fn check_iobuf(options: &Map<String, Value>) -> Result<(), RpcError> {
+    let minima = [
+        ("small_pool_count", 64),
+        ("large_pool_count", 8),
+        ("small_bufsize", 4096),
+        ("large_bufsize", 8192),
+    ];
+    let too_small = |(name, min): &(&str, u64)| options[*name].as_u64().is_some_and(|n| n < *min);
+    if let Some((name, min)) = minima.into_iter().find(too_small) {
+        let value = &options[name];
+        error!("iobuf_set_options: {name} is {value}, but must be at least {min}");
+        return Err(RpcError::errno(libc::EINVAL));
+    }
+    Ok(())
+}
 
 /// SPDK's rules for the time-outs of a controller.
 fn check_nvme(options: &Map<String, Value>) -> Result<(), RpcError> {
@@ -316,23 +271,40 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     }
 }
 
-/// Whether a method that keeps options refuses these parameters as a first call. `None` if there is
-/// no such method.
-pub(crate) fn refuses(method: &str, given: &Map<String, Value>) -> Option<bool> {
-    let setter = SETTERS.iter().find(|setter| setter.method == method)?;
-    Some(super::wrong(setter.parameters, given).is_some() || (setter.check)(given).is_err())
+/// Whether a method that keeps options refuses these parameters, which are of the right types, as a
+/// first call. Other methods refuse nothing here.
+pub(crate) fn refuses(method: &str, given: &Map<String, Value>) -> bool {
+    let setter = SETTERS.iter().find(|setter| setter.method == method);
+    setter.is_some_and(|setter| (setter.check)(&with(setter.initial(), given)).is_err())
+}
+
+impl Setter {
+    fn initial(&self) -> Map<String, Value> {
+        (self.defaults)().as_object().cloned().unwrap_or_default()
+    }
+}
+
+/// Options with these changes.
+fn with(mut options: Map<String, Value>, given: &Map<String, Value>) -> Map<String, Value> {
+    options.extend(given.clone());
+    options
 }
 
 fn set(app: &App, params: &Params, setter: &Setter) -> Answer {
-    let given = decode(params, setter.parameters, setter.failure)?;
+    let given = decode(params, setter.failure)?;
     let mut options = app.options.borrow_mut();
     let key = setter.key.map(|key| (key, &given[key]));
-    let mut all = options.kept.params(setter.method, key).cloned().unwrap_or_default();
-    all.extend(given);
+    let kept = options.kept.params(setter.method, key).cloned();
+    let all = with(kept.unwrap_or_else(|| setter.initial()), &given);
     (setter.check)(&all)?;
     options.kept.keep(setter.method, all, setter.key);
     info!("{}: saved, but without effect: vhost has no such component", setter.method);
     Ok(true.into())
+}
+
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    SETTERS.iter().map(|setter| setter.method)
 }
 
 #[cfg(test)]

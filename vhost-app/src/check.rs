@@ -10,11 +10,8 @@ use serde_json::{Map, Value};
 
 use crate::cli::{Options, parse_cores};
 use crate::config_file::{Call, ConfigFile, Place};
+use crate::methods::schema::{self, Kind};
 use crate::methods::{SUBSYSTEMS, refuses};
-
-mod schema;
-
-use schema::Kind;
 
 /// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
 /// configuration can be loaded, 1 if not.
@@ -108,7 +105,7 @@ impl Check {
             self.error(place, problem);
             return false;
         }
-        if refuses(&place.method, params(call)) == Some(true) {
+        if refuses(&place.method, params(call)) {
             self.error(place, "the values are invalid, or do not fit together");
             return false;
         }
