@@ -78,6 +78,12 @@ pub struct Live {
     announced: bool,
 }
 
+impl Live {
+    fn new(bdev: Arc<dyn Bdev>, entry: Rc<dyn Entry>) -> Self {
+        Self { bdev, entry, examined: false, announced: false }
+    }
+}
+
 struct Row {
     id: BdevId,
     /// `None` if a waiting request does not know its names yet.
@@ -433,12 +439,7 @@ impl Registry {
                 return Err(libc::ENODEV);
             }
             let (name, uuid) = (Some(bdev.name().to_owned()), Some(bdev.uuid()));
-            let state = State::Live(Live {
-                bdev,
-                entry: Rc::clone(entry),
-                examined: false,
-                announced: false,
-            });
+            let state = State::Live(Live::new(bdev, Rc::clone(entry)));
             new.push(Row { id: BdevId { part, ..id }, name, uuid, state });
         }
         // Dropped when the registry is not borrowed any more.
@@ -465,7 +466,7 @@ impl Reservation {
         }
         let mut rows = self.registry.0.rows.borrow_mut();
         if let Some(row) = rows.iter_mut().find(|row| row.id == self.id) {
-            row.state = State::Live(Live { bdev, entry, examined: false, announced: false });
+            row.state = State::Live(Live::new(bdev, entry));
         }
         drop(rows);
         Ok(())

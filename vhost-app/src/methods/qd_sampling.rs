@@ -10,7 +10,7 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokio::sync::Notify;
-use tokio::task::{JoinHandle, spawn_local};
+use tokio::task::spawn_local;
 use tokio::time::Instant;
 use tracing::{error, warn};
 use vhost_blk::Blk;
@@ -33,8 +33,8 @@ pub(super) fn register(methods: &mut Methods<'_>) {
 #[derive(Debug, Default)]
 pub(super) struct Samplings {
     rows: BTreeMap<BdevId, Sampling>,
-    /// The task that samples them all, once there was one.
-    task: Option<JoinHandle<()>>,
+    /// Whether the task that samples them all was started. It never ends.
+    has_task: bool,
     /// Notified when a row is added.
     added: Rc<Notify>,
 }
@@ -100,8 +100,8 @@ fn set_period(app: &Rc<App>, params: &Params) -> Answer {
     }
     samplings.rows.insert(id, Sampling::new(p.period.max(PERIOD_MIN_US)));
     samplings.added.notify_one();
-    if samplings.task.is_none() {
-        samplings.task = Some(spawn_local(sample(Rc::clone(app))));
+    if !std::mem::replace(&mut samplings.has_task, true) {
+        spawn_local(sample(Rc::clone(app)));
     }
     Ok(true.into())
 }

@@ -234,16 +234,14 @@ fn describe_whole(controller: &ControllerInfo) -> Value {
     });
     let counts = Blk::of(&controller.device).map(Blk::counts).unwrap_or_default();
     shown["io"] = describe_counts(&counts);
-    let whole = controller.sessions.iter().map(|session| {
-        let mut shown = describe_session(&controller.name, session);
+    let described = shown["sessions"].as_array_mut().into_iter().flatten();
+    for (shown, session) in described.zip(&controller.sessions) {
         shown["state"] = session.phase.as_str().into();
         shown["quarantined_bytes"] = session.quarantined_bytes.into();
         shown["requests"] = session.requests.into();
         shown["errors"] = session.errors.into();
         shown["queues"] = session.queues.iter().map(describe_queue).collect();
-        shown
-    });
-    shown["sessions"] = whole.collect();
+    }
     shown
 }
 

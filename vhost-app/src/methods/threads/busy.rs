@@ -9,11 +9,14 @@ use std::collections::HashMap;
 
 use vhost_target::{ControllerInfo, ReactorInfo};
 
+/// The weight of a request, which is divided among the queues of its session.
+const REQUEST: u64 = 1 << 16;
+
 /// The times of all controllers, in ticks.
 #[derive(Debug, Default)]
 pub(in super::super) struct BusyTimes {
     /// By controller number.
-    busy: HashMap<u64, f64>,
+    busy: HashMap<u64, u64>,
     /// The requests of each session, by controller number and session id, at the last time.
     requests: HashMap<(u64, u32), u64>,
     /// The reactors' busy time at the last time, by core.
@@ -23,7 +26,7 @@ pub(in super::super) struct BusyTimes {
 impl BusyTimes {
     /// Divides the time since the last call. Forgets controllers that are gone.
     pub(super) fn update(&mut self, reactors: &[ReactorInfo], controllers: &[ControllerInfo]) {
-        let mut shares: HashMap<usize, Vec<(u64, f64)>> = HashMap::new();
+        let mut shares: HashMap<usize, Vec<(u64, u64)>> = HashMap::new();
         let mut requests = HashMap::new();
         for controller in controllers {
             for session in &controller.sessions {
@@ -32,7 +35,8 @@ impl BusyTimes {
                 let done = session.requests.saturating_sub(before);
                 requests.insert(key, session.requests);
                 // The requests of one queue are not known, so all queues get an equal part.
-                let part = to_f64(done) / to_f64(session.queues.len() as u64).max(1.0);
+                let queues = session.queues.len().max(1) as u64;
+                let part = done.saturating_mul(REQUEST) / queues;
                 for queue in &session.queues {
                     shares.entry(queue.core.0).or_default().push((controller.number, part));
                 }
@@ -42,24 +46,19 @@ impl BusyTimes {
         self.busy.retain(|number, _| controllers.iter().any(|c| c.number == *number));
         for reactor in reactors {
             let before = self.reactors.insert(reactor.core.0, reactor.busy_ticks).unwrap_or(0);
-            let ticks = to_f64(reactor.busy_ticks.saturating_sub(before));
+            let ticks = u128::from(reactor.busy_ticks.saturating_sub(before));
             let shares = shares.get(&reactor.core.0).map_or(&[][..], Vec::as_slice);
-            let all: f64 = shares.iter().map(|(_, part)| part).sum();
-            for (number, part) in shares.iter().filter(|_| all > 0.0) {
-                *self.busy.entry(*number).or_default() += ticks * part / all;
+            let all: u128 = shares.iter().map(|(_, part)| u128::from(*part)).sum();
+            for (number, part) in shares {
+                let share = (ticks * u128::from(*part)).checked_div(all).unwrap_or(0);
+                // It fits, as `part` is at most `all`.
+                *self.busy.entry(*number).or_default() += u64::try_from(share).unwrap_or(0);
             }
         }
     }
 
     /// The busy time of a controller.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 2^53 ticks")]
     pub(super) fn of(&self, controller: u64) -> u64 {
-        self.busy.get(&controller).copied().unwrap_or(0.0) as u64
+        self.busy.get(&controller).copied().unwrap_or(0)
     }
-}
-
-/// Exact up to 2^53 ticks, which are 26 days at 4 GHz; rounded above.
-#[expect(clippy::cast_precision_loss, reason = "see above")]
-fn to_f64(number: u64) -> f64 {
-    number as f64
 }

@@ -39,8 +39,8 @@ pub(super) async fn get_pollers(app: Rc<App>, params: Params) -> Answer {
     });
     let mut threads = vec![thread("app_thread", APP_THREAD_ID, vec![], vec![rpc])];
     let mut pace = params.pace();
-    let reactors = app.control.target().longest_iterations(false);
-    for (n, (reactor, ..)) in reactors.iter().enumerate() {
+    let reactors = app.control.target().reactors();
+    for (n, reactor) in reactors.iter().enumerate() {
         let poller = poller("reactor_poll", 1, reactor.iterations);
         let name = format!("reactor_{}", reactor.core.0);
         threads.push(thread(&name, reactor_id(n), vec![poller], vec![]));
