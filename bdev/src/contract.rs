@@ -4,7 +4,7 @@
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use uuid::Uuid;
@@ -217,6 +217,11 @@ pub trait Bdev: Send + Sync + 'static {
     /// if the bdev has bases, whose leases then apply.
     fn lease(&self) -> Option<Arc<dyn Lease>> {
         None
+    }
+    /// How long its deletion waits for I/O under way; `None`: until it has ended. After this time
+    /// the deletion is reported as done, and the bdev is freed when its I/O has ended.
+    fn deletion_limit(&self) -> Option<Duration> {
+        self.bases().iter().filter_map(|base| base.deletion_limit()).max()
     }
     /// The counters of this device over all its channels. The channels' owners update them.
     fn stats(&self) -> &Stats;

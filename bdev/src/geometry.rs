@@ -11,7 +11,7 @@ pub const BLOCK_SIZE_MIN: u32 = 512;
 /// # Errors
 /// `Invalid`: the name is empty, the number of blocks is 0, the block size is not a power of two of
 /// 512 or more, or the size exceeds the largest `i64` offset.
-pub(crate) fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64, Error> {
+pub fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64, Error> {
     if name.is_empty() {
         return Err(Error::Invalid("the name is empty".into()));
     }
@@ -44,6 +44,7 @@ pub(crate) fn check_block_size(what: &str, block_size: u32) -> Result<(), Error>
 
 /// Returns whether the I/O's range lies within a device of `size` bytes.
 #[inline]
-pub(crate) fn within(io: &Io, size: u64) -> bool {
+#[must_use]
+pub fn within(io: &Io, size: u64) -> bool {
     io.offset.checked_add(io.len).is_some_and(|end| end <= size)
 }

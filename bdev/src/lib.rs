@@ -36,6 +36,8 @@ mod geometry;
 mod topology;
 
 mod available;
+
+mod line;
 mod pages;
 mod shortcut;
 
@@ -45,6 +47,7 @@ mod sync;
 pub mod control;
 
 pub mod modules;
+mod waker;
 mod wrapper;
 
 pub use available::control_group_mounts;
@@ -52,13 +55,14 @@ pub use bdev_channel::BdevChannel;
 pub use contract::{Bdev, Channel, Features, Granted, Lease, Storage, Wait, WakeFds};
 pub use control::module::BdevModule;
 pub use control::{
-    BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
+    Aside, BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
     Reservation, account_name, life, method, module,
 };
 pub use error::Error;
-pub use failure::{FAILURE_KINDS, Failure, FailureKind};
-pub use geometry::BLOCK_SIZE_MIN;
+pub use failure::{FAILURE_KINDS, Failure, FailureKind, Failures};
+pub use geometry::{BLOCK_SIZE_MIN, checked_size, within};
 pub use io::{Completion, Io, OPS, Op, Segment, Status, Submit, Tag};
+pub use line::{Ended, Line};
 pub use memory::Stores;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
@@ -75,4 +79,5 @@ pub use qos::{Limiting, Qos, QosUser, RateLimits};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, HistogramOptions, Latencies, OpCounts, Stats, UserCounts};
 pub use topology::Topology;
+pub use waker::Waker;
 pub use wrapper::{Wrapped, Wrapper, derived_uuid};

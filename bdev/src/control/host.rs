@@ -40,6 +40,9 @@ pub trait Host {
     /// Runs `work` on a thread that may block. `blocking` of `dyn Host` is the convenient form.
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
 
+    /// Runs a task on the control thread until it ends or the process does.
+    fn spawn(&self, task: LocalFuture<'static, ()>);
+
     /// Returns the function that opens files, for use on a thread that may block.
     fn open_file(&self) -> OpenFile;
 
@@ -53,7 +56,7 @@ pub trait Host {
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>);
 
     /// Takes bdevs away from their users, first all at once, and then waits for each of them until
-    /// it has no user any more.
+    /// it has no user any more, or for its [`Bdev::deletion_limit`].
     fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()>;
 
     /// The caller has dropped a bdev that it held for a while: tasks that wait for the bdev's last

@@ -4,7 +4,7 @@
 //! * [`module`]: a kind of bdev ([`BdevModule`](module::BdevModule)), and a bdev as seen by its
 //!   module.
 //! * [`method`]: a module's RPC methods.
-//! * `host`: the program that runs the modules.
+//! * `host`: the program that runs the modules. `aside`: work that may never end.
 //! * `registry` and `claims`: names and UUIDs; the rights of a bdev's users.
 //! * [`life`]: creation and deletion of bdevs.
 
@@ -12,6 +12,7 @@ pub mod life;
 pub mod method;
 pub mod module;
 
+mod aside;
 mod claims;
 mod host;
 mod registry;
@@ -19,6 +20,7 @@ mod registry;
 #[cfg(test)]
 pub(crate) mod test_host;
 
+pub use aside::Aside;
 pub use claims::{Claim, ClaimKind, Claimed};
 pub use host::{BdevEvent, Host, OpenFile};
 pub use registry::{BdevId, Errno, Live, Registry, Reservation, account_name};

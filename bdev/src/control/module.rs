@@ -30,6 +30,12 @@ pub trait BdevModule {
     /// Its RPC methods.
     fn methods(self: Rc<Self>) -> Vec<Method>;
 
+    /// The calls that restore what the module keeps besides its bdevs. `save_config` writes them
+    /// before the calls that create bdevs.
+    fn config(&self) -> Vec<Call> {
+        vec![]
+    }
+
     /// Examines a new bdev that is not claimed exclusively, for a module that stores its
     /// configuration on the bdev itself (a partition table, a superblock).
     fn examine<'a>(
@@ -73,6 +79,13 @@ pub trait Entry: Any {
 
     /// Called about once a second, for periodic checks.
     fn each_second(&self) {}
+
+    /// Called at the end of the process, when the reactors have stopped: starts to release what
+    /// other hosts wait for, such as a lock, and returns a future that ends when it is released.
+    /// The process waits for it for a bounded time.
+    fn release(&self) -> Option<LocalFuture<'static, ()>> {
+        None
+    }
 }
 
 /// The fields that `bdev_get_bdevs` shows in addition to the properties of [`Bdev`].

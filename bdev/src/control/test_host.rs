@@ -119,6 +119,11 @@ impl Host for TestHost {
         Box::pin(async { work() })
     }
 
+    /// Runs the task to its first wait.
+    fn spawn(&self, mut task: LocalFuture<'static, ()>) {
+        let _ = task.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    }
+
     fn open_file(&self) -> OpenFile {
         Box::new(crate::open_file)
     }

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use bdev::method::Call;
 use bdev::{BdevId, ClaimKind, Host, life};
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -126,9 +127,10 @@ pub(super) async fn config(app: &App, pace: &mut Pace) -> Vec<Value> {
     let examine = |name| json!({ "method": "bdev_examine", "params": { "name": name } });
     entries.extend(app.bdevs.examined().into_iter().map(examine));
     entries.extend(app.options.borrow().kept.config("bdev"));
+    let entry = |call: Call| json!({ "method": call.method, "params": call.params });
+    entries.extend(app.modules.iter().flat_map(|module| module.config()).map(entry));
     for id in app.bdevs.ids() {
-        let calls = app.bdevs.config(id).into_iter();
-        entries.extend(calls.map(|call| json!({ "method": call.method, "params": call.params })));
+        entries.extend(app.bdevs.config(id).into_iter().map(entry));
         pace.spend(CONFIG_VALUES).await;
     }
     for id in app.bdevs.ids() {

@@ -7,6 +7,7 @@ use bdev::method::{self, LocalFuture, MethodError, Parameters, Reader};
 use bdev::{Bdev, BdevEvent, BdevModule, Host, OpenFile, Registry};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::de::{DeserializeSeed, Deserializer, Error};
+use tracing::warn;
 
 use super::{App, Methods, blocking};
 
@@ -35,6 +36,10 @@ impl Host for App {
         Box::pin(blocking(work))
     }
 
+    fn spawn(&self, task: LocalFuture<'static, ()>) {
+        drop(tokio::task::spawn_local(task));
+    }
+
     fn open_file(&self) -> OpenFile {
         let opener = self.opener.clone();
         Box::new(move |path, readonly| opener.open(path, readonly))
@@ -57,7 +62,19 @@ impl Host for App {
             // All first, so that none waits for another to be taken away from the guests.
             bdevs.iter().for_each(|bdev| vhost_blk::remove_bdev(self.control.target(), bdev));
             for bdev in bdevs {
-                self.control.remove_bdev(bdev).await;
+                let (name, limit) = (bdev.name().to_owned(), bdev.deletion_limit());
+                let removed = self.control.remove_bdev(bdev);
+                let Some(limit) = limit else {
+                    removed.await;
+                    continue;
+                };
+                if crate::lived::timeout(limit, removed).await.is_none() {
+                    warn!(
+                        "bdev {name}: deleted, but its storage has not answered I/O for {} s; it \
+                         is closed when that I/O has ended",
+                        limit.as_secs()
+                    );
+                }
             }
         })
     }

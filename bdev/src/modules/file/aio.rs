@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use closer::Account;
 
 use super::engine::{Submitter, joined};
-use super::workers::Line;
 use crate::io::{Io, Op, Tag};
+use crate::line::Line;
 
 const CMD_PREAD: u16 = 0;
 const CMD_PWRITE: u16 = 1;

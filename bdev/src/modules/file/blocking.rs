@@ -9,6 +9,7 @@ use guest_memory::usize_of;
 
 use super::backing::Alignment;
 use crate::io::{Io, Op, Segment};
+use crate::line::Ended;
 use crate::memory::{self, Stores};
 
 /// Bytes of a piece that goes through a worker's bounce buffer.
@@ -34,17 +35,6 @@ struct Page([u8; BOUNCE_ALIGN]);
 
 /// Zeroes to write if the file system cannot zero a range.
 static ZEROES: [Page; BOUNCE / BOUNCE_ALIGN] = [const { Page([0; BOUNCE_ALIGN]) }; _];
-
-/// The result of an I/O that a worker has done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// It completed in full.
-    Ok,
-    /// It failed with this errno. 0: it was done in part.
-    Failed(i32),
-    /// The file system or device does not support the operation.
-    Unsupported,
-}
 
 /// A buffer for transfers that direct I/O cannot do in the guest's memory. Allocated when first
 /// needed.

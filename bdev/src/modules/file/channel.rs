@@ -12,15 +12,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::aio::Aio;
 use super::backing::Opened;
-use super::blocking::{Ended, goes_whole};
+use super::blocking::goes_whole;
 use super::engine::{Engine, NoEngine, Submitter};
 use super::uring::Uring;
-use super::workers::Line;
 use super::{FileDisk, Flavour};
 use crate::contract::{Bdev, Channel, Wait, WakeFds};
 use crate::failure::{Failure, FailureKind, Failures};
 use crate::geometry::within;
 use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
+use crate::line::Line;
 
 /// The largest io_uring that the kernel makes (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;
@@ -204,7 +204,8 @@ impl<E: Submitter> Channel for FileChannel<E> {
     fn wait(&self) -> Wait {
         // The next poll resubmits I/O that the kernel has not taken.
         let poll = self.engine.is_behind() || self.engine.is_quiet() || self.unannounced > 0;
-        if poll { Wait::Poll } else { Wait::Event }
+        let has_result = || self.slow > 0 && !self.line.may_wait();
+        if poll || has_result() { Wait::Poll } else { Wait::Event }
     }
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
@@ -319,11 +320,7 @@ impl<E> FileChannel<E> {
             let Some((tag, ended)) = self.line.pop() else { break };
             self.slow -= 1;
             let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
-            let (status, errno) = match ended {
-                Ended::Ok => (Status::Ok, None),
-                Ended::Failed(errno) => (Status::IoError, Some(errno)),
-                Ended::Unsupported => (Status::Unsupported, Some(libc::EOPNOTSUPP)),
-            };
+            let (status, errno) = ended.status();
             if let (Some(io), Some(errno)) = (io, errno) {
                 self.failures.note(&io, errno);
             }

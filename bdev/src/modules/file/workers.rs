@@ -9,18 +9,18 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use crossbeam_queue::ArrayQueue;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::backing::Alignment;
-use super::blocking::{Bounce, Ended, Slow};
-use crate::io::{Io, Tag};
+use super::blocking::{Bounce, Slow};
+use crate::io::Io;
+use crate::line::Line;
 
 /// The most worker threads of a disk, and so the most I/Os that can hang in the kernel at a time.
 pub(super) const WORKERS_MAX: usize = 32;
@@ -35,117 +35,6 @@ static EXTRA: AtomicUsize = AtomicUsize::new(0);
 
 /// How long a worker beyond the first waits for an I/O before it ends.
 const IDLE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
-
-/// The submission and completion queues between a channel and the workers.
-pub(super) struct Line {
-    /// I/Os to do.
-    jobs: ArrayQueue<Io>,
-    /// The results.
-    done: Results,
-    /// Signalled for each result.
-    wake: OwnedFd,
-    /// Set when I/Os that no worker has started must not be started.
-    abandoned: AtomicBool,
-}
-
-impl Line {
-    /// Makes a line for a channel of this depth.
-    pub(super) fn new(depth: u16) -> io::Result<Arc<Self>> {
-        let depth = usize::from(depth).max(1);
-        Ok(Arc::new(Self {
-            jobs: ArrayQueue::new(depth),
-            done: Results::new(depth),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            abandoned: AtomicBool::new(false),
-        }))
-    }
-
-    /// Becomes readable when an I/O has ended. It is never read.
-    pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
-
-    /// Cancels the I/Os that no worker has started.
-    pub(super) fn abandon(&self) {
-        // Relaxed suffices: the flag publishes no other data.
-        self.abandoned.store(true, Ordering::Relaxed);
-    }
-
-    /// Adds an I/O; [`Workers::announce`] tells the workers. The line has room for `depth` I/Os.
-    #[inline]
-    pub(super) fn push(&self, io: Io) {
-        let pushed = self.jobs.push(io);
-        debug_assert!(pushed.is_ok(), "more I/Os are outstanding than the depth");
-    }
-
-    /// Takes an I/O that has ended.
-    #[inline]
-    pub(super) fn pop(&self) -> Option<(Tag, Ended)> {
-        self.done.take()
-    }
-}
-
-/// Results by tag. With a queue, the reader could wait for a writer that the system has interrupted
-/// between two steps; here no thread waits.
-struct Results {
-    /// Valid if the tag's bit in `ready` is set.
-    results: Box<[AtomicI32]>,
-    /// One bit for each tag.
-    ready: Box<[AtomicU64]>,
-}
-
-/// The values that [`Results`] stores for [`Ended::Ok`] and [`Ended::Unsupported`]; errnos are not
-/// negative.
-const OK: i32 = -1;
-const UNSUPPORTED: i32 = -2;
-
-impl Results {
-    fn new(depth: usize) -> Self {
-        Self {
-            results: (0..depth).map(|_| AtomicI32::new(OK)).collect(),
-            ready: (0..depth.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        }
-    }
-
-    /// Stores the result of an I/O that has no result there.
-    fn put(&self, tag: Tag, ended: Ended) {
-        let value = match ended {
-            Ended::Ok => OK,
-            Ended::Unsupported => UNSUPPORTED,
-            Ended::Failed(errno) => errno.max(0),
-        };
-        let tag = usize::from(tag.0);
-        self.results[tag].store(value, Ordering::Relaxed);
-        // Release: a thread that sees the bit also sees the result, and the data of a read.
-        let before = self.ready[tag / 64].fetch_or(1 << (tag % 64), Ordering::Release);
-        debug_assert_eq!(before >> (tag % 64) & 1, 0, "an I/O has only one result");
-    }
-
-    /// Takes one of the available results.
-    fn take(&self) -> Option<(Tag, Ended)> {
-        for (n, ready) in self.ready.iter().enumerate() {
-            let bits = ready.load(Ordering::Relaxed);
-            if bits == 0 {
-                continue;
-            }
-            let bit = bits.trailing_zeros() as usize;
-            // Acquire: pairs with the Release in `put`.
-            ready.fetch_and(!(1 << bit), Ordering::Acquire);
-            let tag = n * 64 + bit;
-            let ended = match self.results[tag].load(Ordering::Relaxed) {
-                OK => Ended::Ok,
-                UNSUPPORTED => Ended::Unsupported,
-                errno => Ended::Failed(errno),
-            };
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "an index into `results`, one for each tag"
-            )]
-            return Some((Tag(tag as u16), ended));
-        }
-        None
-    }
-}
 
 /// The number of worker threads, and their work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -229,7 +118,7 @@ impl Workers {
             max: WORKERS_MAX,
             threads: state.threads,
             busy: state.begun.len(),
-            queued: state.lines.iter().map(|line| line.jobs.len()).sum(),
+            queued: state.lines.iter().map(|line| line.waiting()).sum(),
             longest_s: oldest.map_or(0, |begun| begun.elapsed().as_secs()),
         }
     }
@@ -287,15 +176,14 @@ impl Shared {
             // SAFETY: the I/O came through a channel and is not reported before this has ended; the
             // file is open as long as the disk has channels.
             #[expect(unsafe_code, reason = "does I/O on a guest's memory")]
-            let ended = unsafe { self.file.perform(&io, &mut bounce, &line.abandoned) };
+            let ended = unsafe { self.file.perform(&io, &mut bounce, line.abandoned()) };
             let mut state = self.state();
             state.idle += 1;
             if let Some(at) = state.begun.iter().position(|other| *other == begun) {
                 state.begun.swap_remove(at);
             }
             drop(state);
-            line.done.put(io.tag, ended);
-            let _ = rustix::io::write(&line.wake, &1_u64.to_ne_bytes());
+            line.complete(io.tag, ended);
         }
     }
 
@@ -347,61 +235,10 @@ impl State {
         for _ in 0..self.lines.len() {
             let at = self.next % self.lines.len();
             self.next = at + 1;
-            if let Some(io) = self.lines[at].jobs.pop() {
+            if let Some(io) = self.lines[at].take_job() {
                 return Some((Arc::clone(&self.lines[at]), io));
             }
         }
         None
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_result_is_taken_once_with_its_tag() {
-        let results = Results::new(130);
-        let all = [(0, Ended::Ok), (63, Ended::Failed(5)), (64, Ended::Failed(0))];
-        let all = all.into_iter().chain([(129, Ended::Unsupported)]);
-        let all: Vec<_> = all.map(|(tag, ended)| (Tag(tag), ended)).collect();
-        for _ in 0..2 {
-            assert_eq!(results.take(), None);
-            all.iter().rev().for_each(|(tag, ended)| results.put(*tag, *ended));
-            let out: Vec<_> = std::iter::from_fn(|| results.take()).collect();
-            assert_eq!(out, all);
-        }
-    }
-
-    #[test]
-    fn no_result_is_lost_between_threads() {
-        const ROUNDS: u32 = 20_000;
-        let results = Results::new(4);
-        // Each thread waits for its own tag to come back before it stores the next result.
-        let free = [const { AtomicBool::new(true) }; 4];
-        thread::scope(|scope| {
-            for (tag, free) in (0..).zip(&free) {
-                let results = &results;
-                scope.spawn(move || {
-                    for _ in 0..ROUNDS {
-                        while !free.swap(false, Ordering::Acquire) {
-                            thread::yield_now();
-                        }
-                        results.put(Tag(tag), Ended::Failed(tag.into()));
-                    }
-                });
-            }
-            let mut left = ROUNDS * 4;
-            while left > 0 {
-                let Some((tag, ended)) = results.take() else {
-                    thread::yield_now();
-                    continue;
-                };
-                assert_eq!(ended, Ended::Failed(tag.0.into()));
-                free[usize::from(tag.0)].store(true, Ordering::Release);
-                left -= 1;
-            }
-        });
-        assert_eq!(results.take(), None);
     }
 }
