@@ -16,7 +16,7 @@ use seccompiler::{
 
 mod calls;
 
-use crate::SocketAccess;
+use crate::{Network, SocketAccess};
 use calls::Check::IsNot;
 use calls::{Call, Check};
 
@@ -39,8 +39,12 @@ impl Programs {
     ///
     /// # Errors
     /// seccompiler does not support this processor.
-    pub(crate) fn compile(access: &SocketAccess) -> Result<Self, BackendError> {
-        let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL];
+    pub(crate) fn compile(access: &SocketAccess, network: Network) -> Result<Self, BackendError> {
+        let sockets = match network {
+            Network::Refused => &[][..],
+            Network::Allowed => calls::NETWORK,
+        };
+        let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL, sockets];
         let mut process = vec![no_clone3()?, kill(calls::KILL)?];
         match access_calls(access) {
             needed if needed.is_empty() => process.push(allow(&lists)?),

@@ -11,8 +11,8 @@
 //! | | all threads | some threads |
 //! |---|---|---|
 //! | privileges | no new privileges; of the capabilities, only CAP_DAC_OVERRIDE, those for io_uring and, for another owner of sockets, CAP_CHOWN (see below) are kept | workers keep only those for io_uring, reactors none |
-//! | Landlock | allows only the paths of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; if the kernel supports it, also refuses TCP, abstract sockets of other processes, and signals to them | |
-//! | seccomp | refuses all system calls that are not on a list, and `socket` except for Unix sockets; calls that start programs, control other processes, or change namespaces or identities kill the process | further filters, see [`Thread`] |
+//! | Landlock | allows only the paths of [`Needs`], and reading `/proc`, `/sys`, library directories and some devices; if the kernel supports it, also refuses TCP (with [`Network::Allowed`] only listening), abstract sockets of other processes, and signals to them | |
+//! | seccomp | refuses all system calls that are not on a list, and `socket` except for Unix sockets, and for network sockets with [`Network::Allowed`]; calls that start programs, control other processes, or change namespaces or identities kill the process | further filters, see [`Thread`] |
 //! | io_uring | | with kernel 5.10 or newer, reactors' rings are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
 //! - Disks may be in any directory, so a separate process opens them and sends the fd ([`Opener`]).
@@ -71,14 +71,26 @@ pub struct Needs {
     pub private_dir: Option<PathBuf>,
     /// The configuration file, which is read later.
     pub config: Option<PathBuf>,
-    /// A directory in which the process creates and removes lock files.
+    /// A directory in which the process creates, renames and removes lock files.
     pub locks_in: Option<PathBuf>,
     /// Directories whose files the process reads, besides those that every process reads.
     pub reads_in: Vec<PathBuf>,
     /// Directories of disks; if empty, disks may be in any directory.
     pub disk_dirs: Vec<PathBuf>,
+    /// Whether the process connects to storage clusters.
+    pub network: Network,
     /// What the process changes of the files of its sockets.
     pub socket_access: SocketAccess,
+}
+
+/// Whether threads other than workers and reactors may connect to other hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Network {
+    /// No thread may.
+    #[default]
+    Refused,
+    /// They may.
+    Allowed,
 }
 
 /// The mode and owner that a process gives to the files of its sockets. `None` leaves an attribute
@@ -196,7 +208,7 @@ impl Sandbox {
 pub fn enter(needs: &Needs) -> Result<Sandbox, Error> {
     capabilities::raise_locked_memory_limit();
     let access = &needs.socket_access;
-    let programs = Programs::compile(access).map_err(Error::Filters)?;
+    let programs = Programs::compile(access, needs.network).map_err(Error::Filters)?;
     let (opener, pid) = opener::fork(&needs.disk_dirs)?;
     let of_workers = capabilities::of_workers();
     let mut sandbox = Sandbox { opener, of_workers, ..Sandbox::none() };

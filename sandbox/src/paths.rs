@@ -13,7 +13,7 @@ use landlock::{
     RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
-use crate::Needs;
+use crate::{Needs, Network};
 
 /// The newest Landlock version that this program was tested with. Older kernels restrict less.
 const ABI_TESTED: ABI = ABI::V6;
@@ -65,7 +65,7 @@ const ADDED: &[(ABI, &str)] = &[
 /// # Errors
 /// The kernel has no Landlock, or refuses a rule.
 pub(crate) fn enter(needs: &Needs) -> Result<Entered, LandlockError> {
-    restrict(AccessFs::from_all(ABI_TESTED), &grants(needs))
+    restrict(AccessFs::from_all(ABI_TESTED), needs.network, &grants(needs))
 }
 
 /// Enters the domain of the process that opens disks: it may open existing files and devices only;
@@ -76,10 +76,10 @@ pub(crate) fn enter(needs: &Needs) -> Result<Entered, LandlockError> {
 pub(crate) fn enter_opener(dirs: &[PathBuf]) -> Result<(), LandlockError> {
     let all = AccessFs::from_all(ABI_TESTED) & !BitFlags::from(AccessFs::IoctlDev);
     if dirs.is_empty() {
-        return restrict(all & !DISK, &[]).map(drop);
+        return restrict(all & !DISK, Network::Refused, &[]).map(drop);
     }
     let grants: Vec<Grant> = dirs.iter().map(|dir| (dir.clone(), DISK)).collect();
-    match restrict(all, &grants)?.absent.first() {
+    match restrict(all, Network::Refused, &grants)?.absent.first() {
         Some(missing) => Err(LandlockError::NoSuchDirectory(missing.clone())),
         None => Ok(()),
     }
@@ -103,7 +103,7 @@ fn grants(needs: &Needs) -> Vec<Grant> {
     }
     grants.extend(needs.config.iter().map(|path| (path.clone(), AccessFs::ReadFile.into())));
     grants.extend(needs.reads_in.iter().map(|dir| (dir.clone(), read)));
-    let locks = lock | make_bitflags!(AccessFs::{RemoveFile | Truncate});
+    let locks = lock | make_bitflags!(AccessFs::{ReadDir | RemoveFile | Truncate});
     grants.extend(needs.locks_in.iter().map(|dir| (dir.clone(), locks)));
     grants
 }
@@ -116,11 +116,20 @@ fn parent(path: &Path) -> PathBuf {
 }
 
 /// Refuses the rights in `handled` except those in `grants`.
-fn restrict(handled: BitFlags<AccessFs>, grants: &[Grant]) -> Result<Entered, LandlockError> {
+fn restrict(
+    handled: BitFlags<AccessFs>,
+    network: Network,
+    grants: &[Grant],
+) -> Result<Entered, LandlockError> {
+    let tcp = match network {
+        Network::Refused => AccessNet::from_all(ABI_TESTED),
+        // A client of a storage cluster listens on no port.
+        Network::Allowed => AccessNet::BindTcp.into(),
+    };
     let mut absent = vec![];
     let mut ruleset = Ruleset::default()
         .handle_access(handled)?
-        .handle_access(AccessNet::from_all(ABI_TESTED))?
+        .handle_access(tcp)?
         .scope(Scope::from_all(ABI_TESTED))?
         .create()?
         .set_compatibility(landlock::CompatLevel::BestEffort);

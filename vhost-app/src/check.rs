@@ -115,7 +115,9 @@ impl Check {
     fn add_bdev(&mut self, call: &Call, share: bool) {
         let text = |name: &str| text(call, name);
         let (names, base) = match call.place.method.as_str() {
-            "bdev_malloc_create" | "bdev_null_create" => (vec![text("name")], None),
+            "bdev_malloc_create" | "bdev_null_create" | "bdev_rbd_create" => {
+                (vec![text("name")], None)
+            }
             "bdev_aio_create" | "bdev_uring_create" => {
                 if let Err(problem) = self.bdevs.add_file(call, share) {
                     self.error(&call.place, problem);
@@ -137,7 +139,7 @@ impl Check {
             }
             _ => return,
         };
-        // A malloc bdev may get its name when it is created.
+        // A malloc or RBD bdev may get its name when it is created.
         let names: Vec<String> = names.into_iter().filter(|name| !name.is_empty()).collect();
         let uuid = Some(text("uuid").to_lowercase()).filter(|uuid| !uuid.is_empty());
         for name in names.iter().chain(&uuid) {

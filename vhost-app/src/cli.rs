@@ -9,7 +9,6 @@
 //! `-v` prints one line that starts as SPDK's does, with the SPDK version that this program
 //! replaces, because tools look for it.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,16 +19,18 @@ use vhost_target::session::DRAIN_LIMIT_S;
 
 mod address;
 mod cores;
+mod exit;
 mod tpoints;
 mod values;
 
 pub(crate) use address::Address;
 use cores::parse_lcores;
 pub(crate) use cores::{Lcore, parse_cores};
+pub(crate) use exit::Exit;
 pub(crate) use tpoints::TPOINT_GROUPS;
 use tpoints::is_group_list;
 use values::{
-    log_flag, mem_size, mode, number, pci_address, positive, positive_decimal, shm_id,
+    Switch, log_flag, mem_size, mode, number, pci_address, positive, positive_decimal, shm_id,
     trace_entries,
 };
 
@@ -97,6 +98,10 @@ pub(crate) struct Options {
     pub(crate) sandbox: SandboxMode,
     /// Directories that may hold disks (`--disk-dir`); if empty, every directory may.
     pub(crate) disk_dirs: Vec<PathBuf>,
+    /// Whether storage clusters may be used (`--network`); `None`: if a library for one is installed.
+    pub(crate) network: Option<bool>,
+    /// Directories that hold Ceph configurations and keyrings (`--ceph-dir`).
+    pub(crate) ceph_dirs: Vec<PathBuf>,
     /// Options on the command line that have no effect, as SPDK spells them.
     pub(crate) without_effect: Vec<&'static str>,
     /// Arguments that belong to no option; SPDK ignores them, too.
@@ -112,37 +117,6 @@ pub(crate) enum SandboxMode {
     Available,
     /// The whole sandbox, or the process does not start.
     Required,
-}
-
-/// Why the program ends without starting.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Exit {
-    /// 0 for help and version, 2 for a line that cannot be parsed, 1 for options that cannot be
-    /// satisfied.
-    pub(crate) code: u8,
-    /// What to print: to stdout if `code` is 0, to stderr otherwise.
-    pub(crate) text: String,
-}
-
-impl Exit {
-    fn failed(text: impl Into<String>) -> Self {
-        Self { code: 1, text: text.into() }
-    }
-
-    fn usage(text: impl Into<String>) -> Self {
-        Self { code: 2, text: text.into() }
-    }
-
-    /// Prints the text. Ignores write errors: the reader of a pipe may have exited (`vhost -h |
-    /// head`).
-    pub(crate) fn print(&self) {
-        let text = self.text.trim_end();
-        let _ = if self.code == 0 {
-            writeln!(io::stdout(), "{text}")
-        } else {
-            writeln!(io::stderr(), "{text}")
-        };
-    }
 }
 
 impl Options {
@@ -292,6 +266,14 @@ pub(crate) struct Args {
     /// --no-sandbox (not in SPDK).
     #[arg(long, value_name = "DIR", action = ArgAction::Append, allow_hyphen_values = true)]
     disk_dir: Vec<String>,
+    /// Allow or forbid connections to storage clusters on other hosts [default: on if librbd is
+    /// installed] (not in SPDK).
+    #[arg(long, value_name = "on|off")]
+    network: Option<Switch>,
+    /// Let librbd read configurations and keyrings in this directory, besides /etc/ceph and that of
+    /// $CEPH_CONF; repeatable (not in SPDK).
+    #[arg(long, value_name = "DIR", action = ArgAction::Append, allow_hyphen_values = true)]
+    ceph_dir: Vec<String>,
     /// Accepted, no effect: number of memory channels.
     #[arg(short = 'n', long, value_name = "N", value_parser = number, allow_hyphen_values = true)]
     mem_channels: Option<u64>,
@@ -383,6 +365,8 @@ impl Args {
             drain_limit: Duration::from_secs(self.drain_limit),
             share: self.share,
             disk_dirs: self.disk_dir.into_iter().map(PathBuf::from).collect(),
+            network: self.network.map(|switch| switch == Switch::On),
+            ceph_dirs: self.ceph_dir.into_iter().map(PathBuf::from).collect(),
         })
     }
 

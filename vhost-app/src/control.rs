@@ -22,7 +22,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
 use vhost_target::{ControllerSpec, Core, Error, Mode, Target};
 
-use crate::lived;
+use crate::active_time;
 use rte_vhost::eal::EalError;
 
 /// Interval of checks for operations that take long.
@@ -41,6 +41,8 @@ pub(crate) enum StartError {
     Eal(#[from] EalError),
     #[error("cannot start the vhost-user transport: {0}")]
     Transport(#[source] io::Error),
+    #[error("cannot start a thread for storage engines: {0}")]
+    Engines(#[source] io::Error),
     #[error("cannot start the thread for DPDK calls: {0}")]
     DpdkThread(#[source] io::Error),
 }
@@ -174,7 +176,7 @@ impl Control {
         options: DeleteOptions,
         cancelled: impl Future<Output = ()>,
     ) -> Result<(), Error> {
-        let mut deadline = pin!(lived::sleep(options.timeout));
+        let mut deadline = pin!(active_time::sleep(options.timeout));
         let mut changed = self.changed();
         tokio::pin!(cancelled);
         // After another deletion, the name may belong to a new controller, which must stay.
@@ -270,7 +272,7 @@ impl Control {
     /// Closes all connections, waits a bounded time for their I/O, removes all sockets and stops
     /// the reactors.
     pub(crate) async fn shut_down(&self) {
-        let mut deadline = pin!(lived::sleep(SHUTDOWN_DRAIN));
+        let mut deadline = pin!(active_time::sleep(SHUTDOWN_DRAIN));
         let mut changed = self.changed();
         self.target.begin_shutdown();
         let never = &mut std::future::pending();

@@ -5,13 +5,14 @@
 //! EAL on its own thread, while the reactors start; first pass over the configuration; RPC socket;
 //! initialisation; second pass. Then the control thread serves RPCs until a signal arrives.
 
+mod active_time;
 mod check;
 mod cli;
 mod config_file;
 mod control;
 mod core_locks;
+mod engines;
 mod io_errors;
-mod lived;
 mod logging;
 mod methods;
 mod metrics;
@@ -48,6 +49,9 @@ use prepare::Prepared;
 /// Limit on the shutdown of the target, in case a thread is blocked. [`Control::shut_down`] itself
 /// waits 2 s for I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Limit on the time to release locks at storage clusters at shutdown.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Limit on the time to send finished answers to RPC clients at shutdown.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
@@ -238,7 +242,8 @@ fn start_control(
         mem_mb: options.mem_size_mib.map(u64::from),
         extra_args: vec![],
     });
-    // EAL's thread, which may load libraries, has started. This thread and later ones may not.
+    engines::start(options).map_err(control::StartError::Engines)?;
+    // The threads that may load libraries have started. This thread and later ones may not.
     sandbox.narrow(Thread::Control);
     let sockets = Sockets {
         dir: control::socket_dir(options.socket_dir.as_deref()),
@@ -383,13 +388,27 @@ async fn stop(app: &App, server: Option<Server>) {
         server.pause();
     }
     let control = &app.control;
-    if lived::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
+    if active_time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
         let limit = SHUTDOWN_LIMIT.as_secs();
         warn!("the vhost-user transport did not stop within {limit} s; exiting without it");
         rte_vhost::transport::remove_sockets();
     }
+    release_storage(app).await;
     if let Some(server) = server {
-        let _ = lived::timeout(FLUSH_LIMIT, server.shutdown()).await;
+        let _ = active_time::timeout(FLUSH_LIMIT, server.shutdown()).await;
+    }
+}
+
+/// Releases what other hosts wait for, in bounded time.
+async fn release_storage(app: &App) {
+    let released: Vec<_> = app.bdevs.all().iter().filter_map(|live| live.entry.release()).collect();
+    let all = async {
+        for one in released {
+            one.await;
+        }
+    };
+    if active_time::timeout(RELEASE_LIMIT, all).await.is_none() {
+        warn!("storage clusters did not answer; other hosts may have to wait for locks");
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rte_vhost::eal::housekeeping_cpus;
 use rte_vhost::transport;
-use sandbox::{Needs, Sandbox, SocketAccess};
+use sandbox::{Needs, Network, Sandbox, SocketAccess};
 use tempfile::TempDir;
 use tracing::{info, warn};
 
@@ -16,7 +16,7 @@ use crate::control;
 use crate::core_locks::{self, CoreLockError, CoreLocks};
 use crate::metrics::{BindError, Bound};
 use crate::socket_access::{self, NameError};
-use crate::{process, reactor_cores};
+use crate::{engines, process, reactor_cores};
 
 /// Why a step before the second thread failed.
 #[derive(Debug, thiserror::Error)]
@@ -99,14 +99,19 @@ fn write_pid(path: &Path) -> Result<(), PrepareError> {
 fn needs(options: &Options, private_dir: Option<&TempDir>, socket_access: SocketAccess) -> Needs {
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let here = socket_dir.as_os_str().is_empty();
+    let network = engines::network(options);
+    // Usually beneath /sys.
+    let groups = bdev::control_group_mounts();
     Needs {
         socket_dir: if here { ".".into() } else { socket_dir },
         rpc_socket: options.rpc_socket.clone(),
         private_dir: private_dir.map(|dir| dir.path().to_owned()),
         config: options.config.clone(),
-        locks_in: options.cpumask_locks.then(|| core_locks::DIR.into()),
-        // Usually beneath /sys.
-        reads_in: bdev::control_group_mounts(),
+        // The lock files of cores and of clients of storage clusters are in the same directory.
+        locks_in: (options.cpumask_locks || network == Network::Allowed)
+            .then(|| core_locks::DIR.into()),
+        reads_in: groups.into_iter().chain(engines::reads_in(options)).collect(),
+        network,
         disk_dirs: options.disk_dirs.clone(),
         socket_access,
     }

@@ -264,6 +264,21 @@ pub(super) const CONTROL: &[Call] = &[
     (SYS_setrlimit, ANY),
 ];
 
+/// Calls that connect to a storage cluster, besides those of [`CONTROL`].
+pub(super) const NETWORK: &[Call] = &[
+    (
+        SYS_socket,
+        &[
+            Is(0, AF_INET as u32),
+            Is(0, AF_INET6 as u32),
+            // libc finds the host's addresses.
+            Is(0, AF_NETLINK as u32),
+        ],
+    ),
+    // libceph-common reads them when it starts.
+    (SYS_getrlimit, ANY),
+];
+
 /// Calls of the process that opens disks besides [`LIBC`] and [`THREADS`].
 pub(super) const OPENER: &[Call] = &[
     (SYS_openat, ANY),

@@ -66,7 +66,7 @@ fn let_through(lists: &[&[Call]]) -> Vec<i64> {
 
 #[test]
 fn calls_that_are_on_no_list_are_refused() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let lists = [calls::LIBC, calls::THREADS, calls::DATA, calls::CONTROL];
     assert_eq!(with(&process(&programs), || let_through(&lists)), [] as [i64; 0]);
     let lists = [calls::LIBC, calls::REACTOR];
@@ -78,7 +78,7 @@ fn calls_that_are_on_no_list_are_refused() {
 
 #[test]
 fn a_reactor_opens_nothing_connects_nowhere_and_starts_nothing() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     with(&reactor(&programs), || {
         for number in [
             libc::SYS_openat,
@@ -107,7 +107,7 @@ fn a_reactor_opens_nothing_connects_nowhere_and_starts_nothing() {
 
 #[test]
 fn a_reactor_may_do_its_work_allocate_and_exit() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let no_fd = u64::MAX;
     with(&reactor(&programs), || {
         assert_eq!(errno(libc::SYS_io_uring_enter, [no_fd, 0, 0, 0]), libc::EBADF);
@@ -127,7 +127,7 @@ fn a_reactor_may_do_its_work_allocate_and_exit() {
 
 #[test]
 fn no_thread_makes_memory_executable() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let page = 4096;
     let (rw, rwx) = (libc::PROT_READ | libc::PROT_WRITE, libc::PROT_EXEC | libc::PROT_WRITE);
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
@@ -143,7 +143,7 @@ fn no_thread_makes_memory_executable() {
 
 #[test]
 fn workers_create_no_sockets_rename_no_files_and_send_no_signals() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let no_fd = u64::MAX;
     with(&worker(&programs), || {
         for (number, _) in calls::NOT_FOR_WORKERS {
@@ -171,7 +171,7 @@ fn workers_create_no_sockets_rename_no_files_and_send_no_signals() {
 
 #[test]
 fn the_process_signals_only_itself_and_opens_no_network_socket() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let (me, init) = (u64::from(std::process::id()), 1);
     with(&control(&programs), || {
         assert_eq!(errno(libc::SYS_kill, [me, 0, 0, 0]), 0);
@@ -195,7 +195,7 @@ fn the_process_signals_only_itself_and_opens_no_network_socket() {
 
 #[test]
 fn calls_that_no_library_makes_kill_the_process() {
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     let opener = of_opener().unwrap();
     for (number, _) in calls::KILL {
         for programs in [process(&programs), opener.iter().collect()] {
@@ -234,7 +234,7 @@ fn a_file_gets_only_the_mode_and_the_owner_that_sockets_get() {
     const NOWHERE: u64 = u64::MAX;
     let stays = u64::from(u32::MAX);
     let access = SocketAccess { mode: Some(0o660), owner: None, group: Some(7) };
-    let programs = Programs::compile(&access).unwrap();
+    let programs = Programs::compile(&access, Network::Refused).unwrap();
     let path = c"";
     let path = path.as_ptr() as u64;
     with(&control(&programs), || {
@@ -250,12 +250,12 @@ fn a_file_gets_only_the_mode_and_the_owner_that_sockets_get() {
         assert!(refused(libc::SYS_fchownat, [NOWHERE, path, stays, 7]));
     });
     let access = SocketAccess { mode: None, owner: Some(7), group: None };
-    let programs = Programs::compile(&access).unwrap();
+    let programs = Programs::compile(&access, Network::Refused).unwrap();
     with(&process(&programs), || {
         assert_eq!(errno(libc::SYS_fchownat, [NOWHERE, path, 7, stays]), libc::ENOENT);
         assert!(refused(libc::SYS_fchmodat, [NOWHERE, path, stays, 0]));
     });
-    let programs = Programs::compile(&SocketAccess::default()).unwrap();
+    let programs = Programs::compile(&SocketAccess::default(), Network::Refused).unwrap();
     with(&process(&programs), || {
         assert!(refused(libc::SYS_fchmodat, [NOWHERE, path, 0o660, 0]));
         assert!(refused(libc::SYS_fchownat, [NOWHERE, path, stays, 7]));

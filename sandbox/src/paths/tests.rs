@@ -37,6 +37,7 @@ fn the_process_creates_sockets_in_the_granted_directories_and_opens_no_other_fil
         locks_in: Some(at("locks")),
         reads_in: vec![at("groups")],
         disk_dirs: vec![],
+        network: Network::Refused,
         socket_access: crate::SocketAccess::default(),
     };
     on_thread(|| {

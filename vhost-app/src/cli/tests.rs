@@ -53,6 +53,8 @@ fn defaults() {
         share: false,
         sandbox: SandboxMode::Available,
         disk_dirs: vec![],
+        network: None,
+        ceph_dirs: vec![],
         without_effect: vec![],
         positional: vec![],
     };

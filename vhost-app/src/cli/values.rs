@@ -2,6 +2,15 @@
 
 use crate::logging;
 
+/// The value of an option that is switched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Switch {
+    /// `on`.
+    On,
+    /// `off`.
+    Off,
+}
+
 /// Why a value of an option is invalid. clap puts the option and the value before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ValueError {

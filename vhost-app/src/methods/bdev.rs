@@ -74,7 +74,7 @@ async fn wait_for(app: &App, name: &str, limit: Duration) -> Option<BdevId> {
             let _ = changed.changed().await;
         }
     };
-    crate::lived::timeout(limit, wait).await
+    crate::active_time::timeout(limit, wait).await
 }
 
 async fn wait_for_examine(app: Rc<App>, params: Params) -> Answer {

@@ -68,7 +68,7 @@ impl Host for App {
                     removed.await;
                     continue;
                 };
-                if crate::lived::timeout(limit, removed).await.is_none() {
+                if crate::active_time::timeout(limit, removed).await.is_none() {
                     warn!(
                         "bdev {name}: deleted, but its storage has not answered I/O for {} s; it \
                          is closed when that I/O has ended",

@@ -88,7 +88,7 @@ impl App {
             control,
             bdevs: ::bdev::Registry::new(move || changed.send_replace(())),
             bdevs_changed,
-            modules: ::bdev::modules::all(),
+            modules: crate::engines::modules(),
             served: RefCell::default(),
             log,
             opener,

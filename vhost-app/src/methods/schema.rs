@@ -81,6 +81,7 @@ fn is_of(of: &str, value: &Value) -> bool {
         "string" | "uuid" => value.is_string(),
         "array" => value.is_array(),
         "strings" => value.as_array().is_some_and(|all| all.iter().all(Value::is_string)),
+        "texts" => value.as_object().is_some_and(|all| all.values().all(Value::is_string)),
         "int32" => value.as_i64().is_some_and(|number| i32::try_from(number).is_ok()),
         _ => {
             let inside = |kind| of.strip_prefix(kind)?.strip_prefix('(')?.strip_suffix(')');
@@ -140,6 +141,7 @@ mod tests {
             ("one(a|b)", json!("b"), json!("B")),
             ("array", json!([1, "a"]), json!("a")),
             ("strings", json!(["a", "b"]), json!(["a", 1])),
+            ("texts", json!({"a": "b"}), json!({"a": 1})),
             (object, json!({}), json!([])),
             (object, json!({"b": "y", "a": false}), json!({"b": "z"})),
             (object, json!({"a": true}), json!({"c": true})),

@@ -1,0 +1,164 @@
+//! Which clients of a cluster were processes of this host that have ended.
+//!
+//! The exclusive lock of an image stays with a client that was killed. The cluster lets another
+//! client take it only after 30 s, unless that client knows that the owner is dead. So each
+//! connected client of this program keeps a file with its address in its name, and a lock on the
+//! file, which the kernel releases when the process ends.
+
+use std::fs::{self, DirEntry, File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use tracing::debug;
+
+/// The directory of the files. It outlives a restart of the program, but not the host's data.
+pub const DIR: &str = "/var/tmp";
+
+const PREFIX: &str = "vhost_rbd_";
+
+/// The end of a file's name after its process was found dead.
+const DEAD: &str = ".dead";
+
+/// How long the file of a dead client is kept. The cluster forgets a dead client after 30 s.
+const KEPT: Duration = Duration::from_secs(3600);
+
+/// The file of a client of this process. Dropping it removes the file.
+#[derive(Debug)]
+pub(crate) struct Own {
+    path: PathBuf,
+    _locked: File,
+}
+
+impl Own {
+    /// Makes the file. `None` if the system refuses it: then a restart after a crash takes longer.
+    pub(crate) fn announce(fsid: &str, address: &str) -> Option<Self> {
+        Self::announce_in(Path::new(DIR), fsid, address)
+    }
+
+    fn announce_in(dir: &Path, fsid: &str, address: &str) -> Option<Self> {
+        sweep(dir);
+        let path = dir.join(name_of(fsid, address));
+        let made = options().create_new(true).mode(0o600).open(&path);
+        let locked = made.and_then(|file| {
+            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(file)
+        });
+        match locked {
+            Ok(file) => Some(Self { path, _locked: file }),
+            Err(e) => {
+                debug!("{}: {e}", path.display());
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        // If it stays, it is removed as that of a dead client.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Returns whether the client with this address was a process of this program, and of this user, on
+/// this host, and has ended.
+pub(crate) fn is_dead(fsid: &str, address: &str) -> bool {
+    is_dead_in(Path::new(DIR), fsid, address)
+}
+
+fn is_dead_in(dir: &Path, fsid: &str, address: &str) -> bool {
+    let name = name_of(fsid, address);
+    [dir.join(format!("{name}{DEAD}")), dir.join(name)].iter().any(|path| is_free(path))
+}
+
+/// Returns whether a file exists, is ours, and no process has locked it.
+fn is_free(path: &Path) -> bool {
+    let Ok(file) = options().open(path) else { return false };
+    // Other users may create files here: they must not make us break a living client's lock.
+    let ours = file
+        .metadata()
+        .is_ok_and(|found| found.is_file() && found.uid() == rustix::process::geteuid().as_raw());
+    ours && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    options.read(true).write(true).custom_flags(flags.bits().cast_signed());
+    options
+}
+
+/// Marks the files of dead clients, and removes those that were marked long ago.
+fn sweep(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    entries.flatten().for_each(|entry| sweep_one(&entry));
+}
+
+fn sweep_one(entry: &DirEntry) {
+    let (name, path) = (entry.file_name(), entry.path());
+    let Some(name) = name.to_str().filter(|name| name.starts_with(PREFIX)) else { return };
+    if !is_free(&path) {
+        return;
+    }
+    // Failures are ignored: the next client of this host tries again.
+    if !name.ends_with(DEAD) {
+        let _ = fs::rename(&path, path.with_file_name(format!("{name}{DEAD}")));
+    } else if age(&path).is_some_and(|age| age > KEPT) {
+        let _ = fs::remove_file(&path);
+    }
+}
+
+/// The time since the file was renamed.
+fn age(path: &Path) -> Option<Duration> {
+    let changed = u64::try_from(fs::metadata(path).ok()?.ctime()).ok()?;
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + Duration::from_secs(changed)).ok()
+}
+
+/// The name of a client's file. Characters that may not be in a file's name become underscores.
+fn name_of(fsid: &str, address: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
+    let address: String = address.chars().map(plain).collect();
+    let fsid: String = fsid.chars().map(plain).collect();
+    format!("{PREFIX}{fsid}_{address}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_dead_when_its_process_has_ended() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let dead = |address| is_dead_in(dir.path(), "f", address);
+        let address = "127.0.0.1:0/29155389";
+        assert!(!dead(address), "of another host");
+        let own = Own::announce_in(dir.path(), "f", address).unwrap();
+        assert!(!dead(address));
+        // The end of a process closes the file and leaves it.
+        let path = own.path.clone();
+        let Own { .. } = &own;
+        let kept = std::mem::ManuallyDrop::new(own);
+        flock(&kept._locked, FlockOperation::Unlock).unwrap();
+        assert!(dead(address));
+        assert!(!is_dead_in(dir.path(), "other", address));
+        // The next process marks it, and still knows it.
+        let next = Own::announce_in(dir.path(), "f", "127.0.0.1:0/1").unwrap();
+        assert!(!path.exists());
+        assert!(dead(address) && !dead("127.0.0.1:0/1"));
+        drop(next);
+        assert!(!dead("127.0.0.1:0/1"), "its disks were closed");
+    }
+
+    #[test]
+    fn a_file_that_is_no_regular_file_says_nothing() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join(name_of("f", "a"));
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        assert!(!is_dead_in(dir.path(), "f", "a"));
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(!is_dead_in(dir.path(), "f", "a"));
+    }
+}

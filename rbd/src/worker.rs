@@ -1,0 +1,336 @@
+//! The thread of one disk that passes its I/Os to librbd, and librbd's completions.
+//!
+//! librbd takes locks, allocates, copies the data of writes, and waits when too much is under way.
+//! So no reactor calls it. A channel puts I/Os into its [`Line`]; this thread submits them; librbd
+//! reports each on a thread of its own, which puts the result into the line.
+#![expect(unsafe_code, reason = "calls librbd with a guest's memory")]
+
+use std::ffi::{c_int, c_void};
+use std::fmt;
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use arc_swap::ArcSwapOption;
+use bdev::{Ended, Io, Line, Op, Waker};
+
+use crate::image::{Events, Image};
+use crate::library::{CompletionPtr, Library, ZEROES_THICK};
+
+/// The most I/Os that the thread takes from one channel before it serves the others.
+const BATCH: usize = 32;
+
+/// What the thread does with I/Os.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Mode {
+    /// Submits them.
+    Serving,
+    /// Keeps them until the image is open again.
+    Reopening,
+    /// Fails them: the cluster refuses this client, and another one uses the image.
+    Refused,
+}
+
+/// A disk as its thread, librbd's callbacks and the control side see it.
+pub(crate) struct Shared {
+    library: &'static Library,
+    /// The image that I/O goes to; `None` at the end of the process.
+    image: ArcSwapOption<Image>,
+    /// The bytes of the disk that the image has. Beyond it, librbd would cut writes silently.
+    size: AtomicU64,
+    mode: AtomicU8,
+    lines: Mutex<Vec<Arc<Line>>>,
+    /// I/Os that the cluster has refused, and that wait for another connection.
+    parked: Mutex<Vec<(Arc<Line>, Io)>>,
+    /// Whether parked I/Os may be submitted again: no other client has written meanwhile.
+    resubmits: AtomicBool,
+    waker: Waker,
+    ending: AtomicBool,
+    events: Arc<Events>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("mode", &self.mode()).finish_non_exhaustive()
+    }
+}
+
+/// The thread. Dropping it ends it; no I/O is under way then.
+#[derive(Debug)]
+pub(crate) struct Worker(pub(crate) Arc<Shared>);
+
+impl Worker {
+    /// Starts the thread.
+    pub(crate) fn start(image: Image, size: u64, events: Arc<Events>) -> io::Result<Self> {
+        let library = Library::get().map_err(io::Error::other)?;
+        let shared = Arc::new(Shared {
+            library,
+            image: ArcSwapOption::from_pointee(image),
+            size: AtomicU64::new(size),
+            mode: AtomicU8::new(Mode::Serving as u8),
+            lines: Mutex::default(),
+            parked: Mutex::default(),
+            resubmits: AtomicBool::new(false),
+            waker: Waker::new()?,
+            ending: AtomicBool::new(false),
+            events,
+        });
+        let worker = Self(Arc::clone(&shared));
+        thread::Builder::new().name("vhost-rbd".into()).spawn(move || shared.work())?;
+        Ok(worker)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.ending.store(true, Ordering::Release);
+        self.0.waker.wake();
+        self.0.events.end();
+    }
+}
+
+impl Shared {
+    fn lines(&self) -> MutexGuard<'_, Vec<Arc<Line>>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves a channel.
+    pub(crate) fn add(&self, line: &Arc<Line>) {
+        self.lines().push(Arc::clone(line));
+    }
+
+    /// Ends the service of a channel that has no outstanding I/O.
+    pub(crate) fn remove(&self, line: &Arc<Line>) {
+        self.lines().retain(|other| !Arc::ptr_eq(line, other));
+    }
+
+    /// Wakes the thread if it sleeps. Does not wait.
+    pub(crate) fn wake(&self) {
+        self.waker.wake();
+    }
+
+    /// The bytes of the disk that the image has.
+    #[inline]
+    pub(crate) fn size(&self) -> u64 {
+        // Relaxed suffices: no other data is published with the number.
+        self.size.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    pub(crate) fn mode(&self) -> Mode {
+        // Acquire: pairs with `set_mode`; the image of a mode is seen with it.
+        match self.mode.load(Ordering::Acquire) {
+            0 => Mode::Serving,
+            1 => Mode::Reopening,
+            _ => Mode::Refused,
+        }
+    }
+
+    /// Changes the mode, and makes the thread act on it.
+    pub(crate) fn set_mode(&self, mode: Mode) {
+        self.mode.store(mode as u8, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// The image that I/O goes to; `None` at the end of the process.
+    pub(crate) fn image(&self) -> Option<Arc<Image>> {
+        self.image.load_full()
+    }
+
+    /// Stops to serve, and returns the image if no I/O is under way.
+    pub(crate) fn take_image(&self) -> Option<Image> {
+        self.set_mode(Mode::Refused);
+        Arc::into_inner(self.image.swap(None)?)
+    }
+
+    /// Serves from another connection to the image. `resubmits`: no other client has written to the
+    /// image meanwhile, so that I/Os that the cluster has refused may be submitted again.
+    pub(crate) fn adopt(&self, image: Image, resubmits: bool) {
+        self.resubmits.store(resubmits, Ordering::Relaxed);
+        self.image.store(Some(Arc::new(image)));
+        self.set_mode(Mode::Serving);
+    }
+
+    pub(crate) fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// Whether the thread may take I/Os of this line. In [`Mode::Reopening`], only to cancel them.
+    fn takes(line: &Line, mode: Mode) -> bool {
+        mode != Mode::Reopening || line.abandoned().load(Ordering::Relaxed)
+    }
+
+    /// The thread's main function.
+    fn work(self: Arc<Self>) {
+        let mut lines: Vec<Arc<Line>> = vec![];
+        while !self.ending.load(Ordering::Acquire) {
+            lines.clone_from(&self.lines());
+            let mode = self.mode();
+            let image = self.image();
+            let mut taken = self.settle_parked(image.as_ref(), mode);
+            for line in lines.iter().filter(|line| Self::takes(line, mode)) {
+                for io in std::iter::from_fn(|| line.take_job()).take(BATCH) {
+                    self.begin(line, image.as_ref(), mode, io);
+                    taken += 1;
+                }
+            }
+            drop(image);
+            lines.clear();
+            if taken == 0 {
+                self.waker.wait(|| self.has_work());
+            }
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        let mode = self.mode();
+        let waits = |line: &Arc<Line>| line.waiting() > 0 && Self::takes(line, mode);
+        let parked = || self.parked().iter().any(|(line, _)| Self::takes(line, mode));
+        self.ending.load(Ordering::Acquire) || self.lines().iter().any(waits) || parked()
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Vec<(Arc<Line>, Io)>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Submits or fails the parked I/Os that the mode allows. Returns their number.
+    fn settle_parked(self: &Arc<Self>, image: Option<&Arc<Image>>, mode: Mode) -> usize {
+        let settled: Vec<_> =
+            self.parked().extract_if(.., |(line, _)| Self::takes(line, mode)).collect();
+        let resubmits = self.resubmits.load(Ordering::Relaxed);
+        for (line, io) in &settled {
+            let mode = if resubmits { mode } else { Mode::Refused };
+            self.begin(line, image, mode, *io);
+        }
+        settled.len()
+    }
+
+    fn begin(self: &Arc<Self>, line: &Arc<Line>, image: Option<&Arc<Image>>, mode: Mode, io: Io) {
+        if line.abandoned().load(Ordering::Relaxed) {
+            return line.complete(io.tag, Ended::Failed(libc::ECANCELED));
+        }
+        let Some(image) = image.filter(|_| mode != Mode::Refused) else {
+            return line.complete(io.tag, Ended::Failed(libc::ESHUTDOWN));
+        };
+        let flight = Flight {
+            shared: Arc::clone(self),
+            line: Arc::clone(line),
+            image: Arc::clone(image),
+            io,
+        };
+        let flight = Box::into_raw(Box::new(flight));
+        let mut completion = ptr::null_mut();
+        // SAFETY: the call fills `completion`; `on_done` frees the flight, once.
+        let made = unsafe {
+            (self.library.rbd_aio_create_completion)(flight.cast(), on_done, &raw mut completion)
+        };
+        let started = match made {
+            // SAFETY: the channel keeps the I/O's memory until it is reported.
+            0.. => unsafe { self.submit(image, &io, completion) },
+            errno => errno,
+        };
+        if started < 0 {
+            if made >= 0 {
+                // SAFETY: librbd has not taken the I/O, so it does not call back.
+                unsafe { (self.library.rbd_aio_release)(completion) };
+            }
+            // SAFETY: it comes from `into_raw` above, and no callback has it.
+            unsafe { Box::from_raw(flight) }.end(started as isize);
+        }
+    }
+
+    /// Passes an I/O to librbd. Returns a negative errno if librbd has not taken it.
+    ///
+    /// # Safety
+    /// The I/O's segments and their memory are valid until librbd has reported it.
+    unsafe fn submit(&self, image: &Image, io: &Io, completion: CompletionPtr) -> c_int {
+        let (library, image) = (self.library, image.as_ptr());
+        let (segments, count) = io.iovecs();
+        let Ok(count) = c_int::try_from(count) else { return -libc::EINVAL };
+        match io.op {
+            // SAFETY: the image is open, as the flight holds it; the memory by the caller's promise.
+            Op::Read => unsafe {
+                (library.rbd_aio_readv)(image, segments, count, io.offset, completion)
+            },
+            // SAFETY: as above.
+            Op::Write => unsafe {
+                (library.rbd_aio_writev)(image, segments, count, io.offset, completion)
+            },
+            // SAFETY: the image is open.
+            Op::Flush => unsafe { (library.rbd_aio_flush)(image, completion) },
+            // SAFETY: the image is open.
+            Op::Unmap => unsafe { (library.rbd_aio_discard)(image, io.offset, io.len, completion) },
+            Op::WriteZeroes => {
+                let Ok(len) = usize::try_from(io.len) else { return -libc::EINVAL };
+                let flags = if io.may_unmap { 0 } else { ZEROES_THICK };
+                // SAFETY: the image is open.
+                unsafe {
+                    (library.rbd_aio_write_zeroes)(image, io.offset, len, completion, flags, 0)
+                }
+            }
+        }
+    }
+
+    /// Parks an I/O that the cluster has refused, because it refuses the client that opened this
+    /// image.
+    fn park(&self, image: &Arc<Image>, line: Arc<Line>, io: Io) {
+        image.cluster().set_blocklisted();
+        let is_present =
+            self.image.load().as_ref().is_some_and(|present| Arc::ptr_eq(present, image));
+        let (from, to) = (Mode::Serving as u8, Mode::Reopening as u8);
+        let order = Ordering::AcqRel;
+        if is_present && self.mode.compare_exchange(from, to, order, Ordering::Relaxed).is_ok() {
+            self.events.any.notify_one();
+        }
+        // After the change of the mode, so that the thread does not settle it in the mode before.
+        self.parked().push((line, io));
+        self.waker.wake();
+    }
+}
+
+/// An I/O that librbd has.
+struct Flight {
+    shared: Arc<Shared>,
+    line: Arc<Line>,
+    /// Keeps the image open.
+    image: Arc<Image>,
+    io: Io,
+}
+
+impl Flight {
+    /// Reports the result: the bytes of a read, 0, or a negative errno.
+    fn end(self, result: isize) {
+        let Self { shared, line, image, io } = self;
+        let ended = match (result, io.op) {
+            (..0, _) => Ended::Failed(i32::try_from(result.unsigned_abs()).unwrap_or(libc::EIO)),
+            (read, Op::Read) if read.unsigned_abs() as u64 != io.len => Ended::Failed(0),
+            // The image became smaller, and librbd may have cut the write.
+            (_, Op::Write) if !bdev::within(&io, shared.size()) => Ended::Failed(0),
+            _ => Ended::Ok,
+        };
+        if ended == Ended::Failed(libc::ESHUTDOWN) {
+            return shared.park(&image, line, io);
+        }
+        // Before the report: whoever waits for the I/O may close the image next.
+        drop(image);
+        line.complete(io.tag, ended);
+    }
+}
+
+/// Called by librbd, on one of its threads, when an I/O has ended.
+unsafe extern "C" fn on_done(completion: CompletionPtr, flight: *mut c_void) {
+    // SAFETY: it comes from `Box::into_raw` in `begin`, and librbd calls back once.
+    let flight = unsafe { Box::from_raw(flight.cast::<Flight>()) };
+    let library = flight.shared.library;
+    // SAFETY: the completion is valid until its release below.
+    let result = unsafe { (library.rbd_aio_get_return_value)(completion) };
+    // SAFETY: it is not used after this.
+    unsafe { (library.rbd_aio_release)(completion) };
+    flight.end(result);
+}

@@ -1,0 +1,62 @@
+//! The storage engines that are crates of their own, each behind a cargo feature, and what they
+//! need of the process.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use bdev::BdevModule;
+use sandbox::Network;
+
+use crate::cli::Options;
+
+/// Returns all kinds of bdevs.
+pub(crate) fn modules() -> Vec<Rc<dyn BdevModule>> {
+    let mut modules = bdev::modules::all();
+    if cfg!(feature = "rbd") {
+        modules.extend(rbd_module());
+    }
+    modules
+}
+
+#[cfg(feature = "rbd")]
+fn rbd_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(rbd::RbdModule::default()))
+}
+
+#[cfg(not(feature = "rbd"))]
+fn rbd_module() -> Option<Rc<dyn BdevModule>> {
+    None
+}
+
+/// Returns whether the process may connect to storage clusters: as the operator says, or else if a
+/// library for one is installed.
+pub(crate) fn network(options: &Options) -> Network {
+    #[cfg(feature = "rbd")]
+    let installed = rbd::is_installed();
+    #[cfg(not(feature = "rbd"))]
+    let installed = false;
+    if options.network.unwrap_or(installed) { Network::Allowed } else { Network::Refused }
+}
+
+/// Returns the directories whose files the engines' libraries read, if they are used.
+pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
+    if network(options) == Network::Refused {
+        return vec![];
+    }
+    // The host names of a cluster's monitors are resolved.
+    let resolver = ["/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf"];
+    let configured = std::env::var_os("CEPH_CONF").map(PathBuf::from);
+    let beside = configured.as_deref().and_then(Path::parent).map(Path::to_owned);
+    let fixed = ["/etc/ceph"].into_iter().chain(resolver).map(PathBuf::from);
+    fixed.chain(beside).chain(options.ceph_dirs.iter().cloned()).collect()
+}
+
+/// Starts what has to start before later threads lose the right to map code.
+pub(crate) fn start(options: &Options) -> std::io::Result<()> {
+    #[cfg(feature = "rbd")]
+    if network(options) == Network::Allowed && rbd::is_installed() {
+        return rbd::start_loader();
+    }
+    let _ = options;
+    Ok(())
+}
