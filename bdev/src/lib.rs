@@ -22,7 +22,8 @@
 //! Forbidden dependencies: an async runtime, DPDK, and a JSON-RPC server ([`method`] takes its
 //! place).
 //!
-//! `tests/conformance` is one test suite that every device and wrapper passes.
+//! The crate `bdev-conformance` is one test suite that every device and wrapper passes;
+//! `tests/conformance` runs it.
 
 mod bdev_channel;
 mod contract;

@@ -6,12 +6,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use bdev::{Bdev, FileDisk, FileOptions, Flavour, Op, Status, Topology};
+use bdev_conformance::{Driver, Fixture, SIZE, checks, pattern};
 use std::os::fd::AsRawFd;
 use tempfile::TempDir;
 
-use crate::checks;
-use crate::disks::{Fixture, SIZE, file_options};
-use crate::driver::{Driver, pattern};
+use crate::disks::file_options;
 use crate::loops::{Loop, run};
 
 /// As the kernel shows it, for blocks of `block_size`.

@@ -11,6 +11,7 @@ use bdev::{
     InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Part, Passthru,
     RateLimits, open_file,
 };
+use bdev_conformance::{Fixture, SIZE};
 use tempfile::TempDir;
 
 use crate::loops::Loop;
@@ -18,25 +19,6 @@ use crate::loops::Loop;
 pub(crate) use Below::*;
 pub(crate) use Through::*;
 pub(crate) use bdev::Engine::{self, *};
-
-/// Bytes in each disk: several times what a memory disk copies at once.
-pub(crate) const SIZE: u64 = 4 << 20;
-
-/// A disk and what it needs.
-pub(crate) struct Fixture {
-    pub(crate) disk: Arc<dyn Bdev>,
-    /// Reads give what was written.
-    pub(crate) keeps: bool,
-    /// What is to go after the disk.
-    _below: Option<Box<dyn Any>>,
-}
-
-impl Fixture {
-    /// A disk that keeps what is written to it.
-    pub(crate) fn of(disk: Arc<dyn Bdev>) -> Self {
-        Self { disk, keeps: true, _below: None }
-    }
-}
 
 pub(crate) fn malloc(block_size: u32) -> Fixture {
     malloc_of(SIZE, block_size)
@@ -59,7 +41,7 @@ pub(crate) fn null(block_size: u32) -> Fixture {
 }
 
 pub(crate) fn null_of(size: u64, block_size: u32) -> Fixture {
-    Fixture { disk: null_disk(size, block_size), keeps: false, _below: None }
+    Fixture { disk: null_disk(size, block_size), keeps: false, below: None }
 }
 
 /// With a limit that is reached now and then.
@@ -74,7 +56,7 @@ pub(crate) fn limited(fixture: Fixture) -> Fixture {
 pub(crate) fn resized(_whole: Fixture) -> Fixture {
     let disk = null_disk(SIZE / 2, 512);
     disk.resize(SIZE / 512).unwrap();
-    Fixture { disk, keeps: false, _below: None }
+    Fixture { disk, keeps: false, below: None }
 }
 
 pub(crate) fn file_options(filename: PathBuf, flavour: Flavour, block_size: u32) -> FileOptions {
@@ -113,7 +95,7 @@ pub(crate) fn tmpfs(block_size: u32) -> Fixture {
 fn in_dir(dir: TempDir, size: u64, flavour: Flavour, block_size: u32) -> Fixture {
     let name = make_file(&dir, size);
     let disk = FileDisk::create(file_options(name, flavour, block_size)).unwrap();
-    Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
+    Fixture::on(disk, dir)
 }
 
 /// Past the page cache, or through it.
@@ -170,7 +152,7 @@ pub(crate) fn engine(
     }
     // A read that is not in the page cache waits, whatever it is asked.
     assert_eq!(service.engine, if service.direct { engine } else { Engine::Threads });
-    Some(Fixture { disk, keeps: true, _below: Some(below) })
+    Some(Fixture { disk, keeps: true, below: Some(below) })
 }
 
 /// A file that was a quarter as large when the disk was made.
@@ -180,7 +162,7 @@ pub(crate) fn grown_file(block_size: u32) -> Fixture {
     let disk = FileDisk::create(file_options(name.clone(), Flavour::Aio, block_size)).unwrap();
     std::fs::OpenOptions::new().write(true).open(&name).unwrap().set_len(SIZE).unwrap();
     assert_eq!(disk.rescan().unwrap(), SIZE / u64::from(block_size));
-    Fixture { disk, keeps: true, _below: Some(Box::new(dir)) }
+    Fixture::on(disk, dir)
 }
 
 /// Some I/Os held back, a few of them longer.

@@ -7,10 +7,11 @@ use bdev::{
     Bdev, Channel, Completion, Engine, FileDisk, FileOptions, Flavour, Io, Op, Segment, Status,
     Submit, Tag, Wait,
 };
+use bdev_conformance::SIZE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
 
-use crate::disks::{SIZE, file_options, make_file};
+use crate::disks::{file_options, make_file};
 
 fn dynamic(disk: &Arc<FileDisk>) -> Arc<dyn Bdev> {
     Arc::clone(disk) as Arc<dyn Bdev>

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bdev::{Bdev, Error, FileDisk, FileOptions, Flavour, Op, Status, Topology};
+use bdev_conformance::{Driver, Memory, Request, SIZE, pattern};
 use tempfile::TempDir;
 
-use crate::disks::{SIZE, file_options, make_file};
-use crate::driver::{Driver, Memory, Request, pattern};
+use crate::disks::{file_options, make_file};
 
 fn dynamic(disk: &Arc<FileDisk>) -> Arc<dyn Bdev> {
     Arc::clone(disk) as Arc<dyn Bdev>

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bdev::{Bdev, ErrorDisk, InjectedError, InjectedOp, Injection, Op, RateLimits, Status, Tag};
+use bdev_conformance::{Driver, Fixture, Memory, Request, pattern};
 
-use crate::disks::{Fixture, Flavour, error_disk, file, malloc};
-use crate::driver::{Driver, Memory, Request, pattern};
+use crate::disks::{Flavour, error_disk, file, malloc};
 
 fn bases() -> [Fixture; 2] {
     [malloc(512), file(Flavour::Uring, 512)]

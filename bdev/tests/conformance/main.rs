@@ -1,54 +1,16 @@
-//! One suite for every disk and every wrapper, and what is particular to some.
+//! The suite of `bdev-conformance` for every disk and every wrapper, and what is particular to some.
 #![expect(clippy::cast_possible_truncation, reason = "sizes of small disks, and random numbers")]
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 mod block_device;
-mod checks;
 mod disks;
-mod driver;
 mod engines;
 mod files;
 mod injection;
 mod loops;
-mod random;
 
-/// Makes a module of tests for each named disk: every check, on a fresh disk, if there can be one.
-macro_rules! conformance {
-    ($($name:ident => $make:expr;)*) => {$(
-        mod $name {
-            use crate::disks::*;
-
-            conformance!(@checks $make;
-                reads_back_what_was_written,
-                segments_may_be_split_and_aligned_in_any_way,
-                a_range_past_the_end_is_an_error,
-                an_empty_range_is_fine,
-                flush_completes,
-                unmap_leaves_a_readable_range_and_its_neighbours,
-                write_zeroes_reads_as_zeroes_and_spares_the_neighbours,
-                a_long_request_is_done_to_its_end,
-                as_many_as_the_depth_are_taken_and_each_ends_once,
-                completions_come_out_one_at_a_time_if_asked_so,
-                a_channel_works_on_another_thread,
-                two_channels_see_each_other_s_writes,
-                a_dropped_channel_lets_go_of_the_disk,
-            );
-
-            #[test]
-            fn random_mix_matches_a_model() {
-                crate::random::matches_a_model(|| Option::<Fixture>::from($make));
-            }
-        }
-    )*};
-    (@checks $make:expr; $($check:ident,)*) => {$(
-        #[test]
-        fn $check() {
-            if let Some(fixture) = Option::<Fixture>::from($make) {
-                crate::checks::$check(&fixture);
-            }
-        }
-    )*};
-}
+use bdev_conformance::{SIZE, conformance};
+use disks::*;
 
 conformance! {
     malloc_512 => malloc(512);

@@ -8,10 +8,10 @@ use bdev::{
 };
 
 /// Fills memory around and between segments, which nobody may touch.
-const GUARD: u8 = 0xe7;
+pub(crate) const GUARD: u8 = 0xe7;
 
 /// Memory for one I/O: segments with a gap before and behind each.
-pub(crate) struct Memory {
+pub struct Memory {
     bytes: Vec<u8>,
     segments: Vec<Segment>,
     /// Where each segment begins in `bytes`.
@@ -20,7 +20,7 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// Segments of `lens` bytes, each at an address that is `shift` more than a multiple of 4096.
-    pub(crate) fn new(lens: &[usize], shift: usize) -> Self {
+    pub fn new(lens: &[usize], shift: usize) -> Self {
         const PAGE: usize = 4096;
         let room = |len: &usize| (shift + len + 2).next_multiple_of(PAGE);
         let total: usize = lens.iter().map(room).sum();
@@ -38,16 +38,16 @@ impl Memory {
     }
 
     /// One aligned segment of `len` bytes, or none.
-    pub(crate) fn plain(len: usize) -> Self {
+    pub fn plain(len: usize) -> Self {
         if len == 0 { Self::new(&[], 0) } else { Self::new(&[len], 0) }
     }
 
-    pub(crate) fn len(&self) -> usize {
+    fn len(&self) -> usize {
         self.segments.iter().map(Segment::len).sum()
     }
 
     /// Writes into the segments.
-    pub(crate) fn fill(&mut self, data: &[u8]) {
+    pub fn fill(&mut self, data: &[u8]) {
         let mut rest = data;
         for (start, segment) in self.starts.iter().zip(&self.segments) {
             let (now, later) = rest.split_at(segment.len());
@@ -58,7 +58,7 @@ impl Memory {
     }
 
     /// What the segments hold. Checks that nothing round them was touched.
-    pub(crate) fn data(&self) -> Vec<u8> {
+    pub fn data(&self) -> Vec<u8> {
         let mut data = Vec::new();
         let mut end = 0;
         for (start, segment) in self.starts.iter().zip(&self.segments) {
@@ -72,20 +72,27 @@ impl Memory {
 }
 
 /// An I/O that is outstanding or has ended, with its memory.
-pub(crate) struct Request {
-    pub(crate) op: Op,
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
-    pub(crate) may_unmap: bool,
-    pub(crate) memory: Memory,
+pub struct Request {
+    /// The operation.
+    pub op: Op,
+    /// Its first byte on the disk.
+    pub offset: u64,
+    /// The number of bytes.
+    pub len: u64,
+    /// Whether a write of zeroes may unmap the range.
+    pub may_unmap: bool,
+    /// Its segments: none, except for reads and writes.
+    pub memory: Memory,
 }
 
 impl Request {
-    pub(crate) fn rw(op: Op, offset: u64, memory: Memory) -> Self {
+    /// A read into the memory, or a write of what it holds.
+    pub fn rw(op: Op, offset: u64, memory: Memory) -> Self {
         Self { op, offset, len: memory.len() as u64, may_unmap: false, memory }
     }
 
-    pub(crate) fn plain(op: Op, offset: u64, len: u64) -> Self {
+    /// An operation without data.
+    pub fn plain(op: Op, offset: u64, len: u64) -> Self {
         Self { op, offset, len, may_unmap: false, memory: Memory::plain(0) }
     }
 
@@ -100,14 +107,15 @@ impl Request {
 }
 
 /// A channel with what is outstanding on it.
-pub(crate) struct Driver {
+pub struct Driver {
     channel: BdevChannel,
     outstanding: Vec<Option<Request>>,
     batch: usize,
 }
 
 impl Driver {
-    pub(crate) fn new(disk: &Arc<dyn Bdev>, depth: u16) -> Self {
+    /// Opens a channel of the disk for `depth` I/Os, with the disk's rate limits.
+    pub fn new(disk: &Arc<dyn Bdev>, depth: u16) -> Self {
         let mut channel = BdevChannel::open(disk, depth).unwrap();
         channel.set_limiting(Limiting::Apply(QosUser::new(1)));
         let outstanding = (0..depth).map(|_| None).collect();
@@ -115,21 +123,26 @@ impl Driver {
     }
 
     /// From now on asks for so many completions at a time.
-    pub(crate) fn set_batch(&mut self, batch: usize) {
+    pub fn set_batch(&mut self, batch: usize) {
         self.batch = batch;
     }
 
-    pub(crate) fn outstanding(&self) -> impl Iterator<Item = &Request> {
+    /// The requests that were submitted and have not ended.
+    pub fn outstanding(&self) -> impl Iterator<Item = &Request> {
         self.outstanding.iter().flatten()
     }
 
-    pub(crate) fn free_tag(&self) -> Option<Tag> {
+    /// A tag that is not in use.
+    pub fn free_tag(&self) -> Option<Tag> {
         let i = self.outstanding.iter().position(Option::is_none)?;
         Some(Tag(i as u16))
     }
 
     /// Submits under a tag that is free. `Ok(None)`: it is queued.
-    pub(crate) fn submit(
+    ///
+    /// # Errors
+    /// The channel is full.
+    pub fn submit(
         &mut self,
         tag: Tag,
         request: Request,
@@ -162,7 +175,7 @@ impl Driver {
     }
 
     /// One visit: what has ended.
-    pub(crate) fn visit(&mut self) -> Vec<(Request, Status)> {
+    pub fn visit(&mut self) -> Vec<(Request, Status)> {
         self.channel.kick();
         let nobody = Completion { tag: Tag(u16::MAX), status: Status::Unsupported };
         let mut done = vec![nobody; self.batch];
@@ -179,7 +192,7 @@ impl Driver {
     }
 
     /// Does one I/O from start to end.
-    pub(crate) fn run(&mut self, request: Request) -> (Request, Status) {
+    pub fn run(&mut self, request: Request) -> (Request, Status) {
         let tag = self.free_tag().expect("a free tag");
         let ended = self.submit(tag, request).unwrap_or_else(|_| panic!("full with one I/O"));
         if let Some(ended) = ended {
@@ -192,24 +205,21 @@ impl Driver {
         }
     }
 
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Status {
+    /// Writes, to the end.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Status {
         let mut memory = Memory::plain(data.len());
         memory.fill(data);
         self.run(Request::rw(Op::Write, offset, memory)).1
     }
 
-    pub(crate) fn read(&mut self, offset: u64, len: usize) -> (Vec<u8>, Status) {
+    /// Reads, to the end.
+    pub fn read(&mut self, offset: u64, len: usize) -> (Vec<u8>, Status) {
         let (request, status) = self.run(Request::rw(Op::Read, offset, Memory::plain(len)));
         (request.memory.data(), status)
     }
 
-    pub(crate) fn plain(&mut self, op: Op, offset: u64, len: u64) -> Status {
+    /// Does an operation without data, to the end.
+    pub fn plain(&mut self, op: Op, offset: u64, len: u64) -> Status {
         self.run(Request::plain(op, offset, len)).1
     }
-}
-
-/// `len` bytes that differ from block to block and from one `salt` to another.
-pub(crate) fn pattern(salt: u64, len: usize) -> Vec<u8> {
-    let mut random = crate::random::Random::new(salt);
-    (0..len.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).take(len).collect()
 }

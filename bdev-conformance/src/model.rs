@@ -2,8 +2,9 @@
 
 use bdev::{Op, Status};
 
-use crate::disks::{Fixture, SIZE};
-use crate::driver::{Driver, Memory, Request, pattern};
+use crate::driver::{Driver, GUARD, Memory, Request};
+use crate::fixture::{Fixture, SIZE};
+use crate::random::{Random, pattern};
 
 /// Each runs on a fresh disk. A failure names its seed.
 const SEEDS: [u64; 6] = [1, 2, 3, 5, 8, 0x5eed_5eed];
@@ -11,51 +12,9 @@ const SEEDS: [u64; 6] = [1, 2, 3, 5, 8, 0x5eed_5eed];
 /// I/Os per seed.
 const STEPS: usize = 400;
 
-/// A small generator of random numbers (splitmix64).
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `n`.
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-
-    /// Cuts `len` into pieces, mostly odd ones.
-    fn split(&mut self, len: usize) -> Vec<usize> {
-        let mut rest = len;
-        let mut pieces = Vec::new();
-        while rest > 0 && pieces.len() < 40 {
-            let piece = match self.below(4) {
-                0 => rest,
-                1 => rest.min(512 * (1 + self.below(8) as usize)),
-                2 => rest.min(4096 * (1 + self.below(8) as usize)),
-                _ => 1 + self.below(rest as u64) as usize,
-            };
-            pieces.push(piece);
-            rest -= piece;
-        }
-        pieces.extend((rest > 0).then_some(rest));
-        pieces
-    }
-}
-
-pub(crate) fn matches_a_model(make: impl Fn() -> Option<Fixture>) {
+/// Does random I/Os on a fresh disk for each seed, and compares what is read with the model. Does
+/// nothing if there is no disk.
+pub fn matches_a_model(make: impl Fn() -> Option<Fixture>) {
     for seed in SEEDS {
         let Some(fixture) = make() else { return };
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| mix(&fixture, seed)));
@@ -79,7 +38,7 @@ impl Model {
         let range = &mut self.bytes[offset as usize..(offset + len) as usize];
         match op {
             Op::Read if !self.keeps => {
-                assert!(memory.data().iter().all(|b| *b == 0xe7), "a null disk wrote to memory");
+                assert!(memory.data().iter().all(|b| *b == GUARD), "a null disk wrote to memory");
             }
             Op::Read => {
                 for (i, (byte, expected)) in memory.data().iter().zip(range).enumerate() {

@@ -1,11 +1,18 @@
 //! What is asked of every disk.
+#![expect(missing_docs, reason = "each name is the sentence that the function checks")]
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bdev::{Op, Status, Tag};
 
-use crate::disks::{Fixture, SIZE};
-use crate::driver::{Driver, Memory, Request, pattern};
+use crate::driver::{Driver, GUARD, Memory, Request};
+use crate::fixture::{Fixture, SIZE};
+use crate::random::pattern;
+
+/// How long an engine's thread may hold a disk whose channels are dropped.
+const LET_GO_MAX: Duration = Duration::from_secs(30);
 
 fn block(fixture: &Fixture) -> usize {
     fixture.disk.block_size() as usize
@@ -30,7 +37,7 @@ fn expect(fixture: &Fixture, driver: &mut Driver, expected: &[u8]) {
     }
 }
 
-pub(crate) fn reads_back_what_was_written(fixture: &Fixture) {
+pub fn reads_back_what_was_written(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     expect(fixture, &mut driver, &vec![0; SIZE as usize]);
     let data = fill(fixture, &mut driver);
@@ -39,7 +46,7 @@ pub(crate) fn reads_back_what_was_written(fixture: &Fixture) {
     assert!(!fixture.keeps || other.0 == data[..block(fixture)]);
 }
 
-pub(crate) fn segments_may_be_split_and_aligned_in_any_way(fixture: &Fixture) {
+pub fn segments_may_be_split_and_aligned_in_any_way(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     let mut expected = fill(fixture, &mut driver);
     let b = block(fixture);
@@ -74,7 +81,7 @@ pub(crate) fn segments_may_be_split_and_aligned_in_any_way(fixture: &Fixture) {
     expect(fixture, &mut driver, &expected);
 }
 
-pub(crate) fn a_range_past_the_end_is_an_error(fixture: &Fixture) {
+pub fn a_range_past_the_end_is_an_error(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     let b = block(fixture);
     let expected = fill(fixture, &mut driver);
@@ -84,7 +91,7 @@ pub(crate) fn a_range_past_the_end_is_an_error(fixture: &Fixture) {
         assert_eq!(driver.write(offset, &vec![9; len]), Status::IoError, "write at {offset}");
         let (read, status) = driver.read(offset, len);
         assert_eq!(status, Status::IoError, "read at {offset}");
-        assert!(read.iter().all(|byte| *byte == 0xe7), "a failed read wrote to memory");
+        assert!(read.iter().all(|byte| *byte == GUARD), "a failed read wrote to memory");
         for op in [Op::Unmap, Op::WriteZeroes] {
             assert_ne!(driver.plain(op, offset, len as u64), Status::Ok, "{op:?} at {offset}");
         }
@@ -95,7 +102,7 @@ pub(crate) fn a_range_past_the_end_is_an_error(fixture: &Fixture) {
     expect(fixture, &mut driver, &expected);
 }
 
-pub(crate) fn an_empty_range_is_fine(fixture: &Fixture) {
+pub fn an_empty_range_is_fine(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     for offset in [0, SIZE] {
         assert_eq!(driver.read(offset, 0).1, Status::Ok);
@@ -105,14 +112,14 @@ pub(crate) fn an_empty_range_is_fine(fixture: &Fixture) {
     assert_eq!(driver.read(SIZE + block(fixture) as u64, 0).1, Status::IoError);
 }
 
-pub(crate) fn flush_completes(fixture: &Fixture) {
+pub fn flush_completes(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     driver.write(0, &pattern(3, block(fixture)));
     let expected = if fixture.disk.features().flush { Status::Ok } else { Status::Unsupported };
     assert_eq!(driver.plain(Op::Flush, 0, 0), expected);
 }
 
-pub(crate) fn unmap_leaves_a_readable_range_and_its_neighbours(fixture: &Fixture) {
+pub fn unmap_leaves_a_readable_range_and_its_neighbours(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     let data = fill(fixture, &mut driver);
     let b = block(fixture) as u64;
@@ -134,7 +141,7 @@ pub(crate) fn unmap_leaves_a_readable_range_and_its_neighbours(fixture: &Fixture
     }
 }
 
-pub(crate) fn write_zeroes_reads_as_zeroes_and_spares_the_neighbours(fixture: &Fixture) {
+pub fn write_zeroes_reads_as_zeroes_and_spares_the_neighbours(fixture: &Fixture) {
     assert!(fixture.disk.features().write_zeroes);
     let mut driver = Driver::new(&fixture.disk, 4);
     let mut expected = fill(fixture, &mut driver);
@@ -148,7 +155,7 @@ pub(crate) fn write_zeroes_reads_as_zeroes_and_spares_the_neighbours(fixture: &F
     expect(fixture, &mut driver, &vec![0; SIZE as usize]);
 }
 
-pub(crate) fn a_long_request_is_done_to_its_end(fixture: &Fixture) {
+pub fn a_long_request_is_done_to_its_end(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     let data = pattern(8, SIZE as usize);
     assert_eq!(driver.write(0, &data), Status::Ok);
@@ -199,13 +206,13 @@ fn all_tags_at_once(fixture: &Fixture, depth: u16, batch: usize) {
     }
 }
 
-pub(crate) fn as_many_as_the_depth_are_taken_and_each_ends_once(fixture: &Fixture) {
+pub fn as_many_as_the_depth_are_taken_and_each_ends_once(fixture: &Fixture) {
     for depth in [1, 2, 3, 64, 100, 128] {
         all_tags_at_once(fixture, depth, usize::from(depth));
     }
 }
 
-pub(crate) fn completions_come_out_one_at_a_time_if_asked_so(fixture: &Fixture) {
+pub fn completions_come_out_one_at_a_time_if_asked_so(fixture: &Fixture) {
     all_tags_at_once(fixture, 64, 1);
     let mut driver = Driver::new(&fixture.disk, 4);
     driver.set_batch(0);
@@ -217,14 +224,14 @@ pub(crate) fn completions_come_out_one_at_a_time_if_asked_so(fixture: &Fixture) 
     }
 }
 
-pub(crate) fn a_channel_works_on_another_thread(fixture: &Fixture) {
+pub fn a_channel_works_on_another_thread(fixture: &Fixture) {
     let mut driver = Driver::new(&fixture.disk, 4);
     let data = pattern(5, block(fixture));
     assert_eq!(driver.write(0, &data), Status::Ok);
     let mut channel = Arc::clone(&fixture.disk).open(2).unwrap();
     let keeps = fixture.keeps;
     let b = block(fixture);
-    let data = std::thread::scope(|scope| {
+    let data = thread::scope(|scope| {
         let there = scope.spawn(move || {
             // The channel was opened there and is used, and dropped, here.
             let mut done = [bdev::Completion { tag: Tag(7), status: Status::IoError }];
@@ -241,7 +248,7 @@ pub(crate) fn a_channel_works_on_another_thread(fixture: &Fixture) {
     assert!(!fixture.keeps || read == data);
 }
 
-pub(crate) fn two_channels_see_each_other_s_writes(fixture: &Fixture) {
+pub fn two_channels_see_each_other_s_writes(fixture: &Fixture) {
     let mut drivers = [Driver::new(&fixture.disk, 2), Driver::new(&fixture.disk, 2)];
     let b = block(fixture);
     for round in 0..50 {
@@ -258,12 +265,17 @@ pub(crate) fn two_channels_see_each_other_s_writes(fixture: &Fixture) {
     }
 }
 
-pub(crate) fn a_dropped_channel_lets_go_of_the_disk(fixture: &Fixture) {
+pub fn a_dropped_channel_lets_go_of_the_disk(fixture: &Fixture) {
     let before = Arc::strong_count(&fixture.disk);
     let mut drivers: Vec<_> = (0..8).map(|_| Driver::new(&fixture.disk, 16)).collect();
     assert!(drivers.iter_mut().all(|d| d.read(0, block(fixture)).1 == Status::Ok));
-    // The module's channel, and the limits in front of it.
-    assert_eq!(Arc::strong_count(&fixture.disk), before + 2 * 8);
+    // The limits in front of each channel hold the disk; so may the module's channel, or its engine.
+    assert!(Arc::strong_count(&fixture.disk) >= before + 8);
     drop(drivers);
+    // An engine may let go of it on a thread of its own.
+    let start = Instant::now();
+    while Arc::strong_count(&fixture.disk) > before && start.elapsed() < LET_GO_MAX {
+        thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(Arc::strong_count(&fixture.disk), before);
 }
