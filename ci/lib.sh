@@ -32,6 +32,15 @@ skip() {
     [ -z "${VHOST_SKIPS:-}" ] || printf 'skipped\tci/%s\tno %s: %s\n' "${0##*/}" "$1" "$2" >>"$VHOST_SKIPS"
 }
 
+# Prints the programs of a Ceph cluster that this machine lacks.
+ceph_lacks() {
+    local program lacks=()
+    for program in ceph-mon ceph-osd ceph-authtool monmaptool ceph rbd; do
+        command -v "$program" >/dev/null || lacks+=("$program")
+    done
+    echo "${lacks[*]}"
+}
+
 # Sets the environment of tests with a guest: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL (kvm or tcg),
 # VHOST_VENV (its bin/spdk-rpc is the RPC client).
 guest_environment() {
