@@ -15,24 +15,24 @@ use crate::predecessors::Own;
 
 /// How a cluster is reached. Disks with equal options share a connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct ClusterOptions {
+pub struct ClusterOptions {
     /// The Ceph user, without `client.`; `None`: `admin`.
-    pub(crate) user_id: Option<String>,
+    pub user_id: Option<String>,
     /// Which configuration files librados reads.
-    pub(crate) file: ConfigFile,
+    pub file: ConfigFile,
     /// Options that are set after the file is read.
-    pub(crate) options: BTreeMap<String, String>,
+    pub options: BTreeMap<String, String>,
     /// A keyring.
-    pub(crate) key_file: Option<String>,
+    pub key_file: Option<String>,
     /// The CPUs of librados' threads; empty: those of the calling thread.
-    pub(crate) cpus: Vec<usize>,
+    pub cpus: Vec<usize>,
     /// Seconds after which an I/O fails that the cluster does not answer; 0: never.
-    pub(crate) timeout_s: u32,
+    pub timeout_s: u32,
 }
 
 /// A cluster's configuration file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum ConfigFile {
+pub enum ConfigFile {
     /// The first that librados finds: `$CEPH_CONF`, `/etc/ceph/ceph.conf`, … One must exist.
     #[default]
     Found,
@@ -51,7 +51,7 @@ const CONNECT_TIMEOUT: &str = "client_mount_timeout";
 
 /// A connected cluster handle. Any thread may drop it: an account disconnects it.
 #[derive(Debug)]
-pub(crate) struct Cluster {
+pub struct Cluster {
     connected: Option<Connected>,
     account: Account,
     /// The cluster's identity.
@@ -83,7 +83,7 @@ impl Cluster {
     /// # Errors
     /// The library is missing; the configuration is invalid or its file is missing; librados'
     /// errno: ENOENT without a keyring, EACCES with a wrong key, ETIMEDOUT without a monitor.
-    pub(crate) fn connect(options: &ClusterOptions) -> Result<Arc<Self>, Error> {
+    pub fn connect(options: &ClusterOptions) -> Result<Arc<Self>, Error> {
         let library = Library::get()?;
         pin_to(&options.cpus)?;
         let user = options.user_id.as_deref().unwrap_or("admin");

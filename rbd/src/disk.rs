@@ -19,7 +19,7 @@ use crate::worker::{Shared, Worker};
 /// Its channels share one open image: two open images of one process would take the exclusive lock
 /// from each other with each write.
 #[derive(Debug)]
-pub(crate) struct RbdDisk {
+pub struct RbdDisk {
     name: String,
     uuid: Uuid,
     block_size: u32,
@@ -37,27 +37,31 @@ const DELETION_LIMIT: Duration = Duration::from_secs(10);
 
 /// The options of [`RbdDisk::open`].
 #[derive(Clone, Debug)]
-pub(crate) struct RbdOptions {
+pub struct RbdOptions {
     /// The bdev's name; not empty.
-    pub(crate) name: String,
-    pub(crate) uuid: Uuid,
-    pub(crate) image: ImageName,
-    /// A power of two, 512 or more.
-    pub(crate) block_size: u32,
+    pub name: String,
+    /// The bdev's UUID.
+    pub uuid: Uuid,
+    /// The image.
+    pub image: ImageName,
+    /// The bytes in a block: a power of two, 512 or more.
+    pub block_size: u32,
 }
 
 impl RbdDisk {
     /// Opens an image as a disk. May block for ever.
     ///
     /// # Errors
-    /// As [`Image::open`]; [`Error::Invalid`] if the image is smaller than a block.
-    pub(crate) fn open(cluster: &Arc<Cluster>, options: RbdOptions) -> Result<Arc<Self>, Error> {
+    /// ENOENT if the pool or the image does not exist; EPERM if the user may not write; ESHUTDOWN if
+    /// the cluster refuses this client; [`Error::Invalid`] if the block size is invalid, or the image
+    /// smaller than a block.
+    pub fn open(cluster: &Arc<Cluster>, options: RbdOptions) -> Result<Arc<Self>, Error> {
         let RbdOptions { name, uuid, image: image_name, block_size } = options;
         let account = Account::new(account_name(&name));
         let events = Arc::new(Events::default());
         let image = Image::open(cluster, &image_name, &account, &events)?;
         let Sizes { image: size, object } = image.sizes()?;
-        // Checked by the caller.
+        checked_size(&name, 1, block_size)?;
         let num_blocks = size / u64::from(block_size);
         let bytes = checked_size(&name, num_blocks, block_size)?;
         let worker = Worker::start(image, bytes, events)

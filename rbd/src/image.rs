@@ -18,11 +18,15 @@ use crate::predecessors;
 
 /// Which image to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ImageName {
-    pub(crate) pool: String,
-    pub(crate) namespace: Option<String>,
-    pub(crate) image: String,
-    pub(crate) read_only: bool,
+pub struct ImageName {
+    /// The pool.
+    pub pool: String,
+    /// The namespace in the pool.
+    pub namespace: Option<String>,
+    /// The image.
+    pub image: String,
+    /// Refuse writes. The image is then not watched for changes.
+    pub read_only: bool,
 }
 
 impl ImageName {

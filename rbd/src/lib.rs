@@ -29,6 +29,9 @@ mod cpus;
 mod module;
 mod watch;
 
+pub use cluster::{Cluster, ClusterOptions, ConfigFile};
+pub use disk::{RbdDisk, RbdOptions};
+pub use image::ImageName;
 pub use library::{is_installed, start_loader};
 pub use module::RbdModule;
 pub use predecessors::DIR as STATE_DIR;
