@@ -16,6 +16,8 @@ use crate::predecessors::Own;
 /// How a cluster is reached. Disks with equal options share a connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClusterOptions {
+    /// The name under which it is registered.
+    pub name: Option<String>,
     /// The Ceph user, without `client.`; `None`: `admin`.
     pub user_id: Option<String>,
     /// Which configuration files librados reads.
@@ -210,7 +212,6 @@ impl Unconnected {
             }
         }
         let default = self.get(CONNECT_TIMEOUT).and_then(|text| text.parse::<f64>().ok());
-        // A client keeps no log, and listens on no admin socket, unless the options say so.
         if default == Some(300.0) {
             self.set(CONNECT_TIMEOUT, &CONNECT_TIMEOUT_S.to_string())?;
         }
@@ -244,7 +245,8 @@ impl Unconnected {
         // SAFETY: the handle is valid, and the strings live during the call.
         let set =
             unsafe { (self.library.rados_conf_set)(self.rados, name.as_ptr(), text.as_ptr()) };
-        checked(|| format!("Ceph option {option}={value}"), set).map(drop)
+        checked(|| format!("invalid Ceph option {option}, or an invalid value of it"), set)
+            .map(drop)
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Weak};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bdev::Error;
@@ -14,46 +16,113 @@ use crate::cluster::{Cluster, ClusterOptions};
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// A registered cluster.
-pub(crate) struct Registered {
-    pub(crate) name: String,
-    pub(crate) options: ClusterOptions,
+struct Registered {
+    name: String,
+    options: ClusterOptions,
     /// As the operator gave them.
-    pub(crate) params: Map<String, Value>,
+    params: Map<String, Value>,
     /// Keeps the connection.
     cluster: Arc<Cluster>,
+    /// Keeps the connection for disks to find.
+    _connector: Arc<Connector>,
 }
 
 /// All connections. Disks with equal options share one.
 #[derive(Default)]
 pub(crate) struct Clusters {
     registered: RefCell<Vec<Registered>>,
-    connected: RefCell<BTreeMap<ClusterOptions, Weak<Cluster>>>,
+    connectors: RefCell<BTreeMap<ClusterOptions, Weak<Connector>>>,
+}
+
+/// Makes the connection for some options, for use on threads that may block.
+pub(crate) struct Connector {
+    options: ClusterOptions,
+    /// Attempts to connect that were begun.
+    attempts: AtomicU64,
+    last: Mutex<Last>,
+}
+
+/// The last attempt.
+#[derive(Default)]
+struct Last {
+    cluster: Weak<Cluster>,
+    /// The error, as an errno and a text.
+    failure: Option<(i32, String)>,
+}
+
+impl Connector {
+    /// Returns the present connection, or makes one. Threads that ask at the same time share one
+    /// attempt, also if it fails.
+    ///
+    /// # Errors
+    /// As [`Cluster::connect`].
+    fn cluster(&self) -> Result<Arc<Cluster>, Error> {
+        let seen = self.attempts.load(Ordering::Relaxed);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cluster) = last.cluster.upgrade().filter(|known| !known.is_blocklisted()) {
+            return Ok(cluster);
+        }
+        if let Some((errno, text)) = &last.failure
+            && self.attempts.load(Ordering::Relaxed) != seen
+        {
+            let source = io::Error::from_raw_os_error(*errno);
+            return Err(Error::System { what: text.clone(), source });
+        }
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+        match Cluster::connect(&self.options) {
+            Ok(cluster) => {
+                *last = Last { cluster: Arc::downgrade(&cluster), failure: None };
+                Ok(cluster)
+            }
+            Err(e) => {
+                last.failure = Some((e.errno(), e.to_string()));
+                Err(e)
+            }
+        }
+    }
+
+    /// Calls `f` with the connection; once more, with a new connection, if the cluster refuses the
+    /// client of the first.
+    ///
+    /// # Errors
+    /// As [`Cluster::connect`] and `f`.
+    pub(crate) fn with<T>(
+        &self,
+        f: impl Fn(&Arc<Cluster>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let cluster = self.cluster()?;
+        match f(&cluster) {
+            Err(e) if e.errno() == libc::ESHUTDOWN => {
+                cluster.set_blocklisted();
+                f(&self.cluster()?)
+            }
+            other => other,
+        }
+    }
 }
 
 impl Clusters {
-    /// Returns the connection with these options, if there is one that the cluster accepts.
-    pub(crate) fn get(&self, options: &ClusterOptions) -> Option<Arc<Cluster>> {
-        let cluster = self.connected.borrow().get(options)?.upgrade()?;
-        (!cluster.is_blocklisted()).then_some(cluster)
+    /// Returns the connector for these options. Users of its connection keep it.
+    pub(crate) fn connector(&self, options: &ClusterOptions) -> Arc<Connector> {
+        let mut connectors = self.connectors.borrow_mut();
+        if let Some(known) = connectors.get(options).and_then(Weak::upgrade) {
+            return known;
+        }
+        connectors.retain(|_, connector| connector.strong_count() > 0);
+        let connector = Arc::new(Connector {
+            options: options.clone(),
+            attempts: AtomicU64::new(0),
+            last: Mutex::default(),
+        });
+        connectors.insert(options.clone(), Arc::downgrade(&connector));
+        connector
     }
 
-    /// Returns the connection with these options, for use on a thread that may block: the present
-    /// one, or a new one.
-    pub(crate) fn connector(
-        &self,
-        options: ClusterOptions,
-    ) -> impl FnOnce() -> Result<Arc<Cluster>, Error> + Send + use<> {
-        let present = self.get(&options);
-        move || present.map_or_else(|| Cluster::connect(&options), Ok)
-    }
-
-    /// Adds a connection, in place of one that the cluster refuses.
-    pub(crate) fn put(&self, options: &ClusterOptions, cluster: &Arc<Cluster>) {
-        let mut connected = self.connected.borrow_mut();
-        connected.retain(|_, cluster| cluster.strong_count() > 0);
-        connected.insert(options.clone(), Arc::downgrade(cluster));
+    /// A connection with these options was made. It takes the place of a registered one that the
+    /// cluster refuses.
+    pub(crate) fn connected(&self, options: &ClusterOptions, cluster: &Arc<Cluster>) {
         for registered in self.registered.borrow_mut().iter_mut() {
-            if registered.options == *options {
+            if registered.options == *options && registered.cluster.is_blocklisted() {
                 registered.cluster = Arc::clone(cluster);
             }
         }
@@ -67,8 +136,9 @@ impl Clusters {
         params: Map<String, Value>,
         cluster: Arc<Cluster>,
     ) {
-        self.put(&options, &cluster);
-        self.registered.borrow_mut().push(Registered { name, options, params, cluster });
+        let _connector = self.connector(&options);
+        let registered = Registered { name, options, params, cluster, _connector };
+        self.registered.borrow_mut().push(registered);
     }
 
     /// Returns whether a cluster of this name is registered.

@@ -13,7 +13,9 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::cluster::{Cluster, c_string};
-use crate::library::{ImageInfo, ImagePtr, IoCtx, LOCK_EXCLUSIVE, Library, checked, owned};
+use crate::library::{
+    ImageInfo, ImagePtr, ImageWatcher, IoCtx, LOCK_EXCLUSIVE, Library, checked, owned,
+};
 use crate::predecessors;
 
 /// Which image to open.
@@ -32,8 +34,7 @@ pub struct ImageName {
 impl ImageName {
     /// Returns whether both name the same data in one cluster.
     pub(crate) fn is_same_image(&self, other: &Self) -> bool {
-        let part = |name: &Self| (name.pool.clone(), name.namespace.clone(), name.image.clone());
-        part(self) == part(other)
+        (&self.pool, &self.namespace, &self.image) == (&other.pool, &other.namespace, &other.image)
     }
 }
 
@@ -60,6 +61,12 @@ impl Events {
     /// Returns whether the image may have changed since the last call.
     pub(crate) fn take_changed(&self) -> bool {
         self.changed.swap(false, Ordering::Relaxed)
+    }
+
+    /// The image may have changed.
+    pub(crate) fn report_change(&self) {
+        self.changed.store(true, Ordering::Relaxed);
+        self.any.notify_one();
     }
 
     /// Ends the task that watches the disk.
@@ -193,8 +200,11 @@ impl Image {
     pub(crate) fn owner_since(&self, former: &str) -> Owner {
         let (open, mut owners) = (self.inner(), self.inner().lock_owners());
         if owners.iter().any(|owner| owner == former) {
-            open.break_lock(former);
-            return Owner::Former;
+            // A client that has the image open may take the lock as soon as it is broken.
+            let ours = [former, &open.pool.cluster.address];
+            let alone = open.watchers().is_some_and(|all| all.iter().all(|a| ours.contains(&&**a)));
+            let broken = open.break_lock(former);
+            return if alone && broken { Owner::Former } else { Owner::Unknown };
         }
         owners.pop().map_or(Owner::Unknown, Owner::Other)
     }
@@ -210,11 +220,12 @@ impl Image {
 /// Who has owned an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// The former client of this process: no other client has written.
+    /// The former client of this process: no other client has written, and none has the image open.
     Former,
     /// The client with this address owns it now.
     Other(String),
-    /// Nobody owns it now, or the image has no exclusive lock. Another client may have written.
+    /// Nobody owns it now, the image has no exclusive lock, or another client has the image open.
+    /// Another client may have written.
     Unknown,
 }
 
@@ -265,6 +276,27 @@ impl Open {
         broken.inspect_err(|e| warn!("{e}")).is_ok()
     }
 
+    /// The addresses of the clients that have the image open, this one included. `None` if the
+    /// cluster cannot tell, or there are many.
+    fn watchers(&self) -> Option<Vec<String>> {
+        const WATCHERS_MAX: usize = 16;
+        let mut watchers = [const { ImageWatcher::none() }; WATCHERS_MAX];
+        let mut count = WATCHERS_MAX;
+        // SAFETY: the image is open; the array has room for `count` watchers.
+        let result = unsafe {
+            (self.library.rbd_watchers_list)(self.image, watchers.as_mut_ptr(), &raw mut count)
+        };
+        if result < 0 {
+            return None;
+        }
+        let filled = &mut watchers[..count.min(WATCHERS_MAX)];
+        // SAFETY: the call has filled in C strings.
+        let addresses = filled.iter().map(|watcher| unsafe { owned(watcher.address) }).collect();
+        // SAFETY: the watchers are from this call and are not used any more.
+        unsafe { (self.library.rbd_watchers_list_cleanup)(filled.as_mut_ptr(), filled.len()) };
+        Some(addresses)
+    }
+
     /// The addresses of the clients that hold the exclusive lock. Empty if it is free, if the image
     /// has no such lock, or if the cluster cannot tell.
     fn lock_owners(&self) -> Vec<String> {
@@ -307,6 +339,5 @@ impl Drop for Open {
 unsafe extern "C" fn on_update(events: *mut c_void) {
     // SAFETY: the pointer is that of `Open::watch`, and the events outlive the watch.
     let events = unsafe { &*events.cast::<Events>() };
-    events.changed.store(true, Ordering::Relaxed);
-    events.any.notify_one();
+    events.report_change();
 }

@@ -58,6 +58,20 @@ impl ImageInfo {
     }
 }
 
+/// `rbd_image_watcher_t`.
+#[repr(C)]
+pub(crate) struct ImageWatcher {
+    pub(crate) address: *mut c_char,
+    id: i64,
+    cookie: u64,
+}
+
+impl ImageWatcher {
+    pub(crate) const fn none() -> Self {
+        Self { address: std::ptr::null_mut(), id: 0, cookie: 0 }
+    }
+}
+
 /// Declares the functions, and the loader of each from its library.
 macro_rules! functions {
     ($($library:ident { $($name:ident($($arg:ty),*) $(-> $result:ty)?;)* })*) => {
@@ -101,6 +115,8 @@ functions! {
         rbd_resize(ImagePtr, u64) -> c_int;
         rbd_update_watch(ImagePtr, *mut u64, UpdateCallback, *mut c_void) -> c_int;
         rbd_update_unwatch(ImagePtr, u64) -> c_int;
+        rbd_watchers_list(ImagePtr, *mut ImageWatcher, *mut usize) -> c_int;
+        rbd_watchers_list_cleanup(*mut ImageWatcher, usize);
         rbd_lock_get_owners(ImagePtr, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
         rbd_lock_get_owners_cleanup(*mut *mut c_char, usize);
         rbd_lock_break(ImagePtr, c_int, *const c_char) -> c_int;

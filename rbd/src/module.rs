@@ -58,8 +58,8 @@ impl BdevModule for RbdModule {
         let (one, two, three, four, five) = (module(), module(), module(), module(), module());
         vec![
             Method::new(REGISTER, move |host, params| register(Rc::clone(&one), host, params)),
-            Method::new("bdev_rbd_unregister_cluster", move |_, params| {
-                unregister(Rc::clone(&two), params)
+            Method::new("bdev_rbd_unregister_cluster", move |host, params| {
+                unregister(Rc::clone(&two), host, params)
             }),
             Method::new("bdev_rbd_get_clusters_info", move |_, params| {
                 get_clusters_info(Rc::clone(&three), params)
@@ -98,8 +98,12 @@ pub(crate) struct RbdEntry {
     next_try_s: Cell<u32>,
 }
 
-/// The interval of tries to open the image again.
-const TRY_INTERVAL_S: u32 = 5;
+impl RbdEntry {
+    /// The registered cluster that it uses.
+    fn cluster_name(&self) -> Option<&str> {
+        self.params.get("cluster_name").and_then(Value::as_str)
+    }
+}
 
 impl Entry for RbdEntry {
     fn module(&self) -> &'static str {
@@ -120,7 +124,7 @@ impl Entry for RbdEntry {
             }
         };
         show(&self.params, &["pool_name", "rbd_name"]);
-        match self.params.get("cluster_name").and_then(Value::as_str) {
+        match self.cluster_name() {
             Some(name) => {
                 let of_cluster = self.module.clusters.params(name).unwrap_or_default();
                 show(&of_cluster, &["user_id", "config_param", "config_file", "key_file"]);
@@ -132,7 +136,7 @@ impl Entry for RbdEntry {
         let state = match self.disk.shared().mode() {
             Mode::Serving => "serving",
             Mode::Reopening => "reopening",
-            Mode::Refused => "refused",
+            Mode::Refused | Mode::Ended => "refused",
         };
         about.insert("state".into(), state.into());
         Description::specific(NAME, about.into())
@@ -143,19 +147,16 @@ impl Entry for RbdEntry {
     }
 
     fn deleting(&self) {
-        // I/O that waits for another connection fails.
-        if self.disk.shared().mode() == Mode::Reopening {
-            self.disk.shared().set_mode(Mode::Refused);
-        }
+        self.disk.shared().set_deleted();
     }
 
     fn each_second(&self) {
-        if self.disk.shared().mode() == Mode::Serving {
+        if matches!(self.disk.shared().mode(), Mode::Serving | Mode::Ended) {
             return;
         }
         match self.next_try_s.get() {
             0 => {
-                self.next_try_s.set(TRY_INTERVAL_S);
+                self.next_try_s.set(watch::TRY_INTERVAL_S - 1);
                 self.disk.shared().events().any.notify_one();
             }
             left => self.next_try_s.set(left - 1),
@@ -199,11 +200,13 @@ async fn register(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> 
     let failed = |e: &Error| refused(REGISTER, e, libc::EPERM);
     let check_name = |name: &str| match module.clusters.is_registered(name) {
         true => Err(failed(&Error::Invalid(format!("a cluster {name} is registered already")))),
+        false if name.is_empty() => Err(failed(&Error::Invalid("the name is empty".into()))),
         false => Ok(()),
     };
     check_name(&p.name)?;
     let cpus = p.core_mask.as_deref().map_or(Ok(vec![]), cpus::parse).map_err(|e| failed(&e))?;
     let options = ClusterOptions {
+        name: Some(p.name.clone()),
         user_id: p.user_id,
         file: p.config_file.map_or(ConfigFile::FoundIfAny, ConfigFile::Given),
         options: p.config_param,
@@ -211,16 +214,23 @@ async fn register(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> 
         cpus,
         timeout_s: 0,
     };
-    let connect = module.clusters.connector(options.clone());
+    let connector = module.clusters.connector(&options);
+    let connect = {
+        let connector = Arc::clone(&connector);
+        move || connector.with(|cluster| Ok(Arc::clone(cluster)))
+    };
     let cluster = module.operations.run(&host, LIMIT, connect).await.map_err(|e| failed(&e))?;
     check_name(&p.name)?;
     module.clusters.register(p.name.clone(), options, params.as_given(), cluster);
     Ok(p.name.into())
 }
 
-async fn unregister(module: Rc<RbdModule>, params: Params) -> Answer {
+async fn unregister(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> Answer {
     let Named { name } = params.decode(DecodeFailure::INTERNAL)?;
-    if module.clusters.unregister(&name) {
+    let entries = host.registry().entries_of::<RbdEntry>();
+    let is_used = entries.iter().any(|(_, entry)| entry.cluster_name() == Some(&name));
+    drop(entries);
+    if !is_used && module.clusters.unregister(&name) {
         return Ok(true.into());
     }
     error!("{}: no cluster has the name {name:?}, or bdevs use it", params.method());
@@ -281,6 +291,7 @@ impl Create {
             });
         }
         Ok(ClusterOptions {
+            name: None,
             user_id: self.user_id.clone(),
             file: if self.config.is_some() { ConfigFile::None } else { ConfigFile::Found },
             options: self.config.clone().unwrap_or_default(),
@@ -304,22 +315,24 @@ async fn create(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
         uuid: reserved.uuid,
         image: ImageName {
             pool: p.pool_name,
-            namespace: p.namespace,
+            namespace: p.namespace.filter(|namespace| !namespace.is_empty()),
             image: p.rbd_name,
             read_only: p.read_only,
         },
         block_size: p.block_size,
     };
-    let connect = module.clusters.connector(cluster_options.clone());
+    let connector = module.clusters.connector(&cluster_options);
+    let opener = Arc::clone(&connector);
     let open = move || {
-        let cluster = connect()?;
-        let disk = RbdDisk::open(&cluster, options)?;
-        Ok((cluster, disk))
+        opener.with(|cluster| {
+            let disk = RbdDisk::open(cluster, options.clone())?;
+            Ok((Arc::clone(cluster), disk))
+        })
     };
     // It may wait for the cluster.
     params.let_next_start();
     let (cluster, disk) = module.operations.run(&host, LIMIT, open).await.map_err(failed)?;
-    module.clusters.put(&cluster_options, &cluster);
+    module.clusters.connected(&cluster_options, &cluster);
     if !host.shares_files() {
         check_alone(&*host, &disk, &cluster).map_err(failed)?;
     }
@@ -333,7 +346,8 @@ async fn create(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
         params,
         next_try_s: Cell::new(0),
     });
-    host.spawn(watch::watch(Rc::clone(&module.clusters), Rc::clone(&host), &disk, cluster_options));
+    let clusters = Rc::clone(&module.clusters);
+    host.spawn(watch::watch(clusters, Rc::clone(&host), &disk, cluster_options, connector));
     drop(disk);
     life::add(&host, reserved, entry).await?;
     Ok(name.into())

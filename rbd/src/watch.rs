@@ -1,6 +1,7 @@
 //! The task of each disk that reacts to changes of its image, and opens it again when the cluster
 //! refuses its client.
 
+use std::cell::RefCell;
 use std::cmp;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -10,7 +11,7 @@ use bdev::{Aside, Bdev, Error, Host, life};
 use tracing::{error, info, warn};
 
 use crate::cluster::ClusterOptions;
-use crate::clusters::{Clusters, LIMIT};
+use crate::clusters::{Clusters, Connector, LIMIT};
 use crate::disk::RbdDisk;
 use crate::image::{Events, Image, Owner};
 use crate::worker::Mode;
@@ -35,15 +36,18 @@ pub(crate) fn watch(
     host: Rc<dyn Host>,
     disk: &Arc<RbdDisk>,
     cluster: ClusterOptions,
+    connector: Arc<Connector>,
 ) -> LocalFuture<'static, ()> {
     let watcher = Watcher {
         clusters,
         host,
         cluster,
+        connector,
         events: Arc::clone(disk.shared().events()),
         // One: while an operation on this disk hangs, further ones are refused.
         operations: Aside::new(bdev::account_name(disk.name()), 1),
         disk: Arc::downgrade(disk),
+        reported: RefCell::default(),
     };
     Box::pin(watcher.run())
 }
@@ -52,9 +56,12 @@ struct Watcher {
     clusters: Rc<Clusters>,
     host: Rc<dyn Host>,
     cluster: ClusterOptions,
+    connector: Arc<Connector>,
     events: Arc<Events>,
     operations: Aside,
     disk: Weak<RbdDisk>,
+    /// Why the image could not be opened again.
+    reported: RefCell<String>,
 }
 
 impl Watcher {
@@ -64,10 +71,10 @@ impl Watcher {
             if self.events.has_ended() {
                 return;
             }
-            if self.mode().is_some_and(|mode| mode != Mode::Serving) {
+            if matches!(self.mode(), Some(Mode::Reopening | Mode::Refused)) {
                 self.reopen().await;
             }
-            if self.events.take_changed() {
+            if self.events.take_changed() && self.mode() == Some(Mode::Serving) {
                 self.refresh_size().await;
             }
         }
@@ -90,8 +97,12 @@ impl Watcher {
 
     async fn refresh_size(&self) {
         let Some(Some(image)) = self.with_disk(|disk| disk.shared().image()) else { return };
-        match self.operations.run(&self.host, LIMIT, move || image.sizes()).await {
+        let asked = Arc::clone(&image);
+        match self.operations.run(&self.host, LIMIT, move || asked.sizes()).await {
             Ok(sizes) => drop(self.with_disk(|disk| adopt_size(&self.host, disk, sizes.image))),
+            Err(e) if e.errno() == libc::ESHUTDOWN => {
+                self.with_disk(|disk| disk.shared().refused(&image));
+            }
             Err(e) => warn!("{e}"),
         }
     }
@@ -99,40 +110,68 @@ impl Watcher {
     /// Opens the image with a client that the cluster accepts. I/O goes on unless another client
     /// owns the image by now.
     async fn reopen(&self) {
-        let Some((name, image, account, former)) = self.with_disk(|disk| {
-            let name = disk.name().to_owned();
-            warn!("bdev {name}: the Ceph cluster has blocklisted this client; connecting again");
-            let former = disk.shared().image().map(|image| image.cluster().address.clone());
-            (name, disk.image_name().clone(), disk.account().clone(), former.unwrap_or_default())
+        let Some((name, image_name, account, shared)) = self.with_disk(|disk| {
+            let shared = Arc::clone(disk.shared());
+            (disk.name().to_owned(), disk.image_name().clone(), disk.account().clone(), shared)
         }) else {
             return;
         };
-        let connect = self.clusters.connector(self.cluster.clone());
-        let events = Arc::clone(&self.events);
+        let Some(former) = shared.image().map(|image| image.cluster().address.clone()) else {
+            return;
+        };
+        let connector = Arc::clone(&self.connector);
+        let (events, waits_for_cluster) = (Arc::clone(&self.events), self.cluster.timeout_s == 0);
+        // On its thread to the end: what it finds out about the lock is known only once.
         let open = move || {
-            let cluster = connect()?;
-            let opened = Image::open(&cluster, &image, &account, &events)?;
-            let owner = if image.read_only { Owner::Former } else { opened.owner_since(&former) };
+            let opened = connector.with(|cluster| {
+                let opened = Image::open(cluster, &image_name, &account, &events)?;
+                Ok((Arc::clone(cluster), opened.sizes()?, opened))
+            });
+            let (cluster, sizes, opened) = opened.inspect_err(|_| {
+                let mode = if waits_for_cluster { Mode::Reopening } else { Mode::Refused };
+                shared.set_mode(mode);
+            })?;
+            let owner =
+                if image_name.read_only { Owner::Former } else { opened.owner_since(&former) };
             if let Owner::Other(owner) = owner {
-                let text = format!("the client {owner} has taken over the Ceph image {image}");
+                shared.set_mode(Mode::Refused);
+                let text = format!("the client {owner} has taken over the Ceph image {image_name}");
                 return Err(Error::Busy(text));
             }
-            Ok((cluster, opened, owner == Owner::Former))
+            shared.adopt(opened, sizes.image, owner == Owner::Former);
+            info!("bdev {name}: connected to the Ceph cluster again");
+            // The disk may have another size.
+            events.report_change();
+            Ok(cluster)
         };
         match self.operations.run(&self.host, LIMIT, open).await {
-            Ok((cluster, opened, resubmits)) => {
-                self.clusters.put(&self.cluster, &cluster);
-                self.with_disk(|disk| disk.shared().adopt(opened, resubmits));
-                info!("bdev {name}: connected to the Ceph cluster again");
+            Ok(cluster) => {
+                self.clusters.connected(&self.cluster, &cluster);
+                self.reported.take();
             }
-            Err(e) => {
-                // Without a timeout, I/O waits for an absent cluster; but not for another client.
-                let waits = self.cluster.timeout_s == 0 && !matches!(e, Error::Busy(_));
-                let what = if waits { "waits" } else { "fails" };
-                error!("bdev {name}: cannot open the image again, and its I/O {what}: {e}");
-                let mode = if waits { Mode::Reopening } else { Mode::Refused };
-                self.with_disk(|disk| disk.shared().set_mode(mode));
-            }
+            // An earlier attempt is still under way.
+            Err(e) if e.errno() == libc::EAGAIN => {}
+            Err(e) => self.report(&e),
+        }
+    }
+
+    /// Logs why the image is not open, once for each reason.
+    fn report(&self, e: &Error) {
+        let text = e.to_string();
+        let Some((name, mode)) =
+            self.with_disk(|disk| (disk.name().to_owned(), disk.shared().mode()))
+        else {
+            return;
+        };
+        if self.reported.replace(text.clone()) != text {
+            let what = if mode == Mode::Reopening { "waits" } else { "fails" };
+            error!(
+                "bdev {name}: the Ceph cluster has blocklisted this client, the image cannot be \
+                 opened again, and I/O {what}: {text}; trying again every {TRY_INTERVAL_S} s"
+            );
         }
     }
 }
+
+/// The interval of tries to open an image again.
+pub(crate) const TRY_INTERVAL_S: u32 = 5;

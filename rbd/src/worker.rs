@@ -32,6 +32,8 @@ pub(crate) enum Mode {
     Reopening,
     /// Fails them: the cluster refuses this client, and another one uses the image.
     Refused,
+    /// Fails them, at the end of the process. The last mode.
+    Ended,
 }
 
 /// A disk as its thread, librbd's callbacks and the control side see it.
@@ -48,6 +50,8 @@ pub(crate) struct Shared {
     /// Whether parked I/Os may be submitted again: no other client has written meanwhile.
     resubmits: AtomicBool,
     waker: Waker,
+    /// The disk is deleted: I/O does not wait for another connection.
+    deleted: AtomicBool,
     ending: AtomicBool,
     events: Arc<Events>,
 }
@@ -75,6 +79,7 @@ impl Worker {
             parked: Mutex::default(),
             resubmits: AtomicBool::new(false),
             waker: Waker::new()?,
+            deleted: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             events,
         });
@@ -127,14 +132,24 @@ impl Shared {
         // Acquire: pairs with `set_mode`; the image of a mode is seen with it.
         match self.mode.load(Ordering::Acquire) {
             0 => Mode::Serving,
+            1 if self.deleted.load(Ordering::Relaxed) => Mode::Refused,
             1 => Mode::Reopening,
-            _ => Mode::Refused,
+            2 => Mode::Refused,
+            _ => Mode::Ended,
         }
     }
 
-    /// Changes the mode, and makes the thread act on it.
+    /// Changes the mode, and makes the thread act on it. [`Mode::Ended`] stays.
     pub(crate) fn set_mode(&self, mode: Mode) {
-        self.mode.store(mode as u8, Ordering::Release);
+        let order = Ordering::AcqRel;
+        let change = |now| (now != Mode::Ended as u8).then_some(mode as u8);
+        let _ = self.mode.fetch_update(order, Ordering::Acquire, change);
+        self.waker.wake();
+    }
+
+    /// The disk is being deleted.
+    pub(crate) fn set_deleted(&self) {
+        self.deleted.store(true, Ordering::Relaxed);
         self.waker.wake();
     }
 
@@ -145,13 +160,17 @@ impl Shared {
 
     /// Stops to serve, and returns the image if no I/O is under way.
     pub(crate) fn take_image(&self) -> Option<Image> {
-        self.set_mode(Mode::Refused);
-        Arc::into_inner(self.image.swap(None)?)
+        // Before the thread wakes and takes a reference.
+        let image = self.image.swap(None);
+        self.set_mode(Mode::Ended);
+        Arc::into_inner(image?)
     }
 
-    /// Serves from another connection to the image. `resubmits`: no other client has written to the
-    /// image meanwhile, so that I/Os that the cluster has refused may be submitted again.
-    pub(crate) fn adopt(&self, image: Image, resubmits: bool) {
+    /// Serves from another connection to the image, which has this size. `resubmits`: no other client
+    /// has written to the image meanwhile, so that writes that the cluster has refused may be
+    /// submitted again.
+    pub(crate) fn adopt(&self, image: Image, size: u64, resubmits: bool) {
+        self.size.fetch_min(size, Ordering::Relaxed);
         self.resubmits.store(resubmits, Ordering::Relaxed);
         self.image.store(Some(Arc::new(image)));
         self.set_mode(Mode::Serving);
@@ -173,7 +192,7 @@ impl Shared {
             lines.clone_from(&self.lines());
             let mode = self.mode();
             let image = self.image();
-            let mut taken = self.settle_parked(image.as_ref(), mode);
+            let mut taken = self.settle_parked();
             for line in lines.iter().filter(|line| Self::takes(line, mode)) {
                 for io in std::iter::from_fn(|| line.take_job()).take(BATCH) {
                     self.begin(line, image.as_ref(), mode, io);
@@ -200,13 +219,18 @@ impl Shared {
     }
 
     /// Submits or fails the parked I/Os that the mode allows. Returns their number.
-    fn settle_parked(self: &Arc<Self>, image: Option<&Arc<Image>>, mode: Mode) -> usize {
-        let settled: Vec<_> =
-            self.parked().extract_if(.., |(line, _)| Self::takes(line, mode)).collect();
-        let resubmits = self.resubmits.load(Ordering::Relaxed);
+    fn settle_parked(self: &Arc<Self>) -> usize {
+        let mut parked = self.parked();
+        // Read with the list locked: `park` changes the mode before it adds an I/O, so the mode here
+        // is not from before that change.
+        let mode = self.mode();
+        let settled: Vec<_> = parked.extract_if(.., |(line, _)| Self::takes(line, mode)).collect();
+        drop(parked);
+        let (image, resubmits) = (self.image(), self.resubmits.load(Ordering::Relaxed));
         for (line, io) in &settled {
-            let mode = if resubmits { mode } else { Mode::Refused };
-            self.begin(line, image, mode, *io);
+            // A read does no harm.
+            let mode = if resubmits || io.op == Op::Read { mode } else { Mode::Refused };
+            self.begin(line, image.as_ref(), mode, *io);
         }
         settled.len()
     }
@@ -215,7 +239,7 @@ impl Shared {
         if line.abandoned().load(Ordering::Relaxed) {
             return line.complete(io.tag, Ended::Failed(libc::ECANCELED));
         }
-        let Some(image) = image.filter(|_| mode != Mode::Refused) else {
+        let Some(image) = image.filter(|_| matches!(mode, Mode::Serving | Mode::Reopening)) else {
             return line.complete(io.tag, Ended::Failed(libc::ESHUTDOWN));
         };
         let flight = Flight {
@@ -280,17 +304,24 @@ impl Shared {
     /// Parks an I/O that the cluster has refused, because it refuses the client that opened this
     /// image.
     fn park(&self, image: &Arc<Image>, line: Arc<Line>, io: Io) {
-        image.cluster().set_blocklisted();
-        let is_present =
-            self.image.load().as_ref().is_some_and(|present| Arc::ptr_eq(present, image));
-        let (from, to) = (Mode::Serving as u8, Mode::Reopening as u8);
-        let order = Ordering::AcqRel;
-        if is_present && self.mode.compare_exchange(from, to, order, Ordering::Relaxed).is_ok() {
-            self.events.any.notify_one();
-        }
+        self.refused(image);
         // After the change of the mode, so that the thread does not settle it in the mode before.
         self.parked().push((line, io));
         self.waker.wake();
+    }
+
+    /// The cluster refuses the client that opened this image. If I/O goes to it, I/O waits, and the
+    /// disk's task opens the image again.
+    pub(crate) fn refused(&self, image: &Arc<Image>) {
+        image.cluster().set_blocklisted();
+        let present = self.image.load();
+        if !present.as_ref().is_some_and(|present| Arc::ptr_eq(present, image)) {
+            return;
+        }
+        let (from, to) = (Mode::Serving as u8, Mode::Reopening as u8);
+        if self.mode.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            self.events.any.notify_one();
+        }
     }
 }
 
@@ -310,8 +341,10 @@ impl Flight {
         let ended = match (result, io.op) {
             (..0, _) => Ended::Failed(i32::try_from(result.unsigned_abs()).unwrap_or(libc::EIO)),
             (read, Op::Read) if read.unsigned_abs() as u64 != io.len => Ended::Failed(0),
-            // The image became smaller, and librbd may have cut the write.
-            (_, Op::Write) if !bdev::within(&io, shared.size()) => Ended::Failed(0),
+            // The image became smaller, and librbd may have cut the I/O.
+            (_, Op::Write | Op::WriteZeroes | Op::Unmap) if !bdev::within(&io, shared.size()) => {
+                Ended::Failed(0)
+            }
             _ => Ended::Ok,
         };
         if ended == Ended::Failed(libc::ESHUTDOWN) {

@@ -1,8 +1,12 @@
 //! Work that may never end, on threads of its own.
 
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::Duration;
 
@@ -41,25 +45,76 @@ impl Aside {
         work: impl FnOnce() -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let running = Running::enter(&self.0)?;
-        let (sender, result) = mpsc::sync_channel(1);
+        let answer = Arc::new(Answer::default());
+        let of_thread = Arc::clone(&answer);
         let spawned = thread::Builder::new().name("vhost-aside".into()).spawn(move || {
             let result = work();
             // The caller may start the next operation when it has the result.
             drop(running);
-            // Without a receiver, the caller has given up.
-            let _ = sender.send(result);
+            of_thread.give(result);
         });
         spawned.map_err(|source| self.0.error("cannot start a thread", source))?;
-        let received = host.blocking(move || result.recv_timeout(limit)).await;
-        received.unwrap_or_else(|_| {
-            let text = format!("no answer within {} s", limit.as_secs());
-            Err(self.0.error(&text, std::io::Error::from_raw_os_error(libc::ETIMEDOUT)))
+        let mut limit_passed = pin!(host.sleep(limit));
+        let waits = Waits(&answer);
+        poll_fn(|context| {
+            if let Some(result) = waits.0.take(context) {
+                return Poll::Ready(result);
+            }
+            limit_passed.as_mut().poll(context).map(|()| {
+                let text = format!("no answer within {} s", limit.as_secs());
+                Err(self.0.error(&text, io::Error::from_raw_os_error(libc::ETIMEDOUT)))
+            })
         })
+        .await
+    }
+}
+
+/// A result that a thread gives to a task.
+struct Answer<T>(Mutex<State<T>>);
+
+struct State<T> {
+    result: Option<T>,
+    task: Option<Waker>,
+    /// The task does not wait any more.
+    given_up: bool,
+}
+
+impl<T> Default for Answer<T> {
+    fn default() -> Self {
+        Self(Mutex::new(State { result: None, task: None, given_up: false }))
+    }
+}
+
+impl<T> Answer<T> {
+    /// Gives the result to the task, or drops it if the task has given up.
+    fn give(&self, result: T) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !state.given_up {
+            state.result = Some(result);
+            if let Some(task) = state.task.take() {
+                task.wake();
+            }
+        }
+    }
+
+    fn take(&self, context: &Context<'_>) -> Option<T> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.task = Some(context.waker().clone());
+        state.result.take()
+    }
+}
+
+/// The task's wait, which ends when this is dropped.
+struct Waits<'a, T>(&'a Answer<T>);
+
+impl<T> Drop for Waits<'_, T> {
+    fn drop(&mut self) {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).given_up = true;
     }
 }
 
 impl Threads {
-    fn error(&self, text: &str, source: std::io::Error) -> Error {
+    fn error(&self, text: &str, source: io::Error) -> Error {
         Error::System { what: format!("{}: {text}", self.name), source }
     }
 }
@@ -73,7 +128,7 @@ impl Running {
         if threads.running.fetch_add(1, Ordering::Relaxed) < threads.max {
             return Ok(running);
         }
-        let again = std::io::Error::from_raw_os_error(libc::EAGAIN);
+        let again = io::Error::from_raw_os_error(libc::EAGAIN);
         Err(threads.error("earlier operations have not ended", again))
     }
 }
@@ -86,15 +141,30 @@ impl Drop for Running {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
-    use crate::control::test_host::{TestHost, run};
+    use crate::control::test_host::TestHost;
+
+    /// Polls a future until it ends.
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        loop {
+            if let Poll::Ready(value) =
+                future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+            {
+                return value;
+            }
+            thread::yield_now();
+        }
+    }
 
     #[test]
     fn what_hangs_occupies_its_threads_only() {
         let host: Rc<dyn Host> = TestHost::new([]);
         let (one, other) = (Aside::new("one", 1), Aside::new("other", 1));
         let (release, hangs) = mpsc::channel::<()>();
-        let errno = |result: Option<Result<i32, Error>>| result.unwrap().unwrap_err().errno();
+        let errno = |result: Result<i32, Error>| result.unwrap_err().errno();
         let wait = move || {
             let _ = hangs.recv();
             Ok(1)
@@ -102,15 +172,13 @@ mod tests {
         assert_eq!(errno(run(one.run(&host, Duration::ZERO, wait))), libc::ETIMEDOUT);
         let minute = Duration::from_secs(60);
         assert_eq!(errno(run(one.run(&host, minute, || Ok(2)))), libc::EAGAIN);
-        assert_eq!(run(other.run(&host, minute, || Ok(3))).unwrap().unwrap(), 3);
+        assert_eq!(run(other.run(&host, minute, || Ok(3))).unwrap(), 3);
         drop(release);
         // Its thread ends soon.
-        let ended = || matches!(run(one.run(&host, minute, || Ok(4))), Some(Ok(4)));
-        while !ended() {
+        while !matches!(run(one.run(&host, minute, || Ok(4))), Ok(4)) {
             thread::yield_now();
         }
         let fails = || Err::<(), _>(Error::Busy("x".into()));
-        let failed = run(other.run(&host, minute, fails)).unwrap();
-        assert_eq!(failed.unwrap_err().errno(), libc::EBUSY);
+        assert_eq!(run(other.run(&host, minute, fails)).unwrap_err().errno(), libc::EBUSY);
     }
 }

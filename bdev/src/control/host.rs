@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use crate::contract::Bdev;
 use crate::control::method::LocalFuture;
@@ -39,6 +40,10 @@ pub trait Host {
 
     /// Runs `work` on a thread that may block. `blocking` of `dyn Host` is the convenient form.
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
+
+    /// Returns a future that ends after this time. Time in which the process was stopped does not
+    /// count.
+    fn sleep(&self, time: Duration) -> LocalFuture<'static, ()>;
 
     /// Runs a task on the control thread until it ends or the process does.
     fn spawn(&self, task: LocalFuture<'static, ()>);

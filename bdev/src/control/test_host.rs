@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -117,6 +118,14 @@ impl Host for TestHost {
 
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
         Box::pin(async { work() })
+    }
+
+    fn sleep(&self, time: Duration) -> LocalFuture<'static, ()> {
+        let until = Instant::now() + time;
+        Box::pin(std::future::poll_fn(move |_| match Instant::now() >= until {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }))
     }
 
     /// Runs the task to its first wait.

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bdev::method::{self, LocalFuture, MethodError, Parameters, Reader};
 use bdev::{Bdev, BdevEvent, BdevModule, Host, OpenFile, Registry};
@@ -10,6 +11,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error};
 use tracing::warn;
 
 use super::{App, Methods, blocking};
+use crate::active_time;
 
 /// Registers the modules' methods, in the modules' order.
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -34,6 +36,10 @@ impl Host for App {
 
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()> {
         Box::pin(blocking(work))
+    }
+
+    fn sleep(&self, time: Duration) -> LocalFuture<'static, ()> {
+        Box::pin(active_time::sleep(time))
     }
 
     fn spawn(&self, task: LocalFuture<'static, ()>) {
@@ -61,6 +67,7 @@ impl Host for App {
         Box::pin(async {
             // All first, so that none waits for another to be taken away from the guests.
             bdevs.iter().for_each(|bdev| vhost_blk::remove_bdev(self.control.target(), bdev));
+            let began = Instant::now();
             for bdev in bdevs {
                 let (name, limit) = (bdev.name().to_owned(), bdev.deletion_limit());
                 let removed = self.control.remove_bdev(bdev);
@@ -68,7 +75,8 @@ impl Host for App {
                     removed.await;
                     continue;
                 };
-                if crate::active_time::timeout(limit, removed).await.is_none() {
+                let left = limit.saturating_sub(began.elapsed());
+                if active_time::timeout(left, removed).await.is_none() {
                     warn!(
                         "bdev {name}: deleted, but its storage has not answered I/O for {} s; it \
                          is closed when that I/O has ended",
