@@ -115,9 +115,10 @@ impl Check {
     fn add_bdev(&mut self, call: &Call, share: bool) {
         let text = |name: &str| text(call, name);
         let (names, base) = match call.place.method.as_str() {
-            "bdev_malloc_create" | "bdev_null_create" | "bdev_rbd_create" => {
-                (vec![text("name")], None)
-            }
+            "bdev_malloc_create"
+            | "bdev_null_create"
+            | "bdev_rbd_create"
+            | "bdev_virtio_attach_controller" => (vec![text("name")], None),
             "bdev_aio_create" | "bdev_uring_create" => {
                 if let Err(problem) = self.bdevs.add_file(call, share) {
                     self.error(&call.place, problem);

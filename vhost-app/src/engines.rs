@@ -12,10 +12,18 @@ use crate::cli::Options;
 /// Returns all kinds of bdevs.
 pub(crate) fn modules() -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
-    if cfg!(feature = "rbd") {
-        modules.extend(rbd_module());
-    }
+    modules.extend([rbd_module(), virtio_module()].into_iter().flatten());
     modules
+}
+
+#[cfg(feature = "virtio-user")]
+fn virtio_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(virtio_user::VirtioModule::default()))
+}
+
+#[cfg(not(feature = "virtio-user"))]
+fn virtio_module() -> Option<Rc<dyn BdevModule>> {
+    None
 }
 
 #[cfg(feature = "rbd")]
@@ -54,7 +62,7 @@ pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
 /// Starts what has to start before later threads lose the right to map code.
 pub(crate) fn start(options: &Options) -> std::io::Result<()> {
     #[cfg(feature = "rbd")]
-    if network(options) == Network::Allowed && rbd::is_installed() {
+    if network(options) == Network::Allowed {
         return rbd::start_loader();
     }
     let _ = options;

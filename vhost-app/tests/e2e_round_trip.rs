@@ -8,7 +8,7 @@ mod harness;
 
 use std::collections::BTreeSet;
 
-use Effect::{Cluster, Read, Saved, Unsaved};
+use Effect::{Engine, Read, Saved, Unsaved};
 use harness::{Launch, Vhost, two_cores};
 use serde_json::{Value, json};
 
@@ -20,15 +20,15 @@ enum Effect {
     /// It changes state that is not saved, as in SPDK: log levels, counters, injected errors, the
     /// core that serves a queue, and the end of the process.
     Unsaved,
-    /// It is saved, and needs a storage cluster: the tests of its engine save and load it.
-    Cluster,
+    /// It is saved, and needs a storage server: the tests of its engine save and load it.
+    Engine,
     /// It changes nothing.
     Read,
 }
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 133] = [
+const METHODS: [(&str, Effect); 134] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_destroy", Read),
     ("accel_crypto_keys_get", Read),
@@ -79,12 +79,12 @@ const METHODS: [(&str, Effect); 133] = [
     ("bdev_raid_delete", Read),
     ("bdev_raid_get_bdevs", Read),
     ("bdev_raid_set_options", Saved),
-    ("bdev_rbd_create", Cluster),
-    ("bdev_rbd_delete", Cluster),
+    ("bdev_rbd_create", Engine),
+    ("bdev_rbd_delete", Engine),
     ("bdev_rbd_get_clusters_info", Read),
-    ("bdev_rbd_register_cluster", Cluster),
-    ("bdev_rbd_resize", Cluster),
-    ("bdev_rbd_unregister_cluster", Cluster),
+    ("bdev_rbd_register_cluster", Engine),
+    ("bdev_rbd_resize", Engine),
+    ("bdev_rbd_unregister_cluster", Engine),
     ("bdev_reset_iostat", Unsaved),
     ("bdev_set_options", Saved),
     ("bdev_set_qd_sampling_period", Unsaved),
@@ -94,8 +94,9 @@ const METHODS: [(&str, Effect); 133] = [
     ("bdev_uring_create", Saved),
     ("bdev_uring_delete", Saved),
     ("bdev_uring_rescan", Unsaved),
+    ("bdev_virtio_attach_controller", Engine),
     ("bdev_virtio_blk_set_hotplug", Saved),
-    ("bdev_virtio_detach_controller", Read),
+    ("bdev_virtio_detach_controller", Engine),
     ("bdev_virtio_scsi_get_devices", Read),
     ("bdev_wait_for_examine", Read),
     ("dpdk_cryptodev_scan_accel_module", Saved),

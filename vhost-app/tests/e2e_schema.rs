@@ -103,7 +103,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
         ("bdev_nvme_get_transport_statistics", Value::Null, Ok(json!({"poll_groups": []}))),
         ("bdev_raid_delete", x(), refused(-19, "raid bdev x not found")),
         ("bdev_raid_get_bdevs", json!({"category": "all"}), Ok(json!([]))),
-        ("bdev_virtio_detach_controller", x(), no_device()),
         ("bdev_virtio_scsi_get_devices", Value::Null, Ok(json!([]))),
         ("framework_get_governor", Value::Null, Ok(json!({}))),
         ("framework_get_pci_devices", Value::Null, Ok(json!([]))),

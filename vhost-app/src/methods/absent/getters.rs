@@ -19,7 +19,7 @@ const fn getter(method: &'static str, answer: fn(&Map<String, Value>) -> Answer)
     Getter { method, failure: DecodeFailure::INTERNAL, answer }
 }
 
-const GETTERS: [Getter; 22] = [
+const GETTERS: [Getter; 21] = [
     getter("bdev_nvme_get_controllers", |given| match text(given, "name") {
         None => no_objects(),
         Some(name) => {
@@ -67,7 +67,6 @@ const GETTERS: [Getter; 22] = [
         })
     },
     getter("bdev_nvme_detach_controller", |_| no_device()),
-    getter("bdev_virtio_detach_controller", |_| no_device()),
     getter("bdev_raid_delete", |given| {
         let name = text(given, "name").unwrap_or_default();
         Err(RpcError::new(-i64::from(libc::ENODEV), format!("raid bdev {name} not found")))

@@ -1,0 +1,159 @@
+//! A reactor's side of a disk.
+#![expect(unsafe_code, reason = "the contract's method is unsafe; nothing here is")]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use bdev::{
+    Bdev, Channel, Completion, Failure, Failures, Features, Io, Line, Op, Status, Submit, Tag,
+    Wait, WakeFds, within,
+};
+
+use crate::queue::Queue;
+
+/// The I/O path of one owner.
+pub(crate) struct VirtioChannel {
+    disk: Arc<dyn Bdev>,
+    features: Features,
+    queue: Arc<Queue>,
+    /// Its place in the queue.
+    place: usize,
+    line: Arc<Line>,
+    /// Signalled for the queue's used requests.
+    call: OwnedFd,
+    /// The outstanding I/Os, by tag.
+    slots: Box<[Option<Io>]>,
+    failures: Failures,
+    outstanding: usize,
+    /// Another thread had the queue when this one wanted to serve it.
+    contended: bool,
+    sleeps: bool,
+}
+
+impl VirtioChannel {
+    pub(crate) fn open(disk: Arc<dyn Bdev>, queue: Arc<Queue>, depth: u16) -> io::Result<Self> {
+        let line = Line::new(depth)?;
+        Ok(Self {
+            call: queue.call_fd().try_clone_to_owned()?,
+            place: queue.add(&line, depth),
+            features: disk.features(),
+            disk,
+            queue,
+            line,
+            slots: vec![None; depth.into()].into_boxed_slice(),
+            failures: Failures::new(depth),
+            outstanding: 0,
+            contended: false,
+            sleeps: true,
+        })
+    }
+
+    /// Returns the errno for which an I/O is not taken, if there is one.
+    fn refusal(&self, io: &Io) -> Option<i32> {
+        let Features { read_only, flush, unmap, write_zeroes, .. } = self.features;
+        let supported = match io.op {
+            Op::Read => true,
+            Op::Write => !read_only,
+            Op::Flush => flush,
+            Op::Unmap => unmap,
+            Op::WriteZeroes => write_zeroes,
+        };
+        match supported {
+            false if read_only && io.op != Op::Flush => Some(libc::EROFS),
+            false => Some(libc::EOPNOTSUPP),
+            true => (!within(io, self.disk.size_bytes())).then_some(libc::EINVAL),
+        }
+    }
+
+    /// Fails an I/O that the disk does not take.
+    #[cold]
+    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
+        self.failures.note(io, errno);
+        let unsupported = errno == libc::EOPNOTSUPP;
+        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
+    }
+
+    #[inline]
+    fn serve(&mut self) {
+        self.contended = !self.queue.try_serve();
+    }
+}
+
+impl Channel for VirtioChannel {
+    unsafe fn submit(&mut self, io: Io) -> Submit {
+        if let Some(errno) = self.refusal(&io) {
+            return self.refuse(&io, errno);
+        }
+        if io.len == 0 && io.op != Op::Flush {
+            return Submit::Done(Status::Ok);
+        }
+        match self.slots.get_mut(usize::from(io.tag.0)) {
+            Some(slot @ None) => *slot = Some(io),
+            // The contract forbids such a tag.
+            _ => return Submit::Done(Status::IoError),
+        }
+        self.line.push(io);
+        self.outstanding += 1;
+        Submit::Queued
+    }
+
+    fn wake_fds(&self) -> WakeFds<'_> {
+        [self.line.wake_fd(), self.call.as_fd()].into_iter().collect()
+    }
+
+    fn set_wakes(&mut self, wakes: bool) {
+        if wakes != self.sleeps {
+            self.sleeps = wakes;
+            self.queue.set_sleeps(wakes);
+        }
+    }
+
+    fn wait(&self) -> Wait {
+        let poll = self.contended || self.line.waiting() > 0 || !self.line.may_wait();
+        if poll { Wait::Poll } else { Wait::Event }
+    }
+
+    fn failure(&mut self, tag: Tag) -> Option<Failure> {
+        self.failures.take(tag)
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        if self.line.waiting() > 0 {
+            self.serve();
+        }
+    }
+
+    fn abandon(&mut self) {
+        self.line.abandon();
+        self.serve();
+    }
+
+    #[inline]
+    fn poll(&mut self, done: &mut [Completion]) -> usize {
+        if self.outstanding == 0 {
+            return 0;
+        }
+        self.serve();
+        let mut n = 0;
+        while n < done.len() {
+            let Some((tag, ended)) = self.line.pop() else { break };
+            self.outstanding -= 1;
+            let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
+            let (status, errno) = ended.status();
+            if let (Some(io), Some(errno)) = (io, errno) {
+                self.failures.note(&io, errno);
+            }
+            done[n] = Completion { tag, status };
+            n += 1;
+        }
+        n
+    }
+}
+
+impl Drop for VirtioChannel {
+    fn drop(&mut self) {
+        self.queue.remove(self.place, self.sleeps);
+    }
+}

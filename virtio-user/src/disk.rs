@@ -1,0 +1,170 @@
+//! A server's disk as a bdev.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use bdev::{Bdev, Channel, Error, Features, Qos, Stats, Topology, checked_size};
+use uuid::Uuid;
+
+use crate::channel::VirtioChannel;
+use crate::connection::Connection;
+use crate::memory::Layout;
+use crate::queue::Queue;
+use crate::session::{Properties, Session};
+
+/// A disk that another vhost-user-blk server serves.
+///
+/// Requests go through bounce buffers that are shared with the server, so that it can access no
+/// memory of a guest.
+#[derive(Debug)]
+pub struct VirtioDisk {
+    name: String,
+    uuid: Uuid,
+    block_size: u32,
+    num_blocks: Arc<AtomicU64>,
+    features: Features,
+    queues: Arc<[Arc<Queue>]>,
+    /// The queue of the next channel.
+    next: AtomicUsize,
+    connection: Connection,
+    stats: Stats,
+    qos: Qos,
+}
+
+/// The options of [`VirtioDisk::connect`].
+#[derive(Clone, Debug)]
+pub struct VirtioOptions {
+    /// The bdev's name; not empty.
+    pub name: String,
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// Queues to use, if the server has as many; not 0. Channels share them.
+    pub queues: u16,
+    /// Entries of each queue: a power of two from 4 to 32768.
+    pub queue_size: u16,
+}
+
+/// Namespace of the UUIDs, which are derived from a bdev's socket and name.
+const NAMESPACE: Uuid = Uuid::from_u128(0x0a2c_7d1e_55b7_4c0a_9b5c_3b9d_6f0e_81d4);
+
+impl VirtioDisk {
+    /// Connects to a server. May block for some tens of seconds.
+    ///
+    /// # Errors
+    /// ENOENT or ECONNREFUSED if no server listens; EIO if it does not answer as it should;
+    /// [`Error::Invalid`] if an option or a property of its disk is out of range.
+    pub fn connect(options: VirtioOptions) -> Result<Arc<Self>, Error> {
+        let VirtioOptions { name, socket, queues, queue_size } = options;
+        if queues == 0 || !queue_size.is_power_of_two() || !(4..=32768).contains(&queue_size) {
+            return Err(Error::Invalid(format!(
+                "{name}: {queues} queues of {queue_size} entries: expected at least one queue of a \
+                 power of two from 4 to 32768"
+            )));
+        }
+        let session = Session::connect(&socket)?;
+        let Properties { size, block_size, limits, .. } = session.properties;
+        let num_blocks = size.checked_div(block_size.into()).unwrap_or(0);
+        checked_size(&name, num_blocks, block_size)?;
+        let layout = Layout::new(queue_size);
+        let what = |source| Error::System { what: name.clone(), source };
+        let made: Result<Vec<_>, _> = (0..queues.min(session.queues))
+            .map(|_| Queue::new(layout.slots, limits).map(Arc::new))
+            .collect();
+        let queues: Arc<[Arc<Queue>]> = made.map_err(what)?.into();
+        let blocks = Arc::new(AtomicU64::new(num_blocks));
+        let features = features(session.properties);
+        let text = format!("{}\0{name}", socket.display());
+        let connection =
+            Connection::start(&name, socket, session, layout, Arc::clone(&queues)).map_err(what)?;
+        Ok(Arc::new(Self {
+            uuid: Uuid::new_v5(&NAMESPACE, text.as_bytes()),
+            name,
+            block_size,
+            num_blocks: blocks,
+            features,
+            queues,
+            next: AtomicUsize::new(0),
+            connection,
+            stats: Stats::default(),
+            qos: Qos::default(),
+        }))
+    }
+
+    /// The server's socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        self.connection.socket()
+    }
+
+    /// Whether the server is connected.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connection.is_connected()
+    }
+
+    /// Fails all I/O, also that under way, as the disk is being deleted.
+    pub(crate) fn end(&self) {
+        self.connection.end();
+    }
+}
+
+fn features(properties: Properties) -> Features {
+    let Properties { read_only, flush, discard, write_zeroes, .. } = properties;
+    Features {
+        read_only,
+        flush,
+        unmap: discard && !read_only,
+        write_zeroes: write_zeroes && !read_only,
+        reset: true,
+        any_alignment: true,
+    }
+}
+
+impl Bdev for VirtioDisk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn product_name(&self) -> &'static str {
+        "VirtioBlk Disk"
+    }
+
+    fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.num_blocks.load(Ordering::Relaxed)
+    }
+
+    fn features(&self) -> Features {
+        self.features
+    }
+
+    fn topology(&self) -> Topology {
+        Topology::default()
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    fn qos(&self) -> &Qos {
+        &self.qos
+    }
+
+    fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
+        let what = format!("{}: cannot open an I/O path", self.name);
+        let number = self.next.fetch_add(1, Ordering::Relaxed) % self.queues.len();
+        let queue = Arc::clone(&self.queues[number]);
+        match VirtioChannel::open(self, queue, depth) {
+            Ok(channel) => Ok(Box::new(channel)),
+            Err(source) => Err(Error::System { what, source }),
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Disks of other vhost-user-blk servers as block devices: SPDK's bdev module `virtio`, transport
+//! `user`.
+//!
+//! * `memory`: the memory that is shared with a server. `request`: virtio-blk's requests. `ring`:
+//!   the driver's side of a virtqueue.
+//! * `queue`: a virtqueue that channels share. `channel`: a reactor's side of a disk.
+//! * `session`: the vhost-user handshake. `connection`: the thread that keeps a disk connected.
+//! * `disk`: the bdev. `module`: the RPC methods.
+//!
+//! Reactors access rings and bounce buffers themselves, without a system call but the server's kick.
+//! A server may be hostile: it can fail its own disk's I/O or answer with wrong data, and nothing
+//! else.
+//!
+//! Forbidden dependencies: DPDK, an async runtime, and the program that runs the module.
+
+mod memory;
+mod request;
+mod ring;
+
+mod queue;
+
+mod channel;
+mod session;
+
+mod connection;
+mod disk;
+
+mod module;
+
+pub use disk::{VirtioDisk, VirtioOptions};
+pub use module::VirtioModule;
