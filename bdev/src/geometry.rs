@@ -12,9 +12,7 @@ pub const BLOCK_SIZE_MIN: u32 = 512;
 /// `Invalid`: the name is empty, the number of blocks is 0, the block size is not a power of two of
 /// 512 or more, or the size exceeds the largest `i64` offset.
 pub fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64, Error> {
-    if name.is_empty() {
-        return Err(Error::Invalid("the name is empty".into()));
-    }
+    check_name(name)?;
     check_block_size(name, block_size)?;
     if num_blocks == 0 {
         return Err(Error::Invalid(format!("{name}: the number of blocks is 0")));
@@ -26,6 +24,17 @@ pub fn checked_size(name: &str, num_blocks: u64, block_size: u32) -> Result<u64,
             let text = format!("{name}: {num_blocks} blocks of {block_size} bytes are too large");
             Error::Invalid(text)
         })
+}
+
+/// Checks that the name of a bdev is not empty.
+///
+/// # Errors
+/// `Invalid`.
+pub(crate) fn check_name(name: &str) -> Result<(), Error> {
+    if name.is_empty() {
+        return Err(Error::Invalid("the name is empty".into()));
+    }
+    Ok(())
 }
 
 /// Checks that a block size is a power of two and at least [`BLOCK_SIZE_MIN`]. The error's text

@@ -69,7 +69,7 @@ pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
     Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
-    not_a_disk, open_file,
+    check_unopened, not_a_disk, open_file,
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};

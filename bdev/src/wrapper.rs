@@ -6,6 +6,7 @@ use uuid::{Uuid, uuid};
 
 use crate::contract::{Bdev, Channel, Features};
 use crate::error::Error;
+use crate::geometry::check_name;
 use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
@@ -80,9 +81,7 @@ impl Wrapped {
     /// # Errors
     /// [`Error::Invalid`] if the name is empty.
     pub fn new(name: String, base: Arc<dyn Bdev>, uuid: Option<Uuid>) -> Result<Self, Error> {
-        if name.is_empty() {
-            return Err(Error::Invalid("the name is empty".into()));
-        }
+        check_name(&name)?;
         let uuid = uuid.unwrap_or_else(Uuid::new_v4);
         Ok(Self { name, uuid, base, stats: Stats::default(), qos: Qos::default() })
     }

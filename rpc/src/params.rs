@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use serde::de::DeserializeSeed;
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use crate::client::Client;
@@ -19,6 +20,15 @@ pub struct Params {
 }
 
 impl Params {
+    /// The parameters of a call from within the process, whose method is called by the caller.
+    ///
+    /// # Errors
+    /// They are neither an object nor an array. Null and `None` mean no parameters.
+    pub fn local(method: &'static str, params: Option<Value>) -> Result<Self, RpcError> {
+        let (raw, client) = (raw(params)?, Client::local());
+        Ok(Self { method, raw, client, phase: Phase::Startup })
+    }
+
     /// Decodes the parameters strictly, as a struct of named fields.
     ///
     /// Unknown and repeated names, wrong types, `null` and missing required fields are errors. The
@@ -98,6 +108,18 @@ impl Params {
     /// The phase in which the call was made.
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+}
+
+/// The text of parameters that were not received from a client.
+pub(crate) fn raw(params: Option<Value>) -> Result<Option<Box<RawValue>>, RpcError> {
+    match params {
+        None | Some(Value::Null) => Ok(None),
+        Some(params @ (Value::Object(_) | Value::Array(_))) => {
+            let raw = serde_json::value::to_raw_value(&params);
+            raw.map(Some).map_err(|error| RpcError::internal(error.to_string()))
+        }
+        Some(_) => Err(RpcError::invalid_request()),
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use crate::client::Client;
 use crate::error::RpcError;
-use crate::params::{DecodeFailure, Params};
+use crate::params::{DecodeFailure, Params, raw};
 use crate::phase::{Phase, Phases};
 
 type Answer = Pin<Box<dyn Future<Output = Result<Value, RpcError>>>>;
@@ -163,15 +163,7 @@ impl Registry {
         params: Option<Value>,
         phase: Phase,
     ) -> Result<Value, RpcError> {
-        let raw = match params {
-            None | Some(Value::Null) => None,
-            Some(params @ (Value::Object(_) | Value::Array(_))) => Some(
-                serde_json::value::to_raw_value(&params)
-                    .map_err(|error| RpcError::internal(error.to_string()))?,
-            ),
-            Some(_) => return Err(RpcError::invalid_request()),
-        };
-        self.dispatch(name, raw, Client::local(), phase).await
+        self.dispatch(name, raw(params)?, Client::local(), phase).await
     }
 
     pub(crate) async fn dispatch(

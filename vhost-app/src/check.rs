@@ -4,14 +4,18 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use rpc::{DecodeFailure, Params};
+use serde::Deserialize;
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 use crate::cli::{Options, parse_cores};
 use crate::config_file::{Call, ConfigFile, Place};
+use crate::control::socket_dir;
 use crate::methods::schema::{self, Kind};
-use crate::methods::{SUBSYSTEMS, refuses};
+use crate::methods::{EXAMINED_BY_THEMSELVES, SUBSYSTEMS, Trial};
 
 /// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
 /// configuration can be loaded, 1 if not.
@@ -31,7 +35,7 @@ pub(crate) fn check(path: &Path, options: &Options) -> u8 {
             return 1;
         }
     };
-    let found = Check::of(&file.calls, &options.cores, options.share);
+    let found = Check::of(&file.calls, options);
     found.notes.iter().for_each(|note| print(&format_args!("note: {note}")));
     found.errors.iter().for_each(|error| print(&format_args!("error: {error}")));
     let (errors, calls) = (found.errors.len(), file.calls.len());
@@ -41,8 +45,8 @@ pub(crate) fn check(path: &Path, options: &Options) -> u8 {
 }
 
 /// What was found in a configuration.
-#[derive(Default)]
 struct Check {
+    trial: Trial,
     notes: Vec<String>,
     errors: Vec<String>,
     bdevs: Bdevs,
@@ -63,11 +67,18 @@ struct Bdevs {
 }
 
 impl Check {
-    fn of(calls: &[Call], cores: &[usize], share: bool) -> Self {
-        let mut check = Self::default();
+    fn of(calls: &[Call], options: &Options) -> Self {
+        let (cores, socket_dir) = (&options.cores, socket_dir(options.socket_dir.as_deref()));
+        let mut check = Self {
+            trial: Trial::new(cores.clone(), socket_dir),
+            notes: vec![],
+            errors: vec![],
+            bdevs: Bdevs::default(),
+            controllers: HashSet::new(),
+        };
         let calls = calls.iter().filter(|call| check.is_possible(call)).collect::<Vec<_>>();
         for call in &calls {
-            check.add_bdev(call, share);
+            check.add_bdev(call, options.share);
         }
         check.bdevs.settle();
         for (names, base) in &check.bdevs.wrappers {
@@ -83,7 +94,7 @@ impl Check {
         self.errors.push(format!("{place}: {text}"));
     }
 
-    /// Whether a method with these parameters exists.
+    /// Whether such a method exists, and takes these parameters.
     fn is_possible(&mut self, call: &Call) -> bool {
         let place = &call.place;
         let known = SUBSYSTEMS.iter().any(|(name, _)| *name == place.subsystem);
@@ -101,15 +112,9 @@ impl Check {
         if method.kind == Kind::Kept {
             self.notes.push(format!("{place}: is kept, but has no effect"));
         }
-        if let Some(problem) = method.problem(params(call)) {
-            self.error(place, problem);
-            return false;
-        }
-        if refuses(&place.method, params(call)) {
-            self.error(place, "the values are invalid, or do not fit together");
-            return false;
-        }
-        true
+        let tried = self.trial.call(method.name, call.params.clone());
+        let result = tried.unwrap_or_else(|| method.problem(params(call)).map_or(Ok(()), Err));
+        result.map_err(|reason| self.error(place, reason)).is_ok()
     }
 
     fn add_bdev(&mut self, call: &Call, share: bool) {
@@ -142,7 +147,8 @@ impl Check {
         };
         // A malloc or RBD bdev may get its name when it is created.
         let names: Vec<String> = names.into_iter().filter(|name| !name.is_empty()).collect();
-        let uuid = Some(text("uuid").to_lowercase()).filter(|uuid| !uuid.is_empty());
+        let is_given = |uuid: &String| !uuid.is_empty() && *uuid != Uuid::nil().to_string();
+        let uuid = Some(text("uuid").to_lowercase()).filter(is_given);
         for name in names.iter().chain(&uuid) {
             if !self.bdevs.taken.insert(name.clone()) {
                 self.error(&call.place, format_args!("the name or UUID {name} is taken"));
@@ -172,6 +178,9 @@ impl Check {
                     self.error(&call.place, format_args!("there is no bdev {name}"));
                 }
             }
+            "bdev_examine" if self.trial.auto_examine() => {
+                self.error(&call.place, EXAMINED_BY_THEMSELVES);
+            }
             _ => {}
         }
     }
@@ -189,18 +198,10 @@ impl Check {
             let text = format!("bdev {bdev} is claimed by {}, which is built on it", wrapper[0]);
             self.error(&call.place, text);
         }
-        let mask = text(call, "cpumask");
-        let unserved = |core: &usize| !cores.contains(core);
-        match parse_cores(&mask) {
-            _ if mask.is_empty() => {}
-            None => self.error(&call.place, format_args!("invalid cpumask {mask:?}")),
-            Some(mask) => {
-                if let Some(core) = mask.into_iter().find(unserved) {
-                    let text =
-                        format!("core {core} has no reactor; pass the same -m as the server");
-                    self.error(&call.place, text);
-                }
-            }
+        let mask = parse_cores(&text(call, "cpumask")).unwrap_or_default();
+        if let Some(core) = mask.into_iter().find(|core| !cores.contains(core)) {
+            let text = format!("core {core} has no reactor; pass the same -m as the server");
+            self.error(&call.place, text);
         }
         if !self.controllers.insert(name.clone()) {
             self.error(&call.place, format_args!("there is a controller {name} already"));
@@ -228,10 +229,22 @@ impl Bdevs {
 
     /// Adds the file of a bdev.
     fn add_file(&mut self, call: &Call, share: bool) -> Result<(), String> {
-        let (name, file) = (text(call, "name"), text(call, "filename"));
-        let meta = std::fs::metadata(&file).map_err(|e| format!("{file}: {e}"))?;
-        let read_only = params(call).get("readonly") == Some(&Value::Bool(true));
-        if share || read_only {
+        #[derive(Deserialize)]
+        struct Given {
+            name: String,
+            filename: PathBuf,
+            block_size: Option<u32>,
+            #[serde(default)]
+            readonly: bool,
+        }
+        let params = Params::local("", call.params.clone());
+        let given = params.and_then(|params| params.decode_relaxed(DecodeFailure::INTERNAL));
+        let Given { name, filename, block_size, readonly } = given.map_err(|e| e.to_string())?;
+        let file = filename.display();
+        let meta = std::fs::metadata(&filename).map_err(|e| format!("{file}: {e}"))?;
+        bdev::check_unopened(&filename, &meta, block_size.filter(|size| *size != 0))
+            .map_err(|e| e.to_string())?;
+        if share || readonly {
             return Ok(());
         }
         match self.files.insert((meta.dev(), meta.ino()), name) {
@@ -269,7 +282,7 @@ mod tests {
                 Call { place, params: Some(call[1].clone()) }
             })
             .collect();
-        let found = Check::of(&calls, &[1], false);
+        let found = Check::of(&calls, &Options::parse(["vhost", "-m", "2"]).unwrap());
         let bare = |lines: Vec<String>| -> Vec<String> {
             lines
                 .iter()
@@ -310,7 +323,7 @@ mod tests {
             nope, wrapped, malloc("M"), malloc("M"),
             controller("c", "M", "2"), controller("c", "EE_M", "1"), controller("d", "EE_nope", "x"),
             ["bdev_set_qos_limit", {"name": "Z", "rw_ios_per_sec": 1}],
-            ["vhost_controller_set_coalescing", {"ctrlr": "z", "delay_base_us": 1, "iops_threshold": 1}],
+            ["vhost_controller_set_coalescing", {"ctrlr": "z", "delay_base_us": 1, "iops_threshold": 100}],
             ["bdev_nvme_attach_controller", {"name": "n", "trtype": "PCIe", "traddr": "x"}],
             ["bdev_aio_create", {"name": "F", "filename": "/no/such/file"}],
             ["bdev_null_create", {"name": "N"}],
@@ -330,16 +343,15 @@ mod tests {
         assert_eq!(
             errors,
             [
+                "invalid cpumask \"x\"",
                 "vhost does not have this method; remove the entry",
-                "the parameter \"block_size\" is missing",
-                "the values are invalid, or do not fit together",
+                "invalid parameters: missing field `num_blocks`",
+                "time-outs that contradict, or bdev_retry_count below -1",
                 "the name or UUID M is taken",
                 "/no/such/file: No such file or directory (os error 2)",
                 "bdev M is claimed by EE_M, which is built on it",
                 "core 0 has no reactor; pass the same -m as the server",
                 "there is a controller c already",
-                "there is no bdev EE_nope",
-                "invalid cpumask \"x\"",
                 "there is no bdev Z",
                 "there is no controller z",
             ]
@@ -351,7 +363,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         std::fs::write(&path, [0; 4096]).unwrap();
-        let aio = |name: &str, readonly: bool| json!(["bdev_aio_create", {"name": name, "filename": path, "readonly": readonly}]);
+        let aio = |name: &str, readonly: bool| {
+            let params = json!({"name": name, "filename": path, "block_size": 512,
+                "readonly": readonly});
+            json!(["bdev_aio_create", params])
+        };
         assert!(check(json!([aio("A", false), aio("B", true)])).1.is_empty());
         let (_, errors) = check(json!([aio("A", false), aio("B", false)]));
         assert!(errors[0].ends_with("f: bdev A writes to it too; --share allows it"), "{errors:?}");

@@ -31,6 +31,7 @@ use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
+mod errors;
 mod flags;
 mod journal;
 mod writer;
@@ -38,6 +39,7 @@ mod writer;
 use flags::FLAGS;
 use writer::{Entry, Writer};
 
+pub(crate) use errors::errors_of;
 pub(crate) use flags::is_flag;
 
 /// SPDK's log levels, the most important first.

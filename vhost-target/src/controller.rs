@@ -9,6 +9,7 @@ use reactor::{Core, read_tsc, ticks_per_second};
 use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 
 use crate::device::Device;
+use crate::error::Error;
 use crate::queue::Coalescing;
 use crate::session::Phase;
 
@@ -100,19 +101,33 @@ impl Controller {
         }
     }
 
-    /// Sets coalescing. Returns false if a value is out of SPDK's range.
-    pub(crate) fn set_coalescing(&mut self, delay_base_us: u32, iops_threshold: u32) -> bool {
+    /// Sets coalescing. Fails if a value is out of SPDK's range.
+    pub(crate) fn set_coalescing(
+        &mut self,
+        delay_base_us: u32,
+        iops_threshold: u32,
+    ) -> Result<(), Error> {
         use std::sync::atomic::Ordering::Relaxed;
-        let ticks = u64::from(delay_base_us) * ticks_per_second() / 1_000_000;
-        if iops_threshold < IOPS_THRESHOLD_MIN || ticks > u32::MAX.into() {
-            return false;
-        }
+        check_coalescing(delay_base_us, iops_threshold)?;
         self.delay_base_us = delay_base_us;
         self.iops_threshold = iops_threshold;
         self.coalescing.threshold.store(iops_threshold / 100, Relaxed);
-        self.coalescing.delay_base_ticks.store(ticks, Relaxed);
-        true
+        self.coalescing.delay_base_ticks.store(ticks(delay_base_us), Relaxed);
+        Ok(())
     }
+}
+
+fn ticks(us: u32) -> u64 {
+    u64::from(us) * ticks_per_second() / 1_000_000
+}
+
+/// Checks the parameters of [`Target::set_coalescing`](crate::Target::set_coalescing).
+///
+/// # Errors
+/// [`Error::Coalescing`].
+pub fn check_coalescing(delay_us: u32, iops: u32) -> Result<(), Error> {
+    let fits = iops >= IOPS_THRESHOLD_MIN && ticks(delay_us) <= u32::MAX.into();
+    if fits { Ok(()) } else { Err(Error::Coalescing) }
 }
 
 /// Information about a controller for the operator.
@@ -183,17 +198,20 @@ pub struct QueueInfo {
 }
 
 /// Checks whether a controller may have this name and socket.
-pub(crate) fn check_name(name: &str, socket: &Path) -> Result<(), crate::error::Error> {
+///
+/// # Errors
+/// [`Error::Name`] or [`Error::SocketPath`].
+pub fn check_name(name: &str, socket: &Path) -> Result<(), Error> {
     use std::path::Component;
     /// The size of `sun_path`, without the final zero.
     const SOCKET_PATH_MAX: usize = 107;
     let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
     if name.is_empty() || name.contains('\0') || !Path::new(name).components().all(plain) {
-        return Err(crate::error::Error::Name(name.into()));
+        return Err(Error::Name(name.into()));
     }
     let len = socket.as_os_str().len();
     if len > SOCKET_PATH_MAX {
-        return Err(crate::error::Error::SocketPath(socket.into(), len));
+        return Err(Error::SocketPath(socket.into(), len));
     }
     Ok(())
 }

@@ -32,6 +32,7 @@ pub mod transport;
 pub use control::{DeleteProgress, Deletion, Events, Moving, Reactor, SteppedReactor, Target};
 pub use controller::{
     ControllerInfo, ControllerSpec, IOPS_THRESHOLD_DEFAULT, QueueInfo, SessionInfo,
+    check_coalescing, check_name,
 };
 pub use error::Error;
 pub use reactor::{Core, Mode, OnStart, ReactorInfo};

@@ -24,22 +24,59 @@ pub type Answer = Result<Value, MethodError>;
 
 type Handler = Rc<dyn Fn(Rc<dyn Host>, Params) -> LocalFuture<'static, Answer>>;
 
+type Check = Rc<dyn Fn(&Params) -> Result<(), MethodError>>;
+
 /// An RPC method of a module. It may be called after the program's start, not during it.
 #[derive(Clone)]
 pub struct Method {
     /// Its name in the RPC.
     pub name: &'static str,
+    check: Option<Check>,
     handler: Handler,
 }
 
 impl Method {
-    /// Makes a method that `handler` implements.
+    /// Makes a method that `handler` implements. It refuses parameters only for what it finds when
+    /// it is called, such as a bdev that does not exist.
     pub fn new<F, R>(name: &'static str, handler: F) -> Self
     where
         F: Fn(Rc<dyn Host>, Params) -> R + 'static,
         R: Future<Output = Answer> + 'static,
     {
-        Self { name, handler: Rc::new(move |host, params| Box::pin(handler(host, params))) }
+        Self {
+            name,
+            check: None,
+            handler: Rc::new(move |host, params| Box::pin(handler(host, params))),
+        }
+    }
+
+    /// Makes a method in two steps. `parse` decodes the parameters and refuses all that are invalid
+    /// in themselves; it has no effect, and logs the reason. `handler` gets its result.
+    pub fn parsed<T, P, F, R>(name: &'static str, parse: P, handler: F) -> Self
+    where
+        T: 'static,
+        P: Fn(&Params) -> Result<T, MethodError> + 'static,
+        F: Fn(Rc<dyn Host>, Params, T) -> R + 'static,
+        R: Future<Output = Answer> + 'static,
+    {
+        let parse = Rc::new(parse);
+        let check = Rc::clone(&parse);
+        Self {
+            name,
+            check: Some(Rc::new(move |params| check(params).map(drop))),
+            handler: Rc::new(move |host, params| match parse(&params) {
+                Ok(parsed) => Box::pin(handler(host, params, parsed)),
+                Err(e) => Box::pin(std::future::ready(Err(e))),
+            }),
+        }
+    }
+
+    /// Checks parameters as [`Method::call`] does before it looks at the state of the program.
+    /// Returns the error of the call; the reason is in the log. `None` if the method is not a
+    /// [`parsed`](Method::parsed) one.
+    #[must_use]
+    pub fn check(&self, params: &Params) -> Option<Result<(), MethodError>> {
+        self.check.as_ref().map(|check| check(params))
     }
 
     /// Calls it.

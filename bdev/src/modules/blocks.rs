@@ -4,17 +4,31 @@ use tracing::{error, warn};
 
 use crate::contract::Bdev;
 use crate::control::method::MethodError;
+use crate::geometry::checked_size;
+use crate::topology::Topology;
 
-/// Parameters that would change the layout of the data. They are known, and rejected unless they
-/// request the only supported layout.
-pub(super) struct Metadata {
+/// The parameters that both methods check.
+pub(super) struct Blocks<'a> {
+    pub(super) name: &'a str,
+    pub(super) num_blocks: u64,
+    pub(super) block_size: u32,
+    pub(super) topology: Topology,
+    /// Would change the layout of the data. It is known, and rejected unless it requests the only
+    /// supported layout. So is `dif_type`.
     pub(super) md_size: Option<u32>,
     pub(super) dif_type: Option<i32>,
 }
 
-impl Metadata {
-    /// Returns an error if metadata is requested.
+impl Blocks<'_> {
+    /// Returns an error if no bdev can have these parameters.
     pub(super) fn check(&self, method: &str) -> Result<(), MethodError> {
+        self.check_metadata(method)?;
+        checked_size(self.name, self.num_blocks, self.block_size)
+            .and_then(|_| self.topology.check(self.name))
+            .map_err(|e| MethodError::of(method, &e))
+    }
+
+    fn check_metadata(&self, method: &str) -> Result<(), MethodError> {
         let unsupported =
             [("md_size", self.md_size.map(i64::from)), ("dif_type", self.dif_type.map(i64::from))];
         for (name, value) in unsupported {

@@ -87,6 +87,9 @@ async fn wait_for_examine(app: Rc<App>, params: Params) -> Answer {
     Ok(true.into())
 }
 
+/// Why `bdev_examine` is refused, unless `bdev_set_options` has set `bdev_auto_examine` to false.
+pub(crate) const EXAMINED_BY_THEMSELVES: &str = "bdevs are examined by themselves";
+
 async fn examine(app: Rc<App>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Named {
@@ -94,7 +97,7 @@ async fn examine(app: Rc<App>, params: Params) -> Answer {
     }
     let Named { name } = params.decode(DecodeFailure::PARAMS)?;
     if app.bdevs.auto_examine() {
-        error!("bdev_examine: bdevs are examined by themselves");
+        error!("bdev_examine: {EXAMINED_BY_THEMSELVES}");
         return Err(RpcError::errno(libc::EINVAL));
     }
     refuse_if_served(&app, params.method(), &name)?;

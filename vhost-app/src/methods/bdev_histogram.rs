@@ -74,45 +74,67 @@ fn find(app: &App, params: &Params, name: &str) -> Result<(BdevId, Arc<dyn Bdev>
     })
 }
 
-fn enable(app: &App, params: &Params) -> Answer {
-    #[derive(Deserialize)]
-    struct Request {
-        name: String,
-        enable: bool,
-        opc: Option<String>,
-        granularity: Option<u8>,
-        min_nsec: Option<u64>,
-        max_nsec: Option<u64>,
+/// The parameters of `bdev_enable_histogram`.
+#[derive(Deserialize)]
+struct Request {
+    name: String,
+    enable: bool,
+    opc: Option<String>,
+    granularity: Option<u8>,
+    min_nsec: Option<u64>,
+    max_nsec: Option<u64>,
+}
+
+impl Request {
+    fn decode(params: &Params) -> Result<Self, RpcError> {
+        params.decode(DecodeFailure::INTERNAL)
     }
-    let p: Request = params.decode(DecodeFailure::INTERNAL)?;
-    let (id, bdev) = find(app, params, &p.name)?;
-    let ops = match p.opc.as_deref().map(|opc| TYPES.iter().find(|(name, _)| *name == opc)) {
-        None => HistogramOptions::ALL_OPS,
-        Some(Some((_, op))) => op.map_or(0, |op| 1 << (op as u8)),
-        Some(None) => return Err(RpcError::internal("Invalid Io type")),
-    };
-    if !p.enable {
+
+    /// What is to be enabled; `None` disables the histogram.
+    fn options(self) -> Result<Option<(HistogramOptions, Given)>, RpcError> {
+        let ops = match self.opc.as_deref().map(|opc| TYPES.iter().find(|(name, _)| *name == opc)) {
+            None => HistogramOptions::ALL_OPS,
+            Some(Some((_, op))) => op.map_or(0, |op| 1 << (op as u8)),
+            Some(None) => return Err(RpcError::internal("Invalid Io type")),
+        };
+        if !self.enable {
+            return Ok(None);
+        }
+        let given = Given {
+            opc: self.opc,
+            granularity: self.granularity.unwrap_or(GRANULARITY),
+            min_nsec: self.min_nsec.unwrap_or(MIN_NS),
+            max_nsec: self.max_nsec.unwrap_or(MAX_NS),
+        };
+        let max = HistogramOptions::GRANULARITY_MAX;
+        if given.granularity > max || given.min_nsec > given.max_nsec {
+            error!("bdev_enable_histogram: granularity above {max}, or min_nsec above max_nsec");
+            return Err(RpcError::errno(libc::EINVAL));
+        }
+        let options = HistogramOptions {
+            ops,
+            granularity: given.granularity,
+            min_ticks: ticks(given.min_nsec),
+            max_ticks: ticks(given.max_nsec),
+        };
+        Ok(Some((options, given)))
+    }
+}
+
+/// Checks the parameters of `bdev_enable_histogram`.
+pub(super) fn check(params: &Params) -> Result<(), RpcError> {
+    Request::decode(params)?.options().map(drop)
+}
+
+fn enable(app: &App, params: &Params) -> Answer {
+    let request = Request::decode(params)?;
+    let (id, bdev) = find(app, params, &request.name)?;
+    let Some((options, given)) = request.options()? else {
         bdev.stats().disable_histogram();
         app.options.borrow_mut().histograms.remove(&id);
         return Ok(true.into());
-    }
-    let given = Given {
-        opc: p.opc,
-        granularity: p.granularity.unwrap_or(GRANULARITY),
-        min_nsec: p.min_nsec.unwrap_or(MIN_NS),
-        max_nsec: p.max_nsec.unwrap_or(MAX_NS),
     };
-    if given.granularity > HistogramOptions::GRANULARITY_MAX || given.min_nsec > given.max_nsec {
-        let max = HistogramOptions::GRANULARITY_MAX;
-        error!("bdev_enable_histogram: granularity above {max}, or min_nsec above max_nsec");
-        return Err(RpcError::errno(libc::EINVAL));
-    }
-    bdev.stats().enable_histogram(HistogramOptions {
-        ops,
-        granularity: given.granularity,
-        min_ticks: ticks(given.min_nsec),
-        max_ticks: ticks(given.max_nsec),
-    });
+    bdev.stats().enable_histogram(options);
     let histograms = &mut app.options.borrow_mut().histograms;
     histograms.retain(|id, _| app.bdevs.live(*id).is_some());
     histograms.insert(id, given);

@@ -93,7 +93,7 @@ impl Host for App {
 }
 
 /// The parameters of a call, for a module.
-struct Given(Params);
+pub(super) struct Given(pub(super) Params);
 
 impl Parameters for Given {
     fn method(&self) -> &'static str {

@@ -16,31 +16,48 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("bdev_set_qos_limit", Phases::Runtime, set_limit);
 }
 
+#[derive(Deserialize)]
+struct Request {
+    name: String,
+    rw_ios_per_sec: Option<u64>,
+    rw_mbytes_per_sec: Option<u64>,
+    r_mbytes_per_sec: Option<u64>,
+    w_mbytes_per_sec: Option<u64>,
+}
+
+impl Request {
+    fn decode(params: &Params) -> Result<Self, RpcError> {
+        params.decode(DecodeFailure::INTERNAL)
+    }
+
+    fn check(&self) -> Result<(), RpcError> {
+        let given = [
+            self.rw_ios_per_sec,
+            self.rw_mbytes_per_sec,
+            self.r_mbytes_per_sec,
+            self.w_mbytes_per_sec,
+        ];
+        if given == [None; 4] {
+            return Err(RpcError::new(-i64::from(libc::EINVAL), "No rate limits specified"));
+        }
+        Ok(())
+    }
+}
+
+/// Checks the parameters of `bdev_set_qos_limit`.
+pub(super) fn check(params: &Params) -> Result<(), RpcError> {
+    Request::decode(params)?.check()
+}
+
 /// A limit that is absent keeps its value; 0 removes it. Unlike SPDK, a number of I/Os that is not a
 /// multiple of 1,000 is not rounded up.
 fn set_limit(app: &App, params: &Params) -> Answer {
-    #[derive(Deserialize)]
-    struct Request {
-        name: String,
-        rw_ios_per_sec: Option<u64>,
-        rw_mbytes_per_sec: Option<u64>,
-        r_mbytes_per_sec: Option<u64>,
-        w_mbytes_per_sec: Option<u64>,
-    }
-    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    let request = Request::decode(params)?;
     let bdev = app.bdevs.bdev(&request.name).ok_or_else(|| {
         error!("bdev_set_qos_limit: no bdev {:?}", request.name);
         RpcError::errno(libc::ENODEV)
     })?;
-    let given = [
-        request.rw_ios_per_sec,
-        request.rw_mbytes_per_sec,
-        request.r_mbytes_per_sec,
-        request.w_mbytes_per_sec,
-    ];
-    if given == [None; 4] {
-        return Err(RpcError::new(-i64::from(libc::EINVAL), "No rate limits specified"));
-    }
+    request.check()?;
     let current = bdev.qos().limits();
     let mbytes = |parameter, given: Option<u64>, current| {
         given.map_or(current, |mbytes| clamp(bdev.name(), parameter, mbytes))

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use tracing::error;
 
 use super::{Answer, App, Methods};
-use crate::logging::Level;
+use crate::logging::{Level, is_flag};
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("log_get_level", Phases::Both, |app, params| {
@@ -52,18 +52,24 @@ fn level(params: &Params) -> Result<Level, RpcError> {
     })
 }
 
-fn set_flag(app: &App, params: &Params, enabled: bool) -> Answer {
+/// The flags' pattern.
+pub(super) fn flag(params: &Params) -> Result<String, RpcError> {
     #[derive(Deserialize)]
     struct Request {
         flag: String,
     }
     let request: Request = params.decode(DecodeFailure::INTERNAL)?;
-    if app.log.set_flag(&request.flag, enabled) {
-        return Ok(true.into());
+    if is_flag(&request.flag) {
+        return Ok(request.flag);
     }
     let shown: String = request.flag.chars().take(128).collect();
     error!("{}: unknown log flag {shown:?}", params.method());
     Err(RpcError::invalid_params("invalid log flag"))
+}
+
+fn set_flag(app: &App, params: &Params, enabled: bool) -> Answer {
+    app.log.set_flag(&flag(params)?, enabled);
+    Ok(true.into())
 }
 
 fn enable_timestamps(app: &App, params: &Params) -> Answer {

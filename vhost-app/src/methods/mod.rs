@@ -21,6 +21,7 @@ mod scheduler;
 pub(crate) mod schema;
 mod threads;
 mod trace;
+mod trial;
 mod vhost;
 
 use std::cell::RefCell;
@@ -37,12 +38,13 @@ use crate::control::Control;
 use crate::core_locks::CoreLocks;
 use crate::logging::Log;
 
-pub(crate) use absent::refuses;
+pub(crate) use bdev::EXAMINED_BY_THEMSELVES;
 pub(crate) use framework::{SUBSYSTEMS, Startup};
 use notify::Notifications;
 use qd_sampling::Samplings;
 
 pub(crate) use options::SubsystemOptions;
+pub(crate) use trial::Trial;
 
 /// What the methods work on.
 pub(crate) struct App {

@@ -11,14 +11,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tracing::error;
 
+use super::Methods;
 use super::absent::Kept;
 use super::bdev_histogram as histogram;
 use super::scheduler::Scheduler;
 use super::trace::Trace;
-use super::{Answer, App, Methods};
 
 pub(super) fn register(methods: &mut Methods<'_>) {
-    methods.add_plain("bdev_set_options", Phases::Startup, set_bdev);
+    methods.add_plain("bdev_set_options", Phases::Startup, |app, params| {
+        let mut options = app.options.borrow_mut();
+        set_bdev(&mut options, params)?;
+        app.bdevs.set_auto_examine(options.bdev.auto_examine());
+        Ok(true.into())
+    });
 }
 
 /// The subsystems' options. `bdev_set_options` and the scheduler are always saved, the others only
@@ -72,12 +77,16 @@ impl Default for BdevOptions {
 }
 
 impl BdevOptions {
+    pub(super) fn auto_examine(&self) -> bool {
+        self.bdev_auto_examine
+    }
+
     pub(super) fn config(&self) -> Value {
         json!({ "method": "bdev_set_options", "params": self })
     }
 }
 
-fn set_bdev(app: &App, params: &Params) -> Answer {
+pub(super) fn set_bdev(all: &mut SubsystemOptions, params: &Params) -> Result<(), RpcError> {
     #[derive(Deserialize)]
     struct Request {
         bdev_io_pool_size: Option<u32>,
@@ -87,7 +96,6 @@ fn set_bdev(app: &App, params: &Params) -> Answer {
         iobuf_large_cache_size: Option<u32>,
     }
     let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    let mut all = app.options.borrow_mut();
     let old = &all.bdev;
     let options = BdevOptions {
         bdev_io_pool_size: request.bdev_io_pool_size.unwrap_or(old.bdev_io_pool_size),
@@ -108,7 +116,6 @@ fn set_bdev(app: &App, params: &Params) -> Answer {
         error!("bdev_set_options: {text}");
         return Err(RpcError::invalid_params(text));
     }
-    app.bdevs.set_auto_examine(options.bdev_auto_examine);
     all.bdev = options;
-    Ok(true.into())
+    Ok(())
 }

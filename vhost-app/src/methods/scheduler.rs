@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{error, info};
 
+use super::options::SubsystemOptions;
 use super::{Answer, App, Methods, mask};
 use crate::cli::parse_cores;
 
@@ -14,13 +15,21 @@ use crate::cli::parse_cores;
 const PERIOD_DEFAULT: u64 = 1_000_000;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
-    methods.add_plain("framework_set_scheduler", Phases::Both, set);
+    methods.add_plain("framework_set_scheduler", Phases::Both, |app, params| {
+        set(&mut app.options.borrow_mut(), params)?;
+        Ok(true.into())
+    });
     methods.add_plain("framework_get_scheduler", Phases::Both, get);
     methods.add_plain("framework_get_governor", Phases::Runtime, |_, params| {
         params.none("'rpc_get_governor' requires no arguments")?;
         Ok(json!({}))
     });
-    methods.add_plain("scheduler_set_options", Phases::Startup, set_options);
+    methods.add_plain("scheduler_set_options", Phases::Startup, |app, params| {
+        let reactors = app.control.target().reactors();
+        let cores: Vec<usize> = reactors.iter().map(|reactor| reactor.core.0).collect();
+        set_options(&mut app.options.borrow_mut(), &cores, params)?;
+        Ok(true.into())
+    });
 }
 
 /// The kept options.
@@ -102,7 +111,7 @@ impl Scheduler {
     }
 }
 
-fn set(app: &App, params: &Params) -> Answer {
+pub(super) fn set(options: &mut SubsystemOptions, params: &Params) -> Result<(), RpcError> {
     #[derive(Deserialize)]
     struct Request {
         name: String,
@@ -113,7 +122,6 @@ fn set(app: &App, params: &Params) -> Answer {
         mappings: Option<String>,
     }
     let p: Request = params.decode_relaxed(DecodeFailure::INVALID_PARAMETERS)?;
-    let mut options = app.options.borrow_mut();
     let has_limits = p.load_limit.or(p.core_limit).or(p.core_busy).is_some();
     let current = match p.name.as_str() {
         "static" if !has_limits => Current::Static,
@@ -136,7 +144,7 @@ fn set(app: &App, params: &Params) -> Answer {
     };
     options.scheduler.current = current;
     info!("framework_set_scheduler: saved, but without effect: queues stay on their cores");
-    Ok(true.into())
+    Ok(())
 }
 
 fn get(app: &App, params: &Params) -> Answer {
@@ -165,8 +173,12 @@ fn get(app: &App, params: &Params) -> Answer {
     Ok(shown)
 }
 
-/// SPDK's texts end in a newline.
-fn set_options(app: &App, params: &Params) -> Answer {
+/// `cores` are those of the reactors. SPDK's texts end in a newline.
+pub(super) fn set_options(
+    all: &mut SubsystemOptions,
+    cores: &[usize],
+    params: &Params,
+) -> Result<(), RpcError> {
     let options: Options = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
     let isolated = match options.isolated_core_mask.as_deref().map(parse_cores) {
         None => vec![],
@@ -179,12 +191,12 @@ fn set_options(app: &App, params: &Params) -> Answer {
             let text = "Scheduling core cannot be included in isolated core mask.\n";
             return Err(RpcError::invalid_params(text));
         }
-        if app.control.target().reactors().iter().all(|reactor| reactor.core.0 != core) {
+        if !cores.contains(&core) {
             return Err(RpcError::invalid_params("Invalid scheduling core.\n"));
         }
     }
-    app.options.borrow_mut().scheduler.options = Some(options);
-    Ok(true.into())
+    all.scheduler.options = Some(options);
+    Ok(())
 }
 
 #[cfg(test)]

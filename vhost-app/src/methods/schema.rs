@@ -22,6 +22,7 @@ pub(crate) enum Kind {
 
 /// A method of SPDK.
 pub(crate) struct Method {
+    pub(crate) name: &'static str,
     pub(crate) kind: Kind,
     parameters: Vec<Parameter>,
 }
@@ -56,7 +57,7 @@ impl Method {
             let required = of.strip_prefix('*');
             Some(Parameter { name, of: required.unwrap_or(of), required: required.is_some() })
         });
-        Some((name, Self { kind, parameters: parameters.collect() }))
+        Some((name, Self { name, kind, parameters: parameters.collect() }))
     }
 
     /// What is wrong with these parameters, if anything is. Types are checked, values are not.

@@ -144,24 +144,41 @@ async fn thread_stats(app: Rc<App>, params: Params) -> Answer {
     Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
 }
 
+/// The parameters of `thread_set_cpumask`.
+#[derive(Deserialize)]
+struct Placement {
+    id: u64,
+    cpumask: String,
+}
+
+impl Placement {
+    fn decode(params: &Params) -> Result<Self, RpcError> {
+        params.decode(DecodeFailure::PARAMS)
+    }
+
+    fn cores(&self) -> Result<Vec<usize>, RpcError> {
+        let invalid = || RpcError::internal(format!("Invalid cpumask {}", self.cpumask));
+        parse_cores(&self.cpumask).ok_or_else(invalid)
+    }
+}
+
+/// Checks the parameters of `thread_set_cpumask`.
+pub(super) fn check_cpumask(params: &Params) -> Result<(), RpcError> {
+    Placement::decode(params)?.cores().map(drop)
+}
+
 /// Moves a controller's queues to the cores of a mask, and answers after the move.
 async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
-    #[derive(Deserialize)]
-    struct Request {
-        id: u64,
-        cpumask: String,
-    }
-    let p: Request = params.decode(DecodeFailure::PARAMS)?;
+    let placement = Placement::decode(&params)?;
+    let id = placement.id;
     let reactors = app.control.target().reactors();
     let first = controller_ids(reactors.len());
     let controllers = app.control.target().controllers();
-    let found = controllers.into_iter().find(|c| first + c.number == p.id);
-    if found.is_none() && !(APP_THREAD_ID..first).contains(&p.id) {
-        return Err(RpcError::invalid_params(format!("Thread {} does not exist", p.id)));
+    let found = controllers.into_iter().find(|c| first + c.number == id);
+    if found.is_none() && !(APP_THREAD_ID..first).contains(&id) {
+        return Err(RpcError::invalid_params(format!("Thread {id} does not exist")));
     }
-    let Some(requested) = parse_cores(&p.cpumask) else {
-        return Err(RpcError::internal(format!("Invalid cpumask {}", p.cpumask)));
-    };
+    let requested = placement.cores()?;
     // As in SPDK, cores without a reactor are ignored.
     let has_reactor = |core: &usize| reactors.iter().any(|reactor| reactor.core.0 == *core);
     let cores: Vec<Core> = requested.into_iter().filter(has_reactor).map(Core).collect();
@@ -170,11 +187,11 @@ async fn set_cpumask(app: Rc<App>, params: Params) -> Answer {
         return Err(RpcError::internal(format!("No CPU is selected from reactor mask {all}")));
     }
     let Some(controller) = found else {
-        if p.id == APP_THREAD_ID {
+        if id == APP_THREAD_ID {
             // In SPDK, this sets where the scheduler may put the thread. Here it has no core.
             return Ok(true.into());
         }
-        error!("thread_set_cpumask: thread {} cannot move; only controllers' threads can", p.id);
+        error!("thread_set_cpumask: thread {id} cannot move; only controllers' threads can");
         return Err(RpcError::with_strerror(RpcError::INVALID_PARAMS, libc::EOPNOTSUPP));
     };
     params.let_next_start();

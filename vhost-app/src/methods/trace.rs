@@ -2,12 +2,12 @@
 //! and shows the masks, so that scripts and `spdk_trace` find what they ask for. `spdk_trace` reports
 //! the missing file by its name.
 
-use rpc::{DecodeFailure, Params, Phases};
+use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::info;
 
-use super::{Answer, App, Methods};
+use super::{App, Methods};
 use crate::cli::TPOINT_GROUPS as GROUPS;
 
 /// The mask of enabled trace points, for each group.
@@ -35,19 +35,25 @@ impl Trace {
     }
 }
 
+type Change = fn(&mut Trace, &Params) -> Result<(), RpcError>;
+
+/// The methods that change masks.
+pub(super) const CHANGES: [(&str, Change); 4] = [
+    ("trace_enable_tpoint_group", |trace, params| change_group(trace, params, u64::MAX)),
+    ("trace_disable_tpoint_group", |trace, params| change_group(trace, params, 0)),
+    ("trace_set_tpoint_mask", |trace, params| change_mask(trace, params, |old, mask| old | mask)),
+    ("trace_clear_tpoint_mask", |trace, params| {
+        change_mask(trace, params, |old, mask| old & !mask)
+    }),
+];
+
 pub(super) fn register(methods: &mut Methods<'_>) {
-    methods.add_plain("trace_enable_tpoint_group", Phases::Both, |app, params| {
-        change_group(app, params, u64::MAX)
-    });
-    methods.add_plain("trace_disable_tpoint_group", Phases::Both, |app, params| {
-        change_group(app, params, 0)
-    });
-    methods.add_plain("trace_set_tpoint_mask", Phases::Both, |app, params| {
-        change_mask(app, params, |old, mask| old | mask)
-    });
-    methods.add_plain("trace_clear_tpoint_mask", Phases::Both, |app, params| {
-        change_mask(app, params, |old, mask| old & !mask)
-    });
+    for (name, change) in CHANGES {
+        methods.add_plain(name, Phases::Both, move |app, params| {
+            change(&mut app.options.borrow_mut().trace, params)?;
+            Ok(true.into())
+        });
+    }
     methods.add_plain("trace_clear", Phases::Runtime, |_, params| {
         params.none("trace_clear requires no parameters")?;
         Ok(true.into())
@@ -87,32 +93,41 @@ fn show(app: &App, path: Option<String>, group: impl Fn(u32, u64) -> Value) -> V
     shown.into()
 }
 
-fn change_group(app: &App, params: &Params, mask: u64) -> Answer {
+fn change_group(trace: &mut Trace, params: &Params, mask: u64) -> Result<(), RpcError> {
     #[derive(Deserialize)]
     struct Request {
         name: String,
     }
     let p: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    change(app, params, &p.name, |_| mask)
+    change(trace, params, &p.name, |_| mask)
 }
 
-fn change_mask(app: &App, params: &Params, new: fn(u64, u64) -> u64) -> Answer {
+fn change_mask(
+    trace: &mut Trace,
+    params: &Params,
+    new: fn(u64, u64) -> u64,
+) -> Result<(), RpcError> {
     #[derive(Deserialize)]
     struct Request {
         name: String,
         tpoint_mask: u64,
     }
     let p: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
-    change(app, params, &p.name, |old| new(old, p.tpoint_mask))
+    change(trace, params, &p.name, |old| new(old, p.tpoint_mask))
 }
 
-fn change(app: &App, params: &Params, name: &str, new: impl Fn(u64) -> u64) -> Answer {
-    if !app.options.borrow_mut().trace.change(name, new) {
+fn change(
+    trace: &mut Trace,
+    params: &Params,
+    name: &str,
+    new: impl Fn(u64) -> u64,
+) -> Result<(), RpcError> {
+    if !trace.change(name, new) {
         tracing::error!("{}: no trace point group {name:?}", params.method());
         return Err(DecodeFailure::INVALID_PARAMETERS.error());
     }
     info!("{}: masks kept, but without effect: vhost records no trace points", params.method());
-    Ok(true.into())
+    Ok(())
 }
 
 #[cfg(test)]

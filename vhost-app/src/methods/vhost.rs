@@ -1,5 +1,6 @@
 //! `vhost_*` and `virtio_blk_*`: controllers and their sessions.
 
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +37,9 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     methods.add_plain("vhost_controller_set_coalescing", Phases::Runtime, set_coalescing);
     methods.add_plain("vhost_get_reactor_turns", Phases::Runtime, reactor_turns);
     methods.add("vhost_move_queue", Phases::Runtime, move_queue);
-    methods.add_plain("virtio_blk_create_transport", Phases::Runtime, create_transport);
+    methods.add_plain("virtio_blk_create_transport", Phases::Runtime, |_, params| {
+        create_transport(params)
+    });
     methods.add_plain("virtio_blk_get_transports", Phases::Runtime, get_transports);
 }
 
@@ -58,13 +61,43 @@ struct Create {
     transport: Option<String>,
 }
 
-async fn create(app: Rc<App>, params: Params) -> Answer {
-    let method = params.method();
-    let p: Create = params.decode_relaxed(DecodeFailure::INVALID_ARGUMENT)?;
-    let transport = p.transport.as_deref().unwrap_or(TRANSPORT);
-    if !transport.eq_ignore_ascii_case(TRANSPORT) {
-        return Err(refused(method, libc::EINVAL, format_args!("unknown transport {transport:?}")));
+impl Create {
+    fn decode(params: &Params) -> Result<Self, RpcError> {
+        params.decode_relaxed(DecodeFailure::INVALID_ARGUMENT)
     }
+
+    fn check_transport(&self, method: &str) -> Result<(), RpcError> {
+        match self.transport.as_deref() {
+            Some(other) if !other.eq_ignore_ascii_case(TRANSPORT) => {
+                Err(refused(method, libc::EINVAL, format_args!("unknown transport {other:?}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The cores of `cpumask`, if it is given.
+    fn cores(&self, method: &str) -> Result<Option<Vec<Core>>, RpcError> {
+        let Some(text) = self.cpumask.as_deref() else { return Ok(None) };
+        match parse_cores(text) {
+            Some(cores) => Ok(Some(cores.into_iter().map(Core).collect())),
+            None => Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}"))),
+        }
+    }
+}
+
+/// Checks those parameters of `vhost_create_blk_controller` that name no other object. A controller
+/// is created with the same checks; that of its name is the target's.
+pub(super) fn check_create(params: &Params, socket_dir: &Path) -> Result<(), RpcError> {
+    let (method, p) = (params.method(), Create::decode(params)?);
+    p.check_transport(method)?;
+    p.cores(method)?;
+    vhost_target::check_name(&p.ctrlr, &socket_dir.join(&p.ctrlr))
+        .map_err(|e| refused(method, e.errno(), e))
+}
+
+async fn create(app: Rc<App>, params: Params) -> Answer {
+    let (method, p) = (params.method(), Create::decode(&params)?);
+    p.check_transport(method)?;
     let Some(bdev) = app.bdevs.bdev(&p.dev_name) else {
         return Err(refused(method, libc::ENODEV, format_args!("unknown bdev {:?}", p.dev_name)));
     };
@@ -72,13 +105,7 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
         let reason = format_args!("bdev {} is claimed by a bdev on top of it", bdev.name());
         refused(method, libc::EPERM, reason)
     })?;
-    let cores = match p.cpumask.as_deref().map(|text| (text, parse_cores(text))) {
-        None => None,
-        Some((_, Some(cores))) => Some(cores.into_iter().map(Core).collect()),
-        Some((text, None)) => {
-            return Err(refused(method, libc::EINVAL, format_args!("invalid cpumask {text:?}")));
-        }
-    };
+    let cores = p.cores(method)?;
     let device: Arc<dyn Device> = Blk::new(Arc::clone(&bdev), p.readonly);
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
@@ -289,14 +316,28 @@ fn describe_queue(queue: &QueueInfo) -> Value {
     json!({ "queue": queue.ring, "core": queue.core.0, "inflight": queue.inflight })
 }
 
-fn set_coalescing(app: &App, params: &Params) -> Answer {
-    #[derive(Deserialize)]
-    struct Coalescing {
-        ctrlr: String,
-        delay_base_us: u32,
-        iops_threshold: u32,
+#[derive(Deserialize)]
+struct Coalescing {
+    ctrlr: String,
+    delay_base_us: u32,
+    iops_threshold: u32,
+}
+
+impl Coalescing {
+    fn decode(params: &Params) -> Result<Self, RpcError> {
+        params.decode(DecodeFailure::INVALID_ARGUMENT)
     }
-    let p: Coalescing = params.decode(DecodeFailure::INVALID_ARGUMENT)?;
+}
+
+/// Checks the parameters of `vhost_controller_set_coalescing`, as the target does.
+pub(super) fn check_coalescing(params: &Params) -> Result<(), RpcError> {
+    let p = Coalescing::decode(params)?;
+    vhost_target::check_coalescing(p.delay_base_us, p.iops_threshold)
+        .map_err(|e| refused(params.method(), e.errno(), e))
+}
+
+fn set_coalescing(app: &App, params: &Params) -> Answer {
+    let p = Coalescing::decode(params)?;
     app.control
         .target()
         .set_coalescing(&p.ctrlr, p.delay_base_us, p.iops_threshold)
@@ -304,7 +345,7 @@ fn set_coalescing(app: &App, params: &Params) -> Answer {
     Ok(true.into())
 }
 
-fn create_transport(_: &App, params: &Params) -> Answer {
+pub(super) fn create_transport(params: &Params) -> Answer {
     #[derive(Deserialize)]
     struct Request {
         name: String,

@@ -78,9 +78,7 @@ impl Target {
     /// # Errors
     /// The controller does not exist, or a value is out of range.
     pub fn set_coalescing(&self, name: &str, delay_us: u32, iops: u32) -> Result<(), Error> {
-        if !self.lock().controller(name)?.set_coalescing(delay_us, iops) {
-            return Err(Error::Coalescing);
-        }
+        self.lock().controller(name)?.set_coalescing(delay_us, iops)?;
         // A reactor may sleep until a time that follows from the previous values.
         self.reactors.iter().for_each(|reactor| reactor.wake());
         Ok(())

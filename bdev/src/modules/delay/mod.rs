@@ -39,6 +39,23 @@ pub struct Latency {
     pub p99_write_us: u64,
 }
 
+impl Latency {
+    /// Checks that no p99 latency is below its average. `name` is the bdev's name.
+    fn check(self, name: &str) -> Result<(), Error> {
+        let Self { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = self;
+        for (avg, p99, what) in
+            [(avg_read_us, p99_read_us, "read"), (avg_write_us, p99_write_us, "write")]
+        {
+            if p99 < avg {
+                return Err(Error::Invalid(format!(
+                    "{name}: p99 {what} latency {p99} us is below the average, {avg} us"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Identifies one of the four latencies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LatencyKind {
@@ -84,16 +101,7 @@ impl Delay {
         let uuid = uuid.unwrap_or_else(|| derived_uuid(NAMESPACE, &*base, &[]));
         let wrapped = Wrapped::new(name, base, Some(uuid))?;
         let Latency { avg_read_us, p99_read_us, avg_write_us, p99_write_us } = latency;
-        for (avg, p99, what) in
-            [(avg_read_us, p99_read_us, "read"), (avg_write_us, p99_write_us, "write")]
-        {
-            if p99 < avg {
-                return Err(Error::Invalid(format!(
-                    "{}: p99 {what} latency {p99} us is below the average, {avg} us",
-                    wrapped.name()
-                )));
-            }
-        }
+        latency.check(wrapped.name())?;
         let latencies_us = [avg_read_us, p99_read_us, avg_write_us, p99_write_us];
         Ok(Arc::new(Self { wrapped, latencies_us: latencies_us.map(AtomicU64::new) }))
     }

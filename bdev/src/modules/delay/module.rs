@@ -19,6 +19,7 @@ use crate::control::method::{
 };
 use crate::control::module::{Base, BdevModule, Description, Entry, Waiting};
 use crate::error::Error;
+use crate::geometry::check_name;
 
 const NAME: &str = "delay";
 
@@ -32,7 +33,7 @@ impl BdevModule for Module {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new("bdev_delay_create", create),
+            Method::parsed("bdev_delay_create", parse, create),
             Method::new("bdev_delay_delete", |host, params| life::delete(host, params, NAME)),
             Method::new("bdev_delay_update_latency", update_latency),
         ]
@@ -180,7 +181,7 @@ impl Entry for DelayEntry {
     }
 }
 
-async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+fn parse(params: &Params) -> Result<Request, MethodError> {
     #[derive(Deserialize)]
     struct Create {
         name: String,
@@ -192,28 +193,27 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
         uuid: Option<GivenUuid>,
     }
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
-    let invalid = p.name.is_empty()
-        || p.p99_read_latency < p.avg_read_latency
-        || p.p99_write_latency < p.avg_write_latency;
-    if invalid {
-        error!("bdev_delay_create: the name is empty, or a p99 latency is below the average");
-        return Err(MethodError::errno(libc::EINVAL));
-    }
     let latency = Latency {
         avg_read_us: p.avg_read_latency,
         p99_read_us: p.p99_read_latency,
         avg_write_us: p.avg_write_latency,
         p99_write_us: p.p99_write_latency,
     };
-    let request = Request {
+    let checked = check_name(&p.name).and_then(|()| latency.check(&p.name));
+    checked.map_err(|e| MethodError::of(params.method(), &e))?;
+    Ok(Request {
         uuid: given(p.uuid),
         base: p.base_bdev_name,
         latency: Cell::new(latency),
         params: params.as_given(),
-        name: p.name.clone(),
-    };
+        name: p.name,
+    })
+}
+
+async fn create(host: Rc<dyn Host>, params: Params, request: Request) -> Answer {
+    let name = request.name.clone();
     life::attach(&host, params.method(), Rc::new(request)).await.map_err(MethodError::errno)?;
-    Ok(json!(p.name))
+    Ok(name.into())
 }
 
 async fn update_latency(host: Rc<dyn Host>, params: Params) -> Answer {

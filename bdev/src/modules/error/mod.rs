@@ -69,6 +69,18 @@ pub struct Injection {
     pub queue_depth: u64,
 }
 
+impl Injection {
+    /// Checks that it has an effect. `name` is the bdev's name.
+    fn check(&self, name: &str) -> Result<(), Error> {
+        if let InjectedError::CorruptData { value: 0, .. } = self.error {
+            return Err(Error::Invalid(format!(
+                "{name}: invalid corrupt_value: 0 changes no data"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// A disk that fails on demand.
 ///
 /// Channels read the injections without a lock. An I/O that runs while an injection is changed may
@@ -147,13 +159,8 @@ impl ErrorDisk {
     /// # Errors
     /// [`Error::Invalid`] if data is to be corrupted with 0, which changes nothing.
     pub fn inject(&self, injection: Injection) -> Result<(), Error> {
+        injection.check(self.name())?;
         let Injection { op, error, count, queue_depth } = injection;
-        if let InjectedError::CorruptData { value: 0, .. } = error {
-            return Err(Error::Invalid(format!(
-                "{}: invalid corrupt_value: 0 changes no data",
-                self.name()
-            )));
-        }
         let rules = match op {
             InjectedOp::Clear => {
                 self.rules.iter().for_each(|rule| rule.count.store(0, Ordering::Relaxed));

@@ -32,9 +32,9 @@ impl BdevModule for Module {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new(CREATE, create),
+            Method::parsed(CREATE, parse, create),
             Method::new("bdev_error_delete", |host, params| life::delete(host, params, NAME)),
-            Method::new("bdev_error_inject_error", inject),
+            Method::parsed("bdev_error_inject_error", parse_inject, inject),
             Method::new("bdev_error_resume_pending", resume_pending),
         ]
     }
@@ -118,7 +118,7 @@ impl Entry for ErrorEntry {
     }
 }
 
-async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+fn parse(params: &Params) -> Result<Request, MethodError> {
     #[derive(Deserialize)]
     struct Create {
         base_name: String,
@@ -126,7 +126,10 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
     }
     let p: Create = params.decode(DecodeFailure::PARAMS)?;
     let (name, uuid) = (format!("EE_{}", p.base_name), given(p.uuid));
-    let request = Request { name, uuid, base: p.base_name, params: params.as_given() };
+    Ok(Request { name, uuid, base: p.base_name, params: params.as_given() })
+}
+
+async fn create(host: Rc<dyn Host>, params: Params, request: Request) -> Answer {
     life::attach(&host, params.method(), Rc::new(request)).await.map_err(MethodError::errno)?;
     Ok(true.into())
 }
@@ -176,10 +179,9 @@ enum ErrorType {
     Nomem,
 }
 
-async fn inject(host: Rc<dyn Host>, params: Params) -> Answer {
-    let method = params.method();
+/// The bdev's name, and what to inject.
+fn parse_inject(params: &Params) -> Result<(String, Injection), MethodError> {
     let p: Inject = params.decode(DecodeFailure::PARAMS)?;
-    let entry = find(&*host, method, &p.name)?;
     let op = match p.io_type {
         IoType::Clear => InjectedOp::Clear,
         IoType::Read => InjectedOp::Read,
@@ -197,7 +199,18 @@ async fn inject(host: Rc<dyn Host>, params: Params) -> Answer {
         ErrorType::Nomem => InjectedError::NoMemory,
     };
     let injection = Injection { op, error, count: p.num.unwrap_or(1), queue_depth: p.queue_depth };
-    entry.disk.inject(injection).map_err(|e| MethodError::of(method, &e))?;
+    injection.check(&p.name).map_err(|e| MethodError::of(params.method(), &e))?;
+    Ok((p.name, injection))
+}
+
+async fn inject(
+    host: Rc<dyn Host>,
+    params: Params,
+    (name, injection): (String, Injection),
+) -> Answer {
+    let method = params.method();
+    let injected = find(&*host, method, &name)?.disk.inject(injection);
+    injected.map_err(|e| MethodError::of(method, &e))?;
     Ok(true.into())
 }
 

@@ -1,7 +1,7 @@
 //! Opens a file or block device: its kind, its size, and the alignment that direct I/O needs.
 #![expect(unsafe_code, reason = "ioctls, statx, and a read for a probe")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -54,23 +54,8 @@ pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Res
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
     let device_block = logical_block_size(&file).map_err(system)?;
-    let Some(block_size) = block_size.or(device_block) else {
-        return Err(Error::Invalid(format!("{what}: a regular file needs a block_size")));
-    };
-    check_block_size(&what.to_string(), block_size)?;
-    if let Some(device_block) = device_block
-        && block_size < device_block
-    {
-        return Err(Error::Invalid(format!(
-            "{what}: block size {block_size} is smaller than the device's, {device_block}"
-        )));
-    }
     let size = size(&file).map_err(system)?;
-    if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
-        return Err(Error::Invalid(format!(
-            "{what}: size {size} is not a positive multiple of the block size {block_size}"
-        )));
-    }
+    let block_size = fitting_block_size(filename, size, device_block, block_size)?;
     let direct = alignment(&file, block_size);
     if direct.is_none() {
         use_page_cache(&file).map_err(system)?;
@@ -79,6 +64,51 @@ pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Res
     let topology = topology(&file, block_size, is_device);
     let storage = storage(&file).map_err(system)?;
     Ok(Opened { file, size, block_size, storage, direct, topology })
+}
+
+/// Checks, as far as that is possible without opening it, whether a file can be a disk.
+///
+/// # Errors
+/// [`Error::Invalid`], as for [`FileDisk::create`](super::FileDisk::create).
+pub fn check_unopened(
+    filename: &Path,
+    metadata: &Metadata,
+    block_size: Option<u32>,
+) -> Result<(), Error> {
+    let kind = metadata.file_type();
+    check_kind(filename, kind)?;
+    if kind.is_file() {
+        fitting_block_size(filename, metadata.len(), None, block_size)?;
+    }
+    Ok(())
+}
+
+/// Returns the block size of a file of `size` bytes. `device` is that of a block device, `given`
+/// the operator's.
+fn fitting_block_size(
+    filename: &Path,
+    size: u64,
+    device: Option<u32>,
+    given: Option<u32>,
+) -> Result<u32, Error> {
+    let what = filename.display();
+    let Some(block_size) = given.or(device) else {
+        return Err(Error::Invalid(format!("{what}: a regular file needs a block_size")));
+    };
+    check_block_size(&what.to_string(), block_size)?;
+    if let Some(device) = device
+        && block_size < device
+    {
+        return Err(Error::Invalid(format!(
+            "{what}: block size {block_size} is smaller than the device's, {device}"
+        )));
+    }
+    if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+        return Err(Error::Invalid(format!(
+            "{what}: size {size} is not a positive multiple of the block size {block_size}"
+        )));
+    }
+    Ok(block_size)
 }
 
 fn storage(file: &File) -> io::Result<Storage> {
@@ -111,13 +141,19 @@ fn open_kind_checked(filename: &Path) -> Result<File, Error> {
         .open(filename)
         .map_err(system)?;
     let kind = path.metadata().map_err(system)?.file_type();
+    check_kind(filename, kind)?;
+    Ok(path)
+}
+
+fn check_kind(filename: &Path, kind: FileType) -> Result<(), Error> {
     if kind.is_dir() {
-        return Err(system(io::Error::from_raw_os_error(libc::EISDIR)));
+        let source = io::Error::from_raw_os_error(libc::EISDIR);
+        return Err(Error::System { what: filename.display().to_string(), source });
     }
     if !kind.is_file() && !kind.is_block_device() {
         return Err(not_a_disk(filename));
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Opens what `path` found, and nothing that has taken its name since.

@@ -24,12 +24,12 @@ use uuid::Uuid;
 
 use crate::contract::{Bdev, Channel, Features, Lease, Storage};
 use crate::error::Error;
-use crate::geometry::checked_size;
+use crate::geometry::{check_block_size, check_name, checked_size};
 use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-pub use backing::{Alignment, not_a_disk, open_file};
+pub use backing::{Alignment, check_unopened, not_a_disk, open_file};
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
 pub use workers::WorkerCounts;
@@ -115,6 +115,15 @@ pub struct FileOptions {
     pub flavour: Flavour,
     /// Use this engine instead of the flavour's own, or the other one if it does not work.
     pub engine: Option<Engine>,
+}
+
+impl FileOptions {
+    /// Checks what does not depend on the file.
+    fn check(&self) -> Result<(), Error> {
+        check_name(&self.name)?;
+        let what = self.filename.display();
+        self.block_size.map_or(Ok(()), |size| check_block_size(&what.to_string(), size))
+    }
 }
 
 impl FileDisk {

@@ -39,12 +39,12 @@ impl BdevModule for Module {
     fn methods(self: Rc<Self>) -> Vec<Method> {
         match self.0 {
             Flavour::Aio => vec![
-                Method::new("bdev_aio_create", aio_create),
+                Method::parsed("bdev_aio_create", parse_aio, aio_create),
                 Method::new("bdev_aio_rescan", |host, params| rescan(host, params, Flavour::Aio)),
                 Method::new("bdev_aio_delete", |host, params| life::delete(host, params, "aio")),
             ],
             Flavour::Uring => vec![
-                Method::new("bdev_uring_create", uring_create),
+                Method::parsed("bdev_uring_create", parse_uring, uring_create),
                 Method::new("bdev_uring_rescan", |host, params| {
                     rescan(host, params, Flavour::Uring)
                 }),
@@ -151,7 +151,8 @@ struct AioCreate {
     nowait: bool,
 }
 
-async fn aio_create(host: Rc<dyn Host>, params: Params) -> Answer {
+/// The options, and `nowait`.
+fn parse_aio(params: &Params) -> Result<(FileOptions, bool), MethodError> {
     let p: AioCreate = params.decode(DecodeFailure::INTERNAL)?;
     let options = FileOptions {
         name: p.name,
@@ -164,10 +165,19 @@ async fn aio_create(host: Rc<dyn Host>, params: Params) -> Answer {
         flavour: Flavour::Aio,
         engine: None,
     };
-    create(&host, &params, options, p.nowait).await
+    options.check().map_err(|e| MethodError::of(params.method(), &e))?;
+    Ok((options, p.nowait))
 }
 
-async fn uring_create(host: Rc<dyn Host>, params: Params) -> Answer {
+async fn aio_create(
+    host: Rc<dyn Host>,
+    params: Params,
+    (options, nowait): (FileOptions, bool),
+) -> Answer {
+    create(&host, &params, options, nowait).await
+}
+
+fn parse_uring(params: &Params) -> Result<FileOptions, MethodError> {
     #[derive(Deserialize)]
     struct UringCreate {
         name: String,
@@ -186,10 +196,20 @@ async fn uring_create(host: Rc<dyn Host>, params: Params) -> Answer {
         flavour: Flavour::Uring,
         engine: None,
     };
-    // SPDK gives no reason.
-    create(&host, &params, options, false)
-        .await
-        .map_err(|_| MethodError::internal("Unable to create URING bdev."))
+    options.check().map_err(|e| {
+        error!("{}: {e}", params.method());
+        uring_failed()
+    })?;
+    Ok(options)
+}
+
+async fn uring_create(host: Rc<dyn Host>, params: Params, options: FileOptions) -> Answer {
+    create(&host, &params, options, false).await.map_err(|_| uring_failed())
+}
+
+/// SPDK gives no reason.
+fn uring_failed() -> MethodError {
+    MethodError::internal("Unable to create URING bdev.")
 }
 
 async fn create(

@@ -16,7 +16,7 @@ use crate::control::method::{
     Answer, Call, DecodeFailure, GivenUuid, Method, MethodError, Params, given,
 };
 use crate::control::module::{BdevModule, Description, Entry};
-use crate::modules::blocks::{Metadata, tell_of_topology};
+use crate::modules::blocks::{Blocks, tell_of_topology};
 use crate::topology::Topology;
 
 const NAME: &str = "malloc";
@@ -36,7 +36,9 @@ impl BdevModule for Module {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new(CREATE, move |host, params| create(Rc::clone(&self), host, params)),
+            Method::parsed(CREATE, parse, move |host, params, create| {
+                self::create(Rc::clone(&self), host, params, create)
+            }),
             Method::new("bdev_malloc_delete", |host, params| life::delete(host, params, NAME)),
         ]
     }
@@ -96,9 +98,33 @@ struct Create {
     numa_id: Option<i32>,
 }
 
-async fn create(module: Rc<Module>, host: Rc<dyn Host>, params: Params) -> Answer {
+impl Create {
+    fn topology(&self) -> Topology {
+        Topology {
+            physical_block_size: self.physical_block_size.unwrap_or(0),
+            min_io_blocks: 0,
+            optimal_io_blocks: self.optimal_io_boundary.unwrap_or(0),
+        }
+    }
+}
+
+fn parse(params: &Params) -> Result<Create, MethodError> {
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
-    Metadata { md_size: p.md_size, dif_type: p.dif_type }.check(params.method())?;
+    Blocks {
+        // A bdev without a name gets one when it is created.
+        name: p.name.as_deref().unwrap_or(NAME),
+        num_blocks: p.num_blocks,
+        block_size: p.block_size,
+        topology: p.topology(),
+        md_size: p.md_size,
+        dif_type: p.dif_type,
+    }
+    .check(params.method())?;
+    Ok(p)
+}
+
+async fn create(module: Rc<Module>, host: Rc<dyn Host>, params: Params, p: Create) -> Answer {
+    let topology = p.topology();
     let registry = host.registry();
     let name = p.name.unwrap_or_else(|| module.next_name(registry));
     let reserved = registry.reserve(name, given(p.uuid)).map_err(MethodError::errno)?;
@@ -107,11 +133,6 @@ async fn create(module: Rc<Module>, host: Rc<dyn Host>, params: Params) -> Answe
         num_blocks: p.num_blocks,
         block_size: p.block_size,
         uuid: Some(reserved.uuid),
-    };
-    let topology = Topology {
-        physical_block_size: p.physical_block_size.unwrap_or(0),
-        min_io_blocks: 0,
-        optimal_io_blocks: p.optimal_io_boundary.unwrap_or(0),
     };
     let disk = host.blocking(move || Malloc::with_topology(options, topology)).await;
     let disk = disk.map_err(|e| MethodError::of(params.method(), &e))?;

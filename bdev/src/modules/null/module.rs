@@ -15,7 +15,7 @@ use crate::control::method::{
     Answer, Call, DecodeFailure, GivenUuid, Method, MethodError, Params, given,
 };
 use crate::control::module::{BdevModule, Description, Entry};
-use crate::modules::blocks::{Metadata, tell_of_topology};
+use crate::modules::blocks::{Blocks, tell_of_topology};
 use crate::topology::Topology;
 
 const NAME: &str = "null";
@@ -31,9 +31,9 @@ impl BdevModule for Module {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new(CREATE, create),
+            Method::parsed(CREATE, parse, create),
             Method::new("bdev_null_delete", |host, params| life::delete(host, params, NAME)),
-            Method::new("bdev_null_resize", resize),
+            Method::parsed("bdev_null_resize", parse_resize, resize),
         ]
     }
 }
@@ -82,21 +82,38 @@ struct Create {
     preferred_unmap_granularity: Option<u32>,
 }
 
-async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
-    let method = params.method();
+impl Create {
+    fn topology(&self) -> Topology {
+        Topology {
+            physical_block_size: self.physical_block_size.unwrap_or(0),
+            min_io_blocks: self.preferred_write_granularity.unwrap_or(0),
+            optimal_io_blocks: self.optimal_write_size.unwrap_or(0),
+        }
+    }
+}
+
+fn parse(params: &Params) -> Result<Create, MethodError> {
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
-    Metadata { md_size: p.md_size, dif_type: p.dif_type }.check(method)?;
+    Blocks {
+        name: &p.name,
+        num_blocks: p.num_blocks,
+        block_size: p.block_size,
+        topology: p.topology(),
+        md_size: p.md_size,
+        dif_type: p.dif_type,
+    }
+    .check(params.method())?;
+    Ok(p)
+}
+
+async fn create(host: Rc<dyn Host>, params: Params, p: Create) -> Answer {
+    let (method, topology) = (params.method(), p.topology());
     let reserved = host.registry().reserve(p.name, given(p.uuid)).map_err(MethodError::errno)?;
     let options = NullOptions {
         name: reserved.name.clone(),
         num_blocks: p.num_blocks,
         block_size: p.block_size,
         uuid: Some(reserved.uuid),
-    };
-    let topology = Topology {
-        physical_block_size: p.physical_block_size.unwrap_or(0),
-        min_io_blocks: p.preferred_write_granularity.unwrap_or(0),
-        optimal_io_blocks: p.optimal_write_size.unwrap_or(0),
     };
     let disk = Null::with_topology(options, topology).map_err(|e| MethodError::of(method, &e))?;
     tell_of_topology(method, &*disk);
@@ -106,15 +123,28 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
     Ok(name.into())
 }
 
-async fn resize(host: Rc<dyn Host>, params: Params) -> Answer {
+struct Resize {
+    name: String,
+    bytes: u64,
+}
+
+fn parse_resize(params: &Params) -> Result<Resize, MethodError> {
     #[derive(Deserialize)]
-    struct Resize {
+    struct Given {
         name: String,
         /// The new size in MiB.
         new_size: u64,
     }
+    let Given { name, new_size } = params.decode(DecodeFailure::INTERNAL)?;
+    let bytes = new_size.checked_mul(1 << 20).ok_or_else(|| {
+        error!("{}: {name}: {new_size} MiB are too large", params.method());
+        MethodError::errno(libc::EINVAL)
+    })?;
+    Ok(Resize { name, bytes })
+}
+
+async fn resize(host: Rc<dyn Host>, params: Params, p: Resize) -> Answer {
     let method = params.method();
-    let p: Resize = params.decode(DecodeFailure::INTERNAL)?;
     let registry = host.registry();
     if registry.id(&p.name).is_none() {
         return Err(MethodError::errno(libc::ENODEV));
@@ -123,11 +153,7 @@ async fn resize(host: Rc<dyn Host>, params: Params) -> Answer {
         error!("{method}: {} is not a null bdev", p.name);
         return Err(MethodError::errno(libc::EINVAL));
     };
-    let num_blocks = p
-        .new_size
-        .checked_mul(1 << 20)
-        .map(|bytes| bytes / u64::from(entry.disk.block_size()))
-        .ok_or_else(|| MethodError::errno(libc::EINVAL))?;
+    let num_blocks = p.bytes / u64::from(entry.disk.block_size());
     entry.disk.resize(num_blocks).map_err(|e| MethodError::of(method, &e))?;
     life::resized(&host, &entry.bdev());
     Ok(true.into())

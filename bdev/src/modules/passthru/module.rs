@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tracing::error;
 use uuid::Uuid;
 
 use super::Passthru;
@@ -18,6 +17,7 @@ use crate::control::method::{
 };
 use crate::control::module::{Base, BdevModule, Description, Entry, Waiting};
 use crate::error::Error;
+use crate::geometry::check_name;
 
 const NAME: &str = "passthru";
 const CREATE: &str = "bdev_passthru_create";
@@ -32,7 +32,7 @@ impl BdevModule for Module {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new(CREATE, create),
+            Method::parsed(CREATE, parse, create),
             Method::new("bdev_passthru_delete", |host, params| life::delete(host, params, NAME)),
         ]
     }
@@ -47,7 +47,7 @@ struct Request {
     params: Map<String, Value>,
 }
 
-async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+fn parse(params: &Params) -> Result<Request, MethodError> {
     #[derive(Deserialize)]
     struct Create {
         base_bdev_name: String,
@@ -55,18 +55,19 @@ async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
         uuid: Option<GivenUuid>,
     }
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
-    if p.name.is_empty() {
-        error!("{CREATE}: the name is empty");
-        return Err(MethodError::errno(libc::EINVAL));
-    }
-    let request = Rc::new(Request {
-        name: p.name.clone(),
+    check_name(&p.name).map_err(|e| MethodError::of(params.method(), &e))?;
+    Ok(Request {
+        name: p.name,
         base: p.base_bdev_name,
         uuid: given(p.uuid),
         params: params.as_given(),
-    });
-    life::attach(&host, params.method(), request).await.map_err(MethodError::errno)?;
-    Ok(p.name.into())
+    })
+}
+
+async fn create(host: Rc<dyn Host>, params: Params, request: Request) -> Answer {
+    let name = request.name.clone();
+    life::attach(&host, params.method(), Rc::new(request)).await.map_err(MethodError::errno)?;
+    Ok(name.into())
 }
 
 impl Waiting for Request {

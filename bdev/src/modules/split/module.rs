@@ -33,7 +33,7 @@ impl BdevModule for Module {
     }
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
-        vec![Method::new(CREATE, create), Method::new("bdev_split_delete", delete)]
+        vec![Method::parsed(CREATE, parse, create), Method::new("bdev_split_delete", delete)]
     }
 }
 
@@ -47,22 +47,34 @@ struct Request {
     split_size_mb: u64,
 }
 
-async fn create(host: Rc<dyn Host>, params: Params) -> Answer {
+/// SPDK's answer to a split that fails with a positive errno.
+fn failed(count: u32, base: &str, errno: Errno) -> MethodError {
+    let failed = format!("Failed to create {count} split bdevs from '{base}'");
+    MethodError::invalid_params(format!("{failed}: {}", strerror(errno)))
+}
+
+fn parse(params: &Params) -> Result<Request, MethodError> {
     let request: Request = params.decode(DecodeFailure::INVALID_PARAMETERS)?;
+    let Request { base_bdev: base, split_count: count, .. } = &request;
+    let invalid = |reason: &str| {
+        error!("{CREATE}: {base} cannot be split: {reason}");
+        failed(*count, base, libc::EINVAL)
+    };
+    if *count == 0 {
+        return Err(invalid("split_count is 0"));
+    }
+    request.size_bytes().ok_or_else(|| invalid("split_size_mb is out of range"))?;
+    Ok(request)
+}
+
+async fn create(host: Rc<dyn Host>, _: Params, request: Request) -> Answer {
     let (count, base) = (request.split_count, request.base_bdev.clone());
-    let parts = split(&host, request).await.map_err(|errno| {
-        let failed = format!("Failed to create {count} split bdevs from '{base}'");
-        MethodError::invalid_params(format!("{failed}: {}", strerror(errno)))
-    })?;
-    Ok(parts.into())
+    let parts = split(&host, request).await;
+    Ok(parts.map_err(|errno| failed(count, &base, errno))?.into())
 }
 
 async fn split(host: &Rc<dyn Host>, request: Request) -> Result<Vec<String>, Errno> {
     let base = &request.base_bdev;
-    if request.split_count == 0 {
-        error!("{CREATE}: split_count is 0");
-        return Err(libc::EINVAL);
-    }
     if !find(&**host, base).is_empty() {
         error!("{CREATE}: {base:?} is split already, or a split waits for it");
         return Err(libc::EEXIST);
@@ -95,12 +107,17 @@ fn find(host: &dyn Host, base: &str) -> Vec<BdevId> {
 }
 
 impl Request {
+    /// The size of each part, 0 if it depends on the base. `None` if it is out of range.
+    fn size_bytes(&self) -> Option<u64> {
+        self.split_size_mb.checked_mul(1 << 20)
+    }
+
     /// Returns the number of parts of the base, and the number of blocks of each.
     fn geometry(&self, base: &dyn Bdev) -> Result<(u32, u64), Error> {
         let (name, block_size) = (base.name(), u64::from(base.block_size()));
         let invalid =
             |reason: &str| Err(Error::Invalid(format!("{name} cannot be split: {reason}")));
-        let size = match self.split_size_mb.checked_mul(1 << 20) {
+        let size = match self.size_bytes() {
             Some(0) => base.num_blocks() / u64::from(self.split_count),
             Some(bytes) if bytes.is_multiple_of(block_size) => bytes / block_size,
             Some(_) => return invalid("split_size_mb is not a multiple of the block size"),

@@ -15,6 +15,18 @@ struct Getter {
     answer: fn(&Map<String, Value>) -> Answer,
 }
 
+impl Getter {
+    fn call(&self, params: &Params) -> Answer {
+        (self.answer)(&decode(params, self.failure)?)
+    }
+}
+
+/// Calls the method, whose answer depends on its parameters alone; `None` if it is another one.
+pub(super) fn call(params: &Params) -> Option<Answer> {
+    let getter = GETTERS.iter().find(|getter| getter.method == params.method())?;
+    Some(getter.call(params))
+}
+
 const fn getter(method: &'static str, answer: fn(&Map<String, Value>) -> Answer) -> Getter {
     Getter { method, failure: DecodeFailure::INTERNAL, answer }
 }
@@ -103,9 +115,7 @@ fn no_device() -> Answer {
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     for getter in &GETTERS {
-        methods.add_plain(getter.method, Phases::Runtime, |_, params| {
-            (getter.answer)(&decode(params, getter.failure)?)
-        });
+        methods.add_plain(getter.method, Phases::Runtime, |_, params| getter.call(params));
     }
     methods.add_plain("sock_get_default_impl", Phases::Both, default_socket);
     methods.add_plain("sock_impl_get_options", Phases::Both, socket_options);

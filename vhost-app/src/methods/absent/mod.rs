@@ -12,15 +12,22 @@ use rpc::{DecodeFailure, Params, RpcError};
 use serde_json::{Map, Value};
 use tracing::error;
 
-use super::{Methods, schema};
-
-pub(crate) use setters::refuses;
+use super::{Methods, SubsystemOptions, schema};
 
 pub(super) use setters::Kept;
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     setters::register(methods);
     getters::register(methods);
+}
+
+/// Makes the call on these options; `None` if its method is none of these.
+pub(super) fn call_on(
+    options: &mut SubsystemOptions,
+    params: &Params,
+) -> Option<Result<(), RpcError>> {
+    let set = || setters::call_on(options, params);
+    getters::call(params).map(|answer| answer.map(drop)).or_else(set)
 }
 
 /// Decodes the parameters of a method, strictly, by its line in the table of methods.

@@ -4,7 +4,7 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde_json::{Map, Value, json};
 use tracing::{error, info};
 
-use super::super::{Answer, App, Methods};
+use super::super::{Methods, SubsystemOptions};
 use super::decode;
 
 /// A method that sets options.
@@ -267,15 +267,20 @@ fn call(method: &str, params: &Map<String, Value>) -> Value {
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     for setter in &SETTERS {
-        methods.add_plain(setter.method, setter.phases, |app, params| set(app, params, setter));
+        methods.add_plain(setter.method, setter.phases, |app, params| {
+            set(&mut app.options.borrow_mut(), params, setter)?;
+            Ok(true.into())
+        });
     }
 }
 
-/// Whether a method that keeps options refuses these parameters, which are of the right types, as a
-/// first call. Other methods refuse nothing here.
-pub(crate) fn refuses(method: &str, given: &Map<String, Value>) -> bool {
-    let setter = SETTERS.iter().find(|setter| setter.method == method);
-    setter.is_some_and(|setter| (setter.check)(&with(setter.initial(), given)).is_err())
+/// Makes the call on these options; `None` if its method sets none.
+pub(super) fn call_on(
+    options: &mut SubsystemOptions,
+    params: &Params,
+) -> Option<Result<(), RpcError>> {
+    let setter = SETTERS.iter().find(|setter| setter.method == params.method())?;
+    Some(set(options, params, setter))
 }
 
 impl Setter {
@@ -290,16 +295,15 @@ fn with(mut options: Map<String, Value>, given: &Map<String, Value>) -> Map<Stri
     options
 }
 
-fn set(app: &App, params: &Params, setter: &Setter) -> Answer {
+fn set(options: &mut SubsystemOptions, params: &Params, setter: &Setter) -> Result<(), RpcError> {
     let given = decode(params, setter.failure)?;
-    let mut options = app.options.borrow_mut();
     let key = setter.key.map(|key| (key, &given[key]));
     let kept = options.kept.params(setter.method, key).cloned();
     let all = with(kept.unwrap_or_else(|| setter.initial()), &given);
     (setter.check)(&all)?;
     options.kept.keep(setter.method, all, setter.key);
     info!("{}: saved, but without effect: vhost has no such component", setter.method);
-    Ok(true.into())
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,0 +1,87 @@
+//! Calls without effect, for `--check`.
+//!
+//! A trial and a method use the same functions, so they refuse the same parameters. What a method
+//! finds only in a running program, such as a bdev that is not there, a trial does not know.
+
+use std::path::PathBuf;
+
+use bdev::method::{Method, MethodError};
+use rpc::{Params, RpcError};
+use serde_json::Value;
+
+use super::bdev_host::Given;
+use super::options::{self, SubsystemOptions};
+use super::{absent, bdev_histogram, bdev_qos, log, scheduler, threads, trace, vhost};
+use crate::logging;
+
+/// A program to which calls are made on trial. It has options, and nothing else.
+pub(crate) struct Trial {
+    /// The reactors' cores.
+    cores: Vec<usize>,
+    socket_dir: PathBuf,
+    options: SubsystemOptions,
+    /// The methods of bdev modules.
+    modules: Vec<Method>,
+}
+
+impl Trial {
+    pub(crate) fn new(cores: Vec<usize>, socket_dir: PathBuf) -> Self {
+        let modules = bdev::modules::all().into_iter().flat_map(|module| module.methods());
+        let options = SubsystemOptions::default();
+        Self { cores, socket_dir, options, modules: modules.collect() }
+    }
+
+    /// Whether new bdevs are examined without `bdev_examine`.
+    pub(crate) fn auto_examine(&self) -> bool {
+        self.options.bdev.auto_examine()
+    }
+
+    /// Makes a call. `None`: a trial knows no parameters that this method refuses.
+    ///
+    /// # Errors
+    /// The reason, which the program would log.
+    pub(crate) fn call(
+        &mut self,
+        method: &'static str,
+        params: Option<Value>,
+    ) -> Option<Result<(), String>> {
+        let params = match Params::local(method, params) {
+            Ok(params) => params,
+            Err(e) => return Some(Err(e.message)),
+        };
+        let (result, logged) = logging::errors_of(|| self.call_with(params));
+        let prefix = format!("{method}: ");
+        Some(result?.map_err(|e| match logged.last() {
+            Some(line) => line.strip_prefix(&prefix).unwrap_or(line).to_owned(),
+            // The texts of some end in a newline, as in SPDK.
+            None => e.message.trim_end().to_owned(),
+        }))
+    }
+
+    fn call_with(&mut self, params: Params) -> Option<Result<(), RpcError>> {
+        let name = params.method();
+        if let Some((_, change)) = trace::CHANGES.iter().find(|(known, _)| *known == name) {
+            return Some(change(&mut self.options.trace, &params));
+        }
+        if let Some(method) = self.modules.iter().find(|method| method.name == name) {
+            let params = bdev::method::Params::new(Given(params));
+            let refused = |e: MethodError| RpcError::new(e.code, e.text);
+            return method.check(&params).map(|result| result.map_err(refused));
+        }
+        Some(match name {
+            "bdev_enable_histogram" => bdev_histogram::check(&params),
+            "bdev_set_options" => options::set_bdev(&mut self.options, &params),
+            "bdev_set_qos_limit" => bdev_qos::check(&params),
+            "framework_set_scheduler" => scheduler::set(&mut self.options, &params),
+            "log_set_flag" | "log_clear_flag" => log::flag(&params).map(drop),
+            "scheduler_set_options" => {
+                scheduler::set_options(&mut self.options, &self.cores, &params)
+            }
+            "thread_set_cpumask" => threads::check_cpumask(&params),
+            "vhost_controller_set_coalescing" => vhost::check_coalescing(&params),
+            "vhost_create_blk_controller" => vhost::check_create(&params, &self.socket_dir),
+            "virtio_blk_create_transport" => vhost::create_transport(&params).map(drop),
+            _ => return absent::call_on(&mut self.options, &params),
+        })
+    }
+}
