@@ -37,11 +37,17 @@ pub enum BindError {
     File(PathBuf, #[source] io::Error),
 }
 
-/// The file of a listening socket. Dropping it removes the socket and its lock file.
+/// The file of a listening socket. Dropping it removes the socket and its lock file. A file that
+/// another process has put at the socket's path stays.
 pub(crate) struct SocketFile {
     path: PathBuf,
+    /// `None` if there was none after `bind`.
+    file: Option<FileId>,
     _lock: Lock,
 }
+
+/// A file's device and inode. The inode is not used again while the socket is open.
+type FileId = (u64, u64);
 
 impl SocketFile {
     /// Locks `<path>.lock`, removes the socket of an earlier process at `path`, binds a new one,
@@ -61,7 +67,7 @@ impl SocketFile {
         let failed = |error| BindError::Listen(path.into(), error);
         let bound = Listener::bind(path).map_err(failed)?;
         // Removes the file on an error.
-        let file = Self { path: path.into(), _lock: lock };
+        let file = Self { path: path.into(), file: file_id(path), _lock: lock };
         on_bound(path).map_err(|error| BindError::File(path.into(), error))?;
         Ok((file, Listener::listen(bound).map_err(failed)?))
     }
@@ -73,11 +79,23 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The lock is released after this, so no other process can have bound the path.
-        if let Err(error) = fs::remove_file(&self.path) {
+        // The lock keeps other servers from the path, but not other programs. Linux cannot remove a
+        // name on the condition that it is that of a certain file: a file that is put here between
+        // this check and the removal, or between `bind` and the first `file_id`, is removed too.
+        if self.file.is_none() || file_id(&self.path) != self.file {
+            tracing::debug!(
+                "{} is not the socket of this process; not removed",
+                self.path.display()
+            );
+        } else if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!("cannot remove {}: {error}", self.path.display());
         }
     }
+}
+
+/// The file at `path`. A link is not followed.
+fn file_id(path: &Path) -> Option<FileId> {
+    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
 /// An exclusive lock on a lock file. Dropping it removes the file.

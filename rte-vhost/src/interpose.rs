@@ -20,7 +20,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int};
-use std::fs;
 use std::io;
 use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::path::Path;
@@ -29,7 +28,7 @@ use std::sync::{Arc, Weak};
 use closer::ForeignFd;
 
 use crate::front_ends::{self, Accepted, Inbox};
-use crate::socket::bound_path;
+use crate::socket::{FileId, bound_path};
 
 /// A function that is called with the path of a socket when its file exists, and before a front end
 /// can connect. An error removes the file.
@@ -46,9 +45,17 @@ thread_local! {
     /// What the next `listen` on this thread calls. It then keeps a duplicate of its socket.
     static ON_BOUND: RefCell<Option<OnBound>> = const { RefCell::new(None) };
     /// The duplicate that `listen` has kept, or why the socket must not be used.
-    static LISTENER: RefCell<Option<io::Result<OwnedFd>>> = const { RefCell::new(None) };
+    static LISTENER: RefCell<Option<io::Result<BoundSocket>>> = const { RefCell::new(None) };
     /// Whether `unlink` on this thread keeps the file.
     static KEEPS_FILES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A bound socket that rte_vhost is about to listen on.
+pub(crate) struct BoundSocket {
+    /// A duplicate of the socket.
+    pub(crate) socket: OwnedFd,
+    /// Its file. `None` if there was none already.
+    pub(crate) file: Option<FileId>,
 }
 
 /// Takes the connection that the calling thread has just accepted.
@@ -58,11 +65,11 @@ pub(crate) fn accepted() -> Option<Accepted> {
 
 /// Runs `f`. Also returns a duplicate of the socket on which `f` has called `listen`. On an error,
 /// among them that of `on_bound`, the socket's file is removed, so that no front end finds it, but
-/// the socket is open.
+/// the socket is open. A file that another process has put there meanwhile stays.
 pub(crate) fn keeping_listener<R>(
     on_bound: &OnBound,
     f: impl FnOnce() -> R,
-) -> (R, Option<io::Result<OwnedFd>>) {
+) -> (R, Option<io::Result<BoundSocket>>) {
     ON_BOUND.set(Some(Arc::clone(on_bound)));
     let result = f();
     ON_BOUND.take();
@@ -70,13 +77,14 @@ pub(crate) fn keeping_listener<R>(
 }
 
 /// What [`listen`] does before the system call.
-fn keep_listener(socket: BorrowedFd<'_>, on_bound: &OnBound) -> io::Result<OwnedFd> {
+fn keep_listener(socket: BorrowedFd<'_>, on_bound: &OnBound) -> io::Result<BoundSocket> {
     let path = bound_path(socket).ok_or(io::ErrorKind::AddrNotAvailable)?;
+    let file = FileId::of(&path);
     let kept = on_bound(&path).and_then(|()| socket.try_clone_to_owned());
-    if kept.is_err() {
-        let _ = fs::remove_file(&path);
+    if let (Err(_), Some(file)) = (&kept, file) {
+        file.remove_from(&path);
     }
-    kept
+    Ok(BoundSocket { socket: kept?, file })
 }
 
 /// Drops the fds that no handler has taken.
@@ -169,4 +177,41 @@ pub(crate) unsafe extern "C" fn unlink(path: *const c_char) -> c_int {
     // SAFETY: passes on the caller's argument unchanged; the caller guarantees that it is valid.
     let result = unsafe { libc::syscall(libc::SYS_unlink, path) };
     c_int::try_from(result).unwrap_or(-1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// Binds a socket, whose file `on_bound` refuses. Returns what is at its path then.
+    fn refused(on_bound: impl Fn(&Path) + Send + Sync + 'static) -> Option<FileId> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let on_bound: OnBound = Arc::new(move |path| {
+            on_bound(path);
+            Err(io::Error::other("no"))
+        });
+        let (socket, kept) = keeping_listener(&on_bound, || UnixListener::bind(&path).unwrap());
+        assert!(kept.expect("the socket listens").is_err());
+        drop(socket);
+        FileId::of(&path)
+    }
+
+    #[test]
+    fn a_refused_socket_is_removed_and_that_of_another_process_stays() {
+        assert_eq!(refused(|_| {}), None);
+        assert_eq!(refused(|path| fs::remove_file(path).unwrap()), None);
+        let others = Arc::new(std::sync::Mutex::new(None));
+        let noted = Arc::clone(&others);
+        let found = refused(move |path| {
+            fs::remove_file(path).unwrap();
+            let other = UnixListener::bind(path).unwrap();
+            *noted.lock().unwrap() = Some((FileId::of(path), other));
+        });
+        assert!(found.is_some());
+        assert_eq!(others.lock().unwrap().as_ref().map(|(file, _)| *file), Some(found));
+    }
 }

@@ -6,15 +6,13 @@
 //! even if another process has put it there.
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use closer::{Account, ForeignFd};
 
-use crate::socket::{accept4, shut_down};
+use crate::socket::{FileId, accept4, shut_down};
 
 /// All listening sockets.
 #[derive(Debug, Default)]
@@ -28,24 +26,26 @@ struct Listener {
     file: Option<FileId>,
 }
 
-/// A file's device and inode.
-type FileId = (u64, u64);
-
 impl Listeners {
     fn all(&self) -> MutexGuard<'_, HashMap<PathBuf, Listener>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records the socket that was just bound to `path`.
-    pub(crate) fn add(&self, path: &Path, socket: ForeignFd, account: Account) {
-        let listener = Listener { socket, account, file: file_id(path) };
-        self.all().insert(path.to_owned(), listener);
+    /// Records a socket that is bound to `path`, with its file.
+    pub(crate) fn add(
+        &self,
+        path: &Path,
+        file: Option<FileId>,
+        socket: ForeignFd,
+        account: Account,
+    ) {
+        self.all().insert(path.to_owned(), Listener { socket, account, file });
     }
 
     /// Returns whether the file at `path` is the one that this program's socket made.
     pub(crate) fn owns_file(&self, path: &Path) -> bool {
-        let file = file_id(path);
-        file.is_some() && self.all().get(path).is_some_and(|listener| listener.file == file)
+        let file = self.all().get(path).and_then(|listener| listener.file);
+        file.is_some_and(|file| file.is_at(path))
     }
 
     /// Ends a socket that rte_vhost has closed: new connections are refused, and those in the
@@ -61,13 +61,10 @@ impl Listeners {
 
     /// Removes the files of all sockets, except those that other processes have replaced.
     pub(crate) fn remove_files(&self) {
-        let paths: Vec<PathBuf> = self.all().keys().cloned().collect();
-        for path in paths.iter().filter(|path| self.owns_file(path)) {
-            let _ = fs::remove_file(path);
+        let file = |(path, listener): (&PathBuf, &Listener)| Some((path.clone(), listener.file?));
+        let files: Vec<(PathBuf, FileId)> = self.all().iter().filter_map(file).collect();
+        for (path, file) in files {
+            file.remove_from(&path);
         }
     }
-}
-
-fn file_id(path: &Path) -> Option<FileId> {
-    fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }

@@ -2,10 +2,12 @@
 #![expect(unsafe_code, reason = "system calls on sockets")]
 
 use std::ffi::c_int;
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 /// Returns the path that a Unix socket is bound to.
 pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
@@ -21,6 +23,34 @@ pub(crate) fn bound_path(socket: BorrowedFd<'_>) -> Option<PathBuf> {
     let bytes: Vec<u8> =
         addr.sun_path.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
     (!bytes.is_empty()).then(|| std::ffi::OsStr::from_bytes(&bytes).into())
+}
+
+/// Identifies the file of a bound socket: device and inode. The inode is not used again while the
+/// socket is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId(u64, u64);
+
+impl FileId {
+    /// The file at `path`. A link is not followed.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        fs::symlink_metadata(path).ok().map(|meta| Self(meta.dev(), meta.ino()))
+    }
+
+    /// Returns whether this file is at `path`.
+    pub(crate) fn is_at(self, path: &Path) -> bool {
+        Self::of(path) == Some(self)
+    }
+
+    /// Removes this file from `path`, unless another process has put its own file there.
+    ///
+    /// Linux cannot remove a name on the condition that it is that of a certain file. So a process
+    /// that may write to the directory loses a file that it puts there between the check and the
+    /// removal, or between `bind` and [`FileId::of`].
+    pub(crate) fn remove_from(self, path: &Path) {
+        if self.is_at(path) {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// Accepts a connection without blocking. The new socket is non-blocking.

@@ -35,7 +35,7 @@ use tracing::warn;
 use vhost_target::{OnStart, Target, Transport, protocol};
 
 use crate::callbacks::{self, DEVICE_OPS};
-use crate::interpose::OnBound;
+use crate::interpose::{BoundSocket, OnBound};
 use crate::shared::{self, shared};
 use crate::{event_thread, front_ends, interpose, log, self_test};
 
@@ -173,21 +173,28 @@ fn register(socket: &Path, features: u64, account: &Account, on_bound: &OnBound)
     let c_path = c_path(socket)?;
     let (registered, listener) =
         interpose::keeping_listener(on_bound, || register_with_rte_vhost(&c_path, features));
+    if let (Err(_), Some(Ok(BoundSocket { file: Some(file), .. }))) = (&registered, &listener) {
+        file.remove_from(socket);
+    }
     registered?;
     let listener = listener.unwrap_or_else(|| Err(io::Error::other("rte_vhost does not listen")));
-    let listener = listener.inspect_err(|_| {
-        // The file is removed already, and another process may have put its own there.
-        interpose::keeping_files(|| {
-            // SAFETY: the string outlives the call.
-            unsafe { sys::rte_vhost_driver_unregister(c_path.as_ptr()) };
-        });
-    })?;
-    shared().listeners.add(socket, ForeignFd::new(listener, account), account.clone());
+    let BoundSocket { socket: listener, file } = listener.inspect_err(|_| unregister(&c_path))?;
+    shared().listeners.add(socket, file, ForeignFd::new(listener, account), account.clone());
     Ok(())
 }
 
-fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
-    let path = path.as_ptr();
+/// Unregisters a socket whose registration has failed. Keeps the file at its path: the socket's own
+/// file is removed elsewhere, and another process may have put its own there.
+fn unregister(path: &CStr) {
+    interpose::keeping_files(|| {
+        // SAFETY: the string outlives the call.
+        unsafe { sys::rte_vhost_driver_unregister(path.as_ptr()) };
+    });
+}
+
+/// On an error, the socket's file stays.
+fn register_with_rte_vhost(c_path: &CStr, features: u64) -> io::Result<()> {
+    let path = c_path.as_ptr();
     let steps: [(&str, &dyn Fn() -> c_int); 5] = [
         ("register", &|| {
             // SAFETY: the string outlives the call.
@@ -217,8 +224,7 @@ fn register_with_rte_vhost(path: &CStr, features: u64) -> io::Result<()> {
             continue;
         }
         if n > 0 {
-            // SAFETY: as above.
-            unsafe { sys::rte_vhost_driver_unregister(path) };
+            unregister(c_path);
         }
         let said = errors.join("; ");
         return Err(io::Error::other(format!("rte_vhost failed to {what} the socket: {said}")));

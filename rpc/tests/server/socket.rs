@@ -1,7 +1,7 @@
 //! The socket's file and its lock.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 
 use crate::fixture::{Fixture, run};
@@ -84,13 +84,43 @@ fn a_file_that_the_caller_refuses_is_removed() {
         let refuse = |bound: &std::path::Path| {
             assert!(std::fs::metadata(bound).unwrap().file_type().is_socket());
             // It does not listen yet.
-            assert!(std::os::unix::net::UnixStream::connect(bound).is_err());
+            assert!(UnixStream::connect(bound).is_err());
             Err(std::io::Error::other("not like this"))
         };
         let refused = Server::bind_with(&path, Rc::new(Registry::new()), refuse);
         let error = refused.err().unwrap();
         assert!(matches!(error, BindError::File(..)), "{error}");
         assert!(error.to_string().ends_with("/s: not like this"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    });
+}
+
+/// Puts another socket at a path, as another program might.
+fn replace(path: &std::path::Path) -> UnixListener {
+    std::fs::remove_file(path).expect("the server's file");
+    UnixListener::bind(path).expect("a free path")
+}
+
+#[test]
+fn a_file_that_another_program_has_put_there_stays() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let mut other = None;
+        let refuse = |bound: &std::path::Path| {
+            other = Some(replace(bound));
+            Err(std::io::Error::other("not like this"))
+        };
+        assert!(Server::bind_with(&path, Rc::new(Registry::new()), refuse).is_err());
+        assert!(UnixStream::connect(&path).is_ok(), "the other program's socket");
+        drop(other);
+        let server = bind(&path).unwrap();
+        let other = replace(&path);
+        server.shutdown().await;
+        assert!(UnixStream::connect(&path).is_ok(), "the other program's socket");
+        drop(other);
+        // The next server removes what no process listens on.
+        bind(&path).unwrap().shutdown().await;
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     });
 }
