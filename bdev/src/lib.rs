@@ -78,7 +78,7 @@ pub use modules::split::Part;
 pub use pages::Backing;
 pub use qos::{Limiting, Qos, QosUser, RateLimits};
 pub use shortcut::Shortcut;
-pub use stats::{Counters, HistogramOptions, Latencies, OpCounts, Stats, UserCounts};
+pub use stats::{Counters, HistogramOptions, Latencies, OpCounts, Stats, Sums, UserCounts};
 pub use topology::Topology;
 pub use waker::Waker;
 pub use wrapper::{Wrapped, Wrapper, derived_uuid};

@@ -9,7 +9,7 @@ use crate::client::Client;
 /// JSON values that a call builds or writes in one slice: about a tenth of a millisecond.
 pub const SLICE_VALUES: usize = 1000;
 
-/// Counts the work of one call, and yields after each slice.
+/// Counts the work of one call, or of another task, and yields after each slice.
 ///
 /// ```
 /// # use rpc::{Params, RpcError};
@@ -35,6 +35,11 @@ pub struct Pace {
 impl Pace {
     pub(crate) fn new(client: Client) -> Self {
         Self { client, left: SLICE_VALUES }
+    }
+
+    /// Counts the work of a task that no client waits for.
+    pub fn local() -> Self {
+        Self::new(Client::local())
     }
 
     /// Counts `values` that were built, or other work of the same duration. Yields if the slice has

@@ -7,7 +7,7 @@
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use super::{Inner, Stats};
+use super::Stats;
 use crate::io::{OPS, Op};
 
 /// The counters' granularity: each power of two of ticks has 2^7 buckets.
@@ -133,29 +133,13 @@ impl Stats {
         inner.histogram = None;
     }
 
-    /// Returns whether the histogram is enabled.
-    #[must_use]
-    pub fn has_histogram(&self) -> bool {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).histogram.is_some()
-    }
-
     /// Returns the latencies that were counted since the histogram was enabled; `None` while it is
     /// disabled.
     #[must_use]
     pub fn latencies(&self) -> Option<Latencies> {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let options = inner.histogram.clone()?;
-        Some(Latencies { options, counts: inner.latencies_since_reset() })
-    }
-}
-
-impl Inner {
-    fn latencies_since_reset(&self) -> Vec<u64> {
-        let mut counts = self.latencies_ever().0;
-        for (count, reset) in counts.iter_mut().zip(&self.reset_latencies.0) {
-            *count = count.saturating_sub(*reset);
-        }
-        counts
+        Some(Latencies::new(options, inner.latencies_ever(), &inner.reset_latencies))
     }
 }
 
@@ -167,6 +151,18 @@ pub struct Latencies {
 }
 
 impl Latencies {
+    /// Those that were counted since `reset`.
+    pub(super) fn new(
+        options: HistogramOptions,
+        Counts(mut counts): Counts,
+        reset: &Counts,
+    ) -> Self {
+        for (count, reset) in counts.iter_mut().zip(&reset.0) {
+            *count = count.saturating_sub(*reset);
+        }
+        Self { options, counts }
+    }
+
     /// The first and the last power of two with buckets of its own.
     #[must_use]
     pub fn ranges(&self) -> (u32, u32) {

@@ -11,8 +11,10 @@ use crate::qos::QosUser;
 
 mod extremes;
 mod histogram;
+mod sums;
 
 pub use histogram::{HistogramOptions, Latencies};
+pub use sums::Sums;
 
 use extremes::Extremes;
 use histogram::{Counts, Recorder};
@@ -156,19 +158,6 @@ impl Stats {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let ever = inner.ever();
         std::array::from_fn(|op| ever[op].since(&inner.reset[op]))
-    }
-
-    /// Returns the totals since the bdev was created, which no reset changes, except for the
-    /// extremes.
-    #[must_use]
-    pub fn ever(&self) -> [OpCounts; OPS] {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).ever()
-    }
-
-    /// Returns the failures since the bdev was created, indexed by [`crate::FailureKind`] as usize.
-    #[must_use]
-    pub fn failures_ever(&self) -> [u64; FAILURE_KINDS] {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).failures_ever()
     }
 
     /// Returns the totals since the last reset for each channel that is open, with its user.

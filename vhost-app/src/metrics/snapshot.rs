@@ -1,16 +1,24 @@
 //! The state of the process at one time, as plain data.
 
-use bdev::{FAILURE_KINDS, Latencies, OPS, OpCounts, UserCounts};
+use std::collections::HashMap;
+
+use bdev::{FAILURE_KINDS, Latencies, Live, OPS, OpCounts, Sums, UserCounts};
 use reactor::ticks_per_second;
-use rpc::Registry;
+use rpc::{Pace, Registry};
 use vhost_blk::Blk;
 use vhost_target::{ControllerInfo, ReactorInfo, SessionInfo};
 
 use crate::cli::VERSION;
 use crate::methods::App;
 
-/// Rows that are taken before other tasks of the thread run.
-const SLICE: usize = 16;
+/// JSON values whose work equals that of a row without its channels.
+const ROW_VALUES: usize = 5;
+
+/// The same for the histogram of one channel, which has thousands of counters.
+const HISTOGRAM_VALUES: usize = 50;
+
+/// Channels that are compared with the one that is sought in the time of a JSON value.
+const CHANNELS_PER_VALUE: usize = 40;
 
 /// The state of the process at one time.
 #[derive(Debug)]
@@ -64,32 +72,33 @@ impl From<ControllerInfo> for ControllerRow {
 }
 
 impl Snapshot {
-    /// Takes it. Lets other tasks run after some rows, so the rows are not of one instant.
+    /// Takes it. Lets other tasks run after some work, so the rows are not of one instant.
     pub(super) async fn take(app: &App, registry: &Registry) -> Self {
         let target = app.control.target();
         let longest = target.longest_iterations(false).into_iter();
         let longest: Vec<f64> = longest.map(|(_, us, _)| us).collect();
-        let mut bdevs = vec![];
-        for (n, id) in app.bdevs.ids().into_iter().enumerate() {
-            if let Some(live) = app.bdevs.live(id) {
-                // To sum up histograms takes long.
-                if live.bdev.stats().has_histogram() {
-                    tokio::task::yield_now().await;
-                }
-                let stats = live.bdev.stats();
-                bdevs.push(BdevRow {
-                    name: live.bdev.name().to_owned(),
-                    ops: stats.ever(),
-                    failures: stats.failures_ever(),
-                    latencies: stats.latencies(),
-                });
+        let (mut pace, mut bdevs, mut channels) = (Pace::local(), vec![], HashMap::new());
+        for id in app.bdevs.ids() {
+            // The bdev is not held while other tasks run.
+            let begun = app.bdevs.live(id).map(|Live { bdev, .. }| {
+                let (name, sums) = (bdev.name().to_owned(), bdev.stats().sums());
+                (name, sums)
+            });
+            pace.spend(ROW_VALUES).await;
+            if let Some((name, sums)) = begun {
+                channels.insert(name.clone(), sums.left());
+                bdevs.push(BdevRow::of(name, sums, &mut pace).await);
             }
-            pause(n).await;
         }
         let mut controllers = vec![];
-        for (n, controller) in target.controllers().into_iter().enumerate() {
-            controllers.push(controller.into());
-            pause(n).await;
+        for controller in target.controllers() {
+            let queues: usize = controller.sessions.iter().map(|s| s.queues.len()).sum();
+            let row = ControllerRow::from(controller);
+            // Its counters are sought among those of all channels of its bdev.
+            let sought =
+                channels.get(&row.bdev).map_or(0, |channels| channels / CHANNELS_PER_VALUE);
+            controllers.push(row);
+            pace.spend(ROW_VALUES + queues + sought).await;
         }
         Self {
             version: VERSION,
@@ -103,8 +112,51 @@ impl Snapshot {
     }
 }
 
-async fn pause(row: usize) {
-    if row % SLICE == SLICE - 1 {
-        tokio::task::yield_now().await;
+impl BdevRow {
+    async fn of(name: String, mut sums: Sums, pace: &mut Pace) -> Self {
+        let values = if sums.has_histogram() { HISTOGRAM_VALUES } else { 1 };
+        while sums.add_channel() {
+            pace.spend(values).await;
+        }
+        Self { name, ops: sums.ops, failures: sums.failures, latencies: sums.latencies() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use bdev::{HistogramOptions, Op, QosUser, Stats};
+
+    use super::*;
+
+    /// How often other tasks run while a bdev of 1,000 channels is summed up.
+    async fn pauses(stats: &Stats) -> usize {
+        let channels: Vec<_> = (0..1000).map(|_| stats.attach(QosUser::new(1))).collect();
+        channels.iter().for_each(|channel| channel.record(Op::Read, 512, 9));
+        let (mut pauses, mut pace) = (0, Pace::local());
+        let mut row = pin!(BdevRow::of("B".into(), stats.sums(), &mut pace));
+        let row = std::future::poll_fn(|context| {
+            let polled = row.as_mut().poll(context);
+            pauses += usize::from(polled.is_pending());
+            polled
+        });
+        let row = row.await;
+        assert_eq!(row.ops[Op::Read as usize].count, 1000);
+        assert_eq!(row.latencies.map(|latencies| latencies.count()).unwrap_or(1000), 1000);
+        pauses
+    }
+
+    #[tokio::test]
+    async fn channels_and_histograms_count_as_work() {
+        assert_eq!(pauses(&Stats::default()).await, 1);
+        let stats = Stats::default();
+        stats.enable_histogram(HistogramOptions {
+            ops: HistogramOptions::ALL_OPS,
+            granularity: 7,
+            min_ticks: 0,
+            max_ticks: u64::MAX,
+        });
+        assert_eq!(pauses(&stats).await, 50);
     }
 }
