@@ -5,10 +5,11 @@ mod harness;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use harness::{Launch, Vhost, wait_until};
@@ -118,8 +119,8 @@ fn metrics_tell_what_the_rpcs_tell() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// Clients that send nothing, half a request or nonsense hold up neither the RPC nor, once they are
-/// gone, other readers.
+/// Clients that send nothing, half a request or nonsense, or do not read their answers, hold up
+/// neither the RPC nor other readers.
 #[test]
 fn clients_that_hang_hold_up_nobody_else() {
     let vhost = Launch::new().args(&["--metrics", ":0"]).start();
@@ -133,11 +134,23 @@ fn clients_that_hang_hold_up_nobody_else() {
     assert!(answer.starts_with(b"HTTP/1.1 400 "));
     vhost.ok("spdk_get_version", Value::Null);
     assert!(get(&address, "").contains("vhost_build_info"));
-    // More than are served at a time: the rest waits for those before.
-    idle.extend((0..20).map(|_| TcpStream::connect(&address).unwrap()));
+    // Twice as many as are served at a time. The oldest ones give way.
+    idle.extend((0..124).map(|_| {
+        let mut client = TcpStream::connect(&address).unwrap();
+        client.write_all(b"GET /metrics HT").unwrap();
+        client
+    }));
     vhost.ok("spdk_get_version", Value::Null);
-    drop(idle);
+    let begun = Instant::now();
     assert!(get(&address, "").contains("vhost_build_info"));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    let is_open = |client: &TcpStream| {
+        client.set_nonblocking(true).unwrap();
+        let read = (&*client).read(&mut [0; 1]);
+        matches!(read, Err(e) if e.kind() == ErrorKind::WouldBlock)
+    };
+    let open: Vec<bool> = idle.iter().map(is_open).collect();
+    assert_eq!(open, [vec![false; 65], vec![true; 63]].concat());
     assert_eq!(vhost.stop(), 0);
 }
 

@@ -1,10 +1,11 @@
 //! `--metrics`: an HTTP server for Prometheus and other readers of OpenMetrics.
 //!
-//! It runs on a thread of its own, which nothing waits for: a client that hangs, or whose socket
-//! takes long to close, delays other readers of metrics only. For each request, it asks the control
-//! thread for a [`Snapshot`], and encodes it.
+//! It runs on a thread of its own, which nothing waits for: a client whose socket takes long to
+//! close delays other readers of metrics only, and clients that hang give way to others. For each
+//! request, it asks the control thread for a [`Snapshot`], and encodes it.
 
 mod encode;
+mod places;
 mod snapshot;
 
 use std::convert::Infallible;
@@ -12,7 +13,6 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -26,16 +26,17 @@ use rpc::Registry;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{debug, error, info, warn};
 
 use crate::cli::Address;
 use crate::methods::App;
 use encode::Format;
+use places::{Place, Places};
 use snapshot::Snapshot;
 
-/// Connections that are served at a time; more wait.
+/// Connections at a time.
 const CONNECTIONS: usize = 64;
 
 /// Limit on the time of one connection, which has one request.
@@ -157,19 +158,23 @@ async fn accept<S: AsyncRead + AsyncWrite + Unpin + 'static>(
     ask: &mpsc::Sender<Ask>,
     accept: impl AsyncFn() -> io::Result<S>,
 ) -> io::Result<Infallible> {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Places::new(CONNECTIONS);
     loop {
-        // The semaphore is never closed.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { continue };
         match accept().await {
             Ok(stream) => {
-                let ask = ask.clone();
+                let (ask, place) = (ask.clone(), Rc::new(places.take().await));
                 spawn_local(async move {
-                    let served = tokio::time::timeout(CONNECTION_LIMIT, connection(stream, ask));
-                    if !matches!(served.await, Ok(Ok(()))) {
+                    let served = connection(stream, ask, Rc::clone(&place));
+                    let ended_well = tokio::select! {
+                        biased;
+                        () = place.lost() => false,
+                        served = tokio::time::timeout(CONNECTION_LIMIT, served) => {
+                            matches!(served, Ok(Ok(())))
+                        }
+                    };
+                    if !ended_well {
                         debug!("metrics: a connection ended early");
                     }
-                    drop(slot);
                 });
             }
             Err(e) => {
@@ -183,10 +188,11 @@ async fn accept<S: AsyncRead + AsyncWrite + Unpin + 'static>(
 async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     ask: mpsc::Sender<Ask>,
+    place: Rc<Place>,
 ) -> hyper::Result<()> {
     let service = service_fn(move |request| {
-        let ask = ask.clone();
-        async move { Ok::<_, Infallible>(answer(&request, &ask).await) }
+        let (ask, place) = (ask.clone(), Rc::clone(&place));
+        async move { Ok::<_, Infallible>(place.keep_during(answer(&request, &ask)).await) }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
