@@ -96,7 +96,29 @@ fn registry(probe: &Rc<Probe>) -> Registry {
         }
         Ok(list.into())
     });
+    register_endless(&mut registry);
     registry
+}
+
+/// Registers methods that let the next request start, and do not end.
+fn register_endless(registry: &mut Registry) {
+    // Waits once, and then works and yields.
+    registry.register("spin", Phases::Both, |params: Params| async move {
+        params.let_next_start();
+        tokio::task::yield_now().await;
+        let mut pace = params.pace();
+        loop {
+            pace.spend(rpc::SLICE_VALUES).await;
+        }
+    });
+    // Lets the next request start after other tasks have run a few times.
+    registry.register("hesitate", Phases::Both, |params: Params| async move {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        params.let_next_start();
+        std::future::pending().await
+    });
 }
 
 /// Registers the methods that record their calls in `started`.

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use crate::fixture::{Fixture, RawClient, run, run_with_paused_clock};
 use rpc::CONNECTIONS_MAX;
@@ -71,6 +72,19 @@ fn a_long_answer_yields_to_other_clients_but_not_to_the_next_request_of_its_clie
         let ids: Vec<_> = answer.as_array().unwrap().iter().map(|a| a["id"].clone()).collect();
         assert_eq!(ids, [1, 2, 1]);
         assert!(client.line().await.unwrap().contains(r#""id":3"#));
+    });
+}
+
+/// A batch starts its next member when one waits for an event, although another one works and
+/// yields at that time.
+#[test]
+fn a_member_that_waits_is_told_from_one_that_works() {
+    run(async {
+        let fixture = Fixture::new();
+        let mut client = fixture.client().await;
+        client.send(r#"[{"method":"spin"},{"method":"hesitate"},{"method":"note"}]"#).await;
+        let started = fixture.probe.until(|probe| !probe.started.borrow().is_empty());
+        assert!(tokio::time::timeout(Duration::from_secs(10), started).await.is_ok());
     });
 }
 
@@ -155,13 +169,13 @@ fn the_client_that_is_idle_longest_is_disconnected_if_another_waits() {
             clients.push(client);
         }
         // While no client waits, none is disconnected.
-        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        tokio::time::sleep(Duration::from_secs(3600)).await;
         for client in &mut clients[2..] {
             client.sync().await;
         }
         let begin = tokio::time::Instant::now();
         fixture.client().await.sync().await;
-        assert!(begin.elapsed() >= std::time::Duration::from_secs(300));
+        assert!(begin.elapsed() >= Duration::from_secs(300));
         assert_eq!(clients[2].line().await, None, "the one that was idle longest");
         // Clients with a running request stay connected.
         fixture.release(2);
