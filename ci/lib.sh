@@ -34,11 +34,11 @@ skip() {
 
 # Prints the programs of a Ceph cluster that this machine lacks.
 ceph_lacks() {
-    local program lacks=()
+    local program missing=()
     for program in ceph-mon ceph-osd ceph-authtool monmaptool ceph rbd; do
-        command -v "$program" >/dev/null || lacks+=("$program")
+        command -v "$program" >/dev/null || missing+=("$program")
     done
-    echo "${lacks[*]}"
+    echo "${missing[*]}"
 }
 
 # Sets the environment of tests with a guest: VHOST_KERNEL and VHOST_INITRD (the guest), VHOST_ACCEL (kvm or tcg),
