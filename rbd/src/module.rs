@@ -64,7 +64,9 @@ impl BdevModule for RbdModule {
             Method::new("bdev_rbd_get_clusters_info", move |_, params| {
                 get_clusters_info(Rc::clone(&three), params)
             }),
-            Method::new(CREATE, move |host, params| create(Rc::clone(&four), host, params)),
+            Method::parsed(CREATE, parse, move |host, params, p| {
+                create(Rc::clone(&four), host, params, p)
+            }),
             Method::new("bdev_rbd_delete", |host, params| life::delete(host, params, NAME)),
             Method::new("bdev_rbd_resize", move |host, params| {
                 resize(Rc::clone(&five), host, params)
@@ -302,12 +304,18 @@ impl Create {
     }
 }
 
-async fn create(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+/// Decodes the parameters, and refuses those that are out of range.
+fn parse(params: &Params) -> Result<Create, MethodError> {
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
     let invalid = |e: Error| refused(CREATE, &e, libc::EINVAL);
+    // Without a name, it gets one.
+    checked_size(p.name.as_deref().unwrap_or(NAME), 1, p.block_size).map_err(invalid)?;
+    Ok(p)
+}
+
+async fn create(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params, p: Create) -> Answer {
     let failed = |e: Error| refused(CREATE, &e, libc::EPERM);
     let name = p.name.clone().unwrap_or_else(|| module.next_name(host.registry()));
-    checked_size(&name, 1, p.block_size).map_err(invalid)?;
     let cluster_options = p.cluster(&module.clusters).map_err(failed)?;
     let reserved = host.registry().reserve(name, given(p.uuid)).map_err(MethodError::errno)?;
     let options = RbdOptions {

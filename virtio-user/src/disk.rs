@@ -45,6 +45,22 @@ pub struct VirtioOptions {
     pub queue_size: u16,
 }
 
+impl VirtioOptions {
+    /// # Errors
+    /// [`Error::Invalid`] if a number is out of range, or the name is empty.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let Self { name, queues, queue_size, .. } = self;
+        checked_size(name, 1, 512)?;
+        if *queues == 0 || !queue_size.is_power_of_two() || !(4..=32768).contains(queue_size) {
+            return Err(Error::Invalid(format!(
+                "{name}: {queues} queues of {queue_size} entries: expected at least one queue of a \
+                 power of two from 4 to 32768"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Namespace of the UUIDs, which are derived from a bdev's socket and name.
 const NAMESPACE: Uuid = Uuid::from_u128(0x0a2c_7d1e_55b7_4c0a_9b5c_3b9d_6f0e_81d4);
 
@@ -55,13 +71,8 @@ impl VirtioDisk {
     /// ENOENT or ECONNREFUSED if no server listens; EIO if it does not answer as it should;
     /// [`Error::Invalid`] if an option or a property of its disk is out of range.
     pub fn connect(options: VirtioOptions) -> Result<Arc<Self>, Error> {
+        options.check()?;
         let VirtioOptions { name, socket, queues, queue_size } = options;
-        if queues == 0 || !queue_size.is_power_of_two() || !(4..=32768).contains(&queue_size) {
-            return Err(Error::Invalid(format!(
-                "{name}: {queues} queues of {queue_size} entries: expected at least one queue of a \
-                 power of two from 4 to 32768"
-            )));
-        }
         let session = Session::connect(&socket)?;
         let Properties { size, block_size, limits, .. } = session.properties;
         let num_blocks = size.checked_div(block_size.into()).unwrap_or(0);

@@ -38,7 +38,9 @@ impl BdevModule for VirtioModule {
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
         vec![
-            Method::new(ATTACH, move |host, params| attach(Rc::clone(&self), host, params)),
+            Method::parsed(ATTACH, parse, move |host, params, options| {
+                attach(Rc::clone(&self), host, params, options)
+            }),
             Method::new("bdev_virtio_detach_controller", detach),
         ]
     }
@@ -98,12 +100,14 @@ const VQ_SIZE: u16 = 512;
 /// SPDK's error for every failure to attach.
 const FAILED: DecodeFailure = DecodeFailure { code: -32602, text: "Invalid argument" };
 
-async fn attach(module: Rc<VirtioModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+fn failed(e: &Error) -> MethodError {
+    error!("{ATTACH}: {e}");
+    MethodError { code: FAILED.code, text: FAILED.text.to_owned() }
+}
+
+/// Decodes the parameters, and refuses those that are out of range.
+fn parse(params: &Params) -> Result<VirtioOptions, MethodError> {
     let p: Attach = params.decode(FAILED)?;
-    let failed = |e: &Error| {
-        error!("{ATTACH}: {e}");
-        MethodError { code: FAILED.code, text: FAILED.text.to_owned() }
-    };
     let unsupported = |what: String| failed(&Error::Unsupported(what));
     if p.trtype != "user" {
         return Err(unsupported(format!("trtype {}: only user is", p.trtype)));
@@ -117,10 +121,25 @@ async fn attach(module: Rc<VirtioModule>, host: Rc<dyn Host>, params: Params) ->
                 .map_err(|_| failed(&Error::Invalid(format!("{given}: expected at most 65535"))))
         })
     };
-    let (queues, queue_size) = (number(p.vq_count, VQ_COUNT)?, number(p.vq_size, VQ_SIZE)?);
-    let options =
-        VirtioOptions { name: p.name.clone(), socket: PathBuf::from(p.traddr), queues, queue_size };
-    let reserved = host.registry().reserve(p.name, None).map_err(MethodError::errno)?;
+    let options = VirtioOptions {
+        queues: number(p.vq_count, VQ_COUNT)?,
+        queue_size: number(p.vq_size, VQ_SIZE)?,
+        name: p.name,
+        socket: PathBuf::from(p.traddr),
+    };
+    options.check().map_err(|e| failed(&e))?;
+    Ok(options)
+}
+
+async fn attach(
+    module: Rc<VirtioModule>,
+    host: Rc<dyn Host>,
+    params: Params,
+    options: VirtioOptions,
+) -> Answer {
+    let VirtioOptions { queues, queue_size, .. } = options;
+    let reserved =
+        host.registry().reserve(options.name.clone(), None).map_err(MethodError::errno)?;
     // It may wait for the server.
     params.let_next_start();
     let connect = move || VirtioDisk::connect(options);
