@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use front_end::{LIMIT, RingLayout};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::restarted::Server;
 use crate::servers::{Error, Result};
@@ -45,6 +45,9 @@ pub struct Plan {
     pub kills: u64,
     /// Chooses blocks, kinds, and when to kill.
     pub seed: u64,
+    /// The method that creates the disk's bdev, and its parameters without the name. `None`: an aio bdev
+    /// on a file.
+    pub bdev: Option<(&'static str, Value)>,
 }
 
 impl Plan {
@@ -60,7 +63,14 @@ impl Plan {
             depth: 32,
             kills: 200,
             seed: 1,
+            bdev: None,
         }
+    }
+
+    /// Bytes of the disk.
+    #[must_use]
+    pub fn disk_bytes(&self) -> u64 {
+        guest::disk_bytes(self)
     }
 }
 
@@ -161,12 +171,13 @@ fn make_server(plan: &Plan) -> Result<Server> {
     let dir = dir.map_err(Error::system(doing()))?;
     let disk = dir.path().join("file");
     let file = File::create(&disk).map_err(Error::system(doing()))?;
-    file.set_len(guest::disk_bytes(plan)).map_err(Error::system(doing()))?;
-    let aio = json!({"name": DISK, "filename": disk, "block_size": 512});
+    file.set_len(plan.disk_bytes()).map_err(Error::system(doing()))?;
+    let aio = || ("bdev_aio_create", json!({"filename": disk, "block_size": 512}));
+    let (method, mut params) = plan.bdev.clone().unwrap_or_else(aio);
+    params["name"] = DISK.into();
     let packed = plan.rings == RingLayout::Packed;
     let controller = json!({"ctrlr": DISK, "dev_name": DISK, "packed_ring": packed});
-    let bdevs = [("bdev_aio_create", aio)];
-    Server::new(&plan.vhost, &plan.args, plan.core, dir, &bdevs, &[controller])
+    Server::new(&plan.vhost, &plan.args, plan.core, dir, &[(method, params)], &[controller])
 }
 
 /// SplitMix64.

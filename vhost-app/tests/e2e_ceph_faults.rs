@@ -1,5 +1,6 @@
 //! What happens to a Ceph cluster, or to its opinion of `vhost`, under a load that checks every block:
 //! daemons that stop or die, a client that is blocklisted, taken over or killed.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod ceph;
 mod disks;
@@ -8,10 +9,11 @@ mod isolation;
 
 use std::collections::BTreeSet;
 
+use bench::crash::{self, Plan};
 use bench::{Load, LoadOptions};
 use ceph::{Cluster, Driver, Image, bdev, wait_for_state};
 use front_end::request::STATUS_IOERR;
-use front_end::{FrontEnd, GuestRam, Options, QueueOptions, STATUS_OK};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RingLayout, STATUS_OK};
 use harness::{Vhost, wait_until};
 use isolation::{Form, Host, Vm};
 use serde_json::{Value, json};
@@ -130,6 +132,56 @@ fn a_client_that_an_operator_blocklists_connects_again_and_loses_nothing() {
     assert_eq!(vhost.stop(), 0);
 }
 
+/// Its cluster is registered, and is not in use in the end.
+#[test]
+fn disks_of_a_registered_cluster_connect_again_too() {
+    let Some(cluster) = Cluster::find() else { return };
+    let image = cluster.image(16);
+    let vhost = cluster.start();
+    vhost.ok("bdev_rbd_register_cluster", json!({"name": "C", "config_file": cluster.conf()}));
+    image.disk(&vhost, "R", json!({"cluster_name": "C"}));
+    let mut driver = Driver::start(&disks::controller(&vhost, "r", "R"));
+    driver.write(0..32, 1);
+    let address = image.lock().unwrap().address;
+    cluster.ceph(&["osd", "blocklist", "add", &address, "60"]);
+    driver.write(0..32, 2);
+    driver.write(0..32, 3);
+    assert_eq!(driver.read(31), 3);
+    assert_ne!(image.lock().unwrap().address, address);
+    drop(driver);
+    let unregister = || vhost.rpc("bdev_rbd_unregister_cluster", json!({"name": "C"}));
+    assert!(unregister().is_err(), "its new connection is in use");
+    vhost.ok("vhost_delete_controller", json!({"ctrlr": "r", "force": true}));
+    vhost.ok("bdev_rbd_delete", json!({"name": "R"}));
+    wait_until("it can be unregistered", || unregister().is_ok());
+    assert_eq!(vhost.stop(), 0);
+    image.assert_holds(0..32, 3);
+}
+
+#[test]
+fn two_processes_give_the_lock_to_each_other() {
+    let Some(cluster) = Cluster::find() else { return };
+    let image = cluster.image(16);
+    let vhosts = [cluster.start(), cluster.start()];
+    let mut drivers = vhosts.each_ref().map(|vhost| {
+        image.disk(vhost, "R", json!({}));
+        Driver::start(&disks::controller(vhost, "r", "R"))
+    });
+    for n in 1..=20 {
+        let [one, other] = &mut drivers;
+        let (writer, reader) = if n % 2 == 0 { (one, other) } else { (other, one) };
+        writer.write(0..32, n);
+        writer.flush();
+        assert_eq!((reader.read(0), reader.read(31)), (n, n));
+    }
+    drop(drivers);
+    for vhost in vhosts {
+        assert!(!vhost.log().contains("blocklisted"));
+        assert_eq!(vhost.stop(), 0);
+    }
+    image.assert_holds(0..32, 20);
+}
+
 /// A disk whose blocks are 1, and a `vhost` that is frozen with writes of 2 in its ring when another
 /// client takes its lock.
 fn frozen(cluster: &Cluster, image: &Image) -> (Vhost, Driver) {
@@ -163,6 +215,7 @@ fn a_client_that_was_taken_over_writes_nothing_until_the_other_has_gone() {
     for _ in 0..10 {
         driver.give(0..32, 4);
         assert_eq!(driver.take(), [STATUS_IOERR; 32]);
+        assert_eq!((driver.try_read(0), driver.try_flush()), (None, STATUS_IOERR));
     }
     other.write(8..16, 5);
     // Past the next try, which comes after 5 s.
@@ -253,4 +306,35 @@ fn a_killed_process_has_a_successor_that_takes_its_lock_and_finishes_its_request
     assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
     front_end.disconnect().unwrap();
     assert_eq!(vhost.stop(), 0);
+}
+
+/// Each request is done once, whatever is killed when: see `bench::crash`.
+fn killed_40_times(rings: RingLayout) {
+    let Some(cluster) = Cluster::find() else { return };
+    let image = cluster.image(16);
+    let mut plan = Plan::new(env!("CARGO_BIN_EXE_vhost").into());
+    assert!(plan.disk_bytes() <= 16 << 20);
+    plan.core = usize::from(harness::core_mask() == "0x2");
+    plan.rings = rings;
+    plan.kills = 40;
+    plan.args.push("--interrupt-mode".into());
+    if std::env::var("VHOST_HUGEPAGES").is_ok_and(|v| v == "0") {
+        plan.args.extend(["--no-huge", "-s", "256"].map(str::to_owned));
+    }
+    let user = json!({"config": cluster.options("guest"), "user_id": "guest"});
+    plan.bdev = Some(("bdev_rbd_create", image.params("", user)));
+    let toll = crash::run(&plan).unwrap();
+    assert!(toll.is_good(), "{toll}");
+    assert_eq!(toll.kills, plan.kills);
+    println!("{toll}");
+}
+
+#[test]
+fn split_rings_survive_kills() {
+    killed_40_times(RingLayout::Split);
+}
+
+#[test]
+fn packed_rings_survive_kills() {
+    killed_40_times(RingLayout::Packed);
 }
