@@ -1,49 +1,18 @@
 //! A guest moves from one `vhost` to another under load, over a file that both have.
 //!
 //! `ci/guest-loop migration N` does this N times.
-//!
-//! QEMU before 9.0 loses writes of the guest's own processors under TCG when it is not given a core in
-//! the wrong moment (its commit 03bfc2188f): on a machine that is busy otherwise, a guest dies after a
-//! move with QEMU's own virtio-blk disk as often as with ours. So a guest whose kernel has died is no
-//! verdict there, some times: it is reported, and one more is tried. A mismatch or an I/O error always
-//! is one, and a kernel that dies is one under KVM or a later QEMU.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod disks;
 mod guest;
 mod harness;
 
-use std::panic;
-
 use disks::{MIB, answer, hold_some, in_flight, make_file, rings, sessions, start_behind};
 use guest::{Guest, GuestOptions, RING_PACKED, cycles};
 use harness::{Launch, matrix, wait_until};
 
-/// Guests of a test that may die under TCG of a QEMU before 9.0, and before that is taken for a fault of
-/// ours. Beside two busy loops on two cores five of 21 died; six in a row would be one case in five
-/// thousand.
-const DEATHS_MAX: usize = 5;
-
-/// How many guests of a test may die here.
-fn deaths_max() -> usize {
-    if guest::accel() == "tcg" && guest::qemu_major() < 9 { DEATHS_MAX } else { 0 }
-}
-
 fn moves(packed: bool) {
-    for death in 1.. {
-        let panics = guest::kernel_panics();
-        let Err(reason) = panic::catch_unwind(|| one_guest_moves(packed)) else { break };
-        let text = reason.downcast_ref::<String>().map_or("", String::as_str);
-        // However the test has noticed: an answer, a line or a session that was missing.
-        let died = guest::kernel_panics() > panics && !text.starts_with("GUEST: io ");
-        if !died || death > deaths_max() {
-            panic::resume_unwind(reason);
-        }
-        let of = format!("{death} of at most {DEATHS_MAX}");
-        test_report::retried(&format!(
-            "the guest's kernel died under TCG of a QEMU before 9.0, {of}"
-        ));
-    }
+    guest::deaths::tolerated(|| one_guest_moves(packed));
     matrix::cell("QEMU 7.2", rings(packed), "live migration");
 }
 

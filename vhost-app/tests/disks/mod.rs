@@ -95,13 +95,18 @@ pub(crate) fn file_sha256(file: &Path) -> String {
 pub(crate) fn start_behind(launch: Launch, link: &Path, file: &Path) -> Vhost {
     let vhost = launch.start();
     aio_on(&vhost, "Aio0", file);
-    slow(&vhost, "Slow0", "Aio0");
+    slow_behind(&vhost, link, "Aio0");
+    vhost
+}
+
+/// The same on a disk that outlives `vhost` in some other way.
+pub(crate) fn slow_behind(vhost: &Vhost, link: &Path, base: &str) {
+    slow(vhost, "Slow0", base);
     vhost.ok("bdev_error_create", json!({"base_name": "Slow0"}));
     let packed = json!({"ctrlr": "vhost.0", "dev_name": "EE_Slow0", "packed_ring": true});
     vhost.ok("vhost_create_blk_controller", packed);
     let _ = fs::remove_file(link);
     std::os::unix::fs::symlink(vhost.socket("vhost.0"), link).unwrap();
-    vhost
 }
 
 /// An error bdev does not answer the next so many requests.

@@ -22,6 +22,7 @@
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod deaths;
 mod qmp;
 
 use std::collections::HashMap;
