@@ -219,6 +219,9 @@ impl Unconnected {
             self.set("rados_osd_op_timeout", &options.timeout_s.to_string())?;
             self.set("rados_mon_op_timeout", &options.timeout_s.to_string())?;
         }
+        // A write that only the cache has is lost with the client, and is not seen by the host that a
+        // guest moves to.
+        self.set("rbd_cache", "false")?;
         for (option, value) in &options.options {
             self.set(option, value)?;
         }

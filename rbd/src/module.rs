@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bdev::method::{
     Answer, Call, DecodeFailure, GivenUuid, LocalFuture, Method, MethodError, Named, Params, given,
@@ -19,7 +20,7 @@ use crate::cluster::{Cluster, ClusterOptions, ConfigFile};
 use crate::clusters::{Clusters, LIMIT};
 use crate::cpus;
 use crate::disk::{RbdDisk, RbdOptions};
-use crate::image::ImageName;
+use crate::image::{Image, ImageName};
 use crate::watch;
 use crate::worker::Mode;
 
@@ -414,11 +415,19 @@ async fn resize(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
         return Err(MethodError::errno(libc::ESHUTDOWN));
     };
     params.let_next_start();
-    let sizes = move || {
-        image.resize(bytes)?;
-        image.sizes()
+    let grow = |image: Arc<Image>| {
+        module.operations.run(&host, LIMIT, move || {
+            image.resize(bytes)?;
+            image.sizes()
+        })
     };
-    let resized = module.operations.run(&host, LIMIT, sizes).await;
+    let mut resized = grow(Arc::clone(&image)).await;
+    if matches!(&resized, Err(e) if e.errno() == libc::ESHUTDOWN) {
+        disk.shared().refused(&image);
+        if let Some(image) = reopened(&*host, &disk).await {
+            resized = grow(image).await;
+        }
+    }
     if let Ok(sizes) = &resized {
         watch::adopt_size(&host, &disk, sizes.image);
     }
@@ -427,4 +436,17 @@ async fn resize(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
     host.released();
     resized.map_err(|e| MethodError::of(method, &e))?;
     Ok(true.into())
+}
+
+/// Waits until the image is open again, for some seconds at most.
+async fn reopened(host: &dyn Host, disk: &RbdDisk) -> Option<Arc<Image>> {
+    const TRIES: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(100);
+    for _ in 0..TRIES {
+        if disk.shared().mode() == Mode::Serving {
+            return disk.shared().image();
+        }
+        host.sleep(PAUSE).await;
+    }
+    None
 }

@@ -1,7 +1,7 @@
 //! The task of each disk that reacts to changes of its image, and opens it again when the cluster
 //! refuses its client.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::cmp;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
@@ -47,6 +47,7 @@ pub(crate) fn watch(
         // One: while an operation on this disk hangs, further ones are refused.
         operations: Aside::new(bdev::account_name(disk.name()), 1),
         disk: Arc::downgrade(disk),
+        attempts: Cell::new(0),
         reported: RefCell::default(),
     };
     Box::pin(watcher.run())
@@ -60,6 +61,8 @@ struct Watcher {
     events: Arc<Events>,
     operations: Aside,
     disk: Weak<RbdDisk>,
+    /// Attempts to open the image again, since it was open last.
+    attempts: Cell<u64>,
     /// Why the image could not be opened again.
     reported: RefCell<String>,
 }
@@ -119,6 +122,9 @@ impl Watcher {
         let Some(former) = shared.image().map(|image| image.cluster().address.clone()) else {
             return;
         };
+        if self.attempts.replace(self.attempts.get() + 1) == 0 {
+            warn!("bdev {name}: the Ceph cluster has blocklisted this client; connecting again");
+        }
         let connector = Arc::clone(&self.connector);
         let (events, waits_for_cluster) = (Arc::clone(&self.events), self.cluster.timeout_s == 0);
         // On its thread to the end: what it finds out about the lock is known only once.
@@ -148,6 +154,7 @@ impl Watcher {
             Ok(cluster) => {
                 self.clusters.connected(&self.cluster, &cluster);
                 self.reported.take();
+                self.attempts.set(0);
             }
             // An earlier attempt is still under way.
             Err(e) if e.errno() == libc::EAGAIN => {}
@@ -166,8 +173,8 @@ impl Watcher {
         if self.reported.replace(text.clone()) != text {
             let what = if mode == Mode::Reopening { "waits" } else { "fails" };
             error!(
-                "bdev {name}: the Ceph cluster has blocklisted this client, the image cannot be \
-                 opened again, and I/O {what}: {text}; trying again every {TRY_INTERVAL_S} s"
+                "bdev {name}: cannot open the image again, and its I/O {what}: {text}; trying \
+                 again every {TRY_INTERVAL_S} s"
             );
         }
     }

@@ -44,9 +44,9 @@ pub(crate) struct Shared {
     /// The bytes of the disk that the image has. Beyond it, librbd would cut writes silently.
     size: AtomicU64,
     mode: AtomicU8,
-    lines: Mutex<Vec<Arc<Line>>>,
+    lines: Mutex<Vec<Arc<Served>>>,
     /// I/Os that the cluster has refused, and that wait for another connection.
-    parked: Mutex<Vec<(Arc<Line>, Io)>>,
+    parked: Mutex<Vec<(Arc<Served>, Io)>>,
     /// Whether parked I/Os may be submitted again: no other client has written meanwhile.
     resubmits: AtomicBool,
     waker: Waker,
@@ -59,6 +59,49 @@ pub(crate) struct Shared {
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").field("mode", &self.mode()).finish_non_exhaustive()
+    }
+}
+
+/// A channel's line, and what of its writes a flush has made durable.
+struct Served {
+    line: Arc<Line>,
+    /// I/Os that have changed the image, and those of them that a flush has covered.
+    written: AtomicU64,
+    flushed: AtomicU64,
+    /// The client was lost, and with its cache perhaps writes that had completed. The next flush
+    /// reports it.
+    lost: AtomicBool,
+}
+
+impl Served {
+    fn new(line: &Arc<Line>) -> Self {
+        Self {
+            line: Arc::clone(line),
+            written: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
+        }
+    }
+
+    /// An I/O has ended well. `written` is the number of earlier writes at its start.
+    fn count(&self, op: Op, written: u64) {
+        // Relaxed suffices for all: a flush covers what had completed before it was submitted, and
+        // the channel's owner has seen that.
+        match op {
+            Op::Read => {}
+            Op::Flush => drop(self.flushed.fetch_max(written, Ordering::Relaxed)),
+            Op::Write | Op::Unmap | Op::WriteZeroes => {
+                self.written.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Another client has taken over.
+    fn client_lost(&self) {
+        let written = self.written.load(Ordering::Relaxed);
+        if self.flushed.swap(written, Ordering::Relaxed) != written {
+            self.lost.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -98,18 +141,18 @@ impl Drop for Worker {
 }
 
 impl Shared {
-    fn lines(&self) -> MutexGuard<'_, Vec<Arc<Line>>> {
+    fn lines(&self) -> MutexGuard<'_, Vec<Arc<Served>>> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves a channel.
     pub(crate) fn add(&self, line: &Arc<Line>) {
-        self.lines().push(Arc::clone(line));
+        self.lines().push(Arc::new(Served::new(line)));
     }
 
     /// Ends the service of a channel that has no outstanding I/O.
     pub(crate) fn remove(&self, line: &Arc<Line>) {
-        self.lines().retain(|other| !Arc::ptr_eq(line, other));
+        self.lines().retain(|other| !Arc::ptr_eq(line, &other.line));
     }
 
     /// Wakes the thread if it sleeps. Does not wait.
@@ -172,6 +215,7 @@ impl Shared {
     pub(crate) fn adopt(&self, image: Image, size: u64, resubmits: bool) {
         self.size.fetch_min(size, Ordering::Relaxed);
         self.resubmits.store(resubmits, Ordering::Relaxed);
+        self.lines().iter().for_each(|line| line.client_lost());
         self.image.store(Some(Arc::new(image)));
         self.set_mode(Mode::Serving);
     }
@@ -181,20 +225,20 @@ impl Shared {
     }
 
     /// Whether the thread may take I/Os of this line. In [`Mode::Reopening`], only to cancel them.
-    fn takes(line: &Line, mode: Mode) -> bool {
-        mode != Mode::Reopening || line.abandoned().load(Ordering::Relaxed)
+    fn takes(served: &Served, mode: Mode) -> bool {
+        mode != Mode::Reopening || served.line.abandoned().load(Ordering::Relaxed)
     }
 
     /// The thread's main function.
     fn work(self: Arc<Self>) {
-        let mut lines: Vec<Arc<Line>> = vec![];
+        let mut lines: Vec<Arc<Served>> = vec![];
         while !self.ending.load(Ordering::Acquire) {
             lines.clone_from(&self.lines());
             let mode = self.mode();
             let image = self.image();
             let mut taken = self.settle_parked();
             for line in lines.iter().filter(|line| Self::takes(line, mode)) {
-                for io in std::iter::from_fn(|| line.take_job()).take(BATCH) {
+                for io in std::iter::from_fn(|| line.line.take_job()).take(BATCH) {
                     self.begin(line, image.as_ref(), mode, io);
                     taken += 1;
                 }
@@ -209,12 +253,12 @@ impl Shared {
 
     fn has_work(&self) -> bool {
         let mode = self.mode();
-        let waits = |line: &Arc<Line>| line.waiting() > 0 && Self::takes(line, mode);
+        let waits = |served: &Arc<Served>| served.line.waiting() > 0 && Self::takes(served, mode);
         let parked = || self.parked().iter().any(|(line, _)| Self::takes(line, mode));
         self.ending.load(Ordering::Acquire) || self.lines().iter().any(waits) || parked()
     }
 
-    fn parked(&self) -> MutexGuard<'_, Vec<(Arc<Line>, Io)>> {
+    fn parked(&self) -> MutexGuard<'_, Vec<(Arc<Served>, Io)>> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -235,18 +279,22 @@ impl Shared {
         settled.len()
     }
 
-    fn begin(self: &Arc<Self>, line: &Arc<Line>, image: Option<&Arc<Image>>, mode: Mode, io: Io) {
-        if line.abandoned().load(Ordering::Relaxed) {
-            return line.complete(io.tag, Ended::Failed(libc::ECANCELED));
+    fn begin(self: &Arc<Self>, line: &Arc<Served>, image: Option<&Arc<Image>>, mode: Mode, io: Io) {
+        if line.line.abandoned().load(Ordering::Relaxed) {
+            return line.line.complete(io.tag, Ended::Failed(libc::ECANCELED));
         }
         let Some(image) = image.filter(|_| matches!(mode, Mode::Serving | Mode::Reopening)) else {
-            return line.complete(io.tag, Ended::Failed(libc::ESHUTDOWN));
+            return line.line.complete(io.tag, Ended::Failed(libc::ESHUTDOWN));
         };
+        if io.op == Op::Flush && line.lost.swap(false, Ordering::Relaxed) {
+            return line.line.complete(io.tag, Ended::Failed(libc::EIO));
+        }
         let flight = Flight {
             shared: Arc::clone(self),
             line: Arc::clone(line),
             image: Arc::clone(image),
             io,
+            written: line.written.load(Ordering::Relaxed),
         };
         let flight = Box::into_raw(Box::new(flight));
         let mut completion = ptr::null_mut();
@@ -303,7 +351,7 @@ impl Shared {
 
     /// Parks an I/O that the cluster has refused, because it refuses the client that opened this
     /// image.
-    fn park(&self, image: &Arc<Image>, line: Arc<Line>, io: Io) {
+    fn park(&self, image: &Arc<Image>, line: Arc<Served>, io: Io) {
         self.refused(image);
         // After the change of the mode, so that the thread does not settle it in the mode before.
         self.parked().push((line, io));
@@ -328,16 +376,18 @@ impl Shared {
 /// An I/O that librbd has.
 struct Flight {
     shared: Arc<Shared>,
-    line: Arc<Line>,
+    line: Arc<Served>,
     /// Keeps the image open.
     image: Arc<Image>,
     io: Io,
+    /// [`Served::written`] at its start.
+    written: u64,
 }
 
 impl Flight {
     /// Reports the result: the bytes of a read, 0, or a negative errno.
     fn end(self, result: isize) {
-        let Self { shared, line, image, io } = self;
+        let Self { shared, line, image, io, written } = self;
         let ended = match (result, io.op) {
             (..0, _) => Ended::Failed(i32::try_from(result.unsigned_abs()).unwrap_or(libc::EIO)),
             (read, Op::Read) if read.unsigned_abs() as u64 != io.len => Ended::Failed(0),
@@ -352,7 +402,10 @@ impl Flight {
         }
         // Before the report: whoever waits for the I/O may close the image next.
         drop(image);
-        line.complete(io.tag, ended);
+        if ended == Ended::Ok {
+            line.count(io.op, written);
+        }
+        line.line.complete(io.tag, ended);
     }
 }
 
