@@ -339,13 +339,16 @@ fn front_ends_and_operators_see_that_another_host_resizes_an_image() {
     let once = ["bdev_register R", "bdev_resize R", "bdev_resize R"];
     assert_eq!(told.map(|line| line.replace('"', "")).collect::<Vec<_>>(), once);
 
-    // Smaller: it keeps its size, and I/O beyond the end fails.
-    let path = image.path();
-    cluster.rbd(&["resize", "--no-progress", "--allow-shrink", &path, "--size", "8M"]);
-    vhost.wait_for_log("shrank to 8388608 bytes");
+    // Smaller: it keeps its size, and I/O beyond the end fails; librbd would cut the first write.
+    let (end, path) = (8 << 20, image.path());
+    let size = format!("{}B", end + BLOCK / 2);
+    cluster.rbd(&["resize", "--no-progress", "--allow-shrink", &path, "--size", &size]);
+    vhost.wait_for_log(&format!("shrank to {} bytes", end + BLOCK / 2));
     assert_eq!(bdev(&vhost, "R")["num_blocks"], 48 * MIB_SECTORS);
-    driver.give(last..last + 1, 4);
-    assert_eq!(driver.take(), [STATUS_IOERR]);
+    for block in [end / BLOCK, last] {
+        driver.give(block..block + 1, 4);
+        assert_eq!(driver.take(), [STATUS_IOERR]);
+    }
     driver.write(0..1, 4);
     drop(driver);
     assert_eq!(vhost.stop(), 0);
