@@ -1,6 +1,5 @@
 //! A real cluster blocklists clients, whose caches are lost, and guests move: nothing is lost silently, and no
 //! disk is stuck.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod ceph;
 mod disks;
