@@ -3,7 +3,8 @@
 //! Modules from the bottom up:
 //!
 //! * `clock`: the time-stamp counter. [`active_time`]: sleeps that do not count time in which the
-//!   process was stopped. `event_fd`: eventfds.
+//!   process was stopped. `event_fd`: eventfds;
+//!   `shared_event_fd`: those that another process shares.
 //! * `iteration`: the clock and the accounts of a reactor's poll iterations.
 //! * `events`: the bounded event queue, from pollables to the control side.
 //! * `waker`: ends a reactor's sleep.
@@ -25,6 +26,7 @@ mod poll_set;
 mod pollable;
 mod reactor;
 mod reclaim;
+mod shared_event_fd;
 mod waker;
 
 pub use clock::{read_tsc, ticks_per_second};
@@ -34,4 +36,5 @@ pub use iteration::{Cause, Iteration, LongestIteration};
 pub use pollable::{PollHint, Pollable, Wait};
 pub use reactor::{Core, Mode, OnStart, Reactor, ReactorInfo, SteppedReactor};
 pub use reclaim::{Garbage, Reclaim};
+pub use shared_event_fd::SharedEventFd;
 pub use waker::{WakeSource, Waker};

@@ -1,50 +1,24 @@
 //! Notifies a guest that requests have completed, through an fd from a front end.
 #![expect(unsafe_code, reason = "system calls on eventfds and sockets")]
 
-use std::cell::UnsafeCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use io_uring::register::Restriction;
-use io_uring::{IoUring, cqueue, opcode, squeue};
-
 use closer::{Error, ForeignFd};
-use reactor::add_one;
+use reactor::SharedEventFd;
 
-/// The eventfd that notifies a guest of completions, in a form that cannot block its user.
+/// The eventfd that notifies a guest of completions. The front end cannot block its user: see
+/// [`SharedEventFd`].
 ///
-/// A write to an eventfd waits while its counter is full, unless the fd is non-blocking. That flag
-/// is shared with the front end, which can clear it at any time and fill the counter. Therefore the
-/// kernel adds the one: the eventfd is registered with an io_uring of its own, and a no-op
-/// operation completes there. That costs about 0.2 us more than a write and never waits. If
-/// io_uring is not available, the signal is a write to a non-blocking fd.
-///
-/// The io_uring is created when a queue gets the fd ([`CallFd::arm`]): a front end may send fds for
-/// rings that it never starts, and only the number of started rings is limited.
+/// What the signal needs is created when a queue gets the fd ([`CallFd::arm`]): a front end may send
+/// fds for rings that it never starts, and only the number of started rings is limited.
 #[derive(Debug)]
 pub struct CallFd {
     /// `Some` until it is armed.
     fd: Mutex<Option<ForeignFd>>,
-    call: OnceLock<Call>,
+    call: OnceLock<SharedEventFd<ForeignFd>>,
 }
-
-enum Call {
-    Kernel(Box<UnsafeCell<IoUring>>),
-    Write(ForeignFd),
-}
-
-impl std::fmt::Debug for Call {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Kernel(_) => "Kernel",
-            Self::Write(_) => "Write",
-        })
-    }
-}
-
-// SAFETY: only `CallFd::signal` uses the cell, and it has one caller at a time.
-unsafe impl Sync for Call {}
 
 impl CallFd {
     /// Takes an fd from a front end.
@@ -60,7 +34,7 @@ impl CallFd {
     pub fn arm(&self) {
         let fd = self.fd.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(fd) = fd {
-            let _ = self.call.set(Call::new(fd));
+            let _ = self.call.set(SharedEventFd::new(fd));
         }
     }
 
@@ -71,56 +45,9 @@ impl CallFd {
     /// No other call for the same value is in progress. (A queue's owner is the only caller.)
     #[must_use]
     pub unsafe fn signal(&self) -> bool {
-        let ring = match self.call.get() {
-            Some(Call::Kernel(ring)) => ring,
-            Some(Call::Write(fd)) => {
-                add_one(fd.as_fd());
-                return true;
-            }
-            None => return false,
-        };
-        // SAFETY: this is the only caller.
-        let ring = unsafe { &mut *ring.get() };
-        // SAFETY: the operation accesses no memory. If it does not fit, another one is already
-        // waiting.
-        let _ = unsafe { ring.submission().push(&opcode::Nop::new().build()) };
-        let submitted = ring.submit().is_ok();
-        ring.completion().for_each(drop);
-        submitted
+        // SAFETY: by the caller's promise.
+        self.call.get().is_some_and(|call| unsafe { call.signal() })
     }
-}
-
-impl Call {
-    fn new(fd: ForeignFd) -> Self {
-        let restricted = || {
-            let ring = IoUring::builder().setup_r_disabled().build(1)?;
-            ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
-            restrict(&ring)?;
-            Ok(ring)
-        };
-        // The ring's registration holds the eventfd. The fd itself is not needed any more.
-        let registered = restricted().or_else(|_: io::Error| {
-            let ring = IoUring::<squeue::Entry, cqueue::Entry>::builder().build(1)?;
-            ring.submitter().register_eventfd(fd.as_fd().as_raw_fd())?;
-            io::Result::Ok(ring)
-        });
-        match registered {
-            Ok(ring) => Self::Kernel(Box::new(UnsafeCell::new(ring))),
-            Err(_) => {
-                // Cannot fail on an eventfd.
-                let _ = set_nonblocking(fd.as_fd());
-                Self::Write(fd)
-            }
-        }
-    }
-}
-
-/// Makes the kernel refuse all other operations from now on: seccomp does not see what a thread
-/// submits to an io_uring. Kernels before 5.10 do not support this.
-fn restrict(ring: &IoUring) -> io::Result<()> {
-    let mut only_nop = [Restriction::sqe_op(opcode::Nop::CODE)];
-    ring.submitter().register_restrictions(&mut only_nop)?;
-    ring.submitter().register_enable_rings()
 }
 
 /// The eventfd of a guest's kick, which wakes a sleeping reactor. It is never read: see
@@ -143,12 +70,6 @@ impl AsFd for KickFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: the fd is open, and eventfds have this flag.
-    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A front end's socket for messages that the target starts (SET_BACKEND_REQ_FD).
@@ -186,11 +107,6 @@ mod tests {
         let fd = unsafe { libc::eventfd(0, 0) };
         // SAFETY: the fd was just created.
         unsafe { OwnedFd::from_raw_fd(fd) }
-    }
-
-    fn write(fd: &OwnedFd, value: u64) {
-        // SAFETY: the buffer has eight bytes.
-        assert_eq!(unsafe { libc::write(fd.as_raw_fd(), (&raw const value).cast(), 8) }, 8);
     }
 
     fn read(fd: &OwnedFd) -> u64 {
@@ -235,41 +151,5 @@ mod tests {
             assert!(unsafe { call.signal() });
         }
         assert_eq!(read(&theirs), 1000);
-    }
-
-    #[test]
-    fn the_io_uring_refuses_other_operations() {
-        let call = CallFd::from_front_end(ForeignFd::alone(eventfd())).unwrap();
-        call.arm();
-        let Some(Call::Kernel(mut ring)) = call.call.into_inner() else { return };
-        let ring = ring.get_mut();
-        let here = io_uring::types::Fd(libc::AT_FDCWD);
-        let open = opcode::OpenAt::new(here, c"/etc/passwd".as_ptr()).build();
-        // SAFETY: the path is a constant.
-        unsafe { ring.submission().push(&open) }.unwrap();
-        ring.submit_and_wait(1).unwrap();
-        assert_eq!(ring.completion().next().unwrap().result(), -libc::EACCES);
-        ring.submitter().unregister_eventfd().unwrap_err();
-    }
-
-    /// Ends only if signalling does not block on the full, blocking eventfd.
-    #[test]
-    fn a_full_counter_does_not_block() {
-        let theirs = eventfd();
-        let call = CallFd::from_front_end(ForeignFd::alone(theirs.try_clone().unwrap())).unwrap();
-        call.arm();
-        if !matches!(call.call.get(), Some(Call::Kernel(_))) {
-            // The limitation of the fallback is documented.
-            return test_report::skipped("io-uring", "cannot register an eventfd with a ring");
-        }
-        write(&theirs, u64::MAX - 1);
-        for _ in 0..3 {
-            // SAFETY: this is the only caller.
-            assert!(unsafe { call.signal() });
-        }
-        read(&theirs);
-        // SAFETY: this is the only caller.
-        assert!(unsafe { call.signal() });
-        assert_eq!(read(&theirs), 1);
     }
 }
