@@ -83,8 +83,22 @@ impl Line {
     /// For the channel: takes an I/O that has ended.
     #[inline]
     pub fn pop(&self) -> Option<(Tag, Ended)> {
-        self.owner.wakes();
+        self.owner_is_awake();
         self.done.take()
+    }
+
+    /// For the channel: its owner does not wait, and needs no signal.
+    #[inline]
+    pub fn owner_is_awake(&self) {
+        self.owner.wakes();
+    }
+
+    /// Wakes the owner if it waits, without a result.
+    pub fn wake_owner(&self) {
+        if self.owner.must_be_woken() {
+            // Fails only if the counter is full, after 2^64 signals.
+            let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        }
     }
 
     /// For the channel's [`wait`](crate::Channel::wait): returns whether the owner may wait for
@@ -122,10 +136,7 @@ impl Line {
     /// Reports the result of an I/O that was taken.
     pub fn complete(&self, tag: Tag, ended: Ended) {
         self.done.put(tag, ended);
-        if self.owner.must_be_woken() {
-            // Fails only if the counter is full, after 2^64 results.
-            let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        }
+        self.wake_owner();
     }
 }
 

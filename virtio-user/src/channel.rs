@@ -26,8 +26,8 @@ pub(crate) struct VirtioChannel {
     slots: Box<[Option<Io>]>,
     failures: Failures,
     outstanding: usize,
-    /// Another thread had the queue when this one wanted to serve it.
-    contended: bool,
+    /// Another thread had the queue when this one wanted to serve it, or something is left to do.
+    unserved: bool,
     sleeps: bool,
 }
 
@@ -44,7 +44,7 @@ impl VirtioChannel {
             slots: vec![None; depth.into()].into_boxed_slice(),
             failures: Failures::new(depth),
             outstanding: 0,
-            contended: false,
+            unserved: false,
             sleeps: true,
         })
     }
@@ -76,7 +76,8 @@ impl VirtioChannel {
 
     #[inline]
     fn serve(&mut self) {
-        self.contended = !self.queue.try_serve();
+        self.line.owner_is_awake();
+        self.unserved = !self.queue.try_serve();
     }
 }
 
@@ -110,7 +111,7 @@ impl Channel for VirtioChannel {
     }
 
     fn wait(&self) -> Wait {
-        let poll = self.contended || self.line.waiting() > 0 || !self.line.may_wait();
+        let poll = self.unserved || self.line.waiting() > 0 || !self.line.may_wait();
         if poll { Wait::Poll } else { Wait::Event }
     }
 

@@ -7,8 +7,8 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -16,8 +16,10 @@ use bdev::Error;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tracing::{error, info, warn};
 
+use crate::durability::Durability;
 use crate::memory::Layout;
 use crate::queue::{Offline, Queue};
+use crate::ring::Ring;
 use crate::session::{Properties, Session};
 
 /// The interval of looks at the rings for broken rules, and of attempts to connect.
@@ -35,9 +37,12 @@ struct Shared {
     queues: Arc<[Arc<Queue>]>,
     /// What the disk was when it was created. A server with another disk is refused.
     properties: Properties,
+    durability: Arc<Durability>,
     connected: AtomicBool,
     /// The disk is deleted: all I/O fails.
     ending: AtomicBool,
+    /// Rings of a deleted disk, for the thread to drop: unmapping takes time.
+    garbage: Mutex<Vec<Ring>>,
     /// Wakes the thread.
     wake: OwnedFd,
 }
@@ -50,6 +55,7 @@ impl Connection {
         session: Session,
         layout: Layout,
         queues: Arc<[Arc<Queue>]>,
+        durability: Arc<Durability>,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             name: name.to_owned(),
@@ -57,6 +63,8 @@ impl Connection {
             layout,
             queues,
             properties: session.properties,
+            durability,
+            garbage: Mutex::default(),
             connected: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -80,9 +88,10 @@ impl Connection {
     /// Ends the connection, and fails all I/O.
     pub(crate) fn end(&self) {
         self.0.ending.store(true, Ordering::Release);
+        let rings = self.0.disconnect(Offline::Fail);
+        self.0.garbage.lock().unwrap_or_else(PoisonError::into_inner).extend(rings);
         // Fails only if the counter is full, after 2^64 calls.
         let _ = rustix::io::write(&self.0.wake, &1_u64.to_ne_bytes());
-        self.0.queues.iter().for_each(|queue| queue.disconnect(Offline::Fail));
     }
 }
 
@@ -101,20 +110,22 @@ impl Shared {
     fn adopt(&self, session: &Session) -> io::Result<()> {
         let calls: Vec<_> = self.queues.iter().map(|queue| queue.call_fd()).collect();
         let rings = session.start(self.layout, &calls)?;
+        self.durability.server_lost();
         self.connected.store(true, Ordering::Relaxed);
         for (queue, ring) in self.queues.iter().zip(rings) {
             queue.connect(ring, session.properties.limits);
         }
         // A deletion that came meanwhile has disconnected the queues before.
         if self.is_ending() {
-            self.disconnect(Offline::Fail);
+            drop(self.disconnect(Offline::Fail));
         }
         Ok(())
     }
 
-    fn disconnect(&self, offline: Offline) {
+    /// Stops to use the rings, and returns them.
+    fn disconnect(&self, offline: Offline) -> Vec<Ring> {
         self.connected.store(false, Ordering::Relaxed);
-        self.queues.iter().for_each(|queue| queue.disconnect(offline));
+        self.queues.iter().filter_map(|queue| queue.disconnect(offline)).collect()
     }
 
     /// The thread's main function.
@@ -128,7 +139,11 @@ impl Shared {
                     // The server must not use the memory any more.
                     let _ = present.socket.shutdown(Shutdown::Both);
                     session = None;
-                    self.disconnect(Offline::Wait);
+                    drop(self.disconnect(Offline::Wait));
+                    // A deletion that came meanwhile must not be forgotten.
+                    if self.is_ending() {
+                        drop(self.disconnect(Offline::Fail));
+                    }
                 }
                 continue;
             }
@@ -151,6 +166,7 @@ impl Shared {
         if let Some(session) = &session {
             let _ = session.socket.shutdown(Shutdown::Both);
         }
+        self.garbage.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Waits until the server goes away or the disk is deleted, for an interval at most. Returns the
@@ -180,13 +196,13 @@ impl Shared {
 
     fn reconnect(&self) -> Result<Session, Error> {
         let session = Session::connect(&self.socket)?;
-        let Properties { size, block_size, read_only, .. } = self.properties;
-        let now = session.properties;
-        let same = now.size == size && now.block_size == block_size;
-        if !same || now.read_only != read_only || usize::from(session.queues) < self.queues.len() {
+        let enough = usize::from(session.queues) >= self.queues.len();
+        if session.properties != self.properties || !enough {
+            let (before, now) = (self.properties, session.properties);
             return Err(Error::Invalid(format!(
-                "the server has another disk now: {} bytes in blocks of {}",
-                now.size, now.block_size
+                "the server has another disk, or other features, than before: {now:?} instead of \
+                 {before:?}, and {} queues",
+                session.queues
             )));
         }
         let what = self.socket.display().to_string();

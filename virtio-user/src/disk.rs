@@ -2,14 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bdev::{Bdev, Channel, Error, Features, Qos, Stats, Topology, checked_size};
+use bdev::{Bdev, Channel, Error, Features, Qos, Stats, checked_size};
 use uuid::Uuid;
 
 use crate::channel::VirtioChannel;
 use crate::connection::Connection;
-use crate::memory::Layout;
+use crate::durability::Durability;
+use crate::memory::{CHUNK, Layout};
 use crate::queue::Queue;
 use crate::session::{Properties, Session};
 
@@ -22,7 +23,7 @@ pub struct VirtioDisk {
     name: String,
     uuid: Uuid,
     block_size: u32,
-    num_blocks: Arc<AtomicU64>,
+    num_blocks: u64,
     features: Features,
     queues: Arc<[Arc<Queue>]>,
     /// The queue of the next channel.
@@ -75,24 +76,29 @@ impl VirtioDisk {
         let VirtioOptions { name, socket, queues, queue_size } = options;
         let session = Session::connect(&socket)?;
         let Properties { size, block_size, limits, .. } = session.properties;
+        if block_size as usize > CHUNK {
+            let text = format!("{name}: the server's blocks of {block_size} bytes are too large");
+            return Err(Error::Invalid(text));
+        }
         let num_blocks = size.checked_div(block_size.into()).unwrap_or(0);
         checked_size(&name, num_blocks, block_size)?;
         let layout = Layout::new(queue_size);
         let what = |source| Error::System { what: name.clone(), source };
+        let durability = Arc::new(Durability::default());
         let made: Result<Vec<_>, _> = (0..queues.min(session.queues))
-            .map(|_| Queue::new(layout.slots, limits).map(Arc::new))
+            .map(|_| Queue::new(layout.slots, limits, &durability).map(Arc::new))
             .collect();
         let queues: Arc<[Arc<Queue>]> = made.map_err(what)?.into();
-        let blocks = Arc::new(AtomicU64::new(num_blocks));
         let features = features(session.properties);
         let text = format!("{}\0{name}", socket.display());
         let connection =
-            Connection::start(&name, socket, session, layout, Arc::clone(&queues)).map_err(what)?;
+            Connection::start(&name, socket, session, layout, Arc::clone(&queues), durability)
+                .map_err(what)?;
         Ok(Arc::new(Self {
             uuid: Uuid::new_v5(&NAMESPACE, text.as_bytes()),
             name,
             block_size,
-            num_blocks: blocks,
+            num_blocks,
             features,
             queues,
             next: AtomicUsize::new(0),
@@ -150,15 +156,11 @@ impl Bdev for VirtioDisk {
     }
 
     fn num_blocks(&self) -> u64 {
-        self.num_blocks.load(Ordering::Relaxed)
+        self.num_blocks
     }
 
     fn features(&self) -> Features {
         self.features
-    }
-
-    fn topology(&self) -> Topology {
-        Topology::default()
     }
 
     fn stats(&self) -> &Stats {

@@ -4,13 +4,14 @@
 //! may have changed is trusted: this side keeps its own copy of what it has put there.
 #![expect(unsafe_code, reason = "memory that another process changes is accessed by pointer")]
 
+use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 /// The bytes of a bounce buffer: the most that one request transfers.
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -75,13 +76,28 @@ unsafe impl Sync for Memory {}
 impl Memory {
     pub(crate) fn new(queues: u16, layout: Layout) -> io::Result<Self> {
         let len = layout.len * usize::from(queues);
-        let file = memfd_create("vhost-bounce", MemfdFlags::CLOEXEC)?;
+        let file = memfd_create("vhost-bounce", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, len as u64)?;
+        // A server that cut the file would end this process with SIGBUS.
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { mmap(ptr::null_mut(), len, access, MapFlags::SHARED, &file, 0) }?;
-        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { base, len, layout, file })
+        let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let memory = Self { base, len, layout, file };
+        // No reactor has to wait for a page. Kernels before 5.14 refuse it.
+        for (at, len) in memory.stretches() {
+            // SAFETY: the range is in the mapping.
+            let _ = unsafe { madvise(at, len, Advice::LinuxPopulateWrite) };
+        }
+        Ok(memory)
+    }
+
+    /// The mapping in pieces: other threads' mappings wait for the work on one piece.
+    fn stretches(&self) -> impl Iterator<Item = (*mut c_void, usize)> {
+        const PIECE: usize = 2 << 20;
+        let (base, len) = (self.base.as_ptr(), self.len);
+        (0..len).step_by(PIECE).map(move |at| (base.wrapping_add(at).cast(), PIECE.min(len - at)))
     }
 
     /// The address in this process.
@@ -104,8 +120,10 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's, and its parts are not used any more.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+        for (at, len) in self.stretches() {
+            // SAFETY: the mapping is this value's, and its parts are not used any more.
+            let _ = unsafe { munmap(at, len) };
+        }
     }
 }
 
@@ -141,13 +159,6 @@ impl Part {
         let at = self.at(offset, 2).cast();
         // SAFETY: in the mapping and aligned, as all parts are; accessed atomically on this side.
         unsafe { AtomicU16::from_ptr(at) }
-    }
-
-    /// Forgets the rings' contents, before a server uses them.
-    pub(crate) fn reset(&self) {
-        let len = self.layout.headers;
-        // SAFETY: the range is in the queue's part; no server knows the memory yet.
-        unsafe { ptr::write_bytes(self.at(0, len), 0, len) };
     }
 
     /// Asks for signals of used requests, or says that none are needed.
@@ -216,9 +227,14 @@ impl Part {
 
     /// The status that the server gave to the request of a slot.
     pub(crate) fn status(&self, slot: u16) -> u8 {
-        let at = self.at(self.layout.headers + usize::from(slot) * HEADER_ROOM + STATUS, 1);
+        let at = self.at(self.status_at(slot), 1);
         // SAFETY: in the mapping; read once, as the server may change it.
         unsafe { at.read_volatile() }
+    }
+
+    /// The offset of a slot's status in the queue's part.
+    pub(crate) fn status_at(&self, slot: u16) -> usize {
+        self.layout.headers + usize::from(slot) * HEADER_ROOM + STATUS
     }
 
     fn buffer_at(&self, slot: u16) -> usize {

@@ -2,11 +2,13 @@
 //!
 //! Each slot has its own three descriptors, so nothing in the shared memory has to be believed but
 //! the server's index and the ids of used requests, and these are checked.
+#![expect(unsafe_code, reason = "the eventfd that the server shares has one user")]
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bdev::Op;
+use reactor::SharedEventFd;
 
 use crate::memory::{DESCRIPTORS, Data, Memory, Part};
 use crate::request::Piece;
@@ -18,13 +20,15 @@ pub(crate) struct Ring {
     /// Keeps the part mapped.
     _memory: Arc<Memory>,
     /// Signals new requests to the server.
-    kick: OwnedFd,
+    kick: SharedEventFd<OwnedFd>,
     /// The index of the next available entry, and the one that the server knows.
     available: u16,
     published: u16,
     /// The index of the next used entry.
     used: u16,
     broken: bool,
+    /// The server has to be told of requests.
+    kick_due: bool,
 }
 
 impl Ring {
@@ -33,7 +37,8 @@ impl Ring {
         Self {
             part: memory.part(queue),
             _memory: Arc::clone(memory),
-            kick,
+            kick: SharedEventFd::new(kick),
+            kick_due: false,
             available: 0,
             published: 0,
             used: 0,
@@ -72,15 +77,20 @@ impl Ring {
 
     /// Tells the server of all requests that were added.
     pub(crate) fn publish(&mut self) {
-        if self.published == self.available {
-            return;
+        if self.published != self.available {
+            self.published = self.available;
+            self.part.publish(self.available);
+            self.kick_due |= !self.part.needs_no_kick();
         }
-        self.published = self.available;
-        self.part.publish(self.available);
-        if !self.part.needs_no_kick() {
-            // Fails only if the counter is full: then the server is being told already.
-            let _ = rustix::io::write(&self.kick, &1_u64.to_ne_bytes());
+        if self.kick_due {
+            // SAFETY: this ring is the only user, and it is borrowed mutably.
+            self.kick_due = !unsafe { self.kick.signal() };
         }
+    }
+
+    /// Whether used requests wait, or the server could not be told of new ones.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.broken && (self.kick_due || self.part.used_index() != self.used)
     }
 
     /// Takes a used request, and returns its slot. `None` if there is none, or the server has broken

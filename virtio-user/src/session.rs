@@ -2,14 +2,17 @@
 #![expect(unsafe_code, reason = "hands an fd over to the `vhost` crate's type")]
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use bdev::Error;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -24,8 +27,38 @@ use crate::memory::{Layout, Memory};
 use crate::request::{Limits, SECTOR};
 use crate::ring::Ring;
 
-/// Limit on the wait for each answer of a server.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Limit on a handshake, and on the start of the rings.
+pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+
+/// The queues that vhost-user's messages for kick and call fds can name.
+const QUEUES_MAX: u16 = 256;
+
+/// Connects to a socket, without waiting for a server that does not accept.
+fn connect_stream(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
+}
+
+/// Ends the connection if it is not dropped within [`LIMIT`]. The `vhost` crate itself would wait for
+/// ever.
+struct Deadline(#[expect(dead_code, reason = "dropping it ends the wait")] mpsc::Sender<()>);
+
+impl Deadline {
+    fn start(socket: &UnixStream) -> io::Result<Self> {
+        let (sender, passed) = mpsc::channel();
+        let socket = socket.try_clone()?;
+        thread::Builder::new().name("vhost-deadline".into()).spawn(move || {
+            if passed.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        })?;
+        Ok(Self(sender))
+    }
+}
 
 /// The protocol features bit of vhost-user.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -58,21 +91,18 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Connects to a server and asks for its properties. May block for some tens of seconds.
+    /// Connects to a server and asks for its properties. Blocks for [`LIMIT`] at most.
     ///
     /// # Errors
-    /// ENOENT or ECONNREFUSED if no server listens; [`Error::Unsupported`] if it is no disk that
-    /// can be used; the errno of a failed message.
+    /// ENOENT or ECONNREFUSED if no server listens; EAGAIN if too many wait for it; EIO if it does
+    /// not answer as it should.
     pub(crate) fn connect(path: &Path) -> Result<Self, Error> {
         let named = |source| Error::System { what: path.display().to_string(), source };
-        let socket = UnixStream::connect(path).map_err(named)?;
-        socket.set_read_timeout(Some(ANSWER_LIMIT)).map_err(named)?;
-        socket.set_write_timeout(Some(ANSWER_LIMIT)).map_err(named)?;
-        /// More than any ring that is used.
-        const QUEUES_MAX: u64 = 256;
-        let mut front_end = Frontend::from_stream(socket.try_clone().map_err(named)?, QUEUES_MAX);
-        let (properties, queues) = negotiate(&mut front_end)
-            .map_err(|e| Error::System { what: path.display().to_string(), source: e })?;
+        let socket = connect_stream(path).map_err(named)?;
+        let _deadline = Deadline::start(&socket).map_err(named)?;
+        let stream = socket.try_clone().map_err(named)?;
+        let mut front_end = Frontend::from_stream(stream, QUEUES_MAX.into());
+        let (properties, queues) = negotiate(&mut front_end).map_err(named)?;
         Ok(Self { properties, front_end, socket, queues })
     }
 
@@ -81,6 +111,7 @@ impl Session {
     pub(crate) fn start(&self, layout: Layout, calls: &[BorrowedFd<'_>]) -> io::Result<Vec<Ring>> {
         let queues = u16::try_from(calls.len()).map_err(io::Error::other)?;
         let memory = Arc::new(Memory::new(queues, layout)?);
+        let _deadline = Deadline::start(&self.socket)?;
         let front_end = &self.front_end;
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
@@ -93,7 +124,6 @@ impl Session {
         let mut rings = vec![];
         for (queue, call) in (0..).zip(calls) {
             let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            memory.part(queue).reset();
             self.start_ring(queue.into(), &memory.part(queue).addresses(), layout, &kick, call)?;
             rings.push(Ring::new(&memory, queue, kick));
         }
@@ -168,7 +198,7 @@ fn negotiate(front_end: &mut Frontend) -> io::Result<(Properties, u16)> {
     let (_, config) =
         front_end.get_config(0, CONFIG_BYTES, flags, &room).map_err(failed("GET_CONFIG"))?;
     let properties = Properties::of(&config, &has)?;
-    Ok((properties, u16::try_from(queues).unwrap_or(u16::MAX).max(1)))
+    Ok((properties, u16::try_from(queues).unwrap_or(QUEUES_MAX).clamp(1, QUEUES_MAX)))
 }
 
 impl Properties {
