@@ -11,7 +11,7 @@ use crate::driver::{Driver, GUARD, Memory, Request};
 use crate::fixture::{Fixture, SIZE};
 use crate::random::pattern;
 
-/// How long an engine's thread may hold a disk whose channels are dropped.
+/// The longest time that a thread of the disk may hold it after its channels are dropped.
 const LET_GO_MAX: Duration = Duration::from_secs(30);
 
 fn block(fixture: &Fixture) -> usize {
@@ -269,10 +269,11 @@ pub fn a_dropped_channel_lets_go_of_the_disk(fixture: &Fixture) {
     let before = Arc::strong_count(&fixture.disk);
     let mut drivers: Vec<_> = (0..8).map(|_| Driver::new(&fixture.disk, 16)).collect();
     assert!(drivers.iter_mut().all(|d| d.read(0, block(fixture)).1 == Status::Ok));
-    // The limits in front of each channel hold the disk; so may the module's channel, or its engine.
+    // The rate limits in front of each channel hold the disk; the module's channel may hold it,
+    // too.
     assert!(Arc::strong_count(&fixture.disk) >= before + 8);
     drop(drivers);
-    // An engine may let go of it on a thread of its own.
+    // A thread of the disk may drop the last reference.
     let start = Instant::now();
     while Arc::strong_count(&fixture.disk) > before && start.elapsed() < LET_GO_MAX {
         thread::sleep(Duration::from_millis(1));

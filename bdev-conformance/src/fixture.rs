@@ -1,4 +1,4 @@
-//! The disk under test, and what its maker owes.
+//! The disk under test, and what the test that makes it must guarantee.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ pub const SIZE: u64 = 4 << 20;
 /// A disk and what it needs. Each check gets a fresh one, and so does each seed of the random
 /// model.
 ///
-/// What its maker owes:
+/// Who makes it must guarantee:
 ///
 /// - The disk has [`SIZE`] bytes, which nobody else reads or writes. Checks may run at the same time,
 ///   each on its own disk.
@@ -20,14 +20,15 @@ pub const SIZE: u64 = 4 << 20;
 /// - If `keeps` is set, every byte is zero at first. An unmapped byte reads as it was before or as
 ///   zero, so an unmap may be rounded inwards, or do nothing.
 /// - If `keeps` is not set, a read leaves the guest's memory as it was.
-/// - Nothing else holds `disk`, except for what holds it all the time: the checks count references.
+/// - The number of other references to `disk` does not change during a check, as the checks count
+///   references.
 pub struct Fixture {
     /// The disk.
     pub disk: Arc<dyn Bdev>,
     /// Reads return what was written.
     pub keeps: bool,
-    /// What is dropped after the disk: a directory, a loop device, the owner of a remote image.
-    /// The disk's own threads may still be closing it then.
+    /// What is dropped after the disk: a directory, a loop device, the owner of a remote image. The
+    /// disk's own threads may still be closing the disk then.
     pub below: Option<Box<dyn Any>>,
 }
 
@@ -37,7 +38,7 @@ impl Fixture {
         Self { disk, keeps: true, below: None }
     }
 
-    /// The same, with something that is dropped after the disk.
+    /// A disk that keeps what is written to it, with something that is dropped after the disk.
     pub fn on(disk: Arc<dyn Bdev>, below: impl Any) -> Self {
         Self { below: Some(Box::new(below)), ..Self::of(disk) }
     }

@@ -3,9 +3,9 @@
 //! A crate with a bdev calls [`conformance!`] in an integration test, with an expression that makes
 //! the bdev. The modules, in the order in which they build on one another:
 //!
-//! 1. [`fixture`]: the disk under test, and what its maker owes.
+//! 1. [`fixture`]: the disk under test, and what the test that makes it must guarantee.
 //! 2. `random`: random numbers from a seed, and data that differs from block to block.
-//! 3. [`driver`]: drives one channel, and checks its side of the contract of
+//! 3. [`driver`]: drives one channel, and checks that it keeps the contract of
 //!    [`Channel`](bdev::Channel).
 //! 4. [`checks`]: one function for each property.
 //! 5. [`model`]: random I/Os, compared with a model of the disk.

@@ -3,8 +3,8 @@
 /// Makes a module of tests for each named disk: every check, on a fresh disk.
 ///
 /// The expression is a [`Fixture`](crate::Fixture), or an `Option<Fixture>` that is `None` where the
-/// machine cannot provide the disk; it then reports the skipped test itself. The tests see the names
-/// of the module in which the macro is called.
+/// machine cannot provide the disk; the expression then reports the skipped test. It can use the
+/// names of the module in which the macro is called.
 #[macro_export]
 macro_rules! conformance {
     ($($name:ident => $make:expr;)*) => {$(

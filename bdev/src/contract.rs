@@ -218,8 +218,9 @@ pub trait Bdev: Send + Sync + 'static {
     fn lease(&self) -> Option<Arc<dyn Lease>> {
         None
     }
-    /// How long its deletion waits for I/O under way; `None`: until it has ended. After this time
-    /// the deletion is reported as done, and the bdev is freed when its I/O has ended.
+    /// The longest time that the deletion of the bdev waits for I/O under way. `None`: it waits
+    /// until that I/O has ended. After this time, the deletion is reported as done, and the bdev is
+    /// freed when its I/O has ended.
     fn deletion_limit(&self) -> Option<Duration> {
         self.bases().iter().filter_map(|base| base.deletion_limit()).max()
     }

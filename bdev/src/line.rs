@@ -1,7 +1,7 @@
 //! The queues between a channel on a reactor and the threads that do its I/O.
 //!
-//! For engines whose I/O may block, or whose library takes locks. The reactor puts I/Os into a
-//! [`Line`] and takes results out, and waits for no thread in either case.
+//! For bdevs whose I/O may block, or whose library takes locks. The reactor puts I/Os into a
+//! [`Line`] and takes results out of it. It waits for no thread in either case.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,7 +19,7 @@ use crate::waker::Asleep;
 pub enum Ended {
     /// It completed in full.
     Ok,
-    /// It failed with this errno. 0: it was done in part.
+    /// It failed with this errno. 0: only a part of it was done.
     Failed(i32),
     /// The device does not support the operation.
     Unsupported,
@@ -43,11 +43,11 @@ pub struct Line {
     jobs: ArrayQueue<Io>,
     /// The results.
     done: Results,
-    /// Whether the channel's owner waits for `wake`.
+    /// Whether the channel's owner sleeps until `wake` is signalled.
     owner: Asleep,
-    /// Signalled for each result that the owner waits for. It is never read.
+    /// Signalled for a result when the owner sleeps. It is never read.
     wake: OwnedFd,
-    /// Set when I/Os that no thread has started must not be started.
+    /// Set when I/Os that no thread has started must be cancelled.
     abandoned: AtomicBool,
 }
 
@@ -87,13 +87,13 @@ impl Line {
         self.done.take()
     }
 
-    /// For the channel: its owner does not wait, and needs no signal.
+    /// For the channel: records that its owner does not sleep and needs no signal.
     #[inline]
     pub fn owner_is_awake(&self) {
         self.owner.wakes();
     }
 
-    /// Wakes the owner if it waits, without a result.
+    /// Wakes the owner if it sleeps, for another reason than a result.
     pub fn wake_owner(&self) {
         if self.owner.must_be_woken() {
             // Fails only if the counter is full, after 2^64 signals.
@@ -101,8 +101,8 @@ impl Line {
         }
     }
 
-    /// For the channel's [`wait`](crate::Channel::wait): returns whether the owner may wait for
-    /// [`wake_fd`](Self::wake_fd) until the next [`pop`](Self::pop). If not, a result has arrived.
+    /// For the channel's [`wait`](crate::Channel::wait): returns whether the owner may sleep until
+    /// [`wake_fd`](Self::wake_fd) is signalled. If not, a result has arrived.
     #[must_use]
     pub fn may_wait(&self) -> bool {
         self.owner.sleeps();
@@ -115,7 +115,7 @@ impl Line {
         self.abandoned.store(true, Ordering::Relaxed);
     }
 
-    /// Set if I/Os that have not been started must not be started.
+    /// Returns the flag that is set if I/Os that no thread has started must be cancelled.
     #[must_use]
     pub fn abandoned(&self) -> &AtomicBool {
         &self.abandoned

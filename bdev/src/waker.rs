@@ -7,8 +7,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::sync::{AtomicBool, Ordering, fence};
 
-/// Whether one thread, the consumer, sleeps until it is woken. Producers ask after they have
-/// published work, so that they need no system call while the consumer is awake.
+/// Whether one thread, the consumer, sleeps until it is woken. Producers check this after they have
+/// published work, so that they make no system call while the consumer is awake.
 #[derive(Debug)]
 pub(crate) struct Asleep(AtomicBool);
 
@@ -17,8 +17,8 @@ impl Asleep {
         Self(AtomicBool::new(asleep))
     }
 
-    /// For the consumer: it looks for work. It may be woken without need until the producers see
-    /// this.
+    /// For the consumer: records that it is awake. Until the producers see this, they may wake it
+    /// without need.
     #[inline]
     pub(crate) fn wakes(&self) {
         if self.0.load(Ordering::Relaxed) {
@@ -26,12 +26,13 @@ impl Asleep {
         }
     }
 
-    /// For the consumer: it is about to sleep. It must look for work once more after this call.
+    /// For the consumer: records that it is about to sleep. It must look for work once more after
+    /// this call.
     pub(crate) fn sleeps(&self) {
         self.0.store(true, Ordering::Relaxed);
         // SeqCst, as in `must_be_woken`. If this fence comes first, the producer sees that the
-        // consumer sleeps, and wakes it. If the producer's comes first, the consumer's look after
-        // this call sees the work.
+        // consumer sleeps, and wakes it. If the producer's fence comes first, the consumer finds
+        // the work after this call.
         fence(Ordering::SeqCst);
     }
 

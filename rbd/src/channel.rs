@@ -21,7 +21,7 @@ pub(crate) struct RbdChannel {
     slots: Box<[Option<Io>]>,
     failures: Failures,
     outstanding: usize,
-    /// I/Os were added of which the disk's thread may not know.
+    /// The disk's thread was not woken for I/Os that were added.
     unannounced: bool,
 }
 
@@ -46,7 +46,7 @@ impl RbdChannel {
         })
     }
 
-    /// Fails an I/O that the disk does not take.
+    /// Fails an I/O that is invalid for this disk.
     #[cold]
     fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
         self.failures.note(io, errno);

@@ -26,9 +26,10 @@ pub struct ClusterOptions {
     pub options: BTreeMap<String, String>,
     /// A keyring.
     pub key_file: Option<String>,
-    /// The CPUs of librados' threads; empty: those of the calling thread.
+    /// The CPUs of librados' threads; empty: the CPUs of the calling thread.
     pub cpus: Vec<usize>,
-    /// Seconds after which an I/O fails that the cluster does not answer; 0: never.
+    /// An I/O that the cluster does not answer fails after this number of seconds; 0: it never
+    /// fails.
     pub timeout_s: u32,
 }
 
@@ -38,20 +39,20 @@ pub enum ConfigFile {
     /// The first that librados finds: `$CEPH_CONF`, `/etc/ceph/ceph.conf`, … One must exist.
     #[default]
     Found,
-    /// The same, if there is one.
+    /// The same, but none has to exist.
     FoundIfAny,
     /// This one.
     Given(String),
-    /// No file: the options hold everything.
+    /// No file: the options have to hold all that librados needs.
     None,
 }
 
-/// Seconds that a connection may take, unless the operator sets `client_mount_timeout`. librados'
-/// own limit is 300.
+/// Seconds that a connection attempt may take, unless the operator sets `client_mount_timeout`.
+/// librados' own limit is 300.
 const CONNECT_TIMEOUT_S: u32 = 10;
 const CONNECT_TIMEOUT: &str = "client_mount_timeout";
 
-/// A connected cluster handle. Any thread may drop it: an account disconnects it.
+/// A connected cluster handle. Any thread may drop it: a thread of the closer disconnects it.
 #[derive(Debug)]
 pub struct Cluster {
     connected: Option<Connected>,
@@ -60,16 +61,16 @@ pub struct Cluster {
     pub(crate) fsid: String,
     /// The client's address at the cluster.
     pub(crate) address: String,
-    /// The cluster refuses this client from now on.
+    /// The cluster has blocklisted this client.
     blocklisted: AtomicBool,
 }
 
-/// The connection. Dropping it waits for the cluster, and for ever if an I/O is under way.
+/// The connection itself. Dropping it waits for the cluster, and for ever if an I/O is under way.
 #[derive(Debug)]
 struct Connected {
     library: &'static Library,
     rados: Rados,
-    /// Tells later processes of this host whether this client still lives.
+    /// Tells later processes of this host whether this client is still alive.
     _own: Option<Own>,
 }
 
@@ -94,7 +95,7 @@ impl Cluster {
         // SAFETY: the strings live during the call, which fills `rados`.
         let made =
             unsafe { (library.rados_create2)(&raw mut rados, c"ceph".as_ptr(), name.as_ptr(), 0) };
-        checked(|| format!("Ceph user {user}"), made)?;
+        checked(|| format!("cannot create a Ceph client for client.{user}"), made)?;
         let unconnected = Unconnected { library, rados };
         unconnected.configure(options)?;
         // SAFETY: the handle is valid and not connected.
@@ -125,7 +126,7 @@ impl Cluster {
         // SAFETY: the handle is connected, and the call fills `context`.
         let result =
             unsafe { (library.rados_ioctx_create)(*rados, name.as_ptr(), &raw mut context) };
-        checked(|| format!("Ceph pool {pool}"), result)?;
+        checked(|| format!("cannot open the Ceph pool {pool}"), result)?;
         if let Some(namespace) = namespace {
             // SAFETY: the context is valid; the call copies the string.
             unsafe { (library.rados_ioctx_set_namespace)(context, namespace.as_ptr()) };
@@ -133,12 +134,12 @@ impl Cluster {
         Ok(context)
     }
 
-    /// Records that the cluster refuses this client. A new connection is needed.
+    /// Records that the cluster has blocklisted this client. Only a new connection can do I/O.
     pub(crate) fn set_blocklisted(&self) {
         self.blocklisted.store(true, Ordering::Relaxed);
     }
 
-    /// Returns whether the cluster refuses this client.
+    /// Returns whether the cluster has blocklisted this client.
     pub(crate) fn is_blocklisted(&self) -> bool {
         self.blocklisted.load(Ordering::Relaxed)
     }
@@ -219,8 +220,8 @@ impl Unconnected {
             self.set("rados_osd_op_timeout", &options.timeout_s.to_string())?;
             self.set("rados_mon_op_timeout", &options.timeout_s.to_string())?;
         }
-        // A write that only the cache has is lost with the client, and is not seen by the host that a
-        // guest moves to.
+        // A write that is only in the cache is lost when the client is blocklisted, and the host
+        // that a guest moves to does not see it.
         self.set("rbd_cache", "false")?;
         for (option, value) in &options.options {
             self.set(option, value)?;
@@ -248,8 +249,7 @@ impl Unconnected {
         // SAFETY: the handle is valid, and the strings live during the call.
         let set =
             unsafe { (self.library.rados_conf_set)(self.rados, name.as_ptr(), text.as_ptr()) };
-        checked(|| format!("invalid Ceph option {option}, or an invalid value of it"), set)
-            .map(drop)
+        checked(|| format!("invalid Ceph option {option}, or invalid value for it"), set).map(drop)
     }
 }
 
@@ -273,10 +273,10 @@ fn pin_to(cpus: &[usize]) -> Result<(), Error> {
     })
 }
 
-/// Returns a text as C takes it.
+/// Converts a text to a C string.
 ///
 /// # Errors
-/// It has a zero byte.
+/// The text contains a zero byte.
 pub(crate) fn c_string(what: &str, text: &str) -> Result<CString, Error> {
-    CString::new(text).map_err(|_| Error::Invalid(format!("{what} has a zero byte")))
+    CString::new(text).map_err(|_| Error::Invalid(format!("{what} contains a zero byte")))
 }

@@ -12,7 +12,8 @@ use serde_json::{Map, Value};
 
 use crate::cluster::{Cluster, ClusterOptions};
 
-/// Limit on the wait for a cluster: to connect, open an image, or resize it.
+/// The longest time that an operation waits for a cluster: to connect, or to open or resize an
+/// image.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// A registered cluster.
@@ -23,7 +24,7 @@ struct Registered {
     params: Map<String, Value>,
     /// Keeps the connection.
     cluster: Arc<Cluster>,
-    /// Keeps the connection for disks to find.
+    /// Lets disks find the connection.
     _connector: Arc<Connector>,
 }
 
@@ -37,7 +38,7 @@ pub(crate) struct Clusters {
 /// Makes the connection for some options, for use on threads that may block.
 pub(crate) struct Connector {
     options: ClusterOptions,
-    /// Attempts to connect that were begun.
+    /// The number of attempts to connect that have begun.
     attempts: AtomicU64,
     last: Mutex<Last>,
 }
@@ -51,8 +52,8 @@ struct Last {
 }
 
 impl Connector {
-    /// Returns the present connection, or makes one. Threads that ask at the same time share one
-    /// attempt, also if it fails.
+    /// Returns the present connection, or connects. Threads that call this at the same time share
+    /// one attempt, also if it fails.
     ///
     /// # Errors
     /// As [`Cluster::connect`].
@@ -81,8 +82,8 @@ impl Connector {
         }
     }
 
-    /// Calls `f` with the connection; once more, with a new connection, if the cluster refuses the
-    /// client of the first.
+    /// Calls `f` with the connection. If the cluster has blocklisted its client, calls `f` once
+    /// more, with a new connection.
     ///
     /// # Errors
     /// As [`Cluster::connect`] and `f`.
@@ -118,8 +119,8 @@ impl Clusters {
         connector
     }
 
-    /// A connection with these options was made. It takes the place of a registered one that the
-    /// cluster refuses.
+    /// Records a new connection with these options. It replaces the registered one if the cluster
+    /// has blocklisted the client of that.
     pub(crate) fn connected(&self, options: &ClusterOptions, cluster: &Arc<Cluster>) {
         for registered in self.registered.borrow_mut().iter_mut() {
             if registered.options == *options && registered.cluster.is_blocklisted() {
@@ -164,7 +165,7 @@ impl Clusters {
         let Some(at) = registered.iter().position(|known| known.name == name) else {
             return false;
         };
-        // Other references are of disks, also of deleted ones that still have I/O under way.
+        // Disks hold the other references, also deleted ones that still have I/O under way.
         let unused = Arc::strong_count(&registered[at].cluster) == 1;
         if unused {
             drop(registered.remove(at));
@@ -172,7 +173,8 @@ impl Clusters {
         unused
     }
 
-    /// Returns the parameters with which the clusters were registered, in this order.
+    /// Returns the parameters with which the clusters were registered, in the order of
+    /// registration.
     pub(crate) fn all(&self) -> Vec<Map<String, Value>> {
         self.registered.borrow().iter().map(|registered| registered.params.clone()).collect()
     }

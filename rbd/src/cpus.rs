@@ -2,7 +2,7 @@
 
 use bdev::Error;
 
-/// CPUs that a set may have, as in SPDK.
+/// The number of CPUs that a set can name, as in SPDK.
 const CPUS_MAX: usize = 1024;
 
 /// Reads a mask (`0x5`) or a list (`[0,2-3]`) of CPUs.
@@ -15,7 +15,9 @@ pub(crate) fn parse(text: &str) -> Result<Vec<usize>, Error> {
         None => of_mask(text.trim_start_matches("0x")),
     };
     cpus.filter(|cpus| !cpus.is_empty()).ok_or_else(|| {
-        Error::Invalid(format!("core_mask: expected 0x5 or [0,2-3], found {text:?}"))
+        Error::Invalid(format!(
+            "core_mask: expected a mask such as 0x5 or a list such as [0,2-3], found {text:?}"
+        ))
     })
 }
 

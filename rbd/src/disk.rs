@@ -32,7 +32,7 @@ pub struct RbdDisk {
     qos: Qos,
 }
 
-/// How long a deletion waits for I/O under way.
+/// The longest time that a deletion waits for I/O under way.
 const DELETION_LIMIT: Duration = Duration::from_secs(10);
 
 /// The options of [`RbdDisk::open`].
@@ -53,8 +53,8 @@ impl RbdDisk {
     ///
     /// # Errors
     /// ENOENT if the pool or the image does not exist; EPERM if the user may not write; ESHUTDOWN if
-    /// the cluster refuses this client; [`Error::Invalid`] if the block size is invalid, or the image
-    /// smaller than a block.
+    /// the cluster has blocklisted this client; [`Error::Invalid`] if the block size is invalid, or
+    /// the image is smaller than a block.
     pub fn open(cluster: &Arc<Cluster>, options: RbdOptions) -> Result<Arc<Self>, Error> {
         let RbdOptions { name, uuid, image: image_name, block_size } = options;
         let account = Account::new(account_name(&name));
@@ -64,8 +64,10 @@ impl RbdDisk {
         checked_size(&name, 1, block_size)?;
         let num_blocks = size / u64::from(block_size);
         let bytes = checked_size(&name, num_blocks, block_size)?;
-        let worker = Worker::start(image, bytes, events)
-            .map_err(|source| Error::System { what: format!("{name}: cannot start"), source })?;
+        let worker = Worker::start(image, bytes, events).map_err(|source| Error::System {
+            what: format!("{name}: cannot start a thread"),
+            source,
+        })?;
         let optimal_io_blocks = u32::try_from(object / u64::from(block_size)).unwrap_or(0);
         Ok(Arc::new(Self {
             name,
@@ -97,7 +99,7 @@ impl RbdDisk {
         self.image_name.read_only
     }
 
-    /// Adopts the image's size in bytes. Returns how it compares to that of the disk, which never
+    /// Adopts the image's size in bytes. Returns how it compares with the disk's size, which never
     /// shrinks: I/O beyond the end of a smaller image fails.
     pub(crate) fn set_size(&self, bytes: u64) -> cmp::Ordering {
         let now = bytes / u64::from(self.block_size);

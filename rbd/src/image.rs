@@ -49,9 +49,10 @@ impl fmt::Display for ImageName {
 /// What an image's callbacks report, for the task that watches the disk.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
-    /// Another client changed the image, or the cluster refuses this client.
+    /// Wakes the task: the image may have changed, the cluster has blocklisted this client, the
+    /// next attempt to open the image is due, or the disk is deleted.
     pub(crate) any: Notify,
-    /// The image's size or snapshots have changed.
+    /// The image's size or snapshots may have changed.
     changed: AtomicBool,
     /// The disk is deleted.
     gone: AtomicBool,
@@ -63,7 +64,7 @@ impl Events {
         self.changed.swap(false, Ordering::Relaxed)
     }
 
-    /// The image may have changed.
+    /// Records that the image may have changed.
     pub(crate) fn report_change(&self) {
         self.changed.store(true, Ordering::Relaxed);
         self.any.notify_one();
@@ -81,7 +82,7 @@ impl Events {
     }
 }
 
-/// An open image. Any thread may drop it: the account closes it.
+/// An open image. Any thread may drop it: a thread of the closer closes it.
 #[derive(Debug)]
 pub(crate) struct Image {
     open: Option<Open>,
@@ -104,7 +105,7 @@ unsafe impl Send for Open {}
 // SAFETY: as above.
 unsafe impl Sync for Open {}
 
-/// A pool of a cluster that stays connected.
+/// An I/O context for a pool. Keeps the connection to the cluster.
 #[derive(Debug)]
 struct Pool {
     library: &'static Library,
@@ -127,11 +128,12 @@ pub(crate) struct Sizes {
 }
 
 impl Image {
-    /// Opens an image, and takes its lock from a dead process of this host. May block for ever.
+    /// Opens an image, and takes its exclusive lock from dead processes of this host. May block for
+    /// ever.
     ///
     /// # Errors
     /// ENOENT if the pool or the image does not exist; EPERM if the user may not write;
-    /// ESHUTDOWN if the cluster refuses this client.
+    /// ESHUTDOWN if the cluster has blocklisted this client.
     pub(crate) fn open(
         cluster: &Arc<Cluster>,
         name: &ImageName,
@@ -146,7 +148,7 @@ impl Image {
         let mut image = ptr::null_mut();
         // SAFETY: the context is valid; the call fills `image`.
         let opened = unsafe { open(context, text.as_ptr(), &raw mut image, ptr::null()) };
-        checked(|| format!("Ceph image {name}"), opened)?;
+        checked(|| format!("cannot open the Ceph image {name}"), opened)?;
         let events = Arc::clone(events);
         let mut open = Open { library, pool, image, watch: None, _events: events };
         open.watch(name)?;
@@ -160,7 +162,7 @@ impl Image {
         self.open.as_ref().expect("taken only in drop")
     }
 
-    /// The image, for librbd's functions.
+    /// The handle of the image, for librbd's functions.
     pub(crate) fn as_ptr(&self) -> ImagePtr {
         self.inner().image
     }
@@ -194,9 +196,9 @@ impl Image {
         checked(|| format!("cannot resize a Ceph image to {size} bytes"), result).map(drop)
     }
 
-    /// For an image that is open again, after the cluster refused the client of this process with
-    /// the address `former`: finds out who has owned the image since then. Takes the exclusive lock
-    /// from the former client. May wait for the cluster.
+    /// Finds out who has owned the image since the cluster blocklisted this process's client with
+    /// the address `former`. Called when a new client has opened the image. Takes the exclusive
+    /// lock from the former client. May wait for the cluster.
     pub(crate) fn owner_since(&self, former: &str) -> Owner {
         let (open, mut owners) = (self.inner(), self.inner().lock_owners());
         if owners.iter().any(|owner| owner == former) {
@@ -211,7 +213,7 @@ impl Image {
 }
 
 impl Image {
-    /// Closes the image, on this thread. Releases its lock. Waits for the cluster.
+    /// Closes the image on this thread, which releases its lock. Waits for the cluster.
     pub(crate) fn close(mut self) {
         drop(self.open.take());
     }
@@ -220,12 +222,12 @@ impl Image {
 /// Who has owned an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
-    /// The former client of this process: no other client has written, and none has the image open.
+    /// The former client of this process: no other client has written or has the image open.
     Former,
     /// The client with this address owns it now.
     Other(String),
-    /// Nobody owns it now, the image has no exclusive lock, or another client has the image open.
-    /// Another client may have written.
+    /// It is not known: nobody owns the image now, it has no exclusive lock, or another client has
+    /// it open. Another client may have written.
     Unknown,
 }
 
@@ -238,7 +240,7 @@ impl Drop for Image {
 }
 
 impl Open {
-    /// Makes librbd report changes by other clients.
+    /// Makes librbd report changes of the image by other clients.
     fn watch(&mut self, name: &ImageName) -> Result<(), Error> {
         let mut handle = 0;
         let events = Arc::as_ptr(&self._events).cast_mut().cast();
@@ -265,19 +267,20 @@ impl Open {
         }
     }
 
-    /// Takes the exclusive lock from the client with this address, which the cluster refuses from
-    /// now on. If that fails, the first write waits for the lock.
+    /// Takes the exclusive lock from the client with this address, and makes the cluster blocklist
+    /// that client. Returns false if that fails; the first write then waits for the lock.
     fn break_lock(&self, owner: &str) -> bool {
         let Ok(text) = c_string("owner", owner) else { return false };
         // SAFETY: the image is open, and the string lives during the call.
         let result =
             unsafe { (self.library.rbd_lock_break)(self.image, LOCK_EXCLUSIVE, text.as_ptr()) };
-        let broken = checked(|| format!("cannot break the exclusive lock of {owner}"), result);
+        let broken =
+            checked(|| format!("cannot break the exclusive lock of client {owner}"), result);
         broken.inspect_err(|e| warn!("{e}")).is_ok()
     }
 
     /// The addresses of the clients that have the image open, this one included. `None` if the
-    /// cluster cannot tell, or there are many.
+    /// cluster does not answer with them, or if there are more than 16.
     fn watchers(&self) -> Option<Vec<String>> {
         const WATCHERS_MAX: usize = 16;
         let mut watchers = [const { ImageWatcher::none() }; WATCHERS_MAX];
@@ -292,13 +295,13 @@ impl Open {
         let filled = &mut watchers[..count.min(WATCHERS_MAX)];
         // SAFETY: the call has filled in C strings.
         let addresses = filled.iter().map(|watcher| unsafe { owned(watcher.address) }).collect();
-        // SAFETY: the watchers are from this call and are not used any more.
+        // SAFETY: the watchers come from this call and are not used any more.
         unsafe { (self.library.rbd_watchers_list_cleanup)(filled.as_mut_ptr(), filled.len()) };
         Some(addresses)
     }
 
     /// The addresses of the clients that hold the exclusive lock. Empty if it is free, if the image
-    /// has no such lock, or if the cluster cannot tell.
+    /// has no such lock, or if the cluster does not answer with them.
     fn lock_owners(&self) -> Vec<String> {
         const OWNERS_MAX: usize = 8;
         let mut owners: [*mut c_char; OWNERS_MAX] = [ptr::null_mut(); OWNERS_MAX];
@@ -318,7 +321,7 @@ impl Open {
         let filled = &mut owners[..count.min(OWNERS_MAX)];
         // SAFETY: the call has filled in C strings.
         let addresses = filled.iter().map(|owner| unsafe { owned(*owner) }).collect();
-        // SAFETY: the strings are from this call and are not used any more.
+        // SAFETY: the strings come from this call and are not used any more.
         unsafe { (self.library.rbd_lock_get_owners_cleanup)(filled.as_mut_ptr(), filled.len()) };
         addresses
     }
@@ -337,7 +340,7 @@ impl Drop for Open {
 
 /// Called by librbd, on a thread of its own, after each change of the image.
 unsafe extern "C" fn on_update(events: *mut c_void) {
-    // SAFETY: the pointer is that of `Open::watch`, and the events outlive the watch.
+    // SAFETY: `Open::watch` has passed this pointer, and the events outlive the watch.
     let events = unsafe { &*events.cast::<Events>() };
     events.report_change();
 }

@@ -1,7 +1,7 @@
 //! librados and librbd, opened when they are first used.
 //!
-//! The declarations follow the headers of Ceph 16. A program that is
-//! linked with the libraries would load 32 shared objects, of 20 MB, at each start.
+//! The declarations follow the headers of Ceph 16. The program is not linked with the libraries:
+//! then it would load 32 shared objects, of 20 MB, at each start, also without Ceph.
 #![expect(unsafe_code, reason = "symbols of shared libraries")]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -72,7 +72,7 @@ impl ImageWatcher {
     }
 }
 
-/// Declares the functions, and the loader of each from its library.
+/// Declares the functions, and how each is loaded from its library.
 macro_rules! functions {
     ($($library:ident { $($name:ident($($arg:ty),*) $(-> $result:ty)?;)* })*) => {
         /// The functions of the libraries.
@@ -83,8 +83,8 @@ macro_rules! functions {
         impl Library {
             fn load($($library: &SharedObject),*) -> Result<Self, libloading::Error> {
                 Ok(Self {$($(
-                    // SAFETY: the type is that of the header; `get` keeps the library's objects
-                    // loaded, as neither is ever closed.
+                    // SAFETY: the type is that of the header; the function stays loaded, as no
+                    // library is ever closed.
                     $name: *unsafe { $library.get(concat!(stringify!($name), "\0").as_bytes()) }?,
                 )*)*})
             }
@@ -167,8 +167,8 @@ type Load = Box<dyn FnOnce() + Send>;
 /// The thread that loads the libraries, if there is one.
 static LOADER: OnceLock<mpsc::Sender<Load>> = OnceLock::new();
 
-/// Starts a thread that loads the libraries when they are first used. For a program that forbids
-/// its later threads to map code.
+/// Starts a thread that loads the libraries when they are first used. For a program whose later
+/// threads may not map executable memory.
 ///
 /// # Errors
 /// The system cannot start a thread.
@@ -181,7 +181,7 @@ pub fn start_loader() -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `load` on the thread that loads libraries, or else here.
+/// Calls `load` on the thread that loads libraries, or on this thread if there is none.
 fn on_loader<T: Send + 'static>(load: impl FnOnce() -> T + Send + 'static) -> T {
     let Some(loader) = LOADER.get() else { return load() };
     let (sender, loaded) = mpsc::channel();
@@ -201,7 +201,7 @@ fn open() -> Result<Library, libloading::Error> {
     library
 }
 
-/// Returns whether the libraries are where the dynamic linker looks for them by default. Opens
+/// Returns whether librbd is in a directory in which the dynamic linker looks by default. Opens
 /// nothing.
 #[must_use]
 pub fn is_installed() -> bool {
@@ -215,7 +215,7 @@ pub fn is_installed() -> bool {
     DIRECTORIES.iter().any(|dir| std::path::Path::new(dir).join(RBD).exists())
 }
 
-/// Returns the result of a function that returns a negative errno on failure.
+/// Converts the result of a function that returns a negative errno on failure.
 pub(crate) fn checked(what: impl FnOnce() -> String, result: c_int) -> Result<c_int, Error> {
     if result >= 0 {
         return Ok(result);

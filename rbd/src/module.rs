@@ -28,7 +28,8 @@ pub(crate) const NAME: &str = "rbd";
 const CREATE: &str = "bdev_rbd_create";
 const REGISTER: &str = "bdev_rbd_register_cluster";
 
-/// The most operations of operators on clusters that may hang at a time.
+/// The maximum number of operations of RPCs on clusters at the same time, including those that hang
+/// after their RPC has failed.
 const OPERATIONS_MAX: usize = 64;
 
 /// SPDK's module `rbd`.
@@ -92,17 +93,17 @@ impl RbdModule {
     }
 }
 
-/// A disk with what its module keeps of it.
+/// A disk, and what the module knows of it.
 pub(crate) struct RbdEntry {
     module: Rc<RbdModule>,
     disk: Arc<RbdDisk>,
     params: Map<String, Value>,
-    /// Seconds until the next try to open the image again.
+    /// Seconds until the next attempt to open the image again.
     next_try_s: Cell<u32>,
 }
 
 impl RbdEntry {
-    /// The registered cluster that it uses.
+    /// The registered cluster that it uses, if any.
     fn cluster_name(&self) -> Option<&str> {
         self.params.get("cluster_name").and_then(Value::as_str)
     }
@@ -180,8 +181,8 @@ impl Entry for RbdEntry {
     }
 }
 
-/// A module's error with a given code, SPDK's for every failure of this kind. The reason goes to
-/// the log.
+/// Logs the reason of a failure, and returns the error with SPDK's code, which is the same for
+/// every failure of this kind.
 fn refused(method: &str, e: &Error, errno: i32) -> MethodError {
     error!("{method}: {e}");
     MethodError::errno(errno)
@@ -202,7 +203,7 @@ async fn register(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> 
     let p: Register = params.decode(DecodeFailure::INTERNAL)?;
     let failed = |e: &Error| refused(REGISTER, e, libc::EPERM);
     let check_name = |name: &str| match module.clusters.is_registered(name) {
-        true => Err(failed(&Error::Invalid(format!("a cluster {name} is registered already")))),
+        true => Err(failed(&Error::Invalid(format!("a cluster is already registered as {name}")))),
         false if name.is_empty() => Err(failed(&Error::Invalid("the name is empty".into()))),
         false => Ok(()),
     };
@@ -236,7 +237,7 @@ async fn unregister(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -
     if !is_used && module.clusters.unregister(&name) {
         return Ok(true.into());
     }
-    error!("{}: no cluster has the name {name:?}, or bdevs use it", params.method());
+    error!("{}: no cluster is registered as {name:?}, or bdevs still use it", params.method());
     Err(MethodError::errno(libc::EPERM))
 }
 
@@ -285,13 +286,13 @@ impl Create {
     fn cluster(&self, clusters: &Clusters) -> Result<ClusterOptions, Error> {
         if let Some(name) = &self.cluster_name {
             if self.timeout.is_some() {
-                let text = "timeout with cluster_name: give the cluster the option \
-                            rados_osd_op_timeout instead";
+                let text = "timeout and cluster_name exclude each other: register the cluster with \
+                            rados_osd_op_timeout and rados_mon_op_timeout instead";
                 return Err(Error::Invalid(text.into()));
             }
-            return clusters.options(name).ok_or_else(|| {
-                Error::NoDevice(format!("no cluster is registered with the name {name}"))
-            });
+            return clusters
+                .options(name)
+                .ok_or_else(|| Error::NoDevice(format!("no cluster is registered as {name}")));
         }
         Ok(ClusterOptions {
             name: None,
@@ -309,7 +310,7 @@ impl Create {
 fn parse(params: &Params) -> Result<Create, MethodError> {
     let p: Create = params.decode(DecodeFailure::INTERNAL)?;
     let invalid = |e: Error| refused(CREATE, &e, libc::EINVAL);
-    // Without a name, it gets one.
+    // A bdev without a name gets one when it is created.
     checked_size(p.name.as_deref().unwrap_or(NAME), 1, p.block_size).map_err(invalid)?;
     Ok(p)
 }
@@ -338,7 +339,7 @@ async fn create(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params, p: Cr
             Ok((Arc::clone(cluster), disk))
         })
     };
-    // It may wait for the cluster.
+    // Opening may wait for the cluster.
     params.let_next_start();
     let (cluster, disk) = module.operations.run(&host, LIMIT, open).await.map_err(failed)?;
     module.clusters.connected(&cluster_options, &cluster);
@@ -401,15 +402,19 @@ async fn resize(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
     }
     let invalid = |text: String| refused(method, &Error::Invalid(text), libc::EINVAL);
     let Some(entry) = host.registry().entry::<RbdEntry>(&p.name) else {
-        return Err(invalid(format!("bdev {} is no Ceph RBD disk", p.name)));
+        return Err(invalid(format!("bdev {} is not a Ceph RBD disk", p.name)));
     };
     let disk = Arc::clone(&entry.disk);
-    // It may be deleted meanwhile.
+    // The bdev may be deleted while this waits.
     drop(entry);
     let now = disk.size_bytes() / MIB;
     let bytes = p.new_size.checked_mul(MIB).filter(|bytes| i64::try_from(*bytes).is_ok());
     let Some(bytes) = bytes.filter(|_| p.new_size >= now) else {
-        return Err(invalid(format!("{}: cannot resize from {now} to {} MiB", p.name, p.new_size)));
+        return Err(invalid(format!(
+            "bdev {}: cannot resize from {now} MiB to {} MiB: a bdev can only grow, and must have \
+             less than 2^63 bytes",
+            p.name, p.new_size
+        )));
     };
     let Some(image) = disk.shared().image() else {
         return Err(MethodError::errno(libc::ESHUTDOWN));
@@ -432,7 +437,7 @@ async fn resize(module: Rc<RbdModule>, host: Rc<dyn Host>, params: Params) -> An
         watch::adopt_size(&host, &disk, sizes.image);
     }
     drop(disk);
-    // A task may wait for the disk's last user.
+    // A deletion may wait until nobody holds the disk.
     host.released();
     resized.map_err(|e| MethodError::of(method, &e))?;
     Ok(true.into())

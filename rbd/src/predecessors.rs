@@ -1,9 +1,9 @@
 //! Which clients of a cluster were processes of this host that have ended.
 //!
-//! The exclusive lock of an image stays with a client that was killed. The cluster lets another
-//! client take it only after 30 s, unless that client knows that the owner is dead. So each
-//! connected client of this program keeps a file with its address in its name, and a lock on the
-//! file, which the kernel releases when the process ends.
+//! A client that was killed keeps the exclusive lock of an image: another client gets it only after
+//! 30 s, unless it breaks the lock, which is safe only if the owner is known to be dead. So each
+//! connected client of this program keeps a file whose name has the client's address, and a lock on
+//! the file, which the kernel releases when the process ends.
 
 use std::fs::{self, DirEntry, File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -13,15 +13,15 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use tracing::warn;
 
-/// The directory of the files. It outlives a restart of the program, but not the host's data.
+/// The directory of the files, which survive a restart of the program.
 pub const DIR: &str = "/var/tmp";
 
 const PREFIX: &str = "vhost_rbd_";
 
-/// The end of a file's name after its process was found dead.
+/// The suffix of a file's name after its process was found dead.
 const DEAD: &str = ".dead";
 
-/// How long the file of a dead client is kept. The cluster forgets a dead client after 30 s.
+/// How long the file of a dead client is kept. The cluster takes the lock from it after 30 s.
 const KEPT: Duration = Duration::from_secs(3600);
 
 /// The file of a client of this process. Dropping it removes the file.
@@ -32,7 +32,7 @@ pub(crate) struct Own {
 }
 
 impl Own {
-    /// Makes the file. `None` if the system refuses it: then a restart after a crash takes longer.
+    /// Makes the file. `None` if that fails: a restart after a crash then takes longer.
     pub(crate) fn announce(fsid: &str, address: &str) -> Option<Self> {
         Self::announce_in(Path::new(DIR), fsid, address)
     }
@@ -53,7 +53,8 @@ impl Own {
             Err(e) => {
                 let _ = fs::remove_file(&new);
                 warn!(
-                    "{}: {e}; after a crash, taking over locks of Ceph images will take 30 s",
+                    "cannot create {}: {e}; after a crash, the next process will wait for 30 s for \
+                     the locks of Ceph images",
                     path.display()
                 );
                 None
@@ -64,7 +65,8 @@ impl Own {
 
 impl Drop for Own {
     fn drop(&mut self) {
-        // The sandbox allows some threads to remove no file. The sweep removes one with this text.
+        // The sandbox forbids some threads to remove files. The sweep removes a file with this
+        // text.
         if fs::remove_file(&self.path).is_err() {
             let _ = rustix::io::write(&self.locked, ENDED);
         }
@@ -82,15 +84,16 @@ pub(crate) fn is_dead(fsid: &str, address: &str) -> bool {
 
 fn is_dead_in(dir: &Path, fsid: &str, address: &str) -> bool {
     let name = name_of(fsid, address);
-    // Another process may mark it between two looks.
+    // Another process may rename it between two of these checks.
     let (marked, plain) = (dir.join(format!("{name}{DEAD}")), dir.join(name));
     is_free(&marked) || is_free(&plain) || is_free(&marked)
 }
 
-/// Returns whether a file exists, is ours, and no process has locked it.
+/// Returns whether a file exists, belongs to this user, and is locked by no process.
 fn is_free(path: &Path) -> bool {
     let Ok(file) = options().open(path) else { return false };
-    // Other users may create files here: they must not make us break a living client's lock.
+    // Other users may create files here. They must not make this process break the lock of a client
+    // that is alive.
     let ours = file
         .metadata()
         .is_ok_and(|found| found.is_file() && found.uid() == rustix::process::geteuid().as_raw());
@@ -104,7 +107,8 @@ fn options() -> OpenOptions {
     options
 }
 
-/// Marks the files of dead clients, and removes those that were marked long ago.
+/// Marks the files of dead clients. Removes those that were marked long ago, and the files of
+/// clients that have ended in an orderly way.
 fn sweep(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     entries.flatten().for_each(|entry| sweep_one(&entry));
@@ -131,7 +135,7 @@ fn age(path: &Path) -> Option<Duration> {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + Duration::from_secs(changed)).ok()
 }
 
-/// The name of a client's file. Characters that may not be in a file's name become underscores.
+/// The name of a client's file. All but letters, digits, dots and hyphens become underscores.
 fn name_of(fsid: &str, address: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
     let address: String = address.chars().map(plain).collect();

@@ -1,5 +1,5 @@
 //! The task of each disk that reacts to changes of its image, and opens it again when the cluster
-//! refuses its client.
+//! has blocklisted its client.
 
 use std::cell::{Cell, RefCell};
 use std::cmp;
@@ -63,7 +63,7 @@ struct Watcher {
     disk: Weak<RbdDisk>,
     /// Attempts to open the image again, since it was open last.
     attempts: Cell<u64>,
-    /// Why the image could not be opened again.
+    /// Why the image could not be opened again, as logged last.
     reported: RefCell<String>,
 }
 
@@ -93,7 +93,7 @@ impl Watcher {
         let disk = self.disk.upgrade()?;
         let result = f(&disk);
         drop(disk);
-        // A task may wait for the disk's last user.
+        // A deletion may wait until nobody holds the disk.
         self.host.released();
         Some(result)
     }
@@ -106,12 +106,13 @@ impl Watcher {
             Err(e) if e.errno() == libc::ESHUTDOWN => {
                 self.with_disk(|disk| disk.shared().refused(&image));
             }
-            Err(e) => warn!("{e}"),
+            Err(e) => {
+                self.with_disk(|disk| warn!("bdev {}: {e}", disk.name()));
+            }
         }
     }
 
-    /// Opens the image with a client that the cluster accepts. I/O goes on unless another client
-    /// owns the image by now.
+    /// Opens the image with a new client. I/O goes on unless another client owns the image by now.
     async fn reopen(&self) {
         let Some((name, image_name, account, shared)) = self.with_disk(|disk| {
             let shared = Arc::clone(disk.shared());
@@ -127,7 +128,8 @@ impl Watcher {
         }
         let connector = Arc::clone(&self.connector);
         let (events, waits_for_cluster) = (Arc::clone(&self.events), self.cluster.timeout_s == 0);
-        // On its thread to the end: what it finds out about the lock is known only once.
+        // Runs to its end also after the limit: who has owned the image can be found out only once,
+        // as this breaks the lock.
         let open = move || {
             let opened = connector.with(|cluster| {
                 let opened = Image::open(cluster, &image_name, &account, &events)?;
@@ -146,7 +148,7 @@ impl Watcher {
             }
             shared.adopt(opened, sizes.image, owner == Owner::Former);
             info!("bdev {name}: connected to the Ceph cluster again");
-            // The disk may have another size.
+            // Another host may have resized the image.
             events.report_change();
             Ok(cluster)
         };
@@ -180,5 +182,5 @@ impl Watcher {
     }
 }
 
-/// The interval of tries to open an image again.
+/// The interval of attempts to open an image again.
 pub(crate) const TRY_INTERVAL_S: u32 = 5;

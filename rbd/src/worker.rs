@@ -30,22 +30,25 @@ pub(crate) enum Mode {
     Serving,
     /// Keeps them until the image is open again.
     Reopening,
-    /// Fails them: the cluster refuses this client, and another one uses the image.
+    /// Fails them: the cluster has blocklisted this client, and another client owns the image, the
+    /// disk is being deleted, or the cluster cannot be reached and the disk has a `timeout`.
     Refused,
-    /// Fails them, at the end of the process. The last mode.
+    /// Fails them, at the end of the process. No other mode follows.
     Ended,
 }
 
-/// A disk as its thread, librbd's callbacks and the control side see it.
+/// What a disk's thread, librbd's callbacks, the channels and the control side share.
 pub(crate) struct Shared {
     library: &'static Library,
     /// The image that I/O goes to; `None` at the end of the process.
     image: ArcSwapOption<Image>,
-    /// The bytes of the disk that the image has. Beyond it, librbd would cut writes silently.
+    /// The bytes of the disk that are within the image. librbd would silently cut writes that cross
+    /// its end.
     size: AtomicU64,
     mode: AtomicU8,
     lines: Mutex<Vec<Arc<Served>>>,
-    /// I/Os that the cluster has refused, and that wait for another connection.
+    /// I/Os that failed because the cluster has blocklisted the client. They wait for another
+    /// connection.
     parked: Mutex<Vec<(Arc<Served>, Io)>>,
     /// Whether parked I/Os may be submitted again: no other client has written meanwhile.
     resubmits: AtomicBool,
@@ -62,14 +65,14 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// A channel's line, and what of its writes a flush has made durable.
+/// A channel's line, and how many of its writes a flush has made durable.
 struct Served {
     line: Arc<Line>,
-    /// I/Os that have changed the image, and those of them that a flush has covered.
+    /// The number of I/Os that have changed the image, and how many of them a flush has covered.
     written: AtomicU64,
     flushed: AtomicU64,
-    /// The client was lost, and with its cache perhaps writes that had completed. The next flush
-    /// reports it.
+    /// The client was blocklisted, and completed writes in its cache may be lost. So the next
+    /// flush fails.
     lost: AtomicBool,
 }
 
@@ -83,7 +86,7 @@ impl Served {
         }
     }
 
-    /// An I/O has ended well. `written` is the number of earlier writes at its start.
+    /// Records that an I/O has succeeded. `written` is the number of earlier writes at its start.
     fn count(&self, op: Op, written: u64) {
         // Relaxed suffices for all: a flush covers what had completed before it was submitted, and
         // the channel's owner has seen that.
@@ -96,7 +99,7 @@ impl Served {
         }
     }
 
-    /// Another client has taken over.
+    /// Records that a new client of this process replaces the one that has done these writes.
     fn client_lost(&self) {
         let written = self.written.load(Ordering::Relaxed);
         if self.flushed.swap(written, Ordering::Relaxed) != written {
@@ -150,7 +153,7 @@ impl Shared {
         self.lines().push(Arc::new(Served::new(line)));
     }
 
-    /// Ends the service of a channel that has no outstanding I/O.
+    /// Stops serving a channel, which has no outstanding I/O.
     pub(crate) fn remove(&self, line: &Arc<Line>) {
         self.lines().retain(|other| !Arc::ptr_eq(line, &other.line));
     }
@@ -160,7 +163,7 @@ impl Shared {
         self.waker.wake();
     }
 
-    /// The bytes of the disk that the image has.
+    /// The bytes of the disk that are within the image.
     #[inline]
     pub(crate) fn size(&self) -> u64 {
         // Relaxed suffices: no other data is published with the number.
@@ -172,7 +175,8 @@ impl Shared {
     }
 
     pub(crate) fn mode(&self) -> Mode {
-        // Acquire: pairs with `set_mode`; the image of a mode is seen with it.
+        // Acquire: pairs with `set_mode`; who sees the mode also sees the image that was set before
+        // it.
         match self.mode.load(Ordering::Acquire) {
             0 => Mode::Serving,
             1 if self.deleted.load(Ordering::Relaxed) => Mode::Refused,
@@ -182,7 +186,7 @@ impl Shared {
         }
     }
 
-    /// Changes the mode, and makes the thread act on it. [`Mode::Ended`] stays.
+    /// Changes the mode, and makes the thread act on it. Does not leave [`Mode::Ended`].
     pub(crate) fn set_mode(&self, mode: Mode) {
         let order = Ordering::AcqRel;
         let change = |now| (now != Mode::Ended as u8).then_some(mode as u8);
@@ -190,7 +194,7 @@ impl Shared {
         self.waker.wake();
     }
 
-    /// The disk is being deleted.
+    /// Records that the disk is being deleted.
     pub(crate) fn set_deleted(&self) {
         self.deleted.store(true, Ordering::Relaxed);
         self.waker.wake();
@@ -201,7 +205,7 @@ impl Shared {
         self.image.load_full()
     }
 
-    /// Stops to serve, and returns the image if no I/O is under way.
+    /// Stops serving, and returns the image if no I/O is under way.
     pub(crate) fn take_image(&self) -> Option<Image> {
         // Before the thread wakes and takes a reference.
         let image = self.image.swap(None);
@@ -209,9 +213,8 @@ impl Shared {
         Arc::into_inner(image?)
     }
 
-    /// Serves from another connection to the image, which has this size. `resubmits`: no other client
-    /// has written to the image meanwhile, so that writes that the cluster has refused may be
-    /// submitted again.
+    /// Uses another connection to the image, which has this size, from now on. `resubmits`: no
+    /// other client has written to the image meanwhile, so parked writes may be submitted again.
     pub(crate) fn adopt(&self, image: Image, size: u64, resubmits: bool) {
         self.size.fetch_min(size, Ordering::Relaxed);
         self.resubmits.store(resubmits, Ordering::Relaxed);
@@ -272,7 +275,7 @@ impl Shared {
         drop(parked);
         let (image, resubmits) = (self.image(), self.resubmits.load(Ordering::Relaxed));
         for (line, io) in &settled {
-            // A read does no harm.
+            // A read may always be submitted again.
             let mode = if resubmits || io.op == Op::Read { mode } else { Mode::Refused };
             self.begin(line, image.as_ref(), mode, *io);
         }
@@ -349,17 +352,17 @@ impl Shared {
         }
     }
 
-    /// Parks an I/O that the cluster has refused, because it refuses the client that opened this
+    /// Parks an I/O that failed because the cluster has blocklisted the client that opened this
     /// image.
     fn park(&self, image: &Arc<Image>, line: Arc<Served>, io: Io) {
         self.refused(image);
-        // After the change of the mode, so that the thread does not settle it in the mode before.
+        // After the change of the mode: the thread must not settle this I/O in the mode before.
         self.parked().push((line, io));
         self.waker.wake();
     }
 
-    /// The cluster refuses the client that opened this image. If I/O goes to it, I/O waits, and the
-    /// disk's task opens the image again.
+    /// Records that the cluster has blocklisted the client that opened this image. If the disk
+    /// still uses it, I/O waits, and the disk's task opens the image again.
     pub(crate) fn refused(&self, image: &Arc<Image>) {
         image.cluster().set_blocklisted();
         let present = self.image.load();
@@ -373,7 +376,7 @@ impl Shared {
     }
 }
 
-/// An I/O that librbd has.
+/// An I/O that was submitted to librbd.
 struct Flight {
     shared: Arc<Shared>,
     line: Arc<Served>,
@@ -385,13 +388,13 @@ struct Flight {
 }
 
 impl Flight {
-    /// Reports the result: the bytes of a read, 0, or a negative errno.
+    /// Reports the result: the number of bytes of a read, 0 for other I/Os, or a negative errno.
     fn end(self, result: isize) {
         let Self { shared, line, image, io, written } = self;
         let ended = match (result, io.op) {
             (..0, _) => Ended::Failed(i32::try_from(result.unsigned_abs()).unwrap_or(libc::EIO)),
             (read, Op::Read) if read.unsigned_abs() as u64 != io.len => Ended::Failed(0),
-            // The image became smaller, and librbd may have cut the I/O.
+            // The image has become smaller, and librbd may have cut the I/O.
             (_, Op::Write | Op::WriteZeroes | Op::Unmap) if !bdev::within(&io, shared.size()) => {
                 Ended::Failed(0)
             }

@@ -75,7 +75,7 @@ fn disk(options: &[(&str, &str)], block_size: u32) -> Option<Fixture> {
 conformance! {
     rbd_512 => disk(&[], 512);
     rbd_4096 => disk(&[], 4096);
-    rbd_without_cache => disk(&[("rbd_cache", "false")], 512);
+    rbd_with_cache => disk(&[("rbd_cache", "true")], 512);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! An eventfd that another process shares, signalled without ever blocking.
+//! An eventfd that another process shares. It cannot block the thread that signals it.
 #![expect(unsafe_code, reason = "system calls on eventfds, and an io_uring with one user")]
 
 use std::cell::UnsafeCell;
@@ -11,13 +11,15 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use crate::event_fd::add_one;
 
-/// An eventfd that another process shares, in a form that cannot block its user.
+/// An eventfd that another process shares. It cannot block the thread that signals it, if io_uring
+/// is available.
 ///
 /// A write to an eventfd waits while its counter is full, unless the fd is non-blocking. That flag
 /// is shared with the other process, which can clear it at any time and fill the counter. Therefore
 /// the kernel adds the one: the eventfd is registered with an io_uring of its own, and a no-op
 /// operation completes there. That costs about 0.2 us more than a write and never waits. If
-/// io_uring is not available, the signal is a write to a non-blocking fd.
+/// io_uring is not available, the signal is a write to an fd that is made non-blocking once, so the
+/// other process can make it wait.
 pub struct SharedEventFd<F>(Signal<F>);
 
 enum Signal<F> {
@@ -62,8 +64,8 @@ impl<F: AsFd> SharedEventFd<F> {
         })
     }
 
-    /// Adds one to the counter. Returns false if the system cannot do that now and the caller has to
-    /// retry.
+    /// Adds one to the counter. Returns false if the kernel cannot do that now; the caller then has
+    /// to call this again.
     ///
     /// # Safety
     /// No other call for the same value is in progress.

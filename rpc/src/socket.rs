@@ -79,9 +79,10 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The lock keeps other servers from the path, but not other programs. Linux cannot remove a
-        // name on the condition that it is that of a certain file: a file that is put here between
-        // this check and the removal, or between `bind` and the first `file_id`, is removed too.
+        // The lock keeps other servers from the path, but not other programs. Linux has no call
+        // that removes a name only if it belongs to a given file. So a file that another program
+        // puts here between this check and the removal, or between `bind` and the first `file_id`,
+        // is removed.
         if self.file.is_none() || file_id(&self.path) != self.file {
             tracing::debug!(
                 "{} is not the socket of this process; not removed",

@@ -54,7 +54,7 @@ thread_local! {
 pub(crate) struct BoundSocket {
     /// A duplicate of the socket.
     pub(crate) socket: OwnedFd,
-    /// Its file. `None` if there was none already.
+    /// Its file. `None` if the file was removed before it was recorded.
     pub(crate) file: Option<FileId>,
 }
 

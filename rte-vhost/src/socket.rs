@@ -43,8 +43,8 @@ impl FileId {
 
     /// Removes this file from `path`, unless another process has put its own file there.
     ///
-    /// Linux cannot remove a name on the condition that it is that of a certain file. So a process
-    /// that may write to the directory loses a file that it puts there between the check and the
+    /// Linux has no call that removes a name only if it belongs to a given file. So a process that
+    /// may write to the directory loses a file that it puts there between the check and the
     /// removal, or between `bind` and [`FileId::of`].
     pub(crate) fn remove_from(self, path: &Path) {
         if self.is_at(path) {

@@ -77,7 +77,7 @@ pub struct Needs {
     pub reads_in: Vec<PathBuf>,
     /// Directories of disks; if empty, disks may be in any directory.
     pub disk_dirs: Vec<PathBuf>,
-    /// Whether the process connects to storage clusters.
+    /// Whether the process may connect to storage clusters.
     pub network: Network,
     /// What the process changes of the files of its sockets.
     pub socket_access: SocketAccess,

@@ -94,7 +94,7 @@ impl Check {
         self.errors.push(format!("{place}: {text}"));
     }
 
-    /// Whether such a method exists, and takes these parameters.
+    /// Returns whether the method exists and accepts these parameters.
     fn is_possible(&mut self, call: &Call) -> bool {
         let place = &call.place;
         let known = SUBSYSTEMS.iter().any(|(name, _)| *name == place.subsystem);

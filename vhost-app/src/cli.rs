@@ -98,7 +98,8 @@ pub(crate) struct Options {
     pub(crate) sandbox: SandboxMode,
     /// Directories that may hold disks (`--disk-dir`); if empty, every directory may.
     pub(crate) disk_dirs: Vec<PathBuf>,
-    /// Whether storage clusters may be used (`--network`); `None`: if a library for one is installed.
+    /// Whether the process may connect to storage clusters (`--network`); `None`: if librbd is
+    /// installed.
     pub(crate) network: Option<bool>,
     /// Directories that hold Ceph configurations and keyrings (`--ceph-dir`).
     pub(crate) ceph_dirs: Vec<PathBuf>,

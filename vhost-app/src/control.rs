@@ -41,7 +41,7 @@ pub(crate) enum StartError {
     Eal(#[from] EalError),
     #[error("cannot start the vhost-user transport: {0}")]
     Transport(#[source] io::Error),
-    #[error("cannot start a thread for storage engines: {0}")]
+    #[error("cannot start the thread that loads librbd: {0}")]
     Engines(#[source] io::Error),
     #[error("cannot start the thread for DPDK calls: {0}")]
     DpdkThread(#[source] io::Error),

@@ -1,5 +1,5 @@
-//! The storage engines that are crates of their own, each behind a cargo feature, and what they
-//! need of the process.
+//! The bdev modules that are crates of their own, each behind a cargo feature, and what they need
+//! from the process.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -36,8 +36,8 @@ fn rbd_module() -> Option<Rc<dyn BdevModule>> {
     None
 }
 
-/// Returns whether the process may connect to storage clusters: as the operator says, or else if a
-/// library for one is installed.
+/// Returns whether the process may connect to storage clusters: what the operator says or, without
+/// `--network`, whether librbd is installed.
 pub(crate) fn network(options: &Options) -> Network {
     #[cfg(feature = "rbd")]
     let installed = rbd::is_installed();
@@ -46,12 +46,12 @@ pub(crate) fn network(options: &Options) -> Network {
     if options.network.unwrap_or(installed) { Network::Allowed } else { Network::Refused }
 }
 
-/// Returns the directories whose files the engines' libraries read, if they are used.
+/// Returns the files and directories that librbd reads, if connections are allowed.
 pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
     if network(options) == Network::Refused {
         return vec![];
     }
-    // The host names of a cluster's monitors are resolved.
+    // To resolve the host names of a cluster's monitors.
     let resolver = ["/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf"];
     let configured = std::env::var_os("CEPH_CONF").map(PathBuf::from);
     let beside = configured.as_deref().and_then(Path::parent).map(Path::to_owned);
@@ -59,7 +59,7 @@ pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
     fixed.chain(beside).chain(options.ceph_dirs.iter().cloned()).collect()
 }
 
-/// Starts what has to start before later threads lose the right to map code.
+/// Starts the thread that loads librbd: threads that start later may not map executable memory.
 pub(crate) fn start(options: &Options) -> std::io::Result<()> {
     #[cfg(feature = "rbd")]
     if network(options) == Network::Allowed {

@@ -50,7 +50,7 @@ use prepare::Prepared;
 /// waits 2 s for I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
-/// Limit on the time to release locks at storage clusters at shutdown.
+/// Limit on the time to release locks in storage clusters at shutdown.
 const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Limit on the time to send finished answers to RPC clients at shutdown.
@@ -243,7 +243,7 @@ fn start_control(
         extra_args: vec![],
     });
     engines::start(options).map_err(control::StartError::Engines)?;
-    // The threads that may load libraries have started. This thread and later ones may not.
+    // The threads that may load libraries have started. This thread and later ones may not do that.
     sandbox.narrow(Thread::Control);
     let sockets = Sockets {
         dir: control::socket_dir(options.socket_dir.as_deref()),
@@ -399,7 +399,7 @@ async fn stop(app: &App, server: Option<Server>) {
     }
 }
 
-/// Releases what other hosts wait for, in bounded time.
+/// Releases what other hosts may wait for, in bounded time.
 async fn release_storage(app: &App) {
     let released: Vec<_> = app.bdevs.all().iter().filter_map(|live| live.entry.release()).collect();
     let all = async {
@@ -408,7 +408,10 @@ async fn release_storage(app: &App) {
         }
     };
     if active_time::timeout(RELEASE_LIMIT, all).await.is_none() {
-        warn!("storage clusters did not answer; other hosts may have to wait for locks");
+        warn!(
+            "storage clusters did not release their locks in time; other hosts may have to wait \
+             for 30 s for them"
+        );
     }
 }
 

@@ -1,5 +1,5 @@
-//! A real cluster blocklists clients, whose caches are lost, and guests move: nothing is lost silently, and no
-//! disk is stuck.
+//! A real cluster blocklists clients, which lose their caches, and guests migrate: no write is lost
+//! silently, and no disk stays unusable.
 
 mod ceph;
 mod disks;
@@ -36,7 +36,7 @@ fn refused(cluster: &Cluster, image: &Image, blocklist: impl FnOnce()) -> (Vhost
     (vhost, driver)
 }
 
-/// Nothing is lost, or a write or the flush has said so.
+/// Asserts that no write is lost, unless a write or the flush has failed.
 #[track_caller]
 fn assert_told(driver: &mut Driver, written: &[u8]) {
     let flushed = driver.try_flush();

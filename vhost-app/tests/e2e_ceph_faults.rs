@@ -1,5 +1,6 @@
-//! What happens to a Ceph cluster, or to its opinion of `vhost`, under a load that checks every block:
-//! daemons that stop or die, a client that is blocklisted, taken over or killed.
+//! Faults of a Ceph cluster and of its client `vhost`, under a load that checks every block:
+//! daemons that stop or die, a client that is blocklisted, that loses its lock to another client,
+//! or that is killed.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod ceph;
@@ -188,7 +189,7 @@ fn frozen(cluster: &Cluster, image: &Image) -> (Vhost, Driver) {
     let vhost = cluster.start();
     image.disk(&vhost, "R", json!({}));
     let mut driver = Driver::start(&disks::controller(&vhost, "r", "R"));
-    // No flush: before the first, librbd's cache completes no write that the cluster has not got.
+    // No flush is needed: librbd's cache is off, so the cluster has each write that has completed.
     driver.write(0..32, 1);
     vhost.signal("STOP");
     wait_until("it is stopped", || vhost.is_stopped());

@@ -1,5 +1,5 @@
-//! A Ceph cluster that does not answer holds up its own disks alone: other disks of the same reactor, RPCs,
-//! deletions and the end of the process go on.
+//! A Ceph cluster that does not answer delays only its own disks: other disks of the same reactor,
+//! RPCs, deletions and the end of the process go on.
 
 mod ceph;
 mod disks;
@@ -28,7 +28,7 @@ fn holds_all(vhost: &Host) -> bool {
     vhost.sessions("b")[0]["inflight_task_cnt"] == Form::Small.held()
 }
 
-/// Everybody else works, of the operators too.
+/// Asserts that other disks and RPCs go on.
 fn others_go_on(vhost: &Host, a: &Vm) {
     a.goes_on();
     for method in ["bdev_get_bdevs", "bdev_get_iostat", "bdev_rbd_get_clusters_info"] {

@@ -93,7 +93,7 @@ fn one_guest_moves(cluster: &Cluster) {
     });
     let options = |n: usize| GuestOptions::new(&vhosts[n % 2].1);
     let mut guest = Guest::boot(options(0));
-    // From the first flush on, librbd's cache completes writes.
+    // If librbd's cache were on, it would complete writes from the first flush on.
     guest.ok("dd if=/seed of=/dev/vda bs=4k count=1 conv=fsync");
     guest.start_io("vda", 4);
     for n in 1..=cycles(2) {

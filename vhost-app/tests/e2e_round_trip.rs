@@ -20,7 +20,7 @@ enum Effect {
     /// It changes state that is not saved, as in SPDK: log levels, counters, injected errors, the
     /// core that serves a queue, and the end of the process.
     Unsaved,
-    /// It is saved, and needs a storage server: the tests of its engine save and load it.
+    /// It is saved, and needs a storage server: the tests of its bdev module save and load it.
     Engine,
     /// It changes nothing.
     Read,

@@ -1,5 +1,5 @@
-//! Disks of another vhost-user server: attached by RPC, served, and what happens when the server
-//! dies, hangs, or is none.
+//! Disks of another vhost-user server: how they are attached by RPC and served, and what happens
+//! when the server dies, hangs, or is not a vhost-user server.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;

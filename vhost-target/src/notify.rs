@@ -8,11 +8,11 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use closer::{Error, ForeignFd};
 use reactor::SharedEventFd;
 
-/// The eventfd that notifies a guest of completions. The front end cannot block its user: see
-/// [`SharedEventFd`].
+/// The eventfd that notifies a guest of completions. The front end cannot block the thread that
+/// signals it: see [`SharedEventFd`].
 ///
-/// What the signal needs is created when a queue gets the fd ([`CallFd::arm`]): a front end may send
-/// fds for rings that it never starts, and only the number of started rings is limited.
+/// The [`SharedEventFd`] is created when a queue gets the fd ([`CallFd::arm`]): a front end may
+/// send fds for rings that it never starts, and only the number of started rings is limited.
 #[derive(Debug)]
 pub struct CallFd {
     /// `Some` until it is armed.

@@ -20,13 +20,13 @@ pub(crate) struct VirtioChannel {
     /// Its place in the queue.
     place: usize,
     line: Arc<Line>,
-    /// Signalled for the queue's used requests.
+    /// The server signals it when it has used requests of the queue.
     call: OwnedFd,
     /// The outstanding I/Os, by tag.
     slots: Box<[Option<Io>]>,
     failures: Failures,
     outstanding: usize,
-    /// Another thread had the queue when this one wanted to serve it, or something is left to do.
+    /// Another thread had the queue when this channel tried to serve it, or work is left.
     unserved: bool,
     sleeps: bool,
 }
@@ -49,7 +49,7 @@ impl VirtioChannel {
         })
     }
 
-    /// Returns the errno for which an I/O is not taken, if there is one.
+    /// Returns the errno with which an invalid I/O fails; `None` if the I/O is valid.
     fn refusal(&self, io: &Io) -> Option<i32> {
         let Features { read_only, flush, unmap, write_zeroes, .. } = self.features;
         let supported = match io.op {
@@ -66,7 +66,7 @@ impl VirtioChannel {
         }
     }
 
-    /// Fails an I/O that the disk does not take.
+    /// Fails an I/O that is invalid for this disk.
     #[cold]
     fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
         self.failures.note(io, errno);

@@ -1,7 +1,8 @@
 //! The thread of each disk that keeps it connected to its server.
 //!
-//! When the server goes away, or breaks the rules of a ring, the thread connects again until it
-//! succeeds. I/O waits meanwhile; requests in flight are sent again to the new server.
+//! When the server closes the connection or writes an invalid entry into a used ring, the thread
+//! tries to connect again until it succeeds. I/O waits meanwhile. The requests in flight are sent
+//! again to the new server.
 
 use std::io;
 use std::net::Shutdown;
@@ -22,7 +23,7 @@ use crate::queue::{Offline, Queue};
 use crate::ring::Ring;
 use crate::session::{Properties, Session};
 
-/// The interval of looks at the rings for broken rules, and of attempts to connect.
+/// The interval at which the thread checks whether a ring is broken, and of attempts to connect.
 const INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Keeps a disk connected until it is dropped.
@@ -35,7 +36,7 @@ struct Shared {
     socket: PathBuf,
     layout: Layout,
     queues: Arc<[Arc<Queue>]>,
-    /// What the disk was when it was created. A server with another disk is refused.
+    /// The properties of the disk when it was created. A server whose disk has others is refused.
     properties: Properties,
     durability: Arc<Durability>,
     connected: AtomicBool,
@@ -106,7 +107,7 @@ impl Shared {
         self.ending.load(Ordering::Acquire)
     }
 
-    /// Lets the queues use the rings of a server.
+    /// Starts the rings of a server, and lets the queues use them.
     fn adopt(&self, session: &Session) -> io::Result<()> {
         let calls: Vec<_> = self.queues.iter().map(|queue| queue.call_fd()).collect();
         let rings = session.start(self.layout, &calls)?;
@@ -115,14 +116,14 @@ impl Shared {
         for (queue, ring) in self.queues.iter().zip(rings) {
             queue.connect(ring, session.properties.limits);
         }
-        // A deletion that came meanwhile has disconnected the queues before.
+        // A deletion during this call has disconnected the queues too early.
         if self.is_ending() {
             drop(self.disconnect(Offline::Fail));
         }
         Ok(())
     }
 
-    /// Stops to use the rings, and returns them.
+    /// Stops using the rings, and returns them.
     fn disconnect(&self, offline: Offline) -> Vec<Ring> {
         self.connected.store(false, Ordering::Relaxed);
         self.queues.iter().filter_map(|queue| queue.disconnect(offline)).collect()
@@ -140,7 +141,7 @@ impl Shared {
                     let _ = present.socket.shutdown(Shutdown::Both);
                     session = None;
                     drop(self.disconnect(Offline::Wait));
-                    // A deletion that came meanwhile must not be forgotten.
+                    // A deletion during this call must not be undone: I/O must fail, not wait.
                     if self.is_ending() {
                         drop(self.disconnect(Offline::Fail));
                     }
@@ -155,7 +156,8 @@ impl Shared {
                 Err(e) => {
                     if !std::mem::replace(&mut reported, true) {
                         error!(
-                            "bdev {}: cannot connect: {e}; trying again every second",
+                            "bdev {}: cannot connect to the vhost-user server: {e}; trying again \
+                             every second",
                             self.name
                         );
                     }
@@ -169,15 +171,15 @@ impl Shared {
         self.garbage.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Waits until the server goes away or the disk is deleted, for an interval at most. Returns the
-    /// reason for which the connection is over.
+    /// Waits until the server goes away or the disk is deleted, for an interval at most. Returns
+    /// why the connection is over, if it is.
     fn watch(&self, session: &Session) -> Option<&'static str> {
         let [gone] = self.pause(&[&session.socket])[..] else { return None };
         if gone {
             return Some("the server has closed the connection");
         }
         let broken = self.queues.iter().any(|queue| queue.is_broken());
-        broken.then_some("the server has broken the rules of a ring")
+        broken.then_some("the server has written an invalid index or id into a used ring")
     }
 
     /// Waits for an interval, for the end of the disk, or for these sockets. Returns which of the
@@ -188,7 +190,7 @@ impl Shared {
             .map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP))
             .collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
-        // An error (a signal) makes the caller look again.
+        // After an error (a signal), the caller checks everything again.
         let _ = poll(&mut fds, Some(&INTERVAL));
         let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         fds[..sockets.len()].iter().map(|fd| fd.revents().intersects(ended)).collect()
@@ -200,8 +202,8 @@ impl Shared {
         if session.properties != self.properties || !enough {
             let (before, now) = (self.properties, session.properties);
             return Err(Error::Invalid(format!(
-                "the server has another disk, or other features, than before: {now:?} instead of \
-                 {before:?}, and {} queues",
+                "the server's disk or features have changed, or it has too few queues: expected \
+                 {before:?}, found {now:?} and {} queues",
                 session.queues
             )));
         }
@@ -211,5 +213,5 @@ impl Shared {
     }
 }
 
-/// The time that a server may take to answer, for callers that wait for a connection.
+/// The longest time that an RPC waits for a connection.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);

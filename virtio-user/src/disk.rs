@@ -16,7 +16,7 @@ use crate::session::{Properties, Session};
 
 /// A disk that another vhost-user-blk server serves.
 ///
-/// Requests go through bounce buffers that are shared with the server, so that it can access no
+/// Data goes through bounce buffers that are shared with the server, so that it can access no
 /// memory of a guest.
 #[derive(Debug)]
 pub struct VirtioDisk {
@@ -40,9 +40,9 @@ pub struct VirtioOptions {
     pub name: String,
     /// The server's socket.
     pub socket: PathBuf,
-    /// Queues to use, if the server has as many; not 0. Channels share them.
+    /// The number of queues to use, if the server has as many; not 0. Channels share them.
     pub queues: u16,
-    /// Entries of each queue: a power of two from 4 to 32768.
+    /// The number of entries of each queue: a power of two from 4 to 32768.
     pub queue_size: u16,
 }
 
@@ -54,8 +54,8 @@ impl VirtioOptions {
         checked_size(name, 1, 512)?;
         if *queues == 0 || !queue_size.is_power_of_two() || !(4..=32768).contains(queue_size) {
             return Err(Error::Invalid(format!(
-                "{name}: {queues} queues of {queue_size} entries: expected at least one queue of a \
-                 power of two from 4 to 32768"
+                "{name}: invalid vq_count {queues} or vq_size {queue_size}: expected at least one \
+                 queue, and a power of two from 4 to 32768 as the size"
             )));
         }
         Ok(())
@@ -69,15 +69,15 @@ impl VirtioDisk {
     /// Connects to a server. May block for some tens of seconds.
     ///
     /// # Errors
-    /// ENOENT or ECONNREFUSED if no server listens; EIO if it does not answer as it should;
-    /// [`Error::Invalid`] if an option or a property of its disk is out of range.
+    /// ENOENT or ECONNREFUSED if no server listens; EIO if it violates the protocol or lacks a
+    /// feature; [`Error::Invalid`] if an option or a property of its disk is out of range.
     pub fn connect(options: VirtioOptions) -> Result<Arc<Self>, Error> {
         options.check()?;
         let VirtioOptions { name, socket, queues, queue_size } = options;
         let session = Session::connect(&socket)?;
         let Properties { size, block_size, limits, .. } = session.properties;
         if block_size as usize > CHUNK {
-            let text = format!("{name}: the server's blocks of {block_size} bytes are too large");
+            let text = format!("{name}: the server's block size {block_size} is above {CHUNK}");
             return Err(Error::Invalid(text));
         }
         let num_blocks = size.checked_div(block_size.into()).unwrap_or(0);
@@ -114,13 +114,13 @@ impl VirtioDisk {
         self.connection.socket()
     }
 
-    /// Whether the server is connected.
+    /// Returns whether the server is connected.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.connection.is_connected()
     }
 
-    /// Fails all I/O, also that under way, as the disk is being deleted.
+    /// Fails all I/O, also the I/O under way. Called when the disk is being deleted.
     pub(crate) fn end(&self) {
         self.connection.end();
     }

@@ -1,16 +1,16 @@
-//! What of a disk's writes is durable at its server.
+//! How many of a disk's writes are durable at its server.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What of a disk's writes is durable at its server, over all its queues.
+/// How many of a disk's writes are durable at its server, over all its queues.
 #[derive(Debug, Default)]
 pub(crate) struct Durability {
-    /// Requests that have changed the disk, and those of them that a flush has covered.
+    /// The number of requests that have changed the disk, and how many of them a flush has covered.
     pub(crate) written: AtomicU64,
     pub(crate) flushed: AtomicU64,
-    /// How often a server went away before a flush had covered all of them.
+    /// How often a server went away before a flush had covered all of these requests.
     losses: AtomicU64,
-    /// The last of these that a failed flush has reported.
+    /// The value of `losses` that a failed flush has reported last.
     pub(crate) reported: AtomicU64,
 }
 
@@ -19,8 +19,8 @@ impl Durability {
         self.losses.load(Ordering::Relaxed)
     }
 
-    /// The server has gone. What it had not made durable may be lost. Called while no ring is in
-    /// use.
+    /// Records that the server is gone: what it had not made durable may be lost. Called while no
+    /// ring is in use.
     pub(crate) fn server_lost(&self) {
         // Relaxed suffices here and below: the queues order these accesses.
         let written = self.written.load(Ordering::Relaxed);

@@ -3,14 +3,14 @@
 //!
 //! * `memory`: the memory that is shared with a server. `request`: virtio-blk's requests. `ring`:
 //!   the driver's side of a virtqueue.
-//! * `queue`: a virtqueue that channels share. `durability`: what of their writes is durable.
+//! * `queue`: a virtqueue that channels share. `durability`: how many of their writes are durable.
 //!   `channel`: a reactor's side of a disk.
 //! * `session`: the vhost-user handshake. `connection`: the thread that keeps a disk connected.
 //! * `disk`: the bdev. `module`: the RPC methods.
 //!
-//! Reactors access rings and bounce buffers themselves, without a system call but the server's kick.
-//! A server may be hostile: it can fail its own disk's I/O or answer with wrong data, and nothing
-//! else.
+//! Reactors access rings and bounce buffers themselves, without a system call but the server's
+//! kick. A server may be hostile: all that it can do is to fail the I/O of its own disk, to delay
+//! it, or to answer with wrong data.
 //!
 //! Forbidden dependencies: DPDK, an async runtime, and the program that runs the module.
 

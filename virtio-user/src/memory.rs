@@ -16,7 +16,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 /// The bytes of a bounce buffer: the most that one request transfers.
 pub(crate) const CHUNK: usize = 64 << 10;
 
-/// Descriptors of a request: header, data, status.
+/// The descriptors of a request: header, data, status.
 pub(crate) const DESCRIPTORS: u16 = 3;
 
 const PAGE: usize = 4096;
@@ -26,7 +26,7 @@ const PAGE: usize = 4096;
 pub(crate) struct Layout {
     /// Entries of the ring: a power of two.
     pub(crate) ring_size: u16,
-    /// Requests in flight at most.
+    /// The most requests in flight.
     pub(crate) slots: u16,
     pub(crate) available: usize,
     pub(crate) used: usize,
@@ -52,13 +52,14 @@ impl Layout {
     }
 }
 
-/// The bytes for a request's header and its status: a cache line, so that requests do not share one.
+/// The bytes for a request's header and its status. A cache line, so that no two requests share
+/// one.
 const HEADER_ROOM: usize = 64;
 
-/// The offset of the status in it.
+/// The offset of the status in these bytes.
 const STATUS: usize = 32;
 
-/// A memory that is shared with a server, for some queues.
+/// The memory that is shared with a server, for all queues of a connection.
 #[derive(Debug)]
 pub(crate) struct Memory {
     base: NonNull<u8>,
@@ -78,14 +79,14 @@ impl Memory {
         let len = layout.len * usize::from(queues);
         let file = memfd_create("vhost-bounce", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, len as u64)?;
-        // A server that cut the file would end this process with SIGBUS.
+        // If a server truncated the file, SIGBUS would end this process.
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { mmap(ptr::null_mut(), len, access, MapFlags::SHARED, &file, 0) }?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let memory = Self { base, len, layout, file };
-        // No reactor has to wait for a page. Kernels before 5.14 refuse it.
+        // Populated here, so that no reactor takes a page fault. Kernels before 5.14 refuse this.
         for (at, len) in memory.stretches() {
             // SAFETY: the range is in the mapping.
             let _ = unsafe { madvise(at, len, Advice::LinuxPopulateWrite) };
@@ -161,15 +162,15 @@ impl Part {
         unsafe { AtomicU16::from_ptr(at) }
     }
 
-    /// Asks for signals of used requests, or says that none are needed.
+    /// Asks the server to signal used requests, or not to.
     pub(crate) fn set_signals(&self, wanted: bool) {
         const NO_INTERRUPT: u16 = 1;
         let flags = if wanted { 0 } else { NO_INTERRUPT };
         self.word(self.layout.available).store(flags.to_le(), Ordering::Release);
     }
 
-    /// Returns whether the server wants no signal for new requests. Ordered after the publication of
-    /// a request, which precedes the call.
+    /// Returns whether the server needs no kick for new requests. [`publish`](Self::publish), which
+    /// is called before, orders this read after the store of its index.
     pub(crate) fn needs_no_kick(&self) -> bool {
         const NO_NOTIFY: u16 = 1;
         u16::from_le(self.word(self.layout.used).load(Ordering::Acquire)) & NO_NOTIFY != 0
@@ -191,8 +192,9 @@ impl Part {
     /// Makes requests up to `index` available. Release: the server sees the requests.
     pub(crate) fn publish(&self, index: u16) {
         self.word(self.layout.available + 2).store(index.to_le(), Ordering::Release);
-        // Orders the store before the look at the server's flags: if the server has set its flag
-        // after it looked for requests, either it sees this one, or the flag is seen here.
+        // Orders the store before the read of the server's flags. When the server clears its flag
+        // and then looks for requests, either it sees this request, or this side sees that it needs
+        // a kick.
         std::sync::atomic::fence(Ordering::SeqCst);
     }
 
@@ -203,7 +205,7 @@ impl Part {
         let first = slot * DESCRIPTORS;
         let header_at = self.layout.headers + usize::from(slot) * HEADER_ROOM;
         self.write(header_at, header);
-        // No status of the protocol: a server that writes none has not done the request.
+        // Not a status of virtio-blk: if the server writes none, the request has failed.
         self.write(header_at + STATUS, &[0xff]);
         let status = first + if data.is_some() { 2 } else { 1 };
         self.describe(first, header_at, 16, NEXT, first + 1);

@@ -17,7 +17,8 @@ use crate::disk::{VirtioDisk, VirtioOptions};
 const NAME: &str = "virtio";
 const ATTACH: &str = "bdev_virtio_attach_controller";
 
-/// The most servers that may be waited for at a time.
+/// The maximum number of attempts to connect at the same time, including those that hang after
+/// their RPC has failed.
 const CONNECTING_MAX: usize = 64;
 
 /// SPDK's module `virtio`, for other vhost-user servers of disks.
@@ -110,15 +111,16 @@ fn parse(params: &Params) -> Result<VirtioOptions, MethodError> {
     let p: Attach = params.decode(FAILED)?;
     let unsupported = |what: String| failed(&Error::Unsupported(what));
     if p.trtype != "user" {
-        return Err(unsupported(format!("trtype {}: only user is", p.trtype)));
+        return Err(unsupported(format!("trtype {}: expected user", p.trtype)));
     }
     if p.dev_type != "blk" {
-        return Err(unsupported(format!("dev_type {}: only blk is", p.dev_type)));
+        return Err(unsupported(format!("dev_type {}: expected blk", p.dev_type)));
     }
     let number = |given: Option<u32>, default: u16| {
         given.map_or(Ok(default), |given| {
-            u16::try_from(given)
-                .map_err(|_| failed(&Error::Invalid(format!("{given}: expected at most 65535"))))
+            u16::try_from(given).map_err(|_| {
+                failed(&Error::Invalid(format!("vq_count or vq_size {given} is above 65535")))
+            })
         })
     };
     let options = VirtioOptions {
@@ -140,7 +142,7 @@ async fn attach(
     let VirtioOptions { queues, queue_size, .. } = options;
     let reserved =
         host.registry().reserve(options.name.clone(), None).map_err(MethodError::errno)?;
-    // It may wait for the server.
+    // Connecting may wait for the server.
     params.let_next_start();
     let connect = move || VirtioDisk::connect(options);
     let disk = module.connecting.run(&host, LIMIT, connect).await.map_err(|e| failed(&e))?;
@@ -157,7 +159,7 @@ async fn detach(host: Rc<dyn Host>, params: Params) -> Answer {
     let Some(id) =
         host.registry().id(&name).filter(|_| host.registry().entry::<VirtioEntry>(&name).is_some())
     else {
-        error!("{}: no virtio bdev has this name: {name:?}", params.method());
+        error!("{}: no virtio bdev has the name {name:?}", params.method());
         return Err(MethodError::errno(libc::ENODEV));
     };
     life::remove(&host, &params, &[id]).await;

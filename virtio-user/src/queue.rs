@@ -1,10 +1,10 @@
 //! One virtqueue of a server, shared by several channels.
 //!
 //! A server has a fixed number of queues, often one, and a bdev has a channel for each ring of each
-//! guest. So channels share a queue. Each has a [`Line`]; whoever has the queue at the moment
-//! serves all lines: starts their I/Os, and passes on their results. A reactor *tries* to take the
-//! queue and goes on if another thread has it: it never waits. It looks again in its next poll, and
-//! does not sleep before.
+//! guest. So channels share a queue. Each channel has a [`Line`]. The thread that has taken the
+//! queue serves all lines: it starts their I/Os, and passes on their results. A reactor *tries* to
+//! take the queue, and never waits: if another thread has it, the reactor tries again in its next
+//! poll iteration, and does not sleep before.
 #![expect(unsafe_code, reason = "shares a queue without a lock")]
 
 use std::cell::UnsafeCell;
@@ -29,11 +29,11 @@ pub(crate) struct Queue {
     /// Set while a thread has the state.
     taken: AtomicBool,
     state: UnsafeCell<State>,
-    /// Signalled by the server for used requests. It is never read.
+    /// The server signals it when it has used requests. It is never read.
     call: OwnedFd,
-    /// Channels whose owners may sleep.
+    /// The number of channels whose owners may sleep.
     sleepers: AtomicUsize,
-    /// The server has broken the rules of the ring.
+    /// The server has written an invalid index or id into the used ring.
     broken: AtomicBool,
 }
 
@@ -75,7 +75,7 @@ impl Taken<'_> {
 }
 
 impl Queue {
-    /// Makes a queue with `slots` requests in flight at most, and no ring yet.
+    /// Makes a queue for at most `slots` requests in flight. It has no ring yet.
     pub(crate) fn new(
         slots: u16,
         limits: Limits,
@@ -103,7 +103,8 @@ impl Queue {
         (!self.taken.swap(true, Ordering::Acquire)).then(|| Taken(self))
     }
 
-    /// Takes the queue, for threads that may wait. A reactor has it for the copies of a batch.
+    /// Takes the queue, for threads that may wait. A reactor holds it for no longer than the copies
+    /// of a batch.
     fn take(&self) -> Taken<'_> {
         loop {
             if let Some(taken) = self.try_take() {
@@ -142,7 +143,7 @@ impl Queue {
         }
     }
 
-    /// One more channel's owner may sleep, or one less.
+    /// Records that the owner of one more channel may sleep, or of one less. Not for reactors.
     pub(crate) fn set_sleeps(&self, sleeps: bool) {
         let mut taken = self.take();
         let before = if sleeps {
@@ -154,9 +155,10 @@ impl Queue {
         taken.state().set_signals(now > 0);
     }
 
-    /// Starts to use a ring. Requests that were in flight in the ring before are put into it again:
-    /// they change nothing when they are done twice. If the server before had completed writes that
-    /// were not flushed, the next flush of each channel fails, also one that was in flight.
+    /// Starts to use a ring. Requests that were in flight in the previous ring are put into it:
+    /// doing them twice has the same result as doing them once. If the previous server had
+    /// completed writes that were not flushed, the next flush of each channel fails, also one that
+    /// was in flight.
     pub(crate) fn connect(&self, ring: Ring, limits: Limits) {
         let mut taken = self.take();
         let state = taken.state();
@@ -171,7 +173,8 @@ impl Queue {
         drop(before);
     }
 
-    /// Stops to use the ring: the server is away. Returns the ring, whose memory takes time to unmap.
+    /// Stops using the ring, as the server is gone. Returns it, because its memory takes time to
+    /// unmap.
     pub(crate) fn disconnect(&self, offline: Offline) -> Option<Ring> {
         let mut taken = self.take();
         let before = taken.state().ring.take();
@@ -180,7 +183,7 @@ impl Queue {
         before
     }
 
-    /// Returns whether the server has broken the ring's rules.
+    /// Returns whether the server has written an invalid index or id into the used ring.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
     }

@@ -11,7 +11,7 @@ use crate::memory::CHUNK;
 /// The unit of addresses, in bytes.
 pub(crate) const SECTOR: u64 = 512;
 
-/// What a server takes in one request, in bytes.
+/// The most bytes that a server accepts in one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub(crate) transfer: u64,
@@ -20,8 +20,8 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// Limits of whole sectors: the most that fits into a bounce buffer, and what the server says;
-    /// 0: it says nothing.
+    /// Limits of whole sectors, from the server's limits (0: it has none) and from what a bounce
+    /// buffer or a request can hold.
     pub(crate) fn new(transfer: u64, discard: u64, write_zeroes: u64) -> Self {
         /// The most sectors that a request can name.
         const RANGE_MAX: u64 = u32::MAX as u64 * SECTOR;
@@ -63,8 +63,8 @@ impl Piece {
     }
 }
 
-/// Returns the header of a piece's request, and the range that a discard or write-zeroes has as its
-/// data.
+/// Returns the header of a piece's request, and the range that is the data of a discard or
+/// write-zeroes.
 pub(crate) fn header(io: &Io, piece: Piece) -> ([u8; 16], Option<[u8; 16]>) {
     let kind = match io.op {
         Op::Read => VIRTIO_BLK_T_IN,

@@ -1,7 +1,7 @@
 //! The driver's side of one split virtqueue (section 2.7 of the virtio specification).
 //!
-//! Each slot has its own three descriptors, so nothing in the shared memory has to be believed but
-//! the server's index and the ids of used requests, and these are checked.
+//! Each slot has its own three descriptors. So this side needs nothing from the used ring but the
+//! server's index and the ids of used requests, and it checks these.
 #![expect(unsafe_code, reason = "the eventfd that the server shares has one user")]
 
 use std::os::fd::OwnedFd;
@@ -27,7 +27,7 @@ pub(crate) struct Ring {
     /// The index of the next used entry.
     used: u16,
     broken: bool,
-    /// The server has to be told of requests.
+    /// The server needs a kick for requests that are published.
     kick_due: bool,
 }
 
@@ -75,7 +75,7 @@ impl Ring {
         self.available = self.available.wrapping_add(1);
     }
 
-    /// Tells the server of all requests that were added.
+    /// Makes all requests that were added available to the server, and kicks it if it needs that.
     pub(crate) fn publish(&mut self) {
         if self.published != self.available {
             self.published = self.available;
@@ -88,13 +88,13 @@ impl Ring {
         }
     }
 
-    /// Whether used requests wait, or the server could not be told of new ones.
+    /// Returns whether used requests wait, or a kick has failed.
     pub(crate) fn has_work(&self) -> bool {
         !self.broken && (self.kick_due || self.part.used_index() != self.used)
     }
 
-    /// Takes a used request, and returns its slot. `None` if there is none, or the server has broken
-    /// the rules.
+    /// Takes a used request, and returns its slot. `None` if there is none, or if the ring is
+    /// broken.
     #[inline]
     pub(crate) fn take_used(&mut self) -> Option<u16> {
         let waiting = self.part.used_index().wrapping_sub(self.used);
@@ -110,7 +110,7 @@ impl Ring {
         valid.then_some(slot)
     }
 
-    /// The server has broken the rules of the ring.
+    /// Records that the server has written an invalid index or id into the used ring.
     #[cold]
     pub(crate) fn set_broken(&mut self) {
         self.broken = true;

@@ -27,13 +27,13 @@ use crate::memory::{Layout, Memory};
 use crate::request::{Limits, SECTOR};
 use crate::ring::Ring;
 
-/// Limit on a handshake, and on the start of the rings.
+/// The longest time for a handshake, and for the start of the rings.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
 
-/// The queues that vhost-user's messages for kick and call fds can name.
+/// The number of queues that vhost-user's messages for kick and call fds can name.
 const QUEUES_MAX: u16 = 256;
 
-/// Connects to a socket, without waiting for a server that does not accept.
+/// Connects to a socket. Does not wait for a server that does not accept connections.
 fn connect_stream(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -94,8 +94,8 @@ impl Session {
     /// Connects to a server and asks for its properties. Blocks for [`LIMIT`] at most.
     ///
     /// # Errors
-    /// ENOENT or ECONNREFUSED if no server listens; EAGAIN if too many wait for it; EIO if it does
-    /// not answer as it should.
+    /// ENOENT or ECONNREFUSED if no server listens; EAGAIN if its queue of connections is full; EIO
+    /// if it violates the protocol or lacks a feature.
     pub(crate) fn connect(path: &Path) -> Result<Self, Error> {
         let named = |source| Error::System { what: path.display().to_string(), source };
         let socket = connect_stream(path).map_err(named)?;
@@ -168,12 +168,14 @@ fn negotiate(front_end: &mut Frontend) -> io::Result<(Properties, u16)> {
     let offered = front_end.get_features().map_err(failed("GET_FEATURES"))?;
     let has = |bit: u32| offered & (1 << bit) != 0;
     if !has(VIRTIO_F_VERSION_1) || offered & PROTOCOL_FEATURES == 0 {
-        return Err(io::Error::other("the server is no vhost-user disk of virtio 1"));
+        return Err(io::Error::other(
+            "the server lacks VIRTIO_F_VERSION_1 or VHOST_USER_F_PROTOCOL_FEATURES",
+        ));
     }
     let wanted = VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ;
     let protocol = front_end.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
     if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
-        return Err(io::Error::other("the server does not show its configuration space"));
+        return Err(io::Error::other("the server lacks VHOST_USER_PROTOCOL_F_CONFIG"));
     }
     let accepted = protocol & wanted;
     front_end.set_protocol_features(accepted).map_err(failed("SET_PROTOCOL_FEATURES"))?;
@@ -236,10 +238,10 @@ impl Properties {
     }
 }
 
-/// Returns a duplicate of an eventfd, as the `vhost` crate takes it.
+/// Returns a duplicate of an eventfd, as the type that the `vhost` crate takes.
 fn event_fd(fd: BorrowedFd<'_>) -> io::Result<EventFd> {
     let fd = fd.try_clone_to_owned()?.into_raw_fd();
-    // SAFETY: the fd is open, an eventfd, and belongs to nobody else.
+    // SAFETY: the fd is an open eventfd, and nobody else owns it.
     Ok(unsafe { EventFd::from_raw_fd(fd) })
 }
 

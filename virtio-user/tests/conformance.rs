@@ -34,7 +34,7 @@ fn a_read_only_disk_refuses_writes() {
     assert_eq!(driver.read(0, 512), (vec![0; 512], Status::Ok));
 }
 
-/// Requests that were in flight, and those of the time without a server, are done by the next one.
+/// The next server does the requests that were in flight, and those that came without a server.
 #[test]
 fn io_goes_on_with_the_next_server() {
     let Some(mut server) = Server::new("raw", ",writable=on") else { return };

@@ -1,5 +1,5 @@
 //! Owners that sleep as [`Channel::wait`] allows, on disks that `qemu-storage-daemon` serves: none
-//! sleeps beside work.
+//! sleeps for ever while work is left.
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 #![expect(unsafe_code, reason = "submits I/Os")]
 
@@ -12,7 +12,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 use server::Server;
 
-/// After which what is waited for will not come.
+/// After this time, the test takes an owner for hung.
 const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 /// A channel whose owner sleeps.

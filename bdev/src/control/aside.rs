@@ -1,4 +1,4 @@
-//! Work that may never end, on threads of its own.
+//! Operations that may never end, on threads of their own.
 
 use std::future::poll_fn;
 use std::io;
@@ -13,14 +13,14 @@ use std::time::Duration;
 use crate::control::host::Host;
 use crate::error::Error;
 
-/// Runs one party's work that may hang, such as a connection to a storage cluster, so that it
-/// occupies no thread that other parties need. The number of its threads is bounded.
+/// Runs operations of one party that may hang, such as connecting to a storage cluster. They occupy
+/// no thread that other parties need, and the number of their threads is bounded.
 #[derive(Clone, Debug)]
 pub struct Aside(Arc<Threads>);
 
 #[derive(Debug)]
 struct Threads {
-    /// Whose work it is, for texts.
+    /// The party, for error texts.
     name: String,
     max: usize,
     running: AtomicUsize,
@@ -33,8 +33,8 @@ impl Aside {
         Self(Arc::new(Threads { name: name.into(), max, running: AtomicUsize::new(0) }))
     }
 
-    /// Runs `work` on a thread of its own, and returns its result. If it does not end within
-    /// `limit`, it goes on, and its result is dropped on its thread.
+    /// Runs `work` on a thread of its own, and returns its result. If `work` does not end within
+    /// `limit`, it goes on, and its thread drops the result.
     ///
     /// # Errors
     /// EAGAIN if all threads are occupied; ETIMEDOUT after `limit`; the error of `work`.
@@ -49,7 +49,7 @@ impl Aside {
         let of_thread = Arc::clone(&answer);
         let spawned = thread::Builder::new().name("vhost-aside".into()).spawn(move || {
             let result = work();
-            // The caller may start the next operation when it has the result.
+            // First: a caller that has the result may start the next operation at once.
             drop(running);
             of_thread.give(result);
         });
@@ -75,7 +75,7 @@ struct Answer<T>(Mutex<State<T>>);
 struct State<T> {
     result: Option<T>,
     task: Option<Waker>,
-    /// The task does not wait any more.
+    /// The task has stopped waiting.
     given_up: bool,
 }
 
@@ -129,7 +129,7 @@ impl Running {
             return Ok(running);
         }
         let again = io::Error::from_raw_os_error(libc::EAGAIN);
-        Err(threads.error("earlier operations have not ended", again))
+        Err(threads.error("too many earlier operations have not ended", again))
     }
 }
 

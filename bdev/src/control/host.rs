@@ -41,8 +41,8 @@ pub trait Host {
     /// Runs `work` on a thread that may block. `blocking` of `dyn Host` is the convenient form.
     fn run_blocking(&self, work: Box<dyn FnOnce() + Send>) -> LocalFuture<'static, ()>;
 
-    /// Returns a future that ends after this time. Time in which the process was stopped does not
-    /// count.
+    /// Returns a future that ends after this active time: time in which the process was stopped
+    /// does not count.
     fn sleep(&self, time: Duration) -> LocalFuture<'static, ()>;
 
     /// Runs a task on the control thread until it ends or the process does.

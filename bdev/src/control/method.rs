@@ -36,8 +36,8 @@ pub struct Method {
 }
 
 impl Method {
-    /// Makes a method that `handler` implements. It refuses parameters only for what it finds when
-    /// it is called, such as a bdev that does not exist.
+    /// Makes a method that `handler` implements. Apart from their types, whether the parameters are
+    /// valid depends on the state of the program, such as which bdevs exist.
     pub fn new<F, R>(name: &'static str, handler: F) -> Self
     where
         F: Fn(Rc<dyn Host>, Params) -> R + 'static,
@@ -50,8 +50,9 @@ impl Method {
         }
     }
 
-    /// Makes a method in two steps. `parse` decodes the parameters and refuses all that are invalid
-    /// in themselves; it has no effect, and logs the reason. `handler` gets its result.
+    /// Makes a method in two steps. `parse` decodes the parameters, and refuses those that are
+    /// invalid in any state of the program. It logs the reason, and has no other effect. `handler`
+    /// gets its result.
     pub fn parsed<T, P, F, R>(name: &'static str, parse: P, handler: F) -> Self
     where
         T: 'static,

@@ -4,7 +4,7 @@
 //! * [`module`]: a kind of bdev ([`BdevModule`](module::BdevModule)), and a bdev as seen by its
 //!   module.
 //! * [`method`]: a module's RPC methods.
-//! * `host`: the program that runs the modules. `aside`: work that may never end.
+//! * `host`: the program that runs the modules. `aside`: operations that may never end.
 //! * `registry` and `claims`: names and UUIDs; the rights of a bdev's users.
 //! * [`life`]: creation and deletion of bdevs.
 

@@ -80,9 +80,9 @@ pub trait Entry: Any {
     /// Called about once a second, for periodic checks.
     fn each_second(&self) {}
 
-    /// Called at the end of the process, when the reactors have stopped: starts to release what
-    /// other hosts wait for, such as a lock, and returns a future that ends when it is released.
-    /// The process waits for it for a bounded time.
+    /// Called at the end of the process, when the reactors have stopped. Starts to release what
+    /// other hosts may wait for, such as a lock, and returns a future that ends when it is
+    /// released. The process waits for the future for a bounded time.
     fn release(&self) -> Option<LocalFuture<'static, ()>> {
         None
     }

@@ -13,8 +13,8 @@ pub(super) struct Blocks<'a> {
     pub(super) num_blocks: u64,
     pub(super) block_size: u32,
     pub(super) topology: Topology,
-    /// Would change the layout of the data. It is known, and rejected unless it requests the only
-    /// supported layout. So is `dif_type`.
+    /// This and `dif_type` would change the layout of the data. They are rejected unless they
+    /// request the only supported layout.
     pub(super) md_size: Option<u32>,
     pub(super) dif_type: Option<i32>,
 }

@@ -64,8 +64,8 @@ impl Sums {
 }
 
 impl Stats {
-    /// Begins to sum up what all channels have done. Until the sums are dropped, the counters of a
-    /// channel that is gone are kept.
+    /// Begins to sum up what all channels have done. The sums keep the counters of channels that
+    /// are dropped meanwhile.
     #[must_use]
     pub fn sums(&self) -> Sums {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

@@ -264,18 +264,18 @@ pub(super) const CONTROL: &[Call] = &[
     (SYS_setrlimit, ANY),
 ];
 
-/// Calls that connect to a storage cluster, besides those of [`CONTROL`].
+/// Calls that librados makes to connect to a storage cluster, besides those of [`CONTROL`].
 pub(super) const NETWORK: &[Call] = &[
     (
         SYS_socket,
         &[
             Is(0, AF_INET as u32),
             Is(0, AF_INET6 as u32),
-            // libc finds the host's addresses.
+            // libc reads the host's addresses through it.
             Is(0, AF_NETLINK as u32),
         ],
     ),
-    // libceph-common reads them when it starts.
+    // libceph-common reads resource limits when it is loaded.
     (SYS_getrlimit, ANY),
 ];
 

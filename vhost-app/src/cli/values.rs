@@ -2,7 +2,7 @@
 
 use crate::logging;
 
-/// The value of an option that is switched.
+/// The value of an option that switches something on or off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Switch {
     /// `on`.

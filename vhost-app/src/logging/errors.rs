@@ -8,7 +8,8 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 
 use super::Text;
 
-/// Runs `f`, and returns the errors that this thread has logged meanwhile. They are not written.
+/// Runs `f`, and returns its result and the errors that it has logged. They do not appear in the
+/// log.
 pub(crate) fn errors_of<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
     let errors = Errors::default();
     let log = tracing_subscriber::registry().with(errors.clone());

@@ -90,7 +90,7 @@ impl Request {
         params.decode(DecodeFailure::INTERNAL)
     }
 
-    /// What is to be enabled; `None` disables the histogram.
+    /// The options of the histogram to enable; `None` disables the histogram.
     fn options(self) -> Result<Option<(HistogramOptions, Given)>, RpcError> {
         let ops = match self.opc.as_deref().map(|opc| TYPES.iter().find(|(name, _)| *name == opc)) {
             None => HistogramOptions::ALL_OPS,

@@ -52,7 +52,7 @@ fn level(params: &Params) -> Result<Level, RpcError> {
     })
 }
 
-/// The flags' pattern.
+/// Returns the name or pattern of the flags. Fails if it matches none.
 pub(super) fn flag(params: &Params) -> Result<String, RpcError> {
     #[derive(Deserialize)]
     struct Request {

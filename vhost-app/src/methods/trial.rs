@@ -1,7 +1,7 @@
 //! Calls without effect, for `--check`.
 //!
-//! A trial and a method use the same functions, so they refuse the same parameters. What a method
-//! finds only in a running program, such as a bdev that is not there, a trial does not know.
+//! A trial uses the functions of the methods, so it refuses the same parameters. It does not find
+//! what depends on a running program, such as a bdev that does not exist.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use super::options::{self, SubsystemOptions};
 use super::{absent, bdev_histogram, bdev_qos, log, scheduler, threads, trace, vhost};
 use crate::logging;
 
-/// A program to which calls are made on trial. It has options, and nothing else.
+/// A stand-in for the program, on which calls are tried. It has options, and nothing else.
 pub(crate) struct Trial {
     /// The reactors' cores.
     cores: Vec<usize>,
@@ -36,10 +36,10 @@ impl Trial {
         self.options.bdev.auto_examine()
     }
 
-    /// Makes a call. `None`: a trial knows no parameters that this method refuses.
+    /// Tries a call. `None`: a trial cannot check the parameters of this method.
     ///
     /// # Errors
-    /// The reason, which the program would log.
+    /// The reason, as the program would log it.
     pub(crate) fn call(
         &mut self,
         method: &'static str,
@@ -53,7 +53,7 @@ impl Trial {
         let prefix = format!("{method}: ");
         Some(result?.map_err(|e| match logged.last() {
             Some(line) => line.strip_prefix(&prefix).unwrap_or(line).to_owned(),
-            // The texts of some end in a newline, as in SPDK.
+            // Some texts end in a newline, as in SPDK.
             None => e.message.trim_end().to_owned(),
         }))
     }

@@ -85,8 +85,8 @@ impl Create {
     }
 }
 
-/// Checks those parameters of `vhost_create_blk_controller` that name no other object. A controller
-/// is created with the same checks; that of its name is the target's.
+/// Checks those parameters of `vhost_create_blk_controller` that name no other object, as the
+/// method does, and the controller's name, as the target does.
 pub(super) fn check_create(params: &Params, socket_dir: &Path) -> Result<(), RpcError> {
     let (method, p) = (params.method(), Create::decode(params)?);
     p.check_transport(method)?;

@@ -1,8 +1,9 @@
 //! `--metrics`: an HTTP server for Prometheus and other readers of OpenMetrics.
 //!
-//! It runs on a thread of its own, which nothing waits for: a client whose socket takes long to
-//! close delays other readers of metrics only, and clients that hang give way to others. For each
-//! request, it asks the control thread for a [`Snapshot`], and encodes it.
+//! It runs on a thread of its own, which nothing waits for. A client whose socket takes long to
+//! close delays only other readers of metrics, and the connections of clients that hang are closed
+//! for new ones. For each request, the thread asks the control thread for a [`Snapshot`], and
+//! encodes it.
 
 mod encode;
 mod places;
@@ -36,7 +37,7 @@ use encode::Format;
 use places::{Place, Places};
 use snapshot::Snapshot;
 
-/// Connections at a time.
+/// The maximum number of connections.
 const CONNECTIONS: usize = 64;
 
 /// Limit on the time of one connection, which has one request.

@@ -1,4 +1,5 @@
-//! The limit on connections. A connection that waits for its client gives its place up to a new one.
+//! The limit on connections. At the limit, a new connection takes the place of one that waits for
+//! its client: that has not sent its request, or does not read its answer.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -34,8 +35,8 @@ impl Places {
         Rc::new(Self { limit, taken: RefCell::default(), changed: Notify::new() })
     }
 
-    /// Takes a place. If there is none, takes that of the oldest connection that waits for its
-    /// client, or waits for one. May be called by one task at a time.
+    /// Takes a place. If all are taken, takes that of the oldest connection that waits for its
+    /// client; if none does, waits until one does or ends. Only one task at a time may call this.
     pub(super) async fn take(self: &Rc<Self>) -> Place {
         while self.taken.borrow().len() >= self.limit {
             if let Some(idle) = self.taken.borrow().iter().find(|state| !state.is_busy.get()) {
@@ -55,7 +56,7 @@ impl Place {
         self.state.lost.notified().await;
     }
 
-    /// Keeps the place while `work` runs, for which the client waits.
+    /// Keeps the place while `work`, which makes the answer, runs.
     pub(super) async fn keep_during<T>(&self, work: impl Future<Output = T>) -> T {
         self.state.is_busy.set(true);
         let done = work.await;

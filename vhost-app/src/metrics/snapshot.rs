@@ -11,13 +11,13 @@ use vhost_target::{ControllerInfo, ReactorInfo, SessionInfo};
 use crate::cli::VERSION;
 use crate::methods::App;
 
-/// JSON values whose work equals that of a row without its channels.
+/// The work of a row without its channels, in JSON values, the unit of [`Pace`].
 const ROW_VALUES: usize = 5;
 
-/// The same for the histogram of one channel, which has thousands of counters.
+/// The work of the histogram of one channel, which has thousands of counters, in the same unit.
 const HISTOGRAM_VALUES: usize = 50;
 
-/// Channels that are compared with the one that is sought in the time of a JSON value.
+/// The number of channels that a search compares in the time of one JSON value.
 const CHANNELS_PER_VALUE: usize = 40;
 
 /// The state of the process at one time.
@@ -94,7 +94,7 @@ impl Snapshot {
         for controller in target.controllers() {
             let queues: usize = controller.sessions.iter().map(|s| s.queues.len()).sum();
             let row = ControllerRow::from(controller);
-            // Its counters are sought among those of all channels of its bdev.
+            // The making of the row has searched all channels of its bdev.
             let sought =
                 channels.get(&row.bdev).map_or(0, |channels| channels / CHANNELS_PER_VALUE);
             controllers.push(row);

@@ -8,7 +8,7 @@
 //! let stopped = cluster.stop_osd();                      // continued when it is dropped
 //! ```
 //!
-//! Let an image be dropped after the `vhost` that uses it, and whatever stops a daemon before both.
+//! Drop what stops a daemon first, then the `vhost` that uses an image, and then the image.
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
@@ -57,7 +57,7 @@ impl Cluster {
         self.file("ceph.conf")
     }
 
-    /// What reaches it without a file, as client.admin or client.guest.
+    /// The options that connect to it without a file, as client.admin or client.guest.
     pub(crate) fn options(&self, user: &str) -> Value {
         let keyring = if user == "admin" { "keyring" } else { "client.guest.keyring" };
         let after = |file: &str, key: &str| {
@@ -234,7 +234,7 @@ impl Image {
         Some(Lock { id, locker: text(locker), address: text("address") })
     }
 
-    /// Takes the lock from its owner, whom the cluster refuses from now on.
+    /// Takes the lock from its owner, which the cluster then blocklists.
     pub(crate) fn break_lock(&self) {
         let Lock { id, locker, .. } = self.lock().expect("somebody has the lock");
         self.cluster.rbd(&["lock", "rm", &self.path(), &id, &locker]);

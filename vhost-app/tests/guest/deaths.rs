@@ -1,18 +1,19 @@
-//! Guests whose kernel dies of a fault of QEMU's after a move.
+//! Guests whose kernel dies after a migration because of a fault of QEMU.
 //!
-//! QEMU before 9.0 loses writes of the guest's own processors under TCG when it is not given a core in
-//! the wrong moment (its commit 03bfc2188f): on a machine that is busy otherwise, a guest dies after a
-//! move with QEMU's own virtio-blk disk as often as with ours. So a guest whose kernel has died is no
-//! verdict there, some times: it is reported, and one more is tried. A mismatch or an I/O error always
-//! is one, and a kernel that dies is one under KVM or a later QEMU.
+//! Under TCG, QEMU before 9.0 can lose writes of the guest's own processors when it loses its core
+//! at the wrong moment (fixed by its commit 03bfc2188f). On a machine that is busy otherwise, a
+//! guest dies after a migration as often with QEMU's own virtio-blk disk as with a disk of `vhost`.
+//! So there, a test reports a guest whose kernel has died and tries another one, a limited number
+//! of times. It always fails for a mismatch or an I/O error, and under KVM or a later QEMU also for
+//! a kernel that has died.
 
 use std::panic::{self, RefUnwindSafe};
 
 use super::{accel, kernel_panics, qemu_major};
 
-/// Guests of a test that may die under TCG of a QEMU before 9.0, and before that is taken for a fault of
-/// ours. Beside two busy loops on two cores five of 21 died; six in a row would be one case in five
-/// thousand.
+/// The number of guests of a test that may die under TCG of a QEMU before 9.0; if more die, the
+/// test fails. Beside two busy loops on two cores, five of 21 died; six in a row would be one case
+/// in five thousand.
 const DEATHS_MAX: usize = 5;
 
 /// How many guests of a test may die here.
@@ -20,7 +21,7 @@ fn deaths_max() -> usize {
     if accel() == "tcg" && qemu_major() < 9 { DEATHS_MAX } else { 0 }
 }
 
-/// Runs the life of a guest that moves, again if its kernel dies.
+/// Runs `life`, which migrates a guest. Runs it again if the guest's kernel dies.
 #[track_caller]
 pub(crate) fn tolerated(life: impl Fn() + RefUnwindSafe) {
     for death in 1.. {

@@ -1,4 +1,4 @@
-//! What a thread that has a queue serves: the ring, the channels, their I/Os.
+//! The state of a queue, for the thread that has taken it: the ring, the channels, their I/Os.
 #![expect(unsafe_code, reason = "copies a guest's memory")]
 
 use std::collections::VecDeque;
@@ -37,13 +37,13 @@ pub(super) struct State {
 pub(super) struct Client {
     id: u64,
     line: Arc<Line>,
-    /// I/Os that are not done, by tag.
+    /// The I/Os that have not ended, by tag.
     jobs: Box<[Option<Job>]>,
-    /// The number of them.
+    /// Their number.
     active: usize,
-    /// Tags of I/Os of which a part is not started, in order. It has room for all.
+    /// The tags of I/Os of which a part is not started, in order. It has room for all tags.
     unstarted: VecDeque<u16>,
-    /// Those of [`Durability::losses`] that its flushes have reported.
+    /// The value of [`Durability::losses`] that its flushes have reported last.
     losses: u64,
 }
 
@@ -69,7 +69,7 @@ struct Placed {
 }
 
 impl State {
-    /// With `slots` requests in flight at most, and no ring.
+    /// For at most `slots` requests in flight, without a ring.
     pub(super) fn new(slots: u16, limits: Limits, durability: &Arc<Durability>) -> Self {
         Self {
             ring: None,
@@ -118,8 +118,8 @@ impl State {
         self.ring.as_ref().is_some_and(Ring::is_broken)
     }
 
-    /// Serves all channels once. Returns whether nothing is left to do now. If something is, the
-    /// owners that sleep are woken: the server's signal for it may have gone to this call.
+    /// Serves all channels once. Returns whether no work is left now. If work is left, wakes the
+    /// owners that sleep: the server's signal for that work may have woken only this caller.
     pub(super) fn serve(&mut self) -> bool {
         self.accept();
         if self.ring.is_none() || self.is_broken() {
@@ -167,7 +167,7 @@ impl State {
             };
             self.free.push(slot);
             let client = self.clients.get_mut(placed.client).and_then(Option::as_mut);
-            // Otherwise, the channel has ended without the server's answer.
+            // Otherwise, the channel was removed before the server's answer.
             if let Some(client) = client.filter(|client| client.id == placed.client_id) {
                 let status = ring.status(slot);
                 client.piece_ended(placed, status, ring.buffer(slot), &self.durability);
@@ -317,14 +317,14 @@ impl Client {
         self.line.complete(Tag(tag), ended);
     }
 
-    /// Fails a flush: a server may have lost writes that were not flushed.
+    /// Fails a flush, to report that a server may have lost writes that were not flushed.
     fn report_loss(&mut self, tag: u16, durability: &Durability) {
         self.losses = durability.losses();
         durability.reported.fetch_max(self.losses, Ordering::Relaxed);
         self.end(tag, Ended::Failed(libc::EIO));
     }
 
-    /// Reports all I/Os as failed. Requests in flight use no memory of the guest.
+    /// Reports all I/Os as failed. The requests in flight use bounce buffers, not a guest's memory.
     fn end_all(&mut self, errno: i32) {
         self.unstarted.clear();
         for place in &mut self.jobs {

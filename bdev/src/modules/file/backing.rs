@@ -66,7 +66,7 @@ pub(super) fn check(file: File, filename: &Path, block_size: Option<u32>) -> Res
     Ok(Opened { file, size, block_size, storage, direct, topology })
 }
 
-/// Checks, as far as that is possible without opening it, whether a file can be a disk.
+/// Checks whether a file can be a disk, as far as this is possible without opening it.
 ///
 /// # Errors
 /// [`Error::Invalid`], as for [`FileDisk::create`](super::FileDisk::create).
@@ -83,8 +83,8 @@ pub fn check_unopened(
     Ok(())
 }
 
-/// Returns the block size of a file of `size` bytes. `device` is that of a block device, `given`
-/// the operator's.
+/// Returns the block size for a file of `size` bytes. `device` is the block size of a block device,
+/// `given` that of the operator.
 fn fitting_block_size(
     filename: &Path,
     size: u64,

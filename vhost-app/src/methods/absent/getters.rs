@@ -21,7 +21,8 @@ impl Getter {
     }
 }
 
-/// Calls the method, whose answer depends on its parameters alone; `None` if it is another one.
+/// Calls a method whose answer depends only on its parameters; `None` if its method is not in the
+/// table.
 pub(super) fn call(params: &Params) -> Option<Answer> {
     let getter = GETTERS.iter().find(|getter| getter.method == params.method())?;
     Some(getter.call(params))

@@ -21,7 +21,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     getters::register(methods);
 }
 
-/// Makes the call on these options; `None` if its method is none of these.
+/// Makes the call on these options; `None` if no method of this module has the name.
 pub(super) fn call_on(
     options: &mut SubsystemOptions,
     params: &Params,

@@ -274,7 +274,7 @@ pub(super) fn register(methods: &mut Methods<'_>) {
     }
 }
 
-/// Makes the call on these options; `None` if its method sets none.
+/// Makes the call on these options; `None` if its method is not in the table.
 pub(super) fn call_on(
     options: &mut SubsystemOptions,
     params: &Params,
