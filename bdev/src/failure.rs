@@ -43,25 +43,24 @@ pub const FAILURE_KINDS: usize = 2;
 
 /// A channel's failures by tag, for [`crate::Channel::failure`], until the owner takes them.
 #[derive(Debug)]
-pub struct Failures(Box<[Option<Failure>]>);
+pub(crate) struct Failures(Box<[Option<Failure>]>);
 
 impl Failures {
     /// Makes room for tags below `depth`.
-    #[must_use]
-    pub fn new(depth: u16) -> Self {
+    pub(crate) fn new(depth: u16) -> Self {
         Self(vec![None; depth.into()].into_boxed_slice())
     }
 
     /// Records the reason for which an I/O fails.
     #[cold]
-    pub fn note(&mut self, io: &Io, errno: i32) {
+    pub(crate) fn note(&mut self, io: &Io, errno: i32) {
         if let Some(failure) = self.0.get_mut(usize::from(io.tag.0)) {
             *failure = Some(io.failed(FailureKind::Failed, errno));
         }
     }
 
     /// Takes the reason of a failed I/O. Only the first call for a tag returns it.
-    pub fn take(&mut self, tag: Tag) -> Option<Failure> {
+    pub(crate) fn take(&mut self, tag: Tag) -> Option<Failure> {
         self.0.get_mut(usize::from(tag.0))?.take()
     }
 }

@@ -39,6 +39,7 @@ mod topology;
 mod available;
 
 mod line;
+mod outstanding;
 mod pages;
 mod shortcut;
 
@@ -60,7 +61,7 @@ pub use control::{
     Reservation, account_name, life, method, module,
 };
 pub use error::Error;
-pub use failure::{FAILURE_KINDS, Failure, FailureKind, Failures};
+pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use geometry::{BLOCK_SIZE_MIN, checked_size, within};
 pub use io::{Completion, Io, OPS, Op, Segment, Status, Submit, Tag};
 pub use line::{Ended, Line};
@@ -75,6 +76,7 @@ pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};
 pub use modules::passthru::Passthru;
 pub use modules::split::Part;
+pub use outstanding::Outstanding;
 pub use pages::Backing;
 pub use qos::{Limiting, Qos, QosUser, RateLimits};
 pub use shortcut::Shortcut;

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use bdev::{
-    Bdev, Channel, Completion, Failure, Failures, Io, Line, Op, Status, Submit, Tag, Wait, WakeFds,
-    within,
+    Bdev, Channel, Completion, Failure, Io, Line, Op, Outstanding, Status, Submit, Tag, Wait,
+    WakeFds, within,
 };
 
 use crate::worker::Shared;
@@ -17,10 +17,9 @@ pub(crate) struct RbdChannel {
     _disk: Arc<dyn Bdev>,
     writable: bool,
     line: Arc<Line>,
-    /// The outstanding I/Os, by tag.
-    slots: Box<[Option<Io>]>,
-    failures: Failures,
-    outstanding: usize,
+    outstanding: Outstanding,
+    /// The number of outstanding I/Os.
+    count: usize,
     /// The disk's thread was not woken for I/Os that were added.
     unannounced: bool,
 }
@@ -39,18 +38,10 @@ impl RbdChannel {
             writable: !disk.features().read_only,
             _disk: disk,
             line,
-            slots: vec![None; depth.into()].into_boxed_slice(),
-            failures: Failures::new(depth),
-            outstanding: 0,
+            outstanding: Outstanding::new(depth),
+            count: 0,
             unannounced: false,
         })
-    }
-
-    /// Fails an I/O that is invalid for this disk.
-    #[cold]
-    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
-        self.failures.note(io, errno);
-        Submit::Done(Status::IoError)
     }
 }
 
@@ -58,21 +49,19 @@ impl Channel for RbdChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         let writes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
         if writes && !self.writable {
-            return self.refuse(&io, libc::EROFS);
+            return self.outstanding.refuse(&io, libc::EROFS);
         }
         if !within(&io, self.shared.size()) {
-            return self.refuse(&io, libc::EINVAL);
+            return self.outstanding.refuse(&io, libc::EINVAL);
         }
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
         }
-        match self.slots.get_mut(usize::from(io.tag.0)) {
-            Some(slot @ None) => *slot = Some(io),
-            // The contract forbids such a tag.
-            _ => return Submit::Done(Status::IoError),
+        if !self.outstanding.add(&io) {
+            return Submit::Done(Status::IoError);
         }
         self.line.push(io);
-        self.outstanding += 1;
+        self.count += 1;
         self.unannounced = true;
         Submit::Queued
     }
@@ -86,7 +75,7 @@ impl Channel for RbdChannel {
     }
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        self.failures.take(tag)
+        self.outstanding.failure(tag)
     }
 
     #[inline]
@@ -104,22 +93,12 @@ impl Channel for RbdChannel {
 
     #[inline]
     fn poll(&mut self, done: &mut [Completion]) -> usize {
-        if self.outstanding == 0 {
+        if self.count == 0 {
             return 0;
         }
         self.kick();
-        let mut n = 0;
-        while n < done.len() {
-            let Some((tag, ended)) = self.line.pop() else { break };
-            self.outstanding -= 1;
-            let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
-            let (status, errno) = ended.status();
-            if let (Some(io), Some(errno)) = (io, errno) {
-                self.failures.note(&io, errno);
-            }
-            done[n] = Completion { tag, status };
-            n += 1;
-        }
+        let n = self.outstanding.collect(&self.line, done);
+        self.count -= n;
         n
     }
 }

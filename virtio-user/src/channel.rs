@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bdev::{
-    Bdev, Channel, Completion, Failure, Failures, Features, Io, Line, Op, Status, Submit, Tag,
+    Bdev, Channel, Completion, Failure, Features, Io, Line, Op, Outstanding, Status, Submit, Tag,
     Wait, WakeFds, within,
 };
 
@@ -22,10 +22,9 @@ pub(crate) struct VirtioChannel {
     line: Arc<Line>,
     /// The server signals it when it has used requests of the queue.
     call: OwnedFd,
-    /// The outstanding I/Os, by tag.
-    slots: Box<[Option<Io>]>,
-    failures: Failures,
-    outstanding: usize,
+    outstanding: Outstanding,
+    /// The number of outstanding I/Os.
+    count: usize,
     /// Another thread had the queue when this channel tried to serve it, or work is left.
     unserved: bool,
     sleeps: bool,
@@ -41,9 +40,8 @@ impl VirtioChannel {
             disk,
             queue,
             line,
-            slots: vec![None; depth.into()].into_boxed_slice(),
-            failures: Failures::new(depth),
-            outstanding: 0,
+            outstanding: Outstanding::new(depth),
+            count: 0,
             unserved: false,
             sleeps: true,
         })
@@ -66,14 +64,6 @@ impl VirtioChannel {
         }
     }
 
-    /// Fails an I/O that is invalid for this disk.
-    #[cold]
-    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
-        self.failures.note(io, errno);
-        let unsupported = errno == libc::EOPNOTSUPP;
-        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
-    }
-
     #[inline]
     fn serve(&mut self) {
         self.line.owner_is_awake();
@@ -84,18 +74,16 @@ impl VirtioChannel {
 impl Channel for VirtioChannel {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         if let Some(errno) = self.refusal(&io) {
-            return self.refuse(&io, errno);
+            return self.outstanding.refuse(&io, errno);
         }
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
         }
-        match self.slots.get_mut(usize::from(io.tag.0)) {
-            Some(slot @ None) => *slot = Some(io),
-            // The contract forbids such a tag.
-            _ => return Submit::Done(Status::IoError),
+        if !self.outstanding.add(&io) {
+            return Submit::Done(Status::IoError);
         }
         self.line.push(io);
-        self.outstanding += 1;
+        self.count += 1;
         Submit::Queued
     }
 
@@ -116,7 +104,7 @@ impl Channel for VirtioChannel {
     }
 
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
-        self.failures.take(tag)
+        self.outstanding.failure(tag)
     }
 
     #[inline]
@@ -133,22 +121,12 @@ impl Channel for VirtioChannel {
 
     #[inline]
     fn poll(&mut self, done: &mut [Completion]) -> usize {
-        if self.outstanding == 0 {
+        if self.count == 0 {
             return 0;
         }
         self.serve();
-        let mut n = 0;
-        while n < done.len() {
-            let Some((tag, ended)) = self.line.pop() else { break };
-            self.outstanding -= 1;
-            let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
-            let (status, errno) = ended.status();
-            if let (Some(io), Some(errno)) = (io, errno) {
-                self.failures.note(&io, errno);
-            }
-            done[n] = Completion { tag, status };
-            n += 1;
-        }
+        let n = self.outstanding.collect(&self.line, done);
+        self.count -= n;
         n
     }
 }

@@ -17,10 +17,11 @@ use super::engine::{Engine, NoEngine, Submitter};
 use super::uring::Uring;
 use super::{FileDisk, Flavour};
 use crate::contract::{Bdev, Channel, Wait, WakeFds};
-use crate::failure::{Failure, FailureKind, Failures};
+use crate::failure::{Failure, FailureKind};
 use crate::geometry::within;
 use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
 use crate::line::Line;
+use crate::outstanding::Outstanding;
 
 /// The largest io_uring that the kernel makes (`IORING_MAX_ENTRIES`).
 const DEPTH_MAX: u16 = 32768;
@@ -125,8 +126,7 @@ struct FileChannel<E> {
     line: Arc<Line>,
     disk: Arc<FileDisk>,
     /// The outstanding I/Os, by tag.
-    slots: Box<[Option<Io>]>,
-    failures: Failures,
+    outstanding: Outstanding,
     /// The numbers of outstanding I/Os in the engine and at the workers.
     fast: usize,
     slow: usize,
@@ -145,8 +145,7 @@ impl<E: Submitter> FileChannel<E> {
             engine,
             line,
             disk,
-            slots: vec![None; depth.into()].into_boxed_slice(),
-            failures: Failures::new(depth),
+            outstanding: Outstanding::new(depth),
             fast: 0,
             slow: 0,
             unannounced: 0,
@@ -162,18 +161,16 @@ impl<E: Submitter> Channel for FileChannel<E> {
         let writes = matches!(io.op, Op::Write | Op::Unmap | Op::WriteZeroes);
         if !within(&io, self.disk.size_bytes()) || writes && self.disk.readonly {
             let refused = writes && self.disk.readonly;
-            return self.refuse(&io, if refused { libc::EROFS } else { libc::EINVAL });
+            return self.outstanding.refuse(&io, if refused { libc::EROFS } else { libc::EINVAL });
         }
         if io.op == Op::Unmap && !self.disk.features.unmap {
-            return self.refuse(&io, libc::EOPNOTSUPP);
+            return self.outstanding.refuse(&io, libc::EOPNOTSUPP);
         }
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
         }
-        match self.slots.get_mut(usize::from(io.tag.0)) {
-            Some(slot @ None) => *slot = Some(io),
-            // The contract forbids such a tag.
-            _ => return Submit::Done(Status::IoError),
+        if !self.outstanding.add(&io) {
+            return Submit::Done(Status::IoError);
         }
         let nowait = match io.op {
             Op::Read => self.nowait_reads,
@@ -211,7 +208,7 @@ impl<E: Submitter> Channel for FileChannel<E> {
     fn failure(&mut self, tag: Tag) -> Option<Failure> {
         let aio = self.disk.flavour == Flavour::Aio;
         let kind = if aio { FailureKind::Aio } else { FailureKind::Failed };
-        self.failures.take(tag).map(|failure| Failure { kind, ..failure })
+        self.outstanding.failure(tag).map(|failure| Failure { kind, ..failure })
     }
 
     #[inline]
@@ -271,7 +268,7 @@ impl<E> FileChannel<E> {
     #[inline]
     fn judge(&mut self, tag: Tag, result: i32) -> Option<Status> {
         self.fast -= 1;
-        let slot = self.slots.get_mut(usize::from(tag.0));
+        let slot = self.outstanding.slot(tag);
         if let Some(slot) = slot
             && slot.as_ref().is_some_and(|io| i64::from(result) == io.len as i64)
         {
@@ -283,7 +280,7 @@ impl<E> FileChannel<E> {
 
     #[cold]
     fn judge_failed(&mut self, tag: Tag, result: i32) -> Option<Status> {
-        let slot = self.slots.get_mut(usize::from(tag.0));
+        let slot = self.outstanding.slot(tag);
         let Some((slot, io)) = slot.and_then(|slot| slot.map(|io| (slot, io))) else {
             debug_assert!(false, "completion of {tag:?}, which is not outstanding");
             return Some(Status::IoError);
@@ -307,7 +304,7 @@ impl<E> FileChannel<E> {
             }
             errno => {
                 *slot = None;
-                self.failures.note(&io, errno);
+                self.outstanding.note(&io, errno);
                 Some(Status::IoError)
             }
         }
@@ -315,27 +312,9 @@ impl<E> FileChannel<E> {
 
     #[inline(never)]
     fn poll_workers(&mut self, done: &mut [Completion]) -> usize {
-        let mut n = 0;
-        while n < done.len() {
-            let Some((tag, ended)) = self.line.pop() else { break };
-            self.slow -= 1;
-            let io = self.slots.get_mut(usize::from(tag.0)).and_then(Option::take);
-            let (status, errno) = ended.status();
-            if let (Some(io), Some(errno)) = (io, errno) {
-                self.failures.note(&io, errno);
-            }
-            done[n] = Completion { tag, status };
-            n += 1;
-        }
+        let n = self.outstanding.collect(&self.line, done);
+        self.slow -= n;
         n
-    }
-
-    /// Fails an I/O that the disk does not support.
-    #[cold]
-    fn refuse(&mut self, io: &Io, errno: i32) -> Submit {
-        self.failures.note(io, errno);
-        let unsupported = errno == libc::EOPNOTSUPP;
-        Submit::Done(if unsupported { Status::Unsupported } else { Status::IoError })
     }
 }
 
