@@ -38,6 +38,7 @@ mod topology;
 
 mod available;
 
+mod durability;
 mod line;
 mod outstanding;
 mod pages;
@@ -60,6 +61,7 @@ pub use control::{
     Aside, BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
     Reservation, account_name, life, method, module,
 };
+pub use durability::Durability;
 pub use error::Error;
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use geometry::{BLOCK_SIZE_MIN, checked_size, within};

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use arc_swap::ArcSwapOption;
-use bdev::{Ended, Io, Line, Op, Waker};
+use bdev::{Durability, Ended, Io, Line, Op, Waker};
 
 use crate::image::{Events, Image};
 use crate::library::{CompletionPtr, Library, ZEROES_THICK};
@@ -46,6 +46,8 @@ pub(crate) struct Shared {
     /// its end.
     size: AtomicU64,
     mode: AtomicU8,
+    /// A lost client may have had completed writes in its cache only.
+    durability: Durability,
     lines: Mutex<Vec<Arc<Served>>>,
     /// I/Os that failed because the cluster has blocklisted the client. They wait for another
     /// connection.
@@ -65,47 +67,12 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// A channel's line, and how many of its writes a flush has made durable.
+/// A channel's line.
 struct Served {
     line: Arc<Line>,
-    /// The number of I/Os that have changed the image, and how many of them a flush has covered.
-    written: AtomicU64,
-    flushed: AtomicU64,
-    /// The client was blocklisted, and completed writes in its cache may be lost. So the next
-    /// flush fails.
-    lost: AtomicBool,
-}
-
-impl Served {
-    fn new(line: &Arc<Line>) -> Self {
-        Self {
-            line: Arc::clone(line),
-            written: AtomicU64::new(0),
-            flushed: AtomicU64::new(0),
-            lost: AtomicBool::new(false),
-        }
-    }
-
-    /// Records that an I/O has succeeded. `written` is the number of earlier writes at its start.
-    fn count(&self, op: Op, written: u64) {
-        // Relaxed suffices for all: a flush covers what had completed before it was submitted, and
-        // the channel's owner has seen that.
-        match op {
-            Op::Read => {}
-            Op::Flush => drop(self.flushed.fetch_max(written, Ordering::Relaxed)),
-            Op::Write | Op::Unmap | Op::WriteZeroes => {
-                self.written.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// Records that a new client of this process replaces the one that has done these writes.
-    fn client_lost(&self) {
-        let written = self.written.load(Ordering::Relaxed);
-        if self.flushed.swap(written, Ordering::Relaxed) != written {
-            self.lost.store(true, Ordering::Relaxed);
-        }
-    }
+    /// The losses of writes that its flushes have reported: see [`Durability::take_loss`]. Only the
+    /// disk's thread changes it.
+    losses: AtomicU64,
 }
 
 /// The thread. Dropping it ends it; no I/O is under way then.
@@ -121,6 +88,7 @@ impl Worker {
             image: ArcSwapOption::from_pointee(image),
             size: AtomicU64::new(size),
             mode: AtomicU8::new(Mode::Serving as u8),
+            durability: Durability::default(),
             lines: Mutex::default(),
             parked: Mutex::default(),
             resubmits: AtomicBool::new(false),
@@ -150,7 +118,8 @@ impl Shared {
 
     /// Serves a channel.
     pub(crate) fn add(&self, line: &Arc<Line>) {
-        self.lines().push(Arc::new(Served::new(line)));
+        let losses = AtomicU64::new(self.durability.reported());
+        self.lines().push(Arc::new(Served { line: Arc::clone(line), losses }));
     }
 
     /// Stops serving a channel, which has no outstanding I/O.
@@ -218,7 +187,7 @@ impl Shared {
     pub(crate) fn adopt(&self, image: Image, size: u64, resubmits: bool) {
         self.size.fetch_min(size, Ordering::Relaxed);
         self.resubmits.store(resubmits, Ordering::Relaxed);
-        self.lines().iter().for_each(|line| line.client_lost());
+        self.durability.server_lost();
         self.image.store(Some(Arc::new(image)));
         self.set_mode(Mode::Serving);
     }
@@ -289,15 +258,19 @@ impl Shared {
         let Some(image) = image.filter(|_| matches!(mode, Mode::Serving | Mode::Reopening)) else {
             return line.line.complete(io.tag, Ended::Failed(libc::ESHUTDOWN));
         };
-        if io.op == Op::Flush && line.lost.swap(false, Ordering::Relaxed) {
-            return line.line.complete(io.tag, Ended::Failed(libc::EIO));
+        if io.op == Op::Flush {
+            let mut losses = line.losses.load(Ordering::Relaxed);
+            if self.durability.take_loss(&mut losses) {
+                line.losses.store(losses, Ordering::Relaxed);
+                return line.line.complete(io.tag, Ended::Failed(libc::EIO));
+            }
         }
         let flight = Flight {
             shared: Arc::clone(self),
             line: Arc::clone(line),
             image: Arc::clone(image),
             io,
-            written: line.written.load(Ordering::Relaxed),
+            written: self.durability.written(),
         };
         let flight = Box::into_raw(Box::new(flight));
         let mut completion = ptr::null_mut();
@@ -383,7 +356,7 @@ struct Flight {
     /// Keeps the image open.
     image: Arc<Image>,
     io: Io,
-    /// [`Served::written`] at its start.
+    /// [`Durability::written`] at its start.
     written: u64,
 }
 
@@ -406,7 +379,7 @@ impl Flight {
         // Before the report: whoever waits for the I/O may close the image next.
         drop(image);
         if ended == Ended::Ok {
-            line.count(io.op, written);
+            shared.durability.done(io.op, written);
         }
         line.line.complete(io.tag, ended);
     }

@@ -13,11 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use bdev::Error;
+use bdev::{Durability, Error};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tracing::{error, info, warn};
 
-use crate::durability::Durability;
 use crate::memory::Layout;
 use crate::queue::{Offline, Queue};
 use crate::ring::Ring;

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bdev::{Bdev, Channel, Error, Features, Qos, Stats, checked_size};
+use bdev::{Bdev, Channel, Durability, Error, Features, Qos, Stats, checked_size};
 use uuid::Uuid;
 
 use crate::channel::VirtioChannel;
 use crate::connection::Connection;
-use crate::durability::Durability;
 use crate::memory::{CHUNK, Layout};
 use crate::queue::Queue;
 use crate::session::{Properties, Session};

@@ -3,7 +3,7 @@
 //!
 //! * `memory`: the memory that is shared with a server. `request`: virtio-blk's requests. `ring`:
 //!   the driver's side of a virtqueue.
-//! * `queue`: a virtqueue that channels share. `durability`: how many of their writes are durable.
+//! * `queue`: a virtqueue that channels share.
 //!   `channel`: a reactor's side of a disk.
 //! * `session`: the vhost-user handshake. `connection`: the thread that keeps a disk connected.
 //! * `disk`: the bdev. `module`: the RPC methods.
@@ -18,7 +18,6 @@ mod memory;
 mod request;
 mod ring;
 
-mod durability;
 mod queue;
 
 mod channel;

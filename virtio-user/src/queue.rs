@@ -14,12 +14,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use bdev::Line;
+use bdev::{Durability, Line};
 use rustix::event::{EventfdFlags, eventfd};
 
 mod state;
 
-use crate::durability::Durability;
 use crate::request::Limits;
 use crate::ring::Ring;
 use state::State;

@@ -6,10 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bdev::memory::{Stores, gather, scatter};
-use bdev::{Ended, Io, Line, Op, Tag};
+use bdev::{Durability, Ended, Io, Line, Op, Tag};
 
 use super::Offline;
-use crate::durability::Durability;
 use crate::request::{Limits, Piece, header};
 use crate::ring::Ring;
 
@@ -43,7 +42,7 @@ pub(super) struct Client {
     active: usize,
     /// The tags of I/Os of which a part is not started, in order. It has room for all tags.
     unstarted: VecDeque<u16>,
-    /// The value of [`Durability::losses`] that its flushes have reported last.
+    /// The losses of writes that its flushes have reported: see [`Durability::take_loss`].
     losses: u64,
 }
 
@@ -93,7 +92,7 @@ impl State {
             jobs: (0..depth).map(|_| None).collect(),
             active: 0,
             unstarted: VecDeque::with_capacity(depth.into()),
-            losses: self.durability.reported.load(Ordering::Relaxed),
+            losses: self.durability.reported(),
         };
         if let Some(at) = self.clients.iter().position(Option::is_none) {
             self.clients[at] = Some(client);
@@ -198,12 +197,12 @@ impl State {
             client.unstarted.pop_front();
             return false;
         };
-        if job.io.op == Op::Flush && client.losses != self.durability.losses() {
+        if job.io.op == Op::Flush && self.durability.take_loss(&mut client.losses) {
             client.unstarted.pop_front();
-            client.report_loss(tag, &self.durability);
+            client.end(tag, Ended::Failed(libc::EIO));
             return true;
         }
-        job.written = self.durability.written.load(Ordering::Relaxed);
+        job.written = self.durability.written();
         let piece = Piece::of(&job.io, job.started, self.limits);
         job.started += piece.len;
         job.in_flight += 1;
@@ -230,12 +229,12 @@ impl State {
             if let Some(client) = client
                 && let Some(Job { io, .. }) = client.jobs[usize::from(placed.tag)]
             {
-                if io.op != Op::Flush || client.losses == self.durability.losses() {
+                if io.op != Op::Flush || !self.durability.take_loss(&mut client.losses) {
                     // SAFETY: the I/O is outstanding, so its segments are valid.
                     unsafe { put(ring, slot, &io, placed.piece) };
                     continue;
                 }
-                client.report_loss(placed.tag, &self.durability);
+                client.end(placed.tag, Ended::Failed(libc::EIO));
             }
             *place = None;
             self.free.push(slot);
@@ -290,12 +289,7 @@ impl Client {
                 let whole = unsafe { scatter(segments, skip, buffer, len) };
                 debug_assert!(whole, "the segments' lengths add up to the I/O's");
             }
-            OK if job.io.op == Op::Flush => {
-                durability.flushed.fetch_max(job.written, Ordering::Relaxed);
-            }
-            OK => {
-                durability.written.fetch_add(1, Ordering::Relaxed);
-            }
+            OK => durability.done(job.io.op, job.written),
             UNSUPPORTED => job.ended = Ended::Unsupported,
             _ => job.ended = Ended::Failed(libc::EIO),
         }
@@ -315,13 +309,6 @@ impl Client {
         self.jobs[usize::from(tag)] = None;
         self.active -= 1;
         self.line.complete(Tag(tag), ended);
-    }
-
-    /// Fails a flush, to report that a server may have lost writes that were not flushed.
-    fn report_loss(&mut self, tag: u16, durability: &Durability) {
-        self.losses = durability.losses();
-        durability.reported.fetch_max(self.losses, Ordering::Relaxed);
-        self.end(tag, Ended::Failed(libc::EIO));
     }
 
     /// Reports all I/Os as failed. The requests in flight use bounce buffers, not a guest's memory.
