@@ -47,8 +47,8 @@ pub(crate) fn network(options: &Options) -> Network {
 }
 
 /// Returns the files and directories that librbd reads, if connections are allowed.
-pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
-    if network(options) == Network::Refused {
+pub(crate) fn reads_in(options: &Options, network: Network) -> Vec<PathBuf> {
+    if network == Network::Refused {
         return vec![];
     }
     // To resolve the host names of a cluster's monitors.
@@ -60,11 +60,11 @@ pub(crate) fn reads_in(options: &Options) -> Vec<PathBuf> {
 }
 
 /// Starts the thread that loads librbd: threads that start later may not map executable memory.
-pub(crate) fn start(options: &Options) -> std::io::Result<()> {
+pub(crate) fn start(network: Network) -> std::io::Result<()> {
     #[cfg(feature = "rbd")]
-    if network(options) == Network::Allowed {
+    if network == Network::Allowed {
         return rbd::start_loader();
     }
-    let _ = options;
+    let _ = network;
     Ok(())
 }

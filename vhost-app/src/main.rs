@@ -161,6 +161,7 @@ fn start(
     let metrics = prepared.metrics?;
     let private_dir = prepared.private_dir.map_err(StartError::PrivateDir)?;
     let access = prepared.socket_access?;
+    engines::start(prepared.network).map_err(control::StartError::Engines)?;
     let control = start_control(options, &cores, &sandbox, private_dir, access)?;
     log_reactors(options, &cores);
     let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
@@ -242,7 +243,6 @@ fn start_control(
         mem_mb: options.mem_size_mib.map(u64::from),
         extra_args: vec![],
     });
-    engines::start(options).map_err(control::StartError::Engines)?;
     // The threads that may load libraries have started. This thread and later ones may not do that.
     sandbox.narrow(Thread::Control);
     let sockets = Sockets {

@@ -55,6 +55,8 @@ pub(crate) struct Prepared {
     /// The transport's directory for its private socket.
     pub(crate) private_dir: io::Result<TempDir>,
     pub(crate) sandbox: Result<Sandbox, sandbox::Error>,
+    /// Whether the process may connect to storage clusters.
+    pub(crate) network: Network,
 }
 
 impl Prepared {
@@ -67,6 +69,7 @@ impl Prepared {
         let socket_access = socket_access::resolve(options);
         let access = socket_access.as_ref().copied().unwrap_or_default();
         socket_access::join_group(&access);
+        let network = engines::network(options);
         Self {
             pinned,
             socket_access: socket_access.map_err(PrepareError::from),
@@ -76,10 +79,11 @@ impl Prepared {
             sandbox: match options.sandbox {
                 SandboxMode::Off => Ok(Sandbox::none()),
                 SandboxMode::Available | SandboxMode::Required => {
-                    sandbox::enter(&needs(options, private_dir.as_ref().ok(), access))
+                    sandbox::enter(&needs(options, private_dir.as_ref().ok(), access, network))
                 }
             },
             private_dir,
+            network,
         }
     }
 }
@@ -96,10 +100,14 @@ fn write_pid(path: &Path) -> Result<(), PrepareError> {
         .map_err(|e| PrepareError::PidFile(path.into(), e))
 }
 
-fn needs(options: &Options, private_dir: Option<&TempDir>, socket_access: SocketAccess) -> Needs {
+fn needs(
+    options: &Options,
+    private_dir: Option<&TempDir>,
+    socket_access: SocketAccess,
+    network: Network,
+) -> Needs {
     let socket_dir = control::socket_dir(options.socket_dir.as_deref());
     let here = socket_dir.as_os_str().is_empty();
-    let network = engines::network(options);
     // Usually beneath /sys.
     let groups = bdev::control_group_mounts();
     Needs {
@@ -110,7 +118,7 @@ fn needs(options: &Options, private_dir: Option<&TempDir>, socket_access: Socket
         // The lock files of cores and of clients of storage clusters are in the same directory.
         locks_in: (options.cpumask_locks || network == Network::Allowed)
             .then(|| core_locks::DIR.into()),
-        reads_in: groups.into_iter().chain(engines::reads_in(options)).collect(),
+        reads_in: groups.into_iter().chain(engines::reads_in(options, network)).collect(),
         network,
         disk_dirs: options.disk_dirs.clone(),
         socket_access,
