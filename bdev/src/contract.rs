@@ -129,6 +129,15 @@ pub enum Storage {
     BlockDevice(u64),
 }
 
+/// What is known about the data at the beginning of a range, without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The number of bytes that this holds for: at least 1, at most the length of the range.
+    pub len: u64,
+    /// Whether they take space. If not, they read as zeroes.
+    pub allocated: bool,
+}
+
 /// Called when a [`Lease`] that a user waits for may be held, on any thread and with no lock held.
 pub type Granted = Arc<dyn Fn() + Send + Sync>;
 
@@ -223,6 +232,14 @@ pub trait Bdev: Send + Sync + 'static {
     /// freed when its I/O has ended.
     fn deletion_limit(&self) -> Option<Duration> {
         self.bases().iter().filter_map(|base| base.deletion_limit()).max()
+    }
+    /// Returns what is known about the first bytes of a range, which is not empty and within the
+    /// device. May block. By default, everything is allocated.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn extent(&self, _offset: u64, len: u64) -> Result<Extent, Error> {
+        Ok(Extent { len, allocated: true })
     }
     /// The counters of this device over all its channels. The channels' owners update them.
     fn stats(&self) -> &Stats;

@@ -47,6 +47,8 @@ mod shortcut;
 pub mod qos;
 mod sync;
 
+mod thread_channel;
+
 pub mod control;
 
 pub mod modules;
@@ -55,7 +57,7 @@ mod wrapper;
 
 pub use available::control_group_mounts;
 pub use bdev_channel::BdevChannel;
-pub use contract::{Bdev, Channel, Features, Granted, Lease, Storage, Wait, WakeFds};
+pub use contract::{Bdev, Channel, Extent, Features, Granted, Lease, Storage, Wait, WakeFds};
 pub use control::module::BdevModule;
 pub use control::{
     Aside, BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
@@ -83,6 +85,7 @@ pub use pages::Backing;
 pub use qos::{Limiting, Qos, QosUser, RateLimits};
 pub use shortcut::Shortcut;
 pub use stats::{Counters, HistogramOptions, Latencies, OpCounts, Stats, Sums, UserCounts};
+pub use thread_channel::{Buffer, EndedRequest, Request, Rights, ThreadChannel};
 pub use topology::Topology;
 pub use waker::Waker;
 pub use wrapper::{Wrapped, Wrapper, derived_uuid};

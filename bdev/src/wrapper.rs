@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use uuid::{Uuid, uuid};
 
-use crate::contract::{Bdev, Channel, Features};
+use crate::contract::{Bdev, Channel, Extent, Features};
 use crate::error::Error;
 use crate::geometry::check_name;
 use crate::qos::Qos;
@@ -167,6 +167,10 @@ impl<W: Wrapper> Bdev for W {
 
     fn base_offset(&self) -> Option<u64> {
         Some(self.offset_bytes())
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent, Error> {
+        self.wrapped().base.extent(offset.saturating_add(self.offset_bytes()), len)
     }
 
     fn stats(&self) -> &Stats {

@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use crate::contract::Storage;
+use rustix::fs::SeekFrom;
+
+use crate::contract::{Extent, Storage};
 use crate::error::Error;
 use crate::geometry::check_block_size;
 use crate::topology::Topology;
@@ -109,6 +111,22 @@ fn fitting_block_size(
         )));
     }
     Ok(block_size)
+}
+
+/// Returns whether the first bytes of a range of a regular file are in a hole, and how many.
+pub(super) fn extent(file: &File, offset: u64, len: u64) -> io::Result<Extent> {
+    // Changes the position of the file, which no I/O of a disk uses.
+    let next = |from| match rustix::fs::seek(file, from) {
+        Ok(at) => Ok(at),
+        // Neither data nor a hole begins before the end of the file.
+        Err(rustix::io::Errno::NXIO) => Ok(u64::MAX),
+        Err(e) => Err(io::Error::from(e)),
+    };
+    let data = next(SeekFrom::Data(offset))?;
+    let allocated = data <= offset;
+    let end = if allocated { next(SeekFrom::Hole(offset))? } else { data };
+    // Another process may change the file between the two calls.
+    Ok(Extent { len: end.saturating_sub(offset).clamp(1, len), allocated })
 }
 
 fn storage(file: &File) -> io::Result<Storage> {

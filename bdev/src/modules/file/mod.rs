@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use closer::Account;
 use uuid::Uuid;
 
-use crate::contract::{Bdev, Channel, Features, Lease, Storage};
+use crate::contract::{Bdev, Channel, Extent, Features, Lease, Storage};
 use crate::error::Error;
 use crate::geometry::{check_block_size, check_name, checked_size};
 use crate::qos::Qos;
@@ -327,6 +327,14 @@ impl Bdev for FileDisk {
 
     fn lease(&self) -> Option<Arc<dyn Lease>> {
         self.lease.as_ref()?.shown()
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Result<Extent, Error> {
+        if self.storage.is_block_device() {
+            // `lseek` finds no holes there.
+            return Ok(Extent { len, allocated: true });
+        }
+        backing::extent(self.file(), offset, len).map_err(|source| self.system(source))
     }
 
     fn stats(&self) -> &Stats {
