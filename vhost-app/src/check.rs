@@ -172,8 +172,9 @@ impl Check {
                     self.error(&call.place, format_args!("there is no controller {name}"));
                 }
             }
-            "bdev_set_qos_limit" | "bdev_enable_histogram" => {
-                let name = text(call, "name");
+            "bdev_set_qos_limit" | "bdev_enable_histogram" | "nbd_start_disk" => {
+                let is_export = call.place.method == "nbd_start_disk";
+                let name = text(call, if is_export { "bdev_name" } else { "name" });
                 if !self.bdevs.exists(&name) {
                     self.error(&call.place, format_args!("there is no bdev {name}"));
                 }

@@ -48,12 +48,12 @@ pub(crate) enum StartError {
 }
 
 /// The control side of the target.
-#[derive(Debug)]
 pub(crate) struct Control {
     target: Arc<Target>,
     dpdk: DpdkThread,
     changed: watch::Sender<()>,
     socket_dir: PathBuf,
+    on_bound: OnBound,
 }
 
 /// Where and how the controllers' sockets are created.
@@ -102,10 +102,12 @@ impl Control {
         eal()?;
         let of_front_ends = sandbox.clone();
         let on_thread = Arc::new(move || of_front_ends.narrow(Thread::Worker));
-        let transport = DpdkTransport::start(&target, private_dir, on_thread, sockets.on_bound)
+        let on_bound = Arc::clone(&sockets.on_bound);
+        let transport = DpdkTransport::start(&target, private_dir, on_thread, on_bound)
             .map_err(StartError::Transport)?;
         let dpdk = DpdkThread::start(transport).map_err(StartError::DpdkThread)?;
-        Ok(Self { target, dpdk, changed, socket_dir: sockets.dir })
+        let Sockets { dir: socket_dir, on_bound } = sockets;
+        Ok(Self { target, dpdk, changed, socket_dir, on_bound })
     }
 
     /// The target, for calls that do not block.
@@ -116,6 +118,17 @@ impl Control {
     /// The path of a controller's socket: the directory of `-S` and the name, as in SPDK.
     pub(crate) fn socket_path(&self, controller: &str) -> PathBuf {
         self.socket_dir.join(controller)
+    }
+
+    /// Gives the file of a new socket its mode and owner.
+    pub(crate) fn on_bound(&self) -> OnBound {
+        Arc::clone(&self.on_bound)
+    }
+
+    /// Returns a function that does the same as [`Control::notify`] on any thread.
+    pub(crate) fn notifier(&self) -> impl Fn() + Send + Sync + 'static {
+        let changed = self.changed.clone();
+        move || changed.send_replace(())
     }
 
     /// Reports changes of the target that happen after this call.

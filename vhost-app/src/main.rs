@@ -387,6 +387,7 @@ async fn stop(app: &App, server: Option<Server>) {
         // No new requests: nothing would remove the sockets of a controller created from here on.
         server.pause();
     }
+    app.exports.stop_all();
     let control = &app.control;
     if active_time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
         let limit = SHUTDOWN_LIMIT.as_secs();

@@ -28,7 +28,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 134] = [
+const METHODS: [(&str, Effect); 135] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_destroy", Read),
     ("accel_crypto_keys_get", Read),
@@ -130,6 +130,7 @@ const METHODS: [(&str, Effect); 134] = [
     ("log_set_level", Unsaved),
     ("log_set_print_level", Unsaved),
     ("nbd_get_disks", Read),
+    ("nbd_start_disk", Engine),
     ("nbd_stop_disk", Read),
     ("notify_get_notifications", Read),
     ("notify_get_types", Read),

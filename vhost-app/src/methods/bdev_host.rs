@@ -66,7 +66,10 @@ impl Host for App {
     fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()> {
         Box::pin(async {
             // All first, so that none waits for another to be taken away from the guests.
-            bdevs.iter().for_each(|bdev| vhost_blk::remove_bdev(self.control.target(), bdev));
+            for bdev in &bdevs {
+                vhost_blk::remove_bdev(self.control.target(), bdev);
+                self.exports.remove_bdev(bdev);
+            }
             let began = Instant::now();
             for bdev in bdevs {
                 let (name, limit) = (bdev.name().to_owned(), bdev.deletion_limit());

@@ -163,6 +163,7 @@ async fn get_config(app: Rc<App>, params: Params) -> Answer {
     let entries = match request.name.as_str() {
         "bdev" => bdev::config(&app, &mut params.pace()).await,
         "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
+        "nbd" => app.exports.config(),
         "scheduler" => options().scheduler.config(),
         // In SPDK, this subsystem saves nothing, which is not the same as an empty list.
         "scsi" => return Ok(Value::Null),

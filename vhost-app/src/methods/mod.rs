@@ -14,6 +14,7 @@ mod bdev_show;
 mod bdev_stats;
 mod framework;
 mod log;
+mod nbd;
 mod notify;
 mod options;
 mod qd_sampling;
@@ -56,6 +57,8 @@ pub(crate) struct App {
     modules: Vec<Rc<dyn BdevModule>>,
     /// The claim of each controller on its bdev.
     served: RefCell<HashMap<String, Claim>>,
+    /// Bdevs that are exported over NBD.
+    pub(crate) exports: nbd::Exports,
     pub(crate) log: Log,
     /// Opens the files of disks.
     pub(crate) opener: Opener,
@@ -92,6 +95,7 @@ impl App {
             bdevs_changed,
             modules: crate::engines::modules(),
             served: RefCell::default(),
+            exports: nbd::Exports::default(),
             log,
             opener,
             share,
@@ -124,6 +128,7 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     qd_sampling::register(&mut methods);
     bdev_qos::register(&mut methods);
     bdev_stats::register(&mut methods);
+    nbd::register(&mut methods);
     vhost::register(&mut methods);
 }
 

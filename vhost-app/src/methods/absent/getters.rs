@@ -32,7 +32,7 @@ const fn getter(method: &'static str, answer: fn(&Map<String, Value>) -> Answer)
     Getter { method, failure: DecodeFailure::INTERNAL, answer }
 }
 
-const GETTERS: [Getter; 21] = [
+const GETTERS: [Getter; 19] = [
     getter("bdev_nvme_get_controllers", |given| match text(given, "name") {
         None => no_objects(),
         Some(name) => {
@@ -91,11 +91,6 @@ const GETTERS: [Getter; 21] = [
             _ => no_device(),
         }
     }),
-    getter("nbd_get_disks", |given| match text(given, "nbd_device") {
-        None => no_objects(),
-        Some(_) => no_device(),
-    }),
-    getter("nbd_stop_disk", |_| no_device()),
 ];
 
 fn text<'a>(given: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
