@@ -336,12 +336,12 @@ mod tests {
     };
 
     fn option(option: u32, data: &[u8]) -> Vec<u8> {
-        let header = OptionHeader { option, len: data.len() as u32 };
+        let header = OptionHeader { option, len: data.len().try_into().unwrap() };
         [&header.encode()[..], data].concat()
     }
 
     fn text(bytes: &[u8]) -> Vec<u8> {
-        [&(bytes.len() as u32).to_be_bytes(), bytes].concat()
+        [&u32::try_from(bytes.len()).unwrap().to_be_bytes(), bytes].concat()
     }
 
     fn flags() -> Vec<u8> {

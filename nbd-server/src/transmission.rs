@@ -454,7 +454,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back_however_the_bytes_arrive() {
-        let data: Vec<u8> = (0..8192_u32).map(|i| (i % 251) as u8).collect();
+        let data: Vec<u8> = (0..8192_u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
         let write = request(command::WRITE, command_flag::FUA, 4096, 8192).encode();
         let requests = [
             [&write[..], &data].concat(),
@@ -480,7 +480,7 @@ mod tests {
         let mut transmission = transmission(true, |_| {});
         let bytes = [
             request(command::READ, command_flag::DF, 512, 512).encode(),
-            request(command::BLOCK_STATUS, 0, 0, SIZE as u32).encode(),
+            request(command::BLOCK_STATUS, 0, 0, SIZE.try_into().unwrap()).encode(),
             request(command::READ, 0, SIZE, 512).encode(),
         ]
         .concat();
