@@ -1,5 +1,22 @@
 //! The NBD protocol (network block device): disks of NBD servers as block devices.
 //!
-//! * `protocol`: the protocol's numbers and headers.
+//! * [`protocol`]: the protocol's numbers and headers.
+//! * `uri`: the address of an export. `handshake`: connecting to it.
+//! * `link`: a socket on an io_uring, without a protocol. `parser`: splits the replies.
+//! * `queue`: a connection that channels share. `channel`: a reactor's side of a disk.
+//! * `connector`: the thread that keeps a disk connected.
+//! * `disk`: the bdev. `module`: the RPC methods.
+//!
+//! Reactors send and receive on their own, without waiting. A server may be hostile: all that it
+//! can do is to fail the I/O of its own disk, to delay it, or to answer with wrong data.
+//!
+//! Forbidden dependencies: DPDK, an async runtime, and the program that runs the module.
 
 pub mod protocol;
+
+mod uri;
+
+mod link;
+mod parser;
+
+pub use uri::NbdUri;
