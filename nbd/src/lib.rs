@@ -1,7 +1,7 @@
 //! The NBD protocol (network block device): disks of NBD servers as block devices.
 //!
 //! * [`protocol`]: the protocol's numbers and headers.
-//! * `uri`: the address of an export. `handshake`: connecting to it.
+//! * `uri`: the address of an export. `stream`: connecting to it. `handshake`: choosing the export.
 //! * `link`: a socket on an io_uring, without a protocol. `parser`: splits the replies.
 //! * `queue`: a connection that channels share. `channel`: a reactor's side of a disk.
 //! * `connector`: the thread that keeps a disk connected.
@@ -14,9 +14,23 @@
 
 pub mod protocol;
 
+mod stream;
 mod uri;
+
+mod handshake;
 
 mod link;
 mod parser;
 
+mod queue;
+
+mod channel;
+mod connector;
+
+mod disk;
+
+mod module;
+
+pub use disk::{CONNECTIONS_MAX, NbdDisk, NbdOptions};
+pub use module::NbdModule;
 pub use uri::NbdUri;
