@@ -4,7 +4,8 @@
     spdk-rpc --plugin vhost_rpc -s /run/vhost/rpc.sock vhost_delete_controller vhost.0 --force
 
 It adds the options --force and --timeout-ms to the client's vhost_delete_controller, and the subcommands
-vhost_move_queue, vhost_get_controller_stats and vhost_get_reactor_turns. All other subcommands remain as they are.
+bdev_nbd_create, bdev_nbd_delete, vhost_move_queue, vhost_get_controller_stats and vhost_get_reactor_turns. All other
+subcommands remain as they are.
 
 It uses Python's standard library and three things of the client: the function that the client calls, the subcommands'
 function `func(args)`, and `args.client.call(method, params)`. So it works with other releases of the client, too.
@@ -20,6 +21,7 @@ CLIENT_TIMEOUT_MAX_MS = 2_000_000_000
 def spdk_rpc_plugin_initialize(subparsers):
     """Adds the subcommands. The client calls this function by its name."""
     extend_delete_controller(subparsers)
+    add_nbd(subparsers)
     add_move_queue(subparsers)
     add_controller_stats(subparsers)
     add_longest_iterations(subparsers)
@@ -53,6 +55,42 @@ def extend_delete_controller(subparsers):
     group.add_argument("--timeout-ms", type=non_negative, metavar="MS",
                        help="How long to wait, in milliseconds. 0 does not wait. Default: 5000")
     p.set_defaults(func=vhost_delete_controller)
+
+
+def add_nbd(subparsers):
+    def bdev_nbd_create(args):
+        params = {"name": args.name, "uri": args.uri}
+        for key in ("block_size", "uuid", "reconnect_delay_sec", "connections"):
+            if getattr(args, key) is not None:
+                params[key] = getattr(args, key)
+        if args.readonly:
+            params["readonly"] = True
+        show(args.client.call("bdev_nbd_create", params))
+
+    p = subparsers.add_parser(
+        "bdev_nbd_create",
+        help="Create a bdev on an export of an NBD server",
+        description="""Create a bdev on an export of an NBD server. I/O waits while the server is away, unless there is
+            a reconnect delay.""")
+    p.add_argument("name", help="Name of the bdev")
+    p.add_argument("uri", help="nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+    p.add_argument("-b", "--block-size", type=non_negative, metavar="BYTES",
+                   help="Block size. Default: 512, or the server's minimum")
+    p.add_argument("-r", "--readonly", action="store_true", help="Refuse writes. Default: false")
+    p.add_argument("-u", "--uuid", help="UUID of the bdev. Default: derived from URI and name")
+    p.add_argument("--reconnect-delay-sec", type=non_negative, metavar="S",
+                   help="I/O fails after so many seconds without a server. Default: it waits for ever")
+    p.add_argument("--connections", type=non_negative, metavar="N",
+                   help="Number of connections, if the server allows several. Default: 4")
+    p.set_defaults(func=bdev_nbd_create)
+
+    def bdev_nbd_delete(args):
+        args.client.call("bdev_nbd_delete", {"name": args.name})
+
+    p = subparsers.add_parser("bdev_nbd_delete", help="Delete a bdev of bdev_nbd_create",
+                              description="Delete a bdev of bdev_nbd_create.")
+    p.add_argument("name", help="Name of the bdev")
+    p.set_defaults(func=bdev_nbd_delete)
 
 
 def add_move_queue(subparsers):

@@ -121,6 +121,7 @@ impl Check {
         let text = |name: &str| text(call, name);
         let (names, base) = match call.place.method.as_str() {
             "bdev_malloc_create"
+            | "bdev_nbd_create"
             | "bdev_null_create"
             | "bdev_rbd_create"
             | "bdev_virtio_attach_controller" => (vec![text("name")], None),

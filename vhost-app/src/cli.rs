@@ -98,7 +98,7 @@ pub(crate) struct Options {
     pub(crate) sandbox: SandboxMode,
     /// Directories that may hold disks (`--disk-dir`); if empty, every directory may.
     pub(crate) disk_dirs: Vec<PathBuf>,
-    /// Whether the process may connect to storage clusters (`--network`); `None`: if librbd is
+    /// Whether the process may connect to storage on other hosts (`--network`); `None`: if librbd is
     /// installed.
     pub(crate) network: Option<bool>,
     /// Directories that hold Ceph configurations and keyrings (`--ceph-dir`).
@@ -267,8 +267,8 @@ pub(crate) struct Args {
     /// --no-sandbox (not in SPDK).
     #[arg(long, value_name = "DIR", action = ArgAction::Append, allow_hyphen_values = true)]
     disk_dir: Vec<String>,
-    /// Allow or forbid connections to storage clusters on other hosts [default: on if librbd is
-    /// installed] (not in SPDK).
+    /// Allow or forbid connections to storage on other hosts, Ceph and NBD over TCP [default: on if
+    /// librbd is installed] (not in SPDK).
     #[arg(long, value_name = "on|off")]
     network: Option<Switch>,
     /// Let librbd read configurations and keyrings in this directory, besides /etc/ceph and that of

@@ -9,11 +9,21 @@ use sandbox::Network;
 
 use crate::cli::Options;
 
-/// Returns all kinds of bdevs.
-pub(crate) fn modules() -> Vec<Rc<dyn BdevModule>> {
+/// Returns all kinds of bdevs. `network`: whether the process may connect to other hosts.
+pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
-    modules.extend([rbd_module(), virtio_module()].into_iter().flatten());
+    modules.extend([nbd_module(network), rbd_module(), virtio_module()].into_iter().flatten());
     modules
+}
+
+#[cfg(feature = "nbd")]
+fn nbd_module(network: Network) -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(nbd::NbdModule::new(network == Network::Allowed)))
+}
+
+#[cfg(not(feature = "nbd"))]
+fn nbd_module(_: Network) -> Option<Rc<dyn BdevModule>> {
+    None
 }
 
 #[cfg(feature = "virtio-user")]

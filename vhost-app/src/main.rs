@@ -164,7 +164,13 @@ fn start(
     engines::start(prepared.network).map_err(control::StartError::Engines)?;
     let control = start_control(options, &cores, &sandbox, private_dir, access)?;
     log_reactors(options, &cores);
-    let app = Rc::new(App::new(Rc::clone(&control), log.clone(), sandbox.opener(), options.share));
+    let app = Rc::new(App::new(
+        Rc::clone(&control),
+        log.clone(),
+        sandbox.opener(),
+        options.share,
+        prepared.network,
+    ));
     *app.core_locks.borrow_mut() = locks;
     let mut registry = Registry::new();
     methods::register(&mut registry, &app);

@@ -14,8 +14,13 @@ use harness::{Launch, Vhost};
 use serde_json::{Value, json};
 
 /// What the plugin adds to the client.
-const OWN: [&str; 3] =
-    ["vhost_get_controller_stats", "vhost_get_reactor_turns", "vhost_move_queue"];
+const OWN: [&str; 5] = [
+    "bdev_nbd_create",
+    "bdev_nbd_delete",
+    "vhost_get_controller_stats",
+    "vhost_get_reactor_turns",
+    "vhost_move_queue",
+];
 
 /// How a run of the client ended.
 struct Ended {
@@ -123,6 +128,13 @@ fn the_requests_have_the_given_parameters_and_no_others() {
             "vhost_delete_controller -f --timeout-ms 90000 c",
             json!({"ctrlr": "c", "timeout_ms": 90_000, "force": true}),
         ),
+        ("bdev_nbd_create N nbd://h/x", json!({"name": "N", "uri": "nbd://h/x"})),
+        (
+            "bdev_nbd_create N nbd://h/x -b 4096 -r -u U --reconnect-delay-sec 0 --connections 2",
+            json!({"name": "N", "uri": "nbd://h/x", "block_size": 4096, "uuid": "U",
+                "reconnect_delay_sec": 0, "connections": 2, "readonly": true}),
+        ),
+        ("bdev_nbd_delete N", json!({"name": "N"})),
         ("vhost_move_queue c 3 1", json!({"ctrlr": "c", "queue": 3, "core": 1})),
         (
             "vhost_move_queue c 3 1 --session 7",

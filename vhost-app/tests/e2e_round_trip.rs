@@ -28,7 +28,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 135] = [
+const METHODS: [(&str, Effect); 137] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_destroy", Read),
     ("accel_crypto_keys_get", Read),
@@ -61,6 +61,8 @@ const METHODS: [(&str, Effect); 135] = [
     ("bdev_lvol_get_lvstores", Read),
     ("bdev_malloc_create", Saved),
     ("bdev_malloc_delete", Saved),
+    ("bdev_nbd_create", Engine),
+    ("bdev_nbd_delete", Engine),
     ("bdev_null_create", Saved),
     ("bdev_null_delete", Saved),
     ("bdev_null_resize", Saved),

@@ -31,7 +31,7 @@ use std::rc::Rc;
 
 use ::bdev::{BdevModule, Claim};
 use rpc::{Params, Phases, Registry, RpcError};
-use sandbox::Opener;
+use sandbox::{Network, Opener};
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -86,14 +86,20 @@ pub(crate) struct App {
 type Answer = Result<Value, RpcError>;
 
 impl App {
-    pub(crate) fn new(control: Rc<Control>, log: Log, opener: Opener, share: bool) -> Self {
+    pub(crate) fn new(
+        control: Rc<Control>,
+        log: Log,
+        opener: Opener,
+        share: bool,
+        network: Network,
+    ) -> Self {
         let bdevs_changed = watch::Sender::new(());
         let changed = bdevs_changed.clone();
         Self {
             control,
             bdevs: ::bdev::Registry::new(move || changed.send_replace(())),
             bdevs_changed,
-            modules: crate::engines::modules(),
+            modules: crate::engines::modules(network),
             served: RefCell::default(),
             exports: nbd::Exports::default(),
             log,

@@ -26,7 +26,9 @@ pub(crate) struct Trial {
 
 impl Trial {
     pub(crate) fn new(cores: Vec<usize>, socket_dir: PathBuf) -> Self {
-        let modules = crate::engines::modules().into_iter().flat_map(|module| module.methods());
+        let modules = crate::engines::modules(sandbox::Network::Allowed)
+            .into_iter()
+            .flat_map(|module| module.methods());
         let options = SubsystemOptions::default();
         Self { cores, socket_dir, options, modules: modules.collect() }
     }
