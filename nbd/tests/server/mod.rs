@@ -2,7 +2,6 @@
 //! directory of its own.
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -112,6 +111,13 @@ impl Server {
         assert!(done.success());
     }
 
+    /// Waits until the program has ended by itself.
+    pub(crate) fn wait_for_its_end(mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.wait().unwrap();
+        }
+    }
+
     pub(crate) fn connect(&self, export: &str) -> Arc<NbdDisk> {
         NbdDisk::connect(options(&self.socket(), export)).unwrap()
     }
@@ -144,9 +150,4 @@ fn listens(socket: &Path) -> bool {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
     let path = socket.to_str().unwrap();
     sockets.lines().any(|line| line.ends_with(path) && line.split(' ').any(|word| word == ACCEPTS))
-}
-
-/// Connects and disconnects.
-pub(crate) fn touch(socket: &Path) {
-    drop(UnixStream::connect(socket));
 }
