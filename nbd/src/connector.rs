@@ -22,11 +22,13 @@ use crate::protocol::{Request, command, transmission};
 use crate::queue::{Detached, Offline, Queue};
 use crate::uri::NbdUri;
 
-/// The interval of attempts to connect.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// The longest time until the thread looks for connections that are over, and for links to drop.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time for a connection besides the first one of a disk. A server that limits the
 /// number of connections may not answer.
 const EXTRA_LIMIT: Duration = Duration::from_secs(2);
+/// The shortest limit of an attempt to connect.
+const ATTEMPT_MIN: Duration = Duration::from_secs(1);
 /// How often the thread of a deleted disk looks, once per interval, whether the kernel still uses
 /// the buffers of a connection, before it leaks them.
 const RETIRE_TRIES: u32 = 30;
@@ -41,6 +43,8 @@ pub(crate) struct Wanted {
     pub(crate) export: Export,
     /// After this time without a server, I/O fails. `None`: it waits for ever.
     pub(crate) reconnect_delay: Option<Duration>,
+    /// The interval of attempts to connect.
+    pub(crate) reconnect_interval: Duration,
 }
 
 /// Keeps a disk connected until it is dropped.
@@ -80,7 +84,7 @@ pub(crate) fn connect(
     while sockets.len() < max {
         match handshake::connect(uri, EXTRA_LIMIT) {
             Ok((socket, other)) if other == export => sockets.push(socket),
-            Ok(_) => return Err(changed(export, None)),
+            Ok((_, other)) => return Err(changed(export, other)),
             Err(e) => {
                 let count = sockets.len();
                 warn!("bdev {name}: the server allows {count} connections only: {e}");
@@ -91,7 +95,7 @@ pub(crate) fn connect(
     Ok((sockets, export))
 }
 
-fn changed(before: Export, now: Option<Export>) -> Error {
+fn changed(before: Export, now: Export) -> Error {
     Error::Invalid(format!("the export has changed: expected {before:?}, found {now:?}"))
 }
 
@@ -208,6 +212,7 @@ impl Shared {
     /// The thread's main function.
     fn keep_connected(&self, sockets: Vec<OwnedFd>) {
         let mut sockets = sockets;
+        let mut connected = Instant::now();
         while !self.is_ending() {
             self.reap();
             if !self.wait(&sockets) {
@@ -221,10 +226,13 @@ impl Shared {
             end(&sockets);
             let reason = reason.as_deref().unwrap_or("the server has closed a connection");
             warn!("bdev {}: {reason}; connecting again to {}", self.wanted.name, self.wanted.uri);
-            match self.reconnect(lost) {
+            // A server may close each connection at once.
+            let next = connected + self.wanted.reconnect_interval;
+            match self.reconnect(lost, next) {
                 Some(again) => sockets = again,
                 None => break,
             }
+            connected = Instant::now();
         }
         self.say_goodbye(&sockets);
         end(&sockets);
@@ -232,14 +240,14 @@ impl Shared {
             if self.reap() {
                 break;
             }
-            self.pause(INTERVAL, &[]);
+            self.pause(WATCH_INTERVAL, &[]);
         }
     }
 
     /// Waits until a connection is over, or the disk is deleted, for an interval at most. Returns
     /// whether a connection is over.
     fn wait(&self, sockets: &[OwnedFd]) -> bool {
-        self.pause(INTERVAL, sockets) || self.queues.iter().any(|queue| queue.is_broken())
+        self.pause(WATCH_INTERVAL, sockets) || self.queues.iter().any(|queue| queue.is_broken())
     }
 
     /// Waits for a time, for the end of the disk, for a queue that is broken, or for these sockets.
@@ -258,22 +266,38 @@ impl Shared {
         any
     }
 
-    /// Connects again. `None`: the disk was deleted.
-    fn reconnect(&self, lost: Instant) -> Option<Vec<OwnedFd>> {
-        let Wanted { name, uri, reconnect_delay, .. } = &self.wanted;
-        let (mut reported, mut failing) = (false, false);
+    /// Waits for a time, or until the disk is deleted.
+    fn rest(&self, time: Duration) {
+        let end = Instant::now() + time;
+        while let Some(left) = end.checked_duration_since(Instant::now())
+            && !left.is_zero()
+            && !self.is_ending()
+        {
+            self.pause(left, &[]);
+        }
+    }
+
+    /// Connects again, from time `next` on. `None`: the disk was deleted.
+    fn reconnect(&self, lost: Instant, next: Instant) -> Option<Vec<OwnedFd>> {
+        let Wanted { name, uri, reconnect_delay, reconnect_interval, .. } = &self.wanted;
+        let (mut reported, mut failing, mut next) = (false, false, next);
         while !self.is_ending() {
-            let left = reconnect_delay.map(|delay| delay.saturating_sub(lost.elapsed()));
-            if left == Some(Duration::ZERO) && !failing {
+            // The time until I/O fails, if it will.
+            let left = reconnect_delay.filter(|_| !failing);
+            let left = left.map(|delay| delay.saturating_sub(lost.elapsed()));
+            if left == Some(Duration::ZERO) {
                 failing = true;
                 self.disconnect(Offline::Fail);
                 error!("bdev {name}: no connection to {uri}: I/O fails until there is one");
+                continue;
             }
-            // An attempt delays the failure of I/O by an interval at most.
-            let limit = match left {
-                Some(left) if !failing => left.clamp(INTERVAL, LIMIT),
-                _ => LIMIT,
-            };
+            let wait = next.saturating_duration_since(Instant::now());
+            if !wait.is_zero() {
+                self.rest(left.map_or(wait, |left| left.min(wait)));
+                continue;
+            }
+            // An attempt delays the failure of I/O by a second at most.
+            let limit = left.map_or(LIMIT, |left| left.clamp(ATTEMPT_MIN, LIMIT));
             match self.try_connect(limit) {
                 Ok(sockets) => {
                     info!("bdev {name}: connected to {uri} again");
@@ -285,11 +309,7 @@ impl Shared {
                 Err(_) => {}
             }
             self.reap();
-            let pause = match left {
-                Some(left) if !failing => left.clamp(Duration::from_millis(1), INTERVAL),
-                _ => INTERVAL,
-            };
-            self.pause(pause, &[]);
+            next = Instant::now() + *reconnect_interval;
         }
         None
     }
@@ -302,7 +322,7 @@ impl Shared {
             let limit = deadline.saturating_duration_since(Instant::now());
             let (socket, export) = handshake::connect(&self.wanted.uri, limit)?;
             if export != self.wanted.export {
-                return Err(changed(self.wanted.export, Some(export)));
+                return Err(changed(self.wanted.export, export));
             }
             sockets.push(socket);
         }

@@ -52,6 +52,8 @@ pub struct NbdOptions {
     pub uuid: Option<Uuid>,
     /// After this time without a server, I/O fails until there is one. `None`: it waits for ever.
     pub reconnect_delay: Option<Duration>,
+    /// The interval of attempts to connect to a server that is away.
+    pub reconnect_interval: Duration,
     /// The number of connections, from 1 to [`CONNECTIONS_MAX`], if the server allows as many.
     /// Channels share them.
     pub connections: u32,
@@ -86,7 +88,8 @@ impl NbdDisk {
     /// out of range.
     pub fn connect(options: NbdOptions) -> Result<Arc<Self>, Error> {
         options.check()?;
-        let NbdOptions { name, uri, readonly, uuid, reconnect_delay, connections, .. } = options;
+        let NbdOptions { name, uri, readonly, uuid, connections, .. } = options;
+        let NbdOptions { reconnect_delay, reconnect_interval, .. } = options;
         let (sockets, export) = connect(&name, &uri, connections as usize)?;
         let block_size = options.block_size.unwrap_or(export.min_block.max(BLOCK_SIZE_MIN));
         if block_size < export.min_block || block_size > export.payload_max {
@@ -107,7 +110,8 @@ impl NbdDisk {
             .map(|_| Queue::new(payload_max, &durability, &wake).map(Arc::new))
             .collect();
         let queues: Arc<[Arc<Queue>]> = queues.map_err(what)?.into();
-        let wanted = Wanted { name: name.clone(), uri, export, reconnect_delay };
+        let wanted =
+            Wanted { name: name.clone(), uri, export, reconnect_delay, reconnect_interval };
         let connector = Connector::start(wanted, sockets, Arc::clone(&queues), durability, wake);
         Ok(Arc::new(Self {
             connector: connector.map_err(what)?,

@@ -24,6 +24,9 @@ const CONNECTING_MAX: usize = 64;
 /// The longest time that an RPC waits for a connection.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// The interval of attempts to connect to a server that is away.
+const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The default number of connections of a disk, for servers that allow several.
 const CONNECTIONS: u32 = 4;
 
@@ -118,6 +121,7 @@ fn parse(params: &Params) -> Result<NbdOptions, MethodError> {
         readonly: p.readonly,
         uuid: given(p.uuid),
         reconnect_delay: p.reconnect_delay_sec.map(|s| Duration::from_secs(s.into())),
+        reconnect_interval: RECONNECT_INTERVAL,
         connections: p.connections.unwrap_or(CONNECTIONS),
     };
     options.check().map_err(|e| failed(&e))?;

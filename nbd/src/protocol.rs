@@ -1,6 +1,6 @@
 //! The numbers and headers of the NBD protocol, for clients and servers.
 //!
-//! The source is the NBD project's protocol specification. All numbers on the wire are big-endian.
+//! The source is the protocol document of the NBD project. All numbers on the wire are big-endian.
 
 /// The first 8 bytes that a server sends: "NBDMAGIC".
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;

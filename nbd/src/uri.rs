@@ -1,5 +1,5 @@
 //! The address of an export: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`, as the
-//! NBD project's `doc/uri.md` defines them.
+//! NBD project defines them.
 
 use std::fmt;
 use std::path::PathBuf;

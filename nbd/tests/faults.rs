@@ -234,7 +234,7 @@ fn wait_for_one(channel: &mut BdevChannel) -> (Tag, Status) {
 #[test]
 fn abandoned_ios_end_at_once() {
     const LEN: usize = 1 << 20;
-    for fault in [Fault::Mute, Fault::Deaf] {
+    for fault in [Fault::Mute, Fault::Unresponsive] {
         let fake = first(fault);
         let disk = connect(&fake);
         let mut abandoned = BdevChannel::open(&disk, 4).unwrap();
@@ -259,7 +259,7 @@ fn abandoned_ios_end_at_once() {
         assert_eq!(ended, 3, "{fault:?}");
         memory.fill(2);
         drop(abandoned);
-        if fault == Fault::Deaf {
+        if fault == Fault::Unresponsive {
             assert_eq!(other.write(0, &[7; 512]), Status::Ok);
             assert_eq!(other.read(0, 1024).0[512..], [0; 512], "the abandoned write is not done");
         }

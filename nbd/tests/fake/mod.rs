@@ -44,7 +44,7 @@ pub(crate) enum Fault {
     /// The replies come in single bytes.
     Trickle,
     /// The server reads no request.
-    Deaf,
+    Unresponsive,
     /// The server reads requests, and does not reply.
     Mute,
     /// The server stops in the handshake, after so many bytes.
@@ -155,6 +155,7 @@ impl Fake {
             readonly: false,
             uuid: None,
             reconnect_delay: None,
+            reconnect_interval: std::time::Duration::ZERO,
             connections: 3,
         }
     }
@@ -194,7 +195,7 @@ impl Shared {
         if fault == Fault::Unasked {
             stream.write_all(&SimpleReply { error: 0, cookie: 1 << 24 }.encode())?;
         }
-        if fault == Fault::Deaf {
+        if fault == Fault::Unresponsive {
             // Until the client gives up.
             poll(&mut [PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::RDHUP)], None)?;
             return Ok(());

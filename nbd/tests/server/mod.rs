@@ -140,6 +140,7 @@ pub(crate) fn options(socket: &Path, export: &str) -> NbdOptions {
         readonly: false,
         uuid: None,
         reconnect_delay: None,
+        reconnect_interval: std::time::Duration::from_millis(1),
         connections: 3,
     }
 }
