@@ -266,6 +266,32 @@ fn abandoned_ios_end_at_once() {
     }
 }
 
+/// The server answers an abandoned read after its memory has another use.
+#[test]
+fn a_late_reply_to_an_abandoned_read_changes_no_memory() {
+    let fake = first(Fault::None);
+    let disk = connect(&fake);
+    let mut abandoned = BdevChannel::open(&disk, 4).unwrap();
+    let mut memory = vec![1_u8; 4096];
+    let segments = [Segment::new(memory.as_mut_ptr(), 4096)];
+    let mut done = [Completion { tag: Tag(9), status: Status::Ok }; 4];
+    // The server waits for this.
+    let store = fake.store();
+    let io = Io::rw(Op::Read, Tag(0), 0, 4096, &segments);
+    // SAFETY: the memory outlives the I/O.
+    assert!(matches!(unsafe { abandoned.submit(io) }, Submit::Queued));
+    abandoned.kick();
+    abandoned.abandon();
+    assert_eq!(abandoned.poll(&mut done), 1);
+    memory.fill(2);
+    drop(store);
+    drop(abandoned);
+    let mut other = Driver::new(&disk, 4);
+    assert_eq!(other.read(0, 512), (vec![0; 512], Status::Ok));
+    assert_eq!(fake.connections(), 1);
+    assert!(memory.iter().all(|byte| *byte == 2));
+}
+
 /// Its I/O fails, and its connections are closed.
 #[test]
 fn a_disk_that_is_dropped_disconnects() {

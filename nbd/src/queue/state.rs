@@ -197,7 +197,8 @@ impl State {
     }
 
     /// Serves all channels once. Returns whether no work is left now. If work is left, wakes the
-    /// owners that sleep: the signal for that work may have woken only this caller.
+    /// owners that sleep: the kernel may not have taken an operation, which no event follows, and
+    /// this caller may have no I/O any more.
     pub(super) fn serve(&mut self) -> bool {
         self.accept();
         self.end_abandoned();
@@ -226,7 +227,7 @@ impl State {
                 link.receive();
             }
             link.submit();
-            left = link.has_work() || !self.unsent.is_empty() && link.output().is_some();
+            left = link.has_work();
         }
         self.link = Some(link);
         if left {
