@@ -1,5 +1,6 @@
 //! Stores that SPDK has written: each is read as SPDK reads it, also after a power cut, and stays
 //! whole when it is changed and unloaded.
+#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 mod medium;
 
@@ -83,7 +84,7 @@ fn compare(name: &str, lvs: &Lvs<Memory>, truth: &Value) {
         for unused in ["extent_pages", "md_pages"] {
             wanted.as_object_mut().unwrap().remove(unused);
         }
-        // What the clone took over goes back to the snapshot, which SPDK does not do.
+        // What the clone took over goes back to the snapshot, which SPDK does not.
         if (name, called) == ("lvs-snaprm-kept", "v") {
             wanted["num_allocated_clusters"] = json!(2);
         }

@@ -46,7 +46,10 @@ impl Memory {
 
     fn range(&self, offset: u64, len: u64) -> Result<std::ops::Range<usize>, DeviceError> {
         let block = u64::from(self.properties.block_size);
-        assert!(offset.is_multiple_of(block) && len.is_multiple_of(block), "{offset} + {len}: not aligned");
+        assert!(
+            offset.is_multiple_of(block) && len.is_multiple_of(block),
+            "{offset} + {len}: not aligned"
+        );
         let end = offset.checked_add(len).filter(|end| *end <= self.properties.size);
         let end = end.ok_or(DeviceError { errno: 5 })?;
         Ok(usize::try_from(offset).unwrap()..usize::try_from(end).unwrap())
