@@ -37,6 +37,13 @@ pub struct Claimed {
     zeroed: bool,
 }
 
+impl Claimed {
+    /// Whether the caller writes the whole cluster.
+    pub fn whole(&self) -> bool {
+        self.whole
+    }
+}
+
 /// Clusters that are claimed for a blob and not in its map yet. To be passed to
 /// [`Store::commit`] or [`Store::give_back`]; if it is dropped, the clusters stay reserved until the
 /// store is loaded again, and the store cannot be unloaded.

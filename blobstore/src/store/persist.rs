@@ -165,7 +165,6 @@ impl<D: Device> Store<D> {
                     all(join_all(requests).await)?;
                 }
             }
-            self.barrier().await?;
         }
         let zeroed = zero || unmap && properties.unmap_zeroes;
         for cluster in clusters {
