@@ -57,11 +57,11 @@ pub async fn check<D: Device>(device: &D) -> Result<Vec<Finding>> {
     if let Err(reason) = store.check(properties.size, properties.block_size) {
         return Ok(vec![error(reason.to_string())]);
     }
-    let clusters = usize::try_from(store.clusters_on(properties.size)).unwrap_or(0);
     let mut checker = Checker {
         device,
         block,
-        owners: [vec![0; store.metadata.len as usize], vec![0; clusters]],
+        clusters: store.clusters_on(properties.size),
+        owners: [BTreeMap::new(), BTreeMap::new()],
         store,
         shared: BTreeMap::new(),
         blobs: BTreeMap::new(),
@@ -83,8 +83,10 @@ struct Checker<'a, D> {
     device: &'a D,
     block: usize,
     store: SuperBlock,
-    /// For each page and each cluster: 1 + the root page of its blob, or 0.
-    owners: [Vec<u64>; 2],
+    /// The clusters of the store.
+    clusters: u64,
+    /// For each page and each cluster that is in use: the root page of its blob.
+    owners: [BTreeMap<u32, u32>; 2],
     /// How much two blobs share.
     shared: BTreeMap<(u32, u32), [u64; 2]>,
     blobs: BTreeMap<u32, Seen>,
@@ -231,7 +233,7 @@ impl<D: Device> Checker<'_, D> {
                 continue;
             }
             let end = u64::from(*first) + u64::from(*len);
-            if !self.is_data(*first) || end > self.owners[CLUSTERS].len() as u64 {
+            if !self.is_data(*first) || end > self.clusters {
                 wrong += u64::from(*len);
                 continue;
             }
@@ -296,18 +298,13 @@ impl<D: Device> Checker<'_, D> {
     }
 
     fn is_data(&self, cluster: u32) -> bool {
-        let data = self.store.metadata_clusters()..self.owners[CLUSTERS].len() as u64;
-        data.contains(&u64::from(cluster))
+        (self.store.metadata_clusters()..self.clusters).contains(&u64::from(cluster))
     }
 
     fn own(&mut self, kind: usize, number: u32, root: u32) {
-        let owner = &mut self.owners[kind][number as usize];
-        match u32::try_from(owner.saturating_sub(1)) {
-            Ok(other) if *owner != 0 => {
-                let pair = (other.min(root), other.max(root));
-                self.shared.entry(pair).or_default()[kind] += 1;
-            }
-            _ => *owner = u64::from(root) + 1,
+        if let Some(other) = self.owners[kind].insert(number, root) {
+            let pair = (other.min(root), other.max(root));
+            self.shared.entry(pair).or_default()[kind] += 1;
         }
     }
 
@@ -321,7 +318,7 @@ impl<D: Device> Checker<'_, D> {
         let mut wrong = Vec::new();
         let mut good: BTreeSet<u32> = BTreeSet::new();
         for (root, blob) in &self.blobs {
-            let mut path = vec![*root];
+            let mut path = BTreeSet::from([*root]);
             let mut at = blob;
             while let Some(parent) = at.parent {
                 let found = parent.page().and_then(|page| Some((page, self.blobs.get(&page)?)));
@@ -341,7 +338,7 @@ impl<D: Device> Checker<'_, D> {
                 if good.contains(&page) {
                     break;
                 }
-                path.push(page);
+                path.insert(page);
                 at = seen;
             }
             good.extend(path);
@@ -384,49 +381,54 @@ impl<D: Device> Checker<'_, D> {
         }
     }
 
-    async fn mask(&mut self, region: Region, kind: MaskKind, bits: usize) -> Result<Vec<bool>> {
+    async fn check_masks(&mut self) -> Result<()> {
+        let pages = u64::from(self.store.metadata.len);
+        let metadata = self.store.metadata_clusters();
+        let used: BTreeSet<u32> = self.owners[PAGES].keys().copied().collect();
+        self.check_mask(self.store.page_mask, MaskKind::Pages, pages, &used).await?;
+        let mut used: BTreeSet<u32> = self.owners[CLUSTERS].keys().copied().collect();
+        used.extend((0..metadata).filter_map(|cluster| u32::try_from(cluster).ok()));
+        self.check_mask(self.store.cluster_mask, MaskKind::Clusters, self.clusters, &used).await?;
+        let used: BTreeSet<u32> = self.blobs.keys().copied().collect();
+        self.check_mask(self.store.blob_mask, MaskKind::Blobs, pages, &used).await
+    }
+
+    /// Compares a mask with what is in use.
+    async fn check_mask(
+        &mut self,
+        region: Region,
+        kind: MaskKind,
+        bits: u64,
+        used: &BTreeSet<u32>,
+    ) -> Result<()> {
         let page = u64::from(self.store.page_size());
         let len = usize::try_from(u64::from(region.len) * page).unwrap_or(0);
         let bytes = self.device.read(u64::from(region.start) * page, len).await?;
-        Ok(match decode_mask(&bytes, kind, bits) {
-            Ok(bytes) => (0..bits).map(|bit| bytes[bit / 8] >> (bit % 8) & 1 == 1).collect(),
+        let bits = usize::try_from(bits).unwrap_or(usize::MAX);
+        let bytes = match decode_mask(&bytes, kind, bits) {
+            Ok(bytes) => bytes,
             Err(reason) => {
                 self.find(Severity::Error, reason.to_string());
-                Vec::new()
+                return Ok(());
             }
-        })
-    }
-
-    async fn check_masks(&mut self) -> Result<()> {
-        let pages = self.owners[PAGES].len();
-        let clusters = self.owners[CLUSTERS].len();
-        let metadata = self.store.metadata_clusters();
-        let masks = [self.store.page_mask, self.store.cluster_mask, self.store.blob_mask];
-        let mask = self.mask(masks[0], MaskKind::Pages, pages).await?;
-        let used: Vec<bool> = self.owners[PAGES].iter().map(|owner| *owner != 0).collect();
-        self.compare(&mask, &used, KINDS[PAGES]);
-        let mask = self.mask(masks[1], MaskKind::Clusters, clusters).await?;
-        let owners = (0_u64..).zip(&self.owners[CLUSTERS]);
-        let used: Vec<bool> = owners.map(|(n, owner)| n < metadata || *owner != 0).collect();
-        self.compare(&mask, &used, KINDS[CLUSTERS]);
-        let mask = self.mask(masks[2], MaskKind::Blobs, pages).await?;
-        let mut used = vec![false; pages];
-        self.blobs.keys().for_each(|root| used[*root as usize] = true);
-        self.compare(&mask, &used, "blobs");
-        Ok(())
-    }
-
-    fn compare(&mut self, mask: &[bool], used: &[bool], kind: &str) {
-        let pairs = || mask.iter().zip(used);
-        let lost = pairs().filter(|(mask, used)| **mask && !**used).count();
-        let free = pairs().filter(|(mask, used)| !**mask && **used).count();
-        if lost > 0 {
-            let text = format!("{lost} {kind} are marked as used, but nothing refers to them");
+        };
+        let set = |bit: usize| bytes[bit / 8] >> (bit % 8) & 1 == 1;
+        let marked = (0..bits).filter(|bit| set(*bit)).count();
+        let both = used.iter().filter(|bit| set(**bit as usize)).count();
+        let name = match kind {
+            MaskKind::Pages => KINDS[PAGES],
+            MaskKind::Clusters => KINDS[CLUSTERS],
+            MaskKind::Blobs => "blobs",
+        };
+        if marked > both {
+            let lost = marked - both;
+            let text = format!("{lost} {name} are marked as used, but nothing refers to them");
             self.find(Severity::Warning, text);
         }
-        if free > 0 {
-            let text = format!("{free} {kind} are in use, but marked as free");
-            self.find(Severity::Error, text);
+        if used.len() > both {
+            let free = used.len() - both;
+            self.find(Severity::Error, format!("{free} {name} are in use, but marked as free"));
         }
+        Ok(())
     }
 }

@@ -252,6 +252,10 @@ impl<D: Device> Store<D> {
             parent = blob.parent();
         }
         if let Parent::External(_) = parent {
+            let len = end.saturating_sub(snapshot.map.len);
+            if len > self.clusters.len() as u64 {
+                return Err(Error::NoSpace("clusters"));
+            }
             hidden.extend(snapshot.map.len..end);
         }
         hidden.sort_unstable();

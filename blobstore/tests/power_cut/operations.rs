@@ -205,11 +205,13 @@ impl<'a> Run<'a> {
     fn attribute(&mut self) -> bool {
         let Some(name) = self.pick(|volume| !volume.read_only) else { return true };
         let id = self.id(&name);
-        let len = usize::try_from(self.random.below(3500)).unwrap();
-        let key = format!("x{}", self.random.below(3)).into_bytes();
-        let value = self.random.chance(70).then(|| vec![1; len]);
-        let store = self.lvs.store_mut();
-        let result = store.set_xattrs(id, vec![(key, value)]).now_or_never();
+        let xattrs = (0..3_u8).filter(|_| self.random.chance(70)).collect::<Vec<_>>();
+        let xattrs = xattrs.into_iter().map(|n| {
+            let len = usize::try_from(2000 + self.random.below(1500)).unwrap();
+            (vec![b'x', n], self.random.chance(70).then(|| vec![1; len]))
+        });
+        let xattrs = xattrs.collect();
+        let result = self.lvs.store_mut().set_xattrs(id, xattrs).now_or_never();
         self.done(result, self.model.clone())
     }
 
