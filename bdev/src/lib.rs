@@ -73,8 +73,8 @@ pub use memory::Stores;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
-    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
-    check_unopened, not_a_disk, open_file,
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Namespace, Passthrough,
+    Service, WorkerCounts, check_unopened, not_a_disk, open_file, show_lease,
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};

@@ -198,7 +198,7 @@ pub(super) fn size(file: &File) -> io::Result<u64> {
 }
 
 /// Returns a block device's logical block size; `None` for a file.
-fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
+pub(super) fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
     if !file.metadata()?.file_type().is_block_device() {
         return Ok(None);
     }
@@ -306,14 +306,18 @@ impl Opened {
     }
 }
 
+/// Returns an attribute of a block device's queue, if it is a number.
+pub(super) fn queue_attribute(device: u64, attribute: &str) -> Option<u64> {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    // For a partition, the queue is in the parent directory.
+    ["queue", "../queue"].into_iter().find_map(|queue| {
+        let name = format!("/sys/dev/block/{major}:{minor}/{queue}/{attribute}");
+        std::fs::read_to_string(name).ok()?.trim().parse().ok()
+    })
+}
+
 /// Returns whether the block device can zero a range without being sent the zeroes. The kernel
 /// punches a hole in a device by this command.
 fn zeroes_by_command(device: u64) -> bool {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    // For a partition, the queue is in the parent directory.
-    ["queue", "../queue"].into_iter().any(|queue| {
-        let name = format!("/sys/dev/block/{major}:{minor}/{queue}/write_zeroes_max_bytes");
-        std::fs::read_to_string(name)
-            .is_ok_and(|text| text.trim().parse::<u64>().is_ok_and(|max| max > 0))
-    })
+    queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|max| max > 0)
 }

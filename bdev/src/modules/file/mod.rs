@@ -10,6 +10,8 @@ mod channel;
 mod engine;
 mod lease;
 pub(crate) mod module;
+mod passthrough;
+mod ring;
 mod uring;
 mod workers;
 
@@ -32,6 +34,8 @@ use crate::topology::Topology;
 pub use backing::{Alignment, check_unopened, not_a_disk, open_file};
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
+pub use module::show_lease;
+pub use passthrough::Passthrough;
 pub use workers::WorkerCounts;
 use workers::Workers;
 
@@ -73,6 +77,8 @@ pub struct FileDisk {
     closer: Account,
     /// Keeps other processes from the file; `None` if the disk is read-only.
     lease: Option<lease::FileLease>,
+    /// For a namespace of an NVMe controller.
+    namespace: Option<Namespace>,
     /// The alignment that direct I/O needs; `None` if the file uses the page cache.
     direct: Option<Alignment>,
     topology: Topology,
@@ -93,6 +99,15 @@ pub struct Service {
     pub nowait: bool,
     /// The threads for I/O that may wait.
     pub workers: WorkerCounts,
+}
+
+/// The character device of an NVMe namespace, beside its block device.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    /// The device, open for reading and writing.
+    pub file: Arc<File>,
+    /// Reads and writes go through it; `None`: all I/O goes to the block device.
+    pub passthrough: Option<Passthrough>,
 }
 
 /// The options of [`FileDisk::create`].
@@ -142,6 +157,20 @@ impl FileDisk {
     /// # Errors
     /// As [`FileDisk::create`].
     pub fn on(file: File, options: FileOptions) -> Result<Arc<Self>, Error> {
+        Self::on_namespace(file, None, options)
+    }
+
+    /// Makes a disk of a block device that [`open_file`] has opened, and of the character device of
+    /// the same NVMe namespace. The disk's lease locks both: each holds up the I/O of its own kind
+    /// that a process has left in the kernel.
+    ///
+    /// # Errors
+    /// As [`FileDisk::create`].
+    pub fn on_namespace(
+        file: File,
+        namespace: Option<Namespace>,
+        options: FileOptions,
+    ) -> Result<Arc<Self>, Error> {
         let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour, engine } =
             options;
         let opened = backing::check(file, &filename, block_size)?;
@@ -175,7 +204,9 @@ impl FileDisk {
             any_alignment: opened.direct.is_none(),
         };
         let file = Arc::new(opened.file);
-        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, &file));
+        let character = namespace.iter().map(|namespace| &namespace.file);
+        let files = [&file].into_iter().chain(character).cloned().collect();
+        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, files));
         Ok(Arc::new(Self {
             lease: lease.transpose()?,
             filename,
@@ -191,6 +222,7 @@ impl FileDisk {
             closer,
             file: Some(file),
             name,
+            namespace,
             direct: opened.direct,
             topology: opened.topology,
             engine,
@@ -265,12 +297,18 @@ impl FileDisk {
     /// Returns the way in which it does its I/O, and the present work of its worker threads.
     #[must_use]
     pub fn service(&self) -> Service {
+        let passthrough = self.passthrough().map(|_| Engine::Passthrough);
         Service {
-            engine: self.engine,
+            engine: passthrough.unwrap_or(self.engine),
             direct: self.direct.is_some(),
             nowait: self.engine != Engine::Threads,
             workers: self.workers.counts(),
         }
+    }
+
+    /// The device through which reads and writes go as NVMe commands.
+    fn passthrough(&self) -> Option<&Passthrough> {
+        self.namespace.as_ref()?.passthrough.as_ref()
     }
 
     fn file(&self) -> &File {
@@ -285,7 +323,8 @@ impl FileDisk {
 impl Drop for FileDisk {
     fn drop(&mut self) {
         // Closing a file on FUSE or NFS writes back dirty data, which can take arbitrarily long.
-        self.closer.drop_later((self.file.take(), self.lease.take().map(lease::FileLease::end)));
+        let lease = self.lease.take().map(lease::FileLease::end);
+        self.closer.drop_later((self.file.take(), self.namespace.take(), lease));
     }
 }
 

@@ -82,7 +82,7 @@ impl Entry for FileEntry {
             }),
             Flavour::Uring => json!({ "filename": filename }),
         };
-        about["io_path"] = io_path(self.disk.service());
+        about["io_path"] = self.disk.service().show();
         show_lease(&mut about, self.disk.lease_state());
         Description::specific(self.module(), about)
     }
@@ -96,36 +96,46 @@ impl Entry for FileEntry {
     }
 
     fn each_second(&self) {
-        if self.disk.tick_lease() {
-            let filename = self.disk.filename().display();
+        self.disk.check_lease();
+    }
+}
+
+impl Service {
+    /// Shows the way in which a file is served, for `driver_specific`. Not in SPDK.
+    #[must_use]
+    pub fn show(self) -> Value {
+        let Self { engine, direct, nowait, workers } = self;
+        json!({
+            "engine": engine.name(),
+            "direct": direct,
+            "nowait": nowait,
+            "workers": {
+                "max": workers.max,
+                "threads": workers.threads,
+                "busy": workers.busy,
+                "queued": workers.queued,
+                "longest_s": workers.longest_s,
+            },
+        })
+    }
+}
+
+impl FileDisk {
+    /// Warns of a lock call that takes long. Must be called once a second.
+    pub fn check_lease(&self) {
+        if self.tick_lease() {
+            let filename = self.filename().display();
             warn!(
                 "bdev {}: locking or unlocking {filename} takes long; check its file system or \
                  file server; rings of this bdev may wait for it",
-                self.disk.name()
+                self.name()
             );
         }
     }
 }
 
-/// The way in which a file is served. Not in SPDK.
-fn io_path(service: Service) -> Value {
-    let Service { engine, direct, nowait, workers } = service;
-    json!({
-        "engine": engine.name(),
-        "direct": direct,
-        "nowait": nowait,
-        "workers": {
-            "max": workers.max,
-            "threads": workers.threads,
-            "busy": workers.busy,
-            "queued": workers.queued,
-            "longest_s": workers.longest_s,
-        },
-    })
-}
-
-/// Adds to `module` whether rings may use the file, and the process that they wait for.
-fn show_lease(module: &mut Value, lease: LeaseState) {
+/// Adds to `module` whether rings may use the file, and the process that they wait for. Not in SPDK.
+pub fn show_lease(module: &mut Value, lease: LeaseState) {
     module["lease"] = match lease {
         LeaseState::None => "none",
         LeaseState::Waiting(_) => "waiting",
@@ -252,6 +262,7 @@ fn tell_of_engine(disk: &FileDisk) {
         // Linux AIO blocks in writes to a regular file on a frozen file system.
         Engine::Aio => "Linux AIO for reads, worker threads for writes",
         Engine::IoUring => "io_uring",
+        Engine::Passthrough => "NVMe commands",
         Engine::Threads => "worker threads",
     };
     let cache = if service.direct { "O_DIRECT" } else { "page cache" };

@@ -1,0 +1,438 @@
+//! NVMe commands through an io_uring (`IORING_OP_URING_CMD`) on the character device of a
+//! namespace, which spares the block layer's part of each read and write.
+//!
+//! The block device stays open beside it, and does what does not fit: other operations, transfers
+//! that the controller cannot do in one command, and all I/O that fails here. The kernel neither
+//! repeats a passthrough command nor moves it to another path, so the block device decides whether
+//! an I/O fails.
+//!
+//! No call waits for I/O. If the device's queue has no free request, the kernel hands the command to
+//! a thread of the ring's own (io-wq), of which [`WORKERS_MAX`] exist.
+//!
+//! The ring is restricted to this request and this file. A thread that can write to the ring can
+//! send any I/O command to the namespace, but no admin command: the device takes those from `ioctl`
+//! only, which reactors cannot call.
+#![expect(unsafe_code, reason = "ioctls, and hands a guest's memory to the kernel")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::Arc;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::backing::{logical_block_size, queue_attribute};
+use super::engine::{Submitter, joined};
+use super::ring::{Ring, restrict};
+use crate::error::Error;
+use crate::io::{Io, Op, Segment, Tag};
+
+/// The index of the file in the ring's table.
+const FILE: types::Fixed = types::Fixed(0);
+
+/// `_IOWR('N', 0x80, struct nvme_uring_cmd)`: data in one range.
+const CMD_IO: u32 = 0xc048_4e80;
+/// The same in a list of ranges.
+const CMD_IO_VEC: u32 = 0xc048_4e81;
+/// `_IO('N', 0x40)`: returns the namespace's id.
+const IOCTL_ID: libc::Ioctl = 0x4e40;
+/// `_IOWR('N', 0x41, struct nvme_admin_cmd)`.
+const IOCTL_ADMIN: libc::Ioctl = 0xc048_4e41;
+
+const ADMIN_IDENTIFY: u8 = 6;
+const CMD_WRITE: u8 = 1;
+const CMD_READ: u8 = 2;
+
+/// The page of a controller. Data of one command has no gap within a page.
+const PAGE: usize = 4096;
+
+/// The most kernel threads of a ring, for commands that have to wait for a free request.
+const WORKERS_MAX: u32 = 4;
+
+/// The most blocks of a command: it has 16 bits for their number less one.
+const BLOCKS_MAX: u64 = 1 << 16;
+
+/// `struct nvme_uring_cmd`, and with `result` as the last field `struct nvme_admin_cmd`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Command {
+    opcode: u8,
+    flags: u8,
+    reserved1: u16,
+    nsid: u32,
+    cdw2: u32,
+    cdw3: u32,
+    metadata: u64,
+    addr: u64,
+    metadata_len: u32,
+    data_len: u32,
+    cdw10: u32,
+    cdw11: u32,
+    cdw12: u32,
+    cdw13: u32,
+    cdw14: u32,
+    cdw15: u32,
+    timeout_ms: u32,
+    result: u32,
+}
+
+const COMMAND_BYTES: usize = size_of::<Command>();
+const _: () = assert!(COMMAND_BYTES == 72, "the kernel's size");
+
+/// The character device of an NVMe namespace, with what commands need to know of the namespace.
+#[derive(Clone, Debug)]
+pub struct Passthrough {
+    file: Arc<File>,
+    nsid: u32,
+    block_shift: u32,
+    /// The most bytes of a command.
+    transfer_max: u64,
+    /// The device has queues that are polled instead of interrupting.
+    polled: bool,
+}
+
+impl Passthrough {
+    /// Prepares I/O through the character device `file` of the namespace whose block device is
+    /// `block`, and reads the first block that way, with polled queues if the device has any.
+    ///
+    /// # Errors
+    /// The reason for which this is not possible: the kernel is older than 5.19, it does not allow
+    /// it to this process (before 6.2, it needs CAP_SYS_ADMIN), the namespace's blocks have
+    /// metadata, or the read has failed.
+    pub fn probe(file: Arc<File>, block: &File) -> Result<Self, Error> {
+        let system = |what: &str| {
+            let what = what.to_owned();
+            move |source| Error::System { what, source }
+        };
+        if !file.metadata().map_err(system("stat"))?.file_type().is_char_device() {
+            return Err(Error::Invalid("not a character device".into()));
+        }
+        // SAFETY: this ioctl has no argument.
+        let nsid = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ID) };
+        let nsid = u32::try_from(nsid).map_err(|_| io::Error::last_os_error());
+        let nsid = nsid.map_err(system("NVME_IOCTL_ID"))?;
+        let block_shift = block_shift(&file, nsid).map_err(system("Identify Namespace"))?;
+        let of_device = logical_block_size(block).map_err(system("BLKSSZGET"))?;
+        let block_shift = block_shift
+            .filter(|shift| 1_u32.checked_shl(*shift) == of_device)
+            .ok_or_else(|| Error::Unsupported("blocks with metadata".into()))?;
+        let rdev = block.metadata().map_err(system("stat"))?.rdev();
+        let attribute = |name| queue_attribute(rdev, name).unwrap_or(0);
+        let mut probed = Self {
+            file,
+            nsid,
+            block_shift,
+            transfer_max: transfer_max(attribute("max_hw_sectors_kb"), attribute("max_segments")),
+            polled: attribute("io_poll") == 1,
+        };
+        if probed.transfer_max < 1 << block_shift {
+            return Err(Error::Unsupported("the size of the controller's transfers".into()));
+        }
+        let read = |probed: &Self| probed.read_first_block();
+        match read(&probed) {
+            Err(_) if probed.polled => {
+                probed.polled = false;
+                read(&probed).map_err(system("read"))?;
+            }
+            result => result.map_err(system("read"))?,
+        }
+        Ok(probed)
+    }
+
+    /// Returns whether the device's queues are polled.
+    #[must_use]
+    pub fn is_polled(&self) -> bool {
+        self.polled
+    }
+
+    /// Makes the ring of a channel.
+    pub(super) fn queue(&self, depth: u16) -> io::Result<NvmeQueue> {
+        let mut builder = IoUring::<squeue::Entry128, cqueue::Entry32>::builder();
+        builder.dontfork().setup_r_disabled().setup_submit_all();
+        if self.polled {
+            builder.setup_iopoll();
+        } else {
+            builder.setup_coop_taskrun().setup_taskrun_flag();
+        }
+        let ring = builder.build(depth.into())?;
+        ring.submitter().register_files(&[self.file.as_raw_fd()])?;
+        ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX; 2])?;
+        restrict(&ring, &[opcode::UringCmd80::CODE])?;
+        Ok(NvmeQueue { ring: Ring::new(ring), in_flight: 0, device: self.clone() })
+    }
+
+    fn read_first_block(&self) -> io::Result<()> {
+        let mut queue = self.queue(1)?;
+        let mut memory = vec![0_u8; PAGE.max(1 << self.block_shift) + PAGE];
+        let start = memory.as_ptr().align_offset(PAGE);
+        let len = 1_usize << self.block_shift;
+        let segments = [Segment::new(memory.as_mut_ptr().wrapping_add(start), len)];
+        let read = Io::rw(Op::Read, Tag(0), 0, len as u64, &segments);
+        // SAFETY: the memory is valid until the command has ended, below.
+        unsafe { queue.push(&read) };
+        loop {
+            queue.kick();
+            if !self.polled && !queue.is_behind() {
+                // A signal makes it return early.
+                let _ = queue.ring.ring.submit_and_wait(1);
+            }
+            queue.refresh();
+            match queue.next_result() {
+                Some((_, 0)) => return Ok(()),
+                Some((_, errno @ ..0)) => return Err(io::Error::from_raw_os_error(-errno)),
+                Some((_, status)) => {
+                    return Err(io::Error::other(format!("NVMe status {status:#x}")));
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn command(&self, io: &Io) -> Command {
+        let block = io.offset >> self.block_shift;
+        #[expect(clippy::cast_possible_truncation, reason = "`takes` has limited the length")]
+        let blocks = (io.len >> self.block_shift) as u32;
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+        let low = block as u32;
+        Command {
+            opcode: if io.op == Op::Read { CMD_READ } else { CMD_WRITE },
+            nsid: self.nsid,
+            cdw10: low,
+            cdw11: (block >> 32) as u32,
+            cdw12: blocks - 1,
+            ..Command::default()
+        }
+    }
+}
+
+/// Returns the most bytes of a command, from the queue's attributes. In the worst case each page is
+/// a segment, and the range begins within a page.
+fn transfer_max(kib: u64, segments: u64) -> u64 {
+    let pages = segments.saturating_sub(1).saturating_mul(PAGE as u64);
+    kib.saturating_mul(1 << 10).min(pages).min(BLOCKS_MAX << 9).min(1 << 30)
+}
+
+/// Returns the binary logarithm of a namespace's block size; `None` if its blocks have metadata.
+fn block_shift(file: &File, nsid: u32) -> io::Result<Option<u32>> {
+    let mut identified = vec![0_u8; PAGE];
+    let mut command = Command {
+        opcode: ADMIN_IDENTIFY,
+        nsid,
+        addr: identified.as_mut_ptr() as u64,
+        data_len: PAGE as u32,
+        ..Command::default()
+    };
+    // SAFETY: the command stores a page into `identified`, which is as large.
+    let rc = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ADMIN, &raw mut command) };
+    match rc {
+        0 => Ok(format_of(&identified)),
+        status @ 1.. => Err(io::Error::other(format!("NVMe status {status:#x}"))),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Returns the binary logarithm of the block size in the data structure of Identify Namespace; `None`
+/// if blocks have metadata (NVM Command Set specification, 4.1.5.1).
+fn format_of(identified: &[u8]) -> Option<u32> {
+    const FLBAS: usize = 26;
+    const FORMATS: usize = 128;
+    let flbas = usize::from(*identified.get(FLBAS)?);
+    let format = flbas & 0xf | (flbas >> 1) & 0x30;
+    let at = FORMATS + format * 4;
+    let &[metadata0, metadata1, shift, _] = identified.get(at..at + 4)? else { return None };
+    (metadata0 == 0 && metadata1 == 0).then_some(shift.into())
+}
+
+/// The commands of one channel.
+pub(super) struct NvmeQueue {
+    ring: Ring<squeue::Entry128, cqueue::Entry32>,
+    in_flight: u32,
+    device: Passthrough,
+}
+
+impl NvmeQueue {
+    /// Returns a completion: 0, a positive NVMe status, or a negative errno.
+    #[inline]
+    fn next_result(&mut self) -> Option<(u64, i32)> {
+        let entry = self.ring.ring.completion().next()?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        Some((entry.user_data(), entry.result()))
+    }
+}
+
+impl Submitter for NvmeQueue {
+    fn nowait(&self) -> (bool, bool) {
+        (true, true)
+    }
+
+    #[inline]
+    unsafe fn takes(&self, io: &Io) -> bool {
+        if io.len > self.device.transfer_max || io.len >> self.device.block_shift > BLOCKS_MAX {
+            return false;
+        }
+        // SAFETY: the caller guarantees that the segments are valid.
+        let segments = unsafe { io.segments() };
+        // Otherwise the kernel would copy the data to memory that it allocates.
+        let joint = |pair: &[Segment]| {
+            let end = (pair[0].base() as usize).wrapping_add(pair[0].len());
+            (end | pair[1].base() as usize) & (PAGE - 1) == 0
+        };
+        segments.windows(2).all(joint)
+    }
+
+    #[inline]
+    unsafe fn push(&mut self, io: &Io) {
+        let mut command = self.device.command(io);
+        // SAFETY: the caller guarantees that the segments are valid.
+        let (addr, len, cmd_op) = match joined(unsafe { io.segments() }) {
+            Some(one) => (one.base() as u64, one.len(), CMD_IO),
+            None => {
+                let (iovecs, count) = io.iovecs();
+                (iovecs as u64, count as usize, CMD_IO_VEC)
+            }
+        };
+        command.addr = addr;
+        #[expect(clippy::cast_possible_truncation, reason = "`takes` has limited the length")]
+        let len = len as u32;
+        command.data_len = len;
+        let mut bytes = [0_u8; 80];
+        // SAFETY: both are plain data, and the array is larger than the command.
+        unsafe { bytes.as_mut_ptr().cast::<Command>().write_unaligned(command) };
+        let entry = opcode::UringCmd80::new(FILE, cmd_op).cmd(bytes).build();
+        let entry = entry.user_data(io.len << 16 | u64::from(io.tag.0));
+        self.in_flight += 1;
+        // SAFETY: by the contract, the memory that the entry refers to stays valid until the I/O is
+        // reported.
+        unsafe { self.ring.push(&entry) };
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        self.ring.kick();
+    }
+
+    fn is_behind(&self) -> bool {
+        self.ring.is_behind()
+    }
+
+    fn refresh(&mut self) {
+        if !self.device.polled {
+            self.ring.refresh();
+        } else if self.in_flight > 0 {
+            /// `IORING_ENTER_GETEVENTS`: with a minimum of 0 completions, looks once at the
+            /// device's queues.
+            const GETEVENTS: u32 = 1;
+            // SAFETY: passes no argument.
+            let _ = unsafe { self.ring.ring.submitter().enter::<()>(0, 0, GETEVENTS, None) };
+        }
+    }
+
+    #[inline]
+    fn next(&mut self) -> Option<(Tag, i32)> {
+        let (data, result) = self.next_result()?;
+        #[expect(clippy::cast_possible_truncation, reason = "`push` stored tag and length there")]
+        let (tag, len) = (Tag(data as u16), (data >> 16) as i32);
+        let result = match result {
+            0 => len,
+            // The kernel never allows this kind of command to this process.
+            refused if [-libc::EACCES, -libc::EPERM].contains(&refused) => -libc::EOPNOTSUPP,
+            // The block device repeats it.
+            _ => -libc::EAGAIN,
+        };
+        Some((tag, result))
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.device.polled).then(|| self.ring.wake_fd())
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.device.polled && self.in_flight > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(polled: bool) -> NvmeQueue {
+        // No command is submitted to this file.
+        let file = Arc::new(File::options().read(true).write(true).open("/dev/null").unwrap());
+        let transfer_max = transfer_max(512, 127);
+        let device = Passthrough { file, nsid: 7, block_shift: 12, transfer_max, polled };
+        device.queue(8).unwrap()
+    }
+
+    fn takes(queue: &NvmeQueue, segments: &[(usize, usize)]) -> bool {
+        let segments: Vec<_> =
+            segments.iter().map(|(at, len)| Segment::new(*at as *mut u8, *len)).collect();
+        let len = segments.iter().map(|segment| segment.len() as u64).sum();
+        // SAFETY: the segments are valid; nobody accesses the memory that they name.
+        unsafe { queue.takes(&Io::rw(Op::Read, Tag(0), 0, len, &segments)) }
+    }
+
+    #[test]
+    fn only_what_the_controller_can_do_at_once_is_taken() {
+        let queue = queue(false);
+        assert!(takes(&queue, &[(0x1200, 4096)]), "one range begins anywhere");
+        assert!(takes(&queue, &[(0x1200, 0xe00), (0x5000, 0x200)]));
+        assert!(!takes(&queue, &[(0x1000, 0xe00), (0x5000, 0x200)]), "a gap at a range's end");
+        assert!(!takes(&queue, &[(0x1200, 0xe00), (0x5200, 0x200)]), "a gap at a range's start");
+        assert!(takes(&queue, &[(0x1000, 126 << 12)]));
+        assert!(!takes(&queue, &[(0x1000, 127 << 12)]), "its pages may be too many segments");
+        assert_eq!(transfer_max(128, 1000), 128 << 10);
+        assert_eq!(transfer_max(128, 0), 0);
+    }
+
+    #[test]
+    fn a_command_has_the_blocks_of_the_io() {
+        let queue = queue(false);
+        let memory = [Segment::new(0x1000 as *mut u8, 0x3000)];
+        let io = Io::rw(Op::Write, Tag(1), 0x1234_5678_9000_0000, 0x3000, &memory);
+        let command = queue.device.command(&io);
+        assert_eq!((command.opcode, command.nsid), (CMD_WRITE, 7));
+        assert_eq!((command.cdw10, command.cdw11, command.cdw12), (0x6789_0000, 0x1_2345, 2));
+    }
+
+    #[test]
+    fn the_format_is_found_and_metadata_refused() {
+        let mut identified = vec![0_u8; 4096];
+        identified[26] = 0x21;
+        let at = 128 + 0x11 * 4;
+        identified[at + 2] = 12;
+        assert_eq!(format_of(&identified), Some(12));
+        identified[at] = 8;
+        assert_eq!(format_of(&identified), None);
+        assert_eq!(format_of(&identified[..100]), None);
+    }
+
+    /// `/dev/null` takes passthrough commands and does nothing, if the kernel is new enough.
+    #[test]
+    fn results_become_those_of_a_read_and_errors_go_to_the_block_device() {
+        let mut queue = queue(false);
+        let memory = [Segment::new(0x1000 as *mut u8, 0x2000)];
+        let io = Io::rw(Op::Read, Tag(5), 0, 0x2000, &memory);
+        // SAFETY: the file does not access the memory.
+        unsafe { queue.push(&io) };
+        queue.kick();
+        assert!(!queue.is_behind());
+        let mut next = None;
+        while next.is_none() {
+            queue.refresh();
+            next = queue.next();
+        }
+        let (tag, result) = next.unwrap();
+        assert_eq!(tag, Tag(5));
+        assert!(result == 0x2000 || result == -libc::EAGAIN, "{result}");
+    }
+
+    #[test]
+    fn a_file_is_no_namespace() {
+        let file = tempfile::tempfile().unwrap();
+        let same = file.try_clone().unwrap();
+        assert_eq!(Passthrough::probe(Arc::new(file), &same).unwrap_err().errno(), libc::EINVAL);
+        let null = Arc::new(File::open("/dev/null").unwrap());
+        Passthrough::probe(null, &same).unwrap_err();
+    }
+}
