@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use bdev::Access;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -33,15 +34,15 @@ use crate::{Error, capabilities, filters, paths};
 /// Limit on requests in progress, each of which has a thread. Further requests are refused.
 const OPENS_MAX: usize = 64;
 
-/// Limit on the bytes of a request: a flag and a path of the maximum length.
+/// Limit on the bytes of a request: a number and a path of the maximum length.
 const REQUEST_MAX: usize = 1 + libc::PATH_MAX as usize;
 
 /// Stack of a thread that serves a request. Its call depth is small.
 const STACK_BYTES: usize = 64 << 10;
 
-/// Answer codes: 0 with an fd, a positive errno, or one of these. The path is neither a file nor a
-/// block device.
-const NOT_A_DISK: i32 = -1;
+/// Answer codes: 0 with an fd, a positive errno, or one of these. The path is not of the kind that
+/// the access requires.
+const NOT_OF_KIND: i32 = -1;
 /// [`OPENS_MAX`] requests are in progress.
 const TOO_MANY: i32 = -2;
 
@@ -57,17 +58,17 @@ impl Opener {
         Self(None)
     }
 
-    /// Opens a file or block device as [`bdev::open_file`] does. May block.
+    /// Opens a file as [`bdev::open_file`] does. May block.
     ///
     /// # Errors
     /// As [`bdev::open_file`], and `Busy` while 64 other opens are blocked.
-    pub fn open(&self, path: &Path, readonly: bool) -> Result<File, bdev::Error> {
-        let Some(socket) = &self.0 else { return bdev::open_file(path, readonly) };
+    pub fn open(&self, path: &Path, access: Access) -> Result<File, bdev::Error> {
+        let Some(socket) = &self.0 else { return bdev::open_file(path, access) };
         let system = |source| bdev::Error::System { what: path.display().to_string(), source };
         if path.as_os_str().len() >= REQUEST_MAX {
             return Err(system(io::Error::from_raw_os_error(libc::ENAMETOOLONG)));
         }
-        let (code, file) = request(socket.as_fd(), path, readonly).map_err(|e| {
+        let (code, file) = request(socket.as_fd(), path, access).map_err(|e| {
             let what = format!("{}: {e}", path.display());
             bdev::Error::System { what, source: e.into_source() }
         })?;
@@ -79,7 +80,7 @@ impl Opener {
                 let text = format!("{}: {OPENS_MAX} other opens are blocked", path.display());
                 Err(bdev::Error::Busy(text))
             }
-            (NOT_A_DISK, _) => Err(bdev::not_a_disk(path)),
+            (NOT_OF_KIND, _) => Err(bdev::not_of_kind(path, access)),
             (libc::EACCES, _) => {
                 let what = format!("{} (opened in the sandbox: see --disk-dir)", path.display());
                 let source = io::Error::from_raw_os_error(libc::EACCES);
@@ -121,10 +122,10 @@ impl RequestError {
 fn request(
     socket: BorrowedFd<'_>,
     path: &Path,
-    readonly: bool,
+    access: Access,
 ) -> Result<(i32, Option<OwnedFd>), RequestError> {
     let (answers, theirs) = pair().map_err(RequestError::NotSent)?;
-    let request = [&[u8::from(readonly)], path.as_os_str().as_bytes()].concat();
+    let request = [&[access as u8], path.as_os_str().as_bytes()].concat();
     send(socket, &request, Some(theirs.as_fd())).map_err(|e| match e.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => RequestError::Gone(e),
         _ => RequestError::NotSent(e),
@@ -240,10 +241,10 @@ fn serve(socket: &OwnedFd) {
     let mut request = [0; REQUEST_MAX];
     loop {
         let Ok((len, answers)) = receive(socket.as_fd(), &mut request) else { return };
-        let [readonly, path @ ..] = &request[..len] else { return };
+        let [access, path @ ..] = &request[..len] else { return };
+        let Some(access) = Access::from_number(*access) else { continue };
         let Some(answers) = answers else { continue };
-        let (readonly, path) =
-            (*readonly != 0, PathBuf::from(std::ffi::OsString::from_vec(path.into())));
+        let path = PathBuf::from(std::ffi::OsString::from_vec(path.into()));
         // Relaxed: only this thread increments, and a stale count is only too high.
         if in_progress.load(Ordering::Relaxed) >= OPENS_MAX {
             answer(&answers, TOO_MANY, None);
@@ -253,12 +254,12 @@ fn serve(socket: &OwnedFd) {
         let guard = InProgress(Arc::clone(&in_progress));
         let open = move || {
             let _guard = guard;
-            match bdev::open_file(&path, readonly) {
+            match bdev::open_file(&path, access) {
                 Ok(file) => answer(&answers, 0, Some(file.as_fd())),
                 Err(bdev::Error::System { source, .. }) => {
                     answer(&answers, source.raw_os_error().unwrap_or(libc::EIO), None);
                 }
-                Err(_) => answer(&answers, NOT_A_DISK, None),
+                Err(_) => answer(&answers, NOT_OF_KIND, None),
             }
         };
         // If no thread can be started, the client's socket is closed, which the client reports.

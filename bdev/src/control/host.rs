@@ -6,15 +6,17 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use serde_json::{Map, Value};
+
 use crate::contract::Bdev;
 use crate::control::method::LocalFuture;
 use crate::control::module::BdevModule;
 use crate::control::registry::Registry;
 use crate::error::Error;
+use crate::modules::file::Access;
 
-/// Opens a file or block device as [`crate::open_file`] does, read-only if the second argument is
-/// true. May block.
-pub type OpenFile = Box<dyn Fn(&Path, bool) -> Result<File, Error> + Send>;
+/// Opens a file as [`crate::open_file`] does. May block.
+pub type OpenFile = Box<dyn Fn(&Path, Access) -> Result<File, Error> + Send>;
 
 /// What has happened to a bdev, for operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,12 @@ pub trait Host {
 
     /// Returns the function that opens files, for use on a thread that may block.
     fn open_file(&self) -> OpenFile;
+
+    /// Returns the parameters that clients have set with an options method of the program, such as
+    /// `bdev_nvme_set_options`; empty if none has.
+    fn options(&self, _method: &str) -> Map<String, Value> {
+        Map::new()
+    }
 
     /// Returns whether several bdevs may write to the same file.
     fn shares_files(&self) -> bool;

@@ -149,12 +149,22 @@ pub async fn delete(host: Rc<dyn Host>, params: Params, module: &str) -> Answer 
 /// Deletes these bdevs, the bdevs on them, and the waiting requests with these ids. Returns when
 /// the bdevs have no user any more.
 pub async fn remove(host: &Rc<dyn Host>, params: &Params, ids: &[BdevId]) {
+    // The names are free. The I/O of guests may take long.
+    remove_then(host, ids, || params.let_next_start()).await;
+}
+
+/// The same for bdevs whose device is gone.
+pub async fn remove_lost(host: &Rc<dyn Host>, ids: &[BdevId]) {
+    remove_then(host, ids, || {}).await;
+}
+
+/// Deletes bdevs, and calls `names_free` before it waits for their users.
+async fn remove_then(host: &Rc<dyn Host>, ids: &[BdevId], names_free: impl FnOnce()) {
     let registry = host.registry();
     let bdevs = registry.remove(ids);
     // The bases are released now, and other requests may wait for them.
     settle(host).await;
-    // The names are free. The I/O of guests may take long.
-    params.let_next_start();
+    names_free();
     let names: Vec<String> = bdevs.iter().map(|bdev| bdev.name().to_owned()).collect();
     host.retire(bdevs).await;
     for name in names {

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 pub(crate) use bdev::Flavour;
 use bdev::{
-    Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions, InjectedError,
-    InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Part, Passthru,
-    RateLimits, open_file,
+    Access, Bdev, Delay, DelayOptions, ErrorDisk, ErrorOptions, FileDisk, FileOptions,
+    InjectedError, InjectedOp, Injection, Latency, Malloc, MallocOptions, Null, NullOptions, Part,
+    Passthru, RateLimits, open_file,
 };
 use bdev_conformance::{Fixture, SIZE};
 use tempfile::TempDir;
@@ -135,7 +135,7 @@ pub(crate) fn engine(
     let options =
         FileOptions { engine: Some(engine), ..file_options(name.clone(), flavour, block_size) };
     let file = match through {
-        Through::Direct => open_file(&name, false).unwrap(),
+        Through::Direct => open_file(&name, Access::ReadWrite).unwrap(),
         Through::Buffered => File::options().read(true).write(true).open(&name).unwrap(),
     };
     let disk = FileDisk::on(file, options).unwrap();

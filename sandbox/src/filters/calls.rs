@@ -202,6 +202,10 @@ const IOCTLS: &[Check] = &[
     Is(1, FIONREAD as u32),
     Is(1, FIONBIO as u32),
     Is(1, FIOCLEX as u32),
+    // NVME_IOCTL_ID and NVME_IOCTL_ADMIN_CMD, on devices that the process for opening disks has
+    // opened.
+    Is(1, 0x4e40),
+    Is(1, 0xc048_4e41),
     // _IO(0x12, …): BLKGETSIZE64 and other block device requests.
     Masked(1, 0xff00, 0x1200),
 ];

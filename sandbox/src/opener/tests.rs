@@ -60,19 +60,25 @@ fn files_are_opened_as_they_are_without_the_process() {
             // SAFETY: asks for the flags of an open file.
             unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) & libc::O_ACCMODE }
         };
-        assert_eq!(flags(&opener.open(&path, false).unwrap()), libc::O_RDWR);
-        assert_eq!(flags(&opener.open(&link, true).unwrap()), libc::O_RDONLY);
-        assert_eq!(errno(opener.open(&dir.path().join("none"), false)), libc::ENOENT);
-        assert_eq!(errno(opener.open(dir.path(), false)), libc::EISDIR);
-        assert_eq!(errno(opener.open(Path::new(""), false)), libc::ENOENT);
-        assert_eq!(errno(opener.open(Path::new(&"x".repeat(300)), false)), libc::ENAMETOOLONG);
-        assert_eq!(errno(opener.open(Path::new(&"x".repeat(5000)), false)), libc::ENAMETOOLONG);
-        let e = opener.open(&socket, false).unwrap_err();
+        assert_eq!(flags(&opener.open(&path, Access::ReadWrite).unwrap()), libc::O_RDWR);
+        assert_eq!(flags(&opener.open(&link, Access::ReadOnly).unwrap()), libc::O_RDONLY);
+        assert_eq!(errno(opener.open(&dir.path().join("none"), Access::ReadWrite)), libc::ENOENT);
+        assert_eq!(errno(opener.open(dir.path(), Access::ReadWrite)), libc::EISDIR);
+        assert_eq!(errno(opener.open(Path::new(""), Access::ReadWrite)), libc::ENOENT);
+        assert_eq!(
+            errno(opener.open(Path::new(&"x".repeat(300)), Access::ReadWrite)),
+            libc::ENAMETOOLONG
+        );
+        assert_eq!(
+            errno(opener.open(Path::new(&"x".repeat(5000)), Access::ReadWrite)),
+            libc::ENAMETOOLONG
+        );
+        let e = opener.open(&socket, Access::ReadWrite).unwrap_err();
         assert!(e.to_string().ends_with("socket: neither a file nor a block device"), "{e}");
         assert!(matches!(e, bdev::Error::Invalid(_)));
     }
     // The fd is like one that was opened in this process.
-    let mut disk = helper.opener.open(&path, false).unwrap();
+    let mut disk = helper.opener.open(&path, Access::ReadWrite).unwrap();
     // SAFETY: sets flags of an open file: no alignment is wanted.
     unsafe { libc::fcntl(disk.as_raw_fd(), libc::F_SETFL, 0) };
     disk.write_all(b"new").unwrap();
@@ -92,9 +98,14 @@ fn with_directories_nothing_outside_is_opened() {
     let link = inside.join("link");
     symlink(&secret, &link).unwrap();
     let helper = Helper::start(std::slice::from_ref(&inside));
-    helper.opener.open(&disk, false).unwrap();
+    helper.opener.open(&disk, Access::ReadWrite).unwrap();
     for path in [&secret, &link, &inside.join("../out/secret")] {
-        assert_eq!(errno(helper.opener.open(path, true)), libc::EACCES, "{}", path.display());
+        assert_eq!(
+            errno(helper.opener.open(path, Access::ReadOnly)),
+            libc::EACCES,
+            "{}",
+            path.display()
+        );
     }
     let refusal = fork(&[inside, dir.path().join("none")]).unwrap_err().to_string();
     assert!(refusal.contains("--disk-dir") && refusal.contains("none"), "{refusal}");
@@ -106,7 +117,11 @@ fn it_exits_with_the_last_socket_and_ignores_signals_to_both_processes() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         helper.signal(signal);
     }
-    assert_eq!(errno(helper.opener.open(Path::new("/"), false)), libc::EISDIR, "it lives");
+    assert_eq!(
+        errno(helper.opener.open(Path::new("/"), Access::ReadWrite)),
+        libc::EISDIR,
+        "it lives"
+    );
     let Helper { opener, pid } = helper;
     drop(opener);
     assert_eq!(Helper { opener: Opener::in_process(), pid }.wait(), None);
@@ -119,7 +134,7 @@ fn an_open_after_its_exit_fails_with_advice() {
     let helper = Helper::start(&[]);
     helper.signal(libc::SIGKILL);
     assert_eq!(helper.wait(), Some(libc::SIGKILL));
-    let e = helper.opener.open(&path, false).unwrap_err();
+    let e = helper.opener.open(&path, Access::ReadWrite).unwrap_err();
     assert!(e.to_string().contains("restart vhost to add disks"), "{e}");
 }
 
@@ -132,7 +147,7 @@ fn error_of(answers: impl FnOnce(Option<OwnedFd>) + Send) -> bdev::Error {
             let mut request = [0; REQUEST_MAX];
             answers(receive(theirs.as_fd(), &mut request).unwrap().1);
         });
-        opener.open(Path::new("/disk"), false).unwrap_err()
+        opener.open(Path::new("/disk"), Access::ReadWrite).unwrap_err()
     })
 }
 
@@ -175,14 +190,14 @@ fn blocked_opens_delay_no_others_and_are_bounded() {
     };
     let helper = Helper::start(&[]);
     let one = request_only(&helper);
-    helper.opener.open(&path, false).unwrap();
+    helper.opener.open(&path, Access::ReadWrite).unwrap();
 
     let full = Helper::start(&[]);
     let all: Vec<OwnedFd> = (0..OPENS_MAX).map(|_| request_only(&full)).collect();
     // Requests are received in order.
-    let refusal = full.opener.open(&path, false).unwrap_err();
+    let refusal = full.opener.open(&path, Access::ReadWrite).unwrap_err();
     assert!(matches!(refusal, bdev::Error::Busy(_)), "{refusal}");
-    helper.opener.open(&path, false).unwrap();
+    helper.opener.open(&path, Access::ReadWrite).unwrap();
 
     set_lease(libc::F_UNLCK);
     assert!(is_opened(&one));
@@ -199,7 +214,7 @@ fn an_invalid_request_is_refused_or_ignored() {
     let mut code = [0; 4];
     let (len, file) = receive(answers.as_fd(), &mut code).unwrap();
     assert_eq!((len, i32::from_ne_bytes(code), file.is_none()), (4, libc::ENOENT, true));
-    let e = helper.opener.open(Path::new("/x\0y"), false).unwrap_err();
+    let e = helper.opener.open(Path::new("/x\0y"), Access::ReadWrite).unwrap_err();
     let bdev::Error::System { source, .. } = e else { panic!("{e}") };
     assert_ne!(source.kind(), ErrorKind::NotConnected);
 }

@@ -8,6 +8,7 @@ use bdev::method::{self, LocalFuture, MethodError, Parameters, Reader};
 use bdev::{Bdev, BdevEvent, BdevModule, Host, OpenFile, Registry};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::de::{DeserializeSeed, Deserializer, Error};
+use serde_json::{Map, Value};
 use tracing::warn;
 
 use super::{App, Methods, blocking};
@@ -48,7 +49,11 @@ impl Host for App {
 
     fn open_file(&self) -> OpenFile {
         let opener = self.opener.clone();
-        Box::new(move |path, readonly| opener.open(path, readonly))
+        Box::new(move |path, access| opener.open(path, access))
+    }
+
+    fn options(&self, method: &str) -> Map<String, Value> {
+        self.options.borrow().kept.params(method, None).cloned().unwrap_or_default()
     }
 
     fn shares_files(&self) -> bool {

@@ -34,21 +34,75 @@ pub(super) struct Opened {
     pub(super) topology: Topology,
 }
 
-/// Opens a file or block device for a disk, with `O_DIRECT` if its file system supports that.
-///
-/// # Errors
-/// [`Error::System`] with the file's name; [`not_a_disk`] if it is neither a file nor a block
-/// device.
-pub fn open_file(filename: &Path, readonly: bool) -> Result<File, Error> {
-    let path = open_kind_checked(filename)?;
-    let system = |source| Error::System { what: filename.display().to_string(), source };
-    reopen(&path, readonly, libc::O_DIRECT).or_else(|_| reopen(&path, readonly, 0)).map_err(system)
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Access {
+    /// A disk that is written.
+    ReadWrite,
+    /// A disk that is only read.
+    ReadOnly,
+    /// A block device that nobody else mounts or opens like this (`O_EXCL`).
+    Exclusive,
+    /// A device of the kernel's NVMe driver, or an attribute that controls it: see
+    /// [`is_nvme_control`].
+    NvmeControl,
 }
 
-/// Returns the error for a path that is neither a file nor a block device.
+impl Access {
+    /// Returns the value with this number.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        let all = [Self::ReadWrite, Self::ReadOnly, Self::Exclusive, Self::NvmeControl];
+        all.into_iter().find(|access| *access as u8 == number)
+    }
+}
+
+/// Opens a file or block device for a disk, with `O_DIRECT` if its file system supports that, or
+/// what [`Access::NvmeControl`] names.
+///
+/// # Errors
+/// [`Error::System`] with the file's name; [`not_of_kind`] if it is of another kind than `access`
+/// requires.
+pub fn open_file(filename: &Path, access: Access) -> Result<File, Error> {
+    let path = open_kind_checked(filename, access)?;
+    let system = |source| Error::System { what: filename.display().to_string(), source };
+    if access == Access::NvmeControl {
+        return reopen(&path, access, 0).map_err(system);
+    }
+    reopen(&path, access, libc::O_DIRECT).or_else(|_| reopen(&path, access, 0)).map_err(system)
+}
+
+/// Returns the error for a path that is not of the kind that `access` requires.
 #[must_use]
-pub fn not_a_disk(filename: &Path) -> Error {
-    Error::Invalid(format!("{}: neither a file nor a block device", filename.display()))
+pub fn not_of_kind(filename: &Path, access: Access) -> Error {
+    let expected = match access {
+        Access::ReadWrite | Access::ReadOnly => "neither a file nor a block device",
+        Access::Exclusive => "not a block device",
+        Access::NvmeControl => "not a device of the NVMe driver",
+    };
+    Error::Invalid(format!("{}: {expected}", filename.display()))
+}
+
+/// Returns whether a path is that of a device of the kernel's NVMe driver (a controller, the
+/// character device of a namespace, `nvme-fabrics`), or of an attribute that resets, rescans or
+/// deletes a controller.
+#[must_use]
+pub fn is_nvme_control(path: &Path) -> bool {
+    let Some(path) = path.to_str() else { return false };
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_controller = |name: &str| name.strip_prefix("nvme").is_some_and(is_number);
+    if let Some(name) = path.strip_prefix("/dev/") {
+        let namespace = name.strip_prefix("ng").and_then(|name| name.split_once('n'));
+        return name == "nvme-fabrics"
+            || is_controller(name)
+            || namespace.is_some_and(|(controller, id)| is_number(controller) && is_number(id));
+    }
+    let attribute = path.strip_prefix("/sys/class/nvme/").and_then(|path| path.split_once('/'));
+    attribute.is_some_and(|(name, attribute)| {
+        is_controller(name)
+            && ["reset_controller", "rescan_controller", "delete_controller"].contains(&attribute)
+    })
 }
 
 /// Checks that a file from [`open_file`] is compatible with the block size.
@@ -150,7 +204,7 @@ fn use_page_cache(file: &File) -> io::Result<()> {
 
 /// Finds the file without opening it for I/O, and refuses anything but files and block devices.
 /// Opening a fifo waits, and opening some character devices has side effects.
-fn open_kind_checked(filename: &Path) -> Result<File, Error> {
+fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
     let path = OpenOptions::new()
@@ -159,7 +213,12 @@ fn open_kind_checked(filename: &Path) -> Result<File, Error> {
         .open(filename)
         .map_err(system)?;
     let kind = path.metadata().map_err(system)?.file_type();
-    check_kind(filename, kind)?;
+    match access {
+        Access::ReadWrite | Access::ReadOnly => check_kind(filename, kind)?,
+        Access::Exclusive if kind.is_block_device() => {}
+        Access::NvmeControl if is_nvme_control(filename) && !kind.is_symlink() => {}
+        Access::Exclusive | Access::NvmeControl => return Err(not_of_kind(filename, access)),
+    }
     Ok(path)
 }
 
@@ -169,17 +228,19 @@ fn check_kind(filename: &Path, kind: FileType) -> Result<(), Error> {
         return Err(Error::System { what: filename.display().to_string(), source });
     }
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(not_a_disk(filename));
+        return Err(not_of_kind(filename, Access::ReadWrite));
     }
     Ok(())
 }
 
 /// Opens what `path` found, and nothing that has taken its name since.
-fn reopen(path: &File, readonly: bool, flags: i32) -> io::Result<File> {
+fn reopen(path: &File, access: Access, flags: i32) -> io::Result<File> {
+    let exclusive = if access == Access::Exclusive { libc::O_EXCL } else { 0 };
+    let is_attribute = access == Access::NvmeControl && path.metadata()?.is_file();
     OpenOptions::new()
-        .read(true)
-        .write(!readonly)
-        .custom_flags(flags | libc::O_CLOEXEC)
+        .read(!is_attribute)
+        .write(access != Access::ReadOnly)
+        .custom_flags(flags | exclusive | libc::O_CLOEXEC)
         .open(format!("/proc/self/fd/{}", path.as_raw_fd()))
 }
 
@@ -320,4 +381,43 @@ pub(super) fn queue_attribute(device: u64, attribute: &str) -> Option<u64> {
 /// punches a hole in a device by this command.
 fn zeroes_by_command(device: u64) -> bool {
     queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|max| max > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_paths_of_the_nvme_driver_are_controls() {
+        let is = |path: &str| is_nvme_control(Path::new(path));
+        for path in ["/dev/nvme0", "/dev/ng12n3", "/dev/nvme-fabrics"] {
+            assert!(is(path), "{path}");
+        }
+        assert!(is("/sys/class/nvme/nvme10/delete_controller"));
+        for path in [
+            "/dev/nvme0n1",
+            "/dev/nvme",
+            "/dev/ng0",
+            "/dev/ng0nx",
+            "/dev/sg0",
+            "/dev/../dev/nvme0",
+            "/tmp/nvme0",
+            "/sys/class/nvme/nvme0/model",
+            "/sys/class/nvme/nvme0/../reset_controller",
+            "/sys/class/nvme/x/reset_controller",
+        ] {
+            assert!(!is(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_no_block_device_and_no_control() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for access in [Access::Exclusive, Access::NvmeControl] {
+            assert_eq!(open_file(file.path(), access).unwrap_err().errno(), libc::EINVAL);
+            assert_eq!(Access::from_number(access as u8), Some(access));
+        }
+        open_file(file.path(), Access::ReadWrite).unwrap();
+        assert_eq!(Access::from_number(4), None);
+    }
 }

@@ -20,6 +20,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use closer::Account;
 use uuid::Uuid;
@@ -31,11 +32,11 @@ use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-pub use backing::{Alignment, check_unopened, not_a_disk, open_file};
+pub use backing::{Access, Alignment, check_unopened, is_nvme_control, not_of_kind, open_file};
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
-pub use module::show_lease;
-pub use passthrough::Passthrough;
+pub use module::{check_alone, show_lease};
+pub use passthrough::{AdminRead, Passthrough};
 pub use workers::WorkerCounts;
 use workers::Workers;
 
@@ -48,7 +49,13 @@ pub enum Flavour {
     /// `bdev_uring`: prefers [`Engine::IoUring`]. Offers flush, and unmap if the file supports it;
     /// SPDK's module offers neither.
     Uring,
+    /// `bdev_nvme`: a namespace of the kernel's NVMe driver, on its block device.
+    Nvme,
 }
+
+/// The longest time that the deletion of a namespace's bdev waits, as in SPDK. The kernel may
+/// repeat I/O to a target that is away for longer.
+const NVME_DELETION: Duration = Duration::from_secs(10);
 
 /// A disk in a regular file or on a block device.
 ///
@@ -133,6 +140,12 @@ pub struct FileOptions {
 }
 
 impl FileOptions {
+    /// Returns what the file is opened for.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        if self.readonly { Access::ReadOnly } else { Access::ReadWrite }
+    }
+
     /// Checks what does not depend on the file.
     fn check(&self) -> Result<(), Error> {
         check_name(&self.name)?;
@@ -148,7 +161,7 @@ impl FileDisk {
     /// [`Error::System`] with the file's name if it cannot be opened; [`Error::Invalid`] if it is
     /// neither a file nor a block device, or the block size is incompatible with it.
     pub fn create(options: FileOptions) -> Result<Arc<Self>, Error> {
-        let file = open_file(&options.filename, options.readonly)?;
+        let file = open_file(&options.filename, options.access())?;
         Self::on(file, options)
     }
 
@@ -178,7 +191,7 @@ impl FileDisk {
         checked_size(&name, num_blocks, opened.block_size)?;
         let unmap = match flavour {
             Flavour::Aio => fallocate,
-            Flavour::Uring => opened.punches_holes(),
+            Flavour::Uring | Flavour::Nvme => opened.punches_holes(),
         };
         let system = |what| move |source| Error::System { what, source };
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
@@ -187,7 +200,7 @@ impl FileDisk {
         let preferred = match flavour {
             Flavour::Aio if readonly || opened.storage.is_block_device() => Engine::Aio,
             // `io_submit` blocks in a write to a regular file on a frozen file system.
-            Flavour::Aio | Flavour::Uring => Engine::IoUring,
+            Flavour::Aio | Flavour::Uring | Flavour::Nvme => Engine::IoUring,
         };
         let engines = engine.as_ref().map_or(preferred.and_other(), std::slice::from_ref);
         let engine = match opened.direct {
@@ -200,7 +213,7 @@ impl FileDisk {
             flush: true,
             unmap: unmap && !readonly,
             write_zeroes: !readonly,
-            reset: flavour == Flavour::Aio,
+            reset: flavour != Flavour::Uring,
             any_alignment: opened.direct.is_none(),
         };
         let file = Arc::new(opened.file);
@@ -337,6 +350,7 @@ impl Bdev for FileDisk {
         match self.flavour {
             Flavour::Aio => "AIO disk",
             Flavour::Uring => "URING bdev",
+            Flavour::Nvme => "NVMe disk",
         }
     }
 
@@ -374,6 +388,10 @@ impl Bdev for FileDisk {
             return Ok(Extent { len, allocated: true });
         }
         backing::extent(self.file(), offset, len).map_err(|source| self.system(source))
+    }
+
+    fn deletion_limit(&self) -> Option<Duration> {
+        (self.flavour == Flavour::Nvme).then_some(NVME_DELETION)
     }
 
     fn stats(&self) -> &Stats {

@@ -27,6 +27,7 @@ impl Flavour {
         match self {
             Self::Aio => "aio",
             Self::Uring => "uring",
+            Self::Nvme => "nvme",
         }
     }
 }
@@ -43,6 +44,7 @@ impl BdevModule for Module {
                 Method::new("bdev_aio_rescan", |host, params| rescan(host, params, Flavour::Aio)),
                 Method::new("bdev_aio_delete", |host, params| life::delete(host, params, "aio")),
             ],
+            Flavour::Nvme => vec![],
             Flavour::Uring => vec![
                 Method::parsed("bdev_uring_create", parse_uring, uring_create),
                 Method::new("bdev_uring_rescan", |host, params| {
@@ -80,7 +82,7 @@ impl Entry for FileEntry {
                 "fallocate": self.disk.fallocate(),
                 "nowait": self.params.get("nowait").is_some_and(|nowait| nowait == true),
             }),
-            Flavour::Uring => json!({ "filename": filename }),
+            Flavour::Uring | Flavour::Nvme => json!({ "filename": filename }),
         };
         about["io_path"] = self.disk.service().show();
         show_lease(&mut about, self.disk.lease_state());
@@ -90,7 +92,7 @@ impl Entry for FileEntry {
     fn config(&self) -> Vec<Call> {
         let method = match self.disk.flavour() {
             Flavour::Aio => "bdev_aio_create",
-            Flavour::Uring => "bdev_uring_create",
+            Flavour::Uring | Flavour::Nvme => "bdev_uring_create",
         };
         vec![Call { method, params: self.params.clone() }]
     }
@@ -121,6 +123,21 @@ impl Service {
 }
 
 impl FileDisk {
+    /// Logs the way in which it does its I/O.
+    pub fn log_service(&self) {
+        let (name, file, service) = (self.name(), self.filename().display(), self.service());
+        let engine = match service.engine {
+            Engine::Aio if self.readonly() || self.is_block_device() => "Linux AIO",
+            // Linux AIO blocks in writes to a regular file on a frozen file system.
+            Engine::Aio => "Linux AIO for reads, worker threads for writes",
+            Engine::IoUring => "io_uring",
+            Engine::Passthrough => "NVMe commands",
+            Engine::Threads => "worker threads",
+        };
+        let cache = if service.direct { "O_DIRECT" } else { "page cache" };
+        info!("bdev {name}: opened {file} ({cache}), I/O through {engine}");
+    }
+
     /// Warns of a lock call that takes long. Must be called once a second.
     pub fn check_lease(&self) {
         if self.tick_lease() {
@@ -234,7 +251,7 @@ async fn create(
     options.uuid = Some(reserved.uuid);
     let open_file = host.open_file();
     let disk = host.blocking(move || {
-        let file = open_file(&options.filename, options.readonly)?;
+        let file = open_file(&options.filename, options.access())?;
         let disk = FileDisk::on(file, options)?;
         if nowait && !disk.is_block_device() {
             let text = format!("nowait on {}: not a block device", disk.filename().display());
@@ -248,30 +265,19 @@ async fn create(
     } else {
         check_alone(&**host, &disk).map_err(failed)?;
     }
-    tell_of_engine(&disk);
+    disk.log_service();
     let name = disk.name().to_owned();
     let params = params.as_named(&name, reserved.uuid);
     life::add(host, reserved, Rc::new(FileEntry { disk, params })).await?;
     Ok(name.into())
 }
 
-fn tell_of_engine(disk: &FileDisk) {
-    let (name, file, service) = (disk.name(), disk.filename().display(), disk.service());
-    let engine = match service.engine {
-        Engine::Aio if disk.readonly() || disk.is_block_device() => "Linux AIO",
-        // Linux AIO blocks in writes to a regular file on a frozen file system.
-        Engine::Aio => "Linux AIO for reads, worker threads for writes",
-        Engine::IoUring => "io_uring",
-        Engine::Passthrough => "NVMe commands",
-        Engine::Threads => "worker threads",
-    };
-    let cache = if service.direct { "O_DIRECT" } else { "page cache" };
-    info!("bdev {name}: opened {file} ({cache}), I/O through {engine}");
-}
-
 /// Fails if both this disk and another one may write to the same file or block device: two guests
 /// that do not know of each other would corrupt each other's data.
-fn check_alone(host: &dyn Host, disk: &FileDisk) -> Result<(), Error> {
+///
+/// # Errors
+/// EBUSY, with the other bdev.
+pub fn check_alone(host: &dyn Host, disk: &FileDisk) -> Result<(), Error> {
     let writes_there = |other: &Live| {
         !other.bdev.features().read_only
             && other.bdev.storage().is_some()

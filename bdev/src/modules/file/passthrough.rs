@@ -112,9 +112,10 @@ impl Passthrough {
         let nsid = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ID) };
         let nsid = u32::try_from(nsid).map_err(|_| io::Error::last_os_error());
         let nsid = nsid.map_err(system("NVME_IOCTL_ID"))?;
-        let block_shift = block_shift(&file, nsid).map_err(system("Identify Namespace"))?;
+        let identified = AdminRead::identify(0, nsid).run(&file, PAGE as u16);
+        let identified = identified.map_err(system("Identify Namespace"))?;
         let of_device = logical_block_size(block).map_err(system("BLKSSZGET"))?;
-        let block_shift = block_shift
+        let block_shift = format_of(&identified)
             .filter(|shift| 1_u32.checked_shl(*shift) == of_device)
             .ok_or_else(|| Error::Unsupported("blocks with metadata".into()))?;
         let rdev = block.metadata().map_err(system("stat"))?.rdev();
@@ -213,22 +214,47 @@ fn transfer_max(kib: u64, segments: u64) -> u64 {
     kib.saturating_mul(1 << 10).min(pages).min(BLOCKS_MAX << 9).min(1 << 30)
 }
 
-/// Returns the binary logarithm of a namespace's block size; `None` if its blocks have metadata.
-fn block_shift(file: &File, nsid: u32) -> io::Result<Option<u32>> {
-    let mut identified = vec![0_u8; PAGE];
-    let mut command = Command {
-        opcode: ADMIN_IDENTIFY,
-        nsid,
-        addr: identified.as_mut_ptr() as u64,
-        data_len: PAGE as u32,
-        ..Command::default()
-    };
-    // SAFETY: the command stores a page into `identified`, which is as large.
-    let rc = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ADMIN, &raw mut command) };
-    match rc {
-        0 => Ok(format_of(&identified)),
-        status @ 1.. => Err(io::Error::other(format!("NVMe status {status:#x}"))),
-        _ => Err(io::Error::last_os_error()),
+/// An admin command that reads data from a controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AdminRead {
+    /// The command's opcode.
+    pub opcode: u8,
+    /// The namespace, or 0 or all ones for the controller, as the command requires.
+    pub nsid: u32,
+    /// The command's dword 10.
+    pub cdw10: u32,
+}
+
+impl AdminRead {
+    /// Identify with this CNS (NVM Express Base Specification, Identify command).
+    #[must_use]
+    pub fn identify(cns: u8, nsid: u32) -> Self {
+        Self { opcode: ADMIN_IDENTIFY, nsid, cdw10: cns.into() }
+    }
+
+    /// Runs the command on a device of the kernel's NVMe driver, and returns its data of `len`
+    /// bytes, at most 64 KiB. May block for a minute.
+    ///
+    /// # Errors
+    /// The system's error: EACCES if the kernel does not allow the command to this process; an
+    /// error without an errno for the controller's status.
+    pub fn run(self, file: &File, len: u16) -> io::Result<Vec<u8>> {
+        let mut data = vec![0_u8; len.into()];
+        let mut command = Command {
+            opcode: self.opcode,
+            nsid: self.nsid,
+            addr: data.as_mut_ptr() as u64,
+            data_len: len.into(),
+            cdw10: self.cdw10,
+            ..Command::default()
+        };
+        // SAFETY: the kernel stores at most `data_len` bytes, which `data` has.
+        let rc = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ADMIN, &raw mut command) };
+        match rc {
+            0 => Ok(data),
+            status @ 1.. => Err(io::Error::other(format!("NVMe status {status:#x}"))),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 

@@ -234,7 +234,7 @@ impl Kept {
     }
 
     /// The kept parameters of a method; with a key, of this value of the parameter.
-    pub(super) fn params(
+    pub(in super::super) fn params(
         &self,
         method: &str,
         key: Option<(&str, &Value)>,

@@ -1,0 +1,149 @@
+//! The attached controllers.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use bdev::method::Call;
+use bdev::{BdevId, Registry};
+use serde_json::{Map, Value, json};
+
+use crate::entry::NvmeEntry;
+use crate::identity::Identity;
+use crate::target::{Target, Transport};
+
+/// A controller as SPDK names it: one subsystem, reached by one or more paths.
+pub(crate) struct Controller {
+    /// The name that the operator gave.
+    pub(crate) name: String,
+    /// The most namespaces.
+    pub(crate) max_bdevs: usize,
+    /// At least one until it is detached.
+    pub(crate) paths: RefCell<Vec<Path>>,
+    /// An operation that changes it is under way, such as a detach.
+    pub(crate) changing: Cell<bool>,
+}
+
+/// A controller of the kernel's driver.
+#[derive(Clone)]
+pub(crate) struct Path {
+    /// The kernel's name, such as `nvme0`.
+    pub(crate) kernel: String,
+    pub(crate) target: Target,
+    /// The host's side of a connection: NQN, address and port.
+    pub(crate) host: [String; 3],
+    pub(crate) identity: Identity,
+    /// The call that attaches it.
+    pub(crate) params: Map<String, Value>,
+}
+
+impl Path {
+    /// Returns whether it is a connection, which a detach ends.
+    pub(crate) fn is_connection(&self) -> bool {
+        self.target.transport == Transport::Tcp
+    }
+
+    /// SPDK's object for a path in `bdev_nvme_get_controllers`.
+    pub(crate) fn show(&self, state: &str) -> Value {
+        let [nqn, addr, svcid] = &self.host;
+        json!({
+            "state": state,
+            "trid": self.target.show(),
+            "cntlid": self.identity.controller_id(),
+            "host": { "nqn": nqn, "addr": addr, "svcid": svcid },
+            // Not in SPDK.
+            "device": format!("/dev/{}", self.kernel),
+        })
+    }
+}
+
+impl Controller {
+    /// Returns its bdevs, by the ids of their namespaces.
+    pub(crate) fn bdevs(self: &Rc<Self>, registry: &Registry) -> Vec<(BdevId, Rc<NvmeEntry>)> {
+        let mut all = registry.entries_of::<NvmeEntry>();
+        all.retain(|(_, entry)| Rc::ptr_eq(&entry.controller, self));
+        all.sort_by_key(|(_, entry)| entry.namespace.id);
+        all
+    }
+
+    /// Returns the names of its bdevs.
+    pub(crate) fn bdev_names(self: &Rc<Self>, registry: &Registry) -> Value {
+        self.bdevs(registry).iter().map(|(_, entry)| Value::from(entry.name())).collect()
+    }
+
+    /// Marks it as changing until the returned value is dropped; `None` if it is changing already.
+    pub(crate) fn change(self: &Rc<Self>) -> Option<Changing> {
+        (!self.changing.replace(true)).then(|| Changing(Rc::clone(self)))
+    }
+}
+
+/// Marks a controller as changing.
+pub(crate) struct Changing(Rc<Controller>);
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        self.0.changing.set(false);
+    }
+}
+
+/// All attached controllers, in the order in which they were attached.
+#[derive(Default)]
+pub(crate) struct Controllers {
+    all: RefCell<Vec<Rc<Controller>>>,
+    /// Names of controllers that are being attached.
+    attaching: RefCell<Vec<String>>,
+}
+
+impl Controllers {
+    pub(crate) fn all(&self) -> Vec<Rc<Controller>> {
+        self.all.borrow().clone()
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<Rc<Controller>> {
+        self.all.borrow().iter().find(|controller| controller.name == name).cloned()
+    }
+
+    /// Returns whether a path of some controller is this one of the kernel.
+    pub(crate) fn has_path(&self, kernel: &str) -> bool {
+        let has = |controller: &Rc<Controller>| {
+            controller.paths.borrow().iter().any(|path| path.kernel == kernel)
+        };
+        self.all.borrow().iter().any(has)
+    }
+
+    /// Reserves a name until the returned value is dropped; `None` if it is reserved already.
+    pub(crate) fn reserve(self: &Rc<Self>, name: &str) -> Option<Reserved> {
+        let mut attaching = self.attaching.borrow_mut();
+        if attaching.iter().any(|other| other == name) {
+            return None;
+        }
+        attaching.push(name.to_owned());
+        Some(Reserved { controllers: Rc::clone(self), name: name.to_owned() })
+    }
+
+    pub(crate) fn add(&self, controller: Rc<Controller>) {
+        self.all.borrow_mut().push(controller);
+    }
+
+    pub(crate) fn remove(&self, controller: &Rc<Controller>) {
+        self.all.borrow_mut().retain(|other| !Rc::ptr_eq(other, controller));
+    }
+
+    /// Returns the calls that attach all of them again.
+    pub(crate) fn config(&self, method: &'static str) -> Vec<Call> {
+        let all = self.all.borrow();
+        let paths = all.iter().flat_map(|controller| controller.paths.borrow().clone());
+        paths.map(|path| Call { method, params: path.params }).collect()
+    }
+}
+
+/// The name of a controller that is being attached.
+pub(crate) struct Reserved {
+    controllers: Rc<Controllers>,
+    name: String,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.controllers.attaching.borrow_mut().retain(|name| *name != self.name);
+    }
+}

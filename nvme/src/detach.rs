@@ -1,0 +1,98 @@
+//! `bdev_nvme_detach_controller`.
+
+use std::rc::Rc;
+
+use bdev::method::{Answer, DecodeFailure, MethodError, Params};
+use bdev::{BdevId, Host, life};
+use serde::Deserialize;
+use tracing::{error, info, warn};
+
+use crate::controller::{Controller, Path};
+use crate::fabrics;
+use crate::module::NvmeModule;
+use crate::target::{Given, Target};
+
+#[derive(Deserialize)]
+struct Request {
+    name: String,
+    trtype: Option<String>,
+    traddr: Option<String>,
+    adrfam: Option<String>,
+    trsvcid: Option<String>,
+    subnqn: Option<String>,
+    hostaddr: Option<String>,
+    hostsvcid: Option<String>,
+}
+
+impl Request {
+    /// Returns whether the given fields are those of a path.
+    fn fits(&self, path: &Path) -> bool {
+        let same = |given: &Option<String>, of: &str| {
+            given.as_ref().is_none_or(|given| given.is_empty() || given.eq_ignore_ascii_case(of))
+        };
+        let target = &path.target;
+        let [_, addr, svcid] = &path.host;
+        // In the kernel's form, as an attach takes several.
+        let traddr = self.traddr.as_deref().map(|traddr| {
+            let trtype = target.transport.name();
+            let parsed = Target::parse(Given { trtype, traddr, ..Given::default() });
+            parsed.map_or_else(|_| traddr.to_owned(), |target| target.address)
+        });
+        same(&self.trtype, target.transport.name())
+            && same(&traddr, &target.address)
+            && same(&self.adrfam, target.family.unwrap_or_default())
+            && same(&self.trsvcid, &target.service)
+            && same(&self.subnqn, &target.subnqn)
+            && same(&self.hostaddr, addr)
+            && same(&self.hostsvcid, svcid)
+    }
+}
+
+/// Removes the paths of a controller that the parameters name, all of them if they name none. With
+/// its last path, the controller and its bdevs go.
+pub(crate) async fn detach(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+    let method = params.method();
+    let request: Request = params.decode(DecodeFailure::INTERNAL)?;
+    let Some(controller) = module.controllers.get(&request.name) else {
+        error!("{method}: no controller has the name {:?}", request.name);
+        return Err(MethodError::errno(libc::ENODEV));
+    };
+    let (gone, left): (Vec<Path>, Vec<Path>) =
+        controller.paths.borrow().iter().cloned().partition(|path| request.fits(path));
+    if gone.is_empty() {
+        error!("{method}: controller {} has no such path", request.name);
+        return Err(MethodError::errno(libc::ENXIO));
+    }
+    let Some(_changing) = controller.change() else {
+        error!("{method}: controller {} is being changed by another call", request.name);
+        return Err(MethodError::errno(libc::EALREADY));
+    };
+    if left.is_empty() {
+        module.controllers.remove(&controller);
+        let ids: Vec<BdevId> =
+            controller.bdevs(host.registry()).into_iter().map(|(id, _)| id).collect();
+        life::remove(&host, &params, &ids).await;
+    } else {
+        *controller.paths.borrow_mut() = left;
+    }
+    end_connections(&module, &host, &controller, gone).await;
+    Ok(true.into())
+}
+
+/// Ends the connections among these paths of a controller.
+async fn end_connections(
+    module: &Rc<NvmeModule>,
+    host: &Rc<dyn Host>,
+    controller: &Rc<Controller>,
+    paths: Vec<Path>,
+) {
+    for path in paths.into_iter().filter(Path::is_connection) {
+        let (sysfs, open) = (module.sysfs.clone(), host.open_file());
+        let kernel = path.kernel.clone();
+        let disconnect = move || fabrics::disconnect(&open, &sysfs, &kernel);
+        match module.aside(host, disconnect).await {
+            Ok(()) => info!("controller {}: disconnected {}", controller.name, path.kernel),
+            Err(e) => warn!("controller {}: {e}", controller.name),
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Namespaces of the kernel's NVMe driver as block devices: SPDK's bdev module `nvme`.
+//!
+//! * `target`: which controller an RPC means. `sysfs`: what the kernel knows of controllers and
+//!   namespaces. `users`: who uses a block device. `fabrics`: connections over TCP.
+//! * `identity`: what a controller says of itself, and its health.
+//! * `open`: from a namespace to a bdev.
+//! * `controller`: the attached controllers. `entry`: how their bdevs are shown.
+//! * `attach`, `detach`, `hotplug`: what changes them. `module`: the RPC methods.
+//!
+//! The data path is that of a file disk: NVMe commands on the namespace's character device where
+//! the kernel allows them, else the block device. What may wait for a controller runs on threads of
+//! its own.
+//!
+//! Forbidden dependencies: DPDK, rings, and the program that runs the module.
+
+mod target;
+
+mod sysfs;
+mod users;
+
+mod fabrics;
+mod identity;
+
+mod open;
+
+mod controller;
+mod entry;
+
+mod attach;
+mod detach;
+mod hotplug;
+
+mod module;
+
+pub use module::NvmeModule;
