@@ -62,6 +62,8 @@ struct Bdevs {
     live: HashSet<String>,
     /// Names of wrappers with the names of their bases.
     wrappers: Vec<(Vec<String>, String)>,
+    /// Names of NVMe controllers, whose bdevs are `<name>n<id>`.
+    nvme: HashSet<String>,
     /// Files by device and inode.
     files: HashMap<(u64, u64), String>,
 }
@@ -125,6 +127,11 @@ impl Check {
             | "bdev_null_create"
             | "bdev_rbd_create"
             | "bdev_virtio_attach_controller" => (vec![text("name")], None),
+            // Its namespaces are known when it is attached.
+            "bdev_nvme_attach_controller" => {
+                self.bdevs.nvme.insert(text("name"));
+                return;
+            }
             "bdev_aio_create" | "bdev_uring_create" => {
                 if let Err(problem) = self.bdevs.add_file(call, share) {
                     self.error(&call.place, problem);
@@ -213,13 +220,19 @@ impl Check {
 
 impl Bdevs {
     fn exists(&self, name: &str) -> bool {
-        self.live.contains(name) || self.live.contains(&name.to_lowercase())
+        let is_namespace = || {
+            let parts = name.rsplit_once('n');
+            parts.is_some_and(|(controller, id)| {
+                self.nvme.contains(controller) && id.parse::<u32>().is_ok()
+            })
+        };
+        self.live.contains(name) || self.live.contains(&name.to_lowercase()) || is_namespace()
     }
 
     /// Adds the wrappers whose bases exist, and those on them.
     fn settle(&mut self) {
         loop {
-            let due = self.wrappers.iter().filter(|(_, base)| self.live.contains(base));
+            let due = self.wrappers.iter().filter(|(_, base)| self.exists(base));
             let new: Vec<String> = due.flat_map(|(names, _)| names.clone()).collect();
             let before = self.live.len();
             self.live.extend(new);
@@ -326,7 +339,7 @@ mod tests {
             controller("c", "M", "2"), controller("c", "EE_M", "1"), controller("d", "EE_nope", "x"),
             ["bdev_set_qos_limit", {"name": "Z", "rw_ios_per_sec": 1}],
             ["vhost_controller_set_coalescing", {"ctrlr": "z", "delay_base_us": 1, "iops_threshold": 100}],
-            ["bdev_nvme_attach_controller", {"name": "n", "trtype": "PCIe", "traddr": "x"}],
+            ["bdev_nvme_start_discovery", {"name": "n", "trtype": "TCP", "traddr": "x"}],
             ["bdev_aio_create", {"name": "F", "filename": "/no/such/file"}],
             ["bdev_null_create", {"name": "N"}],
             ["nvmf_create_target", {}],
@@ -337,7 +350,6 @@ mod tests {
             notes,
             [
                 "is ignored, as there is no such subsystem",
-                "is kept, but has no effect",
                 "is kept, but has no effect",
                 "EE_nope: waits for bdev nope, which is missing",
             ]
@@ -358,6 +370,21 @@ mod tests {
                 "there is no controller z",
             ]
         );
+    }
+
+    #[test]
+    fn namespaces_of_a_controller_may_be_used() {
+        let attach = |traddr: &str| {
+            json!(["bdev_nvme_attach_controller",
+                {"name": "Nvme0", "trtype": "PCIe", "traddr": traddr}])
+        };
+        let passthru = json!(["bdev_passthru_create", {"name": "P", "base_bdev_name": "Nvme0n2"}]);
+        let calls = [attach("0000:04:00.0"), passthru, controller("c", "Nvme0n1", "2")];
+        assert_eq!(check(json!(calls)), (vec![], vec![]));
+        let (_, errors) = check(json!([attach("x"), controller("c", "Nvme0nx", "2")]));
+        assert_eq!(errors, ["there is no bdev Nvme0nx"]);
+        let long = attach(&"7".repeat(300));
+        assert!(check(json!([long])).1[0].starts_with("traddr too long: 7"));
     }
 
     #[test]

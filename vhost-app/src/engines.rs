@@ -12,7 +12,8 @@ use crate::cli::Options;
 /// Returns all kinds of bdevs. `network`: whether the process may connect to other hosts.
 pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
-    modules.extend([nbd_module(network), rbd_module(), virtio_module()].into_iter().flatten());
+    let engines = [nbd_module(network), nvme_module(), rbd_module(), virtio_module()];
+    modules.extend(engines.into_iter().flatten());
     modules
 }
 
@@ -33,6 +34,16 @@ fn virtio_module() -> Option<Rc<dyn BdevModule>> {
 
 #[cfg(not(feature = "virtio-user"))]
 fn virtio_module() -> Option<Rc<dyn BdevModule>> {
+    None
+}
+
+#[cfg(feature = "nvme")]
+fn nvme_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(nvme::NvmeModule::default()))
+}
+
+#[cfg(not(feature = "nvme"))]
+fn nvme_module() -> Option<Rc<dyn BdevModule>> {
     None
 }
 

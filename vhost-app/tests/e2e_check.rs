@@ -141,7 +141,6 @@ fn controllers() -> Vec<Case> {
 fn other_options() -> Vec<Case> {
     vec![
         ("bdev_examine", json!({"name": "N"}), false),
-        ("bdev_nvme_detach_controller", json!({"name": "n"}), false),
         ("bdev_nvme_set_options", json!({"bdev_retry_count": -2}), false),
         ("bdev_nvme_set_options", json!({"timeout_us": 5}), true),
         // Fits only with what was set before.

@@ -227,7 +227,7 @@ fn other_methods_are_refused_with_spdks_codes() {
         &vhost,
         &[
             ("vhost_create_scsi_controller", json!({"ctrlr": "s"}), -32601, "Method not found"),
-            ("bdev_nvme_attach_controller", json!({}), -32601, "Method not found"),
+            ("bdev_nvme_start_discovery", json!({}), -32601, "Method not found"),
             ("framework_get_config", json!({"name": "x"}), -32602, "Subsystem 'x' not found"),
             ("framework_get_config", json!({}), -32602, "Invalid arguments"),
             (

@@ -28,7 +28,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 137] = [
+const METHODS: [(&str, Effect); 139] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_destroy", Read),
     ("accel_crypto_keys_get", Read),
@@ -66,7 +66,8 @@ const METHODS: [(&str, Effect); 137] = [
     ("bdev_null_create", Saved),
     ("bdev_null_delete", Saved),
     ("bdev_null_resize", Saved),
-    ("bdev_nvme_detach_controller", Read),
+    ("bdev_nvme_attach_controller", Engine),
+    ("bdev_nvme_detach_controller", Engine),
     ("bdev_nvme_get_controller_health_info", Read),
     ("bdev_nvme_get_controllers", Read),
     ("bdev_nvme_get_discovery_info", Read),
@@ -74,6 +75,7 @@ const METHODS: [(&str, Effect); 137] = [
     ("bdev_nvme_get_mdns_discovery_info", Read),
     ("bdev_nvme_get_path_iostat", Read),
     ("bdev_nvme_get_transport_statistics", Read),
+    ("bdev_nvme_reset_controller", Unsaved),
     ("bdev_nvme_set_hotplug", Saved),
     ("bdev_nvme_set_options", Saved),
     ("bdev_passthru_create", Saved),

@@ -145,6 +145,12 @@ struct Methods<'a> {
 }
 
 impl Methods<'_> {
+    /// Whether a bdev module has a method of this name.
+    fn has_module(&self, name: &str) -> bool {
+        let modules = self.app.modules.iter();
+        modules.flat_map(|module| Rc::clone(module).methods()).any(|method| method.name == name)
+    }
+
     fn add<F, R>(&mut self, name: &'static str, phases: Phases, method: F)
     where
         F: Fn(Rc<App>, Params) -> R + 'static,

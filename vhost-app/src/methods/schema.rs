@@ -182,7 +182,7 @@ mod tests {
         assert!(problem("bdev_malloc_create", of).unwrap().ends_with("-1, but must be uint64"));
         assert!(problem("vmd_enable", json!({})).is_none());
         assert_eq!(method("nope").map(|m| m.kind), None);
-        assert_eq!(method("bdev_nvme_attach_controller").map(|m| m.kind), Some(Kind::Absent));
+        assert_eq!(method("bdev_nvme_cuse_register").map(|m| m.kind), Some(Kind::Absent));
         assert_eq!(method("bdev_raid_set_options").map(|m| m.kind), Some(Kind::Kept));
     }
 }

@@ -4,6 +4,7 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde_json::{Map, Value, json};
 use tracing::{error, info};
 
+use super::super::schema::{self, Kind};
 use super::super::{Methods, SubsystemOptions};
 use super::decode;
 
@@ -267,6 +268,10 @@ fn call(method: &str, params: &Map<String, Value>) -> Value {
 
 pub(super) fn register(methods: &mut Methods<'_>) {
     for setter in &SETTERS {
+        // A build without the module keeps the options.
+        if methods.has_module(setter.method) {
+            continue;
+        }
         methods.add_plain(setter.method, setter.phases, |app, params| {
             set(&mut app.options.borrow_mut(), params, setter)?;
             Ok(true.into())
@@ -302,7 +307,9 @@ fn set(options: &mut SubsystemOptions, params: &Params, setter: &Setter) -> Resu
     let all = with(kept.unwrap_or_else(|| setter.initial()), &given);
     (setter.check)(&all)?;
     options.kept.keep(setter.method, all, setter.key);
-    info!("{}: saved, but without effect: vhost has no such component", setter.method);
+    if schema::method(setter.method).is_some_and(|method| method.kind == Kind::Kept) {
+        info!("{}: saved, but without effect: vhost has no such component", setter.method);
+    }
     Ok(())
 }
 
