@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bdev::method::{Answer, DecodeFailure, MethodError, Params};
-use bdev::{Access, AdminRead, Bdev, Error, FileDisk, Host, Reservation, check_alone, life};
+use bdev::{Access, Bdev, Error, FileDisk, Host, Reservation, check_alone, life};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
@@ -13,9 +13,9 @@ use tracing::{error, info, warn};
 use crate::controller::{Controller, Path};
 use crate::entry::NvmeEntry;
 use crate::fabrics::{self, Options, Timeouts};
-use crate::identity::{CNS_CONTROLLER, CNS_NAMESPACE, IDENTIFY_BYTES, Identity, is_shared};
+use crate::identity::{Identity, is_shared};
 use crate::module::{ATTACH, NvmeModule};
-use crate::open::{Opener, uuid_of};
+use crate::open::{Opener, data_of, uuid_of};
 use crate::sysfs::{self, Namespace, Sysfs};
 use crate::target::{Given, Target, Transport, checked_address, checked_nqn};
 
@@ -246,15 +246,14 @@ fn find(
         true => fabrics::wait_for_namespaces(sysfs, &controller.name),
         false => sysfs.namespaces(&controller.name),
     };
-    // Kernels before 6.2 need CAP_SYS_ADMIN for these.
-    let device = open(format!("/dev/{}", controller.name).as_ref(), Access::NvmeControl).ok();
-    let identify = |cns, nsid| {
-        let data = device.as_ref().map(|it| AdminRead::identify(cns, nsid).run(it, IDENTIFY_BYTES));
-        data.and_then(Result::ok).unwrap_or_default()
-    };
+    // Without the right to ask, the kernel's attributes have to do.
+    let data = |name: &str, access| data_of(open, name, access).unwrap_or_default();
     let vendor = sysfs.pci_vendor(&target.address);
-    let identity = Identity::new(&controller, vendor, &identify(CNS_CONTROLLER, 0));
-    let shared = namespaces.iter().map(|it| is_shared(&identify(CNS_NAMESPACE, it.id))).collect();
+    let of_controller = data(&controller.name, Access::NvmeController);
+    let identity = Identity::new(&controller, vendor, &of_controller);
+    let shared = namespaces.iter();
+    let shared =
+        shared.map(|it| is_shared(&data(&it.character(), Access::NvmeNamespace))).collect();
     Ok(Found { controller, namespaces, shared, identity, is_new })
 }
 

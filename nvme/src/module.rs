@@ -13,7 +13,8 @@ use tracing::error;
 use crate::controller::{Controller, Controllers};
 use crate::entry::NAME;
 use crate::hotplug::{self, Hotplug};
-use crate::identity::{HEALTH_BYTES, read_health, show_health};
+use crate::identity::show_health;
+use crate::open::data_of;
 use crate::sysfs::{Sysfs, spdk_state};
 use crate::{attach, detach, fabrics};
 
@@ -165,12 +166,8 @@ async fn get_health(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) 
         error!("{method}: no controller has the name {name:?}");
         return Err(MethodError::internal("Device not found"));
     };
-    let (open, device) = (host.open_file(), format!("/dev/{}", path.kernel));
-    let read = move || {
-        let file = open(device.as_ref(), Access::NvmeControl)?;
-        let what = format!("{device}: cannot read the SMART log page");
-        read_health().run(&file, HEALTH_BYTES).map_err(|source| Error::System { what, source })
-    };
+    let (open, kernel) = (host.open_file(), path.kernel.clone());
+    let read = move || data_of(&open, &kernel, Access::NvmeHealth);
     params.let_next_start();
     let log = module.aside(&host, read).await.map_err(|e| MethodError::of(method, &e))?;
     Ok(show_health(&path.identity, &path.target.address, &log))

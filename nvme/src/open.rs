@@ -1,6 +1,7 @@
 //! From a namespace to a bdev.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::sleep;
@@ -33,6 +34,18 @@ pub(crate) fn uuid_of(namespace: &Namespace, serial: &str) -> Uuid {
         let text = format!("{serial:SERIAL_LEN$}{}", namespace.id);
         Uuid::new_v5(&DERIVED, text.as_bytes())
     })
+}
+
+/// Reads the data of an admin command from a device. May block for a minute.
+///
+/// # Errors
+/// The system's error: EACCES if the kernel does not allow the command.
+pub(crate) fn data_of(open: &OpenFile, device: &str, access: Access) -> Result<Vec<u8>, Error> {
+    let path = Path::new("/dev").join(device);
+    let mut data = vec![];
+    let read = open(&path, access)?.read_to_end(&mut data);
+    read.map_err(|source| Error::System { what: path.display().to_string(), source })?;
+    Ok(data)
 }
 
 /// How the namespaces of one attach are opened.
@@ -126,9 +139,6 @@ impl Opener {
         };
         let passthrough = Passthrough::probe(Arc::clone(&file), block);
         let passthrough = passthrough.inspect_err(|e| without(e)).ok();
-        if passthrough.as_ref().is_some_and(Passthrough::is_polled) {
-            info!("bdev {name}: NVMe commands use polled queues");
-        }
         Some(bdev::Namespace { file, passthrough })
     }
 }

@@ -164,13 +164,10 @@ impl Sysfs {
         }
         let all = names(&self.class()).into_iter().filter_map(|name| self.controller(&name));
         let mut matching = all.filter(|controller| {
-            let mut parts = controller.address.split(',');
-            let mut has = |part: String| parts.clone().any(|other| other == part);
-            let same = has(format!("traddr={}", target.address))
-                && has(format!("trsvcid={}", target.service));
-            let _ = parts.next();
+            let has = |part: String| controller.address.split(',').any(|other| other == part);
             controller.transport == "tcp"
-                && same
+                && has(format!("traddr={}", target.address))
+                && has(format!("trsvcid={}", target.service))
                 && controller.subnqn == target.subnqn
                 && !controller.state.starts_with("deleting")
                 && controller.state != "dead"

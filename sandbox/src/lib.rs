@@ -20,6 +20,9 @@
 //!   directories. Without `--disk-dir` it does not protect the files of the host, but an attacker
 //!   still cannot run programs or create files in most directories, and can make fewer system
 //!   calls.
+//! - That process also opens devices and attributes of the NVMe driver, by their names, and reads
+//!   the data of controllers with Identify and the SMART log page, for which it has CAP_SYS_ADMIN.
+//!   Its filters refuse calls such as `mount`, which would need the same capability.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
 //! - The mode, owner and group of a file can be changed only if [`Needs::socket_access`] requires

@@ -2,13 +2,14 @@
 #![expect(unsafe_code, reason = "ioctls, statx, and a read for a probe")]
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
-use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::SeekFrom;
 
+use super::passthrough::AdminData;
 use crate::contract::{Extent, Storage};
 use crate::error::Error;
 use crate::geometry::check_block_size;
@@ -47,19 +48,48 @@ pub enum Access {
     /// A device of the kernel's NVMe driver, or an attribute that controls it: see
     /// [`is_nvme_control`].
     NvmeControl,
+    /// The data of Identify Controller of such a device: what is opened is a pipe with the data.
+    NvmeController,
+    /// The data of Identify Namespace, of the character device of a namespace; the same.
+    NvmeNamespace,
+    /// The log page SMART / Health Information of a controller; the same.
+    NvmeHealth,
 }
 
 impl Access {
     /// Returns the value with this number.
     #[must_use]
     pub fn from_number(number: u8) -> Option<Self> {
-        let all = [Self::ReadWrite, Self::ReadOnly, Self::Exclusive, Self::NvmeControl];
+        use Access::*;
+        let all = [
+            ReadWrite,
+            ReadOnly,
+            Exclusive,
+            NvmeControl,
+            NvmeController,
+            NvmeNamespace,
+            NvmeHealth,
+        ];
         all.into_iter().find(|access| *access as u8 == number)
+    }
+
+    /// Returns whether it is for paths of the NVMe driver.
+    fn is_nvme(self) -> bool {
+        self == Self::NvmeControl || self.nvme_data().is_some()
+    }
+
+    fn nvme_data(self) -> Option<AdminData> {
+        match self {
+            Self::NvmeController => Some(AdminData::Controller),
+            Self::NvmeNamespace => Some(AdminData::Namespace),
+            Self::NvmeHealth => Some(AdminData::Health),
+            Self::ReadWrite | Self::ReadOnly | Self::Exclusive | Self::NvmeControl => None,
+        }
     }
 }
 
 /// Opens a file or block device for a disk, with `O_DIRECT` if its file system supports that, or
-/// what [`Access::NvmeControl`] names.
+/// what another [`Access`] names.
 ///
 /// # Errors
 /// [`Error::System`] with the file's name; [`not_of_kind`] if it is of another kind than `access`
@@ -67,10 +97,21 @@ impl Access {
 pub fn open_file(filename: &Path, access: Access) -> Result<File, Error> {
     let path = open_kind_checked(filename, access)?;
     let system = |source| Error::System { what: filename.display().to_string(), source };
-    if access == Access::NvmeControl {
-        return reopen(&path, access, 0).map_err(system);
+    if access.is_nvme() {
+        let device = reopen(&path, access, 0).map_err(system)?;
+        return match access.nvme_data() {
+            None => Ok(device),
+            Some(data) => data.read(&device).and_then(|data| pipe_with(&data)).map_err(system),
+        };
     }
     reopen(&path, access, libc::O_DIRECT).or_else(|_| reopen(&path, access, 0)).map_err(system)
+}
+
+/// Returns a pipe that holds this data, at most a page.
+fn pipe_with(data: &[u8]) -> io::Result<File> {
+    let (reader, mut writer) = io::pipe()?;
+    writer.write_all(data)?;
+    Ok(OwnedFd::from(reader).into())
 }
 
 /// Returns the error for a path that is not of the kind that `access` requires.
@@ -79,7 +120,7 @@ pub fn not_of_kind(filename: &Path, access: Access) -> Error {
     let expected = match access {
         Access::ReadWrite | Access::ReadOnly => "neither a file nor a block device",
         Access::Exclusive => "not a block device",
-        Access::NvmeControl => "not a device of the NVMe driver",
+        _ => "not a device of the NVMe driver",
     };
     Error::Invalid(format!("{}: {expected}", filename.display()))
 }
@@ -216,8 +257,8 @@ fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
     match access {
         Access::ReadWrite | Access::ReadOnly => check_kind(filename, kind)?,
         Access::Exclusive if kind.is_block_device() => {}
-        Access::NvmeControl if is_nvme_control(filename) && !kind.is_symlink() => {}
-        Access::Exclusive | Access::NvmeControl => return Err(not_of_kind(filename, access)),
+        nvme if nvme.is_nvme() && is_nvme_control(filename) && !kind.is_symlink() => {}
+        _ => return Err(not_of_kind(filename, access)),
     }
     Ok(path)
 }
@@ -236,7 +277,7 @@ fn check_kind(filename: &Path, kind: FileType) -> Result<(), Error> {
 /// Opens what `path` found, and nothing that has taken its name since.
 fn reopen(path: &File, access: Access, flags: i32) -> io::Result<File> {
     let exclusive = if access == Access::Exclusive { libc::O_EXCL } else { 0 };
-    let is_attribute = access == Access::NvmeControl && path.metadata()?.is_file();
+    let is_attribute = access.is_nvme() && path.metadata()?.is_file();
     OpenOptions::new()
         .read(!is_attribute)
         .write(access != Access::ReadOnly)
@@ -411,13 +452,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pipe_holds_its_data_and_ends() {
+        let mut read = vec![];
+        io::Read::read_to_end(&mut pipe_with(&[7; 4096]).unwrap(), &mut read).unwrap();
+        assert_eq!(read, [7; 4096]);
+    }
+
+    #[test]
     fn a_file_is_no_block_device_and_no_control() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for access in [Access::Exclusive, Access::NvmeControl] {
+        for access in [Access::Exclusive, Access::NvmeControl, Access::NvmeHealth] {
             assert_eq!(open_file(file.path(), access).unwrap_err().errno(), libc::EINVAL);
             assert_eq!(Access::from_number(access as u8), Some(access));
         }
         open_file(file.path(), Access::ReadWrite).unwrap();
-        assert_eq!(Access::from_number(4), None);
+        assert_eq!(Access::from_number(7), None);
     }
 }

@@ -36,7 +36,7 @@ pub use backing::{Access, Alignment, check_unopened, is_nvme_control, not_of_kin
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
 pub use module::{check_alone, show_lease};
-pub use passthrough::{AdminRead, Passthrough};
+pub use passthrough::Passthrough;
 pub use workers::WorkerCounts;
 use workers::Workers;
 

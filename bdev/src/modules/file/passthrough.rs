@@ -6,6 +6,9 @@
 //! repeats a passthrough command nor moves it to another path, so the block device decides whether
 //! an I/O fails.
 //!
+//! The ring does not poll the device's queues (`IORING_SETUP_IOPOLL`): Linux 6.1 crashes if a process
+//! with such a ring is killed.
+//!
 //! No call waits for I/O. If the device's queue has no free request, the kernel hands the command to
 //! a thread of the ring's own (io-wq), of which [`WORKERS_MAX`] exist.
 //!
@@ -40,7 +43,6 @@ const IOCTL_ID: libc::Ioctl = 0x4e40;
 /// `_IOWR('N', 0x41, struct nvme_admin_cmd)`.
 const IOCTL_ADMIN: libc::Ioctl = 0xc048_4e41;
 
-const ADMIN_IDENTIFY: u8 = 6;
 const CMD_WRITE: u8 = 1;
 const CMD_READ: u8 = 2;
 
@@ -88,13 +90,11 @@ pub struct Passthrough {
     block_shift: u32,
     /// The most bytes of a command.
     transfer_max: u64,
-    /// The device has queues that are polled instead of interrupting.
-    polled: bool,
 }
 
 impl Passthrough {
     /// Prepares I/O through the character device `file` of the namespace whose block device is
-    /// `block`, and reads the first block that way, with polled queues if the device has any.
+    /// `block`, and reads the first block that way.
     ///
     /// # Errors
     /// The reason for which this is not possible: the kernel is older than 5.19, it does not allow
@@ -108,59 +108,37 @@ impl Passthrough {
         if !file.metadata().map_err(system("stat"))?.file_type().is_char_device() {
             return Err(Error::Invalid("not a character device".into()));
         }
-        // SAFETY: this ioctl has no argument.
-        let nsid = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ID) };
-        let nsid = u32::try_from(nsid).map_err(|_| io::Error::last_os_error());
-        let nsid = nsid.map_err(system("NVME_IOCTL_ID"))?;
-        let identified = AdminRead::identify(0, nsid).run(&file, PAGE as u16);
-        let identified = identified.map_err(system("Identify Namespace"))?;
+        let nsid = namespace_id(&file).map_err(system("NVME_IOCTL_ID"))?;
+        let identified = AdminData::Namespace.read(&file).map_err(system("Identify Namespace"))?;
         let of_device = logical_block_size(block).map_err(system("BLKSSZGET"))?;
         let block_shift = format_of(&identified)
             .filter(|shift| 1_u32.checked_shl(*shift) == of_device)
             .ok_or_else(|| Error::Unsupported("blocks with metadata".into()))?;
         let rdev = block.metadata().map_err(system("stat"))?.rdev();
         let attribute = |name| queue_attribute(rdev, name).unwrap_or(0);
-        let mut probed = Self {
+        let probed = Self {
             file,
             nsid,
             block_shift,
             transfer_max: transfer_max(attribute("max_hw_sectors_kb"), attribute("max_segments")),
-            polled: attribute("io_poll") == 1,
         };
         if probed.transfer_max < 1 << block_shift {
             return Err(Error::Unsupported("the size of the controller's transfers".into()));
         }
-        let read = |probed: &Self| probed.read_first_block();
-        match read(&probed) {
-            Err(_) if probed.polled => {
-                probed.polled = false;
-                read(&probed).map_err(system("read"))?;
-            }
-            result => result.map_err(system("read"))?,
-        }
+        probed.read_first_block().map_err(system("read"))?;
         Ok(probed)
-    }
-
-    /// Returns whether the device's queues are polled.
-    #[must_use]
-    pub fn is_polled(&self) -> bool {
-        self.polled
     }
 
     /// Makes the ring of a channel.
     pub(super) fn queue(&self, depth: u16) -> io::Result<NvmeQueue> {
         let mut builder = IoUring::<squeue::Entry128, cqueue::Entry32>::builder();
-        builder.dontfork().setup_r_disabled().setup_submit_all();
-        if self.polled {
-            builder.setup_iopoll();
-        } else {
-            builder.setup_coop_taskrun().setup_taskrun_flag();
-        }
+        builder.dontfork().setup_r_disabled();
+        builder.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
         let ring = builder.build(depth.into())?;
         ring.submitter().register_files(&[self.file.as_raw_fd()])?;
         ring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX; 2])?;
         restrict(&ring, &[opcode::UringCmd80::CODE])?;
-        Ok(NvmeQueue { ring: Ring::new(ring), in_flight: 0, device: self.clone() })
+        Ok(NvmeQueue { ring: Ring::new(ring), device: self.clone() })
     }
 
     fn read_first_block(&self) -> io::Result<()> {
@@ -174,7 +152,7 @@ impl Passthrough {
         unsafe { queue.push(&read) };
         loop {
             queue.kick();
-            if !self.polled && !queue.is_behind() {
+            if !queue.is_behind() {
                 // A signal makes it return early.
                 let _ = queue.ring.ring.submit_and_wait(1);
             }
@@ -214,40 +192,45 @@ fn transfer_max(kib: u64, segments: u64) -> u64 {
     kib.saturating_mul(1 << 10).min(pages).min(BLOCKS_MAX << 9).min(1 << 30)
 }
 
-/// An admin command that reads data from a controller.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AdminRead {
-    /// The command's opcode.
-    pub opcode: u8,
-    /// The namespace, or 0 or all ones for the controller, as the command requires.
-    pub nsid: u32,
-    /// The command's dword 10.
-    pub cdw10: u32,
+/// Returns the id of the namespace whose character device this is.
+fn namespace_id(file: &File) -> io::Result<u32> {
+    // SAFETY: this ioctl has no argument.
+    let id = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ID) };
+    u32::try_from(id).map_err(|_| io::Error::last_os_error())
 }
 
-impl AdminRead {
-    /// Identify with this CNS (NVM Express Base Specification, Identify command).
-    #[must_use]
-    pub fn identify(cns: u8, nsid: u32) -> Self {
-        Self { opcode: ADMIN_IDENTIFY, nsid, cdw10: cns.into() }
-    }
+/// The data structures that admin commands read (NVM Express Base Specification).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AdminData {
+    /// Of the controller.
+    Controller,
+    /// Of the namespace whose character device is asked.
+    Namespace,
+    /// The log page SMART / Health Information of the controller.
+    Health,
+}
 
-    /// Runs the command on a device of the kernel's NVMe driver, and returns its data of `len`
-    /// bytes, at most 64 KiB. May block for a minute.
+impl AdminData {
+    /// Reads the data from a device of the kernel's NVMe driver. May block for a minute.
     ///
     /// # Errors
-    /// The system's error: EACCES if the kernel does not allow the command to this process; an
-    /// error without an errno for the controller's status.
-    pub fn run(self, file: &File, len: u16) -> io::Result<Vec<u8>> {
-        let mut data = vec![0_u8; len.into()];
-        let mut command = Command {
-            opcode: self.opcode,
-            nsid: self.nsid,
-            addr: data.as_mut_ptr() as u64,
-            data_len: len.into(),
-            cdw10: self.cdw10,
-            ..Command::default()
+    /// EACCES if the kernel does not allow the command to this process; an error without an errno
+    /// for the controller's status.
+    pub(super) fn read(self, file: &File) -> io::Result<Vec<u8>> {
+        const IDENTIFY: u8 = 6;
+        const GET_LOG_PAGE: u8 = 2;
+        const HEALTH_BYTES: u32 = 512;
+        const HEALTH_LOG: u32 = 2;
+        let dwords = HEALTH_BYTES / 4 - 1;
+        let (opcode, nsid, cdw10, len) = match self {
+            Self::Controller => (IDENTIFY, 0, 1, PAGE as u32),
+            Self::Namespace => (IDENTIFY, namespace_id(file)?, 0, PAGE as u32),
+            Self::Health => (GET_LOG_PAGE, u32::MAX, dwords << 16 | HEALTH_LOG, HEALTH_BYTES),
         };
+        let mut data = vec![0_u8; len as usize];
+        let addr = data.as_mut_ptr() as u64;
+        let mut command =
+            Command { opcode, nsid, addr, data_len: len, cdw10, ..Command::default() };
         // SAFETY: the kernel stores at most `data_len` bytes, which `data` has.
         let rc = unsafe { libc::ioctl(file.as_raw_fd(), IOCTL_ADMIN, &raw mut command) };
         match rc {
@@ -273,7 +256,6 @@ fn format_of(identified: &[u8]) -> Option<u32> {
 /// The commands of one channel.
 pub(super) struct NvmeQueue {
     ring: Ring<squeue::Entry128, cqueue::Entry32>,
-    in_flight: u32,
     device: Passthrough,
 }
 
@@ -282,7 +264,6 @@ impl NvmeQueue {
     #[inline]
     fn next_result(&mut self) -> Option<(u64, i32)> {
         let entry = self.ring.ring.completion().next()?;
-        self.in_flight = self.in_flight.saturating_sub(1);
         Some((entry.user_data(), entry.result()))
     }
 }
@@ -327,7 +308,6 @@ impl Submitter for NvmeQueue {
         unsafe { bytes.as_mut_ptr().cast::<Command>().write_unaligned(command) };
         let entry = opcode::UringCmd80::new(FILE, cmd_op).cmd(bytes).build();
         let entry = entry.user_data(io.len << 16 | u64::from(io.tag.0));
-        self.in_flight += 1;
         // SAFETY: by the contract, the memory that the entry refers to stays valid until the I/O is
         // reported.
         unsafe { self.ring.push(&entry) };
@@ -343,15 +323,7 @@ impl Submitter for NvmeQueue {
     }
 
     fn refresh(&mut self) {
-        if !self.device.polled {
-            self.ring.refresh();
-        } else if self.in_flight > 0 {
-            /// `IORING_ENTER_GETEVENTS`: with a minimum of 0 completions, looks once at the
-            /// device's queues.
-            const GETEVENTS: u32 = 1;
-            // SAFETY: passes no argument.
-            let _ = unsafe { self.ring.ring.submitter().enter::<()>(0, 0, GETEVENTS, None) };
-        }
+        self.ring.refresh();
     }
 
     #[inline]
@@ -370,11 +342,7 @@ impl Submitter for NvmeQueue {
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        (!self.device.polled).then(|| self.ring.wake_fd())
-    }
-
-    fn is_quiet(&self) -> bool {
-        self.device.polled && self.in_flight > 0
+        Some(self.ring.wake_fd())
     }
 }
 
@@ -382,11 +350,11 @@ impl Submitter for NvmeQueue {
 mod tests {
     use super::*;
 
-    fn queue(polled: bool) -> NvmeQueue {
+    fn queue() -> NvmeQueue {
         // No command is submitted to this file.
         let file = Arc::new(File::options().read(true).write(true).open("/dev/null").unwrap());
         let transfer_max = transfer_max(512, 127);
-        let device = Passthrough { file, nsid: 7, block_shift: 12, transfer_max, polled };
+        let device = Passthrough { file, nsid: 7, block_shift: 12, transfer_max };
         device.queue(8).unwrap()
     }
 
@@ -400,7 +368,7 @@ mod tests {
 
     #[test]
     fn only_what_the_controller_can_do_at_once_is_taken() {
-        let queue = queue(false);
+        let queue = queue();
         assert!(takes(&queue, &[(0x1200, 4096)]), "one range begins anywhere");
         assert!(takes(&queue, &[(0x1200, 0xe00), (0x5000, 0x200)]));
         assert!(!takes(&queue, &[(0x1000, 0xe00), (0x5000, 0x200)]), "a gap at a range's end");
@@ -413,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_command_has_the_blocks_of_the_io() {
-        let queue = queue(false);
+        let queue = queue();
         let memory = [Segment::new(0x1000 as *mut u8, 0x3000)];
         let io = Io::rw(Op::Write, Tag(1), 0x1234_5678_9000_0000, 0x3000, &memory);
         let command = queue.device.command(&io);
@@ -436,7 +404,7 @@ mod tests {
     /// `/dev/null` takes passthrough commands and does nothing, if the kernel is new enough.
     #[test]
     fn results_become_those_of_a_read_and_errors_go_to_the_block_device() {
-        let mut queue = queue(false);
+        let mut queue = queue();
         let memory = [Segment::new(0x1000 as *mut u8, 0x2000)];
         let io = Io::rw(Op::Read, Tag(5), 0, 0x2000, &memory);
         // SAFETY: the file does not access the memory.
