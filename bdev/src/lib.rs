@@ -25,6 +25,7 @@
 //! The crate `bdev-conformance` is one test suite that every device and wrapper passes;
 //! `tests/conformance` runs it.
 
+mod access;
 mod bdev_channel;
 mod contract;
 mod error;
@@ -55,6 +56,7 @@ pub mod modules;
 mod waker;
 mod wrapper;
 
+pub use access::Access;
 pub use available::control_group_mounts;
 pub use bdev_channel::BdevChannel;
 pub use contract::{Bdev, Channel, Extent, Features, Granted, Lease, Storage, Wait, WakeFds};
@@ -73,9 +75,9 @@ pub use memory::Stores;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
-    Access, Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Namespace,
-    Passthrough, Service, WorkerCounts, check_alone, check_unopened, is_nvme_control, not_of_kind,
-    open_file, show_lease,
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Namespace, Passthrough,
+    Service, WorkerCounts, check_alone, check_unopened, is_nvme_control, not_of_kind, open_file,
+    show_lease,
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};

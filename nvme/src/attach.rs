@@ -11,11 +11,11 @@ use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
 
 use crate::controller::{Controller, Path};
-use crate::entry::NvmeEntry;
+use crate::entry::{NvmeEntry, bdevs_of};
 use crate::fabrics::{self, Options, Timeouts};
 use crate::identity::{Identity, is_shared};
-use crate::module::{ATTACH, NvmeModule};
 use crate::open::{Opener, data_of, uuid_of};
+use crate::state::{ATTACH, State};
 use crate::sysfs::{self, Namespace, Sysfs};
 use crate::target::{Given, Target, Transport, checked_address, checked_nqn};
 
@@ -28,12 +28,14 @@ const NAME_MAX: usize = 128;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Multipath {
+enum FurtherPaths {
     Failover,
     /// SPDK's schema says that failover is the default, but its code has this one.
     #[default]
-    Multipath,
-    Disable,
+    #[serde(rename = "multipath")]
+    Merge,
+    #[serde(rename = "disable")]
+    Refuse,
 }
 
 #[derive(Deserialize)]
@@ -82,7 +84,7 @@ struct Request {
     ddgst: bool,
     fabrics_connect_timeout_us: Option<u64>,
     #[serde(default)]
-    multipath: Multipath,
+    multipath: FurtherPaths,
     num_io_queues: Option<u32>,
     ctrlr_loss_timeout_sec: Option<i32>,
     reconnect_delay_sec: Option<u32>,
@@ -114,7 +116,7 @@ pub(crate) struct Attach {
     options: Options,
     /// Which of the time-outs were given; the others come from `bdev_nvme_set_options`.
     given: GivenTimeouts,
-    multipath: Multipath,
+    multipath: FurtherPaths,
     has_protection_options: bool,
     max_bdevs: usize,
 }
@@ -259,7 +261,7 @@ fn find(
 
 /// Attaches a controller, or a further path to one.
 pub(crate) async fn attach(
-    module: Rc<NvmeModule>,
+    state: Rc<State>,
     host: Rc<dyn Host>,
     params: Params,
     mut attach: Attach,
@@ -275,30 +277,30 @@ pub(crate) async fn attach(
     if !unused.is_empty() {
         info!("{ATTACH}: ignoring options that have no effect: {}", unused.join(", "));
     }
-    let existing = module.controllers.get(&attach.name);
+    let existing = state.controllers.get(&attach.name);
     if let Some(existing) = &existing {
         check_further_path(existing, &attach)?;
     }
-    let Some(_reserved) = module.controllers.reserve(&attach.name) else {
+    let Some(_reserved) = state.controllers.reserve(&attach.name) else {
         let text = format!("controller {} is being attached", attach.name);
         return Err(failed(libc::EALREADY, &text));
     };
     // A target may take long to answer.
     params.let_next_start();
-    let (sysfs, open) = (module.sysfs.clone(), host.open_file());
+    let (sysfs, open) = (state.sysfs.clone(), host.open_file());
     let (target, options) = (attach.target.clone(), attach.options.clone());
     let find = move || find(&sysfs, &open, &target, &options);
-    let found = module.aside(&host, find).await.map_err(|e| MethodError::of(ATTACH, &e))?;
+    let found = state.aside(&host, find).await.map_err(|e| MethodError::of(ATTACH, &e))?;
     let (kernel, is_new) = (found.controller.name.clone(), found.is_new);
     let made = match existing {
-        Some(existing) => add_path(&module, &host, &existing, &attach, found, given),
-        None => add_controller(&module, &host, &attach, found, given).await,
+        Some(existing) => add_path(&state, &host, &existing, &attach, found, given),
+        None => add_controller(&state, &host, &attach, found, given).await,
     };
     if made.is_err() && is_new {
-        let (sysfs, open) = (module.sysfs.clone(), host.open_file());
+        let (sysfs, open) = (state.sysfs.clone(), host.open_file());
         let name = kernel.clone();
         let disconnect = move || fabrics::disconnect(&open, &sysfs, &name);
-        if let Err(e) = module.aside(&host, disconnect).await {
+        if let Err(e) = state.aside(&host, disconnect).await {
             warn!("{ATTACH}: cannot disconnect {kernel} again: {e}");
         }
     }
@@ -308,7 +310,7 @@ pub(crate) async fn attach(
 /// Refuses what SPDK refuses for a name that exists.
 fn check_further_path(existing: &Rc<Controller>, attach: &Attach) -> Result<(), MethodError> {
     let exists = format!("A controller named {} already exists", attach.name);
-    if attach.multipath == Multipath::Disable {
+    if attach.multipath == FurtherPaths::Refuse {
         return Err(refused(libc::EALREADY, format!("{exists} and multipath is disabled")));
     }
     let paths = existing.paths.borrow();
@@ -334,22 +336,19 @@ fn check_further_path(existing: &Rc<Controller>, attach: &Attach) -> Result<(), 
 
 /// Adds a path that the kernel has merged with those of a controller.
 fn add_path(
-    module: &Rc<NvmeModule>,
+    state: &Rc<State>,
     host: &Rc<dyn Host>,
     existing: &Rc<Controller>,
     attach: &Attach,
     found: Found,
     params: Map<String, Value>,
 ) -> Answer {
-    if module.controllers.has_path(&found.controller.name) {
+    if state.controllers.has_path(&found.controller.name) {
         return Err(failed(libc::EEXIST, &attached_already(&found.controller.name)));
     }
-    let known: Vec<String> = existing
-        .bdevs(host.registry())
-        .iter()
-        .map(|(_, entry)| entry.namespace.block.clone())
-        .collect();
-    if let Some(other) = found.namespaces.iter().find(|it| !known.contains(&it.block)) {
+    let bdevs = bdevs_of(existing, host.registry());
+    let known: Vec<&str> = bdevs.iter().map(|(_, entry)| &*entry.namespace.block).collect();
+    if let Some(other) = found.namespaces.iter().find(|it| !known.contains(&&*it.block)) {
         let reason = format!(
             "the kernel has not merged the path with the others of {}: it has made /dev/{} of it; \
              native multipath (nvme_core.multipath=Y) does that",
@@ -360,8 +359,8 @@ fn add_path(
     existing.paths.borrow_mut().push(path(attach, &found, params));
     info!("controller {}: added the path {}", attach.name, found.controller.name);
     match attach.multipath {
-        Multipath::Failover => Ok(json!([])),
-        _ => Ok(existing.bdev_names(host.registry())),
+        FurtherPaths::Failover => Ok(json!([])),
+        _ => Ok(bdevs.iter().map(|(_, entry)| Value::from(entry.name())).collect()),
     }
 }
 
@@ -385,13 +384,13 @@ fn path(attach: &Attach, found: &Found, params: Map<String, Value>) -> Path {
 
 /// Adds a controller and the bdevs of its namespaces.
 async fn add_controller(
-    module: &Rc<NvmeModule>,
+    state: &Rc<State>,
     host: &Rc<dyn Host>,
     attach: &Attach,
     found: Found,
     params: Map<String, Value>,
 ) -> Answer {
-    if module.controllers.has_path(&found.controller.name) {
+    if state.controllers.has_path(&found.controller.name) {
         return Err(failed(libc::EEXIST, &attached_already(&found.controller.name)));
     }
     let count = found.namespaces.len();
@@ -406,15 +405,15 @@ async fn add_controller(
         changing: Cell::new(false),
     });
     let new = found.namespaces.into_iter().zip(found.shared).collect();
-    let names = add_namespaces(module, host, &controller, new).await?;
+    let names = add_namespaces(state, host, &controller, new).await?;
     info!("controller {}: attached /dev/{}", attach.name, found.controller.name);
-    module.controllers.add(controller);
+    state.controllers.add(controller);
     Ok(names.into())
 }
 
 /// Makes the bdevs of new namespaces, all or none. Returns their names.
 pub(crate) async fn add_namespaces(
-    module: &Rc<NvmeModule>,
+    state: &Rc<State>,
     host: &Rc<dyn Host>,
     controller: &Rc<Controller>,
     new: Vec<(Namespace, bool)>,
@@ -431,11 +430,11 @@ pub(crate) async fn add_namespaces(
     let all = new.iter().zip(&reserved);
     let wanted: Vec<_> = all.map(|((it, _), of)| (it.clone(), of.name.clone(), of.uuid)).collect();
     let shared = host.shares_files();
-    let opener = Opener { open: host.open_file(), sysfs: module.sysfs.clone(), shared };
+    let opener = Opener { open: host.open_file(), sysfs: state.sysfs.clone(), shared };
     let open = move || -> Result<Vec<Arc<FileDisk>>, Error> {
         wanted.iter().map(|(it, name, uuid)| opener.disk(it, name, *uuid)).collect()
     };
-    let disks = module.aside(host, open).await.map_err(|e| MethodError::of(ATTACH, &e))?;
+    let disks = state.aside(host, open).await.map_err(|e| MethodError::of(ATTACH, &e))?;
     if !shared {
         for disk in &disks {
             check_alone(&**host, disk).map_err(|e| MethodError::of(ATTACH, &e))?;

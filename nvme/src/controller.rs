@@ -4,10 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use bdev::method::Call;
-use bdev::{BdevId, Registry};
 use serde_json::{Map, Value, json};
 
-use crate::entry::NvmeEntry;
 use crate::identity::Identity;
 use crate::target::{Target, Transport};
 
@@ -57,19 +55,6 @@ impl Path {
 }
 
 impl Controller {
-    /// Returns its bdevs, by the ids of their namespaces.
-    pub(crate) fn bdevs(self: &Rc<Self>, registry: &Registry) -> Vec<(BdevId, Rc<NvmeEntry>)> {
-        let mut all = registry.entries_of::<NvmeEntry>();
-        all.retain(|(_, entry)| Rc::ptr_eq(&entry.controller, self));
-        all.sort_by_key(|(_, entry)| entry.namespace.id);
-        all
-    }
-
-    /// Returns the names of its bdevs.
-    pub(crate) fn bdev_names(self: &Rc<Self>, registry: &Registry) -> Value {
-        self.bdevs(registry).iter().map(|(_, entry)| Value::from(entry.name())).collect()
-    }
-
     /// Marks it as changing until the returned value is dropped; `None` if it is changing already.
     pub(crate) fn change(self: &Rc<Self>) -> Option<Changing> {
         (!self.changing.replace(true)).then(|| Changing(Rc::clone(self)))

@@ -8,8 +8,9 @@ use serde::Deserialize;
 use tracing::{error, info, warn};
 
 use crate::controller::{Controller, Path};
+use crate::entry::bdevs_of;
 use crate::fabrics;
-use crate::module::NvmeModule;
+use crate::state::State;
 use crate::target::{Given, Target};
 
 #[derive(Deserialize)]
@@ -50,10 +51,10 @@ impl Request {
 
 /// Removes the paths of a controller that the parameters name, all of them if they name none. With
 /// its last path, the controller and its bdevs go.
-pub(crate) async fn detach(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+pub(crate) async fn detach(state: Rc<State>, host: Rc<dyn Host>, params: Params) -> Answer {
     let method = params.method();
     let request: Request = params.decode(DecodeFailure::INTERNAL)?;
-    let Some(controller) = module.controllers.get(&request.name) else {
+    let Some(controller) = state.controllers.get(&request.name) else {
         error!("{method}: no controller has the name {:?}", request.name);
         return Err(MethodError::errno(libc::ENODEV));
     };
@@ -68,29 +69,29 @@ pub(crate) async fn detach(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: P
         return Err(MethodError::errno(libc::EALREADY));
     };
     if left.is_empty() {
-        module.controllers.remove(&controller);
+        state.controllers.remove(&controller);
         let ids: Vec<BdevId> =
-            controller.bdevs(host.registry()).into_iter().map(|(id, _)| id).collect();
+            bdevs_of(&controller, host.registry()).into_iter().map(|(id, _)| id).collect();
         life::remove(&host, &params, &ids).await;
     } else {
         *controller.paths.borrow_mut() = left;
     }
-    end_connections(&module, &host, &controller, gone).await;
+    end_connections(&state, &host, &controller, gone).await;
     Ok(true.into())
 }
 
 /// Ends the connections among these paths of a controller.
 async fn end_connections(
-    module: &Rc<NvmeModule>,
+    state: &Rc<State>,
     host: &Rc<dyn Host>,
     controller: &Rc<Controller>,
     paths: Vec<Path>,
 ) {
     for path in paths.into_iter().filter(Path::is_connection) {
-        let (sysfs, open) = (module.sysfs.clone(), host.open_file());
+        let (sysfs, open) = (state.sysfs.clone(), host.open_file());
         let kernel = path.kernel.clone();
         let disconnect = move || fabrics::disconnect(&open, &sysfs, &kernel);
-        match module.aside(host, disconnect).await {
+        match state.aside(host, disconnect).await {
             Ok(()) => info!("controller {}: disconnected {}", controller.name, path.kernel),
             Err(e) => warn!("controller {}: {e}", controller.name),
         }

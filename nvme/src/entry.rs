@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bdev::method::Call;
 use bdev::module::{Description, Entry};
-use bdev::{Bdev, FileDisk, show_lease};
+use bdev::{Bdev, BdevId, FileDisk, Registry, show_lease};
 use serde_json::{Map, Value, json};
 
 use crate::controller::{Controller, Path};
@@ -21,6 +21,17 @@ pub(crate) struct NvmeEntry {
     pub(crate) disk: Arc<FileDisk>,
     /// Several controllers may use the namespace.
     pub(crate) can_share: bool,
+}
+
+/// Returns the bdevs of a controller, by the ids of their namespaces.
+pub(crate) fn bdevs_of(
+    controller: &Rc<Controller>,
+    registry: &Registry,
+) -> Vec<(BdevId, Rc<NvmeEntry>)> {
+    let mut all = registry.entries_of::<NvmeEntry>();
+    all.retain(|(_, entry)| Rc::ptr_eq(&entry.controller, controller));
+    all.sort_by_key(|(_, entry)| entry.namespace.id);
+    all
 }
 
 impl NvmeEntry {

@@ -12,7 +12,8 @@ use tracing::{info, warn};
 
 use crate::attach::add_namespaces;
 use crate::controller::Controller;
-use crate::module::{HOTPLUG, NvmeModule};
+use crate::entry::bdevs_of;
+use crate::state::State;
 use crate::sysfs::{Namespace, Sysfs};
 
 /// SPDK's default and limit of the period.
@@ -21,6 +22,8 @@ const PERIOD_MAX_US: u64 = 10_000_000;
 
 /// The shortest period: each look reads some files for each namespace.
 const PERIOD_MIN_US: u64 = 50_000;
+
+pub(crate) const HOTPLUG: &str = "bdev_nvme_set_hotplug";
 
 /// The options, and whether the task runs.
 #[derive(Default)]
@@ -39,7 +42,12 @@ impl Hotplug {
     }
 }
 
-pub(crate) async fn set(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+pub(crate) async fn set(
+    hotplug: Rc<Hotplug>,
+    state: Rc<State>,
+    host: Rc<dyn Host>,
+    params: Params,
+) -> Answer {
     #[derive(Deserialize)]
     struct Request {
         enable: bool,
@@ -47,7 +55,6 @@ pub(crate) async fn set(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Para
     }
     const FAILURE: DecodeFailure = DecodeFailure { code: -32602, text: "Invalid argument" };
     let Request { enable, period_us } = params.decode(FAILURE)?;
-    let hotplug = &module.hotplug;
     let given = period_us.filter(|us| *us > 0).unwrap_or(PERIOD_US);
     hotplug.period_us.set(given.clamp(PERIOD_MIN_US, PERIOD_MAX_US));
     hotplug.enabled.set(enable);
@@ -56,19 +63,18 @@ pub(crate) async fn set(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Para
     set.extend(params.as_given());
     *hotplug.set.borrow_mut() = Some(set);
     if enable && !hotplug.has_task.replace(true) {
-        host.spawn(Box::pin(watch(Rc::clone(&module), Rc::clone(&host))));
+        host.spawn(Box::pin(watch(Rc::clone(&hotplug), state, Rc::clone(&host))));
     }
     Ok(true.into())
 }
 
 /// Looks at the attached controllers while hot-plug is enabled.
-async fn watch(module: Rc<NvmeModule>, host: Rc<dyn Host>) {
-    let hotplug = &module.hotplug;
+async fn watch(hotplug: Rc<Hotplug>, state: Rc<State>, host: Rc<dyn Host>) {
     while hotplug.enabled.get() {
         host.sleep(Duration::from_micros(hotplug.period_us.get())).await;
-        for controller in module.controllers.all() {
+        for controller in state.controllers.all() {
             if hotplug.enabled.get() {
-                look(&module, &host, &controller).await;
+                look(&state, &host, &controller).await;
             }
         }
     }
@@ -76,13 +82,13 @@ async fn watch(module: Rc<NvmeModule>, host: Rc<dyn Host>) {
 }
 
 /// Removes what is gone of one controller, and adds what is new.
-async fn look(module: &Rc<NvmeModule>, host: &Rc<dyn Host>, controller: &Rc<Controller>) {
+async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller>) {
     let Some(_changing) = controller.change() else { return };
-    let sysfs = module.sysfs.clone();
+    let sysfs = state.sysfs.clone();
     let kernels: Vec<String> =
         controller.paths.borrow().iter().map(|path| path.kernel.clone()).collect();
     let seen = host.blocking(move || Seen::of(&sysfs, &kernels)).await;
-    let bdevs = controller.bdevs(host.registry());
+    let bdevs = bdevs_of(controller, host.registry());
     let has = |namespace: &Namespace| seen.namespaces.iter().any(|it| it.block == namespace.block);
     let lost = bdevs.iter().filter(|(_, entry)| !has(&entry.namespace));
     let lost: Vec<(BdevId, String)> =
@@ -94,25 +100,21 @@ async fn look(module: &Rc<NvmeModule>, host: &Rc<dyn Host>, controller: &Rc<Cont
     drop(bdevs);
     if seen.is_gone {
         info!("controller {}: its device is gone", controller.name);
-        module.controllers.remove(controller);
+        state.controllers.remove(controller);
     }
     if !lost.is_empty() {
         let names: Vec<_> = lost.iter().map(|(_, name)| &**name).collect();
         info!("removing bdevs whose namespace is gone: {}", names.join(", "));
         let ids: Vec<_> = lost.iter().map(|(id, _)| *id).collect();
         // Their I/O may end late; meanwhile, other controllers need the task.
-        let host = Rc::clone(host);
-        let remove = {
-            let host = Rc::clone(&host);
-            async move { life::remove_lost(&host, &ids).await }
-        };
-        host.spawn(Box::pin(remove));
+        let owner = Rc::clone(host);
+        host.spawn(Box::pin(async move { life::remove_lost(&owner, &ids).await }));
         return;
     }
     if new.is_empty() || count + new.len() > controller.max_bdevs {
         return;
     }
-    match add_namespaces(module, host, controller, new).await {
+    match add_namespaces(state, host, controller, new).await {
         Ok(names) => info!("added bdevs of new namespaces: {}", names.join(", ")),
         Err(e) => warn!("controller {}: cannot add new namespaces: {}", controller.name, e.text),
     }

@@ -5,6 +5,7 @@
 //! * `identity`: what a controller says of itself, and its health.
 //! * `open`: from a namespace to a bdev.
 //! * `controller`: the attached controllers. `entry`: how their bdevs are shown.
+//! * `state`: what the methods share.
 //! * `attach`, `detach`, `hotplug`: what changes them. `module`: the RPC methods.
 //!
 //! The data path is that of a file disk: NVMe commands on the namespace's character device where
@@ -25,6 +26,7 @@ mod open;
 
 mod controller;
 mod entry;
+mod state;
 
 mod attach;
 mod detach;

@@ -1,61 +1,28 @@
 //! `bdev_nvme_*`.
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use bdev::method::{Answer, Call, DecodeFailure, Method, MethodError, Named, Params};
 use bdev::module::BdevModule;
-use bdev::{Access, Aside, Error, Host};
+use bdev::{Access, Host};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
 
-use crate::controller::{Controller, Controllers};
+use crate::controller::Controller;
 use crate::entry::NAME;
-use crate::hotplug::{self, Hotplug};
+use crate::hotplug::{self, HOTPLUG, Hotplug};
 use crate::identity::show_health;
 use crate::open::data_of;
-use crate::sysfs::{Sysfs, spdk_state};
+use crate::state::{ATTACH, State};
+use crate::sysfs::spdk_state;
 use crate::{attach, detach, fabrics};
 
-pub(crate) const ATTACH: &str = "bdev_nvme_attach_controller";
-pub(crate) const HOTPLUG: &str = "bdev_nvme_set_hotplug";
-
-/// The maximum number of operations on controllers at the same time, including those that hang
-/// after their RPC has failed.
-const OPERATIONS_MAX: usize = 64;
-
-/// How long an RPC waits for such an operation. The kernel gives up on a command after 60 s.
-const LIMIT: Duration = Duration::from_secs(70);
-
 /// SPDK's module `nvme`, by the kernel's driver.
+#[derive(Default)]
 pub struct NvmeModule {
-    pub(crate) sysfs: Sysfs,
-    pub(crate) controllers: Rc<Controllers>,
-    pub(crate) hotplug: Hotplug,
-    operations: Aside,
-}
-
-impl Default for NvmeModule {
-    fn default() -> Self {
-        Self {
-            sysfs: Sysfs::default(),
-            controllers: Rc::default(),
-            hotplug: Hotplug::default(),
-            operations: Aside::new("NVMe", OPERATIONS_MAX),
-        }
-    }
-}
-
-impl NvmeModule {
-    /// Runs what may wait for a controller.
-    pub(crate) async fn aside<T: Send + 'static>(
-        &self,
-        host: &Rc<dyn Host>,
-        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
-        self.operations.run(host, LIMIT, work).await
-    }
+    state: Rc<State>,
+    hotplug: Rc<Hotplug>,
 }
 
 impl BdevModule for NvmeModule {
@@ -64,11 +31,14 @@ impl BdevModule for NvmeModule {
     }
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
-        let module = || Rc::clone(&self);
+        let state = || Rc::clone(&self.state);
         let (one, two, three, four, five, six) =
-            (module(), module(), module(), module(), module(), module());
+            (state(), state(), state(), state(), state(), state());
+        let hotplug = Rc::clone(&self.hotplug);
         vec![
-            Method::new(HOTPLUG, move |host, params| hotplug::set(Rc::clone(&one), host, params)),
+            Method::new(HOTPLUG, move |host, params| {
+                hotplug::set(Rc::clone(&hotplug), Rc::clone(&one), host, params)
+            }),
             Method::parsed(ATTACH, attach::parse, move |host, params, p| {
                 attach::attach(Rc::clone(&two), host, params, p)
             }),
@@ -90,19 +60,19 @@ impl BdevModule for NvmeModule {
     /// The bdevs' entries have no calls: one attach creates all bdevs of a controller.
     fn config(&self) -> Vec<Call> {
         let hotplug = self.hotplug.config().into_iter();
-        hotplug.chain(self.controllers.config(ATTACH)).collect()
+        hotplug.chain(self.state.controllers.config(ATTACH)).collect()
     }
 }
 
-async fn get_controllers(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+async fn get_controllers(state: Rc<State>, host: Rc<dyn Host>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
         name: Option<String>,
     }
     let Wanted { name } = params.decode(DecodeFailure::INTERNAL)?;
     let all = match name {
-        None => module.controllers.all(),
-        Some(name) => match module.controllers.get(&name) {
+        None => state.controllers.all(),
+        Some(name) => match state.controllers.get(&name) {
             Some(controller) => vec![controller],
             None => {
                 let text = format!("Controller {name} does not exist");
@@ -112,15 +82,15 @@ async fn get_controllers(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Par
     };
     let mut shown = vec![];
     for controller in all {
-        shown.push(show(&module, &host, &controller).await);
+        shown.push(show(&state, &host, &controller).await);
     }
     Ok(shown.into())
 }
 
-async fn show(module: &NvmeModule, host: &Rc<dyn Host>, controller: &Controller) -> Value {
+async fn show(state: &State, host: &Rc<dyn Host>, controller: &Controller) -> Value {
     let paths = controller.paths.borrow().clone();
     let (sysfs, kernels) =
-        (module.sysfs.clone(), paths.iter().map(|it| it.kernel.clone()).collect::<Vec<_>>());
+        (state.sysfs.clone(), paths.iter().map(|it| it.kernel.clone()).collect::<Vec<_>>());
     let read = move || -> Vec<_> { kernels.iter().map(|name| sysfs.controller(name)).collect() };
     let states = host.blocking(read).await;
     let shown = paths
@@ -130,7 +100,7 @@ async fn show(module: &NvmeModule, host: &Rc<dyn Host>, controller: &Controller)
     json!({ "name": controller.name, "ctrlrs": shown.collect::<Value>() })
 }
 
-async fn reset(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+async fn reset(state: Rc<State>, host: Rc<dyn Host>, params: Params) -> Answer {
     #[derive(Deserialize)]
     struct Wanted {
         name: String,
@@ -138,7 +108,7 @@ async fn reset(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> An
     }
     let method = params.method();
     let Wanted { name, cntlid } = params.decode(DecodeFailure::INTERNAL)?;
-    let kernels: Vec<String> = module.controllers.get(&name).map_or(vec![], |controller| {
+    let kernels: Vec<String> = state.controllers.get(&name).map_or(vec![], |controller| {
         let paths = controller.paths.borrow();
         let wanted = paths
             .iter()
@@ -153,15 +123,15 @@ async fn reset(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> An
     for kernel in kernels {
         let open = host.open_file();
         let reset = move || fabrics::control(&open, &kernel, "reset_controller");
-        module.aside(&host, reset).await.map_err(|e| MethodError::of(method, &e))?;
+        state.aside(&host, reset).await.map_err(|e| MethodError::of(method, &e))?;
     }
     Ok(true.into())
 }
 
-async fn get_health(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) -> Answer {
+async fn get_health(state: Rc<State>, host: Rc<dyn Host>, params: Params) -> Answer {
     let method = params.method();
     let Named { name } = params.decode(DecodeFailure::INTERNAL)?;
-    let path = module.controllers.get(&name).and_then(|it| it.paths.borrow().first().cloned());
+    let path = state.controllers.get(&name).and_then(|it| it.paths.borrow().first().cloned());
     let Some(path) = path else {
         error!("{method}: no controller has the name {name:?}");
         return Err(MethodError::internal("Device not found"));
@@ -169,6 +139,6 @@ async fn get_health(module: Rc<NvmeModule>, host: Rc<dyn Host>, params: Params) 
     let (open, kernel) = (host.open_file(), path.kernel.clone());
     let read = move || data_of(&open, &kernel, Access::NvmeHealth);
     params.let_next_start();
-    let log = module.aside(&host, read).await.map_err(|e| MethodError::of(method, &e))?;
+    let log = state.aside(&host, read).await.map_err(|e| MethodError::of(method, &e))?;
     Ok(show_health(&path.identity, &path.target.address, &log))
 }

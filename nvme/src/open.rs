@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -87,7 +87,7 @@ impl Opener {
         Ok(disk)
     }
 
-    fn block_device(&self, path: &PathBuf, namespace: &Namespace) -> Result<File, Error> {
+    fn block_device(&self, path: &Path, namespace: &Namespace) -> Result<File, Error> {
         let access = if self.shared { Access::ReadWrite } else { Access::Exclusive };
         let began = Instant::now();
         loop {
@@ -195,7 +195,7 @@ mod tests {
             _ => Ok(tempfile::tempfile().unwrap()),
         });
         let opener = Opener { open, sysfs: Sysfs::at(dir.path()), shared: false };
-        opener.block_device(&"/dev/nvme0n1".into(), &namespace(None)).unwrap();
+        opener.block_device(Path::new("/dev/nvme0n1"), &namespace(None)).unwrap();
         assert_eq!(tries.load(Ordering::Relaxed), 2);
     }
 }

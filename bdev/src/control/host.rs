@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::access::Access;
 use crate::contract::Bdev;
 use crate::control::method::LocalFuture;
 use crate::control::module::BdevModule;
 use crate::control::registry::Registry;
 use crate::error::Error;
-use crate::modules::file::Access;
 
 /// Opens a file as [`crate::open_file`] does. May block.
 pub type OpenFile = Box<dyn Fn(&Path, Access) -> Result<File, Error> + Send>;

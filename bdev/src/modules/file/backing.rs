@@ -10,6 +10,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 
 use super::passthrough::AdminData;
+use crate::access::Access;
 use crate::contract::{Extent, Storage};
 use crate::error::Error;
 use crate::geometry::check_block_size;
@@ -35,59 +36,6 @@ pub(super) struct Opened {
     pub(super) topology: Topology,
 }
 
-/// What a file is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Access {
-    /// A disk that is written.
-    ReadWrite,
-    /// A disk that is only read.
-    ReadOnly,
-    /// A block device that nobody else mounts or opens like this (`O_EXCL`).
-    Exclusive,
-    /// A device of the kernel's NVMe driver, or an attribute that controls it: see
-    /// [`is_nvme_control`].
-    NvmeControl,
-    /// The data of Identify Controller of such a device: what is opened is a pipe with the data.
-    NvmeController,
-    /// The data of Identify Namespace, of the character device of a namespace; the same.
-    NvmeNamespace,
-    /// The log page SMART / Health Information of a controller; the same.
-    NvmeHealth,
-}
-
-impl Access {
-    /// Returns the value with this number.
-    #[must_use]
-    pub fn from_number(number: u8) -> Option<Self> {
-        use Access::*;
-        let all = [
-            ReadWrite,
-            ReadOnly,
-            Exclusive,
-            NvmeControl,
-            NvmeController,
-            NvmeNamespace,
-            NvmeHealth,
-        ];
-        all.into_iter().find(|access| *access as u8 == number)
-    }
-
-    /// Returns whether it is for paths of the NVMe driver.
-    fn is_nvme(self) -> bool {
-        self == Self::NvmeControl || self.nvme_data().is_some()
-    }
-
-    fn nvme_data(self) -> Option<AdminData> {
-        match self {
-            Self::NvmeController => Some(AdminData::Controller),
-            Self::NvmeNamespace => Some(AdminData::Namespace),
-            Self::NvmeHealth => Some(AdminData::Health),
-            Self::ReadWrite | Self::ReadOnly | Self::Exclusive | Self::NvmeControl => None,
-        }
-    }
-}
-
 /// Opens a file or block device for a disk, with `O_DIRECT` if its file system supports that, or
 /// what another [`Access`] names.
 ///
@@ -97,14 +45,29 @@ impl Access {
 pub fn open_file(filename: &Path, access: Access) -> Result<File, Error> {
     let path = open_kind_checked(filename, access)?;
     let system = |source| Error::System { what: filename.display().to_string(), source };
-    if access.is_nvme() {
+    if is_nvme(access) {
         let device = reopen(&path, access, 0).map_err(system)?;
-        return match access.nvme_data() {
+        return match nvme_data(access) {
             None => Ok(device),
             Some(data) => data.read(&device).and_then(|data| pipe_with(&data)).map_err(system),
         };
     }
     reopen(&path, access, libc::O_DIRECT).or_else(|_| reopen(&path, access, 0)).map_err(system)
+}
+
+/// Returns the data that a pipe holds, for an access that opens one.
+fn nvme_data(access: Access) -> Option<AdminData> {
+    match access {
+        Access::NvmeController => Some(AdminData::Controller),
+        Access::NvmeNamespace => Some(AdminData::Namespace),
+        Access::NvmeHealth => Some(AdminData::Health),
+        Access::ReadWrite | Access::ReadOnly | Access::Exclusive | Access::NvmeControl => None,
+    }
+}
+
+/// Returns whether an access is for paths of the NVMe driver.
+fn is_nvme(access: Access) -> bool {
+    access == Access::NvmeControl || nvme_data(access).is_some()
 }
 
 /// Returns a pipe that holds this data, at most a page.
@@ -257,7 +220,7 @@ fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
     match access {
         Access::ReadWrite | Access::ReadOnly => check_kind(filename, kind)?,
         Access::Exclusive if kind.is_block_device() => {}
-        nvme if nvme.is_nvme() && is_nvme_control(filename) && !kind.is_symlink() => {}
+        nvme if is_nvme(nvme) && is_nvme_control(filename) && !kind.is_symlink() => {}
         _ => return Err(not_of_kind(filename, access)),
     }
     Ok(path)
@@ -277,7 +240,7 @@ fn check_kind(filename: &Path, kind: FileType) -> Result<(), Error> {
 /// Opens what `path` found, and nothing that has taken its name since.
 fn reopen(path: &File, access: Access, flags: i32) -> io::Result<File> {
     let exclusive = if access == Access::Exclusive { libc::O_EXCL } else { 0 };
-    let is_attribute = access.is_nvme() && path.metadata()?.is_file();
+    let is_attribute = is_nvme(access) && path.metadata()?.is_file();
     OpenOptions::new()
         .read(!is_attribute)
         .write(access != Access::ReadOnly)
@@ -463,9 +426,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         for access in [Access::Exclusive, Access::NvmeControl, Access::NvmeHealth] {
             assert_eq!(open_file(file.path(), access).unwrap_err().errno(), libc::EINVAL);
-            assert_eq!(Access::from_number(access as u8), Some(access));
         }
         open_file(file.path(), Access::ReadWrite).unwrap();
-        assert_eq!(Access::from_number(7), None);
     }
 }

@@ -25,6 +25,7 @@ use std::time::Duration;
 use closer::Account;
 use uuid::Uuid;
 
+use crate::access::Access;
 use crate::contract::{Bdev, Channel, Extent, Features, Lease, Storage};
 use crate::error::Error;
 use crate::geometry::{check_block_size, check_name, checked_size};
@@ -32,7 +33,7 @@ use crate::qos::Qos;
 use crate::stats::Stats;
 use crate::topology::Topology;
 
-pub use backing::{Access, Alignment, check_unopened, is_nvme_control, not_of_kind, open_file};
+pub use backing::{Alignment, check_unopened, is_nvme_control, not_of_kind, open_file};
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
 pub use module::{check_alone, show_lease};

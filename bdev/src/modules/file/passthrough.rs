@@ -218,13 +218,14 @@ impl AdminData {
     /// for the controller's status.
     pub(super) fn read(self, file: &File) -> io::Result<Vec<u8>> {
         const IDENTIFY: u8 = 6;
+        const IDENTIFY_BYTES: u32 = 4096;
         const GET_LOG_PAGE: u8 = 2;
         const HEALTH_BYTES: u32 = 512;
         const HEALTH_LOG: u32 = 2;
         let dwords = HEALTH_BYTES / 4 - 1;
         let (opcode, nsid, cdw10, len) = match self {
-            Self::Controller => (IDENTIFY, 0, 1, PAGE as u32),
-            Self::Namespace => (IDENTIFY, namespace_id(file)?, 0, PAGE as u32),
+            Self::Controller => (IDENTIFY, 0, 1, IDENTIFY_BYTES),
+            Self::Namespace => (IDENTIFY, namespace_id(file)?, 0, IDENTIFY_BYTES),
             Self::Health => (GET_LOG_PAGE, u32::MAX, dwords << 16 | HEALTH_LOG, HEALTH_BYTES),
         };
         let mut data = vec![0_u8; len as usize];
