@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::bdev::{Bdev, Claim, ClaimKind};
+use ::bdev::{Access, Bdev, Claim, ClaimKind};
 use nbd_server::{Export, KernelExport, StartError};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
@@ -153,7 +153,7 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
                 .map_err(|e| (e.errno(), e.to_string()))
         }
         Way::Device(path) => {
-            let file = opener.open(&path, false).map_err(|e| (e.errno(), e.to_string()))?;
+            let file = opener.open(&path, Access::ReadWrite).map_err(|e| (e.errno(), e.to_string()))?;
             let started = KernelExport::start(exported, file, on_end);
             started.map(Server::Kernel).map_err(|e| (e.errno(), hint(&e)))
         }
