@@ -156,9 +156,49 @@ fn set_options(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 #[cfg(test)]
-impl Stream {
-    /// A stream on one end of a socket pair.
-    pub(crate) fn of(socket: OwnedFd, deadline: Instant) -> Self {
-        Self { socket, deadline }
+mod tests {
+    use std::net::TcpListener;
+
+    use rustix::net::sockopt;
+
+    use super::*;
+
+    impl Stream {
+        /// A stream on one end of a socket pair.
+        pub(crate) fn of(socket: OwnedFd, deadline: Instant) -> Self {
+            Self { socket, deadline }
+        }
+    }
+
+    #[test]
+    fn a_silent_peer_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let address = Address::Tcp("localhost".into(), port);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let socket = Stream::connect(&address, deadline).unwrap().into_socket();
+        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 30_000);
+        assert!(sockopt::socket_keepalive(&socket).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&socket).unwrap(), IDLE);
+        assert!(sockopt::tcp_nodelay(&socket).unwrap());
+        let past = Stream::connect(&address, Instant::now());
+        assert_eq!(past.err().unwrap().raw_os_error(), Some(libc::ETIMEDOUT));
+    }
+
+    #[test]
+    fn a_unix_server_that_accepts_nothing_is_not_waited_for() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = Address::Unix(path);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut kept = vec![];
+        let full = loop {
+            match Stream::connect(&address, deadline) {
+                Ok(stream) => kept.push(stream),
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(full.raw_os_error(), Some(libc::EAGAIN));
     }
 }

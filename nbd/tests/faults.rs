@@ -28,18 +28,35 @@ fn connect(fake: &Fake) -> Arc<dyn Bdev> {
     NbdDisk::connect(fake.options()).unwrap()
 }
 
+/// Faults of a connection, from a random number and a limit.
+type Faults = fn(u64, usize) -> Fault;
+
 /// Without FLUSH, as a flush fails after a connection was lost.
-fn that_breaks(fault: impl Fn(u64, usize) -> Fault + Send + Sync + 'static) -> Fixture {
-    let fake = Fake::unix(SEND_TRIM | SEND_WRITE_ZEROES | CAN_MULTI_CONN, move |number| {
+const NO_FLUSH: u16 = SEND_TRIM | SEND_WRITE_ZEROES | CAN_MULTI_CONN;
+
+fn script(faults: Faults) -> impl Fn(usize) -> Fault + Send + Sync + 'static {
+    move |number| {
         // Longer and longer, so that the longest I/O gets through.
         let random = (number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
-        fault(random, 64 << 10 << (number % 8))
-    });
+        faults(random, 64 << 10 << (number % 8))
+    }
+}
+
+fn that_breaks(faults: Faults) -> Fixture {
+    let fake = Fake::unix(NO_FLUSH, script(faults));
+    Fixture::on(connect(&fake), fake)
+}
+
+/// The kernel resets a connection that is closed while requests are unread.
+fn that_breaks_over_tcp(faults: Faults) -> Fixture {
+    let fake = Fake::tcp(NO_FLUSH, script(faults));
     Fixture::on(connect(&fake), fake)
 }
 
 conformance! {
     cut_connections => that_breaks(|random, limit| Fault::CloseAfter(random as usize % limit));
+    cut_connections_over_tcp =>
+        that_breaks_over_tcp(|random, limit| Fault::CloseAfter(random as usize % limit));
     half_closed_connections =>
         that_breaks(|random, limit| Fault::HalfCloseAfter(random as usize % limit));
     violations => that_breaks(|random, _| {
