@@ -127,6 +127,7 @@ impl Pair {
         }
     }
 
+    #[expect(clippy::collapsible_match, reason = "a guard should have no effects")]
     fn apply_to_volume(&mut self, op: &Op) {
         let count = self.plain.len();
         let (Op::Snapshot(at)

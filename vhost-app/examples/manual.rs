@@ -38,6 +38,9 @@ mod values;
 #[path = "../../vhost-top/src/args.rs"]
 mod top;
 
+#[path = "../../vhost-lvs/src/args.rs"]
+mod lvs;
+
 /// A program with a manual page.
 struct Program {
     command: Command,
@@ -51,6 +54,7 @@ fn programs() -> Vec<Program> {
         Program { command: vhost::cli::Args::command(), section: "8", more: VHOST },
         Program { command: perf::Args::command(), section: "1", more: VHOST_PERF },
         Program { command: top::Args::command(), section: "1", more: VHOST_TOP },
+        Program { command: lvs::Args::command(), section: "1", more: VHOST_LVS },
     ]
 }
 
@@ -96,6 +100,11 @@ If it is set and not empty, no colours are used.
 \fBvhost\fR(8), and the book in /usr/share/doc/vhost, whose chapter vhost\-top describes the columns and the keys of the JSON object
 "#;
 
+const VHOST_LVS: &str = r#"
+.SH "SEE ALSO"
+\fBvhost\fR(8), \fBvhost\-lvs\fR(1), and the book in /usr/share/doc/vhost, whose chapter lvs\-tool has examples
+"#;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let dir = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: manual DIR")?);
     fs::create_dir_all(&dir)?;
@@ -126,5 +135,10 @@ fn write_page(program: &Program, dir: &Path) -> Result<(), Box<dyn Error>> {
         man.render_subcommands_section(&mut page)?;
     }
     page.write_all(more.as_bytes())?;
-    Ok(())
+    command.get_subcommands().try_for_each(|sub| {
+        // clap takes names that live for ever.
+        let name: &'static str = Box::leak(format!("{name}-{}", sub.get_name()).into_boxed_str());
+        let command = sub.clone().name(name).bin_name(name);
+        write_page(&Program { command, section, more }, dir)
+    })
 }

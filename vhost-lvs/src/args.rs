@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 #[command(
     name = "vhost-lvs",
     version,
+    disable_help_subcommand = true,
     about = "Show, check, export and import logical volumes that no server uses",
     long_about = "Show, check, export and import logical volumes that no server uses.\n\n\
         FILE is a file or block device with a logical volume store of SPDK or of vhost. Only \

@@ -249,6 +249,14 @@ impl<'a> Run<'a> {
 
     /// A volume that can be written, and an index.
     fn target(&mut self) -> Option<(String, BlobId, u64)> {
+        // Often where a claim is held, so that it becomes stale.
+        if let Some(held) = self.random.pick(&self.held).filter(|_| self.random.chance(40)) {
+            let (name, index) = (held.name.clone(), held.claim.clusters()[0].index);
+            let there = self.model.volumes.get(&name);
+            if there.is_some_and(|volume| !volume.read_only && volume.len > index) {
+                return Some((name.clone(), self.id(&name), index));
+            }
+        }
         let name = self.pick(|volume| !volume.read_only && volume.len > 0)?;
         let len = self.model.volumes[&name].len;
         let near = if self.random.chance(70) { len.min(12) } else { len };
