@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bdev::{Durability, Error};
+use bdev::{Durability, Error, SharedQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use tracing::{error, info, warn};

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bdev::{
-    BLOCK_SIZE_MIN, Bdev, Channel, Durability, Error, Features, Qos, Stats, Topology, checked_size,
+    BLOCK_SIZE_MIN, Bdev, Channel, Durability, Error, Features, Qos, QueueChannel, Stats, Topology,
+    checked_size,
 };
 use uuid::Uuid;
 
-use crate::channel::NbdChannel;
 use crate::connector::{Connector, Wanted, connect, waker};
 use crate::handshake::Export;
 use crate::protocol::transmission::{READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES};
@@ -210,7 +210,7 @@ impl Bdev for NbdDisk {
         let Some(queue) = least_used.map(Arc::clone) else {
             return Err(Error::NoDevice(what));
         };
-        match NbdChannel::open(self, queue, depth) {
+        match QueueChannel::open(self, queue, depth) {
             Ok(channel) => Ok(Box::new(channel)),
             Err(source) => Err(Error::System { what, source }),
         }

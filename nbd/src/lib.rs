@@ -3,7 +3,7 @@
 //! * [`protocol`]: the protocol's numbers and headers.
 //! * `uri`: the address of an export. `stream`: connecting to it. `handshake`: choosing the export.
 //! * `link`: a socket on an io_uring, without a protocol. `parser`: splits the replies.
-//! * `queue`: a connection that channels share. `channel`: a reactor's side of a disk.
+//! * `queue`: a connection that channels share.
 //! * `connector`: the thread that keeps a disk connected.
 //! * `disk`: the bdev. `module`: the RPC methods.
 //!
@@ -24,7 +24,6 @@ mod parser;
 
 mod queue;
 
-mod channel;
 mod connector;
 
 mod disk;

@@ -5,16 +5,14 @@
 //! serves all lines: it sends their I/Os, and passes on the replies. A reactor *tries* to take the
 //! queue, and never waits: if another thread has it, the reactor tries again in its next poll
 //! iteration, and does not sleep before.
-#![expect(unsafe_code, reason = "shares a queue without a lock")]
 
-use std::cell::UnsafeCell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use bdev::{Durability, Line};
+use bdev::{Durability, Line, SharedQueue, TryTaken};
 use rustix::event::{EventfdFlags, eventfd};
 
 mod state;
@@ -23,11 +21,10 @@ use crate::link::Link;
 pub(crate) use state::Detached;
 use state::State;
 
-/// A connection, with the channels that use it.
+/// A connection, with the channels that use it. A thread keeps the state for no longer than the
+/// copies of two staging buffers.
 pub(crate) struct Queue {
-    /// Set while a thread has the state.
-    taken: AtomicBool,
-    state: UnsafeCell<State>,
+    state: TryTaken<State>,
     /// Signalled for each event of the link. It is never read.
     call: OwnedFd,
     /// The number of channels.
@@ -37,11 +34,6 @@ pub(crate) struct Queue {
     /// Wakes the connector.
     connector: Arc<OwnedFd>,
 }
-
-// SAFETY: the state is accessed only by the thread that has set `taken`.
-unsafe impl Sync for Queue {}
-// SAFETY: as above; what the state points to may be used by any thread.
-unsafe impl Send for Queue {}
 
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -58,20 +50,30 @@ pub(crate) enum Offline {
     Fail,
 }
 
-/// The right to use the state, until it is dropped.
-struct Taken<'a>(&'a Queue);
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        // Release: the next thread sees what this one has done.
-        self.0.taken.store(false, Ordering::Release);
+impl SharedQueue for Queue {
+    fn call_fd(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
     }
-}
 
-impl Taken<'_> {
-    fn state(&mut self) -> &mut State {
-        // SAFETY: this thread has set `taken`, and `self` is borrowed as long as the state.
-        unsafe { &mut *self.0.state.get() }
+    #[inline]
+    fn try_serve(&self) -> bool {
+        let Some(mut state) = self.state.try_take() else { return false };
+        let done = state.serve();
+        if state.is_broken() {
+            self.report_broken();
+        }
+        done
+    }
+
+    fn add(&self, line: &Arc<Line>, depth: u16) -> usize {
+        self.channels.fetch_add(1, Ordering::Relaxed);
+        self.state.take().add(line, depth)
+    }
+
+    fn remove(&self, place: usize, _sleeps: bool) {
+        let removed = self.state.take().remove(place);
+        drop(removed);
+        self.channels.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -84,8 +86,7 @@ impl Queue {
         connector: &Arc<OwnedFd>,
     ) -> io::Result<Self> {
         Ok(Self {
-            taken: AtomicBool::new(false),
-            state: UnsafeCell::new(State::new(payload_max, durability)),
+            state: TryTaken::new(State::new(payload_max, durability)),
             call: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             channels: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
@@ -93,44 +94,9 @@ impl Queue {
         })
     }
 
-    /// The fd that is signalled for each event of the link. Each channel has a duplicate, as a
-    /// reactor can wait only once for each fd.
-    pub(crate) fn call_fd(&self) -> BorrowedFd<'_> {
-        self.call.as_fd()
-    }
-
     /// The number of channels that use the queue.
     pub(crate) fn channels(&self) -> usize {
         self.channels.load(Ordering::Relaxed)
-    }
-
-    fn try_take(&self) -> Option<Taken<'_>> {
-        // Acquire: pairs with the Release of the thread that had it before.
-        // Not `then_some`: dropping a `Taken` releases the queue.
-        (!self.taken.swap(true, Ordering::Acquire)).then(|| Taken(self))
-    }
-
-    /// Takes the queue, for threads that may wait. A reactor holds it for no longer than the copies
-    /// of two staging buffers.
-    fn take(&self) -> Taken<'_> {
-        loop {
-            if let Some(taken) = self.try_take() {
-                return taken;
-            }
-            std::thread::yield_now();
-        }
-    }
-
-    /// For a reactor: serves all channels, if no other thread does. Returns whether nothing is left
-    /// to do now; if not, the caller must call this again before it sleeps.
-    #[inline]
-    pub(crate) fn try_serve(&self) -> bool {
-        let Some(mut taken) = self.try_take() else { return false };
-        let done = taken.state().serve();
-        if taken.state().is_broken() {
-            self.report_broken();
-        }
-        done
     }
 
     #[cold]
@@ -141,37 +107,24 @@ impl Queue {
         }
     }
 
-    /// Adds a channel, and returns its place.
-    pub(crate) fn add(&self, line: &Arc<Line>, depth: u16) -> usize {
-        self.channels.fetch_add(1, Ordering::Relaxed);
-        self.take().state().add(line, depth)
-    }
-
-    /// Removes a channel that has no outstanding I/O.
-    pub(crate) fn remove(&self, place: usize) {
-        let removed = self.take().state().remove(place);
-        drop(removed);
-        self.channels.fetch_sub(1, Ordering::Relaxed);
-    }
-
     /// Starts to use a connection. The requests that were in flight on the previous one are sent
     /// again: doing them twice has the same result as doing them once. If the previous server had
     /// completed writes that were not flushed, the next flush of each channel fails, also one that
     /// was in flight.
     pub(crate) fn connect(&self, link: Box<Link>) {
-        let mut taken = self.take();
+        let mut state = self.state.take();
         self.broken.store(false, Ordering::Relaxed);
-        let before = taken.state().connect(link);
-        taken.state().serve();
-        drop(taken);
+        let before = state.connect(link);
+        state.serve();
+        drop(state);
         drop(before);
     }
 
     /// Stops using the connection, and returns it.
     pub(crate) fn disconnect(&self, offline: Offline) -> Detached {
-        let mut taken = self.take();
-        let before = taken.state().disconnect(offline);
-        taken.state().serve();
+        let mut state = self.state.take();
+        let before = state.disconnect(offline);
+        state.serve();
         before
     }
 

@@ -4,10 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bdev::{Bdev, Channel, Durability, Error, Features, Qos, Stats, checked_size};
+use bdev::{Bdev, Channel, Durability, Error, Features, Qos, QueueChannel, Stats, checked_size};
 use uuid::Uuid;
 
-use crate::channel::VirtioChannel;
 use crate::connection::Connection;
 use crate::memory::{CHUNK, Layout};
 use crate::queue::Queue;
@@ -174,7 +173,7 @@ impl Bdev for VirtioDisk {
         let what = format!("{}: cannot open an I/O path", self.name);
         let number = self.next.fetch_add(1, Ordering::Relaxed) % self.queues.len();
         let queue = Arc::clone(&self.queues[number]);
-        match VirtioChannel::open(self, queue, depth) {
+        match QueueChannel::open(self, queue, depth) {
             Ok(channel) => Ok(Box::new(channel)),
             Err(source) => Err(Error::System { what, source }),
         }

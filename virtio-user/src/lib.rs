@@ -4,7 +4,6 @@
 //! * `memory`: the memory that is shared with a server. `request`: virtio-blk's requests. `ring`:
 //!   the driver's side of a virtqueue.
 //! * `queue`: a virtqueue that channels share.
-//!   `channel`: a reactor's side of a disk.
 //! * `session`: the vhost-user handshake. `connection`: the thread that keeps a disk connected.
 //! * `disk`: the bdev. `module`: the RPC methods.
 //!
@@ -20,7 +19,6 @@ mod ring;
 
 mod queue;
 
-mod channel;
 mod session;
 
 mod connection;

@@ -327,6 +327,8 @@ impl Client {
 mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 
+    use bdev::SharedQueue;
+
     use super::*;
     use crate::memory::{Layout, Memory};
     use crate::queue::Queue;

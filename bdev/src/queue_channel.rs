@@ -1,26 +1,46 @@
-//! A reactor's side of a disk.
+//! The channel of an engine whose channels share a queue of requests to a server.
 #![expect(unsafe_code, reason = "the contract's method is unsafe; nothing here is")]
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use bdev::{
-    Bdev, Channel, Completion, Failure, Features, Io, Line, Op, Outstanding, Status, Submit, Tag,
-    Wait, WakeFds, within,
-};
+use crate::contract::{Bdev, Channel, Features, Wait, WakeFds};
+use crate::failure::Failure;
+use crate::geometry::within;
+use crate::io::{Completion, Io, Op, Status, Submit, Tag};
+use crate::line::Line;
+use crate::outstanding::Outstanding;
 
-use crate::queue::Queue;
+/// A queue of requests to a server, which several channels share. Each channel has a [`Line`] with
+/// its I/Os; whoever serves the queue serves the lines of all.
+pub trait SharedQueue: Send + Sync + 'static {
+    /// The fd that is signalled when the queue may have results.
+    fn call_fd(&self) -> BorrowedFd<'_>;
 
-/// The I/O path of one owner.
-pub(crate) struct VirtioChannel {
+    /// For a reactor: serves all channels, if no other thread does. Returns whether nothing is left
+    /// to do now; if not, the caller calls this again before it sleeps. Does not wait.
+    fn try_serve(&self) -> bool;
+
+    /// Adds a channel of this depth, and returns its place. Its owner may sleep.
+    fn add(&self, line: &Arc<Line>, depth: u16) -> usize;
+
+    /// Removes a channel that has no outstanding I/O. `sleeps`: whether its owner might sleep.
+    fn remove(&self, place: usize, sleeps: bool);
+
+    /// Records that the owner of one more channel may sleep, or of one less. Not for reactors.
+    fn set_sleeps(&self, _sleeps: bool) {}
+}
+
+/// The I/O path of one owner to a bdev with a [`SharedQueue`].
+pub struct QueueChannel<Q: SharedQueue> {
     disk: Arc<dyn Bdev>,
     features: Features,
-    queue: Arc<Queue>,
+    queue: Arc<Q>,
     /// Its place in the queue.
     place: usize,
     line: Arc<Line>,
-    /// The server signals it when it has used requests of the queue.
+    /// A duplicate of the queue's fd: a reactor can wait only once for each fd.
     call: OwnedFd,
     outstanding: Outstanding,
     /// The number of outstanding I/Os.
@@ -30,8 +50,12 @@ pub(crate) struct VirtioChannel {
     sleeps: bool,
 }
 
-impl VirtioChannel {
-    pub(crate) fn open(disk: Arc<dyn Bdev>, queue: Arc<Queue>, depth: u16) -> io::Result<Self> {
+impl<Q: SharedQueue> QueueChannel<Q> {
+    /// Opens a channel of `disk`, which `queue` serves.
+    ///
+    /// # Errors
+    /// The system has no file descriptor left.
+    pub fn open(disk: Arc<dyn Bdev>, queue: Arc<Q>, depth: u16) -> io::Result<Self> {
         let line = Line::new(depth)?;
         Ok(Self {
             call: queue.call_fd().try_clone_to_owned()?,
@@ -71,7 +95,7 @@ impl VirtioChannel {
     }
 }
 
-impl Channel for VirtioChannel {
+impl<Q: SharedQueue> Channel for QueueChannel<Q> {
     unsafe fn submit(&mut self, io: Io) -> Submit {
         if let Some(errno) = self.refusal(&io) {
             return self.outstanding.refuse(&io, errno);
@@ -131,7 +155,7 @@ impl Channel for VirtioChannel {
     }
 }
 
-impl Drop for VirtioChannel {
+impl<Q: SharedQueue> Drop for QueueChannel<Q> {
     fn drop(&mut self) {
         self.queue.remove(self.place, self.sleeps);
     }
