@@ -153,7 +153,8 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
                 .map_err(|e| (e.errno(), e.to_string()))
         }
         Way::Device(path) => {
-            let file = opener.open(&path, Access::ReadWrite).map_err(|e| (e.errno(), e.to_string()))?;
+            let file =
+                opener.open(&path, Access::ReadWrite).map_err(|e| (e.errno(), e.to_string()))?;
             let started = KernelExport::start(exported, file, on_end);
             started.map(Server::Kernel).map_err(|e| (e.errno(), hint(&e)))
         }

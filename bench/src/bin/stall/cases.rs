@@ -17,6 +17,7 @@ use front_end::{Backing, FrontEnd, GuestRam, LIMIT, Options, Queue, QueueOptions
 use serde_json::json;
 
 use crate::event::Event;
+use crate::hung_engine::{ENGINE, HungEngine};
 use crate::new_vms;
 use crate::untrusted_clients::{Trick, UntrustedClients};
 
@@ -94,6 +95,7 @@ pub(crate) struct Case<'a> {
     stopping: Option<JoinHandle<front_end::Result<Vec<u16>>>>,
     calls: Vec<(Rpc, &'static str)>,
     untrusted_clients: Option<UntrustedClients<'a>>,
+    hung_engine: Option<HungEngine<'a>>,
 }
 
 impl<'a> Case<'a> {
@@ -109,6 +111,10 @@ impl<'a> Case<'a> {
             Event::UntrustedClients(trick) => Some(UntrustedClients::new(trick, server)?),
             _ => None,
         };
+        let hung_engine = match event {
+            Event::EngineHang => Some(HungEngine::new(server, &armory)?),
+            _ => None,
+        };
         let case = Self {
             event,
             server,
@@ -122,6 +128,7 @@ impl<'a> Case<'a> {
             stopping: None,
             calls: Vec::new(),
             untrusted_clients,
+            hung_engine,
         };
         if event.wants_new_vms() && !server.socket(new_vms::NAME).exists() {
             server.controller(new_vms::NAME, OTHER)?;
@@ -159,6 +166,11 @@ impl<'a> Case<'a> {
             Event::HungKilled | Event::HungStopped => {
                 let mut vm = Vm::start(self.server, HUNG, touched_ram()?)?;
                 vm.submit()?;
+                self.vms.push(vm);
+            }
+            Event::EngineHang => {
+                self.hung_engine.iter().try_for_each(HungEngine::prepare)?;
+                let vm = Vm::start(self.server, ENGINE, touched_ram()?)?;
                 self.vms.push(vm);
             }
             Event::UntrustedClients(trick) => {
@@ -209,6 +221,10 @@ impl<'a> Case<'a> {
                     self.stopping = Some(std::thread::spawn(move || front_end.stop()));
                 }
             }
+            Event::EngineHang => {
+                self.vms.iter_mut().try_for_each(Vm::submit)?;
+                self.hung_engine.iter_mut().try_for_each(HungEngine::open)?;
+            }
             Event::UntrustedClients(_) => {
                 let pause = self.pause();
                 self.untrusted_clients.iter_mut().try_for_each(|clients| clients.strike(pause))?;
@@ -243,7 +259,8 @@ impl<'a> Case<'a> {
                 fs::remove_file(self.armory.join(slow_munmap::SLEPT))?;
                 self.server.controller(&controller(0), OTHER)?;
             }
-            Event::HungIo => {
+            Event::HungIo | Event::EngineHang => {
+                self.hung_engine.iter_mut().try_for_each(HungEngine::delete)?;
                 for vm in &mut self.vms {
                     for _ in 0..IN_FLIGHT {
                         vm.queue()?.wait()?;
@@ -259,6 +276,7 @@ impl<'a> Case<'a> {
             self.wait_for_ends(VMS / 2..VMS)?;
         }
         self.untrusted_clients.iter_mut().try_for_each(UntrustedClients::settle)?;
+        self.hung_engine.iter().try_for_each(HungEngine::settle)?;
         self.wait_for_peace()?;
         self.left.clear();
         Ok(())

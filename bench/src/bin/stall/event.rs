@@ -17,12 +17,14 @@ pub(crate) enum Event {
     HungIo,
     HungKilled,
     HungStopped,
+    /// The storage of a VM hangs behind a socket, and another one while it is opened.
+    EngineHang,
     /// Other clients try to block resources that VMs share.
     UntrustedClients(Trick),
 }
 
 impl Event {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::Control,
         Self::Connected,
         Self::Loaded,
@@ -33,6 +35,7 @@ impl Event {
         Self::HungIo,
         Self::HungKilled,
         Self::HungStopped,
+        Self::EngineHang,
         Self::UntrustedClients(Trick::Lingering),
         Self::UntrustedClients(Trick::SlowCloses),
         Self::UntrustedClients(Trick::Batch),
@@ -56,6 +59,7 @@ impl Event {
             Self::HungIo => "hung-io",
             Self::HungKilled => "hung-killed",
             Self::HungStopped => "hung-stopped",
+            Self::EngineHang => "engine-hang",
             Self::UntrustedClients(trick) => trick.name(),
         }
     }
@@ -74,6 +78,9 @@ impl Event {
             Self::HungIo => "16 requests of a VM hang",
             Self::HungKilled => "a VM with 16 hung requests is killed",
             Self::HungStopped => "a VM with 16 hung requests is stopped",
+            Self::EngineHang => {
+                "16 requests hang at an NBD server, and the handshake of another one hangs"
+            }
             Self::UntrustedClients(trick) => trick.words(),
         }
     }
@@ -85,7 +92,7 @@ impl Event {
 
     /// Whether it disturbs threads other than reactors, on which new VMs and operators wait.
     pub(crate) fn wants_new_vms(self) -> bool {
-        matches!(self, Self::UntrustedClients(_))
+        matches!(self, Self::UntrustedClients(_) | Self::EngineHang)
     }
 }
 

@@ -2,13 +2,15 @@
 //! alternating quiet and disturbed stretches.
 //!
 //! In the order of the data flow: [`options`] selects the [`event`]s and the servers; [`cases`]
-//! make an event happen repeatedly, those of [`untrusted_clients`] while [`new_vms`] run;
+//! make an event happen repeatedly, those of [`untrusted_clients`] and
+//! [`hung_engine`] while [`new_vms`] run;
 //! [`client`] is the neighbours; [`stretch`] collects the data of the neighbours, the kernel and
 //! the server in one stretch; [`report`] makes tables.
 
 mod cases;
 mod client;
 mod event;
+mod hung_engine;
 mod new_vms;
 mod options;
 mod report;
@@ -214,6 +216,9 @@ fn pairs(
 
 /// Why `event` cannot be measured on a server of this kind.
 fn foreign(event: Event, kind: Kind) -> Option<String> {
+    if event == Event::EngineHang && kind != Kind::Ours {
+        return Some("this server has no NBD client".into());
+    }
     (event.wants_new_vms() && kind != Kind::Ours)
         .then(|| "it may block this server for ever".into())
 }
