@@ -154,7 +154,7 @@ fn a_load_outlives_its_server(mut server: Nbdkit, connections: u32, args: &[&str
         server.serve_again();
         goes_on(&vhost, "N0");
     }
-    assert_eq!(vhost.log().matches("connected to nbd").count(), 4);
+    wait_until("the log has all connects", || vhost.log().matches("connected to nbd").count() == 4);
     end(load);
     assert_eq!(vhost.stop(), 0);
 }
