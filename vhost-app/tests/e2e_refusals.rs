@@ -221,6 +221,68 @@ fn bdevs_are_refused_with_spdks_codes_and_nothing_half_made() {
 }
 
 #[test]
+fn attaching_an_nvme_controller_is_refused_with_spdks_codes() {
+    let vhost = Vhost::start(&[]);
+    let attach = "bdev_nvme_attach_controller";
+    let invalid = "Invalid argument";
+    let with = |more: Value| {
+        let mut params = json!({"name": "N", "trtype": "PCIe", "traddr": "ffff:ff:1f.7"});
+        params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        params
+    };
+    let long = "7".repeat(33);
+    all_refused(
+        &vhost,
+        &[
+            (attach, json!({"name": "N"}), -32603, "spdk_json_decode_object failed"),
+            (attach, with(json!({"multipath": "x"})), -32603, "spdk_json_decode_object failed"),
+            (attach, with(json!({"max_bdevs": 0})), -22, "max_bdevs cannot be zero"),
+            (attach, with(json!({"name": ""})), -22, invalid),
+            (attach, with(json!({"trtype": "x"})), -22, "Failed to parse trtype: x"),
+            (attach, with(json!({"adrfam": "x"})), -22, "Failed to parse adrfam: x"),
+            (attach, with(json!({"trsvcid": long})), -22, &format!("trsvcid too long: {long}")),
+            (
+                attach,
+                with(json!({"num_io_queues": 0})),
+                -22,
+                "num_io_queues out of bounds, min: 1 max: 65536",
+            ),
+            (attach, with(json!({"reconnect_delay_sec": 1})), -22, invalid),
+            (attach, with(json!({"trtype": "TCP", "trsvcid": "1"})), -22, invalid),
+            (attach, with(json!({"psk": "key"})), -126, "Required key not available"),
+            (attach, with(json!({})), -19, "No such device"),
+            ("bdev_nvme_detach_controller", json!({"name": "N"}), -19, "No such device"),
+            ("bdev_nvme_reset_controller", json!({"name": "N"}), -19, "No such device"),
+            ("bdev_nvme_get_controllers", json!({"name": "N"}), -22, "Controller N does not exist"),
+            (
+                "bdev_nvme_get_controller_health_info",
+                json!({"name": "N"}),
+                -32603,
+                "Device not found",
+            ),
+        ],
+    );
+    vhost.wait_for_log("no PCI device has the address ffff:ff:1f.7");
+    assert_eq!(vhost.ok("bdev_nvme_get_controllers", json!({})), json!([]));
+}
+
+/// A time-out that is not given is that of `bdev_nvme_set_options`.
+#[test]
+fn time_outs_of_an_nvme_controller_fit_the_options() {
+    let vhost = Vhost::start(&[]);
+    let options = json!({"ctrlr_loss_timeout_sec": 10, "reconnect_delay_sec": 2});
+    vhost.ok("bdev_nvme_set_options", options);
+    let attach = |more: Value| {
+        let mut params = json!({"name": "N", "trtype": "PCIe", "traddr": "ffff:ff:1f.7"});
+        params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        vhost.err("bdev_nvme_attach_controller", params).code
+    };
+    assert_eq!(attach(json!({"fast_io_fail_timeout_sec": 5})), -19);
+    assert_eq!(attach(json!({"fast_io_fail_timeout_sec": 11})), -22);
+    assert_eq!(attach(json!({"ctrlr_loss_timeout_sec": 1})), -22);
+}
+
+#[test]
 fn other_methods_are_refused_with_spdks_codes() {
     let vhost = Vhost::start(&[]);
     all_refused(

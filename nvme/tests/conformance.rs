@@ -1,0 +1,59 @@
+//! The suite of bdevs, on a namespace, by NVMe commands. Needs `VHOST_NVME`, the name of a
+//! namespace's block device of [`SIZE`] bytes, and one test at a time, as in the guest of `ci/nvme`.
+#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bdev::{Access, Engine, FileDisk, FileOptions, Flavour, Namespace, Passthrough, open_file};
+use bdev_conformance::{Fixture, SIZE, conformance};
+
+/// Opens the block device, which the disk of the test before may still be closing.
+fn open_block_device(path: &Path) -> File {
+    loop {
+        match open_file(path, Access::Exclusive) {
+            Err(e) if e.errno() == libc::EBUSY => std::thread::yield_now(),
+            opened => return opened.unwrap(),
+        }
+    }
+}
+
+/// A disk of zeroes. `None`, and the test is skipped, without a namespace.
+#[track_caller]
+fn disk(uses_commands: bool) -> Option<Fixture> {
+    let Ok(block) = std::env::var("VHOST_NVME") else {
+        test_report::skipped("nvme", "VHOST_NVME is not set: see ci/nvme");
+        return None;
+    };
+    let filename = PathBuf::from("/dev").join(&block);
+    let file = open_block_device(&filename);
+    let mut zeroed = File::options().write(true).open(&filename).unwrap();
+    zeroed.write_all(&vec![0; usize::try_from(SIZE).unwrap()]).unwrap();
+    zeroed.sync_all().unwrap();
+    let path = PathBuf::from("/dev").join(block.replacen("nvme", "ng", 1));
+    let character = Arc::new(open_file(&path, Access::NvmeControl).unwrap());
+    let passthrough = Passthrough::probe(Arc::clone(&character), &file).unwrap();
+    let passthrough = uses_commands.then_some(passthrough);
+    let namespace = Namespace { file: character, passthrough };
+    let options = FileOptions {
+        name: "N".into(),
+        filename,
+        block_size: None,
+        readonly: false,
+        fallocate: false,
+        uuid: None,
+        flavour: Flavour::Nvme,
+        engine: None,
+    };
+    let disk = FileDisk::on_namespace(file, Some(namespace), options).unwrap();
+    let engine = disk.service().engine;
+    assert_eq!(engine == Engine::Passthrough, uses_commands, "{engine:?}");
+    Some(Fixture::of(disk))
+}
+
+conformance! {
+    commands => disk(true);
+    block_device => disk(false);
+}
