@@ -298,8 +298,8 @@ pub(crate) async fn attach(
     };
     if made.is_err() && is_new {
         let (sysfs, open) = (state.sysfs.clone(), host.open_file());
-        let name = kernel.clone();
-        let disconnect = move || fabrics::disconnect(&open, &sysfs, &name);
+        let (name, target) = (kernel.clone(), attach.target);
+        let disconnect = move || fabrics::disconnect(&open, &sysfs, &name, &target);
         if let Err(e) = state.aside(&host, disconnect).await {
             warn!("{ATTACH}: cannot disconnect {kernel} again: {e}");
         }
@@ -402,6 +402,7 @@ async fn add_controller(
         name: attach.name.clone(),
         max_bdevs: attach.max_bdevs,
         paths: RefCell::new(vec![path(attach, &found, params)]),
+        refused: RefCell::default(),
         changing: Cell::new(false),
     });
     let new = found.namespaces.into_iter().zip(found.shared).collect();

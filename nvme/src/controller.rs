@@ -17,6 +17,8 @@ pub(crate) struct Controller {
     pub(crate) max_bdevs: usize,
     /// At least one until it is detached.
     pub(crate) paths: RefCell<Vec<Path>>,
+    /// The block devices of new namespaces that could not be opened: they are not tried again.
+    pub(crate) refused: RefCell<Vec<String>>,
     /// An operation that changes it is under way, such as a detach.
     pub(crate) changing: Cell<bool>,
 }
@@ -85,6 +87,11 @@ impl Controllers {
 
     pub(crate) fn get(&self, name: &str) -> Option<Rc<Controller>> {
         self.all.borrow().iter().find(|controller| controller.name == name).cloned()
+    }
+
+    /// Returns whether a controller is still attached.
+    pub(crate) fn has(&self, controller: &Rc<Controller>) -> bool {
+        self.all.borrow().iter().any(|other| Rc::ptr_eq(other, controller))
     }
 
     /// Returns whether a path of some controller is this one of the kernel.

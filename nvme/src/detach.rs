@@ -1,6 +1,7 @@
 //! `bdev_nvme_detach_controller`.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use bdev::method::{Answer, DecodeFailure, MethodError, Params};
 use bdev::{BdevId, Host, life};
@@ -12,6 +13,9 @@ use crate::entry::bdevs_of;
 use crate::fabrics;
 use crate::state::State;
 use crate::target::{Given, Target};
+
+/// The pause between two attempts to change a controller that is being changed.
+const PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Deserialize)]
 struct Request {
@@ -58,16 +62,23 @@ pub(crate) async fn detach(state: Rc<State>, host: Rc<dyn Host>, params: Params)
         error!("{method}: no controller has the name {:?}", request.name);
         return Err(MethodError::errno(libc::ENODEV));
     };
+    // A look for namespaces changes it too, for a moment.
+    let _changing = loop {
+        if let Some(changing) = controller.change() {
+            break changing;
+        }
+        host.sleep(PAUSE).await;
+    };
+    if !state.controllers.has(&controller) {
+        error!("{method}: controller {} has just been detached", request.name);
+        return Err(MethodError::errno(libc::ENODEV));
+    }
     let (gone, left): (Vec<Path>, Vec<Path>) =
         controller.paths.borrow().iter().cloned().partition(|path| request.fits(path));
     if gone.is_empty() {
         error!("{method}: controller {} has no such path", request.name);
         return Err(MethodError::errno(libc::ENXIO));
     }
-    let Some(_changing) = controller.change() else {
-        error!("{method}: controller {} is being changed by another call", request.name);
-        return Err(MethodError::errno(libc::EALREADY));
-    };
     if left.is_empty() {
         state.controllers.remove(&controller);
         let ids: Vec<BdevId> =
@@ -89,8 +100,8 @@ async fn end_connections(
 ) {
     for path in paths.into_iter().filter(Path::is_connection) {
         let (sysfs, open) = (state.sysfs.clone(), host.open_file());
-        let kernel = path.kernel.clone();
-        let disconnect = move || fabrics::disconnect(&open, &sysfs, &kernel);
+        let (kernel, target) = (path.kernel.clone(), path.target);
+        let disconnect = move || fabrics::disconnect(&open, &sysfs, &kernel, &target);
         match state.aside(host, disconnect).await {
             Ok(()) => info!("controller {}: disconnected {}", controller.name, path.kernel),
             Err(e) => warn!("controller {}: {e}", controller.name),

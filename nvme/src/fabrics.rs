@@ -163,11 +163,20 @@ pub(crate) fn wait_for_namespaces(sysfs: &Sysfs, controller: &str) -> Vec<Namesp
     last
 }
 
-/// Ends a connection, unless something else uses a namespace of it. May block for minutes.
+/// Ends the connection `controller` to a target, unless something else uses a namespace of it. May
+/// block for minutes.
 ///
 /// # Errors
-/// EBUSY with the user; the system's error.
-pub(crate) fn disconnect(open: &OpenFile, sysfs: &Sysfs, controller: &str) -> Result<(), Error> {
+/// ENODEV if it has ended; EBUSY with the user; the system's error.
+pub(crate) fn disconnect(
+    open: &OpenFile,
+    sysfs: &Sysfs,
+    controller: &str,
+    target: &Target,
+) -> Result<(), Error> {
+    if !sysfs.is_at(controller, target) {
+        return Err(Error::NoDevice(format!("{controller} is disconnected already")));
+    }
     for namespace in sysfs.namespaces(controller) {
         if let Some(user) = user_of(sysfs, &namespace.block) {
             return Err(Error::Busy(format!("{controller} stays connected: {user}")));

@@ -2,10 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bdev::method::{Answer, Call, DecodeFailure, Params};
-use bdev::{BdevId, Host, life};
+use bdev::{Bdev, BdevId, FileDisk, Host, life};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tracing::{info, warn};
@@ -15,6 +16,7 @@ use crate::controller::Controller;
 use crate::entry::bdevs_of;
 use crate::state::State;
 use crate::sysfs::{Namespace, Sysfs};
+use crate::target::Target;
 
 /// SPDK's default and limit of the period.
 const PERIOD_US: u64 = 100_000;
@@ -85,19 +87,26 @@ async fn watch(hotplug: Rc<Hotplug>, state: Rc<State>, host: Rc<dyn Host>) {
 async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller>) {
     let Some(_changing) = controller.change() else { return };
     let sysfs = state.sysfs.clone();
-    let kernels: Vec<String> =
-        controller.paths.borrow().iter().map(|path| path.kernel.clone()).collect();
-    let seen = host.blocking(move || Seen::of(&sysfs, &kernels)).await;
+    let paths = controller.paths.borrow().clone();
+    let paths: Vec<_> = paths.into_iter().map(|path| (path.kernel, path.target)).collect();
+    let seen = host.blocking(move || Seen::of(&sysfs, &paths)).await;
     let bdevs = bdevs_of(controller, host.registry());
     let has = |namespace: &Namespace| seen.namespaces.iter().any(|it| it.block == namespace.block);
     let lost = bdevs.iter().filter(|(_, entry)| !has(&entry.namespace));
     let lost: Vec<(BdevId, String)> =
         lost.map(|(id, entry)| (*id, entry.name().to_owned())).collect();
     let known = |it: &Namespace| bdevs.iter().any(|(_, entry)| entry.namespace.id == it.id);
-    let new: Vec<_> =
-        seen.namespaces.iter().filter(|it| !known(it)).map(|it| (it.clone(), false)).collect();
+    let is_there = |block: &String| seen.namespaces.iter().any(|it| it.block == *block);
+    controller.refused.borrow_mut().retain(is_there);
+    let refused = controller.refused.borrow().clone();
+    let new = seen.namespaces.iter().filter(|it| !known(it) && !refused.contains(&it.block));
+    let new: Vec<_> = new.map(|it| (it.clone(), false)).collect();
+    let size = |id| seen.namespaces.iter().find(|it| it.id == id).map_or(0, |it| it.bytes);
+    let grown = bdevs.iter().filter(|(_, it)| size(it.namespace.id) > it.disk.size_bytes());
+    let grown: Vec<_> = grown.map(|(_, entry)| Arc::clone(&entry.disk)).collect();
     let count = bdevs.len();
     drop(bdevs);
+    grow(host, grown).await;
     if seen.is_gone {
         info!("controller {}: its device is gone", controller.name);
         state.controllers.remove(controller);
@@ -114,9 +123,15 @@ async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller
     if new.is_empty() || count + new.len() > controller.max_bdevs {
         return;
     }
-    match add_namespaces(state, host, controller, new).await {
-        Ok(names) => info!("added bdevs of new namespaces: {}", names.join(", ")),
-        Err(e) => warn!("controller {}: cannot add new namespaces: {}", controller.name, e.text),
+    for (namespace, can_share) in new {
+        let block = namespace.block.clone();
+        match add_namespaces(state, host, controller, vec![(namespace, can_share)]).await {
+            Ok(names) => info!("added the bdev of a new namespace: {}", names.join(", ")),
+            Err(e) => {
+                warn!("controller {}: cannot add {block}: {}", controller.name, e.text);
+                controller.refused.borrow_mut().push(block);
+            }
+        }
     }
 }
 
@@ -127,13 +142,29 @@ struct Seen {
 }
 
 impl Seen {
-    fn of(sysfs: &Sysfs, kernels: &[String]) -> Self {
-        let is_gone = kernels.iter().all(|name| sysfs.controller(name).is_none());
+    fn of(sysfs: &Sysfs, paths: &[(String, Target)]) -> Self {
+        let left: Vec<_> = paths.iter().filter(|(name, at)| sysfs.is_at(name, at)).collect();
         let mut namespaces: Vec<_> =
-            kernels.iter().flat_map(|name| sysfs.namespaces(name)).collect();
+            left.iter().flat_map(|(name, _)| sysfs.namespaces(name)).collect();
         namespaces.sort_by_key(|namespace| namespace.id);
         namespaces.dedup_by_key(|namespace| namespace.id);
-        Self { is_gone, namespaces }
+        Self { is_gone: left.is_empty(), namespaces }
+    }
+}
+
+/// Adopts the sizes of namespaces that have grown.
+async fn grow(host: &Rc<dyn Host>, grown: Vec<Arc<FileDisk>>) {
+    for disk in grown {
+        let scanned = Arc::clone(&disk);
+        let before = disk.num_blocks();
+        match host.blocking(move || scanned.rescan()).await {
+            Ok(now) if now != before => life::resized(host, &(Arc::clone(&disk) as _)),
+            Ok(_) => {}
+            Err(e) => warn!("bdev {}: {e}", disk.name()),
+        }
+        drop(disk);
+        // A task may wait for the disk's last user.
+        host.released();
     }
 }
 
@@ -141,18 +172,24 @@ impl Seen {
 mod tests {
     use super::*;
     use crate::sysfs::tests::tree;
+    use crate::target::Given;
 
     #[test]
     fn a_controller_is_gone_when_none_of_its_paths_is_left() {
         let dir = tree();
         let sysfs = Sysfs::at(dir.path());
         let seen = |names: &[&str]| {
-            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-            let Seen { is_gone, namespaces } = Seen::of(&sysfs, &names);
+            let traddr = "0000:00:04.0";
+            let given = Given { trtype: "PCIe", traddr, ..Given::default() };
+            let target = Target::parse(given).unwrap();
+            let paths: Vec<_> =
+                names.iter().map(|name| ((*name).to_owned(), target.clone())).collect();
+            let Seen { is_gone, namespaces } = Seen::of(&sysfs, &paths);
             (is_gone, namespaces.len())
         };
         assert_eq!(seen(&["nvme0"]), (false, 2));
         assert_eq!(seen(&["nvme0", "nvme9"]), (false, 2));
-        assert_eq!(seen(&["nvme9"]), (true, 0));
+        // Another controller has this name now.
+        assert_eq!(seen(&["nvme1"]), (true, 0));
     }
 }

@@ -4,12 +4,12 @@ use std::rc::Rc;
 
 use bdev::method::{Answer, Call, DecodeFailure, Method, MethodError, Named, Params};
 use bdev::module::BdevModule;
-use bdev::{Access, Host};
+use bdev::{Access, Error, Host};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
 
-use crate::controller::Controller;
+use crate::controller::{Controller, Path};
 use crate::entry::NAME;
 use crate::hotplug::{self, HOTPLUG, Hotplug};
 use crate::identity::show_health;
@@ -108,21 +108,22 @@ async fn reset(state: Rc<State>, host: Rc<dyn Host>, params: Params) -> Answer {
     }
     let method = params.method();
     let Wanted { name, cntlid } = params.decode(DecodeFailure::INTERNAL)?;
-    let kernels: Vec<String> = state.controllers.get(&name).map_or(vec![], |controller| {
-        let paths = controller.paths.borrow();
-        let wanted = paths
-            .iter()
-            .filter(|path| cntlid.is_none_or(|cntlid| cntlid == path.identity.controller_id()));
-        wanted.map(|path| path.kernel.clone()).collect()
+    let paths: Vec<Path> = state.controllers.get(&name).map_or(vec![], |controller| {
+        let mut paths = controller.paths.borrow().clone();
+        paths.retain(|path| cntlid.is_none_or(|cntlid| cntlid == path.identity.controller_id()));
+        paths
     });
-    if kernels.is_empty() {
+    if paths.is_empty() {
         error!("{method}: no controller has the name {name:?} and this cntlid");
         return Err(MethodError::errno(libc::ENODEV));
     }
     params.let_next_start();
-    for kernel in kernels {
-        let open = host.open_file();
-        let reset = move || fabrics::control(&open, &kernel, "reset_controller");
+    for Path { kernel, target, .. } in paths {
+        let (open, sysfs) = (host.open_file(), state.sysfs.clone());
+        let reset = move || match sysfs.is_at(&kernel, &target) {
+            true => fabrics::control(&open, &kernel, "reset_controller"),
+            false => Err(Error::NoDevice(format!("{kernel} is gone"))),
+        };
         state.aside(&host, reset).await.map_err(|e| MethodError::of(method, &e))?;
     }
     Ok(true.into())

@@ -176,6 +176,15 @@ impl Sysfs {
         matching.next()
     }
 
+    /// Returns whether this name of the kernel still is that of the controller at a target. The
+    /// kernel uses the name of a controller that is gone again.
+    pub(crate) fn is_at(&self, name: &str, target: &Target) -> bool {
+        match target.transport {
+            Transport::Pcie => self.at_pci(&target.address).is_ok_and(|found| found == name),
+            Transport::Tcp => self.connected(target, None).is_some_and(|found| found.name == name),
+        }
+    }
+
     /// Returns the vendor of a PCI device.
     pub(crate) fn pci_vendor(&self, address: &str) -> Option<u16> {
         let text = read(&self.root.join("bus/pci/devices").join(address).join("vendor"))?;
@@ -336,6 +345,8 @@ pub(crate) mod tests {
             Target::parse(given).unwrap()
         };
         let found = sysfs.connected(&target("4420", "nqn.tcp"), None).unwrap();
+        assert!(sysfs.is_at("nvme1", &target("4420", "nqn.tcp")));
+        assert!(!sysfs.is_at("nvme0", &target("4420", "nqn.tcp")));
         assert_eq!((&*found.name, &*found.model), ("nvme1", "Model M"));
         assert_eq!(found.controller_id, 3);
         assert_eq!(sysfs.connected(&target("442", "nqn.tcp"), None), None);

@@ -54,6 +54,24 @@ pub enum Flavour {
     Nvme,
 }
 
+impl Flavour {
+    /// Returns what a disk of this flavour supports. `fallocate`: the operator wants unmap.
+    fn features(self, opened: &backing::Opened, read_only: bool, fallocate: bool) -> Features {
+        let unmap = match self {
+            Self::Aio => fallocate,
+            Self::Uring | Self::Nvme => opened.punches_holes(),
+        };
+        Features {
+            read_only,
+            flush: true,
+            unmap: unmap && !read_only,
+            write_zeroes: !read_only,
+            reset: self != Self::Uring,
+            any_alignment: opened.direct.is_none(),
+        }
+    }
+}
+
 /// The longest time that the deletion of a namespace's bdev waits, as in SPDK. The kernel may
 /// repeat I/O to a target that is away for longer.
 const NVME_DELETION: Duration = Duration::from_secs(10);
@@ -190,10 +208,6 @@ impl FileDisk {
         let opened = backing::check(file, &filename, block_size)?;
         let num_blocks = opened.size / u64::from(opened.block_size);
         checked_size(&name, num_blocks, opened.block_size)?;
-        let unmap = match flavour {
-            Flavour::Aio => fallocate,
-            Flavour::Uring | Flavour::Nvme => opened.punches_holes(),
-        };
         let system = |what| move |source| Error::System { what, source };
         let workers = Workers::start(opened.file.as_raw_fd(), opened.direct)
             .map_err(system(format!("{}: cannot start a worker thread", filename.display())))?;
@@ -209,14 +223,7 @@ impl FileDisk {
             // A read through the page cache may wait for the disk even with RWF_NOWAIT.
             None => Engine::Threads,
         };
-        let features = Features {
-            read_only: readonly,
-            flush: true,
-            unmap: unmap && !readonly,
-            write_zeroes: !readonly,
-            reset: flavour != Flavour::Uring,
-            any_alignment: opened.direct.is_none(),
-        };
+        let features = flavour.features(&opened, readonly, fallocate);
         let file = Arc::new(opened.file);
         let character = namespace.iter().map(|namespace| &namespace.file);
         let files = [&file].into_iter().chain(character).cloned().collect();
