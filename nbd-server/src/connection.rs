@@ -2,38 +2,50 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::{Bdev, Rights, ThreadChannel};
-use closer::Account;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
-use tracing::warn;
 
+use crate::held::Held;
 use crate::negotiation::{Chosen, Negotiation, Progress};
 use crate::properties::Properties;
-use crate::transmission::{DEPTH, Transmission};
+use crate::transmission::{DEPTH, Transmission, Violation};
 
 /// The limit on the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// The bytes that are received at a time.
 const RECEIVE: usize = 256 << 10;
 
+/// Why a connection ends before its client leaves.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Problem {
+    /// A system call on the socket failed, as it does when the client is gone.
+    #[error("{0}")]
+    Socket(#[from] io::Error),
+    /// The bdev cannot be opened.
+    #[error("cannot open the bdev: {0}")]
+    Bdev(#[from] bdev::Error),
+    /// The client has violated the protocol.
+    #[error("{0}")]
+    Violation(#[from] Violation),
+}
+
 /// A connected client.
 pub(crate) struct Client {
-    socket: OwnedFd,
-    account: Account,
+    socket: Held,
     /// The received bytes that are not consumed are at `pending`.
     buffer: Vec<u8>,
     pending: Range<usize>,
 }
 
 impl Client {
-    pub(crate) fn new(socket: OwnedFd, account: &Account) -> Self {
-        let buffer = vec![0; RECEIVE];
-        Self { socket, account: account.clone(), buffer, pending: 0..0 }
+    pub(crate) fn new(socket: Held) -> Self {
+        Self { socket, buffer: vec![0; RECEIVE], pending: 0..0 }
     }
 
     /// Does the handshake. `None`: the client has left, or must leave.
@@ -62,6 +74,9 @@ impl Client {
                     return Ok(Some(chosen));
                 }
                 Progress::Over => return Ok(None),
+                Progress::Going if Instant::now() >= deadline => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
                 Progress::Going => {}
             }
             match self.receive()? {
@@ -72,36 +87,21 @@ impl Client {
         }
     }
 
-    /// Serves requests until the client leaves.
+    /// Serves requests until the client leaves or `stopping` is set.
     pub(crate) fn serve(
         &mut self,
         bdev: Arc<dyn Bdev>,
         properties: Properties,
         chosen: Chosen,
-    ) -> io::Result<()> {
-        let name = bdev.name().to_owned();
+        stopping: &AtomicBool,
+    ) -> Result<(), Problem> {
         let rights = if properties.read_only { Rights::Read } else { Rights::Write };
-        let channel = match ThreadChannel::open(&bdev, DEPTH, rights) {
-            Ok(channel) => channel,
-            Err(e) => {
-                warn!("NBD export of bdev {name}: cannot serve a client: {e}");
-                return Ok(());
-            }
-        };
+        let channel = ThreadChannel::open(&bdev, DEPTH, rights)?;
         let mut transmission = Transmission::new(bdev, properties, chosen, channel);
-        loop {
-            let mut idle = true;
-            match transmission.advance(&self.buffer[self.pending.clone()]) {
-                Ok(0) => {}
-                Ok(n) => {
-                    self.pending.start += n;
-                    idle = false;
-                }
-                Err(violation) => {
-                    warn!("NBD export of bdev {name}: closing a connection: {}", violation.0);
-                    return Ok(());
-                }
-            }
+        while !stopping.load(Ordering::Acquire) {
+            let n = transmission.advance(&self.buffer[self.pending.clone()])?;
+            self.pending.start += n;
+            let mut idle = n == 0;
             idle &= !transmission.collect();
             while !transmission.output().is_empty() {
                 match self.send(&transmission.output().front())? {
@@ -135,6 +135,7 @@ impl Client {
                 }
             }
         }
+        Ok(())
     }
 
     /// Receives bytes behind the pending ones, which are at most a header. `Some(0)` is the end;
@@ -144,7 +145,8 @@ impl Client {
         self.pending = 0..self.pending.len();
         let room = &mut self.buffer[self.pending.end..];
         // No message of the protocol has file descriptors: their account closes them.
-        match closer::receive(self.socket.as_fd(), room, libc::MSG_DONTWAIT, &self.account) {
+        match closer::receive(self.socket.as_fd(), room, libc::MSG_DONTWAIT, self.socket.account())
+        {
             Ok((n, _fds)) => {
                 self.pending.end += n;
                 Ok(Some(n))
@@ -158,7 +160,7 @@ impl Client {
     /// Sends bytes. `None` means that the socket has no room now.
     fn send(&self, parts: &[io::IoSlice<'_>]) -> io::Result<Option<usize>> {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        match sendmsg(&self.socket, parts, &mut SendAncillaryBuffer::default(), flags) {
+        match sendmsg(self.socket.as_fd(), parts, &mut SendAncillaryBuffer::default(), flags) {
             Ok(n) => Ok(Some(n)),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
             Err(e) => Err(e.into()),
@@ -176,10 +178,5 @@ impl Client {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(e.into()),
         }
-    }
-
-    /// Gives up the socket, which its account closes.
-    pub(crate) fn into_socket(self) -> OwnedFd {
-        self.socket
     }
 }

@@ -3,29 +3,35 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bdev::Bdev;
 use closer::Account;
 use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
-    shutdown, socket_with,
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
+    listen, shutdown, socket_with,
 };
 use tracing::{debug, warn};
 
-use crate::connection::Client;
+use crate::connection::{Client, Problem};
+use crate::held::Held;
+use crate::negotiation::Chosen;
 use crate::properties::Properties;
 
 /// The maximum number of clients of an export.
 const CLIENTS_MAX: usize = 16;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
+/// The maximum number of clients whose file descriptors take long to close, before new clients are
+/// refused.
+const STUCK_MAX: usize = 4;
+/// The shortest time between two log lines about clients that misbehave.
+const WARN_AGAIN: Duration = Duration::from_secs(10);
 /// The pause after a failed `accept`, such as for lack of file descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -63,8 +69,11 @@ impl StartError {
 /// A bdev that is exported on a Unix socket. Dropping it stops it.
 pub struct Export {
     shared: Arc<Shared>,
-    path: PathBuf,
 }
+
+/// Serializes the starts of exports: between `bind` and `listen`, a socket looks like one that
+/// nobody listens on.
+static STARTING: Mutex<()> = Mutex::new(());
 
 /// Called by the last thread of a stopped export when it has released the bdev.
 pub(crate) type OnEnd = Box<dyn Fn() + Send + Sync>;
@@ -74,6 +83,7 @@ pub(crate) struct Shared {
     name: String,
     properties: Properties,
     account: Account,
+    warned: Mutex<Option<Instant>>,
     state: Mutex<State>,
     stopping: AtomicBool,
     threads: AtomicUsize,
@@ -85,7 +95,7 @@ struct State {
     bdev: Option<Arc<dyn Bdev>>,
     /// The listening socket, and the sockets of the clients by number. A second descriptor of each,
     /// with which [`Export::stop`] ends the thread that uses the socket.
-    sockets: Vec<(usize, OwnedFd)>,
+    sockets: Vec<(usize, Held)>,
     next: usize,
 }
 
@@ -104,24 +114,19 @@ impl Export {
         on_bound: impl FnOnce(&Path) -> io::Result<()>,
         on_end: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
-        let what = || path.display().to_string();
+        let system = |source| StartError::system(path.display().to_string(), source);
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let listener = bound(path)?;
-        let started = (|| {
-            on_bound(path).map_err(|source| StartError::system(what(), source))?;
-            listen(&listener, BACKLOG).map_err(|source| StartError::system(what(), source))?;
-            let shared = Shared::new(bdev, read_only, Box::new(on_end));
-            let duplicate = listener.try_clone();
-            let duplicate = duplicate.map_err(|source| StartError::system(what(), source))?;
-            shared.run(duplicate, move |shared, _| shared.listen(listener))?;
-            Ok(shared)
-        })();
-        match started {
-            Ok(shared) => Ok(Self { shared, path: path.to_owned() }),
-            Err(e) => {
-                let _ = fs::remove_file(path);
-                Err(e)
-            }
-        }
+        let file = SocketFile { path: path.to_owned(), identity: identity(path) };
+        on_bound(path).map_err(system)?;
+        listen(&listener, BACKLOG).map_err(|e| system(e.into()))?;
+        let shared = Shared::new(bdev, read_only, Box::new(on_end));
+        let listener = Held::new(listener, &shared.account);
+        shared.run(listener, move |shared, listener, _| {
+            shared.listen(listener);
+            drop(file);
+        })?;
+        Ok(Self { shared })
     }
 
     /// Returns whether it exports this bdev.
@@ -136,12 +141,10 @@ impl Export {
         self.shared.threads.load(Ordering::Relaxed).saturating_sub(1)
     }
 
-    /// Closes the connections and removes the socket. The threads end when their I/O has ended.
+    /// Closes the connections. The threads end when their I/O has ended; one of them removes the
+    /// socket. Does not wait.
     pub fn stop(&self) {
-        if self.shared.stop() {
-            // Its lack would mean that somebody else has removed it.
-            let _ = fs::remove_file(&self.path);
-        }
+        self.shared.stop();
     }
 
     /// Returns whether it was stopped, and its threads have ended.
@@ -176,11 +179,36 @@ fn bound(path: &Path) -> Result<OwnedFd, StartError> {
     Ok(socket)
 }
 
-/// Returns whether `path` is a socket that nobody listens on.
+/// Returns whether `path` is a socket that nobody listens on. Does not wait: a server that accepts
+/// no connections is there.
 fn is_abandoned(path: &Path) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    let refused = |e: &io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixStream::connect(path).as_ref().is_err_and(refused)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let connected = SocketAddrUnix::new(path).and_then(|address| {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &address)
+    });
+    is_socket && connected == Err(rustix::io::Errno::CONNREFUSED)
+}
+
+/// Returns the device and inode number of a path.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// The file of a socket. Dropping it removes the file, unless it was replaced.
+struct SocketFile {
+    path: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && self.identity == identity(&self.path) {
+            // Fails if somebody else removes it at the same time.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Shared {
@@ -189,6 +217,7 @@ impl Shared {
             name: bdev.name().to_owned(),
             properties: Properties::of(&*bdev, read_only),
             account: Account::new(format!("NBD export of bdev {}", bdev.name())),
+            warned: Mutex::default(),
             state: Mutex::new(State { bdev: Some(bdev), sockets: vec![], next: 0 }),
             stopping: AtomicBool::new(false),
             threads: AtomicUsize::new(0),
@@ -200,12 +229,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a thread that uses a socket, of which `duplicate` is a second descriptor.
+    /// Starts a thread that uses a socket.
     pub(crate) fn run(
         self: &Arc<Self>,
-        duplicate: OwnedFd,
-        work: impl FnOnce(&Arc<Self>, Arc<dyn Bdev>) + Send + 'static,
+        socket: Held,
+        work: impl FnOnce(&Arc<Self>, Held, Arc<dyn Bdev>) + Send + 'static,
     ) -> Result<(), StartError> {
+        let system = |what| move |source| StartError::system(what, source);
+        let duplicate = socket.as_fd().try_clone_to_owned();
+        let duplicate = duplicate.map_err(system("cannot duplicate a socket"))?;
+        let duplicate = Held::new(duplicate, socket.account());
         let mut state = self.state();
         // A stopped export takes no client any more.
         let Some(bdev) = state.bdev.clone() else { return Ok(()) };
@@ -216,39 +249,42 @@ impl Shared {
         drop(state);
         let shared = Arc::clone(self);
         let thread = thread::Builder::new().name("vhost-nbd".into()).spawn(move || {
-            work(&shared, bdev);
+            work(&shared, socket, bdev);
             shared.leave(number);
         });
-        if let Err(source) = thread {
+        if thread.is_err() {
             self.leave(number);
-            return Err(StartError::system("cannot start a thread for an NBD export", source));
         }
-        Ok(())
+        thread.map(drop).map_err(system("cannot start a thread for an NBD export"))
     }
 
     /// Ends the part of a thread, which uses nothing of the export any more.
     fn leave(&self, number: usize) {
-        let mut state = self.state();
-        if let Some(at) = state.sockets.iter().position(|(other, _)| *other == number) {
-            self.account.drop_later(state.sockets.swap_remove(at));
-        }
-        drop(state);
+        self.state().sockets.retain(|(other, _)| *other != number);
         // Release: whoever sees that the last thread has left sees all that the threads have done.
         if self.threads.fetch_sub(1, Ordering::AcqRel) == 1 {
             (self.on_end)();
         }
     }
 
-    /// Ends all threads. Returns false if it was called before.
-    pub(crate) fn stop(&self) -> bool {
+    /// Makes all threads end.
+    pub(crate) fn stop(&self) {
         let mut state = self.state();
-        let first = !self.stopping.swap(true, Ordering::AcqRel);
+        self.stopping.store(true, Ordering::Release);
         state.bdev = None;
         for (_, socket) in &state.sockets {
             // Makes the calls of its thread return. Fails if the client is gone.
-            let _ = shutdown(socket, Shutdown::Both);
+            let _ = shutdown(socket.as_fd(), Shutdown::Both);
         }
-        first
+    }
+
+    /// Logs what a client has done, but not too often: a client could do it in a loop.
+    fn warn_of_client(&self, text: &str) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|last| last.elapsed() >= WARN_AGAIN) {
+            *warned = Some(Instant::now());
+            warn!("NBD export of bdev {}: {text}", self.name);
+        }
     }
 
     fn is_stopping(&self) -> bool {
@@ -256,63 +292,64 @@ impl Shared {
     }
 
     /// Accepts clients until the export is stopped.
-    fn listen(self: &Arc<Self>, listener: OwnedFd) {
+    fn listen(self: &Arc<Self>, listener: Held) {
         while !self.is_stopping() {
             match accept_with(listener.as_fd(), SocketFlags::CLOEXEC) {
                 Ok(socket) => self.accepted(socket),
                 Err(_) if self.is_stopping() => {}
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
                 Err(e) => {
-                    warn!("NBD export of bdev {}: cannot accept a client: {e}", self.name);
+                    self.warn_of_client(&format!("cannot accept a client: {e}"));
                     thread::sleep(ACCEPT_AGAIN);
                 }
             }
         }
-        // Clients that wait to be accepted may have sent file descriptors.
-        self.account.drop_later(listener);
     }
 
     fn accepted(self: &Arc<Self>, socket: OwnedFd) {
+        let name = format!("NBD client of bdev {}", self.name);
+        let socket = Held::new(socket, &Account::new(name.clone()));
         let clients = self.threads.load(Ordering::Relaxed).saturating_sub(1);
-        if clients >= CLIENTS_MAX || self.account.is_stuck() {
-            warn!("NBD export of bdev {}: refusing a client: {clients} are connected", self.name);
-            self.account.drop_later(socket);
-            return;
+        if clients >= CLIENTS_MAX {
+            return self.warn_of_client(&format!("refusing a client: {clients} are connected"));
         }
-        let started = match socket.try_clone() {
-            Ok(duplicate) => self.run(duplicate, move |shared, bdev| shared.serve(socket, bdev)),
-            Err(source) => Err(StartError::system("cannot duplicate a socket", source)),
-        };
-        if let Err(e) = started {
-            warn!("NBD export of bdev {}: refusing a client: {e}", self.name);
+        if closer::stuck().iter().filter(|stuck| stuck.name == name).count() >= STUCK_MAX {
+            let text = "refusing a client: file descriptors that clients sent take long to close";
+            return self.warn_of_client(text);
+        }
+        let serve = |shared: &Arc<Self>, socket, bdev| shared.serve(socket, bdev);
+        if let Err(e) = self.run(socket, serve) {
+            self.warn_of_client(&format!("refusing a client: {e}"));
         }
     }
 
     /// Serves one client, from the handshake to the end.
-    fn serve(&self, socket: OwnedFd, bdev: Arc<dyn Bdev>) {
-        let mut client = Client::new(socket, &self.account);
-        let served = match client.negotiate(&self.name, &self.properties) {
-            Ok(Some(chosen)) => client.serve(bdev, self.properties, chosen),
-            Ok(None) => Ok(()),
-            Err(e) => Err(e),
-        };
-        if let Err(e) = served {
-            debug!("NBD export of bdev {}: a connection has ended: {e}", self.name);
+    fn serve(&self, socket: Held, bdev: Arc<dyn Bdev>) {
+        let mut client = Client::new(socket);
+        match client.negotiate(&self.name, &self.properties) {
+            Ok(Some(chosen)) => self.transmit(client, bdev, chosen),
+            Ok(None) => {}
+            Err(e) => debug!("NBD export of bdev {}: a handshake has ended: {e}", self.name),
         }
-        self.account.drop_later(client.into_socket());
     }
 
-    /// Serves the kernel, which does no handshake.
-    pub(crate) fn serve_kernel(&self, socket: OwnedFd, bdev: Arc<dyn Bdev>) {
-        let mut client = Client::new(socket, &self.account);
-        if let Err(e) = client.serve(bdev, self.properties, Default::default()) {
-            debug!("NBD export of bdev {}: the kernel's connection has ended: {e}", self.name);
+    /// Serves the requests of a client, or of the kernel, which does no handshake.
+    pub(crate) fn transmit(&self, mut client: Client, bdev: Arc<dyn Bdev>, chosen: Chosen) {
+        match client.serve(bdev, self.properties, chosen, &self.stopping) {
+            Ok(()) => {}
+            Err(Problem::Socket(e)) => {
+                debug!("NBD export of bdev {}: a connection has ended: {e}", self.name);
+            }
+            Err(problem) => self.warn_of_client(&format!("closing a connection: {problem}")),
         }
-        self.account.drop_later(client.into_socket());
     }
 
     pub(crate) fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 
     pub(crate) fn has_threads(&self) -> bool {

@@ -16,14 +16,16 @@ use nbd::protocol::transmission;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tracing::debug;
 
+use crate::connection::Client;
 use crate::export::{Shared, StartError};
+use crate::held::Held;
+use crate::negotiation::Chosen;
 
 const NBD_SET_SOCK: libc::Ioctl = 0xab00;
 const NBD_SET_BLKSIZE: libc::Ioctl = 0xab01;
 const NBD_DO_IT: libc::Ioctl = 0xab03;
 const NBD_CLEAR_SOCK: libc::Ioctl = 0xab04;
 const NBD_SET_SIZE_BLOCKS: libc::Ioctl = 0xab07;
-const NBD_DISCONNECT: libc::Ioctl = 0xab08;
 const NBD_SET_FLAGS: libc::Ioctl = 0xab0a;
 
 /// The number of devices that the driver can have.
@@ -32,7 +34,6 @@ const DEVICES_MAX: u32 = 1 << 16;
 /// A bdev that is exported to the kernel. Dropping it stops it.
 pub struct KernelExport {
     shared: Arc<Shared>,
-    device: Arc<File>,
 }
 
 /// Returns the first device of the driver that is not in use, below `/sys/block` and `/dev`.
@@ -55,6 +56,7 @@ impl KernelExport {
     /// is another kind of device.
     pub fn start(
         bdev: Arc<dyn Bdev>,
+        read_only: bool,
         device: File,
         on_end: impl Fn() + Send + Sync + 'static,
     ) -> Result<Self, StartError> {
@@ -64,31 +66,34 @@ impl KernelExport {
             .map_err(|e| system(e.into()))?;
         let fd = device.as_raw_fd();
         ioctl(fd, NBD_SET_SOCK, kernels.as_raw_fd() as libc::c_ulong).map_err(system)?;
-        let shared = Shared::new(bdev, false, Box::new(on_end));
+        let shared = Shared::new(bdev, read_only, Box::new(on_end));
         let started = set_properties(fd, &shared).map_err(system).and_then(|()| {
-            let duplicate = ours.try_clone().map_err(system)?;
-            shared.run(duplicate, move |shared, bdev| shared.serve_kernel(ours, bdev))
-        });
-        let device = Arc::new(device);
-        let used = Arc::clone(&device);
-        let started = started.and_then(|()| {
-            let run = move || {
-                // Returns when the connection has ended.
-                if let Err(e) = ioctl(used.as_raw_fd(), NBD_DO_IT, 0) {
-                    debug!("an NBD device has ended: {e}");
-                }
-                let _ = ioctl(used.as_raw_fd(), NBD_CLEAR_SOCK, 0);
-                drop(kernels);
-            };
-            let thread = thread::Builder::new().name("vhost-nbd-dev".into()).spawn(run);
-            thread.map(drop).map_err(system)
+            let ours = Held::new(ours, shared.account());
+            shared.run(ours, |shared, socket, bdev| {
+                shared.transmit(Client::new(socket), bdev, Chosen::default());
+            })
         });
         if let Err(e) = started {
             shared.stop();
             let _ = ioctl(fd, NBD_CLEAR_SOCK, 0);
             return Err(e);
         }
-        Ok(Self { shared, device })
+        // The device stays with this thread, as closing it can wait for I/O.
+        let run = move || {
+            // Returns when the connection has ended.
+            if let Err(e) = ioctl(device.as_raw_fd(), NBD_DO_IT, 0) {
+                debug!("an NBD device has ended: {e}");
+            }
+            let _ = ioctl(device.as_raw_fd(), NBD_CLEAR_SOCK, 0);
+            drop((kernels, device));
+        };
+        match thread::Builder::new().name("vhost-nbd-dev".into()).spawn(run) {
+            Ok(_) => Ok(Self { shared }),
+            Err(source) => {
+                shared.stop();
+                Err(system(source))
+            }
+        }
     }
 
     /// Returns whether it exports this bdev.
@@ -97,12 +102,10 @@ impl KernelExport {
         self.shared.holds(bdev)
     }
 
-    /// Takes the device away from the kernel. I/O of its users fails from now on.
+    /// Ends the connection to the kernel. I/O of the device's users fails from now on. Does not
+    /// wait.
     pub fn stop(&self) {
-        if self.shared.stop() {
-            // Fails if the connection has ended.
-            let _ = ioctl(self.device.as_raw_fd(), NBD_DISCONNECT, 0);
-        }
+        self.shared.stop();
     }
 
     /// Returns whether it has ended, and holds the bdev no more.
@@ -124,8 +127,8 @@ fn set_properties(device: RawFd, shared: &Shared) -> io::Result<()> {
     let flags = transmission::HAS_FLAGS
         | when(properties.read_only, transmission::READ_ONLY)
         | when(properties.flush, transmission::SEND_FLUSH | transmission::SEND_FUA)
-        | when(properties.unmap, transmission::SEND_TRIM)
-        | when(properties.write_zeroes, transmission::SEND_WRITE_ZEROES);
+        | when(properties.unmap && !properties.read_only, transmission::SEND_TRIM)
+        | when(properties.write_zeroes && !properties.read_only, transmission::SEND_WRITE_ZEROES);
     let blocks = properties.size / u64::from(properties.block_size);
     ioctl(device, NBD_SET_BLKSIZE, properties.block_size.into())?;
     ioctl(device, NBD_SET_SIZE_BLOCKS, blocks)?;

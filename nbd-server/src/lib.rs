@@ -4,7 +4,7 @@
 //! but the end of the export. The data flow:
 //!
 //! * `export`: the listening thread of one export, and its clients.
-//! * `connection`: the thread of one client. It moves bytes between the socket and the next two.
+//! * `held`: a socket that its account closes. `connection`: the thread of one client. It moves bytes between the socket and the next two.
 //! * `properties`: what clients learn of the bdev. `negotiation`: the handshake, a state machine over bytes.
 //! * `transmission`: requests in, replies out, over a [`bdev::ThreadChannel`]. `status` answers
 //!   which ranges are allocated.
@@ -17,6 +17,7 @@
 
 mod properties;
 
+mod held;
 mod negotiation;
 mod status;
 mod transmission;

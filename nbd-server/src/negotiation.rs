@@ -112,10 +112,11 @@ impl<'a> Negotiation<'a> {
                 return Progress::Going;
             };
             let Some(header) = OptionHeader::decode(header) else { return Progress::Over };
+            if header.len > SKIPPED_MAX || self.options == OPTIONS_MAX {
+                return Progress::Over;
+            }
             if header.len as usize > OPTION_MAX {
-                if header.len > SKIPPED_MAX {
-                    return Progress::Over;
-                }
+                self.options += 1;
                 input.drain(..OptionHeader::SIZE);
                 self.skip = header.len;
                 self.reply(header.option, option_reply::ERR_TOO_BIG, b"the option is too long");
@@ -127,9 +128,6 @@ impl<'a> Negotiation<'a> {
             }
             let message: Vec<u8> = input.drain(..end).collect();
             self.options += 1;
-            if self.options > OPTIONS_MAX {
-                return Progress::Over;
-            }
             let progress = self.take(header.option, &message[OptionHeader::SIZE..]);
             if progress != Progress::Going {
                 return progress;
@@ -181,7 +179,8 @@ impl<'a> Negotiation<'a> {
 
     /// The oldest way to choose an export: an error can only be told by closing the connection.
     fn export_name(&mut self, name: &[u8]) -> Answer {
-        if !self.is_ours(name) {
+        // A client that uses this option knows no block sizes.
+        if !self.is_ours(name) || self.properties.block_size > 512 {
             return Answer::Abort;
         }
         self.output.extend(self.properties.size.to_be_bytes());
@@ -453,17 +452,21 @@ mod tests {
         assert_eq!(progress, Progress::Going);
         assert_eq!(kinds(&output)[0].1, option_reply::ERR_BLOCK_SIZE_REQD);
         assert!(matches!(talk(&large, &go(&[0, 1, 0, 3]), 1000).0, Progress::Done(_)));
+        let old = [flags(), option(option::EXPORT_NAME, b"")].concat();
+        assert_eq!(talk(&large, &old, 1000).0, Progress::Over);
     }
 
     #[test]
     fn a_client_that_violates_the_protocol_is_disconnected() {
         let long = OptionHeader { option: 1, len: u32::MAX }.encode();
         let many = option(option::LIST, &[]).repeat(1001);
+        let many_long = option(99, &[0; 20_000]).repeat(1001);
         for bytes in [
             [0xff; 4].to_vec(),
             [&flags()[..], &[0; 16]].concat(),
             [&flags()[..], &long].concat(),
             [&flags()[..], &many].concat(),
+            [&flags()[..], &many_long].concat(),
             [flags(), option(option::ABORT, &[])].concat(),
         ] {
             assert_eq!(talk(&PROPERTIES, &bytes, 1 << 20).0, Progress::Over);

@@ -21,11 +21,15 @@ const HELD_MAX: usize = 64 << 20;
 /// The length of the I/Os that a long unmap or write of zeroes is done in. Their data has no limit,
 /// and a bdev may do such an I/O in one step.
 const STEP: u64 = 8 << 20;
+/// A part of the output takes no further replies from this length on, in bytes, so that sent parts
+/// are freed.
+const PART: usize = 64 << 10;
 /// The maximum number of parts of the output that one system call sends.
 const PARTS_MAX: usize = 32;
 
 /// The client has violated the protocol in a way that leaves the start of its next request unknown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub(crate) struct Violation(pub(crate) &'static str);
 
 /// The transmission with one client.
@@ -233,11 +237,14 @@ impl Transmission {
         self.working.insert(tag, working);
     }
 
-    /// Takes the I/Os that have ended, and replies to the requests that are done. Returns whether
-    /// there were any.
+    /// Takes some of the I/Os that have ended, and replies to the requests that are done. Returns
+    /// whether there were any. A memory disk ends I/Os at once, so the number is limited.
     pub(crate) fn collect(&mut self) -> bool {
         let mut any = false;
-        while let Some(EndedRequest { tag, request: io, result }) = self.channel.poll() {
+        for _ in 0..DEPTH {
+            let Some(EndedRequest { tag, request: io, result }) = self.channel.poll() else {
+                break;
+            };
             any = true;
             let Some(working) = self.working.remove(&tag) else { continue };
             self.go_on(working, io, result);
@@ -363,7 +370,7 @@ impl Output {
     fn push(&mut self, bytes: &[u8]) {
         self.len += bytes.len();
         match self.parts.back_mut() {
-            Some(Part::Headers(last)) => last.extend_from_slice(bytes),
+            Some(Part::Headers(last)) if last.len() < PART => last.extend_from_slice(bytes),
             _ => self.parts.push_back(Part::Headers(bytes.to_vec())),
         }
     }
@@ -559,6 +566,19 @@ mod tests {
         }
         let held = transmission.output.len;
         assert!((HELD_MAX..HELD_MAX + (33 << 20)).contains(&held), "{held}");
+    }
+
+    #[test]
+    fn a_client_that_reads_replies_slowly_makes_the_output_keep_what_is_unsent_only() {
+        let mut output = Output::default();
+        for _ in 0..1000 {
+            output.push(&[0; 4096]);
+            // There is always something left to send.
+            let all_but_one = output.len - 1;
+            output.advance(all_but_one);
+        }
+        let kept: usize = output.parts.iter().map(|part| part.bytes().len()).sum();
+        assert!(kept <= PART + 4096, "{kept}");
     }
 
     #[test]

@@ -50,6 +50,9 @@ use prepare::Prepared;
 /// waits 2 s for I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
+/// Limit on the end of exports over NBD at shutdown.
+const EXPORTS_LIMIT: Duration = Duration::from_secs(1);
+
 /// Limit on the time to release locks in storage clusters at shutdown.
 const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
@@ -393,8 +396,10 @@ async fn stop(app: &App, server: Option<Server>) {
         // No new requests: nothing would remove the sockets of a controller created from here on.
         server.pause();
     }
-    app.exports.stop_all();
     let control = &app.control;
+    if active_time::timeout(EXPORTS_LIMIT, app.exports.stop_all(control)).await.is_none() {
+        warn!("I/O of NBD exports has not ended within {} s", EXPORTS_LIMIT.as_secs());
+    }
     if active_time::timeout(SHUTDOWN_LIMIT, control.shut_down()).await.is_none() {
         let limit = SHUTDOWN_LIMIT.as_secs();
         warn!("the vhost-user transport did not stop within {limit} s; exiting without it");

@@ -18,6 +18,7 @@ use tracing::{error, info, warn};
 
 use super::{Answer, App, Methods, blocking};
 use crate::active_time;
+use crate::control::Control;
 
 /// Limit on the wait for the I/O of a stopped export.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -33,7 +34,23 @@ pub(super) fn register(methods: &mut Methods<'_>) {
 
 /// The exports, in the order of their start.
 #[derive(Default)]
-pub(crate) struct Exports(RefCell<Vec<Rc<Exported>>>);
+pub(crate) struct Exports {
+    started: RefCell<Vec<Rc<Exported>>>,
+    /// The devices of exports that are being started.
+    starting: RefCell<Vec<String>>,
+}
+
+/// Reserves a device while its export is being started.
+struct Reserved<'a> {
+    exports: &'a Exports,
+    device: String,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.exports.starting.borrow_mut().retain(|device| *device != self.device);
+    }
+}
 
 struct Exported {
     /// The device's path, or [`SOCKET`] and the socket's path as the operator gave it.
@@ -75,22 +92,38 @@ impl Server {
 
 impl Exports {
     fn named(&self, device: &str) -> Option<Rc<Exported>> {
-        self.0.borrow().iter().find(|one| one.device == device).cloned()
+        self.started.borrow().iter().find(|one| one.device == device).cloned()
+    }
+
+    /// Reserves a device. `None` if it is in use.
+    fn reserve(&self, device: &str) -> Option<Reserved<'_>> {
+        let mut starting = self.starting.borrow_mut();
+        if self.named(device).is_some() || starting.iter().any(|other| other == device) {
+            return None;
+        }
+        starting.push(device.to_owned());
+        Some(Reserved { exports: self, device: device.to_owned() })
     }
 
     /// Stops the exports of a bdev that is being removed. They release it when their I/O has ended.
     pub(super) fn remove_bdev(&self, bdev: &Arc<dyn Bdev>) {
-        let (gone, stay) = self.0.take().into_iter().partition(|one| one.server.exports(bdev));
-        self.0.replace(stay);
+        let (gone, stay) = self.started.take().into_iter().partition(|one| one.server.exports(bdev));
+        self.started.replace(stay);
         for export in Vec::<Rc<Exported>>::into_iter(gone) {
             info!("NBD export {}: bdev {} was removed", export.device, export.bdev_name);
             export.server.stop();
         }
     }
 
-    /// Stops all exports, at the end of the process.
-    pub(crate) fn stop_all(&self) {
-        self.0.borrow().iter().for_each(|one| one.server.stop());
+    /// Stops all exports, at the end of the process. The future ends when their sockets are removed
+    /// and their I/O has ended.
+    pub(crate) async fn stop_all(&self, control: &Control) {
+        let mut changed = control.changed();
+        let exports = self.started.take();
+        exports.iter().for_each(|one| one.server.stop());
+        while !exports.iter().all(|one| one.server.has_ended()) {
+            let _ = changed.changed().await;
+        }
     }
 
     /// The calls of `save_config`.
@@ -102,7 +135,7 @@ impl Exports {
             }
             json!({ "method": "nbd_start_disk", "params": params })
         };
-        self.0.borrow().iter().map(entry).collect()
+        self.started.borrow().iter().map(entry).collect()
     }
 }
 
@@ -135,9 +168,9 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
         (Way::Socket(_), Some(given)) => given,
         (Way::Socket(path) | Way::Device(path), _) => path.display().to_string(),
     };
-    if app.exports.named(&device).is_some() {
+    let Some(_reserved) = app.exports.reserve(&device) else {
         return Err(failed(libc::EBUSY, format!("{device}: the device is in use")));
-    }
+    };
     let claim = app.bdevs.claim(&bdev, ClaimKind::Served, &device).map_err(|_| {
         failed(libc::EPERM, format!("bdev {} is claimed by a bdev on top of it", bdev.name()))
     })?;
@@ -155,7 +188,7 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
         Way::Device(path) => {
             let file =
                 opener.open(&path, Access::ReadWrite).map_err(|e| (e.errno(), e.to_string()))?;
-            let started = KernelExport::start(exported, file, on_end);
+            let started = KernelExport::start(exported, readonly, file, on_end);
             started.map(Server::Kernel).map_err(|e| (e.errno(), hint(&e)))
         }
     });
@@ -175,7 +208,7 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
     }
     info!("NBD export {}: bdev {}", export.device, export.bdev_name);
     let device = export.device.clone();
-    app.exports.0.borrow_mut().push(Rc::new(export));
+    app.exports.started.borrow_mut().push(Rc::new(export));
     Ok(device.into())
 }
 
@@ -230,7 +263,7 @@ async fn stop(app: Rc<App>, params: Params) -> Answer {
     let Some(export) = app.exports.named(&nbd_device) else {
         return Err(RpcError::errno(libc::ENODEV));
     };
-    app.exports.0.borrow_mut().retain(|one| !Rc::ptr_eq(one, &export));
+    app.exports.started.borrow_mut().retain(|one| !Rc::ptr_eq(one, &export));
     export.server.stop();
     params.let_next_start();
     let mut changed = app.control.changed();
@@ -260,7 +293,7 @@ fn get(app: &App, params: &Params) -> Answer {
         None => None,
         Some(_) => params.decode::<Get>(DecodeFailure::INTERNAL)?.nbd_device,
     };
-    let exports = app.exports.0.borrow();
+    let exports = app.exports.started.borrow();
     let shown: Vec<Value> = exports
         .iter()
         .filter(|one| wanted.as_ref().is_none_or(|name| *name == one.device))
