@@ -265,6 +265,18 @@ impl ThreadChannel {
     /// # Errors
     /// As `poll(2)`.
     pub fn sleep<'a>(&'a self, others: &mut [PollFd<'a>]) -> io::Result<()> {
+        self.sleep_until(others, None)
+    }
+
+    /// As [`ThreadChannel::sleep`], until `deadline` at the latest.
+    ///
+    /// # Errors
+    /// As `poll(2)`.
+    pub fn sleep_until<'a>(
+        &'a self,
+        others: &mut [PollFd<'a>],
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
         let until = if self.outstanding == 0 {
             None
         } else if self.refused.is_empty() {
@@ -276,6 +288,8 @@ impl ThreadChannel {
         } else {
             Some(PAUSE)
         };
+        let left = deadline.map(|time| time.saturating_duration_since(Instant::now()));
+        let until = until.into_iter().chain(left).min();
         let mut fds = vec![PollFd::new(&self.wakes, PollFlags::IN)];
         fds.extend(others.iter().cloned());
         let until = until.map(|time| Timespec {

@@ -60,6 +60,8 @@ struct Bdevs {
     taken: HashSet<String>,
     /// The bdevs that exist once all are created, by name and by UUID.
     live: HashSet<String>,
+    /// Those of them that are empty when they are created, and so have no partitions.
+    empty: HashSet<String>,
     /// Names of wrappers with the names of their bases.
     wrappers: Vec<(Vec<String>, String)>,
     /// Names of NVMe controllers, whose bdevs are `<name>n<id>`.
@@ -163,6 +165,9 @@ impl Check {
             }
         }
         let all: Vec<String> = names.into_iter().chain(uuid).collect();
+        if matches!(&*call.place.method, "bdev_malloc_create" | "bdev_null_create") {
+            self.bdevs.empty.extend(all.iter().cloned());
+        }
         match base {
             Some(base) if !all.is_empty() => self.bdevs.wrappers.push((all, base)),
             Some(_) => {}
@@ -182,10 +187,7 @@ impl Check {
             }
             "bdev_set_qos_limit" | "bdev_enable_histogram" | "nbd_start_disk" => {
                 let is_export = call.place.method == "nbd_start_disk";
-                let name = text(call, if is_export { "bdev_name" } else { "name" });
-                if !self.bdevs.exists(&name) {
-                    self.error(&call.place, format_args!("there is no bdev {name}"));
-                }
+                self.require_bdev(call, &text(call, if is_export { "bdev_name" } else { "name" }));
             }
             "bdev_examine" if self.trial.auto_examine() => {
                 self.error(&call.place, EXAMINED_BY_THEMSELVES);
@@ -194,11 +196,21 @@ impl Check {
         }
     }
 
+    /// Checks that a bdev exists, or may be found in the partition table of a disk.
+    fn require_bdev(&mut self, call: &Call, name: &str) {
+        if self.bdevs.is_live(name) {
+            return;
+        }
+        if let Some(disk) = self.bdevs.disk_of(name) {
+            self.notes.push(format!("{}: bdev {name} must be a partition of {disk}", call.place));
+        } else {
+            self.error(&call.place, format_args!("there is no bdev {name}"));
+        }
+    }
+
     fn add_controller(&mut self, call: &Call, cores: &[usize]) {
         let (name, bdev) = (text(call, "ctrlr"), text(call, "dev_name"));
-        if !self.bdevs.exists(&bdev) {
-            self.error(&call.place, format_args!("there is no bdev {bdev}"));
-        }
+        self.require_bdev(call, &bdev);
         if let Some((wrapper, _)) =
             self.bdevs.wrappers.iter().find(|(names, base)| {
                 *base == bdev && names.iter().any(|name| self.bdevs.exists(name))
@@ -227,6 +239,20 @@ impl Bdevs {
             })
         };
         self.live.contains(name) || self.live.contains(&name.to_lowercase()) || is_namespace()
+    fn is_live(&self, name: &str) -> bool {
+        self.live.contains(name) || self.live.contains(&name.to_lowercase())
+    }
+
+    /// Whether it exists, or may be found in a partition table.
+    fn exists(&self, name: &str) -> bool {
+        self.is_live(name) || self.disk_of(name).is_some()
+    }
+
+    /// Returns the disk of which `name` may be a partition.
+    fn disk_of<'a>(&self, name: &'a str) -> Option<&'a str> {
+        let (disk, number) = name.rsplit_once('p')?;
+        let is_number = (1..=128).any(|n: u32| n.to_string() == number);
+        (is_number && self.live.contains(disk) && !self.empty.contains(disk)).then_some(disk)
     }
 
     /// Adds the wrappers whose bases exist, and those on them.
@@ -400,5 +426,14 @@ mod tests {
         assert!(check(json!([aio("A", false), aio("B", true)])).1.is_empty());
         let (_, errors) = check(json!([aio("A", false), aio("B", false)]));
         assert!(errors[0].ends_with("f: bdev A writes to it too; --share allows it"), "{errors:?}");
+        let on_part = json!(["bdev_passthru_create", {"name": "P", "base_bdev_name": "Ap2"}]);
+        let controllers =
+            ["Ap1", "Ap0", "Ap129", "Ap01", "Mp1", "P"].map(|bdev| controller(bdev, bdev, "2"));
+        let mut calls = vec![aio("A", false), malloc("M"), on_part];
+        calls.extend(controllers);
+        let (notes, errors) = check(calls.into());
+        assert_eq!(notes, ["bdev Ap1 must be a partition of A"]);
+        let none = ["Ap0", "Ap129", "Ap01", "Mp1"].map(|bdev| format!("there is no bdev {bdev}"));
+        assert_eq!(errors, none);
     }
 }

@@ -9,6 +9,7 @@ mod blocks;
 pub(crate) mod delay;
 pub(crate) mod error;
 pub(crate) mod file;
+pub(crate) mod gpt;
 pub(crate) mod malloc;
 pub(crate) mod null;
 pub(crate) mod passthru;
@@ -26,6 +27,7 @@ pub fn all() -> Vec<Rc<dyn BdevModule>> {
         Rc::new(error::module::Module),
         Rc::new(passthru::module::Module),
         Rc::new(split::module::Module),
+        Rc::new(gpt::module::Module::default()),
     ]
 }
 

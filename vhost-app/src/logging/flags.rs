@@ -55,7 +55,7 @@ pub(super) const FLAGS: [(&str, &[&str]); 72] = [
     ("trace", &[]),
     ("uring", &["bdev::modules::file"]),
     ("vbdev_delay", &["bdev::modules::delay"]),
-    ("vbdev_gpt", &[]),
+    ("vbdev_gpt", &["bdev::modules::gpt"]),
     ("vbdev_lvol", &[]),
     ("vbdev_opal", &[]),
     ("vbdev_passthru", &["bdev::modules::passthru"]),

@@ -6,6 +6,7 @@ pub(crate) mod module;
 use std::sync::Arc;
 
 use guest_memory::usize_of;
+use uuid::Uuid;
 
 use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel};
@@ -19,6 +20,7 @@ use crate::wrapper::{PARTS, Wrapped, Wrapper, derived_uuid, forward_to_base};
 /// A range of another bdev.
 pub struct Part {
     wrapped: Wrapped,
+    product: &'static str,
     offset_blocks: u64,
     num_blocks: u64,
 }
@@ -34,6 +36,20 @@ impl Part {
         offset_blocks: u64,
         num_blocks: u64,
     ) -> Result<Arc<Self>, Error> {
+        let range = [offset_blocks.to_le_bytes(), num_blocks.to_le_bytes()].concat();
+        let uuid = derived_uuid(PARTS, &*base, &range);
+        Self::of_product("Split Disk", name, uuid, base, offset_blocks, num_blocks)
+    }
+
+    /// As [`Part::create`], for a module that has a product name and UUIDs of its own.
+    pub(crate) fn of_product(
+        product: &'static str,
+        name: String,
+        uuid: Uuid,
+        base: Arc<dyn Bdev>,
+        offset_blocks: u64,
+        num_blocks: u64,
+    ) -> Result<Arc<Self>, Error> {
         let end = offset_blocks.checked_add(num_blocks);
         if num_blocks == 0 || end.is_none_or(|end| end > base.num_blocks()) {
             let (blocks, base) = (base.num_blocks(), base.name());
@@ -42,10 +58,8 @@ impl Part {
                  {offset_blocks}, length {num_blocks}"
             )));
         }
-        let range = [offset_blocks.to_le_bytes(), num_blocks.to_le_bytes()].concat();
-        let uuid = derived_uuid(PARTS, &*base, &range);
         let wrapped = Wrapped::new(name, base, Some(uuid))?;
-        Ok(Arc::new(Self { wrapped, offset_blocks, num_blocks }))
+        Ok(Arc::new(Self { wrapped, product, offset_blocks, num_blocks }))
     }
 }
 
@@ -55,7 +69,7 @@ impl Wrapper for Part {
     }
 
     fn product(&self) -> &'static str {
-        "Split Disk"
+        self.product
     }
 
     fn size_blocks(&self) -> u64 {
