@@ -18,7 +18,8 @@ pub const SIZE: u64 = 4 << 20;
 /// - Its features include `write_zeroes`. `flush` and `unmap` may be missing: the operation is then
 ///   [`Unsupported`](bdev::Status::Unsupported).
 /// - If `keeps` is set, every byte is zero at first. An unmapped byte reads as it was before or as
-///   zero, so an unmap may be rounded inwards, or do nothing.
+///   zero, so an unmap may be rounded inwards, or do nothing. If `unmapped_is_noise` is set, it has
+///   any value.
 /// - If `keeps` is not set, a read leaves the guest's memory as it was.
 /// - The number of other references to `disk` does not change during a check, as the checks count
 ///   references.
@@ -27,6 +28,8 @@ pub struct Fixture {
     pub disk: Arc<dyn Bdev>,
     /// Reads return what was written.
     pub keeps: bool,
+    /// Unmapped bytes have any value.
+    pub unmapped_is_noise: bool,
     /// What is dropped after the disk: a directory, a loop device, the owner of a remote image. The
     /// disk's own threads may still be closing the disk then.
     pub below: Option<Box<dyn Any>>,
@@ -35,7 +38,7 @@ pub struct Fixture {
 impl Fixture {
     /// A disk that keeps what is written to it, and needs nothing else.
     pub fn of(disk: Arc<dyn Bdev>) -> Self {
-        Self { disk, keeps: true, below: None }
+        Self { disk, keeps: true, unmapped_is_noise: false, below: None }
     }
 
     /// A disk that keeps what is written to it, with something that is dropped after the disk.

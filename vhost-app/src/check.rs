@@ -140,7 +140,7 @@ impl Check {
                 }
                 (vec![text("name")], None)
             }
-            "bdev_delay_create" | "bdev_passthru_create" => {
+            "bdev_crypto_create" | "bdev_delay_create" | "bdev_passthru_create" => {
                 (vec![text("name")], Some(text("base_bdev_name")))
             }
             "bdev_error_create" => {

@@ -14,6 +14,7 @@ pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
     let engines = [nbd_module(network), nvme_module(), rbd_module(), virtio_module()];
     modules.extend(engines.into_iter().flatten());
+    modules.extend([rbd_module(), virtio_module(), crypto_module()].into_iter().flatten());
     modules
 }
 
@@ -44,6 +45,13 @@ fn nvme_module() -> Option<Rc<dyn BdevModule>> {
 
 #[cfg(not(feature = "nvme"))]
 fn nvme_module() -> Option<Rc<dyn BdevModule>> {
+#[cfg(feature = "crypto")]
+fn crypto_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(crypto::CryptoModule::default()))
+}
+
+#[cfg(not(feature = "crypto"))]
+fn crypto_module() -> Option<Rc<dyn BdevModule>> {
     None
 }
 

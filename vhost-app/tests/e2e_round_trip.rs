@@ -20,7 +20,7 @@ enum Effect {
     /// It changes state that is not saved, as in SPDK: log levels, counters, injected errors, the
     /// core that serves a queue, and the end of the process.
     Unsaved,
-    /// It is saved, and needs a storage server: the tests of its bdev module save and load it.
+    /// It is saved, and the end-to-end tests of its crate save and load it.
     Engine,
     /// It changes nothing.
     Read,
@@ -28,9 +28,10 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 139] = [
+const METHODS: [(&str, Effect); 142] = [
     ("accel_assign_opc", Saved),
-    ("accel_crypto_key_destroy", Read),
+    ("accel_crypto_key_create", Engine),
+    ("accel_crypto_key_destroy", Engine),
     ("accel_crypto_keys_get", Read),
     ("accel_get_module_info", Read),
     ("accel_get_opc_assignments", Read),
@@ -41,6 +42,8 @@ const METHODS: [(&str, Effect); 139] = [
     ("bdev_aio_create", Saved),
     ("bdev_aio_delete", Saved),
     ("bdev_aio_rescan", Unsaved),
+    ("bdev_crypto_create", Engine),
+    ("bdev_crypto_delete", Engine),
     ("bdev_delay_create", Saved),
     ("bdev_delay_delete", Saved),
     ("bdev_delay_update_latency", Saved),

@@ -79,13 +79,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
     let no_device = || refused(-19, "No such device");
     let x = || json!({"name": "x"});
     vec![
-        (
-            "accel_crypto_key_destroy",
-            json!({"key_name": "x"}),
-            refused(-32602, "No key object found"),
-        ),
-        ("accel_crypto_keys_get", Value::Null, Ok(json!([]))),
-        ("accel_crypto_keys_get", json!({"key_name": "x"}), refused(-32602, "key was not found")),
         ("bdev_lvol_delete", x(), no_device()),
         ("bdev_lvol_delete_lvstore", json!({"lvs_name": "x"}), no_device()),
         ("bdev_lvol_get_lvols", json!({"lvs_name": "x"}), no_device()),

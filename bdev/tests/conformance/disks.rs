@@ -41,7 +41,7 @@ pub(crate) fn null(block_size: u32) -> Fixture {
 }
 
 pub(crate) fn null_of(size: u64, block_size: u32) -> Fixture {
-    Fixture { disk: null_disk(size, block_size), keeps: false, below: None }
+    Fixture { keeps: false, ..Fixture::of(null_disk(size, block_size)) }
 }
 
 /// With a limit that is reached now and then.
@@ -56,7 +56,7 @@ pub(crate) fn limited(fixture: Fixture) -> Fixture {
 pub(crate) fn resized(_whole: Fixture) -> Fixture {
     let disk = null_disk(SIZE / 2, 512);
     disk.resize(SIZE / 512).unwrap();
-    Fixture { disk, keeps: false, below: None }
+    Fixture { keeps: false, ..Fixture::of(disk) }
 }
 
 pub(crate) fn file_options(filename: PathBuf, flavour: Flavour, block_size: u32) -> FileOptions {
@@ -152,7 +152,7 @@ pub(crate) fn engine(
     }
     // A read that is not in the page cache waits, whatever it is asked.
     assert_eq!(service.engine, if service.direct { engine } else { Engine::Threads });
-    Some(Fixture { disk, keeps: true, below: Some(below) })
+    Some(Fixture { below: Some(below), ..Fixture::of(disk) })
 }
 
 /// A file that was a quarter as large when the disk was made.
