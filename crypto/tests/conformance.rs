@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use bdev::{
-    Access, Bdev, Delay, DelayOptions, Error, FileDisk, FileOptions, Flavour, Latency, Malloc,
-    MallocOptions, Op, RateLimits, Request, Status, ThreadChannel,
+    Bdev, Delay, DelayOptions, Error, FileDisk, FileOptions, Flavour, Latency, Malloc,
+    MallocOptions, Op, RateLimits, Request, Rights, Status, ThreadChannel,
 };
 use bdev_conformance::{Driver, Fixture, Memory, SIZE, conformance, pattern};
 use crypto::{CryptoDisk, CryptoOptions, Key};
@@ -24,7 +24,7 @@ fn on(base: Arc<dyn Bdev>, bytes: usize) -> Result<Arc<CryptoDisk>, Error> {
 /// Writes zeroes everywhere: blocks that were never written read as noise.
 fn zeroed(fixture: Fixture, bytes: usize) -> Fixture {
     let disk: Arc<dyn Bdev> = on(fixture.disk, bytes).unwrap();
-    let mut channel = ThreadChannel::open(&disk, 1, Access::Write).unwrap();
+    let mut channel = ThreadChannel::open(&disk, 1, Rights::Write).unwrap();
     channel.run(Request::plain(Op::WriteZeroes, 0, SIZE)).unwrap();
     drop(channel);
     Fixture { disk, unmapped_is_noise: true, ..fixture }

@@ -231,7 +231,7 @@ impl Check {
 }
 
 impl Bdevs {
-    fn exists(&self, name: &str) -> bool {
+    fn is_live(&self, name: &str) -> bool {
         let is_namespace = || {
             let parts = name.rsplit_once('n');
             parts.is_some_and(|(controller, id)| {
@@ -239,8 +239,6 @@ impl Bdevs {
             })
         };
         self.live.contains(name) || self.live.contains(&name.to_lowercase()) || is_namespace()
-    fn is_live(&self, name: &str) -> bool {
-        self.live.contains(name) || self.live.contains(&name.to_lowercase())
     }
 
     /// Whether it exists, or may be found in a partition table.
@@ -252,7 +250,7 @@ impl Bdevs {
     fn disk_of<'a>(&self, name: &'a str) -> Option<&'a str> {
         let (disk, number) = name.rsplit_once('p')?;
         let is_number = (1..=128).any(|n: u32| n.to_string() == number);
-        (is_number && self.live.contains(disk) && !self.empty.contains(disk)).then_some(disk)
+        (is_number && self.is_live(disk) && !self.empty.contains(disk)).then_some(disk)
     }
 
     /// Adds the wrappers whose bases exist, and those on them.

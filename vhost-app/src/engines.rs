@@ -12,9 +12,9 @@ use crate::cli::Options;
 /// Returns all kinds of bdevs. `network`: whether the process may connect to other hosts.
 pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
-    let engines = [nbd_module(network), nvme_module(), rbd_module(), virtio_module()];
+    let engines =
+        [nbd_module(network), nvme_module(), rbd_module(), virtio_module(), crypto_module()];
     modules.extend(engines.into_iter().flatten());
-    modules.extend([rbd_module(), virtio_module(), crypto_module()].into_iter().flatten());
     modules
 }
 
@@ -45,6 +45,9 @@ fn nvme_module() -> Option<Rc<dyn BdevModule>> {
 
 #[cfg(not(feature = "nvme"))]
 fn nvme_module() -> Option<Rc<dyn BdevModule>> {
+    None
+}
+
 #[cfg(feature = "crypto")]
 fn crypto_module() -> Option<Rc<dyn BdevModule>> {
     Some(Rc::new(crypto::CryptoModule::default()))

@@ -100,8 +100,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
         ("framework_get_governor", Value::Null, Ok(json!({}))),
         ("framework_get_pci_devices", Value::Null, Ok(json!([]))),
         ("keyring_get_keys", Value::Null, Ok(json!([]))),
-        ("nbd_get_disks", Value::Null, Ok(json!([]))),
-        ("nbd_stop_disk", json!({"nbd_device": "/dev/nbd0"}), no_device()),
         ("scsi_get_devices", Value::Null, Ok(json!([]))),
     ]
 }

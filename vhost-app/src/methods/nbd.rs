@@ -107,7 +107,8 @@ impl Exports {
 
     /// Stops the exports of a bdev that is being removed. They release it when their I/O has ended.
     pub(super) fn remove_bdev(&self, bdev: &Arc<dyn Bdev>) {
-        let (gone, stay) = self.started.take().into_iter().partition(|one| one.server.exports(bdev));
+        let (gone, stay) =
+            self.started.take().into_iter().partition(|one| one.server.exports(bdev));
         self.started.replace(stay);
         for export in Vec::<Rc<Exported>>::into_iter(gone) {
             info!("NBD export {}: bdev {} was removed", export.device, export.bdev_name);

@@ -9,7 +9,7 @@ use tracing::error;
 use super::table::{self, Disk, Invalid, Table, WINDOW};
 use crate::contract::Bdev;
 use crate::error::Error;
-use crate::thread_channel::{Access, Buffer, EndedRequest, Request, ThreadChannel};
+use crate::thread_channel::{Buffer, EndedRequest, Request, Rights, ThreadChannel};
 
 /// The result of an examination.
 pub(super) enum Found {
@@ -38,7 +38,7 @@ pub(super) fn read(bdev: &Arc<dyn Bdev>, limit: Duration) -> Result<Found, Error
     if len < 2 * block_size || size < len as u64 {
         return Ok(Found::Nothing);
     }
-    let mut channel = ThreadChannel::open(bdev, 2, Access::Read)?;
+    let mut channel = ThreadChannel::open(bdev, 2, Rights::Read)?;
     let reads = [Request::read(0, len), Request::read(size - len as u64, len)];
     let Some(ended) = run_both(&mut channel, reads, Instant::now() + limit) else {
         return Ok(Found::NoAnswer(abandon(bdev.name(), channel)));
