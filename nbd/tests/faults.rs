@@ -173,6 +173,58 @@ fn io_goes_on_with_the_next_server() {
     }
 }
 
+/// It refuses requests before it closes the connection. No I/O fails.
+#[test]
+fn a_server_that_is_shutting_down_is_waited_for() {
+    for number in 0..6 {
+        let fake = first(Fault::ShuttingDown(number));
+        let disk = connect(&fake);
+        let mut driver = Driver::new(&disk, 4);
+        for n in 0..3 {
+            let data = pattern(n, 4096);
+            assert_eq!(driver.write(n * 4096, &data), Status::Ok);
+            assert_eq!(driver.plain(Op::Unmap, 1 << 20, 4096), Status::Ok);
+            assert_eq!(driver.read(n * 4096, 4096), (data, Status::Ok));
+        }
+        assert_eq!(fake.connections(), 2);
+    }
+}
+
+/// Keeps a channel full. Returns how many I/Os have ended; none may fail.
+fn keep_busy(driver: &mut Driver, submitted: &mut u64) -> usize {
+    while let Some(tag) = driver.free_tag() {
+        let op = if submitted.is_multiple_of(2) { Op::Read } else { Op::Write };
+        let request = Request::rw(op, *submitted % 64 * 4096, Memory::plain(4096));
+        assert!(matches!(driver.submit(tag, request), Ok(None)));
+        *submitted += 1;
+    }
+    let done = driver.visit();
+    assert!(done.iter().all(|(_, status)| *status == Status::Ok));
+    done.len()
+}
+
+/// A server is asked to end while I/O goes on, and is started again.
+#[test]
+fn a_graceful_restart_of_the_server_fails_no_io() {
+    let program = Program::nbdkit_file(&["--filter=delay"], &["rdelay=1ms"]);
+    let Some(mut server) = Server::new(program) else { return };
+    let disk: Arc<dyn Bdev> = server.connect("");
+    let mut driver = Driver::new(&disk, 16);
+    let mut submitted = 0;
+    for _ in 0..5 {
+        let mut ended = 0;
+        while ended < 200 {
+            ended += keep_busy(&mut driver, &mut submitted);
+        }
+        server.signal("TERM");
+        while !server.has_ended() {
+            keep_busy(&mut driver, &mut submitted);
+        }
+        server.start();
+    }
+    while driver.visit().is_empty() {}
+}
+
 #[test]
 fn io_fails_after_the_reconnect_delay_until_the_server_is_back() {
     for delay in [Duration::ZERO, Duration::from_millis(10)] {

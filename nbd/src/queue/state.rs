@@ -27,6 +27,8 @@ const SLOT_BITS: u32 = 24;
 pub(crate) enum Broken {
     /// The server has closed it.
     Closed,
+    /// The server has refused a request because it is shutting down.
+    ShuttingDown,
     /// The socket has failed with this errno.
     Failed(i32),
     /// The server has violated the protocol.
@@ -39,6 +41,7 @@ impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed => f.write_str("the server has closed the connection"),
+            Self::ShuttingDown => f.write_str("the server is shutting down"),
             Self::Failed(errno) => {
                 write!(f, "the connection has failed: {}", io::Error::from_raw_os_error(*errno))
             }
@@ -393,23 +396,23 @@ impl State {
                     self.data(data);
                     Ok(())
                 }
-                Item::Violation => Err("expected a reply"),
+                Item::Violation => Err(Broken::Violation("expected a reply")),
             };
-            if let Err(what) = result {
-                self.broken = Some(Broken::Violation(what));
+            if let Err(broken) = result {
+                self.broken = Some(broken);
                 return;
             }
         }
     }
 
-    fn reply(&mut self, reply: SimpleReply) -> Result<(), &'static str> {
+    fn reply(&mut self, reply: SimpleReply) -> Result<(), Broken> {
         let slot = (reply.cookie & ((1 << SLOT_BITS) - 1)) as u32;
         let job = self.jobs.get(slot as usize).and_then(Option::as_ref);
         let Some(job) = job.filter(|job| job.cookie == Some(reply.cookie)) else {
-            return Err("a reply to no request");
+            return Err(Broken::Violation("a reply to no request"));
         };
         if self.sending.is_some_and(|(sending, _)| sending == slot) {
-            return Err("a reply to a request that is not sent in full");
+            return Err(Broken::Violation("a reply to a request that is not sent in full"));
         }
         match (reply.error, job.io.op) {
             (0, Op::Read) => {
@@ -419,6 +422,8 @@ impl State {
             (0, _) => self.piece_done(slot),
             (error, _) => {
                 let ended = match errno_from_wire(error) {
+                    // The request stays in flight, so the next connection sends it again.
+                    libc::ESHUTDOWN => return Err(Broken::ShuttingDown),
                     libc::EOPNOTSUPP => Ended::Unsupported,
                     errno => Ended::Failed(errno),
                 };

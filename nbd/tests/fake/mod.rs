@@ -13,8 +13,8 @@ use std::thread;
 
 use bdev_conformance::SIZE;
 use nbd::protocol::{
-    INIT_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, Request, SimpleReply, command, info,
-    option, option_reply, transmission,
+    INIT_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, Request, SimpleReply, command,
+    errno_to_wire, info, option, option_reply, transmission,
 };
 use nbd::{NbdOptions, NbdUri};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -43,6 +43,9 @@ pub(crate) enum Fault {
     Unasked,
     /// The replies come in single bytes.
     Trickle,
+    /// From the reply with this number on, the server replies that it is shutting down, does
+    /// nothing, and keeps the connection.
+    ShuttingDown(usize),
     /// The server reads no request.
     Unresponsive,
     /// The server reads requests, and does not reply.
@@ -211,7 +214,10 @@ impl Shared {
             if request.command == command::DISC {
                 return Ok(());
             }
-            let data = self.apply(&request, &payload);
+            let data = match fault {
+                Fault::ShuttingDown(number) if out.number >= number => vec![],
+                _ => self.apply(&request, &payload),
+            };
             if !out.reply(stream, request.cookie, data)? {
                 return Ok(());
             }
@@ -283,6 +289,7 @@ impl Out {
         match self.fault {
             Fault::WrongCookie(n) if n == number => reply.cookie ^= 1 << 24,
             Fault::Stale(n) if n == number => reply.cookie = last,
+            Fault::ShuttingDown(n) if n <= number => reply.error = errno_to_wire(libc::ESHUTDOWN),
             _ => {}
         }
         let mut bytes = reply.encode().to_vec();

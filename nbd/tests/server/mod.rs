@@ -111,6 +111,11 @@ impl Server {
         assert!(done.success());
     }
 
+    /// Whether the program has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.as_mut().unwrap().try_wait().unwrap().is_some()
+    }
+
     /// Waits until the program has ended by itself.
     pub(crate) fn wait_for_its_end(mut self) {
         if let Some(mut child) = self.child.take() {
