@@ -16,8 +16,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use io_uring::register::Restriction;
 use io_uring::{Builder, IoUring, cqueue, opcode, squeue, types};
 
-/// The bytes of each staging buffer: about as much as a Unix socket takes in one call by default.
+/// The bytes of data in each staging buffer: about as much as a Unix socket takes in one call by
+/// default.
 pub(crate) const STAGING: usize = 256 << 10;
+
+/// More bytes in the output buffer, for headers.
+const HEADERS: usize = 4 << 10;
 
 /// The index of the socket in the ring's table.
 const SOCKET: types::Fixed = types::Fixed(0);
@@ -74,15 +78,15 @@ impl Link {
     /// The system's error, such as a limit on memory or open files.
     pub(crate) fn new(socket: BorrowedFd<'_>, call: BorrowedFd<'_>) -> io::Result<Box<Self>> {
         // Not zeroes, which would be mapped when a reactor touches them first.
-        let buffer = || ManuallyDrop::new(vec![0xff; STAGING].into_boxed_slice());
+        let buffer = |len| ManuallyDrop::new(vec![0xff; len].into_boxed_slice());
         Ok(Box::new(Self {
             ring: make_ring(socket, call)?,
             unsubmitted: 0,
-            output: buffer(),
+            output: buffer(STAGING + HEADERS),
             filled: 0,
             sent: 0,
             sending: false,
-            input: buffer(),
+            input: buffer(STAGING),
             receiving: false,
         }))
     }
@@ -225,7 +229,7 @@ fn is_temporary(errno: i32) -> bool {
 }
 
 fn len_of(buffer: &[u8]) -> u32 {
-    u32::try_from(buffer.len()).expect("a buffer has STAGING bytes")
+    u32::try_from(buffer.len()).expect("a buffer has less than 4 GiB")
 }
 
 /// Makes an io_uring whose only registered file is `socket`. If the kernel supports it (5.10), the

@@ -11,12 +11,17 @@ use bdev::memory::{Stores, gather, scatter};
 use bdev::{Durability, Ended, Io, Line, Op};
 
 use super::Offline;
-use crate::link::{Event, Link};
+use crate::link::{Event, Link, STAGING};
 use crate::parser::{Item, Parser};
 use crate::protocol::{Request, SimpleReply, command, command_flag, errno_from_wire};
 
 /// The most bytes that one request without a payload covers: the protocol has 32 bits.
 const PLAIN_MAX: u64 = 1 << 30;
+
+/// The longest payload of a write, in bytes: an empty output buffer has room for it and its header.
+/// A power of two, and not less than the largest minimum block size of the protocol, so that longer
+/// writes are cut at blocks.
+const WRITE_MAX: u64 = STAGING as u64;
 
 /// The bits of a cookie that hold the request's slot. The others hold a sequence number, so that a
 /// reply to an earlier request of the slot is detected.
@@ -33,8 +38,6 @@ pub(crate) enum Broken {
     Failed(i32),
     /// The server has violated the protocol.
     Violation(&'static str),
-    /// The rest of a request cannot be sent, as its I/O was abandoned.
-    Abandoned,
 }
 
 impl fmt::Display for Broken {
@@ -46,7 +49,6 @@ impl fmt::Display for Broken {
                 write!(f, "the connection has failed: {}", io::Error::from_raw_os_error(*errno))
             }
             Self::Violation(what) => write!(f, "the server has violated the protocol: {what}"),
-            Self::Abandoned => f.write_str("a write was abandoned while it was being sent"),
         }
     }
 }
@@ -83,8 +85,6 @@ pub(super) struct State {
     /// The requests that wait for a reply.
     in_flight: usize,
     sequence: u64,
-    /// The write whose payload is being sent, and the bytes of it that were copied.
-    sending: Option<(u32, usize)>,
     parser: Parser,
     /// The slot of the read whose data is arriving.
     receiving: u32,
@@ -116,6 +116,22 @@ struct Job {
     written: u64,
 }
 
+impl Job {
+    /// Copies the data of a write that follows the pieces that are done.
+    fn copy_to(&self, payload: &mut [u8]) {
+        if payload.is_empty() {
+            return;
+        }
+        // SAFETY: the I/O is outstanding, so the array is valid.
+        let segments = unsafe { self.io.segments() };
+        let (to, len) = (payload.as_mut_ptr(), payload.len());
+        // SAFETY: the segments are readable, as the I/O is outstanding; `payload` has room for `len`
+        // bytes, and a guest's memory does not overlap it.
+        let whole = unsafe { gather(segments, self.done, to, len, Stores::Cached) };
+        debug_assert!(whole, "the segments' lengths add up to the I/O's");
+    }
+}
+
 impl State {
     pub(super) fn new(payload_max: u32, durability: &Arc<Durability>) -> Self {
         Self {
@@ -132,7 +148,6 @@ impl State {
             unsent: VecDeque::new(),
             in_flight: 0,
             sequence: 0,
-            sending: None,
             parser: Parser::default(),
             receiving: 0,
         }
@@ -178,9 +193,8 @@ impl State {
 
     /// Stops using the link, and returns it. The requests in flight have to be sent again.
     pub(super) fn disconnect(&mut self, offline: Offline) -> Detached {
-        let quiet = self.in_flight == 0 && self.sending.is_none();
+        let quiet = self.in_flight == 0;
         self.offline = offline;
-        self.sending = None;
         self.parser = Parser::default();
         self.in_flight = 0;
         let mut again = vec![];
@@ -299,9 +313,6 @@ impl State {
             if let Some(client) = client_of(&self.clients, job) {
                 client.line.complete(job.io.tag, Ended::Failed(errno));
             }
-            if self.sending.is_some_and(|(sending, _)| sending as usize == slot) {
-                self.broken = Some(Broken::Abandoned);
-            }
         }
         let jobs = &mut self.jobs;
         let free = &mut self.free;
@@ -319,72 +330,50 @@ impl State {
     fn send(&mut self, link: &mut Link) {
         let Some(output) = link.output() else { return };
         let mut filled = 0;
-        loop {
-            if let Some((slot, copied)) = self.sending {
-                let (n, whole) = self.copy_payload(slot, copied, &mut output[filled..]);
-                filled += n;
-                self.sending = if whole { None } else { Some((slot, copied + n)) };
-            }
-            if self.sending.is_some() || output.len() - filled < Request::SIZE {
-                break;
-            }
-            let Some(slot) = self.unsent.pop_front() else { break };
-            if let Some(request) = self.next_request(slot) {
-                output[filled..filled + Request::SIZE].copy_from_slice(&request.encode());
-                filled += Request::SIZE;
-                if request.command == command::WRITE {
-                    self.sending = Some((slot, 0));
-                }
-            }
+        while let Some(slot) = self.unsent.front().copied() {
+            let Some(len) = self.stage(slot, &mut output[filled..]) else { break };
+            self.unsent.pop_front();
+            filled += len;
         }
         if filled > 0 {
             link.send(filled);
         }
     }
 
-    /// Copies payload of a write to `to`, from `copied` bytes in. Returns the bytes copied, and
-    /// whether they are the last ones.
-    fn copy_payload(&self, slot: u32, copied: usize, to: &mut [u8]) -> (usize, bool) {
-        let Some(job) = &self.jobs[slot as usize] else { return (0, true) };
-        debug_assert!(!job.reported, "an abandoned write breaks the connection");
-        let n = (job.len - copied).min(to.len());
-        // SAFETY: the I/O is outstanding, so the array is valid.
-        let segments = unsafe { job.io.segments() };
-        let skip = job.done + copied as u64;
-        // SAFETY: the segments are readable, as the I/O is outstanding; `to` has room for `n` bytes,
-        // and a guest's memory does not overlap it.
-        let whole = unsafe { gather(segments, skip, to.as_mut_ptr(), n, Stores::Cached) };
-        debug_assert!(whole, "the segments' lengths add up to the I/O's");
-        (n, copied + n == job.len)
-    }
-
-    /// The next request of an I/O. `None`: the I/O has ended.
-    fn next_request(&mut self, slot: u32) -> Option<Request> {
-        let job = self.jobs[slot as usize].as_mut()?;
+    /// Puts the next request of an I/O into the output buffer, if there is room for all of it: the
+    /// I/O's memory is not needed later, so that the I/O can be abandoned. Returns the bytes used: 0
+    /// if the I/O has ended. `None`: it needs more room.
+    fn stage(&mut self, slot: u32, to: &mut [u8]) -> Option<usize> {
+        let Some(job) = self.jobs[slot as usize].as_mut() else { return Some(0) };
         if job.io.op == Op::Flush
             && let Some(client) = self.clients[job.client].as_mut()
             && self.durability.take_loss(&mut client.losses)
         {
             self.end(slot, Ended::Failed(libc::EIO));
-            return None;
+            return Some(0);
         }
         let (command, flags, max) = match job.io.op {
             Op::Read => (command::READ, 0, self.payload_max),
-            Op::Write => (command::WRITE, 0, self.payload_max),
+            Op::Write => (command::WRITE, 0, self.payload_max.min(WRITE_MAX)),
             Op::Flush => (command::FLUSH, 0, 0),
             Op::Unmap => (command::TRIM, 0, PLAIN_MAX),
             Op::WriteZeroes if job.io.may_unmap => (command::WRITE_ZEROES, 0, PLAIN_MAX),
             Op::WriteZeroes => (command::WRITE_ZEROES, command_flag::NO_HOLE, PLAIN_MAX),
         };
         let len = u32::try_from(job.io.len.saturating_sub(job.done).min(max)).unwrap_or(0);
+        let payload_len = if job.io.op == Op::Write { len as usize } else { 0 };
+        let (header, rest) = to.split_at_mut_checked(Request::SIZE)?;
+        let payload = rest.get_mut(..payload_len)?;
         self.sequence += 1;
         let cookie = self.sequence << SLOT_BITS | u64::from(slot);
+        let offset = if job.io.op == Op::Flush { 0 } else { job.io.offset + job.done };
+        header.copy_from_slice(&Request { flags, command, cookie, offset, len }.encode());
+        job.copy_to(payload);
         job.len = len as usize;
         job.cookie = Some(cookie);
         job.written = self.durability.written();
         self.in_flight += 1;
-        let offset = if job.io.op == Op::Flush { 0 } else { job.io.offset + job.done };
-        Some(Request { flags, command, cookie, offset, len })
+        Some(Request::SIZE + payload_len)
     }
 
     /// Passes on what the server has sent.
@@ -411,9 +400,6 @@ impl State {
         let Some(job) = job.filter(|job| job.cookie == Some(reply.cookie)) else {
             return Err(Broken::Violation("a reply to no request"));
         };
-        if self.sending.is_some_and(|(sending, _)| sending == slot) {
-            return Err(Broken::Violation("a reply to a request that is not sent in full"));
-        }
         match (reply.error, job.io.op) {
             (0, Op::Read) => {
                 self.receiving = slot;
