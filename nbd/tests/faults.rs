@@ -365,6 +365,39 @@ fn an_abandoned_write_does_not_end_the_connection() {
     assert!(!fake.store().contains(&2), "memory that was given back was sent");
 }
 
+/// Their number has a limit. Beyond it, the connection ends, and other I/O goes on with the next.
+#[test]
+fn a_server_that_does_not_reply_keeps_few_abandoned_ios() {
+    const DEPTH: u16 = 1000;
+    let fake = first(Fault::Mute);
+    let disk = connect(&fake);
+    let mut other = Driver::new(&disk, 4);
+    let tag = other.free_tag().unwrap();
+    let read = Request::rw(Op::Read, 0, Memory::plain(4096));
+    assert!(matches!(other.submit(tag, read), Ok(None)));
+    let mut done = [Completion { tag: Tag(0), status: Status::Ok }; 16];
+    for round in 1..=5 {
+        assert_eq!(fake.connections(), 1, "{round}");
+        let mut abandoned = BdevChannel::open(&disk, DEPTH).unwrap();
+        for tag in 0..DEPTH {
+            let flush = Io::plain(Op::Flush, Tag(tag), 0, 0);
+            // SAFETY: a flush has no memory.
+            assert!(matches!(unsafe { abandoned.submit(flush) }, Submit::Queued));
+        }
+        while fake.requests() < 1 + round * usize::from(DEPTH) {
+            abandoned.kick();
+            assert_eq!(abandoned.poll(&mut done), 0);
+        }
+        abandoned.abandon();
+        let mut ended = 0;
+        while ended < DEPTH.into() {
+            ended += abandoned.poll(&mut done);
+        }
+    }
+    while other.visit().is_empty() {}
+    assert_eq!(fake.connections(), 2);
+}
+
 /// The server answers an abandoned read after its memory has another use.
 #[test]
 fn a_late_reply_to_an_abandoned_read_changes_no_memory() {

@@ -27,6 +27,10 @@ const WRITE_MAX: u64 = STAGING as u64;
 /// reply to an earlier request of the slot is detected.
 const SLOT_BITS: u32 = 24;
 
+/// The most abandoned requests that wait for a reply. Beyond it, the connection is over, as a server
+/// that answers some requests only would make the slots grow with each new channel.
+const ABANDONED_MAX: usize = 4096;
+
 /// Why a connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Broken {
@@ -36,6 +40,8 @@ pub(crate) enum Broken {
     ShuttingDown,
     /// The socket has failed with this errno.
     Failed(i32),
+    /// The server has not replied to more than [`ABANDONED_MAX`] abandoned requests.
+    Unanswered,
     /// The server has violated the protocol.
     Violation(&'static str),
 }
@@ -48,6 +54,7 @@ impl fmt::Display for Broken {
             Self::Failed(errno) => {
                 write!(f, "the connection has failed: {}", io::Error::from_raw_os_error(*errno))
             }
+            Self::Unanswered => f.write_str("the server does not reply"),
             Self::Violation(what) => write!(f, "the server has violated the protocol: {what}"),
         }
     }
@@ -157,8 +164,7 @@ impl State {
     pub(super) fn add(&mut self, line: &Arc<Line>, depth: u16) -> usize {
         let depth = usize::from(depth);
         let others: usize = self.clients.iter().flatten().map(|client| client.depth).sum();
-        let reported = self.jobs.iter().flatten().filter(|job| job.reported).count();
-        for slot in (0..).take(others + reported + depth).skip(self.jobs.len()) {
+        for slot in (0..).take(others + self.abandoned() + depth).skip(self.jobs.len()) {
             self.jobs.push(None);
             self.free.push(slot);
         }
@@ -173,6 +179,11 @@ impl State {
         }
         self.clients.push(Some(client));
         self.clients.len() - 1
+    }
+
+    /// The number of I/Os that were reported before their reply.
+    fn abandoned(&self) -> usize {
+        self.jobs.iter().flatten().filter(|job| job.reported).count()
     }
 
     /// Removes a channel, and returns what is to be dropped.
@@ -324,6 +335,9 @@ impl State {
             }
             keep
         });
+        if self.abandoned() > ABANDONED_MAX {
+            self.broken = Some(Broken::Unanswered);
+        }
     }
 
     /// Fills the output buffer with requests, if it is free, and sends it.

@@ -79,6 +79,7 @@ struct Shared {
     flags: u16,
     store: Mutex<Vec<u8>>,
     connections: AtomicUsize,
+    requests: AtomicUsize,
     ending: AtomicBool,
 }
 
@@ -129,6 +130,7 @@ impl Fake {
             flags: flags | transmission::HAS_FLAGS,
             store: Mutex::new(vec![0; usize::try_from(SIZE).unwrap()]),
             connections: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
             ending: AtomicBool::new(false),
         });
         let of_thread = Arc::clone(&shared);
@@ -166,6 +168,11 @@ impl Fake {
     /// The number of connections so far.
     pub(crate) fn connections(&self) -> usize {
         self.shared.connections.load(Ordering::Relaxed)
+    }
+
+    /// The number of requests so far, on all connections.
+    pub(crate) fn requests(&self) -> usize {
+        self.shared.requests.load(Ordering::Relaxed)
     }
 
     /// What the disk holds.
@@ -214,6 +221,7 @@ impl Shared {
             if request.command == command::DISC {
                 return Ok(());
             }
+            self.requests.fetch_add(1, Ordering::Relaxed);
             let data = match fault {
                 Fault::ShuttingDown(number) if out.number >= number => vec![],
                 _ => self.apply(&request, &payload),
