@@ -118,13 +118,14 @@ impl Shared {
 
     /// Serves a channel.
     pub(crate) fn add(&self, line: &Arc<Line>) {
-        let losses = AtomicU64::new(self.durability.reported());
+        let losses = AtomicU64::new(self.durability.channel_opened());
         self.lines().push(Arc::new(Served { line: Arc::clone(line), losses }));
     }
 
     /// Stops serving a channel, which has no outstanding I/O.
     pub(crate) fn remove(&self, line: &Arc<Line>) {
         self.lines().retain(|other| !Arc::ptr_eq(line, &other.line));
+        self.durability.channel_closed();
     }
 
     /// Wakes the thread if it sleeps. Does not wait.

@@ -171,7 +171,7 @@ impl State {
         self.free.reserve(self.jobs.len() - self.free.len());
         self.unsent.reserve(self.jobs.len() - self.unsent.len());
         self.next_id += 1;
-        let losses = self.durability.reported();
+        let losses = self.durability.channel_opened();
         let client = Client { id: self.next_id, line: Arc::clone(line), depth, losses };
         if let Some(at) = self.clients.iter().position(Option::is_none) {
             self.clients[at] = Some(client);
@@ -188,7 +188,11 @@ impl State {
 
     /// Removes a channel, and returns what is to be dropped.
     pub(super) fn remove(&mut self, place: usize) -> Option<Client> {
-        self.clients[place].take()
+        let removed = self.clients[place].take();
+        if removed.is_some() {
+            self.durability.channel_closed();
+        }
+        removed
     }
 
     pub(super) fn is_broken(&self) -> bool {

@@ -92,7 +92,7 @@ impl State {
             jobs: (0..depth).map(|_| None).collect(),
             active: 0,
             unstarted: VecDeque::with_capacity(depth.into()),
-            losses: self.durability.reported(),
+            losses: self.durability.channel_opened(),
         };
         if let Some(at) = self.clients.iter().position(Option::is_none) {
             self.clients[at] = Some(client);
@@ -104,7 +104,11 @@ impl State {
 
     /// Removes a channel, and returns what is to be dropped.
     pub(super) fn remove(&mut self, place: usize) -> Option<Client> {
-        self.clients[place].take()
+        let removed = self.clients[place].take();
+        if removed.is_some() {
+            self.durability.channel_closed();
+        }
+        removed
     }
 
     pub(super) fn set_signals(&mut self, wanted: bool) {
