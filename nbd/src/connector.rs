@@ -20,6 +20,7 @@ use crate::handshake::{self, Export, LIMIT};
 use crate::link::Link;
 use crate::protocol::{Request, command, transmission};
 use crate::queue::{Detached, Offline, Queue};
+use crate::resolver::{Resolver, resolve};
 use crate::uri::NbdUri;
 
 /// The longest time until the thread looks for connections that are over, and for links to drop.
@@ -69,7 +70,7 @@ struct Shared {
 }
 
 /// Connects to the server of an export, `max` times at most, if the server allows several
-/// connections. May block for some tens of seconds.
+/// connections. May block for some tens of seconds, and as long as the resolver of host names.
 ///
 /// # Errors
 /// As [`handshake::connect`], for the first connection.
@@ -78,11 +79,15 @@ pub(crate) fn connect(
     uri: &NbdUri,
     max: usize,
 ) -> Result<(Vec<OwnedFd>, Export), Error> {
-    let (first, export) = handshake::connect(uri, LIMIT)?;
+    let error = |source| Error::System { what: uri.to_string(), source };
+    let target = resolve(&uri.address).map_err(error)?;
+    let connect =
+        |limit| handshake::connect(&target, &uri.export, Instant::now() + limit).map_err(error);
+    let (first, export) = connect(LIMIT)?;
     let mut sockets = vec![first];
     let max = if export.has(transmission::CAN_MULTI_CONN) { max } else { 1 };
     while sockets.len() < max {
-        match handshake::connect(uri, EXTRA_LIMIT) {
+        match connect(EXTRA_LIMIT) {
             Ok((socket, other)) if other == export => sockets.push(socket),
             Ok((_, other)) => return Err(changed(export, other)),
             Err(e) => {
@@ -213,6 +218,7 @@ impl Shared {
     fn keep_connected(&self, sockets: Vec<OwnedFd>) {
         let mut sockets = sockets;
         let mut connected = Instant::now();
+        let mut resolver = Resolver::default();
         while !self.is_ending() {
             self.reap();
             if !self.wait(&sockets) {
@@ -228,7 +234,7 @@ impl Shared {
             warn!("bdev {}: {reason}; connecting again to {}", self.wanted.name, self.wanted.uri);
             // A server may close each connection at once.
             let next = connected + self.wanted.reconnect_interval;
-            match self.reconnect(lost, next) {
+            match self.reconnect(&mut resolver, lost, next) {
                 Some(again) => sockets = again,
                 None => break,
             }
@@ -278,7 +284,12 @@ impl Shared {
     }
 
     /// Connects again, from time `next` on. `None`: the disk was deleted.
-    fn reconnect(&self, lost: Instant, next: Instant) -> Option<Vec<OwnedFd>> {
+    fn reconnect(
+        &self,
+        resolver: &mut Resolver,
+        lost: Instant,
+        next: Instant,
+    ) -> Option<Vec<OwnedFd>> {
         let Wanted { name, uri, reconnect_delay, reconnect_interval, .. } = &self.wanted;
         let (mut reported, mut failing, mut next) = (false, false, next);
         while !self.is_ending() {
@@ -296,9 +307,10 @@ impl Shared {
                 self.rest(left.map_or(wait, |left| left.min(wait)));
                 continue;
             }
-            // An attempt delays the failure of I/O by a second at most.
+            // An attempt, which includes resolving a host name, delays the failure of I/O by a
+            // second at most.
             let limit = left.map_or(LIMIT, |left| left.clamp(ATTEMPT_MIN, LIMIT));
-            match self.try_connect(limit) {
+            match self.try_connect(resolver, limit) {
                 Ok(sockets) => {
                     info!("bdev {name}: connected to {uri} again");
                     return Some(sockets);
@@ -315,18 +327,29 @@ impl Shared {
     }
 
     /// Makes a connection for each queue, and lets the queues use them.
-    fn try_connect(&self, limit: Duration) -> Result<Vec<OwnedFd>, Error> {
+    fn try_connect(
+        &self,
+        resolver: &mut Resolver,
+        limit: Duration,
+    ) -> Result<Vec<OwnedFd>, Error> {
+        let Wanted { uri, export: wanted, .. } = &self.wanted;
+        let count = self.queues.len();
         let deadline = Instant::now() + limit;
         let mut sockets = vec![];
-        while sockets.len() < self.queues.len() {
-            let limit = deadline.saturating_duration_since(Instant::now());
-            let (socket, export) = handshake::connect(&self.wanted.uri, limit)?;
-            if export != self.wanted.export {
-                return Err(changed(self.wanted.export, export));
+        let what = uri.to_string();
+        let target = resolver.resolve(&uri.address, deadline);
+        let target = target.map_err(|source| Error::System { what: what.clone(), source })?;
+        while sockets.len() < count {
+            let connected = handshake::connect(&target, &uri.export, deadline);
+            let (socket, export) = connected.map_err(|source| Error::System {
+                what: format!("{uri}, connection {} of {count}", sockets.len() + 1),
+                source,
+            })?;
+            if export != *wanted {
+                return Err(changed(*wanted, export));
             }
             sockets.push(socket);
         }
-        let what = self.wanted.uri.to_string();
         self.adopt(&sockets).map_err(|source| Error::System { what, source })?;
         Ok(sockets)
     }

@@ -8,14 +8,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use bdev::Error;
-
 use crate::protocol::{
     INIT_MAGIC, OPTION_MAGIC, OptionHeader, OptionReply, PAYLOAD_DEFAULT, handshake_flag, info,
     option, option_reply, transmission,
 };
+use crate::resolver::Target;
 use crate::stream::Stream;
-use crate::uri::NbdUri;
 
 /// The longest time for connecting and the handshake.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);
@@ -53,20 +51,19 @@ impl Export {
     }
 }
 
-/// Connects to the server of an export. Blocks for `limit`, and as long as the resolver of host
-/// names.
+/// Connects to the server of an export. Blocks until the deadline at most.
 ///
 /// # Errors
 /// The error of `connect`; ENOENT if the server has no such export; ETIMEDOUT; EIO if the server
 /// violates the protocol or needs TLS.
-pub(crate) fn connect(uri: &NbdUri, limit: Duration) -> Result<(OwnedFd, Export), Error> {
-    let deadline = Instant::now() + limit;
-    let connect = || {
-        let stream = Stream::connect(&uri.address, deadline)?;
-        let export = negotiate(&stream, &uri.export)?;
-        Ok((stream.into_socket(), export))
-    };
-    connect().map_err(|source| Error::System { what: uri.to_string(), source })
+pub(crate) fn connect(
+    target: &Target,
+    export: &str,
+    deadline: Instant,
+) -> io::Result<(OwnedFd, Export)> {
+    let stream = Stream::connect(target, deadline)?;
+    let export = negotiate(&stream, export)?;
+    Ok((stream.into_socket(), export))
 }
 
 /// An error with EIO: the server does not follow the protocol, or cannot be used.

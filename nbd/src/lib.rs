@@ -1,7 +1,8 @@
 //! The NBD protocol (network block device): disks of NBD servers as block devices.
 //!
 //! * [`protocol`]: the protocol's numbers and headers.
-//! * `uri`: the address of an export. `stream`: connecting to it. `handshake`: choosing the export.
+//! * `uri`: the address of an export. `resolver`: its host name. `stream`: connecting to it.
+//!   `handshake`: choosing the export.
 //! * `link`: a socket on an io_uring, without a protocol. `parser`: splits the replies.
 //! * `queue`: a connection that channels share.
 //! * `connector`: the thread that keeps a disk connected.
@@ -14,6 +15,7 @@
 
 pub mod protocol;
 
+mod resolver;
 mod stream;
 mod uri;
 

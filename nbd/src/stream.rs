@@ -1,7 +1,7 @@
 //! Connects to a server, and exchanges bytes with it until a deadline.
 
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use rustix::net::{
     send, socket_with,
 };
 
-use crate::uri::Address;
+use crate::resolver::Target;
 
 /// A TCP peer that acknowledges nothing for this time is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -35,14 +35,14 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// Connects. Resolving a host name may take longer than the deadline.
+    /// Connects.
     ///
     /// # Errors
     /// The error of `connect`; EAGAIN if a Unix server's queue of connections is full; ETIMEDOUT.
-    pub(crate) fn connect(address: &Address, deadline: Instant) -> io::Result<Self> {
-        let socket = match address {
-            Address::Unix(path) => connect_unix(path)?,
-            Address::Tcp(host, port) => connect_tcp(host, *port, deadline)?,
+    pub(crate) fn connect(target: &Target, deadline: Instant) -> io::Result<Self> {
+        let socket = match target {
+            Target::Unix(path) => connect_unix(path)?,
+            Target::Tcp(addresses) => connect_tcp(addresses, deadline)?,
         };
         Ok(Self { socket, deadline })
     }
@@ -125,11 +125,10 @@ fn connect_unix(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn connect_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<OwnedFd> {
+fn connect_tcp(addresses: &[SocketAddr], deadline: Instant) -> io::Result<OwnedFd> {
     let mut last = io::Error::from_raw_os_error(libc::ENOENT);
-    let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs()?.collect();
     for address in addresses {
-        match TcpStream::connect_timeout(&address, remaining(deadline)?) {
+        match TcpStream::connect_timeout(address, remaining(deadline)?) {
             Ok(stream) => {
                 set_options(stream.as_fd())?;
                 return Ok(stream.into());
@@ -173,8 +172,7 @@ mod tests {
     #[test]
     fn a_silent_peer_is_noticed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let address = Address::Tcp("localhost".into(), port);
+        let address = Target::Tcp(vec![listener.local_addr().unwrap()]);
         let deadline = Instant::now() + Duration::from_secs(60);
         let socket = Stream::connect(&address, deadline).unwrap().into_socket();
         assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 30_000);
@@ -190,7 +188,7 @@ mod tests {
         let dir = tempfile::TempDir::new().unwrap();
         let path = dir.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let address = Address::Unix(path);
+        let address = Target::Unix(path);
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut kept = vec![];
         let full = loop {
