@@ -30,6 +30,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const EXTRA_LIMIT: Duration = Duration::from_secs(2);
 /// The shortest limit of an attempt to connect.
 const ATTEMPT_MIN: Duration = Duration::from_secs(1);
+/// The shortest time between two reasons of failed attempts in the log.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the thread of a deleted disk looks, once per interval, whether the kernel still uses
 /// the buffers of a connection, before it leaks them.
 const RETIRE_TRIES: u32 = 30;
@@ -291,7 +293,7 @@ impl Shared {
         next: Instant,
     ) -> Option<Vec<OwnedFd>> {
         let Wanted { name, uri, reconnect_delay, reconnect_interval, .. } = &self.wanted;
-        let (mut reported, mut failing, mut next) = (false, false, next);
+        let (mut reasons, mut failing, mut next) = (Reasons::default(), false, next);
         while !self.is_ending() {
             // The time until I/O fails, if it will.
             let left = reconnect_delay.filter(|_| !failing);
@@ -315,10 +317,12 @@ impl Shared {
                     info!("bdev {name}: connected to {uri} again");
                     return Some(sockets);
                 }
-                Err(e) if !std::mem::replace(&mut reported, true) => {
-                    error!("bdev {name}: cannot connect to {e}; trying again every second");
+                Err(e) => {
+                    let reason = e.to_string();
+                    if reasons.is_news(&reason, Instant::now()) {
+                        error!("bdev {name}: cannot connect to {reason}; trying again");
+                    }
                 }
-                Err(_) => {}
             }
             self.reap();
             next = Instant::now() + *reconnect_interval;
@@ -367,10 +371,44 @@ impl Shared {
     }
 }
 
+/// The reason of failed attempts to connect that was logged last.
+#[derive(Default)]
+struct Reasons(Option<(String, Instant)>);
+
+impl Reasons {
+    /// Whether to log a reason: it is another one, and the last was logged some time ago.
+    fn is_news(&mut self, reason: &str, now: Instant) -> bool {
+        if let Some((last, logged)) = &self.0
+            && (last == reason || now < *logged + LOG_INTERVAL)
+        {
+            return false;
+        }
+        self.0 = Some((reason.to_owned(), now));
+        true
+    }
+}
+
 /// Ends what the kernel does on sockets.
 fn end(sockets: &[OwnedFd]) {
     for socket in sockets {
         // Fails if the peer has closed the connection.
         let _ = shutdown(socket, Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_reason_is_logged_but_not_often() {
+        let start = Instant::now();
+        let mut reasons = Reasons::default();
+        let mut is_news = |reason, sec| reasons.is_news(reason, start + Duration::from_secs(sec));
+        assert!(is_news("refused", 0));
+        assert!(!is_news("refused", 1000));
+        assert!(is_news("export", 1000));
+        assert!(!is_news("refused", 1001) && !is_news("refused", 1009));
+        assert!(is_news("refused", 1010));
     }
 }
