@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use bdev::{Durability, Error, SharedQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::net::{SendFlags, Shutdown, send, shutdown};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use tracing::{error, info, warn};
 
 use crate::handshake::{self, Export, LIMIT};
@@ -28,6 +29,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time for a connection besides the first one of a disk. A server that limits the
 /// number of connections may not answer.
 const EXTRA_LIMIT: Duration = Duration::from_secs(2);
+/// The longest time that the server gets to end the other connections when one is over.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// The shortest limit of an attempt to connect.
 const ATTEMPT_MIN: Duration = Duration::from_secs(1);
 /// The shortest time between two reasons of failed attempts in the log.
@@ -231,7 +234,8 @@ impl Shared {
             }
             let reason = self.disconnect(Offline::Wait);
             let lost = Instant::now();
-            end(&sockets);
+            let limit = self.wanted.reconnect_delay.map_or(END_LIMIT, |delay| delay.min(END_LIMIT));
+            end_in_order(&sockets, lost + limit);
             let reason = reason.as_deref().unwrap_or("the server has closed a connection");
             warn!("bdev {}: {reason}; connecting again to {}", self.wanted.name, self.wanted.uri);
             // A server may close each connection at once.
@@ -331,11 +335,7 @@ impl Shared {
     }
 
     /// Makes a connection for each queue, and lets the queues use them.
-    fn try_connect(
-        &self,
-        resolver: &mut Resolver,
-        limit: Duration,
-    ) -> Result<Vec<OwnedFd>, Error> {
+    fn try_connect(&self, resolver: &mut Resolver, limit: Duration) -> Result<Vec<OwnedFd>, Error> {
         let Wanted { uri, export: wanted, .. } = &self.wanted;
         let count = self.queues.len();
         let deadline = Instant::now() + limit;
@@ -388,6 +388,31 @@ impl Reasons {
     }
 }
 
+/// Ends connections. Until the deadline, the server may do the requests that it has received, which
+/// will be sent again: done later, they could write old data over new. Discards its replies.
+fn end_in_order(sockets: &[OwnedFd], deadline: Instant) {
+    for socket in sockets {
+        // Fails if the peer has closed the connection.
+        let _ = shutdown(socket, Shutdown::Write);
+    }
+    let mut open: Vec<_> = sockets.iter().collect();
+    let mut replies = vec![0; 64 << 10];
+    loop {
+        open.retain(|socket| match recv(socket, &mut *replies, RecvFlags::DONTWAIT) {
+            Ok((n, _)) => n > 0,
+            Err(e) => matches!(e, Errno::AGAIN | Errno::INTR),
+        });
+        let left = deadline.saturating_duration_since(Instant::now());
+        if open.is_empty() || left.is_zero() {
+            break;
+        }
+        let mut fds: Vec<_> = open.iter().map(|fd| PollFd::new(*fd, PollFlags::IN)).collect();
+        // After an error (a signal), the loop tries again.
+        let _ = poll(&mut fds, Timespec::try_from(left).ok().as_ref());
+    }
+    end(sockets);
+}
+
 /// Ends what the kernel does on sockets.
 fn end(sockets: &[OwnedFd]) {
     for socket in sockets {
@@ -398,7 +423,42 @@ fn end(sockets: &[OwnedFd]) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
     use super::*;
+
+    #[test]
+    fn the_server_may_finish_what_it_has_received() {
+        const REPLIES: usize = 1 << 20;
+        let far = Instant::now() + Duration::from_secs(60);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (ended, peer) = UnixStream::pair().unwrap();
+        drop(peer);
+        let sockets = [OwnedFd::from(ended), OwnedFd::from(ours)];
+        send(&sockets[1], b"request", SendFlags::empty()).unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut requests = vec![];
+                theirs.read_to_end(&mut requests).unwrap();
+                assert_eq!(requests, b"request");
+                theirs.write_all(&vec![1; REPLIES]).unwrap();
+                done.store(true, Ordering::Relaxed);
+                drop(theirs);
+            });
+            end_in_order(&sockets, far);
+            assert!(done.load(Ordering::Relaxed), "the connection was ended under the server");
+        });
+    }
+
+    #[test]
+    fn a_server_that_goes_on_is_not_waited_for() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        end_in_order(&[ours.into()], Instant::now() + Duration::from_millis(1));
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+        theirs.write_all(&[0]).unwrap_err();
+    }
 
     #[test]
     fn another_reason_is_logged_but_not_often() {

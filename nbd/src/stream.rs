@@ -10,7 +10,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
     set_socket_keepalive, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_nodelay,
-    set_tcp_user_timeout,
 };
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
@@ -19,8 +18,6 @@ use rustix::net::{
 
 use crate::resolver::Target;
 
-/// A TCP peer that acknowledges nothing for this time is gone.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// An idle TCP connection is probed after this time, ...
 const IDLE: Duration = Duration::from_secs(10);
 /// ... at this interval, ...
@@ -143,14 +140,15 @@ fn connect_tcp(addresses: &[SocketAddr], deadline: Instant) -> io::Result<OwnedF
     Err(last)
 }
 
+/// Does not set `TCP_USER_TIMEOUT`: it also ends the connection to a server that is alive but reads
+/// nothing for that time. The requests in its buffers would be sent again on another connection, and
+/// be done twice.
 fn set_options(socket: BorrowedFd<'_>) -> io::Result<()> {
     set_tcp_nodelay(socket, true)?;
     set_socket_keepalive(socket, true)?;
     set_tcp_keepidle(socket, IDLE)?;
     set_tcp_keepintvl(socket, PROBE_INTERVAL)?;
     set_tcp_keepcnt(socket, PROBES)?;
-    let silence_ms = u32::try_from(SILENCE_MAX.as_millis()).map_err(io::Error::other)?;
-    set_tcp_user_timeout(socket, silence_ms)?;
     Ok(())
 }
 
@@ -170,12 +168,12 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_peer_is_noticed() {
+    fn an_idle_peer_is_probed_and_a_busy_one_is_waited_for() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Target::Tcp(vec![listener.local_addr().unwrap()]);
         let deadline = Instant::now() + Duration::from_secs(60);
         let socket = Stream::connect(&address, deadline).unwrap().into_socket();
-        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 30_000);
+        assert_eq!(sockopt::tcp_user_timeout(&socket).unwrap(), 0);
         assert!(sockopt::socket_keepalive(&socket).unwrap());
         assert_eq!(sockopt::tcp_keepidle(&socket).unwrap(), IDLE);
         assert!(sockopt::tcp_nodelay(&socket).unwrap());
