@@ -10,6 +10,8 @@ pub enum Access {
     ReadOnly,
     /// A block device that nobody else mounts or opens like this (`O_EXCL`).
     Exclusive,
+    /// The character device of an NVMe namespace, `/dev/ngXnY`.
+    NvmeCharacter,
     /// A device of the kernel's NVMe driver, or an attribute that controls it: see
     /// [`is_nvme_control`](crate::is_nvme_control).
     NvmeControl,
@@ -22,20 +24,19 @@ pub enum Access {
 }
 
 impl Access {
-    /// Returns the value with this number.
+    /// Returns the value with this number, if the sandbox allows it.
     #[must_use]
-    pub fn from_number(number: u8) -> Option<Self> {
+    pub fn in_sandbox(number: u8) -> Option<Self> {
         use Access::*;
-        let all = [
-            ReadWrite,
-            ReadOnly,
-            Exclusive,
-            NvmeControl,
-            NvmeController,
-            NvmeNamespace,
-            NvmeHealth,
-        ];
+        let all = [ReadWrite, ReadOnly, Exclusive, NvmeCharacter];
         all.into_iter().find(|access| *access as u8 == number)
+    }
+
+    /// Returns whether the sandbox allows it: it reaches no more than one disk. The others reach a
+    /// whole controller, or make a connection.
+    #[must_use]
+    pub fn is_in_sandbox(self) -> bool {
+        Self::in_sandbox(self as u8).is_some()
     }
 }
 
@@ -44,10 +45,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_access_has_a_number() {
-        for number in 0..7 {
-            assert_eq!(Access::from_number(number).map(|access| access as u8), Some(number));
+    fn the_sandbox_allows_disks_only() {
+        use Access::*;
+        for access in [ReadWrite, ReadOnly, Exclusive, NvmeCharacter] {
+            assert_eq!(Access::in_sandbox(access as u8), Some(access));
         }
-        assert_eq!(Access::from_number(7), None);
+        for access in [NvmeControl, NvmeController, NvmeNamespace, NvmeHealth] {
+            assert!(!access.is_in_sandbox());
+        }
+        assert_eq!(Access::in_sandbox(8), None);
     }
 }

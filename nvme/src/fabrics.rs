@@ -1,5 +1,6 @@
 //! Connections over TCP, which the kernel makes and keeps: `/dev/nvme-fabrics`.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::thread::sleep;
@@ -115,23 +116,22 @@ fn instance(answer: &str) -> Option<String> {
     Some(format!("nvme{}", number.parse::<u32>().ok()?))
 }
 
+/// Opens the device through which connections are made.
+fn device(open: &OpenFile) -> Result<File, Error> {
+    open(Path::new(FABRICS), Access::NvmeControl).map_err(|e| match e.errno() {
+        libc::ENOENT => Error::NoDevice(format!(
+            "{FABRICS} does not exist; load the driver: modprobe nvme-tcp"
+        )),
+        _ => e,
+    })
+}
+
 /// Connects to a target, and returns the kernel's name of the controller. Blocks until the target
 /// has answered, which may take minutes.
 ///
 /// # Errors
-/// ENODEV if the kernel's driver is not loaded; EIO if the target cannot be reached or refuses.
-pub(crate) fn connect(
-    open: &OpenFile,
-    target: &Target,
-    options: &Options,
-) -> Result<String, Error> {
-    let mut device =
-        open(Path::new(FABRICS), Access::NvmeControl).map_err(|e| match e.errno() {
-            libc::ENOENT => Error::NoDevice(format!(
-                "{FABRICS} does not exist; load the driver: modprobe nvme-tcp"
-            )),
-            _ => e,
-        })?;
+/// EIO if the target cannot be reached or refuses.
+fn connect(mut device: File, target: &Target, options: &Options) -> Result<String, Error> {
     let (address, port) = (&target.address, &target.service);
     let failed = |e: std::io::Error| {
         let what = format!(
@@ -200,18 +200,21 @@ pub(crate) fn control(open: &OpenFile, controller: &str, attribute: &str) -> Res
 /// returns whether it is new.
 ///
 /// # Errors
-/// As [`connect`].
+/// EPERM in the sandbox; ENODEV if the kernel's driver is not loaded; EIO if the target cannot be
+/// reached or refuses.
 pub(crate) fn find_or_connect(
     open: &OpenFile,
     sysfs: &Sysfs,
     target: &Target,
     options: &Options,
 ) -> Result<(Controller, bool), Error> {
+    // First: who may not connect may not end a connection either, so must not take one over.
+    let device = device(open)?;
     // A process that was killed leaves its connections to the kernel.
     if let Some(connected) = sysfs.connected(target, options.hostnqn.as_deref()) {
         return Ok((connected, false));
     }
-    let name = connect(open, target, options)?;
+    let name = connect(device, target, options)?;
     let gone = || Error::NoDevice(format!("{name} has disappeared"));
     Ok((sysfs.controller(&name).ok_or_else(gone)?, true))
 }
@@ -287,13 +290,23 @@ mod tests {
     fn a_connection_that_exists_is_used_again() {
         let dir = tree();
         let sysfs = Sysfs::at(dir.path());
-        let open: OpenFile = Box::new(|path, _| Err(Error::NoDevice(path.display().to_string())));
+        let open: OpenFile = Box::new(|_, _| Ok(tempfile::tempfile().unwrap()));
         let found = find_or_connect(&open, &sysfs, &target(), &Options::default());
         let (controller, new) = found.unwrap();
         assert_eq!((&*controller.name, new), ("nvme1", false));
         assert_eq!(wait_for_namespaces(&sysfs, "nvme1").len(), 1);
         let options = Options { hostnqn: Some("nqn.other".into()), ..Options::default() };
         let e = find_or_connect(&open, &sysfs, &target(), &options).unwrap_err();
-        assert_eq!(e.errno(), libc::ENODEV);
+        assert_eq!(e.errno(), libc::EIO, "it would be a new connection");
+    }
+
+    #[test]
+    fn the_sandbox_adopts_no_connection() {
+        let dir = tree();
+        let refused = || std::io::Error::from_raw_os_error(libc::EPERM);
+        let open: OpenFile =
+            Box::new(move |_, _| Err(Error::System { what: FABRICS.into(), source: refused() }));
+        let found = find_or_connect(&open, &Sysfs::at(dir.path()), &target(), &Options::default());
+        assert_eq!(found.unwrap_err().errno(), libc::EPERM);
     }
 }

@@ -130,7 +130,7 @@ impl Opener {
             let path = path.display();
             info!("bdev {name}: no NVMe commands through {path}, but block I/O: {reason}");
         };
-        let file = match (self.open)(&path, Access::NvmeControl) {
+        let file = match (self.open)(&path, Access::NvmeCharacter) {
             Ok(file) => Arc::new(file),
             Err(e) => {
                 without(&e);

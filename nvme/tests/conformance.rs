@@ -33,7 +33,7 @@ fn disk(uses_commands: bool) -> Option<Fixture> {
     zeroed.write_all(&vec![0; usize::try_from(SIZE).unwrap()]).unwrap();
     zeroed.sync_all().unwrap();
     let path = PathBuf::from("/dev").join(block.replacen("nvme", "ng", 1));
-    let character = Arc::new(open_file(&path, Access::NvmeControl).unwrap());
+    let character = Arc::new(open_file(&path, Access::NvmeCharacter).unwrap());
     let passthrough = Passthrough::probe(Arc::clone(&character), &file).unwrap();
     let passthrough = uses_commands.then_some(passthrough);
     let namespace = Namespace { file: character, passthrough };

@@ -16,13 +16,12 @@
 //! | io_uring | | with kernel 5.10 or newer, reactors' rings are restricted to reads and writes of one disk (`bdev`), or to one operation (calls to a guest, `vhost-blk`) |
 //!
 //! - Disks may be in any directory, so a separate process opens them and sends the fd ([`Opener`]).
-//!   It opens only regular files and block devices; with `--disk-dir`, only those in the given
-//!   directories. Without `--disk-dir` it does not protect the files of the host, but an attacker
+//!   It opens only regular files (but none of procfs, sysfs and the like) and block devices; with
+//!   `--disk-dir`, only those in the given directories. Without `--disk-dir` it does not protect the files of the host, but an attacker
 //!   still cannot run programs or create files in most directories, and can make fewer system
 //!   calls.
-//! - That process also opens devices and attributes of the NVMe driver, by their names, and reads
-//!   the data of controllers with Identify and the SMART log page, for which it has CAP_SYS_ADMIN.
-//!   Its filters refuse calls such as `mount`, which would need the same capability.
+//! - That process also opens character devices of NVMe namespaces (`/dev/ngXnY`), by their names.
+//!   It opens no controller, and nothing through which one is reset or connected.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
 //! - The mode, owner and group of a file can be changed only if [`Needs::socket_access`] requires

@@ -61,10 +61,16 @@ impl Opener {
     /// Opens a file as [`bdev::open_file`] does. May block.
     ///
     /// # Errors
-    /// As [`bdev::open_file`], and `Busy` while 64 other opens are blocked.
+    /// As [`bdev::open_file`], and `Busy` while 64 other opens are blocked. EPERM in the sandbox for
+    /// an access that it does not allow.
     pub fn open(&self, path: &Path, access: Access) -> Result<File, bdev::Error> {
         let Some(socket) = &self.0 else { return bdev::open_file(path, access) };
         let system = |source| bdev::Error::System { what: path.display().to_string(), source };
+        if !access.is_in_sandbox() {
+            let what = format!("{}: not in the sandbox; needs --no-sandbox", path.display());
+            let source = io::Error::from_raw_os_error(libc::EPERM);
+            return Err(bdev::Error::System { what, source });
+        }
         if path.as_os_str().len() >= REQUEST_MAX {
             return Err(system(io::Error::from_raw_os_error(libc::ENAMETOOLONG)));
         }
@@ -242,7 +248,7 @@ fn serve(socket: &OwnedFd) {
     loop {
         let Ok((len, answers)) = receive(socket.as_fd(), &mut request) else { return };
         let [access, path @ ..] = &request[..len] else { return };
-        let Some(access) = Access::from_number(*access) else { continue };
+        let Some(access) = Access::in_sandbox(*access) else { continue };
         let Some(answers) = answers else { continue };
         let path = PathBuf::from(std::ffi::OsString::from_vec(path.into()));
         // Relaxed: only this thread increments, and a stale count is only too high.

@@ -69,8 +69,7 @@ pub(crate) fn enter(needs: &Needs) -> Result<Entered, LandlockError> {
 }
 
 /// Enters the domain of the process that opens disks: it may open existing files and devices only;
-/// with `dirs`, only those in these directories and their subdirectories, and with `/dev` among them
-/// attributes of devices.
+/// with `dirs`, only those in these directories and their subdirectories.
 ///
 /// # Errors
 /// As [`enter`]; also if one of `dirs` does not exist.
@@ -79,11 +78,7 @@ pub(crate) fn enter_opener(dirs: &[PathBuf]) -> Result<(), LandlockError> {
     if dirs.is_empty() {
         return restrict(all & !DISK, Network::Refused, &[]).map(drop);
     }
-    let mut grants: Vec<Grant> = dirs.iter().map(|dir| (dir.clone(), DISK)).collect();
-    if dirs.iter().any(|dir| dir == Path::new("/dev")) {
-        // The attributes that control an NVMe controller, to which /sys/class/nvme refers.
-        grants.push(("/sys/devices".into(), AccessFs::WriteFile.into()));
-    }
+    let grants: Vec<Grant> = dirs.iter().map(|dir| (dir.clone(), DISK)).collect();
     match restrict(all, Network::Refused, &grants)?.absent.first() {
         Some(missing) => Err(LandlockError::NoSuchDirectory(missing.clone())),
         None => Ok(()),

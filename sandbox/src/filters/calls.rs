@@ -192,11 +192,8 @@ pub(super) const DATA: &[Call] = &[
 
 const OWN_PAGES: &[Check] = &[Is(0, 0), OwnProcess(0)];
 
-/// `_IO('N', 0x40)` and `_IOWR('N', 0x41, struct nvme_admin_cmd)`. Of the devices that take them, a
-/// process has those that the process for opening disks has opened. Without CAP_SYS_ADMIN, the
-/// kernel allows Identify only, since 6.2.
+/// `_IO('N', 0x40)`: the id of an NVMe namespace. Admin commands are refused.
 const NVME_IOCTL_ID: u32 = 0x4e40;
-const NVME_IOCTL_ADMIN: u32 = 0xc048_4e41;
 
 /// Requests of `ioctl`: for terminals and sockets, queries and those that std uses; for block
 /// devices, all, because only disks are open. TIOCSTI, which injects terminal input, is refused.
@@ -209,7 +206,6 @@ const IOCTLS: &[Check] = &[
     Is(1, FIONBIO as u32),
     Is(1, FIOCLEX as u32),
     Is(1, NVME_IOCTL_ID),
-    Is(1, NVME_IOCTL_ADMIN),
     // _IO(0x12, …): BLKGETSIZE64 and other block device requests.
     Masked(1, 0xff00, 0x1200),
 ];
@@ -289,11 +285,9 @@ pub(super) const NETWORK: &[Call] = &[
 
 /// Calls of the process that opens disks besides [`LIBC`] and [`THREADS`].
 pub(super) const OPENER: &[Call] = &[
-    // Admin commands of NVMe that read data, which a pipe then holds.
-    (SYS_ioctl, &[Is(1, NVME_IOCTL_ID), Is(1, NVME_IOCTL_ADMIN)]),
-    (SYS_pipe2, ANY),
     (SYS_openat, ANY),
     (SYS_fstat, ANY),
+    (SYS_fstatfs, ANY),
     (SYS_newfstatat, ANY),
     (SYS_statx, ANY),
     (SYS_fcntl, &[Is(1, F_GETFD as u32)]),

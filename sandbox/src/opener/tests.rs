@@ -112,6 +112,36 @@ fn with_directories_nothing_outside_is_opened() {
 }
 
 #[test]
+fn nothing_but_disks_is_opened() {
+    use Access::{NvmeCharacter, NvmeControl, NvmeController, NvmeHealth, NvmeNamespace};
+    let helper = Helper::start(&[]);
+    for access in [NvmeControl, NvmeController, NvmeNamespace, NvmeHealth] {
+        let path = Path::new("/dev/nvme0");
+        let e = helper.opener.open(path, access).unwrap_err();
+        assert_eq!(e.errno(), libc::EPERM);
+        assert!(e.to_string().contains("needs --no-sandbox"), "{e}");
+        // The process does not rely on its client.
+        let answer = request(helper.socket(), path, access);
+        assert!(matches!(answer, Err(RequestError::Dropped)), "{answer:?}");
+    }
+    let e = helper.opener.open(Path::new("/dev/null"), NvmeCharacter).unwrap_err();
+    assert_eq!(e.errno(), libc::EINVAL);
+    for path in ["/proc/self/mem", "/sys/kernel/uevent_seqnum"] {
+        assert_eq!(errno(helper.opener.open(Path::new(path), Access::ReadOnly)), libc::EPERM);
+    }
+}
+
+/// Root starts with all capabilities; other users have none to lose.
+#[test]
+fn it_keeps_no_capability_but_those_for_files_of_others() {
+    let helper = Helper::start(&[]);
+    let status = fs::read_to_string(format!("/proc/{}/status", helper.pid)).unwrap();
+    let kept = status.lines().find_map(|line| line.strip_prefix("CapPrm:")).unwrap().trim();
+    // CAP_DAC_OVERRIDE is 1, CAP_DAC_READ_SEARCH is 2.
+    assert_eq!(u64::from_str_radix(kept, 16).unwrap() & !0b110, 0, "{kept}");
+}
+
+#[test]
 fn it_exits_with_the_last_socket_and_ignores_signals_to_both_processes() {
     let helper = Helper::start(&[]);
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {

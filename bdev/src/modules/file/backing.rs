@@ -61,13 +61,13 @@ fn nvme_data(access: Access) -> Option<AdminData> {
         Access::NvmeController => Some(AdminData::Controller),
         Access::NvmeNamespace => Some(AdminData::Namespace),
         Access::NvmeHealth => Some(AdminData::Health),
-        Access::ReadWrite | Access::ReadOnly | Access::Exclusive | Access::NvmeControl => None,
+        _ => None,
     }
 }
 
 /// Returns whether an access is for paths of the NVMe driver.
 fn is_nvme(access: Access) -> bool {
-    access == Access::NvmeControl || nvme_data(access).is_some()
+    matches!(access, Access::NvmeCharacter | Access::NvmeControl) || nvme_data(access).is_some()
 }
 
 /// Returns a pipe that holds this data, at most a page.
@@ -93,20 +93,30 @@ pub fn not_of_kind(filename: &Path, access: Access) -> Error {
 /// deletes a controller.
 #[must_use]
 pub fn is_nvme_control(path: &Path) -> bool {
+    if is_nvme_character(path) {
+        return true;
+    }
     let Some(path) = path.to_str() else { return false };
-    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let is_controller = |name: &str| name.strip_prefix("nvme").is_some_and(is_number);
     if let Some(name) = path.strip_prefix("/dev/") {
-        let namespace = name.strip_prefix("ng").and_then(|name| name.split_once('n'));
-        return name == "nvme-fabrics"
-            || is_controller(name)
-            || namespace.is_some_and(|(controller, id)| is_number(controller) && is_number(id));
+        return name == "nvme-fabrics" || is_controller(name);
     }
     let attribute = path.strip_prefix("/sys/class/nvme/").and_then(|path| path.split_once('/'));
     attribute.is_some_and(|(name, attribute)| {
         is_controller(name)
             && ["reset_controller", "rescan_controller", "delete_controller"].contains(&attribute)
     })
+}
+
+/// Returns whether a path is that of the character device of a namespace.
+fn is_nvme_character(path: &Path) -> bool {
+    let name = path.to_str().and_then(|path| path.strip_prefix("/dev/ng"));
+    let numbers = name.and_then(|name| name.split_once('n'));
+    numbers.is_some_and(|(controller, id)| is_number(controller) && is_number(id))
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Checks that a file from [`open_file`] is compatible with the block size.
@@ -211,19 +221,53 @@ fn use_page_cache(file: &File) -> io::Result<()> {
 fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
+    // The driver's names are no links; a link is then found as such, and refused.
+    let link = if is_nvme(access) { libc::O_NOFOLLOW } else { 0 };
     let path = OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC | link)
         .open(filename)
         .map_err(system)?;
     let kind = path.metadata().map_err(system)?.file_type();
     match access {
-        Access::ReadWrite | Access::ReadOnly => check_kind(filename, kind)?,
+        Access::ReadWrite | Access::ReadOnly => {
+            check_kind(filename, kind)?;
+            check_file_system(&path).map_err(system)?;
+        }
         Access::Exclusive if kind.is_block_device() => {}
-        nvme if is_nvme(nvme) && is_nvme_control(filename) && !kind.is_symlink() => {}
+        Access::NvmeCharacter if is_nvme_character(filename) && kind.is_char_device() => {}
+        Access::Exclusive | Access::NvmeCharacter => return Err(not_of_kind(filename, access)),
+        _ if is_nvme_control(filename) && !kind.is_symlink() => {}
         _ => return Err(not_of_kind(filename, access)),
     }
     Ok(path)
+}
+
+/// Fails with EPERM for a file through which the kernel shows or takes something, such as
+/// `/proc/self/mem`: it is no disk, and writing to it would do anything.
+fn check_file_system(path: &File) -> io::Result<()> {
+    /// From the kernel's `magic.h`: procfs, sysfs, debugfs, tracefs, securityfs, configfs, bpf,
+    /// efivarfs, cgroup, cgroup2, and SELinux.
+    const OF_KERNEL: [u32; 11] = [
+        0x9fa0,
+        0x6265_6572,
+        0x6462_6720,
+        0x7472_6163,
+        0x7363_6673,
+        0x6265_6570,
+        0xcafe_4a11,
+        0xde5e_81e4,
+        0x0027_e0eb,
+        0x6367_7270,
+        0xf97c_ff8c,
+    ];
+    #[expect(clippy::cast_possible_truncation, reason = "magic numbers have 32 bits")]
+    #[expect(clippy::cast_sign_loss, reason = "a number without a sign")]
+    let magic = rustix::fs::fstatfs(path)?.f_type as u32;
+    if OF_KERNEL.contains(&magic) {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    Ok(())
 }
 
 fn check_kind(filename: &Path, kind: FileType) -> Result<(), Error> {
@@ -371,13 +415,18 @@ impl Opened {
     }
 }
 
+/// Returns an attribute of a block device, without blanks around it.
+pub(super) fn device_attribute(device: u64, attribute: &str) -> Option<String> {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let name = format!("/sys/dev/block/{major}:{minor}/{attribute}");
+    Some(std::fs::read_to_string(name).ok()?.trim().to_owned())
+}
+
 /// Returns an attribute of a block device's queue, if it is a number.
 pub(super) fn queue_attribute(device: u64, attribute: &str) -> Option<u64> {
-    let (major, minor) = (libc::major(device), libc::minor(device));
     // For a partition, the queue is in the parent directory.
     ["queue", "../queue"].into_iter().find_map(|queue| {
-        let name = format!("/sys/dev/block/{major}:{minor}/{queue}/{attribute}");
-        std::fs::read_to_string(name).ok()?.trim().parse().ok()
+        device_attribute(device, &format!("{queue}/{attribute}"))?.parse().ok()
     })
 }
 
@@ -424,9 +473,34 @@ mod tests {
     #[test]
     fn a_file_is_no_block_device_and_no_control() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for access in [Access::Exclusive, Access::NvmeControl, Access::NvmeHealth] {
+        use Access::{Exclusive, NvmeCharacter, NvmeControl, NvmeHealth};
+        for access in [Exclusive, NvmeCharacter, NvmeControl, NvmeHealth] {
             assert_eq!(open_file(file.path(), access).unwrap_err().errno(), libc::EINVAL);
         }
         open_file(file.path(), Access::ReadWrite).unwrap();
+    }
+
+    #[test]
+    fn only_a_namespace_has_a_character_device() {
+        let is = |path: &str| is_nvme_character(Path::new(path));
+        assert!(is("/dev/ng0n1") && is("/dev/ng12n34"));
+        for path in ["/dev/nvme0", "/dev/nvme-fabrics", "/dev/ng0", "/dev/ngn1", "/dev/x/ng0n1"] {
+            assert!(!is(path), "{path}");
+        }
+        let e = open_file(Path::new("/dev/null"), Access::NvmeCharacter).unwrap_err();
+        assert_eq!(e.errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn files_of_the_kernel_are_no_disks() {
+        for path in ["/proc/self/mem", "/proc/self/environ", "/sys/kernel/uevent_seqnum"] {
+            for access in [Access::ReadWrite, Access::ReadOnly] {
+                assert_eq!(open_file(Path::new(path), access).unwrap_err().errno(), libc::EPERM);
+            }
+        }
+        // A name in procfs of a file that is elsewhere.
+        let file = tempfile::tempfile().unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        open_file(Path::new(&path), Access::ReadWrite).unwrap();
     }
 }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::backing::{logical_block_size, queue_attribute};
+use super::backing::{device_attribute, logical_block_size, queue_attribute};
 use super::engine::{Submitter, joined};
 use super::ring::{Ring, restrict};
 use crate::error::Error;
@@ -109,12 +109,13 @@ impl Passthrough {
             return Err(Error::Invalid("not a character device".into()));
         }
         let nsid = namespace_id(&file).map_err(system("NVME_IOCTL_ID"))?;
-        let identified = AdminData::Namespace.read(&file).map_err(system("Identify Namespace"))?;
-        let of_device = logical_block_size(block).map_err(system("BLKSSZGET"))?;
-        let block_shift = format_of(&identified)
-            .filter(|shift| 1_u32.checked_shl(*shift) == of_device)
-            .ok_or_else(|| Error::Unsupported("blocks with metadata".into()))?;
+        let block_size = logical_block_size(block).map_err(system("BLKSSZGET"))?;
+        let block_shift = block_size.filter(|size| size.is_power_of_two()).map(u32::trailing_zeros);
+        let block_shift = block_shift.ok_or_else(|| Error::Invalid("not a block device".into()))?;
         let rdev = block.metadata().map_err(system("stat"))?.rdev();
+        if !lacks_metadata(|attribute| device_attribute(rdev, attribute)) {
+            return Err(Error::Unsupported("blocks with metadata, or none known not to have".into()));
+        }
         let attribute = |name| queue_attribute(rdev, name).unwrap_or(0);
         let probed = Self {
             file,
@@ -242,16 +243,14 @@ impl AdminData {
     }
 }
 
-/// Returns the binary logarithm of the block size in the data structure of Identify Namespace; `None`
-/// if blocks have metadata (NVM Command Set specification, 4.1.5.1).
-fn format_of(identified: &[u8]) -> Option<u32> {
-    const FLBAS: usize = 26;
-    const FORMATS: usize = 128;
-    let flbas = usize::from(*identified.get(FLBAS)?);
-    let format = flbas & 0xf | (flbas >> 1) & 0x30;
-    let at = FORMATS + format * 4;
-    let &[metadata0, metadata1, shift, _] = identified.get(at..at + 4)? else { return None };
-    (metadata0 == 0 && metadata1 == 0).then_some(shift.into())
+/// Returns whether the kernel's attributes of a namespace's block device say that blocks have no
+/// metadata. Linux 6.8 and newer tell the bytes. Before, the block layer has a profile for each
+/// format with metadata, if it is built with that.
+fn lacks_metadata(attribute: impl Fn(&str) -> Option<String>) -> bool {
+    match attribute("metadata_bytes") {
+        Some(bytes) => bytes == "0",
+        None => attribute("integrity/format").is_some_and(|format| format == "none"),
+    }
 }
 
 /// The commands of one channel.
@@ -391,18 +390,18 @@ mod tests {
     }
 
     #[test]
-    fn the_format_is_found_and_metadata_refused() {
-        let mut identified = vec![0_u8; 4096];
-        identified[26] = 0x21;
-        let at = 128 + 0x11 * 4;
-        identified[at + 2] = 12;
-        assert_eq!(format_of(&identified), Some(12));
-        identified[at] = 8;
-        assert_eq!(format_of(&identified), None);
-        assert_eq!(format_of(&identified[..100]), None);
+    fn metadata_is_refused_and_so_is_what_the_kernel_does_not_tell() {
+        let lacks = |known: &[(&str, &str)]| {
+            let find = |name: &str| known.iter().find(|(other, _)| *other == name);
+            lacks_metadata(|name| find(name).map(|(_, text)| (*text).to_owned()))
+        };
+        assert!(lacks(&[("metadata_bytes", "0")]));
+        assert!(!lacks(&[("metadata_bytes", "8"), ("integrity/format", "none")]));
+        assert!(lacks(&[("integrity/format", "none")]));
+        assert!(!lacks(&[("integrity/format", "T10-DIF-TYPE1-CRC")]));
+        assert!(!lacks(&[("integrity/format", "nop")]) && !lacks(&[]));
     }
 
-    /// `/dev/null` takes passthrough commands and does nothing, if the kernel is new enough.
     #[test]
     fn results_become_those_of_a_read_and_errors_go_to_the_block_device() {
         let mut queue = queue();
