@@ -38,23 +38,18 @@ impl BdevModule for Module {
     }
 
     fn methods(self: Rc<Self>) -> Vec<Method> {
-        match self.0 {
-            Flavour::Aio => vec![
+        if self.0 == Flavour::Aio {
+            return vec![
                 Method::parsed("bdev_aio_create", parse_aio, aio_create),
                 Method::new("bdev_aio_rescan", |host, params| rescan(host, params, Flavour::Aio)),
                 Method::new("bdev_aio_delete", |host, params| life::delete(host, params, "aio")),
-            ],
-            Flavour::Nvme => vec![],
-            Flavour::Uring => vec![
-                Method::parsed("bdev_uring_create", parse_uring, uring_create),
-                Method::new("bdev_uring_rescan", |host, params| {
-                    rescan(host, params, Flavour::Uring)
-                }),
-                Method::new("bdev_uring_delete", |host, params| {
-                    life::delete(host, params, "uring")
-                }),
-            ],
+            ];
         }
+        vec![
+            Method::parsed("bdev_uring_create", parse_uring, uring_create),
+            Method::new("bdev_uring_rescan", |host, params| rescan(host, params, Flavour::Uring)),
+            Method::new("bdev_uring_delete", |host, params| life::delete(host, params, "uring")),
+        ]
     }
 }
 
@@ -74,26 +69,22 @@ impl Entry for FileEntry {
 
     fn describe(&self) -> Description {
         let filename = self.disk.filename().display().to_string();
-        let mut about = match self.disk.flavour() {
-            Flavour::Aio => json!({
-                "filename": filename,
-                "block_size_override": self.disk.block_size_override(),
-                "readonly": self.disk.readonly(),
-                "fallocate": self.disk.fallocate(),
-                "nowait": self.params.get("nowait").is_some_and(|nowait| nowait == true),
-            }),
-            Flavour::Uring | Flavour::Nvme => json!({ "filename": filename }),
-        };
+        let mut about = json!({ "filename": filename });
+        if self.disk.flavour() == Flavour::Aio {
+            about["block_size_override"] = self.disk.block_size_override().into();
+            about["readonly"] = self.disk.readonly().into();
+            about["fallocate"] = self.disk.fallocate().into();
+            let nowait = self.params.get("nowait").is_some_and(|nowait| nowait == true);
+            about["nowait"] = nowait.into();
+        }
         about["io_path"] = self.disk.service().show();
         show_lease(&mut about, self.disk.lease_state());
         Description::specific(self.module(), about)
     }
 
     fn config(&self) -> Vec<Call> {
-        let method = match self.disk.flavour() {
-            Flavour::Aio => "bdev_aio_create",
-            Flavour::Uring | Flavour::Nvme => "bdev_uring_create",
-        };
+        let is_aio = self.disk.flavour() == Flavour::Aio;
+        let method = if is_aio { "bdev_aio_create" } else { "bdev_uring_create" };
         vec![Call { method, params: self.params.clone() }]
     }
 
