@@ -425,9 +425,9 @@ pub(super) fn device_attribute(device: u64, attribute: &str) -> Option<String> {
 /// Returns an attribute of a block device's queue, if it is a number.
 pub(super) fn queue_attribute(device: u64, attribute: &str) -> Option<u64> {
     // For a partition, the queue is in the parent directory.
-    ["queue", "../queue"].into_iter().find_map(|queue| {
-        device_attribute(device, &format!("{queue}/{attribute}"))?.parse().ok()
-    })
+    ["queue", "../queue"]
+        .into_iter()
+        .find_map(|queue| device_attribute(device, &format!("{queue}/{attribute}"))?.parse().ok())
 }
 
 /// Returns whether the block device can zero a range without being sent the zeroes. The kernel

@@ -136,6 +136,15 @@ pub struct Namespace {
     pub passthrough: Option<Passthrough>,
 }
 
+impl Namespace {
+    /// Without direct I/O, the block device's I/O goes through the page cache, which commands
+    /// bypass: each would miss what the other has written.
+    fn for_block_device(mut self, is_direct: bool) -> Self {
+        self.passthrough = self.passthrough.filter(|_| is_direct);
+        self
+    }
+}
+
 /// The options of [`FileDisk::create`].
 #[derive(Clone, Debug)]
 pub struct FileOptions {
@@ -223,6 +232,7 @@ impl FileDisk {
             // A read through the page cache may wait for the disk even with RWF_NOWAIT.
             None => Engine::Threads,
         };
+        let namespace = namespace.map(|it| it.for_block_device(opened.direct.is_some()));
         let features = flavour.features(&opened, readonly, fallocate);
         let file = Arc::new(opened.file);
         let character = namespace.iter().map(|namespace| &namespace.file);

@@ -114,7 +114,9 @@ impl Passthrough {
         let block_shift = block_shift.ok_or_else(|| Error::Invalid("not a block device".into()))?;
         let rdev = block.metadata().map_err(system("stat"))?.rdev();
         if !lacks_metadata(|attribute| device_attribute(rdev, attribute)) {
-            return Err(Error::Unsupported("blocks with metadata, or none known not to have".into()));
+            return Err(Error::Unsupported(
+                "blocks with metadata, or none known not to have".into(),
+            ));
         }
         let attribute = |name| queue_attribute(rdev, name).unwrap_or(0);
         let probed = Self {
@@ -126,6 +128,7 @@ impl Passthrough {
         if probed.transfer_max < 1 << block_shift {
             return Err(Error::Unsupported("the size of the controller's transfers".into()));
         }
+        forget_cached(block).map_err(system("page cache"))?;
         probed.read_first_block().map_err(system("read"))?;
         Ok(probed)
     }
@@ -184,6 +187,13 @@ impl Passthrough {
             ..Command::default()
         }
     }
+}
+
+/// Writes back what an earlier user has left in the page cache of the block device, and forgets it:
+/// written back later, it would overwrite what commands have written.
+fn forget_cached(block: &File) -> io::Result<()> {
+    block.sync_data()?;
+    Ok(rustix::fs::fadvise(block, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 
 /// Returns the most bytes of a command, from the queue's attributes. In the worst case each page is
@@ -348,14 +358,29 @@ impl Submitter for NvmeQueue {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Namespace;
     use super::*;
 
-    fn queue() -> NvmeQueue {
+    fn device() -> Passthrough {
         // No command is submitted to this file.
         let file = Arc::new(File::options().read(true).write(true).open("/dev/null").unwrap());
         let transfer_max = transfer_max(512, 127);
-        let device = Passthrough { file, nsid: 7, block_shift: 12, transfer_max };
-        device.queue(8).unwrap()
+        Passthrough { file, nsid: 7, block_shift: 12, transfer_max }
+    }
+
+    fn queue() -> NvmeQueue {
+        device().queue(8).unwrap()
+    }
+
+    #[test]
+    fn commands_do_not_mix_with_the_page_cache() {
+        let uses = |is_direct| {
+            let passthrough = device();
+            let file = Arc::clone(&passthrough.file);
+            let namespace = Namespace { file, passthrough: Some(passthrough) };
+            namespace.for_block_device(is_direct).passthrough.is_some()
+        };
+        assert!(uses(true) && !uses(false));
     }
 
     fn takes(queue: &NvmeQueue, segments: &[(usize, usize)]) -> bool {
