@@ -10,7 +10,10 @@
 //! with such a ring is killed.
 //!
 //! No call waits for I/O. If the device's queue has no free request, the kernel hands the command to
-//! a thread of the ring's own (io-wq), of which [`WORKERS_MAX`] exist.
+//! a thread (io-wq) that it makes for the reactor: in `io_uring_enter`, which then allocates. This
+//! happens only with more commands in flight than the queue takes, some 1,000 by all channels
+//! together, so no limit for each channel prevents it. At most [`WORKERS_MAX`] such threads exist
+//! for each reactor.
 //!
 //! The ring is restricted to this request and this file. A thread that can write to the ring can
 //! send any I/O command to the namespace, but no admin command: the device takes those from `ioctl`
@@ -49,7 +52,7 @@ const CMD_READ: u8 = 2;
 /// The page of a controller. Data of one command has no gap within a page.
 const PAGE: usize = 4096;
 
-/// The most kernel threads of a ring, for commands that have to wait for a free request.
+/// The most kernel threads of a reactor, for commands that have to wait for a free request.
 const WORKERS_MAX: u32 = 4;
 
 /// The most blocks of a command: it has 16 bits for their number less one.
