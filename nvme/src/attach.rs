@@ -431,7 +431,8 @@ pub(crate) async fn add_namespaces(
     let all = new.iter().zip(&reserved);
     let wanted: Vec<_> = all.map(|((it, _), of)| (it.clone(), of.name.clone(), of.uuid)).collect();
     let shared = host.shares_files();
-    let opener = Opener { open: host.open_file(), sysfs: state.sysfs.clone(), shared };
+    let paths = controller.paths.borrow().clone();
+    let opener = Opener { open: host.open_file(), sysfs: state.sysfs.clone(), shared, paths };
     let open = move || -> Result<Vec<Arc<FileDisk>>, Error> {
         wanted.iter().map(|(it, name, uuid)| opener.disk(it, name, *uuid)).collect()
     };

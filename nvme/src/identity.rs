@@ -48,6 +48,11 @@ impl Identity {
         }
     }
 
+    /// Returns whether these are the attributes of the same controller.
+    pub(crate) fn is_of(&self, now: &Controller) -> bool {
+        (&self.serial, &self.model, &self.subnqn) == (&now.serial, &now.model, &now.subnqn)
+    }
+
     pub(crate) fn controller_id(&self) -> u16 {
         self.controller_id
     }

@@ -3,8 +3,8 @@
 //! * `target`: which controller an RPC means. `sysfs`: what the kernel knows of controllers and
 //!   namespaces. `users`: who uses a block device. `fabrics`: connections over TCP.
 //! * `identity`: what a controller says of itself, and its health.
-//! * `open`: from a namespace to a bdev.
-//! * `controller`: the attached controllers. `entry`: how their bdevs are shown.
+//! * `controller`: the attached controllers.
+//! * `open`: from a namespace to a bdev. `entry`: how it is shown.
 //! * `state`: what the methods share.
 //! * `attach`, `detach`, `hotplug`: what changes them. `module`: the RPC methods.
 //!
@@ -22,10 +22,10 @@ mod users;
 mod fabrics;
 mod identity;
 
-mod open;
-
 mod controller;
+
 mod entry;
+mod open;
 mod state;
 
 mod attach;

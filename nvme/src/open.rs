@@ -1,7 +1,8 @@
 //! From a namespace to a bdev.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::sleep;
@@ -11,6 +12,7 @@ use bdev::{Access, Error, FileDisk, FileOptions, Flavour, OpenFile, Passthrough}
 use tracing::info;
 use uuid::Uuid;
 
+use crate::controller;
 use crate::sysfs::{Namespace, Sysfs};
 use crate::users::user_of;
 
@@ -54,6 +56,8 @@ pub(crate) struct Opener {
     pub(crate) sysfs: Sysfs,
     /// Other processes may use the namespaces at the same time (`--share`).
     pub(crate) shared: bool,
+    /// The paths of their controller.
+    pub(crate) paths: Vec<controller::Path>,
 }
 
 impl Opener {
@@ -69,7 +73,11 @@ impl Opener {
     ) -> Result<Arc<FileDisk>, Error> {
         let path = Path::new("/dev").join(&namespace.block);
         let file = self.block_device(&path, namespace)?;
-        let character = self.character_device(namespace, name, &file);
+        let character = self.character_device(namespace, name, &file)?;
+        if !self.is_same(namespace, &file, character.as_ref()) {
+            let text = format!("{}: the drive was exchanged during the attach", path.display());
+            return Err(Error::NoDevice(text));
+        }
         let options = FileOptions {
             name: name.into(),
             filename: path,
@@ -119,27 +127,73 @@ impl Opener {
 
     /// Opens the character device of a namespace, and tries a command on it. Logs why the disk does
     /// without.
+    ///
+    /// # Errors
+    /// The system's error if the device exists and cannot be opened: commands of a process that has
+    /// ended may be in flight, and only its lock tells when they have ended.
     fn character_device(
         &self,
         namespace: &Namespace,
         name: &str,
         block: &File,
-    ) -> Option<bdev::Namespace> {
+    ) -> Result<Option<bdev::Namespace>, Error> {
         let path = Path::new("/dev").join(namespace.character());
+        let shown = path.display();
         let without = |reason: &dyn std::fmt::Display| {
-            let path = path.display();
-            info!("bdev {name}: no NVMe commands through {path}, but block I/O: {reason}");
+            info!("bdev {name}: no NVMe commands through {shown}, but block I/O: {reason}");
         };
-        let file = match (self.open)(&path, Access::NvmeCharacter) {
-            Ok(file) => Arc::new(file),
-            Err(e) => {
+        let began = Instant::now();
+        let file = loop {
+            let e = match (self.open)(&path, Access::NvmeCharacter) {
+                Ok(file) => break Arc::new(file),
+                Err(e) => e,
+            };
+            let is_missing = [libc::ENOENT, libc::ENXIO].contains(&e.errno());
+            let is_known = self.sysfs.number(&namespace.character()).is_some();
+            if is_missing && is_known && began.elapsed() < NODE_LIMIT {
+                sleep(PAUSE);
+            } else if is_missing || self.shared {
                 without(&e);
-                return None;
+                return Ok(None);
+            } else {
+                let what = format!("{shown} must be opened to lock {}", namespace.block);
+                let source = io::Error::from_raw_os_error(e.errno());
+                return Err(Error::System { what, source });
             }
         };
         let passthrough = Passthrough::probe(Arc::clone(&file), block);
         let passthrough = passthrough.inspect_err(|e| without(e)).ok();
-        Some(bdev::Namespace { file, passthrough })
+        Ok(Some(bdev::Namespace { file, passthrough }))
+    }
+
+    /// Returns whether the open devices are those of a namespace of these paths. A drive may be
+    /// exchanged between two opens, and the kernel uses names and numbers again.
+    fn is_same(
+        &self,
+        namespace: &Namespace,
+        block: &File,
+        character: Option<&bdev::Namespace>,
+    ) -> bool {
+        let is = |file: &File, name: &str| {
+            let number = file.metadata().ok().map(|metadata| metadata.rdev());
+            number.is_some() && number == self.sysfs.number(name)
+        };
+        let has_id = |it: &Passthrough| it.namespace_id() == namespace.id;
+        is(block, &namespace.block)
+            && character.is_none_or(|it| {
+                is(&it.file, &namespace.character()) && it.passthrough.iter().all(has_id)
+            })
+            && self.paths.iter().any(|path| self.has(path, namespace))
+    }
+
+    /// Returns whether the kernel still has this path with this namespace.
+    fn has(&self, path: &controller::Path, namespace: &Namespace) -> bool {
+        let same = |it: &Namespace| {
+            (&it.block, it.id, it.uuid) == (&namespace.block, namespace.id, namespace.uuid)
+        };
+        self.sysfs.is_at(&path.kernel, &path.target)
+            && self.sysfs.controller(&path.kernel).is_some_and(|now| path.identity.is_of(&now))
+            && self.sysfs.namespaces(&path.kernel).iter().any(same)
     }
 }
 
@@ -148,7 +202,9 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
+    use crate::identity::Identity;
     use crate::sysfs::tests::tree;
+    use crate::target::{Given, Target};
 
     fn namespace(uuid: Option<Uuid>) -> Namespace {
         Namespace { block: "nvme0n1".into(), id: 1, uuid, bytes: 4096 }
@@ -157,6 +213,64 @@ mod tests {
     fn busy() -> Error {
         let source = std::io::Error::from_raw_os_error(libc::EBUSY);
         Error::System { what: "open".into(), source }
+    }
+
+    fn opener(open: OpenFile, root: &Path) -> Opener {
+        let sysfs = Sysfs::at(root);
+        let given = Given { trtype: "PCIe", traddr: "0000:00:04.0", ..Given::default() };
+        let path = controller::Path {
+            kernel: "nvme0".into(),
+            target: Target::parse(given).unwrap(),
+            host: Default::default(),
+            identity: Identity::new(&sysfs.controller("nvme0").unwrap(), None, &[]),
+            params: Default::default(),
+        };
+        Opener { open, sysfs, shared: false, paths: vec![path] }
+    }
+
+    #[test]
+    fn a_drive_that_was_exchanged_is_refused() {
+        let dir = tree();
+        let write = |path: &str, text: &str| std::fs::write(dir.path().join(path), text).unwrap();
+        let device = File::open("/dev/null").unwrap();
+        let number = device.metadata().unwrap().rdev();
+        let dev = format!("{}:{}", libc::major(number), libc::minor(number));
+        let opener = opener(Box::new(|_, _| Err(busy())), dir.path());
+        let found = opener.sysfs.namespaces("nvme0").remove(0);
+        let same = || opener.is_same(&found, &device, None);
+        assert!(!same(), "another number");
+        write("class/block/nvme0n1/dev", &dev);
+        assert!(same());
+        let file = Arc::new(device.try_clone().unwrap());
+        let character = bdev::Namespace { file, passthrough: None };
+        assert!(!opener.is_same(&found, &device, Some(&character)), "another character device");
+        write("class/nvme-generic/ng0n1/dev", &dev);
+        assert!(opener.is_same(&found, &device, Some(&character)));
+        write("class/block/nvme0n1/uuid", "4b9bce33-9a30-4e2d-a0f9-24f6d7c1d8b9");
+        assert!(!same(), "another namespace");
+        write("class/block/nvme0n1/uuid", &found.uuid.unwrap().to_string());
+        assert!(same());
+        write("class/nvme/nvme0/serial", "S2");
+        assert!(!same(), "another drive");
+    }
+
+    #[test]
+    fn a_character_device_that_cannot_be_locked_fails_the_attach() {
+        let dir = tree();
+        let fails = |errno| {
+            let open: OpenFile = Box::new(move |_, _| {
+                let source = io::Error::from_raw_os_error(errno);
+                Err(Error::System { what: "open".into(), source })
+            });
+            opener(open, dir.path())
+        };
+        let block = tempfile::tempfile().unwrap();
+        let namespace = Namespace { block: "nvme9n1".into(), ..namespace(None) };
+        let open = |opener: Opener| opener.character_device(&namespace, "N", &block);
+        assert!(open(fails(libc::ENOENT)).unwrap().is_none(), "the kernel has none");
+        assert_eq!(open(fails(libc::EACCES)).unwrap_err().errno(), libc::EACCES);
+        let shared = Opener { shared: true, ..fails(libc::EACCES) };
+        assert!(open(shared).unwrap().is_none(), "a shared disk is not locked");
     }
 
     #[test]
@@ -172,14 +286,13 @@ mod tests {
     #[test]
     fn a_namespace_in_use_is_refused_with_its_user() {
         let dir = tree();
-        let sysfs = Sysfs::at(dir.path());
-        let holder = sysfs.block("nvme0n1").join("holders/md0");
+        let holder = Sysfs::at(dir.path()).block("nvme0n1").join("holders/md0");
         std::fs::create_dir_all(holder).unwrap();
         let open: OpenFile = Box::new(|_, access| {
             assert_eq!(access, Access::Exclusive);
             Err(busy())
         });
-        let opener = Opener { open, sysfs, shared: false };
+        let opener = opener(open, dir.path());
         let e = opener.disk(&namespace(None), "N", Uuid::nil()).unwrap_err();
         assert_eq!(e.errno(), libc::EBUSY);
         assert!(e.to_string().contains("/dev/nvme0n1 is used by md0"), "{e}");
@@ -194,7 +307,7 @@ mod tests {
             0 => Err(busy()),
             _ => Ok(tempfile::tempfile().unwrap()),
         });
-        let opener = Opener { open, sysfs: Sysfs::at(dir.path()), shared: false };
+        let opener = opener(open, dir.path());
         opener.block_device(Path::new("/dev/nvme0n1"), &namespace(None)).unwrap();
         assert_eq!(tries.load(Ordering::Relaxed), 2);
     }

@@ -136,6 +136,12 @@ impl Passthrough {
         Ok(probed)
     }
 
+    /// Returns the namespace's id.
+    #[must_use]
+    pub fn namespace_id(&self) -> u32 {
+        self.nsid
+    }
+
     /// Makes the ring of a channel.
     pub(super) fn queue(&self, depth: u16) -> io::Result<NvmeQueue> {
         let mut builder = IoUring::<squeue::Entry128, cqueue::Entry32>::builder();
