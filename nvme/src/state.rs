@@ -12,7 +12,7 @@ pub(crate) const ATTACH: &str = "bdev_nvme_attach_controller";
 
 /// The maximum number of operations on controllers at the same time, including those that hang
 /// after their RPC has failed.
-const OPERATIONS_MAX: usize = 64;
+const OPERATIONS_MAX: usize = 16;
 
 /// How long an RPC waits for such an operation. The kernel gives up on a command after 60 s.
 const LIMIT: Duration = Duration::from_secs(70);
