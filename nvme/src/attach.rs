@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
 
-use crate::controller::{Controller, Path};
+use crate::controller::{Controller, Key, Path};
 use crate::entry::{NvmeEntry, bdevs_of};
 use crate::fabrics::{self, Options, Timeouts};
 use crate::identity::{Identity, is_shared};
@@ -281,8 +281,12 @@ pub(crate) async fn attach(
     if let Some(existing) = &existing {
         check_further_path(existing, &attach)?;
     }
-    let Some(_reserved) = state.controllers.reserve(&attach.name) else {
-        let text = format!("controller {} is being attached", attach.name);
+    // Until the end: a failed attach and a detach end a connection, which no other may adopt.
+    let reserve = |key| state.controllers.reserve(key);
+    let name = reserve(Key::Name(attach.name.clone()));
+    let place = reserve(Key::Place(attach.target.place()));
+    let (Some(_name), Some(_place)) = (name, place) else {
+        let text = format!("{} or its target is being attached or detached", attach.name);
         return Err(failed(libc::EALREADY, &text));
     };
     // A target may take long to answer.

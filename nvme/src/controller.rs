@@ -76,8 +76,8 @@ impl Drop for Changing {
 #[derive(Default)]
 pub(crate) struct Controllers {
     all: RefCell<Vec<Rc<Controller>>>,
-    /// Names of controllers that are being attached.
-    attaching: RefCell<Vec<String>>,
+    /// What is being attached or detached.
+    reserved: RefCell<Vec<Key>>,
 }
 
 impl Controllers {
@@ -102,14 +102,15 @@ impl Controllers {
         self.all.borrow().iter().any(has)
     }
 
-    /// Reserves a name until the returned value is dropped; `None` if it is reserved already.
-    pub(crate) fn reserve(self: &Rc<Self>, name: &str) -> Option<Reserved> {
-        let mut attaching = self.attaching.borrow_mut();
-        if attaching.iter().any(|other| other == name) {
+    /// Reserves a name or target until the returned value is dropped; `None` if it is reserved
+    /// already.
+    pub(crate) fn reserve(self: &Rc<Self>, key: Key) -> Option<Reserved> {
+        let mut reserved = self.reserved.borrow_mut();
+        if reserved.contains(&key) {
             return None;
         }
-        attaching.push(name.to_owned());
-        Some(Reserved { controllers: Rc::clone(self), name: name.to_owned() })
+        reserved.push(key.clone());
+        Some(Reserved { controllers: Rc::clone(self), key })
     }
 
     pub(crate) fn add(&self, controller: Rc<Controller>) {
@@ -128,14 +129,47 @@ impl Controllers {
     }
 }
 
-/// The name of a controller that is being attached.
+/// What an operation on a controller reserves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// The name that the operator gave.
+    Name(String),
+    /// The [place](Target::place) of a target: a connection that one operation is about to end must
+    /// not be adopted by another.
+    Place([String; 4]),
+}
+
+/// The name or target of a controller that is being attached or detached.
 pub(crate) struct Reserved {
     controllers: Rc<Controllers>,
-    name: String,
+    key: Key,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.controllers.attaching.borrow_mut().retain(|name| *name != self.name);
+        self.controllers.reserved.borrow_mut().retain(|key| *key != self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::Given;
+
+    #[test]
+    fn a_target_is_reserved_for_one_operation() {
+        let target = |subnqn, trtype, traddr| {
+            let (trsvcid, subnqn) = (Some("4420"), Some(subnqn));
+            Target::parse(Given { trtype, traddr, trsvcid, subnqn, adrfam: None }).unwrap()
+        };
+        let tcp = |subnqn| target(subnqn, "TCP", "10.0.0.1").place();
+        let controllers = Rc::new(Controllers::default());
+        let first = controllers.reserve(Key::Place(tcp("a"))).unwrap();
+        assert!(controllers.reserve(Key::Place(tcp("a"))).is_none());
+        let _other = controllers.reserve(Key::Place(tcp("b"))).unwrap();
+        drop(first);
+        controllers.reserve(Key::Place(tcp("a"))).unwrap();
+        let pcie = |subnqn| target(subnqn, "PCIe", "0000:00:04.0").place();
+        assert_eq!(pcie("a"), pcie("b"), "the address names the controller");
     }
 }

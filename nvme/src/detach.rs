@@ -8,7 +8,7 @@ use bdev::{BdevId, Host, life};
 use serde::Deserialize;
 use tracing::{error, info, warn};
 
-use crate::controller::{Controller, Path};
+use crate::controller::{Controller, Key, Path, Reserved};
 use crate::entry::bdevs_of;
 use crate::fabrics;
 use crate::state::State;
@@ -73,12 +73,22 @@ pub(crate) async fn detach(state: Rc<State>, host: Rc<dyn Host>, params: Params)
         error!("{method}: controller {} has just been detached", request.name);
         return Err(MethodError::errno(libc::ENODEV));
     }
-    let (gone, left): (Vec<Path>, Vec<Path>) =
-        controller.paths.borrow().iter().cloned().partition(|path| request.fits(path));
-    if gone.is_empty() {
-        error!("{method}: controller {} has no such path", request.name);
-        return Err(MethodError::errno(libc::ENXIO));
-    }
+    let (gone, left, _places) = loop {
+        let (gone, left): (Vec<Path>, Vec<Path>) =
+            controller.paths.borrow().iter().cloned().partition(|path| request.fits(path));
+        if gone.is_empty() {
+            error!("{method}: controller {} has no such path", request.name);
+            return Err(MethodError::errno(libc::ENXIO));
+        }
+        // So that no attach adopts a connection that is about to end.
+        let connections = gone.iter().filter(|path| path.is_connection());
+        let reserve = |path: &Path| state.controllers.reserve(Key::Place(path.target.place()));
+        let places: Option<Vec<Reserved>> = connections.map(reserve).collect();
+        if let Some(places) = places {
+            break (gone, left, places);
+        }
+        host.sleep(PAUSE).await;
+    };
     if left.is_empty() {
         state.controllers.remove(&controller);
         let ids: Vec<BdevId> =

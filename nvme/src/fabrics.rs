@@ -119,9 +119,9 @@ fn instance(answer: &str) -> Option<String> {
 /// Opens the device through which connections are made.
 fn device(open: &OpenFile) -> Result<File, Error> {
     open(Path::new(FABRICS), Access::NvmeControl).map_err(|e| match e.errno() {
-        libc::ENOENT => Error::NoDevice(format!(
-            "{FABRICS} does not exist; load the driver: modprobe nvme-tcp"
-        )),
+        libc::ENOENT => {
+            Error::NoDevice(format!("{FABRICS} does not exist; load the driver: modprobe nvme-tcp"))
+        }
         _ => e,
     })
 }

@@ -79,6 +79,12 @@ impl Target {
         Ok(Self { transport, family, address, service: service.into(), subnqn: subnqn.into() })
     }
 
+    /// Returns what two targets have in common if the kernel has one controller for them.
+    pub(crate) fn place(&self) -> [String; 4] {
+        let subnqn = if self.transport == Transport::Pcie { "" } else { &self.subnqn };
+        [self.transport.name(), &self.address, &self.service, subnqn].map(str::to_owned)
+    }
+
     /// SPDK's object `trid`.
     pub(crate) fn show(&self) -> Value {
         let mut shown = Map::from_iter([("trtype".to_owned(), self.transport.name().into())]);
