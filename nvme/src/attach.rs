@@ -14,7 +14,7 @@ use crate::controller::{Controller, Key, Path};
 use crate::entry::{NvmeEntry, bdevs_of};
 use crate::fabrics::{self, Options, Timeouts};
 use crate::identity::{Identity, is_shared};
-use crate::open::{Opener, data_of, uuid_of};
+use crate::open::{Opener, Patience, data_of, uuid_of};
 use crate::state::{ATTACH, State};
 use crate::sysfs::{self, Namespace, Sysfs};
 use crate::target::{Given, Target, Transport, checked_address, checked_nqn};
@@ -407,10 +407,11 @@ async fn add_controller(
         max_bdevs: attach.max_bdevs,
         paths: RefCell::new(vec![path(attach, &found, params)]),
         refused: RefCell::default(),
+        leaving: RefCell::default(),
         changing: Cell::new(false),
     });
     let new = found.namespaces.into_iter().zip(found.shared).collect();
-    let names = add_namespaces(state, host, &controller, new).await?;
+    let names = add_namespaces(state, host, &controller, new, Patience::Waits).await?;
     info!("controller {}: attached /dev/{}", attach.name, found.controller.name);
     state.controllers.add(controller);
     Ok(names.into())
@@ -422,6 +423,7 @@ pub(crate) async fn add_namespaces(
     host: &Rc<dyn Host>,
     controller: &Rc<Controller>,
     new: Vec<(Namespace, bool)>,
+    patience: Patience,
 ) -> Result<Vec<String>, MethodError> {
     let serial = controller.paths.borrow().first().map(|it| it.identity.serial().to_owned());
     let serial = serial.unwrap_or_default();
@@ -436,7 +438,8 @@ pub(crate) async fn add_namespaces(
     let wanted: Vec<_> = all.map(|((it, _), of)| (it.clone(), of.name.clone(), of.uuid)).collect();
     let shared = host.shares_files();
     let paths = controller.paths.borrow().clone();
-    let opener = Opener { open: host.open_file(), sysfs: state.sysfs.clone(), shared, paths };
+    let (open, sysfs) = (host.open_file(), state.sysfs.clone());
+    let opener = Opener { open, sysfs, shared, patience, paths };
     let open = move || -> Result<Vec<Arc<FileDisk>>, Error> {
         wanted.iter().map(|(it, name, uuid)| opener.disk(it, name, *uuid)).collect()
     };

@@ -2,7 +2,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use bdev::BdevId;
 use bdev::method::Call;
 use serde_json::{Map, Value, json};
 
@@ -17,10 +19,19 @@ pub(crate) struct Controller {
     pub(crate) max_bdevs: usize,
     /// At least one until it is detached.
     pub(crate) paths: RefCell<Vec<Path>>,
-    /// The block devices of new namespaces that could not be opened: they are not tried again.
-    pub(crate) refused: RefCell<Vec<String>>,
+    /// New namespaces that could not be opened.
+    pub(crate) refused: RefCell<Vec<Refused>>,
+    /// The bdevs that are being removed, as their namespaces are gone.
+    pub(crate) leaving: RefCell<Vec<BdevId>>,
     /// An operation that changes it is under way, such as a detach.
     pub(crate) changing: Cell<bool>,
+}
+
+/// A namespace that could not be opened, and when it is tried again.
+pub(crate) struct Refused {
+    pub(crate) block: String,
+    pub(crate) pause: Duration,
+    pub(crate) next: Instant,
 }
 
 /// A controller of the kernel's driver.

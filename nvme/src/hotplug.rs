@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bdev::method::{Answer, Call, DecodeFailure, Params};
 use bdev::{Bdev, BdevId, FileDisk, Host, life};
@@ -12,8 +12,9 @@ use serde_json::{Map, Value};
 use tracing::{info, warn};
 
 use crate::attach::add_namespaces;
-use crate::controller::Controller;
+use crate::controller::{Controller, Refused};
 use crate::entry::bdevs_of;
+use crate::open::Patience;
 use crate::state::State;
 use crate::sysfs::{Namespace, Sysfs};
 use crate::target::Target;
@@ -24,6 +25,10 @@ const PERIOD_MAX_US: u64 = 10_000_000;
 
 /// The shortest period: each look reads some files for each namespace.
 const PERIOD_MIN_US: u64 = 50_000;
+
+/// The pause before a namespace that could not be opened is tried again. It doubles up to the limit.
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(60);
 
 pub(crate) const HOTPLUG: &str = "bdev_nvme_set_hotplug";
 
@@ -75,9 +80,10 @@ async fn watch(hotplug: Rc<Hotplug>, state: Rc<State>, host: Rc<dyn Host>) {
     while hotplug.enabled.get() {
         host.sleep(Duration::from_micros(hotplug.period_us.get())).await;
         for controller in state.controllers.all() {
-            if hotplug.enabled.get() {
-                look(&state, &host, &controller).await;
-            }
+            // On its own, as one that hangs must not keep the others waiting. The next look skips a
+            // controller that is being changed.
+            let (state, owner) = (Rc::clone(&state), Rc::clone(&host));
+            host.spawn(Box::pin(async move { look(&state, &owner, &controller).await }));
         }
     }
     hotplug.has_task.set(false);
@@ -92,14 +98,14 @@ async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller
     let seen = host.blocking(move || Seen::of(&sysfs, &paths)).await;
     let bdevs = bdevs_of(controller, host.registry());
     let has = |namespace: &Namespace| seen.namespaces.iter().any(|it| it.block == namespace.block);
-    let lost = bdevs.iter().filter(|(_, entry)| !has(&entry.namespace));
+    let is_leaving = |id: &BdevId| controller.leaving.borrow().contains(id);
+    let lost = bdevs.iter().filter(|(id, entry)| !has(&entry.namespace) && !is_leaving(id));
     let lost: Vec<(BdevId, String)> =
         lost.map(|(id, entry)| (*id, entry.name().to_owned())).collect();
     let known = |it: &Namespace| bdevs.iter().any(|(_, entry)| entry.namespace.id == it.id);
     let is_there = |block: &String| seen.namespaces.iter().any(|it| it.block == *block);
-    controller.refused.borrow_mut().retain(is_there);
-    let refused = controller.refused.borrow().clone();
-    let new = seen.namespaces.iter().filter(|it| !known(it) && !refused.contains(&it.block));
+    controller.refused.borrow_mut().retain(|refused| is_there(&refused.block));
+    let new = seen.namespaces.iter().filter(|it| !known(it) && controller.may_try(&it.block));
     let new: Vec<_> = new.map(|it| (it.clone(), false)).collect();
     let size = |id| seen.namespaces.iter().find(|it| it.id == id).map_or(0, |it| it.bytes);
     let grown = bdevs.iter().filter(|(_, it)| size(it.namespace.id) > it.disk.size_bytes());
@@ -112,12 +118,7 @@ async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller
         state.controllers.remove(controller);
     }
     if !lost.is_empty() {
-        let names: Vec<_> = lost.iter().map(|(_, name)| &**name).collect();
-        info!("removing bdevs whose namespace is gone: {}", names.join(", "));
-        let ids: Vec<_> = lost.iter().map(|(id, _)| *id).collect();
-        // Their I/O may end late; meanwhile, other controllers need the task.
-        let owner = Rc::clone(host);
-        host.spawn(Box::pin(async move { life::remove_lost(&owner, &ids).await }));
+        remove(host, controller, lost);
         return;
     }
     if new.is_empty() || count + new.len() > controller.max_bdevs {
@@ -125,13 +126,49 @@ async fn look(state: &Rc<State>, host: &Rc<dyn Host>, controller: &Rc<Controller
     }
     for (namespace, can_share) in new {
         let block = namespace.block.clone();
-        match add_namespaces(state, host, controller, vec![(namespace, can_share)]).await {
+        let one = vec![(namespace, can_share)];
+        match add_namespaces(state, host, controller, one, Patience::TriesOnce).await {
             Ok(names) => info!("added the bdev of a new namespace: {}", names.join(", ")),
             Err(e) => {
-                warn!("controller {}: cannot add {block}: {}", controller.name, e.text);
-                controller.refused.borrow_mut().push(block);
+                if controller.refuse(&block) {
+                    warn!("controller {}: cannot add {block} yet: {}", controller.name, e.text);
+                }
             }
         }
+    }
+}
+
+/// Removes bdevs whose namespace is gone. Their I/O may end late; meanwhile, the controller can
+/// change.
+fn remove(host: &Rc<dyn Host>, controller: &Rc<Controller>, lost: Vec<(BdevId, String)>) {
+    let (ids, names): (Vec<_>, Vec<_>) = lost.into_iter().unzip();
+    info!("removing bdevs whose namespace is gone: {}", names.join(", "));
+    controller.leaving.borrow_mut().extend(&ids);
+    let (owner, controller) = (Rc::clone(host), Rc::clone(controller));
+    host.spawn(Box::pin(async move {
+        life::remove_lost(&owner, &ids).await;
+        controller.leaving.borrow_mut().retain(|id| !ids.contains(id));
+    }));
+}
+
+impl Controller {
+    /// Returns whether a new namespace has not been refused, or may be tried again.
+    fn may_try(&self, block: &str) -> bool {
+        let refused = self.refused.borrow();
+        refused.iter().all(|it| it.block != block || it.next <= Instant::now())
+    }
+
+    /// Remembers that a new namespace could not be opened. Returns whether this is the first time.
+    fn refuse(&self, block: &str) -> bool {
+        let mut refused = self.refused.borrow_mut();
+        let now = Instant::now();
+        if let Some(again) = refused.iter_mut().find(|it| it.block == block) {
+            again.pause = (again.pause * 2).min(RETRY_MAX);
+            again.next = now + again.pause;
+            return false;
+        }
+        refused.push(Refused { block: block.into(), pause: RETRY, next: now + RETRY });
+        true
     }
 }
 
@@ -191,5 +228,26 @@ mod tests {
         assert_eq!(seen(&["nvme0", "nvme9"]), (false, 2));
         // Another controller has this name now.
         assert_eq!(seen(&["nvme1"]), (true, 0));
+    }
+
+    #[test]
+    fn a_refused_namespace_is_reported_once_and_tried_later() {
+        let controller = Controller {
+            name: "N".into(),
+            max_bdevs: 1,
+            paths: RefCell::default(),
+            refused: RefCell::default(),
+            leaving: RefCell::default(),
+            changing: Cell::default(),
+        };
+        assert!(controller.may_try("nvme0n1"));
+        assert!(controller.refuse("nvme0n1"));
+        assert!(!controller.may_try("nvme0n1") && controller.may_try("nvme0n2"));
+        controller.refused.borrow_mut()[0].next = Instant::now();
+        assert!(controller.may_try("nvme0n1"));
+        assert!(!controller.refuse("nvme0n1"), "it is known");
+        assert_eq!(controller.refused.borrow()[0].pause, RETRY * 2);
+        assert!((0..9).all(|_| !controller.refuse("nvme0n1")));
+        assert_eq!(controller.refused.borrow()[0].pause, RETRY_MAX);
     }
 }

@@ -50,12 +50,28 @@ pub(crate) fn data_of(open: &OpenFile, device: &str, access: Access) -> Result<V
     Ok(data)
 }
 
+/// Whether to wait for a device that is busy or whose node is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Up to [`BUSY_LIMIT`] and [`NODE_LIMIT`].
+    Waits,
+    /// Not at all: the caller tries again later.
+    TriesOnce,
+}
+
+impl Patience {
+    fn limited(self, limit: Duration) -> Duration {
+        if self == Self::Waits { limit } else { Duration::ZERO }
+    }
+}
+
 /// How the namespaces of one attach are opened.
 pub(crate) struct Opener {
     pub(crate) open: OpenFile,
     pub(crate) sysfs: Sysfs,
     /// Other processes may use the namespaces at the same time (`--share`).
     pub(crate) shared: bool,
+    pub(crate) patience: Patience,
     /// The paths of their controller.
     pub(crate) paths: Vec<controller::Path>,
 }
@@ -104,8 +120,8 @@ impl Opener {
                 Err(e) => e,
             };
             let limit = match e.errno() {
-                libc::EBUSY => BUSY_LIMIT,
-                libc::ENOENT | libc::ENXIO => NODE_LIMIT,
+                libc::EBUSY => self.patience.limited(BUSY_LIMIT),
+                libc::ENOENT | libc::ENXIO => self.patience.limited(NODE_LIMIT),
                 _ => return Err(e),
             };
             if e.errno() == libc::EBUSY
@@ -151,6 +167,7 @@ impl Opener {
             let is_missing = [libc::ENOENT, libc::ENXIO].contains(&e.errno());
             let is_known = self.sysfs.number(&namespace.character()).is_some();
             if is_missing && is_known && began.elapsed() < NODE_LIMIT {
+                // Also for who tries once: a disk without its lock stays so.
                 sleep(PAUSE);
             } else if is_missing || self.shared {
                 without(&e);
@@ -225,7 +242,7 @@ mod tests {
             identity: Identity::new(&sysfs.controller("nvme0").unwrap(), None, &[]),
             params: Default::default(),
         };
-        Opener { open, sysfs, shared: false, paths: vec![path] }
+        Opener { open, sysfs, shared: false, patience: Patience::Waits, paths: vec![path] }
     }
 
     #[test]
@@ -310,5 +327,9 @@ mod tests {
         let opener = opener(open, dir.path());
         opener.block_device(Path::new("/dev/nvme0n1"), &namespace(None)).unwrap();
         assert_eq!(tries.load(Ordering::Relaxed), 2);
+        tries.store(0, Ordering::Relaxed);
+        let once = Opener { patience: Patience::TriesOnce, ..opener };
+        let e = once.block_device(Path::new("/dev/nvme0n1"), &namespace(None)).unwrap_err();
+        assert_eq!((e.errno(), tries.load(Ordering::Relaxed)), (libc::EBUSY, 1));
     }
 }
