@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
 
-use crate::controller::{Controller, Key, Path};
+use crate::controller::{Controller, FurtherPaths, Key, Path};
 use crate::entry::{NvmeEntry, bdevs_of};
 use crate::fabrics::{self, Options, Timeouts};
 use crate::identity::{Identity, is_shared};
@@ -25,18 +25,6 @@ const MAX_BDEVS: u32 = 128;
 const QUEUES_MAX: u32 = 65536;
 /// The most bytes of a controller's name.
 const NAME_MAX: usize = 128;
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum FurtherPaths {
-    Failover,
-    /// SPDK's schema says that failover is the default, but its code has this one.
-    #[default]
-    #[serde(rename = "multipath")]
-    Merge,
-    #[serde(rename = "disable")]
-    Refuse,
-}
 
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -228,12 +216,14 @@ struct Found {
     is_new: bool,
 }
 
-/// Finds or connects a controller. May block for minutes.
+/// Finds or connects a controller. Reads nothing of its namespaces if they are too many. May block
+/// for minutes.
 fn find(
     sysfs: &Sysfs,
     open: &bdev::OpenFile,
     target: &Target,
     options: &Options,
+    max_bdevs: usize,
 ) -> Result<Found, Error> {
     let (controller, is_new) = match target.transport {
         Transport::Pcie => {
@@ -253,9 +243,9 @@ fn find(
     let vendor = sysfs.pci_vendor(&target.address);
     let of_controller = data(&controller.name, Access::NvmeController);
     let identity = Identity::new(&controller, vendor, &of_controller);
-    let shared = namespaces.iter();
+    let readable = namespaces.iter().filter(|_| namespaces.len() <= max_bdevs);
     let shared =
-        shared.map(|it| is_shared(&data(&it.character(), Access::NvmeNamespace))).collect();
+        readable.map(|it| is_shared(&data(&it.character(), Access::NvmeNamespace))).collect();
     Ok(Found { controller, namespaces, shared, identity, is_new })
 }
 
@@ -293,7 +283,8 @@ pub(crate) async fn attach(
     params.let_next_start();
     let (sysfs, open) = (state.sysfs.clone(), host.open_file());
     let (target, options) = (attach.target.clone(), attach.options.clone());
-    let find = move || find(&sysfs, &open, &target, &options);
+    let max_bdevs = attach.max_bdevs;
+    let find = move || find(&sysfs, &open, &target, &options, max_bdevs);
     let found = state.aside(&host, find).await.map_err(|e| MethodError::of(ATTACH, &e))?;
     let (kernel, is_new) = (found.controller.name.clone(), found.is_new);
     let made = match existing {
@@ -321,6 +312,11 @@ fn check_further_path(existing: &Rc<Controller>, attach: &Attach) -> Result<(), 
     if paths.iter().any(|path| path.target == attach.target) {
         return Err(refused(libc::EALREADY, format!("{exists} with the specified network path")));
     }
+    let merges = |further| further == FurtherPaths::Merge;
+    if merges(existing.further) != merges(attach.multipath) {
+        let reason = format!("{exists}, but was attached with another value of multipath");
+        return Err(failed(libc::EINVAL, &reason));
+    }
     if let Some(first) = paths.first() {
         let nqn = &first.target.subnqn;
         if *nqn != attach.target.subnqn {
@@ -347,6 +343,10 @@ fn add_path(
     found: Found,
     params: Map<String, Value>,
 ) -> Answer {
+    if !state.controllers.has(existing) {
+        let text = format!("controller {} has just been detached", attach.name);
+        return Err(failed(libc::ENODEV, &text));
+    }
     if state.controllers.has_path(&found.controller.name) {
         return Err(failed(libc::EEXIST, &attached_already(&found.controller.name)));
     }
@@ -406,15 +406,21 @@ async fn add_controller(
         name: attach.name.clone(),
         max_bdevs: attach.max_bdevs,
         paths: RefCell::new(vec![path(attach, &found, params)]),
+        further: attach.multipath,
         refused: RefCell::default(),
         leaving: RefCell::default(),
         changing: Cell::new(false),
     });
+    // Before its bdevs, so that no other attach takes its path. Meanwhile a detach waits.
+    state.controllers.add(Rc::clone(&controller));
+    let _changing = controller.change();
     let new = found.namespaces.into_iter().zip(found.shared).collect();
-    let names = add_namespaces(state, host, &controller, new, Patience::Waits).await?;
-    info!("controller {}: attached /dev/{}", attach.name, found.controller.name);
-    state.controllers.add(controller);
-    Ok(names.into())
+    let made = add_namespaces(state, host, &controller, new, Patience::Waits).await;
+    match &made {
+        Ok(_) => info!("controller {}: attached /dev/{}", attach.name, found.controller.name),
+        Err(_) => state.controllers.remove(&controller),
+    }
+    Ok(made?.into())
 }
 
 /// Makes the bdevs of new namespaces, all or none. Returns their names.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bdev::BdevId;
 use bdev::method::Call;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::identity::Identity;
@@ -19,12 +20,27 @@ pub(crate) struct Controller {
     pub(crate) max_bdevs: usize,
     /// At least one until it is detached.
     pub(crate) paths: RefCell<Vec<Path>>,
+    /// What its first path said of further paths.
+    pub(crate) further: FurtherPaths,
     /// New namespaces that could not be opened.
     pub(crate) refused: RefCell<Vec<Refused>>,
     /// The bdevs that are being removed, as their namespaces are gone.
     pub(crate) leaving: RefCell<Vec<BdevId>>,
     /// An operation that changes it is under way, such as a detach.
     pub(crate) changing: Cell<bool>,
+}
+
+/// What becomes of further paths to a controller: the parameter `multipath`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FurtherPaths {
+    Failover,
+    /// SPDK's schema says that failover is the default, but its code has this one.
+    #[default]
+    #[serde(rename = "multipath")]
+    Merge,
+    #[serde(rename = "disable")]
+    Refuse,
 }
 
 /// A namespace that could not be opened, and when it is tried again.
@@ -60,7 +76,7 @@ impl Path {
             "state": state,
             "trid": self.target.show(),
             "cntlid": self.identity.controller_id(),
-            "host": { "nqn": nqn, "addr": addr, "svcid": svcid },
+            "host": { "nqn": nqn, "addr": addr, "svcid": svcid, "no_shn_notification": false },
             // Not in SPDK.
             "device": format!("/dev/{}", self.kernel),
         })

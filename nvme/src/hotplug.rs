@@ -208,6 +208,7 @@ async fn grow(host: &Rc<dyn Host>, grown: Vec<Arc<FileDisk>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::controller::FurtherPaths;
     use crate::sysfs::tests::tree;
     use crate::target::Given;
 
@@ -236,6 +237,7 @@ mod tests {
             name: "N".into(),
             max_bdevs: 1,
             paths: RefCell::default(),
+            further: FurtherPaths::default(),
             refused: RefCell::default(),
             leaving: RefCell::default(),
             changing: Cell::default(),
