@@ -8,7 +8,8 @@ pub enum Access {
     ReadWrite,
     /// A disk that is only read.
     ReadOnly,
-    /// A block device that nobody else mounts or opens like this (`O_EXCL`).
+    /// The block device of an NVMe namespace, `/dev/nvmeXnY`, that nobody else mounts or opens like
+    /// this (`O_EXCL`).
     Exclusive,
     /// The character device of an NVMe namespace, `/dev/ngXnY`.
     NvmeCharacter,

@@ -82,7 +82,7 @@ fn pipe_with(data: &[u8]) -> io::Result<File> {
 pub fn not_of_kind(filename: &Path, access: Access) -> Error {
     let expected = match access {
         Access::ReadWrite | Access::ReadOnly => "neither a file nor a block device",
-        Access::Exclusive => "not a block device",
+        Access::Exclusive => "not the block device of an NVMe namespace",
         _ => "not a device of the NVMe driver",
     };
     Error::Invalid(format!("{}: {expected}", filename.display()))
@@ -110,7 +110,17 @@ pub fn is_nvme_control(path: &Path) -> bool {
 
 /// Returns whether a path is that of the character device of a namespace.
 fn is_nvme_character(path: &Path) -> bool {
-    let name = path.to_str().and_then(|path| path.strip_prefix("/dev/ng"));
+    is_numbered(path, "/dev/ng")
+}
+
+/// Returns whether a path is that of the block device of a namespace.
+fn is_nvme_block(path: &Path) -> bool {
+    is_numbered(path, "/dev/nvme")
+}
+
+/// Returns whether a path is the prefix and the numbers of a controller and a namespace, `0n1`.
+fn is_numbered(path: &Path, prefix: &str) -> bool {
+    let name = path.to_str().and_then(|path| path.strip_prefix(prefix));
     let numbers = name.and_then(|name| name.split_once('n'));
     numbers.is_some_and(|(controller, id)| is_number(controller) && is_number(id))
 }
@@ -222,7 +232,7 @@ fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
     let what = filename.display();
     let system = |source| Error::System { what: what.to_string(), source };
     // The driver's names are no links; a link is then found as such, and refused.
-    let link = if is_nvme(access) { libc::O_NOFOLLOW } else { 0 };
+    let link = if is_nvme(access) || access == Access::Exclusive { libc::O_NOFOLLOW } else { 0 };
     let path = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_CLOEXEC | link)
@@ -234,7 +244,7 @@ fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
             check_kind(filename, kind)?;
             check_file_system(&path).map_err(system)?;
         }
-        Access::Exclusive if kind.is_block_device() => {}
+        Access::Exclusive if is_nvme_block(filename) && kind.is_block_device() => {}
         Access::NvmeCharacter if is_nvme_character(filename) && kind.is_char_device() => {}
         Access::Exclusive | Access::NvmeCharacter => return Err(not_of_kind(filename, access)),
         _ if is_nvme_control(filename) && !kind.is_symlink() => {}
@@ -486,6 +496,10 @@ mod tests {
         assert!(is("/dev/ng0n1") && is("/dev/ng12n34"));
         for path in ["/dev/nvme0", "/dev/nvme-fabrics", "/dev/ng0", "/dev/ngn1", "/dev/x/ng0n1"] {
             assert!(!is(path), "{path}");
+        }
+        assert!(is_nvme_block(Path::new("/dev/nvme0n1")));
+        for path in ["/dev/ng0n1", "/dev/nvme0", "/dev/nvme0n1p1", "/dev/sda"] {
+            assert!(!is_nvme_block(Path::new(path)), "{path}");
         }
         let e = open_file(Path::new("/dev/null"), Access::NvmeCharacter).unwrap_err();
         assert_eq!(e.errno(), libc::EINVAL);
