@@ -3,12 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bdev::{Access, Engine, FileDisk, FileOptions, Flavour, Namespace, Passthrough, open_file};
-use bdev_conformance::{Fixture, SIZE, conformance};
+use bdev::{
+    Access, Bdev, Engine, FileDisk, FileOptions, Flavour, Namespace, Op, Passthrough, Status,
+    open_file,
+};
+use bdev_conformance::{Driver, Fixture, SIZE, conformance};
 
 /// Opens the block device, which the disk of the test before may still be closing.
 fn open_block_device(path: &Path) -> File {
@@ -29,9 +31,6 @@ fn disk(uses_commands: bool) -> Option<Fixture> {
     };
     let filename = PathBuf::from("/dev").join(&block);
     let file = open_block_device(&filename);
-    let mut zeroed = File::options().write(true).open(&filename).unwrap();
-    zeroed.write_all(&vec![0; usize::try_from(SIZE).unwrap()]).unwrap();
-    zeroed.sync_all().unwrap();
     let path = PathBuf::from("/dev").join(block.replacen("nvme", "ng", 1));
     let character = Arc::new(open_file(&path, Access::NvmeCharacter).unwrap());
     let passthrough = Passthrough::probe(Arc::clone(&character), &file).unwrap();
@@ -50,6 +49,9 @@ fn disk(uses_commands: bool) -> Option<Fixture> {
     let disk = FileDisk::on_namespace(file, Some(namespace), options).unwrap();
     let engine = disk.service().engine;
     assert_eq!(engine == Engine::Passthrough, uses_commands, "{engine:?}");
+    // Not through the page cache, which NVMe commands do not see.
+    let disk: Arc<dyn Bdev> = disk;
+    assert_eq!(Driver::new(&disk, 1).plain(Op::WriteZeroes, 0, SIZE), Status::Ok);
     Some(Fixture::of(disk))
 }
 
