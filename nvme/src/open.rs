@@ -183,7 +183,7 @@ impl Opener {
             }
         };
         if !USES_COMMANDS {
-            return Some(bdev::Namespace { file, passthrough: None });
+            return Ok(Some(bdev::Namespace { file, passthrough: None }));
         }
         let passthrough = Passthrough::probe(Arc::clone(&file), block);
         let passthrough = passthrough.inspect_err(|e| without(e)).ok();

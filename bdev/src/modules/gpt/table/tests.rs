@@ -261,7 +261,7 @@ fn mutated_tables_yield_partitions_within_the_disk() {
             let value = next(&mut state).to_le_bytes()[0];
             image.bytes[at] = [0, 0xFF, value, image.bytes[at] ^ 1][usize_of(value.into()) % 4];
         }
-        if next(&mut state) % 4 > 0 {
+        if !next(&mut state).is_multiple_of(4) {
             image.seal();
         }
         let Ok(Some(table)) = image.parse() else { continue };
