@@ -11,14 +11,13 @@ pub enum Access {
     /// The block device of an NVMe namespace, `/dev/nvmeXnY`, that nobody else mounts or opens like
     /// this (`O_EXCL`).
     Exclusive,
-    /// The character device of an NVMe namespace, `/dev/ngXnY`.
-    NvmeCharacter,
     /// A device of the kernel's NVMe driver, or an attribute that controls it: see
     /// [`is_nvme_control`](crate::is_nvme_control).
     NvmeControl,
     /// The data of Identify Controller of such a device: what is opened is a pipe with the data.
     NvmeController,
-    /// The data of Identify Namespace, of the character device of a namespace; the same.
+    /// The data of Identify Namespace, of the character device of a namespace, `/dev/ngXnY`; the
+    /// same.
     NvmeNamespace,
     /// The log page SMART / Health Information of a controller; the same.
     NvmeHealth,
@@ -29,7 +28,7 @@ impl Access {
     #[must_use]
     pub fn in_sandbox(number: u8) -> Option<Self> {
         use Access::*;
-        let all = [ReadWrite, ReadOnly, Exclusive, NvmeCharacter];
+        let all = [ReadWrite, ReadOnly, Exclusive];
         all.into_iter().find(|access| *access as u8 == number)
     }
 
@@ -48,12 +47,12 @@ mod tests {
     #[test]
     fn the_sandbox_allows_disks_only() {
         use Access::*;
-        for access in [ReadWrite, ReadOnly, Exclusive, NvmeCharacter] {
+        for access in [ReadWrite, ReadOnly, Exclusive] {
             assert_eq!(Access::in_sandbox(access as u8), Some(access));
         }
         for access in [NvmeControl, NvmeController, NvmeNamespace, NvmeHealth] {
             assert!(!access.is_in_sandbox());
         }
-        assert_eq!(Access::in_sandbox(8), None);
+        assert_eq!(Access::in_sandbox(7), None);
     }
 }

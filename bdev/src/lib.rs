@@ -77,9 +77,8 @@ pub use memory::Stores;
 pub use modules::delay::{Delay, DelayOptions, Latency, LatencyKind};
 pub use modules::error::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection};
 pub use modules::file::{
-    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Namespace, Passthrough,
-    Service, WorkerCounts, check_alone, check_unopened, is_nvme_control, not_of_kind, open_file,
-    show_lease,
+    Alignment, Engine, FileDisk, FileOptions, Flavour, Holder, LeaseState, Service, WorkerCounts,
+    check_alone, check_unopened, is_nvme_control, not_of_kind, open_file, show_lease,
 };
 pub use modules::malloc::{Malloc, MallocOptions};
 pub use modules::null::{Null, NullOptions};

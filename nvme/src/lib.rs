@@ -8,9 +8,8 @@
 //! * `state`: what the methods share.
 //! * `attach`, `detach`, `hotplug`: what changes them. `module`: the RPC methods.
 //!
-//! The data path is that of a file disk: NVMe commands on the namespace's character device where
-//! the kernel allows them, else the block device. What may wait for a controller runs on threads of
-//! its own.
+//! The data path is that of a file disk on the namespace's block device. What may wait for a
+//! controller runs on threads of its own.
 //!
 //! Forbidden dependencies: DPDK, rings, and the program that runs the module.
 

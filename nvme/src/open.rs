@@ -1,24 +1,19 @@
 //! From a namespace to a bdev.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use bdev::{Access, Error, FileDisk, FileOptions, Flavour, OpenFile, Passthrough};
-use tracing::info;
+use bdev::{Access, Error, FileDisk, FileOptions, Flavour, OpenFile};
 use uuid::Uuid;
 
 use crate::controller;
 use crate::sysfs::{Namespace, Sysfs};
 use crate::users::user_of;
-
-/// Whether reads and writes are NVMe commands. Not yet: `random_mix_matches_a_model` of
-/// `tests/conformance.rs` sometimes reads old data that way (Linux 6.1, QEMU 7.2).
-const USES_COMMANDS: bool = false;
 
 /// How long a block device may be busy without a user that the kernel names: the I/O of a process
 /// that has ended keeps it.
@@ -93,8 +88,7 @@ impl Opener {
     ) -> Result<Arc<FileDisk>, Error> {
         let path = Path::new("/dev").join(&namespace.block);
         let file = self.block_device(&path, namespace)?;
-        let character = self.character_device(namespace, name, &file)?;
-        if !self.is_same(namespace, &file, character.as_ref()) {
+        if !self.is_same(namespace, &file) {
             let text = format!("{}: the drive was exchanged during the attach", path.display());
             return Err(Error::NoDevice(text));
         }
@@ -108,7 +102,7 @@ impl Opener {
             flavour: Flavour::Nvme,
             engine: None,
         };
-        let disk = FileDisk::on_namespace(file, character, options)?;
+        let disk = FileDisk::on(file, options)?;
         if self.shared {
             disk.share();
         }
@@ -145,68 +139,12 @@ impl Opener {
         }
     }
 
-    /// Opens the character device of a namespace, and tries a command on it. Logs why the disk does
-    /// without.
-    ///
-    /// # Errors
-    /// The system's error if the device exists and cannot be opened: commands of a process that has
-    /// ended may be in flight, and only its lock tells when they have ended.
-    fn character_device(
-        &self,
-        namespace: &Namespace,
-        name: &str,
-        block: &File,
-    ) -> Result<Option<bdev::Namespace>, Error> {
-        let path = Path::new("/dev").join(namespace.character());
-        let shown = path.display();
-        let without = |reason: &dyn std::fmt::Display| {
-            info!("bdev {name}: no NVMe commands through {shown}, but block I/O: {reason}");
-        };
-        let began = Instant::now();
-        let file = loop {
-            let e = match (self.open)(&path, Access::NvmeCharacter) {
-                Ok(file) => break Arc::new(file),
-                Err(e) => e,
-            };
-            let is_missing = [libc::ENOENT, libc::ENXIO].contains(&e.errno());
-            let is_known = self.sysfs.number(&namespace.character()).is_some();
-            if is_missing && is_known && began.elapsed() < NODE_LIMIT {
-                // Also for who tries once: a disk without its lock stays so.
-                sleep(PAUSE);
-            } else if is_missing || self.shared {
-                without(&e);
-                return Ok(None);
-            } else {
-                let what = format!("{shown} must be opened to lock {}", namespace.block);
-                let source = io::Error::from_raw_os_error(e.errno());
-                return Err(Error::System { what, source });
-            }
-        };
-        if !USES_COMMANDS {
-            return Ok(Some(bdev::Namespace { file, passthrough: None }));
-        }
-        let passthrough = Passthrough::probe(Arc::clone(&file), block);
-        let passthrough = passthrough.inspect_err(|e| without(e)).ok();
-        Ok(Some(bdev::Namespace { file, passthrough }))
-    }
-
-    /// Returns whether the open devices are those of a namespace of these paths. A drive may be
-    /// exchanged between two opens, and the kernel uses names and numbers again.
-    fn is_same(
-        &self,
-        namespace: &Namespace,
-        block: &File,
-        character: Option<&bdev::Namespace>,
-    ) -> bool {
-        let is = |file: &File, name: &str| {
-            let number = file.metadata().ok().map(|metadata| metadata.rdev());
-            number.is_some() && number == self.sysfs.number(name)
-        };
-        let has_id = |it: &Passthrough| it.namespace_id() == namespace.id;
-        is(block, &namespace.block)
-            && character.is_none_or(|it| {
-                is(&it.file, &namespace.character()) && it.passthrough.iter().all(has_id)
-            })
+    /// Returns whether the open device is that of a namespace of these paths. A drive may be
+    /// exchanged before the open, and the kernel uses names and numbers again.
+    fn is_same(&self, namespace: &Namespace, block: &File) -> bool {
+        let number = block.metadata().ok().map(|metadata| metadata.rdev());
+        number.is_some()
+            && number == self.sysfs.number(&namespace.block)
             && self.paths.iter().any(|path| self.has(path, namespace))
     }
 
@@ -261,40 +199,16 @@ mod tests {
         let dev = format!("{}:{}", libc::major(number), libc::minor(number));
         let opener = opener(Box::new(|_, _| Err(busy())), dir.path());
         let found = opener.sysfs.namespaces("nvme0").remove(0);
-        let same = || opener.is_same(&found, &device, None);
+        let same = || opener.is_same(&found, &device);
         assert!(!same(), "another number");
         write("class/block/nvme0n1/dev", &dev);
         assert!(same());
-        let file = Arc::new(device.try_clone().unwrap());
-        let character = bdev::Namespace { file, passthrough: None };
-        assert!(!opener.is_same(&found, &device, Some(&character)), "another character device");
-        write("class/nvme-generic/ng0n1/dev", &dev);
-        assert!(opener.is_same(&found, &device, Some(&character)));
         write("class/block/nvme0n1/uuid", "4b9bce33-9a30-4e2d-a0f9-24f6d7c1d8b9");
         assert!(!same(), "another namespace");
         write("class/block/nvme0n1/uuid", &found.uuid.unwrap().to_string());
         assert!(same());
         write("class/nvme/nvme0/serial", "S2");
         assert!(!same(), "another drive");
-    }
-
-    #[test]
-    fn a_character_device_that_cannot_be_locked_fails_the_attach() {
-        let dir = tree();
-        let fails = |errno| {
-            let open: OpenFile = Box::new(move |_, _| {
-                let source = io::Error::from_raw_os_error(errno);
-                Err(Error::System { what: "open".into(), source })
-            });
-            opener(open, dir.path())
-        };
-        let block = tempfile::tempfile().unwrap();
-        let namespace = Namespace { block: "nvme9n1".into(), ..namespace(None) };
-        let open = |opener: Opener| opener.character_device(&namespace, "N", &block);
-        assert!(open(fails(libc::ENOENT)).unwrap().is_none(), "the kernel has none");
-        assert_eq!(open(fails(libc::EACCES)).unwrap_err().errno(), libc::EACCES);
-        let shared = Opener { shared: true, ..fails(libc::EACCES) };
-        assert!(open(shared).unwrap().is_none(), "a shared disk is not locked");
     }
 
     #[test]

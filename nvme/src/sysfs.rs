@@ -118,10 +118,9 @@ impl Sysfs {
         self.root.join("class/block").join(name)
     }
 
-    /// Returns the device number of a namespace's block device or character device.
+    /// Returns the device number of a block device.
     pub(crate) fn number(&self, name: &str) -> Option<u64> {
-        let class = if name.starts_with("ng") { "class/nvme-generic" } else { "class/block" };
-        let text = read(&self.root.join(class).join(name).join("dev"))?;
+        let text = read(&self.block(name).join("dev"))?;
         let (major, minor) = text.split_once(':')?;
         Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
     }
@@ -295,8 +294,6 @@ pub(crate) mod tests {
             write(&format!("class/block/{name}/nsid"), id);
             write(&format!("class/block/{name}/size"), sectors);
             write(&format!("class/block/{name}/dev"), &format!("258:{id}"));
-            let character = name.replacen("nvme", "ng", 1);
-            write(&format!("class/nvme-generic/{character}/dev"), &format!("237:{id}"));
         };
         for (name, id) in [("nvme0n1", "1"), ("nvme0n2", "5"), ("nvme1n1", "1")] {
             block(name, id, "2048");
@@ -336,8 +333,7 @@ pub(crate) mod tests {
         assert_eq!(all[1].uuid.unwrap().to_string(), "11111111-2222-3333-4444-555555555555");
         assert_eq!(all[1].character(), "ng0n2");
         assert_eq!(sysfs.number("nvme0n2"), Some(libc::makedev(258, 5)));
-        assert_eq!(sysfs.number("ng0n2"), Some(libc::makedev(237, 5)));
-        assert_eq!(sysfs.number("ng9n2"), None);
+        assert_eq!(sysfs.number("nvme9n2"), None);
         assert_eq!(sysfs.namespaces("nvme1")[0].block, "nvme1n1");
         assert_eq!(sysfs.namespaces("nvme9"), []);
         assert_eq!(head("nvme0c1n2").as_deref(), Some("nvme0n2"));

@@ -1,15 +1,12 @@
-//! The suite of bdevs, on a namespace, by NVMe commands. Needs `VHOST_NVME`, the name of a
-//! namespace's block device of [`SIZE`] bytes, and one test at a time, as in the guest of `ci/nvme`.
+//! The suite of bdevs, on a namespace. Needs `VHOST_NVME`, the name of its block device of [`SIZE`]
+//! bytes, and one test at a time, as in the guest of `ci/nvme`.
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bdev::{
-    Access, Bdev, Engine, FileDisk, FileOptions, Flavour, Namespace, Op, Passthrough, Status,
-    open_file,
-};
+use bdev::{Access, Bdev, Engine, FileDisk, FileOptions, Flavour, Op, Status, open_file};
 use bdev_conformance::{Driver, Fixture, SIZE, conformance};
 
 /// Opens the block device, which the disk of the test before may still be closing.
@@ -24,18 +21,13 @@ fn open_block_device(path: &Path) -> File {
 
 /// A disk of zeroes. `None`, and the test is skipped, without a namespace.
 #[track_caller]
-fn disk(uses_commands: bool) -> Option<Fixture> {
+fn disk() -> Option<Fixture> {
     let Ok(block) = std::env::var("VHOST_NVME") else {
         test_report::skipped("nvme", "VHOST_NVME is not set: see ci/nvme");
         return None;
     };
     let filename = PathBuf::from("/dev").join(&block);
     let file = open_block_device(&filename);
-    let path = PathBuf::from("/dev").join(block.replacen("nvme", "ng", 1));
-    let character = Arc::new(open_file(&path, Access::NvmeCharacter).unwrap());
-    let passthrough = Passthrough::probe(Arc::clone(&character), &file).unwrap();
-    let passthrough = uses_commands.then_some(passthrough);
-    let namespace = Namespace { file: character, passthrough };
     let options = FileOptions {
         name: "N".into(),
         filename,
@@ -46,16 +38,13 @@ fn disk(uses_commands: bool) -> Option<Fixture> {
         flavour: Flavour::Nvme,
         engine: None,
     };
-    let disk = FileDisk::on_namespace(file, Some(namespace), options).unwrap();
-    let engine = disk.service().engine;
-    assert_eq!(engine == Engine::Passthrough, uses_commands, "{engine:?}");
-    // Not through the page cache, which NVMe commands do not see.
+    let disk = FileDisk::on(file, options).unwrap();
+    assert_eq!(disk.service().engine, Engine::IoUring);
     let disk: Arc<dyn Bdev> = disk;
     assert_eq!(Driver::new(&disk, 1).plain(Op::WriteZeroes, 0, SIZE), Status::Ok);
     Some(Fixture::of(disk))
 }
 
 conformance! {
-    commands => disk(true);
-    block_device => disk(false);
+    block_device => disk();
 }

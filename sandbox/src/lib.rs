@@ -20,8 +20,8 @@
 //!   `--disk-dir`, only those in the given directories. Without `--disk-dir` it does not protect the files of the host, but an attacker
 //!   still cannot run programs or create files in most directories, and can make fewer system
 //!   calls.
-//! - That process also opens character devices of NVMe namespaces (`/dev/ngXnY`), by their names.
-//!   It opens no controller, and nothing through which one is reset or connected.
+//! - Of NVMe, that process opens block devices only: no controller, and nothing through which one
+//!   is reset or connected.
 //! - CAP_DAC_OVERRIDE is kept because `-S` often belongs to the user of the VMs. Landlock limits
 //!   it to the granted paths.
 //! - The mode, owner and group of a file can be changed only if [`Needs::socket_access`] requires

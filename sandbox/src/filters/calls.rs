@@ -192,9 +192,6 @@ pub(super) const DATA: &[Call] = &[
 
 const OWN_PAGES: &[Check] = &[Is(0, 0), OwnProcess(0)];
 
-/// `_IO('N', 0x40)`: the id of an NVMe namespace. Admin commands are refused.
-const NVME_IOCTL_ID: u32 = 0x4e40;
-
 /// Requests of `ioctl`: for terminals and sockets, queries and those that std uses; for block
 /// devices, all, because only disks are open. TIOCSTI, which injects terminal input, is refused.
 #[expect(clippy::cast_possible_truncation, reason = "the kernel's ioctl requests have 32 bits")]
@@ -205,7 +202,6 @@ const IOCTLS: &[Check] = &[
     Is(1, FIONREAD as u32),
     Is(1, FIONBIO as u32),
     Is(1, FIOCLEX as u32),
-    Is(1, NVME_IOCTL_ID),
     // _IO(0x12, …): BLKGETSIZE64 and other block device requests.
     Masked(1, 0xff00, 0x1200),
 ];

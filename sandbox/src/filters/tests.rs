@@ -184,8 +184,8 @@ fn the_process_signals_only_itself_and_opens_no_network_socket() {
         }
         assert_eq!(errno(libc::SYS_socket, [libc::AF_UNIX as u64, stream, 0, 0]), 0);
         assert!(refused(libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0]));
-        // Admin commands, resets and rescans of NVMe controllers, and I/O commands.
-        for request in [0xc048_4e41, 0x4e44, 0x4e45, 0x4e46, 0xc048_4e43, 0x4030_4e42] {
+        // Ids of NVMe namespaces, admin commands, resets and rescans of controllers, I/O commands.
+        for request in [0x4e40, 0xc048_4e41, 0x4e44, 0x4e45, 0x4e46, 0xc048_4e43, 0x4030_4e42] {
             assert!(refused(libc::SYS_ioctl, [u64::MAX, request, 0, 0]));
         }
         assert!(!refused(libc::SYS_ioctl, [u64::MAX, libc::BLKSSZGET, 0, 0]));

@@ -113,7 +113,7 @@ fn with_directories_nothing_outside_is_opened() {
 
 #[test]
 fn nothing_but_disks_is_opened() {
-    use Access::{NvmeCharacter, NvmeControl, NvmeController, NvmeHealth, NvmeNamespace};
+    use Access::{NvmeControl, NvmeController, NvmeHealth, NvmeNamespace};
     let helper = Helper::start(&[]);
     for access in [NvmeControl, NvmeController, NvmeNamespace, NvmeHealth] {
         let path = Path::new("/dev/nvme0");
@@ -124,7 +124,7 @@ fn nothing_but_disks_is_opened() {
         let answer = request(helper.socket(), path, access);
         assert!(matches!(answer, Err(RequestError::Dropped)), "{answer:?}");
     }
-    let e = helper.opener.open(Path::new("/dev/null"), NvmeCharacter).unwrap_err();
+    let e = helper.opener.open(Path::new("/dev/null"), Access::Exclusive).unwrap_err();
     assert_eq!(e.errno(), libc::EINVAL);
     for path in ["/proc/self/mem", "/sys/kernel/uevent_seqnum"] {
         assert_eq!(errno(helper.opener.open(Path::new(path), Access::ReadOnly)), libc::EPERM);

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::fs::SeekFrom;
 
-use super::passthrough::AdminData;
+use super::admin::AdminData;
 use crate::access::Access;
 use crate::contract::{Extent, Storage};
 use crate::error::Error;
@@ -67,7 +67,7 @@ fn nvme_data(access: Access) -> Option<AdminData> {
 
 /// Returns whether an access is for paths of the NVMe driver.
 fn is_nvme(access: Access) -> bool {
-    matches!(access, Access::NvmeCharacter | Access::NvmeControl) || nvme_data(access).is_some()
+    access == Access::NvmeControl || nvme_data(access).is_some()
 }
 
 /// Returns a pipe that holds this data, at most a page.
@@ -93,7 +93,7 @@ pub fn not_of_kind(filename: &Path, access: Access) -> Error {
 /// deletes a controller.
 #[must_use]
 pub fn is_nvme_control(path: &Path) -> bool {
-    if is_nvme_character(path) {
+    if is_numbered(path, "/dev/ng") {
         return true;
     }
     let Some(path) = path.to_str() else { return false };
@@ -106,11 +106,6 @@ pub fn is_nvme_control(path: &Path) -> bool {
         is_controller(name)
             && ["reset_controller", "rescan_controller", "delete_controller"].contains(&attribute)
     })
-}
-
-/// Returns whether a path is that of the character device of a namespace.
-fn is_nvme_character(path: &Path) -> bool {
-    is_numbered(path, "/dev/ng")
 }
 
 /// Returns whether a path is that of the block device of a namespace.
@@ -245,8 +240,7 @@ fn open_kind_checked(filename: &Path, access: Access) -> Result<File, Error> {
             check_file_system(&path).map_err(system)?;
         }
         Access::Exclusive if is_nvme_block(filename) && kind.is_block_device() => {}
-        Access::NvmeCharacter if is_nvme_character(filename) && kind.is_char_device() => {}
-        Access::Exclusive | Access::NvmeCharacter => return Err(not_of_kind(filename, access)),
+        Access::Exclusive => return Err(not_of_kind(filename, access)),
         _ if is_nvme_control(filename) && !kind.is_symlink() => {}
         _ => return Err(not_of_kind(filename, access)),
     }
@@ -317,7 +311,7 @@ pub(super) fn size(file: &File) -> io::Result<u64> {
 }
 
 /// Returns a block device's logical block size; `None` for a file.
-pub(super) fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
+fn logical_block_size(file: &File) -> io::Result<Option<u32>> {
     if !file.metadata()?.file_type().is_block_device() {
         return Ok(None);
     }
@@ -425,25 +419,16 @@ impl Opened {
     }
 }
 
-/// Returns an attribute of a block device, without blanks around it.
-pub(super) fn device_attribute(device: u64, attribute: &str) -> Option<String> {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    let name = format!("/sys/dev/block/{major}:{minor}/{attribute}");
-    Some(std::fs::read_to_string(name).ok()?.trim().to_owned())
-}
-
-/// Returns an attribute of a block device's queue, if it is a number.
-pub(super) fn queue_attribute(device: u64, attribute: &str) -> Option<u64> {
-    // For a partition, the queue is in the parent directory.
-    ["queue", "../queue"]
-        .into_iter()
-        .find_map(|queue| device_attribute(device, &format!("{queue}/{attribute}"))?.parse().ok())
-}
-
 /// Returns whether the block device can zero a range without being sent the zeroes. The kernel
 /// punches a hole in a device by this command.
 fn zeroes_by_command(device: u64) -> bool {
-    queue_attribute(device, "write_zeroes_max_bytes").is_some_and(|max| max > 0)
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    // For a partition, the queue is in the parent directory.
+    ["queue", "../queue"].into_iter().any(|queue| {
+        let name = format!("/sys/dev/block/{major}:{minor}/{queue}/write_zeroes_max_bytes");
+        std::fs::read_to_string(name)
+            .is_ok_and(|text| text.trim().parse::<u64>().is_ok_and(|max| max > 0))
+    })
 }
 
 #[cfg(test)]
@@ -462,6 +447,8 @@ mod tests {
             "/dev/nvme",
             "/dev/ng0",
             "/dev/ng0nx",
+            "/dev/ngn1",
+            "/dev/x/ng0n1",
             "/dev/sg0",
             "/dev/../dev/nvme0",
             "/tmp/nvme0",
@@ -483,25 +470,21 @@ mod tests {
     #[test]
     fn a_file_is_no_block_device_and_no_control() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        use Access::{Exclusive, NvmeCharacter, NvmeControl, NvmeHealth};
-        for access in [Exclusive, NvmeCharacter, NvmeControl, NvmeHealth] {
+        use Access::{Exclusive, NvmeControl, NvmeHealth};
+        for access in [Exclusive, NvmeControl, NvmeHealth] {
             assert_eq!(open_file(file.path(), access).unwrap_err().errno(), libc::EINVAL);
         }
         open_file(file.path(), Access::ReadWrite).unwrap();
     }
 
     #[test]
-    fn only_a_namespace_has_a_character_device() {
-        let is = |path: &str| is_nvme_character(Path::new(path));
-        assert!(is("/dev/ng0n1") && is("/dev/ng12n34"));
-        for path in ["/dev/nvme0", "/dev/nvme-fabrics", "/dev/ng0", "/dev/ngn1", "/dev/x/ng0n1"] {
-            assert!(!is(path), "{path}");
-        }
+    fn only_a_namespace_is_opened_exclusively() {
         assert!(is_nvme_block(Path::new("/dev/nvme0n1")));
+        assert!(is_nvme_block(Path::new("/dev/nvme12n34")));
         for path in ["/dev/ng0n1", "/dev/nvme0", "/dev/nvme0n1p1", "/dev/sda"] {
             assert!(!is_nvme_block(Path::new(path)), "{path}");
         }
-        let e = open_file(Path::new("/dev/null"), Access::NvmeCharacter).unwrap_err();
+        let e = open_file(Path::new("/dev/null"), Access::Exclusive).unwrap_err();
         assert_eq!(e.errno(), libc::EINVAL);
     }
 

@@ -14,7 +14,6 @@ use super::aio::Aio;
 use super::backing::Opened;
 use super::blocking::goes_whole;
 use super::engine::{Engine, NoEngine, Submitter};
-use super::passthrough::NvmeQueue;
 use super::uring::Uring;
 use super::{FileDisk, Flavour};
 use crate::contract::{Bdev, Channel, Wait, WakeFds};
@@ -35,9 +34,6 @@ pub(super) fn open(disk: Arc<FileDisk>, depth: u16) -> io::Result<Box<dyn Channe
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let line = Line::new(depth)?;
-    if let Some(queue) = disk.passthrough().and_then(|device| device.queue(depth).ok()) {
-        return Ok(Box::new(FileChannel::<NvmeQueue>::new(disk, queue, line, depth)));
-    }
     let source =
         Source { file: disk.file(), is_device: disk.is_block_device(), closer: &disk.closer };
     let mut engines = disk.engine.and_other().iter();
@@ -71,7 +67,7 @@ impl AnyEngine {
                 Aio::open(file.as_raw_fd(), is_device, closer, depth, line).map(Self::Aio)
             }
             Engine::IoUring => Uring::open(file.as_fd(), depth).map(Self::Uring),
-            Engine::Passthrough | Engine::Threads => Err(io::ErrorKind::Unsupported.into()),
+            Engine::Threads => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }
@@ -182,9 +178,7 @@ impl<E: Submitter> Channel for FileChannel<E> {
             Op::Flush | Op::Unmap | Op::WriteZeroes => false,
         };
         // SAFETY: the caller guarantees that the segments are valid.
-        let whole = || unsafe { goes_whole(&io, self.disk.direct) };
-        // SAFETY: as above.
-        if nowait && whole() && unsafe { self.engine.takes(&io) } {
+        if nowait && unsafe { goes_whole(&io, self.disk.direct) } {
             self.fast += 1;
             // SAFETY: the caller guarantees that the memory is valid until the I/O is reported, and
             // the tag unique.

@@ -14,19 +14,17 @@ pub enum Engine {
     Aio,
     /// An io_uring. I/O that a process has submitted may end after the process.
     IoUring,
-    /// NVMe commands on the character device of a namespace: [`Passthrough`](super::Passthrough).
-    Passthrough,
     /// Worker threads do all I/O: the file is not open with `O_DIRECT`, it does not support
     /// `RWF_NOWAIT`, or the system allows neither of the other engines.
     Threads,
 }
 
 impl Engine {
-    /// Returns the engines for files: this one, followed by the other one that submits to the kernel.
+    /// Returns this engine, followed by the other one that submits to the kernel.
     pub(super) fn and_other(self) -> &'static [Self] {
         match self {
             Self::Aio => &[Self::Aio, Self::IoUring],
-            Self::IoUring | Self::Passthrough => &[Self::IoUring, Self::Aio],
+            Self::IoUring => &[Self::IoUring, Self::Aio],
             Self::Threads => &[],
         }
     }
@@ -37,7 +35,6 @@ impl Engine {
         match self {
             Self::Aio => "aio",
             Self::IoUring => "io_uring",
-            Self::Passthrough => "nvme_passthrough",
             Self::Threads => "threads",
         }
     }
@@ -53,17 +50,7 @@ pub(super) trait Submitter: Send {
     /// Returns whether reads, and whether writes, can be tried without waiting.
     fn nowait(&self) -> (bool, bool);
 
-    /// Returns whether it can do a read or write that the kernel can take as it is.
-    ///
-    /// # Safety
-    /// The segments are valid.
-    #[inline]
-    unsafe fn takes(&self, _io: &Io) -> bool {
-        true
-    }
-
-    /// Queues a read or write of at most `UIO_MAXIOV` segments, which [`takes`](Self::takes) has
-    /// accepted.
+    /// Queues a read or write of at most `UIO_MAXIOV` segments.
     ///
     /// # Safety
     /// As for [`crate::Channel::submit`] when it returns `Queued`. At most `depth` I/Os are

@@ -57,9 +57,6 @@ const STUCK_TICKS: u32 = 3;
 /// The pause before the next try to start a thread.
 const START_AGAIN: Duration = Duration::from_millis(10);
 
-/// The files of a disk.
-type Files = Arc<[Arc<File>]>;
-
 /// The lease of one disk.
 #[derive(Clone)]
 pub(super) struct FileLease(Arc<Inner>);
@@ -75,8 +72,8 @@ struct Inner {
 
 #[derive(Default)]
 struct State {
-    /// The disk's files, all of which are locked; `None` when the disk is gone.
-    files: Option<Files>,
+    /// The disk's file; `None` when the disk is gone.
+    file: Option<Arc<File>>,
     /// No lock is needed: the lease is not requested, or the file has no locks.
     off: bool,
     users: usize,
@@ -163,11 +160,11 @@ impl super::FileDisk {
 }
 
 impl FileLease {
-    /// Makes the lease of the disk `name` on its files; it is not held yet.
-    pub(super) fn new(name: &str, filename: &Path, files: Files) -> Result<Self, Error> {
+    /// Makes the lease of the disk `name` on `file`; it is not held yet.
+    pub(super) fn new(name: &str, filename: &Path, file: &Arc<File>) -> Result<Self, Error> {
         let what = || format!("{}: cannot start a thread for file locks", filename.display());
         start_starter().map_err(|source| Error::System { what: what(), source })?;
-        let state = State { files: Some(files), ..State::default() };
+        let state = State { file: Some(Arc::clone(file)), ..State::default() };
         let (name, filename) = (name.to_owned(), filename.to_owned());
         let (state, news) = (Mutex::new(state), Condvar::new());
         Ok(Self(Arc::new(Inner { name, filename, state, news })))
@@ -183,9 +180,9 @@ impl FileLease {
         let mut state = self.0.state();
         // Rings that wait may start now, and their requests fail.
         state.off = true;
-        let files = state.files.take();
+        let file = state.file.take();
         self.0.call_thread(&mut state);
-        files
+        file
     }
 }
 
@@ -226,10 +223,10 @@ impl Lease for FileLease {
 
 /// The thread's next task.
 enum Task {
-    Take(Files),
+    Take(Arc<File>),
     /// Tells the waiting users that they may use the disk.
     Tell(Vec<Granted>),
-    GiveBack(Files),
+    GiveBack(Arc<File>),
     Nothing,
 }
 
@@ -239,10 +236,10 @@ impl State {
     }
 
     fn task(&mut self) -> Task {
-        match &self.files {
+        match &self.file {
             _ if self.may_use() && !self.granted.is_empty() => Task::Tell(take(&mut self.granted)),
-            Some(files) if self.users > 0 && !self.may_use() => Task::Take(Arc::clone(files)),
-            Some(files) if self.users == 0 && self.held => Task::GiveBack(Arc::clone(files)),
+            Some(file) if self.users > 0 && !self.may_use() => Task::Take(Arc::clone(file)),
+            Some(file) if self.users == 0 && self.held => Task::GiveBack(Arc::clone(file)),
             // Closing the file releases the lock.
             _ => Task::Nothing,
         }
@@ -278,12 +275,12 @@ impl Inner {
                     granted.iter().for_each(|granted| granted());
                     state = self.state();
                 }
-                Task::GiveBack(files) => {
+                Task::GiveBack(file) => {
                     // From here on, a new user must wait.
                     (state.held, state.returning, state.calling) = (false, true, Some(0));
                     drop(state);
-                    let unlocked = unlock_all(&files);
-                    drop(files);
+                    let unlocked = unlock(&file);
+                    drop(file);
                     if let Err(e) = unlocked {
                         warn!(
                             "bdev {}: cannot unlock {}: {e}; other processes wait for it until \
@@ -295,12 +292,12 @@ impl Inner {
                     state = self.state();
                     (state.returning, state.calling) = (false, None);
                 }
-                Task::Take(files) => {
+                Task::Take(file) => {
                     state.calling = Some(0);
                     drop(state);
-                    let locked = lock_all(&files);
+                    let locked = lock(&file);
                     // This may be the last reference, and a close may block.
-                    drop(files);
+                    drop(file);
                     state = self.state();
                     state.calling = None;
                     match locked {
@@ -338,7 +335,7 @@ impl Inner {
             let filename = self.filename.display();
             warn!("bdev {}: {filename} is in use by {holder}; rings of this bdev wait", self.name);
         }
-        if state.users == 0 || state.files.is_none() {
+        if state.users == 0 || state.file.is_none() {
             return state;
         }
         let pause = (waited / PAUSE_PART).clamp(PAUSE_MIN, PAUSE_MAX);
@@ -362,25 +359,7 @@ enum Locked {
     No(Holder),
 }
 
-/// Takes the locks of all files or none.
-fn lock_all(files: &[Arc<File>]) -> io::Result<Locked> {
-    for (n, file) in files.iter().enumerate() {
-        match lock(file) {
-            Ok(Locked::Yes) => {}
-            other => {
-                let _ = unlock_all(&files[..n]);
-                return other;
-            }
-        }
-    }
-    Ok(Locked::Yes)
-}
-
-fn unlock_all(files: &[Arc<File>]) -> io::Result<()> {
-    files.iter().map(|file| unlock(file)).fold(Ok(()), io::Result::and)
-}
-
-/// Takes the lock of one file, or returns its holder.
+/// Takes the lease, or returns its holder.
 fn lock(file: &File) -> io::Result<Locked> {
     let busy = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
     match fcntl(file, libc::F_OFD_SETLK, &mut byte(LEASE_BYTE, libc::F_WRLCK)) {
@@ -573,33 +552,6 @@ mod tests {
         until(|| !inner.state().has_thread);
     }
 
-    /// As for a namespace, whose I/O may hold either of its two devices.
-    #[test]
-    fn a_lease_on_two_files_needs_both() {
-        let [one, other] = [file(), file()];
-        let open = |file: &tempfile::NamedTempFile| Arc::new(file.reopen().unwrap());
-        let lease =
-            |files: &[Arc<File>]| FileLease::new("d", one.path(), files.to_vec().into()).unwrap();
-        let both = lease(&[open(&one), open(&other)]);
-        let (first, second) = (lease(&[open(&one)]), lease(&[open(&other)]));
-        use_it(&second);
-        let (granted, told) = telling();
-        assert!(!both.add_user(&granted));
-        until(|| both.0.state().holder.is_some());
-        // It has kept no lock of the other file.
-        use_it(&first);
-        first.remove_user();
-        second.remove_user();
-        told.recv().unwrap();
-        let (granted, told) = telling();
-        assert!(!second.add_user(&granted));
-        until(|| second.0.state().holder.is_some());
-        assert!(told.try_recv().is_err());
-        both.remove_user();
-        told.recv().unwrap();
-        second.remove_user();
-    }
-
     #[test]
     fn read_only_and_shared_disks_have_none() {
         let file = file();
@@ -614,7 +566,7 @@ mod tests {
         let file = file();
         // Locks on such a file descriptor fail.
         let path = File::options().read(true).custom_flags(libc::O_PATH).open(file.path()).unwrap();
-        let lease = FileLease::new("p", file.path(), [Arc::new(path)].into()).unwrap();
+        let lease = FileLease::new("p", file.path(), &Arc::new(path)).unwrap();
         use_it(&lease);
         lease.remove_user();
         use_it(&lease);

@@ -3,6 +3,7 @@
 //! A channel's submissions never wait. I/O that the kernel can start without waiting goes through
 //! an [`Engine`], all other I/O to the disk's own worker threads.
 
+mod admin;
 mod aio;
 mod backing;
 mod blocking;
@@ -10,8 +11,6 @@ mod channel;
 mod engine;
 mod lease;
 pub(crate) mod module;
-mod passthrough;
-mod ring;
 mod uring;
 mod workers;
 
@@ -37,7 +36,6 @@ pub use backing::{Alignment, check_unopened, is_nvme_control, not_of_kind, open_
 pub use engine::Engine;
 pub use lease::{Holder, LeaseState};
 pub use module::{check_alone, show_lease};
-pub use passthrough::Passthrough;
 pub use workers::WorkerCounts;
 use workers::Workers;
 
@@ -103,8 +101,6 @@ pub struct FileDisk {
     closer: Account,
     /// Keeps other processes from the file; `None` if the disk is read-only.
     lease: Option<lease::FileLease>,
-    /// For a namespace of an NVMe controller.
-    namespace: Option<Namespace>,
     /// The alignment that direct I/O needs; `None` if the file uses the page cache.
     direct: Option<Alignment>,
     topology: Topology,
@@ -125,24 +121,6 @@ pub struct Service {
     pub nowait: bool,
     /// The threads for I/O that may wait.
     pub workers: WorkerCounts,
-}
-
-/// The character device of an NVMe namespace, beside its block device.
-#[derive(Clone, Debug)]
-pub struct Namespace {
-    /// The device, open for reading and writing.
-    pub file: Arc<File>,
-    /// Reads and writes go through it; `None`: all I/O goes to the block device.
-    pub passthrough: Option<Passthrough>,
-}
-
-impl Namespace {
-    /// Without direct I/O, the block device's I/O goes through the page cache, which commands
-    /// bypass: each would miss what the other has written.
-    fn for_block_device(mut self, is_direct: bool) -> Self {
-        self.passthrough = self.passthrough.filter(|_| is_direct);
-        self
-    }
 }
 
 /// The options of [`FileDisk::create`].
@@ -198,20 +176,6 @@ impl FileDisk {
     /// # Errors
     /// As [`FileDisk::create`].
     pub fn on(file: File, options: FileOptions) -> Result<Arc<Self>, Error> {
-        Self::on_namespace(file, None, options)
-    }
-
-    /// Makes a disk of a block device that [`open_file`] has opened, and of the character device of
-    /// the same NVMe namespace. The disk's lease locks both: each holds up the I/O of its own kind
-    /// that a process has left in the kernel.
-    ///
-    /// # Errors
-    /// As [`FileDisk::create`].
-    pub fn on_namespace(
-        file: File,
-        namespace: Option<Namespace>,
-        options: FileOptions,
-    ) -> Result<Arc<Self>, Error> {
         let FileOptions { name, filename, block_size, readonly, fallocate, uuid, flavour, engine } =
             options;
         let opened = backing::check(file, &filename, block_size)?;
@@ -232,12 +196,9 @@ impl FileDisk {
             // A read through the page cache may wait for the disk even with RWF_NOWAIT.
             None => Engine::Threads,
         };
-        let namespace = namespace.map(|it| it.for_block_device(opened.direct.is_some()));
         let features = flavour.features(&opened, readonly, fallocate);
         let file = Arc::new(opened.file);
-        let character = namespace.iter().map(|namespace| &namespace.file);
-        let files = [&file].into_iter().chain(character).cloned().collect();
-        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, files));
+        let lease = (!readonly).then(|| lease::FileLease::new(&name, &filename, &file));
         Ok(Arc::new(Self {
             lease: lease.transpose()?,
             filename,
@@ -253,7 +214,6 @@ impl FileDisk {
             closer,
             file: Some(file),
             name,
-            namespace,
             direct: opened.direct,
             topology: opened.topology,
             engine,
@@ -328,18 +288,12 @@ impl FileDisk {
     /// Returns the way in which it does its I/O, and the present work of its worker threads.
     #[must_use]
     pub fn service(&self) -> Service {
-        let passthrough = self.passthrough().map(|_| Engine::Passthrough);
         Service {
-            engine: passthrough.unwrap_or(self.engine),
+            engine: self.engine,
             direct: self.direct.is_some(),
             nowait: self.engine != Engine::Threads,
             workers: self.workers.counts(),
         }
-    }
-
-    /// The device through which reads and writes go as NVMe commands.
-    fn passthrough(&self) -> Option<&Passthrough> {
-        self.namespace.as_ref()?.passthrough.as_ref()
     }
 
     fn file(&self) -> &File {
@@ -354,8 +308,7 @@ impl FileDisk {
 impl Drop for FileDisk {
     fn drop(&mut self) {
         // Closing a file on FUSE or NFS writes back dirty data, which can take arbitrarily long.
-        let lease = self.lease.take().map(lease::FileLease::end);
-        self.closer.drop_later((self.file.take(), self.namespace.take(), lease));
+        self.closer.drop_later((self.file.take(), self.lease.take().map(lease::FileLease::end)));
     }
 }
 

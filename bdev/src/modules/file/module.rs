@@ -122,7 +122,6 @@ impl FileDisk {
             // Linux AIO blocks in writes to a regular file on a frozen file system.
             Engine::Aio => "Linux AIO for reads, worker threads for writes",
             Engine::IoUring => "io_uring",
-            Engine::Passthrough => "NVMe commands",
             Engine::Threads => "worker threads",
         };
         let cache = if service.direct { "O_DIRECT" } else { "page cache" };

@@ -8,25 +8,28 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use io_uring::register::Restriction;
 use io_uring::{Builder, IoUring, cqueue, opcode, squeue, types};
 
 use super::engine::{Submitter, joined};
-use super::ring::{Ring, restrict};
 use crate::io::{Io, Op, Tag};
 
 /// The index of the file in the ring's table.
 const FILE: types::Fixed = types::Fixed(0);
 
-/// The requests that the ring is restricted to.
-const OPS: [u8; 4] =
-    [opcode::Read::CODE, opcode::Readv::CODE, opcode::Write::CODE, opcode::Writev::CODE];
-
 /// Reads and writes of one channel through an io_uring.
-pub(super) struct Uring(Ring<squeue::Entry, cqueue::Entry>);
+///
+/// The kernel ties an I/O to the thread that submitted it. The channel may change threads,
+/// preferably while no I/O is outstanding; the I/Os of a thread that ends fail.
+pub(super) struct Uring {
+    ring: IoUring,
+    /// Entries in the ring that the kernel has not taken.
+    unsubmitted: usize,
+}
 
 impl Uring {
     pub(super) fn open(file: BorrowedFd<'_>, depth: u16) -> io::Result<Self> {
-        Ok(Self(Ring::new(make_ring(depth.into(), file)?)))
+        Ok(Self { ring: make_ring(depth.into(), file)?, unsubmitted: 0 })
     }
 }
 
@@ -64,32 +67,60 @@ impl Submitter for Uring {
         let entry = entry.user_data(u64::from(io.tag.0));
         // SAFETY: by the contract, the memory that the entry refers to stays valid until the I/O is
         // reported.
-        unsafe { self.0.push(&entry) };
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        // An I/O has one entry, and the ring has `depth` entries.
+        debug_assert!(pushed.is_ok(), "the ring is smaller than the depth");
+        self.unsubmitted += 1;
     }
 
     #[inline]
     fn kick(&mut self) {
-        self.0.kick();
+        if self.unsubmitted == 0 {
+            return;
+        }
+        // Never waits. After an error (such as no memory for a request), the entries stay in the
+        // ring, and the next poll tries again.
+        if let Ok(n) = self.ring.submit() {
+            self.unsubmitted = self.unsubmitted.saturating_sub(n);
+        }
     }
 
     fn is_behind(&self) -> bool {
-        self.0.is_behind()
+        self.unsubmitted > 0
     }
 
     fn refresh(&mut self) {
-        self.0.refresh();
+        let (submitter, sq, mut cq) = self.ring.split();
+        if cq.is_empty() && (sq.taskrun() || sq.cq_overflow()) {
+            // The kernel holds completions that it writes to the ring when this thread enters it.
+            // After a failure they stay there for the next poll. The call also retries entries that
+            // the kernel has not taken before.
+            if let Ok(n) = submitter.submit() {
+                self.unsubmitted = self.unsubmitted.saturating_sub(n);
+            }
+            cq.sync();
+        }
     }
 
     #[inline]
     fn next(&mut self) -> Option<(Tag, i32)> {
-        let entry = self.0.ring.completion().next()?;
+        let entry = self.ring.completion().next()?;
         #[expect(clippy::cast_possible_truncation, reason = "`push` stored the tag there")]
         let tag = Tag(entry.user_data() as u16);
         Some((tag, entry.result()))
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.wake_fd())
+        // SAFETY: the ring's own fd, which is open as long as the ring exists.
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // Closing the ring would release the file some time later, and a block device would stay
+        // busy until then. A failure cannot be handled here.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 
@@ -100,7 +131,7 @@ fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
     let restricted = |builder: &mut Builder<squeue::Entry, cqueue::Entry>| {
         let ring = builder.dontfork().setup_r_disabled().build(entries)?;
         ring.submitter().register_files(&files)?;
-        restrict(&ring, &OPS)?;
+        restrict(&ring)?;
         Ok(ring)
     };
     let mut quiet = IoUring::builder();
@@ -112,6 +143,23 @@ fn make_ring(entries: u32, file: BorrowedFd<'_>) -> io::Result<IoUring> {
             Ok(ring)
         },
     )
+}
+
+/// Makes the kernel refuse everything but reads and writes of the ring's own file from now on.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    /// `IORING_UNREGISTER_FILES`, which `drop` calls.
+    const UNREGISTER_FILES: u8 = 3;
+    let op = Restriction::sqe_op;
+    let mut restrictions = [
+        op(opcode::Read::CODE),
+        op(opcode::Readv::CODE),
+        op(opcode::Write::CODE),
+        op(opcode::Writev::CODE),
+        Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()),
+        Restriction::register_op(UNREGISTER_FILES),
+    ];
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()
 }
 
 #[cfg(test)]
@@ -164,11 +212,11 @@ mod tests {
         for _ in 0..3 {
             // SAFETY: the memory outlives the ring's last completion, below.
             unsafe { uring.push(&read) };
-            uring.0.ring.submit_and_wait(1).unwrap();
-            uring.0.unsubmitted = 0;
+            uring.ring.submit_and_wait(1).unwrap();
+            uring.unsubmitted = 0;
         }
-        assert_eq!(uring.0.ring.completion().count(), 2);
-        assert!(uring.0.ring.submission().cq_overflow());
+        assert_eq!(uring.ring.completion().count(), 2);
+        assert!(uring.ring.submission().cq_overflow());
         // SAFETY: as above.
         unsafe { uring.push(&read) };
         assert!(uring.is_behind());
@@ -176,7 +224,7 @@ mod tests {
         uring.refresh();
         assert_eq!(uring.next(), Some((Tag(0), 512)), "the completion that waited in the kernel");
         assert!(!uring.is_behind());
-        uring.0.ring.submit_and_wait(1).unwrap();
+        uring.ring.submit_and_wait(1).unwrap();
         assert_eq!(uring.next(), Some((Tag(0), 512)), "the read itself");
         drop(bytes);
     }
