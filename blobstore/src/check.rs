@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::format::{
     BlobId, Description, Flags, MaskKind, PAGE, PER_EXTENT, Page, PageTable, Region, SuperBlock,
-    decode_mask, extents, flag, internal,
+    decode_mask, extents, flag, internal, mask_bytes,
 };
 
 /// How bad a finding is.
@@ -401,10 +401,11 @@ impl<D: Device> Checker<'_, D> {
         bits: u64,
         used: &BTreeSet<u32>,
     ) -> Result<()> {
-        let page = u64::from(self.store.page_size());
-        let len = usize::try_from(u64::from(region.len) * page).unwrap_or(0);
-        let bytes = self.device.read(u64::from(region.start) * page, len).await?;
-        let bits = usize::try_from(bits).unwrap_or(usize::MAX);
+        let page = self.store.page_size();
+        let start = u64::from(region.start) * u64::from(page);
+        // At most 2^32, as the super block was checked.
+        let bits = usize::try_from(bits).unwrap_or(0);
+        let bytes = self.device.read(start, mask_bytes(bits, page as usize)).await?;
         let bytes = match decode_mask(&bytes, kind, bits) {
             Ok(bytes) => bytes,
             Err(reason) => {

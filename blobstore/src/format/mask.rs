@@ -14,6 +14,11 @@ pub enum MaskKind {
     Blobs = 2,
 }
 
+/// The bytes of a mask of `bits` bits, in whole pages of `page` bytes.
+pub fn bytes(bits: usize, page: usize) -> usize {
+    (bits.div_ceil(8) + 5).next_multiple_of(page)
+}
+
 /// The bytes that hold the bits of a mask, of which there must be at least `bits`.
 pub fn decode(bytes: &[u8], kind: MaskKind, bits: usize) -> Result<&[u8]> {
     if bytes.len() < 5 || bytes[0] != kind as u8 {

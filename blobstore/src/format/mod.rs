@@ -10,7 +10,7 @@ mod super_block;
 
 pub use self::blob::{Description, PageTable};
 pub use self::descriptor::{Clear, Descriptor, Flags, Xattr, flag, internal};
-pub use self::mask::{MaskKind, decode as decode_mask, encode as encode_mask};
+pub use self::mask::{MaskKind, bytes as mask_bytes, decode as decode_mask, encode as encode_mask};
 pub use self::page::{BlobId, Page, extent_page, extents};
 pub use self::super_block::{Region, SuperBlock};
 

@@ -4,7 +4,7 @@ use super::{Blob, LoadOptions, Store};
 use crate::bits::Bits;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::format::{BlobId, Clear, MaskKind, PAGE, Region, SuperBlock, encode_mask};
+use crate::format::{BlobId, Clear, MaskKind, PAGE, Region, SuperBlock, encode_mask, mask_bytes};
 
 /// A store to be created.
 #[derive(Debug, Clone, Copy)]
@@ -172,7 +172,7 @@ impl<D: Device> Store<D> {
         bits: Vec<u8>,
     ) -> Result<()> {
         let page = self.super_block.page_size() as usize;
-        let bytes = encode_mask(kind, len, &bits, region.len as usize * page);
+        let bytes = encode_mask(kind, len, &bits, mask_bytes(len as usize, page));
         Ok(self.device.write(u64::from(region.start) * page as u64, bytes).await?)
     }
 

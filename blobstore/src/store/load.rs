@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::{
     BlobId, Description, MaskKind, PAGE, PER_EXTENT, Page, PageTable, Region, SuperBlock,
-    decode_mask, extents, flag,
+    decode_mask, extents, flag, mask_bytes,
 };
 
 /// How a store is loaded.
@@ -94,24 +94,23 @@ impl<D: Device> Store<D> {
         let metadata = self.super_block.metadata_clusters();
         let store = &self.super_block;
         let regions = [store.page_mask, store.cluster_mask, store.blob_mask];
-        let bytes = self.read_mask(regions[0]).await?;
+        let bytes = self.read_mask(regions[0], pages).await?;
         self.pages = Bits::from_bytes(decode_mask(&bytes, MaskKind::Pages, pages)?, pages);
-        let bytes = self.read_mask(regions[1]).await?;
+        let bytes = self.read_mask(regions[1], clusters).await?;
         let bits = decode_mask(&bytes, MaskKind::Clusters, clusters)?;
         self.clusters = Bits::from_bytes(bits, clusters);
         (0..metadata).filter_map(|n| usize::try_from(n).ok()).for_each(|n| {
             self.clusters.set(n);
         });
-        let bytes = self.read_mask(regions[2]).await?;
+        let bytes = self.read_mask(regions[2], pages).await?;
         let roots = Bits::from_bytes(decode_mask(&bytes, MaskKind::Blobs, pages)?, pages);
         Ok((0..self.super_block.metadata.len).filter(|page| roots.get(*page as usize)).collect())
     }
 
-    async fn read_mask(&self, region: Region) -> Result<Vec<u8>> {
-        let page = u64::from(self.super_block.page_size());
-        let len = usize::try_from(u64::from(region.len) * page);
-        let len = len.map_err(|_| Error::NotAStore("a mask is too large"))?;
-        Ok(self.device.read(u64::from(region.start) * page, len).await?)
+    async fn read_mask(&self, region: Region, bits: usize) -> Result<Vec<u8>> {
+        let page = self.super_block.page_size();
+        let start = u64::from(region.start) * u64::from(page);
+        Ok(self.device.read(start, mask_bytes(bits, page as usize)).await?)
     }
 
     /// Finds the root pages among all metadata pages.
