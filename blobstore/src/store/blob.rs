@@ -92,6 +92,12 @@ impl Blob {
         Some(BlobId(u64::from_le_bytes(value.try_into().ok()?)))
     }
 
+    /// The other blob of a snapshot whose making or deletion was interrupted.
+    pub(super) fn unfinished(&self) -> Option<BlobId> {
+        let removing = self.internal_id(internal::REMOVING);
+        removing.or_else(|| self.internal_id(internal::MAKING))
+    }
+
     /// Sets or removes an internal attribute.
     pub(super) fn set_internal(&mut self, name: &[u8], value: Option<Vec<u8>>) {
         put(&mut self.internal, name, value);

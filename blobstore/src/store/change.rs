@@ -182,6 +182,10 @@ impl<D: Device> Store<D> {
         if self.blob(id)?.damage == Some(SHARED) {
             return Err(Error::NotPermitted(SHARED));
         }
+        let marked = self.blob(id)?.unfinished().is_some();
+        if marked || self.blobs.values().any(|blob| blob.unfinished() == Some(id)) {
+            return Err(Error::NotPermitted("a snapshot of it is unfinished"));
+        }
         let clones: Vec<BlobId> = self.clones(id).take(2).collect();
         match clones[..] {
             [] => self.begin().await?,

@@ -43,20 +43,22 @@ impl<D: Device> Store<D> {
         let marked: Vec<(BlobId, BlobId, bool)> = (self.blobs.values())
             .filter_map(|blob| {
                 let removing = blob.internal_id(internal::REMOVING);
-                let making = blob.internal_id(internal::MAKING);
-                Some((blob.id, removing.or(making)?, removing.is_some()))
+                Some((blob.id, blob.unfinished()?, removing.is_some()))
             })
             .collect();
         for (snapshot, other, removing) in marked {
+            let unreadable = self.broken.iter().any(|broken| broken.id == other);
             let outcome = match self.blobs.get(&other).map(Blob::parent) {
-                None => Interrupted::Left(snapshot),
-                Some(parent) if parent == Parent::Blob(snapshot) => {
-                    self.keep(snapshot, other, removing, &mut recovery);
-                    Interrupted::Kept(snapshot)
-                }
-                Some(_) => {
+                None if unreadable => Interrupted::Left(snapshot),
+                Some(parent) if parent != Parent::Blob(snapshot) => {
                     self.remove(snapshot, other, &mut recovery);
                     Interrupted::Removed(snapshot)
+                }
+                // Without a trace of the other blob, another one gets its number some day, and the
+                // mark must not name that.
+                _ => {
+                    self.keep(snapshot, other, removing, &mut recovery);
+                    Interrupted::Kept(snapshot)
                 }
             };
             self.interrupted.push(outcome);
@@ -69,11 +71,9 @@ impl<D: Device> Store<D> {
     }
 
     /// The snapshot stays. If its deletion had begun, the clone may have taken clusters from it,
-    /// which go back.
+    /// which go back. The mark goes when the clone has been written.
     fn keep(&mut self, id: BlobId, clone: BlobId, removing: bool, recovery: &mut Recovery) {
         let Some(mut snapshot) = self.blobs.remove(&id) else { return };
-        snapshot.set_internal(internal::REMOVING, None);
-        snapshot.set_internal(internal::MAKING, None);
         snapshot.flags.data_ro |= flag::READ_ONLY;
         if let Some(clone) = self.blobs.get_mut(&clone).filter(|_| removing) {
             let shared: Vec<u64> = (snapshot.map.allocated())
@@ -186,19 +186,33 @@ impl<D: Device> Store<D> {
         for pages in &recovery.removed {
             self.write_pages(pages[1..].iter().map(zeroes).collect()).await?;
         }
+        let mut left = BTreeSet::new();
         for (id, groups) in &recovery.changed {
             let Ok(blob) = self.blob(*id) else { continue };
-            if blob.damage.is_some() {
+            let other = blob.unfinished();
+            if blob.damage.is_some() || other.is_some_and(|other| left.contains(&other)) {
+                left.insert(*id);
                 continue;
             }
+            let blob = self.blob_mut(*id)?;
+            let before = (blob.internal.clone(), blob.flags);
+            blob.set_internal(internal::REMOVING, None);
+            blob.set_internal(internal::MAKING, None);
             match self.has_room(Some(*id), 0, 0) {
                 Ok(()) => self.persist(*id, groups).await?,
                 Err(Error::NoSpace(_)) => {
                     let text = "no metadata page is left to finish an interrupted change";
-                    self.blob_mut(*id)?.damage = Some(text);
+                    let blob = self.blob_mut(*id)?;
+                    blob.damage = Some(text);
+                    (blob.internal, blob.flags) = before;
+                    left.insert(*id);
                 }
                 Err(error) => return Err(error),
             }
+        }
+        // No other blob may get a number that a mark on the disk has.
+        for page in left.iter().filter_map(|id| self.blobs.get(id)?.unfinished()?.page()) {
+            self.pages.set(page as usize);
         }
         self.end();
         Ok(())
