@@ -4,14 +4,59 @@
 
 mod medium;
 
+use std::cell::Cell;
+
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
-use blobstore::store::{Interrupted, StoreOptions};
-use blobstore::{BlobId, Device, Error, Result};
-use medium::{Memory, cluster, image, now};
+use blobstore::store::{Interrupted, StoreOptions, Wanted};
+use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result};
+use medium::{Memory, cluster, image, now, write};
+use futures_util::FutureExt;
 use uuid::Uuid;
 
 const PAGE: usize = 4096;
+
+/// A device that may have another size later, and whose writes fail or wait for ever after some.
+struct Faulty {
+    memory: Memory,
+    size: Cell<u64>,
+    left: Cell<u32>,
+    waits: bool,
+}
+
+impl Faulty {
+    fn new(waits: bool) -> Self {
+        let memory = Memory::dirty(1 << 20, 512);
+        Self { memory, size: Cell::new(1 << 20), left: Cell::new(u32::MAX), waits }
+    }
+}
+
+impl Device for Faulty {
+    fn properties(&self) -> Properties {
+        Properties { size: self.size.get(), ..self.memory.properties }
+    }
+    async fn read(&self, offset: u64, len: usize) -> std::result::Result<Vec<u8>, DeviceError> {
+        self.memory.read(offset, len).await
+    }
+    async fn write(&self, offset: u64, data: Vec<u8>) -> std::result::Result<(), DeviceError> {
+        match self.left.get() {
+            0 if self.waits => std::future::pending().await,
+            0 => return Err(DeviceError { errno: 5 }),
+            left => self.left.set(left - 1),
+        }
+        self.memory.write(offset, data).await
+    }
+    async fn flush(&self) -> std::result::Result<(), DeviceError> {
+        Ok(())
+    }
+    async fn write_zeroes(&self, offset: u64, len: u64) -> std::result::Result<(), DeviceError> {
+        let len = usize::try_from(len).unwrap();
+        self.write(offset, vec![0; len]).await
+    }
+    async fn unmap(&self, offset: u64, len: u64) -> std::result::Result<(), DeviceError> {
+        self.memory.unmap(offset, len).await
+    }
+}
 
 fn new_store<D: Device>(device: D, pages: u32) -> Lvs<D> {
     let options = StoreOptions {
@@ -81,4 +126,28 @@ fn an_unfinished_snapshot_of_an_unreadable_blob_stays() {
     let mut lvs = now(Lvs::load(memory, false)).unwrap();
     assert_eq!(lvs.store().interrupted(), [Interrupted::Left(snapshot)]);
     assert!(matches!(now(lvs.delete(snapshot)), Err(Error::NotPermitted(_))));
+}
+
+/// After a commit that failed or was dropped, a guest's write must not go to the claimed cluster:
+/// it would be gone after the next load.
+#[test]
+fn a_cluster_is_not_the_blobs_until_the_map_is_written() {
+    for waits in [false, true] {
+        let mut lvs = new_store(Faulty::new(waits), 40);
+        let v = volume(&mut lvs, "v", 10).unwrap();
+        write(lvs.store_mut(), v, 0, 0, vec![1; PAGE]);
+        let wanted = [Wanted { index: 1, whole: true }];
+        let claim = lvs.store_mut().claim(v, &wanted).unwrap();
+        lvs.store().device().left.set(0);
+        let done = lvs.store_mut().commit(claim).now_or_never();
+        assert!(lvs.store().failed() && !matches!(done, Some(Ok(()))));
+        assert_eq!(lvs.store().resolve(v, 1), Ok(Place::Zeroes));
+        assert_eq!(Place::decode(lvs.store().places(v).unwrap().table[1]), Place::Zeroes);
+        assert!(matches!(lvs.store().resolve(v, 0), Ok(Place::Own(_))));
+        lvs.store().device().left.set(u32::MAX);
+        let mut lvs = now(lvs.reload()).unwrap();
+        assert_eq!(lvs.store().resolve(v, 1), Ok(Place::Zeroes));
+        write(lvs.store_mut(), v, 1, 0, vec![2; PAGE]);
+        assert!(matches!(lvs.store().resolve(v, 1), Ok(Place::Own(_))));
+    }
 }

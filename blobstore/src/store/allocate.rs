@@ -156,7 +156,9 @@ impl<D: Device> Store<D> {
     ///
     /// The content is durable before the map refers to it. The map is durable after the next
     /// flush of the device. Fails with [`Error::Stale`] if the blob has changed since the claim;
-    /// the clusters are given back then, as they are if there is no space for metadata.
+    /// the clusters are given back then, as they are if there is no space for metadata. After
+    /// another error, or if the future is dropped, the clusters are not the blob's until the store
+    /// is loaded again.
     pub async fn commit(&mut self, claim: Claim) -> Result<()> {
         let groups = groups_of(claim.clusters.iter().map(|claimed| claimed.index));
         if let Err(error) = self.may_commit(&claim, &groups) {
@@ -165,6 +167,8 @@ impl<D: Device> Store<D> {
         }
         self.claimed -= claim.clusters.len();
         self.begin().await?;
+        let indices = claim.clusters.iter().map(|claimed| claimed.index).collect();
+        self.unwritten = Some((claim.id, indices));
         let blob = self.blob_mut(claim.id)?;
         for claimed in &claim.clusters {
             blob.map.set(claimed.index, u32::try_from(claimed.cluster).unwrap_or(0));

@@ -88,6 +88,7 @@ impl<D: Device> Store<D> {
         let zero = taken.iter().filter(|(_, zeroed)| !zeroed).map(|(cluster, _)| *cluster);
         self.zero(zero.collect()).await?;
         self.barrier().await?;
+        self.unwritten = Some((id, indices.to_vec()));
         let blob = self.blob_mut(id)?;
         for (index, (cluster, _)) in indices.iter().zip(taken) {
             blob.map.set(*index, cluster);

@@ -81,6 +81,7 @@ impl<D: Device> Store<D> {
             broken: Vec::new(),
             interrupted: Vec::new(),
             claimed: 0,
+            unwritten: None,
             epoch: 0,
             changing: false,
             read_only,

@@ -64,6 +64,9 @@ pub struct Store<D> {
     interrupted: Vec<Interrupted>,
     /// Clusters of claims that are neither committed nor given back.
     claimed: usize,
+    /// A blob and indices whose clusters are in its map, while what is on the disk is not known to
+    /// refer to them: the caller would lose what it writes there.
+    unwritten: Option<(BlobId, Vec<u64>)>,
     /// Grows with each change that makes claims invalid.
     epoch: u64,
     /// A change has begun and not ended.
@@ -182,6 +185,7 @@ impl<D: Device> Store<D> {
     }
 
     fn end(&mut self) {
+        self.unwritten = None;
         self.changing = false;
     }
 }

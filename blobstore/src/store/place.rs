@@ -57,10 +57,15 @@ impl<D: Device> Store<D> {
     /// Where the cluster `index` of a blob is read; zeroes beyond its end.
     pub fn resolve(&self, id: BlobId, index: u64) -> Result<Place> {
         let own = u64::from(self.blob(id)?.map.get(index));
-        if own != 0 {
+        if own != 0 && !self.unwritten_of(id).contains(&index) {
             return Ok(Place::Own(own));
         }
         Ok(self.inherited(self.blob(id)?.map.len, &self.blob(id)?.parent(), index))
+    }
+
+    /// Indices at which a change that has failed may or may not have given the blob a cluster.
+    fn unwritten_of(&self, id: BlobId) -> &[u64] {
+        self.unwritten.as_ref().filter(|(of, _)| *of == id).map_or(&[], |(_, indices)| indices)
     }
 
     /// What a blob of `len` clusters with the parent `parent` inherits at `index`.
@@ -104,6 +109,10 @@ impl<D: Device> Store<D> {
         table.resize(len, 0);
         let mut visible = blob.map.len;
         fill(&mut table, visible, &blob.map, 0);
+        for index in self.unwritten_of(id) {
+            let place = usize::try_from(*index).ok().and_then(|index| table.get_mut(index));
+            place.into_iter().for_each(|place| *place = 0);
+        }
         let external = loop {
             match blob.parent() {
                 Parent::None => break None,
