@@ -187,18 +187,14 @@ impl<D: Device> Checker<'_, D> {
     }
 
     async fn check_description(&mut self, root: u32, blob: Description) -> Result<()> {
-        let internal = |name: &[u8]| {
-            let xattr = blob.internal.iter().find(|xattr| xattr.name == name)?;
-            Some(BlobId(u64::from_le_bytes(xattr.value.as_slice().try_into().ok()?)))
-        };
-        let making = internal(internal::MAKING).map(|id| (id, "made"));
-        let removing = internal(internal::REMOVING).map(|id| (id, "deleted"));
+        let making = blob.internal_id(internal::MAKING).map(|id| (id, "made"));
+        let removing = blob.internal_id(internal::REMOVING).map(|id| (id, "deleted"));
         let name = blob.xattrs.iter().find(|xattr| xattr.name == b"name");
         let name = name.map(|name| {
             let end = name.value.iter().position(|b| *b == 0).unwrap_or(name.value.len());
             String::from_utf8_lossy(&name.value[..end]).into_owned()
         });
-        let (flags, parent) = (blob.flags, internal(internal::PARENT));
+        let (flags, parent) = (blob.flags, blob.internal_id(internal::PARENT));
         let name = match name {
             Some(name) => format!("{} ({name})", blob.id),
             None => blob.id.to_string(),

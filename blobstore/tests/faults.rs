@@ -151,3 +151,16 @@ fn a_cluster_is_not_the_blobs_until_the_map_is_written() {
         assert!(matches!(lvs.store().resolve(v, 1), Ok(Place::Own(_))));
     }
 }
+
+#[test]
+fn a_snapshot_with_an_unreadable_clone_is_not_deleted() {
+    let mut lvs = new_store(Memory::dirty(1 << 20, 512), 40);
+    let v = volume(&mut lvs, "v", 10).unwrap();
+    write(lvs.store_mut(), v, 0, 0, vec![9; PAGE]);
+    let snapshot = now(lvs.snapshot(v, "snapshot", Uuid::nil())).unwrap();
+    let memory = change_root(lvs, v, true, |page| page[21] |= 16);
+    let mut lvs = now(Lvs::load(memory, false)).unwrap();
+    assert_eq!((lvs.store().broken()[0].id, lvs.store().clones(snapshot).count()), (v, 0));
+    assert!(matches!(now(lvs.delete(snapshot)), Err(Error::NotPermitted(_))));
+    assert!(!lvs.store().failed());
+}

@@ -65,6 +65,12 @@ impl Description {
         Ok(Self { id, flags, xattrs, internal, map, unknown })
     }
 
+    /// An internal attribute that is the number of a blob.
+    pub fn internal_id(&self, name: &[u8]) -> Option<BlobId> {
+        let xattr = self.internal.iter().find(|xattr| xattr.name == name)?;
+        Some(BlobId(u64::from_le_bytes(xattr.value.as_slice().try_into().ok()?)))
+    }
+
     /// The pages that hold the description: a root and its chain. The caller sets `next`.
     pub fn pages(&self) -> Vec<Page> {
         let mut writer = Writer { id: self.id, pages: Vec::new(), left: 0 };

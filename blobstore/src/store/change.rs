@@ -178,7 +178,7 @@ impl<D: Device> Store<D> {
     }
 
     /// Deletes a blob. If it has one clone, that takes over what it inherits; a blob with more
-    /// clones cannot be deleted.
+    /// clones, or one that cannot be read, cannot be deleted.
     pub async fn delete(&mut self, id: BlobId) -> Result<()> {
         if self.blob(id)?.damage == Some(SHARED) {
             return Err(Error::NotPermitted(SHARED));
@@ -186,6 +186,9 @@ impl<D: Device> Store<D> {
         let marked = self.blob(id)?.unfinished().is_some();
         if marked || self.blobs.values().any(|blob| blob.unfinished() == Some(id)) {
             return Err(Error::NotPermitted("a snapshot of it is unfinished"));
+        }
+        if self.broken.iter().any(|broken| broken.parent == Some(id)) {
+            return Err(Error::NotPermitted("a clone of it cannot be read"));
         }
         let clones: Vec<BlobId> = self.clones(id).take(2).collect();
         match clones[..] {

@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::{
     BlobId, Description, MaskKind, PAGE, PER_EXTENT, Page, PageTable, Region, SuperBlock,
-    decode_mask, extents, flag, mask_bytes,
+    decode_mask, extents, flag, internal, mask_bytes,
 };
 
 /// How a store is loaded.
@@ -154,7 +154,8 @@ impl<D: Device> Store<D> {
     /// added to `cut_short`.
     async fn load_blob(&mut self, root: u32, cut_short: &mut Vec<BlobId>) -> Result<()> {
         let id = BlobId::of_page(root);
-        let mut broken = Broken { id, reason: "", pages: vec![root], clusters: Vec::new() };
+        let (pages, clusters) = (vec![root], Vec::new());
+        let mut broken = Broken { id, reason: "", parent: None, pages, clusters };
         match self.read_blob(id, &mut broken).await? {
             Ok((blob, short)) => {
                 cut_short.extend(short.then_some(id));
@@ -179,6 +180,7 @@ impl<D: Device> Store<D> {
             Ok(description) => description,
             Err(reason) => return Ok(Err(reason)),
         };
+        found.parent = description.internal_id(internal::PARENT);
         let chain = found.pages[1..].to_vec();
         let map = match &description.map {
             PageTable::Runs(runs) => self.expand(runs, found).map(|map| (map, false)),

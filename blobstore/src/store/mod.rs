@@ -38,6 +38,8 @@ pub struct Broken {
     pub id: BlobId,
     /// What is wrong.
     pub reason: &'static str,
+    /// The snapshot that it depends on, if that much can be read.
+    pub(super) parent: Option<BlobId>,
     pub(super) pages: Vec<u32>,
     pub(super) clusters: Vec<u32>,
 }
@@ -135,7 +137,7 @@ impl<D: Device> Store<D> {
         &self.interrupted
     }
 
-    /// The clones of a snapshot.
+    /// The clones of a snapshot that can be read.
     pub fn clones(&self, id: BlobId) -> impl Iterator<Item = BlobId> {
         let of = Parent::Blob(id);
         self.blobs.values().filter(move |blob| blob.parent() == of).map(|blob| blob.id)

@@ -125,7 +125,8 @@ impl<D: Device> Store<D> {
             let reason = "a snapshot that the blob depends on is missing";
             let pages = pages_of(&blob).collect();
             let clusters = blob.map.allocated().map(|(_, cluster)| cluster).collect();
-            self.broken.push(Broken { id, reason, pages, clusters });
+            let parent = blob.internal_id(internal::PARENT);
+            self.broken.push(Broken { id, reason, parent, pages, clusters });
         }
         let parents: Vec<BlobId> = (self.blobs.values())
             .filter_map(|blob| if let Parent::Blob(id) = blob.parent() { Some(id) } else { None })
