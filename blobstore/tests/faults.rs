@@ -6,7 +6,7 @@ mod medium;
 
 use std::cell::Cell;
 
-use blobstore::format::Clear;
+use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result};
@@ -163,4 +163,68 @@ fn a_snapshot_with_an_unreadable_clone_is_not_deleted() {
     assert_eq!((lvs.store().broken()[0].id, lvs.store().clones(snapshot).count()), (v, 0));
     assert!(matches!(now(lvs.delete(snapshot)), Err(Error::NotPermitted(_))));
     assert!(!lvs.store().failed());
+}
+
+/// Fills all metadata pages but some with blobs, and returns one of them.
+fn fill_metadata<D: Device>(lvs: &mut Lvs<D>, left: u64) -> BlobId {
+    let mut last = None;
+    for n in 0.. {
+        let (used, all) = lvs.store().metadata_pages();
+        if all - used <= left {
+            break;
+        }
+        last = Some(volume(lvs, &format!("fill{n}"), 0).unwrap());
+    }
+    last.unwrap()
+}
+
+#[test]
+fn what_takes_no_page_needs_none() {
+    let mut lvs = new_store(Memory::dirty(1 << 20, 512), 8);
+    let v = volume(&mut lvs, "v", 10).unwrap();
+    now(lvs.store_mut().allocate(v, &[0, 1])).unwrap();
+    fill_metadata(&mut lvs, 0);
+    now(lvs.store_mut().allocate(v, &[2])).unwrap();
+    assert_eq!(now(lvs.store_mut().release(v, &[0])).unwrap().len(), 1);
+    now(lvs.store_mut().resize(v, 2)).unwrap();
+    now(lvs.rename(v, "w")).unwrap();
+    now(lvs.store_mut().set_read_only(v)).unwrap();
+    assert_eq!(volume(&mut lvs, "x", 1), Err(Error::NoSpace("metadata pages")));
+    let lvs = now(lvs.reload()).unwrap();
+    assert_eq!(lvs.store().blob(id(&lvs, "w")).unwrap().allocated(), 1);
+}
+
+/// A map of runs may need many pages, which must be there before anything is written.
+#[test]
+fn a_map_of_runs_that_does_not_fit_is_refused_before_it_is_written() {
+    let mut lvs = new_store(Memory::dirty(64 << 20, 512), 10);
+    let v = volume(&mut lvs, "v", 6000).unwrap();
+    let all: Vec<u64> = (0..6000).collect();
+    now(lvs.store_mut().allocate(v, &all)).unwrap();
+    let free = lvs.store().free_clusters();
+    let rest = volume(&mut lvs, "rest", free).unwrap();
+    now(lvs.store_mut().allocate(rest, &(0..free).collect::<Vec<_>>())).unwrap();
+    let runs = volume(&mut lvs, "runs", 0).unwrap();
+    // A thick blob of no clusters, without a table.
+    let memory = change_root(lvs, runs, true, |page| {
+        let id = u64::from_le_bytes(page[..8].try_into().unwrap());
+        let name = Xattr { name: b"name".to_vec(), value: b"runs\0".to_vec() };
+        let descriptors = vec![Descriptor::Flags(Flags::default()), Descriptor::Xattr(name)];
+        let root = Page { id: BlobId(id), sequence: 0, descriptors, next: None };
+        page.copy_from_slice(&root.encode());
+    });
+    let mut lvs = now(Lvs::load(memory, false)).unwrap();
+    let every_second: Vec<u64> = all.into_iter().step_by(2).collect();
+    now(lvs.store_mut().release(v, &every_second)).unwrap();
+    fill_metadata(&mut lvs, 2);
+    let grown = now(lvs.store_mut().resize(runs, 3000));
+    assert_eq!((grown, lvs.store().failed()), (Err(Error::NoSpace("metadata pages")), false));
+    let mut names = (0..).map(|n| format!("fill{n}"));
+    for _ in 0..30 {
+        let filler = id(&lvs, &names.next().unwrap());
+        now(lvs.delete(filler)).unwrap();
+    }
+    now(lvs.store_mut().resize(runs, 3000)).unwrap();
+    let lvs = now(lvs.reload()).unwrap();
+    assert_eq!(lvs.store().blob(runs).unwrap().allocated(), 3000);
 }

@@ -137,7 +137,7 @@ fn find<'a>(xattrs: &'a [Xattr], name: &[u8]) -> Option<&'a [u8]> {
     xattrs.iter().find(|xattr| xattr.name == name).map(|xattr| &xattr.value[..])
 }
 
-fn put(xattrs: &mut Vec<Xattr>, name: &[u8], value: Option<Vec<u8>>) {
+pub(super) fn put(xattrs: &mut Vec<Xattr>, name: &[u8], value: Option<Vec<u8>>) {
     match (xattrs.iter().position(|xattr| xattr.name == name), value) {
         (Some(at), Some(value)) => xattrs[at].value = value,
         (Some(at), None) => drop(xattrs.remove(at)),

@@ -1,12 +1,12 @@
 //! Creating, changing and deleting blobs.
 
 use super::Store;
-use super::blob::{Blob, Map, Parent, place_of};
+use super::blob::{Blob, Map, Parent, place_of, put};
 use super::place::{Place, groups_of};
 use super::recover::SHARED;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::format::{BlobId, Clear, Flags, PAGE, PER_EXTENT, Xattr, flag, internal};
+use crate::format::{BlobId, Clear, Flags, PAGE, PER_EXTENT, Page, Xattr, flag, internal};
 
 /// A blob to be created.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +46,18 @@ pub(super) fn bytes_of(xattrs: &[Xattr]) -> usize {
     xattrs.iter().map(|xattr| 2 * (xattr.name.len() + xattr.value.len() + 9)).sum()
 }
 
+/// The same for the identity of an external snapshot.
+pub(super) fn external_bytes(id: &Vec<u8>) -> usize {
+    2 * (internal::EXTERNAL.len() + id.len() + 9)
+}
+
+/// A blob that has no number yet: see [`Store::add`].
+pub(super) fn empty_blob(flags: Flags, len: u64, xattrs: Vec<Xattr>) -> Blob {
+    let map = Map { len, ..Map::default() };
+    let (internal, chain, damage) = (Vec::new(), Vec::new(), None);
+    Blob { id: BlobId::of_page(0), flags, xattrs, internal, map, chain, damage }
+}
+
 impl<D: Device> Store<D> {
     /// Creates a blob. All of it reads as zeroes, or as its external snapshot.
     pub async fn create_blob(&mut self, new: NewBlob) -> Result<BlobId> {
@@ -56,18 +68,17 @@ impl<D: Device> Store<D> {
         if !thin && (self.clusters.zeroes() as u64) < new.clusters {
             return Err(Error::NoSpace("clusters"));
         }
-        self.has_room(None, groups.len(), bytes_of(&new.xattrs))?;
-        self.begin().await?;
-        let root = self.take_page(0)?;
         let flags = Flags {
             invalid: flag::TABLE | if thin { flag::THIN } else { 0 },
             data_ro: 0,
             md_ro: new.clear as u64,
         };
-        let mut blob = self.empty_blob(root, flags, new.clusters, new.xattrs);
+        let mut blob = empty_blob(flags, new.clusters, new.xattrs);
         blob.set_parent(&new.external.map_or(Parent::None, Parent::External));
-        let id = blob.id;
-        self.blobs.insert(id, blob);
+        let entries = (groups.len() * 8).div_ceil(Page::ROOM / 2);
+        self.has_pages(groups.len() + blob.description().pages().len() + entries)?;
+        self.begin().await?;
+        let id = self.add(blob)?;
         if !thin {
             self.give_zeroes(id, &(0..new.clusters).collect::<Vec<_>>()).await?;
         }
@@ -76,10 +87,12 @@ impl<D: Device> Store<D> {
         Ok(id)
     }
 
-    pub(super) fn empty_blob(&self, root: u32, flags: Flags, len: u64, xattrs: Vec<Xattr>) -> Blob {
-        let map = Map { len, ..Map::default() };
-        let (internal, chain, damage) = (Vec::new(), Vec::new(), None);
-        Blob { id: BlobId::of_page(root), flags, xattrs, internal, map, chain, damage }
+    /// Gives a new blob a root page, and thereby its number.
+    pub(super) fn add(&mut self, mut blob: Blob) -> Result<BlobId> {
+        blob.id = BlobId::of_page(self.take_page(0)?);
+        let id = blob.id;
+        self.blobs.insert(id, blob);
+        Ok(id)
     }
 
     /// Puts zeroed clusters into the map, without writing it. There must be enough.
@@ -116,7 +129,13 @@ impl<D: Device> Store<D> {
             return Err(Error::NoSpace("clusters"));
         }
         let mut groups = groups_of(grown.clone());
-        self.has_room(Some(id), self.missing_pages(id, &groups), 64)?;
+        let new = usize::try_from(grown.end - grown.start).unwrap_or(usize::MAX / 32);
+        let bytes = match blob.flags.table() {
+            _ if clusters < old => 0,
+            true => 64,
+            false => 64 + new * 16,
+        };
+        self.has_room(id, self.missing_pages(id, &groups), bytes)?;
         self.begin().await?;
         self.epoch += 1;
         let (cut, pages, changed) = self.blob_mut(id)?.map.resize(clusters);
@@ -144,14 +163,13 @@ impl<D: Device> Store<D> {
         id: BlobId,
         xattrs: Vec<(Vec<u8>, Option<Vec<u8>>)>,
     ) -> Result<()> {
-        self.changeable(id)?;
-        let mut bytes = 0;
+        let mut after = self.changeable(id)?.description();
         for (name, value) in &xattrs {
             let xattr = Xattr { name: name.clone(), value: value.clone().unwrap_or_default() };
             check_xattr(&xattr)?;
-            bytes += bytes_of(&[xattr]);
+            put(&mut after.xattrs, name, value.clone());
         }
-        self.has_room(Some(id), 0, bytes)?;
+        self.has_pages(after.pages().len() - 1)?;
         self.begin().await?;
         let blob = self.blob_mut(id)?;
         for (name, value) in xattrs {
@@ -168,7 +186,7 @@ impl<D: Device> Store<D> {
             return Ok(());
         }
         self.changeable(id)?;
-        self.has_room(Some(id), 0, 0)?;
+        self.has_room(id, 0, 0)?;
         self.begin().await?;
         self.epoch += 1;
         self.blob_mut(id)?.flags.data_ro |= flag::READ_ONLY;
@@ -225,8 +243,15 @@ impl<D: Device> Store<D> {
         let groups: Vec<u32> =
             snapshot.map.groups.keys().copied().chain(hidden_groups.clone()).collect();
         let extra = self.missing_pages(clone, &groups) + snapshot.description().pages().len();
-        let runs = snapshot.map.allocated().count() * 16;
-        self.has_room(Some(clone), extra, if snapshot.flags.table() { 64 } else { runs })?;
+        let runs = match self.blob(clone)?.flags.table() {
+            true => 0,
+            false => (snapshot.map.allocated().count() + hidden.len()) * 16,
+        };
+        let external = match snapshot.parent() {
+            Parent::External(id) => external_bytes(&id),
+            _ => 0,
+        };
+        self.has_room(clone, extra, 64 + runs + external)?;
         self.begin().await?;
         if !hidden.is_empty() {
             self.give_zeroes(clone, &hidden).await?;

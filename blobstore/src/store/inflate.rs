@@ -5,6 +5,7 @@
 
 use super::Store;
 use super::blob::Parent;
+use super::change::external_bytes;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::{BlobId, flag};
@@ -96,8 +97,8 @@ impl<D: Device> Store<D> {
     }
 
     async fn cut_tie(&mut self, id: BlobId, parent: Parent, thin: u64) -> Result<()> {
-        let bytes = if let Parent::External(id) = &parent { 2 * id.len() } else { 0 };
-        self.has_room(Some(id), 0, bytes)?;
+        let bytes = if let Parent::External(id) = &parent { external_bytes(id) } else { 0 };
+        self.has_room(id, 0, bytes)?;
         self.begin().await?;
         self.epoch += 1;
         let blob = self.blob_mut(id)?;

@@ -62,16 +62,19 @@ impl<D: Device> Store<D> {
         Ok(u32::try_from(page).expect("the region has a length of 32 bits"))
     }
 
-    /// Whether `extra` extent pages and a new chain of the blob `id`, with up to `bytes` more of
-    /// attributes, find room.
-    pub(super) fn has_room(&self, id: Option<BlobId>, extra: usize, bytes: usize) -> Result<()> {
-        let chain = match id {
-            Some(id) => self.blob(id)?.description().pages().len(),
-            None => 1,
-        };
+    /// Whether `extra` extent pages and a new chain of a blob, with up to `bytes` more of attributes
+    /// or runs, find room.
+    pub(super) fn has_room(&self, id: BlobId, extra: usize, bytes: usize) -> Result<()> {
+        // The root is written in place.
+        let chain = self.blob(id)?.description().pages().len() - 1;
         // Each extent page takes up to two entries of 8 bytes.
         let grown = (extra * 16 + bytes).div_ceil(Page::ROOM / 2);
-        if self.pages.zeroes() < extra + chain + grown {
+        self.has_pages(extra + chain + grown)
+    }
+
+    /// Whether this many metadata pages are free.
+    pub(super) fn has_pages(&self, count: usize) -> Result<()> {
+        if self.pages.zeroes() < count {
             return Err(Error::NoSpace("metadata pages"));
         }
         Ok(())

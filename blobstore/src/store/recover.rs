@@ -199,7 +199,7 @@ impl<D: Device> Store<D> {
             let before = (blob.internal.clone(), blob.flags);
             blob.set_internal(internal::REMOVING, None);
             blob.set_internal(internal::MAKING, None);
-            match self.has_room(Some(*id), 0, 0) {
+            match self.has_room(*id, 0, 0) {
                 Ok(()) => self.persist(*id, groups).await?,
                 Err(Error::NoSpace(_)) => {
                     let text = "no metadata page is left to finish an interrupted change";

@@ -2,7 +2,7 @@
 
 use super::Store;
 use super::blob::{Blob, Map, Parent};
-use super::change::{bytes_of, check_xattr};
+use super::change::{bytes_of, check_xattr, empty_blob, external_bytes};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::{BlobId, Flags, Xattr, flag, internal};
@@ -20,7 +20,7 @@ impl<D: Device> Store<D> {
         }
         xattrs.iter().try_for_each(check_xattr)?;
         let pages = 2 + blob.description().pages().len();
-        self.has_room(Some(id), pages, bytes_of(&xattrs))?;
+        self.has_room(id, pages, bytes_of(&xattrs))?;
         self.begin().await?;
         self.epoch += 1;
         let root = self.take_page(0)?;
@@ -66,14 +66,12 @@ impl<D: Device> Store<D> {
         xattrs.iter().try_for_each(check_xattr)?;
         let (len, layout) = (parent.map.len, parent.flags.invalid & flag::TABLE);
         let clear = parent.flags.md_ro & flag::CLEAR;
-        self.has_room(None, 0, bytes_of(&xattrs) + 64)?;
-        self.begin().await?;
-        let root = self.take_page(0)?;
         let flags = Flags { invalid: flag::THIN | layout, data_ro: 0, md_ro: clear };
-        let mut clone = self.empty_blob(root, flags, len, xattrs);
+        let mut clone = empty_blob(flags, len, xattrs);
         clone.set_parent(&Parent::Blob(id));
-        let made = clone.id;
-        self.blobs.insert(made, clone);
+        self.has_pages(clone.description().pages().len())?;
+        self.begin().await?;
+        let made = self.add(clone)?;
         self.write_root(made).await?;
         self.end();
         Ok(made)
@@ -116,8 +114,8 @@ impl<D: Device> Store<D> {
         if blob.parent() == parent {
             return Err(Error::Exists);
         }
-        let bytes = if let Parent::External(id) = &parent { 2 * id.len() } else { 0 };
-        self.has_room(Some(id), 0, bytes + 64)?;
+        let bytes = if let Parent::External(id) = &parent { external_bytes(id) } else { 0 };
+        self.has_room(id, 0, bytes + 64)?;
         self.begin().await?;
         self.epoch += 1;
         self.blob_mut(id)?.set_parent(&parent);
