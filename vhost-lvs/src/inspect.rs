@@ -9,7 +9,7 @@ use blobstore::store::Interrupted;
 use blobstore::{BlobId, Device, Parent};
 use serde_json::{Value, json};
 
-use crate::number::bytes;
+use crate::show::{bytes, plain};
 
 /// The store in lines of text.
 pub(crate) fn text<D: Device>(lvs: &Lvs<D>, clean: bool) -> String {
@@ -43,6 +43,9 @@ pub(crate) fn text<D: Device>(lvs: &Lvs<D>, clean: bool) -> String {
     lines.join("\n")
 }
 
+/// Volumes deeper in the tree are not indented further, as each line would be longer than the last.
+const DEEPEST: usize = 32;
+
 /// What a load does, or has done.
 fn describe(interrupted: Interrupted) -> String {
     match interrupted {
@@ -62,16 +65,17 @@ fn tree<D: Device>(lvs: &Lvs<D>) -> Vec<String> {
     }
     let mut rows = vec![["VOLUME", "SIZE", "CLUSTERS", "UUID", "FLAGS"].map(str::to_owned)];
     // A stack instead of recursion: chains of snapshots may be long.
-    let mut stack: Vec<(Volume, String, String)> = Vec::new();
+    let mut stack: Vec<(Volume, usize, String, String)> = Vec::new();
     let roots = children.remove(&None).unwrap_or_default();
-    stack.extend(roots.into_iter().rev().map(|root| (root, String::new(), String::new())));
-    while let Some((volume, branch, below)) = stack.pop() {
+    stack.extend(roots.into_iter().rev().map(|root| (root, 0, String::new(), String::new())));
+    while let Some((volume, depth, branch, below)) = stack.pop() {
         rows.push(row(lvs, &volume, &branch));
         let mut last = true;
         for child in children.remove(&Some(volume.blob.id())).unwrap_or_default().into_iter().rev()
         {
             let (branch, line) = if last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
-            stack.push((child, format!("{below}{branch}"), format!("{below}{line}")));
+            let deeper = if depth < DEEPEST { format!("{below}{line}") } else { below.clone() };
+            stack.push((child, depth + 1, format!("{below}{branch}"), deeper));
             last = false;
         }
     }
@@ -112,11 +116,6 @@ fn clear(clear: Clear) -> Option<&'static str> {
 
 fn text_of(id: &[u8]) -> String {
     String::from_utf8_lossy(id).trim_end_matches('\0').to_owned()
-}
-
-/// Text from a disk without what would control the terminal.
-fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 fn align(rows: &[[String; 5]]) -> Vec<String> {

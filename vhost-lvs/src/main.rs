@@ -8,7 +8,7 @@
 mod args;
 mod disk;
 mod inspect;
-mod number;
+mod show;
 mod transfer;
 
 use std::error::Error;
@@ -96,8 +96,13 @@ fn run_check(file: &Path) -> Result<ExitCode, Failure> {
     let disk = open(file)?;
     let found = now(check(&disk)).map_err(|error| unreadable(file)(&error))?;
     let bad = found.iter().filter(|finding| finding.severity > Severity::Note).count();
-    let lines: String = found.iter().map(|finding| format!("{finding}\n")).collect();
-    let summary = if bad == 0 { "clean\n".to_owned() } else { format!("{bad} findings\n") };
+    let line = |text: String| show::plain(&text) + "\n";
+    let lines: String = found.iter().map(|finding| line(finding.to_string())).collect();
+    let summary = match bad {
+        0 => "clean\n".to_owned(),
+        1 => "1 finding\n".to_owned(),
+        _ => format!("{bad} findings\n"),
+    };
     print(&(lines + &summary))?;
     Ok(ExitCode::from(u8::from(bad > 0)))
 }
@@ -114,7 +119,7 @@ fn export(
     }
     let (lvs, _) = view(file, disk)?;
     let size = now(transfer::export(&lvs, volume, out))?;
-    print(&format!("exported {}\n", number::bytes(size)))?;
+    print(&format!("exported {}\n", show::bytes(size)))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -137,9 +142,9 @@ fn import(
     let disk = lvs.into_store().into_device();
     let mut lvs = now(Lvs::load(disk, false)).map_err(|error| unreadable(file)(&error))?;
     let done = now(transfer::import(&mut lvs, input, name, thin));
-    if !lvs.store().failed() {
-        now(lvs.store_mut().unload())?;
-    }
-    print(&format!("imported {}\n", number::bytes(done?)))?;
+    let failed = lvs.store().failed();
+    let unloaded = if failed { Ok(()) } else { now(lvs.store_mut().unload()) };
+    print(&format!("imported {}\n", show::bytes(done?)))?;
+    unloaded?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Sizes as text.
+//! Sizes and foreign text for the terminal.
 
 /// A number of bytes in the largest unit, with one decimal where that is not exact.
 pub(crate) fn bytes(n: u64) -> String {
@@ -11,6 +11,11 @@ pub(crate) fn bytes(n: u64) -> String {
         0 if rest == 0 => format!("{whole} {unit}"),
         tenth => format!("{whole}.{tenth} {unit}"),
     }
+}
+
+/// Text from a disk without what would control the terminal.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 #[cfg(test)]
