@@ -50,6 +50,9 @@ pub(crate) enum Command {
         external: Option<PathBuf>,
     },
     /// Create a volume with the content of a file or block device
+    ///
+    /// No server may use the store. A file that vhost or QEMU uses is locked, and is refused; SPDK
+    /// locks nothing, so stop it first. The volume is called NAME.importing until it is complete.
     Import {
         /// A file or block device with a logical volume store
         file: PathBuf,

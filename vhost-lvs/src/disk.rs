@@ -2,16 +2,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use blobstore::{Device, DeviceError, Properties};
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use rustix::fs::{FallocateFlags, OFlags};
 
 /// Buffered I/O needs no larger alignment.
 const BLOCK: u32 = 512;
 /// Zeroes that are written at once.
 const ZEROES: u64 = 1 << 20;
+
+/// Opening a block device with it fails if it is mounted or another one has opened it so.
+pub(crate) const EXCLUSIVE: i32 = OFlags::EXCL.bits().cast_signed();
 
 /// An open file or block device.
 #[derive(Debug)]
@@ -37,12 +42,19 @@ impl Disk {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         if std::fs::metadata(path)?.file_type().is_block_device() {
-            options.custom_flags(OFlags::EXCL.bits().cast_signed());
+            options.custom_flags(EXCLUSIVE);
         }
         let disk = Self::of(options.open(path)?)?;
-        // The lock covers the bytes that vhost and QEMU lock.
-        rustix::fs::fcntl_lock(&disk.file, FlockOperation::NonBlockingLockExclusive)?;
+        lock(&disk.file)?;
         Ok(disk)
+    }
+
+    /// Whether `path` is the file or block device that is open here.
+    pub(crate) fn is(&self, path: &Path) -> io::Result<bool> {
+        let (this, other) = (self.file.metadata()?, std::fs::metadata(path)?);
+        let same_file = (this.dev(), this.ino()) == (other.dev(), other.ino());
+        let both_devices = self.is_block_device && other.file_type().is_block_device();
+        Ok(same_file || both_devices && this.rdev() == other.rdev())
     }
 
     fn of(mut file: File) -> io::Result<Self> {
@@ -100,6 +112,23 @@ impl Disk {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.file, flags, offset, len)?)
     }
+}
+
+/// Locks the whole file for this open file description, as vhost and QEMU lock single bytes of it.
+/// A lock of the process would end when any other descriptor of the file is closed.
+#[expect(clippy::cast_possible_truncation, reason = "libc's constants are 0 to 2")]
+fn lock(file: &File) -> io::Result<()> {
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        // Up to the largest offset.
+        l_len: 0,
+        // The kernel requires 0.
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&whole))?;
+    Ok(())
 }
 
 fn failed(error: io::Error) -> DeviceError {

@@ -1,17 +1,18 @@
 //! Copying volumes out of a store and into one.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use blobstore::format::Clear;
-use blobstore::lvs::{Lvs, NewVolume, Volume};
+use blobstore::lvs::{Lvs, NAME_LONGEST, NewVolume, Volume, check_name};
 use blobstore::store::Wanted;
-use blobstore::{BlobId, Device, Place};
+use blobstore::{BlobId, Device, Error, Place};
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, EXCLUSIVE};
+use crate::show::plain;
 
 /// Why a transfer failed.
 type Failure = Box<dyn std::error::Error>;
@@ -38,10 +39,11 @@ fn find<'a, D: Device>(lvs: &'a Lvs<D>, text: &str) -> Option<Volume<'a>> {
 /// Writes the content of a volume to `out`. Returns its size in bytes. If it fails, a new file is
 /// removed.
 pub(crate) async fn export(lvs: &Lvs<Disk>, name: &str, out: &Path) -> Result<u64, Failure> {
-    let volume = find(lvs, name).ok_or_else(|| format!("no volume {name} in {}", lvs.name()))?;
+    let volume =
+        find(lvs, name).ok_or_else(|| format!("no volume {name} in {}", plain(lvs.name())))?;
     let cluster = lvs.store().cluster_size();
     let size = volume.blob.clusters().checked_mul(cluster).ok_or("the volume is too large")?;
-    let (file, holes) = create(out, size)?;
+    let (file, holes) = create(lvs.store().device(), out, size)?;
     let written = copy_out(lvs, volume, &file, holes).await;
     if written.is_err() && holes {
         std::fs::remove_file(out)?;
@@ -88,23 +90,39 @@ async fn copy_out(
 }
 
 /// Opens the output, and tells whether what is not written reads as zeroes.
-fn create(out: &Path, size: u64) -> Result<(File, bool), Failure> {
+fn create(store: &Disk, out: &Path, size: u64) -> Result<(File, bool), Failure> {
     let named = |error| format!("{}: {error}", out.display());
     let is_device = std::fs::metadata(out).is_ok_and(|found| found.file_type().is_block_device());
     if is_device {
+        if store.is(out).map_err(named)? {
+            return Err(format!("{}: the store is on this device", out.display()).into());
+        }
         let available = Disk::open(out).map_err(named)?.properties().size;
         if available < size {
             return Err(format!("{} is too small", out.display()).into());
         }
-        return Ok((OpenOptions::new().write(true).open(out).map_err(named)?, false));
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(EXCLUSIVE);
+        return Ok((options.open(out).map_err(named)?, false));
     }
     let file = OpenOptions::new().write(true).create_new(true).open(out).map_err(named)?;
     file.set_len(size).map_err(named)?;
     Ok((file, true))
 }
 
+/// What is appended to the name of a volume until it is complete.
+const IMPORTING: &str = ".importing";
+
+/// The name of a volume until it is complete.
+fn temporary(name: &str) -> String {
+    let room = NAME_LONGEST - IMPORTING.len();
+    let ends = name.char_indices().map(|(at, c)| at + c.len_utf8());
+    let end = ends.take_while(|end| *end <= room).last().unwrap_or(0);
+    format!("{}{IMPORTING}", &name[..end])
+}
+
 /// Creates a volume with the content of `input`. Returns its size in bytes. If it fails, the volume
-/// is deleted.
+/// is deleted, or the error says that it is left.
 pub(crate) async fn import(
     lvs: &mut Lvs<Disk>,
     input: &Path,
@@ -116,14 +134,26 @@ pub(crate) async fn import(
     if !thin && lvs.store().free_clusters() < clusters {
         return Err("no space left: clusters".into());
     }
-    // Thin at first, so that no cluster is written twice.
-    let new = NewVolume { name, uuid: Uuid::new_v4(), clusters, thin: true, clear: Clear::Default };
-    let id = lvs.create_volume(new).await?;
-    let copied = copy_in(lvs, &input, id, thin).await;
-    if copied.is_err() && !lvs.store().failed() {
-        lvs.delete(id).await?;
+    check_name(name)?;
+    let temporary = temporary(name);
+    for name in [name, &temporary] {
+        if lvs.volumes().any(|volume| volume.name == Some(name)) {
+            return Err(format!("volume {name}: {}", Error::Exists).into());
+        }
     }
-    copied?;
+    // Thin at first, so that no cluster is written twice.
+    let (uuid, clear) = (Uuid::new_v4(), Clear::Default);
+    let new = NewVolume { name: &temporary, uuid, clusters, thin: true, clear };
+    let id = lvs.create_volume(new).await?;
+    let done = match copy_in(lvs, &input, id, thin).await {
+        Ok(()) => lvs.rename(id, name).await.map_err(Failure::from),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = done {
+        let left = lvs.delete(id).await.err();
+        let left = left.map(|why| format!("; the volume {temporary} is left: {why}"));
+        return Err(format!("{error}{}", left.unwrap_or_default()).into());
+    }
     Ok(clusters * lvs.store().cluster_size())
 }
 
@@ -168,4 +198,19 @@ async fn copy_in(lvs: &mut Lvs<Disk>, input: &Disk, id: BlobId, thin: bool) -> R
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_temporary_name_is_a_valid_one() {
+        assert_eq!(temporary("a"), "a.importing");
+        for long in ["x".repeat(NAME_LONGEST), "\u{e9}".repeat(31), "\u{1f600}".repeat(15)] {
+            let short = temporary(&long);
+            assert!(check_name(&short).is_ok() && short.len() > 60 - 4, "{short}");
+            assert!(long.starts_with(short.strip_suffix(IMPORTING).unwrap()));
+        }
+    }
 }

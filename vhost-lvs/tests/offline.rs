@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -111,13 +112,102 @@ fn a_store_that_a_server_has_locked_is_not_changed() {
     let dir = TempDir::new().unwrap();
     let file = image(&dir, "lvs-basic");
     let held = fs::File::options().read(true).write(true).open(&file).unwrap();
-    rustix::fs::fcntl_lock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    // As vhost locks: a byte near the end, for the open file description.
+    let byte = nix::libc::flock {
+        l_type: nix::libc::F_WRLCK as i16,
+        l_whence: nix::libc::SEEK_SET as i16,
+        l_start: i64::MAX - 2,
+        l_len: 1,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(&held, nix::fcntl::FcntlArg::F_OFD_SETLK(&byte)).unwrap();
     let input = dir.path().join("in");
     fs::write(&input, b"hello").unwrap();
     let refused = run(&["import", "new"], &[&file, &input]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
     drop(held);
     assert!(run(&["import", "new"], &[&file, &input]).status.success());
+}
+
+#[test]
+fn an_import_is_renamed_when_it_is_complete_and_leaves_nothing_if_it_fails() {
+    let dir = TempDir::new().unwrap();
+    let file = image(&dir, "lvs-tree");
+    let input = dir.path().join("in");
+    fs::write(&input, b"hello").unwrap();
+    let long = "x".repeat(63);
+    for name in ["one.importing", &long] {
+        assert!(run(&["import", name], &[&file, &input]).status.success());
+    }
+    let before = text(&run(&["inspect"], &[&file]));
+    let refused = run(&["import", "one"], &[&file, &input]);
+    let error = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && error.contains("one.importing"), "{error}");
+    // More than the store can hold.
+    let mut big = vec![7; 64 << 20];
+    big.extend([7; 100]);
+    fs::write(&input, &big).unwrap();
+    let failed = run(&["import", "big", "--thin"], &[&file, &input]);
+    let error = String::from_utf8(failed.stderr).unwrap();
+    assert!(!failed.status.success() && error.contains("no space left"), "{error}");
+    assert_eq!(text(&run(&["inspect"], &[&file])), before);
+    assert_eq!(text(&run(&["check"], &[&file])), "clean\n");
+}
+
+/// As one of them is the store, it must not be written.
+#[test]
+fn a_volume_is_not_exported_to_the_device_of_its_store() {
+    let dir = TempDir::new().unwrap();
+    let file = image(&dir, "lvs-tree");
+    let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output();
+    let device = made.ok().filter(|made| made.status.success()).map(|made| text(&made));
+    let Some(device) = device else { return eprintln!("not run: no loop devices") };
+    let device = Path::new(device.trim()).to_owned();
+    let before = fs::read(&file).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-lvs"));
+    let refused = command.arg("export").arg(&device).arg("tree/live").arg(&device).output();
+    let held = fs::File::options().write(true).custom_flags(0o200).open(&device).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-lvs"));
+    let busy = command.arg("export").arg(&file).arg("tree/live").arg(&device).output();
+    drop(held);
+    Command::new("losetup").arg("--detach").arg(&device).status().unwrap();
+    let error = String::from_utf8(refused.unwrap().stderr).unwrap();
+    assert!(error.contains("the store is on this device"), "{error}");
+    let error = String::from_utf8(busy.unwrap().stderr).unwrap();
+    assert!(error.contains("busy"), "{error}");
+    assert!(fs::read(&file).unwrap() == before);
+}
+
+#[test]
+fn names_that_would_control_the_terminal_are_not_printed() {
+    let dir = TempDir::new().unwrap();
+    let file = image(&dir, "lvs-snaprm-kept");
+    let mut bytes = fs::read(&file).unwrap();
+    // The root pages of all blobs: the name of each gets an escape character.
+    let mut changed = 0;
+    for page in bytes.chunks_exact_mut(4096).take(256) {
+        let found = page.windows(4).position(|w| w == b"name");
+        if let Some(at) = found.filter(|_| &page[..4] != b"SPDK") {
+            page[at + 4] = 0x1b;
+            let crc = crc32c(&page[..4092]);
+            page[4092..].copy_from_slice(&crc.to_le_bytes());
+            changed += 1;
+        }
+    }
+    assert!(changed > 1);
+    fs::write(&file, &bytes).unwrap();
+    let checked = run(&["check"], &[&file]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-lvs"));
+    let out = dir.path().join("out");
+    let exported = command.arg("export").arg(&file).arg("none").arg(&out).output().unwrap();
+    for output in [checked.stdout, exported.stderr] {
+        assert!(output.contains(&b'?') && !output.contains(&0x1b), "{output:?}");
+    }
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32| (0..8).fold(crc, |crc, _| (crc >> 1) ^ (crc & 1) * 0x82f6_3b78);
+    !bytes.iter().fold(u32::MAX, |crc, byte| step(crc ^ u32::from(*byte)))
 }
 
 #[test]
