@@ -228,3 +228,29 @@ fn a_map_of_runs_that_does_not_fit_is_refused_before_it_is_written() {
     let lvs = now(lvs.reload()).unwrap();
     assert_eq!(lvs.store().blob(runs).unwrap().allocated(), 3000);
 }
+
+/// A page that two blobs have, because of damage, is not zeroed with the one that recovery removes.
+#[test]
+fn a_page_of_another_blob_is_not_zeroed() {
+    let mut lvs = new_store(Memory::dirty(1 << 20, 512), 40);
+    let [v, removed] = ["v", "removed"].map(|name| volume(&mut lvs, name, 10 + name.len() as u64));
+    let (v, removed) = (v.unwrap(), removed.unwrap());
+    write(lvs.store_mut(), v, 0, 0, vec![9; PAGE]);
+    let start = lvs.store().super_block().metadata.start as usize;
+    let at = (start + v.page().unwrap() as usize) * PAGE;
+    let root = lvs.store().device().bytes.borrow()[at..at + PAGE].to_vec();
+    let table = Page::decode(&root).unwrap().descriptors.into_iter();
+    let table = table.filter(|d| matches!(d, Descriptor::Table { .. }));
+    let mut descriptors: Vec<Descriptor> = table.collect();
+    // An unfinished snapshot of a blob that is not its clone, with the extent page of "v".
+    let flags = Flags { invalid: 7, ..Flags::default() };
+    let other = volume(&mut lvs, "other", 1).unwrap();
+    let mark = Xattr { name: b"SNAPTMP".to_vec(), value: other.0.to_le_bytes().to_vec() };
+    descriptors.extend([Descriptor::Flags(flags), Descriptor::Internal(mark)]);
+    let forged = Page { id: removed, sequence: 0, descriptors, next: None };
+    let memory = change_root(lvs, removed, true, |page| page.copy_from_slice(&forged.encode()));
+    let lvs = now(Lvs::load(memory, false)).unwrap();
+    assert_eq!(lvs.store().interrupted(), [Interrupted::Removed(removed)]);
+    let lvs = now(lvs.reload()).unwrap();
+    assert_eq!((lvs.store().broken().len(), cluster(lvs.store(), v, 0)), (0, vec![9; PAGE]));
+}

@@ -185,7 +185,9 @@ impl<D: Device> Store<D> {
         self.write_pages(roots.map(zeroes).collect()).await?;
         self.barrier().await?;
         for pages in &recovery.removed {
-            self.write_pages(pages[1..].iter().map(zeroes).collect()).await?;
+            // A page whose bit is set belongs to another blob, too.
+            let free = pages[1..].iter().filter(|page| !self.pages.get(**page as usize));
+            self.write_pages(free.map(zeroes).collect()).await?;
         }
         let mut left = BTreeSet::new();
         for (id, groups) in &recovery.changed {
