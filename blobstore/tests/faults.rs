@@ -9,7 +9,7 @@ use std::cell::Cell;
 use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
-use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result};
+use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result, Store};
 use medium::{Memory, cluster, image, now, write};
 use futures_util::FutureExt;
 use uuid::Uuid;
@@ -253,4 +253,15 @@ fn a_page_of_another_blob_is_not_zeroed() {
     assert_eq!(lvs.store().interrupted(), [Interrupted::Removed(removed)]);
     let lvs = now(lvs.reload()).unwrap();
     assert_eq!((lvs.store().broken().len(), cluster(lvs.store(), v, 0)), (0, vec![9; PAGE]));
+}
+
+#[test]
+fn a_ratio_of_0_is_the_default() {
+    let [zero, hundred] = [0, 100].map(|pages_per_hundred_clusters| {
+        let options =
+            StoreOptions { cluster_size: 65536, pages_per_hundred_clusters, ..Default::default() };
+        let memory = Memory::dirty(64 << 20, 512);
+        now(Store::create(memory, options)).unwrap().metadata_pages().1
+    });
+    assert_eq!((zero, hundred), (hundred, 1024));
 }

@@ -13,7 +13,7 @@ pub struct StoreOptions {
     pub cluster_size: u32,
     /// Bytes of a metadata page: a power of two from 4096 to 65536.
     pub page_size: u32,
-    /// Metadata pages for each hundred clusters.
+    /// Metadata pages for each hundred clusters; 0 means 100.
     pub pages_per_hundred_clusters: u32,
     /// What happens to the old content of the device.
     pub clear: Clear,
@@ -50,7 +50,11 @@ impl StoreOptions {
         if clusters == 0 {
             return Err(Error::Invalid("the device is smaller than a cluster"));
         }
-        let pages = u128::from(clusters) * u128::from(self.pages_per_hundred_clusters) / 100;
+        let ratio = match self.pages_per_hundred_clusters {
+            0 => Self::default().pages_per_hundred_clusters,
+            ratio => ratio,
+        };
+        let pages = u128::from(clusters) * u128::from(ratio) / 100;
         let too_large = |_| Error::NoSpace("the device is too large for the cluster size");
         let pages = u32::try_from(pages.max(1)).map_err(too_large)?;
         let clusters = u32::try_from(clusters).map_err(too_large)?;
@@ -87,6 +91,9 @@ impl<D: Device> Store<D> {
         let first = super_block.metadata_clusters() * u64::from(super_block.cluster_size);
         let end = super_block.clusters_on(properties.size) * u64::from(super_block.cluster_size);
         let mut store = Self::with(device, super_block, false)?;
+        // The old super block goes before what it refers to.
+        store.device.write(0, store.whole_blocks(vec![0; PAGE])).await?;
+        store.barrier().await?;
         store.device.write_zeroes(0, first).await?;
         let zeroed = match options.clear {
             _ if end == first => false,

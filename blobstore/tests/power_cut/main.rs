@@ -15,7 +15,8 @@ mod random;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use blobstore::check::{Severity, check};
-use blobstore::lvs::Lvs;
+use blobstore::format::Clear;
+use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::StoreOptions;
 use futures_util::FutureExt;
 use uuid::Uuid;
@@ -54,6 +55,10 @@ fn simulate(seed: u64, cuts: &mut [u64; 2]) {
         [(false, false), (true, false), (true, true)][usize::try_from(random.below(3)).unwrap()];
     let mut disk = Disk::new(SIZE, unmap, zeroes);
     if random.chance(20) {
+        // Sometimes over an older store.
+        if random.chance(50) {
+            disk = older_store(disk);
+        }
         disk = cut_create(disk, &mut random);
     }
     let created = now(create(disk)).unwrap();
@@ -78,6 +83,15 @@ fn simulate(seed: u64, cuts: &mut [u64; 2]) {
         lvs = recover(disk, &mut random, &mut cuts[1]);
         model = choose(&lvs, candidates);
         model.compare(&lvs).unwrap();
+        if random.chance(20) {
+            // A cut in an unload leaves the store as it was.
+            lvs.store().device().cut_after(1 + random.below(8));
+            let ended = lvs.store_mut().unload().now_or_never();
+            assert!(ended.is_none_or(|unloaded| unloaded.is_ok()));
+            let disk = lvs.into_store().into_device().power_up(&mut random);
+            lvs = recover(disk, &mut random, &mut cuts[1]);
+            model.compare(&lvs).unwrap();
+        }
         if random.chance(50) {
             now(lvs.store_mut().unload()).unwrap();
             assert_whole(lvs.store().device());
@@ -93,13 +107,28 @@ async fn create(disk: Disk) -> blobstore::Result<Lvs<Disk>> {
     Lvs::create(disk, "store", Uuid::from_u128(1), options).await
 }
 
-/// The power is cut while the store is made: it is not there, or it is whole.
+/// A store with a volume that has a cluster.
+fn older_store(disk: Disk) -> Disk {
+    let mut lvs = now(create(disk)).unwrap();
+    let uuid = Uuid::from_u128(2);
+    let new = NewVolume { name: "old", uuid, clusters: 3, thin: true, clear: Clear::Default };
+    let id = now(lvs.create_volume(new)).unwrap();
+    now(lvs.store_mut().allocate(id, &[0])).unwrap();
+    now(lvs.store_mut().unload()).unwrap();
+    lvs.into_store().into_device()
+}
+
+/// The power is cut while the store is made: it is not there, or it is whole. So is an older one.
 fn cut_create(disk: Disk, random: &mut Random) -> Disk {
     disk.cut_after(1 + random.below(14));
     drop(create(disk.clone()).now_or_never());
     let disk = disk.power_up(random);
     if let Ok(lvs) = now(Lvs::load(disk.clone(), true)) {
-        assert_eq!(lvs.volumes().count(), 0);
+        assert!(lvs.volumes().all(|volume| volume.name == Some("old")));
+        assert_eq!(lvs.store().broken(), []);
+        for volume in lvs.volumes() {
+            assert_eq!(volume.blob.allocated(), 1);
+        }
     }
     disk
 }
