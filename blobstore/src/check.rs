@@ -202,6 +202,9 @@ impl<D: Device> Checker<'_, D> {
         if flags.invalid & !flag::KNOWN != 0 {
             self.find(Severity::Error, format!("blob {name}: unknown flags"));
         }
+        if let Some(reason) = blob.wrong_parent() {
+            self.find(Severity::Error, format!("blob {name}: {reason}"));
+        }
         if blob.unknown {
             self.find(Severity::Warning, format!("blob {name}: descriptors of unknown type"));
         }

@@ -63,19 +63,16 @@ impl<D: Device> Lvs<D> {
         Ok(Self { store, name: name.to_owned(), uuid, identity })
     }
 
-    /// Reads a store from a device. Volumes without a name are kept.
+    /// Reads a store from a device. Volumes without a name are kept. A store without a name or UUID
+    /// is refused, and not written.
     pub async fn load(device: D, read_only: bool) -> Result<Self> {
         let options = LoadOptions { store_type: Some(STORE_TYPE), read_only };
-        Self::of(Store::load(device, options).await?)
+        let store = Store::load_if(device, options, |store| identify(store).map(|_| ())).await?;
+        Self::of(store)
     }
 
     fn of(store: Store<D>) -> Result<Self> {
-        let identity = store.super_block().super_blob;
-        let blob = identity.and_then(|id| store.blob(id).ok());
-        let blob = blob.ok_or(Error::NotAStore("the blob that names the store is missing"))?;
-        let name = name_of(blob).ok_or(Error::NotAStore("the store has no name"))?.to_owned();
-        let uuid = uuid_of(blob).ok_or(Error::NotAStore("the store has no UUID"))?;
-        let identity = blob.id();
+        let (name, uuid, identity) = identify(&store)?;
         Ok(Self { store, name, uuid, identity })
     }
 
@@ -196,6 +193,16 @@ impl<D: Device> Lvs<D> {
     pub async fn reload(self) -> Result<Self> {
         Self::of(self.store.reload().await?)
     }
+}
+
+/// The name and UUID of a store, and the blob that has them.
+fn identify<D: Device>(store: &Store<D>) -> Result<(String, Uuid, BlobId)> {
+    let identity = store.super_block().super_blob;
+    let blob = identity.and_then(|id| store.blob(id).ok());
+    let blob = blob.ok_or(Error::NotAStore("the blob that names the store is missing"))?;
+    let name = name_of(blob).ok_or(Error::NotAStore("the store has no name"))?.to_owned();
+    let uuid = uuid_of(blob).ok_or(Error::NotAStore("the store has no UUID"))?;
+    Ok((name, uuid, blob.id()))
 }
 
 /// Whether a store or volume may have this name.

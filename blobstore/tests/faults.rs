@@ -5,12 +5,13 @@
 mod medium;
 
 use std::cell::Cell;
+use std::rc::Rc;
 
 use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result, Store};
-use medium::{Memory, cluster, image, now, write};
+use medium::{Memory, cluster, findings, image, now, write};
 use futures_util::FutureExt;
 use uuid::Uuid;
 
@@ -28,6 +29,30 @@ impl Faulty {
     fn new(waits: bool) -> Self {
         let memory = Memory::dirty(1 << 20, 512);
         Self { memory, size: Cell::new(1 << 20), left: Cell::new(u32::MAX), waits }
+    }
+}
+
+/// A handle that stays when a store is refused.
+struct Shared(Rc<Faulty>);
+
+impl Device for Shared {
+    fn properties(&self) -> Properties {
+        self.0.properties()
+    }
+    async fn read(&self, offset: u64, len: usize) -> std::result::Result<Vec<u8>, DeviceError> {
+        self.0.read(offset, len).await
+    }
+    async fn write(&self, offset: u64, data: Vec<u8>) -> std::result::Result<(), DeviceError> {
+        self.0.write(offset, data).await
+    }
+    async fn flush(&self) -> std::result::Result<(), DeviceError> {
+        Ok(())
+    }
+    async fn write_zeroes(&self, offset: u64, len: u64) -> std::result::Result<(), DeviceError> {
+        self.0.write_zeroes(offset, len).await
+    }
+    async fn unmap(&self, offset: u64, len: u64) -> std::result::Result<(), DeviceError> {
+        self.0.unmap(offset, len).await
     }
 }
 
@@ -264,4 +289,69 @@ fn a_ratio_of_0_is_the_default() {
         now(Store::create(memory, options)).unwrap().metadata_pages().1
     });
     assert_eq!((zero, hundred), (hundred, 1024));
+}
+
+/// A store that has no identity is refused before recovery writes to it.
+#[test]
+fn a_store_that_is_refused_is_not_written() {
+    let mut bytes = image("lvs-snaptmp-removed.img.zst");
+    bytes[20..28].fill(0xff);
+    seal(&mut bytes[..PAGE]);
+    let device = Faulty { memory: Memory::new(bytes, 512), ..Faulty::new(false) };
+    device.size.set(device.memory.properties.size);
+    let device = Rc::new(device);
+    assert!(matches!(now(Lvs::load(Shared(device.clone()), false)), Err(Error::NotAStore(_))));
+    assert_eq!(device.memory.writes.get(), 0);
+}
+
+#[test]
+fn a_parent_that_cannot_be_told_makes_a_blob_unreadable() {
+    let parent = Xattr { name: b"SNAP".to_vec(), value: vec![1; 7] };
+    for (invalid, internal) in [(7, Some(parent)), (1 | 4 | 8, None)] {
+        let mut lvs = new_store(Memory::dirty(1 << 20, 512), 40);
+        let v = volume(&mut lvs, "v", 3).unwrap();
+        let mut descriptors = vec![Descriptor::Flags(Flags { invalid, ..Flags::default() })];
+        descriptors.extend(internal.map(Descriptor::Internal));
+        let root = Page { id: v, sequence: 0, descriptors, next: None };
+        let memory = change_root(lvs, v, true, |page| page.copy_from_slice(&root.encode()));
+        let lvs = now(Lvs::load(memory, false)).unwrap();
+        assert_eq!(lvs.store().broken().iter().map(|broken| broken.id).collect::<Vec<_>>(), [v]);
+        let found = findings(lvs.store().device());
+        assert_eq!(found.iter().filter(|text| text.contains("error: ")).count(), 1, "{found:?}");
+    }
+}
+
+/// A super block without a size means that of the device when the store was loaded.
+#[test]
+fn a_store_without_a_size_does_not_grow_by_itself() {
+    let mut lvs = new_store(Faulty::new(false), 40);
+    now(lvs.store_mut().unload()).unwrap();
+    let device = lvs.into_store().into_device();
+    {
+        let mut bytes = device.memory.bytes.borrow_mut();
+        bytes[80..88].fill(0);
+        seal(&mut bytes[..PAGE]);
+    }
+    device.size.set((1 << 20) - 65536);
+    let mut lvs = now(Lvs::load(device, false)).unwrap();
+    let free = lvs.store().free_clusters();
+    lvs.store().device().size.set(1 << 20);
+    volume(&mut lvs, "v", 3).unwrap();
+    assert_eq!(lvs.store().super_block().size, (1 << 20) - 65536);
+    let lvs = now(lvs.reload()).unwrap();
+    assert_eq!(lvs.store().free_clusters(), free);
+}
+
+#[test]
+fn an_allocation_that_is_dropped_reserves_nothing_for_ever() {
+    let mut lvs = new_store(Faulty::new(true), 40);
+    let v = volume(&mut lvs, "v", 3).unwrap();
+    let free = lvs.store().free_clusters();
+    lvs.store().device().left.set(0);
+    assert!(lvs.store_mut().allocate(v, &[0]).now_or_never().is_none());
+    assert_eq!(now(lvs.store_mut().unload()), Err(Error::Failed));
+    lvs.store().device().left.set(u32::MAX);
+    let mut lvs = now(lvs.reload()).unwrap();
+    assert_eq!(lvs.store().free_clusters(), free);
+    now(lvs.store_mut().unload()).unwrap();
 }

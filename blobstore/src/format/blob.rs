@@ -1,6 +1,6 @@
 //! What the pages of one blob say together, and the pages that say it.
 
-use super::descriptor::{Descriptor, Flags, Xattr};
+use super::descriptor::{Descriptor, Flags, Xattr, flag, internal};
 use super::page::{BlobId, Page};
 
 /// Where the map of a blob is.
@@ -65,10 +65,25 @@ impl Description {
         Ok(Self { id, flags, xattrs, internal, map, unknown })
     }
 
+    fn attribute(&self, name: &[u8]) -> Option<&Xattr> {
+        self.internal.iter().find(|xattr| xattr.name == name)
+    }
+
     /// An internal attribute that is the number of a blob.
     pub fn internal_id(&self, name: &[u8]) -> Option<BlobId> {
-        let xattr = self.internal.iter().find(|xattr| xattr.name == name)?;
-        Some(BlobId(u64::from_le_bytes(xattr.value.as_slice().try_into().ok()?)))
+        let value = self.attribute(name)?.value.as_slice();
+        Some(BlobId(u64::from_le_bytes(value.try_into().ok()?)))
+    }
+
+    /// Why it cannot be told where the blob is read: the attribute that names the parent is
+    /// malformed or missing.
+    pub fn wrong_parent(&self) -> Option<&'static str> {
+        if self.attribute(internal::PARENT).is_some_and(|xattr| xattr.value.len() != 8) {
+            return Some("the number of its parent is malformed");
+        }
+        let external = self.flags.invalid & flag::EXTERNAL != 0;
+        let missing = external && self.attribute(internal::EXTERNAL).is_none();
+        missing.then_some("the identity of its external snapshot is missing")
     }
 
     /// The pages that hold the description: a root and its chain. The caller sets `next`.
@@ -135,7 +150,6 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::descriptor::flag;
     use super::*;
 
     #[test]

@@ -109,8 +109,8 @@ impl<D: Device> Store<D> {
     }
 
     /// Writes to claimed clusters what the blob reads there: what it inherits, or zeroes. Clusters
-    /// that the caller writes as a whole are left out. Needs no exclusive access, so that other
-    /// operations may run meanwhile.
+    /// that the caller writes as a whole are left out. Borrows the store: other claims may be
+    /// filled and maps may be read meanwhile, but no change can be made.
     pub async fn fill(&self, claim: &Claim) -> Result<()> {
         let mut zeroes = Vec::new();
         for claimed in claim.clusters.iter().filter(|claimed| !claimed.whole) {
@@ -206,12 +206,16 @@ impl<D: Device> Store<D> {
         }
     }
 
-    /// Claims clusters, fills and commits them. Returns their numbers.
+    /// Claims clusters, fills and commits them. Returns their numbers. If the future is dropped, the
+    /// store must be loaded again, as what was being written may still reach the clusters.
     pub async fn allocate(&mut self, id: BlobId, indices: &[u64]) -> Result<Vec<u64>> {
         let wanted: Vec<Wanted> =
             indices.iter().map(|index| Wanted { index: *index, whole: false }).collect();
         let claim = self.claim(id, &wanted)?;
-        if let Err(error) = self.fill(&claim).await {
+        self.changing = true;
+        let filled = self.fill(&claim).await;
+        self.changing = false;
+        if let Err(error) = filled {
             self.give_back(claim);
             return Err(error);
         }

@@ -133,6 +133,7 @@ impl<D: Device> Store<D> {
         if self.read_only || self.super_block.clean {
             return if self.changing { Err(Error::Failed) } else { Ok(()) };
         }
+        self.ready()?;
         if self.claimed > 0 {
             return Err(Error::Busy);
         }
@@ -202,6 +203,7 @@ impl<D: Device> Store<D> {
         let clusters = u32::try_from(clusters).map_err(no_space)? as usize;
         self.begin().await?;
         grown.clean = false;
+        self.size = device;
         self.super_block = grown;
         self.write_super_block().await?;
         self.clusters.grow(clusters);

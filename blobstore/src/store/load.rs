@@ -36,6 +36,15 @@ impl<D: Device> Store<D> {
     /// A blob that cannot be read is listed in [`Self::broken`] and does not make the load fail.
     /// Blobs that share a cluster, which no operation causes, are read-only.
     pub async fn load(device: D, options: LoadOptions) -> Result<Self> {
+        Self::load_if(device, options, |_| Ok(())).await
+    }
+
+    /// The same for a store that `accept` accepts. Otherwise, nothing has been written.
+    pub(crate) async fn load_if(
+        device: D,
+        options: LoadOptions,
+        accept: impl FnOnce(&Self) -> Result<()>,
+    ) -> Result<Self> {
         let properties = device.properties();
         let first = PAGE.next_multiple_of(properties.block_size.max(1) as usize);
         if properties.size < first as u64 {
@@ -59,6 +68,7 @@ impl<D: Device> Store<D> {
         let recovery = store.resolve_interrupted(cut_short);
         store.check_parents();
         store.refer();
+        accept(&store)?;
         store.recover(recovery).await?;
         Ok(store)
     }
@@ -67,6 +77,7 @@ impl<D: Device> Store<D> {
     pub(super) fn with(device: D, super_block: SuperBlock, read_only: bool) -> Result<Self> {
         let clusters = super_block.clusters_on(device.properties().size);
         let clusters = usize::try_from(clusters).map_err(|_| Error::NotAStore("too large"))?;
+        let size = super_block.size_on(device.properties().size);
         let mut used = Bits::new(clusters);
         for cluster in 0..super_block.metadata_clusters() {
             used.set(usize::try_from(cluster).map_err(|_| Error::NotAStore("too large"))?);
@@ -77,6 +88,7 @@ impl<D: Device> Store<D> {
             clusters: used,
             zeroed: Bits::new(clusters),
             super_block,
+            size,
             blobs: BTreeMap::new(),
             broken: Vec::new(),
             interrupted: Vec::new(),
@@ -307,6 +319,9 @@ impl<D: Device> Store<D> {
         let flags = description.flags;
         if flags.invalid & !flag::KNOWN != 0 {
             return Err("the blob has unknown flags");
+        }
+        if let Some(reason) = description.wrong_parent() {
+            return Err(reason);
         }
         let allocated = map.allocated().count() as u64;
         let damage = if flags.data_ro & !flag::READ_ONLY != 0 || flags.md_ro & !flag::CLEAR != 0 {

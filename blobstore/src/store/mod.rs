@@ -55,6 +55,8 @@ pub struct Broken {
 pub struct Store<D> {
     device: D,
     super_block: SuperBlock,
+    /// Bytes of the store, also if the super block leaves them to the device.
+    size: u64,
     /// Metadata pages in use.
     pages: Bits,
     /// Clusters in use, or claimed.
@@ -179,7 +181,7 @@ impl<D: Device> Store<D> {
         if self.super_block.clean {
             self.super_block.clean = false;
             if self.super_block.size == 0 {
-                self.super_block.size = self.device.properties().size;
+                self.super_block.size = self.size;
             }
             self.write_super_block().await?;
         }
