@@ -61,6 +61,7 @@ pub async fn check<D: Device>(device: &D) -> Result<Vec<Finding>> {
         device,
         block,
         clusters: store.clusters_on(properties.size),
+        left: [u64::from(store.metadata.len) * 2, store.clusters_on(properties.size) * 2],
         owners: [BTreeMap::new(), BTreeMap::new()],
         store,
         shared: BTreeMap::new(),
@@ -85,6 +86,8 @@ struct Checker<'a, D> {
     store: SuperBlock,
     /// The clusters of the store.
     clusters: u64,
+    /// Extent pages and clusters that maps may still have: no more than twice those of the store.
+    left: [u64; 2],
     /// For each page and each cluster that is in use: the root page of its blob.
     owners: [BTreeMap<u32, u32>; 2],
     /// How much two blobs share.
@@ -236,6 +239,9 @@ impl<D: Device> Checker<'_, D> {
                 wrong += u64::from(*len);
                 continue;
             }
+            if !self.take(CLUSTERS, u64::from(*len), name) {
+                break;
+            }
             for cluster in (*first..).take(*len as usize) {
                 self.own(CLUSTERS, cluster, root);
             }
@@ -264,6 +270,9 @@ impl<D: Device> Checker<'_, D> {
                 (len, holes) = (len + missing, holes + missing);
                 continue;
             }
+            if !self.take(PAGES, 1, name) {
+                break;
+            }
             let group = u32::try_from(len / PER_EXTENT).unwrap_or(u32::MAX);
             let entries = match *page < self.store.metadata.len {
                 true => Page::decode(&self.page(*page).await?).and_then(|p| extents(p, group)),
@@ -287,6 +296,17 @@ impl<D: Device> Checker<'_, D> {
         }
         self.out_of_range(name, wrong);
         Ok(holes)
+    }
+
+    /// Whether the maps may have `count` more.
+    fn take(&mut self, kind: usize, count: u64, name: &str) -> bool {
+        let left = self.left[kind].checked_sub(count);
+        self.left[kind] = left.unwrap_or(0);
+        if left.is_none() {
+            let text = format!("blob {name}: its map has more {} than there are", KINDS[kind]);
+            self.find(Severity::Error, text);
+        }
+        left.is_some()
     }
 
     fn out_of_range(&mut self, name: &str, count: u64) {

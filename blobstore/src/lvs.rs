@@ -117,7 +117,8 @@ impl<D: Device> Lvs<D> {
 
     /// A volume by the number of its blob.
     pub fn volume(&self, id: BlobId) -> Option<Volume<'_>> {
-        self.volumes().find(|volume| volume.blob.id() == id)
+        let blob = self.store.blob(id).ok().filter(|blob| blob.id() != self.identity)?;
+        Some(Volume { blob, name: name_of(blob), uuid: uuid_of(blob) })
     }
 
     fn check_new(&self, name: &str) -> Result<()> {

@@ -7,12 +7,12 @@ mod medium;
 use std::cell::Cell;
 use std::rc::Rc;
 
-use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr};
+use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr, extent_page};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result, Store};
-use medium::{Memory, cluster, findings, image, now, write};
 use futures_util::FutureExt;
+use medium::{Memory, cluster, findings, image, now, write};
 use uuid::Uuid;
 
 const PAGE: usize = 4096;
@@ -354,4 +354,60 @@ fn an_allocation_that_is_dropped_reserves_nothing_for_ever() {
     let mut lvs = now(lvs.reload()).unwrap();
     assert_eq!(lvs.store().free_clusters(), free);
     now(lvs.store_mut().unload()).unwrap();
+}
+
+/// Few pages cannot make a load use much memory, or free what cannot be listed.
+#[test]
+fn maps_have_no_more_clusters_than_the_store() {
+    let lvs = new_store(Memory::dirty(16 << 20, 512), 10);
+    let (first, end) = (lvs.store().super_block().metadata_clusters(), 4096);
+    let start = lvs.store().super_block().metadata.start;
+    let memory = lvs.into_store().into_device();
+    let put = |page: u32, content: &Page| {
+        let at = (start + page) as usize * PAGE;
+        memory.bytes.borrow_mut()[at..at + PAGE].copy_from_slice(&content.encode());
+    };
+    let root = |page: u32, descriptors: Vec<Descriptor>| {
+        put(page, &Page { id: BlobId::of_page(page), sequence: 0, descriptors, next: None });
+    };
+    let run = (u32::try_from(first).unwrap(), u32::try_from(end - first).unwrap());
+    for page in 10..60 {
+        root(page, vec![Descriptor::Flags(Flags::default()), Descriptor::Runs(vec![run])]);
+    }
+    // One extent page, many times.
+    put(100, &extent_page(BlobId::of_page(101), 0, &[0; 512]));
+    for page in 101..111 {
+        let flags = Descriptor::Flags(Flags { invalid: 5, ..Flags::default() });
+        root(page, vec![flags, Descriptor::Table { clusters: 512, entries: vec![(100, 1); 490] }]);
+    }
+    let lvs = now(Lvs::load(memory, true)).unwrap();
+    let reasons = lvs.store().broken().iter().filter(|b| b.reason.contains("more clusters"));
+    assert!(reasons.count() >= 48);
+    assert_eq!(lvs.store().free_clusters(), 0);
+    let found = findings(lvs.store().device());
+    let texts = found.iter().filter(|text| text.contains("than there are"));
+    assert!(texts.count() >= 48, "{found:?}");
+}
+
+/// Until it is complete, a snapshot has all clusters of its blob, which may be those of the store.
+#[test]
+fn an_unfinished_snapshot_of_a_full_store_is_readable() {
+    let mut lvs = new_store(Faulty::new(false), 40);
+    let free = lvs.store().free_clusters();
+    let v = volume(&mut lvs, "v", free).unwrap();
+    now(lvs.store_mut().inflate(v)).unwrap();
+    lvs.store().device().left.set(1);
+    assert!(now(lvs.snapshot(v, "s", Uuid::nil())).is_err());
+    lvs.store().device().left.set(u32::MAX);
+    let lvs = now(lvs.reload()).unwrap();
+    assert_eq!((lvs.store().broken(), lvs.store().interrupted().len()), (&[][..], 1));
+    assert_eq!(lvs.store().blob(v).unwrap().allocated(), free);
+}
+
+#[test]
+fn a_table_of_places_has_a_limit() {
+    let mut lvs = new_store(Memory::dirty(1 << 20, 512), 40);
+    let v = volume(&mut lvs, "v", 1 << 32).unwrap();
+    assert!(matches!(lvs.store().places(v), Err(Error::Invalid(_))));
+    assert_eq!(lvs.store().resolve(v, 1 << 31), Ok(Place::Zeroes));
 }

@@ -114,8 +114,8 @@ fn a_store_that_a_server_has_locked_is_not_changed() {
     let held = fs::File::options().read(true).write(true).open(&file).unwrap();
     // As vhost locks: a byte near the end, for the open file description.
     let byte = nix::libc::flock {
-        l_type: nix::libc::F_WRLCK as i16,
-        l_whence: nix::libc::SEEK_SET as i16,
+        l_type: i16::try_from(nix::libc::F_WRLCK).unwrap(),
+        l_whence: i16::try_from(nix::libc::SEEK_SET).unwrap(),
         l_start: i64::MAX - 2,
         l_len: 1,
         l_pid: 0,
@@ -206,7 +206,7 @@ fn names_that_would_control_the_terminal_are_not_printed() {
 }
 
 fn crc32c(bytes: &[u8]) -> u32 {
-    let step = |crc: u32| (0..8).fold(crc, |crc, _| (crc >> 1) ^ (crc & 1) * 0x82f6_3b78);
+    let step = |crc: u32| (0..8).fold(crc, |crc, _| (crc >> 1) ^ ((crc & 1) * 0x82f6_3b78));
     !bytes.iter().fold(u32::MAX, |crc, byte| step(crc ^ u32::from(*byte)))
 }
 

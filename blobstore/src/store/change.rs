@@ -47,7 +47,7 @@ pub(super) fn bytes_of(xattrs: &[Xattr]) -> usize {
 }
 
 /// The same for the identity of an external snapshot.
-pub(super) fn external_bytes(id: &Vec<u8>) -> usize {
+pub(super) fn external_bytes(id: &[u8]) -> usize {
     2 * (internal::EXTERNAL.len() + id.len() + 9)
 }
 

@@ -25,6 +25,29 @@ pub struct LoadOptions {
     pub read_only: bool,
 }
 
+/// What is known while the blobs are read.
+struct Loading {
+    /// Blobs whose resize was interrupted.
+    cut_short: Vec<BlobId>,
+    /// Clusters that maps may still have, and extent pages. Metadata of any content takes no more
+    /// memory: both are those of the store twice, as an unfinished snapshot has what its blob has.
+    left: [usize; 2],
+    /// Whether a map has not been read to its end, so that it is not known which clusters are free.
+    stopped: bool,
+}
+
+const CLUSTERS: usize = 0;
+const EXTENTS: usize = 1;
+
+impl Loading {
+    fn take(&mut self, kind: usize, count: usize) -> std::result::Result<(), &'static str> {
+        let left = self.left[kind].checked_sub(count);
+        self.stopped |= left.is_none();
+        self.left[kind] = left.ok_or("the maps have more clusters than the store")?;
+        Ok(())
+    }
+}
+
 /// Pages that are read at once in a scan.
 const SCAN: u32 = 256;
 /// Pages that are read together, one by one.
@@ -61,13 +84,19 @@ impl<D: Device> Store<D> {
         } else {
             store.scan().await?
         };
-        let mut cut_short = Vec::new();
+        let left = [store.clusters.len(), store.pages.len()].map(|len| len.saturating_mul(2));
+        let mut loading = Loading { cut_short: Vec::new(), left, stopped: false };
         for root in roots {
-            store.load_blob(root, &mut cut_short).await?;
+            store.load_blob(root, &mut loading).await?;
         }
-        let recovery = store.resolve_interrupted(cut_short);
+        let recovery = store.resolve_interrupted(loading.cut_short);
         store.check_parents();
         store.refer();
+        if loading.stopped {
+            (0..store.clusters.len()).for_each(|cluster| {
+                store.clusters.set(cluster);
+            });
+        }
         accept(&store)?;
         store.recover(recovery).await?;
         Ok(store)
@@ -162,15 +191,14 @@ impl<D: Device> Store<D> {
         Ok(read)
     }
 
-    /// Reads a blob, and puts it into `blobs` or `broken`. Those whose resize was interrupted are
-    /// added to `cut_short`.
-    async fn load_blob(&mut self, root: u32, cut_short: &mut Vec<BlobId>) -> Result<()> {
+    /// Reads a blob, and puts it into `blobs` or `broken`.
+    async fn load_blob(&mut self, root: u32, loading: &mut Loading) -> Result<()> {
         let id = BlobId::of_page(root);
         let (pages, clusters) = (vec![root], Vec::new());
         let mut broken = Broken { id, reason: "", parent: None, pages, clusters };
-        match self.read_blob(id, &mut broken).await? {
+        match self.read_blob(id, &mut broken, loading).await? {
             Ok((blob, short)) => {
-                cut_short.extend(short.then_some(id));
+                loading.cut_short.extend(short.then_some(id));
                 self.blobs.insert(id, blob);
             }
             Err(reason) => {
@@ -187,6 +215,7 @@ impl<D: Device> Store<D> {
         &self,
         id: BlobId,
         found: &mut Broken,
+        loading: &mut Loading,
     ) -> Result<std::result::Result<(Blob, bool), &'static str>> {
         let description = match self.read_chain(id, found).await? {
             Ok(description) => description,
@@ -195,9 +224,9 @@ impl<D: Device> Store<D> {
         found.parent = description.internal_id(internal::PARENT);
         let chain = found.pages[1..].to_vec();
         let map = match &description.map {
-            PageTable::Runs(runs) => self.expand(runs, found).map(|map| (map, false)),
+            PageTable::Runs(runs) => self.expand(runs, found, loading).map(|map| (map, false)),
             PageTable::Table { clusters, entries } => {
-                self.read_table(*clusters, entries, found).await?
+                self.read_table(*clusters, entries, found, loading).await?
             }
         };
         Ok(map.and_then(|(map, short)| Ok((self.assemble(description, chain, map)?, short))))
@@ -244,6 +273,7 @@ impl<D: Device> Store<D> {
         &self,
         runs: &[(u32, u32)],
         found: &mut Broken,
+        loading: &mut Loading,
     ) -> std::result::Result<Map, &'static str> {
         let mut map = Map::default();
         for (first, len) in runs {
@@ -259,12 +289,10 @@ impl<D: Device> Store<D> {
             if !self.is_data(*first) || !last.is_some_and(|last| self.is_data(last)) {
                 return Err("the number of a cluster is out of range");
             }
+            loading.take(CLUSTERS, *len as usize)?;
             for (index, cluster) in (start..map.len).zip(*first..) {
                 map.set(index, cluster);
                 found.clusters.push(cluster);
-            }
-            if found.clusters.len() > self.clusters.len() {
-                return Err("the map has more clusters than the store");
             }
         }
         Ok(map)
@@ -277,10 +305,15 @@ impl<D: Device> Store<D> {
         clusters: u64,
         table: &[(u32, u32)],
         found: &mut Broken,
+        loading: &mut Loading,
     ) -> Result<std::result::Result<(Map, bool), &'static str>> {
         let numbers: Vec<u32> = table.iter().map(|e| e.0).filter(|page| *page != 0).collect();
         found.pages.extend(numbers.iter().filter(|page| **page < self.super_block.metadata.len));
-        let mut pages = self.read_pages(&numbers).await?.into_iter();
+        if let Err(reason) = loading.take(EXTENTS, numbers.len()) {
+            return Ok(Err(reason));
+        }
+        let mut chunks = numbers.chunks(TOGETHER);
+        let mut pages = Vec::new().into_iter();
         let (mut map, mut result) = (Map::default(), Ok(()));
         for (page, count) in table {
             if map.len % PER_EXTENT != 0 {
@@ -291,15 +324,24 @@ impl<D: Device> Store<D> {
                 let left = clusters.saturating_sub(map.len);
                 map.len += (u64::from(*count) * PER_EXTENT).min(left);
             } else {
+                if pages.as_slice().is_empty() {
+                    pages = self.read_pages(chunks.next().unwrap_or(&[])).await?.into_iter();
+                }
                 let entries = pages.next().flatten().and_then(|page| extents(page, group));
-                let entries = entries.unwrap_or_else(|| {
+                let Some(entries) = entries else {
+                    // The clusters of the other pages stay reserved.
                     result = Err("an extent page is damaged");
-                    vec![0; 512]
-                });
+                    map.len += PER_EXTENT;
+                    continue;
+                };
                 if !entries.iter().all(|cluster| self.is_data(*cluster)) {
                     result = Err("the number of a cluster is out of range");
                 }
-                found.clusters.extend(entries.iter().filter(|cluster| **cluster != 0));
+                let there = entries.iter().filter(|cluster| **cluster != 0);
+                if let Err(reason) = loading.take(CLUSTERS, there.clone().count()) {
+                    return Ok(Err(reason));
+                }
+                found.clusters.extend(there);
                 map.len += entries.len() as u64;
                 map.groups.insert(group, Group { page: Some(*page), entries });
             }

@@ -19,6 +19,9 @@ pub enum Place {
     Zeroes,
 }
 
+/// The longest table that is made, 512 MiB: enough for 256 TiB in clusters of 4 MiB.
+const TABLE_LONGEST: u64 = 1 << 26;
+
 const INHERITED: u64 = 1 << 63;
 const EXTERNAL: u64 = 1 << 62;
 
@@ -99,13 +102,16 @@ impl<D: Device> Store<D> {
         Ok(if let Parent::External(id) = parent { Some(id) } else { None })
     }
 
-    /// The places of all clusters of a blob. Takes 8 bytes for each.
+    /// The places of all clusters of a blob. Takes 8 bytes for each. Fails for a blob of more than
+    /// 2^26 clusters.
     pub fn places(&self, id: BlobId) -> Result<Places> {
         let mut blob = self.blob(id)?;
-        let too_large = |_| Error::Invalid("the blob is too large for a table");
-        let len = usize::try_from(blob.map.len).map_err(|_| Error::Invalid("too large"))?;
+        let too_large = Error::Invalid("the blob is too large for a table");
+        let len = usize::try_from(blob.map.len.min(TABLE_LONGEST + 1)).unwrap_or(usize::MAX);
         let mut table = Vec::new();
-        table.try_reserve_exact(len).map_err(too_large)?;
+        if blob.map.len > TABLE_LONGEST || table.try_reserve_exact(len).is_err() {
+            return Err(too_large);
+        }
         table.resize(len, 0);
         let mut visible = blob.map.len;
         fill(&mut table, visible, &blob.map, 0);
