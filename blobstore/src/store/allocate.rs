@@ -206,8 +206,8 @@ impl<D: Device> Store<D> {
         }
     }
 
-    /// Claims clusters, fills and commits them. Returns their numbers. If the future is dropped, the
-    /// store must be loaded again, as what was being written may still reach the clusters.
+    /// Claims clusters, fills and commits them. Returns their numbers. If the future is dropped,
+    /// the store must be loaded again, as what was being written may still reach the clusters.
     pub async fn allocate(&mut self, id: BlobId, indices: &[u64]) -> Result<Vec<u64>> {
         let wanted: Vec<Wanted> =
             indices.iter().map(|index| Wanted { index: *index, whole: false }).collect();

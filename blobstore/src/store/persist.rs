@@ -62,8 +62,8 @@ impl<D: Device> Store<D> {
         Ok(u32::try_from(page).expect("the region has a length of 32 bits"))
     }
 
-    /// Whether `extra` extent pages and a new chain of a blob, with up to `bytes` more of attributes
-    /// or runs, find room.
+    /// Whether `extra` extent pages and a new chain of a blob, with up to `bytes` more of
+    /// attributes or runs, find room.
     pub(super) fn has_room(&self, id: BlobId, extra: usize, bytes: usize) -> Result<()> {
         // The root is written in place.
         let chain = self.blob(id)?.description().pages().len() - 1;
