@@ -1,4 +1,4 @@
-//! An export: a bdev on a Unix socket.
+//! An export: a bdev on a Unix socket, or in `kernel` at the NBD driver.
 
 use std::fs;
 use std::io;
@@ -66,7 +66,7 @@ impl StartError {
     }
 }
 
-/// A bdev that is exported on a Unix socket. Dropping it stops it.
+/// A bdev that is exported. Dropping it stops it.
 pub struct Export {
     shared: Arc<Shared>,
 }
@@ -126,7 +126,11 @@ impl Export {
             shared.listen(listener);
             drop(file);
         })?;
-        Ok(Self { shared })
+        Ok(Self::of(shared))
+    }
+
+    pub(crate) fn of(shared: Arc<Shared>) -> Self {
+        Self { shared }
     }
 
     /// Returns whether it exports this bdev.
@@ -135,14 +139,14 @@ impl Export {
         self.shared.state().bdev.as_ref().is_some_and(|own| Arc::ptr_eq(own, bdev))
     }
 
-    /// The number of connected clients.
+    /// The number of clients that are connected to a socket.
     #[must_use]
     pub fn clients(&self) -> usize {
         self.shared.threads.load(Ordering::Relaxed).saturating_sub(1)
     }
 
-    /// Closes the connections. The threads end when their I/O has ended; one of them removes the
-    /// socket. Does not wait.
+    /// Closes the connections. The threads end when their I/O has ended; one of them removes a
+    /// socket's file. Does not wait.
     pub fn stop(&self) {
         self.shared.stop();
     }
@@ -350,13 +354,5 @@ impl Shared {
 
     pub(crate) fn account(&self) -> &Account {
         &self.account
-    }
-
-    pub(crate) fn has_threads(&self) -> bool {
-        self.threads.load(Ordering::Acquire) > 0
-    }
-
-    pub(crate) fn holds(&self, bdev: &Arc<dyn Bdev>) -> bool {
-        self.state().bdev.as_ref().is_some_and(|own| Arc::ptr_eq(own, bdev))
     }
 }

@@ -12,12 +12,11 @@ use std::sync::Arc;
 use std::thread;
 
 use bdev::Bdev;
-use nbd::protocol::transmission;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tracing::debug;
 
 use crate::connection::Client;
-use crate::export::{Shared, StartError};
+use crate::export::{Export, Shared, StartError};
 use crate::held::Held;
 use crate::negotiation::Chosen;
 
@@ -31,11 +30,6 @@ const NBD_SET_FLAGS: libc::Ioctl = 0xab0a;
 /// The number of devices that the driver can have.
 const DEVICES_MAX: u32 = 1 << 16;
 
-/// A bdev that is exported to the kernel. Dropping it stops it.
-pub struct KernelExport {
-    shared: Arc<Shared>,
-}
-
 /// Returns the first device of the driver that is not in use, below `/sys/block` and `/dev`.
 #[must_use]
 pub fn first_free_device(sys_block: &Path, dev: &Path) -> Option<PathBuf> {
@@ -47,14 +41,14 @@ pub fn first_free_device(sys_block: &Path, dev: &Path) -> Option<PathBuf> {
         .map(|name| dev.join(name))
 }
 
-impl KernelExport {
-    /// Exports the bdev as the block device that `device` has open for writing. `on_end` is called
-    /// when the export has ended and holds the bdev no more.
+impl Export {
+    /// Exports the bdev to the kernel, as the block device that `device` has open for writing.
+    /// `on_end` is called when the export has ended and holds the bdev no more.
     ///
     /// # Errors
     /// EBUSY if the device is in use; EPERM without CAP_SYS_ADMIN, or in the sandbox; ENOTTY if it
     /// is another kind of device.
-    pub fn start(
+    pub fn start_kernel(
         bdev: Arc<dyn Bdev>,
         read_only: bool,
         device: File,
@@ -88,51 +82,21 @@ impl KernelExport {
             drop((kernels, device));
         };
         match thread::Builder::new().name("vhost-nbd-dev".into()).spawn(run) {
-            Ok(_) => Ok(Self { shared }),
+            Ok(_) => Ok(Self::of(shared)),
             Err(source) => {
                 shared.stop();
                 Err(system(source))
             }
         }
     }
-
-    /// Returns whether it exports this bdev.
-    #[must_use]
-    pub fn exports(&self, bdev: &Arc<dyn Bdev>) -> bool {
-        self.shared.holds(bdev)
-    }
-
-    /// Ends the connection to the kernel. I/O of the device's users fails from now on. Does not
-    /// wait.
-    pub fn stop(&self) {
-        self.shared.stop();
-    }
-
-    /// Returns whether it has ended, and holds the bdev no more.
-    #[must_use]
-    pub fn has_ended(&self) -> bool {
-        !self.shared.has_threads()
-    }
-}
-
-impl Drop for KernelExport {
-    fn drop(&mut self) {
-        self.stop();
-    }
 }
 
 fn set_properties(device: RawFd, shared: &Shared) -> io::Result<()> {
     let properties = shared.properties();
-    let when = |condition, flag: u16| if condition { flag } else { 0 };
-    let flags = transmission::HAS_FLAGS
-        | when(properties.read_only, transmission::READ_ONLY)
-        | when(properties.flush, transmission::SEND_FLUSH | transmission::SEND_FUA)
-        | when(properties.unmap && !properties.read_only, transmission::SEND_TRIM)
-        | when(properties.write_zeroes && !properties.read_only, transmission::SEND_WRITE_ZEROES);
     let blocks = properties.size / u64::from(properties.block_size);
     ioctl(device, NBD_SET_BLKSIZE, properties.block_size.into())?;
     ioctl(device, NBD_SET_SIZE_BLOCKS, blocks)?;
-    ioctl(device, NBD_SET_FLAGS, flags.into())
+    ioctl(device, NBD_SET_FLAGS, properties.flags().into())
 }
 
 fn ioctl(device: RawFd, request: libc::Ioctl, argument: libc::c_ulong) -> io::Result<()> {

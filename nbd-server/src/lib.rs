@@ -28,5 +28,5 @@ mod export;
 mod kernel;
 
 pub use export::{Export, StartError};
-pub use kernel::{KernelExport, first_free_device};
+pub use kernel::first_free_device;
 pub use properties::Properties;

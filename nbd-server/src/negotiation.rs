@@ -275,17 +275,10 @@ impl<'a> Negotiation<'a> {
     }
 
     fn flags(&self) -> u16 {
-        let Properties { read_only, flush, unmap, write_zeroes, .. } = *self.properties;
-        let when = |condition, flags| if condition { flags } else { 0 };
-        transmission::HAS_FLAGS
-            // A flush of a bdev covers the completed writes of all channels.
-            | transmission::CAN_MULTI_CONN
-            | when(read_only, transmission::READ_ONLY)
-            | when(flush, transmission::SEND_FLUSH | transmission::SEND_FUA)
-            | when(unmap && !read_only, transmission::SEND_TRIM)
-            | when(write_zeroes && !read_only, transmission::SEND_WRITE_ZEROES)
-            // A read has one chunk in any case.
-            | when(self.chosen.structured, transmission::SEND_DF)
+        // A read has one chunk in any case.
+        let of_client = if self.chosen.structured { transmission::SEND_DF } else { 0 };
+        // A flush of a bdev covers the completed writes of all channels.
+        self.properties.flags() | transmission::CAN_MULTI_CONN | of_client
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) {

@@ -1,6 +1,7 @@
 //! What an export tells its clients about its bdev.
 
 use bdev::{Bdev, Features};
+use nbd::protocol::transmission;
 
 /// What an export tells its clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,5 +33,16 @@ impl Properties {
             unmap,
             write_zeroes,
         }
+    }
+
+    /// Returns the transmission flags that do not depend on the client.
+    pub(crate) fn flags(&self) -> u16 {
+        let Self { read_only, flush, unmap, write_zeroes, .. } = *self;
+        let when = |condition, flags| if condition { flags } else { 0 };
+        transmission::HAS_FLAGS
+            | when(read_only, transmission::READ_ONLY)
+            | when(flush, transmission::SEND_FLUSH | transmission::SEND_FUA)
+            | when(unmap && !read_only, transmission::SEND_TRIM)
+            | when(write_zeroes && !read_only, transmission::SEND_WRITE_ZEROES)
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::bdev::{Access, Bdev, Claim, ClaimKind};
-use nbd_server::{Export, KernelExport, StartError};
+use nbd_server::{Export, StartError};
 use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -57,37 +57,9 @@ struct Exported {
     device: String,
     bdev_name: String,
     readonly: bool,
-    server: Server,
+    export: Export,
     /// Held until the last I/O has ended.
     _claim: Claim,
-}
-
-enum Server {
-    Socket(Export),
-    Kernel(KernelExport),
-}
-
-impl Server {
-    fn exports(&self, bdev: &Arc<dyn Bdev>) -> bool {
-        match self {
-            Self::Socket(export) => export.exports(bdev),
-            Self::Kernel(export) => export.exports(bdev),
-        }
-    }
-
-    fn stop(&self) {
-        match self {
-            Self::Socket(export) => export.stop(),
-            Self::Kernel(export) => export.stop(),
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        match self {
-            Self::Socket(export) => export.has_ended(),
-            Self::Kernel(export) => export.has_ended(),
-        }
-    }
 }
 
 impl Exports {
@@ -108,11 +80,11 @@ impl Exports {
     /// Stops the exports of a bdev that is being removed. They release it when their I/O has ended.
     pub(super) fn remove_bdev(&self, bdev: &Arc<dyn Bdev>) {
         let (gone, stay) =
-            self.started.take().into_iter().partition(|one| one.server.exports(bdev));
+            self.started.take().into_iter().partition(|one| one.export.exports(bdev));
         self.started.replace(stay);
         for export in Vec::<Rc<Exported>>::into_iter(gone) {
             info!("NBD export {}: bdev {} was removed", export.device, export.bdev_name);
-            export.server.stop();
+            export.export.stop();
         }
     }
 
@@ -121,8 +93,8 @@ impl Exports {
     pub(crate) async fn stop_all(&self, control: &Control) {
         let mut changed = control.changed();
         let exports = self.started.take();
-        exports.iter().for_each(|one| one.server.stop());
-        while !exports.iter().all(|one| one.server.has_ended()) {
+        exports.iter().for_each(|one| one.export.stop());
+        while !exports.iter().all(|one| one.export.has_ended()) {
             let _ = changed.changed().await;
         }
     }
@@ -183,33 +155,32 @@ async fn start(app: Rc<App>, params: Params) -> Answer {
         Way::Socket(path) => {
             let on_bound = |path: &Path| on_bound(path);
             Export::start(exported, readonly, &path, on_bound, on_end)
-                .map(Server::Socket)
                 .map_err(|e| (e.errno(), e.to_string()))
         }
         Way::Device(path) => {
             let file =
                 opener.open(&path, Access::ReadWrite).map_err(|e| (e.errno(), e.to_string()))?;
-            let started = KernelExport::start(exported, readonly, file, on_end);
-            started.map(Server::Kernel).map_err(|e| (e.errno(), hint(&e)))
+            let started = Export::start_kernel(exported, readonly, file, on_end);
+            started.map_err(|e| (e.errno(), hint(&e)))
         }
     });
-    let server = match started.await {
-        Ok(server) => server,
+    let export = match started.await {
+        Ok(export) => export,
         // SPDK's code for an address in use.
         Err((libc::EADDRINUSE, text)) => return Err(failed(libc::EBUSY, text)),
         Err((errno, text)) => return Err(failed(errno, text)),
     };
-    let export = Exported { device, bdev_name, readonly: p.readonly, server, _claim: claim };
+    let exported = Exported { device, bdev_name, readonly: p.readonly, export, _claim: claim };
     if !app.bdevs.holds(&bdev) {
         // The bdev was deleted meanwhile; the deletion did not see the export.
-        export.server.stop();
+        exported.export.stop();
         drop(bdev);
         app.control.notify();
-        return Err(failed(libc::ENODEV, format!("bdev {} was deleted", export.bdev_name)));
+        return Err(failed(libc::ENODEV, format!("bdev {} was deleted", exported.bdev_name)));
     }
-    info!("NBD export {}: bdev {}", export.device, export.bdev_name);
-    let device = export.device.clone();
-    app.exports.started.borrow_mut().push(Rc::new(export));
+    info!("NBD export {}: bdev {}", exported.device, exported.bdev_name);
+    let device = exported.device.clone();
+    app.exports.started.borrow_mut().push(Rc::new(exported));
     Ok(device.into())
 }
 
@@ -265,12 +236,12 @@ async fn stop(app: Rc<App>, params: Params) -> Answer {
         return Err(RpcError::errno(libc::ENODEV));
     };
     app.exports.started.borrow_mut().retain(|one| !Rc::ptr_eq(one, &export));
-    export.server.stop();
+    export.export.stop();
     params.let_next_start();
     let mut changed = app.control.changed();
     // A task of its own, which also holds the claim: the I/O may never end.
     let ended = tokio::task::spawn_local(async move {
-        while !export.server.has_ended() {
+        while !export.export.has_ended() {
             let _ = changed.changed().await;
         }
     });
@@ -300,9 +271,9 @@ fn get(app: &App, params: &Params) -> Answer {
         .filter(|one| wanted.as_ref().is_none_or(|name| *name == one.device))
         .map(|one| {
             let mut shown = json!({ "nbd_device": one.device, "bdev_name": one.bdev_name });
-            if let Server::Socket(export) = &one.server {
+            if one.device.starts_with(SOCKET) {
                 // Not in SPDK.
-                shown["clients"] = export.clients().into();
+                shown["clients"] = one.export.clients().into();
             }
             shown
         })
