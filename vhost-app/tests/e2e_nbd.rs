@@ -4,15 +4,15 @@
 
 mod harness;
 mod nbdkit;
+mod verified_load;
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 
-use bench::{Load, LoadOptions};
-use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use harness::{Launch, Refusal, Vhost, wait_until};
 use nbdkit::Nbdkit;
 use serde_json::{Value, json};
+use verified_load::{end, goes_on, guest};
 
 const BYTES: u64 = 32 << 20;
 
@@ -24,38 +24,6 @@ fn create(vhost: &Vhost, server: &Nbdkit, name: &str) {
 fn is_connected(vhost: &Vhost, name: &str) -> bool {
     let shown = &vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0];
     shown["driver_specific"]["nbd"]["connected"].as_bool().unwrap()
-}
-
-/// A guest that writes, reads and compares, with `queues` queues.
-fn guest(vhost: &Vhost, bdev: &str, queues: usize) -> (FrontEnd, Load) {
-    let controller = format!("of-{bdev}");
-    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": controller, "dev_name": bdev}));
-    let ram = GuestRam::new(&[32 << 20]).unwrap();
-    let socket = vhost.socket(&controller);
-    let mut front_end = FrontEnd::connect(&socket, ram, Options::default()).unwrap();
-    let queues = front_end.start_any(queues, QueueOptions::default()).unwrap();
-    let options = LoadOptions { blocks: 0..256, ..LoadOptions::default() };
-    (front_end, Load::start(queues, options).unwrap())
-}
-
-/// Reads and writes that a bdev has completed.
-fn done(vhost: &Vhost, name: &str) -> u64 {
-    let answer = vhost.ok("bdev_get_iostat", json!({ "names": [name] }));
-    let number = |key: &str| answer["bdevs"][0][key].as_u64().unwrap();
-    number("num_read_ops") + number("num_write_ops")
-}
-
-/// Waits until a bdev has completed some hundred more I/Os.
-fn goes_on(vhost: &Vhost, name: &str) {
-    let before = done(vhost, name);
-    wait_until("the load goes on", || done(vhost, name) > before + 500);
-}
-
-fn end((front_end, load): (FrontEnd, Load)) {
-    let (summary, _) = load.stop().unwrap();
-    assert_eq!(summary.first_problem, None);
-    assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
-    front_end.disconnect().unwrap();
 }
 
 #[test]

@@ -4,14 +4,14 @@
 
 mod harness;
 mod storage_daemon;
+mod verified_load;
 
 use std::os::unix::net::UnixListener;
 
-use bench::{Load, LoadOptions};
-use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use harness::{Launch, Refusal, Vhost, wait_until};
 use serde_json::{Value, json};
 use storage_daemon::StorageDaemon;
+use verified_load::{end, goes_on, guest};
 
 const BYTES: u64 = 32 << 20;
 
@@ -23,38 +23,6 @@ fn attach(vhost: &Vhost, server: &StorageDaemon, name: &str) {
 
 fn specific(vhost: &Vhost, name: &str) -> Value {
     vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0]["driver_specific"]["virtio"].clone()
-}
-
-/// A guest that writes, reads and compares, with `queues` queues.
-fn guest(vhost: &Vhost, bdev: &str, queues: usize) -> (FrontEnd, Load) {
-    let controller = format!("of-{bdev}");
-    vhost.ok("vhost_create_blk_controller", json!({"ctrlr": controller, "dev_name": bdev}));
-    let ram = GuestRam::new(&[32 << 20]).unwrap();
-    let socket = vhost.socket(&controller);
-    let mut front_end = FrontEnd::connect(&socket, ram, Options::default()).unwrap();
-    let queues = front_end.start_any(queues, QueueOptions::default()).unwrap();
-    let options = LoadOptions { blocks: 0..256, ..LoadOptions::default() };
-    (front_end, Load::start(queues, options).unwrap())
-}
-
-/// Reads and writes that a bdev has completed.
-fn done(vhost: &Vhost, name: &str) -> u64 {
-    let answer = vhost.ok("bdev_get_iostat", json!({ "names": [name] }));
-    let number = |key: &str| answer["bdevs"][0][key].as_u64().unwrap();
-    number("num_read_ops") + number("num_write_ops")
-}
-
-/// Waits until a bdev has completed some hundred more I/Os.
-fn goes_on(vhost: &Vhost, name: &str) {
-    let before = done(vhost, name);
-    wait_until("the load goes on", || done(vhost, name) > before + 500);
-}
-
-fn end((front_end, load): (FrontEnd, Load)) {
-    let (summary, _) = load.stop().unwrap();
-    assert_eq!(summary.first_problem, None);
-    assert_eq!((summary.errors, summary.mismatches, summary.outstanding), (0, 0, 0));
-    front_end.disconnect().unwrap();
 }
 
 #[test]
