@@ -37,6 +37,9 @@ pub mod stats;
 mod geometry;
 mod topology;
 
+mod cuts;
+mod wake_set;
+
 mod available;
 
 mod durability;
@@ -67,6 +70,7 @@ pub use control::{
     Aside, BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
     Reservation, account_name, life, method, module,
 };
+pub use cuts::Cuts;
 pub use durability::Durability;
 pub use error::Error;
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
@@ -93,5 +97,6 @@ pub use stats::{Counters, HistogramOptions, Latencies, OpCounts, Stats, Sums, Us
 pub use taken::{Taken, TryTaken};
 pub use thread_channel::{Buffer, EndedRequest, Request, Rights, ThreadChannel};
 pub use topology::Topology;
+pub use wake_set::WakeSet;
 pub use waker::Waker;
 pub use wrapper::{Wrapped, Wrapper, derived_uuid};

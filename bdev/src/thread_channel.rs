@@ -7,18 +7,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::bdev_channel::BdevChannel;
 use crate::contract::{Bdev, Channel, Granted, Lease, Wait};
 use crate::error::Error;
 use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
+use crate::wake_set::WakeSet;
 
 /// The alignment of [`Buffer`]s: direct I/O of every known device accepts it.
 const ALIGNMENT: usize = 4096;
@@ -150,7 +149,7 @@ pub struct ThreadChannel {
     /// I/Os that have ended.
     ended: VecDeque<EndedRequest>,
     /// Reports the channel's wake fds.
-    wakes: OwnedFd,
+    wakes: WakeSet,
     /// Released after the channel was closed.
     _leases: Leases,
 }
@@ -167,7 +166,8 @@ impl ThreadChannel {
         };
         let channel = BdevChannel::open(bdev, depth)?;
         let system = |source| Error::System { what: bdev.name().to_owned(), source };
-        let wakes = watch(&channel).map_err(system)?;
+        let wakes = WakeSet::new().map_err(system)?;
+        wakes.add(channel.wake_fds()).map_err(system)?;
         Ok(Self {
             channel,
             slots: (0..depth).map(|_| None).collect(),
@@ -290,7 +290,8 @@ impl ThreadChannel {
         };
         let left = deadline.map(|time| time.saturating_duration_since(Instant::now()));
         let until = until.into_iter().chain(left).min();
-        let mut fds = vec![PollFd::new(&self.wakes, PollFlags::IN)];
+        let wakes = self.wakes.fd();
+        let mut fds = vec![PollFd::from_borrowed_fd(wakes, PollFlags::IN)];
         fds.extend(others.iter().cloned());
         let until = until.map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
@@ -300,10 +301,8 @@ impl ThreadChannel {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        // Edge-triggered: an event that arrives from now on makes the next call return.
-        let mut events = [const { std::mem::MaybeUninit::uninit() }; 4];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let _ = epoll::wait(&self.wakes, &mut events, Some(&now));
+        // An event that arrives from now on makes the next call return.
+        self.wakes.clear();
         others.clone_from_slice(&fds[1..]);
         Ok(())
     }
@@ -348,16 +347,6 @@ impl Drop for ThreadChannel {
             let _ = self.sleep(&mut []);
         }
     }
-}
-
-/// Makes an epoll instance for the wake fds of a channel, edge-triggered: nobody reads the fds.
-fn watch(channel: &BdevChannel) -> io::Result<OwnedFd> {
-    let wakes = epoll::create(CreateFlags::CLOEXEC)?;
-    for fd in channel.wake_fds() {
-        let fd: BorrowedFd<'_> = fd.as_fd();
-        epoll::add(&wakes, fd, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
-    }
-    Ok(wakes)
 }
 
 /// The leases of a bdev's storage, released when dropped.
