@@ -154,6 +154,18 @@ pub unsafe fn zero(to: *mut u8, len: usize) {
     unsafe { ptr::write_bytes(to, 0, len) }
 }
 
+/// Fills `len` bytes of the segments, from byte `skip` on, with zeroes. Returns whether the segments
+/// were long enough.
+///
+/// # Safety
+/// The segments are writable.
+pub unsafe fn clear(segments: &[Segment], skip: u64, len: usize) -> bool {
+    for_each_piece(segments, skip, len, |at, _, n| {
+        // SAFETY: the piece lies within a segment, which the caller guarantees to be valid.
+        unsafe { zero(at, n) }
+    })
+}
+
 /// Flips the bits of `mask` in byte `at` of the segments, if they are long enough.
 ///
 /// # Safety

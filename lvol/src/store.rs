@@ -1,0 +1,674 @@
+//! An open store: its volumes, and the operations of operators on them.
+//!
+//! One lock protects the store's metadata. Operators' operations run on threads that may block, and
+//! the store's own thread ([`crate::thread`]) allocates and releases clusters for guests. Reactors
+//! never take the lock: they read each volume's table. An operation that frees clusters first
+//! removes them from the tables and waits for a grace period.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bdev::{Bdev, Error, Grace, Rights, Waker};
+use blobstore::format::Clear;
+use blobstore::lvs::{Lvs, NewVolume};
+use blobstore::store::StoreOptions;
+use blobstore::{BlobId, Parent, Place};
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use crate::device::Base;
+use crate::facts::{Facts, StoreFacts, VolumeFacts};
+use crate::thread::{self as store_thread, Link};
+use crate::volume::Volume;
+
+/// The interval at which a thread looks whether earlier I/O has ended.
+const GRACE_INTERVAL: Duration = Duration::from_micros(200);
+/// The time for which closing a store waits for an operation under way to end by itself.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// An open store. Dropping it does not close it: [`LvStore::close`] does.
+pub struct LvStore {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// What the channels, the threads and the operations of a store share.
+pub(crate) struct Shared {
+    pub(crate) base_name: String,
+    pub(crate) cluster_size: u64,
+    pub(crate) block_size: u32,
+    core: Mutex<Core>,
+    pub(crate) grace: Grace,
+    /// The channels of all volumes.
+    pub(crate) links: Mutex<Vec<Arc<Link>>>,
+    /// Wakes the store's thread.
+    pub(crate) waker: Waker,
+    pub(crate) closed: AtomicBool,
+    facts: Mutex<Arc<Facts>>,
+    free_clusters: AtomicU64,
+}
+
+/// What the lock protects.
+pub(crate) struct Core {
+    base: Base,
+    /// `None`: it could not be loaded again after a failure, or is closed.
+    lvs: Option<Lvs<Base>>,
+    volumes: BTreeMap<BlobId, Arc<Volume>>,
+}
+
+/// How a store is made.
+#[derive(Clone, Debug)]
+pub struct NewStore {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Bytes of a cluster.
+    pub cluster_size: u32,
+    /// Pages of metadata for each 100 clusters.
+    pub pages_per_hundred_clusters: u32,
+    /// What is done to the base's content.
+    pub clear: Clear,
+}
+
+fn of(name: &str, e: &blobstore::Error) -> Error {
+    let source = std::io::Error::from_raw_os_error(e.errno());
+    Error::System { what: format!("{name}: {e}"), source }
+}
+
+impl LvStore {
+    /// Makes a store on a bdev, whose content is lost. Blocks.
+    ///
+    /// # Errors
+    /// EINVAL for a bad name or size; the base's error.
+    pub fn create(bdev: &Arc<dyn Bdev>, new: &NewStore) -> Result<Self, Error> {
+        let base = Base::open(bdev, Rights::Write)?;
+        let options = StoreOptions {
+            cluster_size: new.cluster_size,
+            pages_per_hundred_clusters: new.pages_per_hundred_clusters,
+            clear: new.clear,
+            ..StoreOptions::default()
+        };
+        let made = base.run(Lvs::create(base.clone(), &new.name, new.uuid, options));
+        Self::start(bdev, base, made.map_err(|e| of(&new.name, &e))?)
+    }
+
+    /// Opens the store of a bdev. Blocks. `None`: there is no store.
+    ///
+    /// # Errors
+    /// The store is damaged, or the base fails.
+    pub fn load(bdev: &Arc<dyn Bdev>) -> Result<Option<Self>, Error> {
+        let read_only = bdev.features().read_only;
+        let base = Base::open(bdev, if read_only { Rights::Read } else { Rights::Write })?;
+        match base.run(Lvs::load(base.clone(), read_only)) {
+            Ok(lvs) => Self::start(bdev, base, lvs).map(Some),
+            Err(blobstore::Error::NotAStore(_) | blobstore::Error::OtherType) => Ok(None),
+            Err(e) => Err(of(bdev.name(), &e)),
+        }
+    }
+
+    fn start(bdev: &Arc<dyn Bdev>, base: Base, lvs: Lvs<Base>) -> Result<Self, Error> {
+        let super_block = lvs.store().super_block();
+        let system = |source| Error::System { what: bdev.name().to_owned(), source };
+        let shared = Arc::new(Shared {
+            base_name: bdev.name().to_owned(),
+            cluster_size: lvs.store().cluster_size(),
+            block_size: super_block.io_unit_size().max(bdev.block_size()),
+            core: Mutex::new(Core { base, lvs: Some(lvs), volumes: BTreeMap::new() }),
+            grace: Grace::default(),
+            links: Mutex::default(),
+            waker: Waker::new().map_err(system)?,
+            closed: AtomicBool::new(false),
+            facts: Mutex::default(),
+            free_clusters: AtomicU64::new(0),
+        });
+        {
+            let mut core = shared.lock();
+            core.refresh(&shared, None);
+        }
+        store_thread::start(&shared).map_err(system)?;
+        Ok(Self { shared })
+    }
+
+    /// What is known of it. Does not wait for operations under way.
+    #[must_use]
+    pub fn facts(&self) -> Facts {
+        let facts = Arc::clone(&self.shared.lock_facts());
+        let mut facts = Facts::clone(&facts);
+        facts.store.free_clusters = self.shared.free_clusters.load(Ordering::Relaxed);
+        for volume in &mut facts.volumes {
+            volume.allocated = volume.shared.allocated.load(Ordering::Relaxed);
+        }
+        facts
+    }
+
+    /// Creates a volume. Blocks, as all operations that follow.
+    ///
+    /// # Errors
+    /// EEXIST for a name in use, EINVAL for a bad one, ENOSPC; the base's error.
+    pub fn create_volume(&self, new: &NewVolume<'_>) -> Result<BlobId, Error> {
+        let new = new.clone();
+        self.shared.change(&[], |lvs, base| base.run(lvs.create_volume(new)))
+    }
+
+    /// Takes a snapshot. Writes of the volume that would change its clusters wait meanwhile.
+    ///
+    /// # Errors
+    /// As [`LvStore::create_volume`]; EINVAL if the volume is read-only.
+    pub fn snapshot(&self, id: BlobId, name: &str, uuid: Uuid) -> Result<BlobId, Error> {
+        let mut core = self.shared.lock();
+        if let (Some(volume), Some(lvs)) = (core.volumes.get(&id), &core.lvs)
+            && lvs.store().blob(id).is_ok_and(blobstore::Blob::writable)
+        {
+            volume.keep_from_writing();
+            self.shared.wait_for_io()?;
+        }
+        core.change(&self.shared, &[id], |lvs, base| base.run(lvs.snapshot(id, name, uuid)))
+    }
+
+    /// Makes a clone of a snapshot.
+    ///
+    /// # Errors
+    /// As [`LvStore::create_volume`]; EINVAL if the volume is not read-only.
+    pub fn clone_volume(&self, id: BlobId, name: &str, uuid: Uuid) -> Result<BlobId, Error> {
+        self.shared.change(&[], |lvs, base| base.run(lvs.clone_volume(id, name, uuid)))
+    }
+
+    /// Makes a clone, of this many clusters, of the bdev with UUID `external`.
+    ///
+    /// # Errors
+    /// As [`LvStore::create_volume`].
+    pub fn clone_external(
+        &self,
+        external: Uuid,
+        clusters: u64,
+        name: &str,
+        uuid: Uuid,
+    ) -> Result<BlobId, Error> {
+        self.shared
+            .change(&[], |lvs, base| base.run(lvs.clone_external(external, clusters, name, uuid)))
+    }
+
+    /// Renames a volume.
+    ///
+    /// # Errors
+    /// As [`LvStore::create_volume`]; EPERM for a snapshot.
+    pub fn rename(&self, id: BlobId, name: &str) -> Result<(), Error> {
+        self.shared.change(&[], |lvs, base| base.run(lvs.rename(id, name)))
+    }
+
+    /// Renames the store.
+    ///
+    /// # Errors
+    /// EINVAL for a bad name; the base's error.
+    pub fn rename_store(&self, name: &str) -> Result<(), Error> {
+        self.shared.change(&[], |lvs, base| base.run(lvs.rename_store(name)))
+    }
+
+    /// Deletes a volume that has no bdev any more.
+    ///
+    /// # Errors
+    /// ENOENT; EPERM if it has more than one clone; the base's error.
+    pub fn delete(&self, id: BlobId) -> Result<(), Error> {
+        let mut core = self.shared.lock();
+        let touched = core.descendants(id);
+        if let Some(volume) = core.volumes.get(&id) {
+            volume.clusters.store(0, Ordering::Release);
+        }
+        // Also of other volumes: they may still read what they inherited from it once.
+        self.shared.wait_for_io()?;
+        core.change(&self.shared, &touched, |lvs, base| base.run(lvs.delete(id)))
+    }
+
+    /// Changes the size of a volume, in clusters. A smaller size is refused while channels are open.
+    ///
+    /// # Errors
+    /// EBUSY; EPERM for a snapshot; ENOSPC; the base's error.
+    pub fn resize(&self, id: BlobId, clusters: u64) -> Result<(), Error> {
+        let mut core = self.shared.lock();
+        if let Some(volume) = core.volumes.get(&id)
+            && clusters < volume.clusters.load(Ordering::Relaxed)
+        {
+            if volume.channels.load(Ordering::SeqCst) > 0 {
+                return Err(Error::Busy(format!("{volume}: it is in use")));
+            }
+            // A channel that is opened meanwhile does no I/O beyond.
+            volume.clusters.store(clusters, Ordering::Release);
+            self.shared.wait_for_io()?;
+        }
+        core.change(&self.shared, &[id], |lvs, base| base.run(lvs.store_mut().resize(id, clusters)))
+    }
+
+    /// Makes a volume read-only, for ever.
+    ///
+    /// # Errors
+    /// The base's error.
+    pub fn set_read_only(&self, id: BlobId) -> Result<(), Error> {
+        let mut core = self.shared.lock();
+        if let Some(volume) = core.volumes.get(&id) {
+            volume.read_only.store(true, Ordering::Release);
+            volume.keep_from_writing();
+            self.shared.wait_for_io()?;
+        }
+        core.change(&self.shared, &[id], |lvs, base| base.run(lvs.store_mut().set_read_only(id)))
+    }
+
+    /// Allocates all clusters of a volume and makes it independent of its parent. Guests' I/O and
+    /// other operations go on.
+    ///
+    /// # Errors
+    /// ENOSPC; EPERM for a snapshot; the base's error.
+    pub fn inflate(&self, id: BlobId) -> Result<(), Error> {
+        self.copy_from_parent(id, false)
+    }
+
+    /// Copies what a volume inherits from its parent, and makes it a clone of that one's parent.
+    ///
+    /// # Errors
+    /// EINVAL if it has no parent; otherwise as [`LvStore::inflate`].
+    pub fn decouple(&self, id: BlobId) -> Result<(), Error> {
+        self.copy_from_parent(id, true)
+    }
+
+    fn copy_from_parent(&self, id: BlobId, decouple: bool) -> Result<(), Error> {
+        let mut from = 0;
+        let mut first = true;
+        loop {
+            let mut core = self.shared.lock();
+            let Some(lvs) = &core.lvs else { return Err(core.failed(&self.shared)) };
+            let store = lvs.store();
+            let result = store.blob(id).and_then(|blob| match blob.parent() {
+                _ if blob.flags().read_only() => {
+                    Err(blobstore::Error::NotPermitted("the volume is read-only"))
+                }
+                Parent::None if decouple => Err(blobstore::Error::Invalid("it has no parent")),
+                Parent::External(_) => Ok(false),
+                Parent::None | Parent::Blob(_) => Ok(decouple),
+            });
+            let decouple = result.map_err(|e| self.shared.of(&e))?;
+            if !decouple && store.blob(id).is_ok_and(|blob| !blob.flags().thin()) {
+                return Ok(());
+            }
+            let limit = if first { usize::MAX } else { BATCH };
+            let missing = store.missing(id, decouple, from, limit);
+            let mut missing = missing.map_err(|e| self.shared.of(&e))?;
+            if missing.len() as u64 > store.free_clusters() {
+                return Err(self.shared.of(&blobstore::Error::NoSpace("clusters")));
+            }
+            first = false;
+            missing.truncate(BATCH);
+            if let Some(last) = missing.last() {
+                from = last + 1;
+                core.allocate(&self.shared, id, &missing)?;
+                drop(core);
+                // Guests that wait for a cluster come first.
+                thread::yield_now();
+                continue;
+            }
+            let touched = core.descendants(id);
+            let mut stale = false;
+            let ended = core.change(&self.shared, &touched, |lvs, base| {
+                let store = lvs.store_mut();
+                let ended = if decouple {
+                    base.run(store.decouple_end(id))
+                } else {
+                    base.run(store.inflate_end(id))
+                };
+                stale = ended == Err(blobstore::Error::Stale);
+                ended
+            });
+            if !stale {
+                return ended;
+            }
+            // A guest has given clusters back meanwhile.
+            from = 0;
+        }
+    }
+
+    /// Makes a snapshot the parent of a volume of the same size.
+    ///
+    /// # Errors
+    /// EINVAL if it is none; EEXIST if it is the parent already.
+    pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
+        self.shared.change(&[id], |lvs, base| base.run(lvs.store_mut().set_parent(id, parent)))
+    }
+
+    /// Makes the bdev with UUID `external` the parent of a volume.
+    ///
+    /// # Errors
+    /// EINVAL if the volume is not thin; EEXIST if it is the parent already.
+    pub fn set_external_parent(&self, id: BlobId, external: Uuid) -> Result<(), Error> {
+        let mut name = external.to_string().into_bytes();
+        name.push(0);
+        self.shared
+            .change(&[id], |lvs, base| base.run(lvs.store_mut().set_external_parent(id, name)))
+    }
+
+    /// Makes use of a base that has grown.
+    ///
+    /// # Errors
+    /// ENOSPC if the store's masks have no room for it; the base's error.
+    pub fn grow(&self) -> Result<(), Error> {
+        self.shared.change(&[], |lvs, base| base.run(lvs.store_mut().grow()))
+    }
+
+    /// Lets volumes read from the bdev of an external snapshot, which they name by `id`.
+    ///
+    /// # Errors
+    /// As [`Bdev::open`].
+    pub fn add_external(&self, id: Vec<u8>, bdev: &Arc<dyn Bdev>) -> Result<(), Error> {
+        self.shared.lock().base.add_external(id, bdev)
+    }
+
+    /// Forgets the bdev of an external snapshot.
+    pub fn remove_external(&self, id: &[u8]) {
+        self.shared.lock().base.remove_external(id);
+    }
+
+    /// Writes what marks the store as clean, and closes it: its volumes' I/O to clusters that they
+    /// have goes on, other I/O fails.
+    ///
+    /// # Errors
+    /// The base's error: the store is closed, and not marked as clean.
+    pub fn close(&self) -> Result<(), Error> {
+        self.shut_down(|mut lvs, base| base.run(lvs.store_mut().unload()))
+    }
+
+    /// Deletes the store with all its volumes, which have no bdevs any more.
+    ///
+    /// # Errors
+    /// The base's error.
+    pub fn destroy(&self) -> Result<(), Error> {
+        self.shut_down(|lvs, base| base.run(lvs.into_store().destroy()).map(drop))
+    }
+
+    fn shut_down(
+        &self,
+        end: impl FnOnce(Lvs<Base>, &Base) -> blobstore::Result<()>,
+    ) -> Result<(), Error> {
+        let mut core = self.shared.lock_to_close();
+        let ended = core.lvs.take().map(|lvs| end(lvs, &core.base));
+        core.base.close();
+        self.shared.closed.store(true, Ordering::SeqCst);
+        self.shared.waker.wake();
+        ended.unwrap_or(Ok(())).map_err(|e| self.shared.of(&e))
+    }
+}
+
+/// Clusters that are copied from a parent while the lock is held once.
+const BATCH: usize = 32;
+
+impl Shared {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As `lock`. After a while, operations that wait for I/O of guests give up.
+    fn lock_to_close(&self) -> MutexGuard<'_, Core> {
+        let began = Instant::now();
+        while began.elapsed() < CLOSE_LIMIT {
+            if let Ok(core) = self.core.try_lock() {
+                return core;
+            }
+            thread::sleep(GRACE_INTERVAL);
+        }
+        self.closed.store(true, Ordering::SeqCst);
+        self.lock()
+    }
+
+    pub(crate) fn lock_links(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_facts(&self) -> MutexGuard<'_, Arc<Facts>> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn name(&self) -> String {
+        self.lock_facts().store.name.clone()
+    }
+
+    pub(crate) fn of(&self, e: &blobstore::Error) -> Error {
+        of(&self.name(), e)
+    }
+
+    fn change<T>(
+        self: &Arc<Self>,
+        touched: &[BlobId],
+        operation: impl FnOnce(&mut Lvs<Base>, &Base) -> blobstore::Result<T>,
+    ) -> Result<T, Error> {
+        self.lock().change(self, touched, operation)
+    }
+
+    /// Waits until all I/O of volumes has ended that began before the tables were changed. The
+    /// caller holds the lock.
+    ///
+    /// # Errors
+    /// ENODEV: the store is being closed.
+    pub(crate) fn wait_for_io(&self) -> Result<(), Error> {
+        let ended = self.grace.wait(|| {
+            thread::sleep(GRACE_INTERVAL);
+            !self.closed.load(Ordering::Relaxed)
+        });
+        if ended { Ok(()) } else { Err(Error::NoDevice(self.name())) }
+    }
+}
+
+impl Core {
+    /// Runs an operation. Then, also if it has failed, the tables of the volumes `touched` are
+    /// those of the store.
+    pub(crate) fn change<T>(
+        &mut self,
+        shared: &Shared,
+        touched: &[BlobId],
+        operation: impl FnOnce(&mut Lvs<Base>, &Base) -> blobstore::Result<T>,
+    ) -> Result<T, Error> {
+        let result = self.attempt(shared, operation);
+        self.refresh(shared, Some(touched));
+        result
+    }
+
+    /// Runs an operation. If it leaves the store in disorder, loads the store again.
+    fn attempt<T>(
+        &mut self,
+        shared: &Shared,
+        operation: impl FnOnce(&mut Lvs<Base>, &Base) -> blobstore::Result<T>,
+    ) -> Result<T, Error> {
+        self.mend(shared)?;
+        let Some(lvs) = &mut self.lvs else { return Err(self.failed(shared)) };
+        let result = operation(lvs, &self.base);
+        shared.free_clusters.store(lvs.store().free_clusters(), Ordering::Relaxed);
+        if lvs.store().failed() {
+            // It logs an error.
+            let _ = self.mend(shared);
+        }
+        result.map_err(|e| shared.of(&e))
+    }
+
+    /// Loads the store again if an earlier change has failed.
+    fn mend(&mut self, shared: &Shared) -> Result<(), Error> {
+        if self.lvs.as_ref().is_some_and(|lvs| !lvs.store().failed()) {
+            return Ok(());
+        }
+        if shared.closed.load(Ordering::Relaxed) {
+            return Err(self.failed(shared));
+        }
+        warn!("lvstore {}: it is loaded again after an error", shared.name());
+        // What is in memory is of no use any more, also if loading fails.
+        self.lvs = None;
+        let loaded = self.base.run(Lvs::load(self.base.clone(), false));
+        match loaded {
+            Ok(lvs) => {
+                self.lvs = Some(lvs);
+                self.refresh(shared, None);
+                info!("lvstore {}: it is in order", shared.name());
+                Ok(())
+            }
+            Err(e) => {
+                error!("lvstore {}: cannot be loaded again: {e}", shared.name());
+                Err(shared.of(&e))
+            }
+        }
+    }
+
+    fn failed(&self, shared: &Shared) -> Error {
+        shared.of(&blobstore::Error::Failed)
+    }
+
+    /// A volume and all that inherit from it, directly or not.
+    fn descendants(&self, id: BlobId) -> Vec<BlobId> {
+        let Some(lvs) = &self.lvs else { return vec![id] };
+        let mut all = vec![id];
+        let mut next = 0;
+        while let Some(parent) = all.get(next) {
+            let clones: Vec<BlobId> = lvs.store().clones(*parent).collect();
+            all.extend(clones.into_iter().filter(|clone| !all.contains(clone)).collect::<Vec<_>>());
+            next += 1;
+        }
+        all
+    }
+
+    /// Allocates clusters of a volume.
+    pub(crate) fn allocate(
+        &mut self,
+        shared: &Shared,
+        id: BlobId,
+        indices: &[u64],
+    ) -> Result<(), Error> {
+        let allocated =
+            self.attempt(shared, |lvs, base| base.run(lvs.store_mut().allocate(id, indices)))?;
+        if let Some(volume) = self.volumes.get(&id) {
+            for (index, cluster) in indices.iter().zip(allocated) {
+                volume.table.set(*index, Place::Own(cluster));
+                volume.allocated.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes entries of a volume's table what the store says.
+    pub(crate) fn republish(&self, id: BlobId, ranges: impl Iterator<Item = std::ops::Range<u64>>) {
+        let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else { return };
+        for index in ranges.flatten() {
+            if let Ok(place) = lvs.store().resolve(id, index) {
+                volume.table.set(index, place);
+            }
+        }
+    }
+
+    /// The clusters of a range that the volume does not have, up to `limit`.
+    pub(crate) fn missing(
+        &self,
+        id: BlobId,
+        range: std::ops::Range<u64>,
+        limit: usize,
+    ) -> Vec<u64> {
+        let Some(lvs) = &self.lvs else { return vec![] };
+        let is_own = |index: &u64| matches!(lvs.store().resolve(id, *index), Ok(Place::Own(_)));
+        range.filter(|index| !is_own(index)).take(limit).collect()
+    }
+
+    /// Gives back clusters of a volume, or makes them read as zeroes if they cannot be given back
+    /// and `zero` is set.
+    pub(crate) fn release(
+        &mut self,
+        shared: &Shared,
+        id: BlobId,
+        range: std::ops::Range<u64>,
+        zero: bool,
+    ) -> Result<(), Error> {
+        let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else {
+            return Err(self.failed(shared));
+        };
+        let volume = Arc::clone(volume);
+        if !zero && !volume.frees.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let is_own = |index: &u64| matches!(lvs.store().resolve(id, *index), Ok(Place::Own(_)));
+        let indices: Vec<u64> = range.filter(is_own).collect();
+        // From now on, reads see zeroes and writes wait for the store's thread, which is here.
+        indices.iter().for_each(|index| volume.table.set(*index, Place::Zeroes));
+        let released = shared.wait_for_io().and_then(|()| {
+            self.attempt(shared, |lvs, base| base.run(lvs.store_mut().release(id, &indices)))
+        });
+        if let Some(lvs) = &self.lvs {
+            for index in indices {
+                let place = lvs.store().resolve(id, index).unwrap_or(Place::Zeroes);
+                volume.table.set(index, place);
+            }
+            let allocated = lvs.store().blob(id).map_or(0, blobstore::Blob::allocated);
+            volume.allocated.store(allocated, Ordering::Relaxed);
+        }
+        released.map(drop)
+    }
+
+    /// Publishes the state of the store: for reactors the tables of the volumes `touched`, of new
+    /// ones, or of all; and what operators see.
+    pub(crate) fn refresh(&mut self, shared: &Shared, touched: Option<&[BlobId]>) {
+        let Some(lvs) = &self.lvs else { return };
+        let ids: Vec<BlobId> = lvs.volumes().map(|volume| volume.blob.id()).collect();
+        self.volumes.retain(|id, volume| {
+            let kept = ids.contains(id);
+            if !kept {
+                volume.clusters.store(0, Ordering::Release);
+            }
+            kept
+        });
+        for id in ids {
+            let known = self.volumes.contains_key(&id);
+            let volume = self.volumes.entry(id);
+            let volume = volume.or_insert_with(|| Volume::new(id, shared.cluster_size));
+            if !known || touched.is_none_or(|touched| touched.contains(&id)) {
+                publish(lvs, volume, shared);
+            }
+        }
+        shared.free_clusters.store(lvs.store().free_clusters(), Ordering::Relaxed);
+        let facts = Facts {
+            store: StoreFacts::of(lvs, shared),
+            volumes: lvs
+                .volumes()
+                .filter_map(|volume| {
+                    let shared = Arc::clone(self.volumes.get(&volume.blob.id())?);
+                    Some(VolumeFacts::of(lvs, &volume, shared))
+                })
+                .collect(),
+        };
+        *shared.lock_facts() = Arc::new(facts);
+    }
+}
+
+/// Makes a volume's table what the store says.
+fn publish(lvs: &Lvs<Base>, volume: &Volume, shared: &Shared) {
+    let Ok(blob) = lvs.store().blob(volume.id) else { return };
+    let places = match lvs.store().places(volume.id) {
+        Ok(places) => places.table,
+        Err(e) => {
+            error!("lvstore {}: {volume}: it is not served: {e}", shared.base_name);
+            vec![]
+        }
+    };
+    for (index, place) in (0..).zip(&places) {
+        volume.table.set(index, Place::decode(*place));
+    }
+    // What was cut off must not reappear when it grows again.
+    let old = volume.clusters.load(Ordering::Relaxed);
+    (places.len() as u64..old).for_each(|index| volume.table.set(index, Place::Zeroes));
+    volume.allocated.store(blob.allocated(), Ordering::Relaxed);
+    volume.read_only.store(!blob.writable(), Ordering::Release);
+    volume.frees.store(blob.flags().thin() && blob.parent() == Parent::None, Ordering::Relaxed);
+    // Release: a reactor that sees the size sees the entries.
+    volume.clusters.store(places.len() as u64, Ordering::Release);
+}
+
+impl Volume {
+    /// Makes writes to its clusters wait for the store's thread. Reads go on.
+    fn keep_from_writing(&self) {
+        for index in 0..self.clusters.load(Ordering::Relaxed) {
+            if let Place::Own(cluster) = self.table.get(index) {
+                self.table.set(index, Place::Inherited(cluster));
+            }
+        }
+    }
+}
