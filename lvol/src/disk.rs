@@ -11,6 +11,9 @@ use crate::channel::LvolChannel;
 use crate::store::{LvStore, Shared};
 use crate::volume::Volume;
 
+/// SPDK's name for volumes.
+pub(crate) const PRODUCT: &str = "Logical Volume";
+
 /// A logical volume.
 pub struct LvolDisk {
     pub(crate) shared: Arc<Shared>,
@@ -80,7 +83,7 @@ impl Bdev for LvolDisk {
     }
 
     fn product_name(&self) -> &'static str {
-        "Logical Volume"
+        PRODUCT
     }
 
     fn uuid(&self) -> Uuid {

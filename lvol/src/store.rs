@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bdev::{Bdev, Error, Grace, Rights, Waker};
-use blobstore::format::Clear;
-use blobstore::lvs::{Lvs, NewVolume};
+use bdev::{Bdev, Error, Grace, Request, Rights, ThreadChannel, Waker};
+use blobstore::format::{Clear, PAGE, SuperBlock};
+use blobstore::lvs::{Lvs, NewVolume, STORE_TYPE};
 use blobstore::store::StoreOptions;
 use blobstore::{BlobId, Parent, Place};
 use tracing::{error, info, warn};
@@ -69,6 +69,8 @@ pub struct NewStore {
     pub cluster_size: u32,
     /// Pages of metadata for each 100 clusters.
     pub pages_per_hundred_clusters: u32,
+    /// Bytes of such a page.
+    pub page_size: u32,
     /// What is done to the base's content.
     pub clear: Clear,
 }
@@ -88,11 +90,30 @@ impl LvStore {
         let options = StoreOptions {
             cluster_size: new.cluster_size,
             pages_per_hundred_clusters: new.pages_per_hundred_clusters,
+            page_size: new.page_size,
             clear: new.clear,
             ..StoreOptions::default()
         };
         let made = base.run(Lvs::create(base.clone(), &new.name, new.uuid, options));
         Self::start(bdev, base, made.map_err(|e| of(&new.name, &e))?)
+    }
+
+    /// Returns whether a bdev seems to have a store. Reads its first block. Blocks.
+    ///
+    /// # Errors
+    /// The base's error.
+    pub fn is_on(bdev: &Arc<dyn Bdev>) -> Result<bool, Error> {
+        let mut channel = ThreadChannel::open(bdev, 1, Rights::Read)?;
+        let len = PAGE.next_multiple_of(usize::try_from(bdev.block_size()).unwrap_or(PAGE));
+        if bdev.size_bytes() < len as u64 {
+            return Ok(false);
+        }
+        let read = channel.run(Request::read(0, len)).map_err(|errno| {
+            let source = std::io::Error::from_raw_os_error(errno);
+            Error::System { what: bdev.name().to_owned(), source }
+        })?;
+        let super_block = SuperBlock::decode(&read.bytes()[..PAGE]);
+        Ok(super_block.is_ok_and(|super_block| super_block.store_type == STORE_TYPE))
     }
 
     /// Opens the store of a bdev. Blocks. `None`: there is no store.

@@ -56,6 +56,7 @@ fn store(base: &Arc<dyn Bdev>) -> LvStore {
         uuid: Uuid::new_v4(),
         cluster_size: CLUSTER as u32,
         pages_per_hundred_clusters: 100,
+        page_size: 4096,
         clear: Clear::Default,
     };
     LvStore::create(base, &new).unwrap()

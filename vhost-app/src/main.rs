@@ -391,7 +391,7 @@ fn bind(path: &Path, registry: &Rc<Registry>, access: &SocketAccess) -> Result<S
 }
 
 /// Stops controllers, reactors and the RPC server, in bounded time.
-async fn stop(app: &App, server: Option<Server>) {
+async fn stop(app: &Rc<App>, server: Option<Server>) {
     if let Some(server) = &server {
         // No new requests: nothing would remove the sockets of a controller created from here on.
         server.pause();
@@ -412,8 +412,11 @@ async fn stop(app: &App, server: Option<Server>) {
 }
 
 /// Releases what other hosts may wait for, in bounded time.
-async fn release_storage(app: &App) {
-    let released: Vec<_> = app.bdevs.all().iter().filter_map(|live| live.entry.release()).collect();
+async fn release_storage(app: &Rc<App>) {
+    let mut released: Vec<_> =
+        app.bdevs.all().iter().filter_map(|live| live.entry.release()).collect();
+    let host: Rc<dyn bdev::Host> = Rc::clone(app) as _;
+    released.extend(host.modules().iter().filter_map(|module| module.release(&host)));
     let all = async {
         for one in released {
             one.await;
@@ -421,8 +424,8 @@ async fn release_storage(app: &App) {
     };
     if active_time::timeout(RELEASE_LIMIT, all).await.is_none() {
         warn!(
-            "storage clusters did not release their locks in time; other hosts may have to wait \
-             for 30 s for them"
+            "storage was not released in time: other hosts may have to wait for 30 s for locks of \
+             clusters, and lvstores are recovered when they are loaded"
         );
     }
 }

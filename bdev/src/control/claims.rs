@@ -15,6 +15,8 @@ pub enum ClaimKind {
     ReadMany,
     /// The holder may write; nobody else may use the bdev.
     WriteExclusive,
+    /// The same. SPDK's lvstores take this claim on their bases.
+    WriteOne,
     /// All holders with the same owner may write; nobody else may use the bdev.
     Shared,
     /// A controller serves the bdev to guests. Any number of controllers may. This claim is not
@@ -29,6 +31,7 @@ impl ClaimKind {
         match self {
             Self::ReadMany => Some("read_many_write_none"),
             Self::WriteExclusive => Some("exclusive_write"),
+            Self::WriteOne => Some("read_many_write_one"),
             Self::Shared => Some("read_many_write_shared"),
             Self::Served => None,
         }
@@ -119,8 +122,13 @@ mod tests {
     use super::*;
 
     const BDEV: BdevId = BdevId::new(1);
-    const KINDS: [ClaimKind; 4] =
-        [ClaimKind::ReadMany, ClaimKind::WriteExclusive, ClaimKind::Shared, ClaimKind::Served];
+    const KINDS: [ClaimKind; 5] = [
+        ClaimKind::ReadMany,
+        ClaimKind::WriteExclusive,
+        ClaimKind::WriteOne,
+        ClaimKind::Shared,
+        ClaimKind::Served,
+    ];
 
     #[test]
     fn readers_controllers_and_sharers_of_one_owner_are_compatible() {
@@ -133,7 +141,7 @@ mod tests {
                         && match one {
                             ClaimKind::ReadMany | ClaimKind::Served => true,
                             ClaimKind::Shared => owner == "a",
-                            ClaimKind::WriteExclusive => false,
+                            ClaimKind::WriteExclusive | ClaimKind::WriteOne => false,
                         };
                     let taken = claims.take(BDEV, other, owner).map(drop);
                     let in_the_way = Claimed { kind: one, owner: "a".into() };

@@ -162,6 +162,9 @@ pub async fn remove_lost(host: &Rc<dyn Host>, ids: &[BdevId]) {
 async fn remove_then(host: &Rc<dyn Host>, ids: &[BdevId], names_free: impl FnOnce()) {
     let registry = host.registry();
     let bdevs = registry.remove(ids);
+    for bdev in &bdevs {
+        host.modules().iter().for_each(|module| module.removed(host, bdev));
+    }
     // The bases are released now, and other requests may wait for them.
     settle(host).await;
     names_free();

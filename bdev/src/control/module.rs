@@ -45,6 +45,15 @@ pub trait BdevModule {
     ) -> LocalFuture<'a, ()> {
         Box::pin(std::future::ready(()))
     }
+
+    /// Called when a bdev has been removed, with the bdevs on it, and before their users have let
+    /// go of it. A module that uses it otherwise than as the base of a bdev lets go of it, too.
+    fn removed(&self, _host: &Rc<dyn Host>, _bdev: &Arc<dyn Bdev>) {}
+
+    /// As [`Entry::release`], for what the module keeps besides its bdevs.
+    fn release(&self, _host: &Rc<dyn Host>) -> Option<LocalFuture<'static, ()>> {
+        None
+    }
 }
 
 /// One live bdev, as seen by its module. It owns the claims on the bdev's bases.

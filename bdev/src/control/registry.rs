@@ -90,6 +90,8 @@ struct Row {
     name: Option<String>,
     /// `None` if a waiting request does not know it yet.
     uuid: Option<Uuid>,
+    /// A further name of a live bdev.
+    alias: Option<String>,
     state: State,
 }
 
@@ -110,7 +112,8 @@ impl Row {
 
     fn has_name<'a>(&self, name: impl Into<Name<'a>>) -> bool {
         let Name { text, uuid } = name.into();
-        self.name.as_deref() == Some(text) || (uuid.is_some() && uuid == self.uuid)
+        [&self.name, &self.alias].iter().any(|name| name.as_deref() == Some(text))
+            || (uuid.is_some() && uuid == self.uuid)
     }
 
     /// `None` if it is being created.
@@ -196,7 +199,7 @@ impl Registry {
         self.0.ids.set(self.0.ids.get() + 1);
         let id = BdevId::new(self.0.ids.get());
         let name = name.map(str::to_owned);
-        self.0.rows.borrow_mut().push(Row { id, name, uuid, state });
+        self.0.rows.borrow_mut().push(Row { id, name, uuid, alias: None, state });
         Ok(id)
     }
 
@@ -218,6 +221,26 @@ impl Registry {
         let text = text.unwrap_or_default();
         error!("bdev {name}: the name or the UUID {text} is taken by {other}");
         Err(libc::EEXIST)
+    }
+
+    /// Gives a bdev another alias, or none. The bdev's module describes the alias.
+    ///
+    /// # Errors
+    /// EEXIST if another bdev has this name; ENODEV if the bdev is not registered.
+    pub fn set_alias(&self, bdev: &Arc<dyn Bdev>, alias: Option<String>) -> Result<(), Errno> {
+        let id = self.id_of(bdev).ok_or(libc::ENODEV)?;
+        self.check_free(alias.as_deref(), None, Some(id))?;
+        let mut rows = self.0.rows.borrow_mut();
+        if let Some(row) = rows.iter_mut().find(|row| row.id == id) {
+            row.alias = alias;
+        }
+        Ok(())
+    }
+
+    /// Returns the alias of a live bdev.
+    #[must_use]
+    pub fn alias(&self, id: BdevId) -> Option<String> {
+        self.0.rows.borrow().iter().find(|row| row.id == id)?.alias.clone()
     }
 
     /// Returns whether a bdev has this name or UUID, or will have it.
@@ -416,6 +439,7 @@ impl Registry {
         if let Some(row) = rows.iter_mut().find(|row| row.id == id) {
             row.name = waiting.name().map(str::to_owned);
             row.uuid = waiting.uuid();
+            row.alias = None;
             row.state = State::Waiting { waiting, refused: None };
         }
         // `live` keeps the entry until the registry is not borrowed any more.
@@ -440,7 +464,7 @@ impl Registry {
             }
             let (name, uuid) = (Some(bdev.name().to_owned()), Some(bdev.uuid()));
             let state = State::Live(Live::new(bdev, Rc::clone(entry)));
-            new.push(Row { id: BdevId { part, ..id }, name, uuid, state });
+            new.push(Row { id: BdevId { part, ..id }, name, uuid, alias: None, state });
         }
         // Dropped when the registry is not borrowed any more.
         let before = self.take_rows(|row| row.id == id);
@@ -455,11 +479,24 @@ impl Registry {
 }
 
 impl Reservation {
+    /// Gives the bdev an alias.
+    ///
+    /// # Errors
+    /// EEXIST if another bdev has this name.
+    pub fn set_alias(&self, alias: String) -> Result<(), Errno> {
+        self.registry.check_free(Some(&alias), None, Some(self.id))?;
+        let mut rows = self.registry.0.rows.borrow_mut();
+        if let Some(row) = rows.iter_mut().find(|row| row.id == self.id) {
+            row.alias = Some(alias);
+        }
+        Ok(())
+    }
+
     /// Registers the created bdev.
     ///
     /// # Errors
     /// ENODEV if one of its bases was deleted meanwhile.
-    pub(crate) fn complete(self, entry: Rc<dyn Entry>) -> Result<(), Errno> {
+    pub fn complete(self, entry: Rc<dyn Entry>) -> Result<(), Errno> {
         let bdev = entry.bdev();
         if !bdev.bases().iter().all(|base| self.registry.holds(base)) {
             return Err(libc::ENODEV);

@@ -59,7 +59,8 @@ async fn get_bdevs(app: Rc<App>, params: Params) -> Answer {
 }
 
 fn show(app: &App, id: BdevId) -> Option<Value> {
-    app.bdevs.live(id).map(|live| describe(&live, app.bdevs.claim_type(id)))
+    let live = app.bdevs.live(id)?;
+    Some(describe(&live, app.bdevs.alias(id).as_deref(), app.bdevs.claim_type(id)))
 }
 
 /// Waits until a bdev of this name is there, for `limit` at most.

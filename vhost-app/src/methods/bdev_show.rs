@@ -23,10 +23,11 @@ const NEVER_SUPPORTED: [&str; 13] = [
 ];
 
 /// The device in SPDK's shape.
-pub(super) fn describe(live: &Live, claim_type: Option<&str>) -> Value {
+pub(super) fn describe(live: &Live, alias: Option<&str>, claim_type: Option<&str>) -> Value {
     let (bdev, about) = (&*live.bdev, live.entry.describe());
     let uuid = bdev.uuid().to_string();
-    let aliases: Vec<&str> = if uuid == bdev.name() { vec![] } else { vec![uuid.as_str()] };
+    let own = Some(uuid.as_str()).filter(|uuid| *uuid != bdev.name());
+    let aliases: Vec<&str> = alias.into_iter().chain(own).collect();
     let hint = |name: &str| about.hints.get(name).cloned().unwrap_or(0.into());
     let mut object = Map::new();
     let mut put = |name: &str, value: Value| drop(object.insert(name.to_owned(), value));
