@@ -87,12 +87,14 @@ fn find_end(segments: &[Segment], first: usize, len: u64) -> Option<(usize, usiz
 
 #[cfg(test)]
 mod tests {
+    use guest_memory::usize_of;
+
     use super::*;
 
     /// Compares all parts of an I/O with bytes `0..` in segments of these lengths.
     fn check(lens: &[usize], parts: &[(u64, u64)]) {
         let total: usize = lens.iter().sum();
-        let mut bytes: Vec<u8> = (0..total).map(|byte| (byte % 251) as u8).collect();
+        let mut bytes: Vec<u8> = (0..=250).cycle().take(total).collect();
         let mut at = 0;
         let segments: Vec<Segment> = lens
             .iter()
@@ -115,7 +117,7 @@ mod tests {
                 // SAFETY: the segments point into `bytes`, which nothing else uses now.
                 .flat_map(|s| unsafe { std::slice::from_raw_parts(s.base(), s.len()) }.to_vec())
                 .collect();
-            let (at, len) = (*at as usize, *len as usize);
+            let (at, len) = (usize_of(*at), usize_of(*len));
             assert_eq!(got, bytes[at..at + len], "{at}+{len} of {lens:?}");
         }
     }

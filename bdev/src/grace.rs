@@ -26,7 +26,7 @@ pub struct InFlight {
 /// The counter of an I/O that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
-pub struct Begun(u8);
+pub struct Begun(bool);
 
 impl Grace {
     /// Adds a channel. Locks: not for reactors.
@@ -46,19 +46,19 @@ impl Grace {
     /// Counts an I/O that begins. The caller reads the shared data afterwards. Does not wait.
     #[inline]
     pub fn begin(&self, channel: &InFlight) -> Begun {
-        let which = self.period.load(Ordering::Relaxed) & 1;
-        let count = &channel.counts[which];
+        let begun = Begun(self.period.load(Ordering::Relaxed) & 1 == 1);
+        let count = &channel.counts[usize::from(begun.0)];
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         // SeqCst, as in `wait`: either that thread sees the count, or what is read after this fence
         // is what that thread had written before.
         fence(Ordering::SeqCst);
-        Begun((which & 1) as u8)
+        begun
     }
 
     /// Counts the end of an I/O.
     #[inline]
     pub fn end(channel: &InFlight, begun: Begun) {
-        let count = &channel.counts[usize::from(begun.0 & 1)];
+        let count = &channel.counts[usize::from(begun.0)];
         // Release: a thread that sees the count sees what the I/O has done.
         count.store(count.load(Ordering::Relaxed) - 1, Ordering::Release);
     }

@@ -9,6 +9,7 @@
 //! Forbidden dependencies: an async runtime, DPDK, and rings.
 
 mod channel;
+mod core;
 mod device;
 mod disk;
 mod facts;

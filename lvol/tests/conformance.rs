@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 /// Bytes of a cluster: the suite's disk has several, and I/Os cross them.
-const CLUSTER: u64 = 32 << 10;
+const CLUSTER: u32 = 32 << 10;
 
 /// Closes the store when the test ends.
 struct Store(LvStore);
@@ -54,7 +54,7 @@ fn store(base: &Arc<dyn Bdev>) -> LvStore {
     let new = NewStore {
         name: "lvs".into(),
         uuid: Uuid::new_v4(),
-        cluster_size: CLUSTER as u32,
+        cluster_size: CLUSTER,
         pages_per_hundred_clusters: 100,
         page_size: 4096,
         clear: Clear::Default,
@@ -63,7 +63,7 @@ fn store(base: &Arc<dyn Bdev>) -> LvStore {
 }
 
 fn volume(store: &LvStore, thin: bool) -> BlobId {
-    let (uuid, clusters) = (Uuid::new_v4(), SIZE / CLUSTER);
+    let (uuid, clusters) = (Uuid::new_v4(), SIZE / u64::from(CLUSTER));
     let new = NewVolume { name: "v", uuid, clusters, thin, clear: Clear::Default };
     store.create_volume(&new).unwrap()
 }

@@ -28,7 +28,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 142] = [
+const METHODS: [(&str, Effect); 158] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_create", Engine),
     ("accel_crypto_key_destroy", Engine),
@@ -58,10 +58,26 @@ const METHODS: [(&str, Effect); 142] = [
     ("bdev_get_histogram_borders", Read),
     ("bdev_get_iostat", Unsaved),
     ("bdev_iscsi_set_options", Saved),
-    ("bdev_lvol_delete", Read),
-    ("bdev_lvol_delete_lvstore", Read),
+    ("bdev_lvol_check_shallow_copy", Read),
+    ("bdev_lvol_clone", Unsaved),
+    ("bdev_lvol_clone_bdev", Unsaved),
+    ("bdev_lvol_create", Unsaved),
+    ("bdev_lvol_create_lvstore", Unsaved),
+    ("bdev_lvol_decouple_parent", Unsaved),
+    ("bdev_lvol_delete", Unsaved),
+    ("bdev_lvol_delete_lvstore", Unsaved),
     ("bdev_lvol_get_lvols", Read),
     ("bdev_lvol_get_lvstores", Read),
+    ("bdev_lvol_grow_lvstore", Unsaved),
+    ("bdev_lvol_inflate", Unsaved),
+    ("bdev_lvol_rename", Unsaved),
+    ("bdev_lvol_rename_lvstore", Unsaved),
+    ("bdev_lvol_resize", Unsaved),
+    ("bdev_lvol_set_parent", Unsaved),
+    ("bdev_lvol_set_parent_bdev", Unsaved),
+    ("bdev_lvol_set_read_only", Unsaved),
+    ("bdev_lvol_snapshot", Unsaved),
+    ("bdev_lvol_start_shallow_copy", Unsaved),
     ("bdev_malloc_create", Saved),
     ("bdev_malloc_delete", Saved),
     ("bdev_nbd_create", Engine),

@@ -79,12 +79,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
     let no_device = || refused(-19, "No such device");
     let x = || json!({"name": "x"});
     vec![
-        ("bdev_lvol_delete", x(), no_device()),
-        ("bdev_lvol_delete_lvstore", json!({"lvs_name": "x"}), no_device()),
-        ("bdev_lvol_get_lvols", json!({"lvs_name": "x"}), no_device()),
-        ("bdev_lvol_get_lvols", json!({}), Ok(json!([]))),
-        ("bdev_lvol_get_lvstores", json!({"uuid": "x"}), no_device()),
-        ("bdev_lvol_get_lvstores", Value::Null, Ok(json!([]))),
         ("bdev_nvme_get_discovery_info", Value::Null, Ok(json!([]))),
         ("bdev_nvme_get_io_paths", Value::Null, Ok(json!({"poll_groups": []}))),
         ("bdev_nvme_get_mdns_discovery_info", Value::Null, refused(-95, "Operation not supported")),

@@ -12,23 +12,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
-use harness::{LIMIT, Vhost, wait_until};
+use harness::{LIMIT, Vhost, program, wait_until};
 use serde_json::{Value, json};
-
-/// The program, built as the server was. Cargo gives a test only the programs of its own package.
-fn program() -> PathBuf {
-    let dir = Path::new(env!("CARGO_BIN_EXE_vhost")).parent().unwrap();
-    let profile = match dir.file_name().unwrap().to_str().unwrap() {
-        "debug" => "dev",
-        name => name,
-    };
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--locked", "-p", "vhost-top", "--profile", profile]);
-    cargo.arg("--target-dir").arg(dir.parent().unwrap());
-    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap());
-    assert!(cargo.status().unwrap().success());
-    dir.join("vhost-top")
-}
 
 /// A front end that reads and writes until it is dropped.
 struct Load {
@@ -89,7 +74,7 @@ fn once(program: &Path, socket: &Path, args: &[&str]) -> Output {
 
 #[test]
 fn one_table_has_the_rates_of_each_controller() {
-    let program = program();
+    let program = program("vhost-top");
     let (vhost, load) = served();
     vhost.ok("bdev_enable_histogram", json!({"name": "disk-busy", "enable": true}));
     let output = once(&program, &vhost.rpc_socket(), &["--json"]);
@@ -226,7 +211,7 @@ fn names(screen: &str) -> Vec<&str> {
 #[test]
 fn the_screen_shows_controllers_and_reactors_and_obeys_keys() {
     let Some(tmux) = Tmux::start(80, 24) else { return };
-    let program = program();
+    let program = program("vhost-top");
     let (vhost, _load) = served();
     let start =
         format!("{} -d 0.2 -s {}; echo ended $?", program.display(), vhost.rpc_socket().display());
@@ -270,7 +255,7 @@ fn the_screen_shows_controllers_and_reactors_and_obeys_keys() {
 #[test]
 fn a_server_that_hangs_or_restarts_does_not_end_it() {
     let Some(tmux) = Tmux::start(100, 24) else { return };
-    let program = program();
+    let program = program("vhost-top");
     let (vhost, load) = served();
     let link = tmux.dir.path().join("rpc");
     symlink(vhost.rpc_socket(), &link).unwrap();
@@ -314,7 +299,7 @@ fn a_server_that_hangs_or_restarts_does_not_end_it() {
 #[test]
 fn it_ends_with_its_terminal() {
     let Some(tmux) = Tmux::start(80, 24) else { return };
-    let program = program();
+    let program = program("vhost-top");
     let vhost = Vhost::start(&[]);
     let pid = vhost.dir().join("pid");
     tmux.line(&format!(

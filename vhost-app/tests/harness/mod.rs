@@ -529,6 +529,22 @@ fn venv() -> PathBuf {
     venv.unwrap_or_else(|| repository.join("target/venv"))
 }
 
+/// A program of the workspace, built as the server was. Cargo gives a test only the programs of its
+/// own package.
+pub(crate) fn program(package: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_BIN_EXE_vhost")).parent().unwrap();
+    let profile = match dir.file_name().unwrap().to_str().unwrap() {
+        "debug" => "dev",
+        name => name,
+    };
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "--locked", "-p", package, "--profile", profile]);
+    cargo.arg("--target-dir").arg(dir.parent().unwrap());
+    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap());
+    assert!(cargo.status().unwrap().success());
+    dir.join(package)
+}
+
 /// Waits until `done`, looking now and then; panics with `what` after [`LIMIT`].
 #[track_caller]
 pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
