@@ -47,6 +47,9 @@ pub(crate) struct Shared {
     pub(crate) closed: AtomicBool,
     facts: Mutex<Arc<Facts>>,
     pub(crate) free_clusters: AtomicU64,
+    pub(crate) opened: Instant,
+    /// The second since then in which a failure was logged last.
+    pub(crate) warned: AtomicU64,
 }
 
 /// How a store is made.
@@ -135,6 +138,8 @@ impl LvStore {
             closed: AtomicBool::new(false),
             facts: Mutex::default(),
             free_clusters: AtomicU64::new(0),
+            opened: Instant::now(),
+            warned: AtomicU64::new(u64::MAX),
         });
         {
             let mut core = shared.lock();

@@ -141,14 +141,14 @@ fn allocate(shared: &Shared, id: BlobId, jobs: &[&Taken]) {
     }
 }
 
+/// The answer to a job. A guest can cause any number of failures: some are logged.
 fn ended(shared: &Shared, volume: &Volume, result: Result<(), Error>) -> Ended {
-    match result {
-        Ok(()) => Ended::Ok,
-        Err(e) => {
-            warn!("lvstore on {}: {volume}: {e}", shared.base_name);
-            Ended::Failed(e.errno())
-        }
+    let Err(e) = result else { return Ended::Ok };
+    let since = shared.opened.elapsed().as_secs();
+    if shared.warned.swap(since, Ordering::Relaxed) != since {
+        warn!("lvstore on {}: {volume}: {e}", shared.base_name);
     }
+    Ended::Failed(e.errno())
 }
 
 /// The clusters that a job concerns: for allocations all that it touches, otherwise those that lie
