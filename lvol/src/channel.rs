@@ -134,10 +134,6 @@ impl LvolChannel {
     #[inline]
     fn refusal(&self, io: &Io) -> Option<i32> {
         let block = u64::from(self.disk.shared.block_size);
-        let writes = !matches!(io.op, Op::Read | Op::Flush);
-        if writes && self.disk.volume.read_only.load(Ordering::Relaxed) {
-            return Some(libc::EROFS);
-        }
         let whole = (io.offset | io.len) & (block - 1) == 0;
         (!whole || !within(io, self.disk.volume.size())).then_some(libc::EINVAL)
     }
@@ -284,7 +280,8 @@ impl LvolChannel {
             let At::Thread(job) = active.at else { continue };
             self.with_thread -= 1;
             if result == Ended::Ok {
-                active.done += if job == Job::Allocate { 0 } else { active.len };
+                // The others are tried again, as the map may have changed meanwhile.
+                active.done += if job == Job::Release { active.len } else { 0 };
                 active.at = At::Here;
                 self.again.push_back(tag);
                 continue;

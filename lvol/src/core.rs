@@ -1,8 +1,9 @@
 //! A store's metadata, which its lock protects, and the tables that follow from it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use bdev::Error;
 use blobstore::lvs::Lvs;
@@ -10,8 +11,9 @@ use blobstore::{BlobId, Parent, Place};
 use tracing::{error, info, warn};
 
 use crate::device::Base;
-use crate::facts::{Facts, StoreFacts, VolumeFacts};
-use crate::store::Shared;
+use crate::facts::Facts;
+use crate::store::{BATCH, Shared};
+use crate::table::Entry;
 use crate::volume::Volume;
 
 /// What the lock protects.
@@ -20,7 +22,21 @@ pub(crate) struct Core {
     /// `None`: it could not be loaded again after a failure, or is closed.
     pub(crate) lvs: Option<Lvs<Base>>,
     pub(crate) volumes: BTreeMap<BlobId, Arc<Volume>>,
+    /// When loading failed last.
+    pub(crate) failed_at: Option<Instant>,
 }
+
+/// The next step of copying what a volume inherits.
+pub(crate) struct CopyPlan {
+    pub(crate) decouple: bool,
+    /// Clusters to allocate; none: only the tie to the parent is left.
+    pub(crate) missing: Vec<u64>,
+    /// The external snapshot from which they may come.
+    pub(crate) external: Option<Vec<u8>>,
+}
+
+/// The interval of attempts to load a store again for guests.
+const MEND_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Core {
     /// Runs an operation. Then, also if it has failed, the tables of the volumes `touched` are
@@ -53,8 +69,12 @@ impl Core {
         result.map_err(|e| shared.of(&e))
     }
 
-    /// Loads the store again if an earlier change has failed.
-    fn mend(&mut self, shared: &Shared) -> Result<(), Error> {
+    /// Loads the store again if an earlier change has failed. An operation that looks at the store or
+    /// at the tables before it changes something calls this first.
+    ///
+    /// # Errors
+    /// It cannot be loaded now. The caller has nothing to look at.
+    pub(crate) fn mend(&mut self, shared: &Shared) -> Result<(), Error> {
         if self.lvs.as_ref().is_some_and(|lvs| !lvs.store().failed()) {
             return Ok(());
         }
@@ -68,15 +88,63 @@ impl Core {
         match loaded {
             Ok(lvs) => {
                 self.lvs = Some(lvs);
+                self.failed_at = None;
                 self.refresh(shared, None);
                 info!("lvstore {}: it is in order", shared.name());
                 Ok(())
             }
             Err(e) => {
+                self.failed_at = Some(Instant::now());
                 error!("lvstore {}: cannot be loaded again: {e}", shared.name());
                 Err(shared.of(&e))
             }
         }
+    }
+
+    /// What is to be done next to make a volume independent of its parent (`decouple`), or of all.
+    /// `None`: nothing.
+    pub(crate) fn copy_plan(
+        &self,
+        id: BlobId,
+        decouple: bool,
+        from: u64,
+    ) -> blobstore::Result<Option<CopyPlan>> {
+        let store = self.lvs.as_ref().ok_or(blobstore::Error::Failed)?.store();
+        let blob = store.blob(id)?;
+        let decouple = match blob.parent() {
+            _ if blob.flags().read_only() => {
+                return Err(blobstore::Error::NotPermitted("the volume is read-only"));
+            }
+            Parent::None if decouple => {
+                return Err(blobstore::Error::Invalid("the volume has no parent"));
+            }
+            Parent::External(_) => false,
+            Parent::None | Parent::Blob(_) => decouple,
+        };
+        if !decouple && !blob.flags().thin() {
+            return Ok(None);
+        }
+        let needed = match from {
+            0 if decouple => store.missing(id, true, 0, usize::MAX)?.len() as u64,
+            0 => blob.clusters() - blob.allocated(),
+            _ => 0,
+        };
+        if needed > store.free_clusters() {
+            return Err(blobstore::Error::NoSpace("clusters"));
+        }
+        let missing = store.missing(id, decouple, from, BATCH)?;
+        Ok(Some(CopyPlan { decouple, missing, external: store.external(id)? }))
+    }
+
+    /// The same for I/O of guests, whose attempts must not follow one another without end.
+    ///
+    /// # Errors
+    /// As [`Core::mend`].
+    pub(crate) fn mend_for_guest(&mut self, shared: &Shared) -> Result<(), Error> {
+        if self.failed_at.is_some_and(|time| time.elapsed() < MEND_INTERVAL) {
+            return Err(self.failed(shared));
+        }
+        self.mend(shared)
     }
 
     pub(crate) fn failed(&self, shared: &Shared) -> Error {
@@ -124,7 +192,7 @@ impl Core {
         }
     }
 
-    /// The clusters of a range that the volume does not have, up to `limit`.
+    /// The clusters of a range that the volume does not have, up to `limit`. The store is in order.
     pub(crate) fn missing(
         &self,
         id: BlobId,
@@ -142,9 +210,10 @@ impl Core {
         &mut self,
         shared: &Shared,
         id: BlobId,
-        range: std::ops::Range<u64>,
+        ranges: &[std::ops::Range<u64>],
         zero: bool,
     ) -> Result<(), Error> {
+        self.mend_for_guest(shared)?;
         let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else {
             return Err(self.failed(shared));
         };
@@ -153,9 +222,13 @@ impl Core {
             return Ok(());
         }
         let is_own = |index: &u64| matches!(lvs.store().resolve(id, *index), Ok(Place::Own(_)));
-        let indices: Vec<u64> = range.filter(is_own).collect();
+        let all: BTreeSet<u64> = ranges.iter().cloned().flatten().collect();
+        let indices: Vec<u64> = all.into_iter().filter(is_own).collect();
+        if indices.is_empty() {
+            return Ok(());
+        }
         // From now on, reads see zeroes and writes wait for the store's thread, which is here.
-        indices.iter().for_each(|index| volume.table.set(*index, Place::Zeroes));
+        indices.iter().for_each(|index| volume.table.put(*index, Entry::Leaving));
         let released = shared.wait_for_io().and_then(|()| {
             self.attempt(shared, |lvs, base| base.run(lvs.store_mut().release(id, &indices)))
         });
@@ -174,7 +247,7 @@ impl Core {
     /// ones, or of all; and what operators see.
     pub(crate) fn refresh(&mut self, shared: &Shared, touched: Option<&[BlobId]>) {
         let Some(lvs) = &self.lvs else { return };
-        let ids: Vec<BlobId> = lvs.volumes().map(|volume| volume.blob.id()).collect();
+        let ids: BTreeSet<BlobId> = lvs.volumes().map(|volume| volume.blob.id()).collect();
         self.volumes.retain(|id, volume| {
             let kept = ids.contains(id);
             if !kept {
@@ -191,17 +264,7 @@ impl Core {
             }
         }
         shared.free_clusters.store(lvs.store().free_clusters(), Ordering::Relaxed);
-        let facts = Facts {
-            store: StoreFacts::of(lvs, shared),
-            volumes: lvs
-                .volumes()
-                .filter_map(|volume| {
-                    let shared = Arc::clone(self.volumes.get(&volume.blob.id())?);
-                    Some(VolumeFacts::of(lvs, &volume, shared))
-                })
-                .collect(),
-        };
-        *shared.lock_facts() = Arc::new(facts);
+        *shared.lock_facts() = Arc::new(Facts::of(lvs, shared, &self.volumes));
     }
 }
 
@@ -232,7 +295,7 @@ impl Volume {
     /// Makes writes to its clusters wait for the store's thread. Reads go on.
     pub(crate) fn keep_from_writing(&self) {
         for index in 0..self.clusters.load(Ordering::Relaxed) {
-            if let Place::Own(cluster) = self.table.get(index) {
+            if let Entry::At(Place::Own(cluster)) = self.table.get(index) {
                 self.table.set(index, Place::Inherited(cluster));
             }
         }

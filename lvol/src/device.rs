@@ -9,6 +9,8 @@ use std::task::{Context, Poll, Waker};
 use bdev::{Bdev, Buffer, EndedRequest, Error, Op, Request, Rights, Tag, ThreadChannel};
 use blobstore::{Device, DeviceError, Properties};
 
+use crate::externals::Externals;
+
 /// I/Os of a store at a time.
 const DEPTH: u16 = 32;
 /// Bytes that are written at once where the bdev cannot write zeroes itself.
@@ -17,7 +19,10 @@ const ZEROES: u64 = 1 << 20;
 /// The base of a store, and the external snapshots of its volumes. Clones share the channels. The
 /// holder of the store's lock uses it; it blocks in [`run`](Base::run) only.
 #[derive(Clone)]
-pub(crate) struct Base(Arc<Mutex<State>>);
+pub(crate) struct Base {
+    state: Arc<Mutex<State>>,
+    pub(crate) externals: Arc<Externals>,
+}
 
 struct State {
     properties: Properties,
@@ -25,12 +30,6 @@ struct State {
     zeroes: bool,
     /// `None`: the store is closed.
     channel: Option<Opened>,
-    externals: HashMap<Vec<u8>, External>,
-}
-
-struct External {
-    bdev: Arc<dyn Bdev>,
-    channel: ThreadChannel,
 }
 
 struct Opened {
@@ -57,39 +56,20 @@ impl Base {
             ended: HashMap::new(),
             waiting: vec![],
         };
-        Ok(Self(Arc::new(Mutex::new(State {
-            properties,
-            flushes: features.flush,
-            zeroes: features.write_zeroes,
-            channel: Some(channel),
-            externals: HashMap::new(),
-        }))))
+        let (flushes, zeroes, channel) = (features.flush, features.write_zeroes, Some(channel));
+        let state = Arc::new(Mutex::new(State { properties, flushes, zeroes, channel }));
+        Ok(Self { state, externals: Arc::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the channels. I/O fails with ENODEV from now on.
     pub(crate) fn close(&self) {
-        let (channel, externals) = {
-            let mut state = self.lock();
-            (state.channel.take(), std::mem::take(&mut state.externals))
-        };
-        drop((channel, externals));
-    }
-
-    /// Adds an external snapshot, which volumes name by `id`. Blocks.
-    pub(crate) fn add_external(&self, id: Vec<u8>, bdev: &Arc<dyn Bdev>) -> Result<(), Error> {
-        let channel = ThreadChannel::open(bdev, 1, Rights::Read)?;
-        self.lock().externals.insert(id, External { bdev: Arc::clone(bdev), channel });
-        Ok(())
-    }
-
-    /// Removes an external snapshot, if it is there.
-    pub(crate) fn remove_external(&self, id: &[u8]) {
-        let removed = self.lock().externals.remove(id);
-        drop(removed);
+        let channel = self.lock().channel.take();
+        drop(channel);
+        self.externals.remove(|_| true);
     }
 
     /// Runs an operation of the store to its end. Blocks.
@@ -204,26 +184,6 @@ impl Device for Base {
         offset: u64,
         len: usize,
     ) -> Result<Vec<u8>, DeviceError> {
-        let mut state = self.lock();
-        let Some(External { bdev, channel }) = state.externals.get_mut(id) else {
-            return Err(DeviceError { errno: libc::ENODEV });
-        };
-        let mut data = vec![0; len];
-        let size = bdev.size_bytes();
-        let there = size.saturating_sub(offset).min(len as u64);
-        let block = u64::from(bdev.block_size());
-        // Whole blocks of the snapshot, which may be larger than those of the store.
-        let start = offset - offset % block;
-        let wanted = (offset + there).next_multiple_of(block).min(size) - start;
-        if there > 0 {
-            let bytes = usize::try_from(wanted).map_err(|_| DeviceError { errno: libc::EINVAL })?;
-            let read = channel.run(Request::read(start, bytes));
-            let read = read.map_err(|errno| DeviceError { errno })?;
-            let skipped = usize::try_from(offset - start).unwrap_or(usize::MAX);
-            let from = read.bytes().get(skipped..).unwrap_or_default();
-            let n = from.len().min(usize::try_from(there).unwrap_or(len));
-            data[..n].copy_from_slice(&from[..n]);
-        }
-        Ok(data)
+        self.externals.read(id, offset, len)
     }
 }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::channel::LvolChannel;
 use crate::store::{LvStore, Shared};
+use crate::table::Entry;
 use crate::volume::Volume;
 
 /// SPDK's name for volumes.
@@ -101,7 +102,7 @@ impl Bdev for LvolDisk {
     /// `read_only` changes once, when the volume is made read-only.
     fn features(&self) -> Features {
         let base = self.bases.first().map(|base| base.features()).unwrap_or_default();
-        let read_only = self.volume.read_only.load(Ordering::Acquire);
+        let read_only = base.read_only || self.volume.read_only.load(Ordering::Acquire);
         Features {
             read_only,
             unmap: !read_only,
@@ -121,7 +122,7 @@ impl Bdev for LvolDisk {
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent, Error> {
         let size = self.volume.cluster_size;
-        let is_allocated = |index| self.volume.table.get(index) != Place::Zeroes;
+        let is_allocated = |index| self.volume.table.get(index) != Entry::At(Place::Zeroes);
         let mut index = offset / size;
         let allocated = is_allocated(index);
         let mut end = (index + 1).saturating_mul(size);

@@ -1,6 +1,8 @@
 //! What operators see of a store.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use blobstore::lvs::{self, Lvs};
 use blobstore::{BlobId, Parent};
@@ -30,14 +32,13 @@ pub struct StoreFacts {
     pub base: String,
     /// Clusters for data.
     pub data_clusters: u64,
-    /// Clusters that no volume has.
-    pub free_clusters: u64,
     /// Bytes of a block.
     pub block_size: u32,
     /// Bytes of a cluster.
     pub cluster_size: u64,
     /// The size in bytes up to which it can grow.
     pub max_growable_size: u64,
+    free_clusters: Arc<AtomicU64>,
 }
 
 /// A volume.
@@ -51,8 +52,6 @@ pub struct VolumeFacts {
     pub uuid: Option<Uuid>,
     /// Its size in clusters.
     pub clusters: u64,
-    /// Clusters of its own.
-    pub allocated: u64,
     /// Whether clusters are allocated when they are first written.
     pub thin: bool,
     /// Whether its data cannot be changed.
@@ -76,7 +75,7 @@ impl StoreFacts {
             uuid: lvs.uuid(),
             base: shared.base_name.clone(),
             data_clusters: store.data_clusters(),
-            free_clusters: store.free_clusters(),
+            free_clusters: Arc::clone(&shared.free_clusters),
             block_size: shared.block_size,
             cluster_size: shared.cluster_size,
             max_growable_size: store.super_block().max_growable_size(),
@@ -84,8 +83,16 @@ impl StoreFacts {
     }
 }
 
+impl StoreFacts {
+    /// Clusters that no volume has, at present.
+    #[must_use]
+    pub fn free_clusters(&self) -> u64 {
+        self.free_clusters.load(Ordering::Relaxed)
+    }
+}
+
 impl VolumeFacts {
-    pub(crate) fn of(lvs: &Lvs<Base>, volume: &lvs::Volume<'_>, shared: Arc<Volume>) -> Self {
+    fn of(lvs: &Lvs<Base>, volume: &lvs::Volume<'_>, shared: Arc<Volume>) -> Self {
         let blob = volume.blob;
         let (parent, external_clone) = match blob.parent() {
             Parent::Blob(parent) => (Some(parent), false),
@@ -97,15 +104,20 @@ impl VolumeFacts {
             name: volume.name.map_or_else(|| format!("{:#x}", blob.id().0), str::to_owned),
             uuid: volume.uuid,
             clusters: blob.clusters(),
-            allocated: 0,
             thin: blob.flags().thin(),
             read_only: !blob.writable(),
             parent,
-            clones: lvs.store().clones(blob.id()).collect(),
+            clones: vec![],
             external_clone,
             external: lvs.store().external(blob.id()).ok().flatten(),
             shared,
         }
+    }
+
+    /// Clusters of its own, at present.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.shared.allocated.load(Ordering::Relaxed)
     }
 
     /// Whether it is a read-only volume with clones.
@@ -124,9 +136,30 @@ impl VolumeFacts {
 }
 
 impl Facts {
+    pub(crate) fn of(
+        lvs: &Lvs<Base>,
+        shared: &Shared,
+        volumes: &BTreeMap<BlobId, Arc<Volume>>,
+    ) -> Self {
+        let shown = lvs.volumes().filter_map(|volume| {
+            let id = volume.blob.id();
+            Some((id, VolumeFacts::of(lvs, &volume, Arc::clone(volumes.get(&id)?))))
+        });
+        let mut shown: BTreeMap<BlobId, VolumeFacts> = shown.collect();
+        let clones: Vec<(BlobId, BlobId)> =
+            shown.values().filter_map(|volume| Some((volume.parent?, volume.id))).collect();
+        for (parent, clone) in clones {
+            if let Some(parent) = shown.get_mut(&parent) {
+                parent.clones.push(clone);
+            }
+        }
+        Self { store: StoreFacts::of(lvs, shared), volumes: shown.into_values().collect() }
+    }
+
     /// The volume with this number.
     #[must_use]
     pub fn volume(&self, id: BlobId) -> Option<&VolumeFacts> {
-        self.volumes.iter().find(|volume| volume.id == id)
+        let at = self.volumes.binary_search_by_key(&id, |volume| volume.id).ok()?;
+        self.volumes.get(at)
     }
 }

@@ -12,6 +12,7 @@ mod channel;
 mod core;
 mod device;
 mod disk;
+mod externals;
 mod facts;
 mod module;
 mod store;

@@ -15,12 +15,14 @@ use bdev::{Bdev, Error, Grace, Request, Rights, ThreadChannel, Waker};
 use blobstore::format::{Clear, PAGE, SuperBlock};
 use blobstore::lvs::{Lvs, NewVolume, STORE_TYPE};
 use blobstore::store::StoreOptions;
-use blobstore::{BlobId, Parent};
+use blobstore::{BlobId, Place};
 use uuid::Uuid;
 
 use crate::core::Core;
 use crate::device::Base;
+use crate::externals::Externals;
 use crate::facts::Facts;
+use crate::table::CLUSTERS_MAX;
 use crate::thread::{self as store_thread, Link};
 
 /// The interval at which a thread looks whether earlier I/O has ended.
@@ -39,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) cluster_size: u64,
     pub(crate) block_size: u32,
     core: Mutex<Core>,
+    pub(crate) externals: Arc<Externals>,
     pub(crate) grace: Grace,
     /// The channels of all volumes.
     pub(crate) links: Mutex<Vec<Arc<Link>>>,
@@ -46,7 +49,7 @@ pub(crate) struct Shared {
     pub(crate) waker: Waker,
     pub(crate) closed: AtomicBool,
     facts: Mutex<Arc<Facts>>,
-    pub(crate) free_clusters: AtomicU64,
+    pub(crate) free_clusters: Arc<AtomicU64>,
     pub(crate) opened: Instant,
     /// The second since then in which a failure was logged last.
     pub(crate) warned: AtomicU64,
@@ -131,13 +134,19 @@ impl LvStore {
             base_name: bdev.name().to_owned(),
             cluster_size: lvs.store().cluster_size(),
             block_size: super_block.io_unit_size().max(bdev.block_size()),
-            core: Mutex::new(Core { base, lvs: Some(lvs), volumes: BTreeMap::new() }),
+            externals: Arc::clone(&base.externals),
+            core: Mutex::new(Core {
+                base,
+                lvs: Some(lvs),
+                volumes: BTreeMap::new(),
+                failed_at: None,
+            }),
             grace: Grace::default(),
             links: Mutex::default(),
             waker: Waker::new().map_err(system)?,
             closed: AtomicBool::new(false),
             facts: Mutex::default(),
-            free_clusters: AtomicU64::new(0),
+            free_clusters: Arc::default(),
             opened: Instant::now(),
             warned: AtomicU64::new(u64::MAX),
         });
@@ -151,23 +160,41 @@ impl LvStore {
 
     /// What is known of it. Does not wait for operations under way.
     #[must_use]
-    pub fn facts(&self) -> Facts {
-        let facts = Arc::clone(&self.shared.lock_facts());
-        let mut facts = Facts::clone(&facts);
-        facts.store.free_clusters = self.shared.free_clusters.load(Ordering::Relaxed);
-        for volume in &mut facts.volumes {
-            volume.allocated = volume.shared.allocated.load(Ordering::Relaxed);
-        }
-        facts
+    pub fn facts(&self) -> Arc<Facts> {
+        Arc::clone(&self.shared.lock_facts())
     }
 
-    /// Creates a volume. Blocks, as all operations that follow.
+    /// Creates a volume. Blocks, as all operations that follow. The clusters of a thick volume are
+    /// allocated after it was created, in steps.
     ///
     /// # Errors
-    /// EEXIST for a name in use, EINVAL for a bad one, ENOSPC; the base's error.
+    /// EEXIST for a name in use, EINVAL for a bad one or more than 2^26 clusters, ENOSPC; the base's
+    /// error.
     pub fn create_volume(&self, new: &NewVolume<'_>) -> Result<BlobId, Error> {
-        let new = new.clone();
-        self.shared.change(&[], |lvs, base| base.run(lvs.create_volume(new)))
+        self.check_size(new.clusters)?;
+        let thin = NewVolume { thin: true, ..new.clone() };
+        let enough = new.thin || new.clusters <= self.facts().store.free_clusters();
+        if !enough {
+            return Err(self.shared.of(&blobstore::Error::NoSpace("clusters")));
+        }
+        let id = self.shared.change(&[], |lvs, base| base.run(lvs.create_volume(thin)))?;
+        if new.thin {
+            return Ok(id);
+        }
+        match self.inflate(id) {
+            Ok(()) => Ok(id),
+            Err(e) => {
+                self.delete(id)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn check_size(&self, clusters: u64) -> Result<(), Error> {
+        if clusters > CLUSTERS_MAX {
+            return Err(self.shared.of(&blobstore::Error::Invalid("more than 2^26 clusters")));
+        }
+        Ok(())
     }
 
     /// Takes a snapshot. Writes of the volume that would change its clusters wait meanwhile.
@@ -176,6 +203,7 @@ impl LvStore {
     /// As [`LvStore::create_volume`]; EINVAL if the volume is read-only.
     pub fn snapshot(&self, id: BlobId, name: &str, uuid: Uuid) -> Result<BlobId, Error> {
         let mut core = self.shared.lock();
+        core.mend(&self.shared)?;
         if let (Some(volume), Some(lvs)) = (core.volumes.get(&id), &core.lvs)
             && lvs.store().blob(id).is_ok_and(blobstore::Blob::writable)
         {
@@ -204,6 +232,7 @@ impl LvStore {
         name: &str,
         uuid: Uuid,
     ) -> Result<BlobId, Error> {
+        self.check_size(clusters)?;
         self.shared
             .change(&[], |lvs, base| base.run(lvs.clone_external(external, clusters, name, uuid)))
     }
@@ -230,6 +259,7 @@ impl LvStore {
     /// ENOENT; EPERM if it has more than one clone; the base's error.
     pub fn delete(&self, id: BlobId) -> Result<(), Error> {
         let mut core = self.shared.lock();
+        core.mend(&self.shared)?;
         let touched = core.descendants(id);
         if let Some(volume) = core.volumes.get(&id) {
             volume.clusters.store(0, Ordering::Release);
@@ -244,18 +274,40 @@ impl LvStore {
     /// # Errors
     /// EBUSY; EPERM for a snapshot; ENOSPC; the base's error.
     pub fn resize(&self, id: BlobId, clusters: u64) -> Result<(), Error> {
-        let mut core = self.shared.lock();
-        if let Some(volume) = core.volumes.get(&id)
-            && clusters < volume.clusters.load(Ordering::Relaxed)
-        {
-            if volume.channels.load(Ordering::SeqCst) > 0 {
-                return Err(Error::Busy(format!("{volume}: it is in use")));
+        self.check_size(clusters)?;
+        loop {
+            let mut core = self.shared.lock();
+            core.mend(&self.shared)?;
+            let volume = core.volumes.get(&id).map(Arc::clone);
+            let old = volume.as_ref().map_or(0, |volume| volume.clusters.load(Ordering::Relaxed));
+            if let Some(volume) = volume.filter(|_| clusters < old) {
+                if volume.channels.load(Ordering::SeqCst) > 0 {
+                    return Err(Error::Busy(format!("{volume}: it is in use")));
+                }
+                // A channel that is opened meanwhile does no I/O beyond.
+                volume.clusters.store(clusters, Ordering::Release);
+                (clusters..old).for_each(|index| volume.table.set(index, Place::Zeroes));
+                self.shared.wait_for_io()?;
             }
-            // A channel that is opened meanwhile does no I/O beyond.
-            volume.clusters.store(clusters, Ordering::Release);
-            self.shared.wait_for_io()?;
+            let thick = |lvs: &Lvs<Base>| {
+                let blob = lvs.store().blob(id);
+                blob.is_ok_and(|blob| !blob.flags().thin() && !blob.flags().read_only())
+            };
+            // In steps, since the clusters are zeroed, and guests may wait for clusters.
+            let steps = clusters > old && core.lvs.as_ref().is_some_and(thick);
+            if let Some(lvs) = core.lvs.as_ref().filter(|_| steps)
+                && clusters - old > lvs.store().free_clusters()
+            {
+                return Err(self.shared.of(&blobstore::Error::NoSpace("clusters")));
+            }
+            let next = if steps { clusters.min(old + BATCH as u64) } else { clusters };
+            core.change(&self.shared, &[id], |lvs, base| {
+                base.run(lvs.store_mut().resize(id, next))
+            })?;
+            if next == clusters {
+                return Ok(());
+            }
         }
-        core.change(&self.shared, &[id], |lvs, base| base.run(lvs.store_mut().resize(id, clusters)))
     }
 
     /// Makes a volume read-only, for ever.
@@ -264,6 +316,7 @@ impl LvStore {
     /// The base's error.
     pub fn set_read_only(&self, id: BlobId) -> Result<(), Error> {
         let mut core = self.shared.lock();
+        core.mend(&self.shared)?;
         if let Some(volume) = core.volumes.get(&id) {
             volume.read_only.store(true, Ordering::Release);
             volume.keep_from_writing();
@@ -291,35 +344,17 @@ impl LvStore {
 
     fn copy_from_parent(&self, id: BlobId, decouple: bool) -> Result<(), Error> {
         let mut from = 0;
-        let mut first = true;
         loop {
             let mut core = self.shared.lock();
-            let Some(lvs) = &core.lvs else { return Err(core.failed(&self.shared)) };
-            let store = lvs.store();
-            let result = store.blob(id).and_then(|blob| match blob.parent() {
-                _ if blob.flags().read_only() => {
-                    Err(blobstore::Error::NotPermitted("the volume is read-only"))
-                }
-                Parent::None if decouple => Err(blobstore::Error::Invalid("it has no parent")),
-                Parent::External(_) => Ok(false),
-                Parent::None | Parent::Blob(_) => Ok(decouple),
-            });
-            let decouple = result.map_err(|e| self.shared.of(&e))?;
-            if !decouple && store.blob(id).is_ok_and(|blob| !blob.flags().thin()) {
+            core.mend(&self.shared)?;
+            let Some(plan) = core.copy_plan(id, decouple, from).map_err(|e| self.shared.of(&e))?
+            else {
                 return Ok(());
-            }
-            let limit = if first { usize::MAX } else { BATCH };
-            let missing = store.missing(id, decouple, from, limit);
-            let mut missing = missing.map_err(|e| self.shared.of(&e))?;
-            if missing.len() as u64 > store.free_clusters() {
-                return Err(self.shared.of(&blobstore::Error::NoSpace("clusters")));
-            }
-            first = false;
-            missing.truncate(BATCH);
-            if let Some(last) = missing.last() {
+            };
+            if let Some(last) = plan.missing.last() {
                 from = last + 1;
-                core.allocate(&self.shared, id, &missing)?;
-                drop(core);
+                let external = plan.external.as_deref();
+                allocate(&self.shared, core, id, &plan.missing, external)?;
                 // Guests that wait for a cluster come first.
                 thread::yield_now();
                 continue;
@@ -328,7 +363,7 @@ impl LvStore {
             let mut stale = false;
             let ended = core.change(&self.shared, &touched, |lvs, base| {
                 let store = lvs.store_mut();
-                let ended = if decouple {
+                let ended = if plan.decouple {
                     base.run(store.decouple_end(id))
                 } else {
                     base.run(store.inflate_end(id))
@@ -371,17 +406,24 @@ impl LvStore {
         self.shared.change(&[], |lvs, base| base.run(lvs.store_mut().grow()))
     }
 
-    /// Lets volumes read from the bdev of an external snapshot, which they name by `id`.
+    /// Lets volumes read from the bdev of an external snapshot, which they name by `id`. Waits for
+    /// no operation under way.
     ///
     /// # Errors
     /// As [`Bdev::open`].
     pub fn add_external(&self, id: Vec<u8>, bdev: &Arc<dyn Bdev>) -> Result<(), Error> {
-        self.shared.lock().base.add_external(id, bdev)
+        self.shared.externals.add(id, bdev)
     }
 
-    /// Forgets the bdev of an external snapshot.
-    pub fn remove_external(&self, id: &[u8]) {
-        self.shared.lock().base.remove_external(id);
+    /// Returns whether it uses this bdev as an external snapshot.
+    #[must_use]
+    pub fn has_external(&self, bdev: &Arc<dyn Bdev>) -> bool {
+        self.shared.externals.has(bdev)
+    }
+
+    /// Lets go of a bdev that is an external snapshot. Waits for no operation under way.
+    pub fn remove_external(&self, bdev: &Arc<dyn Bdev>) {
+        self.shared.externals.remove(|external| Arc::ptr_eq(external, bdev));
     }
 
     /// Writes what marks the store as clean, and closes it: its volumes' I/O to clusters that they
@@ -406,16 +448,49 @@ impl LvStore {
         end: impl FnOnce(Lvs<Base>, &Base) -> blobstore::Result<()>,
     ) -> Result<(), Error> {
         let mut core = self.shared.lock_to_close();
+        let mended = core.mend(&self.shared);
         let ended = core.lvs.take().map(|lvs| end(lvs, &core.base));
         core.base.close();
-        self.shared.closed.store(true, Ordering::SeqCst);
-        self.shared.waker.wake();
+        drop(core);
+        self.shared.close();
+        mended?;
         ended.unwrap_or(Ok(())).map_err(|e| self.shared.of(&e))
     }
 }
 
-/// Clusters that are copied from a parent while the lock is held once.
-const BATCH: usize = 32;
+impl Drop for LvStore {
+    fn drop(&mut self) {
+        // The store's thread closes the base.
+        self.shared.close();
+    }
+}
+
+/// Clusters that an operation allocates while it holds the lock once.
+pub(crate) const BATCH: usize = 32;
+
+/// Allocates clusters of a volume that its caller found missing. What comes from an external
+/// snapshot is read first, without the lock.
+fn allocate(
+    shared: &Shared,
+    mut core: MutexGuard<'_, Core>,
+    id: BlobId,
+    indices: &[u64],
+    external: Option<&[u8]>,
+) -> Result<(), Error> {
+    let Some(external) = external else { return core.allocate(shared, id, indices) };
+    drop(core);
+    shared.with_prefetched(external, indices, || {
+        let mut core = shared.lock();
+        core.mend(shared)?;
+        // Guests may have allocated some meanwhile.
+        let still = |index: &u64| !core.missing(id, *index..*index + 1, 1).is_empty();
+        let indices: Vec<u64> = indices.iter().copied().filter(still).collect();
+        if indices.is_empty() { Ok(()) } else { core.allocate(shared, id, &indices) }
+    })
+}
+
+/// The largest cluster that is read before it is needed. Larger ones take too much memory.
+pub(crate) const PREFETCHED_MAX: u64 = 16 << 20;
 
 impl Shared {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
@@ -457,6 +532,32 @@ impl Shared {
         operation: impl FnOnce(&mut Lvs<Base>, &Base) -> blobstore::Result<T>,
     ) -> Result<T, Error> {
         self.lock().change(self, touched, operation)
+    }
+
+    /// Reads clusters of an external snapshot, and runs an operation that needs them.
+    ///
+    /// # Errors
+    /// The bdev's error, or that of the operation.
+    pub(crate) fn with_prefetched<T>(
+        &self,
+        external: &[u8],
+        indices: &[u64],
+        operation: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let size = self.cluster_size;
+        let offsets = || indices.iter().map(|index| index.saturating_mul(size));
+        let len = usize::try_from(size).unwrap_or(usize::MAX);
+        let read = |offset| self.externals.prefetch(external, offset, len);
+        let read = if size <= PREFETCHED_MAX { offsets().try_for_each(read) } else { Ok(()) };
+        let result = read.map_err(|e| self.of(&e.into())).and_then(|()| operation());
+        offsets().for_each(|offset| self.externals.forget(external, offset));
+        result
+    }
+
+    /// Ends the store's thread when the channels are closed.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.waker.wake();
     }
 
     /// Waits until all I/O of volumes has ended that began before the tables were changed. The

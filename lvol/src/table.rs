@@ -7,12 +7,34 @@ use blobstore::Place;
 
 /// Entries in the first segment, as a power of two.
 const FIRST_BITS: u32 = 9;
-/// Segments, each twice as long as the one before: 2^26 entries, the most that
-/// [`blobstore::Store::places`] returns.
+/// Segments, each twice as long as the one before.
 const SEGMENTS: usize = 18;
+/// The most clusters of a volume: what [`blobstore::Store::places`] returns at most.
+pub(crate) const CLUSTERS_MAX: u64 = 1 << 26;
 
-/// A table of [`Place`]s. A reactor looks up an entry with two loads. Only the holder of the store's
-/// lock changes entries. A table grows and never moves.
+/// The number of an entry of a cluster that is being given back. No place has it.
+const LEAVING: u64 = u64::MAX;
+
+/// An entry of a [`Table`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// What the store says.
+    At(Place),
+    /// The cluster is being given back. It reads as zeroes, and is not zeroed for good yet.
+    Leaving,
+}
+
+impl Entry {
+    fn number(self) -> u64 {
+        match self {
+            Self::At(place) => place.encode(),
+            Self::Leaving => LEAVING,
+        }
+    }
+}
+
+/// A table of the places of clusters. A reactor looks up an entry with two loads. Only the holder of
+/// the store's lock changes entries. A table grows and never moves.
 #[derive(Debug, Default)]
 pub(crate) struct Table([OnceLock<Box<[AtomicU64]>>; SEGMENTS]);
 
@@ -29,21 +51,34 @@ fn position(index: u64) -> (usize, usize) {
 }
 
 impl Table {
-    /// Returns the place of a cluster. Zeroes beyond the end.
+    /// Returns the entry of a cluster. Zeroes beyond the end.
     #[inline]
-    pub(crate) fn get(&self, index: u64) -> Place {
+    pub(crate) fn get(&self, index: u64) -> Entry {
         let (segment, offset) = position(index);
         let segment = self.0.get(segment).and_then(OnceLock::get);
         // Acquire: what the entry refers to was written before.
         let entry = segment.and_then(|segment| segment.get(offset));
-        Place::decode(entry.map_or(0, |entry| entry.load(Ordering::Acquire)))
+        match entry.map_or(0, |entry| entry.load(Ordering::Acquire)) {
+            LEAVING => Entry::Leaving,
+            number => Entry::At(Place::decode(number)),
+        }
+    }
+
+    /// Returns whether the volume has this cluster itself.
+    pub(crate) fn is_own(&self, index: u64) -> bool {
+        matches!(self.get(index), Entry::At(Place::Own(_)))
     }
 
     /// Changes the place of a cluster.
     pub(crate) fn set(&self, index: u64, place: Place) {
+        self.put(index, Entry::At(place));
+    }
+
+    /// Changes the entry of a cluster.
+    pub(crate) fn put(&self, index: u64, entry: Entry) {
         let (segment, offset) = position(index);
         let Some(slot) = self.0.get(segment) else { return };
-        let number = place.encode();
+        let number = entry.number();
         if slot.get().is_none() && number == 0 {
             return;
         }
@@ -61,6 +96,10 @@ impl Table {
 mod tests {
     use super::*;
 
+    fn own(cluster: u64) -> Entry {
+        Entry::At(Place::Own(cluster))
+    }
+
     #[test]
     fn entries_are_kept_wherever_they_are() {
         let table = Table::default();
@@ -69,22 +108,24 @@ mod tests {
             table.set(index, Place::Own(n));
         }
         for (n, index) in (1..).zip(indices) {
-            assert_eq!(table.get(index), Place::Own(n), "{index}");
+            assert_eq!(table.get(index), own(n), "{index}");
         }
-        assert_eq!(table.get(2), Place::Zeroes);
+        assert_eq!(table.get(2), Entry::At(Place::Zeroes));
         table.set(511, Place::Inherited(9));
-        assert_eq!((table.get(511), table.get(512)), (Place::Inherited(9), Place::Own(4)));
+        table.put(0, Entry::Leaving);
+        assert_eq!(table.get(511), Entry::At(Place::Inherited(9)));
+        assert_eq!((table.get(0), table.get(512)), (Entry::Leaving, own(4)));
+        assert!(!table.is_own(0) && table.is_own(512));
     }
 
     #[test]
-    fn the_last_entry_is_the_longest_table_s_and_holes_take_no_memory() {
-        let last = (1 << 26) - 1;
-        let (segment, offset) = position(last);
+    fn the_last_entry_has_room_and_holes_take_no_memory() {
+        let (segment, offset) = position(CLUSTERS_MAX - 1);
         assert!(segment < SEGMENTS && offset < 1 << (segment + 9), "{segment} {offset}");
         let table = Table::default();
-        table.set(last, Place::Zeroes);
+        table.set(CLUSTERS_MAX - 1, Place::Zeroes);
         table.set(u64::MAX, Place::External);
         assert!(table.0.iter().all(|segment| segment.get().is_none()));
-        assert_eq!((table.get(last), table.get(u64::MAX)), (Place::Zeroes, Place::Zeroes));
+        assert_eq!(table.get(u64::MAX), Entry::At(Place::Zeroes));
     }
 }

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Sender};
 use std::thread;
 
 use bdev::{Ended, Error, Io, Line, Op, Tag};
-use blobstore::BlobId;
+use blobstore::{BlobId, Place};
 use tracing::warn;
 
-use crate::store::Shared;
+use crate::store::{PREFETCHED_MAX, Shared};
+use crate::table::Entry;
 use crate::volume::{JOB_CLUSTERS, Job, Volume};
 
 /// Jobs that are taken from one channel at a time, so that one channel does not hold up others.
@@ -44,13 +46,14 @@ impl Job {
     }
 }
 
-/// Starts the thread. It ends when the store is closed.
+/// Starts the thread. It ends when the store is closed, with the last channel.
 ///
 /// # Errors
 /// The system cannot start a thread.
 pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
     let shared = Arc::clone(shared);
     thread::Builder::new().name("vhost-lvs".into()).spawn(move || {
+        let mut workers = Workers::default();
         loop {
             shared.waker.wait(|| has_work(&shared));
             let jobs = take_jobs(&shared);
@@ -59,12 +62,16 @@ pub(crate) fn start(shared: &Arc<Shared>) -> io::Result<()> {
                     link.line.complete(job.tag, Ended::Failed(libc::ENODEV));
                 });
                 if jobs.is_empty() && shared.lock_links().is_empty() {
-                    return;
+                    break;
                 }
                 continue;
             }
-            serve(&shared, &jobs);
+            serve(&shared, &mut workers, jobs);
         }
+        drop(workers);
+        // A store that was dropped was not closed.
+        let base = shared.lock().base.clone();
+        base.close();
     })?;
     Ok(())
 }
@@ -87,34 +94,112 @@ fn take_jobs(shared: &Shared) -> Vec<Taken> {
     jobs
 }
 
-/// Does jobs: first all allocations, by volume, then the rest.
-fn serve(shared: &Shared, jobs: &[Taken]) {
-    let mut allocations: BTreeMap<BlobId, Vec<&Taken>> = BTreeMap::new();
-    let mut others = vec![];
-    for job in jobs {
-        let (link, io) = job;
+/// Does jobs: first all allocations, by volume, then one release for each volume.
+fn serve(shared: &Arc<Shared>, workers: &mut Workers, jobs: Vec<Taken>) {
+    let mut allocations: BTreeMap<BlobId, Vec<Taken>> = BTreeMap::new();
+    let mut releases: BTreeMap<(BlobId, bool), Vec<Taken>> = BTreeMap::new();
+    for (link, io) in jobs {
+        let (id, job) = (link.volume.id, Job::of(&io));
         if link.line.abandoned().load(Ordering::Relaxed) {
             link.line.complete(io.tag, Ended::Failed(libc::ECANCELED));
-        } else if Job::of(io) == Job::Allocate {
-            allocations.entry(link.volume.id).or_default().push(job);
+        } else if job != Job::Allocate {
+            releases.entry((id, job == Job::Zero)).or_default().push((link, io));
+        } else if let Some(external) = external_of(shared, &link, &io) {
+            workers.give(shared, external, (link, io));
         } else {
-            others.push(job);
+            allocations.entry(id).or_default().push((link, io));
         }
     }
     for (id, jobs) in allocations {
         allocate(shared, id, &jobs);
     }
-    for (link, io) in others {
-        let zero = Job::of(io) == Job::Zero;
-        let released = shared.lock().release(shared, link.volume.id, clusters(link, io), zero);
-        link.line.complete(io.tag, ended(shared, &link.volume, released));
+    for ((id, zero), jobs) in releases {
+        let ranges: Vec<_> = jobs.iter().map(|(link, io)| clusters(link, io)).collect();
+        let released = shared.lock().release(shared, id, &ranges, zero);
+        let Some((link, _)) = jobs.first() else { continue };
+        let ended = ended(shared, &link.volume, released);
+        jobs.iter().for_each(|(link, io)| link.line.complete(io.tag, ended));
     }
+}
+
+/// The external snapshot that must be read to allocate the clusters of a job, if it is to be read
+/// beforehand.
+fn external_of(shared: &Shared, link: &Link, io: &Io) -> Option<Vec<u8>> {
+    let reads = |index| link.volume.table.get(index) == Entry::At(Place::External);
+    if shared.cluster_size > PREFETCHED_MAX || !clusters(link, io).any(reads) {
+        return None;
+    }
+    let facts = shared.lock_facts().clone();
+    facts.volume(link.volume.id)?.external.clone()
+}
+
+/// The threads that allocate what external snapshots are read for, by the snapshots' ids: one that
+/// hangs holds up only what needs it.
+#[derive(Default)]
+struct Workers(BTreeMap<Vec<u8>, Sender<Taken>>);
+
+impl Workers {
+    /// Gives a job to the thread of an external snapshot.
+    fn give(&mut self, shared: &Arc<Shared>, external: Vec<u8>, job: Taken) {
+        if let Some(worker) = self.0.get(&external) {
+            // The thread ends after its sender is dropped.
+            let _ = worker.send(job);
+            return;
+        }
+        let (sender, jobs) = mpsc::channel::<Taken>();
+        let (shared, id, volume) =
+            (Arc::clone(shared), external.clone(), Arc::clone(&job.0.volume));
+        let spawned = thread::Builder::new().name("vhost-lvs-copy".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || jobs.iter().for_each(|job| allocate_copied(&shared, &id, job))
+        });
+        match spawned {
+            Ok(_) => {
+                let _ = sender.send(job);
+                self.0.insert(external, sender);
+            }
+            Err(source) => {
+                let what = "cannot start a thread".to_owned();
+                let ended = ended(&shared, &volume, Err(Error::System { what, source }));
+                job.0.line.complete(job.1.tag, ended);
+            }
+        }
+    }
+}
+
+/// Allocates some of the clusters of a job, with what an external snapshot has there.
+fn allocate_copied(shared: &Shared, external: &[u8], job: Taken) {
+    let (link, io) = &job;
+    if link.line.abandoned().load(Ordering::Relaxed) || shared.closed.load(Ordering::Relaxed) {
+        link.line.complete(io.tag, Ended::Failed(libc::ECANCELED));
+        return;
+    }
+    let limit = usize::try_from(PREFETCHED_MAX / shared.cluster_size).unwrap_or(1).max(1);
+    let not_own = |index: &u64| !link.volume.table.is_own(*index);
+    let indices: Vec<u64> = clusters(link, io).filter(not_own).take(limit.min(CLUSTERS)).collect();
+    let copied = shared.with_prefetched(external, &indices, || {
+        let mut core = shared.lock();
+        core.mend_for_guest(shared)?;
+        let still = |index: &u64| !core.missing(link.volume.id, *index..*index + 1, 1).is_empty();
+        let indices: Vec<u64> = indices.iter().copied().filter(still).collect();
+        match indices[..] {
+            [] => Ok(()),
+            _ => core.allocate(shared, link.volume.id, &indices),
+        }
+    });
+    link.line.complete(io.tag, ended(shared, &link.volume, copied));
 }
 
 /// Allocates clusters for all jobs of a volume together. A job whose clusters are not all allocated
 /// comes again.
-fn allocate(shared: &Shared, id: BlobId, jobs: &[&Taken]) {
+fn allocate(shared: &Shared, id: BlobId, jobs: &[Taken]) {
+    let Some((link, _)) = jobs.first() else { return };
     let mut core = shared.lock();
+    if let Err(e) = core.mend_for_guest(shared) {
+        let ended = ended(shared, &link.volume, Err(e));
+        jobs.iter().for_each(|(link, io)| link.line.complete(io.tag, ended));
+        return;
+    }
     let mut indices = vec![];
     for (link, io) in jobs {
         let limit = CLUSTERS.saturating_sub(indices.len());
@@ -131,9 +216,8 @@ fn allocate(shared: &Shared, id: BlobId, jobs: &[&Taken]) {
             allocated = core.allocate(shared, id, &indices[..1]);
         }
     }
-    // The store may know better than the tables: it was loaded again, or a snapshot has failed.
+    // The store may know better than the tables: a snapshot has failed, for example.
     core.republish(id, jobs.iter().map(|(link, io)| clusters(link, io)));
-    let Some((link, _)) = jobs.first() else { return };
     let ended = ended(shared, &link.volume, allocated);
     for (link, io) in jobs {
         let done = core.missing(id, clusters(link, io), 1).is_empty();

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use bdev::Op;
 use blobstore::{BlobId, Place};
 
-use crate::table::Table;
+use crate::table::{Entry, Table};
 
 /// What a volume's channels need to know of it. The holder of the store's lock changes it.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ pub(crate) enum Job {
     Allocate,
     /// Give back the clusters of the range, which the guest does not need any more.
     Release,
-    /// The same, and they must read as zeroes.
+    /// The same, and they must read as zeroes. Then the I/O is tried again.
     Zero,
 }
 
@@ -96,8 +96,8 @@ impl Volume {
     ) -> (Target, u64) {
         let size = self.cluster_size;
         let (first, within) = (offset / size, offset % size);
-        let place = self.table.get(first);
-        let target = self.target_of(op, may_unmap, place, within, len, base);
+        let entry = self.table.get(first);
+        let target = self.target_of(op, may_unmap, entry, within, len, base);
         let mut covered = size - within;
         if covered >= len {
             return (target, len);
@@ -128,7 +128,7 @@ impl Volume {
         &self,
         op: Op,
         may_unmap: bool,
-        place: Place,
+        entry: Entry,
         within: u64,
         len: u64,
         base: Abilities,
@@ -136,6 +136,17 @@ impl Volume {
         let at = |cluster: u64| Target::Base(cluster.saturating_mul(self.cluster_size) + within);
         let whole = || within == 0 && len >= self.cluster_size;
         let frees = || whole() && self.frees.load(Ordering::Relaxed);
+        let place = match entry {
+            Entry::At(place) => place,
+            Entry::Leaving => {
+                return match op {
+                    Op::Read => Target::Zeroes,
+                    Op::Unmap | Op::Flush => Target::Nothing,
+                    // When the cluster has left for good.
+                    Op::Write | Op::WriteZeroes => Target::Thread(Job::Allocate),
+                };
+            }
+        };
         match (op, place) {
             (Op::Read, Place::Own(cluster) | Place::Inherited(cluster)) => at(cluster),
             (Op::Read, Place::External) => Target::External,

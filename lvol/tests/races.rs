@@ -349,8 +349,10 @@ fn a_read_only_volume_does_not_change() {
     thread::sleep(PAUSE);
     device.holds_guests.store(false, Ordering::SeqCst);
     let before = device.of_guests.load(Ordering::SeqCst);
-    while device.of_guests.load(Ordering::SeqCst) == before {
-        assert!(guest.poll().is_none(), "the second part remains");
+    // The second part fails, or waits.
+    let mut ended = None;
+    while device.of_guests.load(Ordering::SeqCst) == before && ended.is_none() {
+        ended = guest.poll();
     }
     read_only.join().unwrap();
     let read = || {
@@ -358,7 +360,9 @@ fn a_read_only_volume_does_not_change() {
         reader.run(Request::read(CLUSTER, CLUSTER as usize)).unwrap().bytes()[0]
     };
     let at_first = read();
-    ended_within(&mut guest, Duration::from_secs(5)).expect("it ends");
+    if ended.is_none() {
+        ended_within(&mut guest, Duration::from_secs(5)).expect("it ends");
+    }
     let later = read();
     drop(guest);
     fixture.store.close().unwrap();

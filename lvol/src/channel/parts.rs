@@ -1,7 +1,9 @@
 //! The parts of an I/O.
 #![expect(unsafe_code, reason = "passes I/Os on under the contract's conditions")]
 
-use bdev::{Bdev, Begun, Channel, FailureKind, Grace, Io, Status, Submit, memory};
+use std::sync::atomic::Ordering;
+
+use bdev::{Bdev, Begun, Channel, FailureKind, Grace, Io, Op, Status, Submit, memory};
 
 use super::{Active, At, Begin, LvolChannel};
 use crate::volume::Target;
@@ -37,8 +39,13 @@ impl LvolChannel {
             let offset = io.offset + active.done;
             let volume = &self.disk.volume;
             // Before the look-up: the base's cluster is not given away while a part uses it.
-            let (target, len) = volume.target(io.op, io.may_unmap, offset, left, self.abilities);
             let begun = self.disk.shared.grace.begin(&self.in_flight);
+            if io.op != Op::Read && volume.read_only.load(Ordering::Acquire) {
+                Grace::end(&self.in_flight, begun);
+                self.note(io.tag, io.failed(FailureKind::Failed, libc::EROFS));
+                return Begin::Ended(Status::IoError);
+            }
+            let (target, len) = volume.target(io.op, io.may_unmap, offset, left, self.abilities);
             active.len = len;
             if let Target::Base(at) = target {
                 match self.begin_on_base(active, at, begun) {

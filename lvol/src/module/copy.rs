@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bdev::method::{Answer, DecodeFailure, Method, MethodError, Params, strerror};
 use bdev::{Aside, Bdev, ClaimKind, Error, Host, Request, Rights, ThreadChannel};
-use blobstore::Place;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
@@ -96,8 +95,8 @@ impl Copy {
             let text = format!("{}: it is smaller, or has other blocks", to.name());
             return Err(Error::Invalid(text));
         }
-        let own = |index: &u64| matches!(volume.table.get(*index), Place::Own(_));
-        let clusters: Vec<u64> = (0..volume.clusters.load(Ordering::Acquire)).filter(own).collect();
+        let all = 0..volume.clusters.load(Ordering::Acquire);
+        let clusters: Vec<u64> = all.filter(|index| volume.table.is_own(*index)).collect();
         self.total.store(clusters.len() as u64, Ordering::Relaxed);
         let source: Arc<dyn Bdev> = Arc::clone(from) as _;
         let mut reader = ThreadChannel::open(&source, 1, Rights::Read)?;

@@ -21,7 +21,7 @@ pub(super) struct LvolEntry {
 
 impl LvolEntry {
     /// What is known of the store, and of this volume.
-    pub(super) fn facts(&self) -> (Facts, Option<VolumeFacts>) {
+    pub(super) fn facts(&self) -> (Arc<Facts>, Option<VolumeFacts>) {
         let facts = self.store.facts();
         let volume = facts.volume(self.disk.id()).cloned();
         (facts, volume)

@@ -5,11 +5,9 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bdev::module::Entry;
 use bdev::{Aside, Bdev, Claim, ClaimKind, Error, Host, life};
 use blobstore::BlobId;
 use tracing::{debug, error, info, warn};
-use uuid::Uuid;
 
 use super::entry::LvolEntry;
 use super::state::{LIMIT, OpenStore, State};
@@ -20,11 +18,6 @@ use crate::store::LvStore;
 
 /// The time in which a bdev must answer the read of its first block.
 const TASTE_LIMIT: Duration = Duration::from_secs(5);
-/// The time in which a store must be loaded.
-const LOAD_LIMIT: Duration = Duration::from_secs(60);
-/// How many volumes may lie below a store. A guest could otherwise write a store into its disk, a
-/// store into a volume of that, and so on.
-const DEPTH: usize = 1;
 
 /// Opens the store on a new bdev, if there is one, and makes the bdevs of volumes that had to wait
 /// for it as their external snapshot.
@@ -39,8 +32,7 @@ pub(super) async fn examine(state: &Rc<State>, host: &Rc<dyn Host>, bdev: &Arc<d
         }
     }
     let name = bdev.name();
-    if volumes_below(bdev) > DEPTH {
-        debug!("bdev {name}: is not examined for an lvstore: it is a volume inside a volume");
+    if is_on_volume(bdev) {
         return;
     }
     let (aside, tasted) = (Aside::new(name, 1), Arc::clone(bdev));
@@ -54,17 +46,17 @@ pub(super) async fn examine(state: &Rc<State>, host: &Rc<dyn Host>, bdev: &Arc<d
         Err(other) => return debug!("bdev {name}: {} uses it", other.owner),
     };
     let loaded = Arc::clone(bdev);
-    match aside.run(host, LOAD_LIMIT, move || LvStore::load(&loaded)).await {
+    match aside.run(host, LIMIT, move || LvStore::load(&loaded)).await {
         Ok(Some(store)) => open(state, host, bdev, store, claim).await,
         Ok(None) => {}
         Err(e) => error!("bdev {name}: its lvstore cannot be loaded: {e}"),
     }
 }
 
-/// The largest number of volumes on a way down to a device.
-fn volumes_below(bdev: &Arc<dyn Bdev>) -> usize {
-    let own = usize::from(bdev.product_name() == crate::disk::PRODUCT);
-    own + bdev.bases().iter().map(volumes_below).max().unwrap_or(0)
+/// Returns whether a bdev is a volume or built on one. A guest could write a store into its volume,
+/// and take the name of a store that is found later, or make stores of any depth.
+fn is_on_volume(bdev: &Arc<dyn Bdev>) -> bool {
+    bdev.product_name() == crate::disk::PRODUCT || bdev.bases().iter().any(is_on_volume)
 }
 
 /// Adds a store that was loaded, and makes the bdevs of its volumes.
@@ -92,7 +84,7 @@ async fn open(
 
 /// Closes a store.
 pub(super) async fn close(host: &Rc<dyn Host>, store: &Rc<OpenStore>) {
-    if let Err(e) = store.run(host, LIMIT, LvStore::close).await {
+    if let Err(e) = store.end(host, LvStore::close).await {
         error!("{e}");
     }
     drop(store.claim.take());
@@ -121,31 +113,16 @@ pub(super) fn removed(state: &Rc<State>, host: &Rc<dyn Host>, bdev: &Arc<dyn Bde
             }));
             continue;
         }
-        let externals: Vec<Vec<u8>> = externals(&store.facts(), bdev.uuid());
-        if externals.is_empty() {
+        if !store.store.has_external(bdev) {
             continue;
         }
-        let held = Rc::clone(host);
+        // Dropping a channel may wait.
+        let (held, of_thread) = (Rc::clone(host), (Arc::clone(&store.store), Arc::clone(bdev)));
         host.spawn(Box::pin(async move {
-            let forget = move |store: &LvStore| {
-                externals.iter().for_each(|id| store.remove_external(id));
-                Ok(())
-            };
-            if let Err(e) = store.run(&held, LIMIT, forget).await {
-                error!("{e}");
-            }
+            held.blocking(move || of_thread.0.remove_external(&of_thread.1)).await;
             held.released();
         }));
     }
-}
-
-/// The ids by which volumes name this bdev as their external snapshot.
-fn externals(facts: &Facts, uuid: Uuid) -> Vec<Vec<u8>> {
-    let named = facts.volumes.iter().filter(|volume| volume.external_uuid() == Some(uuid));
-    let mut ids: Vec<_> = named.filter_map(|volume| volume.external.clone()).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids
 }
 
 /// Makes the bdev of a volume, if it has none and can have one. The reason of a failure is in the
@@ -175,7 +152,6 @@ async fn try_add(
         what: name.clone(),
         source: std::io::Error::from_raw_os_error(errno),
     };
-    let base = store.base.upgrade().ok_or_else(|| system(libc::ENODEV))?;
     let mut external = None;
     let mut claim = None;
     if let Some(id) = &volume.external {
@@ -184,10 +160,13 @@ async fn try_add(
         let claimed = host.registry().claim(&bdev, ClaimKind::ReadMany, NAME);
         let claimed = claimed.map_err(|other| Error::Busy(format!("{} uses it", other.owner)));
         claim = Some(claimed?);
-        let (id, reads) = (id.clone(), Arc::clone(&bdev));
-        store.run(host, LIMIT, move |store| store.add_external(id, &reads)).await?;
+        let (id, reads, of_thread) = (id.clone(), Arc::clone(&bdev), Arc::clone(&store.store));
+        host.blocking(move || of_thread.add_external(id, &reads)).await?;
         external = Some(bdev);
     }
+    // No other task runs from here on.
+    let base = store.base.upgrade().filter(|_| !store.gone.get());
+    let base = base.ok_or_else(|| system(libc::ENODEV))?;
     let reserved = host.registry().reserve(name.clone(), volume.uuid).map_err(system)?;
     reserved.set_alias(alias).map_err(system)?;
     let (name, uuid) = (reserved.name.clone(), reserved.uuid);
@@ -209,17 +188,23 @@ pub(super) async fn add_new(
     let facts = store.facts();
     let none = || Error::NoDevice("the volume is gone".into());
     let volume = facts.volume(id).ok_or_else(none)?;
-    try_add(host, store, &facts, volume).await?;
+    if let Err(e) = try_add(host, store, &facts, volume).await {
+        // Without a bdev, it could not be used or deleted.
+        if let Err(e) = store.run(host, LIMIT, move |store| store.delete(id)).await {
+            error!("volume {}: has no bdev, and cannot be deleted: {e}", volume.name);
+        }
+        return Err(e);
+    }
     life::settle(host).await;
     Ok(show::bdev_name(&facts, volume))
 }
 
-/// Makes the bdev of a volume anew if it reads from an external snapshot now and did not before, or
-/// the reverse, and nobody uses it.
+/// Makes the bdev of a volume anew if the volume reads from another external snapshot than before,
+/// and nobody uses it.
 pub(super) async fn renew(host: &Rc<dyn Host>, entry: Rc<LvolEntry>) {
     let (facts, Some(volume)) = entry.facts() else { return };
-    let has = entry.bdev().bases().len() > 1;
-    if has == volume.external.is_some() || entry.disk.is_open() {
+    let has = entry.disk.bases().get(1).map(|bdev| bdev.uuid());
+    if has == volume.external_uuid() || entry.disk.is_open() {
         return;
     }
     let name = show::bdev_name(&facts, &volume);

@@ -1,6 +1,7 @@
 //! The methods that change the parent of a volume.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bdev::method::{Answer, DecodeFailure, Method, MethodError, Params, strerror};
 use bdev::{Bdev, ClaimKind, Error, Host};
@@ -12,6 +13,7 @@ use super::state::{COPY_LIMIT, LIMIT, State};
 use super::stores::late;
 use super::volumes::{Two, check_external, find, named};
 use super::{LvolModule, NAME, examine};
+use crate::disk::LvolDisk;
 use crate::store::LvStore;
 
 pub(super) fn methods(module: &LvolModule) -> Vec<Method> {
@@ -77,14 +79,20 @@ async fn set_parent(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> A
     Ok(true.into())
 }
 
+/// Returns whether a bdev is this volume, or built on it.
+fn is_on(bdev: &Arc<dyn Bdev>, disk: &Arc<LvolDisk>) -> bool {
+    std::ptr::addr_eq(Arc::as_ptr(bdev), Arc::as_ptr(disk))
+        || bdev.bases().iter().any(|base| is_on(base, disk))
+}
+
 async fn set_parent_bdev(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> Answer {
     const METHOD: &str = "bdev_lvol_set_parent_bdev";
     let entry = find(&host, &of)?;
     let none = || MethodError::invalid_params(strerror(libc::ENODEV));
     let bdev = host.registry().bdev(&new).ok_or_else(none)?;
     let same_size = bdev.size_bytes() == entry.disk.size_bytes();
-    if !same_size || bdev.uuid() == entry.disk.uuid() {
-        error!("{METHOD}: {new}: it is the volume itself, or has another size");
+    if !same_size || is_on(&bdev, &entry.disk) {
+        error!("{METHOD}: {new}: it is the volume itself or on it, or has another size");
         return Err(MethodError::invalid_params(strerror(libc::EINVAL)));
     }
     check_external(METHOD, &entry.store, &*bdev)?;

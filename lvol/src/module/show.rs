@@ -13,7 +13,7 @@ pub(super) fn store(store: &StoreFacts) -> Value {
         "name": store.name,
         "base_bdev": store.base,
         "total_data_clusters": store.data_clusters,
-        "free_clusters": store.free_clusters,
+        "free_clusters": store.free_clusters(),
         "block_size": store.block_size,
         "cluster_size": store.cluster_size,
         "max_growable_size": store.max_growable_size,
@@ -47,7 +47,7 @@ pub(super) fn volume(registry: &Registry, facts: &Facts, volume: &VolumeFacts) -
         "is_clone": volume.parent.is_some(),
         "is_esnap_clone": volume.external_clone,
         "is_degraded": volume.external.is_some() && !has_bdev,
-        "num_allocated_clusters": volume.allocated,
+        "num_allocated_clusters": volume.allocated(),
         "lvs": { "name": facts.store.name, "uuid": facts.store.uuid.to_string() },
     })
 }
@@ -58,7 +58,7 @@ pub(super) fn specific(facts: &Facts, volume: &VolumeFacts) -> Value {
         "lvol_store_uuid": facts.store.uuid.to_string(),
         "base_bdev": facts.store.base,
         "thin_provision": volume.thin,
-        "num_allocated_clusters": volume.allocated,
+        "num_allocated_clusters": volume.allocated(),
         "snapshot": volume.is_snapshot(),
         "clone": volume.parent.is_some(),
     });

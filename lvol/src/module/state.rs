@@ -26,7 +26,11 @@ pub(super) struct OpenStore {
     /// The bdev that it is on. Not kept, since its removal waits until nobody keeps it.
     pub(super) base: Weak<dyn Bdev>,
     /// Runs operations.
-    pub(super) aside: Aside,
+    aside: Aside,
+    /// Closes it, however many operations are under way.
+    closing: Aside,
+    /// Set when it is closed or deleted: no call finds it, and no bdev is made on it any more.
+    pub(super) gone: Cell<bool>,
     /// The claim on the base.
     pub(super) claim: Cell<Option<Claim>>,
 }
@@ -35,7 +39,21 @@ pub(super) struct OpenStore {
 #[derive(Default)]
 pub(super) struct State {
     stores: RefCell<Vec<Rc<OpenStore>>>,
+    /// Names of stores that are being made or renamed.
+    names: Rc<RefCell<Vec<String>>>,
     pub(super) copies: Copies,
+}
+
+/// A name of a store that is being made or renamed. Dropping it releases the name.
+pub(super) struct ReservedName {
+    name: String,
+    names: Rc<RefCell<Vec<String>>>,
+}
+
+impl Drop for ReservedName {
+    fn drop(&mut self) {
+        self.names.borrow_mut().retain(|name| *name != self.name);
+    }
 }
 
 /// The way in which the parameters name a store.
@@ -46,16 +64,18 @@ pub(super) struct Selector {
 
 impl OpenStore {
     pub(super) fn new(store: LvStore, base: &Arc<dyn Bdev>, claim: Claim) -> Rc<Self> {
-        let aside = Aside::new(format!("lvstore on {}", base.name()), OPERATIONS);
+        let name = format!("lvstore on {}", base.name());
         Rc::new(Self {
             store: Arc::new(store),
             base: Arc::downgrade(base),
-            aside,
+            aside: Aside::new(name.clone(), OPERATIONS),
+            closing: Aside::new(name, 2),
+            gone: Cell::new(false),
             claim: Cell::new(Some(claim)),
         })
     }
 
-    pub(super) fn facts(&self) -> Facts {
+    pub(super) fn facts(&self) -> Arc<Facts> {
         self.store.facts()
     }
 
@@ -70,6 +90,17 @@ impl OpenStore {
         self.aside.run(host, limit, move || operation(&store)).await
     }
 
+    /// Closes or deletes it.
+    pub(super) async fn end(
+        &self,
+        host: &Rc<dyn Host>,
+        operation: impl FnOnce(&LvStore) -> Result<(), Error> + Send + 'static,
+    ) -> Result<(), Error> {
+        self.gone.set(true);
+        let store = Arc::clone(&self.store);
+        self.closing.run(host, LIMIT, move || operation(&store)).await
+    }
+
     pub(super) fn is_on(&self, bdev: &Arc<dyn Bdev>) -> bool {
         std::ptr::addr_eq(self.base.as_ptr(), Arc::as_ptr(bdev))
     }
@@ -81,7 +112,9 @@ impl State {
     }
 
     pub(super) fn take_all(&self) -> Vec<Rc<OpenStore>> {
-        self.stores.take()
+        let all = self.stores.take();
+        all.iter().for_each(|store| store.gone.set(true));
+        all
     }
 
     pub(super) fn add(&self, store: Rc<OpenStore>) {
@@ -93,11 +126,22 @@ impl State {
         let mut stores = self.stores.borrow_mut();
         let before = stores.len();
         stores.retain(|other| !Rc::ptr_eq(other, store));
+        store.gone.set(true);
         stores.len() < before
     }
 
     pub(super) fn named(&self, name: &str) -> Option<Rc<OpenStore>> {
         self.all().into_iter().find(|store| store.facts().store.name == name)
+    }
+
+    /// Reserves a name for a store. `None`: it is taken.
+    pub(super) fn reserve(&self, name: &str) -> Option<ReservedName> {
+        let taken = self.names.borrow().iter().any(|taken| taken == name);
+        if taken || self.named(name).is_some() {
+            return None;
+        }
+        self.names.borrow_mut().push(name.to_owned());
+        Some(ReservedName { name: name.to_owned(), names: Rc::clone(&self.names) })
     }
 
     /// Finds the store that the parameters name.

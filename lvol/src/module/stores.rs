@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bdev::method::{Answer, DecodeFailure, Method, MethodError, Params};
+use bdev::method::{Answer, DecodeFailure, Method, MethodError, Params, strerror};
 use bdev::{Aside, ClaimKind, Error, Host, life};
 use blobstore::format::Clear;
 use blobstore::lvs::check_name;
@@ -34,7 +34,7 @@ pub(super) fn methods(module: &LvolModule) -> Vec<Method> {
 /// -32602 with the text of the errno: most failures that SPDK finds late.
 pub(super) fn late(method: &str, e: &Error) -> MethodError {
     error!("{method}: {e}");
-    MethodError::invalid_params(bdev::method::strerror(e.errno()))
+    MethodError::invalid_params(strerror(e.errno()))
 }
 
 /// What is done to clusters that are given up.
@@ -97,9 +97,8 @@ async fn create(state: Rc<State>, host: Rc<dyn Host>, given: Create) -> Answer {
     let registry = host.registry();
     let none = || MethodError::errno(libc::ENODEV);
     let base = registry.bdev(&given.base).ok_or_else(none)?;
-    if state.named(&given.new.name).is_some() {
-        return Err(MethodError::errno(libc::EEXIST));
-    }
+    let taken = || MethodError::errno(libc::EEXIST);
+    let _name = state.reserve(&given.new.name).ok_or_else(taken)?;
     let claim = registry.claim(&base, ClaimKind::WriteOne, NAME).map_err(|other| {
         error!("{METHOD}: bdev {}: {} uses it", given.base, other.owner);
         MethodError::errno(libc::EPERM)
@@ -108,7 +107,7 @@ async fn create(state: Rc<State>, host: Rc<dyn Host>, given: Create) -> Answer {
     let name = new.name.clone();
     let made = aside.run(&host, LIMIT, move || LvStore::create(&of_thread, &new)).await;
     let store = OpenStore::new(made.map_err(|e| late(METHOD, &e))?, &base, claim);
-    // The bdev may have been removed, and another store of this name found.
+    // The bdev may have been removed, or another store of this name found on another one.
     if !registry.holds(&base) || state.named(&name).is_some() {
         drop(base);
         examine::close(&host, &store).await;
@@ -159,7 +158,7 @@ async fn delete(state: Rc<State>, host: Rc<dyn Host>, given: Selector) -> Answer
     let of_store = all.into_iter().filter(|(_, entry)| Rc::ptr_eq(&entry.store, &store));
     let ids: Vec<_> = of_store.map(|(id, _)| id).collect();
     life::remove_lost(&host, &ids).await;
-    let destroyed = store.run(&host, LIMIT, LvStore::destroy).await;
+    let destroyed = store.end(&host, LvStore::destroy).await;
     drop(store.claim.take());
     life::settle(&host).await;
     match destroyed {
@@ -192,9 +191,12 @@ async fn rename(state: Rc<State>, host: Rc<dyn Host>, Rename { old, new }: Renam
     if old == new {
         return Ok(true.into());
     }
-    if state.named(&new).is_some() {
-        let text = bdev::method::strerror(libc::EEXIST);
-        return Err(MethodError::invalid_params(text));
+    let taken = || MethodError::invalid_params(strerror(libc::EEXIST));
+    let _name = state.reserve(&new).ok_or_else(taken)?;
+    let facts = store.facts();
+    let mut aliases = facts.volumes.iter().map(|volume| format!("{new}/{}", volume.name));
+    if aliases.any(|alias| host.registry().is_taken(&alias)) {
+        return Err(taken());
     }
     let renamed = store.run(&host, LIMIT, move |store| store.rename_store(&new)).await;
     renamed.map_err(|e| late(METHOD, &e))?;

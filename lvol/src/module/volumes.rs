@@ -50,9 +50,23 @@ fn clusters(size_in_mib: u64, cluster_size: u64) -> Result<u64, MethodError> {
     Ok(bytes.div_ceil(cluster_size))
 }
 
-/// Returns whether a volume of the store has this name.
-fn is_taken(store: &OpenStore, name: &str) -> bool {
-    store.facts().volumes.iter().any(|volume| volume.name == name)
+/// Returns whether a volume of the store has this name, or a bdev the alias that it would have.
+fn is_taken(host: &Rc<dyn Host>, store: &OpenStore, name: &str) -> bool {
+    let facts = store.facts();
+    let alias = format!("{}/{name}", facts.store.name);
+    facts.volumes.iter().any(|volume| volume.name == name) || host.registry().is_taken(&alias)
+}
+
+/// -32602 if the name of a new volume is taken.
+fn check_name_of_new(
+    host: &Rc<dyn Host>,
+    store: &OpenStore,
+    name: &str,
+) -> Result<(), MethodError> {
+    if is_taken(host, store, name) {
+        return Err(MethodError::invalid_params(strerror(libc::EEXIST)));
+    }
+    Ok(())
 }
 
 /// Makes the bdev of a new volume, and answers with its name.
@@ -101,7 +115,7 @@ async fn create(state: Rc<State>, host: Rc<dyn Host>, given: Create) -> Answer {
         error!("{METHOD}: a name has 1 to 63 bytes: {:?}", given.name);
         return Err(MethodError::errno(libc::EINVAL));
     }
-    if is_taken(&store, &given.name) {
+    if is_taken(&host, &store, &given.name) {
         return Err(MethodError::errno(libc::EEXIST));
     }
     let operation = move |store: &crate::LvStore| {
@@ -133,6 +147,7 @@ async fn snapshot(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> Ans
     let entry = find(&host, &of)?;
     let (store, id) = (Rc::clone(&entry.store), entry.disk.id());
     drop(entry);
+    check_name_of_new(&host, &store, &new)?;
     let made_id = store.run(&host, LIMIT, move |store| store.snapshot(id, &new, Uuid::new_v4()));
     let made_id = made_id.await;
     made("bdev_lvol_snapshot", &host, &store, made_id).await
@@ -152,6 +167,7 @@ async fn clone(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> Answer
     let entry = find(&host, &of)?;
     let (store, id) = (Rc::clone(&entry.store), entry.disk.id());
     drop(entry);
+    check_name_of_new(&host, &store, &new)?;
     let operation = move |store: &crate::LvStore| store.clone_volume(id, &new, Uuid::new_v4());
     let made_id = store.run(&host, LIMIT, operation).await;
     made("bdev_lvol_clone", &host, &store, made_id).await
@@ -187,6 +203,7 @@ async fn clone_bdev(state: Rc<State>, host: Rc<dyn Host>, given: CloneBdev) -> A
         let text = "bdev is an lvol in same lvs as clone; use bdev_lvol_clone instead";
         return Err(refused(text));
     }
+    check_name_of_new(&host, &store, &given.name)?;
     check_external(METHOD, &store, &*bdev)?;
     let claimed = host.registry().claim(&bdev, ClaimKind::ReadMany, NAME);
     let _claim = claimed.map_err(|other| {
@@ -236,6 +253,10 @@ async fn rename(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> Answe
     let entry = find(&host, &of)?;
     let (store, id) = (Rc::clone(&entry.store), entry.disk.id());
     drop(entry);
+    let snapshot = store.facts().volume(id).is_some_and(|volume| volume.read_only);
+    if !snapshot {
+        check_name_of_new(&host, &store, &new)?;
+    }
     let renamed = store.run(&host, LIMIT, move |store| store.rename(id, &new)).await;
     renamed.map_err(|e| late("bdev_lvol_rename", &e))?;
     examine::set_aliases(&host, &store);
