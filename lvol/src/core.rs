@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 
 use crate::device::Base;
 use crate::facts::Facts;
-use crate::store::{BATCH, Shared};
+use crate::shared::{BATCH, Shared};
 use crate::table::Entry;
 use crate::volume::Volume;
 

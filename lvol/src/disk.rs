@@ -8,7 +8,8 @@ use blobstore::{BlobId, Place};
 use uuid::Uuid;
 
 use crate::channel::LvolChannel;
-use crate::store::{LvStore, Shared};
+use crate::shared::Shared;
+use crate::store::LvStore;
 use crate::table::Entry;
 use crate::volume::Volume;
 

@@ -9,7 +9,7 @@ use blobstore::{BlobId, Parent};
 use uuid::Uuid;
 
 use crate::device::Base;
-use crate::store::Shared;
+use crate::shared::Shared;
 use crate::volume::Volume;
 
 /// A store and its volumes, at one time.

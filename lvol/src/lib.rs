@@ -15,6 +15,7 @@ mod disk;
 mod externals;
 mod facts;
 mod module;
+mod shared;
 mod store;
 mod table;
 mod thread;

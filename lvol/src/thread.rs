@@ -11,7 +11,7 @@ use bdev::{Ended, Error, Io, Line, Op, Tag};
 use blobstore::{BlobId, Place};
 use tracing::warn;
 
-use crate::store::{PREFETCHED_MAX, Shared};
+use crate::shared::{PREFETCHED_MAX, Shared};
 use crate::table::Entry;
 use crate::volume::{JOB_CLUSTERS, Job, Volume};
 
