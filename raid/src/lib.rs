@@ -5,7 +5,8 @@
 //! are in the `array`, which all channels share. A channel (`channel`) has a `lane`: the I/Os of its
 //! owner, and their parts at the members. A redundant array has a thread (`maintenance`) that
 //! removes members which fail, adds new ones and rebuilds them, and writes superblocks (`metadata`).
-//! It takes each lane for a moment to change it.
+//! It takes each lane for a moment to change it. The module ([`RaidModule`]) has the RPC methods, and
+//! assembles arrays from the superblocks of new bdevs.
 //!
 //! Forbidden dependencies: an async runtime, the virtqueues, and the target.
 
@@ -23,6 +24,8 @@ mod disk;
 mod maintenance;
 mod metadata;
 
+mod module;
+
 #[cfg(test)]
 mod faulty;
 #[cfg(test)]
@@ -33,3 +36,4 @@ pub use disk::{OptionalMember, RaidDisk, RaidOptions};
 pub use layout::Extent;
 pub use level::Level;
 pub use maintenance::Pace;
+pub use module::RaidModule;

@@ -12,8 +12,14 @@ use crate::cli::Options;
 /// Returns all kinds of bdevs. `network`: whether the process may connect to other hosts.
 pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
     let mut modules = bdev::modules::all();
-    let engines =
-        [nbd_module(network), nvme_module(), rbd_module(), virtio_module(), crypto_module()];
+    let engines = [
+        nbd_module(network),
+        nvme_module(),
+        rbd_module(),
+        virtio_module(),
+        crypto_module(),
+        raid_module(),
+    ];
     modules.extend(engines.into_iter().flatten());
     modules
 }
@@ -55,6 +61,16 @@ fn crypto_module() -> Option<Rc<dyn BdevModule>> {
 
 #[cfg(not(feature = "crypto"))]
 fn crypto_module() -> Option<Rc<dyn BdevModule>> {
+    None
+}
+
+#[cfg(feature = "raid")]
+fn raid_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(raid::RaidModule::default()))
+}
+
+#[cfg(not(feature = "raid"))]
+fn raid_module() -> Option<Rc<dyn BdevModule>> {
     None
 }
 
