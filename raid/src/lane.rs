@@ -5,25 +5,25 @@
 //! child I/O for each, and for each member where all must do the same. Children come from a fixed
 //! pool; an I/O for which there is none waits in `waiting`. A child that a member refuses stays in
 //! `refused` and is submitted again.
-#![expect(unsafe_code, reason = "forwards I/O to `Channel::submit`")]
 
 mod change;
+mod children;
+mod parity;
 mod read;
 
 pub(crate) use change::TakenChannel;
+pub(crate) use parity::xor;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bdev::{
-    BdevChannel, Channel, Completion, Cuts, Failure, Io, Limiting, Op, Status, Submit, Tag, Wait,
-};
+use bdev::{BdevChannel, Channel, Completion, Cuts, Failure, Io, Limiting, Op, Status, Tag, Wait};
 
-use crate::array::{Array, SlotState, State, bit};
-use crate::layout::Place;
+use crate::array::{Array, SlotState, State};
 use crate::level::Level;
+use parity::Parity;
 
 /// Parts that are started in one call.
 const PARTS_PER_CALL: usize = 32;
@@ -61,11 +61,15 @@ pub(crate) struct Lane {
     children: Box<[Child]>,
     free: Vec<u16>,
     cuts: Cuts,
+    /// Of raid5f.
+    parity: Option<Parity>,
     refused: VecDeque<u16>,
     /// All of `refused` were submitted in vain.
     tried: bool,
     /// A member may have further completions.
     more: bool,
+    /// The first of `waiting` has found no room.
+    is_stuck: bool,
     abandoned: bool,
     limiting: Option<Limiting>,
     wakes: bool,
@@ -105,6 +109,20 @@ struct Child {
     tag: Tag,
     member: usize,
     io: Io,
+    /// The offset in the owner's I/O.
+    at: u64,
+    kind: Kind,
+}
+
+/// What the memory of a child is.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// That of the owner's I/O.
+    Data,
+    /// A buffer with a strip of parity.
+    Parity(u16),
+    /// A buffer for a piece that is being computed.
+    Source(u16),
 }
 
 impl Member {
@@ -130,9 +148,11 @@ impl Lane {
         pool: u16,
     ) -> Self {
         let nothing = Io::plain(Op::Flush, Tag(0), 0, 0);
-        let child = Child { tag: Tag(0), member: 0, io: nothing };
+        let child = Child { tag: Tag(0), member: 0, io: nothing, at: 0, kind: Kind::Data };
         let [owner, pool_len] = [depth, pool].map(usize::from);
+        let has_parity = array.layout.level == Level::Raid5f;
         Self {
+            parity: has_parity.then(|| Parity::new(&array.layout, pool)),
             array,
             members: members.into(),
             in_sync: state.mask(SlotState::InSync),
@@ -153,6 +173,7 @@ impl Lane {
             refused: VecDeque::with_capacity(pool_len),
             tried: false,
             more: false,
+            is_stuck: false,
             abandoned: false,
             limiting: None,
             wakes: true,
@@ -191,6 +212,8 @@ impl Lane {
 
     /// Starts parts of the waiting I/Os, a bounded number of them.
     fn start_parts(&mut self) {
+        self.compute_owed();
+        self.is_stuck = false;
         for _ in 0..PARTS_PER_CALL {
             let Some(&tag) = self.waiting.front() else { return };
             let Some(active) = self.of(tag).copied() else {
@@ -199,10 +222,11 @@ impl Lane {
             };
             if active.all_started {
                 self.waiting.pop_front();
-            } else if self.must_wait(&active.io) {
+            } else if active.started == 0 && self.must_wait(&active.io) {
                 self.waiting.pop_front();
                 self.parked.push_back(tag);
             } else if !self.start_part(tag, &active) {
+                self.is_stuck = true;
                 return;
             }
         }
@@ -224,10 +248,14 @@ impl Lane {
             (_, Op::Flush) => true,
             (Level::Raid0, Op::Unmap | Op::WriteZeroes) => true,
             (Level::Raid1, op) => op != Op::Read,
+            (Level::Raid5f, Op::WriteZeroes) => true,
             _ => false,
         };
         if self.free.len() < if wide { self.members.len() } else { 1 } {
             return false;
+        }
+        if level == Level::Raid5f && !wide {
+            return self.start_parity_part(tag, active);
         }
         self.enter(tag);
         if wide {
@@ -269,73 +297,6 @@ impl Lane {
         if active.children == 0 && active.all_started {
             self.finish(tag);
         }
-    }
-
-    /// Makes a child for the bytes at `at` of an I/O, and submits it. A child is free.
-    fn send(&mut self, tag: Tag, at: u64, place: Place) {
-        let Some(index) = self.free.pop() else { return };
-        let Some(io) = self.of(tag).map(|active| active.io) else { return };
-        let Place { member, offset, len } = place;
-        let part = if len == io.len {
-            let mut part = io;
-            (part.tag, part.offset) = (Tag(index), offset);
-            Some(part)
-        } else {
-            // SAFETY: the segments are valid until the I/O is reported, which is after the end of
-            // this child; the slot belongs to the child.
-            unsafe { self.cuts.part(index, &io, at, len, Tag(index), offset) }
-        };
-        self.enter(tag);
-        let child = &mut self.children[usize::from(index)];
-        (child.tag, child.member) = (tag, member);
-        match part {
-            Some(part) => {
-                child.io = part;
-                self.members[member].bytes += len;
-                self.submit_child(index);
-            }
-            // The range is within the I/O, so this does not occur.
-            None => self.end_child(index, Status::IoError),
-        }
-    }
-
-    /// Submits a child. If its member refuses it, it is submitted again later.
-    fn submit_child(&mut self, index: u16) {
-        let Child { member: at, io, .. } = self.children[usize::from(index)];
-        let member = &mut self.members[at];
-        let Some(channel) = member.channel.as_mut().filter(|_| !member.leaving) else {
-            return self.end_child(index, Status::IoError);
-        };
-        // SAFETY: segments and memory are valid until the I/O of the owner is reported, which is
-        // after the end of its children.
-        match unsafe { channel.submit(io) } {
-            Submit::Queued => member.with += 1,
-            Submit::Done(status) => self.end_child(index, status),
-            Submit::Full(_) | Submit::Throttled(_) => self.refused.push_back(index),
-        }
-    }
-
-    /// Ends a child, and its I/O with the last child.
-    fn end_child(&mut self, index: u16, status: Status) {
-        let Child { tag, member: at, io } = self.children[usize::from(index)];
-        let member = &mut self.members[at];
-        member.bytes = member.bytes.saturating_sub(io.len);
-        let ok = status == Status::Ok && !member.leaving;
-        if !ok {
-            let failure = member.channel.as_mut().and_then(|channel| channel.failure(Tag(index)));
-            self.note_failure(tag, failure);
-            if io.op == Op::Read && self.read_elsewhere(index) {
-                return;
-            }
-            if let Some(active) = self.of(tag) {
-                active.failed |= bit(at);
-                if io.op == Op::Read || !self.array.layout.level.is_redundant() {
-                    self.fail(tag, status);
-                }
-            }
-        }
-        self.free.push(index);
-        self.leave(tag);
     }
 
     /// Fails an I/O: no further part of it is started.
@@ -399,18 +360,6 @@ impl Lane {
         n
     }
 
-    fn take_completions(&mut self, at: usize) {
-        let member = &mut self.members[at];
-        let Some(channel) = member.channel.as_mut().filter(|_| member.with > 0) else { return };
-        let mut done = [Completion { tag: Tag(0), status: Status::Ok }; COMPLETIONS];
-        let n = channel.poll(&mut done);
-        member.with = member.with.saturating_sub(u16::try_from(n).unwrap_or(u16::MAX));
-        self.more |= n == done.len();
-        for Completion { tag, status } in done.into_iter().take(n) {
-            self.end_child(tag.0, status);
-        }
-    }
-
     /// As [`Channel::kick`].
     pub(crate) fn kick(&mut self) {
         for member in self.members.iter_mut().filter(|member| member.with > 0) {
@@ -422,7 +371,9 @@ impl Lane {
 
     /// As [`Channel::wait`].
     pub(crate) fn wait(&self) -> Wait {
-        let can_start = !self.waiting.is_empty() && self.free.len() >= self.members.len();
+        let can_compute = self.parity.as_ref().is_some_and(Parity::can_compute);
+        let can_start = (!self.waiting.is_empty() && !self.is_stuck) || can_compute;
+        let can_start = can_start && self.free.len() >= self.members.len();
         if self.more
             || !self.ended.is_empty()
             || can_start
@@ -478,6 +429,7 @@ impl Lane {
         while let Some(index) = self.refused.pop_front() {
             self.end_child(index, Status::IoError);
         }
+        self.abandon_owed();
         for member in &mut self.members {
             if let Some(channel) = &mut member.channel {
                 channel.abandon();

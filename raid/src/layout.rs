@@ -136,6 +136,7 @@ fn index(number: u64) -> usize {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small numbers")]
 mod tests {
     use std::collections::HashSet;
 
@@ -224,8 +225,8 @@ mod tests {
                     .map(|(_, b)| b)
                     .collect();
                 let place = layout.on_member(member, at * BLOCK, len * BLOCK);
-                let got = place.map(|p| (p.offset / BLOCK..(p.offset + p.len) / BLOCK).collect());
-                prop_assert_eq!(got.unwrap_or_else(Vec::new), own);
+                let got: Option<Vec<u64>> = place.map(|p| (p.offset / BLOCK..(p.offset + p.len) / BLOCK).collect());
+                prop_assert_eq!(got.unwrap_or_default(), own);
             }
         }
     }

@@ -36,14 +36,16 @@ const LIMIT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub struct RaidModule(Rc<Shared>);
 
+/// A bdev, and a token that the thread holds which reads it.
+type Unanswered = (Weak<dyn Bdev>, Weak<()>);
+
 /// What the methods and the entries share.
 #[derive(Default)]
 struct Shared {
     /// Arrays that are not online.
     assemblies: RefCell<Vec<Rc<Assembly>>>,
-    /// Bdevs whose superblock was asked for and has not arrived in time, each with a token that its
-    /// thread holds.
-    unanswered: RefCell<Vec<(Weak<dyn Bdev>, Weak<()>)>>,
+    /// Bdevs whose superblock was asked for and has not arrived in time.
+    unanswered: RefCell<Vec<Unanswered>>,
 }
 
 /// SPDK's default of `process_window_size_kb`, and the largest window in bytes.

@@ -32,9 +32,19 @@ impl Random {
     }
 }
 
-/// What a unit may hold: what was acknowledged last, and what has failed or was started since.
+/// What a unit may hold: what was acknowledged last, and what has failed since.
 #[derive(Clone)]
-struct Allowed(Vec<u64>);
+struct Allowed {
+    values: Vec<u64>,
+    /// A stripe whose write has failed holds anything.
+    torn: bool,
+}
+
+impl Allowed {
+    fn allows(&self, bytes: &[u8]) -> bool {
+        self.torn || value_of(bytes).is_some_and(|value| self.values.contains(&value))
+    }
+}
 
 struct World {
     random: Random,
@@ -52,8 +62,9 @@ struct World {
     salt: u64,
 }
 
+/// A unit with this value. Its strips differ, or their parity would be zero whatever the value.
 fn filled(value: u64) -> Vec<u8> {
-    value.to_le_bytes().repeat((UNIT / 8) as usize)
+    (0..UNIT / 8).flat_map(|n| value.wrapping_mul(2 * n + 1).to_le_bytes()).collect()
 }
 
 /// The value that a unit holds, or `None` if it holds a mixture.
@@ -93,11 +104,25 @@ impl World {
             disk,
             members: all.iter().cloned().map(Some).collect(),
             all,
-            units: vec![Allowed(vec![0]); UNITS as usize],
+            units: vec![Allowed { values: vec![0], torn: false }; UNITS as usize],
             writing: HashMap::new(),
             reading: HashMap::new(),
             salt: 0,
         }
+    }
+
+    fn unit_len(&self) -> u64 {
+        self.disk.array.layout.size / UNITS
+    }
+
+    /// Writes a unit, to the end.
+    fn write(&mut self, unit: u64) {
+        self.salt += 1;
+        let mut memory = Memory::plain(UNIT as usize);
+        memory.fill(&filled(self.salt));
+        self.writing.insert(unit, self.salt);
+        let ended = self.drivers[0].run(Request::rw(Op::Write, unit * UNIT, memory));
+        self.ended(ended);
     }
 
     fn submit(&mut self) {
@@ -133,19 +158,20 @@ impl World {
                 self.reading.remove(&unit);
             }
             if status == Status::Ok {
-                let allowed = &self.units[unit as usize].0;
-                let value = value_of(&request.memory.data());
-                let fine = value.is_some_and(|value| allowed.contains(&value));
-                assert!(fine, "stale read of unit {unit}: {value:?}, not one of {allowed:?}");
+                let (allowed, bytes) = (&self.units[unit as usize], request.memory.data());
+                let (value, values) = (value_of(&bytes), &allowed.values);
+                let fine = allowed.allows(&bytes);
+                assert!(fine, "stale read of unit {unit}: {value:?}, not one of {values:?}");
             }
             return;
         }
         let value = self.writing.remove(&unit).unwrap();
-        let allowed = &mut self.units[unit as usize].0;
+        let allowed = &mut self.units[unit as usize];
         if status == Status::Ok {
-            *allowed = vec![value];
+            *allowed = Allowed { values: vec![value], torn: false };
         } else {
-            allowed.push(value);
+            allowed.values.push(value);
+            allowed.torn = self.level == Level::Raid5f;
         }
     }
 
@@ -218,12 +244,27 @@ impl World {
         for member in self.all.iter().filter(|member| uuids.contains(&member.uuid())) {
             let (bytes, _) = Driver::new(&member.stored, 1).read(OFFSET, (UNITS * UNIT) as usize);
             for (unit, bytes) in (0..).zip(bytes.chunks(UNIT as usize)) {
-                let allowed = &self.units[unit as usize].0;
                 let writing = self.writing.contains_key(&unit);
-                let fine = value_of(bytes).is_some_and(|value| allowed.contains(&value));
+                let fine = self.units[unit as usize].allows(bytes);
                 let name = member.name();
                 assert!(fine || writing, "{name} would be used without unit {unit}: {newest:?}");
             }
+        }
+    }
+
+    /// The strips of each stripe add up to zero, so that any one can be computed.
+    fn check_parity(&self) {
+        if self.level != Level::Raid5f {
+            return;
+        }
+        let strip = (self.disk.array.layout.strip) as usize;
+        let mut sum = vec![0; UNITS as usize * strip];
+        for member in self.members.iter().flatten() {
+            let (bytes, _) = Driver::new(&member.stored, 1).read(OFFSET, sum.len());
+            crate::lane::xor(&mut sum, &bytes);
+        }
+        for (unit, strip) in self.units.iter().zip(sum.chunks(strip)) {
+            assert!(unit.torn || strip.iter().all(|byte| *byte == 0), "wrong parity");
         }
     }
 
@@ -239,17 +280,35 @@ impl World {
     fn end(&mut self) {
         self.members.iter().flatten().for_each(|member| member.set(Fault::None));
         self.drain();
+        self.make_whole();
+        // A last rebuild, under load.
+        let slot = self.random.below(self.members.len() as u64) as usize;
+        let removed = self.disk.remove_member(slot);
+        while removed.try_recv().is_err() {
+            self.visit();
+        }
+        self.make_whole();
+        self.drain();
+        self.check_restart();
+        self.check_parity();
+        self.check_reads();
+    }
+
+    fn make_whole(&mut self) {
         let deadline = Instant::now() + LIMIT;
         while self.disk.live_members() as usize != self.members.len() {
             assert!(Instant::now() < deadline, "the array is not whole again");
             for slot in 0..self.members.len() {
                 self.replace(slot);
             }
-            self.submit();
+            for _ in 0..8 {
+                self.submit();
+            }
             self.visit();
         }
-        self.drain();
-        self.check_restart();
+    }
+
+    fn check_reads(&mut self) {
         for unit in 0..UNITS {
             for _ in 0..4 {
                 let ended = self.drivers[0].run(Request::rw(
@@ -290,6 +349,16 @@ fn seeds() -> Vec<u64> {
 }
 
 #[test]
+fn an_array_with_parity_loses_no_acknowledged_write() {
+    seeds().into_iter().for_each(|seed| run(seed, Level::Raid5f, 3, 2000));
+}
+
+#[test]
+fn an_array_of_five_with_parity_loses_no_acknowledged_write() {
+    seeds().into_iter().for_each(|seed| run(seed, Level::Raid5f, 5, 2000));
+}
+
+#[test]
 fn a_mirror_of_two_loses_no_acknowledged_write() {
     seeds().into_iter().for_each(|seed| run(seed, Level::Raid1, 2, 2000));
 }
@@ -297,4 +366,39 @@ fn a_mirror_of_two_loses_no_acknowledged_write() {
 #[test]
 fn a_mirror_of_three_loses_no_acknowledged_write() {
     seeds().into_iter().for_each(|seed| run(seed, Level::Raid1, 3, 2000));
+}
+
+/// Changes behind the window of a rebuild go to the target, data and parity alike.
+#[test]
+fn what_is_copied_is_kept_up_to_date() {
+    for (level, count) in [(Level::Raid1, 2), (Level::Raid5f, 3), (Level::Raid5f, 5)] {
+        for slot in 0..count {
+            let mut world = World::new(1, level, count);
+            world.disk.remove_member(slot).recv_timeout(LIMIT).unwrap().unwrap();
+            // The second of two windows is copied half a second after the first.
+            let window = world.disk.array.layout.size / 2;
+            let pace = Pace { window, bytes_per_sec: 2 * window };
+            let new = Faulty::new("new", world.all[0].size_bytes());
+            let added = world.disk.add_member(slot, Arc::clone(&new) as _, pace);
+            added.recv_timeout(LIMIT).unwrap().unwrap();
+            world.members[slot] = Some(Arc::clone(&new));
+            world.all.push(new);
+            let deadline = Instant::now() + LIMIT;
+            while world.disk.array.state().copied == 0 {
+                assert!(Instant::now() < deadline, "the first window is not copied");
+                std::thread::yield_now();
+            }
+            for unit in 0..window / world.unit_len() {
+                world.write(unit);
+            }
+            world.drain();
+            assert!(world.disk.array.state().process.is_some(), "too slow to show anything");
+            while world.disk.live_members() as usize != count {
+                assert!(Instant::now() < deadline, "the rebuild does not end");
+            }
+            world.check_restart();
+            world.check_parity();
+            world.check_reads();
+        }
+    }
 }

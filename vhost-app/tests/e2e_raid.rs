@@ -401,3 +401,38 @@ fn an_array_on_files_is_found_again_after_a_restart() {
     assert_eq!(vhost.ok("bdev_raid_create", create("S", "raid0", 4, &["F1"], true)), true);
     assert_eq!(vhost.stop(), 0);
 }
+
+const PARITY: &str = "257a9c5f0c8688361128e322919c1f59146118d4a229e5de6f2f69e0ba11b955";
+
+/// One member of four is missing, and another one is lost after the first is rebuilt.
+#[test]
+fn an_array_of_spdk_with_parity_reads_as_recorded_without_any_one_member() {
+    let dir = TempDir::new().unwrap();
+    let vhost = Vhost::start(&[]);
+    for n in [13, 11, 14] {
+        assert_eq!(arrays(&vhost, "online"), json!([]));
+        file(&vhost, &image(dir.path(), &format!("raid5f-m{n}")), n, 512);
+    }
+    let shown = array(&vhost, "raid5f");
+    assert_eq!(
+        (&shown["state"], &shown["num_base_bdevs_operational"]),
+        (&json!("online"), &json!(3))
+    );
+    assert_eq!(sha256(&vhost, "raid5f"), PARITY, "degraded");
+    // The member was removed before the end: it is taken back with a rebuild.
+    file(&vhost, &image(dir.path(), "raid5f-m12"), 12, 512);
+    wait_for_members(&vhost, "raid5f", 4);
+    for n in [14, 11, 13] {
+        assert_eq!(remove(&vhost, &format!("F{n}")), Ok(json!(true)));
+        assert_eq!(sha256(&vhost, "raid5f"), PARITY, "without member {n}");
+        // A second loss takes the array offline.
+        assert_eq!(add(&vhost, "raid5f", &format!("F{n}")), Ok(json!(true)));
+        wait_for_members(&vhost, "raid5f", 4);
+    }
+    let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": "raid5f"}))[0];
+    assert_eq!(bdev["supported_io_types"]["unmap"], false, "E8: a discard is refused");
+    assert_eq!(remove(&vhost, "F11"), Ok(json!(true)));
+    assert_eq!(remove(&vhost, "F12"), Ok(json!(true)));
+    wait_until("it is offline", || array(&vhost, "raid5f")["state"] == "offline");
+    assert_eq!(vhost.stop(), 0);
+}

@@ -444,7 +444,7 @@ fn a_configuration_is_checked_without_loading_it() {
     // The disk is in use by this process, which the check does not disturb.
     let good = check(&saved);
     assert_eq!(good.code, Some(0), "{}", good.log);
-    assert!(good.log.contains("bdev_virtio_blk_set_hotplug (subsystem bdev"), "{}", good.log);
+    assert!(good.log.contains("scheduler_set_options (subsystem scheduler"), "{}", good.log);
     assert!(good.log.contains("is kept, but has no effect"), "{}", good.log);
     saved = saved.replace("\"dev_name\": \"P\"", "\"dev_name\": \"Q\"");
     let bad = check(&saved);

@@ -35,11 +35,16 @@ impl Lane {
                 }
                 continue;
             }
-            let place = if level == Level::Raid0 {
-                self.array.layout.on_member(member, io.offset, io.len)
-            } else {
-                let offset = self.array.layout.extents[member].offset + io.offset;
-                Some(Place { member, offset, len: io.len })
+            let layout = &self.array.layout;
+            let first = layout.extents[member].offset;
+            let place = match level {
+                Level::Raid0 => layout.on_member(member, io.offset, io.len),
+                Level::Raid5f => {
+                    let strips = |bytes: u64| bytes / layout.stripe() * layout.strip;
+                    let (offset, len) = (first + strips(io.offset), strips(io.len));
+                    Some(Place { member, offset, len })
+                }
+                _ => Some(Place { member, offset: first + io.offset, len: io.len }),
             };
             if let Some(place) = place {
                 self.add_target(tag, member);
@@ -51,12 +56,12 @@ impl Lane {
     /// The members that must do a change: those with right data, and the target of a rebuild behind
     /// its window. What is ahead of the window will be copied; nothing can be in the window or
     /// reach into it, as such changes wait.
-    fn targets(&self, io: &Io) -> u64 {
+    pub(super) fn targets(&self, io: &Io) -> u64 {
         let copied = io.op == Op::Flush || io.offset < self.copied;
         self.in_sync | if copied { self.writing } else { 0 }
     }
 
-    fn add_target(&mut self, tag: Tag, member: usize) {
+    pub(super) fn add_target(&mut self, tag: Tag, member: usize) {
         if let Some(active) = self.of(tag) {
             active.targets |= bit(member);
         }

@@ -30,7 +30,7 @@ impl Lane {
         if self.array.layout.level != Level::Raid1 || self.abandoned {
             return false;
         }
-        let Child { tag, member: at, io } = self.children[usize::from(index)];
+        let Child { tag, member: at, io, .. } = self.children[usize::from(index)];
         let Some(active) = self.of(tag) else { return false };
         active.failed |= bit(at);
         let (failed, offset) = (active.failed, active.io.offset);

@@ -17,12 +17,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bdev::{Bdev, Error, Op, Request, Rights, ThreadChannel};
+use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
 use tracing::{error, info};
 
 use super::{Pace, Thread};
 use crate::array::{Process, SlotState, bit, slots_of};
 use crate::disk::open_member;
+use crate::lane::xor;
+use crate::level::Level;
 use crate::metadata;
 
 /// The time in which a member must do an I/O of a rebuild.
@@ -218,6 +220,9 @@ fn copy(
     window: &std::ops::Range<u64>,
 ) -> Result<(), String> {
     let reason = |errno| std::io::Error::from_raw_os_error(errno).to_string();
+    if array.layout.level == Level::Raid5f {
+        return compute(array, rebuild, window);
+    }
     let len = usize::try_from(window.end - window.start).map_err(|e| e.to_string())?;
     let mut last = "no member to read from".to_owned();
     let live: Vec<usize> = slots_of(array.live.load(Ordering::Acquire)).collect();
@@ -236,6 +241,35 @@ fn copy(
         return written.map(drop).map_err(|errno| format!("write: {}", reason(errno)));
     }
     Err(last)
+}
+
+/// Computes the target's part of the stripes in a window, data and parity alike, from all other
+/// members.
+fn compute(
+    array: &crate::array::Array,
+    rebuild: &mut Rebuild,
+    window: &std::ops::Range<u64>,
+) -> Result<(), String> {
+    let reason = |errno| std::io::Error::from_raw_os_error(errno).to_string();
+    let layout = &array.layout;
+    let strips = |bytes: u64| bytes / layout.stripe() * layout.strip;
+    let (from, len) = (strips(window.start), strips(window.end - window.start));
+    let len = usize::try_from(len).map_err(|e| e.to_string())?;
+    let mut sum: Option<Buffer> = None;
+    for slot in (0..layout.members()).filter(|slot| *slot != rebuild.slot) {
+        let read = Request::read(layout.extents[slot].offset + from, len);
+        let source = source(array, &mut rebuild.sources, slot)?;
+        let read = metadata::run(source, read, LIMIT);
+        let buffer = read.map_err(|errno| format!("read of member {slot}: {}", reason(errno)))?;
+        match &mut sum {
+            None => sum = Some(buffer),
+            Some(sum) => xor(sum.bytes_mut(), buffer.bytes()),
+        }
+    }
+    let offset = layout.extents[rebuild.slot].offset + from;
+    let write = Request::write(offset, sum.ok_or("no member to read from")?);
+    let written = metadata::run(&mut rebuild.target, write, LIMIT);
+    written.map(drop).map_err(|errno| format!("write: {}", reason(errno)))
 }
 
 /// Returns the channel to read from a member.

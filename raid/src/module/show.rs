@@ -104,7 +104,7 @@ fn waiting(assembly: &Assembly) -> Map<String, Value> {
     let slots = assembly.slots.borrow();
     let phase = if assembly.phase == Phase::Offline { "offline" } else { "configuring" };
     let strip_kb = match (&*found, &assembly.given) {
-        (Some(found), _) => u64::from(found.strip_size) * u64::from(found.block_size) >> 10,
+        (Some(found), _) => (u64::from(found.strip_size) * u64::from(found.block_size)) >> 10,
         (None, given) => given.as_ref().map_or(0, |given| given.strip_kb.into()),
     };
     let uuid = shown_uuid(assembly.uuid());
