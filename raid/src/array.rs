@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bdev::{Bdev, TryTaken, WakeSet, Waker};
+use crossbeam_queue::ArrayQueue;
 use uuid::Uuid;
 
 use crate::lane::Lane;
@@ -14,6 +15,10 @@ use crate::superblock::{MemberState, SuperMember, Superblock};
 
 /// The largest number of members of a redundant array: one bit of a mask for each.
 pub(crate) const MASK_MAX: usize = 64;
+
+/// The most ranges that wait for a repair: the I/Os of several guests. Further ones stay as they are,
+/// as after a power cut.
+const TORN_MAX: usize = 4096;
 
 /// Returns the bit of a member in a mask; 0 if the array is too large for masks, and not redundant.
 pub(crate) fn bit(slot: usize) -> u64 {
@@ -37,6 +42,8 @@ pub(crate) struct Array {
     pub(crate) live: AtomicU64,
     /// The members that channels have removed, for the maintenance thread.
     pub(crate) failed: AtomicU64,
+    /// Ranges in bytes in which the members may differ, for the maintenance thread.
+    pub(crate) torn: ArrayQueue<Range<u64>>,
     /// Failed reads that another member has served.
     pub(crate) read_errors: AtomicU64,
     /// Wakes the maintenance thread.
@@ -146,6 +153,7 @@ impl Array {
             superblock: seq_number.is_some(),
             live: AtomicU64::new(live),
             failed: AtomicU64::new(0),
+            torn: ArrayQueue::new(TORN_MAX),
             read_errors: AtomicU64::new(0),
             waker: Waker::new()?,
             state: Mutex::new(state),

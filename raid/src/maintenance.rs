@@ -4,6 +4,7 @@
 //! It takes each channel's lane for a moment to change it, and never makes a reactor wait.
 
 mod rebuild;
+mod repair;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,7 +111,7 @@ impl Thread {
         while !self.commands.stop.load(Ordering::Acquire) {
             self.turn();
             if self.leaving.is_empty() && self.rebuild.is_none() && self.retry_at.is_none() {
-                self.array.waker.wait(|| self.has_work());
+                self.array.waker.wait(|| self.has_work() || self.has_repairs());
             } else if self.rebuild.as_ref().is_none_or(|rebuild| rebuild.waits) && !self.has_work()
             {
                 thread::sleep(PAUSE);
@@ -144,6 +145,7 @@ impl Thread {
             self.retry_at = None;
             self.write_and_release();
         }
+        self.step_repair();
         self.step_rebuild();
     }
 

@@ -402,3 +402,44 @@ fn what_is_copied_is_kept_up_to_date() {
         }
     }
 }
+
+/// A guest that goes away leaves its last writes on some members only: they become equal again.
+#[test]
+fn what_was_abandoned_is_the_same_on_all_members() {
+    for (level, count) in [(Level::Raid1, 2), (Level::Raid1, 3), (Level::Raid5f, 3)] {
+        for slot in 0..count {
+            let mut world = World::new(1, level, count);
+            (0..UNITS).for_each(|unit| world.write(unit));
+            let disk: Arc<dyn Bdev> = Arc::clone(&world.disk) as _;
+            let mut guest = bdev::ThreadChannel::open(&disk, 4, bdev::Rights::Write).unwrap();
+            world.all[slot].set(Fault::Hangs);
+            for unit in 8..12 {
+                let mut buffer = bdev::Buffer::new(UNIT as usize);
+                buffer.bytes_mut().copy_from_slice(&filled(1000 + unit));
+                guest.start(bdev::Request::write(unit * UNIT, buffer));
+                assert!(guest.poll().is_none());
+            }
+            guest.abandon();
+            world.all[slot].set(Fault::None);
+            drop(guest);
+            let stored = |member: &Arc<Faulty>| {
+                let len = (member.size_bytes() - OFFSET) as usize;
+                Driver::new(&member.stored, 1).read(OFFSET, len).0
+            };
+            let deadline = Instant::now() + LIMIT;
+            loop {
+                let all: Vec<Vec<u8>> = world.all.iter().map(stored).collect();
+                let equal = all.iter().all(|bytes| *bytes == all[0]);
+                let mut sum = vec![0; all[0].len()];
+                all.iter().for_each(|bytes| crate::lane::xor(&mut sum, bytes));
+                let fine = if level == Level::Raid1 { equal } else { sum.iter().all(|b| *b == 0) };
+                if fine {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "the members differ for ever");
+            }
+            assert_eq!(world.disk.live_members() as usize, count, "none has failed");
+            assert_eq!(world.drivers[0].write(9 * UNIT, &filled(7)), Status::Ok);
+        }
+    }
+}

@@ -71,8 +71,9 @@ impl Lane {
     pub(super) fn finish_change(&mut self, tag: Tag, active: &Active) {
         let failed = active.failed & (self.in_sync | self.writing);
         // After `abandon`, members may end I/O that they have not done, so a failure says nothing.
-        if failed != 0 && !self.abandoned {
-            self.remove_failed(failed);
+        let removed = failed != 0 && !self.abandoned && self.remove_failed(failed);
+        if failed != 0 && !removed && active.io.op != Op::Flush {
+            self.note_torn(&active.io);
         }
         if self.hold {
             self.held.push_back(tag);
@@ -83,8 +84,8 @@ impl Lane {
     }
 
     /// Removes members that have failed a change. If too few would be left, they stay: the change
-    /// has then failed.
-    fn remove_failed(&mut self, failed: u64) {
+    /// has then failed. Returns whether all of them are removed.
+    fn remove_failed(&mut self, failed: u64) -> bool {
         let (live, target) = (failed & self.in_sync, failed & self.writing);
         let removed = if live != 0 && self.array.remove_live(live) { live } else { 0 } | target;
         if removed != 0 {
@@ -92,6 +93,14 @@ impl Lane {
             self.stop_using(removed);
             // Release: the maintenance thread that sees the bits also sees the change of `live`.
             self.array.failed.fetch_or(removed, Ordering::Release);
+            self.array.waker.wake();
+        }
+        removed == failed
+    }
+
+    /// Some members may have a change that others do not have, and all of them stay.
+    fn note_torn(&self, io: &Io) {
+        if self.array.torn.push(io.offset..io.offset + io.len).is_ok() {
             self.array.waker.wake();
         }
     }
