@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::Duration;
 
 use bdev::{Bdev, BdevChannel, Channel, Error, Features, Qos, Stats, Topology, TryTaken, WakeSet};
 use rustix::event::{EventfdFlags, eventfd};
@@ -14,6 +15,9 @@ use crate::lane::{Lane, Member};
 use crate::layout::{Extent, Layout};
 use crate::level::Level;
 use crate::maintenance::{Command, Maintenance, Pace};
+
+/// The time in which I/O under way must end when an array is deleted, unless its members have a limit.
+const DELETION_LIMIT: Duration = Duration::from_secs(30);
 
 /// The parameters of [`RaidDisk::create`].
 pub struct RaidOptions {
@@ -255,6 +259,12 @@ impl Bdev for RaidDisk {
 
     fn bases(&self) -> Vec<Arc<dyn Bdev>> {
         self.array.members()
+    }
+
+    /// A member that hangs must not hold up the deletion for ever.
+    fn deletion_limit(&self) -> Option<Duration> {
+        let of_members = self.bases().iter().filter_map(|base| base.deletion_limit()).max();
+        Some(of_members.unwrap_or(DELETION_LIMIT))
     }
 
     fn stats(&self) -> &Stats {

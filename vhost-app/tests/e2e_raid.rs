@@ -436,3 +436,28 @@ fn an_array_of_spdk_with_parity_reads_as_recorded_without_any_one_member() {
     wait_until("it is offline", || array(&vhost, "raid5f")["state"] == "offline");
     assert_eq!(vhost.stop(), 0);
 }
+
+/// A member that does not answer holds up its array only, until it is deleted.
+#[test]
+fn a_member_that_hangs_is_deleted_and_the_array_goes_on() {
+    let vhost = Vhost::start(&[]);
+    ["A", "B", "C", "D"].iter().for_each(|name| malloc(&vhost, name, 8));
+    vhost.ok("bdev_error_create", json!({"base_name": "B"}));
+    vhost.ok("bdev_raid_create", create("R", "raid1", 0, &["A", "EE_B"], true));
+    vhost.ok("bdev_raid_create", create("S", "raid1", 0, &["C", "D"], true));
+    let (load, other) = (guest(&vhost, "R", 2), guest(&vhost, "S", 1));
+    goes_on(&vhost, "R");
+    let hang =
+        json!({"name": "EE_B", "io_type": "write", "error_type": "pending", "num": 1_000_000});
+    vhost.ok("bdev_error_inject_error", hang);
+    goes_on(&vhost, "S");
+    vhost.ok("bdev_error_delete", json!({"name": "EE_B"}));
+    goes_on(&vhost, "R");
+    assert_eq!(array(&vhost, "R")["num_base_bdevs_operational"], 1);
+    assert_eq!(add(&vhost, "R", "B"), Ok(json!(true)));
+    wait_for_members(&vhost, "R", 2);
+    goes_on(&vhost, "R");
+    end(load);
+    end(other);
+    assert_eq!(vhost.stop(), 0);
+}

@@ -10,7 +10,7 @@ use tracing::error;
 use uuid::Uuid;
 
 use super::assembly::{Assembly, AssemblySlot, Held, Phase, Wanted};
-use super::examine::has_superblock;
+use super::examine::array_of;
 use super::{CREATE, NAME, PARSE, Shared, refused};
 use crate::Level;
 use crate::array::MASK_MAX;
@@ -133,7 +133,7 @@ async fn create_array(
         slots.push(AssemblySlot { wanted: Wanted::Name(name.clone()), base, uuid: Uuid::nil() });
     }
     for bdev in slots.iter().filter_map(|slot| slot.base.as_ref()?.bdev()) {
-        if has_superblock(shared, host, &bdev).await? {
+        if array_of(shared, host, &bdev).await?.is_some() {
             error!("{CREATE}: {} is a member of another array", bdev.name());
             return Err(libc::EEXIST);
         }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use bdev::method::Call;
@@ -93,8 +93,17 @@ impl RaidEntry {
         host: &Rc<dyn Host>,
         result: Receiver<Result<(), Error>>,
     ) -> Result<(), Error> {
-        let work = move || result.recv_timeout(LIMIT).unwrap_or(Ok(()));
-        let removed = Aside::new(self.disk.name(), 1).run(host, LIMIT, work).await;
+        let name = self.disk.name().to_owned();
+        let work = move || match result.recv_timeout(LIMIT) {
+            Ok(removed) => removed,
+            // The array has ended.
+            Err(RecvTimeoutError::Disconnected) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => Err(Error::System {
+                what: format!("{name}: I/O of the removed member has not ended"),
+                source: std::io::Error::from_raw_os_error(libc::ETIMEDOUT),
+            }),
+        };
+        let removed = Aside::new(self.disk.name(), 1).run(host, 2 * LIMIT, work).await;
         self.release_claims();
         // The channels were closed by another thread.
         host.released();

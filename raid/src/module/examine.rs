@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bdev::{Aside, Bdev, Claim, ClaimKind, Errno, Host};
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use super::assembly::{Assembly, Held, Phase};
 use super::entry::RaidEntry;
@@ -55,16 +56,16 @@ async fn superblock(
     }
 }
 
-/// Whether a bdev is a member of some array.
+/// Returns the UUID of the array that a bdev is a member of.
 ///
 /// # Errors
 /// Its superblock cannot be read.
-pub(super) async fn has_superblock(
+pub(super) async fn array_of(
     shared: &Rc<Shared>,
     host: &Rc<dyn Host>,
     bdev: &Arc<dyn Bdev>,
-) -> Result<bool, Errno> {
-    Ok(superblock(shared, host, bdev).await?.is_some())
+) -> Result<Option<Uuid>, Errno> {
+    Ok(superblock(shared, host, bdev).await?.map(|found| found.uuid))
 }
 
 /// Whether a read of a device below the bdev has not ended: each device holds up its users once.

@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 
 use super::assembly::Held;
 use super::entry::RaidEntry;
-use super::examine::{claim, has_superblock};
+use super::examine::{array_of, claim};
 use super::{LIMIT, Shared, online, refused};
 use crate::array::{Slot, SlotState};
 use crate::superblock::Superblock;
@@ -38,10 +38,9 @@ pub(super) async fn add(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) 
     }
     let slot = free_slot(&entry, &bdev).ok_or_else(|| refused(&what, libc::EINVAL))?;
     let held = claim(&host, &bdev).ok_or_else(|| refused(&what, libc::EPERM))?;
-    let foreign = has_superblock(&shared, &host, &bdev).await;
-    let foreign = foreign.map_err(|errno| refused(&what, errno))?;
+    let of = array_of(&shared, &host, &bdev).await.map_err(|errno| refused(&what, errno))?;
     // A member that was removed from this array may come back.
-    if foreign && !entry.disk.array.state().slots.iter().any(|slot| slot.uuid == bdev.uuid()) {
+    if of.is_some_and(|of| of != entry.disk.array.uuid) {
         return Err(refused(&what, libc::EEXIST));
     }
     match start(&host, &entry, slot, bdev, held).await {
@@ -87,7 +86,7 @@ async fn start(
     entry.set_claim(slot, claim);
     let ended = || Err(Error::Busy("the array does not answer".into()));
     let work = move || result.recv_timeout(LIMIT).unwrap_or_else(|_| ended());
-    Aside::new(entry.disk.name(), 1).run(host, LIMIT, work).await
+    Aside::new(entry.disk.name(), 1).run(host, 2 * LIMIT, work).await
 }
 
 /// Takes a member back that was left out, or removed, with a rebuild.
