@@ -1,5 +1,7 @@
 //! What all channels of an array share, and what its maintenance changes.
 
+pub(crate) mod lane;
+
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,9 +11,9 @@ use bdev::{Bdev, TryTaken, WakeSet, Waker};
 use crossbeam_queue::ArrayQueue;
 use uuid::Uuid;
 
-use crate::lane::Lane;
 use crate::layout::Layout;
 use crate::superblock::{MemberState, SuperMember, Superblock};
+use lane::Lane;
 
 /// The largest number of members of a redundant array: one bit of a mask for each.
 pub(crate) const MASK_MAX: usize = 64;

@@ -14,14 +14,14 @@ use bdev::{
     WakeFds, within,
 };
 
-use crate::array::LaneCell;
-use crate::disk::RaidDisk;
-use crate::lane::Lane;
+use crate::array::lane::Lane;
+use crate::array::{Array, LaneCell};
 use crate::level::Level;
 
 pub(crate) struct RaidChannel {
     /// Keeps the bdev in use while the channel is open.
-    disk: Arc<RaidDisk>,
+    disk: Arc<dyn Bdev>,
+    array: Arc<Array>,
     cell: Arc<LaneCell>,
     /// I/Os that the lane was not there for.
     queue: VecDeque<Io>,
@@ -34,9 +34,15 @@ pub(crate) struct RaidChannel {
 }
 
 impl RaidChannel {
-    pub(crate) fn new(disk: Arc<RaidDisk>, cell: Arc<LaneCell>, depth: u16) -> Self {
+    pub(crate) fn new(
+        disk: Arc<dyn Bdev>,
+        array: Arc<Array>,
+        cell: Arc<LaneCell>,
+        depth: u16,
+    ) -> Self {
         Self {
             disk,
+            array,
             cell,
             queue: VecDeque::with_capacity(depth.into()),
             failures: vec![None; depth.into()].into(),
@@ -70,7 +76,7 @@ impl RaidChannel {
         if features.read_only && !matches!(io.op, Op::Read | Op::Flush) {
             return Some(libc::EROFS);
         }
-        let layout = self.disk.layout();
+        let layout = &self.array.layout;
         let stripes = layout.level == Level::Raid5f && !matches!(io.op, Op::Read | Op::Flush);
         let unit = if stripes { layout.stripe() } else { u64::from(layout.block_size) };
         let whole = io.offset.is_multiple_of(unit) && io.len.is_multiple_of(unit);

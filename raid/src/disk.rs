@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;
 
-use bdev::{Bdev, BdevChannel, Channel, Error, Features, Qos, Stats, Topology, TryTaken, WakeSet};
+use bdev::{Bdev, Channel, Error, Features, Qos, Stats, Topology, TryTaken, WakeSet};
 use rustix::event::{EventfdFlags, eventfd};
 use uuid::Uuid;
 
+use crate::array::lane::{Lane, Member};
 use crate::array::{Array, LaneCell, Slot, SlotState};
 use crate::channel::RaidChannel;
-use crate::lane::{Lane, Member};
 use crate::layout::{Extent, Layout};
 use crate::level::Level;
 use crate::maintenance::{Command, Maintenance, Pace};
@@ -161,7 +161,7 @@ impl RaidDisk {
             for slot in &slots {
                 members.push(match &slot.bdev {
                     Some(bdev) if slot.state != SlotState::Absent => {
-                        open_member(bdev, pool, &wakes)?
+                        Member::open(bdev, pool, &wakes)?
                     }
                     _ => Member::default(),
                 });
@@ -179,21 +179,6 @@ impl RaidDisk {
             drop(state);
         }
     }
-}
-
-/// Opens a member's channel for a lane.
-///
-/// # Errors
-/// As [`Bdev::open`].
-pub(crate) fn open_member(
-    bdev: &Arc<dyn Bdev>,
-    pool: u16,
-    wakes: &WakeSet,
-) -> Result<Member, Error> {
-    let channel = BdevChannel::open(bdev, pool)?;
-    let system = |source| Error::System { what: bdev.name().to_owned(), source };
-    wakes.add(channel.wake_fds()).map_err(system)?;
-    Ok(Member::new(channel, bdev.features().flush))
 }
 
 /// What all members support. A member without flush writes through.
@@ -277,6 +262,7 @@ impl Bdev for RaidDisk {
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
         let cell = self.open_lane(depth)?;
-        Ok(Box::new(RaidChannel::new(self, cell, depth)))
+        let array = Arc::clone(&self.array);
+        Ok(Box::new(RaidChannel::new(self, array, cell, depth)))
     }
 }

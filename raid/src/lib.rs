@@ -2,8 +2,8 @@
 //!
 //! A [`Level`] says how an array ([`RaidDisk`]) stores its data on its members; the `layout` says
 //! where each byte is, and the `superblock` records it on every member. The members and their states
-//! are in the `array`, which all channels share. A channel (`channel`) has a `lane`: the I/Os of its
-//! owner, and their parts at the members. A redundant array has a thread (`maintenance`) that
+//! are in the `array`, which all channels share. A channel (`channel`) has a lane (`array::lane`): the
+//! I/Os of its owner, and their parts at the members. A redundant array has a thread (`maintenance`) that
 //! removes members which fail, adds new ones and rebuilds them, and writes superblocks (`metadata`).
 //! It takes each lane for a moment to change it. The module ([`RaidModule`]) has the RPC methods, and
 //! assembles arrays from the superblocks of new bdevs.
@@ -16,7 +16,6 @@ mod layout;
 mod superblock;
 
 mod array;
-mod lane;
 
 mod channel;
 mod disk;

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use bdev::{Bdev, Channel, Error};
 use tracing::{error, info, warn};
 
+use crate::array::lane::TakenChannel;
 use crate::array::{Array, LaneCell, SlotState, bit, slots_of};
-use crate::lane::TakenChannel;
 use crate::metadata;
 use rebuild::Rebuild;
 

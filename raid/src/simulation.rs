@@ -261,7 +261,7 @@ impl World {
         let mut sum = vec![0; UNITS as usize * strip];
         for member in self.members.iter().flatten() {
             let (bytes, _) = Driver::new(&member.stored, 1).read(OFFSET, sum.len());
-            crate::lane::xor(&mut sum, &bytes);
+            crate::array::lane::xor(&mut sum, &bytes);
         }
         for (unit, strip) in self.units.iter().zip(sum.chunks(strip)) {
             assert!(unit.torn || strip.iter().all(|byte| *byte == 0), "wrong parity");
@@ -431,7 +431,7 @@ fn what_was_abandoned_is_the_same_on_all_members() {
                 let all: Vec<Vec<u8>> = world.all.iter().map(stored).collect();
                 let equal = all.iter().all(|bytes| *bytes == all[0]);
                 let mut sum = vec![0; all[0].len()];
-                all.iter().for_each(|bytes| crate::lane::xor(&mut sum, bytes));
+                all.iter().for_each(|bytes| crate::array::lane::xor(&mut sum, bytes));
                 let fine = if level == Level::Raid1 { equal } else { sum.iter().all(|b| *b == 0) };
                 if fine {
                     break;

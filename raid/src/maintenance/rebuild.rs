@@ -21,9 +21,8 @@ use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
 use tracing::{error, info};
 
 use super::{Pace, Thread};
+use crate::array::lane::{Member, xor};
 use crate::array::{Process, SlotState, bit, slots_of};
-use crate::disk::open_member;
-use crate::lane::xor;
 use crate::level::Level;
 use crate::metadata;
 
@@ -102,7 +101,7 @@ impl Thread {
             }
             drop(state);
             for cell in new {
-                let member = open_member(bdev, cell.depth, &cell.wakes)?;
+                let member = Member::open(bdev, cell.depth, &cell.wakes)?;
                 opened.push((cell, member));
             }
         }

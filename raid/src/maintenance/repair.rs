@@ -11,8 +11,8 @@ use bdev::{Bdev, Buffer, Request, Rights, ThreadChannel};
 use tracing::warn;
 
 use super::{PAUSE, Thread};
+use crate::array::lane::xor;
 use crate::array::{bit, slots_of};
-use crate::lane::xor;
 use crate::level::Level;
 use crate::metadata;
 

@@ -19,7 +19,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bdev::{BdevChannel, Channel, Completion, Cuts, Failure, Io, Limiting, Op, Status, Tag, Wait};
+use bdev::{
+    Bdev, BdevChannel, Channel, Completion, Cuts, Error, Failure, Io, Limiting, Op, Status, Tag,
+    Wait, WakeSet,
+};
 
 use crate::array::{Array, SlotState, State};
 use crate::level::Level;
@@ -126,8 +129,16 @@ enum Kind {
 }
 
 impl Member {
-    pub(crate) fn new(channel: BdevChannel, flushes: bool) -> Self {
-        Self { channel: Some(channel), flushes, ..Self::default() }
+    /// Opens a member for a lane.
+    ///
+    /// # Errors
+    /// As [`Bdev::open`].
+    pub(crate) fn open(bdev: &Arc<dyn Bdev>, pool: u16, wakes: &WakeSet) -> Result<Self, Error> {
+        let channel = BdevChannel::open(bdev, pool)?;
+        let system = |source| Error::System { what: bdev.name().to_owned(), source };
+        wakes.add(channel.wake_fds()).map_err(system)?;
+        let flushes = bdev.features().flush;
+        Ok(Self { channel: Some(channel), flushes, ..Self::default() })
     }
 }
 
