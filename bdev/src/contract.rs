@@ -213,9 +213,10 @@ pub trait Bdev: Send + Sync + 'static {
     fn storage(&self) -> Option<Storage> {
         None
     }
-    /// The bdevs that this one is built on. Empty if it stores the data itself.
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        &[]
+    /// The bdevs that this one is built on. Empty if it stores the data itself. Never called on a
+    /// reactor.
+    fn bases(&self) -> Vec<Arc<dyn Bdev>> {
+        vec![]
     }
     /// The position in its only base, in bytes, of its first byte, if its bytes follow one another
     /// there. `None`: an access may go anywhere on the bases.

@@ -362,10 +362,10 @@ impl Leases {
         let mut left = vec![Arc::clone(bdev)];
         while let Some(bdev) = left.pop() {
             match bdev.bases() {
-                [] => taken.0.extend(bdev.lease().inspect(|lease| {
+                bases if bases.is_empty() => taken.0.extend(bdev.lease().inspect(|lease| {
                     lease.add_user(&granted);
                 })),
-                bases => left.extend(bases.iter().cloned()),
+                bases => left.extend(bases),
             }
         }
         let began = Instant::now();

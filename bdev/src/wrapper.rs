@@ -161,8 +161,8 @@ impl<W: Wrapper> Bdev for W {
         self.wrapped().base.topology()
     }
 
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        std::slice::from_ref(&self.wrapped().base)
+    fn bases(&self) -> Vec<Arc<dyn Bdev>> {
+        vec![Arc::clone(&self.wrapped().base)]
     }
 
     fn base_offset(&self) -> Option<u64> {

@@ -96,8 +96,8 @@ impl Bdev for CryptoDisk {
         self.base.topology()
     }
 
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        std::slice::from_ref(&self.base)
+    fn bases(&self) -> Vec<Arc<dyn Bdev>> {
+        vec![Arc::clone(&self.base)]
     }
 
     fn base_offset(&self) -> Option<u64> {

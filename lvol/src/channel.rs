@@ -92,7 +92,7 @@ enum Begin {
 impl LvolChannel {
     pub(crate) fn open(disk: Arc<LvolDisk>, depth: u16) -> Result<Self, Error> {
         let system = |source| Error::System { what: disk.name().to_owned(), source };
-        let bases = disk.bases();
+        let bases = &disk.bases;
         let none = || Error::NoDevice(disk.name().to_owned());
         let base = bases.first().ok_or_else(none)?;
         let abilities = Abilities { unmap: base.features().unmap };

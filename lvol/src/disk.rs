@@ -23,7 +23,7 @@ pub struct LvolDisk {
     name: String,
     uuid: Uuid,
     /// The store's base, then the external snapshot if there is one.
-    bases: Vec<Arc<dyn Bdev>>,
+    pub(crate) bases: Vec<Arc<dyn Bdev>>,
     stats: Stats,
     qos: Qos,
 }
@@ -117,8 +117,8 @@ impl Bdev for LvolDisk {
         self.bases.first().map(|base| base.topology()).unwrap_or_default()
     }
 
-    fn bases(&self) -> &[Arc<dyn Bdev>] {
-        &self.bases
+    fn bases(&self) -> Vec<Arc<dyn Bdev>> {
+        self.bases.clone()
     }
 
     fn extent(&self, offset: u64, len: u64) -> Result<Extent, Error> {

@@ -143,6 +143,7 @@ impl Check {
             "bdev_crypto_create" | "bdev_delay_create" | "bdev_passthru_create" => {
                 (vec![text("name")], Some(text("base_bdev_name")))
             }
+            "bdev_raid_create" => (vec![text("name")], None),
             "bdev_error_create" => {
                 (vec![format!("EE_{}", text("base_name"))], Some(text("base_name")))
             }
@@ -367,7 +368,7 @@ mod tests {
             ["bdev_aio_create", {"name": "F", "filename": "/no/such/file"}],
             ["bdev_null_create", {"name": "N"}],
             ["nvmf_create_target", {}],
-            ["bdev_raid_set_options", {}],
+            ["bdev_virtio_blk_set_hotplug", {"enable": true}],
             ["bdev_nvme_set_options", {"bdev_retry_count": -5}],
         ]));
         assert_eq!(

@@ -18,6 +18,7 @@ pub(crate) fn modules(network: Network) -> Vec<Rc<dyn BdevModule>> {
         rbd_module(),
         virtio_module(),
         crypto_module(),
+        raid_module(),
         lvol_module(),
     ];
     modules.extend(engines.into_iter().flatten());
@@ -71,6 +72,16 @@ fn lvol_module() -> Option<Rc<dyn BdevModule>> {
 
 #[cfg(not(feature = "lvol"))]
 fn lvol_module() -> Option<Rc<dyn BdevModule>> {
+    None
+}
+
+#[cfg(feature = "raid")]
+fn raid_module() -> Option<Rc<dyn BdevModule>> {
+    Some(Rc::new(raid::RaidModule::default()))
+}
+
+#[cfg(not(feature = "raid"))]
+fn raid_module() -> Option<Rc<dyn BdevModule>> {
     None
 }
 

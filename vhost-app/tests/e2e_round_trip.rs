@@ -28,7 +28,7 @@ enum Effect {
 
 /// Every method. A new method needs a line here, and if its effect is saved, a call in
 /// [`Operator::act`] or [`Operator::keep`].
-const METHODS: [(&str, Effect); 158] = [
+const METHODS: [(&str, Effect); 161] = [
     ("accel_assign_opc", Saved),
     ("accel_crypto_key_create", Engine),
     ("accel_crypto_key_destroy", Engine),
@@ -99,8 +99,11 @@ const METHODS: [(&str, Effect); 158] = [
     ("bdev_nvme_set_options", Saved),
     ("bdev_passthru_create", Saved),
     ("bdev_passthru_delete", Saved),
-    ("bdev_raid_delete", Read),
+    ("bdev_raid_add_base_bdev", Engine),
+    ("bdev_raid_create", Engine),
+    ("bdev_raid_delete", Engine),
     ("bdev_raid_get_bdevs", Read),
+    ("bdev_raid_remove_base_bdev", Engine),
     ("bdev_raid_set_options", Saved),
     ("bdev_rbd_create", Engine),
     ("bdev_rbd_delete", Engine),
@@ -284,7 +287,7 @@ impl<'a> Operator<'a> {
             ("framework_set_scheduler", json!({ "name": scheduler })),
             ("bdev_nvme_set_hotplug", json!({"enable": count.is_multiple_of(2)})),
             ("bdev_nvme_set_options", json!({"bdev_retry_count": -1, "timeout_us": count})),
-            ("bdev_raid_set_options", json!({"process_window_size_kb": count})),
+            ("bdev_raid_set_options", json!({"process_window_size_kb": count + 1})),
             ("bdev_virtio_blk_set_hotplug", json!({"enable": true, "period_us": count})),
             ("fsdev_set_opts", json!({"fsdev_io_pool_size": 999, "fsdev_io_cache_size": count})),
         ];

@@ -13,7 +13,8 @@ use serde_json::{Map, Value, json};
 const METHODS: &str = include_str!("../src/methods/schema.tsv");
 
 /// Options that have an effect.
-const EFFECTIVE: [&str; 2] = ["bdev_nvme_set_hotplug", "bdev_nvme_set_options"];
+const EFFECTIVE: [&str; 3] =
+    ["bdev_nvme_set_hotplug", "bdev_nvme_set_options", "bdev_raid_set_options"];
 
 /// Options that are saved, most without effect: with parameters, and where a saved configuration has
 /// them.
@@ -88,8 +89,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
             refused(-1, "RPC not enabled if enable_io_path_stat is false"),
         ),
         ("bdev_nvme_get_transport_statistics", Value::Null, Ok(json!({"poll_groups": []}))),
-        ("bdev_raid_delete", x(), refused(-19, "raid bdev x not found")),
-        ("bdev_raid_get_bdevs", json!({"category": "all"}), Ok(json!([]))),
         ("bdev_virtio_scsi_get_devices", Value::Null, Ok(json!([]))),
         ("framework_get_governor", Value::Null, Ok(json!({}))),
         ("framework_get_pci_devices", Value::Null, Ok(json!([]))),
@@ -439,7 +438,7 @@ fn a_configuration_is_checked_without_loading_it() {
     // The disk is in use by this process, which the check does not disturb.
     let good = check(&saved);
     assert_eq!(good.code, Some(0), "{}", good.log);
-    assert!(good.log.contains("bdev_raid_set_options (subsystem bdev"), "{}", good.log);
+    assert!(good.log.contains("scheduler_set_options (subsystem scheduler"), "{}", good.log);
     assert!(good.log.contains("is kept, but has no effect"), "{}", good.log);
     saved = saved.replace("\"dev_name\": \"P\"", "\"dev_name\": \"Q\"");
     let bad = check(&saved);

@@ -204,7 +204,7 @@ fn a_configuration_that_spdk_saved_is_taken() {
         vhost.ok("framework_get_config", json!({"name": "iobuf"})).as_array().unwrap().len(),
         1
     );
-    for method in ["framework_set_scheduler", "bdev_raid_set_options", "fsdev_set_opts"] {
+    for method in ["framework_set_scheduler", "fsdev_set_opts"] {
         vhost.wait_for_log(method);
         assert_eq!(vhost.log().matches(method).count(), 1, "{method}");
     }

@@ -159,18 +159,17 @@ impl Device for Blk {
         let mut left = vec![(Arc::clone(&disk.bdev), 0..u64::MAX)];
         while let Some((bdev, bytes)) = left.pop() {
             match bdev.bases() {
-                [] => {
+                bases if bases.is_empty() => {
                     let place = bdev.storage().map(|storage| storage_id(storage, bytes.clone()));
                     storage.storages.extend(place);
                     storage.storages.push(identity(&bdev, bytes));
                     let lease = bdev.lease().filter(|_| writes);
                     storage.leases.extend(lease.map(|lease| Arc::new(BdevLease(lease)) as _));
                 }
-                bases => left.extend(
-                    bases
-                        .iter()
-                        .map(|base| (Arc::clone(base), range_on_base(&*bdev, &**base, &bytes))),
-                ),
+                bases => left.extend(bases.into_iter().map(|base| {
+                    let bytes = range_on_base(&*bdev, &*base, &bytes);
+                    (base, bytes)
+                })),
             }
         }
         storage

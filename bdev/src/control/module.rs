@@ -74,6 +74,12 @@ pub trait Entry: Any {
     /// outstanding for ever.
     fn deleting(&self) {}
 
+    /// Called when one of its bases is about to be removed. Returns whether the bdev goes on without
+    /// the base: it has let go of it, or will soon. If not, the bdev is removed with the base.
+    fn base_leaving(&self, _base: &Arc<dyn Bdev>) -> bool {
+        false
+    }
+
     /// Called when one of its bases is gone, and so the bdev. Returns the request that waits for
     /// the base to return, if the module has one.
     fn base_gone(&self) -> Option<Rc<dyn Waiting>> {

@@ -382,13 +382,13 @@ impl Registry {
     fn add_with_uppers(
         &self,
         bdev: &Arc<dyn Bdev>,
-        follow: &dyn Fn(&Live) -> bool,
+        follow: &dyn Fn(&Live, &Arc<dyn Bdev>) -> bool,
         all: &mut Vec<Arc<dyn Bdev>>,
     ) {
         if all.iter().any(|known| Arc::ptr_eq(known, bdev)) {
             return;
         }
-        for upper in self.uppers(bdev).iter().filter(|upper| follow(upper)) {
+        for upper in self.uppers(bdev).iter().filter(|upper| follow(upper, bdev)) {
             self.add_with_uppers(&upper.bdev, follow, all);
         }
         all.push(Arc::clone(bdev));
@@ -398,7 +398,7 @@ impl Registry {
     /// changed, the uppermost first.
     pub(crate) fn resized(&self, bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
         let mut all = vec![];
-        self.add_with_uppers(bdev, &|upper| upper.entry.base_resized(), &mut all);
+        self.add_with_uppers(bdev, &|upper, _| upper.entry.base_resized(), &mut all);
         all
     }
 
@@ -409,12 +409,13 @@ impl Registry {
         rows.iter().find(is_it).map(|row| row.id)
     }
 
-    /// Removes bdevs, the bdevs on them, and the waiting requests with these ids. Returns the bdevs
-    /// that were live, the uppermost first; they may still have users.
+    /// Removes bdevs, the bdevs on them that do not go on without them, and the waiting requests with
+    /// these ids. Returns the bdevs that were live, the uppermost first; they may still have users.
     pub(crate) fn remove(&self, ids: &[BdevId]) -> Vec<Arc<dyn Bdev>> {
         let mut all = vec![];
+        let goes_too = |upper: &Live, base: &Arc<dyn Bdev>| !upper.entry.base_leaving(base);
         for live in ids.iter().filter_map(|id| self.live(*id)) {
-            self.add_with_uppers(&live.bdev, &|_| true, &mut all);
+            self.add_with_uppers(&live.bdev, &goes_too, &mut all);
         }
         let lives = all.iter().filter_map(|bdev| self.live(self.id_of(bdev)?));
         lives.for_each(|live| live.entry.deleting());

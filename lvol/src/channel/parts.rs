@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bdev::{Bdev, Begun, Channel, FailureKind, Grace, Io, Op, Status, Submit, memory};
+use bdev::{Begun, Channel, FailureKind, Grace, Io, Op, Status, Submit, memory};
 
 use super::{Active, At, Begin, LvolChannel};
 use crate::volume::Target;
@@ -122,7 +122,7 @@ impl LvolChannel {
     /// Begins a part on the external snapshot. `None`: it has ended.
     #[cold]
     fn begin_on_external(&mut self, active: &mut Active, offset: u64) -> Option<Begin> {
-        let size = self.disk.bases().get(1).map_or(0, |bdev| bdev.size_bytes());
+        let size = self.disk.bases.get(1).map_or(0, |bdev| bdev.size_bytes());
         if offset >= size {
             let done = active.read_zeroes(active.len);
             return (!done).then_some(Begin::More);

@@ -203,7 +203,7 @@ pub(super) async fn add_new(
 /// and nobody uses it.
 pub(super) async fn renew(host: &Rc<dyn Host>, entry: Rc<LvolEntry>) {
     let (facts, Some(volume)) = entry.facts() else { return };
-    let has = entry.disk.bases().get(1).map(|bdev| bdev.uuid());
+    let has = entry.disk.bases.get(1).map(|bdev| bdev.uuid());
     if has == volume.external_uuid() || entry.disk.is_open() {
         return;
     }

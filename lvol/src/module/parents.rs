@@ -56,7 +56,7 @@ fn parse_parent(params: &Params) -> Result<Two, MethodError> {
 /// Refuses to give a volume in use another external snapshot, or its first: its channels do not
 /// have it.
 fn check_use(method: &str, entry: &LvolEntry, reads_external: bool) -> Result<(), MethodError> {
-    let has = entry.disk.bases().len() > 1;
+    let has = entry.disk.bases.len() > 1;
     if entry.disk.is_open() && (reads_external || has) {
         error!("{method}: {}: it is in use", entry.disk.name());
         return Err(MethodError::invalid_params(strerror(libc::EBUSY)));
@@ -71,7 +71,7 @@ async fn set_parent(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> A
         return Err(MethodError::invalid_params(strerror(libc::EINVAL)));
     }
     let (id, parent_id) = (entry.disk.id(), parent.disk.id());
-    check_use(METHOD, &entry, parent.disk.bases().len() > 1)?;
+    check_use(METHOD, &entry, parent.disk.bases.len() > 1)?;
     drop(parent);
     let operation = move |store: &LvStore| store.set_parent(id, parent_id);
     entry.store.run(&host, LIMIT, operation).await.map_err(|e| late(METHOD, &e))?;

@@ -183,6 +183,6 @@ mod tests {
         assert!(problem("vmd_enable", json!({})).is_none());
         assert_eq!(method("nope").map(|m| m.kind), None);
         assert_eq!(method("bdev_nvme_cuse_register").map(|m| m.kind), Some(Kind::Absent));
-        assert_eq!(method("bdev_raid_set_options").map(|m| m.kind), Some(Kind::Kept));
+        assert_eq!(method("fsdev_set_opts").map(|m| m.kind), Some(Kind::Kept));
     }
 }

@@ -112,8 +112,8 @@ fn devices(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
     let (mut devices, mut left) = (vec![], vec![Arc::clone(bdev)]);
     while let Some(bdev) = left.pop() {
         match bdev.bases() {
-            [] => devices.push(bdev),
-            bases => left.extend(bases.iter().cloned()),
+            bases if bases.is_empty() => devices.push(bdev),
+            bases => left.extend(bases),
         }
     }
     devices
@@ -122,7 +122,7 @@ fn devices(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
 /// Returns whether a bdev is a partition or built on one. A guest that writes tables into
 /// partitions could otherwise make bdevs of any depth.
 fn is_on_partition(bdev: &Arc<dyn Bdev>) -> bool {
-    let mut left = vec![bdev];
+    let mut left = vec![Arc::clone(bdev)];
     while let Some(bdev) = left.pop() {
         if bdev.product_name() == PRODUCT {
             return true;
@@ -201,7 +201,8 @@ impl Entry for PartitionEntry {
     }
 
     fn describe(&self) -> Description {
-        let base = self.part.bases().first().map(|base| base.name());
+        let bases = self.part.bases();
+        let base = bases.first().map(|base| base.name());
         let about = json!({
             "base_bdev": base,
             "offset_blocks": self.partition.first,

@@ -64,7 +64,6 @@ const GETTERS: &[Getter] = &[
             _ => no_device(),
         }
     }),
-    Getter { failure: DecodeFailure::PARSE, ..getter("bdev_raid_get_bdevs", |_| no_objects()) },
     Getter {
         failure: DecodeFailure::PARSE,
         ..getter("accel_crypto_keys_get", |given| match text(given, "key_name") {
@@ -80,10 +79,6 @@ const GETTERS: &[Getter] = &[
         })
     },
     getter("bdev_nvme_detach_controller", |_| no_device()),
-    getter("bdev_raid_delete", |given| {
-        let name = text(given, "name").unwrap_or_default();
-        Err(RpcError::new(-i64::from(libc::ENODEV), format!("raid bdev {name} not found")))
-    }),
     getter("bdev_lvol_delete", |_| no_device()),
     getter("bdev_lvol_delete_lvstore", |given| {
         match ["uuid", "lvs_name"].map(|name| text(given, name)) {

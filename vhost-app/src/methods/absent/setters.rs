@@ -117,7 +117,16 @@ const SETTERS: [Setter; 19] = [
     Setter { method: "dpdk_cryptodev_scan_accel_module", subsystem: "accel", ..SETTER },
     Setter { method: "dsa_scan_accel_module", subsystem: "accel", ..SETTER },
     Setter { method: "keyring_linux_set_options", subsystem: "keyring", ..SETTER },
-    Setter { method: "bdev_raid_set_options", subsystem: "bdev", phases: Phases::Both, ..SETTER },
+    Setter {
+        method: "bdev_raid_set_options",
+        subsystem: "bdev",
+        phases: Phases::Both,
+        check: |options| match options.get("process_window_size_kb").and_then(Value::as_u64) {
+            Some(0) => Err(RpcError::errno(libc::EINVAL)),
+            _ => Ok(()),
+        },
+        ..SETTER
+    },
     Setter {
         method: "bdev_iscsi_set_options",
         subsystem: "bdev",

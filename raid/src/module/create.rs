@@ -1,0 +1,150 @@
+//! `bdev_raid_create`.
+
+use std::rc::Rc;
+
+use bdev::method::{Answer, GivenUuid, MethodError, Params, given};
+use bdev::{ClaimKind, Host, life};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use tracing::error;
+use uuid::Uuid;
+
+use super::assembly::{Assembly, AssemblySlot, Held, Phase, Wanted};
+use super::examine::array_of;
+use super::{CREATE, NAME, PARSE, Shared, refused};
+use crate::Level;
+use crate::array::MASK_MAX;
+use crate::superblock::{MEMBERS_MAX, NAME_MAX};
+
+#[derive(Clone, Copy, Deserialize)]
+enum GivenLevel {
+    #[serde(rename = "raid0", alias = "0")]
+    Raid0,
+    #[serde(rename = "raid1", alias = "1")]
+    Raid1,
+    #[serde(rename = "raid5f", alias = "5f")]
+    Raid5f,
+    #[serde(rename = "concat")]
+    Concat,
+}
+
+/// The parameters of an array.
+#[derive(Clone)]
+pub(super) struct Given {
+    pub(super) name: String,
+    pub(super) level: Level,
+    pub(super) strip_kb: u32,
+    pub(super) bases: Vec<String>,
+    pub(super) uuid: Option<Uuid>,
+    pub(super) superblock: bool,
+    pub(super) params: Map<String, Value>,
+}
+
+pub(super) fn parse(params: &Params) -> Result<Given, MethodError> {
+    #[derive(Deserialize)]
+    struct Create {
+        name: String,
+        #[serde(default)]
+        strip_size_kb: u32,
+        raid_level: GivenLevel,
+        base_bdevs: Vec<String>,
+        uuid: Option<GivenUuid>,
+        #[serde(default)]
+        superblock: bool,
+    }
+    let p: Create = params.decode(PARSE)?;
+    let level = match p.raid_level {
+        GivenLevel::Raid0 => Level::Raid0,
+        GivenLevel::Raid1 => Level::Raid1,
+        GivenLevel::Raid5f => Level::Raid5f,
+        GivenLevel::Concat => Level::Concat,
+    };
+    let given = Given {
+        name: p.name,
+        level,
+        strip_kb: p.strip_size_kb,
+        bases: p.base_bdevs,
+        uuid: given(p.uuid),
+        superblock: p.superblock,
+        params: params.as_given(),
+    };
+    match given.problem() {
+        None => Ok(given),
+        Some(problem) => {
+            error!("{CREATE}: {problem}");
+            Err(failed(&given.name, libc::EINVAL))
+        }
+    }
+}
+
+impl Given {
+    fn problem(&self) -> Option<&'static str> {
+        let striped = self.level != Level::Raid1;
+        let max = if self.level.is_redundant() { MASK_MAX } else { MEMBERS_MAX };
+        if self.name.is_empty() || (self.superblock && self.name.len() > NAME_MAX) {
+            return Some("the name is empty or too long for a superblock");
+        }
+        if striped != self.strip_kb.is_power_of_two() || (!striped && self.strip_kb != 0) {
+            return Some("the strip size must be a power of two, and 0 for raid1");
+        }
+        let count = self.bases.len();
+        (count < self.level.members_min() || count > max).then_some("too few or too many members")
+    }
+}
+
+/// The error of a call that cannot create an array.
+pub(super) fn failed(name: &str, errno: i32) -> MethodError {
+    refused(&format!("Failed to create RAID bdev {name}"), errno)
+}
+
+pub(super) async fn create(shared: Rc<Shared>, host: Rc<dyn Host>, given: Given) -> Answer {
+    let name = given.name.clone();
+    let created = create_array(&shared, &host, given).await;
+    // Also after an error: members were claimed, and other requests may wait for them.
+    life::settle(&host).await;
+    created.map(|()| true.into()).map_err(|errno| failed(&name, errno))
+}
+
+async fn create_array(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    given: Given,
+) -> Result<(), libc::c_int> {
+    let registry = host.registry();
+    let reservation = registry.reserve(given.name.clone(), given.uuid)?;
+    let mut slots: Vec<AssemblySlot> = vec![];
+    for name in &given.bases {
+        let twice = slots.iter().any(|slot| matches!(&slot.wanted, Wanted::Name(n) if n == name));
+        if twice {
+            error!("{CREATE}: the member {name} is given twice");
+            return Err(libc::EPERM);
+        }
+        let base = match registry.bdev(name) {
+            None => None,
+            Some(bdev) => {
+                let claim = registry.claim(&bdev, ClaimKind::WriteExclusive, NAME);
+                let claim = claim.map_err(|other| {
+                    error!("{CREATE}: the member {name} is claimed by {}", other.owner);
+                    libc::EPERM
+                })?;
+                Some(Held::new(&bdev, claim))
+            }
+        };
+        slots.push(AssemblySlot { wanted: Wanted::Name(name.clone()), base, uuid: Uuid::nil() });
+    }
+    for bdev in slots.iter().filter_map(|slot| slot.base.as_ref()?.bdev()) {
+        if array_of(shared, host, &bdev).await?.is_some() {
+            error!("{CREATE}: {} is a member of another array", bdev.name());
+            return Err(libc::EEXIST);
+        }
+    }
+    let assembly = Assembly::of_call(given, slots, reservation, Phase::Configuring);
+    if assembly.is_complete(&**host) {
+        return assembly.go_online(shared, host).await.map_err(|e| {
+            error!("{CREATE}: {e}");
+            e.errno()
+        });
+    }
+    shared.assemblies.borrow_mut().push(assembly);
+    Ok(())
+}

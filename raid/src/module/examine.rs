@@ -1,0 +1,188 @@
+//! Finds members among new bdevs: by the name that an array waits for, or by their superblock.
+
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bdev::{Aside, Bdev, Claim, ClaimKind, Errno, Host};
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use super::assembly::{Assembly, Held, Phase};
+use super::entry::RaidEntry;
+use super::members::rejoin;
+use super::{NAME, Shared};
+use crate::metadata;
+use crate::superblock::{Parsed, Superblock};
+
+/// The time in which a bdev must answer the read of its superblock. The call that creates the bdev
+/// waits meanwhile.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Looks for a superblock. `None` if there is none, or the bdev does not answer.
+async fn superblock(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    bdev: &Arc<dyn Bdev>,
+) -> Result<Option<Superblock>, Errno> {
+    let name = bdev.name();
+    if is_unanswered(shared, bdev) {
+        error!("bdev {name}: is not examined: an earlier read of its device has not ended");
+        return Err(libc::ETIMEDOUT);
+    }
+    let token = Arc::new(());
+    let held = Arc::downgrade(&token);
+    let of_thread = Arc::clone(bdev);
+    let work = move || {
+        let read = metadata::read(&of_thread);
+        drop(of_thread);
+        drop(token);
+        read
+    };
+    match Aside::new(name, 1).run(host, LIMIT, work).await {
+        Ok(Parsed::None) => Ok(None),
+        Ok(Parsed::Valid(superblock)) => Ok(Some(superblock)),
+        Ok(Parsed::Invalid(reason)) => {
+            warn!("bdev {name}: its RAID superblock is not used: {reason}");
+            Ok(None)
+        }
+        Err(e) => {
+            warn!("bdev {name}: is not examined: {e}");
+            let devices = devices(bdev).into_iter();
+            let devices = devices.map(|device| (Arc::downgrade(&device), Weak::clone(&held)));
+            shared.unanswered.borrow_mut().extend(devices);
+            Err(e.errno())
+        }
+    }
+}
+
+/// Returns the UUID of the array that a bdev is a member of.
+///
+/// # Errors
+/// Its superblock cannot be read.
+pub(super) async fn array_of(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    bdev: &Arc<dyn Bdev>,
+) -> Result<Option<Uuid>, Errno> {
+    Ok(superblock(shared, host, bdev).await?.map(|found| found.uuid))
+}
+
+/// Whether a read of a device below the bdev has not ended: each device holds up its users once.
+fn is_unanswered(shared: &Shared, bdev: &Arc<dyn Bdev>) -> bool {
+    let mut unanswered = shared.unanswered.borrow_mut();
+    unanswered.retain(|(_, token)| token.strong_count() > 0);
+    let below = devices(bdev);
+    unanswered.iter().any(|(device, _)| {
+        below.iter().any(|below| std::ptr::addr_eq(device.as_ptr(), Arc::as_ptr(below)))
+    })
+}
+
+/// The bdevs without bases that a bdev is built on.
+fn devices(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
+    let (mut devices, mut left) = (vec![], vec![Arc::clone(bdev)]);
+    while let Some(bdev) = left.pop() {
+        match bdev.bases() {
+            bases if bases.is_empty() => devices.push(bdev),
+            bases => left.extend(bases),
+        }
+    }
+    devices
+}
+
+pub(super) async fn examine(shared: Rc<Shared>, host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) {
+    let found = superblock(&shared, host, bdev).await;
+    let waits =
+        |assembly: &Assembly| !assembly.has_superblocks() && assembly.slot_for(&**bdev).is_some();
+    if let Some(assembly) = shared.assembly(waits) {
+        match found {
+            Ok(None) => add(&shared, host, &assembly, bdev).await,
+            Ok(Some(other)) => {
+                let (name, array) = (bdev.name(), other.name);
+                error!("bdev {}: {name} is not used: it belongs to {array}", assembly.name);
+            }
+            Err(_) => {}
+        }
+        return;
+    }
+    if let Ok(Some(found)) = found {
+        add_found(&shared, host, bdev, found).await;
+    }
+}
+
+/// Uses a bdev with a superblock.
+async fn add_found(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    bdev: &Arc<dyn Bdev>,
+    found: Superblock,
+) {
+    let (name, array) = (bdev.name(), found.name.clone());
+    let Some(slot) = found.members.iter().position(|member| member.uuid == bdev.uuid()) else {
+        info!("bdev {name}: has a superblock of {array}, which does not name its UUID");
+        return;
+    };
+    let entries = host.registry().entries_of::<RaidEntry>();
+    if let Some((_, entry)) = entries.iter().find(|(_, e)| e.disk.array.uuid == found.uuid) {
+        return rejoin(host, entry, bdev, &found, slot).await;
+    }
+    let assembly = match shared.assembly(|assembly| assembly.uuid() == Some(found.uuid)) {
+        Some(assembly) => {
+            let newer = |known: &Superblock| found.seq_number > known.seq_number;
+            if assembly.found.borrow().as_ref().is_none_or(newer) {
+                assembly.renew(found);
+            }
+            assembly
+        }
+        None => {
+            let reservation = match host.registry().reserve(array.clone(), Some(found.uuid)) {
+                Ok(reservation) => reservation,
+                Err(_) => return error!("bdev {name}: the array {array} is not used"),
+            };
+            let slots = Assembly::slots_of(&found);
+            let phase = Phase::Configuring;
+            let assembly = Assembly::of_superblock(found, slots, reservation, phase);
+            shared.assemblies.borrow_mut().push(Rc::clone(&assembly));
+            assembly
+        }
+    };
+    add(shared, host, &assembly, bdev).await;
+}
+
+/// Adds a bdev to an array that waits for it, and brings the array up if it is complete.
+async fn add(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    assembly: &Rc<Assembly>,
+    bdev: &Arc<dyn Bdev>,
+) {
+    let name = &assembly.name;
+    match (assembly.slot_for(&**bdev), claim(host, bdev)) {
+        (Some(slot), Some(claim)) => {
+            info!("bdev {name}: member {} is there", bdev.name());
+            assembly.set_base(slot, Held::new(bdev, claim));
+        }
+        (Some(_), None) => return,
+        (None, _) => {
+            info!("bdev {name}: {} is not a current member", bdev.name());
+        }
+    }
+    if assembly.is_complete(&**host) {
+        shared.forget(assembly);
+        if let Err(e) = assembly.go_online(shared, host).await {
+            error!("bdev {name}: the array stays offline: {e}");
+            shared.assemblies.borrow_mut().push(Rc::clone(assembly));
+        }
+    }
+}
+
+/// Claims a member.
+pub(super) fn claim(host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) -> Option<Claim> {
+    match host.registry().claim(bdev, ClaimKind::WriteExclusive, NAME) {
+        Ok(claim) => Some(claim),
+        Err(other) => {
+            warn!("bdev {}: is not used as a member: {} has claimed it", bdev.name(), other.owner);
+            None
+        }
+    }
+}
