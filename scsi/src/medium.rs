@@ -90,7 +90,7 @@ impl Medium<'_> {
             flush: Flush::No,
             exclusive: false,
             transfer: 0,
-            wanted: 0,
+            overrun: false,
             buffer,
         }
     }
@@ -109,7 +109,7 @@ impl Medium<'_> {
             flush: self.flush(flush),
             exclusive: false,
             transfer: self.facts.bytes(blocks),
-            wanted: self.facts.bytes(asked),
+            overrun: blocks < asked,
             buffer: self.buffer(buffer),
         })
     }
@@ -120,7 +120,7 @@ impl Medium<'_> {
 
     /// The buffer for the residual: one in the wrong direction is residual as a whole.
     fn buffer(&self, right: u64) -> u64 {
-        if right == 0 { self.buffers.data_in.max(self.buffers.data_out) } else { right }
+        if right == 0 { self.buffers.longest() } else { right }
     }
 
     /// SBC-3, 5.32. Nothing is verified unless there is data for all of it.
@@ -138,7 +138,7 @@ impl Medium<'_> {
             return Err(LENGTH_FIELD);
         }
         let plan = self.without_data(op, extent.lba, asked, self.buffer(self.buffers.data_out));
-        Ok(Plan { transfer: wanted, wanted, ..plan })
+        Ok(Plan { transfer: wanted, ..plan })
     }
 
     /// SBC-3, 5.7. Nothing is fetched: GOOD says that not all blocks fit into the cache.
@@ -178,7 +178,7 @@ impl Medium<'_> {
         let op = if no_data { Op::WriteZeroes { unmap } } else { Op::WriteSame { unmap } };
         let plan = self.without_data(op, extent.lba, blocks, self.buffer(self.buffers.data_out));
         let flush = if self.gate.is_write_through() { Flush::After } else { Flush::No };
-        Ok(Plan { transfer: wanted, wanted, flush: self.flush(flush), ..plan })
+        Ok(Plan { transfer: wanted, flush: self.flush(flush), ..plan })
     }
 
     /// SBC-3, 5.2. Data-out has the data to compare and that to write.
@@ -200,7 +200,7 @@ impl Medium<'_> {
             self.buffer(self.buffers.data_out),
         );
         let flush = self.flush(flush);
-        Ok(Plan { transfer: wanted, wanted, flush, exclusive: true, ..plan })
+        Ok(Plan { transfer: wanted, flush, exclusive: true, ..plan })
     }
 }
 
@@ -251,7 +251,7 @@ pub(crate) fn unmap(facts: &Facts, gate: Gate, list: u64, buffer: u64) -> Plan {
         flush: if through { Flush::After } else { Flush::No },
         exclusive: false,
         transfer: list,
-        wanted: list,
+        overrun: false,
         buffer,
     }
 }

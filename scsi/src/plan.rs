@@ -68,9 +68,9 @@ pub struct Plan {
     pub exclusive: bool,
     /// Bytes that the command transfers if all is done.
     pub(crate) transfer: u64,
-    /// Bytes that the command asked for.
-    pub(crate) wanted: u64,
-    /// Bytes of the buffer in the command's direction.
+    /// The command asked for more than its buffer holds.
+    pub(crate) overrun: bool,
+    /// Bytes of the buffer of which a part may be residual.
     pub(crate) buffer: u64,
 }
 
@@ -140,7 +140,7 @@ impl Outcome {
                 Err(status) => (status, None, 0),
             },
         };
-        Self { status, sense, transferred: Transferred::of(bytes, plan.wanted, plan.buffer) }
+        Self { status, sense, transferred: Transferred::of(bytes, plan.overrun, plan.buffer) }
     }
 
     /// The outcome of a command that fails before its I/O.
@@ -149,7 +149,7 @@ impl Outcome {
         Self {
             status: Status::CheckCondition,
             sense: Some(sense),
-            transferred: Transferred::of(0, 0, buffer),
+            transferred: Transferred::of(0, false, buffer),
         }
     }
 }

@@ -18,6 +18,14 @@ pub struct Buffers {
     pub data_out: u64,
 }
 
+impl Buffers {
+    /// Bytes of the longer one: of commands that use neither, or that got the wrong one.
+    #[must_use]
+    pub(crate) fn longest(&self) -> u64 {
+        self.data_in.max(self.data_out)
+    }
+}
+
 /// How many bytes were transferred.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Transferred {
@@ -30,13 +38,13 @@ pub struct Transferred {
 }
 
 impl Transferred {
-    /// `bytes` of a buffer were transferred; the command asked for `wanted`.
+    /// `bytes` of a buffer were transferred.
     #[must_use]
-    pub fn of(bytes: u64, wanted: u64, buffer: u64) -> Self {
+    pub fn of(bytes: u64, overrun: bool, buffer: u64) -> Self {
         Self {
             bytes,
             residual: u32::try_from(buffer.saturating_sub(bytes)).unwrap_or(u32::MAX),
-            overrun: wanted > buffer,
+            overrun,
         }
     }
 }
@@ -134,7 +142,7 @@ impl Reply {
         self.status = Status::Good;
         self.sense = None;
         self.format = format;
-        self.transferred = Transferred::of(0, 0, buffers.data_in.max(buffers.data_out));
+        self.transferred = Transferred::of(0, false, buffers.longest());
         self.data.clear();
         self.ranges.clear();
         self.aborted.clear();
@@ -188,13 +196,12 @@ impl Reply {
         self.data.truncate(usize::try_from(allocation).unwrap_or(usize::MAX));
         let wanted = self.data.len() as u64;
         self.data.truncate(usize::try_from(buffers.data_in).unwrap_or(usize::MAX));
-        let buffer = buffers.data_in.max(buffers.data_out);
-        self.transferred = Transferred::of(self.data.len() as u64, wanted, buffers.data_in);
-        self.transferred.residual = Transferred::of(self.data.len() as u64, 0, buffer).residual;
+        let overrun = wanted > buffers.data_in;
+        self.transferred = Transferred::of(self.data.len() as u64, overrun, buffers.longest());
     }
 
     /// `bytes` of data-out were used.
     pub(crate) fn took(&mut self, bytes: u64, buffers: Buffers) {
-        self.transferred = Transferred::of(bytes, bytes, buffers.data_out);
+        self.transferred = Transferred::of(bytes, false, buffers.data_out);
     }
 }

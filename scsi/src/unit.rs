@@ -168,15 +168,16 @@ impl LogicalUnit {
         Step::Done
     }
 
-    fn flush(&self) -> Plan {
+    /// A flush, as the end of a command that has these buffers and used none.
+    fn flush(buffers: Buffers) -> Plan {
         Plan {
             op: Op::Flush,
             range: Range { lba: 0, blocks: 0 },
             flush: Flush::No,
             exclusive: false,
             transfer: 0,
-            wanted: 0,
-            buffer: 0,
+            overrun: false,
+            buffer: buffers.longest(),
         }
     }
 

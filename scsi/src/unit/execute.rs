@@ -33,7 +33,7 @@ impl LogicalUnit {
                 self.stopped = !start;
                 self.changed();
                 if !start && !no_flush {
-                    return Ok(self.plan(self.flush(), reply));
+                    return Ok(self.plan(Self::flush(buffers), reply));
                 }
             }
             Command::GetLbaStatus { lba, allocation } => {
@@ -109,8 +109,8 @@ impl LogicalUnit {
                 let flush = self.select(nexus, selected);
                 reply.took(u64::from(bytes), buffers);
                 if flush {
-                    let plan = Plan { transfer: u64::from(bytes), ..self.flush() };
-                    let plan = Plan { wanted: plan.transfer, buffer: buffers.data_out, ..plan };
+                    let (transfer, buffer) = (u64::from(bytes), buffers.data_out);
+                    let plan = Plan { transfer, buffer, ..Self::flush(buffers) };
                     return Ok(self.plan(plan, reply));
                 }
             }
