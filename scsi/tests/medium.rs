@@ -276,7 +276,7 @@ fn compare_and_writes() {
 }
 
 fn unmap_list(ranges: &[(u64, u32)]) -> Vec<u8> {
-    let bytes = u16::try_from(ranges.len() * 16).unwrap();
+    let bytes = u16::try_from(ranges.len() * 16).expect("a short list");
     let mut list = [(bytes + 6).to_be_bytes(), bytes.to_be_bytes(), [0; 2], [0; 2]].concat();
     for (lba, blocks) in ranges {
         list.extend(lba.to_be_bytes());
@@ -287,7 +287,7 @@ fn unmap_list(ranges: &[(u64, u32)]) -> Vec<u8> {
 }
 
 fn unmap(list: &[u8]) -> Vec<u8> {
-    let [high, low] = u16::try_from(list.len()).unwrap().to_be_bytes();
+    let [high, low] = u16::try_from(list.len()).expect("a short list").to_be_bytes();
     vec![0x42, 0, 0, 0, 0, 0, 0, high, low, 0]
 }
 

@@ -297,8 +297,10 @@ impl Driven {
         let End::Good(data) = self.send(0, &cdb(&[0x5e, 0, 0, 0, 0, 0, 0, 1], 10), &[]) else {
             panic!("READ KEYS")
         };
-        let mut keys: Vec<u64> =
-            data[8..].chunks(8).map(|key| u64::from_be_bytes(key.try_into().unwrap())).collect();
+        let mut keys: Vec<u64> = data[8..]
+            .chunks(8)
+            .map(|key| u64::from_be_bytes(key.try_into().expect("8 bytes")))
+            .collect();
         let mut expected: Vec<u64> = model.keys.values().copied().collect();
         keys.sort_unstable();
         expected.sort_unstable();

@@ -48,18 +48,21 @@ impl Unit {
 
     fn keys(&mut self) -> Vec<u64> {
         let data = self.persistent_in(0);
-        data[8..].chunks(8).map(|key| u64::from_be_bytes(key.try_into().unwrap())).collect()
+        data[8..]
+            .chunks(8)
+            .map(|key| u64::from_be_bytes(key.try_into().expect("8 bytes")))
+            .collect()
     }
 
     fn generation(&mut self) -> u32 {
-        u32::from_be_bytes(self.persistent_in(0)[..4].try_into().unwrap())
+        u32::from_be_bytes(self.persistent_in(0)[..4].try_into().expect("4 bytes"))
     }
 
     /// The key and the type of the reservation.
     fn held(&mut self) -> Option<(u64, u8)> {
         let data = self.persistent_in(1);
         let key = data.get(8..16)?;
-        Some((u64::from_be_bytes(key.try_into().unwrap()), data[21]))
+        Some((u64::from_be_bytes(key.try_into().expect("8 bytes")), data[21]))
     }
 
     fn attention(&mut self, nexus: Nexus) -> Option<Attention> {
@@ -77,7 +80,7 @@ impl Unit {
             let data = vec![0; if cdb[0] == 0x2a { 512 } else { 0 }];
             let buffers = scsi::Buffers { data_in: 512, data_out: data.len() as u64 };
             let gate = self.lu.gate(nexus);
-            let quick = fast(&decode(&cdb).unwrap(), self.lu.facts(), gate, buffers);
+            let quick = fast(&decode(&cdb).expect("a command"), self.lu.facts(), gate, buffers);
             let slow = self.send_with(nexus, &cdb, &data, buffers);
             match (quick, slow) {
                 (Fast::Io(_), End::Io(_)) => true,
