@@ -65,10 +65,9 @@ impl Gate {
 
     /// Whether a read, or a write, must take the slow path.
     pub(crate) const fn is_slow(self, write: bool) -> bool {
-        let forbidden = if write { Self::NO_WRITE } else { Self::NO_READ };
-        let known = !(Self::PROTECTED | Self::WRITE_THROUGH | Self::DESCRIPTOR);
         let other = if write { Self::NO_READ } else { Self::NO_WRITE };
-        self.has(known & !other) || self.has(forbidden)
+        let harmless = Self::PROTECTED | Self::WRITE_THROUGH | Self::DESCRIPTOR | other;
+        self.has(!harmless)
     }
 }
 

@@ -99,7 +99,7 @@ impl Medium<'_> {
     fn transfer(&self, op: Op, extent: Extent, flush: Flush) -> Result<Plan, Sense> {
         let writes = op != Op::Read;
         let asked = u64::from(extent.blocks);
-        self.check_range_first(extent, writes)?;
+        self.check_extent(extent, writes)?;
         self.check_length(extent.blocks)?;
         let buffer = if writes { self.buffers.data_out } else { self.buffers.data_in };
         let blocks = asked.min(self.facts.whole_blocks(buffer));
@@ -114,7 +114,7 @@ impl Medium<'_> {
         })
     }
 
-    fn check_range_first(&self, extent: Extent, writes: bool) -> Result<(), Sense> {
+    fn check_extent(&self, extent: Extent, writes: bool) -> Result<(), Sense> {
         self.check(extent.lba, u64::from(extent.blocks), writes)
     }
 
@@ -126,7 +126,7 @@ impl Medium<'_> {
     /// SBC-3, 5.32. Nothing is verified unless there is data for all of it.
     fn verify(&self, extent: Extent, compare: Compare) -> Result<Plan, Sense> {
         let asked = u64::from(extent.blocks);
-        self.check_range_first(extent, false)?;
+        self.check_extent(extent, false)?;
         self.check_length(extent.blocks)?;
         let (op, data_blocks) = match compare {
             Compare::Nothing => (Op::Verify, 0),
@@ -143,14 +143,14 @@ impl Medium<'_> {
 
     /// SBC-3, 5.7. Nothing is fetched: GOOD says that not all blocks fit into the cache.
     fn pre_fetch(&self, extent: Extent) -> Result<Plan, Sense> {
-        self.check_range_first(extent, false)?;
+        self.check_extent(extent, false)?;
         Ok(self.without_data(Op::Verify, extent.lba, 0, self.buffer(0)))
     }
 
     /// SBC-3, 5.25. All is flushed, whatever the range. IMMED allows an earlier answer, and does
     /// not require it.
     fn synchronize(&self, extent: Extent) -> Result<Plan, Sense> {
-        self.check_range_first(extent, false)?;
+        self.check_extent(extent, false)?;
         Ok(self.without_data(Op::Flush, 0, 0, self.buffer(0)))
     }
 
@@ -170,9 +170,9 @@ impl Medium<'_> {
             return Err(LENGTH_FIELD);
         }
         self.check(extent.lba, blocks, true)?;
-        let block = u64::from(self.facts.block_bytes);
-        let wanted = if no_data { 0 } else { block };
-        if self.buffers.data_out != wanted {
+        // One block, exactly; with NDOB, data is residual.
+        let wanted = if no_data { 0 } else { u64::from(self.facts.block_bytes) };
+        if !no_data && self.buffers.data_out != wanted {
             return Err(LENGTH_FIELD);
         }
         let op = if no_data { Op::WriteZeroes { unmap } } else { Op::WriteSame { unmap } };
@@ -186,7 +186,7 @@ impl Medium<'_> {
         if extent.blocks > u32::from(self.facts.compare_blocks_max) {
             return Err(Sense::in_cdb(13, None));
         }
-        self.check_range_first(extent, true)?;
+        self.check_extent(extent, true)?;
         let blocks = u64::from(extent.blocks);
         let wanted = self.facts.bytes(2 * blocks);
         if blocks > 0 && self.buffers.data_out != wanted {

@@ -115,11 +115,6 @@ impl Nexuses {
         }
     }
 
-    /// Forgets all pending unit attentions, such as before a reset is told.
-    pub(crate) fn clear(&mut self) {
-        self.0.iter_mut().for_each(|(_, pending)| *pending = 0);
-    }
-
     /// Forgets one unit attention of a nexus.
     pub(crate) fn withdraw(&mut self, nexus: Nexus, attention: Attention) {
         for (_, pending) in self.0.iter_mut().filter(|(known, _)| *known == nexus) {

@@ -163,8 +163,7 @@ impl LogicalUnit {
         if !nothing {
             return Step::Io(plan);
         }
-        let transferred = Outcome::of(&plan, &self.facts, Ok(())).transferred;
-        reply.transferred = transferred;
+        reply.transferred = Outcome::of(&plan, &self.facts, Ok(())).transferred;
         Step::Done
     }
 
@@ -249,7 +248,6 @@ impl LogicalUnit {
         self.modes = Modes::new(&self.facts);
         self.stopped = false;
         self.reservations.end_reserved(None);
-        self.nexuses.clear();
         self.tell_all(Attention::Reset);
     }
 

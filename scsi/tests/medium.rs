@@ -247,7 +247,9 @@ fn write_same() {
     let plan = unit.plan(&medium(0x93, 9, 3, 4), &[]);
     assert_eq!(plan.op, Op::WriteZeroes { unmap: true });
     assert_eq!(plan.transfer_bytes(), 0);
-    assert_eq!(unit.error(&medium(0x93, 1, 3, 4), &block), INVALID_FIELD);
+    let plan = unit.plan(&medium(0x93, 1, 3, 4), &block);
+    assert_eq!((plan.op, plan.transfer_bytes()), (Op::WriteZeroes { unmap: false }, 0));
+    assert_eq!(Outcome::of(&plan, &facts(), Ok(())).transferred.residual, 512);
     assert_eq!(unit.error(&medium(0x41, 1, 3, 4), &[]), INVALID_FIELD);
     let small = Facts { write_same_blocks_max: 500, ..facts() };
     assert_eq!(Unit::new(small).error(&medium(0x93, 0, 0, 0), &block), INVALID_FIELD);

@@ -13,7 +13,7 @@ fn sense6(control: u8, page: u8, subpage: u8) -> Vec<u8> {
 }
 
 fn select6(list: &[u8]) -> Vec<u8> {
-    vec![0x15, 0x10, 0, 0, u8::try_from(list.len()).unwrap(), 0]
+    vec![0x15, 0x10, 0, 0, u8::try_from(list.len()).expect("a short list"), 0]
 }
 
 const CACHING: [u8; 20] = [0x08, 18, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];

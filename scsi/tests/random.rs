@@ -3,6 +3,8 @@
 //! `SCSI_CDBS` sets the number of CDBs, `SCSI_SEED` the seed.
 #![expect(unsafe_code, reason = "an allocator that counts")]
 
+#[path = "common/check.rs"]
+mod check;
 mod common;
 #[path = "common/random.rs"]
 mod random;
@@ -10,9 +12,10 @@ mod random;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
+use check::Stage;
 use common::facts;
 use proptest::prelude::*;
-use random::{Random, Stage};
+use random::{Guests, Random, random_failure};
 use scsi::{Buffers, Facts, Nexus};
 
 thread_local! {
@@ -56,13 +59,13 @@ fn random_cdbs() {
     println!("SCSI_CDBS={count} SCSI_SEED={seed}");
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     for (disk, share) in disks().into_iter().zip([2, 1, 1]) {
-        let mut stage = Stage::new(disk);
+        let mut guests = Guests::new(disk);
         let before = ALLOCATIONS.get();
         for _ in 0..count * share / 4 {
-            stage.step(&mut random);
+            guests.step(&mut random);
         }
         assert_eq!(ALLOCATIONS.get(), before, "something allocated");
-        let reached = &stage.reached;
+        let reached = &guests.stage.reached;
         println!("{reached:?}");
         let enough = count / 1000;
         assert!(reached.good > enough && reached.check > enough && reached.other > enough);
@@ -87,16 +90,16 @@ proptest! {
         let mut random = Random(seed | 1);
         for (cdb, data_in, data_out, nexus) in &commands {
             let buffers = Buffers { data_in: data_in >> (seed % 64), data_out: data_out >> (seed / 64 % 64) };
-            stage.command(Nexus(*nexus), cdb, buffers, &mut random);
+            stage.command(Nexus(*nexus), cdb, buffers, cdb, random_failure(&mut random));
         }
     }
 
     /// Commands that are almost valid, in a sequence that shrinks.
     #[test]
     fn any_sequence(disk in 0..3_usize, seeds in prop::collection::vec(any::<u64>(), 1..40)) {
-        let mut stage = Stage::new(disks()[disk]);
+        let mut guests = Guests::new(disks()[disk]);
         for seed in &seeds {
-            stage.step(&mut Random(seed | 1));
+            guests.step(&mut Random(seed | 1));
         }
     }
 }

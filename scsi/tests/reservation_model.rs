@@ -308,7 +308,7 @@ impl Driven {
         let End::Good(data) = self.send(0, &cdb(&[0x5e, 1, 0, 0, 0, 0, 0, 1], 10), &[]) else {
             panic!("READ RESERVATION")
         };
-        let held = data.get(21).map(|kind| *kind);
+        let held = data.get(21).copied();
         assert_eq!(held, model.held.map(|(_, kind)| kind));
     }
 }

@@ -1,13 +1,9 @@
-//! Random commands, and what must hold for every answer. The fuzz target of the workspace `fuzz`
-//! has the same checks.
+//! Random commands and events.
 
-use scsi::report::{Provisioning, lba_status};
-use scsi::sense::{Key, SENSE_BYTES_MAX};
-use scsi::table::{Direction, Found, TABLE, find};
-use scsi::{
-    Attention, Buffers, Facts, Failure, Fast, Format, LogicalUnit, Nexus, Op, Outcome,
-    PARAMETERS_MAX, Plan, Reply, Sense, Status, Step, Transferred, decode, fast,
-};
+use scsi::table::TABLE;
+use scsi::{Attention, Buffers, Facts, Failure, Nexus, PARAMETERS_MAX};
+
+use crate::check::Stage;
 
 /// Xorshift, seeded.
 pub(crate) struct Random(pub(crate) u64);
@@ -29,37 +25,18 @@ impl Random {
     }
 }
 
-/// Counts, so that a test can say what it has reached.
-#[derive(Debug, Default)]
-pub(crate) struct Reached {
-    pub(crate) good: u64,
-    pub(crate) check: u64,
-    pub(crate) other: u64,
-    pub(crate) plans: u64,
-    pub(crate) fast: u64,
-}
-
-/// A unit under random commands. It allocates nothing after it is built.
-pub(crate) struct Stage {
-    pub(crate) lu: LogicalUnit,
-    reply: Reply,
-    read_only: bool,
+/// A logical unit under random commands, with a parameter list for them.
+pub(crate) struct Guests {
+    pub(crate) stage: Stage,
     list: [u8; PARAMETERS_MAX],
-    pub(crate) reached: Reached,
 }
 
 /// A CDB, its bytes and the number of them that are sent.
 pub(crate) type Cdb = ([u8; 32], usize);
 
-impl Stage {
+impl Guests {
     pub(crate) fn new(facts: Facts) -> Self {
-        Self {
-            lu: LogicalUnit::new(facts),
-            reply: Reply::new(),
-            read_only: facts.read_only,
-            list: [0; PARAMETERS_MAX],
-            reached: Reached::default(),
-        }
+        Self { stage: Stage::new(facts), list: [0; PARAMETERS_MAX] }
     }
 
     /// Random commands and events: one step.
@@ -68,24 +45,25 @@ impl Stage {
             self.event(random);
         }
         let nexus = Nexus(random.below(4));
-        let (cdb, len) = random_cdb(random, self.lu.facts().blocks);
+        let (cdb, len) = random_cdb(random, self.stage.lu.facts().blocks);
         let cdb = &cdb[..len];
-        let buffers = random_buffers(random, self.lu.facts().block_bytes);
+        let buffers = random_buffers(random, self.stage.lu.facts().block_bytes);
         self.random_list(random, cdb);
-        self.command(nexus, cdb, buffers, random);
+        let failure = random_failure(random);
+        self.stage.command(nexus, cdb, buffers, &self.list, failure);
     }
 
     fn event(&mut self, random: &mut Random) {
         let nexus = Nexus(random.below(4));
         match random.below(8) {
-            0 => self.lu.reset(),
-            1 => self.lu.nexus_lost(nexus),
-            2 => self.lu.nexus_reset(nexus),
-            3 => self.lu.nexus_removed(nexus),
-            4 => self.lu.resized(random.below(1 << 40)),
-            5 => self.lu.resized(1000),
-            6 => self.lu.tell_all(Attention::LunsChanged),
-            _ => assert!(self.lu.attach(nexus, random.one_in(2))),
+            0 => self.stage.lu.reset(),
+            1 => self.stage.lu.nexus_lost(nexus),
+            2 => self.stage.lu.nexus_reset(nexus),
+            3 => self.stage.lu.nexus_removed(nexus),
+            4 => self.stage.lu.resized(random.below(1 << 40)),
+            5 => self.stage.lu.resized(1000),
+            6 => self.stage.lu.tell_all(Attention::LunsChanged),
+            _ => assert!(self.stage.lu.attach(nexus, random.one_in(2))),
         }
     }
 
@@ -123,130 +101,6 @@ impl Stage {
             _ => {}
         }
     }
-
-    /// Sends a command, and checks the answer.
-    pub(crate) fn command(
-        &mut self,
-        nexus: Nexus,
-        cdb: &[u8],
-        buffers: Buffers,
-        random: &mut Random,
-    ) {
-        let facts = *self.lu.facts();
-        let gate = self.lu.gate(nexus);
-        let quick = decode(cdb).map_or(Fast::Slow, |command| fast(&command, &facts, gate, buffers));
-        let mut step = self.lu.start(nexus, cdb, buffers, &mut self.reply);
-        if let Step::Parameters { bytes } = step {
-            assert!(bytes > 0 && bytes as usize <= PARAMETERS_MAX);
-            assert!(u64::from(bytes) <= buffers.data_out);
-            let list = &self.list[..bytes as usize];
-            step = self.lu.with_parameters(nexus, cdb, list, buffers, &mut self.reply);
-        }
-        self.check_fast(quick, step);
-        match step {
-            Step::Parameters { .. } => panic!("parameters are asked for once"),
-            Step::Done => self.check_reply(cdb, buffers),
-            Step::LbaStatus(query) => {
-                assert!(query.lba < facts.blocks && query.extents_max > 0);
-                let extents = [(random.below(9), Provisioning::Deallocated); 3];
-                lba_status(&query, extents, buffers, &mut self.reply);
-                self.check_reply(cdb, buffers);
-            }
-            Step::Io(plan) => {
-                self.check_plan(&plan, &facts, buffers);
-                let failure = random_failure(random);
-                for result in [Ok(()), Err(failure)] {
-                    let outcome = Outcome::of(&plan, &facts, result);
-                    check_end(outcome.status, outcome.sense, outcome.transferred, buffers);
-                }
-            }
-        }
-    }
-
-    fn check_fast(&mut self, quick: Fast, step: Step) {
-        match quick {
-            Fast::Slow => return,
-            Fast::Io(plan) => match step {
-                Step::Io(slow) => assert_eq!(plan, slow),
-                _ => assert!(plan.range.blocks == 0 && self.reply.status() == Status::Good),
-            },
-            Fast::Failed(sense) => assert_eq!(self.reply.sense(), Some(sense)),
-        }
-        self.reached.fast += 1;
-    }
-
-    fn check_reply(&mut self, cdb: &[u8], buffers: Buffers) {
-        let reply = &self.reply;
-        check_end(reply.status(), reply.sense(), reply.transferred(), buffers);
-        match reply.status() {
-            Status::Good => self.reached.good += 1,
-            Status::CheckCondition => self.reached.check += 1,
-            _ => self.reached.other += 1,
-        }
-        let len = reply.data().len() as u64;
-        if reply.status() != Status::Good {
-            assert_eq!(len, 0);
-            return;
-        }
-        assert!(len <= buffers.data_in && len <= allocation(cdb), "{cdb:x?}");
-        let Found::Entry(entry) = find(cdb[0], cdb.get(1).map_or(0, |byte| *byte)) else {
-            panic!("GOOD for an unknown command: {cdb:x?}");
-        };
-        assert!(entry.direction == Direction::In || len == 0);
-        assert!(len == 0 || reply.transferred().bytes == len);
-    }
-
-    fn check_plan(&mut self, plan: &Plan, facts: &Facts, buffers: Buffers) {
-        self.reached.plans += 1;
-        let end = plan.range.lba.checked_add(plan.range.blocks).expect("no overflow");
-        assert!(end <= facts.blocks, "{plan:?}");
-        assert!(self.reply.sense().is_none());
-        let buffer = if plan.op == Op::Read { buffers.data_in } else { buffers.data_out };
-        assert!(plan.transfer_bytes() <= buffer, "{plan:?}");
-        let reads = matches!(plan.op, Op::Read | Op::Verify | Op::VerifyData | Op::VerifyPattern);
-        assert!(reads || plan.op == Op::Flush || !self.read_only, "{plan:?}");
-        assert_eq!(plan.op == Op::Unmap, !self.reply.ranges().is_empty());
-        assert_eq!(plan.exclusive, plan.op == Op::CompareAndWrite);
-        for range in self.reply.ranges() {
-            assert!(range.blocks > 0 && range.lba + range.blocks <= facts.blocks);
-        }
-        if matches!(plan.op, Op::Read | Op::Write | Op::WriteAndVerify { .. }) {
-            let bytes = plan.range.blocks * u64::from(facts.block_bytes);
-            assert_eq!(plan.transfer_bytes(), bytes);
-        }
-    }
-}
-
-/// Any end of a command: sense data if and only if the status says so, and of a known key.
-fn check_end(status: Status, sense: Option<Sense>, transferred: Transferred, buffers: Buffers) {
-    assert_eq!(status == Status::CheckCondition, sense.is_some(), "{status:?} {sense:?}");
-    let longest = buffers.data_in.max(buffers.data_out);
-    assert!(transferred.bytes <= longest);
-    assert!(u64::from(transferred.residual) <= longest - transferred.bytes);
-    let Some(sense) = sense else { return };
-    assert_ne!(sense.key, Key::NoSense, "an error that a guest may take for none");
-    let mut bytes = [0xff; 252];
-    let len = sense.encode(Format::Fixed, &mut bytes);
-    assert_eq!((len, bytes[0] & 0x7f, bytes[7]), (18, 0x70, 10));
-    assert_eq!((bytes[2], bytes[12]), (sense.key as u8, sense.code.0));
-    let len = sense.encode(Format::Descriptor, &mut bytes);
-    assert!(len <= SENSE_BYTES_MAX && bytes[0] == 0x72 && usize::from(bytes[7]) + 8 == len);
-}
-
-/// The most data-in that a CDB allows, without the crate's decoder.
-fn allocation(cdb: &[u8]) -> u64 {
-    let at = |bytes: std::ops::Range<usize>| {
-        cdb[bytes].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
-    };
-    match cdb[0] {
-        0x03 | 0x1a => at(4..5),
-        0x12 | 0x1c => at(3..5),
-        0x4d | 0x5a | 0x5e => at(7..9),
-        0xa0 | 0xa3 => at(6..10),
-        0x9e => at(10..14),
-        0x25 => 8,
-        _ => 0,
-    }
 }
 
 fn random_buffers(random: &mut Random, block: u32) -> Buffers {
@@ -265,7 +119,7 @@ fn random_buffers(random: &mut Random, block: u32) -> Buffers {
     }
 }
 
-fn random_failure(random: &mut Random) -> Failure {
+pub(crate) fn random_failure(random: &mut Random) -> Failure {
     match random.below(11) {
         0 => Failure::Medium(Some(random.u64())),
         1 => Failure::Medium(None),
