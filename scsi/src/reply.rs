@@ -153,6 +153,7 @@ impl Reply {
         self.status = Status::CheckCondition;
         self.sense = Some(sense);
         self.data.clear();
+        self.ranges.clear();
     }
 
     /// A status without sense data, and no data-in.
