@@ -13,7 +13,7 @@ pub struct Extent {
     pub blocks: u32,
 }
 
-/// What VERIFY and WRITE AND VERIFY compare: the BYTCHK field (SBC-3, 5.32).
+/// What VERIFY and WRITE AND VERIFY compare: the BYTCHK field (SBC-3, VERIFY(10)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compare {
     /// 00b: nothing; the blocks are only read.
@@ -24,7 +24,7 @@ pub enum Compare {
     Pattern,
 }
 
-/// The fields of MODE SENSE (SPC-4, 6.11 and 6.12).
+/// The fields of MODE SENSE (SPC-4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModeQuery {
     /// The CDB has 10 bytes, so the header has 8.
@@ -43,7 +43,7 @@ pub struct ModeQuery {
     pub allocation: u32,
 }
 
-/// The fields of REPORT SUPPORTED OPERATION CODES (SPC-4, 6.35).
+/// The fields of REPORT SUPPORTED OPERATION CODES (SPC-4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpcodeQuery {
     /// RCTD: with timeouts descriptors.
@@ -105,7 +105,7 @@ pub fn bytes(cdb: &[u8]) -> Bytes {
 }
 
 /// The entry of a CDB in the table. An unknown operation code is INVALID COMMAND OPERATION CODE, an
-/// unknown service action is INVALID FIELD IN CDB (SPC-4, 4.2.5.2 and 4.2.5.3).
+/// unknown service action is INVALID FIELD IN CDB (SPC-4, SERVICE ACTION field).
 ///
 /// # Errors
 /// The sense data, if it is not in the table.
@@ -153,8 +153,7 @@ pub fn decode_as(entry: &Entry, cdb: &[u8]) -> Result<Command, Sense> {
     }
 }
 
-/// LBA and length (SBC-3, clause 5). In a CDB of 6 bytes a length of 0 is 256 blocks; READ(6),
-/// 5.8.
+/// LBA and length (SBC-3). In a CDB of 6 bytes a length of 0 is 256 blocks (READ(6)).
 fn extent(entry: &Entry, cdb: &Bytes) -> Extent {
     let lba32 = u32::from_be_bytes([cdb[2], cdb[3], cdb[4], cdb[5]]);
     match entry.length {

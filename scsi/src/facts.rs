@@ -34,7 +34,8 @@ pub struct Facts {
     pub read_only: bool,
     /// Written data is volatile until it is flushed.
     pub write_cache: bool,
-    /// MEDIUM ROTATION RATE (SBC-3, 6.6.2): 1 is a medium that does not rotate, 0 is not reported.
+    /// MEDIUM ROTATION RATE (SBC-3, Block Device Characteristics): 1 is a medium that does not
+    /// rotate, 0 is not reported.
     pub rotation: u16,
     /// OPTIMAL TRANSFER LENGTH GRANULARITY in blocks.
     pub granularity_blocks: u16,
@@ -50,7 +51,8 @@ pub struct Facts {
     pub identity: Identity,
 }
 
-/// What a disk that supports unmap says about it (SBC-3, 6.6.4 and 6.6.5).
+/// What a disk that supports unmap says about it (SBC-3, Block Limits and Logical
+/// Block Provisioning).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unmap {
     /// OPTIMAL UNMAP GRANULARITY in blocks; 0 is not reported.

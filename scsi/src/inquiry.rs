@@ -4,15 +4,15 @@ use crate::facts::{Facts, Unmap};
 use crate::reply::Reply;
 use crate::sense::Sense;
 
-/// VERSION: SPC-4 (SPC-4, table 142). SPDK's disks say SPC-3, without the commands of either.
+/// VERSION: SPC-4. SPDK's disks say SPC-3, without the commands of either.
 const VERSION: u8 = 0x06;
 /// Bytes of standard data, as of SPDK's.
 const STANDARD_BYTES: usize = 96;
-/// Version descriptors (SPC-4, annex E): SAM-5, SPC-4, SBC-3. Block Limits of 64 bytes need the
+/// Version descriptors (SPC-4): SAM-5, SPC-4, SBC-3. Block Limits of 64 bytes need the
 /// last (the reference, 9.3).
 const VERSIONS: [u16; 3] = [0x00a0, 0x0460, 0x04c0];
 
-/// Page codes (SPC-4, table 525; SBC-3, table 206).
+/// Page codes (SPC-4 and SBC-3, vital product data).
 mod page {
     pub(super) const SUPPORTED: u8 = 0x00;
     pub(super) const SERIAL: u8 = 0x80;
@@ -23,7 +23,7 @@ mod page {
     pub(super) const PROVISIONING: u8 = 0xb2;
 }
 
-/// Standard data (SPC-4, 6.6.2), or a page of vital product data.
+/// Standard data (SPC-4, INQUIRY), or a page of vital product data.
 pub(crate) fn inquiry(
     facts: &Facts,
     vital: bool,
@@ -50,13 +50,13 @@ pub(crate) fn inquiry(
 }
 
 /// Standard data of a logical unit that does not exist: qualifier 011b and type 1Fh, 36 bytes
-/// (SPC-4, 6.6.2; the reference, 1.2).
+/// (SPC-4, INQUIRY; the reference, 1.2).
 pub(crate) fn absent(reply: &mut Reply) {
     reply.put(&[0x7f, 0, VERSION, 0x12, 31]);
     reply.pad_to(36);
 }
 
-/// SPC-4, 7.8.
+/// SPC-4, vital product data parameters.
 fn vital_data(facts: &Facts, page: u8, reply: &mut Reply) -> Result<(), Sense> {
     reply.put(&[0, page, 0, 0]);
     match (page, facts.unmap) {
@@ -70,7 +70,7 @@ fn vital_data(facts: &Facts, page: u8, reply: &mut Reply) -> Result<(), Sense> {
         (page::SERIAL, _) => facts.identity.serial().for_each(|byte| reply.put(&[byte])),
         (page::IDENTIFICATION, _) => identification(facts, reply),
         (page::EXTENDED, _) => {
-            // HEADSUP and SIMPSUP (SPC-4, 7.8.7).
+            // HEADSUP and SIMPSUP (SPC-4, Extended INQUIRY Data).
             reply.put(&[0, 0x05]);
             reply.pad_to(64);
         }
@@ -80,7 +80,7 @@ fn vital_data(facts: &Facts, page: u8, reply: &mut Reply) -> Result<(), Sense> {
             reply.pad_to(64);
         }
         (page::PROVISIONING, Some(Unmap { zeroes, .. })) => {
-            // SBC-3, 6.6.5: LBPU, LBPWS, LBPWS10 and LBPRZ; thin provisioning.
+            // SBC-3: LBPU, LBPWS, LBPWS10 and LBPRZ; thin provisioning.
             reply.put(&[0, 0xe0 | if zeroes { 0x04 } else { 0 }, 2, 0]);
         }
         _ => return Err(Sense::in_cdb(2, None)),
@@ -90,7 +90,7 @@ fn vital_data(facts: &Facts, page: u8, reply: &mut Reply) -> Result<(), Sense> {
     Ok(())
 }
 
-/// The association of a designator (SPC-4, table 531), shifted to its place.
+/// The association of a designator (SPC-4, Device Identification), shifted to its place.
 mod of {
     pub(super) const UNIT: u8 = 0x00;
     pub(super) const PORT: u8 = 0x10;
@@ -131,7 +131,7 @@ fn identification(facts: &Facts, reply: &mut Reply) {
     reply.put(&[BINARY, PIV | of::UNIT | 6, 0, 4, 0, 0, high, low]);
 }
 
-/// SBC-3, 6.6.4. WSNZ is 0: a WRITE SAME of 0 blocks goes to the end.
+/// SBC-3, Block Limits. WSNZ is 0: a WRITE SAME of 0 blocks goes to the end.
 fn block_limits(facts: &Facts, reply: &mut Reply) {
     reply.put(&[0, facts.compare_blocks_max]);
     reply.put(&facts.granularity_blocks.to_be_bytes());

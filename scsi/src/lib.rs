@@ -10,8 +10,8 @@
 //! and whatever the gate holds up, goes to a [`LogicalUnit`], one for each target. It answers into
 //! a [`Reply`], or returns a [`Plan`]; the [`Outcome`] of a plan that has been done is the answer.
 //!
-//! Names and section numbers are those of SAM-5, SPC-4 and SBC-3; "the reference" is the project's
-//! notes on SPDK's vhost-scsi.
+//! Names are those of SAM-5, SPC-4 and SBC-3, which are cited by the name of a clause or command;
+//! "the reference" is the project's notes on SPDK's vhost-scsi.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(

@@ -60,7 +60,7 @@ struct Medium<'a> {
 const LENGTH_FIELD: Sense = Sense::illegal(Code::INVALID_FIELD_IN_CDB);
 
 impl Medium<'_> {
-    /// LBA OUT OF RANGE, with the LBA (SBC-3, 4.18.1), then WRITE PROTECTED.
+    /// LBA OUT OF RANGE, with the LBA (SBC-3, INFORMATION field), then WRITE PROTECTED.
     fn check(&self, lba: u64, blocks: u64, writes: bool) -> Result<(), Sense> {
         if !self.facts.contain(lba, blocks) {
             return Err(Sense::illegal(Code::LBA_OUT_OF_RANGE).with_information(lba));
@@ -71,7 +71,7 @@ impl Medium<'_> {
         Ok(())
     }
 
-    /// SBC-3, 6.6.4: more than MAXIMUM TRANSFER LENGTH is an invalid field.
+    /// SBC-3, Block Limits: more than MAXIMUM TRANSFER LENGTH is an invalid field.
     fn check_length(&self, blocks: u32) -> Result<(), Sense> {
         let max = self.facts.transfer_blocks_max;
         if max != 0 && blocks > max { Err(LENGTH_FIELD) } else { Ok(()) }
@@ -123,7 +123,7 @@ impl Medium<'_> {
         if right == 0 { self.buffers.longest() } else { right }
     }
 
-    /// SBC-3, 5.32. Nothing is verified unless there is data for all of it.
+    /// SBC-3, VERIFY. Nothing is verified unless there is data for all of it.
     fn verify(&self, extent: Extent, compare: Compare) -> Result<Plan, Sense> {
         let asked = u64::from(extent.blocks);
         self.check_extent(extent, false)?;
@@ -141,21 +141,21 @@ impl Medium<'_> {
         Ok(Plan { transfer: wanted, ..plan })
     }
 
-    /// SBC-3, 5.7. Nothing is fetched: GOOD says that not all blocks fit into the cache.
+    /// SBC-3, PRE-FETCH. Nothing is fetched: GOOD says that not all blocks fit into the cache.
     fn pre_fetch(&self, extent: Extent) -> Result<Plan, Sense> {
         self.check_extent(extent, false)?;
         Ok(self.without_data(Op::Verify, extent.lba, 0, self.buffer(0)))
     }
 
-    /// SBC-3, 5.25. All is flushed, whatever the range. IMMED allows an earlier answer, and does
-    /// not require it.
+    /// SBC-3, SYNCHRONIZE CACHE. All is flushed, whatever the range. IMMED allows an earlier
+    /// answer, and does not require it.
     fn synchronize(&self, extent: Extent) -> Result<Plan, Sense> {
         self.check_extent(extent, false)?;
         Ok(self.without_data(Op::Flush, 0, 0, self.buffer(0)))
     }
 
-    /// SBC-3, 5.41. A length of 0 is up to the end, since WSNZ is 0. The maximum is checked first:
-    /// it does not depend on the LBA.
+    /// SBC-3, WRITE SAME. A length of 0 is up to the end, since WSNZ is 0. The maximum is checked
+    /// first: it does not depend on the LBA.
     fn write_same(&self, extent: Extent, unmap: bool, no_data: bool) -> Result<Plan, Sense> {
         if unmap && self.facts.unmap.is_none() {
             return Err(Sense::in_cdb(1, Some(3)));
@@ -181,7 +181,7 @@ impl Medium<'_> {
         Ok(Plan { transfer: wanted, flush: self.flush(flush), ..plan })
     }
 
-    /// SBC-3, 5.2. Data-out has the data to compare and that to write.
+    /// SBC-3, COMPARE AND WRITE. Data-out has the data to compare and that to write.
     fn compare_and_write(&self, extent: Extent, fua: bool) -> Result<Plan, Sense> {
         if extent.blocks > u32::from(self.facts.compare_blocks_max) {
             return Err(Sense::in_cdb(13, None));
@@ -204,7 +204,7 @@ impl Medium<'_> {
     }
 }
 
-/// The ranges of an UNMAP parameter list (SBC-3, 5.28), checked as a whole: nothing is unmapped if
+/// The ranges of an UNMAP parameter list (SBC-3), checked as a whole: nothing is unmapped if
 /// one is invalid. Empty ranges are left out. An incomplete last descriptor is ignored.
 ///
 /// # Errors

@@ -1,4 +1,4 @@
-//! Mode pages (SPC-4, 7.5; SBC-3, 6.5), MODE SENSE and MODE SELECT.
+//! Mode pages (SPC-4 and SBC-3, mode parameters), MODE SENSE and MODE SELECT.
 
 use crate::cdb::ModeQuery;
 use crate::facts::Facts;
@@ -7,7 +7,7 @@ use crate::sense::{Code, Format, Sense};
 
 /// Bytes of the longest page.
 const PAGE_BYTES_MAX: usize = 20;
-/// All pages (SPC-4, table 449).
+/// All pages.
 const ALL_PAGES: u8 = 0x3f;
 /// All subpages.
 const ALL_SUBPAGES: u8 = 0xff;
@@ -17,9 +17,9 @@ const CONTROL: u8 = 0x0a;
 /// informational exceptions. Page lengths are SPDK's (the reference, 3.3).
 const PAGES: [(u8, u8); 4] = [(0x01, 10), (CACHING, 18), (CONTROL, 10), (0x1c, 10)];
 
-/// WCE, byte 2 of the caching page (SBC-3, 6.5.5).
+/// WCE, byte 2 of the caching page (SBC-3, Caching mode page).
 const WCE: u8 = 0x04;
-/// D_SENSE, byte 2 of the control page (SPC-4, 7.5.8).
+/// D_SENSE, byte 2 of the control page (SPC-4, Control mode page).
 const D_SENSE: u8 = 0x04;
 /// QUEUE ALGORITHM MODIFIER, byte 3 of the control page: commands are reordered freely.
 const UNRESTRICTED: u8 = 0x10;
@@ -28,7 +28,7 @@ const SWP: u8 = 0x08;
 /// TAS, byte 5 of the control page: a command that another nexus aborts ends with TASK ABORTED.
 const TAS: u8 = 0x40;
 
-/// Which values MODE SENSE returns: the PC field (SPC-4, table 167).
+/// Which values MODE SENSE returns: the PC field (SPC-4, MODE SENSE(6)).
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Values {
     Current,
@@ -83,7 +83,7 @@ impl Modes {
     }
 }
 
-/// MODE SENSE (SPC-4, 6.11 and 6.12): header, block descriptor and pages.
+/// MODE SENSE (SPC-4): header, block descriptor and pages.
 pub(crate) fn sense(
     modes: &Modes,
     facts: &Facts,
@@ -103,7 +103,7 @@ pub(crate) fn sense(
     if query.subpage != 0 && query.subpage != ALL_SUBPAGES {
         return Err(Sense::in_cdb(3, None));
     }
-    // SBC-3, 6.5.1: WP and DPOFUA.
+    // SBC-3, DEVICE-SPECIFIC PARAMETER: WP and DPOFUA.
     let device = if facts.read_only || modes.protected { 0x90 } else { 0x10 };
     let descriptor = match (query.no_blocks, query.long_lba) {
         (true, _) => 0,
@@ -130,7 +130,8 @@ pub(crate) fn sense(
     Ok(())
 }
 
-/// SBC-3, 6.5.2. In the short one a number of blocks that needs more than 32 bits is all ones.
+/// SBC-3, LBA mode parameter block descriptors. In the short one a number of blocks that needs more
+/// than 32 bits is all ones.
 fn put_block_descriptor(facts: &Facts, length: u8, reply: &mut Reply) {
     match length {
         8 => {
@@ -148,7 +149,7 @@ fn put_block_descriptor(facts: &Facts, length: u8, reply: &mut Reply) {
     }
 }
 
-/// MODE SELECT (SPC-4, 6.9 and 6.10): the modes after it. The list is checked as a whole.
+/// MODE SELECT (SPC-4): the modes after it. The list is checked as a whole.
 pub(crate) fn select(
     modes: &Modes,
     facts: &Facts,
@@ -190,7 +191,7 @@ pub(crate) fn select(
     Ok(selected)
 }
 
-/// One page: a bit that cannot be changed must have its current value (SPC-4, 6.9).
+/// One page: a bit that cannot be changed must have its current value (SPC-4, MODE SELECT).
 fn select_page(
     modes: &Modes,
     facts: &Facts,
@@ -216,7 +217,7 @@ fn select_page(
     })
 }
 
-/// The block descriptor: the number of blocks may be 0, all ones, or what it is (SBC-3, 6.5.2);
+/// The block descriptor: the number of blocks may be 0, all ones, or what it is (SBC-3);
 /// the block size cannot be changed.
 fn check_block_descriptor(
     facts: &Facts,

@@ -1,4 +1,4 @@
-//! I_T nexuses, and the unit attentions that are pending for each (SAM-5, 5.14).
+//! I_T nexuses, and the unit attentions that are pending for each (SAM-5).
 
 use arrayvec::ArrayVec;
 
@@ -74,7 +74,7 @@ impl Attention {
     }
 }
 
-/// The known nexuses. The queue of unit attentions of one is a set: SAM-5, 5.14.1, allows to
+/// The known nexuses. The queue of unit attentions of one is a set: SAM-5 allows to
 /// report a condition once, however often it was established.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Nexuses(ArrayVec<(Nexus, u16), NEXUSES_MAX>);

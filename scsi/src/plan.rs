@@ -48,7 +48,7 @@ pub enum Op {
 pub enum Flush {
     /// Whenever the initiator asks for it.
     No,
-    /// Before the operation: a read with FUA comes from the medium (SBC-3, 5.9).
+    /// Before the operation: a read with FUA comes from the medium (SBC-3, FUA).
     Before,
     /// After the operation, and before it is answered.
     After,
@@ -110,7 +110,7 @@ pub enum Failure {
     Busy,
     /// The command was aborted: by the disk, or because the disk was removed.
     Aborted,
-    /// The command was aborted by another nexus (SAM-5, 5.3.1, TAS).
+    /// The command was aborted by another nexus (SPC-4, TAS).
     AbortedByOther,
     /// Another host has a reservation on the disk.
     Reservation,
@@ -157,7 +157,7 @@ impl Outcome {
 /// The sense data of a failure, or the status of one that has none.
 fn status_or_sense(plan: &Plan, facts: &Facts, failure: Failure) -> Result<Sense, Status> {
     Ok(match failure {
-        // SBC-3, 4.18.1: the INFORMATION field has the LBA.
+        // SBC-3: the INFORMATION field has the LBA.
         Failure::Medium(lba) => {
             Sense { information: lba, ..Sense::new(Key::MediumError, medium_code(plan.op)) }
         }
@@ -184,8 +184,8 @@ fn medium_code(op: Op) -> Code {
     }
 }
 
-/// SBC-3, 5.2: after COMPARE AND WRITE the INFORMATION field is the offset in data-out of the first
-/// byte that is not equal. For the others it is the LBA (SBC-3, 4.18.1).
+/// SBC-3: after COMPARE AND WRITE the INFORMATION field is the offset in data-out of the first
+/// byte that is not equal. For the others it is the LBA.
 fn miscompare(plan: &Plan, facts: &Facts, offset: u64) -> Sense {
     let sense = Sense::new(Key::Miscompare, Code::MISCOMPARE_DURING_VERIFY);
     match plan.op {

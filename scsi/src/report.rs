@@ -7,14 +7,14 @@ use crate::reservation::{Reservations, Type};
 use crate::sense::{Code, Sense};
 use crate::table::{self, Entry, Found};
 
-/// READ CAPACITY(10) (SBC-3, 5.15): all ones if the last LBA needs more than 32 bits.
+/// READ CAPACITY(10) (SBC-3): all ones if the last LBA needs more than 32 bits.
 pub(crate) fn capacity10(facts: &Facts, reply: &mut Reply) {
     let last = u32::try_from(facts.blocks.saturating_sub(1)).unwrap_or(u32::MAX);
     reply.put(&last.to_be_bytes());
     reply.put(&facts.block_bytes.to_be_bytes());
 }
 
-/// READ CAPACITY(16) (SBC-3, 5.16).
+/// READ CAPACITY(16) (SBC-3).
 pub(crate) fn capacity16(facts: &Facts, reply: &mut Reply) {
     reply.put(&facts.blocks.saturating_sub(1).to_be_bytes());
     reply.put(&facts.block_bytes.to_be_bytes());
@@ -28,7 +28,7 @@ pub(crate) fn capacity16(facts: &Facts, reply: &mut Reply) {
     reply.pad_to(32);
 }
 
-/// REPORT LUNS (SPC-4, 6.33; SPC-5 for 10h to 12h) of a target that has LUN 0 only. There are no
+/// REPORT LUNS (SPC-4, and SPC-5 for 10h to 12h) of a target that has LUN 0 only. There are no
 /// well-known and no administrative logical units.
 pub(crate) fn luns(select: u8, allocation: u32, reply: &mut Reply) -> Result<(), Sense> {
     let has_lun = match select {
@@ -44,7 +44,7 @@ pub(crate) fn luns(select: u8, allocation: u32, reply: &mut Reply) -> Result<(),
     Ok(())
 }
 
-/// REPORT SUPPORTED OPERATION CODES (SPC-4, 6.35).
+/// REPORT SUPPORTED OPERATION CODES (SPC-4).
 pub(crate) fn opcodes(facts: &Facts, query: &OpcodeQuery, reply: &mut Reply) -> Result<(), Sense> {
     let OpcodeQuery { timeouts, option, opcode, action, .. } = *query;
     if option == 0 {
@@ -70,7 +70,7 @@ pub(crate) fn opcodes(facts: &Facts, query: &OpcodeQuery, reply: &mut Reply) -> 
     Ok(())
 }
 
-/// SPC-4, 6.35.2. A descriptor has 8 bytes, and with timeouts 20.
+/// The all_commands format of SPC-4. A descriptor has 8 bytes, and with timeouts 20.
 fn all_opcodes(facts: &Facts, timeouts: bool, reply: &mut Reply) {
     reply.put(&[0; 4]);
     for entry in table::offered(facts) {
@@ -85,7 +85,7 @@ fn all_opcodes(facts: &Facts, timeouts: bool, reply: &mut Reply) {
     reply.set(0, &length.to_be_bytes());
 }
 
-/// SPC-4, 6.35.3. SUPPORT is 011b, as the standard says, or 001b, not supported.
+/// The one_command format of SPC-4. SUPPORT is 011b, as the standard says, or 001b, not supported.
 fn one_opcode(facts: &Facts, entry: Option<&Entry>, timeouts: bool, reply: &mut Reply) {
     let Some(entry) = entry else {
         reply.put(&[0, 1, 0, 0]);
@@ -98,12 +98,12 @@ fn one_opcode(facts: &Facts, entry: Option<&Entry>, timeouts: bool, reply: &mut 
     }
 }
 
-/// A timeouts descriptor (SPC-4, 6.35.4) that says nothing.
+/// A timeouts descriptor (SPC-4) that says nothing.
 fn put_timeouts(reply: &mut Reply) {
     reply.put(&[0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 }
 
-/// REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS (SPC-4, 6.36): all but CLEAR ACA and QUERY
+/// REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS (SPC-4): all but CLEAR ACA and QUERY
 /// ASYNCHRONOUS EVENT.
 pub(crate) fn task_management(
     extended: bool,
@@ -119,12 +119,13 @@ pub(crate) fn task_management(
     Ok(())
 }
 
-/// LOG SENSE (SPC-4, 6.7 and 7.3): the supported pages, and informational exceptions.
+/// LOG SENSE (SPC-4): the supported pages, and informational exceptions.
 pub(crate) fn log(page: u8, subpage: u8, reply: &mut Reply) -> Result<(), Sense> {
     match (page, subpage) {
         (0x00, 0x00) => reply.put(&[0x00, 0x00, 0, 2, 0x00, 0x2f]),
         (0x00, 0xff) => reply.put(&[0x40, 0xff, 0, 6, 0x00, 0x00, 0x00, 0xff, 0x2f, 0x00]),
-        // SPC-4, 7.3.9: parameter 0 says that there is no exception, and no temperature.
+        // Informational Exceptions: parameter 0 says that there is no exception, and no
+        // temperature.
         (0x2f, 0x00) => reply.put(&[0x2f, 0x00, 0, 8, 0, 0, 0x03, 4, 0, 0, 0xff, 0]),
         (0x00 | 0x2f, _) => return Err(Sense::in_cdb(3, None)),
         _ => return Err(Sense::in_cdb(2, Some(5))),
@@ -132,7 +133,7 @@ pub(crate) fn log(page: u8, subpage: u8, reply: &mut Reply) -> Result<(), Sense>
     Ok(())
 }
 
-/// RECEIVE DIAGNOSTIC RESULTS (SPC-4, 6.29): the list of diagnostic pages, which is the only one.
+/// RECEIVE DIAGNOSTIC RESULTS (SPC-4): the list of diagnostic pages, which is the only one.
 pub(crate) fn diagnostic(valid: bool, page: u8, reply: &mut Reply) -> Result<(), Sense> {
     if !valid {
         return Err(Sense::in_cdb(1, Some(0)));
@@ -144,7 +145,7 @@ pub(crate) fn diagnostic(valid: bool, page: u8, reply: &mut Reply) -> Result<(),
     Ok(())
 }
 
-/// PERSISTENT RESERVE IN (SPC-4, 6.15). ADDITIONAL LENGTH counts what there is, not what fits.
+/// PERSISTENT RESERVE IN (SPC-4). ADDITIONAL LENGTH counts what there is, not what fits.
 pub(crate) fn persistent(
     reservations: &Reservations,
     action: u8,
@@ -155,7 +156,7 @@ pub(crate) fn persistent(
     const READ_RESERVATION: u8 = 1;
     const REPORT_CAPABILITIES: u8 = 2;
     if action == REPORT_CAPABILITIES {
-        // SPC-4, 6.15.4: CRH; TMV, and no PTPL.
+        // CRH; TMV, and no PTPL.
         let [high, low] = Type::MASK;
         reply.put(&[0, 8, 0x10, 0x80, high, low, 0, 0]);
         return Ok(());
@@ -180,8 +181,8 @@ pub(crate) fn persistent(
     Ok(())
 }
 
-/// READ FULL STATUS (SPC-4, 6.15.5). The TransportID has the format of SAS, as the designators have
-/// its protocol identifier; the SAS address is the nexus' number (SPC-4, 7.6.4.7).
+/// READ FULL STATUS (SPC-4). The TransportID has the format of SAS, as the designators have
+/// its protocol identifier; the SAS address is the nexus' number (SPC-4, TransportID for SAS).
 fn full_status(reservations: &Reservations, port: u16, reply: &mut Reply) {
     const TRANSPORT_ID_BYTES: usize = 24;
     for known in &reservations.registrations {
@@ -198,7 +199,7 @@ fn full_status(reservations: &Reservations, port: u16, reply: &mut Reply) {
     }
 }
 
-/// The state of blocks (SBC-3, table 57).
+/// The state of blocks (SBC-3, PROVISIONING STATUS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Provisioning {
@@ -224,7 +225,7 @@ pub struct LbaQuery {
 const LBA_STATUS_BYTES: usize = 16;
 
 impl LbaQuery {
-    /// SBC-3, 5.6.
+    /// SBC-3, GET LBA STATUS.
     pub(crate) fn new(
         facts: &Facts,
         lba: u64,

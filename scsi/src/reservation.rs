@@ -1,8 +1,8 @@
-//! Reservations: PERSISTENT RESERVE OUT and IN (SPC-4, 5.13), and RESERVE and RELEASE (SPC-2)
-//! beside them (SPC-4, 5.13.3).
+//! Reservations: PERSISTENT RESERVE OUT and IN (SPC-4), and RESERVE and RELEASE (SPC-2)
+//! beside them (SPC-4, exceptions to SPC-2 RESERVE and RELEASE behavior).
 //!
 //! Registrations are kept in memory only: APTPL is refused, and REPORT CAPABILITIES says so. They
-//! stay when their nexus is lost (SPC-4, 5.13.5).
+//! stay when their nexus is lost (SPC-4, preserving persistent reservations).
 
 use arrayvec::ArrayVec;
 
@@ -13,10 +13,10 @@ use crate::table::{Access, Entry, Kind};
 /// Registrations at most. Another gets INSUFFICIENT REGISTRATION RESOURCES.
 pub const REGISTRATIONS_MAX: usize = 32;
 
-/// Bytes of the parameter list of PERSISTENT RESERVE OUT (SPC-4, 6.16.3).
+/// Bytes of the parameter list of PERSISTENT RESERVE OUT (SPC-4).
 pub(crate) const LIST_BYTES: usize = 24;
 
-/// Service actions of PERSISTENT RESERVE OUT (SPC-4, table 213).
+/// Service actions of PERSISTENT RESERVE OUT (SPC-4).
 pub(crate) mod out {
     pub(crate) const REGISTER: u8 = 0;
     pub(crate) const RESERVE: u8 = 1;
@@ -27,7 +27,7 @@ pub(crate) mod out {
     pub(crate) const REGISTER_AND_IGNORE: u8 = 6;
 }
 
-/// The type of a persistent reservation (SPC-4, table 208).
+/// The type of a persistent reservation (SPC-4, persistent reservation type codes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Type {
@@ -58,7 +58,7 @@ impl Type {
         })
     }
 
-    /// The types in the bits of PERSISTENT RESERVATION TYPE MASK (SPC-4, table 211).
+    /// The types in the bits of PERSISTENT RESERVATION TYPE MASK (SPC-4, REPORT CAPABILITIES).
     pub(crate) const MASK: [u8; 2] = [0xea, 0x01];
 
     fn lets_others_read(self) -> bool {
@@ -154,7 +154,7 @@ impl Reservations {
                 matches!(entry.kind, Kind::PersistentReserveIn | Kind::PersistentReserveOut);
             return match access {
                 Access::Any => true,
-                // SPC-2, 5.5.1: of whichever nexus.
+                // SPC-2, reservations: of whichever nexus.
                 Access::Own => !persistent,
                 _ => self.reserved == Some(nexus),
             };
@@ -190,15 +190,15 @@ impl Reservations {
     }
 
     /// The key and the type of the reservation, for READ RESERVATION: with an all registrants type
-    /// the key is 0 (SPC-4, 6.15.3.2).
+    /// the key is 0 (SPC-4, READ RESERVATION).
     pub(crate) fn held(&self) -> Option<(u64, Type)> {
         let Reservation { nexus, kind } = self.reservation?;
         let key = if kind.is_for_all_registrants() { None } else { self.key(nexus) };
         Some((key.unwrap_or(0), kind))
     }
 
-    /// RESERVE and RELEASE. SPC-4, 5.13.3: with a persistent reservation, those who have access to
-    /// it by registration or as holder get GOOD, and nothing changes. SPC-2, 5.5.1: with any
+    /// RESERVE and RELEASE. SPC-4: with a persistent reservation, those who have access to
+    /// it by registration or as holder get GOOD, and nothing changes. SPC-2: with any
     /// registration, others get a conflict.
     pub(crate) fn reserve(&mut self, nexus: Nexus, release: bool) -> Result<(), Refused> {
         let by_registration = self.reservation.is_some_and(|held| held.kind.is_for_registrants())
@@ -218,14 +218,14 @@ impl Reservations {
         Ok(())
     }
 
-    /// Ends a reservation by RESERVE: of this nexus, or of any (SPC-2, 7.21).
+    /// Ends a reservation by RESERVE: of this nexus, or of any (SPC-2, RESERVE(6)).
     pub(crate) fn end_reserved(&mut self, nexus: Option<Nexus>) {
         if nexus.is_none() || self.reserved == nexus {
             self.reserved = None;
         }
     }
 
-    /// PERSISTENT RESERVE OUT (SPC-4, 5.13.7 to 5.13.11 and 6.16). Fills `preempted`, for PREEMPT
+    /// PERSISTENT RESERVE OUT (SPC-4). Fills `preempted`, for PREEMPT
     /// AND ABORT.
     pub(crate) fn out(
         &mut self,
@@ -265,7 +265,7 @@ impl Reservations {
         Ok(())
     }
 
-    /// SPC-4, 5.13.7. A new key of 0 removes the registration.
+    /// SPC-4, registering. A new key of 0 removes the registration.
     fn register(&mut self, nexus: Nexus, key: u64, nexuses: &mut Nexuses) -> Result<(), Refused> {
         if key == 0 {
             self.unregister(nexus, nexuses);
@@ -280,7 +280,7 @@ impl Reservations {
             .map_err(|_| Refused::Sense(Sense::illegal(Code::INSUFFICIENT_REGISTRATION_RESOURCES)))
     }
 
-    /// SPC-4, 5.13.11.2.3: the reservation ends with the registration of its holder, or, if all
+    /// SPC-4, unregistering: the reservation ends with the registration of its holder, or, if all
     /// registrants hold it, of the last one.
     pub(crate) fn unregister(&mut self, nexus: Nexus, nexuses: &mut Nexuses) {
         let held = self.is_holder(nexus);
@@ -299,7 +299,7 @@ impl Reservations {
         nexuses.tell_if(attention, |nexus| nexus != except && self.key(nexus).is_some());
     }
 
-    /// Scope and type: only that of the whole logical unit is defined (SPC-4, 6.15.3.3).
+    /// Scope and type: only that of the whole logical unit is defined (SPC-4).
     fn kind_of(request: &Request) -> Result<Type, Refused> {
         if request.scope != 0 {
             return Err(Refused::Sense(Sense::in_cdb(2, Some(7))));
@@ -307,7 +307,7 @@ impl Reservations {
         Type::from_field(request.kind).ok_or(Refused::Sense(Sense::in_cdb(2, Some(3))))
     }
 
-    /// SPC-4, 5.13.9.
+    /// SPC-4, reserving.
     fn reserve_persistently(&mut self, nexus: Nexus, request: &Request) -> Result<(), Refused> {
         let kind = Self::kind_of(request)?;
         match self.reservation {
@@ -318,7 +318,7 @@ impl Reservations {
         Ok(())
     }
 
-    /// SPC-4, 5.13.11.2.2.
+    /// SPC-4, releasing.
     fn release(
         &mut self,
         nexus: Nexus,
@@ -339,14 +339,14 @@ impl Reservations {
         Ok(())
     }
 
-    /// SPC-4, 5.13.11.2.7.
+    /// SPC-4, clearing.
     fn clear(&mut self, nexus: Nexus, nexuses: &mut Nexuses) {
         self.tell_registrants(nexuses, nexus, Attention::ReservationsPreempted);
         self.registrations.clear();
         self.reservation = None;
     }
 
-    /// SPC-4, 5.13.11.2.4 to 5.13.11.2.6 and table 62: the reservation is taken over if its holder
+    /// SPC-4, preempting: the reservation is taken over if its holder
     /// has the key, or if all registrants hold it and the key is 0. Otherwise, registrations with
     /// the key are removed.
     fn preempt(

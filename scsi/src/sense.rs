@@ -1,6 +1,6 @@
-//! Status codes and sense data (SAM-5, 5.3; SPC-4, 4.5).
+//! Status codes and sense data (SAM-5 and SPC-4).
 
-/// The status of a command (SAM-5, table 45).
+/// The status of a command (SAM-5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
@@ -16,7 +16,7 @@ pub enum Status {
     TaskAborted = 0x40,
 }
 
-/// The sense key (SPC-4, table 48).
+/// The sense key (SPC-4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Key {
@@ -40,7 +40,7 @@ pub enum Key {
     Miscompare = 0xe,
 }
 
-/// An additional sense code and its qualifier (SPC-4, annex F.2).
+/// An additional sense code and its qualifier (SPC-4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Code(pub u8, pub u8);
 
@@ -101,7 +101,8 @@ impl Code {
     pub const INSUFFICIENT_REGISTRATION_RESOURCES: Self = Self(0x55, 0x04);
 }
 
-/// The field at fault: the sense-key specific data of ILLEGAL REQUEST (SPC-4, 4.5.2.4.2).
+/// The field at fault: the sense-key specific data of ILLEGAL REQUEST (SPC-4, field pointer
+/// sense key specific data).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
     /// The field is in the CDB, not in the parameter list.
@@ -115,9 +116,9 @@ pub struct Field {
 /// Which of the two formats sense data has: the D_SENSE bit, or the DESC bit of REQUEST SENSE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Fixed format (SPC-4, 4.5.3).
+    /// Fixed format (SPC-4).
     Fixed,
-    /// Descriptor format (SPC-4, 4.5.2).
+    /// Descriptor format (SPC-4).
     Descriptor,
 }
 
@@ -137,7 +138,7 @@ pub struct Sense {
 /// Bytes of the longest sense data that [`Sense::encode`] writes.
 pub const SENSE_BYTES_MAX: usize = 28;
 
-/// Bytes of fixed format sense data (SPC-4, 4.5.3: additional length 10).
+/// Bytes of fixed format sense data (SPC-4: additional length 10).
 const FIXED_BYTES: usize = 18;
 
 impl Sense {
@@ -194,7 +195,8 @@ impl Sense {
         written
     }
 
-    /// SPC-4, table 53. The INFORMATION field has 32 bits: VALID is zero if the value needs more.
+    /// SPC-4, fixed format. The INFORMATION field has 32 bits: VALID is zero if the value needs
+    /// more.
     fn fixed(&self, bytes: &mut [u8; SENSE_BYTES_MAX]) -> usize {
         bytes[0] = 0x70;
         bytes[2] = self.key as u8;
@@ -208,7 +210,8 @@ impl Sense {
         FIXED_BYTES
     }
 
-    /// SPC-4, table 28. The descriptors are information (type 0) and sense-key specific (type 2).
+    /// SPC-4, descriptor format. The descriptors are information (type 0) and sense-key specific
+    /// (type 2).
     fn descriptors(&self, bytes: &mut [u8; SENSE_BYTES_MAX]) -> usize {
         let mut list = arrayvec::ArrayVec::<u8, 20>::new();
         if let Some(information) = self.information {

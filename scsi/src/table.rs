@@ -20,8 +20,8 @@ pub enum Direction {
     Out,
 }
 
-/// Whether a command is allowed while another nexus has a reservation (SPC-4, table 45; SBC-3,
-/// table 5; SPC-2, table 10, for RESERVE).
+/// Whether a command is allowed while another nexus has a reservation (SPC-4 and SBC-3,
+/// commands that are allowed in the presence of various reservations; SPC-2 for RESERVE).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Allowed.
@@ -116,7 +116,7 @@ pub struct Entry {
 const UNMAP_BIT: u128 = 0x08 << (8 * 14);
 
 impl Entry {
-    /// A pending unit attention ends the command. SAM-5, 5.14: INQUIRY, REPORT LUNS and REQUEST
+    /// A pending unit attention ends the command. SAM-5: INQUIRY, REPORT LUNS and REQUEST
     /// SENSE are executed.
     #[must_use]
     pub const fn is_affected_by_attention(&self) -> bool {
@@ -133,7 +133,7 @@ impl Entry {
         }
     }
 
-    /// CDB USAGE DATA (SPC-4, 6.35.3) without a disk's limits: the operation code, the service
+    /// CDB USAGE DATA (SPC-4) without a disk's limits: the operation code, the service
     /// action, and masks. Only the first `length` bytes mean something.
     fn usage_mask(&self) -> [u8; CDB_BYTES_MAX] {
         let mut usage = self.mask.to_be_bytes();
@@ -236,7 +236,7 @@ mod tests {
     #[test]
     fn the_length_follows_the_group_of_the_operation_code() {
         for entry in &TABLE {
-            // SPC-4, 4.2.5.1.
+            // SPC-4, OPERATION CODE.
             let expected = match entry.opcode >> 5 {
                 0 => 6,
                 1 | 2 => 10,

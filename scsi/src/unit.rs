@@ -86,8 +86,8 @@ impl LogicalUnit {
 
     /// Begins a command. `reply` is emptied first; whoever gets [`Step::Done`] answers with it.
     ///
-    /// The checks are in the order of SAM-5, 5.3.3: unit attention, reservation conflict, then the
-    /// CDB.
+    /// The checks are in the order of SAM-5's status precedence: unit attention, reservation
+    /// conflict, then the CDB.
     pub fn start(&mut self, nexus: Nexus, cdb: &[u8], buffers: Buffers, reply: &mut Reply) -> Step {
         reply.begin(self.modes.format(), buffers);
         let step = self
@@ -230,7 +230,8 @@ impl LogicalUnit {
         self.nexuses.attach(nexus, power_on.then_some(Attention::PowerOn)).is_ok()
     }
 
-    /// Establishes a unit attention for all nexuses: the inventory of LUNs has changed, or the like.
+    /// Establishes a unit attention for all nexuses: the inventory of LUNs has changed, or the
+    /// like.
     pub fn tell_all(&mut self, attention: Attention) {
         self.nexuses.tell_if(attention, |_| true);
         self.changed();
@@ -242,7 +243,7 @@ impl LogicalUnit {
         self.changed();
     }
 
-    /// LOGICAL UNIT RESET (SAM-5, 6.3.3): modes and RESERVE are as after power on, the unit is
+    /// LOGICAL UNIT RESET (SAM-5): modes and RESERVE are as after power on, the unit is
     /// started, and all nexuses are told. Registrations stay.
     pub fn reset(&mut self) {
         self.modes = Modes::new(&self.facts);
@@ -251,14 +252,15 @@ impl LogicalUnit {
         self.tell_all(Attention::Reset);
     }
 
-    /// I_T NEXUS RESET (SAM-5, 6.3.2): RESERVE ends, and the nexus is told.
+    /// I_T NEXUS RESET (SAM-5): RESERVE ends, and the nexus is told.
     pub fn nexus_reset(&mut self, nexus: Nexus) {
         self.reservations.end_reserved(Some(nexus));
         self.tell(nexus, Attention::NexusLoss);
     }
 
-    /// A nexus is lost: its session ended. Its registration stays (SPC-4, 5.13.5). When the last
-    /// one is lost, a stopped unit is started: the next virtual machine is to find it ready.
+    /// A nexus is lost: its session ended. Its registration stays (SPC-4, persistent reservations).
+    /// When the last one is lost, a stopped unit is started: the next virtual machine is to find it
+    /// ready.
     pub fn nexus_lost(&mut self, nexus: Nexus) {
         self.reservations.end_reserved(Some(nexus));
         self.nexuses.detach(nexus);
@@ -282,7 +284,7 @@ impl LogicalUnit {
 /// PARAMETER LIST LENGTH ERROR.
 const LIST_LENGTH: Sense = Sense::illegal(Code::PARAMETER_LIST_LENGTH_ERROR);
 
-/// The sense data of a stopped unit (SBC-3, 5.24).
+/// The sense data of a stopped unit (SBC-3, START STOP UNIT).
 const NOT_STARTED: Sense = Sense::new(Key::NotReady, Code::INITIALIZING_COMMAND_REQUIRED);
 
 /// Whether a stopped unit refuses a command: medium access, and TEST UNIT READY.
@@ -311,8 +313,8 @@ fn put_sense(sense: Sense, descriptor: bool, reply: &mut Reply) {
     reply.put_padded(bytes.into_iter(), len, 0);
 }
 
-/// Answers a command to a LUN that does not exist, of a target that does (SPC-4, 6.6.2, 6.33,
-/// 6.39; SAM-5, 5.11): INQUIRY says that nothing is there, REPORT LUNS says what is, and REQUEST
+/// Answers a command to a LUN that does not exist, of a target that does (SAM-5, incorrect
+/// logical unit numbers): INQUIRY says that nothing is there, REPORT LUNS says what is, and REQUEST
 /// SENSE returns the sense data with which all others fail.
 pub fn absent(cdb: &[u8], buffers: Buffers, reply: &mut Reply) {
     reply.begin(Format::Fixed, buffers);

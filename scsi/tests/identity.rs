@@ -140,7 +140,7 @@ fn capacities() {
 #[test]
 fn the_last_lba_of_a_disk_of_2_to_the_32_blocks_fits() {
     let facts = Facts { blocks: 1 << 32, ..malloc() };
-    // SBC-3, 5.15: ffffffffh says that READ CAPACITY(16) is needed, and so it is.
+    // SBC-3: ffffffffh says that READ CAPACITY(16) is needed, and so it is.
     assert_eq!(Unit::new(facts).data(&cdb(&[0x25], 10))[..4], [255; 4]);
     let below = Facts { blocks: (1 << 32) - 1, ..malloc() };
     assert_eq!(Unit::new(below).data(&cdb(&[0x25], 10))[..4], [255, 255, 255, 254]);

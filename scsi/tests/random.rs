@@ -73,8 +73,12 @@ fn random_cdbs() {
     }
 }
 
+fn config() -> ProptestConfig {
+    ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     /// Any bytes at all, on any disk, after any commands.
     #[test]
@@ -89,7 +93,8 @@ proptest! {
         let mut stage = Stage::new(disks()[disk]);
         let mut random = Random(seed | 1);
         for (cdb, data_in, data_out, nexus) in &commands {
-            let buffers = Buffers { data_in: data_in >> (seed % 64), data_out: data_out >> (seed / 64 % 64) };
+            let (data_in, data_out) = (data_in >> (seed % 64), data_out >> (seed / 64 % 64));
+            let buffers = Buffers { data_in, data_out };
             stage.command(Nexus(*nexus), cdb, buffers, cdb, random_failure(&mut random));
         }
     }

@@ -327,8 +327,12 @@ fn operation() -> impl Strategy<Value = (u64, Action)> {
     (0..NEXUSES, action)
 }
 
+fn config() -> ProptestConfig {
+    ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn reservations_follow_the_model(operations in prop::collection::vec(operation(), 1..60)) {

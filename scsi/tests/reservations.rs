@@ -174,7 +174,7 @@ fn access_by_type() {
     }
 }
 
-/// SPC-4, table 45, and SBC-3, table 5: every command of the table from a nexus without a
+/// SPC-4 and SBC-3: every command of the table from a nexus without a
 /// registration, under a write exclusive and an exclusive access reservation, and under RESERVE.
 #[test]
 fn conflicts_by_command() {

@@ -105,8 +105,8 @@ const CHECK: u8 = 0x16;
 /// IMMED.
 const IMMED: u8 = 0x02;
 
-/// The table, in the order of the operation codes. Sources: SPC-4, clause 6; SBC-3, clause 5;
-/// SPC-2, clause 7, for RESERVE and RELEASE.
+/// The table, in the order of the operation codes. Sources: SPC-4 and SBC-3, and SPC-2
+/// for RESERVE and RELEASE.
 ///
 /// ANCHOR is in no mask, since anchored blocks are not offered (ANC_SUP is 0); nor are RDPROTECT,
 /// WRPROTECT and VRPROTECT, since no protection information is.

@@ -78,7 +78,7 @@ impl LogicalUnit {
     ) -> Result<Step, Stop> {
         match bytes {
             0 => self.execute_list(nexus, command, &[], buffers, reply),
-            // SPC-4, 4.2.5.5: what is longer than any list is refused.
+            // What is longer than any list is refused.
             _ if bytes as usize > PARAMETERS_MAX || u64::from(bytes) > buffers.data_out => {
                 Err(LIST_LENGTH.into())
             }
@@ -130,7 +130,7 @@ impl LogicalUnit {
     }
 
     /// Changes the modes. Returns whether the write cache was turned off, so that written data must
-    /// be made durable (SBC-3, 6.5.5).
+    /// be made durable (SBC-3, WCE).
     fn select(&mut self, nexus: Nexus, selected: Modes) -> bool {
         if selected == self.modes {
             return false;
@@ -151,7 +151,7 @@ impl LogicalUnit {
             }
             Command::ReportLuns { select, allocation } => {
                 report::luns(select, allocation, reply)?;
-                // SPC-4, 6.33.
+                // SPC-4, REPORT LUNS.
                 self.nexuses.withdraw(nexus, Attention::LunsChanged);
                 self.changed();
                 Ok(allocation)
@@ -204,7 +204,7 @@ impl LogicalUnit {
         })
     }
 
-    /// REQUEST SENSE (SPC-4, 6.39): a pending unit attention is reported, and gone.
+    /// REQUEST SENSE (SPC-4): a pending unit attention is reported, and gone.
     fn request_sense(&mut self, nexus: Nexus, descriptor: bool, reply: &mut Reply) {
         let sense = match self.nexuses.take(nexus) {
             Some(attention) => attention.sense(),
@@ -216,7 +216,7 @@ impl LogicalUnit {
     }
 }
 
-/// The parameter list of PERSISTENT RESERVE OUT (SPC-4, 6.16.3).
+/// The parameter list of PERSISTENT RESERVE OUT (SPC-4).
 fn persistent_request(
     action: u8,
     scope: u8,
