@@ -98,7 +98,12 @@ pub type Bytes = [u8; CDB_BYTES_MAX];
 
 /// The first bytes of a CDB.
 #[must_use]
+#[inline]
 pub fn bytes(cdb: &[u8]) -> Bytes {
+    // Those of virtio-scsi have 32 bytes.
+    if let Some(bytes) = cdb.first_chunk() {
+        return *bytes;
+    }
     let mut bytes = [0; CDB_BYTES_MAX];
     bytes.iter_mut().zip(cdb).for_each(|(to, from)| *to = *from);
     bytes
@@ -109,6 +114,7 @@ pub fn bytes(cdb: &[u8]) -> Bytes {
 ///
 /// # Errors
 /// The sense data, if it is not in the table.
+#[inline]
 pub fn entry(cdb: &[u8]) -> Result<&'static Entry, Sense> {
     let Some(opcode) = cdb.first() else {
         return Err(Sense::illegal(Code::INVALID_OPERATION_CODE));
@@ -124,6 +130,7 @@ pub fn entry(cdb: &[u8]) -> Result<&'static Entry, Sense> {
 ///
 /// # Errors
 /// ILLEGAL REQUEST: the operation code, or the field at fault. NACA is such a field.
+#[inline]
 pub fn decode(cdb: &[u8]) -> Result<Command, Sense> {
     decode_as(entry(cdb)?, cdb)
 }
@@ -132,6 +139,7 @@ pub fn decode(cdb: &[u8]) -> Result<Command, Sense> {
 ///
 /// # Errors
 /// ILLEGAL REQUEST: the field at fault.
+#[inline]
 pub fn decode_as(entry: &Entry, cdb: &[u8]) -> Result<Command, Sense> {
     if cdb.len() < usize::from(entry.length) {
         return Err(Sense::in_cdb(u16::try_from(cdb.len()).unwrap_or(u16::MAX), None));

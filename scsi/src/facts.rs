@@ -180,6 +180,10 @@ impl Facts {
     /// The number of whole blocks in `bytes`.
     #[must_use]
     pub fn whole_blocks(&self, bytes: u64) -> u64 {
+        // A division takes as long as all the rest of the fast path.
+        if self.block_bytes.is_power_of_two() {
+            return bytes >> self.block_bytes.trailing_zeros();
+        }
         bytes / u64::from(self.block_bytes.max(1))
     }
 
@@ -213,6 +217,13 @@ mod tests {
         assert!(facts.contain(99, 1) && facts.contain(100, 0) && facts.contain(0, 100));
         assert!(!facts.contain(100, 1) && !facts.contain(101, 0) && !facts.contain(1, 100));
         assert!(!facts.contain(u64::MAX, 1) && !facts.contain(1, u64::MAX));
+        assert_eq!(facts.bytes(u64::MAX), u64::MAX);
+        for block_bytes in [0, 1, 512, 520, 4096, u32::MAX] {
+            let facts = Facts { block_bytes, ..facts };
+            for bytes in [0, 511, 512, 519, 520, 8191, u64::MAX] {
+                assert_eq!(facts.whole_blocks(bytes), bytes / u64::from(block_bytes.max(1)));
+            }
+        }
     }
 
     #[test]

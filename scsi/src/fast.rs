@@ -21,6 +21,7 @@ pub enum Fast {
 
 /// Checks a READ or WRITE without the logical unit. Other commands are slow.
 #[must_use]
+#[inline]
 pub fn fast(command: &Command, facts: &Facts, gate: Gate, buffers: Buffers) -> Fast {
     let write = match command {
         Command::Read { .. } => false,

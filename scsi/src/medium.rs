@@ -16,6 +16,7 @@ use crate::sense::{Code, Key, Sense};
 ///
 /// # Errors
 /// The sense data.
+#[inline]
 pub(crate) fn plan(
     command: &Command,
     facts: &Facts,

@@ -156,6 +156,7 @@ impl Entry {
 
     /// The first bit of a CDB that means nothing, as its byte and its bit in it.
     #[must_use]
+    #[inline]
     pub fn unknown_bit(&self, cdb: &[u8; CDB_BYTES_MAX]) -> Option<(u16, u8)> {
         let unknown = u128::from_be_bytes(*cdb) & !self.mask;
         if unknown == 0 {
@@ -199,17 +200,17 @@ pub enum Found {
 /// Looks up an operation code, and the service action in the low five bits of `action` if it has
 /// some.
 #[must_use]
+#[inline]
 pub fn find(opcode: u8, action: u8) -> Found {
     let first = FIRST.get(usize::from(opcode)).map_or(usize::MAX, |first| usize::from(*first));
-    let rows = TABLE.get(first..).unwrap_or(&[]);
-    let mut found = Found::NoOpcode;
+    let Some(rows) = TABLE.get(first..) else { return Found::NoOpcode };
+    // Mostly it is the first: commands of medium access have no service actions.
     for entry in rows.iter().take_while(|entry| entry.opcode == opcode) {
         if entry.action.is_none_or(|expected| expected == action & 0x1f) {
             return Found::Entry(entry);
         }
-        found = Found::NoAction;
     }
-    found
+    Found::NoAction
 }
 
 /// All commands that a disk has.
