@@ -380,6 +380,7 @@ fn outcomes() {
     let read = unit.plan(&medium(0x28, 0, 10, 4), &[]);
     let write = unit.plan(&medium(0x2a, 0, 10, 4), &[0; 2048]);
     let verify = unit.plan(&medium(0x2f, 2, 10, 4), &[0; 2048]);
+    let pattern = unit.plan(&medium(0x2f, 6, 10, 4), &[0; 512]);
     let compare = unit.plan(&compare_and_write(0, 10, 2), &[0; 2048]);
     let flush = unit.plan(&medium(0x35, 0, 0, 0), &[]);
     for (plan, failure, key, code, information) in [
@@ -391,6 +392,7 @@ fn outcomes() {
         (&write, Failure::OutOfRange, Key::IllegalRequest, (0x21, 0), None),
         (&write, Failure::Aborted, Key::AbortedCommand, (0, 0), None),
         (&verify, Failure::Miscompare(1024), Key::Miscompare, (0x1d, 0), Some(12)),
+        (&pattern, Failure::Miscompare(5), Key::Miscompare, (0x1d, 0), None),
         (&compare, Failure::Miscompare(513), Key::Miscompare, (0x1d, 0), Some(513)),
         (&flush, Failure::Device, Key::HardwareError, (0x44, 0), None),
         (&flush, Failure::Unsupported, Key::IllegalRequest, (0x20, 0), None),

@@ -6,7 +6,7 @@ use common::{
     A, B, End, INVALID_FIELD, INVALID_LIST, LIST_LENGTH, PROTECTED, Unit, cdb, facts, medium,
 };
 use scsi::sense::{Code, Key};
-use scsi::{Attention, Buffers, Facts, Flush, Format, Op, Outcome, Step};
+use scsi::{Attention, Buffers, Facts, Fast, Flush, Format, Op, Outcome, Step, decode, fast};
 
 fn sense6(control: u8, page: u8, subpage: u8) -> Vec<u8> {
     vec![0x1a, 0, control << 6 | page, subpage, 255, 0]
@@ -115,6 +115,45 @@ fn software_write_protection_and_descriptor_sense() {
     assert_eq!(unit.send(A, &[0; 6], &[]), End::Check(Attention::Reset.sense()));
     assert_eq!(unit.reply.format(), Format::Fixed);
     unit.plan(&medium(0x2a, 0, 0, 1), &[0; 512]);
+}
+
+/// Modes do not slow the fast path down: the gate has what it needs of them.
+#[test]
+fn the_fast_path_knows_the_modes() {
+    let mut unit = Unit::new(facts());
+    let (mut caching, mut control) = (CACHING, CONTROL);
+    (caching[2], control[2]) = (0, 4);
+    let list = [&page(&caching)[..], &control].concat();
+    unit.plan(&select6(&list), &list);
+    unit.send(B, &[0; 6], &[]);
+    for nexus in [A, B] {
+        let gate = unit.lu.gate(nexus);
+        assert_eq!(gate.format(), Format::Descriptor);
+        let command = decode(&medium(0x2a, 0, 0, 1)).unwrap();
+        let buffers = Buffers { data_in: 0, data_out: 512 };
+        let Fast::Io(plan) = fast(&command, unit.lu.facts(), gate, buffers) else {
+            panic!("not fast");
+        };
+        assert_eq!(plan.flush, Flush::After);
+    }
+    control[4] = 8;
+    unit.good(A, &select6(&page(&control)), &page(&control));
+    let command = decode(&medium(0x2a, 0, 0, 1)).unwrap();
+    let end = fast(&command, unit.lu.facts(), unit.lu.gate(A), Buffers::default());
+    assert!(matches!(end, Fast::Failed(scsi::Sense { code: Code::WRITE_PROTECTED, .. })));
+}
+
+#[test]
+fn parameter_lists_are_no_residual() {
+    let mut unit = Unit::new(facts());
+    let list = [&page(&CONTROL)[..], &[0; 9]].concat();
+    assert_eq!(unit.send(A, &[0x15, 0x10, 0, 0, 16, 0], &list), End::Good(vec![]));
+    let transferred = unit.reply.transferred();
+    assert_eq!((transferred.bytes, transferred.residual), (16, 9));
+    let register = cdb(&[0x5f, 6, 0, 0, 0, 0, 0, 0, 24], 10);
+    assert_eq!(unit.send(A, &register, &[0; 30]), End::Good(vec![]));
+    let transferred = unit.reply.transferred();
+    assert_eq!((transferred.bytes, transferred.residual), (24, 6));
 }
 
 #[test]
