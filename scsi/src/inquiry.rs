@@ -1,6 +1,6 @@
 //! INQUIRY: standard data and vital product data.
 
-use crate::facts::{Facts, Unmap};
+use crate::facts::{Facts, UNMAP_DESCRIPTORS_MAX, Unmap};
 use crate::reply::Reply;
 use crate::sense::Sense;
 
@@ -141,7 +141,8 @@ fn block_limits(facts: &Facts, reply: &mut Reply) {
     reply.put(&[0; 4]);
     if let Some(unmap) = facts.unmap {
         reply.put(&unmap.blocks_max.to_be_bytes());
-        reply.put(&u32::from(unmap.descriptors_max).to_be_bytes());
+        let descriptors = unmap.descriptors_max.min(UNMAP_DESCRIPTORS_MAX);
+        reply.put(&u32::from(descriptors).to_be_bytes());
         reply.put(&unmap.granularity_blocks.to_be_bytes());
         // UGAVALID and UNMAP GRANULARITY ALIGNMENT.
         let valid = if unmap.granularity_blocks != 0 { 1 << 31 } else { 0 };

@@ -87,9 +87,12 @@ fn block_limits_provisioning_and_characteristics() {
         unit.data(&inquiry(Some(0x00))),
         [0, 0, 0, 7, 0, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2]
     );
-    for (page, flags) in [(0xb0, 0), (0xb1, 0), (0xb2, 0)] {
-        assert_eq!(unit.data(&inquiry(Some(page)))[0], flags);
-    }
+    // No more descriptors are reported than are taken.
+    let many = Facts {
+        unmap: Some(Unmap { descriptors_max: 999, ..malloc().default_unmap() }),
+        ..malloc()
+    };
+    assert_eq!(Unit::new(many).data(&inquiry(Some(0xb0)))[24..28], [0, 0, 1, 0]);
 }
 
 #[test]

@@ -252,6 +252,9 @@ fn write_same() {
     assert_eq!(Outcome::of(&plan, &facts(), Ok(())).transferred.residual, 512);
     assert_eq!(unit.error(&medium(0x41, 1, 3, 4), &[]), INVALID_FIELD);
     let small = Facts { write_same_blocks_max: 500, ..facts() };
+    let plan = Unit::new(small).plan(&medium(0x93, 0, 500, 0), &block);
+    assert_eq!((plan.range.blocks, plan.transfer_bytes()), (500, 512));
+    assert_eq!(Unit::new(small).error(&medium(0x93, 0, 0, 501), &block), INVALID_FIELD);
     assert_eq!(Unit::new(small).error(&medium(0x93, 0, 0, 0), &block), INVALID_FIELD);
     let mut plain = Unit::new(Facts { unmap: None, ..facts() });
     assert_eq!(plain.error(&medium(0x93, 8, 0, 1), &block), INVALID_FIELD);
@@ -270,6 +273,8 @@ fn compare_and_writes() {
     assert_eq!(plan.transfer_bytes(), 8192);
     assert_eq!(unit.plan(&compare_and_write(0x18, 7, 1), &[0; 1024]).flush, Flush::After);
     assert_eq!(unit.error(&compare_and_write(0, 7, 9), &[0; 9216]), INVALID_FIELD);
+    unit.good(A, &compare_and_write(0, 7, 0), &[0; 512]);
+    assert_eq!(unit.reply.transferred().residual, 512);
     for len in [0, 512, 1023, 1025, 2048] {
         assert_eq!(unit.error(&compare_and_write(0, 7, 1), &vec![0; len]), INVALID_FIELD);
     }
@@ -299,6 +304,7 @@ fn unmaps() {
     let list = unmap_list(&[(0, 1), (7, 0), (990, 10), (1000, 0)]);
     let plan = unit.plan(&unmap(&list), &list);
     assert_eq!((plan.op, plan.transfer_bytes()), (Op::Unmap, 72));
+    assert_eq!(plan.flush, Flush::No);
     assert_eq!(unit.reply.ranges(), [Range { lba: 0, blocks: 1 }, Range { lba: 990, blocks: 10 }]);
     for list in [vec![], unmap_list(&[]), unmap_list(&[(5, 0)])] {
         unit.good(A, &unmap(&list), &list);
@@ -313,6 +319,8 @@ fn unmaps() {
     // Limits: 4 descriptors, 100 blocks.
     let list = unmap_list(&[(0, 1); 5]);
     assert_eq!(unit.error(&unmap(&list), &list), INVALID_LIST);
+    let list = unmap_list(&[(0, 50), (50, 50)]);
+    unit.plan(&unmap(&list), &list);
     let list = unmap_list(&[(0, 50), (50, 51)]);
     assert_eq!(unit.error(&unmap(&list), &list), INVALID_LIST);
 }
