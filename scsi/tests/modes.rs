@@ -164,9 +164,10 @@ fn mode_select_with_block_descriptors() {
         let list = [&[0, 0, 0, 8][..], &blocks, &[0, 0, 2, 0], control].concat();
         unit.good(A, &select6(&list), &list);
     }
-    for (blocks, bytes) in [([0, 0, 3, 0xe9], [0, 2, 0]), ([0; 4], [0, 16, 0])] {
+    for (blocks, bytes, field) in [([0, 0, 3, 0xe9], [0, 2, 0], 4), ([0; 4], [0, 16, 0], 9)] {
         let list = [&[0, 0, 0, 8][..], &blocks, &[0], &bytes, control].concat();
         assert_eq!(unit.error(&select6(&list), &list), INVALID_LIST);
+        assert_eq!(unit.reply.sense(), Some(scsi::Sense::in_list(field, None)));
     }
     let select10 =
         |list: &[u8]| cdb(&[0x55, 0x10, 0, 0, 0, 0, 0, 0, u8::try_from(list.len()).unwrap()], 10);
@@ -175,6 +176,15 @@ fn mode_select_with_block_descriptors() {
     unit.good(A, &select10(&list), &list);
     let list = [&[0, 0, 0, 0, 0, 0, 0, 0][..], control].concat();
     unit.good(A, &select10(&list), &list);
+    // Fields of a long descriptor, and one that is not as long as LONGLBA says.
+    for (at, field) in [(15, 8), (22, 20)] {
+        let mut list = [&[0, 0, 0, 0, 1, 0, 0, 16][..], &descriptor, control].concat();
+        list[at] ^= 1;
+        assert_eq!(unit.error(&select10(&list), &list), INVALID_LIST);
+        assert_eq!(unit.reply.sense(), Some(scsi::Sense::in_list(field, None)));
+    }
+    let list = [&[0, 0, 0, 0, 1, 0, 0, 8][..], &[0, 0, 3, 0xe8, 0, 0, 2, 0], control].concat();
+    assert_eq!(unit.error(&select10(&list), &list), INVALID_LIST);
     // A long descriptor without LONGLBA.
     let list = [&[0, 0, 0, 0, 0, 0, 0, 16][..], &descriptor, control].concat();
     assert_eq!(unit.error(&select10(&list), &list), INVALID_LIST);
