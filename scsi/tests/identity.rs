@@ -161,6 +161,7 @@ fn luns() {
     for select in [1, 0x10, 0x12] {
         assert_eq!(unit.data(&report(select, 64)), [0; 8]);
     }
+    assert_eq!(unit.data(&report(0, 16)), one);
     for bad in [report(3, 64), report(0x13, 64), report(0xff, 64), report(0, 15)] {
         assert_eq!(unit.error(&bad, &[]), INVALID_FIELD);
     }

@@ -178,5 +178,6 @@ fn task_management_functions() {
     assert_eq!(unit.data(&report(0, 255)), [0xdc, 3, 0, 0]);
     let extended = [&[0xdc, 3, 0, 12][..], &[0; 12]].concat();
     assert_eq!(unit.data(&report(0x80, 255)), extended);
+    assert_eq!(unit.data(&report(0, 4)).len(), 4);
     assert_eq!(unit.error(&report(0, 3), &[]), INVALID_FIELD);
 }
