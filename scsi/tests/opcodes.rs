@@ -77,6 +77,7 @@ fn commands_that_are_not_supported() {
         (1, 0x89, 0),
         (3, 0x04, 0),
         (3, 0x12, 1),
+        (2, 0x04, 0),
         (2, 0x9e, 0),
         (2, 0x5f, 7),
         (2, 0x9e, 0x110),
