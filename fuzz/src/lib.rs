@@ -5,6 +5,7 @@
 //! * [`rings`]: a queue served for a guest that writes anything into its rings.
 //! * [`messages`]: a target whose front ends send messages and fds of any kind.
 //! * [`inflight`] and [`dirty_log`]: in-flight areas and dirty logs from an untrusted front end.
+//! * [`scsi`]: the commands of a guest to a SCSI disk.
 //! * [`json_rpc`]: the RPC server; [`config_file`]: the reader of `-c`.
 //!
 //! They share [`input`], [`guest`] (memory with a shadow copy) and [`disk`] (a disk that follows the input).
@@ -21,3 +22,4 @@ mod methods;
 mod product;
 pub mod rings;
 pub mod script;
+pub mod scsi;
