@@ -19,9 +19,9 @@ use bdev::{
 };
 
 use self::parts::PARTS;
-use crate::disk::LvolDisk;
-use crate::thread::Link;
-use crate::volume::{Abilities, Job};
+use crate::core::Shared;
+use crate::link::Link;
+use crate::volume::{Abilities, Job, Volume};
 
 /// The interval of attempts while a base refuses I/O and has none outstanding.
 const RETRY: Duration = Duration::from_millis(1);
@@ -29,7 +29,11 @@ const RETRY: Duration = Duration::from_millis(1);
 pub(crate) struct LvolChannel {
     base: BdevChannel,
     external: Option<BdevChannel>,
-    disk: Arc<LvolDisk>,
+    /// Keeps the bdev in use while the channel is open.
+    _disk: Arc<dyn Bdev>,
+    shared: Arc<Shared>,
+    volume: Arc<Volume>,
+    external_bdev: Option<Arc<dyn Bdev>>,
     abilities: Abilities,
     in_flight: Arc<InFlight>,
     link: Arc<Link>,
@@ -90,9 +94,16 @@ enum Begin {
 }
 
 impl LvolChannel {
-    pub(crate) fn open(disk: Arc<LvolDisk>, depth: u16) -> Result<Self, Error> {
+    /// Opens a channel of `disk`, the bdev of `volume`. `bases` are the store's base, and the
+    /// external snapshot if the volume reads from one.
+    pub(crate) fn open(
+        disk: Arc<dyn Bdev>,
+        shared: Arc<Shared>,
+        volume: Arc<Volume>,
+        bases: &[Arc<dyn Bdev>],
+        depth: u16,
+    ) -> Result<Self, Error> {
         let system = |source| Error::System { what: disk.name().to_owned(), source };
-        let bases = &disk.bases;
         let none = || Error::NoDevice(disk.name().to_owned());
         let base = bases.first().ok_or_else(none)?;
         let abilities = Abilities { unmap: base.features().unmap };
@@ -104,14 +115,14 @@ impl LvolChannel {
         fds.extend(external.iter().flat_map(BdevChannel::wake_fds));
         fds.push(line.wake_fd());
         wakes.add(fds).map_err(system)?;
-        let link = Arc::new(Link { volume: Arc::clone(&disk.volume), line });
-        disk.shared.lock_links().push(Arc::clone(&link));
-        disk.volume.channels.fetch_add(1, Ordering::SeqCst);
+        let link = Arc::new(Link { volume: Arc::clone(&volume), line });
+        shared.lock_links().push(Arc::clone(&link));
+        volume.channels.fetch_add(1, Ordering::SeqCst);
         Ok(Self {
             base,
             external,
             abilities,
-            in_flight: disk.shared.grace.add(),
+            in_flight: shared.grace.add(),
             link,
             active: vec![None; depth.into()].into_boxed_slice(),
             again: VecDeque::with_capacity(depth.into()),
@@ -126,16 +137,19 @@ impl LvolChannel {
             refused: false,
             more: false,
             abandoned: false,
-            disk,
+            external_bdev: bases.get(1).cloned(),
+            _disk: disk,
+            shared,
+            volume,
         })
     }
 
     /// Returns the errno with which an invalid I/O fails; `None` if the I/O is valid.
     #[inline]
     fn refusal(&self, io: &Io) -> Option<i32> {
-        let block = u64::from(self.disk.shared.block_size);
+        let block = u64::from(self.shared.block_size);
         let whole = (io.offset | io.len) & (block - 1) == 0;
-        (!whole || !within(io, self.disk.volume.size())).then_some(libc::EINVAL)
+        (!whole || !within(io, self.volume.size())).then_some(libc::EINVAL)
     }
 
     #[cold]
@@ -160,7 +174,7 @@ impl LvolChannel {
     /// # Safety
     /// As [`Channel::submit`].
     unsafe fn flush(&mut self, io: Io) -> Submit {
-        let begun = self.disk.shared.grace.begin(&self.in_flight);
+        let begun = self.shared.grace.begin(&self.in_flight);
         // SAFETY: the caller's promise; a flush has no segments.
         let submit = unsafe { self.base.submit(io) };
         match &submit {
@@ -300,7 +314,7 @@ impl LvolChannel {
     fn tell(&mut self) {
         if self.untold {
             self.untold = false;
-            self.disk.shared.waker.wake();
+            self.shared.waker.wake();
         }
     }
 
@@ -440,10 +454,10 @@ impl Channel for LvolChannel {
 
 impl Drop for LvolChannel {
     fn drop(&mut self) {
-        let shared = &self.disk.shared;
+        let shared = &self.shared;
         shared.lock_links().retain(|link| !Arc::ptr_eq(link, &self.link));
         shared.grace.remove(&self.in_flight);
-        self.disk.volume.channels.fetch_sub(1, Ordering::SeqCst);
+        self.volume.channels.fetch_sub(1, Ordering::SeqCst);
         // A closed store's thread ends with the last channel.
         shared.waker.wake();
     }

@@ -8,7 +8,7 @@ use blobstore::{BlobId, Place};
 use uuid::Uuid;
 
 use crate::channel::LvolChannel;
-use crate::shared::Shared;
+use crate::core::Shared;
 use crate::store::LvStore;
 use crate::table::Entry;
 use crate::volume::Volume;
@@ -143,6 +143,8 @@ impl Bdev for LvolDisk {
     }
 
     fn open(self: Arc<Self>, depth: u16) -> Result<Box<dyn Channel>, Error> {
-        Ok(Box::new(LvolChannel::open(self, depth)?))
+        let (shared, volume) = (Arc::clone(&self.shared), Arc::clone(&self.volume));
+        let disk = Arc::clone(&self) as _;
+        Ok(Box::new(LvolChannel::open(disk, shared, volume, &self.bases, depth)?))
     }
 }

@@ -9,7 +9,6 @@ use blobstore::{BlobId, Parent};
 use uuid::Uuid;
 
 use crate::device::Base;
-use crate::shared::Shared;
 use crate::volume::Volume;
 
 /// A store and its volumes, at one time.
@@ -68,16 +67,16 @@ pub struct VolumeFacts {
 }
 
 impl StoreFacts {
-    pub(crate) fn of(lvs: &Lvs<Base>, shared: &Shared) -> Self {
+    fn of(lvs: &Lvs<Base>, base: &str, block_size: u32, free: &Arc<AtomicU64>) -> Self {
         let store = lvs.store();
         Self {
             name: lvs.name().to_owned(),
             uuid: lvs.uuid(),
-            base: shared.base_name.clone(),
+            base: base.to_owned(),
             data_clusters: store.data_clusters(),
-            free_clusters: Arc::clone(&shared.free_clusters),
-            block_size: shared.block_size,
-            cluster_size: shared.cluster_size,
+            free_clusters: Arc::clone(free),
+            block_size,
+            cluster_size: store.cluster_size(),
             max_growable_size: store.super_block().max_growable_size(),
         }
     }
@@ -138,7 +137,9 @@ impl VolumeFacts {
 impl Facts {
     pub(crate) fn of(
         lvs: &Lvs<Base>,
-        shared: &Shared,
+        base: &str,
+        block_size: u32,
+        free: &Arc<AtomicU64>,
         volumes: &BTreeMap<BlobId, Arc<Volume>>,
     ) -> Self {
         let shown = lvs.volumes().filter_map(|volume| {
@@ -153,7 +154,8 @@ impl Facts {
                 parent.clones.push(clone);
             }
         }
-        Self { store: StoreFacts::of(lvs, shared), volumes: shown.into_values().collect() }
+        let store = StoreFacts::of(lvs, base, block_size, free);
+        Self { store, volumes: shown.into_values().collect() }
     }
 
     /// The volume with this number.

@@ -18,10 +18,9 @@ use blobstore::store::StoreOptions;
 use blobstore::{BlobId, Place};
 use uuid::Uuid;
 
-use crate::core::Core;
+use crate::core::{BATCH, Core, Shared, allocate, of};
 use crate::device::Base;
 use crate::facts::Facts;
-use crate::shared::{BATCH, Shared, allocate};
 use crate::table::CLUSTERS_MAX;
 use crate::thread as store_thread;
 
@@ -45,11 +44,6 @@ pub struct NewStore {
     pub page_size: u32,
     /// What is done to the base's content.
     pub clear: Clear,
-}
-
-pub(crate) fn of(name: &str, e: &blobstore::Error) -> Error {
-    let source = std::io::Error::from_raw_os_error(e.errno());
-    Error::System { what: format!("{name}: {e}"), source }
 }
 
 impl LvStore {

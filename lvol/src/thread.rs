@@ -7,11 +7,12 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 
-use bdev::{Ended, Error, Io, Line, Op, Tag};
+use bdev::{Ended, Error, Io, Op, Tag};
 use blobstore::{BlobId, Place};
 use tracing::warn;
 
-use crate::shared::{PREFETCHED_MAX, Shared};
+use crate::core::{PREFETCHED_MAX, Shared};
+use crate::link::Link;
 use crate::table::Entry;
 use crate::volume::{JOB_CLUSTERS, Job, Volume};
 
@@ -19,13 +20,6 @@ use crate::volume::{JOB_CLUSTERS, Job, Volume};
 const JOBS: usize = 32;
 /// Clusters that are allocated for one volume at a time.
 const CLUSTERS: usize = 64;
-
-/// A channel, as the store's thread sees it.
-pub(crate) struct Link {
-    pub(crate) volume: Arc<Volume>,
-    /// The jobs. Each is an operation without data on a range of the volume.
-    pub(crate) line: Arc<Line>,
-}
 
 impl Job {
     /// The form in which a job goes through the line.

@@ -87,7 +87,7 @@ fn compare(vhost: &Vhost, name: &str, truth: &Value) {
     for (lvol, wanted) in wanted {
         let shown = volume(vhost, lvol);
         assert_eq!(shown["uuid"], wanted["uuid"], "{name}: {lvol}");
-        // What the clone took over goes back to the snapshot, which SPDK does not do.
+        // What the clone took over goes back to the snapshot, unlike with SPDK.
         let repaired = (name, lvol.as_str()) == ("lvs-snaprm-kept", "v");
         let allocated = &wanted["num_allocated_clusters"];
         let allocated = if repaired { &json!(2) } else { allocated };

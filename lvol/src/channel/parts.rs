@@ -37,9 +37,9 @@ impl LvolChannel {
                 return Begin::Ended(Status::Ok);
             }
             let offset = io.offset + active.done;
-            let volume = &self.disk.volume;
+            let volume = &self.volume;
             // Before the look-up: the base's cluster is not given away while a part uses it.
-            let begun = self.disk.shared.grace.begin(&self.in_flight);
+            let begun = self.shared.grace.begin(&self.in_flight);
             if io.op != Op::Read && volume.read_only.load(Ordering::Acquire) {
                 Grace::end(&self.in_flight, begun);
                 self.note(io.tag, io.failed(FailureKind::Failed, libc::EROFS));
@@ -122,7 +122,7 @@ impl LvolChannel {
     /// Begins a part on the external snapshot. `None`: it has ended.
     #[cold]
     fn begin_on_external(&mut self, active: &mut Active, offset: u64) -> Option<Begin> {
-        let size = self.disk.bases.get(1).map_or(0, |bdev| bdev.size_bytes());
+        let size = self.external_bdev.as_ref().map_or(0, |bdev| bdev.size_bytes());
         if offset >= size {
             let done = active.read_zeroes(active.len);
             return (!done).then_some(Begin::More);
