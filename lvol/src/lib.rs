@@ -1,10 +1,17 @@
 //! Logical volumes: the volumes of SPDK's lvolstores as bdevs.
 //!
-//! The crate `blobstore` knows the format; here are the threads, and the I/O of guests.
-//! [`LvStore`] is an open store with operators' operations. [`LvolDisk`] is a volume as a bdev. Its
-//! channels, on reactors, look each cluster up in a [table](table) and pass the I/O on to the base.
-//! An I/O that needs a cluster first, or gives one back, waits for the store's [thread].
-//! [`LvolModule`] has the RPC methods, and finds stores on new bdevs.
+//! The crate `blobstore` knows the format; here are the threads, and the I/O of guests. The modules,
+//! in the order in which they build on one another:
+//!
+//! 1. `table`, `volume`: the places of a volume's clusters, as reactors look them up.
+//! 2. `externals`, `device`: the store's base and external snapshots, for threads that may block.
+//! 3. `facts`: what operators see.
+//! 4. `link`, `core`: what channels, threads and operations share, and the lock that reactors never
+//!    take.
+//! 5. `thread`: the store's own thread, which allocates and releases clusters for guests' I/O.
+//! 6. `store`: [`LvStore`], operators' operations.
+//! 7. `channel`: the I/O path of a volume. `disk`: [`LvolDisk`], the bdev.
+//! 8. `module`: [`LvolModule`], the RPC methods, and the stores that are found on new bdevs.
 //!
 //! Forbidden dependencies: an async runtime, DPDK, and rings.
 
