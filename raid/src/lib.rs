@@ -28,6 +28,8 @@ mod module;
 #[cfg(test)]
 mod faulty;
 #[cfg(test)]
+mod review;
+#[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "small numbers")]
 mod simulation;
 
