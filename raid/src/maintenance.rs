@@ -18,6 +18,7 @@ use tracing::{error, info, warn};
 
 use crate::array::lane::TakenChannel;
 use crate::array::{Array, LaneCell, SlotState, bit, slots_of};
+use crate::member_channel::is_busy;
 use crate::metadata;
 use rebuild::Rebuild;
 
@@ -94,7 +95,8 @@ impl Commands {
 /// A member that is not used any more, and whose I/O has not ended everywhere.
 struct Leaving {
     slot: usize,
-    done: Option<Sender<Result<(), Error>>>,
+    /// All who wait for it.
+    done: Vec<Sender<Result<(), Error>>>,
 }
 
 struct Thread {
@@ -173,8 +175,8 @@ impl Thread {
             .get(slot)
             .is_some_and(|slot| slot.state == SlotState::Absent && slot.bdev.is_some());
         match self.leaving.iter_mut().find(|leaving| leaving.slot == slot) {
-            Some(leaving) => leaving.done = Some(done),
-            None if is_leaving => self.leaving.push(Leaving { slot, done: Some(done) }),
+            Some(leaving) => leaving.done.push(done),
+            None if is_leaving => self.leaving.push(Leaving { slot, done: vec![done] }),
             None => {
                 let text = format!("{}: too few members would be left", self.array.name);
                 let gone = state == Some(SlotState::Absent);
@@ -200,7 +202,7 @@ impl Thread {
                     "bdev {}: member {name} {why}; the array goes on without it",
                     self.array.name
                 );
-                self.leaving.push(Leaving { slot, done: None });
+                self.leaving.push(Leaving { slot, done: vec![] });
             }
             state.version += 1;
             state.hold = true;
@@ -275,7 +277,7 @@ impl Thread {
             for slot in slots_of(slots) {
                 if let Some(place) = state.slots.get_mut(slot) {
                     (place.state, place.has_failed) = (SlotState::Absent, true);
-                    self.leaving.push(Leaving { slot, done: None });
+                    self.leaving.push(Leaving { slot, done: vec![] });
                 }
             }
             state.version += 1;
@@ -301,7 +303,9 @@ impl Thread {
                     TakenChannel::Taken(channel) => cell.wakes.remove(channel.wake_fds()),
                 }
             }
-            if busy {
+            let bdev = self.array.state().slots.get(leaving.slot).and_then(|s| s.bdev.clone());
+            // Also I/O that was given up: it could spoil what the member has later.
+            if busy || bdev.is_some_and(|bdev| is_busy(&bdev)) {
                 self.leaving.push(leaving);
                 continue;
             }
@@ -310,7 +314,7 @@ impl Thread {
                 info!("bdev {}: member {} is free", self.array.name, bdev.name());
             }
             drop(bdev);
-            if let Some(done) = leaving.done {
+            for done in leaving.done {
                 let _ = done.send(Ok(()));
             }
         }

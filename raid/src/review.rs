@@ -320,23 +320,24 @@ fn a_late_write_of_a_failed_rebuild_does_not_spoil_the_next_one() {
     let member: Arc<dyn Bdev> = Arc::clone(&stuck) as _;
     disk.add_member(1, Arc::clone(&member), pace).recv_timeout(LIMIT).unwrap().unwrap();
     let deadline = Instant::now() + LIMIT;
-    while disk.array.state().process.is_some() || disk.array.state().slots[1].bdev.is_some() {
+    while disk.array.state().process.is_some() {
         assert!(Instant::now() < deadline, "the rebuild does not fail");
         driver.visit();
     }
+    std::thread::sleep(Duration::from_millis(500));
     let added = disk.add_member(1, Arc::clone(&member), pace).recv_timeout(LIMIT).unwrap();
-    if added.is_err() {
-        // Refused as long as the old write is under way: fine.
-        stuck.late.store(true, Ordering::Release);
-        return;
+    assert!(added.is_err(), "the old write is under way");
+    stuck.late.store(true, Ordering::Release);
+    while disk.array.state().slots[1].bdev.is_some() {
+        assert!(Instant::now() < deadline + LIMIT, "the slot stays in use");
+        driver.visit();
     }
+    disk.add_member(1, Arc::clone(&member), pace).recv_timeout(LIMIT).unwrap().unwrap();
     while disk.live_members() != 2 {
         assert!(Instant::now() < deadline + LIMIT, "the rebuild does not end");
         driver.visit();
     }
     assert_eq!(driver.write(0, &[2; 4096]), Status::Ok);
-    stuck.late.store(true, Ordering::Release);
-    std::thread::sleep(Duration::from_secs(1));
     assert!(stored(&stuck.stored, 0, 4096) == [2; 4096], "an acknowledged write is lost");
 }
 
@@ -358,10 +359,14 @@ fn a_late_superblock_does_not_make_a_stale_member_current() {
         std::thread::yield_now();
     }
     let shared: Arc<dyn Bdev> = Arc::clone(&disk) as _;
-    assert_eq!(Driver::new(&shared, 4).write(0, &[2; 4096]), Status::Ok);
+    let mut driver = Driver::new(&shared, 4);
+    // Nothing is acknowledged while the old superblock may land.
+    assert_eq!(driver.write(0, &[2; 4096]), Status::IoError);
     assert_eq!(stored(&target, 0, 4096), [0; 4096], "the target lacks it");
     stuck.late.store(true, Ordering::Release);
-    std::thread::sleep(Duration::from_secs(1));
+    while driver.write(0, &[2; 4096]) != Status::Ok {
+        assert!(Instant::now() < deadline + LIMIT, "no superblock is written any more");
+    }
     let bytes = Driver::new(&stuck.stored, 1).read(0, 4096).0;
     let Parsed::Valid(found) = Superblock::parse(&bytes, 512) else { panic!("no superblock") };
     assert!(found.members[1].state != MemberState::Configured, "a restart would use the target");

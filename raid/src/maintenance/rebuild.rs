@@ -17,24 +17,28 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
+use bdev::{Bdev, Buffer, Error, Op, Request, Rights};
 use tracing::{error, info};
 
 use super::{Pace, Thread};
 use crate::array::lane::{Member, xor};
 use crate::array::{Process, SlotState, bit, slots_of};
 use crate::level::Level;
-use crate::metadata;
+use crate::member_channel::{MemberChannel, is_busy};
 
 /// The time in which a member must do an I/O of a rebuild.
 const LIMIT: Duration = Duration::from_secs(10);
 
+fn deadline() -> Instant {
+    Instant::now() + LIMIT
+}
+
 /// A rebuild under way.
 pub(super) struct Rebuild {
     slot: usize,
-    target: Option<ThreadChannel>,
+    target: MemberChannel,
     /// The members to read from, opened when they are needed.
-    sources: Vec<(usize, Option<ThreadChannel>)>,
+    sources: Vec<(usize, MemberChannel)>,
     pace: Pace,
     /// The first byte that was not copied.
     at: u64,
@@ -61,12 +65,16 @@ impl Thread {
             let source = std::io::Error::from_raw_os_error(libc::EPERM);
             return Err(Error::System { what: self.array.name.clone(), source });
         }
-        let target = ThreadChannel::open(&bdev, 1, Rights::Write)?;
+        if is_busy(&bdev) {
+            // A late write could land on what the rebuild copies.
+            return Err(Error::Busy(format!("{}: has I/O under way", bdev.name())));
+        }
+        let target = MemberChannel::open(&bdev, Rights::Write)?;
         self.add_to_lanes(slot, &bdev)?;
         info!("bdev {}: rebuild of member {} begins", self.array.name, bdev.name());
         self.rebuild = Some(Rebuild {
             slot,
-            target: Some(target),
+            target,
             sources: vec![],
             pace,
             at: 0,
@@ -166,7 +174,7 @@ impl Thread {
         };
         let flush = Request::plain(Op::Flush, 0, 0);
         // The superblock must not say that the data is there before it is durable.
-        if flushes && metadata::run(&mut rebuild.target, flush, LIMIT).is_err() {
+        if flushes && rebuild.target.run(flush, deadline()).is_err() {
             error!("bdev {}: rebuild has failed: a flush of the new member", self.array.name);
             return self.remove(bit(slot), true);
         }
@@ -228,7 +236,7 @@ fn copy(
     for slot in live {
         let offset = array.layout.extents[slot].offset + window.start;
         let source = source(array, &mut rebuild.sources, slot)?;
-        let buffer = match metadata::run(source, Request::read(offset, len), LIMIT) {
+        let buffer = match source.run(Request::read(offset, len), deadline()) {
             Ok(buffer) => buffer,
             Err(errno) => {
                 last = format!("read of member {slot}: {}", reason(errno));
@@ -236,7 +244,7 @@ fn copy(
             }
         };
         let offset = array.layout.extents[rebuild.slot].offset + window.start;
-        let written = metadata::run(&mut rebuild.target, Request::write(offset, buffer), LIMIT);
+        let written = rebuild.target.run(Request::write(offset, buffer), deadline());
         return written.map(drop).map_err(|errno| format!("write: {}", reason(errno)));
     }
     Err(last)
@@ -258,7 +266,7 @@ fn compute(
     for slot in (0..layout.members()).filter(|slot| *slot != rebuild.slot) {
         let read = Request::read(layout.extents[slot].offset + from, len);
         let source = source(array, &mut rebuild.sources, slot)?;
-        let read = metadata::run(source, read, LIMIT);
+        let read = source.run(read, deadline());
         let buffer = read.map_err(|errno| format!("read of member {slot}: {}", reason(errno)))?;
         match &mut sum {
             None => sum = Some(buffer),
@@ -267,20 +275,20 @@ fn compute(
     }
     let offset = layout.extents[rebuild.slot].offset + from;
     let write = Request::write(offset, sum.ok_or("no member to read from")?);
-    let written = metadata::run(&mut rebuild.target, write, LIMIT);
+    let written = rebuild.target.run(write, deadline());
     written.map(drop).map_err(|errno| format!("write: {}", reason(errno)))
 }
 
 /// Returns the channel to read from a member.
 fn source<'a>(
     array: &crate::array::Array,
-    sources: &'a mut Vec<(usize, Option<ThreadChannel>)>,
+    sources: &'a mut Vec<(usize, MemberChannel)>,
     slot: usize,
-) -> Result<&'a mut Option<ThreadChannel>, String> {
+) -> Result<&'a mut MemberChannel, String> {
     if !sources.iter().any(|(other, _)| *other == slot) {
         let bdev = array.state().slots[slot].bdev.clone().ok_or("a member is gone")?;
-        let channel = ThreadChannel::open(&bdev, 1, Rights::Read).map_err(|e| e.to_string())?;
-        sources.push((slot, Some(channel)));
+        let channel = MemberChannel::open(&bdev, Rights::Read).map_err(|e| e.to_string())?;
+        sources.push((slot, channel));
     }
     let found = sources.iter_mut().find(|(other, _)| *other == slot);
     found.map(|(_, channel)| channel).ok_or_else(|| "a member is gone".to_owned())

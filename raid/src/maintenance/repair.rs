@@ -6,15 +6,17 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::Instant;
 
-use bdev::{Bdev, Buffer, Request, Rights, ThreadChannel};
+use bdev::{Bdev, Buffer, Request, Rights};
 use tracing::warn;
 
 use super::{PAUSE, Thread};
 use crate::array::lane::xor;
 use crate::array::{bit, slots_of};
 use crate::level::Level;
-use crate::metadata;
+use crate::member_channel::MemberChannel;
+use crate::metadata::LIMIT;
 
 /// Bytes that are made equal at a time.
 const PIECE: u64 = 1 << 20;
@@ -126,20 +128,20 @@ impl Thread {
 
     fn read(&self, slot: usize, at: u64, len: usize) -> Result<Buffer, String> {
         let bdev = self.member(slot)?;
-        let channel = ThreadChannel::open(&bdev, 1, Rights::Read).map_err(|e| e.to_string())?;
+        let mut channel = MemberChannel::open(&bdev, Rights::Read).map_err(|e| e.to_string())?;
         let offset = self.array.layout.extents[slot].offset + at;
-        let read = metadata::run(&mut Some(channel), Request::read(offset, len), metadata::LIMIT);
+        let read = channel.run(Request::read(offset, len), Instant::now() + LIMIT);
         read.map_err(|errno| std::io::Error::from_raw_os_error(errno).to_string())
     }
 
     /// Writes to a member, which is removed if it fails.
     fn write(&mut self, slot: usize, at: u64, data: Buffer) {
         let offset = self.array.layout.extents[slot].offset + at;
-        let channel = self.member(slot).ok();
-        let channel = channel.and_then(|bdev| ThreadChannel::open(&bdev, 1, Rights::Write).ok());
+        let member = self.member(slot).ok();
+        let channel = member.and_then(|bdev| MemberChannel::open(&bdev, Rights::Write).ok());
         let write = Request::write(offset, data);
-        let written = metadata::run(&mut { channel }, write, metadata::LIMIT);
-        if written.is_err() && self.array.remove_live(bit(slot)) {
+        let written = channel.is_some_and(|mut c| c.run(write, Instant::now() + LIMIT).is_ok());
+        if !written && self.array.remove_live(bit(slot)) {
             self.remove(bit(slot), true);
         }
     }
