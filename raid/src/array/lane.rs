@@ -109,6 +109,8 @@ struct Active {
 /// A part of an I/O at a member.
 #[derive(Clone, Copy)]
 struct Child {
+    /// It has not ended.
+    used: bool,
     tag: Tag,
     member: usize,
     io: Io,
@@ -159,7 +161,8 @@ impl Lane {
         pool: u16,
     ) -> Self {
         let nothing = Io::plain(Op::Flush, Tag(0), 0, 0);
-        let child = Child { tag: Tag(0), member: 0, io: nothing, at: 0, kind: Kind::Data };
+        let child =
+            Child { used: false, tag: Tag(0), member: 0, io: nothing, at: 0, kind: Kind::Data };
         let [owner, pool_len] = [depth, pool].map(usize::from);
         let has_parity = array.layout.level == Level::Raid5f;
         Self {
@@ -288,6 +291,11 @@ impl Lane {
             active.started = bytes;
             active.all_started = bytes >= active.io.len;
         }
+    }
+
+    fn free_child(&mut self, index: u16) {
+        self.children[usize::from(index)].used = false;
+        self.free.push(index);
     }
 
     fn of(&mut self, tag: Tag) -> Option<&mut Active> {

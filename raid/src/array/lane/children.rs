@@ -25,6 +25,7 @@ impl Lane {
         self.enter(tag);
         let child = &mut self.children[usize::from(index)];
         (child.tag, child.member, child.at, child.kind) = (tag, member, at, Kind::Data);
+        child.used = true;
         match part {
             Some(part) => {
                 child.io = part;
@@ -66,7 +67,7 @@ impl Lane {
                     return;
                 }
                 if self.compute_instead(&child) {
-                    return self.free.push(index);
+                    return self.free_child(index);
                 }
             }
             if let Some(active) = self.of(tag) {
@@ -77,7 +78,7 @@ impl Lane {
                 }
             }
         }
-        self.free.push(index);
+        self.free_child(index);
         match kind {
             Kind::Data => {}
             Kind::Parity(buffer) => self.free_strip(buffer),

@@ -177,7 +177,7 @@ impl Lane {
         let io = Io::rw(Op::Write, Tag(index), offset, strip, segments);
         self.enter(tag);
         let kind = Kind::Parity(buffer);
-        self.children[usize::from(index)] = Child { tag, member, io, at: 0, kind };
+        self.children[usize::from(index)] = Child { used: true, tag, member, io, at: 0, kind };
         self.members[member].bytes += strip;
         self.submit_child(index);
     }
@@ -279,7 +279,7 @@ impl Lane {
             let segments = &parity.sources[usize::from(slot)].buffers[n].segment;
             let io = Io::rw(Op::Read, Tag(index), offset, len, segments);
             let kind = Kind::Source(slot);
-            self.children[usize::from(index)] = Child { tag, member, io, at, kind };
+            self.children[usize::from(index)] = Child { used: true, tag, member, io, at, kind };
             self.members[member].bytes += len;
             self.submit_child(index);
         }
