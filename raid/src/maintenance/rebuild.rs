@@ -201,8 +201,11 @@ impl Thread {
         }
     }
 
-    /// Ends the rebuild if its target is among these members.
+    /// Stops reading from these members, and ends the rebuild if its target is among them.
     pub(super) fn end_rebuild_of(&mut self, slots: u64) {
+        if let Some(rebuild) = &mut self.rebuild {
+            rebuild.sources.retain(|(slot, _)| bit(*slot) & slots == 0);
+        }
         let of = |rebuild: &&mut Rebuild| bit(rebuild.slot) & slots != 0;
         if self.rebuild.as_mut().filter(of).is_none() {
             return;
