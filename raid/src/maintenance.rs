@@ -241,20 +241,28 @@ impl Thread {
 
     /// Writes superblocks to the members with right data, and `more`. Members that fail are removed,
     /// unless too few would be left. Returns whether the superblocks are right.
+    ///
+    /// Those of `more` come first: if the others counted on a member without a superblock after a
+    /// power cut, the array would wait for it for ever.
     fn write_superblocks(&mut self, more: u64) -> bool {
         if !self.array.superblock {
             return true;
         }
         loop {
-            let (bytes, members) = {
+            let (bytes, first, others) = {
                 let mut state = self.array.state();
                 state.seq_number += 1;
-                let mask = state.mask(SlotState::InSync) | more;
-                let members = slots_of(mask)
-                    .filter_map(|slot| Some((slot, state.slots.get(slot)?.bdev.clone()?)));
-                (self.array.superblock(&state, more).encode(), members.collect::<Vec<_>>())
+                let of = |mask: u64| {
+                    let member = |slot: usize| Some((slot, state.slots.get(slot)?.bdev.clone()?));
+                    slots_of(mask).filter_map(member).collect::<Vec<_>>()
+                };
+                let others = state.mask(SlotState::InSync) & !more;
+                (self.array.superblock(&state, more).encode(), of(more), of(others))
             };
-            let failed = metadata::write_all(members, &bytes, metadata::LIMIT);
+            let mut failed = metadata::write_all(first, &bytes, metadata::LIMIT);
+            if failed.is_empty() {
+                failed = metadata::write_all(others, &bytes, metadata::LIMIT);
+            }
             let mut mask = 0;
             for (slot, e) in failed {
                 error!("bdev {}: {e}", self.array.name);
