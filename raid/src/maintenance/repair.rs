@@ -86,21 +86,30 @@ impl Thread {
         }
     }
 
-    /// Copies a range from the first member to the others or, for raid5f, computes its parity.
+    /// Copies a range from the first member that can be read to the others or, for raid5f, computes its parity.
     fn make_equal(&mut self, window: &Range<u64>) -> Result<(), String> {
         let live: Vec<usize> = slots_of(self.array.live.load(Ordering::Acquire)).collect();
         if self.array.layout.level == Level::Raid5f {
             return self.make_parity(window, &live);
         }
         let len = usize::try_from(window.end - window.start).map_err(|e| e.to_string())?;
-        let (first, others) = live.split_first().ok_or("no member is there")?;
-        let data = self.read(*first, window.start, len)?;
-        for slot in others {
-            let mut copy = Buffer::new(len);
-            copy.bytes_mut().copy_from_slice(data.bytes());
-            self.write(*slot, window.start, copy);
+        let mut last = "no member is there".to_owned();
+        for source in &live {
+            let data = match self.read(*source, window.start, len) {
+                Ok(data) => data,
+                Err(e) => {
+                    last = format!("read of member {source}: {e}");
+                    continue;
+                }
+            };
+            for slot in live.iter().filter(|slot| *slot != source) {
+                let mut copy = Buffer::new(len);
+                copy.bytes_mut().copy_from_slice(data.bytes());
+                self.write(*slot, window.start, copy);
+            }
+            return Ok(());
         }
-        Ok(())
+        Err(last)
     }
 
     fn make_parity(&mut self, window: &Range<u64>, live: &[usize]) -> Result<(), String> {
