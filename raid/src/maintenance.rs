@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use bdev::{Bdev, Channel, Error};
 use tracing::{error, info, warn};
 
-use crate::array::lane::TakenChannel;
+use crate::array::lane::{Replacements, TakenChannel};
 use crate::array::{Array, LaneCell, SlotState, bit, slots_of};
 use crate::member_channel::is_busy;
 use crate::metadata;
@@ -306,7 +306,10 @@ impl Thread {
             for cell in self.lanes() {
                 let taken = cell.lane.take().take_channel(leaving.slot);
                 match taken {
-                    TakenChannel::Busy => busy = true,
+                    TakenChannel::Busy => {
+                        busy = true;
+                        replace_buffers(&cell, leaving.slot);
+                    }
                     TakenChannel::None => {}
                     TakenChannel::Taken(channel) => cell.wakes.remove(channel.wake_fds()),
                 }
@@ -327,4 +330,16 @@ impl Thread {
             }
         }
     }
+}
+
+/// Gives a channel new buffers for those that a leaving member keeps.
+fn replace_buffers(cell: &LaneCell, slot: usize) {
+    let lens = cell.lane.take().kept_buffers(slot);
+    if lens.is_empty() {
+        return;
+    }
+    // The owner has the lane meanwhile.
+    let new = Replacements::new(lens);
+    cell.lane.take().replace_buffers(slot, new);
+    cell.wake_owner();
 }

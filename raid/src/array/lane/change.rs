@@ -150,8 +150,11 @@ impl Lane {
 
     /// Takes the channel of a member that is not used any more, once it has no I/O.
     pub(crate) fn take_channel(&mut self, slot: usize) -> TakenChannel {
+        let at_it = |index: &u16| self.children[usize::from(*index)].member == slot;
+        // What it has refused ends with the next poll.
+        let refused = self.refused.iter().any(at_it);
         match self.members.get_mut(slot) {
-            Some(member) if member.leaving && member.with > 0 => TakenChannel::Busy,
+            Some(member) if member.leaving && (member.with > 0 || refused) => TakenChannel::Busy,
             Some(member) if member.leaving => match std::mem::take(member).channel {
                 Some(channel) => TakenChannel::Taken(Box::new(channel)),
                 None => TakenChannel::None,

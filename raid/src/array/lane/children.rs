@@ -58,6 +58,12 @@ impl Lane {
         let child @ Child { tag, member: at, io, kind, .. } = self.children[usize::from(index)];
         let member = &mut self.members[at];
         member.bytes = member.bytes.saturating_sub(io.len);
+        if matches!(kind, Kind::Detached) {
+            if let Some(channel) = &mut member.channel {
+                channel.failure(Tag(index));
+            }
+            return self.free_child(index);
+        }
         let ok = status == Status::Ok && !member.leaving;
         if !ok {
             let failure = member.channel.as_mut().and_then(|channel| channel.failure(Tag(index)));
@@ -80,7 +86,7 @@ impl Lane {
         }
         self.free_child(index);
         match kind {
-            Kind::Data => {}
+            Kind::Data | Kind::Detached => {}
             Kind::Parity(buffer) => self.free_strip(buffer),
             Kind::Source(slot) => return self.end_source(slot, ok),
         }

@@ -16,18 +16,22 @@ use crate::layout::{Layout, Place};
 
 /// Bytes that are computed at a time.
 const PIECE: usize = 64 << 10;
+/// Bytes that a piece counts for at least.
+const PIECE_MIN: u64 = 8 << 10;
 /// Bytes of parity under way in a channel, if a strip is not longer, and the most buffers for them.
 const PARITY_BYTES: u64 = 1 << 20;
 const STRIPES_MAX: u64 = 16;
 /// Pieces that are computed in a channel at the same time.
 const SOURCES: u16 = 2;
+/// Bytes that are computed in one call, if members read at once.
+const BYTES_PER_CALL: u64 = 8 * PIECE as u64;
 /// Further pieces that may wait.
 const OWED_MAX: usize = 64;
 
 /// The buffers of a channel of raid5f.
 pub(super) struct Parity {
     /// A strip of parity each.
-    strips: Box<[OwnBuffer]>,
+    strips: Box<[Box<OwnBuffer>]>,
     free_strips: Vec<u16>,
     sources: Box<[Sources]>,
     free_sources: Vec<u16>,
@@ -36,8 +40,8 @@ pub(super) struct Parity {
     owed: VecDeque<(Tag, u64, u64)>,
 }
 
-/// A buffer and its segment, which does not move while a member uses it.
-struct OwnBuffer {
+/// A buffer and its segment, boxed, as neither may move while a member uses it.
+pub(super) struct OwnBuffer {
     buffer: Buffer,
     segment: [Segment; 1],
 }
@@ -49,14 +53,18 @@ struct Sources {
     len: usize,
     left: usize,
     failed: bool,
-    buffers: Box<[OwnBuffer]>,
+    buffers: Box<[Box<OwnBuffer>]>,
 }
 
 impl OwnBuffer {
-    fn new(len: usize) -> Self {
+    pub(super) fn new(len: usize) -> Box<Self> {
         let mut buffer = Buffer::new(len);
         let segment = [Segment::new(buffer.bytes_mut().as_mut_ptr(), len)];
-        Self { buffer, segment }
+        Box::new(Self { buffer, segment })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.buffer.bytes().len()
     }
 
     fn set_len(&mut self, len: usize) {
@@ -118,6 +126,20 @@ impl Parity {
                 xor(part, scratch);
             }
         }
+    }
+
+    pub(super) fn strip(&mut self, strip: u16) -> Option<&mut Box<OwnBuffer>> {
+        self.strips.get_mut(usize::from(strip))
+    }
+
+    /// The buffer of a piece that this read uses.
+    pub(super) fn source(&mut self, piece: u16, io: &Io) -> Option<&mut Box<OwnBuffer>> {
+        // SAFETY: the read is under way, so its segment is valid.
+        let segments = unsafe { io.segments() };
+        let buffers = &mut self.sources.get_mut(usize::from(piece))?.buffers;
+        buffers
+            .iter_mut()
+            .find(|buffer| std::ptr::eq(segments, &raw const buffer.segment as *const _))
     }
 
     /// Whether computed pieces can be started, apart from free children.
@@ -198,7 +220,6 @@ impl Lane {
             parity.owed.push_back((tag, at, place.len));
             self.enter(tag);
             self.note_started(tag, at + place.len);
-            self.compute_owed();
             return true;
         }
         if self.free.is_empty() {
@@ -227,13 +248,16 @@ impl Lane {
         (0..self.members.len()).fold(0, |mask, slot| mask | bit(slot))
     }
 
-    /// Starts to compute what is owed, as far as there is room.
+    /// Starts to compute what is owed, as far as there is room, and a bounded number of bytes.
     pub(super) fn compute_owed(&mut self) {
-        while self.free.len() >= self.members.len() {
+        let mut bytes = 0;
+        while bytes < BYTES_PER_CALL && self.free.len() >= self.members.len() {
             let Some(parity) = &mut self.parity else { return };
             let Some(&(tag, at, len)) = parity.owed.front() else { return };
             let Some(slot) = parity.free_sources.pop() else { return };
             let piece = len.min(parity.scratch.bytes().len() as u64);
+            // A small piece costs an I/O at each member as well.
+            bytes += piece.max(PIECE_MIN);
             match len - piece {
                 0 => drop(parity.owed.pop_front()),
                 left => parity.owed[0] = (tag, at + piece, left),
