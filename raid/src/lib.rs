@@ -29,6 +29,8 @@ mod module;
 #[cfg(test)]
 mod faulty;
 #[cfg(test)]
+mod hanging;
+#[cfg(test)]
 mod review;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "small numbers")]

@@ -92,7 +92,7 @@ pub(crate) struct Member {
     /// Bytes of these I/Os.
     bytes: u64,
     /// Buffers of its I/O that were replaced. Dropped after the channel.
-    kept: Vec<Box<OwnBuffer>>,
+    kept: Vec<OwnBuffer>,
 }
 
 /// An I/O of the owner.

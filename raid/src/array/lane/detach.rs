@@ -8,7 +8,7 @@ use super::{Kind, Lane};
 use crate::array::bit;
 
 /// New buffers for those that a member keeps.
-pub(crate) struct Replacements(Vec<Box<OwnBuffer>>);
+pub(crate) struct Replacements(Vec<OwnBuffer>);
 
 impl Replacements {
     /// Allocates buffers of these lengths.
@@ -17,7 +17,7 @@ impl Replacements {
     }
 
     /// Takes a buffer of this length.
-    fn take(&mut self, len: usize) -> Option<Box<OwnBuffer>> {
+    fn take(&mut self, len: usize) -> Option<OwnBuffer> {
         let at = self.0.iter().position(|buffer| buffer.len() == len)?;
         Some(self.0.swap_remove(at))
     }
@@ -51,7 +51,7 @@ impl Lane {
     }
 
     /// The channel's own buffer of a child.
-    fn buffer(&mut self, index: u16) -> Option<&mut Box<OwnBuffer>> {
+    fn buffer(&mut self, index: u16) -> Option<&mut OwnBuffer> {
         let child = self.children[usize::from(index)];
         let parity = self.parity.as_mut()?;
         match child.kind {

@@ -31,7 +31,7 @@ const OWED_MAX: usize = 64;
 /// The buffers of a channel of raid5f.
 pub(super) struct Parity {
     /// A strip of parity each.
-    strips: Box<[Box<OwnBuffer>]>,
+    strips: Box<[OwnBuffer]>,
     free_strips: Vec<u16>,
     sources: Box<[Sources]>,
     free_sources: Vec<u16>,
@@ -40,10 +40,10 @@ pub(super) struct Parity {
     owed: VecDeque<(Tag, u64, u64)>,
 }
 
-/// A buffer and its segment, boxed, as neither may move while a member uses it.
+/// A buffer and its segment. Both are on the heap, where they do not move while a member uses them.
 pub(super) struct OwnBuffer {
     buffer: Buffer,
-    segment: [Segment; 1],
+    segment: Box<[Segment; 1]>,
 }
 
 /// A piece that is being computed, with the bytes of each other member.
@@ -53,14 +53,14 @@ struct Sources {
     len: usize,
     left: usize,
     failed: bool,
-    buffers: Box<[Box<OwnBuffer>]>,
+    buffers: Box<[OwnBuffer]>,
 }
 
 impl OwnBuffer {
-    pub(super) fn new(len: usize) -> Box<Self> {
+    pub(super) fn new(len: usize) -> Self {
         let mut buffer = Buffer::new(len);
-        let segment = [Segment::new(buffer.bytes_mut().as_mut_ptr(), len)];
-        Box::new(Self { buffer, segment })
+        let segment = Box::new([Segment::new(buffer.bytes_mut().as_mut_ptr(), len)]);
+        Self { buffer, segment }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -68,7 +68,7 @@ impl OwnBuffer {
     }
 
     fn set_len(&mut self, len: usize) {
-        self.segment = [Segment::new(self.buffer.bytes_mut().as_mut_ptr(), len)];
+        *self.segment = [Segment::new(self.buffer.bytes_mut().as_mut_ptr(), len)];
     }
 }
 
@@ -128,18 +128,16 @@ impl Parity {
         }
     }
 
-    pub(super) fn strip(&mut self, strip: u16) -> Option<&mut Box<OwnBuffer>> {
+    pub(super) fn strip(&mut self, strip: u16) -> Option<&mut OwnBuffer> {
         self.strips.get_mut(usize::from(strip))
     }
 
     /// The buffer of a piece that this read uses.
-    pub(super) fn source(&mut self, piece: u16, io: &Io) -> Option<&mut Box<OwnBuffer>> {
+    pub(super) fn source(&mut self, piece: u16, io: &Io) -> Option<&mut OwnBuffer> {
         // SAFETY: the read is under way, so its segment is valid.
-        let segments = unsafe { io.segments() };
-        let buffers = &mut self.sources.get_mut(usize::from(piece))?.buffers;
-        buffers
-            .iter_mut()
-            .find(|buffer| std::ptr::eq(segments, &raw const buffer.segment as *const _))
+        let segment = unsafe { io.segments() }.as_ptr();
+        let mut buffers = self.sources.get_mut(usize::from(piece))?.buffers.iter_mut();
+        buffers.find(|buffer| buffer.segment.as_ptr() == segment)
     }
 
     /// Whether computed pieces can be started, apart from free children.
@@ -195,7 +193,7 @@ impl Lane {
         let (Some(index), Some(parity)) = (self.free.pop(), &self.parity) else { return };
         let strip = self.array.layout.strip;
         let offset = self.array.layout.extents[member].offset + stripe * strip;
-        let segments = &parity.strips[usize::from(buffer)].segment;
+        let segments = &*parity.strips[usize::from(buffer)].segment;
         let io = Io::rw(Op::Write, Tag(index), offset, strip, segments);
         self.enter(tag);
         let kind = Kind::Parity(buffer);
@@ -300,7 +298,7 @@ impl Lane {
         for (n, member) in members.enumerate() {
             let (Some(index), Some(parity)) = (self.free.pop(), &self.parity) else { return };
             let offset = self.array.layout.extents[member].offset + within;
-            let segments = &parity.sources[usize::from(slot)].buffers[n].segment;
+            let segments = &*parity.sources[usize::from(slot)].buffers[n].segment;
             let io = Io::rw(Op::Read, Tag(index), offset, len, segments);
             let kind = Kind::Source(slot);
             self.children[usize::from(index)] = Child { used: true, tag, member, io, at, kind };
