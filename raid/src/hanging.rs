@@ -429,3 +429,26 @@ fn one_call_computes_a_part_of_a_long_read_only() {
     }
     assert!(calls >= 8, "{calls}");
 }
+
+/// The superblocks, and then the completions, do not wait for the I/O of the rebuild.
+#[test]
+fn held_writes_do_not_wait_for_a_rebuild_that_hangs() {
+    let stuck = Stuck::new("stuck", 1 << 20);
+    let faulty = Faulty::new("b", 1 << 20);
+    let members = [malloc("a", 1 << 20), Arc::clone(&faulty) as _, malloc("c", 1 << 20)];
+    let disk = array(Level::Raid1, 0, &members, Some(1));
+    let shared: Arc<dyn Bdev> = Arc::clone(&disk) as _;
+    let mut driver = Driver::new(&shared, 4);
+    disk.remove_member(2).recv_timeout(LIMIT).unwrap().unwrap();
+    *stuck.caught.lock().unwrap() = 1;
+    let pace = Pace { window: 64 << 10, bytes_per_sec: 0 };
+    disk.add_member(2, Arc::clone(&stuck) as _, pace).recv_timeout(LIMIT).unwrap().unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while *stuck.caught.lock().unwrap() > 0 {
+        assert!(Instant::now() < deadline, "nothing is copied");
+    }
+    faulty.set(Fault::Changes);
+    assert!(write_ends(&mut driver, 512 << 10, &[3; 4096]), "it waits for the rebuild");
+    assert_eq!(disk.live_members(), 1);
+    stuck.late.store(true, Ordering::Release);
+}

@@ -3,6 +3,7 @@
 //!
 //! It takes each channel's lane for a moment to change it, and never makes a reactor wait.
 
+mod copier;
 mod rebuild;
 mod repair;
 

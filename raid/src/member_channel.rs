@@ -14,7 +14,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 static UNDER_WAY: Mutex<Vec<UnderWay>> = Mutex::new(Vec::new());
 
-/// I/O that goes on if its caller gives it up.
+/// A channel or a write of a superblock, whose I/O goes on if its caller gives it up.
 struct UnderWay {
     bdev: usize,
     kind: Kind,
@@ -36,7 +36,8 @@ pub(crate) fn address(bdev: &Arc<dyn Bdev>) -> usize {
     Arc::as_ptr(bdev).cast::<()>().addr()
 }
 
-/// Whether I/O of an array at this bdev goes on that its caller may have given up.
+/// Whether a thread of an array has a channel to this bdev, or writes its superblock. Its caller may
+/// have given up the I/O.
 pub(crate) fn is_busy(bdev: &Arc<dyn Bdev>) -> bool {
     let bdev = address(bdev);
     under_way().iter().any(|io| io.bdev == bdev)
@@ -94,9 +95,8 @@ impl Drop for Listed {
 
 /// A channel to a member for one I/O at a time.
 pub(crate) struct MemberChannel {
-    /// `None` after an I/O was given up.
-    channel: Option<ThreadChannel>,
-    bdev: usize,
+    /// `None` after an I/O was given up. The channel is closed before it leaves the list.
+    open: Option<(ThreadChannel, Listed)>,
 }
 
 impl MemberChannel {
@@ -105,8 +105,8 @@ impl MemberChannel {
     /// # Errors
     /// As [`ThreadChannel::open`].
     pub(crate) fn open(bdev: &Arc<dyn Bdev>, rights: Rights) -> Result<Self, Error> {
-        let channel = Some(ThreadChannel::open(bdev, 1, rights)?);
-        Ok(Self { channel, bdev: address(bdev) })
+        let listed = Listed::data(address(bdev));
+        Ok(Self { open: Some((ThreadChannel::open(bdev, 1, rights)?, listed)) })
     }
 
     /// Does one I/O, until `deadline` at the latest. If it has not ended then, it is given up, and
@@ -115,7 +115,7 @@ impl MemberChannel {
     /// # Errors
     /// The positive errno; ETIMEDOUT after `deadline`, and for all later I/O.
     pub(crate) fn run(&mut self, request: Request, deadline: Instant) -> Result<Buffer, i32> {
-        let channel = self.channel.as_mut().ok_or(libc::ETIMEDOUT)?;
+        let (channel, _) = self.open.as_mut().ok_or(libc::ETIMEDOUT)?;
         channel.start(request);
         loop {
             if let Some(ended) = channel.poll() {
@@ -126,13 +126,9 @@ impl MemberChannel {
                 break;
             }
         }
-        if let Some(channel) = self.channel.take() {
-            let listed = Listed::data(self.bdev);
+        if let Some(open) = self.open.take() {
             // Dropping it waits for its I/O. If there is no thread, it is dropped here.
-            let close = move || {
-                drop(channel);
-                drop(listed);
-            };
+            let close = move || drop(open);
             let _ = thread::Builder::new().name("vhost-raid-close".into()).spawn(close);
         }
         Err(libc::ETIMEDOUT)
