@@ -84,6 +84,14 @@ impl RaidChannel {
         (!whole || !valid || !within(io, layout.size)).then_some(libc::EINVAL)
     }
 
+    /// Ends all I/O, also that for which the lane was not there: none of it may begin any more.
+    fn end_all(lane: &mut Lane, queue: &mut VecDeque<Io>) {
+        while let Some(io) = queue.pop_front() {
+            lane.report_later(io.tag, Status::IoError);
+        }
+        lane.abandon();
+    }
+
     /// Does what was asked for while the lane was not there.
     fn catch_up(lane: &mut Lane, queue: &mut VecDeque<Io>, limiting: &mut Option<Limiting>) {
         if let Some(limiting) = limiting.take() {
@@ -105,7 +113,8 @@ impl Channel for RaidChannel {
         if io.len == 0 && io.op != Op::Flush {
             return Submit::Done(Status::Ok);
         }
-        let Some(mut lane) = self.cell.lane.try_take().filter(|_| self.queue.is_empty()) else {
+        let in_time = self.queue.is_empty() && !self.abandon;
+        let Some(mut lane) = self.cell.lane.try_take().filter(|_| in_time) else {
             self.queue.push_back(io);
             return Submit::Queued;
         };
@@ -128,7 +137,7 @@ impl Channel for RaidChannel {
     }
 
     fn wait(&self) -> Wait {
-        if self.missed || !self.queue.is_empty() {
+        if self.missed || self.abandon || !self.queue.is_empty() {
             return Wait::Poll;
         }
         self.cell.lane.try_take().map_or(Wait::Poll, |lane| lane.wait())
@@ -146,8 +155,8 @@ impl Channel for RaidChannel {
     }
 
     fn kick(&mut self) {
-        // If the lane is not there, `poll` does it.
-        if let Some(mut lane) = self.cell.lane.try_take() {
+        // If the lane is not there, `poll` does it. A kick may begin copies.
+        if let Some(mut lane) = self.cell.lane.try_take().filter(|_| !self.abandon) {
             lane.kick();
         }
     }
@@ -158,10 +167,10 @@ impl Channel for RaidChannel {
             return 0;
         };
         self.missed = false;
-        Self::catch_up(&mut lane, &mut self.queue, &mut self.limiting);
         if std::mem::take(&mut self.abandon) {
-            lane.abandon();
+            Self::end_all(&mut lane, &mut self.queue);
         }
+        Self::catch_up(&mut lane, &mut self.queue, &mut self.limiting);
         let n = lane.poll(done);
         for Completion { tag, status } in &done[..n] {
             if *status != Status::Ok
@@ -175,10 +184,7 @@ impl Channel for RaidChannel {
 
     fn abandon(&mut self) {
         match self.cell.lane.try_take() {
-            Some(mut lane) => {
-                Self::catch_up(&mut lane, &mut self.queue, &mut self.limiting);
-                lane.abandon();
-            }
+            Some(mut lane) => Self::end_all(&mut lane, &mut self.queue),
             // The lane's user begins no copy, so nothing is copied before the next poll.
             None => self.abandon = true,
         }

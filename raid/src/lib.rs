@@ -4,7 +4,7 @@
 //! where each byte is, and the `superblock` records it on every member. The members and their states
 //! are in the `array`, which all channels share. A channel (`channel`) has a lane (`array::lane`): the
 //! I/Os of its owner, and their parts at the members. A redundant array has a thread (`maintenance`) that
-//! removes members which fail, adds new ones and rebuilds them, and writes superblocks (`metadata`).
+//! removes members which fail, adds new ones and rebuilds them (by `member_channel`s), and writes superblocks (`metadata`).
 //! It takes each lane for a moment to change it. The module ([`RaidModule`]) has the RPC methods, and
 //! assembles arrays from the superblocks of new bdevs.
 //!
@@ -21,12 +21,17 @@ mod channel;
 mod disk;
 
 mod maintenance;
+mod member_channel;
 mod metadata;
 
 mod module;
 
 #[cfg(test)]
 mod faulty;
+#[cfg(test)]
+mod hanging;
+#[cfg(test)]
+mod review;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "small numbers")]
 mod simulation;

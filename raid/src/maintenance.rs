@@ -3,6 +3,7 @@
 //!
 //! It takes each channel's lane for a moment to change it, and never makes a reactor wait.
 
+mod copier;
 mod rebuild;
 mod repair;
 
@@ -16,8 +17,9 @@ use std::time::{Duration, Instant};
 use bdev::{Bdev, Channel, Error};
 use tracing::{error, info, warn};
 
-use crate::array::lane::TakenChannel;
+use crate::array::lane::{Replacements, TakenChannel};
 use crate::array::{Array, LaneCell, SlotState, bit, slots_of};
+use crate::member_channel::is_busy;
 use crate::metadata;
 use rebuild::Rebuild;
 
@@ -94,7 +96,8 @@ impl Commands {
 /// A member that is not used any more, and whose I/O has not ended everywhere.
 struct Leaving {
     slot: usize,
-    done: Option<Sender<Result<(), Error>>>,
+    /// All who wait for it.
+    done: Vec<Sender<Result<(), Error>>>,
 }
 
 struct Thread {
@@ -173,8 +176,8 @@ impl Thread {
             .get(slot)
             .is_some_and(|slot| slot.state == SlotState::Absent && slot.bdev.is_some());
         match self.leaving.iter_mut().find(|leaving| leaving.slot == slot) {
-            Some(leaving) => leaving.done = Some(done),
-            None if is_leaving => self.leaving.push(Leaving { slot, done: Some(done) }),
+            Some(leaving) => leaving.done.push(done),
+            None if is_leaving => self.leaving.push(Leaving { slot, done: vec![done] }),
             None => {
                 let text = format!("{}: too few members would be left", self.array.name);
                 let gone = state == Some(SlotState::Absent);
@@ -200,7 +203,7 @@ impl Thread {
                     "bdev {}: member {name} {why}; the array goes on without it",
                     self.array.name
                 );
-                self.leaving.push(Leaving { slot, done: None });
+                self.leaving.push(Leaving { slot, done: vec![] });
             }
             state.version += 1;
             state.hold = true;
@@ -239,20 +242,28 @@ impl Thread {
 
     /// Writes superblocks to the members with right data, and `more`. Members that fail are removed,
     /// unless too few would be left. Returns whether the superblocks are right.
+    ///
+    /// Those of `more` come first: if the others counted on a member without a superblock after a
+    /// power cut, the array would wait for it for ever.
     fn write_superblocks(&mut self, more: u64) -> bool {
         if !self.array.superblock {
             return true;
         }
         loop {
-            let (bytes, members) = {
+            let (bytes, first, others) = {
                 let mut state = self.array.state();
                 state.seq_number += 1;
-                let mask = state.mask(SlotState::InSync) | more;
-                let members = slots_of(mask)
-                    .filter_map(|slot| Some((slot, state.slots.get(slot)?.bdev.clone()?)));
-                (self.array.superblock(&state, more).encode(), members.collect::<Vec<_>>())
+                let of = |mask: u64| {
+                    let member = |slot: usize| Some((slot, state.slots.get(slot)?.bdev.clone()?));
+                    slots_of(mask).filter_map(member).collect::<Vec<_>>()
+                };
+                let others = state.mask(SlotState::InSync) & !more;
+                (self.array.superblock(&state, more).encode(), of(more), of(others))
             };
-            let failed = metadata::write_all(members, &bytes, metadata::LIMIT);
+            let mut failed = metadata::write_all(first, &bytes, metadata::LIMIT);
+            if failed.is_empty() {
+                failed = metadata::write_all(others, &bytes, metadata::LIMIT);
+            }
             let mut mask = 0;
             for (slot, e) in failed {
                 error!("bdev {}: {e}", self.array.name);
@@ -275,7 +286,7 @@ impl Thread {
             for slot in slots_of(slots) {
                 if let Some(place) = state.slots.get_mut(slot) {
                     (place.state, place.has_failed) = (SlotState::Absent, true);
-                    self.leaving.push(Leaving { slot, done: None });
+                    self.leaving.push(Leaving { slot, done: vec![] });
                 }
             }
             state.version += 1;
@@ -296,12 +307,17 @@ impl Thread {
             for cell in self.lanes() {
                 let taken = cell.lane.take().take_channel(leaving.slot);
                 match taken {
-                    TakenChannel::Busy => busy = true,
+                    TakenChannel::Busy => {
+                        busy = true;
+                        replace_buffers(&cell, leaving.slot);
+                    }
                     TakenChannel::None => {}
                     TakenChannel::Taken(channel) => cell.wakes.remove(channel.wake_fds()),
                 }
             }
-            if busy {
+            let bdev = self.array.state().slots.get(leaving.slot).and_then(|s| s.bdev.clone());
+            // Also I/O that was given up: it could spoil what the member has later.
+            if busy || bdev.is_some_and(|bdev| is_busy(&bdev)) {
                 self.leaving.push(leaving);
                 continue;
             }
@@ -310,9 +326,21 @@ impl Thread {
                 info!("bdev {}: member {} is free", self.array.name, bdev.name());
             }
             drop(bdev);
-            if let Some(done) = leaving.done {
+            for done in leaving.done {
                 let _ = done.send(Ok(()));
             }
         }
     }
+}
+
+/// Gives a channel new buffers for those that a leaving member keeps.
+fn replace_buffers(cell: &LaneCell, slot: usize) {
+    let lens = cell.lane.take().kept_buffers(slot);
+    if lens.is_empty() {
+        return;
+    }
+    // The owner has the lane meanwhile.
+    let new = Replacements::new(lens);
+    cell.lane.take().replace_buffers(slot, new);
+    cell.wake_owner();
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
 
+use crate::member_channel::{Listed, address, give_up_superblock};
 use crate::superblock::{HEADER, MEMBERS_MAX, Parsed, Superblock};
 
 /// The time in which a member must take a superblock. Guests' writes may wait meanwhile.
@@ -15,7 +16,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(10);
 
 /// Writes `bytes` at the beginning of each member, and makes them durable. Blocks for `limit` at
 /// most. Returns the slots that have failed, with the reasons. A write that has not ended in time
-/// goes on.
+/// goes on, and the next ones to its member fail until it has ended: it could land last.
 pub(crate) fn write_all(
     members: Vec<(usize, Arc<dyn Bdev>)>,
     bytes: &[u8],
@@ -29,26 +30,33 @@ pub(crate) fn write_all(
         let name = bdev.name().to_owned();
         let (sender, mut buffer) = (sender.clone(), Buffer::new(bytes.len()));
         buffer.bytes_mut().copy_from_slice(bytes);
+        let address = address(&bdev);
         let work = move || {
-            let result = write(&bdev, buffer);
+            let result = match Listed::superblock(&bdev, deadline) {
+                Some(_listed) => write(&bdev, buffer),
+                None => {
+                    Err(system(bdev.name(), "its last superblock is still under way", libc::EBUSY))
+                }
+            };
             // First: the caller may wait until the bdev has no user.
             drop(bdev);
             let _ = sender.send((slot, result));
         };
         match thread::Builder::new().name("vhost-raid-sb".into()).spawn(work) {
-            Ok(_) => left.push((slot, name)),
+            Ok(_) => left.push((slot, name, address)),
             Err(source) => failed.push((slot, Error::System { what: name, source })),
         }
     }
     while !left.is_empty() {
         let time = deadline.saturating_duration_since(Instant::now());
         let Ok((slot, result)) = results.recv_timeout(time) else { break };
-        left.retain(|(other, _)| *other != slot);
+        left.retain(|(other, ..)| *other != slot);
         failed.extend(result.err().map(|e| (slot, e)));
     }
-    let late =
-        |(slot, name): (usize, String)| (slot, system(&name, "no answer in time", libc::ETIMEDOUT));
-    failed.extend(left.into_iter().map(late));
+    for (slot, name, bdev) in left {
+        give_up_superblock(bdev);
+        failed.push((slot, system(&name, "no answer in time", libc::ETIMEDOUT)));
+    }
     failed
 }
 
@@ -88,35 +96,4 @@ pub(crate) fn read(bdev: &Arc<dyn Bdev>) -> Result<Parsed, Error> {
     let failed = |errno| system(bdev.name(), "cannot read the superblock", errno);
     let buffer = channel.run(Request::read(0, len)).map_err(failed)?;
     Ok(Superblock::parse(buffer.bytes(), block_size))
-}
-
-/// Does one I/O of a channel, for `limit` at most. If it has not ended then, the channel is closed
-/// by a thread of its own, and `None` is left.
-///
-/// # Errors
-/// The positive errno; ETIMEDOUT after `limit`.
-pub(crate) fn run(
-    place: &mut Option<ThreadChannel>,
-    request: Request,
-    limit: Duration,
-) -> Result<Buffer, i32> {
-    let deadline = Instant::now() + limit;
-    let channel = place.as_mut().ok_or(libc::ETIMEDOUT)?;
-    channel.start(request);
-    loop {
-        if let Some(ended) = channel.poll() {
-            return ended.result.map(|()| ended.request.buffer);
-        }
-        if Instant::now() >= deadline {
-            break;
-        }
-        channel
-            .sleep_until(&mut [], Some(deadline))
-            .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
-    }
-    if let Some(channel) = place.take() {
-        // Dropping it waits for its I/O. If there is no thread, it is dropped here.
-        let _ = thread::Builder::new().name("vhost-raid-close".into()).spawn(move || drop(channel));
-    }
-    Err(libc::ETIMEDOUT)
 }

@@ -8,10 +8,12 @@
 
 mod change;
 mod children;
+mod detach;
 mod parity;
 mod read;
 
 pub(crate) use change::TakenChannel;
+pub(crate) use detach::Replacements;
 pub(crate) use parity::xor;
 
 use std::collections::VecDeque;
@@ -26,7 +28,7 @@ use bdev::{
 
 use crate::array::{Array, SlotState, State};
 use crate::level::Level;
-use parity::Parity;
+use parity::{OwnBuffer, Parity};
 
 /// Parts that are started in one call.
 const PARTS_PER_CALL: usize = 32;
@@ -89,6 +91,8 @@ pub(crate) struct Member {
     with: u16,
     /// Bytes of these I/Os.
     bytes: u64,
+    /// Buffers of its I/O that were replaced. Dropped after the channel.
+    kept: Vec<OwnBuffer>,
 }
 
 /// An I/O of the owner.
@@ -109,6 +113,8 @@ struct Active {
 /// A part of an I/O at a member.
 #[derive(Clone, Copy)]
 struct Child {
+    /// It has not ended.
+    used: bool,
     tag: Tag,
     member: usize,
     io: Io,
@@ -126,6 +132,8 @@ enum Kind {
     Parity(u16),
     /// A buffer for a piece that is being computed.
     Source(u16),
+    /// A buffer that the member keeps. The child belongs to no I/O any more.
+    Detached,
 }
 
 impl Member {
@@ -159,7 +167,8 @@ impl Lane {
         pool: u16,
     ) -> Self {
         let nothing = Io::plain(Op::Flush, Tag(0), 0, 0);
-        let child = Child { tag: Tag(0), member: 0, io: nothing, at: 0, kind: Kind::Data };
+        let child =
+            Child { used: false, tag: Tag(0), member: 0, io: nothing, at: 0, kind: Kind::Data };
         let [owner, pool_len] = [depth, pool].map(usize::from);
         let has_parity = array.layout.level == Level::Raid5f;
         Self {
@@ -223,6 +232,7 @@ impl Lane {
 
     /// Starts parts of the waiting I/Os, a bounded number of them.
     fn start_parts(&mut self) {
+        // Also what follows may owe pieces: `wait` then asks for the next poll.
         self.compute_owed();
         self.is_stuck = false;
         for _ in 0..PARTS_PER_CALL {
@@ -288,6 +298,11 @@ impl Lane {
             active.started = bytes;
             active.all_started = bytes >= active.io.len;
         }
+    }
+
+    fn free_child(&mut self, index: u16) {
+        self.children[usize::from(index)].used = false;
+        self.free.push(index);
     }
 
     fn of(&mut self, tag: Tag) -> Option<&mut Active> {

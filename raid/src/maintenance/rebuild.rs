@@ -1,4 +1,5 @@
-//! Copies the data to a new member, window by window, while guests use the array.
+//! Copies the data to a new member, window by window, while guests use the array. The `copier` has a
+//! thread of its own for the I/O.
 //!
 //! All channels see the same order of steps, each at its own time:
 //!
@@ -15,26 +16,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
+use bdev::{Bdev, Error, Rights};
 use tracing::{error, info};
 
+use super::copier::{Copier, Job};
 use super::{Pace, Thread};
-use crate::array::lane::{Member, xor};
-use crate::array::{Process, SlotState, bit, slots_of};
-use crate::level::Level;
-use crate::metadata;
-
-/// The time in which a member must do an I/O of a rebuild.
-const LIMIT: Duration = Duration::from_secs(10);
+use crate::array::lane::Member;
+use crate::array::{Process, SlotState, bit};
+use crate::member_channel::{MemberChannel, is_busy};
 
 /// A rebuild under way.
 pub(super) struct Rebuild {
     slot: usize,
-    target: Option<ThreadChannel>,
-    /// The members to read from, opened when they are needed.
-    sources: Vec<(usize, Option<ThreadChannel>)>,
+    copier: Copier,
     pace: Pace,
     /// The first byte that was not copied.
     at: u64,
@@ -61,18 +57,17 @@ impl Thread {
             let source = std::io::Error::from_raw_os_error(libc::EPERM);
             return Err(Error::System { what: self.array.name.clone(), source });
         }
-        let target = ThreadChannel::open(&bdev, 1, Rights::Write)?;
+        if is_busy(&bdev) {
+            // A late write could land on what the rebuild copies.
+            return Err(Error::Busy(format!("{}: has I/O under way", bdev.name())));
+        }
+        let target = MemberChannel::open(&bdev, Rights::Write)?;
+        let system = |source| Error::System { what: self.array.name.clone(), source };
+        let copier = Copier::start(&self.array, slot, target).map_err(system)?;
         self.add_to_lanes(slot, &bdev)?;
         info!("bdev {}: rebuild of member {} begins", self.array.name, bdev.name());
-        self.rebuild = Some(Rebuild {
-            slot,
-            target: Some(target),
-            sources: vec![],
-            pace,
-            at: 0,
-            started: Instant::now(),
-            waits: false,
-        });
+        self.rebuild =
+            Some(Rebuild { slot, copier, pace, at: 0, started: Instant::now(), waits: false });
         self.lock_next_window();
         Ok(())
     }
@@ -129,9 +124,27 @@ impl Thread {
     /// Does the next step of a rebuild.
     pub(super) fn step_rebuild(&mut self) {
         let Some(rebuild) = &mut self.rebuild else { return };
-        let window = self.array.state().window.clone();
-        let Some(window) = window else { return self.complete_rebuild() };
         rebuild.waits = true;
+        if rebuild.copier.is_busy() {
+            if let Some(result) = rebuild.copier.poll() {
+                self.end_step(result);
+            }
+            return;
+        }
+        let slot = rebuild.slot;
+        let (window, flushes) = {
+            let state = self.array.state();
+            let bdev = state.slots[slot].bdev.as_ref();
+            (state.window.clone(), bdev.is_some_and(|bdev| bdev.features().flush))
+        };
+        let Some(window) = window else {
+            // The superblock must not say that the data is there before it is durable.
+            return if flushes {
+                rebuild.copier.begin(Job::Flush)
+            } else {
+                self.complete_rebuild()
+            };
+        };
         let bytes_per_sec = rebuild.pace.bytes_per_sec;
         if bytes_per_sec > 0
             && rebuild.started.elapsed().as_secs_f64() < rebuild.at as f64 / bytes_per_sec as f64
@@ -142,35 +155,31 @@ impl Thread {
         if lanes.iter().any(|cell| cell.lane.take().changes_window()) {
             return;
         }
+        rebuild.copier.begin(Job::Copy(window));
+    }
+
+    /// Goes on after the copy of a window, or after the flush at the end.
+    fn end_step(&mut self, result: Result<(), String>) {
+        let Some(rebuild) = &mut self.rebuild else { return };
         rebuild.waits = false;
-        match copy(&self.array, rebuild, &window) {
-            Ok(()) => {
+        if let Err(e) = result {
+            let slot = rebuild.slot;
+            error!("bdev {}: rebuild has failed: {e}", self.array.name);
+            return self.remove(bit(slot), true);
+        }
+        let window = self.array.state().window.clone();
+        match window {
+            Some(window) => {
                 rebuild.at = window.end;
                 self.lock_next_window();
             }
-            Err(e) => {
-                let slot = rebuild.slot;
-                error!("bdev {}: rebuild has failed: {e}", self.array.name);
-                self.remove(bit(slot), true);
-            }
+            None => self.complete_rebuild(),
         }
     }
 
     /// Makes the target a full member: everything is copied, and changes go there as well.
     fn complete_rebuild(&mut self) {
-        let Some(mut rebuild) = self.rebuild.take() else { return };
-        let slot = rebuild.slot;
-        let flushes = {
-            let state = self.array.state();
-            state.slots[slot].bdev.as_ref().is_some_and(|bdev| bdev.features().flush)
-        };
-        let flush = Request::plain(Op::Flush, 0, 0);
-        // The superblock must not say that the data is there before it is durable.
-        if flushes && metadata::run(&mut rebuild.target, flush, LIMIT).is_err() {
-            error!("bdev {}: rebuild has failed: a flush of the new member", self.array.name);
-            return self.remove(bit(slot), true);
-        }
-        drop(rebuild);
+        let Some(Rebuild { slot, .. }) = self.rebuild.take() else { return };
         if !self.write_superblocks(bit(slot)) {
             return self.remove(bit(slot), true);
         }
@@ -193,8 +202,11 @@ impl Thread {
         }
     }
 
-    /// Ends the rebuild if its target is among these members.
+    /// Stops reading from these members, and ends the rebuild if its target is among them.
     pub(super) fn end_rebuild_of(&mut self, slots: u64) {
+        if let Some(rebuild) = &mut self.rebuild {
+            rebuild.copier.forget(slots);
+        }
         let of = |rebuild: &&mut Rebuild| bit(rebuild.slot) & slots != 0;
         if self.rebuild.as_mut().filter(of).is_none() {
             return;
@@ -210,78 +222,4 @@ impl Thread {
             cell.wake_owner();
         }
     }
-}
-
-/// Copies a window to the target.
-fn copy(
-    array: &crate::array::Array,
-    rebuild: &mut Rebuild,
-    window: &std::ops::Range<u64>,
-) -> Result<(), String> {
-    let reason = |errno| std::io::Error::from_raw_os_error(errno).to_string();
-    if array.layout.level == Level::Raid5f {
-        return compute(array, rebuild, window);
-    }
-    let len = usize::try_from(window.end - window.start).map_err(|e| e.to_string())?;
-    let mut last = "no member to read from".to_owned();
-    let live: Vec<usize> = slots_of(array.live.load(Ordering::Acquire)).collect();
-    for slot in live {
-        let offset = array.layout.extents[slot].offset + window.start;
-        let source = source(array, &mut rebuild.sources, slot)?;
-        let buffer = match metadata::run(source, Request::read(offset, len), LIMIT) {
-            Ok(buffer) => buffer,
-            Err(errno) => {
-                last = format!("read of member {slot}: {}", reason(errno));
-                continue;
-            }
-        };
-        let offset = array.layout.extents[rebuild.slot].offset + window.start;
-        let written = metadata::run(&mut rebuild.target, Request::write(offset, buffer), LIMIT);
-        return written.map(drop).map_err(|errno| format!("write: {}", reason(errno)));
-    }
-    Err(last)
-}
-
-/// Computes the target's part of the stripes in a window, data and parity alike, from all other
-/// members.
-fn compute(
-    array: &crate::array::Array,
-    rebuild: &mut Rebuild,
-    window: &std::ops::Range<u64>,
-) -> Result<(), String> {
-    let reason = |errno| std::io::Error::from_raw_os_error(errno).to_string();
-    let layout = &array.layout;
-    let strips = |bytes: u64| bytes / layout.stripe() * layout.strip;
-    let (from, len) = (strips(window.start), strips(window.end - window.start));
-    let len = usize::try_from(len).map_err(|e| e.to_string())?;
-    let mut sum: Option<Buffer> = None;
-    for slot in (0..layout.members()).filter(|slot| *slot != rebuild.slot) {
-        let read = Request::read(layout.extents[slot].offset + from, len);
-        let source = source(array, &mut rebuild.sources, slot)?;
-        let read = metadata::run(source, read, LIMIT);
-        let buffer = read.map_err(|errno| format!("read of member {slot}: {}", reason(errno)))?;
-        match &mut sum {
-            None => sum = Some(buffer),
-            Some(sum) => xor(sum.bytes_mut(), buffer.bytes()),
-        }
-    }
-    let offset = layout.extents[rebuild.slot].offset + from;
-    let write = Request::write(offset, sum.ok_or("no member to read from")?);
-    let written = metadata::run(&mut rebuild.target, write, LIMIT);
-    written.map(drop).map_err(|errno| format!("write: {}", reason(errno)))
-}
-
-/// Returns the channel to read from a member.
-fn source<'a>(
-    array: &crate::array::Array,
-    sources: &'a mut Vec<(usize, Option<ThreadChannel>)>,
-    slot: usize,
-) -> Result<&'a mut Option<ThreadChannel>, String> {
-    if !sources.iter().any(|(other, _)| *other == slot) {
-        let bdev = array.state().slots[slot].bdev.clone().ok_or("a member is gone")?;
-        let channel = ThreadChannel::open(&bdev, 1, Rights::Read).map_err(|e| e.to_string())?;
-        sources.push((slot, Some(channel)));
-    }
-    let found = sources.iter_mut().find(|(other, _)| *other == slot);
-    found.map(|(_, channel)| channel).ok_or_else(|| "a member is gone".to_owned())
 }

@@ -6,15 +6,17 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::Instant;
 
-use bdev::{Bdev, Buffer, Request, Rights, ThreadChannel};
+use bdev::{Bdev, Buffer, Request, Rights};
 use tracing::warn;
 
 use super::{PAUSE, Thread};
 use crate::array::lane::xor;
 use crate::array::{bit, slots_of};
 use crate::level::Level;
-use crate::metadata;
+use crate::member_channel::MemberChannel;
+use crate::metadata::LIMIT;
 
 /// Bytes that are made equal at a time.
 const PIECE: u64 = 1 << 20;
@@ -84,21 +86,30 @@ impl Thread {
         }
     }
 
-    /// Copies a range from the first member to the others or, for raid5f, computes its parity.
+    /// Copies a range from the first member that can be read to the others or, for raid5f, computes its parity.
     fn make_equal(&mut self, window: &Range<u64>) -> Result<(), String> {
         let live: Vec<usize> = slots_of(self.array.live.load(Ordering::Acquire)).collect();
         if self.array.layout.level == Level::Raid5f {
             return self.make_parity(window, &live);
         }
         let len = usize::try_from(window.end - window.start).map_err(|e| e.to_string())?;
-        let (first, others) = live.split_first().ok_or("no member is there")?;
-        let data = self.read(*first, window.start, len)?;
-        for slot in others {
-            let mut copy = Buffer::new(len);
-            copy.bytes_mut().copy_from_slice(data.bytes());
-            self.write(*slot, window.start, copy);
+        let mut last = "no member is there".to_owned();
+        for source in &live {
+            let data = match self.read(*source, window.start, len) {
+                Ok(data) => data,
+                Err(e) => {
+                    last = format!("read of member {source}: {e}");
+                    continue;
+                }
+            };
+            for slot in live.iter().filter(|slot| *slot != source) {
+                let mut copy = Buffer::new(len);
+                copy.bytes_mut().copy_from_slice(data.bytes());
+                self.write(*slot, window.start, copy);
+            }
+            return Ok(());
         }
-        Ok(())
+        Err(last)
     }
 
     fn make_parity(&mut self, window: &Range<u64>, live: &[usize]) -> Result<(), String> {
@@ -126,20 +137,20 @@ impl Thread {
 
     fn read(&self, slot: usize, at: u64, len: usize) -> Result<Buffer, String> {
         let bdev = self.member(slot)?;
-        let channel = ThreadChannel::open(&bdev, 1, Rights::Read).map_err(|e| e.to_string())?;
+        let mut channel = MemberChannel::open(&bdev, Rights::Read).map_err(|e| e.to_string())?;
         let offset = self.array.layout.extents[slot].offset + at;
-        let read = metadata::run(&mut Some(channel), Request::read(offset, len), metadata::LIMIT);
+        let read = channel.run(Request::read(offset, len), Instant::now() + LIMIT);
         read.map_err(|errno| std::io::Error::from_raw_os_error(errno).to_string())
     }
 
     /// Writes to a member, which is removed if it fails.
     fn write(&mut self, slot: usize, at: u64, data: Buffer) {
         let offset = self.array.layout.extents[slot].offset + at;
-        let channel = self.member(slot).ok();
-        let channel = channel.and_then(|bdev| ThreadChannel::open(&bdev, 1, Rights::Write).ok());
+        let member = self.member(slot).ok();
+        let channel = member.and_then(|bdev| MemberChannel::open(&bdev, Rights::Write).ok());
         let write = Request::write(offset, data);
-        let written = metadata::run(&mut { channel }, write, metadata::LIMIT);
-        if written.is_err() && self.array.remove_live(bit(slot)) {
+        let written = channel.is_some_and(|mut c| c.run(write, Instant::now() + LIMIT).is_ok());
+        if !written && self.array.remove_live(bit(slot)) {
             self.remove(bit(slot), true);
         }
     }

@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use bdev::{Channel, Io, Op, Status, Tag};
 
-use super::{Active, Lane, Member};
+use super::{Active, Child, Lane, Member};
 use crate::array::{bit, slots_of};
 use crate::layout::Place;
 use crate::level::Level;
@@ -150,8 +150,11 @@ impl Lane {
 
     /// Takes the channel of a member that is not used any more, once it has no I/O.
     pub(crate) fn take_channel(&mut self, slot: usize) -> TakenChannel {
+        let at_it = |index: &u16| self.children[usize::from(*index)].member == slot;
+        // What it has refused ends with the next poll.
+        let refused = self.refused.iter().any(at_it);
         match self.members.get_mut(slot) {
-            Some(member) if member.leaving && member.with > 0 => TakenChannel::Busy,
+            Some(member) if member.leaving && (member.with > 0 || refused) => TakenChannel::Busy,
             Some(member) if member.leaving => match std::mem::take(member).channel {
                 Some(channel) => TakenChannel::Taken(Box::new(channel)),
                 None => TakenChannel::None,
@@ -185,11 +188,15 @@ impl Lane {
         }
     }
 
-    /// Whether a change of the locked range is under way, which began before the lock.
+    /// Whether a change of the locked range, which began before the lock, is under way at a member
+    /// that is used. What others still do makes no difference to the data.
     pub(crate) fn changes_window(&self) -> bool {
-        let under_way =
-            |active: &&Active| active.children > 0 || (active.started > 0 && !active.all_started);
-        self.active.iter().flatten().filter(under_way).any(|active| self.must_wait(&active.io))
+        let active = |tag: Tag| self.active.get(usize::from(tag.0))?.as_ref();
+        let at_used = |child: &&Child| child.used && !self.members[child.member].leaving;
+        let mut parts = self.children.iter().filter(at_used).filter_map(|child| active(child.tag));
+        let mut rest = self.active.iter().flatten();
+        parts.any(|active| self.must_wait(&active.io))
+            || rest.any(|a| a.started > 0 && !a.all_started && self.must_wait(&a.io))
     }
 
     /// Makes the target of a rebuild a full member. Returns whether it still is the target.

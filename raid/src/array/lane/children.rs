@@ -25,6 +25,7 @@ impl Lane {
         self.enter(tag);
         let child = &mut self.children[usize::from(index)];
         (child.tag, child.member, child.at, child.kind) = (tag, member, at, Kind::Data);
+        child.used = true;
         match part {
             Some(part) => {
                 child.io = part;
@@ -57,6 +58,12 @@ impl Lane {
         let child @ Child { tag, member: at, io, kind, .. } = self.children[usize::from(index)];
         let member = &mut self.members[at];
         member.bytes = member.bytes.saturating_sub(io.len);
+        if matches!(kind, Kind::Detached) {
+            if let Some(channel) = &mut member.channel {
+                channel.failure(Tag(index));
+            }
+            return self.free_child(index);
+        }
         let ok = status == Status::Ok && !member.leaving;
         if !ok {
             let failure = member.channel.as_mut().and_then(|channel| channel.failure(Tag(index)));
@@ -66,7 +73,7 @@ impl Lane {
                     return;
                 }
                 if self.compute_instead(&child) {
-                    return self.free.push(index);
+                    return self.free_child(index);
                 }
             }
             if let Some(active) = self.of(tag) {
@@ -77,9 +84,9 @@ impl Lane {
                 }
             }
         }
-        self.free.push(index);
+        self.free_child(index);
         match kind {
-            Kind::Data => {}
+            Kind::Data | Kind::Detached => {}
             Kind::Parity(buffer) => self.free_strip(buffer),
             Kind::Source(slot) => return self.end_source(slot, ok),
         }

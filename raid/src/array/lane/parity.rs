@@ -16,11 +16,15 @@ use crate::layout::{Layout, Place};
 
 /// Bytes that are computed at a time.
 const PIECE: usize = 64 << 10;
+/// Bytes that a piece counts for at least.
+const PIECE_MIN: u64 = 8 << 10;
 /// Bytes of parity under way in a channel, if a strip is not longer, and the most buffers for them.
 const PARITY_BYTES: u64 = 1 << 20;
 const STRIPES_MAX: u64 = 16;
 /// Pieces that are computed in a channel at the same time.
 const SOURCES: u16 = 2;
+/// Bytes that are computed in one call, if members read at once.
+const BYTES_PER_CALL: u64 = 8 * PIECE as u64;
 /// Further pieces that may wait.
 const OWED_MAX: usize = 64;
 
@@ -36,10 +40,10 @@ pub(super) struct Parity {
     owed: VecDeque<(Tag, u64, u64)>,
 }
 
-/// A buffer and its segment, which does not move while a member uses it.
-struct OwnBuffer {
+/// A buffer and its segment. Both are on the heap, where they do not move while a member uses them.
+pub(super) struct OwnBuffer {
     buffer: Buffer,
-    segment: [Segment; 1],
+    segment: Box<[Segment; 1]>,
 }
 
 /// A piece that is being computed, with the bytes of each other member.
@@ -53,14 +57,18 @@ struct Sources {
 }
 
 impl OwnBuffer {
-    fn new(len: usize) -> Self {
+    pub(super) fn new(len: usize) -> Self {
         let mut buffer = Buffer::new(len);
-        let segment = [Segment::new(buffer.bytes_mut().as_mut_ptr(), len)];
+        let segment = Box::new([Segment::new(buffer.bytes_mut().as_mut_ptr(), len)]);
         Self { buffer, segment }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.buffer.bytes().len()
+    }
+
     fn set_len(&mut self, len: usize) {
-        self.segment = [Segment::new(self.buffer.bytes_mut().as_mut_ptr(), len)];
+        *self.segment = [Segment::new(self.buffer.bytes_mut().as_mut_ptr(), len)];
     }
 }
 
@@ -120,6 +128,18 @@ impl Parity {
         }
     }
 
+    pub(super) fn strip(&mut self, strip: u16) -> Option<&mut OwnBuffer> {
+        self.strips.get_mut(usize::from(strip))
+    }
+
+    /// The buffer of a piece that this read uses.
+    pub(super) fn source(&mut self, piece: u16, io: &Io) -> Option<&mut OwnBuffer> {
+        // SAFETY: the read is under way, so its segment is valid.
+        let segment = unsafe { io.segments() }.as_ptr();
+        let mut buffers = self.sources.get_mut(usize::from(piece))?.buffers.iter_mut();
+        buffers.find(|buffer| buffer.segment.as_ptr() == segment)
+    }
+
     /// Whether computed pieces can be started, apart from free children.
     pub(super) fn can_compute(&self) -> bool {
         !self.owed.is_empty() && !self.free_sources.is_empty()
@@ -173,11 +193,11 @@ impl Lane {
         let (Some(index), Some(parity)) = (self.free.pop(), &self.parity) else { return };
         let strip = self.array.layout.strip;
         let offset = self.array.layout.extents[member].offset + stripe * strip;
-        let segments = &parity.strips[usize::from(buffer)].segment;
+        let segments = &*parity.strips[usize::from(buffer)].segment;
         let io = Io::rw(Op::Write, Tag(index), offset, strip, segments);
         self.enter(tag);
         let kind = Kind::Parity(buffer);
-        self.children[usize::from(index)] = Child { tag, member, io, at: 0, kind };
+        self.children[usize::from(index)] = Child { used: true, tag, member, io, at: 0, kind };
         self.members[member].bytes += strip;
         self.submit_child(index);
     }
@@ -198,7 +218,6 @@ impl Lane {
             parity.owed.push_back((tag, at, place.len));
             self.enter(tag);
             self.note_started(tag, at + place.len);
-            self.compute_owed();
             return true;
         }
         if self.free.is_empty() {
@@ -227,13 +246,16 @@ impl Lane {
         (0..self.members.len()).fold(0, |mask, slot| mask | bit(slot))
     }
 
-    /// Starts to compute what is owed, as far as there is room.
+    /// Starts to compute what is owed, as far as there is room, and a bounded number of bytes.
     pub(super) fn compute_owed(&mut self) {
-        while self.free.len() >= self.members.len() {
+        let mut bytes = 0;
+        while bytes < BYTES_PER_CALL && self.free.len() >= self.members.len() {
             let Some(parity) = &mut self.parity else { return };
             let Some(&(tag, at, len)) = parity.owed.front() else { return };
             let Some(slot) = parity.free_sources.pop() else { return };
             let piece = len.min(parity.scratch.bytes().len() as u64);
+            // A small piece costs an I/O at each member as well.
+            bytes += piece.max(PIECE_MIN);
             match len - piece {
                 0 => drop(parity.owed.pop_front()),
                 left => parity.owed[0] = (tag, at + piece, left),
@@ -276,10 +298,10 @@ impl Lane {
         for (n, member) in members.enumerate() {
             let (Some(index), Some(parity)) = (self.free.pop(), &self.parity) else { return };
             let offset = self.array.layout.extents[member].offset + within;
-            let segments = &parity.sources[usize::from(slot)].buffers[n].segment;
+            let segments = &*parity.sources[usize::from(slot)].buffers[n].segment;
             let io = Io::rw(Op::Read, Tag(index), offset, len, segments);
             let kind = Kind::Source(slot);
-            self.children[usize::from(index)] = Child { tag, member, io, at, kind };
+            self.children[usize::from(index)] = Child { used: true, tag, member, io, at, kind };
             self.members[member].bytes += len;
             self.submit_child(index);
         }
