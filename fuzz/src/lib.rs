@@ -5,6 +5,7 @@
 //! * [`rings`]: a queue served for a guest that writes anything into its rings.
 //! * [`messages`]: a target whose front ends send messages and fds of any kind.
 //! * [`inflight`] and [`dirty_log`]: in-flight areas and dirty logs from an untrusted front end.
+//! * [`lvstore`]: logical volume stores with forged metadata.
 //! * [`scsi`]: the commands of a guest to a SCSI disk.
 //! * [`json_rpc`]: the RPC server; [`config_file`]: the reader of `-c`.
 //!
@@ -17,6 +18,7 @@ pub mod guest;
 pub mod inflight;
 pub mod input;
 pub mod json_rpc;
+pub mod lvstore;
 pub mod messages;
 mod methods;
 mod product;

@@ -475,3 +475,91 @@ fn spdk_s_answers() {
     assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "base"}))[0]["claimed"], false);
     assert_eq!(vhost.stop(), 0);
 }
+
+/// Names that are taken, and bdevs on bdevs: what cannot be done leaves nothing half-done.
+#[test]
+fn what_is_refused_changes_nothing() {
+    let dir = TempDir::new().unwrap();
+    let (vhost, file) = with_store(&dir, 64);
+    let exists = Refusal::new(-32602, "File exists");
+    let none = Refusal::new(-19, "No such device");
+    let uuid = create(&vhost, "v", 1, true);
+    // Another bdev has the alias that a volume would have.
+    vhost.malloc("lvs/x");
+    vhost.malloc("other/v");
+    let new = json!({"lvol_name": "x", "size_in_mib": 1, "lvs_name": "lvs"});
+    assert_eq!(vhost.err("bdev_lvol_create", new), Refusal::new(-17, "File exists"));
+    let snapshot = json!({"lvol_name": uuid, "snapshot_name": "x"});
+    assert_eq!(vhost.err("bdev_lvol_snapshot", snapshot), exists);
+    let rename = json!({"old_name": "lvs/v", "new_name": "x"});
+    assert_eq!(vhost.err("bdev_lvol_rename", rename), exists);
+    let rename = json!({"old_name": "lvs", "new_name": "other"});
+    assert_eq!(vhost.err("bdev_lvol_rename_lvstore", rename), exists);
+    let volumes = vhost.ok("bdev_lvol_get_lvols", Value::Null);
+    assert_eq!((volumes.as_array().unwrap().len(), &volumes[0]["alias"]), (1, &json!("lvs/v")));
+
+    // A volume cannot read from what is built on it.
+    let passthru = json!({"base_bdev_name": "lvs/v", "name": "P"});
+    vhost.ok("bdev_passthru_create", passthru);
+    for parent in ["P", "lvs/v"] {
+        let set = json!({"lvol_name": uuid, "parent_name": parent});
+        let refused = vhost.err("bdev_lvol_set_parent_bdev", set);
+        assert_eq!(refused, Refusal::new(-32602, "Invalid argument"));
+    }
+    vhost.ok("bdev_passthru_delete", json!({"name": "P"}));
+
+    // More clusters than a table has.
+    let large = json!({"name": uuid, "size_in_mib": 5 << 20});
+    let refused = vhost.err("bdev_lvol_resize", large);
+    assert_eq!(refused, Refusal::new(-32602, "Invalid argument"));
+
+    // A store inside a volume takes no name, and is not found.
+    create(&vhost, "w", 8, false);
+    let inner = json!({"bdev_name": "lvs/w", "lvs_name": "inner", "cluster_sz": 65536});
+    vhost.ok("bdev_lvol_create_lvstore", inner);
+    assert_eq!(vhost.stop(), 0);
+    check(&file);
+    let vhost = Vhost::start(&[]);
+    disk(&vhost, "base", &file, 512);
+    let inner = json!({"lvs_name": "inner"});
+    assert_eq!(vhost.err("bdev_lvol_get_lvstores", inner), none);
+    assert_eq!(vhost.stop(), 0);
+}
+
+/// A volume whose external snapshot is exchanged reads the new one, and the old one is free.
+#[test]
+fn external_snapshots_are_exchanged_and_let_go_of() {
+    let dir = TempDir::new().unwrap();
+    let (vhost, file) = with_store(&dir, 64);
+    let uuids = ["33333333-4444-4555-8666-777777777777", "33333333-4444-4555-8666-888888888888"];
+    for (name, (uuid, byte)) in ["A", "B"].into_iter().zip(uuids.into_iter().zip([0x0a, 0x0b])) {
+        let path = dir.path().join(name);
+        fs::write(&path, vec![byte; 1 << 20]).unwrap();
+        vhost.ok(
+            "bdev_aio_create",
+            json!({
+                "name": name, "filename": path, "block_size": 512, "uuid": uuid,
+            }),
+        );
+    }
+    let clone = json!({"bdev": "A", "lvs_name": "lvs", "clone_name": "c"});
+    vhost.ok("bdev_lvol_clone_bdev", clone);
+    let hash = |byte: &str| {
+        let path = dir.path().join(byte);
+        run("sha256sum", &[path.to_str().unwrap()])[..64].to_owned()
+    };
+    assert_eq!(sha256(&vhost, "lvs/c"), hash("A"));
+    let set = json!({"lvol_name": "lvs/c", "parent_name": "B"});
+    wait_until("the export has closed its channels", || {
+        vhost.rpc("bdev_lvol_set_parent_bdev", set.clone()).is_ok()
+    });
+    assert_eq!(sha256(&vhost, "lvs/c"), hash("B"));
+    let claimed =
+        |name: &str| vhost.ok("bdev_get_bdevs", json!({"name": name}))[0]["claimed"].clone();
+    assert_eq!((claimed("A"), claimed("B")), (json!(false), json!(true)));
+    vhost.ok("bdev_aio_delete", json!({"name": "A"}));
+    vhost.ok("bdev_lvol_delete", json!({"name": "lvs/c"}));
+    vhost.ok("bdev_aio_delete", json!({"name": "B"}));
+    assert_eq!(vhost.stop(), 0);
+    check(&file);
+}
