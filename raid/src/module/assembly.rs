@@ -15,6 +15,9 @@ use super::{CREATE, Shared, info_online, write};
 use crate::superblock::{MemberState, RESERVED, Superblock};
 use crate::{Extent, Level, OptionalMember, RaidDisk, RaidOptions};
 
+/// The size of a member that is not there: the others decide how much is used.
+const EMPTY_LEN: u64 = i64::MAX.cast_unsigned();
+
 /// The state that SPDK shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -265,13 +268,18 @@ impl Assembly {
     fn options(&self, uuid: Uuid, seq_number: Option<u64>) -> Result<RaidOptions, Error> {
         let found = self.found.borrow();
         let slots = self.slots.borrow();
+        let used = self.given.as_ref().and_then(|given| given.used);
         let mut members = vec![];
         for (n, slot) in slots.iter().enumerate() {
             let bdev = slot.base.as_ref().and_then(Held::bdev);
             let extent = match (&*found, &bdev) {
                 (Some(found), _) => extent_in(found, n, bdev.as_deref())?,
-                (None, Some(bdev)) => extent_of(&**bdev, seq_number.is_some())?,
-                (None, None) => Extent { offset: 0, len: 0 },
+                (None, Some(bdev)) => {
+                    let Extent { offset, len } = extent_of(&**bdev, seq_number.is_some())?;
+                    Extent { offset, len: len.min(used.unwrap_or(len)) }
+                }
+                // Of a redundant array: the smallest member decides.
+                (None, None) => Extent { offset: 0, len: used.unwrap_or(EMPTY_LEN) },
             };
             members.push(OptionalMember { bdev, uuid: slot.uuid, extent });
         }

@@ -1,9 +1,10 @@
 //! `bdev_raid_create`.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bdev::method::{Answer, GivenUuid, MethodError, Params, given};
-use bdev::{ClaimKind, Host, life};
+use bdev::{Bdev, ClaimKind, Host, life};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tracing::error;
@@ -37,8 +38,14 @@ pub(super) struct Given {
     pub(super) bases: Vec<String>,
     pub(super) uuid: Option<Uuid>,
     pub(super) superblock: bool,
+    /// Bytes of a member that the array used when it was online. `None`: all of them.
+    pub(super) used: Option<u64>,
     pub(super) params: Map<String, Value>,
 }
+
+/// The name in `base_bdevs` of a slot whose member was removed. A slot must not be left out: the
+/// number of members decides where the data is.
+const REMOVED: &str = "removed_base_bdev_";
 
 pub(super) fn parse(params: &Params) -> Result<Given, MethodError> {
     #[derive(Deserialize)]
@@ -66,6 +73,7 @@ pub(super) fn parse(params: &Params) -> Result<Given, MethodError> {
         bases: p.base_bdevs,
         uuid: given(p.uuid),
         superblock: p.superblock,
+        used: None,
         params: params.as_given(),
     };
     match given.problem() {
@@ -88,7 +96,40 @@ impl Given {
             return Some("the strip size must be a power of two, and 0 for raid1");
         }
         let count = self.bases.len();
-        (count < self.level.members_min() || count > max).then_some("too few or too many members")
+        let present = (0..count).filter(|slot| !self.is_removed(*slot)).count();
+        let few = count < self.level.members_min() || present < self.level.operational(count);
+        (few || count > max).then_some("too few or too many members")
+    }
+
+    /// Whether the member of a slot was removed: the array starts without it. A new array with
+    /// superblocks needs all of its members.
+    pub(super) fn is_removed(&self, slot: usize) -> bool {
+        self.level.is_redundant()
+            && !self.superblock
+            && self.bases.get(slot).is_some_and(|base| *base == format!("{REMOVED}{slot}"))
+    }
+
+    /// The bdev that a slot waits for.
+    pub(super) fn wanted(&self, slot: usize) -> Wanted {
+        match self.bases.get(slot) {
+            Some(base) if !self.is_removed(slot) => Wanted::Name(base.clone()),
+            _ => Wanted::Nothing,
+        }
+    }
+
+    /// The same array with these members by slot. `None`: the slot has none whose data is right.
+    pub(super) fn with_members(&self, members: &[Option<Arc<dyn Bdev>>]) -> Self {
+        let name = |(slot, bdev): (usize, &Option<Arc<dyn Bdev>>)| match bdev {
+            Some(bdev) => match self.bases.get(slot) {
+                Some(uuid) if Uuid::try_parse(uuid) == Ok(bdev.uuid()) => uuid.clone(),
+                _ => bdev.name().to_owned(),
+            },
+            None => format!("{REMOVED}{slot}"),
+        };
+        let bases: Vec<String> = members.iter().enumerate().map(name).collect();
+        let mut params = self.params.clone();
+        params.insert("base_bdevs".into(), bases.clone().into());
+        Self { bases, params, ..self.clone() }
     }
 }
 
@@ -113,7 +154,12 @@ async fn create_array(
     let registry = host.registry();
     let reservation = registry.reserve(given.name.clone(), given.uuid)?;
     let mut slots: Vec<AssemblySlot> = vec![];
-    for name in &given.bases {
+    for (n, name) in given.bases.iter().enumerate() {
+        let wanted = given.wanted(n);
+        if wanted == Wanted::Nothing {
+            slots.push(AssemblySlot { wanted, base: None, uuid: Uuid::nil() });
+            continue;
+        }
         let twice = slots.iter().any(|slot| matches!(&slot.wanted, Wanted::Name(n) if n == name));
         if twice {
             error!("{CREATE}: the member {name} is given twice");
@@ -130,7 +176,7 @@ async fn create_array(
                 Some(Held::new(&bdev, claim))
             }
         };
-        slots.push(AssemblySlot { wanted: Wanted::Name(name.clone()), base, uuid: Uuid::nil() });
+        slots.push(AssemblySlot { wanted, base, uuid: Uuid::nil() });
     }
     for bdev in slots.iter().filter_map(|slot| slot.base.as_ref()?.bdev()) {
         if array_of(shared, host, &bdev).await?.is_some() {
