@@ -115,7 +115,18 @@ impl RaidDisk {
         bdev: Arc<dyn Bdev>,
         pace: Pace,
     ) -> Receiver<Result<(), Error>> {
-        self.ask(|done| Command::Add { slot, bdev, pace, done })
+        self.add_reserved(slot, bdev, pace, Arc::default())
+    }
+
+    /// The same. `reserved` is dropped when the slot has the bdev, or will not get it.
+    pub(crate) fn add_reserved(
+        &self,
+        slot: usize,
+        bdev: Arc<dyn Bdev>,
+        pace: Pace,
+        reserved: Arc<()>,
+    ) -> Receiver<Result<(), Error>> {
+        self.ask(|done| Command::Add { slot, bdev, pace, reserved, done })
     }
 
     fn ask(

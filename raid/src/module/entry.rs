@@ -31,6 +31,8 @@ pub(super) struct RaidEntry {
     given: Option<Given>,
     /// By slot.
     claims: RefCell<Vec<Option<Claim>>>,
+    /// Slots for which a bdev is on its way, each with a token that is dropped at the end.
+    reserved: RefCell<Vec<(usize, std::sync::Weak<()>)>>,
 }
 
 impl RaidEntry {
@@ -48,6 +50,7 @@ impl RaidEntry {
             host: Rc::downgrade(host),
             given,
             claims: RefCell::new(claims),
+            reserved: RefCell::default(),
         })
     }
 
@@ -97,7 +100,7 @@ impl RaidEntry {
         let name = self.disk.name().to_owned();
         let work = move || match result.recv_timeout(LIMIT) {
             Ok(removed) => removed,
-            // The array has ended.
+            // The array was deleted, and its thread has ended.
             Err(RecvTimeoutError::Disconnected) => Ok(()),
             Err(RecvTimeoutError::Timeout) => Err(Error::System {
                 what: format!("{name}: I/O of the removed member has not ended"),
@@ -111,21 +114,35 @@ impl RaidEntry {
         removed
     }
 
-    pub(super) fn set_claim(&self, slot: usize, claim: Claim) {
-        if let Some(place) = self.claims.borrow_mut().get_mut(slot) {
-            *place = Some(claim);
-        }
+    /// Keeps a free slot and the claim on its new member until the result is dropped.
+    pub(super) fn reserve(&self, slot: usize, claim: Claim) -> Arc<()> {
+        let token = Arc::new(());
+        self.reserved.borrow_mut().push((slot, Arc::downgrade(&token)));
+        let before = self.claims.borrow_mut().get_mut(slot).and_then(|s| s.replace(claim));
+        drop(before);
+        token
+    }
+
+    /// Whether a bdev is on its way to this slot.
+    pub(super) fn is_reserved(&self, slot: usize) -> bool {
+        let mut reserved = self.reserved.borrow_mut();
+        reserved.retain(|(_, token)| token.strong_count() > 0);
+        reserved.iter().any(|(other, _)| *other == slot)
     }
 
     /// Releases the claims on bdevs that are members no more. Returns whether there was one.
-    fn release_claims(&self) -> bool {
+    pub(super) fn release_claims(&self) -> bool {
+        // First: a member that arrives meanwhile keeps its claim.
+        let reserved: Vec<bool> =
+            (0..self.array().layout.members()).map(|slot| self.is_reserved(slot)).collect();
         let there: Vec<bool> = {
             let state = self.array().state();
             state.slots.iter().map(|slot| slot.bdev.is_some()).collect()
         };
         let mut released = vec![];
-        for (claim, there) in self.claims.borrow_mut().iter_mut().zip(there) {
-            released.extend(claim.take_if(|_| !there));
+        let kept = reserved.into_iter().zip(there).map(|(reserved, there)| reserved || there);
+        for (claim, kept) in self.claims.borrow_mut().iter_mut().zip(kept) {
+            released.extend(claim.take_if(|_| !kept));
         }
         !released.is_empty()
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bdev::method::{Answer, DecodeFailure, MethodError, Params};
 use bdev::module::Entry;
-use bdev::{Aside, Bdev, BdevId, Claim, Error, Host, life};
+use bdev::{Aside, Bdev, BdevId, Errno, Error, Features, Host, life};
 use serde::Deserialize;
 use tracing::{error, info, warn};
 
@@ -13,7 +13,7 @@ use super::assembly::Held;
 use super::entry::RaidEntry;
 use super::examine::{array_of, claim};
 use super::{LIMIT, Shared, online, refused};
-use crate::array::{Slot, SlotState};
+use crate::array::SlotState;
 use crate::superblock::Superblock;
 
 pub(super) async fn add(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) -> Answer {
@@ -38,52 +38,88 @@ pub(super) async fn add(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) 
     }
     let slot = free_slot(&entry, &bdev).ok_or_else(|| refused(&what, libc::EINVAL))?;
     let held = claim(&host, &bdev).ok_or_else(|| refused(&what, libc::EPERM))?;
-    let of = array_of(&shared, &host, &bdev).await.map_err(|errno| refused(&what, errno))?;
+    // Now, as another call may look for a free slot meanwhile.
+    let reserved = entry.reserve(slot, held);
+    let added = add_to(&shared, &host, &entry, slot, bdev, reserved).await;
+    let Err(errno) = added else { return Ok(true.into()) };
+    let released = entry.release_claims();
+    drop(entry);
+    if released {
+        life::settle(&host).await;
+    }
+    match errno {
+        libc::EPERM => Err(MethodError::errno(errno)),
+        _ => Err(refused(&what, errno)),
+    }
+}
+
+/// Adds a bdev to a slot that is reserved for it, unless it is a member of another array.
+async fn add_to(
+    shared: &Rc<Shared>,
+    host: &Rc<dyn Host>,
+    entry: &Rc<RaidEntry>,
+    slot: usize,
+    bdev: Arc<dyn Bdev>,
+    reserved: Arc<()>,
+) -> Result<(), Errno> {
+    let array = &entry.disk.array;
     // A member that was removed from this array may come back.
-    if of.is_some_and(|of| of != entry.disk.array.uuid) {
-        return Err(refused(&what, libc::EEXIST));
+    if array_of(shared, host, &bdev).await?.is_some_and(|of| of != array.uuid) {
+        return Err(libc::EEXIST);
     }
-    match start(&host, &entry, slot, bdev, held).await {
-        Ok(()) => Ok(true.into()),
-        Err(e) if e.errno() == libc::EPERM => Err(MethodError::of(params.method(), &e)),
-        Err(e) => {
-            error!("{what}: {e}");
-            Err(refused(&what, e.errno()))
-        }
+    // It may have been deleted meanwhile.
+    if !host.registry().holds(&bdev) {
+        return Err(libc::ENODEV);
     }
+    start(host, entry, slot, bdev, reserved).await.map_err(|e| {
+        error!("bdev {}: the new member is not added: {e}", array.name);
+        e.errno()
+    })
 }
 
 /// The slot for a new member, preferably the one that it had. `None` if it does not fit.
 fn free_slot(entry: &RaidEntry, bdev: &Arc<dyn Bdev>) -> Option<usize> {
-    let (array, features) = (&entry.disk.array, bdev.features());
-    let of_array = entry.disk.features();
+    let array = &entry.disk.array;
     let fits = bdev.block_size() == array.layout.block_size
-        && !features.read_only
-        && (features.unmap || !of_array.unmap)
-        && (features.write_zeroes || !of_array.write_zeroes);
+        && can_join(entry.disk.features(), bdev.features());
     if !array.layout.level.is_redundant() || !fits {
         return None;
     }
-    let free = |slot: &Slot| slot.state == SlotState::Absent && slot.bdev.is_none();
+    // First: a member that arrives meanwhile has the slot.
+    let reserved: Vec<bool> = (0..array.layout.members()).map(|n| entry.is_reserved(n)).collect();
     let state = array.state();
-    let own = state.slots.iter().position(|slot| free(slot) && slot.uuid == bdev.uuid());
-    let slot = own.or_else(|| state.slots.iter().position(free))?;
+    let free = |n: usize| {
+        let slot = &state.slots[n];
+        !reserved[n] && slot.state == SlotState::Absent && slot.bdev.is_none()
+    };
+    let slots = 0..state.slots.len();
+    let own = slots.clone().find(|n| free(*n) && state.slots[*n].uuid == bdev.uuid());
+    let slot = own.or_else(|| slots.clone().find(|n| free(*n)))?;
     let extent = array.layout.extents[slot];
     (extent.offset + extent.len <= bdev.size_bytes()).then_some(slot)
 }
 
-/// Begins a rebuild.
+/// Whether a new member can do what the array does. One that needs flushes is refused if guests were
+/// told that the array needs none: their data would not be durable there.
+fn can_join(array: Features, new: Features) -> bool {
+    !new.read_only
+        && (new.unmap || !array.unmap)
+        && (new.write_zeroes || !array.write_zeroes)
+        && (array.flush || !new.flush)
+}
+
+/// Begins a rebuild of a member whose slot is reserved.
 async fn start(
     host: &Rc<dyn Host>,
     entry: &Rc<RaidEntry>,
     slot: usize,
     bdev: Arc<dyn Bdev>,
-    claim: Claim,
+    reserved: Arc<()>,
 ) -> Result<(), Error> {
     let layout = entry.disk.layout();
     let unit = if layout.strip > 0 { layout.stripe() } else { u64::from(layout.block_size) };
-    let result = entry.disk.add_member(slot, bdev, Shared::pace(&**host, unit));
-    entry.set_claim(slot, claim);
+    let pace = Shared::pace(&**host, unit);
+    let result = entry.disk.add_reserved(slot, bdev, pace, reserved);
     let ended = || Err(Error::Busy("the array does not answer".into()));
     let work = move || result.recv_timeout(LIMIT).unwrap_or_else(|_| ended());
     Aside::new(entry.disk.name(), 1).run(host, 2 * LIMIT, work).await
@@ -113,9 +149,13 @@ pub(super) async fn rejoin(
         }
         (true, false) if free_slot(entry, bdev) == Some(slot) => {
             let Some(claim) = claim(host, bdev) else { return };
-            match start(host, entry, slot, Arc::clone(bdev), claim).await {
+            let reserved = entry.reserve(slot, claim);
+            match start(host, entry, slot, Arc::clone(bdev), reserved).await {
                 Ok(()) => info!("bdev {}: {name} is back and is rebuilt", array.name),
-                Err(e) => warn!("bdev {}: {name} is not taken back: {e}", array.name),
+                Err(e) => {
+                    entry.release_claims();
+                    warn!("bdev {}: {name} is not taken back: {e}", array.name);
+                }
             }
         }
         _ => info!("bdev {}: {name} is not a current member", array.name),
@@ -179,4 +219,21 @@ async fn remove_from(
     drop(entry);
     life::remove(host, params, &[id]).await;
     Ok(true.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_that_cannot_do_what_the_array_does_is_refused() {
+        let array = Features { flush: false, ..Features::default() };
+        let flush = Features { flush: true, ..array };
+        assert!(can_join(array, array));
+        assert!(!can_join(array, flush), "nobody would flush it");
+        assert!(can_join(flush, array), "it writes through");
+        assert!(!can_join(Features { unmap: true, ..array }, array));
+        assert!(!can_join(Features { write_zeroes: true, ..array }, array));
+        assert!(!can_join(array, Features { read_only: true, ..array }));
+    }
 }
