@@ -258,7 +258,7 @@ impl Thread {
         loop {
             let (bytes, members) = {
                 let mut state = self.array.state();
-                state.seq_number += 1;
+                state.seq_number = state.seq_number.saturating_add(1);
                 let mask = state.mask(SlotState::InSync) | more;
                 let members = slots_of(mask)
                     .filter_map(|slot| Some((slot, state.slots.get(slot)?.bdev.clone()?)));

@@ -247,7 +247,7 @@ impl Assembly {
                 warn!("bdev {}: goes on without the member in slot {slot}", self.name);
                 self.slots.borrow_mut()[slot].base = None;
             }
-            seq_number = seq_number.map(|seq| seq + 1);
+            seq_number = seq_number.map(|seq| seq.saturating_add(1));
         };
         let reservation = self.reservation.borrow_mut().take().ok_or_else(taken)?;
         let bases = std::mem::take(&mut *self.slots.borrow_mut());

@@ -14,8 +14,7 @@ use super::assembly::{Assembly, AssemblySlot, Held, Phase, Wanted};
 use super::examine::array_of;
 use super::{CREATE, NAME, PARSE, Shared, refused};
 use crate::Level;
-use crate::array::MASK_MAX;
-use crate::superblock::{MEMBERS_MAX, NAME_MAX};
+use crate::superblock::NAME_MAX;
 
 #[derive(Clone, Copy, Deserialize)]
 enum GivenLevel {
@@ -88,17 +87,19 @@ pub(super) fn parse(params: &Params) -> Result<Given, MethodError> {
 impl Given {
     fn problem(&self) -> Option<&'static str> {
         let striped = self.level != Level::Raid1;
-        let max = if self.level.is_redundant() { MASK_MAX } else { MEMBERS_MAX };
         if self.name.is_empty() || (self.superblock && self.name.len() > NAME_MAX) {
             return Some("the name is empty or too long for a superblock");
         }
         if striped != self.strip_kb.is_power_of_two() || (!striped && self.strip_kb != 0) {
             return Some("the strip size must be a power of two, and 0 for raid1");
         }
+        if u64::from(self.strip_kb) << 10 > self.level.strip_max() {
+            return Some("the strips are too large for its level");
+        }
         let count = self.bases.len();
         let present = (0..count).filter(|slot| !self.is_removed(*slot)).count();
         let few = count < self.level.members_min() || present < self.level.operational(count);
-        (few || count > max).then_some("too few or too many members")
+        (few || count > self.level.members_max()).then_some("too few or too many members")
     }
 
     /// Whether the member of a slot was removed: the array starts without it. A new array with
