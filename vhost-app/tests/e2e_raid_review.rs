@@ -134,25 +134,51 @@ fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one()
     assert_eq!(vhost.stop(), 0);
 }
 
+/// A bdev with a fixed UUID on `M<n>`, whose writes take this time.
+fn delay(vhost: &Vhost, n: u32, us: u32) {
+    let (name, base) = (format!("D{n}"), format!("M{n}"));
+    let uuid = format!("bbbbbbbb-0000-4000-8000-{n:012}");
+    let params = json!({
+        "name": name, "base_bdev_name": base, "uuid": uuid, "avg_read_latency": 1,
+        "p99_read_latency": 1, "avg_write_latency": us, "p99_write_latency": us,
+    });
+    vhost.ok("bdev_delay_create", params);
+}
+
+fn delete_delay(vhost: &Vhost, n: u32) {
+    vhost.ok("bdev_delay_delete", json!({"name": format!("D{n}")}));
+}
+
+/// A member that was removed before returns while the superblocks of the start are written.
+#[test]
+fn a_stale_member_that_arrives_during_the_start_is_rebuilt() {
+    let vhost = Vhost::start(&[]);
+    ["M1", "M2"].iter().for_each(|name| malloc(&vhost, name));
+    [1, 2].iter().for_each(|n| delay(&vhost, *n, 1));
+    vhost.ok("bdev_raid_create", create("R", "raid1", 0, &["D1", "D2"], true));
+    remove(&vhost, "D2");
+    vhost.ok("bdev_raid_delete", json!({"name": "R"}));
+    [1, 2].iter().for_each(|n| delete_delay(&vhost, *n));
+    thread::scope(|scope| {
+        scope.spawn(|| delay(&vhost, 1, 1_000_000));
+        thread::sleep(Duration::from_millis(500));
+        assert_eq!(array(&vhost, "R")["state"], "configuring", "it is starting");
+        delay(&vhost, 2, 1);
+    });
+    wait_until("both are right", || array(&vhost, "R")["num_base_bdevs_operational"] == 2);
+    assert_eq!(vhost.stop(), 0);
+}
+
 /// A member is deleted while the superblocks of the start are written.
 #[test]
 fn an_array_whose_start_has_failed_can_start_later() {
     let vhost = Vhost::start(&[]);
-    let delay = |n: u32, us: u32| {
-        let (name, base) = (format!("D{n}"), format!("M{n}"));
-        let uuid = format!("bbbbbbbb-0000-4000-8000-{n:012}");
-        let params = json!({
-            "name": name, "base_bdev_name": base, "uuid": uuid, "avg_read_latency": 1,
-            "p99_read_latency": 1, "avg_write_latency": us, "p99_write_latency": us,
-        });
-        vhost.ok("bdev_delay_create", params);
-    };
-    let delete = |n: u32| vhost.ok("bdev_delay_delete", json!({"name": format!("D{n}")}));
+    let (delay, delete) = (|n, us| delay(&vhost, n, us), |n| delete_delay(&vhost, n));
     ["M1", "M2"].iter().for_each(|name| malloc(&vhost, name));
     [1, 2].iter().for_each(|n| delay(*n, 1));
     vhost.ok("bdev_raid_create", create("R", "raid1", 0, &["D1", "D2"], true));
     vhost.ok("bdev_raid_delete", json!({"name": "R"}));
-    [1, 2].iter().for_each(|n| drop(delete(*n)));
+    [1, 2].iter().for_each(|n| delete(*n));
     delay(1, 2_000_000);
     thread::scope(|scope| {
         scope.spawn(|| delay(2, 2_000_000));

@@ -20,8 +20,9 @@ use crate::array::{Array, Slot, SlotState, State, bit};
 use crate::disk::RaidDisk;
 use crate::superblock::{MemberState, Superblock};
 
-/// The interval at which the control thread looks whether an array has let go of its members.
-const POLL: Duration = Duration::from_millis(20);
+/// The interval at which the control thread looks whether an array has let go of its members, or has
+/// started.
+pub(super) const POLL: Duration = Duration::from_millis(20);
 
 pub(super) struct RaidEntry {
     pub(super) disk: Arc<RaidDisk>,

@@ -9,7 +9,7 @@ use bdev::{Aside, Bdev, BdevId, Errno, Error, Features, Host, life};
 use serde::Deserialize;
 use tracing::{error, info, warn};
 
-use super::assembly::Held;
+use super::assembly::{Assembly, Held};
 use super::entry::RaidEntry;
 use super::examine::{array_of, claim};
 use super::{LIMIT, Shared, online, refused};
@@ -24,6 +24,7 @@ pub(super) async fn add(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) 
     }
     let Add { raid_bdev, base_bdev } = params.decode(DecodeFailure::INTERNAL)?;
     let what = format!("Failed to add base bdev {base_bdev} to RAID bdev {raid_bdev}");
+    shared.idle(&host, |assembly| assembly.name == raid_bdev).await;
     let Some((_, entry)) = online(&*host, &raid_bdev) else {
         // An array that waits for members must not come up with an empty one.
         if shared.assembly(|assembly| assembly.name == raid_bdev).is_some() {
@@ -168,6 +169,12 @@ pub(super) async fn remove(shared: Rc<Shared>, host: Rc<dyn Host>, params: Param
         name: String,
     }
     let Remove { name } = params.decode(DecodeFailure::INTERNAL)?;
+    let is_member = |held: &Held| held.bdev().is_some_and(|bdev| bdev.name() == name);
+    let has = |assembly: &Assembly| {
+        let slots = assembly.slots.borrow();
+        slots.iter().any(|slot| slot.base.as_ref().is_some_and(is_member))
+    };
+    shared.idle(&host, has).await;
     let entries = host.registry().entries_of::<RaidEntry>().into_iter();
     let mut found = entries.filter_map(|(id, entry)| {
         let slot = entry.slot_of(|bdev| bdev.name() == name)?;
@@ -178,9 +185,7 @@ pub(super) async fn remove(shared: Rc<Shared>, host: Rc<dyn Host>, params: Param
         return remove_from(&host, &params, id, entry, slot).await;
     }
     drop(found);
-    let is_member = |held: &Held| held.bdev().is_some_and(|bdev| bdev.name() == name);
-    let has = |slot: &super::assembly::AssemblySlot| slot.base.as_ref().is_some_and(is_member);
-    let Some(assembly) = shared.assembly(|assembly| assembly.slots.borrow().iter().any(has)) else {
+    let Some(assembly) = shared.assembly(has) else {
         let text = "Failed to remove base bdev from raid bdev".to_owned();
         return Err(MethodError { code: -i64::from(libc::ENODEV), text });
     };
