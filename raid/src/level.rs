@@ -3,8 +3,8 @@
 use crate::array::MASK_MAX;
 use crate::superblock::MEMBERS_MAX;
 
-/// The largest strip of raid5f in bytes: the memory of each channel depends on it, and larger stripes
-/// than its are of no use to a guest.
+/// The largest strip of raid5f in bytes. A channel has two buffers of a strip, and no guest writes
+/// larger stripes.
 const PARITY_STRIP_MAX: u64 = 16 << 20;
 
 /// The way in which an array stores its data on its members.

@@ -14,8 +14,8 @@ pub(crate) const RESERVED: u64 = 1 << 20;
 pub(crate) const NAME_MAX: usize = 63;
 /// The largest number of members.
 pub(crate) const MEMBERS_MAX: usize = 255;
-/// The largest sequence number. Each change adds one: a larger number is forged, and the rest is room
-/// to count on.
+/// The largest sequence number. Each change adds one, so a larger number is forged. The rest is
+/// room to count on.
 pub(crate) const SEQ_MAX: u64 = 1 << 63;
 
 const SIGNATURE: &[u8; 8] = b"SPDKRAID";

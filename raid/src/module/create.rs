@@ -195,3 +195,63 @@ async fn create_array(
     shared.assemblies.borrow_mut().push(assembly);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given(level: Level, bases: &[&str]) -> Given {
+        Given {
+            name: "R".into(),
+            level,
+            strip_kb: if level == Level::Raid1 { 0 } else { 64 },
+            bases: bases.iter().map(|base| (*base).to_owned()).collect(),
+            uuid: None,
+            superblock: false,
+            used: None,
+            params: Map::new(),
+        }
+    }
+
+    #[test]
+    fn the_slot_of_a_removed_member_stays_empty() {
+        let array = given(Level::Raid5f, &["A", "removed_base_bdev_1", "C"]);
+        assert_eq!(array.problem(), None);
+        let wanted: Vec<_> = (0..3).map(|slot| array.wanted(slot)).collect();
+        let name = |name: &str| Wanted::Name(name.into());
+        assert_eq!(wanted, [name("A"), Wanted::Nothing, name("C")]);
+        // The name is that of a bdev in another slot, at other levels, and with superblocks.
+        let other = given(Level::Raid5f, &["A", "removed_base_bdev_0", "C"]);
+        assert_eq!(other.wanted(1), name("removed_base_bdev_0"));
+        let other = given(Level::Raid0, &["removed_base_bdev_0"]);
+        assert_eq!(other.wanted(0), name("removed_base_bdev_0"));
+        assert_eq!(Given { superblock: true, ..array }.wanted(1), name("removed_base_bdev_1"));
+    }
+
+    #[test]
+    fn an_array_has_enough_members_and_strips_that_fit_into_memory() {
+        let one = ["removed_base_bdev_0", "B"];
+        assert_eq!(given(Level::Raid1, &one).problem(), None);
+        let none = ["removed_base_bdev_0", "removed_base_bdev_1", "C"];
+        assert!(given(Level::Raid5f, &none).problem().is_some());
+        assert!(given(Level::Raid1, &none[..2]).problem().is_some());
+        let strip = |kb| Given { strip_kb: kb, ..given(Level::Raid5f, &["A", "B", "C"]) };
+        assert_eq!(strip(16 << 10).problem(), None);
+        assert!(strip(32 << 10).problem().is_some());
+    }
+
+    #[test]
+    fn the_saved_members_keep_their_slots() {
+        let bdev = |name: &str| -> Option<Arc<dyn Bdev>> {
+            let (name, uuid) = (name.to_owned(), None);
+            let options = bdev::MallocOptions { name, num_blocks: 8, block_size: 512, uuid };
+            Some(bdev::Malloc::create(options).unwrap())
+        };
+        let (a, c) = (bdev("A"), bdev("C"));
+        let uuid = c.as_ref().unwrap().uuid().to_string();
+        let array = given(Level::Raid5f, &["A", "B", &uuid]).with_members(&[a, None, c]);
+        assert_eq!(array.bases, ["A", "removed_base_bdev_1", &uuid]);
+        assert_eq!(array.params["base_bdevs"], serde_json::json!(array.bases));
+        assert_eq!(array.wanted(1), Wanted::Nothing);
+    }
+}

@@ -20,8 +20,8 @@ use crate::array::{Array, Slot, SlotState, State, bit};
 use crate::disk::RaidDisk;
 use crate::superblock::{MemberState, Superblock};
 
-/// The interval at which the control thread looks whether an array has let go of its members, or has
-/// started.
+/// The interval at which the control thread looks whether an array has let go of its members, or
+/// has started.
 pub(super) const POLL: Duration = Duration::from_millis(20);
 
 pub(super) struct RaidEntry {
@@ -198,7 +198,7 @@ impl Entry for RaidEntry {
         Description::specific(NAME, Value::Object(about))
     }
 
-    /// The call with the members whose data is right. An array with superblocks is found by examine.
+    /// The call with the members whose data is right. Examine finds an array with superblocks.
     fn config(&self) -> Vec<Call> {
         if self.array().superblock {
             return vec![];

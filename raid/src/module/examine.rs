@@ -157,7 +157,8 @@ async fn add_found(
     add(shared, host, &assembly, bdev).await;
 }
 
-/// Adds a bdev to an array that waits for it and is not busy. Brings the array up if it is complete.
+/// Adds a bdev to an array that waits for it and is not busy. If the array is complete then, it is
+/// brought up.
 async fn add(
     shared: &Rc<Shared>,
     host: &Rc<dyn Host>,

@@ -100,8 +100,8 @@ fn free_slot(entry: &RaidEntry, bdev: &Arc<dyn Bdev>) -> Option<usize> {
     (extent.offset + extent.len <= bdev.size_bytes()).then_some(slot)
 }
 
-/// Whether a new member can do what the array does. One that needs flushes is refused if guests were
-/// told that the array needs none: their data would not be durable there.
+/// Whether a new member can do what the array does. One that needs flushes is refused if guests
+/// were told that the array needs none: their data would not be durable there.
 fn can_join(array: Features, new: Features) -> bool {
     !new.read_only
         && (new.unmap || !array.unmap)
