@@ -283,3 +283,6 @@ impl Bdev for RaidDisk {
         Ok(Box::new(RaidChannel::new(self, array, cell, depth)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -189,42 +189,6 @@ fn nothing_is_copied_after_abandon() {
     assert!(stored(&members[0], 0, 4096).iter().all(|byte| *byte == 0), "copied after abandon");
 }
 
-/// A forged superblock has the largest number.
-#[test]
-fn the_largest_sequence_number_does_not_end_the_thread() {
-    let members = [malloc("a", 1 << 20), malloc("b", 1 << 20)];
-    let disk = array(Level::Raid1, 0, &members, Some(u64::MAX));
-    let removed = disk.remove_member(0).recv_timeout(LIMIT);
-    assert!(matches!(removed, Ok(Ok(()))), "{removed:?}");
-    let shared: Arc<dyn Bdev> = Arc::clone(&disk) as _;
-    assert!(write_ends(&mut Driver::new(&shared, 4), 0, &[1; 4096]), "writes hang");
-    assert_ne!(disk.array.state().seq_number, 0, "older than the removed member's");
-}
-
-/// A superblock has up to 255 members; a mask has 64.
-#[test]
-fn an_array_of_more_members_than_a_mask_has_bits_is_refused_or_written() {
-    let members: Vec<_> = (0..65).map(|n| malloc(&format!("m{n}"), 128 << 10)).collect();
-    let options = |bdev: &Arc<dyn Bdev>| OptionalMember {
-        bdev: Some(Arc::clone(bdev)),
-        uuid: bdev.uuid(),
-        extent: Extent { offset: OFFSET, len: bdev.size_bytes() - OFFSET },
-    };
-    let made = RaidDisk::create(RaidOptions {
-        name: "R".into(),
-        uuid: Uuid::new_v4(),
-        level: Level::Raid1,
-        strip: 0,
-        members: members.iter().map(options).collect(),
-        seq_number: Some(1),
-    });
-    let Ok(disk) = made else { return };
-    let shared: Arc<dyn Bdev> = Arc::clone(&disk) as _;
-    assert_eq!(Driver::new(&shared, 4).write(0, &[7; 4096]), Status::Ok);
-    let has_it = stored(&members[64], 0, 4096) == [7; 4096];
-    assert!(has_it, "configured, and without the write");
-}
-
 /// A rebuild takes hours. A member that is removed meanwhile must be free at once.
 #[test]
 fn a_rebuild_does_not_keep_a_removed_source() {

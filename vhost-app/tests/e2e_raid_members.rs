@@ -1,8 +1,11 @@
-//! Faults of RAID arrays that a review has found, each shown by a test.
+//! RAID arrays whose members are removed, added or deleted at an awkward time, or lie.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod harness;
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -122,8 +125,12 @@ fn a_member_that_waits_for_the_thread_keeps_its_claim() {
 #[test]
 fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one() {
     let vhost = Vhost::start(&[]);
-    ["A", "B", "C"].iter().for_each(|name| malloc(&vhost, name));
+    ["A", "C"].iter().for_each(|name| malloc(&vhost, name));
+    // The smallest member decides the size, also without it.
+    let small = json!({"name": "B", "num_blocks": 32768, "block_size": 512});
+    vhost.ok("bdev_malloc_create", small);
     vhost.ok("bdev_raid_create", create("R", "raid5f", 64, &["A", "B", "C"], false));
+    let blocks = shown(&vhost, "R")["num_blocks"].clone();
     remove(&vhost, "B");
     vhost.ok("bdev_malloc_delete", json!({"name": "C"}));
     wait_until("it is offline", || array(&vhost, "R")["state"] == "offline");
@@ -131,6 +138,7 @@ fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one()
     ["C", "B"].iter().for_each(|name| malloc(&vhost, name));
     let array = array(&vhost, "R");
     assert_eq!(array["base_bdevs_list"][1]["is_configured"], false, "{array}");
+    assert_eq!((&array["state"], &shown(&vhost, "R")["num_blocks"]), (&json!("online"), &blocks));
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -202,5 +210,47 @@ fn a_strip_of_a_tebibyte_does_not_end_the_process() {
     }
     let created = create("R", "raid5f", 1 << 30, &["A", "B", "C"], false);
     let _ = vhost.rpc("bdev_raid_create", created);
+    assert_eq!(vhost.stop(), 0);
+}
+
+/// CRC32C as SPDK computes it for a superblock.
+fn checksum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc: u32, _| {
+            crc >> 1 ^ if crc & 1 == 1 { 0x82F6_3B78 } else { 0 }
+        })
+    })
+}
+
+/// The entries of a superblock may be in any order: each says its slot.
+#[test]
+fn a_stale_member_is_taken_back_whatever_the_order_of_the_superblock_s_table() {
+    let vhost = Vhost::start(&[]);
+    let add = |n: u32| {
+        let name = format!("raid1-degraded-m{n}");
+        let packed = Path::new("../raid/tests/images").join(format!("{name}.img.zst"));
+        let file = vhost.dir().join(name);
+        let status = Command::new("zstd").arg("-dqf").arg(packed).arg("-o").arg(&file).status();
+        assert!(status.unwrap().success());
+        let mut bytes = fs::read(&file).unwrap();
+        let (first, second) = bytes[256..384].split_at_mut(64);
+        first.swap_with_slice(second);
+        bytes[16..20].fill(0);
+        let crc = checksum(&bytes[..384]).to_le_bytes();
+        bytes[16..20].copy_from_slice(&crc);
+        fs::write(&file, bytes).unwrap();
+        let uuid = format!("aaaaaaaa-0000-4000-8000-{n:012}");
+        let params =
+            json!({"name": format!("F{n}"), "filename": file, "block_size": 512, "uuid": uuid});
+        vhost.ok("bdev_aio_create", params);
+    };
+    add(9);
+    let online = array(&vhost, "raid1-degraded");
+    assert_eq!(online["state"], "online");
+    assert_eq!(online["base_bdevs_list"][1]["name"], "F9");
+    add(8);
+    wait_until("both are right", || {
+        array(&vhost, "raid1-degraded")["num_base_bdevs_operational"] == 2
+    });
     assert_eq!(vhost.stop(), 0);
 }
