@@ -121,6 +121,32 @@ fn a_member_that_waits_for_the_thread_keeps_its_claim() {
     assert_eq!(vhost.stop(), 0);
 }
 
+/// The same, and the new member is deleted meanwhile.
+#[test]
+fn a_member_that_is_deleted_while_it_waits_for_the_thread_is_let_go() {
+    let vhost = Vhost::start(&[]);
+    slow_rebuild(&vhost);
+    ["A", "B", "C", "D", "E"].iter().for_each(|name| malloc(&vhost, name));
+    vhost.ok("bdev_error_create", json!({"base_name": "B"}));
+    vhost.ok("bdev_raid_create", create("R", "raid1", 0, &["A", "EE_B", "C", "E"], true));
+    remove(&vhost, "C");
+    let hang =
+        json!({"name": "EE_B", "io_type": "write", "error_type": "pending", "num": 1_000_000});
+    vhost.ok("bdev_error_inject_error", hang);
+    thread::scope(|scope| {
+        scope.spawn(|| remove(&vhost, "E"));
+        thread::sleep(Duration::from_millis(300));
+        let add =
+            || vhost.rpc("bdev_raid_add_base_bdev", json!({"raid_bdev": "R", "base_bdev": "D"}));
+        let added = scope.spawn(add);
+        thread::sleep(Duration::from_millis(300));
+        vhost.ok("bdev_malloc_delete", json!({"name": "D"}));
+        assert!(added.join().unwrap().is_err());
+    });
+    assert!(!members(&vhost).contains(&"D".to_owned()));
+    assert_eq!(vhost.stop(), 0);
+}
+
 /// A member that was removed, and lacks later writes, is not current when the array returns.
 #[test]
 fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one() {

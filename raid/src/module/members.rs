@@ -120,10 +120,22 @@ async fn start(
     let layout = entry.disk.layout();
     let unit = if layout.strip > 0 { layout.stripe() } else { u64::from(layout.block_size) };
     let pace = Shared::pace(&**host, unit);
+    let added = Arc::downgrade(&bdev);
     let result = entry.disk.add_reserved(slot, bdev, pace, reserved);
     let ended = || Err(Error::Busy("the array does not answer".into()));
     let work = move || result.recv_timeout(LIMIT).unwrap_or_else(|_| ended());
-    Aside::new(entry.disk.name(), 1).run(host, 2 * LIMIT, work).await
+    Aside::new(entry.disk.name(), 1).run(host, 2 * LIMIT, work).await?;
+    if added.upgrade().is_some_and(|bdev| host.registry().holds(&bdev)) {
+        return Ok(());
+    }
+    // It was deleted before it was a member, and nobody has told the array.
+    let is_it = |bdev: &Arc<dyn Bdev>| std::ptr::addr_eq(Arc::as_ptr(bdev), added.as_ptr());
+    if let Some(slot) = entry.slot_of(is_it) {
+        let result = entry.disk.remove_member(slot);
+        entry.wait_for_removal(host, result).await?;
+    }
+    let source = std::io::Error::from_raw_os_error(libc::ENODEV);
+    Err(Error::System { what: "it was deleted".into(), source })
 }
 
 /// Takes a member back that was left out, or removed, with a rebuild.
