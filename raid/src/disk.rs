@@ -75,8 +75,14 @@ impl RaidDisk {
         if striped != (strip.is_power_of_two() && strip >= unit) || (!striped && strip != 0) {
             return Err(invalid("the strip size is not valid"));
         }
+        if strip > level.strip_max() {
+            return Err(invalid("its strips are too large"));
+        }
         if present.len() < level.operational(members.len()) || members.len() < level.members_min() {
             return Err(invalid("it has too few members"));
+        }
+        if members.len() > level.members_max() {
+            return Err(invalid("it has too many members"));
         }
         let extents = members.iter().map(|member| member.extent).collect();
         let layout = Layout::new(level, strip, block_size, extents)
@@ -115,7 +121,18 @@ impl RaidDisk {
         bdev: Arc<dyn Bdev>,
         pace: Pace,
     ) -> Receiver<Result<(), Error>> {
-        self.ask(|done| Command::Add { slot, bdev, pace, done })
+        self.add_reserved(slot, bdev, pace, Arc::default())
+    }
+
+    /// The same. `reserved` is dropped when the slot has the bdev, or will not get it.
+    pub(crate) fn add_reserved(
+        &self,
+        slot: usize,
+        bdev: Arc<dyn Bdev>,
+        pace: Pace,
+        reserved: Arc<()>,
+    ) -> Receiver<Result<(), Error>> {
+        self.ask(|done| Command::Add { slot, bdev, pace, reserved, done })
     }
 
     fn ask(
@@ -196,7 +213,7 @@ fn features(members: &[Arc<dyn Bdev>]) -> Features {
     }
 }
 
-/// The sizes of the first member, and strips as the best size.
+/// The sizes of the member with the largest physical blocks, and strips as the best size.
 fn topology(layout: &Layout, members: &[Arc<dyn Bdev>]) -> Topology {
     let base = members.iter().map(|bdev| bdev.topology());
     let base = base.max_by_key(|topology| topology.physical_block_size).unwrap_or_default();
@@ -266,3 +283,6 @@ impl Bdev for RaidDisk {
         Ok(Box::new(RaidChannel::new(self, array, cell, depth)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,12 @@
 //! The kinds of arrays.
 
+use crate::array::MASK_MAX;
+use crate::superblock::MEMBERS_MAX;
+
+/// The largest strip of raid5f in bytes. A channel has two buffers of a strip, and no guest writes
+/// larger stripes.
+const PARITY_STRIP_MAX: u64 = 16 << 20;
+
 /// The way in which an array stores its data on its members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -47,6 +54,16 @@ impl Level {
             Self::Raid1 => 2,
             Self::Raid5f => 3,
         }
+    }
+
+    /// The largest number of members.
+    pub(crate) fn members_max(self) -> usize {
+        if self.is_redundant() { MASK_MAX } else { MEMBERS_MAX }
+    }
+
+    /// The largest strip in bytes. A channel of raid5f has buffers for whole strips.
+    pub(crate) fn strip_max(self) -> u64 {
+        if self == Self::Raid5f { PARITY_STRIP_MAX } else { u64::MAX }
     }
 
     /// The smallest number of members with which an array of `members` works.

@@ -31,8 +31,6 @@ mod faulty;
 #[cfg(test)]
 mod hanging;
 #[cfg(test)]
-mod review;
-#[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "small numbers")]
 mod simulation;
 

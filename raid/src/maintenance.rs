@@ -39,8 +39,18 @@ pub struct Pace {
 
 /// What the thread is asked for. `done` is dropped if the array ends first.
 pub(crate) enum Command {
-    Remove { slot: usize, done: Sender<Result<(), Error>> },
-    Add { slot: usize, bdev: Arc<dyn Bdev>, pace: Pace, done: Sender<Result<(), Error>> },
+    Remove {
+        slot: usize,
+        done: Sender<Result<(), Error>>,
+    },
+    Add {
+        slot: usize,
+        bdev: Arc<dyn Bdev>,
+        pace: Pace,
+        /// Keeps the slot and the claim on the bdev for this command.
+        reserved: Arc<()>,
+        done: Sender<Result<(), Error>>,
+    },
 }
 
 #[derive(Default)]
@@ -138,8 +148,10 @@ impl Thread {
         let command = self.commands.lock().pop_front();
         match command {
             Some(Command::Remove { slot, done }) => self.remove_slot(slot, done),
-            Some(Command::Add { slot, bdev, pace, done }) => {
-                let _ = done.send(self.start_rebuild(slot, bdev, pace));
+            Some(Command::Add { slot, bdev, pace, reserved, done }) => {
+                let begun = self.start_rebuild(slot, bdev, pace);
+                drop(reserved);
+                let _ = done.send(begun);
             }
             None => {}
         }
@@ -252,7 +264,7 @@ impl Thread {
         loop {
             let (bytes, first, others) = {
                 let mut state = self.array.state();
-                state.seq_number += 1;
+                state.seq_number = state.seq_number.saturating_add(1);
                 let of = |mask: u64| {
                     let member = |slot: usize| Some((slot, state.slots.get(slot)?.bdev.clone()?));
                     slots_of(mask).filter_map(member).collect::<Vec<_>>()

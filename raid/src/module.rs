@@ -111,6 +111,13 @@ impl Shared {
         self.assemblies.borrow().iter().find(|assembly| is_it(assembly)).cloned()
     }
 
+    /// Waits while an array is going online, which may then be online.
+    async fn idle(&self, host: &Rc<dyn Host>, is_it: impl Fn(&Assembly) -> bool) {
+        while self.assembly(|assembly| assembly.is_busy() && is_it(assembly)).is_some() {
+            host.sleep(entry::POLL).await;
+        }
+    }
+
     fn forget(&self, assembly: &Rc<Assembly>) {
         self.assemblies.borrow_mut().retain(|other| !Rc::ptr_eq(other, assembly));
     }
@@ -130,6 +137,8 @@ async fn delete_array(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) ->
         clear_sb: bool,
     }
     let Delete { name, clear_sb } = params.decode(PARSE)?;
+    let is_it = |assembly: &Assembly| assembly.name == name;
+    shared.idle(&host, is_it).await;
     let mut clear = vec![];
     if let Some((id, entry)) = online(&*host, &name) {
         let members = entry.disk.array.members();
@@ -146,7 +155,7 @@ async fn delete_array(shared: Rc<Shared>, host: Rc<dyn Host>, params: Params) ->
         life::settle(&host).await;
         return cleared;
     }
-    let Some(assembly) = shared.assembly(|assembly| assembly.name == name) else {
+    let Some(assembly) = shared.assembly(is_it) else {
         let text = format!("raid bdev {name} not found");
         return Err(MethodError { code: -i64::from(libc::ENODEV), text });
     };

@@ -14,6 +14,9 @@ pub(crate) const RESERVED: u64 = 1 << 20;
 pub(crate) const NAME_MAX: usize = 63;
 /// The largest number of members.
 pub(crate) const MEMBERS_MAX: usize = 255;
+/// The largest sequence number. Each change adds one, so a larger number is forged. The rest is
+/// room to count on.
+pub(crate) const SEQ_MAX: u64 = 1 << 63;
 
 const SIGNATURE: &[u8; 8] = b"SPDKRAID";
 const CRC: std::ops::Range<usize> = 16..20;
@@ -155,12 +158,20 @@ impl Superblock {
         if self.name.is_empty() || self.uuid.is_nil() {
             return Err("it has no name or no UUID");
         }
-        if slots < self.level.members_min() || self.members.len() != slots {
+        let range = self.level.members_min()..=self.level.members_max();
+        if !range.contains(&slots) || self.members.len() != slots {
             return Err("its number of members is out of range");
+        }
+        if self.seq_number > SEQ_MAX {
+            return Err("its sequence number is out of range");
         }
         let striped = self.level != Level::Raid1;
         if striped != self.strip_size.is_power_of_two() || (!striped && self.strip_size != 0) {
             return Err("its strip size is not valid");
+        }
+        let strip = u64::from(self.strip_size).saturating_mul(self.block_size.into());
+        if strip > self.level.strip_max() {
+            return Err("its strips are too large");
         }
         if (0..slots).any(|slot| self.member(slot).is_none()) {
             return Err("its slots are not valid");

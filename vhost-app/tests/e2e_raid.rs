@@ -344,13 +344,16 @@ fn a_rebuild_shows_its_progress_and_ends_with_its_target() {
     assert_eq!((&shown["type"], &shown["target"]), (&json!("rebuild"), &json!("D")));
     assert!(shown["progress"]["percent"].as_u64().unwrap() < 100);
     assert_eq!(add(&vhost, "R", "A"), Err(Refusal::new(-1, "Operation not permitted")));
-    // The saved configuration names no member that is not right.
+    // The saved configuration names no member that is not right, and keeps its slot.
     let saved = vhost.spdk_rpc(&["save_config"]).unwrap();
     let saved: Value = serde_json::from_str(&saved).unwrap();
     let calls = saved["subsystems"].as_array().unwrap().iter();
     let calls = calls.flat_map(|subsystem| subsystem["config"].as_array().into_iter().flatten());
     let call = calls.clone().find(|call| call["method"] == "bdev_raid_create").unwrap();
-    assert_eq!(call["params"]["base_bdevs"], json!(["C"]));
+    assert_eq!(
+        call["params"]["base_bdevs"],
+        json!(["removed_base_bdev_0", "removed_base_bdev_1", "C"])
+    );
     vhost.ok("bdev_malloc_delete", json!({"name": "D"}));
     wait_until("the rebuild has ended", || process().is_null());
     assert_eq!(array(&vhost, "R")["num_base_bdevs_discovered"], 1);

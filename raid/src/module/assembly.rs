@@ -15,6 +15,9 @@ use super::{CREATE, Shared, info_online, write};
 use crate::superblock::{MemberState, RESERVED, Superblock};
 use crate::{Extent, Level, OptionalMember, RaidDisk, RaidOptions};
 
+/// The size of a member that is not there: the others decide how much is used.
+const EMPTY_LEN: u64 = i64::MAX.cast_unsigned();
+
 /// The state that SPDK shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -70,6 +73,15 @@ pub(super) struct Assembly {
     reservation: RefCell<Option<Reservation>>,
     /// It is going online.
     busy: Cell<bool>,
+}
+
+/// Resets the flag at the end, also if the start is given up.
+struct Busy<'a>(&'a Cell<bool>);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
 }
 
 impl Assembly {
@@ -180,6 +192,11 @@ impl Assembly {
         self.found.borrow().is_some()
     }
 
+    /// The UUID that the array has, or will have.
+    pub(super) fn reserved_uuid(&self) -> Option<Uuid> {
+        self.reservation.borrow().as_ref().map(|reservation| reservation.uuid)
+    }
+
     pub(super) fn uuid(&self) -> Option<Uuid> {
         let found = self.found.borrow().as_ref().map(|found| found.uuid);
         found.or_else(|| self.given.as_ref()?.uuid)
@@ -197,7 +214,13 @@ impl Assembly {
         Some(Call { method: CREATE, params: given.params.clone() })
     }
 
-    /// Makes the bdev of a complete array, and writes superblocks.
+    /// Whether it is going online: then it must not be changed.
+    pub(super) fn is_busy(&self) -> bool {
+        self.busy.get()
+    }
+
+    /// Makes the bdev of a complete array, and writes superblocks. It stays in its list until it is
+    /// online: a member that arrives meanwhile must find it.
     ///
     /// # Errors
     /// The members do not fit, or a superblock that is needed cannot be written.
@@ -209,19 +232,42 @@ impl Assembly {
         if self.busy.replace(true) {
             return Ok(());
         }
-        let online = self.bring_up(shared, host).await;
-        self.busy.set(false);
-        online
+        let _ends = Busy(&self.busy);
+        self.bring_up(shared, host).await
     }
 
-    async fn bring_up(&self, shared: &Rc<Shared>, host: &Rc<dyn Host>) -> Result<(), Error> {
+    async fn bring_up(
+        self: &Rc<Self>,
+        shared: &Rc<Shared>,
+        host: &Rc<dyn Host>,
+    ) -> Result<(), Error> {
         let taken = || Error::Busy(format!("{}: the name is taken", self.name));
-        let uuid = self.reservation.borrow().as_ref().map(|r| r.uuid).ok_or_else(taken)?;
+        let uuid = self.reserved_uuid().ok_or_else(taken)?;
+        let disk = self.write_first(host, uuid).await?;
+        // A member that was deleted meanwhile may return.
+        if !self.is_complete(&**host) {
+            return Err(Error::Busy(format!("{}: a member was deleted", self.name)));
+        }
+        let reservation = self.reservation.borrow_mut().take().ok_or_else(taken)?;
+        let bases = std::mem::take(&mut *self.slots.borrow_mut());
+        let entry = RaidEntry::new(shared, host, disk, self.given.clone(), bases);
+        // The bdev is registered before `add` waits for the first time, and what it waits for may
+        // wait for this array.
+        shared.forget(self);
+        self.busy.set(false);
+        life::add(host, reservation, entry).await.map_err(|e| Error::Busy(e.text))?;
+        info_online(&self.name);
+        Ok(())
+    }
+
+    /// Makes the disk, and writes its first superblocks. Members that do not take theirs are left
+    /// out.
+    async fn write_first(&self, host: &Rc<dyn Host>, uuid: Uuid) -> Result<Arc<RaidDisk>, Error> {
         let mut seq_number = self.first_seq_number();
-        let disk = loop {
+        loop {
             let disk = RaidDisk::create(self.options(uuid, seq_number)?)?;
             if !disk.array.superblock {
-                break disk;
+                return Ok(disk);
             }
             let (bytes, members) = {
                 let state = disk.array.state();
@@ -230,27 +276,33 @@ impl Assembly {
                 (disk.array.superblock(&state, 0).encode(), members.collect())
             };
             let failed = write(host, &self.name, members, bytes).await?;
-            let Some((_, e)) = failed.first() else { break disk };
-            let left = self.present().len() - failed.len();
-            let slots = self.slots.borrow().len();
-            // A new array needs all of its members.
-            if self.found.borrow().is_none() || left < self.level.operational(slots) {
-                return Err(Error::Busy(format!(
-                    "{}: superblocks are not written: {e}",
-                    self.name
-                )));
+            // Should the start fail, the next one counts on.
+            if let (Some(found), Some(seq)) = (&mut *self.found.borrow_mut(), seq_number) {
+                found.seq_number = seq;
             }
-            for (slot, _) in failed {
-                warn!("bdev {}: goes on without the member in slot {slot}", self.name);
-                self.slots.borrow_mut()[slot].base = None;
-            }
-            seq_number = seq_number.map(|seq| seq + 1);
-        };
-        let reservation = self.reservation.borrow_mut().take().ok_or_else(taken)?;
-        let bases = std::mem::take(&mut *self.slots.borrow_mut());
-        let entry = RaidEntry::new(shared, host, disk, self.given.clone(), bases);
-        life::add(host, reservation, entry).await.map_err(|e| Error::Busy(e.text))?;
-        info_online(&self.name);
+            let Some((_, e)) = failed.first() else { return Ok(disk) };
+            self.leave_out(&failed).map_err(|()| {
+                Error::Busy(format!("{}: superblocks are not written: {e}", self.name))
+            })?;
+            seq_number = seq_number.map(|seq| seq.saturating_add(1));
+        }
+    }
+
+    /// Lets go of members that have failed, unless too few would be left.
+    fn leave_out(&self, failed: &[(usize, Error)]) -> Result<(), ()> {
+        let mut released = vec![];
+        let mut slots = self.slots.borrow_mut();
+        let stays = |n: usize| failed.iter().all(|(slot, _)| *slot != n);
+        let left = slots.iter().enumerate().filter(|(n, slot)| slot.base.is_some() && stays(*n));
+        // A new array needs all of its members.
+        if self.found.borrow().is_none() || left.count() < self.level.operational(slots.len()) {
+            return Err(());
+        }
+        for (slot, _) in failed {
+            warn!("bdev {}: goes on without the member in slot {slot}", self.name);
+            slots[*slot].wanted = Wanted::Nothing;
+            released.push(slots[*slot].base.take());
+        }
         Ok(())
     }
 
@@ -265,13 +317,18 @@ impl Assembly {
     fn options(&self, uuid: Uuid, seq_number: Option<u64>) -> Result<RaidOptions, Error> {
         let found = self.found.borrow();
         let slots = self.slots.borrow();
+        let used = self.given.as_ref().and_then(|given| given.used);
         let mut members = vec![];
         for (n, slot) in slots.iter().enumerate() {
             let bdev = slot.base.as_ref().and_then(Held::bdev);
             let extent = match (&*found, &bdev) {
                 (Some(found), _) => extent_in(found, n, bdev.as_deref())?,
-                (None, Some(bdev)) => extent_of(&**bdev, seq_number.is_some())?,
-                (None, None) => Extent { offset: 0, len: 0 },
+                (None, Some(bdev)) => {
+                    let Extent { offset, len } = extent_of(&**bdev, seq_number.is_some())?;
+                    Extent { offset, len: len.min(used.unwrap_or(len)) }
+                }
+                // Of a redundant array: the smallest member decides.
+                (None, None) => Extent { offset: 0, len: used.unwrap_or(EMPTY_LEN) },
             };
             members.push(OptionalMember { bdev, uuid: slot.uuid, extent });
         }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -15,12 +16,13 @@ use tracing::{error, warn};
 use super::assembly::{Assembly, AssemblySlot, Held, Phase, Wanted};
 use super::create::Given;
 use super::{CREATE, LIMIT, NAME, Shared, show};
-use crate::array::{Array, SlotState, bit};
+use crate::array::{Array, Slot, SlotState, State, bit};
 use crate::disk::RaidDisk;
 use crate::superblock::{MemberState, Superblock};
 
-/// The interval at which the control thread looks whether an array has let go of its members.
-const POLL: Duration = Duration::from_millis(20);
+/// The interval at which the control thread looks whether an array has let go of its members, or
+/// has started.
+pub(super) const POLL: Duration = Duration::from_millis(20);
 
 pub(super) struct RaidEntry {
     pub(super) disk: Arc<RaidDisk>,
@@ -30,6 +32,8 @@ pub(super) struct RaidEntry {
     given: Option<Given>,
     /// By slot.
     claims: RefCell<Vec<Option<Claim>>>,
+    /// Slots for which a bdev is on its way, each with a token that is dropped at the end.
+    reserved: RefCell<Vec<(usize, std::sync::Weak<()>)>>,
 }
 
 impl RaidEntry {
@@ -47,6 +51,7 @@ impl RaidEntry {
             host: Rc::downgrade(host),
             given,
             claims: RefCell::new(claims),
+            reserved: RefCell::default(),
         })
     }
 
@@ -96,7 +101,7 @@ impl RaidEntry {
         let name = self.disk.name().to_owned();
         let work = move || match result.recv_timeout(LIMIT) {
             Ok(removed) => removed,
-            // The array has ended.
+            // The array was deleted, and its thread has ended.
             Err(RecvTimeoutError::Disconnected) => Ok(()),
             Err(RecvTimeoutError::Timeout) => Err(Error::System {
                 what: format!("{name}: I/O of the removed member has not ended"),
@@ -110,23 +115,51 @@ impl RaidEntry {
         removed
     }
 
-    pub(super) fn set_claim(&self, slot: usize, claim: Claim) {
-        if let Some(place) = self.claims.borrow_mut().get_mut(slot) {
-            *place = Some(claim);
-        }
+    /// Keeps a free slot and the claim on its new member until the result is dropped.
+    pub(super) fn reserve(&self, slot: usize, claim: Claim) -> Arc<()> {
+        let token = Arc::new(());
+        self.reserved.borrow_mut().push((slot, Arc::downgrade(&token)));
+        let before = self.claims.borrow_mut().get_mut(slot).and_then(|s| s.replace(claim));
+        drop(before);
+        token
+    }
+
+    /// Whether a bdev is on its way to this slot.
+    pub(super) fn is_reserved(&self, slot: usize) -> bool {
+        let mut reserved = self.reserved.borrow_mut();
+        reserved.retain(|(_, token)| token.strong_count() > 0);
+        reserved.iter().any(|(other, _)| *other == slot)
     }
 
     /// Releases the claims on bdevs that are members no more. Returns whether there was one.
-    fn release_claims(&self) -> bool {
+    pub(super) fn release_claims(&self) -> bool {
+        // First: a member that arrives meanwhile keeps its claim.
+        let reserved: Vec<bool> =
+            (0..self.array().layout.members()).map(|slot| self.is_reserved(slot)).collect();
         let there: Vec<bool> = {
             let state = self.array().state();
             state.slots.iter().map(|slot| slot.bdev.is_some()).collect()
         };
         let mut released = vec![];
-        for (claim, there) in self.claims.borrow_mut().iter_mut().zip(there) {
-            released.extend(claim.take_if(|_| !there));
+        let kept = reserved.into_iter().zip(there).map(|(reserved, there)| reserved || there);
+        for (claim, kept) in self.claims.borrow_mut().iter_mut().zip(kept) {
+            released.extend(claim.take_if(|_| !kept));
         }
         !released.is_empty()
+    }
+
+    /// The call with the members whose data is right.
+    fn present(&self, given: &Given, state: &State) -> Given {
+        let (layout, live) = (&self.array().layout, self.array().live.load(Ordering::Acquire));
+        let redundant = layout.level.is_redundant();
+        // A member that is about to be removed is not in `live` any more.
+        let right = |(n, slot): (usize, &Slot)| {
+            let right = slot.state == SlotState::InSync && (!redundant || live & bit(n) != 0);
+            slot.bdev.clone().filter(|_| right)
+        };
+        let members: Vec<_> = state.slots.iter().enumerate().map(right).collect();
+        let used = layout.extents.first().filter(|_| redundant).map(|extent| extent.len);
+        Given { used, ..given.with_members(&members) }
     }
 
     /// The array as it waits for its members to return.
@@ -138,7 +171,7 @@ impl RaidEntry {
             place.bdev.clone().filter(|_| place.state == SlotState::InSync)
         };
         let members: Vec<_> = (0..state.slots.len()).map(live).collect();
-        let given = self.given.clone();
+        let given = self.given.as_ref().map(|given| self.present(given, &state));
         (found.is_some() || given.is_some()).then(|| Lost {
             name: self.disk.name().to_owned(),
             uuid: self.disk.uuid(),
@@ -165,17 +198,13 @@ impl Entry for RaidEntry {
         Description::specific(NAME, Value::Object(about))
     }
 
-    /// The call with the present members. An array with superblocks is found by examine.
+    /// The call with the members whose data is right. Examine finds an array with superblocks.
     fn config(&self) -> Vec<Call> {
         if self.array().superblock {
             return vec![];
         }
         let Some(given) = &self.given else { return vec![] };
-        let mut params = given.params.clone();
-        let state = self.array().state();
-        let live = state.slots.iter().filter(|slot| slot.state == SlotState::InSync);
-        let names = live.filter_map(|slot| Some(slot.bdev.as_ref()?.name().into()));
-        params.insert("base_bdevs".into(), Value::Array(names.collect()));
+        let params = self.present(given, &self.array().state()).params;
         vec![Call { method: CREATE, params }]
     }
 
@@ -258,21 +287,20 @@ struct Lost {
 impl Lost {
     /// Lets the array wait, if there is still a member of it.
     fn wait_for_members(self, host: &Rc<dyn Host>, shared: &Rc<Shared>) {
-        let names = self.given.iter().flat_map(|given| given.bases.clone());
-        let names: Vec<String> = names.collect();
         let mut slots = vec![];
         for (n, (member, claim)) in self.members.into_iter().zip(self.claims).enumerate() {
             let bdev = member.and_then(|member| member.upgrade());
             let bdev = bdev.filter(|bdev| host.registry().holds(bdev));
-            let base = bdev.zip(claim).map(|(bdev, claim)| Held::new(&bdev, claim));
             let entry = self.found.as_ref().and_then(|found| found.member(n));
             let uuid = entry.map_or(uuid::Uuid::nil(), |entry| entry.uuid);
-            let wanted = match (entry, names.get(n)) {
+            let wanted = match (entry, &self.given) {
                 (Some(entry), _) if entry.state == MemberState::Configured => Wanted::Uuid(uuid),
-                (Some(_), _) => Wanted::Nothing,
-                (None, Some(name)) => Wanted::Name(name.clone()),
-                (None, None) => Wanted::Nothing,
+                // A member that was removed is stale.
+                (None, Some(given)) => given.wanted(n),
+                _ => Wanted::Nothing,
             };
+            let base = bdev.zip(claim).filter(|_| wanted != Wanted::Nothing);
+            let base = base.map(|(bdev, claim)| Held::new(&bdev, claim));
             slots.push(AssemblySlot { wanted, base, uuid });
         }
         if slots.iter().all(|slot| slot.base.is_none()) {

@@ -94,9 +94,14 @@ pub(super) async fn examine(shared: Rc<Shared>, host: &Rc<dyn Host>, bdev: &Arc<
     let found = superblock(&shared, host, bdev).await;
     let waits =
         |assembly: &Assembly| !assembly.has_superblocks() && assembly.slot_for(&**bdev).is_some();
+    shared.idle(host, waits).await;
     if let Some(assembly) = shared.assembly(waits) {
         match found {
             Ok(None) => add(&shared, host, &assembly, bdev).await,
+            // Its start has failed after this member had its superblock.
+            Ok(Some(own)) if Some(own.uuid) == assembly.reserved_uuid() => {
+                add(&shared, host, &assembly, bdev).await;
+            }
             Ok(Some(other)) => {
                 let (name, array) = (bdev.name(), other.name);
                 error!("bdev {}: {name} is not used: it belongs to {array}", assembly.name);
@@ -118,15 +123,18 @@ async fn add_found(
     found: Superblock,
 ) {
     let (name, array) = (bdev.name(), found.name.clone());
-    let Some(slot) = found.members.iter().position(|member| member.uuid == bdev.uuid()) else {
+    let Some(member) = found.members.iter().find(|member| member.uuid == bdev.uuid()) else {
         info!("bdev {name}: has a superblock of {array}, which does not name its UUID");
         return;
     };
+    let slot = usize::from(member.slot);
+    let of_array = |assembly: &Assembly| assembly.uuid() == Some(found.uuid);
+    shared.idle(host, of_array).await;
     let entries = host.registry().entries_of::<RaidEntry>();
     if let Some((_, entry)) = entries.iter().find(|(_, e)| e.disk.array.uuid == found.uuid) {
         return rejoin(host, entry, bdev, &found, slot).await;
     }
-    let assembly = match shared.assembly(|assembly| assembly.uuid() == Some(found.uuid)) {
+    let assembly = match shared.assembly(of_array) {
         Some(assembly) => {
             let newer = |known: &Superblock| found.seq_number > known.seq_number;
             if assembly.found.borrow().as_ref().is_none_or(newer) {
@@ -149,7 +157,8 @@ async fn add_found(
     add(shared, host, &assembly, bdev).await;
 }
 
-/// Adds a bdev to an array that waits for it, and brings the array up if it is complete.
+/// Adds a bdev to an array that waits for it and is not busy. If the array is complete then, it is
+/// brought up.
 async fn add(
     shared: &Rc<Shared>,
     host: &Rc<dyn Host>,
@@ -157,22 +166,18 @@ async fn add(
     bdev: &Arc<dyn Bdev>,
 ) {
     let name = &assembly.name;
-    match (assembly.slot_for(&**bdev), claim(host, bdev)) {
-        (Some(slot), Some(claim)) => {
+    match assembly.slot_for(&**bdev) {
+        Some(slot) => {
+            let Some(claim) = claim(host, bdev) else { return };
             info!("bdev {name}: member {} is there", bdev.name());
             assembly.set_base(slot, Held::new(bdev, claim));
         }
-        (Some(_), None) => return,
-        (None, _) => {
-            info!("bdev {name}: {} is not a current member", bdev.name());
-        }
+        None => info!("bdev {name}: {} is not a current member", bdev.name()),
     }
-    if assembly.is_complete(&**host) {
-        shared.forget(assembly);
-        if let Err(e) = assembly.go_online(shared, host).await {
-            error!("bdev {name}: the array stays offline: {e}");
-            shared.assemblies.borrow_mut().push(Rc::clone(assembly));
-        }
+    if assembly.is_complete(&**host)
+        && let Err(e) = assembly.go_online(shared, host).await
+    {
+        error!("bdev {name}: the array stays offline: {e}");
     }
 }
 

@@ -99,4 +99,15 @@ fn fields_out_of_range_are_refused() {
     refuse(|s| s.members.truncate(2));
     refuse(|s| s.members[0].slot = 4);
     refuse(|s| s.members[0].slot = 1);
+    refuse(|s| s.seq_number = SEQ_MAX + 1);
+    refuse(|s| s.strip_size = 64 << 10);
+    let with = |count: u8| {
+        let mut many = good.clone();
+        let member = good.members[0].clone();
+        many.members = (0..count).map(|slot| SuperMember { slot, ..member.clone() }).collect();
+        many.num_base_bdevs = count;
+        Superblock::parse(&many.encode(), 512)
+    };
+    assert!(matches!(with(64), Parsed::Valid(_)));
+    assert!(matches!(with(65), Parsed::Invalid(_)), "a mask has 64 bits");
 }
