@@ -12,11 +12,9 @@ use crossbeam_queue::ArrayQueue;
 use uuid::Uuid;
 
 use crate::layout::Layout;
+use crate::level::MASK_MAX;
 use crate::superblock::{MemberState, SuperMember, Superblock};
 use lane::Lane;
-
-/// The largest number of members of a redundant array: one bit of a mask for each.
-pub(crate) const MASK_MAX: usize = 64;
 
 /// The most ranges that wait for a repair: the I/Os of several guests. Further ones stay as they are,
 /// as after a power cut.

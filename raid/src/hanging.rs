@@ -279,7 +279,7 @@ fn a_removed_member_with_parity_under_way_does_not_stop_new_writes() {
 
 /// A write of a rebuild that was given up is still under way. The member is added again.
 #[test]
-fn a_late_write_of_a_failed_rebuild_does_not_spoil_the_next_one() {
+fn a_late_write_of_a_failed_rebuild_does_not_corrupt_the_next_one() {
     let stuck = Stuck::new("stuck", 1 << 20);
     let members = [malloc("a", 1 << 20), malloc("b", 1 << 20)];
     let disk = array(Level::Raid1, 0, &members, None);

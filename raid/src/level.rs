@@ -1,8 +1,9 @@
 //! The kinds of arrays.
 
-use crate::array::MASK_MAX;
 use crate::superblock::MEMBERS_MAX;
 
+/// The largest number of members of a redundant array: one bit of a mask for each.
+pub(crate) const MASK_MAX: usize = 64;
 /// The largest strip of raid5f in bytes. A channel has two buffers of a strip, and no guest writes
 /// larger stripes.
 const PARITY_STRIP_MAX: u64 = 16 << 20;

@@ -122,7 +122,7 @@ struct Thread {
 impl Thread {
     fn run(&mut self) {
         while !self.commands.stop.load(Ordering::Acquire) {
-            self.turn();
+            self.round();
             if self.leaving.is_empty() && self.rebuild.is_none() && self.retry_at.is_none() {
                 self.array.waker.wait(|| self.has_work() || self.has_repairs());
             } else if self.rebuild.as_ref().is_none_or(|rebuild| rebuild.waits) && !self.has_work()
@@ -139,7 +139,7 @@ impl Thread {
     }
 
     /// Does what is due now: failed members first, as guests' writes wait for them.
-    fn turn(&mut self) {
+    fn round(&mut self) {
         // Acquire: pairs with the Release of the channel that has removed the members.
         let failed = self.array.failed.swap(0, Ordering::AcqRel);
         if failed != 0 {
@@ -328,7 +328,7 @@ impl Thread {
                 }
             }
             let bdev = self.array.state().slots.get(leaving.slot).and_then(|s| s.bdev.clone());
-            // Also I/O that was given up: it could spoil what the member has later.
+            // Also I/O that was given up: it could corrupt what the member has later.
             if busy || bdev.is_some_and(|bdev| is_busy(&bdev)) {
                 self.leaving.push(leaving);
                 continue;

@@ -240,7 +240,7 @@ fn arrays_of_spdk_read_as_recorded_again_and_again() {
         let vhost = Vhost::start(&[]);
         for (name, block_size, files, first, sha) in &sets {
             for (n, path) in (*first..).zip(files) {
-                assert_eq!(array(&vhost, name)["state"] == "online", false, "{name}");
+                assert_ne!(array(&vhost, name)["state"], "online", "{name}");
                 file(&vhost, path, n, *block_size);
             }
             assert_eq!(array(&vhost, name)["state"], "online", "{name} in round {round}");

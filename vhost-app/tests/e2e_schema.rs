@@ -77,7 +77,6 @@ fn unsaved() -> Vec<(&'static str, Value)> {
 /// What an SPDK without objects of these kinds answers.
 fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
     let refused = |code, text: &str| Err(Refusal::new(code, text));
-    let no_device = || refused(-19, "No such device");
     let x = || json!({"name": "x"});
     vec![
         ("bdev_nvme_get_discovery_info", Value::Null, Ok(json!([]))),

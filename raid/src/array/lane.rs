@@ -233,7 +233,7 @@ impl Lane {
     /// Starts parts of the waiting I/Os, a bounded number of them.
     fn start_parts(&mut self) {
         // Also what follows may owe pieces: `wait` then asks for the next poll.
-        self.compute_owed();
+        self.compute_pending();
         self.is_stuck = false;
         for _ in 0..PARTS_PER_CALL {
             let Some(&tag) = self.waiting.front() else { return };
@@ -455,7 +455,7 @@ impl Lane {
         while let Some(index) = self.refused.pop_front() {
             self.end_child(index, Status::IoError);
         }
-        self.abandon_owed();
+        self.abandon_pending();
         for member in &mut self.members {
             if let Some(channel) = &mut member.channel {
                 channel.abandon();

@@ -1,9 +1,9 @@
 //! raid5f: whole stripes with their parity, and data that is computed from the other members.
 //!
 //! A stripe is written with the parity of the guest's segments. A guest that changes them meanwhile
-//! spoils the parity of what it is writing, and of nothing else: a stripe is always written as a
+//! corrupts the parity of what it is writing, and of nothing else: a stripe is always written as a
 //! whole, by one I/O. Strips of a member that is missing, or that fails a read, are computed from all
-//! other members, a bounded number of bytes at a time; what is owed waits in [`Parity::owed`].
+//! other members, a bounded number of bytes at a time; what is not computed yet waits in [`Parity::uncomputed`].
 #![expect(unsafe_code, reason = "copies between guests' segments and the channel's buffers")]
 
 use std::collections::VecDeque;
@@ -26,7 +26,7 @@ const SOURCES: u16 = 2;
 /// Bytes that are computed in one call, if members read at once.
 const BYTES_PER_CALL: u64 = 8 * PIECE as u64;
 /// Further pieces that may wait.
-const OWED_MAX: usize = 64;
+const UNCOMPUTED_MAX: usize = 64;
 
 /// The buffers of a channel of raid5f.
 pub(super) struct Parity {
@@ -37,7 +37,7 @@ pub(super) struct Parity {
     free_sources: Vec<u16>,
     scratch: Buffer,
     /// Pieces to compute: their I/O, offset in it, and length.
-    owed: VecDeque<(Tag, u64, u64)>,
+    uncomputed: VecDeque<(Tag, u64, u64)>,
 }
 
 /// A buffer and its segment. Both are on the heap, where they do not move while a member uses them.
@@ -102,7 +102,7 @@ impl Parity {
             sources: (0..SOURCES).map(sources).collect(),
             free_sources: (0..SOURCES).collect(),
             scratch: Buffer::new(piece),
-            owed: VecDeque::with_capacity(OWED_MAX + usize::from(pool)),
+            uncomputed: VecDeque::with_capacity(UNCOMPUTED_MAX + usize::from(pool)),
         }
     }
 
@@ -142,7 +142,7 @@ impl Parity {
 
     /// Whether computed pieces can be started, apart from free children.
     pub(super) fn can_compute(&self) -> bool {
-        !self.owed.is_empty() && !self.free_sources.is_empty()
+        !self.uncomputed.is_empty() && !self.free_sources.is_empty()
     }
 }
 
@@ -212,10 +212,11 @@ impl Lane {
         let (io, at) = (active.io, active.started);
         let place = self.array.layout.place(io.offset + at, io.len - at);
         if self.in_sync & bit(place.member) == 0 {
-            let Some(parity) = self.parity.as_mut().filter(|p| p.owed.len() < OWED_MAX) else {
+            let Some(parity) = self.parity.as_mut().filter(|p| p.uncomputed.len() < UNCOMPUTED_MAX)
+            else {
                 return false;
             };
-            parity.owed.push_back((tag, at, place.len));
+            parity.uncomputed.push_back((tag, at, place.len));
             self.enter(tag);
             self.note_started(tag, at + place.len);
             return true;
@@ -238,7 +239,7 @@ impl Lane {
         }
         let Some(parity) = &mut self.parity else { return false };
         // The child's share of the I/O becomes that of the piece.
-        parity.owed.push_back((child.tag, child.at, child.io.len));
+        parity.uncomputed.push_back((child.tag, child.at, child.io.len));
         true
     }
 
@@ -246,19 +247,19 @@ impl Lane {
         (0..self.members.len()).fold(0, |mask, slot| mask | bit(slot))
     }
 
-    /// Starts to compute what is owed, as far as there is room, and a bounded number of bytes.
-    pub(super) fn compute_owed(&mut self) {
+    /// Starts to compute what is pending, as far as there is room, and a bounded number of bytes.
+    pub(super) fn compute_pending(&mut self) {
         let mut bytes = 0;
         while bytes < BYTES_PER_CALL && self.free.len() >= self.members.len() {
             let Some(parity) = &mut self.parity else { return };
-            let Some(&(tag, at, len)) = parity.owed.front() else { return };
+            let Some(&(tag, at, len)) = parity.uncomputed.front() else { return };
             let Some(slot) = parity.free_sources.pop() else { return };
             let piece = len.min(parity.scratch.bytes().len() as u64);
             // A small piece costs an I/O at each member as well.
             bytes += piece.max(PIECE_MIN);
             match len - piece {
-                0 => drop(parity.owed.pop_front()),
-                left => parity.owed[0] = (tag, at + piece, left),
+                0 => drop(parity.uncomputed.pop_front()),
+                left => parity.uncomputed[0] = (tag, at + piece, left),
             }
             if self.of(tag).is_none_or(|active| active.status != Status::Ok) {
                 self.free_source(slot);
@@ -333,9 +334,10 @@ impl Lane {
         self.leave(tag);
     }
 
-    /// Ends what is owed, after [`Lane::abandon`].
-    pub(super) fn abandon_owed(&mut self) {
-        while let Some((tag, ..)) = self.parity.as_mut().and_then(|parity| parity.owed.pop_front())
+    /// Ends what is pending, after [`Lane::abandon`].
+    pub(super) fn abandon_pending(&mut self) {
+        while let Some((tag, ..)) =
+            self.parity.as_mut().and_then(|parity| parity.uncomputed.pop_front())
         {
             self.fail(tag, Status::IoError);
             self.leave(tag);
