@@ -1,7 +1,7 @@
 //! The kinds of arrays.
 
-use crate::superblock::MEMBERS_MAX;
-
+/// The largest number of members.
+pub(crate) const MEMBERS_MAX: usize = 255;
 /// The largest number of members of a redundant array: one bit of a mask for each.
 pub(crate) const MASK_MAX: usize = 64;
 /// The largest strip of raid5f in bytes. A channel has two buffers of a strip, and no guest writes

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use bdev::{Bdev, Buffer, Error, Op, Request, Rights, ThreadChannel};
 
+use crate::level::MEMBERS_MAX;
 use crate::member_channel::{Listed, address, give_up_superblock};
-use crate::superblock::{HEADER, MEMBERS_MAX, Parsed, Superblock};
+use crate::superblock::{HEADER, Parsed, Superblock};
 
 /// The time in which a member must take a superblock. Guests' writes may wait meanwhile.
 pub(crate) const LIMIT: Duration = Duration::from_secs(10);

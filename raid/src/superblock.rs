@@ -12,8 +12,6 @@ const ENTRY: usize = 64;
 pub(crate) const RESERVED: u64 = 1 << 20;
 /// The longest name of an array.
 pub(crate) const NAME_MAX: usize = 63;
-/// The largest number of members.
-pub(crate) const MEMBERS_MAX: usize = 255;
 /// The largest sequence number. Each change adds one, so a larger number is forged. The rest is
 /// room to count on.
 pub(crate) const SEQ_MAX: u64 = 1 << 63;
