@@ -22,8 +22,8 @@ impl Cuts {
         Self { segments: Box::new_uninit_slice(usize::from(slots) * SEGMENTS) }
     }
 
-    /// Returns the I/O with this tag that does the bytes from `at` on, `len` of them, of `io`, at
-    /// `offset`. It uses the slot until it has ended. `None`: the range is not within `io`, or the
+    /// Returns an I/O with this tag for the `len` bytes of `io` that begin at `at`. Its place on the
+    /// bdev is `offset`. It uses the slot until it has ended. `None`: the range is not within `io`, or the
     /// slot does not exist.
     ///
     /// # Safety

@@ -1,4 +1,4 @@
-//! When the I/O that began before a change has ended.
+//! Grace periods of I/O: waits until all I/O that began before a change has ended.
 //!
 //! A channel on a reactor reads shared data (a map of clusters) to start an I/O, and relies on it
 //! until the I/O has ended. A thread that changes the data waits for a grace period before it

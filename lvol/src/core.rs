@@ -224,7 +224,7 @@ impl Core {
         if shared.closed.load(Ordering::Relaxed) {
             return Err(self.failed(shared));
         }
-        warn!("lvstore {}: it is loaded again after an error", shared.name());
+        warn!("lvstore {}: loading it again after an error", shared.name());
         // What is in memory may contradict the disk, also if loading fails.
         self.lvs = None;
         let loaded = self.base.run(Lvs::load(self.base.clone(), false));
@@ -233,19 +233,22 @@ impl Core {
                 self.lvs = Some(lvs);
                 self.failed_at = None;
                 self.refresh(shared, None);
-                info!("lvstore {}: it is in order", shared.name());
+                info!("lvstore {}: loaded again", shared.name());
                 Ok(())
             }
             Err(e) => {
                 self.failed_at = Some(Instant::now());
-                error!("lvstore {}: cannot be loaded again: {e}", shared.name());
+                error!(
+                    "lvstore {}: cannot be loaded again, so allocations and changes fail: {e}",
+                    shared.name()
+                );
                 Err(shared.of(&e))
             }
         }
     }
 
-    /// What is to be done next to make a volume independent of its parent (`decouple`), or of all.
-    /// `None`: nothing.
+    /// The next step that makes a volume independent of its parent (`decouple`), or of all its
+    /// ancestors. `None`: nothing is left to do.
     pub(crate) fn copy_plan(
         &self,
         id: BlobId,
@@ -325,7 +328,7 @@ impl Core {
         Ok(())
     }
 
-    /// Makes entries of a volume's table what the store says.
+    /// Copies the places of some clusters from the store to the volume's table.
     pub(crate) fn republish(&self, id: BlobId, ranges: impl Iterator<Item = std::ops::Range<u64>>) {
         let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else { return };
         for index in ranges.flatten() {
@@ -413,13 +416,16 @@ impl Core {
     }
 }
 
-/// Makes a volume's table what the store says.
+/// Copies the places of all clusters from the store to the volume's table.
 fn publish(lvs: &Lvs<Base>, volume: &Volume, shared: &Shared) {
     let Ok(blob) = lvs.store().blob(volume.id) else { return };
     let places = match lvs.store().places(volume.id) {
         Ok(places) => places.table,
         Err(e) => {
-            error!("lvstore {}: {volume}: it is not served: {e}", shared.base_name);
+            error!(
+                "lvstore on {}: {volume}: cannot read its cluster map, so its I/O fails: {e}",
+                shared.base_name
+            );
             vec![]
         }
     };

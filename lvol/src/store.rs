@@ -233,7 +233,7 @@ impl LvStore {
         if let Some(volume) = core.volumes.get(&id) {
             volume.clusters.store(0, Ordering::Release);
         }
-        // Also of other volumes: they may still read what they inherited from it once.
+        // I/O of other volumes too: it may still read clusters that they inherited from this one.
         self.shared.wait_for_io()?;
         core.change(&self.shared, &touched, |lvs, base| base.run(lvs.delete(id)))
     }
@@ -253,7 +253,7 @@ impl LvStore {
                 if volume.channels.load(Ordering::SeqCst) > 0 {
                     return Err(Error::Busy(format!("{volume}: it is in use")));
                 }
-                // A channel that is opened meanwhile does no I/O beyond.
+                // A channel that is opened from now on does no I/O beyond the new size.
                 volume.clusters.store(clusters, Ordering::Release);
                 (clusters..old).for_each(|index| volume.table.set(index, Place::Zeroes));
                 self.shared.wait_for_io()?;

@@ -224,7 +224,10 @@ fn ended(shared: &Shared, volume: &Volume, result: Result<(), Error>) -> Ended {
     let Err(e) = result else { return Ended::Ok };
     let since = shared.opened.elapsed().as_secs();
     if shared.warned.swap(since, Ordering::Relaxed) != since {
-        warn!("lvstore on {}: {volume}: {e}", shared.base_name);
+        warn!(
+            "lvstore on {}: {volume}: cannot allocate or release clusters for a guest: {e}",
+            shared.base_name
+        );
     }
     Ended::Failed(e.errno())
 }

@@ -142,7 +142,7 @@ impl Volume {
                 return match op {
                     Op::Read => Target::Zeroes,
                     Op::Unmap | Op::Flush => Target::Nothing,
-                    // When the cluster has left for good.
+                    // The store's thread does this after it has given the cluster back.
                     Op::Write | Op::WriteZeroes => Target::Thread(Job::Allocate),
                 };
             }

@@ -16,7 +16,7 @@ use crate::layout::{Extent, Layout};
 use crate::level::Level;
 use crate::maintenance::{Command, Maintenance, Pace};
 
-/// The time in which I/O under way must end when an array is deleted, unless its members have a limit.
+/// How long the deletion of an array waits for its I/O, if no member has a limit.
 const DELETION_LIMIT: Duration = Duration::from_secs(30);
 
 /// The parameters of [`RaidDisk::create`].

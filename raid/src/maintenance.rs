@@ -210,7 +210,7 @@ impl Thread {
                 }
                 (place.state, place.has_failed) = (SlotState::Absent, has_failed);
                 let name = place.bdev.as_ref().map_or("?", |bdev| bdev.name());
-                let why = if has_failed { "has failed a write" } else { "is removed" };
+                let why = if has_failed { "was removed after an error" } else { "was removed" };
                 warn!(
                     "bdev {}: member {name} {why}; the array goes on without it",
                     self.array.name
@@ -335,7 +335,11 @@ impl Thread {
             }
             let bdev = self.array.state().slots.get_mut(leaving.slot).and_then(|s| s.bdev.take());
             if let Some(bdev) = &bdev {
-                info!("bdev {}: member {} is free", self.array.name, bdev.name());
+                info!(
+                    "bdev {}: removed member {} has no more I/O and is released",
+                    self.array.name,
+                    bdev.name()
+                );
             }
             drop(bdev);
             for done in leaving.done {

@@ -35,9 +35,11 @@ pub(crate) fn write_all(
         let work = move || {
             let result = match Listed::superblock(&bdev, deadline) {
                 Some(_listed) => write(&bdev, buffer),
-                None => {
-                    Err(system(bdev.name(), "its last superblock is still under way", libc::EBUSY))
-                }
+                None => Err(system(
+                    bdev.name(),
+                    "an earlier write of its superblock has not ended",
+                    libc::EBUSY,
+                )),
             };
             // First: the caller may wait until the bdev has no user.
             drop(bdev);
@@ -56,7 +58,7 @@ pub(crate) fn write_all(
     }
     for (slot, name, bdev) in left {
         give_up_superblock(bdev);
-        failed.push((slot, system(&name, "no answer in time", libc::ETIMEDOUT)));
+        failed.push((slot, system(&name, "timed out writing the superblock", libc::ETIMEDOUT)));
     }
     failed
 }

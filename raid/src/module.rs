@@ -36,7 +36,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub struct RaidModule(Rc<Shared>);
 
-/// A bdev, and a token that the thread holds which reads it.
+/// A bdev, and a token held by the thread that is reading it.
 type Unanswered = (Weak<dyn Bdev>, Weak<()>);
 
 /// What the methods and the entries share.

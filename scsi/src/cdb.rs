@@ -1,5 +1,5 @@
-//! Decodes CDBs. The result has every field; what is not in the table, or sets a bit that means
-//! nothing, is refused.
+//! Decodes CDBs. The result has every field. A CDB that is not in the table, or that sets a bit
+//! outside the usage mask of its command, is refused.
 
 use crate::sense::{Code, Sense};
 use crate::table::{self, CDB_BYTES_MAX, Entry, Found, Kind};

@@ -1,7 +1,6 @@
 //! What a logical unit says about its disk: geometry, limits and identity.
 
-/// The vendor that SPDK's disks name, kept so that guests find their disks again (the reference,
-/// 3.2).
+/// The vendor that SPDK's disks name, kept so that guests find their disks again.
 pub const VENDOR: [u8; 8] = *b"INTEL   ";
 /// The revision that SPDK's disks name.
 pub const REVISION: [u8; 4] = *b"0001";
@@ -14,7 +13,7 @@ const TRANSFER_BYTES: u32 = 4 << 20;
 /// Bytes of the largest COMPARE AND WRITE of SPDK's disks.
 const COMPARE_BYTES: u32 = 1 << 20;
 /// Bytes of the optimal unmap granularity, if the disk has none of its own: Windows rewrites data
-/// without one (the reference, 6).
+/// without one.
 const UNMAP_BYTES: u32 = 32 << 10;
 
 /// The facts about a disk. `LogicalUnit` and the fast path of every reactor have a copy each.
@@ -67,7 +66,7 @@ pub struct Unmap {
     pub zeroes: bool,
 }
 
-/// Who a disk is. Guests' `/dev/disk/by-id` names are made of it (the reference, 3.2).
+/// Who a disk is. Guests' `/dev/disk/by-id` names are made of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// T10 VENDOR IDENTIFICATION.

@@ -9,7 +9,7 @@ const VERSION: u8 = 0x06;
 /// Bytes of standard data, as of SPDK's.
 const STANDARD_BYTES: usize = 96;
 /// Version descriptors (SPC-4): SAM-5, SPC-4, SBC-3. Block Limits of 64 bytes need the
-/// last (the reference, 9.3).
+/// last.
 const VERSIONS: [u16; 3] = [0x00a0, 0x0460, 0x04c0];
 
 /// Page codes (SPC-4 and SBC-3, vital product data).
@@ -50,7 +50,7 @@ pub(crate) fn inquiry(
 }
 
 /// Standard data of a logical unit that does not exist: qualifier 011b and type 1Fh, 36 bytes
-/// (SPC-4, INQUIRY; the reference, 1.2).
+/// (SPC-4, INQUIRY).
 pub(crate) fn absent(reply: &mut Reply) {
     reply.put(&[0x7f, 0, VERSION, 0x12, 31]);
     reply.pad_to(36);
@@ -97,7 +97,7 @@ mod of {
     pub(super) const DEVICE: u8 = 0x20;
 }
 
-/// The designators of SPDK's disks, byte for byte (the reference, 3.2): guests' names of disks are
+/// The designators of SPDK's disks, byte for byte: guests' names of disks are
 /// made of them. Each has PIV set, and protocol identifier 6 (SAS).
 fn identification(facts: &Facts, reply: &mut Reply) {
     const BINARY: u8 = 0x61;

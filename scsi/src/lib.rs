@@ -6,12 +6,11 @@
 //!
 //! [`table`] is data: all operation codes, and what is known of each before its fields are read.
 //! [`cdb`] decodes a CDB by it. [`facts`] are what a disk says about itself. READ and WRITE then
-//! take the fast path, [`fast`], which needs the facts and a [`Gate`] but no lock; everything else,
-//! and whatever the gate holds up, goes to a [`LogicalUnit`], one for each target. It answers into
-//! a [`Reply`], or returns a [`Plan`]; the [`Outcome`] of a plan that has been done is the answer.
+//! take the fast path, [`fast`], which needs the facts and a [`Gate`] but no lock. All other commands,
+//! and those that the gate stops, go to the target's [`LogicalUnit`]. The unit answers into a
+//! [`Reply`], or returns a [`Plan`]; the [`Outcome`] of a plan that has been done is the answer.
 //!
-//! Names are those of SAM-5, SPC-4 and SBC-3, which are cited by the name of a clause or command;
-//! "the reference" is the project's notes on SPDK's vhost-scsi.
+//! Names are those of SAM-5, SPC-4 and SBC-3, which are cited by the name of a clause or command.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(

@@ -14,7 +14,7 @@ const ALL_SUBPAGES: u8 = 0xff;
 const CACHING: u8 = 0x08;
 const CONTROL: u8 = 0x0a;
 /// The pages, in their order, and PAGE LENGTH of each: read-write error recovery, caching, control,
-/// informational exceptions. Page lengths are SPDK's (the reference, 3.3).
+/// informational exceptions. Page lengths are SPDK's.
 const PAGES: [(u8, u8); 4] = [(0x01, 10), (CACHING, 18), (CONTROL, 10), (0x1c, 10)];
 
 /// WCE, byte 2 of the caching page (SBC-3, Caching mode page).

@@ -1,5 +1,5 @@
-//! What a guest recognizes a disk by, against the bytes of SPDK's disks where they are to be equal
-//! (the reference, 3.2 to 3.4), and the pages that differ on purpose.
+//! What a guest recognizes a disk by, against the bytes of SPDK's disks where they are to be equal,
+//! and the pages that differ on purpose.
 
 mod common;
 
@@ -10,8 +10,8 @@ fn inquiry(page: Option<u8>) -> Vec<u8> {
     vec![0x12, u8::from(page.is_some()), page.unwrap_or(0), 4, 0, 0]
 }
 
-/// The facts of SPDK's malloc disk "Malloc0" of 128 MiB, target 0, whose bytes the reference
-/// quotes.
+/// The facts of SPDK's malloc disk "Malloc0" of 128 MiB, target 0, whose bytes were
+/// recorded.
 fn malloc() -> Facts {
     let mut facts = Facts::new(512, 262_144, Identity::of("Malloc disk", "Malloc0", 0, 0));
     facts.unmap = Some(facts.default_unmap());

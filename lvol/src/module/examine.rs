@@ -71,7 +71,9 @@ async fn open(
     let (name, base) = (&facts.store.name, bdev.name());
     let store = OpenStore::new(store, bdev, claim);
     if !host.registry().holds(bdev) || state.named(name).is_some() {
-        error!("bdev {base}: its lvstore {name} is not used: there is another one of this name");
+        error!(
+            "bdev {base}: its lvstore {name} is not used: another lvstore has this name, or the bdev was removed"
+        );
         close(host, &store).await;
         return;
     }
@@ -85,7 +87,7 @@ async fn open(
 /// Closes a store.
 pub(super) async fn close(host: &Rc<dyn Host>, store: &Rc<OpenStore>) {
     if let Err(e) = store.end(host, LvStore::close).await {
-        error!("{e}");
+        error!("cannot close an lvstore, which is recovered when it is loaded again: {e}");
     }
     drop(store.claim.take());
 }

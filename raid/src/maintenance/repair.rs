@@ -48,7 +48,10 @@ impl Thread {
                 return;
             }
             if let Err(e) = self.make_equal(&window) {
-                warn!("bdev {}: bytes {window:?} may differ: {e}", self.array.name);
+                warn!(
+                    "bdev {}: cannot repair bytes {window:?}, in which the members may differ: {e}",
+                    self.array.name
+                );
             }
             at = window.end;
         }

@@ -91,7 +91,7 @@ impl Given {
             return Some("the name is empty or too long for a superblock");
         }
         if striped != self.strip_kb.is_power_of_two() || (!striped && self.strip_kb != 0) {
-            return Some("the strip size must be a power of two, and 0 for raid1");
+            return Some("strip_size_kb must be 0 for raid1, and a power of two for other levels");
         }
         if u64::from(self.strip_kb) << 10 > self.level.strip_max() {
             return Some("the strips are too large for its level");
@@ -181,7 +181,10 @@ async fn create_array(
     }
     for bdev in slots.iter().filter_map(|slot| slot.base.as_ref()?.bdev()) {
         if array_of(shared, host, &bdev).await?.is_some() {
-            error!("{CREATE}: {} is a member of another array", bdev.name());
+            error!(
+                "{CREATE}: bdev {} has the superblock of an array: delete that array with clear_sb first",
+                bdev.name()
+            );
             return Err(libc::EEXIST);
         }
     }

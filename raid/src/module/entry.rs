@@ -307,7 +307,10 @@ impl Lost {
             return warn!("bdev {}: all members are gone", self.name);
         }
         let Ok(reservation) = host.registry().reserve(self.name.clone(), Some(self.uuid)) else {
-            return error!("bdev {}: does not wait for its members to return", self.name);
+            return error!(
+                "bdev {}: cannot wait for its members: its name or UUID is in use",
+                self.name
+            );
         };
         warn!("bdev {}: offline, waits for its members to return", self.name);
         let assembly = match (self.found, self.given) {

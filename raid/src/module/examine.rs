@@ -47,7 +47,7 @@ async fn superblock(
             Ok(None)
         }
         Err(e) => {
-            warn!("bdev {name}: is not examined: {e}");
+            warn!("bdev {name}: is not examined for a RAID superblock: {e}");
             let devices = devices(bdev).into_iter();
             let devices = devices.map(|device| (Arc::downgrade(&device), Weak::clone(&held)));
             shared.unanswered.borrow_mut().extend(devices);
@@ -124,7 +124,9 @@ async fn add_found(
 ) {
     let (name, array) = (bdev.name(), found.name.clone());
     let Some(member) = found.members.iter().find(|member| member.uuid == bdev.uuid()) else {
-        info!("bdev {name}: has a superblock of {array}, which does not name its UUID");
+        info!(
+            "bdev {name}: has a superblock of RAID array {array}, but its UUID is none of the members': create it with its earlier UUID"
+        );
         return;
     };
     let slot = usize::from(member.slot);
@@ -145,7 +147,11 @@ async fn add_found(
         None => {
             let reservation = match host.registry().reserve(array.clone(), Some(found.uuid)) {
                 Ok(reservation) => reservation,
-                Err(_) => return error!("bdev {name}: the array {array} is not used"),
+                Err(_) => {
+                    return error!(
+                        "bdev {name}: cannot assemble RAID array {array}: its name or UUID is in use"
+                    );
+                }
             };
             let slots = Assembly::slots_of(&found);
             let phase = Phase::Configuring;
@@ -177,7 +183,7 @@ async fn add(
     if assembly.is_complete(&**host)
         && let Err(e) = assembly.go_online(shared, host).await
     {
-        error!("bdev {name}: the array stays offline: {e}");
+        error!("bdev {name}: the array cannot go online: {e}");
     }
 }
 

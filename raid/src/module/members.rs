@@ -158,7 +158,7 @@ pub(super) async fn rejoin(
     match known {
         (_, true) => {
             let of = &array.name;
-            error!("bdev {of}: {name} was changed after the array and is not used");
+            error!("bdev {of}: {name} has a newer superblock than the array and is not used");
         }
         (true, false) if free_slot(entry, bdev) == Some(slot) => {
             let Some(claim) = claim(host, bdev) else { return };

@@ -98,7 +98,7 @@ impl Lane {
         removed == failed
     }
 
-    /// Some members may have a change that others do not have, and all of them stay.
+    /// Asks for a repair: some members may have a change that others lack, and none was removed.
     fn note_torn(&self, io: &Io) {
         if self.array.torn.push(io.offset..io.offset + io.len).is_ok() {
             self.array.waker.wake();
