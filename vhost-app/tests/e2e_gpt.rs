@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use slow_files::{Kind, Op, SlowFiles};
 use tempfile::TempDir;
 
-const PARTITIONS: [&str; 4] = ["A", "Ap1", "Ap2", "Ap5"];
+/// The disk, its partitions, and the logical volume in the last one.
+const BDEVS: [&str; 5] = ["A", "Ap1", "Ap2", "Ap5", "896d3a7c-0fa3-4152-9247-04b482271379"];
 /// The contents of the first two partitions, as recorded with the images.
 const SHA256: [(&str, &str); 2] = [
     ("Ap1", "cdb59ae1be011ab6d2e019533c6abca34735433642b0d25bf532763a8b97ab36"),
@@ -63,7 +64,7 @@ fn spdk_s_partitions_read_as_recorded_from_either_table() {
     for name in ["gpt.img.zst", "gpt-backup.img.zst"] {
         let vhost = Vhost::start(&[]);
         create(&vhost, &image(dir.path(), name));
-        assert_eq!(vhost.bdev_names(), PARTITIONS);
+        assert_eq!(vhost.bdev_names(), BDEVS);
         for (bdev, expected) in SHA256 {
             assert_eq!(sha256(&vhost, bdev), expected, "{name}: {bdev}");
         }
@@ -129,11 +130,11 @@ fn partitions_go_with_their_disk_and_return_after_a_restart() {
     let shown = vhost.ok("vhost_get_controllers", json!({"name": "c"}));
     assert_eq!(shown[0]["backend_specific"]["block"]["bdev"], Value::Null);
     create(&vhost, &file);
-    assert_eq!(vhost.bdev_names(), PARTITIONS);
+    assert_eq!(vhost.bdev_names(), BDEVS);
     assert_eq!(vhost.stop(), 0);
 
     let vhost = Launch::new().config(&saved).start();
-    assert_eq!(vhost.bdev_names(), PARTITIONS);
+    assert_eq!(vhost.bdev_names(), BDEVS);
     assert_eq!(vhost.spdk_rpc(&["save_config"]).unwrap(), saved);
     serves(&vhost, "c");
     assert_eq!(vhost.stop(), 0);
