@@ -50,8 +50,9 @@ pub(crate) struct Shared {
     pub(crate) warned: AtomicU64,
 }
 
-/// Clusters that an operation allocates while it holds the lock once.
-pub(crate) const BATCH: usize = 32;
+/// Bytes that an operation allocates while it holds the lock once, and the most clusters.
+const BATCH_BYTES: u64 = 32 << 20;
+const BATCH_MAX: u64 = 1024;
 
 /// Allocates clusters of a volume that its caller found missing. What comes from an external
 /// snapshot is read first, without the lock.
@@ -101,6 +102,11 @@ impl Shared {
 
     pub(crate) fn lock_facts(&self) -> MutexGuard<'_, Arc<Facts>> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clusters that an operation allocates while it holds the lock once.
+    pub(crate) fn batch(&self) -> u64 {
+        (BATCH_BYTES / self.cluster_size.max(1)).clamp(1, BATCH_MAX)
     }
 
     pub(crate) fn name(&self) -> String {
@@ -247,13 +253,14 @@ impl Core {
         }
     }
 
-    /// The next step that makes a volume independent of its parent (`decouple`), or of all its
-    /// ancestors. `None`: nothing is left to do.
+    /// The next step, of up to `limit` clusters, that makes a volume independent of its parent
+    /// (`decouple`), or of all its ancestors. `None`: nothing is left to do.
     pub(crate) fn copy_plan(
         &self,
         id: BlobId,
         decouple: bool,
         from: u64,
+        limit: usize,
     ) -> blobstore::Result<Option<CopyPlan>> {
         let store = self.lvs.as_ref().ok_or(blobstore::Error::Failed)?.store();
         let blob = store.blob(id)?;
@@ -278,7 +285,7 @@ impl Core {
         if needed > store.free_clusters() {
             return Err(blobstore::Error::NoSpace("clusters"));
         }
-        let missing = store.missing(id, decouple, from, BATCH)?;
+        let missing = store.missing(id, decouple, from, limit)?;
         Ok(Some(CopyPlan { decouple, missing, external: store.external(id)? }))
     }
 

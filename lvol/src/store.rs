@@ -18,7 +18,7 @@ use blobstore::store::StoreOptions;
 use blobstore::{BlobId, Place};
 use uuid::Uuid;
 
-use crate::core::{BATCH, Core, Shared, allocate, of};
+use crate::core::{Core, Shared, allocate, of};
 use crate::device::Base;
 use crate::facts::Facts;
 use crate::table::CLUSTERS_MAX;
@@ -269,7 +269,7 @@ impl LvStore {
             {
                 return Err(self.shared.of(&blobstore::Error::NoSpace("clusters")));
             }
-            let next = if steps { clusters.min(old + BATCH as u64) } else { clusters };
+            let next = if steps { clusters.min(old + self.shared.batch()) } else { clusters };
             core.change(&self.shared, &[id], |lvs, base| {
                 base.run(lvs.store_mut().resize(id, next))
             })?;
@@ -313,10 +313,12 @@ impl LvStore {
 
     fn copy_from_parent(&self, id: BlobId, decouple: bool) -> Result<(), Error> {
         let mut from = 0;
+        let limit = usize::try_from(self.shared.batch()).unwrap_or(1);
         loop {
             let mut core = self.shared.lock();
             core.mend(&self.shared)?;
-            let Some(plan) = core.copy_plan(id, decouple, from).map_err(|e| self.shared.of(&e))?
+            let Some(plan) =
+                core.copy_plan(id, decouple, from, limit).map_err(|e| self.shared.of(&e))?
             else {
                 return Ok(());
             };
