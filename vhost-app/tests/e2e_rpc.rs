@@ -625,8 +625,9 @@ fn a_thousand_rounds_leave_nothing_behind() {
     (100..1000).for_each(&mut round);
     // Some are closed by threads of their own, a moment later; so may one have been that counted above.
     wait_until("no more fds than after 100 rounds", || vhost.fds() <= fds);
-    // Pages come and go with allocations of the moment; a leak of 300 bytes a round would show.
+    // Pages come and go with allocations of the moment, and with the heaps of threads; a leak of 600
+    // bytes a round would show.
     let now = vhost.rss_kib();
-    assert!(now <= rss + 256, "{rss} kB after 100 rounds, {now} kB after 1000");
+    assert!(now <= rss + 512, "{rss} kB after 100 rounds, {now} kB after 1000");
     assert_eq!(vhost.bdev_names(), ["N", "B"]);
 }
