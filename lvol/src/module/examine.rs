@@ -201,8 +201,8 @@ pub(super) async fn add_new(
     Ok(show::bdev_name(&facts, volume))
 }
 
-/// Makes the bdev of a volume anew if the volume reads from another external snapshot than before,
-/// and nobody uses it.
+/// Replaces the bdev of a volume that reads from another external snapshot than before, unless it is
+/// in use.
 pub(super) async fn renew(host: &Rc<dyn Host>, entry: Rc<LvolEntry>) {
     let (facts, Some(volume)) = entry.facts() else { return };
     let has = entry.disk.bases.get(1).map(|bdev| bdev.uuid());
