@@ -261,3 +261,14 @@ pub trait Bdev: Send + Sync + 'static {
         self.num_blocks().saturating_mul(u64::from(self.block_size()))
     }
 }
+
+/// Returns a bdev and all bdevs that it is built on.
+#[must_use]
+pub fn with_bases(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
+    let (mut all, mut left) = (vec![], vec![Arc::clone(bdev)]);
+    while let Some(bdev) = left.pop() {
+        left.extend(bdev.bases());
+        all.push(bdev);
+    }
+    all
+}

@@ -29,6 +29,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// Makes the error of a system call, or of what reports errors as system calls do. `errno` is
+    /// positive.
+    #[must_use]
+    pub fn of_errno(what: impl Into<String>, errno: i32) -> Self {
+        Self::System { what: what.into(), source: std::io::Error::from_raw_os_error(errno) }
+    }
+
     /// Returns the positive errno that SPDK's RPC returns for this error.
     #[must_use]
     pub fn errno(&self) -> i32 {

@@ -65,11 +65,13 @@ mod wrapper;
 pub use access::Access;
 pub use available::control_group_mounts;
 pub use bdev_channel::BdevChannel;
-pub use contract::{Bdev, Channel, Extent, Features, Granted, Lease, Storage, Wait, WakeFds};
+pub use contract::{
+    Bdev, Channel, Extent, Features, Granted, Lease, Storage, Wait, WakeFds, with_bases,
+};
 pub use control::module::BdevModule;
 pub use control::{
     Aside, BdevEvent, BdevId, Claim, ClaimKind, Claimed, Errno, Host, Live, OpenFile, Registry,
-    Reservation, account_name, life, method, module,
+    Reservation, Unanswered, account_name, life, method, module,
 };
 pub use cuts::Cuts;
 pub use durability::Durability;

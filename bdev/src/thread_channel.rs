@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::bdev_channel::BdevChannel;
-use crate::contract::{Bdev, Channel, Granted, Lease, Wait};
+use crate::contract::{Bdev, Channel, Granted, Lease, Wait, with_bases};
 use crate::error::Error;
 use crate::io::{Completion, Io, Op, Segment, Status, Submit, Tag};
 use crate::wake_set::WakeSet;
@@ -359,14 +359,10 @@ impl Leases {
         let mut taken = Self::default();
         let waiter = thread::current();
         let granted: Granted = Arc::new(move || waiter.unpark());
-        let mut left = vec![Arc::clone(bdev)];
-        while let Some(bdev) = left.pop() {
-            match bdev.bases() {
-                bases if bases.is_empty() => taken.0.extend(bdev.lease().inspect(|lease| {
-                    lease.add_user(&granted);
-                })),
-                bases => left.extend(bases),
-            }
+        for device in with_bases(bdev).iter().filter(|bdev| bdev.bases().is_empty()) {
+            taken.0.extend(device.lease().inspect(|lease| {
+                lease.add_user(&granted);
+            }));
         }
         let began = Instant::now();
         while !taken.0.iter().all(|lease| lease.is_held()) {

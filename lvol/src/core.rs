@@ -21,8 +21,7 @@ use crate::volume::Volume;
 
 /// An error of a store.
 pub(crate) fn of(name: &str, e: &blobstore::Error) -> Error {
-    let source = std::io::Error::from_raw_os_error(e.errno());
-    Error::System { what: format!("{name}: {e}"), source }
+    Error::of_errno(format!("{name}: {e}"), e.errno())
 }
 
 /// The interval at which a thread looks whether earlier I/O has ended.
@@ -68,10 +67,7 @@ pub(crate) fn allocate(
     shared.with_prefetched(external, indices, || {
         let mut core = shared.lock();
         core.mend(shared)?;
-        // Guests may have allocated some meanwhile.
-        let still = |index: &u64| !core.missing(id, *index..*index + 1, 1).is_empty();
-        let indices: Vec<u64> = indices.iter().copied().filter(still).collect();
-        if indices.is_empty() { Ok(()) } else { core.allocate(shared, id, &indices) }
+        core.allocate_missing(shared, id, indices)
     })
 }
 
@@ -335,6 +331,25 @@ impl Core {
         Ok(())
     }
 
+    /// Allocates those of these clusters that the volume does not have: guests may have allocated
+    /// some since the caller looked.
+    pub(crate) fn allocate_missing(
+        &mut self,
+        shared: &Shared,
+        id: BlobId,
+        indices: &[u64],
+    ) -> Result<(), Error> {
+        let missing: Vec<u64> =
+            indices.iter().copied().filter(|index| !self.is_own(id, *index)).collect();
+        if missing.is_empty() { Ok(()) } else { self.allocate(shared, id, &missing) }
+    }
+
+    /// Returns whether a volume has this cluster itself. The store is in order.
+    fn is_own(&self, id: BlobId, index: u64) -> bool {
+        let place = self.lvs.as_ref().map(|lvs| lvs.store().resolve(id, index));
+        matches!(place, Some(Ok(Place::Own(_))))
+    }
+
     /// Copies the places of some clusters from the store to the volume's table.
     pub(crate) fn republish(&self, id: BlobId, ranges: impl Iterator<Item = std::ops::Range<u64>>) {
         let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else { return };
@@ -352,9 +367,7 @@ impl Core {
         range: std::ops::Range<u64>,
         limit: usize,
     ) -> Vec<u64> {
-        let Some(lvs) = &self.lvs else { return vec![] };
-        let is_own = |index: &u64| matches!(lvs.store().resolve(id, *index), Ok(Place::Own(_)));
-        range.filter(|index| !is_own(index)).take(limit).collect()
+        range.filter(|index| !self.is_own(id, *index)).take(limit).collect()
     }
 
     /// Gives back clusters of a volume, or makes them read as zeroes if they cannot be given back
@@ -367,16 +380,14 @@ impl Core {
         zero: bool,
     ) -> Result<(), Error> {
         self.mend_for_guest(shared)?;
-        let (Some(lvs), Some(volume)) = (&self.lvs, self.volumes.get(&id)) else {
+        let Some(volume) = self.volumes.get(&id).cloned() else {
             return Err(self.failed(shared));
         };
-        let volume = Arc::clone(volume);
         if !zero && !volume.frees.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let is_own = |index: &u64| matches!(lvs.store().resolve(id, *index), Ok(Place::Own(_)));
         let all: BTreeSet<u64> = ranges.iter().cloned().flatten().collect();
-        let indices: Vec<u64> = all.into_iter().filter(is_own).collect();
+        let indices: Vec<u64> = all.into_iter().filter(|index| self.is_own(id, *index)).collect();
         if indices.is_empty() {
             return Ok(());
         }

@@ -74,10 +74,8 @@ impl LvStore {
         if bdev.size_bytes() < len as u64 {
             return Ok(false);
         }
-        let read = channel.run(Request::read(0, len)).map_err(|errno| {
-            let source = std::io::Error::from_raw_os_error(errno);
-            Error::System { what: bdev.name().to_owned(), source }
-        })?;
+        let read = channel.run(Request::read(0, len));
+        let read = read.map_err(|errno| Error::of_errno(bdev.name(), errno))?;
         let super_block = SuperBlock::decode(&read.bytes()[..PAGE]);
         Ok(super_block.is_ok_and(|super_block| super_block.store_type == STORE_TYPE))
     }

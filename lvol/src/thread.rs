@@ -174,12 +174,7 @@ fn allocate_copied(shared: &Shared, external: &[u8], job: Taken) {
     let copied = shared.with_prefetched(external, &indices, || {
         let mut core = shared.lock();
         core.mend_for_guest(shared)?;
-        let still = |index: &u64| !core.missing(link.volume.id, *index..*index + 1, 1).is_empty();
-        let indices: Vec<u64> = indices.iter().copied().filter(still).collect();
-        match indices[..] {
-            [] => Ok(()),
-            _ => core.allocate(shared, link.volume.id, &indices),
-        }
+        core.allocate_missing(shared, link.volume.id, &indices)
     });
     link.line.complete(io.tag, ended(shared, &link.volume, copied));
 }

@@ -64,8 +64,7 @@ pub(crate) fn write_all(
 }
 
 fn system(name: &str, text: &str, errno: i32) -> Error {
-    let source = std::io::Error::from_raw_os_error(errno);
-    Error::System { what: format!("{name}: {text}"), source }
+    Error::of_errno(format!("{name}: {text}"), errno)
 }
 
 /// Writes a superblock, and makes it durable.

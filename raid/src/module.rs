@@ -9,12 +9,12 @@ mod show;
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bdev::life;
 use bdev::method::{Answer, Call, DecodeFailure, LocalFuture, Method, MethodError, Params};
-use bdev::{Aside, Bdev, BdevId, BdevModule, Error, Host};
+use bdev::{Aside, Bdev, BdevId, BdevModule, Error, Host, Unanswered};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::{error, info};
@@ -36,16 +36,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub struct RaidModule(Rc<Shared>);
 
-/// A bdev, and a token held by the thread that is reading it.
-type Unanswered = (Weak<dyn Bdev>, Weak<()>);
-
 /// What the methods and the entries share.
 #[derive(Default)]
 struct Shared {
     /// Arrays that are not online.
     assemblies: RefCell<Vec<Rc<Assembly>>>,
-    /// Bdevs whose superblock was asked for and has not arrived in time.
-    unanswered: RefCell<Vec<Unanswered>>,
+    /// Devices whose superblock was asked for and has not arrived in time.
+    unanswered: Unanswered,
 }
 
 /// SPDK's default of `process_window_size_kb`, and the largest window in bytes.

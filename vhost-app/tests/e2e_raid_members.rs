@@ -99,9 +99,8 @@ fn two_members_that_are_added_at_once_do_not_lose_a_claim() {
     assert_eq!(vhost.stop(), 0);
 }
 
-/// The thread of the array is busy for 10 s with a member that hangs.
-#[test]
-fn a_member_that_waits_for_the_thread_keeps_its_claim() {
+/// A server with a mirror that has a free slot, and a member whose writes hang.
+fn with_hanging_member() -> Vhost {
     let vhost = Vhost::start(&[]);
     slow_rebuild(&vhost);
     ["A", "B", "C", "D", "E"].iter().for_each(|name| malloc(&vhost, name));
@@ -111,6 +110,13 @@ fn a_member_that_waits_for_the_thread_keeps_its_claim() {
     let hang =
         json!({"name": "EE_B", "io_type": "write", "error_type": "pending", "num": 1_000_000});
     vhost.ok("bdev_error_inject_error", hang);
+    vhost
+}
+
+/// The thread of the array is busy for 10 s with a member that hangs.
+#[test]
+fn a_member_that_waits_for_the_thread_keeps_its_claim() {
+    let vhost = with_hanging_member();
     thread::scope(|scope| {
         scope.spawn(|| remove(&vhost, "E"));
         thread::sleep(Duration::from_millis(300));
@@ -124,15 +130,7 @@ fn a_member_that_waits_for_the_thread_keeps_its_claim() {
 /// The same, and the new member is deleted meanwhile.
 #[test]
 fn a_member_that_is_deleted_while_it_waits_for_the_thread_is_let_go() {
-    let vhost = Vhost::start(&[]);
-    slow_rebuild(&vhost);
-    ["A", "B", "C", "D", "E"].iter().for_each(|name| malloc(&vhost, name));
-    vhost.ok("bdev_error_create", json!({"base_name": "B"}));
-    vhost.ok("bdev_raid_create", create("R", "raid1", 0, &["A", "EE_B", "C", "E"], true));
-    remove(&vhost, "C");
-    let hang =
-        json!({"name": "EE_B", "io_type": "write", "error_type": "pending", "num": 1_000_000});
-    vhost.ok("bdev_error_inject_error", hang);
+    let vhost = with_hanging_member();
     thread::scope(|scope| {
         scope.spawn(|| remove(&vhost, "E"));
         thread::sleep(Duration::from_millis(300));

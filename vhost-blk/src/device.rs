@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bdev::{Bdev, QosUser, UserCounts};
+use bdev::{Bdev, QosUser, UserCounts, with_bases};
 use vhost_target::Target;
 use vhost_target::device::{
     Device, DeviceChange, Granted, Lease, Negotiated, OpenError, Opened, OpenedQueue, StorageId,
@@ -138,7 +138,7 @@ pub fn limits_changed(target: &Target, bdev: &Arc<dyn Bdev>) {
 
 /// Returns whether a bdev is `base` or is built on it.
 fn uses(bdev: &Arc<dyn Bdev>, base: &Arc<dyn Bdev>) -> bool {
-    Arc::ptr_eq(bdev, base) || bdev.bases().iter().any(|below| uses(below, base))
+    with_bases(bdev).iter().any(|below| Arc::ptr_eq(below, base))
 }
 
 impl Device for Blk {

@@ -88,10 +88,9 @@ async fn wake(
 ) -> Result<Vec<String>, Error> {
     let _under_way = host.registry().examining();
     let made = Rc::clone(waiting).wake(host, base).await?;
-    host.registry().come_to_life(id, &made).map_err(|errno| Error::System {
-        what: waiting.name().unwrap_or(waiting.base()).to_owned(),
-        source: std::io::Error::from_raw_os_error(errno),
-    })?;
+    host.registry()
+        .come_to_life(id, &made)
+        .map_err(|errno| Error::of_errno(waiting.name().unwrap_or(waiting.base()), errno))?;
     Ok(made.iter().map(|entry| entry.bdev().name().to_owned()).collect())
 }
 

@@ -4,7 +4,8 @@
 //! * [`module`]: a kind of bdev ([`BdevModule`](module::BdevModule)), and a bdev as seen by its
 //!   module.
 //! * [`method`]: a module's RPC methods.
-//! * `host`: the program that runs the modules. `aside`: operations that may never end.
+//! * `host`: the program that runs the modules. `aside`: operations that may never end. `unanswered`:
+//!   devices that do not answer an examination.
 //! * `registry` and `claims`: names and UUIDs; the rights of a bdev's users.
 //! * [`life`]: creation and deletion of bdevs.
 
@@ -16,6 +17,7 @@ mod aside;
 mod claims;
 mod host;
 mod registry;
+mod unanswered;
 
 #[cfg(test)]
 pub(crate) mod test_host;
@@ -24,3 +26,4 @@ pub use aside::Aside;
 pub use claims::{Claim, ClaimKind, Claimed};
 pub use host::{BdevEvent, Host, OpenFile};
 pub use registry::{BdevId, Errno, Live, Registry, Reservation, account_name};
+pub use unanswered::Unanswered;

@@ -87,9 +87,8 @@ impl Copy {
     fn run(&self, from: &Arc<LvolDisk>, to: &Arc<dyn Bdev>) -> Result<(), Error> {
         let (volume, size) = (&from.volume, from.volume.cluster_size);
         if !volume.read_only.load(Ordering::Acquire) {
-            let source = std::io::Error::from_raw_os_error(libc::EPERM);
-            let what = format!("{}: it is not read-only", from.name());
-            return Err(Error::System { what, source });
+            let text = format!("{}: it is not read-only", from.name());
+            return Err(Error::of_errno(text, libc::EPERM));
         }
         if to.size_bytes() < from.size_bytes() || to.block_size() != from.block_size() {
             let text = format!("{}: it is smaller, or has other blocks", to.name());
@@ -101,10 +100,7 @@ impl Copy {
         let source: Arc<dyn Bdev> = Arc::clone(from) as _;
         let mut reader = ThreadChannel::open(&source, 1, Rights::Read)?;
         let mut writer = ThreadChannel::open(to, 1, Rights::Write)?;
-        let system = |bdev: &dyn Bdev, errno| Error::System {
-            what: bdev.name().to_owned(),
-            source: std::io::Error::from_raw_os_error(errno),
-        };
+        let system = |bdev: &dyn Bdev, errno| Error::of_errno(bdev.name(), errno);
         for index in clusters {
             let (mut at, end) = (index * size, (index + 1) * size);
             while at < end {

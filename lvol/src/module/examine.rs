@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bdev::{Aside, Bdev, Claim, ClaimKind, Error, Host, life};
+use bdev::{Aside, Bdev, Claim, ClaimKind, Error, Host, life, with_bases};
 use blobstore::BlobId;
 use tracing::{debug, error, info, warn};
 
@@ -56,7 +56,7 @@ pub(super) async fn examine(state: &Rc<State>, host: &Rc<dyn Host>, bdev: &Arc<d
 /// Returns whether a bdev is a volume or built on one. A guest could write a store into its volume,
 /// and take the name of a store that is found later, or make stores of any depth.
 fn is_on_volume(bdev: &Arc<dyn Bdev>) -> bool {
-    bdev.product_name() == crate::disk::PRODUCT || bdev.bases().iter().any(is_on_volume)
+    with_bases(bdev).iter().any(|bdev| bdev.product_name() == crate::disk::PRODUCT)
 }
 
 /// Adds a store that was loaded, and makes the bdevs of its volumes.
@@ -150,10 +150,7 @@ async fn try_add(
     volume: &VolumeFacts,
 ) -> Result<bool, Error> {
     let (name, alias) = (show::bdev_name(facts, volume), show::alias(facts, volume));
-    let system = |errno| Error::System {
-        what: name.clone(),
-        source: std::io::Error::from_raw_os_error(errno),
-    };
+    let system = |errno| Error::of_errno(name.clone(), errno);
     let mut external = None;
     let mut claim = None;
     if let Some(id) = &volume.external {

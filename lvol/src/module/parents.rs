@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bdev::method::{Answer, DecodeFailure, Method, MethodError, Params, strerror};
-use bdev::{Bdev, ClaimKind, Error, Host};
+use bdev::{Bdev, ClaimKind, Error, Host, with_bases};
 use serde::Deserialize;
 use tracing::error;
 
@@ -81,8 +81,7 @@ async fn set_parent(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> A
 
 /// Returns whether a bdev is this volume, or built on it.
 fn is_on(bdev: &Arc<dyn Bdev>, disk: &Arc<LvolDisk>) -> bool {
-    std::ptr::addr_eq(Arc::as_ptr(bdev), Arc::as_ptr(disk))
-        || bdev.bases().iter().any(|base| is_on(base, disk))
+    with_bases(bdev).iter().any(|bdev| std::ptr::addr_eq(Arc::as_ptr(bdev), Arc::as_ptr(disk)))
 }
 
 async fn set_parent_bdev(_: Rc<State>, host: Rc<dyn Host>, Two { of, new }: Two) -> Answer {

@@ -54,8 +54,7 @@ impl Thread {
             slots.get(slot).is_some_and(|s| s.state == SlotState::Absent && s.bdev.is_none())
         };
         if self.rebuild.is_some() || !free(&self.array.state().slots) {
-            let source = std::io::Error::from_raw_os_error(libc::EPERM);
-            return Err(Error::System { what: self.array.name.clone(), source });
+            return Err(Error::of_errno(self.array.name.clone(), libc::EPERM));
         }
         if is_busy(&bdev) {
             // A late write could land on what the rebuild copies.

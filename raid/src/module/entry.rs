@@ -103,10 +103,10 @@ impl RaidEntry {
             Ok(removed) => removed,
             // The array was deleted, and its thread has ended.
             Err(RecvTimeoutError::Disconnected) => Ok(()),
-            Err(RecvTimeoutError::Timeout) => Err(Error::System {
-                what: format!("{name}: I/O of the removed member has not ended"),
-                source: std::io::Error::from_raw_os_error(libc::ETIMEDOUT),
-            }),
+            Err(RecvTimeoutError::Timeout) => {
+                let text = format!("{name}: I/O of the removed member has not ended");
+                Err(Error::of_errno(text, libc::ETIMEDOUT))
+            }
         };
         let removed = Aside::new(self.disk.name(), 1).run(host, 2 * LIMIT, work).await;
         self.release_claims();

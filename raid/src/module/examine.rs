@@ -1,5 +1,6 @@
 //! Finds members among new bdevs: by the name that an array waits for, or by their superblock.
 
+use std::any::Any;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -26,12 +27,12 @@ async fn superblock(
     bdev: &Arc<dyn Bdev>,
 ) -> Result<Option<Superblock>, Errno> {
     let name = bdev.name();
-    if is_unanswered(shared, bdev) {
+    if shared.unanswered.has_device_of(bdev) {
         error!("bdev {name}: is not examined: an earlier read of its device has not ended");
         return Err(libc::ETIMEDOUT);
     }
     let token = Arc::new(());
-    let held = Arc::downgrade(&token);
+    let held: Weak<dyn Any + Send + Sync> = Arc::downgrade(&token) as _;
     let of_thread = Arc::clone(bdev);
     let work = move || {
         let read = metadata::read(&of_thread);
@@ -48,9 +49,7 @@ async fn superblock(
         }
         Err(e) => {
             warn!("bdev {name}: is not examined for a RAID superblock: {e}");
-            let devices = devices(bdev).into_iter();
-            let devices = devices.map(|device| (Arc::downgrade(&device), Weak::clone(&held)));
-            shared.unanswered.borrow_mut().extend(devices);
+            shared.unanswered.add(bdev, &held);
             Err(e.errno())
         }
     }
@@ -66,28 +65,6 @@ pub(super) async fn array_of(
     bdev: &Arc<dyn Bdev>,
 ) -> Result<Option<Uuid>, Errno> {
     Ok(superblock(shared, host, bdev).await?.map(|found| found.uuid))
-}
-
-/// Whether a read of a device below the bdev has not ended: each device holds up its users once.
-fn is_unanswered(shared: &Shared, bdev: &Arc<dyn Bdev>) -> bool {
-    let mut unanswered = shared.unanswered.borrow_mut();
-    unanswered.retain(|(_, token)| token.strong_count() > 0);
-    let below = devices(bdev);
-    unanswered.iter().any(|(device, _)| {
-        below.iter().any(|below| std::ptr::addr_eq(device.as_ptr(), Arc::as_ptr(below)))
-    })
-}
-
-/// The bdevs without bases that a bdev is built on.
-fn devices(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
-    let (mut devices, mut left) = (vec![], vec![Arc::clone(bdev)]);
-    while let Some(bdev) = left.pop() {
-        match bdev.bases() {
-            bases if bases.is_empty() => devices.push(bdev),
-            bases => left.extend(bases),
-        }
-    }
-    devices
 }
 
 pub(super) async fn examine(shared: Rc<Shared>, host: &Rc<dyn Host>, bdev: &Arc<dyn Bdev>) {

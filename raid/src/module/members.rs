@@ -134,8 +134,7 @@ async fn start(
         let result = entry.disk.remove_member(slot);
         entry.wait_for_removal(host, result).await?;
     }
-    let source = std::io::Error::from_raw_os_error(libc::ENODEV);
-    Err(Error::System { what: "it was deleted".into(), source })
+    Err(Error::of_errno("it was deleted", libc::ENODEV))
 }
 
 /// Takes a member back that was left out, or removed, with a rebuild.

@@ -1,19 +1,19 @@
 //! Examination: finds the partitions of new bdevs. The module has no RPC methods.
 
-use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use super::read::{Found, Unanswered, read};
+use super::read::{Found, read};
 use super::table::{Partition, Table};
-use crate::contract::Bdev;
+use crate::contract::{Bdev, with_bases};
 use crate::control::Claim;
 use crate::control::ClaimKind;
 use crate::control::Host;
+use crate::control::Unanswered;
 use crate::control::method::{Call, LocalFuture, Method};
 use crate::control::module::{BdevModule, Description, Entry};
 use crate::modules::split::Part;
@@ -24,19 +24,15 @@ const PRODUCT: &str = "GPT Disk";
 /// waits meanwhile.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// A device, and its reads that had not ended in time.
-type Reads = (Weak<dyn Bdev>, Weak<Unanswered>);
-
 /// SPDK's module `gpt`.
 pub(crate) struct Module {
     limit: Duration,
-    /// Devices whose reads have not ended, so that each device holds up its users once only.
-    unanswered: RefCell<Vec<Reads>>,
+    unanswered: Unanswered,
 }
 
 impl Default for Module {
     fn default() -> Self {
-        Self { limit: LIMIT, unanswered: RefCell::default() }
+        Self { limit: LIMIT, unanswered: Unanswered::default() }
     }
 }
 
@@ -69,7 +65,7 @@ impl Module {
             return None;
         }
         let name = bdev.name();
-        if self.is_unanswered(bdev) {
+        if self.unanswered.has_device_of(bdev) {
             error!("bdev {name}: is not examined: an earlier read of its device has not ended");
             return None;
         }
@@ -84,9 +80,7 @@ impl Module {
             Ok(Found::NoAnswer(reads)) => {
                 let seconds = limit.as_secs();
                 error!("bdev {name}: is not examined: its device has not answered in {seconds} s");
-                let devices = devices(bdev).into_iter().map(|device| Arc::downgrade(&device));
-                let reads = devices.map(|device| (device, Weak::clone(&reads)));
-                self.unanswered.borrow_mut().extend(reads);
+                self.unanswered.add(bdev, &reads);
                 None
             }
             Err(e) => {
@@ -95,41 +89,12 @@ impl Module {
             }
         }
     }
-
-    /// Returns whether reads of a device below the bdev have not ended.
-    fn is_unanswered(&self, bdev: &Arc<dyn Bdev>) -> bool {
-        let mut unanswered = self.unanswered.borrow_mut();
-        unanswered.retain(|(_, reads)| reads.strong_count() > 0);
-        let below = devices(bdev);
-        unanswered.iter().any(|(device, _)| {
-            below.iter().any(|below| std::ptr::addr_eq(device.as_ptr(), Arc::as_ptr(below)))
-        })
-    }
-}
-
-/// Returns the bdevs without bases that a bdev is built on.
-fn devices(bdev: &Arc<dyn Bdev>) -> Vec<Arc<dyn Bdev>> {
-    let (mut devices, mut left) = (vec![], vec![Arc::clone(bdev)]);
-    while let Some(bdev) = left.pop() {
-        match bdev.bases() {
-            bases if bases.is_empty() => devices.push(bdev),
-            bases => left.extend(bases),
-        }
-    }
-    devices
 }
 
 /// Returns whether a bdev is a partition or built on one. A guest that writes tables into
 /// partitions could otherwise make bdevs of any depth.
 fn is_on_partition(bdev: &Arc<dyn Bdev>) -> bool {
-    let mut left = vec![Arc::clone(bdev)];
-    while let Some(bdev) = left.pop() {
-        if bdev.product_name() == PRODUCT {
-            return true;
-        }
-        left.extend(bdev.bases());
-    }
-    false
+    with_bases(bdev).iter().any(|bdev| bdev.product_name() == PRODUCT)
 }
 
 /// Registers the partitions of a bdev. They share one claim on it.

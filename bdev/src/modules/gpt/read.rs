@@ -1,5 +1,6 @@
 //! Reads the table of a bdev, for a bounded time.
 
+use std::any::Any;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,11 +20,8 @@ pub(super) enum Found {
     /// Both tables are invalid.
     Invalid([Invalid; 2]),
     /// The bdev has not answered in time. The reads are alive as long as this value.
-    NoAnswer(Weak<Unanswered>),
+    NoAnswer(Weak<dyn Any + Send + Sync>),
 }
-
-/// Held by the thread that waits for the end of abandoned reads.
-pub(super) struct Unanswered;
 
 /// Reads the table of a bdev. Blocks for `limit` at most, besides the time to open a channel.
 ///
@@ -43,9 +41,8 @@ pub(super) fn read(bdev: &Arc<dyn Bdev>, limit: Duration) -> Result<Found, Error
     let Some(ended) = run_both(&mut channel, reads, Instant::now() + limit) else {
         return Ok(Found::NoAnswer(abandon(bdev.name(), channel)));
     };
-    let [front, back] = ended.map_err(|errno| Error::System {
-        what: format!("{}: cannot read the partition table", bdev.name()),
-        source: std::io::Error::from_raw_os_error(errno),
+    let [front, back] = ended.map_err(|errno| {
+        Error::of_errno(format!("{}: cannot read the partition table", bdev.name()), errno)
     })?;
     let disk = Disk { block_size, num_blocks, front: front.bytes(), back: back.bytes() };
     Ok(match table::parse(&disk) {
@@ -80,10 +77,10 @@ fn run_both(
 }
 
 /// Closes a channel, on a thread of its own, when its I/O has ended.
-fn abandon(name: &str, mut channel: ThreadChannel) -> Weak<Unanswered> {
+fn abandon(name: &str, mut channel: ThreadChannel) -> Weak<dyn Any + Send + Sync> {
     channel.abandon();
-    let (held, name) = (Arc::new(Unanswered), name.to_owned());
-    let unanswered = Arc::downgrade(&held);
+    let (held, name) = (Arc::new(()), name.to_owned());
+    let reads = Arc::downgrade(&held);
     let close = move || {
         drop(channel);
         drop(held);
@@ -91,7 +88,7 @@ fn abandon(name: &str, mut channel: ThreadChannel) -> Weak<Unanswered> {
     if let Err(e) = thread::Builder::new().name("vhost-gpt".into()).spawn(close) {
         error!("bdev {name}: cannot start a thread: {e}");
     }
-    unanswered
+    reads
 }
 
 #[cfg(test)]

@@ -138,11 +138,13 @@ fn a_device_without_an_answer_is_waited_for_once() {
     let error_disk = host.registry().bdev("EE_A").unwrap();
     let device = host.registry().bdev("A").unwrap();
     let as_host = Rc::clone(&host) as Rc<dyn Host>;
-    assert!(!module.is_unanswered(&device));
+    assert!(!module.unanswered.has_device_of(&device));
     run(module.examine(&as_host, &error_disk)).unwrap();
-    assert!(module.is_unanswered(&device) && module.is_unanswered(&error_disk));
+    assert!(
+        module.unanswered.has_device_of(&device) && module.unanswered.has_device_of(&error_disk)
+    );
     host.null("B", 2);
-    assert!(!module.is_unanswered(&host.registry().bdev("B").unwrap()));
+    assert!(!module.unanswered.has_device_of(&host.registry().bdev("B").unwrap()));
     // A read that is skipped does not hang.
     let module = Module { limit: Duration::MAX, ..module };
     run(module.examine(&as_host, &error_disk)).unwrap();
@@ -152,10 +154,10 @@ fn a_device_without_an_answer_is_waited_for_once() {
     while run(deleted.as_mut()).is_none() {
         std::thread::yield_now();
     }
-    assert_eq!(module.unanswered.borrow().len(), 1);
+    assert_eq!(module.unanswered.len(), 1);
     // The thread of the reads ends soon.
-    while module.is_unanswered(&host.registry().bdev("A").unwrap()) {
+    while module.unanswered.has_device_of(&host.registry().bdev("A").unwrap()) {
         std::thread::yield_now();
     }
-    assert!(module.unanswered.borrow().is_empty());
+    assert_eq!(module.unanswered.len(), 0);
 }
