@@ -23,6 +23,15 @@ pub struct InFlight {
     counts: [AtomicUsize; 2],
 }
 
+/// A grace period that a thread waits for step by step: see [`Grace::poll`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Period {
+    /// Rounds that have ended.
+    rounds: u8,
+    /// The counters that the present round waits for.
+    old: Option<usize>,
+}
+
 /// The counter of an I/O that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -61,6 +70,29 @@ impl Grace {
         let count = &channel.counts[usize::from(begun.0)];
         // Release: a thread that sees the count sees what the I/O has done.
         count.store(count.load(Ordering::Relaxed) - 1, Ordering::Release);
+    }
+
+    /// As [`Grace::wait`], for a thread that may not wait: returns whether the grace period has
+    /// ended. The caller has changed the shared data before the first call with a new `period`, and
+    /// calls again with the same one until this returns true. One thread at a time may do this.
+    pub fn poll(&self, period: &mut Period) -> bool {
+        // A channel that is added later sees the changes: the lock orders them.
+        let Ok(channels) = self.channels.try_lock() else { return false };
+        // Twice, as in `wait`.
+        while period.rounds < 2 {
+            let old = *period.old.get_or_insert_with(|| {
+                // The changes come before the new period.
+                fence(Ordering::SeqCst);
+                let old = self.period.fetch_add(1, Ordering::Relaxed) & 1;
+                fence(Ordering::SeqCst);
+                old
+            });
+            if channels.iter().any(|channel| channel.counts[old].load(Ordering::Acquire) != 0) {
+                return false;
+            }
+            *period = Period { rounds: period.rounds + 1, old: None };
+        }
+        true
     }
 
     /// Waits until all I/O has ended that may have read the shared data before the caller has
@@ -124,6 +156,23 @@ mod tests {
         assert!(grace.wait(|| false));
         grace.remove(&one);
         assert_eq!(grace.channels.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_period_that_is_polled_ends_with_the_same_io() {
+        let grace = Grace::default();
+        let (one, other) = (grace.add(), grace.add());
+        assert!(grace.poll(&mut Period::default()), "no I/O");
+        let early = grace.begin(&one);
+        let mut period = Period::default();
+        assert!(!grace.poll(&mut period));
+        let later = grace.begin(&other);
+        Grace::end(&one, early);
+        assert!(!grace.poll(&mut period), "the second round waits for it");
+        let last = grace.begin(&one);
+        Grace::end(&other, later);
+        assert!(grace.poll(&mut period), "the last I/O is not waited for");
+        Grace::end(&one, last);
     }
 }
 

@@ -78,7 +78,7 @@ pub use durability::Durability;
 pub use error::Error;
 pub use failure::{FAILURE_KINDS, Failure, FailureKind};
 pub use geometry::{BLOCK_SIZE_MIN, checked_size, within};
-pub use grace::{Begun, Grace, InFlight};
+pub use grace::{Begun, Grace, InFlight, Period};
 pub use io::{Completion, Io, OPS, Op, Segment, Status, Submit, Tag};
 pub use line::{Ended, Line};
 pub use memory::Stores;
