@@ -28,7 +28,7 @@ fn disk(input: &mut Input) -> Facts {
     let flags = input.u8();
     let block_bytes = input.pick(&[512, 4096, 1, 1 << 20]);
     let blocks = input.pick(&[1000, 1, 1 << 33, u64::MAX]);
-    let mut facts = Facts::new(block_bytes, blocks, Identity::of("Malloc disk", "Malloc0", 0, 0));
+    let mut facts = Facts::new(block_bytes, blocks, Identity::of("Malloc disk", "Malloc0"));
     facts.unmap = (flags & 1 != 0).then(|| facts.default_unmap());
     facts.read_only = flags & 2 != 0;
     facts.write_cache = flags & 4 != 0;

@@ -72,6 +72,7 @@ pub enum Command {
     SynchronizeCache { extent: Extent },
     WriteSame { extent: Extent, unmap: bool, no_data: bool },
     CompareAndWrite { extent: Extent, fua: bool },
+    OrWrite { extent: Extent, fua: bool },
     Unmap { list: u32 },
     GetLbaStatus { lba: u64, allocation: u32 },
     Inquiry { vital: bool, page: u8, allocation: u32 },
@@ -85,9 +86,12 @@ pub enum Command {
     PreventAllowMediumRemoval,
     ReadCapacity10,
     ReadCapacity16 { allocation: u32 },
+    ReadDefectData { long: bool, lists: u8, allocation: u32 },
     LogSense { page: u8, subpage: u8, allocation: u32 },
     PersistentReserveIn { action: u8, allocation: u32 },
     PersistentReserveOut { action: u8, scope: u8, kind: u8, list: u32 },
+    ExtendedCopy { list: u32 },
+    ReceiveCopyResults { action: u8, list: u8, allocation: u32 },
     ReportLuns { select: u8, allocation: u32 },
     ReportSupportedOperationCodes(OpcodeQuery),
     ReportSupportedTaskManagementFunctions { extended: bool, allocation: u32 },
@@ -156,7 +160,8 @@ pub fn decode_as(entry: &Entry, cdb: &[u8]) -> Result<Command, Sense> {
         | Kind::PreFetch
         | Kind::SynchronizeCache
         | Kind::WriteSame
-        | Kind::CompareAndWrite => medium(entry, cdb),
+        | Kind::CompareAndWrite
+        | Kind::OrWrite => medium(entry, cdb),
         _ => Ok(other(entry, cdb)),
     }
 }
@@ -212,6 +217,7 @@ fn medium(entry: &Entry, cdb: &Bytes) -> Result<Command, Sense> {
             Command::WriteSame { extent, unmap: cdb[1] & 0x08 != 0, no_data: cdb[1] & 0x01 != 0 }
         }
         Kind::CompareAndWrite => Command::CompareAndWrite { extent, fua: fua(entry, cdb) },
+        Kind::OrWrite => Command::OrWrite { extent, fua: fua(entry, cdb) },
         _ => Command::SynchronizeCache { extent },
     })
 }
@@ -245,6 +251,12 @@ fn other(entry: &Entry, cdb: &Bytes) -> Command {
         Kind::ReadCapacity10 => Command::ReadCapacity10,
         Kind::ReadCapacity16 => Command::ReadCapacity16 { allocation: at10 },
         Kind::GetLbaStatus => Command::GetLbaStatus { lba: lba64(cdb), allocation: at10 },
+        Kind::ReadDefectData10 => {
+            Command::ReadDefectData { long: false, lists: page, allocation: at7 }
+        }
+        Kind::ReadDefectData12 => {
+            Command::ReadDefectData { long: true, lists: cdb[1], allocation: at6 }
+        }
         Kind::Unmap => Command::Unmap { list: at7 },
         Kind::LogSense => Command::LogSense { page: page & 0x3f, subpage: cdb[3], allocation: at7 },
         Kind::PersistentReserveIn => {
@@ -256,6 +268,10 @@ fn other(entry: &Entry, cdb: &Bytes) -> Command {
             kind: cdb[2] & 0x0f,
             list: u32::from_be_bytes([cdb[5], cdb[6], cdb[7], cdb[8]]),
         },
+        Kind::ExtendedCopy => Command::ExtendedCopy { list: at10 },
+        Kind::ReceiveCopyResults => {
+            Command::ReceiveCopyResults { action: cdb[1] & 0x1f, list: page, allocation: at10 }
+        }
         Kind::ReportLuns => Command::ReportLuns { select: cdb[2], allocation: at6 },
         Kind::ReportSupportedOperationCodes => opcode_query(cdb, at6),
         Kind::ReportSupportedTaskManagementFunctions => {
@@ -324,11 +340,12 @@ mod tests {
 
     #[test]
     fn unknown_bits_are_pointed_at() {
-        // RDPROTECT, the obsolete LUN of READ(6), NACA, a group number, an unknown service action.
+        // RDPROTECT, the obsolete LUN of READ(6), NACA, a bit beside the group number, an unknown
+        // service action.
         assert_eq!(refused(&[0x28, 0x20, 0, 0, 0, 0, 0, 0, 1, 0]), Sense::in_cdb(1, Some(5)));
         assert_eq!(refused(&[0x08, 0xe0, 0, 0, 1, 0]), Sense::in_cdb(1, Some(7)));
         assert_eq!(refused(&[0x00, 0, 0, 0, 0, 4]), Sense::in_cdb(5, Some(2)));
-        assert_eq!(refused(&[0x2a, 0, 0, 0, 0, 0, 1, 0, 1, 0]), Sense::in_cdb(6, Some(0)));
+        assert_eq!(refused(&[0x2a, 0, 0, 0, 0, 0, 0x3f, 0, 1, 0]), Sense::in_cdb(6, Some(5)));
         assert_eq!(refused(&[0x5f, 7, 0, 0, 0, 0, 0, 0, 24, 0]), Sense::in_cdb(1, Some(4)));
         // BYTCHK 10b; 11b for a write.
         assert_eq!(refused(&[0x2f, 4, 0, 0, 0, 0, 0, 0, 1, 0]), Sense::in_cdb(1, Some(2)));
@@ -339,7 +356,7 @@ mod tests {
     fn unknown_codes_and_short_cdbs_are_refused() {
         let invalid = Sense::illegal(Code::INVALID_OPERATION_CODE);
         assert_eq!(refused(&[]), invalid);
-        for opcode in [0x04, 0x37, 0x48, 0x7f, 0x83, 0xb7, 0xc0, 0xff] {
+        for opcode in [0x04, 0x38, 0x48, 0x7f, 0x85, 0x9c, 0xc0, 0xff] {
             assert_eq!(refused(&[opcode; 32]), invalid, "{opcode:#x}");
         }
         assert_eq!(refused(&[0x28, 0, 0]), Sense::in_cdb(3, None));

@@ -12,6 +12,9 @@ pub const UNMAP_DESCRIPTORS_MAX: u16 = 256;
 const TRANSFER_BYTES: u32 = 4 << 20;
 /// Bytes of the largest COMPARE AND WRITE of SPDK's disks.
 const COMPARE_BYTES: u32 = 1 << 20;
+/// Blocks of the largest WRITE SAME: what a CDB of 10 bytes can name. Linux asks for no more of a
+/// disk without a limit. The limit bounds how long one command takes.
+const WRITE_SAME_BLOCKS: u64 = 0xffff;
 /// Bytes of the optimal unmap granularity, if the disk has none of its own: Windows rewrites data
 /// without one.
 const UNMAP_BYTES: u32 = 32 << 10;
@@ -62,7 +65,8 @@ pub struct Unmap {
     pub blocks_max: u32,
     /// MAXIMUM UNMAP BLOCK DESCRIPTOR COUNT, at most [`UNMAP_DESCRIPTORS_MAX`].
     pub descriptors_max: u16,
-    /// LBPRZ: unmapped blocks read as zeroes.
+    /// LBPRZ: unmapped blocks read as zeroes. SPDK's disks never say so. Of a disk that does,
+    /// libiscsi's WriteSame10.UnmapUntilEnd expects what SBC-3 does not allow.
     pub zeroes: bool,
 }
 
@@ -80,18 +84,24 @@ pub struct Identity {
     name_len: u8,
     /// The NAA designator.
     pub naa: u64,
+}
+
+/// The target port through which a command came. A logical unit has several if the same disk is
+/// served through several targets; each says of itself what SPDK's says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Port {
     /// The number of the target: it is called "Target N".
     pub target: u8,
     /// RELATIVE TARGET PORT IDENTIFIER. SPDK's is 0.
-    pub port: u16,
-    /// LOGICAL UNIT GROUP: SPDK's index of the device in the process.
+    pub relative: u16,
+    /// LOGICAL UNIT GROUP: SPDK's index of the SCSI device in the process.
     pub group: u16,
 }
 
 impl Identity {
-    /// The identity that SPDK gives to the disk `name` as target `target` and device `group`.
+    /// The identity that SPDK gives to the disk `name`.
     #[must_use]
-    pub fn of(product: &str, name: &str, target: u8, group: u16) -> Self {
+    pub fn of(product: &str, name: &str) -> Self {
         let mut cut = [0; NAME_BYTES_MAX];
         let mut name_len = 0;
         for (to, from) in cut.iter_mut().zip(name.bytes()) {
@@ -107,9 +117,6 @@ impl Identity {
             name: cut,
             name_len,
             naa: naa(name),
-            target,
-            port: 0,
-            group,
         }
     }
 
@@ -134,8 +141,9 @@ pub fn naa(name: &str) -> u64 {
 }
 
 impl Facts {
-    /// A disk of this geometry, with SPDK's limits: writable, without a write cache, without unmap,
-    /// on a medium that does not rotate. `block_bytes` and `blocks` are made at least 1.
+    /// A disk of this geometry: writable, without a write cache, without unmap, on a medium that
+    /// does not rotate. Its limits are SPDK's, except that of WRITE SAME, which is 4 MiB in SPDK.
+    /// `block_bytes` and `blocks` are made at least 1.
     #[must_use]
     pub fn new(block_bytes: u32, blocks: u64, identity: Identity) -> Self {
         let block_bytes = block_bytes.max(1);
@@ -153,7 +161,7 @@ impl Facts {
             transfer_blocks_max: transfer,
             transfer_blocks_optimal: transfer,
             compare_blocks_max: u8::try_from(COMPARE_BYTES / block_bytes).unwrap_or(u8::MAX),
-            write_same_blocks_max: 0,
+            write_same_blocks_max: WRITE_SAME_BLOCKS,
             identity,
         }
     }
@@ -200,10 +208,10 @@ mod tests {
     #[test]
     fn identity_is_that_of_spdk() {
         assert_eq!(naa("Malloc0"), 0x2d1d_0003_4738_6228);
-        let identity = Identity::of("Malloc disk", "Malloc0", 0, 0);
+        let identity = Identity::of("Malloc disk", "Malloc0");
         assert_eq!(&identity.product, b"Malloc disk     ");
         assert_eq!(identity.serial().collect::<Vec<_>>(), b"Malloc0\0");
-        let long = Identity::of("A product with a long name", &"x".repeat(40), 0, 0);
+        let long = Identity::of("A product with a long name", &"x".repeat(40));
         assert_eq!(&long.product, b"A product with a");
         assert_eq!(long.name().count(), 32);
         assert_eq!(long.serial().count(), 32);
@@ -212,7 +220,7 @@ mod tests {
 
     #[test]
     fn ranges_do_not_overflow() {
-        let facts = Facts::new(512, 100, Identity::of("", "", 0, 0));
+        let facts = Facts::new(512, 100, Identity::of("", ""));
         assert!(facts.contain(99, 1) && facts.contain(100, 0) && facts.contain(0, 100));
         assert!(!facts.contain(100, 1) && !facts.contain(101, 0) && !facts.contain(1, 100));
         assert!(!facts.contain(u64::MAX, 1) && !facts.contain(1, u64::MAX));
@@ -227,10 +235,10 @@ mod tests {
 
     #[test]
     fn limits_are_those_of_spdk() {
-        let small = Facts::new(512, 1, Identity::of("", "", 0, 0));
+        let small = Facts::new(512, 1, Identity::of("", ""));
         assert_eq!((small.granularity_blocks, small.transfer_blocks_max), (8, 8192));
-        assert_eq!(small.compare_blocks_max, 255);
-        let large = Facts::new(4096, 1, Identity::of("", "", 0, 0));
+        assert_eq!((small.compare_blocks_max, small.write_same_blocks_max), (255, 0xffff));
+        let large = Facts::new(4096, 1, Identity::of("", ""));
         assert_eq!((large.granularity_blocks, large.transfer_blocks_max), (1, 1024));
         assert_eq!(large.compare_blocks_max, 255);
         assert_eq!(Facts::new(8 << 20, 1, small.identity).compare_blocks_max, 0);

@@ -23,17 +23,18 @@ pub enum Fast {
 #[must_use]
 #[inline]
 pub fn fast(command: &Command, facts: &Facts, gate: Gate, buffers: Buffers) -> Fast {
-    let write = match command {
-        Command::Read { .. } => false,
-        Command::Write { .. } => true,
+    let (write, extent, fua) = match *command {
+        Command::Read { extent, fua } => (false, extent, fua),
+        Command::Write { extent, fua } => (true, extent, fua),
         _ => return Fast::Slow,
     };
     if gate.is_slow(write) {
         return Fast::Slow;
     }
-    match medium::plan(command, facts, gate, buffers) {
-        Ok(Some(plan)) => Fast::Io(plan),
-        Ok(None) => Fast::Slow,
-        Err(sense) => Fast::Failed(sense),
-    }
+    let plan = if write {
+        medium::write(extent, fua, facts, gate, buffers)
+    } else {
+        medium::read(extent, fua, facts, gate, buffers)
+    };
+    plan.map_or_else(Fast::Failed, Fast::Io)
 }

@@ -1,6 +1,6 @@
 //! INQUIRY: standard data and vital product data.
 
-use crate::facts::{Facts, UNMAP_DESCRIPTORS_MAX, Unmap};
+use crate::facts::{Facts, Port, UNMAP_DESCRIPTORS_MAX, Unmap};
 use crate::reply::Reply;
 use crate::sense::Sense;
 
@@ -17,7 +17,10 @@ mod page {
     pub(super) const SUPPORTED: u8 = 0x00;
     pub(super) const SERIAL: u8 = 0x80;
     pub(super) const IDENTIFICATION: u8 = 0x83;
+    pub(super) const NETWORK: u8 = 0x85;
     pub(super) const EXTENDED: u8 = 0x86;
+    pub(super) const MODE_POLICY: u8 = 0x87;
+    pub(super) const PORTS: u8 = 0x88;
     pub(super) const BLOCK_LIMITS: u8 = 0xb0;
     pub(super) const CHARACTERISTICS: u8 = 0xb1;
     pub(super) const PROVISIONING: u8 = 0xb2;
@@ -26,18 +29,19 @@ mod page {
 /// Standard data (SPC-4, INQUIRY), or a page of vital product data.
 pub(crate) fn inquiry(
     facts: &Facts,
+    port: Port,
     vital: bool,
     page: u8,
     reply: &mut Reply,
 ) -> Result<(), Sense> {
     if vital {
-        return vital_data(facts, page, reply);
+        return vital_data(facts, port, page, reply);
     }
     if page != 0 {
         return Err(Sense::in_cdb(2, None));
     }
-    // HISUP and response data format 2; MULTIP; CMDQUE.
-    reply.put(&[0, 0, VERSION, 0x12, 0, 0, 0x10, 0x02]);
+    // HISUP and response data format 2; 3PC; MULTIP; CMDQUE. SPDK's disks have no 3PC.
+    reply.put(&[0, 0, VERSION, 0x12, 0, 0x08, 0x10, 0x02]);
     reply.put(&facts.identity.vendor);
     reply.put(&facts.identity.product);
     reply.put(&facts.identity.revision);
@@ -57,23 +61,29 @@ pub(crate) fn absent(reply: &mut Reply) {
 }
 
 /// SPC-4, vital product data parameters.
-fn vital_data(facts: &Facts, page: u8, reply: &mut Reply) -> Result<(), Sense> {
+fn vital_data(facts: &Facts, port: Port, page: u8, reply: &mut Reply) -> Result<(), Sense> {
     reply.put(&[0, page, 0, 0]);
     match (page, facts.unmap) {
         (page::SUPPORTED, unmap) => {
-            reply.put(&[page::SUPPORTED, page::SERIAL, page::IDENTIFICATION, page::EXTENDED]);
+            reply.put(&[page::SUPPORTED, page::SERIAL, page::IDENTIFICATION, page::NETWORK]);
+            reply.put(&[page::EXTENDED, page::MODE_POLICY, page::PORTS]);
             reply.put(&[page::BLOCK_LIMITS, page::CHARACTERISTICS]);
             if unmap.is_some() {
                 reply.put(&[page::PROVISIONING]);
             }
         }
         (page::SERIAL, _) => facts.identity.serial().for_each(|byte| reply.put(&[byte])),
-        (page::IDENTIFICATION, _) => identification(facts, reply),
+        (page::IDENTIFICATION, _) => identification(facts, port, reply),
+        // Management Network Addresses: none.
+        (page::NETWORK, _) => {}
         (page::EXTENDED, _) => {
             // HEADSUP and SIMPSUP (SPC-4, Extended INQUIRY Data).
             reply.put(&[0, 0x05]);
             reply.pad_to(64);
         }
+        // Mode Page Policy: all pages and subpages are shared by all nexuses.
+        (page::MODE_POLICY, _) => reply.put(&[0x3f, 0xff, 0, 0]),
+        (page::PORTS, _) => ports(port, reply),
         (page::BLOCK_LIMITS, _) => block_limits(facts, reply),
         (page::CHARACTERISTICS, _) => {
             reply.put(&facts.rotation.to_be_bytes());
@@ -99,7 +109,7 @@ mod of {
 
 /// The designators of SPDK's disks, byte for byte: guests' names of disks are
 /// made of them. Each has PIV set, and protocol identifier 6 (SAS).
-fn identification(facts: &Facts, reply: &mut Reply) {
+fn identification(facts: &Facts, port: Port, reply: &mut Reply) {
     const BINARY: u8 = 0x61;
     const ASCII: u8 = 0x62;
     const UTF8: u8 = 0x63;
@@ -113,22 +123,32 @@ fn identification(facts: &Facts, reply: &mut Reply) {
     reply.put_padded(identity.name(), 32, b' ');
     // "Target N", and a NUL, padded to 12 bytes.
     let [hundreds, tens, ones] =
-        [identity.target / 100, identity.target / 10 % 10, identity.target % 10].map(|d| b'0' + d);
+        [port.target / 100, port.target / 10 % 10, port.target % 10].map(|d| b'0' + d);
     let name = b"Target "
         .iter()
         .copied()
-        .chain((identity.target >= 100).then_some(hundreds))
-        .chain((identity.target >= 10).then_some(tens))
+        .chain((port.target >= 100).then_some(hundreds))
+        .chain((port.target >= 10).then_some(tens))
         .chain([ones]);
     reply.put(&[UTF8, PIV | of::DEVICE | 8, 0, 12]);
     reply.put_padded(name, 12, 0);
     reply.put(&[UTF8, PIV | of::PORT | 8, 0, 5]);
     reply.put(b"vhost");
-    let [high, low] = identity.port.to_be_bytes();
+    let [high, low] = port.relative.to_be_bytes();
     reply.put(&[BINARY, PIV | of::PORT | 4, 0, 4, 0, 0, high, low]);
     reply.put(&[BINARY, PIV | of::PORT | 5, 0, 4, 0, 0, 0, 0]);
-    let [high, low] = identity.group.to_be_bytes();
+    let [high, low] = port.group.to_be_bytes();
     reply.put(&[BINARY, PIV | of::UNIT | 6, 0, 4, 0, 0, high, low]);
+}
+
+/// SPC-4, SCSI Ports: the port through which the command came, byte for byte as SPDK has it. It
+/// names protocol identifier 5 (iSCSI) here.
+fn ports(port: Port, reply: &mut Reply) {
+    let [high, low] = port.relative.to_be_bytes();
+    // No initiator port; nine bytes of target port descriptors.
+    reply.put(&[0, 0, high, low, 0, 0, 0, 0, 0, 0, 0, 9]);
+    reply.put(&[0x53, 0x98, 0, 5]);
+    reply.put(b"vhost");
 }
 
 /// SBC-3, Block Limits. WSNZ is 0: a WRITE SAME of 0 blocks goes to the end.

@@ -6,9 +6,13 @@
 //!
 //! [`table`] is data: all operation codes, and what is known of each before its fields are read.
 //! [`cdb`] decodes a CDB by it. [`facts`] are what a disk says about itself. READ and WRITE then
-//! take the fast path, [`fast`], which needs the facts and a [`Gate`] but no lock. All other commands,
-//! and those that the gate stops, go to the target's [`LogicalUnit`]. The unit answers into a
-//! [`Reply`], or returns a [`Plan`]; the [`Outcome`] of a plan that has been done is the answer.
+//! take the fast path, [`fast`], which needs the facts and a [`Gate`] but no lock. All other
+//! commands, and those that the gate stops, go to the target's [`LogicalUnit`]. The unit answers
+//! into a [`Reply`], or returns a [`Plan`]; the [`Outcome`] of a plan that has been done is the
+//! answer.
+//!
+//! `tests/libiscsi` runs libiscsi's tests on a logical unit, and says what is answered and why some
+//! are skipped.
 //!
 //! Names are those of SAM-5, SPC-4 and SBC-3, which are cited by the name of a clause or command.
 
@@ -35,6 +39,8 @@ mod plan;
 mod gate;
 mod medium;
 
+mod copy;
+
 mod fast;
 
 mod inquiry;
@@ -44,7 +50,7 @@ pub mod report;
 mod unit;
 
 pub use cdb::{Command, decode};
-pub use facts::{Facts, Identity, Unmap};
+pub use facts::{Facts, Identity, Port, Unmap};
 pub use fast::{Fast, fast};
 pub use gate::Gate;
 pub use nexus::{Attention, NEXUSES_MAX, Nexus};

@@ -16,7 +16,6 @@ use crate::sense::{Code, Key, Sense};
 ///
 /// # Errors
 /// The sense data.
-#[inline]
 pub(crate) fn plan(
     command: &Command,
     facts: &Facts,
@@ -24,19 +23,12 @@ pub(crate) fn plan(
     buffers: Buffers,
 ) -> Result<Option<Plan>, Sense> {
     let medium = Medium { facts, gate, buffers };
-    let write = Flush::After;
     Ok(Some(match *command {
-        Command::Read { extent, fua } => {
-            let flush = if fua { Flush::Before } else { Flush::No };
-            medium.transfer(Op::Read, extent, flush)?
-        }
-        Command::Write { extent, fua } => {
-            let flush = if fua || gate.is_write_through() { Flush::After } else { Flush::No };
-            medium.transfer(Op::Write, extent, flush)?
-        }
+        Command::Read { extent, fua } => read(extent, fua, facts, gate, buffers)?,
+        Command::Write { extent, fua } => write(extent, fua, facts, gate, buffers)?,
         Command::WriteAndVerify { extent, compare } => {
             let op = Op::WriteAndVerify { compare: compare != Compare::Nothing };
-            medium.transfer(op, extent, write)?
+            medium.transfer(op, extent, Flush::After)?
         }
         Command::Verify { extent, compare } => medium.verify(extent, compare)?,
         Command::PreFetch { extent } => medium.pre_fetch(extent)?,
@@ -44,9 +36,45 @@ pub(crate) fn plan(
         Command::WriteSame { extent, unmap, no_data } => {
             medium.write_same(extent, unmap, no_data)?
         }
+        Command::OrWrite { extent, fua } => {
+            let flush = if fua || gate.is_write_through() { Flush::After } else { Flush::No };
+            Plan { exclusive: true, ..medium.transfer(Op::OrWrite, extent, flush)? }
+        }
         Command::CompareAndWrite { extent, fua } => medium.compare_and_write(extent, fua)?,
         _ => return Ok(None),
     }))
+}
+
+/// The plan of READ.
+///
+/// # Errors
+/// The sense data.
+#[inline]
+pub(crate) fn read(
+    extent: Extent,
+    fua: bool,
+    facts: &Facts,
+    gate: Gate,
+    buffers: Buffers,
+) -> Result<Plan, Sense> {
+    let flush = if fua { Flush::Before } else { Flush::No };
+    Medium { facts, gate, buffers }.transfer(Op::Read, extent, flush)
+}
+
+/// The plan of WRITE.
+///
+/// # Errors
+/// The sense data.
+#[inline]
+pub(crate) fn write(
+    extent: Extent,
+    fua: bool,
+    facts: &Facts,
+    gate: Gate,
+    buffers: Buffers,
+) -> Result<Plan, Sense> {
+    let flush = if fua || gate.is_write_through() { Flush::After } else { Flush::No };
+    Medium { facts, gate, buffers }.transfer(Op::Write, extent, flush)
 }
 
 /// What every check needs.
@@ -190,7 +218,8 @@ impl Medium<'_> {
         self.check_extent(extent, true)?;
         let blocks = u64::from(extent.blocks);
         let wanted = self.facts.bytes(2 * blocks);
-        if blocks > 0 && self.buffers.data_out != wanted {
+        // Exactly: libiscsi sends 256 blocks, which the CDB has as 0, and expects a refusal.
+        if self.buffers.data_out != wanted {
             return Err(LENGTH_FIELD);
         }
         let flush = if fua || self.gate.is_write_through() { Flush::After } else { Flush::No };

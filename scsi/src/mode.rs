@@ -6,16 +6,89 @@ use crate::reply::Reply;
 use crate::sense::{Code, Format, Sense};
 
 /// Bytes of the longest page.
-const PAGE_BYTES_MAX: usize = 20;
+const PAGE_BYTES_MAX: usize = 32;
 /// All pages.
 const ALL_PAGES: u8 = 0x3f;
 /// All subpages.
 const ALL_SUBPAGES: u8 = 0xff;
 const CACHING: u8 = 0x08;
 const CONTROL: u8 = 0x0a;
-/// The pages, in their order, and PAGE LENGTH of each: read-write error recovery, caching, control,
-/// informational exceptions. Page lengths are SPDK's.
-const PAGES: [(u8, u8); 4] = [(0x01, 10), (CACHING, 18), (CONTROL, 10), (0x1c, 10)];
+/// SPF, byte 0 of a page: it has a subpage code, and a header of four bytes (SPC-4).
+const SPF: u8 = 0x40;
+
+/// A page that there is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Page {
+    /// PAGE CODE.
+    code: u8,
+    /// SUBPAGE CODE.
+    subpage: u8,
+    /// PAGE LENGTH.
+    length: u8,
+}
+
+/// The pages of SPDK's disks, in their order, with SPDK's lengths. Those other than Caching and
+/// Control are all zero: this disk has none of their functions, but guests may ask for them.
+const PAGES: [Page; 9] = [
+    // Read-Write Error Recovery, Disconnect-Reconnect, Verify Error Recovery.
+    Page::new(0x01, 0, 10),
+    Page::new(0x02, 0, 14),
+    Page::new(0x07, 0, 10),
+    Page::new(CACHING, 0, 18),
+    Page::new(CONTROL, 0, 10),
+    // Control Extension.
+    Page::new(CONTROL, 1, 28),
+    // XOR Control, Power Condition, Informational Exceptions Control.
+    Page::new(0x10, 0, 22),
+    Page::new(0x1a, 0, 10),
+    Page::new(0x1c, 0, 10),
+];
+
+impl Page {
+    const fn new(code: u8, subpage: u8, length: u8) -> Self {
+        Self { code, subpage, length }
+    }
+
+    /// The first byte: SPF and PAGE CODE.
+    const fn first(self) -> u8 {
+        if self.subpage == 0 { self.code } else { self.code | SPF }
+    }
+
+    /// Bytes before those that PAGE LENGTH counts.
+    const fn header(self) -> usize {
+        if self.subpage == 0 { 2 } else { 4 }
+    }
+
+    /// Bytes of the page.
+    fn bytes(self) -> usize {
+        self.header() + usize::from(self.length)
+    }
+
+    /// Whether MODE SENSE asks for it (SPC-4, page code and subpage code usage).
+    fn is_wanted(self, query: &ModeQuery) -> bool {
+        (query.page == ALL_PAGES || query.page == self.code)
+            && (query.subpage == ALL_SUBPAGES || query.subpage == self.subpage)
+    }
+
+    /// The page that begins a list of MODE SELECT, if it is known and has its length. PS is
+    /// reserved there.
+    fn of_list(list: &[u8], at: u16) -> Result<Self, Sense> {
+        let too_short = Sense::illegal(Code::PARAMETER_LIST_LENGTH_ERROR);
+        let (first, subpage, length, length_at) = match list {
+            [first, subpage, high, low, ..] if first & SPF != 0 => {
+                (*first, *subpage, u16::from_be_bytes([*high, *low]), 2)
+            }
+            [first, length, ..] if first & SPF == 0 => (*first, 0, u16::from(*length), 1),
+            _ => return Err(too_short),
+        };
+        let known = PAGES.iter().find(|page| page.first() == first && page.subpage == subpage);
+        let page = known.ok_or(Sense::in_list(at, None))?;
+        if u16::from(page.length) != length {
+            return Err(Sense::in_list(at.saturating_add(length_at), None));
+        }
+        Ok(*page)
+    }
+}
 
 /// WCE, byte 2 of the caching page (SBC-3, Caching mode page).
 const WCE: u8 = 0x04;
@@ -56,8 +129,8 @@ impl Modes {
         if self.descriptor { Format::Descriptor } else { Format::Fixed }
     }
 
-    /// A page of `length` bytes after its header.
-    fn page(&self, page: u8, length: u8, values: Values, facts: &Facts) -> [u8; PAGE_BYTES_MAX] {
+    /// The bytes of a page.
+    fn page(&self, page: Page, values: Values, facts: &Facts) -> [u8; PAGE_BYTES_MAX] {
         let shown = match values {
             Values::Current => *self,
             Values::Default => Self::new(facts),
@@ -68,10 +141,15 @@ impl Modes {
         let fixed = values != Values::Changeable;
         let when = |set: bool, bit: u8| if set { bit } else { 0 };
         let mut bytes = [0; PAGE_BYTES_MAX];
-        [bytes[0], bytes[1]] = [page, length];
-        match page {
-            CACHING => bytes[2] = when(shown.write_cache, WCE),
-            CONTROL => {
+        bytes[0] = page.first();
+        if page.subpage == 0 {
+            bytes[1] = page.length;
+        } else {
+            [bytes[1], bytes[3]] = [page.subpage, page.length];
+        }
+        match (page.code, page.subpage) {
+            (CACHING, 0) => bytes[2] = when(shown.write_cache, WCE),
+            (CONTROL, 0) => {
                 bytes[2] = when(shown.descriptor, D_SENSE);
                 bytes[3] = when(fixed, UNRESTRICTED);
                 bytes[4] = when(shown.protected, SWP);
@@ -96,11 +174,12 @@ pub(crate) fn sense(
         2 => Values::Default,
         _ => return Err(Sense::illegal(Code::SAVING_NOT_SUPPORTED)),
     };
-    let wanted = |page: u8| query.page == ALL_PAGES || query.page == page;
-    if !PAGES.iter().any(|(page, _)| wanted(*page)) {
+    if query.page != ALL_PAGES && !PAGES.iter().any(|page| page.code == query.page) {
         return Err(Sense::in_cdb(2, Some(5)));
     }
-    if query.subpage != 0 && query.subpage != ALL_SUBPAGES {
+    // With all pages, only subpages 0 and FFh are defined (SPC-4).
+    let subpages = query.page != ALL_PAGES || matches!(query.subpage, 0 | ALL_SUBPAGES);
+    if !subpages || !PAGES.iter().any(|page| page.is_wanted(query)) {
         return Err(Sense::in_cdb(3, None));
     }
     // SBC-3, DEVICE-SPECIFIC PARAMETER: WP and DPOFUA.
@@ -116,9 +195,9 @@ pub(crate) fn sense(
         reply.put(&[0, 0, device, descriptor]);
     }
     put_block_descriptor(facts, descriptor, reply);
-    for (page, length) in PAGES.iter().filter(|(page, _)| wanted(*page)) {
-        let bytes = modes.page(*page, *length, values, facts);
-        reply.put_padded(bytes.into_iter(), usize::from(*length) + 2, 0);
+    for page in PAGES.iter().filter(|page| page.is_wanted(query)) {
+        let bytes = modes.page(*page, values, facts);
+        reply.put_padded(bytes.into_iter(), page.bytes(), 0);
     }
     // MODE DATA LENGTH counts what follows it.
     if query.long {
@@ -178,14 +257,9 @@ pub(crate) fn select(
     let mut selected = *modes;
     while !pages.is_empty() {
         let at = u16::try_from(list.len().saturating_sub(pages.len())).unwrap_or(u16::MAX);
-        let [code, length, ..] = pages else { return Err(length_error) };
-        // PS is reserved here, and no page has a subpage.
-        let known = PAGES.iter().find(|(page, _)| page == code).ok_or(Sense::in_list(at, None))?;
-        if *length != known.1 {
-            return Err(Sense::in_list(at.saturating_add(1), None));
-        }
-        let (page, rest) = pages.split_at_checked(usize::from(*length) + 2).ok_or(length_error)?;
-        selected = select_page(&selected, facts, *known, page, at)?;
+        let known = Page::of_list(pages, at)?;
+        let (page, rest) = pages.split_at_checked(known.bytes()).ok_or(length_error)?;
+        selected = select_page(&selected, facts, known, page, at)?;
         pages = rest;
     }
     Ok(selected)
@@ -195,24 +269,24 @@ pub(crate) fn select(
 fn select_page(
     modes: &Modes,
     facts: &Facts,
-    (code, length): (u8, u8),
+    known: Page,
     page: &[u8],
     at: u16,
 ) -> Result<Modes, Sense> {
-    let current = modes.page(code, length, Values::Current, facts);
-    let changeable = modes.page(code, length, Values::Changeable, facts);
+    let current = modes.page(known, Values::Current, facts);
+    let changeable = modes.page(known, Values::Changeable, facts);
     let differs = |i: usize| {
         let both = page.get(i).zip(current.get(i)).zip(changeable.get(i));
         both.is_some_and(|((new, old), mask)| (new ^ old) & !mask != 0)
     };
-    if let Some(byte) = (2..page.len()).find(|i| differs(*i)) {
+    if let Some(byte) = (known.header()..page.len()).find(|i| differs(*i)) {
         let byte = u16::try_from(byte).unwrap_or(u16::MAX);
         return Err(Sense::in_list(at.saturating_add(byte), None));
     }
     let bit = |byte: usize, bit: u8| page.get(byte).is_some_and(|byte| byte & bit != 0);
-    Ok(match code {
-        CACHING => Modes { write_cache: bit(2, WCE), ..*modes },
-        CONTROL => Modes { descriptor: bit(2, D_SENSE), protected: bit(4, SWP), ..*modes },
+    Ok(match (known.code, known.subpage) {
+        (CACHING, 0) => Modes { write_cache: bit(2, WCE), ..*modes },
+        (CONTROL, 0) => Modes { descriptor: bit(2, D_SENSE), protected: bit(4, SWP), ..*modes },
         _ => *modes,
     })
 }

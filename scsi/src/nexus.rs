@@ -7,8 +7,9 @@ use crate::sense::{Code, Key, Sense};
 /// Nexuses that are known at a time. More get BUSY until one is lost.
 pub const NEXUSES_MAX: usize = 64;
 
-/// An I_T nexus, by the initiator port's identity: each front end of a controller is one. The
-/// caller chooses the number; registrations stay with it when the nexus is lost.
+/// An I_T nexus: each front end of a controller is one initiator port, and each of the controller's
+/// targets a target port. The caller chooses the number, one for each pair that reaches the logical
+/// unit; registrations stay with it when the nexus is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Nexus(pub u64);
 

@@ -39,6 +39,18 @@ pub enum Op {
     /// Read the range and compare it with the first half of data-out; if it is equal, write the
     /// second half. No other write to the range may come between, so the plan is exclusive.
     CompareAndWrite,
+    /// Read the range, and write the bitwise OR of it and data-out. No other write to the range may
+    /// come between, so the plan is exclusive.
+    OrWrite,
+    /// Copy as many blocks as the range has, from this LBA on, to the range. If the two overlap, the
+    /// initiator cannot rely on what the common blocks have in the end.
+    Copy {
+        /// The first block to read.
+        from: u64,
+        /// LIST IDENTIFIER. If there is one, the caller calls `LogicalUnit::copied` before it
+        /// answers.
+        list: Option<u8>,
+    },
     /// Make all written data durable. The plan's range is empty.
     Flush,
 }
@@ -157,6 +169,12 @@ impl Outcome {
 /// The sense data of a failure, or the status of one that has none.
 fn status_or_sense(plan: &Plan, facts: &Facts, failure: Failure) -> Result<Sense, Status> {
     Ok(match failure {
+        // SPC-4: whichever of the two ends of a copy failed.
+        Failure::Medium(_) | Failure::OutOfRange | Failure::Device
+            if matches!(plan.op, Op::Copy { .. }) =>
+        {
+            Sense::new(Key::CopyAborted, Code::THIRD_PARTY_DEVICE_FAILURE)
+        }
         // SBC-3: the INFORMATION field has the LBA.
         Failure::Medium(lba) => {
             Sense { information: lba, ..Sense::new(Key::MediumError, medium_code(plan.op)) }

@@ -119,6 +119,13 @@ pub(crate) fn task_management(
     Ok(())
 }
 
+/// READ DEFECT DATA (SBC-3): the lists that bits 4 and 3 of `lists` ask for are empty. So any
+/// defect list format, bits 2 to 0, is returned as asked for.
+pub(crate) fn defects(long: bool, lists: u8, reply: &mut Reply) {
+    reply.put(&[0, lists & 0x1f, 0, 0]);
+    reply.pad_to(if long { 8 } else { 4 });
+}
+
 /// LOG SENSE (SPC-4): the supported pages, and informational exceptions.
 pub(crate) fn log(page: u8, subpage: u8, reply: &mut Reply) -> Result<(), Sense> {
     match (page, subpage) {
@@ -149,7 +156,6 @@ pub(crate) fn diagnostic(valid: bool, page: u8, reply: &mut Reply) -> Result<(),
 pub(crate) fn persistent(
     reservations: &Reservations,
     action: u8,
-    port: u16,
     reply: &mut Reply,
 ) -> Result<(), Sense> {
     const READ_KEYS: u8 = 0;
@@ -174,7 +180,7 @@ pub(crate) fn persistent(
                 reply.put(&[0, 0, 0, 0, 0, kind as u8, 0, 0]);
             }
         }
-        _ => full_status(reservations, port, reply),
+        _ => full_status(reservations, reply),
     }
     let length = u32::try_from(reply.len().saturating_sub(8)).unwrap_or(u32::MAX);
     reply.set(4, &length.to_be_bytes());
@@ -183,14 +189,14 @@ pub(crate) fn persistent(
 
 /// READ FULL STATUS (SPC-4). The TransportID has the format of SAS, as the designators have
 /// its protocol identifier; the SAS address is the nexus' number (SPC-4, TransportID for SAS).
-fn full_status(reservations: &Reservations, port: u16, reply: &mut Reply) {
+fn full_status(reservations: &Reservations, reply: &mut Reply) {
     const TRANSPORT_ID_BYTES: usize = 24;
     for known in &reservations.registrations {
         let kind = reservations.reservation.filter(|_| reservations.is_holder(known.nexus));
         reply.put(&known.key.to_be_bytes());
         reply.put(&[0, 0, 0, 0, u8::from(kind.is_some()), kind.map_or(0, |held| held.kind as u8)]);
         reply.put(&[0; 4]);
-        reply.put(&port.to_be_bytes());
+        reply.put(&known.port.to_be_bytes());
         reply.put(&[0, 0, 0, 24]);
         let end = reply.len() + TRANSPORT_ID_BYTES;
         reply.put(&[0x06, 0, 0, 0]);

@@ -83,6 +83,8 @@ impl Type {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Registration {
     pub(crate) nexus: Nexus,
+    /// RELATIVE TARGET PORT IDENTIFIER of the port through which it was made.
+    pub(crate) port: u16,
     pub(crate) key: u64,
 }
 
@@ -98,6 +100,8 @@ pub(crate) struct Reservation {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request {
     pub(crate) action: u8,
+    /// RELATIVE TARGET PORT IDENTIFIER of the port through which it came.
+    pub(crate) port: u16,
     pub(crate) scope: u8,
     pub(crate) kind: u8,
     pub(crate) key: u64,
@@ -259,14 +263,20 @@ impl Reservations {
                 preempted.clear();
             }
             out::PREEMPT_AND_ABORT => self.preempt(nexus, request, nexuses, preempted)?,
-            _ => self.register(nexus, request.new_key, nexuses)?,
+            _ => self.register(nexus, request, nexuses)?,
         }
         self.generation = self.generation.wrapping_add(1);
         Ok(())
     }
 
     /// SPC-4, registering. A new key of 0 removes the registration.
-    fn register(&mut self, nexus: Nexus, key: u64, nexuses: &mut Nexuses) -> Result<(), Refused> {
+    fn register(
+        &mut self,
+        nexus: Nexus,
+        request: &Request,
+        nexuses: &mut Nexuses,
+    ) -> Result<(), Refused> {
+        let Request { new_key: key, port, .. } = *request;
         if key == 0 {
             self.unregister(nexus, nexuses);
             return Ok(());
@@ -276,7 +286,7 @@ impl Reservations {
             return Ok(());
         }
         self.registrations
-            .try_push(Registration { nexus, key })
+            .try_push(Registration { nexus, port, key })
             .map_err(|_| Refused::Sense(Sense::illegal(Code::INSUFFICIENT_REGISTRATION_RESOURCES)))
     }
 

@@ -34,6 +34,8 @@ pub enum Key {
     UnitAttention = 0x6,
     /// The medium is write-protected.
     DataProtect = 0x7,
+    /// EXTENDED COPY failed at a copy source or destination.
+    CopyAborted = 0xa,
     /// The command was aborted; it may be repeated.
     AbortedCommand = 0xb,
     /// The data is not what was expected.
@@ -49,8 +51,14 @@ impl Code {
     pub const NONE: Self = Self(0x00, 0x00);
     /// LOGICAL UNIT NOT READY, INITIALIZING COMMAND REQUIRED
     pub const INITIALIZING_COMMAND_REQUIRED: Self = Self(0x04, 0x02);
+    /// UNREACHABLE COPY TARGET
+    pub const UNREACHABLE_COPY_TARGET: Self = Self(0x08, 0x04);
     /// WRITE ERROR
     pub const WRITE_ERROR: Self = Self(0x0c, 0x00);
+    /// THIRD PARTY DEVICE FAILURE
+    pub const THIRD_PARTY_DEVICE_FAILURE: Self = Self(0x0d, 0x01);
+    /// COPY TARGET DEVICE NOT REACHABLE
+    pub const COPY_TARGET_NOT_REACHABLE: Self = Self(0x0d, 0x02);
     /// UNRECOVERED READ ERROR
     pub const UNRECOVERED_READ_ERROR: Self = Self(0x11, 0x00);
     /// PARAMETER LIST LENGTH ERROR
@@ -69,6 +77,16 @@ impl Code {
     pub const INVALID_FIELD_IN_PARAMETER_LIST: Self = Self(0x26, 0x00);
     /// INVALID RELEASE OF PERSISTENT RESERVATION
     pub const INVALID_RELEASE: Self = Self(0x26, 0x04);
+    /// TOO MANY TARGET DESCRIPTORS
+    pub const TOO_MANY_TARGET_DESCRIPTORS: Self = Self(0x26, 0x06);
+    /// UNSUPPORTED TARGET DESCRIPTOR TYPE CODE
+    pub const UNSUPPORTED_TARGET_DESCRIPTOR_TYPE: Self = Self(0x26, 0x07);
+    /// TOO MANY SEGMENT DESCRIPTORS
+    pub const TOO_MANY_SEGMENT_DESCRIPTORS: Self = Self(0x26, 0x08);
+    /// UNSUPPORTED SEGMENT DESCRIPTOR TYPE CODE
+    pub const UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE: Self = Self(0x26, 0x09);
+    /// INLINE DATA LENGTH EXCEEDED
+    pub const INLINE_DATA_LENGTH_EXCEEDED: Self = Self(0x26, 0x0b);
     /// WRITE PROTECTED
     pub const WRITE_PROTECTED: Self = Self(0x27, 0x00);
     /// SPACE ALLOCATION FAILED WRITE PROTECT

@@ -1,12 +1,13 @@
 //! A logical unit: its state, and the execution of commands.
 
 use crate::cdb::{self, Command};
-use crate::facts::{Facts, UNMAP_DESCRIPTORS_MAX};
+use crate::copy::Copies;
+use crate::facts::{Facts, Port, UNMAP_DESCRIPTORS_MAX};
 use crate::gate::{Gate, State};
 use crate::inquiry;
 use crate::mode::Modes;
 use crate::nexus::{Attention, Nexus, Nexuses};
-use crate::plan::{Flush, Op, Outcome, Plan};
+use crate::plan::{Failure, Flush, Op, Outcome, Plan};
 use crate::reply::{Buffers, Range, Reply};
 use crate::report::{self, LbaQuery};
 use crate::reservation::{Refused, Reservations};
@@ -65,6 +66,7 @@ pub struct LogicalUnit {
     modes: Modes,
     nexuses: Nexuses,
     reservations: Reservations,
+    copies: Copies,
     /// START STOP UNIT has stopped it.
     stopped: bool,
     generation: u64,
@@ -79,20 +81,29 @@ impl LogicalUnit {
             facts,
             nexuses: Nexuses::default(),
             reservations: Reservations::default(),
+            copies: Copies::default(),
             stopped: false,
             generation: 0,
         }
     }
 
-    /// Begins a command. `reply` is emptied first; whoever gets [`Step::Done`] answers with it.
+    /// Begins a command that came from `nexus` through `port`. `reply` is emptied first; whoever
+    /// gets [`Step::Done`] answers with it.
     ///
     /// The checks are in the order of SAM-5's status precedence: unit attention, reservation
     /// conflict, then the CDB.
-    pub fn start(&mut self, nexus: Nexus, cdb: &[u8], buffers: Buffers, reply: &mut Reply) -> Step {
+    pub fn start(
+        &mut self,
+        nexus: Nexus,
+        port: Port,
+        cdb: &[u8],
+        buffers: Buffers,
+        reply: &mut Reply,
+    ) -> Step {
         reply.begin(self.modes.format(), buffers);
         let step = self
             .check(nexus, cdb)
-            .and_then(|command| self.execute(nexus, &command, buffers, reply));
+            .and_then(|command| self.execute(nexus, port, &command, buffers, reply));
         self.finish(step, reply)
     }
 
@@ -101,6 +112,7 @@ impl LogicalUnit {
     pub fn with_parameters(
         &mut self,
         nexus: Nexus,
+        port: Port,
         cdb: &[u8],
         list: &[u8],
         buffers: Buffers,
@@ -109,7 +121,7 @@ impl LogicalUnit {
         reply.begin(self.modes.format(), buffers);
         let step = self
             .check_without_attention(nexus, cdb)
-            .and_then(|command| self.execute_list(nexus, &command, list, buffers, reply));
+            .and_then(|command| self.execute_list(nexus, port, &command, list, buffers, reply));
         self.finish(step, reply)
     }
 
@@ -213,6 +225,12 @@ impl LogicalUnit {
         })
     }
 
+    /// Whether reservations allow a command that was started before and has not begun its I/O.
+    #[must_use]
+    pub fn still_allows(&self, nexus: Nexus, cdb: &[u8]) -> bool {
+        cdb::entry(cdb).is_ok_and(|entry| self.reservations.allow(nexus, entry, cdb::bytes(cdb)[4]))
+    }
+
     /// Whether the write cache is used: MODE SELECT changes it. While it is not, plans flush what
     /// they write.
     #[must_use]
@@ -243,12 +261,19 @@ impl LogicalUnit {
         self.changed();
     }
 
+    /// A plan of `Op::Copy` of a nexus has been done, or has failed: RECEIVE COPY RESULTS may ask for
+    /// it. Plans without a list identifier, and other plans, change nothing.
+    pub fn copied(&mut self, nexus: Nexus, plan: &Plan, result: Result<(), Failure>) {
+        self.copies.end(nexus, plan, &self.facts, result.is_ok());
+    }
+
     /// LOGICAL UNIT RESET (SAM-5): modes and RESERVE are as after power on, the unit is
     /// started, and all nexuses are told. Registrations stay.
     pub fn reset(&mut self) {
         self.modes = Modes::new(&self.facts);
         self.stopped = false;
         self.reservations.end_reserved(None);
+        self.copies.forget(None);
         self.tell_all(Attention::Reset);
     }
 
@@ -263,6 +288,7 @@ impl LogicalUnit {
     /// ready.
     pub fn nexus_lost(&mut self, nexus: Nexus) {
         self.reservations.end_reserved(Some(nexus));
+        self.copies.forget(Some(nexus));
         self.nexuses.detach(nexus);
         self.stopped &= !self.nexuses.is_empty();
         self.changed();
@@ -300,7 +326,9 @@ fn needs_started(command: &Command) -> bool {
             | Command::SynchronizeCache { .. }
             | Command::WriteSame { .. }
             | Command::CompareAndWrite { .. }
+            | Command::OrWrite { .. }
             | Command::Unmap { .. }
+            | Command::ExtendedCopy { .. }
             | Command::GetLbaStatus { .. }
     )
 }

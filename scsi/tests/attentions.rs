@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{A, B, End, Unit, cdb, facts, medium};
+use common::{A, B, End, PORT, Unit, cdb, facts, medium};
 use scsi::{
     Attention, Buffers, Fast, LogicalUnit, NEXUSES_MAX, Nexus, Reply, Status, Step, decode, fast,
 };
@@ -114,9 +114,9 @@ fn too_many_nexuses_are_busy() {
     }
     let late = Nexus(1000);
     assert!(!lu.attach(late, false));
-    let step = lu.start(late, &READY, Buffers::default(), &mut reply);
+    let step = lu.start(late, PORT, &READY, Buffers::default(), &mut reply);
     assert_eq!((step, reply.status(), reply.sense()), (Step::Done, Status::Busy, None));
     lu.nexus_lost(Nexus(5));
-    lu.start(late, &READY, Buffers::default(), &mut reply);
+    lu.start(late, PORT, &READY, Buffers::default(), &mut reply);
     assert_eq!(reply.sense(), Some(Attention::PowerOn.sense()));
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{INVALID_FIELD, OUT_OF_RANGE, Unit, cdb, facts};
-use scsi::{Facts, Identity, Unmap};
+use scsi::{Facts, Identity, Port, Unmap};
 
 fn inquiry(page: Option<u8>) -> Vec<u8> {
     vec![0x12, u8::from(page.is_some()), page.unwrap_or(0), 4, 0, 0]
@@ -13,7 +13,7 @@ fn inquiry(page: Option<u8>) -> Vec<u8> {
 /// The facts of SPDK's malloc disk "Malloc0" of 128 MiB, target 0, whose bytes were
 /// recorded.
 fn malloc() -> Facts {
-    let mut facts = Facts::new(512, 262_144, Identity::of("Malloc disk", "Malloc0", 0, 0));
+    let mut facts = Facts::new(512, 262_144, Identity::of("Malloc disk", "Malloc0"));
     facts.unmap = Some(facts.default_unmap());
     facts
 }
@@ -21,9 +21,9 @@ fn malloc() -> Facts {
 #[test]
 fn standard_data() {
     let data = Unit::new(malloc()).data(&inquiry(None));
-    // Equal to SPDK's, but for the version and the version descriptors.
+    // Equal to SPDK's, but for the version, 3PC and the version descriptors.
     assert_eq!(data.len(), 96);
-    assert_eq!(data[..8], [0x00, 0x00, 0x06, 0x12, 0x5b, 0x00, 0x10, 0x02]);
+    assert_eq!(data[..8], [0x00, 0x00, 0x06, 0x12, 0x5b, 0x08, 0x10, 0x02]);
     assert_eq!(&data[8..36], b"INTEL   Malloc disk     0001");
     assert_eq!(data[36..58], [[b' '; 20].as_slice(), &[0, 0]].concat());
     assert_eq!(data[58..64], [0x00, 0xa0, 0x04, 0x60, 0x04, 0xc0]);
@@ -54,9 +54,24 @@ fn vital_pages_equal_to_those_of_spdk() {
     let identification =
         [spdk_designators(b"Target 0\0\0\0\0"), vec![0x61, 0x86, 0, 4, 0, 0, 0, 0]];
     let extended = [&[0, 0x86, 0, 0x3c, 0, 5][..], &[0; 58]].concat();
-    for (page, expected) in [(0x80, serial), (0x83, identification.concat()), (0x86, extended)] {
+    let policy = vec![0, 0x87, 0, 4, 0x3f, 0xff, 0, 0];
+    let ports = |port: u8| {
+        let head = [0, 0x88, 0, 21, 0, 0, 0, port, 0, 0, 0, 0, 0, 0, 0, 9, 0x53, 0x98, 0, 5];
+        [&head[..], b"vhost"].concat()
+    };
+    for (page, expected) in [
+        (0x80, serial),
+        (0x83, identification.concat()),
+        (0x85, vec![0, 0x85, 0, 0]),
+        (0x86, extended),
+        (0x87, policy),
+        (0x88, ports(0)),
+    ] {
         assert_eq!(unit.data(&inquiry(Some(page))), expected, "page {page:x}");
     }
+    unit.port.relative = 3;
+    assert_eq!(unit.data(&inquiry(Some(0x88))), ports(3));
+    assert_eq!(unit.data(&inquiry(Some(0x83)))[101..109], [0x61, 0x94, 0, 4, 0, 0, 0, 3]);
 }
 
 #[test]
@@ -64,8 +79,9 @@ fn targets_of_any_number_have_a_name() {
     for (target, name) in
         [(7, b"Target 7\0\0\0\0"), (10, b"Target 10\0\0\0"), (255, b"Target 255\0\0")]
     {
-        let facts = Facts::new(512, 1, Identity::of("Malloc disk", "Malloc0", target, 0x102));
-        let data = Unit::new(facts).data(&inquiry(Some(0x83)));
+        let mut unit = Unit::new(Facts::new(512, 1, Identity::of("Malloc disk", "Malloc0")));
+        unit.port = Port { target, relative: 0, group: 0x102 };
+        let data = unit.data(&inquiry(Some(0x83)));
         let group = vec![0x61, 0x86, 0, 4, 0, 0, 1, 2];
         assert_eq!(data, [spdk_designators(name), group].concat());
     }
@@ -79,13 +95,15 @@ fn block_limits_provisioning_and_characteristics() {
     assert_eq!(limits[..8], [0, 0xb0, 0, 0x3c, 0, 0xff, 0, 8]);
     assert_eq!(limits[8..20], [0, 0, 0x20, 0, 0, 0, 0x20, 0, 0, 0, 0, 0]);
     assert_eq!(limits[20..36], [255, 255, 255, 255, 0, 0, 1, 0, 0, 0, 0, 64, 0x80, 0, 0, 0]);
-    assert_eq!(limits[36..], [0; 28]);
+    assert_eq!(limits[36..44], [0, 0, 0, 0, 0, 0, 0xff, 0xff]);
+    // No atomic writes.
+    assert_eq!(limits[44..], [0; 20]);
     let expected = [&[0, 0xb1, 0, 0x3c, 0, 1][..], &[0; 58]].concat();
     assert_eq!(unit.data(&inquiry(Some(0xb1))), expected);
     assert_eq!(unit.data(&inquiry(Some(0xb2))), [0, 0xb2, 0, 4, 0, 0xe0, 2, 0]);
     assert_eq!(
         unit.data(&inquiry(Some(0x00))),
-        [0, 0, 0, 7, 0, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2]
+        [0, 0, 0, 10, 0, 0x80, 0x83, 0x85, 0x86, 0x87, 0x88, 0xb0, 0xb1, 0xb2]
     );
     // No more descriptors are reported than are taken.
     let many = Facts {
@@ -101,7 +119,10 @@ fn a_disk_without_unmap_says_so_everywhere() {
     let mut unit = Unit::new(plain);
     let limits = unit.data(&inquiry(Some(0xb0)));
     assert_eq!(limits[20..36], [0; 16]);
-    assert_eq!(unit.data(&inquiry(Some(0)))[3..], [6, 0, 0x80, 0x83, 0x86, 0xb0, 0xb1]);
+    assert_eq!(
+        unit.data(&inquiry(Some(0)))[3..],
+        [9, 0, 0x80, 0x83, 0x85, 0x86, 0x87, 0x88, 0xb0, 0xb1]
+    );
     assert_eq!(unit.error(&inquiry(Some(0xb2)), &[]), INVALID_FIELD);
     assert_eq!(unit.data(&cdb(&[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32], 16))[14], 0);
 }
@@ -111,7 +132,7 @@ fn bad_inquiries() {
     let mut unit = Unit::new(malloc());
     assert_eq!(unit.error(&[0x12, 0, 0x80, 0, 255, 0], &[]), INVALID_FIELD);
     assert_eq!(unit.error(&[0x12, 2, 0, 0, 255, 0], &[]), INVALID_FIELD);
-    for page in [0x01, 0x85, 0x87, 0x88, 0x89, 0xb3, 0xff] {
+    for page in [0x01, 0x84, 0x89, 0x8f, 0xb3, 0xff] {
         assert_eq!(unit.error(&inquiry(Some(page)), &[]), INVALID_FIELD);
     }
     assert!(unit.data(&[0x12, 0, 0, 0, 0, 0]).is_empty());
@@ -189,7 +210,9 @@ fn lba_status_of_extents() {
     let mut unit = Unit::new(facts());
     let buffers = Buffers { data_in: 40, data_out: 0 };
     let get = cdb(&[0x9e, 0x12, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0xff], 16);
-    let Step::LbaStatus(query) = unit.lu.start(common::A, &get, buffers, &mut unit.reply) else {
+    let Step::LbaStatus(query) =
+        unit.lu.start(common::A, common::PORT, &get, buffers, &mut unit.reply)
+    else {
         panic!("not the step");
     };
     assert_eq!((query.lba, query.blocks, query.extents_max), (100, 900, 2));

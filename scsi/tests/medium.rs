@@ -273,13 +273,29 @@ fn compare_and_writes() {
     assert_eq!(plan.transfer_bytes(), 8192);
     assert_eq!(unit.plan(&compare_and_write(0x18, 7, 1), &[0; 1024]).flush, Flush::After);
     assert_eq!(unit.error(&compare_and_write(0, 7, 9), &[0; 9216]), INVALID_FIELD);
-    unit.good(A, &compare_and_write(0, 7, 0), &[0; 512]);
-    assert_eq!(unit.reply.transferred().residual, 512);
+    unit.good(A, &compare_and_write(0, 7, 0), &[]);
+    assert_eq!(unit.error(&compare_and_write(0, 7, 0), &[0; 512]), INVALID_FIELD);
     for len in [0, 512, 1023, 1025, 2048] {
         assert_eq!(unit.error(&compare_and_write(0, 7, 1), &vec![0; len]), INVALID_FIELD);
     }
     let mut without = Unit::new(Facts { compare_blocks_max: 0, ..facts() });
     assert_eq!(without.error(&compare_and_write(0, 0, 1), &[0; 1024]), INVALID_OPCODE);
+}
+
+#[test]
+fn or_writes() {
+    let mut unit = Unit::new(facts());
+    let plan = unit.plan(&medium(0x8b, 0, 998, 2), &[0; 1024]);
+    assert_eq!(short(&plan), (Op::OrWrite, 998, 2, Flush::No, true));
+    assert_eq!(plan.transfer_bytes(), 1024);
+    assert_eq!(unit.plan(&medium(0x8b, 0x18, 0, 1), &[0; 512]).flush, Flush::After);
+    assert_eq!(unit.plan(&medium(0x8b, 0, 0, 3), &[0; 1535]).range.blocks, 2);
+    unit.good(A, &medium(0x8b, 0, 1000, 0), &[]);
+    assert_eq!(unit.error(&medium(0x8b, 0, 999, 2), &[0; 1024]), OUT_OF_RANGE);
+    assert_eq!(unit.error(&medium(0x8b, 0, 0, 501), &[0; 512]), INVALID_FIELD);
+    assert_eq!(unit.error(&medium(0x8b, 0x20, 0, 1), &[0; 512]), INVALID_FIELD);
+    let mut read_only = Unit::new(Facts { read_only: true, ..facts() });
+    assert_eq!(read_only.error(&medium(0x8b, 0, 0, 1), &[0; 512]), PROTECTED);
 }
 
 fn unmap_list(ranges: &[(u64, u32)]) -> Vec<u8> {

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{
-    A, B, End, INVALID_FIELD, INVALID_LIST, LIST_LENGTH, PROTECTED, Unit, cdb, facts, medium,
+    A, B, End, INVALID_FIELD, INVALID_LIST, LIST_LENGTH, PORT, PROTECTED, Unit, cdb, facts, medium,
 };
 use scsi::sense::{Code, Key};
 use scsi::{Attention, Buffers, Facts, Fast, Flush, Format, Op, Outcome, Step, decode, fast};
@@ -50,18 +50,28 @@ fn headers_and_block_descriptors() {
 fn pages_and_values() {
     let mut unit = Unit::new(facts());
     let all = unit.data(&sense6(0, 0x3f, 0));
-    let recovery = [&[1, 10][..], &[0; 10]].concat();
-    let exceptions = [&[0x1c, 10][..], &[0; 10]].concat();
-    assert_eq!(all[12..], [&recovery[..], &CACHING, &CONTROL, &exceptions].concat());
+    // As those of SPDK's disks, but for RCD in Caching, and QUEUE ALGORITHM MODIFIER and TAS in
+    // Control.
+    let zero = |code: u8, length: u8| [&[code, length][..], &[0; 22][..length.into()]].concat();
+    let before = [zero(1, 10), zero(2, 14), zero(7, 10)].concat();
+    let after = [zero(0x10, 22), zero(0x1a, 10), zero(0x1c, 10)].concat();
+    let extension = [&[0x4a, 1, 0, 28][..], &[0; 28]].concat();
+    assert_eq!(all[12..], [&before[..], &CACHING, &CONTROL, &after].concat());
     assert_eq!(usize::from(all[0]) + 1, all.len());
-    assert_eq!(unit.data(&sense6(0, 0x3f, 0xff)), all);
     assert_eq!(unit.data(&sense6(2, 0x3f, 0)), all);
+    let with_subpages = unit.data(&sense6(0, 0x3f, 0xff));
+    assert_eq!(with_subpages[12..], [&before[..], &CACHING, &CONTROL, &extension, &after].concat());
+    assert_eq!(unit.data(&sense6(0, 0x0a, 1))[12..], extension);
+    assert_eq!(unit.data(&sense6(0, 0x0a, 0))[12..], CONTROL);
+    assert_eq!(unit.data(&sense6(0, 0x0a, 0xff))[12..], [&CONTROL[..], &extension].concat());
+    assert_eq!(unit.data(&sense6(0, 0x10, 0xff))[12..], zero(0x10, 22));
     let changeable = unit.data(&sense6(1, 0x3f, 0));
-    assert_eq!(changeable[12..24], recovery);
-    assert_eq!(changeable[24..44], CACHING);
-    assert_eq!(changeable[44..56], [0x0a, 10, 4, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
+    let control = [0x0a, 10, 4, 0, 8, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(changeable[12..], [&before[..], &CACHING, &control, &after].concat());
     assert_eq!(unit.error(&sense6(3, 0x3f, 0), &[]), (Key::IllegalRequest, 0x39, 0));
-    for (page, subpage) in [(0, 0), (2, 0), (4, 0), (8, 1), (0x3f, 1), (0x0a, 1), (0x3e, 0xff)] {
+    for (page, subpage) in
+        [(0, 0), (3, 0), (4, 0), (8, 1), (0x3f, 1), (0x0a, 2), (0x3e, 0xff), (0, 0xff)]
+    {
         assert_eq!(unit.error(&sense6(0, page, subpage), &[]), INVALID_FIELD);
     }
     // A disk without a write cache has no WCE to change.
@@ -208,18 +218,31 @@ fn bad_mode_selects_change_nothing() {
         bad_bit(0, 0x80),
         bad_bit(0, 0x40),
         bad_bit(1, 1),
-        [&page(&on)[..], &[0x02, 14], &[0; 14]].concat(),
+        [&page(&on)[..], &[0x03, 14], &[0; 14]].concat(),
+        // A subpage in the format of pages without; a bit of a page of zeroes; the length of a
+        // subpage.
+        [&page(&on)[..], &[0x0a, 28], &[0; 30]].concat(),
+        [&page(&on)[..], &[0x4a, 1, 0, 28], &[0; 27], &[1]].concat(),
+        [&page(&on)[..], &[0x1a, 10, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]].concat(),
+        [&page(&on)[..], &[0x4a, 1, 0, 27], &[0; 28]].concat(),
+        [&page(&on)[..], &[0x4a, 1, 1, 28], &[0; 28]].concat(),
         [&[0, 1, 0, 0][..], &on].concat(),
         [&[0, 0, 0, 7][..], &on].concat(),
     ] {
         assert_eq!(unit.error(&select6(&list), &list), INVALID_LIST, "{list:x?}");
     }
+    // A page without a subpage in the format of subpages.
+    let list = [&page(&on)[..], &[0x4a, 0, 0, 10], &CONTROL[2..]].concat();
+    assert_eq!(unit.error(&select6(&list), &list), INVALID_LIST);
+    assert_eq!(unit.reply.sense(), Some(scsi::Sense::in_list(16, None)));
     for list in [
         vec![0],
         vec![0; 3],
         vec![0, 0, 0, 8],
         [&page(&on)[..], &CONTROL[..11]].concat(),
         [&page(&on)[..], &[8]].concat(),
+        [&page(&on)[..], &[0x4a, 1, 0]].concat(),
+        [&page(&on)[..], &[0x4a, 1, 0, 28], &[0; 27]].concat(),
     ] {
         assert_eq!(unit.error(&select6(&list), &list), LIST_LENGTH, "{list:x?}");
     }
@@ -230,6 +253,9 @@ fn bad_mode_selects_change_nothing() {
     assert_eq!(unit.reply.format(), Format::Fixed);
     assert!(!unit.lu.gate(B).format().eq(&Format::Descriptor));
     unit.good(B, &[0; 6], &[]);
+    // Pages of zeroes are taken as they are.
+    let pages = [&[0x4a, 1, 0, 28][..], &[0; 28], &[2, 14], &[0; 14]].concat();
+    unit.good(A, &select6(&page(&pages)), &page(&pages));
     // An empty list is no error.
     unit.good(A, &[0x15, 0x10, 0, 0, 0, 0], &[]);
     unit.good(A, &[0x15, 0x10, 0, 0, 4, 0], &[0; 4]);
@@ -246,6 +272,19 @@ fn logs() {
         assert_eq!(unit.error(&log(page, subpage), &[]), INVALID_FIELD);
     }
     assert_eq!(unit.error(&cdb(&[0x4d, 1], 10), &[]), INVALID_FIELD);
+}
+
+#[test]
+fn defect_lists_are_empty() {
+    let mut unit = Unit::new(facts());
+    // Both lists, in the long block format; then none.
+    let short = |lists: u8, allocation: u8| cdb(&[0x37, 0, lists, 0, 0, 0, 0, 0, allocation], 10);
+    let long = |lists: u8, allocation: u8| cdb(&[0xb7, lists, 0, 0, 0, 0, 0, 0, 0, allocation], 12);
+    assert_eq!(unit.data(&short(0x1b, 32)), [0, 0x1b, 0, 0]);
+    assert_eq!(unit.data(&short(0, 2)), [0, 0]);
+    assert_eq!(unit.data(&long(0x1b, 32)), [0, 0x1b, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(unit.data(&long(0, 4)), [0; 4]);
+    assert_eq!(unit.error(&short(0x20, 32), &[]), INVALID_FIELD);
 }
 
 #[test]
@@ -330,7 +369,8 @@ fn data_in_is_limited_by_allocation_and_buffer() {
         (96, 0, 0, 0, true),
     ] {
         let buffers = Buffers { data_in: buffer, data_out: 0 };
-        let step = unit.lu.start(A, &[0x12, 0, 0, 0, allocation, 0], buffers, &mut unit.reply);
+        let step =
+            unit.lu.start(A, PORT, &[0x12, 0, 0, 0, allocation, 0], buffers, &mut unit.reply);
         assert_eq!(step, Step::Done);
         let transferred = unit.reply.transferred();
         assert_eq!(unit.reply.data().len(), len);

@@ -70,6 +70,7 @@ fn random_cdbs() {
         let enough = count / 1000;
         assert!(reached.good > enough && reached.check > enough && reached.other > enough);
         assert!(reached.plans > enough && reached.fast > enough);
+        assert!(disk.read_only || reached.copies > enough / 100);
     }
 }
 

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::{End, cdb, medium};
+use common::{End, PORT, cdb, medium};
 use proptest::prelude::*;
 use scsi::{Buffers, LogicalUnit, Nexus, Reply, Status, Step};
 
@@ -231,9 +231,9 @@ impl Driven {
     fn send(&mut self, nexus: u64, cdb: &[u8], list: &[u8]) -> End {
         let buffers = Buffers { data_in: 4096, data_out: list.len() as u64 };
         let nexus = Nexus(nexus);
-        let mut step = self.lu.start(nexus, cdb, buffers, &mut self.reply);
+        let mut step = self.lu.start(nexus, PORT, cdb, buffers, &mut self.reply);
         if let Step::Parameters { .. } = step {
-            step = self.lu.with_parameters(nexus, cdb, list, buffers, &mut self.reply);
+            step = self.lu.with_parameters(nexus, PORT, cdb, list, buffers, &mut self.reply);
         }
         match (step, self.reply.status(), self.reply.sense()) {
             (Step::Io(plan), ..) => End::Io(plan),

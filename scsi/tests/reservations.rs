@@ -213,6 +213,35 @@ fn conflicts_by_command() {
     }
 }
 
+/// The rules of the commands that differ from READ and WRITE, by name: SPC-4's table as LIO and
+/// FreeBSD's CTL have it. Where CTL is less strict than LIO, it is LIO's rule.
+#[test]
+fn which_commands_are_allowed() {
+    let rule = |name: &str| TABLE.iter().find(|entry| entry.name == name).map(|entry| entry.access);
+    for name in ["INQUIRY", "REPORT LUNS", "REQUEST SENSE", "LOG SENSE"] {
+        assert_eq!(rule(name), Some(Access::Any), "{name}");
+    }
+    for name in ["READ CAPACITY(10)", "READ CAPACITY(16)"] {
+        assert_eq!(rule(name), Some(Access::Any), "{name}");
+    }
+    assert_eq!(rule("TEST UNIT READY"), Some(Access::Query));
+    for name in [
+        "MODE SENSE(6)",
+        "MODE SENSE(10)",
+        "RECEIVE DIAGNOSTIC RESULTS",
+        "REPORT SUPPORTED OPERATION CODES",
+        "REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS",
+        "GET LBA STATUS",
+        "PRE-FETCH(10)",
+        "VERIFY(16)",
+    ] {
+        assert_eq!(rule(name), Some(Access::Read), "{name}");
+    }
+    for name in ["MODE SELECT(6)", "SEND DIAGNOSTIC", "SYNCHRONIZE CACHE(10)", "UNMAP"] {
+        assert_eq!(rule(name), Some(Access::Write), "{name}");
+    }
+}
+
 #[test]
 fn conditional_conflicts() {
     let mut unit = three();
@@ -348,7 +377,9 @@ fn reports() {
     assert_eq!(unit.persistent_in(2), [0, 8, 0x10, 0x80, 0xea, 1, 0, 0]);
     assert_eq!(unit.persistent_in(1), [0; 8]);
     unit.done(A, REGISTER, 0, 0, 0x0102_0304_0506_0708);
+    unit.port.relative = 0x102;
     unit.done(B, REGISTER, 0, 0, 9);
+    unit.port.relative = 0;
     unit.done(B, RESERVE, 5, 9, 0);
     // ADDITIONAL LENGTH counts all keys.
     let cut = unit.data(&cdb(&[0x5e, 0, 0, 0, 0, 0, 0, 0, 8], 10));
@@ -366,7 +397,8 @@ fn reports() {
         first[24..],
         [6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     );
-    assert_eq!(second[12..14], [1, 5]);
+    // The port is that of the registration.
+    assert_eq!(second[12..20], [1, 5, 0, 0, 0, 0, 1, 2]);
     let end = unit.send(A, &cdb(&[0x5e, 4], 10), &[]);
     assert_eq!(end, End::Check(Sense::in_cdb(1, Some(4))));
 }

@@ -2,6 +2,8 @@
 
 use super::{LIST_LENGTH, LogicalUnit, NOT_STARTED, PARAMETERS_MAX, Step, Stop, put_sense};
 use crate::cdb::Command;
+use crate::copy;
+use crate::facts::Port;
 use crate::inquiry;
 use crate::medium;
 use crate::mode::{self, Modes};
@@ -16,6 +18,7 @@ impl LogicalUnit {
     pub(super) fn execute(
         &mut self,
         nexus: Nexus,
+        port: Port,
         command: &Command,
         buffers: Buffers,
         reply: &mut Reply,
@@ -39,7 +42,9 @@ impl LogicalUnit {
             Command::GetLbaStatus { lba, allocation } => {
                 return Ok(Step::LbaStatus(LbaQuery::new(&self.facts, lba, allocation, buffers)?));
             }
-            Command::Unmap { list } => return self.list(nexus, command, list, buffers, reply),
+            Command::Unmap { list } | Command::ExtendedCopy { list } => {
+                return self.list(nexus, port, command, list, buffers, reply);
+            }
             Command::ModeSelect { format, save, list, .. } => {
                 // Parameters without a page format, and saved ones, are not supported.
                 if !format && list > 0 {
@@ -48,19 +53,19 @@ impl LogicalUnit {
                 if save {
                     return Err(Sense::in_cdb(1, Some(0)).into());
                 }
-                return self.list(nexus, command, list, buffers, reply);
+                return self.list(nexus, port, command, list, buffers, reply);
             }
             Command::PersistentReserveOut { list, .. } => {
                 if list as usize != reservation::LIST_BYTES {
                     return Err(LIST_LENGTH.into());
                 }
-                return self.list(nexus, command, list, buffers, reply);
+                return self.list(nexus, port, command, list, buffers, reply);
             }
             Command::TestUnitReady
             | Command::SendDiagnostic
             | Command::PreventAllowMediumRemoval => {}
             _ => {
-                let allocation = self.report(nexus, command, reply)?;
+                let allocation = self.report(nexus, port, command, reply)?;
                 reply.finish(allocation, buffers);
             }
         }
@@ -71,13 +76,14 @@ impl LogicalUnit {
     fn list(
         &mut self,
         nexus: Nexus,
+        port: Port,
         command: &Command,
         bytes: u32,
         buffers: Buffers,
         reply: &mut Reply,
     ) -> Result<Step, Stop> {
         match bytes {
-            0 => self.execute_list(nexus, command, &[], buffers, reply),
+            0 => self.execute_list(nexus, port, command, &[], buffers, reply),
             // What is longer than any list is refused.
             _ if bytes as usize > PARAMETERS_MAX || u64::from(bytes) > buffers.data_out => {
                 Err(LIST_LENGTH.into())
@@ -89,13 +95,14 @@ impl LogicalUnit {
     pub(super) fn execute_list(
         &mut self,
         nexus: Nexus,
+        port: Port,
         command: &Command,
         list: &[u8],
         buffers: Buffers,
         reply: &mut Reply,
     ) -> Result<Step, Stop> {
         match *command {
-            Command::Unmap { list: 0 } => {}
+            Command::Unmap { list: 0 } | Command::ExtendedCopy { list: 0 } => {}
             Command::Unmap { list: bytes } => {
                 let list = list.get(..bytes as usize).ok_or(LIST_LENGTH)?;
                 let gate = self.gate(nexus);
@@ -116,17 +123,38 @@ impl LogicalUnit {
             }
             Command::PersistentReserveOut { action, scope, kind, .. } => {
                 let list = list.first_chunk().ok_or(LIST_LENGTH)?;
-                let request = persistent_request(action, scope, kind, list);
+                let request = persistent_request(port, action, scope, kind, list);
                 let (nexuses, preempted) = (&mut self.nexuses, &mut reply.aborted);
                 let done = self.reservations.out(nexus, &request, nexuses, preempted);
                 self.changed();
                 done?;
                 reply.took(list.len() as u64, buffers);
             }
-            // Only these three have a list.
+            Command::ExtendedCopy { list: bytes } => {
+                let list = list.get(..bytes as usize).ok_or(LIST_LENGTH)?;
+                return Ok(self.copy(nexus, list, buffers, reply)?);
+            }
+            // Only these four have a list.
             _ => return Err(LIST_LENGTH.into()),
         }
         Ok(Step::Done)
+    }
+
+    /// EXTENDED COPY. One that has nothing to do is done.
+    fn copy(
+        &mut self,
+        nexus: Nexus,
+        list: &[u8],
+        buffers: Buffers,
+        reply: &mut Reply,
+    ) -> Result<Step, Sense> {
+        let plan = copy::plan(list, &self.facts, self.gate(nexus), buffers.data_out)?;
+        let step = self.plan(plan, reply);
+        match step {
+            Step::Io(_) => self.copies.begin(nexus, &plan),
+            _ => self.copies.end(nexus, &plan, &self.facts, true),
+        }
+        Ok(step)
     }
 
     /// Changes the modes. Returns whether the write cache was turned off, so that written data must
@@ -143,11 +171,21 @@ impl LogicalUnit {
     }
 
     /// Commands that only return data. Returns the allocation length.
-    fn report(&mut self, nexus: Nexus, command: &Command, reply: &mut Reply) -> Result<u32, Sense> {
+    fn report(
+        &mut self,
+        nexus: Nexus,
+        port: Port,
+        command: &Command,
+        reply: &mut Reply,
+    ) -> Result<u32, Sense> {
         match *command {
             Command::RequestSense { descriptor, allocation } => {
                 self.request_sense(nexus, descriptor, reply);
                 Ok(allocation)
+            }
+            Command::Inquiry { vital: false, .. } => {
+                self.copies.forget_ended(nexus);
+                self.report_state(port, command, reply)
             }
             Command::ReportLuns { select, allocation } => {
                 report::luns(select, allocation, reply)?;
@@ -156,16 +194,20 @@ impl LogicalUnit {
                 self.changed();
                 Ok(allocation)
             }
-            _ => self.report_state(command, reply),
+            Command::ReceiveCopyResults { action: copy::action::COPY_STATUS, list, allocation } => {
+                self.copies.status(nexus, list, reply)?;
+                Ok(allocation)
+            }
+            _ => self.report_state(port, command, reply),
         }
     }
 
     /// Those of them that leave everything as it is.
-    fn report_state(&self, command: &Command, reply: &mut Reply) -> Result<u32, Sense> {
+    fn report_state(&self, port: Port, command: &Command, reply: &mut Reply) -> Result<u32, Sense> {
         let facts = &self.facts;
         Ok(match *command {
             Command::Inquiry { vital, page, allocation } => {
-                inquiry::inquiry(facts, vital, page, reply)?;
+                inquiry::inquiry(facts, port, vital, page, reply)?;
                 allocation
             }
             Command::ModeSense(query) => {
@@ -180,6 +222,10 @@ impl LogicalUnit {
                 report::capacity16(facts, reply);
                 allocation
             }
+            Command::ReadDefectData { long, lists, allocation } => {
+                report::defects(long, lists, reply);
+                allocation
+            }
             Command::ReceiveDiagnosticResults { valid, page, allocation } => {
                 report::diagnostic(valid, page, reply)?;
                 allocation
@@ -188,8 +234,16 @@ impl LogicalUnit {
                 report::log(page, subpage, reply)?;
                 allocation
             }
+            Command::ReceiveCopyResults {
+                action: copy::action::OPERATING_PARAMETERS,
+                allocation,
+                ..
+            } => {
+                copy::parameters(facts, reply);
+                allocation
+            }
             Command::PersistentReserveIn { action, allocation } => {
-                report::persistent(&self.reservations, action, facts.identity.port, reply)?;
+                report::persistent(&self.reservations, action, reply)?;
                 allocation
             }
             Command::ReportSupportedOperationCodes(query) => {
@@ -218,6 +272,7 @@ impl LogicalUnit {
 
 /// The parameter list of PERSISTENT RESERVE OUT (SPC-4).
 fn persistent_request(
+    port: Port,
     action: u8,
     scope: u8,
     kind: u8,
@@ -226,5 +281,5 @@ fn persistent_request(
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, _, _, _, _, flags, ..] = *list;
     let key = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
     let new_key = u64::from_be_bytes([i, j, k, l, m, n, o, p]);
-    Request { action, scope, kind, key, new_key, flags }
+    Request { action, port: port.relative, scope, kind, key, new_key, flags }
 }

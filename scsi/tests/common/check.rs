@@ -5,8 +5,11 @@ use scsi::sense::{Key, SENSE_BYTES_MAX};
 use scsi::table::{Direction, Found, find};
 use scsi::{
     Buffers, Facts, Failure, Fast, Format, LogicalUnit, Nexus, Op, Outcome, PARAMETERS_MAX, Plan,
-    Reply, Sense, Status, Step, Transferred, decode, fast,
+    Port, Reply, Sense, Status, Step, Transferred, decode, fast,
 };
+
+/// The port through which the commands come.
+const PORT: Port = Port { target: 0, relative: 0, group: 0 };
 
 /// Counts, so that a test can say what it has reached.
 #[derive(Debug, Default)]
@@ -15,6 +18,7 @@ pub(crate) struct Reached {
     pub(crate) check: u64,
     pub(crate) other: u64,
     pub(crate) plans: u64,
+    pub(crate) copies: u64,
     pub(crate) fast: u64,
 }
 
@@ -49,12 +53,12 @@ impl Stage {
         let facts = *self.lu.facts();
         let gate = self.lu.gate(nexus);
         let quick = decode(cdb).map_or(Fast::Slow, |command| fast(&command, &facts, gate, buffers));
-        let mut step = self.lu.start(nexus, cdb, buffers, &mut self.reply);
+        let mut step = self.lu.start(nexus, PORT, cdb, buffers, &mut self.reply);
         if let Step::Parameters { bytes } = step {
             assert!(bytes > 0 && bytes as usize <= PARAMETERS_MAX);
             assert!(u64::from(bytes) <= buffers.data_out);
             let list = &list[..list.len().min(bytes as usize)];
-            step = self.lu.with_parameters(nexus, cdb, list, buffers, &mut self.reply);
+            step = self.lu.with_parameters(nexus, PORT, cdb, list, buffers, &mut self.reply);
         }
         self.check_fast(quick, step);
         match step {
@@ -69,6 +73,7 @@ impl Stage {
             Step::Io(plan) => {
                 self.check_plan(&plan, &facts, buffers);
                 for result in [Ok(()), Err(failure)] {
+                    self.lu.copied(nexus, &plan, result);
                     let outcome = Outcome::of(&plan, &facts, result);
                     check_end(outcome.status, outcome.sense, outcome.transferred, buffers);
                 }
@@ -119,11 +124,15 @@ impl Stage {
         let reads = matches!(plan.op, Op::Read | Op::Verify | Op::VerifyData | Op::VerifyPattern);
         assert!(reads || plan.op == Op::Flush || !self.read_only, "{plan:?}");
         assert_eq!(plan.op == Op::Unmap, !self.reply.ranges().is_empty());
-        assert_eq!(plan.exclusive, plan.op == Op::CompareAndWrite);
+        assert_eq!(plan.exclusive, matches!(plan.op, Op::CompareAndWrite | Op::OrWrite));
+        if let Op::Copy { from, .. } = plan.op {
+            self.reached.copies += 1;
+            assert!(from + plan.range.blocks <= facts.blocks, "{plan:?}");
+        }
         for range in self.reply.ranges() {
             assert!(range.blocks > 0 && range.lba + range.blocks <= facts.blocks);
         }
-        if matches!(plan.op, Op::Read | Op::Write | Op::WriteAndVerify { .. }) {
+        if matches!(plan.op, Op::Read | Op::Write | Op::OrWrite | Op::WriteAndVerify { .. }) {
             let bytes = plan.range.blocks * u64::from(facts.block_bytes);
             assert_eq!(plan.transfer_bytes(), bytes);
         }
@@ -154,9 +163,9 @@ fn allocation(cdb: &[u8]) -> u64 {
     match cdb[0] {
         0x03 | 0x1a => at(4..5),
         0x12 | 0x1c => at(3..5),
-        0x4d | 0x5a | 0x5e => at(7..9),
-        0xa0 | 0xa3 => at(6..10),
-        0x9e => at(10..14),
+        0x37 | 0x4d | 0x5a | 0x5e => at(7..9),
+        0xa0 | 0xa3 | 0xb7 => at(6..10),
+        0x84 | 0x9e => at(10..14),
         0x25 => 8,
         _ => 0,
     }

@@ -2,8 +2,12 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use scsi::sense::{Code, Key};
-use scsi::{Buffers, Facts, Identity, LogicalUnit, Nexus, Plan, Reply, Sense, Status, Step, Unmap};
+use scsi::{
+    Buffers, Facts, Identity, LogicalUnit, Nexus, Plan, Port, Reply, Sense, Status, Step, Unmap,
+};
 
+/// The port through which the commands of tests come.
+pub(crate) const PORT: Port = Port { target: 0, relative: 0, group: 0 };
 /// The nexus of tests that need one.
 pub(crate) const A: Nexus = Nexus(0xa);
 /// Another.
@@ -11,7 +15,7 @@ pub(crate) const B: Nexus = Nexus(0xb);
 
 /// The disk of most tests: "Malloc0" of 1,000 blocks of 512 bytes, with unmap and a write cache.
 pub(crate) fn facts() -> Facts {
-    let mut facts = Facts::new(512, 1000, Identity::of("Malloc disk", "Malloc0", 0, 0));
+    let mut facts = Facts::new(512, 1000, Identity::of("Malloc disk", "Malloc0"));
     facts.unmap = Some(Unmap { blocks_max: 100, descriptors_max: 4, ..facts.default_unmap() });
     facts.write_cache = true;
     facts.write_same_blocks_max = 2000;
@@ -24,6 +28,8 @@ pub(crate) fn facts() -> Facts {
 pub(crate) struct Unit {
     /// The logical unit.
     pub(crate) lu: LogicalUnit,
+    /// The port through which commands come.
+    pub(crate) port: Port,
     /// The last answer.
     pub(crate) reply: Reply,
 }
@@ -46,7 +52,7 @@ impl Unit {
     pub(crate) fn new(facts: Facts) -> Self {
         let mut lu = LogicalUnit::new(facts);
         assert!(lu.attach(A, false) && lu.attach(B, false));
-        Self { lu, reply: Reply::new() }
+        Self { lu, port: PORT, reply: Reply::new() }
     }
 
     /// A command with data-out, and a data-in buffer of 64 KiB if there is no data-out.
@@ -63,10 +69,10 @@ impl Unit {
         data_out: &[u8],
         buffers: Buffers,
     ) -> End {
-        let mut step = self.lu.start(nexus, cdb, buffers, &mut self.reply);
+        let mut step = self.lu.start(nexus, self.port, cdb, buffers, &mut self.reply);
         if let Step::Parameters { bytes } = step {
             let list = &data_out[..bytes as usize];
-            step = self.lu.with_parameters(nexus, cdb, list, buffers, &mut self.reply);
+            step = self.lu.with_parameters(nexus, self.port, cdb, list, buffers, &mut self.reply);
         }
         match step {
             Step::Parameters { .. } => panic!("parameters are asked for once"),

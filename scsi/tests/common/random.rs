@@ -91,6 +91,24 @@ impl Guests {
                 list[15] = u8::try_from(random.below(4)).unwrap_or(0);
                 list[20] = if random.one_in(8) { 1 } else { 0 };
             }
+            Some(0x83) => {
+                list[..76].fill(0);
+                list[0] = u8::try_from(random.below(3)).unwrap_or(0);
+                list[1] = if random.one_in(8) { 0x18 } else { 0 };
+                (list[3], list[11]) = (32, 28);
+                list[16] = 0xe4;
+                (list[20], list[21], list[23]) = (1, 3, 8);
+                list[24..32].copy_from_slice(&crate::common::facts().identity.naa.to_be_bytes());
+                (list[48], list[51]) = (2, 0x18);
+                list[59] = u8::try_from(random.below(256)).unwrap_or(0);
+                list[66] = u8::try_from(random.below(4)).unwrap_or(0);
+                list[67] = u8::try_from(random.below(256)).unwrap_or(0);
+                list[75] = u8::try_from(random.below(256)).unwrap_or(0);
+                if random.one_in(4) {
+                    let byte = usize::try_from(random.below(76)).unwrap_or(0);
+                    list[byte] ^= 1 << random.below(8);
+                }
+            }
             Some(0x15) if random.one_in(2) => {
                 list[..16].copy_from_slice(&[0, 0, 0, 0, 10, 10, 0, 16, 0, 64, 0, 0, 0, 0, 0, 0]);
                 list[4] = 0x0a;
@@ -159,6 +177,9 @@ fn random_cdb(random: &mut Random, blocks: u64) -> Cdb {
     cdb[1] = cdb[1] & !0x1f & usage[1] | entry.action.unwrap_or(cdb[1] & 0x1f);
     if entry.opcode == 0x5f {
         cdb[5..9].copy_from_slice(&[0, 0, 0, 24]);
+    }
+    if entry.opcode == 0x83 {
+        cdb[10..14].copy_from_slice(&[0, 0, 0, 76]);
     }
     let lba = random.below(blocks + 2).to_be_bytes();
     match usage {
