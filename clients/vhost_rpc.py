@@ -3,9 +3,10 @@
     export PYTHONPATH=/path/to/clients        # not needed for the client that ci/setup installs
     spdk-rpc --plugin vhost_rpc -s /run/vhost/rpc.sock vhost_delete_controller vhost.0 --force
 
-It adds the options --force and --timeout-ms to the client's vhost_delete_controller, and the subcommands
-bdev_nbd_create, bdev_nbd_delete, vhost_move_queue, vhost_get_controller_stats and vhost_get_reactor_turns. All other
-subcommands remain as they are.
+It adds the options --force and --timeout-ms to the client's vhost_delete_controller, --packed-ring to
+vhost_create_scsi_controller, --timeout-ms to vhost_scsi_controller_remove_target, and the subcommands bdev_nbd_create,
+bdev_nbd_delete, vhost_move_queue, vhost_get_controller_stats and vhost_get_reactor_turns. All other subcommands remain as
+they are.
 
 It uses Python's standard library and three things of the client: the function that the client calls, the subcommands'
 function `func(args)`, and `args.client.call(method, params)`. So it works with other releases of the client, too.
@@ -21,6 +22,7 @@ CLIENT_TIMEOUT_MAX_MS = 2_000_000_000
 def spdk_rpc_plugin_initialize(subparsers):
     """Adds the subcommands. The client calls this function by its name."""
     extend_delete_controller(subparsers)
+    extend_scsi_controllers(subparsers)
     add_nbd(subparsers)
     add_move_queue(subparsers)
     add_controller_stats(subparsers)
@@ -43,18 +45,61 @@ def extend_delete_controller(subparsers):
     if p is None:
         p = subparsers.add_parser("vhost_delete_controller", help="Delete a vhost controller")
         p.add_argument("ctrlr", help="Name of the vhost controller")
-    # Should a release of the client have options of these names, these here replace them.
-    p.conflict_handler = "resolve"
     p.description = """Delete a vhost controller. New connections are refused, and the call returns when all front ends
         have disconnected and the socket is removed. If a front end is still connected after the timeout, the call fails
         with "Device or resource busy", and the controller remains."""
-    group = p.add_argument_group("options of vhost that SPDK does not have")
+    group = own_options(p)
     group.add_argument("-f", "--force", action="store_true",
                        help="Close the connections instead of waiting for front ends to disconnect. I/O in flight is "
                             "waited for until the timeout; the controller is deleted in any case. Default: false")
     group.add_argument("--timeout-ms", type=non_negative, metavar="MS",
                        help="How long to wait, in milliseconds. 0 does not wait. Default: 5000")
     p.set_defaults(func=vhost_delete_controller)
+
+
+def extend_scsi_controllers(subparsers):
+    def vhost_create_scsi_controller(args):
+        params = {"ctrlr": args.ctrlr, "packed_ring": True}
+        # Releases of the client differ in the options that they have.
+        params.update({key: value for key in ("cpumask", "delay") if (value := getattr(args, key, None))})
+        args.client.call("vhost_create_scsi_controller", params)
+
+    def vhost_scsi_controller_remove_target(args):
+        params = {"ctrlr": args.ctrlr, "scsi_target_num": args.scsi_target_num, "timeout_ms": args.timeout_ms}
+        extend_client_timeout(args, args.timeout_ms)
+        args.client.call("vhost_scsi_controller_remove_target", params)
+
+    p = subparsers.choices.get("vhost_create_scsi_controller")
+    if p is not None:
+        own_options(p).add_argument("--packed-ring", action="store_true", help="Offer packed rings. Default: false")
+        call_with(p, "packed_ring", vhost_create_scsi_controller)
+
+    p = subparsers.choices.get("vhost_scsi_controller_remove_target")
+    if p is not None:
+        p.description = """Remove a target from a vhost SCSI controller. Guests do not see it any more, and the call
+            returns when no queue uses its bdev. If commands are still in progress after the timeout, the call fails with
+            "Device or resource busy", and the target is removed when they have ended."""
+        own_options(p).add_argument("--timeout-ms", type=non_negative, metavar="MS",
+                                    help="How long to wait, in milliseconds. 0 does not wait. Default: 5000")
+        call_with(p, "timeout_ms", vhost_scsi_controller_remove_target)
+
+
+def own_options(parser):
+    """A group for the options that are added to a subcommand of the client."""
+    # Should a release of the client have options of these names, those that are added replace them.
+    parser.conflict_handler = "resolve"
+    return parser.add_argument_group("options of vhost that SPDK does not have")
+
+
+def call_with(parser, option, function):
+    """Has a subcommand call a function if the option is given. Otherwise it does what it does without the plugin."""
+    plain = parser.get_default("func")
+
+    def chosen(args):
+        value = getattr(args, option)
+        (plain if value is None or value is False else function)(args)
+
+    parser.set_defaults(func=chosen)
 
 
 def add_nbd(subparsers):

@@ -102,6 +102,13 @@ fn all() -> Paths {
             }
         }
     }
+    for (disk, bdev) in [("null", disks::null as fn() -> _), ("malloc", disks::malloc)] {
+        for depth in [1, 32] {
+            paths.add(format!("scsi-{disk}-read-{depth}"), move || {
+                batches(Stage::scsi(&bdev()), Kind::Read, depth)
+            });
+        }
+    }
     for (name, form) in [("tracked", Form::DIRECT), ("tracked-packed", Form::PACKED)] {
         for depth in [1, 32] {
             paths.add(format!("null-read-{name}-{depth}"), move || {

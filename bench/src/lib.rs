@@ -1,4 +1,4 @@
-//! Loads for vhost-user-blk servers, measurements of them, and what the measurements need.
+//! Loads for vhost-user-blk and vhost-user-scsi servers, measurements of them, and what the measurements need.
 //!
 //! The crate's programs compare servers with it, and end-to-end tests check and kill servers with
 //! it. In the order in which the data flows:

@@ -1,4 +1,4 @@
-//! Servers of vhost-user-blk disks to measure: started, given disks, stopped and continued, ended.
+//! Servers of vhost-user-blk and vhost-user-scsi disks to measure: started, given disks, stopped and continued, ended.
 //!
 //! Three kinds are known: our `vhost`, SPDK's (which has the same command line and RPC), and
 //! `qemu-storage-daemon`. Each serves the same [`Disk`]s from one polling thread on one core. A
@@ -259,6 +259,17 @@ impl Server {
     pub fn controller(&self, name: &str, bdev: &str) -> Result<PathBuf> {
         let params = json!({"ctrlr": name, "dev_name": bdev});
         self.call("vhost_create_blk_controller", params)?;
+        Ok(self.socket(name))
+    }
+
+    /// Makes a virtio-scsi controller whose target 0 shows `bdev`, and returns its socket.
+    ///
+    /// # Errors
+    /// As [`Server::call`].
+    pub fn scsi_controller(&self, name: &str, bdev: &str) -> Result<PathBuf> {
+        self.call("vhost_create_scsi_controller", json!({"ctrlr": name}))?;
+        let target = json!({"ctrlr": name, "scsi_target_num": 0, "bdev_name": bdev});
+        self.call("vhost_scsi_controller_add_target", target)?;
         Ok(self.socket(name))
     }
 

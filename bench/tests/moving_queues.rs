@@ -23,7 +23,7 @@ use front_end::{GuestRam, Queue, QueueOptions, Request, STATUS_OK, event};
 use vhost_blk::Blk;
 use vhost_target::protocol::request;
 use vhost_target::{
-    ConnId, Connection, ControllerSpec, Core, Error, Mode, Target, Transport, Verdict,
+    ConnId, Connection, ControllerSpec, Core, Error, Mode, Offer, Target, Transport, Verdict,
 };
 
 const NAME: &str = "vhost.0";
@@ -37,7 +37,7 @@ const DISK_BYTES: u64 = 8 << 20;
 struct Nobody;
 
 impl Transport for Nobody {
-    fn listen(&self, _: &Path, _: u64, _: &Account) -> io::Result<()> {
+    fn listen(&self, _: &Path, _: Offer, _: &Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _: &Path) {}

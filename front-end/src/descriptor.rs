@@ -1,4 +1,6 @@
-//! A descriptor and an element of the used ring, as they lie in guest memory.
+//! A buffer of a chain; a descriptor and an element of the used ring, as they lie in guest memory.
+
+use crate::guest::Segment;
 
 /// Descriptor flag: another descriptor follows.
 pub const NEXT: u16 = 1;
@@ -6,6 +8,34 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is an indirect table.
 pub const INDIRECT: u16 = 4;
+
+/// A buffer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Its memory.
+    pub segment: Segment,
+    /// Whether the device writes it; otherwise it reads it.
+    pub write: bool,
+}
+
+impl Buffer {
+    /// Makes a buffer that the device reads.
+    #[must_use]
+    pub fn readable(segment: Segment) -> Self {
+        Self { segment, write: false }
+    }
+
+    /// Makes a buffer that the device writes.
+    #[must_use]
+    pub fn writable(segment: Segment) -> Self {
+        Self { segment, write: true }
+    }
+
+    /// Returns the memory, and [`WRITE`] or 0.
+    pub(crate) fn flagged(self) -> (Segment, u16) {
+        (self.segment, if self.write { WRITE } else { 0 })
+    }
+}
 
 /// A descriptor in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! A vhost-user-blk front end and the driver's side of virtqueues, as a library.
+//! A vhost-user front end and the driver's side of virtqueues, as a library.
 //!
 //! It acts as a VMM and its guest, for tests and measurements. It works with any back end that
 //! listens on a Unix socket. The modules, in the order of the data flow:
@@ -10,7 +10,7 @@
 //! 3. `split` and [`packed`]: the driver's side of a ring, one for each layout. Both of the
 //!    following use it.
 //! 4. [`request`] and [`queue`]: queues that take any virtio-blk requests; [`prepared`]: queues of
-//!    requests that are laid out once, for measurements.
+//!    requests that are laid out once, for measurements; [`scsi`]: queues of a virtio-scsi driver.
 //! 5. [`features`] and [`config_space`]: the negotiated features, and the device's configuration.
 //! 6. `front_end`: [`FrontEnd`], the protocol: negotiation, start, stop, memory tables,
 //!    reconnection; `link`: one connection, with a limit on each wait (`watchdog`).
@@ -52,12 +52,14 @@ pub mod queue;
 pub mod raw;
 pub mod request;
 pub mod ring;
+pub mod scsi;
 mod split;
 pub mod unresponsive;
 mod watchdog;
 mod words;
 
 pub use config_space::BlkConfig;
+pub use descriptor::Buffer;
 pub use error::{Error, LIMIT, Result};
 pub use features::{Options, ProtocolFeatures};
 pub use front_end::FrontEnd;

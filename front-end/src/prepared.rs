@@ -1,15 +1,22 @@
 //! Requests that are laid out once and submitted many times, for measurements.
 //!
-//! [`Slots`] holds the memory of a queue's requests, all of one size. [`Split`] and [`Packed`]
-//! drive a ring with them. Submitting a request writes only the fields that have changed. For
-//! requests of any form, use [`crate::Queue`] and [`crate::PackedQueue`].
+//! [`Slots`] holds the memory of a queue's requests, all of one size, for the kind of device that
+//! [`Form`] names: [`Blk`] or [`Scsi`]. [`Split`] and [`Packed`] drive a ring with them. Submitting a
+//! request writes only the fields that have changed. For any other requests, use [`crate::Queue`],
+//! [`crate::PackedQueue`] and [`crate::scsi`].
 
+mod blk;
+mod form;
 mod packed;
+mod scsi;
 mod slots;
 mod split;
 
+pub use blk::{Blk, BlkHead};
+pub use form::{Form, Head, Place};
 pub use packed::Packed;
-pub use slots::{Head, Slots};
+pub use scsi::{Scsi, ScsiHead, ScsiStatus};
+pub use slots::Slots;
 pub use split::{Split, stride};
 
 /// The driver's side of a virtqueue whose requests are laid out in advance, in slots.
@@ -18,6 +25,9 @@ pub use split::{Split, stride};
 /// published requests, the next check corrects it, and the loop checks again whenever no request
 /// completes.
 pub trait Virtqueue {
+    /// The form of its requests.
+    type Form: Form;
+
     /// Stores the slots of requests that the device has used in `slots`, in the device's order and
     /// as many as fit, and returns their number. The data that the device wrote before is visible.
     /// The values are not validated: the caller must check them.

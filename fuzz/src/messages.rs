@@ -24,7 +24,7 @@ use reactor::EventFd;
 use vhost_blk::Blk;
 use vhost_target::SteppedReactor;
 use vhost_target::transport::SharedConnection;
-use vhost_target::{ConnId, Connection, ControllerSpec, Mode, Target, Transport, Verdict};
+use vhost_target::{ConnId, Connection, ControllerSpec, Mode, Offer, Target, Transport, Verdict};
 
 use crate::disk::ModelDisk;
 use crate::guest::memfd;
@@ -75,7 +75,7 @@ impl Connection for Wire {
 struct Sockets(Mutex<BTreeSet<PathBuf>>);
 
 impl Transport for Sockets {
-    fn listen(&self, path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
+    fn listen(&self, path: &Path, _offer: Offer, _account: &Account) -> io::Result<()> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(path.into());
         Ok(())
     }

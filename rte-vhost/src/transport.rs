@@ -32,7 +32,7 @@ use closer::{Account, ForeignFd};
 use spdk_sys as sys;
 use tempfile::TempDir;
 use tracing::warn;
-use vhost_target::{OnStart, Target, Transport, protocol};
+use vhost_target::{Offer, OnStart, Target, Transport, protocol};
 
 use crate::callbacks::{self, DEVICE_OPS};
 use crate::interpose::{BoundSocket, OnBound};
@@ -109,14 +109,14 @@ impl DpdkTransport {
 }
 
 impl Transport for DpdkTransport {
-    fn listen(&self, path: &Path, features: u64, account: &Account) -> io::Result<()> {
+    fn listen(&self, path: &Path, offer: Offer, account: &Account) -> io::Result<()> {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
         if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
             let what = format!("{} is not a directory", dir.display());
             return Err(io::Error::new(io::ErrorKind::NotADirectory, what));
         }
         remove_stale_socket(path)?;
-        register(path, features, account, &self.on_bound.0)?;
+        register(path, offer, account, &self.on_bound.0)?;
         self.wake_event_thread();
         Ok(())
     }
@@ -146,9 +146,10 @@ pub fn remove_sockets() {
 
 /// Returns the protocol features to offer. An in-flight area needs replies of the application,
 /// which carry its fd.
-fn protocol_features() -> u64 {
+fn protocol_features(offer: Offer) -> u64 {
     let area = if shared().deferral() { 0 } else { protocol::INFLIGHT_SHMFD };
-    protocol::PROTOCOL_FEATURES & !area
+    let config = if offer.config { 0 } else { protocol::CONFIG };
+    protocol::PROTOCOL_FEATURES & !area & !config
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
@@ -160,19 +161,20 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// thread inherits the name of the thread that starts it, so a thread of that name does it.
 fn register_first(socket: &Path, account: &Account) -> io::Result<()> {
     let unchanged: OnBound = Arc::new(|_| Ok(()));
+    let offer = Offer { features: 0, config: true };
     thread::scope(|scope| {
         let starter = thread::Builder::new().name(event_thread::NAME.into());
-        let register = || register(socket, 0, account, &unchanged);
+        let register = || register(socket, offer, account, &unchanged);
         let registered = starter.spawn_scoped(scope, register)?.join();
         registered.unwrap_or_else(|payload| panic::resume_unwind(payload))
     })
 }
 
 /// Registers a socket, and starts to listen.
-fn register(socket: &Path, features: u64, account: &Account, on_bound: &OnBound) -> io::Result<()> {
+fn register(socket: &Path, offer: Offer, account: &Account, on_bound: &OnBound) -> io::Result<()> {
     let c_path = c_path(socket)?;
     let (registered, listener) =
-        interpose::keeping_listener(on_bound, || register_with_rte_vhost(&c_path, features));
+        interpose::keeping_listener(on_bound, || register_with_rte_vhost(&c_path, offer));
     if let (Err(_), Some(Ok(BoundSocket { file: Some(file), .. }))) = (&registered, &listener) {
         file.remove_from(socket);
     }
@@ -193,7 +195,7 @@ fn unregister(path: &CStr) {
 }
 
 /// On an error, the socket's file stays.
-fn register_with_rte_vhost(c_path: &CStr, features: u64) -> io::Result<()> {
+fn register_with_rte_vhost(c_path: &CStr, offer: Offer) -> io::Result<()> {
     let path = c_path.as_ptr();
     let steps: [(&str, &dyn Fn() -> c_int); 5] = [
         ("register", &|| {
@@ -203,11 +205,11 @@ fn register_with_rte_vhost(c_path: &CStr, features: u64) -> io::Result<()> {
         // This also disables rte_vhost's built-in network device.
         ("set features of", &|| {
             // SAFETY: as above.
-            unsafe { sys::rte_vhost_driver_set_features(path, features) }
+            unsafe { sys::rte_vhost_driver_set_features(path, offer.features) }
         }),
         ("set protocol features of", &|| {
             // SAFETY: as above.
-            unsafe { sys::rte_vhost_driver_set_protocol_features(path, protocol_features()) }
+            unsafe { sys::rte_vhost_driver_set_protocol_features(path, protocol_features(offer)) }
         }),
         ("set callbacks of", &|| {
             // SAFETY: as above, and the table is static.

@@ -1,5 +1,7 @@
 //! `--check`: whether a configuration can be loaded, without loading it.
 
+mod controllers;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -11,11 +13,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::cli::{Options, parse_cores};
+use crate::cli::Options;
 use crate::config_file::{Call, ConfigFile, Place};
 use crate::control::socket_dir;
 use crate::methods::schema::{self, Kind};
 use crate::methods::{EXAMINED_BY_THEMSELVES, SUBSYSTEMS, Trial};
+use controllers::Controllers;
 
 /// Checks the configuration at `path`, prints what it finds, and returns the exit code: 0 if the
 /// configuration can be loaded, 1 if not.
@@ -50,7 +53,7 @@ struct Check {
     notes: Vec<String>,
     errors: Vec<String>,
     bdevs: Bdevs,
-    controllers: HashSet<String>,
+    controllers: Controllers,
 }
 
 /// The bdevs of a configuration.
@@ -78,7 +81,7 @@ impl Check {
             notes: vec![],
             errors: vec![],
             bdevs: Bdevs::default(),
-            controllers: HashSet::new(),
+            controllers: Controllers::default(),
         };
         let calls = calls.iter().filter(|call| check.is_possible(call)).collect::<Vec<_>>();
         for call in &calls {
@@ -179,13 +182,12 @@ impl Check {
     /// Checks a call that is about a bdev, or about a controller.
     fn add_other(&mut self, call: &Call, cores: &[usize]) {
         match call.place.method.as_str() {
-            "vhost_create_blk_controller" => self.add_controller(call, cores),
-            "vhost_controller_set_coalescing" => {
-                let name = text(call, "ctrlr");
-                if !self.controllers.contains(&name) {
-                    self.error(&call.place, format_args!("there is no controller {name}"));
-                }
-            }
+            "vhost_create_blk_controller"
+            | "vhost_create_scsi_controller"
+            | "vhost_start_scsi_controller"
+            | "vhost_scsi_controller_add_target"
+            | "vhost_scsi_controller_remove_target"
+            | "vhost_controller_set_coalescing" => self.check_controller(call, cores),
             "bdev_set_qos_limit" | "bdev_enable_histogram" | "nbd_start_disk" => {
                 let is_export = call.place.method == "nbd_start_disk";
                 self.require_bdev(call, &text(call, if is_export { "bdev_name" } else { "name" }));
@@ -206,27 +208,6 @@ impl Check {
             self.notes.push(format!("{}: bdev {name} must be a partition of {disk}", call.place));
         } else {
             self.error(&call.place, format_args!("there is no bdev {name}"));
-        }
-    }
-
-    fn add_controller(&mut self, call: &Call, cores: &[usize]) {
-        let (name, bdev) = (text(call, "ctrlr"), text(call, "dev_name"));
-        self.require_bdev(call, &bdev);
-        if let Some((wrapper, _)) =
-            self.bdevs.wrappers.iter().find(|(names, base)| {
-                *base == bdev && names.iter().any(|name| self.bdevs.exists(name))
-            })
-        {
-            let text = format!("bdev {bdev} is claimed by {}, which is built on it", wrapper[0]);
-            self.error(&call.place, text);
-        }
-        let mask = parse_cores(&text(call, "cpumask")).unwrap_or_default();
-        if let Some(core) = mask.into_iter().find(|core| !cores.contains(core)) {
-            let text = format!("core {core} has no reactor; pass the same -m as the server");
-            self.error(&call.place, text);
-        }
-        if !self.controllers.insert(name.clone()) {
-            self.error(&call.place, format_args!("there is a controller {name} already"));
         }
     }
 }
@@ -393,6 +374,49 @@ mod tests {
                 "there is a controller c already",
                 "there is no bdev Z",
                 "there is no controller z",
+            ]
+        );
+    }
+
+    #[test]
+    fn targets_of_scsi_controllers_are_checked() {
+        let call = |method: &str, params: Value| json!([method, params]);
+        let create = |name: &str| call("vhost_create_scsi_controller", json!({"ctrlr": name}));
+        let add = |name: &str, number: i64, bdev: &str| {
+            let params = json!({"ctrlr": name, "scsi_target_num": number, "bdev_name": bdev});
+            call("vhost_scsi_controller_add_target", params)
+        };
+        let remove = |number: i64| {
+            let params = json!({"ctrlr": "s", "scsi_target_num": number});
+            call("vhost_scsi_controller_remove_target", params)
+        };
+        let start = |name: &str| call("vhost_start_scsi_controller", json!({"ctrlr": name}));
+        let wrapper = json!(["bdev_error_create", {"base_name": "W"}]);
+        let mut calls = vec![malloc("M"), malloc("W"), wrapper, controller("c", "M", "2")];
+        calls.extend([create("s"), create("c"), create("s"), add("s", 0, "M"), remove(0)]);
+        calls.extend([add("s", 7, "nope"), add("s", 8, "M"), add("c", 0, "M"), add("t", 0, "M")]);
+        calls.extend([add("s", 1, "W"), add("s", 1, "M"), add("s", 1, "M"), remove(2)]);
+        calls.extend([start("c"), start("t")]);
+        calls.extend([start("s"), create("d"), start("d")]);
+        calls.extend((0..8).map(|_| add("d", -1, "M")));
+        calls.push(add("d", -1, "M"));
+        let (notes, errors) = check(calls.into());
+        assert!(notes.is_empty(), "{notes:?}");
+        assert_eq!(
+            errors,
+            [
+                "expected a target number from 0 to 7",
+                "there is a controller c already",
+                "there is a controller s already",
+                "there is no bdev nope",
+                "controller c is not a SCSI controller",
+                "there is no controller t",
+                "bdev W is claimed by EE_W, which is built on it",
+                "controller s: target 1 exists already",
+                "controller s: target 2 does not exist",
+                "controller c is not a SCSI controller",
+                "there is no controller t",
+                "controller d: there is no free target number",
             ]
         );
     }

@@ -22,11 +22,14 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, warn};
 use vhost_target::{ControllerSpec, Core, Error, Mode, Target};
 
-use crate::active_time;
+use crate::{active_time, devices};
 use rte_vhost::eal::EalError;
 
 /// Interval of checks for operations that take long.
 const TICK: Duration = Duration::from_secs(1);
+
+/// The first pause of [`Control::until`].
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Limit on the wait for I/O in flight at shutdown, for all connections together.
 const SHUTDOWN_DRAIN: Duration = Duration::from_secs(2);
@@ -181,6 +184,12 @@ impl Control {
         self.dpdk.run(move |transport| target.create_controller(spec, transport)).await
     }
 
+    /// Opens the socket of a controller that was created without one.
+    pub(crate) async fn start_controller(&self, name: String) -> Result<(), Error> {
+        let target = Arc::clone(&self.target);
+        self.dpdk.run(move |transport| target.start_controller(&name, transport)).await
+    }
+
     /// Deletes a controller. Waits first for another deletion of it that is in progress. If
     /// `cancelled` completes earlier, the controller stays.
     pub(crate) async fn delete_controller(
@@ -214,8 +223,21 @@ impl Control {
             Wait::TimedOut if options.force => {}
             Wait::TimedOut | Wait::Cancelled => return Err(Error::Busy(name.into())),
         }
+        let released = name.to_owned();
+        self.change(move |target| devices::release(target, &released)).await;
         self.dpdk.run(move |transport| deletion.finish(transport)).await;
         Ok(())
+    }
+
+    /// Waits until `done` returns true, for something that no change reports, such as the release
+    /// of a bdev by its last user: looks after each change, and after pauses that grow.
+    pub(crate) async fn until(&self, done: impl Fn() -> bool) {
+        let (mut changed, mut pause) = (self.changed(), PAUSE);
+        while !done() {
+            if tokio::time::timeout(pause, changed.changed()).await.is_err() {
+                pause = TICK.min(pause * 2);
+            }
+        }
     }
 
     /// Waits until `done` returns true. Calls it at first and after each change.
@@ -247,7 +269,7 @@ impl Control {
         queue: usize,
         core: Core,
     ) -> Result<(), Error> {
-        self.place(move |target| target.move_queue(&controller, session, queue, core)).await
+        self.change(move |target| target.move_queue(&controller, session, queue, core)).await
     }
 
     /// Moves all queues of a controller to other cores. Dropping the future does not cancel it.
@@ -256,14 +278,15 @@ impl Control {
         controller: String,
         cores: Vec<Core>,
     ) -> Result<(), Error> {
-        self.place(move |target| target.set_cores(&controller, &cores)).await
+        self.change(move |target| target.set_cores(&controller, &cores)).await
     }
 
-    /// Runs a change that waits for poll iterations of reactors, on the blocking pool.
-    async fn place(
+    /// Makes a change that may wait: for poll iterations of reactors, or for a bdev to be opened.
+    /// Runs it on the blocking pool. Dropping the future does not cancel it.
+    pub(crate) async fn change<R: Send + 'static>(
         &self,
-        change: impl FnOnce(&Target) -> Result<(), Error> + Send + 'static,
-    ) -> Result<(), Error> {
+        change: impl FnOnce(&Target) -> R + Send + 'static,
+    ) -> R {
         let target = Arc::clone(&self.target);
         let changed = tokio::task::spawn_blocking(move || change(&target)).await;
         changed.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
@@ -272,14 +295,10 @@ impl Control {
     /// Removes a bdev from the target and waits until its last user has dropped it. If an I/O never
     /// completes, this waits for ever; other operations go on.
     pub(crate) async fn remove_bdev(&self, bdev: Arc<dyn Bdev>) {
-        let mut changed = self.changed();
-        vhost_blk::remove_bdev(&self.target, &bdev);
         let weak = Arc::downgrade(&bdev);
         // This reference may be the last, and to free a disk's memory may take long.
-        let _ = tokio::task::spawn_blocking(move || drop(bdev)).await;
-        while weak.strong_count() > 0 {
-            let _ = changed.changed().await;
-        }
+        self.change(move |target| devices::remove_bdev(target, &bdev)).await;
+        self.until(|| weak.strong_count() == 0).await;
     }
 
     /// Closes all connections, waits a bounded time for their I/O, removes all sockets and stops

@@ -11,6 +11,7 @@ mod cli;
 mod config_file;
 mod control;
 mod core_locks;
+mod devices;
 mod engines;
 mod io_errors;
 mod logging;

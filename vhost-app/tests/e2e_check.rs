@@ -138,6 +138,40 @@ fn controllers() -> Vec<Case> {
     ]
 }
 
+fn targets() -> Vec<Case> {
+    let (create, start) = ("vhost_create_scsi_controller", "vhost_start_scsi_controller");
+    let add = "vhost_scsi_controller_add_target";
+    let remove = "vhost_scsi_controller_remove_target";
+    let target = json!({"ctrlr": "s", "scsi_target_num": 3.0, "bdev_name": "N"});
+    let number = |number: Value| json!({"ctrlr": "s", "scsi_target_num": number});
+    vec![
+        (create, json!({"ctrlr": "s", "cpumask": ""}), false),
+        (create, json!({"ctrlr": "u", "cpumask": "0xffff"}), false),
+        (create, json!({"ctrlr": "s/../s"}), false),
+        (create, json!({"ctrlr": "c"}), false),
+        (create, json!({"ctrlr": "s", "nope": 1}), false),
+        (create, json!({"ctrlr": "s", "delay": true, "packed_ring": true}), true),
+        (create, json!({"ctrlr": "s"}), false),
+        (add, with(target.clone(), "ctrlr", json!("c")), false),
+        (add, with(target.clone(), "ctrlr", json!("d")), false),
+        (add, with(target.clone(), "scsi_target_num", json!(8)), false),
+        (add, with(target.clone(), "bdev_name", json!("nope")), false),
+        (add, target.clone(), true),
+        (add, target.clone(), false),
+        (add, with(target.clone(), "scsi_target_num", json!(-1)), true),
+        (add, with(target.clone(), "scsi_target_num", json!(0)), false),
+        (remove, number(json!(1)), false),
+        (remove, number(json!(8)), false),
+        (remove, number(json!(-1)), false),
+        (remove, with(number(json!(3)), "timeout_ms", json!(0)), true),
+        (add, target, true),
+        (start, json!({"ctrlr": "c"}), false),
+        (start, json!({"ctrlr": "d"}), false),
+        (start, json!({"ctrlr": "s"}), true),
+        (start, json!({"ctrlr": "s"}), true),
+    ]
+}
+
 fn other_options() -> Vec<Case> {
     vec![
         ("bdev_examine", json!({"name": "N"}), false),
@@ -165,7 +199,8 @@ fn the_check_and_the_rpcs_refuse_the_same_calls() {
     let startup = startup();
     let null = json!({"name": "N", "num_blocks": 2048, "block_size": 512});
     let mut runtime = vec![("bdev_null_create", null, true)];
-    for more in [block_devices(), limits_and_histograms(), controllers(), other_options()] {
+    let more = [block_devices(), limits_and_histograms(), controllers(), targets()];
+    for more in more.into_iter().chain([other_options()]) {
         runtime.extend(more);
     }
     let cases: Vec<&Case> = startup.iter().chain(&runtime).collect();

@@ -5,73 +5,29 @@ mod disks;
 mod guest;
 mod harness;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-
 use disks::{
     MIB, aio, answer, controller, hold, in_flight, make_file, malloc, sessions, slow, start_behind,
 };
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
+use guest::boot::BootDisk;
 use guest::{Guest, GuestOptions, RING_PACKED};
 use harness::{Launch, Vhost, wait_until};
 use serde_json::json;
-
-/// A boot sector that copies the disk's sector 1 to sector 2 and prints it, up to a zero.
-#[rustfmt::skip]
-const BOOT: &[u8] = &[
-    0x31, 0xc0,             // xor %ax, %ax
-    0x8e, 0xd8,             // mov %ax, %ds
-    0xbc, 0x00, 0x7c,       // mov $0x7c00, %sp
-    0x8e, 0xd0,             // mov %ax, %ss
-    0xbe, 0x2e, 0x7c,       // mov $packet, %si
-    0xb4, 0x42,             // mov $0x42, %ah       read; the drive is in %dl
-    0xcd, 0x13,             // int $0x13
-    0x72, 0x19,             // jc halt
-    0xff, 0x06, 0x36, 0x7c, // incw packet + 8
-    0xb8, 0x00, 0x43,       // mov $0x4300, %ax     write
-    0xcd, 0x13,             // int $0x13
-    0x72, 0x0e,             // jc halt
-    0xbe, 0x00, 0x7e,       // mov $0x7e00, %si
-    0xba, 0xf8, 0x03,       // mov $0x3f8, %dx      the serial port
-    0xac,                   // print: lodsb
-    0x84, 0xc0,             // test %al, %al
-    0x74, 0x03,             // jz halt
-    0xee,                   // out %al, %dx
-    0xeb, 0xf8,             // jmp print
-    0xf4,                   // halt: hlt
-    0xeb, 0xfd,             // jmp halt
-    0x10, 0x00, 0x01, 0x00, // packet: one sector …
-    0x00, 0x7e, 0x00, 0x00, // … at 0:7e00 …
-    0x01, 0, 0, 0, 0, 0, 0, 0, // … from or to this one
-];
 
 #[test]
 fn firmware_boots_from_the_disk() {
     let vhost = Vhost::start(&[]);
     let file = aio(&vhost, "Aio0", MIB);
-    let mut sector = [0; 512];
-    sector[..BOOT.len()].copy_from_slice(BOOT);
-    sector[510..].copy_from_slice(&[0x55, 0xaa]);
-    let disk = File::options().read(true).write(true).open(&file).unwrap();
-    disk.write_all_at(&sector, 0).unwrap();
-    let put = |text: &str| {
-        let mut sector = [0; 512];
-        sector[..text.len()].copy_from_slice(text.as_bytes());
-        disk.write_all_at(&sector, 512).unwrap();
-        sector
-    };
-
-    let mut text = put("GUEST: boot 0\n");
+    let disk = BootDisk::make(&file);
+    disk.put("GUEST: boot 0\n");
     let options = GuestOptions::new(&controller(&vhost, "vhost.0", "Aio0"));
     let properties = ",bootindex=0";
     let options = GuestOptions { job: None, disk_properties: properties, reboots: true, ..options };
     let mut guest = Guest::start(options);
     for n in 0..5 {
         guest.wait_line(&format!("boot {n}"));
-        let mut copy = [0; 512];
-        disk.read_exact_at(&mut copy, 1024).unwrap();
-        assert_eq!(copy, text);
-        text = put(&format!("GUEST: boot {}\n", n + 1));
+        assert!(disk.is_copied());
+        disk.put(&format!("GUEST: boot {}\n", n + 1));
         guest.qmp("system_reset", json!({}));
     }
     guest.wait_line("boot 5");

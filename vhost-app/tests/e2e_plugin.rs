@@ -128,6 +128,18 @@ fn the_requests_have_the_given_parameters_and_no_others() {
             "vhost_delete_controller -f --timeout-ms 90000 c",
             json!({"ctrlr": "c", "timeout_ms": 90_000, "force": true}),
         ),
+        (
+            "vhost_create_scsi_controller s --packed-ring",
+            json!({"ctrlr": "s", "packed_ring": true}),
+        ),
+        (
+            "vhost_create_scsi_controller s --packed-ring --delay --cpumask 0x2",
+            json!({"ctrlr": "s", "cpumask": "0x2", "delay": true, "packed_ring": true}),
+        ),
+        (
+            "vhost_scsi_controller_remove_target s 3 --timeout-ms 0",
+            json!({"ctrlr": "s", "scsi_target_num": 3, "timeout_ms": 0}),
+        ),
         ("bdev_nbd_create N nbd://h/x", json!({"name": "N", "uri": "nbd://h/x"})),
         (
             "bdev_nbd_create N nbd://h/x -b 4096 -r -u U --reconnect-delay-sec 0 --connections 2",
@@ -178,6 +190,27 @@ fn a_controller_is_deleted_in_time_or_by_force() {
         let why = format!("--timeout-ms: expected a non-negative integer, got '{bad}'");
         run(&vhost, &line).is_misused(&why);
     }
+}
+
+/// Without the added options, the client's own requests are sent.
+#[test]
+fn options_of_scsi_controllers_are_added() {
+    let vhost = Vhost::start(&[]);
+    vhost.null("N");
+    for line in
+        ["vhost_create_scsi_controller s --delay", "vhost_scsi_controller_remove_target s 3"]
+    {
+        let printed = run(&vhost, &format!("--dry-run {line}")).ok();
+        assert_eq!(printed, run_with_input(&vhost, &format!("--dry-run {line}"), "").ok());
+    }
+    assert_eq!(run(&vhost, "vhost_create_scsi_controller s --packed-ring").ok(), "");
+    let saved = vhost.ok("framework_get_config", json!({"name": "vhost_scsi"}));
+    assert_eq!(saved[0]["params"]["packed_ring"], true);
+    assert_eq!(run(&vhost, "vhost_scsi_controller_add_target s -1 N").result(), json!(0));
+    let remove = "vhost_scsi_controller_remove_target s 0 --timeout-ms 70000";
+    assert_eq!(run(&vhost, remove).ok(), "");
+    run(&vhost, remove).is_refused(-32602, "Device or resource busy");
+    run(&vhost, &remove.replace("70000", "-1")).is_misused("expected a non-negative integer");
 }
 
 #[test]

@@ -288,7 +288,6 @@ fn other_methods_are_refused_with_spdks_codes() {
     all_refused(
         &vhost,
         &[
-            ("vhost_create_scsi_controller", json!({"ctrlr": "s"}), -32601, "Method not found"),
             ("bdev_nvme_start_discovery", json!({}), -32601, "Method not found"),
             ("framework_get_config", json!({"name": "x"}), -32602, "Subsystem 'x' not found"),
             ("framework_get_config", json!({}), -32602, "Invalid arguments"),

@@ -92,7 +92,6 @@ fn empty() -> Vec<(&'static str, Value, Result<Value, Refusal>)> {
         ("framework_get_governor", Value::Null, Ok(json!({}))),
         ("framework_get_pci_devices", Value::Null, Ok(json!([]))),
         ("keyring_get_keys", Value::Null, Ok(json!([]))),
-        ("scsi_get_devices", Value::Null, Ok(json!([]))),
     ]
 }
 
@@ -428,6 +427,9 @@ fn a_configuration_is_checked_without_loading_it() {
     vhost.ok("bdev_aio_create", json!({"name": "F", "filename": disk, "block_size": 512}));
     vhost.ok("bdev_passthru_create", json!({"name": "P", "base_bdev_name": "F"}));
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "c", "dev_name": "P"}));
+    vhost.ok("vhost_create_scsi_controller", json!({"ctrlr": "s"}));
+    let target = json!({"ctrlr": "s", "scsi_target_num": 4, "bdev_name": "P"});
+    vhost.ok("vhost_scsi_controller_add_target", target);
     let path = vhost.dir().join("config.json");
     let mut saved = vhost.spdk_rpc(&["save_config"]).unwrap();
     let check = |text: &str| {

@@ -214,7 +214,6 @@ fn a_configuration_that_spdk_saved_is_taken() {
 fn bad_configurations_end_the_start_with_spdks_codes() {
     let twice = entry("bdev", &[disk("N"), disk("N")]);
     let unknown = entry("bdev", &[disk("N"), json!({"method": "bdev_iscsi_create", "params": {}})]);
-    let scsi = json!({"method": "vhost_create_scsi_controller", "params": {"ctrlr": "s"}});
     let startup_only = json!({"method": "iobuf_set_options", "params": {"small_pool_count": 1}});
     for (text, code, named) in [
         (String::new(), 234, "config.json"),
@@ -223,7 +222,6 @@ fn bad_configurations_end_the_start_with_spdks_codes() {
         (r#"{"subsystems": [{"subsystem": "bdev"}]}"#.into(), 234, "bdev"),
         (twice, 234, "bdev_null_create (subsystem bdev, entry 2) failed: File exists"),
         (unknown, 254, "bdev_iscsi_create (subsystem bdev, entry 2)"),
-        (entry("vhost_scsi", &[scsi]), 254, "vhost_create_scsi_controller"),
         (entry("iobuf", &[startup_only]), 234, "iobuf_set_options"),
     ] {
         let ended = Launch::new().config(&text).run_to_end();

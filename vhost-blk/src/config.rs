@@ -1,9 +1,9 @@
 //! The feature bits and the config space that a controller shows to a guest.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use bdev::{Bdev, QosUser, UserCounts};
+use bdev::{Bdev, UserCounts};
+use served_bdev::User;
 use vhost_target::session::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -35,7 +35,7 @@ pub struct Disk {
     /// Whether the operator made the controller read-only.
     pub read_only: bool,
     /// Identifies the controller to the bdev's rate limits and counters.
-    pub(crate) user: QosUser,
+    pub(crate) user: User,
 }
 
 impl std::fmt::Debug for Disk {
@@ -44,24 +44,17 @@ impl std::fmt::Debug for Disk {
     }
 }
 
-impl Drop for Disk {
-    fn drop(&mut self) {
-        self.bdev.stats().forget(self.user);
-    }
-}
-
 impl Disk {
     /// Returns what the controller's queues have done at the bdev.
     pub(crate) fn counts(&self) -> UserCounts {
-        self.bdev.stats().of_user(self.user)
+        self.user.counts()
     }
 
     /// Creates the disk of a controller. Each call creates a separate user of the bdev's rate
     /// limits.
     #[must_use]
     pub fn new(bdev: Arc<dyn Bdev>, read_only: bool) -> Self {
-        static USERS: AtomicU32 = AtomicU32::new(1);
-        let user = QosUser::new(USERS.fetch_add(1, Ordering::Relaxed));
+        let user = User::new(Arc::clone(&bdev));
         Self { bdev, read_only, user }
     }
 

@@ -1,15 +1,14 @@
 //! The virtio-blk device of a controller, on the control side.
 
 use std::any::Any;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bdev::{Bdev, QosUser, UserCounts, with_bases};
+use bdev::{Bdev, QosUser, UserCounts};
+use served_bdev::{storage_use, uses};
 use vhost_target::Target;
 use vhost_target::device::{
-    Device, DeviceChange, Granted, Lease, Negotiated, OpenError, Opened, OpenedQueue, StorageId,
-    StorageUse,
+    Device, DeviceChange, Negotiated, OpenError, Opened, OpenedQueue, StorageUse,
 };
 use vhost_target::device_queue::DeviceView;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
@@ -81,7 +80,7 @@ impl Blk {
     /// was removed.
     #[must_use]
     pub fn user(&self) -> Option<QosUser> {
-        self.disk().map(|disk| disk.user)
+        self.disk().map(|disk| disk.user.id())
     }
 
     /// Returns what its queues have done at the bdev, or had done when the bdev was removed.
@@ -136,11 +135,6 @@ pub fn limits_changed(target: &Target, bdev: &Arc<dyn Bdev>) {
     });
 }
 
-/// Returns whether a bdev is `base` or is built on it.
-fn uses(bdev: &Arc<dyn Bdev>, base: &Arc<dyn Bdev>) -> bool {
-    with_bases(bdev).iter().any(|below| Arc::ptr_eq(below, base))
-}
-
 impl Device for Blk {
     fn features(&self) -> u64 {
         self.features
@@ -154,77 +148,17 @@ impl Device for Blk {
     fn storage(&self) -> StorageUse {
         let Some(disk) = self.disk() else { return StorageUse::default() };
         let writes = !disk.read_only && !disk.bdev.features().read_only;
-        let mut storage = StorageUse { writes, ..StorageUse::default() };
-        // A bdev may grow: the range of a complete bdev has no end.
-        let mut left = vec![(Arc::clone(&disk.bdev), 0..u64::MAX)];
-        while let Some((bdev, bytes)) = left.pop() {
-            match bdev.bases() {
-                bases if bases.is_empty() => {
-                    let place = bdev.storage().map(|storage| storage_id(storage, bytes.clone()));
-                    storage.storages.extend(place);
-                    storage.storages.push(identity(&bdev, bytes));
-                    let lease = bdev.lease().filter(|_| writes);
-                    storage.leases.extend(lease.map(|lease| Arc::new(BdevLease(lease)) as _));
-                }
-                bases => left.extend(bases.into_iter().map(|base| {
-                    let bytes = range_on_base(&*bdev, &*base, &bytes);
-                    (base, bytes)
-                })),
-            }
-        }
-        storage
+        storage_use(&disk.bdev, writes)
     }
 
     fn open_queue(
         self: Arc<Self>,
+        _key: u64,
         _index: usize,
         depth: u16,
     ) -> Result<Box<dyn OpenedQueue>, OpenError> {
         let queue = BlkQueue::open(self.disk().as_deref(), depth);
         Ok(Box::new(Opened(queue.map_err(|e| OpenError(Box::new(e)))?)))
-    }
-}
-
-/// Returns the bytes of a base that accesses to `bytes` of the bdev use.
-fn range_on_base(bdev: &dyn Bdev, base: &dyn Bdev, bytes: &Range<u64>) -> Range<u64> {
-    let Some(offset) = bdev.base_offset() else { return 0..u64::MAX };
-    // A bdev as large as its base may grow with it.
-    let is_part = bdev.size_bytes() < base.size_bytes();
-    let end = if is_part { bytes.end.min(bdev.size_bytes()) } else { bytes.end };
-    offset.saturating_add(bytes.start)..offset.saturating_add(end)
-}
-
-/// Returns the identity of a bdev without a base.
-fn identity(bdev: &Arc<dyn Bdev>, bytes: Range<u64>) -> StorageId {
-    let address = Arc::as_ptr(bdev).cast::<()>() as u64;
-    // A weak reference keeps the address from being reused.
-    let keeps: Arc<dyn Any + Send + Sync> = Arc::new(Arc::downgrade(bdev));
-    StorageId { kind: "bdev", number: (address, 0), bytes, keeps: Some(keeps) }
-}
-
-/// Returns the identity of the place where a bdev stores its data. Several bdevs may use the same
-/// file.
-fn storage_id(storage: bdev::Storage, bytes: Range<u64>) -> StorageId {
-    let (kind, number) = match storage {
-        bdev::Storage::File { device, inode } => ("file", (device, inode)),
-        bdev::Storage::BlockDevice(number) => ("block device", (number, 0)),
-    };
-    StorageId { kind, number, bytes, keeps: None }
-}
-
-/// Adapts a bdev's lease to the target's trait.
-#[derive(Debug)]
-struct BdevLease(Arc<dyn bdev::Lease>);
-
-impl Lease for BdevLease {
-    fn add_user(&self, granted: &Granted) -> bool {
-        self.0.add_user(granted)
-    }
-    fn remove_user(&self) {
-        self.0.remove_user();
-    }
-    fn is_held(&self) -> bool {
-        self.0.is_held()
     }
 }
 

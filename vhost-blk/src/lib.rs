@@ -3,8 +3,7 @@
 //! * [`mod@config`]: feature bits and the configuration space.
 //! * [`mod@request`]: parses a descriptor chain into an I/O or an answer.
 //! * `device`: the control side ([`Blk`]).
-//! * `view`, `opened`, `throttle`, `tally`: what a queue knows of the disk, the bdev that it has
-//!   opened, its requests that wait for a rate limit, and its counts of a visit.
+//! * `view`: what a queue knows of the disk.
 //! * `queue`: the reactor side ([`BlkQueue`]): submits I/Os to a bdev's channel, and answers
 //!   requests.
 //!
@@ -13,12 +12,9 @@
 
 pub mod config;
 pub mod request;
-mod tally;
-mod throttle;
 mod view;
 
 mod device;
-mod opened;
 mod queue;
 
 pub use device::{Blk, bdev_resized, limits_changed, remove_bdev};

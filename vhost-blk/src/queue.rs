@@ -5,16 +5,14 @@ use std::sync::Arc;
 
 use bdev::{Channel, Completion, Counters, Io, Limiting, Op, Status, Submit, Tag};
 use reactor::{Cause, Iteration, Wait};
+use served_bdev::{Opened, Tallies, Throttled};
 use vhost_target::device_queue::{Answer, DeviceQueue, Progress, Request, WakeFds};
 use virtqueue::chain::Chain;
 
 use crate::config::Disk;
-use crate::opened::Opened;
 use crate::request::{
     Parsed, Ranges, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, parse, peek_read, written_by_read,
 };
-use crate::tally::Tallies;
-use crate::throttle::Throttled;
 use crate::view::BlkView;
 
 /// Completions that one poll takes from a channel at most.
@@ -79,7 +77,7 @@ impl BlkQueue {
     /// The bdev cannot be opened.
     pub fn open(disk: Option<&Disk>, depth: u16) -> Result<Self, bdev::Error> {
         Ok(Self {
-            open: disk.map(|disk| Opened::open(disk, depth)).transpose()?,
+            open: disk.map(|disk| Opened::open(&disk.user, depth)).transpose()?,
             counters: None,
             ranges: (0..depth).map(|_| Ranges::default()).collect(),
             parked: (0..depth).map(|_| None).collect(),
@@ -285,7 +283,7 @@ impl BlkQueue {
         if status == Status::Ok {
             open.counters.record(op, len, ticks);
         } else {
-            open.count_failure((tag, op, len), ticks, status);
+            let _ = open.count_failure((tag, op, len), ticks, status);
             request.count_error();
         }
     }
@@ -329,7 +327,7 @@ impl DeviceQueue for BlkQueue {
     type Request = BlkRequest;
     type View = BlkView;
 
-    fn refuse(chain: &Chain) -> Answer {
+    fn refuse(chain: &mut Chain) -> Answer {
         let (last_byte, written) =
             if chain.has_last_byte() { (Some(STATUS_IOERR), 1) } else { (None, 0) };
         Answer { last_byte, written, dirty: 0 }
@@ -391,7 +389,8 @@ impl DeviceQueue for BlkQueue {
         let limited = view.is_some_and(|view| view.limited);
         if limited || open.limited {
             // When the disk was removed, throttled requests pass at once.
-            let apply = view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user));
+            let apply =
+                view.map_or(Limiting::ChargeOnly, |view| Limiting::Apply(view.disk.user.id()));
             open.set_limiting(apply, limited);
         }
     }

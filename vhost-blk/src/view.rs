@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bdev::Bdev;
+use served_bdev::is_limited;
 use vhost_target::device_queue::DeviceView;
 
 use crate::config::Disk;
@@ -29,8 +29,4 @@ impl BlkView {
         let (disk, limits, limited) = (Arc::clone(disk), disk.limits(), is_limited(&*disk.bdev));
         Arc::new(Self { disk, limits, write_through, limited })
     }
-}
-
-fn is_limited(bdev: &dyn Bdev) -> bool {
-    !bdev.qos().limits().is_unlimited() || bdev.bases().iter().any(|base| is_limited(&**base))
 }

@@ -46,6 +46,8 @@ pub(crate) struct Controller {
     pub name: String,
     pub socket: PathBuf,
     pub packed_ring: bool,
+    /// It has no socket before [`Target::start_controller`](crate::Target::start_controller).
+    pub delayed: bool,
     /// Sorted; never empty.
     pub cores: Vec<Core>,
     pub device: Arc<dyn Device>,
@@ -86,6 +88,7 @@ impl Controller {
             name: spec.name,
             socket: spec.socket,
             packed_ring: spec.packed_ring,
+            delayed: false,
             cores,
             features,
             device: spec.device,
@@ -149,6 +152,9 @@ pub struct ControllerInfo {
     pub socket: PathBuf,
     /// Whether packed rings are offered.
     pub packed_ring: bool,
+    /// Whether it has no socket before
+    /// [`Target::start_controller`](crate::Target::start_controller).
+    pub delayed: bool,
     /// Its device.
     pub device: Arc<dyn Device>,
     /// Whether it is being deleted.

@@ -29,6 +29,12 @@ pub trait Device: Any + Send + Sync + fmt::Debug {
         QUEUES_MAX
     }
 
+    /// Returns whether front ends get the configuration space from this target. If not, they have
+    /// one of their own.
+    fn has_config_space(&self) -> bool {
+        true
+    }
+
     /// Returns the state of a new connection.
     fn connect(self: Arc<Self>) -> Box<dyn Negotiated>;
 
@@ -37,13 +43,15 @@ pub trait Device: Any + Send + Sync + fmt::Debug {
         StorageUse::default()
     }
 
-    /// Opens the device for virtqueue `index`, which has at most `depth` requests at a time. May
-    /// take long: it is called on a thread for which no other thread waits.
+    /// Opens the device for virtqueue `index` of the front end `key` ([`Negotiated::key`]). The
+    /// queue has at most `depth` requests at a time. May take long: it is called on a thread for
+    /// which no other thread waits.
     ///
     /// # Errors
     /// The device's error. The connection is then closed.
     fn open_queue(
         self: Arc<Self>,
+        key: u64,
         index: usize,
         depth: u16,
     ) -> Result<Box<dyn OpenedQueue>, OpenError>;
@@ -58,6 +66,11 @@ pub struct OpenError(#[from] pub Box<dyn std::error::Error + Send + Sync>);
 ///
 /// The implementer guarantees that no method waits.
 pub trait Negotiated: Send + Sync + fmt::Debug {
+    /// Identifies the front end to [`Device::open_queue`], if the device tells front ends apart.
+    fn key(&self) -> u64 {
+        0
+    }
+
     /// Sets the feature bits that the driver has accepted; 0 after a reset.
     fn set_features(&mut self, features: u64);
 
@@ -85,6 +98,9 @@ pub enum DeviceChange {
     Removed,
     /// Its configuration space has changed: guests are notified.
     Config,
+    /// The storage that its requests access has changed: leases are used and released, and queues
+    /// get a new view, also when a lease has become held.
+    Storage,
 }
 
 /// A device that was opened for a queue.

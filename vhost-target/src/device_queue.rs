@@ -21,9 +21,9 @@ use virtqueue::chain::Chain;
 /// [`Request`] by value and return a [`Progress`], which only consuming the request produces. A
 /// device can therefore neither finish a request twice nor forget one.
 ///
-/// In every method but the last two, the implementer takes no lock, allocates nothing, and makes no
-/// system call that can wait. It may rely on having one owner at a time. It is not dropped on a
-/// reactor.
+/// In every method but the last two, the implementer waits for no lock, allocates nothing, and
+/// makes no system call that can wait. It may rely on having one owner at a time. It is not dropped
+/// on a reactor.
 pub trait DeviceQueue: Send + Sized + 'static {
     /// The device's state of a request. It is kept beside the chain, so it should be small.
     type Request: Default + Send + fmt::Debug;
@@ -31,7 +31,7 @@ pub trait DeviceQueue: Send + Sized + 'static {
     type View: Clone + Send + Sync + 'static;
 
     /// Returns the answer to a request without a view: the device was removed.
-    fn refuse(chain: &Chain) -> Answer;
+    fn refuse(chain: &mut Chain) -> Answer;
 
     /// Starts a request under the queue's current view. `resubmitted`: an earlier process may
     /// have started it.
@@ -60,6 +60,29 @@ pub trait DeviceQueue: Send + Sized + 'static {
 
     /// Prefetches what the request in `chain` will access. That request starts after the next one.
     fn look_ahead(&self, _chain: &Chain) {}
+
+    /// Whether [`DeviceQueue::wants_requests`] may return false. If not, it is never called.
+    const SELECTIVE: bool = false;
+
+    /// Returns whether the device takes a request now. If not, chains stay in the ring, and neither
+    /// the guest's kicks nor its new chains cause a visit. A change of this value takes effect in
+    /// the visit that adopts a new view, or that starts a request.
+    fn wants_requests(&self) -> bool {
+        true
+    }
+
+    /// Returns whether [`DeviceQueue::visited`] is to be called at the end of this visit.
+    fn is_watching(&self) -> bool {
+        false
+    }
+
+    /// Called at the end of a visit, when the guest can see all finished requests of the visit.
+    /// Called again while it returns something and the device is watching. `caught_up`: all chains
+    /// that the guest had made available when the view was adopted were taken, or no further chain
+    /// will be taken.
+    fn visited(&mut self, _caught_up: bool) -> Option<Notice> {
+        None
+    }
 
     /// Called when all requests of a visit were started.
     fn started(&mut self, _iteration: &mut Iteration) {}
@@ -104,6 +127,14 @@ pub trait DeviceQueue: Send + Sized + 'static {
 
     /// Sets whether the owner may sleep. Called by the owner, on the control side.
     fn set_wakes(&mut self, _wakes: bool) {}
+}
+
+/// What the device of a queue asks of the control side. See [`DeviceQueue::visited`].
+pub enum Notice {
+    /// Give all queues of the connection a new view ([`crate::device::Negotiated::view`]).
+    Views,
+    /// Drop this value, which must not be dropped on the reactor.
+    Leftover(Box<dyn Send>),
 }
 
 /// The fds that wake the owner of a queue.

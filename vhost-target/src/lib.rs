@@ -36,4 +36,4 @@ pub use controller::{
 };
 pub use error::Error;
 pub use reactor::{Core, Mode, OnStart, ReactorInfo};
-pub use transport::{ConnId, Connection, Transport, Verdict};
+pub use transport::{ConnId, Connection, Offer, Transport, Verdict};

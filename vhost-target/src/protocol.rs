@@ -39,6 +39,9 @@ pub fn is_negotiation(request: u32) -> bool {
     )
 }
 
+/// Protocol feature: the back end has the configuration space.
+pub const CONFIG: u64 = 1 << 9;
+
 /// Protocol feature: the back end creates the area of in-flight tracking.
 pub const INFLIGHT_SHMFD: u64 = 1 << 12;
 
@@ -53,7 +56,6 @@ pub const PROTOCOL_FEATURES: u64 = {
     const NET_MTU: u64 = 1 << 4;
     const BACKEND_REQ: u64 = 1 << 5;
     const CRYPTO: u64 = 1 << 7;
-    const CONFIG: u64 = 1 << 9;
     const BACKEND_SEND_FD: u64 = 1 << 10;
     const HOST_NOTIFIER: u64 = 1 << 11;
     const RESET_DEVICE: u64 = 1 << 13;

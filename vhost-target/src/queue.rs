@@ -7,6 +7,7 @@
 mod call_due;
 mod core;
 mod fetch;
+mod notices;
 mod requests;
 mod slot;
 mod start;
@@ -41,6 +42,8 @@ pub enum Event {
     Broken(QueueId),
     /// A removed device has no requests in flight any more. The receiver drops the leftover.
     Released(QueueId, Leftover),
+    /// The device wants new views for all queues of the connection.
+    ViewsWanted(QueueId),
 }
 
 /// A value that must not be dropped on a reactor.

@@ -181,6 +181,12 @@ impl Session {
         self.device.view()
     }
 
+    /// Returns what identifies the front end to the device; see [`Negotiated::key`].
+    #[must_use]
+    pub fn device_key(&self) -> u64 {
+        self.device.key()
+    }
+
     /// Returns the features that the front end has accepted.
     #[must_use]
     pub fn features(&self) -> u64 {

@@ -15,6 +15,15 @@ use closer::Account;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnId(pub u64);
 
+/// What a socket offers to front ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The virtio and vhost feature bits.
+    pub features: u64,
+    /// Whether GET_CONFIG and SET_CONFIG are offered.
+    pub config: bool,
+}
+
 /// The server side of vhost-user sockets.
 ///
 /// `listen` and `unlisten` may block, and are called by one thread at a time. The implementer
@@ -26,7 +35,7 @@ pub trait Transport: Send + Sync {
     ///
     /// # Errors
     /// The socket cannot be created. Nothing is left of it then.
-    fn listen(&self, path: &Path, features: u64, account: &Account) -> io::Result<()>;
+    fn listen(&self, path: &Path, offer: Offer, account: &Account) -> io::Result<()>;
 
     /// Closes the socket and all its connections, and removes the file. When it returns, no
     /// callback for the path is running, and none follows.

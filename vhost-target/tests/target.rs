@@ -21,7 +21,8 @@ use reactor::EventFd;
 use vhost_blk::Blk;
 use vhost_target::protocol::request;
 use vhost_target::{
-    ConnId, Connection, ControllerSpec, Core, Mode, SteppedReactor, Target, Transport, Verdict,
+    ConnId, Connection, ControllerSpec, Core, Mode, Offer, SteppedReactor, Target, Transport,
+    Verdict,
 };
 
 const NAME: &str = "c";
@@ -34,7 +35,7 @@ const USER: u64 = 0x7000_0000;
 struct Nobody(Mutex<usize>);
 
 impl Transport for Nobody {
-    fn listen(&self, _: &Path, _: u64, _: &closer::Account) -> io::Result<()> {
+    fn listen(&self, _: &Path, _: Offer, _: &closer::Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _: &Path) {}

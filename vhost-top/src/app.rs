@@ -242,7 +242,9 @@ impl App {
             Some((Some(bdev), histogram)) => {
                 self.mode = Mode::Confirm(Command::EnableHistogram { bdev, enable: !histogram });
             }
-            Some((None, _)) => self.say("the controller has no bdev".to_owned(), now),
+            Some((None, _)) => {
+                self.say("the controller has no bdev, or has several".to_owned(), now)
+            }
             None => self.say("no controller is selected".to_owned(), now),
         }
     }

@@ -129,10 +129,10 @@ impl Collector {
         let mut controllers = controllers.ok_or(Error::NotVhost(CONTROLLERS))?;
         let iostat = self.optional::<Iostat>(IOSTAT, Value::Null)?.unwrap_or_default();
         for controller in &mut controllers {
-            let of = |bdev: &&Bdev| Some(bdev.name.as_str()) == controller.bdev();
-            if let Some(io) = iostat.bdevs.iter().find(of).map(|bdev| bdev.io) {
-                controller.io = io;
-            }
+            let (mut io, names) = (Io::default(), controller.bdevs());
+            let its = iostat.bdevs.iter().filter(|bdev| names.contains(&bdev.name.as_str()));
+            its.for_each(|bdev| io.add(&bdev.io));
+            controller.io = io;
         }
         Ok(controllers)
     }
@@ -146,7 +146,7 @@ impl Collector {
             self.histograms = enabled_histograms(&config.unwrap_or(Value::Null));
             self.asked = Some(Instant::now());
         }
-        let served = |bdev: &String| controllers.iter().any(|c| c.bdev() == Some(bdev));
+        let served = |bdev: &String| controllers.iter().any(|c| c.bdev() == Some(bdev.as_str()));
         let names: Vec<String> =
             self.histograms.iter().filter(|b| served(b)).take(HISTOGRAMS_MAX).cloned().collect();
         let mut histograms = HashMap::new();
@@ -226,8 +226,12 @@ mod tests {
             REACTORS => json!({"tick_rate": 10, "pid": 5, "reactors": [{"lcore": 1, "busy": 2}]}),
             CONTROLLERS => json!([{"ctrlr": "a", "sessions": [{"id": 0, "started": true}],
                 "backend_specific": {"block": {"bdev": "M"}}}, {"ctrlr": "s",
-                "backend_specific": {"scsi": []}}]),
-            IOSTAT => json!({"bdevs": [{"name": "M", "num_read_ops": 7, "io_error": {}}]}),
+                "backend_specific": {"scsi": []}}, {"ctrlr": "t", "backend_specific": {"scsi": [
+                {"scsi_dev_num": 0, "luns": [{"id": 0, "bdev_name": "M"}]},
+                {"scsi_dev_num": 1, "luns": [{"id": 0, "bdev_name": "M"}]},
+                {"scsi_dev_num": 7, "luns": [{"id": 0, "bdev_name": "N"}]}]}}]),
+            IOSTAT => json!({"bdevs": [{"name": "M", "num_read_ops": 7, "io_error": {}},
+                {"name": "N", "num_read_ops": 4, "num_write_ops": 1}]}),
             CONFIG => json!([{"method": ENABLE_HISTOGRAM, "params": {"name": "M", "enable": true}},
                 {"method": ENABLE_HISTOGRAM, "params": {"name": "other", "enable": true}}]),
             GET_HISTOGRAM => json!({"histogram": "", "granularity": 7, "tsc_rate": 1}),
@@ -242,8 +246,10 @@ mod tests {
         for sample in &samples {
             assert_eq!((sample.version.as_str(), sample.reactors.pid), ("SPDK v26.05", Some(5)));
             assert_eq!(sample.missing, [ITERATIONS, STATS]);
-            let [a, s] = &sample.controllers[..] else { panic!("{sample:?}") };
+            let [a, s, t] = &sample.controllers[..] else { panic!("{sample:?}") };
             assert_eq!((a.io.reads, a.bdev(), s.bdev()), (7, Some("M"), None));
+            assert_eq!((t.io.reads, t.io.writes, t.bdev()), (11, 1, None));
+            assert_eq!((t.bdevs(), s.io), (vec!["M", "N"], Io::default()));
             assert_eq!(sample.histograms.keys().collect::<Vec<_>>(), ["M"]);
         }
         let calls = |method: &str| called.iter().filter(|m| *m == method).count();

@@ -73,7 +73,7 @@ pub(crate) struct Controller {
     pub(crate) name: String,
     pub(crate) sessions: Vec<Session>,
     pub(crate) backend_specific: Backend,
-    /// Of SPDK's server: the counters of its bdev.
+    /// Of SPDK's server: the counters of its bdevs.
     pub(crate) io: Io,
 }
 
@@ -82,6 +82,7 @@ pub(crate) struct Controller {
 #[serde(default)]
 pub(crate) struct Backend {
     pub(crate) block: Block,
+    pub(crate) scsi: Vec<Target>,
 }
 
 /// The disk of a virtio-blk controller.
@@ -89,6 +90,20 @@ pub(crate) struct Backend {
 #[serde(default)]
 pub(crate) struct Block {
     pub(crate) bdev: Option<String>,
+}
+
+/// A target of a virtio-scsi controller.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Target {
+    pub(crate) luns: Vec<Lun>,
+}
+
+/// A logical unit of a target.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Lun {
+    pub(crate) bdev_name: String,
 }
 
 /// The connection of one front end.
@@ -145,9 +160,21 @@ impl Sample {
 }
 
 impl Controller {
-    /// The name of its disk.
+    /// The names of its disks, each once.
+    pub(crate) fn bdevs(&self) -> Vec<&str> {
+        let luns = self.backend_specific.scsi.iter().flat_map(|target| &target.luns);
+        let names = luns.map(|lun| lun.bdev_name.as_str());
+        let mut names: Vec<&str> =
+            self.backend_specific.block.bdev.as_deref().into_iter().chain(names).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The name of its disk, if it has one only.
     pub(crate) fn bdev(&self) -> Option<&str> {
-        self.backend_specific.block.bdev.as_deref()
+        let bdevs = self.bdevs();
+        bdevs.first().copied().filter(|_| bdevs.len() == 1)
     }
 }
 
@@ -156,6 +183,21 @@ impl Io {
     /// controller or the server is new, or the counters were reset.
     pub(crate) fn since(&self, before: &Self) -> Self {
         self.checked_sub(before).unwrap_or(*self)
+    }
+
+    /// Adds the counters of another disk.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.reads += other.reads;
+        self.bytes_read += other.bytes_read;
+        self.read_latency_ticks += other.read_latency_ticks;
+        self.writes += other.writes;
+        self.bytes_written += other.bytes_written;
+        self.write_latency_ticks += other.write_latency_ticks;
+        self.unmaps += other.unmaps;
+        self.write_zeroes += other.write_zeroes;
+        self.flushes += other.flushes;
+        self.failed += other.failed;
+        self.throttled += other.throttled;
     }
 
     fn checked_sub(&self, before: &Self) -> Option<Self> {

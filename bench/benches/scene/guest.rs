@@ -5,16 +5,17 @@ use std::sync::Arc;
 
 use bdev::Bdev;
 use closer::ForeignFd;
+use front_end::scsi::{Command, CommandQueue, Layout, cdb, lun};
 use front_end::{GuestRam, PackedQueue, QueueOptions, Request, STATUS_OK, Segment};
 use guest_memory::Unmapper;
 use guest_memory::{GuestMemory, RegionSpec};
 use qsbr::Domain;
 use reactor::{Garbage, Pollable};
-use vhost_blk::config::Disk;
-use vhost_blk::{BlkQueue, BlkView};
-use vhost_target::queue::{Event, NewQueue, Queue, QueueId, TargetQueue, Tracked, ViewSpec};
+use vhost_target::queue::{Event, NewQueue, QueueId, TargetQueue, Tracked, ViewSpec};
+use virtqueue::RingAddrs;
 use virtqueue::inflight::Area;
-use virtqueue::{Layout, RingAddrs};
+
+use super::devices::Device;
 
 const RAM_BYTES: u64 = 64 << 20;
 const RING_SIZE: u16 = 128;
@@ -42,8 +43,8 @@ impl Form {
     pub(crate) const PACKED: Self = Self { packed: true, indirect: false };
     pub(crate) const PACKED_INDIRECT: Self = Self { packed: true, indirect: true };
 
-    pub(crate) fn layout(self) -> Layout {
-        Layout { packed: self.packed, ..Layout::default() }
+    pub(crate) fn layout(self) -> virtqueue::Layout {
+        virtqueue::Layout { packed: self.packed, ..virtqueue::Layout::default() }
     }
 
     /// The position that a new ring begins at.
@@ -55,7 +56,12 @@ impl Form {
 enum Side {
     Split(front_end::Queue),
     Packed(PackedQueue),
+    Scsi(CommandQueue),
 }
+
+/// READ(16) and WRITE(16) (SBC-3).
+const READ_16: u8 = 0x88;
+const WRITE_16: u8 = 0x8a;
 
 /// The driver's side of a queue, and buffers for its requests.
 pub(crate) struct Driver {
@@ -73,6 +79,16 @@ impl Driver {
         } else {
             Side::Split(front_end::Queue::new(ram, index, options, false).unwrap())
         };
+        Self::of(ram, side)
+    }
+
+    /// Drives a split ring with commands of virtio-scsi.
+    fn scsi(ram: &Arc<GuestRam>) -> Self {
+        let options = QueueOptions { size: RING_SIZE, ..QueueOptions::default() };
+        Self::of(ram, Side::Scsi(CommandQueue::new(ram, 0, options, (false, false), 0).unwrap()))
+    }
+
+    fn of(ram: &Arc<GuestRam>, side: Side) -> Self {
         let buffer = |bytes| ram.alloc(bytes, 4096).unwrap();
         Self { side, whole: [buffer(4096)], halves: [buffer(2048), buffer(2048)] }
     }
@@ -82,6 +98,7 @@ impl Driver {
         let ring = match &self.side {
             Side::Split(queue) => queue.ring(),
             Side::Packed(queue) => queue.ring(),
+            Side::Scsi(queue) => queue.ring(),
         };
         let [desc, avail, used] = ring.addrs();
         (RING_SIZE, RingAddrs { desc, avail, used })
@@ -98,23 +115,57 @@ impl Driver {
             match &mut self.side {
                 Side::Split(queue) => queue.submit(&request),
                 Side::Packed(queue) => queue.submit(&request),
+                Side::Scsi(queue) => {
+                    queue.submit(&command(kind, sector, (&self.whole, &self.halves)), LAYOUT)
+                }
             }
             .unwrap();
         }
+    }
+
+    /// Sends a command that may get a unit attention, as the first one of a nexus does. `visit` has
+    /// it answered.
+    pub(crate) fn clear_attention(&mut self, visit: impl FnOnce()) {
+        let Side::Scsi(queue) = &mut self.side else { return };
+        queue.submit(&Command::new(lun(0, 0), 0, cdb::test_unit_ready()), LAYOUT).unwrap();
+        visit();
+        assert!(queue.poll().unwrap().is_some(), "it was answered");
     }
 
     /// Takes back what is done, which has to be well done; answers with how many.
     pub(crate) fn take_back(&mut self) -> u64 {
         let mut n = 0;
         let mut poll = || match &mut self.side {
-            Side::Split(queue) => queue.poll(),
-            Side::Packed(queue) => queue.poll(),
+            Side::Split(queue) => queue.poll().unwrap().map(|done| done.status),
+            Side::Packed(queue) => queue.poll().unwrap().map(|done| done.status),
+            Side::Scsi(queue) => queue.poll().unwrap().map(|done| {
+                assert!(done.response.is_good(), "{:?}", done.response);
+                STATUS_OK
+            }),
         };
-        while let Some(done) = poll().unwrap() {
-            assert_eq!(black_box(done).status, STATUS_OK);
+        while let Some(status) = poll() {
+            assert_eq!(black_box(status), STATUS_OK);
             n += 1;
         }
         n
+    }
+}
+
+/// Parts in descriptors of their own, as Linux does.
+const LAYOUT: Layout = Layout::Separate;
+
+/// A command of virtio-scsi.
+fn command<'a>(
+    kind: Kind,
+    sector: u64,
+    (whole, halves): (&'a [Segment], &'a [Segment]),
+) -> Command<'a> {
+    let opcode = if matches!(kind, Kind::Write) { WRITE_16 } else { READ_16 };
+    let command = Command::new(lun(0, 0), sector, cdb::sixteen(opcode, 0, sector, 8));
+    match kind {
+        Kind::Read => command.with_data_in(whole),
+        Kind::Write => command.with_data_out(whole),
+        Kind::ReadInTwo => command.with_data_in(halves),
     }
 }
 
@@ -122,11 +173,11 @@ impl Driver {
 pub(crate) struct Guest {
     pub(crate) domain: Arc<Domain>,
     /// All of them, to be published to a reactor.
-    pub(crate) queues: Vec<Arc<Queue<BlkQueue>>>,
+    pub(crate) queues: Vec<Arc<dyn TargetQueue>>,
     /// Drives the first of them.
     pub(crate) driver: Driver,
     memory: Arc<GuestMemory>,
-    disk: Arc<Disk>,
+    device: Device,
     form: Form,
     /// Of the first queue's view.
     generation: u64,
@@ -134,7 +185,12 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(queues: usize, form: Form, bdev: &Arc<dyn Bdev>) -> Self {
-        Self::with(queues, form, bdev, None)
+        Self::with(queues, form, Device::blk(bdev), None)
+    }
+
+    /// A guest with one queue of a virtio-scsi device.
+    pub(crate) fn scsi(bdev: &Arc<dyn Bdev>) -> Self {
+        Self::with(1, Form::DIRECT, Device::scsi(bdev), None)
     }
 
     /// A guest with one queue whose front end keeps a record of what is in flight.
@@ -143,28 +199,30 @@ impl Guest {
         let (spec, fd) = Area::create(1, RING_SIZE, packed).unwrap();
         let unmapper = Unmapper::start().unwrap();
         let area = Area::map(spec, &ForeignFd::alone(fd), &unmapper).unwrap();
-        Self::with(1, form, bdev, Some(&Arc::new(area)))
+        Self::with(1, form, Device::blk(bdev), Some(&Arc::new(area)))
     }
 
-    fn with(queues: usize, form: Form, bdev: &Arc<dyn Bdev>, area: Option<&Arc<Area>>) -> Self {
+    fn with(queues: usize, form: Form, device: Device, area: Option<&Arc<Area>>) -> Self {
         let domain = Domain::new(1);
         let ram = GuestRam::new(&[RAM_BYTES]).unwrap();
         let memory = map(&ram);
-        let disk = Arc::new(Disk::new(Arc::clone(bdev), false));
-        let driver = Driver::new(&ram, 0, form);
-        let view = |driver: &Driver| view(driver, form, 1, &memory, &disk);
+        let driver = match device {
+            Device::Blk(_) => Driver::new(&ram, 0, form),
+            Device::Scsi(..) => Driver::scsi(&ram),
+        };
+        let view = |driver: &Driver| view(driver, form, 1, &memory, &device);
         let queue = |n: usize, view| {
             let tracked = area.map(|area| Tracked { area, ring: n });
             let (id, domain, base) = (QueueId(n as u64), &domain, form.base());
             let new = NewQueue { id, domain, view, base, coalescing: Arc::default(), tracked };
-            Queue::new(BlkQueue::open(Some(&disk), RING_SIZE).unwrap(), new).unwrap()
+            device.queue(RING_SIZE, new)
         };
         let mut list: Vec<_> =
             (1..queues).map(|n| queue(n, view(&Driver::new(&ram, n, form)))).collect();
         if queues > 0 {
             list.insert(0, queue(0, view(&driver)));
         }
-        Self { domain, queues: list, driver, memory, disk, form, generation: 1 }
+        Self { domain, queues: list, driver, memory, device, form, generation: 1 }
     }
 
     /// All queues, for a reactor.
@@ -175,7 +233,7 @@ impl Guest {
     /// A view for the first queue, to come after those made before.
     pub(crate) fn next_view(&mut self) -> ViewSpec {
         self.generation += 1;
-        view(&self.driver, self.form, self.generation, &self.memory, &self.disk)
+        view(&self.driver, self.form, self.generation, &self.memory, &self.device)
     }
 
     /// Gives the first queue's reactor a view. The one before can be freed once it was adopted.
@@ -189,10 +247,10 @@ fn view(
     form: Form,
     generation: u64,
     memory: &Arc<GuestMemory>,
-    disk: &Arc<Disk>,
+    device: &Device,
 ) -> ViewSpec {
     let (size, addrs) = driver.addrs();
-    let device = Some(BlkView::erased(disk, false));
+    let device = Some(device.view());
     ViewSpec { generation, ..ViewSpec::new(memory, size, addrs, form.layout(), device) }
 }
 

@@ -28,6 +28,16 @@ impl Stage {
         Self::of(Guest::tracked(form, bdev))
     }
 
+    /// Of one queue of a virtio-scsi device.
+    pub(crate) fn scsi(bdev: &Arc<dyn Bdev>) -> Self {
+        let mut stage = Self::of(Guest::scsi(bdev));
+        let Self { reactor, guest } = &mut stage;
+        guest.driver.clear_attention(|| {
+            reactor.step();
+        });
+        stage
+    }
+
     fn of(guest: Guest) -> Self {
         let events = Arc::new(Events::new().unwrap());
         let reactor = Arc::new(Reactor::new(Core(0), &guest.domain, Mode::Poll).unwrap());

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use front_end::features::{DRIVER_FEATURES, EVENT_IDX, RING_PACKED};
 use front_end::packed::FIRST_BASE;
-use front_end::prepared::{Head, Packed, Slots, Split, Virtqueue, stride};
+use front_end::prepared::{Blk, BlkHead, Head, Packed, Slots, Split, Virtqueue, stride};
 use front_end::request::STATUS_UNWRITTEN;
 use front_end::ring::Ring;
 use front_end::{Error, FrontEnd, GuestRam, Options, RingLayout, STATUS_OK};
@@ -47,7 +47,7 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn new(plan: &Plan) -> Result<Self> {
         let depth = usize::from(plan.depth);
-        let queue_bytes = Slots::bytes(depth, BLOCK_BYTES, SEGMENT_BYTES) + (1 << 20);
+        let queue_bytes = Slots::<Blk>::bytes(depth, BLOCK_BYTES, SEGMENT_BYTES) + (1 << 20);
         let ram_bytes = (plan.queues as u64 * queue_bytes).next_multiple_of(2 << 20);
         let ram = GuestRam::new(&[ram_bytes])?;
         let queue = |index: usize| -> Result<(Arc<Ring>, Slots)> {
@@ -187,7 +187,7 @@ impl<V: Virtqueue> Lanes for Crew<'_, V> {
 struct Lane<'a, V> {
     ring: &'a Ring,
     queue: V,
-    heads: Vec<Head<'a>>,
+    heads: Vec<BlkHead<'a>>,
     buffers: Vec<u64>,
     work: Verified,
     blocks: u64,

@@ -2,9 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use front_end::STATUS_OK;
-use front_end::prepared::{Head, Slots, Virtqueue};
-use front_end::request::STATUS_UNWRITTEN;
+use front_end::prepared::{Form, Head, Slots, Virtqueue};
 use front_end::ring::Ring;
 
 use crate::error::{Error, Result};
@@ -68,35 +66,42 @@ impl Kind {
     }
 }
 
-/// A request's header and status byte, and its last use.
+/// A request's header and answer, and its last use.
 #[derive(Clone, Copy, Debug)]
-struct Slot<'a> {
-    head: Head<'a>,
+struct Slot<H> {
+    head: H,
     kind: Kind,
 }
 
-impl Slot<'_> {
+/// The header and answer of a request of queue `V`.
+type HeadOf<'a, V> = <<V as Virtqueue>::Form as Form>::Head<'a>;
+
+impl<H: Head> Slot<H> {
     /// Records that the request completed with `status`, which is not OK.
     #[cold]
     #[inline(never)]
-    fn note_failure(&self, status: u8, tally: &mut Tally) {
+    fn note_failure(&self, status: H::Status, tally: &mut Tally) {
         let kind = if self.kind.write() { "write" } else { "read" };
         let at = self.head.sector() * u64::from(SECTOR);
         tally.errors += 1;
-        tally.first_problem.get_or_insert_with(|| match status {
-            STATUS_UNWRITTEN => format!("a {kind} at byte {at} completed without a status"),
-            _ => format!("a {kind} at byte {at} completed with status {status}"),
+        tally.first_problem.get_or_insert_with(|| {
+            let how = if status == H::UNWRITTEN {
+                "without a status".into()
+            } else {
+                format!("with {}", self.head.describe(status))
+            };
+            format!("a {kind} at byte {at} completed {how}")
         });
     }
 }
 
 /// A queue with its requests and its work.
-pub(crate) struct Lane<'a, V, W> {
+pub(crate) struct Lane<'a, V: Virtqueue, W> {
     ring: &'a Ring,
     queue: V,
     work: W,
     pace: Option<Pace>,
-    slots: Box<[Slot<'a>]>,
+    slots: Box<[Slot<HeadOf<'a, V>>]>,
     /// Slots that the device does not hold.
     free: Free,
     /// The time of the last completion, or of a submission while the device held no request.
@@ -104,7 +109,7 @@ pub(crate) struct Lane<'a, V, W> {
 }
 
 impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
-    pub(crate) fn new(ring: &'a Ring, queue: V, slots: &'a Slots, work: W) -> Self {
+    pub(crate) fn new(ring: &'a Ring, queue: V, slots: &'a Slots<V::Form>, work: W) -> Self {
         let slots: Box<[_]> =
             slots.heads().map(|head| Slot { head, kind: Kind::default() }).collect();
         let free = Free::all(slots.len());
@@ -170,15 +175,17 @@ impl<'a, V: Virtqueue, W: Work> Lane<'a, V, W> {
                 (alike, times) = (slot.kind, 0);
             }
             times += 1;
-            if status != STATUS_OK {
+            let ok = status == HeadOf::<'a, V>::OK;
+            if !ok {
                 slot.note_failure(status, tally);
                 let mut others = free.iter().chain(&held[..i]);
-                if status == STATUS_UNWRITTEN && others.any(|other| usize::from(*other) == id) {
+                let unwritten = status == HeadOf::<'a, V>::UNWRITTEN;
+                if unwritten && others.any(|other| usize::from(*other) == id) {
                     return Err(not_held(id));
                 }
             }
             if W::CHECKS
-                && let Some(problem) = self.work.done(id, status == STATUS_OK)?
+                && let Some(problem) = self.work.done(id, ok)?
             {
                 tally.mismatches += 1;
                 tally.first_problem.get_or_insert(problem);
@@ -317,8 +324,9 @@ mod tests {
     use super::*;
     use crate::perf::plan::Order;
     use crate::perf::work::{Area, Chooser};
-    use front_end::GuestRam;
     use front_end::prepared::Split;
+    use front_end::request::STATUS_UNWRITTEN;
+    use front_end::{GuestRam, STATUS_OK};
 
     const DEPTH: usize = 4;
 

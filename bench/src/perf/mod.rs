@@ -5,7 +5,7 @@
 //! the data flow:
 //!
 //! 1. [`plan`]: the parameters of the load.
-//! 2. [`session`]: the connection, the memory, the threads.
+//! 2. [`session`]: the connection, the memory, the threads; `disk`: what the device says of its disk.
 //! 3. `worker`: a thread's loop; `lane`: one queue in it.
 //! 4. `work` and `verify`: which block is next, and what it should hold.
 //! 5. [`front_end::prepared`]: requests laid out once, and the rings they go into.
@@ -13,6 +13,7 @@
 //! 7. [`outcome`]: the figures.
 
 pub mod clock;
+mod disk;
 pub mod histogram;
 mod lane;
 pub mod outcome;
@@ -25,5 +26,5 @@ pub(crate) mod work;
 mod worker;
 
 pub use outcome::{Latencies, Outcome, Stretch};
-pub use plan::{Order, Plan};
+pub use plan::{Device, Order, Plan};
 pub use session::{Progress, run};

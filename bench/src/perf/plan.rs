@@ -17,11 +17,26 @@ pub enum Order {
     Sequential,
 }
 
+/// The kind of virtio device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// virtio-blk.
+    #[default]
+    Blk,
+    /// virtio-scsi: the logical unit 0 of a target.
+    Scsi {
+        /// The number of the target.
+        target: u8,
+    },
+}
+
 /// One run of a load.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The server's socket.
     pub socket: PathBuf,
+    /// The kind of its device.
+    pub device: Device,
     /// The order of blocks.
     pub order: Order,
     /// Percentage of reads.
@@ -74,6 +89,7 @@ impl Plan {
     pub fn new(socket: PathBuf) -> Self {
         Self {
             socket,
+            device: Device::Blk,
             order: Order::Random,
             reads: 100,
             block_bytes: 4096,

@@ -5,32 +5,28 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use front_end::features::{DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, RING_PACKED};
+use front_end::features::{
+    DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, RING_PACKED,
+};
 use front_end::packed::FIRST_BASE;
-use front_end::prepared::{Packed, Slots, Split, Virtqueue, stride};
+use front_end::prepared::{Blk, Form, Packed, Scsi, Slots, Split, Virtqueue, stride};
 use front_end::ring::Ring;
+use front_end::scsi::{self, FIRST_COMMAND_QUEUE};
 use front_end::{Backing, FrontEnd, GuestRam, Options, ProtocolFeatures, RingLayout};
 
 use crate::error::{Error, Result};
 use crate::perf::clock::Clock;
+use crate::perf::disk::{ASKING_BYTES, Disk};
 use crate::perf::lane::{Lane, SharedCounter, Tally};
 use crate::perf::outcome::Outcome;
 use crate::perf::pace::Pace;
-use crate::perf::plan::Plan;
+use crate::perf::plan::{Device, Plan};
 use crate::perf::timeline::Timeline;
 use crate::perf::verify::{self, Verified};
 use crate::perf::work::{Area, Chooser, SECTOR, Work};
 use crate::perf::worker::{Schedule, Worker, WorkerOptions, WorkerResult};
 use crate::pin::pin;
 
-/// VIRTIO_BLK_F_SIZE_MAX: there is a limit on the bytes of a segment.
-const SIZE_MAX: u64 = 1 << 1;
-/// VIRTIO_BLK_F_RO: the disk is read-only.
-const READ_ONLY: u64 = 1 << 5;
-/// VIRTIO_BLK_F_BLK_SIZE: the disk reports its block size.
-const BLK_SIZE: u64 = 1 << 6;
-/// VIRTIO_BLK_F_SEG_MAX: there is a limit on the segments of a request.
-const SEG_MAX: u64 = 1 << 2;
 /// Default of descriptors in a ring: twice QEMU's default.
 const RING_SIZE: u16 = 256;
 /// Limit on descriptors in a ring, as in QEMU.
@@ -73,60 +69,96 @@ pub fn run(plan: &Plan, stop: &AtomicBool, report: &mut dyn FnMut(Progress)) -> 
         plan.block_bytes > 0 && plan.block_bytes.is_multiple_of(SECTOR),
         "a block is a number of sectors"
     );
-    let mut session = Session::open(plan)?;
-    let mut outcome = session.measure(plan, stop, report)?;
-    outcome.closed = session.front_end.is_closed();
-    if !outcome.closed && outcome.outstanding == 0 {
-        session.front_end.stop()?;
+    let ram = memory(plan)?;
+    let mut front_end = connect(plan, ram.clone())?;
+    match plan.device {
+        Device::Blk => {
+            let disk = Disk::of_blk(&mut front_end)?;
+            Session::start(plan, front_end, ram, disk)?.run(plan, stop, report)
+        }
+        Device::Scsi { target } => {
+            let disk = Disk::of_scsi(&mut front_end, &ram, plan, target)?;
+            Session::start(plan, front_end, ram, disk)?.run(plan, stop, report)
+        }
     }
-    outcome.disk_bytes = session.disk_bytes;
-    outcome.range = session.range;
-    Ok(outcome)
 }
 
 /// A connection with running rings, and their memory.
-struct Session {
+struct Session<F> {
     front_end: FrontEnd,
     ram: Arc<GuestRam>,
-    queues: Vec<(Arc<Ring>, Slots)>,
+    queues: Vec<(Arc<Ring>, Slots<F>)>,
     disk_bytes: u64,
     range: (u64, u64),
 }
 
-impl Session {
-    fn open(plan: &Plan) -> Result<Self> {
-        let ram = memory(plan)?;
-        let mut front_end = connect(plan, ram.clone())?;
-        let config = front_end.config()?;
-        let offered = front_end.offered();
-        // A limit of 0, as qemu-storage-daemon's size_max, means no limit.
-        let limit = |bit, max| if offered & bit != 0 && max > 0 { max } else { u32::MAX };
-        let blk_size = if offered & BLK_SIZE != 0 { config.blk_size.max(SECTOR) } else { SECTOR };
-        if !plan.block_bytes.is_multiple_of(blk_size)
-            || !plan.offset.is_multiple_of(blk_size.into())
+impl<F: Form + Copy + Sync> Session<F> {
+    fn start(plan: &Plan, front_end: FrontEnd, ram: Arc<GuestRam>, disk: Disk<F>) -> Result<Self> {
+        let Disk { form, bytes: disk_bytes, block_bytes, segment_bytes, segments, read_only } =
+            disk;
+        if read_only && plan.reads < 100 {
+            return too_little("the disk is read-only, but the load writes".into());
+        }
+        if !plan.block_bytes.is_multiple_of(block_bytes)
+            || !plan.offset.is_multiple_of(block_bytes.into())
         {
             let (block, offset) = (plan.block_bytes, plan.offset);
             return too_little(format!(
-                "the disk has blocks of {blk_size} bytes: block size {block} and offset {offset} \
+                "the disk has blocks of {block_bytes} bytes: block size {block} and offset {offset} \
                  must be multiples of it"
             ));
         }
-        let segment_bytes = limit(SIZE_MAX, config.size_max).min(plan.block_bytes);
-        let segments = plan.block_bytes.div_ceil(segment_bytes);
-        let segments_max = limit(SEG_MAX, config.seg_max);
-        if segments > segments_max {
+        let segment_bytes = segment_bytes.min(plan.block_bytes);
+        let needed = plan.block_bytes.div_ceil(segment_bytes);
+        if needed > segments {
             return too_little(format!(
-                "a request needs {segments} segments of {segment_bytes} bytes, but the disk takes at \
-                 most {segments_max}: reduce the block size"
+                "a request needs {needed} segments of {segment_bytes} bytes, but the disk takes at \
+                 most {segments}: reduce the block size"
             ));
         }
-        let disk_bytes = config.capacity.saturating_mul(SECTOR.into());
         let range = range(plan, disk_bytes)?;
-        let queue = |index| queue(plan, &ram, index, segment_bytes);
+        let queue = |n| queue(plan, form, &ram, first_queue(plan) + n, segment_bytes);
         let queues = (0..plan.queues).map(queue).collect::<Result<Vec<_>>>()?;
+        let mut session = Self { front_end, ram, queues, disk_bytes, range };
+        session.start_rings(plan)?;
+        Ok(session)
+    }
+
+    fn start_rings(&mut self, plan: &Plan) -> Result<()> {
+        let Self { front_end, queues, .. } = self;
         let base = if plan.rings == RingLayout::Packed { FIRST_BASE } else { 0 };
-        front_end.start(queues.iter().map(|(ring, _)| (ring.clone(), base)).collect())?;
-        Ok(Self { front_end, ram, queues, disk_bytes, range })
+        let rings = || queues.iter().map(|(ring, _)| Arc::clone(ring));
+        match plan.device {
+            Device::Blk => front_end.start(rings().map(|ring| (ring, base)).collect())?,
+            // The features were negotiated before the disk was asked.
+            Device::Scsi { .. } => {
+                for ring in rings() {
+                    front_end.start_ring(&ring, base)?;
+                }
+                if front_end.features() & PROTOCOL_FEATURES != 0 {
+                    for ring in rings() {
+                        front_end.enable(ring.index(), true)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn run(
+        mut self,
+        plan: &Plan,
+        stop: &AtomicBool,
+        report: &mut dyn FnMut(Progress),
+    ) -> Result<Outcome> {
+        let mut outcome = self.measure(plan, stop, report)?;
+        outcome.closed = self.front_end.is_closed();
+        if !outcome.closed && outcome.outstanding == 0 {
+            self.front_end.stop()?;
+        }
+        outcome.disk_bytes = self.disk_bytes;
+        outcome.range = self.range;
+        Ok(outcome)
     }
 
     fn measure(
@@ -138,8 +170,8 @@ impl Session {
         let event_idx = plan.event_idx;
         let split = |ring, slots| Split::new(ring, slots, event_idx);
         let packed = |ring, slots| Packed::new(ring, slots, event_idx);
-        let chooser = |area, _: &Slots| Chooser::new(area, plan.order, plan.reads, plan.seed);
-        let verified = |area, slots: &Slots| {
+        let chooser = |area, _: &Slots<F>| Chooser::new(area, plan.order, plan.reads, plan.seed);
+        let verified = |area, slots: &Slots<F>| {
             let chooser = Chooser::new(area, plan.order, plan.reads, plan.seed);
             let buffers = slots.buffers().to_vec();
             Verified::new(chooser, self.ram.clone(), buffers, plan.seed, plan.reads < 100)
@@ -167,8 +199,12 @@ impl Session {
 fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
     let ring = u64::from(plan.ring_size.unwrap_or(RING_SIZE_MAX)) * 32 + 4096;
     // The size of segments is not known yet. They are rarely smaller than a page.
-    let slots = Slots::bytes(plan.depth.into(), plan.block_bytes, plan.block_bytes.min(4096));
-    let needed = (plan.queues as u64 * (ring + slots)).next_multiple_of(RAM_UNIT);
+    let (depth, block, segment) = (plan.depth.into(), plan.block_bytes, plan.block_bytes.min(4096));
+    let (asking, slots) = match plan.device {
+        Device::Blk => (0, Slots::<Blk>::bytes(depth, block, segment)),
+        Device::Scsi { .. } => (ASKING_BYTES, Slots::<Scsi>::bytes(depth, block, segment)),
+    };
+    let needed = (asking + plan.queues as u64 * (ring + slots)).next_multiple_of(RAM_UNIT);
     let bytes = plan.ram_bytes.unwrap_or(needed);
     let bytes =
         if plan.backing == Backing::Hugepages { bytes.next_multiple_of(RAM_UNIT) } else { bytes };
@@ -177,7 +213,11 @@ fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
 
 /// Connects, and checks that the server offers what `plan` needs.
 fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
-    let mut features = DRIVER_FEATURES & !(INDIRECT_DESC | EVENT_IDX);
+    let of_driver = match plan.device {
+        Device::Blk => DRIVER_FEATURES,
+        Device::Scsi { .. } => scsi::DRIVER_FEATURES,
+    };
+    let mut features = of_driver & !(INDIRECT_DESC | EVENT_IDX);
     let mut needed = Vec::new();
     for (is_needed, bit, name) in [
         (plan.indirect, INDIRECT_DESC, "indirect descriptors"),
@@ -195,20 +235,27 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
     if let Some((_, name)) = missing {
         return Err(front_end::Error::NotOffered(name).into());
     }
-    if !front_end.protocol_features().contains(ProtocolFeatures::CONFIG) {
+    let has_config = front_end.protocol_features().contains(ProtocolFeatures::CONFIG);
+    if plan.device == Device::Blk && !has_config {
         let what = "the configuration space, which holds the disk's size";
         return Err(front_end::Error::NotOffered(what).into());
     }
-    if front_end.offered() & READ_ONLY != 0 && plan.reads < 100 {
-        return too_little("the disk is read-only, but the load writes".into());
-    }
-    let (offered, needed) = (front_end.queues_offered(), plan.queues as u64);
+    let needed = (first_queue(plan) + plan.queues) as u64;
+    let offered = front_end.queues_offered();
     if offered < needed {
         return too_little(format!(
             "the back end has {offered} queues, but the load needs {needed}"
         ));
     }
     Ok(front_end)
+}
+
+/// The index of the first queue of the load.
+fn first_queue(plan: &Plan) -> usize {
+    match plan.device {
+        Device::Blk => 0,
+        Device::Scsi { .. } => FIRST_COMMAND_QUEUE,
+    }
 }
 
 fn too_little<T>(what: String) -> Result<T> {
@@ -241,14 +288,15 @@ fn range(plan: &Plan, disk_bytes: u64) -> Result<(u64, u64)> {
 }
 
 /// Allocates a ring and its requests. Fills the buffers, so that writes do not write zeroes.
-fn queue(
+fn queue<F: Form>(
     plan: &Plan,
+    form: F,
     ram: &Arc<GuestRam>,
     index: usize,
     segment_bytes: u32,
-) -> Result<(Arc<Ring>, Slots)> {
+) -> Result<(Arc<Ring>, Slots<F>)> {
     let depth = usize::from(plan.depth);
-    let slots = Slots::new(ram, depth, plan.block_bytes, segment_bytes, plan.indirect)?;
+    let slots = Slots::with(form, ram, depth, (plan.block_bytes, segment_bytes), plan.indirect)?;
     let needed = (depth * stride(&slots)).next_power_of_two();
     let most = plan.ring_size.unwrap_or(RING_SIZE_MAX);
     let Some(size) = u16::try_from(needed).ok().filter(|&needed| needed <= most) else {
@@ -269,8 +317,8 @@ fn queue(
 }
 
 /// The threads of one run, and the thread that waits for them.
-struct Measurement<'s> {
-    session: &'s Session,
+struct Measurement<'s, F> {
+    session: &'s Session<F>,
     plan: &'s Plan,
     clock: Clock,
     stop: &'s AtomicBool,
@@ -298,12 +346,12 @@ impl Timing {
     }
 }
 
-impl<'s> Measurement<'s> {
+impl<'s, F: Form + Copy + Sync> Measurement<'s, F> {
     /// Runs the threads, each with its queues, and combines their results.
-    fn work<V: Virtqueue, W: Work>(
+    fn work<V: Virtqueue<Form = F>, W: Work>(
         &self,
-        make_queue: impl Fn(&'s Ring, &'s Slots) -> V + Sync,
-        make_work: impl Fn(Area, &'s Slots) -> W + Sync,
+        make_queue: impl Fn(&'s Ring, &'s Slots<F>) -> V + Sync,
+        make_work: impl Fn(Area, &'s Slots<F>) -> W + Sync,
         report: &mut dyn FnMut(Progress),
     ) -> Result<Outcome> {
         let (plan, queues) = (self.plan, &self.session.queues);

@@ -64,8 +64,8 @@ enum Phase {
 }
 
 /// The state of a thread.
-pub(crate) struct Worker<'a, V, W> {
-    lanes: Vec<Lane<'a, V, W>>,
+pub(crate) struct Worker<'a, 'q, V: Virtqueue, W> {
+    lanes: Vec<Lane<'q, V, W>>,
     clock: Clock,
     options: WorkerOptions<'a>,
     completed: &'a SharedCounter,
@@ -81,11 +81,11 @@ pub(crate) struct Worker<'a, V, W> {
     total: u64,
 }
 
-impl<'a, V: Virtqueue, W: Work> Worker<'a, V, W> {
+impl<'a, 'q, V: Virtqueue, W: Work> Worker<'a, 'q, V, W> {
     /// A worker that counts into `tally`, whose time line starts at `options.schedule.start`. It
     /// shows the number of completions in `completed`. `calls` are the call fds of the lanes.
     pub(crate) fn new(
-        lanes: Vec<Lane<'a, V, W>>,
+        lanes: Vec<Lane<'q, V, W>>,
         calls: &'a [Arc<EventFd>],
         clock: Clock,
         options: WorkerOptions<'a>,

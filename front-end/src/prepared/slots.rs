@@ -1,13 +1,14 @@
-//! The memory of a queue's requests: each slot's header, status byte, data and indirect table.
+//! The memory of a queue's requests: each slot's header, answer, data and indirect table.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
+use super::blk::Blk;
+use super::form::{Form, LINE, Place};
 use crate::descriptor::{Descriptor, NEXT, WRITE};
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::packed::put_entry;
-use crate::request::{HEAD_BYTES, HEADER_BYTES, STATUS_AT, STATUS_UNWRITTEN};
 use crate::ring::RingLayout;
 use crate::split::put;
 use crate::words::words;
@@ -16,7 +17,6 @@ use crate::words::words;
 /// packed one's.
 pub(crate) const SPLIT_FLAGS_AT: u32 = 32;
 pub(crate) const PACKED_FLAGS_AT: u32 = 48;
-const HEAD_WORDS: usize = HEAD_BYTES as usize / 8;
 const DESCRIPTOR_BYTES: u32 = 16;
 /// Blocks of at least a page begin at a page boundary, so that each block lies in as few pages as
 /// possible.
@@ -24,7 +24,8 @@ const PAGE: u64 = 4096;
 
 /// The memory of all requests that may be in flight, laid out once.
 #[derive(Debug)]
-pub struct Slots {
+pub struct Slots<F = Blk> {
+    form: F,
     heads: Window,
     tables: Option<Window>,
     buffers: Vec<Segment>,
@@ -32,8 +33,7 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Allocates memory for `count` requests of `block_bytes`, in data segments of at most
-    /// `segment_bytes`; with an indirect table for each if `indirect`.
+    /// Allocates memory for `count` requests of virtio-blk: see [`Slots::with`].
     ///
     /// # Errors
     /// No guest memory is left.
@@ -44,22 +44,39 @@ impl Slots {
         segment_bytes: u32,
         indirect: bool,
     ) -> Result<Self> {
+        Self::with(Blk, ram, count, (block_bytes, segment_bytes), indirect)
+    }
+}
+
+impl<F: Form> Slots<F> {
+    /// Allocates memory for `count` requests of `block_bytes`, in data segments of at most
+    /// `segment_bytes`; with an indirect table for each if `indirect`.
+    ///
+    /// # Errors
+    /// No guest memory is left.
+    pub fn with(
+        form: F,
+        ram: &Arc<GuestRam>,
+        count: usize,
+        (block_bytes, segment_bytes): (u32, u32),
+        indirect: bool,
+    ) -> Result<Self> {
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
         let buffers = (0..count).map(|_| ram.alloc(block_bytes, align)).collect::<Result<_>>()?;
         let too_many = |_| Error::NoRam(Self::bytes(count, block_bytes, segment_bytes));
         let count = u32::try_from(count).map_err(too_many)?;
         let table_bytes = parts(block_bytes, segment_bytes).next_power_of_two() * DESCRIPTOR_BYTES;
         let tables = indirect.then(|| ram.window(table_bytes * count, PAGE)).transpose()?;
-        let heads = ram.window(HEAD_BYTES * count, u64::from(HEAD_BYTES))?;
-        Ok(Self { heads, tables, buffers, segment_bytes })
+        let heads = ram.window(F::PLACE_BYTES * count, u64::from(LINE))?;
+        Ok(Self { form, heads, tables, buffers, segment_bytes })
     }
 
-    /// Returns the most memory that [`Slots::new`] takes for these requests.
+    /// Returns the most memory that [`Slots::with`] takes for these requests.
     pub fn bytes(count: usize, block_bytes: u32, segment_bytes: u32) -> u64 {
         let parts = u64::from(parts(block_bytes, segment_bytes).next_power_of_two());
         let align = u64::from(block_bytes).next_power_of_two().min(PAGE);
         let block = u64::from(block_bytes).next_multiple_of(align);
-        let each = block + parts * u64::from(DESCRIPTOR_BYTES) + u64::from(HEAD_BYTES);
+        let each = block + parts * u64::from(DESCRIPTOR_BYTES) + u64::from(F::PLACE_BYTES);
         count as u64 * each + 3 * PAGE
     }
 
@@ -78,7 +95,7 @@ impl Slots {
         self.tables.is_some()
     }
 
-    /// Returns the number of descriptors of one request: header, data, status.
+    /// Returns the number of descriptors of one request: header, data, answer.
     pub fn parts(&self) -> usize {
         self.buffers.first().map_or(2, |buffer| parts(buffer.len, self.segment_bytes) as usize)
     }
@@ -86,25 +103,35 @@ impl Slots {
     /// Returns the descriptors of the request in `slot`, with NEXT in all but the last one. The
     /// caller sets `next`.
     pub fn descriptors(&self, slot: usize, write: bool) -> impl Iterator<Item = Descriptor> {
-        let head = self.heads.gpa() + slot as u64 * u64::from(HEAD_BYTES);
+        let place = self.heads.gpa() + slot as u64 * u64::from(F::PLACE_BYTES);
         let part = |addr, len, flags| Descriptor { addr, len, flags, next: 0 };
-        let data_flags = NEXT | if write { 0 } else { WRITE };
-        let Segment { gpa, len } = self.buffers[slot];
-        let data = (0..len).step_by(self.segment_bytes as usize).map(move |from| {
-            part(gpa + u64::from(from), self.segment_bytes.min(len - from), data_flags)
+        let header = part(place + F::HEADER_AT as u64, F::HEADER_BYTES, NEXT);
+        let answer_first = F::ANSWER_FIRST && !write;
+        let answer_flags = WRITE | if answer_first { NEXT } else { 0 };
+        let answer = part(place + F::ANSWER_AT as u64, F::ANSWER_BYTES, answer_flags);
+        let data_flags = if write { 0 } else { WRITE };
+        let (Segment { gpa, len }, most) = (self.buffers[slot], self.segment_bytes);
+        let data = (0..len).step_by(most as usize).map(move |from| {
+            let is_last = answer_first && len - from <= most;
+            let flags = data_flags | if is_last { 0 } else { NEXT };
+            part(gpa + u64::from(from), most.min(len - from), flags)
         });
-        let header = part(head, HEADER_BYTES, NEXT);
-        let status = part(head + STATUS_AT as u64, 1, WRITE);
-        std::iter::once(header).chain(data).chain(std::iter::once(status))
+        let [before, behind] = [answer_first, !answer_first].map(|on| on.then_some(answer));
+        std::iter::once(header).chain(before).chain(data).chain(behind)
     }
 
-    /// Writes the indirect table of a read in `slot`, and returns a descriptor for it without
+    /// Writes the indirect table of the request in `slot`, and returns a descriptor for it without
     /// flags. Returns `None` if requests are not in tables.
-    pub(crate) fn lay_table(&self, slot: usize, layout: RingLayout) -> Option<Descriptor> {
+    pub(crate) fn lay_table(
+        &self,
+        slot: usize,
+        layout: RingLayout,
+        write: bool,
+    ) -> Option<Descriptor> {
         let tables = self.tables.as_ref()?;
         let count = parts(self.buffers[slot].len, self.segment_bytes);
         let first = slot * count.next_power_of_two() as usize;
-        for (next, (i, mut part)) in (1..).zip(self.descriptors(slot, false).enumerate()) {
+        for (next, (i, mut part)) in (1..).zip(self.descriptors(slot, write).enumerate()) {
             match layout {
                 RingLayout::Split => {
                     part.next = if u32::from(next) < count { next } else { 0 };
@@ -126,17 +153,14 @@ impl Slots {
         Some(&words(self.tables.as_ref()?)[2 * first..][..2 * self.parts()])
     }
 
-    /// Returns the headers and status bytes of reads, for the measuring loop.
-    pub fn heads(&self) -> impl Iterator<Item = Head<'_>> {
-        let (words, bytes) = (words(&self.heads), words(&self.heads));
-        (0..self.count()).map(move |slot| {
-            let word = slot * HEAD_WORDS;
-            let status = &bytes[slot * HEAD_BYTES as usize + STATUS_AT];
-            let head = Head { kind: &words[word], sector: &words[word + 1], status };
-            head.set_kind(false);
-            head.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
-            head
-        })
+    /// Returns the headers and answers of reads, for the measuring loop.
+    pub fn heads(&self) -> impl Iterator<Item = F::Head<'_>> {
+        let place_bytes = F::PLACE_BYTES as usize;
+        let wide = words::<AtomicU64>(&self.heads).chunks_exact(place_bytes / 8);
+        let bytes = words::<AtomicU8>(&self.heads).chunks_exact(place_bytes);
+        let places = wide.zip(bytes).map(|(words, bytes)| Place { words, bytes });
+        let requests = places.zip(&self.buffers).enumerate();
+        requests.map(|(slot, (place, buffer))| self.form.head(place, slot, buffer.len))
     }
 }
 
@@ -159,50 +183,16 @@ fn parts(block_bytes: u32, segment_bytes: u32) -> u32 {
     block_bytes.div_ceil(segment_bytes) + 2
 }
 
-/// A request's header and status byte.
-#[derive(Clone, Copy, Debug)]
-pub struct Head<'a> {
-    kind: &'a AtomicU64,
-    sector: &'a AtomicU64,
-    status: &'a AtomicU8,
-}
-
-impl Head<'_> {
-    /// Makes the request a read or a write.
-    #[inline]
-    pub fn set_kind(&self, write: bool) {
-        self.kind.store(u64::from(write), Ordering::Relaxed);
-    }
-
-    /// Sets the sector at which the request begins on the disk.
-    #[inline]
-    pub fn set_sector(&self, sector: u64) {
-        self.sector.store(sector, Ordering::Relaxed);
-    }
-
-    /// Returns the sector at which the request begins on the disk.
-    pub fn sector(&self) -> u64 {
-        self.sector.load(Ordering::Relaxed)
-    }
-
-    /// Returns the status that the device has written, and resets it to the unwritten value.
-    #[inline]
-    pub fn take_status(&self) -> u8 {
-        let written = self.status.load(Ordering::Relaxed);
-        self.status.store(STATUS_UNWRITTEN, Ordering::Relaxed);
-        written
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prepared::Scsi;
 
     #[test]
     fn a_request_has_header_data_and_status() {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 3, 10_240, 4096, false).unwrap();
-        assert_eq!((slots.parts(), slots.lay_table(0, RingLayout::Split)), (5, None));
+        assert_eq!((slots.parts(), slots.lay_table(0, RingLayout::Split, false)), (5, None));
         let read: Vec<_> = slots.descriptors(2, false).collect();
         let buffer = slots.buffers()[2].gpa;
         let told: Vec<_> = read.iter().map(|part| (part.len, part.flags)).collect();
@@ -218,7 +208,7 @@ mod tests {
         let ram = GuestRam::new(&[1 << 20]).unwrap();
         let slots = Slots::new(&ram, 4, 8192, 4096, true).unwrap();
         for slot in 0..4 {
-            let table = slots.lay_table(slot, RingLayout::Split).unwrap();
+            let table = slots.lay_table(slot, RingLayout::Split, false).unwrap();
             assert_eq!(table.len, 64);
             let write = slot % 2 == 1;
             set_data_kind(slots.table(slot).unwrap(), SPLIT_FLAGS_AT, write);
@@ -235,28 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn the_device_reads_the_head_and_its_status_is_taken_once() {
-        let ram = GuestRam::new(&[1 << 20]).unwrap();
-        let slots = Slots::new(&ram, 2, 512, 512, false).unwrap();
-        let head = slots.heads().nth(1).unwrap();
-        head.set_kind(true);
-        head.set_sector(0x0102);
-        let header = slots.descriptors(1, true).next().unwrap().addr;
-        let mut bytes = [0; 17];
-        ram.read(header, &mut bytes).unwrap();
-        let mut expected = [0; 17];
-        (expected[0], expected[8], expected[9], expected[16]) = (1, 2, 1, STATUS_UNWRITTEN);
-        assert_eq!(bytes, expected);
-        ram.write(header + 16, &[0]).unwrap();
-        assert_eq!((head.take_status(), head.take_status()), (0, STATUS_UNWRITTEN));
-    }
-
-    #[test]
     fn the_computed_memory_is_sufficient() {
         for (count, block, segment) in [(1, 512, 512), (256, 4096, 4096), (3, 1 << 20, 65536)] {
-            let bytes = Slots::bytes(count, block, segment).next_multiple_of(4096);
+            let bytes = Slots::<Blk>::bytes(count, block, segment).next_multiple_of(4096);
             let ram = GuestRam::new(&[bytes]).unwrap();
             Slots::new(&ram, count, block, segment, true).unwrap();
+            let form = Scsi { lun: [0; 8], block_bytes: 512 };
+            let bytes = Slots::<Scsi>::bytes(count, block, segment).next_multiple_of(4096);
+            let ram = GuestRam::new(&[bytes]).unwrap();
+            Slots::with(form, &ram, count, (block, segment), true).unwrap();
         }
     }
 }

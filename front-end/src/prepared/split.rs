@@ -2,6 +2,8 @@
 
 use crate::descriptor::{Descriptor, INDIRECT};
 use crate::prepared::Virtqueue;
+use crate::prepared::blk::Blk;
+use crate::prepared::form::Form;
 use crate::prepared::slots::{SPLIT_FLAGS_AT, Slots, set_data_kind};
 use crate::ring::{Ring, RingLayout};
 use crate::split::{SplitDriver, SplitFields};
@@ -12,16 +14,16 @@ const REFUSAL_AGE: u16 = 1 << 14;
 
 /// Returns the distance between the chains of two slots: a power of two, so that numbers can be
 /// shifted.
-pub fn stride(slots: &Slots) -> usize {
+pub fn stride<F: Form>(slots: &Slots<F>) -> usize {
     if slots.is_indirect() { 1 } else { slots.parts().next_power_of_two() }
 }
 
 /// A split ring in which the chain of slot `n` always begins at descriptor `n` times the stride.
 #[derive(Debug)]
-pub struct Split<'a> {
+pub struct Split<'a, F = Blk> {
     ring: SplitFields<'a>,
     driver: SplitDriver,
-    slots: &'a Slots,
+    slots: &'a Slots<F>,
     shift: u32,
     /// The index up to which the device was kicked.
     kicked: u16,
@@ -29,10 +31,10 @@ pub struct Split<'a> {
     refused: u16,
 }
 
-impl<'a> Split<'a> {
+impl<'a, F: Form> Split<'a, F> {
     /// Lays out the requests of `slots` as reads. `event_idx`: VIRTIO_RING_F_EVENT_IDX is
     /// negotiated.
-    pub fn new(ring: &'a Ring, slots: &'a Slots, event_idx: bool) -> Self {
+    pub fn new(ring: &'a Ring, slots: &'a Slots<F>, event_idx: bool) -> Self {
         let stride = stride(slots);
         assert!(
             slots.count() * stride <= usize::from(ring.size()),
@@ -46,20 +48,20 @@ impl<'a> Split<'a> {
             kicked: 0,
             refused: 0,
         };
-        (0..slots.count()).for_each(|slot| split.lay(slot));
+        (0..slots.count()).for_each(|slot| split.lay(slot, false));
         split.refuse_calls();
         split
     }
 
-    /// Lays out the descriptors of a read.
-    fn lay(&self, slot: usize) {
+    /// Lays out the descriptors of a request.
+    fn lay(&self, slot: usize, write: bool) {
         let fits = "`new` has compared the slots with the size of the ring";
         let head = u16::try_from(slot << self.shift).expect(fits);
-        if let Some(table) = self.slots.lay_table(slot, RingLayout::Split) {
+        if let Some(table) = self.slots.lay_table(slot, RingLayout::Split, write) {
             return self.ring.set_descriptor(head, Descriptor { flags: INDIRECT, ..table });
         }
         let parts = u16::try_from(self.slots.parts()).expect(fits);
-        for (i, mut part) in (0..).zip(self.slots.descriptors(slot, false)) {
+        for (i, mut part) in (0..).zip(self.slots.descriptors(slot, write)) {
             part.next = if i + 1 < parts { head + i + 1 } else { 0 };
             self.ring.set_descriptor(head + i, part);
         }
@@ -72,7 +74,9 @@ impl<'a> Split<'a> {
     }
 }
 
-impl Virtqueue for Split<'_> {
+impl<F: Form> Virtqueue for Split<'_, F> {
+    type Form = F;
+
     #[inline]
     fn take(&mut self, slots: &mut [u16]) -> usize {
         let (first, count) = self.driver.take(&self.ring, slots.len());
@@ -93,6 +97,10 @@ impl Virtqueue for Split<'_> {
 
     #[inline]
     fn set_kind(&mut self, slot: usize, write: bool) {
+        if F::ANSWER_FIRST {
+            // The answer has another place among the descriptors.
+            return self.lay(slot, write);
+        }
         let first = slot << self.shift;
         let words = match self.slots.table(slot) {
             Some(table) => table,
@@ -141,9 +149,11 @@ impl Virtqueue for Split<'_> {
 #[expect(clippy::cast_possible_truncation, reason = "positions wrap at 2^16")]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
 
     use super::*;
     use crate::guest::GuestRam;
+    use crate::prepared::Scsi;
     use crate::split::need_event;
 
     /// A ring of 8 descriptors for two requests. The test is the device.
@@ -187,8 +197,32 @@ mod tests {
         assert_eq!(chain(&ring, 4), slots.descriptors(1, false).collect::<Vec<_>>());
         let (_ram, ring, slots) = parts(true);
         Split::new(&ring, &slots, false);
-        let table = slots.lay_table(1, RingLayout::Split).unwrap();
+        let table = slots.lay_table(1, RingLayout::Split, false).unwrap();
         assert_eq!(chain(&ring, 1), [Descriptor { flags: INDIRECT, ..table }]);
+    }
+
+    #[test]
+    fn the_descriptors_of_a_scsi_command_are_in_the_order_of_its_kind() {
+        let (ram, ring, _) = parts(false);
+        let form = Scsi { lun: [0; 8], block_bytes: 512 };
+        for indirect in [false, true] {
+            let slots = Slots::with(form, &ram, 2, (4096, 4096), indirect).unwrap();
+            let mut split = Split::new(&ring, &slots, false);
+            for write in [false, true, false] {
+                let expected: Vec<_> = slots.descriptors(1, write).collect();
+                split.set_kind(1, write);
+                let Some(table) = slots.table(1) else {
+                    assert_eq!(chain(&ring, 4), expected);
+                    continue;
+                };
+                let (table, _) = table.as_chunks::<2>();
+                let in_table = table.iter().map(|words| {
+                    let words = words.each_ref().map(|word| word.load(Ordering::Relaxed));
+                    Descriptor { next: 0, ..Descriptor::from_split(words) }
+                });
+                assert!(in_table.eq(expected), "indirect");
+            }
+        }
     }
 
     #[test]

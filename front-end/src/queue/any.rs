@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Calls, PackedQueue, Queue, wait_any};
+use crate::descriptor::Buffer;
 use crate::error::Result;
 use crate::guest::GuestRam;
 use crate::request::{Completion, QueueOptions, Request, Tag};
@@ -71,6 +72,15 @@ impl AnyQueue {
     /// As [`Queue::submit`].
     pub fn submit(&mut self, request: &Request<'_>) -> Result<Tag> {
         of_either!(self, queue => queue.submit(request))
+    }
+
+    /// Submits a chain of any buffers to the device, without a kick. The status of its completion
+    /// has no meaning.
+    ///
+    /// # Errors
+    /// As [`Queue::submit_chain`].
+    pub fn submit_chain(&mut self, chain: &[Buffer]) -> Result<Tag> {
+        of_either!(self, queue => queue.submit_chain(chain))
     }
 
     /// Kicks the device if it wants a kick, and returns whether it did.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::{Calls, wait};
-use crate::descriptor::{INDIRECT, NEXT};
+use crate::descriptor::{Buffer, INDIRECT, NEXT};
 use crate::error::{Error, Result};
-use crate::guest::{GuestRam, Window};
+use crate::guest::{GuestRam, Segment, Window};
 use crate::packed::{PackedDriver, descriptor, put_entry};
 use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
 use crate::ring::Ring;
@@ -81,9 +81,29 @@ impl PackedQueue {
     /// [`Error::Full`] if too few descriptors are free; [`Error::Segments`] if the request never
     /// fits.
     pub fn submit(&mut self, request: &Request<'_>) -> Result<Tag> {
-        let (segments, most) = (request.data.len(), self.options.segments_max);
-        let parts = segments + 2;
-        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
+        let parts = request.data.len() + 2;
+        let id = self.take_chain(parts)?;
+        let buffers = self.heads.lay(id, request);
+        self.put_chain(id, parts, buffers);
+        Ok(Tag(id))
+    }
+
+    /// Submits a chain of any buffers to the device, without a kick. The status of its completion
+    /// has no meaning.
+    ///
+    /// # Errors
+    /// As [`PackedQueue::submit`]. Two buffers do not count as segments of data.
+    pub fn submit_chain(&mut self, chain: &[Buffer]) -> Result<Tag> {
+        let id = self.take_chain(chain.len())?;
+        self.put_chain(id, chain.len(), chain.iter().map(|buffer| buffer.flagged()));
+        Ok(Tag(id))
+    }
+
+    /// Takes a buffer id and descriptors for a chain of `parts` buffers. Returns the id.
+    fn take_chain(&mut self, parts: usize) -> Result<u16> {
+        let (segments, most) = (parts.saturating_sub(2), self.options.segments_max);
+        let fits = self.options.indirect || parts <= usize::from(self.options.size);
+        if parts == 0 || segments > most || !fits {
             return Err(Error::Segments { have: segments, most });
         }
         let in_ring = if self.options.indirect { 1 } else { parts };
@@ -94,9 +114,12 @@ impl PackedQueue {
         let id = self.free.pop().ok_or(Error::Full)?;
         self.room -= in_ring;
         self.parts[usize::from(id)] = in_ring;
+        Ok(id)
+    }
 
+    /// Makes a chain of `parts` buffers available, each with its flags.
+    fn put_chain(&mut self, id: u16, parts: usize, buffers: impl Iterator<Item = (Segment, u16)>) {
         let (ring, mut batch) = (self.ring.packed(), self.driver.begin());
-        let buffers = self.heads.lay(id, request);
         if let Some(table) = self.tables.get(usize::from(id)) {
             for (i, (segment, flags)) in buffers.enumerate() {
                 put_entry(words(table), i, segment.gpa, segment.len, flags);
@@ -112,8 +135,8 @@ impl PackedQueue {
             }
         }
         self.driver.publish(&ring, batch);
+        let in_ring = self.parts[usize::from(id)];
         self.unkicked = self.options.size.min(self.unkicked + in_ring);
-        Ok(Tag(id))
     }
 
     /// Kicks the device if it wants a kick for the requests submitted since the last call. Returns

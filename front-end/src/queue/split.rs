@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::{Calls, wait};
-use crate::descriptor::{Descriptor, INDIRECT, NEXT, Used};
+use crate::descriptor::{Buffer, Descriptor, INDIRECT, NEXT, Used};
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment, Window};
 use crate::request::{Completion, Heads, QueueOptions, Request, Tag};
@@ -80,6 +80,18 @@ impl Queue {
     /// fits.
     pub fn submit(&mut self, request: &Request) -> Result<Tag> {
         let head = self.fill(request)?;
+        self.make_available(head);
+        Ok(Tag(head))
+    }
+
+    /// Submits a chain of any buffers to the device, without a kick. The status of its completion
+    /// has no meaning.
+    ///
+    /// # Errors
+    /// As [`Queue::submit`]. Two buffers do not count as segments of data.
+    pub fn submit_chain(&mut self, chain: &[Buffer]) -> Result<Tag> {
+        let head = self.take_chain(chain.len())?;
+        self.put_chain(head, chain.len(), chain.iter().map(|buffer| buffer.flagged()));
         self.make_available(head);
         Ok(Tag(head))
     }
@@ -164,10 +176,18 @@ impl Queue {
     /// # Errors
     /// As [`Queue::submit`].
     pub fn fill(&mut self, request: &Request) -> Result<u16> {
-        let segments = request.data.len();
-        let most = self.options.segments_max;
-        let parts = segments + 2;
-        if segments > most || !self.options.indirect && parts > usize::from(self.options.size) {
+        let parts = request.data.len() + 2;
+        let head = self.take_chain(parts)?;
+        let buffers = self.heads.lay(head, request);
+        self.put_chain(head, parts, buffers);
+        Ok(head)
+    }
+
+    /// Takes descriptors for a chain of `parts` buffers. Returns the head.
+    fn take_chain(&mut self, parts: usize) -> Result<u16> {
+        let (segments, most) = (parts.saturating_sub(2), self.options.segments_max);
+        let fits = self.options.indirect || parts <= usize::from(self.options.size);
+        if parts == 0 || segments > most || !fits {
             return Err(Error::Segments { have: segments, most });
         }
         let needed = if self.options.indirect { 1 } else { parts };
@@ -176,8 +196,11 @@ impl Queue {
         let chain = &mut self.chains[usize::from(head)];
         chain.extend(self.free.drain(rest..).rev());
         self.in_flight += 1;
+        Ok(head)
+    }
 
-        let buffers = self.heads.lay(head, request);
+    /// Writes the descriptors of a chain of `parts` buffers, each with its flags.
+    fn put_chain(&self, head: u16, parts: usize, buffers: impl Iterator<Item = (Segment, u16)>) {
         let next_flag = |i: usize| if i + 1 < parts { NEXT } else { 0 };
         let part = |i: usize, segment: Segment, flags: u16, next: u16| {
             let Segment { gpa: addr, len } = segment;
@@ -197,7 +220,6 @@ impl Queue {
                 self.ring.set_descriptor(chain[i], part(i, segment, flags, next));
             }
         }
-        Ok(head)
     }
 
     /// Makes the chain that begins at `head` available, valid or not.

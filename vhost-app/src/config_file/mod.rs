@@ -184,7 +184,7 @@ mod tests {
             method: method.into(),
         };
         assert!(unknown(&place("bdev", "bdev_nvme_start_discovery")).is_err());
-        assert!(unknown(&place("vhost_scsi", "vhost_create_scsi_controller")).is_err());
+        assert!(unknown(&place("vhost_scsi", "vhost_scsi_controller_add_lun")).is_err());
         assert!(unknown(&place("nvmf", "nvmf_create_subsystem")).is_ok());
     }
 }

@@ -10,9 +10,10 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::de::{DeserializeSeed, Deserializer, Error};
 use serde_json::{Map, Value};
 use tracing::warn;
+use vhost_target::Target;
 
 use super::{App, Methods, blocking};
-use crate::active_time;
+use crate::{active_time, devices};
 
 /// Registers the modules' methods, in the modules' order.
 pub(super) fn register(methods: &mut Methods<'_>) {
@@ -65,17 +66,18 @@ impl Host for App {
     }
 
     fn bdev_resized(&self, bdev: &Arc<dyn Bdev>) {
-        vhost_blk::bdev_resized(self.control.target(), bdev);
+        devices::bdev_resized(self.control.target(), bdev);
     }
 
     fn retire(&self, bdevs: Vec<Arc<dyn Bdev>>) -> LocalFuture<'_, ()> {
         Box::pin(async {
             // All first, so that none waits for another to be taken away from the guests.
-            for bdev in &bdevs {
-                vhost_blk::remove_bdev(self.control.target(), bdev);
-                self.exports.remove_bdev(bdev);
-            }
-            let began = Instant::now();
+            bdevs.iter().for_each(|bdev| self.exports.remove_bdev(bdev));
+            let (began, shown) = (Instant::now(), bdevs.clone());
+            let remove = move |target: &Target| {
+                shown.iter().for_each(|bdev| devices::remove_bdev(target, bdev));
+            };
+            self.control.change(remove).await;
             for bdev in bdevs {
                 let (name, limit) = (bdev.name().to_owned(), bdev.deletion_limit());
                 let removed = self.control.remove_bdev(bdev);

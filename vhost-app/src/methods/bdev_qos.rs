@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use tracing::{error, info, warn};
 
 use super::{Answer, App, Methods};
+use crate::devices;
 
 /// The largest bandwidth, in MiB/s, whose number of bytes fits into 64 bits. As in SPDK, a larger
 /// value is stored and shown as this one.
@@ -81,7 +82,7 @@ fn set_limit(app: &App, params: &Params) -> Answer {
         ),
     };
     bdev.qos().set_limits(limits);
-    vhost_blk::limits_changed(app.control.target(), &bdev);
+    devices::limits_changed(app.control.target(), &bdev);
     info!("bdev {}: rate limits: {}", bdev.name(), json!(object(limits)));
     Ok(true.into())
 }

@@ -1,19 +1,19 @@
 //! `bdev_get_iostat` and `bdev_reset_iostat`.
 
+use std::collections::HashMap;
 use std::rc::Rc;
 
-use bdev::{BdevId, FailureKind, Live, OPS, Op, OpCounts, QosUser};
+use bdev::{BdevId, FailureKind, Live, OPS, Op, OpCounts};
 use reactor::{read_tsc, ticks_per_second};
 use rpc::{DecodeFailure, Pace, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::error;
-use vhost_blk::Blk;
-use vhost_target::ControllerInfo;
 
 use super::qd_sampling;
 use super::threads::controller_ids;
 use super::{Answer, App, Methods};
+use crate::devices;
 
 /// JSON values of a device's counters.
 pub(super) const BDEV_VALUES: usize = 25;
@@ -123,30 +123,32 @@ async fn find(
 /// One entry for each controller that has the device open, as SPDK has one for each thread. Errors
 /// are counted for the device only.
 fn describe_channels(app: &App, live: &Live) -> Value {
-    let mut channels: Vec<(QosUser, [OpCounts; OPS])> = vec![];
+    let target = app.control.target();
+    let mut controllers = HashMap::new();
+    for controller in target.controllers() {
+        let users = devices::disks(&controller.device).into_iter().filter_map(|disk| disk.user);
+        controllers.extend(users.map(|user| (user, controller.number)));
+    }
+    let mut channels: Vec<(u64, [OpCounts; OPS])> = vec![];
     for (user, counts) in live.bdev.stats().per_channel() {
-        match channels.iter_mut().find(|(other, _)| *other == user) {
+        let Some(&controller) = controllers.get(&user) else { continue };
+        match channels.iter_mut().find(|(other, _)| *other == controller) {
             Some((_, sums)) => sums.iter_mut().zip(&counts).for_each(|(sum, more)| sum.add(more)),
-            None => channels.push((user, counts)),
+            None => channels.push((controller, counts)),
         }
     }
-    let target = app.control.target();
     let first = controller_ids(target.reactors().len());
-    let controllers = target.controllers();
-    let show = |(user, counts): (QosUser, [OpCounts; OPS])| {
-        let is_its = |c: &&ControllerInfo| Blk::of(&c.device).and_then(Blk::user) == Some(user);
-        let controller = controllers.iter().find(is_its)?;
-        let mut shown =
-            Map::from_iter([("thread_id".to_owned(), (first + controller.number).into())]);
+    let show = |(controller, counts): (u64, [OpCounts; OPS])| {
+        let mut shown = Map::from_iter([("thread_id".to_owned(), (first + controller).into())]);
         insert_counts(&mut shown, &counts);
         shown.insert("io_error".into(), json!({}));
-        Some(Value::from(shown))
+        Value::from(shown)
     };
     json!({
         "tick_rate": ticks_per_second(),
         "ticks": read_tsc(),
         "name": live.bdev.name(),
-        "channels": channels.into_iter().filter_map(show).collect::<Vec<_>>(),
+        "channels": channels.into_iter().map(show).collect::<Vec<_>>(),
     })
 }
 

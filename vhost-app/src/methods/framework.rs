@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::error;
 
-use super::{Answer, App, Methods, bdev, vhost};
+use super::{Answer, App, Methods, bdev, vhost, vhost_blk, vhost_scsi};
 use crate::cli::{SPDK_VERSION, VERSION};
 use crate::core_locks::CoreLocks;
 use crate::process;
@@ -162,7 +162,8 @@ async fn get_config(app: Rc<App>, params: Params) -> Answer {
     let options = || app.options.borrow();
     let entries = match request.name.as_str() {
         "bdev" => bdev::config(&app, &mut params.pace()).await,
-        "vhost_blk" => vhost::config(&app, &mut params.pace()).await,
+        "vhost_blk" => vhost::config(&app, &mut params.pace(), vhost_blk::config).await,
+        "vhost_scsi" => vhost::config(&app, &mut params.pace(), vhost_scsi::config).await,
         "nbd" => app.exports.config(),
         "scheduler" => options().scheduler.config(),
         // In SPDK, this subsystem saves nothing, which is not the same as an empty list.

@@ -20,16 +20,19 @@ mod options;
 mod qd_sampling;
 mod scheduler;
 pub(crate) mod schema;
+mod served;
 mod threads;
 mod trace;
 mod trial;
 mod vhost;
+mod vhost_blk;
+mod vhost_scsi;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use ::bdev::{BdevModule, Claim};
+use ::bdev::BdevModule;
 use rpc::{Params, Phases, Registry, RpcError};
 use sandbox::{Network, Opener};
 use serde_json::Value;
@@ -43,6 +46,7 @@ pub(crate) use bdev::EXAMINED_BY_THEMSELVES;
 pub(crate) use framework::{SUBSYSTEMS, Startup};
 use notify::Notifications;
 use qd_sampling::Samplings;
+use served::Served;
 
 pub(crate) use options::SubsystemOptions;
 pub(crate) use trial::Trial;
@@ -55,8 +59,10 @@ pub(crate) struct App {
     pub(crate) bdevs_changed: watch::Sender<()>,
     /// The kinds of bdevs.
     modules: Vec<Rc<dyn BdevModule>>,
-    /// The claim of each controller on its bdev.
-    served: RefCell<HashMap<String, Claim>>,
+    /// The claims of controllers on their bdevs.
+    served: Served,
+    /// The logical units of SCSI targets.
+    scsi_units: Arc<::vhost_scsi::Units>,
     /// Bdevs that are exported over NBD.
     pub(crate) exports: nbd::Exports,
     pub(crate) log: Log,
@@ -100,7 +106,8 @@ impl App {
             bdevs: ::bdev::Registry::new(move || changed.send_replace(())),
             bdevs_changed,
             modules: crate::engines::modules(network),
-            served: RefCell::default(),
+            served: Served::default(),
+            scsi_units: Arc::default(),
             exports: nbd::Exports::default(),
             log,
             opener,
@@ -136,6 +143,8 @@ pub(crate) fn register(registry: &mut Registry, app: &Rc<App>) {
     bdev_stats::register(&mut methods);
     nbd::register(&mut methods);
     vhost::register(&mut methods);
+    vhost_blk::register(&mut methods);
+    vhost_scsi::register(&mut methods);
 }
 
 /// A registry whose methods get the [`App`].

@@ -13,11 +13,11 @@ use tokio::sync::Notify;
 use tokio::task::spawn_local;
 use tokio::time::Instant;
 use tracing::{error, warn};
-use vhost_blk::Blk;
 use vhost_target::ControllerInfo;
 use vhost_target::device::Device;
 
 use super::{Answer, App, Methods};
+use crate::devices;
 
 /// The shortest period, in microseconds. A sample asks all queues of the bdev, on the thread that
 /// serves RPCs.
@@ -152,9 +152,10 @@ impl Uses {
         Self(busy.map(|(inflight, c)| (c.device, inflight)).collect())
     }
 
-    /// The I/Os of controllers whose bdev is this one or is built on it.
+    /// The I/Os of controllers that have a bdev which is this one or is built on it. Of a controller
+    /// with several targets, those of all its targets: they are not counted for each.
     fn outstanding(&self, bdev: &Arc<dyn Bdev>) -> u64 {
-        let using = self.0.iter().filter(|(of, _)| Blk::of(of).is_some_and(|blk| blk.uses(bdev)));
+        let using = self.0.iter().filter(|(device, _)| devices::uses(device, bdev));
         using.map(|(_, inflight)| inflight).sum()
     }
 }

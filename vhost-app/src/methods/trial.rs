@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use super::bdev_host::Given;
 use super::options::{self, SubsystemOptions};
-use super::{absent, bdev_histogram, bdev_qos, log, scheduler, threads, trace, vhost};
+use super::{
+    absent, bdev_histogram, bdev_qos, log, scheduler, threads, trace, vhost, vhost_blk, vhost_scsi,
+};
 use crate::logging;
 
 /// A stand-in for the program, on which calls are tried. It has options, and nothing else.
@@ -81,8 +83,11 @@ impl Trial {
             }
             "thread_set_cpumask" => threads::check_cpumask(&params),
             "vhost_controller_set_coalescing" => vhost::check_coalescing(&params),
-            "vhost_create_blk_controller" => vhost::check_create(&params, &self.socket_dir),
-            "virtio_blk_create_transport" => vhost::create_transport(&params).map(drop),
+            "vhost_create_blk_controller" => vhost_blk::check_create(&params, &self.socket_dir),
+            "vhost_create_scsi_controller" => vhost_scsi::check_create(&params, &self.socket_dir),
+            "vhost_scsi_controller_add_target" => vhost_scsi::check_add(&params),
+            "vhost_scsi_controller_remove_target" => vhost_scsi::check_remove(&params),
+            "virtio_blk_create_transport" => vhost_blk::create_transport(&params).map(drop),
             _ => return absent::call_on(&mut self.options, &params),
         })
     }

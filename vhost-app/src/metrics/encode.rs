@@ -205,9 +205,12 @@ impl Metrics {
         let rows = snapshot.controllers.iter();
         let counts: Vec<(Labels, &[OpCounts; OPS])> = rows
             .clone()
-            .map(|row| {
-                let labels = vec![("controller", row.name.clone()), ("bdev", row.bdev.clone())];
-                (labels, &row.counts.ops)
+            .flat_map(|row| row.disks.iter().map(move |disk| (row, disk)))
+            .map(|(row, disk)| {
+                let mut labels = name(row);
+                labels.push(("bdev", disk.bdev.clone()));
+                labels.extend(disk.target.map(|number| ("target", number.to_string())));
+                (labels, &disk.counts.ops)
             })
             .collect();
         let help = [

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use bdev::{FAILURE_KINDS, Latencies, Live, OPS, OpCounts, Sums, UserCounts};
 use reactor::ticks_per_second;
 use rpc::{Pace, Registry};
-use vhost_blk::Blk;
 use vhost_target::{ControllerInfo, ReactorInfo, SessionInfo};
 
 use crate::cli::VERSION;
+use crate::devices::{self, Disk};
 use crate::methods::App;
 
 /// The work of a row without its channels, in JSON values, the unit of [`Pace`].
@@ -47,8 +47,8 @@ pub(super) struct BdevRow {
 #[derive(Debug)]
 pub(super) struct ControllerRow {
     pub(super) name: String,
-    /// The bdev that it was created with, which may have been removed.
-    pub(super) bdev: String,
+    pub(super) disks: Vec<Disk>,
+    /// Of its disks, also of those that were removed.
     pub(super) counts: UserCounts,
     pub(super) fds: usize,
     pub(super) fds_closing: usize,
@@ -58,10 +58,9 @@ pub(super) struct ControllerRow {
 
 impl From<ControllerInfo> for ControllerRow {
     fn from(controller: ControllerInfo) -> Self {
-        let blk = Blk::of(&controller.device);
         Self {
-            bdev: blk.map(Blk::bdev_configured).unwrap_or_default().to_owned(),
-            counts: blk.map(Blk::counts).unwrap_or_default(),
+            disks: devices::disks(&controller.device),
+            counts: devices::counts(&controller.device),
             name: controller.name,
             fds: controller.fds,
             fds_closing: controller.fds_closing,
@@ -94,9 +93,9 @@ impl Snapshot {
         for controller in target.controllers() {
             let queues: usize = controller.sessions.iter().map(|s| s.queues.len()).sum();
             let row = ControllerRow::from(controller);
-            // The making of the row has searched all channels of its bdev.
-            let sought =
-                channels.get(&row.bdev).map_or(0, |channels| channels / CHANNELS_PER_VALUE);
+            // The making of the row has searched all channels of its bdevs.
+            let channels_of = |disk: &Disk| channels.get(&disk.bdev).copied().unwrap_or(0);
+            let sought = row.disks.iter().map(channels_of).sum::<usize>() / CHANNELS_PER_VALUE;
             controllers.push(row);
             pace.spend(ROW_VALUES + queues + sought).await;
         }

@@ -56,6 +56,26 @@ pub(crate) fn controller(vhost: &Vhost, name: &str, bdev: &str) -> PathBuf {
     vhost.socket(name)
 }
 
+/// A SCSI controller with these bdevs as its targets, by their numbers.
+pub(crate) fn scsi_controller(vhost: &Vhost, name: &str, bdevs: &[(u32, &str)]) -> PathBuf {
+    vhost.ok("vhost_create_scsi_controller", json!({"ctrlr": name}));
+    for (target, bdev) in bdevs {
+        add_target(vhost, name, *target, bdev);
+    }
+    vhost.socket(name)
+}
+
+pub(crate) fn add_target(vhost: &Vhost, controller: &str, target: u32, bdev: &str) {
+    let params = json!({"ctrlr": controller, "scsi_target_num": target, "bdev_name": bdev});
+    assert_eq!(vhost.ok("vhost_scsi_controller_add_target", params), target);
+}
+
+/// Removes a target, which is gone when this returns.
+pub(crate) fn remove_target(vhost: &Vhost, controller: &str, target: u32) {
+    let params = json!({"ctrlr": controller, "scsi_target_num": target, "timeout_ms": 60_000});
+    vhost.ok("vhost_scsi_controller_remove_target", params);
+}
+
 /// A controller that offers packed rings, or does not.
 pub(crate) fn controller_of(vhost: &Vhost, name: &str, bdev: &str, packed: bool) -> PathBuf {
     let params = json!({"ctrlr": name, "dev_name": bdev, "packed_ring": packed});

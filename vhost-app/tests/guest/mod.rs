@@ -22,6 +22,7 @@
 #![expect(clippy::unwrap_used, reason = "a harness fails its test by panicking")]
 #![allow(dead_code, reason = "each test uses the part that it needs")]
 
+pub(crate) mod boot;
 pub(crate) mod deaths;
 mod qmp;
 
@@ -45,6 +46,11 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 /// VIRTIO_F_RING_PACKED.
 pub(crate) const RING_PACKED: usize = 34;
 
+/// Words for the kernel of each guest. Kernel messages would be printed into the middle of lines:
+/// only the last words are. Under TCG on a busy machine the kernel takes a timer that is late for a
+/// broken one.
+const KERNEL_WORDS: &str = "console=ttyS0 panic=-1 quiet loglevel=1 no_timer_check rdinit=/init";
+
 /// What a kernel says that dies.
 const KERNEL_PANIC: &str = "Kernel panic - ";
 
@@ -60,6 +66,10 @@ pub(crate) fn kernel_panics() -> usize {
 pub(crate) struct GuestOptions {
     /// The vhost-user sockets of its disks, `vda` first, each with its number of queues.
     pub(crate) sockets: Vec<(PathBuf, u16)>,
+    /// The vhost-user socket of its SCSI controller, whose id in QEMU is `scsi`.
+    pub(crate) scsi: Option<PathBuf>,
+    /// More properties of the SCSI controller.
+    pub(crate) scsi_properties: &'static str,
     /// Seconds after which QEMU connects again to a socket that was closed; `None` for never.
     pub(crate) reconnect: Option<u32>,
     /// Whether a reset of the machine boots it again instead of ending QEMU.
@@ -70,7 +80,7 @@ pub(crate) struct GuestOptions {
     pub(crate) memory_mib: u32,
     /// Slots for memory that is plugged in later.
     pub(crate) memory_slots: u32,
-    /// What `ci/guest-init` is to do. `None`: the firmware boots what is on `vda`.
+    /// What `ci/guest-init` is to do. `None`: the firmware boots what is on a disk.
     pub(crate) job: Option<&'static str>,
     /// More words for the kernel.
     pub(crate) kernel_words: &'static str,
@@ -103,6 +113,8 @@ impl GuestOptions {
     pub(crate) fn new(socket: &Path) -> Self {
         Self {
             sockets: vec![(socket.to_owned(), 1)],
+            scsi: None,
+            scsi_properties: "",
             reconnect: None,
             reboots: false,
             cpus: 1,
@@ -115,6 +127,11 @@ impl GuestOptions {
         }
     }
 
+    /// The same guest, but its disks are the targets of a SCSI controller.
+    pub(crate) fn scsi(socket: &Path) -> Self {
+        Self { sockets: vec![], scsi: Some(socket.to_owned()), ..Self::new(socket) }
+    }
+
     /// Adds a disk.
     pub(crate) fn disk(mut self, socket: &Path, queues: u16) -> Self {
         self.sockets.push((socket.to_owned(), queues));
@@ -122,7 +139,6 @@ impl GuestOptions {
     }
 
     fn command(&self, qmp: &Path) -> Command {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let accel = accel();
         let memory = self.memory_mib;
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -135,14 +151,9 @@ impl GuestOptions {
         qemu.args(["-m", &format!("{memory}M{room}"), "-numa", "node,memdev=m"]);
         qemu.args(["-object", &format!("memory-backend-memfd,id=m,size={memory}M,share=on")]);
         if let Some(job) = self.job {
-            let kernel = given("VHOST_KERNEL").map_or_else(newest_kernel, PathBuf::from);
-            let initrd = given("VHOST_INITRD").map(PathBuf::from);
-            let initrd = initrd.unwrap_or_else(|| repository.join("target/ci/initrd"));
+            let (kernel, initrd) = kernel_and_initrd();
             qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-            // Kernel messages would be printed into the middle of lines: only the last words are.
-            // Under TCG on a busy machine the kernel takes a timer that is late for a broken one.
-            let words = "console=ttyS0 panic=-1 quiet loglevel=1 no_timer_check rdinit=/init";
-            qemu.args(["-append", &format!("{words} {} job={job}", self.kernel_words)]);
+            qemu.args(["-append", &format!("{KERNEL_WORDS} {} job={job}", self.kernel_words)]);
         }
         qemu.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
         if !self.reboots {
@@ -155,10 +166,23 @@ impl GuestOptions {
             let device = format!("vhost-user-blk-pci,id=d{n},chardev=c{n},num-queues={queues}");
             qemu.args(["-device", &format!("{device}{}", self.disk_properties)]);
         }
+        if let Some(socket) = &self.scsi {
+            qemu.args(["-chardev", &format!("socket,id=scsi,path={}", socket.display())]);
+            let device = "vhost-user-scsi-pci,id=scsi,chardev=scsi";
+            qemu.args(["-device", &format!("{device}{}", self.scsi_properties)]);
+        }
         qemu.args(self.arguments);
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped());
         qemu
     }
+}
+
+/// The kernel and the initramfs of the test guest.
+fn kernel_and_initrd() -> (PathBuf, PathBuf) {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let kernel = given("VHOST_KERNEL").map_or_else(newest_kernel, PathBuf::from);
+    let initrd = given("VHOST_INITRD").map(PathBuf::from);
+    (kernel, initrd.unwrap_or_else(|| repository.join("target/ci/initrd")))
 }
 
 fn newest_kernel() -> PathBuf {
@@ -300,6 +324,18 @@ impl Guest {
         Facts(facts.split(' ').filter_map(|f| f.split_once('=')).map(owned).collect())
     }
 
+    /// The name of the disk that is target `target` of the SCSI controller, when it is there.
+    #[track_caller]
+    pub(crate) fn scsi_disk(&mut self, target: u32) -> String {
+        self.ok(&format!("scsi_disk {target}"))
+    }
+
+    /// Waits until the guest has dropped the disk of a target.
+    #[track_caller]
+    pub(crate) fn no_scsi_disk(&mut self, target: u32) {
+        self.ok(&format!("no_scsi_disk {target}"));
+    }
+
     /// Whether a disk's driver and device have agreed on a virtio feature.
     #[track_caller]
     pub(crate) fn has_feature(&mut self, disk: &str, bit: usize) -> bool {
@@ -339,10 +375,13 @@ impl Guest {
     /// Ends [`Guest::start_io`], which verifies all that it has written.
     #[track_caller]
     pub(crate) fn finish_io(&mut self, disk: &str, at_mib: u32) {
-        self.skip_lines();
-        self.type_line(&format!("touch /tmp/stop.{disk}"));
+        let from = self.console.len();
+        self.ok(&format!("touch /tmp/stop.{disk}"));
+        // The load may end before the command does.
+        let answered = std::mem::replace(&mut self.seen, from);
         let done = format!("GUEST: io {disk} {at_mib} done");
         self.wait_for_io(disk, at_mib, |line| line == done);
+        self.seen = self.seen.max(answered);
         self.ok(&format!("rm /tmp/stop.{disk}"));
     }
 
@@ -438,6 +477,37 @@ impl Guest {
         self.qmp("query-status", json!({}))["status"].as_str().unwrap().to_owned()
     }
 
+    /// Moves its state into a file, which ends its QEMU.
+    #[track_caller]
+    pub(crate) fn save(mut self, file: &Path) {
+        let events = json!({"capabilities": [{"capability": "events", "state": true}]});
+        self.qmp("migrate-set-capabilities", events);
+        self.qmp("migrate", json!({"uri": format!("exec:cat >{}", file.display())}));
+        self.wait_migrated();
+        self.qmp("quit", json!({}));
+        assert!(self.qemu.wait().unwrap().success());
+    }
+
+    /// Starts a guest that goes on from what [`Guest::save`] has written.
+    #[track_caller]
+    pub(crate) fn restore(options: GuestOptions, file: &Path) -> Self {
+        let mut guest = Self::start(GuestOptions { arguments: &["-incoming", "defer"], ..options });
+        guest.qmp("migrate-incoming", json!({"uri": format!("exec:cat {}", file.display())}));
+        guest.wait_event("the guest's start", |name, _| (name == "RESUME").then_some(()));
+        guest
+    }
+
+    /// Waits for the end of a migration, whose events are on.
+    #[track_caller]
+    fn wait_migrated(&mut self) {
+        let status = self.wait_event("the migration's end", |name, data| {
+            let status = data["status"].as_str()?;
+            let ends = name == "MIGRATION" && ["completed", "failed"].contains(&status);
+            ends.then(|| status.to_owned())
+        });
+        assert_eq!(status, "completed", "{}", self.qmp("query-migrate", json!({})));
+    }
+
     /// Goes on in `next`, which waits for a migration; both QEMUs reach `socket`. Does `meanwhile`
     /// once it is under way.
     #[track_caller]
@@ -453,12 +523,7 @@ impl Guest {
         next.qmp("migrate-incoming", uri.clone());
         self.qmp("migrate", uri);
         meanwhile();
-        let status = self.wait_event("the migration's end", |name, data| {
-            let status = data["status"].as_str()?;
-            let ends = name == "MIGRATION" && ["completed", "failed"].contains(&status);
-            ends.then(|| status.to_owned())
-        });
-        assert_eq!(status, "completed", "{}", self.qmp("query-migrate", json!({})));
+        self.wait_migrated();
         next.wait_event("the guest's start", |name, _| (name == "RESUME").then_some(()));
         self.qmp("quit", json!({}));
         assert!(self.qemu.wait().unwrap().success());

@@ -128,6 +128,7 @@ impl Target {
                 Event::Drained(queue) => self.drained(queue),
                 Event::Broken(queue) => self.broken(queue),
                 Event::Released(_, leftover) => self.reclaim.free(DropLater(leftover)),
+                Event::ViewsWanted(queue) => self.views_wanted(queue),
             }
         }
         if any {
@@ -176,6 +177,15 @@ impl Target {
         starts.extend(self.reap(&mut inner, conn));
         drop(inner);
         self.open(starts);
+    }
+
+    fn views_wanted(&self, queue: QueueId) {
+        let mut inner = self.lock();
+        let Some((conn, _)) = inner.queues.get(&queue).copied() else { return };
+        let Some(connected) = inner.connections.get(&conn) else { return };
+        let effects = connected.session.publish_where(|_| true);
+        // These effects only publish views. No ring starts.
+        let _ = self.apply(&mut inner, conn, effects, None);
     }
 
     fn broken(&self, queue: QueueId) {

@@ -62,11 +62,16 @@ impl Target {
     }
 
     fn remove_controller(&self, name: &str, id: ControllerId, transport: &dyn Transport) {
-        let socket = match self.lock().controller(name) {
-            Ok(controller) if controller.id == id => controller.socket.clone(),
+        let (socket, delayed) = match self.lock().controller(name) {
+            Ok(controller) if controller.id == id => {
+                (controller.socket.clone(), controller.delayed)
+            }
             _ => return,
         };
-        transport.unlisten(&socket);
+        // Another process may have a socket at the path of one that was never opened.
+        if !delayed {
+            transport.unlisten(&socket);
+        }
         // `unlisten` closes the remaining connections, and rte_vhost does not report that.
         let left: Vec<ConnId> = {
             let inner = self.lock();

@@ -86,6 +86,15 @@ impl Connected {
         self.hold.as_ref().is_some_and(|hold| !hold.is_granted())
     }
 
+    /// Replaces the storage that its guest accesses. Uses the leases of the new storage before it
+    /// ends the use of the old ones, some of which may be the same.
+    pub(super) fn change_storage(&mut self, storage: StorageUse, granted: &Granted) {
+        if self.hold.is_some() {
+            self.hold = Some(Hold::of(&storage, granted));
+        }
+        self.storage = storage;
+    }
+
     /// Ends the use of the leases if no ring needs them any more.
     pub(super) fn end_unused_hold(&mut self) {
         let waits = self.waits_for_lease() && self.session.is_affected_by_earlier_io();
@@ -196,6 +205,8 @@ impl Target {
             }
             starts.extend(self.open_gates(&mut inner, conn));
         }
+        // Devices that leave out the parts of their storage whose lease is not held.
+        self.republish(&mut inner, |c| c.conn.is_some() && !c.storage.leases.is_empty());
         drop(inner);
         self.open(starts);
         (self.changed)();

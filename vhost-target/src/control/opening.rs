@@ -46,7 +46,9 @@ struct NextOpening {
     ring: usize,
     id: QueueId,
     depth: u16,
+    /// The device, and the front end's key.
     device: Arc<dyn Device>,
+    key: u64,
     /// Counts the opening threads of a controller while it exists.
     _openers: Arc<()>,
 }
@@ -75,18 +77,18 @@ impl Target {
         // No reference is kept while a device is being opened, so that the target can be dropped
         // meanwhile.
         while let Some(next) = target.upgrade().and_then(|target| target.next_to_open(conn)) {
-            let NextOpening { ring, id, depth, device, _openers } = next;
-            let opened = device.open_queue(ring, depth);
+            let NextOpening { ring, id, depth, device, key, _openers } = next;
+            let opened = device.open_queue(key, ring, depth);
             let Some(target) = target.upgrade() else { return };
             target.opened(conn, ring, id, opened);
         }
     }
 
     fn open_next(&self, conn: ConnId) -> bool {
-        let Some(NextOpening { ring, id, depth, device, .. }) = self.next_to_open(conn) else {
+        let Some(NextOpening { ring, id, depth, device, key, .. }) = self.next_to_open(conn) else {
             return false;
         };
-        self.opened(conn, ring, id, device.open_queue(ring, depth));
+        self.opened(conn, ring, id, device.open_queue(key, ring, depth));
         true
     }
 
@@ -114,8 +116,8 @@ impl Target {
             };
             let depth = connected.session.ring(ring).num.min(DEPTH_MAX);
             let device = Arc::clone(&controller.device);
-            let openers = Arc::clone(&controller.openers);
-            return Some(NextOpening { ring, id, depth, device, _openers: openers });
+            let (key, openers) = (connected.session.device_key(), Arc::clone(&controller.openers));
+            return Some(NextOpening { ring, id, depth, device, key, _openers: openers });
         }
     }
 

@@ -1,8 +1,10 @@
 //! The operator's side of the target: creates, deletes and lists controllers.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use closer::Account;
 use guest_memory::SLOTS_MAX;
 use reactor::{Cause, Core, ReactorInfo, ticks_per_second};
 use tracing::{info, warn};
@@ -13,12 +15,41 @@ use crate::controller::{
 };
 use crate::device::{Device, DeviceChange};
 use crate::error::Error;
-use crate::transport::Transport;
+use crate::transport::{Offer, Transport};
 
 /// Mappings that all connections of one controller may have together. Dirty logs and in-flight
 /// areas are included, and earlier mappings that I/O in flight still uses or that are not unmapped
 /// yet. The process has room for ten times as many.
 const MAPPINGS_OF_CONTROLLER_MAX: usize = 3 * SLOTS_MAX;
+
+/// A controller's socket that is to be opened.
+struct Opening {
+    name: String,
+    socket: PathBuf,
+    offer: Offer,
+    account: Account,
+}
+
+impl Opening {
+    fn of(controller: &Controller) -> Self {
+        let config = controller.device.has_config_space();
+        Self {
+            name: controller.name.clone(),
+            socket: controller.socket.clone(),
+            offer: Offer { features: controller.features, config },
+            account: controller.account.clone(),
+        }
+    }
+
+    fn listen(self, transport: &dyn Transport) -> Result<(), Error> {
+        let Self { name, socket, offer, account } = self;
+        match transport.listen(&socket, offer, &account) {
+            Ok(()) => info!("controller {name}: listening on {}", socket.display()),
+            Err(e) => return Err(Error::Listen(socket, e)),
+        }
+        Ok(())
+    }
+}
 
 impl Target {
     /// Creates a controller and opens its socket. Blocks in `transport`. Not for the control
@@ -31,30 +62,69 @@ impl Target {
         spec: ControllerSpec,
         transport: &dyn Transport,
     ) -> Result<(), Error> {
+        let name = spec.name.clone();
+        let opening = self.insert_controller(spec, false)?;
+        opening.listen(transport).inspect_err(|_| {
+            self.lock().controllers.remove(&name);
+        })
+    }
+
+    /// Creates a controller without a socket: [`Target::start_controller`] opens it. Until then no
+    /// front end can connect, so its device can be completed first.
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind then.
+    pub fn create_delayed_controller(&self, spec: ControllerSpec) -> Result<(), Error> {
+        let name = spec.name.clone();
+        self.insert_controller(spec, true)?;
+        info!("controller {name}: created without a socket, which opens when it is started");
+        Ok(())
+    }
+
+    /// Opens the socket of a controller that was created without one. Does nothing if the socket is
+    /// open. Blocks in `transport`. Not for the control thread.
+    ///
+    /// # Errors
+    /// [`Error::NoController`]; [`Error::Busy`] if the controller is being deleted;
+    /// [`Error::Listen`]: the controller still waits to be started then.
+    pub fn start_controller(&self, name: &str, transport: &dyn Transport) -> Result<(), Error> {
+        let (id, opening) = {
+            let mut inner = self.lock();
+            let controller = inner.controller(name)?;
+            if !controller.delayed {
+                return Ok(());
+            }
+            if controller.deleting {
+                return Err(Error::Busy(name.into()));
+            }
+            (controller.id, Opening::of(controller))
+        };
+        opening.listen(transport)?;
+        if let Ok(controller) = self.lock().controller(name)
+            && controller.id == id
+        {
+            controller.delayed = false;
+        }
+        Ok(())
+    }
+
+    fn insert_controller(&self, spec: ControllerSpec, delayed: bool) -> Result<Opening, Error> {
         check_name(&spec.name, &spec.socket)?;
         let cores = self.choose_cores(spec.cores.as_deref())?;
-        let (name, socket) = (spec.name.clone(), spec.socket.clone());
-        let (features, account) = {
-            let mut inner = self.lock();
-            if inner.controllers.contains_key(&name) {
-                return Err(Error::Exists(name));
-            }
-            let number = inner.controllers_made;
-            inner.controllers_made += 1;
-            let unmapper = self.unmapper.limited(MAPPINGS_OF_CONTROLLER_MAX);
-            let id = ControllerId(inner.id());
-            let account = inner.account(&name);
-            let controller = Controller::new(id, number, spec, cores, unmapper, account.clone());
-            let features = controller.features;
-            inner.controllers.insert(name.clone(), controller);
-            (features, account)
-        };
-        if let Err(e) = transport.listen(&socket, features, &account) {
-            self.lock().controllers.remove(&name);
-            return Err(Error::Listen(socket, e));
+        let mut inner = self.lock();
+        if inner.controllers.contains_key(&spec.name) {
+            return Err(Error::Exists(spec.name));
         }
-        info!("controller {name}: listening on {}", socket.display());
-        Ok(())
+        let number = inner.controllers_made;
+        inner.controllers_made += 1;
+        let unmapper = self.unmapper.limited(MAPPINGS_OF_CONTROLLER_MAX);
+        let id = ControllerId(inner.id());
+        let account = inner.account(&spec.name);
+        let mut controller = Controller::new(id, number, spec, cores, unmapper, account);
+        controller.delayed = delayed;
+        let opening = Opening::of(&controller);
+        inner.controllers.insert(controller.name.clone(), controller);
+        Ok(opening)
     }
 
     pub(super) fn choose_cores(&self, wanted: Option<&[Core]>) -> Result<Vec<Core>, Error> {
@@ -97,6 +167,15 @@ impl Target {
         }
         let mut sessions_of = |name: &str| sessions.remove(name).unwrap_or_default();
         inner.controllers.values().map(|c| controller_info(c, sessions_of(&c.name))).collect()
+    }
+
+    /// Returns the controller of this name.
+    #[must_use]
+    pub fn controller(&self, name: &str) -> Option<ControllerInfo> {
+        let (inner, cores) = (self.lock(), self.cores());
+        let controller = inner.controllers.get(name)?;
+        let sessions = inner.connections.values().filter(|c| c.controller_name == name);
+        Some(controller_info(controller, sessions.map(|c| session_info(c, &cores)).collect()))
     }
 
     /// Returns the closed connections that still have I/O in flight, including those of deleted
@@ -146,11 +225,12 @@ impl Target {
     /// A guest that cannot be notified of a new configuration space now is notified later.
     pub fn update_devices(&self, mut change: impl FnMut(&Arc<dyn Device>) -> DeviceChange) {
         let mut inner = self.lock();
-        let (mut changed, mut config) = (Vec::new(), Vec::new());
+        let (mut changed, mut config, mut storage) = (Vec::new(), Vec::new(), Vec::new());
         for controller in inner.controllers.values_mut() {
             match change(&controller.device) {
                 DeviceChange::None => continue,
                 DeviceChange::View => {}
+                DeviceChange::Storage => storage.push((controller.id, controller.device.storage())),
                 DeviceChange::Removed => {
                     warn!("controller {}: its bdev was removed", controller.name);
                 }
@@ -161,6 +241,13 @@ impl Target {
             }
             changed.push(controller.id);
         }
+        for (id, storage) in storage {
+            // The I/O in flight of a closed connection uses what the connection has used.
+            let open = |c: &&mut Connected| c.controller == id && c.conn.is_some();
+            inner.connections.values_mut().filter(open).for_each(|c| {
+                c.change_storage(storage.clone(), &self.granted);
+            });
+        }
         self.republish(&mut inner, |connected| changed.contains(&connected.controller));
         for connected in inner.connections.values_mut() {
             if config.contains(&connected.controller) {
@@ -170,7 +257,7 @@ impl Target {
         }
     }
 
-    fn republish(&self, inner: &mut Inner, which: impl Fn(&Connected) -> bool) {
+    pub(super) fn republish(&self, inner: &mut Inner, which: impl Fn(&Connected) -> bool) {
         let conns = inner.connections.iter().filter(|(_, c)| which(c));
         let effects: Vec<_> =
             conns.map(|(id, c)| (*id, c.session.publish_where(|_| true))).collect();
@@ -191,6 +278,7 @@ fn controller_info(controller: &Controller, sessions: Vec<SessionInfo>) -> Contr
         iops_threshold: controller.iops_threshold,
         socket: controller.socket.clone(),
         packed_ring: controller.packed_ring,
+        delayed: controller.delayed,
         device: Arc::clone(&controller.device),
         deleting: controller.deleting,
         fds: controller.account.open(),

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "signals")]
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
@@ -15,9 +15,10 @@ use virtqueue::{AnyRing, Ring, RingHint};
 
 use super::call_due::CallDue;
 use super::fetch::Serve;
+use super::notices::Places;
 use super::slot::{Expected, Slot};
 use super::start::begin;
-use super::{Control, Event, Leftover, QueueState, StartError, Tracked, View};
+use super::{Control, Event, QueueState, StartError, Tracked, View};
 use crate::device_queue::DeviceQueue;
 
 /// Requests that a queue may have in flight. The further requests of a larger ring wait. A request
@@ -38,6 +39,7 @@ pub(super) struct Core<D: DeviceQueue> {
 /// The state without the device. The device uses it during a visit.
 pub(super) struct RingCore<D: DeviceQueue> {
     generation: u64,
+    pub(super) places: Places,
     /// The position in the ring after the last chain that was taken.
     pub(super) last_avail: u16,
     /// The position in the used ring after the last chain that was put.
@@ -50,7 +52,7 @@ pub(super) struct RingCore<D: DeviceQueue> {
     called: u16,
     pub(super) inflight: u32,
     /// The control side has told the queue to stop, as of the last visit.
-    stopping: bool,
+    pub(super) stopping: bool,
     stopped: bool,
     /// The ring must not be accessed any more.
     abandoned: bool,
@@ -81,7 +83,7 @@ pub(super) struct RingCore<D: DeviceQueue> {
     /// They are submitted before any new request.
     pub(super) resubmissions: Vec<u16>,
     /// An event that found the event queue full.
-    pending_event: Option<Event>,
+    pub(super) pending_event: Option<Event>,
 }
 
 /// A queue during a visit: its control, its view, and the view's ring.
@@ -100,12 +102,6 @@ impl<R, V> Clone for At<'_, R, V> {
 }
 
 impl<R, V> Copy for At<'_, R, V> {}
-
-/// Adds to a counter that only this thread writes.
-#[inline]
-pub(super) fn add(counter: &AtomicU64, count: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
-}
 
 impl<D: DeviceQueue> Core<D> {
     /// Creates the core of a queue that no reactor serves: nothing else changes its ring or its
@@ -205,6 +201,9 @@ impl<D: DeviceQueue> Core<D> {
         if view.device.is_none() && self.device.is_open() {
             self.release_device(control, events);
         }
+        if self.device.is_watching() {
+            self.end_watched_visit(at, events);
+        }
         if stop && self.ring.inflight == 0 && self.ring.pending_event.is_none() {
             self.ring.acknowledge_stop(control, events);
             iteration.note(Cause::Stop);
@@ -220,15 +219,16 @@ impl<D: DeviceQueue> Core<D> {
         let due = core.inflight > 0 || core.call_due.pending || core.pending_event.is_some();
         let released = view.device.is_none() && self.device.is_open();
         let (cell, seen) = PollHint::NEVER;
+        let takes = rings && (!D::SELECTIVE || self.device.wants_requests());
         let ring_hint =
-            if rings { ring.hint(core.last_avail) } else { RingHint { cell, seen, due: false } };
+            if takes { ring.hint(core.last_avail) } else { RingHint { cell, seen, due: false } };
         let resubmits = rings && !core.resubmissions.is_empty();
         PollHint {
             cell: ring_hint.cell,
             seen: ring_hint.seen,
             generation: view.generation,
             due: due || ring_hint.due || resubmits || released && !core.stopped,
-            wakes: view.kicks || !rings,
+            wakes: view.kicks || !takes,
             stop: core.stopping,
         }
     }
@@ -256,6 +256,9 @@ impl<D: DeviceQueue> Core<D> {
         }
         if view.device.is_none() && self.device.is_open() {
             self.release_device(control, events);
+        }
+        if self.device.is_watching() {
+            self.end_watched_visit(at, events);
         }
         if self.ring.inflight == 0 && self.ring.pending_event.is_none() {
             self.ring.acknowledge_stop(control, events);
@@ -305,7 +308,10 @@ impl<D: DeviceQueue> Core<D> {
         }
         // Without a free slot, a free buffer or room in the device, nothing is fetched before a
         // completion.
-        let waits = core.free.is_empty() || core.room_wanted || !core.parked.is_empty();
+        let waits = core.free.is_empty()
+            || core.room_wanted
+            || !core.parked.is_empty()
+            || D::SELECTIVE && !self.device.wants_requests();
         if !core.stopping && !core.broken && !waits && !core.armed {
             debug_assert!(view.kicks, "the poll set has looked at its hints first");
             if core.want_kicks(view) {
@@ -336,16 +342,6 @@ impl<D: DeviceQueue> Core<D> {
         }
         control.abandoned.load(Ordering::Relaxed)
     }
-
-    #[cold]
-    fn release_device(&mut self, control: &Control, events: &Events<Event>) {
-        if self.ring.inflight == 0
-            && self.ring.pending_event.is_none()
-            && let Some(leftover) = self.device.release()
-        {
-            self.ring.send(Event::Released(control.id, Leftover(leftover)), events);
-        }
-    }
 }
 
 impl<D: DeviceQueue> RingCore<D> {
@@ -363,6 +359,7 @@ impl<D: DeviceQueue> RingCore<D> {
         };
         Self {
             generation: 0,
+            places: Places::default(),
             last_avail,
             used,
             published: used,
@@ -395,6 +392,7 @@ impl<D: DeviceQueue> RingCore<D> {
         let At { view, ring, .. } = at;
         iteration.note(Cause::Adopt);
         self.generation = view.generation;
+        self.places.begin();
         // Addresses in the previous memory may not be mapped any more.
         self.nearest = Nearest::default();
         self.expected.header = std::ptr::null();
@@ -485,7 +483,7 @@ impl<D: DeviceQueue> RingCore<D> {
     }
 
     /// Sends an event, or keeps it for the next poll iteration if the event queue is full.
-    fn send(&mut self, event: Event, events: &Events<Event>) {
+    pub(super) fn send(&mut self, event: Event, events: &Events<Event>) {
         if let Err(event) = events.push(event) {
             self.pending_event = Some(event);
         }

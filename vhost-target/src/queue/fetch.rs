@@ -316,6 +316,9 @@ impl<D: DeviceQueue> Core<D> {
     ) -> bool {
         let At { control, view, ring, .. } = at;
         let available = if self.ring.resubmissions.is_empty() {
+            if D::SELECTIVE && !self.device.wants_requests() {
+                return false;
+            }
             ring.pending(self.ring.last_avail)
         } else {
             Ok(1)
@@ -343,6 +346,7 @@ impl<D: DeviceQueue> Core<D> {
         #[expect(clippy::cast_possible_truncation, reason = "at most the 32 of a batch")]
         let by = if R::SPANS { self.ring.spans(&batch[..taken]) } else { taken as u16 };
         self.ring.last_avail = ring.advance(before, by);
+        self.ring.places.take(by);
         // The next visit collects the requests that did not fit again, in the same order.
         batch[taken..].iter().rev().for_each(|&index| self.ring.release(index));
         control.last_avail.store(self.ring.last_avail, Ordering::Relaxed);
@@ -434,6 +438,9 @@ impl<D: DeviceQueue> Core<D> {
         }
         let mut visit = Visit::new(&mut self.ring, at, iteration);
         for (n, &index) in batch.iter().enumerate() {
+            if D::SELECTIVE && !self.device.wants_requests() {
+                return n;
+            }
             if at.recorded && !visit.record_fetched(index) {
                 visit.core.break_queue(at.control, events);
                 return n;

@@ -2,17 +2,23 @@
 #![expect(unsafe_code, reason = "unpins views; an index that was checked")]
 
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use guest_memory::DirtyLog;
 use reactor::Iteration;
 use virtqueue::chain::Chain;
 
 use super::View;
-use super::core::{At, Core, RingCore, add};
+use super::core::{At, Core, RingCore};
 use super::fetch::Serve;
 use super::slot::Slot;
 use crate::device_queue::{Answer, DeviceQueue, Outcome, Progress, Request};
+
+/// Adds to a counter that only this thread writes.
+#[inline]
+fn add(counter: &AtomicU64, count: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+}
 
 /// The state of the engine while it starts or continues requests, one after the other.
 pub(super) struct Visit<'c, 'v, R, D: DeviceQueue> {
@@ -125,7 +131,7 @@ impl<'c, 'v, R: Serve, D: DeviceQueue> Visit<'c, 'v, R, D> {
     #[cold]
     fn refuse(&mut self, index: u16) {
         add(&self.at.control.errors, 1);
-        let answer = D::refuse(&self.core.slots[usize::from(index)].chain);
+        let answer = D::refuse(&mut self.core.slots[usize::from(index)].chain);
         let slot = NonNull::from(&self.core.slots[usize::from(index)]);
         // SAFETY: as in `slot_mut`.
         self.core.put(self.at, index, unsafe { slot.as_ref() }, answer);

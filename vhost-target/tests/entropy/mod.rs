@@ -88,7 +88,12 @@ impl Device for Entropy {
         self.source().map(Source::storage).unwrap_or_default()
     }
 
-    fn open_queue(self: Arc<Self>, _: usize, _: u16) -> Result<Box<dyn OpenedQueue>, OpenError> {
+    fn open_queue(
+        self: Arc<Self>,
+        _: u64,
+        _: usize,
+        _: u16,
+    ) -> Result<Box<dyn OpenedQueue>, OpenError> {
         let stream = self.source().map(Source::open).transpose()?;
         Ok(Box::new(Opened(EntropyQueue { stream, ended: vec![] })))
     }
@@ -150,7 +155,7 @@ impl DeviceQueue for EntropyQueue {
     type Request = ();
     type View = ();
 
-    fn refuse(_: &Chain) -> Answer {
+    fn refuse(_: &mut Chain) -> Answer {
         NOTHING
     }
     fn start<R: Request<Self>>(&mut self, _: &(), request: R, _: bool) -> Progress {

@@ -20,7 +20,9 @@ use vhost_target::device::Device;
 use vhost_target::protocol::request;
 use vhost_target::session::Phase;
 use vhost_target::transport::SharedConnection;
-use vhost_target::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Transport, Verdict};
+use vhost_target::{
+    ConnId, Connection, ControllerSpec, Core, Mode, Offer, Target, Transport, Verdict,
+};
 
 use crate::{PACKED, words};
 use guest_memory::testing::memfd;
@@ -101,7 +103,7 @@ impl Connection for Wire {
 struct NoSockets;
 
 impl Transport for NoSockets {
-    fn listen(&self, _path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
+    fn listen(&self, _path: &Path, _offer: Offer, _account: &Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _path: &Path) {}

@@ -15,7 +15,9 @@ use guest_memory::testing::memfd;
 use reactor::EventFd;
 use vhost_target::protocol::request;
 use vhost_target::session::Phase;
-use vhost_target::{ConnId, Connection, ControllerSpec, Core, Mode, Target, Transport, Verdict};
+use vhost_target::{
+    ConnId, Connection, ControllerSpec, Core, Mode, Offer, Target, Transport, Verdict,
+};
 
 use super::source::HeldSource;
 use crate::entropy::Entropy;
@@ -38,7 +40,7 @@ pub(crate) struct World {
 pub(crate) struct NoSockets;
 
 impl Transport for NoSockets {
-    fn listen(&self, _: &Path, _: u64, _: &Account) -> io::Result<()> {
+    fn listen(&self, _: &Path, _: Offer, _: &Account) -> io::Result<()> {
         Ok(())
     }
     fn unlisten(&self, _: &Path) {}

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use closer::Account;
-use vhost_target::{Connection, Transport};
+use vhost_target::{Connection, Offer, Transport};
 
 use super::disk::lock;
 
@@ -103,7 +103,7 @@ impl FakeTransport {
 }
 
 impl Transport for FakeTransport {
-    fn listen(&self, path: &Path, _features: u64, _account: &Account) -> io::Result<()> {
+    fn listen(&self, path: &Path, _offer: Offer, _account: &Account) -> io::Result<()> {
         let mut state = lock(&self.state);
         if state.fails {
             return Err(io::ErrorKind::AddrInUse.into());

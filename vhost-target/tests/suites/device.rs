@@ -16,6 +16,10 @@ pub(crate) trait TestDevice: Send + Sized + 'static {
     /// Its record of a request.
     type Record: fmt::Debug;
 
+    /// Whether a request that finds no room waits in the device, so that the queue fetches others
+    /// meanwhile. If not, it waits in the engine, and the queue fetches nothing.
+    const FETCHES_WITHOUT_ROOM: bool = false;
+
     /// Creates a device.
     fn create() -> Self;
 

@@ -8,8 +8,9 @@ use crate::Findings;
 use crate::cells::{Cell, DiskKind, Size, Workload};
 use crate::fio::Engine;
 use crate::idle::Mode;
-use crate::measure::{Measured, Sample};
+use crate::measure::{Controller, Measured, Sample};
 use crate::perf::Figures;
+use crate::scsi::{Scsi, Shown};
 
 /// The round trips, in ns, for which aims in round trips are defined. The nearest one applies.
 const TRIPS_NS: [f64; 2] = [125.0, 470.0];
@@ -56,6 +57,12 @@ fn aims(findings: &Findings) -> Vec<Aim> {
         aims.push(idle_cpu(findings, mode));
     }
     aims.push(idle_latency(findings));
+    for disk in [DiskKind::Null, DiskKind::Malloc] {
+        for depth in [1, 64] {
+            aims.push(scsi(findings, disk, depth, (Kind::Spdk, Controller::Scsi), 1.2));
+            aims.push(scsi(findings, disk, depth, (Kind::Ours, Controller::Blk), 0.8));
+        }
+    }
     aims
 }
 
@@ -81,6 +88,28 @@ fn yes(reached: bool) -> &'static str {
 fn find(findings: &Findings, disk: DiskKind, rw: Workload, depth: usize) -> Option<&Measured> {
     let wanted = Cell { disk, rw, bs: Size::K4, depth, queues: 1 };
     findings.cells.iter().find(|measured| measured.cell == wanted)
+}
+
+/// Compares this project's virtio-scsi, the first contender, with another one.
+fn scsi(
+    findings: &Findings,
+    disk: DiskKind,
+    depth: usize,
+    (kind, controller): (Kind, Controller),
+    least: f64,
+) -> Aim {
+    let Scsi { contenders, cells } = &findings.scsi;
+    let rw = Workload::Randread;
+    let wanted = Cell { disk, rw, bs: Size::K4, depth, queues: 1 };
+    let measured = cells.iter().find(|measured| measured.cell == wanted).and_then(|measured| {
+        contenders.first().filter(|first| first.kind == Kind::Ours)?;
+        let is_other = |shown: &Shown| (shown.kind, shown.controller) == (kind, controller);
+        let spread = measured.ratio(0, contenders.iter().position(is_other)?, iops)?;
+        Some((ratio(Some(spread)), yes(spread.median >= least)))
+    });
+    let figure = format!("{} disk, depth {depth}, virtio-scsi, IOPS", disk.name());
+    let other = if kind == Kind::Spdk { "SPDK's virtio-scsi" } else { "our virtio-blk" };
+    Aim { figure, aim: format!("≥ {least} × {other}"), measured }
 }
 
 /// The index of this project's vhost, the first server, and that of the server of `kind` that it is
@@ -400,11 +429,32 @@ mod tests {
     }
 
     #[test]
+    fn virtio_scsi_is_held_against_blk_and_spdk() {
+        let of_shown = |kind, controller| Shown { name: "s".into(), kind, controller };
+        let contenders = vec![
+            of_shown(Kind::Ours, Controller::Scsi),
+            of_shown(Kind::Spdk, Controller::Scsi),
+            of_shown(Kind::Ours, Controller::Blk),
+        ];
+        let aim = |p50s: &[f64], other, least| {
+            let cells = of_cell(&[], deep(DiskKind::Null), p50s, 1.0).cells;
+            let scsi = Scsi { contenders: contenders.clone(), cells };
+            let findings = Findings { scsi, ..Findings::default() };
+            reached(super::scsi(&findings, DiskKind::Null, 64, other, least))
+        };
+        let (spdk, blk) = ((Kind::Spdk, Controller::Scsi), (Kind::Ours, Controller::Blk));
+        assert_eq!(aim(&[10.0, 12.1, 8.1], spdk, 1.2), "yes");
+        assert_eq!(aim(&[10.0, 11.9, 8.1], spdk, 1.2), "no");
+        assert_eq!(aim(&[10.0, 12.1, 8.1], blk, 0.8), "yes");
+        assert_eq!(aim(&[10.0, 12.1, 7.9], blk, 0.8), "no");
+    }
+
+    #[test]
     fn what_was_not_measured_says_so() {
         assert!(table(&Findings::default(), false).is_empty());
         let table = table(&Findings::default(), true).to_string();
         let rows: Vec<&str> = table.lines().skip(2).collect();
-        assert_eq!(rows.len(), 28);
+        assert_eq!(rows.len(), 36);
         assert!(rows.iter().all(|row| row.contains("| not measured |")), "{table}");
     }
 }

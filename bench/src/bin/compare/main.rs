@@ -1,9 +1,9 @@
-//! `compare`: compares vhost-user-blk servers in alternation.
+//! `compare`: compares vhost-user-blk and vhost-user-scsi servers in alternation.
 //!
 //! In the order of the data flow: [`options`] selects the [`cells`] and the servers; [`backing`]
 //! creates the files and devices of their disks; [`measure`] runs [`perf`] on each server, one
-//! after the other, and [`fio`] without a server; [`idle`] and [`neighbours`] measure what cells do
-//! not show; [`report`] makes tables, [`aims`] compares the results with the aims, and [`plot`]
+//! after the other, and [`fio`] without a server; [`idle`], [`neighbours`] and [`scsi`] measure what
+//! cells do not show; [`report`] makes tables, [`aims`] compares the results with the aims, and [`plot`]
 //! draws charts.
 
 mod aims;
@@ -19,6 +19,7 @@ mod options;
 mod perf;
 mod plot;
 mod report;
+mod scsi;
 mod syscalls;
 
 use std::path::Path;
@@ -39,6 +40,7 @@ use crate::measure::{Fleet, Means, Measured};
 use crate::neighbours::Neighbours;
 use crate::options::{Case, Options};
 use crate::perf::Perf;
+use crate::scsi::Scsi;
 use crate::syscalls::Tracer;
 
 /// All results.
@@ -52,6 +54,7 @@ struct Findings {
     cells: Vec<Measured>,
     neighbours: Vec<Neighbours>,
     modes: Vec<Modes>,
+    scsi: Scsi,
     failures: Failures,
 }
 
@@ -122,6 +125,10 @@ fn find(findings: &mut Findings, options: &Options, interrupt: &Interrupt) -> Re
     if !cells.is_empty() {
         measure_cells(findings, options, &perf, &cells, &backing, interrupt)?;
     }
+    if options.wants(Case::Scsi) {
+        let means = means(options, &perf, &backing);
+        scsi::measure(findings, options, &means, &options.scsi_cells()?, interrupt)?;
+    }
     if options.wants(Case::IdleNeighbours) {
         neighbours::measure(findings, options, &perf, interrupt)?;
     }
@@ -130,6 +137,13 @@ fn find(findings: &mut Findings, options: &Options, interrupt: &Interrupt) -> Re
         idle::measure(findings, options, &perf, &disks, interrupt)?;
     }
     Ok(())
+}
+
+/// The tools and parameters of a measurement without costs.
+fn means<'a>(options: &Options, perf: &'a Perf, backing: &'a Backing) -> Means<'a> {
+    let (runs, server_core) = (options.runs(), options.server_core);
+    let (counters, tracer, fio) = (None, None, None);
+    Means { perf, counters, tracer, fio, backing, runs, server_core }
 }
 
 fn measure_cells(
@@ -149,9 +163,7 @@ fn measure_cells(
     }
     let mut fleet = Fleet::start(&findings.servers, options.server_core, &disks)?;
     let dir = tempfile::tempdir().context("cannot create a directory")?;
-    let (runs, server_core) = (options.runs(), options.server_core);
-    let (counters, tracer, fio) = (None, None, None);
-    let mut means = Means { perf, counters, tracer, fio, backing, runs, server_core };
+    let mut means = means(options, perf, backing);
     if disks.iter().any(|disk| disk.path().is_some()) {
         add_costs(&mut means, findings, options, &fleet, dir.path());
     }
@@ -167,7 +179,8 @@ fn measure_cells(
     for (done, &cell) in cells.iter().enumerate() {
         progress(&format!("{}/{}: {cell}", done + 1, cells.len()));
         let failures = &mut findings.failures;
-        let measured = measure::measure(&mut fleet, &means, cell, failures, interrupt)?;
+        let contenders = measure::contenders(&fleet, &means, cell);
+        let measured = measure::measure(&mut fleet, &means, cell, contenders, failures, interrupt)?;
         findings.cells.push(measured);
     }
     progress("");

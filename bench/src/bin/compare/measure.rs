@@ -9,7 +9,7 @@ use bench::servers::{Disk, Interrupt, Kind, MEMORY_DISK_BYTES, Server, Spec};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 
 use crate::backing::Backing;
-use crate::cells::Cell;
+use crate::cells::{Cell, DiskKind};
 use crate::counters::Counters;
 use crate::failures::Failures;
 use crate::fio::{Engine, Fio};
@@ -167,8 +167,8 @@ pub(crate) struct Means<'a> {
     pub(crate) server_core: usize,
 }
 
-/// Measures `cell` on each server, then with each of fio's engines, in `means.runs` alternations. A
-/// contender that fails is omitted from later runs.
+/// Measures `cell` with each of the contenders, in `means.runs` alternations. A contender that fails
+/// is omitted from later runs.
 ///
 /// # Errors
 /// The round trip cannot be measured, or the run was interrupted.
@@ -176,10 +176,10 @@ pub(crate) fn measure(
     fleet: &mut Fleet,
     means: &Means<'_>,
     cell: Cell,
+    mut contenders: Vec<Contender<'_>>,
     failures: &mut Failures,
     interrupt: &Interrupt,
 ) -> Result<Measured> {
-    let mut contenders = contenders(fleet, means, cell);
     let mut alternations = Vec::with_capacity(means.runs);
     for run in 0..means.runs {
         let round_trip_ns = means.perf.round_trip_ns(means.server_core)?;
@@ -191,7 +191,9 @@ pub(crate) fn measure(
             interrupt.check()?;
             let sample = match contender.who {
                 _ if contender.out => continue,
-                Who::Server(index) => fleet.with(index, |server| sample(server, means, &cell)),
+                Who::Server(index, controller) => {
+                    fleet.with(index, |server| sample(server, means, &cell, controller))
+                }
                 Who::Fio(fio, engine, path) => fio.run(engine, &cell, path),
             };
             let who = (contender.name.as_str(), contender.ours);
@@ -206,14 +208,10 @@ pub(crate) fn measure(
             interrupt.check()?;
             let counted = match contender.who {
                 _ if contender.out => continue,
-                Who::Server(index) => fleet.with(index, |server| {
+                Who::Server(index, controller) => fleet.with(index, |server| {
                     let threads = (server.process.pid(), &server.workers[..]);
-                    tracer.calls_per_io(
-                        threads,
-                        means.perf,
-                        &server.socket(cell.disk.name()),
-                        &cell,
-                    )
+                    let socket = server.socket(&controller.of(cell.disk));
+                    tracer.calls_per_io(threads, means.perf, &socket, &cell)
                 }),
                 Who::Fio(fio, engine, path) => fio.calls_per_io(engine, &cell, path, tracer),
             };
@@ -224,26 +222,63 @@ pub(crate) fn measure(
     Ok(Measured { cell, alternations, syscalls })
 }
 
-/// A contender.
+/// The kind of a server's controllers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Controller {
+    Blk,
+    Scsi,
+}
+
+impl Controller {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Blk => "blk",
+            Self::Scsi => "scsi",
+        }
+    }
+
+    /// The name of the controller that shows a disk, and of its socket.
+    pub(crate) fn of(self, disk: DiskKind) -> String {
+        match self {
+            Self::Blk => disk.name().into(),
+            Self::Scsi => format!("{}.scsi", disk.name()),
+        }
+    }
+
+    /// What `vhost-perf` is told of it.
+    fn args(self) -> &'static [&'static str] {
+        match self {
+            Self::Blk => &[],
+            Self::Scsi => &["--device", "scsi"],
+        }
+    }
+}
+
+/// What a contender is.
 #[derive(Clone, Copy)]
-enum Who<'a> {
-    /// The server with this index in the fleet.
-    Server(usize),
+pub(crate) enum Who<'a> {
+    /// The controllers of one kind of the server with this index in the fleet.
+    Server(usize, Controller),
     Fio(&'a Fio, Engine, &'a Path),
 }
 
-struct Contender<'a> {
-    who: Who<'a>,
-    name: String,
-    ours: bool,
+/// A contender.
+pub(crate) struct Contender<'a> {
+    pub(crate) who: Who<'a>,
+    pub(crate) name: String,
+    pub(crate) ours: bool,
     /// It has failed.
-    out: bool,
+    pub(crate) out: bool,
 }
 
-/// The contenders that have a disk of the cell's kind.
-fn contenders<'a>(fleet: &Fleet, means: &'a Means<'_>, cell: Cell) -> Vec<Contender<'a>> {
+/// The contenders that have a disk of the cell's kind: servers, and then fio's engines.
+pub(crate) fn contenders<'a>(
+    fleet: &Fleet,
+    means: &'a Means<'_>,
+    cell: Cell,
+) -> Vec<Contender<'a>> {
     let server = |(index, server): (usize, &Server)| Contender {
-        who: Who::Server(index),
+        who: Who::Server(index, Controller::Blk),
         name: server.spec.name.clone(),
         ours: server.spec.kind == Kind::Ours,
         out: false,
@@ -260,8 +295,14 @@ fn contenders<'a>(fleet: &Fleet, means: &'a Means<'_>, cell: Cell) -> Vec<Conten
     contenders
 }
 
-fn sample(server: &Server, means: &Means<'_>, cell: &Cell) -> Result<Sample> {
-    let socket = server.socket(cell.disk.name());
+fn sample(
+    server: &Server,
+    means: &Means<'_>,
+    cell: &Cell,
+    controller: Controller,
+) -> Result<Sample> {
+    let socket = server.socket(&controller.of(cell.disk));
+    let args = controller.args();
     // The times are read before and after the run, not during it.
     let (start, before) = (Instant::now(), server.times()?);
     let (figures, costs) = if cell.disk.is_stored() {
@@ -269,12 +310,12 @@ fn sample(server: &Server, means: &Means<'_>, cell: &Cell) -> Result<Sample> {
         let perf = Perf { ramp_s: 0.0, ..means.perf.clone() };
         let counters = means.counters.as_ref().map(|counters| (counters, &server.workers[..]));
         let (busy, others) = (server.busy()?, server.cpu_of_others()?);
-        let (figures, counts) = perf.run(&socket, cell, &[], counters)?;
+        let (figures, counts) = perf.run(&socket, cell, args, counters)?;
         let others = server.cpu_of_others()?.saturating_sub(others);
         let busy = busy.zip(server.busy()?).map(|(before, after)| after.saturating_sub(before));
         (figures, Some((busy, others, counts)))
     } else {
-        (means.perf.run(&socket, cell, &[], None)?.0, None)
+        (means.perf.run(&socket, cell, args, None)?.0, None)
     };
     let times = server.times()? - before;
     let kept_waiting = times.waiting.as_secs_f64() / start.elapsed().as_secs_f64();

@@ -10,8 +10,8 @@ use clap::{Parser, ValueEnum};
 use crate::cells::{Cell, DiskKind, Size, Workload};
 use crate::fio::Fio;
 
-/// Compare vhost-user-blk servers in alternation: vhost, qemu-storage-daemon and SPDK's vhost, and,
-/// with --fio, the kernel without a server.
+/// Compare vhost-user-blk and vhost-user-scsi servers in alternation: vhost, qemu-storage-daemon and
+/// SPDK's vhost, and, with --fio, the kernel without a server.
 ///
 /// One server runs at a time; the others are stopped (SIGSTOP). A ratio is that of two runs of one
 /// alternation; the median, minimum and maximum of the ratios are printed. The report is printed to
@@ -117,6 +117,9 @@ pub(crate) struct Options {
 pub(crate) enum Case {
     /// Throughput and latency of each cell; on files and devices also CPU time and system calls
     Cells,
+    /// Throughput and latency of virtio-scsi controllers of vhost and SPDK, and of vhost's virtio-blk
+    /// controllers, on disks in memory
+    Scsi,
     /// One busy controller with many connected idle ones, and alone
     IdleNeighbours,
     /// CPU share of an idle reactor in poll mode, interrupt mode and adaptive mode
@@ -168,12 +171,18 @@ impl Options {
         } else {
             Cell::subset()
         };
-        let max = bench::servers::QUEUES_MAX;
-        for cell in &cells {
-            ensure!(cell.depth > 0, "--depths must be at least 1");
-            ensure!((1..=max).contains(&cell.queues), "--queues must be between 1 and {max}");
-        }
-        Ok(cells)
+        checked(cells)
+    }
+
+    /// The cells of the case scsi: disks in memory.
+    ///
+    /// # Errors
+    /// A depth or a number of queues is out of range.
+    pub(crate) fn scsi_cells(&self) -> Result<Vec<Cell>> {
+        let disks = [DiskKind::Null, DiskKind::Malloc];
+        let mut cells = self.product(&disks, &[1, 64], &[Size::K4], &[Workload::Randread], &[1]);
+        cells.retain(|cell| !cell.disk.is_stored());
+        checked(cells)
     }
 
     fn product(
@@ -269,6 +278,16 @@ fn selected<'a, T>(given: &'a [T], default: &'a [T]) -> &'a [T] {
     if given.is_empty() { default } else { given }
 }
 
+/// Returns `cells`, if servers can serve them.
+fn checked(cells: Vec<Cell>) -> Result<Vec<Cell>> {
+    let max = bench::servers::QUEUES_MAX;
+    for cell in &cells {
+        ensure!(cell.depth > 0, "--depths must be at least 1");
+        ensure!((1..=max).contains(&cell.queues), "--queues must be between 1 and {max}");
+    }
+    Ok(cells)
+}
+
 /// Whether `program` exists. A name without a directory is looked up in PATH.
 fn is_program(program: &std::path::Path) -> bool {
     if program.components().count() > 1 {
@@ -302,6 +321,21 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert_eq!(super::tests::names(&all), expected);
+    }
+
+    #[test]
+    fn the_cells_of_scsi_are_disks_in_memory() {
+        let names = |args: &[&str]| -> Vec<String> {
+            options(args).scsi_cells().unwrap().iter().map(Cell::to_string).collect()
+        };
+        let expected = [
+            "null randread 4k d1 q1",
+            "null randread 4k d64 q1",
+            "malloc randread 4k d1 q1",
+            "malloc randread 4k d64 q1",
+        ];
+        assert_eq!(names(&["--case", "scsi"]), expected);
+        assert_eq!(names(&["--disks", "aio,null", "--depths", "64"]), expected[1..2]);
     }
 
     #[test]

@@ -10,9 +10,11 @@ use serde_json::{Value, json};
 
 use crate::Findings;
 use crate::aims;
+use crate::cells::Cell;
 use crate::idle::Modes;
 use crate::measure::{Measured, Sample};
 use crate::options::Options;
+use crate::scsi::Scsi;
 
 /// Limit, in percent, on the time in which other processes keep servers from running.
 const QUIET_MAX: f64 = 1.0;
@@ -33,12 +35,16 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
     if !findings.notes.is_empty() {
         writeln!(text)?;
     }
+    let all = || findings.cells.iter().chain(&findings.scsi.cells);
+    if all().next().is_some() {
+        writeln!(text, "{}\n", conditions(all()))?;
+    }
     if !findings.cells.is_empty() {
-        writeln!(text, "{}\n", conditions(&findings.cells))?;
         writeln!(text, "{}", cells(findings))?;
     }
     for (title, table) in [
         ("Cost of an I/O on a file or device", costs(findings)),
+        ("virtio-scsi", scsi(findings)),
         ("With idle controllers", neighbours(findings)),
         ("Idle", idle(findings)),
         ("Failures", findings.failures.table()),
@@ -55,8 +61,8 @@ pub(crate) fn markdown(findings: &Findings, options: &Options) -> Result<String>
 }
 
 /// How much other processes disturbed the measurement.
-fn conditions(cells: &[Measured]) -> String {
-    let alternations = || cells.iter().flat_map(|measured| &measured.alternations);
+fn conditions<'m>(cells: impl Iterator<Item = &'m Measured> + Clone) -> String {
+    let alternations = || cells.clone().flat_map(|measured| &measured.alternations);
     let trips = Spread::of(alternations().map(|a| a.round_trip_ns));
     let waits = alternations().flat_map(|a| a.samples.iter().flatten());
     let waits = waits.map(|sample| 100.0 * sample.kept_waiting);
@@ -74,9 +80,27 @@ fn conditions(cells: &[Measured]) -> String {
     )
 }
 
-/// A row for each contender of each cell. The last columns compare the first server with it.
+/// A row for each contender of each cell.
 fn cells(findings: &Findings) -> Table {
-    let contenders = findings.contenders();
+    let servers = findings.servers.len();
+    figures(&findings.contenders(), &findings.cells, |index, cell| {
+        index < servers || cell.disk.is_stored()
+    })
+}
+
+fn scsi(findings: &Findings) -> Table {
+    let Scsi { contenders, cells } = &findings.scsi;
+    let contenders: Vec<_> = contenders.iter().map(|shown| shown.name.as_str()).collect();
+    figures(&contenders, cells, |_, _| true)
+}
+
+/// A row for each contender of each cell that it is measured in. The last columns compare the first
+/// contender with it.
+fn figures(
+    contenders: &[&str],
+    cells: &[Measured],
+    is_measured: impl Fn(usize, &Cell) -> bool,
+) -> Table {
     let Some(first) = contenders.first() else { return Table::new(&["cell"]) };
     let [p50_ratio, iops_ratio] = ["p50", "IOPS"].map(|figure| format!("{figure}: {first} ÷ it"));
     let mut table = Table::new(&[
@@ -89,9 +113,9 @@ fn cells(findings: &Findings) -> Table {
         &p50_ratio,
         &iops_ratio,
     ]);
-    for measured in &findings.cells {
+    for measured in cells {
         for (index, name) in contenders.iter().enumerate() {
-            if index >= findings.servers.len() && !measured.cell.disk.is_stored() {
+            if !is_measured(index, &measured.cell) {
                 continue;
             }
             let median = |spread: Option<Spread>, show: fn(f64) -> String| {
@@ -233,6 +257,7 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
             "iops_beside_alone": found.iops, "p50_ns_beside_alone": found.p50_ns,
         })
     });
+    let scsi = findings.scsi.contenders.iter().map(|shown| shown.name.as_str());
     let servers = findings
         .servers
         .iter()
@@ -247,6 +272,8 @@ pub(crate) fn json(findings: &Findings, options: &Options) -> Value {
         "servers": servers.collect::<Vec<_>>(),
         "contenders": findings.contenders(),
         "cells": findings.cells.iter().map(cell_json).collect::<Vec<_>>(),
+        "scsi_contenders": scsi.collect::<Vec<_>>(),
+        "scsi": findings.scsi.cells.iter().map(cell_json).collect::<Vec<_>>(),
         "idle_neighbours": neighbours.collect::<Vec<_>>(),
         "idle": findings.modes.iter().map(modes_json).collect::<Vec<_>>(),
         "failed": findings.failures.json(),
@@ -299,7 +326,6 @@ fn modes_json(modes: &Modes) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cells::Cell;
     use crate::measure::Alternation;
     use crate::perf::Figures;
 
@@ -312,8 +338,8 @@ mod tests {
             let alternations = vec![Alternation { round_trip_ns: 125.0, samples }];
             Measured { cell: Cell::subset()[0], alternations, syscalls: vec![] }
         };
-        let quiet = conditions(&[cell(0.002)]);
+        let quiet = conditions([&cell(0.002)].into_iter());
         assert!(quiet.starts_with("Round trip: 125 ns") && quiet.ends_with("% of the time."));
-        assert!(conditions(&[cell(0.3)]).contains("The machine was busy"));
+        assert!(conditions([&cell(0.3)].into_iter()).contains("The machine was busy"));
     }
 }

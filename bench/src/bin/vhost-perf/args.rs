@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bench::Idle;
-use bench::perf::{Order, Plan};
+use bench::perf::{Device, Order, Plan};
 use clap::{Parser, Subcommand, ValueEnum};
 use front_end::{Backing, RingLayout};
 
@@ -21,8 +21,10 @@ const QUEUES_MAX: i64 = 256;
 #[command(
     name = "vhost-perf",
     version,
-    about = "Generate load on a vhost-user-blk socket and measure it, with fio's options",
-    long_about = "Generate load on a vhost-user-blk socket and measure it, with fio's options.\n\n\
+    about = "Generate load on a vhost-user-blk or vhost-user-scsi socket and measure it, with fio's \
+        options",
+    long_about = "Generate load on a vhost-user-blk or vhost-user-scsi socket and measure it, with \
+        fio's options.\n\n\
         vhost-perf takes the place of a virtual machine: it allocates guest memory and rings, and \
         submits requests as a guest's driver does. Latency is the time from just before a request \
         (with a deeper queue, its batch) is made available until its completion is seen.\n\n\
@@ -40,6 +42,13 @@ pub(crate) struct Args {
     /// The server's socket, as an option
     #[arg(long, visible_alias = "socket", conflicts_with = "socket", value_name = "SOCKET")]
     filename: Option<PathBuf>,
+
+    /// Kind of the controller
+    #[arg(long, value_enum, default_value = "blk")]
+    device: DeviceKind,
+    /// With --device scsi: the target, whose logical unit 0 is used [default: 0]
+    #[arg(long, value_name = "N", requires = "device")]
+    scsi_target: Option<u8>,
 
     /// Kind and order of the requests
     #[arg(long, value_enum, default_value = "randread", visible_alias = "readwrite")]
@@ -158,6 +167,14 @@ impl FloorArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DeviceKind {
+    /// virtio-blk
+    Blk,
+    /// virtio-scsi: READ(16) and WRITE(16)
+    Scsi,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rw {
     Randread,
     Randwrite,
@@ -197,7 +214,12 @@ impl Args {
             Memory::Memfd => Backing::Pages,
             Memory::Hugetlb => Backing::Hugepages,
         };
+        let device = match self.device {
+            DeviceKind::Blk => Device::Blk,
+            DeviceKind::Scsi => Device::Scsi { target: self.scsi_target.unwrap_or(0) },
+        };
         Plan {
+            device,
             order,
             reads,
             block_bytes: self.bs,

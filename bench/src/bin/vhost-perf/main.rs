@@ -1,4 +1,4 @@
-//! `vhost-perf`: a load generator for vhost-user-blk sockets.
+//! `vhost-perf`: a load generator for vhost-user-blk and vhost-user-scsi sockets.
 
 mod args;
 mod plot;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use bench::Idle;
-use bench::perf::{Latencies, Order, Outcome, Plan};
+use bench::perf::{Device, Latencies, Order, Outcome, Plan};
 use front_end::{Backing, RingLayout};
 use serde_json::{Value, json};
 
@@ -50,8 +50,14 @@ fn latencies_json(latencies: &Latencies) -> Value {
 }
 
 fn options(plan: &Plan, outcome: &Outcome) -> Value {
+    let (device, scsi_target) = match plan.device {
+        Device::Blk => ("blk", None),
+        Device::Scsi { target } => ("scsi", Some(target)),
+    };
     json!({
         "socket": plan.socket.display().to_string(),
+        "device": device,
+        "scsi_target": scsi_target,
         "rw": rw(plan),
         "rwmixread": plan.reads,
         "bs": plan.block_bytes,
@@ -119,6 +125,9 @@ pub(crate) fn title(plan: &Plan) -> String {
     let queues =
         if plan.queues == 1 { "1 queue".into() } else { format!("{} queues", plan.queues) };
     write!(title, ", {bytes}, depth {}, {queues}", plan.depth).expect("a String takes all");
+    if let Device::Scsi { target } = plan.device {
+        write!(title, ", scsi target {target}").expect("a String takes all");
+    }
     let details = [
         (plan.rings == RingLayout::Packed, "packed"),
         (plan.indirect, "indirect"),
@@ -210,9 +219,11 @@ mod tests {
         assert_eq!(title(&plan), "randread, 4 KiB, depth 1, 1 queue");
         (plan.reads, plan.block_bytes, plan.queues) = (70, 512, 4);
         (plan.indirect, plan.rings, plan.rate) = (true, RingLayout::Packed, Some(5e4));
+        plan.device = Device::Scsi { target: 3 };
         assert_eq!(
             title(&plan),
-            "randrw (70 % reads), 512 B, depth 1, 4 queues, packed, indirect, 50.0k IOPS a queue"
+            "randrw (70 % reads), 512 B, depth 1, 4 queues, scsi target 3, packed, indirect, 50.0k \
+             IOPS a queue"
         );
     }
 }

@@ -50,7 +50,6 @@ const GETTERS: &[Getter] = &[
     }),
     getter("bdev_nvme_get_controller_health_info", |_| Err(RpcError::internal("Device not found"))),
     getter("bdev_virtio_scsi_get_devices", |_| no_objects()),
-    getter("scsi_get_devices", |_| no_objects()),
     getter("framework_get_pci_devices", |_| no_objects()),
     getter("bdev_lvol_get_lvstores", |given| {
         match ["uuid", "lvs_name"].map(|name| text(given, name)) {

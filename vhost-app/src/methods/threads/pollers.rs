@@ -10,10 +10,10 @@ use reactor::ticks_per_second;
 use rpc::{DecodeFailure, Params};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use vhost_blk::Blk;
 
 use super::super::{Answer, App};
 use super::{APP_THREAD_ID, THREAD_VALUES, controller_ids, queues, reactor_id};
+use crate::devices;
 
 /// The period at which SPDK polls its RPC sockets.
 const RPC_PERIOD_MS: u64 = 4;
@@ -72,13 +72,13 @@ pub(super) async fn get_io_channels(app: Rc<App>, params: Params) -> Answer {
     let mut threads = vec![json!({ "name": "app_thread", "io_channels": [] })];
     let mut pace = params.pace();
     for controller in app.control.target().controllers() {
-        let count = queues(&controller).count();
-        let bdev = Blk::of(&controller.device).and_then(Blk::bdev).filter(|_| count > 0);
-        // Each queue has a channel of its own.
-        let channels = bdev.map(|bdev| json!({ "name": format!("bdev_{bdev}"), "ref": count }));
-        let channels: Vec<Value> = channels.into_iter().collect();
+        // Each queue has channels of its own.
+        let channels = devices::channels(&controller.device, queues(&controller)).into_iter();
+        let channels: Vec<Value> = channels
+            .map(|(bdev, count)| json!({ "name": format!("bdev_{bdev}"), "ref": count }))
+            .collect();
+        pace.spend(THREAD_VALUES + channels.len()).await;
         threads.push(json!({ "name": controller.name, "io_channels": channels }));
-        pace.spend(THREAD_VALUES).await;
     }
     Ok(json!({ "tick_rate": ticks_per_second(), "threads": threads }))
 }

@@ -12,12 +12,12 @@ struct Tally {
 
 /// Reads and writes that the shortcut has done in one visit. They are counted at its end.
 #[derive(Debug, Default)]
-pub(crate) struct Tallies([Tally; 2]);
+pub struct Tallies([Tally; 2]);
 
 impl Tallies {
     /// Counts a read, or a write.
     #[inline(always)]
-    pub(crate) fn add(&mut self, write: bool, bytes: u64) {
+    pub fn add(&mut self, write: bool, bytes: u64) {
         let tally = &mut self.0[usize::from(write)];
         tally.count += 1;
         tally.bytes += bytes;
@@ -26,7 +26,7 @@ impl Tallies {
     /// Adds the tallies to `counters` and resets them. `ticks`, the time of the visit, is divided
     /// between reads and writes by their number.
     #[inline(always)]
-    pub(crate) fn record(&mut self, counters: &Counters, ticks: u64) {
+    pub fn record(&mut self, counters: &Counters, ticks: u64) {
         let [reads, writes] = std::mem::take(&mut self.0);
         let of_writes = match (reads.count, writes.count) {
             (_, 0) => 0,

@@ -1,0 +1,129 @@
+//! The event queue.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::frame::{Frame, Frames, front};
+use crate::descriptor::Buffer;
+use crate::error::{Error, Result};
+use crate::guest::GuestRam;
+use crate::queue::AnyQueue;
+use crate::request::{Completion, QueueOptions, Tag};
+use crate::ring::Ring;
+
+/// Bytes of an event.
+const EVENT_BYTES: u32 = 16;
+
+/// Kinds of events, as [`Event::event`] names them, and the reasons of some.
+pub mod kind {
+    /// Nothing has happened; see [`MISSED`].
+    pub const NO_EVENT: u32 = 0;
+    /// A target has come or gone: see [`RESCAN`] and [`REMOVED`].
+    pub const TRANSPORT_RESET: u32 = 1;
+    /// A disk has changed. The reason has the additional sense code and its qualifier.
+    pub const PARAM_CHANGE: u32 = 3;
+    /// Events were lost. Added to a kind.
+    pub const MISSED: u32 = 1 << 31;
+    /// Reason: a target has come.
+    pub const RESCAN: u32 = 1;
+    /// Reason: a target has gone.
+    pub const REMOVED: u32 = 2;
+}
+
+/// An event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// One of [`kind`].
+    pub event: u32,
+    /// The address of the logical unit.
+    pub lun: [u8; 8],
+    /// The reason.
+    pub reason: u32,
+    /// The number of bytes that the device reports as written.
+    pub used_len: u32,
+}
+
+/// Drives the event queue.
+#[derive(Debug)]
+pub struct EventQueue {
+    queue: AnyQueue,
+    frames: Frames,
+    sent: HashMap<Tag, Frame>,
+}
+
+impl EventQueue {
+    /// As [`super::CommandQueue::new`].
+    ///
+    /// # Errors
+    /// As [`super::CommandQueue::new`].
+    pub fn new(
+        ram: &Arc<GuestRam>,
+        options: QueueOptions,
+        (event_idx, packed): (bool, bool),
+    ) -> Result<Self> {
+        let queue = AnyQueue::new(ram, super::EVENT_QUEUE, options, event_idx, packed)?;
+        let frames = Frames::new(ram, options.size, 1, EVENT_BYTES)?;
+        Ok(Self { queue, frames, sent: HashMap::new() })
+    }
+
+    /// Returns the ring, for a front end to start.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
+        self.queue.ring()
+    }
+
+    /// As [`AnyQueue::base`].
+    #[must_use]
+    pub fn base(&self) -> u16 {
+        self.queue.base()
+    }
+
+    /// Posts a buffer for an event, and kicks the device if it wants a kick.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::submit`] and [`crate::Queue::kick`].
+    pub fn post(&mut self) -> Result<Tag> {
+        self.post_bytes(EVENT_BYTES)
+    }
+
+    /// The same, with a buffer of `len` bytes, at most 16.
+    ///
+    /// # Errors
+    /// As [`EventQueue::post`].
+    pub fn post_bytes(&mut self, len: u32) -> Result<Tag> {
+        let frame = self.frames.take(&[], EVENT_BYTES)?;
+        let tag = self.queue.submit_chain(&[Buffer::writable(front(frame.writable, len))])?;
+        self.sent.insert(tag, frame);
+        self.queue.kick()?;
+        Ok(tag)
+    }
+
+    /// Takes the next event.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::poll`].
+    pub fn poll(&mut self) -> Result<Option<Event>> {
+        let completion = self.queue.poll()?;
+        completion.map(|completion| self.finish(completion)).transpose()
+    }
+
+    /// Waits for the next event.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::wait`].
+    pub fn wait(&mut self) -> Result<Event> {
+        let completion = self.queue.wait()?;
+        self.finish(completion)
+    }
+
+    fn finish(&mut self, completion: Completion) -> Result<Event> {
+        let Completion { tag, used_len, .. } = completion;
+        let frame = self.sent.remove(&tag).ok_or(Error::NotHeld { id: tag.0.into() })?;
+        let mut bytes = [0; EVENT_BYTES as usize];
+        self.frames.ram().read(frame.writable.gpa, &mut bytes)?;
+        self.frames.give_back(frame);
+        let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
+        let lun = std::array::from_fn(|n| bytes[4 + n]);
+        Ok(Event { event: word(0), lun, reason: word(12), used_len })
+    }
+}

@@ -1,0 +1,194 @@
+//! Answers requests.
+
+use scsi::{Format, Outcome, Sense, Status};
+use vhost_target::device_queue::{Answer, Progress, Request};
+
+use virtqueue::chain::Chain;
+
+use super::RequestQueue;
+use super::task::{Stage, Task};
+use crate::parts::Parts;
+use crate::wire::{RESPONSE_BYTES, RESPONSE_HEAD_BYTES, Response};
+
+/// Bytes of a response, for the used ring.
+#[expect(clippy::cast_possible_truncation, reason = "108 bytes")]
+const WRITTEN: u32 = RESPONSE_BYTES as u32;
+
+/// The end of a request.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    response: Response,
+    status: Status,
+    sense: Option<(Sense, Format)>,
+    residual: u32,
+    /// Bytes of data-in that were written.
+    data_in: u64,
+}
+
+impl Ending {
+    fn of(response: Response, residual: u64) -> Self {
+        let residual = u32::try_from(residual).unwrap_or(u32::MAX);
+        Self { response, status: Status::Good, sense: None, residual, data_in: 0 }
+    }
+}
+
+/// Writes the response and returns the chain.
+#[inline]
+fn end<R: Request<RequestQueue>>(mut request: R, ending: &Ending) -> Progress {
+    let mut bytes = [0; RESPONSE_BYTES];
+    let mut sense_len = 0;
+    if let Some((sense, format)) = ending.sense {
+        sense_len = sense.encode(format, &mut bytes[RESPONSE_HEAD_BYTES..]);
+    }
+    let sense_len = u32::try_from(sense_len).unwrap_or(0);
+    bytes[..4].copy_from_slice(&sense_len.to_le_bytes());
+    bytes[4..8].copy_from_slice(&ending.residual.to_le_bytes());
+    bytes[10] = ending.status as u8;
+    bytes[11] = ending.response as u8;
+    if ending.response != Response::Ok || ending.status != Status::Good {
+        request.count_error();
+    }
+    let (task, chain) = request.parts();
+    let parts = task.parts;
+    parts.respond(chain, &bytes);
+    let written = RESPONSE_BYTES as u64 + ending.data_in;
+    // The length in the used ring has 32 bits; a chain's writable part may be longer.
+    let in_ring = u32::try_from(written).unwrap_or(u32::MAX);
+    request.finish(Answer { last_byte: None, written: in_ring, dirty: written })
+}
+
+/// Writes the response to a request of a controller that was deleted.
+#[cold]
+pub(super) fn refuse(chain: &mut Chain, parts: Parts) -> Answer {
+    let mut bytes = [0; RESPONSE_BYTES];
+    bytes[11] = Response::BadTarget as u8;
+    parts.respond(chain, &bytes);
+    Answer { last_byte: None, written: WRITTEN, dirty: WRITTEN.into() }
+}
+
+/// Takes note that a command does not use its disk any more.
+#[inline]
+pub(super) fn release(queue: &mut RequestQueue, slot: u16, task: &mut Task) {
+    let job = if let Stage::Job(n) = task.stage { Some(n) } else { None };
+    task.stage = Stage::Start;
+    queue.watch.ended(slot);
+    let begun = task.begun.take();
+    let mut left = false;
+    if let Some(disk) = queue.disk_of(task) {
+        if let Some(begun) = begun {
+            disk.end_write(begun);
+        }
+        disk.commands -= 1;
+        left = disk.leaves && disk.commands == 0;
+    }
+    if left {
+        queue.watch.leaves = true;
+    }
+    if let Some(n) = job {
+        queue.release_job(n, task);
+    }
+}
+
+/// Answers a command without a status.
+#[cold]
+pub(super) fn respond<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+    response: Response,
+) -> Progress {
+    let slot = request.slot();
+    release(queue, slot, request.parts().0);
+    respond_unstarted(request, response)
+}
+
+/// The same for a command that has not been counted.
+#[cold]
+pub(super) fn respond_unstarted<R: Request<RequestQueue>>(
+    mut request: R,
+    response: Response,
+) -> Progress {
+    let buffers = request.parts().0.buffers;
+    end(request, &Ending::of(response, buffers.data_in.max(buffers.data_out)))
+}
+
+/// Answers a command that fails before its I/O.
+#[cold]
+pub(super) fn fail<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+    sense: Sense,
+    format: Format,
+) -> Progress {
+    let slot = request.slot();
+    let (task, _) = request.parts();
+    let buffers = task.buffers;
+    release(queue, slot, task);
+    let residual = buffers.data_in.max(buffers.data_out);
+    let ending = Ending::of(Response::Ok, residual);
+    end(request, &Ending { status: Status::CheckCondition, sense: Some((sense, format)), ..ending })
+}
+
+/// Answers a command whose plan has been done, or has failed.
+#[inline]
+pub(super) fn finish<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+    outcome: Outcome,
+) -> Progress {
+    let slot = request.slot();
+    let (task, _) = request.parts();
+    let reads = matches!(task.plan, Some(plan) if plan.op == scsi::Op::Read);
+    let format = queue.disk_of(task).map_or(Format::Fixed, |disk| disk.gate.format());
+    release(queue, slot, task);
+    let transferred = outcome.transferred;
+    let good = outcome.status == Status::Good;
+    let response = if transferred.overrun && good { Response::Overrun } else { Response::Ok };
+    let ending = Ending {
+        response,
+        status: outcome.status,
+        sense: outcome.sense.map(|sense| (sense, format)),
+        residual: transferred.residual,
+        data_in: if reads { transferred.bytes } else { 0 },
+    };
+    end(request, &ending)
+}
+
+/// Answers a command that was executed before it waited for others.
+#[cold]
+pub(super) fn drained<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+) -> Progress {
+    let slot = request.slot();
+    let (task, _) = request.parts();
+    let residual = task.residual;
+    release(queue, slot, task);
+    end(request, &Ending::of(Response::Ok, residual.into()))
+}
+
+/// Answers a command with what the logical unit has replied. `counted`: it is a command of a disk.
+#[cold]
+pub(super) fn reply<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+    counted: bool,
+) -> Progress {
+    let slot = request.slot();
+    let (task, chain) = request.parts();
+    let data = queue.reply.data();
+    task.parts.put_data_in(chain, data);
+    let transferred = queue.reply.transferred();
+    let status = queue.reply.status();
+    let overrun = transferred.overrun && status == Status::Good;
+    let ending = Ending {
+        response: if overrun { Response::Overrun } else { Response::Ok },
+        status,
+        sense: queue.reply.sense().map(|sense| (sense, queue.reply.format())),
+        residual: transferred.residual,
+        data_in: data.len() as u64,
+    };
+    if counted {
+        release(queue, slot, task);
+    }
+    end(request, &ending)
+}

@@ -1,0 +1,15 @@
+//! The virtio-scsi device in a target with stepped reactors: guests drive it through rings in their
+//! memory, and the test is the control thread.
+#![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
+#![expect(dead_code, reason = "the world can do more than these tests need")]
+
+mod device {
+    pub(crate) mod disk;
+    pub(crate) mod world;
+
+    mod atomic;
+    mod data_path;
+    mod medium;
+    mod task_management;
+}

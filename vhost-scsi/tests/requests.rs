@@ -1,0 +1,14 @@
+//! Requests through a queue's core, in one thread and over rings of either layout: the suites of the
+//! queue engine.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../../vhost-target/tests/suites/mod.rs"]
+#[macro_use]
+mod suites;
+
+mod requests {
+    pub(crate) mod disk;
+    pub(crate) mod unit;
+}
+
+device_suites!(crate::requests::unit::Unit);
