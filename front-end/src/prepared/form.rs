@@ -10,7 +10,7 @@ pub trait Form: fmt::Debug + Sized {
     /// The header and the answer of a request.
     type Head<'a>: Head;
 
-    /// Bytes of a request's place: a multiple of [`LINE`].
+    /// Bytes of a request's place: a multiple of a cache line (64).
     const PLACE_BYTES: u32;
     /// Where the header is in the place.
     const HEADER_AT: usize;
