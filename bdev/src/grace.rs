@@ -5,7 +5,7 @@
 //! reuses what the old data refers to. The reactor does not wait. This is the algorithm of Linux's
 //! sleepable RCU, with one writer of each counter.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use crate::sync::{AtomicUsize, Ordering, fence};
 
@@ -58,7 +58,7 @@ impl Grace {
         let begun = Begun(self.period.load(Ordering::Relaxed) & 1 == 1);
         let count = &channel.counts[usize::from(begun.0)];
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        // SeqCst, as in `wait`: either that thread sees the count, or what is read after this fence
+        // SeqCst, as in `poll`: either that thread sees the count, or what is read after this fence
         // is what that thread had written before.
         fence(Ordering::SeqCst);
         begun
@@ -73,12 +73,18 @@ impl Grace {
     }
 
     /// As [`Grace::wait`], for a thread that may not wait: returns whether the grace period has
-    /// ended. The caller has changed the shared data before the first call with a new `period`, and
-    /// calls again with the same one until this returns true. One thread at a time may do this.
+    /// ended. It has not, too, while another thread adds or removes a channel. The caller has
+    /// changed the shared data before the first call with a new `period`, and calls again with the
+    /// same one until this returns true. One thread at a time may do this.
     pub fn poll(&self, period: &mut Period) -> bool {
         // A channel that is added later sees the changes: the lock orders them.
-        let Ok(channels) = self.channels.try_lock() else { return false };
-        // Twice, as in `wait`.
+        let channels = match self.channels.try_lock() {
+            Ok(channels) => channels,
+            Err(TryLockError::Poisoned(channels)) => channels.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        // Twice, since an I/O may have read `self.period` long ago: it is then counted where new
+        // I/Os are counted, which the first round does not look at.
         while period.rounds < 2 {
             let old = *period.old.get_or_insert_with(|| {
                 // The changes come before the new period.
@@ -99,21 +105,10 @@ impl Grace {
     /// changed it. Calls `pause` again and again meanwhile, and gives up when that returns false.
     /// Returns whether the I/O has ended. One thread at a time may call this.
     pub fn wait(&self, mut pause: impl FnMut() -> bool) -> bool {
-        // A channel that is added from now on sees the changes: the lock orders them.
-        let channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        // Twice, since an I/O may have read `period` long ago: it is then counted where new I/Os
-        // are counted, which the first round does not look at.
-        for _ in 0..2 {
-            // The changes come before the new period.
-            fence(Ordering::SeqCst);
-            let old = self.period.fetch_add(1, Ordering::Relaxed) & 1;
-            fence(Ordering::SeqCst);
-            for channel in &channels {
-                while channel.counts[old].load(Ordering::Acquire) != 0 {
-                    if !pause() {
-                        return false;
-                    }
-                }
+        let mut period = Period::default();
+        while !self.poll(&mut period) {
+            if !pause() {
+                return false;
             }
         }
         true
