@@ -182,10 +182,7 @@ impl Target {
     fn views_wanted(&self, queue: QueueId) {
         let mut inner = self.lock();
         let Some((conn, _)) = inner.queues.get(&queue).copied() else { return };
-        let Some(connected) = inner.connections.get(&conn) else { return };
-        let effects = connected.session.publish_where(|_| true);
-        // These effects only publish views. No ring starts.
-        let _ = self.apply(&mut inner, conn, effects, None);
+        self.republish(&mut inner, |id, _| id == conn);
     }
 
     fn broken(&self, queue: QueueId) {

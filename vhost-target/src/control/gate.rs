@@ -206,7 +206,7 @@ impl Target {
             starts.extend(self.open_gates(&mut inner, conn));
         }
         // Devices that leave out the parts of their storage whose lease is not held.
-        self.republish(&mut inner, |c| c.conn.is_some() && !c.storage.leases.is_empty());
+        self.republish(&mut inner, |_, c| c.conn.is_some() && !c.storage.leases.is_empty());
         drop(inner);
         self.open(starts);
         (self.changed)();

@@ -15,7 +15,7 @@ use crate::controller::{
 };
 use crate::device::{Device, DeviceChange};
 use crate::error::Error;
-use crate::transport::{Offer, Transport};
+use crate::transport::{ConnId, Offer, Transport};
 
 /// Mappings that all connections of one controller may have together. Dirty logs and in-flight
 /// areas are included, and earlier mappings that I/O in flight still uses or that are not unmapped
@@ -248,7 +248,7 @@ impl Target {
                 c.change_storage(storage.clone(), &self.granted);
             });
         }
-        self.republish(&mut inner, |connected| changed.contains(&connected.controller));
+        self.republish(&mut inner, |_, connected| changed.contains(&connected.controller));
         for connected in inner.connections.values_mut() {
             if config.contains(&connected.controller) {
                 connected.session.config_changed();
@@ -257,8 +257,9 @@ impl Target {
         }
     }
 
-    pub(super) fn republish(&self, inner: &mut Inner, which: impl Fn(&Connected) -> bool) {
-        let conns = inner.connections.iter().filter(|(_, c)| which(c));
+    /// Gives the rings of the connections that `which` selects new views.
+    pub(super) fn republish(&self, inner: &mut Inner, which: impl Fn(ConnId, &Connected) -> bool) {
+        let conns = inner.connections.iter().filter(|(id, c)| which(**id, c));
         let effects: Vec<_> =
             conns.map(|(id, c)| (*id, c.session.publish_where(|_| true))).collect();
         for (conn, effects) in effects {
