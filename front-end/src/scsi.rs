@@ -3,14 +3,15 @@
 //!
 //! [`cdb`] builds the descriptor blocks of common commands. [`CommandQueue`] drives a request
 //! queue, [`ControlQueue`] queue 0, [`EventQueue`] queue 1. Their rings are started like any others
-//! ([`crate::FrontEnd::start`]). `frame`: the memory of requests. [`Response`]: the answer to a
-//! command.
+//! ([`crate::FrontEnd::start`]). `requests`: what the three have in common. `frame`: the memory of
+//! requests. [`Response`]: the answer to a command.
 
 pub mod cdb;
 mod command;
 mod control;
 mod event;
 mod frame;
+mod requests;
 mod response;
 
 pub(crate) use self::command::HEADER_BYTES;

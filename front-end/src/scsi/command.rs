@@ -1,16 +1,15 @@
 //! A request queue, and the layout of commands in it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::cdb::{CDB_BYTES, Cdb};
-use super::frame::{Frame, Frames, front, pieces};
+use super::frame::{Frame, front, pieces};
+use super::requests::{Requests, Used};
 use super::response::{RESPONSE_BYTES, Response};
 use crate::descriptor::Buffer;
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment};
-use crate::queue::AnyQueue;
-use crate::request::{Completion, QueueOptions, Tag};
+use crate::request::{QueueOptions, Tag};
 use crate::ring::Ring;
 
 /// Bytes of a command's header, without the fields of T10_PI.
@@ -92,7 +91,6 @@ pub struct Done {
 #[derive(Debug)]
 struct Sent {
     tag: u64,
-    frame: Frame,
     /// The places of data-in that is behind the response, to be copied there.
     copied: Vec<Segment>,
 }
@@ -100,14 +98,12 @@ struct Sent {
 /// Drives a queue of commands.
 #[derive(Debug)]
 pub struct CommandQueue {
-    queue: AnyQueue,
-    frames: Frames,
-    sent: HashMap<Tag, Sent>,
+    requests: Requests<Sent>,
 }
 
 impl CommandQueue {
-    /// Makes a queue on a ring of its own. `event_idx`, `packed`: the features are negotiated.
-    /// `stream_bytes`: the longest data of a command with [`Layout::Stream`].
+    /// Makes a queue on a ring of its own. `features`: whether EVENT_IDX and RING_PACKED are
+    /// negotiated. `stream_bytes`: the longest data of a command with [`Layout::Stream`].
     ///
     /// # Errors
     /// No memory is left, the eventfd cannot be created, or the size is invalid.
@@ -115,31 +111,29 @@ impl CommandQueue {
         ram: &Arc<GuestRam>,
         index: usize,
         options: QueueOptions,
-        (event_idx, packed): (bool, bool),
+        features: (bool, bool),
         stream_bytes: u32,
     ) -> Result<Self> {
-        let queue = AnyQueue::new(ram, index, options, event_idx, packed)?;
-        let (readable, writable) = (HEADER_BYTES + stream_bytes, RESPONSE_BYTES + stream_bytes);
-        let frames = Frames::new(ram, options.size, readable, writable)?;
-        Ok(Self { queue, frames, sent: HashMap::new() })
+        let bytes = (HEADER_BYTES + stream_bytes, RESPONSE_BYTES + stream_bytes);
+        Ok(Self { requests: Requests::new(ram, index, options, features, bytes)? })
     }
 
     /// Returns the ring, for a front end to start.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
-        self.queue.ring()
+        self.requests.ring()
     }
 
-    /// As [`AnyQueue::base`].
+    /// As [`crate::AnyQueue::base`].
     #[must_use]
     pub fn base(&self) -> u16 {
-        self.queue.base()
+        self.requests.base()
     }
 
     /// Returns the number of commands that the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.queue.in_flight()
+        self.requests.in_flight()
     }
 
     /// Submits a command to the device, without a kick.
@@ -147,12 +141,11 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::submit`]. The data is too long for [`Layout::Stream`].
     pub fn submit(&mut self, command: &Command<'_>, layout: Layout) -> Result<Tag> {
-        let frame = self.frames.take(&command.header(), RESPONSE_BYTES)?;
-        let chain = self.lay(command, layout, frame);
-        let tag = match chain.and_then(|chain| self.queue.submit_chain(&chain)) {
-            Ok(tag) => tag,
+        let frame = self.requests.frames().take(&command.header(), RESPONSE_BYTES)?;
+        let chain = match self.lay(command, layout, frame) {
+            Ok(chain) => chain,
             Err(error) => {
-                self.frames.give_back(frame);
+                self.requests.frames().give_back(frame);
                 return Err(error);
             }
         };
@@ -160,8 +153,7 @@ impl CommandQueue {
             Layout::Stream(_) => command.data_in.to_vec(),
             Layout::Separate | Layout::Cut(_) => vec![],
         };
-        self.sent.insert(tag, Sent { tag: command.tag, frame, copied });
-        Ok(tag)
+        self.requests.send(&chain, frame, Sent { tag: command.tag, copied })
     }
 
     /// Submits a chain that is no valid command. Its completion is that of tag `tag`, and its
@@ -170,14 +162,12 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::submit_chain`].
     pub fn submit_raw(&mut self, tag: u64, chain: &[Buffer]) -> Result<Tag> {
-        let mut frame = self.frames.take(&[], RESPONSE_BYTES)?;
+        let mut frame = self.requests.frames().take(&[], RESPONSE_BYTES)?;
         if let Some(first) = chain.iter().find(|buffer| buffer.write) {
-            self.frames.give_back(frame);
+            self.requests.frames().give_back(frame);
             frame = Frame { readable: Segment::new(0, 0), writable: first.segment };
         }
-        let head = self.queue.submit_chain(chain)?;
-        self.sent.insert(head, Sent { tag, frame, copied: vec![] });
-        Ok(head)
+        self.requests.send(chain, frame, Sent { tag, copied: vec![] })
     }
 
     fn lay(&self, command: &Command<'_>, layout: Layout, frame: Frame) -> Result<Vec<Buffer>> {
@@ -209,8 +199,8 @@ impl CommandQueue {
             let next = next.ok_or(Error::NoRam(segment.len.into()))?;
             if copy {
                 let mut bytes = vec![0; segment.len as usize];
-                self.frames.ram().read(segment.gpa, &mut bytes)?;
-                self.frames.ram().write(whole.gpa + u64::from(end), &bytes)?;
+                self.requests.ram().read(segment.gpa, &mut bytes)?;
+                self.requests.ram().write(whole.gpa + u64::from(end), &bytes)?;
             }
             end = next;
         }
@@ -222,7 +212,7 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::kick`].
     pub fn kick(&mut self) -> Result<bool> {
-        self.queue.kick()
+        self.requests.kick()
     }
 
     /// Takes the next command that the device has used.
@@ -230,8 +220,8 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::poll`].
     pub fn poll(&mut self) -> Result<Option<Done>> {
-        let completion = self.queue.poll()?;
-        completion.map(|completion| self.finish(completion)).transpose()
+        let used = self.requests.poll()?;
+        used.map(|used| self.finish(used)).transpose()
     }
 
     /// Waits for the next command that the device has used.
@@ -239,8 +229,8 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::wait`].
     pub fn wait(&mut self) -> Result<Done> {
-        let completion = self.queue.wait()?;
-        self.finish(completion)
+        let used = self.requests.wait()?;
+        self.finish(used)
     }
 
     /// Submits `command`, kicks, and waits for the next completion. It is the command's own if no
@@ -254,11 +244,9 @@ impl CommandQueue {
         self.wait()
     }
 
-    fn finish(&mut self, completion: Completion) -> Result<Done> {
-        let Completion { tag, used_len, .. } = completion;
-        let sent = self.sent.remove(&tag).ok_or(Error::NotHeld { id: tag.0.into() })?;
-        let Sent { tag, frame, copied } = sent;
-        let ram = self.frames.ram();
+    fn finish(&mut self, used: Used<Sent>) -> Result<Done> {
+        let Used { frame, kept: Sent { tag, copied }, used_len, .. } = used;
+        let ram = self.requests.ram();
         let mut bytes = [super::code::UNWRITTEN; RESPONSE_BYTES as usize];
         let len = frame.writable.len.min(RESPONSE_BYTES) as usize;
         ram.read(frame.writable.gpa, &mut bytes[..len])?;
@@ -269,9 +257,7 @@ impl CommandQueue {
             ram.write(segment.gpa, &bytes)?;
             from += u64::from(segment.len);
         }
-        if frame.readable.len > 0 {
-            self.frames.give_back(frame);
-        }
+        self.requests.frames().give_back(frame);
         Ok(Done { tag, response: Response::of(&bytes), used_len })
     }
 }

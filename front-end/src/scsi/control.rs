@@ -1,14 +1,13 @@
 //! The control queue: task management functions and asynchronous notifications.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::frame::{Frame, Frames, front};
+use super::frame::front;
+use super::requests::{Requests, Used};
 use crate::descriptor::Buffer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guest::GuestRam;
-use crate::queue::AnyQueue;
-use crate::request::{Completion, QueueOptions, Tag};
+use crate::request::{QueueOptions, Tag};
 use crate::ring::Ring;
 
 /// The request that asks which notifications there are.
@@ -63,9 +62,8 @@ pub struct Answered {
 /// Drives the control queue.
 #[derive(Debug)]
 pub struct ControlQueue {
-    queue: AnyQueue,
-    frames: Frames,
-    sent: HashMap<Tag, (Frame, u32)>,
+    /// With the room for the answer, in bytes.
+    requests: Requests<u32>,
 }
 
 impl ControlQueue {
@@ -73,32 +71,27 @@ impl ControlQueue {
     ///
     /// # Errors
     /// As [`super::CommandQueue::new`].
-    pub fn new(
-        ram: &Arc<GuestRam>,
-        options: QueueOptions,
-        (event_idx, packed): (bool, bool),
-    ) -> Result<Self> {
-        let queue = AnyQueue::new(ram, super::CONTROL_QUEUE, options, event_idx, packed)?;
-        let frames = Frames::new(ram, options.size, 32, 8)?;
-        Ok(Self { queue, frames, sent: HashMap::new() })
+    pub fn new(ram: &Arc<GuestRam>, options: QueueOptions, features: (bool, bool)) -> Result<Self> {
+        let requests = Requests::new(ram, super::CONTROL_QUEUE, options, features, (32, 8))?;
+        Ok(Self { requests })
     }
 
     /// Returns the ring, for a front end to start.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
-        self.queue.ring()
+        self.requests.ring()
     }
 
-    /// As [`AnyQueue::base`].
+    /// As [`crate::AnyQueue::base`].
     #[must_use]
     pub fn base(&self) -> u16 {
-        self.queue.base()
+        self.requests.base()
     }
 
     /// Returns the number of requests that the device holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.queue.in_flight()
+        self.requests.in_flight()
     }
 
     /// Submits a task management function, without a kick.
@@ -127,15 +120,13 @@ impl ControlQueue {
     /// # Errors
     /// As [`crate::Queue::submit`].
     pub fn submit_bytes(&mut self, bytes: &[u8], room: u32) -> Result<Tag> {
-        let frame = self.frames.take(bytes, 8)?;
+        let frame = self.requests.frames().take(bytes, 8)?;
         let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         let mut chain = vec![Buffer::readable(front(frame.readable, len))];
         if room > 0 {
             chain.push(Buffer::writable(front(frame.writable, room)));
         }
-        let tag = self.queue.submit_chain(&chain)?;
-        self.sent.insert(tag, (frame, room));
-        Ok(tag)
+        self.requests.send(&chain, frame, room)
     }
 
     /// Kicks the device if it wants a kick, and returns whether it did.
@@ -143,7 +134,7 @@ impl ControlQueue {
     /// # Errors
     /// As [`crate::Queue::kick`].
     pub fn kick(&mut self) -> Result<bool> {
-        self.queue.kick()
+        self.requests.kick()
     }
 
     /// Takes the next request that the device has used.
@@ -151,8 +142,8 @@ impl ControlQueue {
     /// # Errors
     /// As [`crate::Queue::poll`].
     pub fn poll(&mut self) -> Result<Option<Answered>> {
-        let completion = self.queue.poll()?;
-        completion.map(|completion| self.finish(completion)).transpose()
+        let used = self.requests.poll()?;
+        used.map(|used| self.finish(used)).transpose()
     }
 
     /// Submits a task management function, kicks, and waits for its answer, if no other request is
@@ -163,16 +154,15 @@ impl ControlQueue {
     pub fn run(&mut self, tmf: &Tmf) -> Result<Answered> {
         self.submit(tmf)?;
         self.kick()?;
-        let completion = self.queue.wait()?;
-        self.finish(completion)
+        let used = self.requests.wait()?;
+        self.finish(used)
     }
 
-    fn finish(&mut self, completion: Completion) -> Result<Answered> {
-        let Completion { tag, used_len, .. } = completion;
-        let (frame, room) = self.sent.remove(&tag).ok_or(Error::NotHeld { id: tag.0.into() })?;
+    fn finish(&mut self, used: Used<u32>) -> Result<Answered> {
+        let Used { tag, frame, kept: room, used_len } = used;
         let mut bytes = [0; 8];
-        self.frames.ram().read(frame.writable.gpa, &mut bytes)?;
-        self.frames.give_back(frame);
+        self.requests.ram().read(frame.writable.gpa, &mut bytes)?;
+        self.requests.frames().give_back(frame);
         let response = bytes[room.clamp(1, 8) as usize - 1];
         let [a, b, c, d, ..] = bytes;
         let events = if room >= 5 { u32::from_le_bytes([a, b, c, d]) } else { 0 };

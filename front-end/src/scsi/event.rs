@@ -1,14 +1,13 @@
 //! The event queue.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::frame::{Frame, Frames, front};
+use super::frame::front;
+use super::requests::{Requests, Used};
 use crate::descriptor::Buffer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guest::GuestRam;
-use crate::queue::AnyQueue;
-use crate::request::{Completion, QueueOptions, Tag};
+use crate::request::{QueueOptions, Tag};
 use crate::ring::Ring;
 
 /// Bytes of an event.
@@ -46,9 +45,7 @@ pub struct Event {
 /// Drives the event queue.
 #[derive(Debug)]
 pub struct EventQueue {
-    queue: AnyQueue,
-    frames: Frames,
-    sent: HashMap<Tag, Frame>,
+    requests: Requests<()>,
 }
 
 impl EventQueue {
@@ -56,26 +53,22 @@ impl EventQueue {
     ///
     /// # Errors
     /// As [`super::CommandQueue::new`].
-    pub fn new(
-        ram: &Arc<GuestRam>,
-        options: QueueOptions,
-        (event_idx, packed): (bool, bool),
-    ) -> Result<Self> {
-        let queue = AnyQueue::new(ram, super::EVENT_QUEUE, options, event_idx, packed)?;
-        let frames = Frames::new(ram, options.size, 1, EVENT_BYTES)?;
-        Ok(Self { queue, frames, sent: HashMap::new() })
+    pub fn new(ram: &Arc<GuestRam>, options: QueueOptions, features: (bool, bool)) -> Result<Self> {
+        let bytes = (1, EVENT_BYTES);
+        let requests = Requests::new(ram, super::EVENT_QUEUE, options, features, bytes)?;
+        Ok(Self { requests })
     }
 
     /// Returns the ring, for a front end to start.
     #[must_use]
     pub fn ring(&self) -> &Arc<Ring> {
-        self.queue.ring()
+        self.requests.ring()
     }
 
-    /// As [`AnyQueue::base`].
+    /// As [`crate::AnyQueue::base`].
     #[must_use]
     pub fn base(&self) -> u16 {
-        self.queue.base()
+        self.requests.base()
     }
 
     /// Posts a buffer for an event, and kicks the device if it wants a kick.
@@ -91,10 +84,10 @@ impl EventQueue {
     /// # Errors
     /// As [`EventQueue::post`].
     pub fn post_bytes(&mut self, len: u32) -> Result<Tag> {
-        let frame = self.frames.take(&[], EVENT_BYTES)?;
-        let tag = self.queue.submit_chain(&[Buffer::writable(front(frame.writable, len))])?;
-        self.sent.insert(tag, frame);
-        self.queue.kick()?;
+        let frame = self.requests.frames().take(&[], EVENT_BYTES)?;
+        let chain = [Buffer::writable(front(frame.writable, len))];
+        let tag = self.requests.send(&chain, frame, ())?;
+        self.requests.kick()?;
         Ok(tag)
     }
 
@@ -103,8 +96,8 @@ impl EventQueue {
     /// # Errors
     /// As [`crate::Queue::poll`].
     pub fn poll(&mut self) -> Result<Option<Event>> {
-        let completion = self.queue.poll()?;
-        completion.map(|completion| self.finish(completion)).transpose()
+        let used = self.requests.poll()?;
+        used.map(|used| self.finish(used)).transpose()
     }
 
     /// Waits for the next event.
@@ -112,16 +105,15 @@ impl EventQueue {
     /// # Errors
     /// As [`crate::Queue::wait`].
     pub fn wait(&mut self) -> Result<Event> {
-        let completion = self.queue.wait()?;
-        self.finish(completion)
+        let used = self.requests.wait()?;
+        self.finish(used)
     }
 
-    fn finish(&mut self, completion: Completion) -> Result<Event> {
-        let Completion { tag, used_len, .. } = completion;
-        let frame = self.sent.remove(&tag).ok_or(Error::NotHeld { id: tag.0.into() })?;
+    fn finish(&mut self, used: Used<()>) -> Result<Event> {
+        let Used { frame, used_len, .. } = used;
         let mut bytes = [0; EVENT_BYTES as usize];
-        self.frames.ram().read(frame.writable.gpa, &mut bytes)?;
-        self.frames.give_back(frame);
+        self.requests.ram().read(frame.writable.gpa, &mut bytes)?;
+        self.requests.frames().give_back(frame);
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
         let lun = std::array::from_fn(|n| bytes[4 + n]);
         Ok(Event { event: word(0), lun, reason: word(12), used_len })

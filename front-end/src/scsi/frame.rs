@@ -52,9 +52,12 @@ impl Frames {
         Ok(frame)
     }
 
-    /// Gives the memory of a request back.
+    /// Gives the memory of a request back. A frame without a readable part was not taken here: it
+    /// names the memory of a caller's chain.
     pub(super) fn give_back(&mut self, frame: Frame) {
-        self.free.push(frame);
+        if frame.readable.len > 0 {
+            self.free.push(frame);
+        }
     }
 }
 
