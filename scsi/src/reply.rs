@@ -21,7 +21,7 @@ pub struct Buffers {
 impl Buffers {
     /// Bytes of the longer one: of commands that use neither, or that got the wrong one.
     #[must_use]
-    pub(crate) fn longest(&self) -> u64 {
+    pub fn longest(&self) -> u64 {
         self.data_in.max(self.data_out)
     }
 }

@@ -119,7 +119,7 @@ impl Scsi {
             let added = ScsiTarget::new(self.number, number, device, self.units.of(bdev));
             // From now on, new queues open it themselves.
             state.slots[usize::from(number)] = Slot::Opening(Arc::clone(&added));
-            (added, state.sessions.iter().filter_map(Weak::upgrade).collect::<Vec<_>>())
+            (added, state.sessions())
         };
         let number = added.number;
         let queues: Vec<_> = sessions.iter().flat_map(|session| session.queues().clone()).collect();
@@ -153,8 +153,7 @@ impl Scsi {
         if usize::from(number) >= TARGETS_MAX {
             return Err(RemoveError::Number);
         }
-        let unused = self.take_back(number).ok_or(RemoveError::Absent(number))?;
-        drop(unused);
+        drop(self.take_back(number).ok_or(RemoveError::Absent(number))?);
         self.changed(target);
         Ok(())
     }
@@ -165,7 +164,7 @@ impl Scsi {
         if !self.lock().remove(number) {
             return None;
         }
-        let sessions = self.sessions();
+        let sessions = self.lock().sessions();
         let take = |queue: &Arc<QueueLink>| queue.arrivals[usize::from(number)].take();
         let of = |session: &Arc<Session>| -> Vec<_> {
             session.queues().iter().filter_map(take).collect()
@@ -175,8 +174,7 @@ impl Scsi {
     }
 
     /// Opens all targets for a new request queue of the front end `key`, with at most `depth`
-    /// requests in flight. The queue answers commands to a target that it cannot open with
-    /// BAD_TARGET.
+    /// requests in flight. A target that it cannot open is not shown to the guest.
     ///
     /// # Errors
     /// The front end is gone, or the system has no fd left.
@@ -247,11 +245,6 @@ impl Scsi {
         self.lock().slots.iter().filter_map(Slot::opened).cloned().collect()
     }
 
-    /// Returns the front ends. To drop the last reference to one may take long: not under a lock.
-    fn sessions(&self) -> Vec<Arc<Session>> {
-        self.lock().sessions.iter().filter_map(Weak::upgrade).collect()
-    }
-
     /// To be called when a removed target's number has become free: the leases of its bdev are
     /// given up.
     pub fn target_released(&self, target: &Target) {
@@ -272,23 +265,21 @@ fn storage_of(target: &ScsiTarget) -> StorageUse {
 
 /// Removes a bdev from all controllers that show it.
 pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
-    let mut unused = vec![];
+    let (mut unused, mut used) = (vec![], vec![]);
     target.update_devices(|device| {
         let Some(scsi) = Scsi::of(device) else { return DeviceChange::None };
-        let numbers: Vec<u8> = {
-            let state = scsi.lock();
-            let shows = |slot: &Slot| slot.opened().is_some_and(|t| Arc::ptr_eq(t.bdev(), bdev));
-            let numbers = (0_u8..).zip(&state.slots).filter(|(_, slot)| shows(slot));
-            numbers.map(|(number, _)| number).collect()
-        };
-        for number in &numbers {
-            unused.extend(scsi.take_back(*number));
+        let (targets, mut change) = (scsi.opened_targets(), DeviceChange::None);
+        for target in targets.iter().filter(|target| Arc::ptr_eq(target.bdev(), bdev)) {
+            let number = target.number;
+            unused.extend(scsi.take_back(number));
             warn!("SCSI target {number}: its bdev {} was removed", bdev.name());
+            change = DeviceChange::Storage;
         }
-        if numbers.is_empty() { DeviceChange::None } else { DeviceChange::Storage }
+        used.push(targets);
+        change
     });
     // Not under the target's lock: closing a channel may take long.
-    drop(unused);
+    drop((unused, used));
 }
 
 /// Notifies guests of a bdev's new size: with an event, and with a unit attention.
@@ -298,7 +289,7 @@ pub fn bdev_resized(target: &Target, bdev: &Arc<dyn Bdev>) {
         let Some(scsi) = Scsi::of(device) else { return DeviceChange::None };
         let targets = scsi.opened_targets();
         let resized = targets.iter().filter(|target| Arc::ptr_eq(target.bdev(), bdev));
-        let (sessions, mut change) = (scsi.sessions(), DeviceChange::None);
+        let (sessions, mut change) = (scsi.lock().sessions(), DeviceChange::None);
         for resized in resized {
             resized.unit.resized();
             sessions.iter().for_each(|session| session.post(Event::Resized, resized.number));
@@ -359,16 +350,7 @@ impl Device for Scsi {
     fn storage(&self) -> StorageUse {
         let state = self.lock();
         let mut all = StorageUse::default();
-        for slot in &state.slots {
-            let target = match slot {
-                Slot::Empty => continue,
-                Slot::Opening(target) | Slot::Used(target) => Arc::clone(target),
-                // Its I/O in flight still accesses the storage.
-                Slot::Leaving(target) => match target.upgrade() {
-                    Some(target) => target,
-                    None => continue,
-                },
-            };
+        for target in state.slots.iter().filter_map(Slot::accessed) {
             let StorageUse { storages, leases, writes } = storage_of(&target);
             all.storages.extend(storages);
             all.leases.extend(leases);
@@ -423,9 +405,7 @@ impl ScsiSession {
             target.unit.lock().logical_unit.nexus_lost(nexus);
         }
     }
-}
 
-impl ScsiSession {
     /// Does the control side's part of a task management function that has begun: resets the
     /// logical unit, or the nexus. Commands that come before the function's end do not reach the
     /// unit, so its unit attention is for those after.

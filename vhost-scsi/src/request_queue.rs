@@ -59,6 +59,12 @@ enum Cue {
 /// allocation.
 type Disks = Box<[Option<Box<Disk>>; TARGETS_MAX]>;
 
+/// Returns the disk of a target, if the queue has opened it.
+#[inline]
+fn disk_at(disks: &mut Option<Disks>, target: u8) -> Option<&mut Disk> {
+    disks.as_mut()?.get_mut(usize::from(target))?.as_deref_mut()
+}
+
 /// The device of a request queue.
 pub struct RequestQueue {
     link: Arc<QueueLink>,
@@ -117,14 +123,13 @@ impl RequestQueue {
     /// Returns a target that is shown and open.
     #[inline]
     fn disk(&mut self, target: u8) -> Option<&mut Disk> {
-        let disk = self.disks.as_mut()?.get_mut(usize::from(target))?.as_mut()?;
-        (!disk.leaves).then_some(disk)
+        disk_at(&mut self.disks, target).filter(|disk| !disk.leaves)
     }
 
     /// Returns the disk of a command that has been started.
     #[inline]
     fn disk_of(&mut self, task: &Task) -> Option<&mut Disk> {
-        self.disks.as_mut()?.get_mut(usize::from(task.target))?.as_deref_mut()
+        disk_at(&mut self.disks, task.target)
     }
 
     /// Starts a command for a target.
@@ -217,9 +222,7 @@ impl RequestQueue {
 
     fn poll_disk(&mut self, n: u8) {
         let Self { disks, parked, progress, busy, abandoned, .. } = self;
-        let Some(disk) = disks.as_mut().and_then(|disks| disks[usize::from(n)].as_mut()) else {
-            return;
-        };
+        let Some(disk) = disk_at(disks, n) else { return };
         if !disk.throttled.is_empty() || !disk.full.is_empty() {
             io::release_parked(disk, parked, progress, *abandoned);
         }

@@ -94,6 +94,15 @@ impl Slot {
         }
     }
 
+    /// Returns the target whose storage I/O may access: also that of one that was removed and still
+    /// has I/O in flight.
+    pub(crate) fn accessed(&self) -> Option<Arc<ScsiTarget>> {
+        match self {
+            Self::Leaving(target) => target.upgrade(),
+            other => other.opened().cloned(),
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         match self {
             Self::Empty => true,
@@ -104,6 +113,11 @@ impl Slot {
 }
 
 impl State {
+    /// Returns the front ends. To drop the last reference to one may take long: not under a lock.
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions.iter().filter_map(Weak::upgrade).collect()
+    }
+
     pub(crate) fn free_number(&self, wanted: Option<u8>) -> Result<u8, AddError> {
         match wanted {
             Some(number) => match self.slots.get(usize::from(number)) {

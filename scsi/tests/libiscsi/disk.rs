@@ -60,7 +60,7 @@ impl Disk {
         let step = match quick {
             Fast::Io(plan) => Step::Io(plan),
             Fast::Failed(sense) => {
-                let outcome = Outcome::failed(sense, buffers.data_in.max(buffers.data_out));
+                let outcome = Outcome::failed(sense, buffers.longest());
                 return ended(outcome, gate.format(), Vec::new());
             }
             Fast::Slow => self.start(nexus, port, cdb, data_out, buffers),

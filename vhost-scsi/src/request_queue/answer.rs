@@ -1,18 +1,13 @@
 //! Answers requests.
 
-use scsi::{Format, Outcome, Sense, Status};
+use scsi::{Format, Outcome, Sense, Status, Transferred};
 use vhost_target::device_queue::{Answer, Progress, Request};
-
 use virtqueue::chain::Chain;
 
 use super::RequestQueue;
 use super::task::{Stage, Task};
 use crate::parts::Parts;
 use crate::wire::{RESPONSE_BYTES, RESPONSE_HEAD_BYTES, Response};
-
-/// Bytes of a response, for the used ring.
-#[expect(clippy::cast_possible_truncation, reason = "108 bytes")]
-const WRITTEN: u32 = RESPONSE_BYTES as u32;
 
 /// The end of a request.
 #[derive(Clone, Copy, Debug)]
@@ -30,40 +25,57 @@ impl Ending {
         let residual = u32::try_from(residual).unwrap_or(u32::MAX);
         Self { response, status: Status::Good, sense: None, residual, data_in: 0 }
     }
+
+    /// The end of a command that was executed. A command that fails for another reason does not
+    /// overrun: drivers look at its status then.
+    fn executed(status: Status, sense: Option<(Sense, Format)>, transferred: Transferred) -> Self {
+        let overrun = transferred.overrun && status == Status::Good;
+        let response = if overrun { Response::Overrun } else { Response::Ok };
+        Self { response, status, sense, residual: transferred.residual, data_in: 0 }
+    }
+
+    /// Returns the response's bytes.
+    #[inline]
+    fn bytes(&self) -> [u8; RESPONSE_BYTES] {
+        let mut bytes = [0; RESPONSE_BYTES];
+        let mut sense_len = 0;
+        if let Some((sense, format)) = self.sense {
+            sense_len = sense.encode(format, &mut bytes[RESPONSE_HEAD_BYTES..]);
+        }
+        let sense_len = u32::try_from(sense_len).unwrap_or(0);
+        bytes[..4].copy_from_slice(&sense_len.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.residual.to_le_bytes());
+        bytes[10] = self.status as u8;
+        bytes[11] = self.response as u8;
+        bytes
+    }
+
+    /// Writes the response, and returns what the chain's return says.
+    #[inline]
+    fn put(&self, chain: &mut Chain, parts: Parts) -> Answer {
+        parts.respond(chain, &self.bytes());
+        let dirty = RESPONSE_BYTES as u64 + self.data_in;
+        // The length in the used ring has 32 bits; a chain's writable part may be longer.
+        let written = u32::try_from(dirty).unwrap_or(u32::MAX);
+        Answer { last_byte: None, written, dirty }
+    }
 }
 
 /// Writes the response and returns the chain.
 #[inline]
 fn end<R: Request<RequestQueue>>(mut request: R, ending: &Ending) -> Progress {
-    let mut bytes = [0; RESPONSE_BYTES];
-    let mut sense_len = 0;
-    if let Some((sense, format)) = ending.sense {
-        sense_len = sense.encode(format, &mut bytes[RESPONSE_HEAD_BYTES..]);
-    }
-    let sense_len = u32::try_from(sense_len).unwrap_or(0);
-    bytes[..4].copy_from_slice(&sense_len.to_le_bytes());
-    bytes[4..8].copy_from_slice(&ending.residual.to_le_bytes());
-    bytes[10] = ending.status as u8;
-    bytes[11] = ending.response as u8;
     if ending.response != Response::Ok || ending.status != Status::Good {
         request.count_error();
     }
     let (task, chain) = request.parts();
-    let parts = task.parts;
-    parts.respond(chain, &bytes);
-    let written = RESPONSE_BYTES as u64 + ending.data_in;
-    // The length in the used ring has 32 bits; a chain's writable part may be longer.
-    let in_ring = u32::try_from(written).unwrap_or(u32::MAX);
-    request.finish(Answer { last_byte: None, written: in_ring, dirty: written })
+    let answer = ending.put(chain, task.parts);
+    request.finish(answer)
 }
 
 /// Writes the response to a request of a controller that was deleted.
 #[cold]
 pub(super) fn refuse(chain: &mut Chain, parts: Parts) -> Answer {
-    let mut bytes = [0; RESPONSE_BYTES];
-    bytes[11] = Response::BadTarget as u8;
-    parts.respond(chain, &bytes);
-    Answer { last_byte: None, written: WRITTEN, dirty: WRITTEN.into() }
+    Ending::of(Response::BadTarget, 0).put(chain, parts)
 }
 
 /// Takes note that a command does not use its disk any more.
@@ -108,7 +120,7 @@ pub(super) fn respond_unstarted<R: Request<RequestQueue>>(
     response: Response,
 ) -> Progress {
     let buffers = request.parts().0.buffers;
-    end(request, &Ending::of(response, buffers.data_in.max(buffers.data_out)))
+    end(request, &Ending::of(response, buffers.longest()))
 }
 
 /// Answers a command that fails before its I/O.
@@ -123,8 +135,7 @@ pub(super) fn fail<R: Request<RequestQueue>>(
     let (task, _) = request.parts();
     let buffers = task.buffers;
     release(queue, slot, task);
-    let residual = buffers.data_in.max(buffers.data_out);
-    let ending = Ending::of(Response::Ok, residual);
+    let ending = Ending::of(Response::Ok, buffers.longest());
     end(request, &Ending { status: Status::CheckCondition, sense: Some((sense, format)), ..ending })
 }
 
@@ -140,17 +151,9 @@ pub(super) fn finish<R: Request<RequestQueue>>(
     let reads = matches!(task.plan, Some(plan) if plan.op == scsi::Op::Read);
     let format = queue.disk_of(task).map_or(Format::Fixed, |disk| disk.gate.format());
     release(queue, slot, task);
-    let transferred = outcome.transferred;
-    let good = outcome.status == Status::Good;
-    let response = if transferred.overrun && good { Response::Overrun } else { Response::Ok };
-    let ending = Ending {
-        response,
-        status: outcome.status,
-        sense: outcome.sense.map(|sense| (sense, format)),
-        residual: transferred.residual,
-        data_in: if reads { transferred.bytes } else { 0 },
-    };
-    end(request, &ending)
+    let Outcome { status, sense, transferred } = outcome;
+    let ending = Ending::executed(status, sense.map(|sense| (sense, format)), transferred);
+    end(request, &Ending { data_in: if reads { transferred.bytes } else { 0 }, ..ending })
 }
 
 /// Answers a command that was executed before it waited for others.
@@ -177,16 +180,9 @@ pub(super) fn reply<R: Request<RequestQueue>>(
     let (task, chain) = request.parts();
     let data = queue.reply.data();
     task.parts.put_data_in(chain, data);
-    let transferred = queue.reply.transferred();
-    let status = queue.reply.status();
-    let overrun = transferred.overrun && status == Status::Good;
-    let ending = Ending {
-        response: if overrun { Response::Overrun } else { Response::Ok },
-        status,
-        sense: queue.reply.sense().map(|sense| (sense, queue.reply.format())),
-        residual: transferred.residual,
-        data_in: data.len() as u64,
-    };
+    let sense = queue.reply.sense().map(|sense| (sense, queue.reply.format()));
+    let ending = Ending::executed(queue.reply.status(), sense, queue.reply.transferred());
+    let ending = Ending { data_in: data.len() as u64, ..ending };
     if counted {
         release(queue, slot, task);
     }

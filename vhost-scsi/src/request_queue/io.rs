@@ -6,7 +6,7 @@ use scsi::{Failure, Flush, Outcome, Plan};
 use vhost_target::device_queue::{Progress, Request};
 
 use super::task::Stage;
-use super::{Cue, PROGRESS, RequestQueue, answer};
+use super::{Cue, PROGRESS, RequestQueue, answer, disk_at};
 use crate::disk::Disk;
 use crate::session::Barrier;
 use crate::wire::Response;
@@ -35,15 +35,12 @@ impl RequestQueue {
         let (stage, io) = match (plan.op, plan.flush) {
             (scsi::Op::Flush, _) => (Stage::Last, Io::plain(Op::Flush, tag, 0, 0)),
             _ if bytes == 0 => return self.finish_plan(request, Ok(())),
-            (scsi::Op::Read, Flush::No) => {
+            (scsi::Op::Read, flush) => {
                 if bytes != task.buffers.data_in {
                     task.parts.trim_data_in(chain, bytes);
                 }
-                return self.read(request, slot, plan);
-            }
-            (scsi::Op::Read, _) => {
-                if bytes != task.buffers.data_in {
-                    task.parts.trim_data_in(chain, bytes);
+                if flush == Flush::No {
+                    return self.read(request, slot, plan);
                 }
                 (Stage::FlushThenRead, Io::plain(Op::Flush, tag, 0, 0))
             }
@@ -133,8 +130,9 @@ impl RequestQueue {
     /// Keeps an I/O for which the channel has no room, behind earlier ones. Other targets go on.
     #[cold]
     fn park(&mut self, target: u8, io: Io) -> Submitted {
-        let disk = self.disks.as_mut().and_then(|d| d.get_mut(usize::from(target))?.as_mut());
-        let Some(disk) = disk else { return Submitted::Ended(Status::IoError) };
+        let Some(disk) = disk_at(&mut self.disks, target) else {
+            return Submitted::Ended(Status::IoError);
+        };
         disk.full.push_back(io.tag.0);
         self.busy |= 1 << target;
         self.parked[usize::from(io.tag.0)] = Some(io);
@@ -145,8 +143,7 @@ impl RequestQueue {
     #[cold]
     pub(super) fn end_parked(&mut self, barrier: &Barrier) {
         let Self { disks, parked, progress, watch, .. } = self;
-        let target = usize::from(barrier.target);
-        let disk = disks.as_mut().and_then(|disks| disks.get_mut(target)?.as_mut());
+        let disk = disk_at(disks, barrier.target);
         let Some(disk) = disk.filter(|disk| disk.full.len() + disk.throttled.len() > 0) else {
             return;
         };

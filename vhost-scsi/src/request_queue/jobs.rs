@@ -7,7 +7,7 @@ use vhost_target::device_queue::{Progress, Request};
 use super::io::Submitted;
 use super::slow::Admission;
 use super::task::{Stage, Task};
-use super::{RequestQueue, answer};
+use super::{RequestQueue, answer, disk_at};
 use crate::disk::Disk;
 use crate::job::{Exclusive, Work};
 use crate::wire::Response;
@@ -26,8 +26,7 @@ impl RequestQueue {
     ) -> Progress {
         let (task, chain) = request.parts();
         let Self { disks, reply, .. } = self;
-        let disk = disks.as_mut().and_then(|d| d.get_mut(usize::from(task.target))?.as_deref_mut());
-        let Some(Disk { jobs, facts, target, .. }) = disk else {
+        let Some(Disk { jobs, facts, target, .. }) = disk_at(disks, task.target) else {
             return answer::respond(self, request, Response::Failure);
         };
         let Some(n) = jobs.take() else {

@@ -7,7 +7,7 @@ use scsi::{Command, Failure, Op, Plan, Step};
 use vhost_target::device_queue::{Progress, Request};
 
 use super::task::Stage;
-use super::{RequestQueue, answer};
+use super::{RequestQueue, answer, disk_at};
 use crate::job::Exclusive;
 use crate::unit::Locked;
 use crate::wire::Response;
@@ -69,8 +69,7 @@ impl RequestQueue {
         let begun = task.begun.take();
         let needs_job = may_need_job(&task.header.cdb);
         let Self { disks, session, reply, parameters, .. } = self;
-        let disk = disks.as_mut().and_then(|d| d.get_mut(usize::from(task.target))?.as_mut());
-        let (Some(disk), Some(session)) = (disk, session) else {
+        let (Some(disk), Some(session)) = (disk_at(disks, task.target), session) else {
             return answer::respond(self, request, Response::BadTarget);
         };
         if let Some(begun) = begun {
