@@ -23,15 +23,7 @@ fn firmware_boots_from_the_disk() {
     let options = GuestOptions::new(&controller(&vhost, "vhost.0", "Aio0"));
     let properties = ",bootindex=0";
     let options = GuestOptions { job: None, disk_properties: properties, reboots: true, ..options };
-    let mut guest = Guest::start(options);
-    for n in 0..5 {
-        guest.wait_line(&format!("boot {n}"));
-        assert!(disk.is_copied());
-        disk.put(&format!("GUEST: boot {}\n", n + 1));
-        guest.qmp("system_reset", json!({}));
-    }
-    guest.wait_line("boot 5");
-    guest.kill9();
+    disk.boots(Guest::start(options));
     assert_eq!(vhost.stop(), 0);
 }
 

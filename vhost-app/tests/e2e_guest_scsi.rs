@@ -130,15 +130,7 @@ fn firmware_boots_from_target_5() {
     let socket = scsi_controller(&vhost, "vhost.0", &[(0, "Malloc0"), (5, "Aio0")]);
     let scsi_properties = ",bootindex=0,boot_tpgt=5";
     let options = GuestOptions { job: None, reboots: true, ..GuestOptions::scsi(&socket) };
-    let mut guest = Guest::start(GuestOptions { scsi_properties, ..options });
-    for n in 0..5 {
-        guest.wait_line(&format!("boot {n}"));
-        assert!(disk.is_copied());
-        disk.put(&format!("GUEST: boot {}\n", n + 1));
-        guest.qmp("system_reset", json!({}));
-    }
-    guest.wait_line("boot 5");
-    guest.kill9();
+    disk.boots(Guest::start(GuestOptions { scsi_properties, ..options }));
     assert_eq!(vhost.stop(), 0);
 }
 

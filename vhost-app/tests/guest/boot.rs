@@ -6,6 +6,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde_json::json;
+
+use super::Guest;
+
 /// Copies the disk's sector 1 to sector 2 and prints it, up to a zero.
 #[rustfmt::skip]
 const BOOT: &[u8] = &[
@@ -56,8 +60,21 @@ impl BootDisk {
         self.0.write_all_at(&sector, 512).unwrap();
     }
 
+    /// Lets a guest boot from it again and again, and ends the guest. The first boot is to print
+    /// `GUEST: boot 0`.
+    pub(crate) fn boots(&self, mut guest: Guest) {
+        for n in 0..5 {
+            guest.wait_line(&format!("boot {n}"));
+            assert!(self.is_copied());
+            self.put(&format!("GUEST: boot {}\n", n + 1));
+            guest.qmp("system_reset", json!({}));
+        }
+        guest.wait_line("boot 5");
+        guest.kill9();
+    }
+
     /// Whether a boot has made its copy.
-    pub(crate) fn is_copied(&self) -> bool {
+    fn is_copied(&self) -> bool {
         let sector = |n: u64| {
             let mut bytes = [0; 512];
             self.0.read_exact_at(&mut bytes, n * 512).unwrap();
