@@ -1,4 +1,5 @@
-//! A queue that is served visit by visit for a guest that writes anything into its rings.
+//! A queue of a virtio-blk or a virtio-scsi device that is served visit by visit for a guest that writes anything into
+//! its rings.
 //!
 //! The input is a script: chains, well-formed or not; bytes written into descriptors, tables and indices; which I/O
 //! the disk completes, fails or has no room for; new views (another memory table, a dirty log, write-through, no
@@ -6,9 +7,9 @@
 //!
 //! * Each chain that is taken is returned once, in the next used element, whose length is at most the chain's
 //!   writable bytes.
-//! * A visit writes only used elements, statuses at the end of their chains, and data of reads. Its writes are marked
-//!   in the dirty log.
-//! * A well-formed chain has a status when it is returned.
+//! * A visit writes only used elements, statuses or responses, and data of reads. Its writes are marked in the dirty
+//!   log.
+//! * A well-formed chain has a status or a response when it is returned.
 //! * No visit exceeds its limits on requests, bytes and pieces.
 //! * A queue breaks only if its ring is invalid.
 //! * At the end everything completes, the queue stops, and its views are freed.
@@ -17,9 +18,11 @@
 //! the process does not crash.
 #![expect(unsafe_code, reason = "visits a queue as its reactor does")]
 
+mod device;
 mod driver;
 mod model;
 mod oracle;
+mod unit;
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -34,8 +37,6 @@ use qsbr::{Domain, Reader};
 use reactor::EventFd;
 use reactor::Garbage;
 use reactor::{Iteration, PollHint, Pollable};
-use vhost_blk::config::Disk;
-use vhost_blk::{BlkQueue, BlkView};
 use vhost_target::Events;
 use vhost_target::notify::CallFd;
 use vhost_target::queue::{NewQueue, Queue, QueueId, QueueState, TargetQueue, ViewSpec};
@@ -44,8 +45,10 @@ use virtqueue::{Layout, RingAddrs};
 use crate::disk::{ModelDisk, SECTORS};
 use crate::guest::{END, FILE_BYTES, FILES, Guest, memfd};
 use crate::input::Input;
+use device::{Block, Device};
 use driver::Driver;
 use model::Chain;
+use unit::Unit;
 
 /// The places of the ring's parts, in file 0. In a packed ring, the available ring is the driver's event suppression
 /// area, and the used ring is the device's.
@@ -102,14 +105,27 @@ thread_local! {
     static STAGE: RefCell<Stage> = RefCell::new(Stage::new());
 }
 
-/// Runs an input on a split or a packed ring.
+/// Runs an input on a split or a packed ring of a virtio-blk device.
 ///
 /// # Panics
 /// An invariant is broken.
 pub fn run(bytes: &[u8], packed: bool) {
+    run_device::<Block>(bytes, packed);
+}
+
+/// Runs an input on a split or a packed ring of a virtio-scsi device. The first bit of the input decides.
+///
+/// # Panics
+/// An invariant is broken.
+pub fn run_scsi(bytes: &[u8]) {
+    let Some((first, rest)) = bytes.split_first() else { return };
+    run_device::<Unit>(rest, first & 1 != 0);
+}
+
+fn run_device<D: Device>(bytes: &[u8], packed: bool) {
     STAGE.with_borrow_mut(|stage| {
         let mut input = Input::new(bytes);
-        let Some(mut scene) = Scene::new(stage, &mut input, packed) else { return };
+        let Some(mut scene) = Scene::<D>::new(stage, &mut input, packed) else { return };
         for _ in 0..STEPS_MAX {
             if input.is_empty() || !scene.step(&mut input) {
                 break;
@@ -128,14 +144,16 @@ struct Shown {
     disk: bool,
 }
 
-struct Scene<'s> {
+struct Scene<'s, D: Device> {
     stage: &'s mut Stage,
     model: Arc<ModelDisk>,
-    disk: Arc<Disk>,
+    device: D,
+    /// The disk is `model`.
+    is_model: bool,
     layout: Layout,
     size: u16,
     driver: Driver,
-    queue: Arc<Queue<BlkQueue>>,
+    queue: Arc<Queue<D::Queue>>,
     reader: Reader,
     iteration: Iteration,
     hint: PollHint,
@@ -156,7 +174,7 @@ struct Scene<'s> {
     stopping: bool,
 }
 
-impl<'s> Scene<'s> {
+impl<'s, D: Device> Scene<'s, D> {
     fn new(stage: &'s mut Stage, input: &mut Input<'_>, packed: bool) -> Option<Self> {
         let options = input.u8();
         let size = match input.u8() {
@@ -181,12 +199,15 @@ impl<'s> Scene<'s> {
         }
         let model = ModelDisk::new(if options & 1 != 0 { 4096 } else { 512 });
         let hosts = [(0, 0), (0, FILE_BYTES as u64), (1, FILE_BYTES as u64)];
-        model.state().memory = hosts
-            .map(|(table, gpa)| stage.guest.table(table).range(gpa, FILE_BYTES))
-            .map(|host| (host.map_or(0, |host| host as usize), FILE_BYTES))
-            .into();
-        let bdev = if options & 2 != 0 { Arc::clone(&stage.malloc) } else { model.clone() as _ };
-        let disk = Arc::new(Disk::new(bdev, options & 4 != 0));
+        if D::GUEST_MEMORY_ONLY {
+            model.state().memory = hosts
+                .map(|(table, gpa)| stage.guest.table(table).range(gpa, FILE_BYTES))
+                .map(|host| (host.map_or(0, |host| host as usize), FILE_BYTES))
+                .into();
+        }
+        let is_model = options & 2 == 0;
+        let bdev = if is_model { model.clone() as _ } else { Arc::clone(&stage.malloc) };
+        let device = D::new(bdev, options & 4 != 0);
         let layout = Layout { packed, event_idx: options & 8 != 0 };
         let shown = Shown {
             table: 0,
@@ -197,15 +218,15 @@ impl<'s> Scene<'s> {
         let domain = Domain::new(1);
         let mut reader = domain.reader()?;
         reader.online();
-        let view = view(stage, &disk, size, layout, shown, 1);
+        let view = view(stage, &device, size, layout, shown, 1);
         let (id, domain, coalescing) = (QueueId(1), &domain, Arc::default());
         let new = NewQueue { id, domain, view, base, coalescing, tracked: None };
-        let device = BlkQueue::open(Some(&disk), size.min(256)).expect("a channel");
-        let queue = Queue::new(device, new).ok()?;
+        let queue = Queue::new(device.open(size.min(256)), new).ok()?;
         Some(Self {
             driver: Driver::new(size, packed, base),
             model,
-            disk,
+            device,
+            is_model,
             layout,
             size,
             queue,
@@ -231,7 +252,7 @@ impl<'s> Scene<'s> {
     fn step(&mut self, input: &mut Input<'_>) -> bool {
         let table = self.shown.table;
         match input.u8() % 16 {
-            0..5 => self.driver.offer(&mut self.stage.guest, table, input),
+            0..5 => self.driver.offer::<D>(&mut self.stage.guest, table, input),
             5..9 => self.visit(),
             9 => {
                 let at = u64::from(input.u16()) % STATUSES;
@@ -285,7 +306,7 @@ impl<'s> Scene<'s> {
             }
             self.generation += 1;
             let (size, layout) = (self.size, self.layout);
-            let view = view(self.stage, &self.disk, size, layout, self.shown, self.generation);
+            let view = view(self.stage, &self.device, size, layout, self.shown, self.generation);
             self.retired.push(self.queue.publish(view).expect("a ring in memory"));
         }
         !self.stopping
@@ -345,20 +366,21 @@ impl<'s> Scene<'s> {
         }
         assert_eq!(self.queue.control().quarantined_bytes(), 0);
         drop(self.queue);
+        drop(self.device);
         assert_eq!(self.model.state().open, 0, "a channel is open");
     }
 }
 
-fn view(
+fn view<D: Device>(
     stage: &Stage,
-    disk: &Arc<Disk>,
+    device: &D,
     size: u16,
     layout: Layout,
     shown: Shown,
     generation: u64,
 ) -> ViewSpec {
     let memory = stage.guest.table(shown.table);
-    let device = shown.disk.then(|| BlkView::erased(disk, shown.write_through));
+    let device = shown.disk.then(|| device.view(shown.write_through));
     ViewSpec {
         generation,
         call: Some(Arc::clone(&stage.call)),

@@ -26,7 +26,7 @@ use crate::job::CHUNK_BYTES;
 use crate::request_queue::RequestQueue;
 use crate::session::{Arrival, Ends, Event, QueueLink, Session};
 use crate::slots::{AddError, RemoveError, Slot, State, TargetInfo};
-use crate::target::{ScsiTarget, TARGETS_MAX, nexus};
+use crate::target::{FRONT_ENDS_MAX, ScsiTarget, TARGETS_MAX, nexus};
 use crate::unit::Units;
 use crate::view::{ScsiView, Shown, bits};
 
@@ -184,8 +184,8 @@ impl Scsi {
         // one of the two functions opens a target for this queue.
         let (session, targets): (_, Vec<_>) = {
             let state = self.lock();
-            let index = usize::try_from(key).unwrap_or(usize::MAX);
-            let session = state.sessions.get(index).and_then(Weak::upgrade);
+            let session = state.sessions.iter().filter_map(Weak::upgrade);
+            let session = session.into_iter().find(|session| session.key == key);
             let session = session.ok_or_else(|| OpenError("the front end is gone".into()))?;
             session.add_queue(&link);
             let targets = state.slots.iter().filter_map(Slot::opened).cloned().collect();
@@ -334,16 +334,7 @@ impl Device for Scsi {
     }
 
     fn connect(self: Arc<Self>) -> Box<dyn Negotiated> {
-        let mut state = self.lock();
-        let free = state.sessions.iter().position(|session| session.strong_count() == 0);
-        let n = free.unwrap_or(state.sessions.len());
-        let index = u8::try_from(n).unwrap_or(u8::MAX);
-        let session = Session::new(index, self.number);
-        match state.sessions.get_mut(n) {
-            Some(place) => *place = Arc::downgrade(&session),
-            None => state.sessions.push(Arc::downgrade(&session)),
-        }
-        drop(state);
+        let session = self.lock().connect(self.number);
         Box::new(ScsiSession { device: self, session })
     }
 
@@ -377,10 +368,9 @@ impl Device for Scsi {
 /// Its front ends cannot come back: their registrations end.
 impl Drop for Scsi {
     fn drop(&mut self) {
-        let front_ends = self.lock().sessions.len();
         for unit in self.units.all() {
             let mut state = unit.lock();
-            for front_end in (0..=u8::MAX).take(front_ends) {
+            for front_end in 0..FRONT_ENDS_MAX {
                 for target in (0_u8..).take(TARGETS_MAX) {
                     let nexus = nexus(self.number, front_end, target);
                     state.logical_unit.nexus_removed(nexus);
@@ -426,15 +416,17 @@ impl ScsiSession {
     }
 }
 
+/// The connection is gone, and its I/O has ended.
 impl Drop for ScsiSession {
     fn drop(&mut self) {
         self.nexus_lost();
+        self.device.lock().disconnect(&self.session);
     }
 }
 
 impl Negotiated for ScsiSession {
     fn key(&self) -> u64 {
-        self.session.index.into()
+        self.session.key
     }
 
     fn set_features(&mut self, features: u64) {

@@ -82,6 +82,9 @@ pub struct RequestQueue {
     reply: Box<Reply>,
     parameters: Box<[u8; PARAMETERS_MAX]>,
     watch: BarrierState,
+    /// The targets that the adopted view has, a bit for each.
+    shown: u8,
+    stopping: bool,
     /// Disks whose channel has I/O that was queued since its last kick: a bit for each.
     unkicked: u8,
     abandoned: bool,
@@ -113,6 +116,8 @@ impl RequestQueue {
             reply: Box::default(),
             parameters: Box::new([0; PARAMETERS_MAX]),
             watch: BarrierState::new(link.depth),
+            shown: 0,
+            stopping: false,
             abandoned: false,
             unkicked: 0,
             progress: ArrayVec::new(),
@@ -161,6 +166,47 @@ impl RequestQueue {
                 answer::fail(self, request, sense, format)
             }
         }
+    }
+
+    /// Starts a request with a header and a response.
+    #[inline]
+    fn start_addressed<R: Request<Self>>(&mut self, mut request: R, resubmitted: bool) -> Progress {
+        let (task, _) = request.parts();
+        let address = Address::of(task.header.lun);
+        let Some(address) = address else {
+            return answer::respond_unstarted(request, Response::BadTarget);
+        };
+        let tag = task.header.tag;
+        task.target = address.target;
+        let Some(disk) = self.disk(address.target) else {
+            if self.is_coming(address.target) && !resubmitted {
+                return request.wait_for_room();
+            }
+            return answer::respond_unstarted(request, Response::BadTarget);
+        };
+        if address.lun != 0 {
+            return slow::answer_absent(self, request);
+        }
+        disk.commands += 1;
+        self.watch.started(request.slot(), address.target, tag);
+        if let Some(response) = self.watch.ends(address.target, tag) {
+            return answer::respond(self, request, response);
+        }
+        if resubmitted && request.parts().0.header.cdb[0] == COMPARE_AND_WRITE {
+            // It may have been done. A second time, it would miscompare.
+            let aborted = Sense::new(Key::AbortedCommand, Code::NONE);
+            return answer::fail(self, request, aborted, Format::Fixed);
+        }
+        self.start_command(request)
+    }
+
+    /// Returns whether the next view has a target that the current view does not have. The driver
+    /// may have been told of it already, and takes BAD_TARGET for the end of its search.
+    #[cold]
+    fn is_coming(&self, target: u8) -> bool {
+        let session = self.session.as_ref().filter(|_| !self.stopping);
+        let bit = 1_u8.checked_shl(target.into()).unwrap_or(0);
+        session.is_some_and(|session| session.shown() & !self.shown & bit != 0)
     }
 
     /// Lets a request try again at the next visit.
@@ -272,38 +318,17 @@ impl DeviceQueue for RequestQueue {
                 return request.finish(Answer { last_byte: None, written: 0, dirty: 0 });
             }
         }
-        let address = Address::of(task.header.lun);
-        let Some(address) = address else {
-            return answer::respond_unstarted(request, Response::BadTarget);
-        };
-        let tag = task.header.tag;
-        task.target = address.target;
-        let Some(disk) = self.disk(address.target) else {
-            return answer::respond_unstarted(request, Response::BadTarget);
-        };
-        if address.lun != 0 {
-            return slow::answer_absent(self, request);
-        }
-        disk.commands += 1;
-        self.watch.started(request.slot(), address.target, tag);
-        if let Some(response) = self.watch.ends(address.target, tag) {
-            return answer::respond(self, request, response);
-        }
-        if resubmitted && request.parts().0.header.cdb[0] == COMPARE_AND_WRITE {
-            // It may have been done. A second time, it would miscompare.
-            let aborted = Sense::new(Key::AbortedCommand, Code::NONE);
-            return answer::fail(self, request, aborted, Format::Fixed);
-        }
-        self.start_command(request)
+        self.start_addressed(request, resubmitted)
     }
 
-    /// Never called: no request waits for room in the engine.
+    /// Only requests for a target that is coming wait in the engine.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress {
-        self.try_again(request)
+        self.start_addressed(request, false)
     }
 
     fn adopted(&mut self, view: Option<&ScsiView>) {
         self.take_arrivals(view);
+        self.shown = view.map_or(0, ScsiView::shown);
         if let Some(view) = view {
             self.session.get_or_insert_with(|| Arc::clone(view.session()));
             self.watch.adopt(view.barrier(), self.link.reached.load(Ordering::Relaxed));
@@ -312,6 +337,7 @@ impl DeviceQueue for RequestQueue {
     }
 
     fn stopping(&mut self) {
+        self.stopping = true;
         let disks = self.disks.iter_mut().flat_map(|disks| disks.iter_mut().flatten());
         disks.for_each(|disk| disk.stop_limiting());
     }

@@ -1,6 +1,6 @@
 //! What the queues of one front end share: its nexus, its events, and its task management.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::WakeSet;
@@ -23,7 +23,7 @@ pub(crate) enum Event {
 }
 
 /// In the order in which the events of one target are sent. It is right for a target that was
-/// removed and added again. For one that was added and removed, the driver's scan finds no target.
+/// removed and added again. A removal withdraws the other events.
 const EVENTS: [Event; 3] = [Event::Removed, Event::Added, Event::Resized];
 
 /// The events that wait for a buffer: a bit for each kind and target. So none is lost, and their
@@ -37,7 +37,12 @@ impl Events {
     }
 
     fn post(&self, event: Event, target: u8) {
-        self.0.fetch_or(Self::bit(event, target), Ordering::Relaxed);
+        // Release: the driver finds what it is told of. See `Session::shown`.
+        self.0.fetch_or(Self::bit(event, target), Ordering::Release);
+    }
+
+    fn withdraw(&self, event: Event, target: u8) {
+        self.0.fetch_and(!Self::bit(event, target), Ordering::Relaxed);
     }
 
     fn clear(&self) {
@@ -51,7 +56,7 @@ impl Events {
 
     /// Removes and returns the next event.
     pub(crate) fn take(&self) -> Option<(Event, u8)> {
-        let pending = self.0.load(Ordering::Relaxed);
+        let pending = self.0.load(Ordering::Acquire);
         let next = pending.trailing_zeros();
         let event = EVENTS.get(next as usize / TARGETS_MAX)?;
         self.0.fetch_and(!(1 << next), Ordering::Relaxed);
@@ -131,10 +136,15 @@ impl Barrier {
     }
 }
 
+/// The value of [`Session`]'s `shown` while the driver has had no view.
+const UNSEEN: u16 = 1 << 8;
+
 /// What the queues of one front end share.
 #[derive(Debug)]
 pub(crate) struct Session {
-    /// The number of the front end among those of its controller.
+    /// Identifies the front end among all that its controller has had.
+    pub(crate) key: u64,
+    /// Identifies it among those that its controller has now.
     pub(crate) index: u8,
     /// The number of the controller.
     controller: u64,
@@ -144,28 +154,29 @@ pub(crate) struct Session {
     barrier: PostedBarrier,
     /// The number of the last barrier whose function was answered. New queues ignore it and those
     /// before.
-    ended: AtomicU64,
+    answered: AtomicU64,
     /// The number of the last barrier that the control side has seen.
     seen: AtomicU64,
     /// Targets that could not be opened for a queue, a bit for each: they are not shown.
     hidden: AtomicU8,
-    /// The targets that the last view had, a bit for each; `None`: the driver has had no view.
-    shown: Mutex<Option<u8>>,
+    /// The targets that the last view had, a bit for each, or [`UNSEEN`].
+    shown: AtomicU16,
 }
 
 impl Session {
-    pub(crate) fn new(index: u8, controller: u64) -> Arc<Self> {
+    pub(crate) fn new(key: u64, index: u8, controller: u64) -> Arc<Self> {
         Arc::new(Self {
+            key,
             index,
             controller,
             features: AtomicU64::new(0),
             events: Events::default(),
             queues: Mutex::default(),
             barrier: PostedBarrier::default(),
-            ended: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             hidden: AtomicU8::new(0),
-            shown: Mutex::default(),
+            shown: AtomicU16::new(UNSEEN),
         })
     }
 
@@ -191,7 +202,7 @@ impl Session {
         self.features.store(features, Ordering::Relaxed);
         self.events.clear();
         self.hidden.store(0, Ordering::Relaxed);
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.shown.store(UNSEEN, Ordering::Relaxed);
     }
 
     /// Hides a target from the driver, until the driver is another one.
@@ -216,14 +227,29 @@ impl Session {
     }
 
     /// Takes note of the targets that the next view shows, and posts an event for each that has
-    /// come or gone since the last one.
+    /// come or gone since the last one. One thread at a time may call this.
     pub(crate) fn show(&self, now: u8) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(before) = shown.replace(now) else { return };
-        for target in (0..8).filter(|target| (before ^ now) & (1 << target) != 0) {
-            let event = if now & (1 << target) != 0 { Event::Added } else { Event::Removed };
-            self.post(event, target);
+        let now = u16::from(now);
+        let before = self.shown.swap(now, Ordering::Relaxed);
+        if before == UNSEEN {
+            return;
         }
+        for target in (0..8).filter(|target| (before ^ now) & (1 << target) != 0) {
+            if now & (1 << target) != 0 {
+                self.post(Event::Added, target);
+            } else {
+                self.events.withdraw(Event::Added, target);
+                self.events.withdraw(Event::Resized, target);
+                self.post(Event::Removed, target);
+            }
+        }
+    }
+
+    /// Returns the targets that the last view has, a bit for each. The driver may have been told of
+    /// them before each queue has adopted that view.
+    pub(crate) fn shown(&self) -> u8 {
+        let [targets, _] = self.shown.load(Ordering::Relaxed).to_le_bytes();
+        targets
     }
 
     /// Posts a barrier. One at a time: the last one was reached by all queues, or is abandoned.
@@ -247,12 +273,12 @@ impl Session {
 
     /// The function of a barrier is being answered.
     pub(crate) fn end_barrier(&self, barrier: &Barrier) {
-        self.ended.store(barrier.number, Ordering::Relaxed);
+        self.answered.store(barrier.number, Ordering::Relaxed);
     }
 
     /// Adds a request queue, which has no commands yet. Not for reactors.
     pub(crate) fn add_queue(&self, queue: &Arc<QueueLink>) {
-        queue.reached.store(self.ended.load(Ordering::Relaxed), Ordering::Relaxed);
+        queue.reached.store(self.answered.load(Ordering::Relaxed), Ordering::Relaxed);
         self.queues().push(Arc::clone(queue));
     }
 
@@ -316,7 +342,7 @@ mod tests {
 
     #[test]
     fn events_of_a_target_are_sent_in_an_order_that_does_no_harm() {
-        let session = Session::new(0, 1);
+        let session = Session::new(0, 0, 1);
         session.post(Event::Added, 3);
         assert_eq!(session.events.take(), None, "HOTPLUG was not negotiated");
         session.set_features(1 << VIRTIO_SCSI_F_HOTPLUG | 1 << VIRTIO_SCSI_F_CHANGE);
@@ -329,6 +355,11 @@ mod tests {
         let expected =
             [(Event::Removed, 1), (Event::Added, 1), (Event::Added, 3), (Event::Resized, 7)];
         assert_eq!(events, expected);
+        session.show(0b1011);
+        session.post(Event::Resized, 0);
+        session.show(0b1010);
+        let events: Vec<_> = std::iter::from_fn(|| session.events.take()).collect();
+        assert_eq!(events, [(Event::Removed, 0)], "nothing is told of a target that is gone");
         session.post(Event::Resized, 0);
         session.set_features(1 << VIRTIO_SCSI_F_HOTPLUG);
         assert!(!session.events.any(), "a new driver");
@@ -338,7 +369,7 @@ mod tests {
 
     #[test]
     fn a_barrier_is_reached_when_all_served_queues_have_reached_it() {
-        let session = Session::new(0, 1);
+        let session = Session::new(0, 0, 1);
         assert_eq!(session.barrier(), None);
         let queues = [(); 3].map(|()| QueueLink::new(4).unwrap());
         queues.iter().for_each(|queue| session.add_queue(queue));

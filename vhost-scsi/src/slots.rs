@@ -6,7 +6,7 @@ use bdev::{QosUser, UserCounts};
 
 use crate::job::CHUNK_BYTES;
 use crate::session::Session;
-use crate::target::{ScsiTarget, TARGETS_MAX};
+use crate::target::{FRONT_ENDS_MAX, ScsiTarget, TARGETS_MAX};
 use crate::unit::DEVICES_MAX;
 
 /// A target, for the operator.
@@ -62,9 +62,12 @@ pub enum RemoveError {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) slots: [Slot; TARGETS_MAX],
-    /// The front ends. A number that is free again is used for the next one, which most likely is
-    /// the same virtual machine: its registrations stay valid.
+    /// The front ends, and earlier ones that memory of queues still refers to.
     pub(crate) sessions: Vec<Weak<Session>>,
+    /// The number of front ends that there have been.
+    connected: u64,
+    /// The indices of the front ends that there are, a bit for each.
+    indices: u32,
     /// What the queues had done for targets that were removed, when those were removed.
     counts_before: UserCounts,
 }
@@ -116,6 +119,24 @@ impl State {
     /// Returns the front ends. To drop the last reference to one may take long: not under a lock.
     pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
         self.sessions.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Adds a front end. Its index is the lowest free one: a front end that is alone and connects
+    /// again has the same index, so its registrations stay valid.
+    pub(crate) fn connect(&mut self, controller: u64) -> Arc<Session> {
+        self.sessions.retain(|session| session.strong_count() > 0);
+        let is_free = |n: &u8| self.indices & (1 << n) == 0;
+        let index = (0..FRONT_ENDS_MAX).find(is_free).unwrap_or(FRONT_ENDS_MAX - 1);
+        let session = Session::new(self.connected, index, controller);
+        self.indices |= 1 << index;
+        self.connected += 1;
+        self.sessions.push(Arc::downgrade(&session));
+        session
+    }
+
+    /// A front end is gone, and its I/O has ended.
+    pub(crate) fn disconnect(&mut self, session: &Session) {
+        self.indices &= !(1 << session.index);
     }
 
     pub(crate) fn free_number(&self, wanted: Option<u8>) -> Result<u8, AddError> {

@@ -13,7 +13,7 @@ pub const TARGETS_MAX: usize = 8;
 
 /// Front ends of a controller, including those that still have I/O in flight: more than the target
 /// accepts.
-const FRONT_ENDS_MAX: u8 = 32;
+pub(crate) const FRONT_ENDS_MAX: u8 = 32;
 
 /// Returns the nexus of a front end of a controller, by its index, and one of the controller's
 /// targets. A disk with two targets has two nexuses with each front end, as paths of multipath I/O.

@@ -2,7 +2,6 @@
 //! memory, and the test is the control thread.
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
-#![expect(dead_code, reason = "the world can do more than these tests need")]
 
 mod device {
     pub(crate) mod disk;
@@ -10,6 +9,10 @@ mod device {
 
     mod atomic;
     mod data_path;
+    mod hot_plug;
+    mod life;
     mod medium;
+    mod model;
+    mod reservations;
     mod task_management;
 }

@@ -1,7 +1,8 @@
 //! A driver that makes chains of all kinds, most of them valid.
 
-use super::{ADDRS, DATA, HEADERS, STATUSES, TABLES};
-use crate::guest::{END, Guest};
+use super::device::Device;
+use super::{ADDRS, TABLES};
+use crate::guest::Guest;
 use crate::input::Input;
 
 const NEXT: u16 = 1;
@@ -10,13 +11,6 @@ const INDIRECT: u16 = 4;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 const WRAP: u16 = 1 << 15;
-
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
 
 /// The driver.
 pub(super) struct Driver {
@@ -31,10 +25,22 @@ pub(super) struct Driver {
 
 /// A buffer of a chain.
 #[derive(Clone, Copy)]
-struct Buffer {
-    gpa: u64,
-    len: u32,
-    flags: u16,
+pub(super) struct Buffer {
+    pub gpa: u64,
+    pub len: u32,
+    pub flags: u16,
+}
+
+impl Buffer {
+    /// A buffer that the device reads.
+    pub(super) fn readable(gpa: u64, len: u32) -> Self {
+        Self { gpa, len, flags: 0 }
+    }
+
+    /// A buffer that the device writes.
+    pub(super) fn writable(gpa: u64, len: u32) -> Self {
+        Self { gpa, len, flags: WRITE }
+    }
 }
 
 impl Driver {
@@ -42,11 +48,16 @@ impl Driver {
         Self { size, packed, position, free: 0, count: 0 }
     }
 
-    /// Offers a request.
-    pub(super) fn offer(&mut self, guest: &mut Guest, table: usize, input: &mut Input<'_>) {
+    /// Offers a request to a device.
+    pub(super) fn offer<D: Device>(
+        &mut self,
+        guest: &mut Guest,
+        table: usize,
+        input: &mut Input<'_>,
+    ) {
         let n = self.count;
         self.count = self.count.wrapping_add(1);
-        let mut buffers = request(guest, table, n, input);
+        let mut buffers = D::request(guest, table, n, input);
         let defect = input.u8();
         corrupt(&mut buffers, defect, input);
         // Some descriptors in the ring, the rest in a table.
@@ -137,53 +148,6 @@ fn bytes(Buffer { gpa, len, .. }: Buffer, flags: u16, tag: u16, packed: bool) ->
     bytes[12..14].copy_from_slice(&first.to_le_bytes());
     bytes[14..].copy_from_slice(&second.to_le_bytes());
     bytes
-}
-
-/// The buffers of a request that is valid but for its place on the disk.
-fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Vec<Buffer> {
-    let kind = match input.u8() % 8 {
-        0 | 1 => IN,
-        2 | 3 => OUT,
-        4 => FLUSH,
-        5 => GET_ID,
-        6 => input.pick(&[DISCARD, WRITE_ZEROES]),
-        _ => input.u32(),
-    };
-    let sector = match input.u8() {
-        0xff => input.u64(),
-        sector => u64::from(sector) * 8,
-    };
-    let header = HEADERS + 16 * u64::from(n % 64);
-    guest.put(table, header, &u64::from(kind).to_le_bytes());
-    guest.put(table, header + 8, &sector.to_le_bytes());
-    let mut buffers = vec![Buffer { gpa: header, len: 16, flags: 0 }];
-    let shape = input.u8();
-    let (count, times) = (usize::from(shape & 3), shape >> 2);
-    let write = if matches!(kind, IN | GET_ID) { WRITE } else { 0 };
-    for _ in 0..count {
-        let gpa = DATA + u64::from(input.u16()) % (END - DATA);
-        let len = match input.u8() {
-            0xff => input.u32(),
-            0xfe => input.u16().into(),
-            small if matches!(kind, DISCARD | WRITE_ZEROES) => 16 * u32::from(small % 20),
-            small if kind == GET_ID => u32::from(small % 32),
-            len => 512 << (len % 6),
-        };
-        buffers.push(Buffer { gpa, len, flags: write });
-        if matches!(kind, DISCARD | WRITE_ZEROES) {
-            guest.put(table, gpa, input.bytes(16));
-        }
-    }
-    if times > 56 && count > 0 {
-        // Long: the same buffers repeated, up to more than the longest allowed chain.
-        let pattern: Vec<_> = buffers[1..].to_vec();
-        let wanted = usize::from(input.u8()) * 5;
-        buffers.extend(pattern.iter().cycle().take(wanted));
-    }
-    let status = STATUSES + u64::from(n) % (DATA - STATUSES);
-    guest.put(table, status, &[0xee]);
-    buffers.push(Buffer { gpa: status, len: 1, flags: WRITE });
-    buffers
 }
 
 /// Makes a request invalid, or at least unusual.

@@ -14,10 +14,8 @@ const WRAP: u16 = 1 << 15;
 /// The longest table, and the longest chain, that the device accepts.
 const TABLE_MAX: u32 = 1026;
 const CHAIN_MAX: u32 = 4096;
-
-/// Request types whose answer has data.
-pub(super) const IN: u32 = 0;
-pub(super) const GET_ID: u32 = 8;
+/// Bytes of the longest header of a request.
+const HEADER_MAX: usize = 51;
 
 /// A piece of memory in a chain, within one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +35,8 @@ pub(super) struct Chain {
     pub pieces: Vec<Piece>,
     /// Whether it is well-formed.
     pub whole: bool,
-    /// The request's type, if it has one.
-    pub kind: Option<u32>,
+    /// The first readable bytes.
+    pub header: Vec<u8>,
 }
 
 /// The state of an entry of the available ring.
@@ -57,13 +55,28 @@ impl Chain {
     }
 
     pub(super) fn writable_bytes(&self) -> usize {
-        self.pieces.iter().filter(|piece| piece.write).map(|piece| piece.len).sum()
+        self.writable().map(|piece| piece.len).sum()
     }
 
-    /// The place of the status, if the chain is well-formed.
-    pub(super) fn status(&self) -> Option<Place> {
+    /// The writable pieces.
+    pub(super) fn writable(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().filter(|piece| piece.write)
+    }
+
+    /// The place of the last writable byte, if the chain is well-formed.
+    pub(super) fn last_byte(&self) -> Option<Place> {
         let last = self.pieces.last().filter(|piece| self.whole && piece.write)?;
         Some(Place { at: last.place.at + last.len - 1, ..last.place })
+    }
+
+    /// The places of the first `count` writable bytes, if the chain is well-formed and has so many.
+    pub(super) fn first_bytes(&self, count: usize) -> Option<Vec<Place>> {
+        let of = |piece: &Piece| {
+            let Place { file, at } = piece.place;
+            (at..at + piece.len).map(move |at| Place { file, at })
+        };
+        let places: Vec<_> = self.writable().flat_map(of).take(count).collect();
+        (self.whole && places.len() == count).then_some(places)
     }
 
     fn push(&mut self, table: usize, desc: Desc) {
@@ -87,16 +100,12 @@ impl Chain {
 
     fn finish(mut self, guest: &Guest) -> Self {
         self.whole &= self.pieces.len() <= LONG_SEGMENTS_MAX;
-        let mut header = Vec::with_capacity(16);
         for piece in self.pieces.iter().filter(|piece| !piece.write) {
-            let len = piece.len.min(16 - header.len());
-            header.extend(
+            let len = piece.len.min(HEADER_MAX - self.header.len());
+            self.header.extend(
                 (0..len)
                     .map(|n| guest.remembered_at(Place { at: piece.place.at + n, ..piece.place })),
             );
-        }
-        if let (16, Some(kind)) = (header.len(), header.first_chunk()) {
-            self.kind = Some(u32::from_le_bytes(*kind) & !(1 << 31));
         }
         self
     }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use vhost_target::queue::QueueState;
 
+use super::device::Device;
 use super::model::{self, Chain, Taken};
 use super::{ADDRS, LOG_BYTES, PAGE, STATUSES, Scene, trace};
 use crate::guest::{FILE_BYTES, Place, within};
@@ -15,7 +16,7 @@ const VISIT_REQUESTS_MAX: usize = 32;
 const VISIT_BYTES_MAX: usize = 512 << 10;
 const VISIT_PIECES_MAX: usize = 1024;
 
-impl Scene<'_> {
+impl<D: Device> Scene<'_, D> {
     /// Checks what was taken, against the ring before the visit.
     pub(super) fn look_at_fetched(&mut self) {
         let (guest, table) = (&self.stage.guest, self.shown.table);
@@ -93,16 +94,20 @@ impl Scene<'_> {
             assert!(len as usize <= most.max(1), "says to have written {len} of {most}");
             let by = if self.layout.packed { chain.span } else { 1 };
             self.used = self.advance(self.used, by);
-            writes.allow(&chain);
-            if let Some(place) = chain.status() {
-                writes.statuses.push(place);
+            match D::answer(&chain) {
+                Some(places) => {
+                    places.iter().for_each(|place| writes.byte(*place));
+                    writes.answers.push(places);
+                }
+                None => D::refused(&chain).into_iter().for_each(|place| writes.byte(place)),
             }
+            writes.data(D::data(&chain));
         }
         if !self.layout.packed && came_back > 0 {
             let index = self.stage.guest.u16_now(ADDRS.used as usize + 2);
             assert_eq!(index, self.used, "the used index");
         }
-        self.outstanding.iter().for_each(|chain| writes.allow_data(chain));
+        self.outstanding.iter().for_each(|chain| writes.data(D::data(chain)));
         self.allow_events(&mut writes);
         self.compare(&writes);
     }
@@ -144,7 +149,7 @@ impl Scene<'_> {
     fn compare(&self, writes: &Writes) {
         let guest = &self.stage.guest;
         let mut marked = [0; LOG_BYTES];
-        let logged = self.shown.log && self.disk.bdev.name() == "Model";
+        let logged = self.shown.log && self.is_model;
         if logged {
             self.stage.log.1.read_exact_at(&mut marked, 0).expect("a memfd");
         }
@@ -158,12 +163,13 @@ impl Scene<'_> {
                 assert!(marked[page / 8] >> (page % 8) & 1 != 0, "page {page} is not marked");
             }
         });
-        for &place in &writes.statuses {
-            let others = writes.ranges.iter().filter(|(file, range)| within(place, *file, range));
-            if others.count() == 1 {
-                let status = guest.byte_now(place);
-                assert!(status <= 2, "status {status:#x}");
-            }
+        let is_alone = |place: &Place| {
+            let others = writes.ranges.iter().filter(|(file, range)| within(*place, *file, range));
+            others.count() == 1
+        };
+        for places in writes.answers.iter().filter(|places| places.iter().all(is_alone)) {
+            let bytes: Vec<_> = places.iter().map(|place| guest.byte_now(*place)).collect();
+            D::check(&bytes);
         }
     }
 
@@ -190,32 +196,17 @@ impl Scene<'_> {
 #[derive(Default)]
 struct Writes {
     ranges: Vec<(usize, Range<usize>)>,
-    /// The places where a status must be.
-    statuses: Vec<Place>,
+    /// The places where answers must be.
+    answers: Vec<Vec<Place>>,
 }
 
 impl Writes {
-    /// The places that the answer to a chain may write.
-    fn allow(&mut self, chain: &Chain) {
-        self.allow_data(chain);
-        match chain.status() {
-            Some(place) => self.byte(place),
-            // The specification does not say where the status of a malformed chain is.
-            None => chain.pieces.iter().filter(|piece| piece.write).for_each(|piece| {
-                self.byte(Place { at: piece.place.at + piece.len - 1, ..piece.place });
-            }),
-        }
-    }
-
     fn byte(&mut self, Place { file, at }: Place) {
         self.ranges.push((file, at..at + 1));
     }
 
-    fn allow_data(&mut self, chain: &Chain) {
-        if !chain.whole || !matches!(chain.kind, Some(model::IN | model::GET_ID)) {
-            return;
-        }
-        for piece in chain.pieces.iter().filter(|piece| piece.write) {
+    fn data<'p>(&mut self, pieces: impl IntoIterator<Item = &'p model::Piece>) {
+        for piece in pieces {
             self.ranges.push((piece.place.file, piece.place.at..piece.place.at + piece.len));
         }
     }

@@ -1,9 +1,11 @@
 //! A target with stepped reactors, controllers, and the guests of their front ends.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -38,6 +40,19 @@ pub(crate) const LOG_ALL: u64 = 1 << 26;
 const EVENT_IDX: u64 = 1 << 29;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const RING_PACKED: u64 = 1 << 34;
+
+thread_local! {
+    /// The thread runs an iteration of a reactor.
+    pub(crate) static IN_REACTOR: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs an iteration of a reactor. Returns whether the reactor sleeps.
+fn step(reactor: &mut SteppedReactor) -> bool {
+    IN_REACTOR.set(true);
+    let sleeps = reactor.step();
+    IN_REACTOR.set(false);
+    sleeps
+}
 
 /// A transport without sockets: the tests report connections.
 pub(crate) struct NoSockets;
@@ -111,14 +126,14 @@ impl World {
 
     /// One iteration of one reactor, and then of the control thread.
     pub(crate) fn step_one(&mut self, reactor: usize) {
-        self.asleep[reactor] = self.reactors[reactor].step();
+        self.asleep[reactor] = step(&mut self.reactors[reactor]);
         self.target.process_events();
     }
 
     /// One iteration of every reactor, and then of the control thread.
     pub(crate) fn step(&mut self) {
         for (reactor, asleep) in self.reactors.iter_mut().zip(&mut self.asleep) {
-            *asleep = reactor.step();
+            *asleep = step(reactor);
         }
         self.target.process_events();
     }
@@ -238,8 +253,13 @@ impl Vm {
         vm
     }
 
-    fn negotiate(&self) {
+    pub(crate) fn negotiate(&self) {
         self.tell(request::SET_FEATURES, &words(&[self.features]), vec![]);
+        self.set_memory();
+    }
+
+    /// Sends the memory table.
+    pub(crate) fn set_memory(&self) {
         let table = self.ram.table();
         let mut payload = vec![table.len() as u64];
         for region in &table {
@@ -256,8 +276,9 @@ impl Vm {
     }
 
     /// Connects again, with the same memory and rings, and starts all rings. The last connection
-    /// was closed.
+    /// was closed, or its process was killed.
     pub(crate) fn reconnect(&mut self, world: &World, controller: &str) {
+        self.target = Arc::clone(&world.target);
         (self.wire, self.id) = connected(world, controller);
         self.negotiate();
         self.start_all();
@@ -312,10 +333,11 @@ impl Vm {
         self.tell(request::SET_VRING_KICK, &words(&[n]), vec![kick]);
     }
 
-    /// Sends GET_VRING_BASE. Its reply is the next message in `wire`.
-    pub(crate) fn stop_ring(&self, n: usize) {
+    /// Sends GET_VRING_BASE. If its reply is deferred, it is the next message in `wire`.
+    pub(crate) fn stop_ring(&self, n: usize) -> Verdict {
         let verdict = self.send(request::GET_VRING_BASE, &words(&[n as u64]), vec![]);
         assert!(matches!(verdict, Verdict::Deferred | Verdict::Reply(_)), "{verdict:?}");
+        verdict
     }
 
     /// Stops all rings, which drain.
@@ -323,17 +345,18 @@ impl Vm {
     pub(crate) fn stop_all(&self, world: &mut World) {
         for n in 0..self.rings().len() {
             lock(&self.wire.sent).clear();
-            self.stop_ring(n);
-            world.until("a ring drains", || !lock(&self.wire.sent).is_empty());
+            if let Verdict::Deferred = self.stop_ring(n) {
+                world.until("a ring drains", || !lock(&self.wire.sent).is_empty());
+            }
         }
     }
 
     /// Gets an in-flight area, or continues with the one that it has.
     fn set_area(&mut self) {
         if self.area.is_none() {
-            let (queues, size) = (2 + self.guest.queues, self.guest.size.max(16));
+            let (queues, size) = (2 + self.guest.queues as u16, self.guest.size.max(16));
             let mut wanted = vec![0; 16];
-            wanted.extend([queues as u16, size].map(u16::to_le_bytes).concat());
+            wanted.extend([queues, size].map(u16::to_le_bytes).concat());
             let verdict = self.send(request::GET_INFLIGHT_FD, &wanted, vec![]);
             let Verdict::ReplyWithFd(area, fd) = verdict else { panic!("{verdict:?}") };
             self.area = Some((area, fd.into()));
@@ -342,18 +365,42 @@ impl Vm {
         self.tell(request::SET_INFLIGHT_FD, area, vec![dup(file)]);
     }
 
+    /// Returns the in-flight area.
+    pub(crate) fn area(&self) -> &File {
+        &self.area.as_ref().unwrap().1
+    }
+
+    /// Returns whether a page was marked in the log.
+    pub(crate) fn is_marked(&self, gpa: u64) -> bool {
+        let (page, mut byte) = (gpa / PAGE, [0]);
+        self.log.as_ref().unwrap().read_exact_at(&mut byte, page / 8).unwrap();
+        byte[0] >> (page % 8) & 1 == 1
+    }
+
+    pub(crate) fn clear_log(&self) {
+        let zeroes = vec![0; (RAM_BYTES / PAGE / 8) as usize];
+        self.log.as_ref().unwrap().write_all_at(&zeroes, 0).unwrap();
+    }
+
     /// Begins to log the pages that the device writes.
     pub(crate) fn begin_log(&mut self) {
         let bytes = RAM_BYTES / PAGE / 8;
         let log = memfd(bytes);
         self.tell(request::SET_LOG_BASE, &words(&[bytes, 0]), vec![dup(&log)]);
         self.log = Some(log.into());
-        self.tell(request::SET_FEATURES, &words(&[self.features | LOG_ALL]), vec![]);
+        self.switch_log(self.features | LOG_ALL);
     }
 
     pub(crate) fn end_log(&mut self) {
-        self.tell(request::SET_FEATURES, &words(&[self.features]), vec![]);
+        self.switch_log(self.features);
         self.log = None;
+    }
+
+    /// The target refuses a change that the reactors have not adopted in time. Stepped reactors
+    /// adopt it in their next steps.
+    fn switch_log(&self, features: u64) {
+        let verdict = self.send(request::SET_FEATURES, &words(&[features]), vec![]);
+        assert!(matches!(verdict, Verdict::Reject), "{verdict:?}");
     }
 
     /// Returns a new tag.
