@@ -79,7 +79,7 @@ impl Device for Unit {
         header[8..10].copy_from_slice(&n.to_le_bytes());
         let cdb = &mut header[19..];
         let (bytes, operation) = (input.u8() % 17, input.u8());
-        cdb[..usize::from(bytes)].copy_from_slice(input.bytes(bytes.into()));
+        cdb.iter_mut().zip(input.bytes(bytes.into())).for_each(|(to, from)| *to = *from);
         cdb[0] = match operation {
             0xff => input.u8(),
             operation => OPERATIONS[usize::from(operation) % OPERATIONS.len()],
