@@ -93,6 +93,14 @@ impl Plan {
         self.transfer
     }
 
+    /// Whether it is one I/O that transfers the whole buffer, and the command asked for no more.
+    #[must_use]
+    #[inline]
+    pub fn is_exact(&self) -> bool {
+        let whole = self.transfer == self.buffer && !self.overrun;
+        whole && self.flush == Flush::No && !self.exclusive
+    }
+
     /// What a WRITE SAME with a block of zeroes becomes. Others do not change.
     #[must_use]
     pub fn zeroed(self) -> Self {

@@ -23,6 +23,13 @@ impl Tallies {
         tally.bytes += bytes;
     }
 
+    /// Returns the number of reads and writes.
+    #[inline]
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.0[0].count + self.0[1].count
+    }
+
     /// Adds the tallies to `counters` and resets them. `ticks`, the time of the visit, is divided
     /// between reads and writes by their number.
     #[inline(always)]

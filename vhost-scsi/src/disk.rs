@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bdev::{Begun, Channel, Grace, InFlight, Limiting, WakeSet};
 use scsi::{Facts, Gate, Nexus};
-use served_bdev::{Opened, Throttled};
+use served_bdev::{Opened, Tallies, Throttled};
 
 use crate::job::Jobs;
 use crate::target::ScsiTarget;
@@ -15,6 +15,8 @@ use crate::unit::Locked;
 pub(crate) struct Disk {
     pub(crate) target: Arc<ScsiTarget>,
     pub(crate) opened: Opened,
+    /// What the shortcut has done in this visit.
+    pub(crate) tallies: Tallies,
     /// Requests whose I/O waits for a rate limit.
     pub(crate) throttled: Throttled,
     /// Requests whose I/O waits for room in the channel, oldest first.
@@ -65,6 +67,7 @@ impl Disk {
         Ok(Self {
             target: Arc::clone(target),
             opened,
+            tallies: Tallies::default(),
             throttled: Throttled::new(depth),
             full: VecDeque::with_capacity(depth.into()),
             jobs: Jobs::new(),

@@ -2,12 +2,15 @@
 //! descriptors (virtio 1.2, section 2.7.4).
 #![expect(unsafe_code, reason = "reads and writes guest memory")]
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bdev::memory;
 use guest_memory::{Segment, usize_of};
 use scsi::Buffers;
-use virtqueue::chain::Chain;
+use virtqueue::cache;
+use virtqueue::chain::{Chain, Totals};
 
-use crate::wire::{HEADER_BYTES, Header, RESPONSE_BYTES};
+use crate::wire::{HEADER_BYTES, Header, RESPONSE_BYTES, RESPONSE_HEAD_BYTES, SENSE_BYTES};
 
 /// Where the parts of a request are in the segments of its chain. The header has been removed. If
 /// the response ends inside a segment, this is segment `data_in`, and the last `cut` bytes of the
@@ -45,6 +48,44 @@ impl Parts {
     /// See [`Malformed`].
     #[inline]
     pub(crate) fn take(chain: &mut Chain) -> Result<(Header, Self, Buffers), Malformed> {
+        let of_chain = chain.parts();
+        let Totals { readable, count, malformed, .. } = *of_chain.totals;
+        if malformed || readable == 0 || readable >= count {
+            return Self::take_any(chain);
+        }
+        let (first, response) = (of_chain.segments[0], of_chain.segments[readable]);
+        let words: *const AtomicU64 = first.base().cast();
+        let is_common = first.len() == HEADER_BYTES && response.len() == RESPONSE_BYTES;
+        if !is_common || !words.is_aligned() {
+            return Self::take_any(chain);
+        }
+        // Ownership of its line comes while the command is done.
+        cache::prefetch_write(response.base());
+        // SAFETY: the words are aligned, and in a segment of more bytes, which is guest memory that
+        // stays mapped while the chain is in use.
+        let header = unsafe { header_at(words) };
+        let (response, end) = (short(readable), short(count));
+        let parts = Self { data_out: 1, response, data_in: response + 1, cut: 0, end };
+        let buffers = Buffers {
+            data_in: of_chain.totals.writable_bytes() - RESPONSE_BYTES as u64,
+            data_out: of_chain.totals.readable_bytes - HEADER_BYTES as u64,
+        };
+        Ok((header, parts, buffers))
+    }
+
+    /// Returns the header, if it is in a descriptor of its own and there is no data-out. Only for
+    /// prefetching: the guest may change it before it is taken.
+    #[inline]
+    pub(crate) fn peek(chain: &Chain) -> Option<Header> {
+        let words: *const AtomicU64 = chain.lone_readable(HEADER_BYTES)?.cast();
+        // SAFETY: as in `take`.
+        words.is_aligned().then(|| unsafe { header_at(words) })
+    }
+
+    /// As [`Parts::take`], for any layout.
+    #[cold]
+    #[inline(never)]
+    fn take_any(chain: &mut Chain) -> Result<(Header, Self, Buffers), Malformed> {
         let mut of_chain = chain.parts();
         let totals = *of_chain.totals;
         let writable = totals.writable_bytes();
@@ -76,7 +117,8 @@ impl Parts {
             data_in: writable - RESPONSE_BYTES as u64,
             data_out: totals.readable_bytes - HEADER_BYTES as u64,
         };
-        Ok((Header::of(&header), Self { data_out: short(data_out), ..parts }, buffers))
+        let header = Header::of_bytes(&header);
+        Ok((header, Self { data_out: short(data_out), ..parts }, buffers))
     }
 
     /// Returns the segments of data-out.
@@ -108,9 +150,33 @@ impl Parts {
         chain.data(first, count)
     }
 
-    /// Writes the response.
+    /// Writes a response without sense data.
     #[inline]
-    pub(crate) fn respond(&self, chain: &mut Chain, response: &[u8; RESPONSE_BYTES]) {
+    pub(crate) fn respond(&self, chain: &mut Chain, head: [u8; RESPONSE_HEAD_BYTES]) {
+        let response = chain.data(self.response.into(), 1)[0];
+        if self.cut != 0 || response.len() != RESPONSE_BYTES {
+            return self.respond_any(chain, head);
+        }
+        let to = response.base();
+        // SAFETY: the segment is guest memory that stays mapped while the chain is in use, and has
+        // as many bytes. An array of bytes is aligned anywhere.
+        unsafe { to.cast::<[u8; RESPONSE_HEAD_BYTES]>().write(head) };
+        // SAFETY: as above.
+        unsafe { memory::zero(to.wrapping_add(RESPONSE_HEAD_BYTES), SENSE_BYTES) };
+    }
+
+    /// As [`Parts::respond`], for any layout.
+    #[cold]
+    #[inline(never)]
+    fn respond_any(&self, chain: &mut Chain, head: [u8; RESPONSE_HEAD_BYTES]) {
+        let mut bytes = [0; RESPONSE_BYTES];
+        bytes[..RESPONSE_HEAD_BYTES].copy_from_slice(&head);
+        self.respond_with_sense(chain, &bytes);
+    }
+
+    /// Writes a response with sense data.
+    #[cold]
+    pub(crate) fn respond_with_sense(&self, chain: &mut Chain, response: &[u8; RESPONSE_BYTES]) {
         let (first, end) = (usize::from(self.response), usize::from(self.data_in));
         let segments = if self.cut == 0 {
             chain.data(first, end - first)
@@ -135,7 +201,7 @@ impl Parts {
     /// Writes bytes to data-in, which has room for them.
     pub(crate) fn put_data_in(&self, chain: &Chain, bytes: &[u8]) {
         let segments = self.data_in(chain);
-        // SAFETY: as in `respond`.
+        // SAFETY: as in `respond_with_sense`.
         unsafe { memory::scatter(segments, 0, bytes.as_ptr(), bytes.len()) };
     }
 
@@ -143,9 +209,20 @@ impl Parts {
     pub(crate) fn get_data_out(&self, chain: &Chain, at: u64, bytes: &mut [u8]) {
         let segments = self.data_out(chain);
         let (to, len) = (bytes.as_mut_ptr(), bytes.len());
-        // SAFETY: as in `respond`, in the other direction.
+        // SAFETY: as in `respond_with_sense`, in the other direction.
         unsafe { memory::gather(segments, at, to, len, memory::Stores::Cached) };
     }
+}
+
+/// Reads a header.
+///
+/// # Safety
+/// The header's words are guest memory that is mapped now.
+#[inline]
+unsafe fn header_at(words: *const AtomicU64) -> Header {
+    // SAFETY: the caller's promise. The guest may change the words meanwhile.
+    let word = |n| unsafe { &*words.wrapping_add(n) }.load(Ordering::Relaxed);
+    Header::of(std::array::from_fn(|n| u64::from_le(word(n))))
 }
 
 /// Shortens the last of the segments that have the first `bytes`. Returns the number of these.

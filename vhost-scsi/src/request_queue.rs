@@ -3,12 +3,14 @@
 //! READ and WRITE need neither the logical unit nor its lock, but a copy of its facts and a [gate].
 //! All other commands, and those that the gate stops, lock the unit (`slow`); if another thread has
 //! locked it, the queue tries again at its next visit. A plan that is not one I/O is done by a
-//! [`Job`] (`jobs`). `barrier` is the queue's part of task management.
+//! [`Job`] (`jobs`). A disk in memory does most READs and WRITEs at once (`at_once`). `barrier` is the
+//! queue's part of task management.
 //!
 //! [gate]: scsi::Gate
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 mod answer;
+mod at_once;
 mod barrier;
 mod io;
 mod jobs;
@@ -55,6 +57,17 @@ enum Cue {
     Retry,
 }
 
+/// How a request comes to be started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It was taken from the ring in this visit.
+    Ring,
+    /// The same, and an earlier process may have started it.
+    Resubmitted,
+    /// It has waited for its target.
+    Waited,
+}
+
 /// The targets that a queue has opened, in a box, so that they can be released without an
 /// allocation.
 type Disks = Box<[Option<Box<Disk>>; TARGETS_MAX]>;
@@ -87,6 +100,10 @@ pub struct RequestQueue {
     stopping: bool,
     /// Disks whose channel has I/O that was queued since its last kick: a bit for each.
     unkicked: u8,
+    /// A disk's shortcut copies data.
+    copies: bool,
+    /// Disks that have done commands at once in this visit: a bit for each.
+    tallied: u8,
     abandoned: bool,
     progress: ArrayVec<(u16, Cue), PROGRESS>,
 }
@@ -120,6 +137,8 @@ impl RequestQueue {
             stopping: false,
             abandoned: false,
             unkicked: 0,
+            copies: false,
+            tallied: 0,
             progress: ArrayVec::new(),
             link,
         }
@@ -137,11 +156,11 @@ impl RequestQueue {
         disk_at(&mut self.disks, task.target)
     }
 
-    /// Starts a command for a target.
+    /// Starts a command for a target. `new`: it was taken from the ring in this visit.
     #[inline]
-    fn start_command<R: Request<Self>>(&mut self, mut request: R) -> Progress {
+    fn start_command<R: Request<Self>>(&mut self, mut request: R, new: bool) -> Progress {
         let slot = request.slot();
-        let (task, _) = request.parts();
+        let (task, chain) = request.parts();
         let command = scsi::decode(&task.header.cdb);
         let Some(disk) = self.disk_of(task) else {
             return answer::respond(self, request, Response::BadTarget);
@@ -159,7 +178,12 @@ impl RequestQueue {
             return self.start_slowly(request);
         }
         match scsi::fast(&command, &disk.facts, disk.gate, task.buffers) {
-            Fast::Io(plan) => self.start_transfer(request, slot, plan),
+            Fast::Io(plan) => {
+                if new && disk.does_at_once(&plan, slot, task, chain) {
+                    return self.done_at_once(request, &plan);
+                }
+                self.start_transfer(request, slot, plan)
+            }
             Fast::Slow => self.start_slowly(request),
             Fast::Failed(sense) => {
                 let format = disk.gate.format();
@@ -170,7 +194,7 @@ impl RequestQueue {
 
     /// Starts a request with a header and a response.
     #[inline]
-    fn start_addressed<R: Request<Self>>(&mut self, mut request: R, resubmitted: bool) -> Progress {
+    fn start_addressed<R: Request<Self>>(&mut self, mut request: R, origin: Origin) -> Progress {
         let (task, _) = request.parts();
         let address = Address::of(task.header.lun);
         let Some(address) = address else {
@@ -179,7 +203,7 @@ impl RequestQueue {
         let tag = task.header.tag;
         task.target = address.target;
         let Some(disk) = self.disk(address.target) else {
-            if self.is_coming(address.target) && !resubmitted {
+            if self.is_coming(address.target) && origin != Origin::Resubmitted {
                 return request.wait_for_room();
             }
             return answer::respond_unstarted(request, Response::BadTarget);
@@ -192,12 +216,13 @@ impl RequestQueue {
         if let Some(response) = self.watch.ends(address.target, tag) {
             return answer::respond(self, request, response);
         }
-        if resubmitted && request.parts().0.header.cdb[0] == COMPARE_AND_WRITE {
+        let is_resubmitted = origin == Origin::Resubmitted;
+        if is_resubmitted && request.parts().0.header.cdb[0] == COMPARE_AND_WRITE {
             // It may have been done. A second time, it would miscompare.
             let aborted = Sense::new(Key::AbortedCommand, Code::NONE);
             return answer::fail(self, request, aborted, Format::Fixed);
         }
-        self.start_command(request)
+        self.start_command(request, origin != Origin::Waited)
     }
 
     /// Returns whether the next view has a target that the current view does not have. The driver
@@ -243,6 +268,11 @@ impl RequestQueue {
     fn has_left(&self) -> bool {
         let mut disks = self.disks.iter().flat_map(|disks| disks.iter().flatten());
         disks.any(|disk| disk.leaves && disk.commands == 0)
+    }
+
+    fn has_copies(&self) -> bool {
+        let mut disks = self.disks.iter().flat_map(|disks| disks.iter().flatten());
+        disks.any(|disk| disk.opened.shortcut.copies())
     }
 
     /// Returns a target that is not shown any more and has no commands.
@@ -318,12 +348,13 @@ impl DeviceQueue for RequestQueue {
                 return request.finish(Answer { last_byte: None, written: 0, dirty: 0 });
             }
         }
-        self.start_addressed(request, resubmitted)
+        let origin = if resubmitted { Origin::Resubmitted } else { Origin::Ring };
+        self.start_addressed(request, origin)
     }
 
     /// Only requests for a target that is coming wait in the engine.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress {
-        self.start_addressed(request, false)
+        self.start_addressed(request, Origin::Waited)
     }
 
     fn adopted(&mut self, view: Option<&ScsiView>) {
@@ -334,12 +365,30 @@ impl DeviceQueue for RequestQueue {
             self.watch.adopt(view.barrier(), self.link.reached.load(Ordering::Relaxed));
         }
         self.watch.leaves = self.has_left();
+        self.copies = self.has_copies();
     }
 
     fn stopping(&mut self) {
         self.stopping = true;
         let disks = self.disks.iter_mut().flat_map(|disks| disks.iter_mut().flatten());
         disks.for_each(|disk| disk.stop_limiting());
+    }
+
+    #[inline]
+    fn looks_ahead(&self) -> bool {
+        self.copies
+    }
+
+    #[inline(always)]
+    fn look_ahead(&self, chain: &Chain) {
+        let Some(read) = Parts::peek(chain).and_then(|header| header.expected_read()) else {
+            return;
+        };
+        let disks = self.disks.as_ref();
+        let disk = disks.and_then(|disks| disks.get(usize::from(read.target))?.as_ref());
+        if let Some(Disk { opened, facts, .. }) = disk.map(|disk| &**disk) {
+            opened.shortcut.expect_read(facts.bytes(read.lba), facts.bytes(read.blocks.into()));
+        }
     }
 
     #[inline]
@@ -354,6 +403,13 @@ impl DeviceQueue for RequestQueue {
         self.watch.leaves = self.has_left();
         self.watch.visited(caught_up, &self.link);
         None
+    }
+
+    #[inline]
+    fn started(&mut self, iteration: &mut Iteration) {
+        if self.tallied != 0 {
+            self.record_tallies(iteration);
+        }
     }
 
     #[inline]

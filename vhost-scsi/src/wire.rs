@@ -1,6 +1,7 @@
 //! The layout of requests, responses, task management functions and events (virtio 1.2, section
 //! 5.6.6). Numbers are little-endian.
 
+use scsi::table::CDB_BYTES_MAX;
 use virtio_bindings::virtio_scsi::{
     VIRTIO_SCSI_S_ABORTED, VIRTIO_SCSI_S_BAD_TARGET, VIRTIO_SCSI_S_BUSY, VIRTIO_SCSI_S_FAILURE,
     VIRTIO_SCSI_S_FUNCTION_REJECTED, VIRTIO_SCSI_S_FUNCTION_SUCCEEDED, VIRTIO_SCSI_S_INCORRECT_LUN,
@@ -11,7 +12,7 @@ use virtio_bindings::virtio_scsi::{
 /// QEMU exits if a driver writes one.
 pub(crate) const CDB_BYTES: usize = 32;
 /// Bytes of a request's header, without the fields of T10_PI, which is not offered.
-pub(crate) const HEADER_BYTES: usize = 19 + CDB_BYTES;
+pub(crate) const HEADER_BYTES: usize = CDB_AT + CDB_BYTES;
 /// Bytes of the sense data in a response: the default of `sense_size`.
 pub(crate) const SENSE_BYTES: usize = 96;
 /// Bytes of a response before the sense data.
@@ -65,21 +66,68 @@ impl Address {
     }
 }
 
-/// The header of a request.
+/// The words of a header that are used: all known CDBs end there. In Linux's requests, they are in
+/// one cache line.
+pub(crate) const HEADER_WORDS: usize = 5;
+/// Where the CDB is in a header.
+const CDB_AT: usize = 19;
+
+/// The header of a request. The task attribute, the priority and the CRN are not used: commands are
+/// independent of one another.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Header {
+    /// The address of the logical unit.
     pub(crate) lun: [u8; 8],
     /// Identifies the command to task management functions.
     pub(crate) tag: u64,
-    pub(crate) cdb: [u8; CDB_BYTES],
+    /// The CDB. All known ones have at most 16 bytes.
+    pub(crate) cdb: [u8; CDB_BYTES_MAX],
 }
 
 impl Header {
-    /// Decodes a header. The task attribute, the priority and the CRN are not used: commands are
-    /// independent of one another.
+    /// Makes a header of its first words.
     #[inline]
-    pub(crate) fn of(bytes: &[u8; HEADER_BYTES]) -> Self {
-        Self { lun: take(bytes, 0), tag: u64::from_le_bytes(take(bytes, 8)), cdb: take(bytes, 19) }
+    pub(crate) fn of([lun, tag, a, b, c]: [u64; HEADER_WORDS]) -> Self {
+        // The CDB begins in byte 3 of `a`.
+        const SHIFT: usize = CDB_AT % 8 * 8;
+        let cdb =
+            u128::from(a) >> SHIFT | u128::from(b) << (64 - SHIFT) | u128::from(c) << (128 - SHIFT);
+        Self { lun: lun.to_le_bytes(), tag, cdb: cdb.to_le_bytes() }
+    }
+
+    /// Makes a header of its bytes.
+    pub(crate) fn of_bytes(bytes: &[u8; HEADER_BYTES]) -> Self {
+        Self::of(std::array::from_fn(|n| u64::from_le_bytes(take(bytes, 8 * n))))
+    }
+}
+
+/// The blocks that a command most likely reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Expected {
+    pub(crate) target: u8,
+    pub(crate) lba: u64,
+    pub(crate) blocks: u32,
+}
+
+/// Operation codes (SBC-3).
+const READ_10: u8 = 0x28;
+const READ_16: u8 = 0x88;
+
+impl Header {
+    /// Returns what a READ(10) or READ(16), the commands of common drivers, is about. Nothing is
+    /// validated. Only for prefetching.
+    #[inline]
+    pub(crate) fn expected_read(&self) -> Option<Expected> {
+        let Self { lun: [_, target, ..], cdb, .. } = self;
+        let (lba, blocks) = match cdb[0] {
+            READ_10 => {
+                let blocks = u16::from_be_bytes(take(cdb, 7));
+                (u32::from_be_bytes(take(cdb, 2)).into(), blocks.into())
+            }
+            READ_16 => (u64::from_be_bytes(take(cdb, 2)), u32::from_be_bytes(take(cdb, 10))),
+            _ => return None,
+        };
+        Some(Expected { target: *target, lba, blocks })
     }
 }
 
@@ -119,4 +167,33 @@ pub(crate) fn event(event: u32, target: Option<u8>, reason: u32) -> [u8; EVENT_B
     }
     bytes[12..].copy_from_slice(&reason.to_le_bytes());
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_has_its_parts_in_their_places() {
+        let byte = |n| u8::try_from(n).unwrap_or(0);
+        let bytes: [u8; HEADER_BYTES] = std::array::from_fn(byte);
+        let Header { lun, tag, cdb } = Header::of_bytes(&bytes);
+        assert_eq!((lun, tag), ([0, 1, 2, 3, 4, 5, 6, 7], 0x0f0e_0d0c_0b0a_0908));
+        assert_eq!(cdb, std::array::from_fn(|n| byte(CDB_AT + n)));
+    }
+
+    #[test]
+    fn reads_of_common_drivers_are_expected() {
+        let expected = |cdb: &[u8]| {
+            let mut bytes = [0; HEADER_BYTES];
+            bytes[..2].copy_from_slice(&[1, 5]);
+            bytes[CDB_AT..][..cdb.len()].copy_from_slice(cdb);
+            let read = Header::of_bytes(&bytes).expected_read();
+            read.map(|Expected { target, lba, blocks }| (target, lba, blocks))
+        };
+        assert_eq!(expected(&[0x28, 8, 1, 2, 3, 4, 0, 5, 6]), Some((5, 0x0102_0304, 0x0506)));
+        let long = [0x88, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+        assert_eq!(expected(&long), Some((5, 0x0102_0304_0506_0708, 0x090a_0b0c)));
+        assert_eq!(expected(&[0x2a, 0, 0, 0, 0, 1, 0, 0, 1]), None);
+    }
 }

@@ -34,30 +34,38 @@ impl Ending {
         Self { response, status, sense, residual: transferred.residual, data_in: 0 }
     }
 
-    /// Returns the response's bytes.
+    /// Returns the response's bytes before the sense data.
     #[inline]
-    fn bytes(&self) -> [u8; RESPONSE_BYTES] {
-        let mut bytes = [0; RESPONSE_BYTES];
-        let mut sense_len = 0;
-        if let Some((sense, format)) = self.sense {
-            sense_len = sense.encode(format, &mut bytes[RESPONSE_HEAD_BYTES..]);
-        }
+    fn head(&self, sense_len: usize) -> [u8; RESPONSE_HEAD_BYTES] {
+        let mut head = [0; RESPONSE_HEAD_BYTES];
         let sense_len = u32::try_from(sense_len).unwrap_or(0);
-        bytes[..4].copy_from_slice(&sense_len.to_le_bytes());
-        bytes[4..8].copy_from_slice(&self.residual.to_le_bytes());
-        bytes[10] = self.status as u8;
-        bytes[11] = self.response as u8;
-        bytes
+        head[..4].copy_from_slice(&sense_len.to_le_bytes());
+        head[4..8].copy_from_slice(&self.residual.to_le_bytes());
+        head[10] = self.status as u8;
+        head[11] = self.response as u8;
+        head
     }
 
     /// Writes the response, and returns what the chain's return says.
     #[inline]
     fn put(&self, chain: &mut Chain, parts: Parts) -> Answer {
-        parts.respond(chain, &self.bytes());
+        match self.sense {
+            None => parts.respond(chain, self.head(0)),
+            Some((sense, format)) => self.put_sense(chain, parts, sense, format),
+        }
         let dirty = RESPONSE_BYTES as u64 + self.data_in;
         // The length in the used ring has 32 bits; a chain's writable part may be longer.
         let written = u32::try_from(dirty).unwrap_or(u32::MAX);
         Answer { last_byte: None, written, dirty }
+    }
+
+    /// Writes a response with sense data.
+    #[cold]
+    fn put_sense(&self, chain: &mut Chain, parts: Parts, sense: Sense, format: Format) {
+        let mut bytes = [0; RESPONSE_BYTES];
+        let sense_len = sense.encode(format, &mut bytes[RESPONSE_HEAD_BYTES..]);
+        bytes[..RESPONSE_HEAD_BYTES].copy_from_slice(&self.head(sense_len));
+        parts.respond_with_sense(chain, &bytes);
     }
 }
 
@@ -99,6 +107,19 @@ pub(super) fn release(queue: &mut RequestQueue, slot: u16, task: &mut Task) {
     if let Some(n) = job {
         queue.release_job(n, task);
     }
+}
+
+/// Answers a command that has succeeded, has transferred its whole buffer, and has written these
+/// bytes of data-in.
+#[inline]
+pub(super) fn good<R: Request<RequestQueue>>(
+    queue: &mut RequestQueue,
+    mut request: R,
+    data_in: u64,
+) -> Progress {
+    let slot = request.slot();
+    release(queue, slot, request.parts().0);
+    end(request, &Ending { data_in, ..Ending::of(Response::Ok, 0) })
 }
 
 /// Answers a command without a status.

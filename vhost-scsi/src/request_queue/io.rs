@@ -197,7 +197,7 @@ impl RequestQueue {
             // It ends itself.
             (Stage::Job(n), _) => self.run_job(request, n),
             (_, Some(response)) => answer::respond(self, request, response),
-            (Stage::Start, None) => self.start_command(request),
+            (Stage::Start, None) => self.start_command(request, false),
             (Stage::Excluded, None) => self.retry_excluded(request),
             // Their I/O is submitted by `release_parked`.
             (Stage::Last | Stage::FlushThenRead | Stage::WriteThenFlush, None) => {

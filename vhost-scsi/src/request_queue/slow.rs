@@ -163,8 +163,8 @@ impl RequestQueue {
         let Some(state) = target.unit.try_lock() else { return self.try_again(request) };
         // As in `admit_job`.
         let nexus = self.session.as_ref().map(|session| session.nexus(target.number));
-        let cdb = request.parts().0.header.cdb;
-        if nexus.is_some_and(|nexus| state.logical_unit.still_allows(nexus, &cdb)) {
+        let header = request.parts().0.header;
+        if nexus.is_some_and(|nexus| state.logical_unit.still_allows(nexus, &header.cdb)) {
             return self.start_plan(request, slot, plan, state);
         }
         drop(state);

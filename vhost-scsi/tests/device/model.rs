@@ -26,7 +26,7 @@ const BLOCKS: u64 = 256;
 /// What the buffers of answered commands are overwritten with. It is not in the data of commands.
 const POISON: u8 = 0xdd;
 const STEPS: usize = 500;
-const SEEDS: u64 = 60;
+const SEEDS: u64 = 30;
 /// Buffers of answered commands that are looked at.
 const POISONED_MAX: usize = 80;
 /// Commands of a front end in flight.
