@@ -13,9 +13,12 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use front_end::prepared::{Blk, Form, Scsi};
+use front_end::scsi::lun;
 use front_end::{LIMIT, RingLayout};
 use serde_json::{Value, json};
 
+pub use crate::perf::Device;
 use crate::restarted::Server;
 use crate::servers::{Error, Result};
 use guest::Guest;
@@ -25,6 +28,8 @@ use guest::Guest;
 const LIFE_BITS_MAX: u64 = 13;
 /// The disk's name, and its controller's.
 const DISK: &str = "disk";
+/// Bytes of a logical block.
+const DISK_BLOCK_BYTES: u32 = 512;
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -35,6 +40,8 @@ pub struct Plan {
     pub args: Vec<String>,
     /// The core of its reactor.
     pub core: usize,
+    /// The kind of its controller.
+    pub device: Device,
     /// The kind of rings.
     pub rings: RingLayout,
     /// Queues: the odd ones' requests are in indirect tables.
@@ -58,6 +65,7 @@ impl Plan {
             vhost,
             args: vec![],
             core: 1,
+            device: Device::Blk,
             rings: RingLayout::Split,
             queues: 2,
             depth: 32,
@@ -91,6 +99,9 @@ pub struct Toll {
     pub stale: u64,
     /// Requests that came back with an error.
     pub errors: u64,
+    /// Requests that were sent again, since they came back with a unit attention: a virtio-scsi
+    /// server reports that it was started.
+    pub attentions: u64,
     /// The first of these.
     pub first_problem: Option<String>,
     /// From the start of a server until it had taken over, in all.
@@ -111,7 +122,8 @@ impl Toll {
 
 impl fmt::Display for Toll {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kills, completed, survived, lost, duplicated, stale, errors, .. } = self;
+        let Self { kills, completed, survived, lost, duplicated, stale, .. } = self;
+        let Self { errors, attentions, .. } = self;
         let each = self.restarting / u32::try_from(*kills).unwrap_or(u32::MAX).max(1);
         write!(
             f,
@@ -119,6 +131,9 @@ impl fmt::Display for Toll {
              {duplicated} duplicated, {stale} stale, {errors} errors; a restart takes {} ms",
             each.as_millis()
         )?;
+        if *attentions > 0 {
+            write!(f, "; {attentions} unit attentions")?;
+        }
         match &self.first_problem {
             Some(problem) => write!(f, "; first: {problem}"),
             None => Ok(()),
@@ -132,10 +147,19 @@ impl fmt::Display for Toll {
 /// # Errors
 /// The server does not start, or does not take over; not what is in the [`Toll`].
 pub fn run(plan: &Plan) -> Result<Toll> {
+    match plan.device {
+        Device::Blk => run_with(plan, Blk),
+        Device::Scsi { target } => {
+            run_with(plan, Scsi { lun: lun(target, 0), block_bytes: DISK_BLOCK_BYTES })
+        }
+    }
+}
+
+fn run_with<F: Form + Copy>(plan: &Plan, form: F) -> Result<Toll> {
     let mut server = make_server(plan)?;
     let mut random = Random(plan.seed);
     let mut toll = Toll::default();
-    let mut guest = Guest::new(plan)?;
+    let mut guest = Guest::new(plan, form)?;
     server.start()?;
     server.until_it_listens(DISK, |socket| guest.connect(socket))?;
     guest.serve(|lanes, connection| {
@@ -172,12 +196,28 @@ fn make_server(plan: &Plan) -> Result<Server> {
     let disk = dir.path().join("file");
     let file = File::create(&disk).map_err(Error::system(doing()))?;
     file.set_len(plan.disk_bytes()).map_err(Error::system(doing()))?;
-    let aio = || ("bdev_aio_create", json!({"filename": disk, "block_size": 512}));
+    let aio = || ("bdev_aio_create", json!({"filename": disk, "block_size": DISK_BLOCK_BYTES}));
     let (method, mut params) = plan.bdev.clone().unwrap_or_else(aio);
     params["name"] = DISK.into();
     let packed = plan.rings == RingLayout::Packed;
-    let controller = json!({"ctrlr": DISK, "dev_name": DISK, "packed_ring": packed});
-    Server::new(&plan.vhost, &plan.args, plan.core, dir, &[(method, params)], &[controller])
+    let controller = |mut params: Value| {
+        params["ctrlr"] = DISK.into();
+        params
+    };
+    let controllers = match plan.device {
+        Device::Blk => {
+            let params = json!({"dev_name": DISK, "packed_ring": packed});
+            vec![("vhost_create_blk_controller", controller(params))]
+        }
+        Device::Scsi { target } => {
+            let of_target = json!({"scsi_target_num": target, "bdev_name": DISK});
+            vec![
+                ("vhost_create_scsi_controller", controller(json!({"packed_ring": packed}))),
+                ("vhost_scsi_controller_add_target", controller(of_target)),
+            ]
+        }
+    };
+    Server::new(&plan.vhost, &plan.args, plan.core, dir, &[(method, params)], &controllers)
 }
 
 /// SplitMix64.

@@ -176,7 +176,8 @@ fn make_server(plan: &Plan, disk: &SlowDisk) -> Result<Server> {
     ];
     let packed = plan.rings == RingLayout::Packed;
     let controllers = [SLOW, NEIGHBOUR]
-        .map(|name| json!({"ctrlr": name, "dev_name": name, "packed_ring": packed}));
+        .map(|name| json!({"ctrlr": name, "dev_name": name, "packed_ring": packed}))
+        .map(|params| ("vhost_create_blk_controller", params));
     Server::new(&plan.vhost, &plan.args, plan.core, dir, &bdevs, &controllers)
 }
 

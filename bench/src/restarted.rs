@@ -17,23 +17,23 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// One that serves `controllers` on `bdevs`, each of which comes with its create method. It is
-    /// not started yet.
+    /// One that makes these calls for its bdevs, and then these for its controllers. It is not
+    /// started yet.
     pub(crate) fn new(
         program: &Path,
         args: &[String],
         core: usize,
         dir: TempDir,
         bdevs: &[(&str, Value)],
-        controllers: &[Value],
+        controllers: &[(&str, Value)],
     ) -> Result<Self> {
-        let call = |method: &str, params: &Value| json!({"method": method, "params": params});
-        let bdevs: Vec<Value> = bdevs.iter().map(|(method, params)| call(method, params)).collect();
-        let create = |params: &Value| call("vhost_create_blk_controller", params);
-        let controllers: Vec<Value> = controllers.iter().map(create).collect();
+        let calls = |calls: &[(&str, Value)]| -> Vec<Value> {
+            let call = |(method, params)| json!({"method": method, "params": params});
+            calls.iter().cloned().map(call).collect()
+        };
         let config = json!({"subsystems": [
-            {"subsystem": "bdev", "config": bdevs},
-            {"subsystem": "vhost_blk", "config": controllers},
+            {"subsystem": "bdev", "config": calls(bdevs)},
+            {"subsystem": "vhost_blk", "config": calls(controllers)},
         ]});
         let written = std::fs::write(dir.path().join("config.json"), config.to_string());
         written.map_err(Error::system("cannot write a configuration"))?;

@@ -468,7 +468,8 @@ impl FrontEnd {
         let inflight = match self.inflight.take() {
             Some(inflight) => inflight,
             None => {
-                let queues = rings.len().try_into().expect("a device has at most 65,535 rings");
+                let queues = rings.iter().map(|(ring, _)| ring.index() + 1).max().unwrap_or(0);
+                let queues = queues.try_into().expect("a device has at most 65,535 rings");
                 let wanted = VhostUserInflight::new(0, 0, queues, size);
                 let (info, file) =
                     self.link.ask("GET_INFLIGHT_FD", |n| n.get_inflight_fd(&wanted))?;

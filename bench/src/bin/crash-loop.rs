@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use bench::crash::{self, Plan};
+use bench::crash::{self, Device, Plan};
 use bench::publish::beside;
 use clap::Parser;
 use front_end::RingLayout;
@@ -21,6 +21,9 @@ struct Options {
     /// Use packed rings instead of split rings.
     #[arg(long)]
     packed: bool,
+    /// Kill a vhost with a virtio-scsi controller instead of a virtio-blk controller.
+    #[arg(long)]
+    scsi: bool,
     /// Number of queues.
     #[arg(long, value_name = "N", default_value_t = 2)]
     queues: usize,
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
     let plan = Plan {
         args: options.arg,
         core: options.server_core,
+        device: if options.scsi { Device::Scsi { target: 0 } } else { Device::Blk },
         rings,
         queues: options.queues,
         depth: options.depth,

@@ -4,12 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use front_end::features::{DRIVER_FEATURES, EVENT_IDX, RING_PACKED};
+use front_end::features::{EVENT_IDX, RING_PACKED};
 use front_end::packed::FIRST_BASE;
-use front_end::prepared::{Blk, BlkHead, Head, Packed, Slots, Split, Virtqueue, stride};
-use front_end::request::STATUS_UNWRITTEN;
+use front_end::prepared::{Form, Head, Packed, Slots, Split, Virtqueue, stride};
 use front_end::ring::Ring;
-use front_end::{Error, FrontEnd, GuestRam, Options, RingLayout, STATUS_OK};
+use front_end::{Error, FrontEnd, GuestRam, Options, RingLayout};
 
 use super::{LIMIT, Plan, Toll};
 use crate::error::Result;
@@ -37,25 +36,26 @@ pub(super) fn disk_bytes(plan: &Plan) -> u64 {
 }
 
 /// What outlives servers, and the connection to the one of the moment.
-pub(super) struct Guest {
+pub(super) struct Guest<F> {
     plan: Plan,
     ram: Arc<GuestRam>,
-    queues: Vec<(Arc<Ring>, Slots)>,
+    queues: Vec<(Arc<Ring>, Slots<F>)>,
     connection: Option<FrontEnd>,
 }
 
-impl Guest {
-    pub(super) fn new(plan: &Plan) -> Result<Self> {
+impl<F: Form + Copy> Guest<F> {
+    pub(super) fn new(plan: &Plan, form: F) -> Result<Self> {
         let depth = usize::from(plan.depth);
-        let queue_bytes = Slots::<Blk>::bytes(depth, BLOCK_BYTES, SEGMENT_BYTES) + (1 << 20);
+        let queue_bytes = Slots::<F>::bytes(depth, BLOCK_BYTES, SEGMENT_BYTES) + (1 << 20);
         let ram_bytes = (plan.queues as u64 * queue_bytes).next_multiple_of(2 << 20);
         let ram = GuestRam::new(&[ram_bytes])?;
-        let queue = |index: usize| -> Result<(Arc<Ring>, Slots)> {
-            let indirect = index % 2 == 1;
-            let slots = Slots::new(&ram, depth, BLOCK_BYTES, SEGMENT_BYTES, indirect)?;
+        let queue = |n: usize| -> Result<(Arc<Ring>, Slots<F>)> {
+            let indirect = n % 2 == 1;
+            let slots = Slots::with(form, &ram, depth, (BLOCK_BYTES, SEGMENT_BYTES), indirect)?;
             let size = (depth * stride(&slots)).next_power_of_two();
             // `Ring::new` refuses the maximum, as it is not a power of two.
             let size = u16::try_from(size).unwrap_or(u16::MAX);
+            let index = plan.device.first_queue() + n;
             Ok((Arc::new(Ring::new(&ram, index, size)?), slots))
         };
         let queues = (0..plan.queues).map(queue).collect::<Result<_>>()?;
@@ -65,7 +65,8 @@ impl Guest {
     /// Connects for the first time.
     pub(super) fn connect(&mut self, socket: PathBuf) -> Result<()> {
         let packed = self.plan.rings == RingLayout::Packed;
-        let features = DRIVER_FEATURES | if packed { RING_PACKED } else { 0 };
+        let of_driver = self.plan.device.driver_features();
+        let features = of_driver | if packed { RING_PACKED } else { 0 };
         let options = Options { features, inflight: true, ..Options::default() };
         let mut front_end = FrontEnd::connect(&socket, self.ram.clone(), options)?;
         if packed && front_end.offered() & RING_PACKED == 0 {
@@ -96,17 +97,22 @@ impl Guest {
         }
     }
 
-    fn crew<'a, V: Virtqueue>(&'a self, queue: impl Fn(&'a Ring, &'a Slots) -> V) -> Crew<'a, V> {
+    fn crew<'a, V: Virtqueue<Form = F>>(
+        &'a self,
+        queue: impl Fn(&'a Ring, &'a Slots<F>) -> V,
+    ) -> Crew<'a, V> {
         let Self { plan, ram, .. } = self;
-        let lane = |(ring, slots): &'a (Arc<Ring>, Slots)| {
-            let first = blocks(plan) * ring.index() as u64;
+        let first_queue = plan.device.first_queue();
+        let lane = |(ring, slots): &'a (Arc<Ring>, Slots<F>)| {
+            let first = blocks(plan) * (ring.index() - first_queue) as u64;
             let area = Area { first, count: blocks(plan), block_bytes: BLOCK_BYTES };
             let chooser = Chooser::new(area, Order::Random, READS_PERCENT, plan.seed);
             let buffers = slots.buffers().to_vec();
             let work = Verified::new(chooser, ram.clone(), buffers, plan.seed, true);
             Lane::new(ring, queue(ring, slots), slots, work)
         };
-        Crew { lanes: self.queues.iter().map(lane).collect(), lively: Instant::now() }
+        let lanes = self.queues.iter().map(lane).collect();
+        Crew { lanes, first_queue, lively: Instant::now() }
     }
 }
 
@@ -126,8 +132,10 @@ pub(super) trait Lanes {
     fn finish(&mut self, toll: &mut Toll) -> servers::Result<()>;
 }
 
-struct Crew<'a, V> {
+struct Crew<'a, V: Virtqueue> {
     lanes: Vec<Lane<'a, V>>,
+    /// The index of the first lane's ring.
+    first_queue: usize,
     /// When something has come back, or a server has taken over.
     lively: Instant,
 }
@@ -155,8 +163,8 @@ impl<V: Virtqueue> Lanes for Crew<'_, V> {
     }
 
     fn reconnect(&mut self, front_end: &mut FrontEnd) -> Result<()> {
-        let lanes = &self.lanes;
-        front_end.reconnect_at(|ring| lanes[ring.index()].queue.base())?;
+        let Self { lanes, first_queue, .. } = &*self;
+        front_end.reconnect_at(|ring| lanes[ring.index() - first_queue].queue.base())?;
         for lane in lanes {
             // As QEMU does: nobody knows which kicks the server before has seen.
             lane.ring.kick()?;
@@ -183,23 +191,28 @@ impl<V: Virtqueue> Lanes for Crew<'_, V> {
     }
 }
 
+/// The header and answer of a request of queue `V`.
+type HeadOf<'a, V> = <<V as Virtqueue>::Form as Form>::Head<'a>;
+
 /// One queue and its requests.
-struct Lane<'a, V> {
+struct Lane<'a, V: Virtqueue> {
     ring: &'a Ring,
     queue: V,
-    heads: Vec<BlkHead<'a>>,
+    heads: Vec<HeadOf<'a, V>>,
     buffers: Vec<u64>,
     work: Verified,
     blocks: u64,
     /// Of each slot: whether the device has it.
     held: Vec<bool>,
     free: Vec<u16>,
+    /// Slots whose requests are to be given again as they are.
+    again: Vec<u16>,
     /// Requests that it may still give.
     left: u64,
 }
 
 impl<'a, V: Virtqueue> Lane<'a, V> {
-    fn new(ring: &'a Ring, queue: V, slots: &'a Slots, work: Verified) -> Self {
+    fn new(ring: &'a Ring, queue: V, slots: &'a Slots<V::Form>, work: Verified) -> Self {
         Self {
             ring,
             queue,
@@ -209,11 +222,16 @@ impl<'a, V: Virtqueue> Lane<'a, V> {
             blocks: BLOCKS_EACH * slots.count() as u64,
             held: vec![false; slots.count()],
             free: (0..).take(slots.count()).collect(),
+            again: vec![],
             left: u64::MAX,
         }
     }
 
     fn give(&mut self) -> Result<()> {
+        if !self.again.is_empty() {
+            self.queue.give(&self.again);
+            self.again.clear();
+        }
         let count = self.free.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         if count > 0 {
             self.left -= count as u64;
@@ -252,23 +270,27 @@ impl<'a, V: Virtqueue> Lane<'a, V> {
                 toll.note(|| format!("{here}: came back and was not in flight"));
                 continue;
             }
+            let head = &self.heads[index];
+            let status = head.take_status();
+            if head.is_unit_attention(status) {
+                toll.attentions += 1;
+                self.held[index] = true;
+                self.again.push(*slot);
+                continue;
+            }
             self.free.push(*slot);
             toll.completed += 1;
-            let status = self.heads[index].take_status();
-            if let Some(complaint) = self.work.done(index, status == STATUS_OK)? {
+            let is_ok = status == HeadOf::<V>::OK;
+            if let Some(complaint) = self.work.done(index, is_ok)? {
                 toll.stale += 1;
                 toll.note(|| format!("{here}: {complaint}"));
             }
-            match status {
-                STATUS_OK => {}
-                STATUS_UNWRITTEN => {
-                    toll.duplicated += 1;
-                    toll.note(|| format!("{here}: came back without having been done"));
-                }
-                _ => {
-                    toll.errors += 1;
-                    toll.note(|| format!("{here}: status {status}"));
-                }
+            if status == HeadOf::<V>::UNWRITTEN {
+                toll.duplicated += 1;
+                toll.note(|| format!("{here}: came back without having been done"));
+            } else if !is_ok {
+                toll.errors += 1;
+                toll.note(|| format!("{here}: {}", head.describe(status)));
             }
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use front_end::{Backing, RingLayout};
+use front_end::{Backing, RingLayout, features, scsi};
 
 use crate::load::Idle;
 
@@ -28,6 +28,24 @@ pub enum Device {
         /// The number of the target.
         target: u8,
     },
+}
+
+impl Device {
+    /// The index of the first queue of requests.
+    pub(crate) fn first_queue(self) -> usize {
+        match self {
+            Self::Blk => 0,
+            Self::Scsi { .. } => scsi::FIRST_COMMAND_QUEUE,
+        }
+    }
+
+    /// The features that a common driver accepts.
+    pub(crate) fn driver_features(self) -> u64 {
+        match self {
+            Self::Blk => features::DRIVER_FEATURES,
+            Self::Scsi { .. } => scsi::DRIVER_FEATURES,
+        }
+    }
 }
 
 /// One run of a load.

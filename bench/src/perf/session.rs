@@ -5,13 +5,10 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
-use front_end::features::{
-    DRIVER_FEATURES, EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, RING_PACKED,
-};
+use front_end::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, RING_PACKED};
 use front_end::packed::FIRST_BASE;
 use front_end::prepared::{Blk, Form, Packed, Scsi, Slots, Split, Virtqueue, stride};
 use front_end::ring::Ring;
-use front_end::scsi::{self, FIRST_COMMAND_QUEUE};
 use front_end::{Backing, FrontEnd, GuestRam, Options, ProtocolFeatures, RingLayout};
 
 use crate::error::{Error, Result};
@@ -117,7 +114,7 @@ impl<F: Form + Copy + Sync> Session<F> {
             ));
         }
         let range = range(plan, disk_bytes)?;
-        let queue = |n| queue(plan, form, &ram, first_queue(plan) + n, segment_bytes);
+        let queue = |n| queue(plan, form, &ram, plan.device.first_queue() + n, segment_bytes);
         let queues = (0..plan.queues).map(queue).collect::<Result<Vec<_>>>()?;
         let mut session = Self { front_end, ram, queues, disk_bytes, range };
         session.start_rings(plan)?;
@@ -213,11 +210,7 @@ fn memory(plan: &Plan) -> Result<Arc<GuestRam>> {
 
 /// Connects, and checks that the server offers what `plan` needs.
 fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
-    let of_driver = match plan.device {
-        Device::Blk => DRIVER_FEATURES,
-        Device::Scsi { .. } => scsi::DRIVER_FEATURES,
-    };
-    let mut features = of_driver & !(INDIRECT_DESC | EVENT_IDX);
+    let mut features = plan.device.driver_features() & !(INDIRECT_DESC | EVENT_IDX);
     let mut needed = Vec::new();
     for (is_needed, bit, name) in [
         (plan.indirect, INDIRECT_DESC, "indirect descriptors"),
@@ -240,7 +233,7 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
         let what = "the configuration space, which holds the disk's size";
         return Err(front_end::Error::NotOffered(what).into());
     }
-    let needed = (first_queue(plan) + plan.queues) as u64;
+    let needed = (plan.device.first_queue() + plan.queues) as u64;
     let offered = front_end.queues_offered();
     if offered < needed {
         return too_little(format!(
@@ -248,14 +241,6 @@ fn connect(plan: &Plan, ram: Arc<GuestRam>) -> Result<FrontEnd> {
         ));
     }
     Ok(front_end)
-}
-
-/// The index of the first queue of the load.
-fn first_queue(plan: &Plan) -> usize {
-    match plan.device {
-        Device::Blk => 0,
-        Device::Scsi { .. } => FIRST_COMMAND_QUEUE,
-    }
 }
 
 fn too_little<T>(what: String) -> Result<T> {

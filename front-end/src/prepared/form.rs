@@ -62,6 +62,12 @@ pub trait Head: Copy + fmt::Debug {
     /// Returns the status that the device has written, and resets it to the unwritten value.
     fn take_status(&self) -> Self::Status;
 
+    /// Returns whether `status`, the last one taken, is a unit attention: the request was not
+    /// executed, and is to be sent again.
+    fn is_unit_attention(&self, _status: Self::Status) -> bool {
+        false
+    }
+
     /// Returns `status`, the last one taken, as a text: "completed with …".
     fn describe(&self, status: Self::Status) -> String;
 }

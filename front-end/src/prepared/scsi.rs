@@ -100,6 +100,14 @@ pub struct ScsiStatus {
 
 /// CHECK CONDITION (SAM-5): there is sense data.
 const CHECK_CONDITION: u8 = 2;
+/// The sense key UNIT ATTENTION (SPC-4).
+const UNIT_ATTENTION: u8 = 6;
+
+impl ScsiStatus {
+    fn has_sense(self) -> bool {
+        (self.response, self.status) == (code::OK, CHECK_CONDITION)
+    }
+}
 
 impl Head for ScsiHead<'_> {
     type Status = ScsiStatus;
@@ -145,13 +153,15 @@ impl Head for ScsiHead<'_> {
         taken
     }
 
+    fn is_unit_attention(&self, status: ScsiStatus) -> bool {
+        status.has_sense() && self.sense_key() == UNIT_ATTENTION
+    }
+
     fn describe(&self, status: ScsiStatus) -> String {
+        let has_sense = status.has_sense();
         let ScsiStatus { response, status } = status;
-        let sense = if (response, status) == (code::OK, CHECK_CONDITION) {
-            format!(", sense key {}", self.sense_key())
-        } else {
-            String::new()
-        };
+        let sense =
+            if has_sense { format!(", sense key {}", self.sense_key()) } else { String::new() };
         format!("response {response}, status {status}{sense}")
     }
 }
@@ -244,5 +254,9 @@ mod tests {
         assert_eq!(answer(&[2, 0, 0xf0, 0, 0x26]), "response 0, status 2, sense key 6");
         assert_eq!(answer(&[2, 0, 0x72, 0x03, 9]), "response 0, status 2, sense key 3");
         assert_eq!(answer(&[8, 0, 0x72]), "response 0, status 8");
+        for (answer, is) in [([2, 0, 0xf0, 0, 6], true), ([2, 0, 0xf0, 0, 5], false)] {
+            ram.write(response + 10, &answer).unwrap();
+            assert_eq!(head.is_unit_attention(head.take_status()), is);
+        }
     }
 }
