@@ -37,6 +37,8 @@ const EVENT_QUEUE: usize = 1;
 /// A virtio-scsi device.
 #[derive(Debug)]
 pub struct Scsi {
+    /// The name of its controller, for the log.
+    name: String,
     units: Arc<Units>,
     /// Identifies the controller in the numbers of nexuses. Never reused.
     number: u64,
@@ -44,12 +46,13 @@ pub struct Scsi {
 }
 
 impl Scsi {
-    /// Creates a device without targets.
+    /// Creates a device without targets. `name`: that of its controller, for the log.
     #[must_use]
-    pub fn new(units: &Arc<Units>) -> Arc<Self> {
+    pub fn new(name: &str, units: &Arc<Units>) -> Arc<Self> {
         static CONTROLLERS: AtomicU64 = AtomicU64::new(0);
         let number = CONTROLLERS.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Self { units: Arc::clone(units), number, state: Mutex::default() })
+        let (name, units) = (name.into(), Arc::clone(units));
+        Arc::new(Self { name, units, number, state: Mutex::default() })
     }
 
     /// Returns the device of a controller, if it is a virtio-scsi device.
@@ -195,7 +198,8 @@ impl Scsi {
             if let Err(e) = self.open_for(&target, &link) {
                 // The other targets are served.
                 session.hide(target.number);
-                warn!("SCSI target {} is not shown to the guest: {e}", target.number);
+                let (name, number) = (&self.name, target.number);
+                warn!("controller {name}: SCSI target {number} is not shown to a guest: {e}");
             }
         }
         Ok(RequestQueue::new(link))
@@ -272,7 +276,8 @@ pub fn remove_bdev(target: &Target, bdev: &Arc<dyn Bdev>) {
         for target in targets.iter().filter(|target| Arc::ptr_eq(target.bdev(), bdev)) {
             let number = target.number;
             unused.extend(scsi.take_back(number));
-            warn!("SCSI target {number}: its bdev {} was removed", bdev.name());
+            let name = &scsi.name;
+            warn!("controller {name}: removing SCSI target {number}: bdev {} is gone", bdev.name());
             change = DeviceChange::Storage;
         }
         used.push(targets);

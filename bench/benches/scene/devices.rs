@@ -27,7 +27,7 @@ impl Device {
     }
 
     pub(crate) fn scsi(bdev: &Arc<dyn Bdev>) -> Self {
-        let scsi = Scsi::new(&Arc::new(Units::default()));
+        let scsi = Scsi::new("bench", &Arc::new(Units::default()));
         // Tells its guests of a new disk; there are none. No reactor runs while something is counted.
         let target = Target::start(&[Core(0)], Mode::Sleep { after_us: 0 }, Arc::new(|| {}));
         let target = target.unwrap();

@@ -40,7 +40,7 @@ impl Device for Unit {
     type Queue = RequestQueue;
 
     fn new(bdev: Arc<dyn Bdev>, _: bool) -> Self {
-        let scsi = Scsi::new(&Arc::<Units>::default());
+        let scsi = Scsi::new("fuzz", &Arc::<Units>::default());
         NOBODY.with(|nobody| {
             let target = nobody.get_or_init(|| {
                 Target::in_steps(1, Mode::Poll, Arc::new(|| {})).expect("threads").0

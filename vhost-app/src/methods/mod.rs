@@ -50,6 +50,7 @@ use served::Served;
 
 pub(crate) use options::SubsystemOptions;
 pub(crate) use trial::Trial;
+pub(crate) use vhost_scsi::start_loaded;
 
 /// What the methods work on.
 pub(crate) struct App {
@@ -63,6 +64,8 @@ pub(crate) struct App {
     served: Served,
     /// The logical units of SCSI targets.
     scsi_units: Arc<::vhost_scsi::Units>,
+    /// SCSI controllers of the configuration, whose sockets open when it has been loaded.
+    loaded: RefCell<Vec<String>>,
     /// Bdevs that are exported over NBD.
     pub(crate) exports: nbd::Exports,
     pub(crate) log: Log,
@@ -108,6 +111,7 @@ impl App {
             modules: crate::engines::modules(network),
             served: Served::default(),
             scsi_units: Arc::default(),
+            loaded: RefCell::default(),
             exports: nbd::Exports::default(),
             log,
             opener,

@@ -16,7 +16,7 @@ use vhost_target::{ControllerInfo, ControllerSpec};
 
 use super::served::{Adding, Place};
 use super::vhost::{controller_mask, cores, limit, refused};
-use super::{Answer, App, Methods};
+use super::{Answer, App, Methods, Startup};
 use crate::{active_time, devices};
 
 /// Default of `timeout_ms` of `vhost_scsi_controller_remove_target`.
@@ -60,18 +60,39 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
     let (method, p) = (params.method(), Create::decode(&params)?);
     let spec = ControllerSpec {
         socket: app.control.socket_path(&p.ctrlr),
-        device: Scsi::new(&app.scsi_units),
+        device: Scsi::new(&p.ctrlr, &app.scsi_units),
         cores: cores(method, p.cpumask.as_deref())?,
         name: p.ctrlr,
         packed_ring: p.packed_ring,
     };
-    let created = if p.delay {
+    let (name, is_loading) = (spec.name.clone(), *app.startup.borrow() != Startup::Running);
+    let created = if p.delay || is_loading {
         app.control.target().create_delayed_controller(spec)
     } else {
         app.control.create_controller(spec).await
     };
     created.map_err(|e| refused(method, e.errno(), e))?;
+    if is_loading && !p.delay {
+        app.loaded.borrow_mut().push(name);
+    }
     Ok(true.into())
+}
+
+/// Opens the sockets of the controllers that the configuration has created without `delay`. A front
+/// end that connected earlier, such as one that reconnects to the next process, would not find the
+/// targets that the configuration adds behind the controller.
+///
+/// # Errors
+/// A socket cannot be opened.
+pub(crate) async fn start_loaded(app: &App) -> Result<(), vhost_target::Error> {
+    for name in app.loaded.take() {
+        match app.control.start_controller(name).await {
+            // It was deleted again.
+            Ok(()) | Err(vhost_target::Error::NoController(_)) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 async fn start(app: Rc<App>, params: Params) -> Answer {

@@ -1,11 +1,13 @@
-//! Random commands, functions, completions, stops, removals and moves, by a seed. A failure prints
-//! its seed; `MODEL_SEED=n` replays one.
+//! Random commands, functions, completions, stops, removals, moves, changes of memory and dirty log,
+//! and kills of the process, by a seed. A failure prints its seed; `MODEL_SEED=n` replays one.
 //!
 //! After each step:
 //! * No memory of an answered command has been accessed: its buffers are overwritten when it is
 //!   answered, and stay as they are, and what they have been overwritten with is on no disk.
 //! * When a function has been answered that ends commands, those that it is about have been
 //!   answered.
+//! * The first page of data-in that a command has returned is marked in the dirty log, if there is
+//!   one.
 //!
 //! In the end, every command and every function has been answered once, and nothing is left.
 
@@ -16,10 +18,10 @@ use bdev::{Bdev, Op};
 use front_end::Segment;
 use front_end::scsi::{Command, Layout, Tmf, cdb, code, lun, subtype};
 use vhost_scsi::{Scsi, bdev_resized, remove_bdev};
-use vhost_target::Core;
+use vhost_target::{Core, Mode};
 
 use super::disk::{Fault, TestDisk, lock};
-use super::world::{Guest, Vm, World};
+use super::world::{Guest, NoSockets, Vm, World};
 
 const BLOCK: usize = 512;
 const BLOCKS: u64 = 256;
@@ -49,6 +51,8 @@ impl Rng {
 #[derive(Clone, Debug)]
 struct Sent {
     queue: usize,
+    /// The dirty log has been on since it was sent.
+    logged: bool,
     target: u8,
     buffers: Vec<Segment>,
 }
@@ -73,6 +77,8 @@ struct Host {
     poisoned: Vec<Segment>,
     /// The number of event buffers that the device has.
     posted: usize,
+    /// The dirty log is on.
+    logs: bool,
 }
 
 struct Model {
@@ -83,47 +89,112 @@ struct Model {
     counts: BTreeMap<&'static str, usize>,
 }
 
-impl Model {
-    fn new(seed: u64) -> Self {
-        let mut rng = Rng(seed ^ 0x5eed);
-        let mut world = World::new(2);
+/// The devices of a process.
+struct Process {
+    world: World,
+    scsi: Vec<Arc<Scsi>>,
+    disks: Vec<Arc<TestDisk>>,
+}
+
+const NAMES: [&str; 2] = ["a", "b"];
+
+impl Process {
+    /// Both controllers show the first disk, and each has another one.
+    fn start(rng: &mut Rng) -> Self {
+        let mode = if rng.one_in(2) { Mode::Poll } else { Mode::Sleep { after_us: 0 } };
+        let world = World::in_mode(2, mode);
         let disks: Vec<_> =
             ["shared", "one", "other"].map(|name| TestDisk::create(name, BLOCKS)).into();
         for disk in &disks {
             disk.state().holds = true;
         }
-        let hosts = ["a", "b"]
-            .iter()
-            .enumerate()
-            .map(|(n, name)| {
-                let scsi = world.controller_on(name, rng.one_in(2).then(|| vec![Core(n)]));
-                let add = |number, disk: &Arc<TestDisk>| {
-                    scsi.add_target(&world.target, Some(number), &(Arc::clone(disk) as _)).unwrap();
-                };
-                add(0, &disks[0]);
-                add(1, &disks[1 + n]);
-                let guest = Guest {
-                    queues: 2,
-                    size: 256,
-                    packed: rng.one_in(2),
-                    indirect: rng.one_in(2),
-                    event_idx: rng.one_in(3),
-                    ..Guest::default()
-                };
-                let vm = Vm::started(&mut world, name, guest);
-                Host {
-                    name,
-                    scsi,
-                    vm,
-                    commands: BTreeMap::new(),
-                    functions: HashMap::new(),
-                    served: vec![true; 4],
-                    poisoned: vec![],
-                    posted: 0,
-                }
-            })
-            .collect();
+        let controller = |(n, name): (usize, &&str)| {
+            let scsi = world.controller_on(name, rng.one_in(2).then(|| vec![Core(n)]));
+            for (number, disk) in [(0, &disks[0]), (1, &disks[1 + n])] {
+                scsi.add_target(&world.target, Some(number), &(Arc::clone(disk) as _)).unwrap();
+            }
+            scsi
+        };
+        let scsi = NAMES.iter().enumerate().map(controller).collect();
+        Self { world, scsi, disks }
+    }
+}
+
+/// All I/O fails.
+fn all_fail() -> Vec<(Op, Fault)> {
+    let all = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes];
+    all.map(|op| (op, Fault::Errno(libc::EIO))).into()
+}
+
+impl Model {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng(seed ^ 0x5eed);
+        let Process { mut world, scsi, disks } = Process::start(&mut rng);
+        let host = |(name, scsi)| {
+            let guest = Guest {
+                queues: 2,
+                size: 256,
+                packed: rng.one_in(2),
+                indirect: rng.one_in(2),
+                event_idx: rng.one_in(3),
+                tracked: true,
+                ..Guest::default()
+            };
+            let vm = Vm::started(&mut world, name, guest);
+            Host {
+                name,
+                scsi,
+                vm,
+                commands: BTreeMap::new(),
+                functions: HashMap::new(),
+                served: vec![true; 4],
+                poisoned: vec![],
+                posted: 0,
+                logs: false,
+            }
+        };
+        let hosts = NAMES.into_iter().zip(scsi).map(host).collect();
         Self { rng, world, hosts, disks, counts: BTreeMap::new() }
+    }
+
+    /// Kills the process. The next one serves the same guests.
+    fn kill(&mut self) {
+        let Process { world, scsi, disks } = Process::start(&mut self.rng);
+        let mut killed = std::mem::replace(&mut self.world, world);
+        // From here on, it neither accesses a ring nor does I/O.
+        for name in NAMES {
+            killed.target.begin_delete(name, true).unwrap().finish(&NoSockets);
+        }
+        for disk in std::mem::replace(&mut self.disks, disks) {
+            let mut state = disk.state();
+            (state.faults, state.room) = (all_fail(), None);
+            state.release();
+        }
+        let target = Arc::clone(&killed.target);
+        killed.until("the connections are gone", || target.connections() == 0);
+        for (host, scsi) in self.hosts.iter_mut().zip(scsi) {
+            host.scsi = scsi;
+            host.reconnect(&self.world);
+        }
+        self.count("killed");
+    }
+
+    /// Replaces the memory table, or switches the dirty log.
+    fn change_memory(&mut self, host: usize) {
+        let host = &mut self.hosts[host];
+        match (self.rng.below(3), host.logs) {
+            (0, _) => host.vm.set_memory(),
+            (_, false) => {
+                host.vm.begin_log();
+                // Stepped reactors adopt it now.
+                self.world.settle();
+                host.logs = true;
+            }
+            (_, true) => {
+                host.vm.end_log();
+                host.log_has_ended();
+            }
+        }
     }
 
     fn count(&mut self, what: &'static str) {
@@ -150,7 +221,11 @@ impl Model {
                 }
             }
             94..97 => self.move_queue(host),
-            97 => self.hang_up(host),
+            97 => match self.rng.below(4) {
+                0 => self.kill(),
+                1 => self.hang_up(host),
+                _ => self.change_memory(host),
+            },
             98 => self.resize(),
             _ => self.remove_disk(),
         }
@@ -200,7 +275,8 @@ impl Model {
         let tag = host.vm.submit(queue, command, layout);
         // With a stream, the device accesses memory of the queue, which is used again.
         let buffers = if matches!(layout, Layout::Stream(_)) { vec![] } else { vec![out, data] };
-        host.commands.insert(tag, Sent { queue, target, buffers });
+        let logged = host.logs;
+        host.commands.insert(tag, Sent { queue, logged, target, buffers });
     }
 
     fn manage(&mut self, host: usize) {
@@ -243,8 +319,7 @@ impl Model {
         let faulty = self.rng.one_in(12);
         let mut state = self.disks[disk].state();
         if faulty {
-            let all = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes];
-            state.faults = all.map(|op| (op, Fault::Errno(libc::EIO))).into();
+            state.faults = all_fail();
         }
         state.complete(nth);
         state.faults.clear();
@@ -316,8 +391,7 @@ impl Model {
         let events = host.vm.take_events().len();
         host.posted -= events;
         answers.iter().for_each(|answer| _ = host.functions.remove(&answer.tag.0));
-        host.vm.reconnect(&self.world, host.name);
-        host.served = vec![true; 4];
+        host.reconnect(&self.world);
         self.count("reconnected");
     }
 
@@ -362,6 +436,13 @@ impl Model {
             for tag in tags {
                 let Some(done) = host.vm.answer(tag) else { continue };
                 let sent = host.commands.remove(&tag).unwrap();
+                if let ([_, data], true) = (&sent.buffers[..], sent.logged)
+                    && data.len > 0
+                    && done.response.is_good()
+                {
+                    assert!(host.vm.is_marked(data.gpa), "not marked: {sent:?}");
+                    kinds.push("marked");
+                }
                 for segment in sent.buffers.iter().filter(|segment| segment.len > 0) {
                     let poison = vec![POISON; segment.len as usize];
                     host.vm.ram.write(segment.gpa, &poison).unwrap();
@@ -446,6 +527,19 @@ impl Model {
 }
 
 impl Host {
+    /// Connects again. The log was that of the last connection.
+    fn reconnect(&mut self, world: &World) {
+        self.vm.forget_log();
+        self.log_has_ended();
+        self.vm.reconnect(world, self.name);
+        self.served = vec![true; 4];
+    }
+
+    fn log_has_ended(&mut self) {
+        self.logs = false;
+        self.commands.values_mut().for_each(|sent| sent.logged = false);
+    }
+
     /// Checks the answer to a function. Returns its kind.
     fn check_function(&self, function: &Function, response: u8) -> &'static str {
         let ends = match function.tmf.subtype {
@@ -488,7 +582,15 @@ fn no_memory_of_an_answered_command_is_used() {
     }
     eprintln!("{counts:?}");
     let kinds = ["good", "check condition", "overrun", "aborted", "reset", "bad target"];
-    let reached = kinds.iter().chain(&["function", "query", "moved", "stopped", "reconnected"]);
+    let reached = kinds.iter().chain(&[
+        "function",
+        "query",
+        "moved",
+        "stopped",
+        "reconnected",
+        "killed",
+        "marked",
+    ]);
     let missing: Vec<_> = reached.filter(|kind| !counts.contains_key(*kind)).collect();
     assert!(seeds.count() < 10 || missing.is_empty(), "never reached: {missing:?}");
 }

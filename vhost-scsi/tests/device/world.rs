@@ -108,7 +108,7 @@ impl World {
 
     /// Creates a controller whose queues are on these reactors.
     pub(crate) fn controller_on(&self, name: &str, cores: Option<Vec<Core>>) -> Arc<Scsi> {
-        let scsi = Scsi::new(&self.units);
+        let scsi = Scsi::new(name, &self.units);
         let spec = ControllerSpec {
             name: name.into(),
             socket: name.into(),
@@ -396,11 +396,16 @@ impl Vm {
         self.log = None;
     }
 
-    /// The target refuses a change that the reactors have not adopted in time. Stepped reactors
-    /// adopt it in their next steps.
+    /// The process with the log was killed.
+    pub(crate) fn forget_log(&mut self) {
+        self.log = None;
+    }
+
+    /// The target refuses a change that the reactors have not adopted in time. Stepped reactors that
+    /// do not sleep adopt it in their next steps.
     fn switch_log(&self, features: u64) {
         let verdict = self.send(request::SET_FEATURES, &words(&[features]), vec![]);
-        assert!(matches!(verdict, Verdict::Reject), "{verdict:?}");
+        assert!(matches!(verdict, Verdict::Reject | Verdict::Pass), "{verdict:?}");
     }
 
     /// Returns a new tag.

@@ -69,7 +69,7 @@ impl TestDevice for Unit {
     /// The unit attention of a new nexus has been taken.
     fn create() -> Self {
         let disk = Arc::<Manual>::default();
-        let scsi = Scsi::new(&Arc::<Units>::default());
+        let scsi = Scsi::new("test", &Arc::<Units>::default());
         scsi.add_target(nobody(), Some(0), &(Arc::clone(&disk) as _)).unwrap();
         let mut front_end = Arc::clone(&scsi).connect();
         front_end.set_features(1 << 32);
