@@ -7,7 +7,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use front_end::scsi::{
-    Command, CommandQueue, DRIVER_FEATURES, EventQueue, Layout, cdb, code, kind, lun,
+    Command, CommandQueue, ControlQueue, DRIVER_FEATURES, EventQueue, Layout, Tmf, cdb, code, kind,
+    lun, subtype,
 };
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Segment};
 use harness::{Launch, Refusal, Vhost, wait_until};
@@ -18,9 +19,10 @@ const REMOVE: &str = "vhost_scsi_controller_remove_target";
 const DELETE: &str = "vhost_delete_controller";
 const BLOCK: u32 = 512;
 
-/// A guest with an event queue and a queue of commands.
+/// A guest with a queue of commands.
 struct Guest {
     front_end: FrontEnd,
+    control: ControlQueue,
     events: EventQueue,
     commands: CommandQueue,
     data: Segment,
@@ -39,13 +41,14 @@ impl Guest {
         let socket = vhost.socket(controller);
         let mut front_end = FrontEnd::connect(&socket, ram.clone(), options).unwrap();
         let queues = QueueOptions { size: 16, ..QueueOptions::default() };
+        let control = ControlQueue::new(&ram, queues, (true, false)).unwrap();
         let mut events = EventQueue::new(&ram, queues, (true, false)).unwrap();
         let commands = CommandQueue::new(&ram, 2, queues, (true, false), 1024).unwrap();
-        let rings = vec![(events.ring().clone(), 0), (commands.ring().clone(), 0)];
-        front_end.start(rings).unwrap();
+        let rings = [control.ring(), events.ring(), commands.ring()];
+        front_end.start(rings.map(|ring| (ring.clone(), 0)).into()).unwrap();
         (0..4).for_each(|_| _ = events.post().unwrap());
         let data = ram.alloc(8 * BLOCK, 4096).unwrap();
-        let mut guest = Self { front_end, events, commands, data, sent: 0, attentions: 0 };
+        let mut guest = Self { front_end, control, events, commands, data, sent: 0, attentions: 0 };
         // Until the queue runs, targets are added for it without an event.
         assert_eq!(guest.meet(6), code::BAD_TARGET);
         guest
@@ -85,6 +88,13 @@ impl Guest {
                 return response.response;
             }
         }
+    }
+
+    /// Submits LOGICAL UNIT RESET.
+    fn submit_reset(&mut self, target: u8) {
+        let subtype = subtype::LOGICAL_UNIT_RESET;
+        self.control.submit(&Tmf { subtype, lun: lun(target, 0), tag: 0 }).unwrap();
+        self.control.kick().unwrap();
     }
 
     /// Waits for an event: its kind, the target, and the reason.
@@ -207,6 +217,48 @@ fn a_target_with_io_in_flight_is_removed_when_that_has_ended() {
     wait_until("the number 3 to be free", || vhost.rpc(ADD, target(3, "N")).is_ok());
     wait_until("the release of the claim", || !is_claimed(&vhost, "EE_E"));
     assert_eq!(guest.read(3, 1), GOOD);
+}
+
+/// A target hangs, and a reset waits for it. Neither its guest's other targets, nor other guests, nor
+/// the operator waits.
+#[test]
+fn nobody_waits_for_a_target_that_hangs() {
+    let vhost = scene();
+    hold_reads(&vhost, 1);
+    vhost.ok(ADD, target(0, "M"));
+    vhost.ok(ADD, target(1, "EE_E"));
+    let controller = |name: &str| {
+        vhost.ok("vhost_create_scsi_controller", json!({ "ctrlr": name }));
+        let target = json!({"ctrlr": name, "scsi_target_num": 0, "bdev_name": "N"});
+        vhost.ok(ADD, target);
+    };
+    controller("t");
+    let (mut guest, mut other) = (Guest::connect(&vhost, "s"), Guest::connect(&vhost, "t"));
+    assert_eq!(guest.meet(1), code::OK);
+    guest.submit_read(1);
+    wait_until("a read in flight", || inflight(&vhost) == 1);
+    guest.submit_reset(1);
+    wait_until("the reset", || inflight(&vhost) == 2);
+    for _ in 0..5 {
+        assert_eq!((guest.read(0, 8), other.read(0, 8)), (GOOD, GOOD));
+        vhost.ok(ADD, target(2, "N"));
+        assert_eq!(guest.event(), ADDED(2));
+        assert_eq!(guest.read(2, 1), GOOD);
+        vhost.ok(REMOVE, number(2, 60_000));
+        assert_eq!(guest.event(), REMOVED(2));
+        other.submit_reset(0);
+        assert_eq!(other.control.wait().unwrap().response, code::OK);
+        controller("u");
+        let mut third = Guest::connect(&vhost, "u");
+        assert_eq!(third.read(0, 1), GOOD);
+        third.front_end.disconnect().unwrap();
+        vhost.ok(DELETE, json!({"ctrlr": "u"}));
+    }
+    assert_eq!(inflight(&vhost), 2);
+    assert_eq!(guest.control.poll().unwrap(), None, "its read may still write memory");
+    vhost.ok("bdev_error_resume_pending", json!({"name": "EE_E"}));
+    assert_eq!(guest.control.wait().unwrap().response, code::OK);
+    assert!(guest.commands.poll().unwrap().unwrap().response.is_good(), "answered before");
 }
 
 #[test]

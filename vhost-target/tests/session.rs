@@ -1,4 +1,5 @@
-//! The session's state machine, driven directly: every message in every state, for both devices.
+//! The session's state machine, driven directly: every message in every state, for each kind of
+//! device.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 #[expect(dead_code, reason = "a session opens no queue")]
@@ -56,4 +57,5 @@ macro_rules! for_device {
 }
 
 for_device!(block: crate::session::scene::Block);
+for_device!(scsi: crate::session::scene::ScsiDevice);
 for_device!(entropy_device: crate::session::scene::EntropyDevice);

@@ -146,6 +146,15 @@ impl ControlQueue {
         used.map(|used| self.finish(used)).transpose()
     }
 
+    /// Waits for the next request that the device has used.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::wait`].
+    pub fn wait(&mut self) -> Result<Answered> {
+        let used = self.requests.wait()?;
+        self.finish(used)
+    }
+
     /// Submits a task management function, kicks, and waits for its answer, if no other request is
     /// in flight.
     ///
@@ -154,8 +163,7 @@ impl ControlQueue {
     pub fn run(&mut self, tmf: &Tmf) -> Result<Answered> {
         self.submit(tmf)?;
         self.kick()?;
-        let used = self.requests.wait()?;
-        self.finish(used)
+        self.wait()
     }
 
     fn finish(&mut self, used: Used<u32>) -> Result<Answered> {

@@ -6,6 +6,7 @@ use bdev::{Malloc, MallocOptions};
 use guest_memory::GuestMemory;
 use guest_memory::testing::flat_at;
 use vhost_blk::Blk;
+use vhost_scsi::Scsi;
 use vhost_target::device::{Device, Negotiated, OpenError};
 use vhost_target::session::{Effect, RingState, Session};
 use virtqueue::{QUEUES_MAX, RingAddrs};
@@ -49,6 +50,19 @@ impl Offered for Block {
         let options =
             MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
         Blk::new(Malloc::create(options).unwrap(), false)
+    }
+}
+
+/// The SCSI device, without targets. Front ends have its config space.
+pub(crate) struct ScsiDevice;
+
+impl Offered for ScsiDevice {
+    const FEATURES: u64 = 0;
+    const CHANGE: (u32, &[u8], bool) = (0, &[1], false);
+    const CONFIG_BYTES: usize = 0;
+
+    fn create() -> Arc<dyn Device> {
+        Scsi::new("s", &Arc::default())
     }
 }
 
