@@ -58,8 +58,8 @@ impl Grace {
         let begun = Begun(self.period.load(Ordering::Relaxed) & 1 == 1);
         let count = &channel.counts[usize::from(begun.0)];
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        // SeqCst, as in `poll`: either that thread sees the count, or what is read after this fence
-        // is what that thread had written before.
+        // SeqCst, as in `poll`: if this fence comes first, the polling thread sees the count. If its
+        // fence comes first, the I/O reads the changed data.
         fence(Ordering::SeqCst);
         begun
     }
@@ -72,10 +72,10 @@ impl Grace {
         count.store(count.load(Ordering::Relaxed) - 1, Ordering::Release);
     }
 
-    /// As [`Grace::wait`], for a thread that may not wait: returns whether the grace period has
-    /// ended. It has not, too, while another thread adds or removes a channel. The caller has
-    /// changed the shared data before the first call with a new `period`, and calls again with the
-    /// same one until this returns true. One thread at a time may do this.
+    /// As [`Grace::wait`], without waiting: returns whether the grace period has ended. Returns false
+    /// also while another thread adds or removes a channel. The caller changes the shared data, calls
+    /// this with a new `period`, and repeats the call with the same one until it returns true. One
+    /// thread at a time may do this.
     pub fn poll(&self, period: &mut Period) -> bool {
         // A channel that is added later sees the changes: the lock orders them.
         let channels = match self.channels.try_lock() {

@@ -99,10 +99,10 @@ pub struct Toll {
     pub stale: u64,
     /// Requests that came back with an error.
     pub errors: u64,
-    /// Requests that were sent again, since they came back with a unit attention: a virtio-scsi
-    /// server reports that it was started.
+    /// Requests that came back with a unit attention and were submitted again: the nexus is new in
+    /// each virtio-scsi server. This is no problem.
     pub attentions: u64,
-    /// The first of these.
+    /// The first loss, duplicate, stale read or error.
     pub first_problem: Option<String>,
     /// From the start of a server until it had taken over, in all.
     pub restarting: Duration,

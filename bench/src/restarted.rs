@@ -17,8 +17,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// One that makes these calls for its bdevs, and then these for its controllers. It is not
-    /// started yet.
+    /// Creates a server whose configuration has these calls, each a method and its parameters. Does
+    /// not start it.
     pub(crate) fn new(
         program: &Path,
         args: &[String],

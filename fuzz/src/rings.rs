@@ -113,7 +113,7 @@ pub fn run(bytes: &[u8], packed: bool) {
     run_device::<Block>(bytes, packed);
 }
 
-/// Runs an input on a split or a packed ring of a virtio-scsi device. The first bit of the input decides.
+/// Runs an input on a split or a packed ring of a virtio-scsi device. Bit 0 of the first byte selects a packed ring.
 ///
 /// # Panics
 /// An invariant is broken.

@@ -93,7 +93,8 @@ impl Plan {
         self.transfer
     }
 
-    /// Whether it is one I/O that transfers the whole buffer, and the command asked for no more.
+    /// Returns whether the plan transfers exactly the whole buffer, without a flush and without
+    /// excluding others.
     #[must_use]
     #[inline]
     pub fn is_exact(&self) -> bool {

@@ -365,11 +365,10 @@ async fn initialise(
     }
     registry.set_phase(Phase::Runtime);
     replay(config.as_ref(), registry, Phase::Runtime).await?;
-    if let Err(e) = methods::start_loaded(app).await {
-        error!("configuration: {e}");
-        if !options.ignore_config_errors {
-            return Err(config_file::errno_exit_code(e.errno()));
-        }
+    if let Err(e) = methods::start_loaded(app).await
+        && !options.ignore_config_errors
+    {
+        return Err(config_file::errno_exit_code(e.errno()));
     }
     app.startup.send_replace(Startup::Running);
     if let Some(server) = server {

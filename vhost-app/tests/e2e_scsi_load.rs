@@ -104,7 +104,7 @@ fn a_failure_has_response_status_and_sense_key() {
 }
 
 #[test]
-fn what_cannot_be_loaded_is_named() {
+fn an_invalid_plan_is_refused_with_the_reason() {
     let vhost = vhost(4096);
     let socket = vhost.socket(CONTROLLER);
     let plain = plan(socket.clone(), 3);

@@ -219,8 +219,8 @@ fn a_target_with_io_in_flight_is_removed_when_that_has_ended() {
     assert_eq!(guest.read(3, 1), GOOD);
 }
 
-/// A target hangs, and a reset waits for it. Neither its guest's other targets, nor other guests, nor
-/// the operator waits.
+/// A target hangs, and a reset waits for it. Neither its guest's other targets, nor other guests,
+/// nor the operator waits.
 #[test]
 fn nobody_waits_for_a_target_that_hangs() {
     let vhost = scene();

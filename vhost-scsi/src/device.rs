@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bdev::{Bdev, UserCounts};
 use served_bdev::{is_limited, storage_use, uses};
@@ -115,17 +115,20 @@ impl Scsi {
         if bdev.block_size() as usize > CHUNK_BYTES {
             return Err(AddError::Blocks(bdev.name().into()));
         }
-        let (added, sessions) = {
+        // All of them, with their queues, under the lock under which `open_request_queue` adds a
+        // queue. They are dropped last.
+        let (added, sessions, queues) = {
             let mut state = self.lock();
             let number = state.free_number(number)?;
             let device = self.units.device().ok_or(AddError::NoSpace)?;
             let added = ScsiTarget::new(self.number, number, device, self.units.of(bdev));
             // From now on, new queues open it themselves.
             state.slots[usize::from(number)] = Slot::Opening(Arc::clone(&added));
-            (added, state.sessions())
+            let sessions = state.sessions();
+            let queues: Vec<_> = sessions.iter().flat_map(|s| s.queues().clone()).collect();
+            (added, sessions, queues)
         };
         let number = added.number;
-        let queues: Vec<_> = sessions.iter().flat_map(|session| session.queues().clone()).collect();
         for queue in queues {
             if let Err(e) = self.open_for(&added, &queue) {
                 drop(self.take_back(number));
@@ -142,8 +145,8 @@ impl Scsi {
             added.unit.resized();
             *slot = Slot::Used(added);
         }
-        drop(sessions);
         self.changed(target);
+        drop(sessions);
         Ok(number)
     }
 
@@ -185,10 +188,11 @@ impl Scsi {
         let link = QueueLink::new(depth).map_err(|e| OpenError(Box::new(e)))?;
         // Both under the lock under which `add_target` fills a slot and lists the queues: exactly
         // one of the two functions opens a target for this queue.
+        let sessions;
         let (session, targets): (_, Vec<_>) = {
             let state = self.lock();
-            let session = state.sessions.iter().filter_map(Weak::upgrade);
-            let session = session.into_iter().find(|session| session.key == key);
+            sessions = state.sessions();
+            let session = sessions.iter().find(|session| session.key == key);
             let session = session.ok_or_else(|| OpenError("the front end is gone".into()))?;
             session.add_queue(&link);
             let targets = state.slots.iter().filter_map(Slot::opened).cloned().collect();

@@ -59,9 +59,9 @@ impl Parts {
         if !is_common || !words.is_aligned() {
             return Self::take_any(chain);
         }
-        // Ownership of its line comes while the command is done.
+        // Fetches the response's cache line for writing while the command is executed.
         cache::prefetch_write(response.base());
-        // SAFETY: the words are aligned, and in a segment of more bytes, which is guest memory that
+        // SAFETY: `words` is aligned. The segment is longer than the words, and is guest memory that
         // stays mapped while the chain is in use.
         let header = unsafe { header_at(words) };
         let (response, end) = (short(readable), short(count));
@@ -217,7 +217,7 @@ impl Parts {
 /// Reads a header.
 ///
 /// # Safety
-/// The header's words are guest memory that is mapped now.
+/// `words` is aligned, and points to the first words of a header in mapped guest memory.
 #[inline]
 unsafe fn header_at(words: *const AtomicU64) -> Header {
     // SAFETY: the caller's promise. The guest may change the words meanwhile.

@@ -3,17 +3,17 @@
 //! READ and WRITE need neither the logical unit nor its lock, but a copy of its facts and a [gate].
 //! All other commands, and those that the gate stops, lock the unit (`slow`); if another thread has
 //! locked it, the queue tries again at its next visit. A plan that is not one I/O is done by a
-//! [`Job`] (`jobs`). A disk in memory does most READs and WRITEs at once (`at_once`). `barrier` is the
-//! queue's part of task management.
+//! [`Job`] (`jobs`). Most READs and WRITEs of a memory disk take the shortcut (`shortcut`).
+//! `barrier` is the queue's part of task management.
 //!
 //! [gate]: scsi::Gate
 #![expect(unsafe_code, reason = "submits guest memory")]
 
 mod answer;
-mod at_once;
 mod barrier;
 mod io;
 mod jobs;
+mod shortcut;
 mod slow;
 mod task;
 
@@ -64,7 +64,7 @@ enum Origin {
     Ring,
     /// The same, and an earlier process may have started it.
     Resubmitted,
-    /// It has waited for its target.
+    /// It has waited until the queue adopted the view with its target.
     Waited,
 }
 
@@ -100,9 +100,9 @@ pub struct RequestQueue {
     stopping: bool,
     /// Disks whose channel has I/O that was queued since its last kick: a bit for each.
     unkicked: u8,
-    /// A disk's shortcut copies data.
+    /// Whether the shortcut of any disk copies data, so that prefetching helps.
     copies: bool,
-    /// Disks that have done commands at once in this visit: a bit for each.
+    /// Disks whose shortcut has served commands in this visit: a bit for each.
     tallied: u8,
     abandoned: bool,
     progress: ArrayVec<(u16, Cue), PROGRESS>,
@@ -179,8 +179,8 @@ impl RequestQueue {
         }
         match scsi::fast(&command, &disk.facts, disk.gate, task.buffers) {
             Fast::Io(plan) => {
-                if new && disk.does_at_once(&plan, slot, task, chain) {
-                    return self.done_at_once(request, &plan);
+                if new && disk.run_shortcut(&plan, slot, task, chain) {
+                    return self.end_shortcut(request, &plan);
                 }
                 self.start_transfer(request, slot, plan)
             }
@@ -225,8 +225,8 @@ impl RequestQueue {
         self.start_command(request, origin != Origin::Waited)
     }
 
-    /// Returns whether the next view has a target that the current view does not have. The driver
-    /// may have been told of it already, and takes BAD_TARGET for the end of its search.
+    /// Returns whether the latest view shows a target that the adopted view does not. The driver may
+    /// have got its event already: Linux scans the target once, and not again after BAD_TARGET.
     #[cold]
     fn is_coming(&self, target: u8) -> bool {
         let session = self.session.as_ref().filter(|_| !self.stopping);
@@ -352,7 +352,7 @@ impl DeviceQueue for RequestQueue {
         self.start_addressed(request, origin)
     }
 
-    /// Only requests for a target that is coming wait in the engine.
+    /// Only requests whose target is in a view that the queue has not adopted wait in the engine.
     fn retry<R: Request<Self>>(&mut self, request: R) -> Progress {
         self.start_addressed(request, Origin::Waited)
     }

@@ -37,7 +37,8 @@ impl Events {
     }
 
     fn post(&self, event: Event, target: u8) {
-        // Release: the driver finds what it is told of. See `Session::shown`.
+        // Release: a queue that gets a command because of this event sees its target in
+        // `Session::shown`.
         self.0.fetch_or(Self::bit(event, target), Ordering::Release);
     }
 
@@ -56,6 +57,7 @@ impl Events {
 
     /// Removes and returns the next event.
     pub(crate) fn take(&self) -> Option<(Event, u8)> {
+        // Acquire: as in `post`.
         let pending = self.0.load(Ordering::Acquire);
         let next = pending.trailing_zeros();
         let event = EVENTS.get(next as usize / TARGETS_MAX)?;
@@ -136,15 +138,15 @@ impl Barrier {
     }
 }
 
-/// The value of [`Session`]'s `shown` while the driver has had no view.
+/// The value of [`Session`]'s `shown` before the driver's first view.
 const UNSEEN: u16 = 1 << 8;
 
 /// What the queues of one front end share.
 #[derive(Debug)]
 pub(crate) struct Session {
-    /// Identifies the front end among all that its controller has had.
+    /// Identifies the front end among all that its controller has ever had.
     pub(crate) key: u64,
-    /// Identifies it among those that its controller has now.
+    /// Its number in nexuses: unique among the controller's present front ends, and reused later.
     pub(crate) index: u8,
     /// The number of the controller.
     controller: u64,

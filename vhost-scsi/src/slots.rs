@@ -62,11 +62,11 @@ pub enum RemoveError {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) slots: [Slot; TARGETS_MAX],
-    /// The front ends, and earlier ones that memory of queues still refers to.
+    /// The sessions of connected front ends, and of earlier ones that queues not yet freed still use.
     pub(crate) sessions: Vec<Weak<Session>>,
-    /// The number of front ends that there have been.
+    /// The key of the next session.
     connected: u64,
-    /// The indices of the front ends that there are, a bit for each.
+    /// The indices in use, a bit for each.
     indices: u32,
     /// What the queues had done for targets that were removed, when those were removed.
     counts_before: UserCounts,
@@ -121,11 +121,13 @@ impl State {
         self.sessions.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Adds a front end. Its index is the lowest free one: a front end that is alone and connects
-    /// again has the same index, so its registrations stay valid.
+    /// Adds a front end with the lowest free index. One that has its controller for itself gets the
+    /// same index whenever it reconnects after its earlier I/O has ended, and so keeps its
+    /// registrations.
     pub(crate) fn connect(&mut self, controller: u64) -> Arc<Session> {
         self.sessions.retain(|session| session.strong_count() > 0);
         let is_free = |n: &u8| self.indices & (1 << n) == 0;
+        // The target accepts fewer.
         let index = (0..FRONT_ENDS_MAX).find(is_free).unwrap_or(FRONT_ENDS_MAX - 1);
         let session = Session::new(self.connected, index, controller);
         self.indices |= 1 << index;

@@ -66,8 +66,8 @@ impl Address {
     }
 }
 
-/// The words of a header that are used: all known CDBs end there. In Linux's requests, they are in
-/// one cache line.
+/// The 8-byte words of a header that are decoded: LUN, tag, and the bytes after them in which every
+/// known CDB ends.
 pub(crate) const HEADER_WORDS: usize = 5;
 /// Where the CDB is in a header.
 const CDB_AT: usize = 19;
@@ -85,7 +85,7 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Makes a header of its first words.
+    /// Decodes a header from its first words.
     #[inline]
     pub(crate) fn of([lun, tag, a, b, c]: [u64; HEADER_WORDS]) -> Self {
         // The CDB begins in byte 3 of `a`.
@@ -95,7 +95,7 @@ impl Header {
         Self { lun: lun.to_le_bytes(), tag, cdb: cdb.to_le_bytes() }
     }
 
-    /// Makes a header of its bytes.
+    /// Decodes a header from its bytes.
     pub(crate) fn of_bytes(bytes: &[u8; HEADER_BYTES]) -> Self {
         Self::of(std::array::from_fn(|n| u64::from_le_bytes(take(bytes, 8 * n))))
     }
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_of_common_drivers_are_expected() {
+    fn read_10_and_read_16_are_decoded_for_prefetching() {
         let expected = |cdb: &[u8]| {
             let mut bytes = [0; HEADER_BYTES];
             bytes[..2].copy_from_slice(&[1, 5]);

@@ -1,5 +1,5 @@
-//! Reactors neither allocate nor free memory: in commands, functions, events, and when targets come,
-//! go and change.
+//! Reactors neither allocate nor free memory: in commands, functions, events, and when targets
+//! come, go and change.
 #![expect(clippy::unwrap_used, reason = "tests")]
 #![expect(clippy::cast_possible_truncation, reason = "a test's numbers are small")]
 #![expect(unsafe_code, reason = "an allocator that counts")]
@@ -157,7 +157,6 @@ impl Stage {
 
 #[test]
 fn reactors_do_not_allocate() {
-    // The first output of a log or a test may allocate in any thread.
     for mode in [Mode::Poll, Mode::Sleep { after_us: 0 }] {
         for packed in [false, true] {
             let mut stage = Stage::new(mode, packed);

@@ -79,7 +79,7 @@ pub trait DeviceQueue: Send + Sized + 'static {
     /// Called at the end of a visit, when the guest can see all finished requests of the visit.
     /// Called again while it returns something and the device is watching. `caught_up`: all chains
     /// that the guest had made available when the view was adopted were taken, or no further chain
-    /// will be taken.
+    /// will be taken, and no request waits for room.
     fn visited(&mut self, _caught_up: bool) -> Option<Notice> {
         None
     }

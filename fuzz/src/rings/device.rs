@@ -29,8 +29,8 @@ pub(super) trait Device: Sized {
     /// Whether I/O only accesses the guest's memory.
     const GUEST_MEMORY_ONLY: bool;
 
-    /// The buffers of a request that is valid but for its place on the disk. Written are its header, and the memory
-    /// of its answer.
+    /// Writes the header of a request that is valid, except perhaps for its range on the disk, and fills the memory of
+    /// its answer. Returns its buffers.
     fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Vec<Buffer>;
 
     /// The places of the answer to a chain; `None`: the device need not answer it.

@@ -26,7 +26,7 @@ const OPERATIONS: [u8; 28] = [
 ];
 
 thread_local! {
-    /// The target that the devices' changes are told to. It has no controller.
+    /// The target that devices report changes to. It has no controller.
     static NOBODY: OnceCell<Arc<Target>> = const { OnceCell::new() };
 }
 
@@ -62,7 +62,7 @@ impl Device for Unit {
         self.front_end.view().expect("the device exists")
     }
 
-    /// A command of several I/Os has buffers.
+    /// Jobs do I/O on buffers of their own.
     const GUEST_MEMORY_ONLY: bool = false;
 
     fn request(guest: &mut Guest, table: usize, n: u16, input: &mut Input<'_>) -> Vec<Buffer> {
@@ -135,8 +135,7 @@ impl Device for Unit {
         vec![]
     }
 
-    /// What follows the response. (The answer is checked only where nothing else may be written; it begins the first
-    /// pieces, so these are left out if they are part of it.)
+    /// The writable pieces that reach beyond the response. If one also holds its end, the response is not checked.
     fn data(chain: &Chain) -> Vec<&Piece> {
         if !chain.whole || chain.header.len() < HEADER_BYTES {
             return vec![];

@@ -10,9 +10,10 @@ use rpc::{DecodeFailure, Params, Phases, RpcError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::task::spawn_local;
+use tracing::error;
 use vhost_scsi::{AddError, RemoveError, Scsi, TARGETS_MAX};
 use vhost_target::device::Device;
-use vhost_target::{ControllerInfo, ControllerSpec};
+use vhost_target::{ControllerInfo, ControllerSpec, Error};
 
 use super::served::{Adding, Place};
 use super::vhost::{controller_mask, cores, limit, refused};
@@ -72,27 +73,34 @@ async fn create(app: Rc<App>, params: Params) -> Answer {
         app.control.create_controller(spec).await
     };
     created.map_err(|e| refused(method, e.errno(), e))?;
+    let mut loaded = app.loaded.borrow_mut();
+    // An earlier one of this name was deleted.
+    loaded.retain(|other| *other != name);
     if is_loading && !p.delay {
-        app.loaded.borrow_mut().push(name);
+        loaded.push(name);
     }
     Ok(true.into())
 }
 
-/// Opens the sockets of the controllers that the configuration has created without `delay`. A front
-/// end that connected earlier, such as one that reconnects to the next process, would not find the
-/// targets that the configuration adds behind the controller.
+/// Opens the sockets of the controllers that the configuration has created without `delay`. Had they
+/// been open earlier, a front end that reconnects after a crash could get BAD_TARGET for targets that
+/// the configuration adds after the controller.
 ///
 /// # Errors
-/// A socket cannot be opened.
-pub(crate) async fn start_loaded(app: &App) -> Result<(), vhost_target::Error> {
+/// The first error, which is logged like all others. The other sockets are open.
+pub(crate) async fn start_loaded(app: &App) -> Result<(), Error> {
+    let mut result = Ok(());
     for name in app.loaded.take() {
-        match app.control.start_controller(name).await {
+        match app.control.start_controller(name.clone()).await {
             // It was deleted again.
-            Ok(()) | Err(vhost_target::Error::NoController(_)) => {}
-            Err(e) => return Err(e),
+            Ok(()) | Err(Error::NoController(_)) => {}
+            Err(e) => {
+                error!("controller {name}: cannot open its socket: {e}");
+                result = result.and(Err(e));
+            }
         }
     }
-    Ok(())
+    result
 }
 
 async fn start(app: Rc<App>, params: Params) -> Answer {

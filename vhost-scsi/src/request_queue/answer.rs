@@ -26,8 +26,8 @@ impl Ending {
         Self { response, status: Status::Good, sense: None, residual, data_in: 0 }
     }
 
-    /// The end of a command that was executed. A command that fails for another reason does not
-    /// overrun: drivers look at its status then.
+    /// The end of a command that was executed. OVERRUN is only reported with GOOD: drivers look at
+    /// the response first, and would miss another status.
     fn executed(status: Status, sense: Option<(Sense, Format)>, transferred: Transferred) -> Self {
         let overrun = transferred.overrun && status == Status::Good;
         let response = if overrun { Response::Overrun } else { Response::Ok };
@@ -46,7 +46,7 @@ impl Ending {
         head
     }
 
-    /// Writes the response, and returns what the chain's return says.
+    /// Writes the response. Returns the lengths for the used ring and for the dirty log.
     #[inline]
     fn put(&self, chain: &mut Chain, parts: Parts) -> Answer {
         match self.sense {
@@ -109,8 +109,8 @@ pub(super) fn release(queue: &mut RequestQueue, slot: u16, task: &mut Task) {
     }
 }
 
-/// Answers a command that has succeeded, has transferred its whole buffer, and has written these
-/// bytes of data-in.
+/// Answers a command that has succeeded without a residual. `data_in`: the bytes of data-in that
+/// were written.
 #[inline]
 pub(super) fn good<R: Request<RequestQueue>>(
     queue: &mut RequestQueue,

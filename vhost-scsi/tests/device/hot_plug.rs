@@ -46,7 +46,7 @@ fn write(vm: &mut Vm, queue: usize, target: u8) -> u64 {
 }
 
 #[test]
-fn a_target_that_comes_and_goes_is_told_and_served() {
+fn added_and_removed_targets_are_reported_and_served() {
     for packed in [false, true] {
         let guest = Guest { queues: 3, packed, ..Guest::default() };
         let mut scene = Scene::empty(2, guest);
@@ -272,7 +272,7 @@ fn a_guest_that_starts_gets_no_event_of_the_past() {
 }
 
 #[test]
-fn a_bdev_that_is_removed_leaves_all_targets() {
+fn removing_a_bdev_removes_all_its_targets() {
     let mut world = World::new(1);
     let disk = disk("d");
     let mut vms: Vec<_> = ["a", "b"]
@@ -309,7 +309,7 @@ fn a_bdev_that_is_removed_leaves_all_targets() {
     world.until("the bdev is free", || Arc::strong_count(&disk) == 1);
 }
 
-/// S27: each nexus is told of a new size, by an event and by a unit attention.
+/// Each nexus gets an event and a unit attention for a new size.
 #[test]
 fn every_nexus_is_told_of_a_new_size() {
     let mut world = World::new(1);
@@ -511,7 +511,7 @@ fn queues_move_between_reactors() {
 
 /// A guest that looks for a target as soon as it is told of it finds it, with any queue.
 #[test]
-fn a_target_is_found_when_it_has_been_told() {
+fn every_queue_finds_a_target_after_its_event() {
     const QUEUES: usize = 60;
     let mut world = World::new(2);
     let scsi = world.controller("c");

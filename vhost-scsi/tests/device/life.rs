@@ -63,7 +63,7 @@ fn requests_outlive_a_killed_process() {
             vm.attentions(&mut world, 0);
             vm.good(&mut world, 0, cdb::write(5, 1), &[3; BLOCK], 0);
             assert_eq!(disk.state().wrong, None);
-            // What the killed process would still do has no effect: its memory is not this one.
+            // The killed process is not stepped after the kill, so its I/O never completes.
             drop(killed);
         }
     }
@@ -167,7 +167,7 @@ fn a_boot_loader_and_then_a_driver_use_the_device() {
     vm.good(&mut world, 5, cdb::read(0, 1), &[], BLOCK);
     vm.stop_ring(2);
     world.settle();
-    // S25: a hole in the request queues.
+    // The driver leaves out some request queues.
     for ring in [0, 1, 2, 5] {
         vm.start_ring(ring);
     }

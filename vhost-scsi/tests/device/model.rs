@@ -1,5 +1,5 @@
-//! Random commands, functions, completions, stops, removals, moves, changes of memory and dirty log,
-//! and kills of the process, by a seed. A failure prints its seed; `MODEL_SEED=n` replays one.
+//! Random commands, functions, completions, stops, removals, moves, changes of memory and dirty
+//! log, and kills of the process, by a seed. A failure prints its seed; `MODEL_SEED=n` replays one.
 //!
 //! After each step:
 //! * No memory of an answered command has been accessed: its buffers are overwritten when it is

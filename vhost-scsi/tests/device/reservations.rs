@@ -96,7 +96,7 @@ impl Hosts {
     }
 }
 
-/// S20: each front end is a nexus of its own.
+/// Each front end is a nexus of its own.
 #[test]
 fn a_reservation_holds_for_all_other_front_ends() {
     let mut hosts = Hosts::new();
@@ -124,7 +124,7 @@ fn a_reservation_holds_for_all_other_front_ends() {
 }
 
 #[test]
-fn a_preempted_front_end_is_told_and_kept_out() {
+fn a_preempted_nexus_gets_a_unit_attention_and_conflicts() {
     let mut hosts = Hosts::new();
     for (n, key) in [(0, 10), (1, 11), (2, 12)] {
         hosts.good(n, REGISTER, 0, 0, key);

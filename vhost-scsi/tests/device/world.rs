@@ -401,8 +401,8 @@ impl Vm {
         self.log = None;
     }
 
-    /// The target refuses a change that the reactors have not adopted in time. Stepped reactors that
-    /// do not sleep adopt it in their next steps.
+    /// The target refuses a change that the reactors have not adopted in time. Stepped reactors
+    /// that do not sleep adopt it in their next steps.
     fn switch_log(&self, features: u64) {
         let verdict = self.send(request::SET_FEATURES, &words(&[features]), vec![]);
         assert!(matches!(verdict, Verdict::Reject | Verdict::Pass), "{verdict:?}");

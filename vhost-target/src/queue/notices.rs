@@ -46,10 +46,12 @@ impl<D: DeviceQueue> Core<D> {
         let At { control, view, ring, .. } = at;
         let core = &mut self.ring;
         let none_follows = core.broken || core.stopping && core.resubmissions.is_empty();
-        let caught_up = none_follows
+        let all_taken = none_follows
             || core.resubmissions.is_empty()
                 && (core.places.have_passed(view.ring.size())
                     || matches!(ring.pending(core.last_avail), Ok(0)));
+        // The device may not know of a request that waits.
+        let caught_up = all_taken && core.parked.is_empty();
         // A notice that waits to be sent has to be sent first.
         while core.pending_event.is_none() && self.device.is_watching() {
             let event = match self.device.visited(caught_up) {

@@ -1,5 +1,4 @@
-//! READ and WRITE that a disk does at once, such as a disk in memory: neither their plan nor their I/O
-//! is stored.
+//! READ and WRITE through the shortcut of a disk, without storing a plan or an I/O.
 
 use bdev::{Io, Op, Tag};
 use reactor::Iteration;
@@ -12,10 +11,9 @@ use super::{RequestQueue, answer};
 use crate::disk::Disk;
 
 impl Disk {
-    /// Does the plan of a READ or WRITE at once, if it can, and if the whole buffer is transferred
-    /// and nothing else is to be done. Returns whether it has.
+    /// Executes a READ or WRITE through the shortcut, if its plan is exact. Returns whether it did.
     #[inline(always)]
-    pub(super) fn does_at_once(
+    pub(super) fn run_shortcut(
         &mut self,
         plan: &Plan,
         slot: u16,
@@ -42,9 +40,9 @@ impl Disk {
 }
 
 impl RequestQueue {
-    /// Answers a command that was done at once.
+    /// Answers a command that the shortcut has executed.
     #[inline(always)]
-    pub(super) fn done_at_once<R: Request<Self>>(
+    pub(super) fn end_shortcut<R: Request<Self>>(
         &mut self,
         mut request: R,
         plan: &Plan,
@@ -56,7 +54,8 @@ impl RequestQueue {
         answer::good(self, request, if plan.op == scsi::Op::Read { bytes } else { 0 })
     }
 
-    /// Counts what was done at once in a visit. Each command took the same part of its time.
+    /// Adds the visit's I/O through shortcuts to the counters. The time since the start of the visit
+    /// is divided evenly among these commands, whatever else the visit has done.
     #[inline]
     pub(super) fn record_tallies(&mut self, iteration: &mut Iteration) {
         let begun = iteration.now_ticks();
@@ -74,7 +73,7 @@ impl RequestQueue {
     }
 }
 
-/// Returns the numbers of the bits that are set.
+/// Returns the positions of the set bits.
 #[inline]
 fn ones(mut left: u8) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
