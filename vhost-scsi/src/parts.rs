@@ -59,8 +59,9 @@ impl Parts {
         if !is_common || !words.is_aligned() {
             return Self::take_any(chain);
         }
-        // Fetches the response's cache line for writing while the command is executed.
+        // Fetches the response's two cache lines for writing while the command is executed.
         cache::prefetch_write(response.base());
+        cache::prefetch_write(response.base().wrapping_add(RESPONSE_BYTES - 1));
         // SAFETY: `words` is aligned. The segment is longer than the words, and is guest memory that
         // stays mapped while the chain is in use.
         let header = unsafe { header_at(words) };
