@@ -13,7 +13,6 @@ use crate::unit::Locked;
 
 /// A target that a request queue has opened. It is dropped outside of the reactors.
 pub(crate) struct Disk {
-    pub(crate) target: Arc<ScsiTarget>,
     pub(crate) opened: Opened,
     /// What the shortcut has done in this visit.
     pub(crate) tallies: Tallies,
@@ -39,6 +38,8 @@ pub(crate) struct Disk {
     writes: Arc<InFlight>,
     /// The queue's wake fds, which include those of the channel.
     wake: Arc<WakeSet>,
+    /// Dropped last: the target's number is free when the channel has been closed.
+    pub(crate) target: Arc<ScsiTarget>,
 }
 
 impl Drop for Disk {
