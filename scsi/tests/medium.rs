@@ -353,7 +353,7 @@ fn bad_unmap_lists() {
     assert_eq!(unit.error(&unmap(&list), &list[..39]), LIST_LENGTH);
     let long = vec![0; scsi::PARAMETERS_MAX + 1];
     assert_eq!(unit.error(&unmap(&long), &long), LIST_LENGTH);
-    // An incomplete descriptor at the end is ignored: SPDK's overrun (S1).
+    // An incomplete descriptor at the end is ignored. SPDK copies it past the end of its list.
     for rest in 1..16 {
         let mut list = list.clone();
         list[3] -= 16 - rest;

@@ -362,7 +362,7 @@ fn data_in_is_limited_by_allocation_and_buffer() {
         (255, 255, 96, 159, false),
         (36, 255, 36, 219, false),
         (255, 36, 36, 0, true),
-        // SPDK's S7.
+        // SPDK reports a residual of nearly 4 GiB and no data.
         (96, 36, 36, 0, true),
         (36, 36, 36, 0, false),
         (0, 36, 0, 36, false),

@@ -132,7 +132,7 @@ fn every_cdb_length_reads_and_writes() {
     }
 }
 
-/// S5 and S7 of the reference: the CDB says how much is transferred.
+/// The CDB says how much is transferred.
 #[test]
 fn the_cdb_says_how_much_is_transferred() {
     for guest in guests() {
@@ -230,7 +230,7 @@ fn a_command_with_both_buffers_uses_one() {
     assert!(scene.vm.bytes(to[0]).iter().all(|byte| *byte == 1));
 }
 
-/// S8: every field of the response is written.
+/// Every field of the response is written.
 #[test]
 fn every_field_of_the_response_is_written() {
     let (mut scene, disk) = Scene::of(8, Guest::default());
@@ -251,7 +251,7 @@ fn every_field_of_the_response_is_written() {
     assert_eq!(disk.state().seen, []);
 }
 
-/// S6: up to 1,024 segments of data.
+/// Up to 1,024 segments of data.
 #[test]
 fn chains_of_many_segments_are_served() {
     for guest in guests() {

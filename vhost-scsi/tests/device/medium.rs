@@ -146,7 +146,7 @@ fn compare_and_write_writes_only_what_is_equal() {
     assert!(disk.state().data[..BLOCK].iter().all(|byte| *byte == 8));
 }
 
-/// S1: descriptors and lengths of UNMAP.
+/// Descriptors and lengths of UNMAP.
 #[test]
 fn unmap_accepts_what_it_announces() {
     let (mut scene, disk) = Scene::of(1000, Guest::default());
