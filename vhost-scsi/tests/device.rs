@@ -5,6 +5,11 @@
 
 mod device {
     pub(crate) mod disk;
+    #[path = "../../../vhost-target/tests/simulation/rng.rs"]
+    #[expect(dead_code, reason = "the simulation uses the rest")]
+    pub(crate) mod rng;
+    #[path = "../../../vhost-target/tests/wire/mod.rs"]
+    pub(crate) mod wire;
     pub(crate) mod world;
 
     mod atomic;

@@ -7,6 +7,8 @@
 mod device {
     #[expect(dead_code, reason = "the tests of the device use the rest")]
     pub(crate) mod disk;
+    #[path = "../../../vhost-target/tests/wire/mod.rs"]
+    pub(crate) mod wire;
     #[expect(dead_code, reason = "the tests of the device use the rest")]
     pub(crate) mod world;
 }
@@ -23,6 +25,7 @@ use front_end::scsi::{Command, Layout, cdb, code, lun, subtype};
 use vhost_scsi::{bdev_resized, limits_changed};
 use vhost_target::{Core, Mode};
 
+use device::wire::NoSockets;
 use device::world::{Guest, IN_REACTOR, Vm, World};
 
 thread_local! {
@@ -252,7 +255,7 @@ fn failures(stage: &mut Stage) {
     stage.vm.manage(subtype::LOGICAL_UNIT_RESET, lun(2, 0), 0);
     stage.world.settle();
     let deletion = stage.world.target.begin_delete("c", true).unwrap();
-    deletion.finish(&device::world::NoSockets);
+    deletion.finish(&NoSockets);
     stage.world.settle();
     stage.failing.abort_pending();
     let target = Arc::clone(&stage.world.target);

@@ -7,6 +7,8 @@
 mod suites;
 
 mod requests {
+    #[path = "../../../vhost-blk/tests/requests/disk.rs"]
+    #[expect(dead_code, reason = "virtio-blk's tests use the rest")]
     pub(crate) mod disk;
     pub(crate) mod unit;
 }

@@ -6,6 +6,7 @@
 mod config_space;
 #[path = "protocol/scene.rs"]
 mod scene;
+mod wire;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

@@ -5,6 +5,7 @@
 #[macro_use]
 mod suites;
 mod entropy;
+mod wire;
 mod second_device {
     pub(crate) mod guest;
     pub(crate) mod source;

@@ -39,12 +39,6 @@ fn disk(name: &str) -> Arc<TestDisk> {
     TestDisk::create(name, 64)
 }
 
-fn write(vm: &mut Vm, queue: usize, target: u8) -> u64 {
-    let out = [vm.buffer(&[7; BLOCK])];
-    let command = Command::new(lun(target, 0), 0, cdb::write(1, 1)).with_data_out(&out);
-    vm.submit(queue, command, Layout::Separate)
-}
-
 #[test]
 fn added_and_removed_targets_are_reported_and_served() {
     for packed in [false, true] {
@@ -61,7 +55,7 @@ fn added_and_removed_targets_are_reported_and_served() {
             scene.good(target, inquiry, &[], 36);
             scene.vm.attentions(&mut scene.world, target);
             for queue in 0..3 {
-                let tag = write(&mut scene.vm, queue, target);
+                let tag = scene.vm.write(queue, target, 1);
                 assert!(scene.wait(tag).response.is_good());
             }
             scene.scsi.remove_target(&scene.world.target, target).unwrap();
@@ -88,12 +82,12 @@ fn io_in_flight_of_a_removed_target_ends_well() {
     leaving.state().holds = true;
     leaving.state().room = Some(3);
     // Two in flight, one between two I/Os, and one that waits for room.
-    let mut tags = vec![write(&mut scene.vm, 0, 1), write(&mut scene.vm, 1, 1)];
+    let mut tags = vec![scene.vm.write(0, 1, 1), scene.vm.write(1, 1, 1)];
     let out = [scene.vm.buffer(&[1; 2 * BLOCK])];
     let verify = Command::new(lun(1, 0), 0, cdb::write_and_verify(0, 8, 2)).with_data_out(&out);
     tags.push(scene.vm.submit(0, verify, Layout::Separate));
     scene.world.settle();
-    tags.push(write(&mut scene.vm, 0, 1));
+    tags.push(scene.vm.write(0, 1, 1));
     scene.world.settle();
     assert_eq!(scene.vm.take_events(), [added(1), added(2)]);
     scene.scsi.remove_target(&scene.world.target, 1).unwrap();
@@ -138,7 +132,7 @@ fn a_target_is_removed_while_another_one_hangs() {
     scene.vm.attentions(&mut scene.world, 0);
     scene.vm.attentions(&mut scene.world, 1);
     hanging.state().holds = true;
-    let tag = write(&mut scene.vm, 0, 0);
+    let tag = scene.vm.write(0, 0, 1);
     scene.world.settle();
     scene.scsi.remove_target(&scene.world.target, 1).unwrap();
     let scsi = Arc::clone(&scene.scsi);
@@ -292,7 +286,7 @@ fn removing_a_bdev_removes_all_its_targets() {
         })
         .collect();
     disk.state().holds = true;
-    let tags: Vec<_> = vms.iter_mut().map(|(_, vm)| write(vm, 0, 4)).collect();
+    let tags: Vec<_> = vms.iter_mut().map(|(_, vm)| vm.write(0, 4, 1)).collect();
     world.settle();
     remove_bdev(&world.target, &(Arc::clone(&disk) as _));
     world.settle();
@@ -360,7 +354,7 @@ fn rate_limits_of_a_target_slow_it_and_no_other() {
         scene.world.settle();
     };
     set(&mut scene, 1000);
-    let tags: Vec<_> = (0..80).map(|n| write(&mut scene.vm, n % 2, 0)).collect();
+    let tags: Vec<_> = (0..80).map(|n| scene.vm.write(n % 2, 0, 1)).collect();
     scene.world.settle();
     let passed = limited.state().seen.len();
     assert!(passed < 80, "{passed}");
@@ -375,7 +369,7 @@ fn rate_limits_of_a_target_slow_it_and_no_other() {
     }
     // A queue that stops does not wait for limits.
     set(&mut scene, 1000);
-    let tags: Vec<_> = (0..80).map(|_| write(&mut scene.vm, 0, 0)).collect();
+    let tags: Vec<_> = (0..80).map(|_| scene.vm.write(0, 0, 1)).collect();
     scene.world.settle();
     scene.vm.stop_all(&mut scene.world);
     for tag in tags {
@@ -410,7 +404,7 @@ fn sleeping_reactors_wake_for_new_targets() {
     vm.attentions(&mut world, 4);
     disk.state().holds = true;
     for queue in [0, 1] {
-        let tag = write(&mut vm, queue, 4);
+        let tag = vm.write(queue, 4, 1);
         sleep(&mut world);
         assert_eq!((vm.answer(tag), disk.state().flying()), (None, 1), "the kick has woken it");
         // The channel of a target that was added later wakes it.
@@ -442,7 +436,7 @@ fn a_reactor_sleeps_while_a_channel_is_full() {
     let mut vm = Vm::started(&mut world, "c", Guest::default());
     vm.attentions(&mut world, 0);
     disk.state().room = Some(0);
-    let tag = write(&mut vm, 0, 0);
+    let tag = vm.write(0, 0, 1);
     let mut slept = 0;
     for _ in 0..100 {
         world.step();
@@ -466,7 +460,7 @@ fn queues_move_between_reactors() {
         vm.attentions(&mut world, 0);
         disk.state().holds = true;
         for round in 0..24 {
-            let tags = [0, 1].map(|queue| write(&mut vm, queue, 0));
+            let tags = [0, 1].map(|queue| vm.write(queue, 0, 1));
             world.step();
             if round % 3 == 0 {
                 vm.manage(front_end::scsi::subtype::ABORT_TASK_SET, lun(0, 0), 0);
@@ -581,15 +575,15 @@ fn a_controller_is_deleted_while_a_disk_hangs() {
     let (mut scene, hanging) = Scene::of(64, Guest { queues: 2, ..Guest::default() });
     scene.add(1, &(disk("other") as _));
     hanging.state().holds = true;
-    write(&mut scene.vm, 0, 0);
+    scene.vm.write(0, 0, 1);
     scene.world.settle();
     hanging.state().room = Some(0);
-    write(&mut scene.vm, 0, 0);
-    write(&mut scene.vm, 1, 0);
+    scene.vm.write(0, 0, 1);
+    scene.vm.write(1, 0, 1);
     scene.vm.manage(front_end::scsi::subtype::LOGICAL_UNIT_RESET, lun(0, 0), 0);
     scene.world.settle();
     let deletion = scene.world.target.begin_delete("c", true).unwrap();
-    deletion.finish(&super::world::NoSockets);
+    deletion.finish(&super::wire::NoSockets);
     scene.world.settle();
     scene.vm.take_all();
     assert_eq!(hanging.state().take_seen(), [(Op::Write, 512, 512)]);

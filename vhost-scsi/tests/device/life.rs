@@ -13,12 +13,6 @@ use super::world::{Guest, LOG_ALL, Scene, Vm, World};
 const BLOCK: usize = 512;
 const PAGE: u64 = 4096;
 
-fn write(vm: &mut Vm, queue: usize, lba: u32) -> u64 {
-    let out = [vm.buffer(&[7; BLOCK])];
-    let command = Command::new(lun(0, 0), 0, cdb::write(lba, 1)).with_data_out(&out);
-    vm.submit(queue, command, Layout::Separate)
-}
-
 /// Starts another process that serves the same guest.
 fn restart(vm: &mut Vm) -> (World, Arc<TestDisk>) {
     let mut world = World::new(2);
@@ -37,16 +31,16 @@ fn requests_outlive_a_killed_process() {
         for indirect in [false, true] {
             let guest = Guest { queues: 2, tracked: true, packed, indirect, ..Guest::default() };
             let (mut scene, disk) = Scene::of(64, guest);
-            write(&mut scene.vm, 0, 1);
+            scene.vm.write(0, 0, 1);
             scene.world.settle();
             disk.state().holds = true;
-            let mut tags: Vec<_> = (0..6).map(|n| write(&mut scene.vm, n % 2, n as u32)).collect();
+            let mut tags: Vec<_> = (0..6).map(|n| scene.vm.write(n % 2, 0, n as u32)).collect();
             scene.world.settle();
             disk.state().complete(2);
             scene.world.settle();
             // One whose completion nobody has seen, and one that nobody has taken.
             disk.state().complete(0);
-            tags.push(write(&mut scene.vm, 1, 9));
+            tags.push(scene.vm.write(1, 0, 9));
             scene.vm.manage(subtype::LOGICAL_UNIT_RESET, lun(0, 0), 0);
             let Scene { world: killed, mut vm, .. } = scene;
             let (mut world, disk) = restart(&mut vm);
@@ -76,7 +70,7 @@ fn functions_outlive_a_killed_process() {
         let guest = Guest { tracked: true, packed, ..Guest::default() };
         let (mut scene, disk) = Scene::of(64, guest);
         disk.state().holds = true;
-        let tag = write(&mut scene.vm, 0, 1);
+        let tag = scene.vm.write(0, 0, 1);
         scene.world.settle();
         scene.vm.manage(subtype::LOGICAL_UNIT_RESET, lun(0, 0), 0);
         scene.world.settle();
@@ -196,7 +190,7 @@ fn rings_stop_and_start_again_with_io_in_flight() {
         let (mut scene, disk) = Scene::of(64, Guest { queues: 2, packed, ..Guest::default() });
         for _ in 0..5 {
             disk.state().holds = true;
-            let tags = [0, 1].map(|queue| write(&mut scene.vm, queue, 1));
+            let tags = [0, 1].map(|queue| scene.vm.write(queue, 0, 1));
             scene.world.settle();
             lock(&scene.vm.wire.sent).clear();
             scene.vm.stop_ring(3);
@@ -219,7 +213,7 @@ fn rings_stop_and_start_again_with_io_in_flight() {
 fn a_reset_of_the_device_waits_for_io() {
     let (mut scene, disk) = Scene::of(64, Guest::default());
     disk.state().holds = true;
-    write(&mut scene.vm, 0, 1);
+    scene.vm.write(0, 0, 1);
     scene.world.settle();
     scene.vm.manage(subtype::LOGICAL_UNIT_RESET, lun(0, 0), 0);
     scene.vm.events.post().unwrap();
@@ -250,7 +244,7 @@ fn memory_and_log_change_under_io() {
     let (mut scene, disk) = Scene::of(64, Guest { queues: 2, ..Guest::default() });
     disk.state().holds = true;
     for round in 0..20 {
-        let tags = [0, 1].map(|queue| write(&mut scene.vm, queue, 1));
+        let tags = [0, 1].map(|queue| scene.vm.write(queue, 0, 1));
         scene.world.step();
         match round % 3 {
             0 => scene.vm.set_memory(),

@@ -21,7 +21,9 @@ use vhost_scsi::{Scsi, bdev_resized, remove_bdev};
 use vhost_target::{Core, Mode};
 
 use super::disk::{Fault, TestDisk, lock};
-use super::world::{Guest, NoSockets, Vm, World};
+use super::rng::Rng;
+use super::wire::NoSockets;
+use super::world::{Guest, Vm, World};
 
 const BLOCK: usize = 512;
 const BLOCKS: u64 = 256;
@@ -33,19 +35,6 @@ const SEEDS: u64 = 30;
 const POISONED_MAX: usize = 80;
 /// Commands of a front end in flight.
 const COMMANDS_MAX: usize = 40;
-
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        ((self.0 >> 33) % n as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
 
 /// A command that the device has.
 #[derive(Clone, Debug)]
@@ -128,7 +117,7 @@ fn all_fail() -> Vec<(Op, Fault)> {
 
 impl Model {
     fn new(seed: u64) -> Self {
-        let mut rng = Rng(seed ^ 0x5eed);
+        let mut rng = Rng::new(seed);
         let Process { mut world, scsi, disks } = Process::start(&mut rng);
         let host = |(name, scsi)| {
             let guest = Guest {

@@ -258,7 +258,7 @@ fn registrations_end_with_the_controller() {
     hosts.vms[0].hang_up();
     hosts.vms[1].hang_up();
     hosts.world.settle();
-    deletion.finish(&super::world::NoSockets);
+    deletion.finish(&super::wire::NoSockets);
     let target = Arc::clone(&hosts.world.target);
     hosts.world.until("the connections are gone", || target.connections() == 1);
     hosts.attentions(2);

@@ -14,12 +14,6 @@ use super::world::{Guest, Scene, Vm, World};
 const BLOCK: usize = 512;
 
 /// Submits a write of a block to queue `queue`.
-fn write(vm: &mut Vm, queue: usize, target: u8, lba: u32) -> u64 {
-    let out = [vm.buffer(&[7; BLOCK])];
-    let command = Command::new(lun(target, 0), 0, cdb::write(lba, 1)).with_data_out(&out);
-    vm.submit(queue, command, Layout::Separate)
-}
-
 fn reset(scene: &mut Scene, target: u8) {
     scene.vm.manage(subtype::LOGICAL_UNIT_RESET, lun(target, 0), 0);
 }
@@ -98,9 +92,9 @@ fn a_reset_waits_for_io_in_flight_and_ends_what_has_none() {
         let (mut scene, disk) = Scene::of(64, guest);
         disk.state().holds = true;
         disk.state().room = Some(3);
-        let flying = [0, 1, 0].map(|queue| write(&mut scene.vm, queue, 0, 5));
+        let flying = [0, 1, 0].map(|queue| scene.vm.write(queue, 0, 5));
         scene.world.settle();
-        let parked = [0, 1, 1].map(|queue| write(&mut scene.vm, queue, 0, 6));
+        let parked = [0, 1, 1].map(|queue| scene.vm.write(queue, 0, 6));
         scene.world.settle();
         reset(&mut scene, 0);
         for left in (0..3).rev() {
@@ -134,7 +128,7 @@ fn a_reset_waits_for_requests_in_the_ring() {
             let guest = Guest { queues: 3, size: 256, packed, ..Guest::default() };
             let (mut scene, disk) = Scene::of(64, guest);
             disk.state().holds = !atonce;
-            let tags: Vec<_> = (0..150).map(|n| write(&mut scene.vm, n % 3, 0, 1)).collect();
+            let tags: Vec<_> = (0..150).map(|n| scene.vm.write(n % 3, 0, 1)).collect();
             reset(&mut scene, 0);
             let answer = loop {
                 scene.world.step();
@@ -163,7 +157,7 @@ fn a_reset_is_answered_under_load() {
     for packed in [false, true] {
         let (mut scene, _disk) = Scene::of(64, Guest { size: 128, packed, ..Guest::default() });
         // More than one visit takes, again and again.
-        let tags: Vec<_> = (0..40).map(|_| write(&mut scene.vm, 0, 0, 1)).collect();
+        let tags: Vec<_> = (0..40).map(|_| scene.vm.write(0, 0, 1)).collect();
         reset(&mut scene, 0);
         let mut out = tags.len();
         let mut answer = None;
@@ -174,7 +168,7 @@ fn a_reset_is_answered_under_load() {
                 out -= 1;
             }
             while out < 40 {
-                write(&mut scene.vm, 0, 0, 1);
+                scene.vm.write(0, 0, 1);
                 out += 1;
             }
             answer = scene.vm.control.poll().unwrap();
@@ -194,7 +188,7 @@ fn a_reset_does_not_wait_for_another_target_that_hangs() {
     scene.vm.attentions(&mut scene.world, 4);
     hanging.state().holds = true;
     other.state().holds = true;
-    let hangs: Vec<_> = (0..20).map(|n| write(&mut scene.vm, n % 2, 0, 1)).collect();
+    let hangs: Vec<_> = (0..20).map(|n| scene.vm.write(n % 2, 0, 1)).collect();
     // Commands of several I/Os, and of more than fit into the channel.
     hanging.state().room = Some(2);
     let out = [scene.vm.buffer(&[1; BLOCK])];
@@ -202,7 +196,7 @@ fn a_reset_does_not_wait_for_another_target_that_hangs() {
         let same = Command::new(lun(0, 0), 0, cdb::write_same(0, 0, 32)).with_data_out(&out);
         scene.vm.submit(0, same, Layout::Separate);
     }
-    let tag = write(&mut scene.vm, 1, 4, 1);
+    let tag = scene.vm.write(1, 4, 1);
     scene.world.settle();
     reset(&mut scene, 4);
     scene.world.settle();
@@ -222,10 +216,10 @@ fn a_reset_does_not_wait_for_another_target_that_hangs() {
 fn a_command_is_aborted_by_its_tag() {
     let (mut scene, disk) = Scene::of(64, Guest { queues: 2, ..Guest::default() });
     disk.state().holds = true;
-    let [first, second, third] = [0, 1, 1].map(|queue| write(&mut scene.vm, queue, 0, 1));
+    let [first, second, third] = [0, 1, 1].map(|queue| scene.vm.write(queue, 0, 1));
     scene.world.settle();
     disk.state().room = Some(0);
-    let parked = write(&mut scene.vm, 0, 0, 2);
+    let parked = scene.vm.write(0, 0, 2);
     scene.world.settle();
     for (tag, expected) in [
         (first, code::SUCCEEDED),
@@ -301,7 +295,7 @@ fn commands_of_other_front_ends_stay() {
     one.attentions(&mut world, 0);
     other.attentions(&mut world, 0);
     disk.state().holds = true;
-    let tag = write(&mut other, 0, 0, 1);
+    let tag = other.write(0, 0, 1);
     world.settle();
     for subtype in [subtype::ABORT_TASK_SET, subtype::CLEAR_TASK_SET, subtype::LOGICAL_UNIT_RESET] {
         one.manage(subtype, lun(0, 0), 0);
@@ -335,12 +329,12 @@ fn an_i_t_nexus_reset_concerns_one_nexus() {
     assert_eq!(other.attentions(&mut world, 0), []);
 }
 
-/// S3: a reset of a target that is being removed.
+/// A reset of a target that is being removed.
 #[test]
 fn a_reset_of_a_target_that_is_being_removed_is_answered() {
     let (mut scene, disk) = Scene::of(64, Guest::default());
     disk.state().holds = true;
-    let tag = write(&mut scene.vm, 0, 0, 1);
+    let tag = scene.vm.write(0, 0, 1);
     scene.world.settle();
     reset(&mut scene, 0);
     scene.world.settle();
@@ -362,7 +356,7 @@ fn a_reset_of_a_target_that_is_being_removed_is_answered() {
 fn functions_are_answered_in_order() {
     let (mut scene, disk) = Scene::of(64, Guest::default());
     disk.state().holds = true;
-    let tag = write(&mut scene.vm, 0, 0, 1);
+    let tag = scene.vm.write(0, 0, 1);
     scene.world.settle();
     let sent: Vec<_> = [subtype::LOGICAL_UNIT_RESET, subtype::QUERY_TASK, subtype::ABORT_TASK_SET]
         .into_iter()
@@ -397,7 +391,7 @@ fn an_earlier_function_does_not_affect_a_new_queue() {
             scene.vm.start_all();
         }
         // Before the queue is visited.
-        let tag = write(&mut scene.vm, 0, 0, 1);
+        let tag = scene.vm.write(0, 0, 1);
         let response = scene.wait(tag).response;
         let attention = reconnects && response.sense().is_some_and(|(key, ..)| key == 6);
         assert!(response.is_good() || attention, "{response:?}");
@@ -416,7 +410,7 @@ fn a_reset_does_not_wait_for_queues_that_are_not_served() {
     reset(&mut scene, 0);
     assert_eq!(scene.vm.managed(&mut scene.world).response, code::OK);
     disk.state().holds = true;
-    let tag = write(&mut scene.vm, 0, 0, 1);
+    let tag = scene.vm.write(0, 0, 1);
     scene.vm.attentions(&mut scene.world, 0);
     scene.world.settle();
     reset(&mut scene, 0);
@@ -432,7 +426,7 @@ fn stops_end_while_a_function_waits() {
     for control_first in [false, true] {
         let (mut scene, disk) = Scene::of(64, Guest::default());
         disk.state().holds = true;
-        let tag = write(&mut scene.vm, 0, 0, 1);
+        let tag = scene.vm.write(0, 0, 1);
         scene.world.settle();
         reset(&mut scene, 0);
         scene.world.settle();
@@ -454,7 +448,7 @@ fn stops_end_while_a_function_waits() {
 fn a_connection_ends_while_a_function_waits() {
     let (mut scene, disk) = Scene::of(64, Guest::default());
     disk.state().holds = true;
-    write(&mut scene.vm, 0, 0, 1);
+    scene.vm.write(0, 0, 1);
     scene.world.settle();
     reset(&mut scene, 0);
     scene.world.settle();
@@ -476,7 +470,7 @@ fn a_reset_ends_requests_that_wait_for_a_rate_limit() {
     limits_changed(&scene.world.target, &(Arc::clone(&disk) as _));
     scene.world.settle();
     // Some pass at once, and the others wait for seconds.
-    let tags: Vec<_> = (0..60).map(|_| write(&mut scene.vm, 0, 0, 1)).collect();
+    let tags: Vec<_> = (0..60).map(|_| scene.vm.write(0, 0, 1)).collect();
     scene.world.settle();
     reset(&mut scene, 0);
     assert_eq!(scene.vm.managed(&mut scene.world).response, code::OK);

@@ -3,19 +3,16 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
 use bdev::Bdev;
-use closer::{Account, ForeignFd};
+use closer::ForeignFd;
 use front_end::event::as_fd;
 use front_end::ring::Ring;
-use front_end::scsi::cdb::Cdb;
+use front_end::scsi::cdb::{self, Cdb};
 use front_end::scsi::{
     Answered, Command, CommandQueue, ControlQueue, DRIVER_FEATURES, Done, Event, EventQueue,
     Layout, Response, Tmf, lun,
@@ -24,12 +21,10 @@ use front_end::{GuestRam, QueueOptions, Segment};
 use guest_memory::testing::memfd;
 use vhost_scsi::{Scsi, Units};
 use vhost_target::protocol::request;
-use vhost_target::{
-    ConnId, Connection, ControllerSpec, Core, Mode, Offer, SteppedReactor, Target, Transport,
-    Verdict,
-};
+use vhost_target::{ConnId, ControllerSpec, Core, Mode, SteppedReactor, Target, Verdict};
 
 use super::disk::{TestDisk, lock};
+use super::wire::{NoSockets, Wire};
 
 /// More steps than anything takes. A test that waits longer has failed.
 const STEPS_MAX: usize = 200_000;
@@ -52,38 +47,6 @@ fn step(reactor: &mut SteppedReactor) -> bool {
     let sleeps = reactor.step();
     IN_REACTOR.set(false);
     sleeps
-}
-
-/// A transport without sockets: the tests report connections.
-pub(crate) struct NoSockets;
-
-impl Transport for NoSockets {
-    fn listen(&self, _: &Path, _: Offer, _: &Account) -> io::Result<()> {
-        Ok(())
-    }
-    fn unlisten(&self, _: &Path) {}
-}
-
-/// The test's end of a connection.
-#[derive(Debug, Default)]
-pub(crate) struct Wire {
-    /// Messages that the target has sent.
-    pub(crate) sent: Mutex<Vec<Vec<u8>>>,
-    /// How often the target has closed the connection.
-    pub(crate) ended: AtomicUsize,
-}
-
-impl Connection for Wire {
-    fn vid(&self) -> i32 {
-        0
-    }
-    fn send(&self, message: &[u8]) -> io::Result<()> {
-        lock(&self.sent).push(message.to_vec());
-        Ok(())
-    }
-    fn shut_down(&self) {
-        self.ended.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// A target and its reactors.
@@ -441,6 +404,13 @@ impl Vm {
         tag
     }
 
+    /// Submits a write of one block. Returns its tag.
+    pub(crate) fn write(&mut self, queue: usize, target: u8, lba: u32) -> u64 {
+        let out = [self.buffer(&[7; 512])];
+        let command = Command::new(lun(target, 0), 0, cdb::write(lba, 1)).with_data_out(&out);
+        self.submit(queue, command, Layout::Separate)
+    }
+
     /// Takes what the device has used. Each tag is answered once.
     pub(crate) fn take_all(&mut self) {
         for queue in &mut self.queues {
@@ -514,7 +484,7 @@ impl Vm {
     pub(crate) fn attentions(&mut self, world: &mut World, target: u8) -> Vec<(u8, u8)> {
         let mut attentions = vec![];
         loop {
-            let ready = front_end::scsi::cdb::test_unit_ready();
+            let ready = cdb::test_unit_ready();
             let (response, _) = self.command(world, target, ready, &[], 0);
             match response.sense() {
                 Some((6, code, qualifier)) => attentions.push((code, qualifier)),

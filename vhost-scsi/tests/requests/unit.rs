@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, MutexGuard, OnceLock};
 
-use bdev::Op;
+use bdev::{Features, Op};
 use guest_memory::GuestMemory;
 use vhost_scsi::{RequestQueue, Scsi, Units};
 use vhost_target::device::{Device, Negotiated};
@@ -68,7 +68,7 @@ impl TestDevice for Unit {
 
     /// The unit attention of a new nexus has been taken.
     fn create() -> Self {
-        let disk = Arc::<Manual>::default();
+        let disk = Manual::with(Features { flush: true, ..Features::default() });
         let scsi = Scsi::new("test", &Arc::<Units>::default());
         scsi.add_target(nobody(), Some(0), &(Arc::clone(&disk) as _)).unwrap();
         let mut front_end = Arc::clone(&scsi).connect();

@@ -6,13 +6,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc, MallocOptions};
-use closer::{Account, ForeignFd};
+use closer::ForeignFd;
 use reactor::EventFd;
 use vhost_blk::Blk;
 use vhost_target::SteppedReactor;
@@ -20,10 +20,9 @@ use vhost_target::device::Device;
 use vhost_target::protocol::request;
 use vhost_target::session::Phase;
 use vhost_target::transport::SharedConnection;
-use vhost_target::{
-    ConnId, Connection, ControllerSpec, Core, Mode, Offer, Target, Transport, Verdict,
-};
+use vhost_target::{ConnId, ControllerSpec, Core, Mode, Target, Verdict};
 
+use crate::wire::{NoSockets, Wire};
 use crate::{PACKED, words};
 use guest_memory::testing::memfd;
 
@@ -75,38 +74,6 @@ impl State {
             Self::Closed => Phase::Closed,
         }
     }
-}
-
-/// The test's end of a connection, which keeps the messages that it gets.
-#[derive(Debug, Default)]
-struct Wire {
-    sent: Mutex<Vec<Vec<u8>>>,
-}
-
-impl Wire {
-    fn sent(&self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut self.sent.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl Connection for Wire {
-    fn vid(&self) -> i32 {
-        0
-    }
-    fn send(&self, message: &[u8]) -> io::Result<()> {
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner).push(message.to_vec());
-        Ok(())
-    }
-    fn shut_down(&self) {}
-}
-
-struct NoSockets;
-
-impl Transport for NoSockets {
-    fn listen(&self, _path: &Path, _offer: Offer, _account: &Account) -> io::Result<()> {
-        Ok(())
-    }
-    fn unlisten(&self, _path: &Path) {}
 }
 
 pub(crate) struct World {
@@ -223,7 +190,7 @@ impl World {
                     self.disk.resume_pending();
                     until(|| {
                         self.target.process_events();
-                        front.wire.sent().len() == 1
+                        front.sent().len() == 1
                     });
                 }
                 if state == State::Closed {
@@ -331,7 +298,7 @@ impl Front<'_> {
 
     /// Returns the messages that the target has sent on its own since the last call.
     pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
-        self.wire.sent()
+        std::mem::take(&mut self.wire.sent.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Lets all I/O complete, and waits for the pending reply.
@@ -340,7 +307,7 @@ impl Front<'_> {
         let mut sent = vec![];
         until(|| {
             self.world.target.process_events();
-            sent.extend(self.wire.sent());
+            sent.extend(self.sent());
             !sent.is_empty()
         });
         assert_eq!(sent.len(), 1);

@@ -2,7 +2,8 @@
 
 use vhost_target::Error;
 
-use super::guest::{NoSockets, World};
+use super::guest::World;
+use crate::wire::NoSockets;
 
 #[test]
 fn a_dropped_deletion_is_cancelled() {

@@ -1,26 +1,22 @@
 //! Front ends of a target with one reactor, each with a guest that has one ring.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use closer::{Account, ForeignFd};
+use closer::ForeignFd;
 use guest_memory::testing::memfd;
 use reactor::EventFd;
 use vhost_target::protocol::request;
 use vhost_target::session::Phase;
-use vhost_target::{
-    ConnId, Connection, ControllerSpec, Core, Mode, Offer, Target, Transport, Verdict,
-};
+use vhost_target::{ConnId, ControllerSpec, Core, Mode, Target, Verdict};
 
 use super::source::HeldSource;
 use crate::entropy::Entropy;
+use crate::wire::{NoSockets, Wire};
 
 pub(crate) const RAM_BYTES: u64 = 0x2_0000;
 const USER: u64 = 0x7000_0000;
@@ -34,37 +30,6 @@ pub(crate) const DATA_BYTES: u64 = 0x100;
 /// A target and its transport.
 pub(crate) struct World {
     pub(crate) target: Arc<Target>,
-}
-
-/// A transport without sockets: the tests report connections.
-pub(crate) struct NoSockets;
-
-impl Transport for NoSockets {
-    fn listen(&self, _: &Path, _: Offer, _: &Account) -> io::Result<()> {
-        Ok(())
-    }
-    fn unlisten(&self, _: &Path) {}
-}
-
-/// The test's end of a connection.
-#[derive(Debug, Default)]
-pub(crate) struct Wire {
-    pub(crate) sent: Mutex<Vec<Vec<u8>>>,
-    /// How often the target has closed the connection.
-    pub(crate) ended: AtomicUsize,
-}
-
-impl Connection for Wire {
-    fn vid(&self) -> i32 {
-        0
-    }
-    fn send(&self, message: &[u8]) -> io::Result<()> {
-        self.sent.lock().unwrap().push(message.to_vec());
-        Ok(())
-    }
-    fn shut_down(&self) {
-        self.ended.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// A front end and its guest.

@@ -6,7 +6,8 @@ use vhost_target::Verdict;
 use vhost_target::protocol::request;
 use vhost_target::session::{DRAIN_LIMIT_S, Phase};
 
-use super::guest::{NoSockets, World, until};
+use super::guest::{World, until};
+use crate::wire::NoSockets;
 
 /// Ticks after which an opening has surely timed out.
 const TICKS: u64 = DRAIN_LIMIT_S + 2;
