@@ -3,7 +3,7 @@
 //!
 //! [`cdb`] builds the descriptor blocks of common commands. [`CommandQueue`] drives a request
 //! queue, [`ControlQueue`] queue 0, [`EventQueue`] queue 1. Their rings are started like any others
-//! ([`crate::FrontEnd::start`]). `requests`: what the three have in common. `frame`: the memory of
+//! ([`crate::FrontEnd::start`]). [`Requests`]: what the three have in common. `frame`: the memory of
 //! requests. [`Response`]: the answer to a command.
 
 pub mod cdb;
@@ -18,6 +18,7 @@ pub(crate) use self::command::HEADER_BYTES;
 pub use self::command::{Command, CommandQueue, Done, Layout};
 pub use self::control::{AN_QUERY, AN_SUBSCRIBE, Answered, ControlQueue, Tmf, subtype};
 pub use self::event::{Event, EventQueue, kind};
+pub use self::requests::Requests;
 pub(crate) use self::response::RESPONSE_BYTES;
 pub use self::response::{Response, SENSE_BYTES, code};
 use crate::features::{EVENT_IDX, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};

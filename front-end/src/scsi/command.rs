@@ -4,13 +4,12 @@ use std::sync::Arc;
 
 use super::cdb::{CDB_BYTES, Cdb};
 use super::frame::{Frame, front, pieces};
-use super::requests::{Requests, Used};
+use super::requests::{Kind, Requests, Used};
 use super::response::{RESPONSE_BYTES, Response};
 use crate::descriptor::Buffer;
 use crate::error::{Error, Result};
 use crate::guest::{GuestRam, Segment};
 use crate::request::{QueueOptions, Tag};
-use crate::ring::Ring;
 
 /// Bytes of a command's header, without the fields of T10_PI.
 pub(crate) const HEADER_BYTES: u32 = 51;
@@ -89,17 +88,18 @@ pub struct Done {
 
 /// A command in flight.
 #[derive(Debug)]
-struct Sent {
+pub struct Sent {
     tag: u64,
     /// The places of data-in that is behind the response, to be copied there.
     copied: Vec<Segment>,
 }
 
 /// Drives a queue of commands.
+pub type CommandQueue = Requests<Commands>;
+
+/// The kind of the requests in a queue of commands.
 #[derive(Debug)]
-pub struct CommandQueue {
-    requests: Requests<Sent>,
-}
+pub struct Commands;
 
 impl CommandQueue {
     /// Makes a queue on a ring of its own. `features`: whether EVENT_IDX and RING_PACKED are
@@ -115,25 +115,7 @@ impl CommandQueue {
         stream_bytes: u32,
     ) -> Result<Self> {
         let bytes = (HEADER_BYTES + stream_bytes, RESPONSE_BYTES + stream_bytes);
-        Ok(Self { requests: Requests::new(ram, index, options, features, bytes)? })
-    }
-
-    /// Returns the ring, for a front end to start.
-    #[must_use]
-    pub fn ring(&self) -> &Arc<Ring> {
-        self.requests.ring()
-    }
-
-    /// As [`crate::AnyQueue::base`].
-    #[must_use]
-    pub fn base(&self) -> u16 {
-        self.requests.base()
-    }
-
-    /// Returns the number of commands that the device holds.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.requests.in_flight()
+        Self::with(ram, index, options, features, bytes)
     }
 
     /// Submits a command to the device, without a kick.
@@ -141,11 +123,11 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::submit`]. The data is too long for [`Layout::Stream`].
     pub fn submit(&mut self, command: &Command<'_>, layout: Layout) -> Result<Tag> {
-        let frame = self.requests.frames().take(&command.header(), RESPONSE_BYTES)?;
+        let frame = self.frames().take(&command.header(), RESPONSE_BYTES)?;
         let chain = match self.lay(command, layout, frame) {
             Ok(chain) => chain,
             Err(error) => {
-                self.requests.frames().give_back(frame);
+                self.frames().give_back(frame);
                 return Err(error);
             }
         };
@@ -153,7 +135,7 @@ impl CommandQueue {
             Layout::Stream(_) => command.data_in.to_vec(),
             Layout::Separate | Layout::Cut(_) => vec![],
         };
-        self.requests.send(&chain, frame, Sent { tag: command.tag, copied })
+        self.send(&chain, frame, Sent { tag: command.tag, copied })
     }
 
     /// Submits a chain that is no valid command. Its completion is that of tag `tag`, and its
@@ -162,12 +144,12 @@ impl CommandQueue {
     /// # Errors
     /// As [`crate::Queue::submit_chain`].
     pub fn submit_raw(&mut self, tag: u64, chain: &[Buffer]) -> Result<Tag> {
-        let mut frame = self.requests.frames().take(&[], RESPONSE_BYTES)?;
+        let mut frame = self.frames().take(&[], RESPONSE_BYTES)?;
         if let Some(first) = chain.iter().find(|buffer| buffer.write) {
-            self.requests.frames().give_back(frame);
+            self.frames().give_back(frame);
             frame = Frame { readable: Segment::new(0, 0), writable: first.segment };
         }
-        self.requests.send(chain, frame, Sent { tag, copied: vec![] })
+        self.send(chain, frame, Sent { tag, copied: vec![] })
     }
 
     fn lay(&self, command: &Command<'_>, layout: Layout, frame: Frame) -> Result<Vec<Buffer>> {
@@ -199,38 +181,12 @@ impl CommandQueue {
             let next = next.ok_or(Error::NoRam(segment.len.into()))?;
             if copy {
                 let mut bytes = vec![0; segment.len as usize];
-                self.requests.ram().read(segment.gpa, &mut bytes)?;
-                self.requests.ram().write(whole.gpa + u64::from(end), &bytes)?;
+                self.ram().read(segment.gpa, &mut bytes)?;
+                self.ram().write(whole.gpa + u64::from(end), &bytes)?;
             }
             end = next;
         }
         Ok(front(whole, end))
-    }
-
-    /// Kicks the device if it wants a kick, and returns whether it did.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::kick`].
-    pub fn kick(&mut self) -> Result<bool> {
-        self.requests.kick()
-    }
-
-    /// Takes the next command that the device has used.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::poll`].
-    pub fn poll(&mut self) -> Result<Option<Done>> {
-        let used = self.requests.poll()?;
-        used.map(|used| self.finish(used)).transpose()
-    }
-
-    /// Waits for the next command that the device has used.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::wait`].
-    pub fn wait(&mut self) -> Result<Done> {
-        let used = self.requests.wait()?;
-        self.finish(used)
     }
 
     /// Submits `command`, kicks, and waits for the next completion. It is the command's own if no
@@ -243,10 +199,14 @@ impl CommandQueue {
         self.kick()?;
         self.wait()
     }
+}
 
-    fn finish(&mut self, used: Used<Sent>) -> Result<Done> {
+impl Kind for Commands {
+    type Kept = Sent;
+    type Answer = Done;
+
+    fn answer(ram: &GuestRam, used: Used<Sent>) -> Result<Done> {
         let Used { frame, kept: Sent { tag, copied }, used_len, .. } = used;
-        let ram = self.requests.ram();
         let mut bytes = [super::code::UNWRITTEN; RESPONSE_BYTES as usize];
         let len = frame.writable.len.min(RESPONSE_BYTES) as usize;
         ram.read(frame.writable.gpa, &mut bytes[..len])?;
@@ -257,7 +217,6 @@ impl CommandQueue {
             ram.write(segment.gpa, &bytes)?;
             from += u64::from(segment.len);
         }
-        self.requests.frames().give_back(frame);
         Ok(Done { tag, response: Response::of(&bytes), used_len })
     }
 }

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use super::frame::front;
-use super::requests::{Requests, Used};
+use super::requests::{Kind, Requests, Used};
 use crate::descriptor::Buffer;
 use crate::error::Result;
 use crate::guest::GuestRam;
 use crate::request::{QueueOptions, Tag};
-use crate::ring::Ring;
 
 /// The request that asks which notifications there are.
 pub const AN_QUERY: u32 = 1;
@@ -60,11 +59,11 @@ pub struct Answered {
 }
 
 /// Drives the control queue.
+pub type ControlQueue = Requests<Functions>;
+
+/// The kind of the requests in the control queue.
 #[derive(Debug)]
-pub struct ControlQueue {
-    /// With the room for the answer, in bytes.
-    requests: Requests<u32>,
-}
+pub struct Functions;
 
 impl ControlQueue {
     /// As [`super::CommandQueue::new`].
@@ -72,26 +71,7 @@ impl ControlQueue {
     /// # Errors
     /// As [`super::CommandQueue::new`].
     pub fn new(ram: &Arc<GuestRam>, options: QueueOptions, features: (bool, bool)) -> Result<Self> {
-        let requests = Requests::new(ram, super::CONTROL_QUEUE, options, features, (32, 8))?;
-        Ok(Self { requests })
-    }
-
-    /// Returns the ring, for a front end to start.
-    #[must_use]
-    pub fn ring(&self) -> &Arc<Ring> {
-        self.requests.ring()
-    }
-
-    /// As [`crate::AnyQueue::base`].
-    #[must_use]
-    pub fn base(&self) -> u16 {
-        self.requests.base()
-    }
-
-    /// Returns the number of requests that the device holds.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.requests.in_flight()
+        Self::with(ram, super::CONTROL_QUEUE, options, features, (32, 8))
     }
 
     /// Submits a task management function, without a kick.
@@ -120,39 +100,13 @@ impl ControlQueue {
     /// # Errors
     /// As [`crate::Queue::submit`].
     pub fn submit_bytes(&mut self, bytes: &[u8], room: u32) -> Result<Tag> {
-        let frame = self.requests.frames().take(bytes, 8)?;
+        let frame = self.frames().take(bytes, 8)?;
         let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         let mut chain = vec![Buffer::readable(front(frame.readable, len))];
         if room > 0 {
             chain.push(Buffer::writable(front(frame.writable, room)));
         }
-        self.requests.send(&chain, frame, room)
-    }
-
-    /// Kicks the device if it wants a kick, and returns whether it did.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::kick`].
-    pub fn kick(&mut self) -> Result<bool> {
-        self.requests.kick()
-    }
-
-    /// Takes the next request that the device has used.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::poll`].
-    pub fn poll(&mut self) -> Result<Option<Answered>> {
-        let used = self.requests.poll()?;
-        used.map(|used| self.finish(used)).transpose()
-    }
-
-    /// Waits for the next request that the device has used.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::wait`].
-    pub fn wait(&mut self) -> Result<Answered> {
-        let used = self.requests.wait()?;
-        self.finish(used)
+        self.send(&chain, frame, room)
     }
 
     /// Submits a task management function, kicks, and waits for its answer, if no other request is
@@ -165,12 +119,17 @@ impl ControlQueue {
         self.kick()?;
         self.wait()
     }
+}
 
-    fn finish(&mut self, used: Used<u32>) -> Result<Answered> {
+impl Kind for Functions {
+    /// The room for the answer, in bytes.
+    type Kept = u32;
+    type Answer = Answered;
+
+    fn answer(ram: &GuestRam, used: Used<u32>) -> Result<Answered> {
         let Used { tag, frame, kept: room, used_len } = used;
         let mut bytes = [0; 8];
-        self.requests.ram().read(frame.writable.gpa, &mut bytes)?;
-        self.requests.frames().give_back(frame);
+        ram.read(frame.writable.gpa, &mut bytes)?;
         let response = bytes[room.clamp(1, 8) as usize - 1];
         let [a, b, c, d, ..] = bytes;
         let events = if room >= 5 { u32::from_le_bytes([a, b, c, d]) } else { 0 };

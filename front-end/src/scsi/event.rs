@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use super::frame::front;
-use super::requests::{Requests, Used};
+use super::requests::{Kind, Requests, Used};
 use crate::descriptor::Buffer;
 use crate::error::Result;
 use crate::guest::GuestRam;
 use crate::request::{QueueOptions, Tag};
-use crate::ring::Ring;
 
 /// Bytes of an event.
 const EVENT_BYTES: u32 = 16;
@@ -43,10 +42,11 @@ pub struct Event {
 }
 
 /// Drives the event queue.
+pub type EventQueue = Requests<Events>;
+
+/// The kind of the requests in the event queue: buffers for events.
 #[derive(Debug)]
-pub struct EventQueue {
-    requests: Requests<()>,
-}
+pub struct Events;
 
 impl EventQueue {
     /// As [`super::CommandQueue::new`].
@@ -54,21 +54,7 @@ impl EventQueue {
     /// # Errors
     /// As [`super::CommandQueue::new`].
     pub fn new(ram: &Arc<GuestRam>, options: QueueOptions, features: (bool, bool)) -> Result<Self> {
-        let bytes = (1, EVENT_BYTES);
-        let requests = Requests::new(ram, super::EVENT_QUEUE, options, features, bytes)?;
-        Ok(Self { requests })
-    }
-
-    /// Returns the ring, for a front end to start.
-    #[must_use]
-    pub fn ring(&self) -> &Arc<Ring> {
-        self.requests.ring()
-    }
-
-    /// As [`crate::AnyQueue::base`].
-    #[must_use]
-    pub fn base(&self) -> u16 {
-        self.requests.base()
+        Self::with(ram, super::EVENT_QUEUE, options, features, (1, EVENT_BYTES))
     }
 
     /// Posts a buffer for an event, and kicks the device if it wants a kick.
@@ -84,36 +70,22 @@ impl EventQueue {
     /// # Errors
     /// As [`EventQueue::post`].
     pub fn post_bytes(&mut self, len: u32) -> Result<Tag> {
-        let frame = self.requests.frames().take(&[], EVENT_BYTES)?;
+        let frame = self.frames().take(&[], EVENT_BYTES)?;
         let chain = [Buffer::writable(front(frame.writable, len))];
-        let tag = self.requests.send(&chain, frame, ())?;
-        self.requests.kick()?;
+        let tag = self.send(&chain, frame, ())?;
+        self.kick()?;
         Ok(tag)
     }
+}
 
-    /// Takes the next event.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::poll`].
-    pub fn poll(&mut self) -> Result<Option<Event>> {
-        let used = self.requests.poll()?;
-        used.map(|used| self.finish(used)).transpose()
-    }
+impl Kind for Events {
+    type Kept = ();
+    type Answer = Event;
 
-    /// Waits for the next event.
-    ///
-    /// # Errors
-    /// As [`crate::Queue::wait`].
-    pub fn wait(&mut self) -> Result<Event> {
-        let used = self.requests.wait()?;
-        self.finish(used)
-    }
-
-    fn finish(&mut self, used: Used<()>) -> Result<Event> {
+    fn answer(ram: &GuestRam, used: Used<()>) -> Result<Event> {
         let Used { frame, used_len, .. } = used;
         let mut bytes = [0; EVENT_BYTES as usize];
-        self.requests.ram().read(frame.writable.gpa, &mut bytes)?;
-        self.requests.frames().give_back(frame);
+        ram.read(frame.writable.gpa, &mut bytes)?;
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| bytes[at + n]));
         let lun = std::array::from_fn(|n| bytes[4 + n]);
         Ok(Event { event: word(0), lun, reason: word(12), used_len })

@@ -1,6 +1,8 @@
-//! The requests of a queue in flight, with their memory.
+//! What the three kinds of queues have in common: their ring, and the requests in flight with their
+//! memory.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use super::frame::{Frame, Frames};
@@ -11,16 +13,23 @@ use crate::queue::AnyQueue;
 use crate::request::{Completion, QueueOptions, Tag};
 use crate::ring::Ring;
 
-/// A queue, and what is known of each request that the device holds: its memory, and a `T`.
-#[derive(Debug)]
-pub(super) struct Requests<T> {
-    queue: AnyQueue,
-    frames: Frames,
-    sent: HashMap<Tag, (Frame, T)>,
+/// The kind of a queue's requests.
+pub trait Kind {
+    /// What is known of a request that the device holds, besides its memory.
+    type Kept: fmt::Debug;
+    /// What comes back with a request.
+    type Answer;
+
+    /// Returns the answer of a request that the device has used.
+    ///
+    /// # Errors
+    /// Its memory is not in guest memory.
+    fn answer(ram: &GuestRam, used: Used<Self::Kept>) -> Result<Self::Answer>;
 }
 
 /// A request that the device has used.
-pub(super) struct Used<T> {
+#[derive(Debug)]
+pub struct Used<T> {
     pub(super) tag: Tag,
     pub(super) frame: Frame,
     pub(super) kept: T,
@@ -28,9 +37,17 @@ pub(super) struct Used<T> {
     pub(super) used_len: u32,
 }
 
-impl<T> Requests<T> {
+/// Drives a queue of requests of one kind.
+#[derive(Debug)]
+pub struct Requests<K: Kind> {
+    queue: AnyQueue,
+    frames: Frames,
+    sent: HashMap<Tag, (Frame, K::Kept)>,
+}
+
+impl<K: Kind> Requests<K> {
     /// Makes a queue on a ring of its own, with memory of these numbers of bytes for each request.
-    pub(super) fn new(
+    pub(super) fn with(
         ram: &Arc<GuestRam>,
         index: usize,
         options: QueueOptions,
@@ -42,20 +59,57 @@ impl<T> Requests<T> {
         Ok(Self { queue, frames, sent: HashMap::new() })
     }
 
-    pub(super) fn ring(&self) -> &Arc<Ring> {
+    /// Returns the ring, for a front end to start.
+    #[must_use]
+    pub fn ring(&self) -> &Arc<Ring> {
         self.queue.ring()
     }
 
-    pub(super) fn base(&self) -> u16 {
+    /// As [`AnyQueue::base`].
+    #[must_use]
+    pub fn base(&self) -> u16 {
         self.queue.base()
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    /// Returns the number of requests that the device holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
         self.queue.in_flight()
     }
 
-    pub(super) fn kick(&mut self) -> Result<bool> {
+    /// Kicks the device if it wants a kick, and returns whether it did.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::kick`].
+    pub fn kick(&mut self) -> Result<bool> {
         self.queue.kick()
+    }
+
+    /// Takes the next request that the device has used.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::poll`].
+    pub fn poll(&mut self) -> Result<Option<K::Answer>> {
+        let completion = self.queue.poll()?;
+        completion.map(|completion| self.finish(completion)).transpose()
+    }
+
+    /// Waits for the next request that the device has used.
+    ///
+    /// # Errors
+    /// As [`crate::Queue::wait`].
+    pub fn wait(&mut self) -> Result<K::Answer> {
+        let completion = self.queue.wait()?;
+        self.finish(completion)
+    }
+
+    fn finish(&mut self, completion: Completion) -> Result<K::Answer> {
+        let Completion { tag, used_len, .. } = completion;
+        let sent = self.sent.remove(&tag);
+        let (frame, kept) = sent.ok_or(Error::NotHeld { id: tag.0.into() })?;
+        let answer = K::answer(self.frames.ram(), Used { tag, frame, kept, used_len })?;
+        self.frames.give_back(frame);
+        Ok(answer)
     }
 
     /// Returns the memory of requests.
@@ -69,7 +123,7 @@ impl<T> Requests<T> {
     }
 
     /// Submits the chain of a request, without a kick. Its memory is free again if that fails.
-    pub(super) fn send(&mut self, chain: &[Buffer], frame: Frame, kept: T) -> Result<Tag> {
+    pub(super) fn send(&mut self, chain: &[Buffer], frame: Frame, kept: K::Kept) -> Result<Tag> {
         match self.queue.submit_chain(chain) {
             Ok(tag) => {
                 self.sent.insert(tag, (frame, kept));
@@ -80,23 +134,5 @@ impl<T> Requests<T> {
                 Err(error)
             }
         }
-    }
-
-    /// Takes the next request that the device has used. The caller gives its memory back.
-    pub(super) fn poll(&mut self) -> Result<Option<Used<T>>> {
-        let completion = self.queue.poll()?;
-        completion.map(|completion| self.used(completion)).transpose()
-    }
-
-    /// Waits for the next request that the device has used.
-    pub(super) fn wait(&mut self) -> Result<Used<T>> {
-        let completion = self.queue.wait()?;
-        self.used(completion)
-    }
-
-    fn used(&mut self, completion: Completion) -> Result<Used<T>> {
-        let Completion { tag, used_len, .. } = completion;
-        let sent = self.sent.remove(&tag).ok_or(Error::NotHeld { id: tag.0.into() });
-        sent.map(|(frame, kept)| Used { tag, frame, kept, used_len })
     }
 }
