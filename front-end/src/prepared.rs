@@ -19,6 +19,9 @@ pub use scsi::{Scsi, ScsiHead, ScsiStatus};
 pub use slots::Slots;
 pub use split::{Split, stride};
 
+/// The header and answer of a request of queue `V`.
+pub type HeadOf<'a, V> = <<V as Virtqueue>::Form as Form>::Head<'a>;
+
 /// The driver's side of a virtqueue whose requests are laid out in advance, in slots.
 ///
 /// Only sleeping needs a fence. If the check for a wanted kick comes before the device sees the

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use front_end::features::{EVENT_IDX, RING_PACKED};
 use front_end::packed::FIRST_BASE;
-use front_end::prepared::{Form, Head, Packed, Slots, Split, Virtqueue, stride};
+use front_end::prepared::{Form, Head, HeadOf, Packed, Slots, Split, Virtqueue, stride};
 use front_end::ring::Ring;
 use front_end::{Error, FrontEnd, GuestRam, Options, RingLayout};
 
@@ -190,9 +190,6 @@ impl<V: Virtqueue> Lanes for Crew<'_, V> {
         Ok(())
     }
 }
-
-/// The header and answer of a request of queue `V`.
-type HeadOf<'a, V> = <<V as Virtqueue>::Form as Form>::Head<'a>;
 
 /// One queue and its requests.
 struct Lane<'a, V: Virtqueue> {

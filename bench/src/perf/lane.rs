@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use front_end::prepared::{Form, Head, Slots, Virtqueue};
+use front_end::prepared::{Head, HeadOf, Slots, Virtqueue};
 use front_end::ring::Ring;
 
 use crate::error::{Error, Result};
@@ -72,9 +72,6 @@ struct Slot<H> {
     head: H,
     kind: Kind,
 }
-
-/// The header and answer of a request of queue `V`.
-type HeadOf<'a, V> = <<V as Virtqueue>::Form as Form>::Head<'a>;
 
 impl<H: Head> Slot<H> {
     /// Records that the request completed with `status`, which is not OK.
