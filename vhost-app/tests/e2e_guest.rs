@@ -14,7 +14,7 @@ use std::process::Command;
 
 use disks::{
     MIB, aio, controller, controller_of, file_sha256, in_flight, make_file, malloc, rings,
-    sessions, sha256, slow, start_behind,
+    sessions, sha256, slow, start_behind, wait_until_all_is_gone,
 };
 use guest::{Guest, GuestOptions};
 use harness::{Launch, Vhost, matrix, wait_until};
@@ -231,8 +231,7 @@ fn two_guests_share_a_controller_and_one_is_killed() {
     a.kill9();
     c.io_goes_on("vda", 9);
     c.kill9();
-    wait_until("no session left", || sessions(&vhost, "vhost.0").is_empty());
-    wait_until("no fd left", || vhost.fds() == fds);
+    wait_until_all_is_gone(&vhost, "vhost.0", fds);
     vhost.ok("vhost_delete_controller", json!({"ctrlr": "vhost.0"}));
     assert_eq!(vhost.stop(), 0);
 }

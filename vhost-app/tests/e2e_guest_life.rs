@@ -7,6 +7,7 @@ mod harness;
 
 use disks::{
     MIB, aio, answer, controller, hold, in_flight, make_file, malloc, sessions, slow, start_behind,
+    wait_until_all_is_gone,
 };
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use guest::boot::BootDisk;
@@ -52,8 +53,7 @@ fn a_guest_is_reset_while_its_kernel_boots_and_while_it_works() {
     guest.finish_io("vda", 4);
     assert_eq!(sessions(&vhost, "vhost.0").len(), 1);
     guest.power_off();
-    wait_until("no session left", || sessions(&vhost, "vhost.0").is_empty());
-    wait_until("no fd left", || vhost.fds() == fds);
+    wait_until_all_is_gone(&vhost, "vhost.0", fds);
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -150,8 +150,7 @@ fn a_disk_is_unplugged_and_plugged_in_again_under_a_working_guest() {
         guest.unplug("d9");
         guest.io_fails("vdb");
         guest.qmp("chardev-remove", json!({"id": "plugged"}));
-        wait_until("the session has ended", || sessions(&vhost, "comes").is_empty());
-        wait_until("no fd left", || vhost.fds() == fds);
+        wait_until_all_is_gone(&vhost, "comes", fds);
         guest.io_goes_on("vda", 4);
     }
     guest.finish_io("vda", 4);

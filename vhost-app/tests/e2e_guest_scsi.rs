@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use disks::{
     MIB, add_target, aio, aio_on, answer, file_sha256, hold, in_flight, make_file, malloc,
-    remove_target, scsi_controller, sessions, sha256, slow,
+    remove_target, scsi_controller, sessions, sha256, slow, wait_until_all_is_gone,
 };
 use guest::boot::{BootDisk, make_linux_disk};
 use guest::{Guest, GuestOptions, cycles};
@@ -258,8 +258,7 @@ fn a_controller_is_unplugged_and_plugged_in_again_under_a_working_guest() {
         guest.unplug("d9");
         guest.io_fails(&comes);
         guest.qmp("chardev-remove", json!({"id": "plugged"}));
-        wait_until("the session has ended", || sessions(&vhost, "comes").is_empty());
-        wait_until("no fd left", || vhost.fds() == fds);
+        wait_until_all_is_gone(&vhost, "comes", fds);
         guest.io_goes_on(&stays, 4);
     }
     guest.finish_io(&stays, 4);
@@ -305,8 +304,7 @@ fn a_guest_is_reset_and_paused_in_the_middle_of_io() {
         assert_eq!(sessions(&vhost, "vhost.0").len(), 1);
     }
     guest.power_off();
-    wait_until("no session left", || sessions(&vhost, "vhost.0").is_empty());
-    wait_until("no fd left", || vhost.fds() == fds);
+    wait_until_all_is_gone(&vhost, "vhost.0", fds);
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -347,8 +345,7 @@ fn two_guests_share_a_controller_and_one_is_killed() {
     a.kill9();
     c.io_goes_on(&of_c, 9);
     c.kill9();
-    wait_until("no session left", || sessions(&vhost, "vhost.0").is_empty());
-    wait_until("no fd left", || vhost.fds() == fds);
+    wait_until_all_is_gone(&vhost, "vhost.0", fds);
     vhost.ok("vhost_delete_controller", json!({"ctrlr": "vhost.0"}));
     assert_eq!(vhost.stop(), 0);
 }

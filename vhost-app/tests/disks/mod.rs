@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Launch, Vhost};
+use crate::harness::{Launch, Vhost, wait_until};
 
 pub(crate) const MIB: usize = 1 << 20;
 
@@ -91,6 +91,12 @@ pub(crate) fn rings(packed: bool) -> &'static str {
 pub(crate) fn sessions(vhost: &Vhost, controller: &str) -> Vec<Value> {
     let shown = vhost.ok("vhost_get_controller_stats", json!({"name": controller}));
     shown[0]["sessions"].as_array().unwrap().clone()
+}
+
+/// Waits until a controller has no session, and the process has `fds` open fds again.
+pub(crate) fn wait_until_all_is_gone(vhost: &Vhost, controller: &str, fds: usize) {
+    wait_until("no session left", || sessions(vhost, controller).is_empty());
+    wait_until("no fd left", || vhost.fds() == fds);
 }
 
 /// I/O of a controller's guests that has not completed.
