@@ -1,13 +1,10 @@
 //! What operations on volumes answer, and the defects of SPDK's that they do not have.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
-mod medium;
-
+use crate::medium::{Memory, cluster, findings, now, write};
 use blobstore::format::{Clear, Xattr};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{NewBlob, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Parent, Place, Properties, Store};
-use medium::{Memory, cluster, findings, now, write};
 use uuid::Uuid;
 
 const CLUSTER: usize = 4096;

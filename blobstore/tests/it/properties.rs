@@ -1,13 +1,10 @@
 //! Random operations on a store and on plain vectors: both always have the same content.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
-mod medium;
-
+use crate::medium::{Memory, cluster, findings, now, write};
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{StoreOptions, Wanted};
 use blobstore::{BlobId, Device, Error};
-use medium::{Memory, cluster, findings, now, write};
 use proptest::prelude::*;
 use uuid::Uuid;
 

@@ -1,18 +1,15 @@
 //! Stores with damaged blobs, on devices that fail, and without free metadata pages: nothing that
 //! can be read is lost, and nothing that was acknowledged.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
-
-mod medium;
 
 use std::cell::Cell;
 use std::rc::Rc;
 
+use crate::medium::{Memory, cluster, findings, image, now, write};
 use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr, extent_page};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result, Store};
 use futures_util::FutureExt;
-use medium::{Memory, cluster, findings, image, now, write};
 use uuid::Uuid;
 
 const PAGE: usize = 4096;

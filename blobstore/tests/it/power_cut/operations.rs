@@ -7,9 +7,9 @@ use blobstore::{BlobId, Device, Error, Place};
 use futures_util::FutureExt;
 use uuid::Uuid;
 
-use crate::disk::Disk;
-use crate::model::{BLOCK, BLOCKS, Cluster, Model, Volume, block};
-use crate::random::Random;
+use super::disk::Disk;
+use super::model::{BLOCK, BLOCKS, Cluster, Model, Volume, block};
+use super::random::Random;
 
 /// More volumes are not created.
 const VOLUMES: usize = 10;

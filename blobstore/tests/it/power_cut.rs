@@ -3,11 +3,8 @@
 //! flushed, or something written since; no data of other volumes.
 //!
 //! `LVS_SIM_SEEDS` is the number of seeds and `LVS_SIM_FIRST` the first one: see `ci/lvs-sim`.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
 mod disk;
-#[path = "../medium/mod.rs"]
-mod medium;
 mod model;
 mod operations;
 mod random;
@@ -21,11 +18,11 @@ use blobstore::store::StoreOptions;
 use futures_util::FutureExt;
 use uuid::Uuid;
 
-use crate::disk::Disk;
+use self::disk::Disk;
+use self::model::Model;
+use self::operations::Run;
+use self::random::Random;
 use crate::medium::now;
-use crate::model::Model;
-use crate::operations::Run;
-use crate::random::Random;
 
 const SIZE: usize = 1 << 20;
 /// Power cuts of one seed.

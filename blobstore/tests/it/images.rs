@@ -1,13 +1,10 @@
 //! Stores that SPDK has written: each is read as SPDK reads it, also after a power cut, and stays
 //! whole when it is changed and unloaded.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
 
-mod medium;
-
+use crate::medium::{Memory, findings, hash, image, now, truth};
 use blobstore::format::{Clear, Description, Page};
 use blobstore::lvs::{Lvs, Volume};
 use blobstore::{BlobId, Parent, Place, Store};
-use medium::{Memory, findings, hash, image, now, truth};
 use serde_json::{Value, json};
 
 const STORES: [&str; 15] = [
@@ -147,7 +144,7 @@ fn a_write_to_one_volume_changes_no_other() {
             let others = contents(lvs.store(), *id);
             for index in (0..len).step_by(step) {
                 let block = vec![0xa5; lvs.store().device().properties.block_size as usize];
-                medium::write(lvs.store_mut(), *id, index, size / 2, block);
+                crate::medium::write(lvs.store_mut(), *id, index, size / 2, block);
             }
             assert_eq!(contents(lvs.store(), *id), others, "{name}");
         }

@@ -1,19 +1,16 @@
 //! Damaged and forged metadata: bytes, numbers and whole pages are changed at random, with right
 //! checksums. Loading and checking never panic, loading without write access never writes, and a
 //! store that is refused is not written.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
-
-mod medium;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use crate::medium::{image, now};
 use blobstore::check::check;
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::{BlobId, Device, DeviceError, Properties};
-use medium::{image, now};
 use uuid::Uuid;
 
 const PAGE: usize = 4096;

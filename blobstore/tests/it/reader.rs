@@ -1,17 +1,14 @@
 //! Stores that this crate has written, read by another reader: `reader.py`, which knows only the
 //! description of the format. The same reader must agree with SPDK on SPDK's own images.
-#![expect(clippy::unwrap_used, reason = "a test ends where something fails")]
-
-mod medium;
 
 use std::path::Path;
 use std::process::Command;
 
+use crate::medium::{Memory, findings, hash, image, now, truth, write};
 use blobstore::BlobId;
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::StoreOptions;
-use medium::{Memory, findings, hash, image, now, truth, write};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -148,7 +145,7 @@ fn another_reader_reads_what_this_crate_has_written() {
         });
         assert_eq!(findings(lvs.store().device()), [""; 0]);
         let thick = lvs.find("thick").unwrap().blob;
-        let zeroed = medium::cluster(lvs.store(), thick.id(), 7);
+        let zeroed = crate::medium::cluster(lvs.store(), thick.id(), 7);
         assert!(zeroed.iter().all(|byte| *byte == 0));
     }
     assert_eq!(checks, 8);

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use blobstore::{Device, DeviceError, Properties};
 
-use crate::random::Random;
+use super::random::Random;
 
 pub(crate) const GARBAGE: u8 = 0xdb;
 

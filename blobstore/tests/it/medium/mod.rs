@@ -1,6 +1,4 @@
 //! A device in memory, whose requests complete at once, and what tests do with stores on it.
-#![expect(clippy::unwrap_used, reason = "a test fails with it")]
-#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
