@@ -17,6 +17,15 @@ die() {
     exit 1
 }
 
+# The profile of the programs that scripts start. ci/run sets VHOST_PROFILE, and its part ci/programs builds them.
+profile=${VHOST_PROFILE:-release}
+programs=$target/$profile
+
+# Builds programs that a script starts, with cargo's options.
+build() {
+    [ -n "${VHOST_PROFILE:-}" ] || cargo build --locked --profile "$profile" "$@"
+}
+
 # Whether this process may use core 1; core 0 is for everything that is not a reactor.
 reactor_mask() {
     if taskset -c 1 true 2>/dev/null; then echo 0x2; else echo 0x1; fi
@@ -59,4 +68,22 @@ guest_machine() {
         -kernel "$2" -initrd "$3"
         -append "console=ttyS0 panic=-1 quiet no_timer_check rdinit=/init job=$4"
     )
+}
+
+# What is built in the profile e2e. Always together, because packages alone have other features of their dependencies,
+# which would be compiled again.
+e2e_packages=(-p vhost-app -p bench -p vhost-top -p vhost-lvs -p rbd)
+
+# Runs the end-to-end tests of the modules that the regular expression $2 matches, or of all others if $1 is "not ".
+# One test at a time, because a test needs a core for the reactor and one for the guest.
+run_e2e() {
+    local modules="^($2)::" names selection=(--locked "${e2e_packages[@]}" --test e2e)
+    if cargo nextest --version >/dev/null 2>&1; then
+        cargo nextest run --cargo-profile e2e "${selection[@]}" --test-threads 1 --no-fail-fast -E "$1test(/$modules/)"
+    else
+        mapfile -t names < <(cargo test --profile e2e "${selection[@]}" -- --list --format terse |
+            sed -n 's/: test$//p' | grep ${1:+-v} -E "$modules")
+        [ ${#names[@]} -gt 0 ] || die "no end-to-end test matches $1$modules"
+        cargo test --profile e2e "${selection[@]}" -- --test-threads 1 --exact "${names[@]}"
+    fi
 }
