@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bdev::{Bdev, Channel, Durability, Error, Features, Qos, QueueChannel, Stats, checked_size};
 use uuid::Uuid;
 
-use crate::connection::Connection;
+use crate::connection::{Connection, Served};
 use crate::memory::{CHUNK, Layout};
 use crate::queue::Queue;
 use crate::session::{Properties, Session};
+use crate::size::Size;
 
 /// A disk that another vhost-user-blk server serves.
 ///
@@ -21,7 +22,7 @@ pub struct VirtioDisk {
     name: String,
     uuid: Uuid,
     block_size: u32,
-    num_blocks: u64,
+    size: Arc<Size>,
     features: Features,
     queues: Arc<[Arc<Queue>]>,
     /// The queue of the next channel.
@@ -89,14 +90,14 @@ impl VirtioDisk {
         let queues: Arc<[Arc<Queue>]> = made.map_err(what)?.into();
         let features = features(session.properties);
         let text = format!("{}\0{name}", socket.display());
-        let connection =
-            Connection::start(&name, socket, session, layout, Arc::clone(&queues), durability)
-                .map_err(what)?;
+        let disk = Served { size: Arc::new(Size::new(num_blocks, block_size)), queues, durability };
+        let (size, queues) = (Arc::clone(&disk.size), Arc::clone(&disk.queues));
+        let connection = Connection::start(&name, socket, session, layout, disk).map_err(what)?;
         Ok(Arc::new(Self {
             uuid: Uuid::new_v5(&NAMESPACE, text.as_bytes()),
             name,
             block_size,
-            num_blocks,
+            size,
             features,
             queues,
             next: AtomicUsize::new(0),
@@ -116,6 +117,11 @@ impl VirtioDisk {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.connection.is_connected()
+    }
+
+    /// Its size, which may grow.
+    pub(crate) fn size(&self) -> &Arc<Size> {
+        &self.size
     }
 
     /// Fails all I/O, also the I/O under way. Called when the disk is being deleted.
@@ -154,7 +160,7 @@ impl Bdev for VirtioDisk {
     }
 
     fn num_blocks(&self) -> u64 {
-        self.num_blocks
+        self.size.blocks()
     }
 
     fn features(&self) -> Features {

@@ -5,6 +5,7 @@
 //!   the driver's side of a virtqueue.
 //! * `queue`: a virtqueue that channels share.
 //! * `session`: the vhost-user handshake. `connection`: the thread that keeps a disk connected.
+//!   `size`: the size of a disk, which may grow.
 //! * `disk`: the bdev. `module`: the RPC methods.
 //!
 //! Reactors access rings and bounce buffers themselves, without a system call but the server's
@@ -16,6 +17,7 @@
 mod memory;
 mod request;
 mod ring;
+mod size;
 
 mod queue;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bdev::method::{Answer, Call, DecodeFailure, Method, MethodError, Named, Params};
 use bdev::module::{BdevModule, Description, Entry};
@@ -13,6 +13,7 @@ use tracing::{error, info};
 
 use crate::connection::LIMIT;
 use crate::disk::{VirtioDisk, VirtioOptions};
+use crate::size::Size;
 
 const NAME: &str = "virtio";
 const ATTACH: &str = "bdev_virtio_attach_controller";
@@ -149,9 +150,24 @@ async fn attach(
     let name = disk.name().to_owned();
     info!("bdev {name}: connected to {}", disk.socket().display());
     let params = params.as_given();
+    let size = Arc::clone(disk.size());
+    let growth = tell_of_growth(Rc::clone(&host), Arc::downgrade(&disk), size);
     let entry = Rc::new(VirtioEntry { disk, params, queues, queue_size });
     life::add(&host, reserved, entry).await?;
+    host.spawn(Box::pin(growth));
     Ok(json!([name]))
+}
+
+/// Tells the users of a disk when it has grown, until it is deleted. Holds it only while it does so.
+async fn tell_of_growth(host: Rc<dyn Host>, disk: Weak<VirtioDisk>, size: Arc<Size>) {
+    while size.grown().await {
+        let Some(disk) = disk.upgrade() else { return };
+        let disk: Arc<dyn Bdev> = disk;
+        life::resized(&host, &disk);
+        drop(disk);
+        // A deletion may wait until nobody holds the disk.
+        host.released();
+    }
 }
 
 async fn detach(host: Rc<dyn Host>, params: Params) -> Answer {

@@ -1,7 +1,7 @@
 //! One connection to a server: the vhost-user handshake, and the disk's properties.
 #![expect(unsafe_code, reason = "hands an fd over to the `vhost` crate's type")]
 
-use std::io;
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -82,10 +82,14 @@ pub(crate) struct Properties {
 
 /// A connection whose rings are not in use yet.
 pub(crate) struct Session {
+    /// The features that the server offers.
+    offered: u64,
     pub(crate) properties: Properties,
     front_end: Frontend,
     /// Ends when the server goes away.
     pub(crate) socket: UnixStream,
+    /// What the server sends by itself, if it can: that its configuration space has changed.
+    pub(crate) messages: Option<UnixStream>,
     /// The queues that the server has.
     pub(crate) queues: u16,
 }
@@ -102,8 +106,34 @@ impl Session {
         let _deadline = Deadline::start(&socket).map_err(named)?;
         let stream = socket.try_clone().map_err(named)?;
         let mut front_end = Frontend::from_stream(stream, QUEUES_MAX.into());
-        let (properties, queues) = negotiate(&mut front_end).map_err(named)?;
-        Ok(Self { properties, front_end, socket, queues })
+        let negotiated = negotiate(&mut front_end).map_err(named)?;
+        let Negotiated { offered, properties, queues, messages } = negotiated;
+        Ok(Self { offered, properties, front_end, socket, messages, queues })
+    }
+
+    /// Takes what the server has sent by itself. Of the messages of a server, this end can receive
+    /// only VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, so it need not be decoded.
+    pub(crate) fn take_messages(&mut self) {
+        let mut bytes = [0; 1024];
+        let more =
+            self.messages.as_ref().is_some_and(|mut messages| match messages.read(&mut bytes) {
+                Ok(len) => len > 0,
+                Err(e) => e.kind() == io::ErrorKind::WouldBlock,
+            });
+        if !more {
+            self.messages = None;
+        }
+    }
+
+    /// Asks for the disk's properties again. May block like [`Session::connect`].
+    ///
+    /// # Errors
+    /// EIO if the server does not answer in time, or violates the protocol.
+    pub(crate) fn refresh(&mut self) -> Result<(), Error> {
+        let named = |source| Error::System { what: "the server's disk".into(), source };
+        let _deadline = Deadline::start(&self.socket).map_err(named)?;
+        self.properties = properties(&mut self.front_end, self.offered).map_err(named)?;
+        Ok(())
     }
 
     /// Starts the rings of `calls.len()` queues, each with an fd that the server signals. May block
@@ -162,8 +192,16 @@ impl Session {
     }
 }
 
+/// What [`negotiate`] has found out.
+struct Negotiated {
+    offered: u64,
+    properties: Properties,
+    queues: u16,
+    messages: Option<UnixStream>,
+}
+
 /// Negotiates the features, and reads the disk's properties and the number of queues.
-fn negotiate(front_end: &mut Frontend) -> io::Result<(Properties, u16)> {
+fn negotiate(front_end: &mut Frontend) -> io::Result<Negotiated> {
     front_end.set_owner().map_err(failed("SET_OWNER"))?;
     let offered = front_end.get_features().map_err(failed("GET_FEATURES"))?;
     let has = |bit: u32| offered & (1 << bit) != 0;
@@ -172,7 +210,9 @@ fn negotiate(front_end: &mut Frontend) -> io::Result<(Properties, u16)> {
             "the server lacks VIRTIO_F_VERSION_1 or VHOST_USER_F_PROTOCOL_FEATURES",
         ));
     }
-    let wanted = VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ;
+    let wanted = VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::BACKEND_REQ;
     let protocol = front_end.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
     if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
         return Err(io::Error::other("the server lacks VHOST_USER_PROTOCOL_F_CONFIG"));
@@ -195,12 +235,27 @@ fn negotiate(front_end: &mut Frontend) -> io::Result<(Properties, u16)> {
     } else {
         1
     };
+    let queues = u16::try_from(queues).unwrap_or(QUEUES_MAX).clamp(1, QUEUES_MAX);
+    let messages = if accepted.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+        let (ours, server) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        front_end.set_backend_request_fd(&server).map_err(failed("SET_BACKEND_REQ_FD"))?;
+        Some(ours)
+    } else {
+        None
+    };
+    // After the fd is set, so that no change is missed.
+    let properties = properties(front_end, offered)?;
+    Ok(Negotiated { offered, properties, queues, messages })
+}
+
+/// Reads the properties of a disk whose server offers these features.
+fn properties(front_end: &mut Frontend, offered: u64) -> io::Result<Properties> {
     let flags = VhostUserConfigFlags::WRITABLE;
     let room = [0; CONFIG_BYTES as usize];
     let (_, config) =
         front_end.get_config(0, CONFIG_BYTES, flags, &room).map_err(failed("GET_CONFIG"))?;
-    let properties = Properties::of(&config, &has)?;
-    Ok((properties, u16::try_from(queues).unwrap_or(QUEUES_MAX).clamp(1, QUEUES_MAX)))
+    Properties::of(&config, &|bit| offered & (1 << bit) != 0)
 }
 
 impl Properties {

@@ -2,18 +2,20 @@
 //! when the server dies, hangs, or is not a vhost-user server.
 
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
+use crate::support::disks::controller;
 use crate::support::harness;
 use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 use crate::support::storage_daemon::StorageDaemon;
 use crate::support::verified_load::{end, goes_on, guest};
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::{Value, json};
 
 const BYTES: u64 = 32 << 20;
 
-fn attach(vhost: &Vhost, server: &StorageDaemon, name: &str) {
-    let params =
-        json!({"name": name, "trtype": "user", "traddr": server.socket(), "dev_type": "blk"});
+fn attach(vhost: &Vhost, socket: &Path, name: &str) {
+    let params = json!({"name": name, "trtype": "user", "traddr": socket, "dev_type": "blk"});
     assert_eq!(vhost.ok("bdev_virtio_attach_controller", params), json!([name]));
 }
 
@@ -69,7 +71,7 @@ fn a_server_is_attached_shown_and_saved_as_in_spdk() {
     vhost.spdk_rpc(&["bdev_virtio_detach_controller", "V0"]).unwrap();
     assert_eq!(vhost.bdev_names(), ["M0"]);
     // The server has one front end at a time.
-    attach(&vhost, &server, "V0");
+    attach(&vhost, &server.socket(), "V0");
 }
 
 /// Four rings, of which two reactors serve two each, share the server's only queue.
@@ -77,7 +79,7 @@ fn a_load_outlives_its_server(args: &[&str]) {
     // The host keeps what this server has written.
     let mut server = StorageDaemon::start("raw", BYTES);
     let vhost = Launch::new().mask(harness::two_cores()).args(args).start();
-    attach(&vhost, &server, "V0");
+    attach(&vhost, &server.socket(), "V0");
     let load = guest(&vhost, "V0", 4);
     goes_on(&vhost, "V0");
     for _ in 0..3 {
@@ -106,7 +108,7 @@ fn a_load_outlives_its_server_on_reactors_that_sleep() {
 fn a_server_that_hangs_holds_up_only_its_own_disk() {
     let mut server = StorageDaemon::start("qcow2", BYTES);
     let vhost = Vhost::start(&[]);
-    attach(&vhost, &server, "V0");
+    attach(&vhost, &server.socket(), "V0");
     vhost.malloc("M0");
     let (neighbour, victim) = (guest(&vhost, "M0", 1), guest(&vhost, "V0", 1));
     goes_on(&vhost, "V0");
@@ -132,5 +134,68 @@ fn a_server_that_hangs_holds_up_only_its_own_disk() {
     let (_, answer) = hangs.receive();
     assert_eq!(answer.unwrap_err(), Refusal::new(-32602, "Invalid argument"));
     end(neighbour);
+    assert_eq!(vhost.stop(), 0);
+}
+
+fn num_blocks(vhost: &Vhost, name: &str) -> Value {
+    vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0]["num_blocks"].clone()
+}
+
+/// Another `vhost` serves the disk.
+#[test]
+fn front_ends_and_operators_see_that_the_server_resizes_the_disk() {
+    const CONFIG_CHANGE: u32 = 2;
+    const MIB_SECTORS: u64 = (1 << 20) / 512;
+    let server = Launch::new().mask("0x1").start();
+    server.ok("bdev_null_create", json!({"name": "N", "num_blocks": 2048, "block_size": 512}));
+    let socket = controller(&server, "n", "N");
+    let vhost = Vhost::start(&[]);
+    attach(&vhost, &socket, "V0");
+    let ram = GuestRam::new(&[1 << 20]).unwrap();
+    let socket = controller(&vhost, "v", "V0");
+    let mut front_end = FrontEnd::connect(&socket, ram, Options::default()).unwrap();
+    let mut channel = front_end.open_backend_channel().unwrap();
+    let mut queue = front_end.start_new(1, QueueOptions::default()).unwrap().remove(0);
+    let sector = [queue.ring().ram().alloc(512, 512).unwrap()];
+    assert_eq!(front_end.config().unwrap().capacity, MIB_SECTORS);
+
+    for mib in [2, 3] {
+        server.ok("bdev_null_resize", json!({"name": "N", "new_size": mib}));
+        assert_eq!(channel.receive().unwrap().request, CONFIG_CHANGE);
+        assert_eq!(front_end.config().unwrap().capacity, mib * MIB_SECTORS);
+        assert_eq!(num_blocks(&vhost, "V0"), mib * MIB_SECTORS);
+        let last = Request::read(mib * MIB_SECTORS - 1, &sector);
+        assert_eq!(queue.run(&last).unwrap().status, STATUS_OK);
+    }
+    let told = vhost.ok("notify_get_notifications", json!({}));
+    let told = told.as_array().unwrap().iter().filter(|one| one["type"] == "bdev_resize");
+    assert_eq!(told.map(|one| &one["ctx"]).collect::<Vec<_>>(), ["V0", "V0"]);
+    drop(front_end);
+    assert_eq!(vhost.stop(), 0);
+    assert_eq!(server.stop(), 0);
+}
+
+#[test]
+fn a_server_may_come_back_with_a_larger_disk_but_not_with_a_smaller_one() {
+    let mut server = StorageDaemon::start("raw", BYTES);
+    let vhost = Vhost::start(&[]);
+    attach(&vhost, &server.socket(), "V0");
+    let mut again_with = |bytes: u64| {
+        server.kill();
+        wait_until("the bdev notices", || specific(&vhost, "V0")["connected"] == false);
+        server.resize(bytes);
+        server.serve_again();
+    };
+    again_with(2 * BYTES);
+    wait_until("the larger disk", || specific(&vhost, "V0")["connected"] == true);
+    assert_eq!(num_blocks(&vhost, "V0"), 2 * BYTES / 512);
+    again_with(BYTES);
+    vhost.wait_for_log(
+        "expected 1 queues and a disk of at least 67108864 bytes, found 1 and 33554432",
+    );
+    assert_eq!(specific(&vhost, "V0")["connected"], false);
+    assert_eq!(num_blocks(&vhost, "V0"), 2 * BYTES / 512);
+    again_with(2 * BYTES);
+    wait_until("the former size", || specific(&vhost, "V0")["connected"] == true);
     assert_eq!(vhost.stop(), 0);
 }

@@ -1,5 +1,6 @@
 //! `qemu-storage-daemon` as a vhost-user server of one disk.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -38,6 +39,12 @@ impl StorageDaemon {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         std::fs::remove_file(self.socket()).unwrap();
+    }
+
+    /// Sets the size of a raw image. The server does not run.
+    pub(crate) fn resize(&self, bytes: u64) {
+        let image = File::options().write(true).open(self.dir.path().join("image"));
+        image.unwrap().set_len(bytes).unwrap();
     }
 
     /// Starts it again, on the same image and socket.
