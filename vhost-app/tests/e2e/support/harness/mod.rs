@@ -1,8 +1,7 @@
 //! Starts the real `vhost` for a test, talks to it, and ends it.
 //!
 //! ```ignore
-//! mod harness;
-//! use harness::Vhost;
+//! use crate::support::harness::Vhost;
 //! use serde_json::json;
 //!
 //! let vhost = Vhost::start(&[]);                  // waits until it answers
