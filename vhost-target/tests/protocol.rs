@@ -26,8 +26,8 @@ use vhost_target::session::Phase;
 
 use guest_memory::testing::memfd;
 use scene::{
-    Front, LOG_ALL, NEED_REPLY, RAM_BYTES, STATES, State, World, addrs, dup, eventfd, fds,
-    mappings, region, table, until,
+    Front, Kind, LOG_ALL, NEED_REPLY, RAM_BYTES, STATES, State, World, dup, eventfd, fds, mappings,
+    region, table, until,
 };
 
 const PACKED: u64 = 1 << 34;
@@ -81,6 +81,7 @@ fn socket() -> OwnedFd {
 #[rustfmt::skip]
 fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
     let ram = || dup(&front.ram);
+    let ring = front.ring();
     let none = Vec::new;
     let plain = |request, payload| (request, payload, vec![]);
     let features = |features: u64| plain(SET_FEATURES, number(features));
@@ -123,21 +124,21 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("an area of a short file", (SET_INFLIGHT_FD, area(0x1000), vec![memfd(64)]),             ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("an area with no room",    (SET_INFLIGHT_FD, area(64), vec![memfd(0x1000)]),             ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         // The ring.
-        ("a size",                  plain(SET_VRING_NUM, words(&[0, 4])),                         ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
-        ("no size",                 plain(SET_VRING_NUM, words(&[0, 0])),                         ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("too large a size",        plain(SET_VRING_NUM, words(&[0, 32769])),                     ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("a size",                  plain(SET_VRING_NUM, words(&[ring, 4])),                         ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
+        ("no size",                 plain(SET_VRING_NUM, words(&[ring, 0])),                         ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("too large a size",        plain(SET_VRING_NUM, words(&[ring, 32769])),                     ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("a size of ring 128",      plain(SET_VRING_NUM, words(&[128, 8])),                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("the same addresses",      plain(SET_VRING_ADDR, addrs(0)),                              ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("other addresses",         plain(SET_VRING_ADDR, addrs(0x100)),                          ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
-        ("a base",                  plain(SET_VRING_BASE, words(&[0, 7])),                        ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
-        ("a call fd",               (SET_VRING_CALL, number(0), vec![eventfd()]),                 ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("no call fd",              plain(SET_VRING_CALL, number(0x100)),                         ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("a pipe as call fd",       (SET_VRING_CALL, number(0), vec![pipe()]),                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("an error fd",             (SET_VRING_ERR, number(0), vec![eventfd()]),                  ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("a kick fd",               (SET_VRING_KICK, number(0), vec![eventfd()]),                 ["no",   "ok running", "ok", "ok", "no", "ok running", "no"]),
-        ("a socket as kick fd",     (SET_VRING_KICK, number(0), vec![socket()]),                  ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("enabled",                 plain(SET_VRING_ENABLE, words(&[0, 1])),                      ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
-        ("stop",                    plain(GET_VRING_BASE, words(&[0, 0])),                        ["re",   "re",   "later quiescing", "later quiescing", "no", "re", "no"]),
+        ("the same addresses",      plain(SET_VRING_ADDR, front.addrs(0)),                              ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
+        ("other addresses",         plain(SET_VRING_ADDR, front.addrs(0x100)),                          ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
+        ("a base",                  plain(SET_VRING_BASE, words(&[ring, 7])),                        ["ok",   "ok",   "no",   "no",   "no", "ok",   "no"]),
+        ("a call fd",               (SET_VRING_CALL, number(ring.into()), vec![eventfd()]),                 ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
+        ("no call fd",              plain(SET_VRING_CALL, number(0x100 + u64::from(ring))),                         ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
+        ("a pipe as call fd",       (SET_VRING_CALL, number(ring.into()), vec![pipe()]),                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("an error fd",             (SET_VRING_ERR, number(ring.into()), vec![eventfd()]),                  ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
+        ("a kick fd",               (SET_VRING_KICK, number(ring.into()), vec![eventfd()]),                 ["no",   "ok running", "ok", "ok", "no", "ok running", "no"]),
+        ("a socket as kick fd",     (SET_VRING_KICK, number(ring.into()), vec![socket()]),                  ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("enabled",                 plain(SET_VRING_ENABLE, words(&[ring, 1])),                      ["ok",   "ok",   "ok",   "ok",   "no", "ok",   "no"]),
+        ("stop",                    plain(GET_VRING_BASE, words(&[ring, 0])),                        ["re",   "re",   "later quiescing", "later quiescing", "no", "re", "no"]),
         ("stop ring 128",           plain(GET_VRING_BASE, words(&[128, 0])),                      ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         // The device.
         ("config?",                 plain(GET_CONFIG, config()),                                  ["re",   "re",   "re",   "re",   "no", "re",   "no"]),
@@ -160,7 +161,7 @@ fn messages(front: &Front<'_>) -> Vec<(&'static str, Sent, [&'static str; 7])> {
         ("a crypto session",        plain(26, vec![0; 96]),                                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("an IOTLB entry",          plain(22, vec![0; 40]),                                       ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("postcopy",                plain(28, none()),                                            ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
-        ("an in-band kick",         plain(35, words(&[0, 0])),                                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
+        ("an in-band kick",         plain(35, words(&[ring, 0])),                                    ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
         ("an unknown request",    (4242, vec![7; 64], vec![ram(), pipe()]),                     ["no",   "no",   "no",   "no",   "no", "no",   "no"]),
     ]
 }
@@ -191,9 +192,18 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 #[test]
-fn every_message_in_every_state() {
+fn every_message_in_every_state_of_a_block_device() {
+    every_message_in_every_state(Kind::Block);
+}
+
+#[test]
+fn every_message_in_every_state_of_a_scsi_device() {
+    every_message_in_every_state(Kind::Scsi);
+}
+
+fn every_message_in_every_state(kind: Kind) {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(kind);
     let mut wrong = vec![];
     for row in 0..rows(&world) {
         for (column, state) in STATES.into_iter().enumerate() {
@@ -216,8 +226,11 @@ fn every_message_in_every_state() {
             }
             if got == "later quiescing" {
                 let (answer, request) = (front.answer(), request & !NEED_REPLY);
-                assert_eq!(answer[..16], words(&[request, 5, 8, 0]), "{what}, {state:?}");
-                assert!(request == GET_VRING_BASE || answer[16..] == [0; 4], "{what}, {state:?}");
+                // Of a ring, its number and position; of a reset, 0.
+                let stop = request == GET_VRING_BASE;
+                let first = if stop { front.ring() } else { 0 };
+                assert_eq!(answer[..16], words(&[request, 5, 8, first]), "{what}, {state:?}");
+                assert!(stop || answer[16..] == [0; 4], "{what}, {state:?}");
             }
             // Checks the numbers of fds and mappings.
             front.end();
@@ -234,7 +247,7 @@ fn reply(verdict: Verdict) -> Vec<u8> {
 #[test]
 fn payloads_of_replies() {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(Kind::Block);
     let front = world.front(State::Suspended);
     let ask = |request, payload| front.send(request, payload, vec![]);
     let base = reply(ask(GET_VRING_BASE, words(&[0, 0])));
@@ -254,7 +267,7 @@ fn payloads_of_replies() {
 #[test]
 fn the_guest_switches_the_cache() {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(Kind::Block);
     let shown = |front: &Front<'_>| {
         let payload = reply(front.send(GET_CONFIG, config(), vec![]));
         assert_eq!(
@@ -297,7 +310,7 @@ fn a_device_reset_drops_requests_to_resubmit() {
     let _alone = alone();
     let world = World::in_steps();
     let front = world.front(State::Ready);
-    front.offer_io(1);
+    front.offer_io();
     // Version 1, of 8 descriptors; descriptor 0 is in flight.
     let area_file = File::from(memfd(0x1000));
     area_file.write_all_at(&[1, 0, 8, 0], 8).unwrap();
@@ -318,7 +331,7 @@ fn a_device_reset_drops_requests_to_resubmit() {
 #[test]
 fn requested_areas_use_no_memory() {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(Kind::Block);
     let front = world.front(State::New);
     for features in [None, Some(0), Some(PACKED)] {
         if let Some(packed) = features {
@@ -345,22 +358,22 @@ fn requested_areas_use_no_memory() {
 #[test]
 fn mappings_kept_by_io_are_bounded() {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(Kind::Block);
     let front = world.front(State::New);
     front.set_up();
     front.tell(SET_VRING_NUM, words(&[0, 256]), vec![]);
     // Without a kick fd, so that the ring is polled.
     front.tell(SET_VRING_KICK, number(0x100), vec![]);
     let mut most = 0;
-    let refused = (1..=250).find(|&n| {
-        let others = (1..8).map(|k| 0x10_0000 * (8 * u64::from(n) + k));
+    let refused = (1..=250_u64).find(|&n| {
+        let others = (1..8).map(|k| 0x10_0000 * (8 * n + k));
         let gpas: Vec<u64> = [0].into_iter().chain(others).collect();
         let fds = gpas.iter().map(|_| dup(&front.ram)).collect();
         if matches!(front.send(SET_MEM_TABLE, table(&gpas), fds), Verdict::Reject) {
             return true;
         }
-        front.offer_io(n);
-        front.wait_for_io(n.into());
+        front.offer_io();
+        front.wait_for_io(n);
         most = most.max(mappings());
         false
     });
@@ -375,7 +388,7 @@ fn mappings_kept_by_io_are_bounded() {
 #[test]
 fn memory_slots_are_bounded() {
     let _alone = alone();
-    let world = World::new();
+    let world = World::new(Kind::Block);
     let front = world.front(State::Live);
     let at = |n: u64| add(0x10_0000 * n);
     let send = |front: &Front<'_>, n| front.send(ADD_MEM_REG, at(n), vec![dup(&front.ram)]);

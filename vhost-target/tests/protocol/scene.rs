@@ -1,7 +1,7 @@
 //! A connection in a given state: a target with its own reactor, one controller, and a disk that
 //! keeps its I/O in flight until the test lets it complete.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +15,7 @@ use bdev::{ErrorDisk, ErrorOptions, InjectedError, InjectedOp, Injection, Malloc
 use closer::ForeignFd;
 use reactor::EventFd;
 use vhost_blk::Blk;
+use vhost_scsi::Scsi;
 use vhost_target::SteppedReactor;
 use vhost_target::device::Device;
 use vhost_target::protocol::request;
@@ -34,20 +35,50 @@ pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const NEED_REPLY: u32 = 1 << 31;
 const SIZE: u32 = 8;
 
+/// Where the rings and the parts of a request are in the guest's memory.
+const AVAIL: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADER: u64 = 0x4000;
+const DATA: u64 = 0x5000;
+const STATUS: u64 = 0x6000;
+/// Flags of descriptors.
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+/// READ (10) of block 0.
+const READ_ONE_BLOCK: [u8; 10] = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+
+/// The controller's device, which has one disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Block,
+    /// With the disk as its target 0.
+    Scsi,
+}
+
+impl Kind {
+    /// The first ring of requests, which front ends start.
+    fn ring(self) -> u32 {
+        match self {
+            Self::Block => 0,
+            Self::Scsi => 2,
+        }
+    }
+}
+
 /// The state of a connection when a message arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     /// No message was sent.
     New,
-    /// Features, memory, and ring 0 are set up.
+    /// Features, memory, and the ring are set up.
     Ready,
-    /// Ring 0 was started, and an earlier connection has I/O in flight.
+    /// The ring was started, and an earlier connection has I/O in flight.
     Gated,
-    /// Ring 0 is live, and has I/O in flight.
+    /// The ring is live, and has I/O in flight.
     Live,
-    /// Ring 0 was stopped, and the reply is pending.
+    /// The ring was stopped, and the reply is pending.
     Draining,
-    /// Ring 0 was stopped, and has drained.
+    /// The ring was stopped, and has drained.
     Suspended,
     /// The connection is closed, with I/O in flight.
     Closed,
@@ -77,6 +108,7 @@ impl State {
 }
 
 pub(crate) struct World {
+    kind: Kind,
     pub(crate) target: Arc<Target>,
     /// Reactors that the test steps.
     steps: RefCell<Vec<SteppedReactor>>,
@@ -112,21 +144,21 @@ impl Drop for LeavesNothing {
 }
 
 impl World {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(kind: Kind) -> Self {
         let before = LeavesNothing::new();
         let mode = Mode::Sleep { after_us: 0 };
         let target = Target::start(&[core()], mode, Arc::new(|| {})).unwrap();
-        let world = Self::of(target, vec![], before);
+        let world = Self::of(kind, target, vec![], before);
         // Creates what stays for the whole process: the closing thread, and what the disk keeps.
         world.front(State::Live).end();
         Self { fds: fds(), ..world }
     }
 
-    /// Creates a scene whose reactor the test steps.
+    /// Creates a scene with a block device, whose reactor the test steps.
     pub(crate) fn in_steps() -> Self {
         let before = LeavesNothing::new();
         let (target, steps) = Target::in_steps(1, Mode::Poll, Arc::new(|| {})).unwrap();
-        Self::of(target, steps, before)
+        Self::of(Kind::Block, target, steps, before)
     }
 
     /// Performs one poll iteration of that reactor.
@@ -134,12 +166,21 @@ impl World {
         self.steps.borrow_mut()[0].step();
     }
 
-    fn of(target: Arc<Target>, steps: Vec<SteppedReactor>, before: LeavesNothing) -> Self {
+    fn of(
+        kind: Kind,
+        target: Arc<Target>,
+        steps: Vec<SteppedReactor>,
+        before: LeavesNothing,
+    ) -> Self {
         let options =
             MallocOptions { name: "m".into(), num_blocks: 64, block_size: 512, uuid: None };
         let base = Malloc::create(options).unwrap();
         let disk = ErrorDisk::create(ErrorOptions { name: "e".into(), base, uuid: None }).unwrap();
-        let device = Blk::new(Arc::clone(&disk) as _, false);
+        let scsi = Scsi::new("c", &Arc::default());
+        let device: Arc<dyn Device> = match kind {
+            Kind::Block => Blk::new(Arc::clone(&disk) as _, false),
+            Kind::Scsi => Arc::clone(&scsi) as _,
+        };
         let features = device.features();
         let spec = ControllerSpec {
             name: "c".into(),
@@ -149,7 +190,11 @@ impl World {
             packed_ring: true,
         };
         target.create_controller(spec, &NoSockets).unwrap();
+        if kind == Kind::Scsi {
+            scsi.add_target(&target, Some(0), &(Arc::clone(&disk) as _)).unwrap();
+        }
         Self {
+            kind,
             target,
             steps: RefCell::new(steps),
             disk,
@@ -164,7 +209,7 @@ impl World {
     pub(crate) fn front(&self, state: State) -> Front<'_> {
         let mut earlier = None;
         if state == State::Gated {
-            let mut front = self.connect();
+            let front = self.connect();
             front.set_up();
             front.start_with_io();
             self.target.closed(front.id);
@@ -183,7 +228,8 @@ impl World {
             State::Draining | State::Suspended | State::Closed => {
                 front.start_with_io();
                 if state != State::Closed {
-                    let verdict = front.send(request::GET_VRING_BASE, words(&[0, 0]), vec![]);
+                    let verdict =
+                        front.send(request::GET_VRING_BASE, words(&[front.ring(), 0]), vec![]);
                     assert!(matches!(verdict, Verdict::Deferred));
                 }
                 if state == State::Suspended {
@@ -206,7 +252,8 @@ impl World {
         let wire = Arc::<Wire>::default();
         let id = self.target.connected(&self.socket, Arc::clone(&wire) as SharedConnection);
         let ram = memfd(RAM_BYTES);
-        Front { world: self, id: id.unwrap(), wire, ram, earlier: None }
+        let offered = Cell::new(0);
+        Front { world: self, id: id.unwrap(), wire, ram, offered, earlier: None }
     }
 }
 
@@ -216,10 +263,23 @@ pub(crate) struct Front<'w> {
     id: ConnId,
     wire: Arc<Wire>,
     pub(crate) ram: OwnedFd,
+    /// The number of chains that the ring has been offered.
+    offered: Cell<u16>,
     earlier: Option<OwnedFd>,
 }
 
 impl Front<'_> {
+    /// The number of the ring that it starts.
+    pub(crate) fn ring(&self) -> u32 {
+        self.world.kind.ring()
+    }
+
+    /// Returns SET_VRING_ADDR of that ring, moved by `by` bytes.
+    pub(crate) fn addrs(&self, by: u64) -> Vec<u8> {
+        let [desc, used, avail] = [0, USED, AVAIL].map(|at| USER + at + by);
+        [words(&[self.ring(), 0]), [desc, used, avail, 0].map(u64::to_le_bytes).concat()].concat()
+    }
+
     /// Returns all offered features except LOG_ALL and packed rings.
     pub(crate) fn features(&self) -> u64 {
         self.world.features & !LOG_ALL & !PACKED
@@ -240,24 +300,64 @@ impl Front<'_> {
     pub(crate) fn set_up(&self) {
         self.tell(request::SET_FEATURES, self.features().to_le_bytes().into(), vec![]);
         self.tell(request::SET_MEM_TABLE, table(&[0]), vec![dup(&self.ram)]);
-        self.tell(request::SET_VRING_NUM, words(&[0, SIZE]), vec![]);
-        self.tell(request::SET_VRING_BASE, words(&[0, 0]), vec![]);
-        self.tell(request::SET_VRING_ADDR, addrs(0), vec![]);
+        self.tell(request::SET_VRING_NUM, words(&[self.ring(), SIZE]), vec![]);
+        self.tell(request::SET_VRING_BASE, words(&[self.ring(), 0]), vec![]);
+        self.tell(request::SET_VRING_ADDR, self.addrs(0), vec![]);
     }
 
     pub(crate) fn start(&self) {
-        self.tell(request::SET_VRING_KICK, vec![0; 8], vec![eventfd()]);
+        self.start_with(eventfd());
     }
 
-    /// Starts ring 0 with a read in it, which the disk keeps in flight.
-    fn start_with_io(&mut self) {
-        self.offer_io(1);
-        self.start();
+    fn start_with(&self, kick: OwnedFd) {
+        self.tell(request::SET_VRING_KICK, u64::from(self.ring()).to_le_bytes().into(), vec![kick]);
+    }
+
+    /// Starts the ring, and offers a read in it, which the disk keeps in flight.
+    fn start_with_io(&self) {
+        let kick = EventFd::new().unwrap();
+        self.start_with(kick.as_fd().try_clone_to_owned().unwrap());
+        if self.world.kind == Kind::Scsi {
+            self.take_unit_attentions(&kick);
+        }
+        self.offer_io();
+        kick.signal();
         self.wait_for_io(1);
     }
 
-    /// Offers the `nth` read in ring 0, counted from 1. The disk keeps it in flight.
-    pub(crate) fn offer_io(&self, nth: u16) {
+    /// Sends TEST UNIT READY until the disk has reported all unit attentions.
+    fn take_unit_attentions(&self, kick: &EventFd) {
+        let ram = File::from(dup(&self.ram));
+        let mut status = [0xff];
+        while status != [0] {
+            write_scsi_request(&ram, &[0; 6]);
+            self.offer(&[(HEADER, 51, NEXT), (STATUS, 108, WRITE)]);
+            kick.signal();
+            let mut used = [0; 2];
+            until(|| {
+                ram.read_exact_at(&mut used, USED + 2).unwrap();
+                u16::from_le_bytes(used) == self.offered.get()
+            });
+            ram.read_exact_at(&mut status, STATUS + 10).unwrap();
+        }
+    }
+
+    /// Makes a chain of buffers, with addresses, lengths and flags, available.
+    fn offer(&self, chain: &[(u64, u32, u16)]) {
+        let ram = File::from(dup(&self.ram));
+        for (n, (addr, len, flags)) in chain.iter().enumerate() {
+            let next = u16::try_from(n + 1).unwrap();
+            let desc = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes()].concat();
+            let desc = [&desc[..], &next.to_le_bytes()].concat();
+            ram.write_all_at(&desc, 16 * n as u64).unwrap();
+        }
+        self.offered.set(self.offered.get() + 1);
+        // Available ring: flags and index. All heads are 0.
+        ram.write_all_at(&self.offered.get().to_le_bytes(), AVAIL + 2).unwrap();
+    }
+
+    /// Offers a read in the ring. The disk keeps it in flight.
+    pub(crate) fn offer_io(&self) {
         let rule = Injection {
             op: InjectedOp::Read,
             error: InjectedError::Pending,
@@ -265,18 +365,15 @@ impl Front<'_> {
             queue_depth: 0,
         };
         self.world.disk.inject(rule).unwrap();
-        let ram = File::from(dup(&self.ram));
-        // Header, data, status.
-        for (n, (addr, len, flags)) in
-            [(0x4000_u64, 16_u32, 1_u16), (0x5000, 512, 3), (0x6000, 1, 2)].into_iter().enumerate()
-        {
-            let next = u16::try_from(n + 1).unwrap();
-            let desc = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes()].concat();
-            let desc = [&desc[..], &next.to_le_bytes()].concat();
-            ram.write_all_at(&desc, 16 * n as u64).unwrap();
+        match self.world.kind {
+            Kind::Block => {
+                self.offer(&[(HEADER, 16, NEXT), (DATA, 512, NEXT | WRITE), (STATUS, 1, WRITE)]);
+            }
+            Kind::Scsi => {
+                write_scsi_request(&File::from(dup(&self.ram)), &READ_ONE_BLOCK);
+                self.offer(&[(HEADER, 51, NEXT), (STATUS, 108, NEXT | WRITE), (DATA, 512, WRITE)]);
+            }
         }
-        // Available ring: flags and index. All heads are 0.
-        ram.write_all_at(&nth.to_le_bytes(), 0x1002).unwrap();
     }
 
     /// Waits until the disk has `count` I/Os in flight.
@@ -321,7 +418,7 @@ impl Front<'_> {
 
     /// Closes all connections, and waits until all resources are released.
     pub(crate) fn end(self) {
-        let Self { world, id, wire, ram, earlier } = self;
+        let Self { world, id, wire, ram, offered: _, earlier } = self;
         world.target.closed(id);
         drop((wire, ram, earlier));
         until(|| {
@@ -383,8 +480,10 @@ pub(crate) fn table(gpas: &[u64]) -> Vec<u8> {
     payload
 }
 
-/// Returns SET_VRING_ADDR of ring 0, moved by `by` bytes.
-pub(crate) fn addrs(by: u64) -> Vec<u8> {
-    let [desc, used, avail] = [0, 0x2000, 0x1000].map(|at| USER + at + by);
-    [words(&[0, 0]), [desc, used, avail, 0].map(u64::to_le_bytes).concat()].concat()
+/// Writes the header of a command for target 0: LUN, tag, attributes, CDB.
+fn write_scsi_request(ram: &File, cdb: &[u8]) {
+    let mut header = [0; 51];
+    header[..4].copy_from_slice(&[1, 0, 0x40, 0]);
+    header[19..19 + cdb.len()].copy_from_slice(cdb);
+    ram.write_all_at(&header, HEADER).unwrap();
 }
