@@ -141,7 +141,8 @@ impl Shared {
     /// The thread's main function.
     fn keep_connected(&self, session: Session) {
         let mut session = Some(session);
-        let mut reported = false;
+        // Why the server could not be reached, as logged last.
+        let mut reported = String::new();
         while !self.is_ending() {
             if let Some(present) = &mut session {
                 if let Some(reason) = self.watch(present) {
@@ -160,15 +161,17 @@ impl Shared {
             match self.reconnect() {
                 Ok(again) => {
                     info!("bdev {}: connected to {} again", self.name, self.socket.display());
-                    (session, reported) = (Some(again), false);
+                    (session, reported) = (Some(again), String::new());
                 }
                 Err(e) => {
-                    if !std::mem::replace(&mut reported, true) {
+                    let text = e.to_string();
+                    if text != reported {
                         error!(
-                            "bdev {}: cannot connect to the vhost-user server: {e}; trying again \
-                             every second",
+                            "bdev {}: cannot connect to the vhost-user server: {text}; trying \
+                             again every second",
                             self.name
                         );
+                        reported = text;
                     }
                     self.pause(&[], INTERVAL);
                 }

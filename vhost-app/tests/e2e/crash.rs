@@ -23,17 +23,17 @@ fn killed(kills: u64, device: Device, rings: RingLayout, args: &[&str]) -> Toll 
 
 #[test]
 fn split_rings_survive_kills() {
-    killed(100, Device::Blk, RingLayout::Split, &[]);
+    killed(50, Device::Blk, RingLayout::Split, &[]);
 }
 
 #[test]
 fn packed_rings_survive_kills() {
-    killed(100, Device::Blk, RingLayout::Packed, &[]);
+    killed(50, Device::Blk, RingLayout::Packed, &[]);
 }
 
 #[test]
 fn reactors_that_sleep_lose_no_kick_over_a_kill() {
-    killed(100, Device::Blk, RingLayout::Split, &["--interrupt-mode"]);
+    killed(50, Device::Blk, RingLayout::Split, &["--interrupt-mode"]);
 }
 
 /// The nexus of each process is a new one, so at most one command in each gets a unit attention.

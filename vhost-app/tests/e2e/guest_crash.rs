@@ -46,7 +46,7 @@ fn vhost_is_restarted_many_times_under_a_working_guest() {
 
 #[test]
 fn vhost_is_killed_many_times_under_a_working_guest() {
-    ends("KILL", None, cycles(5), false);
+    ends("KILL", None, cycles(3), false);
 }
 
 #[test]
@@ -56,5 +56,5 @@ fn vhost_is_restarted_many_times_under_a_guest_with_packed_rings() {
 
 #[test]
 fn vhost_is_killed_many_times_under_a_guest_with_packed_rings() {
-    ends("KILL", None, cycles(5), true);
+    ends("KILL", None, cycles(3), true);
 }

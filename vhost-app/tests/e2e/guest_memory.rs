@@ -42,7 +42,7 @@ fn unplug(guest: &mut Guest, n: usize) {
 
 #[test]
 fn memory_comes_and_goes_under_load() {
-    comes_and_goes(false, cycles(8));
+    comes_and_goes(false, cycles(4));
 }
 
 #[test]
