@@ -4,13 +4,14 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use crate::medium::{Memory, cluster, findings, image, now, write};
 use blobstore::format::{Clear, Descriptor, Flags, Page, Xattr, extent_page};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{Interrupted, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Place, Properties, Result, Store};
 use futures_util::FutureExt;
 use uuid::Uuid;
+
+use crate::medium::{Memory, cluster, findings, image, now, write};
 
 const PAGE: usize = 4096;
 

@@ -6,12 +6,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use crate::medium::{image, now};
 use blobstore::check::check;
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::{BlobId, Device, DeviceError, Properties};
 use uuid::Uuid;
+
+use crate::medium::{image, now};
 
 const PAGE: usize = 4096;
 

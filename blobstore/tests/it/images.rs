@@ -1,11 +1,12 @@
 //! Stores that SPDK has written: each is read as SPDK reads it, also after a power cut, and stays
 //! whole when it is changed and unloaded.
 
-use crate::medium::{Memory, findings, hash, image, now, truth};
 use blobstore::format::{Clear, Description, Page};
 use blobstore::lvs::{Lvs, Volume};
 use blobstore::{BlobId, Parent, Place, Store};
 use serde_json::{Value, json};
+
+use crate::medium::{self, Memory, findings, hash, image, now, truth};
 
 const STORES: [&str; 15] = [
     "lvs-basic",
@@ -144,7 +145,7 @@ fn a_write_to_one_volume_changes_no_other() {
             let others = contents(lvs.store(), *id);
             for index in (0..len).step_by(step) {
                 let block = vec![0xa5; lvs.store().device().properties.block_size as usize];
-                crate::medium::write(lvs.store_mut(), *id, index, size / 2, block);
+                medium::write(lvs.store_mut(), *id, index, size / 2, block);
             }
             assert_eq!(contents(lvs.store(), *id), others, "{name}");
         }

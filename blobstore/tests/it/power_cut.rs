@@ -22,6 +22,7 @@ use self::disk::Disk;
 use self::model::Model;
 use self::operations::Run;
 use self::random::Random;
+
 use crate::medium::now;
 
 const SIZE: usize = 1 << 20;

@@ -1,12 +1,13 @@
 //! Random operations on a store and on plain vectors: both always have the same content.
 
-use crate::medium::{Memory, cluster, findings, now, write};
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{StoreOptions, Wanted};
 use blobstore::{BlobId, Device, Error};
 use proptest::prelude::*;
 use uuid::Uuid;
+
+use crate::medium::{Memory, cluster, findings, now, write};
 
 const CLUSTER: usize = 4096;
 

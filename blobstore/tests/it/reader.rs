@@ -4,7 +4,6 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::medium::{Memory, findings, hash, image, now, truth, write};
 use blobstore::BlobId;
 use blobstore::format::Clear;
 use blobstore::lvs::{Lvs, NewVolume};
@@ -12,6 +11,8 @@ use blobstore::store::StoreOptions;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
+
+use crate::medium::{self, Memory, findings, hash, image, now, truth, write};
 
 fn read(image: &[u8], external: Option<&[u8]>) -> Value {
     let dir = tempfile::tempdir().unwrap();
@@ -145,7 +146,7 @@ fn another_reader_reads_what_this_crate_has_written() {
         });
         assert_eq!(findings(lvs.store().device()), [""; 0]);
         let thick = lvs.find("thick").unwrap().blob;
-        let zeroed = crate::medium::cluster(lvs.store(), thick.id(), 7);
+        let zeroed = medium::cluster(lvs.store(), thick.id(), 7);
         assert!(zeroed.iter().all(|byte| *byte == 0));
     }
     assert_eq!(checks, 8);

@@ -1,11 +1,12 @@
 //! What operations on volumes answer, and the defects of SPDK's that they do not have.
 
-use crate::medium::{Memory, cluster, findings, now, write};
 use blobstore::format::{Clear, Xattr};
 use blobstore::lvs::{Lvs, NewVolume};
 use blobstore::store::{NewBlob, StoreOptions, Wanted};
 use blobstore::{BlobId, Device, DeviceError, Error, Parent, Place, Properties, Store};
 use uuid::Uuid;
+
+use crate::medium::{Memory, cluster, findings, now, write};
 
 const CLUSTER: usize = 4096;
 

@@ -2,11 +2,12 @@
 
 use std::fs;
 
+use front_end::request::STATUS_IOERR;
+use serde_json::{Value, json};
+
 use crate::support::ceph::{BLOCK, Cluster, Driver, bdev};
 use crate::support::disks;
 use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
-use front_end::request::STATUS_IOERR;
-use serde_json::{Value, json};
 
 /// VIRTIO_BLK_F_RO.
 const READ_ONLY: u64 = 1 << 5;

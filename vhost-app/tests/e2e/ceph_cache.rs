@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 
+use front_end::STATUS_OK;
+use serde_json::json;
+
 use crate::support::ceph::{Cluster, Driver, Image, bdev};
 use crate::support::disks;
 use crate::support::harness::{Vhost, wait_until};
-use front_end::STATUS_OK;
-use serde_json::json;
 
 fn blocklist(cluster: &Cluster, image: &Image) {
     for address in image.watchers() {

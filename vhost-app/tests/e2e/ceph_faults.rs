@@ -4,16 +4,16 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::ceph::{Cluster, Driver, Image, bdev, wait_for_state};
-use crate::support::disks;
-use crate::support::harness;
-use crate::support::harness::{Vhost, wait_until};
-use crate::support::isolation::{Form, Host, Vm};
 use bench::crash::{self, Plan};
 use bench::{Load, LoadOptions};
 use front_end::request::STATUS_IOERR;
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RingLayout, STATUS_OK};
 use serde_json::{Value, json};
+
+use crate::support::ceph::{Cluster, Driver, Image, bdev, wait_for_state};
+use crate::support::disks;
+use crate::support::harness::{self, Vhost, wait_until};
+use crate::support::isolation::{Form, Host, Vm};
 
 /// A disk of an image, and a VM with a load on it.
 fn vm_on(vhost: &Host, image: &Image, name: &str) -> Vm {

@@ -1,10 +1,11 @@
 //! A Ceph cluster that does not answer delays only its own disks: other disks of the same reactor,
 //! RPCs, deletions and the end of the process go on.
 
+use serde_json::{Value, json};
+
 use crate::support::ceph::{Cluster, Image, bdev};
 use crate::support::harness::{Refusal, wait_until};
 use crate::support::isolation::{Form, Host, RAM_BYTES, Vm};
-use serde_json::{Value, json};
 
 /// A VM on controller "b" whose disk is an image of a cluster that will not answer.
 fn vm_on(vhost: &Host, image: &Image) -> Vm {

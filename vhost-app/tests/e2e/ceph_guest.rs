@@ -1,11 +1,11 @@
 //! A Linux guest in QEMU whose disk is an image of a Ceph cluster.
 
+use serde_json::json;
+
 use crate::support::ceph::Cluster;
 use crate::support::disks::{MIB, answer, controller, hold_some, in_flight, sessions, slow_behind};
-use crate::support::guest;
-use crate::support::guest::{Guest, GuestOptions, cycles};
+use crate::support::guest::{self, Guest, GuestOptions, cycles};
 use crate::support::harness::wait_until;
-use serde_json::json;
 
 const MOUNT: &str = "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt";
 

@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use crate::support::harness::Launch;
 use serde_json::{Value, json};
+
+use crate::support::harness::Launch;
 
 /// A call, and whether it succeeds.
 type Case = (&'static str, Value, bool);

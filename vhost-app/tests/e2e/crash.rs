@@ -1,9 +1,10 @@
 //! `vhost` is killed again and again under load, and the guest loses nothing: `ci/crash-loop` does
 //! more of the same.
 
-use crate::support::harness;
 use bench::crash::{self, Device, Plan, Toll};
 use front_end::RingLayout;
+
+use crate::support::harness;
 
 /// A kill takes some 0.17 s, most of which is the start of the next process.
 fn killed(kills: u64, device: Device, rings: RingLayout, args: &[&str]) -> Toll {

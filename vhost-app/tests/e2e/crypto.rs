@@ -4,11 +4,12 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::harness::{Launch, Refusal, Vhost};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::support::harness::{Launch, Refusal, Vhost};
 
 /// The bytes 0 to 15, and 100 to 115.
 const KEY: &str = "000102030405060708090a0b0c0d0e0f";

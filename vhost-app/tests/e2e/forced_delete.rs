@@ -4,15 +4,16 @@
 //!
 //! The tests check order and counts, not durations.
 
-use crate::support::disks;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::support::harness::{Vhost, wait_until};
 use front_end::features::{DRIVER_FEATURES, RING_PACKED};
 use front_end::{AnyQueue, FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK, Segment};
 use serde_json::json;
+
+use crate::support::disks;
+use crate::support::harness::{Vhost, wait_until};
 
 /// Requests that hang.
 const HELD: usize = 4;

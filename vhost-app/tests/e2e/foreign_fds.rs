@@ -11,13 +11,14 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
 use front_end::{
     FrontEnd, GuestRam, Lingering, Options, QueueOptions, RawConnection, Request, STATUS_OK,
     UnresponsiveSocket,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Vhost, wait_until};
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;

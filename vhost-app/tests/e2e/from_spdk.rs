@@ -13,12 +13,13 @@ use std::os::unix::fs::FileExt;
 use self::life::{End, Life, SIZE};
 use self::packed::Packed;
 use self::split::Split;
-use crate::support::harness::{LIMIT, Vhost};
 use front_end::{
     FrontEnd, GuestRam, Options, ProtocolFeatures, QueueOptions, RawConnection, Request, STATUS_OK,
     Segment,
 };
 use serde_json::json;
+
+use crate::support::harness::{LIMIT, Vhost};
 
 /// What SPDK offers for every blk controller (24.01 to 26.01): MQ, LOG_SHMFD, RARP, REPLY_ACK,
 /// NET_MTU, BACKEND_REQ, CRYPTO, CONFIG, BACKEND_SEND_FD, HOST_NOTIFIER, INFLIGHT_SHMFD, STATUS.

@@ -9,13 +9,14 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use front_end::RingLayout::{self, Packed, Split};
+use front_end::{Backing, GuestRam, Segment};
+use serde_json::json;
+
 use crate::support::front_ends::{
     Blkio, Done, FrontEnd, Io, Messages, RustVmm, Setup, VirtioDriver,
 };
 use crate::support::harness::{Launch, Vhost, matrix, wait_until};
-use front_end::RingLayout::{self, Packed, Split};
-use front_end::{Backing, GuestRam, Segment};
-use serde_json::json;
 
 const DISK_BYTES: u64 = 16 << 20;
 const SECTOR: u64 = 512;

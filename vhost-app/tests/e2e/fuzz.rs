@@ -13,12 +13,13 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use crate::input::Input;
-use crate::script::{FRONTS, Fd, Message, RAM_BYTES, RINGS, Step};
-use crate::support::harness::{Vhost, wait_until};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request, STATUS_OK};
 use serde_json::json;
+
+use crate::input::Input;
+use crate::script::{self, FRONTS, Fd, Message, RAM_BYTES, RINGS, Step};
+use crate::support::harness::{Vhost, wait_until};
 
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
@@ -127,13 +128,13 @@ impl<'s> Play<'s> {
             if input.is_empty() {
                 break;
             }
-            match crate::script::step(&mut input) {
+            match script::step(&mut input) {
                 Step::Say(front, messages) => {
                     messages.iter().for_each(|message| self.say(front, message));
                 }
                 Step::Offer(front, ring, kind, sector) => {
                     let nth = &mut self.offered[front][ring % RINGS];
-                    for (at, bytes) in crate::script::offered(ring, *nth, kind, sector) {
+                    for (at, bytes) in script::offered(ring, *nth, kind, sector) {
                         self.rams[front].write_all_at(&bytes, at).unwrap();
                     }
                     *nth = nth.wrapping_add(1);

@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::harness::{Launch, Vhost};
-use crate::support::slow_files::{Kind, Op, SlowFiles};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::support::harness::{Launch, Vhost};
+use crate::support::slow_files::{Kind, Op, SlowFiles};
 
 /// The disk, its partitions, and the logical volume in the last one.
 const BDEVS: [&str; 5] = ["A", "Ap1", "Ap2", "Ap5", "896d3a7c-0fa3-4152-9247-04b482271379"];

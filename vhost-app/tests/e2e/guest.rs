@@ -7,13 +7,14 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use serde_json::{Value, json};
+
 use crate::support::disks::{
     MIB, aio, controller, controller_of, file_sha256, in_flight, make_file, malloc, rings,
     sessions, sha256, slow, start_behind, wait_until_all_is_gone,
 };
 use crate::support::guest::{Guest, GuestOptions};
 use crate::support::harness::{Launch, Vhost, matrix, wait_until};
-use serde_json::{Value, json};
 
 /// Writes a payload to a file system of its own, and reads it back from the disk.
 const FILE_SYSTEM: &str = "check() {

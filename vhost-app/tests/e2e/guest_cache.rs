@@ -1,9 +1,10 @@
 //! A guest decides whether what it has written may be in a cache.
 
+use serde_json::json;
+
 use crate::support::disks::{MIB, controller, malloc};
 use crate::support::guest::{Guest, GuestOptions};
 use crate::support::harness::Vhost;
-use serde_json::json;
 
 #[test]
 fn a_guest_turns_its_write_cache_off_and_on() {

@@ -1,6 +1,9 @@
 //! What happens in the life of a virtual machine: firmware, resets, pauses, a disk that hangs, goes
 //! or comes, and others that connect meanwhile.
 
+use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
+use serde_json::json;
+
 use crate::support::disks::{
     MIB, aio, answer, controller, hold, in_flight, make_file, malloc, sessions, slow, start_behind,
     wait_until_all_is_gone,
@@ -8,8 +11,6 @@ use crate::support::disks::{
 use crate::support::guest::boot::BootDisk;
 use crate::support::guest::{Guest, GuestOptions, RING_PACKED};
 use crate::support::harness::{Launch, Vhost, wait_until};
-use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
-use serde_json::json;
 
 #[test]
 fn firmware_boots_from_the_disk() {

@@ -1,10 +1,11 @@
 //! Logical volumes in guests of QEMU: thin volumes and a clone with file systems and loads, beside
 //! snapshots, a resize and discards.
 
+use serde_json::{Value, json};
+
 use crate::support::disks::{MIB, aio, controller};
 use crate::support::guest::{Guest, GuestOptions};
 use crate::support::harness::{Vhost, wait_until};
-use serde_json::{Value, json};
 
 fn allocated(vhost: &Vhost, name: &str) -> u64 {
     let all = vhost.ok("bdev_lvol_get_lvols", Value::Null);

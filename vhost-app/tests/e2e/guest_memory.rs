@@ -5,10 +5,11 @@
 //! a DIMM when it comes, and from it, under I/O, when it goes. `ci/guest-loop hotplug N` does this
 //! N times.
 
+use serde_json::json;
+
 use crate::support::disks::{MIB, controller_of, in_flight, malloc, rings};
 use crate::support::guest::{Guest, GuestOptions, cycles};
 use crate::support::harness::{Vhost, matrix, wait_until};
-use serde_json::json;
 
 /// Linux plugs in memory in blocks of so many bytes.
 const DIMM_BYTES: usize = 128 * MIB;

@@ -5,8 +5,7 @@
 use crate::support::disks::{
     MIB, answer, hold_some, in_flight, make_file, rings, sessions, start_behind,
 };
-use crate::support::guest;
-use crate::support::guest::{Guest, GuestOptions, RING_PACKED, cycles};
+use crate::support::guest::{self, Guest, GuestOptions, RING_PACKED, cycles};
 use crate::support::harness::{Launch, matrix, wait_until};
 
 fn moves(packed: bool) {

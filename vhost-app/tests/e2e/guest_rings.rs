@@ -3,10 +3,11 @@
 
 use std::fs;
 
+use serde_json::json;
+
 use crate::support::disks::{MIB, aio, controller_of, file_sha256, malloc, rings};
 use crate::support::guest::{Guest, GuestOptions, RING_PACKED};
 use crate::support::harness::{Vhost, matrix};
-use serde_json::json;
 
 /// VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX.
 const INDIRECT: usize = 28;

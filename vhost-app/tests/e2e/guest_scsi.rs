@@ -7,15 +7,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Value, json};
+
 use crate::support::disks::{
     MIB, add_target, aio, aio_on, answer, file_sha256, hold, in_flight, make_file, malloc,
     remove_target, scsi_controller, sessions, sha256, slow, wait_until_all_is_gone,
 };
-use crate::support::guest;
 use crate::support::guest::boot::{BootDisk, make_linux_disk};
-use crate::support::guest::{Guest, GuestOptions, cycles};
+use crate::support::guest::{self, Guest, GuestOptions, cycles};
 use crate::support::harness::{Refusal, Vhost, wait_until};
-use serde_json::{Value, json};
 
 /// A slow disk on a file, and a fast one in memory, as targets 0 and 1.
 fn slow_and_fast(vhost: &Vhost) -> PathBuf {

@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::support::harness::{Vhost, wait_until};
 use bench::{Load, LoadOptions};
 use front_end::descriptor::{Descriptor, NEXT, WRITE};
 use front_end::{
     FrontEnd, GuestRam, Options, Queue, QueueOptions, RawConnection, Request, STATUS_OK,
 };
 use serde_json::json;
+
+use crate::support::harness::{Vhost, wait_until};
 
 const SET_FEATURES: u32 = 2;
 const SET_MEM_TABLE: u32 = 5;

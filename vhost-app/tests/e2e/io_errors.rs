@@ -5,10 +5,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 
-use crate::support::harness::Vhost;
 use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, Segment};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde_json::{Value, json};
+
+use crate::support::harness::Vhost;
 
 const DISK_BYTES: u64 = 8 << 20;
 const BLOCK: u64 = 4096;

@@ -7,10 +7,11 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use crate::support::harness::wait_until;
-use crate::support::isolation::{Form, Host, RAM_BYTES, Vm, refuses_connections};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection};
 use serde_json::{Value, json};
+
+use crate::support::harness::wait_until;
+use crate::support::isolation::{Form, Host, RAM_BYTES, Vm, refuses_connections};
 
 macro_rules! cases {
     ($($case:ident,)*) => {

@@ -1,19 +1,19 @@
 //! A disk in a file belongs to one process at a time while rings use it, and until the I/O of that
 //! process has ended.
 
-use crate::support::disks;
-use crate::support::harness;
 use std::fs;
 use std::path::Path;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
-use crate::support::locks::LockingFiles;
 use bench::late_io::{self, End, Plan, SlowDisk};
 use front_end::request::STATUS_IOERR;
 use front_end::{
     FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, RingLayout, STATUS_OK, Segment,
 };
 use serde_json::{Value, json};
+
+use crate::support::disks;
+use crate::support::harness::{self, Launch, Vhost, wait_until};
+use crate::support::locks::LockingFiles;
 
 /// What the file `disk`'s module tells of it.
 fn shown(vhost: &Vhost, disk: &str) -> Value {

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::harness::{Launch, Refusal, Vhost, program, two_cores, wait_until};
-use crate::support::verified_load;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::support::harness::{Launch, Refusal, Vhost, program, two_cores, wait_until};
+use crate::support::verified_load;
 
 fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap();

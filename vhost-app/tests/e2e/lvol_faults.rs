@@ -1,12 +1,13 @@
 //! Logical volumes on a device that hangs or fails: only what needs the device waits, and the store
 //! is in order afterwards.
 
-use crate::support::harness::{Vhost, two_cores, wait_until};
-use crate::support::slow_files::{Kind, Op, SlowFiles};
-use crate::support::verified_load;
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Vhost, two_cores, wait_until};
+use crate::support::slow_files::{Kind, Op, SlowFiles};
+use crate::support::verified_load;
 
 fn store(vhost: &Vhost, base: &str) {
     let params = json!({"bdev_name": base, "lvs_name": "lvs", "cluster_sz": 65536});

@@ -6,8 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::harness::{Launch, Refusal, Vhost};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: u64 = 256 * MIB;

@@ -8,10 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Vhost, wait_until};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, Launch, Vhost, wait_until};
 
 /// The address that vhost has logged.
 fn address(vhost: &Vhost) -> String {

@@ -4,11 +4,11 @@
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
+use serde_json::{Value, json};
+
+use crate::support::harness::{self, Launch, Refusal, Vhost, wait_until};
 use crate::support::nbdkit::Nbdkit;
 use crate::support::verified_load::{end, goes_on, guest};
-use serde_json::{Value, json};
 
 const BYTES: u64 = 32 << 20;
 

@@ -7,11 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
-use crate::support::slow_files::{Kind, Op, SlowFiles};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
+use crate::support::slow_files::{Kind, Op, SlowFiles};
 
 const BYTES: u64 = 64 << 20;
 

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use crate::support::harness;
-use crate::support::harness::Vhost;
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, Vhost};
 
 /// Sends bytes in one write, and reads this many JSON values.
 fn exchange(vhost: &Vhost, sent: &str, answers: usize) -> Vec<Value> {

@@ -1,14 +1,15 @@
 //! Pending messages to a front end arrive, whatever its state was when they became due.
 
-use crate::support::disks;
 use std::sync::Arc;
 use std::thread;
 
-use crate::support::harness::{Vhost, wait_until};
 use front_end::features::{DRIVER_FEATURES, RING_PACKED};
 use front_end::packed::FIRST_BASE;
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RawConnection, Request};
 use serde_json::json;
+
+use crate::support::disks;
+use crate::support::harness::{Vhost, wait_until};
 
 const CONFIG_CHANGE: u32 = 2;
 const RESET_DEVICE: u32 = 34;

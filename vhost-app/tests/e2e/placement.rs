@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Refusal, Vhost};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, Launch, Refusal, Vhost};
 
 const QUEUES: usize = 4;
 

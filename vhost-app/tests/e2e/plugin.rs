@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::Stdio;
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Vhost};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, Launch, Vhost};
 
 /// What the plugin adds to the client.
 const OWN: [&str; 5] = [

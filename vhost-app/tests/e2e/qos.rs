@@ -1,9 +1,10 @@
 //! Rate limits: set by RPC, shown, saved, applied to guests that do I/O, shared fairly.
 
-use crate::support::harness::{Launch, Refusal, Vhost};
 use bench::{Load, LoadOptions};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost};
 
 fn set(vhost: &Vhost, limits: Value) {
     assert_eq!(vhost.ok("bdev_set_qos_limit", limits), true);

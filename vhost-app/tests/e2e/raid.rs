@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
-use crate::support::verified_load::{end, goes_on, guest};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
+use crate::support::verified_load::{end, goes_on, guest};
 
 const MB: u64 = 1 << 20;
 

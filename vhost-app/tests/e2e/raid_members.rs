@@ -6,8 +6,9 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Vhost, wait_until};
 
 fn malloc(vhost: &Vhost, name: &str) {
     let params = json!({"name": name, "num_blocks": 65536, "block_size": 512});

@@ -6,15 +6,16 @@
 //! known to have arrived, and not to be answered, at both ends of that.
 #![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 
-use crate::support::disks;
 use std::path::PathBuf;
 
+use serde_json::{Value, json};
+
+use crate::support::disks;
 use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 use crate::support::real_disks::{
     BLOCK, Begun, DISK_BYTES, Flavour, Guest, Io, Neighbours, Workers,
 };
 use crate::support::slow_files::{Kind, Op, SlowFiles};
-use serde_json::{Value, json};
 
 /// What a case is tried on.
 #[derive(Clone, Copy)]

@@ -5,11 +5,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Vhost};
-use crate::support::real_disks;
-use crate::support::real_disks::{BLOCK, DISK_BYTES, FLAVOURS, Flavour, Guest, Io};
 use serde_json::json;
+
+use crate::support::harness::{self, Launch, Vhost};
+use crate::support::real_disks::{self, BLOCK, DISK_BYTES, FLAVOURS, Flavour, Guest, Io};
 
 /// The engines of an aio disk and of a uring disk.
 type Engines = [&'static str; 2];

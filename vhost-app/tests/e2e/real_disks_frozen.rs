@@ -1,14 +1,15 @@
 //! A file system that is frozen, as backups and snapshots of LVM do it: writes on it wait for the
 //! thaw, and nobody else does.
 
-use crate::support::disks;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tempfile::TempDir;
+
+use crate::support::disks;
 use crate::support::harness::{Vhost, wait_until};
 use crate::support::real_disks::{BLOCK, Begun, DISK_BYTES, Flavour, Guest, Io, Neighbours};
-use tempfile::TempDir;
 
 /// ext4 on a loop device, mounted for this test.
 struct Mounted {

@@ -2,15 +2,16 @@
 //! them, and a disk that hangs keeps no reactor awake and makes no poll iteration long.
 #![expect(clippy::cast_possible_truncation, reason = "sizes of small disks")]
 
-use crate::support::disks;
-use crate::support::harness;
-use crate::support::real_disks;
 use std::collections::BTreeSet;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
-use crate::support::real_disks::{BLOCK, DISK_BYTES, FLAVOURS, Flavour, Guest, Io, Neighbours};
-use crate::support::slow_files::{Kind, Op, SlowFiles};
 use serde_json::{Value, json};
+
+use crate::support::disks;
+use crate::support::harness::{self, Launch, Vhost, wait_until};
+use crate::support::real_disks::{
+    self, BLOCK, DISK_BYTES, FLAVOURS, Flavour, Guest, Io, Neighbours,
+};
+use crate::support::slow_files::{Kind, Op, SlowFiles};
 
 /// Reactors that sleep at once, and after a while.
 const MODES: [&[&str]; 2] = [&["--interrupt-mode"], &["--reactor-idle-us", "20"]];

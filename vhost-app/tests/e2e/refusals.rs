@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use crate::support::harness::{Refusal, Vhost};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Refusal, Vhost};
 
 const MIB: u64 = 1 << 20;
 

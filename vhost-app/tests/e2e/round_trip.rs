@@ -5,9 +5,10 @@
 
 use std::collections::BTreeSet;
 
-use crate::support::harness::{Launch, Vhost, two_cores};
 use Effect::{Engine, Read, Saved, Unsaved};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Vhost, two_cores};
 
 /// A method's effect on the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! The RPC methods of the real binary, over raw sockets and through SPDK's own client.
 
-use crate::support::harness;
-use crate::support::harness::{Launch, Refusal, Vhost, core_mask, wait_until};
 use front_end::{FrontEnd, GuestRam, Options, Queue, QueueOptions, Request, STATUS_OK, Segment};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, Launch, Refusal, Vhost, core_mask, wait_until};
 
 const MIB: u64 = 1 << 20;
 

@@ -8,10 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::harness::{LIMIT, Rpc, Vhost, wait_until};
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
+
+use crate::support::harness::{LIMIT, Rpc, Vhost, wait_until};
 
 /// Without time slices, 56 KB of requests delayed all other clients by 42 s.
 #[test]

@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
-use crate::support::isolation::Form;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use serde_json::json;
+
+use crate::support::harness::{Launch, Vhost, wait_until};
+use crate::support::isolation::Form;
 
 /// CAP_DAC_OVERRIDE.
 const OVERRIDE: u64 = 1 << 1;

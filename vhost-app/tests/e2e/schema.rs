@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::support::harness::{Launch, Refusal, Vhost};
 use serde_json::{Map, Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost};
 
 /// SPDK's methods, what they do here, and their parameters.
 const METHODS: &str = include_str!("../../src/methods/schema.tsv");

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::support::harness::Vhost;
 use bench::Idle;
 use bench::perf::{self, Device, Order, Outcome, Plan};
 use front_end::RingLayout;
 use serde_json::json;
+
+use crate::support::harness::Vhost;
 
 const BLOCKS: u64 = 8192;
 const CONTROLLER: &str = "s.0";

@@ -2,8 +2,9 @@
 
 use std::os::unix::net::UnixStream;
 
-use crate::support::harness::{Launch, Refusal, Vhost, core_mask, wait_until};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost, core_mask, wait_until};
 
 const CREATE: &str = "vhost_create_scsi_controller";
 const START: &str = "vhost_start_scsi_controller";

@@ -3,13 +3,14 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 use front_end::scsi::{
     Command, CommandQueue, ControlQueue, DRIVER_FEATURES, EventQueue, Layout, Tmf, cdb, code, kind,
     lun, subtype,
 };
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Segment};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 
 const ADD: &str = "vhost_scsi_controller_add_target";
 const REMOVE: &str = "vhost_scsi_controller_remove_target";

@@ -10,10 +10,11 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 
-use crate::support::harness::{LIMIT, Launch, Vhost};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions};
 use rustix::process::{getegid, geteuid, getgroups};
 use serde_json::{Value, json};
+
+use crate::support::harness::{LIMIT, Launch, Vhost};
 
 /// A user and a group that nobody has.
 const UNUSED_ID: u32 = 54_321;

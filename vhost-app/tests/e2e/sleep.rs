@@ -3,10 +3,11 @@
 use std::fs;
 use std::time::Instant;
 
-use crate::support::harness::{Vhost, wait_until};
 use bench::{Idle, Load, LoadOptions};
 use front_end::{AnyQueue, FrontEnd, GuestRam, Options, Queue, QueueOptions, Request};
 use serde_json::json;
+
+use crate::support::harness::{Vhost, wait_until};
 
 /// Times that a reactor goes to sleep in one test, at least; there are four such tests.
 const SWITCHES: u64 = 250_000;

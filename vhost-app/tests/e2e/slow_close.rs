@@ -1,10 +1,11 @@
 //! A disk's file whose close blocks, as on a network file system: only that disk's name stays in
 //! use.
 
-use crate::support::harness::{Vhost, wait_until};
-use crate::support::slow_files::{Kind, Op, SlowFiles};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::json;
+
+use crate::support::harness::{Vhost, wait_until};
+use crate::support::slow_files::{Kind, Op, SlowFiles};
 
 /// A VM connects, does I/O and disconnects, and its disk and its memory are released.
 fn a_vm_comes_and_goes(vhost: &Vhost) {

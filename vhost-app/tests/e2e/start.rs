@@ -3,8 +3,9 @@
 use std::fs;
 use std::process::Command;
 
-use crate::support::harness::{Launch, Refusal, Vhost, core_mask};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost, core_mask};
 
 fn entry(subsystem: &str, entries: &[Value]) -> String {
     json!({"subsystems": [{"subsystem": subsystem, "config": entries}]}).to_string()

@@ -1,8 +1,9 @@
 //! Statistics, histograms and notifications, with a front end that does I/O.
 
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::{Value, json};
+
+use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 
 /// Reads and writes of 4 KiB through a controller, with one connection.
 fn io(vhost: &Vhost, controller: &str, reads: u64, writes: u64) {

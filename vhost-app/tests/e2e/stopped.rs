@@ -1,13 +1,14 @@
 //! Time in which the process was stopped, by SIGSTOP, a debugger or a frozen control group, does
 //! not count towards its time limits.
 
-use crate::support::disks;
 use std::thread;
 use std::time::Duration;
 
-use crate::support::harness::{Launch, Vhost, wait_until};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::json;
+
+use crate::support::disks;
+use crate::support::harness::{Launch, Vhost, wait_until};
 
 /// Longer than every limit below.
 const STOPPED: Duration = Duration::from_secs(2);

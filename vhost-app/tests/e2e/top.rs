@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::support::harness;
-use crate::support::harness::{LIMIT, Vhost, program, wait_until};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::{Value, json};
+
+use crate::support::harness::{self, LIMIT, Vhost, program, wait_until};
 
 /// A front end that reads and writes until it is dropped.
 struct Load {

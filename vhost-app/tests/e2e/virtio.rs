@@ -4,13 +4,13 @@
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use crate::support::disks::controller;
-use crate::support::harness;
-use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
-use crate::support::storage_daemon::StorageDaemon;
-use crate::support::verified_load::{end, goes_on, guest};
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, Request, STATUS_OK};
 use serde_json::{Value, json};
+
+use crate::support::disks::controller;
+use crate::support::harness::{self, Launch, Refusal, Vhost, wait_until};
+use crate::support::storage_daemon::StorageDaemon;
+use crate::support::verified_load::{end, goes_on, guest};
 
 const BYTES: u64 = 32 << 20;
 

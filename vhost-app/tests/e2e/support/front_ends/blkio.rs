@@ -10,6 +10,7 @@ use front_end::{GuestRam, RingLayout};
 
 use super::virtio_driver::iovecs;
 use super::{Done, FrontEnd, Io, RING_SIZE, Setup};
+
 use crate::support::harness::LIMIT;
 
 pub(crate) struct Blkio {

@@ -17,6 +17,7 @@ use virtio_driver::{
 };
 
 use super::{Done, FrontEnd, Io, RING_SIZE, Setup};
+
 use crate::support::harness::LIMIT;
 
 pub(crate) struct VirtioDriver {

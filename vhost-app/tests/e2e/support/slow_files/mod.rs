@@ -30,9 +30,10 @@ use fuser::{BackgroundSession, Config};
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
-use crate::support::harness::LIMIT;
 use fs::Server;
 use locks::Locks;
+
+use crate::support::harness::LIMIT;
 
 /// What can be held up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
