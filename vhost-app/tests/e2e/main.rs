@@ -4,10 +4,10 @@
 mod support;
 
 #[path = "../../../fuzz/src/input.rs"]
-#[allow(dead_code, unreachable_pub, reason = "a part of another crate's, used in part")]
+#[expect(unreachable_pub, reason = "a part of another crate")]
 mod input;
 #[path = "../../../fuzz/src/script.rs"]
-#[allow(dead_code, unreachable_pub, reason = "as above")]
+#[expect(dead_code, unreachable_pub, reason = "a part of another crate, used in part")]
 mod script;
 
 mod ceph;
