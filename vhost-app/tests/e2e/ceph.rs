@@ -5,7 +5,7 @@ use std::fs;
 use front_end::request::STATUS_IOERR;
 use serde_json::{Value, json};
 
-use crate::support::ceph::{BLOCK, Cluster, Driver, bdev};
+use crate::support::ceph::{BLOCK, Cluster, Driver};
 use crate::support::disks;
 use crate::support::harness::{Launch, Refusal, Vhost, wait_until};
 
@@ -42,7 +42,7 @@ fn spdks_client_creates_shows_resizes_and_deletes() {
     }
 
     assert_eq!(client(&vhost, &["bdev_rbd_resize", "Ceph0", "32"]), true);
-    assert_eq!(bdev(&vhost, "Ceph0")["num_blocks"], 8192);
+    assert_eq!(vhost.bdev("Ceph0")["num_blocks"], 8192);
     assert_eq!(client(&vhost, &["bdev_rbd_resize", "Ceph0", "32"]), true, "to the same size");
     assert!(vhost.spdk_rpc(&["bdev_rbd_resize", "Ceph0", "31"]).is_err());
 
@@ -52,7 +52,7 @@ fn spdks_client_creates_shows_resizes_and_deletes() {
     let uuid = "5ac1e1d2-6f4e-4d0c-9c43-1d2f3a4b5c6d";
     let create = ["bdev_rbd_create", "rbd", &first.name, "512", "-b", "R", "-u", uuid, "-r"];
     assert_eq!(client(&vhost, &create), "R");
-    let shown = bdev(&vhost, "R");
+    let shown = vhost.bdev("R");
     assert_eq!((&shown["uuid"], &shown["num_blocks"]), (&json!(uuid), &json!(65536)));
     assert_eq!(client(&vhost, &create[..4]), "Ceph2", "the next number, beside a reader");
     assert_eq!(vhost.stop(), 0);
@@ -87,7 +87,7 @@ fn spdks_client_registers_and_unregisters_clusters() {
         "pool_name": "rbd", "rbd_name": image.name, "user_id": "guest", "config_file": conf,
         "key_file": key_file, "state": "serving",
     });
-    assert_eq!(bdev(&vhost, "R")["driver_specific"]["rbd"], shown);
+    assert_eq!(vhost.bdev("R")["driver_specific"]["rbd"], shown);
     let mut driver = Driver::start(&disks::controller(&vhost, "r", "R"));
     driver.write(0..8, 7);
     assert_eq!(driver.read(7), 7);
@@ -182,7 +182,7 @@ fn parameters_alone_reach_a_cluster() {
     image.disk(&vhost, "R", json!({"config": cluster.options("admin")}));
     let guest = cluster.options("guest");
     other.disk(&vhost, "G", json!({"config": guest, "user_id": "guest"}));
-    assert_eq!(bdev(&vhost, "G")["driver_specific"]["rbd"]["config"], guest);
+    assert_eq!(vhost.bdev("G")["driver_specific"]["rbd"]["config"], guest);
     for name in ["R", "G"] {
         let mut driver = Driver::start(&disks::controller(&vhost, name, name));
         driver.write(0..8, 7);
@@ -211,7 +211,7 @@ fn namespaces_hold_different_images_of_one_name() {
     let vhost = cluster.start();
     inside.disk(&vhost, "In", json!({}));
     outside.disk(&vhost, "Out", json!({}));
-    assert_eq!(bdev(&vhost, "In")["driver_specific"]["rbd"]["namespace"], "e2e");
+    assert_eq!(vhost.bdev("In")["driver_specific"]["rbd"]["namespace"], "e2e");
     let [mut to_in, mut to_out] =
         ["In", "Out"].map(|name| Driver::start(&disks::controller(&vhost, name, name)));
     to_in.write(0..4, 1);
@@ -230,7 +230,7 @@ fn a_read_only_disk_reads_what_another_writes() {
     let vhost = cluster.start();
     image.disk(&vhost, "W", json!({}));
     image.disk(&vhost, "R", json!({"read_only": true}));
-    let types = bdev(&vhost, "R")["supported_io_types"].take();
+    let types = vhost.bdev("R")["supported_io_types"].take();
     assert_eq!((&types["write"], &types["write_zeroes"]), (&json!(false), &json!(false)));
     let mut writer = Driver::start(&disks::controller(&vhost, "w", "W"));
     let mut reader = Driver::start(&disks::controller(&vhost, "r", "R"));
@@ -325,7 +325,7 @@ fn front_ends_and_operators_see_that_another_host_resizes_an_image() {
     image.resize(32);
     assert_eq!(channel.receive().unwrap().request, CONFIG_CHANGE);
     assert_eq!(driver.front_end.config().unwrap().capacity, 32 * MIB_SECTORS);
-    assert_eq!(bdev(&vhost, "R")["num_blocks"], 32 * MIB_SECTORS);
+    assert_eq!(vhost.bdev("R")["num_blocks"], 32 * MIB_SECTORS);
     let last = 32 * (1 << 20) / BLOCK - 1;
     driver.write(last..last + 1, 3);
     vhost.ok("bdev_rbd_resize", json!({"name": "R", "new_size": 48}));
@@ -341,7 +341,7 @@ fn front_ends_and_operators_see_that_another_host_resizes_an_image() {
     let size = format!("{}B", end + BLOCK / 2);
     cluster.rbd(&["resize", "--no-progress", "--allow-shrink", &path, "--size", &size]);
     vhost.wait_for_log(&format!("shrank to {} bytes", end + BLOCK / 2));
-    assert_eq!(bdev(&vhost, "R")["num_blocks"], 48 * MIB_SECTORS);
+    assert_eq!(vhost.bdev("R")["num_blocks"], 48 * MIB_SECTORS);
     for block in [end / BLOCK, last] {
         driver.give(block..block + 1, 4);
         assert_eq!(driver.take(), [STATUS_IOERR]);

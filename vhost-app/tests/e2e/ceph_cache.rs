@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use front_end::STATUS_OK;
 use serde_json::json;
 
-use crate::support::ceph::{Cluster, Driver, Image, bdev};
+use crate::support::ceph::{Cluster, Driver, Image};
 use crate::support::disks;
 use crate::support::harness::{Vhost, wait_until};
 
@@ -192,7 +192,7 @@ fn a_disk_that_connects_again_has_the_images_size() {
     blocklist(&cluster, &image);
     image.resize(32);
     connects_again(&vhost, &mut driver);
-    wait_until("the new size", || bdev(&vhost, "R")["num_blocks"] == 65536);
+    wait_until("the new size", || vhost.bdev("R")["num_blocks"] == 65536);
 }
 
 /// The same when it has become smaller: librbd would cut a write that crosses the end, and report success.

@@ -10,7 +10,7 @@ use front_end::request::STATUS_IOERR;
 use front_end::{FrontEnd, GuestRam, Options, QueueOptions, RingLayout, STATUS_OK};
 use serde_json::{Value, json};
 
-use crate::support::ceph::{Cluster, Driver, Image, bdev, wait_for_state};
+use crate::support::ceph::{Cluster, Driver, Image, wait_for_state};
 use crate::support::disks;
 use crate::support::harness::{self, Vhost, wait_until};
 use crate::support::isolation::{Form, Host, Vm};
@@ -63,7 +63,7 @@ fn with_a_timeout_io_fails_and_the_disk_works_again_later() {
     let stopped = cluster.stop_osd();
     driver.give(0..32, 2);
     assert_eq!(driver.take(), [STATUS_IOERR; 32]);
-    assert_eq!(bdev(&vhost, "R")["driver_specific"]["rbd"]["state"], "serving");
+    assert_eq!(vhost.bdev("R")["driver_specific"]["rbd"]["state"], "serving");
     drop(stopped);
     // The cluster may still do what has failed, so these are other blocks.
     wait_until("it works again", || {
@@ -124,7 +124,7 @@ fn a_client_that_an_operator_blocklists_connects_again_and_loses_nothing() {
     }
     vms.into_iter().for_each(Vm::end);
     for name in ["R", "S"] {
-        assert_eq!(bdev(&vhost, name)["driver_specific"]["rbd"]["state"], "serving");
+        assert_eq!(vhost.bdev(name)["driver_specific"]["rbd"]["state"], "serving");
     }
     assert_eq!(vhost.stop(), 0);
 }

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::ceph::{Cluster, Image, bdev};
+use crate::support::ceph::{Cluster, Image};
 use crate::support::harness::{Refusal, wait_until};
 use crate::support::isolation::{Form, Host, RAM_BYTES, Vm};
 
@@ -136,7 +136,7 @@ fn a_creation_that_hangs_holds_up_nobody_and_gives_up_its_name() {
         vhost.ok("bdev_malloc_delete", json!({"name": name}));
     }
     let b = vm_on(&vhost, &image);
-    assert_eq!(bdev(&vhost, "R")["driver_specific"]["rbd"]["state"], "serving");
+    assert_eq!(vhost.bdev("R")["driver_specific"]["rbd"]["state"], "serving");
     b.end();
     a.end();
     assert_eq!(vhost.stop(), 0);

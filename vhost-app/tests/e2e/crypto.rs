@@ -86,7 +86,7 @@ fn keys_and_disks_answer_as_in_spdk() {
     let destroy = |name: &str| vhost.rpc("accel_crypto_key_destroy", json!({"key_name": name}));
     assert_eq!(destroy("k"), Err(busy.clone()));
     vhost.malloc("F");
-    let shown = &vhost.ok("bdev_get_bdevs", json!({"name": "C"}))[0];
+    let shown = vhost.bdev("C");
     assert_eq!(shown["product_name"], "crypto");
     assert_eq!(shown["driver_specific"]["crypto"], disk());
     assert_eq!(shown["supported_io_types"]["write_zeroes"], true);

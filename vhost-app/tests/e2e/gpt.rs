@@ -65,12 +65,12 @@ fn spdk_s_partitions_read_as_recorded_from_either_table() {
         for (bdev, expected) in SHA256 {
             assert_eq!(sha256(&vhost, bdev), expected, "{name}: {bdev}");
         }
-        let shown = &vhost.ok("bdev_get_bdevs", json!({"name": "Ap2"}))[0];
+        let shown = vhost.bdev("Ap2");
         assert_eq!(shown["product_name"], "GPT Disk");
         assert_eq!(shown["uuid"], "aaaaaaaa-2222-4222-8222-222222222222");
         assert_eq!(shown["aliases"], json!(["aaaaaaaa-2222-4222-8222-222222222222"]));
         assert_eq!(shown["num_blocks"], 4095);
-        let disk = &vhost.ok("bdev_get_bdevs", json!({"name": "A"}))[0];
+        let disk = vhost.bdev("A");
         assert_eq!(
             (&disk["claimed"], &disk["claim_type"]),
             (&json!(true), &json!("exclusive_write"))

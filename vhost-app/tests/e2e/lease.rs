@@ -17,7 +17,7 @@ use crate::support::locks::LockingFiles;
 
 /// What the file `disk`'s module tells of it.
 fn shown(vhost: &Vhost, disk: &str) -> Value {
-    let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": disk}))[0];
+    let bdev = vhost.bdev(disk);
     bdev["driver_specific"].as_object().unwrap().values().next().unwrap().clone()
 }
 

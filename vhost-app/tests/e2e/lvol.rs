@@ -94,7 +94,7 @@ fn compare(vhost: &Vhost, name: &str, truth: &Value) {
         assert_eq!(shown["is_clone"], json!(!wanted["parent"].is_null()), "{name}: {lvol}");
         assert_eq!(shown["is_degraded"], false, "{name}: {lvol}");
         let alias = shown["alias"].as_str().unwrap();
-        let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": alias}))[0];
+        let bdev = vhost.bdev(alias);
         assert_eq!((&bdev["name"], &bdev["aliases"]), (&wanted["uuid"], &json!([alias])));
         let size = bdev["num_blocks"].as_u64().unwrap() * bdev["block_size"].as_u64().unwrap();
         let clusters = wanted["clusters"].as_u64().unwrap();
@@ -276,8 +276,7 @@ fn a_guest_sees_a_volume_grow_and_a_volume_in_use_does_not_shrink() {
     verified_load::goes_on(&vhost, &uuid);
     let busy = Refusal::new(-32602, "Device or resource busy");
     assert_eq!(resize(2), Err(busy));
-    let blocks =
-        |vhost: &Vhost| vhost.ok("bdev_get_bdevs", json!({"name": uuid}))[0]["num_blocks"].clone();
+    let blocks = |vhost: &Vhost| vhost.bdev(&uuid)["num_blocks"].clone();
     assert_eq!(blocks(&vhost), 8 << 11, "nothing has changed");
     verified_load::goes_on(&vhost, &uuid);
     verified_load::end(guest);
@@ -331,9 +330,7 @@ fn clones_of_other_bdevs_read_them_and_wait_for_them() {
     let params = json!({"ctrlr": "x", "dev_name": "external"});
     let refused = vhost.err("vhost_create_blk_controller", params);
     assert_eq!(refused, Refusal::new(-32602, "Operation not permitted"));
-    let specific = |vhost: &Vhost| {
-        vhost.ok("bdev_get_bdevs", json!({"name": clone}))[0]["driver_specific"]["lvol"].clone()
-    };
+    let specific = |vhost: &Vhost| vhost.bdev(&clone)["driver_specific"]["lvol"].clone();
     assert_eq!(specific(&vhost)["external_snapshot_name"], uuid);
     // Without it, the volume has no bdev.
     vhost.ok("bdev_aio_delete", json!({"name": "external"}));
@@ -455,7 +452,7 @@ fn spdk_s_answers() {
     assert_eq!(decouple("other/c"), Ok(json!(true)));
     assert_eq!(decouple("other/c"), Err(late("Invalid argument")), "it has no parent now");
     assert_eq!(vhost.ok("bdev_lvol_set_read_only", json!({"name": "other/c"})), true);
-    let io = &vhost.ok("bdev_get_bdevs", json!({"name": "other/c"}))[0]["supported_io_types"];
+    let io = &vhost.bdev("other/c")["supported_io_types"];
     assert_eq!((&io["write"], &io["unmap"]), (&json!(false), &json!(false)));
     let params = json!({"bdev": "other/c", "lvs_name": "other", "clone_name": "d"});
     let text = "bdev is an lvol in same lvs as clone; use bdev_lvol_clone instead";
@@ -470,7 +467,7 @@ fn spdk_s_answers() {
     assert_eq!(vhost.err("bdev_lvol_get_lvstores", both), invalid);
     assert_eq!(vhost.ok("bdev_lvol_delete_lvstore", json!({"lvs_name": "other"})), true);
     assert_eq!(vhost.bdev_names(), ["base", "M"]);
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "base"}))[0]["claimed"], false);
+    assert_eq!(vhost.bdev("base")["claimed"], false);
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -552,8 +549,7 @@ fn external_snapshots_are_exchanged_and_let_go_of() {
         vhost.rpc("bdev_lvol_set_parent_bdev", set.clone()).is_ok()
     });
     assert_eq!(sha256(&vhost, "lvs/c"), hash("B"));
-    let claimed =
-        |name: &str| vhost.ok("bdev_get_bdevs", json!({"name": name}))[0]["claimed"].clone();
+    let claimed = |name: &str| vhost.bdev(name)["claimed"].clone();
     assert_eq!((claimed("A"), claimed("B")), (json!(false), json!(true)));
     vhost.ok("bdev_aio_delete", json!({"name": "A"}));
     vhost.ok("bdev_lvol_delete", json!({"name": "lvs/c"}));

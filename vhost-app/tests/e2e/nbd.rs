@@ -18,7 +18,7 @@ fn create(vhost: &Vhost, server: &Nbdkit, name: &str) {
 }
 
 fn is_connected(vhost: &Vhost, name: &str) -> bool {
-    let shown = &vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0];
+    let shown = vhost.bdev(name);
     shown["driver_specific"]["nbd"]["connected"].as_bool().unwrap()
 }
 

@@ -11,7 +11,7 @@ fn set(vhost: &Vhost, limits: Value) {
 }
 
 fn shown(vhost: &Vhost, name: &str) -> Value {
-    vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0]["assigned_rate_limits"].clone()
+    vhost.bdev(name)["assigned_rate_limits"].clone()
 }
 
 /// Starts a guest with `queues` queues, which uses the blocks from `first` on.

@@ -119,7 +119,7 @@ fn answers_are_spdks() {
     let twice = err(create("S", "raid0", 64, &["C", "C"], false));
     assert_eq!(twice, refused("S", -1, "Operation not permitted"));
     let shown = array(&vhost, "R");
-    let uuid_of = |name: &str| vhost.ok("bdev_get_bdevs", json!({"name": name}))[0]["uuid"].clone();
+    let uuid_of = |name: &str| vhost.bdev(name)["uuid"].clone();
     let base = |name: &str| {
         json!({
             "name": name, "uuid": uuid_of(name), "is_configured": true, "data_offset": 2048,
@@ -133,7 +133,7 @@ fn answers_are_spdks() {
         "base_bdevs_list": [base("A"), base("B")],
     });
     assert_eq!(shown, expected);
-    let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": "R"}))[0];
+    let bdev = vhost.bdev("R");
     expected.as_object_mut().unwrap().remove("name");
     assert_eq!(bdev["driver_specific"]["raid"], expected);
     assert_eq!(
@@ -178,7 +178,7 @@ fn an_array_waits_for_its_members_and_for_no_others() {
     assert!(saved.contains("bdev_raid_create"), "{saved}");
     malloc(&vhost, "B", 8);
     assert_eq!(array(&vhost, "R")["state"], "online");
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "R"}))[0]["num_blocks"], 32768);
+    assert_eq!(vhost.bdev("R")["num_blocks"], 32768);
     // A member goes: the array is offline, and online again when it is back.
     vhost.ok("bdev_malloc_delete", json!({"name": "B"}));
     wait_until("it is offline", || array(&vhost, "R")["state"] == "offline");
@@ -301,9 +301,7 @@ fn members_fail_and_leave_and_are_rebuilt_under_load() {
     vhost.ok("bdev_error_inject_error", fail);
     wait_until("the member is out", || array(&vhost, "R")["num_base_bdevs_operational"] == 1);
     goes_on(&vhost, "R");
-    wait_until("the member is free", || {
-        vhost.ok("bdev_get_bdevs", json!({"name": "EE_B"}))[0]["claimed"] == false
-    });
+    wait_until("the member is free", || vhost.bdev("EE_B")["claimed"] == false);
     vhost.ok("bdev_error_delete", json!({"name": "EE_B"}));
     assert_eq!(add(&vhost, "R", "C"), Ok(json!(true)));
     wait_for_members(&vhost, "R", 2);
@@ -429,7 +427,7 @@ fn an_array_of_spdk_with_parity_reads_as_recorded_without_any_one_member() {
         assert_eq!(add(&vhost, "raid5f", &format!("F{n}")), Ok(json!(true)));
         wait_for_members(&vhost, "raid5f", 4);
     }
-    let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": "raid5f"}))[0];
+    let bdev = vhost.bdev("raid5f");
     assert_eq!(bdev["supported_io_types"]["unmap"], false, "E8: a discard is refused");
     assert_eq!(remove(&vhost, "F11"), Ok(json!(true)));
     assert_eq!(remove(&vhost, "F12"), Ok(json!(true)));

@@ -32,10 +32,6 @@ fn remove(vhost: &Vhost, base: &str) {
     assert_eq!(vhost.ok("bdev_raid_remove_base_bdev", json!({"name": base})), true);
 }
 
-fn shown(vhost: &Vhost, bdev: &str) -> Value {
-    vhost.ok("bdev_get_bdevs", json!({"name": bdev}))[0].clone()
-}
-
 fn members(vhost: &Vhost) -> Vec<String> {
     let array = array(vhost, "R");
     let bases = array["base_bdevs_list"].as_array().unwrap().iter();
@@ -54,13 +50,13 @@ fn the_saved_configuration_of_a_degraded_array_does_not_change_its_layout() {
     let vhost = Vhost::start(&[]);
     ["A", "B", "C", "D"].iter().for_each(|name| malloc(&vhost, name));
     vhost.ok("bdev_raid_create", create("R", "raid5f", 64, &["A", "B", "C", "D"], false));
-    let blocks = shown(&vhost, "R")["num_blocks"].clone();
+    let blocks = vhost.bdev("R")["num_blocks"].clone();
     remove(&vhost, "B");
     let saved = vhost.spdk_rpc(&["save_config"]).unwrap();
     assert_eq!(vhost.stop(), 0);
     let vhost = Launch::new().config(&saved).start();
     let array = array(&vhost, "R");
-    assert!(array["state"] != "online" || shown(&vhost, "R")["num_blocks"] == blocks, "{array}");
+    assert!(array["state"] != "online" || vhost.bdev("R")["num_blocks"] == blocks, "{array}");
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -92,7 +88,7 @@ fn two_members_that_are_added_at_once_do_not_lose_a_claim() {
         }
     });
     for base in members(&vhost) {
-        assert_eq!(shown(&vhost, &base)["claimed"], true, "{base}");
+        assert_eq!(vhost.bdev(&base)["claimed"], true, "{base}");
     }
     assert_eq!(vhost.stop(), 0);
 }
@@ -121,7 +117,7 @@ fn a_member_that_waits_for_the_thread_keeps_its_claim() {
         vhost.ok("bdev_raid_add_base_bdev", json!({"raid_bdev": "R", "base_bdev": "D"}));
     });
     assert!(members(&vhost).contains(&"D".to_owned()));
-    assert_eq!(shown(&vhost, "D")["claimed"], true);
+    assert_eq!(vhost.bdev("D")["claimed"], true);
     assert_eq!(vhost.stop(), 0);
 }
 
@@ -152,7 +148,7 @@ fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one()
     let small = json!({"name": "B", "num_blocks": 32768, "block_size": 512});
     vhost.ok("bdev_malloc_create", small);
     vhost.ok("bdev_raid_create", create("R", "raid5f", 64, &["A", "B", "C"], false));
-    let blocks = shown(&vhost, "R")["num_blocks"].clone();
+    let blocks = vhost.bdev("R")["num_blocks"].clone();
     remove(&vhost, "B");
     vhost.ok("bdev_malloc_delete", json!({"name": "C"}));
     wait_until("it is offline", || array(&vhost, "R")["state"] == "offline");
@@ -160,7 +156,7 @@ fn an_array_without_superblocks_does_not_take_a_stale_member_for_a_current_one()
     ["C", "B"].iter().for_each(|name| malloc(&vhost, name));
     let array = array(&vhost, "R");
     assert_eq!(array["base_bdevs_list"][1]["is_configured"], false, "{array}");
-    assert_eq!((&array["state"], &shown(&vhost, "R")["num_blocks"]), (&json!("online"), &blocks));
+    assert_eq!((&array["state"], &vhost.bdev("R")["num_blocks"]), (&json!("online"), &blocks));
     assert_eq!(vhost.stop(), 0);
 }
 

@@ -109,7 +109,7 @@ fn bdevs_are_refused_with_spdks_codes_and_nothing_half_made() {
     let vhost = Vhost::start(&[]);
     vhost.malloc("M0");
     vhost.null("N0");
-    let uuid = vhost.ok("bdev_get_bdevs", json!({"name": "M0"}))[0]["uuid"].clone();
+    let uuid = vhost.bdev("M0")["uuid"].clone();
     let odd = vhost.file("odd", MIB + 1);
     let good = vhost.file("good", MIB);
     let missing = vhost.dir().join("missing");

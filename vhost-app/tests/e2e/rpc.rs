@@ -91,7 +91,7 @@ fn controllers_and_bdevs_are_shown_in_spdks_shape_and_order() {
     vhost.malloc("M0");
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "z", "dev_name": "M0"}));
     // Unknown names are ignored in this one method, and a disk goes by its UUID too.
-    let uuid = vhost.ok("bdev_get_bdevs", json!({"name": "M0"}))[0]["uuid"].clone();
+    let uuid = vhost.bdev("M0")["uuid"].clone();
     let upper = uuid.as_str().unwrap().to_uppercase();
     let params = json!({"ctrlr": "a", "dev_name": upper, "readonly": true, "more": [1]});
     vhost.ok("vhost_create_blk_controller", params);
@@ -262,10 +262,10 @@ fn wrappers_wait_for_their_base_and_go_with_it() {
     vhost.ok("bdev_malloc_create", malloc);
     assert_eq!(vhost.bdev_names(), ["M"]);
     vhost.ok("bdev_error_create", json!({"base_name": "M"}));
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "D"}))[0]["uuid"], uuid);
+    assert_eq!(vhost.bdev("D")["uuid"], uuid);
     vhost.ok("bdev_delay_delete", json!({"name": "D"}));
     vhost.ok("bdev_error_delete", json!({"name": "EE_M"}));
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "M"}))[0]["claimed"], false);
+    assert_eq!(vhost.bdev("M")["claimed"], false);
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn a_file_that_grows_is_seen_and_one_that_shrinks_is_refused() {
         let create = json!({"name": name, "filename": path, "block_size": 512});
         vhost.ok(&format!("bdev_{kind}_create"), create);
         let rescan = format!("bdev_{kind}_rescan");
-        let blocks = || vhost.ok("bdev_get_bdevs", json!({"name": name}))[0]["num_blocks"].clone();
+        let blocks = || vhost.bdev(name)["num_blocks"].clone();
         vhost.file(name, 2 * MIB);
         assert_eq!(vhost.ok(&rescan, json!({"name": name})), true);
         assert_eq!(blocks(), 4096);
@@ -416,7 +416,7 @@ fn parts_and_passthru_bdevs_serve_guests_their_range_of_the_base() {
         ("Mp1", "Split Disk", json!({"split": {"base_bdev": "M", "offset_blocks": 1024}})),
         ("P", "passthru", json!({"passthru": {"name": "P", "base_bdev_name": "Mp1"}})),
     ] {
-        let shown = vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0].clone();
+        let shown = vhost.bdev(name);
         assert_eq!((&shown["product_name"], &shown["num_blocks"]), (&json!(product), &json!(1024)));
         assert_eq!(shown["driver_specific"], about);
     }
@@ -593,7 +593,7 @@ fn the_topology_that_an_operator_gives_reaches_front_ends() {
     // SPDK shows no physical blocks.
     let shown = first.ok("bdev_get_bdevs", json!({"name": "malloc"}));
     assert!(!shown.to_string().contains("physical"), "{shown}");
-    assert_eq!(first.ok("bdev_get_bdevs", json!({"name": "null"}))[0]["optimal_write_size"], 32);
+    assert_eq!(first.bdev("null")["optimal_write_size"], 32);
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn disks_come_from_anywhere_and_their_errors_are_spdks() {
     vhost.ok("bdev_uring_create", aio("U", &path("other")));
     fs::File::options().write(true).open(&disk).unwrap().set_len(2 << 20).unwrap();
     vhost.ok("bdev_aio_rescan", json!({"name": "A"}));
-    let bdev = &vhost.ok("bdev_get_bdevs", json!({"name": "A"}))[0];
+    let bdev = vhost.bdev("A");
     assert_eq!(bdev["num_blocks"], 4096);
     assert_eq!(vhost.err("bdev_aio_create", aio("B", &path("none"))).code, -2);
     assert_eq!(vhost.err("bdev_aio_create", aio("B", &path(""))).code, -21);

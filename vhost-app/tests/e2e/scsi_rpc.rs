@@ -147,7 +147,7 @@ fn controllers_are_shown_in_spdks_shape_and_order() {
     assert_eq!((&target["scsi_dev_num"], &target["io"]["failed"]), (&json!(5), &json!(0)));
 
     // The bdev may be given by its UUID.
-    let uuid = vhost.ok("bdev_get_bdevs", json!({"name": "M"}))[0]["uuid"].clone();
+    let uuid = vhost.bdev("M")["uuid"].clone();
     add(&vhost, "s", 7, uuid.as_str().unwrap());
     assert_eq!(targets(&vhost, "s")[2], (7, 2, "M".to_owned()));
 }
@@ -317,7 +317,7 @@ fn a_bdev_is_claimed_while_a_target_shows_it() {
     add(&vhost, "t", 0, "M");
     vhost.ok("vhost_create_blk_controller", json!({"ctrlr": "b", "dev_name": "M"}));
     // As in SPDK, it is not shown.
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "M"}))[0]["claimed"], false);
+    assert_eq!(vhost.bdev("M")["claimed"], false);
     assert!(is_claimed());
     vhost.ok(REMOVE, number("s", 0));
     vhost.ok(DELETE, json!({"ctrlr": "b"}));

@@ -20,7 +20,7 @@ fn attach(vhost: &Vhost, socket: &Path, name: &str) {
 }
 
 fn specific(vhost: &Vhost, name: &str) -> Value {
-    vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0]["driver_specific"]["virtio"].clone()
+    vhost.bdev(name)["driver_specific"]["virtio"].clone()
 }
 
 #[test]
@@ -31,7 +31,7 @@ fn a_server_is_attached_shown_and_saved_as_in_spdk() {
     let socket = socket.to_str().unwrap();
     let args = ["bdev_virtio_attach_controller", "-t", "user", "-a", socket, "-d", "blk", "V0"];
     assert_eq!(vhost.spdk_rpc(&args).unwrap().trim(), "V0");
-    let shown = &vhost.ok("bdev_get_bdevs", json!({"name": "V0"}))[0];
+    let shown = vhost.bdev("V0");
     assert_eq!(shown["product_name"], "VirtioBlk Disk");
     assert_eq!((&shown["block_size"], &shown["num_blocks"]), (&json!(512), &json!(BYTES / 512)));
     let about = json!({"vq_count": 1, "vq_size": 512, "type": "user", "socket": socket,
@@ -61,7 +61,7 @@ fn a_server_is_attached_shown_and_saved_as_in_spdk() {
     assert_eq!(vhost.stop(), 0);
 
     let vhost = Launch::new().config(&saved).start();
-    assert_eq!(vhost.ok("bdev_get_bdevs", json!({"name": "V0"}))[0]["uuid"], uuid);
+    assert_eq!(vhost.bdev("V0")["uuid"], uuid);
     assert_eq!(vhost.spdk_rpc(&["save_config"]).unwrap(), saved);
     vhost.malloc("M0");
     let no_device = Refusal::new(-19, "No such device");
@@ -137,10 +137,6 @@ fn a_server_that_hangs_holds_up_only_its_own_disk() {
     assert_eq!(vhost.stop(), 0);
 }
 
-fn num_blocks(vhost: &Vhost, name: &str) -> Value {
-    vhost.ok("bdev_get_bdevs", json!({ "name": name }))[0]["num_blocks"].clone()
-}
-
 /// Another `vhost` serves the disk.
 #[test]
 fn front_ends_and_operators_see_that_the_server_resizes_the_disk() {
@@ -163,7 +159,7 @@ fn front_ends_and_operators_see_that_the_server_resizes_the_disk() {
         server.ok("bdev_null_resize", json!({"name": "N", "new_size": mib}));
         assert_eq!(channel.receive().unwrap().request, CONFIG_CHANGE);
         assert_eq!(front_end.config().unwrap().capacity, mib * MIB_SECTORS);
-        assert_eq!(num_blocks(&vhost, "V0"), mib * MIB_SECTORS);
+        assert_eq!(vhost.bdev("V0")["num_blocks"], mib * MIB_SECTORS);
         let last = Request::read(mib * MIB_SECTORS - 1, &sector);
         assert_eq!(queue.run(&last).unwrap().status, STATUS_OK);
     }
@@ -188,13 +184,13 @@ fn a_server_may_come_back_with_a_larger_disk_but_not_with_a_smaller_one() {
     };
     again_with(2 * BYTES);
     wait_until("the larger disk", || specific(&vhost, "V0")["connected"] == true);
-    assert_eq!(num_blocks(&vhost, "V0"), 2 * BYTES / 512);
+    assert_eq!(vhost.bdev("V0")["num_blocks"], 2 * BYTES / 512);
     again_with(BYTES);
     vhost.wait_for_log(
         "expected 1 queues and a disk of at least 67108864 bytes, found 1 and 33554432",
     );
     assert_eq!(specific(&vhost, "V0")["connected"], false);
-    assert_eq!(num_blocks(&vhost, "V0"), 2 * BYTES / 512);
+    assert_eq!(vhost.bdev("V0")["num_blocks"], 2 * BYTES / 512);
     again_with(2 * BYTES);
     wait_until("the former size", || specific(&vhost, "V0")["connected"] == true);
     assert_eq!(vhost.stop(), 0);

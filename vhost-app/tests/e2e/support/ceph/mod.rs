@@ -280,15 +280,10 @@ impl Drop for Image {
     }
 }
 
-/// What `bdev_get_bdevs` says of a disk.
-pub(crate) fn bdev(vhost: &Vhost, name: &str) -> Value {
-    vhost.ok("bdev_get_bdevs", json!({"name": name}))[0].take()
-}
-
 /// Waits until a disk has this `state`.
 pub(crate) fn wait_for_state(vhost: &Vhost, name: &str, state: &str) {
     wait_until(&format!("{name} is {state}"), || {
-        bdev(vhost, name)["driver_specific"]["rbd"]["state"] == state
+        vhost.bdev(name)["driver_specific"]["rbd"]["state"] == state
     });
 }
 

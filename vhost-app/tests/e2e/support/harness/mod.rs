@@ -278,6 +278,11 @@ impl Vhost {
         assert_eq!(self.ok("bdev_null_create", params), name);
     }
 
+    /// What `bdev_get_bdevs` says of a bdev.
+    pub(crate) fn bdev(&self, name: &str) -> Value {
+        self.ok("bdev_get_bdevs", json!({ "name": name }))[0].take()
+    }
+
     /// The names of all its bdevs, in its order.
     pub(crate) fn bdev_names(&self) -> Vec<String> {
         let bdevs = self.ok("bdev_get_bdevs", Value::Null);
