@@ -4,12 +4,12 @@
 //! tries to connect again until it succeeds. I/O waits meanwhile. The requests in flight are sent
 //! again to the new server.
 
-use std::cmp::Ordering;
+use std::cmp;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{self, AtomicBool};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -91,12 +91,12 @@ impl Connection {
     }
 
     pub(crate) fn is_connected(&self) -> bool {
-        self.0.connected.load(atomic::Ordering::Relaxed)
+        self.0.connected.load(Ordering::Relaxed)
     }
 
     /// Ends the connection, and fails all I/O.
     pub(crate) fn end(&self) {
-        self.0.ending.store(true, atomic::Ordering::Release);
+        self.0.ending.store(true, Ordering::Release);
         let rings = self.0.disconnect(Offline::Fail);
         self.0.garbage.lock().unwrap_or_else(PoisonError::into_inner).extend(rings);
         self.0.disk.size.end();
@@ -113,7 +113,7 @@ impl Drop for Connection {
 
 impl Shared {
     fn is_ending(&self) -> bool {
-        self.ending.load(atomic::Ordering::Acquire)
+        self.ending.load(Ordering::Acquire)
     }
 
     /// Starts the rings of a server, and lets the queues use them.
@@ -121,7 +121,7 @@ impl Shared {
         let calls: Vec<_> = self.disk.queues.iter().map(|queue| queue.call_fd()).collect();
         let rings = session.start(self.layout, &calls)?;
         self.disk.durability.server_lost();
-        self.connected.store(true, atomic::Ordering::Relaxed);
+        self.connected.store(true, Ordering::Relaxed);
         for (queue, ring) in self.disk.queues.iter().zip(rings) {
             queue.connect(ring, session.properties.limits);
         }
@@ -134,7 +134,7 @@ impl Shared {
 
     /// Stops using the rings, and returns them.
     fn disconnect(&self, offline: Offline) -> Vec<Ring> {
-        self.connected.store(false, atomic::Ordering::Relaxed);
+        self.connected.store(false, Ordering::Relaxed);
         self.disk.queues.iter().filter_map(|queue| queue.disconnect(offline)).collect()
     }
 
@@ -228,11 +228,11 @@ impl Shared {
         }
         bdev::checked_size(&self.name, now.size / u64::from(now.block_size), now.block_size)?;
         match self.disk.size.adopt(now.size) {
-            Ordering::Greater => {
+            cmp::Ordering::Greater => {
                 info!("bdev {}: the server's disk has grown to {} bytes", self.name, now.size);
             }
-            Ordering::Equal => {}
-            Ordering::Less => error!(
+            cmp::Ordering::Equal => {}
+            cmp::Ordering::Less => error!(
                 "bdev {}: the server's disk shrank to {} bytes; the bdev keeps its size, and I/O \
                  beyond the disk's end fails",
                 self.name, now.size

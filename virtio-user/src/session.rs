@@ -105,10 +105,8 @@ impl Session {
         let socket = connect_stream(path).map_err(named)?;
         let _deadline = Deadline::start(&socket).map_err(named)?;
         let stream = socket.try_clone().map_err(named)?;
-        let mut front_end = Frontend::from_stream(stream, QUEUES_MAX.into());
-        let negotiated = negotiate(&mut front_end).map_err(named)?;
-        let Negotiated { offered, properties, queues, messages } = negotiated;
-        Ok(Self { offered, properties, front_end, socket, messages, queues })
+        let front_end = Frontend::from_stream(stream, QUEUES_MAX.into());
+        negotiate(front_end, socket).map_err(named)
     }
 
     /// Takes what the server has sent by itself. Of the messages of a server, this end can receive
@@ -192,16 +190,8 @@ impl Session {
     }
 }
 
-/// What [`negotiate`] has found out.
-struct Negotiated {
-    offered: u64,
-    properties: Properties,
-    queues: u16,
-    messages: Option<UnixStream>,
-}
-
 /// Negotiates the features, and reads the disk's properties and the number of queues.
-fn negotiate(front_end: &mut Frontend) -> io::Result<Negotiated> {
+fn negotiate(mut front_end: Frontend, socket: UnixStream) -> io::Result<Session> {
     front_end.set_owner().map_err(failed("SET_OWNER"))?;
     let offered = front_end.get_features().map_err(failed("GET_FEATURES"))?;
     let has = |bit: u32| offered & (1 << bit) != 0;
@@ -245,8 +235,8 @@ fn negotiate(front_end: &mut Frontend) -> io::Result<Negotiated> {
         None
     };
     // After the fd is set, so that no change is missed.
-    let properties = properties(front_end, offered)?;
-    Ok(Negotiated { offered, properties, queues, messages })
+    let properties = properties(&mut front_end, offered)?;
+    Ok(Session { offered, properties, front_end, socket, messages, queues })
 }
 
 /// Reads the properties of a disk whose server offers these features.
