@@ -70,8 +70,8 @@ guest_machine() {
     )
 }
 
-# What is built in the profile e2e. Always together, because packages alone have other features of their dependencies,
-# which would be compiled again.
+# What ci/programs builds. Always together, because packages alone have other features of their dependencies, which would
+# be compiled again.
 e2e_packages=(-p vhost-app -p bench -p vhost-top -p vhost-lvs -p rbd)
 
 # Runs the end-to-end tests of the modules that the regular expression $2 matches, or of all others if $1 is "not ".
